@@ -1,0 +1,22 @@
+"""Shared types, and the glossary of dimension letters.
+
+The same letter means the same axis in every annotation, einsum and comment:
+
+    n  training examples      b  examples in a batch      c  outputs or classes of the model
+    q  queries                p  parameters               i  inputs (features) of a linear map
+    k  right-hand sides       s  subsets or samples       t  tokens or positions
+
+A `Batch` is what one call of the model needs: a tuple `(inputs..., targets)` or a dict of tensors.
+Every tensor in it has the examples on its leading axis.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+Batch: TypeAlias = tuple[Any, ...] | dict[str, Any]
+Params: TypeAlias = Mapping[str, Tensor]
+Forward: TypeAlias = Callable[[nn.Module, Batch], tuple[Any, Any]]
+
+__all__ = ["Batch", "Forward", "Params"]

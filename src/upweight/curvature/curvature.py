@@ -1,0 +1,101 @@
+"""Curvature: a recipe for H ≈ ∇²J, made into an operator by a task and its data."""
+
+import abc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight._typing import Batch
+from upweight.linalg.finite_sum import FiniteSum
+from upweight.linalg.operator import LinearOperator, Tag
+from upweight.task.data import Data
+from upweight.task.task import Task
+
+
+class Curvature(Protocol):
+    """Which H, estimated how. Implementations are frozen specs without data."""
+
+    def fit(self, task: Task, data: Data, *, n: int | None = None) -> LinearOperator:
+        """H at θ̂ as an operator on flat vectors.
+
+        Args:
+            task: What was trained.
+            data: The examples to sum over.
+            n: What to divide the sum by; `len(data)` unless the data are what is left of a larger
+                training set whose objective keeps its 1/n (group removal sets this).
+        """
+        ...
+
+
+class BatchTerm(LinearOperator):
+    """A_b: the curvature *summed* over the examples of one batch. Symmetric by construction."""
+
+    def __init__(self, task: Task, tags: frozenset[Tag]) -> None:
+        self.task = task
+        self._tags = tags
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.task.layout.size, self.task.layout.size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.task.layout.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.task.layout.device
+
+    @property
+    def tags(self) -> frozenset[Tag]:
+        return self._tags
+
+    @abc.abstractmethod
+    def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]: ...
+
+    def transpose(self) -> LinearOperator:
+        return self
+
+
+@dataclass(frozen=True)
+class BatchTerms(Sequence[LinearOperator]):
+    """The terms A_b of a finite sum, each made when it is asked for and then forgotten."""
+
+    task: Task
+    data: Data
+    size: int
+    make: Callable[[int, Batch], LinearOperator]
+    first: LinearOperator = field(init=False)
+
+    def __post_init__(self) -> None:
+        # The first term answers for shape and dtype; kept, so that asking costs no batch.
+        object.__setattr__(self, "first", self._term(0))
+
+    def __len__(self) -> int:
+        return -(-len(self.data) // self.size)
+
+    def __getitem__(self, index: int) -> LinearOperator:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.first if index == 0 else self._term(index)
+
+    def _term(self, index: int) -> LinearOperator:
+        start = index * self.size
+        batch = self.data.batch(start, min(start + self.size, len(self.data)))
+        return self.make(index, self.task.to_device(batch))
+
+    def __iter__(self) -> Iterator[LinearOperator]:
+        return (self[index] for index in range(len(self)))
+
+
+def mean_plus_penalty(
+    task: Task, terms: Sequence[LinearOperator], n: int, tags: frozenset[Tag]
+) -> LinearOperator:
+    """(1/n) Σ_b A_b + ∇²R(θ̂)."""
+    mean = FiniteSum(terms, n, tags)
+    penalty = task.penalty.curvature(task.theta(), task.layout)
+    return mean if penalty is None else mean + penalty

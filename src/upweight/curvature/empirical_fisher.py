@@ -1,0 +1,48 @@
+"""(1/n) Σ gᵢ gᵢᵀ: the empirical Fisher, and why it is not the Fisher.
+
+It takes the labels of the data where the Fisher takes labels drawn from the model. The two agree
+only where the model is right about the label distribution; near an interpolating solution gᵢ → 0
+and the empirical Fisher vanishes while the Fisher need not (Kunstner, Balles & Hennig 2019, §3).
+"""
+
+from dataclasses import dataclass
+
+from upweight._typing import Batch
+from upweight.curvature.curvature import BatchTerms, mean_plus_penalty
+from upweight.curvature.gauss_newton import GaussNewtonTerm
+from upweight.gradients.functional import per_sample_gradients
+from upweight.linalg.operator import LinearOperator, Tag
+from upweight.task.data import Data, batch_size
+from upweight.task.task import Task
+
+PSD = frozenset({Tag.SYMMETRIC, Tag.PSD})
+
+
+def outer_products(task: Task, batch: Batch) -> GaussNewtonTerm:
+    """Σᵢ gᵢ gᵢᵀ over one batch, with the gradients of its own targets."""
+    return GaussNewtonTerm(
+        task,
+        lambda t: task.losses(t, batch)[:, None],
+        lambda: per_sample_gradients(task, task.theta(), batch)[:, None],
+        None,
+        PSD,
+    )
+
+
+@dataclass(frozen=True)
+class EmpiricalFisher:
+    """F̂ = (1/n) Σᵢ gᵢ gᵢᵀ + ∇²R(θ̂), with gᵢ = ∇ℓᵢ(θ̂) on the data's own targets.
+
+    Positive semi-definite, of rank at most n before the penalty. Scales as c² when the loss is
+    multiplied by c, where the Hessian scales as c.
+
+    Cost: one product is a forward-mode and a reverse-mode pass over the data; `dense()` is O(n·p²).
+
+    Exact when: the model's conditional distribution is the data's, in expectation.
+    """
+
+    def fit(self, task: Task, data: Data, *, n: int | None = None) -> LinearOperator:
+        """F̂ at θ̂; see `Curvature.fit`."""
+        size = batch_size(task.layout.size, task.layout.dtype.itemsize)
+        terms = BatchTerms(task, data, size, lambda _, batch: outer_products(task, batch))
+        return mean_plus_penalty(task, terms, len(data) if n is None else n, PSD)

@@ -1,0 +1,90 @@
+"""What can go wrong, and what the user can do about it.
+
+    UpweightError
+    ├── ShapeError            sizes that must agree do not            (ValueError)
+    ├── DtypeError            dtypes that must agree do not           (TypeError)
+    ├── DataError             the data cannot be indexed or are empty (ValueError)
+    ├── ScalarLoss            a loss was reduced over the batch       (ValueError)
+    ├── NonFinite             NaN or infinity, named by example       (ValueError)
+    ├── NonDeterministic      the model gives another answer twice    (RuntimeError)
+    ├── NotDifferentiable     no gradient reaches the parameters      (RuntimeError)
+    ├── NotPositiveDefinite   a factorization needs H + λI ≻ 0        (ValueError)
+    ├── NotConverged          an iterative solver stopped early       (RuntimeError)
+    ├── NotStationary         θ does not minimize the objective       (ValueError)
+    ├── UnsupportedModel      no rule for this model or estimator     (TypeError)
+    ├── MissingContext        loaded scores lack their model or data  (RuntimeError)
+    └── StaleStore            files on disk belong to another run     (ValueError)
+
+Every message has four parts: what was required, what was given, the usual cause, the way out.
+"""
+
+from typing import Any
+
+
+def message(required: str, given: str, cause: str, way_out: str) -> str:
+    """Join the four parts of an error message into one text."""
+    return f"{required}\n  Given: {given}\n  Usual cause: {cause}\n  Way out: {way_out}"
+
+
+class UpweightError(Exception):
+    """Any error that upweight raises on purpose."""
+
+
+class ShapeError(UpweightError, ValueError):
+    """Sizes that must agree do not."""
+
+
+class DtypeError(UpweightError, TypeError):
+    """Dtypes that must agree do not."""
+
+
+class DataError(UpweightError, ValueError):
+    """The data cannot be indexed in a fixed order, or are empty."""
+
+
+class ScalarLoss(UpweightError, ValueError):
+    """A loss or measure was reduced over the batch, so examples cannot be told apart."""
+
+
+class NonFinite(UpweightError, ValueError):
+    """A value that must be finite is NaN or infinite."""
+
+
+class NonDeterministic(UpweightError, RuntimeError):
+    """The model answers differently for the same input, or couples the examples of a batch."""
+
+
+class NotDifferentiable(UpweightError, RuntimeError):
+    """No gradient reaches the parameters or the inputs."""
+
+
+class NotPositiveDefinite(UpweightError, ValueError):
+    """A factorization needs a positive definite matrix and was given another."""
+
+    def __init__(self, text: str, smallest: float | None = None) -> None:
+        super().__init__(text)
+        self.smallest = smallest
+
+
+class NotConverged(UpweightError, RuntimeError):
+    """An iterative solver stopped before its tolerance; `.solution` holds what it reached."""
+
+    def __init__(self, text: str, solution: Any = None) -> None:
+        super().__init__(text)
+        self.solution = solution
+
+
+class NotStationary(UpweightError, ValueError):
+    """The parameters do not minimize the objective they were said to minimize."""
+
+
+class UnsupportedModel(UpweightError, TypeError):
+    """The model, layer or estimator has no translation."""
+
+
+class MissingContext(UpweightError, RuntimeError):
+    """The scores no longer carry the model and data that the request needs."""
+
+
+class StaleStore(UpweightError, ValueError):
+    """Files on disk were written for another model, data set or specification."""

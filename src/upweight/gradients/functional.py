@@ -1,0 +1,71 @@
+"""Per-example derivatives by `vmap` of `grad`: any model, the reference.
+
+    gᵢ = ∇θ ℓ(θ; zᵢ)      ∇m_q = ∇θ m(θ; q)      Jᵢ = ∂f(θ, xᵢ)/∂θ
+
+All are taken at one flat θ. Memory is b·p (b·c·p for Jacobians).
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from upweight._typing import Batch
+from upweight.errors import ScalarLoss, message
+from upweight.task.task import Task
+
+
+def per_sample_gradients(
+    task: Task, theta: Float[Tensor, " p"], batch: Batch
+) -> Float[Tensor, "b p"]:
+    """∇θ ℓ(θ; zᵢ) for each example of a batch."""
+    return _per_sample(torch.func.grad, lambda t, b: task.losses(t, b)[0], theta, batch)
+
+
+def measure_gradients(
+    task: Task, measure: Callable[..., Tensor], theta: Float[Tensor, " p"], batch: Batch
+) -> Float[Tensor, "b p"]:
+    """∇θ m(θ; q) for each query of a batch.
+
+    Raises:
+        ScalarLoss: The measure is reduced over the batch.
+    """
+
+    def one(t: Tensor, b: Batch) -> Tensor:
+        values = measure(task, task.named(t), b)
+        if values.shape != (1,):
+            raise ScalarLoss(
+                message(
+                    "A measure must return one value per query: shape (q,).",
+                    f"{measure!r} returned shape {tuple(values.shape)} for 1 query.",
+                    "a mean or sum over the queries, or one value per output.",
+                    "reduce over every axis but the first.",
+                )
+            )
+        return values[0]
+
+    return _per_sample(torch.func.grad, one, theta, batch)
+
+
+def output_jacobians(
+    task: Task, theta: Float[Tensor, " p"], batch: Batch
+) -> Float[Tensor, "b c p"]:
+    """∂f/∂θ for each example of a batch, with f flattened to c outputs."""
+    return _per_sample(
+        torch.func.jacrev, lambda t, b: task.outputs(t, b)[0].reshape(-1), theta, batch
+    )
+
+
+def _per_sample(
+    transform: Callable[..., Callable[..., Tensor]],
+    function: Callable[[Tensor, Batch], Tensor],
+    theta: Float[Tensor, " p"],
+    batch: Batch,
+) -> Tensor:
+    def one(example: Batch) -> Tensor:
+        as_batch = tree_map(lambda x: x[None] if isinstance(x, Tensor) else x, example)
+        return transform(function)(theta, as_batch)
+
+    return torch.func.vmap(one)(batch)

@@ -1,0 +1,562 @@
+"""S[q, i] = −(1/n) ∇m_qᵀ (H + λI)⁻¹ ∇ℓᵢ: influence functions.
+
+Hampel (1974); Cook & Weisberg (1982); for neural networks Koh & Liang (2017), Eq. 2. One
+factorization (or one iterative solver) serves every question here: scores, self-influence, the
+movement of the parameters, removals by a Newton step, and changes of inputs and labels.
+
+This is one of the two places of the library that divide by n: the weight's share of the mean.
+"""
+
+import importlib.metadata
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.curvature.curvature import Curvature
+from upweight.curvature.hessian import Hessian
+from upweight.errors import ShapeError, message
+from upweight.gradients.functional import measure_gradients
+from upweight.gradients.linear import LinearForm
+from upweight.gradients.source import FactoredLinear, GradientSource, contract, gradient_source
+from upweight.linalg.cholesky import Cholesky
+from upweight.linalg.damping import Damping, as_damping, damped
+from upweight.linalg.operator import LinearOperator
+from upweight.linalg.solution import Solution
+from upweight.linalg.solve import Auto, Solver
+from upweight.methods.perturbation import gradient_products_by_input, relabeled
+from upweight.methods.removal import corrected_output_gradients, group_output_gradients
+from upweight.scores import Context, Provenance, Scores, Unit
+from upweight.task.check import checked_losses
+from upweight.task.data import Data, as_data, batch_size
+from upweight.task.measures import Loss, as_measure
+from upweight.task.task import Task
+
+
+def influence_scores(
+    query_grads: Float[Tensor, "q p"],
+    train_grads: Float[Tensor, "n p"],
+    inverse: LinearOperator,
+    n: int,
+) -> Float[Tensor, "q n"]:
+    """First-order effect of each training weight on each measurement.
+
+        S[q, i] = ∂m_q/∂wᵢ = −(1/n) ∇m_qᵀ (H + λI)⁻¹ ∇ℓᵢ
+
+    Koh & Liang (2017), Eq. 2, with ε = (wᵢ − 1)/n.
+
+    Args:
+        query_grads: ∇m_q(θ), in units of m per θ.
+        train_grads: ∇ℓᵢ(θ), unreduced: not divided by n.
+        inverse: (H + λI)⁻¹, where H is the Hessian of the *mean* loss plus penalty.
+        n: Size of the training set that defined H; may exceed the rows of `train_grads`.
+
+    Returns:
+        S in units of m per unit weight. Removing example i changes m_q by about −S[q, i].
+
+    Raises:
+        ShapeError: The gradients and the operator disagree about p.
+
+    Exact when: J is quadratic in θ (for removal: to first order in 1/n).
+    Cost: q solves, then q·n·p multiply-adds.
+    """
+    return -(inverse.mv(query_grads) @ train_grads.T) / n
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Influence functions: which H, how to invert it, how much to damp it.
+
+    Args:
+        curvature: H: `Hessian()`, `GGN()`, `Fisher()` or `EmpiricalFisher()`.
+        solver: How (H + λI)⁻¹ is applied; `Auto()` goes by size and definiteness.
+        damping: λ as a number, `Absolute(λ)` or `Relative(factor)`. 0.0 adds nothing.
+
+    Exact when: J is at a strict minimum with its exact Hessian and λ = 0; then S is the derivative
+    itself, whatever the model.
+    """
+
+    curvature: Curvature = field(default_factory=Hessian)
+    solver: Solver[Any] = field(default_factory=Auto)
+    damping: Damping | float = 0.0
+
+    @property
+    def unit(self) -> Unit:
+        """Derivatives of the measurement."""
+        return Unit.DERIVATIVE
+
+    def fit(self, task: Task, train: Any) -> "FittedInfluence":
+        """Check the task on its training data, and prepare (H + λI)⁻¹.
+
+        Args:
+            task: What was trained.
+            train: The training set, as for `as_data`.
+
+        Raises:
+            UpweightError: One of the checks of `upweight.task.check`, with the way out.
+            NotPositiveDefinite: The solver needs H + λI ≻ 0 and it is not.
+
+        Cost: two passes over the data and the solver's preparation (Cholesky: p³/3).
+        """
+        started = time.perf_counter()
+        data = as_data(train)
+        losses = checked_losses(task, data, "training data")
+        curvature = self.curvature.fit(task, data)
+        damping = as_damping(self.damping).of(curvature)
+        operator = damped(curvature, damping)
+        solver = self.solver.select(operator) if isinstance(self.solver, Auto) else self.solver
+        fitted = FittedInfluence(
+            spec=self,
+            task=task,
+            train=data,
+            operator=operator,
+            solver=solver,
+            state=solver.init(operator),
+            source=gradient_source(task, data),
+            damping=damping,
+            mean_loss=float(losses.double().mean()),
+            seconds={},
+        )
+        self._require_operator(fitted)
+        fitted.seconds["fit"] = time.perf_counter() - started
+        return fitted
+
+    @staticmethod
+    def _require_operator(fitted: "FittedInfluence") -> None:
+        """Raise now, before any query, what no right-hand side could be solved with."""
+        zero = fitted.task.theta().zero_()
+        fitted.solver.solve(fitted.state, zero).throw()
+
+
+@dataclass(frozen=True, eq=False)
+class FittedInfluence:
+    """(H + λI)⁻¹ at θ̂, ready for queries. Made by `Influence.fit`.
+
+    Args:
+        spec: The method.
+        task, train: What it was fitted to.
+        operator: H + λI.
+        solver, state: How it is inverted.
+        source: Where training gradients come from.
+        damping: λ.
+        mean_loss: (1/n) Σ ℓᵢ(θ̂).
+        seconds: Time spent, by stage.
+    """
+
+    spec: Influence
+    task: Task
+    train: Data
+    operator: LinearOperator
+    solver: Solver[Any]
+    state: Any
+    source: GradientSource
+    damping: float
+    mean_loss: float
+    seconds: dict[str, float]
+
+    # -- scores ---------------------------------------------------------------------------------
+
+    def attribute(
+        self, queries: Any, measure: Callable[..., Tensor] = Loss()  # noqa: B008  a frozen spec
+    ) -> Scores:
+        """S[q, i] = ∂m_q/∂wᵢ for every query and training example.
+
+        Args:
+            queries: As for `as_data`.
+            measure: What to ask of each query: `Loss()`, `Margin()`, `LogProb()`, `Logit()`, or any
+                function `(outputs, targets) -> [q]`.
+
+        Raises:
+            UpweightError: The queries do not pass the checks of `upweight.task.check`.
+            NotConverged: An iterative solver missed its tolerance.
+
+        Cost: q measure gradients, q solves, one pass over the training data.
+        """
+        started = time.perf_counter()
+        data, measure, gradients = self._measured(queries, measure)
+        solution = self._solve(gradients)
+        values = torch.cat(
+            [self.source.inner(solution.value, batch) for batch in self._batches()], dim=1
+        )
+        return self._scores(
+            -values / len(self.train), Unit.DERIVATIVE, data, measure, solution, started
+        )
+
+    def self_influence(self) -> Float[Tensor, " n"]:
+        """S[i, i] = ∂ℓᵢ/∂wᵢ for every training example: how much its own weight lowers its loss.
+
+            S[i, i] = −(1/n) gᵢᵀ (H + λI)⁻¹ gᵢ  ≤ 0
+
+        Its magnitude is the memorization score of Feldman & Zhang (2020) to first order.
+
+        Cost: n solves, or one inverse where the model is linear in θ.
+        """
+        parts = []
+        if isinstance(self.source, FactoredLinear):
+            for delta, _, leverage in self._leverages(range(len(self.train))):
+                parts.append(-torch.einsum("ea,eab,eb->e", delta, leverage, delta))
+            return torch.cat(parts)
+        for batch in self._batches():
+            rows = self.source.rows(batch)
+            parts.append(-(rows * self._solve(rows).value).sum(dim=1) / len(self.train))
+        return torch.cat(parts)
+
+    # -- what moves the parameters ----------------------------------------------------------------
+
+    def parameter_influence(self, example: int) -> Mapping[str, Tensor]:
+        """dθ̂/dε = −(H + λI)⁻¹ ∇ℓᵢ, by parameter name.
+
+        Koh & Liang (2017), Eq. 1: ε is added to the *mean* objective, (1/n) Σ ℓ + ε ℓᵢ. In terms of
+        the data weight, ∂θ̂/∂wᵢ is this divided by n; removal moves θ̂ by about −(1/n) times this.
+
+        Raises:
+            ShapeError: There is no such example.
+        """
+        row = self.source.rows(self._example(example))
+        return self.task.layout.unflatten(-self._solve(row).value[0])
+
+    # -- removals ---------------------------------------------------------------------------------
+
+    def removal(
+        self,
+        queries: Any,
+        measure: Callable[..., Tensor] = Loss(),  # noqa: B008  a frozen spec
+        groups: Sequence[int | Sequence[int]] | None = None,
+    ) -> Scores:
+        """Δm of removing examples, by one Newton step of the objective without them.
+
+            Δm_q ≈ ∇m_qᵀ (H + λI − (1/n) Σ_U Hᵢ)⁻¹ (1/n) Σ_U gᵢ
+
+        Where `Scores.removal()` keeps the curvature of the full data, this takes the removed
+        examples' own curvature out: the leverage correction 1/(1 − h) of a scalar-output linear
+        model, its block Woodbury form for several outputs, the Newton step for groups.
+
+        Args:
+            queries: As for `as_data`.
+            measure: As for `attribute`.
+            groups: What each column removes: an example or several together. None: every example
+                by itself.
+
+        Returns:
+            Δm, one column per group, in unit DIFFERENCE.
+
+        Raises:
+            ShapeError: An index is out of range or repeated within its group.
+            NonFinite: Without these examples the minimum is not determined (leverage 1).
+
+        Exact when: J is quadratic in θ and m linear in it.
+        Cost: where the model is linear in θ, c solves per removed example (one inverse for all of
+        them); otherwise one factorization per group.
+        """
+        started = time.perf_counter()
+        data, measure, gradients = self._measured(queries, measure)
+        solution = self._solve(gradients)
+        named = None if groups is None else [self._group(group) for group in groups]
+        if isinstance(self.source, FactoredLinear):
+            values = self._linear_removals(solution.value, named)
+        else:
+            every = named or [[i] for i in range(len(self.train))]
+            values = torch.stack([gradients @ self._newton_step(group) for group in every], dim=1)
+        columns = None if named is None else tuple(",".join(map(str, g)) for g in named)
+        return self._scores(
+            values, Unit.DIFFERENCE, data, measure, solution, started, columns
+        )
+
+    def removal_step(self, examples: Sequence[int]) -> Mapping[str, Tensor]:
+        """Δθ of removing the examples together by one Newton step, by parameter name."""
+        group = self._group(list(examples))
+        if not isinstance(self.source, FactoredLinear):
+            return self.task.layout.unflatten(self._newton_step(group))
+        u, z = self._group_factors(self.source.form, group)
+        total = self.source.form.flatten(u.T @ z)
+        return self.task.layout.unflatten(self._solve(total[None]).value[0] / len(self.train))
+
+    def _linear_removals(
+        self, solved: Float[Tensor, "q p"], groups: list[list[int]] | None
+    ) -> Float[Tensor, "q g"]:
+        assert isinstance(self.source, FactoredLinear)
+        form, n = self.source.form, len(self.train)
+        vectors = form.matrix(solved)
+        if groups is not None and any(len(group) > 1 for group in groups):
+            columns = []
+            for group in groups:
+                u, z = self._group_factors(form, group)
+                columns.append(contract(vectors, u, z).sum(dim=1) / n)
+            return torch.stack(columns, dim=1)
+        examples = range(n) if groups is None else [group[0] for group in groups]
+        parts, start = [], 0
+        for delta, lambdas, leverage in self._leverages(examples):
+            chosen = examples[start : start + len(delta)]
+            start += len(delta)
+            u = corrected_output_gradients(delta, lambdas, leverage)
+            z = form.features(self.task, self.task.to_device(self.train.take(chosen)))
+            parts.append(contract(vectors, u, z) / n)
+        return torch.cat(parts, dim=1)
+
+    def _leverages(self, examples: Sequence[int]):  # type: ignore[no-untyped-def]
+        """(δ, Λ, K) in chunks of examples, K = (1/n) J (H + λI)⁻¹ Jᵀ."""
+        assert isinstance(self.source, FactoredLinear)
+        form, n = self.source.form, len(self.train)
+        c, p = form.outputs, self.task.layout.size
+        inverse = None
+        # Solves cost 2 p² per right-hand side, the inverse (2/3) p³ once: cheaper from p/3 on.
+        if isinstance(self.solver, Cholesky) and len(examples) * c > p / 3:
+            inverse = self._inverse
+        size = batch_size(c * p if inverse is None else c * form.width, 8)
+        for start in range(0, len(examples), size):
+            chosen = examples[start : start + size]
+            delta, lambdas, z = self._output_derivatives(chosen)
+            if inverse is None:
+                leverage = self._jacobian_products(form, z)
+                leverage = leverage.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            else:
+                leverage = _block_forms(form, inverse, z).to(z.dtype)
+            yield delta, lambdas, leverage / n
+
+    @cached_property
+    def _inverse(self) -> Float[Tensor, "p p"]:
+        assert isinstance(self.solver, Cholesky)
+        return self.solver.inverse_dense(self.state)
+
+    def _output_derivatives(
+        self, examples: Sequence[int]
+    ) -> tuple[Float[Tensor, "e c"], Float[Tensor, "e c c"], Float[Tensor, "e i"]]:
+        """(δ, Λ, z) of some training examples."""
+        assert isinstance(self.source, FactoredLinear)
+        batch = self.task.to_device(self.train.take(examples))
+        with torch.no_grad():
+            outputs, targets = self.task.outputs(self.task.theta(), batch)
+        loss, form = self.task.loss, self.source.form
+        return (
+            loss.gradient(outputs, targets),
+            loss.hessian(outputs, targets),
+            form.features(self.task, batch),
+        )
+
+    def _jacobian_products(
+        self, form: LinearForm, z: Float[Tensor, "e i"]
+    ) -> Float[Tensor, "e c e c"]:
+        """J (H + λI)⁻¹ Jᵀ over some examples: J has a row per example and output."""
+        e, c = len(z), form.outputs
+        identity = torch.eye(c, dtype=z.dtype, device=z.device)
+        jacobian = form.flatten(identity[None, :, :, None] * z[:, None, None, :])
+        solved = self._solve(jacobian.reshape(e * c, -1)).value
+        return (jacobian.reshape(e * c, -1) @ solved.T).reshape(e, c, e, c)
+
+    def _group_factors(
+        self, form: LinearForm, group: list[int]
+    ) -> tuple[Float[Tensor, "e c"], Float[Tensor, "e i"]]:
+        """u and z of one group removed together."""
+        delta, lambdas, z = self._output_derivatives(group)
+        leverage = self._jacobian_products(form, z) / len(self.train)
+        return group_output_gradients(delta, lambdas, leverage), z
+
+    def _newton_step(self, group: list[int]) -> Float[Tensor, " p"]:
+        """Δθ of removing a group, with the curvature of what is kept factorized anew."""
+        n, gone = len(self.train), set(group)
+        kept = self.train.subset([i for i in range(n) if i not in gone])
+        operator = damped(self.spec.curvature.fit(self.task, kept, n=n), self.damping)
+        total = self.source.total(self.task.to_device(self.train.take(group)))
+        solver = self.spec.solver
+        return solver.solve(solver.init(operator), total / n).throw().value
+
+    # -- changed inputs and labels ----------------------------------------------------------------
+
+    def input_influence(
+        self,
+        example: int,
+        queries: Any,
+        measure: Callable[..., Tensor] = Loss(),  # noqa: B008  a frozen spec
+        input: int | str = 0,
+    ) -> Float[Tensor, "q *x"]:
+        """∂S[q, i]/∂xᵢ: how the score changes with the training example's own input.
+
+        Koh & Liang (2017), Eq. 5 (I_pert,loss), divided by n as every score is. Moving xᵢ by a
+        small d while keeping its weight changes m_q by about the inner product with d.
+
+        Args:
+            example: Which training example.
+            queries: As for `as_data`.
+            measure: As for `attribute`.
+            input: Which input, where the model has several: its place or its name.
+
+        Returns:
+            One array of the input's shape per query.
+
+        Raises:
+            DtypeError: The input is not floating point.
+        """
+        _, _, gradients = self._measured(queries, measure)
+        vectors = self._solve(gradients).value
+        products = gradient_products_by_input(self.task, vectors, self._example(example), input)
+        return -products / len(self.train)
+
+    def relabel_influence(
+        self,
+        example: int,
+        label: Any,
+        queries: Any,
+        measure: Callable[..., Tensor] = Loss(),  # noqa: B008  a frozen spec
+    ) -> Float[Tensor, " q"]:
+        """Δm_q of giving a training example another label, to first order.
+
+            Δm_q ≈ −(1/n) ∇m_qᵀ (H + λI)⁻¹ [∇ℓ(xᵢ, label) − ∇ℓ(xᵢ, yᵢ)]
+
+        Koh & Liang (2017), §2.2.
+        """
+        _, _, gradients = self._measured(queries, measure)
+        vectors = self._solve(gradients).value
+        old = self._example(example)
+        new = relabeled(old, label)
+        change = self.source.inner(vectors, new) - self.source.inner(vectors, old)
+        return -change[:, 0] / len(self.train)
+
+    # -- health -----------------------------------------------------------------------------------
+
+    @cached_property
+    def stationarity(self) -> Mapping[str, float]:
+        """How far θ̂ is from a stationary point of J; influence functions assume that it is one.
+
+        `gradient_norm` is ‖∇J(θ̂)‖; `decrement` is ½ ∇Jᵀ (H + λI)⁻¹ ∇J, by how much one Newton step
+        would still lower J, or NaN where the solver could not tell.
+        """
+        gradient = self._objective_gradient()
+        step = self.solver.solve(self.state, gradient)
+        decrement = 0.5 * float(gradient @ step.value) if step.converged else math.nan
+        return {"gradient_norm": float(gradient.norm()), "decrement": decrement}
+
+    def _objective_gradient(self) -> Float[Tensor, " p"]:
+        """∇J(θ̂) = (1/n) Σ gᵢ + ∇R."""
+        total = torch.stack([self.source.total(batch) for batch in self._batches()]).sum(dim=0)
+        penalty = self.task.penalty.gradient(self.task.theta(), self.task.layout)
+        return total / len(self.train) + penalty
+
+    def _scores(
+        self,
+        values: Float[Tensor, "q n"],
+        unit: Unit,
+        queries: Data,
+        measure: Any,
+        solution: Solution,
+        started: float,
+        columns: tuple[str, ...] | None = None,
+    ) -> Scores:
+        residuals = solution.stats.residuals
+        health: dict[str, Any] = {
+            "mean_loss": self.mean_loss,
+            **self.stationarity,
+            "damping": self.damping,
+            "solver": repr(self.solver),
+            "solver_steps": solution.stats.steps,
+            "largest_residual": float(residuals.max()),
+            **{f"solver_{key}": value for key, value in solution.stats.extra.items()},
+        }
+        if unit is Unit.DERIVATIVE:
+            # Law 2: at a minimum Σᵢ S[q, i] = ∇m_qᵀ (H + λI)⁻¹ ∇R.
+            penalty = self.task.penalty.gradient(self.task.theta(), self.task.layout)
+            excess = (values.sum(dim=1) - solution.value @ penalty).abs()
+            health["row_sum_excess"] = float(excess.max())
+            health["row_sum_excess_relative"] = float((excess / values.abs().sum(dim=1)).max())
+        seconds = {**self.seconds, "attribute": time.perf_counter() - started}
+        layout = self.task.layout
+        provenance = Provenance(
+            method=repr(self.spec),
+            task=f"loss={self.task.loss!r}, penalty={self.task.penalty!r}, "
+            f"params={self.task.params!r}",
+            measure=repr(measure),
+            n=len(self.train),
+            q=len(queries),
+            p=layout.size,
+            dtype=str(layout.dtype).removeprefix("torch."),
+            device=str(layout.device),
+            health=health,
+            seconds=seconds,
+            versions=_versions(),
+            notes=(*self.train.notes, *queries.notes),
+        )
+        context = Context(self.task, self.train, queries, measure, self)
+        return Scores(values, unit, provenance, columns=columns, context=context)
+
+    # -- shared steps -----------------------------------------------------------------------------
+
+    def _measured(
+        self, queries: Any, measure: Callable[..., Tensor]
+    ) -> tuple[Data, Callable[..., Tensor], Float[Tensor, "q p"]]:
+        """Checked queries and the gradient of each measurement."""
+        data, measure = as_data(queries), as_measure(measure)
+        checked_losses(self.task, data, "queries")
+        theta, layout = self.task.theta(), self.task.layout
+        rows = [
+            measure_gradients(self.task, measure, theta, self.task.to_device(batch))
+            for _, _, batch in data.batches(batch_size(layout.size, layout.dtype.itemsize))
+        ]
+        return data, measure, torch.cat(rows)
+
+    def _solve(self, vectors: Float[Tensor, "k p"]) -> Solution:
+        return self.solver.solve(self.state, vectors).throw()
+
+    def _batches(self):  # type: ignore[no-untyped-def]
+        size = batch_size(self.source.values_per_example, self.task.layout.dtype.itemsize)
+        return (self.task.to_device(batch) for _, _, batch in self.train.batches(size))
+
+    def _example(self, index: int) -> Any:
+        return self.task.to_device(self.train.take(self._group(index)))
+
+    def _group(self, group: int | Sequence[int]) -> list[int]:
+        indices = [int(group)] if isinstance(group, int) or not hasattr(group, "__len__") else [
+            int(i) for i in group
+        ]
+        n = len(self.train)
+        if not indices or len(set(indices)) < len(indices) or any(
+            not 0 <= i < n for i in indices
+        ):
+            raise ShapeError(
+                message(
+                    f"Training examples are named by distinct indices in 0…{n - 1}.",
+                    f"{indices[:10]}.",
+                    "indices of another data set, an empty group, or an example listed twice.",
+                    "pass each index once.",
+                )
+            )
+        return indices
+
+
+def _block_forms(
+    form: LinearForm, inverse: Float[Tensor, "p p"], z: Float[Tensor, "e i"]
+) -> Float[Tensor, "e c c"]:
+    """zᵀ A_ab z for each example and pair of outputs, A_ab a block of the inverse."""
+    c, width = form.outputs, form.width
+    inputs = width - (1 if form.bias else 0)
+    z = z.to(inverse.dtype)
+    index = torch.arange(c * inputs, device=z.device).reshape(c, inputs)
+    if form.bias:
+        biases = torch.arange(c, device=z.device)[:, None] + c * inputs
+        index = torch.cat([index, biases], dim=1)
+    result = z.new_empty(len(z), c, c)
+    for a in range(c):
+        for b in range(a, c):
+            block = inverse[index[a][:, None], index[b]]
+            result[:, a, b] = result[:, b, a] = ((z @ block) * z).sum(dim=1)
+    return result
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "upweight": _own_version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("upweight")
+    except importlib.metadata.PackageNotFoundError:
+        return "source tree"

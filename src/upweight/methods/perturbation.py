@@ -1,0 +1,102 @@
+"""Change a training example instead of its weight: its input, or its label.
+
+Koh & Liang (2017), §2.2: replacing zᵢ by z̃ moves weight 1 from one to the other, so
+
+    Δm_q ≈ S(q, z̃) − S(q, zᵢ) = −(1/n) ∇m_qᵀ (H + λI)⁻¹ [∇ℓ(z̃) − ∇ℓ(zᵢ)]
+
+and for a small change of the input x the derivative is (their Eq. 5, here with the weight's 1/n)
+
+    ∂S[q, i]/∂xᵢ = −(1/n) ∂/∂x ⟨(H + λI)⁻¹ ∇m_q, ∇θ ℓ(θ; x, yᵢ)⟩
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight._typing import Batch
+from upweight.errors import DtypeError, ShapeError, message
+from upweight.task.task import TARGET_KEYS, Task
+
+
+def gradient_products_by_input(
+    task: Task, vectors: Float[Tensor, "q p"], example: Batch, key: int | str
+) -> Float[Tensor, "q *x"]:
+    """∂/∂x ⟨v_q, ∇θ ℓ(θ̂; x, y)⟩ at one example, for each vector.
+
+    Args:
+        task: What was trained.
+        vectors: v_q, one per query.
+        example: A batch of one.
+        key: Which input: its place in the tuple, or its name in the dict.
+
+    Raises:
+        DtypeError: That input is not floating point, so it has no derivative.
+        ShapeError: There is no such input.
+    """
+    try:
+        x = example[key]  # type: ignore[index]
+    except (KeyError, IndexError) as error:
+        named = sorted(example) if isinstance(example, dict) else list(range(len(example) - 1))
+        raise ShapeError(
+            message(
+                "The input to perturb must be part of the example.",
+                f"input={key!r}; the example has {named}.",
+                "another name or place for the input.",
+                "name the place in the tuple or the key in the dict.",
+            )
+        ) from error
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise DtypeError(
+            message(
+                "A perturbation needs a floating-point input.",
+                f"{getattr(x, 'dtype', type(x).__name__)}.",
+                "token ids or raw bytes, between which there is no derivative.",
+                "perturb what the model computes from them (embeddings), or use relabeling or "
+                "removal.",
+            )
+        )
+    theta = task.theta()
+
+    def product(value: Tensor, v: Tensor) -> Tensor:
+        batch = _with(example, key, value)
+        gradient = torch.func.grad(lambda t: task.losses(t, batch)[0])(theta)
+        return gradient @ v
+
+    rows = torch.func.vmap(torch.func.grad(product), in_dims=(None, 0), chunk_size=16)
+    return rows(x, vectors)[:, 0]
+
+
+def relabeled(example: Batch, label: object) -> Batch:
+    """A batch of one with another target, in the dtype and shape of the old one.
+
+    Raises:
+        ShapeError: The new target does not have the old one's shape.
+    """
+    if isinstance(example, dict):
+        key: int | str = next(k for k in TARGET_KEYS if k in example)
+        old = example[key]
+    else:
+        key, old = len(example) - 1, example[-1]
+    # A weighted example keeps its weight: only y of (y, v) changes.
+    y = old[0] if isinstance(old, tuple | list) else old
+    new = torch.as_tensor(label, dtype=y.dtype, device=y.device)
+    if new.numel() != y[0].numel():
+        raise ShapeError(
+            message(
+                f"A new target must have the shape of the old one: {tuple(y.shape[1:])}.",
+                f"shape {tuple(new.shape)}.",
+                "several labels at once, or a class index where probabilities were trained on.",
+                "pass the target of one example.",
+            )
+        )
+    new = new.reshape(y.shape)
+    return _with(example, key, (new, *old[1:]) if isinstance(old, tuple | list) else new)
+
+
+def _with(example: Batch, key: int | str, value: object) -> Batch:
+    if isinstance(example, dict):
+        return {**example, key: value}  # type: ignore[dict-item]
+    place = int(key)
+    return tuple(value if j == place else part for j, part in enumerate(example))
+
+

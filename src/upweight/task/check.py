@@ -1,0 +1,259 @@
+"""Can this task be answered on these data? Refuse, with the way out, what cannot.
+
+Checked once per `fit` and per `attribute`, at the cost of one forward pass over the data: that the
+model is deterministic and treats examples one by one, that the loss is unreduced, that targets fit
+the loss, that gradients reach every chosen parameter, and that every loss is finite.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves
+
+from upweight._typing import Batch
+from upweight.errors import (
+    DataError,
+    DtypeError,
+    NonDeterministic,
+    NonFinite,
+    NotDifferentiable,
+    ShapeError,
+    UpweightError,
+    message,
+)
+from upweight.task.data import Data, batch_size
+from upweight.task.task import Task
+
+PROBE_EXAMPLES = 16
+
+
+def checked_losses(task: Task, data: Data, role: str) -> Float[Tensor, " n"]:
+    """ℓᵢ(θ̂) of every example, after the checks above.
+
+    Args:
+        task: What was trained.
+        data: The examples.
+        role: What they are called in messages: "training data" or "queries".
+
+    Raises:
+        DataError: There are no examples, or targets are out of range.
+        NonDeterministic: The model is in a training mode that matters, answers differently twice,
+            or lets the examples of a batch affect each other.
+        NotDifferentiable: No gradient reaches some chosen parameter.
+        NonFinite: A parameter or a loss is NaN or infinite.
+        ShapeError: The model does not accept the examples.
+        DtypeError: The model and the examples differ in dtype.
+        ScalarLoss: The loss is reduced over the batch.
+    """
+    _require_examples(data, role)
+    _require_eval_mode(task.model)
+    theta = task.theta()
+    _require_finite_parameters(task, theta)
+    probe = task.to_device(data.batch(0, min(PROBE_EXAMPLES, len(data))))
+    _require_deterministic(task, theta, data, probe, role)
+    _require_gradients(task, theta, probe)
+    size = batch_size(sum(x[0].numel() for x in _tensors(probe)) + 1, 8)
+    losses = []
+    for start, stop, batch in data.batches(size):
+        batch = task.to_device(batch)
+        with torch.no_grad():
+            outputs, targets = _outputs(task, theta, batch, role)
+            task.loss.check(outputs, targets)
+            values = task.losses(theta, batch)
+        _require_length(len(values), stop - start, role)
+        _require_finite_losses(values, start, batch, role)
+        losses.append(values)
+    return torch.cat(losses)
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def _require_examples(data: Data, role: str) -> None:
+    if len(data) == 0:
+        raise DataError(
+            message(
+                f"The {role} must hold at least one example.",
+                "0 examples.",
+                "a filter that matched nothing, or an empty split.",
+                f"check len(...) of what you pass as the {role}.",
+            )
+        )
+
+
+def _require_eval_mode(model: nn.Module) -> None:
+    random = [
+        f"{name or 'model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if module.training
+        and isinstance(module, _DropoutNd | _BatchNorm)
+        and getattr(module, "p", 1.0) > 0
+    ]
+    if random:
+        raise NonDeterministic(
+            message(
+                "The model must be in eval mode: θ̂ is one fixed function of each example.",
+                f"{len(random)} layers in training mode, first {random[0]}.",
+                "model.eval() was not called after training; dropout is then random and BatchNorm "
+                "mixes the examples of a batch.",
+                "call model.eval() before making the Task.",
+            )
+        )
+
+
+def _require_finite_parameters(task: Task, theta: Float[Tensor, " p"]) -> None:
+    if not bool(theta.isfinite().all()):
+        bad = [
+            k for k, v in task.layout.unflatten(theta).items() if not bool(v.isfinite().all())
+        ]
+        raise NonFinite(
+            message(
+                "The model's parameters must be finite.",
+                f"NaN or infinity in {', '.join(bad[:5])}.",
+                "training diverged.",
+                "train again with a smaller learning rate, or load an earlier checkpoint.",
+            )
+        )
+
+
+def _outputs(
+    task: Task, theta: Float[Tensor, " p"], batch: Batch, role: str
+) -> tuple[Tensor, object]:
+    """The model's outputs, with PyTorch's complaint translated."""
+    try:
+        outputs, targets = task.outputs(theta, batch)
+    except UpweightError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in _tensors(batch))
+        dtypes = {x.dtype for x in _tensors(batch)[:1]}
+        kind = DtypeError if dtypes - {task.layout.dtype} else ShapeError
+        raise kind(
+            message(
+                f"The model must accept the {role}; its parameters are {task.layout.dtype}.",
+                f"a batch of {given}. PyTorch says: {str(error).splitlines()[0]}",
+                "inputs of another dtype (NumPy's default is float64, images are often uint8) or "
+                "another shape than in training.",
+                f"convert the inputs (X.astype('{str(task.layout.dtype).removeprefix('torch.')}')),"
+                " or say how to call the model with Task(forward=...).",
+            )
+        ) from error
+    if not isinstance(outputs, Tensor) or outputs.ndim == 0:
+        raise ShapeError(
+            message(
+                "The model must return one tensor [b, ...] with the examples on its first axis.",
+                f"{type(outputs).__name__}"
+                f"{' of shape ()' if isinstance(outputs, Tensor) else ''}.",
+                "a model that returns several tensors, or its own loss.",
+                "say how to get the outputs with Task(forward=lambda model, batch: "
+                "(outputs, targets)).",
+            )
+        )
+    return outputs, targets
+
+
+def _require_length(given: int, expected: int, role: str) -> None:
+    if given != expected:
+        raise ShapeError(
+            message(
+                "The model must return one output per example.",
+                f"{given} outputs for {expected} {role}.",
+                "a model that flattens or pools over the batch axis.",
+                "keep the examples on the first axis throughout.",
+            )
+        )
+
+
+def _require_deterministic(
+    task: Task, theta: Float[Tensor, " p"], data: Data, probe: Batch, role: str
+) -> None:
+    with torch.no_grad():
+        once, targets = _outputs(task, theta, probe, role)
+        twice, _ = _outputs(task, theta, probe, role)
+        alone, _ = _outputs(task, theta, task.to_device(data.batch(0, 1)), role)
+    if not torch.equal(once, twice) and not bool(once.isnan().any()):
+        raise NonDeterministic(
+            message(
+                "The model must give the same outputs for the same inputs.",
+                f"outputs that differ by up to {float((once - twice).abs().max()):.2e} "
+                "between two calls.",
+                "randomness inside forward (functional dropout, sampling, random augmentation).",
+                "call model.eval(), and take random steps out of forward.",
+            )
+        )
+    _require_length(len(once), min(PROBE_EXAMPLES, len(data)), role)
+    task.loss.check(once, targets)
+    # Another batch size may round differently; coupling through batch statistics is far larger.
+    tolerance = 1e4 * torch.finfo(once.dtype).eps if once.is_floating_point() else 0.0
+    scale = float(once.abs().max()) + 1.0
+    same_shape = alone.shape[1:] == once.shape[1:]  # a collate function may pad to the longest
+    if same_shape and float((alone[0] - once[0]).abs().max()) > tolerance * scale:
+        raise NonDeterministic(
+            message(
+                "Each example's output must not depend on the other examples of its batch.",
+                f"an output that moves by {float((alone[0] - once[0]).abs().max()):.2e} when its "
+                "example is passed alone.",
+                "batch statistics in forward: BatchNorm without running statistics, or a "
+                "contrastive model.",
+                "use layers that treat examples one by one (running statistics, LayerNorm).",
+            )
+        )
+
+
+def _require_gradients(task: Task, theta: Float[Tensor, " p"], probe: Batch) -> None:
+    params = {k: v.clone().requires_grad_() for k, v in task.layout.unflatten(theta).items()}
+    with torch.enable_grad():
+        losses = task.losses(params, probe)
+        if not losses.requires_grad:
+            unreached = list(params)
+            gradients: tuple[Tensor | None, ...] = ()
+        else:
+            gradients = torch.autograd.grad(losses.sum(), list(params.values()), allow_unused=True)
+            unreached = [k for k, g in zip(params, gradients, strict=True) if g is None]
+    if unreached:
+        raise NotDifferentiable(
+            message(
+                "The loss must depend on every chosen parameter through differentiable steps.",
+                f"no gradient reaches {', '.join(unreached[:5])}"
+                f"{f' and {len(unreached) - 5} more' if len(unreached) > 5 else ''}.",
+                "layers that forward does not use, .detach(), no_grad(), argmax or rounding.",
+                'leave unused parameters out with Task(params="pattern"), or replace the step '
+                "that cuts the gradient.",
+            )
+        )
+    silent = all(not bool(g.any()) for g in gradients if g is not None)
+    if silent and bool((losses.detach() != 0).any()):
+        raise NotDifferentiable(
+            message(
+                "Some example must have a gradient that is not exactly zero.",
+                f"{len(losses)} examples with losses up to {float(losses.abs().max()):.3g} and "
+                "gradients of exactly 0.",
+                "a rounding, sign or threshold step (its derivative is 0), or a loss saturated in "
+                "this dtype.",
+                "replace the step by a smooth one, or use float64.",
+            )
+        )
+
+
+def _require_finite_losses(
+    losses: Float[Tensor, " b"], start: int, batch: Batch, role: str
+) -> None:
+    bad = (~losses.isfinite()).nonzero()[:, 0]
+    if len(bad):
+        first = int(bad[0])
+        inputs = [x[first] for x in _tensors(batch) if x.is_floating_point()]
+        from_data = any(not bool(x.isfinite().all()) for x in inputs)
+        raise NonFinite(
+            message(
+                f"Every loss over the {role} must be finite.",
+                f"{len(bad)} losses in this batch are not; the first is example {start + first} "
+                f"(loss {float(losses[first])})"
+                f"{', whose inputs or targets hold NaN or infinity' if from_data else ''}.",
+                "missing values in the data." if from_data else "overflow, or log or division by 0.",
+                "remove or impute these examples." if from_data
+                else "compute the loss from logits (log_softmax), or use float64.",
+            )
+        )

@@ -1,0 +1,97 @@
+"""m(θ; q): what is asked of the model about each query.
+
+A measure is `(task, params, batch) -> [q]`. Any function `(outputs, targets) -> [q]` may stand in
+its place.
+"""
+
+import abc
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight._typing import Batch, Params
+from upweight.task.task import Task
+
+
+class Measure(abc.ABC):
+    """m(θ; q) for each query of a batch."""
+
+    @abc.abstractmethod
+    def __call__(self, task: Task, params: Params, batch: Batch) -> Float[Tensor, " q"]:
+        """The measurement of each query."""
+
+
+@dataclass(frozen=True)
+class Loss(Measure):
+    """m = ℓ(θ; q): the training loss on the query, without the penalty."""
+
+    def __call__(self, task: Task, params: Params, batch: Batch) -> Float[Tensor, " q"]:
+        return task.losses(params, batch)
+
+
+@dataclass(frozen=True)
+class LogProb(Measure):
+    """m = log p(y | x; θ)."""
+
+    def __call__(self, task: Task, params: Params, batch: Batch) -> Float[Tensor, " q"]:
+        return task.loss.log_prob(*task.outputs(params, batch))
+
+
+@dataclass(frozen=True)
+class Margin(Measure):
+    """m = log p(y | x; θ) − log(1 − p(y | x; θ)): positive where the model is right (Park 2023)."""
+
+    def __call__(self, task: Task, params: Params, batch: Batch) -> Float[Tensor, " q"]:
+        return task.loss.margin(*task.outputs(params, batch))
+
+
+@dataclass(frozen=True)
+class Logit(Measure):
+    """m = f[index]: one output of the model; by default the one the integer target names.
+
+    Args:
+        index: Which output, or None for the target's class. Outputs `[q]` have only index 0.
+    """
+
+    index: int | None = None
+
+    def __call__(self, task: Task, params: Params, batch: Batch) -> Float[Tensor, " q"]:
+        outputs, targets = task.outputs(params, batch)
+        flat = outputs.reshape(len(outputs), -1)
+        if self.index is not None:
+            return flat[:, self.index]
+        if flat.shape[1] == 1:
+            return flat[:, 0]
+        return flat.gather(1, targets.reshape(-1, 1).long())[:, 0]
+
+
+@dataclass(frozen=True)
+class OutputMeasure(Measure):
+    """m = function(outputs, targets), any function that returns one number per query."""
+
+    function: Callable[[Tensor, Any], Tensor]
+
+    def __call__(self, task: Task, params: Params, batch: Batch) -> Float[Tensor, " q"]:
+        return self.function(*task.outputs(params, batch))
+
+
+def as_measure(measure: Measure | Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A measure from what the user holds.
+
+    A function of two arguments is `(outputs, targets) -> [q]`; one of three is already
+    `(task, params, batch) -> [q]`.
+    """
+    if isinstance(measure, Measure):
+        return measure
+    signature = inspect.signature(measure)
+    required = [
+        p
+        for p in signature.parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return measure if len(required) == 3 else OutputMeasure(measure)

@@ -1,0 +1,147 @@
+"""θ as one flat vector: which parameters, in which order.
+
+A vector is one flat tensor over its last axis and a `Layout` names its slices. Parameters are
+chosen by glob; those with `requires_grad=False` were not trained and are never part of θ.
+"""
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from upweight.errors import DtypeError, ShapeError, UnsupportedModel, message
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether any glob of `patterns` matches the parameter's name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of the chosen parameters, in the order of the flat vector.
+
+    Args:
+        names: Parameter names as in `model.named_parameters()`; a tied parameter appears once.
+        shapes: The shape of each.
+        dtype: Their common dtype.
+        device: Their common device.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: nn.Module, patterns: Sequence[str]) -> "Layout":
+        """The trainable parameters of `model` whose name, or an alias of it, matches a glob.
+
+        Raises:
+            UnsupportedModel: No parameter is chosen.
+            DtypeError: The chosen parameters differ in dtype, or are not floating point.
+            ShapeError: The chosen parameters are on several devices.
+        """
+        aliases: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            aliases.setdefault(id(parameter), []).append(name)
+        chosen = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and any(matches(a, patterns) for a in aliases[id(parameter)])
+        }
+        if not chosen:
+            raise UnsupportedModel(_nothing_chosen(model, patterns))
+        dtypes = {p.dtype for p in chosen.values()}
+        if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
+            raise DtypeError(
+                message(
+                    "The chosen parameters must share one floating-point dtype.",
+                    ", ".join(f"{name}: {p.dtype}" for name, p in chosen.items()),
+                    "a model loaded in mixed precision or partly quantized.",
+                    "convert the model (model.float() or model.double()), or choose fewer "
+                    'parameters with Task(params="pattern").',
+                )
+            )
+        devices = {p.device for p in chosen.values()}
+        if len(devices) > 1:
+            raise ShapeError(
+                message(
+                    "The chosen parameters must be on one device.",
+                    ", ".join(sorted(map(str, devices))),
+                    "a model split over several devices.",
+                    'choose the parameters of one device with Task(params="pattern").',
+                )
+            )
+        shapes = tuple(tuple(p.shape) for p in chosen.values())
+        return cls(tuple(chosen), shapes, dtypes.pop(), devices.pop())
+
+    @property
+    def size(self) -> int:
+        """p, the length of the flat vector."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def slices(self) -> dict[str, slice]:
+        """Where each parameter lies in the flat vector."""
+        where, start = {}, 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            where[name] = slice(start, start + math.prod(shape))
+            start = where[name].stop
+        return where
+
+    def flatten(self, params: Mapping[str, Tensor]) -> Float[Tensor, "*k p"]:
+        """One flat vector from parameters by name; leading axes they share are kept."""
+        axes = [len(shape) for shape in self.shapes]
+        pieces = []
+        for name, ndim in zip(self.names, axes, strict=True):
+            value = params[name]
+            pieces.append(value.reshape(*value.shape[: value.ndim - ndim], -1))
+        return torch.cat(pieces, dim=-1)
+
+    def unflatten(self, vector: Float[Tensor, "*k p"]) -> dict[str, Tensor]:
+        """Views of a flat vector as parameters by name, each `[*k, *shape]`.
+
+        Raises:
+            ShapeError: The last axis is not p long.
+        """
+        if vector.shape[-1] != self.size:
+            raise ShapeError(
+                message(
+                    f"A vector over the chosen parameters has {self.size} entries.",
+                    f"a tensor of shape {tuple(vector.shape)}.",
+                    "a vector made for another model or another choice of parameters.",
+                    "build it with layout.flatten(...).",
+                )
+            )
+        lead = vector.shape[:-1]
+        return {
+            name: vector[..., where].reshape(*lead, *shape)
+            for (name, where), shape in zip(self.slices.items(), self.shapes, strict=True)
+        }
+
+    def mask(self, patterns: Sequence[str]) -> Bool[Tensor, " p"]:
+        """True at the entries of parameters whose name matches a glob."""
+        mask = torch.zeros(self.size, dtype=torch.bool, device=self.device)
+        for name, where in self.slices.items():
+            mask[where] = matches(name, patterns)
+        return mask
+
+
+def _nothing_chosen(model: nn.Module, patterns: Sequence[str]) -> str:
+    names = [
+        f"{name}{'' if p.requires_grad else ' (requires_grad=False)'}"
+        for name, p in model.named_parameters()
+    ]
+    shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+    return message(
+        f"Task(params={list(patterns)!r}) must choose at least one trainable parameter.",
+        f"a model with these parameters: {shown or 'none'}.",
+        "a glob that matches no name, or layers frozen with requires_grad_(False).",
+        "name the parameters as model.named_parameters() does, or call requires_grad_(True) "
+        "on the ones that were trained.",
+    )
