@@ -27,6 +27,44 @@ from upweight.task.losses import (
     SquaredError,
     Weighted,
 )
-from upweight.task.measures import LogProb, Logit, Loss, Margin, Measure
+from upweight.task.measures import Logit, LogProb, Loss, Margin, Measure
 from upweight.task.penalties import L2, NoPenalty, SumToZero
 from upweight.task.task import Task
+
+__all__ = [
+    "CG",
+    "GGN",
+    "L2",
+    "MINRES",
+    "Absolute",
+    "Auto",
+    "Bernoulli",
+    "BlockCG",
+    "Cholesky",
+    "Context",
+    "CrossEntropy",
+    "Data",
+    "EmpiricalFisher",
+    "Fisher",
+    "Hessian",
+    "Influence",
+    "LogProb",
+    "Logit",
+    "Loss",
+    "Margin",
+    "Measure",
+    "NoPenalty",
+    "Poisson",
+    "Provenance",
+    "Ranking",
+    "Relative",
+    "Scores",
+    "SmoothHinge",
+    "SquaredError",
+    "SumToZero",
+    "Task",
+    "Unit",
+    "Weighted",
+    "as_data",
+    "errors",
+]

@@ -3,6 +3,7 @@
     UpweightError
     ├── ShapeError            sizes that must agree do not            (ValueError)
     ├── DtypeError            dtypes that must agree do not           (TypeError)
+    ├── SpecError             a hyperparameter has no such value      (ValueError)
     ├── DataError             the data cannot be indexed or are empty (ValueError)
     ├── ScalarLoss            a loss was reduced over the batch       (ValueError)
     ├── NonFinite             NaN or infinity, named by example       (ValueError)
@@ -36,6 +37,10 @@ class ShapeError(UpweightError, ValueError):
 
 class DtypeError(UpweightError, TypeError):
     """Dtypes that must agree do not."""
+
+
+class SpecError(UpweightError, ValueError):
+    """A hyperparameter has a value that means nothing."""
 
 
 class DataError(UpweightError, ValueError):

@@ -1,4 +1,4 @@
-"""What an estimator of S must offer; `evaluation`, `applications` and `report` know no more of it."""
+"""What an estimator of S must offer; evaluation, applications and report know no more of it."""
 
 from typing import Any, Protocol
 

@@ -6,8 +6,10 @@ Upweighting example i raises m_q where S > 0. Removing it is wᵢ = 0, so Δm_q 
 """
 
 import enum
+import importlib.metadata
 import json
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +20,14 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from upweight.errors import MissingContext, NonFinite, ShapeError, StaleStore, UpweightError, message
+from upweight.errors import (
+    MissingContext,
+    NonFinite,
+    ShapeError,
+    StaleStore,
+    UpweightError,
+    message,
+)
 from upweight.runtime.fingerprint import digest
 from upweight.task.data import Data
 from upweight.task.task import Task
@@ -65,6 +74,15 @@ class Provenance:
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def library_versions() -> dict[str, str]:
+    """What the numbers were computed with."""
+    try:
+        own = importlib.metadata.version("upweight")
+    except importlib.metadata.PackageNotFoundError:
+        own = "source tree"
+    return {"upweight": own, "torch": torch.__version__, "python": platform.python_version()}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """E_ŷ[g gᵀ] with ŷ ~ p(· | f): the Fisher information, by sampling labels from the model."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from upweight._typing import Batch
 from upweight.curvature.curvature import BatchTerms, mean_plus_penalty
@@ -58,11 +60,14 @@ class Fisher:
             outputs, _ = task.outputs(task.theta(), batch)
         # The drawn labels travel with the batch, so that vmap maps over both.
         drawn = task.loss.sample(outputs, generator)
+        def forward(model: nn.Module, pair: Any) -> tuple[Any, Any]:
+            return task.forward(model, pair[0])[0], pair[1]
+
         relabeled = Task(
             task.model,
             task.loss,
             task.penalty,
             task.params,
-            forward=lambda model, pair: (task.forward(model, pair[0])[0], pair[1]),
+            forward=forward,
         )
         return outer_products(relabeled, (batch, drawn))

@@ -43,10 +43,10 @@ class GaussNewtonTerm(BatchTerm):
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
         theta = self.task.theta()
-        _, pullback = torch.func.vjp(self.function, theta)
+        pullback = torch.func.vjp(self.function, theta)[1]
 
         def one(direction: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
-            _, jv = torch.func.jvp(self.function, (theta,), (direction,))
+            jv = torch.func.jvp(self.function, (theta,), (direction,))[1]
             if self.lambdas is not None:
                 jv = (self.lambdas @ jv[:, :, None])[:, :, 0]
             return pullback(jv)[0]

@@ -29,7 +29,7 @@ class HessianTerm(BatchTerm):
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
         gradient = torch.func.grad(lambda t: self.task.losses(t, self.batch).sum())
-        _, pullback = torch.func.vjp(gradient, self.task.theta())
+        pullback = torch.func.vjp(gradient, self.task.theta())[1]
         flat = v.reshape(-1, v.shape[-1])
         rows = torch.func.vmap(lambda u: pullback(u)[0], chunk_size=16)(flat)
         return rows.reshape(v.shape)

@@ -71,9 +71,7 @@ class LinearTerm(BatchTerm):
             gram[start:, start:stop] = panel.T
         return gram
 
-    def _place(
-        self, out: Float[Tensor, "p p"], a: int, d: int, gram: Float[Tensor, "i i"]
-    ) -> None:
+    def _place(self, out: Float[Tensor, "p p"], a: int, d: int, gram: Float[Tensor, "i i"]) -> None:
         """Add rows and columns over `[W | b]` of outputs a, d where the layout keeps them."""
         inputs = self.form.width - (1 if self.form.bias else 0)
         rows, columns = slice(a * inputs, (a + 1) * inputs), slice(d * inputs, (d + 1) * inputs)
@@ -83,6 +81,7 @@ class LinearTerm(BatchTerm):
             out[rows, biases + d] += gram[:inputs, inputs]
             out[biases + a, columns] += gram[inputs, :inputs]
             out[biases + a, biases + d] += gram[inputs, inputs]
+
 
 def linear_term(task: Task, form: LinearForm, data: Data) -> LinearTerm:
     """The term of all examples, from one forward pass over them."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch
-from upweight.errors import ScalarLoss, message
 from upweight.task.task import Task
 
 
@@ -27,26 +26,10 @@ def per_sample_gradients(
 def measure_gradients(
     task: Task, measure: Callable[..., Tensor], theta: Float[Tensor, " p"], batch: Batch
 ) -> Float[Tensor, "b p"]:
-    """∇θ m(θ; q) for each query of a batch.
-
-    Raises:
-        ScalarLoss: The measure is reduced over the batch.
-    """
-
-    def one(t: Tensor, b: Batch) -> Tensor:
-        values = measure(task, task.named(t), b)
-        if values.shape != (1,):
-            raise ScalarLoss(
-                message(
-                    "A measure must return one value per query: shape (q,).",
-                    f"{measure!r} returned shape {tuple(values.shape)} for 1 query.",
-                    "a mean or sum over the queries, or one value per output.",
-                    "reduce over every axis but the first.",
-                )
-            )
-        return values[0]
-
-    return _per_sample(torch.func.grad, one, theta, batch)
+    """∇θ m(θ; q) for each query of a batch."""
+    return _per_sample(
+        torch.func.grad, lambda t, b: measure(task, task.named(t), b)[0], theta, batch
+    )
 
 
 def output_jacobians(

@@ -1,7 +1,7 @@
 """S[q, i] = ∂m_q/∂wᵢ: one file per idea in the literature.
 
-    influence.py      −(1/n) ∇mᵀ (H + λI)⁻¹ ∇ℓᵢ, and what else one factorization answers
-    removal.py        the Newton step for removals: leverage correction, groups
-    perturbation.py   changing a training input or a label instead of its weight
-    classical.py      leverage, Cook's distance and their kin for (generalized) linear models
+influence.py      −(1/n) ∇mᵀ (H + λI)⁻¹ ∇ℓᵢ, and what else one factorization answers
+removal.py        the Newton step for removals: leverage correction, groups
+perturbation.py   changing a training input or a label instead of its weight
+classical.py      leverage, Cook's distance and their kin for (generalized) linear models
 """

@@ -7,11 +7,11 @@ movement of the parameters, removals by a Newton step, and changes of inputs and
 This is one of the two places of the library that divide by n: the weight's share of the mean.
 """
 
-import importlib.metadata
+import functools
 import math
-import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,21 +20,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._typing import Batch
 from upweight.curvature.curvature import Curvature
+from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
 from upweight.errors import ShapeError, message
 from upweight.gradients.functional import measure_gradients
-from upweight.gradients.linear import LinearForm
-from upweight.gradients.source import FactoredLinear, GradientSource, contract, gradient_source
+from upweight.gradients.source import FactoredLinear, GradientSource, gradient_source
 from upweight.linalg.cholesky import Cholesky
 from upweight.linalg.damping import Damping, as_damping, damped
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solve import Auto, Solver
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
-from upweight.methods.removal import corrected_output_gradients, group_output_gradients
-from upweight.scores import Context, Provenance, Scores, Unit
-from upweight.task.check import checked_losses
+from upweight.methods.removal import LinearRemovals
+from upweight.scores import Context, Provenance, Scores, Unit, library_versions
+from upweight.task.check import checked_losses, checked_measurements
 from upweight.task.data import Data, as_data, batch_size
 from upweight.task.measures import Loss, as_measure
 from upweight.task.task import Task
@@ -123,6 +124,7 @@ class Influence:
             damping=damping,
             mean_loss=float(losses.double().mean()),
             seconds={},
+            notes=(*data.notes, *_precision_notes(task)),
         )
         self._require_operator(fitted)
         fitted.seconds["fit"] = time.perf_counter() - started
@@ -148,6 +150,7 @@ class FittedInfluence:
         damping: λ.
         mean_loss: (1/n) Σ ℓᵢ(θ̂).
         seconds: Time spent, by stage.
+        notes: What was chosen or warned of on the way.
     """
 
     spec: Influence
@@ -160,11 +163,14 @@ class FittedInfluence:
     damping: float
     mean_loss: float
     seconds: dict[str, float]
+    notes: tuple[str, ...]
 
     # -- scores ---------------------------------------------------------------------------------
 
     def attribute(
-        self, queries: Any, measure: Callable[..., Tensor] = Loss()  # noqa: B008  a frozen spec
+        self,
+        queries: Any,
+        measure: Callable[..., Tensor] = Loss(),  # noqa: B008  a frozen spec
     ) -> Scores:
         """S[q, i] = ∂m_q/∂wᵢ for every query and training example.
 
@@ -186,7 +192,7 @@ class FittedInfluence:
             [self.source.inner(solution.value, batch) for batch in self._batches()], dim=1
         )
         return self._scores(
-            -values / len(self.train), Unit.DERIVATIVE, data, measure, solution, started
+            -values * self._share, Unit.DERIVATIVE, data, measure, solution, started
         )
 
     def self_influence(self) -> Float[Tensor, " n"]:
@@ -198,14 +204,12 @@ class FittedInfluence:
 
         Cost: n solves, or one inverse where the model is linear in θ.
         """
+        if self._linear is not None:
+            return self._linear.self_influence()
         parts = []
-        if isinstance(self.source, FactoredLinear):
-            for delta, _, leverage in self._leverages(range(len(self.train))):
-                parts.append(-torch.einsum("ea,eab,eb->e", delta, leverage, delta))
-            return torch.cat(parts)
         for batch in self._batches():
             rows = self.source.rows(batch)
-            parts.append(-(rows * self._solve(rows).value).sum(dim=1) / len(self.train))
+            parts.append(-self._share * (rows * self._solve(rows).value).sum(dim=1))
         return torch.cat(parts)
 
     # -- what moves the parameters ----------------------------------------------------------------
@@ -259,104 +263,41 @@ class FittedInfluence:
         data, measure, gradients = self._measured(queries, measure)
         solution = self._solve(gradients)
         named = None if groups is None else [self._group(group) for group in groups]
-        if isinstance(self.source, FactoredLinear):
-            values = self._linear_removals(solution.value, named)
+        every = [[i] for i in range(len(self.train))] if named is None else named
+        linear = self._linear_removals
+        if linear is None:
+            parts = [gradients @ self._newton_step(group) for group in every]
+            values = torch.stack(parts, dim=1)
+        elif all(len(group) == 1 for group in every):
+            values = linear.each(solution.value, [group[0] for group in every])
         else:
-            every = named or [[i] for i in range(len(self.train))]
-            values = torch.stack([gradients @ self._newton_step(group) for group in every], dim=1)
+            parts = [linear.together(solution.value, group) for group in every]
+            values = torch.stack(parts, dim=1)
         columns = None if named is None else tuple(",".join(map(str, g)) for g in named)
-        return self._scores(
-            values, Unit.DIFFERENCE, data, measure, solution, started, columns
-        )
+        return self._scores(values, Unit.DIFFERENCE, data, measure, solution, started, columns)
 
     def removal_step(self, examples: Sequence[int]) -> Mapping[str, Tensor]:
         """Δθ of removing the examples together by one Newton step, by parameter name."""
         group = self._group(list(examples))
-        if not isinstance(self.source, FactoredLinear):
-            return self.task.layout.unflatten(self._newton_step(group))
-        u, z = self._group_factors(self.source.form, group)
-        total = self.source.form.flatten(u.T @ z)
-        return self.task.layout.unflatten(self._solve(total[None]).value[0] / len(self.train))
+        linear = self._linear_removals
+        step = self._newton_step(group) if linear is None else linear.step(group)
+        return self.task.layout.unflatten(step)
 
-    def _linear_removals(
-        self, solved: Float[Tensor, "q p"], groups: list[list[int]] | None
-    ) -> Float[Tensor, "q g"]:
-        assert isinstance(self.source, FactoredLinear)
-        form, n = self.source.form, len(self.train)
-        vectors = form.matrix(solved)
-        if groups is not None and any(len(group) > 1 for group in groups):
-            columns = []
-            for group in groups:
-                u, z = self._group_factors(form, group)
-                columns.append(contract(vectors, u, z).sum(dim=1) / n)
-            return torch.stack(columns, dim=1)
-        examples = range(n) if groups is None else [group[0] for group in groups]
-        parts, start = [], 0
-        for delta, lambdas, leverage in self._leverages(examples):
-            chosen = examples[start : start + len(delta)]
-            start += len(delta)
-            u = corrected_output_gradients(delta, lambdas, leverage)
-            z = form.features(self.task, self.task.to_device(self.train.take(chosen)))
-            parts.append(contract(vectors, u, z) / n)
-        return torch.cat(parts, dim=1)
-
-    def _leverages(self, examples: Sequence[int]):  # type: ignore[no-untyped-def]
-        """(δ, Λ, K) in chunks of examples, K = (1/n) J (H + λI)⁻¹ Jᵀ."""
-        assert isinstance(self.source, FactoredLinear)
-        form, n = self.source.form, len(self.train)
-        c, p = form.outputs, self.task.layout.size
-        inverse = None
-        # Solves cost 2 p² per right-hand side, the inverse (2/3) p³ once: cheaper from p/3 on.
-        if isinstance(self.solver, Cholesky) and len(examples) * c > p / 3:
-            inverse = self._inverse
-        size = batch_size(c * p if inverse is None else c * form.width, 8)
-        for start in range(0, len(examples), size):
-            chosen = examples[start : start + size]
-            delta, lambdas, z = self._output_derivatives(chosen)
-            if inverse is None:
-                leverage = self._jacobian_products(form, z)
-                leverage = leverage.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-            else:
-                leverage = _block_forms(form, inverse, z).to(z.dtype)
-            yield delta, lambdas, leverage / n
+    @property
+    def _linear_removals(self) -> LinearRemovals | None:
+        """The fast path, where an example's share of H is Jᵀ Λ J: not for the Fishers' g gᵀ."""
+        return self._linear if isinstance(self.spec.curvature, Hessian | GGN) else None
 
     @cached_property
-    def _inverse(self) -> Float[Tensor, "p p"]:
-        assert isinstance(self.solver, Cholesky)
-        return self.solver.inverse_dense(self.state)
-
-    def _output_derivatives(
-        self, examples: Sequence[int]
-    ) -> tuple[Float[Tensor, "e c"], Float[Tensor, "e c c"], Float[Tensor, "e i"]]:
-        """(δ, Λ, z) of some training examples."""
-        assert isinstance(self.source, FactoredLinear)
-        batch = self.task.to_device(self.train.take(examples))
-        with torch.no_grad():
-            outputs, targets = self.task.outputs(self.task.theta(), batch)
-        loss, form = self.task.loss, self.source.form
-        return (
-            loss.gradient(outputs, targets),
-            loss.hessian(outputs, targets),
-            form.features(self.task, batch),
+    def _linear(self) -> LinearRemovals | None:
+        if not isinstance(self.source, FactoredLinear):
+            return None
+        inverse = None
+        if isinstance(self.solver, Cholesky):
+            inverse = functools.partial(self.solver.inverse_dense, self.state)
+        return LinearRemovals(
+            self.source, self.train, lambda v: self._solve(v).value, inverse, self._share
         )
-
-    def _jacobian_products(
-        self, form: LinearForm, z: Float[Tensor, "e i"]
-    ) -> Float[Tensor, "e c e c"]:
-        """J (H + λI)⁻¹ Jᵀ over some examples: J has a row per example and output."""
-        e, c = len(z), form.outputs
-        identity = torch.eye(c, dtype=z.dtype, device=z.device)
-        jacobian = form.flatten(identity[None, :, :, None] * z[:, None, None, :])
-        solved = self._solve(jacobian.reshape(e * c, -1)).value
-        return (jacobian.reshape(e * c, -1) @ solved.T).reshape(e, c, e, c)
-
-    def _group_factors(
-        self, form: LinearForm, group: list[int]
-    ) -> tuple[Float[Tensor, "e c"], Float[Tensor, "e i"]]:
-        """u and z of one group removed together."""
-        delta, lambdas, z = self._output_derivatives(group)
-        leverage = self._jacobian_products(form, z) / len(self.train)
-        return group_output_gradients(delta, lambdas, leverage), z
 
     def _newton_step(self, group: list[int]) -> Float[Tensor, " p"]:
         """Δθ of removing a group, with the curvature of what is kept factorized anew."""
@@ -365,7 +306,7 @@ class FittedInfluence:
         operator = damped(self.spec.curvature.fit(self.task, kept, n=n), self.damping)
         total = self.source.total(self.task.to_device(self.train.take(group)))
         solver = self.spec.solver
-        return solver.solve(solver.init(operator), total / n).throw().value
+        return solver.solve(solver.init(operator), total * self._share).throw().value
 
     # -- changed inputs and labels ----------------------------------------------------------------
 
@@ -396,7 +337,7 @@ class FittedInfluence:
         _, _, gradients = self._measured(queries, measure)
         vectors = self._solve(gradients).value
         products = gradient_products_by_input(self.task, vectors, self._example(example), input)
-        return -products / len(self.train)
+        return -products * self._share
 
     def relabel_influence(
         self,
@@ -416,7 +357,7 @@ class FittedInfluence:
         old = self._example(example)
         new = relabeled(old, label)
         change = self.source.inner(vectors, new) - self.source.inner(vectors, old)
-        return -change[:, 0] / len(self.train)
+        return -change[:, 0] * self._share
 
     # -- health -----------------------------------------------------------------------------------
 
@@ -436,7 +377,7 @@ class FittedInfluence:
         """∇J(θ̂) = (1/n) Σ gᵢ + ∇R."""
         total = torch.stack([self.source.total(batch) for batch in self._batches()]).sum(dim=0)
         penalty = self.task.penalty.gradient(self.task.theta(), self.task.layout)
-        return total / len(self.train) + penalty
+        return total * self._share + penalty
 
     def _scores(
         self,
@@ -478,11 +419,16 @@ class FittedInfluence:
             device=str(layout.device),
             health=health,
             seconds=seconds,
-            versions=_versions(),
-            notes=(*self.train.notes, *queries.notes),
+            versions=library_versions(),
+            notes=(*self.notes, *queries.notes),
         )
         context = Context(self.task, self.train, queries, measure, self)
         return Scores(values, unit, provenance, columns=columns, context=context)
+
+    @property
+    def _share(self) -> float:
+        """1/n, the weight of one example in the mean: the only division by n in the methods."""
+        return 1.0 / len(self.train)
 
     # -- shared steps -----------------------------------------------------------------------------
 
@@ -492,6 +438,7 @@ class FittedInfluence:
         """Checked queries and the gradient of each measurement."""
         data, measure = as_data(queries), as_measure(measure)
         checked_losses(self.task, data, "queries")
+        checked_measurements(self.task, measure, data)
         theta, layout = self.task.theta(), self.task.layout
         rows = [
             measure_gradients(self.task, measure, theta, self.task.to_device(batch))
@@ -502,7 +449,7 @@ class FittedInfluence:
     def _solve(self, vectors: Float[Tensor, "k p"]) -> Solution:
         return self.solver.solve(self.state, vectors).throw()
 
-    def _batches(self):  # type: ignore[no-untyped-def]
+    def _batches(self) -> Iterator[Batch]:
         size = batch_size(self.source.values_per_example, self.task.layout.dtype.itemsize)
         return (self.task.to_device(batch) for _, _, batch in self.train.batches(size))
 
@@ -510,13 +457,9 @@ class FittedInfluence:
         return self.task.to_device(self.train.take(self._group(index)))
 
     def _group(self, group: int | Sequence[int]) -> list[int]:
-        indices = [int(group)] if isinstance(group, int) or not hasattr(group, "__len__") else [
-            int(i) for i in group
-        ]
+        indices: list[int] = torch.as_tensor(group).reshape(-1).tolist()
         n = len(self.train)
-        if not indices or len(set(indices)) < len(indices) or any(
-            not 0 <= i < n for i in indices
-        ):
+        if not indices or len(set(indices)) < len(indices) or any(not 0 <= i < n for i in indices):
             raise ShapeError(
                 message(
                     f"Training examples are named by distinct indices in 0…{n - 1}.",
@@ -528,35 +471,13 @@ class FittedInfluence:
         return indices
 
 
-def _block_forms(
-    form: LinearForm, inverse: Float[Tensor, "p p"], z: Float[Tensor, "e i"]
-) -> Float[Tensor, "e c c"]:
-    """zᵀ A_ab z for each example and pair of outputs, A_ab a block of the inverse."""
-    c, width = form.outputs, form.width
-    inputs = width - (1 if form.bias else 0)
-    z = z.to(inverse.dtype)
-    index = torch.arange(c * inputs, device=z.device).reshape(c, inputs)
-    if form.bias:
-        biases = torch.arange(c, device=z.device)[:, None] + c * inputs
-        index = torch.cat([index, biases], dim=1)
-    result = z.new_empty(len(z), c, c)
-    for a in range(c):
-        for b in range(a, c):
-            block = inverse[index[a][:, None], index[b]]
-            result[:, a, b] = result[:, b, a] = ((z @ block) * z).sum(dim=1)
-    return result
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "upweight": _own_version(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("upweight")
-    except importlib.metadata.PackageNotFoundError:
-        return "source tree"
+def _precision_notes(task: Task) -> tuple[str, ...]:
+    if task.layout.dtype.itemsize >= 4:
+        return ()
+    digits = -math.log10(torch.finfo(task.layout.dtype).eps)
+    note = (
+        f"parameters are {str(task.layout.dtype).removeprefix('torch.')}: gradients and scores "
+        f"carry about {digits:.0f} digits; model.float() gives 7"
+    )
+    warnings.warn(note, UserWarning, stacklevel=3)
+    return (note,)

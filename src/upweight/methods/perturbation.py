@@ -73,8 +73,9 @@ def relabeled(example: Batch, label: object) -> Batch:
         ShapeError: The new target does not have the old one's shape.
     """
     if isinstance(example, dict):
-        key: int | str = next(k for k in TARGET_KEYS if k in example)
-        old = example[key]
+        name = next(k for k in TARGET_KEYS if k in example)
+        key: int | str = name
+        old = example[name]
     else:
         key, old = len(example) - 1, example[-1]
     # A weighted example keeps its weight: only y of (y, v) changes.
@@ -98,5 +99,3 @@ def _with(example: Batch, key: int | str, value: object) -> Batch:
         return {**example, key: value}  # type: ignore[dict-item]
     place = int(key)
     return tuple(value if j == place else part for j, part in enumerate(example))
-
-

@@ -1,4 +1,4 @@
-"""Is it still the same? A hash of tensors and specifications, equal across processes and machines."""
+"""Is it still the same? A hash of tensors and texts, equal across processes and machines."""
 
 import hashlib
 from collections.abc import Iterable

@@ -5,6 +5,8 @@ model is deterministic and treats examples one by one, that the loss is unreduce
 the loss, that gradients reach every chosen parameter, and that every loss is finite.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from upweight.errors import (
     NonDeterministic,
     NonFinite,
     NotDifferentiable,
+    ScalarLoss,
     ShapeError,
     UpweightError,
     message,
@@ -68,6 +71,42 @@ def checked_losses(task: Task, data: Data, role: str) -> Float[Tensor, " n"]:
     return torch.cat(losses)
 
 
+def checked_measurements(
+    task: Task, measure: Callable[..., Tensor], data: Data
+) -> Float[Tensor, " q"]:
+    """m_q(θ̂) of every query, after asking that there is one finite value for each.
+
+    Raises:
+        ScalarLoss: The measure does not return one value per query.
+        NonFinite: A measurement is NaN or infinite.
+    """
+    params, values = task.named(task.theta()), []
+    for start, stop, batch in data.batches(batch_size(1, 8)):
+        with torch.no_grad():
+            part = measure(task, params, task.to_device(batch))
+        if part.shape != (stop - start,):
+            raise ScalarLoss(
+                message(
+                    f"A measure must return one value per query: shape ({stop - start},).",
+                    f"{measure!r} returned shape {tuple(part.shape)}.",
+                    "a mean or sum over the queries, or one value per output.",
+                    "reduce over every axis but the first.",
+                )
+            )
+        if not bool(part.isfinite().all()):
+            first = int((~part.isfinite()).nonzero()[0])
+            raise NonFinite(
+                message(
+                    "Every measurement must be finite.",
+                    f"{float(part[first])} for query {start + first} under {measure!r}.",
+                    "a logarithm of 0 or a division by 0 in the measure.",
+                    "measure in log space, or leave this query out.",
+                )
+            )
+        values.append(part)
+    return torch.cat(values)
+
+
 def _tensors(batch: Batch) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
 
@@ -106,9 +145,7 @@ def _require_eval_mode(model: nn.Module) -> None:
 
 def _require_finite_parameters(task: Task, theta: Float[Tensor, " p"]) -> None:
     if not bool(theta.isfinite().all()):
-        bad = [
-            k for k, v in task.layout.unflatten(theta).items() if not bool(v.isfinite().all())
-        ]
+        bad = [k for k, v in task.layout.unflatten(theta).items() if not bool(v.isfinite().all())]
         raise NonFinite(
             message(
                 "The model's parameters must be finite.",
@@ -145,8 +182,7 @@ def _outputs(
         raise ShapeError(
             message(
                 "The model must return one tensor [b, ...] with the examples on its first axis.",
-                f"{type(outputs).__name__}"
-                f"{' of shape ()' if isinstance(outputs, Tensor) else ''}.",
+                f"{type(outputs).__name__}{' of shape ()' if isinstance(outputs, Tensor) else ''}.",
                 "a model that returns several tensors, or its own loss.",
                 "say how to get the outputs with Task(forward=lambda model, batch: "
                 "(outputs, targets)).",
@@ -252,8 +288,11 @@ def _require_finite_losses(
                 f"{len(bad)} losses in this batch are not; the first is example {start + first} "
                 f"(loss {float(losses[first])})"
                 f"{', whose inputs or targets hold NaN or infinity' if from_data else ''}.",
-                "missing values in the data." if from_data else "overflow, or log or division by 0.",
-                "remove or impute these examples." if from_data
+                "missing values in the data."
+                if from_data
+                else "overflow, or log or division by 0.",
+                "remove or impute these examples."
+                if from_data
                 else "compute the loss from logits (log_softmax), or use float64.",
             )
         )

@@ -177,14 +177,16 @@ def _from_arrays(arrays: Any) -> ArrayData:
 def _from_loader(loader: DataLoader) -> IndexedData:  # type: ignore[type-arg]
     if isinstance(loader.dataset, IterableDataset):
         raise DataError(_no_index(loader.dataset))
-    sampler = loader.sampler
+    sampler: Any = loader.sampler
+    dataset: Any = loader.dataset
     random = isinstance(sampler, RandomSampler)
     whole = isinstance(sampler, SequentialSampler | DistributedSampler) or (
-        random and not sampler.replacement and sampler.num_samples == len(loader.dataset)
+        random and not sampler.replacement and sampler.num_samples == len(dataset)
     )
-    custom_batches = loader.batch_sampler is not None and type(
-        loader.batch_sampler
-    ) is not torch.utils.data.BatchSampler
+    custom_batches = (
+        loader.batch_sampler is not None
+        and type(loader.batch_sampler) is not torch.utils.data.BatchSampler
+    )
     if not whole or custom_batches:
         raise DataError(
             message(
@@ -199,11 +201,11 @@ def _from_loader(loader: DataLoader) -> IndexedData:  # type: ignore[type-arg]
         notes.append(
             f"the DataLoader's {type(sampler).__name__} was left out: example i is dataset[i]"
         )
-    if loader.drop_last and loader.batch_size and len(loader.dataset) % loader.batch_size:
+    if loader.drop_last and loader.batch_size and len(dataset) % loader.batch_size:
         notes.append("the DataLoader's drop_last was left out: every example is counted")
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=4)
-    return IndexedData(loader.dataset, loader.collate_fn, tuple(notes))
+    return IndexedData(dataset, loader.collate_fn, tuple(notes))
 
 
 def _no_index(data: Any) -> str:

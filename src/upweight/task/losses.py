@@ -28,7 +28,7 @@ class Loss(abc.ABC):
     def __call__(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
         """ℓ for each example of the batch."""
 
-    def check(self, outputs: Tensor, targets: Any) -> None:
+    def check(self, outputs: Tensor, targets: Any) -> None:  # noqa: B027  nothing to ask of any loss
         """Raise if targets do not fit the outputs; called once per batch, outside of vmap."""
 
     def gradient(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c"]:
@@ -202,9 +202,11 @@ class Bernoulli(Loss):
         return _per_example(F.softplus(outputs) - targets * outputs)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c"]:
-        return (outputs.sigmoid() - targets).flatten(1) if outputs.ndim > 1 else (
-            outputs.sigmoid() - targets
-        )[:, None]
+        return (
+            (outputs.sigmoid() - targets).flatten(1)
+            if outputs.ndim > 1
+            else (outputs.sigmoid() - targets)[:, None]
+        )
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c c"]:
         p = outputs.reshape(len(outputs), -1).sigmoid()
@@ -368,5 +370,5 @@ class CustomLoss(Loss):
 
 
 def as_loss(loss: Loss | Callable[[Tensor, Any], Tensor]) -> Loss:
-    """A loss from what the user holds: one of ours, or any unreduced `(outputs, targets) -> [b]`."""
+    """A loss from what the user holds: ours, or any unreduced `(outputs, targets) -> [b]`."""
     return loss if isinstance(loss, Loss) else CustomLoss(loss)

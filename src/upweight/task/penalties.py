@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Params
+from upweight.errors import SpecError, message
 from upweight.linalg.matrices import Dense, Diagonal, LowRank
 from upweight.linalg.operator import LinearOperator, Tag
 from upweight.task.params import Layout
@@ -69,6 +70,15 @@ class L2(Penalty):
     def __post_init__(self) -> None:
         if isinstance(self.exclude, str):
             object.__setattr__(self, "exclude", (self.exclude,))
+        if not self.strength >= 0:
+            raise SpecError(
+                message(
+                    "L2 needs a strength of at least 0.",
+                    f"strength={self.strength!r}.",
+                    "a sign slip, or a strength computed from a NaN.",
+                    "use the weight decay that was trained with; 0 means none.",
+                )
+            )
 
     def _diagonal(self, layout: Layout) -> Float[Tensor, " p"]:
         penalized = ~layout.mask(self.exclude)

@@ -19,7 +19,7 @@ from upweight._typing import Batch, Forward, Params
 from upweight.errors import DataError, ScalarLoss, message
 from upweight.task.losses import Loss, as_loss
 from upweight.task.params import Layout
-from upweight.task.penalties import NoPenalty, Penalty, as_penalty
+from upweight.task.penalties import Penalty, as_penalty
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
@@ -83,10 +83,10 @@ class Task:
 
     model: nn.Module
     loss: Loss
-    penalty: Penalty = NoPenalty()
-    params: str | tuple[str, ...] = "*"
-    forward: Forward = call_model
-    layout: Layout = field(init=False, repr=False)
+    penalty: Penalty
+    params: tuple[str, ...]
+    forward: Forward
+    layout: Layout = field(repr=False)
 
     def __init__(
         self,
@@ -127,9 +127,7 @@ class Task:
         values = {f"model.{k}": v for k, v in {**rest, **buffers, **chosen}.items()}
         return torch.func.functional_call(_Call(self.model, self.forward), values, (batch,))
 
-    def losses(
-        self, params: Params | Float[Tensor, " p"], batch: Batch
-    ) -> Float[Tensor, " b"]:
+    def losses(self, params: Params | Float[Tensor, " p"], batch: Batch) -> Float[Tensor, " b"]:
         """ℓ of each example of a batch, unreduced.
 
         Raises:
