@@ -36,7 +36,7 @@ class EmpiricalFisher:
     Positive semi-definite, of rank at most n before the penalty. Scales as c² when the loss is
     multiplied by c, where the Hessian scales as c.
 
-    Cost: one product is a forward-mode and a reverse-mode pass over the data; `dense()` is O(n·p²).
+    Cost: one product is two backward passes over the data; `dense()` is O(n·p²).
 
     Exact when: the model's conditional distribution is the data's, in expectation.
     """

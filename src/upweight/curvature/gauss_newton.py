@@ -4,8 +4,8 @@ For a map F(θ) with one row per example, Jᵢ = ∂Fᵢ/∂θ and a small symme
 
     A v = Σᵢ Jᵢᵀ Λᵢ (Jᵢ v)
 
-costs one forward-mode and one reverse-mode pass per vector. The GGN takes F = f and Λ = ∂²ℓ/∂f²;
-the Fishers take F = ℓ and Λ = 1, which is Σ gᵢ gᵢᵀ.
+costs two reverse-mode passes per vector. The GGN takes F = f and Λ = ∂²ℓ/∂f²; the Fishers take F =
+ℓ and Λ = 1, which is Σ gᵢ gᵢᵀ.
 """
 
 from collections.abc import Callable
@@ -42,11 +42,14 @@ class GaussNewtonTerm(BatchTerm):
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
-        theta = self.task.theta()
-        pullback = torch.func.vjp(self.function, theta)[1]
+        values, pullback = torch.func.vjp(self.function, self.task.theta())  # type: ignore[misc]
+        # u ↦ Jᵀu is linear, so its own pullback at v is J v. Unlike forward mode this needs only
+        # operations that have a backward pass (fused encoder layers have no forward mode), and the
+        # forward pass is shared by all vectors.
+        pushforward = torch.func.vjp(lambda u: pullback(u)[0], torch.zeros_like(values))[1]
 
         def one(direction: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
-            jv = torch.func.jvp(self.function, (theta,), (direction,))[1]
+            jv = pushforward(direction)[0]
             if self.lambdas is not None:
                 jv = (self.lambdas @ jv[:, :, None])[:, :, 0]
             return pullback(jv)[0]

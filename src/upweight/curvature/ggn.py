@@ -23,7 +23,7 @@ class GGN:
     f, at any θ. Schraudolph (2002); for the losses of an exponential family in its natural
     parameter it is the Fisher information (Martens 2020, §9).
 
-    Cost: one product is a forward-mode and a reverse-mode pass over the data; `dense()` is
+    Cost: one product is two backward passes over the data; `dense()` is
     O(n·c·p²) multiply-adds from per-example Jacobians.
 
     Exact when: f is linear in θ, where it equals the Hessian.

@@ -439,12 +439,17 @@ class FittedInfluence:
         data, measure = as_data(queries), as_measure(measure)
         checked_losses(self.task, data, "queries")
         checked_measurements(self.task, measure, data)
-        theta, layout = self.task.theta(), self.task.layout
+        layout = self.task.layout
         rows = [
-            measure_gradients(self.task, measure, theta, self.task.to_device(batch))
+            self._measure_rows(measure, self.task.to_device(batch))
             for _, _, batch in data.batches(batch_size(layout.size, layout.dtype.itemsize))
         ]
         return data, measure, torch.cat(rows)
+
+    def _measure_rows(self, measure: Any, batch: Batch) -> Float[Tensor, "b p"]:
+        if isinstance(measure, Loss):  # ∇m = ∇ℓ, for which the source may have a closed form
+            return self.source.rows(batch)
+        return measure_gradients(self.task, measure, self.task.theta(), batch)
 
     def _solve(self, vectors: Float[Tensor, "k p"]) -> Solution:
         return self.solver.solve(self.state, vectors).throw()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch, Forward, Params
@@ -125,7 +126,9 @@ class Task:
         # Buffers go in as copies: a module that updates one in place must not touch the user's.
         buffers = {k: b.detach().clone() for k, b in self.model.named_buffers()}
         values = {f"model.{k}": v for k, v in {**rest, **buffers, **chosen}.items()}
-        return torch.func.functional_call(_Call(self.model, self.forward), values, (batch,))
+        # Fused attention has neither second derivatives nor a rule for vmap; its formula has both.
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.functional_call(_Call(self.model, self.forward), values, (batch,))
 
     def losses(self, params: Params | Float[Tensor, " p"], batch: Batch) -> Float[Tensor, " b"]:
         """ℓ of each example of a batch, unreduced.

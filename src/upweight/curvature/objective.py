@@ -1,0 +1,125 @@
+"""J(θ, w) and ∇J for many models at once.
+
+    J(θ_s, w_s) = (1/n) Σᵢ w_{s,i} ℓᵢ(θ_s) + R(θ_s)          ∇J by automatic differentiation
+
+One model is one row of θ beside one row of weights. Where f is linear in θ the outputs of all
+models are one matrix product, f = f(0) + Z Θᵀ, and so are their gradients, (∂J/∂f)ᵀ Z.
+
+Convention: the mean keeps its 1/n whatever the weights.
+"""
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from upweight._typing import Batch
+from upweight.gradients.linear import LinearForm, linear_form
+from upweight.task.data import Data, batch_size
+from upweight.task.task import Task
+
+
+class WeightedObjective(abc.ABC):
+    """(θ, w) ↦ (J, ∇J), one row a model."""
+
+    @property
+    @abc.abstractmethod
+    def at_once(self) -> int:
+        """How many models fit in working memory."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, theta: Float[Tensor, "s p"], weights: Float[Tensor, "s n"]
+    ) -> tuple[Float[Tensor, " s"], Float[Tensor, "s p"]]:
+        """J and ∇J of each model."""
+
+
+@dataclass(frozen=True, eq=False)
+class GeneralObjective(WeightedObjective):
+    """J of any model, by `vmap` over models; the training set is one batch."""
+
+    task: Task
+    batch: Batch
+    size: int
+
+    @property
+    def at_once(self) -> int:
+        return batch_size(self.size + 64 * self.task.layout.size, 8, most=32)
+
+    def __call__(
+        self, theta: Float[Tensor, "s p"], weights: Float[Tensor, "s n"]
+    ) -> tuple[Float[Tensor, " s"], Float[Tensor, "s p"]]:
+        def one(t: Tensor, w: Tensor) -> Tensor:
+            return self.task.objective(t, self.batch, w)
+
+        both = torch.func.vmap(torch.func.grad_and_value(one), chunk_size=self.at_once)
+        gradient, value = both(theta, weights)
+        return value, gradient
+
+
+@dataclass(frozen=True, eq=False)
+class LinearObjective(WeightedObjective):
+    """J of a model that is linear in θ, by matrix products.
+
+    Args:
+        task: What is trained.
+        form: Where its linear map lies in θ.
+        z: Features of all examples, `[n i]`.
+        offset: f(0), `[n ...]`: what parts of the linear map outside of θ add to the outputs.
+        targets: Of all examples, as the loss takes them.
+    """
+
+    task: Task
+    form: LinearForm
+    z: Float[Tensor, "n i"]
+    offset: Float[Tensor, "n *c"]
+    targets: Any
+
+    @property
+    def at_once(self) -> int:
+        # Outputs, their gradient and three temporaries of the loss; 10 pairs of L-BFGS vectors.
+        values = 5 * self.offset.numel() + 25 * self.task.layout.size
+        return batch_size(values, self.z.dtype.itemsize, most=128)
+
+    def __call__(
+        self, theta: Float[Tensor, "s p"], weights: Float[Tensor, "s n"]
+    ) -> tuple[Float[Tensor, " s"], Float[Tensor, "s p"]]:
+        matrix = self.form.matrix(theta)
+        s, n = len(theta), len(self.z)
+        linear = (self.z @ matrix.flatten(0, 1).T).reshape(n, s, -1)
+
+        def mean_loss(f: Tensor, w: Tensor) -> Tensor:
+            outputs = self.offset + f.reshape(self.offset.shape)
+            return (w * self.task.loss(outputs, self.targets)).mean()
+
+        both = torch.func.vmap(
+            torch.func.grad_and_value(mean_loss), in_dims=(1, 0), out_dims=(1, 0)
+        )
+        slope, value = both(linear, weights)
+        gradient = self.form.flatten((slope.reshape(n, -1).T @ self.z).reshape(matrix.shape))
+        layout, penalty = self.task.layout, self.task.penalty
+        value = value + torch.func.vmap(lambda t: penalty(layout.unflatten(t), layout))(theta)
+        return value, gradient + torch.func.vmap(lambda t: penalty.gradient(t, layout))(theta)
+
+
+def weighted_objective(task: Task, data: Data) -> WeightedObjective:
+    """J of this task on these data: by matrix products where the model is linear in θ."""
+    form = linear_form(task, task.to_device(data.batch(0, min(4, len(data)))))
+    if form is None:
+        return GeneralObjective(task, task.to_device(data.batch(0, len(data))), len(data))
+    origin = torch.zeros_like(task.theta())
+    z, offsets, leaves, spec = [], [], [], None
+    for _, _, batch in data.batches(batch_size(form.width + form.outputs, 8)):
+        batch = task.to_device(batch)
+        with torch.no_grad():
+            outputs, targets = task.outputs(origin, batch)
+        z.append(form.features(task, batch))
+        offsets.append(outputs)
+        parts, spec = tree_flatten(targets)
+        leaves.append(parts)
+    targets = tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], spec)
+    return LinearObjective(task, form, torch.cat(z), torch.cat(offsets), targets)

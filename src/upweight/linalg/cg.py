@@ -1,0 +1,186 @@
+"""Conjugate gradients: A x = b for A positive definite, by products with A.
+
+    α = rᵀz / pᵀAp;  x ← x + αp;  r ← r − αAp;  z = M r;  β = r₊ᵀz₊ / rᵀz;  p ← z + βp
+
+Hestenes & Stiefel (1952); with the preconditioner M ≈ A⁻¹, Saad (2003), Algorithm 9.1. Every
+right-hand side has its own scalars, and leaves the batch when it is done. Differences from the
+textbook: the residual is computed from x every `refresh` steps and before a right-hand side counts
+as solved; a direction of negative curvature is an error and not a step.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from upweight.linalg.columns import Columns
+from upweight.linalg.operator import LinearOperator, square
+from upweight.linalg.solution import Result, Solution
+from upweight.linalg.solve import Solver
+
+# Looks at the true residual in a row, none with progress, after which a right-hand side has
+# stagnated.
+STALLS = 10
+
+
+@dataclass(frozen=True)
+class CG(Solver[LinearOperator]):
+    """Conjugate gradients, for many right-hand sides side by side.
+
+    Args:
+        rtol: Tolerance on the true residual ‖Ax − b‖/‖b‖ of each right-hand side.
+        max_steps: Most products with A; each is for all unsolved right-hand sides at once.
+        preconditioner: M ≈ A⁻¹, positive definite; for example `inverse(Diagonal(d), Cholesky())`.
+        refresh: Steps between residuals computed from x rather than by recurrence.
+
+    The error in the A-norm falls at least as fast as 2((√κ − 1)/(√κ + 1))^steps, κ the ratio of
+    largest to smallest eigenvalue.
+
+    Ends with NEGATIVE_CURVATURE where A is seen to be indefinite, SINGULAR where a direction is
+    flat, and STAGNATED where rounding keeps the residual above rtol. On a singular A with b in its
+    range the answer is the solution of least norm; MINRES is the solver that expects that case.
+
+    Exact when: after as many steps as A has distinct eigenvalues, in exact arithmetic.
+    Cost: one product with A a step, and five vectors for each right-hand side.
+    """
+
+    rtol: float = 1e-6
+    max_steps: int = 1000
+    preconditioner: LinearOperator | None = None
+    refresh: int = 50
+
+    def init(self, A: LinearOperator) -> LinearOperator:
+        square(A, "CG")
+        return A
+
+    def solve(self, state: LinearOperator, b: Float[Tensor, "*k p"]) -> Solution:
+        columns = Columns(state, b, self.rtol)
+        return _Run(self, state, columns).solution()
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The unsolved right-hand sides: one row each."""
+
+    index: Int[Tensor, " r"]
+    x: Float[Tensor, "r p"]
+    residual: Float[Tensor, "r p"]
+    direction: Float[Tensor, "r p"]
+    rz: Float[Tensor, " r"]
+    best: Float[Tensor, " r"]  # smallest true residual so far, for stagnation
+    energy: Float[Tensor, " r"]  # xᵀAx/2 − bᵀx, which CG lowers at every step
+    stalls: Int[Tensor, " r"]  # looks without progress
+
+    def keep(self, mask: Bool[Tensor, " r"]) -> "_Rows":
+        return type(self)(*(getattr(self, field.name)[mask] for field in fields(self)))
+
+
+class _Run:
+    """One solve: rows leave through `columns` as they end."""
+
+    def __init__(self, solver: CG, A: LinearOperator, columns: Columns) -> None:
+        self.solver, self.A, self.columns = solver, A, columns
+        self.eps = torch.finfo(A.dtype).eps
+        self.norm_A = 0.0  # largest ‖Av‖/‖v‖ seen: a lower bound on ‖A‖
+
+    def precondition(self, r: Tensor) -> Tensor:
+        M = self.solver.preconditioner
+        return r if M is None else M.mv(r)
+
+    def solution(self) -> Solution:
+        index = self.columns.rows
+        r = self.columns.units[index]
+        z = self.precondition(r)
+        zero = torch.zeros(len(index), dtype=r.dtype, device=r.device)
+        x, rz = torch.zeros_like(r), (r * z).sum(1)
+        rows = _Rows(index, x, r, z, rz, zero + torch.inf, zero, zero.long())
+        rows = self.check_preconditioner(rows)
+        steps = 0
+        while len(rows.index) and steps < self.solver.max_steps:
+            rows, steps = self.step(rows), steps + 1
+            norms = torch.linalg.vector_norm(rows.residual, dim=1)
+            due = norms <= self.solver.rtol  # ‖b‖ = 1
+            if steps % self.solver.refresh == 0:
+                due = torch.ones_like(due)
+            if bool(due.any()):
+                rows = self.refresh(rows, due)
+        self.columns.close(rows.index, rows.x, Result.MAX_STEPS)
+        return self.columns.solution(steps, repr(self.solver))
+
+    def step(self, rows: _Rows) -> _Rows:
+        p = rows.direction
+        Ap = self.A.mv(p)
+        pp, pAp = p.square().sum(1), (p * Ap).sum(1)
+        stretch = (Ap.square().sum(1) / pp).sqrt()
+        self.norm_A = max(self.norm_A, float(stretch.nan_to_num(0.0, 0.0, 0.0).max()))
+        # Rounding in pᵀAp is of order eps·‖A‖‖p‖²; within it the sign means nothing.
+        rounding = 10 * self.eps * self.norm_A * pp
+        broken = ~(pAp.isfinite() & pp.isfinite())
+        negative, flat = pAp < -rounding, pAp.abs() <= rounding
+        stop = broken | negative | flat
+        if bool(stop.any()):
+            self.end(rows, broken, Result.NON_FINITE)
+            self.end(rows, negative & ~broken, Result.NEGATIVE_CURVATURE)
+            self.end(rows, flat & ~broken, Result.SINGULAR)
+            lowest = (pAp / pp)[negative & ~broken]
+            if len(lowest):
+                known = self.columns.extra.get("curvature", 0.0)
+                self.columns.extra["curvature"] = min(known, float(lowest.min()))
+            rows, p, Ap, pAp = rows.keep(~stop), p[~stop], Ap[~stop], pAp[~stop]
+        alpha = (rows.rz / pAp)[:, None]
+        x, residual = rows.x + alpha * p, rows.residual - alpha * Ap
+        return self.turn(replace(rows, x=x, residual=residual))
+
+    def turn(self, rows: _Rows) -> _Rows:
+        """The next direction, conjugate to the last."""
+        z = self.precondition(rows.residual)
+        rz = (rows.residual * z).sum(1)
+        beta = (rz / rows.rz).nan_to_num(0.0)
+        direction = z + beta[:, None] * rows.direction
+        return self.check_preconditioner(replace(rows, direction=direction, rz=rz))
+
+    def check_preconditioner(self, rows: _Rows) -> _Rows:
+        """End the rows on which M is not positive definite."""
+        if self.solver.preconditioner is None:
+            return rows
+        size = torch.linalg.vector_norm(rows.residual, dim=1)
+        bad = (rows.rz <= 0) & (size > 0)
+        if bool(bad.any()):
+            curvature = float((rows.rz / size.square())[bad].min())
+            self.columns.extra["preconditioner_curvature"] = curvature
+            self.end(rows, bad, Result.NOT_POSITIVE_DEFINITE)
+        return rows.keep(~bad)
+
+    def refresh(self, rows: _Rows, due: Bool[Tensor, " r"]) -> _Rows:
+        """Replace the residuals of these rows by true ones; end those that are solved or stuck."""
+        true = self.columns.units[rows.index] - self.A.mv(rows.x)
+        size = torch.linalg.vector_norm(true, dim=1)
+        solved = due & (size <= self.solver.rtol)
+        self.columns.accept(rows.index[solved], rows.x[solved], size[solved])
+        # Where the recurrence has drifted from the truth, restart from the truth.
+        drift = torch.linalg.vector_norm(true - rows.residual, dim=1)
+        restart = due & (drift > 0.1 * size)
+        # Stuck is what lowers neither the residual nor the energy, or is all rounding:
+        # ‖r‖ ≤ eps·‖A‖‖x‖. The residual alone may rise for hundreds of steps on the way down.
+        energy = -0.5 * (rows.x * (self.columns.units[rows.index] + true)).sum(1)
+        lower = energy < rows.energy - 100 * self.eps * rows.energy.abs()
+        progress = due & (lower | (size <= 0.5 * rows.best))
+        stalls = torch.where(progress, 0, rows.stalls + due)
+        floor = self.eps * self.norm_A * torch.linalg.vector_norm(rows.x, dim=1)
+        stuck = due & ~solved & ((stalls >= STALLS) | (size <= floor))
+        self.end(rows, stuck, Result.STAGNATED)
+        best = torch.where(due, torch.minimum(rows.best, size), rows.best)
+        energy = torch.where(due, torch.minimum(rows.energy, energy), rows.energy)
+        residual = torch.where(restart[:, None], true, rows.residual)
+        z = self.precondition(residual)
+        rz = torch.where(restart, (residual * z).sum(1), rows.rz)
+        direction = torch.where(restart[:, None], z, rows.direction)
+        fresh = _Rows(rows.index, rows.x, residual, direction, rz, best, energy, stalls)
+        return fresh.keep(~solved & ~stuck)
+
+    def end(self, rows: _Rows, mask: Bool[Tensor, " r"], result: Result) -> None:
+        if result is Result.NON_FINITE:
+            self.columns.close_without_answer(rows.index[mask], result)
+        else:
+            self.columns.close(rows.index[mask], rows.x[mask], result)

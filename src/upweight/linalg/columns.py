@@ -1,0 +1,78 @@
+"""Right-hand sides as rows [k p] that are solved, and closed, one by one.
+
+    open(b) ──► iterate ──► close(rows, x, result) ──► solution()
+
+Each row ends for its own reason with its own true residual, so that one hard right-hand side
+neither spoils nor delays the others. Solvers work on b/‖b‖, so that no scale of b is too small or
+too large. What ends here: rows of zeros (x = 0), rows with a NaN, and all other rows when a solver
+closes them.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from upweight.linalg.operator import LinearOperator
+from upweight.linalg.solution import Result, Solution, SolverStats
+
+
+class Columns:
+    """The right-hand sides of one solve, and how each of them ended."""
+
+    def __init__(self, A: LinearOperator, b: Float[Tensor, "*k p"], rtol: float) -> None:
+        """End the right-hand sides that need no solver; `rows` are the others."""
+        A.check(b)
+        self.A, self.rtol, self.shape = A, rtol, b.shape
+        flat = b.reshape(-1, b.shape[-1])
+        # In float32 the squares of entries below 1e-23 are zero, and a gradient that small would be
+        # taken for zero. The largest entry is divided out first.
+        peak = flat.abs().amax(1, keepdim=True) if flat.numel() else flat.new_zeros(len(flat), 1)
+        solvable = peak.isfinite() & (peak > 0)
+        flat = flat / torch.where(solvable, peak, 1.0)
+        length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+        self.units = flat / torch.where(solvable, length, 1.0)
+        self.norms = peak * length
+        self.x = torch.zeros_like(flat)
+        self.residuals = flat.new_zeros(len(flat))
+        self.results = [Result.CONVERGED] * len(flat)
+        self.extra: dict[str, float] = {}
+        bad = ~peak.isfinite().flatten()
+        self.close_without_answer(bad.nonzero().flatten(), Result.NON_FINITE)
+        self.rows = solvable.flatten().nonzero().flatten()
+
+    def close(self, rows: Int[Tensor, " r"], x: Float[Tensor, "r p"], result: Result) -> None:
+        """End these rows at x, a solution for `units`; converged only if its residual says so."""
+        if len(rows) == 0:
+            return
+        r = self.units[rows] - self.A.mv(x)
+        residuals = torch.linalg.vector_norm(r, dim=1)
+        self._keep(rows, x, residuals)
+        for row, residual in zip(rows.tolist(), residuals.tolist(), strict=True):
+            self.results[row] = Result.CONVERGED if residual <= self.rtol else result
+        finite = residuals.isfinite() & self.x[rows].isfinite().all(1)
+        self.close_without_answer(rows[~finite], Result.NON_FINITE)
+
+    def accept(
+        self, rows: Int[Tensor, " r"], x: Float[Tensor, "r p"], residuals: Float[Tensor, " r"]
+    ) -> None:
+        """End these rows as converged, with true residuals that were just computed."""
+        assert bool((residuals <= self.rtol).all())
+        self._keep(rows, x, residuals)
+
+    def _keep(self, rows: Tensor, x: Tensor, residuals: Tensor) -> None:
+        self.x[rows], self.residuals[rows] = x * self.norms[rows], residuals
+
+    def close_without_answer(self, rows: Int[Tensor, " r"], result: Result) -> None:
+        """End these rows with NaN."""
+        self.x[rows] = torch.nan
+        self.residuals[rows] = torch.nan
+        for row in rows.tolist():
+            self.results[row] = result
+
+    def solution(self, steps: int, solver: str) -> Solution:
+        """The whole answer: the worst result of all rows, in the shape of b."""
+        worst = max(self.results, key=lambda result: result.severity, default=Result.CONVERGED)
+        residuals = self.residuals.reshape(self.shape[:-1])
+        numbers = {"rtol": self.rtol, **self.extra}
+        stats = SolverStats(steps, residuals, numbers, solver)
+        return Solution(self.x.reshape(self.shape), worst, stats)

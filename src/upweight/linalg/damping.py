@@ -1,0 +1,107 @@
+"""A + λI: how much to add, as a number or relative to the spectrum.
+
+    Absolute(value)     λ = value
+    Relative(factor)    λ = factor · tr(A)/p, the factor times the mean eigenvalue
+
+Damping changes the answer: with λ > 0 influence is that of an objective with an extra (λ/2)‖θ −
+θ̂‖². It is therefore never implied: the default everywhere is none, and λ in use is part of the
+result. `Relative(0.1)` is the heuristic that Grosse et al. (2023) use for EK-FAC.
+"""
+
+import abc
+import math
+from dataclasses import dataclass
+
+from upweight.errors import NonFinite, NotPositiveDefinite, SpecError, message
+from upweight.linalg.algebra import Scaled, Sum
+from upweight.linalg.matrices import Identity
+from upweight.linalg.operator import LinearOperator, square
+
+
+class Damping(abc.ABC):
+    """How to choose λ ≥ 0 for an operator."""
+
+    @abc.abstractmethod
+    def of(self, operator: LinearOperator) -> float:
+        """λ for this operator, in units of its eigenvalues."""
+
+
+@dataclass(frozen=True)
+class Absolute(Damping):
+    """λ = value, in units of the eigenvalues: curvature of the *mean* loss."""
+
+    value: float = 0.0
+
+    def __post_init__(self) -> None:
+        _not_negative(self.value, "Absolute")
+
+    def of(self, operator: LinearOperator) -> float:
+        return float(self.value)
+
+
+@dataclass(frozen=True)
+class Relative(Damping):
+    """λ = factor · tr(A)/p: a fraction of the mean eigenvalue.
+
+    Unlike an absolute value it follows a rescaling of the loss: A ↦ cA gives λ ↦ cλ.
+
+    Raises:
+        NotPositiveDefinite: tr(A) ≤ 0, where a fraction of the mean eigenvalue is not a damping.
+        NonFinite: tr(A) is NaN or infinite.
+
+    Cost: `operator.trace()`, exact: p products with A unless A knows its diagonal.
+    """
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _not_negative(self.factor, "Relative")
+
+    def of(self, operator: LinearOperator) -> float:
+        p = square(operator, "Relative damping")
+        mean = float(operator.trace()) / p
+        if not math.isfinite(mean):
+            raise NonFinite(
+                message(
+                    "Relative damping needs the mean eigenvalue tr(A)/p.",
+                    f"tr(A)/p = {mean} for {operator!r}.",
+                    "a loss or an activation that overflowed.",
+                    "check the loss at these parameters, or use float64.",
+                )
+            )
+        if mean <= 0:
+            raise NotPositiveDefinite(
+                message(
+                    "Relative damping needs a positive mean eigenvalue tr(A)/p.",
+                    f"tr(A)/p = {mean:.3e} for {operator!r}.",
+                    "a Hessian far from a minimum, or a curvature that is zero.",
+                    "use a positive semi-definite curvature, GGN(), or Absolute(value).",
+                )
+            )
+        return self.factor * mean
+
+
+def as_damping(damping: Damping | float) -> Damping:
+    """A number is an absolute damping."""
+    return damping if isinstance(damping, Damping) else Absolute(float(damping))
+
+
+def damped(A: LinearOperator, lam: float) -> LinearOperator:
+    """A + λI; A itself for λ = 0. Keeps the tags of A, since λ ≥ 0."""
+    p = square(A, "Damping")
+    _not_negative(lam, "damped")
+    if lam == 0:
+        return A
+    return Sum((A, Scaled(float(lam), Identity(p, A.dtype, A.device))))
+
+
+def _not_negative(value: float, name: str) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise SpecError(
+            message(
+                f"{name} needs a finite number ≥ 0.",
+                f"{value!r}.",
+                "a sign slip, or a number that overflowed.",
+                "0.0 means no damping; a negative λ would make A less definite, not more.",
+            )
+        )

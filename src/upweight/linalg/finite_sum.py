@@ -1,0 +1,118 @@
+"""A = (1/n) Σ_b A_b: the curvature of a mean loss, as a sum over batches of examples.
+
+    A v = (1/n) Σ_b A_b v        A_b = Σ_{i ∈ b} Aᵢ, the *sum* over the examples of batch b
+
+This is one of the two places of the library that divide by n: A_b is never an average, so batches
+of different sizes need no weights, and any partition of the examples gives the same A.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.errors import ShapeError, message
+from upweight.linalg.algebra import agree
+from upweight.linalg.operator import LinearOperator, Tag, closed
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FiniteSum(LinearOperator):
+    """A = (1/n) Σ_b A_b.
+
+    Args:
+        terms: A_b, one for each batch, each the sum over its examples. Any sequence: one that
+            builds its terms on demand is read in order, a term at a time, and never copied to a
+            list.
+        n: Number of examples in all batches together; positive.
+        declared: What is known of every term. By default, the tags that all terms share, for which
+            each term is read once here.
+
+    Cost: one pass over the terms for each call of `mv`, whatever the number of vectors; one term at
+    construction.
+    """
+
+    terms: Sequence[LinearOperator]
+    n: int
+    declared: frozenset[Tag] | None = None
+    _shape: tuple[int, int] = field(init=False)
+    _dtype: torch.dtype = field(init=False)
+    _device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        if len(self.terms) == 0 or self.n < 1:
+            raise ShapeError(
+                message(
+                    "A mean over examples needs at least one term and n ≥ 1.",
+                    f"{len(self.terms)} terms and n = {self.n}.",
+                    "an empty data set, or a filter that kept no example.",
+                    "check the data that the terms were built from.",
+                )
+            )
+        # Kept, because asking a lazy sequence for its first term may cost a batch.
+        first = self.terms[0]
+        object.__setattr__(self, "_shape", first.shape)
+        object.__setattr__(self, "_dtype", first.dtype)
+        object.__setattr__(self, "_device", first.device)
+        tags = self.declared
+        if tags is None:
+            tags = frozenset(Tag)
+            for term in self.terms:
+                agree(first, term, "A finite sum")
+                tags &= closed(term.tags)
+        object.__setattr__(self, "declared", closed(frozenset(tags)))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def tags(self) -> frozenset[Tag]:
+        return self.declared or frozenset()
+
+    def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k r"]:
+        self.check(v)
+        total: Tensor | None = None
+        for term in self.terms:
+            part = term.mv(v)
+            total = part if total is None else total + part
+        assert total is not None  # there is at least one term
+        return total / self.n
+
+    def transpose(self) -> LinearOperator:
+        if self.is_symmetric:
+            return self
+        return FiniteSum(_Transposed(self.terms), self.n, self.declared)
+
+    def add_to(self, out: Float[Tensor, "r p"], scale: float = 1.0) -> None:
+        for term in self.terms:
+            term.add_to(out, scale / self.n)
+
+    def diagonal(self) -> Float[Tensor, " p"]:
+        total = torch.zeros(self.shape[1], dtype=self.dtype, device=self.device)
+        for term in self.terms:
+            total = total + term.diagonal()
+        return total / self.n
+
+
+class _Transposed(Sequence[LinearOperator]):
+    """A_bᵀ on demand, so that a lazy sequence of terms stays lazy."""
+
+    def __init__(self, terms: Sequence[LinearOperator]) -> None:
+        self._terms = terms
+
+    def __len__(self) -> int:
+        return len(self._terms)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self._terms[index].transpose()

@@ -1,0 +1,219 @@
+"""A : ℝᵖ → ℝʳ, known by what it does to vectors.
+
+    mv(v)[…, :] = A v[…, :]
+
+A vector lies along the last axis; every leading axis is a batch of vectors. Nothing here knows
+where A comes from: a matrix, a sum over a data set, or a product of Jacobians.
+
+Operators form an algebra, `A + B`, `2.0 * A`, `-A`, `A @ B`, `A.T`, and what is *known* about an
+operator, its tags, follows through it: a sum of positive semi-definite operators is positive
+semi-definite, a difference is only symmetric, and a product is neither.
+
+Operators are immutable. A solver reads the tags, so a wrong tag gives a wrong choice of solver:
+`upweight.testing.check_operator` holds an operator to its tags.
+"""
+
+import abc
+import enum
+from collections.abc import Iterator
+from typing import overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.errors import DtypeError, ShapeError, message
+
+
+class Tag(enum.Enum):
+    """What is known about a square operator."""
+
+    SYMMETRIC = "A = Aᵀ"
+    PSD = "A = Aᵀ and vᵀAv ≥ 0 for every v"
+
+
+# Unit vectors handed to `mv` at once when an operator is written out. Bounds the memory of an
+# operator whose `mv` keeps activations for every vector of the batch.
+UNIT_VECTORS = 256
+
+
+class LinearOperator(abc.ABC):
+    """A : ℝᵖ → ℝʳ, acting on the last axis; leading axes are a batch of vectors.
+
+    A subclass defines the six abstract members. One that knows its matrix also overrides `add_to`
+    (write the matrix into memory the caller owns), from which `dense` follows.
+    """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(r, p)."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of the vectors it takes and gives."""
+
+    @property
+    @abc.abstractmethod
+    def device(self) -> torch.device:
+        """Where those vectors are."""
+
+    @property
+    @abc.abstractmethod
+    def tags(self) -> frozenset[Tag]:
+        """What is known about A: declared, not discovered."""
+
+    @abc.abstractmethod
+    def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k r"]:
+        """A v for each vector v. The result shares no memory with `v`."""
+
+    @abc.abstractmethod
+    def transpose(self) -> "LinearOperator":
+        """Aᵀ : ℝʳ → ℝᵖ."""
+
+    @property
+    def T(self) -> "LinearOperator":
+        """Aᵀ."""
+        return self.transpose()
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether A = Aᵀ is known."""
+        return Tag.SYMMETRIC in self.tags or Tag.PSD in self.tags
+
+    @property
+    def is_psd(self) -> bool:
+        """Whether A is known to be positive semi-definite."""
+        return Tag.PSD in self.tags
+
+    def add_to(self, out: Float[Tensor, "r p"], scale: float = 1.0) -> None:
+        """Add scale · A to a matrix in place, in the dtype of `out`: out ← out + scale · A.
+
+        The way to build a p × p matrix without temporaries of that size.
+
+        Cost: p products with A, `UNIT_VECTORS` at a time, unless A knows its matrix.
+        """
+        if type(self).dense is not LinearOperator.dense:  # it writes its matrix out by itself
+            out.add_(self.dense(), alpha=scale)
+            return
+        for start, rows in self._transposed_rows():
+            out[:, start : start + len(rows)].add_(rows.mT, alpha=scale)
+
+    def dense(self) -> Float[Tensor, "r p"]:
+        """A as a matrix. It may be A's own memory: read it, do not write to it."""
+        out = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        self.add_to(out)
+        return out
+
+    def diagonal(self) -> Float[Tensor, " p"]:
+        """Aⱼⱼ for each j. Costs p products with A unless A knows better."""
+        square(self, "diagonal")
+        out = torch.empty(self.shape[1], dtype=self.dtype, device=self.device)
+        for start, rows in self._transposed_rows():
+            out[start : start + len(rows)] = rows[:, start:].diagonal()
+        return out
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Σⱼ Aⱼⱼ, exactly. `linalg.estimate.trace` samples it where p products are too many."""
+        return self.diagonal().sum()
+
+    def check(self, v: Tensor) -> None:
+        """Refuse a vector that A cannot take. Every `mv` calls this first.
+
+        Raises:
+            ShapeError: The last axis of `v` is not p.
+            DtypeError: `v` has another dtype than A.
+        """
+        if v.ndim == 0 or v.shape[-1] != self.shape[1]:
+            raise ShapeError(
+                message(
+                    f"{self!r} acts on vectors of {self.shape[1]} entries along the last axis.",
+                    f"a tensor of shape {tuple(v.shape)}.",
+                    "vectors stored as columns, or a vector laid out for other parameters.",
+                    "put the vectors along the last axis: v.mT turns columns into rows.",
+                )
+            )
+        if v.dtype != self.dtype:
+            raise DtypeError(
+                message(
+                    f"{self!r} acts on vectors of its own dtype, {self.dtype}.",
+                    f"a tensor of dtype {v.dtype} and shape {tuple(v.shape)}.",
+                    "a model in one precision and data or vectors in another.",
+                    f"convert the vector, v.to({self.dtype}), or build the operator in {v.dtype}.",
+                )
+            )
+
+    def _transposed_rows(self) -> Iterator[tuple[int, Tensor]]:
+        """Rows start… of Aᵀ, that is A eⱼ for consecutive j, in blocks [b, r]."""
+        p = self.shape[1]
+        for start in range(0, p, UNIT_VECTORS):
+            stop = min(start + UNIT_VECTORS, p)
+            units = torch.zeros(stop - start, p, dtype=self.dtype, device=self.device)
+            units[:, start:stop].fill_diagonal_(1.0)
+            yield start, self.mv(units)
+
+    # The algebra is imported where it is used: its classes are operators, so their module needs
+    # this one first.
+
+    def __add__(self, other: "LinearOperator") -> "LinearOperator":
+        from upweight.linalg.algebra import Sum
+
+        return Sum((self, other)) if isinstance(other, LinearOperator) else NotImplemented
+
+    def __sub__(self, other: "LinearOperator") -> "LinearOperator":
+        return self + (-other) if isinstance(other, LinearOperator) else NotImplemented
+
+    def __mul__(self, scale: float) -> "LinearOperator":
+        from upweight.linalg.algebra import Scaled
+
+        if isinstance(scale, LinearOperator | Tensor):
+            return NotImplemented
+        return Scaled(float(scale), self)
+
+    def __rmul__(self, scale: float) -> "LinearOperator":
+        return self.__mul__(scale)
+
+    def __neg__(self) -> "LinearOperator":
+        return -1.0 * self
+
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, other: "LinearOperator") -> "LinearOperator": ...
+    def __matmul__(self, other: "Tensor | LinearOperator") -> "Tensor | LinearOperator":
+        """`A @ B` composes operators; `A @ v` is `A.mv(v)`, along the last axis of v."""
+        from upweight.linalg.algebra import Product
+
+        if isinstance(other, Tensor):
+            return self.mv(other)
+        return Product(self, other) if isinstance(other, LinearOperator) else NotImplemented
+
+    def __repr__(self) -> str:
+        tags = "".join(f", {tag.name}" for tag in Tag if tag in self.tags)
+        r, p = self.shape
+        return f"{type(self).__name__}({r}×{p}, {str(self.dtype).removeprefix('torch.')}{tags})"
+
+
+def square(A: LinearOperator, what: str) -> int:
+    """The p of a p × p operator.
+
+    Raises:
+        ShapeError: A is not square.
+    """
+    r, p = A.shape
+    if r != p:
+        raise ShapeError(
+            message(
+                f"{what} needs a square operator.",
+                f"{A!r}, of shape ({r}, {p}).",
+                "a Jacobian or a projection where a curvature was meant.",
+                "form the square operator first: A.T @ A, or P @ A @ P.T for a projection P.",
+            )
+        )
+    return p
+
+
+def closed(tags: frozenset[Tag]) -> frozenset[Tag]:
+    """Tags with what they imply: positive semi-definite implies symmetric."""
+    return tags | {Tag.SYMMETRIC} if Tag.PSD in tags else tags

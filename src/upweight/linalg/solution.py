@@ -1,0 +1,207 @@
+"""What a solve gives back: a value, whether it is an answer, and the numbers that say so.
+
+    x ≈ A⁻¹ b        residual = ‖A x − b‖ / ‖b‖, computed from x with A itself
+
+A numerical failure is a value first: `Solution.result` names it, and the members of `Result` are
+the messages. `Solution.throw()` turns it into an error that carries the solution; `solve` does so
+unless told otherwise. Where there is no answer at all the value is NaN, so that nothing can be
+mistaken for one; an iterative solver that stopped early returns what it had reached.
+"""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.errors import NonFinite, NotConverged, NotPositiveDefinite, UpweightError, message
+
+
+class Result(enum.Enum):
+    """How a solve ended, from best to worst: of many right-hand sides the worst is reported."""
+
+    CONVERGED = "The residual is within tolerance."
+    MAX_STEPS = "The solver used all its steps before the residual was within tolerance."
+    STAGNATED = "The residual stopped falling above the tolerance: rounding dominates."
+    SINGULAR = "The operator is numerically singular: A x = b has no unique solution."
+    NEGATIVE_CURVATURE = "A direction v with vᵀAv < 0 was met: the operator is indefinite."
+    NOT_POSITIVE_DEFINITE = "The factorization needs a positive definite operator."
+    NON_FINITE = "The operator or the right-hand side has a NaN or an infinity."
+
+    @property
+    def severity(self) -> int:
+        """Position from best, 0, to worst."""
+        return list(Result).index(self)
+
+
+@dataclass(frozen=True, eq=False)
+class SolverStats:
+    """What a solve cost and how well it went.
+
+    Args:
+        steps: Products with A in sequence (each for many vectors at once); 0 for a direct solver.
+        residuals: ‖A x − b‖/‖b‖ for each right-hand side, the *true* residual, not a recurrence; 0
+            where b = 0 and x = 0, NaN where there is no x.
+        extra: Other numbers by name: `rtol`, `condition`, `smallest_eigenvalue`, ….
+        solver: The repr of the solver, for messages and provenance.
+    """
+
+    steps: int
+    residuals: Float[Tensor, "*k"]
+    extra: Mapping[str, float] = field(default_factory=dict)
+    solver: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """x with A x ≈ b, and whether it is an answer.
+
+    Args:
+        value: x, in the shape and dtype of b. NaN where there is no answer.
+        result: How the solve ended; the worst over all right-hand sides.
+        stats: What it cost, and the true residuals.
+    """
+
+    value: Float[Tensor, "*k p"]
+    result: Result
+    stats: SolverStats
+
+    @property
+    def converged(self) -> bool:
+        """Whether every right-hand side was solved to tolerance."""
+        return self.result is Result.CONVERGED
+
+    def throw(self) -> "Solution":
+        """This solution, if it is one.
+
+        Raises:
+            NotPositiveDefinite: NOT_POSITIVE_DEFINITE, NEGATIVE_CURVATURE or SINGULAR.
+            NotConverged: MAX_STEPS or STAGNATED.
+            NonFinite: NON_FINITE.
+            All three carry this solution as `.solution`.
+        """
+        if self.converged:
+            return self
+        raise self.error()
+
+    def error(self) -> UpweightError:
+        """The error that `throw` raises, for callers that would add to it."""
+        assert not self.converged
+        text = message(*_EXPLAIN[self.result](self.stats))
+        if self.result is Result.NON_FINITE:
+            error: UpweightError = NonFinite(text)
+        elif self.result in (Result.MAX_STEPS, Result.STAGNATED):
+            return NotConverged(text, self)
+        else:
+            error = NotPositiveDefinite(text, self.stats.extra.get("smallest_eigenvalue"))
+        error.solution = self  # type: ignore[attr-defined]
+        return error
+
+
+def _worst(stats: SolverStats) -> str:
+    """The residuals against the tolerance, in words."""
+    residuals = stats.residuals.flatten()
+    rtol = stats.extra.get("rtol", 0.0)
+    late = int((~(residuals <= rtol)).sum())
+    largest = float(residuals.max()) if len(residuals) else 0.0
+    return (
+        f"{stats.solver} after {stats.steps} steps: {late} of {len(residuals)} right-hand sides "
+        f"above rtol = {rtol:.1e}; largest residual ‖Ax − b‖/‖b‖ = {largest:.1e}."
+    )
+
+
+def _max_steps(stats: SolverStats) -> tuple[str, str, str, str]:
+    return (
+        Result.MAX_STEPS.value,
+        _worst(stats),
+        "an ill-conditioned operator: the steps needed grow with √(largest/smallest eigenvalue).",
+        "raise max_steps, loosen rtol, add damping or a preconditioner, or use Cholesky() where "
+        "p × p numbers fit in memory.",
+    )
+
+
+def _stagnated(stats: SolverStats) -> tuple[str, str, str, str]:
+    return (
+        Result.STAGNATED.value,
+        _worst(stats),
+        "a tolerance below what this precision can reach at this condition number, or an operator "
+        "that gives another answer each time.",
+        "loosen rtol above the residual reached, compute in float64, or add damping.",
+    )
+
+
+def _singular(stats: SolverStats) -> tuple[str, str, str, str]:
+    smallest = stats.extra.get("smallest_eigenvalue")
+    scaled = stats.extra.get("smallest_scaled_eigenvalue")
+    if smallest is not None:
+        given = f"{stats.solver}; the smallest eigenvalue is about {smallest:.1e}."
+    elif scaled is not None and not bool(stats.residuals.isfinite().any()):
+        given = f"{stats.solver}; with A scaled to a unit diagonal the smallest eigenvalue is at "
+        given += f"most {scaled:.1e}."
+    else:
+        given = _worst(stats)
+    return (
+        Result.SINGULAR.value,
+        given,
+        "parameters that the objective does not pin down: collinear or duplicated features, dead "
+        "units, or a softmax with unpenalized biases, which is flat along their common shift.",
+        "add damping or a penalty, or use MINRES(), which returns the solution of least norm "
+        "where A x = b has one.",
+    )
+
+
+def _negative_curvature(stats: SolverStats) -> tuple[str, str, str, str]:
+    curvature = stats.extra.get("curvature", float("nan"))
+    return (
+        f"{stats.solver} needs an operator A ≻ 0.",
+        f"a direction v with vᵀAv/vᵀv = {curvature:.1e} after {stats.steps} steps.",
+        "a Hessian away from a strict minimum is usually indefinite.",
+        f"use a positive semi-definite curvature, curvature=GGN(); raise damping above "
+        f"{abs(curvature):.1e} (at least); or use solver=MINRES(), which accepts indefinite "
+        "operators.",
+    )
+
+
+def _not_positive_definite(stats: SolverStats) -> tuple[str, str, str, str]:
+    smallest = stats.extra.get("smallest_eigenvalue")
+    if smallest is None:  # the preconditioner of an iterative solver
+        return (
+            f"{stats.solver} needs a positive definite preconditioner M.",
+            f"rᵀMr/rᵀr = {stats.extra.get('preconditioner_curvature', float('nan')):.1e}.",
+            "a preconditioner with a negative entry or eigenvalue.",
+            "add damping to the preconditioner, or leave it out.",
+        )
+    return (
+        f"{stats.solver.partition('(')[0]} needs A ≻ 0, where A already includes damping.",
+        f"its smallest eigenvalue is {smallest:.1e}{_plus_minus(stats)}.",
+        "a Hessian away from a strict minimum is usually indefinite.",
+        f"use a positive semi-definite curvature, curvature=GGN(); raise damping by more than "
+        f"{abs(smallest):.1e}; or use solver=MINRES(), which accepts indefinite operators.",
+    )
+
+
+def _plus_minus(stats: SolverStats) -> str:
+    """The error of a smallest eigenvalue that was estimated rather than computed."""
+    error = stats.extra.get("smallest_eigenvalue_error")
+    return "" if error is None else f" or below (estimated, ± {error:.0e})"
+
+
+def _non_finite(stats: SolverStats) -> tuple[str, str, str, str]:
+    bad = int((~stats.residuals.isfinite()).sum())
+    return (
+        f"{stats.solver.partition('(')[0]} needs finite numbers. {Result.NON_FINITE.value}",
+        f"{bad} of {stats.residuals.numel()} right-hand sides without a finite answer.",
+        "a gradient or curvature that overflowed, often in float32 or for one extreme example.",
+        "check the gradients of the examples and queries one at a time, or use float64.",
+    )
+
+
+_EXPLAIN = {
+    Result.MAX_STEPS: _max_steps,
+    Result.STAGNATED: _stagnated,
+    Result.SINGULAR: _singular,
+    Result.NEGATIVE_CURVATURE: _negative_curvature,
+    Result.NOT_POSITIVE_DEFINITE: _not_positive_definite,
+    Result.NON_FINITE: _non_finite,
+}

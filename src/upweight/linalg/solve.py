@@ -1,0 +1,178 @@
+"""x = A⁻¹ b: the one entry point, and the contract of a solver.
+
+    state = solver.init(A)               depends on A only: factor once
+    solution = solver.solve(state, b)    then solve for many b
+
+A solver is a frozen bag of hyperparameters that has never seen an A. Which one `Auto` would use is
+a question that can be asked: `Auto().select(A)`.
+"""
+
+import abc
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.errors import UnsupportedModel, message
+from upweight.linalg.operator import LinearOperator, Tag, square
+from upweight.linalg.solution import Solution
+
+State = TypeVar("State")
+
+
+class Solver(abc.ABC, Generic[State]):
+    """How to undo A. Subclasses are frozen dataclasses of hyperparameters."""
+
+    @abc.abstractmethod
+    def init(self, A: LinearOperator) -> State:
+        """What depends on A only. Never raises for numbers: a failed factorization is recorded.
+
+        Raises:
+            ShapeError: A is not square.
+        """
+
+    @abc.abstractmethod
+    def solve(self, state: State, b: Float[Tensor, "*k p"]) -> Solution:
+        """Solve A x = b for each right-hand side along the leading axes.
+
+        Never raises for a numerical failure: it is `Solution.result`.
+
+        Raises:
+            ShapeError: The last axis of b is not p.
+            DtypeError: b has another dtype than A.
+        """
+
+
+@dataclass(frozen=True)
+class Auto(Solver[tuple[Solver[Any], Any]]):
+    """The solver that what is known about A allows.
+
+        positive semi-definite, p ≤ largest_dense     Cholesky()
+        positive semi-definite, larger                CG()
+        symmetric                                     MINRES()
+
+    Args:
+        largest_dense: Largest p for which p² numbers in float64 are asked for; 10 000 is 0.8 GB,
+            held twice while A is a matrix itself.
+    """
+
+    largest_dense: int = 10_000
+
+    def select(self, A: LinearOperator) -> Solver[Any]:
+        """The solver that `solve(A, b)` would use.
+
+        Raises:
+            ShapeError: A is not square.
+            UnsupportedModel: A is not known to be symmetric.
+        """
+        # The solvers import the contract above, so it imports them only when asked to choose.
+        from upweight.linalg.cg import CG
+        from upweight.linalg.cholesky import Cholesky
+        from upweight.linalg.minres import MINRES
+
+        p = square(A, "A solver")
+        if A.is_psd:
+            return Cholesky() if p <= self.largest_dense else CG()
+        if A.is_symmetric:
+            return MINRES()
+        raise UnsupportedModel(
+            message(
+                "Auto() needs an operator tagged PSD (for Cholesky or CG) or SYMMETRIC (for "
+                "MINRES).",
+                f"{A!r}.",
+                "a matrix passed as Dense(M) without tags, or a product A @ B, whose symmetry "
+                "cannot be seen.",
+                "say what is known: Dense(M, tags=frozenset({Tag.SYMMETRIC})), or "
+                "Declared(A, frozenset({Tag.PSD})).",
+            )
+        )
+
+    def init(self, A: LinearOperator) -> tuple[Solver[Any], Any]:
+        solver = self.select(A)
+        return solver, solver.init(A)
+
+    def solve(self, state: tuple[Solver[Any], Any], b: Float[Tensor, "*k p"]) -> Solution:
+        solver, inner = state
+        return solver.solve(inner, b)
+
+
+def solve(
+    A: LinearOperator,
+    b: Float[Tensor, "*k p"],
+    solver: Solver[Any] = Auto(),
+    *,
+    throw: bool = True,
+) -> Solution:
+    """Solve A x = b for each right-hand side along the leading axes of b.
+
+    Args:
+        A: A square operator [p p], damping included.
+        b: Right-hand sides, vectors along the last axis.
+        solver: How.
+        throw: Whether a failure is raised. If not, look at `result` before `value`.
+
+    Raises:
+        NotPositiveDefinite, NotConverged, NonFinite: As `Solution.throw`, if `throw`.
+        ShapeError, DtypeError: A and b do not fit.
+    """
+    solution = solver.solve(solver.init(A), b)
+    return solution.throw() if throw else solution
+
+
+def inverse(A: LinearOperator, solver: Solver[Any] = Auto()) -> LinearOperator:
+    """A⁻¹ as an operator: `init` runs once, here, and every `mv` is a solve that throws.
+
+    Keeps the tags of A (the inverse of a definite operator is definite).
+
+    Raises:
+        UnsupportedModel: A is not known to be symmetric, so the transpose is not known either.
+    """
+    square(A, "An inverse")
+    if not A.is_symmetric:
+        raise UnsupportedModel(
+            message(
+                "An inverse needs an operator tagged SYMMETRIC: all solvers here assume it.",
+                f"{A!r}.",
+                "a matrix passed as Dense(M) without tags.",
+                "say so, if it is: Dense(M, tags=frozenset({Tag.SYMMETRIC})).",
+            )
+        )
+    return Inverse(A, solver, solver.init(A))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Inverse(LinearOperator):
+    """A⁻¹ : b ↦ x with A x = b. Made by `inverse`."""
+
+    operator: LinearOperator
+    solver: Solver[Any]
+    state: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.operator.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.operator.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.operator.device
+
+    @property
+    def tags(self) -> frozenset[Tag]:
+        return self.operator.tags
+
+    def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
+        return self.solution(v).throw().value
+
+    def solution(self, b: Float[Tensor, "*k p"]) -> Solution:
+        """The solve behind `mv`, with its statistics; does not throw."""
+        self.check(b)
+        return self.solver.solve(self.state, b)
+
+    def transpose(self) -> LinearOperator:
+        return self

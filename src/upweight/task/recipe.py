@@ -1,0 +1,68 @@
+"""𝒜: the learning algorithm, as a function of the data weights.
+
+    θ(w) = 𝒜(w)          ideally argmin_θ J(θ, w) = (1/n) Σᵢ wᵢ ℓᵢ(θ) + R(θ)
+
+A `Recipe` is a frozen spec: hyperparameters only, with a `repr` that says all of them. `prepare`
+binds it to a task and its data, once; the `Trainer` that comes back maps rows of weights to trained
+parameters. The same weights must give the same θ(w), bit for bit on one machine.
+
+Conventions. w = 1 is how the model was trained, and wᵢ = 0 removes example i. The objective keeps
+its 1/n and its penalty as they were: n is the number of rows of the data, whatever their weights.
+To refit with 1/Σw in place of 1/n, as when the rows are deleted from the data set and the mean is
+taken over what is left, scale the weights by n/Σw: J(θ, cw) is that objective
+(`removal_weights(n, groups, renormalize=True)`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.task.data import Data
+from upweight.task.task import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """θ(w) for each row of weights, and how well it was reached.
+
+    Args:
+        theta: One model a row, flat in `task.layout`, in the task's dtype.
+        gradient_norms: ‖∇J(θ(w), w)‖ of each model: how stationary it is. NaN where J has no
+            gradient to speak of.
+        failures: Rows that did not train, with the reason. Their θ is not used; the other rows are.
+    """
+
+    theta: Float[Tensor, "s p"]
+    gradient_norms: Float[Tensor, " s"]
+    failures: Mapping[int, str] = field(default_factory=dict)
+
+
+class Trainer(Protocol):
+    """w ↦ θ(w), bound to a task and its data.
+
+    Attributes:
+        at_once: How many models to hand over in one call. 1 for what trains one after the other;
+            more where training many together is faster. What a call returns is recorded together,
+            so an interrupted run loses at most this many models.
+    """
+
+    @property
+    def at_once(self) -> int: ...
+
+    def __call__(self, weights: Float[Tensor, "s n"]) -> Trained:
+        """Train one model for each row of weights. Deterministic; independent of the other rows."""
+
+
+@runtime_checkable
+class Recipe(Protocol):
+    """A learning algorithm: hyperparameters only; frozen; `repr` says all of them."""
+
+    def prepare(self, task: Task, train: Data) -> Trainer:
+        """Bind the recipe to a task and its training data: whatever is needed once, not per model.
+
+        Raises:
+            UpweightError: The recipe cannot train this task.
+        """
