@@ -1,0 +1,43 @@
+"""Does the demo's report open in a browser and do its numbers hold? Used by .ci/run."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync"
+).split()
+
+
+def main() -> None:
+    """Check summary.json, then render report.html and look for what its script draws."""
+    out = Path(sys.argv[1])
+    summary = json.loads((out / "summary.json").read_text())
+    corrected, first = summary["loo"]["leverage_corrected"], summary["loo"]["first_order"]
+    assert corrected["pearson"] >= 0.999, corrected
+    assert 0.98 <= corrected["slope"] <= 1.02, corrected
+    assert first["n"] == corrected["n"] == 60, first
+    with tempfile.TemporaryDirectory() as profile:
+        page = subprocess.run(
+            [
+                "chromium",
+                *FLAGS,
+                f"--user-data-dir={profile}",
+                "--dump-dom",
+                (out / "report.html").resolve().as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        ).stdout
+    assert 'data-ready="true"' in page, "the report's script did not run to its end"
+    assert "http://" not in page.replace("http://www.w3.org/", ""), "the report refers elsewhere"
+    print(f"report of {len(page) / 1e6:.1f} MB rendered; {json.dumps(summary['loo'])}")
+
+
+if __name__ == "__main__":
+    main()

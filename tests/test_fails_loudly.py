@@ -1,0 +1,20 @@
+"""No mistake of benchmarks/fails_loudly.py passes silently."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).resolve().parents[1] / "benchmarks" / "fails_loudly.py"
+SPEC = importlib.util.spec_from_file_location("fails_loudly", PATH)
+assert SPEC is not None and SPEC.loader is not None
+fails_loudly = importlib.util.module_from_spec(SPEC)
+sys.modules["fails_loudly"] = fails_loudly
+SPEC.loader.exec_module(fails_loudly)
+
+
+@pytest.mark.parametrize("name", list(fails_loudly.CASES))
+def test_fails_loudly(name):
+    outcome = fails_loudly.outcome(fails_loudly.CASES[name])
+    assert outcome.verdict != "silent", outcome.said
