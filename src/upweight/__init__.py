@@ -5,11 +5,12 @@
 Every score is a derivative with respect to a data weight: upweight example i, watch measurement q.
 """
 
-from upweight import errors
+from upweight import data, errors, evaluation, report
 from upweight.curvature.empirical_fisher import EmpiricalFisher
 from upweight.curvature.fisher import Fisher
 from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
+from upweight.curvature.newton import Newton
 from upweight.linalg.block_cg import BlockCG
 from upweight.linalg.cg import CG
 from upweight.linalg.cholesky import Cholesky
@@ -53,6 +54,7 @@ __all__ = [
     "Loss",
     "Margin",
     "Measure",
+    "Newton",
     "NoPenalty",
     "Poisson",
     "Provenance",
@@ -66,5 +68,8 @@ __all__ = [
     "Unit",
     "Weighted",
     "as_data",
+    "data",
     "errors",
+    "evaluation",
+    "report",
 ]

@@ -1,11 +1,12 @@
-"""argmin J(θ, w) for many w at once: L-BFGS from a factorized Hessian.
+"""argmin J(θ, w) for many w at once: L-BFGS, from a factorized Hessian where there is one.
 
     θ ← θ − t B ∇J(θ, w)
 
-B starts as P⁻¹, with P a Hessian nearby, and is updated from the last `memory` steps of each model
-by the two-loop recursion (Nocedal & Wright 2006, Algorithm 7.4). All models take their steps
-together: one product with P⁻¹ and one gradient per step serve every model that has not arrived.
-Each has its own step length and leaves when ‖∇J‖ ≤ tol.
+B starts as P⁻¹, with P a Hessian nearby (or as a multiple of the identity where there is none yet),
+and is updated from the last `memory` steps of each model by the two-loop recursion (Nocedal &
+Wright 2006, Algorithm 7.4; the multiple is their Eq. 7.20). All models take their steps together:
+one product with P⁻¹ and one gradient per step serve every model that has not arrived. Each has its
+own step length and leaves when ‖∇J‖ ≤ tol.
 
 For strictly convex J. Near the minimum J changes by less than its rounding; there a step is judged
 by its slope, as in the approximate Wolfe condition of Hager & Zhang (2005), Eq. 4.1.
@@ -45,7 +46,7 @@ def descend(
     objective: WeightedObjective,
     weights: Float[Tensor, "s n"],
     start: Float[Tensor, "s p"],
-    precondition: Callable[[Float[Tensor, "a p"]], Float[Tensor, "a p"]],
+    precondition: Callable[[Float[Tensor, "a p"]], Float[Tensor, "a p"]] | None,
     *,
     tol: float,
     max_steps: int,
@@ -57,7 +58,7 @@ def descend(
         objective: J and ∇J.
         weights: One row a model.
         start: Where each begins.
-        precondition: v ↦ P⁻¹ v, positive definite.
+        precondition: v ↦ P⁻¹ v, positive definite. None: γI, with γ from the last step.
         tol: Largest ‖∇J‖ that counts as a minimum.
         max_steps: Steps at most.
         memory: Pairs of vectors kept per model.
@@ -140,7 +141,7 @@ class _Pairs:
         self._kept: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=memory)
 
     def apply(
-        self, gradient: Float[Tensor, "a p"], precondition: Callable[[Tensor], Tensor]
+        self, gradient: Float[Tensor, "a p"], precondition: Callable[[Tensor], Tensor] | None
     ) -> Float[Tensor, "a p"]:
         """B ∇J by the two-loop recursion."""
         vector, alphas = gradient.clone(), []
@@ -148,11 +149,21 @@ class _Pairs:
             alpha = rho * (s * vector).sum(dim=1)
             vector.addcmul_(alpha[:, None], y, value=-1)
             alphas.append(alpha)
-        vector = precondition(vector)
+        vector = self._scaled(vector) if precondition is None else precondition(vector)
         for (s, y, rho), alpha in zip(self._kept, reversed(alphas), strict=True):
             beta = rho * (y * vector).sum(dim=1)
             vector = torch.addcmul(vector, (alpha - beta)[:, None], s)
         return vector
+
+    def _scaled(self, vector: Float[Tensor, "a p"]) -> Float[Tensor, "a p"]:
+        """γ v with γ = sᵀy / yᵀy of the last step; a step of at most length 1 without one."""
+        gamma = 1.0 / torch.linalg.vector_norm(vector, dim=1).clamp_min(1.0)
+        if self._kept:
+            _, y, rho = self._kept[-1]
+            curvature = rho * (y * y).sum(dim=1)
+            gamma = torch.where(rho > 0, 1.0 / torch.where(rho > 0, curvature, 1.0), gamma)
+        scaled: Tensor = gamma[:, None] * vector
+        return scaled
 
     def add(self, s: Tensor, y: Tensor, found: Bool[Tensor, " a"]) -> None:
         """Remember a step; forget everything about models whose step failed."""

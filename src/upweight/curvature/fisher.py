@@ -57,9 +57,9 @@ class Fisher:
     @staticmethod
     def _one(task: Task, batch: Batch, generator: torch.Generator) -> LinearOperator:
         with torch.no_grad():
-            outputs, _ = task.outputs(task.theta(), batch)
+            outputs, targets = task.outputs(task.theta(), batch)
         # The drawn labels travel with the batch, so that vmap maps over both.
-        drawn = task.loss.sample(outputs, generator)
+        drawn = task.loss.sample(outputs, targets, generator)
         def forward(model: nn.Module, pair: Any) -> tuple[Any, Any]:
             return task.forward(model, pair[0])[0], pair[1]
 

@@ -42,6 +42,8 @@ class GaussNewtonTerm(BatchTerm):
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
+        if v.numel() == 0:  # vmap needs at least one vector
+            return v.clone()
         values, pullback = torch.func.vjp(self.function, self.task.theta())  # type: ignore[misc]
         # u ↦ Jᵀu is linear, so its own pullback at v is J v. Unlike forward mode this needs only
         # operations that have a backward pass (fused encoder layers have no forward mode), and the

@@ -30,6 +30,8 @@ class HessianTerm(BatchTerm):
         self.check(v)
         gradient = torch.func.grad(lambda t: self.task.losses(t, self.batch).sum())
         pullback = torch.func.vjp(gradient, self.task.theta())[1]
+        if v.numel() == 0:  # vmap needs at least one vector
+            return v.clone()
         flat = v.reshape(-1, v.shape[-1])
         rows = torch.func.vmap(lambda u: pullback(u)[0], chunk_size=16)(flat)
         return rows.reshape(v.shape)

@@ -2,9 +2,9 @@
 
     θ(w) = argmin_θ J(θ, w)          ‖∇J(θ(w), w)‖ ≤ tol
 
-H(θ(1)) is factorized once. Every other w is a minimization from θ(1) preconditioned by that factor:
-one Newton step of the full data's curvature, then quasi-Newton corrections of it. All models of a
-call train together. Newton's method with lazily renewed factor, Nocedal & Wright (2006), §§3.3, 7.2.
+H at θ(1) is factorized once. Every other w is a minimization from θ(1), preconditioned by that
+factor: one Newton step of the full data's curvature, then quasi-Newton corrections of it. All models
+of a call train together. Nocedal & Wright (2006), §§3.3 and 7.2.
 
 Refuses objectives that are not strictly convex where it meets them: their minimum is not a function
 of w.
@@ -26,9 +26,13 @@ from upweight.task.data import Data
 from upweight.task.recipe import Trained
 from upweight.task.task import Task
 
+APPROACH = 1e-4
+"""By how much ‖∇J‖ falls before the first factorization: steps without one are far cheaper where
+the model was not trained yet, and a factor from far away helps little."""
+
 RENEWAL = 12
-"""Steps of the first minimization on one factor. Near the minimum half as many do; needing more
-says that the factor is of a place too far away, and a new one costs less than going on."""
+"""Steps on one factor towards θ(1). Near the minimum half as many do; needing more says that the
+factor is of a place too far away, and a new one costs less than going on."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,29 @@ class Newton:
         """
         _require_precision(self.tol, task)
         objective = weighted_objective(task, train)
-        here = task.theta()
-        ones = here.new_ones(1, len(train))
+        ones = task.theta().new_ones(1, len(train))
+        here = self._approach(objective, ones, task.theta())
         taken = 0
         while True:
             trainer = NewtonTrainer(self, objective, here, _factor(_moved(task, here), train))
-            steps = min(RENEWAL, self.max_steps - taken)
-            center = trainer.minima(ones, steps)
+            center = trainer.minima(ones, min(RENEWAL, self.max_steps - taken))
             taken += center.steps
             here = center.theta[0]
             if bool(center.gradient_norms[0] <= self.tol):
                 return NewtonTrainer(self, objective, here, trainer.factor)
             if bool(center.stuck[0]) or taken >= self.max_steps:
-                raise NotConverged(_unconverged("the full data", self, center, 0), center)
+                raise NotConverged(_unconverged(self, center), center)
+
+    def _approach(
+        self, objective: WeightedObjective, ones: Float[Tensor, "1 n"], theta: Float[Tensor, " p"]
+    ) -> Float[Tensor, " p"]:
+        """A point near the minimum, without any factorization. It may fall short."""
+        norm = float(torch.linalg.vector_norm(objective(theta[None], ones)[1]))
+        if norm <= self.tol:
+            return theta
+        tol = max(self.tol, APPROACH * norm)
+        limits = {"max_steps": self.max_steps, "memory": self.memory}
+        return descend(objective, ones, theta[None], None, tol=tol, **limits).theta[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,10 +194,10 @@ def _reason(spec: Newton, minima: Minima, row: int) -> str:
     return f"‖∇J‖ = {norm:.1e} > {spec.tol:.1e} after {spec.max_steps} steps"
 
 
-def _unconverged(what: str, spec: Newton, minima: Minima, row: int) -> str:
+def _unconverged(spec: Newton, minima: Minima) -> str:
     return message(
-        f"{spec!r} must reach its tolerance on {what}.",
-        f"{_reason(spec, minima, row)}.",
+        f"{spec!r} must reach its tolerance on the full data.",
+        f"{_reason(spec, minima, 0)}.",
         "an objective that is not strictly convex, features of very different scales, or a "
         "tolerance below what rounding allows.",
         "scale the features, raise tol or max_steps, or use a recipe of your own.",

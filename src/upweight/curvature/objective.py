@@ -112,14 +112,15 @@ def weighted_objective(task: Task, data: Data) -> WeightedObjective:
     if form is None:
         return GeneralObjective(task, task.to_device(data.batch(0, len(data))), len(data))
     origin = torch.zeros_like(task.theta())
-    z, offsets, leaves, spec = [], [], [], None
+    z, offsets, leaves = [], [], []
+    structure = tree_flatten(data.batch(0, 1))[1]
     for _, _, batch in data.batches(batch_size(form.width + form.outputs, 8)):
         batch = task.to_device(batch)
         with torch.no_grad():
             outputs, targets = task.outputs(origin, batch)
         z.append(form.features(task, batch))
         offsets.append(outputs)
-        parts, spec = tree_flatten(targets)
+        parts, structure = tree_flatten(targets)
         leaves.append(parts)
-    targets = tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], spec)
+    targets = tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], structure)
     return LinearObjective(task, form, torch.cat(z), torch.cat(offsets), targets)

@@ -10,10 +10,12 @@ example.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch
 from upweight.task.task import Task
@@ -45,7 +47,7 @@ class LinearForm:
     def features(self, task: Task, batch: Batch) -> Float[Tensor, "b i"]:
         """z(x) of a batch, extended by the 1."""
         with torch.no_grad():
-            captured, _ = _run(task, batch, self.module, replacement=None)
+            captured, _, _ = _run(task, batch, self.module, replacement=None)
         z = captured.reshape(len(captured), -1)
         one = z.new_ones(len(z), 1)
         parts = ([z] if self.weight else []) + ([one] if self.bias else [])
@@ -66,19 +68,21 @@ class LinearForm:
     def flatten(self, matrix: Float[Tensor, "*k c i"]) -> Float[Tensor, "*k p"]:
         """The inverse of `matrix`."""
         lead = matrix.shape[:-2]
+        # Lengths are spelled out: a reshape cannot infer them for an empty batch of vectors.
         if not (self.bias and self.weight):
-            return matrix.reshape(*lead, -1)
-        weight, bias = matrix[..., :-1], matrix[..., -1]
-        return torch.cat([weight.reshape(*lead, -1), bias], dim=-1)
+            return matrix.reshape(*lead, self.outputs * self.width)
+        weight = matrix[..., :-1].reshape(*lead, self.outputs * self.inputs)
+        return torch.cat([weight, matrix[..., -1]], dim=-1)
 
 
 def linear_form(task: Task, probe: Batch) -> LinearForm | None:
     """The linear form of the task's model, or None if it has none.
 
     All chosen parameters must belong to one `nn.Linear` that runs once per forward pass, whose
-    input does not depend on them and whose output *is* the model's output up to its shape. The last
-    is tested by putting random numbers in place of the linear map's output and asking that they
-    come out unchanged: any activation, scaling or skip connection after it would show.
+    input does not depend on them and whose output *is* the model's output up to its shape; nor may
+    the targets depend on them. That the outputs are the map's is tested by putting random numbers
+    in their place and asking that they come out unchanged: any activation, scaling or skip
+    connection after it would show.
     """
     owner = _owner(task)
     if owner is None:
@@ -96,10 +100,11 @@ def linear_form(task: Task, probe: Batch) -> LinearForm | None:
             size, linear.out_features, dtype=layout.dtype, device=layout.device
         ).normal_(generator=generator)
         try:
-            captured, outputs = _run(task, probe, name, replacement=random)
+            captured, outputs, targets = _run(task, probe, name, replacement=random)
         except (RuntimeError, LookupError):
             return None
-        if captured.requires_grad or captured.numel() != size * linear.in_features:
+        constant = not any(x.requires_grad for x in _tensors((captured, targets)))
+        if not constant or captured.numel() != size * linear.in_features:
             return None
         if outputs.numel() != random.numel() or not torch.equal(
             outputs.detach().reshape_as(random), random
@@ -109,7 +114,11 @@ def linear_form(task: Task, probe: Batch) -> LinearForm | None:
 
 
 def _owner(task: Task) -> tuple[str, nn.Linear] | None:
-    """The one `nn.Linear` that holds all chosen parameters and shares them with no other module."""
+    """The one `nn.Linear` whose W and b are all of θ, shared with no other module.
+
+    Not one with a forward hook of the user's, which may change its output; nor one whose weight is
+    computed from another parameter (spectral norm).
+    """
     named = dict(task.model.named_parameters())
     chosen = {id(named[name]) for name in task.layout.names}
     owners = [
@@ -120,14 +129,16 @@ def _owner(task: Task) -> tuple[str, nn.Linear] | None:
     if len(owners) != 1 or type(owners[0][1]) is not nn.Linear:
         return None
     name, module = owners[0]
-    held = {id(p) for p in module.parameters(recurse=False)}
-    return (name, module) if chosen <= held else None
+    # `matrix` and `flatten` rely on W lying before b, the order in which nn.Linear registers them.
+    held = [id(p) for p in (module.weight, module.bias) if id(p) in chosen]
+    in_order = [id(named[chosen_name]) for chosen_name in task.layout.names] == held
+    return (name, module) if in_order and not module._forward_hooks else None
 
 
 def _run(
     task: Task, batch: Batch, module: str, replacement: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """One forward pass: the linear map's input, and the model's output.
+) -> tuple[Tensor, Tensor, Any]:
+    """One forward pass: the linear map's input, the model's output and the targets.
 
     With a replacement the linear map's output is exchanged for it. The hooks live inside this call.
 
@@ -144,9 +155,13 @@ def _run(
     params = {k: v.requires_grad_() for k, v in task.layout.unflatten(theta).items()}
     handle = task.model.get_submodule(module).register_forward_hook(hook)
     try:
-        outputs, _ = task.outputs(params, batch)
+        outputs, targets = task.outputs(params, batch)
     finally:
         handle.remove()
     if len(seen) != 1:
         raise LookupError(module)
-    return seen[0], outputs
+    return seen[0], outputs, targets
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

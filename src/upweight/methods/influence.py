@@ -28,7 +28,7 @@ from upweight.errors import ShapeError, message
 from upweight.gradients.functional import measure_gradients
 from upweight.gradients.source import FactoredLinear, GradientSource, gradient_source
 from upweight.linalg.cholesky import Cholesky
-from upweight.linalg.damping import Damping, as_damping, damped
+from upweight.linalg.damping import Damping, Relative, as_damping, damped
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solve import Auto, Solver
@@ -373,6 +373,17 @@ class FittedInfluence:
         decrement = 0.5 * float(gradient @ step.value) if step.converged else math.nan
         return {"gradient_norm": float(gradient.norm()), "decrement": decrement}
 
+    @cached_property
+    def _mean_eigenvalue(self) -> dict[str, float]:
+        """tr(H)/p, where it costs no pass over the data beyond what was done."""
+        spec = self.spec.damping
+        if isinstance(spec, Relative) and spec.factor > 0:
+            return {"mean_eigenvalue": self.damping / spec.factor}
+        if isinstance(self.source, FactoredLinear):
+            mean = float(self.operator.trace()) / self.task.layout.size
+            return {"mean_eigenvalue": mean - self.damping}
+        return {}
+
     def _objective_gradient(self) -> Float[Tensor, " p"]:
         """∇J(θ̂) = (1/n) Σ gᵢ + ∇R."""
         total = torch.stack([self.source.total(batch) for batch in self._batches()]).sum(dim=0)
@@ -394,6 +405,7 @@ class FittedInfluence:
             "mean_loss": self.mean_loss,
             **self.stationarity,
             "damping": self.damping,
+            **self._mean_eigenvalue,
             "solver": repr(self.solver),
             "solver_steps": solution.stats.steps,
             "largest_residual": float(residuals.max()),

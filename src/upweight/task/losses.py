@@ -47,7 +47,7 @@ class Loss(abc.ABC):
             return self(f.reshape(1, *shape), _with_batch_axis(y))[0]
 
         flat = outputs.reshape(len(outputs), -1)
-        return torch.func.vmap(torch.func.hessian(one))(flat, targets)
+        return torch.func.vmap(torch.func.jacrev(torch.func.jacrev(one)))(flat, targets)
 
     def log_prob(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
         """log p(y | f)."""
@@ -57,8 +57,8 @@ class Loss(abc.ABC):
         """log p(y | f) − log(1 − p(y | f)): how far the right answer is ahead."""
         raise UnsupportedModel(_no_likelihood(self, "a margin"))
 
-    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """ŷ ~ p(· | f)."""
+    def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
+        """ŷ ~ p(· | f), in the places where the targets count."""
         raise UnsupportedModel(_no_likelihood(self, "samples ŷ ~ p(· | f)"))
 
 
@@ -182,10 +182,13 @@ class CrossEntropy(Loss):
         others = outputs.scatter(-1, index, -torch.inf).logsumexp(dim=-1)
         return _per_example(torch.where(kept, right - others, 0.0))
 
-    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
         p = outputs.softmax(dim=-1)
         flat = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator)
-        return flat.reshape(p.shape[:-1])
+        drawn = flat.reshape(p.shape[:-1])
+        if targets.is_floating_point():
+            return drawn
+        return torch.where(targets == self.ignore_index, targets, drawn)
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ class Bernoulli(Loss):
     def margin(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         return _per_example((2 * targets - 1) * outputs)
 
-    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
         return torch.bernoulli(outputs.sigmoid(), generator=generator)
 
 
@@ -252,7 +255,7 @@ class SquaredError(Loss):
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         return -self(outputs, targets)
 
-    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
         noise = torch.empty_like(outputs).normal_(generator=generator)
         return outputs + noise
 
@@ -279,7 +282,7 @@ class Poisson(Loss):
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         return -self(outputs, targets) - _per_example(torch.lgamma(targets.to(outputs) + 1))
 
-    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
         return torch.poisson(outputs.exp(), generator=generator)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch, Params
+from upweight.errors import ShapeError, message
 from upweight.task.task import Task
 
 
@@ -55,6 +56,9 @@ class Logit(Measure):
 
     Args:
         index: Which output, or None for the target's class. Outputs `[q]` have only index 0.
+
+    Raises:
+        ShapeError: There is no such output; or, without an index, the target is not one class.
     """
 
     index: int | None = None
@@ -62,11 +66,31 @@ class Logit(Measure):
     def __call__(self, task: Task, params: Params, batch: Batch) -> Float[Tensor, " q"]:
         outputs, targets = task.outputs(params, batch)
         flat = outputs.reshape(len(outputs), -1)
-        if self.index is not None:
-            return flat[:, self.index]
-        if flat.shape[1] == 1:
-            return flat[:, 0]
-        return flat.gather(1, targets.reshape(-1, 1).long())[:, 0]
+        count = flat.shape[1]
+        if self.index is not None and not 0 <= self.index < count:
+            raise ShapeError(
+                message(
+                    f"Logit's index must name one of the model's {count} outputs: 0…{count - 1}.",
+                    f"index={self.index}.",
+                    "a class counted from 1, or from the end.",
+                    "count from 0, over all outputs of one query in order.",
+                )
+            )
+        if self.index is not None or count == 1:
+            return flat[:, self.index or 0]
+        # A weighted loss has targets (y, v); the class is y.
+        y = targets[0] if isinstance(targets, tuple | list) else targets
+        if y.is_floating_point() or y.shape != (len(flat),):
+            raise ShapeError(
+                message(
+                    f"Logit() needs the class of each query as its target: integers ({len(flat)},).",
+                    f"targets {tuple(y.shape)} of {y.dtype}.",
+                    "a regression, class probabilities or one class per position.",
+                    "name the output, Logit(index=0), or pass a function (outputs, targets) -> "
+                    "[q].",
+                )
+            )
+        return flat.gather(1, y[:, None].long())[:, 0]
 
 
 @dataclass(frozen=True)

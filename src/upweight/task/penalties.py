@@ -34,7 +34,9 @@ class Penalty(abc.ABC):
 
     def curvature(self, theta: Float[Tensor, " p"], layout: Layout) -> LinearOperator | None:
         """∇²R(θ), or None where it is zero. Automatic differentiation makes it dense, p × p."""
-        hessian = torch.func.hessian(lambda t: self(layout.unflatten(t), layout))(theta)
+        # Reverse over reverse: needs only operations that have a backward pass.
+        gradient = torch.func.jacrev(lambda t: self(layout.unflatten(t), layout))
+        hessian = torch.func.jacrev(gradient)(theta)
         return Dense(hessian, tags=frozenset({Tag.SYMMETRIC}))
 
     def __add__(self, other: "Penalty") -> "Penalty":
@@ -108,8 +110,28 @@ class SumToZero(Penalty):
     pattern: str
     strength: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not self.strength >= 0:
+            raise SpecError(
+                message(
+                    "SumToZero needs a strength of at least 0.",
+                    f"strength={self.strength!r}.",
+                    "a sign slip, or a strength computed from a NaN.",
+                    "keep the default of 1.0: shift-invariant scores do not depend on it.",
+                )
+            )
+
     def _direction(self, layout: Layout) -> Float[Tensor, " p"]:
         mask = layout.mask((self.pattern,)).to(layout.dtype)
+        if not bool(mask.any()):
+            raise SpecError(
+                message(
+                    "SumToZero's pattern must match a chosen parameter.",
+                    f"pattern={self.pattern!r}; the parameters are {', '.join(layout.names)}.",
+                    "the name of another model, or a parameter that is frozen or not chosen.",
+                    "name the biases as model.named_parameters() does.",
+                )
+            )
         return mask / mask.sum().sqrt()
 
     def __call__(self, params: Params, layout: Layout) -> Float[Tensor, ""]:

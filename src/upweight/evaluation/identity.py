@@ -1,0 +1,114 @@
+"""What a retrained number depends on, in words that hash: recipe, task, data, question.
+
+Specs are described by their fields, tensors by their bytes, functions by their byte code, defaults
+and closure. What says nothing but its address in memory is refused: two runs could not tell whether
+it is the same. A function's description does not follow the other functions that it calls.
+"""
+
+import dataclasses
+import enum
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from upweight.errors import SpecError, message
+from upweight.runtime.fingerprint import digest
+from upweight.scores import library_versions
+from upweight.task.data import Data
+from upweight.task.task import Task
+
+ROWS = 1024  # fixed: the hash of a data set must not depend on anything else
+
+
+def identity(
+    recipe: Any, task: Task, train: Data, queries: Data, measure: Callable[..., Tensor]
+) -> dict[str, str]:
+    """Everything a retrained measurement depends on but the weights.
+
+    Raises:
+        SpecError: A part cannot be told from another of its kind.
+    """
+    state = {**dict(task.model.named_parameters()), **dict(task.model.named_buffers())}
+    return {
+        "recipe": described(recipe),
+        "loss": described(task.loss),
+        "penalty": described(task.penalty),
+        "parameters": repr(task.layout),
+        "forward": described(task.forward),
+        "model": repr(task.model),
+        "model state": described(state),
+        "measure": described(measure),
+        "train": f"{len(train)} examples {contents(train)}",
+        "queries": f"{len(queries)} examples {contents(queries)}",
+        "versions": repr({k: v for k, v in library_versions().items() if k != "python"}),
+    }
+
+
+def contents(data: Data) -> str:
+    """A hash of every example in order."""
+    parts = []
+    for _, _, batch in data.batches(ROWS):
+        leaves, structure = tree_flatten(batch)
+        parts.append(digest(repr(structure), *(described(leaf) for leaf in leaves)))
+    return digest(*parts)
+
+
+def described(value: Any) -> str:
+    """A text that is equal for equal things and differs where they differ.
+
+    Raises:
+        SpecError: The object says nothing but its address.
+    """
+    if isinstance(value, Tensor):
+        return digest(value)
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return digest(torch.as_tensor(np.ascontiguousarray(value)), str(value.dtype))
+    if isinstance(value, type | enum.Enum):
+        return f"{value.__module__}.{value}"
+    if isinstance(value, nn.Module):
+        return f"{value!r} {described(value.state_dict())}"
+    if dataclasses.is_dataclass(value):
+        return _named(value, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{described(k)}: {described(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(described(v) for v in value) + ")"
+    if isinstance(value, types.FunctionType):
+        return _function(value)
+    if hasattr(value, "get_params"):  # an estimator: its repr is cut short where it is long
+        return _named(value, value.get_params(deep=True))
+    text = repr(value)
+    if f"0x{id(value):x}" in text.lower() or " object at 0x" in text:
+        raise SpecError(
+            message(
+                "A cache needs recipes, losses and measures that say what they are.",
+                f"{text}.",
+                "an object without fields that can be read, so that another run could not tell "
+                "whether it is the same.",
+                "make it a frozen dataclass of its hyperparameters or a plain function, or leave "
+                "cache=None.",
+            )
+        )
+    return f"{type(value).__qualname__} {text}"
+
+
+def _named(value: Any, fields: Mapping[str, Any]) -> str:
+    inner = ", ".join(f"{name}={described(field)}" for name, field in fields.items())
+    return f"{type(value).__module__}.{type(value).__qualname__}({inner})"
+
+
+def _function(function: types.FunctionType) -> str:
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    held = described((function.__defaults__, function.__kwdefaults__, cells))
+    code = digest(_code(function.__code__), held)
+    return f"{function.__module__}.{function.__qualname__} {code}"
+
+
+def _code(code: types.CodeType) -> str:
+    constants = [_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"

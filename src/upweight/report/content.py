@@ -1,0 +1,199 @@
+"""Everything the page shows, as plain data: only what is shown, of however many scores."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from upweight.errors import ShapeError, message
+from upweight.report.check import Check
+from upweight.report.examples import Examples, class_name
+from upweight.report.facts import QueryFacts
+from upweight.report.strongest import Strongest, effects, histogram, strongest
+from upweight.scores import Scores, Unit
+
+COLUMNS_SHOWN = 6
+"""Columns of a table row on a card: those in which the example and the query differ most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Which training examples the page shows, and where.
+
+    Args:
+        ends: The strongest examples of each query.
+        columns: Every column of the scores that is shown somewhere, ascending.
+    """
+
+    ends: tuple[Strongest, ...]
+    columns: tuple[int, ...]
+
+    @property
+    def place(self) -> dict[int, int]:
+        """Column of the scores → place among the shown."""
+        return {column: place for place, column in enumerate(self.columns)}
+
+
+def selection(scores: Scores, checks: Sequence[Check], k: int) -> Selection:
+    """The k strongest examples of every query at each end, and those that were removed."""
+    ends = tuple(strongest(effects(scores, q), k) for q in range(len(scores.values)))
+    shown = {column for end in ends for column in (*end.raised, *end.lowered)}
+    shown |= {int(example) for check in checks for example in check.examples}
+    return Selection(ends, tuple(sorted(shown)))
+
+
+def require_fit(
+    scores: Scores, removal: Scores | None, checks: Sequence[Check], n: int, q: int
+) -> None:
+    """Refuse parts that are not about the same queries and training examples.
+
+    Raises:
+        ShapeError: Sizes disagree, or a check is about a query or example that is not there.
+    """
+    rows, columns = scores.values.shape
+    expected = n if scores.columns is None else columns
+    if (rows, columns) != (q, expected):
+        raise ShapeError(
+            message(
+                "Scores have one row per query and one column per training example.",
+                f"scores of shape ({rows}, {columns}) with {n} training examples and {q} queries.",
+                "train and queries swapped, or data of another split.",
+                "pass the data that fit(...) and attribute(...) were given.",
+            )
+        )
+    if removal is not None and (
+        removal.unit is not Unit.DIFFERENCE or removal.values.shape != scores.values.shape
+    ):
+        raise ShapeError(
+            message(
+                f"removal must hold Δm of shape ({rows}, {columns}), as the scores.",
+                f"unit {removal.unit.name}, shape {tuple(removal.values.shape)}.",
+                "removals of some examples or groups only.",
+                "pass fitted.removal(queries) for all training examples, or leave it out.",
+            )
+        )
+    for check in checks:
+        outside = [int(i) for i in check.examples if not 0 <= int(i) < columns]
+        if outside or not 0 <= check.query < rows:
+            raise ShapeError(
+                message(
+                    f"A check is about queries 0…{rows - 1} and examples 0…{columns - 1}.",
+                    f"query {check.query}, examples {outside[:5]} in {check.label!r}.",
+                    "indices into another data set.",
+                    "use row and column indices of the scores.",
+                )
+            )
+
+
+def payload(
+    scores: Scores,
+    removal: Scores | None,
+    checks: Sequence[Check],
+    chosen: Selection,
+    train: Examples,
+    queries: Examples,
+    facts: QueryFacts,
+    names: Sequence[str] | None,
+    features: Sequence[str] | None,
+) -> dict[str, Any]:
+    """The data of the page, all of it JSON."""
+    place = chosen.place
+    spread = _spread(train, queries)
+    rows = []
+    for q, end in enumerate(chosen.ends):
+        effect = effects(scores, q)
+        row: dict[str, Any] = {
+            "label": queries.labels[q],
+            "histogram": _histogram(effect),
+            **_facts(facts, q, queries.labels[q], names),
+        }
+        change = None if removal is None else -effects(removal, q)
+        for side, columns in (("raised", end.raised), ("lowered", end.lowered)):
+            places = [place[i] for i in columns]
+            row[side] = {"places": places, "scores": [_short(effect[i]) for i in columns]}
+            if change is not None:
+                row[side]["changes"] = [_short(change[i]) for i in columns]
+            if spread is not None:
+                row[side]["differs"] = [_differences(train, queries, p, q, spread) for p in places]
+        rows.append(row)
+    index = [scores.columns[i] if scores.columns else i for i in chosen.columns]
+    return {
+        "train": {"index": index, "label": list(train.labels)},
+        "queries": rows,
+        "checks": [_check(check, place) for check in checks],
+        "features": _features(train, features),
+        "newton": removal is not None,
+        "predicts": scores.unit is not Unit.RANK,
+    }
+
+
+def _short(value: float) -> float:
+    """Six digits: more than a reader or a pixel can tell apart, at a third of the bytes."""
+    return float(f"{value:.6g}")
+
+
+def _histogram(effect: NDArray[np.float64]) -> dict[str, Any]:
+    start, width, counts = histogram(effect)
+    ends = {"low": _short(float(effect.min())), "high": _short(float(effect.max()))}
+    ends["positive"] = int((effect > 0).sum())
+    return {"start": _short(start), "width": _short(width), "counts": counts, **ends}
+
+
+def _facts(facts: QueryFacts, q: int, label: str, names: Sequence[str] | None) -> dict[str, Any]:
+    known: dict[str, Any] = {}
+    if facts.values is not None and math.isfinite(facts.values[q]):
+        known["value"] = _short(facts.values[q])
+    if facts.predictions is not None:
+        value = facts.predictions[q]
+        known["prediction"] = value if isinstance(value, str) else class_name(value, names)
+        known["wrong"] = known["prediction"] != label
+    return known
+
+
+def _check(check: Check, place: dict[int, int]) -> dict[str, Any]:
+    return {
+        "label": check.label,
+        "query": check.query,
+        "places": [place[int(i)] for i in check.examples],
+        "predicted": [_short(float(v)) for v in check.predicted],
+        "actual": [_short(float(v)) for v in check.actual],
+        "slope": _short(check.slope[0]) if math.isfinite(check.slope[0]) else None,
+    }
+
+
+def _spread(train: Examples, queries: Examples) -> NDArray[np.float64] | None:
+    """Per column the standard deviation over what is shown, so that columns can be compared."""
+    if train.table is None or queries.table is None:
+        return None
+    spread = np.concatenate([train.table, queries.table]).std(axis=0)
+    return np.where(spread > 0, spread, 1.0)
+
+
+def _differences(
+    train: Examples, queries: Examples, place: int, q: int, spread: NDArray[np.float64]
+) -> list[list[float]]:
+    """[column, value of the query, value of the example] where the two differ most."""
+    assert train.table is not None
+    assert queries.table is not None
+    mine, theirs = train.table[place], queries.table[q]
+    order = np.argsort(-np.abs(mine - theirs) / spread, kind="stable")[:COLUMNS_SHOWN]
+    return [[int(c), _short(theirs[c]), _short(mine[c])] for c in order]
+
+
+def _features(train: Examples, features: Sequence[str] | None) -> list[str]:
+    if train.table is None:
+        return []
+    width = train.table.shape[1]
+    if features is not None and len(features) != width:
+        raise ShapeError(
+            message(
+                f"features must name each of the {width} columns of the table.",
+                f"{len(features)} names.",
+                "the target's column among the names.",
+                "pass one name per input column, in order.",
+            )
+        )
+    return [f"x{c}" for c in range(width)] if features is None else [str(f) for f in features]

@@ -1,0 +1,121 @@
+"""What a person is shown of an example: its image or its table row, and its label."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from upweight.errors import ShapeError, message
+from upweight.report.sprite import as_images
+from upweight.task.data import Data
+
+_TARGETS = ("labels", "label", "targets", "target", "y")
+"""Names under which dict batches carry the target."""
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """The examples at some indices of a data set, as far as they can be shown.
+
+    Args:
+        labels: One text per example; empty where there is no target.
+        images: [k, h, w, c], or None.
+        table: [k, f], or None. At most one of the two.
+    """
+
+    labels: tuple[str, ...]
+    images: NDArray[np.generic] | None = None
+    table: NDArray[np.float64] | None = None
+
+    @property
+    def noun(self) -> str:
+        """What one of them is called on the page."""
+        if self.images is not None:
+            return "image"
+        return "example" if self.table is None else "row"
+
+
+def examples(
+    data: Data,
+    indices: Sequence[int],
+    names: Sequence[str] | None = None,
+    instead: Any = None,
+    role: str = "train",
+) -> Examples:
+    """The examples at `indices`, which are all that is read of the data.
+
+    Args:
+        data: The data set.
+        indices: Which of its examples.
+        names: Of the classes, where targets are class indices.
+        instead: Images or rows `[n, ...]` to show in place of the inputs, where those are
+            flattened or transformed.
+        role: "train" or "query", for the message.
+
+    Raises:
+        ShapeError: `instead` does not have one entry per example of the data.
+    """
+    batch = data.take(indices)
+    source, target = _parts(batch)
+    shown = source if instead is None else instead
+    if instead is not None and len(instead) != len(data):
+        raise ShapeError(
+            message(
+                f"{role}_images must have one entry per example: {len(data)}.",
+                f"{len(instead)} entries.",
+                "the images of another split, or only of the examples expected to be shown.",
+                "pass the images of the whole set, in its order.",
+            )
+        )
+    values = None
+    if shown is not None:
+        chosen = shown if instead is None else shown[list(indices)]
+        values = _array(chosen)
+    labels = tuple(_labels(target, len(indices), names))
+    if values is None:
+        return Examples(labels)
+    images = as_images(values)
+    if images is not None:
+        return Examples(labels, images=images)
+    if values.ndim in (1, 2) and values.dtype.kind in "buif" and values.shape[-1]:
+        return Examples(labels, table=values.reshape(len(values), -1).astype(np.float64))
+    return Examples(labels)
+
+
+def class_name(value: Any, names: Sequence[str] | None) -> str:
+    """A target or prediction in words: its class name where it has one, else the number."""
+    number = float(value)
+    if names is not None and number == int(number) and 0 <= int(number) < len(names):
+        return str(names[int(number)])
+    return f"{number:.4g}"
+
+
+def _parts(batch: Any) -> tuple[Any, Any]:
+    """The first input and the first target of a batch."""
+    if not isinstance(batch, dict):
+        return tree_leaves(batch[0])[0], tree_leaves(batch[-1])[0] if len(batch) > 1 else None
+    target = next((batch[key] for key in _TARGETS if key in batch), None)
+    inputs = [leaf for key, leaf in batch.items() if key not in _TARGETS]
+    return (inputs[0] if inputs else None), target
+
+
+def _array(value: Any) -> NDArray[np.generic]:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value if value.dtype.is_floating_point is False else value.double()
+        return np.asarray(value.numpy())
+    return np.asarray(value)
+
+
+def _labels(target: Any, k: int, names: Sequence[str] | None) -> list[str]:
+    if target is None:
+        return [""] * k
+    values = _array(target).reshape(k, -1)
+    if values.shape[1] == 1:
+        return [class_name(row[0], names) for row in values]
+    shown = [", ".join(f"{float(v):.3g}" for v in row[:3]) for row in values]
+    return [f"({text}{', …' if values.shape[1] > 3 else ''})" for text in shown]

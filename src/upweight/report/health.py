@@ -1,0 +1,196 @@
+"""Can these scores be trusted? What the computation says about itself, in sentences.
+
+    H + λI inverted to a residual · θ̂ at a minimum · Σᵢ S[q, i] = ∇mᵀ H⁻¹ ∇R · agreement
+
+A mark is put only where a number is past a limit that is written beside it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from upweight.report.check import Check
+from upweight.report.facts import noun_of
+from upweight.report.notation import count, interval, readable
+from upweight.scores import Scores, Unit
+
+RESIDUAL_LIMIT = 1e-3
+"""Relative residual of a solve that would change the third digit shown on the page."""
+ROW_SUM_LIMIT = 1e-2
+"""Row-sum excess over the sum of |scores|: past it the scores miss an effect they should have."""
+DECREMENT_LIMIT = 1e-4
+"""What a Newton step would still gain, over the mean loss: past it θ̂ is not yet the minimum."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line of the health panel.
+
+    Args:
+        name: What it is about.
+        value: The number or choice, in words.
+        meaning: Why it matters.
+        concern: Whether it is past its limit.
+    """
+
+    name: str
+    value: str
+    meaning: str
+    concern: bool = False
+
+
+def convention(scores: Scores) -> str:
+    """The unit and its sign, in a sentence or two."""
+    m = noun_of(scores)
+    if scores.unit is Unit.DERIVATIVE:
+        return (
+            f"A score is ∂{m}/∂w, the change of the {m} per unit of weight on one training "
+            f"example in (1/n) Σ wᵢ ℓᵢ + R: positive raised the {m}, negative lowered it. "
+            "Removing the example sets its weight from 1 to 0, so the score predicts a change "
+            "of minus itself."
+        )
+    if scores.unit is Unit.DIFFERENCE:
+        return (
+            f"A score is minus the predicted change of the {m} when the example is removed from "
+            f"(1/n) Σ wᵢ ℓᵢ + R (its weight goes from 1 to 0): positive raised the {m}, negative "
+            "lowered it."
+        )
+    return "Only the order of scores within one query means anything; they predict no change."
+
+
+def verdict(checks: Sequence[Check], noun: str) -> str:
+    """What the comparison with retraining found, without a judgement it cannot support."""
+    if not checks:
+        return (
+            "These scores have not been compared with retraining. They are predictions from a "
+            "local model of the training objective."
+        )
+    best = min(checks, key=_miscalibration)
+    many = len(best.examples) > 1
+    removed = (
+        f"{count(len(best.examples), f'training {noun}')} "
+        f"{'were really removed, one at a time,' if many else 'was really removed'} and the model "
+        "retrained."
+    )
+    if not math.isfinite(best.pearson[0]) or not math.isfinite(best.slope[0]):
+        return f"{removed} That is too little to say how well prediction and change agree."
+    brackets = " (95% intervals in brackets)" if math.isfinite(best.slope[1]) else ""
+    return (
+        f"{removed} The {best.label} prediction correlates with the measured change at "
+        f"{interval(best.pearson)}; the measured change is {interval(best.slope)} times the "
+        f"predicted one{brackets}."
+    )
+
+
+def _miscalibration(check: Check) -> float:
+    """|log slope|: twice too large is as bad as twice too small."""
+    slope = check.slope[0]
+    return abs(math.log(slope)) if math.isfinite(slope) and slope > 0 else math.inf
+
+
+def health(scores: Scores, checks: Sequence[Check]) -> list[Fact]:
+    """The lines of the health panel, in the order a careful reader asks."""
+    known = scores.provenance.health
+    facts = [_retraining(checks), *_minimum(known), *_row_sum(known), *_solver(known)]
+    facts += [*_damping(known), *_error(scores), *_time(scores)]
+    return facts
+
+
+def _number(known: Mapping[str, Any], name: str) -> float | None:
+    value = known.get(name)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _retraining(checks: Sequence[Check]) -> Fact:
+    if not checks:
+        return Fact("Retraining", "not compared", "nothing here shows that removal does this", True)
+    queries = len({check.query for check in checks})
+    removals = len({(check.query, int(i)) for check in checks for i in check.examples})
+    meaning = "the comparison holds for these; for others it is evidence, not proof"
+    return Fact("Retraining", f"{count(removals, 'removal')}, {count(queries, 'query')}", meaning)
+
+
+def _minimum(known: Mapping[str, Any]) -> list[Fact]:
+    gradient = _number(known, "gradient_norm")
+    if gradient is None:
+        return []
+    value = f"‖∇J‖ = {readable(gradient)}"
+    decrement, loss = _number(known, "decrement"), _number(known, "mean_loss")
+    if decrement is None:
+        return [Fact("At a minimum", value, "the theory is about a minimum, where this is zero")]
+    gain = decrement / loss if loss else math.inf
+    meaning = (
+        f"one Newton step would lower the objective by {readable(decrement)}"
+        + (f", mean loss {readable(loss)}" if loss is not None else "")
+        + f"; marked from {readable(DECREMENT_LIMIT, 1)} of the loss"
+    )
+    # `not <`: a NaN decrement, where the curvature could not be inverted, is a concern.
+    return [Fact("At a minimum", value, meaning, not gain < DECREMENT_LIMIT)]
+
+
+def _row_sum(known: Mapping[str, Any]) -> list[Fact]:
+    excess = _number(known, "row_sum_excess_relative")
+    if excess is None:
+        return []
+    meaning = (
+        "upweighting everything alike must do only what the penalty says; marked from "
+        f"{readable(ROW_SUM_LIMIT, 1)} of the scores"
+    )
+    return [Fact("Row-sum excess", readable(excess), meaning, not excess < ROW_SUM_LIMIT)]
+
+
+def _solver(known: Mapping[str, Any]) -> list[Fact]:
+    if "solver" not in known:
+        return []
+    residual = _number(known, "largest_residual")
+    steps = _number(known, "solver_steps")
+    value = str(known["solver"])
+    if steps:
+        value += f", {count(int(steps), 'step')}"
+    if residual is None:
+        return [Fact("Solver", value, "the residual was not recorded")]
+    meaning = (
+        f"largest residual ‖Ax − b‖/‖b‖ = {readable(residual)}; marked from "
+        f"{readable(RESIDUAL_LIMIT, 1)}"
+    )
+    return [Fact("Solver", value, meaning, not residual < RESIDUAL_LIMIT)]
+
+
+def _damping(known: Mapping[str, Any]) -> list[Fact]:
+    damping = _number(known, "damping")
+    if damping is None:
+        return []
+    spectrum = [
+        f"{words} {readable(number)}"
+        for words, name in (
+            ("mean eigenvalue", "mean_eigenvalue"),
+            ("smallest eigenvalue", "solver_smallest_eigenvalue"),
+            ("largest eigenvalue", "solver_largest_eigenvalue"),
+            ("condition number at least", "solver_condition"),
+        )
+        if (number := _number(known, name)) is not None
+    ]
+    about = ", ".join(spectrum) or "the spectrum was not estimated"
+    if damping == 0.0:
+        return [Fact("Damping", "none", f"the curvature is inverted as it is: {about}")]
+    mean = _number(known, "mean_eigenvalue")
+    share = f" = {readable(damping / mean)} × mean eigenvalue" if mean else ""
+    meaning = f"λ makes scores those of an objective with λ/2·‖θ − θ̂‖² added; {about}"
+    return [Fact("Damping", f"λ = {readable(damping)}{share}", meaning)]
+
+
+def _error(scores: Scores) -> list[Fact]:
+    if scores.error is None:
+        return []
+    relative = float(scores.error.norm() / scores.values.norm())
+    meaning = "root mean square of the standard errors over that of the scores"
+    return [Fact("Standard error", readable(relative), meaning)]
+
+
+def _time(scores: Scores) -> list[Fact]:
+    seconds = scores.provenance.seconds
+    if not seconds:
+        return []
+    stages = ", ".join(f"{stage} {readable(float(s))} s" for stage, s in seconds.items())
+    return [Fact("Time", f"{readable(float(sum(seconds.values())))} s", stages)]

@@ -1,0 +1,48 @@
+"""Numbers as people read them: three digits, a true minus sign, powers of ten spelled out."""
+
+import math
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def readable(value: float, digits: int = 3, signed: bool = False) -> str:
+    """`−0.0123`, `1.47`, `6.1×10⁻¹²`; `signed` writes the plus as well."""
+    if not math.isfinite(value):
+        return {math.inf: "∞", -math.inf: "−∞"}.get(value, "not a number")
+    sign = "−" if value < 0 else "+" if signed and value > 0 else ""
+    size = abs(value)
+    if size == 0.0:
+        return "0"
+    mantissa, exponent = f"{size:.{digits - 1}e}".split("e")
+    power = int(exponent)
+    if -4 < power < 6:
+        # A fixed number of significant digits keeps a column of scores comparable at a glance.
+        return f"{sign}{float(f'{size:.{digits}g}'):,.{max(digits - 1 - power, 0)}f}"
+    return f"{sign}{mantissa}×10{str(power).translate(_SUPERSCRIPTS)}"
+
+
+def interval(estimate: tuple[float, float, float], digits: int = 3) -> str:
+    """`1.012 [1.008, 1.016]` from (value, low, high); a dash for NaN, no bracket for NaN ends."""
+    value, low, high = estimate
+    text = _fixed(value, digits)
+    if math.isnan(low) or math.isnan(high):
+        return text
+    return f"{text} [{_fixed(low, digits)}, {_fixed(high, digits)}]"
+
+
+def _fixed(value: float, digits: int) -> str:
+    """Correlations near one need as many decimals as it takes to tell them from one."""
+    if not math.isfinite(value):
+        return "–"
+    decimals = digits
+    while decimals < 7 and 0 < abs(1 - abs(value)) < 0.5 * 10**-decimals:
+        decimals += 1
+    return f"{value:.{decimals}f}".replace("-", "−")
+
+
+def count(number: int, noun: str) -> str:
+    """`1 image`, `5,000 images`, `20 queries`."""
+    if number == 1:
+        return f"1 {noun}"
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {plural}"

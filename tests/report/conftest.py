@@ -1,0 +1,104 @@
+"""A small made-up run: ten training images, three queries, scores with known ends."""
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from upweight.report import Check, html
+from upweight.scores import Provenance, Scores, Unit
+
+HEALTH = {
+    "mean_loss": 0.3,
+    "gradient_norm": 1e-9,
+    "decrement": 1e-17,
+    "damping": 0.0,
+    "solver": "Cholesky()",
+    "solver_steps": 0,
+    "largest_residual": 1e-14,
+    "solver_condition": 812.0,
+    "row_sum_excess": 1e-12,
+    "row_sum_excess_relative": 1e-11,
+}
+
+
+def provenance(**changes: Any) -> Provenance:
+    made = Provenance(
+        method="Influence(curvature=Hessian(), solver=Cholesky(), damping=0.0)",
+        task="loss=CrossEntropy(), penalty=L2(0.01), params=('*',)",
+        measure="Loss()",
+        n=10,
+        q=3,
+        p=7,
+        dtype="float64",
+        device="cpu",
+        health=HEALTH,
+        seconds={"fit": 1.5, "attribute": 0.5},
+        versions={"upweight": "0.1.0"},
+    )
+    return replace(made, **changes)
+
+
+@dataclass
+class Run:
+    """What `html` takes, and what it wrote, parsed."""
+
+    scores: Scores
+    train: tuple[Any, Any]
+    queries: tuple[Any, Any]
+    path: Path
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def write(self) -> str:
+        html(self.scores, self.train, self.queries, self.path, **self.options)
+        return self.path.read_text(encoding="utf-8")
+
+    def data(self) -> dict[str, Any]:
+        found = re.search(
+            r'<script type="application/json" id="data">(.*?)</script>', self.write(), re.S
+        )
+        assert found
+        return json.loads(found[1])
+
+
+def check(query: int = 0, label: str = "first order", scale: float = 1.0) -> Check:
+    predicted = np.array([-0.3, 0.2, 0.1]) * scale
+    return Check(
+        label=label,
+        examples=[2, 5, 7],
+        predicted=predicted,
+        actual=np.array([-0.31, 0.22, 0.1]),
+        pearson=(0.98, 0.97, 0.99),
+        spearman=(1.0, 1.0, 1.0),
+        slope=(1.47, 1.4, 1.54) if scale == 1.0 else (1.01, 1.0, 1.02),
+        query=query,
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (10, 6, 5), dtype=np.uint8)
+    asked = draw.integers(0, 256, (3, 6, 5), dtype=np.uint8)
+    values = torch.from_numpy(draw.normal(size=(3, 10)))
+    return Run(
+        Scores(values, Unit.DERIVATIVE, provenance()),
+        (images, draw.integers(0, 3, 10)),
+        (asked, np.array([0, 1, 2])),
+        tmp_path / "report.html",
+    )
+
+
+@pytest.fixture
+def make_check() -> Any:
+    return check
+
+
+@pytest.fixture
+def make_provenance() -> Any:
+    return provenance

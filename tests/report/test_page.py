@@ -1,0 +1,287 @@
+"""The page: what is in it, that it is the same each time, and that data cannot become markup."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import upweight as uw
+from upweight.errors import DataError, NonFinite, ShapeError
+from upweight.report import html
+from upweight.scores import Scores, Unit
+
+HOSTILE = "</script><script>document.documentElement.dataset.owned='yes'</script><b>&\u2028"
+
+
+class Tags(HTMLParser):
+    """The elements of a page and the addresses they name."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attrs if k in ("src", "href", "action", "data") and v]
+
+
+def test_the_page_has_its_parts_in_order(run, make_check):
+    run.options = {"checks": [make_check(), make_check(label="leverage-corrected", scale=1.4)]}
+    page = run.write()
+    parts = [
+        "What raised and lowered the loss on this image",
+        "Can I trust this?",
+        "3 training images were really removed",
+        "The leverage-corrected prediction",
+        "1.010<small>[1.000, 1.020]",
+        "Row-sum excess",
+        "Raised its loss",
+        "Lowered its loss",
+        "How this was made",
+        "Influence(curvature=Hessian()",
+    ]
+    places = [page.index(part) for part in parts]
+    assert places == sorted(places)
+    text = re.sub(r"<(script|style).*?</\1>", "", page, flags=re.S)
+    assert not re.search("helpful|harmful|proponent", text, re.I)
+
+
+def test_the_data_are_the_ends_of_the_scores(run):
+    run.options = {"k": 2, "values": [0.5, 1.5, 2.5], "predictions": [0, 2, 2]}
+    data = run.data()
+    for q, query in enumerate(data["queries"]):
+        ranking = run.scores.top(2, q)
+        index = data["train"]["index"]
+        assert tuple(index[p] for p in query["raised"]["places"]) == ranking.raises
+        np.testing.assert_allclose(query["lowered"]["scores"], ranking.lowers_by, rtol=1e-5)
+        assert sum(query["histogram"]["counts"]) == 10
+    assert [query["wrong"] for query in data["queries"]] == [False, True, False]
+    assert data["queries"][1]["value"] == 1.5
+    labels = [data["train"]["label"][i] for i in range(len(data["train"]["index"]))]
+    assert labels == [str(run.train[1][i]) for i in data["train"]["index"]]
+
+
+def test_better_predictions_of_removal_take_the_place_of_minus_the_score(run):
+    removal = replace(run.scores.removal(), values=run.scores.values * -1.4)
+    run.options = {"removal": removal, "k": 1}
+    data = run.data()
+    query = data["queries"][0]
+    np.testing.assert_allclose(
+        query["raised"]["changes"], [-1.4 * s for s in query["raised"]["scores"]], rtol=1e-5
+    )
+
+
+def test_removed_examples_are_on_the_page_even_if_not_among_the_strongest(run, make_check):
+    run.options = {"k": 1, "checks": [make_check(query=1)]}
+    data = run.data()
+    shown = [data["train"]["index"][p] for p in data["checks"][0]["places"]]
+    assert shown == [2, 5, 7]
+    assert data["start"] == 1
+
+
+def test_bytes_are_the_same_each_time(run, make_check):
+    run.options = {"checks": [make_check()], "title": "twice"}
+    assert run.write() == run.write()
+
+
+def test_a_function_as_measure_leaves_no_memory_address(run, make_provenance):
+    made = make_provenance(measure="OutputMeasure(function=<function f at 0x7f3a1c>)")
+    run.scores = replace(run.scores, provenance=made)
+    page = run.write()
+    assert "What raised and lowered the measurement on this image" in page
+    assert "0x7f3a1c" not in page
+
+
+def test_hostile_text_stays_text(run, make_check, make_provenance):
+    honest = Tags(run.write()).tags
+    run.scores = replace(run.scores, provenance=make_provenance(method=HOSTILE, notes=(HOSTILE,)))
+    run.options = {
+        "title": HOSTILE,
+        "names": [HOSTILE] * 3,
+        "predictions": [HOSTILE] * 3,
+        "command": HOSTILE,
+    }
+    page = run.write()
+    assert "<script>document" not in page
+    assert "\u2028" not in re.search(r'id="data">(.*?)</script>', page, re.S)[1]
+    assert run.data()["queries"][0]["label"] == HOSTILE
+    # A kicker, a list of notes with its heading and a footer line: elements of ours and no others.
+    assert sorted(Tags(page).tags) == sorted([*honest, "p", "h3", "ul", "li", "div", "dt", "dd"])
+
+
+def test_nothing_comes_from_outside(run):
+    page = run.write()
+    assert all(a.startswith(("#", "data:")) for a in Tags(page).addresses)
+    assert set(re.findall(r"https?://[^\s\"'<]+", page)) == {"http://www.w3.org/2000/svg"}
+    assert "default-src 'none'" in page
+
+
+def test_one_query_and_one_training_example(run):
+    run.scores = replace(run.scores, values=torch.tensor([[0.5]]))
+    run.train, run.queries = (run.train[0][:1], [1]), (run.queries[0][:1], [2])
+    run.train, run.queries = tuple(map(np.asarray, run.train)), tuple(map(np.asarray, run.queries))
+    data = run.data()
+    assert data["queries"][0]["raised"]["places"] == [0]
+    assert data["queries"][0]["lowered"]["places"] == []
+
+
+def test_scores_of_zero_make_a_page_without_training_images(run):
+    run.scores = replace(run.scores, values=torch.zeros(3, 10))
+    data = run.data()
+    assert data["train"]["index"] == []
+    assert list(data["sprites"]) == ["query"]
+
+
+def test_tables_show_the_columns_that_differ_most(run):
+    rows = np.zeros((10, 8))
+    rows[:, 5] = np.arange(10)
+    rows[:, 2] = 100 * np.arange(10)
+    asked = np.zeros((3, 8))
+    asked[:, 5], asked[:, 2] = 20.0, 100.0
+    run.train, run.queries = (rows, run.train[1]), (asked, run.queries[1])
+    run.options = {"features": list("abcdefgh")}
+    data = run.data()
+    assert (data["kind"], data["sprites"], data["features"][5]) == ("row", {}, "f")
+    first = data["queries"][0]["raised"]
+    example = data["train"]["index"][first["places"][0]]
+    by_column = {column: (theirs, mine) for column, theirs, mine in first["differs"][0]}
+    assert by_column[5] == (20.0, float(example))
+    assert first["differs"][0][0][0] in (2, 5)
+
+
+def test_flat_inputs_are_shown_as_the_images_given_for_them(run):
+    images, labels = run.train
+    asked, answers = run.queries
+    run.train = (images.reshape(10, 30) / 255.0, labels)
+    run.queries = (asked.reshape(3, 30) / 255.0, answers)
+    assert run.data()["kind"] == "row"
+    run.options = {"train_images": images, "query_images": asked}
+    assert run.data()["kind"] == "image"
+    run.options = {"train_images": images[:4], "query_images": asked}
+    with pytest.raises(ShapeError, match=r"one entry per example: 10[\s\S]*4 entries"):
+        run.write()
+
+
+def test_groups_are_shown_by_name(run):
+    run.scores = run.scores.group(["even", "odd"] * 5)
+    data = run.data()
+    assert set(data["train"]["index"]) <= {"even", "odd"}
+    assert "train" not in data["sprites"]
+
+
+def test_loss_and_prediction_come_from_the_live_model(run):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    X, y = torch.randn(12, 4, dtype=torch.float64), torch.arange(12) % 3
+    task = uw.Task(model, loss=uw.CrossEntropy(), penalty=uw.L2(0.1))
+    context = uw.Context(task, uw.as_data((X, y)), uw.as_data((X[:3], y[:3])), uw.Loss())
+    values = torch.randn(3, 12, dtype=torch.float64)
+    run.scores = replace(run.scores, values=values, context=context)
+    run.train, run.queries = (X, y), (X[:3], y[:3])
+    queries = run.data()["queries"]
+    expected = nn.functional.cross_entropy(model(X[:3]), y[:3], reduction="none")
+    np.testing.assert_allclose([q["value"] for q in queries], expected.tolist(), rtol=1e-5)
+    assert [q["prediction"] for q in queries] == [str(int(c)) for c in model(X[:3]).argmax(dim=1)]
+
+
+def test_rank_scores_predict_no_change(run):
+    run.scores = replace(run.scores, unit=Unit.RANK)
+    assert run.data()["predicts"] is False
+    assert "they predict no change" in run.write()
+
+
+def test_a_failed_write_leaves_the_old_page(run, monkeypatch):
+    before = run.write()
+    monkeypatch.setattr(
+        "upweight.report.page.os.replace", lambda *_: (_ for _ in ()).throw(OSError)
+    )
+    run.options = {"title": "another"}
+    with pytest.raises(OSError):
+        run.write()
+    assert run.path.read_text(encoding="utf-8") == before
+
+
+def test_nan_scores_are_refused_with_the_way_out(run):
+    # Scores refuse NaN themselves; these stand for another maker's.
+    broken = object.__new__(Scores)
+    for name in ("unit", "provenance", "error", "columns", "context"):
+        object.__setattr__(broken, name, getattr(run.scores, name))
+    values = run.scores.values.clone()
+    values[1, 4] = math.nan
+    object.__setattr__(broken, "values", values)
+    parts = r"finite scores[\s\S]*nan for query 1, column 4[\s\S]*Usual cause[\s\S]*Way out"
+    with pytest.raises(NonFinite, match=parts):
+        html(broken, run.train, run.queries, run.path)
+    assert not run.path.exists()
+
+
+def test_data_of_another_split_are_refused(run):
+    with pytest.raises(ShapeError, match=r"\(3, 10\) with 3 training examples and 10 queries"):
+        html(run.scores, run.queries, run.train, run.path)
+
+
+def test_no_queries_are_refused(run):
+    empty = replace(run.scores, values=torch.zeros(0, 10))
+    with pytest.raises(DataError, match=r"at least one query[\s\S]*\(0, 10\)"):
+        html(empty, run.train, run.queries, run.path)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"values": [1.0]}, "values must have one entry per query: 3"),
+        ({"predictions": [1, 2]}, "predictions must have one entry per query: 3"),
+        ({"start": 3}, "start=3"),
+        ({"k": 0}, "k=0"),
+        ({"features": ["a"]}, None),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(run, options, words):
+    run.options = options
+    if words is None:  # names of columns mean nothing for images
+        assert run.data()["features"] == []
+        return
+    with pytest.raises(ShapeError, match=words):
+        run.write()
+
+
+def test_wrong_feature_names_are_refused(run):
+    run.train, run.queries = (np.zeros((10, 4)), run.train[1]), (np.zeros((3, 4)), run.queries[1])
+    run.options = {"features": ["a"]}
+    with pytest.raises(ShapeError, match="each of the 4 columns"):
+        run.write()
+
+
+def test_checks_of_examples_that_are_not_there_are_refused(run, make_check):
+    run.options = {"checks": [replace(make_check(), examples=[2, 5, 10])]}
+    with pytest.raises(ShapeError, match=r"examples \[10\]"):
+        run.write()
+    run.options = {"checks": [make_check(query=3)]}
+    with pytest.raises(ShapeError, match="query 3"):
+        run.write()
+
+
+def test_removals_of_another_shape_or_unit_are_refused(run):
+    run.options = {"removal": run.scores}
+    with pytest.raises(ShapeError, match="unit DERIVATIVE"):
+        run.write()
+
+
+def test_a_check_without_a_slope_is_valid_json(run, make_check):
+    unknown = (math.nan, math.nan, math.nan)
+    run.options = {"checks": [replace(make_check(), slope=unknown, pearson=unknown)]}
+    assert run.data()["checks"][0]["slope"] is None
+    assert "too little to say" in run.write()
+
+
+def test_json_is_strict(run):
+    found = re.search(r'id="data">(.*?)</script>', run.write(), re.S)
+    json.loads(found[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

@@ -1,0 +1,90 @@
+"""The health panel and the summary for a terminal."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from upweight.report import summary
+from upweight.report.health import convention, health, verdict
+from upweight.scores import Unit
+
+
+def by_name(scores, checks=()):
+    return {fact.name: fact for fact in health(scores, checks)}
+
+
+def test_a_sound_run_that_was_checked_has_no_concern(run, make_check):
+    facts = by_name(run.scores, [make_check()])
+    assert [name for name, fact in facts.items() if fact.concern] == []
+    assert facts["Retraining"].value == "3 removals, 1 query"
+    assert facts["Solver"].value == "Cholesky()"
+    assert "condition number at least 812" in facts["Damping"].meaning
+    assert facts["Time"].value == "2.00 s"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("At a minimum", {"decrement": 1e-3}),
+        ("At a minimum", {"decrement": math.nan}),
+        ("Row-sum excess", {"row_sum_excess_relative": 0.05}),
+        ("Solver", {"largest_residual": 0.01}),
+        ("Solver", {"largest_residual": math.nan}),
+    ],
+)
+def test_what_is_past_its_limit_is_marked(run, make_provenance, make_check, name, changes):
+    made = make_provenance(health={**run.scores.provenance.health, **changes})
+    facts = by_name(replace(run.scores, provenance=made), [make_check()])
+    assert [fact.name for fact in facts.values() if fact.concern] == [name]
+
+
+def test_damping_is_told_in_eigenvalue_units(run, make_provenance):
+    made = make_provenance(health={"damping": 0.02, "mean_eigenvalue": 0.2})
+    fact = by_name(replace(run.scores, provenance=made))["Damping"]
+    assert fact.value == "λ = 0.0200 = 0.100 × mean eigenvalue"
+
+
+def test_standard_errors_are_told_where_there_are_any(run):
+    noisy = replace(run.scores, error=torch.full_like(run.scores.values, 0.1))
+    expected = 0.1 * math.sqrt(30) / float(run.scores.values.norm())
+    assert by_name(noisy)["Standard error"].value == f"{expected:.3g}"
+    assert "Standard error" not in by_name(run.scores)
+
+
+def test_not_compared_with_retraining_is_a_concern(run):
+    assert by_name(run.scores)["Retraining"].concern
+    assert "not been compared" in verdict([], "image")
+
+
+def test_the_verdict_is_about_the_best_calibrated_prediction(make_check):
+    checks = [make_check(), make_check(label="leverage-corrected", scale=1.4)]
+    assert "leverage-corrected prediction" in verdict(checks, "image")
+    assert "leverage-corrected prediction" in verdict(checks[::-1], "image")
+
+
+def test_each_unit_has_its_sentence(run):
+    sentences = {convention(replace(run.scores, unit=unit)) for unit in Unit}
+    assert len(sentences) == 3
+
+
+def test_summary_tells_ends_agreement_and_concerns(run, make_check, make_provenance):
+    made = make_provenance(
+        health={**run.scores.provenance.health, "largest_residual": 0.5}, notes=("a note",)
+    )
+    scores = replace(run.scores, provenance=made)
+    text = summary(scores, query=1, k=2, labels=[7] * 10, checks=[make_check()])
+    ranking = scores.top(2, 1)
+    assert "10 training examples, 3 queries, 7 parameters; unit ∂m/∂w of the loss" in text
+    raised = next(line for line in text.splitlines() if "raised its loss" in line)
+    assert [f"#{i} (7)" in raised for i in ranking.raises] == [True, True]
+    assert "Pearson 0.980 [0.970, 0.990]  slope 1.470 [1.400, 1.540]" in text
+    assert "look at solver" in text
+    assert text.endswith("note: a note")
+
+
+def test_summary_of_groups_and_of_zeros(run):
+    assert "odd " in summary(run.scores.group(["even", "odd"] * 5))
+    zeros = replace(run.scores, values=torch.zeros(3, 10))
+    assert "raised its loss:   none" in summary(zeros)
