@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from upweight.curvature.hessian import Hessian
 from upweight.curvature.newton import Newton
 from upweight.data import mnist_subset
-from upweight.evaluation import LOO, compare, leave_one_out
+from upweight.evaluation import LOO, Estimate, compare, leave_one_out
 from upweight.linalg.cholesky import Cholesky
 from upweight.methods.influence import Influence
 from upweight.report import Check, html, summary
@@ -133,8 +133,15 @@ def check(label: str, loo: LOO) -> Check:
         [group[0] for group in loo.examples],
         loo.predicted[:, 0].tolist(),
         loo.actual[:, 0].tolist(),
-        *((e.value, e.low, e.high) for e in (loo.pearson, loo.spearman, loo.slope)),
+        triple(loo.pearson),
+        triple(loo.spearman),
+        triple(loo.slope),
     )
+
+
+def triple(estimate: Estimate) -> tuple[float, float, float]:
+    """A value and the ends of its interval."""
+    return estimate.value, estimate.low, estimate.high
 
 
 def key(label: str) -> str:
@@ -174,5 +181,5 @@ def trained(train: Split) -> nn.Module:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)  # type: ignore[no-untyped-call,arg-type]
     return model.eval()
