@@ -1,0 +1,47 @@
+"""What a stranger sees at the command line: help, version, exit codes, errors on one screen."""
+
+import subprocess
+import sys
+
+import pytest
+
+from upweight.cli import demo, main
+from upweight.errors import SpecError
+
+
+def upweight(*arguments):
+    command = [sys.executable, "-m", "upweight.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_help_names_the_verbs_and_shows_an_example():
+    assert "demo" in upweight("--help").stdout
+    shown = upweight("demo", "--help")
+    assert shown.returncode == 0
+    assert "upweight demo --out" in shown.stdout
+
+
+def test_usage_errors_exit_with_2():
+    assert upweight("demno").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (SpecError("λ was negative"), 1, "λ was negative"),
+        (OSError(28, "No space left on device"), 1, "No space left"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_failures_are_one_screen_without_a_traceback(error, code, said, monkeypatch, capsys):
+    def fail(out):
+        raise error
+
+    monkeypatch.setattr(demo, "run", fail)
+    monkeypatch.setattr(sys, "argv", ["upweight", "demo"])
+    with pytest.raises(SystemExit) as exit_info:
+        main.main()
+    assert exit_info.value.code == code
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert "Traceback" not in printed
