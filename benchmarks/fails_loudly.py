@@ -273,6 +273,20 @@ def a_measure_with_one_value_for_all_queries() -> Any:
 
 
 @case
+def a_measure_without_a_derivative() -> Any:
+    return attribute(measure=lambda outputs, targets: (outputs.argmax(dim=1) == targets).double())
+
+
+@case
+def training_that_went_on_after_fit() -> Any:
+    model = linear()
+    fitted = uw.Influence().fit(uw.Task(model, uw.CrossEntropy(), uw.L2(0.1)), rows())
+    with torch.no_grad():
+        model.weight.mul_(1.01)  # type: ignore[union-attr,operator]
+    return fitted.attribute(rows(4))
+
+
+@case
 def a_loss_that_is_NaN() -> Any:
     return attribute(
         loss=lambda f, y: (f.gather(1, y[:, None])[:, 0] - 5.0).log(),

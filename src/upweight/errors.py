@@ -9,6 +9,7 @@
     ├── NonFinite             NaN or infinity, named by example       (ValueError)
     ├── NonDeterministic      the model gives another answer twice    (RuntimeError)
     ├── NotDifferentiable     no gradient reaches the parameters      (RuntimeError)
+    ├── ModelChanged          θ̂ moved after the method was fitted     (RuntimeError)
     ├── NotPositiveDefinite   a factorization needs H + λI ≻ 0        (ValueError)
     ├── NotConverged          an iterative solver stopped early       (RuntimeError)
     ├── NotStationary         θ does not minimize the objective       (ValueError)
@@ -61,6 +62,10 @@ class NonDeterministic(UpweightError, RuntimeError):
 
 class NotDifferentiable(UpweightError, RuntimeError):
     """No gradient reaches the parameters or the inputs."""
+
+
+class ModelChanged(UpweightError, RuntimeError):
+    """The model's parameters are no longer those that the method was fitted to."""
 
 
 class NotPositiveDefinite(UpweightError, ValueError):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -332,12 +333,11 @@ class Scores:
         tensors = {"values": self.values.detach().cpu().contiguous()}
         if self.error is not None:
             tensors["error"] = self.error.detach().cpu().contiguous()
-        contents = _digest(tensors)
         header = {
             "schema": SCHEMA,
             "unit": self.unit.name,
             "columns": self.columns,
-            "digest": contents,
+            "digest": _digest(tensors, self.unit.name, self.columns),
             "provenance": asdict(self.provenance),
         }
         staged = target / "scores.safetensors.part"
@@ -354,17 +354,22 @@ class Scores:
 
         Raises:
             FileNotFoundError: There are no scores in the directory.
-            StaleStore: The two files do not belong together, or are of another version.
+            StaleStore: The two files do not belong together, are damaged, or are of another
+                version.
         """
         source = Path(directory)
         header = json.loads((source / "scores.json").read_text(encoding="utf-8"))
-        tensors = load_file(source / "scores.safetensors")
-        if header.get("schema") != SCHEMA or header.get("digest") != _digest(tensors):
+        try:
+            tensors = load_file(source / "scores.safetensors")
+            found = _digest(tensors, header.get("unit"), header.get("columns"))
+        except SafetensorError as error:
+            found = f"unreadable: {error}"
+        if header.get("schema") != SCHEMA or header.get("digest") != found:
+            match = "match" if header.get("digest") == found else f"do not match ({found:.60})"
             raise StaleStore(
                 message(
                     f"scores.json and scores.safetensors must belong together, schema {SCHEMA}.",
-                    f"schema {header.get('schema')} and contents that "
-                    f"{'match' if header.get('digest') == _digest(tensors) else 'do not match'}.",
+                    f"schema {header.get('schema')} and contents that {match}.",
                     "a save that was interrupted, or a file copied from another run.",
                     "save the scores again.",
                 )
@@ -380,5 +385,7 @@ class Scores:
         )
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    return digest(*(tensors[name] for name in sorted(tensors)))
+def _digest(tensors: Mapping[str, Tensor], unit: str | None, columns: Sequence[str] | None) -> str:
+    """Of the numbers and of what says how to read them."""
+    reading = json.dumps([unit, columns], ensure_ascii=False)
+    return digest(*(tensors[name] for name in sorted(tensors)), reading)

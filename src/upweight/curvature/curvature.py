@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from upweight.task.data import Data
 from upweight.task.task import Task
 
 
+@runtime_checkable
 class Curvature(Protocol):
     """Which H, estimated how. Implementations are frozen specs without data."""
 

@@ -60,6 +60,7 @@ class Fisher:
             outputs, targets = task.outputs(task.theta(), batch)
         # The drawn labels travel with the batch, so that vmap maps over both.
         drawn = task.loss.sample(outputs, targets, generator)
+
         def forward(model: nn.Module, pair: Any) -> tuple[Any, Any]:
             return task.forward(model, pair[0])[0], pair[1]
 

@@ -3,8 +3,8 @@
     θ(w) = argmin_θ J(θ, w)          ‖∇J(θ(w), w)‖ ≤ tol
 
 H at θ(1) is factorized once. Every other w is a minimization from θ(1), preconditioned by that
-factor: one Newton step of the full data's curvature, then quasi-Newton corrections of it. All models
-of a call train together. Nocedal & Wright (2006), §§3.3 and 7.2.
+factor: one Newton step of the full data's curvature, then quasi-Newton corrections of it. All
+models of a call train together. Nocedal & Wright (2006), §§3.3 and 7.2.
 
 Refuses objectives that are not strictly convex where it meets them: their minimum is not a function
 of w.

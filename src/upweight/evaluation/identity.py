@@ -7,6 +7,7 @@ it is the same. A function's description does not follow the other functions tha
 
 import dataclasses
 import enum
+import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,15 +34,13 @@ def identity(
     Raises:
         SpecError: A part cannot be told from another of its kind.
     """
-    state = {**dict(task.model.named_parameters()), **dict(task.model.named_buffers())}
     return {
         "recipe": described(recipe),
         "loss": described(task.loss),
         "penalty": described(task.penalty),
         "parameters": repr(task.layout),
         "forward": described(task.forward),
-        "model": repr(task.model),
-        "model state": described(state),
+        "model": described(task.model),
         "measure": described(measure),
         "train": f"{len(train)} examples {contents(train)}",
         "queries": f"{len(queries)} examples {contents(queries)}",
@@ -71,7 +70,7 @@ def described(value: Any) -> str:
     if isinstance(value, type | enum.Enum):
         return f"{value.__module__}.{value}"
     if isinstance(value, nn.Module):
-        return f"{value!r} {described(value.state_dict())}"
+        return _module(value)
     if dataclasses.is_dataclass(value):
         return _named(value, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     if isinstance(value, Mapping):
@@ -80,6 +79,10 @@ def described(value: Any) -> str:
         return "(" + ", ".join(described(v) for v in value) + ")"
     if isinstance(value, types.FunctionType):
         return _function(value)
+    if isinstance(value, types.MethodType):
+        return f"{described(value.__func__)} of {described(value.__self__)}"
+    if isinstance(value, functools.partial):
+        return f"partial{described((value.func, value.args, value.keywords))}"
     if hasattr(value, "get_params"):  # an estimator: its repr is cut short where it is long
         return _named(value, value.get_params(deep=True))
     text = repr(value)
@@ -102,8 +105,25 @@ def _named(value: Any, fields: Mapping[str, Any]) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}({inner})"
 
 
+def _module(model: nn.Module) -> str:
+    """Its layers, what they hold besides parameters, how they are called, and every parameter."""
+    parts = []
+    for name, module in model.named_modules():
+        plain = {
+            key: value
+            for key, value in vars(module).items()
+            if not key.startswith("_") and isinstance(value, bool | int | float | str | tuple)
+        }
+        parts.append(f"{name}: {type(module).__qualname__} {described(plain)}")
+        if not type(module).__module__.startswith("torch."):
+            parts.append(described(type(module).forward))
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return f"{type(model).__qualname__} {digest(*parts, described(state))}"
+
+
 def _function(function: types.FunctionType) -> str:
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    cells = [content for content in cells if content is not function]  # a recursive function
     held = described((function.__defaults__, function.__kwdefaults__, cells))
     code = digest(_code(function.__code__), held)
     return f"{function.__module__}.{function.__qualname__} {code}"

@@ -9,7 +9,7 @@ one round of retraining. `loo` is their composition.
 The objective keeps its 1/n and its penalty (wᵢ = 0).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,15 +22,19 @@ from torch import Tensor
 from upweight.errors import ShapeError, message
 from upweight.evaluation import metrics
 from upweight.evaluation.metrics import Bootstrap, Estimate
+from upweight.evaluation.prediction import (
+    predicted_removals,
+    query_index,
+    removals,
+)
 from upweight.evaluation.retrain import Retrained, retrain
-from upweight.evaluation.weights import members, removal_weights
-from upweight.scores import Scores, Unit
+from upweight.evaluation.weights import Removal, removal_weights
+from upweight.scores import Scores
 from upweight.task.data import as_data
 from upweight.task.measures import Loss
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 
-Removal = int | Sequence[int]
 FEW = 20
 
 
@@ -80,7 +84,7 @@ class LOO:
         Raises:
             ShapeError: There is no such query.
         """
-        row = _query_index(index, self.actual.shape[1])
+        row = query_index(index, self.actual.shape[1])
         predicted, actual = self.predicted[:, row : row + 1], self.actual[:, row : row + 1]
         return LOO(self.examples, predicted, actual, self.retrained, self.bootstrap)
 
@@ -144,75 +148,13 @@ def leave_one_out(
     )
 
 
-def removals(examples: Iterable[Removal], n: int) -> tuple[tuple[int, ...], ...]:
-    """Each removal as the indices it takes out, checked.
-
-    Raises:
-        ShapeError: None is given, one is out of range, or the same removal is asked for twice.
-    """
-    groups = tuple(members(group, n) for group in examples)
-    seen = [tuple(sorted(group)) for group in groups]
-    twice = sorted({group for group in seen if seen.count(group) > 1})
-    if not groups or twice:
-        raise ShapeError(
-            message(
-                "Leave-one-out needs at least one removal, each asked for once.",
-                f"{len(groups)} removals" + (f", repeated: {twice[:5]}." if twice else "."),
-                "a list of examples put together from several rankings.",
-                "drop duplicates: they would count twice in every correlation.",
-            )
-        )
-    return groups
-
-
-def predicted_removals(
-    scores: Scores, examples: Iterable[Removal], query: int | None = None
-) -> Float[Tensor, "e q"]:
-    """Δm that scores predict for each removal.
-
-    Scores over training examples predict −Σ S (or, in Δm, the sum of single removals). Scores whose
-    columns are removals, as from `fitted.removal(queries, groups=examples)`, are taken as they are.
-
-    Raises:
-        ShapeError: A removal is not among the columns.
-        UpweightError: The scores only rank.
-    """
-    groups: list[tuple[int, ...]] = [
-        tuple(torch.as_tensor(g).reshape(-1).tolist()) for g in examples
-    ]
-    if scores.columns is None:
-        predicted = torch.stack([scores.predict(drop=group) for group in groups])
-    else:
-        labels = [",".join(map(str, group)) for group in groups]
-        missing = [label for label in labels if label not in scores.columns]
-        if scores.unit is not Unit.DIFFERENCE or missing:
-            raise ShapeError(
-                message(
-                    "Scores with labeled columns must be removals in Δm, labeled by the examples "
-                    "they take out.",
-                    f"unit {scores.unit.name}, columns {list(scores.columns[:5])}, "
-                    f"asked for {missing[:5] or labels[:5]}.",
-                    "scores of groups by class, or removals of other examples.",
-                    "use fitted.removal(queries, measure, groups=examples), or scores over "
-                    "training examples.",
-                )
-            )
-        place = {label: k for k, label in enumerate(scores.columns)}
-        predicted = scores.values[:, [place[label] for label in labels]].T
-    predicted = predicted.detach().cpu().double()
-    if query is None:
-        return predicted
-    row = _query_index(query, len(scores))
-    return predicted[:, row : row + 1]
-
-
 def compare(
-    predicted: Scores | Float[Tensor, "e q"],
-    actual: Retrained | Float[Tensor, "e q"],
+    predicted: Scores | Float[Tensor, "..."],
+    actual: Retrained | Float[Tensor, "..."],
     examples: Iterable[Removal],
     *,
     query: int | None = None,
-    bootstrap: Bootstrap = Bootstrap(),
+    bootstrap: Bootstrap = Bootstrap(),  # noqa: B008  a frozen spec
 ) -> LOO:
     """Hold predictions against retraining.
 
@@ -221,6 +163,7 @@ def compare(
         actual: What `leave_one_out` returned for the same examples, or Δm as a matrix.
         examples: The removals, in that order.
         query: Which row of the scores, where only one query was retrained for.
+        bootstrap: How the intervals are made.
 
     Raises:
         ShapeError: The two do not fit.
@@ -254,7 +197,7 @@ def loo(
     jobs: int | None = None,
     cache: str | Path | None = None,
     progress: bool = True,
-    bootstrap: Bootstrap = Bootstrap(),
+    bootstrap: Bootstrap = Bootstrap(),  # noqa: B008  a frozen spec
 ) -> LOO:
     """Predicted against actual effect of removing each example, by really retraining.
 
@@ -265,7 +208,9 @@ def loo(
         removal: Other predictions to compare in place of −S, such as
             `fitted.removal(queries, measure, groups=examples)`.
         query: Compare this query only. None: all of them.
-        jobs, cache, progress: As for `retrain`.
+        jobs: As for `retrain`.
+        cache: As for `retrain`.
+        progress: As for `retrain`.
         bootstrap: How the intervals are made.
 
     Raises:
@@ -280,7 +225,7 @@ def loo(
     prediction = predicted_removals(scores if removal is None else removal, groups, query)
     queries = context.queries
     if query is not None:
-        queries = queries.subset([_query_index(query, len(queries))])
+        queries = queries.subset([query_index(query, len(queries))])
     retrained = leave_one_out(
         recipe,
         context.task,
@@ -293,16 +238,3 @@ def loo(
         progress=progress,
     )
     return compare(prediction, retrained, groups, bootstrap=bootstrap)
-
-
-def _query_index(index: int, q: int) -> int:
-    if not -q <= index < q:
-        raise ShapeError(
-            message(
-                f"The query must be one of the {q} scored.",
-                f"query={index}.",
-                "an index into the full data set where only some queries were scored.",
-                f"use an index in 0…{q - 1}.",
-            )
-        )
-    return index % q

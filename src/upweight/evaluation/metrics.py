@@ -58,7 +58,7 @@ class Bootstrap:
 
 def pearson(
     predicted: Float[Tensor, "e *q"],
-    actual: Float[Tensor, "e *q"],
+    actual: Float[Tensor, "..."],  # of predicted's shape; another is refused in words
     bootstrap: Bootstrap = Bootstrap(),
 ) -> Estimate:
     """Linear correlation, Σ(x−x̄)(y−ȳ) / √(Σ(x−x̄)² Σ(y−ȳ)²), over all entries together.
@@ -72,7 +72,7 @@ def pearson(
 
 def spearman(
     predicted: Float[Tensor, "e *q"],
-    actual: Float[Tensor, "e *q"],
+    actual: Float[Tensor, "..."],  # of predicted's shape; another is refused in words
     bootstrap: Bootstrap = Bootstrap(),
 ) -> Estimate:
     """Pearson correlation of the ranks over all entries together; resamples are ranked anew.
@@ -92,7 +92,7 @@ def spearman(
 
 def slope(
     predicted: Float[Tensor, "e *q"],
-    actual: Float[Tensor, "e *q"],
+    actual: Float[Tensor, "..."],  # of predicted's shape; another is refused in words
     bootstrap: Bootstrap = Bootstrap(),
 ) -> Estimate:
     """b of the least squares line actual ≈ a + b · predicted, intercept included.

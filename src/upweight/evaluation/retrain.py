@@ -11,10 +11,8 @@ A run that was killed goes on where it was; another recipe, model, data set or q
 these rows.
 """
 
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import NonFinite, NotConverged, ShapeError, SpecError, message
+from upweight.errors import NonFinite, NotConverged, ShapeError, message
+from upweight.evaluation.bench import Bench, in_words, run, shown
 from upweight.evaluation.identity import identity
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.rows import RowStore
-from upweight.task.data import Data, as_data
+from upweight.task.data import as_data
 from upweight.task.measures import Loss, as_measure
-from upweight.task.recipe import Recipe, Trained, Trainer
+from upweight.task.recipe import Recipe
 from upweight.task.task import Task
-
-BLOCKS_PER_JOB = 8
-"""Blocks of models per process: enough that one slow block does not keep the others waiting."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +69,7 @@ def retrain(
     recipe: Recipe,
     task: Task,
     train: Any,
-    weights: Float[Tensor, "s n"],
+    weights: Float[Tensor, "..."],
     queries: Any,
     measure: Callable[..., Tensor] = Loss(),  # noqa: B008  a frozen spec
     *,
@@ -85,9 +81,11 @@ def retrain(
 
     Args:
         recipe: The learning algorithm.
-        task, train: What is trained on what, as for `as_data`.
-        weights: Data weights, one row a model. Equal rows are trained once.
-        queries, measure: What is asked of each model.
+        task: What is trained.
+        train: On what, as for `as_data`.
+        weights: Data weights `[s, n]`, one row a model. Equal rows are trained once.
+        queries: What each model is asked about, as for `as_data`.
+        measure: What it is asked.
         jobs: Processes, each on its share of the cores, through `joblib` and its current backend.
             None trains in this process, which is best for recipes that train many models at once.
         cache: A directory to record models in and to find them again. No pickle.
@@ -102,7 +100,7 @@ def retrain(
     Cost: s + 1 trainings.
     """
     started = time.perf_counter()
-    bench = _Bench(recipe, task, as_data(train), as_data(queries), as_measure(measure))
+    bench = Bench(recipe, task, as_data(train), as_data(queries), as_measure(measure))
     plan = _plan(weights, len(bench.train))
     store = None
     if cache is not None:
@@ -115,8 +113,8 @@ def retrain(
     wanted = {name: row for name, row in zip(names, plan, strict=True) if name not in rows}
     if wanted:
         unique = dict(zip(names, plan, strict=True))
-        results = _run(bench, unique, set(wanted), jobs, store)
-        for finished in _shown(results, len(wanted), progress):
+        results = run(bench, unique, set(wanted), jobs, store)
+        for finished in shown(results, len(wanted), progress):
             rows.update(finished.rows)
             failures.update(finished.failures)
     retrained = _collected(bench, names, rows, reused, time.perf_counter() - started)
@@ -125,36 +123,7 @@ def retrain(
     return retrained
 
 
-@dataclass(frozen=True, eq=False)
-class _Bench:
-    """What every model shares."""
-
-    recipe: Recipe
-    task: Task
-    train: Data
-    queries: Data
-    measure: Callable[..., Tensor]
-
-    def measured(self, theta: Float[Tensor, " p"]) -> Float[Tensor, " q"]:
-        """m_q(θ) of every query, on the CPU in float64."""
-        params = self.task.named(theta.to(self.task.layout.device, self.task.layout.dtype))
-        with torch.no_grad():
-            parts = [
-                self.measure(self.task, params, self.task.to_device(batch))
-                for _, _, batch in self.queries.batches(1024)
-            ]
-        return torch.cat(parts).detach().cpu().double()
-
-
-@dataclass(frozen=True, eq=False)
-class _Finished:
-    """Models of one call: name → columns, and name → why there is none."""
-
-    rows: dict[str, dict[str, Tensor]]
-    failures: Mapping[str, str]
-
-
-def _plan(weights: Float[Tensor, "s n"], n: int) -> Float[Tensor, "r n"]:
+def _plan(weights: Float[Tensor, "..."], n: int) -> Float[Tensor, "r n"]:
     """w = 1 and then the rows asked for, checked."""
     if weights.ndim != 2 or weights.shape[1] != n or len(weights) == 0:
         raise ShapeError(
@@ -179,117 +148,8 @@ def _plan(weights: Float[Tensor, "s n"], n: int) -> Float[Tensor, "r n"]:
     return torch.cat([rows.new_ones(1, n), rows])
 
 
-def _run(
-    bench: _Bench,
-    plan: Mapping[str, Tensor],
-    wanted: set[str],
-    jobs: int | None,
-    store: RowStore | None,
-) -> Iterator[_Finished]:
-    """Train what is wanted, chunk by chunk.
-
-    Chunks are cut from the whole plan, so that a resumed run trains the same models together as an
-    uninterrupted one and gets the same last digits.
-    """
-    trainer = bench.recipe.prepare(bench.task, bench.train)
-    workers = 1 if jobs is None else _workers(jobs)
-    names = list(plan)
-    size = max(1, min(trainer.at_once, -(-len(names) // workers)))
-    chunks = [names[k : k + size] for k in range(0, len(names), size)]
-    kept = [[name for name in chunk if name in wanted] for chunk in chunks]
-    work = [{name: plan[name] for name in chunk} for chunk in kept if chunk]
-    if jobs is None:
-        yield from (_train_chunk(bench, trainer, chunk, store) for chunk in work)
-        return
-    import joblib
-
-    # Trainers that train many at once are costly to prepare: one block for each process.
-    blocks = workers * (1 if trainer.at_once > 1 else BLOCKS_PER_JOB)
-    del trainer
-    shares = [work[k::blocks] for k in range(min(blocks, len(work)))]
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")
-    call = joblib.delayed(_train_share)
-    for finished in parallel(call(bench, share, store, os.getpid(), threads) for share in shares):
-        yield from finished
-
-
-def _workers(jobs: int) -> int:
-    import joblib
-
-    if jobs == 0:
-        raise SpecError(
-            message(
-                "jobs counts processes.",
-                "jobs=0.",
-                "0 meant as 'in this process'.",
-                "use jobs=None for this process, or jobs=-1 for one process per core.",
-            )
-        )
-    return int(joblib.effective_n_jobs(jobs))
-
-
-def _train_share(
-    bench: _Bench,
-    chunks: Sequence[Mapping[str, Tensor]],
-    store: RowStore | None,
-    parent: int,
-    threads: int,
-) -> list[_Finished]:
-    """In a worker: prepare once, train each chunk, record each at once."""
-    if os.getpid() != parent:
-        torch.set_num_threads(threads)  # the worker's own; all of them share the cores
-    trainer = bench.recipe.prepare(bench.task, bench.train)
-    return [_train_chunk(bench, trainer, chunk, store) for chunk in chunks]
-
-
-def _train_chunk(
-    bench: _Bench, trainer: Trainer, chunk: Mapping[str, Tensor], store: RowStore | None
-) -> _Finished:
-    names, weights = list(chunk), torch.stack(list(chunk.values()))
-    try:
-        trained = trainer(weights)
-    except Exception as error:
-        error.add_note(f"while retraining {'; '.join(_subset(row) for row in weights[:5])}")
-        raise
-    _require_rows(bench, trained, len(names))
-    failures = {names[row]: reason for row, reason in trained.failures.items()}
-    rows: dict[str, dict[str, Tensor]] = {}
-    norms = trained.gradient_norms.detach().cpu().double()
-    for row, name in enumerate(names):
-        if name in failures:
-            continue
-        values = bench.measured(trained.theta[row])
-        if bool(values.isfinite().all()):
-            rows[name] = {"values": values, "gradient_norm": norms[row]}
-        else:
-            failures[name] = f"{int((~values.isfinite()).sum())} measurements are not finite"
-    if store is not None and rows:
-        columns = {
-            key: torch.stack([row[key] for row in rows.values()])
-            for key in ("values", "gradient_norm")
-        }
-        store.record(list(rows), columns)
-    return _Finished(rows, failures)
-
-
-def _require_rows(bench: _Bench, trained: Trained, s: int) -> None:
-    p = bench.task.layout.size
-    if tuple(trained.theta.shape) != (s, p) or tuple(trained.gradient_norms.shape) != (s,):
-        raise ShapeError(
-            message(
-                f"A trainer returns one model per row of weights: theta [{s}, {p}] and "
-                f"gradient_norms [{s}].",
-                f"theta {tuple(trained.theta.shape)}, gradient_norms "
-                f"{tuple(trained.gradient_norms.shape)} from {bench.recipe!r}.",
-                "a recipe that trains one model whatever it is given.",
-                "stack one θ per row, flat in task.layout.",
-            )
-        )
-
-
 def _collected(
-    bench: _Bench,
+    bench: Bench,
     names: Sequence[str],
     rows: Mapping[str, Mapping[str, Tensor]],
     reused: int,
@@ -307,36 +167,8 @@ def _collected(
     return Retrained(values[1:], values[0], given, norms[1:], float(norms[0]), reused, seconds)
 
 
-def _shown(results: Iterator[_Finished], total: int, progress: bool) -> Iterator[_Finished]:
-    from tqdm import tqdm
-
-    # disable=None: quiet where stderr is not a terminal.
-    with tqdm(
-        total=total,
-        desc="retraining",
-        unit="model",
-        file=sys.stderr,
-        disable=None if progress else True,
-    ) as bar:
-        for finished in results:
-            bar.update(len(finished.rows) + len(finished.failures))
-            yield finished
-
-
-def _subset(row: Float[Tensor, " n"]) -> str:
-    """A row of weights in words."""
-    removed = (row == 0).nonzero()[:, 0].tolist()
-    others = row[row != 0]
-    shown = ", ".join(map(str, removed[:8])) + (
-        f", … ({len(removed)} in all)" if removed[8:] else ""
-    )
-    if bool((others == 1).all()):
-        return f"without examples [{shown}]" if removed else "the full data"
-    return f"with {int((others != 1).sum())} weights other than 1, without examples [{shown}]"
-
-
 def _failed(failures: Mapping[str, str], plan: Mapping[str, Tensor], names: Sequence[str]) -> str:
-    listed = [f"{_subset(plan[name])}: {failures[name]}" for name in plan if name in failures]
+    listed = [f"{in_words(plan[name])}: {failures[name]}" for name in plan if name in failures]
     more = f"; and {len(listed) - 5} more" if len(listed) > 5 else ""
     return message(
         "Every model must train to the recipe's tolerance and give finite measurements.",

@@ -4,6 +4,7 @@ wᵢ = 0 removes example i; w = 1 elsewhere         J(θ, w) = (1/n) Σᵢ wᵢ 
 """
 
 from collections.abc import Sequence
+from typing import SupportsIndex, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -11,9 +12,12 @@ from torch import Tensor
 
 from upweight.errors import ShapeError, message
 
+Removal: TypeAlias = SupportsIndex | Sequence[int]
+"""One example, or several that go together."""
+
 
 def removal_weights(
-    n: int, groups: Sequence[int | Sequence[int]], *, renormalize: bool = False
+    n: int, groups: Sequence[Removal], *, renormalize: bool = False
 ) -> Float[Tensor, "s n"]:
     """One row of weights per removal.
 
@@ -37,7 +41,7 @@ def removal_weights(
     return weights
 
 
-def members(group: int | Sequence[int], n: int) -> tuple[int, ...]:
+def members(group: Removal, n: int) -> tuple[int, ...]:
     """The examples of a group, checked.
 
     Raises:

@@ -24,7 +24,7 @@ from upweight._typing import Batch
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
-from upweight.errors import ShapeError, message
+from upweight.errors import ModelChanged, NotDifferentiable, ShapeError, message
 from upweight.gradients.functional import measure_gradients
 from upweight.gradients.source import FactoredLinear, GradientSource, gradient_source
 from upweight.linalg.cholesky import Cholesky
@@ -121,6 +121,7 @@ class Influence:
             solver=solver,
             state=solver.init(operator),
             source=gradient_source(task, data),
+            theta=task.theta(),
             damping=damping,
             mean_loss=float(losses.double().mean()),
             seconds={},
@@ -147,6 +148,7 @@ class FittedInfluence:
         operator: H + λI.
         solver, state: How it is inverted.
         source: Where training gradients come from.
+        theta: θ̂ at the time.
         damping: λ.
         mean_loss: (1/n) Σ ℓᵢ(θ̂).
         seconds: Time spent, by stage.
@@ -160,6 +162,7 @@ class FittedInfluence:
     solver: Solver[Any]
     state: Any
     source: GradientSource
+    theta: Float[Tensor, " p"]
     damping: float
     mean_loss: float
     seconds: dict[str, float]
@@ -204,6 +207,7 @@ class FittedInfluence:
 
         Cost: n solves, or one inverse where the model is linear in θ.
         """
+        self._require_same_model()
         if self._linear is not None:
             return self._linear.self_influence()
         parts = []
@@ -223,6 +227,7 @@ class FittedInfluence:
         Raises:
             ShapeError: There is no such example.
         """
+        self._require_same_model()
         row = self.source.rows(self._example(example))
         return self.task.layout.unflatten(-self._solve(row).value[0])
 
@@ -278,6 +283,7 @@ class FittedInfluence:
 
     def removal_step(self, examples: Sequence[int]) -> Mapping[str, Tensor]:
         """Δθ of removing the examples together by one Newton step, by parameter name."""
+        self._require_same_model()
         group = self._group(list(examples))
         linear = self._linear_removals
         step = self._newton_step(group) if linear is None else linear.step(group)
@@ -302,6 +308,15 @@ class FittedInfluence:
     def _newton_step(self, group: list[int]) -> Float[Tensor, " p"]:
         """Δθ of removing a group, with the curvature of what is kept factorized anew."""
         n, gone = len(self.train), set(group)
+        if len(gone) == n:
+            raise ShapeError(
+                message(
+                    "Something must be left of the training set.",
+                    f"a removal of all {n} examples.",
+                    "a group that holds the whole data set.",
+                    "remove fewer.",
+                )
+            )
         kept = self.train.subset([i for i in range(n) if i not in gone])
         operator = damped(self.spec.curvature.fit(self.task, kept, n=n), self.damping)
         total = self.source.total(self.task.to_device(self.train.take(group)))
@@ -351,11 +366,16 @@ class FittedInfluence:
             Δm_q ≈ −(1/n) ∇m_qᵀ (H + λI)⁻¹ [∇ℓ(xᵢ, label) − ∇ℓ(xᵢ, yᵢ)]
 
         Koh & Liang (2017), §2.2.
+
+        Raises:
+            UpweightError: The label does not fit the loss: out of range, or of another shape.
         """
         _, _, gradients = self._measured(queries, measure)
         vectors = self._solve(gradients).value
         old = self._example(example)
         new = relabeled(old, label)
+        with torch.no_grad():
+            self.task.loss.check(*self.task.outputs(self.task.theta(), new))
         change = self.source.inner(vectors, new) - self.source.inner(vectors, old)
         return -change[:, 0] * self._share
 
@@ -448,6 +468,7 @@ class FittedInfluence:
         self, queries: Any, measure: Callable[..., Tensor]
     ) -> tuple[Data, Callable[..., Tensor], Float[Tensor, "q p"]]:
         """Checked queries and the gradient of each measurement."""
+        self._require_same_model()
         data, measure = as_data(queries), as_measure(measure)
         checked_losses(self.task, data, "queries")
         checked_measurements(self.task, measure, data)
@@ -456,7 +477,29 @@ class FittedInfluence:
             self._measure_rows(measure, self.task.to_device(batch))
             for _, _, batch in data.batches(batch_size(layout.size, layout.dtype.itemsize))
         ]
-        return data, measure, torch.cat(rows)
+        gradients = torch.cat(rows)
+        if not bool(gradients.any()):
+            raise NotDifferentiable(
+                message(
+                    "Some measurement must depend on θ through differentiable steps.",
+                    f"gradients of exactly 0 for all {len(data)} queries under {measure!r}.",
+                    "a measure that counts (accuracy, argmax, a threshold): its derivative is 0.",
+                    "use Margin(), LogProb() or Loss(), which move before the decision does.",
+                )
+            )
+        return data, measure, gradients
+
+    def _require_same_model(self) -> None:
+        if not torch.equal(self.task.theta(), self.theta):
+            raise ModelChanged(
+                message(
+                    "The model must still have the parameters that the method was fitted to.",
+                    f"parameters that differ by up to "
+                    f"{float((self.task.theta() - self.theta).abs().max()):.2e}.",
+                    "training went on, or weights were loaded, after fit.",
+                    "fit again, or fit to a copy: copy.deepcopy(model).",
+                )
+            )
 
     def _measure_rows(self, measure: Any, batch: Batch) -> Float[Tensor, "b p"]:
         if isinstance(measure, Loss):  # ∇m = ∇ℓ, for which the source may have a closed form

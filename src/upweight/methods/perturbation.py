@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.errors import DtypeError, ShapeError, message
+from upweight.errors import DataError, DtypeError, ShapeError, message
 from upweight.task.task import TARGET_KEYS, Task
 
 
@@ -27,24 +27,23 @@ def gradient_products_by_input(
         task: What was trained.
         vectors: v_q, one per query.
         example: A batch of one.
-        key: Which input: its place in the tuple, or its name in the dict.
+        key: Which part: its place in the tuple from 0, or its name in the dict.
 
     Raises:
         DtypeError: That input is not floating point, so it has no derivative.
         ShapeError: There is no such input.
     """
-    try:
-        x = example[key]  # type: ignore[index]
-    except (KeyError, IndexError) as error:
-        named = sorted(example) if isinstance(example, dict) else list(range(len(example) - 1))
+    named = sorted(example) if isinstance(example, dict) else list(range(len(example)))
+    if key not in named:
         raise ShapeError(
             message(
                 "The input to perturb must be part of the example.",
                 f"input={key!r}; the example has {named}.",
                 "another name or place for the input.",
-                "name the place in the tuple or the key in the dict.",
+                "name the place in the tuple, counted from 0, or the key in the dict.",
             )
-        ) from error
+        )
+    x = example[key]  # type: ignore[index]
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise DtypeError(
             message(
@@ -71,16 +70,37 @@ def relabeled(example: Batch, label: object) -> Batch:
 
     Raises:
         ShapeError: The new target does not have the old one's shape.
+        DtypeError: The new target is a fraction and the old one an integer.
+        DataError: A dict has no key that is known to hold targets.
     """
+    key: int | str
     if isinstance(example, dict):
-        name = next(k for k in TARGET_KEYS if k in example)
-        key: int | str = name
-        old = example[name]
+        key = next((k for k in TARGET_KEYS if k in example), "")
+        if not key:
+            raise DataError(
+                message(
+                    f"Relabeling needs the targets of a dict under one of {TARGET_KEYS}.",
+                    f"the keys {sorted(example)}.",
+                    "a forward of one's own that knows them under another name.",
+                    "rename the key in the data and in forward.",
+                )
+            )
+        old = example[key]
     else:
         key, old = len(example) - 1, example[-1]
     # A weighted example keeps its weight: only y of (y, v) changes.
     y = old[0] if isinstance(old, tuple | list) else old
     new = torch.as_tensor(label, dtype=y.dtype, device=y.device)
+    exact = torch.as_tensor(label, dtype=torch.float64, device=y.device)
+    if not y.is_floating_point() and bool((new != exact).any()):
+        raise DtypeError(
+            message(
+                f"A new target must be of the old one's kind: {y.dtype}.",
+                f"{label!r}.",
+                "a probability or a score where the training data hold classes.",
+                "pass the index of a class.",
+            )
+        )
     if new.numel() != y[0].numel():
         raise ShapeError(
             message(

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,3 +22,9 @@ def digest(*parts: Tensor | str | Iterable[Tensor]) -> str:
         else:
             state.update(digest(*part).encode())
     return state.hexdigest()
+
+
+def described(function: Any) -> str:
+    """A user's function by module and name, without its address, which differs between runs."""
+    name = getattr(function, "__qualname__", None)
+    return repr(function) if name is None else f"{function.__module__}.{name}"

@@ -247,7 +247,9 @@ def _require_gradients(task: Task, theta: Float[Tensor, " p"], probe: Batch) -> 
             unreached = list(params)
             gradients: tuple[Tensor | None, ...] = ()
         else:
-            gradients = torch.autograd.grad(losses.sum(), list(params.values()), allow_unused=True)
+            # Unequal weights: at a minimum without a penalty the plain sum of all gradients is 0.
+            total = losses @ torch.arange(1, len(losses) + 1).to(losses)
+            gradients = torch.autograd.grad(total, list(params.values()), allow_unused=True)
             unreached = [k for k, g in zip(params, gradients, strict=True) if g is None]
     if unreached:
         raise NotDifferentiable(
@@ -260,8 +262,9 @@ def _require_gradients(task: Task, theta: Float[Tensor, " p"], probe: Batch) -> 
                 "that cuts the gradient.",
             )
         )
+    losses = losses.detach()
     silent = all(not bool(g.any()) for g in gradients if g is not None)
-    if silent and bool((losses.detach() != 0).any()):
+    if silent and bool((losses != 0).any()) and bool(losses.isfinite().all()):
         raise NotDifferentiable(
             message(
                 "Some example must have a gradient that is not exactly zero.",

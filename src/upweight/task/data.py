@@ -124,6 +124,15 @@ def as_data(data: Any) -> Data:
         return _from_arrays(data)
     if isinstance(data, list) and data and all(_is_array(part) for part in data):
         return _from_arrays(tuple(data))
+    if isinstance(data, tuple) or (isinstance(data, list) and any(map(_is_array, data))):
+        raise DataError(
+            message(
+                "Data given as (X, y) must be arrays or tensors, all of them.",
+                f"parts of type {', '.join(type(part).__name__ for part in data) or 'none'}.",
+                "targets in a Python list, or no targets.",
+                "convert each part: np.asarray(y) or torch.tensor(y).",
+            )
+        )
     if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not _is_array(data):
         return IndexedData(data)
     raise DataError(_no_index(data))
@@ -183,16 +192,15 @@ def _from_loader(loader: DataLoader) -> IndexedData:  # type: ignore[type-arg]
     whole = isinstance(sampler, SequentialSampler | DistributedSampler) or (
         random and not sampler.replacement and sampler.num_samples == len(dataset)
     )
-    custom_batches = (
-        loader.batch_sampler is not None
-        and type(loader.batch_sampler) is not torch.utils.data.BatchSampler
-    )
+    # None: the loader does not batch, and its dataset may hold batches in place of examples.
+    custom_batches = type(loader.batch_sampler) is not torch.utils.data.BatchSampler
     if not whole or custom_batches:
         raise DataError(
             message(
                 "A DataLoader must visit every example of its dataset once.",
                 f"one with {type(sampler).__name__} and {type(loader.batch_sampler).__name__}.",
-                "a sampler that picks a subset, weights examples or groups them by size.",
+                "a sampler that picks a subset, weights examples or groups them by size; or "
+                "batch_size=None.",
                 "pass the dataset itself, or Subset(dataset, indices) for the examples it visits.",
             )
         )

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import DataError, DtypeError, ShapeError, UnsupportedModel, message
+from upweight.runtime.fingerprint import described
 
 
 class Loss(abc.ABC):
@@ -367,6 +368,9 @@ class CustomLoss(Loss):
     """A loss from any function `(outputs, targets) -> [b]`, differentiated automatically."""
 
     function: Callable[[Tensor, Any], Tensor]
+
+    def __repr__(self) -> str:
+        return f"CustomLoss({described(self.function)})"
 
     def __call__(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
         return self.function(outputs, targets)

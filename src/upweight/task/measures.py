@@ -15,6 +15,7 @@ from torch import Tensor
 
 from upweight._typing import Batch, Params
 from upweight.errors import ShapeError, message
+from upweight.runtime.fingerprint import described
 from upweight.task.task import Task
 
 
@@ -98,6 +99,9 @@ class OutputMeasure(Measure):
     """m = function(outputs, targets), any function that returns one number per query."""
 
     function: Callable[[Tensor, Any], Tensor]
+
+    def __repr__(self) -> str:
+        return f"OutputMeasure({described(self.function)})"
 
     def __call__(self, task: Task, params: Params, batch: Batch) -> Float[Tensor, " q"]:
         return self.function(*task.outputs(params, batch))

@@ -96,11 +96,11 @@ class Layout:
 
     def flatten(self, params: Mapping[str, Tensor]) -> Float[Tensor, "*k p"]:
         """One flat vector from parameters by name; leading axes they share are kept."""
-        axes = [len(shape) for shape in self.shapes]
         pieces = []
-        for name, ndim in zip(self.names, axes, strict=True):
+        for name, shape in zip(self.names, self.shapes, strict=True):
             value = params[name]
-            pieces.append(value.reshape(*value.shape[: value.ndim - ndim], -1))
+            lead = value.shape[: value.ndim - len(shape)]
+            pieces.append(value.reshape((*lead, math.prod(shape))))
         return torch.cat(pieces, dim=-1)
 
     def unflatten(self, vector: Float[Tensor, "*k p"]) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ class Layout:
             )
         lead = vector.shape[:-1]
         return {
-            name: vector[..., where].reshape(*lead, *shape)
+            name: vector[..., where].reshape((*lead, *shape))
             for (name, where), shape in zip(self.slices.items(), self.shapes, strict=True)
         }
 

@@ -18,6 +18,7 @@ from upweight._typing import Params
 from upweight.errors import SpecError, message
 from upweight.linalg.matrices import Dense, Diagonal, LowRank
 from upweight.linalg.operator import LinearOperator, Tag
+from upweight.runtime.fingerprint import described
 from upweight.task.params import Layout
 
 
@@ -171,6 +172,9 @@ class CustomPenalty(Penalty):
     """Any scalar function of the parameters by name, differentiated automatically."""
 
     function: Callable[[Params], Tensor]
+
+    def __repr__(self) -> str:
+        return f"CustomPenalty({described(self.function)})"
 
     def __call__(self, params: Params, layout: Layout) -> Float[Tensor, ""]:
         return self.function(params)

@@ -40,6 +40,7 @@ class Trained:
     failures: Mapping[int, str] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Trainer(Protocol):
     """w ↦ θ(w), bound to a task and its data.
 
@@ -53,7 +54,11 @@ class Trainer(Protocol):
     def at_once(self) -> int: ...
 
     def __call__(self, weights: Float[Tensor, "s n"]) -> Trained:
-        """Train one model for each row of weights. Deterministic; independent of the other rows."""
+        """Train one model for each row of weights.
+
+        The same rows give the same θ, bit for bit; other rows beside them change no more than
+        rounding. What fails for one row is best told by `Trained.failures`: an error ends the run.
+        """
 
 
 @runtime_checkable

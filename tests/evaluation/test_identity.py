@@ -1,0 +1,96 @@
+"""Descriptions differ exactly where things differ."""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from torch import nn
+
+import upweight as uw
+from upweight.errors import SpecError
+from upweight.evaluation.identity import contents, described
+
+
+def times(factor):
+    return lambda f, y: factor * f
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.linear, self.factor = nn.Linear(2, 1), factor
+        for parameter in self.parameters():
+            parameter.data.fill_(0.5)
+
+    def forward(self, x):
+        return self.factor * self.linear(x)
+
+
+class Doubled(Scaled):
+    def forward(self, x):
+        return 2.0 * self.factor * self.linear(x)
+
+
+@dataclass(frozen=True)
+class Holds:
+    value: object
+
+
+def moved():
+    model = Scaled(1.0)
+    model.linear.bias.data += 1e-6
+    return model
+
+
+SAME = [
+    (lambda: times(2.0)),
+    (lambda: Scaled(3.0)),
+    (lambda: Holds(torch.arange(3))),
+    (lambda: Ridge(alpha=0.3)),
+    (lambda: functools.partial(times, 2.0)),
+    (lambda: uw.CrossEntropy().log_prob),
+    (lambda: {"a": [1, 2.5, None, "x"]}),
+]
+
+
+@pytest.mark.parametrize("make", SAME)
+def test_equal_things_have_one_description(make):
+    assert described(make()) == described(make())
+
+
+DIFFERENT = [
+    (times(2.0), times(3.0)),
+    (Scaled(1.0), Scaled(1.5)),
+    (Scaled(1.0), Doubled(1.0)),
+    (Scaled(1.0), moved()),
+    (Holds(torch.arange(3)), Holds(torch.arange(3).float())),
+    (Holds(np.arange(3)), Holds(np.array([0, 1, 3]))),
+    (Ridge(alpha=0.3), Ridge(alpha=0.31)),
+    (Holds(1), Holds(1.0)),
+    (Holds("1"), Holds(1)),
+    (functools.partial(times, 2.0), functools.partial(times, 3.0)),
+    (uw.L2(0.1), uw.L2(0.1, exclude=("bias",))),
+    (lambda f, y: f + 1, lambda f, y: f - 1),
+]
+
+
+@pytest.mark.parametrize("a, b", DIFFERENT)
+def test_different_things_have_two(a, b):
+    assert described(a) != described(b)
+
+
+def test_data_are_described_by_content_and_order():
+    X, y = torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 0])
+    assert contents(uw.as_data((X, y))) == contents(uw.as_data((X.numpy(), y.numpy())))
+    assert contents(uw.as_data((X, y))) != contents(uw.as_data((X.flip(0), y)))
+    assert contents(uw.as_data((X, y))) != contents(uw.as_data({"x": X, "labels": y}))
+
+
+def test_what_has_only_an_address_is_refused():
+    with pytest.raises(SpecError, match="frozen dataclass of its hyperparameters"):
+        described(Holds(object()))
+    with pytest.raises(SpecError, match="RandomState"):
+        described(Ridge(random_state=np.random.RandomState(0)))

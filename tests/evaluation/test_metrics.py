@@ -1,0 +1,130 @@
+"""Metrics against SciPy, and intervals that cover."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from upweight.errors import DataError, NonFinite, ShapeError, SpecError
+from upweight.evaluation.metrics import Bootstrap, pearson, slope, spearman
+
+
+def pairs(e=40, q=1, noise=0.5, seed=0, ties=False):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(e, q, generator=g, dtype=torch.float64)
+    y = 1.5 * x + 0.3 + noise * torch.randn(e, q, generator=g, dtype=torch.float64)
+    return ((4 * x).round() / 4, (4 * y).round() / 4) if ties else (x, y)
+
+
+SCIPY = {
+    pearson: lambda x, y: scipy.stats.pearsonr(x, y).statistic,
+    spearman: lambda x, y: scipy.stats.spearmanr(x, y).statistic,
+    slope: lambda x, y: scipy.stats.linregress(x, y).slope,
+}
+
+
+@pytest.mark.parametrize("metric", SCIPY)
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("q", [1, 3])
+def test_value_is_that_of_scipy(metric, ties, q):
+    x, y = pairs(q=q, ties=ties)
+    expected = SCIPY[metric](x.reshape(-1).numpy(), y.reshape(-1).numpy())
+    assert metric(x, y).value == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("metric", SCIPY)
+def test_interval_is_that_of_resampling_row_by_row(metric):
+    """The same percentiles from a loop over resamples with SciPy, up to resampling noise."""
+    x, y = pairs(e=25, ties=True)
+    estimate = metric(x, y, Bootstrap(resamples=4000))
+    generator = np.random.default_rng(1)
+    values = []
+    for _ in range(4000):
+        rows = generator.integers(25, size=25)
+        values.append(SCIPY[metric](x[rows, 0].numpy(), y[rows, 0].numpy()))
+    low, high = np.quantile(values, [0.025, 0.975])
+    spread = np.std(values)
+    # A quantile of 4000 draws has a standard error of about 0.045 spreads; 4 of them, two runs.
+    assert abs(estimate.low - low) < 0.25 * spread
+    assert abs(estimate.high - high) < 0.25 * spread
+
+
+def test_interval_of_the_slope_covers_the_truth():
+    covered = 0
+    for seed in range(200):
+        x, y = pairs(e=60, seed=seed)
+        estimate = slope(x, y, Bootstrap(resamples=500, seed=seed))
+        covered += estimate.low <= 1.5 <= estimate.high
+    # Binomial(200, 0.95) has a standard deviation of 3.1; intervals of half the width cover 67 %.
+    assert 190 - 4 * 3.1 <= covered <= 200
+
+
+def test_rows_stay_together():
+    """Copies of a column add nothing to the interval; independent columns narrow it."""
+    x, y = pairs(e=30)
+    once = slope(x, y)
+    copied = slope(x.expand(-1, 8), y.expand(-1, 8))
+    assert copied.value == pytest.approx(once.value, rel=1e-12)
+    assert (copied.low, copied.high) == pytest.approx((once.low, once.high), rel=1e-9)
+
+
+@pytest.mark.parametrize("metric", SCIPY)
+def test_interval_holds_the_value_and_repeats(metric):
+    x, y = pairs()
+    estimate = metric(x, y)
+    assert estimate.low < estimate.value < estimate.high
+    assert metric(x, y) == estimate
+    assert metric(x, y, Bootstrap(seed=1)) != estimate
+    wide = metric(x, y, Bootstrap(level=0.99))
+    assert wide.low < estimate.low
+    assert estimate.high < wide.high
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e9])
+def test_scale_does_not_matter(scale):
+    x, y = pairs()
+    assert pearson(scale * x, y).value == pytest.approx(pearson(x, y).value, rel=1e-12)
+    assert slope(x, scale * y).low == pytest.approx(scale * slope(x, y).low, rel=1e-9)
+
+
+def test_exact_agreement_is_one():
+    x, _ = pairs()
+    for metric in SCIPY:
+        estimate = metric(x, x)
+        assert (estimate.value, estimate.low, estimate.high) == pytest.approx((1, 1, 1), rel=1e-12)
+
+
+@pytest.mark.parametrize("metric", SCIPY)
+def test_constant_values_are_refused(metric):
+    x, y = pairs()
+    with pytest.raises(DataError, match="40 actual values, all 2"):
+        metric(x, torch.full_like(y, 2.0))
+
+
+@pytest.mark.parametrize("metric", SCIPY)
+def test_values_that_are_not_numbers_are_refused(metric):
+    x, y = pairs()
+    y[3] = torch.nan
+    with pytest.raises(NonFinite, match="1 of 40 actual values"):
+        metric(x, y)
+
+
+def test_shapes_must_fit():
+    x, y = pairs()
+    with pytest.raises(ShapeError, match=r"predicted \(40, 1\), actual \(39, 1\)"):
+        pearson(x, y[1:])
+    with pytest.raises(ShapeError, match="at least 3 rows"):
+        pearson(x[:2], y[:2])
+
+
+def test_level_in_percent_is_refused():
+    with pytest.raises(SpecError, match=r"Bootstrap\(level=0\.95\)"):
+        Bootstrap(level=95.0)
+
+
+def test_resamples_without_spread_are_left_out():
+    x = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    y = torch.tensor([0.0, 0.1, 0.0, 1.0], dtype=torch.float64)
+    estimate = pearson(x, y)  # a third of the resamples never draw the last row
+    assert np.isfinite([estimate.value, estimate.low, estimate.high]).all()
+    assert estimate.low > 0.9
