@@ -1,0 +1,199 @@
+"""Fitted scikit-learn estimators as tasks.
+
+    task, train = sk.task(clf, X, y)
+    scores = upweight.Influence().fit(task, train).attribute(sk.data(clf, X_test, y_test))
+    upweight.evaluation.loo(scores, sk.recipe(clf), examples=range(20))
+
+Which objective each estimator minimizes is in `upweight.adapters.sklearn_objectives`, which of them
+have a translation in `upweight.adapters.sklearn_rules`. A fitted estimator is checked to be at the
+minimum of the objective it was translated to.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sklearn.base import clone
+from sklearn.pipeline import Pipeline
+from sklearn.svm import LinearSVC
+from torch import Tensor, nn
+
+from upweight._typing import Batch
+from upweight.adapters.sklearn_arrays import (
+    encoded,
+    example_weights,
+    features,
+    require_rows,
+    weights_of,
+)
+from upweight.adapters.sklearn_objectives import Objective, coefficients, final_step
+from upweight.adapters.sklearn_refit import Refit
+from upweight.adapters.sklearn_rules import Support, objective_of, support
+from upweight.adapters.stationarity import judged, minimized
+from upweight.errors import UnsupportedModel, message
+from upweight.task.data import ArrayData, Data
+from upweight.task.losses import Weighted
+from upweight.task.task import Task
+
+__all__ = ["Refit", "Support", "data", "recipe", "supports", "task"]
+
+
+@dataclass(frozen=True, eq=False)
+class TranslatedData(ArrayData):
+    """Arrays as a translated estimator's task takes them, with what to know about them."""
+
+    notes: tuple[str, ...] = field(default=())
+
+
+def supports(estimator: Any) -> Support:
+    """Whether the fitted estimator can be translated: true or false, with the reason.
+
+    Example:
+        >>> supports(Lasso().fit(X, y)).reason
+    """
+    return support(estimator)
+
+
+def task(
+    estimator: Any,
+    X: Any,
+    y: Any,
+    sample_weight: Any = None,
+    *,
+    tolerance: float = 1.0,
+    minimize: bool = False,
+    temperature: float = 0.001,
+) -> tuple[Task, Data]:
+    """A fitted estimator as a task, with its training data, in float64.
+
+        J(θ) = (1/n) Σᵢ vᵢ ℓ(W xᵢ + b, yᵢ) + R(W, b),    W = coef_, b = intercept_
+
+    v are the sample weights times the class weights; they are part of the objective, and scores
+    differentiate in a further weight w = 1. Of a Pipeline the last step is the model: examples are
+    what its earlier steps, as fitted, make of X.
+
+    The Newton step to the minimum of J is measured against what removing one example does:
+
+        distance = √(∇Jᵀ H⁻¹ ∇J) / rmsᵢ (1/n) √(∇ℓᵢᵀ H⁻¹ ∇ℓᵢ)
+
+    Args:
+        estimator: Fitted, and supported: see `supports`.
+        X: What it was fitted on, dense `[n, d]`; for a Pipeline, before its transformations.
+        y: Labels or targets, as it was fitted on.
+        sample_weight: As it was fitted with.
+        tolerance: Largest distance, in typical removals. A tenth of it is passed over in
+            silence; between the two there is a warning and a note in the provenance.
+        minimize: Move θ to the minimum of J by Newton's method and say how far it was, in place of
+            any complaint: for estimators that stop early by design (SGD).
+        temperature: T of the smooth hinge that stands for the hinge of `LinearSVC(loss="hinge")`,
+            whose own minimum has no second derivative (Koh & Liang 2017, §4.2). Implies `minimize`.
+
+    Raises:
+        UnsupportedModel: No translation, for the reason that `supports` gives.
+        NotStationary: The estimator is farther from the minimum than `tolerance`.
+        DataError, ShapeError: X or y are not what it was fitted on.
+
+    Cost: one Hessian and its Cholesky factor (p³/3).
+    """
+    _require_support(estimator)
+    objective = objective_of(estimator, temperature)
+    final = final_step(estimator)
+    Z, targets = features(estimator, X), encoded(estimator, objective, y)
+    require_rows(Z, targets)
+    weights = example_weights(final, y, sample_weight, len(Z))
+    model, notes = _model(final, objective), []
+    n = len(Z)
+    total = float(n) if weights is None else float(weights.sum())
+    penalty = objective.penalty(n, total, model.bias is not None)
+    arrays: tuple[Any, Any] = (Z, targets)
+    made = Task(model, objective.loss, penalty)
+    if weights is not None:
+        arrays = (Z, (targets, weights))
+        made = Task(model, Weighted(objective.loss), penalty, forward=unit_weights)
+    if isinstance(estimator, Pipeline) and len(estimator.steps) > 1:
+        notes.append(
+            "inputs are the features after the Pipeline's steps "
+            f"{', '.join(name for name, _ in estimator.steps[:-1])}, which stay as fitted"
+        )
+    train = ArrayData(arrays)
+    hinge = type(final) is LinearSVC and final.loss == "hinge"
+    if hinge:
+        notes.append(f"the hinge was replaced by {objective.loss!r}, whose minimum θ was moved to")
+    if hinge or minimize:
+        made, moved = minimized(made, train)
+        notes.append(moved)
+    else:
+        notes += judged(made, train, tolerance, type(final).__name__)
+    return made, TranslatedData(arrays, tuple(notes))
+
+
+def data(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> Data:
+    """Examples as the estimator's task takes them: features transformed, labels encoded.
+
+    Args:
+        estimator: Fitted, and supported.
+        X: Dense `[q, d]`; for a Pipeline, before its transformations.
+        y: Labels or targets, as the estimator predicts them.
+        sample_weight: Weights of the examples in their own losses; None: 1 each, class weights or
+            not, so that a query's loss is the plain one.
+
+    Raises:
+        UnsupportedModel: No translation, for the reason that `supports` gives.
+        DataError: A label that the estimator does not know, or X is sparse.
+        ShapeError: Another number of features, or of examples in X and y.
+    """
+    _require_support(estimator)
+    Z, targets = features(estimator, X), encoded(estimator, objective_of(estimator), y)
+    require_rows(Z, targets)
+    if sample_weight is None:
+        return TranslatedData((Z, targets))
+    return TranslatedData((Z, (targets, weights_of(sample_weight, len(Z)))))
+
+
+def recipe(estimator: Any) -> Refit:
+    """The estimator's own `fit` as the learning algorithm for `upweight.evaluation`.
+
+    A fresh clone is fitted with the data weights as sample weights, its tolerance tightened, for
+    each model; of a Pipeline the last step, on features transformed as they were. wᵢ = 0 removes
+    example i, the objective keeps its 1/n and its penalty. See `Refit`.
+
+    Raises:
+        UnsupportedModel: No translation, for the reason that `supports` gives.
+    """
+    _require_support(estimator)
+    return Refit(clone(final_step(estimator)))
+
+
+def unit_weights(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
+    """Outputs and targets (y, v), where v = 1 for examples that carry no weight: queries."""
+    assert isinstance(batch, tuple)
+    inputs, targets = batch
+    outputs = model(inputs)
+    if isinstance(targets, Tensor):
+        targets = (targets, torch.ones(len(targets), dtype=outputs.dtype, device=outputs.device))
+    return outputs, targets
+
+
+def _require_support(estimator: Any) -> None:
+    found = support(estimator)
+    if not found:
+        raise UnsupportedModel(
+            message(
+                "The estimator must be a fitted linear model with a twice differentiable loss.",
+                f"{type(estimator).__name__}.",
+                found.reason + ".",
+                "as said above; supports(estimator) tells the same without an error.",
+            )
+        )
+
+
+def _model(final: Any, objective: Objective) -> nn.Linear:
+    """W x + b with the estimator's coefficients."""
+    weight, bias = coefficients(final, objective)
+    outputs, inputs = weight.shape
+    model = nn.Linear(inputs, outputs, bias=bias is not None, dtype=torch.float64).eval()
+    with torch.no_grad():
+        model.weight.copy_(weight)
+        if bias is not None:
+            model.bias.copy_(bias)
+    return model

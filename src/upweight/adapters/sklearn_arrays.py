@@ -1,0 +1,180 @@
+"""scikit-learn's X, y and sample_weight as the tensors that a translated task takes."""
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline
+from sklearn.svm import LinearSVC
+from sklearn.utils.class_weight import compute_class_weight
+from torch import Tensor
+
+from upweight.adapters.sklearn_objectives import Encoding, Objective, final_step
+from upweight.errors import DataError, ShapeError, message
+
+
+def features(estimator: Any, X: Any) -> Float[Tensor, "n i"]:
+    final = final_step(estimator)
+    if isinstance(estimator, Pipeline) and len(estimator.steps) > 1:
+        try:
+            X = estimator[:-1].transform(X)
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                message(
+                    "X must be what the Pipeline was fitted on, before its transformations.",
+                    f"an object of type {type(X).__name__}. scikit-learn says: {error}",
+                    "X that was transformed already, or a column missing.",
+                    "pass the same X as to fit.",
+                )
+            ) from error
+    else:
+        _require_columns(final, X)
+    if hasattr(X, "toarray") or hasattr(X, "tocsr"):
+        raise DataError(
+            message(
+                "X must be dense.",
+                f"a sparse {type(X).__name__} of shape {X.shape}.",
+                "a vectorizer or one-hot encoder.",
+                "pass X.toarray(), or set sparse_output=False in the Pipeline's encoder (or a "
+                "FunctionTransformer with .toarray() after it) and fit again.",
+            )
+        )
+    try:
+        Z = np.array(X, dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            message(
+                "X must be numbers.",
+                f"{type(X).__name__}: {error}",
+                "columns of text or categories.",
+                "encode them in the Pipeline that is fitted.",
+            )
+        ) from error
+    if Z.ndim != 2 or Z.shape[1] != final.n_features_in_:
+        raise ShapeError(
+            message(
+                f"X must be [n, {final.n_features_in_}], as the estimator was fitted.",
+                f"shape {Z.shape}.",
+                "one example without its leading axis, or features of another preprocessing.",
+                "reshape a single example with X[None], or pass the features of training.",
+            )
+        )
+    return torch.from_numpy(Z)
+
+
+def _require_columns(final: Any, X: Any) -> None:
+    names = getattr(final, "feature_names_in_", None)
+    if names is not None and hasattr(X, "columns") and list(X.columns) != list(names):
+        raise DataError(
+            message(
+                "The columns of X must be those of training, in their order.",
+                f"{list(X.columns)[:5]}…, trained on {list(names)[:5]}….",
+                "columns dropped, renamed or reordered since.",
+                "pass X[estimator.feature_names_in_].",
+            )
+        )
+
+
+def encoded(estimator: Any, objective: Objective, y: Any) -> Tensor:
+    """y as the loss takes it."""
+    final = final_step(estimator)
+    outputs = len(np.atleast_2d(final.coef_))
+    if objective.encoding is Encoding.REAL:
+        try:
+            real = np.array(y, dtype=np.float64)
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                message(
+                    f"The targets of {type(final).__name__} must be numbers.",
+                    f"{error}.",
+                    "labels given to a regression.",
+                    "pass the y that it was fitted on.",
+                )
+            ) from error
+        real = real[:, None] if real.ndim == 1 else real
+        if real.shape[1:] != (outputs,):
+            raise ShapeError(
+                message(
+                    f"y must be [n, {outputs}], as the estimator was fitted.",
+                    f"shape {np.shape(y)}.",
+                    "targets of another model.",
+                    "pass the y that it was fitted on.",
+                )
+            )
+        return torch.from_numpy(real)
+    index = _indices(final.classes_, y)
+    if objective.encoding is Encoding.INDEX:
+        return torch.from_numpy(index)
+    hot = index[:, None] if outputs == 1 else index[:, None] == np.arange(outputs)
+    ones = torch.from_numpy(hot.astype(np.float64))
+    return ones if objective.encoding is Encoding.ZERO_ONE else 2 * ones - 1
+
+
+def _indices(classes: Any, y: Any) -> Any:
+    labels = np.asarray(y)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    place = {label: index for index, label in enumerate(classes.tolist())}
+    unknown = [label for label in labels.tolist() if _key(label) not in place]
+    if labels.ndim != 1 or unknown:
+        raise DataError(
+            message(
+                f"Labels must be among the estimator's classes {classes.tolist()[:10]}.",
+                f"shape {labels.shape}, with {len(unknown)} others such as {unknown[:3]}.",
+                "labels encoded in another way than in training, or a class it has never seen.",
+                "pass labels as they were given to fit.",
+            )
+        )
+    return np.array([place[label] for label in labels.tolist()], dtype=np.int64)
+
+
+def _key(label: Any) -> Any:
+    return None if isinstance(label, list) else label
+
+
+def require_rows(Z: Tensor, targets: Tensor) -> None:
+    if len(Z) != len(targets):
+        raise ShapeError(
+            message(
+                "X and y must have the same number of examples.",
+                f"X {tuple(Z.shape)}, y {tuple(targets.shape)}.",
+                "X and y of different splits.",
+                "pass the pair that belongs together.",
+            )
+        )
+
+
+def weights_of(sample_weight: Any, n: int) -> Float[Tensor, " n"]:
+    weights = np.array(sample_weight, dtype=np.float64)
+    weights = np.full(n, weights) if weights.ndim == 0 else weights
+    if weights.shape != (n,) or not (np.isfinite(weights) & (weights >= 0)).all():
+        raise DataError(
+            message(
+                f"sample_weight must be {n} numbers of at least 0.",
+                f"shape {weights.shape}, smallest {weights.min(initial=np.inf)}.",
+                "weights of another split, or NaN.",
+                "pass the weights that were given to fit.",
+            )
+        )
+    return torch.from_numpy(weights)
+
+
+def example_weights(final: Any, y: Any, sample_weight: Any, n: int) -> Float[Tensor, " n"] | None:
+    """v = sample weight × class weight, or None where all are 1."""
+    given = None if sample_weight is None else weights_of(sample_weight, n)
+    if getattr(final, "class_weight", None) is None:
+        return given
+    labels = np.asarray(y).reshape(n)
+    options = {}
+    # "balanced" counts by sample weight where the estimator does, in the versions that do.
+    counted = type(final) in (LogisticRegression, LinearSVC) and (
+        "sample_weight" in inspect.signature(compute_class_weight).parameters
+    )
+    if counted and given is not None:
+        options["sample_weight"] = given.numpy()
+    by_class = compute_class_weight(final.class_weight, classes=final.classes_, y=labels, **options)
+    each = torch.from_numpy(np.asarray(by_class, np.float64)[_indices(final.classes_, y)])
+    return each if given is None else each * given

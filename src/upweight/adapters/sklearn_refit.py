@@ -1,0 +1,185 @@
+"""Refit: an estimator's own `fit` as a learning algorithm w ↦ θ(w).
+
+    θ(w) = argmin_θ (1/n) Σᵢ wᵢ vᵢ ℓᵢ(θ) + R(θ),    fitted with sample_weight = w v
+
+The clone is fitted by scikit-learn alone: what it confirms does not rest on this library's own
+optimizer. An example with wᵢ = 0 stays in the array and counts nothing.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from sklearn.base import clone, is_classifier
+from sklearn.linear_model import (
+    LogisticRegression,
+    PoissonRegressor,
+    SGDClassifier,
+    SGDRegressor,
+)
+from sklearn.svm import LinearSVC
+from torch import Tensor
+
+from upweight.adapters.sklearn_objectives import coefficients
+from upweight.adapters.sklearn_rules import objective_of
+from upweight.curvature.objective import WeightedObjective, weighted_objective
+from upweight.errors import UnsupportedModel, message
+from upweight.task.data import Data
+from upweight.task.recipe import Trained
+from upweight.task.task import Task
+
+TIGHTEST = {"sag": 1e-10, "saga": 1e-10, "liblinear": 1e-10}
+"""`tol` by solver, 1e-12 elsewhere: beyond it rounding would stop them, at their last iteration."""
+
+ITERATIONS = 10_000
+EPOCHS = 1000
+"""Passes of SGD over the data, all of them: its own stopping rule gives up at the first noise."""
+
+NEWTON_FEATURES = 2000
+"""Where PoissonRegressor's Newton solver, which forms the Hessian, costs no more than L-BFGS."""
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Fit a clone of the estimator for each row of weights, on the data of `task`.
+
+    Tolerances are tightened as far as the solver allows, iterations raised to match, and a missing
+    random_state is set to 0, so that the same weights give the same model. L-BFGS, which cannot
+    reach the last digits, gives way to Newton's method on the same objective. Class weights and
+    sample weights are those of the task's data: "balanced" is not balanced anew.
+
+    LinearSVC(loss="hinge") is refitted with the hinge itself, as Koh & Liang do; its gradient norm
+    is NaN. SGD keeps its noise, the same in every fit; `upweight.Newton()` retrains the same
+    objective without.
+
+    Args:
+        estimator: Unfitted; the last step of a Pipeline.
+
+    Exact when: the solver is (closed form, Newton). A solver that stops early leaves its error in
+    the difference of two fits: `gradient_norms` says how much.
+    """
+
+    estimator: Any
+
+    def prepare(self, task: Task, train: Data) -> "RefitTrainer":
+        """Take the arrays out of the data.
+
+        Raises:
+            UnsupportedModel: The data are not those of `task(estimator, ...)`.
+        """
+        batch = train.batch(0, len(train))
+        if not (isinstance(batch, tuple) and len(batch) == 2):
+            raise UnsupportedModel(
+                message(
+                    "Refitting an estimator needs the task and data of its own translation.",
+                    f"a batch of type {type(batch).__name__}.",
+                    "scores of a task that was not made from this estimator.",
+                    "use task, train = sk.task(estimator, X, y).",
+                )
+            )
+        X, targets = batch
+        weighted = not isinstance(targets, Tensor)
+        y, v = targets if weighted else (targets, torch.ones(len(X), dtype=X.dtype))
+        hinge = type(self.estimator) is LinearSVC and self.estimator.loss == "hinge"
+        smooth = None if hinge else weighted_objective(task, train)
+        labels = _labels(y) if is_classifier(self.estimator) else _squeezed(y)
+        return RefitTrainer(
+            tightened(self.estimator, X.shape[1]), task, X.numpy(), labels, v, smooth
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class RefitTrainer:
+    """w ↦ θ(w) by `fit`. Made by `Refit.prepare`.
+
+    Args:
+        estimator: Unfitted, with its tolerance tightened.
+        task: Lays out θ.
+        X, y: The training arrays.
+        v: Sample weights times class weights of the objective.
+        objective: ∇J(θ, w), or None where J is not smooth (the hinge itself).
+    """
+
+    estimator: Any
+    task: Task
+    X: Any
+    y: Any
+    v: Float[Tensor, " n"]
+    objective: WeightedObjective | None
+    at_once: int = 1
+
+    def __call__(self, weights: Float[Tensor, "s n"]) -> Trained:
+        """θ(w) for each row, with scikit-learn's own words where there is none."""
+        rows, norms, failures = [], [], {}
+        for row, w in enumerate(weights):
+            theta, warned = self._fitted(w)
+            if theta is None:
+                theta, norm = self.task.theta().fill_(torch.nan), torch.nan
+                failures[row] = warned
+            elif self.objective is None:
+                norm = torch.nan
+            else:
+                norm = float(self.objective(theta[None], w[None].to(theta))[1].norm())
+            rows.append(theta)
+            norms.append(norm)
+        return Trained(torch.stack(rows), torch.tensor(norms, dtype=torch.float64), failures)
+
+    def _fitted(self, w: Float[Tensor, " n"]) -> tuple[Float[Tensor, " p"] | None, str]:
+        weights = (w.to(self.v) * self.v).numpy()
+        fresh = clone(self.estimator)
+        try:
+            with warnings.catch_warnings():
+                # Deprecations were the user's to see at their own fit; convergence is judged by
+                # the gradient norm that is reported.
+                warnings.simplefilter("ignore")
+                if type(fresh) is PoissonRegressor:
+                    # Its mean is over Σwv; J's is over n, whatever the weights.
+                    fresh.set_params(alpha=fresh.alpha * float(self.v.sum()) / weights.sum())
+                fresh.fit(self.X, self.y, sample_weight=weights)
+        except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
+            return None, f"{type(fresh).__name__} says: {error}"
+        weight, bias = coefficients(fresh, objective_of(fresh))
+        params = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        if not all(params[k].shape == v.shape for k, v in self.task.model.named_parameters()):
+            return None, f"coefficients of shape {tuple(weight.shape)}: a class is missing"
+        theta = self.task.layout.flatten(params)
+        return (theta, "") if bool(theta.isfinite().all()) else (None, "coefficients not finite")
+
+
+def tightened(estimator: Any, features: int) -> Any:
+    """A clone that stops later, repeats itself, and takes its class weights from the data."""
+    fresh = clone(estimator)
+    params = fresh.get_params()
+    changes: dict[str, Any] = {}
+    if params.get("tol") is not None:
+        changes["tol"] = min(params["tol"], TIGHTEST.get(params.get("solver", ""), 1e-12))
+    if params.get("max_iter") is not None:
+        changes["max_iter"] = max(params["max_iter"], ITERATIONS)
+    if not isinstance(params.get("random_state", 0), int):
+        changes["random_state"] = 0
+    if "class_weight" in params:
+        changes["class_weight"] = None
+    if type(fresh) in (SGDClassifier, SGDRegressor):
+        changes |= {"tol": None, "max_iter": max(params["max_iter"], EPOCHS)}
+    # L-BFGS ends where J no longer falls in double precision: ‖∇J‖ near 1e-8, no smaller whatever
+    # tol says, and the effect of one example can be as small. Newton goes on, on the same J.
+    if type(fresh) is LogisticRegression and fresh.solver == "lbfgs":
+        changes["solver"] = "newton-cg"
+    if type(fresh) is PoissonRegressor and fresh.solver == "lbfgs" and features <= NEWTON_FEATURES:
+        changes["solver"] = "newton-cholesky"
+    return fresh.set_params(**changes)
+
+
+def _labels(targets: Tensor) -> Any:
+    """Class indices again, from whichever encoding."""
+    if targets.ndim == 1:
+        return targets.numpy()
+    index = targets[:, 0] > 0 if targets.shape[1] == 1 else targets.argmax(dim=1)
+    return index.long().numpy()
+
+
+def _squeezed(targets: Tensor) -> Any:
+    return (targets[:, 0] if targets.shape[1] == 1 else targets).numpy()

@@ -1,0 +1,129 @@
+"""How far a fitted model is from the minimum of the objective it was translated to.
+
+    distance = √(∇Jᵀ H⁻¹ ∇J) / rmsᵢ (1/n) √(∇ℓᵢᵀ H⁻¹ ∇ℓᵢ)
+
+is the Newton step to the minimum in units of the step that removing one example makes, both in the
+norm of H: no unit of features or losses enters. At a distance of 1, stopping early has moved the
+model as much as any one of its examples does.
+"""
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.curvature.hessian import Hessian
+from upweight.curvature.newton import Newton
+from upweight.curvature.objective import weighted_objective
+from upweight.errors import NotConverged, NotStationary, message
+from upweight.gradients.source import gradient_source
+from upweight.linalg.cholesky import Cholesky
+from upweight.task.check import checked_losses
+from upweight.task.data import Data
+from upweight.task.losses import SmoothHinge
+from upweight.task.task import Task
+
+EXAMPLES = 64
+"""How many examples, evenly spaced, tell what a typical removal does."""
+
+SILENT = 0.1
+"""The part of the tolerance that is not worth a word."""
+
+ROUNDING = 1e-12
+"""‖∇J‖ relative to ‖Hθ‖ below which it is rounding, however small the examples' gradients are."""
+
+TEMPERATURES = (1.0, 0.1, 0.03, 0.01, 0.003)
+"""The way down to a small temperature: from each minimum the next is near."""
+
+
+def distance(task: Task, train: Data) -> tuple[float, float]:
+    """The distance defined above and ‖∇J‖; without H where H is singular."""
+    theta = task.theta()
+    ones = theta.new_ones(1, len(train))
+    gradient = weighted_objective(task, train)(theta[None], ones)[1][0]
+    norm = float(gradient.norm())
+    hessian = Hessian().fit(task, train)
+    if norm <= ROUNDING * float(hessian.mv(theta).norm()):
+        return 0.0, norm
+    chosen = torch.linspace(0, len(train) - 1, min(EXAMPLES, len(train))).round().long()
+    rows = gradient_source(task, train).rows(task.to_device(train.take(chosen)))
+    vectors = torch.cat([gradient[None], rows / len(train)])
+    solver = Cholesky()
+    solution = solver.solve(solver.init(hessian), vectors)
+    solved = solution.value if solution.converged else vectors
+    squares = (vectors * solved).sum(dim=1)
+    typical = squares[1:].mean()
+    return float((squares[0] / typical).sqrt()), norm
+
+
+def judged(task: Task, train: Data, tolerance: float, name: str) -> list[str]:
+    """Nothing, a note that is warned of, or an error: by the distance from the minimum.
+
+    Raises:
+        NotStationary: The distance exceeds the tolerance.
+    """
+    checked_losses(task, train, "training data")
+    far, norm = distance(task, train)
+    said = (
+        f"{name} is {far:.2g} typical removals of one example away from the minimum of its "
+        f"objective (‖∇J‖ = {norm:.2g})"
+    )
+    if not far <= tolerance:
+        raise NotStationary(
+            message(
+                "The estimator must be at the minimum of its objective, or nearly.",
+                f"{said}; the tolerance is {tolerance:g}.",
+                "a fit that stopped early (tol, max_iter, SGD), or data, labels or sample weights "
+                "other than it was fitted on.",
+                "fit with a smaller tol and larger max_iter on scaled features; or move θ to the "
+                "minimum with task(..., minimize=True); or accept it with task(..., tolerance=...)",
+            )
+        )
+    if far <= SILENT * tolerance:
+        return []
+    warnings.warn(f"{said}; fit with a smaller tol for exact scores", UserWarning, stacklevel=3)
+    return [said]
+
+
+def minimized(task: Task, train: Data) -> tuple[Task, str]:
+    """The task at the minimum of J, and how far away that was.
+
+    Raises:
+        NotConverged, NotPositiveDefinite: From `Newton`.
+    """
+    checked_losses(task, train, "training data")
+    start = task.theta()
+    theta = start
+    loss: Any = getattr(task.loss, "base", task.loss)
+    if isinstance(loss, SmoothHinge):
+        for temperature in TEMPERATURES:
+            if temperature > loss.temperature:
+                warm = SmoothHinge(temperature)
+                whole = warm if loss is task.loss else type(task.loss)(warm)  # type: ignore[call-arg]
+                theta = _minimum(_at(task, theta, whole), train, 1e-6)
+    theta = _minimum(_at(task, theta), train, 1e-10)
+    moved, size = float((theta - start).norm()), float(start.norm())
+    said = f"θ was moved to the minimum of J by ‖Δθ‖ = {moved:.3g} (‖θ‖ was {size:.3g})"
+    return _at(task, theta), said
+
+
+def _minimum(task: Task, train: Data, tol: float) -> Float[Tensor, " p"]:
+    try:
+        return Newton(tol=tol, max_steps=500).prepare(task, train).center
+    except NotConverged as error:
+        if tol < 1e-8:
+            raise
+        found: Float[Tensor, " p"] = error.solution.theta[0]
+        return found
+
+
+def _at(task: Task, theta: Float[Tensor, " p"], loss: Any = None) -> Task:
+    model = copy.deepcopy(task.model)
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, value in task.layout.unflatten(theta).items():
+            named[key].copy_(value)
+    return Task(model, loss or task.loss, task.penalty, task.params, task.forward)
