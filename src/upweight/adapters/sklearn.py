@@ -28,8 +28,9 @@ from upweight.adapters.sklearn_arrays import (
 )
 from upweight.adapters.sklearn_objectives import Objective, coefficients, final_step
 from upweight.adapters.sklearn_refit import Refit
-from upweight.adapters.sklearn_rules import Support, objective_of, support
+from upweight.adapters.sklearn_rules import objective_of, support
 from upweight.adapters.stationarity import judged, minimized
+from upweight.adapters.support import Support
 from upweight.errors import UnsupportedModel, message
 from upweight.task.data import ArrayData, Data
 from upweight.task.losses import Weighted

@@ -17,6 +17,7 @@ from upweight.errors import DataError, ShapeError, message
 
 
 def features(estimator: Any, X: Any) -> Float[Tensor, "n i"]:
+    """X after the earlier steps of a Pipeline, as the final estimator takes it."""
     final = final_step(estimator)
     if isinstance(estimator, Pipeline) and len(estimator.steps) > 1:
         try:
@@ -136,6 +137,7 @@ def _key(label: Any) -> Any:
 
 
 def require_rows(Z: Tensor, targets: Tensor) -> None:
+    """Refuse inputs and targets of different lengths."""
     if len(Z) != len(targets):
         raise ShapeError(
             message(
@@ -148,6 +150,7 @@ def require_rows(Z: Tensor, targets: Tensor) -> None:
 
 
 def weights_of(sample_weight: Any, n: int) -> Float[Tensor, " n"]:
+    """Sample weights as a vector, finite and at least 0."""
     weights = np.array(sample_weight, dtype=np.float64)
     weights = np.full(n, weights) if weights.ndim == 0 else weights
     if weights.shape != (n,) or not (np.isfinite(weights) & (weights >= 0)).all():

@@ -18,23 +18,8 @@ from sklearn.pipeline import Pipeline
 from sklearn.svm import LinearSVC
 
 from upweight.adapters.sklearn_objectives import Encoding, Objective, SquaredHinge, final_step
+from upweight.adapters.support import Support
 from upweight.task.losses import Bernoulli, CrossEntropy, Poisson, SmoothHinge, SquaredError
-
-
-@dataclass(frozen=True)
-class Support:
-    """Whether an estimator has a translation, and why not or with what reservation.
-
-    Args:
-        ok: Whether it has. A `Support` is true where `ok` is.
-        reason: The reason for a no with its way out; for a yes, what is minimized.
-    """
-
-    ok: bool
-    reason: str
-
-    def __bool__(self) -> bool:
-        return self.ok
 
 
 def support(estimator: Any) -> Support:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from upweight.adapters.stationarity import judged
+from upweight.adapters.support import Support
 from upweight.curvature.newton import Newton
 from upweight.errors import UnsupportedModel, message
 from upweight.methods import classical
@@ -31,17 +32,6 @@ LOSSES: dict[type[Family], Loss] = {
     classical.Binomial: Bernoulli(),
     classical.Poisson: Poisson(),
 }
-
-
-@dataclass(frozen=True)
-class Support:
-    """Whether results can be translated, and why not. True or false as a condition."""
-
-    ok: bool
-    reason: str
-
-    def __bool__(self) -> bool:
-        return self.ok
 
 
 @dataclass(frozen=True, eq=False)
