@@ -6,10 +6,24 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
+
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync"
 ).split()
+
+
+def browse(report: Path, *what: str) -> str:
+    """What headless Chromium prints about a page, in a fresh profile and without a network."""
+    with tempfile.TemporaryDirectory() as profile:
+        return subprocess.run(
+            ["chromium", *FLAGS, f"--user-data-dir={profile}", *what, report.resolve().as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        ).stdout
 
 
 def main() -> None:
@@ -20,22 +34,15 @@ def main() -> None:
     assert corrected["pearson"] >= 0.999, corrected
     assert 0.98 <= corrected["slope"] <= 1.02, corrected
     assert first["n"] == corrected["n"] == 60, first
-    with tempfile.TemporaryDirectory() as profile:
-        page = subprocess.run(
-            [
-                "chromium",
-                *FLAGS,
-                f"--user-data-dir={profile}",
-                "--dump-dom",
-                (out / "report.html").resolve().as_uri(),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        ).stdout
+    report = out / "report.html"
+    page = browse(report, "--dump-dom")
     assert 'data-ready="yes"' in page, "the report's script did not run to its end"
     assert "http://" not in page.replace("http://www.w3.org/", ""), "the report refers elsewhere"
+    screenshot = out / "report.png"
+    browse(report, f"--screenshot={screenshot.resolve()}", "--window-size=1200,1600")
+    with Image.open(screenshot) as picture:
+        colors = len(picture.convert("RGB").getcolors(maxcolors=2**24))
+    assert colors > 100, f"the report's picture has {colors} colors: nothing was drawn"
     print(f"report of {len(page) / 1e6:.1f} MB rendered; {json.dumps(summary['loo'])}")
 
 

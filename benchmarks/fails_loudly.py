@@ -441,6 +441,7 @@ def the_input_gradient_of_token_ids() -> Any:
 @case
 def an_unsupported_estimator() -> Any:
     from sklearn.ensemble import RandomForestClassifier
+
     from upweight.adapters import sklearn as sk
 
     X, y = (part.numpy() for part in rows())
@@ -450,6 +451,7 @@ def an_unsupported_estimator() -> Any:
 @case
 def an_estimator_that_was_not_fitted() -> Any:
     from sklearn.linear_model import LogisticRegression
+
     from upweight.adapters import sklearn as sk
 
     X, y = (part.numpy() for part in rows())
@@ -459,6 +461,7 @@ def an_estimator_that_was_not_fitted() -> Any:
 @case
 def an_estimator_far_from_its_minimum() -> Any:
     from sklearn.linear_model import LogisticRegression
+
     from upweight.adapters import sklearn as sk
 
     X, y = (part.numpy() for part in rows())

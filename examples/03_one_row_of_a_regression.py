@@ -1,7 +1,7 @@
 """Does a finding hang on a few rows? Stack loss, the classic: 21 days of a chemical plant.
 
-Cook's distance finds the rows; the influence curve says by how much each moves a coefficient; really
-leaving the row out says whether that is true.
+Cook's distance finds the rows; the influence curve says by how much each moves a coefficient;
+really leaving the row out says whether that is true.
 """
 
 import statsmodels.api as sm

@@ -1,6 +1,6 @@
 """What an estimator of S must offer; evaluation, applications and report know no more of it."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -9,6 +9,7 @@ from upweight.scores import Scores, Unit
 from upweight.task.task import Task
 
 
+@runtime_checkable
 class Fitted(Protocol):
     """A method that has seen the task and its training data; immutable."""
 
@@ -21,6 +22,7 @@ class Fitted(Protocol):
         ...
 
 
+@runtime_checkable
 class Method(Protocol):
     """A spec of an estimator: hyperparameters only."""
 

@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,7 +208,7 @@ class Scores:
         )
 
     def predict(
-        self, drop: Sequence[int] = (), weights: Float[Tensor, " n"] | None = None
+        self, drop: Iterable[int] = (), weights: Float[Tensor, " n"] | None = None
     ) -> Float[Tensor, " q"]:
         """Δm_q if the examples in `drop` are removed, or the data weights become `weights`.
 
@@ -265,7 +265,7 @@ class Scores:
             self.predict()  # raises, with the reason
         return replace(self, values=-self.values, unit=Unit.DIFFERENCE)
 
-    def group(self, labels: Sequence[Any]) -> "Scores":
+    def group(self, labels: Iterable[Any]) -> "Scores":
         """Scores of groups: the sum over the examples that share a label.
 
         Exact for derivatives; for Δm it is the first-order sum of single removals.

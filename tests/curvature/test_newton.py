@@ -214,7 +214,7 @@ def test_an_undetermined_minimum_is_refused():
 def test_float32_parameters_need_a_float32_tolerance():
     p = problem("ridge")
     X, y = (a.float() for a in p.train)
-    task = uw.Task(nn.Linear(3, 1, bias=False), uw.SquaredError(), uw.L2(0.1))
+    task = uw.Task(nn.Linear(3, 1, bias=False).float(), uw.SquaredError(), uw.L2(0.1))
     with pytest.raises(DtypeError, match=r"torch\.float32.*\n.*\n.*Newton\(tol="):
         Newton().prepare(task, as_data((X, y)))
     trained = Newton(tol=1e-5).prepare(task, as_data((X, y)))(weights_like(11).float())

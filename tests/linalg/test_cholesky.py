@@ -45,8 +45,8 @@ def test_tiles_see_every_entry(tile, monkeypatch):
 def test_factorizes_in_float64_and_answers_in_the_dtype_of_b():
     # The condition number is 10⁸: float32 arithmetic would not give a digit, and the matrix is
     # exact in float32.
-    A = Dense(torch.diag(torch.tensor([1.0, 1e-8])) + 1e-9, PSD)
-    b = torch.tensor([1.0, 1.0])
+    A = Dense(torch.diag(torch.tensor([1.0, 1e-8])).float() + 1e-9, PSD)
+    b = torch.tensor([1.0, 1.0]).float()
     x = solve(A, b, Cholesky(rtol=1e-3)).value
     assert x.dtype == torch.float32
     truth = torch.linalg.solve(A.matrix.double(), b.double())

@@ -2,7 +2,8 @@
 
     J(θ) = (1/n) Σᵢ vᵢ ℓ(W xᵢ + b, yᵢ) + R(W, b)        vᵢ = sample weight × class weight
 
-Every estimator here is one linear map; its own objective is divided by whatever brings the losses to 1/n, which moves that factor into R:
+Every estimator here is one linear map; its own objective is divided by whatever brings the losses
+to 1/n, which moves that factor into R:
 
     C Σ vᵢ ℓᵢ + ½‖W‖²                (LogisticRegression, LinearSVC)   L2(1/(nC))
     Σ vᵢ rᵢ² + α‖W‖²                 (Ridge, RidgeClassifier)          L2(α/n), ℓ = ½r²

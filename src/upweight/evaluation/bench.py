@@ -176,6 +176,7 @@ def in_words(row: Float[Tensor, " n"]) -> str:
 
 
 def shown(results: Iterator[Finished], total: int, progress: bool) -> Iterator[Finished]:
+    """The same results, counted on a progress bar."""
     from tqdm import tqdm
 
     # disable=None: quiet where stderr is not a terminal.

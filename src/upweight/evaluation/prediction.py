@@ -75,6 +75,11 @@ def predicted_removals(
 
 
 def query_index(index: int, q: int) -> int:
+    """A row of the scores, counted from either end.
+
+    Raises:
+        ShapeError: There is no such row.
+    """
     if not -q <= index < q:
         raise ShapeError(
             message(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -53,8 +53,8 @@ class LinearForm:
         parts = ([z] if self.weight else []) + ([one] if self.bias else [])
         return torch.cat(parts, dim=1)
 
-    def matrix(self, vector: Float[Tensor, "*k p"]) -> Float[Tensor, "*k c i"]:
-        """A flat vector as rows over z, one per output: `[W | b]`."""
+    def matrix(self, vector: Shaped[Tensor, "*k p"]) -> Shaped[Tensor, "*k c i"]:
+        """A flat vector (or its indices) as rows over z, one per output: `[W | b]`."""
         lead = vector.shape[:-1]
         if not self.bias:
             return vector.reshape(*lead, self.outputs, self.inputs)

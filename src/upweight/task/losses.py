@@ -372,8 +372,8 @@ class CustomLoss(Loss):
     def __repr__(self) -> str:
         return f"CustomLoss({described(self.function)})"
 
-    def __call__(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
-        return self.function(outputs, targets)
+    def __call__(self, outputs: Tensor, targets: Any) -> Tensor:
+        return self.function(outputs, targets)  # its shape is checked where it is used
 
 
 def as_loss(loss: Loss | Callable[[Tensor, Any], Tensor]) -> Loss:

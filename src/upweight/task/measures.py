@@ -84,7 +84,7 @@ class Logit(Measure):
         if y.is_floating_point() or y.shape != (len(flat),):
             raise ShapeError(
                 message(
-                    f"Logit() needs the class of each query as its target: integers ({len(flat)},).",
+                    f"Logit() needs a class per query as its target: integers ({len(flat)},).",
                     f"targets {tuple(y.shape)} of {y.dtype}.",
                     "a regression, class probabilities or one class per position.",
                     "name the output, Logit(index=0), or pass a function (outputs, targets) -> "
@@ -103,8 +103,8 @@ class OutputMeasure(Measure):
     def __repr__(self) -> str:
         return f"OutputMeasure({described(self.function)})"
 
-    def __call__(self, task: Task, params: Params, batch: Batch) -> Float[Tensor, " q"]:
-        return self.function(*task.outputs(params, batch))
+    def __call__(self, task: Task, params: Params, batch: Batch) -> Tensor:
+        return self.function(*task.outputs(params, batch))  # its shape is checked by the caller
 
 
 def as_measure(measure: Measure | Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,0 +1,28 @@
+"""What holds for every test: float64, one thread, one seed, and shapes checked at every call."""
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# These folders check the types and shapes written in their annotations whenever a test calls them.
+# The others meet users: there a wrong argument must reach an error of our own, which tests ask for.
+CHECKED = ("linalg", "gradients", "curvature")
+assert "upweight" not in sys.modules, "imported too early for its annotations to be checked"
+install_import_hook([f"upweight.{folder}" for folder in CHECKED], "beartype.beartype")
+
+# At import, not in a fixture: tensors are also made while tests are collected.
+torch.set_default_dtype(torch.float64)
+
+# The suite has a process per core already.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """Each test starts from one seed, and leaves the default dtype as it was."""
+    torch.manual_seed(0)
+    yield
+    assert torch.get_default_dtype() == torch.float64, "the test changed the default dtype"

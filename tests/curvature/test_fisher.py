@@ -1,0 +1,109 @@
+"""The sampled Fisher: unbiased for the exact one, and the same labels for every product."""
+
+import pytest
+import torch
+
+import upweight as uw
+from tests.market import draw, labels, names, problem
+from tests.reference import dense
+from upweight.errors import UnsupportedModel
+from upweight.task.data import as_data
+
+SEEDS = 150
+
+
+def enumerated_fisher(task, train, answers, probability):
+    """(1/n) Σᵢ Σ_y p(y | fᵢ) g(y) g(y)ᵀ + ∇²R, over all answers of one example."""
+    data = as_data(train)
+    total = dense.penalty_hessian(task)
+    for y in answers:
+        relabeled = (*data.arrays[:-1], y.expand(len(data), *y.shape))
+        g = dense.gradients(task, relabeled)
+        with torch.no_grad():
+            f, _ = task.outputs(task.theta(), data.batch(0, len(data)))
+            p = probability(f, y)
+        total = total + (g.T * p) @ g / len(data)
+    return total
+
+
+@pytest.mark.parametrize("name", ["softmax", "mlp_tanh"])
+def test_the_ggn_of_a_softmax_is_the_fisher(name):
+    p = problem(name)
+    exact = enumerated_fisher(p.task, p.train, torch.arange(3), lambda f, y: f.softmax(dim=1)[:, y])
+    found = uw.GGN().fit(p.task, as_data(p.train)).dense()
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
+
+
+def test_the_ggn_of_a_logistic_model_is_the_fisher():
+    p = problem("logistic")
+    answers = torch.tensor([[0.0], [1.0]]).double()
+    exact = enumerated_fisher(
+        p.task, p.train, answers, lambda f, y: (f * (2 * y - 1)).sigmoid()[:, 0]
+    )
+    found = uw.GGN().fit(p.task, as_data(p.train)).dense()
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ridge_two_outputs", "logistic", "softmax", "poisson", "mlp_gelu", "padded_sequences"],
+)
+def test_unbiased(name):
+    """Mean over seeds within 4 standard errors of the exact Fisher, along fixed directions."""
+    p = problem(name)
+    exact = dense.ggn(p.task, p.train)
+    directions = draw(torch.Generator().manual_seed(1), 3, len(exact))
+    expected = ((directions @ exact) * directions).sum(dim=1)
+    draws = []
+    for seed in range(SEEDS):
+        A = uw.Fisher(samples=1, seed=seed).fit(p.task, as_data(p.train))
+        draws.append((A.dense() @ directions.T * directions.T).sum(dim=0))
+    values = torch.stack(draws)
+    error = values.std(dim=0) / SEEDS**0.5
+    assert bool((error > 0).all())
+    assert bool(((values.mean(dim=0) - expected).abs() <= 4 * error).all())
+
+
+def test_more_samples_are_the_mean_of_independent_ones():
+    """The variance falls as 1/samples."""
+    p = problem("softmax")
+    v = draw(torch.Generator().manual_seed(1), p.task.layout.size)
+
+    def variance(samples):
+        values = [
+            v @ uw.Fisher(samples, seed).fit(p.task, as_data(p.train)).mv(v) for seed in range(100)
+        ]
+        return float(torch.stack(values).var())
+
+    # A ratio of two sample variances of 100 draws each: its standard deviation is about 20 %.
+    assert 8 * 0.45 < variance(1) / variance(8) < 8 * 2.2
+
+
+def test_a_seed_names_one_operator():
+    p = problem("mlp_tanh")
+    v = draw(torch.Generator().manual_seed(1), p.task.layout.size)
+    A = uw.Fisher(seed=1).fit(p.task, as_data(p.train))
+    assert torch.equal(A.mv(v), A.mv(v))
+    assert torch.equal(A.mv(v), uw.Fisher(seed=1).fit(p.task, as_data(p.train)).mv(v))
+    assert not torch.equal(A.mv(v), uw.Fisher(seed=2).fit(p.task, as_data(p.train)).mv(v))
+
+
+def test_batches_draw_different_labels(monkeypatch):
+    """The same example twice, in two batches: two draws, not one repeated."""
+    g = torch.Generator().manual_seed(0)
+    x, y = draw(g, 1, 2).expand(40, 2), labels(g, 1, 2).expand(40)
+    task = uw.Task(torch.nn.Linear(2, 2).double(), uw.CrossEntropy())
+    monkeypatch.setattr("upweight.task.data.WORKING_BYTES", 1)
+    A = uw.Fisher().fit(task, as_data((x, y)))
+    matrices = [term.dense() for term in A.terms]
+    assert len(matrices) == 40
+    assert any(not torch.equal(matrices[0], other) for other in matrices)
+
+
+@pytest.mark.parametrize("name", names(without=("sampled",)))
+def test_a_loss_that_cannot_be_sampled_is_refused(name):
+    p = problem(name)
+    if p.task.loss == uw.CrossEntropy():
+        return  # soft targets: the Fisher draws hard ones, and the mass of the target is lost
+    with pytest.raises(UnsupportedModel, match="curvature=GGN"):
+        uw.Fisher().fit(p.task, as_data(p.train))

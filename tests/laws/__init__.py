@@ -1,0 +1,1 @@
+"""One file per law that scores must obey, over the methods that it binds."""

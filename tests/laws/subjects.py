@@ -1,0 +1,52 @@
+"""What the laws bind: methods, and how closely each must obey."""
+
+import torch
+
+import upweight as uw
+
+DIRECT = {
+    "Hessian": uw.Influence(uw.Hessian(), uw.Cholesky()),
+    "GGN": uw.Influence(uw.GGN(), uw.Cholesky()),
+    "EmpiricalFisher": uw.Influence(uw.EmpiricalFisher(), uw.Cholesky()),
+    "damped Hessian": uw.Influence(uw.Hessian(), uw.Cholesky(), damping=0.1),
+    "relatively damped GGN": uw.Influence(uw.GGN(), uw.Cholesky(), damping=uw.Relative(0.2)),
+}
+"""Solved by factorization: an error of rounding alone."""
+
+RTOL = 1e-11
+ITERATIVE = {
+    "Hessian, CG": uw.Influence(uw.Hessian(), uw.CG(rtol=RTOL)),
+    "GGN, BlockCG": uw.Influence(uw.GGN(), uw.BlockCG(rtol=RTOL)),
+    "Hessian, MINRES": uw.Influence(uw.Hessian(), uw.MINRES(rtol=RTOL)),
+}
+"""Solved to a residual: 10 × rtol is asked of the scores."""
+
+SAMPLED = {"Fisher": uw.Influence(uw.Fisher(samples=3, seed=5), uw.Cholesky())}
+"""Draws labels by batch, so batches and the order of the data change it."""
+
+DETERMINISTIC = DIRECT | ITERATIVE
+EVERYONE = DETERMINISTIC | SAMPLED
+
+
+def tolerance(name):
+    """What a method's scores may be off by, relative to the largest of them."""
+    return 10 * RTOL if name in ITERATIVE else 1e-10
+
+
+def assert_same(actual, expected, rtol):
+    """Equal to rtol times the largest entry."""
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * scale)
+
+
+def scores(method, task, train, queries, measure=None):
+    """S as a matrix."""
+    fitted = method.fit(task, train)
+    found = fitted.attribute(queries) if measure is None else fitted.attribute(queries, measure)
+    assert bool((found.values != 0).any()), "a law says nothing about scores that are all zero"
+    return found.values
+
+
+def first_output(outputs, targets):
+    """A measurement that every model has: the sum of squares of its first outputs."""
+    return outputs.reshape(len(outputs), -1)[:, :2].square().sum(dim=1)

@@ -1,0 +1,96 @@
+"""Law 10: S is linear in m, and ℓ ↦ cℓ, R ↦ cR, λ ↦ cλ leaves it unchanged.
+
+Linearity binds everyone; scale the Hessian and the GGN. The empirical Fisher is quadratic in ℓ and
+scales as c², so that its scores of a fixed measurement scale as 1/c.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+
+import upweight as uw
+from tests.laws.subjects import EVERYONE, assert_same, first_output, scores, tolerance
+from tests.market import problem
+from upweight.linalg import Tag
+from upweight.task.losses import Loss
+
+
+@pytest.mark.parametrize("name", ["softmax", "mlp_tanh", "dict_batch"])
+@pytest.mark.parametrize("method", EVERYONE)
+def test_linear_in_the_measurement(method, name):
+    p = problem(name)
+    fitted = EVERYONE[method].fit(p.task, p.train)
+
+    def combined(outputs, targets):
+        return 2.0 * p.task.loss(outputs, targets) - 3.0 * first_output(outputs, targets)
+
+    loss = fitted.attribute(p.queries, uw.Loss()).values
+    output = fitted.attribute(p.queries, first_output).values
+    found = fitted.attribute(p.queries, combined).values
+    # 2a − 3b is solved to a residual of its own: what may cancel is as large as a and b.
+    scale = float((2 * loss).abs().max() + (3 * output).abs().max()) / float(found.abs().max())
+    assert_same(found, 2.0 * loss - 3.0 * output, tolerance(method) * scale)
+
+
+@dataclass(frozen=True)
+class Times(Loss):
+    """c ℓ."""
+
+    base: Loss
+    c: float
+    convex = True
+
+    def __call__(self, outputs, targets):
+        return self.c * self.base(outputs, targets)
+
+
+def scaled(task, c):
+    def penalty(params):
+        return c * task.penalty(params, task.layout)
+
+    return uw.Task(task.model, Times(task.loss, c), penalty, task.params, task.forward)
+
+
+@pytest.mark.parametrize("name", ["softmax", "poisson", "mlp_tanh", "tied"])
+@pytest.mark.parametrize("curvature", [uw.Hessian(), uw.GGN()], ids=repr)
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_scale_of_the_objective_does_not_matter(curvature, damping, name):
+    p, c = problem(name), 7.0
+    method = uw.Influence(curvature, uw.Cholesky(), damping)
+    other = uw.Influence(curvature, uw.Cholesky(), c * damping)
+    expected = scores(method, p.task, p.train, p.queries, first_output)
+    found = scores(other, scaled(p.task, c), p.train, p.queries, first_output)
+    assert_same(found, expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["softmax", "mlp_tanh"])
+def test_relative_damping_follows_the_scale(name):
+    p, c = problem(name), 7.0
+    method = uw.Influence(uw.GGN(), uw.Cholesky(), uw.Relative(0.3))
+    expected = scores(method, p.task, p.train, p.queries, first_output)
+    found = scores(method, scaled(p.task, c), p.train, p.queries, first_output)
+    assert_same(found, expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["softmax", "mlp_tanh"])
+def test_the_empirical_fisher_scales_as_the_square(name):
+    p, c = problem(name), 7.0
+    plain = uw.Task(p.task.model, p.task.loss)
+    times = uw.Task(p.task.model, Times(p.task.loss, c))
+    F, F_times = (
+        uw.EmpiricalFisher().fit(plain, _data(p)),
+        uw.EmpiricalFisher().fit(times, _data(p)),
+    )
+    assert_same(F_times.dense(), c**2 * F.dense(), 1e-10)
+    assert Tag.PSD in F.tags
+    expected = scores(_damped(0.1), plain, p.train, p.queries, first_output)
+    found = scores(_damped(0.1 * c**2), times, p.train, p.queries, first_output)
+    assert_same(found, expected / c, 1e-10)
+
+
+def _damped(value):
+    return uw.Influence(uw.EmpiricalFisher(), uw.Cholesky(), value)
+
+
+def _data(p):
+    return uw.as_data(p.train)

@@ -1,0 +1,272 @@
+"""Scores: rankings, predictions, groups, tables and files."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import upweight as uw
+from tests.market import problem
+from upweight.errors import (
+    MissingContext,
+    NonFinite,
+    ShapeError,
+    StaleStore,
+    UpweightError,
+)
+from upweight.scores import Context, Provenance, Scores, Unit
+
+VALUES = torch.tensor([[3.0, -1.0, 0.0, 2.0, -4.0], [0.0, 0.0, 0.0, 1e-9, 0.0]]).double()
+SOURCE = Provenance("Influence()", "loss", "Loss()", 5, 2, 3, "float64", "cpu", {"x": 1.5})
+
+
+def scores(values=VALUES, unit=Unit.DERIVATIVE, **options):
+    return Scores(values, unit, SOURCE, **options)
+
+
+# -- top ----------------------------------------------------------------------------------------
+
+
+def test_top_lists_what_raises_and_what_lowers():
+    top = scores().top(2, query=0)
+    assert (top.raises, top.raises_by) == ((0, 3), (3.0, 2.0))
+    assert (top.lowers, top.lowers_by) == ((4, 1), (-4.0, -1.0))
+    assert top.query == 0 and "raises m" in str(top) and "+3.0000e+00" in str(top)
+
+
+def test_top_never_lists_the_other_sign():
+    assert scores().top(9, query=0).raises == (0, 3)
+    second = scores().top(9, query=1)
+    assert second.raises == (3,) and second.lowers == ()
+    assert scores().top(0, query=0).raises == ()
+
+
+def test_top_breaks_ties_by_place():
+    assert scores(torch.ones(1, 4)).top(2, query=0).raises == (0, 1)
+
+
+@pytest.mark.parametrize("query", [2, -3])
+def test_top_of_a_query_that_is_not_there(query):
+    with pytest.raises(ShapeError, match="one of the 2 scored"):
+        scores().top(1, query)
+
+
+# -- predict and removal ------------------------------------------------------------------
+
+
+def test_predict_is_the_sum_over_changed_weights():
+    torch.testing.assert_close(scores().predict(drop=[0, 4]), torch.tensor([1.0, 0.0]).double())
+    weights = torch.tensor([1.0, 1.5, 1.0, 0.0, 3.0]).double()
+    expected = VALUES @ (weights - 1)
+    torch.testing.assert_close(scores().predict(weights=weights), expected)
+    assert scores().predict().tolist() == [0.0, 0.0]
+
+
+def test_dropping_is_the_weight_zero():
+    weights = torch.ones(5).double()
+    weights[[1, 3]] = 0
+    torch.testing.assert_close(scores().predict(drop=[1, 3]), scores().predict(weights=weights))
+    torch.testing.assert_close(
+        scores().predict(drop=np.array([1, 3])), scores().predict(weights=weights)
+    )
+
+
+def test_removal_changes_sign_and_unit_and_not_the_prediction():
+    removed = scores().removal()
+    assert removed.unit is Unit.DIFFERENCE
+    torch.testing.assert_close(removed.values, -VALUES)
+    torch.testing.assert_close(removed.predict(drop=[0, 3]), scores().predict(drop=[0, 3]))
+    assert removed.removal() is removed
+
+
+@pytest.mark.parametrize("drop", [[5], [-1], [0, 0]])
+def test_dropping_what_is_not_there_or_twice(drop):
+    with pytest.raises(ShapeError, match="0…4"):
+        scores().predict(drop=drop)
+
+
+def test_weights_of_another_length():
+    with pytest.raises(ShapeError, match=r"\(5,\)"):
+        scores().predict(weights=torch.ones(4))
+
+
+def test_ranks_predict_nothing():
+    ranks = scores(unit=Unit.RANK)
+    for act in (ranks.predict, ranks.removal):
+        with pytest.raises(UpweightError, match="only rank"):
+            act()
+    assert ranks.top(1, 0).raises == (0,)
+
+
+# -- group --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [["b", "a", "b", "a", "c"], torch.tensor([1, 0, 1, 0, 2])])
+def test_groups_are_sums(labels):
+    grouped = scores().group(labels)
+    expected = torch.tensor([[1.0, 3.0, -4.0], [1e-9, 0.0, 0.0]]).double()
+    torch.testing.assert_close(grouped.values, expected)
+    assert grouped.columns in (("a", "b", "c"), ("0", "1", "2"))
+    assert grouped.unit is Unit.DERIVATIVE
+
+
+def test_errors_of_groups_add_in_squares():
+    error = torch.full_like(VALUES, 2.0)
+    grouped = scores(error=error).group("abbbb")
+    torch.testing.assert_close(grouped.error[0], torch.tensor([2.0, 4.0]).double())
+
+
+def test_grouping_needs_a_label_per_column():
+    with pytest.raises(ShapeError, match="5"):
+        scores().group([0, 1])
+
+
+# -- what scores refuse to be ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"values": VALUES[0]}, {"error": VALUES[:1]}, {"columns": ("a",)}],
+    ids=["vector", "errors", "columns"],
+)
+def test_shapes_that_disagree(options):
+    with pytest.raises(ShapeError, match=r"\[q, n\]"):
+        scores(**options)
+
+
+def test_scores_are_finite():
+    values = VALUES.clone()
+    values[1, 2] = math.inf
+    with pytest.raises(NonFinite, match="query 1, column 2"):
+        scores(values)
+
+
+def test_scores_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        scores().unit = Unit.RANK
+
+
+def test_context_must_be_there_when_asked_for():
+    with pytest.raises(MissingContext, match="attach"):
+        scores().require_context()
+    p = problem("softmax")
+    data = uw.as_data(p.train)
+    context = Context(p.task, data, data, uw.Loss())
+    assert scores().attach(context).require_context() is context
+
+
+# -- files --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    error = VALUES.abs() + 0.5
+    return scores(error=error, columns=tuple("abcde")).save(tmp_path / "run")
+
+
+def test_what_was_saved_is_loaded(saved):
+    loaded = Scores.load(saved)
+    assert torch.equal(loaded.values, VALUES) and torch.equal(loaded.error, VALUES.abs() + 0.5)
+    assert loaded.columns == tuple("abcde") and loaded.unit is Unit.DERIVATIVE
+    assert loaded.provenance == SOURCE and loaded.context is None
+
+
+def test_scores_of_a_method_survive(tmp_path):
+    p = problem("softmax")
+    found = uw.Influence(damping=0.1).fit(p.task, p.train).attribute(p.queries)
+    loaded = Scores.load(found.save(tmp_path))
+    assert torch.equal(loaded.values, found.values)
+    assert loaded.provenance == found.provenance
+    assert eval(loaded.provenance.method, vars(uw)) == uw.Influence(damping=0.1)
+    assert loaded.provenance.n == p.n and loaded.provenance.q == 5 and loaded.provenance.p == 12
+
+
+def test_a_second_save_replaces_the_first(saved):
+    scores(2 * VALUES).save(saved)
+    assert torch.equal(Scores.load(saved).values, 2 * VALUES)
+    assert sorted(path.name for path in saved.iterdir()) == ["scores.json", "scores.safetensors"]
+
+
+def test_float32_and_sliced_values_survive(tmp_path):
+    values = torch.arange(12.0).reshape(4, 3).mT
+    assert torch.equal(Scores.load(scores(values).save(tmp_path)).values, values)
+
+
+def test_no_pickle_is_written(saved):
+    """Each file is what it says it is, to the last byte: JSON, and a safetensors table."""
+    contents = (saved / "scores.safetensors").read_bytes()
+    length = int.from_bytes(contents[:8], "little")
+    header = json.loads(contents[8 : 8 + length])
+    assert sorted(header) == ["error", "values"]
+    assert len(contents) == 8 + length + 2 * VALUES.numel() * 8
+    json.loads((saved / "scores.json").read_text(encoding="utf-8"))
+
+
+def flip_last_byte(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def spoil_header(path):
+    data = bytearray(path.read_bytes())
+    data[10] ^= 0xFF
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("damage", [flip_last_byte, cut, spoil_header])
+def test_damaged_tensors_are_stale(saved, damage):
+    damage(saved / "scores.safetensors")
+    with pytest.raises(StaleStore, match="belong together"):
+        Scores.load(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"unit": "DIFFERENCE"},
+        {"columns": list("abcdz")},
+        {"schema": 99},
+        {"digest": "0"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_changed_header_is_stale(saved, change):
+    path = saved / "scores.json"
+    header = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(header | change), encoding="utf-8")
+    with pytest.raises(StaleStore):
+        Scores.load(saved)
+
+
+def test_a_header_of_another_run_is_stale(saved, tmp_path):
+    other = scores(3 * VALUES).save(tmp_path / "other")
+    (saved / "scores.json").write_bytes((other / "scores.json").read_bytes())
+    with pytest.raises(StaleStore, match="do not match"):
+        Scores.load(saved)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Scores.load(tmp_path)
+
+
+# -- tables -------------------------------------------------------------------------------------
+
+
+def test_to_pandas():
+    pandas = pytest.importorskip("pandas")
+    frame = scores().to_pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame.shape == (2, 5) and frame.loc[0, 4] == -4.0
+    assert (frame.index.name, frame.columns.name) == ("query", "example")
+    grouped = scores().group("abbbb").to_pandas()
+    assert list(grouped.columns) == ["a", "b"] and grouped.columns.name == "group"
+    assert grouped.loc[0, "b"] == -3.0
