@@ -391,6 +391,11 @@ def CG_on_an_indefinite_Hessian() -> Any:
 
 
 @case
+def a_hinge_without_temperature() -> Any:
+    return uw.SmoothHinge(temperature=0.0)
+
+
+@case
 def negative_damping() -> Any:
     return attribute(method=uw.Influence(damping=-0.1))
 

@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import DataError, DtypeError, ShapeError, UnsupportedModel, message
+from upweight.errors import (
+    DataError,
+    DtypeError,
+    ShapeError,
+    SpecError,
+    UnsupportedModel,
+    message,
+)
 from upweight.runtime.fingerprint import described
 
 
@@ -296,6 +303,17 @@ class SmoothHinge(Loss):
 
     temperature: float = 0.001
     convex = True
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise SpecError(
+                message(
+                    "SmoothHinge needs a temperature above 0.",
+                    f"temperature={self.temperature!r}.",
+                    "0 meant as the hinge itself, which has no second derivative.",
+                    "use a small temperature, 0.001 as in Koh & Liang (2017).",
+                )
+            )
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         _require_same_shape("SmoothHinge", outputs, targets)
