@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import upweight as uw
 from tests.market import problem
@@ -270,3 +271,16 @@ def test_to_pandas():
     grouped = scores().group("abbbb").to_pandas()
     assert list(grouped.columns) == ["a", "b"] and grouped.columns.name == "group"
     assert grouped.loc[0, "b"] == -3.0
+
+
+def test_a_full_disk_leaves_what_was_saved(saved, monkeypatch):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("upweight.scores.save_file", full)
+    before = Scores.load(saved)
+    with pytest.raises(OSError, match=r"(?s)room for the scores.*80 bytes.*still in memory"):
+        scores(2 * VALUES).save(saved)
+    assert torch.equal(Scores.load(saved).values, before.values)
+    assert not list(saved.glob("*.part"))

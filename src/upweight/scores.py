@@ -327,6 +327,9 @@ class Scores:
 
         Each file is written beside its place and then renamed, the JSON last: an interrupted save
         leaves either the old scores or none that load.
+
+        Raises:
+            OSError: The files could not be written.
         """
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
@@ -341,7 +344,19 @@ class Scores:
             "provenance": asdict(self.provenance),
         }
         staged = target / "scores.safetensors.part"
-        save_file(tensors, staged)
+        try:
+            save_file(tensors, staged)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            staged.unlink(missing_ok=True)
+            raise OSError(
+                message(
+                    "The directory must have room for the scores.",
+                    f"{sum(t.nbytes for t in tensors.values()):,} bytes for {target}; {error}",
+                    "a full disk or quota.",
+                    "free space or save elsewhere; the scores are still in memory, and what was "
+                    "saved before is as it was.",
+                )
+            ) from error
         os.replace(staged, target / "scores.safetensors")
         staged = target / "scores.json.part"
         staged.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
