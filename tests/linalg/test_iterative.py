@@ -225,3 +225,19 @@ def test_cg_restarts_where_the_recurrence_drifts_from_the_truth():
         solution = solve(A, draw(p, seed=seed + 100), CG(3e-13, 5000), throw=False)
         converged += solution.converged
     assert converged >= 4
+
+
+def test_the_default_tolerance_is_within_reach_of_float32():
+    # The solvers' own default must not ask of float32 what only float64 can give.
+    A = Dense(spectrum(torch.logspace(-3, 0, p)).matrix.float(), PSD)
+    for solver in (CG(), BlockCG(), MINRES()):
+        solution = solver.solve(solver.init(A), draw(3, p).float())
+        assert solution.converged, solution.stats.residuals
+        assert solution.stats.extra["rtol"] == 1e-4
+
+
+def test_minres_does_not_send_its_user_to_minres():
+    A = Dense(torch.diag(torch.tensor([1.0, 2.0, 0.0])), PSD)
+    with pytest.raises(NotPositiveDefinite, match=r"(?s)lie in the range of A.*GGN\(\)") as error:
+        MINRES().solve(A, torch.ones(3)).throw()
+    assert "MINRES(), which" not in str(error.value)

@@ -30,7 +30,8 @@ class BlockCG(Solver[LinearOperator]):
     """Conjugate gradients in the Krylov space that all right-hand sides share.
 
     Args:
-        rtol: Tolerance on the true residual ‖Ax − b‖/‖b‖ of each right-hand side.
+        rtol: Tolerance on the true residual ‖Ax − b‖/‖b‖ of each right-hand side. None stands for
+            1e-6 in float64, 1e-4 in float32 and 1e-2 below, which rounding leaves within reach.
         max_steps: Most products with A, each for the whole block.
 
     The error falls at least as fast as CG's with κ replaced by the ratio of the largest to the k-th
@@ -40,7 +41,7 @@ class BlockCG(Solver[LinearOperator]):
     Cost: one product of A with ≤ k vectors a step, O(p k²) besides, and five blocks of k vectors.
     """
 
-    rtol: float = 1e-6
+    rtol: float | None = None
     max_steps: int = 1000
 
     def init(self, A: LinearOperator) -> LinearOperator:
@@ -72,7 +73,7 @@ class _Run:
             x = x + change
             r = goal - self.A.mv(x)
             size = torch.linalg.vector_norm(r, dim=1)
-            solved = size <= self.solver.rtol
+            solved = size <= self.columns.rtol
             self.columns.close(rows[solved], x[solved], Result.STAGNATED)
             keep = ~solved
             halved = bool((size <= 0.5 * before)[keep].any())
@@ -105,7 +106,7 @@ class _Run:
             X = X + (Z @ (alpha @ C)).mT
             Q_next, zeta = orthonormal(Q - W @ alpha)
             C = zeta @ C  # ‖r_j‖ = ‖C e_j‖
-            if bool((torch.linalg.vector_norm(C, dim=0) <= self.solver.rtol).all()):
+            if bool((torch.linalg.vector_norm(C, dim=0) <= self.columns.rtol).all()):
                 return X, None
             # The next directions are conjugate to these: ZᵀA P = 0.
             P = Q_next - Z @ (inverse @ (W.mT @ Q_next))

@@ -15,14 +15,18 @@ from torch import Tensor
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Result, Solution, SolverStats
 
+WITHIN_REACH = {torch.float64: 1e-6, torch.float32: 1e-4}
+"""Relative residuals that rounding leaves within reach of an iterative solver, by dtype."""
+
 
 class Columns:
     """The right-hand sides of one solve, and how each of them ended."""
 
-    def __init__(self, A: LinearOperator, b: Float[Tensor, "*k p"], rtol: float) -> None:
+    def __init__(self, A: LinearOperator, b: Float[Tensor, "*k p"], rtol: float | None) -> None:
         """End the right-hand sides that need no solver; `rows` are the others."""
         A.check(b)
-        self.A, self.rtol, self.shape = A, rtol, b.shape
+        self.A, self.shape = A, b.shape
+        self.rtol = WITHIN_REACH.get(b.dtype, 1e-2) if rtol is None else rtol
         flat = b.reshape(-1, b.shape[-1])
         # In float32 the squares of entries below 1e-23 are zero, and a gradient that small would be
         # taken for zero. The largest entry is divided out first.

@@ -141,6 +141,15 @@ def _singular(stats: SolverStats) -> tuple[str, str, str, str]:
         given += f"most {scaled:.1e}."
     else:
         given = _worst(stats)
+    if stats.solver.startswith("MINRES"):
+        return (
+            "A x = b needs a solution: b must lie in the range of A.",
+            given,
+            "an operator that is singular to this precision: float32 cannot tell an eigenvalue of "
+            "1e-7 of the largest from zero, and b has a part along it.",
+            "add damping or a penalty, use a positive semi-definite curvature, curvature=GGN(), or "
+            "compute in float64.",
+        )
     return (
         Result.SINGULAR.value,
         given,
