@@ -8,9 +8,7 @@ This is one of the two places of the library that divide by n: the weight's shar
 """
 
 import functools
-import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,10 +26,11 @@ from upweight.errors import ModelChanged, NotDifferentiable, ShapeError, message
 from upweight.gradients.functional import measure_gradients
 from upweight.gradients.source import FactoredLinear, GradientSource, gradient_source
 from upweight.linalg.cholesky import Cholesky
-from upweight.linalg.damping import Damping, Relative, as_damping, damped
+from upweight.linalg.damping import Damping, as_damping, damped
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solve import Auto, Solver
+from upweight.methods import health
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.removal import LinearRemovals
 from upweight.scores import Context, Provenance, Scores, Unit, library_versions
@@ -125,7 +124,7 @@ class Influence:
             damping=damping,
             mean_loss=float(losses.double().mean()),
             seconds={},
-            notes=(*data.notes, *_precision_notes(task)),
+            notes=(*data.notes, *health.precision_notes(task)),
         )
         self._require_operator(fitted)
         fitted.seconds["fit"] = time.perf_counter() - started
@@ -383,26 +382,16 @@ class FittedInfluence:
 
     @cached_property
     def stationarity(self) -> Mapping[str, float]:
-        """How far θ̂ is from a stationary point of J; influence functions assume that it is one.
+        """How far θ̂ is from a stationary point of J: ‖∇J(θ̂)‖, and what a Newton step would gain.
 
-        `gradient_norm` is ‖∇J(θ̂)‖; `decrement` is ½ ∇Jᵀ (H + λI)⁻¹ ∇J, by how much one Newton step
-        would still lower J, or NaN where the solver could not tell.
+        Influence functions assume that both are zero; see `upweight.methods.health`.
         """
         gradient = self._objective_gradient()
-        step = self.solver.solve(self.state, gradient)
-        decrement = 0.5 * float(gradient @ step.value) if step.converged else math.nan
-        return {"gradient_norm": float(gradient.norm()), "decrement": decrement}
+        return health.stationarity(gradient, self.solver.solve(self.state, gradient))
 
     @cached_property
-    def _mean_eigenvalue(self) -> dict[str, float]:
-        """tr(H)/p, where it costs no pass over the data beyond what was done."""
-        spec = self.spec.damping
-        if isinstance(spec, Relative) and spec.factor > 0:
-            return {"mean_eigenvalue": self.damping / spec.factor}
-        if isinstance(self.source, FactoredLinear):
-            mean = float(self.operator.trace()) / self.task.layout.size
-            return {"mean_eigenvalue": mean - self.damping}
-        return {}
+    def _mean_eigenvalue(self) -> Mapping[str, float]:
+        return health.mean_eigenvalue(self.spec.damping, self.damping, self.operator, self.source)
 
     def _objective_gradient(self) -> Float[Tensor, " p"]:
         """∇J(θ̂) = (1/n) Σ gᵢ + ∇R."""
@@ -420,23 +409,16 @@ class FittedInfluence:
         started: float,
         columns: tuple[str, ...] | None = None,
     ) -> Scores:
-        residuals = solution.stats.residuals
-        health: dict[str, Any] = {
+        judged: dict[str, Any] = {
             "mean_loss": self.mean_loss,
             **self.stationarity,
             "damping": self.damping,
             **self._mean_eigenvalue,
-            "solver": repr(self.solver),
-            "solver_steps": solution.stats.steps,
-            "largest_residual": float(residuals.max()),
-            **{f"solver_{key}": value for key, value in solution.stats.extra.items()},
+            **health.solve_quality(self.solver, solution),
         }
         if unit is Unit.DERIVATIVE:
-            # Law 2: at a minimum Σᵢ S[q, i] = ∇m_qᵀ (H + λI)⁻¹ ∇R.
-            penalty = self.task.penalty.gradient(self.task.theta(), self.task.layout)
-            excess = (values.sum(dim=1) - solution.value @ penalty).abs()
-            health["row_sum_excess"] = float(excess.max())
-            health["row_sum_excess_relative"] = float((excess / values.abs().sum(dim=1)).max())
+            penalty = self.task.penalty.gradient(self.theta, self.task.layout)
+            judged |= health.row_sum_excess(values, solution.value, penalty)
         seconds = {**self.seconds, "attribute": time.perf_counter() - started}
         layout = self.task.layout
         provenance = Provenance(
@@ -449,7 +431,7 @@ class FittedInfluence:
             p=layout.size,
             dtype=str(layout.dtype).removeprefix("torch."),
             device=str(layout.device),
-            health=health,
+            health=judged,
             seconds=seconds,
             versions=library_versions(),
             notes=(*self.notes, *queries.notes),
@@ -529,15 +511,3 @@ class FittedInfluence:
                 )
             )
         return indices
-
-
-def _precision_notes(task: Task) -> tuple[str, ...]:
-    if task.layout.dtype.itemsize >= 4:
-        return ()
-    digits = -math.log10(torch.finfo(task.layout.dtype).eps)
-    note = (
-        f"parameters are {str(task.layout.dtype).removeprefix('torch.')}: gradients and scores "
-        f"carry about {digits:.0f} digits; model.float() gives 7"
-    )
-    warnings.warn(note, UserWarning, stacklevel=3)
-    return (note,)

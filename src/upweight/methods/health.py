@@ -1,0 +1,77 @@
+"""How far can these scores be trusted? Numbers to judge a computation by; none changes a score."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.gradients.source import FactoredLinear, GradientSource
+from upweight.linalg.damping import Damping, Relative
+from upweight.linalg.operator import LinearOperator
+from upweight.linalg.solution import Solution
+from upweight.linalg.solve import Solver
+from upweight.task.task import Task
+
+
+def stationarity(gradient: Float[Tensor, " p"], step: Solution) -> dict[str, float]:
+    """How far θ̂ is from a stationary point of J, from ∇J and (H + λI)⁻¹ ∇J.
+
+    `gradient_norm` is ‖∇J(θ̂)‖; `decrement` is ½ ∇Jᵀ (H + λI)⁻¹ ∇J, by how much one Newton step
+    would still lower J, or NaN where the solver could not tell.
+    """
+    decrement = 0.5 * float(gradient @ step.value) if step.converged else math.nan
+    return {"gradient_norm": float(gradient.norm()), "decrement": decrement}
+
+
+def row_sum_excess(
+    values: Float[Tensor, "q n"],
+    solved: Float[Tensor, "q p"],
+    penalty_gradient: Float[Tensor, " p"],
+) -> dict[str, float]:
+    """By how much Σᵢ S[q, i] differs from ∇m_qᵀ (H + λI)⁻¹ ∇R, which it equals at a minimum.
+
+    Upweighting everything alike changes nothing but the penalty's share (law 2). The relative
+    figure is in units of Σᵢ |S[q, i]|; both are the largest over the queries.
+    """
+    excess = (values.sum(dim=1) - solved @ penalty_gradient).abs()
+    return {
+        "row_sum_excess": float(excess.max()),
+        "row_sum_excess_relative": float((excess / values.abs().sum(dim=1)).max()),
+    }
+
+
+def solve_quality(solver: Solver[Any], solution: Solution) -> dict[str, Any]:
+    """Which solver ran, its steps, its largest true residual and what else it has to say."""
+    return {
+        "solver": repr(solver),
+        "solver_steps": solution.stats.steps,
+        "largest_residual": float(solution.stats.residuals.max()),
+        **{f"solver_{key}": value for key, value in solution.stats.extra.items()},
+    }
+
+
+def mean_eigenvalue(
+    damping: Damping | float, lam: float, operator: LinearOperator, source: GradientSource
+) -> dict[str, float]:
+    """tr(H)/p, to hold λ against, where it costs no further pass over the data."""
+    if isinstance(damping, Relative) and damping.factor > 0:
+        return {"mean_eigenvalue": lam / damping.factor}
+    if isinstance(source, FactoredLinear):
+        return {"mean_eigenvalue": float(operator.trace()) / operator.shape[1] - lam}
+    return {}
+
+
+def precision_notes(task: Task) -> tuple[str, ...]:
+    """A warning, kept as a note, where the parameters are in half precision."""
+    if task.layout.dtype.itemsize >= 4:
+        return ()
+    digits = -math.log10(torch.finfo(task.layout.dtype).eps)
+    note = (
+        f"parameters are {str(task.layout.dtype).removeprefix('torch.')}: gradients and scores "
+        f"carry about {digits:.0f} digits; model.float() gives 7"
+    )
+    warnings.warn(note, UserWarning, stacklevel=3)
+    return (note,)
