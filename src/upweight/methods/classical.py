@@ -17,24 +17,29 @@ of their outer products, known as the sandwich or HC0. Belsley, Kuh & Welsch (19
 for the diagnostics that leave the row out of the variance too (external studentization, DFFITS,
 DFBETAS).
 
-Refuses designs without full rank and rows of leverage 1, for which a removal is not defined.
+Refuses designs without full rank, rows of leverage 1 (removing one leaves a coefficient
+undetermined), a variance of zero (a perfect fit, with all rows or without one), and coefficients
+that do not solve the likelihood equations. No entry of a result is NaN or infinite.
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import (
     DataError,
+    DtypeError,
     NonFinite,
     NotPositiveDefinite,
     NotStationary,
     ShapeError,
+    SpecError,
     message,
 )
 
@@ -44,9 +49,13 @@ if TYPE_CHECKING:
 STATIONARY = 1e-4
 """Largest Newton step that remains, in standard errors: β̂ is then good to four digits of them."""
 
+ASTRAY = 0.1
+"""Largest Newton step that remains, in η. Where classes are separable each step is about 1, however
+long the fit went on, and standard errors grow so fast that `STATIONARY` alone would not notice."""
+
 
 class Family(abc.ABC):
-    """A one-parameter exponential family with its canonical link."""
+    """A one-parameter exponential family with its canonical link, as functions of η."""
 
     estimates_scale: bool = False
 
@@ -55,8 +64,16 @@ class Family(abc.ABC):
         """μ(η)."""
 
     @abc.abstractmethod
-    def variance(self, mu: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """V(μ) = dμ/dη."""
+    def variance(self, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """V = dμ/dη."""
+
+    def residual(self, y: Float[Tensor, " n"], eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """y − μ(η)."""
+        return y - self.mean(eta)
+
+    def possible(self, y: Float[Tensor, " n"]) -> Tensor:
+        """Which responses the family can have: a boolean for each."""
+        return torch.ones_like(y, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -68,8 +85,8 @@ class Gaussian(Family):
     def mean(self, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         return eta
 
-    def variance(self, mu: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        return torch.ones_like(mu)
+    def variance(self, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        return torch.ones_like(eta)
 
 
 @dataclass(frozen=True)
@@ -79,8 +96,15 @@ class Binomial(Family):
     def mean(self, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         return eta.sigmoid()
 
-    def variance(self, mu: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        return mu * (1 - mu)
+    def variance(self, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        # 1 − μ is 0 from η = 37 on; σ(−η) keeps its digits up to η = 700.
+        return eta.sigmoid() * (-eta).sigmoid()
+
+    def residual(self, y: Float[Tensor, " n"], eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        return y * (-eta).sigmoid() - (1 - y) * eta.sigmoid()  # y − μ without cancellation
+
+    def possible(self, y: Float[Tensor, " n"]) -> Tensor:
+        return (y >= 0) & (y <= 1)
 
 
 @dataclass(frozen=True)
@@ -90,8 +114,11 @@ class Poisson(Family):
     def mean(self, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         return eta.exp()
 
-    def variance(self, mu: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        return mu
+    def variance(self, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        return eta.exp()
+
+    def possible(self, y: Float[Tensor, " n"]) -> Tensor:
+        return y >= 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,19 +128,23 @@ class Diagnostics:
     Args:
         beta: β̂, `[p]`.
         names: Of the coefficients.
-        scale: φ: the residual variance for `Gaussian`, 1 otherwise.
+        rows: Labels of the observations; their positions unless given.
+        scale: φ: the residual variance for `Gaussian`, 1 otherwise, or what was given.
         leverage: hᵢ, between 0 and 1; they sum to p.
         residuals: yᵢ − μᵢ.
         pearson: Pearson residuals.
         studentized: Internally studentized residuals.
-        studentized_external: With the variance estimated without row i; None but for `Gaussian`.
-        loo_residuals: yᵢ less its prediction without row i (PRESS), on the scale of η.
+        studentized_external: With the variance estimated without row i; None where φ is not
+            estimated.
+        loo_residuals: (yᵢ − μᵢ) / (Vᵢ (1 − hᵢ)), on the scale of η: for least squares yᵢ less its
+            prediction without row i (PRESS), otherwise the same for the working response.
         cooks_distance: Dᵢ.
-        dffits: Change of the row's own prediction in its standard errors, t √(h/(1 − h)), by the
-            external residual where there is one.
+        dffits: Change of the row's own η in its standard errors, t √(h/(1 − h)), by the external
+            residual where there is one.
+        dffits_internal: The same by the internal residual.
         dfbeta: β̂ − β̂₋ᵢ, `[n, p]`.
-        dfbetas: The same in standard errors of β̂ (without row i for `Gaussian`).
-        covariance_ratio: det cov(β̂₋ᵢ)/det cov(β̂); None but for `Gaussian`.
+        dfbetas: The same in standard errors of β̂ (without row i where φ is estimated).
+        covariance_ratio: det cov(β̂₋ᵢ)/det cov(β̂); None where φ is not estimated.
         influence_curve: ICᵢ = dβ̂/dε, `[n, p]`.
         covariance: φ M⁻¹, the model's own covariance of β̂.
         covariance_jackknife: V_IJ, which does not trust the model's variance.
@@ -121,6 +152,7 @@ class Diagnostics:
 
     beta: Float[Tensor, " p"]
     names: tuple[str, ...]
+    rows: tuple[Hashable, ...]
     scale: float
     leverage: Float[Tensor, " n"]
     residuals: Float[Tensor, " n"]
@@ -130,6 +162,7 @@ class Diagnostics:
     loo_residuals: Float[Tensor, " n"]
     cooks_distance: Float[Tensor, " n"]
     dffits: Float[Tensor, " n"]
+    dffits_internal: Float[Tensor, " n"]
     dfbeta: Float[Tensor, "n p"]
     dfbetas: Float[Tensor, "n p"]
     covariance_ratio: Float[Tensor, " n"] | None
@@ -138,21 +171,18 @@ class Diagnostics:
     covariance_jackknife: Float[Tensor, "p p"]
 
     def to_pandas(self) -> "pd.DataFrame":
-        """A table with a row per observation; DFBETAS in columns `dfbetas_NAME`."""
+        """A table with a row per observation, by its label; DFBETAS in columns `dfbetas_NAME`."""
         import pandas as pd
 
         columns = {
             name: value.numpy()
             for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-            and value.shape == self.leverage.shape
-            and name not in ("beta", "covariance")
+            if isinstance(value, Tensor) and value.ndim == 1 and name != "beta"
         }
         for k, name in enumerate(self.names):
             columns[f"dfbetas_{name}"] = self.dfbetas[:, k].numpy()
-        frame = pd.DataFrame(columns)
-        frame.index.name = "row"
-        return frame
+        # tupleize_cols: labels that are tuples stay one label each.
+        return pd.DataFrame(columns, index=pd.Index(self.rows, name="row", tupleize_cols=False))
 
 
 def linear_diagnostics(
@@ -161,13 +191,13 @@ def linear_diagnostics(
     """Diagnostics of a least squares fit of y on X (with a column of ones for an intercept).
 
     Args:
-        X: Design `[n, p]`.
+        X: Design `[n, p]`: a tensor, array or data frame; computed in float64 on the CPU.
         y: Response `[n]`.
         weights: v, the prior weights of weighted least squares; 1 by default.
         names: Of the columns.
 
     Raises:
-        ShapeError, NonFinite, NotPositiveDefinite, DataError: As for `glm_diagnostics`.
+        ShapeError, DtypeError, NonFinite, NotPositiveDefinite, DataError: As `glm_diagnostics`.
 
     Exact when: always; removal of a row from least squares has this closed form.
     Cost: one QR factorization, n·p² multiply-adds; nothing of size n × n.
@@ -186,104 +216,186 @@ def glm_diagnostics(
     family: Family,
     weights: Any = None,
     names: Sequence[str] | None = None,
+    scale: float | None = None,
+    rows: Sequence[Hashable] | None = None,
 ) -> Diagnostics:
     """Diagnostics of a generalized linear model at its maximum-likelihood estimate.
 
     Args:
-        X: Design `[n, p]`.
+        X: Design `[n, p]`: a tensor, array or data frame; computed in float64 on the CPU.
         y: Response `[n]`; proportions for `Binomial` with trials as weights.
         beta: β̂ `[p]`, the solution of Xᵀ v (y − μ) = 0.
         family: `Gaussian()`, `Binomial()` or `Poisson()`, with its canonical link.
-        weights: v, prior weights; 1 by default.
+        weights: v, prior weights; 1 by default. They divide the variance of a row; they do not say
+            how many rows it stands for.
         names: Of the columns.
+        scale: φ, where it is known or came from elsewhere (quasi-likelihood). None: the residual
+            variance for `Gaussian`, 1 otherwise.
+        rows: Labels of the observations, for the table; their positions by default.
 
     Raises:
         ShapeError: The arrays do not fit.
-        NonFinite: An entry is NaN or infinite, or a row has leverage 1.
+        DtypeError: An entry is not a real number.
+        SpecError: `family` is not a `Family`.
+        NonFinite: An entry is NaN or infinite, a weight is negative, a variance V underflows, a row
+            has leverage 1, or the fit is perfect without it.
         NotPositiveDefinite: X has no full column rank.
         NotStationary: β̂ does not solve the likelihood equations.
-        DataError: There are no degrees of freedom for the scale.
+        DataError: A response is outside the family's range, or there is no residual variance.
 
     Exact when: the family is `Gaussian`; otherwise removals are one Newton step.
     Cost: one QR factorization, n·p² multiply-adds.
     """
+    _require_family(family)
     design, response, prior = _arrays(X, y, weights)
-    estimate = torch.as_tensor(beta, dtype=torch.float64).reshape(-1)
     n, p = design.shape
-    _require_shape(len(estimate) == p, f"beta has {len(estimate)} entries, X {p} columns.")
-    labels = tuple(names) if names is not None else tuple(f"x{k}" for k in range(p))
-    _require_shape(len(labels) == p, f"{len(labels)} names for {p} columns.")
-
-    mu = family.mean(design @ estimate)
-    variance = family.variance(mu)
-    residuals = response - mu
+    estimate, labels = _coefficients(beta, names, p)
+    positions = tuple(range(n)) if rows is None else tuple(rows)
+    _require_shape(len(positions) == n, f"{len(positions)} labels for {n} rows.")
+    _require_range(family, response)
+    eta = design @ estimate
+    variance, residuals = family.variance(eta), family.residual(response, eta)
+    _require_variance(variance, eta)
     q, r = _factor(design * (prior * variance).sqrt()[:, None])
     leverage = q.square().sum(dim=1)
     _require_leverage_below_one(leverage)
+    kept = 1 - leverage
     inverse = torch.cholesky_inverse(r.T)  # M⁻¹ = (RᵀR)⁻¹
 
     # M⁻¹ xᵢ vᵢ (yᵢ − μᵢ) = ICᵢ/n: each row's pull on β̂.
     pulls = design * (prior * residuals)[:, None] @ inverse
     pearson = prior.sqrt() * residuals / variance.sqrt()
-    scale = 1.0
-    if family.estimates_scale:
-        _require_degrees_of_freedom(n - p)
-        scale = float(pearson.square().sum()) / (n - p)
-    _require_stationary(pulls.sum(dim=0), inverse.diagonal() * scale)
+    external, ratio, spread = None, None, None
+    if scale is None and family.estimates_scale:
+        scale, spread = _scales(pearson, kept, p, float((prior * response.square()).sum()))
+        external, ratio = pearson / (spread * kept).sqrt(), (spread / scale) ** p / kept
+    phi = _given_scale(scale)
+    step = pulls.sum(dim=0)
+    _require_stationary(step, phi * inverse.diagonal(), design, type(family) is Gaussian)
 
-    kept = 1 - leverage
-    studentized = pearson / (scale * kept).sqrt()
-    external, ratio, spread = None, None, torch.full_like(leverage, scale)
-    if family.estimates_scale:
-        _require_degrees_of_freedom(n - p - 1)
-        spread = (scale * (n - p) - pearson.square() / kept) / (n - p - 1)
-        external = pearson / (spread * kept).sqrt()
-        ratio = (spread / scale) ** p / kept
+    studentized = pearson / (phi * kept).sqrt()
+    odds = (leverage / kept).sqrt()
     dfbeta = pulls / kept[:, None]
-    return Diagnostics(
+    spreads = torch.full_like(leverage, phi) if spread is None else spread
+    found = Diagnostics(
         beta=estimate,
         names=labels,
-        scale=scale,
+        rows=positions,
+        scale=phi,
         leverage=leverage,
         residuals=residuals,
         pearson=pearson,
         studentized=studentized,
         studentized_external=external,
         loo_residuals=residuals / (variance * kept),
-        cooks_distance=studentized.square() * leverage / (kept * p),
-        dffits=(studentized if external is None else external) * (leverage / kept).sqrt(),
+        cooks_distance=studentized.square() * odds.square() / p,
+        dffits=(studentized if external is None else external) * odds,
+        dffits_internal=studentized * odds,
         dfbeta=dfbeta,
-        dfbetas=dfbeta / (spread[:, None] * inverse.diagonal()).sqrt(),
+        dfbetas=dfbeta / (spreads[:, None] * inverse.diagonal()).sqrt(),
         covariance_ratio=ratio,
         influence_curve=n * pulls,
-        covariance=scale * inverse,
+        covariance=phi * inverse,
         covariance_jackknife=pulls.T @ pulls,
     )
+    _require_finite(found)
+    return found
+
+
+def ridge_loo_residuals(X: Any, y: Any, penalty: Any, weights: Any = None) -> Float[Tensor, " n"]:
+    """yᵢ less its prediction by ridge regression without row i, for every row from one fit.
+
+        β̂ = argmin ½ Σᵢ vᵢ (yᵢ − xᵢᵀβ)² + ½ Σⱼ λⱼ βⱼ²
+        yᵢ − xᵢᵀβ̂₋ᵢ = (yᵢ − xᵢᵀβ̂) / (1 − hᵢ),    hᵢ = vᵢ xᵢᵀ (XᵀvX + diag λ)⁻¹ xᵢ
+
+    Allen (1974). The penalty is that of the sum, as in scikit-learn's `Ridge(alpha=λ)`, and stays
+    as it is when a row leaves; `L2(strength)` on the mean loss is λ = n · strength.
+
+    Args:
+        X: Design `[n, p]`; a column of ones for an intercept.
+        y: Response `[n]`.
+        penalty: λ ≥ 0, a number or one per column (0 leaves that column free).
+        weights: v; 1 by default.
+
+    Raises:
+        ShapeError, DtypeError, NonFinite, NotPositiveDefinite: As `glm_diagnostics`.
+
+    Exact when: always.
+    Cost: one QR factorization of n + p rows.
+    """
+    design, response, prior = _arrays(X, y, weights)
+    n, p = design.shape
+    strengths = _float64("penalty", penalty)
+    _require_shape(strengths.shape in ((), (p,)), f"penalty {tuple(strengths.shape)}, {p} columns.")
+    _require_numbers("penalty", strengths.reshape(-1), positive=True)
+    root = prior.sqrt()
+    # Ridge is least squares with p more rows √λⱼ eⱼ whose response is 0 (Allen 1974).
+    q, r = _factor(torch.cat([design * root[:, None], strengths.expand(p).sqrt().diag()]))
+    leverage = q[:n].square().sum(dim=1)
+    _require_leverage_below_one(leverage)
+    beta = torch.linalg.solve_triangular(r, (q[:n].T @ (root * response))[:, None], upper=True)
+    return (response - (design @ beta)[:, 0]) / (1 - leverage)
 
 
 def _arrays(X: Any, y: Any, weights: Any) -> tuple[Tensor, Tensor, Tensor]:
-    design = torch.as_tensor(X, dtype=torch.float64)
-    response = torch.as_tensor(y, dtype=torch.float64)
-    prior = (
-        torch.ones_like(response)
-        if weights is None
-        else torch.as_tensor(weights, dtype=torch.float64)
-    )
+    design, response = _float64("X", X), _float64("y", y)
+    prior = torch.ones_like(response) if weights is None else _float64("weights", weights)
     shapes = f"X {tuple(design.shape)}, y {tuple(response.shape)}, weights {tuple(prior.shape)}."
     fits = design.ndim == 2 and response.shape == prior.shape == design.shape[:1]
     _require_shape(fits and len(design) > 0, shapes)
-    for name, array in (("X", design), ("y", response), ("weights", prior)):
-        if not bool(array.isfinite().all()) or (name == "weights" and bool((array < 0).any())):
-            row = int((~array.isfinite()).reshape(len(array), -1).any(dim=1).nonzero().sum())
-            raise NonFinite(
-                message(
-                    "A regression needs finite numbers, and weights of at least 0.",
-                    f"{name} is not, first at row {row}.",
-                    "missing values.",
-                    "drop or impute these rows before fitting.",
-                )
-            )
+    _require_numbers("X", design)
+    _require_numbers("y", response)
+    _require_numbers("weights", prior, positive=True)
     return design, response, prior
+
+
+def _float64(name: str, values: Any) -> Tensor:
+    """A copy, so that nothing here depends on what the user's array becomes."""
+    try:
+        # A conversion would drop imaginary parts and go on.
+        if values.is_complex() if isinstance(values, Tensor) else np.iscomplexobj(values):
+            raise TypeError("its entries are complex")
+        if isinstance(values, Tensor):
+            return values.detach().to("cpu", torch.float64, copy=True).contiguous()
+        return torch.from_numpy(np.array(values, dtype=np.float64, order="C"))
+    except (TypeError, ValueError) as error:
+        raise DtypeError(
+            message(
+                "A regression needs arrays of real numbers.",
+                f"{name} of type {type(values).__name__}: {error}.",
+                "text or categories that were not encoded, or rows of different lengths.",
+                "encode categories as columns of 0 and 1 first.",
+            )
+        ) from error
+
+
+def _coefficients(beta: Any, names: Sequence[str] | None, p: int) -> tuple[Tensor, tuple[str, ...]]:
+    estimate = _float64("beta", beta)
+    _require_shape(estimate.shape == (p,), f"beta {tuple(estimate.shape)}, X with {p} columns.")
+    _require_numbers("beta", estimate)
+    labels = tuple(names) if names is not None else tuple(f"x{k}" for k in range(p))
+    _require_shape(len(labels) == p, f"{len(labels)} names for {p} columns.")
+    return estimate, labels
+
+
+def _listed(rows: Tensor) -> str:
+    """The first rows for which the mask holds, as text."""
+    found = sorted(set(rows.nonzero()[:, 0].tolist()))
+    return f"{found[:5]}{' and more' if len(found) > 5 else ''}"
+
+
+def _require_numbers(name: str, array: Tensor, *, positive: bool = False) -> None:
+    bad = ~array.isfinite() | (array < 0) if positive else ~array.isfinite()
+    rows = bad.reshape(len(array), -1).any(dim=1)
+    if bool(rows.any()):
+        raise NonFinite(
+            message(
+                f"{name} must be finite{' and at least 0' if positive else ''}.",
+                f"{name} has {float(array[bad][0])} at rows {_listed(rows)}.",
+                "missing values, or a transformation such as log(0).",
+                "drop or impute these rows before fitting.",
+            )
+        )
 
 
 def _require_shape(fits: bool, given: str) -> None:
@@ -296,6 +408,59 @@ def _require_shape(fits: bool, given: str) -> None:
                 "pass y.reshape(-1) and the rows that were fitted.",
             )
         )
+
+
+def _require_family(family: Any) -> None:
+    if not isinstance(family, Family):
+        raise SpecError(
+            message(
+                "family must be Gaussian(), Binomial() or Poisson().",
+                f"{family!r}.",
+                "a name or a class in place of an object, or a family of statsmodels.",
+                "import them from upweight.methods.classical; for statsmodels results use "
+                "upweight.adapters.statsmodels.diagnostics(results).",
+            )
+        )
+
+
+def _require_range(family: Family, response: Float[Tensor, " n"]) -> None:
+    bad = ~family.possible(response)
+    if bool(bad.any()):
+        raise DataError(
+            message(
+                f"Responses must be possible for {family!r}.",
+                f"y = {float(response[bad][0])} at rows {_listed(bad)}.",
+                "counts of successes in place of proportions, or another family.",
+                "for Binomial pass y = successes/trials and weights = trials.",
+            )
+        )
+
+
+def _require_variance(variance: Float[Tensor, " n"], eta: Float[Tensor, " n"]) -> None:
+    bad = ~((variance >= torch.finfo(torch.float64).tiny) & variance.isfinite())
+    if bool(bad.any()):
+        raise NonFinite(
+            message(
+                "Every row needs a variance V = dμ/dη that float64 can hold.",
+                f"V = {float(variance[bad][0]):.1e} at η = {float(eta[bad][0]):.4g}, "
+                f"rows {_listed(bad)}.",
+                "coefficients on their way to infinity, or of another design.",
+                "check that the fit converged, and that X has the columns beta belongs to.",
+            )
+        )
+
+
+def _require_finite(found: Diagnostics) -> None:
+    for name, value in vars(found).items():
+        if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+            raise NonFinite(
+                message(
+                    "Diagnostics must be finite.",
+                    f"{name} overflows at rows {_listed(~value.isfinite())}.",
+                    "variances or columns of extreme size.",
+                    "scale the columns, and leave out rows far outside of the others.",
+                )
+            )
 
 
 def _factor(weighted: Float[Tensor, "n p"]) -> tuple[Tensor, Tensor]:
@@ -323,39 +488,89 @@ def _factor(weighted: Float[Tensor, "n p"]) -> tuple[Tensor, Tensor]:
 
 
 def _require_leverage_below_one(leverage: Float[Tensor, " n"]) -> None:
-    full = (leverage > 1 - 1e-10).nonzero()[:, 0].tolist()
-    if full:
+    full = leverage > 1 - 1e-10
+    if bool(full.any()):
         raise NonFinite(
             message(
                 "Removal diagnostics need leverage below 1 for every row.",
-                f"leverage 1 for rows {full[:5]}{' and more' if len(full) > 5 else ''}.",
+                f"leverage 1 for rows {_listed(full)}.",
                 "a row that alone determines a coefficient: the only one of its category.",
                 "drop that row together with its column, or add a penalty and use Influence.",
             )
         )
 
 
-def _require_degrees_of_freedom(freedom: int) -> None:
-    if freedom < 1:
+def _scales(
+    pearson: Float[Tensor, " n"], kept: Float[Tensor, " n"], p: int, size: float
+) -> tuple[float, Float[Tensor, " n"]]:
+    """φ = RSS/(n − p), and φ₋ᵢ without each row; Σ v y² = `size` tells rounding from residuals."""
+    n = len(pearson)
+    if n < p + 2:
         raise DataError(
             message(
                 "A variance estimated with a row left out needs n ≥ p + 2.",
-                f"{freedom} degrees of freedom left.",
+                f"n = {n} rows and p = {p} columns.",
                 "as many coefficients as rows.",
-                "use fewer columns.",
+                "use fewer columns, or pass scale= to glm_diagnostics.",
             )
         )
+    eps = torch.finfo(torch.float64).eps
+    rounding = (10 * n**0.5 * eps) ** 2 * size
+    total = float(pearson.square().sum())
+    if total <= rounding:
+        raise DataError(
+            message(
+                "Standardized diagnostics need residuals: their variance is the unit.",
+                f"a residual sum of squares of {total:.1e}, zero to rounding.",
+                "a response that is a linear function of the columns.",
+                "leave out the column that holds the response, or pass scale= to glm_diagnostics.",
+            )
+        )
+    rest = total - pearson.square() / kept
+    perfect = rest <= rounding + 100 * eps * total
+    if bool(perfect.any()):
+        raise NonFinite(
+            message(
+                "The fit without any one row must leave residuals to measure that row by.",
+                f"the fit is perfect without row {_listed(perfect)}.",
+                "a response that is a linear function of the columns but for that row.",
+                "look at that row: it is the only one that departs; or pass scale= to "
+                "glm_diagnostics.",
+            )
+        )
+    return total / (n - p), rest / (n - p - 1)
 
 
-def _require_stationary(step: Float[Tensor, " p"], variances: Float[Tensor, " p"]) -> None:
-    # A perfect fit has no variance: the step is then rounding, and nothing to judge it by.
-    errors = (step.abs() / variances.sqrt().clamp_min(torch.finfo(torch.float64).tiny)).max()
-    if bool((variances > 0).all()) and not float(errors) <= STATIONARY:
+def _given_scale(scale: float | None) -> float:
+    phi = 1.0 if scale is None else float(scale)
+    if not (phi > 0 and np.isfinite(phi)):
+        raise DataError(
+            message(
+                "The scale φ must be positive and finite.",
+                f"scale = {phi}.",
+                "a dispersion estimated from a perfect fit.",
+                "pass scale=None for the family's own.",
+            )
+        )
+    return phi
+
+
+def _require_stationary(
+    step: Float[Tensor, " p"],
+    variances: Float[Tensor, " p"],
+    design: Float[Tensor, "n p"],
+    quadratic: bool,
+) -> None:
+    errors = float((step.abs() / variances.sqrt()).max())
+    moved = 0.0 if quadratic else float((design @ step).abs().max())
+    if not (errors <= STATIONARY and moved <= ASTRAY):
         raise NotStationary(
             message(
                 "β̂ must solve the likelihood equations Xᵀ v (y − μ) = 0.",
-                f"a Newton step of {float(errors):.1e} standard errors that remains.",
-                "a fit that stopped early, was penalized, or used an offset or another link.",
+                f"a Newton step of {errors:.1e} standard errors that remains"
+                + (f", and moves η by {moved:.1e}." if moved else "."),
+                "a fit that stopped early, was penalized, or used an offset or another link; or "
+                "classes that a hyperplane separates, for which there is no solution.",
                 "fit with a smaller tolerance, and pass the weights that were used.",
             )
         )
