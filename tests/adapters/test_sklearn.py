@@ -1,26 +1,31 @@
 """Fitted estimators are at the minimum of what they are translated to; scores follow from it."""
 
+import copy
+import functools
 import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris, load_wine
 from sklearn.decomposition import PCA
 from sklearn.linear_model import (
     Lasso,
+    LassoCV,
     LinearRegression,
     LogisticRegression,
     LogisticRegressionCV,
     PoissonRegressor,
     Ridge,
     RidgeClassifier,
+    RidgeClassifierCV,
     SGDClassifier,
     SGDRegressor,
 )
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import LinearSVC
@@ -28,6 +33,7 @@ from torch.testing import assert_close
 
 import upweight as uw
 import upweight.adapters.sklearn as sk
+from upweight.adapters.sklearn_refit import tightened
 from upweight.adapters.stationarity import distance
 from upweight.curvature.objective import weighted_objective
 from upweight.errors import DataError, NotStationary, ShapeError, UnsupportedModel
@@ -92,6 +98,7 @@ ESTIMATORS = {
     "ridge classifier balanced": (RidgeClassifier(class_weight="balanced"), wine, 1e-12),
     "poisson": (PoissonRegressor(alpha=0.3, solver="newton-cholesky", **TIGHT), counts, 1e-9),
     "squared hinge": (LinearSVC(**TIGHT, random_state=0), cancer, 1e-7),
+    "squared hinge C": (LinearSVC(C=0.05, **TIGHT, random_state=0), cancer, 1e-6),
     "squared hinge one-vs-rest": (LinearSVC(**TIGHT, random_state=0), wine, 1e-7),
     "sgd squares": (
         SGDRegressor(alpha=1.0, learning_rate="optimal", tol=None, max_iter=8000, random_state=0),
@@ -101,6 +108,14 @@ ESTIMATORS = {
     "sgd logistic": (
         SGDClassifier("log_loss", alpha=0.1, tol=None, max_iter=3000, random_state=0), cancer, 1e-4,
     ),
+    "sgd squares of labels": (
+        SGDClassifier("squared_error", alpha=0.1, learning_rate="invscaling", eta0=0.03,
+                      power_t=0.5, tol=None, max_iter=8000, random_state=0), cancer, 1e-3,
+    ),
+    "sgd squared hinge": (
+        SGDClassifier("squared_hinge", alpha=0.1, learning_rate="constant", eta0=1e-4,
+                      tol=None, max_iter=8000, random_state=0), cancer, 1e-3,
+    ),
     "sgd one-vs-rest": (
         SGDClassifier("log_loss", alpha=0.1, tol=None, max_iter=3000, random_state=0), wine, 1e-4,
     ),
@@ -108,13 +123,16 @@ ESTIMATORS = {
 
 
 def fitted(name, weights=None):
-    estimator, load, tolerance = ESTIMATORS[name]
-    X, y = load()
-    estimator = clone(estimator)
+    _, load, tolerance = ESTIMATORS[name]
+    return copy.deepcopy(fit_once(name, weights is not None)), *load(), tolerance
+
+
+@functools.cache
+def fit_once(name, weighted):
+    estimator, load, _ = ESTIMATORS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # solvers warn at tolerances beyond rounding
-        estimator.fit(X, y, **({} if weights is None else {"sample_weight": weights}))
-    return estimator, X, y, tolerance
+        return clone(estimator).fit(*load(), **({"sample_weight": WEIGHTS} if weighted else {}))
 
 
 def gradient(task, train):
@@ -206,8 +224,12 @@ def test_ridge_removal_equals_refitting():
 
 
 @pytest.mark.parametrize(
-    "name", ["logistic", "logistic balanced", "softmax", "softmax class weights", "poisson"]
-)
+    "name",
+    [
+        "logistic", "logistic balanced", "logistic liblinear", "softmax", "softmax class weights",
+        "poisson", "squared hinge C", "ridge classifier", "sgd logistic",
+    ],
+)  # fmt: skip
 def test_predicted_removals_match_refitting(name):
     weights = WEIGHTS if name in ("logistic balanced", "poisson") else None
     estimator, X, y, _ = fitted(name, weights)
@@ -255,6 +277,29 @@ def test_refit_repeats_itself_without_a_random_state(name):
     assert torch.equal(*(recipe.prepare(task, train)(weights).theta for _ in range(2)))
 
 
+def test_recipes_are_equal_where_their_estimators_are():
+    X, y = cancer()
+    recipe = sk.recipe(LogisticRegression(C=2.0).fit(X, y))
+    again = sk.recipe(LogisticRegression(C=2.0).fit(X[:90], y[:90]))
+    assert (recipe, hash(recipe)) == (again, hash(again))
+    assert recipe != sk.recipe(LogisticRegression(C=2.5).fit(X, y))
+    assert recipe != sk.recipe(RidgeClassifier().fit(X, y))
+
+
+def test_a_random_state_is_kept_whatever_integer_it_is():
+    for given, kept in ((7, 7), (np.int64(7), 7), (None, 0), (np.random.RandomState(7), 0)):
+        estimator = SGDClassifier("log_loss", random_state=given)
+        assert tightened(estimator, 8).random_state == kept
+
+
+def test_newton_cholesky_is_multinomial_only_where_scikit_learn_makes_it_so():
+    X, y = wine()
+    clf = LogisticRegression(solver="newton-cholesky", **TIGHT).fit(X, y)
+    found = sk.supports(clf)
+    assert bool(found) == (VERSION >= (1, 6))
+    assert found or "one-versus-rest" in found.reason
+
+
 def test_refits_are_recorded_and_shared_among_processes(tmp_path):
     estimator, X, y, _ = fitted("logistic balanced", WEIGHTS)
     task, train = sk.task(estimator, X, y, WEIGHTS)
@@ -269,7 +314,8 @@ def test_refits_are_recorded_and_shared_among_processes(tmp_path):
 
 def test_hinge_is_minimized_smoothly_and_says_how_far_it_moved():
     X, y = cancer()
-    svc = LinearSVC(loss="hinge", C=0.05, tol=1e-8, max_iter=100_000, random_state=0).fit(X, y)
+    svc = LinearSVC(loss="hinge", dual=True, C=0.05, tol=1e-8, max_iter=100_000, random_state=0)
+    svc.fit(X, y)
     task, train = sk.task(svc, X, y, temperature=0.01)
     assert float(gradient(task, train).norm()) < 1e-9
     assert task.loss == uw.SmoothHinge(0.01)
@@ -303,8 +349,11 @@ def test_distance_tells_an_error_from_a_warning_from_nothing():
     X, y = cancer()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rough = LogisticRegression(max_iter=1).fit(X, y)
-    with pytest.raises(NotStationary, match=r"typical removals(.|\n)*max_iter(.|\n)*tolerance="):
+        rough = LogisticRegression(max_iter=2).fit(X, y)
+    away, norm = distance(*sk.task(rough, X, y, tolerance=np.inf))
+    assert away > 5
+    numbers = rf"{away:.2g} typical removals(.|\n)*= {norm:.2g}\)(.|\n)*max_iter(.|\n)*tolerance="
+    with pytest.raises(NotStationary, match=numbers):
         sk.task(rough, X, y)
     exact = LogisticRegression(solver="newton-cholesky", **TIGHT).fit(X, y)
     assert sk.task(exact, X, y)[1].notes == ()
@@ -346,6 +395,8 @@ def test_string_labels_and_data_frames():
         sk.data(clf, frame[list("edcba")], names)
     with pytest.raises(DataError, match="merlot"):
         sk.data(clf, frame[:1], ["merlot"])
+    with pytest.raises(DataError, match="None"):
+        sk.data(clf, frame[:1], None)
 
 
 def test_binary_labels_of_any_kind_mean_the_same():
@@ -397,19 +448,27 @@ def test_sparse_and_misshapen_data_are_refused():
 
 
 X, Y = load_iris(return_X_y=True)
+VERSION = tuple(int(part) for part in sklearn.__version__.split(".")[:2])
+# Before 1.8 l1_ratio counts only where penalty says so.
+ELASTIC = {"solver": "saga"} | ({} if VERSION >= (1, 8) else {"penalty": "elasticnet"})
 REFUSED = [
     (Lasso().fit(X, Y), "Lasso has no translation"),
     (LogisticRegression(), "not fitted"),
-    (LogisticRegression(solver="saga", l1_ratio=1.0), "l1_ratio=0"),
-    (LogisticRegression(solver="saga", l1_ratio=0.5), "second derivatives"),
+    (LogisticRegression(**ELASTIC, l1_ratio=1.0), "l1_ratio=0"),
+    (LogisticRegression(**ELASTIC, l1_ratio=0.5), "second derivatives"),
     (LogisticRegressionCV(), "C_"),
     (GridSearchCV(Ridge(), {"alpha": [1.0]}), "best_estimator_"),
+    (RandomizedSearchCV(Ridge(), {"alpha": [1.0]}), "best_estimator_"),
+    (RidgeClassifierCV(), "refit RidgeClassifier"),
+    (LassoCV(), "LassoCV has no translation"),
     (LinearRegression(positive=True), "constraint"),
     (Ridge(alpha=[1.0, 2.0]), "one alpha per target"),
     (LinearSVC(penalty="l1", dual=False), "penalty='l2'"),
     (LinearSVC(multi_class="crammer_singer"), "crammer_singer"),
-    (LinearSVC(class_weight="balanced").fit(X, Y), "each one-versus-rest problem"),
+    (LinearSVC(class_weight="balanced", dual=False).fit(X, Y), "each one-versus-rest problem"),
     (SGDClassifier(loss="hinge"), "loss='log_loss'"),
+    (SGDClassifier(loss="modified_huber"), "has no translation: fit with loss='log_loss'"),
+    (SGDRegressor(loss="huber"), "has no translation: fit with loss='squared_error'"),
     (SGDClassifier(loss="log_loss", average=True), "average=False"),
     (SGDRegressor(early_stopping=True), "early_stopping=False"),
     (SGDRegressor(penalty="l1"), "penalty='l2'"),

@@ -119,7 +119,7 @@ def _indices(classes: Any, y: Any) -> Any:
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     place = {label: index for index, label in enumerate(classes.tolist())}
-    unknown = [label for label in labels.tolist() if _key(label) not in place]
+    unknown = [label for label in np.atleast_1d(labels).tolist() if _key(label) not in place]
     if labels.ndim != 1 or unknown:
         raise DataError(
             message(

@@ -6,6 +6,7 @@ The clone is fitted by scikit-learn alone: what it confirms does not rest on thi
 optimizer. An example with wᵢ = 0 stays in the array and counts nothing.
 """
 
+import numbers
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,13 @@ class Refit:
     """
 
     estimator: Any
+
+    def __eq__(self, other: object) -> bool:
+        """Estimators have no equality of their own: the same class with the same parameters."""
+        return isinstance(other, Refit) and _spelled(self.estimator) == _spelled(other.estimator)
+
+    def __hash__(self) -> int:
+        return hash(_spelled(self.estimator))
 
     def prepare(self, task: Task, train: Data) -> "RefitTrainer":
         """Take the arrays out of the data.
@@ -149,6 +157,11 @@ class RefitTrainer:
         return (theta, "") if bool(theta.isfinite().all()) else (None, "coefficients not finite")
 
 
+def _spelled(estimator: Any) -> tuple[type, str]:
+    """What tells two unfitted estimators apart; their own repr is cut short where it is long."""
+    return type(estimator), repr(sorted(estimator.get_params().items()))
+
+
 def tightened(estimator: Any, features: int) -> Any:
     """A clone that stops later, repeats itself, and takes its class weights from the data."""
     fresh = clone(estimator)
@@ -158,7 +171,7 @@ def tightened(estimator: Any, features: int) -> Any:
         changes["tol"] = min(params["tol"], TIGHTEST.get(params.get("solver", ""), 1e-12))
     if params.get("max_iter") is not None:
         changes["max_iter"] = max(params["max_iter"], ITERATIONS)
-    if not isinstance(params.get("random_state", 0), int):
+    if not isinstance(params.get("random_state", 0), numbers.Integral):
         changes["random_state"] = 0
     if "class_weight" in params:
         changes["class_weight"] = None

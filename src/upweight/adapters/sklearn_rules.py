@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import sklearn
 from sklearn.linear_model import (
     LinearRegression,
     LogisticRegression,
@@ -19,17 +20,28 @@ from sklearn.svm import LinearSVC
 
 from upweight.adapters.sklearn_objectives import Encoding, Objective, SquaredHinge, final_step
 from upweight.adapters.support import Support
-from upweight.task.losses import Bernoulli, CrossEntropy, Poisson, SmoothHinge, SquaredError
+from upweight.task.losses import Bernoulli, CrossEntropy, Loss, Poisson, SmoothHinge, SquaredError
+
+VERSION = tuple(int(part) for part in sklearn.__version__.split(".")[:2])
+
+SGD_LOSSES: dict[type, dict[str, tuple[Loss, Encoding]]] = {
+    SGDClassifier: {
+        "log_loss": (Bernoulli(), Encoding.ZERO_ONE),
+        "squared_error": (SquaredError(), Encoding.SIGN),
+        "squared_hinge": (SquaredHinge(), Encoding.SIGN),
+    },
+    SGDRegressor: {"squared_error": (SquaredError(), Encoding.REAL)},
+}
 
 
 def support(estimator: Any) -> Support:
     """Whether the estimator has a translation; see `upweight.adapters.sklearn.supports`."""
     final = final_step(estimator)
     name = type(final).__name__
-    if hasattr(final, "best_estimator_") or hasattr(final, "param_grid"):
+    if hasattr(final, "best_estimator_") or name.endswith("SearchCV"):
         return Support(False, f"{name} chooses among estimators: pass its .best_estimator_")
-    if name.endswith("CV") and type(final).__module__.startswith("sklearn.linear_model"):
-        plain = name.removesuffix("CV")
+    plain = name.removesuffix("CV")
+    if plain != name and plain in (kind.__name__ for kind in RULES):
         return Support(
             False,
             f"{name} chooses its penalty by cross-validation: refit {plain} with the value it "
@@ -75,6 +87,8 @@ def _fitted_refusal(final: Any) -> str | None:
     """What can only be told once the classes are known."""
     c = len(getattr(final, "classes_", ()))
     liblinear = type(final) is LinearSVC or getattr(final, "solver", "") == "liblinear"
+    # Before 1.6 this solver fitted one model per class, and said so nowhere on the estimator.
+    separate = getattr(final, "solver", "") == "newton-cholesky" and VERSION < (1, 6)
     one_vs_rest = c > 2 and (liblinear or type(final) is SGDClassifier)
     if one_vs_rest and final.class_weight is not None:
         return (
@@ -82,7 +96,8 @@ def _fitted_refusal(final: Any) -> str | None:
             "differently in each one-versus-rest problem: fit with sample_weight in its place"
         )
     multi_class = getattr(final, "multi_class", None)  # of LogisticRegression before 1.8
-    if type(final) is LogisticRegression and c > 2 and (liblinear or multi_class == "ovr"):
+    each_class = liblinear or separate or multi_class == "ovr"
+    if type(final) is LogisticRegression and c > 2 and each_class:
         return "one-versus-rest LogisticRegression: fit with solver='lbfgs', which is multinomial"
     if type(final) is LogisticRegression and c == 2 and multi_class == "multinomial":
         return "a softmax of two classes: fit with multi_class='auto'"
@@ -101,7 +116,8 @@ def _logistic_refusal(final: Any) -> str | None:
     if penalty == "deprecated":
         penalty = "elasticnet" if l1_ratio > 0 else "l2"
     if penalty not in ("l2", None) and not (penalty == "elasticnet" and l1_ratio == 0.0):
-        return _not_smooth("LogisticRegression", "l1 part", "penalty", "l1_ratio=0")
+        way_out = "l1_ratio=0" if VERSION >= (1, 8) else "penalty='l2', or l1_ratio=0"
+        return _not_smooth("LogisticRegression", "an l1 part", "penalty", way_out)
     return None
 
 
@@ -154,9 +170,11 @@ def _ridge(final: Any, _: float) -> Objective:
 
 def _sgd_refusal(final: Any) -> str | None:
     name = type(final).__name__
-    loss = "log_loss" if type(final) is SGDClassifier else "squared_error"
-    if final.loss != loss:
-        return _not_smooth(name, f"loss={final.loss!r}", "loss", f"loss={loss!r}")
+    known = " or ".join(f"loss={loss!r}" for loss in SGD_LOSSES[type(final)])
+    if final.loss in ("hinge", "perceptron", "epsilon_insensitive"):
+        return _not_smooth(name, f"loss={final.loss!r}", "loss", known)
+    if final.loss not in SGD_LOSSES[type(final)]:
+        return f"{name} with loss={final.loss!r} has no translation: fit with {known}"
     if final.penalty not in ("l2", None):
         if final.penalty != "elasticnet" or final.l1_ratio != 0:
             return _not_smooth(name, f"penalty={final.penalty!r}", "penalty", "penalty='l2'")
@@ -169,12 +187,8 @@ def _sgd_refusal(final: Any) -> str | None:
 
 def _sgd(final: Any, _: float) -> Objective:
     alpha = 0.0 if final.penalty is None else float(final.alpha)
-    classifies = type(final) is SGDClassifier
-    return Objective(
-        loss=Bernoulli() if classifies else SquaredError(),
-        encoding=Encoding.ZERO_ONE if classifies else Encoding.REAL,
-        strength=lambda _, __: alpha,
-    )
+    loss, encoding = SGD_LOSSES[type(final)][final.loss]
+    return Objective(loss, encoding, lambda _, __: alpha)
 
 
 def _poisson(final: Any, _: float) -> Objective:

@@ -119,9 +119,9 @@ def supports(results: Any) -> Support:
 def diagnostics(results: Any) -> Diagnostics:
     """Leverage, Cook's distance, DFBETAS, DFFITS, the influence curve and more, for each row.
 
-    Rows are labeled as in the data frame that was fitted, or by their position in it, before
-    statsmodels left out those with missing values. The scale is that of the fit: estimated for least squares, 1 for the others, or what
-    `fit(scale=...)` made of it.
+    Rows are labeled as in the data frame that was fitted, or by their position in the arrays,
+    before statsmodels left out those with missing values. The scale is that of the fit: estimated
+    for least squares, 1 for the others, or what `fit(scale=...)` made of it.
 
     Args:
         results: Fitted results, wrapped or not; see `supports`.
@@ -330,7 +330,7 @@ class RefitTrainer:
         last = model.fit(start_params=near.params, maxiter=2, tol=0.0)
         step = last.normalized_cov_params @ model.score(last.params, scale=1.0)
         errors = np.abs(step) / np.sqrt(last.normalized_cov_params.diagonal())
-        if near.converged and float(errors.max()) <= REFIT_TOLERANCE:
+        if float(errors.max()) <= REFIT_TOLERANCE:
             return np.array(last.params), ""
         return None, f"a step of {float(errors.max()):.1e} standard errors remains"
 
