@@ -323,6 +323,17 @@ def test_what_is_no_maximum_likelihood_is_refused(spoil, error, said):
     assert str(caught.value).count("\n  ") == 3
 
 
+@pytest.mark.parametrize("family", [Gaussian(), Binomial(), Poisson()])
+def test_an_estimate_must_be_good_to_four_digits_of_its_standard_error(family):
+    X, y = responses(family)
+    beta = maximum_likelihood(X, y, torch.ones_like(y), family)
+    error = glm_diagnostics(X, y, beta, family).covariance.diagonal().sqrt()[2]
+    nudge = torch.eye(5, dtype=X.dtype)[2] * error
+    glm_diagnostics(X, y, beta + 0.5e-4 * nudge, family)
+    with pytest.raises(NotStationary, match=r"2\.0e-04 standard errors"):
+        glm_diagnostics(X, y, beta + 2e-4 * nudge, family)
+
+
 def test_separated_classes_are_refused_though_standard_errors_hide_them():
     x = torch.linspace(-1, 1, 20).repeat_interleave(3)
     X, y = torch.stack([torch.ones(60), x], dim=1), (x > 0).double()
