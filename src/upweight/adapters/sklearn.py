@@ -9,7 +9,6 @@ have a translation in `upweight.adapters.sklearn_rules`. A fitted estimator is c
 minimum of the objective it was translated to.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,20 +29,13 @@ from upweight.adapters.sklearn_objectives import Objective, coefficients, final_
 from upweight.adapters.sklearn_refit import Refit
 from upweight.adapters.sklearn_rules import objective_of, support
 from upweight.adapters.stationarity import judged, minimized
-from upweight.adapters.support import Support
+from upweight.adapters.support import Support, TranslatedData
 from upweight.errors import UnsupportedModel, message
 from upweight.task.data import ArrayData, Data
 from upweight.task.losses import Weighted
 from upweight.task.task import Task
 
 __all__ = ["Refit", "Support", "data", "recipe", "supports", "task"]
-
-
-@dataclass(frozen=True, eq=False)
-class TranslatedData(ArrayData):
-    """Arrays as a translated estimator's task takes them, with what to know about them."""
-
-    notes: tuple[str, ...] = field(default=())
 
 
 def supports(estimator: Any) -> Support:

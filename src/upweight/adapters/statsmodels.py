@@ -13,7 +13,7 @@ A row is an example, however many observations its trials or freq_weights say it
 
 import warnings
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from upweight.adapters.stationarity import judged
-from upweight.adapters.support import Support
+from upweight.adapters.support import Support, TranslatedData
 from upweight.curvature.objective import WeightedObjective, weighted_objective
 from upweight.errors import DataError, ShapeError, UnsupportedModel, message
 from upweight.methods import classical
@@ -56,13 +56,6 @@ KINDS: dict[str, Family] = {
 
 REFIT_TOLERANCE = 1e-8
 """Largest Newton step that a refit may leave, in standard errors."""
-
-
-@dataclass(frozen=True, eq=False)
-class TranslatedData(ArrayData):
-    """The arrays of a translated model, with what to know about them."""
-
-    notes: tuple[str, ...] = field(default=())
 
 
 @dataclass(frozen=True, eq=False)

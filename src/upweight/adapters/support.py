@@ -1,6 +1,8 @@
-"""Can this be translated? Yes or no, with the reason."""
+"""What every adapter answers with: yes or no with the reason, and data that carry notes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from upweight.task.data import ArrayData
 
 
 @dataclass(frozen=True)
@@ -17,3 +19,10 @@ class Support:
 
     def __bool__(self) -> bool:
         return self.ok
+
+
+@dataclass(frozen=True, eq=False)
+class TranslatedData(ArrayData):
+    """Arrays as a translated model's task takes them, with what to know about them."""
+
+    notes: tuple[str, ...] = field(default=())
