@@ -120,15 +120,22 @@ class Task:
         return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
 
     def outputs(self, params: Params | Float[Tensor, " p"], batch: Batch) -> tuple[Any, Any]:
-        """f(θ, x) and the targets of a batch. Buffers are read, never written."""
+        """f(θ, x) and the targets of a batch, for derivatives of any kind and order."""
+        # Fused attention has neither second derivatives nor a rule for vmap; its formula has both.
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.call(params, batch)
+
+    def call(self, params: Params | Float[Tensor, " p"], batch: Batch) -> tuple[Any, Any]:
+        """As `outputs`, with whatever kernels PyTorch prefers: for plain first derivatives.
+
+        Buffers are read, never written.
+        """
         chosen = self.named(params)
         rest = {k: p.detach() for k, p in self.model.named_parameters() if k not in chosen}
         # Buffers go in as copies: a module that updates one in place must not touch the user's.
         buffers = {k: b.detach().clone() for k, b in self.model.named_buffers()}
         values = {f"model.{k}": v for k, v in {**rest, **buffers, **chosen}.items()}
-        # Fused attention has neither second derivatives nor a rule for vmap; its formula has both.
-        with sdpa_kernel(SDPBackend.MATH):
-            return torch.func.functional_call(_Call(self.model, self.forward), values, (batch,))
+        return torch.func.functional_call(_Call(self.model, self.forward), values, (batch,))
 
     def losses(self, params: Params | Float[Tensor, " p"], batch: Batch) -> Float[Tensor, " b"]:
         """ℓ of each example of a batch, unreduced.

@@ -1,0 +1,99 @@
+"""gᵢ kept as its factors: a sum of outer products over the positions where a weight was used.
+
+    Tokens    gᵢ = Σ_t left[i, t] ⊗ right[i, t]        for a weight [o, i]
+    Rows      gᵢ as it is, [b, d]                      for biases, gains and what has no rule
+
+A linear layer has left = δ and right = a (extended by a 1 where the bias goes with the weight); a
+convolution has a position per patch; a weight used several times has the positions of all uses.
+Nothing of size o·i is formed per example until somebody asks for it.
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """gᵢ = Σ_t left[i, t] ⊗ right[i, t], a matrix [o, i] per example."""
+
+    left: Float[Tensor, "b t o"]
+    right: Float[Tensor, "b t i"]
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    @property
+    def positions(self) -> int:
+        """t."""
+        return self.left.shape[1]
+
+    def matrices(self) -> Float[Tensor, "b o i"]:
+        """gᵢ in full."""
+        if self.positions == 1:
+            return self.left[:, 0, :, None] * self.right[:, 0, None, :]
+        return self.left.mT @ self.right
+
+    def total(self) -> Float[Tensor, "o i"]:
+        """Σᵢ gᵢ."""
+        return self.left.flatten(0, 1).mT @ self.right.flatten(0, 1)
+
+    def squared_norm(self) -> Float[Tensor, " b"]:
+        """‖gᵢ‖², by inner products over pairs of positions or from gᵢ, whichever takes less."""
+        t, o, i = self.positions, self.left.shape[2], self.right.shape[2]
+        if t * (o + i) < o * i:
+            pairs = (self.left @ self.left.mT) * (self.right @ self.right.mT)
+            return pairs.sum(dim=(1, 2))
+        return self.matrices().square().sum(dim=(1, 2))
+
+    def inner(self, vectors: Float[Tensor, "q o i"]) -> Float[Tensor, "q b"]:
+        """⟨V_q, gᵢ⟩."""
+        return vectors.flatten(1) @ self.matrices().flatten(1).mT
+
+    def projected(self, left: Float[Tensor, "o k"], right: Float[Tensor, "i l"]) -> "Tokens":
+        """leftᵀ gᵢ right, still factored: the projection acts on the factors."""
+        return Tokens(self.left @ left, self.right @ right)
+
+    def take(self, index: Int[Tensor, " k"] | slice) -> "Tokens":
+        """Some of the examples."""
+        return Tokens(self.left[index], self.right[index])
+
+    def to(self, dtype: torch.dtype) -> "Tokens":
+        """The same in another dtype."""
+        return Tokens(self.left.to(dtype), self.right.to(dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """gᵢ over d parameters, in full."""
+
+    values: Float[Tensor, "b d"]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def total(self) -> Float[Tensor, " d"]:
+        """Σᵢ gᵢ."""
+        return self.values.sum(dim=0)
+
+    def squared_norm(self) -> Float[Tensor, " b"]:
+        """‖gᵢ‖²."""
+        return self.values.square().sum(dim=1)
+
+    def inner(self, vectors: Float[Tensor, "q d"]) -> Float[Tensor, "q b"]:
+        """⟨v_q, gᵢ⟩."""
+        return vectors @ self.values.mT
+
+    def take(self, index: Int[Tensor, " k"] | slice) -> "Rows":
+        """Some of the examples."""
+        return Rows(self.values[index])
+
+    def to(self, dtype: torch.dtype) -> "Rows":
+        """The same in another dtype."""
+        return Rows(self.values.to(dtype))
+
+
+Factors: TypeAlias = Tokens | Rows

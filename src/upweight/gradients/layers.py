@@ -1,0 +1,386 @@
+"""One rule per layer type: from what a layer saw to the gradients of its parameters.
+
+    Linear          g_W = Σ_t δ_t ⊗ a_t                      g_b = Σ_t δ_t
+    Conv            the same, a_t the patch under output position t
+    ConvTranspose   g_W = Σ_t a_t ⊗ (patch of δ over input position t)
+    Embedding       g_W = Σ_t e(token_t) ⊗ δ_t
+    *Norm           g_γ = Σ_t δ_t ∘ x̂_t                      g_β = Σ_t δ_t
+    attention       its projections, each as a Linear
+
+A rule says which parameters of its module it accounts for. Layers without a rule, subclasses that
+change `forward`, and parameters from which a module computes its weight (weight norm) are left to
+`functional.py`. A new layer type is one function here and one line in `RULES`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from upweight.gradients.factored import Factors, Rows, Tokens
+from upweight.gradients.hooks import Call
+
+Contributions = Mapping[str, Factors]
+"""Gradients by the parameter's name within its module; `weight[k]` for group k of a convolution."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Where the examples of a batch lie in what a layer sees.
+
+    Args:
+        size: b.
+        axis: Their axis, 0 or 1. On axis 0 each may take several consecutive places (`[b·t, i]`).
+        dtype: What factors are formed in: at least float32, whatever the layer computes in.
+    """
+
+    size: int
+    axis: int
+    dtype: torch.dtype
+
+    def first(self, x: Tensor) -> Tensor:
+        """Examples on axis 0."""
+        return x if self.axis == 0 else x.movedim(1, 0)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """`[b, t, i]`: features last, everything between the examples and them on one axis."""
+        return self.first(x).reshape(self.size, -1, x.shape[-1]).to(self.dtype)
+
+    def channels(self, x: Tensor) -> Tensor:
+        """`[b, t, i]` from `[b, i, ...]`: channels second, positions after them."""
+        flat = x.reshape(len(x), x.shape[1], -1).mT
+        return flat.reshape(self.size, -1, x.shape[1]).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one layer type gives its gradients.
+
+    Args:
+        parameters: The names that the rule accounts for, in a given module; none: no rule for it.
+        gradients: Module, call and where its examples lie, to contributions.
+        joined: Weights whose bias is one more column, g_b = Σ_t left_t: weight to bias.
+    """
+
+    parameters: Callable[[Any], tuple[str, ...]]
+    gradients: Callable[[Any, Call, Examples], Contributions]
+    joined: Mapping[str, str]
+
+
+def _own(*names: str) -> Callable[[nn.Module], tuple[str, ...]]:
+    """Those of the names that are parameters of the module itself, not computed from others."""
+
+    def parameters(module: nn.Module) -> tuple[str, ...]:
+        return tuple(name for name in names if module._parameters.get(name) is not None)
+
+    return parameters
+
+
+# -- linear and embedding -------------------------------------------------------------------------
+
+
+def _linear(module: nn.Module, call: Call, examples: Examples) -> Contributions:
+    left, right = examples.tokens(call.delta), examples.tokens(_input(call))
+    return {"weight": Tokens(left, right), "bias": Rows(left.sum(dim=1))}
+
+
+def _transposed_linear(module: nn.Module, call: Call, examples: Examples) -> Contributions:
+    """GPT-2's Conv1D: y = x W + b with W [i, o]."""
+    delta = examples.tokens(call.delta)
+    weight = Tokens(examples.tokens(_input(call)), delta)
+    return {"weight": weight, "bias": Rows(delta.sum(dim=1))}
+
+
+def _embedding_parameters(module: nn.Embedding) -> tuple[str, ...]:
+    # scale_grad_by_freq couples the examples of a batch, max_norm rewrites the weight in forward.
+    rewritten = module.scale_grad_by_freq or module.max_norm is not None
+    return () if rewritten else _own("weight")(module)
+
+
+def _embedding(module: nn.Embedding, call: Call, examples: Examples) -> Contributions:
+    delta = examples.tokens(call.delta)
+    index = examples.first(_input(call)).reshape(examples.size, -1)
+    if module.padding_idx is not None:
+        delta = delta * (index != module.padding_idx)[..., None]
+    one_hot = F.one_hot(index, module.num_embeddings).to(delta.dtype)
+    return {"weight": Tokens(one_hot, delta)}
+
+
+# -- convolutions ---------------------------------------------------------------------------------
+
+
+def patches(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """`[b, t, i]`: what a convolution multiplies at each of its t output positions.
+
+    In any number of dimensions; x is padded already. i runs over channels, then kernel offsets, as
+    the weight does.
+    """
+    dims = len(kernel)
+    for d, (k, s, step) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        x = x.unfold(2 + d, step * (k - 1) + 1, s)[..., ::step]
+    # [b, channels, positions..., offsets...] -> [b, positions..., channels, offsets...]
+    order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
+    x = x.permute(order)
+    return x.reshape(len(x), math.prod(x.shape[1 : 1 + dims]), -1)
+
+
+def _conv(module: Any, call: Call, examples: Examples) -> Contributions:
+    x = _padded(module, _input(call))
+    left = examples.channels(call.delta)
+    right = patches(x, module.kernel_size, module.stride, module.dilation)
+    right = right.reshape(examples.size, -1, right.shape[-1]).to(examples.dtype)
+    return {**_groups(left, right, module.groups), "bias": Rows(left.sum(dim=1))}
+
+
+def _padded(module: Any, x: Tensor) -> Tensor:
+    """The input with the module's own padding around it."""
+    if module.padding_mode != "zeros":
+        return F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+    if module.padding == "valid":
+        return x
+    if module.padding == "same":
+        return F.pad(x, module._reversed_padding_repeated_twice)
+    return F.pad(x, [side for p in reversed(module.padding) for side in (p, p)])
+
+
+def _conv_transpose(module: Any, call: Call, examples: Examples) -> Contributions:
+    # The adjoint of a convolution: δ takes the place of its input, x that of its output.
+    delta = F.pad(call.delta, [side for p in reversed(module.padding) for side in (p, p)])
+    right = patches(delta, module.kernel_size, module.stride, module.dilation)
+    x = _input(call)
+    # output_padding adds rows that no kernel reaches from a further input position.
+    positions = math.prod(x.shape[2:])
+    if right.shape[1] != positions:
+        right = _first_positions(right, delta, module, x)
+    right = right.reshape(examples.size, -1, right.shape[-1]).to(examples.dtype)
+    bias = Rows(examples.channels(call.delta).sum(dim=1))
+    return {**_groups(examples.channels(x), right, module.groups), "bias": bias}
+
+
+def _first_positions(right: Tensor, delta: Tensor, module: Any, x: Tensor) -> Tensor:
+    """The patches of the input's own positions, where output padding leaves room for more."""
+    counts = [
+        (size - step * (k - 1) - 1) // s + 1
+        for size, k, s, step in zip(
+            delta.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True
+        )
+    ]
+    grid = right.reshape(len(right), *counts, right.shape[-1])
+    inside = tuple(slice(size) for size in x.shape[2:])
+    return grid[(slice(None), *inside)].reshape(len(right), -1, right.shape[-1])
+
+
+def _groups(left: Tensor, right: Tensor, groups: int) -> dict[str, Factors]:
+    """One block per group of channels: each output sees only its own group's inputs."""
+    if groups == 1:
+        return {"weight": Tokens(left, right)}
+    lefts, rights = left.chunk(groups, dim=2), right.chunk(groups, dim=2)
+    return {
+        f"weight[{k}]": Tokens(left, right)
+        for k, (left, right) in enumerate(zip(lefts, rights, strict=True))
+    }
+
+
+# -- normalization --------------------------------------------------------------------------------
+
+
+def _layer_norm(module: Any, call: Call, examples: Examples) -> Contributions:
+    x = _input(call)
+    if isinstance(module, nn.LayerNorm):
+        normal = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    else:
+        normal = F.rms_norm(x, module.normalized_shape, None, module.eps)
+    features = len(module.normalized_shape)
+    delta = examples.tokens(call.delta.flatten(-features))
+    scaled = delta * examples.tokens(normal.flatten(-features))
+    return {"weight": Rows(scaled.sum(dim=1)), "bias": Rows(delta.sum(dim=1))}
+
+
+def _channel_norm(module: Any, call: Call, examples: Examples) -> Contributions:
+    """GroupNorm, BatchNorm and InstanceNorm: a gain per channel, on axis 1."""
+    x = _input(call)
+    if isinstance(module, nn.GroupNorm):
+        normal = F.group_norm(x, module.num_groups, None, None, module.eps)
+    elif isinstance(module, _InstanceNorm) and not module.track_running_stats:
+        normal = F.instance_norm(x, eps=module.eps)
+    else:
+        normal = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+    delta = examples.channels(call.delta)
+    scaled = delta * examples.channels(normal)
+    return {"weight": Rows(scaled.sum(dim=1)), "bias": Rows(delta.sum(dim=1))}
+
+
+def _fixed_statistics(module: Any) -> tuple[str, ...]:
+    # Without running statistics the examples of a batch depend on each other.
+    return _own("weight", "bias")(module) if module.track_running_stats else ()
+
+
+# -- attention ------------------------------------------------------------------------------------
+
+_ATTENTION_ARGUMENTS = (
+    "query",
+    "key",
+    "value",
+    "key_padding_mask",
+    "need_weights",
+    "attn_mask",
+    "average_attn_weights",
+    "is_causal",
+)
+
+
+def _attention_parameters(module: nn.MultiheadAttention) -> tuple[str, ...]:
+    if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
+        return ()
+    own = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
+    out = tuple(f"out_proj.{name}" for name in _own("weight", "bias")(module.out_proj))
+    return (*_own(*own)(module), *out)
+
+
+def _attention(module: nn.MultiheadAttention, call: Call, examples: Examples) -> Contributions:
+    """The module holds its projections as bare parameters, so the step between them runs again."""
+    given = dict(zip(_ATTENTION_ARGUMENTS, call.args, strict=False)) | call.kwargs
+    sources = [given[name] for name in ("query", "key", "value")]
+    if module.in_proj_weight is not None:
+        weights = module.in_proj_weight.detach().chunk(3)
+    else:
+        weights = tuple(
+            w.detach() for w in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        )
+    bias = module.in_proj_bias
+    biases = (None,) * 3 if bias is None else bias.detach().chunk(3)
+    with torch.enable_grad():
+        projected = [
+            F.linear(x, w, b).requires_grad_()
+            for x, w, b in zip(sources, weights, biases, strict=True)
+        ]
+        context = _context(module, projected, given)
+    out = module.out_proj.weight.detach()
+    # The reduced precision that autocast gives δ may differ from the context's.
+    deltas = torch.autograd.grad(context, projected, (call.delta.to(out.dtype) @ out).to(context))
+    left, delta = [examples.tokens(d) for d in deltas], examples.tokens(call.delta)
+    right = [examples.tokens(x) for x in sources]
+    in_bias = torch.cat([x.sum(dim=1) for x in left], dim=-1)
+    contributions: dict[str, Factors] = {
+        "in_proj_bias": Rows(in_bias),
+        "out_proj.weight": Tokens(delta, examples.tokens(context.detach())),
+        "out_proj.bias": Rows(delta.sum(dim=1)),
+    }
+    if module.in_proj_weight is None:
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return contributions | {
+            name: Tokens(x, a) for name, x, a in zip(names, left, right, strict=True)
+        }
+    if all(_same(sources[0], x) for x in sources[1:]):
+        packed = Tokens(torch.cat(left, dim=-1), right[0])
+    else:
+        width = left[0].shape[-1]
+        padded = [F.pad(x, (k * width, (2 - k) * width)) for k, x in enumerate(left)]
+        packed = Tokens(torch.cat(padded, dim=1), torch.cat(right, dim=1))
+    return contributions | {"in_proj_weight": packed}
+
+
+def _context(
+    module: nn.MultiheadAttention, projected: list[Tensor], given: Mapping[str, Any]
+) -> Tensor:
+    """softmax(QKᵀ/√d) V for projected queries, keys and values, heads side by side."""
+    heads_last = [x.movedim(1, 0) if module.batch_first else x for x in projected]
+    eye = torch.eye(module.embed_dim, dtype=projected[0].dtype, device=projected[0].device)
+    context, _ = F.multi_head_attention_forward(
+        heads_last[0],
+        heads_last[1],
+        heads_last[2],
+        module.embed_dim,
+        module.num_heads,
+        in_proj_weight=None,
+        in_proj_bias=None,
+        bias_k=None,
+        bias_v=None,
+        add_zero_attn=False,
+        dropout_p=0.0,
+        out_proj_weight=eye,
+        out_proj_bias=None,
+        training=False,
+        key_padding_mask=given.get("key_padding_mask"),
+        need_weights=False,
+        attn_mask=given.get("attn_mask"),
+        use_separate_proj_weight=True,
+        q_proj_weight=eye,
+        k_proj_weight=eye,
+        v_proj_weight=eye,
+        is_causal=given.get("is_causal", False),
+    )
+    return context.movedim(1, 0) if module.batch_first else context
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return (x.data_ptr(), x.shape, x.stride()) == (y.data_ptr(), y.shape, y.stride())
+
+
+# -- the table ------------------------------------------------------------------------------------
+
+
+def _input(call: Call) -> Tensor:
+    """A layer's one input, however it was passed."""
+    return call.args[0] if call.args else next(iter(call.kwargs.values()))
+
+
+_LINEAR = Rule(_own("weight", "bias"), _linear, {"weight": "bias"})
+_CONV = Rule(_own("weight", "bias"), _conv, {"weight": "bias"})
+_CONV_TRANSPOSE = Rule(_own("weight", "bias"), _conv_transpose, {})
+_LAYER_NORM = Rule(_own("weight", "bias"), _layer_norm, {})
+_RUNNING_NORM = Rule(_fixed_statistics, _channel_norm, {})
+_CHANNEL_NORM = Rule(_own("weight", "bias"), _channel_norm, {})
+
+RULES: Mapping[type[nn.Module], Rule] = {
+    nn.Linear: _LINEAR,
+    nn.Embedding: Rule(_embedding_parameters, _embedding, {}),
+    nn.Conv1d: _CONV,
+    nn.Conv2d: _CONV,
+    nn.Conv3d: _CONV,
+    nn.ConvTranspose1d: _CONV_TRANSPOSE,
+    nn.ConvTranspose2d: _CONV_TRANSPOSE,
+    nn.ConvTranspose3d: _CONV_TRANSPOSE,
+    nn.LayerNorm: _LAYER_NORM,
+    nn.RMSNorm: _LAYER_NORM,
+    nn.GroupNorm: _CHANNEL_NORM,
+    _InstanceNorm: _CHANNEL_NORM,
+    _BatchNorm: _RUNNING_NORM,
+    nn.MultiheadAttention: Rule(
+        _attention_parameters,
+        _attention,
+        {"in_proj_weight": "in_proj_bias", "out_proj.weight": "out_proj.bias"},
+    ),
+}
+
+# Of transformers, which is not imported: its GPT-2 calls a linear map with a transposed weight so.
+_BY_NAME = {
+    "transformers.pytorch_utils.Conv1D": Rule(_own("weight", "bias"), _transposed_linear, {}),
+}
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """The rule of a layer, or None where its type has none or changes how it is called."""
+    kind = type(module)
+    named = _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+    if named is not None:
+        return named
+    for known, rule in RULES.items():
+        same = kind.forward is known.forward or kind is known
+        if isinstance(module, known) and (same or isinstance(module, _BatchNorm | _InstanceNorm)):
+            if isinstance(module, _ConvTransposeNd) and module.padding_mode != "zeros":
+                return None
+            return rule
+    return None
