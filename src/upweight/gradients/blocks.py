@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -42,7 +42,7 @@ class MatrixBlock:
         """Names in the layout."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
-    def index(self, layout: Layout) -> Int[Tensor, " o*i"]:
+    def index(self, layout: Layout) -> Int[Tensor, " d"]:
         """Where the block's entries lie in θ, row by row."""
         first, stop = self.rows
         inputs = self.shape[1] - (self.bias is not None)
@@ -94,6 +94,10 @@ class Plan:
         sources: By block name and parameter: where its gradient comes from.
         by_function: Parameters left to `torch.func`.
         notes: What fell back and why.
+        repeated: The layers whose output is the same for every example and is copied for each, and
+            whether it has an axis of size 1 for that.
+        one_by_one: Whether examples are taken one at a time, because neither the layers nor
+            `torch.func` can tell those of a batch apart.
     """
 
     task: Task
@@ -102,6 +106,8 @@ class Plan:
     sources: Mapping[str, tuple[Source, ...]]
     by_function: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    repeated: Mapping[str, bool] = field(default_factory=dict)
+    one_by_one: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,10 +8,12 @@ convolution has a position per patch; a weight used several times has the positi
 Nothing of size o·i is formed per example until somebody asks for it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -97,3 +99,34 @@ class Rows:
 
 
 Factors: TypeAlias = Tokens | Rows
+
+
+def stacked(parts: Sequence[Factors]) -> Factors:
+    """Examples of several batches in one; positions that some of them lack are zero."""
+    tokens = [p for p in parts if isinstance(p, Tokens)]
+    if not tokens:
+        return Rows(torch.cat([p.values for p in parts if isinstance(p, Rows)]))
+    most = max(p.positions for p in tokens)
+
+    def filled(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, most - x.shape[1]))
+
+    return Tokens(
+        torch.cat([filled(p.left) for p in tokens]), torch.cat([filled(p.right) for p in tokens])
+    )
+
+
+def joined(parts: list[Factors]) -> Factors:
+    """Batches of one block's gradients as one.
+
+    Batches of different numbers of positions are padded with positions where the factors are 0.
+    """
+    if isinstance(parts[0], Rows):
+        return Rows(torch.cat([part.values for part in parts if isinstance(part, Rows)]))
+    tokens = [part for part in parts if isinstance(part, Tokens)]
+    most = max(part.positions for part in tokens)
+    left, right = (
+        torch.cat([F.pad(x, (0, 0, 0, most - x.shape[1])) for x in factors])
+        for factors in ([t.left for t in tokens], [t.right for t in tokens])
+    )
+    return Tokens(left, right)

@@ -1,15 +1,18 @@
 """What each layer saw and what came back: its inputs a and δ = ∂Σℓ/∂(its output).
 
-    with Capture(task, ["body.0", "head"]) as capture:
+    with Capture(task, {"body.0": ("weight", "bias"), "head": ("weight",)}) as capture:
         outputs, targets = capture.forward(batch)
         calls = capture.backward(outputs, cotangents)      # one `Call` per layer and use, in order
 
-Parameters enter as constants, so a pass costs one forward pass and the backward pass through the
-activations alone: about two thirds of what training costs, which also multiplies out every weight's
-gradient. The hooks live inside the context: model, parameters and hooks come back as they were.
+A watched layer computes with its parameters as constants, so a pass costs one forward pass and the
+backward pass through the activations alone: about two thirds of what training costs, which also
+multiplies out every weight's gradient. Whatever else uses those parameters (a measure of the
+weights, `x @ layer.weight`) is noticed and named in `bypassed`: no layer would account for it.
+
+The hooks live inside the context: model, parameters and hooks come back as they were.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch
-from upweight.errors import UnsupportedModel, message
+from upweight.errors import NotDifferentiable, UnsupportedModel, message
 from upweight.task.task import Task
 
 
@@ -55,30 +58,62 @@ class Capture:
 
     Args:
         task: Whose model.
-        layers: Names of the layers to watch, as in `model.named_modules()`.
+        layers: Names of the layers to watch, as in `model.named_modules()`, and which of their
+            parameters the calls of each account for.
+        repeated: Watched layers whose output is the same for every example (embedded positions):
+            here they give one copy per example, each with its own δ. The value says whether the
+            output has an axis of size 1 for the copies; otherwise they get a new first axis.
 
     Raises:
+        NotDifferentiable: Entered inside `torch.inference_mode()`.
         UnsupportedModel: A watched layer runs where autograd does not record (under `no_grad`, or
             in a reentrant checkpoint).
     """
 
-    def __init__(self, task: Task, layers: Sequence[str]) -> None:
-        self.task, self.layers = task, tuple(layers)
-        self._params = {k: v.detach() for k, v in task.named(task.theta()).items()}
+    def __init__(
+        self,
+        task: Task,
+        layers: Mapping[str, Sequence[str]],
+        repeated: Mapping[str, bool] | None = None,
+    ) -> None:
+        self.task, self.layers = task, dict(layers)
+        self.bypassed: tuple[str, ...] = ()
+        """Parameters of watched layers that the last `backward` found in use elsewhere."""
+        self._repeated = dict(repeated or {})
+        names = _accounted(task, self.layers)
+        self.params = {
+            k: v.detach().requires_grad_(k in names) for k, v in task.named(task.theta()).items()
+        }
+        """θ by name: leaves where layers account for them, constants elsewhere."""
+        self._size = 0
         self._uses: list[_Use] = []
         self._anchors: list[Tensor] = []
+        self._lent: list[tuple[nn.Module, list[tuple[nn.Module, str, Any]]]] = []
         self._listening = False
         self._replaying = False
         self._context = ExitStack()
 
     def __enter__(self) -> "Capture":
+        if torch.is_inference_mode_enabled():  # unlike no_grad, it cannot be lifted inside of it
+            raise NotDifferentiable(_inference_mode())
         # A compiled model runs as written: compiled code does not call hooks added to it later.
         self._context.enter_context(torch.compiler.set_stance("force_eager"))
-        for name in self.layers:
+        # PyTorch's inference path for transformers calls no layers, and packs padded sequences.
+        self._context.callback(
+            torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
+        )
+        torch.backends.mha.set_fastpath_enabled(False)
+        for name, roles in self.layers.items():
             module = self.task.model.get_submodule(name)
-            # Before hooks of the user's own: δ must be that of what the layer itself returned.
-            handle = module.register_forward_hook(self._hook(name), with_kwargs=True, prepend=True)
-            self._context.callback(handle.remove)
+            # Around the layer itself, within hooks of the user's own: what it was called with and
+            # what it returned.
+            for handle in (
+                module.register_forward_pre_hook(self._before(roles)),
+                module.register_forward_hook(
+                    self._after(name), with_kwargs=True, prepend=True, always_call=True
+                ),
+            ):
+                self._context.callback(handle.remove)
         return self
 
     def __exit__(
@@ -90,22 +125,26 @@ class Capture:
         self._context.close()
         self._forget()
 
-    def forward(self, batch: Batch) -> tuple[Any, Any]:
+    def forward(self, batch: Batch, size: int | None = None) -> tuple[Any, Any]:
         """The model's outputs, ready for `backward`, and the targets of a batch."""
-        return self.watch(lambda params: self.task.call(params, batch))
+        return self.watch(lambda params: self.task.call(params, batch), size)
 
-    def watch(self, function: Callable[[Any], Any]) -> Any:
+    def watch(self, function: Callable[[Any], Any], size: int | None = None) -> Any:
         """function(θ) for any function that calls the model, ready for `backward`.
 
-        θ are the chosen parameters by name, constants of this pass.
+        Args:
+            function: Takes the chosen parameters by name.
+            size: The number of examples, needed where there are `repeated` layers.
         """
         self._forget()
+        self._size = size or 0
         self._listening = True
         try:
             with torch.enable_grad():
-                return function(self._params)
+                return function(self.params)
         finally:
             self._listening = False
+            self._end()
 
     def backward(self, values: Tensor, cotangents: Tensor | None = None) -> list[Call]:
         """Each use of each watched layer with its δ = ∂⟨cotangents, values⟩/∂(its output).
@@ -119,28 +158,76 @@ class Capture:
         """
         for use in self._uses:
             use.delta = None
-        if self._anchors and values.requires_grad:
+        self.bypassed = ()
+        leaves = {name: p for name, p in self.params.items() if p.requires_grad}
+        sources = [*self._anchors, *leaves.values()]
+        if sources and values.requires_grad:
             ones = torch.ones_like(values) if cotangents is None else cotangents
             self._replaying = True
             try:
-                torch.autograd.grad(
-                    values, self._anchors, ones, retain_graph=True, allow_unused=True
-                )
+                found = self._differentiate(values, sources, ones)
             finally:
                 self._replaying = False
+                self._end()
+            direct = found[len(self._anchors) :]
+            self.bypassed = tuple(
+                name for name, g in zip(leaves, direct, strict=True) if g is not None
+            )
         return [
             Call(use.layer, use.args, use.kwargs, use.delta)
             for use in self._uses
             if use.delta is not None
         ]
 
+    def _differentiate(
+        self, values: Tensor, sources: Sequence[Tensor], ones: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """`autograd.grad` with θ in the model: a checkpoint runs its layers again in there."""
+        inside = _Inside(self.task.model)
+        return torch.func.functional_call(
+            inside,
+            {f"model.{name}": p for name, p in self.params.items()},
+            (
+                lambda: torch.autograd.grad(
+                    values, sources, ones, retain_graph=True, allow_unused=True
+                ),
+            ),
+        )
+
     def _forget(self) -> None:
         self._uses, self._anchors = [], []
 
-    def _hook(self, name: str) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _end(self) -> None:
+        # Left over where a layer was interrupted. What `functional_call` lent it took back itself.
+        while self._lent:
+            taken = self._lent.pop()[1]
+            _restore([entry for entry in taken if isinstance(entry[2], nn.Parameter)])
+
+    def _before(self, roles: Sequence[str]) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, _: Any) -> None:
+            if not (self._listening or self._replaying):
+                return
+            taken = []
+            for role in roles:
+                path, _, last = role.rpartition(".")
+                owner = module.get_submodule(path)
+                value = owner._parameters[last]
+                taken.append((owner, last, value))
+                owner._parameters[last] = None if value is None else value.detach()  # type: ignore[assignment]
+            self._lent.append((module, taken))
+
+        return hook
+
+    def _after(self, name: str) -> Callable[..., Any]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> Any:
             # A checkpoint runs its layers again in the backward pass and must find the same graph.
             if not (self._listening or self._replaying):
+                return output
+            if self._lent and self._lent[-1][0] is module:
+                _restore(self._lent.pop()[1])
+            if output is None:  # the layer raised, or a checkpoint has run as far as it needs
                 return output
             if not torch.is_grad_enabled():
                 # A layer that autograd does not see would lose its share without a word.
@@ -148,6 +235,10 @@ class Capture:
             tensor, rest = _first(output)
             if tensor is None or not tensor.is_floating_point():
                 return output
+            if name in self._repeated:
+                on_axis = self._repeated[name]
+                tensor = _copies(tensor, self._size, on_axis)
+                args, kwargs = tree_map(lambda x: _copies(x, self._size, on_axis), (args, kwargs))
             if not tensor.requires_grad:
                 # The first layers of the graph: from here on autograd has something to record. The
                 # copy lets an in-place activation follow, which a leaf would not allow.
@@ -163,6 +254,42 @@ class Capture:
             return tensor if rest is None else (tensor, *rest)
 
         return hook
+
+
+class _Inside(nn.Module):
+    """Lets `functional_call` put θ into the model while a function runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def _accounted(task: Task, layers: Mapping[str, Sequence[str]]) -> set[str]:
+    """Names in the layout of the parameters that the watched layers account for."""
+    model = task.model
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = set()
+    for layer, roles in layers.items():
+        for role in roles:
+            path, _, last = role.rpartition(".")
+            parameter = model.get_submodule(layer).get_submodule(path)._parameters[last]
+            found.add(names[id(parameter)])
+    return found
+
+
+def _restore(taken: Sequence[tuple[nn.Module, str, Any]]) -> None:
+    for owner, last, value in taken:
+        owner._parameters[last] = value
+
+
+def _copies(x: Any, size: int, on_axis: bool) -> Any:
+    """A copy per example, on the first axis of size 1 or on a new one."""
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        return x
+    return x.expand(size, *(x.shape[1:] if on_axis else x.shape))
 
 
 def _detached(value: Any) -> Any:
@@ -181,6 +308,15 @@ def _first(output: Any) -> tuple[Tensor | None, tuple[Any, ...] | None]:
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
         return output[0], output[1:]
     return None, None
+
+
+def _inference_mode() -> str:
+    return message(
+        "Gradients must be taken where autograd can record.",
+        "a call inside torch.inference_mode().",
+        "a whole script run in inference mode, or a decorated function.",
+        "leave inference mode for this call; torch.no_grad() may stay.",
+    )
 
 
 def _unrecorded(name: str) -> str:

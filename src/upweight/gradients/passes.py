@@ -5,23 +5,33 @@
 
 What the layers saw goes through their rules (`layers.py`); parameters without one get per-example
 gradients from `torch.func`.
+
+Each kind of batch (its size, and the shapes that layers saw in it) is held once to what the rules
+rest on: that row t of a layer's output belongs to the example it is counted for. If so, doubling
+the loss of example i doubles δ in its rows and nowhere else; a second backward pass with unequal
+weights tells, exactly, because they are powers of two. Where an example's rows cannot be told, as
+in a mixture of experts that routes by value, the batch is taken one example at a time.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
 
 from upweight._typing import Batch, Params
-from upweight.errors import NotDifferentiable, UnsupportedModel, message
+from upweight.errors import NotDifferentiable, ScalarLoss, UnsupportedModel, message
 from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source
-from upweight.gradients.factored import Factors, Rows, Tokens
+from upweight.gradients.factored import Factors, Rows, Tokens, stacked
 from upweight.gradients.hooks import Call, Capture
 from upweight.gradients.layers import Examples, rule_for
-from upweight.task.task import Task
+
+Function = Callable[[Params, Any], Tensor]
+"""(θ by name, batch) to one value per example: losses, or a measure."""
 
 
 class GradientPass:
@@ -33,7 +43,10 @@ class GradientPass:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._capture = Capture(plan.task, tuple(plan.layers))
+        self._capture = Capture(plan.task, roles(plan), plan.repeated)
+        self._placed: set[Any] = set()
+        self._has_warned = False
+        self._is_alone = False
 
     def __enter__(self) -> "GradientPass":
         self._capture.__enter__()
@@ -50,11 +63,17 @@ class GradientPass:
         Args:
             function: One value per example: losses, or a measure.
             batch: Any tree of tensors with the examples first, on the parameters' device.
+
+        Raises:
+            NotDifferentiable: No gradient reaches the layers.
+            ScalarLoss: The function does not give one value per example.
+            UnsupportedModel: A parameter is used outside of the layers that account for it.
         """
-        values = self._capture.watch(lambda params: function(params, batch))
-        self._require_graph(values)
-        calls = self._capture.backward(values)
-        return self._factors(calls, len(values), function, batch)
+        size = _size(batch)
+        if self.plan.one_by_one and size > 1:
+            return self._one_by_one(function, batch)
+        values = self._watched(function, batch, size)
+        return self._factors(values, function, batch, size)
 
     def of_heads(
         self,
@@ -67,18 +86,62 @@ class GradientPass:
             batch: As the task takes it.
             heads: From outputs and targets to pairs (head, extra): `head(outputs, targets, extra)`
                 gives one value per example, with extra any tree with the examples first.
+
+        Raises:
+            NotDifferentiable: No gradient reaches the layers.
+            ScalarLoss: A head does not give one value per example.
+            UnsupportedModel: A parameter is used outside of the layers that account for it.
         """
-        task = self.plan.task
-        outputs, targets = self._capture.forward(batch)
+        task, size = self.plan.task, _size(batch)
+        self._is_alone = self.plan.one_by_one and size > 1
+        outputs, targets = self._capture.forward(batch, size)
         for head, extra in heads(outputs.detach(), targets):
-            values = head(outputs, targets, extra)
-            self._require_graph(values)
-            calls = self._capture.backward(values)
 
             def function(params: Params, pair: Any, head: Any = head) -> Tensor:
                 return head(*task.outputs(params, pair[0]), pair[1])
 
-            yield self._factors(calls, len(values), function, (batch, extra))
+            if self._is_alone:  # no longer on the forward pass above
+                yield self._one_by_one(function, (batch, extra))
+                continue
+            values = head(outputs, targets, extra)
+            yield self._factors(values, function, (batch, extra), size)
+
+    def _watched(self, function: Function, batch: Any, size: int) -> Tensor:
+        return self._capture.watch(lambda params: function(params, batch), size)
+
+    def _factors(self, values: Tensor, function: Function, batch: Any, size: int) -> list[Factors]:
+        plan = self.plan
+        _require_one_value_each(values, size)
+        self._require_graph(values)
+        calls = self._capture.backward(values)
+        if self._capture.bypassed:
+            raise UnsupportedModel(_used_elsewhere(self._capture.bypassed))
+        lost = self._misplaced(values, calls)
+        if lost:
+            self._warn(f"the examples of a batch cannot be told apart in {', '.join(lost[:3])}")
+            return self._one_by_one(function, batch)
+        by_role = _contributions(plan.task.model, calls, plan.layers, size, plan.dtype)
+        try:
+            rows = self.by_function(function, batch)
+        except NoBatchingRule as error:
+            self._warn(f"torch.func.vmap cannot run the model on a batch ({error})")
+            return self._one_by_one(function, batch)
+        return [self._block(block, by_role, rows, size) for block in plan.blocks]
+
+    def _one_by_one(self, function: Function, batch: Any) -> list[Factors]:
+        """Each example in a forward pass of its own."""
+        self._is_alone = True
+        found = []
+        for i in range(_size(batch)):
+            single = _example(batch, slice(i, i + 1))
+            values = self._watched(function, single, 1)
+            found.append(self._factors(values, function, single, 1))
+        return [stacked(parts) for parts in zip(*found, strict=True)]
+
+    def _warn(self, why: str) -> None:
+        if not self._has_warned:
+            warnings.warn(f"examples are taken one at a time, because {why}", stacklevel=4)
+        self._has_warned = True
 
     def _require_graph(self, values: Tensor) -> None:
         if not self.plan.layers or values.requires_grad:
@@ -92,17 +155,15 @@ class GradientPass:
             )
         )
 
-    def _factors(
-        self,
-        calls: Sequence[Call],
-        size: int,
-        function: Callable[[Any, Any], Tensor],
-        batch: Any,
-    ) -> list[Factors]:
-        plan = self.plan
-        by_role = _contributions(plan.task.model, calls, plan.layers, size, plan.dtype)
-        rows = _by_function(plan.task, plan.by_function, function, batch)
-        return [self._block(block, by_role, rows, size) for block in plan.blocks]
+    def _misplaced(self, values: Tensor, calls: Sequence[Call]) -> list[str]:
+        """Layers in which rows are not those of the examples they would be counted for."""
+        kind = (len(values), tuple((call.layer, tuple(call.delta.shape)) for call in calls))
+        if kind in self._placed:
+            return []
+        found = misplaced(self._capture, values, calls, self.plan.layers)
+        if not found:
+            self._placed.add(kind)
+        return found
 
     def _block(
         self,
@@ -130,6 +191,88 @@ class GradientPass:
             )
             pieces.append(sum((p.values for p in parts if isinstance(p, Rows)), zero))
         return Rows(torch.cat(pieces, dim=1))
+
+    def by_function(self, function: Function, batch: Any) -> dict[str, Tensor]:
+        """Per-example gradients of the parameters that no layer accounts for."""
+        names = self.plan.by_function
+        if not names:
+            return {}
+        params = {name: p.detach() for name, p in self._capture.params.items()}
+        chosen = {name: params.pop(name) for name in names}
+
+        def value(some: Params, one: Any) -> Tensor:
+            return function({**params, **some}, one)[0]
+
+        # Fused attention has no rule for vmap; its formula has.
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            if _size(batch) == 1:
+                leaves = {name: p.clone().requires_grad_() for name, p in chosen.items()}
+                return _gradients(value(leaves, batch), leaves)
+
+            def one(example: Any) -> dict[str, Tensor]:
+                as_batch = _example(example, None)
+                return torch.func.grad(lambda some: value(some, as_batch))(chosen)
+
+            try:
+                return torch.func.vmap(one)(batch)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError) as error:
+                raise NoBatchingRule(str(error).splitlines()[0]) from error
+
+
+class NoBatchingRule(Exception):
+    """`torch.func.vmap` cannot run this model."""
+
+
+def roles(plan: Plan) -> dict[str, tuple[str, ...]]:
+    """The layers to watch, and the parameters that each accounts for."""
+    model, covered = plan.task.model, set(plan.task.layout.names) - set(plan.by_function)
+    names = {id(p): name for name, p in model.named_parameters() if name in covered}
+    found = {}
+    for layer in plan.layers:
+        module = model.get_submodule(layer)
+        rule = rule_for(module)
+        assert rule is not None  # only layers with a rule are watched
+        parameters = {role: _parameter(module, role) for role in rule.parameters(module)}
+        found[layer] = tuple(role for role, p in parameters.items() if id(p) in names)
+    return found
+
+
+def _parameter(module: nn.Module, role: str) -> Tensor | None:
+    path, _, last = role.rpartition(".")
+    return module.get_submodule(path)._parameters[last]
+
+
+def misplaced(
+    capture: Capture, values: Tensor, calls: Sequence[Call], axes: Mapping[str, int]
+) -> list[str]:
+    """Layers in which rows are not those of the examples they would be counted for."""
+    size = len(values)
+    found = [c.layer for c in calls if not _has_axis(c, axes[c.layer], size)]
+    if found or size == 1 or not calls:
+        return list(dict.fromkeys(found))
+    # By the golden ratio, so that neighbours differ and no period of the batch is met.
+    steps = (torch.arange(size, dtype=torch.float64) * 0.6180339887498949 % 1.0 * 8).floor() - 4
+    weights = torch.exp2(steps).to(values)
+    again = capture.backward(values, weights)
+    for call, other in zip(calls, again, strict=True):
+        examples = Examples(
+            size, axes[call.layer], torch.promote_types(call.delta.dtype, torch.float32)
+        )
+        once = examples.tokens(call.delta).flatten(1)
+        c = weights.to(once)[:, None]
+        error = (examples.tokens(other.delta).flatten(1) - c * once).norm(dim=1)
+        norm = (c * once).norm(dim=1)
+        slack = torch.finfo(call.delta.dtype).eps ** 0.5
+        if bool((error > slack * (norm + slack * norm.max())).any()):
+            found.append(call.layer)
+    return list(dict.fromkeys(found))
+
+
+def _has_axis(call: Call, axis: int, size: int) -> bool:
+    extent = call.delta.shape[axis]
+    return extent % size == 0 if axis == 0 else extent == size
 
 
 def _contributions(
@@ -167,33 +310,43 @@ def _joined_tokens(parts: Sequence[Factors], block: MatrixBlock, size: int, plan
     return Tokens(left, right)
 
 
-def _by_function(
-    task: Task,
-    names: Sequence[str],
-    function: Callable[[Any, Any], Tensor],
-    batch: Any,
-) -> dict[str, Tensor]:
-    """Per-example gradients of some parameters by `vmap(grad)`, for any way they are used."""
-    if not names:
-        return {}
-    params = task.named(task.theta())
-    chosen = {name: params[name] for name in names}
-    rest = {name: value for name, value in params.items() if name not in chosen}
+def _gradients(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not value.requires_grad:
+        return {name: torch.zeros_like(p)[None] for name, p in leaves.items()}
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    return {
+        name: (torch.zeros_like(p) if g is None else g)[None]
+        for (name, p), g in zip(leaves.items(), found, strict=True)
+    }
 
-    def one(example: Any) -> dict[str, Tensor]:
-        as_batch = tree_map(lambda x: x[None] if isinstance(x, Tensor) else x, example)
-        return torch.func.grad(lambda c: function({**rest, **c}, as_batch)[0])(chosen)
 
-    try:
-        return torch.func.vmap(one)(batch)
-    except (RuntimeError, ValueError) as error:
-        raise UnsupportedModel(
+def _size(batch: Any) -> int:
+    return next(len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim > 0)
+
+
+def _example(batch: Any, index: slice | None) -> Any:
+    """Some examples of a batch; with None, an axis for one example."""
+    return tree_map(lambda x: x[index] if isinstance(x, Tensor) else x, batch)
+
+
+def _require_one_value_each(values: Tensor, size: int) -> None:
+    if values.shape != (size,):
+        raise ScalarLoss(
             message(
-                "Parameters without a layer rule need a model that torch.func.vmap can run.",
-                f"{', '.join(names[:5])}. PyTorch says: {str(error).splitlines()[0]}",
-                "control flow on values, in-place writes into buffers, or operations without a "
-                "batching rule.",
-                'leave these parameters out with Task(params="pattern"), or use them through one '
-                "of the layers of upweight.gradients.layers.",
+                f"There must be one value per example: shape ({size},).",
+                f"shape {tuple(values.shape)}.",
+                "a loss or measure that takes the mean over the batch, or has a value per output.",
+                "sum over every axis but the first.",
             )
-        ) from error
+        )
+
+
+def _used_elsewhere(names: Sequence[str]) -> str:
+    return message(
+        "A parameter must be used through the layers that hold it.",
+        f"{', '.join(names[:5])}, which something else uses too.",
+        "a measure or loss that reads parameters themselves, or a forward that uses a layer's "
+        "weight outside of it for some examples only.",
+        "let the measure depend on parameters through the model's outputs, or leave these "
+        'parameters out with Task(params="pattern").',
+    )

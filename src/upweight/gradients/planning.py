@@ -2,27 +2,33 @@
 
 A few examples show which layers run and on which axis each sees the examples. The check: Σᵢ cᵢ gᵢ
 with unequal cᵢ, from the factors, must be the gradient that autograd gives for Σᵢ cᵢ ℓᵢ. A
-parameter that fails, or whose layer has no rule, is left to `torch.func`, and the plan says so.
+parameter that fails, or whose layer has no rule, is left to `torch.func`, and the plan says so;
+where `torch.func` cannot run the model on a batch, examples are taken one at a time.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from upweight._typing import Batch
-from upweight.errors import UnsupportedModel, message
+from upweight._typing import Batch, Params
+from upweight.errors import UnsupportedModel, UpweightError, message
 from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source, VectorBlock
 from upweight.gradients.factored import Factors, Rows, Tokens
 from upweight.gradients.hooks import Capture
 from upweight.gradients.layers import Rule, rule_for
-from upweight.gradients.passes import GradientPass
+from upweight.gradients.passes import GradientPass, NoBatchingRule, misplaced, roles
 from upweight.task.data import Data
 from upweight.task.task import Task
 
 PROBE = 3
 """Examples to plan with: in batches of two sizes, to see their axis; with weights, to check."""
+
+_Shapes = tuple[torch.Size, ...]
+"""Of a call's output and of its input."""
 
 
 def plan(task: Task, data: Data) -> Plan:
@@ -33,30 +39,167 @@ def plan(task: Task, data: Data) -> Plan:
         data: Training data; a few examples of them are run.
 
     Raises:
-        UnsupportedModel: A parameter has neither a layer rule nor a gradient by `torch.func`.
+        UnsupportedModel: The model cannot be watched (a script, a model split over devices), or a
+            parameter has neither a layer rule nor a gradient by `torch.func`.
 
-    Cost: a few forward and backward passes over three examples.
+    Cost: some forward and backward passes over three examples.
     """
-    owners, unruled = _owners(task)
-    layers = {source.layer for sources in owners.values() for source in sources}
-    axes = _axes(task, data, layers)
-    notes = [_unruled_note(task.model, name, why) for name, why in unruled.items()]
-    for name, sources in list(owners.items()):
-        lost = [s.layer for s in sources if s.layer not in axes]
-        if lost:
-            del owners[name]
-            notes.append(_note(name, f"{lost[0]} does not see the examples one by one"))
-    made = _planned(task, owners, axes, tuple(notes))
-    wrong = _mismatches(made, data)
-    if wrong:
-        for name in wrong:
-            owners.pop(name, None)
-            notes.append(_note(name, "its layers' gradients differ from autograd's"))
-        made = _planned(task, owners, axes, tuple(notes))
-        left = _mismatches(made, data)
-        if left:
-            raise UnsupportedModel(_unmatched(left))
-    return made
+    _require_modules(task.model)
+    # Compiled models run as written here, and must not be compiled for a few examples.
+    with torch.compiler.set_stance("force_eager"):
+        return _Planning(task, data).plan()
+
+
+class _Planning:
+    """The steps of `plan`, each of which leaves some parameters to the next way of doing it."""
+
+    def __init__(self, task: Task, data: Data) -> None:
+        self.task, self.data = task, data
+        self.owners, unruled = _owners(task)
+        self.axes: dict[str, int] = {}
+        self.repeated: dict[str, bool] = {}
+        self.notes = [_unruled_note(task.model, name, why) for name, why in unruled.items()]
+
+    def plan(self) -> Plan:
+        self._find_axes()
+        self._leave_where(lambda s: s.layer not in self.axes, "sees no examples on its first axes")
+        bypassed, lost = self._watched()
+        for name in bypassed:
+            self._leave(name, "it is also used outside of its layers")
+        whole = dict(self.owners), list(self.notes)
+        self._leave_where(lambda s: s.layer in lost, "does not keep the examples in their order")
+        made = self._made()
+        reason = _no_batching_rule(made, self._probe())
+        if reason is not None:
+            # One example at a time, every row of a layer is that example's.
+            self.owners, self.notes = whole
+            self.notes.append(f"examples are taken one at a time, because {reason}")
+            made = self._made(one_by_one=True)
+        wrong = _mismatches(made, self._probe())
+        if wrong:
+            for name in wrong:
+                self._leave(name, "its layers' gradients differ from autograd's")
+            made = self._made(made.one_by_one)
+            if not made.one_by_one and _no_batching_rule(made, self._probe()) is not None:
+                made = self._made(one_by_one=True)
+            left = _mismatches(made, self._probe())
+            if left:
+                raise UnsupportedModel(_unmatched(left))
+        return made
+
+    def _leave(self, name: str, why: str) -> None:
+        if self.owners.pop(name, None) is not None:
+            self.notes.append(_note(name, why))
+
+    def _leave_where(self, condition: Callable[[Source], bool], why: str) -> None:
+        for name, sources in list(self.owners.items()):
+            at = [s.layer for s in sources if condition(s)]
+            if at:
+                self._leave(name, f"{at[0] or 'the model'} {why}")
+
+    def _probe(self) -> Batch:
+        """A few examples, from all over the data."""
+        last = len(self.data) - 1
+        return self.task.to_device(self.data.take(sorted({0, last // 2, last})))
+
+    def _made(self, one_by_one: bool = False) -> Plan:
+        axes = {s.layer: self.axes[s.layer] for o in self.owners.values() for s in o}
+        repeated = {layer: on_axis for layer, on_axis in self.repeated.items() if layer in axes}
+        made = _planned(self.task, self.owners, axes, tuple(self.notes))
+        return dataclasses.replace(made, repeated=repeated, one_by_one=one_by_one)
+
+    def _find_axes(self) -> None:
+        """On which axis each layer sees the examples: the one that grows with the batch."""
+        self.axes, free = self._seen(self.repeated)
+        refused: set[str] = set()
+        while free:
+            # In order: what follows a repeated layer may see the examples by that alone.
+            layer, on_axis = next(iter(free.items()))
+            attempt = {**self.repeated, layer: on_axis}
+            if self._is_same_with(attempt):
+                axes, found = self._seen(attempt)
+                if layer in axes:
+                    self.repeated, self.axes, free = attempt, axes, found
+            refused.add(layer)
+            free = {name: on_axis for name, on_axis in free.items() if name not in refused}
+
+    def _seen(self, repeated: Mapping[str, bool]) -> tuple[dict[str, int], dict[str, bool]]:
+        """Each layer's axis; and the layers whose output is the same for all examples."""
+        found: dict[str, set[int | None]] = {}
+        free: dict[str, bool] = {}
+        with Capture(self.task, self._accounted(), repeated) as capture:
+            for index in dict.fromkeys((0, len(self.data) - 1)):
+                small, large = (self._shapes(capture, index, n) for n in (PROBE - 1, PROBE))
+                for layer in small.keys() | large.keys():
+                    pairs = (small.get(layer, []), large.get(layer, []))
+                    found.setdefault(layer, set()).update(_axes_of(*pairs))
+                    if pairs[0] == pairs[1]:
+                        free.setdefault(layer, pairs[0][0][0][:1] == (1,))
+        known = {layer: axes.pop() for layer, axes in found.items() if len(axes) == 1}
+        axes = {layer: axis for layer, axis in known.items() if axis is not None}
+        return axes, {layer: free[layer] for layer in found if layer in free}
+
+    def _shapes(self, capture: Capture, index: int, size: int) -> dict[str, list[_Shapes]]:
+        """The shapes of each call's output and input on copies of one example."""
+        batch = self.task.to_device(self.data.take([index] * size))
+        outputs, targets = capture.forward(batch, size)
+        shapes: dict[str, list[_Shapes]] = {}
+        for call in capture.backward(self.task.loss(outputs, targets)):
+            inputs = [x.shape for x in (*call.args, *call.kwargs.values()) if _is_input(x)]
+            shapes.setdefault(call.layer, []).append((call.delta.shape, *inputs[:1]))
+        return shapes
+
+    def _is_same_with(self, repeated: Mapping[str, bool]) -> bool:
+        """Whether the model still runs, to the same outputs, with these layers repeated."""
+        batch = self._probe()
+        expected, _ = self.task.call(self.task.theta(), batch)
+        try:
+            with Capture(self.task, self._accounted(), repeated) as capture:
+                found, _ = capture.forward(batch, len(expected))
+        except (RuntimeError, ValueError, IndexError, TypeError, UpweightError):
+            return False
+        slack = 100 * torch.finfo(expected.dtype).eps
+        return found.shape == expected.shape and torch.allclose(found, expected, slack, slack)
+
+    def _accounted(self) -> dict[str, tuple[str, ...]]:
+        """The layers that own parameters, and which."""
+        found: dict[str, tuple[str, ...]] = {}
+        for sources in self.owners.values():
+            for s in sources:
+                found[s.layer] = (*found.get(s.layer, ()), s.role)
+        return found
+
+    def _watched(self) -> tuple[tuple[str, ...], list[str]]:
+        """Parameters used outside of their layers; layers whose rows are not the examples'."""
+        made, batch = self._made(), self._probe()
+        with Capture(self.task, roles(made), made.repeated) as capture:
+            values = capture.watch(lambda p: _checked(self.task, p, batch), _size(batch))
+            calls = capture.backward(values)
+            bypassed = capture.bypassed
+            return bypassed, misplaced(capture, values, calls, made.layers)
+
+
+def _require_modules(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModel(
+                message(
+                    "The model must be made of Python modules: their layers are watched.",
+                    f"{name or 'the model'}, a torch.jit script.",
+                    "a model exported with torch.jit.script or torch.jit.trace.",
+                    "use the module that was exported, with its weights loaded "
+                    "(module.load_state_dict(script.state_dict())).",
+                )
+            )
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise UnsupportedModel(
+                message(
+                    "The examples of a batch must stay together on one device.",
+                    f"{name or 'the model'}, a DataParallel over {len(module.device_ids)} devices.",
+                    "the wrapper that was used in training.",
+                    "pass the module inside of it, model.module.",
+                )
+            )
 
 
 def _owners(task: Task) -> tuple[dict[str, tuple[Source, ...]], dict[str, str]]:
@@ -101,33 +244,15 @@ def _without_double_claims(
     }
 
 
-def _probe(task: Task, data: Data, size: int) -> Batch:
-    return task.to_device(data.take([0] * size))
-
-
-def _axes(task: Task, data: Data, layers: set[str]) -> dict[str, int]:
-    """On which axis each layer sees the examples: the one that grows with the batch."""
-    shapes: list[dict[str, list[Any]]] = []
-    with Capture(task, tuple(layers)) as capture:
-        for size in (PROBE - 1, PROBE):
-            outputs, targets = capture.forward(_probe(task, data, size))
-            seen: dict[str, list[Any]] = {}
-            for call in capture.backward(task.loss(outputs, targets)):
-                inputs = [x.shape for x in (*call.args, *call.kwargs.values()) if _is_input(x)]
-                seen.setdefault(call.layer, []).append((call.delta.shape, inputs[:1]))
-            shapes.append(seen)
-    axes = {}
-    for layer in layers:
-        small, large = shapes[0].get(layer, []), shapes[1].get(layer, [])
-        found = {
-            _axis(s, b)
-            for (s_out, s_in), (b_out, b_in) in zip(small, large, strict=False)
-            for s, b in ((s_out, b_out), *zip(s_in, b_in, strict=False))
-        }
-        axis = found.pop() if len(small) == len(large) and len(found) == 1 else None
-        if axis is not None:
-            axes[layer] = axis
-    return axes
+def _axes_of(small: Sequence[_Shapes], large: Sequence[_Shapes]) -> set[int | None]:
+    """The axes that grow between two batch sizes, over all calls, outputs and inputs."""
+    if len(small) != len(large):
+        return {None}
+    return {
+        _axis(s, b)
+        for few, more in zip(small, large, strict=True)
+        for s, b in zip(few, more, strict=False)
+    }
 
 
 def _is_input(x: Any) -> bool:
@@ -185,7 +310,7 @@ def _planned(
     return Plan(
         task,
         tuple(blocks),
-        {layer: axis for layer, axis in axes.items() if layer in rules},
+        dict(axes),
         sources,
         tuple(name for name in layout.names if name not in owners),
         notes,
@@ -242,21 +367,47 @@ def _matrix_blocks(
     return blocks, sources
 
 
-def _mismatches(made: Plan, data: Data) -> list[str]:
+def _checked(task: Task, params: Params, batch: Batch) -> Tensor:
+    """What gradients are compared on: ℓᵢ, and outputs too, for a loss may saturate or be masked."""
+    outputs, targets = task.call(params, batch)
+    losses = task.loss(outputs, targets)
+    flat = outputs.reshape(len(outputs), -1)
+    unequal = torch.arange(1, flat.shape[1] + 1, device=flat.device).cos().to(flat.dtype)
+    return losses + (flat @ unequal).to(losses)
+
+
+def _size(batch: Batch) -> int:
+    return next(len(x) for x in tree_leaves(batch) if _is_input(x))
+
+
+def _no_batching_rule(made: Plan, batch: Batch) -> str | None:
+    """Why `torch.func` cannot run what was left to it on a batch, if so."""
+    with GradientPass(made) as gradients:
+        try:
+            gradients.by_function(lambda p, b: _checked(made.task, p, b), batch)
+        except NoBatchingRule as error:
+            return f"torch.func.vmap cannot run the model: {error}"
+    return None
+
+
+def _mismatches(made: Plan, batch: Batch) -> list[str]:
     """Parameters whose Σᵢ cᵢ gᵢ is not what autograd gives for Σᵢ cᵢ ℓᵢ."""
-    task = made.task
-    size = min(PROBE, len(data))
-    batch = task.to_device(data.take(list(range(size))))
+    task, size = made.task, _size(batch)
     weights = torch.tensor([1.0, -0.5, 2.25], device=task.layout.device)[:size]
     params = {k: v.clone().requires_grad_() for k, v in task.named(task.theta()).items()}
     with torch.enable_grad():
-        losses = task.loss(*task.call(params, batch))
-        truth = torch.autograd.grad(losses, list(params.values()), weights.to(losses))
+        values = _checked(task, params, batch)
+        parts = torch.autograd.grad(
+            values, list(params.values()), weights.to(values), allow_unused=True
+        )
+    truth = [
+        torch.zeros_like(p) if g is None else g for p, g in zip(params.values(), parts, strict=True)
+    ]
     with GradientPass(made) as gradients:
-        factors = gradients.of(lambda p, b: task.loss(*task.call(p, b)), batch)
+        factors = gradients.of(lambda p, b: _checked(task, p, b), batch)
     flat = torch.cat([g.flatten() for g in truth]).to(made.dtype)
     # Both round as the layers do; a wrong axis or order is off by far more than this.
-    slack = torch.finfo(min((losses.dtype, task.layout.dtype), key=lambda d: d.itemsize)).eps ** 0.5
+    eps = torch.finfo(min((values.dtype, task.layout.dtype), key=lambda d: d.itemsize)).eps
     scale = float(flat.norm())
     wrong = []
     for block, part in zip(made.blocks, factors, strict=True):
@@ -268,8 +419,8 @@ def _mismatches(made: Plan, data: Data) -> list[str]:
             else Rows(part.values * c[:, None])
         )
         error = float((scaled.total().flatten() - expected).norm())
-        if not error <= slack * (float(expected.norm()) + slack * scale):
-            wrong += [k for k in block.parameters if k not in made.by_function]
+        if not error <= eps**0.5 * float(expected.norm()) + 100 * eps * scale:
+            wrong += list(block.parameters)
     return wrong
 
 
