@@ -596,9 +596,11 @@ USES = {
     "detached": (Detached, ["spare.*"]),
 }
 
-for _name, (_model, _left) in USES.items():
+_BY_LOOPS = ("hooked_backward", "bilinear", "registered_twice")
 
-    @case_named(_name, by_function=_left, has_vmap=_name not in ("hooked_backward", "bilinear"))
+for _name, (_model, _left) in USES.items():
+    # Not the twin for a module of two names either: it is left with what functional_call lent it.
+    @case_named(_name, by_function=_left, has_vmap=_name not in _BY_LOOPS)
     def _(g, model=_model):
         task = uw.Task(initialized(model(), g), uw.CrossEntropy())
         return task, (draw(g, 5, 3), labels(g, 5, 2))

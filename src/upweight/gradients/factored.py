@@ -63,6 +63,10 @@ class Tokens:
         """Some of the examples."""
         return Tokens(self.left[index], self.right[index])
 
+    def scaled(self, by: Float[Tensor, " b"]) -> "Tokens":
+        """byᵢ gᵢ."""
+        return Tokens(self.left * by[:, None, None], self.right)
+
     def to(self, dtype: torch.dtype) -> "Tokens":
         """The same in another dtype."""
         return Tokens(self.left.to(dtype), self.right.to(dtype))
@@ -92,6 +96,10 @@ class Rows:
     def take(self, index: Int[Tensor, " k"] | slice) -> "Rows":
         """Some of the examples."""
         return Rows(self.values[index])
+
+    def scaled(self, by: Float[Tensor, " b"]) -> "Rows":
+        """byᵢ gᵢ."""
+        return Rows(self.values * by[:, None])
 
     def to(self, dtype: torch.dtype) -> "Rows":
         """The same in another dtype."""

@@ -12,19 +12,21 @@ weights, `x @ layer.weight`) is noticed and named in `bypassed`: no layer would 
 The hooks live inside the context: model, parameters and hooks come back as they were.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from upweight._typing import Batch
+from upweight._typing import Batch, Params
 from upweight.errors import NotDifferentiable, UnsupportedModel, message
 from upweight.task.task import Task
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +90,7 @@ class Capture:
         self._size = 0
         self._uses: list[_Use] = []
         self._anchors: list[Tensor] = []
-        self._lent: list[tuple[nn.Module, list[tuple[nn.Module, str, Any]]]] = []
+        self._taken: list[tuple[nn.Module, list[tuple[nn.Module, str, Any]]]] = []
         self._listening = False
         self._replaying = False
         self._context = ExitStack()
@@ -96,6 +98,7 @@ class Capture:
     def __enter__(self) -> "Capture":
         if torch.is_inference_mode_enabled():  # unlike no_grad, it cannot be lifted inside of it
             raise NotDifferentiable(_inference_mode())
+        self._context.enter_context(lent(self.task.model))
         # A compiled model runs as written: compiled code does not call hooks added to it later.
         self._context.enter_context(torch.compiler.set_stance("force_eager"))
         # PyTorch's inference path for transformers calls no layers, and packs padded sequences.
@@ -144,7 +147,7 @@ class Capture:
                 return function(self.params)
         finally:
             self._listening = False
-            self._end()
+            self._taken.clear()
 
     def backward(self, values: Tensor, cotangents: Tensor | None = None) -> list[Call]:
         """Each use of each watched layer with its δ = ∂⟨cotangents, values⟩/∂(its output).
@@ -165,10 +168,16 @@ class Capture:
             ones = torch.ones_like(values) if cotangents is None else cotangents
             self._replaying = True
             try:
-                found = self._differentiate(values, sources, ones)
+                found = inside(
+                    self.task,
+                    self.params,
+                    lambda: torch.autograd.grad(
+                        values, sources, ones, retain_graph=True, allow_unused=True
+                    ),
+                )
             finally:
                 self._replaying = False
-                self._end()
+                self._taken.clear()
             direct = found[len(self._anchors) :]
             self.bypassed = tuple(
                 name for name, g in zip(leaves, direct, strict=True) if g is not None
@@ -179,29 +188,8 @@ class Capture:
             if use.delta is not None
         ]
 
-    def _differentiate(
-        self, values: Tensor, sources: Sequence[Tensor], ones: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        """`autograd.grad` with θ in the model: a checkpoint runs its layers again in there."""
-        inside = _Inside(self.task.model)
-        return torch.func.functional_call(
-            inside,
-            {f"model.{name}": p for name, p in self.params.items()},
-            (
-                lambda: torch.autograd.grad(
-                    values, sources, ones, retain_graph=True, allow_unused=True
-                ),
-            ),
-        )
-
     def _forget(self) -> None:
         self._uses, self._anchors = [], []
-
-    def _end(self) -> None:
-        # Left over where a layer was interrupted. What `functional_call` lent it took back itself.
-        while self._lent:
-            taken = self._lent.pop()[1]
-            _restore([entry for entry in taken if isinstance(entry[2], nn.Parameter)])
 
     def _before(self, roles: Sequence[str]) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, _: Any) -> None:
@@ -214,7 +202,7 @@ class Capture:
                 value = owner._parameters[last]
                 taken.append((owner, last, value))
                 owner._parameters[last] = None if value is None else value.detach()  # type: ignore[assignment]
-            self._lent.append((module, taken))
+            self._taken.append((module, taken))
 
         return hook
 
@@ -225,8 +213,8 @@ class Capture:
             # A checkpoint runs its layers again in the backward pass and must find the same graph.
             if not (self._listening or self._replaying):
                 return output
-            if self._lent and self._lent[-1][0] is module:
-                _restore(self._lent.pop()[1])
+            if self._taken and self._taken[-1][0] is module:
+                _put_back(self._taken.pop()[1])
             if output is None:  # the layer raised, or a checkpoint has run as far as it needs
                 return output
             if not torch.is_grad_enabled():
@@ -256,14 +244,33 @@ class Capture:
         return hook
 
 
-class _Inside(nn.Module):
-    """Lets `functional_call` put θ into the model while a function runs."""
+@contextmanager
+def lent(model: nn.Module) -> Iterator[None]:
+    """The very parameters of the model are back in their places afterwards, whatever happens.
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+    `functional_call` restores a module that is registered under two names to what it lent it.
+    """
+    before = [(module, dict(module._parameters)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, parameters in before:
+            module._parameters.update(parameters)
 
-    def forward(self, function: Callable[[], Any]) -> Any:
+
+def inside(task: Task, params: Params, function: Callable[[], _T]) -> _T:
+    """function(), with θ in the model as `Task.call` puts it there.
+
+    For backward passes: a checkpoint runs its layers again in them, and must find the same tensors
+    that need gradients as in the forward pass.
+    """
+    names = {id(p): name for name, p in task.model.named_parameters()}
+    with lent(task.model):
+        for module in task.model.modules():
+            for last, parameter in module._parameters.items():
+                if parameter is not None:
+                    value = params.get(names[id(parameter)], parameter.detach())
+                    module._parameters[last] = value  # type: ignore[assignment]
         return function()
 
 
@@ -280,7 +287,7 @@ def _accounted(task: Task, layers: Mapping[str, Sequence[str]]) -> set[str]:
     return found
 
 
-def _restore(taken: Sequence[tuple[nn.Module, str, Any]]) -> None:
+def _put_back(taken: Sequence[tuple[nn.Module, str, Any]]) -> None:
     for owner, last, value in taken:
         owner._parameters[last] = value
 

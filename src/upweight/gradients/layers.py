@@ -199,8 +199,8 @@ def _groups(left: Tensor, right: Tensor, groups: int) -> dict[str, Factors]:
 def _layer_norm(module: Any, call: Call, examples: Examples) -> Contributions:
     x = _input(call)
     if isinstance(module, nn.LayerNorm):
-        normal = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
-    else:
+        normal = F.layer_norm(x.to(examples.dtype), module.normalized_shape, None, None, module.eps)
+    else:  # in its own dtype, on which a default eps depends
         normal = F.rms_norm(x, module.normalized_shape, None, module.eps)
     features = len(module.normalized_shape)
     delta = examples.tokens(call.delta.flatten(-features))
@@ -210,13 +210,14 @@ def _layer_norm(module: Any, call: Call, examples: Examples) -> Contributions:
 
 def _channel_norm(module: Any, call: Call, examples: Examples) -> Contributions:
     """GroupNorm, BatchNorm and InstanceNorm: a gain per channel, on axis 1."""
-    x = _input(call)
+    x = _input(call).to(examples.dtype)
     if isinstance(module, nn.GroupNorm):
         normal = F.group_norm(x, module.num_groups, None, None, module.eps)
-    elif isinstance(module, _InstanceNorm) and not module.track_running_stats:
+    elif isinstance(module, _InstanceNorm) and (module.training or module.running_mean is None):
         normal = F.instance_norm(x, eps=module.eps)
     else:
-        normal = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+        mean, variance = module.running_mean.to(x), module.running_var.to(x)
+        normal = F.batch_norm(x, mean, variance, eps=module.eps)
     delta = examples.channels(call.delta)
     scaled = delta * examples.channels(normal)
     return {"weight": Rows(scaled.sum(dim=1)), "bias": Rows(delta.sum(dim=1))}
@@ -252,24 +253,33 @@ def _attention_parameters(module: nn.MultiheadAttention) -> tuple[str, ...]:
 def _attention(module: nn.MultiheadAttention, call: Call, examples: Examples) -> Contributions:
     """The module holds its projections as bare parameters, so the step between them runs again."""
     given = dict(zip(_ATTENTION_ARGUMENTS, call.args, strict=False)) | call.kwargs
+
+    def cast(x: Tensor) -> Tensor:
+        return x.detach().to(examples.dtype) if x.is_floating_point() else x
+
+    # In the dtype of the factors throughout: under autocast the inputs may come in another dtype
+    # than the weights, and δ in a third.
+    inputs = [given[name] for name in ("query", "key", "value")]
+    is_self = all(_same(inputs[0], x) for x in inputs[1:])
+    given = {k: cast(x) if isinstance(x, Tensor) else x for k, x in given.items()}
     sources = [given[name] for name in ("query", "key", "value")]
     if module.in_proj_weight is not None:
-        weights = module.in_proj_weight.detach().chunk(3)
+        weights = cast(module.in_proj_weight).chunk(3)
     else:
         weights = tuple(
-            w.detach() for w in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+            cast(w) for w in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
         )
     bias = module.in_proj_bias
-    biases = (None,) * 3 if bias is None else bias.detach().chunk(3)
+    biases = (None,) * 3 if bias is None else cast(bias).chunk(3)
     with torch.enable_grad():
         projected = [
             F.linear(x, w, b).requires_grad_()
             for x, w, b in zip(sources, weights, biases, strict=True)
         ]
         context = _context(module, projected, given)
-    out = module.out_proj.weight.detach()
-    # The reduced precision that autocast gives δ may differ from the context's.
-    deltas = torch.autograd.grad(context, projected, (call.delta.to(out.dtype) @ out).to(context))
+    deltas = torch.autograd.grad(
+        context, projected, cast(call.delta) @ cast(module.out_proj.weight)
+    )
     left, delta = [examples.tokens(d) for d in deltas], examples.tokens(call.delta)
     right = [examples.tokens(x) for x in sources]
     in_bias = torch.cat([x.sum(dim=1) for x in left], dim=-1)
@@ -283,7 +293,7 @@ def _attention(module: nn.MultiheadAttention, call: Call, examples: Examples) ->
         return contributions | {
             name: Tokens(x, a) for name, x, a in zip(names, left, right, strict=True)
         }
-    if all(_same(sources[0], x) for x in sources[1:]):
+    if is_self:
         packed = Tokens(torch.cat(left, dim=-1), right[0])
     else:
         width = left[0].shape[-1]

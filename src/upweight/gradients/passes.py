@@ -27,7 +27,7 @@ from upweight._typing import Batch, Params
 from upweight.errors import NotDifferentiable, ScalarLoss, UnsupportedModel, message
 from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source
 from upweight.gradients.factored import Factors, Rows, Tokens, stacked
-from upweight.gradients.hooks import Call, Capture
+from upweight.gradients.hooks import Call, Capture, inside
 from upweight.gradients.layers import Examples, rule_for
 
 Function = Callable[[Params, Any], Tensor]
@@ -103,7 +103,8 @@ class GradientPass:
             if self._is_alone:  # no longer on the forward pass above
                 yield self._one_by_one(function, (batch, extra))
                 continue
-            values = head(outputs, targets, extra)
+            with torch.enable_grad():
+                values = head(outputs, targets, extra)
             yield self._factors(values, function, (batch, extra), size)
 
     def _watched(self, function: Function, batch: Any, size: int) -> Tensor:
@@ -120,7 +121,9 @@ class GradientPass:
         if lost:
             self._warn(f"the examples of a batch cannot be told apart in {', '.join(lost[:3])}")
             return self._one_by_one(function, batch)
-        by_role = _contributions(plan.task.model, calls, plan.layers, size, plan.dtype)
+        # Factors keep their dtype where the caller has autocast on.
+        with torch.autocast(plan.task.layout.device.type, enabled=False):
+            by_role = _contributions(plan.task.model, calls, plan.layers, size, plan.dtype)
         try:
             rows = self.by_function(function, batch)
         except NoBatchingRule as error:
@@ -207,7 +210,9 @@ class GradientPass:
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             if _size(batch) == 1:
                 leaves = {name: p.clone().requires_grad_() for name, p in chosen.items()}
-                return _gradients(value(leaves, batch), leaves)
+                alone = value(leaves, batch)
+                task = self.plan.task
+                return inside(task, {**params, **leaves}, lambda: _gradients(alone, leaves))
 
             def one(example: Any) -> dict[str, Tensor]:
                 as_batch = _example(example, None)

@@ -7,7 +7,7 @@ where `torch.func` cannot run the model on a batch, examples are taken one at a 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from upweight._typing import Batch, Params
 from upweight.errors import UnsupportedModel, UpweightError, message
 from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source, VectorBlock
 from upweight.gradients.factored import Factors, Rows, Tokens
-from upweight.gradients.hooks import Capture
+from upweight.gradients.hooks import Capture, inside, lent
 from upweight.gradients.layers import Rule, rule_for
 from upweight.gradients.passes import GradientPass, NoBatchingRule, misplaced, roles
 from upweight.task.data import Data
@@ -46,7 +46,7 @@ def plan(task: Task, data: Data) -> Plan:
     """
     _require_modules(task.model)
     # Compiled models run as written here, and must not be compiled for a few examples.
-    with torch.compiler.set_stance("force_eager"):
+    with lent(task.model), torch.compiler.set_stance("force_eager"):
         return _Planning(task, data).plan()
 
 
@@ -56,13 +56,15 @@ class _Planning:
     def __init__(self, task: Task, data: Data) -> None:
         self.task, self.data = task, data
         self.owners, unruled = _owners(task)
+        self.ran: set[str] = set()
         self.axes: dict[str, int] = {}
         self.repeated: dict[str, bool] = {}
+        self.eps = _eps([task.layout.dtype])
         self.notes = [_unruled_note(task.model, name, why) for name, why in unruled.items()]
 
     def plan(self) -> Plan:
         self._find_axes()
-        self._leave_where(lambda s: s.layer not in self.axes, "sees no examples on its first axes")
+        self._leave_without_axis()
         bypassed, lost = self._watched()
         for name in bypassed:
             self._leave(name, "it is also used outside of its layers")
@@ -75,14 +77,14 @@ class _Planning:
             self.owners, self.notes = whole
             self.notes.append(f"examples are taken one at a time, because {reason}")
             made = self._made(one_by_one=True)
-        wrong = _mismatches(made, self._probe())
+        wrong = _mismatches(made, self._probe(), self.eps)
         if wrong:
             for name in wrong:
                 self._leave(name, "its layers' gradients differ from autograd's")
             made = self._made(made.one_by_one)
             if not made.one_by_one and _no_batching_rule(made, self._probe()) is not None:
                 made = self._made(one_by_one=True)
-            left = _mismatches(made, self._probe())
+            left = _mismatches(made, self._probe(), self.eps)
             if left:
                 raise UnsupportedModel(_unmatched(left))
         return made
@@ -90,6 +92,12 @@ class _Planning:
     def _leave(self, name: str, why: str) -> None:
         if self.owners.pop(name, None) is not None:
             self.notes.append(_note(name, why))
+
+    def _leave_without_axis(self) -> None:
+        self._leave_where(lambda s: s.layer not in self.ran, "did not run on the examples tried")
+        self._leave_where(
+            lambda s: s.layer not in self.axes, "does not see the examples on one of its first axes"
+        )
 
     def _leave_where(self, condition: Callable[[Source], bool], why: str) -> None:
         for name, sources in list(self.owners.items()):
@@ -135,6 +143,7 @@ class _Planning:
                     found.setdefault(layer, set()).update(_axes_of(*pairs))
                     if pairs[0] == pairs[1]:
                         free.setdefault(layer, pairs[0][0][0][:1] == (1,))
+        self.ran = set(found)
         known = {layer: axes.pop() for layer, axes in found.items() if len(axes) == 1}
         axes = {layer: axis for layer, axis in known.items() if axis is not None}
         return axes, {layer: free[layer] for layer in found if layer in free}
@@ -142,9 +151,9 @@ class _Planning:
     def _shapes(self, capture: Capture, index: int, size: int) -> dict[str, list[_Shapes]]:
         """The shapes of each call's output and input on copies of one example."""
         batch = self.task.to_device(self.data.take([index] * size))
-        outputs, targets = capture.forward(batch, size)
+        values = capture.watch(lambda p: _checked(self.task, p, batch), size)
         shapes: dict[str, list[_Shapes]] = {}
-        for call in capture.backward(self.task.loss(outputs, targets)):
+        for call in capture.backward(values):
             inputs = [x.shape for x in (*call.args, *call.kwargs.values()) if _is_input(x)]
             shapes.setdefault(call.layer, []).append((call.delta.shape, *inputs[:1]))
         return shapes
@@ -176,6 +185,7 @@ class _Planning:
             values = capture.watch(lambda p: _checked(self.task, p, batch), _size(batch))
             calls = capture.backward(values)
             bypassed = capture.bypassed
+            self.eps = _eps([self.task.layout.dtype, values.dtype, *(c.delta.dtype for c in calls)])
             return bypassed, misplaced(capture, values, calls, made.layers)
 
 
@@ -390,15 +400,24 @@ def _no_batching_rule(made: Plan, batch: Batch) -> str | None:
     return None
 
 
-def _mismatches(made: Plan, batch: Batch) -> list[str]:
-    """Parameters whose Σᵢ cᵢ gᵢ is not what autograd gives for Σᵢ cᵢ ℓᵢ."""
+def _eps(dtypes: Iterable[torch.dtype]) -> float:
+    """The rounding of the coarsest of these dtypes: autocast computes in less than it is given."""
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def _mismatches(made: Plan, batch: Batch, eps: float) -> list[str]:
+    """Parameters whose Σᵢ cᵢ gᵢ is not what autograd gives for Σᵢ cᵢ ℓᵢ, but for rounding."""
     task, size = made.task, _size(batch)
     weights = torch.tensor([1.0, -0.5, 2.25], device=task.layout.device)[:size]
     params = {k: v.clone().requires_grad_() for k, v in task.named(task.theta()).items()}
     with torch.enable_grad():
         values = _checked(task, params, batch)
-        parts = torch.autograd.grad(
-            values, list(params.values()), weights.to(values), allow_unused=True
+        parts = inside(
+            task,
+            params,
+            lambda: torch.autograd.grad(
+                values, list(params.values()), weights.to(values), allow_unused=True
+            ),
         )
     truth = [
         torch.zeros_like(p) if g is None else g for p, g in zip(params.values(), parts, strict=True)
@@ -407,7 +426,6 @@ def _mismatches(made: Plan, batch: Batch) -> list[str]:
         factors = gradients.of(lambda p, b: _checked(task, p, b), batch)
     flat = torch.cat([g.flatten() for g in truth]).to(made.dtype)
     # Both round as the layers do; a wrong axis or order is off by far more than this.
-    eps = torch.finfo(min((values.dtype, task.layout.dtype), key=lambda d: d.itemsize)).eps
     scale = float(flat.norm())
     wrong = []
     for block, part in zip(made.blocks, factors, strict=True):
