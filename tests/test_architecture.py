@@ -21,18 +21,22 @@ MAY_IMPORT = {
     "runtime": {"errors", "_typing"},
     "task": {"errors", "_typing", "linalg", "runtime"},
     "gradients": {"errors", "_typing", "linalg", "runtime", "task"},
-    "curvature": {"errors", "_typing", "linalg", "task", "gradients"},
+    "curvature": {"errors", "_typing", "linalg", "runtime", "task", "gradients"},
+    "contraction": {
+        "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature",
+    },
     "scores": {"errors", "_typing", "runtime", "task"},
     "method": {"scores", "task"},
     "methods": {
-        "errors", "_typing", "linalg", "task", "gradients", "curvature", "scores", "method",
+        "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
+        "scores", "method",
     },
     "evaluation": {"errors", "_typing", "runtime", "task", "scores", "method"},
     "applications": {"errors", "_typing", "task", "scores", "method"},
     "report": {"errors", "_typing", "task", "scores", "method"},
 }  # fmt: skip
 LEAVES = {"adapters", "cli", "testing"}  # may import everything but each other
-MATHS = {"linalg", "curvature", "gradients", "methods", "applications"}
+MATHS = {"linalg", "curvature", "gradients", "contraction", "methods", "applications"}
 NOT_IN_MATHS = {"os", "json", "pathlib", "safetensors", "torch.distributed", "logging"}
 ONLY_IN_ADAPTERS = {"sklearn", "statsmodels", "scipy", "transformers"}
 ONLY_WHEN_CALLED = {"pandas", "torch.distributed"}  # outside adapters: not when a module is loaded

@@ -6,10 +6,16 @@ Every score is a derivative with respect to a data weight: upweight example i, w
 """
 
 from upweight import data, errors, evaluation, report
+from upweight.curvature.blockwise import Blockwise
+from upweight.curvature.diagonal import Diagonal
+from upweight.curvature.ekfac import EKFAC
 from upweight.curvature.empirical_fisher import EmpiricalFisher
+from upweight.curvature.estimators import Expand, Reduce
 from upweight.curvature.fisher import Fisher
 from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
+from upweight.curvature.kfac import KFAC
+from upweight.curvature.labels import Expected, Observed, Sampled
 from upweight.curvature.newton import Newton
 from upweight.linalg.block_cg import BlockCG
 from upweight.linalg.cg import CG
@@ -18,7 +24,7 @@ from upweight.linalg.damping import Absolute, Relative
 from upweight.linalg.minres import MINRES
 from upweight.linalg.solve import Auto
 from upweight.methods.influence import Influence
-from upweight.scores import Context, Provenance, Ranking, Scores, Unit
+from upweight.scores import Context, Provenance, Ranking, Scores, TopScores, Unit
 from upweight.task.data import Data, as_data
 from upweight.task.losses import (
     Bernoulli,
@@ -34,18 +40,24 @@ from upweight.task.task import Task
 
 __all__ = [
     "CG",
+    "EKFAC",
     "GGN",
+    "KFAC",
     "L2",
     "MINRES",
     "Absolute",
     "Auto",
     "Bernoulli",
     "BlockCG",
+    "Blockwise",
     "Cholesky",
     "Context",
     "CrossEntropy",
     "Data",
+    "Diagonal",
     "EmpiricalFisher",
+    "Expand",
+    "Expected",
     "Fisher",
     "Hessian",
     "Influence",
@@ -56,15 +68,19 @@ __all__ = [
     "Measure",
     "Newton",
     "NoPenalty",
+    "Observed",
     "Poisson",
     "Provenance",
     "Ranking",
+    "Reduce",
     "Relative",
+    "Sampled",
     "Scores",
     "SmoothHinge",
     "SquaredError",
     "SumToZero",
     "Task",
+    "TopScores",
     "Unit",
     "Weighted",
     "as_data",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -123,6 +123,57 @@ class Ranking:
         ):
             lines += [f"  {word} m  {i:>8}  {v:+.4e}" for i, v in zip(indices, values, strict=True)]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class TopScores:
+    """The extreme scores of each query, for training sets whose scores are too many to hold.
+
+    Args:
+        raises: Indices of the k largest scores of each query, largest first.
+        raises_by: Those scores.
+        lowers: Indices of the k smallest, most negative first.
+        lowers_by: Those scores.
+        unit: What a score means.
+        provenance: How they were made.
+    """
+
+    raises: Int[Tensor, "q k"]
+    raises_by: Float[Tensor, "q k"]
+    lowers: Int[Tensor, "q k"]
+    lowers_by: Float[Tensor, "q k"]
+    unit: Unit
+    provenance: Provenance
+
+    def __len__(self) -> int:
+        return len(self.raises)
+
+    def top(self, k: int, query: int) -> Ranking:
+        """As `Scores.top`, for k up to the number that was kept.
+
+        Raises:
+            ShapeError: There is no such query, or fewer were kept.
+        """
+        if not -len(self) <= query < len(self) or k > self.raises.shape[1]:
+            raise ShapeError(
+                message(
+                    f"Kept are {self.raises.shape[1]} examples for each of {len(self)} queries.",
+                    f"k={k}, query={query}.",
+                    "an index into the full data set, or a larger k than was asked for.",
+                    f"use a query in 0…{len(self) - 1}, or call top(queries, k={k}) again.",
+                )
+            )
+        up, up_by = self.raises[query, :k].tolist(), self.raises_by[query, :k].tolist()
+        down, down_by = self.lowers[query, :k].tolist(), self.lowers_by[query, :k].tolist()
+        above = sum(value > 0 for value in up_by)
+        below = sum(value < 0 for value in down_by)
+        return Ranking(
+            query,
+            tuple(up[:above]),
+            tuple(up_by[:above]),
+            tuple(down[:below]),
+            tuple(down_by[:below]),
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.market import draw
-from upweight.gradients.factored import Rows, Tokens, stacked
+from upweight.gradients.factored import Lookups, Rows, Tokens, stacked
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -18,9 +18,14 @@ def tokens(shape, b=5):
     return Tokens(draw(g, b, t, o), draw(g, b, t, i))
 
 
-@pytest.fixture(params=SHAPES.values(), ids=SHAPES)
+def lookups(t, b=5):
+    g = torch.Generator().manual_seed(0)
+    return Lookups(torch.randint(6, (b, t), generator=g), 6, draw(g, b, t, 3))
+
+
+@pytest.fixture(params=[*SHAPES, "lookups"])
 def factors(request):
-    return tokens(request.param)
+    return lookups(9) if request.param == "lookups" else tokens(SHAPES[request.param])
 
 
 @pytest.fixture
@@ -58,6 +63,12 @@ def test_take(factors, full, index):
     torch.testing.assert_close(factors.take(index).matrices(), full[index], **EXACT)
 
 
+def test_scaled(factors, full):
+    c = draw(torch.Generator().manual_seed(1), 5)
+    expected = c[:, None, None] * full
+    torch.testing.assert_close(factors.scaled(c).matrices(), expected, **EXACT)
+
+
 def test_to(factors):
     assert factors.to(torch.float32).matrices().dtype == torch.float32
 
@@ -75,6 +86,37 @@ def test_stacked_tokens_of_unequal_positions():
     torch.testing.assert_close(found.matrices(), expected, **EXACT)
 
 
+def test_stacked_lookups_stay_lookups():
+    parts = [lookups(t, b) for b, t in ((2, 1), (1, 5), (3, 2))]
+    found = stacked(parts)
+    assert isinstance(found, Lookups)
+    expected = torch.cat([p.matrices() for p in parts])
+    torch.testing.assert_close(found.matrices(), expected, **EXACT)
+
+
+def test_lookups_form_nothing_of_the_size_of_the_vocabulary_per_position():
+    b, t, rows, i = 4, 8, 1_000_000, 2
+    index = torch.randint(rows, (b, t))
+    factors = Lookups(index, rows, torch.ones(b, t, i))
+    # One-hot left factors would hold b·t·rows = 3.2e7 numbers, 256 MB: each of these fails on it.
+    limit = rows * i
+    sizes = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    v = torch.ones(1, rows, i)
+    with Sizes():
+        factors.total()
+        factors.squared_norm()
+        factors.inner(v)
+        factors.take(slice(2)).scaled(torch.ones(2)).projected(v[0], torch.eye(i))
+    assert max(sizes) <= limit
+
+
 def test_rows():
     g = torch.Generator().manual_seed(0)
     values, v = draw(g, 5, 3), draw(g, 2, 3)
@@ -84,5 +126,6 @@ def test_rows():
     torch.testing.assert_close(factors.squared_norm(), values.square().sum(dim=1), **EXACT)
     torch.testing.assert_close(factors.inner(v), v @ values.T, **EXACT)
     torch.testing.assert_close(factors.take(slice(1, 3)).values, values[1:3], **EXACT)
+    torch.testing.assert_close(factors.scaled(v[0, :1].expand(5)).values, v[0, 0] * values, **EXACT)
     torch.testing.assert_close(stacked([factors, factors]).values, values.repeat(2, 1), **EXACT)
     assert factors.to(torch.float32).values.dtype == torch.float32

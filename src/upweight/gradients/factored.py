@@ -1,6 +1,7 @@
 """gᵢ kept as its factors: a sum of outer products over the positions where a weight was used.
 
     Tokens    gᵢ = Σ_t left[i, t] ⊗ right[i, t]        for a weight [o, i]
+    Lookups   the same with left[i, t] = e(index[i, t])  for an embedding
     Rows      gᵢ as it is, [b, d]                      for biases, gains and what has no rule
 
 A linear layer has left = δ and right = a (extended by a 1 where the bias goes with the weight); a
@@ -26,12 +27,12 @@ class Tokens:
     right: Float[Tensor, "b t i"]
 
     def __len__(self) -> int:
-        return len(self.left)
+        return len(self.right)
 
     @property
     def positions(self) -> int:
         """t."""
-        return self.left.shape[1]
+        return self.right.shape[1]
 
     def matrices(self) -> Float[Tensor, "b o i"]:
         """gᵢ in full."""
@@ -70,6 +71,63 @@ class Tokens:
     def to(self, dtype: torch.dtype) -> "Tokens":
         """The same in another dtype."""
         return Tokens(self.left.to(dtype), self.right.to(dtype))
+
+
+class Lookups(Tokens):
+    """gᵢ = Σ_t e(index[i, t]) ⊗ right[i, t]: each position adds to the one row that it looked up.
+
+    Nothing of the size of the vocabulary is formed, unless somebody asks for `left`.
+
+    Args:
+        index: The rows.
+        rows: How many the weight has.
+        right: What is added to them.
+    """
+
+    def __init__(self, index: Int[Tensor, "b t"], rows: int, right: Float[Tensor, "b t i"]) -> None:
+        object.__setattr__(self, "index", index)
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "right", right)
+
+    index: Int[Tensor, "b t"]
+    rows: int
+
+    @property
+    def left(self) -> Float[Tensor, "b t o"]:  # type: ignore[override]
+        """e(index), in full."""
+        out = self.right.new_zeros(*self.index.shape, self.rows)
+        return out.scatter_(2, self.index[..., None], 1.0)
+
+    def matrices(self) -> Float[Tensor, "b o i"]:
+        b, _, i = self.right.shape
+        offset = self.rows * torch.arange(b, device=self.index.device)[:, None]
+        flat = self.right.new_zeros(b * self.rows, i)
+        flat.index_add_(0, (self.index + offset).flatten(), self.right.flatten(0, 1))
+        return flat.reshape(b, self.rows, i)
+
+    def total(self) -> Float[Tensor, "o i"]:
+        out = self.right.new_zeros(self.rows, self.right.shape[2])
+        return out.index_add_(0, self.index.flatten(), self.right.flatten(0, 1))
+
+    def squared_norm(self) -> Float[Tensor, " b"]:
+        same = self.index[:, :, None] == self.index[:, None, :]
+        return torch.where(same, self.right @ self.right.mT, 0.0).sum(dim=(1, 2))
+
+    def inner(self, vectors: Float[Tensor, "q o i"]) -> Float[Tensor, "q b"]:
+        # One vector at a time: all would hold q·b·t·i numbers.
+        return torch.stack([(v[self.index] * self.right).sum(dim=(1, 2)) for v in vectors])
+
+    def scaled(self, by: Float[Tensor, " b"]) -> "Lookups":
+        return Lookups(self.index, self.rows, self.right * by[:, None, None])
+
+    def projected(self, left: Float[Tensor, "o k"], right: Float[Tensor, "i l"]) -> Tokens:
+        return Tokens(left[self.index], self.right @ right)
+
+    def take(self, index: Int[Tensor, " k"] | slice) -> "Lookups":
+        return Lookups(self.index[index], self.rows, self.right[index])
+
+    def to(self, dtype: torch.dtype) -> "Lookups":
+        return Lookups(self.index, self.rows, self.right.to(dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +177,10 @@ def stacked(parts: Sequence[Factors]) -> Factors:
     def filled(x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, 0, most - x.shape[1]))
 
+    lookups = [p for p in tokens if isinstance(p, Lookups)]
+    if len(lookups) == len(tokens):
+        index = torch.cat([F.pad(p.index, (0, most - p.positions)) for p in lookups])
+        return Lookups(index, lookups[0].rows, torch.cat([filled(p.right) for p in lookups]))
     return Tokens(
         torch.cat([filled(p.left) for p in tokens]), torch.cat([filled(p.right) for p in tokens])
     )

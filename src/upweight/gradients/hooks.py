@@ -12,8 +12,9 @@ weights, `x @ layer.weight`) is noticed and named in `bypassed`: no layer would 
 The hooks live inside the context: model, parameters and hooks come back as they were.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -99,8 +100,7 @@ class Capture:
         if torch.is_inference_mode_enabled():  # unlike no_grad, it cannot be lifted inside of it
             raise NotDifferentiable(_inference_mode())
         self._context.enter_context(lent(self.task.model))
-        # A compiled model runs as written: compiled code does not call hooks added to it later.
-        self._context.enter_context(torch.compiler.set_stance("force_eager"))
+        self._context.enter_context(as_written())
         # PyTorch's inference path for transformers calls no layers, and packs padded sequences.
         self._context.callback(
             torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
@@ -242,6 +242,13 @@ class Capture:
             return tensor if rest is None else (tensor, *rest)
 
         return hook
+
+
+def as_written() -> AbstractContextManager[Any]:
+    """Compiled models run as their Python code: compiled code calls no hooks added to it later."""
+    # Loading the compiler takes a second; until somebody does, nothing is compiled.
+    is_loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
 
 
 @contextmanager

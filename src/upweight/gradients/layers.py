@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from upweight.gradients.factored import Factors, Rows, Tokens
+from upweight.gradients.factored import Factors, Lookups, Rows, Tokens
 from upweight.gradients.hooks import Call
 
 Contributions = Mapping[str, Factors]
@@ -109,8 +109,7 @@ def _embedding(module: nn.Embedding, call: Call, examples: Examples) -> Contribu
     index = examples.first(_input(call)).reshape(examples.size, -1)
     if module.padding_idx is not None:
         delta = delta * (index != module.padding_idx)[..., None]
-    one_hot = F.one_hot(index, module.num_embeddings).to(delta.dtype)
-    return {"weight": Tokens(one_hot, delta)}
+    return {"weight": Lookups(index.long(), module.num_embeddings, delta)}
 
 
 # -- convolutions ---------------------------------------------------------------------------------

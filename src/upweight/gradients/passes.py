@@ -307,6 +307,8 @@ def _joined_tokens(parts: Sequence[Factors], block: MatrixBlock, size: int, plan
     if not tokens:  # no use reached the value: no positions
         none = torch.zeros((), dtype=plan.dtype, device=plan.task.layout.device)
         return Tokens(none.expand(size, 1, o), none.expand(size, 1, i))
+    if len(tokens) == 1 and block.bias is None:
+        return tokens[0]
     left = tokens[0].left if len(tokens) == 1 else torch.cat([t.left for t in tokens], dim=1)
     right = tokens[0].right if len(tokens) == 1 else torch.cat([t.right for t in tokens], dim=1)
     assert right.shape[-1] == inputs

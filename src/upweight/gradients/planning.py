@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves
 from upweight._typing import Batch, Params
 from upweight.errors import UnsupportedModel, UpweightError, message
 from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source, VectorBlock
-from upweight.gradients.factored import Factors, Rows, Tokens
-from upweight.gradients.hooks import Capture, inside, lent
+from upweight.gradients.hooks import Capture, as_written, inside, lent
 from upweight.gradients.layers import Rule, rule_for
 from upweight.gradients.passes import GradientPass, NoBatchingRule, misplaced, roles
 from upweight.task.data import Data
@@ -45,8 +44,7 @@ def plan(task: Task, data: Data) -> Plan:
     Cost: some forward and backward passes over three examples.
     """
     _require_modules(task.model)
-    # Compiled models run as written here, and must not be compiled for a few examples.
-    with lent(task.model), torch.compiler.set_stance("force_eager"):
+    with lent(task.model), as_written():
         return _Planning(task, data).plan()
 
 
@@ -430,13 +428,8 @@ def _mismatches(made: Plan, batch: Batch, eps: float) -> list[str]:
     wrong = []
     for block, part in zip(made.blocks, factors, strict=True):
         expected = flat[block.index(task.layout).to(flat.device)]
-        c = weights.to(made.dtype)
-        scaled: Factors = (
-            Tokens(part.left * c[:, None, None], part.right)
-            if isinstance(part, Tokens)
-            else Rows(part.values * c[:, None])
-        )
-        error = float((scaled.total().flatten() - expected).norm())
+        total = part.scaled(weights.to(made.dtype)).total()
+        error = float((total.flatten() - expected).norm())
         if not error <= eps**0.5 * float(expected.norm()) + 100 * eps * scale:
             wrong += list(block.parameters)
     return wrong

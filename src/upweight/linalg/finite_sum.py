@@ -18,6 +18,11 @@ from upweight.linalg.algebra import agree
 from upweight.linalg.operator import LinearOperator, Tag, closed
 
 
+def mean_of(total: Tensor, n: int) -> Tensor:
+    """(1/n) Σ for a sum over examples that was taken term by term."""
+    return total / n
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class FiniteSum(LinearOperator):
     """A = (1/n) Σ_b A_b.

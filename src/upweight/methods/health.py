@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight.curvature.layerwise import BlockCurvature
+from upweight.errors import message
 from upweight.gradients.source import FactoredLinear, GradientSource
 from upweight.linalg.damping import Damping, Relative
 from upweight.linalg.operator import LinearOperator
@@ -62,6 +64,41 @@ def mean_eigenvalue(
     if isinstance(source, FactoredLinear):
         return {"mean_eigenvalue": float(operator.trace()) / operator.shape[1] - lam}
     return {}
+
+
+def spectrum(curvature: BlockCurvature) -> dict[str, Any]:
+    """Damping against the eigenvalues, for all of θ and block by block."""
+    blocks = {}
+    for block in curvature.blocks:
+        values = block.eigenvalues
+        blocks[block.name] = {
+            "entries": values.numel(),
+            "mean_eigenvalue": float(values.double().mean()),
+            "largest_eigenvalue": float(values.max()),
+            "damping": block.damping,
+            "below_damping": float((values < block.damping).double().mean()),
+            "mean_eigenvalue_error": block.mean_error,
+        }
+    entries = sum(b["entries"] for b in blocks.values())
+
+    def mean(key: str) -> float:
+        return sum(b[key] * b["entries"] for b in blocks.values()) / entries
+
+    return {
+        "damping": mean("damping"),
+        "mean_eigenvalue": mean("mean_eigenvalue"),
+        "blocks": blocks,
+    }
+
+
+def moved(now: Tensor, then: Tensor) -> str:
+    """The message for a model that is no longer what the method was fitted to."""
+    return message(
+        "The model must still have the parameters that the method was fitted to.",
+        f"parameters that differ by up to {float((now - then).abs().max()):.2e}.",
+        "training went on, or weights were loaded, after fit.",
+        "fit again, or fit to a copy: copy.deepcopy(model).",
+    )
 
 
 def precision_notes(task: Task) -> tuple[str, ...]:

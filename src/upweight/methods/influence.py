@@ -22,6 +22,7 @@ from upweight._typing import Batch
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
+from upweight.curvature.layerwise import LayerwiseCurvature
 from upweight.errors import ModelChanged, NotDifferentiable, ShapeError, message
 from upweight.gradients.functional import measure_gradients
 from upweight.gradients.source import FactoredLinear, GradientSource, gradient_source
@@ -30,7 +31,7 @@ from upweight.linalg.damping import Damping, as_damping, damped
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solve import Auto, Solver
-from upweight.methods import health
+from upweight.methods import health, layerwise
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.removal import LinearRemovals
 from upweight.scores import Context, Provenance, Scores, Unit, library_versions
@@ -75,7 +76,8 @@ class Influence:
     """Influence functions: which H, how to invert it, how much to damp it.
 
     Args:
-        curvature: H: `Hessian()`, `GGN()`, `Fisher()` or `EmpiricalFisher()`.
+        curvature: H: `Hessian()`, `GGN()`, `Fisher()`, `EmpiricalFisher()`, or by layer `EKFAC()`,
+            `KFAC()`, `Diagonal()`, `Blockwise(...)`.
         solver: How (H + λI)⁻¹ is applied; `Auto()` goes by size and definiteness.
         damping: λ as a number, `Absolute(λ)` or `Relative(factor)`. 0.0 adds nothing.
 
@@ -92,12 +94,17 @@ class Influence:
         """Derivatives of the measurement."""
         return Unit.DERIVATIVE
 
-    def fit(self, task: Task, train: Any) -> "FittedInfluence":
+    def fit(self, task: Task, train: Any, *, memory_bytes: int | None = None) -> Any:
         """Check the task on its training data, and prepare (H + λI)⁻¹.
+
+        A curvature a block at a time (`EKFAC()` and its kin) with `Auto()` is inverted in its own
+        eigenbases and gives a `LayerwiseInfluence`; any other gives a `FittedInfluence`.
 
         Args:
             task: What was trained.
             train: The training set, as for `as_data`.
+            memory_bytes: What one batch may take, for layerwise curvatures; None: a share of what
+                is free.
 
         Raises:
             UpweightError: One of the checks of `upweight.task.check`, with the way out.
@@ -107,6 +114,8 @@ class Influence:
         """
         started = time.perf_counter()
         data = as_data(train)
+        if isinstance(self.curvature, LayerwiseCurvature) and isinstance(self.solver, Auto):
+            return layerwise.fit(self, task, data, 1.0 / len(data), memory_bytes)
         losses = checked_losses(task, data, "training data")
         curvature = self.curvature.fit(task, data)
         damping = as_damping(self.damping).of(curvature)
@@ -473,15 +482,7 @@ class FittedInfluence:
 
     def _require_same_model(self) -> None:
         if not torch.equal(self.task.theta(), self.theta):
-            raise ModelChanged(
-                message(
-                    "The model must still have the parameters that the method was fitted to.",
-                    f"parameters that differ by up to "
-                    f"{float((self.task.theta() - self.theta).abs().max()):.2e}.",
-                    "training went on, or weights were loaded, after fit.",
-                    "fit again, or fit to a copy: copy.deepcopy(model).",
-                )
-            )
+            raise ModelChanged(health.moved(self.task.theta(), self.theta))
 
     def _measure_rows(self, measure: Any, batch: Batch) -> Float[Tensor, "b p"]:
         if isinstance(measure, Loss):  # ∇m = ∇ℓ, for which the source may have a closed form

@@ -1,0 +1,141 @@
+"""∇m_q of one block in the block's eigenbasis, and what it becomes under (H + λ)⁻¹."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from upweight.curvature.layerwise import FittedBlock
+from upweight.gradients.factored import Factors, Rows, Tokens
+from upweight.linalg.eigen import Eigen
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredQueries:
+    """∇m_q = δ_q ⊗ a_q, one position each, rotated: δ̃ [q, o] and ã [q, i].
+
+    Args:
+        eigen: The block's curvature.
+        inverse: M = 1/(Λ + λ).
+        left, right: δ̃ and ã.
+    """
+
+    eigen: Eigen
+    inverse: Float[Tensor, "o i"]
+    left: Float[Tensor, "q o"]
+    right: Float[Tensor, "q i"]
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    def solved(self, rows: slice | Tensor) -> Float[Tensor, "k o i"]:
+        """V_q = (H + λ)⁻¹ ∇m_q of some queries, in θ's own coordinates."""
+        dense = self.left[rows][:, :, None] * self.right[rows][:, None, :]
+        return self.eigen.unrotated(dense * self.inverse)
+
+
+def rotated(tokens: Tokens, eigen: Eigen) -> Tokens:
+    """The factors in the block's eigenbases."""
+    left, right = (
+        x if q is None else x @ q.to(x.dtype)
+        for x, q in zip((tokens.left, tokens.right), eigen.bases, strict=True)
+    )
+    return Tokens(left, right)
+
+
+def in_basis(eigen: Eigen, factors: Factors) -> Float[Tensor, "b ..."]:
+    """Qᵀ g of each example, [b, *eigenvalues]."""
+    if isinstance(factors, Tokens) and eigen.values.ndim == 2:
+        return rotated(factors, eigen).matrices()
+    values = factors.values if isinstance(factors, Rows) else factors.matrices()
+    return eigen.rotated(values.reshape(len(values), *eigen.values.shape))
+
+
+def solved(inverse: Eigen, factors: Factors) -> Float[Tensor, "q ..."]:
+    """(H + λ)⁻¹ ∇m_q in θ's own coordinates, [q, o, i] or [q, d]."""
+    return inverse.unrotated(in_basis(inverse, factors) * inverse.values)
+
+
+def self_products(inverse: Eigen, factors: Factors) -> Float[Tensor, " b"]:
+    """⟨gᵢ, (H + λ)⁻¹ gᵢ⟩ for each example, from the inverse's eigendecomposition."""
+    if isinstance(factors, Tokens) and factors.positions == 1:
+        tokens = rotated(factors, inverse)
+        left, right = tokens.left[:, 0].square(), tokens.right[:, 0].square()
+        return ((left @ inverse.values) * right).sum(dim=1)
+    squares = in_basis(inverse, factors).square_()
+    return (squares * inverse.values).flatten(1).sum(dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedQueries:
+    """V_q = (H + λ)⁻¹ ∇m_q in θ's own coordinates.
+
+    Args:
+        vectors: [q, o, i] or [q, d], in the precision of the product.
+        reference: Those of the reference queries, in full precision.
+    """
+
+    vectors: Float[Tensor, "q ..."]
+    reference: Float[Tensor, "k ..."]
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+
+BlockQueries: TypeAlias = FactoredQueries | SolvedQueries
+
+
+def block_queries(
+    blocks: Sequence[FittedBlock],
+    batches: Iterable[tuple[int, int, list[Factors]]],
+    q: int,
+    positions: Sequence[int],
+    reference: Int[Tensor, " k"],
+    dtypes: Sequence[torch.dtype],
+) -> list[BlockQueries]:
+    """Every block's queries, from batches of measure gradients.
+
+    Args:
+        blocks: The curvature and damping of each block.
+        batches: `(start, stop, factors)` over the queries, in order.
+        q: How many queries there are.
+        positions: At how many positions each block's weight is used on a training example.
+        reference: Queries to keep in full precision too.
+        dtypes: What each block's vectors are stored in.
+    """
+    inverses = [block.eigen.inverse(block.damping) for block in blocks]
+    factored: list[list[Tokens]] = [[] for _ in blocks]
+    vectors: list[Tensor | None] = [None] * len(blocks)
+    kept: list[list[Tensor]] = [[] for _ in blocks]
+    for start, stop, parts in batches:
+        rows = reference[(reference >= start) & (reference < stop)] - start
+        for k, (block, part) in enumerate(zip(blocks, parts, strict=True)):
+            if isinstance(part, Tokens) and part.positions == 1 and positions[k] == 1:
+                factored[k].append(rotated(part, block.eigen))
+                continue
+            v = solved(inverses[k], part)
+            if vectors[k] is None:
+                vectors[k] = v.new_empty((q, *v.shape[1:]), dtype=dtypes[k])
+            vectors[k][start:stop] = v  # type: ignore[index]
+            kept[k].append(v[rows])
+    made: list[BlockQueries] = []
+    for k, block in enumerate(blocks):
+        stored = vectors[k]
+        if stored is None:
+            left = torch.cat([t.left[:, 0] for t in factored[k]])
+            right = torch.cat([t.right[:, 0] for t in factored[k]])
+            made.append(FactoredQueries(block.eigen, inverses[k].values, left, right))
+        else:
+            made.append(SolvedQueries(stored, torch.cat(kept[k])))
+    return made
+
+
+def inner(queries: BlockQueries, matrix: Float[Tensor, "..."]) -> Float[Tensor, " q"]:
+    """⟨V_q, matrix⟩ of every query with one matrix (or vector) of the block's shape."""
+    if isinstance(queries, FactoredQueries):
+        weighted = queries.inverse * queries.eigen.rotated(matrix.to(queries.inverse))
+        return ((queries.left @ weighted) * queries.right).sum(dim=1)
+    return queries.vectors.flatten(1).to(matrix.dtype) @ matrix.flatten()

@@ -1,0 +1,319 @@
+"""What one block of θ learns from the stream of its gradients: its own eigendecomposition.
+
+    KFACBlock       A = E[a aᵀ], G = E[δ δᵀ]            H ≈ G ⊗ A              one pass
+    EKFACBlock      their eigenbases, then Λ = E[(Q_Gᵀ g Q_A)²] in them        two passes
+    DenseBlock      E[g gᵀ] itself, for a small vector                         one pass
+    DiagonalBlock   E[g²]                                                      one pass
+
+George et al. (2018) show that Λ is the best diagonal in the given basis: no other eigenvalues bring
+Q Λ Qᵀ closer to E[g gᵀ] in Frobenius norm, K-FAC's own products among them.
+"""
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.errors import NonFinite, message
+from upweight.gradients.factored import Factors, Rows, Tokens
+from upweight.linalg.eigen import Eigen, eigenbasis
+from upweight.linalg.finite_sum import mean_of
+from upweight.linalg.gram import LongSum
+
+CHUNK_BYTES = 32 * 2**20
+"""Memory for gradients [b, o, i] formed at once; more would leave the processor's cache."""
+
+
+class Sharing(abc.ABC):
+    """Which pairs (a, δ) stand for an example whose weight was used at t positions."""
+
+    @abc.abstractmethod
+    def pairs(self, tokens: Tokens) -> tuple[Float[Tensor, "m i"], Float[Tensor, "m o"]]:
+        """Rows of a and of δ. The scale is that of E[δ δᵀ] per example, E[a aᵀ] per row."""
+
+
+@dataclass(frozen=True)
+class Expand(Sharing):
+    """Every position is an example of its own: A = E_t[a_t a_tᵀ], G = E[Σ_t δ_t δ_tᵀ].
+
+    K-FAC-expand of Eschenhagen et al. (2023), Eq. 15: exact for deep linear networks whose loss has
+    a term per position, as language models have. Positions where δ = 0 (padding) are left out.
+    """
+
+    def pairs(self, tokens: Tokens) -> tuple[Float[Tensor, "m i"], Float[Tensor, "m o"]]:
+        a, delta = tokens.right.flatten(0, 1), tokens.left.flatten(0, 1)
+        if tokens.positions == 1:
+            return a, delta
+        alive = (delta != 0).any(dim=1)
+        return (a, delta) if bool(alive.all()) else (a[alive], delta[alive])
+
+
+@dataclass(frozen=True)
+class Reduce(Sharing):
+    """Positions are added up first: A = E[ā āᵀ] with ā = mean_t a_t, G = E[(Σ_t δ_t)(Σ_t δ_t)ᵀ].
+
+    K-FAC-reduce of Eschenhagen et al. (2023), Eq. 22: exact for deep linear networks that average
+    over positions before the loss, as vision transformers and many convolutional networks do.
+    """
+
+    def pairs(self, tokens: Tokens) -> tuple[Float[Tensor, "m i"], Float[Tensor, "m o"]]:
+        return tokens.right.mean(dim=1), tokens.left.sum(dim=1)
+
+
+class Estimator(abc.ABC):
+    """Learns one block. Gradients come in passes over the data; `finish` closes a pass.
+
+    Args:
+        name: The block, for messages.
+        dtype: What the result is kept in.
+        device: Where.
+    """
+
+    passes: int = 1
+
+    def __init__(self, name: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.name, self.dtype, self.device = name, dtype, device
+
+    @abc.abstractmethod
+    def see(self, stage: int, factors: Factors) -> None:
+        """The gradients of one batch, in pass number `stage`."""
+
+    def finish(self, stage: int) -> None:  # noqa: B027  most have nothing to do
+        """All batches of a pass have been seen."""
+
+    @abc.abstractmethod
+    def result(self, count: int) -> Eigen:
+        """The curvature, with sums over gradients divided by their number."""
+
+    @abc.abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What was learned so far, to go on from later."""
+
+    @abc.abstractmethod
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` gave."""
+
+    def _sum(self, *shape: int) -> LongSum:
+        return LongSum(shape, self.dtype, self.device)
+
+    def _finite(self, values: Tensor) -> Tensor:
+        if not bool(values.isfinite().all()):
+            raise NonFinite(
+                message(
+                    "Gradients must be finite to be averaged.",
+                    f"NaN or infinity in the curvature of {self.name}.",
+                    "activations or gradients that overflow in this dtype.",
+                    "use model.float(), or look for infinite values in the data.",
+                )
+            )
+        return values
+
+
+class _Covariances:
+    """Σ a aᵀ and Σ δ δᵀ, and over how many rows the former."""
+
+    def __init__(self, estimator: Estimator, shape: tuple[int, int], sharing: Sharing) -> None:
+        o, i = shape
+        self.left, self.right = estimator._sum(o, o), estimator._sum(i, i)
+        self.rows, self.sharing = 0, sharing
+
+    def see(self, tokens: Tokens) -> None:
+        a, delta = self.sharing.pairs(tokens)
+        self.right.add_gram(a)
+        self.left.add_gram(delta)
+        self.rows += len(a)
+
+    def tensors(self) -> dict[str, Tensor]:
+        rows = torch.tensor(self.rows)
+        return {"left": self.left.total, "right": self.right.total, "rows": rows}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self.left.restore(tensors["left"])
+        self.right.restore(tensors["right"])
+        self.rows = int(tensors["rows"])
+
+
+class KFACBlock(Estimator):
+    """G ⊗ A as an eigendecomposition: Q_G ⊗ Q_A with the products of their eigenvalues."""
+
+    def __init__(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        shape: tuple[int, int],
+        sharing: Sharing,
+    ) -> None:
+        super().__init__(name, dtype, device)
+        self._covariances = _Covariances(self, shape, sharing)
+
+    def see(self, stage: int, factors: Factors) -> None:
+        assert isinstance(factors, Tokens)
+        self._covariances.see(factors)
+
+    def result(self, count: int) -> Eigen:
+        c = self._covariances
+        alpha, right = eigenbasis(self._finite(mean_of(c.right.gram, max(1, c.rows))))
+        gamma, left = eigenbasis(self._finite(mean_of(c.left.gram, count)))
+        # Rounding leaves the zero eigenvalues of a covariance a little below zero.
+        values = gamma.clamp_min(0.0)[:, None] * alpha.clamp_min(0.0)
+        return Eigen((left.to(self.dtype), right.to(self.dtype)), values.to(self.dtype))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self._covariances.tensors()
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self._covariances.restore(tensors)
+
+
+class EKFACBlock(Estimator):
+    """K-FAC's eigenbases, and the second moments of the gradients in them."""
+
+    passes = 2
+
+    def __init__(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        shape: tuple[int, int],
+        sharing: Sharing,
+    ) -> None:
+        super().__init__(name, dtype, device)
+        self._covariances: _Covariances | None = _Covariances(self, shape, sharing)
+        self._shape = shape
+        self._bases: tuple[Tensor, Tensor] | None = None
+        self._moments = self._sum(*shape)
+
+    def see(self, stage: int, factors: Factors) -> None:
+        assert isinstance(factors, Tokens)
+        if stage == 0:
+            assert self._covariances is not None
+            self._covariances.see(factors)
+            return
+        assert self._bases is not None
+        add_second_moments(self._moments, factors, *self._bases)
+
+    def finish(self, stage: int) -> None:
+        if stage > 0:
+            return
+        assert self._covariances is not None
+        # The scale of a covariance does not change its eigenbasis.
+        _, left = eigenbasis(self._finite(self._covariances.left.gram))
+        _, right = eigenbasis(self._finite(self._covariances.right.gram))
+        self._bases = (left.to(self.dtype), right.to(self.dtype))
+        self._covariances = None
+
+    def result(self, count: int) -> Eigen:
+        assert self._bases is not None
+        values = mean_of(self._finite(self._moments.total), count)
+        return Eigen(self._bases, values.to(self.dtype))
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self._covariances is not None:
+            return self._covariances.tensors()
+        assert self._bases is not None
+        left, right = self._bases
+        return {"left_basis": left, "right_basis": right, "moments": self._moments.total}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        if "moments" not in tensors:
+            assert self._covariances is not None
+            self._covariances.restore(tensors)
+            return
+        self._covariances = None
+        self._bases = (tensors["left_basis"], tensors["right_basis"])
+        self._moments.restore(tensors["moments"])
+
+
+def add_second_moments(
+    moments: LongSum,
+    tokens: Tokens,
+    left: Float[Tensor, "o o"],
+    right: Float[Tensor, "i i"],
+) -> None:
+    """Add Σ_b (leftᵀ g_b right)², elementwise, to a sum [o, i].
+
+    With one position per example it is one product of squares, (δ leftᵀ)²ᵀ (a right)²: nothing of
+    size o·i per example. Otherwise g is formed either from rotated factors or to be rotated itself,
+    whichever takes fewer multiply-adds.
+    """
+    t, o, i = tokens.positions, len(left), len(right)
+    if t == 1:
+        rotated = tokens.projected(left, right)
+        moments.add_product(rotated.left[:, 0].square_(), rotated.right[:, 0].square_())
+        return
+    factors_first = t * (o * o + i * i) <= o * i * (o + i)
+    size = max(1, CHUNK_BYTES // (o * i * tokens.left.element_size()))
+    for start in range(0, len(tokens), size):
+        part = tokens.take(slice(start, start + size))
+        if factors_first:
+            g = part.projected(left, right).matrices()
+        else:
+            g = (left.mT @ part.matrices()) @ right
+        moments.add(g.square_().sum(dim=0))
+
+
+class DenseBlock(Estimator):
+    """E[g gᵀ] of a small vector, decomposed: exact within its block."""
+
+    def __init__(
+        self, name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]
+    ) -> None:
+        super().__init__(name, dtype, device)
+        size = torch.Size(shape).numel()
+        self._shape = shape
+        self._gram = self._sum(size, size)
+
+    def see(self, stage: int, factors: Factors) -> None:
+        self._gram.add_gram(_rows(factors))
+
+    def result(self, count: int) -> Eigen:
+        values, basis = eigenbasis(self._finite(mean_of(self._gram.gram, count)))
+        return Eigen((basis.to(self.dtype),), values.clamp_min(0.0).to(self.dtype))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"gram": self._gram.total}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self._gram.restore(tensors["gram"])
+
+
+class DiagonalBlock(Estimator):
+    """E[g²], entry by entry."""
+
+    def __init__(
+        self, name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]
+    ) -> None:
+        super().__init__(name, dtype, device)
+        self._squares = self._sum(*shape)
+        self._shape = shape
+
+    def see(self, stage: int, factors: Factors) -> None:
+        if isinstance(factors, Rows):
+            self._squares.add(factors.values.square().sum(dim=0))
+        elif factors.positions == 1:
+            self._squares.add_product(factors.left[:, 0].square(), factors.right[:, 0].square())
+        else:
+            o, i = self._shape
+            size = max(1, CHUNK_BYTES // (o * i * factors.left.element_size()))
+            for start in range(0, len(factors), size):
+                part = factors.take(slice(start, start + size))
+                self._squares.add(part.matrices().square_().sum(dim=0))
+
+    def result(self, count: int) -> Eigen:
+        values = mean_of(self._finite(self._squares.total), count)
+        return Eigen((None,) * values.ndim, values.to(self.dtype))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"squares": self._squares.total}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self._squares.restore(tensors["squares"])
+
+
+def _rows(factors: Factors) -> Float[Tensor, "b d"]:
+    return factors.values if isinstance(factors, Rows) else factors.matrices().flatten(1)

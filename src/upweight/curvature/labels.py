@@ -1,0 +1,175 @@
+"""Whose labels does the curvature see? The model's own, drawn or in expectation, or the data's.
+
+Sampled     E_{ŷ∼p}[g gᵀ] with a few draws ŷ per example      the Fisher, unbiased
+Expected    E_{ŷ∼p}[g gᵀ] = Jᵀ Λ J, a pass per output          the Fisher and GGN, exactly
+Observed    g gᵀ with the data's y                            the empirical Fisher
+"""
+
+import abc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from upweight.errors import NotPositiveDefinite, SpecError, UnsupportedModel, message
+from upweight.task.losses import Loss
+
+Head: TypeAlias = tuple[Callable[[Tensor, Any, Any], Tensor], Any]
+"""A value per example, `head(outputs, targets, extra)`, and its extra."""
+
+CHUNK = 16
+"""Examples per draw. Draws belong to an example's place in the data, not to its batch: batches of
+any multiple of this size see the same labels."""
+
+
+class Labels(abc.ABC):
+    """Which labels each example's gradient is taken with."""
+
+    per_example: int
+    """How many gradients of an example make its share of the curvature; each counts 1/this."""
+
+    @abc.abstractmethod
+    def heads(
+        self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
+    ) -> Iterator[Head]:
+        """The values whose gradients to take.
+
+        Args:
+            loss: ℓ.
+            outputs: Of a batch, detached.
+            targets: Of the batch.
+            start: The place of the batch's first example in the data.
+            stream: Number of the pass: each draws anew.
+        """
+
+
+@dataclass(frozen=True)
+class Sampled(Labels):
+    """Labels ŷ ~ p(· | f(x)) drawn from the model: the Fisher information, without bias.
+
+    Args:
+        samples: Draws per example.
+        seed: Of the draws.
+
+    Raises:
+        SpecError: Not at least one sample.
+    """
+
+    samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise SpecError(
+                message(
+                    "Sampled needs at least one sample per example.",
+                    f"samples={self.samples!r}.",
+                    "0 meant as no sampling.",
+                    "use Expected() for the exact expectation or Observed() for the data's labels.",
+                )
+            )
+
+    @property
+    def per_example(self) -> int:  # type: ignore[override]
+        return self.samples
+
+    def heads(
+        self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
+    ) -> Iterator[Head]:
+        def head(f: Tensor, _: Any, drawn: Any) -> Tensor:
+            return loss(f, drawn)
+
+        for k in range(self.samples):
+            yield head, self._drawn(loss, outputs, targets, start, stream * self.samples + k)
+
+    def _drawn(self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int) -> Any:
+        generator, pieces = torch.Generator(device=outputs.device), []
+        first = 0
+        while first < len(outputs):
+            place = start + first
+            stop = min(len(outputs), first + CHUNK - place % CHUNK)
+            # One seed for each (seed, stream, place): primes keep the three apart.
+            generator.manual_seed(self.seed * 1_000_000_007 + stream * 15_485_863 + place)
+            part = tree_map(_rows(first, stop), targets)
+            pieces.append(loss.sample(outputs[first:stop], part, generator))
+            first = stop
+        return torch.cat(pieces)
+
+
+def _rows(start: int, stop: int) -> Callable[[Any], Any]:
+    return lambda x: x[start:stop] if isinstance(x, Tensor) else x
+
+
+@dataclass(frozen=True)
+class Expected(Labels):
+    """Every label, weighted by its probability: Jᵀ Λ J with Λ = ∂²ℓ/∂f², without sampling.
+
+    Any loss that is convex in the outputs will do; for negative log-likelihoods of an exponential
+    family in its natural parameter this is the Fisher (Martens 2020, §9).
+
+    Args:
+        most: The most outputs per example for which to take that many backward passes.
+
+    Cost: one backward pass per output of the model (rank of Λ), where `Sampled` takes one in all.
+    """
+
+    most: int = 256
+
+    per_example = 1
+
+    def heads(
+        self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
+    ) -> Iterator[Head]:
+        width = outputs[0].numel()
+        if width > self.most:
+            raise UnsupportedModel(
+                message(
+                    f"Expected() takes one backward pass per output, up to {self.most}.",
+                    f"{width} outputs per example, of shape {tuple(outputs.shape[1:])}.",
+                    "a model with many classes or one output per position.",
+                    "use Sampled(), or Expected(most=...) if that many passes are meant.",
+                )
+            )
+        values, vectors = torch.linalg.eigh(loss.hessian(outputs, targets).double())
+        scale = float(values.max())
+        if float(values.min()) < -1e-6 * max(scale, 1.0):
+            raise NotPositiveDefinite(
+                message(
+                    "Expected() needs a loss that is convex in the model's outputs.",
+                    f"∂²ℓ/∂f² with eigenvalue {float(values.min()):.3g} under {loss!r}.",
+                    "a robust or bounded loss.",
+                    "use Observed() or Sampled().",
+                ),
+                float(values.min()),
+            )
+        roots = vectors * values.clamp_min(0.0).sqrt()[:, None, :]
+
+        def head(f: Tensor, _: Any, column: Tensor) -> Tensor:
+            return (f.reshape(len(f), -1) * column).sum(dim=1)
+
+        for k in range(width):
+            column = roots[:, :, k].to(outputs.dtype)
+            if bool(column.any()):
+                yield head, column
+
+
+@dataclass(frozen=True)
+class Observed(Labels):
+    """The data's own labels: the empirical Fisher, which is not the Fisher.
+
+    The two agree only where the model is right about the label distribution (Kunstner, Balles &
+    Hennig 2019, §3).
+    """
+
+    per_example = 1
+
+    def heads(
+        self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
+    ) -> Iterator[Head]:
+        def head(f: Tensor, y: Any, _: Any) -> Tensor:
+            return loss(f, y)
+
+        yield head, torch.zeros(len(outputs), device=outputs.device)

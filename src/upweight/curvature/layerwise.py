@@ -1,0 +1,299 @@
+"""Curvature a block at a time: H ≈ ⊕ₗ Hₗ, each block with its eigendecomposition.
+
+    LayerwiseCurvature.fit      stream the data past one estimator per block (K-FAC, EK-FAC, …)
+    BlockCurvature              what came of it: blocks, their eigenvalues and bases
+
+Nothing of size p × p is formed, and nothing of size p per example where a weight is used once per
+example. The penalty's own curvature is added to the eigenvalues: exactly where it is a multiple of
+the identity on a block (`L2`), else its diagonal in the block's basis.
+"""
+
+import abc
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upweight._typing import Batch
+from upweight.curvature.estimators import Estimator
+from upweight.curvature.labels import Labels
+from upweight.errors import DataError, message
+from upweight.gradients.blocks import Block, MatrixBlock, Plan
+from upweight.gradients.cost import Cost, cost
+from upweight.gradients.factored import Factors
+from upweight.gradients.passes import GradientPass
+from upweight.gradients.planning import plan
+from upweight.linalg.blockdiag import BlockDiagonal
+from upweight.linalg.eigen import Eigen
+from upweight.linalg.operator import LinearOperator
+from upweight.runtime.memory import examples_within, working_bytes
+from upweight.runtime.progress import progress
+from upweight.task.data import Data
+from upweight.task.task import Task
+
+MOST_EXAMPLES = 512
+"""Examples in a batch at most; larger batches gain no speed and leave the processor's cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class FittedBlock:
+    """One block of θ with its curvature.
+
+    Args:
+        block: Which parameters.
+        eigen: Q Λ Qᵀ, the penalty's curvature included.
+        damping: λ of this block.
+        mean_error: Standard error of the mean eigenvalue from having seen only some examples,
+            relative to it; 0 when all were seen.
+    """
+
+    block: Block
+    eigen: Eigen
+    damping: float = 0.0
+    mean_error: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """What the block is called."""
+        return self.block.name
+
+    @property
+    def weight(self) -> str:
+        """Its weight, or its parameters."""
+        return self.block.weight if isinstance(self.block, MatrixBlock) else self.block.name
+
+    @property
+    def bias(self) -> str | None:
+        """The bias that is the weight's last column, if one is."""
+        return self.block.bias if isinstance(self.block, MatrixBlock) else None
+
+    @property
+    def left(self) -> Tensor | None:
+        """Q_G [o, o], or the one basis of a vector; None where it is the identity."""
+        return self.eigen.bases[0]
+
+    @property
+    def right(self) -> Tensor | None:
+        """Q_A [i, i]; None where it is the identity."""
+        return self.eigen.bases[-1]
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """Λ, [o, i] or [d]."""
+        return self.eigen.values
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCurvature:
+    """⊕ₗ Qₗ Λₗ Qₗᵀ. Made by `fit` of a layerwise spec.
+
+    Args:
+        plan: How gradients are obtained, block by block.
+        cost: What an example costs.
+        blocks: One per block of the plan, in its order.
+        notes: What was approximated on the way.
+        seconds: Time spent, by stage.
+    """
+
+    plan: Plan
+    cost: Cost
+    blocks: tuple[FittedBlock, ...]
+    notes: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def operator(self) -> LinearOperator:
+        """The same as an operator on flat vectors."""
+        layout = self.plan.task.layout
+        indices = tuple(b.block.index(layout).to(layout.device) for b in self.blocks)
+        return BlockDiagonal(tuple(b.eigen for b in self.blocks), indices)
+
+
+class LayerwiseCurvature(abc.ABC):
+    """A spec that makes one estimator per block: `KFAC`, `EKFAC`, `Diagonal`, `Blockwise`."""
+
+    @abc.abstractmethod
+    def estimator(self, block: Block, dtype: torch.dtype, device: torch.device) -> Estimator:
+        """What learns this block."""
+
+    @property
+    @abc.abstractmethod
+    def which(self) -> Labels:
+        """Whose labels the gradients are taken with."""
+
+    @property
+    def examples(self) -> int | None:
+        """How many training examples to learn from; None: all of them."""
+        return None
+
+    def fit(self, task: Task, data: Data, *, n: int | None = None) -> LinearOperator:
+        """H at θ̂ on flat vectors; see `Curvature.fit`."""
+        return self.fit_blocks(task, data, n=n).operator()
+
+    def fit_blocks(
+        self,
+        task: Task,
+        data: Data,
+        *,
+        n: int | None = None,
+        memory_bytes: int | None = None,
+        checkpoint: "Checkpoint | None" = None,
+    ) -> BlockCurvature:
+        """H at θ̂, block by block.
+
+        Args:
+            task: What was trained.
+            data: The training data.
+            n: What sums are divided by; see `Curvature.fit`.
+            memory_bytes: What a batch may take; None: a share of what is free.
+            checkpoint: Where to keep the sums while they grow.
+
+        Raises:
+            UnsupportedModel: The labels cannot be drawn, or a gradient cannot be had.
+            NonFinite: A gradient is NaN or infinite.
+
+        Cost: a forward pass and a backward pass through the activations per pass of the estimators
+        (K-FAC one, EK-FAC two) and per label, and their products.
+        """
+        made = plan(task, data)
+        spent = cost(made, data)
+        seen, notes = self._seen(data)
+        estimators = [
+            self.estimator(block, made.dtype, task.layout.device) for block in made.blocks
+        ]
+        stages = max(e.passes for e in estimators)
+        place = checkpoint.load(estimators) if checkpoint else (0, 0)
+        seconds = {}
+        batch = examples_within(
+            working_bytes(task.layout.device, memory_bytes), spent.bytes_per_example, MOST_EXAMPLES
+        )
+        spread = _Spread(len(estimators))
+        for stage in range(place[0], stages):
+            started = time.perf_counter()
+            first = place[1] if stage == place[0] else 0
+            what = f"curvature, pass {stage + 1} of {stages}"
+            with GradientPass(made) as passes:
+                steps = ((a, b, x) for a, b, x in seen.batches(batch) if a >= first)
+                for start, stop, examples in progress(steps, len(seen), what, first):
+                    for factors in self._gradients(passes, task, examples, start, stage):
+                        for estimator, part in zip(estimators, factors, strict=True):
+                            if stage < estimator.passes:
+                                estimator.see(stage, part)
+                        if stage == 0 and len(seen) < len(data):
+                            spread.see(factors)
+                    if checkpoint:
+                        checkpoint.due((stage, stop), estimators)
+            for estimator in estimators:
+                if stage < estimator.passes:
+                    estimator.finish(stage)
+            seconds[f"curvature_pass_{stage + 1}"] = time.perf_counter() - started
+        size = len(seen) if n is None or len(seen) < len(data) else n
+        count = size * self.which.per_example
+        eigens = [estimator.result(count) for estimator in estimators]
+        eigens, penalty_notes = _with_penalty(made, eigens)
+        errors = spread.relative_errors(len(data))
+        blocks = tuple(
+            FittedBlock(block, eigen, mean_error=error)
+            for block, eigen, error in zip(made.blocks, eigens, errors, strict=True)
+        )
+        return BlockCurvature(made, spent, blocks, (*made.notes, *notes, *penalty_notes), seconds)
+
+    def _gradients(
+        self, passes: GradientPass, task: Task, batch: Batch, start: int, stage: int
+    ) -> Iterator[list[Factors]]:
+        return passes.of_heads(
+            task.to_device(batch),
+            lambda outputs, targets: self.which.heads(task.loss, outputs, targets, start, stage),
+        )
+
+    def _seen(self, data: Data) -> tuple[Data, tuple[str, ...]]:
+        """The examples to learn from, evenly spaced, and a note if they are not all."""
+        m, n = self.examples, len(data)
+        if m is None or m >= n:
+            return data, ()
+        if m < 1:
+            raise DataError(
+                message(
+                    "A curvature needs at least one example.",
+                    f"examples={m}.",
+                    "a fraction where a number of examples is meant.",
+                    "give a number of examples, or None for all.",
+                )
+            )
+        chosen = [k * n // m for k in range(m)]
+        note = f"curvature from {m} of {n} training examples, evenly spaced"
+        return data.subset(chosen), (note,)
+
+
+class Checkpoint(abc.ABC):
+    """Keeps the sums of a long fit, so that it can go on after an interruption."""
+
+    @abc.abstractmethod
+    def load(self, estimators: list[Estimator]) -> tuple[int, int]:
+        """Restore what was kept: the pass and the example to go on from, (0, 0) for none."""
+
+    @abc.abstractmethod
+    def due(self, place: tuple[int, int], estimators: list[Estimator]) -> None:
+        """Keep the sums if it is time to."""
+
+
+class _Spread:
+    """How much ‖gᵢ‖² varies over the examples, block by block."""
+
+    def __init__(self, blocks: int) -> None:
+        self._sums = [(0, 0.0, 0.0)] * blocks
+
+    def see(self, factors: list[Factors]) -> None:
+        for k, part in enumerate(factors):
+            norms = part.squared_norm().double()
+            m, first, second = self._sums[k]
+            self._sums[k] = (
+                m + len(norms),
+                first + float(norms.sum()),
+                second + float(norms.square().sum()),
+            )
+
+    def relative_errors(self, n: int) -> list[float]:
+        """Standard error of the mean of ‖gᵢ‖², over it: what having seen m of n leaves open."""
+        errors = []
+        for m, first, second in self._sums:
+            if m < 2 or first == 0:
+                errors.append(0.0)
+                continue
+            mean = first / m
+            variance = max(0.0, second / m - mean**2) / (m - 1)
+            errors.append((variance * max(0.0, 1 - m / n)) ** 0.5 / mean)
+        return errors
+
+
+def _with_penalty(made: Plan, eigens: list[Eigen]) -> tuple[list[Eigen], tuple[str, ...]]:
+    """Λₗ + the penalty's curvature on the block, in the block's basis."""
+    task = made.task
+    penalty: Any = task.penalty.curvature(task.theta(), task.layout)
+    if penalty is None:
+        return eigens, ()
+    diagonal = penalty.diagonal()
+    exact = type(penalty).__name__ == "Diagonal"
+    added, notes = [], []
+    for block, eigen in zip(made.blocks, eigens, strict=True):
+        entries = diagonal[block.index(task.layout).to(diagonal.device)].reshape(eigen.values.shape)
+        entries = entries.to(eigen.values)
+        uniform = bool((entries == entries.flatten()[0]).all())
+        if uniform and exact:
+            share = entries
+        else:
+            share = _diagonal_in_basis(eigen, entries)
+            notes.append(
+                f"{block.name}: the penalty's curvature enters through its diagonal in the "
+                "block's eigenbasis"
+            )
+        added.append(Eigen(eigen.bases, eigen.values + share))
+    return added, tuple(notes)
+
+
+def _diagonal_in_basis(eigen: Eigen, entries: Tensor) -> Tensor:
+    """diag(Qᵀ D Q) for D = diag(entries): Σ_k Q²_{kj} D_k along each axis."""
+    squared = Eigen(tuple(None if q is None else q.square() for q in eigen.bases), eigen.values)
+    return squared.rotated(entries)

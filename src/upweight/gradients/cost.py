@@ -1,0 +1,55 @@
+"""What does an example cost? Bytes while its gradient is taken, and positions of each weight."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upweight.gradients.blocks import Plan
+from upweight.gradients.factored import Tokens
+from upweight.gradients.passes import GradientPass
+from upweight.task.data import Data
+
+SIZES = (1, 3)
+"""Examples in the two runs that are compared, so that what does not grow with them cancels."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Measured on a few examples.
+
+    Args:
+        bytes_per_example: Activations that autograd keeps, and the factors.
+        positions: t of each block; 0 for a block without positions.
+    """
+
+    bytes_per_example: int
+    positions: tuple[int, ...]
+
+
+def cost(plan: Plan, data: Data) -> Cost:
+    """Run a few examples and count."""
+    few, positions = _held(plan, data, SIZES[0])
+    more, _ = _held(plan, data, SIZES[1])
+    return Cost(max(1, (more - few) // (SIZES[1] - SIZES[0])), positions)
+
+
+def _held(plan: Plan, data: Data, size: int) -> tuple[int, tuple[int, ...]]:
+    held: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Any:
+        storage = x.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    task = plan.task
+    batch = task.to_device(data.take([k % len(data) for k in range(size)]))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), GradientPass(plan) as passes:
+        factors = passes.of(lambda p, b: task.loss(*task.call(p, b)), batch)
+    total = sum(held.values())
+    # Twice: besides the factors themselves, what is made from them on the way.
+    for part in factors:
+        tensors = (part.left, part.right) if isinstance(part, Tokens) else (part.values,)
+        total += 2 * sum(x.nbytes for x in tensors)
+    return total, tuple(part.positions if isinstance(part, Tokens) else 0 for part in factors)

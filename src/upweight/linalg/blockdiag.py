@@ -1,0 +1,71 @@
+"""⊕ₖ Aₖ: each block acts on its own entries of a flat vector, which need not lie side by side."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from upweight.errors import ShapeError, message
+from upweight.linalg.operator import LinearOperator, Tag, closed
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockDiagonal(LinearOperator):
+    """v[indexₖ] ↦ Aₖ v[indexₖ] for every block k.
+
+    Args:
+        blocks: Square operators.
+        indices: Which entries of the vector belong to each; together all entries, each once.
+
+    Raises:
+        ShapeError: A block and its entries disagree, or the entries do not cover the vector.
+    """
+
+    blocks: tuple[LinearOperator, ...]
+    indices: tuple[Int[Tensor, " d"], ...]
+
+    def __post_init__(self) -> None:
+        sizes = [len(index) for index in self.indices]
+        every = torch.cat(self.indices).sort().values
+        covers = torch.equal(every, torch.arange(len(every), device=every.device))
+        if sizes != [block.shape[1] for block in self.blocks] or not covers:
+            raise ShapeError(
+                message(
+                    "Blocks need as many entries as they are wide, and all entries exactly once.",
+                    f"{sizes} entries for blocks of {[b.shape[1] for b in self.blocks]}"
+                    f"{'' if covers else ', some of them twice or not at all'}.",
+                    "a parameter that is part of two blocks, or of none.",
+                    "build the indices from one partition of the parameters.",
+                )
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        size = sum(len(index) for index in self.indices)
+        return (size, size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.blocks[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks[0].device
+
+    @property
+    def tags(self) -> frozenset[Tag]:
+        return frozenset.intersection(*(closed(block.tags) for block in self.blocks))
+
+    def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
+        self.check(v)
+        out = torch.empty_like(v)
+        for block, index in zip(self.blocks, self.indices, strict=True):
+            out[..., index] = block.mv(v[..., index])
+        return out
+
+    def transpose(self) -> LinearOperator:
+        return BlockDiagonal(tuple(b.transpose() for b in self.blocks), self.indices)
+
+    def trace(self) -> Float[Tensor, ""]:
+        return torch.stack([block.trace() for block in self.blocks]).sum()

@@ -1,0 +1,132 @@
+"""A = Q Λ Qᵀ with Q = Q₁ ⊗ Q₂ ⊗ …, and functions of it: f(A) = Q f(Λ) Qᵀ.
+
+A vector is laid out as an array with one axis per factor, and each Q acts on its own axis; nothing
+of size p × p is formed. One factor is an eigendecomposition, two are K-FAC and EK-FAC, none at all
+(every basis None) is a diagonal matrix.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.errors import NotPositiveDefinite, ShapeError, message
+from upweight.linalg.operator import LinearOperator, Tag
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Eigen(LinearOperator):
+    """Q diag(values) Qᵀ with Q a Kronecker product of orthogonal bases.
+
+    Args:
+        bases: Qₖ [dₖ, dₖ] for each axis, eigenvectors in columns; None stands for the identity.
+        values: The eigenvalues, an array [d₁, d₂, …].
+
+    Raises:
+        ShapeError: The bases do not fit the array of eigenvalues.
+    """
+
+    bases: tuple[Tensor | None, ...]
+    values: Float[Tensor, "..."]
+
+    def __post_init__(self) -> None:
+        sizes = tuple(
+            self.values.shape[k] if q is None else q.shape[0] for k, q in enumerate(self.bases)
+        )
+        if sizes != tuple(self.values.shape):
+            raise ShapeError(
+                message(
+                    "Eigenvalues need one axis per basis, each as long as its basis.",
+                    f"eigenvalues {tuple(self.values.shape)} for bases of sizes {sizes}.",
+                    "factors in the wrong order, or a bias column on one of them only.",
+                    "give the bases in the order of the axes of the eigenvalues.",
+                )
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.values.numel(), self.values.numel())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def tags(self) -> frozenset[Tag]:
+        psd = bool((self.values >= 0).all())
+        return frozenset({Tag.SYMMETRIC, Tag.PSD} if psd else {Tag.SYMMETRIC})
+
+    def rotated(self, array: Float[Tensor, "*k"]) -> Float[Tensor, "*k"]:
+        """Qᵀ v for arrays v [*k, d₁, d₂, …]."""
+        return self._along_axes(array, transposed=False)
+
+    def unrotated(self, array: Float[Tensor, "*k"]) -> Float[Tensor, "*k"]:
+        """Q v for arrays v [*k, d₁, d₂, …]."""
+        return self._along_axes(array, transposed=True)
+
+    def _along_axes(self, array: Tensor, transposed: bool) -> Tensor:
+        for k, q in enumerate(self.bases):
+            if q is None:
+                continue
+            q = (q.mT if transposed else q).to(array.dtype)
+            axis = k - len(self.bases)
+            if axis == -2:  # without moving the axis: qᵀ acts from the left
+                array = q.mT @ array
+            else:
+                array = (array.movedim(axis, -1) @ q).movedim(-1, axis)
+        return array
+
+    def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
+        self.check(v)
+        array = v.reshape(*v.shape[:-1], *self.values.shape)
+        return self.unrotated(self.rotated(array) * self.values).reshape(v.shape).clone()
+
+    def transpose(self) -> LinearOperator:
+        return self
+
+    def trace(self) -> Float[Tensor, ""]:
+        return self.values.sum()
+
+    def function(self, f: Callable[[Tensor], Tensor]) -> "Eigen":
+        """f(A) = Q f(Λ) Qᵀ."""
+        return Eigen(self.bases, f(self.values))
+
+    def inverse(self, damping: float) -> "Eigen":
+        """(A + λI)⁻¹.
+
+        Raises:
+            NotPositiveDefinite: An eigenvalue of A + λI is zero or negative.
+        """
+        smallest = float(self.values.min()) + damping
+        # Below the smallest normal number the inverse overflows or has no digits.
+        if not smallest > torch.finfo(self.dtype).tiny:
+            zeros = int((self.values + damping <= torch.finfo(self.dtype).tiny).sum())
+            raise NotPositiveDefinite(
+                message(
+                    "The inverse needs every eigenvalue of A + λI above zero.",
+                    f"{zeros} of {math.prod(self.values.shape)} eigenvalues that are not; the "
+                    f"smallest is {smallest:.3g} (λ = {damping:.3g}).",
+                    "directions in which the training data say nothing (an input that is always "
+                    "zero, a unit that never fires), with no damping and no penalty.",
+                    "set damping: Relative(0.1) is the usual choice, Absolute(λ) the λ of an "
+                    "L2 penalty that was trained with.",
+                ),
+                smallest,
+            )
+        return self.function(lambda values: 1.0 / (values + damping))
+
+
+def eigenbasis(matrix: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
+    """Eigenvalues and eigenvectors of a symmetric matrix, decomposed in float64 on the CPU.
+
+    In float32 the small eigenvalues of a covariance, which damping is compared to, are noise.
+    """
+    values, vectors = torch.linalg.eigh(matrix.double().cpu())
+    return values.to(matrix.device), vectors.to(matrix.device)

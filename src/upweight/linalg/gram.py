@@ -1,0 +1,76 @@
+"""Σ xxᵀ over very many rows: fast products in float32, a total in float64.
+
+Adding a small product to a large float32 total loses the product's last digits, each time; over
+millions of rows the loss is a drift. Products of a few batches are therefore added in float32 and
+then moved to a float64 total.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+PANEL = 256
+"""Columns per product. A Gram matrix is symmetric: only panels on or above its diagonal are
+multiplied, which saves up to half, and products this wide still run at full speed."""
+
+BATCHES = 16
+"""Products added in float32 before they move to the total."""
+
+
+class LongSum:
+    """Σ of many matrices of one shape, totalled in float64.
+
+    Args:
+        shape: Of each term.
+        dtype, device: Of the terms.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._total = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._recent = torch.zeros(shape, dtype=dtype, device=device)
+        self._count = 0
+
+    def add_product(self, x: Float[Tensor, "m r"], y: Float[Tensor, "m c"]) -> None:
+        """Add xᵀ y."""
+        self._recent.addmm_(x.mT, y)
+        self._moved()
+
+    def add_gram(self, x: Float[Tensor, "m d"]) -> None:
+        """Add xᵀ x: the panels on and above the diagonal; `total` mirrors them."""
+        for start in range(0, x.shape[1], PANEL):
+            stop = min(start + PANEL, x.shape[1])
+            self._recent[start:stop, start:].addmm_(x[:, start:stop].mT, x[:, start:])
+        self._moved()
+
+    def add(self, term: Tensor) -> None:
+        """Add a term as it is."""
+        self._recent.add_(term)
+        self._moved()
+
+    def _moved(self) -> None:
+        self._count += 1
+        if self._count == BATCHES:
+            self._move()
+
+    def _move(self) -> None:
+        self._total += self._recent
+        self._recent.zero_()
+        self._count = 0
+
+    @property
+    def total(self) -> Float[Tensor, "..."]:
+        """The sum so far, in float64."""
+        self._move()
+        return self._total
+
+    @property
+    def gram(self) -> Float[Tensor, "d d"]:
+        """The total of `add_gram`, mirrored."""
+        upper = self.total.triu()
+        return upper + upper.triu(1).mT
+
+    def restore(self, total: Tensor) -> None:
+        """Go on from a total that was reached before."""
+        self._total.copy_(total)
+        self._recent.zero_()
+        self._count = 0

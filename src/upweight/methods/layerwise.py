@@ -1,0 +1,551 @@
+"""S[q, i] = −(1/n) Σₗ ∇m_qᵀ (Hₗ + λₗ)⁻¹ ∇ℓᵢ: influence with a curvature a block at a time.
+
+Koh & Liang (2017), Eq. 2, with K-FAC or EK-FAC for H as in Grosse et al. (2023). Queries are solved
+once; the training set then streams past all of them in one pass.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.contraction.queries import inner, self_products
+from upweight.contraction.stream import Contraction, contractions, training_loss
+from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature, LayerwiseCurvature
+from upweight.errors import ModelChanged, ShapeError, SpecError, message
+from upweight.gradients.factored import Tokens
+from upweight.gradients.passes import GradientPass
+from upweight.linalg.damping import as_damping
+from upweight.methods import health
+from upweight.runtime.memory import examples_within, working_bytes
+from upweight.runtime.progress import progress
+from upweight.scores import Context, Provenance, Scores, TopScores, Unit, library_versions
+from upweight.task.check import checked_losses, checked_measurements
+from upweight.task.data import Data, as_data
+from upweight.task.measures import Loss, as_measure
+from upweight.task.task import Task
+
+if TYPE_CHECKING:
+    from upweight.methods.influence import Influence
+
+TOLERANCE = 1e-2
+"""Relative error of a query's scores that the contraction may have: far below what a curvature from
+sampled labels has anyway."""
+
+
+def fit(
+    spec: "Influence",
+    task: Task,
+    data: Data,
+    share: float,
+    memory_bytes: int | None = None,
+    checkpoint: Any = None,
+) -> "LayerwiseInfluence":
+    """Check the task on its training data, and learn the curvature of each block.
+
+    Args:
+        spec: The method.
+        task: What was trained.
+        data: The training set.
+        share: 1/n, the weight of one example.
+        memory_bytes: What a batch may take.
+        checkpoint: Where to keep what was learned so far.
+    """
+    started = time.perf_counter()
+    losses = checked_losses(task, data, "training data")
+    assert isinstance(spec.curvature, LayerwiseCurvature)
+    curvature = spec.curvature.fit_blocks(
+        task, data, memory_bytes=memory_bytes, checkpoint=checkpoint
+    )
+    damping = as_damping(spec.damping)
+    blocks = tuple(replace(b, damping=damping.of(b.eigen)) for b in curvature.blocks)
+    for block in blocks:
+        block.eigen.inverse(block.damping)  # raises now what every query would meet
+    return LayerwiseInfluence(
+        spec=spec,
+        task=task,
+        train=data,
+        curvature=replace(curvature, blocks=blocks),
+        theta=task.theta(),
+        losses=losses,
+        share=share,
+        memory_bytes=memory_bytes,
+        seconds={"fit": time.perf_counter() - started, **curvature.seconds},
+        notes=(*data.notes, *curvature.notes, *health.precision_notes(task)),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class LayerwiseInfluence:
+    """(Hₗ + λₗ)⁻¹ of every block at θ̂, ready for queries. Made by `Influence.fit`.
+
+    Args:
+        spec: The method.
+        task, train: What it was fitted to.
+        curvature: The blocks, with their damping.
+        theta: θ̂ at the time.
+        losses: ℓᵢ(θ̂) of every training example.
+        share: 1/n.
+        memory_bytes: What a batch may take; None: a share of what is free.
+        seconds: Time spent, by stage.
+        notes: What was chosen or warned of on the way.
+    """
+
+    spec: "Influence"
+    task: Task
+    train: Data
+    curvature: BlockCurvature
+    theta: Float[Tensor, " p"]
+    losses: Float[Tensor, " n"]
+    share: float
+    memory_bytes: int | None
+    seconds: Mapping[str, float]
+    notes: tuple[str, ...]
+
+    # -- scores ---------------------------------------------------------------------------------
+
+    def attribute(
+        self,
+        queries: Any,
+        measure: Callable[..., Tensor] = Loss(),  # noqa: B008  a frozen spec
+        *,
+        tolerance: float = TOLERANCE,
+    ) -> Scores:
+        """S[q, i] = ∂m_q/∂wᵢ for every query and training example.
+
+        Args:
+            queries: As for `as_data`.
+            measure: What to ask of each query: `Loss()`, `Margin()`, `LogProb()`, `Logit()`, or any
+                function `(outputs, targets) -> [q]`.
+            tolerance: Relative error that the contraction may have, ‖Ŝ_q − S_q‖/‖S_q‖, root mean
+                square over the queries; measured, and recorded in the provenance. 0 is exact.
+
+        Raises:
+            UpweightError: The queries do not pass the checks of `upweight.task.check`.
+            SpecError: The tolerance is negative.
+
+        Cost: q measure gradients and solves, then one pass over the training data (forward, and
+        backward through the activations) and the products of `upweight.contraction`; memory q·n
+        scores and the solved queries.
+        """
+        started = time.perf_counter()
+        data, measure = self._asked(queries, measure, tolerance)
+        values = torch.empty(
+            len(data), len(self.train), dtype=self.curvature.plan.dtype, device=self.theta.device
+        )
+        sums, sizes = values.new_zeros(len(data)), values.new_zeros(len(data))
+        jobs: list[Contraction] = []
+        for job in self._contractions(data, measure, tolerance):
+            rows = slice(job.first, job.first + len(job))
+            for start, stop, part in job.stream():
+                part *= -self.share
+                values[rows, start:stop] = part
+                sums[rows] += part.sum(dim=1)
+                sizes[rows] += part.abs_().sum(dim=1)
+            jobs.append(job)
+        excess = self._row_sums(jobs, sums, sizes)
+        return self._scores(values, data, measure, jobs, tolerance, started, excess)
+
+    def top(
+        self,
+        queries: Any,
+        k: int,
+        measure: Callable[..., Tensor] = Loss(),  # noqa: B008  a frozen spec
+        *,
+        tolerance: float = TOLERANCE,
+    ) -> TopScores:
+        """The k largest and k smallest scores of each query; n × q scores never exist at once.
+
+        Args:
+            queries: As for `attribute`.
+            k: How many of each.
+            measure: As for `attribute`.
+            tolerance: As for `attribute`.
+
+        Raises:
+            SpecError: k is not positive.
+        """
+        started = time.perf_counter()
+        if k < 1:
+            raise SpecError(
+                message(
+                    "top keeps at least one example of each kind per query.",
+                    f"k={k!r}.",
+                    "a count that came out as zero.",
+                    "ask for k=1 or more; use attribute(...) for all scores.",
+                )
+            )
+        data, measure = self._asked(queries, measure, tolerance)
+        k = min(k, len(self.train))
+        jobs, kept = [], []
+        for job in self._contractions(data, measure, tolerance):
+            best = _Extremes(k)
+            for start, _, part in job.stream():
+                best.see(start, part * -self.share)
+            jobs.append(job)
+            kept.append(best.result())
+        provenance = self._provenance(data, measure, jobs, tolerance, started, {})
+        high_at, high, low_at, low = (torch.cat(column) for column in zip(*kept, strict=True))
+        return TopScores(high_at, high, low_at, low, Unit.DERIVATIVE, provenance)
+
+    def group(
+        self,
+        queries: Any,
+        labels: Iterable[Any],
+        measure: Callable[..., Tensor] = Loss(),  # noqa: B008  a frozen spec
+        *,
+        tolerance: float = TOLERANCE,
+    ) -> Scores:
+        """Scores of groups of training examples, summed as they stream; n × q never exist at once.
+
+        Args:
+            queries: As for `attribute`.
+            labels: One per training example.
+            measure: As for `attribute`.
+            tolerance: As for `attribute`.
+
+        Raises:
+            ShapeError: There is not one label per training example.
+        """
+        started = time.perf_counter()
+        data, measure = self._asked(queries, measure, tolerance)
+        keys = [str(label.item() if isinstance(label, Tensor) else label) for label in labels]
+        if len(keys) != len(self.train):
+            raise ShapeError(
+                message(
+                    f"Grouping needs one label per training example: {len(self.train)}.",
+                    f"{len(keys)} labels.",
+                    "labels of another split.",
+                    "pass labels in the order of the training data.",
+                )
+            )
+        names = sorted(set(keys))
+        place = {name: k for k, name in enumerate(names)}
+        where = torch.tensor([place[key] for key in keys], device=self.theta.device)
+        jobs, totals = [], []
+        for job in self._contractions(data, measure, tolerance):
+            total = torch.zeros(
+                len(job), len(names), dtype=self.curvature.plan.dtype, device=self.theta.device
+            )
+            for start, stop, part in job.stream():
+                total.index_add_(1, where[start:stop], part * -self.share)
+            jobs.append(job)
+            totals.append(total)
+        values = torch.cat(totals)
+        return self._scores(
+            values, data, measure, jobs, tolerance, started, {}, columns=tuple(names)
+        )
+
+    def by_layer(
+        self,
+        queries: Any,
+        measure: Callable[..., Tensor] = Loss(),  # noqa: B008  a frozen spec
+        *,
+        tolerance: float = TOLERANCE,
+    ) -> Mapping[str, Scores]:
+        """Each block's share of every score, by the block's name; they add up to `attribute`.
+
+        The tolerance is relative to the whole score, not to the share. Memory: q·n per block.
+        """
+        started = time.perf_counter()
+        data, measure = self._asked(queries, measure, tolerance)
+        blocks = self.curvature.blocks
+        values = [
+            torch.empty(
+                len(data),
+                len(self.train),
+                dtype=self.curvature.plan.dtype,
+                device=self.theta.device,
+            )
+            for _ in blocks
+        ]
+        jobs = []
+        for job in self._contractions(data, measure, tolerance):
+            for start, stop, parts in job.stream_blocks():
+                for out, part in zip(values, parts, strict=True):
+                    out[job.first : job.first + len(job), start:stop] = part * -self.share
+            jobs.append(job)
+        return {
+            block.name: self._scores(out, data, measure, jobs, tolerance, started, {})
+            for block, out in zip(blocks, values, strict=True)
+        }
+
+    def by_token(
+        self,
+        queries: Any,
+        examples: Sequence[int],
+        measure: Callable[..., Tensor] = Loss(),  # noqa: B008  a frozen spec
+    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+        """The scores of some training examples, position by position, and what has no position.
+
+            S[q, i] = Σ_t share[q, i, t] + rest[q, i],    share = −(1/n) Σₗ δ_tᵀ (Hₗ+λₗ)⁻¹∇m_q a_t
+
+        A position is where a weight was used: its share says through which tokens the example acts.
+        The rest are gains, biases by themselves and weights that are not used once per position.
+        Exact (`tolerance` 0). Memory: q·p for the solved queries.
+
+        Raises:
+            ShapeError: An example is out of range, or nothing is used at several positions.
+        """
+        n = len(self.train)
+        chosen = [int(i) for i in examples]
+        if not chosen or any(not 0 <= i < n for i in chosen):
+            raise ShapeError(
+                message(
+                    f"Training examples are named by indices in 0…{n - 1}.",
+                    f"{chosen[:10]}.",
+                    "indices of another data set, or none.",
+                    "pass the indices of the training examples to look into.",
+                )
+            )
+        data, measure = self._asked(queries, measure, 0.0)
+        positions = [t for t in self.curvature.cost.positions if t > 1]
+        if not positions:
+            raise ShapeError(
+                message(
+                    "Per-token scores need weights that are used at several positions.",
+                    "a model that uses every weight once per example.",
+                    "a model of images or rows, not of sequences.",
+                    "use attribute(...), or by_layer(...) for another decomposition.",
+                )
+            )
+        parts = [self._token_shares(job, chosen) for job in self._contractions(data, measure, 0.0)]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def _token_shares(self, job: Contraction, chosen: list[int]) -> tuple[Tensor, Tensor]:
+        task = self.task
+        with GradientPass(self.curvature.plan) as passes:
+            batch = task.to_device(self.train.take(chosen))
+            factors = passes.of(training_loss(task), batch)
+        tokens = [f.positions for f in factors if isinstance(f, Tokens) and f.positions > 1]
+        t = min(tokens)
+        none = torch.zeros((), dtype=self.curvature.plan.dtype, device=self.theta.device)
+        shares = none.repeat(len(job), len(chosen), t)
+        rest = none.repeat(len(job), len(chosen))
+        for part, kernel in zip(factors, job.choice.kernels, strict=True):
+            vectors = getattr(kernel, "vectors", None)
+            if not isinstance(part, Tokens) or part.positions % t or vectors is None:
+                kernel.add_to(rest, part)
+                continue
+            # A weight used twice per token has its uses one after the other.
+            uses = torch.einsum("bto,qoi,bti->qbt", part.left, vectors, part.right)
+            shares += uses.reshape(len(job), len(chosen), -1, t).sum(dim=2)
+        return shares * -self.share, rest * -self.share
+
+    def self_influence(self) -> Float[Tensor, " n"]:
+        """S[i, i] = −(1/n) Σₗ gᵢᵀ (Hₗ + λₗ)⁻¹ gᵢ ≤ 0 of every training example, in one pass.
+
+        Its magnitude is the memorization score of Feldman & Zhang (2020) to first order.
+        """
+        self._require_same_model()
+        inverses = [b.eigen.inverse(b.damping) for b in self.curvature.blocks]
+        values = torch.empty(
+            len(self.train), dtype=self.curvature.plan.dtype, device=self.theta.device
+        )
+        with GradientPass(self.curvature.plan) as passes:
+            batches = self.train.batches(self._batch_size())
+            for start, stop, batch in progress(batches, len(self.train), "self-influence"):
+                factors = passes.of(training_loss(self.task), self.task.to_device(batch))
+                total = sum(
+                    self_products(inverse, part)
+                    for inverse, part in zip(inverses, factors, strict=True)
+                )
+                values[start:stop] = -self.share * total
+        return values
+
+    # -- health ---------------------------------------------------------------------------------
+
+    @cached_property
+    def stationarity(self) -> Mapping[str, float]:
+        """How far θ̂ is from a stationary point of J: ‖∇J(θ̂)‖, and what a Newton step would gain.
+
+        Influence functions assume that both are zero. Cost: one pass over the training data.
+        """
+        self._require_same_model()
+        blocks = self.curvature.blocks
+        totals = [torch.zeros_like(b.eigen.values) for b in blocks]
+        with GradientPass(self.curvature.plan) as passes:
+            for _, _, batch in self.train.batches(self._batch_size()):
+                factors = passes.of(training_loss(self.task), self.task.to_device(batch))
+                for total, part in zip(totals, factors, strict=True):
+                    total += part.total().reshape(total.shape)
+        squared, decrement = 0.0, 0.0
+        for block, total, penalty in zip(blocks, totals, self._penalty_gradients(), strict=True):
+            gradient = total * self.share + penalty
+            solution = block.eigen.inverse(block.damping).mv(gradient.flatten())
+            squared += float(gradient.square().sum())
+            decrement += 0.5 * float(gradient.flatten() @ solution)
+        return {"gradient_norm": squared**0.5, "decrement": decrement}
+
+    def _penalty_gradients(self) -> list[Tensor]:
+        """∇R(θ̂) of each block, in the block's shape."""
+        layout = self.task.layout
+        flat = self.task.penalty.gradient(self.theta, layout)
+        return [
+            flat[b.block.index(layout).to(flat.device)]
+            .reshape(b.eigen.values.shape)
+            .to(b.eigen.values)
+            for b in self.curvature.blocks
+        ]
+
+    def _row_sums(
+        self, jobs: Sequence[Contraction], sums: Tensor, sizes: Tensor
+    ) -> dict[str, float]:
+        """By how much Σᵢ S[q, i] differs from ∇m_qᵀ (H + λI)⁻¹ ∇R (law 2)."""
+        penalties = self._penalty_gradients()
+        expected = torch.cat(
+            [
+                sum(
+                    (inner(q, r) for q, r in zip(job.queries, penalties, strict=True)),
+                    sums.new_zeros(len(job)),
+                )
+                for job in jobs
+            ]
+        )
+        excess = (sums - expected).abs()
+        nonzero = sizes > 0
+        return {
+            "row_sum_excess": float(excess.max()),
+            "row_sum_excess_relative": float((excess / sizes)[nonzero].max()),
+        }
+
+    def _scores(
+        self,
+        values: Float[Tensor, "q n"],
+        queries: Data,
+        measure: Any,
+        jobs: Sequence[Contraction],
+        tolerance: float,
+        started: float,
+        judged: Mapping[str, Any],
+        columns: tuple[str, ...] | None = None,
+    ) -> Scores:
+        provenance = self._provenance(queries, measure, jobs, tolerance, started, judged)
+        context = Context(self.task, self.train, queries, measure, self)
+        return Scores(values, Unit.DERIVATIVE, provenance, columns=columns, context=context)
+
+    def _provenance(
+        self,
+        queries: Data,
+        measure: Any,
+        jobs: Sequence[Contraction],
+        tolerance: float,
+        started: float,
+        judged: Mapping[str, Any],
+    ) -> Provenance:
+        layout = self.task.layout
+        notes = [
+            f"contraction: relative error {max(j.choice.error for j in jobs):.1e} measured "
+            f"(worst of the compared queries {max(j.choice.worst for j in jobs):.1e}), "
+            f"tolerance {tolerance:g}"
+        ]
+        if len(jobs) > 1:
+            notes.append(f"{len(jobs)} passes over the training data: queries did not fit at once")
+        return Provenance(
+            method=repr(self.spec),
+            task=f"loss={self.task.loss!r}, penalty={self.task.penalty!r}, "
+            f"params={self.task.params!r}",
+            measure=repr(measure),
+            n=len(self.train),
+            q=len(queries),
+            p=layout.size,
+            dtype=str(layout.dtype).removeprefix("torch."),
+            device=str(layout.device),
+            health={
+                "mean_loss": float(self.losses.double().mean()),
+                **judged,
+                "tolerance": tolerance,
+                "contraction_error": max(j.choice.error for j in jobs),
+                "contraction_error_worst": max(j.choice.worst for j in jobs),
+                **health.spectrum(self.curvature),
+                "contraction": {
+                    block.name: words
+                    for block, words in zip(
+                        self.curvature.blocks, jobs[0].choice.terms, strict=True
+                    )
+                },
+            },
+            seconds={**self.seconds, "attribute": time.perf_counter() - started},
+            versions=library_versions(),
+            notes=(*self.notes, *notes, *queries.notes),
+        )
+
+    # -- shared steps ---------------------------------------------------------------------------
+
+    def _asked(
+        self, queries: Any, measure: Callable[..., Tensor], tolerance: float
+    ) -> tuple[Data, Callable[..., Tensor]]:
+        """Checked queries and measure."""
+        if not 0 <= tolerance < 1:
+            raise SpecError(
+                message(
+                    "A tolerance is a relative error from 0 (exact) to below 1.",
+                    f"tolerance={tolerance!r}.",
+                    "a percentage, or a number of digits.",
+                    "0.01 allows an error of one per cent of a query's scores.",
+                )
+            )
+        self._require_same_model()
+        data, measure = as_data(queries), as_measure(measure)
+        checked_losses(self.task, data, "queries")
+        checked_measurements(self.task, measure, data)
+        return data, measure
+
+    def _contractions(
+        self, queries: Data, measure: Callable[..., Tensor], tolerance: float
+    ) -> Iterator[Contraction]:
+        return contractions(
+            self.curvature,
+            self.train,
+            queries,
+            measure,
+            tolerance,
+            self.losses,
+            self.memory_bytes,
+        )
+
+    def _batch_size(self) -> int:
+        return examples_within(
+            working_bytes(self.theta.device, self.memory_bytes),
+            self.curvature.cost.bytes_per_example,
+            MOST_EXAMPLES,
+        )
+
+    def _require_same_model(self) -> None:
+        if not torch.equal(self.task.theta(), self.theta):
+            raise ModelChanged(health.moved(self.task.theta(), self.theta))
+
+
+class _Extremes:
+    """The k largest and k smallest entries of each row of a matrix seen in column blocks."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def see(self, start: int, part: Float[Tensor, "q b"]) -> None:
+        index = torch.arange(start, start + part.shape[1], device=part.device).expand_as(part)
+        if not self._kept:
+            empty = part[:, :0]
+            self._kept = [(empty, index[:, :0])] * 2
+        self._kept = [
+            self._best(values, places, part, index, largest)
+            for (values, places), largest in zip(self._kept, (True, False), strict=True)
+        ]
+
+    def _best(
+        self, values: Tensor, places: Tensor, part: Tensor, index: Tensor, largest: bool
+    ) -> tuple[Tensor, Tensor]:
+        every, where = torch.cat([values, part], dim=1), torch.cat([places, index], dim=1)
+        best = every.topk(min(self.k, every.shape[1]), dim=1, largest=largest)
+        return best.values, where.gather(1, best.indices)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Places and values of the largest, places and values of the smallest."""
+        (high, high_at), (low, low_at) = self._kept
+        return high_at, high, low_at, low

@@ -1,0 +1,292 @@
+"""Blocks, their sources, what is left to `torch.func` and why; what is refused by name."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import upweight as uw
+from tests import market
+from tests.gradients import layer_market
+from tests.gradients.layer_market import Chain, Decoder, gradient_rows
+from tests.market import draw, initialized, labels, tokens
+from tests.reference import dense
+from upweight.errors import NotDifferentiable, UnsupportedModel
+from upweight.gradients.blocks import MatrixBlock, VectorBlock
+from upweight.gradients.planning import plan
+from upweight.task.data import as_data
+
+# Said of bilinear layers by PyTorch, which runs them one example at a time under vmap.
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def chain(model=None, n=6, **options):
+    g = torch.Generator().manual_seed(0)
+    model = initialized(model or Chain(), g).eval()
+    return uw.Task(model, uw.CrossEntropy(), **options), (draw(g, n, 3), labels(g, n, 2))
+
+
+def blocks(name):
+    return {block.name: block for block in layer_market.planned(name).blocks}
+
+
+@pytest.mark.parametrize("name", market.BUILDERS)
+def test_blocks_cover_theta_once(name):
+    p = market.problem(name)
+    made = plan(p.task, as_data(p.train))
+    index = torch.cat([block.index(p.task.layout) for block in made.blocks])
+    assert sorted(index.tolist()) == list(range(p.task.layout.size))
+
+
+@pytest.mark.parametrize("name", layer_market.BUILDERS)
+def test_blocks_of_layers_cover_theta_once(name):
+    made = layer_market.planned(name)
+    index = torch.cat([block.index(made.task.layout) for block in made.blocks])
+    assert sorted(index.tolist()) == list(range(made.task.layout.size))
+
+
+@pytest.mark.parametrize("name", layer_market.BUILDERS)
+def test_block_shapes_fit_their_index(name):
+    made = layer_market.planned(name)
+    for block in made.blocks:
+        assert torch.Size(block.shape).numel() == len(block.index(made.task.layout))
+
+
+def test_a_bias_is_the_last_column_of_its_weight():
+    block = blocks("linear")["0.weight"]
+    assert isinstance(block, MatrixBlock)
+    assert (block.bias, block.shape) == ("0.bias", (4, 4))
+
+
+def test_a_bias_that_only_one_use_adds_stands_alone():
+    found = blocks("tied_with_one_bias")
+    assert (found["body.weight"].bias, found["body.weight"].shape) == (None, (3, 3))
+    assert isinstance(found["body.bias"], VectorBlock)
+
+
+def test_biases_that_are_shared_throughout_are_a_column():
+    assert blocks("tied_throughout")["body.weight"].bias == "body.bias"
+
+
+def test_gains_and_biases_of_a_norm_are_one_block():
+    assert blocks("layer_norm")["1.weight + 1.bias"].shape == (8,)
+
+
+def test_a_block_for_each_group_of_a_convolution():
+    found = blocks("conv2d_groups")
+    assert [(b.name, b.shape, b.rows) for b in found.values()] == [
+        ("0.weight[0:3]", (3, 18), (0, 3)),
+        ("0.weight[3:6]", (3, 18), (3, 6)),
+    ]
+
+
+def test_attention_is_two_matrices():
+    found = blocks("attention_self")
+    assert found["layer.in_proj_weight"].shape == (12, 5)
+    assert found["layer.out_proj.weight"].shape == (4, 5)
+
+
+# -- notes ------------------------------------------------------------------------------------------
+
+NOTES = {
+    "gained": r"gain: .* by torch.func, because Gained \(the model\) has no layer rule for it",
+    "prelu": r"1.weight: .* because PReLU \(1\) has no layer rule for it",
+    "weight_norm": r"0.parametrizations.weight.original0: .* because ParametrizationList",
+    "used_bare": r"body.weight: .* because it is also used outside of its layers",
+    "flattened_positions_first": r"body.weight: .* body does not keep the examples in their order",
+    "lstm": r"examples are taken one at a time, because torch.func.vmap cannot run the model: ",
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_notes_say_what_fell_back_and_why(name):
+    notes = "\n".join(layer_market.planned(name).notes)
+    assert re.search(NOTES[name], notes), notes
+
+
+def test_nothing_to_note_where_every_layer_has_a_rule():
+    assert layer_market.planned("decoder").notes == ()
+
+
+def test_a_layer_that_does_not_run_is_noted():
+    task, data = chain(layer_market.Unused())
+    made = plan(task, as_data(data))
+    assert made.by_function == ("spare.weight", "spare.bias")
+    assert "spare did not run on the examples tried" in made.notes[0]
+    torch.testing.assert_close(gradient_rows(made, data), dense.gradients(task, data), **EXACT)
+
+
+class ReturnsWeights(nn.Module):
+    """Uses the second thing that attention returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        out, weights = self.layer(x, x, x)
+        return self.head(out.mean(dim=1)) + weights.square().sum(dim=(1, 2))[:, None]
+
+
+def test_a_layer_whose_second_output_matters_is_left_to_torch_func():
+    g = torch.Generator().manual_seed(0)
+    task = uw.Task(initialized(ReturnsWeights(), g).eval(), uw.CrossEntropy())
+    data = (draw(g, 5, 3, 4), torch.tensor([0, 1, 2, 0, 1]))
+    # A constant added to all logits changes no cross-entropy: another loss.
+    task = uw.Task(task.model, lambda f, y: f[:, 0] * (y + 1.0))
+    made = plan(task, as_data(data))
+    assert "layer.in_proj_weight" in made.by_function
+    assert any("differ from autograd's" in note for note in made.notes)
+    torch.testing.assert_close(gradient_rows(made, data), dense.gradients(task, data), **EXACT)
+
+
+def test_a_loss_that_is_flat_where_the_plan_looks_hides_no_mistake():
+    """Doubling has no rule: with zero gradients of ℓ alone, any rule would seem right."""
+    task, data = chain(layer_market.WithDoubling())
+    flat = uw.Task(task.model, lambda f, y: (f.sum(dim=1) - 50.0).relu())
+    made = plan(flat, as_data(data))
+    assert set(made.by_function) == {"body.weight", "body.bias"}
+
+
+# -- positions without an axis for the examples -----------------------------------------------------
+
+
+class Positions(Decoder):
+    """Positions embedded, normalized and mapped before any example is seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.place_norm, self.place_map = nn.LayerNorm(4), nn.Linear(4, 4)
+        embed = self.positions
+        self.positions = nn.Sequential(embed, self.place_norm, self.place_map)
+
+
+class Unsqueezed(Decoder):
+    """The embedded positions get their axis for the examples by hand."""
+
+    def __init__(self):
+        super().__init__()
+        embed = self.positions
+
+        class Wrapper(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed = embed
+
+            def forward(self, place):
+                return self.embed(place).unsqueeze(0)
+
+        self.positions = Wrapper()
+
+
+def language(model):
+    g = torch.Generator().manual_seed(0)
+    task = uw.Task(initialized(model, g).eval(), uw.CrossEntropy())
+    return task, as_data((tokens(g, 6, 5, 6), tokens(g, 6, 5, 6)))
+
+
+def test_layers_after_repeated_positions_need_no_repeating():
+    task, data = language(Positions())
+    made = plan(task, data)
+    assert made.by_function == ()
+    assert made.repeated == {"positions.0": False}
+    expected = dense.gradients(task, data)
+    torch.testing.assert_close(gradient_rows(made, data.batch(0, 6)), expected, **EXACT)
+
+
+def test_positions_that_cannot_be_repeated_are_left_to_torch_func():
+    task, data = language(Unsqueezed())
+    made = plan(task, data)
+    assert made.by_function == ("positions.embed.weight",)
+    expected = dense.gradients(task, data)
+    torch.testing.assert_close(gradient_rows(made, data.batch(0, 6)), expected, **EXACT)
+
+
+@pytest.mark.parametrize("t", [1, 2, 6])
+def test_sequences_of_any_length(t):
+    g = torch.Generator().manual_seed(0)
+    task, _ = language(Decoder(length=6))
+    data = as_data((tokens(g, 6, t, 6), tokens(g, 6, t, 6)))
+    expected = dense.gradients(task, data)
+    torch.testing.assert_close(
+        gradient_rows(plan(task, data), data.batch(0, 6)), expected, **EXACT
+    )
+
+
+def test_sequences_of_another_length_than_the_plan_saw():
+    g = torch.Generator().manual_seed(0)
+    task, data = language(Decoder(length=6))
+    made = plan(task, data)
+    for t in (1, 3, 6):
+        other = as_data((tokens(g, 6, t, 6), tokens(g, 6, t, 6)))
+        expected = dense.gradients(task, other)
+        torch.testing.assert_close(gradient_rows(made, other.batch(0, 6)), expected, **EXACT)
+
+
+# -- refusals ---------------------------------------------------------------------------------------
+
+
+def test_scripts_are_refused_by_name():
+    g = torch.Generator().manual_seed(0)
+    script = torch.jit.script(initialized(nn.Sequential(nn.Linear(3, 2)), g))
+    task = uw.Task(script, uw.CrossEntropy())
+    with pytest.raises(UnsupportedModel, match=r"a torch.jit script(.|\n)*load_state_dict"):
+        plan(task, as_data((draw(g, 4, 3), labels(g, 4, 2))))
+
+
+def test_data_parallel_over_several_devices_is_refused_by_name():
+    task, data = chain()
+    wrapped = nn.DataParallel(task.model)
+    wrapped.device_ids = [0, 1]
+    task = uw.Task(wrapped, uw.CrossEntropy())
+    with pytest.raises(UnsupportedModel, match=r"DataParallel over 2 devices(.|\n)*model.module"):
+        plan(task, as_data(data))
+
+
+def test_data_parallel_on_one_device():
+    task, data = chain()
+    wrapped = uw.Task(nn.DataParallel(task.model), uw.CrossEntropy())
+    found = gradient_rows(plan(wrapped, as_data(data)), data)
+    torch.testing.assert_close(found, dense.gradients(task, data), **EXACT)
+
+
+class Centered(Chain):
+    """Batch statistics where parameters without a rule see them."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        hidden = torch.tanh(self.body(x)) * self.gain
+        return self.head(hidden - hidden.mean(dim=0))
+
+
+def test_examples_that_depend_on_each_other_are_refused():
+    task, data = chain(Centered())
+    with pytest.raises(UnsupportedModel, match=r"add up(.|\n)*gain(.|\n)*model.eval\(\)"):
+        plan(task, as_data(data))
+
+
+def test_a_measure_that_counts_is_refused():
+    task, data = chain()
+    made = plan(task, as_data(data))
+    with pytest.raises(NotDifferentiable, match=r"no gradient reaches(.|\n)*LogProb"):
+        gradient_rows(made, data, lambda p, b: task.call(p, b)[0].argmax(dim=1).double())
+
+
+# -- compiled models --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compile_module", [torch.compile, lambda m: (m.compile(), m)[1]])
+def test_compiled_models_run_as_written_and_are_not_compiled(compile_module):
+    task, data = chain()
+    expected = dense.gradients(task, data)
+    compiled = uw.Task(compile_module(task.model), uw.CrossEntropy())
+    before = dict(torch._dynamo.utils.counters["stats"])
+    found = gradient_rows(plan(compiled, as_data(data)), data)
+    torch.testing.assert_close(found, expected, **EXACT)
+    assert dict(torch._dynamo.utils.counters["stats"]) == before
