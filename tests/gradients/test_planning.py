@@ -89,7 +89,7 @@ def test_attention_is_two_matrices():
     assert found["layer.out_proj.weight"].shape == (4, 5)
 
 
-# -- notes ------------------------------------------------------------------------------------------
+# -- notes ----------------------------------------------------------------------------------------
 
 NOTES = {
     "gained": r"gain: .* by torch.func, because Gained \(the model\) has no layer rule for it",
@@ -151,7 +151,7 @@ def test_a_loss_that_is_flat_where_the_plan_looks_hides_no_mistake():
     assert set(made.by_function) == {"body.weight", "body.bias"}
 
 
-# -- positions without an axis for the examples -----------------------------------------------------
+# -- positions without an axis for the examples ---------------------------------------------------
 
 
 class Positions(Decoder):
@@ -159,9 +159,7 @@ class Positions(Decoder):
 
     def __init__(self):
         super().__init__()
-        self.place_norm, self.place_map = nn.LayerNorm(4), nn.Linear(4, 4)
-        embed = self.positions
-        self.positions = nn.Sequential(embed, self.place_norm, self.place_map)
+        self.positions = nn.Sequential(self.positions, nn.LayerNorm(4), nn.Linear(4, 4))
 
 
 class Unsqueezed(Decoder):
@@ -211,9 +209,7 @@ def test_sequences_of_any_length(t):
     task, _ = language(Decoder(length=6))
     data = as_data((tokens(g, 6, t, 6), tokens(g, 6, t, 6)))
     expected = dense.gradients(task, data)
-    torch.testing.assert_close(
-        gradient_rows(plan(task, data), data.batch(0, 6)), expected, **EXACT
-    )
+    torch.testing.assert_close(gradient_rows(plan(task, data), data.batch(0, 6)), expected, **EXACT)
 
 
 def test_sequences_of_another_length_than_the_plan_saw():
@@ -226,9 +222,10 @@ def test_sequences_of_another_length_than_the_plan_saw():
         torch.testing.assert_close(gradient_rows(made, other.batch(0, 6)), expected, **EXACT)
 
 
-# -- refusals ---------------------------------------------------------------------------------------
+# -- refusals -------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_scripts_are_refused_by_name():
     g = torch.Generator().manual_seed(0)
     script = torch.jit.script(initialized(nn.Sequential(nn.Linear(3, 2)), g))
@@ -278,9 +275,10 @@ def test_a_measure_that_counts_is_refused():
         gradient_rows(made, data, lambda p, b: task.call(p, b)[0].argmax(dim=1).double())
 
 
-# -- compiled models --------------------------------------------------------------------------------
+# -- compiled models ------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("compile_module", [torch.compile, lambda m: (m.compile(), m)[1]])
 def test_compiled_models_run_as_written_and_are_not_compiled(compile_module):
     task, data = chain()
@@ -290,3 +288,13 @@ def test_compiled_models_run_as_written_and_are_not_compiled(compile_module):
     found = gradient_rows(plan(compiled, as_data(data)), data)
     torch.testing.assert_close(found, expected, **EXACT)
     assert dict(torch._dynamo.utils.counters["stats"]) == before
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_compiled_models_that_have_run_already():
+    task, data = chain()
+    expected = dense.gradients(task, data)
+    compiled = torch.compile(task.model, backend="eager")
+    compiled(data[0])
+    found = gradient_rows(plan(uw.Task(compiled, uw.CrossEntropy()), as_data(data)), data)
+    torch.testing.assert_close(found, expected, **EXACT)

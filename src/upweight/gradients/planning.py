@@ -136,7 +136,7 @@ class _Planning:
         with Capture(self.task, self._accounted(), repeated) as capture:
             for index in dict.fromkeys((0, len(self.data) - 1)):
                 small, large = (self._shapes(capture, index, n) for n in (PROBE - 1, PROBE))
-                for layer in small.keys() | large.keys():
+                for layer in dict.fromkeys((*small, *large)):  # in the order of their calls
                     pairs = (small.get(layer, []), large.get(layer, []))
                     found.setdefault(layer, set()).update(_axes_of(*pairs))
                     if pairs[0] == pairs[1]:
@@ -399,8 +399,11 @@ def _no_batching_rule(made: Plan, batch: Batch) -> str | None:
 
 
 def _eps(dtypes: Iterable[torch.dtype]) -> float:
-    """The rounding of the coarsest of these dtypes: autocast computes in less than it is given."""
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
+    """The rounding of the coarsest of these dtypes: autocast computes in less than it is given.
+
+    And of float32, which norms and rotary positions of many models are in whatever they are given.
+    """
+    return max(torch.finfo(dtype).eps for dtype in (*dtypes, torch.float32))
 
 
 def _mismatches(made: Plan, batch: Batch, eps: float) -> list[str]:

@@ -1,0 +1,79 @@
+"""Models of transformers, random and tiny: GPT-2 (transposed maps, tied head), BERT and LLaMA.
+
+transformers is no dependency of the project; where it is absent, nothing here runs.
+"""
+
+import warnings
+
+import pytest
+import torch
+
+import upweight as uw
+from tests.gradients.layer_market import gradient_rows
+from tests.reference import dense
+from upweight.gradients.planning import plan
+from upweight.task.data import as_data
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    transformers = pytest.importorskip("transformers")
+
+SIZES = {"vocab_size": 11}
+
+
+def gpt2():
+    config = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, n_positions=7, **SIZES)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bert():
+    config = transformers.BertConfig(
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        max_position_embeddings=7,
+        num_labels=3,
+        **SIZES,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=12,
+        max_position_embeddings=7,
+        **SIZES,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def language(model, per_token):
+    g = torch.Generator().manual_seed(0)
+    model = model.double().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=g))
+    x = torch.randint(11, (5, 6), generator=g)
+    mask = (torch.arange(6) < torch.tensor([6, 4, 6, 3, 5])[:, None]).long()
+    labels = torch.where(mask == 1, x, -100) if per_token else torch.randint(3, (5,), generator=g)
+    task = uw.Task(model, uw.CrossEntropy())
+    return task, as_data({"input_ids": x, "attention_mask": mask, "labels": labels})
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own, and its dependencies'
+@pytest.mark.parametrize("build, per_token", [(gpt2, True), (bert, False), (llama, True)])
+def test_gradients(build, per_token):
+    task, data = language(build(), per_token)
+    made = plan(task, data)
+    found = gradient_rows(made, data.batch(0, 5))
+    torch.testing.assert_close(found, dense.gradients(task, data), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("build, per_token", [(gpt2, True), (bert, False)])
+def test_every_parameter_has_a_rule(build, per_token):
+    assert plan(*language(build(), per_token)).notes == ()
