@@ -164,7 +164,7 @@ SEQUENCES = {
         (5, 3),
         ["0.parametrizations.*"],
     ),
-    "prelu": (lambda: [nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 2)], (5, 3), ["1.weight"]),
+    "prelu": (lambda: [nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 2)], (5, 3)),
 }
 
 
@@ -512,6 +512,70 @@ class WithNamed(Chain):
         self.body = Named(3, 3)
 
 
+class Gain(nn.Module):
+    """A layer of the user's own, with parameters and a buffer."""
+
+    def __init__(self, is_strict=False):
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(2, 3))
+        self.register_buffer("scale", torch.tensor([1.0, 2.0, 3.0]))
+        self.is_strict = is_strict
+
+    def forward(self, x, power=1):
+        if self.is_strict and bool((x > 1e3).any()):
+            raise ValueError
+        return (x * self.scale) ** power * self.gain + (x @ self.shift.T).square() @ self.shift
+
+
+class WithGain(Chain):
+    def __init__(self):
+        super().__init__()
+        self.own = Gain()
+
+    def forward(self, x):
+        return self.head(self.own(torch.tanh(self.body(x)), power=2))
+
+
+class WithGainHooked(WithGain):
+    """A layer of the user's own with hooks on both sides."""
+
+    def __init__(self):
+        super().__init__()
+        self.own.register_forward_pre_hook(lambda module, args: (args[0] - 1.0,))
+        self.own.register_forward_hook(lambda module, args, out: out**3)
+
+
+class WithGainTwice(WithGain):
+    def forward(self, x):
+        return self.head(self.own(self.own(torch.tanh(self.body(x)))))
+
+
+class WithBranch(WithGain):
+    """A layer of the user's own that asks for a value, which vmap does not allow."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = Gain(is_strict=True)
+
+
+class Mix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x, y):
+        return self.weight * x + (1 - self.weight) * y
+
+
+class WithTwoInputs(Chain):
+    def __init__(self):
+        super().__init__()
+        self.mix = Mix()
+
+    def forward(self, x):
+        return self.head(self.mix(torch.tanh(self.body(x)), x))
+
+
 class HookedAfter(Chain):
     """A forward hook of the user's own scales the layer's output."""
 
@@ -586,7 +650,12 @@ USES = {
     "by_keyword": (ByKeyword, []),
     "gained": (Gained, ["gain"]),
     "used_bare": (UsedBare, ["body.weight"]),
-    "subclass_that_changes_forward": (WithDoubling, ["body.*"]),
+    "subclass_that_changes_forward": (WithDoubling, []),
+    "own_layer": (WithGain, []),
+    "own_layer_hooked": (WithGainHooked, []),
+    "own_layer_of_two_inputs": (WithTwoInputs, ["mix.*"]),
+    "own_layer_that_vmap_cannot_run": (WithBranch, []),
+    "own_layer_used_twice": (WithGainTwice, []),
     "subclass_that_does_not": (WithNamed, []),
     "hooked_after": (HookedAfter, []),
     "hooked_before": (HookedBefore, []),
@@ -596,7 +665,12 @@ USES = {
     "detached": (Detached, ["spare.*"]),
 }
 
-_BY_LOOPS = ("hooked_backward", "bilinear", "registered_twice")
+_BY_LOOPS = (
+    "hooked_backward",
+    "bilinear",
+    "registered_twice",
+    "own_layer_that_vmap_cannot_run",
+)
 
 for _name, (_model, _left) in USES.items():
     # Not the twin for a module of two names either: it is left with what functional_call lent it.

@@ -51,6 +51,11 @@ def test_inner(factors, full):
     torch.testing.assert_close(factors.inner(v), expected, **EXACT)
 
 
+def test_absolute(factors):
+    expected = torch.einsum("bto,bti->boi", factors.left.abs(), factors.right.abs())
+    torch.testing.assert_close(factors.absolute().matrices(), expected, **EXACT)
+
+
 def test_projected(factors, full):
     g = torch.Generator().manual_seed(1)
     left, right = draw(g, full.shape[1], 2), draw(g, full.shape[2], 3)
@@ -128,4 +133,5 @@ def test_rows():
     torch.testing.assert_close(factors.take(slice(1, 3)).values, values[1:3], **EXACT)
     torch.testing.assert_close(factors.scaled(v[0, :1].expand(5)).values, v[0, 0] * values, **EXACT)
     torch.testing.assert_close(stacked([factors, factors]).values, values.repeat(2, 1), **EXACT)
+    torch.testing.assert_close(factors.absolute().values, values.abs(), **EXACT)
     assert factors.to(torch.float32).values.dtype == torch.float32

@@ -74,6 +74,6 @@ def test_gradients(build, per_token):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("build, per_token", [(gpt2, True), (bert, False)])
+@pytest.mark.parametrize("build, per_token", [(gpt2, True), (bert, False), (llama, True)])
 def test_every_parameter_has_a_rule(build, per_token):
     assert plan(*language(build(), per_token)).notes == ()

@@ -56,6 +56,10 @@ class Tokens:
         """⟨V_q, gᵢ⟩."""
         return vectors.flatten(1) @ self.matrices().flatten(1).mT
 
+    def absolute(self) -> "Tokens":
+        """Σ_t |left| ⊗ |right|: no smaller than |gᵢ|, and what its rounding is relative to."""
+        return Tokens(self.left.abs(), self.right.abs())
+
     def projected(self, left: Float[Tensor, "o k"], right: Float[Tensor, "i l"]) -> "Tokens":
         """leftᵀ gᵢ right, still factored: the projection acts on the factors."""
         return Tokens(self.left @ left, self.right @ right)
@@ -120,6 +124,9 @@ class Lookups(Tokens):
     def scaled(self, by: Float[Tensor, " b"]) -> "Lookups":
         return Lookups(self.index, self.rows, self.right * by[:, None, None])
 
+    def absolute(self) -> "Lookups":
+        return Lookups(self.index, self.rows, self.right.abs())
+
     def projected(self, left: Float[Tensor, "o k"], right: Float[Tensor, "i l"]) -> Tokens:
         return Tokens(left[self.index], self.right @ right)
 
@@ -150,6 +157,10 @@ class Rows:
     def inner(self, vectors: Float[Tensor, "q d"]) -> Float[Tensor, "q b"]:
         """⟨v_q, gᵢ⟩."""
         return vectors @ self.values.mT
+
+    def absolute(self) -> "Rows":
+        """|gᵢ|."""
+        return Rows(self.values.abs())
 
     def take(self, index: Int[Tensor, " k"] | slice) -> "Rows":
         """Some of the examples."""

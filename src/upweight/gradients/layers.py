@@ -6,23 +6,25 @@
     Embedding       g_W = Σ_t e(token_t) ⊗ δ_t
     *Norm           g_γ = Σ_t δ_t ∘ x̂_t                      g_β = Σ_t δ_t
     attention       its projections, each as a Linear
+    any other       of one input and without parts: vmap(grad) of ⟨δ, layer(a)⟩, the layer alone
 
-A rule says which parameters of its module it accounts for. Layers without a rule, subclasses that
-change `forward`, and parameters from which a module computes its weight (weight norm) are left to
-`functional.py`. A new layer type is one function here and one line in `RULES`.
+A rule says which parameters of its module it accounts for. Parameters of modules that have layers
+inside of them, layers of several inputs, and parameters from which a module computes its weight
+(weight norm) are left to `torch.func` on the whole model. A new layer type is one function here and
+one line in `RULES`.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from upweight.gradients.factored import Factors, Lookups, Rows, Tokens
 from upweight.gradients.hooks import Call
@@ -53,6 +55,12 @@ class Examples:
         """`[b, t, i]`: features last, everything between the examples and them on one axis."""
         return self.first(x).reshape(self.size, -1, x.shape[-1]).to(self.dtype)
 
+    def apart(self, x: Tensor) -> Tensor:
+        """`[b, ...]`, each entry laid out as the layer takes it."""
+        if self.axis == 1:
+            return x.movedim(1, 0).unsqueeze(2)
+        return x.reshape(self.size, -1, *x.shape[1:])
+
     def channels(self, x: Tensor) -> Tensor:
         """`[b, t, i]` from `[b, i, ...]`: channels second, positions after them."""
         flat = x.reshape(len(x), x.shape[1], -1).mT
@@ -67,11 +75,15 @@ class Rule:
         parameters: The names that the rule accounts for, in a given module; none: no rule for it.
         gradients: Module, call and where its examples lie, to contributions.
         joined: Weights whose bias is one more column, g_b = Σ_t left_t: weight to bias.
+        has_factors: Whether weights get `Tokens`, or `Rows` like biases.
+        has_one_input: Whether it takes calls with one tensor only.
     """
 
     parameters: Callable[[Any], tuple[str, ...]]
     gradients: Callable[[Any, Call, Examples], Contributions]
-    joined: Mapping[str, str]
+    joined: Mapping[str, str] = field(default_factory=dict)
+    has_factors: bool = True
+    has_one_input: bool = False
 
 
 def _own(*names: str) -> Callable[[nn.Module], tuple[str, ...]]:
@@ -338,6 +350,65 @@ def _same(x: Tensor, y: Tensor) -> bool:
     return (x.data_ptr(), x.shape, x.stride()) == (y.data_ptr(), y.shape, y.stride())
 
 
+# -- any other layer ---------------------------------------------------------------------------
+
+
+def _direct_parameters(module: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, p in module._parameters.items() if p is not None)
+
+
+def _itself(module: nn.Module, call: Call, examples: Examples) -> Contributions:
+    """The layer's own formula, differentiated for each example by itself."""
+    params = {k: p.detach() for k, p in module._parameters.items() if p is not None}
+    buffers = {f"layer.{name}": b.detach().clone() for name, b in module.named_buffers()}
+    like = next(iter(params.values()))
+    leaves, structure = tree_flatten((call.args, call.kwargs))
+    (place,) = (k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    x = leaves[place]
+
+    def value(params: Mapping[str, Tensor], x: Tensor, delta: Tensor) -> Tensor:
+        args, kwargs = tree_unflatten([*leaves[:place], x, *leaves[place + 1 :]], structure)
+        named = {f"layer.{name}": p for name, p in params.items()}
+        output = torch.func.functional_call(_Bare(module), {**named, **buffers}, args, kwargs)
+        tensor = output if isinstance(output, Tensor) else output[0]
+        return (tensor * delta).sum()
+
+    xs = examples.apart(x.to(like.dtype) if x.is_floating_point() else x)
+    deltas = examples.apart(call.delta)
+    try:
+        found = torch.func.vmap(torch.func.grad(value), (None, 0, 0))(params, xs, deltas)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # no batching rule
+        found = _one_by_one(value, params, xs, deltas)
+    return {
+        name: Rows(g.reshape(examples.size, -1).to(examples.dtype)) for name, g in found.items()
+    }
+
+
+def _one_by_one(
+    value: Callable[..., Tensor], params: Mapping[str, Tensor], xs: Tensor, deltas: Tensor
+) -> dict[str, Tensor]:
+    rows = []
+    for x, delta in zip(xs, deltas, strict=True):
+        leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+        with torch.enable_grad():
+            total = value(leaves, x, delta)
+        rows.append(torch.autograd.grad(total, list(leaves.values()), materialize_grads=True))
+    return {name: torch.stack([row[k] for row in rows]) for k, name in enumerate(params)}
+
+
+class _Bare(nn.Module):
+    """A layer without its hooks: its input has been through them, and δ is of what comes before."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer.forward(*args, **kwargs)
+
+
 # -- the table ------------------------------------------------------------------------------------
 
 
@@ -348,14 +419,15 @@ def _input(call: Call) -> Tensor:
 
 _LINEAR = Rule(_own("weight", "bias"), _linear, {"weight": "bias"})
 _CONV = Rule(_own("weight", "bias"), _conv, {"weight": "bias"})
-_CONV_TRANSPOSE = Rule(_own("weight", "bias"), _conv_transpose, {})
-_LAYER_NORM = Rule(_own("weight", "bias"), _layer_norm, {})
-_RUNNING_NORM = Rule(_fixed_statistics, _channel_norm, {})
-_CHANNEL_NORM = Rule(_own("weight", "bias"), _channel_norm, {})
+_CONV_TRANSPOSE = Rule(_own("weight", "bias"), _conv_transpose)
+_LAYER_NORM = Rule(_own("weight", "bias"), _layer_norm, has_factors=False)
+_RUNNING_NORM = Rule(_fixed_statistics, _channel_norm, has_factors=False)
+_CHANNEL_NORM = Rule(_own("weight", "bias"), _channel_norm, has_factors=False)
+_ANY_OTHER = Rule(_direct_parameters, _itself, has_factors=False, has_one_input=True)
 
 RULES: Mapping[type[nn.Module], Rule] = {
     nn.Linear: _LINEAR,
-    nn.Embedding: Rule(_embedding_parameters, _embedding, {}),
+    nn.Embedding: Rule(_embedding_parameters, _embedding),
     nn.Conv1d: _CONV,
     nn.Conv2d: _CONV,
     nn.Conv3d: _CONV,
@@ -376,12 +448,12 @@ RULES: Mapping[type[nn.Module], Rule] = {
 
 # Of transformers, which is not imported: its GPT-2 calls a linear map with a transposed weight so.
 _BY_NAME = {
-    "transformers.pytorch_utils.Conv1D": Rule(_own("weight", "bias"), _transposed_linear, {}),
+    "transformers.pytorch_utils.Conv1D": Rule(_own("weight", "bias"), _transposed_linear),
 }
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """The rule of a layer, or None where its type has none or changes how it is called."""
+    """The rule of a layer, or None where there is none."""
     kind = type(module)
     named = _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
     if named is not None:
@@ -389,7 +461,8 @@ def rule_for(module: nn.Module) -> Rule | None:
     for known, rule in RULES.items():
         same = kind.forward is known.forward or kind is known
         if isinstance(module, known) and (same or isinstance(module, _BatchNorm | _InstanceNorm)):
-            if isinstance(module, _ConvTransposeNd) and module.padding_mode != "zeros":
-                return None
             return rule
-    return None
+    # A recurrent layer keeps its parameters in a second list, and returns more than one thing.
+    if isinstance(module, nn.RNNBase) or any(True for _ in module.children()):
+        return None
+    return _ANY_OTHER if _direct_parameters(module) else None

@@ -152,7 +152,10 @@ class _Planning:
         values = capture.watch(lambda p: _checked(self.task, p, batch), size)
         shapes: dict[str, list[_Shapes]] = {}
         for call in capture.backward(values):
-            inputs = [x.shape for x in (*call.args, *call.kwargs.values()) if _is_input(x)]
+            inputs = [x.shape for x in tree_leaves((call.args, call.kwargs)) if _is_input(x)]
+            rule = rule_for(self.task.model.get_submodule(call.layer))
+            if rule is not None and rule.has_one_input and len(inputs) != 1:
+                inputs = [torch.Size()]  # of no axis
             shapes.setdefault(call.layer, []).append((call.delta.shape, *inputs[:1]))
         return shapes
 
@@ -300,7 +303,7 @@ def _planned(
         if name in biases.values():
             continue
         where = owners.get(name)
-        if where is not None and len(shapes[name]) > 1 and _has_matrix(task.model, where):
+        if where is not None and len(shapes[name]) > 1 and _has_factors(where, rules):
             made, of = _matrix_blocks(task.model, name, biases.get(name), shapes[name], where)
             blocks.extend(made)
             sources.update(of)
@@ -343,10 +346,9 @@ def _joined_biases(
     return joined
 
 
-def _has_matrix(model: nn.Module, sources: Sequence[Source]) -> bool:
-    """Whether the rules give outer products for this parameter: not for a norm's gain."""
-    norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-    return not any(isinstance(model.get_submodule(s.layer), norms) for s in sources)
+def _has_factors(sources: Sequence[Source], rules: Mapping[str, Rule | None]) -> bool:
+    """Whether the rules of all uses give outer products: not for a norm's gain."""
+    return all(rule is not None and rule.has_factors for rule in (rules[s.layer] for s in sources))
 
 
 def _matrix_blocks(
@@ -426,14 +428,16 @@ def _mismatches(made: Plan, batch: Batch, eps: float) -> list[str]:
     with GradientPass(made) as gradients:
         factors = gradients.of(lambda p, b: _checked(task, p, b), batch)
     flat = torch.cat([g.flatten() for g in truth]).to(made.dtype)
-    # Both round as the layers do; a wrong axis or order is off by far more than this.
     scale = float(flat.norm())
     wrong = []
     for block, part in zip(made.blocks, factors, strict=True):
         expected = flat[block.index(task.layout).to(flat.device)]
-        total = part.scaled(weights.to(made.dtype)).total()
-        error = float((total.flatten() - expected).norm())
-        if not error <= eps**0.5 * float(expected.norm()) + 100 * eps * scale:
+        c = weights.to(made.dtype)
+        error = float((part.scaled(c).total().flatten() - expected).norm())
+        # Both round as the layers do; a wrong axis or order is off by far more than this. What
+        # cancels in the sum (the gradient of a key's bias is 0) rounds as its terms do.
+        terms = float(part.absolute().scaled(c.abs()).total().norm())
+        if not error <= eps**0.5 * float(expected.norm()) + 10 * eps * (terms + scale):
             wrong += list(block.parameters)
     return wrong
 
