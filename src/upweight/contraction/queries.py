@@ -110,23 +110,38 @@ def block_queries(
     factored: list[list[Tokens]] = [[] for _ in blocks]
     vectors: list[Tensor | None] = [None] * len(blocks)
     kept: list[list[Tensor]] = [[] for _ in blocks]
-    for start, stop, parts in batches:
-        rows = reference[(reference >= start) & (reference < stop)] - start
-        for k, (block, part) in enumerate(zip(blocks, parts, strict=True)):
-            if isinstance(part, Tokens) and part.positions == 1 and positions[k] == 1:
-                factored[k].append(rotated(part, block.eigen))
+
+    def keep(k: int, start: int, part: Factors) -> None:
+        v = solved(inverses[k], part)
+        stored = vectors[k]
+        if stored is None:
+            stored = vectors[k] = v.new_empty((q, *v.shape[1:]), dtype=dtypes[k])
+        stop = start + len(v)
+        stored[start:stop] = v
+        kept[k].append(v[reference[(reference >= start) & (reference < stop)] - start])
+
+    for start, _, parts in batches:
+        for k, part in enumerate(parts):
+            if (
+                isinstance(part, Tokens)
+                and part.positions == 1 == positions[k]
+                and vectors[k] is None
+            ):
+                factored[k].append(part)
                 continue
-            v = solved(inverses[k], part)
-            if vectors[k] is None:
-                vectors[k] = v.new_empty((q, *v.shape[1:]), dtype=dtypes[k])
-            vectors[k][start:stop] = v  # type: ignore[index]
-            kept[k].append(v[rows])
+            first = 0
+            for earlier in factored[k]:  # batches of one position, before this one of several
+                keep(k, first, earlier)
+                first += len(earlier)
+            factored[k] = []
+            keep(k, start, part)
     made: list[BlockQueries] = []
     for k, block in enumerate(blocks):
         stored = vectors[k]
         if stored is None:
-            left = torch.cat([t.left[:, 0] for t in factored[k]])
-            right = torch.cat([t.right[:, 0] for t in factored[k]])
+            tokens = [rotated(part, block.eigen) for part in factored[k]]
+            left = torch.cat([t.left[:, 0] for t in tokens])
+            right = torch.cat([t.right[:, 0] for t in tokens])
             made.append(FactoredQueries(block.eigen, inverses[k].values, left, right))
         else:
             made.append(SolvedQueries(stored, torch.cat(kept[k])))

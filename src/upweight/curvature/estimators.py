@@ -85,7 +85,7 @@ class Estimator(abc.ABC):
         """All batches of a pass have been seen."""
 
     @abc.abstractmethod
-    def result(self, count: int) -> Eigen:
+    def result(self, count: int | float) -> Eigen:
         """The curvature, with sums over gradients divided by their number."""
 
     @abc.abstractmethod
@@ -154,7 +154,7 @@ class KFACBlock(Estimator):
         assert isinstance(factors, Tokens)
         self._covariances.see(factors)
 
-    def result(self, count: int) -> Eigen:
+    def result(self, count: int | float) -> Eigen:
         c = self._covariances
         alpha, right = eigenbasis(self._finite(mean_of(c.right.gram, max(1, c.rows))))
         gamma, left = eigenbasis(self._finite(mean_of(c.left.gram, count)))
@@ -207,7 +207,7 @@ class EKFACBlock(Estimator):
         self._bases = (left.to(self.dtype), right.to(self.dtype))
         self._covariances = None
 
-    def result(self, count: int) -> Eigen:
+    def result(self, count: int | float) -> Eigen:
         assert self._bases is not None
         values = mean_of(self._finite(self._moments.total), count)
         return Eigen(self._bases, values.to(self.dtype))
@@ -271,7 +271,7 @@ class DenseBlock(Estimator):
     def see(self, stage: int, factors: Factors) -> None:
         self._gram.add_gram(_rows(factors))
 
-    def result(self, count: int) -> Eigen:
+    def result(self, count: int | float) -> Eigen:
         values, basis = eigenbasis(self._finite(mean_of(self._gram.gram, count)))
         return Eigen((basis.to(self.dtype),), values.clamp_min(0.0).to(self.dtype))
 
@@ -304,7 +304,7 @@ class DiagonalBlock(Estimator):
                 part = factors.take(slice(start, start + size))
                 self._squares.add(part.matrices().square_().sum(dim=0))
 
-    def result(self, count: int) -> Eigen:
+    def result(self, count: int | float) -> Eigen:
         values = mean_of(self._finite(self._squares.total), count)
         return Eigen((None,) * values.ndim, values.to(self.dtype))
 

@@ -96,7 +96,7 @@ class Sampled(Labels):
             part = tree_map(_rows(first, stop), targets)
             pieces.append(loss.sample(outputs[first:stop], part, generator))
             first = stop
-        return torch.cat(pieces)
+        return tree_map(lambda *parts: torch.cat(parts), *pieces)
 
 
 def _rows(start: int, stop: int) -> Callable[[Any], Any]:
@@ -133,9 +133,10 @@ class Expected(Labels):
                     "use Sampled(), or Expected(most=...) if that many passes are meant.",
                 )
             )
-        values, vectors = torch.linalg.eigh(loss.hessian(outputs, targets).double())
-        scale = float(values.max())
-        if float(values.min()) < -1e-6 * max(scale, 1.0):
+        # In half precision the Hessian's own rounding would be taken for a negative eigenvalue.
+        precise = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        values, vectors = torch.linalg.eigh(loss.hessian(precise, targets).double())
+        if float(values.min()) < -1e-6 * float(values.abs().max()):
             raise NotPositiveDefinite(
                 message(
                     "Expected() needs a loss that is convex in the model's outputs.",
@@ -145,15 +146,16 @@ class Expected(Labels):
                 ),
                 float(values.min()),
             )
-        roots = vectors * values.clamp_min(0.0).sqrt()[:, None, :]
+        # What is rounding, of either sign, becomes a gradient of exactly 0.
+        rounding = width * torch.finfo(precise.dtype).eps * values.amax(dim=1, keepdim=True)
+        roots = vectors * torch.where(values > rounding, values, 0.0).sqrt()[:, None, :]
 
         def head(f: Tensor, _: Any, column: Tensor) -> Tensor:
             return (f.reshape(len(f), -1) * column).sum(dim=1)
 
+        # A column of zeros too: every example gives as many pairs (a, δ), whatever its batch.
         for k in range(width):
-            column = roots[:, :, k].to(outputs.dtype)
-            if bool(column.any()):
-                yield head, column
+            yield head, roots[:, :, k].to(outputs.dtype)
 
 
 @dataclass(frozen=True)

@@ -183,13 +183,14 @@ class LayerwiseCurvature(abc.ABC):
                                 estimator.see(stage, part)
                         if stage == 0 and len(seen) < len(data):
                             spread.see(factors)
+                    spread.close()
                     if checkpoint:
                         checkpoint.due((stage, stop), estimators)
             for estimator in estimators:
                 if stage < estimator.passes:
                     estimator.finish(stage)
             seconds[f"curvature_pass_{stage + 1}"] = time.perf_counter() - started
-        size = len(seen) if n is None or len(seen) < len(data) else n
+        size = len(seen) if n is None else len(seen) * n / len(data)
         count = size * self.which.per_example
         eigens = [estimator.result(count) for estimator in estimators]
         eigens, penalty_notes = _with_penalty(made, eigens)
@@ -240,20 +241,27 @@ class Checkpoint(abc.ABC):
 
 
 class _Spread:
-    """How much ‖gᵢ‖² varies over the examples, block by block."""
+    """How much Σ ‖gᵢ‖², over an example's labels, varies over the examples, block by block."""
 
     def __init__(self, blocks: int) -> None:
         self._sums = [(0, 0.0, 0.0)] * blocks
+        self._open: list[Tensor] = []
 
     def see(self, factors: list[Factors]) -> None:
-        for k, part in enumerate(factors):
-            norms = part.squared_norm().double()
+        """The gradients of a batch with one label each."""
+        norms = [part.squared_norm().double() for part in factors]
+        self._open = [a + b for a, b in zip(self._open, norms, strict=False)] or norms
+
+    def close(self) -> None:
+        """All labels of the batch have been seen."""
+        for k, norms in enumerate(self._open):
             m, first, second = self._sums[k]
             self._sums[k] = (
                 m + len(norms),
                 first + float(norms.sum()),
                 second + float(norms.square().sum()),
             )
+        self._open = []
 
     def relative_errors(self, n: int) -> list[float]:
         """Standard error of the mean of ‖gᵢ‖², over it: what having seen m of n leaves open."""
@@ -281,7 +289,7 @@ def _with_penalty(made: Plan, eigens: list[Eigen]) -> tuple[list[Eigen], tuple[s
         entries = diagonal[block.index(task.layout).to(diagonal.device)].reshape(eigen.values.shape)
         entries = entries.to(eigen.values)
         uniform = bool((entries == entries.flatten()[0]).all())
-        if uniform and exact:
+        if exact and (uniform or all(basis is None for basis in eigen.bases)):
             share = entries
         else:
             share = _diagonal_in_basis(eigen, entries)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upweight._typing import Batch, Params
 from upweight.gradients.blocks import Plan
 from upweight.gradients.factored import Tokens
 from upweight.gradients.passes import GradientPass
@@ -45,8 +46,18 @@ def _held(plan: Plan, data: Data, size: int) -> tuple[int, tuple[int, ...]]:
 
     task = plan.task
     batch = task.to_device(data.take([k % len(data) for k in range(size)]))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), GradientPass(plan) as passes:
-        factors = passes.of(lambda p, b: task.loss(*task.call(p, b)), batch)
+    runs = 0
+
+    def losses(params: Params, examples: Batch) -> Tensor:
+        nonlocal runs
+        runs += 1
+        if runs > 1:  # torch.func, which bears no such hooks, and single examples
+            return task.loss(*task.call(params, examples))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            return task.loss(*task.call(params, examples))
+
+    with GradientPass(plan) as passes:
+        factors = passes.of(losses, batch)
     total = sum(held.values())
     # Twice: besides the factors themselves, what is made from them on the way.
     for part in factors:

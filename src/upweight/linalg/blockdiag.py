@@ -23,7 +23,7 @@ class BlockDiagonal(LinearOperator):
     """
 
     blocks: tuple[LinearOperator, ...]
-    indices: tuple[Int[Tensor, " d"], ...]
+    indices: tuple[Int[Tensor, "_d"], ...]
 
     def __post_init__(self) -> None:
         sizes = [len(index) for index in self.indices]

@@ -18,7 +18,7 @@ from upweight.linalg.algebra import agree
 from upweight.linalg.operator import LinearOperator, Tag, closed
 
 
-def mean_of(total: Tensor, n: int) -> Tensor:
+def mean_of(total: Tensor, n: int | float) -> Tensor:
     """(1/n) Σ for a sum over examples that was taken term by term."""
     return total / n
 

@@ -408,10 +408,11 @@ class LayerwiseInfluence:
             ]
         )
         excess = (sums - expected).abs()
-        nonzero = sizes > 0
+        # A query may have no score at all: nothing to be relative to.
+        relative = torch.where(sizes > 0, excess / sizes, 0.0)
         return {
             "row_sum_excess": float(excess.max()),
-            "row_sum_excess_relative": float((excess / sizes)[nonzero].max()),
+            "row_sum_excess_relative": float(relative.max()),
         }
 
     def _scores(
