@@ -89,8 +89,8 @@ def covariances(weight, data, labels, reduce=False):
             if reduce:
                 left, right = left.sum(dim=0, keepdim=True), right.mean(dim=0, keepdim=True)
             for d, a in zip(left, right, strict=True):
-                if len(left) > 1 and bool((d.abs() < NOTHING).all()):
-                    continue  # a position that the value does not depend on
+                if len(left) > 1 and bool((torch.outer(d, a).abs() < NOTHING).all()):
+                    continue  # a position that adds nothing to g: padding
                 A, G, pairs = A + torch.outer(a, a), G + torch.outer(d, d), pairs + 1
     return A / pairs, G / n
 

@@ -40,14 +40,15 @@ class Expand(Sharing):
     """Every position is an example of its own: A = E_t[a_t a_tᵀ], G = E[Σ_t δ_t δ_tᵀ].
 
     K-FAC-expand of Eschenhagen et al. (2023), Eq. 15: exact for deep linear networks whose loss has
-    a term per position, as language models have. Positions where δ = 0 (padding) are left out.
+    a term per position, as language models have. Positions that add nothing to g (padding) are left out.
     """
 
     def pairs(self, tokens: Tokens) -> tuple[Float[Tensor, "m i"], Float[Tensor, "m o"]]:
         a, delta = tokens.right.flatten(0, 1), tokens.left.flatten(0, 1)
         if tokens.positions == 1:
             return a, delta
-        alive = (delta != 0).any(dim=1)
+        # Padding leaves δ = 0, which is on the right for an embedding: its left is one-hot.
+        alive = (delta != 0).any(dim=1) & (a != 0).any(dim=1)
         return (a, delta) if bool(alive.all()) else (a[alive], delta[alive])
 
 
