@@ -10,6 +10,7 @@ A `Batch` is what one call of the model needs: a tuple `(inputs..., targets)` or
 Every tensor in it has the examples on its leading axis.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -19,4 +20,6 @@ Batch: TypeAlias = tuple[Any, ...] | dict[str, Any]
 Params: TypeAlias = Mapping[str, Tensor]
 Forward: TypeAlias = Callable[[nn.Module, Batch], tuple[Any, Any]]
 
-__all__ = ["Batch", "Forward", "Params"]
+Folder: TypeAlias = str | os.PathLike[str]
+
+__all__ = ["Batch", "Folder", "Forward", "Params"]

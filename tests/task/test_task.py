@@ -242,3 +242,26 @@ def test_gradients_that_cancel_at_a_minimum_are_not_taken_for_missing():
     task = uw.Task(model, uw.SquaredError())
     values = uw.Influence().fit(task, (ones, targets)).attribute((ones, targets), uw.Logit()).values
     torch.testing.assert_close(values[0], torch.tensor([-0.25, 0.25, -0.25, 0.25]).double())
+
+
+class _Alias(nn.Module):
+    """One module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.again = self.first
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.again(self.first(x).tanh()))
+
+
+def test_a_module_under_two_names_keeps_its_parameters():
+    model = _Alias()
+    task = uw.Task(model, uw.CrossEntropy())
+    before = dict(model.named_parameters())
+    task.losses(task.theta(), (torch.randn(5, 3), torch.zeros(5, dtype=torch.long)))
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)

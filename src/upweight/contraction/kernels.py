@@ -11,7 +11,6 @@ that the training set is never rotated.
 import abc
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -70,14 +69,19 @@ class Separable(Kernel):
         return sum(x.nbytes for x in (*self.full, *self.short))
 
     def add_to(self, scores: Float[Tensor, "q b"], factors: Factors) -> None:
-        assert isinstance(factors, Tokens) and factors.positions == 1
+        assert isinstance(factors, Tokens)
+        t = factors.positions
         for lefts, rights in (self.full, self.short):
             if len(lefts) == 0:
                 continue
-            delta = factors.left[:, 0].to(lefts.dtype).mT
-            a = factors.right[:, 0].to(lefts.dtype).mT
+            delta = factors.left.flatten(0, 1).to(lefts.dtype).mT
+            a = factors.right.flatten(0, 1).to(lefts.dtype).mT
             for d, v in zip(lefts, rights, strict=True):
-                scores.addcmul_(d @ delta, v @ a)
+                if t == 1:
+                    scores.addcmul_(d @ delta, v @ a)
+                else:  # a longer example than the cost was measured on: a sum over its positions
+                    products = (d @ delta) * (v @ a)
+                    scores += products.reshape(*scores.shape, t).sum(dim=2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,13 +97,3 @@ class OfVector(Kernel):
     def add_to(self, scores: Float[Tensor, "q b"], factors: Factors) -> None:
         assert isinstance(factors, Rows)
         scores += self.vectors @ factors.values.to(self.vectors.dtype).mT
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are faster than in float32 on this hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in asked)

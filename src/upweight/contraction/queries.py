@@ -104,21 +104,27 @@ def block_queries(
         q: How many queries there are.
         positions: At how many positions each block's weight is used on a training example.
         reference: Queries to keep in full precision too.
-        dtypes: What each block's vectors are stored in.
+        dtypes: What each block's vectors are solved and stored in; the reference always in full
+            precision.
     """
     inverses = [block.eigen.inverse(block.damping) for block in blocks]
+    solvers = [
+        _short(inverse) if dtype is torch.bfloat16 else inverse
+        for inverse, dtype in zip(inverses, dtypes, strict=True)
+    ]
     factored: list[list[Tokens]] = [[] for _ in blocks]
     vectors: list[Tensor | None] = [None] * len(blocks)
     kept: list[list[Tensor]] = [[] for _ in blocks]
 
     def keep(k: int, start: int, part: Factors) -> None:
-        v = solved(inverses[k], part)
+        v = solved(solvers[k], part.to(dtypes[k]))
         stored = vectors[k]
         if stored is None:
-            stored = vectors[k] = v.new_empty((q, *v.shape[1:]), dtype=dtypes[k])
+            stored = vectors[k] = v.new_empty((q, *v.shape[1:]))
         stop = start + len(v)
         stored[start:stop] = v
-        kept[k].append(v[reference[(reference >= start) & (reference < stop)] - start])
+        rows = reference[(reference >= start) & (reference < stop)] - start
+        kept[k].append(solved(inverses[k], part.take(rows)))
 
     for start, _, parts in batches:
         for k, part in enumerate(parts):
@@ -146,6 +152,12 @@ def block_queries(
         else:
             made.append(SolvedQueries(stored, torch.cat(kept[k])))
     return made
+
+
+def _short(inverse: Eigen) -> Eigen:
+    """The same in bfloat16."""
+    bases = tuple(None if q is None else q.to(torch.bfloat16) for q in inverse.bases)
+    return Eigen(bases, inverse.values.to(torch.bfloat16))
 
 
 def inner(queries: BlockQueries, matrix: Float[Tensor, "..."]) -> Float[Tensor, " q"]:

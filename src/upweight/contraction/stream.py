@@ -23,12 +23,13 @@ from upweight.contraction.choose import (
     measured,
     reference_scores,
 )
-from upweight.contraction.kernels import Kernel, has_fast_bfloat16
+from upweight.contraction.kernels import Kernel
 from upweight.contraction.queries import BlockQueries, SolvedQueries, block_queries
 from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature
 from upweight.errors import NotDifferentiable, message
 from upweight.gradients.factored import Factors, joined
 from upweight.gradients.passes import GradientPass
+from upweight.runtime.hardware import has_fast_bfloat16
 from upweight.runtime.memory import examples_within, free_bytes, working_bytes
 from upweight.runtime.progress import progress
 from upweight.task.data import Data
@@ -173,9 +174,13 @@ def _contraction(
     memory_bytes: int | None,
 ) -> Contraction:
     plan, task = curvature.plan, curvature.plan.task
+    factored = any(t == 1 for t in curvature.cost.positions)
+    # No more than a small share of what the pass itself takes.
+    most = max(16, len(train) // 25)
+    sizes = (SAMPLE if factored else 1, SAMPLE // 2) if tolerance > 0 else (1, 1)
     sample, check = (
-        _sampled(curvature, train, losses, count, seed, memory_bytes)
-        for seed, count in enumerate((SAMPLE, SAMPLE // 2))
+        _sampled(curvature, train, losses, min(size, most), seed, memory_bytes)
+        for seed, size in enumerate(sizes)
     )
     rows = _references(curvature, len(queries)).to(task.layout.device)
     moments = [block.eigen.values for block in curvature.blocks]

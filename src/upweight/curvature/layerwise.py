@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
@@ -27,8 +28,10 @@ from upweight.gradients.factored import Factors
 from upweight.gradients.passes import GradientPass
 from upweight.gradients.planning import plan
 from upweight.linalg.blockdiag import BlockDiagonal
+from upweight.linalg.damping import Damping
 from upweight.linalg.eigen import Eigen
 from upweight.linalg.operator import LinearOperator
+from upweight.runtime.checkpoint import Checkpoint
 from upweight.runtime.memory import examples_within, working_bytes
 from upweight.runtime.progress import progress
 from upweight.task.data import Data
@@ -138,8 +141,9 @@ class LayerwiseCurvature(abc.ABC):
         data: Data,
         *,
         n: int | None = None,
+        damping: Damping | None = None,
         memory_bytes: int | None = None,
-        checkpoint: "Checkpoint | None" = None,
+        checkpoint: Checkpoint | None = None,
     ) -> BlockCurvature:
         """H at θ̂, block by block.
 
@@ -147,8 +151,10 @@ class LayerwiseCurvature(abc.ABC):
             task: What was trained.
             data: The training data.
             n: What sums are divided by; see `Curvature.fit`.
+            damping: What the inverse will be damped with, where that is known: products whose
+                rounding it drowns, by measurement, are taken in bfloat16.
             memory_bytes: What a batch may take; None: a share of what is free.
-            checkpoint: Where to keep the sums while they grow.
+            checkpoint: Where to keep the sums while they grow, and to go on from.
 
         Raises:
             UnsupportedModel: The labels cannot be drawn, or a gradient cannot be had.
@@ -163,19 +169,24 @@ class LayerwiseCurvature(abc.ABC):
         estimators = [
             self.estimator(block, made.dtype, task.layout.device) for block in made.blocks
         ]
-        stages = max(e.passes for e in estimators)
-        place = checkpoint.load(estimators) if checkpoint else (0, 0)
-        seconds = {}
+        for estimator in estimators:
+            estimator.damping = damping
         batch = examples_within(
             working_bytes(task.layout.device, memory_bytes), spent.bytes_per_example, MOST_EXAMPLES
         )
         spread = _Spread(len(estimators))
-        for stage in range(place[0], stages):
+        place = _Place(0, 0, batch)
+        if checkpoint is not None and (kept := checkpoint.read()) is not None:
+            place = _restore(kept, estimators, spread)
+            notes = (*notes, "curvature: went on from what an earlier run had kept")
+        stages = max(e.passes for e in estimators)
+        seconds = {}
+        for stage in range(place.stage, stages):
             started = time.perf_counter()
-            first = place[1] if stage == place[0] else 0
+            first = place.example if stage == place.stage else 0
             what = f"curvature, pass {stage + 1} of {stages}"
             with GradientPass(made) as passes:
-                steps = ((a, b, x) for a, b, x in seen.batches(batch) if a >= first)
+                steps = _batches(seen, first, place.batch)
                 for start, stop, examples in progress(steps, len(seen), what, first):
                     for factors in self._gradients(passes, task, examples, start, stage):
                         for estimator, part in zip(estimators, factors, strict=True):
@@ -184,11 +195,15 @@ class LayerwiseCurvature(abc.ABC):
                         if stage == 0 and len(seen) < len(data):
                             spread.see(factors)
                     spread.close()
-                    if checkpoint:
-                        checkpoint.due((stage, stop), estimators)
+                    if checkpoint is not None and checkpoint.is_due():
+                        here = _Place(stage, stop, place.batch)
+                        checkpoint.write(_state(here, estimators, spread))
             for estimator in estimators:
                 if stage < estimator.passes:
                     estimator.finish(stage)
+            if checkpoint is not None:
+                here = _Place(stage + 1, 0, place.batch)
+                checkpoint.write(_state(here, estimators, spread))
             seconds[f"curvature_pass_{stage + 1}"] = time.perf_counter() - started
         size = len(seen) if n is None else len(seen) * n / len(data)
         count = size * self.which.per_example
@@ -199,7 +214,9 @@ class LayerwiseCurvature(abc.ABC):
             FittedBlock(block, eigen, mean_error=error)
             for block, eigen, error in zip(made.blocks, eigens, errors, strict=True)
         )
-        return BlockCurvature(made, spent, blocks, (*made.notes, *notes, *penalty_notes), seconds)
+        decided = [note for estimator in estimators if (note := estimator.note)]
+        every = (*made.notes, *notes, *decided, *penalty_notes)
+        return BlockCurvature(made, spent, blocks, every, seconds)
 
     def _gradients(
         self, passes: GradientPass, task: Task, batch: Batch, start: int, stage: int
@@ -228,16 +245,46 @@ class LayerwiseCurvature(abc.ABC):
         return data.subset(chosen), (note,)
 
 
-class Checkpoint(abc.ABC):
-    """Keeps the sums of a long fit, so that it can go on after an interruption."""
+@dataclass(frozen=True)
+class _Place:
+    """How far a fit has come: the pass, the example in it, and the size of its batches."""
 
-    @abc.abstractmethod
-    def load(self, estimators: list[Estimator]) -> tuple[int, int]:
-        """Restore what was kept: the pass and the example to go on from, (0, 0) for none."""
+    stage: int
+    example: int
+    batch: int
 
-    @abc.abstractmethod
-    def due(self, place: tuple[int, int], estimators: list[Estimator]) -> None:
-        """Keep the sums if it is time to."""
+
+def _batches(data: Data, first: int, size: int) -> Iterator[tuple[int, int, Batch]]:
+    for start in range(first, len(data), size):
+        stop = min(start + size, len(data))
+        yield start, stop, data.batch(start, stop)
+
+
+def _state(place: _Place, estimators: list[Estimator], spread: "_Spread") -> dict[str, Tensor]:
+    """All that a fit knows so far: going on from it gives the same numbers, bit for bit."""
+    state = {
+        "place": torch.tensor([place.stage, place.example, place.batch]),
+        "spread": spread.tensor(),
+    }
+    for k, estimator in enumerate(estimators):
+        state |= {f"{k}.{name}": value for name, value in estimator.tensors().items()}
+    return state
+
+
+def _restore(kept: Mapping[str, Tensor], estimators: list[Estimator], spread: "_Spread") -> _Place:
+    for k, estimator in enumerate(estimators):
+        prefix = f"{k}."
+        device = estimator.device
+        # Copied: products round by where their operands start in memory, and a file's tensors start
+        # anywhere.
+        own = {
+            name.removeprefix(prefix): value.to(device, copy=True)
+            for name, value in kept.items()
+            if name.startswith(prefix)
+        }
+        estimator.restore(own)
+    spread.restore(kept["spread"])
+    return _Place(*kept["place"].tolist())
 
 
 class _Spread:
@@ -262,6 +309,14 @@ class _Spread:
                 second + float(norms.square().sum()),
             )
         self._open = []
+
+    def tensor(self) -> Float[Tensor, "k 3"]:
+        """To go on from later."""
+        return torch.tensor(self._sums, dtype=torch.float64)
+
+    def restore(self, sums: Float[Tensor, "k 3"]) -> None:
+        """Go on from what `tensor` gave."""
+        self._sums = [(int(m), first, second) for m, first, second in sums.tolist()]
 
     def relative_errors(self, n: int) -> list[float]:
         """Standard error of the mean of ‖gᵢ‖², over it: what having seen m of n leaves open."""

@@ -129,4 +129,5 @@ def eigenbasis(matrix: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float
     In float32 the small eigenvalues of a covariance, which damping is compared to, are noise.
     """
     values, vectors = torch.linalg.eigh(matrix.double().cpu())
-    return values.to(matrix.device), vectors.to(matrix.device)
+    # LAPACK's are stored by columns; in one layout, products round the same wherever they come from.
+    return values.to(matrix.device), vectors.to(matrix.device).contiguous()

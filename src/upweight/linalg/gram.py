@@ -5,6 +5,8 @@ millions of rows the loss is a drift. Products of a few batches are therefore ad
 then moved to a float64 total.
 """
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -29,6 +31,7 @@ class LongSum:
         self._total = torch.zeros(shape, dtype=torch.float64, device=device)
         self._recent = torch.zeros(shape, dtype=dtype, device=device)
         self._count = 0
+        self.dtype = dtype
 
     def add_product(self, x: Float[Tensor, "m r"], y: Float[Tensor, "m c"]) -> None:
         """Add xᵀ y."""
@@ -69,8 +72,13 @@ class LongSum:
         upper = self.total.triu()
         return upper + upper.triu(1).mT
 
-    def restore(self, total: Tensor) -> None:
-        """Go on from a total that was reached before."""
-        self._total.copy_(total)
-        self._recent.zero_()
-        self._count = 0
+    def tensors(self) -> dict[str, Tensor]:
+        """What was added so far, as it is: going on from it rounds as if nothing had happened."""
+        count = torch.tensor(self._count)
+        return {"total": self._total, "recent": self._recent, "count": count}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` gave."""
+        self._total.copy_(tensors["total"])
+        self._recent.copy_(tensors["recent"])
+        self._count = int(tensors["count"])

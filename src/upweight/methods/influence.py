@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight._typing import Batch
+from upweight._typing import Batch, Folder
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
 from upweight.curvature.layerwise import LayerwiseCurvature
-from upweight.errors import ModelChanged, NotDifferentiable, ShapeError, message
+from upweight.errors import ModelChanged, NotDifferentiable, ShapeError, SpecError, message
 from upweight.gradients.functional import measure_gradients
 from upweight.gradients.source import FactoredLinear, GradientSource, gradient_source
 from upweight.linalg.cholesky import Cholesky
@@ -94,7 +94,14 @@ class Influence:
         """Derivatives of the measurement."""
         return Unit.DERIVATIVE
 
-    def fit(self, task: Task, train: Any, *, memory_bytes: int | None = None) -> Any:
+    def fit(
+        self,
+        task: Task,
+        train: Any,
+        *,
+        memory_bytes: int | None = None,
+        store: Folder | None = None,
+    ) -> Any:
         """Check the task on its training data, and prepare (H + λI)⁻¹.
 
         A curvature a block at a time (`EKFAC()` and its kin) with `Auto()` is inverted in its own
@@ -105,6 +112,8 @@ class Influence:
             train: The training set, as for `as_data`.
             memory_bytes: What one batch may take, for layerwise curvatures; None: a share of what
                 is free.
+            store: For layerwise curvatures, a folder: the curvature is kept there while it grows,
+                an interrupted fit goes on from it, and a finished one is read back at once.
 
         Raises:
             UpweightError: One of the checks of `upweight.task.check`, with the way out.
@@ -115,7 +124,16 @@ class Influence:
         started = time.perf_counter()
         data = as_data(train)
         if isinstance(self.curvature, LayerwiseCurvature) and isinstance(self.solver, Auto):
-            return layerwise.fit(self, task, data, 1.0 / len(data), memory_bytes)
+            return layerwise.fit(self, task, data, 1.0 / len(data), memory_bytes, store)
+        if store is not None:
+            raise SpecError(
+                message(
+                    "A store is for curvatures that are learned a layer at a time.",
+                    f"store={store!r} with {self.curvature!r} and {self.solver!r}.",
+                    "a store given out of habit.",
+                    "leave it out, or use curvature=EKFAC() with the solver Auto().",
+                )
+            )
         losses = checked_losses(task, data, "training data")
         curvature = self.curvature.fit(task, data)
         damping = as_damping(self.damping).of(curvature)

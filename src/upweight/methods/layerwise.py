@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from upweight._typing import Folder
 from upweight.contraction.queries import inner, self_products
 from upweight.contraction.stream import Contraction, contractions, training_loss
 from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature, LayerwiseCurvature
@@ -22,6 +24,8 @@ from upweight.gradients.factored import Tokens
 from upweight.gradients.passes import GradientPass
 from upweight.linalg.damping import as_damping
 from upweight.methods import health
+from upweight.runtime.checkpoint import Checkpoint
+from upweight.runtime.fingerprint import digest
 from upweight.runtime.memory import examples_within, working_bytes
 from upweight.runtime.progress import progress
 from upweight.scores import Context, Provenance, Scores, TopScores, Unit, library_versions
@@ -44,7 +48,7 @@ def fit(
     data: Data,
     share: float,
     memory_bytes: int | None = None,
-    checkpoint: Any = None,
+    store: Folder | None = None,
 ) -> "LayerwiseInfluence":
     """Check the task on its training data, and learn the curvature of each block.
 
@@ -54,15 +58,19 @@ def fit(
         data: The training set.
         share: 1/n, the weight of one example.
         memory_bytes: What a batch may take.
-        checkpoint: Where to keep what was learned so far.
+        store: A folder to keep the curvature in while it grows, and to take it from.
     """
     started = time.perf_counter()
     losses = checked_losses(task, data, "training data")
     assert isinstance(spec.curvature, LayerwiseCurvature)
-    curvature = spec.curvature.fit_blocks(
-        task, data, memory_bytes=memory_bytes, checkpoint=checkpoint
-    )
     damping = as_damping(spec.damping)
+    curvature = spec.curvature.fit_blocks(
+        task,
+        data,
+        damping=damping,
+        memory_bytes=memory_bytes,
+        checkpoint=None if store is None else _checkpoint(store, spec, task, data),
+    )
     blocks = tuple(replace(b, damping=damping.of(b.eigen)) for b in curvature.blocks)
     for block in blocks:
         block.eigen.inverse(block.damping)  # raises now what every query would meet
@@ -78,6 +86,17 @@ def fit(
         seconds={"fit": time.perf_counter() - started, **curvature.seconds},
         notes=(*data.notes, *curvature.notes, *health.precision_notes(task)),
     )
+
+
+def _checkpoint(store: Folder, spec: "Influence", task: Task, data: Data) -> Checkpoint:
+    """Where the curvature is kept, under the hash of everything that it depends on."""
+    batches = [digest(*_tensors(batch)) for _, _, batch in data.batches(MOST_EXAMPLES)]
+    what = f"{spec.curvature!r} {spec.damping!r} {task.loss!r} {task.penalty!r} {task.layout!r}"
+    return Checkpoint.open(store, what, task.theta(), *batches)
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
 @dataclass(frozen=True, eq=False)

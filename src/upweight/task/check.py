@@ -6,6 +6,7 @@ the loss, that gradients reach every chosen parameter, and that every loss is fi
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,6 +31,9 @@ from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
 
 PROBE_EXAMPLES = 16
+
+CHECKED_AT_ONCE = 256
+"""Examples per forward pass of the check."""
 
 
 def checked_losses(task: Task, data: Data, role: str) -> Float[Tensor, " n"]:
@@ -57,14 +61,15 @@ def checked_losses(task: Task, data: Data, role: str) -> Float[Tensor, " n"]:
     probe = task.to_device(data.batch(0, min(PROBE_EXAMPLES, len(data))))
     _require_deterministic(task, theta, data, probe, role)
     _require_gradients(task, theta, probe)
-    size = batch_size(sum(x[0].numel() for x in _tensors(probe)) + 1, 8)
+    # What a layer makes of an input may be a hundred times as large, and is not known here.
+    size = batch_size(sum(x[0].numel() for x in _tensors(probe)) + 1, 8, most=CHECKED_AT_ONCE)
     losses = []
     for start, stop, batch in data.batches(size):
         batch = task.to_device(batch)
         with torch.no_grad():
-            outputs, targets = _outputs(task, theta, batch, role)
+            outputs, targets = _outputs(task, theta, batch, role, task.call)
             task.loss.check(outputs, targets)
-            values = task.losses(theta, batch)
+            values = task.losses_of(outputs, targets)
         _require_length(len(values), stop - start, role)
         _require_finite_losses(values, start, batch, role)
         losses.append(values)
@@ -157,11 +162,15 @@ def _require_finite_parameters(task: Task, theta: Float[Tensor, " p"]) -> None:
 
 
 def _outputs(
-    task: Task, theta: Float[Tensor, " p"], batch: Batch, role: str
+    task: Task,
+    theta: Float[Tensor, " p"],
+    batch: Batch,
+    role: str,
+    call: Callable[..., tuple[Any, Any]] | None = None,
 ) -> tuple[Tensor, object]:
     """The model's outputs, with PyTorch's complaint translated."""
     try:
-        outputs, targets = task.outputs(theta, batch)
+        outputs, targets = (call or task.outputs)(theta, batch)
     except UpweightError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError) as error:

@@ -192,8 +192,12 @@ class CrossEntropy(Loss):
 
     def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
         p = outputs.softmax(dim=-1)
-        flat = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator)
-        drawn = flat.reshape(p.shape[:-1])
+        # By inverse CDF: multinomial() draws a random number per class, which for a language model
+        # takes longer than a layer.
+        cdf = p.to(torch.promote_types(p.dtype, torch.float32)).cumsum(dim=-1)
+        u = torch.rand((*p.shape[:-1], 1), generator=generator, dtype=cdf.dtype, device=cdf.device)
+        drawn = torch.searchsorted(cdf, u * cdf[..., -1:], right=True)[..., 0]
+        drawn = drawn.clamp_max_(p.shape[-1] - 1)
         if targets.is_floating_point():
             return drawn
         return torch.where(targets == self.ignore_index, targets, drawn)

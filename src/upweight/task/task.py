@@ -131,11 +131,21 @@ class Task:
         Buffers are read, never written.
         """
         chosen = self.named(params)
-        rest = {k: p.detach() for k, p in self.model.named_parameters() if k not in chosen}
-        # Buffers go in as copies: a module that updates one in place must not touch the user's.
-        buffers = {k: b.detach().clone() for k, b in self.model.named_buffers()}
-        values = {f"model.{k}": v for k, v in {**rest, **buffers, **chosen}.items()}
-        return torch.func.functional_call(_Call(self.model, self.forward), values, (batch,))
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        values: dict[str, Tensor] = {}
+        # By place, each once: `functional_call` restores a module that is registered under two
+        # names to the tensors it was lent, so it must not be left to find the names by itself.
+        for path, module in self.model.named_modules(prefix="model"):
+            for last, p in module._parameters.items():
+                if p is not None:
+                    values[f"{path}.{last}"] = chosen.get(names[id(p)], p.detach())
+            for last, b in module._buffers.items():
+                if b is not None:
+                    # Copies: a module that updates one in place must not touch the user's.
+                    values[f"{path}.{last}"] = b.detach().clone()
+        return torch.func.functional_call(
+            _Call(self.model, self.forward), values, (batch,), tie_weights=False
+        )
 
     def losses(self, params: Params | Float[Tensor, " p"], batch: Batch) -> Float[Tensor, " b"]:
         """ℓ of each example of a batch, unreduced.
@@ -143,7 +153,14 @@ class Task:
         Raises:
             ScalarLoss: The loss did not return one value per example.
         """
-        outputs, targets = self.outputs(params, batch)
+        return self.losses_of(*self.outputs(params, batch))
+
+    def losses_of(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
+        """ℓ of each example, from the model's outputs.
+
+        Raises:
+            ScalarLoss: The loss did not return one value per example.
+        """
         losses = self.loss(outputs, targets)
         size = len(outputs)
         if losses.shape != (size,):
