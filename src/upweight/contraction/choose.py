@@ -86,11 +86,14 @@ def _share(queries: BlockQueries, rows: Tensor, part: Factors) -> Float[Tensor, 
     assert isinstance(part, Tokens)
     o, i = queries.inverse.shape
     size = max(1, SOLVE_BYTES // (o * i * queries.left.element_size()))
+    # In the eigenbases: rotating the examples takes far less than turning the queries back.
+    tokens = rotated(part, queries.eigen)
+    left, right = tokens.left[:, 0].mT, tokens.right[:, 0].mT
     shares = []
     for start in range(0, len(rows), size):
-        v = queries.solved(rows[start : start + size])
-        inner = (v @ part.right[:, 0].mT) * part.left[:, 0].mT  # [k, o, s]
-        shares.append(inner.sum(dim=1))
+        some = rows[start : start + size]
+        v = queries.left[some][:, :, None] * queries.right[some][:, None, :] * queries.inverse
+        shares.append(((v @ right) * left).sum(dim=1))  # [k, o, s] summed over o
     return torch.cat(shares)
 
 
@@ -118,15 +121,20 @@ def choose(
             if isinstance(block, FactoredQueries):
                 curves[k] = _curve(block, reference, k, sample[k], right_moments[k], tolerance)
     ranks = _ranks(curves, tolerance**2 * TRUNCATION_SHARE)
-    budget = tolerance**2 * (1 - TRUNCATION_SHARE) if short else 0.0
-    shorts = _short_terms(curves, ranks, budget)
+    rounding = {
+        k: _rounding(queries[k], reference, k, sample[k], curve, ranks[k])  # type: ignore[arg-type]
+        for k, curve in curves.items()
+        if short
+    }
+    shorts = _short_terms(rounding, tolerance**2 * (1 - TRUNCATION_SHARE))
     kernels: list[Kernel] = []
     words: list[str] = []
     for k, block in enumerate(queries):
         rank = ranks.get(k)
         if isinstance(block, FactoredQueries) and rank is not None:
-            kernels.append(_separable(block, curves[k].terms, rank, shorts[k]))
-            words.append(f"{rank} products ({len(shorts[k])} in bfloat16)")
+            in_short = shorts.get(k, frozenset())
+            kernels.append(_separable(block, curves[k].terms, rank, in_short))
+            words.append(f"{rank} products ({len(in_short)} in bfloat16)")
             continue
         if isinstance(block, FactoredQueries):
             vectors = _solved_all(block, torch.bfloat16 if shorts.get(k) else block.left.dtype)
@@ -139,21 +147,17 @@ def choose(
 
 @dataclass(frozen=True, eq=False)
 class _Curve:
-    """How the error of a block falls with the number of terms, and what each term weighs.
+    """How the error of a block falls with the number of terms, and what they cost.
 
     Args:
         terms: The expansion.
         errors: After r terms, r = 0, 1, …: root mean square over queries, relative to S_q.
-        rounding: Of each term when its products are taken in bfloat16, in the same measure.
-        rounding_in_full: Of the block in full.
         per_term: Multiply-adds per query and example of one term.
         in_full: Of the block in full.
     """
 
     terms: Expansion
     errors: tuple[float, ...]
-    rounding: tuple[float, ...]
-    rounding_in_full: float
     per_term: int
     in_full: int
 
@@ -181,24 +185,45 @@ def _curve(
     tokens = rotated(part, block.eigen)
     remaining = -reference.parts[k]
     errors = [_rms(reference.relative(remaining))]
-    rounding = []
-    few = FactoredQueries(block.eigen, block.inverse, left, right)
-    for r, (u, v) in enumerate(zip(terms.left, terms.right, strict=True)):
+    for u, v in zip(terms.left, terms.right, strict=True):
         term = ((left * u) @ tokens.left[:, 0].mT) * ((right * v) @ tokens.right[:, 0].mT)
         remaining = remaining + term
         errors.append(_rms(reference.relative(remaining)))
-        # Measured where it is used, in θ's own coordinates: there it is more than the 8 bits of a
-        # product, because solved queries are large where training gradients are small.
-        short = torch.zeros_like(term)
-        _kernel_of(few, terms, [], [r]).add_to(short, part)
-        rounding.append(_rms(reference.relative(short - term)))
         if errors[-1] < 0.05 * tolerance:
             break
-    in_bfloat16 = torch.zeros_like(remaining)
-    if in_full <= len(rounding) * per_term:  # else it is not a candidate
-        Explicit(_solved_all(few, torch.bfloat16)).add_to(in_bfloat16, part)
-    rounding_in_full = _rms(reference.relative(in_bfloat16 - reference.parts[k]))
-    return _Curve(terms, tuple(errors), tuple(rounding), rounding_in_full, per_term, in_full)
+    return _Curve(terms, tuple(errors), per_term, in_full)
+
+
+def _rounding(
+    block: FactoredQueries,
+    reference: Reference,
+    k: int,
+    part: Factors,
+    curve: _Curve,
+    rank: int | None,
+) -> tuple[float, ...]:
+    """What bfloat16 does to each of the first terms, or to the block in full (rank None).
+
+    Measured where it is used, in θ's own coordinates: there it is more than the 8 bits of a
+    product, because solved queries are large where training gradients are small.
+    """
+    few = FactoredQueries(
+        block.eigen, block.inverse, block.left[reference.rows], block.right[reference.rows]
+    )
+
+    def off(kernel: Kernel, exact: Float[Tensor, "k s"]) -> float:
+        short = torch.zeros_like(exact)
+        kernel.add_to(short, part)
+        return _rms(reference.relative(short - exact))
+
+    if rank is None:
+        return (off(Explicit(_solved_all(few, torch.bfloat16)), reference.parts[k]),)
+    errors = []
+    for r in range(rank):
+        exact = torch.zeros_like(reference.parts[k])
+        _kernel_of(few, curve.terms, [r], []).add_to(exact, part)
+        errors.append(off(_kernel_of(few, curve.terms, [], [r]), exact))
+    return tuple(errors)
 
 
 def _rms(values: Tensor) -> float:
@@ -238,18 +263,14 @@ def _ranks(curves: dict[int, _Curve], budget: float) -> dict[int, int | None]:
 
 
 def _short_terms(
-    curves: dict[int, _Curve], ranks: dict[int, int | None], budget: float
+    rounding: dict[int, tuple[float, ...]], budget: float
 ) -> dict[int, frozenset[int]]:
     """Terms of all blocks whose rounding together stays within the budget, the least ones first.
 
     For a block in full: {0} if it may be in bfloat16.
     """
-    errors = sorted(
-        (curves[k].rounding_in_full, k, 0) if rank is None else (curves[k].rounding[t], k, t)
-        for k, rank in ranks.items()
-        for t in range(1 if rank is None else rank)
-    )
-    spent, chosen = 0.0, {k: set[int]() for k in curves}
+    errors = sorted((error, k, t) for k, terms in rounding.items() for t, error in enumerate(terms))
+    spent, chosen = 0.0, {k: set[int]() for k in rounding}
     for error, k, t in errors:
         spent += error**2
         if spent > budget:

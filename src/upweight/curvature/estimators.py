@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import NonFinite, message
-from upweight.gradients.factored import Factors, Rows, Tokens
+from upweight.gradients.factored import Factors, Lookups, Rows, Tokens
 from upweight.linalg.damping import Damping
 from upweight.linalg.eigen import Eigen, eigenbasis
 from upweight.linalg.finite_sum import mean_of
@@ -43,15 +43,18 @@ class Expand(Sharing):
     """Every position is an example of its own: A = E_t[a_t a_tᵀ], G = E[Σ_t δ_t δ_tᵀ].
 
     K-FAC-expand of Eschenhagen et al. (2023), Eq. 15: exact for deep linear networks whose loss has
-    a term per position, as language models have. Positions that add nothing to g (padding) are left out.
+    a term per position, as language models have. Positions that add nothing to g (padding) are
+    left out.
     """
 
     def pairs(self, tokens: Tokens) -> tuple[Float[Tensor, "m i"], Float[Tensor, "m o"]]:
         a, delta = tokens.right.flatten(0, 1), tokens.left.flatten(0, 1)
         if tokens.positions == 1:
             return a, delta
-        # Padding leaves δ = 0, which is on the right for an embedding: its left is one-hot.
-        alive = (delta != 0).any(dim=1) & (a != 0).any(dim=1)
+        # Padding leaves δ = 0, which is on the right for an embedding: its left is one-hot. As a
+        # product with ones: any() over short rows takes several times as long.
+        sizes = (a if isinstance(tokens, Lookups) else delta).abs()
+        alive = sizes @ sizes.new_ones(sizes.shape[1]) > 0
         return (a, delta) if bool(alive.all()) else (a[alive], delta[alive])
 
 
@@ -289,7 +292,10 @@ class _ShortTrial:
     """
 
     EXAMPLES = 48
-    MOST = 1e-3
+
+    # Most of the change over so few is chance, which shrinks with the square root of the examples;
+    # what 48 labels draw differs by some tens of per cent from what 48 others do.
+    MOST = 5e-3
 
     def __init__(self, estimator: Estimator, shape: tuple[int, int]) -> None:
         self.estimator = estimator

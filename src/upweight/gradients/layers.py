@@ -14,6 +14,7 @@ inside of them, layers of several inputs, and parameters from which a module com
 one line in `RULES`.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -138,13 +139,20 @@ def patches(
     In any number of dimensions; x is padded already. i runs over channels, then kernel offsets, as
     the weight does.
     """
-    dims = len(kernel)
-    for d, (k, s, step) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(2 + d, step * (k - 1) + 1, s)[..., ::step]
-    # [b, channels, positions..., offsets...] -> [b, positions..., channels, offsets...]
-    order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
-    x = x.permute(order)
-    return x.reshape(len(x), math.prod(x.shape[1 : 1 + dims]), -1)
+    sizes = [
+        (length - step * (k - 1) - 1) // s + 1
+        for length, k, s, step in zip(x.shape[2:], kernel, stride, dilation, strict=True)
+    ]
+    last = x.movedim(1, -1)  # [b, positions..., channels]
+    out = x.new_empty(len(x), *sizes, x.shape[1], *kernel)
+    # A copy per offset of the kernel: three to four times as fast as one copy of a strided view.
+    for offset in itertools.product(*map(range, kernel)):
+        where = tuple(
+            slice(step * k, step * k + s * (size - 1) + 1, s)
+            for k, s, step, size in zip(offset, stride, dilation, sizes, strict=True)
+        )
+        out[(Ellipsis, *offset)] = last[(slice(None), *where)]  # type: ignore[index]
+    return out.reshape(len(x), math.prod(sizes), -1)
 
 
 def _conv(module: Any, call: Call, examples: Examples) -> Contributions:

@@ -129,5 +129,5 @@ def eigenbasis(matrix: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float
     In float32 the small eigenvalues of a covariance, which damping is compared to, are noise.
     """
     values, vectors = torch.linalg.eigh(matrix.double().cpu())
-    # LAPACK's are stored by columns; in one layout, products round the same wherever they come from.
+    # LAPACK's are stored by columns; in one layout, products round the same whatever the source.
     return values.to(matrix.device), vectors.to(matrix.device).contiguous()
