@@ -1,4 +1,4 @@
-"""Does the demo's report open in a browser and do its numbers hold? Used by .ci/run."""
+"""Does a demo's report open in a browser and do its numbers hold? Used by .ci/run."""
 
 import json
 import subprocess
@@ -26,14 +26,31 @@ def browse(report: Path, *what: str) -> str:
         ).stdout
 
 
-def main() -> None:
-    """Check summary.json, then render report.html and look for what its script draws."""
-    out = Path(sys.argv[1])
-    summary = json.loads((out / "summary.json").read_text())
+def check_softmax(summary: dict) -> None:
+    """An exact Hessian predicts single removals to about one part in a hundred."""
     corrected, first = summary["loo"]["leverage_corrected"], summary["loo"]["first_order"]
     assert corrected["pearson"] >= 0.999, corrected
     assert 0.98 <= corrected["slope"] <= 1.02, corrected
     assert first["n"] == corrected["n"] == 60, first
+
+
+def check_network(summary: dict) -> None:
+    """For a network: the right sign, and far more than sets drawn at random do."""
+    health = summary["provenance"]["health"]
+    assert health["contraction_error"] <= health["tolerance"], health["contraction_error"]
+    for name, found in summary["loo"].items():
+        assert found["pearson"] > 0.7, (name, found)
+    for row in summary["removals"]:
+        if row["query"] == row["chosen_for"] and "most" in row["removed"]:
+            assert row["actual"] * row["predicted"] > 0, row
+            assert abs(row["actual"]) > 2 * row["standard_error"], row
+
+
+def main() -> None:
+    """Check summary.json, then render report.html and look for what its script draws."""
+    out = Path(sys.argv[1])
+    summary = json.loads((out / "summary.json").read_text())
+    check_network(summary) if "model" in summary else check_softmax(summary)
     report = out / "report.html"
     page = browse(report, "--dump-dom")
     assert 'data-ready="yes"' in page, "the report's script did not run to its end"

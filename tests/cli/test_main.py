@@ -19,10 +19,12 @@ def test_help_names_the_verbs_and_shows_an_example():
     shown = upweight("demo", "--help")
     assert shown.returncode == 0
     assert "upweight demo --out" in shown.stdout
+    assert "[softmax|mlp|cnn]" in shown.stdout
 
 
 def test_usage_errors_exit_with_2():
     assert upweight("demno").returncode == 2
+    assert upweight("demo", "--model", "transformer").returncode == 2
 
 
 @pytest.mark.parametrize(

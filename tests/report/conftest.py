@@ -1,6 +1,7 @@
 """A small made-up run: ten training images, three queries, scores with known ends."""
 
 import json
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,6 +81,53 @@ def check(query: int = 0, label: str = "first order", scale: float = 1.0) -> Che
     )
 
 
+BLOCKS = {
+    "0.weight": {
+        "entries": 100,
+        "mean_eigenvalue": 2e-3,
+        "largest_eigenvalue": 1.5,
+        "damping": 2e-4,
+        "below_damping": 0.25,
+        "mean_eigenvalue_error": 0.03,
+    },
+    "2.<b>weight": {
+        "entries": 50,
+        "mean_eigenvalue": 0.0,
+        "largest_eigenvalue": 0.0,
+        "damping": 1e-3,
+        "below_damping": 1.0,
+        "mean_eigenvalue_error": 0.0,
+    },
+}
+LAYERWISE = {
+    "mean_loss": 0.3,
+    "tolerance": 0.01,
+    "contraction_error": 0.004,
+    "contraction_error_worst": 0.02,
+    "damping": 4e-4,
+    "mean_eigenvalue": 1.3e-3,
+    "blocks": BLOCKS,
+    "contraction": {"0.weight": "7 products (7 in bfloat16)", "2.<b>weight": "in full, float32"},
+}
+
+
+def sets(query: int = 0, label: str = "EK-FAC", slope: float = 0.4) -> Check:
+    """A check of removals of several examples together, each retrained three times."""
+    return Check(
+        label=label,
+        examples=[[2, 5], [7, 9], [0, 1]],
+        predicted=[3.0, -2.0, 0.1],
+        actual=[1.2, -0.8, 0.02],
+        pearson=(0.99, math.nan, math.nan),
+        spearman=(1.0, math.nan, math.nan),
+        slope=(slope, math.nan, math.nan),
+        query=query,
+        errors=[0.1, 0.2, 0.05],
+        names=["the 2 that lowered it", "the 2 that raised it", "2 at random"],
+        repeats=3,
+    )
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     draw = np.random.default_rng(0)
@@ -97,6 +145,19 @@ def run(tmp_path: Path) -> Run:
 @pytest.fixture
 def make_check() -> Any:
     return check
+
+
+@pytest.fixture
+def make_sets() -> Any:
+    return sets
+
+
+@pytest.fixture
+def layerwise(run: Run) -> Run:
+    """The same run by a curvature a block at a time."""
+    made = provenance(method="Influence(curvature=EKFAC())", health=LAYERWISE)
+    run.scores = replace(run.scores, provenance=made)
+    return run
 
 
 @pytest.fixture

@@ -141,3 +141,23 @@ def test_scores_of_zero_draw(run, dom):
     page = dom(run.path)
     assert page.root.get("data-ready") == "yes"
     assert "No training image raised it" in page.text["raised-hint"]
+
+
+def test_sets_with_errors_draw_and_are_named(run, make_sets, dom):
+    run.options = {"checks": [make_sets(), make_sets(query=1)]}
+    run.write()
+    page = dom(run.path)
+    assert page.root.get("data-ready") == "yes"
+    assert page.classes.count("error") == 3
+    assert "the 2 that lowered it" in page.text["readout"]
+    assert "+1.20 ± 0.10" in page.text["readout"]
+    assert "2 at random" in page.text["scatter-table"]
+    assert "the mean of 3 retrainings" in page.text["scatter"]
+
+
+def test_the_spectrum_draws_without_a_complaint(layerwise, dom):
+    layerwise.write()
+    page = dom(layerwise.path)
+    assert page.root.get("data-ready") == "yes"
+    # Each in the legend; the second block has no positive eigenvalue to place.
+    assert [page.classes.count(mark) for mark in ("mean", "lambda")] == [2, 3]

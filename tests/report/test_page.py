@@ -14,6 +14,7 @@ from torch import nn
 import upweight as uw
 from upweight.errors import DataError, NonFinite, ShapeError
 from upweight.report import html
+from upweight.report.spectrum import spectrum
 from upweight.scores import Scores, Unit
 
 HOSTILE = "</script><script>document.documentElement.dataset.owned='yes'</script><b>&\u2028"
@@ -82,7 +83,7 @@ def test_better_predictions_of_removal_take_the_place_of_minus_the_score(run):
 def test_removed_examples_are_on_the_page_even_if_not_among_the_strongest(run, make_check):
     run.options = {"k": 1, "checks": [make_check(query=1)]}
     data = run.data()
-    shown = [data["train"]["index"][p] for p in data["checks"][0]["places"]]
+    shown = [data["train"]["index"][p] for (p,) in data["checks"][0]["removed"]]
     assert shown == [2, 5, 7]
     assert data["start"] == 1
 
@@ -285,3 +286,56 @@ def test_a_check_without_a_slope_is_valid_json(run, make_check):
 def test_json_is_strict(run):
     found = re.search(r'id="data">(.*?)</script>', run.write(), re.S)
     json.loads(found[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_damping_stands_against_the_spectrum_block_by_block(layerwise):
+    page = layerwise.write()
+    assert "Damping against the spectrum" in page
+    assert "2.&lt;b&gt;weight" in page
+    assert "<b>weight" not in page
+    assert 'data-name="below λ">25 %' in page
+    assert 'data-name="below λ">100 %' in page
+    assert "± 3.0 %" in page
+    assert "0.weight: mean eigenvalue 0.00200, largest 1.50, λ 2.00×10⁻⁴" in page
+    assert "contraction</dt><dd>0.weight: 7 products" in page
+    assert page == layerwise.write()
+
+
+def test_the_marks_of_the_spectrum_are_on_one_logarithmic_axis(layerwise):
+    found = spectrum(layerwise.scores.provenance.health)
+    marks = {k: float(v[:-1]) for k, v in found.rows[0].marks.items()}
+    (first, _), (second, _) = found.ticks[:2]
+    decades = len(range(-4, 2)) - 1  # from 10⁻⁴, below the smallest λ, to 10¹, above the largest
+    assert float(second[:-1]) > float(first[:-1])
+    # The mean is ten times λ: one decade apart.
+    assert abs(marks["mean"] - marks["damping"] - 92 / decades) < 0.02
+    assert set(found.rows[1].marks.values()) != {None}
+    assert found.rows[1].marks["mean"] is None
+
+
+def test_no_spectrum_without_blocks(run):
+    assert spectrum(run.scores.provenance.health) is None
+    assert "Damping against the spectrum" not in run.write()
+
+
+def test_many_blocks_wait_behind_a_click(layerwise, make_provenance):
+    block = layerwise.scores.provenance.health["blocks"]["0.weight"]
+    blocks = {f"{k}.weight": block for k in range(30)}
+    health = {**layerwise.scores.provenance.health, "blocks": blocks}
+    layerwise.scores = replace(layerwise.scores, provenance=make_provenance(health=health))
+    assert "<summary>30 blocks</summary>" in layerwise.write()
+
+
+def test_a_check_of_sets_names_them_and_gives_their_errors(run, make_sets):
+    run.options = {"checks": [make_sets()], "k": 1}
+    data = run.data()
+    check = data["checks"][0]
+    index = data["train"]["index"]
+    assert [[index[p] for p in places] for places in check["removed"]] == [[2, 5], [7, 9], [0, 1]]
+    assert check["errors"] == [0.1, 0.2, 0.05]
+    assert check["names"][2] == "2 at random"
+
+
+def test_a_check_has_one_error_and_name_per_removal(make_sets):
+    with pytest.raises(ShapeError, match="3 removals, 1 errors"):
+        replace(make_sets(), errors=[0.1])

@@ -88,3 +88,49 @@ def test_summary_of_groups_and_of_zeros(run):
     assert "odd " in summary(run.scores.group(["even", "odd"] * 5))
     zeros = replace(run.scores, values=torch.zeros(3, 10))
     assert "raised its loss:   none" in summary(zeros)
+
+
+def test_damping_by_block_is_a_range_and_a_share_of_eigenvalues(layerwise):
+    facts = by_name(layerwise.scores)
+    assert facts["Damping"].value == "λ from 2.00×10⁻⁴ to 0.00100"
+    # (0.25 · 100 + 1 · 50) / 150 of the eigenvalues.
+    assert "50 % of all eigenvalues are below" in facts["Damping"].meaning
+    assert facts["Curvature"].value == "± 3.0 %"
+
+
+@pytest.mark.parametrize(
+    "error, concern", [(0.004, False), (0.01, False), (0.011, True), (math.nan, True)]
+)
+def test_a_contraction_past_its_tolerance_is_marked(layerwise, make_provenance, error, concern):
+    health = {**layerwise.scores.provenance.health, "contraction_error": error}
+    scores = replace(layerwise.scores, provenance=make_provenance(health=health))
+    fact = by_name(scores)["Contraction"]
+    assert fact.concern == concern
+    assert "worst 0.0200" in fact.meaning
+
+
+def test_an_exact_contraction_says_so(layerwise, make_provenance):
+    health = {**layerwise.scores.provenance.health, "contraction_error": 0.0, "tolerance": 0.0}
+    made = make_provenance(health=health)
+    assert by_name(replace(layerwise.scores, provenance=made))["Contraction"].value == "exact"
+
+
+def test_passes_are_part_of_the_fit_and_not_counted_twice(run, make_provenance):
+    made = make_provenance(seconds={"fit": 2.0, "curvature_pass_1": 1.5, "attribute": 1.0})
+    fact = by_name(replace(run.scores, provenance=made))["Time"]
+    assert fact.value == "3.00 s"
+    assert "of which curvature pass 1 1.50 s" in fact.meaning
+
+
+def test_the_verdict_on_several_queries_is_about_all_of_them(make_sets):
+    checks = [make_sets(), make_sets(query=1, slope=0.9)]
+    said = verdict(checks, "image")
+    assert "3 sets of 2 training images were really removed" in said
+    assert "from 3 seeds each" in said
+    assert "0.40 to 0.90 times the predicted one" in said
+
+
+def test_removals_of_several_queries_are_counted_once(run, make_sets):
+    fact = by_name(run.scores, [make_sets(), make_sets(query=1)])["Retraining"]
+    assert fact.value == "3 removals, 2 queries"
+    assert "mean of 3 retrainings" in fact.meaning

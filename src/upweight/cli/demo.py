@@ -32,7 +32,7 @@ REMOVALS = 60
 
 @dataclass(frozen=True)
 class Split:
-    """Flattened images in [0, 1] and their digits."""
+    """Images in [0, 1], flattened or not, and their digits."""
 
     X: Tensor
     y: Tensor
@@ -44,7 +44,7 @@ class Split:
 
 
 def run(out: Path) -> None:
-    """Train, attribute, remove, retrain, report; writes into `out`."""
+    """Softmax regression: train, attribute, remove, retrain, report; writes into `out`."""
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     train, test = digits()
@@ -104,10 +104,10 @@ def run(out: Path) -> None:
 
 
 @contextmanager
-def step(number: int, title: str) -> Iterator[Callable[[str], None]]:
+def step(number: int, title: str, of: int = 5) -> Iterator[Callable[[str], None]]:
     """Announce a step on standard error, and how long it took once it said that it is done."""
     started = time.perf_counter()
-    click.echo(f"[{number}/5] {title} …", err=True)
+    click.echo(f"[{number}/{of}] {title} …", err=True)
     yield lambda said: click.echo(f"      {said}, {time.perf_counter() - started:.1f} s", err=True)
 
 
@@ -154,6 +154,11 @@ def digits() -> tuple[Split, Split]:
     subset = mnist_subset()
     train = Split(_rows(subset.X), torch.from_numpy(subset.y))
     return train, Split(_rows(subset.X_test), torch.from_numpy(subset.y_test))
+
+
+def images() -> tuple[Split, Split]:
+    """The bundled digits as float32 images [n, 1, 28, 28], which networks are trained on."""
+    return tuple(Split(s.X.float().reshape(-1, 1, 28, 28), s.y) for s in digits())  # type: ignore[return-value]
 
 
 def _rows(images: np.ndarray) -> Tensor:

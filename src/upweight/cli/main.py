@@ -23,20 +23,36 @@ def cli() -> None:
     show_default=True,
     help="Directory for report.html, summary.json and the scores.",
 )
-def demo(out: Path) -> None:
+@click.option(
+    "--model",
+    type=click.Choice(["softmax", "mlp", "cnn"]),
+    default="softmax",
+    show_default=True,
+    help="What is trained: softmax regression, a perceptron, a convolutional network.",
+)
+def demo(out: Path, model: str) -> None:
     """Explain a digit classifier, and check the explanation by retraining.
 
-    Trains softmax regression on 5 000 real digits that come with the package, finds which training
-    images raised and lowered the loss on the test images it gets most wrong, then removes 60 of
-    them, one at a time, and retrains to see whether the predicted change comes true.
+    Trains on 5 000 real digits that come with the package, finds which training images raised and
+    lowered the loss on the test images it gets most wrong, then removes some of them and retrains
+    to see whether the predicted change comes true.
+
+    Softmax regression has an exact Hessian: 60 images are removed, one at a time. The networks get
+    EK-FAC: sets of 20 images are removed, from three seeds each, because another seed alone moves
+    the loss more than one image does.
 
     \b
     Example:
         upweight demo --out digits && open digits/report.html
+        upweight demo --model cnn --out digits-cnn
     """
-    from upweight.cli.demo import run
+    from upweight.cli import demo as softmax
+    from upweight.cli import network_demo
 
-    run(out)
+    if model == "softmax":
+        softmax.run(out)
+    else:
+        network_demo.run(out, model)
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
     predicted[e]  the change Δm that the scores say        actual[e]  m retrained − m as trained
 
-Both of removing one example at a time. It takes plain numbers, so whoever retrained may fill it in.
+Of removing one example at a time, or several together. It takes plain numbers, so whoever retrained
+may fill it in.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upweight.errors import DataError, NonFinite, ShapeError, message
+
+Removal = int | Sequence[int]
+"""One training example, or several that were removed together."""
 
 Estimate = tuple[float, float, float]
 """A value and the ends of its 95 % confidence interval: (value, low, high). NaN: not known."""
@@ -23,28 +27,35 @@ class Check:
 
     Args:
         label: What predicted: "first order", "leverage-corrected", ….
-        examples: Which training examples were removed, one at a time.
+        examples: What was removed, one removal at a time: a training example, or a list of those
+            that went together.
         predicted: Predicted Δm of each removal.
-        actual: Δm of each removal, by retraining without the example.
+        actual: Δm of each removal, by retraining without it; a mean where it was done repeatedly.
         pearson: Linear correlation, (value, low, high).
         spearman: Rank correlation, (value, low, high).
         slope: Of actual over predicted: 1 is calibrated, above 1 the effects are underpredicted.
         query: Which row of the scores.
+        errors: Standard error of each actual change over the repeated retrainings.
+        names: What each removal is, in words.
+        repeats: How often each removal was retrained.
 
     Raises:
-        ShapeError: The three sequences differ in length, or an estimate is not a triple.
+        ShapeError: The sequences differ in length, or an estimate is not a triple.
         DataError: No example was removed.
         NonFinite: A change is NaN or infinite.
     """
 
     label: str
-    examples: Sequence[int]
+    examples: Sequence[Removal]
     predicted: Sequence[float]
     actual: Sequence[float]
     pearson: Estimate
     spearman: Estimate
     slope: Estimate
     query: int = 0
+    errors: Sequence[float] | None = None
+    names: Sequence[str] | None = None
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         sizes = [len(self.examples), len(self.predicted), len(self.actual)]
@@ -69,7 +80,18 @@ class Check:
                     "leave the check out, or remove at least one example.",
                 )
             )
-        for name in ("predicted", "actual"):
+        for name in ("errors", "names"):
+            given = getattr(self, name)
+            if given is not None and len(given) != sizes[0]:
+                raise ShapeError(
+                    message(
+                        f"A check has one of its {name} per removal.",
+                        f"{sizes[0]} removals, {len(given)} {name}.",
+                        f"{name} of other removals.",
+                        "give one for each, in the order of the removals, or None.",
+                    )
+                )
+        for name in ("predicted", "actual", *(() if self.errors is None else ("errors",))):
             values = self.array(name)
             if not np.isfinite(values).all():
                 bad = int(np.flatnonzero(~np.isfinite(values))[0])
@@ -82,6 +104,14 @@ class Check:
                     )
                 )
 
+    @property
+    def removed(self) -> tuple[tuple[int, ...], ...]:
+        """The examples of each removal."""
+        return tuple(
+            tuple(int(i) for i in e) if isinstance(e, Sequence) else (int(e),)
+            for e in self.examples
+        )
+
     def array(self, name: str) -> NDArray[np.float64]:
-        """`examples`, `predicted` or `actual` as an array."""
+        """`predicted`, `actual` or `errors` as an array."""
         return np.asarray([float(v) for v in getattr(self, name)], dtype=np.float64)

@@ -41,7 +41,7 @@ def selection(scores: Scores, checks: Sequence[Check], k: int) -> Selection:
     """The k strongest examples of every query at each end, and those that were removed."""
     ends = tuple(strongest(effects(scores, q), k) for q in range(len(scores.values)))
     shown = {column for end in ends for column in (*end.raised, *end.lowered)}
-    shown |= {int(example) for check in checks for example in check.examples}
+    shown |= {i for check in checks for removal in check.removed for i in removal}
     return Selection(ends, tuple(sorted(shown)))
 
 
@@ -76,7 +76,7 @@ def require_fit(
             )
         )
     for check in checks:
-        outside = [int(i) for i in check.examples if not 0 <= int(i) < columns]
+        outside = [i for removal in check.removed for i in removal if not 0 <= i < columns]
         if outside or not 0 <= check.query < rows:
             raise ShapeError(
                 message(
@@ -157,9 +157,12 @@ def _check(check: Check, place: dict[int, int]) -> dict[str, Any]:
     return {
         "label": check.label,
         "query": check.query,
-        "places": [place[int(i)] for i in check.examples],
+        "removed": [[place[i] for i in removal] for removal in check.removed],
+        "names": None if check.names is None else [str(name) for name in check.names],
         "predicted": [_short(float(v)) for v in check.predicted],
         "actual": [_short(float(v)) for v in check.actual],
+        "errors": None if check.errors is None else [_short(float(v)) for v in check.errors],
+        "repeats": check.repeats,
         "slope": _short(check.slope[0]) if math.isfinite(check.slope[0]) else None,
     }
 

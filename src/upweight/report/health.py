@@ -13,6 +13,7 @@ from typing import Any
 from upweight.report.check import Check
 from upweight.report.facts import noun_of
 from upweight.report.notation import count, interval, readable
+from upweight.report.spectrum import percent
 from upweight.scores import Scores, Unit
 
 RESIDUAL_LIMIT = 1e-3
@@ -66,21 +67,49 @@ def verdict(checks: Sequence[Check], noun: str) -> str:
             "These scores have not been compared with retraining. They are predictions from a "
             "local model of the training objective."
         )
-    best = min(checks, key=_miscalibration)
-    many = len(best.examples) > 1
-    removed = (
-        f"{count(len(best.examples), f'training {noun}')} "
-        f"{'were really removed, one at a time,' if many else 'was really removed'} and the model "
-        "retrained."
-    )
-    if not math.isfinite(best.pearson[0]) or not math.isfinite(best.slope[0]):
+    # One prediction, of all the queries that were checked: the best query alone would flatter it.
+    by_label: dict[str, list[Check]] = {}
+    for check in checks:
+        by_label.setdefault(check.label, []).append(check)
+    best = min(by_label.values(), key=lambda each: max(map(_miscalibration, each)))
+    removed = _removed(best[0], noun)
+    known = [c for c in best if math.isfinite(c.pearson[0]) and math.isfinite(c.slope[0])]
+    if not known:
         return f"{removed} That is too little to say how well prediction and change agree."
-    brackets = " (95% intervals in brackets)" if math.isfinite(best.slope[1]) else ""
+    label = best[0].label
+    if len(known) > 1:
+        return (
+            f"{removed} On {len(known)} queries the {label} prediction correlates with the "
+            f"measured change at {_range([c.pearson[0] for c in known])}; the measured change is "
+            f"{_range([c.slope[0] for c in known])} times the predicted one."
+        )
+    brackets = " (95% intervals in brackets)" if math.isfinite(known[0].slope[1]) else ""
     return (
-        f"{removed} The {best.label} prediction correlates with the measured change at "
-        f"{interval(best.pearson)}; the measured change is {interval(best.slope)} times the "
-        f"predicted one{brackets}."
+        f"{removed} The {label} prediction correlates with the measured change at "
+        f"{interval(known[0].pearson)}; the measured change is {interval(known[0].slope)} times "
+        f"the predicted one{brackets}."
     )
+
+
+def _removed(check: Check, noun: str) -> str:
+    """What was done, in a sentence."""
+    removals, sizes = len(check.examples), {len(removal) for removal in check.removed}
+    again = f" from {check.repeats} seeds each" if check.repeats > 1 else ""
+    if sizes == {1}:
+        were = "were really removed, one at a time," if removals > 1 else "was really removed"
+        return f"{count(removals, f'training {noun}')} {were} and the model retrained{again}."
+    size = f"{min(sizes)}" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
+    were = "were really removed, one set at a time," if removals > 1 else "was really removed"
+    return (
+        f"{count(removals, 'set')} of {size} training {noun}s {were} and the model "
+        f"retrained{again}."
+    )
+
+
+def _range(values: Sequence[float]) -> str:
+    nothing = (math.nan, math.nan)
+    low, high = (interval((v, *nothing), 2) for v in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _miscalibration(check: Check) -> float:
@@ -93,7 +122,8 @@ def health(scores: Scores, checks: Sequence[Check]) -> list[Fact]:
     """The lines of the health panel, in the order a careful reader asks."""
     known = scores.provenance.health
     facts = [_retraining(checks), *_minimum(known), *_row_sum(known), *_solver(known)]
-    facts += [*_damping(known), *_error(scores), *_time(scores)]
+    facts += [*_contraction(known), *_damping(known), *_seen(known)]
+    facts += [*_error(scores), *_time(scores)]
     return facts
 
 
@@ -106,8 +136,11 @@ def _retraining(checks: Sequence[Check]) -> Fact:
     if not checks:
         return Fact("Retraining", "not compared", "nothing here shows that removal does this", True)
     queries = len({check.query for check in checks})
-    removals = len({(check.query, int(i)) for check in checks for i in check.examples})
+    removals = len({removal for check in checks for removal in check.removed})
     meaning = "the comparison holds for these; for others it is evidence, not proof"
+    repeats = max(check.repeats for check in checks)
+    if repeats > 1:
+        meaning = f"each the mean of {repeats} retrainings from their own seeds; {meaning}"
     return Fact("Retraining", f"{count(removals, 'removal')}, {count(queries, 'query')}", meaning)
 
 
@@ -157,6 +190,32 @@ def _solver(known: Mapping[str, Any]) -> list[Fact]:
     return [Fact("Solver", value, meaning, not residual < RESIDUAL_LIMIT)]
 
 
+def _contraction(known: Mapping[str, Any]) -> list[Fact]:
+    error, tolerance = _number(known, "contraction_error"), _number(known, "tolerance")
+    if error is None or tolerance is None:
+        return []
+    if tolerance == 0.0:
+        return [Fact("Contraction", "exact", "every product was formed in full")]
+    worst = _number(known, "contraction_error_worst")
+    meaning = (
+        "error of a query's scores against the products in full, ‖Ŝ − S‖/‖S‖, measured on some "
+        f"queries and examples: root mean square{f', worst {readable(worst)}' if worst else ''}; "
+        f"tolerance {readable(tolerance, 1)}, marked past it"
+    )
+    return [Fact("Contraction", readable(error), meaning, not error <= tolerance)]
+
+
+def _seen(known: Mapping[str, Any]) -> list[Fact]:
+    blocks = known.get("blocks")
+    if not isinstance(blocks, Mapping):
+        return []
+    errors = [float(block.get("mean_eigenvalue_error", 0.0)) for block in blocks.values()]
+    if not any(errors):
+        return []
+    meaning = "largest standard error of a block's mean eigenvalue, from seeing a part of the data"
+    return [Fact("Curvature", f"± {percent(max(errors))}", meaning)]
+
+
 def _damping(known: Mapping[str, Any]) -> list[Fact]:
     damping = _number(known, "damping")
     if damping is None:
@@ -174,10 +233,28 @@ def _damping(known: Mapping[str, Any]) -> list[Fact]:
     about = ", ".join(spectrum) or "the spectrum was not estimated"
     if damping == 0.0:
         return [Fact("Damping", "none", f"the curvature is inverted as it is: {about}")]
+    if "blocks" in known:
+        return _damping_by_block(known["blocks"])
     mean = _number(known, "mean_eigenvalue")
     share = f" = {readable(damping / mean)} × mean eigenvalue" if mean else ""
     meaning = f"λ makes scores those of an objective with λ/2·‖θ − θ̂‖² added; {about}"
     return [Fact("Damping", f"λ = {readable(damping)}{share}", meaning)]
+
+
+def _damping_by_block(blocks: Mapping[str, Any]) -> list[Fact]:
+    lams = [float(block["damping"]) for block in blocks.values()]
+    entries = [int(block["entries"]) for block in blocks.values()]
+    below = sum(
+        float(block["below_damping"]) * size
+        for block, size in zip(blocks.values(), entries, strict=True)
+    )
+    low, high = readable(min(lams)), readable(max(lams))
+    meaning = (
+        f"λ makes scores those of an objective with λ/2·‖θ − θ̂‖² added; "
+        f"{percent(below / sum(entries))} of all eigenvalues are below their block's λ, "
+        "as the table of blocks shows"
+    )
+    return [Fact("Damping", f"λ = {low}" if low == high else f"λ from {low} to {high}", meaning)]
 
 
 def _error(scores: Scores) -> list[Fact]:
@@ -192,5 +269,12 @@ def _time(scores: Scores) -> list[Fact]:
     seconds = scores.provenance.seconds
     if not seconds:
         return []
-    stages = ", ".join(f"{stage} {readable(float(s))} s" for stage, s in seconds.items())
-    return [Fact("Time", f"{readable(float(sum(seconds.values())))} s", stages)]
+    # Passes over the data are parts of a stage, not stages beside it.
+    stages = {name: float(s) for name, s in seconds.items() if "_pass_" not in name}
+    words = [f"{name} {readable(s)} s" for name, s in stages.items()]
+    words += [
+        f"of which {name.replace('_', ' ')} {readable(float(s))} s"
+        for name, s in seconds.items()
+        if name not in stages
+    ]
+    return [Fact("Time", f"{readable(sum(stages.values()))} s", ", ".join(words))]

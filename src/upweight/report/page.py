@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -26,6 +26,7 @@ from upweight.report.examples import Examples, examples
 from upweight.report.facts import noun_of, query_facts
 from upweight.report.health import convention, health, verdict
 from upweight.report.notation import count, interval, readable
+from upweight.report.spectrum import spectrum
 from upweight.report.sprite import Sprite, display_range, sprite
 from upweight.report.strongest import require_scores
 from upweight.scores import Scores
@@ -157,6 +158,8 @@ def _words(
         "verdict": verdict(checks, kind),
         "convention": convention(scores),
         "health": [asdict(fact) for fact in health(scores, checks)],
+        "sets": any(len(removal) > 1 for check in checks for removal in check.removed),
+        "spectrum": spectrum(provenance.health),
         "notes": [_clean(note) for note in provenance.notes],
         "checks": [
             {
@@ -182,7 +185,11 @@ def _provenance(scores: Scores, command: str | None) -> list[tuple[str, str]]:
         ("measure", made.measure),
         ("numbers", f"{made.dtype} on {made.device}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in made.versions.items())),
-        *((name.replace("_", " "), _value(value)) for name, value in made.health.items()),
+        *(
+            (name.replace("_", " "), _value(value))
+            for name, value in made.health.items()
+            if name != "blocks"  # they have a table of their own
+        ),
     ]
     if command:
         rows.append(("command", command))
@@ -190,6 +197,8 @@ def _provenance(scores: Scores, command: str | None) -> list[tuple[str, str]]:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {_value(part)}" for name, part in value.items())
     return readable(value, 4) if isinstance(value, float) else str(value)
 
 

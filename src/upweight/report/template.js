@@ -105,9 +105,23 @@ document.querySelectorAll(".key").forEach(node => node.append(key(Number(node.da
 const checkedQueries = [...new Set(checks.map(check => check.query))];
 let checkedQuery = checkedQueries[0], focused = null;
 const measured = new Map(); // "query:place" → the change that retraining gave
-for (const check of checks) check.places.forEach((place, e) =>
-  measured.set(`${check.query}:${place}`, check.actual[e]));
+for (const check of checks) {
+  check.keys = check.removed.map(places => places.join("+")); // a removal is known by what it takes out
+  check.keys.forEach((key, e) => measured.set(`${check.query}:${key}`, check.actual[e]));
+}
+const together = checks.some(check => check.removed.some(places => places.length > 1));
+const repeats = Math.max(1, ...checks.map(check => check.repeats));
+const at = (c, key) => c.keys.indexOf(key);
+const removalName = (c, key) => c.names?.[at(c, key)]
+  ?? c.removed[at(c, key)].map(exampleName).join(", ");
+function withError(c, e) { // both to two digits of the error
+  const value = c.actual[e], error = c.errors?.[e];
+  if (!(error > 1e-6 && error < 1e4)) return number(value, true) + (c.errors ? ` ± ${number(error)}` : "");
+  const decimals = Math.max(0, 1 - Math.floor(Math.log10(error)));
+  return `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(decimals)} ± ${error.toFixed(decimals)}`;
+}
 
+const things = together ? `a set of training ${kind}s` : `one training ${isGroup(0) ? "group" : kind}`;
 const seriesOf = query => checks.map((check, s) => ({ ...check, s })).filter(c => c.query === query);
 
 function drawScatter() {
@@ -116,7 +130,8 @@ function drawScatter() {
   const series = seriesOf(checkedQuery), refocus = host.contains(document.activeElement);
   const width = Math.max(260, Math.min(host.clientWidth, 560)), height = width * 0.9;
   const left = 66, right = 12, top = 10, bottom = 50;
-  const all = series.flatMap(c => [...c.predicted, ...c.actual]);
+  const all = series.flatMap(c => [...c.predicted, ...c.actual,
+    ...(c.errors ?? []).flatMap((error, e) => [c.actual[e] - error, c.actual[e] + error])]);
   let low = Math.min(0, ...all), high = Math.max(0, ...all);
   const pad = (high - low || 1) * 0.06;
   low -= pad; high += pad;
@@ -139,18 +154,21 @@ function drawScatter() {
     shape("text", { transform: `translate(14 ${(top + height - bottom) / 2}) rotate(-90)`, "text-anchor": "middle", class: "name" }, `predicted change of the ${noun}`),
     shape("line", { x1: x(low), y1: y(low), x2: x(high), y2: y(high), class: "identity" }));
   for (const c of series) {
-    if (c.slope === null || c.places.length < 2) continue;
+    if (c.slope === null || c.keys.length < 2) continue;
     // actual = slope · predicted + b through the means, cut to the dots' range.
     const mean = values => values.reduce((sum, v) => sum + v, 0) / values.length;
-    const at = p => mean(c.actual) + c.slope * (p - mean(c.predicted));
+    const line = p => mean(c.actual) + c.slope * (p - mean(c.predicted));
     const [from, to] = [Math.min(...c.predicted), Math.max(...c.predicted)];
-    svg.append(shape("line", { x1: x(at(from)), y1: y(from), x2: x(at(to)), y2: y(to), class: `fitted s${c.s % 4}` }));
+    svg.append(shape("line", { x1: x(line(from)), y1: y(from), x2: x(line(to)), y2: y(to), class: `fitted s${c.s % 4}` }));
   }
-  for (const c of series) c.places.forEach((place, e) => {
+  for (const c of series) if (c.errors) c.errors.forEach((error, e) => svg.append(shape("line", {
+    x1: x(c.actual[e] - error), x2: x(c.actual[e] + error), y1: y(c.predicted[e]), y2: y(c.predicted[e]),
+    class: `error s${c.s % 4}` })));
+  for (const c of series) c.keys.forEach((key, e) => {
     const dot = marker(c.s, x(c.actual[e]), y(c.predicted[e]), width < 400 ? 4 : 5);
-    dot.dataset.place = place;
-    dot.addEventListener("pointerenter", () => focusDot(place));
-    dot.addEventListener("click", () => focusDot(place));
+    dot.dataset.removal = key;
+    dot.addEventListener("pointerenter", () => focusDot(key));
+    dot.addEventListener("click", () => focusDot(key));
     svg.append(dot);
   });
   const legend = element("ul", { class: "legend" }, ...series.map(c => {
@@ -160,9 +178,11 @@ function drawScatter() {
   }), element("li", {}, "solid line: predicted = actual"));
   const plot = element("div", { class: "plot", tabindex: "0", role: "group", "aria-roledescription": "scatter plot",
     "aria-label": `Predicted against actual change of the ${noun} of query ${checkedQuery}: `
-      + `${series[0].places.length} removals. Arrow keys go through them in order of the actual change.` }, svg);
+      + `${series[0].keys.length} removals. Arrow keys go through them in order of the actual change.` }, svg);
   plot.addEventListener("keydown", stepDots);
-  const about = element("p", { class: "hint" }, `Query ${checkedQuery}: each dot is one training ${isGroup(0) ? "group" : kind}, removed.`);
+  const about = element("p", { class: "hint" }, `Query ${checkedQuery}: each dot is ${things}, removed${together ? " together" : ""}`
+    + (repeats > 1 ? `; the mean of ${repeats} retrainings, each from another seed` : "")
+    + (series.some(c => c.errors) ? ", its bar one standard error to each side." : "."));
   const parts = [about, legend, plot];
   if (checkedQueries.length > 1) {
     const choose = element("div", { class: "choose", role: "group", "aria-label": "Checked query" });
@@ -179,10 +199,10 @@ function drawScatter() {
   markDots();
 }
 
-// Dots in the order of the actual change, each training example once.
+// Dots in the order of the actual change, each removal once.
 function dotOrder() {
   const seen = new Map();
-  for (const c of seriesOf(checkedQuery)) c.places.forEach((p, e) => seen.set(p, c.actual[e]));
+  for (const c of seriesOf(checkedQuery)) c.keys.forEach((key, e) => seen.set(key, c.actual[e]));
   return [...seen.keys()].sort((a, b) => seen.get(a) - seen.get(b));
 }
 function stepDots(event) {
@@ -194,32 +214,40 @@ function stepDots(event) {
   const order = dotOrder(), now = order.indexOf(focused);
   focusDot(end !== undefined ? order.at(end) : order[Math.max(0, Math.min(order.length - 1, now + step))]);
 }
-function focusDot(place) {
-  focused = place;
+function focusDot(key) {
+  focused = key;
   markDots();
 }
 function markDots() {
   document.querySelectorAll("#scatter .dot").forEach(dot =>
-    dot.classList.toggle("on", dot.dataset.place === String(focused)));
-  const readout = byId("readout"), series = seriesOf(checkedQuery).filter(c => c.places.includes(focused));
+    dot.classList.toggle("on", dot.dataset.removal === focused));
+  const readout = byId("readout"), series = seriesOf(checkedQuery).filter(c => c.keys.includes(focused));
   if (!readout) return;
   if (!series.length) {
-    readout.replaceChildren(element("p", { class: "none" }, `Point at a dot, or press the arrow keys on the plot, to see which training ${kind} it is.`));
+    readout.replaceChildren(element("p", { class: "none" }, `Point at a dot, or press the arrow keys on the plot, to see ${together ? "what was removed" : `which training ${kind} it is`}.`));
     return;
   }
-  const at = c => c.places.indexOf(focused);
-  const list = pairs(element("dl"), [["actual change", number(series[0].actual[at(series[0])], true)],
-    ...series.map(c => [`predicted, ${c.label}`, number(c.predicted[at(c)], true)])]);
-  const name = element("div", {}, element("b", {}, exampleName(focused)), labelOf(focused) ? ` label ${labelOf(focused)}` : "", list);
-  readout.replaceChildren(tile("train", focused, 76, trainWord(focused)), name);
+  const first = series[0], places = first.removed[at(first, focused)], single = places.length === 1;
+  const list = pairs(element("dl"), [["actual change", withError(first, at(first, focused))],
+    ...series.map(c => [`predicted, ${c.label}`, number(c.predicted[at(c, focused)], true)])]);
+  const label = single && labelOf(places[0]) ? ` label ${labelOf(places[0])}` : "";
+  const name = element("div", {}, element("b", {}, removalName(first, focused)), label, list);
+  const tiles = single ? [tile("train", places[0], 76, trainWord(places[0]))]
+    : [element("div", { class: "tiles" }, ...places.slice(0, 20).map(p => tile("train", p, 26, trainWord(p))))];
+  readout.classList.toggle("several", !single);
+  readout.replaceChildren(...(single ? [...tiles, name] : [name, ...tiles]));
 }
 function drawTable(series) {
-  const places = dotOrder();
-  const cell = (c, place) => c.places.includes(place) ? number(c.predicted[c.places.indexOf(place)], true) : "";
-  const head = element("tr", {}, ...[`training ${kind}`, "label", "actual", ...series.map(c => c.label)].map(t => element("th", { scope: "col" }, t)));
-  const rows = places.map(place => element("tr", {}, element("th", { scope: "row" }, exampleName(place)),
-    ...[labelOf(place), number(measured.get(`${checkedQuery}:${place}`), true), ...series.map(c => cell(c, place))].map(t => element("td", {}, t))));
-  const table = element("table", {}, element("caption", {}, `Change of the ${noun} of query ${checkedQuery} when one training ${kind} is removed`), element("thead", {}, head), element("tbody", {}, ...rows));
+  const cell = (c, key) => c.keys.includes(key) ? number(c.predicted[at(c, key)], true) : "";
+  const actual = series.some(c => c.errors) ? "actual ± s.e." : "actual";
+  const head = element("tr", {}, ...[together ? "removed" : `training ${kind}`, ...(together ? [] : ["label"]), actual, ...series.map(c => together ? `predicted, ${c.label}` : c.label)].map(t => element("th", { scope: "col" }, t)));
+  const rows = dotOrder().map(key => {
+    const c = series.find(one => one.keys.includes(key)), e = at(c, key);
+    const label = together ? [] : [labelOf(c.removed[e][0])];
+    return element("tr", {}, element("th", { scope: "row" }, removalName(c, key)),
+      ...[...label, withError(c, e), ...series.map(one => cell(one, key))].map(t => element("td", {}, t)));
+  });
+  const table = element("table", {}, element("caption", {}, `Change of the ${noun} of query ${checkedQuery} when ${things} is removed`), element("thead", {}, head), element("tbody", {}, ...rows));
   const details = byId("scatter-table");
   details.replaceChildren(details.firstElementChild, element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "The dots as a table" }, table));
 }
@@ -396,7 +424,8 @@ byId("terms").textContent = Object.entries(MEANING).filter(([term]) => SHOWN[ter
   .map(([term, meaning]) => `${term}: ${meaning}`).join(" · ");
 current = queries[asked()] ? asked() : data.start;
 if (checkedQueries.includes(current)) checkedQuery = current;
-if (checks.length) focused = checks[0].query === checkedQuery ? checks[0].places[0] : null;
+if (checks.length) focused = checks[0].query === checkedQuery ? checks[0].keys[0] : null;
+if (together) byId("scatter-table").open = true; // few and each of them named: worth reading at once
 filter();
 drawScatter();
 let drawnAt = innerWidth;
