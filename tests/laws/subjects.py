@@ -3,6 +3,7 @@
 import torch
 
 import upweight as uw
+from upweight.methods.layerwise import LayerwiseInfluence
 
 DIRECT = {
     "Hessian": uw.Influence(uw.Hessian(), uw.Cholesky()),
@@ -21,11 +22,22 @@ ITERATIVE = {
 }
 """Solved to a residual: 10 × rtol is asked of the scores."""
 
+LAYERED = {
+    "EKFAC, observed": uw.Influence(uw.EKFAC(uw.Observed()), damping=0.1),
+    "KFAC, expected, reduced": uw.Influence(
+        uw.KFAC(uw.Expected(), uw.Reduce()), damping=uw.Relative(0.2)
+    ),
+}
+"""Inverted block by block, in their own eigenbases; asked with tolerance 0."""
+
 SAMPLED = {"Fisher": uw.Influence(uw.Fisher(samples=3, seed=5), uw.Cholesky())}
 """Draws labels by batch, so batches and the order of the data change it."""
 
-DETERMINISTIC = DIRECT | ITERATIVE
-EVERYONE = DETERMINISTIC | SAMPLED
+SAMPLED_LAYERED = {"EKFAC, sampled": uw.Influence(uw.EKFAC(uw.Sampled(3, 5)), damping=0.1)}
+"""Draws labels by place, so the order of the data changes it."""
+
+DETERMINISTIC = DIRECT | ITERATIVE | LAYERED
+EVERYONE = DETERMINISTIC | SAMPLED | SAMPLED_LAYERED
 
 
 def tolerance(name):
@@ -42,9 +54,15 @@ def assert_same(actual, expected, rtol):
 def scores(method, task, train, queries, measure=None):
     """S as a matrix."""
     fitted = method.fit(task, train)
-    found = fitted.attribute(queries) if measure is None else fitted.attribute(queries, measure)
+    found = attributed(fitted, queries, measure)
     assert bool((found.values != 0).any()), "a law says nothing about scores that are all zero"
     return found.values
+
+
+def attributed(fitted, queries, measure=None):
+    """Scores by the exact product, where a method has others."""
+    exact = {"tolerance": 0.0} if isinstance(fitted, LayerwiseInfluence) else {}
+    return fitted.attribute(queries, uw.Loss() if measure is None else measure, **exact)
 
 
 def first_output(outputs, targets):

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import pytest
 
 import upweight as uw
-from tests.laws.subjects import EVERYONE, assert_same, first_output, scores, tolerance
+from tests.laws.subjects import (
+    EVERYONE,
+    assert_same,
+    attributed,
+    first_output,
+    scores,
+    tolerance,
+)
 from tests.market import problem
 from upweight.linalg import Tag
 from upweight.task.losses import Loss
@@ -24,9 +31,9 @@ def test_linear_in_the_measurement(method, name):
     def combined(outputs, targets):
         return 2.0 * p.task.loss(outputs, targets) - 3.0 * first_output(outputs, targets)
 
-    loss = fitted.attribute(p.queries, uw.Loss()).values
-    output = fitted.attribute(p.queries, first_output).values
-    found = fitted.attribute(p.queries, combined).values
+    loss = attributed(fitted, p.queries).values
+    output = attributed(fitted, p.queries, first_output).values
+    found = attributed(fitted, p.queries, combined).values
     # 2a − 3b is solved to a residual of its own: what may cancel is as large as a and b.
     scale = float((2 * loss).abs().max() + (3 * output).abs().max()) / float(found.abs().max())
     assert_same(found, 2.0 * loss - 3.0 * output, tolerance(method) * scale)
@@ -51,22 +58,33 @@ def scaled(task, c):
     return uw.Task(task.model, Times(task.loss, c), penalty, task.params, task.forward)
 
 
-@pytest.mark.parametrize("name", ["softmax", "poisson", "mlp_tanh", "tied"])
-@pytest.mark.parametrize("curvature", [uw.Hessian(), uw.GGN()], ids=repr)
+SCALING = [
+    (curvature, name)
+    for curvature in (uw.Hessian(), uw.GGN(), uw.KFAC(uw.Expected()), uw.EKFAC(uw.Expected()))
+    for name in ("softmax", "poisson", "mlp_tanh", "tied")
+    # An embedding that is also the head has inputs (of no scale) and δ (of the loss's) in one G.
+    if name != "tied" or isinstance(curvature, uw.Hessian | uw.GGN)
+]
+
+
+@pytest.mark.parametrize("curvature, name", SCALING)
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 def test_scale_of_the_objective_does_not_matter(curvature, damping, name):
     p, c = problem(name), 7.0
-    method = uw.Influence(curvature, uw.Cholesky(), damping)
-    other = uw.Influence(curvature, uw.Cholesky(), c * damping)
+    solver = uw.Cholesky() if isinstance(curvature, uw.Hessian | uw.GGN) else uw.Auto()
+    method = uw.Influence(curvature, solver, damping)
+    other = uw.Influence(curvature, solver, c * damping)
     expected = scores(method, p.task, p.train, p.queries, first_output)
     found = scores(other, scaled(p.task, c), p.train, p.queries, first_output)
     assert_same(found, expected, 1e-10)
 
 
 @pytest.mark.parametrize("name", ["softmax", "mlp_tanh"])
-def test_relative_damping_follows_the_scale(name):
+@pytest.mark.parametrize("curvature", [uw.GGN(), uw.EKFAC(uw.Expected())], ids=repr)
+def test_relative_damping_follows_the_scale(curvature, name):
     p, c = problem(name), 7.0
-    method = uw.Influence(uw.GGN(), uw.Cholesky(), uw.Relative(0.3))
+    solver = uw.Cholesky() if curvature == uw.GGN() else uw.Auto()
+    method = uw.Influence(curvature, solver, uw.Relative(0.3))
     expected = scores(method, p.task, p.train, p.queries, first_output)
     found = scores(method, scaled(p.task, c), p.train, p.queries, first_output)
     assert_same(found, expected, 1e-10)
@@ -83,13 +101,18 @@ def test_the_empirical_fisher_scales_as_the_square(name):
     )
     assert_same(F_times.dense(), c**2 * F.dense(), 1e-10)
     assert Tag.PSD in F.tags
-    expected = scores(_damped(0.1), plain, p.train, p.queries, first_output)
-    found = scores(_damped(0.1 * c**2), times, p.train, p.queries, first_output)
-    assert_same(found, expected / c, 1e-10)
+    for damped in (_damped, _damped_by_layer):
+        expected = scores(damped(0.1), plain, p.train, p.queries, first_output)
+        found = scores(damped(0.1 * c**2), times, p.train, p.queries, first_output)
+        assert_same(found, expected / c, 1e-10)
 
 
 def _damped(value):
     return uw.Influence(uw.EmpiricalFisher(), uw.Cholesky(), value)
+
+
+def _damped_by_layer(value):
+    return uw.Influence(uw.EKFAC(uw.Observed()), damping=value)
 
 
 def _data(p):

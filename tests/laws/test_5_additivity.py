@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from tests.laws.subjects import DETERMINISTIC, EVERYONE, assert_same, scores, tolerance
+from tests.laws.subjects import (
+    DETERMINISTIC,
+    EVERYONE,
+    assert_same,
+    attributed,
+    scores,
+    tolerance,
+)
 from tests.market import problem
 from upweight.task.data import as_data
 
@@ -13,7 +20,7 @@ PROBLEMS = ["softmax", "mlp_gelu", "tied", "weighted"]
 @pytest.mark.parametrize("method", EVERYONE)
 def test_groups_add_up(method):
     p = problem("softmax")
-    found = EVERYONE[method].fit(p.task, p.train).attribute(p.queries)
+    found = attributed(EVERYONE[method].fit(p.task, p.train), p.queries)
     labels = [i % 3 for i in range(p.n)]
     grouped = found.group(labels)
     assert grouped.columns == ("0", "1", "2")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.laws.subjects import EVERYONE, assert_same, tolerance
+from tests.laws.subjects import EVERYONE, assert_same, attributed, tolerance
 from tests.market import problem
 
 PROBLEMS = ["ridge_two_outputs", "softmax", "mlp_tanh", "layer_norm"]
@@ -13,7 +13,7 @@ PROBLEMS = ["ridge_two_outputs", "softmax", "mlp_tanh", "layer_norm"]
 def test_scores_of_the_training_set_are_symmetric(method, name):
     p = problem(name)
     fitted = EVERYONE[method].fit(p.task, p.train)
-    values = fitted.attribute(p.train).values
+    values = attributed(fitted, p.train).values
     assert_same(values, values.T.contiguous(), tolerance(method))
     assert_same(fitted.self_influence(), values.diagonal(), tolerance(method))
     assert bool((values.diagonal() < 0).all()), "more weight on an example lowers its own loss"
