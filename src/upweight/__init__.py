@@ -20,7 +20,7 @@ from upweight.curvature.newton import Newton
 from upweight.linalg.block_cg import BlockCG
 from upweight.linalg.cg import CG
 from upweight.linalg.cholesky import Cholesky
-from upweight.linalg.damping import Absolute, Relative
+from upweight.linalg.damping import Absolute, Evidence, Relative
 from upweight.linalg.minres import MINRES
 from upweight.linalg.solve import Auto
 from upweight.methods.influence import Influence
@@ -56,6 +56,7 @@ __all__ = [
     "Data",
     "Diagonal",
     "EmpiricalFisher",
+    "Evidence",
     "Expand",
     "Expected",
     "Fisher",

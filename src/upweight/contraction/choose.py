@@ -218,11 +218,15 @@ def _rounding(
 
     if rank is None:
         return (off(Explicit(_solved_all(few, torch.bfloat16)), reference.parts[k]),)
+    (lefts, rights), _ = _pairs(few, curve.terms, list(range(rank)), [])
+    nothing = (lefts[:0], rights[:0])
     errors = []
     for r in range(rank):
+        one = (lefts[r : r + 1], rights[r : r + 1])
         exact = torch.zeros_like(reference.parts[k])
-        _kernel_of(few, curve.terms, [r], []).add_to(exact, part)
-        errors.append(off(_kernel_of(few, curve.terms, [], [r]), exact))
+        Separable(one, nothing).add_to(exact, part)
+        in_short = (one[0].to(torch.bfloat16), one[1].to(torch.bfloat16))
+        errors.append(off(Separable(nothing, in_short), exact))
     return tuple(errors)
 
 
@@ -283,12 +287,12 @@ def _separable(
     block: FactoredQueries, terms: Expansion, rank: int, short: frozenset[int]
 ) -> Separable:
     full = [t for t in range(rank) if t not in short]
-    return _kernel_of(block, terms, full, sorted(short))
+    return Separable(*_pairs(block, terms, full, sorted(short)))
 
 
-def _kernel_of(
+def _pairs(
     block: FactoredQueries, terms: Expansion, full: list[int], short: list[int]
-) -> Separable:
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(δ̃_q∘u_r) Q_Gᵀ and (ã_q∘v_r) Q_Aᵀ, so that training factors need no rotation."""
 
     def pair(which: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -304,7 +308,7 @@ def _kernel_of(
             pairs.append((scaled if q is None else scaled @ q.mT.to(scaled.dtype)).to(dtype))
         return pairs[0], pairs[1]
 
-    return Separable(pair(full, block.left.dtype), pair(short, torch.bfloat16))
+    return pair(full, block.left.dtype), pair(short, torch.bfloat16)
 
 
 def _solved_all(block: FactoredQueries, dtype: torch.dtype) -> Float[Tensor, "q o i"]:

@@ -10,7 +10,7 @@ the identity on a block (`L2`), else its diagonal in the block's basis.
 
 import abc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.curvature.estimators import Estimator
-from upweight.curvature.labels import Labels
+from upweight.curvature.labels import Head, Labels
 from upweight.errors import DataError, message
 from upweight.gradients.blocks import Block, MatrixBlock, Plan
 from upweight.gradients.cost import Cost, cost
@@ -144,6 +144,7 @@ class LayerwiseCurvature(abc.ABC):
         damping: Damping | None = None,
         memory_bytes: int | None = None,
         checkpoint: Checkpoint | None = None,
+        watch: Callable[[int, Batch, Tensor, Any], None] | None = None,
     ) -> BlockCurvature:
         """H at θ̂, block by block.
 
@@ -155,6 +156,8 @@ class LayerwiseCurvature(abc.ABC):
                 rounding it drowns, by measurement, are taken in bfloat16.
             memory_bytes: What a batch may take; None: a share of what is free.
             checkpoint: Where to keep the sums while they grow, and to go on from.
+            watch: Called with (start, batch, outputs, targets) of every batch of the first pass,
+                before anything is made of them.
 
         Raises:
             UnsupportedModel: The labels cannot be drawn, or a gradient cannot be had.
@@ -188,7 +191,10 @@ class LayerwiseCurvature(abc.ABC):
             with GradientPass(made) as passes:
                 steps = _batches(seen, first, place.batch)
                 for start, stop, examples in progress(steps, len(seen), what, first):
-                    for factors in self._gradients(passes, task, examples, start, stage):
+                    first_look = watch if stage == 0 else None
+                    for factors in self._gradients(
+                        passes, task, examples, start, stage, first_look
+                    ):
                         for estimator, part in zip(estimators, factors, strict=True):
                             if stage < estimator.passes:
                                 estimator.see(stage, part)
@@ -219,12 +225,22 @@ class LayerwiseCurvature(abc.ABC):
         return BlockCurvature(made, spent, blocks, every, seconds)
 
     def _gradients(
-        self, passes: GradientPass, task: Task, batch: Batch, start: int, stage: int
+        self,
+        passes: GradientPass,
+        task: Task,
+        batch: Batch,
+        start: int,
+        stage: int,
+        watch: Callable[[int, Batch, Tensor, Any], None] | None,
     ) -> Iterator[list[Factors]]:
-        return passes.of_heads(
-            task.to_device(batch),
-            lambda outputs, targets: self.which.heads(task.loss, outputs, targets, start, stage),
-        )
+        batch = task.to_device(batch)
+
+        def heads(outputs: Tensor, targets: Any) -> Iterator[Head]:
+            if watch is not None:
+                watch(start, batch, outputs, targets)
+            return self.which.heads(task.loss, outputs, targets, start, stage)
+
+        return passes.of_heads(batch, heads)
 
     def _seen(self, data: Data) -> tuple[Data, tuple[str, ...]]:
         """The examples to learn from, evenly spaced, and a note if they are not all."""

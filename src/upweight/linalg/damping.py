@@ -2,6 +2,7 @@
 
     Absolute(value)     λ = value
     Relative(factor)    λ = factor · tr(A)/p, the factor times the mean eigenvalue
+    Evidence()          λ = γ/(n ‖θ‖²), the most probable prior precision given the data
 
 Damping changes the answer: with λ > 0 influence is that of an objective with an extra (λ/2)‖θ −
 θ̂‖². It is therefore never implied: the default everywhere is none, and λ in use is part of the
@@ -12,8 +13,12 @@ import abc
 import math
 from dataclasses import dataclass
 
+from jaxtyping import Float
+from torch import Tensor
+
 from upweight.errors import NonFinite, NotPositiveDefinite, SpecError, message
 from upweight.linalg.algebra import Scaled, Sum
+from upweight.linalg.eigen import Eigen
 from upweight.linalg.matrices import Identity
 from upweight.linalg.operator import LinearOperator, square
 
@@ -22,8 +27,19 @@ class Damping(abc.ABC):
     """How to choose λ ≥ 0 for an operator."""
 
     @abc.abstractmethod
-    def of(self, operator: LinearOperator) -> float:
-        """λ for this operator, in units of its eigenvalues."""
+    def of(
+        self,
+        operator: LinearOperator,
+        theta: Float[Tensor, "..."] | None = None,
+        n: int | None = None,
+    ) -> float:
+        """λ for this operator, in units of its eigenvalues.
+
+        Args:
+            operator: The curvature of the mean loss, of one block where there are blocks.
+            theta: The parameters that it acts on.
+            n: Size of the training set.
+        """
 
 
 @dataclass(frozen=True)
@@ -35,7 +51,12 @@ class Absolute(Damping):
     def __post_init__(self) -> None:
         _not_negative(self.value, "Absolute")
 
-    def of(self, operator: LinearOperator) -> float:
+    def of(
+        self,
+        operator: LinearOperator,
+        theta: Float[Tensor, "..."] | None = None,
+        n: int | None = None,
+    ) -> float:
         return float(self.value)
 
 
@@ -57,7 +78,12 @@ class Relative(Damping):
     def __post_init__(self) -> None:
         _not_negative(self.factor, "Relative")
 
-    def of(self, operator: LinearOperator) -> float:
+    def of(
+        self,
+        operator: LinearOperator,
+        theta: Float[Tensor, "..."] | None = None,
+        n: int | None = None,
+    ) -> float:
         p = square(operator, "Relative damping")
         mean = float(operator.trace()) / p
         if not math.isfinite(mean):
@@ -79,6 +105,62 @@ class Relative(Damping):
                 )
             )
         return self.factor * mean
+
+
+@dataclass(frozen=True)
+class Evidence(Damping):
+    """λ that makes the data most probable under a Gaussian prior on θ.
+
+    It is the root of
+
+        λ n ‖θ‖² = γ(λ),    γ = Σⱼ Λⱼ/(Λⱼ + λ)
+
+    With a prior θ ~ N(0, I/α), α = nλ, the Laplace approximation of log p(data) is largest where
+    α ‖θ‖² equals γ, the number of parameters that the data determine (MacKay 1992, "Bayesian
+    interpolation", §4). The left side grows with λ and γ falls, so there is one root.
+
+    Block by block where the curvature is. For models trained without a penalty; with one, its own
+    strength is the damping that belongs to it, and it is part of Λ already.
+
+    Raises:
+        SpecError: The curvature has no eigendecomposition at hand: use `EKFAC()` or its kin.
+        NonFinite: All parameters of a block are zero, or its curvature is.
+    """
+
+    def of(
+        self,
+        operator: LinearOperator,
+        theta: Float[Tensor, "..."] | None = None,
+        n: int | None = None,
+    ) -> float:
+        if not isinstance(operator, Eigen) or theta is None or n is None:
+            raise SpecError(
+                message(
+                    "Evidence damping needs the eigenvalues of the curvature.",
+                    f"{operator!r}, which does not know them.",
+                    "a Hessian or GGN, whose spectrum would take p³ operations.",
+                    "use it with EKFAC(), KFAC() or Diagonal(), or give Absolute(λ).",
+                )
+            )
+        values = operator.values.double().flatten()
+        squared = float(theta.double().square().sum())
+        if not squared > 0 or not bool((values > 0).any()):
+            raise NonFinite(
+                message(
+                    "Evidence damping weighs the parameters against their curvature.",
+                    f"‖θ‖² = {squared:.3g} and a largest eigenvalue of {float(values.max()):.3g}.",
+                    "biases that were never trained, or a layer that the data do not reach.",
+                    "leave these parameters out with Task(params=...), or use Relative(0.1).",
+                )
+            )
+        positive = values[values > 0]
+        # γ lies between 0 and the number of positive eigenvalues, hence the root below `high`.
+        low, high = 0.0, len(positive) / (n * squared)
+        for _ in range(200):
+            middle = 0.5 * (low + high)
+            gamma = float((positive / (positive + middle)).sum())
+            low, high = (low, middle) if middle * n * squared > gamma else (middle, high)
+        return high
 
 
 def as_damping(damping: Damping | float) -> Damping:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-PANEL = 256
+PANEL = 128
 """Columns per product. A Gram matrix is symmetric: only panels on or above its diagonal are
 multiplied, which saves up to half, and products this wide still run at full speed."""
 

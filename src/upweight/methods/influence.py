@@ -136,7 +136,7 @@ class Influence:
             )
         losses = checked_losses(task, data, "training data")
         curvature = self.curvature.fit(task, data)
-        damping = as_damping(self.damping).of(curvature)
+        damping = as_damping(self.damping).of(curvature, task.theta(), len(data))
         operator = damped(curvature, damping)
         solver = self.solver.select(operator) if isinstance(self.solver, Auto) else self.solver
         fitted = FittedInfluence(

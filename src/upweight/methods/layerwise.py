@@ -15,21 +15,26 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from upweight._typing import Folder
+from upweight._typing import Batch, Folder
 from upweight.contraction.queries import inner, self_products
 from upweight.contraction.stream import Contraction, contractions, training_loss
 from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature, LayerwiseCurvature
-from upweight.errors import ModelChanged, ShapeError, SpecError, message
+from upweight.errors import ModelChanged, ShapeError, SpecError, UpweightError, message
 from upweight.gradients.factored import Tokens
 from upweight.gradients.passes import GradientPass
-from upweight.linalg.damping import as_damping
+from upweight.linalg.damping import Evidence, as_damping
 from upweight.methods import health
 from upweight.runtime.checkpoint import Checkpoint
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.memory import examples_within, working_bytes
 from upweight.runtime.progress import progress
 from upweight.scores import Context, Provenance, Scores, TopScores, Unit, library_versions
-from upweight.task.check import checked_losses, checked_measurements
+from upweight.task.check import (
+    checked_batch,
+    checked_losses,
+    checked_measurements,
+    require_answerable,
+)
 from upweight.task.data import Data, as_data
 from upweight.task.measures import Loss, as_measure
 from upweight.task.task import Task
@@ -61,17 +66,39 @@ def fit(
         store: A folder to keep the curvature in while it grows, and to take it from.
     """
     started = time.perf_counter()
-    losses = checked_losses(task, data, "training data")
+    require_answerable(task, data, "training data")
     assert isinstance(spec.curvature, LayerwiseCurvature)
     damping = as_damping(spec.damping)
-    curvature = spec.curvature.fit_blocks(
-        task,
-        data,
-        damping=damping,
-        memory_bytes=memory_bytes,
-        checkpoint=None if store is None else _checkpoint(store, spec, task, data),
+    seen: dict[int, Tensor] = {}
+
+    def watch(start: int, batch: Batch, outputs: Tensor, targets: Any) -> None:
+        seen[start] = checked_batch(task, start, batch, outputs, targets, "training data")
+
+    try:
+        curvature = spec.curvature.fit_blocks(
+            task,
+            data,
+            # The evidence is not known before the spectrum is.
+            damping=None if isinstance(damping, Evidence) else damping,
+            memory_bytes=memory_bytes,
+            checkpoint=None if store is None else _checkpoint(store, spec, task, data),
+            watch=watch,
+        )
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if not isinstance(error, UpweightError):
+            checked_losses(task, data, "training data")  # says which example, if it is the data
+        raise
+    # The first pass has seen them all, unless it had only some of the data or went on from before.
+    losses = torch.cat(list(seen.values())) if seen else task.theta()[:0]
+    if len(losses) < len(data):
+        losses = checked_losses(task, data, "training data")
+    theta, layout = task.theta(), task.layout
+    blocks = tuple(
+        replace(
+            b, damping=damping.of(b.eigen, theta[b.block.index(layout).to(theta.device)], len(data))
+        )
+        for b in curvature.blocks
     )
-    blocks = tuple(replace(b, damping=damping.of(b.eigen)) for b in curvature.blocks)
     for block in blocks:
         block.eigen.inverse(block.damping)  # raises now what every query would meet
     return LayerwiseInfluence(

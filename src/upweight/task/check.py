@@ -45,11 +45,63 @@ def checked_losses(task: Task, data: Data, role: str) -> Float[Tensor, " n"]:
         role: What they are called in messages: "training data" or "queries".
 
     Raises:
-        DataError: There are no examples, or targets are out of range.
+        DataError: Targets are out of range.
+        NonFinite: A loss is NaN or infinite.
+        UpweightError: As for `require_answerable`.
+    """
+    require_answerable(task, data, role)
+    theta = task.theta()
+    # What a layer makes of an input may be a hundred times as large, and is not known here.
+    inputs = sum(x[0].numel() for x in _tensors(data.batch(0, 1)))
+    size = batch_size(inputs + 1, 8, most=CHECKED_AT_ONCE)
+    losses = []
+    for start, _, batch in data.batches(size):
+        batch = task.to_device(batch)
+        with torch.no_grad():
+            outputs, targets = _outputs(task, theta, batch, role, task.call)
+            losses.append(checked_batch(task, start, batch, outputs, targets, role))
+    return torch.cat(losses)
+
+
+def checked_batch(
+    task: Task, start: int, batch: Batch, outputs: Tensor, targets: Any, role: str
+) -> Float[Tensor, " b"]:
+    """ℓᵢ(θ̂) of a batch from the model's outputs, after asking that they are as they should be.
+
+    Args:
+        task: What was trained.
+        start: The place of the batch's first example.
+        batch: The examples.
+        outputs: Of the model.
+        targets: Of the examples.
+        role: What they are called in messages.
+
+    Raises:
+        DataError: Targets are out of range.
+        NonFinite: A loss is NaN or infinite.
+        ShapeError: There is not one output per example.
+    """
+    task.loss.check(outputs, targets)
+    values = task.losses_of(outputs, targets)
+    _require_length(len(values), _tensors(batch)[0].shape[0], role)
+    _require_finite_losses(values, start, batch, role)
+    return values
+
+
+def require_answerable(task: Task, data: Data, role: str) -> None:
+    """Refuse, by a few examples, what no pass over the data could answer.
+
+    Args:
+        task: What was trained.
+        data: The examples.
+        role: What they are called in messages.
+
+    Raises:
+        DataError: There are no examples.
         NonDeterministic: The model is in a training mode that matters, answers differently twice,
             or lets the examples of a batch affect each other.
         NotDifferentiable: No gradient reaches some chosen parameter.
-        NonFinite: A parameter or a loss is NaN or infinite.
+        NonFinite: A parameter is NaN or infinite.
         ShapeError: The model does not accept the examples.
         DtypeError: The model and the examples differ in dtype.
         ScalarLoss: The loss is reduced over the batch.
@@ -61,19 +113,6 @@ def checked_losses(task: Task, data: Data, role: str) -> Float[Tensor, " n"]:
     probe = task.to_device(data.batch(0, min(PROBE_EXAMPLES, len(data))))
     _require_deterministic(task, theta, data, probe, role)
     _require_gradients(task, theta, probe)
-    # What a layer makes of an input may be a hundred times as large, and is not known here.
-    size = batch_size(sum(x[0].numel() for x in _tensors(probe)) + 1, 8, most=CHECKED_AT_ONCE)
-    losses = []
-    for start, stop, batch in data.batches(size):
-        batch = task.to_device(batch)
-        with torch.no_grad():
-            outputs, targets = _outputs(task, theta, batch, role, task.call)
-            task.loss.check(outputs, targets)
-            values = task.losses_of(outputs, targets)
-        _require_length(len(values), stop - start, role)
-        _require_finite_losses(values, start, batch, role)
-        losses.append(values)
-    return torch.cat(losses)
 
 
 def checked_measurements(
