@@ -3,7 +3,8 @@
 The error of a query is ‖Ŝ_q − S_q‖/‖S_q‖ over the training set, and `tolerance` bounds its root
 mean square over the queries, each against its own size: a query with small scores counts as much as
 one with large ones. Errors are measured, not assumed: candidates are compared with the untruncated
-score on some training examples, and the choice is then checked on others.
+score on some training examples, and the choice is then checked on others, drawn by loss and drawn
+evenly: both must keep the tolerance.
 """
 
 import math
@@ -297,15 +298,14 @@ def _pairs(
 
     def pair(which: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         pairs = []
-        for scaled, q in zip(
-            (
-                block.left * terms.left[which][:, None],
-                block.right * terms.right[which][:, None],
-            ),
-            block.eigen.bases,
-            strict=True,
+        for factor, scales, q in zip(
+            (block.left, block.right), (terms.left, terms.right), block.eigen.bases, strict=True
         ):
-            pairs.append((scaled if q is None else scaled @ q.mT.to(scaled.dtype)).to(dtype))
+            out = factor.new_empty(len(which), *factor.shape, dtype=dtype)
+            for k, r in enumerate(which):  # a term at a time: all in full precision are many
+                scaled = factor * scales[r]
+                out[k] = scaled if q is None else scaled @ q.mT.to(scaled.dtype)
+            pairs.append(out)
         return pairs[0], pairs[1]
 
     return pair(full, block.left.dtype), pair(short, torch.bfloat16)

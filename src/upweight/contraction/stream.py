@@ -75,9 +75,9 @@ class Contraction:
     def __len__(self) -> int:
         return len(self.queries[0])
 
-    def stream(self) -> Iterator[tuple[int, int, Float[Tensor, "q b"]]]:
-        """Σₗ ⟨V_q, gᵢ⟩ for batches of training examples, in order."""
-        for start, stop, factors in self.factors():
+    def stream(self, begin: int = 0) -> Iterator[tuple[int, int, Float[Tensor, "q b"]]]:
+        """Σₗ ⟨V_q, gᵢ⟩ for batches of training examples, in order, from `begin` on."""
+        for start, stop, factors in self.factors(begin):
             yield start, stop, self.scores(factors, self.choice.kernels)
 
     def stream_blocks(self) -> Iterator[tuple[int, int, list[Float[Tensor, "q b"]]]]:
@@ -92,8 +92,8 @@ class Contraction:
                 ],
             )
 
-    def factors(self) -> Iterator[tuple[int, int, list[Factors]]]:
-        """Training gradients, a batch at a time."""
+    def factors(self, begin: int = 0) -> Iterator[tuple[int, int, list[Factors]]]:
+        """Training gradients, a batch at a time, from `begin` on."""
         task = self.curvature.plan.task
         # Three blocks of scores: two products and their sum.
         held = self.curvature.cost.bytes_per_example + 12 * len(self)
@@ -101,8 +101,8 @@ class Contraction:
             working_bytes(task.layout.device, self.memory_bytes), held, MOST_EXAMPLES
         )
         with GradientPass(self.curvature.plan) as passes:
-            batches = self.train.batches(size)
-            for start, stop, batch in progress(batches, len(self.train), "scores"):
+            batches = self.train.batches(size, begin)
+            for start, stop, batch in progress(batches, len(self.train), "scores", begin):
                 yield start, stop, passes.of(training_loss(task), task.to_device(batch))
 
     def scores(self, factors: Sequence[Factors], kernels: Sequence[Kernel]) -> Tensor:
@@ -177,10 +177,10 @@ def _contraction(
     factored = any(t == 1 for t in curvature.cost.positions)
     # No more than a small share of what the pass itself takes.
     most = max(16, len(train) // 25)
-    sizes = (SAMPLE if factored else 1, SAMPLE // 2) if tolerance > 0 else (1, 1)
-    sample, check = (
-        _sampled(curvature, train, losses, min(size, most), seed, memory_bytes)
-        for seed, size in enumerate(sizes)
+    draws = ((SAMPLE if factored else 1, 0.5), (SAMPLE // 2, 0.5), (SAMPLE // 2, 0.0))
+    sample, *checks = (
+        _sampled(curvature, train, losses, min(size, most), by_loss, seed, memory_bytes)
+        for seed, (size, by_loss) in enumerate(draws if tolerance > 0 else draws[:1])
     )
     rows = _references(curvature, len(queries)).to(task.layout.device)
     moments = [block.eigen.values for block in curvature.blocks]
@@ -199,7 +199,14 @@ def _contraction(
         if aim == 0:
             choice = Choice(kernels, 0.0, 0.0, words)
             break
-        found = measured(kernels, len(queries), reference_scores(made, rows, check), check)
+        # On examples as they matter to ‖S_q‖, and on examples as they come: most have small losses.
+        found = max(
+            (
+                measured(kernels, len(queries), reference_scores(made, rows, check), check)
+                for check in checks
+            ),
+            key=lambda m: m.error,
+        )
         if found.error <= tolerance:
             choice = Choice(kernels, found.error, found.worst, words)
             break
@@ -235,17 +242,19 @@ def _sampled(
     train: Data,
     losses: Float[Tensor, " n"],
     count: int,
+    by_loss: float,
     seed: int,
     memory_bytes: int | None,
 ) -> list[Factors]:
     """Gradients of some training examples, scaled so that sums of squares estimate those of all.
 
-    A few examples with large losses make most of ‖S_q‖; a plain sample would miss them. Half of the
-    draws go by loss, each example divided by the square root of its expected count.
+    A few examples with large losses make most of ‖S_q‖; a plain sample would miss them. A share
+    `by_loss` of the draws goes by loss, each example divided by the square root of its expected
+    count.
     """
     task = curvature.plan.task
     sizes = losses.abs().double().cpu() + torch.finfo(torch.float64).tiny
-    p = 0.5 * sizes / sizes.sum() + 0.5 / len(sizes)
+    p = by_loss * sizes / sizes.sum() + (1 - by_loss) / len(sizes)
     generator = torch.Generator().manual_seed(seed)
     indices = p.multinomial(count, replacement=True, generator=generator)
     scales = (count * p[indices]).rsqrt().to(task.layout.device, curvature.plan.dtype)

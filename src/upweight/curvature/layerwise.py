@@ -189,7 +189,7 @@ class LayerwiseCurvature(abc.ABC):
             first = place.example if stage == place.stage else 0
             what = f"curvature, pass {stage + 1} of {stages}"
             with GradientPass(made) as passes:
-                steps = _batches(seen, first, place.batch)
+                steps = seen.batches(place.batch, first)
                 for start, stop, examples in progress(steps, len(seen), what, first):
                     first_look = watch if stage == 0 else None
                     for factors in self._gradients(
@@ -268,12 +268,6 @@ class _Place:
     stage: int
     example: int
     batch: int
-
-
-def _batches(data: Data, first: int, size: int) -> Iterator[tuple[int, int, Batch]]:
-    for start in range(first, len(data), size):
-        stop = min(start + size, len(data))
-        yield start, stop, data.batch(start, stop)
 
 
 def _state(place: _Place, estimators: list[Estimator], spread: "_Spread") -> dict[str, Tensor]:

@@ -26,8 +26,9 @@ from upweight.linalg.damping import Evidence, as_damping
 from upweight.methods import health
 from upweight.runtime.checkpoint import Checkpoint
 from upweight.runtime.fingerprint import digest
-from upweight.runtime.memory import examples_within, working_bytes
+from upweight.runtime.memory import examples_within, free_bytes, working_bytes
 from upweight.runtime.progress import progress
+from upweight.runtime.shards import ScoreShards
 from upweight.scores import Context, Provenance, Scores, TopScores, Unit, library_versions
 from upweight.task.check import (
     checked_batch,
@@ -41,6 +42,9 @@ from upweight.task.task import Task
 
 if TYPE_CHECKING:
     from upweight.methods.influence import Influence
+
+SHARD_BYTES = 64 * 2**20
+"""Scores in one file: few enough files for a million examples, little to lose when interrupted."""
 
 TOLERANCE = 1e-2
 """Relative error of a query's scores that the contraction may have: far below what a curvature from
@@ -181,6 +185,7 @@ class LayerwiseInfluence:
         """
         started = time.perf_counter()
         data, measure = self._asked(queries, measure, tolerance)
+        self._require_room(len(data))
         values = torch.empty(
             len(data), len(self.train), dtype=self.curvature.plan.dtype, device=self.theta.device
         )
@@ -238,6 +243,55 @@ class LayerwiseInfluence:
         provenance = self._provenance(data, measure, jobs, tolerance, started, {})
         high_at, high, low_at, low = (torch.cat(column) for column in zip(*kept, strict=True))
         return TopScores(high_at, high, low_at, low, Unit.DERIVATIVE, provenance)
+
+    def write(
+        self,
+        queries: Any,
+        folder: Folder,
+        measure: Callable[..., Tensor] = Loss(),  # noqa: B008  a frozen spec
+        *,
+        tolerance: float = TOLERANCE,
+    ) -> ScoreShards:
+        """S[q, i] for every query and training example, on disk as they are computed.
+
+        For scores that do not fit into memory. Interrupted, the same call goes on behind what is
+        there; finished, it returns at once.
+
+        Args:
+            queries: As for `attribute`.
+            folder: Where to; one folder for each question.
+            measure: As for `attribute`.
+            tolerance: As for `attribute`.
+
+        Returns:
+            The shards: `row(query)` reads the scores of one query.
+
+        Raises:
+            StaleStore: The folder holds the scores of something else.
+            OSError: The disk is full or not writable; what was written stays readable.
+        """
+        data, measure = self._asked(queries, measure, tolerance)
+        asked = [digest(*_tensors(batch)) for _, _, batch in data.batches(MOST_EXAMPLES)]
+        trained = [digest(*_tensors(batch)) for _, _, batch in self.train.batches(MOST_EXAMPLES)]
+        description = {
+            "method": repr(self.spec),
+            "measure": repr(measure),
+            "tolerance": repr(tolerance),
+            "parameters": digest(self.theta),
+            "queries": digest(*asked),
+            "train": digest(*trained),
+        }
+        shards = ScoreShards.open(folder, len(self.train), len(data), description)
+        for job in self._contractions(data, measure, tolerance):
+            held: list[Tensor] = []
+            begin = shards.done(job.first)
+            for _, stop, part in job.stream(begin):
+                held.append((part * -self.share).mT)
+                size = sum(x.nbytes for x in held)
+                if size >= SHARD_BYTES or stop == len(self.train):
+                    shards.append(job.first, begin, torch.cat(held))
+                    begin, held = stop, []
+        return shards
 
     def group(
         self,
@@ -555,6 +609,22 @@ class LayerwiseInfluence:
             self.losses,
             self.memory_bytes,
         )
+
+    def _require_room(self, q: int) -> None:
+        """Refuse, before anything is computed, a matrix of scores that memory cannot hold."""
+        needed = q * len(self.train) * self.curvature.plan.dtype.itemsize
+        free = free_bytes(self.theta.device)
+        if needed > free:
+            raise SpecError(
+                message(
+                    "All scores at once must fit into memory.",
+                    f"{q} × {len(self.train)} scores of {needed / 1e9:.1f} GB, with "
+                    f"{free / 1e9:.1f} GB free.",
+                    "a large training set with many queries.",
+                    "use top(queries, k) for the extremes, group(queries, labels) for totals, or "
+                    "write(queries, folder) for all of them on disk.",
+                )
+            )
 
     def _batch_size(self) -> int:
         return examples_within(

@@ -6,7 +6,6 @@ Written beside its place and then renamed: a kill at any instant leaves the stat
 header holds the hash of a description; state of another description is refused, never overwritten.
 """
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor
 from upweight._typing import Folder
 from upweight.errors import StaleStore, message
 from upweight.runtime.fingerprint import digest
+from upweight.runtime.whole import write_whole
 
 SCHEMA = "1"
 
@@ -87,18 +87,8 @@ class Checkpoint:
             OSError: The disk is full or not writable. The state of before stays readable.
         """
         whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        contents = save(whole, {"schema": SCHEMA, "description": self.description})
-        staged = self.file.with_name(f"{self.file.name}.{os.getpid()}.part")
-        try:
-            with staged.open("wb") as file:
-                file.write(contents)
-                file.flush()
-                os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
-            os.replace(staged, self.file)
-        except OSError as error:
-            staged.unlink(missing_ok=True)
-            error.add_note(f"{self.file} was not written; what it held before is whole.")
-            raise
+        header = {"schema": SCHEMA, "description": self.description}
+        write_whole(self.file, save(whole, header))
         self.clock["written"] = time.monotonic()
 
     def _stale(self, given: str) -> str:

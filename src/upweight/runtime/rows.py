@@ -9,7 +9,6 @@ then renamed, so what is there is whole. No pickle.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from upweight.errors import StaleStore, message
 from upweight.runtime.fingerprint import digest
+from upweight.runtime.whole import write_whole
 
 SCHEMA = "1"
 
@@ -48,7 +48,7 @@ class RowStore:
         store.directory.mkdir(parents=True, exist_ok=True)
         manifest = store.directory / "manifest.json"
         if not manifest.exists():
-            store._write(manifest, text.encode())
+            write_whole(manifest, text.encode())
         elif manifest.read_text(encoding="utf-8") != text:
             raise StaleStore(_stale(manifest, "a description that is not the one it is named by"))
         return store
@@ -82,21 +82,7 @@ class RowStore:
         tensors["names"] = torch.tensor([list(bytes.fromhex(name)) for name in names]).byte()
         metadata = {"schema": SCHEMA, "digest": _digest(tensors)}
         target = self.directory / f"{digest(*names)[:32]}.safetensors"
-        self._write(target, save(tensors, metadata))
-
-    def _write(self, target: Path, contents: bytes) -> None:
-        # Named by process: two runs that share a cache must not write into one file.
-        staged = target.with_name(f"{target.name}.{os.getpid()}.part")
-        try:
-            with staged.open("wb") as file:
-                file.write(contents)
-                file.flush()
-                os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
-            os.replace(staged, target)
-        except OSError as error:
-            staged.unlink(missing_ok=True)
-            error.add_note(f"{target} was not written; what {self.directory} held before is whole.")
-            raise
+        write_whole(target, save(tensors, metadata))
 
 
 def _columns(path: Path) -> dict[str, Tensor]:

@@ -41,9 +41,9 @@ class Data(abc.ABC):
         """The examples start … stop − 1."""
         return self.take(range(start, stop))
 
-    def batches(self, size: int) -> Iterator[tuple[int, int, Batch]]:
-        """All examples in order, as `(start, stop, batch)`; the last batch may be smaller."""
-        for start in range(0, len(self), size):
+    def batches(self, size: int, begin: int = 0) -> Iterator[tuple[int, int, Batch]]:
+        """The examples from `begin` on, as `(start, stop, batch)`; the last may be smaller."""
+        for start in range(begin, len(self), size):
             stop = min(start + size, len(self))
             yield start, stop, self.batch(start, stop)
 

@@ -1,0 +1,66 @@
+"""Scores on disk: what is written is what is read, and an interrupted pass goes on."""
+
+import pytest
+import torch
+
+from upweight.errors import ShapeError, StaleStore
+from upweight.runtime.shards import ScoreShards
+
+SCORES = torch.arange(5 * 7).reshape(5, 7).double()  # [q, n]
+
+
+def shards_in(folder, **other):
+    return ScoreShards.open(folder, 7, 5, {"method": "a", **other})
+
+
+def test_rows_come_back_from_several_groups_of_queries_and_examples(tmp_path):
+    shards = shards_in(tmp_path)
+    for first, last in ((0, 3), (3, 5)):
+        for start, stop in ((0, 4), (4, 7)):
+            shards.append(first, start, SCORES[first:last, start:stop].mT)
+    for query in range(5):
+        assert torch.equal(ScoreShards.load(tmp_path).row(query), SCORES[query])
+
+
+def test_done_counts_what_follows_without_a_gap(tmp_path):
+    shards = shards_in(tmp_path)
+    assert shards.done(0) == 0
+    shards.append(0, 0, SCORES[:, :2].mT)
+    shards.append(0, 4, SCORES[:, 4:].mT)
+    assert shards_in(tmp_path).done(0) == 2
+
+
+def test_a_row_that_is_not_finished_is_refused(tmp_path):
+    shards = shards_in(tmp_path)
+    shards.append(0, 0, SCORES[:, :2].mT)
+    with pytest.raises(ShapeError, match="scores of 2 examples on disk"):
+        shards.row(1)
+
+
+def test_scores_of_something_else_are_refused(tmp_path):
+    shards_in(tmp_path)
+    with pytest.raises(StaleStore, match="give another folder"):
+        shards_in(tmp_path, method="b")
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    shards = shards_in(tmp_path)
+    shards.append(0, 0, SCORES.mT)
+    file = next(tmp_path.glob("scores-*.safetensors"))
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(StaleStore, match=file.name):
+        shards.row(0)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    shards = shards_in(tmp_path)
+    shards.append(0, 0, SCORES[:, :4].mT)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        shards.append(0, 4, SCORES[:, 4:].mT)
+    assert shards.done(0) == 4
+    assert not list(tmp_path.glob("*.part"))
