@@ -5,5 +5,9 @@
     Fisher           (1/n) Σ E_ŷ[g gᵀ]          + ∇²R        ŷ ~ p(· | f), by sampling
     EmpiricalFisher  (1/n) Σ gᵢ gᵢᵀ             + ∇²R        not the Fisher
 
-Every batch counts by its number of examples. The penalty's own curvature is always exact.
+    KFAC, EKFAC      ⊕ₗ Gₗ ⊗ Aₗ, ⊕ₗ Qₗ Λₗ Qₗᵀ   + ∇²R        a block per weight
+    Diagonal         diag of the Fisher         + ∇²R        Blockwise: a choice per layer
+
+Every batch counts by its number of examples. The penalty's own curvature is exact, by
+layer where it is a multiple of the identity on each block.
 """
