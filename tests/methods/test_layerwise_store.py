@@ -129,3 +129,10 @@ def test_more_scores_than_memory_are_refused_before_any_work(monkeypatch):
     monkeypatch.setattr("upweight.methods.layerwise.free_bytes", lambda _: 100)
     with pytest.raises(SpecError, match=r"write\(queries, folder\)"):
         fitted.attribute(p.queries)
+
+
+def test_no_training_data_are_refused_in_our_own_words():
+    p = problem("mlp_tanh")
+    X, y = p.train
+    with pytest.raises(uw.errors.DataError, match="must hold at least one example"):
+        METHOD.fit(p.task, (X[:0], y[:0]))

@@ -35,7 +35,7 @@ from upweight.methods import health, layerwise
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.removal import LinearRemovals
 from upweight.scores import Context, Provenance, Scores, Unit, library_versions
-from upweight.task.check import checked_losses, checked_measurements
+from upweight.task.check import checked_losses, checked_measurements, require_answerable
 from upweight.task.data import Data, as_data, batch_size
 from upweight.task.measures import Loss, as_measure
 from upweight.task.task import Task
@@ -124,6 +124,7 @@ class Influence:
         started = time.perf_counter()
         data = as_data(train)
         if isinstance(self.curvature, LayerwiseCurvature) and isinstance(self.solver, Auto):
+            require_answerable(task, data, "training data")
             return layerwise.fit(self, task, data, 1.0 / len(data), memory_bytes, store)
         if store is not None:
             raise SpecError(

@@ -34,7 +34,6 @@ from upweight.task.check import (
     checked_batch,
     checked_losses,
     checked_measurements,
-    require_answerable,
 )
 from upweight.task.data import Data, as_data
 from upweight.task.measures import Loss, as_measure
@@ -59,18 +58,17 @@ def fit(
     memory_bytes: int | None = None,
     store: Folder | None = None,
 ) -> "LayerwiseInfluence":
-    """Check the task on its training data, and learn the curvature of each block.
+    """Learn the curvature of each block, and check the training data on the way.
 
     Args:
         spec: The method.
-        task: What was trained.
+        task: What was trained, and answerable by a few of the data.
         data: The training set.
         share: 1/n, the weight of one example.
         memory_bytes: What a batch may take.
         store: A folder to keep the curvature in while it grows, and to take it from.
     """
     started = time.perf_counter()
-    require_answerable(task, data, "training data")
     assert isinstance(spec.curvature, LayerwiseCurvature)
     damping = as_damping(spec.damping)
     seen: dict[int, Tensor] = {}
