@@ -130,6 +130,17 @@ def test_an_eigenvalue_below_the_normal_numbers_is_as_good_as_zero():
     assert bool(Eigen((None,), values).inverse(1e-3).values.isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rounding_in_a_basis_is_as_good_as_zero(dtype):
+    """(qᵀ x)² of an x that is orthogonal to q is ε² and not 0; along the axes 0 is exact."""
+    q = torch.eye(3, dtype=dtype)
+    values = torch.tensor([1.0, 2.0, torch.finfo(dtype).eps ** 2], dtype=dtype)
+    with pytest.raises(NotPositiveDefinite, match="1 of 3 eigenvalues"):
+        Eigen((q,), values).inverse(0.0)
+    assert bool(Eigen((None,), values).inverse(0.0).values.isfinite().all())
+    assert bool(Eigen((q,), values).inverse(1e-9).values.isfinite().all())
+
+
 @pytest.mark.parametrize("bases", [(4, 3), (3, 3), (3,), (None, 3)])
 def test_bases_that_do_not_fit_are_refused(bases):
     with pytest.raises(ShapeError, match=r"eigenvalues \(3, 4\) for bases of sizes"):

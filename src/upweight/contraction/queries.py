@@ -160,6 +160,13 @@ def _short(inverse: Eigen) -> Eigen:
     return Eigen(bases, inverse.values.to(torch.bfloat16))
 
 
+def depends_on_parameters(queries: BlockQueries) -> bool:
+    """Whether some query has a gradient in this block at all."""
+    if isinstance(queries, FactoredQueries):
+        return bool((queries.left.any(dim=1) & queries.right.any(dim=1)).any())
+    return bool(queries.vectors.any())
+
+
 def inner(queries: BlockQueries, matrix: Float[Tensor, "..."]) -> Float[Tensor, " q"]:
     """⟨V_q, matrix⟩ of every query with one matrix (or vector) of the block's shape."""
     if isinstance(queries, FactoredQueries):

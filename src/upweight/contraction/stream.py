@@ -24,7 +24,12 @@ from upweight.contraction.choose import (
     reference_scores,
 )
 from upweight.contraction.kernels import Kernel
-from upweight.contraction.queries import BlockQueries, SolvedQueries, block_queries
+from upweight.contraction.queries import (
+    BlockQueries,
+    SolvedQueries,
+    block_queries,
+    depends_on_parameters,
+)
 from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature
 from upweight.errors import NotDifferentiable, message
 from upweight.gradients.factored import Factors, joined
@@ -147,10 +152,15 @@ def contractions(
     device = curvature.plan.task.layout.device
     allowed = memory_bytes if memory_bytes is not None else int(QUERY_SHARE * free_bytes(device))
     size = max(1, allowed // max(1, _query_bytes(curvature)))
+    depends = False
     for start in range(0, len(queries), size):
         stop = min(start + size, len(queries))
         group = queries if stop - start == len(queries) else queries.subset(range(start, stop))
-        yield _contraction(curvature, train, group, start, measure, tolerance, losses, memory_bytes)
+        job = _contraction(curvature, train, group, start, measure, tolerance, losses, memory_bytes)
+        depends = depends or any(depends_on_parameters(block) for block in job.queries)
+        if stop == len(queries) and not depends:
+            raise NotDifferentiable(_counts(measure, len(queries)))
+        yield job
 
 
 def _query_bytes(curvature: BlockCurvature) -> int:
@@ -294,20 +304,17 @@ def _measured_gradients(
 
     # ∇m = ∇ℓ needs no kernels for derivatives of higher order.
     chosen = training_loss(task) if isinstance(measure, Loss) else function
-    depends = False
     with GradientPass(curvature.plan) as passes:
         batches = queries.batches(size)
         for start, stop, batch in progress(batches, len(queries), "queries"):
-            parts = passes.of(chosen, task.to_device(batch))
-            depends = depends or any(bool(part.squared_norm().any()) for part in parts)
-            yield start, stop, parts
-    if not depends:
-        raise NotDifferentiable(
-            message(
-                "Some measurement must depend on θ through differentiable steps.",
-                f"gradients of exactly 0 for all {len(queries)} queries under {measure!r}.",
-                "a measure that counts (accuracy, argmax, a threshold), or one that is saturated: "
-                "its derivative is 0.",
-                "use Margin(), LogProb() or Loss(), which move before the decision does.",
-            )
-        )
+            yield start, stop, passes.of(chosen, task.to_device(batch))
+
+
+def _counts(measure: Callable[..., Tensor], q: int) -> str:
+    return message(
+        "Some measurement must depend on θ through differentiable steps.",
+        f"gradients of exactly 0 for all {q} queries under {measure!r}.",
+        "a measure that counts (accuracy, argmax, a threshold), or one that is saturated: its "
+        "derivative is 0.",
+        "use Margin(), LogProb() or Loss(), which move before the decision does.",
+    )

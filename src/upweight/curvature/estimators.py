@@ -115,6 +115,11 @@ class Estimator(abc.ABC):
     def _sum(self, *shape: int) -> LongSum:
         return LongSum(shape, self.dtype, self.device)
 
+    def _without_rounding(self, values: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+        """Eigenvalues of a covariance, with those that rounding moved off zero back at zero."""
+        floor = len(values) * torch.finfo(self.dtype).eps * values.max()
+        return torch.where(values > floor, values, 0.0)
+
     def _finite(self, values: Tensor) -> Tensor:
         if not bool(values.isfinite().all()):
             raise NonFinite(
@@ -184,8 +189,7 @@ class KFACBlock(Estimator):
         c = self._covariances
         alpha, right = eigenbasis(self._finite(mean_of(c.right.gram, max(1, c.rows))))
         gamma, left = eigenbasis(self._finite(mean_of(c.left.gram, count)))
-        # Rounding leaves the zero eigenvalues of a covariance a little below zero.
-        values = gamma.clamp_min(0.0)[:, None] * alpha.clamp_min(0.0)
+        values = self._without_rounding(gamma)[:, None] * self._without_rounding(alpha)
         return Eigen((left.to(self.dtype), right.to(self.dtype)), values.to(self.dtype))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -404,7 +408,7 @@ class DenseBlock(Estimator):
 
     def result(self, count: int | float) -> Eigen:
         values, basis = eigenbasis(self._finite(mean_of(self._gram.gram, count)))
-        return Eigen((basis.to(self.dtype),), values.clamp_min(0.0).to(self.dtype))
+        return Eigen((basis.to(self.dtype),), self._without_rounding(values).to(self.dtype))
 
     def tensors(self) -> dict[str, Tensor]:
         return named("gram", self._gram)

@@ -104,10 +104,9 @@ class Eigen(LinearOperator):
         Raises:
             NotPositiveDefinite: An eigenvalue of A + λI is zero or negative.
         """
-        smallest = float(self.values.min()) + damping
-        # Below the smallest normal number the inverse overflows or has no digits.
-        if not smallest > torch.finfo(self.dtype).tiny:
-            zeros = int((self.values + damping <= torch.finfo(self.dtype).tiny).sum())
+        smallest, floor = float(self.values.min()) + damping, self._rounding()
+        if not smallest > floor:
+            zeros = int((self.values + damping <= floor).sum())
             raise NotPositiveDefinite(
                 message(
                     "The inverse needs every eigenvalue of A + λI above zero.",
@@ -121,6 +120,18 @@ class Eigen(LinearOperator):
                 smallest,
             )
         return self.function(lambda values: 1.0 / (values + damping))
+
+    def _rounding(self) -> float:
+        """What an eigenvalue of zero may look like."""
+        machine = torch.finfo(self.dtype)
+        # Below the smallest normal number the inverse overflows or has no digits.
+        floor = float(machine.tiny)
+        if any(q is not None for q in self.bases):
+            # A basis is off by ε, and a second moment along it by ε². Observed for a singular
+            # direction: 1e-32 of the largest in float64, 1e-15 in float32.
+            largest = float(self.values.abs().max())
+            floor = max(floor, machine.eps**2 * max(self.values.shape) * largest)
+        return floor
 
 
 def eigenbasis(matrix: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
