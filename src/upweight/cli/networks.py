@@ -48,11 +48,15 @@ def cnn() -> nn.Module:
     )
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "mlp": (mlp, "A perceptron with two hidden layers"),
-    "cnn": (cnn, "A small convolutional network"),
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, float]] = {
+    "mlp": (mlp, "A perceptron with two hidden layers", 0.1),
+    "cnn": (cnn, "A small convolutional network", 0.03),
 }
-"""How to make each, and what it is called."""
+"""How to make each, what it is called, and its step size η.
+
+At 0.1 the convolutional network learns more, but 20 images at random then move its hardest losses
+by 3.6, root mean square, which hides what any other 20 do; at 0.03 by 0.7, as the perceptron's.
+"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class SGD:
     Args:
         network: "mlp" or "cnn".
         seed: Of the initial parameters and of the order of batches.
-        epochs, batch, rate, momentum: As in the formula above.
+        epochs, batch, momentum: As in the formula above.
         decay: λ of the penalty (λ/2)‖θ‖².
     """
 
@@ -70,7 +74,6 @@ class SGD:
     seed: int = 0
     epochs: int = 10
     batch: int = 100
-    rate: float = 0.1
     momentum: float = 0.9
     decay: float = 1e-3
 
@@ -87,7 +90,7 @@ class SGD:
             model = NETWORKS[self.network][0]().to(X.dtype)
         generator = torch.Generator().manual_seed(self.seed)
         optimizer = torch.optim.SGD(
-            model.parameters(), self.rate, self.momentum, weight_decay=self.decay
+            model.parameters(), NETWORKS[self.network][2], self.momentum, weight_decay=self.decay
         )
         steps = self.epochs * -(-len(X) // self.batch)
         fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
