@@ -156,7 +156,10 @@ class _Suite:
         expected = self.of(problem)
         # The memory that one pass may use: enough for one example, and for a few.
         for budget in (1, 150):
-            with mock.patch("upweight.task.data.WORKING_BYTES", budget):
+            with (
+                mock.patch("upweight.task.data.WORKING_BYTES", budget),
+                mock.patch("upweight.runtime.memory.ENOUGH", budget),
+            ):
                 self.same(self.of(problem), expected, f"batches matter ({budget} bytes)")
 
     def duplicates(self, problem: ClosedForm) -> None:
