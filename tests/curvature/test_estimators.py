@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import upweight as uw
-from tests.market import draw, initialized, labels, names, problem, tokens
+from tests.market import draw, initialized, labels, problem, tokens
 from tests.reference import layerwise
 from tests.reference.dense import gradients
 from upweight.curvature import estimators
@@ -186,7 +186,9 @@ def test_corrected_eigenvalues_do_not_depend_on_what_is_formed_at_once(name, chu
             )
 
 
-@pytest.mark.parametrize("name", names(without=("float32",)))
+@pytest.mark.parametrize(
+    "name", ["softmax", "conv", "tied", "padded_sequences", "layer_norm", "dict_batch", "attention"]
+)
 def test_diagonal_is_the_diagonal(name):
     p = problem(name)
     task, data = unpenalized(p.task), as_data(p.train)

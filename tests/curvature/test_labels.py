@@ -62,7 +62,7 @@ def test_expected_labels_give_the_gauss_newton_matrix(name):
     torch.testing.assert_close(found, dense.ggn(task, p.train), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", CONVEX)
+@pytest.mark.parametrize("name", CONVEX[::3])
 def test_observed_labels_give_the_empirical_fisher(name):
     p = problem(name)
     task, data = unpenalized(p.task), as_data(p.train)

@@ -42,7 +42,6 @@ class Fitted:
 METHODS = [
     (Exactly(uw.EKFAC(uw.Observed())), {}),
     (Exactly(uw.KFAC(uw.Expected(), uw.Reduce())), {}),
-    (Exactly(uw.Diagonal(uw.Expected())), {}),
     (Exactly(uw.EKFAC(uw.Sampled(2, 1))), {"deterministic": False}),
 ]
 CASES = [

@@ -134,9 +134,18 @@ class Pooled(nn.Module):
         return self.head((h * kept[:, :, None]).sum(dim=1) / counts[:, None])
 
 
-@pytest.mark.parametrize("lengths", [[3, 1, 4, 2, 5, 3, 1], [1, 1, 1, 1, 4, 2, 1], [1] * 7])
-@pytest.mark.parametrize("asked", [[1, 1, 3], [2, 1, 1], [1, 1, 1]])
-@pytest.mark.parametrize("memory", [None, 1])
+@pytest.mark.parametrize(
+    "lengths, asked, memory",
+    [
+        ([3, 1, 4, 2, 5, 3, 1], [1, 1, 3], None),
+        ([3, 1, 4, 2, 5, 3, 1], [2, 1, 1], 1),
+        ([1, 1, 1, 1, 4, 2, 1], [1, 1, 3], None),
+        ([1, 1, 1, 1, 4, 2, 1], [1, 1, 3], 1),
+        ([1, 1, 1, 1, 4, 2, 1], [1, 1, 1], None),
+        ([1, 1, 1, 1, 1, 1, 1], [2, 1, 1], 1),
+        ([1, 1, 1, 1, 1, 1, 1], [1, 1, 3], 1),
+    ],
+)
 def test_examples_of_different_lengths(lengths, asked, memory):
     """Batches differ in their number of positions, and the first may have one and others more."""
     from torch.utils.data import DataLoader
