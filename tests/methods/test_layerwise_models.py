@@ -165,6 +165,23 @@ def test_examples_of_different_lengths(lengths, asked, memory):
     assert_same(total, expected, 1e-10)
 
 
+@pytest.mark.parametrize("asked", [[1, 3, 1, 2], [1, 1, 4, 1], [2, 1, 1, 1]])
+@pytest.mark.parametrize("tolerance", [0, 0.01])
+def test_batches_of_queries_of_different_lengths(asked, tolerance, monkeypatch):
+    """One query a batch, of one position or several, where training examples have one."""
+    from torch.utils.data import DataLoader
+
+    task = uw.Task(initialized(Pooled(), torch.Generator().manual_seed(0)), uw.CrossEntropy())
+    fitted = METHOD.fit(task, DataLoader(Ragged([1] * 7, 0), batch_size=4, collate_fn=padded))
+    assert set(fitted.curvature.cost.positions) == {1}
+    queries = DataLoader(Ragged(asked, 1), batch_size=4, collate_fn=padded)
+    expected = reference(fitted, queries)
+    monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 1)
+    found = fitted.attribute(queries, tolerance=tolerance).values
+    error = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    assert float(error.max()) <= 5 * tolerance + 1e-10
+
+
 def everything(fitted, queries, n):
     fitted.attribute(queries)
     fitted.top(queries, 2)
