@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch, Folder
+from upweight.contraction.choose import Choice
 from upweight.contraction.queries import inner, self_products
 from upweight.contraction.stream import Contraction, contractions, training_loss
 from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature, LayerwiseCurvature
@@ -119,13 +120,18 @@ def fit(
 
 def _checkpoint(store: Folder, spec: "Influence", task: Task, data: Data) -> Checkpoint:
     """Where the curvature is kept, under the hash of everything that it depends on."""
-    batches = [digest(*_tensors(batch)) for _, _, batch in data.batches(MOST_EXAMPLES)]
     what = f"{spec.curvature!r} {spec.damping!r} {task.loss!r} {task.penalty!r} {task.layout!r}"
-    return Checkpoint.open(store, what, task.theta(), *batches)
+    return Checkpoint.open(store, what, task.theta(), _contents(data))
 
 
-def _tensors(batch: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+def _contents(data: Data) -> str:
+    """A hash of every tensor of every example, in order."""
+    return digest(
+        *(
+            digest(*(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)))
+            for _, _, batch in data.batches(MOST_EXAMPLES)
+        )
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +194,8 @@ class LayerwiseInfluence:
             len(data), len(self.train), dtype=self.curvature.plan.dtype, device=self.theta.device
         )
         sums, sizes = values.new_zeros(len(data)), values.new_zeros(len(data))
-        jobs: list[Contraction] = []
+        expected = values.new_zeros(len(data))
+        choices: list[Choice] = []
         for job in self._contractions(data, measure, tolerance):
             rows = slice(job.first, job.first + len(job))
             for start, stop, part in job.stream():
@@ -196,9 +203,10 @@ class LayerwiseInfluence:
                 values[rows, start:stop] = part
                 sums[rows] += part.sum(dim=1)
                 sizes[rows] += part.abs_().sum(dim=1)
-            jobs.append(job)
-        excess = self._row_sums(jobs, sums, sizes)
-        return self._scores(values, data, measure, jobs, tolerance, started, excess)
+            expected[rows] = self._penalty_shares(job)
+            choices.append(job.choice)
+        excess = self._row_sums(sums, expected, sizes)
+        return self._scores(values, data, measure, choices, tolerance, started, excess)
 
     def top(
         self,
@@ -231,14 +239,14 @@ class LayerwiseInfluence:
             )
         data, measure = self._asked(queries, measure, tolerance)
         k = min(k, len(self.train))
-        jobs, kept = [], []
+        choices, kept = [], []
         for job in self._contractions(data, measure, tolerance):
             best = _Extremes(k)
             for start, _, part in job.stream():
                 best.see(start, part * -self.share)
-            jobs.append(job)
+            choices.append(job.choice)
             kept.append(best.result())
-        provenance = self._provenance(data, measure, jobs, tolerance, started, {})
+        provenance = self._provenance(data, measure, choices, tolerance, started, {})
         high_at, high, low_at, low = (torch.cat(column) for column in zip(*kept, strict=True))
         return TopScores(high_at, high, low_at, low, Unit.DERIVATIVE, provenance)
 
@@ -252,8 +260,8 @@ class LayerwiseInfluence:
     ) -> ScoreShards:
         """S[q, i] for every query and training example, on disk as they are computed.
 
-        For scores that do not fit into memory. Interrupted, the same call goes on behind what is
-        there; finished, it returns at once.
+        For scores that do not fit into memory. Interrupted, the same call solves the queries again
+        and goes on behind what is there; what was written is not computed again.
 
         Args:
             queries: As for `attribute`.
@@ -269,15 +277,13 @@ class LayerwiseInfluence:
             OSError: The disk is full or not writable; what was written stays readable.
         """
         data, measure = self._asked(queries, measure, tolerance)
-        asked = [digest(*_tensors(batch)) for _, _, batch in data.batches(MOST_EXAMPLES)]
-        trained = [digest(*_tensors(batch)) for _, _, batch in self.train.batches(MOST_EXAMPLES)]
         description = {
             "method": repr(self.spec),
             "measure": repr(measure),
             "tolerance": repr(tolerance),
             "parameters": digest(self.theta),
-            "queries": digest(*asked),
-            "train": digest(*trained),
+            "queries": _contents(data),
+            "train": _contents(self.train),
         }
         shards = ScoreShards.open(folder, len(self.train), len(data), description)
         for job in self._contractions(data, measure, tolerance):
@@ -325,18 +331,18 @@ class LayerwiseInfluence:
         names = sorted(set(keys))
         place = {name: k for k, name in enumerate(names)}
         where = torch.tensor([place[key] for key in keys], device=self.theta.device)
-        jobs, totals = [], []
+        choices, totals = [], []
         for job in self._contractions(data, measure, tolerance):
             total = torch.zeros(
                 len(job), len(names), dtype=self.curvature.plan.dtype, device=self.theta.device
             )
             for start, stop, part in job.stream():
                 total.index_add_(1, where[start:stop], part * -self.share)
-            jobs.append(job)
+            choices.append(job.choice)
             totals.append(total)
         values = torch.cat(totals)
         return self._scores(
-            values, data, measure, jobs, tolerance, started, {}, columns=tuple(names)
+            values, data, measure, choices, tolerance, started, {}, columns=tuple(names)
         )
 
     def by_layer(
@@ -362,14 +368,14 @@ class LayerwiseInfluence:
             )
             for _ in blocks
         ]
-        jobs = []
+        choices = []
         for job in self._contractions(data, measure, tolerance):
             for start, stop, parts in job.stream_blocks():
                 for out, part in zip(values, parts, strict=True):
                     out[job.first : job.first + len(job), start:stop] = part * -self.share
-            jobs.append(job)
+            choices.append(job.choice)
         return {
-            block.name: self._scores(out, data, measure, jobs, tolerance, started, {})
+            block.name: self._scores(out, data, measure, choices, tolerance, started, {})
             for block, out in zip(blocks, values, strict=True)
         }
 
@@ -491,20 +497,15 @@ class LayerwiseInfluence:
             for b in self.curvature.blocks
         ]
 
-    def _row_sums(
-        self, jobs: Sequence[Contraction], sums: Tensor, sizes: Tensor
-    ) -> dict[str, float]:
-        """By how much Σᵢ S[q, i] differs from ∇m_qᵀ (H + λI)⁻¹ ∇R (law 2)."""
+    def _penalty_shares(self, job: Contraction) -> Float[Tensor, " q"]:
+        """∇m_qᵀ (H + λI)⁻¹ ∇R of the job's queries."""
         penalties = self._penalty_gradients()
-        expected = torch.cat(
-            [
-                sum(
-                    (inner(q, r) for q, r in zip(job.queries, penalties, strict=True)),
-                    sums.new_zeros(len(job)),
-                )
-                for job in jobs
-            ]
-        )
+        shares = [inner(q, r) for q, r in zip(job.queries, penalties, strict=True)]
+        return torch.stack(shares).sum(dim=0)
+
+    @staticmethod
+    def _row_sums(sums: Tensor, expected: Tensor, sizes: Tensor) -> dict[str, float]:
+        """By how much Σᵢ S[q, i] differs from ∇m_qᵀ (H + λI)⁻¹ ∇R (law 2)."""
         excess = (sums - expected).abs()
         # A query may have no score at all: nothing to be relative to.
         relative = torch.where(sizes > 0, excess / sizes, 0.0)
@@ -518,13 +519,13 @@ class LayerwiseInfluence:
         values: Float[Tensor, "q n"],
         queries: Data,
         measure: Any,
-        jobs: Sequence[Contraction],
+        choices: Sequence[Choice],
         tolerance: float,
         started: float,
         judged: Mapping[str, Any],
         columns: tuple[str, ...] | None = None,
     ) -> Scores:
-        provenance = self._provenance(queries, measure, jobs, tolerance, started, judged)
+        provenance = self._provenance(queries, measure, choices, tolerance, started, judged)
         context = Context(self.task, self.train, queries, measure, self)
         return Scores(values, Unit.DERIVATIVE, provenance, columns=columns, context=context)
 
@@ -532,19 +533,21 @@ class LayerwiseInfluence:
         self,
         queries: Data,
         measure: Any,
-        jobs: Sequence[Contraction],
+        choices: Sequence[Choice],
         tolerance: float,
         started: float,
         judged: Mapping[str, Any],
     ) -> Provenance:
         layout = self.task.layout
         notes = [
-            f"contraction: relative error {max(j.choice.error for j in jobs):.1e} measured "
-            f"(worst of the compared queries {max(j.choice.worst for j in jobs):.1e}), "
+            f"contraction: relative error {max(c.error for c in choices):.1e} measured "
+            f"(worst of the compared queries {max(c.worst for c in choices):.1e}), "
             f"tolerance {tolerance:g}"
         ]
-        if len(jobs) > 1:
-            notes.append(f"{len(jobs)} passes over the training data: queries did not fit at once")
+        if len(choices) > 1:
+            notes.append(
+                f"{len(choices)} passes over the training data: queries did not fit at once"
+            )
         return Provenance(
             method=repr(self.spec),
             task=f"loss={self.task.loss!r}, penalty={self.task.penalty!r}, "
@@ -559,14 +562,12 @@ class LayerwiseInfluence:
                 "mean_loss": float(self.losses.double().mean()),
                 **judged,
                 "tolerance": tolerance,
-                "contraction_error": max(j.choice.error for j in jobs),
-                "contraction_error_worst": max(j.choice.worst for j in jobs),
+                "contraction_error": max(c.error for c in choices),
+                "contraction_error_worst": max(c.worst for c in choices),
                 **health.spectrum(self.curvature),
                 "contraction": {
                     block.name: words
-                    for block, words in zip(
-                        self.curvature.blocks, jobs[0].choice.terms, strict=True
-                    )
+                    for block, words in zip(self.curvature.blocks, choices[0].terms, strict=True)
                 },
             },
             seconds={**self.seconds, "attribute": time.perf_counter() - started},
