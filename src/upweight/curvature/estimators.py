@@ -26,6 +26,9 @@ from upweight.linalg.finite_sum import mean_of
 from upweight.linalg.gram import LongSum
 from upweight.runtime.hardware import has_fast_bfloat16
 
+TRIAL = 48
+"""Gradients on which it is tried whether rounding them to bfloat16 does any harm."""
+
 CHUNK_BYTES = 32 * 2**20
 """Memory for gradients [b, o, i] formed at once; more would leave the processor's cache."""
 
@@ -92,6 +95,16 @@ class Estimator(abc.ABC):
     def note(self) -> str | None:
         """What was decided on the way, for the provenance."""
         return None
+
+    @property
+    def may_round(self) -> bool:
+        """Whether a pass after the first may turn out to take gradients in bfloat16."""
+        return False
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it takes them in bfloat16 from here on."""
+        return False
 
     @abc.abstractmethod
     def see(self, stage: int, factors: Factors) -> None:
@@ -245,6 +258,14 @@ class EKFACBlock(Estimator):
     def note(self) -> str | None:
         return self._trial.note
 
+    @property
+    def may_round(self) -> bool:
+        return self._trial.able
+
+    @property
+    def rounds(self) -> bool:
+        return self._trial.passed
+
     def finish(self, stage: int) -> None:
         if stage > 0:
             return
@@ -295,8 +316,6 @@ class _ShortTrial:
     Only with a damping, in float32, and on hardware with products in bfloat16.
     """
 
-    EXAMPLES = 48
-
     # Most of the change over so few is chance, which shrinks with the square root of the examples;
     # what 48 labels draw differs by some tens of per cent from what 48 others do.
     MOST = 5e-3
@@ -308,11 +327,15 @@ class _ShortTrial:
         self.change: float | None = None
 
     @property
+    def able(self) -> bool:
+        """Whether there is anything to try."""
+        e = self.estimator
+        return e.damping is not None and e.dtype == torch.float32 and e.has_bfloat16
+
+    @property
     def open(self) -> bool:
         """Whether a trial is under way."""
-        e = self.estimator
-        able = e.damping is not None and e.dtype == torch.float32 and e.has_bfloat16
-        return able and self.change is None
+        return self.able and self.change is None
 
     @property
     def passed(self) -> bool:
@@ -332,7 +355,7 @@ class _ShortTrial:
     def judge(self, full: Tensor, examples: int) -> None:
         """Compare the two sums once they hold enough examples."""
         self.seen += examples
-        if self.seen < self.EXAMPLES:
+        if self.seen < TRIAL:
             return
         exact, rounded = mean_of(full, self.seen), mean_of(self.moments.total, self.seen)
         damping = self.estimator.damping

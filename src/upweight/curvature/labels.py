@@ -21,8 +21,8 @@ Head: TypeAlias = tuple[Callable[[Tensor, Any, Any], Tensor], Any]
 """A value per example, `head(outputs, targets, extra)`, and its extra."""
 
 CHUNK = 16
-"""Examples per draw. Draws belong to an example's place in the data, not to its batch: batches of
-any multiple of this size see the same labels."""
+"""Examples per draw. Draws belong to an example's place in the data, not to its batch or to the
+pass: batches of any multiple of this size see the same labels, and so do all passes."""
 
 
 class Labels(abc.ABC):
@@ -32,9 +32,7 @@ class Labels(abc.ABC):
     """How many gradients of an example make its share of the curvature; each counts 1/this."""
 
     @abc.abstractmethod
-    def heads(
-        self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
-    ) -> Iterator[Head]:
+    def heads(self, loss: Loss, outputs: Tensor, targets: Any, start: int) -> Iterator[Head]:
         """The values whose gradients to take.
 
         Args:
@@ -42,7 +40,6 @@ class Labels(abc.ABC):
             outputs: Of a batch, detached.
             targets: Of the batch.
             start: The place of the batch's first example in the data.
-            stream: Number of the pass: each draws anew.
         """
 
 
@@ -76,23 +73,21 @@ class Sampled(Labels):
     def per_example(self) -> int:  # type: ignore[override]
         return self.samples
 
-    def heads(
-        self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
-    ) -> Iterator[Head]:
+    def heads(self, loss: Loss, outputs: Tensor, targets: Any, start: int) -> Iterator[Head]:
         def head(f: Tensor, _: Any, drawn: Any) -> Tensor:
             return loss(f, drawn)
 
         for k in range(self.samples):
-            yield head, self._drawn(loss, outputs, targets, start, stream * self.samples + k)
+            yield head, self._drawn(loss, outputs, targets, start, k)
 
-    def _drawn(self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int) -> Any:
+    def _drawn(self, loss: Loss, outputs: Tensor, targets: Any, start: int, draw: int) -> Any:
         generator, pieces = torch.Generator(device=outputs.device), []
         first = 0
         while first < len(outputs):
             place = start + first
             stop = min(len(outputs), first + CHUNK - place % CHUNK)
-            # One seed for each (seed, stream, place): primes keep the three apart.
-            generator.manual_seed(self.seed * 1_000_000_007 + stream * 15_485_863 + place)
+            # One seed for each (seed, draw, place): primes keep the three apart.
+            generator.manual_seed(self.seed * 1_000_000_007 + draw * 15_485_863 + place)
             part = tree_map(_rows(first, stop), targets)
             pieces.append(loss.sample(outputs[first:stop], part, generator))
             first = stop
@@ -120,9 +115,7 @@ class Expected(Labels):
 
     per_example = 1
 
-    def heads(
-        self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
-    ) -> Iterator[Head]:
+    def heads(self, loss: Loss, outputs: Tensor, targets: Any, start: int) -> Iterator[Head]:
         width = outputs[0].numel()
         if width > self.most:
             raise UnsupportedModel(
@@ -168,9 +161,7 @@ class Observed(Labels):
 
     per_example = 1
 
-    def heads(
-        self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
-    ) -> Iterator[Head]:
+    def heads(self, loss: Loss, outputs: Tensor, targets: Any, start: int) -> Iterator[Head]:
         def head(f: Tensor, y: Any, _: Any) -> Tensor:
             return loss(f, y)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.curvature.estimators import Estimator
+from upweight.curvature.kept import Kept
 from upweight.curvature.labels import Head, Labels
 from upweight.errors import DataError, message
 from upweight.gradients.blocks import Block, MatrixBlock, Plan
@@ -32,7 +33,7 @@ from upweight.linalg.damping import Damping
 from upweight.linalg.eigen import Eigen
 from upweight.linalg.operator import LinearOperator
 from upweight.runtime.checkpoint import Checkpoint
-from upweight.runtime.memory import examples_within, working_bytes
+from upweight.runtime.memory import examples_within, kept_bytes, working_bytes
 from upweight.runtime.progress import progress
 from upweight.task.data import Data
 from upweight.task.task import Task
@@ -154,7 +155,8 @@ class LayerwiseCurvature(abc.ABC):
             n: What sums are divided by; see `Curvature.fit`.
             damping: What the inverse will be damped with, where that is known: products whose
                 rounding it drowns, by measurement, are taken in bfloat16.
-            memory_bytes: What a batch may take; None: a share of what is free.
+            memory_bytes: What a batch may take, and the gradients that are kept from the first pass
+                for the second where they fit; None: a share of what is free.
             checkpoint: Where to keep the sums while they grow, and to go on from.
             watch: Called with (start, batch, outputs, targets) of every batch of the first pass,
                 before anything is made of them.
@@ -164,7 +166,8 @@ class LayerwiseCurvature(abc.ABC):
             NonFinite: A gradient is NaN or infinite.
 
         Cost: a forward pass and a backward pass through the activations per pass of the estimators
-        (K-FAC one, EK-FAC two) and per label, and their products.
+        (K-FAC one, EK-FAC two, or one where gradients could be kept) and per label, and their
+        products.
         """
         made = plan(task, data)
         spent = cost(made, data)
@@ -179,27 +182,35 @@ class LayerwiseCurvature(abc.ABC):
         )
         spread = _Spread(len(estimators))
         place = _Place(0, 0, batch)
-        if checkpoint is not None and (kept := checkpoint.read()) is not None:
-            place = _restore(kept, estimators, spread)
+        if checkpoint is not None and (state := checkpoint.read()) is not None:
+            place = _restore(state, estimators, spread)
             notes = (*notes, "curvature: went on from what an earlier run had kept")
         stages = max(e.passes for e in estimators)
+        used = place.batch * spent.bytes_per_example
+        kept = Kept(estimators, len(seen), kept_bytes(task.layout.device, memory_bytes, used))
+        if place != _Place(0, 0, place.batch):
+            kept.clear()
         seconds = {}
         for stage in range(place.stage, stages):
             started = time.perf_counter()
             first = place.example if stage == place.stage else 0
             what = f"curvature, pass {stage + 1} of {stages}"
             with GradientPass(made) as passes:
-                steps = seen.batches(place.batch, first)
-                for start, stop, examples in progress(steps, len(seen), what, first):
-                    first_look = watch if stage == 0 else None
-                    for factors in self._gradients(
-                        passes, task, examples, start, stage, first_look
-                    ):
+                ranges = _ranges(first, len(seen), place.batch)
+                for start, stop, _ in progress(ranges, len(seen), what, first):
+                    groups = kept.take(start) if stage > 0 else None
+                    if groups is None:
+                        first_look = watch if stage == 0 else None
+                        examples = seen.batch(start, stop)
+                        groups = self._gradients(passes, task, examples, start, first_look)
+                    for factors in groups:
                         for estimator, part in zip(estimators, factors, strict=True):
                             if stage < estimator.passes:
                                 estimator.see(stage, part)
-                        if stage == 0 and len(seen) < len(data):
-                            spread.see(factors)
+                        if stage == 0:
+                            kept.add(start, factors)
+                            if len(seen) < len(data):
+                                spread.see(factors)
                     spread.close()
                     if checkpoint is not None and checkpoint.is_due():
                         here = _Place(stage, stop, place.batch)
@@ -230,7 +241,6 @@ class LayerwiseCurvature(abc.ABC):
         task: Task,
         batch: Batch,
         start: int,
-        stage: int,
         watch: Callable[[int, Batch, Tensor, Any], None] | None,
     ) -> Iterator[list[Factors]]:
         batch = task.to_device(batch)
@@ -238,7 +248,7 @@ class LayerwiseCurvature(abc.ABC):
         def heads(outputs: Tensor, targets: Any) -> Iterator[Head]:
             if watch is not None:
                 watch(start, batch, outputs, targets)
-            return self.which.heads(task.loss, outputs, targets, start, stage)
+            return self.which.heads(task.loss, outputs, targets, start)
 
         return passes.of_heads(batch, heads)
 
@@ -259,6 +269,11 @@ class LayerwiseCurvature(abc.ABC):
         chosen = [k * n // m for k in range(m)]
         note = f"curvature from {m} of {n} training examples, evenly spaced"
         return data.subset(chosen), (note,)
+
+
+def _ranges(first: int, n: int, size: int) -> Iterator[tuple[int, int, None]]:
+    for start in range(first, n, size):
+        yield start, min(start + size, n), None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,11 @@ class Tokens:
     left: Float[Tensor, "b t o"]
     right: Float[Tensor, "b t i"]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is held."""
+        return self.left, self.right
+
     def __len__(self) -> int:
         return len(self.right)
 
@@ -97,6 +102,10 @@ class Lookups(Tokens):
     rows: int
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.index, self.right
+
+    @property
     def left(self) -> Float[Tensor, "b t o"]:  # type: ignore[override]
         """e(index), in full."""
         out = self.right.new_zeros(*self.index.shape, self.rows)
@@ -142,6 +151,11 @@ class Rows:
     """gᵢ over d parameters, in full."""
 
     values: Float[Tensor, "b d"]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is held."""
+        return (self.values,)
 
     def __len__(self) -> int:
         return len(self.values)

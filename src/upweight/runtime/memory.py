@@ -38,6 +38,18 @@ def working_bytes(device: torch.device, budget: int | None) -> int:
     return budget
 
 
+def kept_bytes(device: torch.device, budget: int | None, used: int) -> int:
+    """The bytes that may stay taken from one pass to the next.
+
+    Args:
+        device: Where the passes run.
+        budget: What the user allows; None: a quarter of what is free.
+        used: What the passes themselves use of it.
+    """
+    allowed = int(SHARE * free_bytes(device)) if budget is None else budget
+    return max(0, allowed - used)
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that could be taken now, on a GPU or on this machine."""
     if device.type == "cuda":

@@ -1,0 +1,100 @@
+"""May the second pass read the gradients of the first, rather than take them again?
+
+Running the model forward and backward is most of what a pass costs. Where all gradients fit into
+memory as factors, the second pass needs neither. It reads bit for bit what it would have computed:
+the factors themselves or, where only half of that fits, their bfloat16 rounding, for estimators
+that would have rounded them (`EKFACBlock`'s trial says whether they do).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from upweight.curvature.estimators import TRIAL, Estimator
+from upweight.gradients.factored import Factors
+
+
+@dataclass
+class _Batch:
+    """One batch's gradients: a list per label, of a part per estimator."""
+
+    is_short: bool
+    groups: list[list[Factors | None]] = field(default_factory=list)
+
+
+class Kept:
+    """Gradients of the first pass, by the first example of their batch.
+
+    Args:
+        estimators: Who will read them; those with one pass need none.
+        examples: How many examples the pass goes over.
+        budget: Bytes to keep at most; more, and nothing is kept.
+    """
+
+    def __init__(self, estimators: Sequence[Estimator], examples: int, budget: int) -> None:
+        self._readers = [e if e.passes > 1 else None for e in estimators]
+        self._examples, self._budget = examples, budget
+        self._batches: dict[int, _Batch] = {}
+        self._bytes = self._gradients = 0
+        self._is_open = any(reader is not None for reader in self._readers)
+        self._is_short = False
+
+    def add(self, start: int, factors: list[Factors]) -> None:
+        """Gradients of the batch that starts at `start`, with one label each."""
+        if not self._is_open:
+            return
+        if start not in self._batches and len(self._batches) == 1:
+            self._choose(start)
+        if not self._is_open:
+            return
+        # The trial whether rounding does any harm needs the first ones as they are.
+        is_short = self._is_short and self._gradients >= TRIAL
+        batch = self._batches.setdefault(start, _Batch(is_short))
+        parts = [
+            None if reader is None else part.to(torch.bfloat16) if batch.is_short else part
+            for reader, part in zip(self._readers, factors, strict=True)
+        ]
+        batch.groups.append(parts)
+        self._gradients += len(factors[0])
+        self._bytes += _held(parts)
+        if self._bytes > self._budget:
+            self.clear()
+
+    def take(self, start: int) -> list[list[Factors | None]] | None:
+        """The gradients of a batch, no longer kept; None where they must be taken again."""
+        batch = self._batches.pop(start, None)
+        if batch is None or (batch.is_short and not self._all_round()):
+            return None
+        return batch.groups
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._batches.clear()
+        self._is_open = False
+
+    def _choose(self, seen: int) -> None:
+        """From the first batch: as they are, rounded, or not at all?"""
+        whole = self._bytes * self._examples / seen
+        if whole <= self._budget:
+            return
+        can_round = all(reader is None or reader.may_round for reader in self._readers)
+        if can_round and whole / 2 <= self._budget:
+            self._is_short = True
+        else:
+            self.clear()
+
+    def _all_round(self) -> bool:
+        return all(reader is None or reader.rounds for reader in self._readers)
+
+
+def _held(parts: Sequence[Factors | None]) -> int:
+    """Bytes of the memory behind them: views keep all of what they look into."""
+    memory = {}
+    for part in parts:
+        if part is None:
+            continue
+        for x in part.tensors:
+            storage = x.untyped_storage()
+            memory[storage.data_ptr()] = storage.nbytes()
+    return sum(memory.values())
