@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from upweight.contraction.choose import Reference, _ranks, _short_terms, choose, measured
-from upweight.contraction.choose import reference_scores as reference_of
+from upweight.contraction.choose import _ranks, _short_terms, choose
 from upweight.contraction.kernels import Explicit, OfVector, Separable
 from upweight.contraction.queries import FactoredQueries, SolvedQueries, in_basis, inner, solved
+from upweight.contraction.reference import Reference, Sample, measured
+from upweight.contraction.reference import reference_scores as reference_of
 from upweight.contraction.separable import expansion
 from upweight.gradients.factored import Rows, Tokens
 from upweight.linalg.eigen import Eigen
@@ -35,7 +36,7 @@ def block(o=O, i=I, q=Q):
     eigen = Eigen(bases, values)
     rows, columns = values.sum(dim=1).sqrt(), values.sum(dim=0).sqrt()
     left, right = draw(q, o, seed=5) * rows, draw(q, i, seed=6) * columns
-    queries = FactoredQueries(eigen, eigen.inverse(damping).values, left, right)
+    queries = FactoredQueries(eigen, eigen.inverse(damping).values, left[:, None], right[:, None])
     delta = (draw(S, o, seed=7) * rows) @ bases[0].T
     a = (draw(S, i, seed=8) * columns) @ bases[1].T
     return queries, Tokens(delta[:, None], a[:, None]), values
@@ -46,7 +47,7 @@ def exact(queries, sample):
     eigen = queries.eigen
     dense = Eigen(eigen.bases, queries.inverse).dense()
     Q_G, Q_A = eigen.bases
-    grads = (queries.left @ Q_G.T)[:, :, None] * (queries.right @ Q_A.T)[:, None, :]
+    grads = (queries.left @ Q_G.T).mT @ (queries.right @ Q_A.T)
     return grads.flatten(1) @ dense @ sample.matrices().flatten(1).T
 
 
@@ -101,12 +102,17 @@ def test_a_coordinate_of_weight_zero_gets_no_share_and_no_nan():
 # -- how many terms ---------------------------------------------------------------------------
 
 
-def curve(errors, per_term=10, in_full=100):
-    return SimpleNamespace(errors=tuple(errors), per_term=per_term, in_full=in_full)
+def curve(errors, per_term=10, in_full=100, fixed=0):
+    return SimpleNamespace(
+        errors=tuple(errors), per_term=per_term, in_full=in_full, fixed=fixed
+    )
 
 
 def price(curves, ranks):
-    return sum(curves[k].in_full if r is None else r * curves[k].per_term for k, r in ranks.items())
+    return sum(
+        curves[k].in_full if r is None else curves[k].fixed + r * curves[k].per_term
+        for k, r in ranks.items()
+    )
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -118,15 +124,15 @@ def test_ranks_keep_the_budget_and_cost_no_more_than_all_in_full(seed, tolerance
     for k in range(1 + seed % 4):
         steps = torch.rand(3 + seed % 9, generator=g) * 1.1
         errors = steps.cumprod(dim=0).tolist()
-        per_term, in_full = torch.randint(1, 60, (2,), generator=g).tolist()
-        curves[k] = curve(errors, per_term, in_full)
+        per_term, in_full, fixed = torch.randint(1, 60, (3,), generator=g).tolist()
+        curves[k] = curve(errors, per_term, in_full, fixed // 2)
     budget = tolerance**2
     ranks = _ranks(curves, budget)
     spent = sum(0.0 if r is None else curves[k].errors[r] ** 2 for k, r in ranks.items())
     assert spent <= budget
     for k, r in ranks.items():
         assert r is None or 1 <= r < len(curves[k].errors)
-        assert r is None or r * curves[k].per_term < curves[k].in_full
+        assert r is None or curves[k].fixed + r * curves[k].per_term < curves[k].in_full
     assert price(curves, ranks) <= sum(c.in_full for c in curves.values())
 
 
@@ -156,22 +162,24 @@ def test_short_terms_spend_their_budget_on_the_least_errors_first():
 
 
 def chosen(tolerance, short=False, **sizes):
-    queries, sample, values = block(**sizes)
-    reference = reference_of([queries], torch.arange(len(queries)), [sample])
-    kernels, words = choose([queries], reference, [sample], [values], tolerance, short)
+    queries, factors, values = block(**sizes)
+    sample = Sample((factors,), (S // 2, S))
+    reference = reference_of([queries], torch.arange(len(queries)), sample)
+    kernels, words = choose([queries], reference, sample, [values], tolerance, short)
     return queries, sample, reference, kernels, words
 
 
 def test_the_reference_is_the_untruncated_score():
     queries, sample, reference, _, _ = chosen(0.0)
-    torch.testing.assert_close(reference.parts[0], exact(queries, sample), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(reference.norms, exact(queries, sample).norm(dim=1))
+    expected = exact(queries, sample.factors[0])
+    torch.testing.assert_close(reference.parts[0], expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(reference.norms, expected[:, : S // 2].norm(dim=1))
 
 
 def test_tolerance_zero_is_exact_and_in_full():
     _, sample, reference, (kernel,), words = chosen(0.0, short=True)
     assert isinstance(kernel, Explicit) and words == ("in full, float64",)
-    found = measured([kernel], Q, reference, [sample])
+    found = measured([kernel], Q, reference, sample)
     assert found.error < 1e-12 and found.worst < 1e-12
 
 
@@ -186,7 +194,7 @@ def test_kernels_keep_the_tolerance_where_they_were_chosen(tolerance, short):
     Those two may add up instead: 1.3 × the tolerance at worst, less than 1 observed.
     """
     queries, sample, reference, kernels, words = chosen(tolerance, short, **WIDE)
-    found = measured(kernels, len(queries), reference, [sample])
+    found = measured(kernels, len(queries), reference, sample)
     assert 0 < found.error <= (1.3 if short else 1.0) * tolerance
     assert found.worst >= found.error == pytest.approx(found.by_block[0], rel=1e-6)
     assert isinstance(kernels[0], Separable) and "products" in words[0]
@@ -211,26 +219,78 @@ def test_a_vector_is_multiplied_as_a_vector():
     basis = torch.linalg.qr(draw(5, 5)).Q
     inverse = Eigen((basis,), draw(5).abs() + 0.1)
     m, g = Rows(draw(Q, 5, seed=1)), Rows(draw(S, 5, seed=2))
+    sample = Sample((g,), (S,))
     vectors = solved(inverse, m)
     queries = SolvedQueries(vectors, vectors)
     rows = torch.arange(Q)
-    reference = reference_of([queries], rows, [g])
+    reference = reference_of([queries], rows, sample)
     expected = m.values @ inverse.dense() @ g.values.T
     torch.testing.assert_close(reference.parts[0], expected, rtol=1e-12, atol=1e-12)
-    (kernel,), words = choose([queries], reference, [g], [torch.ones(5)], 0.01, False)
+    (kernel,), words = choose([queries], reference, sample, [torch.ones(5)], 0.01, False)
     assert isinstance(kernel, OfVector) and words == ("in full, float64",)
-    assert measured([kernel], Q, reference, [g]).error < 1e-14
+    assert measured([kernel], Q, reference, sample).error < 1e-14
 
 
 def test_errors_are_relative_to_each_query_and_zero_for_one_without_scores():
     parts = (torch.tensor([[3.0, 0.0], [0.0, 0.0], [30.0, 0.0]]),)
     parts += (torch.tensor([[0.0, 4.0], [0.0, 0.0], [0.0, 40.0]]),)
-    reference = Reference(torch.arange(3), parts)
+    reference = Reference(torch.arange(3), parts, (2,))
     assert reference.norms.tolist() == [5.0, 0.0, 50.0]
     error = torch.full((3, 2), 1.0)
-    assert reference.relative(error).tolist() == pytest.approx(
+    assert reference.relative(error)[0].tolist() == pytest.approx(
         [math.sqrt(2) / 5, 0.0, math.sqrt(2) / 50]
     )
+
+
+def test_an_error_is_that_of_the_group_where_it_is_larger():
+    scores = torch.tensor([[3.0, 4.0, 0.1, 0.0], [0.0, 1.0, 0.3, 0.4]])
+    error = torch.tensor([[0.0, 0.5, 0.0, 0.02], [0.1, 0.0, 0.05, 0.0]])
+    reference = Reference(torch.arange(2), (scores,), (2, 4))
+    first, second = [0.1, 0.1], [0.2, 0.1]
+    torch.testing.assert_close(reference.relative(error), torch.tensor([first, second]).double())
+    assert reference.rms(error) == pytest.approx(math.sqrt((0.2**2 + 0.1**2) / 2))
+    assert reference.norms.tolist() == [5.0, 1.0]
+
+
+# -- coordinates --------------------------------------------------------------------------------
+
+
+def narrow(q):
+    """Queries and examples that lie in some coordinates of the eigenbases, but for a thousandth."""
+    queries, factors, values = block(120, 400, q)
+    keep = [torch.ones(d).double() * 1e-3 for d in (120, 400)]
+    keep[0][:30], keep[1][5:105] = 1.0, 1.0
+    Q_G, Q_A = queries.eigen.bases
+    queries = FactoredQueries(
+        queries.eigen, queries.inverse, queries.left * keep[0], queries.right * keep[1]
+    )
+    factors = Tokens(
+        factors.left @ Q_G * keep[0] @ Q_G.T, factors.right @ Q_A * keep[1] @ Q_A.T
+    )
+    values = values * keep[0].square()[:, None] * keep[1].square()
+    return queries, factors, values
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_coordinates_that_do_not_matter_are_left_out(short):
+    queries, factors, values = narrow(400)
+    sample = Sample((factors,), (S,))
+    reference = reference_of([queries], torch.arange(0, 400, 10), sample)
+    (kernel,), (words,) = choose([queries], reference, sample, [values], 0.02, short)
+    left, right = kernel.bases
+    assert left.shape[1] <= 30 and right.shape[1] <= 100
+    assert f"over {left.shape[1]} of 120 × {right.shape[1]} of 400 directions" in words
+    assert measured([kernel], 400, reference, sample).error <= 0.02
+
+
+def test_they_are_kept_where_leaving_them_out_does_not_pay():
+    """A handful of queries: projecting the training set would cost more than it saves."""
+    queries, factors, values = narrow(2)
+    sample = Sample((factors,), (S,))
+    reference = reference_of([queries], torch.arange(2), sample)
+    (kernel,), (words,) = choose([queries], reference, sample, [values], 0.02, False)
+    assert getattr(kernel, "bases", None) is None and "directions" not in words
+    assert measured([kernel], 2, reference, sample).error <= 0.02
 
 
 # -- queries ----------------------------------------------------------------------------------
@@ -251,7 +311,7 @@ def test_factored_queries_are_the_solved_ones_kept_apart():
     queries, _, _ = block()
     inverse = Eigen(queries.eigen.bases, queries.inverse)
     Q_G, Q_A = queries.eigen.bases
-    m = Tokens((queries.left @ Q_G.T)[:, None], (queries.right @ Q_A.T)[:, None])
+    m = Tokens(queries.left @ Q_G.T, queries.right @ Q_A.T)
     V = solved(inverse, m)
     torch.testing.assert_close(queries.solved(slice(None)), V, rtol=1e-10, atol=1e-10)
     matrix = draw(O, I, seed=4)

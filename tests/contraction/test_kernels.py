@@ -40,11 +40,11 @@ def added(kernel, factors):
     return scores - before
 
 
-def terms(r):
-    return draw(r, Q, O, seed=4), draw(r, Q, I, seed=5)
+def terms(r, s=1):
+    return draw(r, Q, s, O, seed=4), draw(r, Q, s, I, seed=5)
 
 
-NONE = (torch.zeros(0, Q, O, dtype=torch.bfloat16), torch.zeros(0, Q, I, dtype=torch.bfloat16))
+NONE = terms(0)
 
 
 def close(actual, expected):
@@ -68,14 +68,19 @@ def test_explicit_of_an_embedding():
     close(added(Explicit(V), lookups), products(V, full))
 
 
+@pytest.mark.parametrize("chunk", [1, 500, 2**30])
 @pytest.mark.parametrize("r", [1, 3])
+@pytest.mark.parametrize("s", [1, 4])
 @pytest.mark.parametrize("positions", [1, 2])
-def test_separable_is_the_sum_of_its_terms(r, positions):
-    d, a = terms(r)
+def test_separable_is_the_sum_of_its_terms_over_pairs_of_positions(
+    positions, s, r, chunk, monkeypatch
+):
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", chunk)
+    d, a = terms(r, s)
     factors = tokens(positions)
     close(
         added(Separable((d, a), NONE), factors),
-        products(torch.einsum("rqo,rqi->qoi", d, a), factors),
+        products(torch.einsum("rqso,rqsi->qoi", d, a), factors),
     )
 
 
@@ -84,8 +89,8 @@ def test_separable_adds_its_terms_in_bfloat16_to_the_others():
     d, a = terms(3)
     short = (d[1:].bfloat16(), a[1:].bfloat16())
     found = added(Separable((d[:1], a[:1]), short), tokens())
-    exact = products(torch.einsum("rqo,rqi->qoi", d, a), tokens())
-    size = products(torch.einsum("rqo,rqi->qoi", d.abs(), a.abs()), absolute(tokens()))
+    exact = products(torch.einsum("rqso,rqsi->qoi", d, a), tokens())
+    size = products(torch.einsum("rqso,rqsi->qoi", d.abs(), a.abs()), absolute(tokens()))
     assert bool(((found - exact).abs() <= 6 * 2**-8 * size).all())
     assert float((found - exact).abs().max()) > 1e-5, "nothing was rounded"
 

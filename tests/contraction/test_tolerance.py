@@ -105,3 +105,33 @@ def test_the_strongest_examples_stay_where_they_are():
     found, expected = (s.values.topk(10, dim=1).indices for s in (scores, exact))
     same = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(found, expected, strict=True)]
     assert sum(same) / (10 * len(same)) > 0.9
+
+
+class Halves(nn.Module):
+    """One wide layer for the upper and the lower half of an image: two positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.head = nn.Linear(392, 256), nn.Linear(256, 10)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.shared(x.unflatten(1, (2, 392)))).sum(dim=1))
+
+
+@pytest.mark.parametrize("tolerance", [0.05, 0.01])
+def test_a_wide_layer_at_few_positions_is_multiplied_in_pairs(tolerance):
+    _, (X, y), (x, wanted) = digits()
+    torch.manual_seed(0)
+    model = Halves().float()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for batch in torch.randperm(len(y)).split(64):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X[batch]), y[batch]).backward()
+        optimizer.step()
+    method = uw.Influence(uw.EKFAC(), damping=uw.Absolute(1e-3))
+    fitted = method.fit(uw.Task(model.eval(), uw.CrossEntropy()), (X, y))
+    assert fitted.curvature.cost.positions == (2, 1)
+    scores, exact = (fitted.attribute((x, wanted), tolerance=t) for t in (tolerance, 0))
+    error = (scores.values - exact.values).norm(dim=1) / exact.values.norm(dim=1)
+    assert float(error.square().mean().sqrt()) <= RMS * tolerance
+    assert "products" in scores.provenance.health["contraction"]["shared.weight"]

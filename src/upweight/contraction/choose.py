@@ -1,10 +1,11 @@
 """Which kernel for which block? By operation count, at a stated relative error.
 
-The error of a query is ‖Ŝ_q − S_q‖/‖S_q‖ over the training set, and `tolerance` bounds its root
-mean square over the queries, each against its own size: a query with small scores counts as much as
-one with large ones. Errors are measured, not assumed: candidates are compared with the untruncated
-score on some training examples, and the choice is then checked on others, drawn by loss and drawn
-evenly: both must keep the tolerance.
+Errors are measured, not assumed: candidates are compared with the untruncated score on some
+training examples (`reference.py`), and the choice is then checked on others.
+
+A block of products is truncated twice: 1/(Λ + λ) to a few terms, and the eigenbases to the
+coordinates that matter. Where those are few enough to pay for it, training factors are projected on
+them, and everything that follows is that much smaller.
 """
 
 import math
@@ -15,19 +16,29 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight.contraction.kernels import Explicit, Kernel, OfVector, Separable
-from upweight.contraction.queries import BlockQueries, FactoredQueries, rotated
+from upweight.contraction.kernels import Explicit, Kernel, OfVector, Separable, add_pairs
+from upweight.contraction.queries import (
+    PAIR_OVERHEAD,
+    BlockQueries,
+    FactoredQueries,
+    pair_cost,
+    rotated,
+)
+from upweight.contraction.reference import SOLVE_BYTES, Reference, Sample
 from upweight.contraction.separable import Expansion, expansion
-from upweight.gradients.factored import Factors, Rows, Tokens
-
-TERM_OVERHEAD = 256
-"""What one more product of q × b costs beside its multiply-adds, in multiply-adds per entry: its
-two factors are written to memory and read again."""
+from upweight.gradients.factored import Tokens
 
 TRUNCATION_SHARE = 0.7
 """Of the squared tolerance, how much the truncation may use; the rest is for rounding."""
 
-SOLVE_BYTES = 64 * 2**20
+DROPPED = 0.15
+"""Error that coordinates left out on one side may make, in units of a block's part."""
+
+ENOUGH = 0.25
+"""Error at which further terms are not looked at, in the same units."""
+
+USUAL_TERMS = 16
+"""Terms that a block is assumed to take when coordinates are chosen."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,60 +59,10 @@ class Choice:
     terms: tuple[str, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """Untruncated scores of a few queries and training examples, block by block.
-
-    Args:
-        rows: Which queries.
-        parts: The share of each block.
-    """
-
-    rows: Int[Tensor, " k"]
-    parts: tuple[Float[Tensor, "k s"], ...]
-
-    @property
-    def norms(self) -> Float[Tensor, " k"]:
-        """‖S_q‖ over the examples."""
-        return torch.stack(self.parts).sum(dim=0).norm(dim=1)
-
-    def relative(self, error: Float[Tensor, "k s"]) -> Float[Tensor, " k"]:
-        """‖error_q‖/‖S_q‖, 0 for a query without any score."""
-        norms = self.norms
-        return torch.where(norms > 0, error.norm(dim=1) / norms.clamp_min(1e-300), 0.0)
-
-
-def reference_scores(
-    queries: Sequence[BlockQueries], rows: Int[Tensor, " k"], sample: Sequence[Factors]
-) -> Reference:
-    """⟨V_q, gᵢ⟩ of some queries and examples in full, in full precision."""
-    return Reference(
-        rows, tuple(_share(q, rows, part) for q, part in zip(queries, sample, strict=True))
-    )
-
-
-def _share(queries: BlockQueries, rows: Tensor, part: Factors) -> Float[Tensor, "k s"]:
-    if not isinstance(queries, FactoredQueries):
-        g = part.values if isinstance(part, Rows) else part.matrices().flatten(1)
-        return queries.reference.flatten(1) @ g.mT
-    assert isinstance(part, Tokens)
-    o, i = queries.inverse.shape
-    size = max(1, SOLVE_BYTES // (o * i * queries.left.element_size()))
-    # In the eigenbases: rotating the examples takes far less than turning the queries back.
-    tokens = rotated(part, queries.eigen)
-    left, right = tokens.left[:, 0].mT, tokens.right[:, 0].mT
-    shares = []
-    for start in range(0, len(rows), size):
-        some = rows[start : start + size]
-        v = queries.left[some][:, :, None] * queries.right[some][:, None, :] * queries.inverse
-        shares.append(((v @ right) * left).sum(dim=1))  # [k, o, s] summed over o
-    return torch.cat(shares)
-
-
 def choose(
     queries: Sequence[BlockQueries],
     reference: Reference,
-    sample: Sequence[Factors],
+    sample: Sample,
     right_moments: Sequence[Tensor],
     tolerance: float,
     short: bool,
@@ -117,25 +78,26 @@ def choose(
         short: Whether bfloat16 may be used.
     """
     curves: dict[int, _Curve] = {}
+    factored = [k for k, block in enumerate(queries) if isinstance(block, FactoredQueries)]
     if tolerance > 0:
-        for k, block in enumerate(queries):
-            if isinstance(block, FactoredQueries):
-                curves[k] = _curve(block, reference, k, sample[k], right_moments[k], tolerance)
+        for k in factored:
+            block, part = queries[k], sample.factors[k]
+            assert isinstance(block, FactoredQueries) and isinstance(part, Tokens)
+            share = tolerance / len(factored) ** 0.5
+            curves[k] = _curve(block, reference, k, part, right_moments[k], share)
     ranks = _ranks(curves, tolerance**2 * TRUNCATION_SHARE)
     rounding = {
-        k: _rounding(queries[k], reference, k, sample[k], curve, ranks[k])  # type: ignore[arg-type]
-        for k, curve in curves.items()
-        if short
+        k: _rounding(curve, reference, k, sample, ranks[k]) for k, curve in curves.items() if short
     }
     shorts = _short_terms(rounding, tolerance**2 * (1 - TRUNCATION_SHARE))
     kernels: list[Kernel] = []
     words: list[str] = []
     for k, block in enumerate(queries):
         rank = ranks.get(k)
-        if isinstance(block, FactoredQueries) and rank is not None:
+        if rank is not None:
             in_short = shorts.get(k, frozenset())
-            kernels.append(_separable(block, curves[k].terms, rank, in_short))
-            words.append(f"{rank} products ({len(in_short)} in bfloat16)")
+            kernels.append(curves[k].kernel(rank, in_short))
+            words.append(f"{rank} products ({len(in_short)} in bfloat16){curves[k].in_words}")
             continue
         if isinstance(block, FactoredQueries):
             vectors = _solved_all(block, torch.bfloat16 if shorts.get(k) else block.left.dtype)
@@ -151,88 +113,160 @@ class _Curve:
     """How the error of a block falls with the number of terms, and what they cost.
 
     Args:
-        terms: The expansion.
+        block: The queries.
+        kept: The coordinates of each side that training factors are projected on; None: none are.
+        terms: The expansion, over those coordinates.
         errors: After r terms, r = 0, 1, …: root mean square over queries, relative to S_q.
         per_term: Multiply-adds per query and example of one term.
+        fixed: Of the projection.
         in_full: Of the block in full.
     """
 
+    block: FactoredQueries
+    kept: tuple[Int[Tensor, " j"], Int[Tensor, " k"]] | None
     terms: Expansion
     errors: tuple[float, ...]
     per_term: int
+    fixed: int
     in_full: int
+
+    @property
+    def bases(self) -> tuple[Tensor, Tensor] | None:
+        """What training factors are projected on."""
+        if self.kept is None:
+            return None
+        left, right = self.block.eigen.bases
+        assert left is not None and right is not None
+        return left[:, self.kept[0]], right[:, self.kept[1]]
+
+    @property
+    def in_words(self) -> str:
+        """The coordinates that are left."""
+        if self.kept is None:
+            return ""
+        o, i = self.block.inverse.shape
+        return f" over {len(self.kept[0])} of {o} × {len(self.kept[1])} of {i} directions"
+
+    def kernel(self, rank: int, short: frozenset[int]) -> Separable:
+        """The first terms, some of them in bfloat16."""
+        full = [r for r in range(rank) if r not in short]
+        rows = slice(None)
+        return Separable(
+            self.pairs(full, self.block.left.dtype, rows),
+            self.pairs(sorted(short), torch.bfloat16, rows),
+            self.bases,
+        )
+
+    def pairs(
+        self, which: Sequence[int], dtype: torch.dtype, rows: slice | Tensor
+    ) -> tuple[Float[Tensor, "r q s o"], Float[Tensor, "r q s i"]]:
+        """δ̃_q∘u_r and ã_q∘v_r; without a projection (δ̃_q∘u_r) Q_Gᵀ and (ã_q∘v_r) Q_Aᵀ."""
+        found = []
+        sides = zip(
+            (self.block.left[rows], self.block.right[rows]),
+            (self.terms.left, self.terms.right),
+            self.kept or (None, None),
+            self.block.eigen.bases,
+            strict=True,
+        )
+        for factor, scales, kept, basis in sides:
+            factor = factor if kept is None else factor[..., kept]
+            out = factor.new_empty(len(which), *factor.shape, dtype=dtype)
+            for k, r in enumerate(which):  # a term at a time: all in full precision are many
+                scaled = factor * scales[r]
+                if kept is None and basis is not None:
+                    scaled = scaled @ basis.mT.to(scaled.dtype)
+                out[k] = scaled
+            found.append(out)
+        return found[0], found[1]
 
 
 def _curve(
     block: FactoredQueries,
     reference: Reference,
     k: int,
-    part: Factors,
+    part: Tokens,
     moments: Float[Tensor, "o i"],
-    tolerance: float,
+    share: float,
 ) -> _Curve:
-    assert isinstance(part, Tokens)
-    o, i = block.inverse.shape
-    per_term, in_full = o + i + TERM_OVERHEAD, o * i + TERM_OVERHEAD
-    most = max(1, in_full // per_term)
+    """Args as for `choose`; `share` is the part of the tolerance that falls to this block."""
+    (o, i), s, t = block.inverse.shape, block.left.shape[1], part.positions
     norms = reference.norms
     scale = torch.where(norms > 0, 1.0 / norms.clamp_min(1e-300), 0.0)
     left, right = block.left[reference.rows], block.right[reference.rows]
+    sizes = (scale[:, None, None] * left).square().sum(dim=1)
+    # E[q̃²] over queries, each by its own size, and E[g̃²] = Λ of training gradients.
+    of_queries = sizes.mT @ right.square().sum(dim=1) / len(norms)
+    j, m = _kept(block.inverse.square() * of_queries * moments, share)
+    kept: tuple[Tensor, Tensor] | None = (j, m)
+    fixed = t * (o * len(j) + i * len(m)) // len(block)
+    per_term = pair_cost((len(j), len(m)), s, t)
+    saved = USUAL_TERMS * (pair_cost((o, i), s, t) - per_term)
+    if saved <= fixed or any(basis is None for basis in block.eigen.bases):
+        kept, fixed, per_term = None, 0, pair_cost((o, i), s, t)
+    in_full = o * i * (len(block) + t * (t > 1)) // len(block) + PAIR_OVERHEAD
     # Queries count by their own size; training gradients by their second moments, whose row and
     # column sums are those of δ̃² and ã².
-    left_weight = ((scale[:, None] * left).square().mean(dim=0) * moments.sum(dim=1)).sqrt()
-    right_weight = (right.square().mean(dim=0) * moments.sum(dim=0)).sqrt()
-    terms = expansion(block.inverse, left_weight, right_weight, most)
-    tokens = rotated(part, block.eigen)
+    left_weight = (sizes.mean(dim=0) * moments.sum(dim=1)).sqrt()
+    right_weight = (right.square().sum(dim=1).mean(dim=0) * moments.sum(dim=0)).sqrt()
+    inverse, tokens = block.inverse, rotated(part, block.eigen)
+    if kept is not None:
+        inverse, left_weight, right_weight = inverse[j][:, m], left_weight[j], right_weight[m]
+        left, right = left[..., j], right[..., m]
+        tokens = Tokens(tokens.left[..., j], tokens.right[..., m])
+    terms = expansion(inverse, left_weight, right_weight, max(1, (in_full - fixed) // per_term))
     remaining = -reference.parts[k]
-    errors = [_rms(reference.relative(remaining))]
+    errors = [reference.rms(remaining)]
     for u, v in zip(terms.left, terms.right, strict=True):
-        term = ((left * u) @ tokens.left[:, 0].mT) * ((right * v) @ tokens.right[:, 0].mT)
-        remaining = remaining + term
-        errors.append(_rms(reference.relative(remaining)))
-        if errors[-1] < 0.05 * tolerance:
+        add_pairs(remaining, Tokens(left * u, right * v), tokens)
+        errors.append(reference.rms(remaining))
+        if errors[-1] < ENOUGH * share:
             break
-    return _Curve(terms, tuple(errors), per_term, in_full)
+    return _Curve(block, kept, terms, tuple(errors), per_term, fixed, in_full)
+
+
+def _kept(
+    energy: Float[Tensor, "o i"], share: float
+) -> tuple[Int[Tensor, " j"], Int[Tensor, " k"]]:
+    """Coordinates without which no more than a small part of the scores' squares is lost."""
+
+    def of(sums: Float[Tensor, " d"]) -> Int[Tensor, " k"]:
+        ordered, index = sums.double().sort()
+        lost = ordered.cumsum(dim=0) > (DROPPED * share) ** 2 * ordered.sum()
+        lost[-1] = True  # one at least
+        return index[lost].sort().values
+
+    return of(energy.sum(dim=1)), of(energy.sum(dim=0))
 
 
 def _rounding(
-    block: FactoredQueries,
-    reference: Reference,
-    k: int,
-    part: Factors,
-    curve: _Curve,
-    rank: int | None,
+    curve: _Curve, reference: Reference, k: int, sample: Sample, rank: int | None
 ) -> tuple[float, ...]:
     """What bfloat16 does to each of the first terms, or to the block in full (rank None).
 
-    Measured where it is used, in θ's own coordinates: there it is more than the 8 bits of a
-    product, because solved queries are large where training gradients are small.
+    Measured where it is used: in θ's own coordinates it is more than the 8 bits of a product,
+    because solved queries are large where training gradients are small.
     """
-    few = FactoredQueries(
-        block.eigen, block.inverse, block.left[reference.rows], block.right[reference.rows]
-    )
-
-    def off(kernel: Kernel, exact: Float[Tensor, "k s"]) -> float:
-        short = torch.zeros_like(exact)
-        kernel.add_to(short, part)
-        return _rms(reference.relative(short - exact))
-
+    part, rows = sample.factors[k], reference.rows
+    assert isinstance(part, Tokens)
+    zero = torch.zeros_like(reference.parts[k])
     if rank is None:
-        return (off(Explicit(_solved_all(few, torch.bfloat16)), reference.parts[k]),)
-    (lefts, rights), _ = _pairs(few, curve.terms, list(range(rank)), [])
-    nothing = (lefts[:0], rights[:0])
+        few = FactoredQueries(
+            curve.block.eigen, curve.block.inverse, curve.block.left[rows], curve.block.right[rows]
+        )
+        short = zero.clone()
+        Explicit(_solved_all(few, torch.bfloat16)).add_to(short, part)
+        return (reference.rms(short - reference.parts[k]),)
+    if curve.bases is not None:
+        part = part.projected(*curve.bases)
     errors = []
     for r in range(rank):
-        one = (lefts[r : r + 1], rights[r : r + 1])
-        exact = torch.zeros_like(reference.parts[k])
-        Separable(one, nothing).add_to(exact, part)
-        in_short = (one[0].to(torch.bfloat16), one[1].to(torch.bfloat16))
-        errors.append(off(Separable(nothing, in_short), exact))
+        exact, short = zero.clone(), zero.clone()
+        for scores, dtype in ((exact, curve.block.left.dtype), (short, torch.bfloat16)):
+            (left,), (right,) = curve.pairs([r], dtype, rows)
+            add_pairs(scores, Tokens(left, right), part.to(dtype))
+        errors.append(reference.rms(short - exact))
     return tuple(errors)
-
-
-def _rms(values: Tensor) -> float:
-    return float(values.double().square().mean().sqrt())
 
 
 def _ranks(curves: dict[int, _Curve], budget: float) -> dict[int, int | None]:
@@ -243,7 +277,7 @@ def _ranks(curves: dict[int, _Curve], budget: float) -> dict[int, int | None]:
         return 0.0 if r is None else curves[k].errors[r] ** 2
 
     def price(k: int, r: int | None) -> int:
-        return curves[k].in_full if r is None else r * curves[k].per_term
+        return curves[k].in_full if r is None else curves[k].fixed + r * curves[k].per_term
 
     while sum(squared(k, r) for k, r in ranks.items()) > budget:
         best: tuple[float, int, int | None] = (0.0, -1, None)
@@ -284,33 +318,6 @@ def _short_terms(
     return {k: frozenset(t) for k, t in chosen.items()}
 
 
-def _separable(
-    block: FactoredQueries, terms: Expansion, rank: int, short: frozenset[int]
-) -> Separable:
-    full = [t for t in range(rank) if t not in short]
-    return Separable(*_pairs(block, terms, full, sorted(short)))
-
-
-def _pairs(
-    block: FactoredQueries, terms: Expansion, full: list[int], short: list[int]
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(δ̃_q∘u_r) Q_Gᵀ and (ã_q∘v_r) Q_Aᵀ, so that training factors need no rotation."""
-
-    def pair(which: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        pairs = []
-        for factor, scales, q in zip(
-            (block.left, block.right), (terms.left, terms.right), block.eigen.bases, strict=True
-        ):
-            out = factor.new_empty(len(which), *factor.shape, dtype=dtype)
-            for k, r in enumerate(which):  # a term at a time: all in full precision are many
-                scaled = factor * scales[r]
-                out[k] = scaled if q is None else scaled @ q.mT.to(scaled.dtype)
-            pairs.append(out)
-        return pairs[0], pairs[1]
-
-    return pair(full, block.left.dtype), pair(short, torch.bfloat16)
-
-
 def _solved_all(block: FactoredQueries, dtype: torch.dtype) -> Float[Tensor, "q o i"]:
     o, i = block.inverse.shape
     out = block.left.new_empty(len(block), o, i, dtype=dtype)
@@ -319,34 +326,3 @@ def _solved_all(block: FactoredQueries, dtype: torch.dtype) -> Float[Tensor, "q 
         rows = slice(start, start + size)
         out[rows] = block.solved(rows)
     return out
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The error of kernels on a sample.
-
-    Args:
-        error: Root mean square over the reference queries.
-        worst: Of the worst of them.
-        by_block: The root mean square error that each block alone contributes.
-    """
-
-    error: float
-    worst: float
-    by_block: tuple[float, ...]
-
-
-def measured(
-    kernels: Sequence[Kernel], q: int, reference: Reference, sample: Sequence[Factors]
-) -> Measured:
-    """The error of the kernels themselves on a sample."""
-    total = torch.zeros_like(reference.parts[0])
-    by_block = []
-    for kernel, part, exact in zip(kernels, sample, reference.parts, strict=True):
-        scores = exact.new_zeros(q, exact.shape[1])
-        kernel.add_to(scores, part)
-        error = scores[reference.rows] - exact
-        by_block.append(_rms(reference.relative(error)))
-        total += error
-    errors = reference.relative(total)
-    return Measured(_rms(errors), float(errors.max()), tuple(by_block))

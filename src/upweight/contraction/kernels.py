@@ -1,7 +1,8 @@
 """⟨V_q, gᵢ⟩ of one block for all queries: the ways to multiply it out.
 
-    Explicit     V_q in full; gᵢ formed, then one matrix product           q·o·i per example
-    Separable    V_q = Σ_r (d_qr ⊗ a_qr), one position per example          q·r·(o + i)
+    Explicit     V_q in full; gᵢ formed, then one matrix product           (q + t)·o·i per example
+    Separable    V_q = Σ_r Σ_τ (d_qrτ ⊗ a_qrτ), Gram products over pairs
+                 of the query's s positions with the example's t           q·r·s·t·(o + i)
     OfVector     V_q and gᵢ are vectors                                    q·d
 
 V_q = (H + λ)⁻¹ ∇m_q is in θ's own coordinates: the bases are multiplied into the queries, once, so
@@ -11,6 +12,7 @@ that the training set is never rotated.
 import abc
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -54,34 +56,49 @@ class Explicit(Kernel):
 
 @dataclass(frozen=True, eq=False)
 class Separable(Kernel):
-    """V_q = Σ_r d_qr ⊗ a_qr: the score is Σ_r (d_qr · δᵢ)(a_qr · aᵢ), products of small products.
+    """V_q = Σ_r Σ_τ d_qrτ ⊗ a_qrτ: the score is Σ_r Σ_τt (d_qrτ · δᵢₜ)(a_qrτ · aᵢₜ).
 
     Args:
-        full: (d, a), the terms in full precision: [r, q, o] and [r, q, i].
+        full: (d, a), the terms in full precision: [r, q, s, o] and [r, q, s, i].
         short: The terms in bfloat16.
+        bases: What training factors are projected on first, [o, j] and [i, k]; d and a are then in
+            its coordinates.
     """
 
-    full: tuple[Float[Tensor, "r q o"], Float[Tensor, "r q i"]]
-    short: tuple[Float[Tensor, "s q o"], Float[Tensor, "s q i"]]
+    full: tuple[Float[Tensor, "r q s o"], Float[Tensor, "r q s i"]]
+    short: tuple[Float[Tensor, "k q s o"], Float[Tensor, "k q s i"]]
+    bases: tuple[Float[Tensor, "O o"], Float[Tensor, "I i"]] | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (*self.full, *self.short))
+        return sum(x.nbytes for x in (*self.full, *self.short, *(self.bases or ())))
 
     def add_to(self, scores: Float[Tensor, "q b"], factors: Factors) -> None:
         assert isinstance(factors, Tokens)
-        t = factors.positions
+        if self.bases is not None:
+            factors = factors.projected(*self.bases)
         for lefts, rights in (self.full, self.short):
             if len(lefts) == 0:
                 continue
-            delta = factors.left.flatten(0, 1).to(lefts.dtype).mT
-            a = factors.right.flatten(0, 1).to(lefts.dtype).mT
-            for d, v in zip(lefts, rights, strict=True):
-                if t == 1:
-                    scores.addcmul_(d @ delta, v @ a)
-                else:  # a longer example than the cost was measured on: a sum over its positions
-                    products = (d @ delta) * (v @ a)
-                    scores += products.reshape(*scores.shape, t).sum(dim=2)
+            some = factors.to(lefts.dtype)
+            for d, a in zip(lefts, rights, strict=True):
+                add_pairs(scores, Tokens(d, a), some)
+
+
+def add_pairs(scores: Float[Tensor, "q b"], queries: Tokens, factors: Tokens) -> None:
+    """scores[q, i] += Σ_τt (d_qτ · δᵢₜ)(a_qτ · aᵢₜ), elementwise products of two Gram matrices."""
+    q, s, t = len(queries), queries.positions, factors.positions
+    d, a = queries.left.flatten(0, 1), queries.right.flatten(0, 1)
+    if s == t == 1:
+        left, right = factors.left[:, 0].mT, factors.right[:, 0].mT
+        scores.addcmul_(d @ left, a @ right)
+        return
+    size = max(1, CHUNK_BYTES // (q * s * t * scores.element_size()))
+    for start in range(0, len(factors), size):
+        part = factors.take(slice(start, start + size))
+        pairs = (d @ part.left.flatten(0, 1).mT).to(scores.dtype)
+        pairs *= a @ part.right.flatten(0, 1).mT
+        scores[:, start : start + size] += pairs.reshape(q, s, -1, t).sum(dim=(1, 3))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,13 +9,33 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.curvature.layerwise import FittedBlock
-from upweight.gradients.factored import Factors, Rows, Tokens
+from upweight.gradients.factored import Factors, Rows, Tokens, stacked
 from upweight.linalg.eigen import Eigen
+
+
+PAIR_OVERHEAD = 256
+"""What one more product of q·s × b·t costs beside its multiply-adds, in multiply-adds per entry: its
+two factors are written to memory and read again."""
+
+
+def pair_cost(shape: torch.Size | tuple[int, ...], s: int, t: int) -> int:
+    """Multiply-adds per query and example of one term of products over pairs of positions."""
+    return s * t * (sum(shape) + PAIR_OVERHEAD)
+
+
+def in_pairs(shape: torch.Size | tuple[int, ...], s: int, t: int) -> bool:
+    """Whether products over pairs of s with t positions can cost less than V_q and gᵢ in full.
+
+    One position each always may: a block then takes the memory of its factors.
+    """
+    if len(shape) != 2 or s * t == 0:
+        return False
+    return s * t == 1 or 2 * pair_cost(shape, s, t) <= shape[0] * shape[1]
 
 
 @dataclass(frozen=True, eq=False)
 class FactoredQueries:
-    """∇m_q = δ_q ⊗ a_q, one position each, rotated: δ̃ [q, o] and ã [q, i].
+    """∇m_q = Σ_τ δ_qτ ⊗ a_qτ over few positions, rotated: δ̃ [q, s, o] and ã [q, s, i].
 
     Args:
         eigen: The block's curvature.
@@ -25,15 +45,15 @@ class FactoredQueries:
 
     eigen: Eigen
     inverse: Float[Tensor, "o i"]
-    left: Float[Tensor, "q o"]
-    right: Float[Tensor, "q i"]
+    left: Float[Tensor, "q s o"]
+    right: Float[Tensor, "q s i"]
 
     def __len__(self) -> int:
         return len(self.left)
 
     def solved(self, rows: slice | Tensor) -> Float[Tensor, "k o i"]:
         """V_q = (H + λ)⁻¹ ∇m_q of some queries, in θ's own coordinates."""
-        dense = self.left[rows][:, :, None] * self.right[rows][:, None, :]
+        dense = Tokens(self.left[rows], self.right[rows]).matrices()
         return self.eigen.unrotated(dense * self.inverse)
 
 
@@ -130,13 +150,13 @@ def block_queries(
         for k, part in enumerate(parts):
             if (
                 isinstance(part, Tokens)
-                and part.positions == 1 == positions[k]
+                and in_pairs(blocks[k].eigenvalues.shape, part.positions, positions[k])
                 and vectors[k] is None
             ):
                 factored[k].append(part)
                 continue
             first = 0
-            for earlier in factored[k]:  # batches of one position, before this one of several
+            for earlier in factored[k]:  # batches of few positions, before this one of many
                 keep(k, first, earlier)
                 first += len(earlier)
             factored[k] = []
@@ -145,10 +165,11 @@ def block_queries(
     for k, block in enumerate(blocks):
         stored = vectors[k]
         if stored is None:
-            tokens = [rotated(part, block.eigen) for part in factored[k]]
-            left = torch.cat([t.left[:, 0] for t in tokens])
-            right = torch.cat([t.right[:, 0] for t in tokens])
-            made.append(FactoredQueries(block.eigen, inverses[k].values, left, right))
+            tokens = stacked([rotated(part, block.eigen) for part in factored[k]])
+            assert isinstance(tokens, Tokens)
+            made.append(
+                FactoredQueries(block.eigen, inverses[k].values, tokens.left, tokens.right)
+            )
         else:
             made.append(SolvedQueries(stored, torch.cat(kept[k])))
     return made
@@ -163,7 +184,7 @@ def _short(inverse: Eigen) -> Eigen:
 def depends_on_parameters(queries: BlockQueries) -> bool:
     """Whether some query has a gradient in this block at all."""
     if isinstance(queries, FactoredQueries):
-        return bool((queries.left.any(dim=1) & queries.right.any(dim=1)).any())
+        return bool((queries.left.any(dim=2) & queries.right.any(dim=2)).any())
     return bool(queries.vectors.any())
 
 
@@ -171,5 +192,5 @@ def inner(queries: BlockQueries, matrix: Float[Tensor, "..."]) -> Float[Tensor, 
     """⟨V_q, matrix⟩ of every query with one matrix (or vector) of the block's shape."""
     if isinstance(queries, FactoredQueries):
         weighted = queries.inverse * queries.eigen.rotated(matrix.to(queries.inverse))
-        return ((queries.left @ weighted) * queries.right).sum(dim=1)
+        return ((queries.left @ weighted) * queries.right).sum(dim=(1, 2))
     return queries.vectors.flatten(1).to(matrix.dtype) @ matrix.flatten()

@@ -16,23 +16,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch, Params
-from upweight.contraction.choose import (
-    TRUNCATION_SHARE,
-    Choice,
-    choose,
-    measured,
-    reference_scores,
-)
+from upweight.contraction.choose import TRUNCATION_SHARE, Choice, choose
 from upweight.contraction.kernels import Kernel
 from upweight.contraction.queries import (
     BlockQueries,
     SolvedQueries,
     block_queries,
     depends_on_parameters,
+    in_pairs,
 )
+from upweight.contraction.reference import Sample, measured, reference_scores
 from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature
 from upweight.errors import NotDifferentiable, message
-from upweight.gradients.factored import Factors, joined
+from upweight.gradients.factored import Factors, stacked
 from upweight.gradients.passes import GradientPass
 from upweight.runtime.hardware import has_fast_bfloat16
 from upweight.runtime.memory import examples_within, free_bytes, working_bytes
@@ -41,11 +37,19 @@ from upweight.task.data import Data
 from upweight.task.measures import Loss
 from upweight.task.task import Task
 
-SAMPLE = 256
-"""Training examples on which kernels are chosen; half as many others check them."""
+SAMPLE = 512
+"""Training examples on which kernels are chosen; as many others check them."""
 
-REFERENCES = 128
+BY_LOSS = 4
+"""One in so many of them is drawn by loss. Of those drawn evenly it takes hundreds before ‖S_q‖ over
+them says anything of ‖S_q‖ over all: a few examples make most of it."""
+
+REFERENCES = 64
 """Queries compared with their untruncated scores, at most."""
+
+FEW = 64
+"""Of the examples, where there is nothing to choose and only rounding to check; half as many
+queries."""
 
 REFERENCE_BYTES = 256 * 2**20
 """Memory that the reference queries may take in full precision."""
@@ -164,12 +168,15 @@ def contractions(
 
 
 def _query_bytes(curvature: BlockCurvature) -> int:
-    """What one solved query takes at most: little where a weight is used at one position."""
+    """What one solved query takes at most: little where a weight is used at few positions."""
     total, element_bytes = 0, curvature.plan.dtype.itemsize
     for block, positions in zip(curvature.blocks, curvature.cost.positions, strict=True):
         shape = block.eigen.values.shape
         # About 16 products per query are kept where the contraction is separable.
-        total += 16 * sum(shape) * 4 if positions == 1 else shape.numel() * element_bytes
+        if in_pairs(shape, positions, positions):
+            total += 16 * positions * sum(shape) * 4
+        else:
+            total += shape.numel() * element_bytes
     return total
 
 
@@ -184,39 +191,40 @@ def _contraction(
     memory_bytes: int | None,
 ) -> Contraction:
     plan, task = curvature.plan, curvature.plan.task
-    factored = any(t == 1 for t in curvature.cost.positions)
-    # No more than a small share of what the pass itself takes.
-    most = max(16, len(train) // 25)
-    draws = ((SAMPLE if factored else 1, 0.5), (SAMPLE // 2, 0.5), (SAMPLE // 2, 0.0))
-    sample, *checks = (
-        _sampled(curvature, train, losses, min(size, most), by_loss, seed, memory_bytes)
-        for seed, (size, by_loss) in enumerate(draws if tolerance > 0 else draws[:1])
+    factored = any(
+        in_pairs(b.eigenvalues.shape, t, t)
+        for b, t in zip(curvature.blocks, curvature.cost.positions, strict=True)
     )
-    rows = _references(curvature, len(queries)).to(task.layout.device)
+    # No more than a small share of what the pass itself takes.
+    most = min(SAMPLE if factored else FEW, max(32, len(train) // 12))
+    sizes = (most if factored else 2, most) if tolerance > 0 else (2, 2)
+    sample, check = (
+        _sample(curvature, train, losses, size, seed, memory_bytes)
+        for seed, size in enumerate(sizes)
+    )
+    rows = _references(curvature, len(queries), factored).to(task.layout.device)
     moments = [block.eigen.values for block in curvature.blocks]
     short = tolerance > 0 and has_fast_bfloat16(task.layout.device)
     dtypes = [torch.bfloat16 if short else plan.dtype for _ in curvature.blocks]
     aim = tolerance
+
+    def solved() -> list[BlockQueries]:
+        batches = _measured_gradients(curvature, queries, measure, memory_bytes)
+        positions = curvature.cost.positions
+        return block_queries(curvature.blocks, batches, len(queries), positions, rows, dtypes)
+
+    made = solved()
+    # Untruncated scores do not depend on the precision of the solved queries.
+    of_sample, of_check = (reference_scores(made, rows, some) for some in (sample, check))
     for attempt in range(ATTEMPTS + 1):
         if attempt == ATTEMPTS:  # not to be had approximately
             aim, dtypes = 0.0, [plan.dtype for _ in dtypes]
-        batches = _measured_gradients(curvature, queries, measure, memory_bytes)
-        made = block_queries(
-            curvature.blocks, batches, len(queries), curvature.cost.positions, rows, dtypes
-        )
-        reference = reference_scores(made, rows, sample)
-        kernels, words = choose(made, reference, sample, moments, aim, short)
+            made = solved()
+        kernels, words = choose(made, of_sample, sample, moments, aim, short)
         if aim == 0:
             choice = Choice(kernels, 0.0, 0.0, words)
             break
-        # On examples as they matter to ‖S_q‖, and on examples as they come: most have small losses.
-        found = max(
-            (
-                measured(kernels, len(queries), reference_scores(made, rows, check), check)
-                for check in checks
-            ),
-            key=lambda m: m.error,
-        )
+        found = measured(kernels, len(queries), of_check, check)
         if found.error <= tolerance:
             choice = Choice(kernels, found.error, found.worst, words)
             break
@@ -229,46 +237,50 @@ def _contraction(
         ]
         if any(rounded):
             dtypes = [plan.dtype if bad else d for d, bad in zip(dtypes, rounded, strict=True)]
+            made = solved()
         else:
             aim *= 0.9 * tolerance / found.error
     return Contraction(curvature, train, first, tuple(made), choice, memory_bytes)
 
 
-def _references(curvature: BlockCurvature, q: int) -> Tensor:
+def _references(curvature: BlockCurvature, q: int, factored: bool) -> Tensor:
     """Evenly spaced queries, as many as fit in full precision."""
     in_full = sum(
         b.eigen.values.numel()
         for b, t in zip(curvature.blocks, curvature.cost.positions, strict=True)
-        if t != 1
+        if not in_pairs(b.eigenvalues.shape, t, t)
     )
     itemsize = curvature.plan.dtype.itemsize
-    most = max(8, min(REFERENCES, REFERENCE_BYTES // max(1, in_full * itemsize)))
+    wanted = REFERENCES if factored else FEW // 2
+    most = max(8, min(wanted, REFERENCE_BYTES // max(1, in_full * itemsize)))
     k = min(q, most)
     return torch.arange(k) * q // k
 
 
-def _sampled(
+def _sample(
     curvature: BlockCurvature,
     train: Data,
     losses: Float[Tensor, " n"],
     count: int,
-    by_loss: float,
     seed: int,
     memory_bytes: int | None,
-) -> list[Factors]:
-    """Gradients of some training examples, scaled so that sums of squares estimate those of all.
+) -> Sample:
+    """Two groups of examples: in the first, half are drawn by loss; the second is drawn evenly.
 
-    A few examples with large losses make most of ‖S_q‖; a plain sample would miss them. A share
-    `by_loss` of the draws goes by loss, each example divided by the square root of its expected
-    count.
+    Each example is divided by the square root of how often it is expected in its group.
     """
     task = curvature.plan.task
     sizes = losses.abs().double().cpu() + torch.finfo(torch.float64).tiny
-    p = by_loss * sizes / sizes.sum() + (1 - by_loss) / len(sizes)
+    even = torch.full_like(sizes, 1 / len(sizes))
     generator = torch.Generator().manual_seed(seed)
-    indices = p.multinomial(count, replacement=True, generator=generator)
-    scales = (count * p[indices]).rsqrt().to(task.layout.device, curvature.plan.dtype)
-    data = train.subset(indices.tolist())
+    by_loss = max(1, count // BY_LOSS)
+    drawn, weights = [], []
+    for p, m in ((0.5 * sizes / sizes.sum() + 0.5 * even, by_loss), (even, count - by_loss)):
+        each = p.multinomial(m, replacement=True, generator=generator)
+        drawn.append(each)
+        weights.append((len(each) * p[each]).rsqrt())
+    scales = torch.cat(weights).to(task.layout.device, curvature.plan.dtype)
+    data = train.subset(torch.cat(drawn).tolist())
     size = examples_within(
         working_bytes(task.layout.device, memory_bytes),
         curvature.cost.bytes_per_example,
@@ -279,7 +291,8 @@ def _sampled(
             passes.of(training_loss(task), task.to_device(batch))
             for _, _, batch in data.batches(size)
         ]
-    return [joined(list(block)).scaled(scales) for block in zip(*parts, strict=True)]
+    factors = tuple(stacked(block).scaled(scales) for block in zip(*parts, strict=True))
+    return Sample(factors, (by_loss, count))
 
 
 def _measured_gradients(

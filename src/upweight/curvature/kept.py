@@ -6,8 +6,9 @@ the factors themselves or, where only half of that fits, their bfloat16 rounding
 that would have rounded them (`EKFACBlock`'s trial says whether they do).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
@@ -15,12 +16,16 @@ from upweight.curvature.estimators import TRIAL, Estimator
 from upweight.gradients.factored import Factors
 
 
+Parts: TypeAlias = Mapping[int, Factors]
+"""Gradients of a batch, by the number of their block."""
+
+
 @dataclass
 class _Batch:
-    """One batch's gradients: a list per label, of a part per estimator."""
+    """One batch's gradients, under each of its labels."""
 
     is_short: bool
-    groups: list[list[Factors | None]] = field(default_factory=list)
+    groups: list[Parts] = field(default_factory=list)
 
 
 class Kept:
@@ -33,14 +38,14 @@ class Kept:
     """
 
     def __init__(self, estimators: Sequence[Estimator], examples: int, budget: int) -> None:
-        self._readers = [e if e.passes > 1 else None for e in estimators]
+        self._readers = {k: e for k, e in enumerate(estimators) if e.passes > 1}
         self._examples, self._budget = examples, budget
         self._batches: dict[int, _Batch] = {}
         self._bytes = self._gradients = 0
-        self._is_open = any(reader is not None for reader in self._readers)
+        self._is_open = bool(self._readers)
         self._is_short = False
 
-    def add(self, start: int, factors: list[Factors]) -> None:
+    def add(self, start: int, factors: Parts) -> None:
         """Gradients of the batch that starts at `start`, with one label each."""
         if not self._is_open:
             return
@@ -51,22 +56,23 @@ class Kept:
         # The trial whether rounding does any harm needs the first ones as they are.
         is_short = self._is_short and self._gradients >= TRIAL
         batch = self._batches.setdefault(start, _Batch(is_short))
-        parts = [
-            None if reader is None else part.to(torch.bfloat16) if batch.is_short else part
-            for reader, part in zip(self._readers, factors, strict=True)
-        ]
+        parts = {
+            k: factors[k].to(torch.bfloat16) if batch.is_short else factors[k]
+            for k in self._readers
+        }
         batch.groups.append(parts)
-        self._gradients += len(factors[0])
-        self._bytes += _held(parts)
+        self._gradients += len(next(iter(parts.values())))
+        self._bytes += _held(parts.values())
         if self._bytes > self._budget:
             self.clear()
 
-    def take(self, start: int) -> list[list[Factors | None]] | None:
+    def take(self, start: int) -> list[Parts] | None:
         """The gradients of a batch, no longer kept; None where they must be taken again."""
         batch = self._batches.pop(start, None)
-        if batch is None or (batch.is_short and not self._all_round()):
+        if batch is None:
             return None
-        return batch.groups
+        will_round = all(reader.rounds for reader in self._readers.values())
+        return None if batch.is_short and not will_round else batch.groups
 
     def clear(self) -> None:
         """Keep nothing."""
@@ -78,22 +84,17 @@ class Kept:
         whole = self._bytes * self._examples / seen
         if whole <= self._budget:
             return
-        can_round = all(reader is None or reader.may_round for reader in self._readers)
+        can_round = all(reader.may_round for reader in self._readers.values())
         if can_round and whole / 2 <= self._budget:
             self._is_short = True
         else:
             self.clear()
 
-    def _all_round(self) -> bool:
-        return all(reader is None or reader.rounds for reader in self._readers)
 
-
-def _held(parts: Sequence[Factors | None]) -> int:
+def _held(parts: Iterable[Factors]) -> int:
     """Bytes of the memory behind them: views keep all of what they look into."""
     memory = {}
     for part in parts:
-        if part is None:
-            continue
         for x in part.tensors:
             storage = x.untyped_storage()
             memory[storage.data_ptr()] = storage.nbytes()

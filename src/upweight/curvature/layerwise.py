@@ -10,7 +10,7 @@ the identity on a block (`L2`), else its diagonal in the block's basis.
 
 import abc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.curvature.estimators import Estimator
-from upweight.curvature.kept import Kept
+from upweight.curvature.kept import Kept, Parts
 from upweight.curvature.labels import Head, Labels
 from upweight.errors import DataError, message
 from upweight.gradients.blocks import Block, MatrixBlock, Plan
@@ -192,32 +192,31 @@ class LayerwiseCurvature(abc.ABC):
             kept.clear()
         seconds = {}
         for stage in range(place.stage, stages):
+            learning = {k: e for k, e in enumerate(estimators) if stage < e.passes}
             started = time.perf_counter()
             first = place.example if stage == place.stage else 0
             what = f"curvature, pass {stage + 1} of {stages}"
             with GradientPass(made) as passes:
                 ranges = _ranges(first, len(seen), place.batch)
                 for start, stop, _ in progress(ranges, len(seen), what, first):
-                    groups = kept.take(start) if stage > 0 else None
+                    groups: Iterable[Parts] | None = kept.take(start) if stage > 0 else None
                     if groups is None:
                         first_look = watch if stage == 0 else None
                         examples = seen.batch(start, stop)
                         groups = self._gradients(passes, task, examples, start, first_look)
-                    for factors in groups:
-                        for estimator, part in zip(estimators, factors, strict=True):
-                            if stage < estimator.passes:
-                                estimator.see(stage, part)
+                    for parts in groups:
+                        for k, estimator in learning.items():
+                            estimator.see(stage, parts[k])
                         if stage == 0:
-                            kept.add(start, factors)
+                            kept.add(start, parts)
                             if len(seen) < len(data):
-                                spread.see(factors)
+                                spread.see(parts.values())
                     spread.close()
                     if checkpoint is not None and checkpoint.is_due():
                         here = _Place(stage, stop, place.batch)
                         checkpoint.write(_state(here, estimators, spread))
-            for estimator in estimators:
-                if stage < estimator.passes:
-                    estimator.finish(stage)
+            for estimator in learning.values():
+                estimator.finish(stage)
             if checkpoint is not None:
                 here = _Place(stage + 1, 0, place.batch)
                 checkpoint.write(_state(here, estimators, spread))
@@ -242,7 +241,7 @@ class LayerwiseCurvature(abc.ABC):
         batch: Batch,
         start: int,
         watch: Callable[[int, Batch, Tensor, Any], None] | None,
-    ) -> Iterator[list[Factors]]:
+    ) -> Iterator[Parts]:
         batch = task.to_device(batch)
 
         def heads(outputs: Tensor, targets: Any) -> Iterator[Head]:
@@ -250,7 +249,8 @@ class LayerwiseCurvature(abc.ABC):
                 watch(start, batch, outputs, targets)
             return self.which.heads(task.loss, outputs, targets, start)
 
-        return passes.of_heads(batch, heads)
+        for factors in passes.of_heads(batch, heads):
+            yield dict(enumerate(factors))
 
     def _seen(self, data: Data) -> tuple[Data, tuple[str, ...]]:
         """The examples to learn from, evenly spaced, and a note if they are not all."""
@@ -319,7 +319,7 @@ class _Spread:
         self._sums = [(0, 0.0, 0.0)] * blocks
         self._open: list[Tensor] = []
 
-    def see(self, factors: list[Factors]) -> None:
+    def see(self, factors: Iterable[Factors]) -> None:
         """The gradients of a batch with one label each."""
         norms = [part.squared_norm().double() for part in factors]
         self._open = [a + b for a, b in zip(self._open, norms, strict=False)] or norms

@@ -209,19 +209,3 @@ def stacked(parts: Sequence[Factors]) -> Factors:
     return Tokens(
         torch.cat([filled(p.left) for p in tokens]), torch.cat([filled(p.right) for p in tokens])
     )
-
-
-def joined(parts: list[Factors]) -> Factors:
-    """Batches of one block's gradients as one.
-
-    Batches of different numbers of positions are padded with positions where the factors are 0.
-    """
-    if isinstance(parts[0], Rows):
-        return Rows(torch.cat([part.values for part in parts if isinstance(part, Rows)]))
-    tokens = [part for part in parts if isinstance(part, Tokens)]
-    most = max(part.positions for part in tokens)
-    left, right = (
-        torch.cat([F.pad(x, (0, 0, 0, most - x.shape[1])) for x in factors])
-        for factors in ([t.left for t in tokens], [t.right for t in tokens])
-    )
-    return Tokens(left, right)
