@@ -104,6 +104,7 @@ def test_interrupted_scores_go_on(tmp_path, monkeypatch):
     fitted = METHOD.fit(p.task, p.train)
     monkeypatch.setattr("upweight.methods.layerwise.SHARD_BYTES", 1)
     monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 4)
+    monkeypatch.setattr("upweight.contraction.stream.TOGETHER", 1)
     whole = fitted.attribute(p.queries, tolerance=0.0)
     original, count = ScoreShards.append, 0
 

@@ -10,6 +10,7 @@ that the training set is never rotated.
 """
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,13 @@ class Kernel(abc.ABC):
     def add_to(self, scores: Float[Tensor, "q b"], factors: Factors) -> None:
         """scores[q, i] += ⟨V_q, gᵢ⟩."""
 
+    def add_all(self, scores: Float[Tensor, "q b"], parts: Sequence[Factors]) -> None:
+        """The same for several batches of examples, one after the other."""
+        start = 0
+        for part in parts:
+            self.add_to(scores[:, start : start + len(part)], part)
+            start += len(part)
+
     @property
     @abc.abstractmethod
     def nbytes(self) -> int:
@@ -46,12 +54,24 @@ class Explicit(Kernel):
         return self.vectors.nbytes
 
     def add_to(self, scores: Float[Tensor, "q b"], factors: Factors) -> None:
-        assert isinstance(factors, Tokens)
+        self.add_all(scores, [factors])
+
+    def add_all(self, scores: Float[Tensor, "q b"], parts: Sequence[Factors]) -> None:
+        # V_q is read from memory once per product: small batches are multiplied together.
         flat = self.vectors.flatten(1)
         size = max(1, CHUNK_BYTES // (flat.shape[1] * flat.element_size()))
-        for start in range(0, len(factors), size):
-            part = factors.take(slice(start, start + size)).to(flat.dtype)
-            scores[:, start : start + size] += flat @ part.matrices().flatten(1).mT
+        formed: list[Tensor] = []
+        first = start = 0
+        for factors in parts:
+            assert isinstance(factors, Tokens)
+            for k in range(0, len(factors), size):
+                part = factors.take(slice(k, k + size)).to(flat.dtype)
+                if formed and start + len(part) - first > size:
+                    scores[:, first:start] += flat @ torch.cat(formed).mT
+                    formed, first = [], start
+                formed.append(part.matrices().flatten(1))
+                start += len(part)
+        scores[:, first:start] += flat @ torch.cat(formed).mT
 
 
 @dataclass(frozen=True, eq=False)

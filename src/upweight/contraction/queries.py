@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.curvature.layerwise import FittedBlock
-from upweight.gradients.factored import Factors, Rows, Tokens, stacked
+from upweight.gradients.factored import Factors, Lookups, Rows, Tokens, stacked
 from upweight.linalg.eigen import Eigen
 
 
@@ -69,7 +69,10 @@ def rotated(tokens: Tokens, eigen: Eigen) -> Tokens:
 def in_basis(eigen: Eigen, factors: Factors) -> Float[Tensor, "b ..."]:
     """Qᵀ g of each example, [b, *eigenvalues]."""
     if isinstance(factors, Tokens) and eigen.values.ndim == 2:
-        return rotated(factors, eigen).matrices()
+        (o, i), t = eigen.values.shape, factors.positions
+        if t * (o * o + i * i) <= o * i * (o + i) or isinstance(factors, Lookups):
+            return rotated(factors, eigen).matrices()
+        return eigen.rotated(factors.matrices())
     values = factors.values if isinstance(factors, Rows) else factors.matrices()
     return eigen.rotated(values.reshape(len(values), *eigen.values.shape))
 

@@ -54,6 +54,10 @@ queries."""
 REFERENCE_BYTES = 256 * 2**20
 """Memory that the reference queries may take in full precision."""
 
+TOGETHER = 64
+"""Examples to multiply with the queries at once, where batches are smaller: a product with fewer
+reads the queries from memory for little arithmetic."""
+
 ATTEMPTS = 4
 """Choices that may fail the check before the scores are computed in full precision."""
 
@@ -86,8 +90,14 @@ class Contraction:
 
     def stream(self, begin: int = 0) -> Iterator[tuple[int, int, Float[Tensor, "q b"]]]:
         """Σₗ ⟨V_q, gᵢ⟩ for batches of training examples, in order, from `begin` on."""
+        waiting: list[list[Factors]] = []
+        first = begin
         for start, stop, factors in self.factors(begin):
-            yield start, stop, self.scores(factors, self.choice.kernels)
+            waiting.append(factors)
+            size = stop - start
+            if stop + size - first > self._at_once or stop == len(self.train):
+                yield first, stop, self._scores(waiting)
+                waiting, first = [], stop
 
     def stream_blocks(self) -> Iterator[tuple[int, int, list[Float[Tensor, "q b"]]]]:
         """⟨V_q, gᵢ⟩ of each block by itself."""
@@ -113,6 +123,21 @@ class Contraction:
             batches = self.train.batches(size, begin)
             for start, stop, batch in progress(batches, len(self.train), "scores", begin):
                 yield start, stop, passes.of(training_loss(task), task.to_device(batch))
+
+    @property
+    def _at_once(self) -> int:
+        """Examples whose gradients are held to be multiplied together."""
+        device = self.curvature.plan.task.layout.device
+        allowed = working_bytes(device, self.memory_bytes)
+        return min(TOGETHER, allowed // max(1, self.curvature.cost.factor_bytes))
+
+    def _scores(self, batches: Sequence[Sequence[Factors]]) -> Tensor:
+        """The sum over all blocks, of several batches."""
+        plan, size = self.curvature.plan, sum(len(batch[0]) for batch in batches)
+        out = torch.zeros(len(self), size, dtype=plan.dtype, device=plan.task.layout.device)
+        for k, kernel in enumerate(self.choice.kernels):
+            kernel.add_all(out, [batch[k] for batch in batches])
+        return out
 
     def scores(self, factors: Sequence[Factors], kernels: Sequence[Kernel]) -> Tensor:
         """The sum over the given blocks."""

@@ -23,20 +23,22 @@ class Cost:
     Args:
         bytes_per_example: Activations that autograd keeps, and the factors.
         positions: t of each block; 0 for a block without positions.
+        factor_bytes: The factors alone.
     """
 
     bytes_per_example: int
     positions: tuple[int, ...]
+    factor_bytes: int = 0
 
 
 def cost(plan: Plan, data: Data) -> Cost:
     """Run a few examples and count."""
-    few, positions = _held(plan, data, SIZES[0])
-    more, _ = _held(plan, data, SIZES[1])
-    return Cost(max(1, (more - few) // (SIZES[1] - SIZES[0])), positions)
+    few, positions, factors = _held(plan, data, SIZES[0])
+    more, _, _ = _held(plan, data, SIZES[1])
+    return Cost(max(1, (more - few) // (SIZES[1] - SIZES[0])), positions, factors // SIZES[0])
 
 
-def _held(plan: Plan, data: Data, size: int) -> tuple[int, tuple[int, ...]]:
+def _held(plan: Plan, data: Data, size: int) -> tuple[int, tuple[int, ...], int]:
     held: dict[int, int] = {}
 
     def keep(x: Tensor) -> Any:
@@ -58,9 +60,10 @@ def _held(plan: Plan, data: Data, size: int) -> tuple[int, tuple[int, ...]]:
 
     with GradientPass(plan) as passes:
         factors = passes.of(losses, batch)
-    total = sum(held.values())
-    # Twice: besides the factors themselves, what is made from them on the way.
+    own = 0
     for part in factors:
         tensors = (part.left, part.right) if isinstance(part, Tokens) else (part.values,)
-        total += 2 * sum(x.nbytes for x in tensors)
-    return total, tuple(part.positions if isinstance(part, Tokens) else 0 for part in factors)
+        own += sum(x.nbytes for x in tensors)
+    positions = tuple(part.positions if isinstance(part, Tokens) else 0 for part in factors)
+    # Twice: besides the factors themselves, what is made from them on the way.
+    return sum(held.values()) + 2 * own, positions, own
