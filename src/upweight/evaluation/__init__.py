@@ -6,11 +6,19 @@
 `retrain.py` makes the actual side, the only expensive one: many models, cached and resumable
 (`bench.py` runs them, `identity.py` says what they depend on). `weights.py` says which w,
 `prediction.py` what scores predict for it. `loo.py` holds one against the other, and `metrics.py`
-says how well they agree, with confidence intervals.
+says how well they agree, with confidence intervals (`bootstrap.py`).
 """
 
+from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.evaluation.loo import LOO, compare, leave_one_out, loo
-from upweight.evaluation.metrics import Bootstrap, Estimate, pearson, slope, spearman
+from upweight.evaluation.metrics import (
+    kendall,
+    mean_kendall,
+    mean_spearman,
+    pearson,
+    slope,
+    spearman,
+)
 from upweight.evaluation.prediction import predicted_removals
 from upweight.evaluation.retrain import Retrained, retrain
 from upweight.evaluation.weights import removal_weights
@@ -21,8 +29,11 @@ __all__ = [
     "Estimate",
     "Retrained",
     "compare",
+    "kendall",
     "leave_one_out",
     "loo",
+    "mean_kendall",
+    "mean_spearman",
     "pearson",
     "predicted_removals",
     "removal_weights",
