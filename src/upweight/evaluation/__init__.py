@@ -13,6 +13,8 @@ What is asked of the two sides, each number with a confidence interval (`bootstr
     lds.py             are models trained on random subsets ordered as predicted?
     removal_curve.py   how far does m move as more of the top of a ranking is removed?
     brittleness.py     how few removals flip a prediction?
+    mislabel.py        are known wrong labels ranked first?      (no retraining)
+    retrieval.py       is what is ranked first for a query akin to it?     (no retraining)
 """
 
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
@@ -33,6 +35,14 @@ from upweight.evaluation.metrics import (
     slope,
     spearman,
 )
+from upweight.evaluation.mislabel import (
+    Detection,
+    auroc,
+    average_precision,
+    mislabel_detection,
+    recall_at_budget,
+    recall_curve,
+)
 from upweight.evaluation.prediction import predicted_changes, predicted_removals
 from upweight.evaluation.removal_curve import (
     RemovalCurve,
@@ -42,6 +52,7 @@ from upweight.evaluation.removal_curve import (
     removal_curve,
 )
 from upweight.evaluation.retrain import Retrained, retrain
+from upweight.evaluation.retrieval import Retrieval, class_retrieval, poison_retrieval
 from upweight.evaluation.weights import removal_weights, subset_weights
 
 __all__ = [
@@ -49,11 +60,16 @@ __all__ = [
     "LOO",
     "Bootstrap",
     "Brittleness",
+    "Detection",
     "Estimate",
     "RemovalCurve",
     "Retrained",
+    "Retrieval",
+    "auroc",
+    "average_precision",
     "brittleness",
     "class_groups",
+    "class_retrieval",
     "compare",
     "influential_groups",
     "kendall",
@@ -63,12 +79,16 @@ __all__ = [
     "loss_order",
     "mean_kendall",
     "mean_spearman",
+    "mislabel_detection",
     "pearson",
+    "poison_retrieval",
     "predicted_changes",
     "predicted_removals",
     "random_groups",
     "random_order",
     "ranked_removal_weights",
+    "recall_at_budget",
+    "recall_curve",
     "removal_curve",
     "removal_order",
     "removal_weights",
