@@ -37,7 +37,7 @@ class Brittleness:
         sizes: k.
         margins: Margins after the first k of each query's ranking are gone, for each seed.
         baseline: Margins on all data.
-        bootstrap: How the intervals are made; seeds and queries are drawn with replacement.
+        bootstrap: How the intervals are made; queries are drawn with replacement.
     """
 
     sizes: tuple[int, ...]
@@ -55,25 +55,16 @@ class Brittleness:
 
     @cached_property
     def flipped(self) -> tuple[Estimate, ...]:
-        """Share of the queries that count which k or fewer removals flip, for each k."""
-        seeds, steps, queries = self.margins.shape
-        flat = self.margins.reshape(seeds, -1)
+        """Share of the queries that count which k or fewer removals flip, for each k.
 
-        def share(m: Float[Tensor, "r m"], q: Float[Tensor, "r q"], step: int) -> Tensor:
-            m = m / m.sum(dim=1, keepdim=True)
-            after = (m @ flat).reshape(len(m), steps, queries)[:, : step + 1]
-            counted = q * (m @ self.baseline >= 0)
-            # No drawn query counts: 0/0, a resample without an answer.
-            return weighted_mean((after < 0).any(dim=1).double(), counted)
-
+        Queries are drawn with replacement. Seeds are not: a mean over fewer distinct seeds is
+        noisier, and noise flips. NaN bounds where one query counts.
+        """
+        right = self.baseline.mean(dim=0) >= 0
+        ever = (self.margins.mean(dim=0)[:, right] < 0).double().cummax(dim=0).values
         return tuple(
-            estimate(
-                lambda m, q, step=step: share(m, q, step),
-                (seeds, queries),
-                self.bootstrap,
-                width=steps * queries,
-            )
-            for step in range(steps)
+            estimate(lambda counts, at=at: weighted_mean(at, counts), [len(at)], self.bootstrap)
+            for at in ever
         )
 
     def summary(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Functions of counts, as a bootstrap needs them: `counts[r, i]` says how often resample r drew row i.
 Rows with equal values have no order; what is found among them is the mean over all their orders.
-NaN where a resample drew no positive, or no negative where one is needed.
+Where a resample drew no positive, or no negative where one is needed, a share is 0/0 = NaN.
 """
 
 from dataclasses import dataclass
@@ -31,9 +31,8 @@ class Levels:
 
     @property
     def positives(self) -> Float[Tensor, " r"]:
-        """Positives of each resample; NaN where it has none."""
-        total = self.positive.sum(dim=1)
-        return torch.where(total > 0, total, torch.nan)
+        """Positives of each resample."""
+        return self.positive.sum(dim=1)
 
 
 def levels(
@@ -52,8 +51,7 @@ def area(found: Levels) -> Float[Tensor, " r"]:
     """Area under the ROC curve: P(positive above negative) + ½ P(equal)."""
     above = found.positive.cumsum(dim=1) - found.positive
     u = (found.negative * (above + found.positive / 2)).sum(dim=1)
-    negatives = found.negative.sum(dim=1)
-    return u / (found.positives * torch.where(negatives > 0, negatives, torch.nan))
+    return u / (found.positives * found.negative.sum(dim=1))
 
 
 def precision(found: Levels) -> Float[Tensor, " r"]:

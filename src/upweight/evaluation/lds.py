@@ -22,7 +22,7 @@ from torch import Tensor
 
 from upweight.errors import ShapeError, message
 from upweight.evaluation import metrics
-from upweight.evaluation.bootstrap import FEW, Bootstrap, Estimate, estimate
+from upweight.evaluation.bootstrap import FEW, Bootstrap, Estimate, centered_estimate
 from upweight.evaluation.prediction import predicted_changes
 from upweight.evaluation.seeds import Truth, by_seed, values_by_seed
 from upweight.scores import Scores
@@ -81,7 +81,7 @@ class LDS:
         statistic = self._ceiling()
         if statistic is None:
             return None
-        return estimate(statistic, self.predicted.shape, self.bootstrap)
+        return centered_estimate(statistic, self.predicted.shape, self.bootstrap)
 
     @cached_property
     def relative(self) -> Estimate | None:
@@ -95,7 +95,7 @@ class LDS:
             top = ceiling(rows, queries)
             return score(rows, queries) / torch.where(top > 0, top, torch.nan)
 
-        return estimate(statistic, self.predicted.shape, self.bootstrap)
+        return centered_estimate(statistic, self.predicted.shape, self.bootstrap)
 
     def _ceiling(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         over = metrics.over_queries

@@ -10,7 +10,8 @@ average over queries, so that only the order within a query counts.
 
 Intervals are percentile bootstraps (`upweight.evaluation.bootstrap`): rows are drawn with
 replacement, and the values of one row (an example's effects on several queries) stay together,
-since they are not independent. The means over queries draw queries too.
+since they are not independent. The means over queries draw queries too;
+that of ρ is centered.
 
 Refuses inputs for which the quantity does not exist: fewer than three rows, constant values, NaN.
 """
@@ -24,7 +25,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import DataError, NonFinite, ShapeError, message
-from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, weighted_mean
+from upweight.evaluation.bootstrap import (
+    Bootstrap,
+    Estimate,
+    centered_estimate,
+    estimate,
+    weighted_mean,
+)
 
 CONSTANT = 1e-13  # variance, in units of the whole sample's, that rounding leaves of a constant
 
@@ -107,14 +114,15 @@ def mean_spearman(
 ) -> Estimate:
     """(1/q) Σ_q ρ_q, with ρ_q the rank correlation over the rows of one query.
 
-    Rows and queries are drawn with replacement; with one query, rows only.
+    Rows and queries are drawn with replacement; with one query, rows only. The interval is
+    centered, see `upweight.evaluation.bootstrap.centered_estimate`.
 
     Raises:
         ShapeError, NonFinite: See the module.
         DataError: The predicted or actual values of a query are all the same; says which query.
     """
     x, y = varying(predicted, actual)
-    return estimate(over_queries(rank_correlation, x, y), x.shape, bootstrap)
+    return centered_estimate(over_queries(rank_correlation, x, y), x.shape, bootstrap)
 
 
 def mean_kendall(

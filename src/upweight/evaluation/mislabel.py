@@ -166,6 +166,8 @@ def mislabel_detection(
         ShapeError: There is no ranking; or as `auroc`.
         UpweightError: As `auroc` and `recall_at_budget`.
 
+    Cost: resamples × n numbers, three times per ranking; for 60 000 rows about half a minute each.
+
     Example:
         >>> print(mislabel_detection({"self-influence": s, "loss": losses}, mislabeled))
     """
