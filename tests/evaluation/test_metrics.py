@@ -6,7 +6,17 @@ import scipy.stats
 import torch
 
 from upweight.errors import DataError, NonFinite, ShapeError, SpecError
-from upweight.evaluation.metrics import Bootstrap, pearson, slope, spearman
+from upweight.evaluation.bootstrap import Bootstrap, estimate
+from upweight.evaluation.metrics import (
+    kendall,
+    mean_kendall,
+    mean_spearman,
+    over_queries,
+    pearson,
+    rank_correlation,
+    slope,
+    spearman,
+)
 
 
 def pairs(e=40, q=1, noise=0.5, seed=0, ties=False):
@@ -19,6 +29,7 @@ def pairs(e=40, q=1, noise=0.5, seed=0, ties=False):
 SCIPY = {
     pearson: lambda x, y: scipy.stats.pearsonr(x, y).statistic,
     spearman: lambda x, y: scipy.stats.spearmanr(x, y).statistic,
+    kendall: lambda x, y: scipy.stats.kendalltau(x, y, variant="b").statistic,
     slope: lambda x, y: scipy.stats.linregress(x, y).slope,
 }
 
@@ -128,3 +139,80 @@ def test_resamples_without_spread_are_left_out():
     estimate = pearson(x, y)  # a third of the resamples never draw the last row
     assert np.isfinite([estimate.value, estimate.low, estimate.high]).all()
     assert estimate.low > 0.9
+
+
+BY_QUERY = {mean_spearman: spearman, mean_kendall: kendall}
+
+
+@pytest.mark.parametrize("metric", BY_QUERY)
+@pytest.mark.parametrize("ties", [False, True])
+def test_mean_over_queries_is_that_of_scipy(metric, ties):
+    x, y = pairs(q=4, ties=ties)
+    y = y * torch.tensor([1.0, -2.0, 1e-9, 1e6])  # each query on a scale of its own
+    each = [SCIPY[BY_QUERY[metric]](x[:, j].numpy(), y[:, j].numpy()) for j in range(4)]
+    assert min(each) < 0 < max(each)
+    assert metric(x, y).value == pytest.approx(np.mean(each), rel=1e-12)
+
+
+@pytest.mark.parametrize("metric", BY_QUERY)
+def test_mean_interval_is_that_of_drawing_rows_and_queries(metric):
+    """The same percentiles from a loop with SciPy; drawing rows only would be far narrower."""
+    x, y = pairs(e=30, q=5, ties=True)
+    y = y + torch.arange(5.0) * torch.randn(30, 5)  # queries differ in how well they agree
+    estimate = metric(x, y)
+    generator = np.random.default_rng(1)
+    values, rows_only = [], []
+    one = SCIPY[BY_QUERY[metric]]
+    for _ in range(1500):
+        rows = generator.integers(30, size=30)
+        each = np.array([one(x[rows, j].numpy(), y[rows, j].numpy()) for j in range(5)])
+        values.append(each[generator.integers(5, size=5)].mean())
+        rows_only.append(each.mean())
+    values = np.array(values)
+    if metric is mean_spearman:
+        values -= values.mean() - metric(x, y).value  # ties of rows drawn twice take something off
+    low, high = np.quantile(values, [0.025, 0.975])
+    spread = np.std(values)
+    # A quantile of 1500 draws has a standard error of about 0.07 spreads; two runs, 4 of them.
+    assert abs(estimate.low - low) < 0.4 * spread
+    assert abs(estimate.high - high) < 0.4 * spread
+    low_rows, high_rows = np.quantile(rows_only, [0.025, 0.975])
+    assert high_rows - low_rows < 0.75 * (high - low)
+
+
+@pytest.mark.parametrize("metric", BY_QUERY)
+def test_one_query_is_the_metric_itself(metric):
+    x, y = pairs(ties=True)
+    pooled = BY_QUERY[metric](x, y)
+    assert metric(x, y).value == pytest.approx(pooled.value, rel=1e-12)
+    assert metric(x, y).low < metric(x, y).value < metric(x, y).high
+
+
+@pytest.mark.parametrize("metric", BY_QUERY)
+def test_queries_without_a_correlation_are_named(metric):
+    x, y = pairs(q=4)
+    y[:, 2] = 0.1
+    with pytest.raises(DataError, match=r"actual values of 1 of 4 queries.*queries \[2\].*0\.1"):
+        metric(x, y)
+    with pytest.raises(DataError, match=r"predicted values of 4 of 4 queries"):
+        metric(torch.zeros(40, 4), x)
+    x[1, 1] = torch.inf
+    with pytest.raises(NonFinite, match="1 of 160 predicted"):
+        metric(x, y)
+    with pytest.raises(ShapeError, match=r"values\[:, None\]"):
+        metric(x[:, 0], y[:, 0])
+    with pytest.raises(ShapeError, match="at least 3 rows"):
+        metric(x[:2], y[:2])
+    with pytest.raises(ShapeError, match=r"predicted \(40, 0\)"):
+        metric(x[:, :0], y[:, :0])
+
+
+def test_over_many_queries_the_interval_still_holds_the_value():
+    """Ties of rows drawn twice lower ρ by 3(ρ − τ)/s, here by more than the interval is wide."""
+    x, y = pairs(e=60, q=400, noise=0.8)
+    rho, tau = mean_spearman(x, y, Bootstrap(resamples=300)), mean_kendall(x, y)
+    assert rho.low < rho.value < rho.high
+    assert tau.low < tau.value < tau.high
+    plain = estimate(over_queries(rank_correlation, x, y), x.shape, Bootstrap(resamples=300))
+    assert plain.high < rho.value
+    assert rho.low - plain.low == pytest.approx(3 * (rho.value - tau.value) / 60, rel=0.1)

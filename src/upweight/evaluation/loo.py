@@ -21,7 +21,7 @@ from torch import Tensor
 
 from upweight.errors import ShapeError, message
 from upweight.evaluation import metrics
-from upweight.evaluation.metrics import Bootstrap, Estimate
+from upweight.evaluation.bootstrap import FEW, Bootstrap, Estimate
 from upweight.evaluation.prediction import (
     predicted_removals,
     query_index,
@@ -34,8 +34,6 @@ from upweight.task.data import as_data
 from upweight.task.measures import Loss
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
-
-FEW = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +152,7 @@ def compare(
     examples: Iterable[Removal],
     *,
     query: int | None = None,
-    bootstrap: Bootstrap = Bootstrap(),  # noqa: B008  a frozen spec
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> LOO:
     """Hold predictions against retraining.
 
@@ -197,7 +195,7 @@ def loo(
     jobs: int | None = None,
     cache: str | Path | None = None,
     progress: bool = True,
-    bootstrap: Bootstrap = Bootstrap(),  # noqa: B008  a frozen spec
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> LOO:
     """Predicted against actual effect of removing each example, by really retraining.
 

@@ -2,58 +2,43 @@
 
     pearson    linear correlation
     spearman   Pearson correlation of the ranks, ties sharing their mean rank
+    kendall    τ_b: concordant minus discordant pairs, over the pairs that are not tied
     slope      least squares slope b of  actual ≈ a + b · predicted: 1 where magnitudes are right
 
-Intervals are percentile bootstraps (Efron & Tibshirani 1993, §13.3): rows are drawn with
+These take all entries together. `mean_spearman` and `mean_kendall` take each query by itself and
+average over queries, so that only the order within a query counts.
+
+Intervals are percentile bootstraps (`upweight.evaluation.bootstrap`): rows are drawn with
 replacement, and the values of one row (an example's effects on several queries) stay together,
-since they are not independent. With fewer than about 20 rows such an interval is too narrow.
+since they are not independent. The means over queries draw queries too;
+that of ρ is centered.
 
 Refuses inputs for which the quantity does not exist: fewer than three rows, constant values, NaN.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import DataError, NonFinite, ShapeError, SpecError, message
+from upweight.errors import DataError, NonFinite, ShapeError, message
+from upweight.evaluation.bootstrap import (
+    Bootstrap,
+    Estimate,
+    centered_estimate,
+    estimate,
+    weighted_mean,
+)
 
-CHUNK = 4_000_000  # numbers per array while resampling
 CONSTANT = 1e-13  # variance, in units of the whole sample's, that rounding leaves of a constant
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and its confidence interval. The bounds may be NaN where resampling gave none."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """How intervals are made: `resamples` draws of the rows, from `seed`."""
-
-    level: float = 0.95
-    resamples: int = 2000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not (0 < self.level < 1 and self.resamples >= 1):
-            raise SpecError(
-                message(
-                    "A bootstrap needs a level between 0 and 1 and at least one resample.",
-                    f"{self!r}.",
-                    "a level in percent.",
-                    "use Bootstrap(level=0.95).",
-                )
-            )
+Correlation: TypeAlias = Callable[
+    [Float[Tensor, " m"], Float[Tensor, " m"], Float[Tensor, "r m"]], Float[Tensor, " r"]
+]
+"""x, y and how often each resample drew each pair, to one correlation per resample."""
 
 
 def pearson(
@@ -66,8 +51,8 @@ def pearson(
     Raises:
         ShapeError, NonFinite, DataError: See the module.
     """
-    x, y = _checked(predicted, actual, "A correlation")
-    return _estimate(lambda counts: _correlation(_moments(x, y, counts)), len(x), bootstrap)
+    x, y = _standardized(predicted, actual, "A correlation")
+    return estimate(lambda counts: _correlation(_moments(x, y, counts)), [len(x)], bootstrap)
 
 
 def spearman(
@@ -80,14 +65,24 @@ def spearman(
     Raises:
         ShapeError, NonFinite, DataError: See the module.
     """
-    x, y = _checked(predicted, actual, "A rank correlation")
+    return _pooled(rank_correlation, predicted, actual, bootstrap)
 
-    def statistic(counts: Float[Tensor, "r e"]) -> Float[Tensor, " r"]:
-        each = counts.repeat_interleave(x.shape[1], dim=1)
-        ranks = (_ranks(x.reshape(-1), each), _ranks(y.reshape(-1), each))
-        return _correlation(_moments_by_resample(*ranks, each))
 
-    return _estimate(statistic, len(x), bootstrap, width=x.numel())
+def kendall(
+    predicted: Float[Tensor, "e *q"],
+    actual: Float[Tensor, "..."],  # of predicted's shape; another is refused in words
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Estimate:
+    """Kendall's τ_b over all entries together (Kendall 1945).
+
+        τ_b = Σ sign(xᵢ−xⱼ) sign(yᵢ−yⱼ) / √(#{xᵢ≠xⱼ} #{yᵢ≠yⱼ})          over pairs i, j
+
+    Raises:
+        ShapeError, NonFinite, DataError: See the module.
+
+    Cost: m² numbers in memory and m² multiply-adds per resample, for m entries.
+    """
+    return _pooled(tau_b, predicted, actual, bootstrap)
 
 
 def slope(
@@ -102,44 +97,104 @@ def slope(
     Raises:
         ShapeError, NonFinite, DataError: See the module.
     """
-    x, y = _checked(predicted, actual, "A slope")
+    x, y = _standardized(predicted, actual, "A slope")
     unit = float(actual.detach().double().std() / predicted.detach().double().std())
 
     def statistic(counts: Float[Tensor, "r e"]) -> Float[Tensor, " r"]:
         moments = _moments(x, y, counts)
         return unit * moments.xy / torch.where(moments.xx > CONSTANT, moments.xx, torch.nan)
 
-    return _estimate(statistic, len(x), bootstrap)
+    return estimate(statistic, [len(x)], bootstrap)
 
 
-def _estimate(
-    statistic: Callable[[Float[Tensor, "r e"]], Float[Tensor, " r"]],
-    rows: int,
-    bootstrap: Bootstrap,
-    width: int = 0,
+def mean_spearman(
+    predicted: Float[Tensor, "s q"],
+    actual: Float[Tensor, "..."],  # of predicted's shape; another is refused in words
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> Estimate:
-    """The statistic with each row once, and its percentiles over resamples.
+    """(1/q) Σ_q ρ_q, with ρ_q the rank correlation over the rows of one query.
 
-    A resample in which a variable is constant has no correlation; it is left out.
+    Rows and queries are drawn with replacement; with one query, rows only. The interval is
+    centered, see `upweight.evaluation.bootstrap.centered_estimate`.
+
+    Raises:
+        ShapeError, NonFinite: See the module.
+        DataError: The predicted or actual values of a query are all the same; says which query.
     """
-    value = statistic(torch.ones(1, rows, dtype=torch.float64))
-    generator = torch.Generator().manual_seed(bootstrap.seed)
-    chunk = max(1, CHUNK // max(rows, width))
-    parts = []
-    for start in range(0, bootstrap.resamples, chunk):
-        size = min(chunk, bootstrap.resamples - start)
-        drawn: Int[Tensor, "r e"] = torch.randint(rows, (size, rows), generator=generator)
-        counts = torch.zeros(size, rows, dtype=torch.float64)
-        counts.scatter_add_(1, drawn, torch.ones_like(counts))
-        parts.append(statistic(counts))
-    values = torch.cat(parts)
-    values = values[values.isfinite()]
-    if len(values) == 0:
-        return Estimate(float(value), torch.nan, torch.nan)
-    tail = (1.0 - bootstrap.level) / 2
-    ends = torch.tensor([tail, 1.0 - tail], dtype=torch.float64)
-    low, high = torch.quantile(values, ends).tolist()
-    return Estimate(float(value), low, high)
+    x, y = varying(predicted, actual)
+    return centered_estimate(over_queries(rank_correlation, x, y), x.shape, bootstrap)
+
+
+def mean_kendall(
+    predicted: Float[Tensor, "s q"],
+    actual: Float[Tensor, "..."],  # of predicted's shape; another is refused in words
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Estimate:
+    """(1/q) Σ_q τ_q, with τ_q Kendall's τ_b over the rows of one query. As `mean_spearman`.
+
+    Raises:
+        ShapeError, NonFinite, DataError: As `mean_spearman`.
+
+    Cost: q s² multiply-adds per resample.
+    """
+    x, y = varying(predicted, actual)
+    return estimate(over_queries(tau_b, x, y), x.shape, bootstrap)
+
+
+def over_queries(
+    correlation: Correlation, x: Float[Tensor, "s q"], y: Float[Tensor, "s q"]
+) -> Callable[[Float[Tensor, "r s"], Float[Tensor, "r q"]], Float[Tensor, " r"]]:
+    """Mean correlation of the queries drawn, each over the rows drawn, as a bootstrap needs it."""
+
+    def statistic(rows: Float[Tensor, "r s"], queries: Float[Tensor, "r q"]) -> Tensor:
+        return weighted_mean(each_query(correlation, x, y, rows), queries)
+
+    return statistic
+
+
+def each_query(
+    correlation: Correlation,
+    x: Float[Tensor, "s q"],
+    y: Float[Tensor, "s q"],
+    rows: Float[Tensor, "r s"],
+) -> Float[Tensor, "r q"]:
+    """The correlation of every query, over the rows that each resample drew."""
+    return torch.stack([correlation(a, b, rows) for a, b in zip(x.T, y.T, strict=True)], dim=1)
+
+
+def rank_correlation(
+    x: Float[Tensor, " m"], y: Float[Tensor, " m"], counts: Float[Tensor, "r m"]
+) -> Float[Tensor, " r"]:
+    """Spearman's ρ within each resample."""
+    return _correlation(_moments_by_resample(_ranks(x, counts), _ranks(y, counts), counts))
+
+
+def tau_b(
+    x: Float[Tensor, " m"], y: Float[Tensor, " m"], counts: Float[Tensor, "r m"]
+) -> Float[Tensor, " r"]:
+    """Kendall's τ_b within each resample; an entry drawn twice is a tied pair."""
+    signs = (x[:, None] - x).sign() * (y[:, None] - y).sign()
+    untied = _untied(x, counts) * _untied(y, counts)
+    scale = torch.where(untied > 0, untied, torch.nan).sqrt()
+    return ((counts @ signs) * counts).sum(dim=1) / scale
+
+
+def _untied(values: Float[Tensor, " m"], counts: Float[Tensor, "r m"]) -> Float[Tensor, " r"]:
+    """Ordered pairs of each resample whose values differ."""
+    held, _ = _levels(values, counts)
+    return counts.sum(dim=1) ** 2 - (held**2).sum(dim=1)
+
+
+def _pooled(
+    correlation: Correlation, predicted: Tensor, actual: Tensor, bootstrap: Bootstrap
+) -> Estimate:
+    x, y = _standardized(predicted, actual, "A rank correlation")
+
+    def statistic(counts: Float[Tensor, "r e"]) -> Float[Tensor, " r"]:
+        each = counts.repeat_interleave(x.shape[1], dim=1)
+        return correlation(x.reshape(-1), y.reshape(-1), each)
+
+    return estimate(statistic, [len(x)], bootstrap, width=x.numel())
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,38 +236,24 @@ def _correlation(moments: _Moments) -> Float[Tensor, " r"]:
 
 def _ranks(values: Float[Tensor, " m"], counts: Float[Tensor, "r m"]) -> Float[Tensor, "r m"]:
     """Rank of each value within each resample, centered; equal values share their mean rank."""
-    levels, where = torch.unique(values, return_inverse=True)
-    held = counts.new_zeros(len(counts), len(levels)).index_add_(1, where, counts)
+    held, where = _levels(values, counts)
     middle = held.cumsum(dim=1) - held / 2
     size = counts.sum(dim=1, keepdim=True)
     return (middle / size - 0.5)[:, where]
 
 
-def _checked(
+def _levels(values: Float[Tensor, " m"], counts: Float[Tensor, "r m"]) -> tuple[Tensor, Tensor]:
+    """How often each resample drew each distinct value, ascending; and which one each entry has."""
+    levels, where = torch.unique(values, return_inverse=True)
+    return counts.new_zeros(len(counts), len(levels)).index_add_(1, where, counts), where
+
+
+def _standardized(
     predicted: Tensor, actual: Tensor, what: str
 ) -> tuple[Float[Tensor, "e q"], Float[Tensor, "e q"]]:
     """Both as `[e, q]` in float64, centered and scaled to variance 1."""
-    if predicted.shape != actual.shape or predicted.ndim == 0 or len(predicted) < 3:
-        raise ShapeError(
-            message(
-                f"{what} needs predicted and actual values of one shape, with at least 3 rows.",
-                f"predicted {tuple(predicted.shape)}, actual {tuple(actual.shape)}.",
-                "too few examples, or one query's predictions beside all queries' truth.",
-                "compare more removals, or pick the query with query=.",
-            )
-        )
     pair = []
-    for name, values in (("predicted", predicted), ("actual", actual)):
-        flat = values.detach().cpu().double().reshape(len(values), -1)
-        if not bool(flat.isfinite().all()):
-            raise NonFinite(
-                message(
-                    f"{what} needs finite values.",
-                    f"{int((~flat.isfinite()).sum())} of {flat.numel()} {name} values are not.",
-                    "models that failed to train.",
-                    "leave those removals out, or train them with another recipe.",
-                )
-            )
+    for name, flat in zip(("predicted", "actual"), _finite(predicted, actual, what), strict=True):
         spread = float(flat.std())
         if spread <= 1e-14 * float(flat.abs().max()):
             raise DataError(
@@ -226,3 +267,64 @@ def _checked(
             )
         pair.append((flat - flat.mean()) / spread)
     return pair[0], pair[1]
+
+
+def varying(predicted: Tensor, actual: Tensor) -> tuple[Float[Tensor, "s q"], Float[Tensor, "s q"]]:
+    """Both as `[s, q]` in float64, every query with values that differ between rows.
+
+    Raises:
+        ShapeError, NonFinite, DataError: As `mean_spearman`.
+    """
+    what = "A rank correlation per query"
+    if predicted.ndim != 2 or predicted.shape[1] == 0:
+        raise ShapeError(
+            message(
+                f"{what} needs one row per subset and one column per query: [s, q].",
+                f"predicted {tuple(predicted.shape)}.",
+                "one query's values as a vector.",
+                "use values[:, None] for a single query.",
+            )
+        )
+    pair = _finite(predicted, actual, what)
+    for name, values in zip(("predicted", "actual"), pair, strict=True):
+        constant = values.std(dim=0) <= 1e-14 * values.abs().amax(dim=0)
+        if bool(constant.any()):
+            which = constant.nonzero()[:, 0].tolist()
+            raise DataError(
+                message(
+                    f"{what} needs values that differ between rows, for every query.",
+                    f"{name} values of {len(which)} of {values.shape[1]} queries are constant: "
+                    f"queries {which[:5]}, the first at {float(values[0, which[0]]):.6g}.",
+                    "scores of zero throughout, a measure that ignores the model, or an algorithm "
+                    "that ignores its weights.",
+                    "look at the values themselves; leave those queries out and say so.",
+                )
+            )
+    return pair
+
+
+def _finite(
+    predicted: Tensor, actual: Tensor, what: str
+) -> tuple[Float[Tensor, "e q"], Float[Tensor, "e q"]]:
+    """Both as `[e, q]` in float64."""
+    if predicted.shape != actual.shape or predicted.ndim == 0 or len(predicted) < 3:
+        raise ShapeError(
+            message(
+                f"{what} needs predicted and actual values of one shape, with at least 3 rows.",
+                f"predicted {tuple(predicted.shape)}, actual {tuple(actual.shape)}.",
+                "too few examples, or one query's predictions beside all queries' truth.",
+                "compare more removals, or pick the query with query=.",
+            )
+        )
+    x, y = (v.detach().cpu().double().reshape(len(v), -1) for v in (predicted, actual))
+    for name, flat in (("predicted", x), ("actual", y)):
+        if not bool(flat.isfinite().all()):
+            raise NonFinite(
+                message(
+                    f"{what} needs finite values.",
+                    f"{int((~flat.isfinite()).sum())} of {flat.numel()} {name} values are not.",
+                    "models that failed to train.",
+                    "leave those removals out, or train them with another recipe.",
+                )
+            )
+    return x, y

@@ -1,6 +1,7 @@
-"""Δm as scores predict it for removals.
+"""Δm as scores predict it, for removals and for any data weights.
 
 predicted[e, q] = −Σ_{i ∈ e} S[q, i]          or, for scores of removals, Δm as it stands
+predicted[s, q] = Σᵢ S[q, i] (w[s, i] − 1)
 """
 
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import ShapeError, message
+from upweight.errors import ShapeError, UpweightError, message
 from upweight.evaluation.weights import Removal, members
 from upweight.scores import Scores, Unit
 
@@ -72,6 +73,60 @@ def predicted_removals(
         return predicted
     row = query_index(query, len(scores))
     return predicted[:, row : row + 1]
+
+
+def predicted_changes(scores: Scores, weights: Float[Tensor, "..."]) -> Float[Tensor, "s q"]:
+    """Δm that scores predict for each row of data weights, Σᵢ S[q, i] (w[s, i] − 1).
+
+    Args:
+        scores: Over single training examples.
+        weights: `[s, n]`.
+
+    Raises:
+        ShapeError: The columns of the scores are not the training examples in order, or the
+            weights are not `[s, n]`.
+        UpweightError: The scores only rank: sums of them mean nothing by themselves.
+    """
+    require_examples(scores)
+    n = scores.values.shape[1]
+    if weights.ndim != 2 or weights.shape[1] != n or len(weights) == 0:
+        raise ShapeError(
+            message(
+                f"Data weights have one row per model and one column per score: [s, {n}].",
+                f"weights {tuple(weights.shape)}, scores {tuple(scores.values.shape)}.",
+                "weights of another data set, or scores of a part of it.",
+                "use the weights that the models were retrained with.",
+            )
+        )
+    if scores.unit is Unit.RANK:
+        raise UpweightError(
+            message(
+                "The effect of many weights at once is a sum of scores in ∂m/∂w or Δm.",
+                "scores that only rank.",
+                "a similarity or an uncalibrated projection method.",
+                "where the method claims that its scores add up, pass the sums as a matrix: "
+                "(weights - 1) @ scores.values.T.",
+            )
+        )
+    return torch.stack([scores.predict(weights=row) for row in weights]).detach().cpu().double()
+
+
+def require_examples(scores: Scores) -> None:
+    """Refuse scores whose columns are not the training examples in order.
+
+    Raises:
+        ShapeError: They are groups, or removals in another order.
+    """
+    in_order = tuple(map(str, range(scores.values.shape[1])))
+    if scores.columns is not None and scores.columns != in_order:
+        raise ShapeError(
+            message(
+                "This needs one column per training example, in order.",
+                f"columns {list(scores.columns[:5])}.",
+                "scores of groups, or removals of chosen examples.",
+                "use attribute(...) as it comes, over all training examples.",
+            )
+        )
 
 
 def query_index(index: int, q: int) -> int:

@@ -3,6 +3,7 @@
 wᵢ = 0 removes example i; w = 1 elsewhere         J(θ, w) = (1/n) Σᵢ wᵢ ℓᵢ(θ) + R(θ)
 """
 
+import math
 from collections.abc import Sequence
 from typing import SupportsIndex, TypeAlias
 
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import ShapeError, message
+from upweight.errors import ShapeError, SpecError, message
 
 Removal: TypeAlias = SupportsIndex | Sequence[int]
 """One example, or several that go together."""
@@ -38,6 +39,52 @@ def removal_weights(
         weights[row, list(indices)] = 0.0
         if renormalize:
             weights[row] *= n / (n - len(indices))
+    return weights
+
+
+def subset_weights(
+    n: int,
+    subsets: int,
+    fraction: float = 0.5,
+    seed: int = 0,
+    *,
+    renormalize: bool = False,
+) -> Float[Tensor, "s n"]:
+    """Random subsets of the training data: wᵢ = 1 on the m = round(fraction · n) rows kept, else 0.
+
+    Subsets are drawn uniformly, without repeats. They are what the linear datamodeling score is
+    measured on (Ilyas et al. 2022, §2; Park et al. 2023, §2).
+
+    Args:
+        n: Training examples.
+        subsets: How many, s.
+        fraction: The share of the training data that each keeps.
+        seed: Of the draw.
+        renormalize: Whether kept rows weigh n/m in place of 1, as when the model is fitted to the
+            subset alone; see `removal_weights`.
+
+    Raises:
+        SpecError: m is 0 or n, or there are fewer than `subsets` different subsets of m rows.
+    """
+    kept = round(fraction * n) if 0 < fraction < 1 else 0
+    possible = math.comb(n, kept) if 0 < kept < n else 0
+    if not 0 < subsets <= possible:
+        few = f", of which there are {possible}" if possible < subsets else ""
+        raise SpecError(
+            message(
+                "Subsets keep some rows, not all, and no subset comes twice.",
+                f"{subsets} subsets of {kept} of {n} rows (fraction={fraction}){few}.",
+                "a fraction in percent, or more subsets than a small data set has.",
+                "use a fraction near 0.5, and fewer subsets.",
+            )
+        )
+    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[tuple[int, ...], None] = {}  # in the order drawn
+    while len(drawn) < subsets:
+        rows = torch.randperm(n, generator=generator)[:kept].sort().values
+        drawn.setdefault(tuple(rows.tolist()))
+    weights = torch.zeros(subsets, n, dtype=torch.float64)
+    weights.scatter_(1, torch.tensor(list(drawn)), n / kept if renormalize else 1.0)
     return weights
 
 

@@ -1,0 +1,135 @@
+"""Confidence intervals by resampling what was sampled: subsets, queries, seeds or rows.
+
+    statistic(counts of the rows, counts of the queries, …)  →  one number per resample
+
+A percentile bootstrap (Efron & Tibshirani 1993, §13.3). Each way that was sampled is drawn with
+replacement, independently of the others, and a draw is how often each of its items came up. With
+fewer than about 20 items such an interval is too narrow.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from upweight.errors import SpecError, message
+
+CHUNK = 4_000_000  # numbers per array while resampling
+FEW = 20  # items of a way below which a percentile interval is too narrow
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its confidence interval. The bounds may be NaN where resampling gave none."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are made: `resamples` draws of the rows, from `seed`."""
+
+    level: float = 0.95
+    resamples: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.level < 1 and self.resamples >= 1):
+            raise SpecError(
+                message(
+                    "A bootstrap needs a level between 0 and 1 and at least one resample.",
+                    f"{self!r}.",
+                    "a level in percent.",
+                    "use Bootstrap(level=0.95).",
+                )
+            )
+
+
+def estimate(
+    statistic: Callable[..., Float[Tensor, " r"]],
+    sizes: Sequence[int],
+    bootstrap: Bootstrap,
+    width: int = 0,
+) -> Estimate:
+    """The statistic of the sample itself, and its percentiles over resamples.
+
+    A resample in which the statistic does not exist (NaN: a variable is constant in it, say) is
+    left out. The bounds are NaN where that leaves none, and where nothing varies between resamples
+    because every way has one item only.
+
+    Args:
+        statistic: Counts `[r, size]`, one tensor per way, to `[r]`.
+        sizes: Items of each way.
+        bootstrap: How many draws, from which seed, to which level.
+        width: Numbers that the statistic holds per resample, where that is more than the sizes.
+    """
+    value, values = _resampled(statistic, sizes, bootstrap, width)
+    return Estimate(value, *_percentiles(values, bootstrap.level))
+
+
+def centered_estimate(
+    statistic: Callable[..., Float[Tensor, " r"]], sizes: Sequence[int], bootstrap: Bootstrap
+) -> Estimate:
+    """As `estimate`, moved by the bias that resampling adds: the mean over resamples − the value.
+
+    For means of rank correlations. An item drawn twice is a tie, which takes about 3 (ρ − τ)/s off
+    Spearman's ρ over s items (τ: Kendall's), in every query alike. Over many queries the interval
+    is narrower than that and plain percentiles would lie below the value. The bias is estimated as
+    in Efron & Tibshirani (1993, §10.2); the interval is for what s items give on average.
+    """
+    value, values = _resampled(statistic, sizes, bootstrap, 0)
+    return Estimate(value, *_percentiles(values - (values.mean() - value), bootstrap.level))
+
+
+def _resampled(
+    statistic: Callable[..., Float[Tensor, " r"]],
+    sizes: Sequence[int],
+    bootstrap: Bootstrap,
+    width: int,
+) -> tuple[float, Float[Tensor, " r"]]:
+    """The statistic of the sample, and of the resamples in which it exists."""
+    value = float(statistic(*(torch.ones(1, size, dtype=torch.float64) for size in sizes)))
+    if max(sizes) == 1:
+        return value, torch.empty(0, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(bootstrap.seed)
+    chunk = max(1, CHUNK // max(*sizes, width))
+    parts = []
+    for start in range(0, bootstrap.resamples, chunk):
+        count = min(chunk, bootstrap.resamples - start)
+        parts.append(statistic(*(_counts(count, size, generator) for size in sizes)))
+    values = torch.cat(parts)
+    return value, values[values.isfinite()]
+
+
+def _percentiles(values: Float[Tensor, " r"], level: float) -> tuple[float, float]:
+    if len(values) == 0:
+        return torch.nan, torch.nan
+    tail = (1.0 - level) / 2
+    low, high = torch.quantile(values, torch.tensor([tail, 1.0 - tail], dtype=torch.float64))
+    return float(low), float(high)
+
+
+def _counts(count: int, size: int, generator: torch.Generator) -> Float[Tensor, "r e"]:
+    drawn: Int[Tensor, "r e"] = torch.randint(size, (count, size), generator=generator)
+    counts = torch.zeros(count, size, dtype=torch.float64)
+    return counts.scatter_add_(1, drawn, torch.ones_like(counts))
+
+
+def weighted_mean(
+    values: Float[Tensor, "*r q"], counts: Float[Tensor, "r q"]
+) -> Float[Tensor, " r"]:
+    """Mean over the items drawn, Σ counts · values / Σ counts; NaN where a drawn value is NaN.
+
+    Args:
+        values: `[r, q]`, or `[q]` where they are the same in every resample.
+        counts: How often each resample drew each.
+    """
+    total = torch.where(counts > 0, values * counts, 0.0).sum(dim=1)  # not drawn: 0, not NaN · 0
+    return total / counts.sum(dim=1)

@@ -1,0 +1,160 @@
+"""Groups of training examples to remove together: tuples of indices.
+
+Three of the kinds of groups on which Koh, Ang, Teo & Liang (2019, "On the accuracy of influence
+functions for measuring group effects") compared influence with retraining: at random, within one
+class, and by influence. They are `examples` of `leave_one_out` and `compare`:
+
+    groups = random_groups(n, [50] * 20)
+    truth = leave_one_out(recipe, task, train, groups, queries, measure)
+    print(compare(scores, truth, groups))
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from upweight.errors import ShapeError, message
+from upweight.evaluation.prediction import query_index, require_examples
+from upweight.scores import Scores, Unit
+
+Groups = tuple[tuple[int, ...], ...]
+
+
+def random_groups(n: int, sizes: Sequence[int], seed: int = 0) -> Groups:
+    """One group per size, of examples drawn uniformly without replacement; no group comes twice.
+
+    Args:
+        n: Training examples.
+        sizes: How many examples each group has, 1 ≤ k < n.
+        seed: Of the draw.
+
+    Raises:
+        ShapeError: There is no such group, or there are fewer different ones than asked for.
+    """
+    return _drawn([torch.arange(n)], n, sizes, seed)
+
+
+def class_groups(labels: Sequence[int] | Tensor, sizes: Sequence[int], seed: int = 0) -> Groups:
+    """One group per size, within one class: the class is drawn first, then its examples.
+
+    The class is drawn uniformly from those with at least k examples, so a group may be a whole
+    class. The effects of such a group point the same way and add up, which is what strains a
+    first-order prediction.
+
+    Args:
+        labels: The class of every training example `[n]`.
+        sizes: How many examples each group has, 1 ≤ k < n.
+        seed: Of the draw.
+
+    Raises:
+        ShapeError: No class has k examples, or there are fewer different groups than asked for.
+    """
+    classes = torch.as_tensor(labels).detach().cpu().reshape(-1)
+    pools = [(classes == value).nonzero()[:, 0] for value in torch.unique(classes)]
+    return _drawn(pools, len(classes), sizes, seed)
+
+
+def influential_groups(scores: Scores, query: int, sizes: Sequence[int]) -> Groups:
+    """Two groups per size: whose removal lowers one query's m most, and whose removal raises it.
+
+    To first order these are the k examples with the largest and with the smallest S[q, i], the
+    groups of k with the largest predicted |Δm| of either sign.
+
+    Args:
+        scores: Over single training examples.
+        query: Which row.
+        sizes: How many examples each group has, 1 ≤ k < n.
+
+    Raises:
+        ShapeError: There is no such query or group, or fewer than k examples have an effect of
+            that sign. Scores of unit RANK have no sign; there the ends of the order are taken.
+    """
+    require_sizes(sizes, scores.values.shape[1])
+    row = query_index(query, len(scores))
+    order = removal_order(scores)[row]
+    effects = _effects(scores)[row]
+    groups = []
+    for size in sizes:
+        for ends, sign, word in ((order, -1, "lowers"), (order.flip(0), 1, "raises")):
+            usable = int((sign * effects > 0).sum())
+            if scores.unit is not Unit.RANK and usable < size:
+                raise ShapeError(
+                    message(
+                        f"A group of {size} whose removal {word} m needs {size} examples that do.",
+                        f"{usable} of {len(order)} for query {row}.",
+                        "a group larger than the examples of one sign.",
+                        f"use sizes up to {usable}.",
+                    )
+                )
+            groups.append(tuple(ends[:size].tolist()))
+    return tuple(groups)
+
+
+def removal_order(scores: Scores) -> Int[Tensor, "q n"]:
+    """Training examples by the predicted effect of removing each: what lowers m most comes first.
+
+    With Δm = −S this is the order of falling S; equal scores keep the order of the data. What
+    raises m most comes last: use `.flip(1)` where a rising m is of interest, as for a loss.
+
+    Args:
+        scores: Over single training examples, of any unit.
+
+    Raises:
+        ShapeError: The columns are not the training examples in order.
+    """
+    return _effects(scores).argsort(dim=1, stable=True)
+
+
+def _effects(scores: Scores) -> Float[Tensor, "q n"]:
+    """Δm of removing each example; for RANK, a number of the same order."""
+    require_examples(scores)
+    values = scores.values.detach().cpu().double()
+    return values if scores.unit is Unit.DIFFERENCE else -values
+
+
+def require_sizes(sizes: Sequence[int], n: int) -> None:
+    """Refuse sizes that no removal from n examples can have.
+
+    Raises:
+        ShapeError: A size is not in 1…n−1, or there is none.
+    """
+    wrong = [size for size in sizes if not (float(size).is_integer() and 0 < size < n)]
+    if not len(sizes) or wrong:
+        raise ShapeError(
+            message(
+                f"A removal takes out some, not all, of the {n} training examples.",
+                f"sizes {wrong[:5] if wrong else list(sizes)}.",
+                "shares in place of counts, or sizes for a larger data set.",
+                f"use whole numbers in 1…{n - 1}.",
+            )
+        )
+
+
+def _drawn(pools: Sequence[Int[Tensor, " k"]], n: int, sizes: Sequence[int], seed: int) -> Groups:
+    """Each group from one pool, which is drawn uniformly from those that are large enough."""
+    require_sizes(sizes, n)
+    asked = {size: list(sizes).count(size) for size in sizes}
+    for size, count in asked.items():
+        possible = sum(math.comb(len(pool), size) for pool in pools)
+        if possible < count:
+            raise ShapeError(
+                message(
+                    "There must be as many different groups as are asked for.",
+                    f"{count} groups of {size}, of which there are {possible}; the largest class "
+                    f"or data set has {max(map(len, pools))} examples.",
+                    "groups larger than a class, or many groups from few examples.",
+                    "use other sizes or fewer groups.",
+                )
+            )
+    generator = torch.Generator().manual_seed(seed)
+    groups: dict[tuple[int, ...], None] = {}  # in the order drawn
+    for wanted, size in enumerate(sizes, start=1):
+        large = [pool for pool in pools if len(pool) >= size]
+        while len(groups) < wanted:
+            pool = large[int(torch.randint(len(large), (), generator=generator))]
+            rows = pool[torch.randperm(len(pool), generator=generator)[:size]]
+            groups.setdefault(tuple(rows.sort().values.tolist()))
+    return tuple(groups)

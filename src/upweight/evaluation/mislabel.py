@@ -1,0 +1,269 @@
+"""Wrong labels: does a ranking put the mislabeled training examples first?
+
+    AUROC              P(mislabeled ranked above clean) + ½ P(equal)          Mann & Whitney (1947)
+    average precision  Σ_k (R_k − R_{k−1}) P_k over the thresholds k of the ranking
+    recall at a budget share of the mislabeled rows among the first k = round(budget · n)
+
+A ranking is one number per training example, the largest inspected first: self-influence (Koh &
+Liang 2017, §5.4), the loss, or the score of another tool. A random ranking gets ½, about the share
+of mislabeled rows, and the budget. Rows with equal numbers have no order: AUROC and recall are the
+mean over their orders, and average precision takes them at one threshold, as scikit-learn does.
+
+Intervals draw rows with replacement. The labels must be known to be wrong, which in practice means
+that somebody made them so: real errors are harder than random ones.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from upweight.errors import DataError, DtypeError, NonFinite, ShapeError, SpecError, message
+from upweight.evaluation import inspection
+from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate
+from upweight.evaluation.inspection import Levels
+
+
+def auroc(
+    ranking: Float[Tensor, " n"],
+    positive: Bool[Tensor, " n"],
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Estimate:
+    """Area under the ROC curve, U / (P N) with U of Mann & Whitney (1947); ties count one half.
+
+    Args:
+        ranking: The larger, the sooner inspected.
+        positive: Whether each row is mislabeled.
+        bootstrap: How the interval is made.
+
+    Raises:
+        ShapeError, DtypeError: The two are not `[n]`, or the mask is not boolean.
+        NonFinite: The ranking has NaN or infinity.
+        DataError: All rows are positive, or none.
+    """
+    return _estimate(inspection.area, ranking, positive, bootstrap)
+
+
+def average_precision(
+    ranking: Float[Tensor, " n"],
+    positive: Bool[Tensor, " n"],
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Estimate:
+    """Σ_k (R_k − R_{k−1}) P_k, with recall R and precision P at each distinct value.
+
+    Arguments and errors as for `auroc`.
+    """
+    return _estimate(inspection.precision, ranking, positive, bootstrap)
+
+
+def recall_at_budget(
+    ranking: Float[Tensor, " n"],
+    positive: Bool[Tensor, " n"],
+    budget: float,
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Estimate:
+    """Share of the positive rows among the first round(budget · n).
+
+    Arguments and errors as for `auroc`.
+
+    Args:
+        ranking: The larger, the sooner inspected.
+        positive: Whether each row is mislabeled.
+        budget: Share of the rows that is inspected, in (0, 1].
+        bootstrap: How the interval is made.
+
+    Raises:
+        SpecError: The budget is not such a share, or not even one row.
+        UpweightError: As `auroc`.
+    """
+    k = _inspected(budget, len(checked(ranking, positive)[0]))
+    return _estimate(lambda f: inspection.hits(f, k) / f.positives, ranking, positive, bootstrap)
+
+
+def recall_curve(
+    ranking: Float[Tensor, " n"], positive: Bool[Tensor, " n"]
+) -> Float[Tensor, " n+1"]:
+    """Share of the positive rows among the first 0, 1, …, n.
+
+    Arguments and errors as for `auroc`.
+    """
+    values, mask = checked(ranking, positive)
+    return inspection.hits_by_depth(values, mask) / mask.sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """Rankings side by side, in the same resamples.
+
+    Args:
+        n: Training examples.
+        positives: How many are mislabeled.
+        inspected: Rows inspected for `recall`.
+        auroc, average_precision, recall: Of each ranking, by name.
+        level: Of the intervals.
+    """
+
+    n: int
+    positives: int
+    inspected: int
+    auroc: Mapping[str, Estimate]
+    average_precision: Mapping[str, Estimate]
+    recall: Mapping[str, Estimate]
+    level: float
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers as JSON would hold them, `[value, low, high]` each."""
+        columns = {
+            "auroc": self.auroc,
+            "average_precision": self.average_precision,
+            "recall": self.recall,
+        }
+        return {
+            "n": self.n,
+            "positives": self.positives,
+            "inspected": self.inspected,
+            "level": self.level,
+            **{
+                title: {name: [e.value, e.low, e.high] for name, e in column.items()}
+                for title, column in columns.items()
+            },
+        }
+
+    def __str__(self) -> str:
+        width = max(map(len, (*self.auroc, "ranking")))
+        columns = (self.auroc, self.average_precision, self.recall)
+        titles = ("AUROC", "average precision", f"recall in {self.inspected} rows")
+        heads = "".join(f"  {title:<25}" for title in titles)
+        lines = [
+            f"{self.positives} of {self.n} rows are positive ({self.level:.0%} intervals)",
+            f"  {'ranking':<{width}}{heads}".rstrip(),
+        ]
+        for name in self.auroc:
+            cells = "".join(f"  {column[name]!s:<25}" for column in columns)
+            lines.append(f"  {name:<{width}}{cells}".rstrip())
+        return "\n".join(lines)
+
+
+def mislabel_detection(
+    rankings: Mapping[str, Float[Tensor, " n"]],
+    mislabeled: Bool[Tensor, " n"],
+    budget: float = 0.1,
+    *,
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Detection:
+    """Compare rankings by how soon they show the mislabeled rows.
+
+    Args:
+        rankings: By name; in each, the larger the sooner inspected.
+        mislabeled: Whether each row is.
+        budget: Share of the rows that is inspected, for the recall.
+        bootstrap: How the intervals are made.
+
+    Raises:
+        ShapeError: There is no ranking; or as `auroc`.
+        UpweightError: As `auroc` and `recall_at_budget`.
+
+    Cost: resamples × n numbers, three times per ranking; for 60 000 rows about half a minute each.
+
+    Example:
+        >>> print(mislabel_detection({"self-influence": s, "loss": losses}, mislabeled))
+    """
+    if not rankings:
+        raise ShapeError(
+            message(
+                "A comparison needs at least one ranking.",
+                "an empty mapping.",
+                "names filtered away.",
+                'pass {"loss": losses}.',
+            )
+        )
+    for ranking in rankings.values():
+        checked(ranking, mislabeled)
+    return Detection(
+        n=len(mislabeled),
+        positives=int(mislabeled.sum()),
+        inspected=_inspected(budget, len(mislabeled)),
+        auroc={name: auroc(r, mislabeled, bootstrap) for name, r in rankings.items()},
+        average_precision={
+            name: average_precision(r, mislabeled, bootstrap) for name, r in rankings.items()
+        },
+        recall={
+            name: recall_at_budget(r, mislabeled, budget, bootstrap) for name, r in rankings.items()
+        },
+        level=bootstrap.level,
+    )
+
+
+def _inspected(budget: float, n: int) -> int:
+    k = round(budget * n) if 0 < budget <= 1 else 0
+    if k == 0:
+        raise SpecError(
+            message(
+                "A budget is the share of rows inspected, in (0, 1], and at least one row.",
+                f"budget={budget} of {n} rows.",
+                "a number of rows, or a percentage.",
+                "use budget=0.1 for a tenth of the rows.",
+            )
+        )
+    return k
+
+
+def _estimate(
+    statistic: Callable[[Levels], Float[Tensor, " r"]],
+    ranking: Tensor,
+    positive: Tensor,
+    bootstrap: Bootstrap,
+) -> Estimate:
+    values, mask = checked(ranking, positive)
+    return estimate(
+        lambda counts: statistic(inspection.levels(values, mask, counts)), [len(values)], bootstrap
+    )
+
+
+def checked(ranking: Tensor, positive: Tensor) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
+    """A ranking and a mask that fit each other.
+
+    Raises:
+        UpweightError: As `auroc`.
+    """
+    values, mask = ranking.detach().cpu().double(), positive.detach().cpu()
+    if mask.dtype != torch.bool:
+        raise DtypeError(
+            message(
+                "Which rows are positive is a boolean mask.",
+                f"{mask.dtype} of shape {tuple(mask.shape)}.",
+                "indices in place of a mask, or a mask of 0 and 1.",
+                "use mask = torch.zeros(n, dtype=torch.bool); mask[indices] = True.",
+            )
+        )
+    if values.ndim != 1 or values.shape != mask.shape:
+        raise ShapeError(
+            message(
+                "A ranking and a mask have one entry per row: [n].",
+                f"ranking {tuple(values.shape)}, mask {tuple(mask.shape)}.",
+                "scores [q, n] of queries, or the labels of another split.",
+                "pass one number per training example, such as self-influence.",
+            )
+        )
+    if not bool(values.isfinite().all()):
+        raise NonFinite(
+            message(
+                "A ranking needs finite values.",
+                f"{int((~values.isfinite()).sum())} of {len(values)} are not.",
+                "a loss of a probability of zero, or a model that diverged.",
+                "say where those rows belong: give them a number.",
+            )
+        )
+    if not 0 < int(mask.sum()) < len(mask):
+        raise DataError(
+            message(
+                "Finding rows needs some that are positive and some that are not.",
+                f"{int(mask.sum())} of {len(mask)} positive.",
+                "a mask of another split, or of correct labels negated.",
+                "check how the mask was made.",
+            )
+        )
+    return values, mask

@@ -1,0 +1,195 @@
+"""Retrieval: do the training examples ranked first for a query belong with it?
+
+    same class     share of the first k that are of the query's class          (Hanawa et al. 2021)
+    poison         AUROC and recall of known poisoned rows, per query, mean over queries
+
+A proxy: it needs no retraining, and asks whether a ranking is plausible, not whether it is right.
+A method that only looks at classes passes the first test. `values[q, i]` is larger the more
+training example i speaks for query q: S for `Margin()`, `LogProb()` or `Logit()`, −S for `Loss()`.
+Equal values have no order; each measure is its mean over their orders.
+
+Intervals draw queries with replacement and take the training data as given.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from upweight.errors import DataError, NonFinite, ShapeError, message
+from upweight.evaluation import inspection
+from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, weighted_mean
+from upweight.evaluation.mislabel import checked
+
+
+def class_retrieval(
+    values: Float[Tensor, "q n"],
+    train_labels: Sequence[int] | Tensor,
+    query_labels: Sequence[int] | Tensor,
+    k: int,
+    *,
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Estimate:
+    """Mean over queries of the share of the first k training examples with the query's label.
+
+    The identical class test, and with labels of subclasses under merged classes the identical
+    subclass test, of Hanawa, Yokoi, Hara & Inui (2021, "Evaluation of similarity-based
+    explanations"). A random ranking gets the share of the query's label in the training data.
+
+    Args:
+        values: The larger, the sooner retrieved.
+        train_labels: Class or subclass of every training example.
+        query_labels: The same of every query.
+        k: Examples retrieved. More than a class has cannot all be right.
+        bootstrap: How the interval is made. NaN bounds for one query.
+
+    Raises:
+        ShapeError: Sizes disagree, or k is not in 1…n.
+        NonFinite: A value is NaN or infinite.
+        DataError: No training example has some query's label.
+    """
+    train, queries = (
+        torch.as_tensor(labels).detach().cpu() for labels in (train_labels, query_labels)
+    )
+    scores = _matrix(values, k)
+    if tuple(train.shape) != scores.shape[1:] or tuple(queries.shape) != scores.shape[:1]:
+        raise ShapeError(
+            message(
+                "Labels are one per training example, [n], and one per query, [q].",
+                f"values {tuple(scores.shape)}, train labels {tuple(train.shape)}, query labels "
+                f"{tuple(queries.shape)}.",
+                "labels of another split, or one-hot labels.",
+                "pass class indices in the order of the data.",
+            )
+        )
+    same = queries[:, None] == train
+    absent = (~same.any(dim=1)).nonzero()[:, 0].tolist()
+    if absent:
+        raise DataError(
+            message(
+                "Every query's label must be among the training examples.",
+                f"{len(absent)} of {len(queries)} queries have another: {absent[:5]}.",
+                "labels coded differently in the two splits.",
+                "leave those queries out.",
+            )
+        )
+    once = torch.ones(1, len(train), dtype=torch.float64)
+    shares = torch.stack(
+        [
+            inspection.hits(inspection.levels(row, mask, once), k)[0] / k
+            for row, mask in zip(scores, same, strict=True)
+        ]
+    )
+    return _mean(shares, bootstrap)
+
+
+@dataclass(frozen=True, eq=False)
+class Retrieval:
+    """How soon known rows come up, mean over queries.
+
+    Args:
+        auroc: P(poisoned above clean) + ½ P(equal).
+        recall: Share of the poisoned rows among the first k.
+        k: Rows inspected.
+        queries: Over how many.
+        level: Of the intervals.
+    """
+
+    auroc: Estimate
+    recall: Estimate
+    k: int
+    queries: int
+    level: float
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers as JSON would hold them; intervals under `intervals`."""
+        estimates = {"auroc": self.auroc, "recall": self.recall}
+        return {
+            **{name: e.value for name, e in estimates.items()},
+            "k": self.k,
+            "queries": self.queries,
+            "level": self.level,
+            "intervals": {name: [e.low, e.high] for name, e in estimates.items()},
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"retrieval over {self.queries} queries ({self.level:.0%} intervals)\n"
+            f"  AUROC             {self.auroc}\n"
+            f"  recall in {self.k:<7} {self.recall}"
+        )
+
+
+def poison_retrieval(
+    values: Float[Tensor, "q n"],
+    poisoned: Bool[Tensor, "..."],
+    k: int,
+    *,
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Retrieval:
+    """Are the poisoned rows behind a backdoored prediction ranked first for it?
+
+    Args:
+        values: The larger, the sooner inspected; queries that carry the trigger.
+        poisoned: Which rows are: one mask `[n]` for all queries, or one each `[q, n]`.
+        k: Rows inspected, for the recall.
+        bootstrap: How the intervals are made. NaN bounds for one query.
+
+    Raises:
+        ShapeError: Sizes disagree, or k is not in 1…n.
+        DtypeError: The mask is not boolean.
+        NonFinite: A value is NaN or infinite.
+        DataError: All rows are poisoned for a query, or none.
+    """
+    scores = _matrix(values, k)
+    masks = poisoned.expand(len(scores), -1) if poisoned.ndim == 1 else poisoned
+    if masks.shape != scores.shape:
+        raise ShapeError(
+            message(
+                "A mask of poisoned rows is [n], or [q, n] with one per query.",
+                f"values {tuple(scores.shape)}, mask {tuple(poisoned.shape)}.",
+                "a mask of another split.",
+                "use one entry per training example, in the order of the data.",
+            )
+        )
+    once = torch.ones(1, scores.shape[1], dtype=torch.float64)
+    found = [
+        inspection.levels(*checked(row, mask), once)
+        for row, mask in zip(scores, masks, strict=True)
+    ]
+    recalls = torch.stack([(inspection.hits(f, k) / f.positives)[0] for f in found])
+    areas = torch.stack([inspection.area(f)[0] for f in found])
+    return Retrieval(
+        _mean(areas, bootstrap), _mean(recalls, bootstrap), k, len(scores), bootstrap.level
+    )
+
+
+def _mean(values: Float[Tensor, " q"], bootstrap: Bootstrap) -> Estimate:
+    return estimate(lambda counts: weighted_mean(values, counts), [len(values)], bootstrap)
+
+
+def _matrix(values: Float[Tensor, "..."], k: int) -> Float[Tensor, "q n"]:
+    """Scores of queries, checked, in float64."""
+    n = values.shape[-1] if values.ndim else 0
+    if values.ndim != 2 or len(values) == 0 or not 0 < k <= n:
+        raise ShapeError(
+            message(
+                "Retrieval needs values [q, n], one row per query, and k in 1…n.",
+                f"values {tuple(values.shape)}, k={k}.",
+                "one query's values as a vector, or more examples asked for than there are.",
+                "use scores.values, and a k of 5 or 10.",
+            )
+        )
+    if not bool(values.isfinite().all()):
+        raise NonFinite(
+            message(
+                "A ranking needs finite values.",
+                f"{int((~values.isfinite()).sum())} of {values.numel()} are not.",
+                "gradients that overflow.",
+                "use a float64 model, or look at those queries.",
+            )
+        )
+    return values.detach().cpu().double()
