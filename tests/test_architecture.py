@@ -29,9 +29,10 @@ MAY_IMPORT = {
     "method": {"scores", "task"},
     "methods": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
-        "scores", "method",
+        "scores", "method", "evaluation",
     },
-    "evaluation": {"errors", "_typing", "runtime", "task", "scores", "method"},
+    "training": {"errors", "_typing", "runtime", "task"},
+    "evaluation": {"errors", "_typing", "runtime", "task", "scores", "method", "training"},
     "applications": {"errors", "_typing", "task", "scores", "method"},
     "report": {"errors", "_typing", "task", "scores", "method"},
 }  # fmt: skip

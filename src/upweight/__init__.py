@@ -37,6 +37,11 @@ from upweight.task.losses import (
 from upweight.task.measures import Logit, LogProb, Loss, Margin, Measure
 from upweight.task.penalties import L2, NoPenalty, SumToZero
 from upweight.task.task import Task
+from upweight.training.function import FromFunction
+from upweight.training.optimizers import SGD, Adam, AdamW
+from upweight.training.pbrf import PBRF
+from upweight.training.schedules import Cosine, LinearDecay, Stepwise
+from upweight.training.training import Training
 
 __all__ = [
     "CG",
@@ -45,13 +50,18 @@ __all__ = [
     "KFAC",
     "L2",
     "MINRES",
+    "PBRF",
+    "SGD",
     "Absolute",
+    "Adam",
+    "AdamW",
     "Auto",
     "Bernoulli",
     "BlockCG",
     "Blockwise",
     "Cholesky",
     "Context",
+    "Cosine",
     "CrossEntropy",
     "Data",
     "Diagonal",
@@ -60,8 +70,10 @@ __all__ = [
     "Expand",
     "Expected",
     "Fisher",
+    "FromFunction",
     "Hessian",
     "Influence",
+    "LinearDecay",
     "LogProb",
     "Logit",
     "Loss",
@@ -79,9 +91,11 @@ __all__ = [
     "Scores",
     "SmoothHinge",
     "SquaredError",
+    "Stepwise",
     "SumToZero",
     "Task",
     "TopScores",
+    "Training",
     "Unit",
     "Weighted",
     "as_data",

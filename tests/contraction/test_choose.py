@@ -103,9 +103,7 @@ def test_a_coordinate_of_weight_zero_gets_no_share_and_no_nan():
 
 
 def curve(errors, per_term=10, in_full=100, fixed=0):
-    return SimpleNamespace(
-        errors=tuple(errors), per_term=per_term, in_full=in_full, fixed=fixed
-    )
+    return SimpleNamespace(errors=tuple(errors), per_term=per_term, in_full=in_full, fixed=fixed)
 
 
 def price(curves, ranks):
@@ -264,9 +262,7 @@ def narrow(q):
     queries = FactoredQueries(
         queries.eigen, queries.inverse, queries.left * keep[0], queries.right * keep[1]
     )
-    factors = Tokens(
-        factors.left @ Q_G * keep[0] @ Q_G.T, factors.right @ Q_A * keep[1] @ Q_A.T
-    )
+    factors = Tokens(factors.left @ Q_G * keep[0] @ Q_G.T, factors.right @ Q_A * keep[1] @ Q_A.T)
     values = values * keep[0].square()[:, None] * keep[1].square()
     return queries, factors, values
 

@@ -12,10 +12,9 @@ from upweight.curvature.layerwise import FittedBlock
 from upweight.gradients.factored import Factors, Lookups, Rows, Tokens, stacked
 from upweight.linalg.eigen import Eigen
 
-
 PAIR_OVERHEAD = 256
-"""What one more product of q·s × b·t costs beside its multiply-adds, in multiply-adds per entry: its
-two factors are written to memory and read again."""
+"""What one more product of q·s × b·t costs beside its multiply-adds, in multiply-adds per entry:
+its two factors are written to memory and read again."""
 
 
 def pair_cost(shape: torch.Size | tuple[int, ...], s: int, t: int) -> int:
@@ -170,9 +169,7 @@ def block_queries(
         if stored is None:
             tokens = stacked([rotated(part, block.eigen) for part in factored[k]])
             assert isinstance(tokens, Tokens)
-            made.append(
-                FactoredQueries(block.eigen, inverses[k].values, tokens.left, tokens.right)
-            )
+            made.append(FactoredQueries(block.eigen, inverses[k].values, tokens.left, tokens.right))
         else:
             made.append(SolvedQueries(stored, torch.cat(kept[k])))
     return made

@@ -110,9 +110,7 @@ class Measured:
     by_block: tuple[float, ...]
 
 
-def measured(
-    kernels: Sequence[Kernel], q: int, reference: Reference, sample: Sample
-) -> Measured:
+def measured(kernels: Sequence[Kernel], q: int, reference: Reference, sample: Sample) -> Measured:
     """The error of the kernels themselves on a sample."""
     total = torch.zeros_like(reference.parts[0])
     by_block = []

@@ -41,8 +41,8 @@ SAMPLE = 512
 """Training examples on which kernels are chosen; as many others check them."""
 
 BY_LOSS = 4
-"""One in so many of them is drawn by loss. Of those drawn evenly it takes hundreds before ‖S_q‖ over
-them says anything of ‖S_q‖ over all: a few examples make most of it."""
+"""One in so many of them is drawn by loss. Of those drawn evenly it takes hundreds before ‖S_q‖
+over them says anything of ‖S_q‖ over all: a few examples make most of it."""
 
 REFERENCES = 64
 """Queries compared with their untruncated scores, at most."""

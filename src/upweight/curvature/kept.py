@@ -15,7 +15,6 @@ import torch
 from upweight.curvature.estimators import TRIAL, Estimator
 from upweight.gradients.factored import Factors
 
-
 Parts: TypeAlias = Mapping[int, Factors]
 """Gradients of a batch, by the number of their block."""
 

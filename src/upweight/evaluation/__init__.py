@@ -19,6 +19,8 @@ What is asked of the two sides, each number with a confidence interval (`bootstr
 
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.evaluation.brittleness import Brittleness, brittleness
+from upweight.evaluation.check import Check, check
+from upweight.evaluation.gaps import Gap, Gaps, gaps
 from upweight.evaluation.groups import (
     class_groups,
     influential_groups,
@@ -60,17 +62,22 @@ __all__ = [
     "LOO",
     "Bootstrap",
     "Brittleness",
+    "Check",
     "Detection",
     "Estimate",
+    "Gap",
+    "Gaps",
     "RemovalCurve",
     "Retrained",
     "Retrieval",
     "auroc",
     "average_precision",
     "brittleness",
+    "check",
     "class_groups",
     "class_retrieval",
     "compare",
+    "gaps",
     "influential_groups",
     "kendall",
     "lds",

@@ -110,7 +110,8 @@ class LOO:
             lines.append(f"  only {e} removals: such intervals are too narrow below {FEW}")
         if self.retrained is not None:
             norms = self.retrained.gradient_norms
-            lines.append(f"  retrained to ‖∇J‖ ≤ {float(norms.max()):.1e}")
+            if bool(norms.isfinite().all()):
+                lines.append(f"  retrained to ‖∇J‖ ≤ {float(norms.max()):.1e}")
             drift, typical = self.retrained.drift.abs().max(), self.actual.abs().median()
             if drift > 0.1 * typical:
                 lines.append(

@@ -32,6 +32,7 @@ from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solve import Auto, Solver
 from upweight.methods import health, layerwise
+from upweight.methods.checked import Checked
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.removal import LinearRemovals
 from upweight.scores import Context, Provenance, Scores, Unit, library_versions
@@ -166,7 +167,7 @@ class Influence:
 
 
 @dataclass(frozen=True, eq=False)
-class FittedInfluence:
+class FittedInfluence(Checked):
     """(H + λI)⁻¹ at θ̂, ready for queries. Made by `Influence.fit`.
 
     Args:

@@ -25,6 +25,7 @@ from upweight.gradients.factored import Tokens
 from upweight.gradients.passes import GradientPass
 from upweight.linalg.damping import Evidence, as_damping
 from upweight.methods import health
+from upweight.methods.checked import Checked
 from upweight.runtime.checkpoint import Checkpoint
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.memory import examples_within, free_bytes, working_bytes
@@ -135,7 +136,7 @@ def _contents(data: Data) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class LayerwiseInfluence:
+class LayerwiseInfluence(Checked):
     """(Hₗ + λₗ)⁻¹ of every block at θ̂, ready for queries. Made by `Influence.fit`.
 
     Args:

@@ -30,8 +30,8 @@ class Trained:
 
     Args:
         theta: One model a row, flat in `task.layout`, in the task's dtype.
-        gradient_norms: ‖∇J(θ(w), w)‖ of each model: how stationary it is. NaN where J has no
-            gradient to speak of.
+        gradient_norms: ‖∇J(θ(w), w)‖ of each model: how stationary it is. NaN where it was not
+            taken, or J has no gradient to speak of.
         failures: Rows that did not train, with the reason. Their θ is not used; the other rows are.
     """
 

@@ -1,0 +1,215 @@
+"""Should a score be believed? A stated budget of retraining answers in words and numbers.
+
+    LDS      mean over queries of the rank correlation, over random halves of the data, of predicted
+             and measured change; beside what retraining again would get
+    slope    of measured against predicted change, within each query: 1 where magnitudes are right
+
+Random halves are where a retraining tells most: each answers for every query at once, and moves the
+measurements by far more than training noise does. Every half is trained from two seeds, which say
+how much noise there is.
+"""
+
+import re
+import tempfile
+import time
+from dataclasses import dataclass, is_dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight._typing import Folder
+from upweight.errors import SpecError, message
+from upweight.evaluation import metrics
+from upweight.evaluation.bootstrap import Bootstrap, Estimate
+from upweight.evaluation.lds import LDS, lds
+from upweight.evaluation.retrain import Retrained, retrain
+from upweight.evaluation.weights import subset_weights
+from upweight.scores import Scores
+from upweight.task.recipe import Recipe
+
+UNITS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
+FEWEST, MOST = 8, 256
+"""Halves: with fewer, nothing can be said; with more, the intervals are narrow enough."""
+
+CLOSE = 0.1
+"""Magnitudes that are off by less are called right."""
+
+SPENDS = 0.9
+"""Share of the budget after which no further models are begun."""
+
+
+@dataclass(frozen=True, eq=False)
+class Check:
+    """Scores against retraining on random halves of the data.
+
+    Args:
+        lds: The comparison.
+        fraction: Of the data, what each model was trained on.
+        models: How many were trained for it, from the cache or now.
+        seconds: What it took.
+        budget: Seconds that were allowed.
+    """
+
+    lds: LDS
+    fraction: float
+    models: int
+    seconds: float
+    budget: float
+
+    @cached_property
+    def slope(self) -> Estimate:
+        """Of measured against predicted change, each query about its own mean over the halves."""
+        predicted, measured = (x - x.mean(dim=0) for x in (self.lds.predicted, self.lds.measured))
+        return metrics.slope(predicted, measured, self.lds.bootstrap)
+
+    @property
+    def magnitudes(self) -> str:
+        """The slope in words."""
+        slope = self.slope
+        if not slope.low > 0:
+            return "magnitudes cannot be told: the slope may be 0"
+        if slope.low <= 1 <= slope.high or abs(slope.value - 1) < CLOSE:
+            return f"magnitudes are right ({slope.value:.2f} × predicted)"
+        if slope.value > 1:
+            return f"magnitudes are too small by {slope.value:.1f} ×"
+        return f"magnitudes are too large by {1 / slope.value:.1f} ×"
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        score, ceiling = self.lds.spearman, self.lds.ceiling
+        half = (score.high - score.low) / 2
+        top = "" if ceiling is None else f" (ceiling {ceiling.value:.2f})"
+        return (
+            f"on your model, this method's ranking agrees with retraining at LDS "
+            f"{score.value:.2f} ± {half:.2f}{top}; {self.magnitudes}"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers as JSON would hold them."""
+        slope = self.slope
+        return {
+            "verdict": self.verdict,
+            **self.lds.summary(),
+            "slope": [slope.value, slope.low, slope.high],
+            "fraction": self.fraction,
+            "models": self.models,
+            "seconds": self.seconds,
+            "budget": self.budget,
+        }
+
+    def __str__(self) -> str:
+        halves, seeds = len(self.lds.predicted), len(self.lds.values)
+        text = self.verdict
+        return (
+            f"{text[0].upper()}{text[1:]}.\n"
+            f"  {halves} random subsets of {self.fraction:.0%} of the data, "
+            f"{seeds} {'seed' if seeds == 1 else 'seeds'} each: {self.models} models in "
+            f"{self.seconds:.0f} s of {self.budget:.0f} s\n"
+            f"  slope {self.slope.value:.2f} [{self.slope.low:.2f}, {self.slope.high:.2f}] of "
+            "measured against predicted change"
+        )
+
+
+def check(
+    scores: Scores,
+    recipe: Recipe,
+    budget: str | float = "2 min",
+    *,
+    fraction: float = 0.5,
+    jobs: int | None = None,
+    cache: Folder | None = None,
+    progress: bool = True,
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Check:
+    """Retrain on random subsets for as long as the budget lasts, and compare.
+
+    Args:
+        scores: What is judged; says the task, data, queries and measure.
+        recipe: How the model was trained. With a field `seed` each subset is trained from two
+            seeds; without one the recipe has no noise, and the comparison no ceiling.
+        budget: "90 s", "2 min", "1 h", or seconds. What has begun is finished.
+        fraction: Of the data, what each model keeps. The mean is taken over what is kept.
+        jobs: As for `retrain`.
+        cache: As for `retrain`; a later check with a larger budget goes on from there.
+        progress: As for `retrain`.
+        bootstrap: How the intervals are made.
+
+    Raises:
+        SpecError: The budget is no time, or too short for eight subsets.
+        MissingContext: The scores were loaded from disk, without their task and data.
+        UpweightError: See `retrain` and `lds`.
+
+    Cost: the budget.
+    """
+    seconds, started = _seconds(budget), time.perf_counter()
+    context = scores.require_context()
+    weights = subset_weights(len(context.train), MOST, fraction, renormalize=True)
+    seeds = _seeds(recipe)
+
+    def trained(some: Recipe, rows: Float[Tensor, "s n"], folder: str | Path) -> Retrained:
+        return retrain(
+            some, context.task, context.train, rows, context.queries, context.measure,
+            jobs=jobs, cache=folder, progress=progress,
+        )  # fmt: skip
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(cache or temporary) / f"check-{k}" for k in range(len(seeds))]
+        done, truth, step = 0, list[Retrained](), 1
+        while step >= 1 and done < MOST:
+            begun = time.perf_counter()
+            stop = min(MOST, done + step)
+            truth = [
+                trained(some, weights[:stop], folder)
+                for some, folder in zip(seeds, folders, strict=True)
+            ]
+            now = time.perf_counter()
+            each, left = (now - begun) / (stop - done), SPENDS * seconds - (now - started)
+            done = stop
+            if done < FEWEST and each * (FEWEST - done) > left:
+                raise SpecError(_too_short(budget, now - started + each * (FEWEST - done)))
+            # Twice as many each time: a first model alone says little of what many together take.
+            step = min(int(left / each), done)
+    found = lds(scores, weights[:done], truth, bootstrap=bootstrap)
+    models = len(seeds) * (done + 1)
+    return Check(found, fraction, models, time.perf_counter() - started, seconds)
+
+
+def _seconds(budget: str | float) -> float:
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", budget.lower())
+        unit = UNITS.get(match[2], UNITS.get(match[2].removesuffix("s"), 0.0)) if match else 0.0
+        value = float(match[1]) * unit if match else 0.0
+    else:
+        value = float(budget)
+    if not 0 < value < float("inf"):
+        raise SpecError(
+            message(
+                "A budget is a time.",
+                f"budget={budget!r}.",
+                "a number without its unit in a text, or 0.",
+                'say "90 s", "2 min", "1 h", or give seconds as a number.',
+            )
+        )
+    return value
+
+
+def _seeds(recipe: Recipe) -> list[Recipe]:
+    """The recipe under two seeds, or by itself where it has none."""
+    seed = getattr(recipe, "seed", None)
+    if not (is_dataclass(recipe) and isinstance(seed, int)):
+        return [recipe]
+    return [recipe, replace(recipe, seed=seed + 1)]  # type: ignore[type-var]
+
+
+def _too_short(budget: str | float, needed: float) -> str:
+    return message(
+        f"A check needs at least {FEWEST} subsets.",
+        f"budget={budget!r}, where {FEWEST} subsets would take about {needed:.0f} s.",
+        "a model that takes long to train.",
+        f"allow {needed:.0f} s or more, or check on part of the data; with cache= what was trained "
+        "is kept.",
+    )

@@ -1,0 +1,235 @@
+"""Why do scores differ from retraining? The difference in five parts.
+
+    cold start      train again from the initialization              what removal means
+      − warm start      train on from θ̂                              gap 1: warm start
+      − proximal        with (λ/2) ‖θ − θ̂‖²                          gap 2: proximity
+      − PBRF            with divergences from θ̂'s outputs            gap 3: non-convergence
+      − linearized      its first-order response, solved exactly     gap 4: linearization
+      − scores          as a method computed them                    gap 5: solver
+
+Bae, Ng, Lo, Ghassemi & Grosse (2022), "If influence functions are the answer, then what is the
+question?", §4. Every line is a matrix Δm [removals, queries]; gap k is the difference of two
+neighbours, and the five add up to cold start − scores.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.errors import NonFinite, ShapeError, message
+from upweight.evaluation import metrics
+from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate
+from upweight.evaluation.loo import leave_one_out
+from upweight.evaluation.prediction import predicted_removals, removals
+from upweight.evaluation.weights import Removal
+from upweight.scores import Scores
+from upweight.training.pbrf import PBRF
+from upweight.training.schedules import Cosine
+from upweight.training.training import Training
+
+STAGES = ("cold start", "warm start", "proximal", "PBRF", "linearized", "scores")
+GAPS = ("warm start", "proximity", "non-convergence", "linearization", "solver")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """One of the five.
+
+    Args:
+        name: Which.
+        size: √(mean of its squares), in units of the measure.
+        share: ⟨gap, total⟩ / ⟨total, total⟩ with total = cold start − scores; five shares add up to
+            1. A negative share makes up for others.
+        pearson: Correlation of the effects before and after.
+    """
+
+    name: str
+    size: Estimate
+    share: Estimate
+    pearson: Estimate
+
+
+@dataclass(frozen=True, eq=False)
+class Gaps:
+    """Effects of removals, by six ways from retraining to scores.
+
+    Args:
+        examples: What each removal takes out.
+        effects: Δm by stage, in the order of `STAGES`, each [removals, queries].
+        bootstrap: How the intervals are made, over removals.
+    """
+
+    examples: tuple[tuple[int, ...], ...]
+    effects: Mapping[str, Float[Tensor, "e q"]]
+    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+
+    def __post_init__(self) -> None:
+        shapes = {name: tuple(self.effects[name].shape) for name in STAGES if name in self.effects}
+        if len(shapes) != len(STAGES) or len(set(shapes.values())) != 1:
+            raise ShapeError(
+                message(
+                    f"The five gaps lie between six matrices of one shape: {', '.join(STAGES)}.",
+                    ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "none.",
+                    "one stage measured on other removals or queries.",
+                    "give all stages the same examples and queries.",
+                )
+            )
+        bad = [name for name in STAGES if not bool(self.effects[name].isfinite().all())]
+        if bad:
+            raise NonFinite(
+                message(
+                    "Effects of removals must be finite.",
+                    f"NaN or infinity in {', '.join(bad)}.",
+                    "a model that diverged.",
+                    "lower the learning rate of that stage.",
+                )
+            )
+
+    @cached_property
+    def each(self) -> tuple[Gap, ...]:
+        """The five, in order."""
+        return tuple(
+            self._gap(name, before, after)
+            for name, before, after in zip(GAPS, STAGES[:-1], STAGES[1:], strict=True)
+        )
+
+    @property
+    def largest(self) -> Gap:
+        """The one with the largest size."""
+        return max(self.each, key=lambda gap: gap.size.value)
+
+    def correlation(self, a: str, b: str) -> Estimate:
+        """Pearson correlation of the effects of two stages, over all removals and queries."""
+        return metrics.pearson(self.effects[a], self.effects[b], self.bootstrap)
+
+    def _gap(self, name: str, before: str, after: str) -> Gap:
+        difference = (self.effects[before] - self.effects[after]).double()
+        total = (self.effects[STAGES[0]] - self.effects[STAGES[-1]]).double()
+        squares = difference.square().mean(dim=1)
+        size = _ratio(squares, torch.ones_like(squares), self.bootstrap)
+        size = Estimate(*(bound**0.5 for bound in (size.value, size.low, size.high)))
+        along = (difference * total).sum(dim=1)
+        share = _ratio(along, total.square().sum(dim=1), self.bootstrap)
+        return Gap(name, size, share, self.correlation(before, after))
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers as JSON would hold them."""
+        cold, pbrf = (self.correlation("scores", s) for s in ("cold start", "PBRF"))
+        return {
+            "removals": len(self.examples),
+            "queries": next(iter(self.effects.values())).shape[1],
+            "level": self.bootstrap.level,
+            "gaps": {
+                gap.name: {
+                    key: [e.value, e.low, e.high]
+                    for key, e in (
+                        ("size", gap.size), ("share", gap.share), ("pearson", gap.pearson),
+                    )
+                }
+                for gap in self.each
+            },
+            "largest": self.largest.name,
+            "pearson_with_cold_start": [cold.value, cold.low, cold.high],
+            "pearson_with_pbrf": [pbrf.value, pbrf.low, pbrf.high],
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        e, q = next(iter(self.effects.values())).shape
+        lines = [
+            f"cold-start retraining minus scores in five gaps, {e} removals × {q} "
+            f"{'query' if q == 1 else 'queries'} ({self.bootstrap.level:.0%} intervals)",
+            f"  {'gap':16}{'RMS size':>34}{'share of the whole':>26}{'Pearson across':>26}",
+        ]
+        for gap in self.each:
+            size = f"{gap.size.value:.2e} [{gap.size.low:.2e}, {gap.size.high:.2e}]"
+            lines.append(
+                f"  {gap.name:16}{size:>34}{_short(gap.share):>26}{_short(gap.pearson):>26}"
+            )
+        cold, pbrf = (self.correlation("scores", s) for s in ("cold start", "PBRF"))
+        lines += [
+            f"  the largest is {self.largest.name}",
+            f"  Pearson of the scores with cold start {_short(cold)}, with PBRF {_short(pbrf)}",
+        ]
+        return "\n".join(lines)
+
+
+def _ratio(top: Float[Tensor, " e"], bottom: Float[Tensor, " e"], bootstrap: Bootstrap) -> Estimate:
+    """Σ top / Σ bottom, with the removals drawn anew for its interval."""
+
+    def statistic(counts: Float[Tensor, "r e"]) -> Float[Tensor, " r"]:
+        below = counts @ bottom
+        return counts @ top / torch.where(below == 0, torch.nan, below)
+
+    return estimate(statistic, [len(top)], bootstrap)
+
+
+def _short(e: Estimate) -> str:
+    return f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]"
+
+
+def gaps(
+    scores: Scores,
+    linearized: Scores,
+    recipe: Training,
+    examples: Iterable[Removal],
+    *,
+    damping: float,
+    warm: Training | None = None,
+    jobs: int | None = None,
+    cache: str | Path | None = None,
+    progress: bool = True,
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Gaps:
+    """Train four times over, and hold each against the next.
+
+    Args:
+        scores: What is judged; says the task, data, queries and measure.
+        linearized: The same without approximations of the curvature or the solver:
+            `Influence(curvature=GGN(), damping=Absolute(damping), solver=CG(rtol=1e-8))`.
+        recipe: How the model was trained, from its initialization.
+        examples: What to remove: indices, or lists of indices that go together.
+        damping: λ of the proximity and of both scores.
+        warm: How to train on from θ̂; None: as `recipe`, without its `init` and with its learning
+            rate falling to 0. Used for gaps 1 to 3.
+        jobs: As for `retrain`.
+        cache: As for `retrain`; the four stages keep to folders of their own in it.
+        progress: As for `retrain`.
+        bootstrap: How the intervals are made.
+
+    Raises:
+        MissingContext: The scores were loaded from disk, without their task and data.
+        UpweightError: See `leave_one_out`.
+
+    Cost: 4 (e + 1) trainings for e removals.
+    """
+    context = scores.require_context()
+    groups = removals(examples, len(context.train))
+    if warm is None:
+        warm = replace(recipe, init=None, schedule=Cosine())
+    response = PBRF(damping, warm.optimizer, warm.epochs, warm.batch, warm.schedule, warm.seed)
+    stages: Sequence[Training | PBRF] = (
+        recipe, warm, replace(warm, proximity=damping), response,
+    )  # fmt: skip
+    effects: dict[str, Tensor] = {}
+    for name, stage in zip(STAGES, stages, strict=False):
+        retrained = leave_one_out(
+            stage,
+            context.task,
+            context.train,
+            groups,
+            context.queries,
+            context.measure,
+            jobs=jobs,
+            cache=None if cache is None else Path(cache) / name.replace(" ", "-"),
+            progress=progress,
+        )
+        effects[name] = retrained.change
+    effects["linearized"] = predicted_removals(linearized, groups)
+    effects["scores"] = predicted_removals(scores, groups)
+    return Gaps(groups, effects, bootstrap)

@@ -1,0 +1,63 @@
+"""`fitted.check(recipe, budget)`: what a method says, held against retraining, in one line."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from upweight._typing import Folder
+from upweight.evaluation.check import Check, check
+from upweight.scores import Scores
+from upweight.task.data import Data
+from upweight.task.measures import Loss
+from upweight.task.recipe import Recipe
+
+QUERIES = 32
+"""Training examples that stand in for queries where none are given."""
+
+
+class Checked:
+    """A fitted method that can be held against retraining."""
+
+    train: Data
+
+    def attribute(self, queries: Any, measure: Any = ...) -> Scores:
+        """S[q, i]."""
+        raise NotImplementedError
+
+    def check(
+        self,
+        recipe: Recipe,
+        budget: str | float = "2 min",
+        *,
+        queries: Any = None,
+        measure: Callable[..., Tensor] = Loss(),  # noqa: B008  a frozen spec
+        jobs: int | None = None,
+        cache: Folder | None = None,
+        progress: bool = True,
+    ) -> Check:
+        """Spend a budget on retraining, and say in words and numbers whether to believe the scores.
+
+        Args:
+            recipe: How the model was trained: `Training`, `Newton`, `FromFunction`, or what an
+                adapter's `recipe` made of an estimator.
+            budget: "90 s", "2 min", "1 h", or seconds.
+            queries: What to ask about, best held-out data. None asks about some training examples;
+                whether each is in a subset itself then makes much of what is compared.
+            measure: What to ask.
+            jobs: As for `evaluation.retrain`.
+            cache: As for `evaluation.retrain`.
+            progress: As for `evaluation.retrain`.
+
+        Raises:
+            SpecError: The budget is no time, or too short for eight subsets.
+            UpweightError: From `attribute` or `evaluation.check`.
+
+        Cost: the budget, and one `attribute`.
+        """
+        if queries is None:
+            n = len(self.train)
+            count = min(n, QUERIES)
+            queries = self.train.subset([k * n // count for k in range(count)])
+        scores = self.attribute(queries, measure)
+        return check(scores, recipe, budget, jobs=jobs, cache=cache, progress=progress)

@@ -1,0 +1,182 @@
+"""A budget of retraining, and what it says: on digits, where influence is known to be right."""
+
+import time
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+
+import upweight as uw
+from tests.market import train_in_place
+from upweight.data import mnist_subset
+from upweight.errors import SpecError
+from upweight.evaluation.check import Check, _seconds, check
+from upweight.evaluation.lds import LDS
+from upweight.task.recipe import Trained
+from upweight.training.optimizers import SGD
+from upweight.training.training import Training
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Softmax regression on 12 pixel averages of 300 digits, at its minimum."""
+    read = mnist_subset()
+
+    def features(images):
+        x = torch.tensor(images).double()[:, None] / 255
+        return nn.functional.adaptive_avg_pool2d(x, (3, 4)).flatten(1)
+
+    train = (features(read.X[:300]), torch.tensor(read.y[:300]))
+    queries = (features(read.X_test[:12]), torch.tensor(read.y_test[:12]))
+    task = uw.Task(nn.Linear(12, 10).double(), uw.CrossEntropy(), uw.L2(0.02))
+    train_in_place(task, train)
+    return task, train, queries
+
+
+@pytest.fixture(scope="module")
+def fitted(digits):
+    task, train, _ = digits
+    return uw.Influence().fit(task, train)
+
+
+def test_exact_influence_of_a_convex_model_passes(digits, fitted, tmp_path):
+    _, _, queries = digits
+    found = fitted.check(uw.Newton(), "20 s", queries=queries, cache=tmp_path, progress=False)
+    assert found.lds.spearman.low > 0.9
+    assert found.lds.ceiling is None, "nothing is random"
+    assert found.slope.low > 0
+    assert "LDS 1.00 ± 0.00; magnitudes are right" in found.verdict
+    assert found.seconds <= 2 * found.budget
+    again = fitted.check(uw.Newton(), "20 s", queries=queries, cache=tmp_path, progress=False)
+    assert len(again.lds.predicted) >= len(found.lds.predicted), "it goes on from what is there"
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Newton's minimum and as much noise again, from a seed."""
+
+    seed: int = 0
+    noise: float = 0.0
+
+    def prepare(self, task, train):
+        trainer = uw.Newton(tol=1e-6).prepare(task, train)
+
+        class Trainer:
+            at_once = 8
+
+            def __call__(_, weights):
+                made = trainer(weights)
+                g = torch.Generator().manual_seed(self.seed)
+                shift = self.noise * torch.randn(
+                    made.theta.shape, generator=g, dtype=made.theta.dtype
+                )
+                return Trained(made.theta + shift, made.gradient_norms, made.failures)
+
+        return Trainer()
+
+
+def test_two_seeds_show_the_noise(digits, fitted):
+    _, _, queries = digits
+    quiet, loud = (
+        fitted.check(Noisy(noise=noise), 8, queries=queries, progress=False)
+        for noise in (1e-6, 0.3)
+    )
+    assert len(quiet.lds.values) == 2
+    assert quiet.lds.ceiling.value > 0.999
+    assert loud.lds.ceiling.value < 0.95
+    assert loud.lds.spearman.value < quiet.lds.spearman.value
+    assert f"ceiling {loud.lds.ceiling.value:.2f}" in loud.verdict
+
+
+def test_without_queries_it_asks_about_training_examples(fitted):
+    found = fitted.check(uw.Newton(), 8, progress=False)
+    assert found.lds.predicted.shape[1] == 32
+    assert found.lds.spearman.low > 0.9
+
+
+def test_a_network_is_checked_by_its_own_training(digits):
+    _, train, queries = digits
+    recipe = Training(
+        lambda: nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 10)),
+        SGD(0.5, momentum=0.9), 20, 50,
+    )  # fmt: skip
+    model = recipe.init().double().eval()
+    task = uw.Task(model, uw.CrossEntropy())
+    ones = torch.ones(1, 300)
+    theta = recipe.prepare(task, uw.as_data(train))(ones).theta[0]
+    named = dict(model.named_parameters())
+    for name, value in task.layout.unflatten(theta).items():
+        named[name].data.copy_(value)
+    method = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, train)
+    found = method.check(recipe, 15, queries=queries, progress=False)
+    assert 0.1 < found.lds.spearman.value < found.lds.ceiling.value
+    text = str(found)
+    assert "On your model, this method's ranking agrees with retraining at LDS" in text
+    assert "2 seeds each" in text
+
+
+def estimates(slope, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    predicted = torch.randn(60, 5, generator=g, dtype=torch.float64)
+    noise = 0.1 * torch.randn(60, 5, generator=g, dtype=torch.float64)
+    values = slope * predicted + noise + torch.arange(5)
+    return Check(LDS(predicted, values[None]), 0.5, 61, 1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "slope, words",
+    [
+        (1.5, "magnitudes are too small by 1.5 ×"),
+        (0.25, "magnitudes are too large by 4.0 ×"),
+        (1.0, "magnitudes are right"),
+        (0.0, "magnitudes cannot be told"),
+    ],
+)
+def test_magnitudes_in_words(slope, words):
+    found = estimates(slope)
+    assert words in found.verdict
+    assert found.slope.value == pytest.approx(slope, abs=0.05)
+    assert found.summary()["slope"][0] == found.slope.value
+
+
+def test_a_query_far_from_the_others_does_not_make_the_slope():
+    """Each query about its own mean: offsets between queries say nothing of removals."""
+    found = estimates(0.5)
+    moved = replace(found, lds=LDS(found.lds.predicted, found.lds.values + 100 * torch.arange(5)))
+    assert moved.slope.value == pytest.approx(found.slope.value)
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [("90 s", 90), ("2 min", 120), ("1.5 minutes", 90), ("1h", 3600), ("2 hours", 7200), (5, 5)],
+)
+def test_budgets_are_times(text, seconds):
+    assert _seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "2", "two minutes", "5 days", "0 s", 0, -1.0, float("nan")])
+def test_what_is_no_time_is_refused(text, digits, fitted):
+    scores = fitted.attribute(digits[2])
+    with pytest.raises(SpecError, match="A budget is a time"):
+        check(scores, uw.Newton(), text)
+
+
+def test_a_budget_for_fewer_than_eight_subsets_is_refused_early(digits, fitted):
+    class Slow:
+        at_once = 1
+
+        def __call__(self, weights):
+            time.sleep(0.2 * len(weights))
+            theta = digits[0].theta().expand(len(weights), -1)
+            return Trained(theta, torch.zeros(len(weights)))
+
+    @dataclass(frozen=True)
+    class Recipe:
+        def prepare(self, task, train):
+            return Slow()
+
+    begun = time.perf_counter()
+    with pytest.raises(SpecError, match=r"8 subsets would take about \d s"):
+        fitted.check(Recipe(), 1.0, queries=digits[2], progress=False)
+    assert time.perf_counter() - begun < 2
