@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
+LOOKED_AT_ONCE = 4_000_000
+"""Numbers looked at together for NaN and infinity."""
+
 
 class Unit(enum.Enum):
     """What one entry of the scores means."""
@@ -215,8 +218,8 @@ class Scores:
                     "use the Scores that attribute(...) returns.",
                 )
             )
-        if not bool(self.values.isfinite().all()):
-            row, column = (~self.values.isfinite()).nonzero()[0].tolist()
+        if (bad := _first_not_finite(self.values)) is not None:
+            row, column = bad
             raise NonFinite(
                 message(
                     "Scores must be finite.",
@@ -455,3 +458,14 @@ def _digest(tensors: Mapping[str, Tensor], unit: str | None, columns: Sequence[s
     """Of the numbers and of what says how to read them."""
     reading = json.dumps([unit, columns], ensure_ascii=False)
     return digest(*(tensors[name] for name in sorted(tensors)), reading)
+
+
+def _first_not_finite(values: Float[Tensor, "q n"]) -> tuple[int, int] | None:
+    """Where the first NaN or infinity is. Some rows at a time: asking takes as much again."""
+    size = max(1, LOOKED_AT_ONCE // max(1, values.shape[1]))
+    for start in range(0, len(values), size):
+        bad = ~values[start : start + size].isfinite()
+        if bool(bad.any()):
+            row, column = bad.nonzero()[0].tolist()
+            return start + row, column
+    return None

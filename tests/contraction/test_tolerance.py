@@ -135,3 +135,21 @@ def test_a_wide_layer_at_few_positions_is_multiplied_in_pairs(tolerance):
     error = (scores.values - exact.values).norm(dim=1) / exact.values.norm(dim=1)
     assert float(error.square().mean().sqrt()) <= RMS * tolerance
     assert "products" in scores.provenance.health["contraction"]["shared.weight"]
+
+
+def test_every_token_that_some_query_has_counts():
+    """An embedding's coordinates are its tokens: most of those are in no reference query."""
+    g = torch.Generator().manual_seed(0)
+    vocabulary, n, q = 300, 600, 200
+    model = nn.Sequential(nn.Embedding(vocabulary, 24), nn.Tanh(), nn.Linear(24, 3)).float()
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=g))
+    X, y = torch.arange(n) % vocabulary, torch.randint(3, (n,), generator=g)
+    queries = (torch.randperm(vocabulary, generator=g)[:q], torch.randint(3, (q,), generator=g))
+    task = uw.Task(model.eval(), uw.CrossEntropy())
+    method = uw.Influence(uw.EKFAC(), damping=uw.Absolute(1e-3)).fit(task, (X, y))
+    exact = method.attribute(queries, tolerance=0).values
+    found = method.attribute(queries, tolerance=0.05).values
+    error = (found - exact).norm(dim=1) / exact.norm(dim=1)
+    assert float(error.square().mean().sqrt()) <= RMS * 0.05
+    assert float(error.max()) <= WORST * 0.05

@@ -28,7 +28,7 @@ class Gradients:
         task, found = self.made.task, []
         with GradientPass(self.made) as passes:
             batch = self.data.batch(0, len(self.data))
-            parts = passes.of_heads(batch, lambda f, y: which.heads(task.loss, f, y, 0))
+            parts = passes.of_heads(batch, lambda f, y: which.heads(task.loss, f, y, 0, 0))
             for factors in parts:
                 out = torch.zeros(len(self.data), task.layout.size, dtype=self.made.dtype)
                 for block, part in zip(self.made.blocks, factors, strict=True):
@@ -100,9 +100,9 @@ def test_sampled_labels_are_unbiased(name, samples):
     assert bool(((observed - expected).abs() > bound).any()), "the data's labels would pass too"
 
 
-def drawn(which, place=0, n=70):
+def drawn(which, place=0, stream=0, n=70):
     f = draw(torch.Generator().manual_seed(5), n, 6)
-    found = which.heads(uw.CrossEntropy(), f[place:], labels_of(n)[place:], place)
+    found = which.heads(uw.CrossEntropy(), f[place:], labels_of(n)[place:], place, stream)
     return torch.stack([extra for _, extra in found])
 
 
@@ -116,18 +116,21 @@ def test_draws_belong_to_the_place_of_an_example_and_not_to_its_batch(batch):
     which, parts = Sampled(samples=2, seed=3), []
     for start in range(0, 70, batch):
         part = slice(start, start + batch)
-        heads = which.heads(uw.CrossEntropy(), f[part], y[part], start)
+        heads = which.heads(uw.CrossEntropy(), f[part], y[part], start, 1)
         parts.append(torch.stack([extra for _, extra in heads]))
-    assert torch.equal(torch.cat(parts, dim=1), drawn(which))
+    assert torch.equal(torch.cat(parts, dim=1), drawn(which, stream=1))
 
 
-def test_draws_differ_between_samples_and_seeds():
+def test_draws_differ_between_samples_passes_and_seeds():
     """70 draws from 6 classes: equal by chance less than once in 1e30."""
     once = drawn(Sampled(samples=2))
     assert not torch.equal(once[0], once[1])
     assert not torch.equal(once, drawn(Sampled(samples=2, seed=1)))
     assert torch.equal(once, drawn(Sampled(samples=2)))
-    assert len({tuple(row.tolist()) for row in drawn(Sampled(samples=9))}) == 9
+    assert not torch.equal(once, drawn(Sampled(samples=2), stream=1))
+    # Pass k of several samples does not repeat what another pass drew.
+    every = torch.cat([drawn(Sampled(samples=3), stream=k) for k in range(3)])
+    assert len({tuple(row.tolist()) for row in every}) == 9
 
 
 def test_drawing_leaves_the_global_generator_alone():
@@ -193,7 +196,7 @@ def test_a_loss_that_is_not_convex_is_refused_whatever_its_scale(scale):
 def test_rounding_in_half_precision_is_not_taken_for_a_concave_loss(dtype):
     g = torch.Generator().manual_seed(1)
     f = (4 * draw(g, 50, 8)).to(dtype)
-    found = list(Expected().heads(uw.CrossEntropy(), f, labels(g, 50, 8), 0))
+    found = list(Expected().heads(uw.CrossEntropy(), f, labels(g, 50, 8), 0, 0))
     columns = torch.stack([column for _, column in found], dim=2).double()
     p = f.double().softmax(dim=1)
     expected = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
@@ -206,7 +209,7 @@ def test_every_example_gives_as_many_gradients_whatever_its_batch():
     g = torch.Generator().manual_seed(1)
     f, y = draw(g, 40, 5), labels(g, 40, 5)
     for part in (slice(0, 40), slice(3, 4), slice(17, 19)):
-        heads = Expected().heads(uw.CrossEntropy(), f[part], y[part], part.start)
+        heads = Expected().heads(uw.CrossEntropy(), f[part], y[part], part.start, 0)
         assert len(list(heads)) == 5
 
 

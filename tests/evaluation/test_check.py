@@ -131,6 +131,7 @@ def estimates(slope, seed=0):
         (0.25, "magnitudes are too large by 4.0 ×"),
         (1.0, "magnitudes are right"),
         (0.0, "magnitudes cannot be told"),
+        (-1.0, "the sign is wrong"),
     ],
 )
 def test_magnitudes_in_words(slope, words):
@@ -138,6 +139,30 @@ def test_magnitudes_in_words(slope, words):
     assert words in found.verdict
     assert found.slope.value == pytest.approx(slope, abs=0.05)
     assert found.summary()["slope"][0] == found.slope.value
+
+
+def test_a_wide_interval_is_no_agreement():
+    found = estimates(1.0)
+    g = torch.Generator().manual_seed(1)
+    noise = 10 * torch.randn(60, 5, generator=g, dtype=torch.float64)
+    found = replace(found, lds=LDS(found.lds.predicted, found.lds.values + noise))
+    assert found.slope.low < 1 < found.slope.high
+    assert "magnitudes are right" not in found.verdict
+
+
+def test_what_cannot_be_compared_is_refused_before_any_training(digits, fitted):
+    """A query whose scores are all 0 has no ranking."""
+
+    @dataclass(frozen=True)
+    class Never:
+        def prepare(self, task, train):
+            raise AssertionError("trained")
+
+    scores = fitted.attribute(digits[2])
+    values = scores.values.clone()
+    values[3] = 0.0
+    with pytest.raises(uw.errors.DataError, match=r"queries \[3\]"):
+        check(replace(scores, values=values), Never(), "1 h")
 
 
 def test_a_query_far_from_the_others_does_not_make_the_slope():

@@ -5,7 +5,7 @@ import torch
 
 import upweight as uw
 from tests.market import draw, problem
-from upweight.errors import NonFinite, ShapeError
+from upweight.errors import NonFinite, ShapeError, SpecError
 from upweight.evaluation.gaps import GAPS, STAGES, Gaps, gaps
 from upweight.training.optimizers import SGD
 from upweight.training.training import Training
@@ -74,6 +74,18 @@ def test_it_says_what_it_found(on_ridge):
     assert f"the largest is {on_ridge.largest.name}" in text
     assert on_ridge.summary()["largest"] == on_ridge.largest.name
     assert set(on_ridge.summary()["gaps"]) == set(GAPS)
+
+
+@pytest.mark.parametrize("wrong", ["cold", "few"])
+def test_what_would_mix_gaps_up_is_refused_before_any_training(wrong):
+    p = problem("ridge")
+    recipe = Training(lambda: torch.nn.Linear(3, 1, bias=False), SGD(0.3), 1, p.n)
+    method = uw.Influence(uw.GGN(), damping=uw.Absolute(DAMPING))
+    scores = method.fit(p.task, p.train).attribute(p.queries, uw.Loss())
+    given = {"warm": recipe} if wrong == "cold" else {}
+    examples = range(2 if wrong == "few" else p.n)
+    with pytest.raises(SpecError, match="warm start without an init"):
+        gaps(scores, scores, recipe, examples, damping=DAMPING, **given)
 
 
 def test_stages_must_fit_each_other():

@@ -42,7 +42,7 @@ def moved():
         parameter.data.copy_(value)
 
 
-NAMES = ("ridge", "softmax", "mlp_tanh", "mlp_gelu", "conv")
+NAMES = ("ridge", "softmax", "logistic_without_bias", "mlp_tanh", "mlp_gelu", "conv")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -236,7 +236,10 @@ def test_a_model_that_vmap_cannot_run_trains_alone():
     alone = Training(None, SGD(0.1), 1, 5).prepare(on_weights, train)
     assert alone.at_once == 1
     assert "vmap" in alone.alone_because
+    # A branch on the inputs is one for all models, unless each has a batch of its own.
+    assert Training(None, SGD(0.1), 1, 5, skip_absent=True).prepare(given, train).at_once == 1
     many = Training(None, SGD(0.1), 1, 5).prepare(given, train)
+    assert many.at_once > 1
     torch.testing.assert_close(alone(w).theta, many(w).theta, **CLOSE)
 
 
@@ -256,6 +259,20 @@ def test_another_model_is_refused_with_the_difference():
         Training(lambda: Net(width=7)).prepare(task(), as_data(data()))
 
 
+def test_a_parameter_that_is_not_used_stays_where_it_is():
+    class Spare(Net):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Linear(2, 2)
+
+    given = uw.Task(initialized(Spare(), torch.Generator()).eval(), uw.CrossEntropy())
+    trainer = Training(None, SGD(0.3), 1, 5).prepare(given, as_data(data()))
+    assert trainer.at_once > 1, trainer.alone_because
+    for some in (trainer, replace(trainer, at_once=1)):
+        found = some(weights()).theta[:, given.layout.slices["spare.weight"]]
+        assert torch.equal(found, given.model.spare.weight.flatten().detach().expand(5, -1))
+
+
 def test_a_model_that_diverges_is_named_and_the_others_are_kept():
     train, w = as_data(data()), weights()
     w[3] = 1e200
@@ -263,6 +280,20 @@ def test_a_model_that_diverges_is_named_and_the_others_are_kept():
     assert list(found.failures) == [3]
     assert "epoch" in found.failures[3]
     assert bool(found.theta[[0, 1, 2, 4]].isfinite().all())
+
+
+def test_a_model_without_any_example_is_named():
+    w = weights()
+    w[2] = 0.0
+    found = Training(Net, SGD(0.3), 1, 5, skip_absent=True).prepare(task(), as_data(data()))(w)
+    assert found.failures == {2: "every example has weight 0"}
+
+
+def test_one_example_is_enough():
+    x, y = data()
+    train, w = as_data((x[:1], y[:1])), torch.ones(3, 1)
+    found = Training(Net, SGD(0.3), 2, 5).prepare(task(), train)(w).theta
+    assert torch.equal(found[0], found[1]) and bool(found.isfinite().all())
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch": 0}, {"proximity": -1.0}])

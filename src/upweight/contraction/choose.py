@@ -9,7 +9,7 @@ them, and everything that follows is that much smaller.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,9 @@ DROPPED = 0.15
 
 ENOUGH = 0.25
 """Error at which further terms are not looked at, in the same units."""
+
+UNSEEN = 1e-6
+"""Second moment, relative to the mean, that is assumed where none was seen."""
 
 USUAL_TERMS = 16
 """Terms that a block is assumed to take when coordinates are chosen."""
@@ -78,13 +81,14 @@ def choose(
         short: Whether bfloat16 may be used.
     """
     curves: dict[int, _Curve] = {}
-    factored = [k for k, block in enumerate(queries) if isinstance(block, FactoredQueries)]
-    if tolerance > 0:
-        for k in factored:
-            block, part = queries[k], sample.factors[k]
-            assert isinstance(block, FactoredQueries) and isinstance(part, Tokens)
-            share = tolerance / len(factored) ** 0.5
-            curves[k] = _curve(block, reference, k, part, right_moments[k], share)
+    factored = {k: block for k, block in enumerate(queries) if isinstance(block, FactoredQueries)}
+    if tolerance > 0 and factored:
+        scale = _scale(factored, right_moments)
+        share = tolerance / len(factored) ** 0.5
+        for k, some in factored.items():
+            part = sample.factors[k]
+            assert isinstance(part, Tokens)
+            curves[k] = _curve(some, reference, k, part, right_moments[k], scale, share)
     ranks = _ranks(curves, tolerance**2 * TRUNCATION_SHARE)
     rounding = {
         k: _rounding(curve, reference, k, sample, ranks[k]) for k, curve in curves.items() if short
@@ -181,22 +185,41 @@ class _Curve:
         return found[0], found[1]
 
 
+def _scale(
+    factored: Mapping[int, FactoredQueries], right_moments: Sequence[Tensor]
+) -> Float[Tensor, " q"]:
+    """1/‖S_q‖ of every query up to a factor, as second moments expect it: √(Σ q̃² M² Λ)."""
+    squares = torch.stack([
+        (_squares(b.left) @ (b.inverse.square() * right_moments[k]) * _squares(b.right)).sum(dim=1)
+        for k, b in factored.items()
+    ]).sum(dim=0)  # fmt: skip
+    return torch.where(squares > 0, squares.clamp_min(1e-300).rsqrt(), 0.0)
+
+
+def _squares(factor: Float[Tensor, "q s d"]) -> Float[Tensor, "q d"]:
+    return factor.square().sum(dim=1)
+
+
 def _curve(
     block: FactoredQueries,
     reference: Reference,
     k: int,
     part: Tokens,
     moments: Float[Tensor, "o i"],
+    scale: Float[Tensor, " q"],
     share: float,
 ) -> _Curve:
-    """Args as for `choose`; `share` is the part of the tolerance that falls to this block."""
+    """Args as for `choose`; `share` is the part of the tolerance that falls to this block.
+
+    What matters is asked of all queries: a coordinate that none of the references has (a token of
+    an embedding, say) may be all that another query has.
+    """
     (o, i), s, t = block.inverse.shape, block.left.shape[1], part.positions
-    norms = reference.norms
-    scale = torch.where(norms > 0, 1.0 / norms.clamp_min(1e-300), 0.0)
-    left, right = block.left[reference.rows], block.right[reference.rows]
-    sizes = (scale[:, None, None] * left).square().sum(dim=1)
+    # Of what the curvature has not seen (it may have been learned from some examples) a trace.
+    moments = moments.clamp_min(UNSEEN * float(moments.mean()))
+    sizes, widths = scale[:, None].square() * _squares(block.left), _squares(block.right)
     # E[q̃²] over queries, each by its own size, and E[g̃²] = Λ of training gradients.
-    of_queries = sizes.mT @ right.square().sum(dim=1) / len(norms)
+    of_queries = sizes.mT @ widths / len(block)
     j, m = _kept(block.inverse.square() * of_queries * moments, share)
     kept: tuple[Tensor, Tensor] | None = (j, m)
     fixed = t * (o * len(j) + i * len(m)) // len(block)
@@ -208,7 +231,8 @@ def _curve(
     # Queries count by their own size; training gradients by their second moments, whose row and
     # column sums are those of δ̃² and ã².
     left_weight = (sizes.mean(dim=0) * moments.sum(dim=1)).sqrt()
-    right_weight = (right.square().sum(dim=1).mean(dim=0) * moments.sum(dim=0)).sqrt()
+    right_weight = (widths.mean(dim=0) * moments.sum(dim=0)).sqrt()
+    left, right = block.left[reference.rows], block.right[reference.rows]
     inverse, tokens = block.inverse, rotated(part, block.eigen)
     if kept is not None:
         inverse, left_weight, right_weight = inverse[j][:, m], left_weight[j], right_weight[m]

@@ -67,11 +67,11 @@ class Explicit(Kernel):
             for k in range(0, len(factors), size):
                 part = factors.take(slice(k, k + size)).to(flat.dtype)
                 if formed and start + len(part) - first > size:
-                    scores[:, first:start] += flat @ torch.cat(formed).mT
+                    scores[:, first:start] += flat @ _together(formed).mT
                     formed, first = [], start
                 formed.append(part.matrices().flatten(1))
                 start += len(part)
-        scores[:, first:start] += flat @ torch.cat(formed).mT
+        scores[:, first:start] += flat @ _together(formed).mT
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +103,10 @@ class Separable(Kernel):
             some = factors.to(lefts.dtype)
             for d, a in zip(lefts, rights, strict=True):
                 add_pairs(scores, Tokens(d, a), some)
+
+
+def _together(rows: Sequence[Float[Tensor, "b d"]]) -> Float[Tensor, "m d"]:
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
 
 
 def add_pairs(scores: Float[Tensor, "q b"], queries: Tokens, factors: Tokens) -> None:

@@ -83,7 +83,8 @@ def _share(queries: BlockQueries, rows: Tensor, part: Factors) -> Float[Tensor, 
         return queries.reference.flatten(1) @ g.mT
     assert isinstance(part, Tokens)
     o, i = queries.inverse.shape
-    size = max(1, SOLVE_BYTES // (o * i * queries.left.element_size()))
+    width = max(i, len(part) * part.positions)
+    size = max(1, SOLVE_BYTES // (o * width * queries.left.element_size()))
     # In the eigenbases: rotating the examples takes far less than turning the queries back.
     tokens = rotated(part, queries.eigen)
     left, right = tokens.left.flatten(0, 1).mT, tokens.right.flatten(0, 1).mT

@@ -91,11 +91,11 @@ class Contraction:
     def stream(self, begin: int = 0) -> Iterator[tuple[int, int, Float[Tensor, "q b"]]]:
         """Σₗ ⟨V_q, gᵢ⟩ for batches of training examples, in order, from `begin` on."""
         waiting: list[list[Factors]] = []
-        first = begin
+        first, most = begin, self._at_once
         for start, stop, factors in self.factors(begin):
             waiting.append(factors)
             size = stop - start
-            if stop + size - first > self._at_once or stop == len(self.train):
+            if stop + size - first > most or stop == len(self.train):
                 yield first, stop, self._scores(waiting)
                 waiting, first = [], stop
 

@@ -1,12 +1,14 @@
-"""May the second pass read the gradients of the first, rather than take them again?
+"""May the second pass read its gradients, taken during the first, rather than run the model again?
 
 Running the model forward and backward is most of what a pass costs. Where all gradients fit into
-memory as factors, the second pass needs neither. It reads bit for bit what it would have computed:
+memory as factors, the second pass needs neither: with labels that are drawn anew its gradients take
+one more backward pass of the first, with others they are those of the first. It reads bit for bit
+what it would have computed:
 the factors themselves or, where only half of that fits, their bfloat16 rounding, for estimators
 that would have rounded them (`EKFACBlock`'s trial says whether they do).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -40,17 +42,18 @@ class Kept:
         self._readers = {k: e for k, e in enumerate(estimators) if e.passes > 1}
         self._examples, self._budget = examples, budget
         self._batches: dict[int, _Batch] = {}
-        self._bytes = self._gradients = 0
-        self._is_open = bool(self._readers)
+        self._held: dict[int, int] = {}
+        self._gradients = 0
+        self.is_open = bool(self._readers)
         self._is_short = False
 
     def add(self, start: int, factors: Parts) -> None:
         """Gradients of the batch that starts at `start`, with one label each."""
-        if not self._is_open:
+        if not self.is_open:
             return
         if start not in self._batches and len(self._batches) == 1:
             self._choose(start)
-        if not self._is_open:
+        if not self.is_open:
             return
         # The trial whether rounding does any harm needs the first ones as they are.
         is_short = self._is_short and self._gradients >= TRIAL
@@ -61,7 +64,11 @@ class Kept:
         }
         batch.groups.append(parts)
         self._gradients += len(next(iter(parts.values())))
-        self._bytes += _held(parts.values())
+        # By the memory behind them: views of the data, say, are held once.
+        for part in parts.values():
+            for x in part.tensors:
+                storage = x.untyped_storage()
+                self._held[storage.data_ptr()] = storage.nbytes()
         if self._bytes > self._budget:
             self.clear()
 
@@ -76,7 +83,12 @@ class Kept:
     def clear(self) -> None:
         """Keep nothing."""
         self._batches.clear()
-        self._is_open = False
+        self._held.clear()
+        self.is_open = False
+
+    @property
+    def _bytes(self) -> int:
+        return sum(self._held.values())
 
     def _choose(self, seen: int) -> None:
         """From the first batch: as they are, rounded, or not at all?"""
@@ -88,13 +100,3 @@ class Kept:
             self._is_short = True
         else:
             self.clear()
-
-
-def _held(parts: Iterable[Factors]) -> int:
-    """Bytes of the memory behind them: views keep all of what they look into."""
-    memory = {}
-    for part in parts:
-        for x in part.tensors:
-            storage = x.untyped_storage()
-            memory[storage.data_ptr()] = storage.nbytes()
-    return sum(memory.values())

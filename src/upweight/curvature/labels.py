@@ -21,8 +21,8 @@ Head: TypeAlias = tuple[Callable[[Tensor, Any, Any], Tensor], Any]
 """A value per example, `head(outputs, targets, extra)`, and its extra."""
 
 CHUNK = 16
-"""Examples per draw. Draws belong to an example's place in the data, not to its batch or to the
-pass: batches of any multiple of this size see the same labels, and so do all passes."""
+"""Examples per draw. Draws belong to an example's place in the data, not to its batch: batches of
+any multiple of this size see the same labels."""
 
 
 class Labels(abc.ABC):
@@ -31,8 +31,14 @@ class Labels(abc.ABC):
     per_example: int
     """How many gradients of an example make its share of the curvature; each counts 1/this."""
 
+    draws_anew: bool = False
+    """Whether each pass sees other labels. What the first has fitted to its draws (an eigenbasis)
+    would else be judged by the same draws (its eigenvalues)."""
+
     @abc.abstractmethod
-    def heads(self, loss: Loss, outputs: Tensor, targets: Any, start: int) -> Iterator[Head]:
+    def heads(
+        self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
+    ) -> Iterator[Head]:
         """The values whose gradients to take.
 
         Args:
@@ -40,6 +46,7 @@ class Labels(abc.ABC):
             outputs: Of a batch, detached.
             targets: Of the batch.
             start: The place of the batch's first example in the data.
+            stream: Number of the pass.
         """
 
 
@@ -58,6 +65,8 @@ class Sampled(Labels):
     samples: int = 1
     seed: int = 0
 
+    draws_anew = True
+
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise SpecError(
@@ -73,12 +82,14 @@ class Sampled(Labels):
     def per_example(self) -> int:  # type: ignore[override]
         return self.samples
 
-    def heads(self, loss: Loss, outputs: Tensor, targets: Any, start: int) -> Iterator[Head]:
+    def heads(
+        self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
+    ) -> Iterator[Head]:
         def head(f: Tensor, _: Any, drawn: Any) -> Tensor:
             return loss(f, drawn)
 
         for k in range(self.samples):
-            yield head, self._drawn(loss, outputs, targets, start, k)
+            yield head, self._drawn(loss, outputs, targets, start, stream * self.samples + k)
 
     def _drawn(self, loss: Loss, outputs: Tensor, targets: Any, start: int, draw: int) -> Any:
         generator, pieces = torch.Generator(device=outputs.device), []
@@ -115,7 +126,9 @@ class Expected(Labels):
 
     per_example = 1
 
-    def heads(self, loss: Loss, outputs: Tensor, targets: Any, start: int) -> Iterator[Head]:
+    def heads(
+        self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
+    ) -> Iterator[Head]:
         width = outputs[0].numel()
         if width > self.most:
             raise UnsupportedModel(
@@ -161,7 +174,9 @@ class Observed(Labels):
 
     per_example = 1
 
-    def heads(self, loss: Loss, outputs: Tensor, targets: Any, start: int) -> Iterator[Head]:
+    def heads(
+        self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
+    ) -> Iterator[Head]:
         def head(f: Tensor, y: Any, _: Any) -> Tensor:
             return loss(f, y)
 

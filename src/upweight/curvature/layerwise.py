@@ -10,7 +10,7 @@ the identity on a block (`L2`), else its diagonal in the block's basis.
 
 import abc
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,8 +155,8 @@ class LayerwiseCurvature(abc.ABC):
             n: What sums are divided by; see `Curvature.fit`.
             damping: What the inverse will be damped with, where that is known: products whose
                 rounding it drowns, by measurement, are taken in bfloat16.
-            memory_bytes: What a batch may take, and the gradients that are kept from the first pass
-                for the second where they fit; None: a share of what is free.
+            memory_bytes: What a batch may take, and the gradients that are kept for the second pass
+                where they fit; None: a share of what is free.
             checkpoint: Where to keep the sums while they grow, and to go on from.
             watch: Called with (start, batch, outputs, targets) of every batch of the first pass,
                 before anything is made of them.
@@ -166,8 +166,8 @@ class LayerwiseCurvature(abc.ABC):
             NonFinite: A gradient is NaN or infinite.
 
         Cost: a forward pass and a backward pass through the activations per pass of the estimators
-        (K-FAC one, EK-FAC two, or one where gradients could be kept) and per label, and their
-        products.
+        (K-FAC one, EK-FAC two) and per label, and their products. Where gradients can be kept, the
+        second pass has no forward pass, and with labels that are not drawn no backward pass.
         """
         made = plan(task, data)
         spent = cost(made, data)
@@ -188,6 +188,7 @@ class LayerwiseCurvature(abc.ABC):
         stages = max(e.passes for e in estimators)
         used = place.batch * spent.bytes_per_example
         kept = Kept(estimators, len(seen), kept_bytes(task.layout.device, memory_bytes, used))
+        anew, count_of_labels = self.which.draws_anew, self.which.per_example
         if place != _Place(0, 0, place.batch):
             kept.clear()
         seconds = {}
@@ -200,17 +201,24 @@ class LayerwiseCurvature(abc.ABC):
                 ranges = _ranges(first, len(seen), place.batch)
                 for start, stop, _ in progress(ranges, len(seen), what, first):
                     groups: Iterable[Parts] | None = kept.take(start) if stage > 0 else None
+                    # On the forward pass of the first labels those of the next pass cost a
+                    # backward pass.
+                    ahead = stage == 0 and anew and kept.is_open
                     if groups is None:
                         first_look = watch if stage == 0 else None
                         examples = seen.batch(start, stop)
-                        groups = self._gradients(passes, task, examples, start, first_look)
-                    for parts in groups:
+                        streams = (0, 1) if ahead else (stage,)
+                        groups = self._gradients(passes, task, examples, start, streams, first_look)
+                    for number, parts in enumerate(groups):
+                        is_next = ahead and number >= count_of_labels
+                        if stage == 0 and is_next == anew:
+                            kept.add(start, parts)
+                        if is_next:
+                            continue
                         for k, estimator in learning.items():
                             estimator.see(stage, parts[k])
-                        if stage == 0:
-                            kept.add(start, parts)
-                            if len(seen) < len(data):
-                                spread.see(parts.values())
+                        if stage == 0 and len(seen) < len(data):
+                            spread.see(parts.values())
                     spread.close()
                     if checkpoint is not None and checkpoint.is_due():
                         here = _Place(stage, stop, place.batch)
@@ -240,6 +248,7 @@ class LayerwiseCurvature(abc.ABC):
         task: Task,
         batch: Batch,
         start: int,
+        streams: Sequence[int],
         watch: Callable[[int, Batch, Tensor, Any], None] | None,
     ) -> Iterator[Parts]:
         batch = task.to_device(batch)
@@ -247,7 +256,8 @@ class LayerwiseCurvature(abc.ABC):
         def heads(outputs: Tensor, targets: Any) -> Iterator[Head]:
             if watch is not None:
                 watch(start, batch, outputs, targets)
-            return self.which.heads(task.loss, outputs, targets, start)
+            for stream in streams:
+                yield from self.which.heads(task.loss, outputs, targets, start, stream)
 
         for factors in passes.of_heads(batch, heads):
             yield dict(enumerate(factors))

@@ -9,8 +9,8 @@ measurements by far more than training noise does. Every half is trained from tw
 how much noise there is.
 """
 
+import math
 import re
-import tempfile
 import time
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
@@ -25,7 +25,8 @@ from upweight.errors import SpecError, message
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.evaluation.lds import LDS, lds
-from upweight.evaluation.retrain import Retrained, retrain
+from upweight.evaluation.prediction import predicted_changes
+from upweight.evaluation.retrain import Retrained, joined, retrain
 from upweight.evaluation.weights import subset_weights
 from upweight.scores import Scores
 from upweight.task.recipe import Recipe
@@ -36,6 +37,9 @@ FEWEST, MOST = 8, 256
 
 CLOSE = 0.1
 """Magnitudes that are off by less are called right."""
+
+HOPELESS = 4.0
+"""How much less than the first model, which pays for preparations, others may take."""
 
 SPENDS = 0.9
 """Share of the budget after which no further models are begun."""
@@ -69,10 +73,14 @@ class Check:
     def magnitudes(self) -> str:
         """The slope in words."""
         slope = self.slope
+        if slope.high < 0:
+            return "the sign is wrong: measured changes go against the predicted ones"
         if not slope.low > 0:
             return "magnitudes cannot be told: the slope may be 0"
-        if slope.low <= 1 <= slope.high or abs(slope.value - 1) < CLOSE:
+        if abs(slope.value - 1) < CLOSE and slope.low > 0.5 and slope.high < 2:
             return f"magnitudes are right ({slope.value:.2f} × predicted)"
+        if slope.low <= 1 <= slope.high:
+            return f"magnitudes may be right ({slope.low:.1f} to {slope.high:.1f} × predicted)"
         if slope.value > 1:
             return f"magnitudes are too small by {slope.value:.1f} ×"
         return f"magnitudes are too large by {1 / slope.value:.1f} ×"
@@ -147,33 +155,38 @@ def check(
     """
     seconds, started = _seconds(budget), time.perf_counter()
     context = scores.require_context()
-    weights = subset_weights(len(context.train), MOST, fraction, renormalize=True)
+    n = len(context.train)
+    most = min(MOST, math.comb(n, max(1, round(fraction * n))))
+    weights = subset_weights(n, most, fraction, renormalize=True)
+    predicted = predicted_changes(scores, weights)
+    metrics.varying(predicted, predicted)  # before any time is spent
     seeds = _seeds(recipe)
 
-    def trained(some: Recipe, rows: Float[Tensor, "s n"], folder: str | Path) -> Retrained:
+    def trained(k: int, rows: Float[Tensor, "s n"]) -> Retrained:
         return retrain(
-            some, context.task, context.train, rows, context.queries, context.measure,
-            jobs=jobs, cache=folder, progress=progress,
+            seeds[k], context.task, context.train, rows, context.queries, context.measure,
+            jobs=jobs, cache=None if cache is None else Path(cache) / f"check-{k}",
+            progress=progress,
         )  # fmt: skip
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folders = [Path(cache or temporary) / f"check-{k}" for k in range(len(seeds))]
-        done, truth, step = 0, list[Retrained](), 1
-        while step >= 1 and done < MOST:
-            begun = time.perf_counter()
-            stop = min(MOST, done + step)
-            truth = [
-                trained(some, weights[:stop], folder)
-                for some, folder in zip(seeds, folders, strict=True)
-            ]
-            now = time.perf_counter()
-            each, left = (now - begun) / (stop - done), SPENDS * seconds - (now - started)
-            done = stop
-            if done < FEWEST and each * (FEWEST - done) > left:
-                raise SpecError(_too_short(budget, now - started + each * (FEWEST - done)))
-            # Twice as many each time: a first model alone says little of what many together take.
-            step = min(int(left / each), done)
-    found = lds(scores, weights[:done], truth, bootstrap=bootstrap)
+    parts: list[list[Retrained]] = [[] for _ in seeds]
+    done, step, each = 0, 1, 0.0
+    while step >= 1 and done < most:
+        begun, stop = time.perf_counter(), min(most, done + step)
+        for k, rows in enumerate(parts):
+            rows.append(trained(k, weights[done:stop]))
+        models = sum(rows[-1].models for rows in parts)
+        now = time.perf_counter()
+        each = (now - begun) * len(seeds) / models if models else each
+        done, left = stop, SPENDS * seconds - (now - started)
+        needed = each * (FEWEST - done)
+        # The first models alone say little of what many together take each.
+        if needed > (left if done > 1 else HOPELESS * left):
+            raise SpecError(_too_short(budget, now - started + needed))
+        affordable = int(left / each) if each else done
+        step = min(affordable if done >= FEWEST else max(1, affordable), done)
+    truth = [joined(rows) for rows in parts]
+    found = lds(predicted[:done], weights[:done], truth, bootstrap=bootstrap)
     models = len(seeds) * (done + 1)
     return Check(found, fraction, models, time.perf_counter() - started, seconds)
 

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import NonFinite, ShapeError, message
+from upweight.errors import NonFinite, ShapeError, SpecError, message
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate
 from upweight.evaluation.loo import leave_one_out
@@ -195,8 +195,9 @@ def gaps(
         recipe: How the model was trained, from its initialization.
         examples: What to remove: indices, or lists of indices that go together.
         damping: λ of the proximity and of both scores.
-        warm: How to train on from θ̂; None: as `recipe`, without its `init` and with its learning
-            rate falling to 0. Used for gaps 1 to 3.
+        warm: How to train on from θ̂, without an `init`; None: as `recipe`, with its learning rate
+            falling to 0. Gaps 1 to 3 are between stages that share it; absent examples keep their
+            places there.
         jobs: As for `retrain`.
         cache: As for `retrain`; the four stages keep to folders of their own in it.
         progress: As for `retrain`.
@@ -204,6 +205,7 @@ def gaps(
 
     Raises:
         MissingContext: The scores were loaded from disk, without their task and data.
+        SpecError: `warm` starts from an initialization, or there are fewer than three removals.
         UpweightError: See `leave_one_out`.
 
     Cost: 4 (e + 1) trainings for e removals.
@@ -212,6 +214,16 @@ def gaps(
     groups = removals(examples, len(context.train))
     if warm is None:
         warm = replace(recipe, init=None, schedule=Cosine())
+    if warm.init is not None or len(groups) < 3:
+        raise SpecError(
+            message(
+                "The five gaps need a warm start without an init, and at least three removals.",
+                f"warm={warm!r}, {len(groups)} removals.",
+                "the recipe of the cold start given twice, or one example to look into.",
+                "leave warm out, or give Training(init=None, ...); name more examples.",
+            )
+        )
+    warm = replace(warm, skip_absent=False, proximity=0.0)
     response = PBRF(damping, warm.optimizer, warm.epochs, warm.batch, warm.schedule, warm.seed)
     stages: Sequence[Training | PBRF] = (
         recipe, warm, replace(warm, proximity=damping), response,

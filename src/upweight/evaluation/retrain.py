@@ -55,6 +55,11 @@ class Retrained:
     seconds: float
 
     @property
+    def models(self) -> int:
+        """How many were trained for it, rather than found in the cache."""
+        return len(self.values) + 1 - self.reused
+
+    @property
     def change(self) -> Float[Tensor, "s q"]:
         """Δm = m(θ(w)) − m(θ(1))."""
         return self.values - self.baseline
@@ -121,6 +126,20 @@ def retrain(
     if failures:
         raise NotConverged(_failed(failures, unique, names), retrained)
     return retrained
+
+
+def joined(parts: Sequence[Retrained]) -> Retrained:
+    """Rows of several calls with the same recipe and question, one after the other."""
+    first = parts[0]
+    return Retrained(
+        torch.cat([part.values for part in parts]),
+        first.baseline,
+        first.given,
+        torch.cat([part.gradient_norms for part in parts]),
+        first.baseline_gradient_norm,
+        sum(part.reused for part in parts),
+        sum(part.seconds for part in parts),
+    )
 
 
 def _plan(weights: Float[Tensor, "..."], n: int) -> Float[Tensor, "r n"]:

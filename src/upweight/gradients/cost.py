@@ -60,10 +60,11 @@ def _held(plan: Plan, data: Data, size: int) -> tuple[int, tuple[int, ...], int]
 
     with GradientPass(plan) as passes:
         factors = passes.of(losses, batch)
-    own = 0
+    own = sum(x.nbytes for part in factors for x in part.tensors)
+    full = 0  # with the one-hot factors of lookups, which some uses form
     for part in factors:
         tensors = (part.left, part.right) if isinstance(part, Tokens) else (part.values,)
-        own += sum(x.nbytes for x in tensors)
+        full += sum(x.nbytes for x in tensors)
     positions = tuple(part.positions if isinstance(part, Tokens) else 0 for part in factors)
     # Twice: besides the factors themselves, what is made from them on the way.
-    return sum(held.values()) + 2 * own, positions, own
+    return sum(held.values()) + 2 * full, positions, own

@@ -8,6 +8,7 @@ may fill it in.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,20 @@ Removal = int | Sequence[int]
 
 Estimate = tuple[float, float, float]
 """A value and the ends of its 95 % confidence interval: (value, low, high). NaN: not known."""
+
+
+class Comparison(Protocol):
+    """Scores held against retraining as a whole, as `fitted.check` does."""
+
+    @property
+    def verdict(self) -> str:
+        """What was found, in a sentence without its capital and full stop."""
+        ...
+
+    @property
+    def models(self) -> int:
+        """How many models were trained for it."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from upweight.report.check import Check
+from upweight.report.check import Check, Comparison
 from upweight.report.facts import noun_of
 from upweight.report.notation import count, interval, readable
 from upweight.report.spectrum import percent
@@ -60,13 +60,24 @@ def convention(scores: Scores) -> str:
     return "Only the order of scores within one query means anything; they predict no change."
 
 
-def verdict(checks: Sequence[Check], noun: str) -> str:
-    """What the comparison with retraining found, without a judgement it cannot support."""
-    if not checks:
-        return (
+def verdicts(checks: Sequence[Check], comparison: Comparison | None, noun: str) -> tuple[str, ...]:
+    """What comparisons with retraining found: of all of it first, then of removals."""
+    found = []
+    if comparison is not None:
+        words = comparison.verdict
+        found.append(f"{words[:1].upper()}{words[1:]}.")
+    if checks:
+        found.append(verdict(checks, noun))
+    if not found:
+        found.append(
             "These scores have not been compared with retraining. They are predictions from a "
             "local model of the training objective."
         )
+    return tuple(found)
+
+
+def verdict(checks: Sequence[Check], noun: str) -> str:
+    """What removals and retraining found, without a judgement it cannot support."""
     # One prediction, of all the queries that were checked: the best query alone would flatter it.
     by_label: dict[str, list[Check]] = {}
     for check in checks:
@@ -118,10 +129,12 @@ def _miscalibration(check: Check) -> float:
     return abs(math.log(slope)) if math.isfinite(slope) and slope > 0 else math.inf
 
 
-def health(scores: Scores, checks: Sequence[Check]) -> list[Fact]:
+def health(
+    scores: Scores, checks: Sequence[Check], comparison: Comparison | None = None
+) -> list[Fact]:
     """The lines of the health panel, in the order a careful reader asks."""
     known = scores.provenance.health
-    facts = [_retraining(checks), *_minimum(known), *_row_sum(known), *_solver(known)]
+    facts = [_retraining(checks, comparison), *_minimum(known), *_row_sum(known), *_solver(known)]
     facts += [*_contraction(known), *_damping(known), *_seen(known)]
     facts += [*_error(scores), *_time(scores)]
     return facts
@@ -132,7 +145,10 @@ def _number(known: Mapping[str, Any], name: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _retraining(checks: Sequence[Check]) -> Fact:
+def _retraining(checks: Sequence[Check], comparison: Comparison | None) -> Fact:
+    if not checks and comparison is not None:
+        meaning = "on random subsets of the data, for all queries at once"
+        return Fact("Retraining", count(comparison.models, "model"), meaning)
     if not checks:
         return Fact("Retraining", "not compared", "nothing here shows that removal does this", True)
     queries = len({check.query for check in checks})

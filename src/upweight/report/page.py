@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upweight.errors import ShapeError, message
-from upweight.report.check import Check
+from upweight.report.check import Check, Comparison
 from upweight.report.content import Selection, payload, require_fit, selection
 from upweight.report.examples import Examples, examples
 from upweight.report.facts import noun_of, query_facts
-from upweight.report.health import convention, health, verdict
+from upweight.report.health import convention, health, verdicts
 from upweight.report.notation import count, interval, readable
 from upweight.report.spectrum import spectrum
 from upweight.report.sprite import Sprite, display_range, sprite
@@ -43,6 +43,7 @@ def html(
     path: str | Path,
     *,
     checks: Sequence[Check] = (),
+    comparison: Comparison | None = None,
     removal: Scores | None = None,
     title: str | None = None,
     names: Sequence[str] | None = None,
@@ -63,6 +64,7 @@ def html(
         queries: The queries, in the order of the rows.
         path: The file to write; it is replaced whole or not at all.
         checks: Predictions beside what retraining gave; they make the first panel.
+        comparison: What `fitted.check(recipe, budget)` found; the page says it first.
         removal: Better predictions of Δm for the same columns, as from `fitted.removal(queries)`;
             by default removal is predicted as minus the derivative.
         title: What the page is about: the data and the model.
@@ -105,7 +107,7 @@ def html(
         "start": first,
         "sprites": {role: image.geometry() for role, image in sprites.items()},
     }
-    text = _render(data, sprites, _words(scores, checks, asked.noun, title, command))
+    text = _render(data, sprites, _words(scores, checks, comparison, asked.noun, title, command))
     return _write(Path(path), text)
 
 
@@ -142,7 +144,12 @@ def _sprites(train: Examples, queries: Examples) -> dict[str, Sprite]:
 
 
 def _words(
-    scores: Scores, checks: Sequence[Check], kind: str, title: str | None, command: str | None
+    scores: Scores,
+    checks: Sequence[Check],
+    comparison: Comparison | None,
+    kind: str,
+    title: str | None,
+    command: str | None,
 ) -> dict[str, Any]:
     """The text of the page that does not change with the query."""
     provenance = scores.provenance
@@ -155,9 +162,9 @@ def _words(
         f"{count(len(scores.values), 'query')}, {count(provenance.p, 'parameter')}",
         "noun": noun,
         "kind": kind,
-        "verdict": verdict(checks, kind),
+        "verdicts": verdicts(checks, comparison, kind),
         "convention": convention(scores),
-        "health": [asdict(fact) for fact in health(scores, checks)],
+        "health": [asdict(fact) for fact in health(scores, checks, comparison)],
         "sets": any(len(removal) > 1 for check in checks for removal in check.removed),
         "spectrum": spectrum(provenance.health),
         "notes": [_clean(note) for note in provenance.notes],

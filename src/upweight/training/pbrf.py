@@ -100,7 +100,7 @@ class _Divergence(Terms):
             f0, _ = task.outputs(self.center, batch)
         losses = task.losses_of(f, targets)
         slope = torch.func.grad(lambda x: task.loss(x, targets).sum())(f0)
-        linear = (slope * (f - f0)).flatten(1).sum(dim=1)
+        linear = (slope * (f - f0)).reshape(len(f), -1).sum(dim=1)
         divergence = losses - task.losses_of(f0, targets) - linear
         return divergence + (weights - 1) * losses
 

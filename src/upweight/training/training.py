@@ -1,6 +1,6 @@
 """Training: epochs over batches, from a seed, as a pure function of the data weights.
 
-    J_B(θ, w) = (1/|B|) Σ_{i∈B} wᵢ ℓᵢ(θ) + R(θ)          its mean over an epoch's batches is J(θ, w)
+    J_B(θ, w) = (1/|B|) Σ_{i∈B} wᵢ ℓᵢ(θ) + R(θ)          in expectation over the order, J(θ, w)
     θ ← optimizer.step(θ, ∇J_B(θ, w))                     for each batch of each epoch
 
 The order of the examples depends on the seed alone: a removed example (wᵢ = 0) leaves its place in
@@ -150,7 +150,7 @@ class Training:
 
     def _initial(self, task: Task) -> Task:
         assert self.init is not None
-        with _forked(task):
+        with _forked():
             torch.manual_seed(self.seed)
             model = self.init()
         model = copy.deepcopy(model).to(task.layout.device, task.layout.dtype)
@@ -218,6 +218,9 @@ class TrainingTrainer:
         theta = weights.new_empty(len(weights), self.task.layout.size)
         failures: dict[int, str] = {}
         for rows in self._groups(weights):
+            if self.spec.skip_absent and not bool(weights[rows[0]].any()):
+                failures |= dict.fromkeys(rows.tolist(), "every example has weight 0")
+                continue
             for chunk in torch.split(rows, self.at_once):
                 theta[chunk], diverged = self._trained(weights[chunk])
                 failures |= {int(chunk[k]): reason for k, reason in diverged.items()}
@@ -249,9 +252,11 @@ class TrainingTrainer:
 
     def _laid_out(self, theta: Params) -> dict[str, Tensor]:
         """The same with the strides of their gradients: steps then read memory in one order."""
-        few = torch.arange(min(2, len(self.train)))
-        ones = self.task.theta().new_ones(len(next(iter(theta.values()))), len(few))
-        with _forked(self.task):
+        s, few = len(next(iter(theta.values()))), torch.arange(min(2, len(self.train)))
+        ones = self.task.theta().new_ones(s, len(few))
+        if self.spec.skip_absent:  # then every model has a batch of its own
+            few = few.expand(s, -1)
+        with _forked():
             gradient = self._gradient(theta, few, ones, 1.0)
         return {
             name: torch.empty_like(g).copy_(p.detach()).requires_grad_()
@@ -269,7 +274,7 @@ class TrainingTrainer:
         share = length / len(self.train)
         steps = spec.epochs * -(-length // spec.batch)
         step, failures = 0, dict[int, str]()
-        with _forked(self.task):
+        with _forked():
             torch.manual_seed(spec.seed)
             for epoch in range(spec.epochs):
                 for index in torch.split(self._order(epoch, present), spec.batch, dim=-1):
@@ -321,19 +326,22 @@ class TrainingTrainer:
 
         if self.at_once == 1:
             one = objective({name: p[0] for name, p in theta.items()}, batch, weights[0])
-            return torch.autograd.grad(one, list(theta.values()))
+            return torch.autograd.grad(one, list(theta.values()), materialize_grads=True)
         axis = None
         if index.ndim == 2:
             axis = 0
-            batch = tree_map(lambda x: x.reshape(*index.shape, *x.shape[1:]), batch)
+            batch = tree_map(
+                lambda x: x.reshape(*index.shape, *x.shape[1:]) if isinstance(x, Tensor) else x,
+                batch,
+            )
         many = torch.func.vmap(objective, in_dims=(0, axis, 0), randomness="same")
-        return torch.autograd.grad(many(theta, batch, weights).sum(), list(theta.values()))
+        total = many(theta, batch, weights).sum()
+        return torch.autograd.grad(total, list(theta.values()), materialize_grads=True)
 
 
-def _forked(task: Task) -> AbstractContextManager[None]:
-    """PyTorch's generators come back as they were."""
-    device = task.layout.device
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+def _forked() -> AbstractContextManager[None]:
+    """PyTorch's generators come back as they were: `manual_seed` seeds those of all devices."""
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
 
 
 def _together(spec: Training, task: Task) -> int:
