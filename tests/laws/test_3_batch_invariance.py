@@ -120,7 +120,8 @@ def test_labels_do_not_depend_on_batches_of_a_multiple_of_sixteen(method, monkey
     expected, whole = by_layer(SAMPLED_LAYERED[method], p, many, None)
     monkeypatch.setattr("upweight.curvature.layerwise.MOST_EXAMPLES", 16)
     found, parts = by_layer(SAMPLED_LAYERED[method], p, many, None)
-    assert whole.count(100) > parts.count(100) and parts.count(16) >= 12
+    # Once: the second pass reads what the first kept.
+    assert whole.count(100) > parts.count(100) and parts.count(16) >= 6
     for key, value in expected.items():
         assert_same(found[key], value, 1e-10)
 
