@@ -3,9 +3,9 @@
 Three tasks: softmax regression and an MLP on the first 5 000 MNIST images, and an MLP on words of
 the SpamAssassin mails. Of each, a hundred models are trained on random halves of the data, from
 several seeds where training has one; they are kept in `benchmarks/.cache` as they finish, so that a
-run that was stopped goes on. A method's scores are held against them by the linear datamodeling
-score (Spearman over subsets, mean over queries), beside the score of retraining itself from further
-seeds, and by the slope of measured against predicted change.
+run that was stopped goes on. A method's scores of margins are held against them by the linear
+datamodeling score (Spearman over subsets, mean over queries), beside the score of retraining itself
+from further seeds, and by the slope of measured against predicted change.
 
 The data are mnist.npz (X [60000, 28, 28] uint8, y, Xt, yt; from the original MNIST files) and
 spamassassin.jsonl.gz (a JSON object with "text" and "spam" per line and mail).
@@ -34,6 +34,7 @@ from upweight.scores import Scores
 HERE = Path(__file__).resolve().parent
 DATA = ROOT.parent / "shared" / "data"
 SUBSETS = 100
+MEASURE = uw.Margin()  # losses of what a network is sure of are exactly 0 in float32
 Arrays = tuple[Tensor, Tensor]
 
 
@@ -136,7 +137,7 @@ def truth(made: Trained, cache: Path) -> tuple[Tensor, list[Retrained], list[Ret
     def seed(k: int) -> Retrained:
         recipe = made.recipe if made.seeds == 1 else replace(made.recipe, seed=k)
         folder = cache / f"seed-{k}"
-        return retrain(recipe, made.task, made.train, weights, made.queries, cache=folder)
+        return retrain(recipe, made.task, made.train, weights, made.queries, MEASURE, cache=folder)
 
     first = [seed(k) for k in range(made.seeds)]
     again = None if made.seeds == 1 else [seed(made.seeds + k) for k in range(made.seeds)]
@@ -162,7 +163,7 @@ def judged(method: uw.Influence, made: Trained, held: tuple[Any, ...], epoch: fl
     """One row of the table."""
     weights, first, again = held
     started = time.perf_counter()
-    scores: Scores = method.fit(made.task, made.train).attribute(made.queries)
+    scores: Scores = method.fit(made.task, made.train).attribute(made.queries, MEASURE)
     seconds = time.perf_counter() - started
     found = lds(scores, weights, first, again)
     predicted, measured = (x - x.mean(dim=0) for x in (found.predicted, found.measured))
