@@ -24,14 +24,13 @@ import numpy as np
 from contest import aligned, failure_of, made
 from ekfac_contenders import CONTENDERS, Contender, Settings
 from ekfac_workloads import WORKLOADS, Workload, training
-from environment import ROOT, environment
+from environment import DATA, environment
 
 HERE = Path(__file__).resolve().parent
 NAMES = [contender.name for contender in CONTENDERS]
 OURS = "upweight"
 REFERENCE = "upweight-0.1%"
 PEER = "kronfluence"
-DATA = ROOT.parent / "shared" / "data"
 
 Report = dict[str, Any]
 

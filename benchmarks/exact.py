@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from agreement import agreement
 from contest import aligned, failure_of, made
-from environment import ROOT, environment
+from environment import DATA, environment
 from softmax_contenders import CONTENDERS, YARDSTICK_BATCH
 from softmax_workload import STRENGTH
 
@@ -30,7 +30,6 @@ NAMES = [contender.name for contender in CONTENDERS]
 FULL = (10_000, 100, NAMES)
 OURS = "upweight"
 YARDSTICK = "yardstick"
-DATA = ROOT.parent / "shared" / "data"
 
 
 def arguments() -> argparse.Namespace:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import ROOT, environment
+from environment import DATA, environment
 from torch import Tensor, nn
 
 import upweight as uw
@@ -32,7 +32,6 @@ from upweight.evaluation import Retrained, lds, retrain, slope, subset_weights
 from upweight.scores import Scores
 
 HERE = Path(__file__).resolve().parent
-DATA = ROOT.parent / "shared" / "data"
 SUBSETS = 100
 MEASURE = uw.Margin()  # losses of what a network is sure of are exactly 0 in float32
 Arrays = tuple[Tensor, Tensor]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import ROOT, environment
+from environment import DATA, environment
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -25,7 +25,6 @@ from upweight.evaluation import subset_weights
 from upweight.task.data import as_data
 
 HERE = Path(__file__).resolve().parent
-DATA = ROOT.parent / "shared" / "data"
 LR, MOMENTUM = 0.1, 0.9
 
 

@@ -7,7 +7,6 @@ norm of H: no unit of features or losses enters. At a distance of 1, stopping ea
 model as much as any one of its examples does.
 """
 
-import copy
 import warnings
 from typing import Any
 
@@ -121,9 +120,5 @@ def _minimum(task: Task, train: Data, tol: float) -> Float[Tensor, " p"]:
 
 
 def _at(task: Task, theta: Float[Tensor, " p"], loss: Any = None) -> Task:
-    model = copy.deepcopy(task.model)
-    named = dict(model.named_parameters())
-    with torch.no_grad():
-        for key, value in task.layout.unflatten(theta).items():
-            named[key].copy_(value)
+    model = task.moved_to(theta).model
     return Task(model, loss or task.loss, task.penalty, task.params, task.forward)

@@ -96,7 +96,7 @@ class Contraction:
             waiting.append(factors)
             size = stop - start
             if stop + size - first > most or stop == len(self.train):
-                yield first, stop, self._scores(waiting)
+                yield first, stop, self._scores(waiting, self.choice.kernels)
                 waiting, first = [], stop
 
     def stream_blocks(self) -> Iterator[tuple[int, int, list[Float[Tensor, "q b"]]]]:
@@ -106,7 +106,7 @@ class Contraction:
                 start,
                 stop,
                 [
-                    self.scores([part], [kernel])
+                    self._scores([[part]], [kernel])
                     for part, kernel in zip(factors, self.choice.kernels, strict=True)
                 ],
             )
@@ -131,22 +131,14 @@ class Contraction:
         allowed = working_bytes(device, self.memory_bytes)
         return min(TOGETHER, allowed // max(1, self.curvature.cost.factor_bytes))
 
-    def _scores(self, batches: Sequence[Sequence[Factors]]) -> Tensor:
-        """The sum over all blocks, of several batches."""
+    def _scores(
+        self, batches: Sequence[Sequence[Factors]], kernels: Sequence[Kernel]
+    ) -> Float[Tensor, "q b"]:
+        """The sum over the blocks of these kernels, of several batches one after the other."""
         plan, size = self.curvature.plan, sum(len(batch[0]) for batch in batches)
         out = torch.zeros(len(self), size, dtype=plan.dtype, device=plan.task.layout.device)
-        for k, kernel in enumerate(self.choice.kernels):
+        for k, kernel in enumerate(kernels):
             kernel.add_all(out, [batch[k] for batch in batches])
-        return out
-
-    def scores(self, factors: Sequence[Factors], kernels: Sequence[Kernel]) -> Tensor:
-        """The sum over the given blocks."""
-        plan = self.curvature.plan
-        out = torch.zeros(
-            len(self), len(factors[0]), dtype=plan.dtype, device=plan.task.layout.device
-        )
-        for kernel, part in zip(kernels, factors, strict=True):
-            kernel.add_to(out, part)
         return out
 
 

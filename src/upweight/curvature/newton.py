@@ -10,7 +10,6 @@ Refuses objectives that are not strictly convex where it meets them: their minim
 of w.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +79,8 @@ class Newton:
         here = self._approach(objective, ones, task.theta())
         taken = 0
         while True:
-            trainer = NewtonTrainer(self, objective, here, _factor(_moved(task, here), train))
+            there = task if torch.equal(here, task.theta()) else task.moved_to(here)
+            trainer = NewtonTrainer(self, objective, here, _factor(there, train))
             center = trainer.minima(ones, min(RENEWAL, self.max_steps - taken))
             taken += center.steps
             here = center.theta[0]
@@ -161,17 +161,6 @@ def _factor(task: Task, train: Data) -> Float[Tensor, "p p"]:
         solver.solve(state, task.theta()).throw()
     assert state.factor is not None
     return state.factor
-
-
-def _moved(task: Task, theta: Float[Tensor, " p"]) -> Task:
-    """The same task with a copy of its model at θ."""
-    if torch.equal(theta, task.theta()):
-        return task
-    model = copy.deepcopy(task.model)
-    named = dict(model.named_parameters())
-    for name, value in task.layout.unflatten(theta).items():
-        named[name].data.copy_(value)
-    return Task(model, task.loss, task.penalty, task.params, task.forward)
 
 
 def _require_precision(tol: float, task: Task) -> None:

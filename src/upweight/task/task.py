@@ -6,6 +6,7 @@ A `Task` binds the model f, the loss ℓ, the penalty R and the choice of parame
 and the model is only ever called functionally: it comes back exactly as it was lent.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,6 +110,15 @@ class Task:
         """θ̂: a copy of the model's chosen parameters as one flat vector."""
         named = dict(self.model.named_parameters())
         return self.layout.flatten({name: named[name].detach() for name in self.layout.names})
+
+    def moved_to(self, theta: Float[Tensor, " p"]) -> "Task":
+        """The same task with a copy of its model at θ."""
+        model = copy.deepcopy(self.model)
+        named = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in self.layout.unflatten(theta).items():
+                named[name].copy_(value)
+        return Task(model, self.loss, self.penalty, self.params, self.forward)
 
     def named(self, params: Params | Float[Tensor, " p"]) -> Params:
         """Parameters by name, from either form."""

@@ -142,11 +142,7 @@ class Training:
                 ),
                 found,
             )
-        model = copy.deepcopy(task.model).eval()
-        named = dict(model.named_parameters())
-        for name, value in task.layout.unflatten(found.theta[0]).items():
-            named[name].data.copy_(value)
-        return model
+        return task.moved_to(found.theta[0]).model.eval()
 
     def _initial(self, task: Task) -> Task:
         assert self.init is not None
