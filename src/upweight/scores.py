@@ -30,6 +30,7 @@ from upweight.errors import (
     message,
 )
 from upweight.runtime.fingerprint import digest
+from upweight.runtime.shards import ScoreShards
 from upweight.task.data import Data
 from upweight.task.task import Task
 
@@ -417,16 +418,26 @@ class Scores:
         os.replace(staged, target / "scores.json")
         return target
 
+    @staticmethod
+    def are_in(directory: str | Path) -> bool:
+        """Whether all scores are there: what `load` reads."""
+        return any((Path(directory) / name).exists() for name in ("scores.json", "finished.json"))
+
     @classmethod
     def load(cls, directory: str | Path) -> "Scores":
-        """Read what `save` wrote. The live context is not part of it.
+        """Read what `save` or `LayerwiseInfluence.write` wrote. The live context is not part of it.
 
         Raises:
-            FileNotFoundError: There are no scores in the directory.
+            FileNotFoundError: There are no scores in the directory, or not all of them.
+            SpecError: They do not fit into memory.
             StaleStore: The two files do not belong together, are damaged, or are of another
                 version.
         """
         source = Path(directory)
+        if (source / "finished.json").exists():
+            shards = ScoreShards.load(source)
+            header = shards.header or {}
+            return cls(shards.values(), Unit[header["unit"]], _provenance(header))
         header = json.loads((source / "scores.json").read_text(encoding="utf-8"))
         try:
             tensors = load_file(source / "scores.safetensors")
@@ -443,15 +454,18 @@ class Scores:
                     "save the scores again.",
                 )
             )
-        provenance = header["provenance"]
-        provenance["notes"] = tuple(provenance["notes"])
         return cls(
             tensors["values"],
             Unit[header["unit"]],
-            Provenance(**provenance),
+            _provenance(header),
             tensors.get("error"),
             None if header["columns"] is None else tuple(header["columns"]),
         )
+
+
+def _provenance(header: Mapping[str, Any]) -> Provenance:
+    fields = dict(header["provenance"])
+    return Provenance(**fields | {"notes": tuple(fields["notes"])})
 
 
 def _digest(tensors: Mapping[str, Tensor], unit: str | None, columns: Sequence[str] | None) -> str:

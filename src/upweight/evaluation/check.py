@@ -160,7 +160,7 @@ def check(
     weights = subset_weights(n, most, fraction, renormalize=True)
     predicted = predicted_changes(scores, weights)
     metrics.varying(predicted, predicted)  # before any time is spent
-    seeds = _seeds(recipe)
+    seeds = two_seeds(recipe)
 
     def trained(k: int, rows: Float[Tensor, "s n"]) -> Retrained:
         return retrain(
@@ -210,7 +210,7 @@ def _seconds(budget: str | float) -> float:
     return value
 
 
-def _seeds(recipe: Recipe) -> list[Recipe]:
+def two_seeds(recipe: Recipe) -> list[Recipe]:
     """The recipe under two seeds, or by itself where it has none."""
     seed = getattr(recipe, "seed", None)
     if not (is_dataclass(recipe) and isinstance(seed, int)):
