@@ -6,9 +6,9 @@ from torch import nn
 import upweight as uw
 
 digits = uw.data.mnist_subset()
-X = torch.tensor(digits.X[::10], dtype=torch.float32).reshape(-1, 784) / 255
+X = torch.tensor(digits.X[::10], dtype=torch.get_default_dtype()).reshape(-1, 784) / 255
 train = (X, torch.tensor(digits.y[::10]))
-Xq = torch.tensor(digits.X_test[::50], dtype=torch.float32).reshape(-1, 784) / 255
+Xq = torch.tensor(digits.X_test[::50], dtype=torch.get_default_dtype()).reshape(-1, 784) / 255
 test = (Xq, torch.tensor(digits.y_test[::50]))
 
 

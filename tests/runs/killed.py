@@ -1,7 +1,7 @@
 """Driver of `test_kill.py`: kills `upweight attribute` twenty times, and reruns it each time.
 
-A process of its own that imports PyTorch once; every attempt is a fork of it, killed by SIGKILL: ten
-at a time on the clock, ten at a file, before or after it takes its place. Prints one JSON object.
+A process of its own that imports PyTorch once; every attempt is a fork of it, killed by SIGKILL:
+ten at a time on the clock, ten at a file, before or after it takes its place. Prints JSON.
 """
 
 import contextlib
@@ -101,7 +101,7 @@ def main(folder):
             tries += 1
             run = Run(folder / f"run-{k}-{tries}")
             if k % 2:
-                # One in every tenth of them: run.toml and the last file as well as the many between.
+                # One in every tenth of them: the first and the last as well as those between.
                 at = 1 + int((k // 2 + rng.random()) * len(files) / 10)
                 after = rng.random() < 0.5
                 word = "after" if after else "before"

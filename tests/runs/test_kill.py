@@ -1,4 +1,4 @@
-"""kill -9 at twenty instants: what is left can always be finished, to the same scores bit for bit."""
+"""kill -9 at twenty instants: what is left is finished to the same scores, bit for bit."""
 
 import json
 import subprocess

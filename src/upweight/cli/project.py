@@ -101,7 +101,7 @@ class Project:
         is_file = path.suffix == ".py" or path.is_file()
         self._enter(path.resolve().parent if is_file else Path.cwd())
         with _told(f"{source} could not be loaded", self.folders):
-            return _run(path) if is_file else importlib.import_module(source)
+            return _run(path) if is_file else _imported(source)
 
     def _enter(self, folder: Path) -> None:
         if folder not in self.folders:
@@ -142,6 +142,22 @@ def _run(path: Path) -> types.ModuleType:
     # Not by the import system, which would keep byte code beside the user's file.
     exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
     return module
+
+
+def _imported(name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # found, but it imports something that is not
+        raise ProjectError(
+            message(
+                "The module must be installed, or lie in the current folder.",
+                f"{name}; there is no module {error.name}.",
+                "another current folder, or a file named without its .py.",
+                "name the file: project.py:task.",
+            )
+        ) from error
 
 
 def _required(function: Any) -> list[str]:
@@ -200,6 +216,8 @@ def _places(error: BaseException, folders: list[Path]) -> list[str]:
 
 
 def _is_within(filename: str, folders: list[Path]) -> bool:
+    if filename.startswith("<"):  # code made at run time
+        return False
     path = Path(filename).resolve()
     own = Path(__file__).resolve().parents[1]
     return (

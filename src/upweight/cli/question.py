@@ -149,15 +149,14 @@ def require_same(run: Run, differences: list[str], record: Record, project: Proj
     now = project.sources()
     edited = [name for name, digest in record.sources.items() if now.get(name) != digest]
     if differences:
-        code = f" ({', '.join(edited)} changed since)" if edited else ""
+        changed = [*differences, *(f"{name} was edited since" for name in edited)]
         raise StaleStore(
             message(
                 "A run directory belongs to one question about one model.",
-                f"{run.path}, where {'; '.join(differences)}{code}.",
-                "training went on, the data changed, or a project that trains anew, without a "
-                "seed, each time it is loaded.",
-                "give another --out for the new question; to go on with this one, put back what "
-                f"it was asked of (see {run.toml}).",
+                "\n    ".join([f"{run.path}, where", *changed]),
+                "the same --out for two questions; training that went on, or that starts anew "
+                "without a seed whenever the file is loaded.",
+                "give another --out, or put back what this run was asked of; its run.toml says it.",
             )
         )
     if edited:

@@ -96,7 +96,7 @@ class Record:
         for name in ("method", "measure", "tolerance", "memory_bytes"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
-                found.append(f"{name} is {theirs} and was {mine}")
+                found.append(f"{name} is {theirs or 'none'}\n      and was {mine or 'none'}")
         return found + self.changed(other.fingerprints)
 
     def changed(self, fingerprints: Mapping[str, str]) -> list[str]:
