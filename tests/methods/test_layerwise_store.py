@@ -128,12 +128,13 @@ def test_interrupted_scores_go_on_where_less_memory_is_free(tmp_path, monkeypatc
             raise _Killed
         original(self, first, start, values)
 
-    with monkeypatch.context() as patch, pytest.raises(_Killed):
-        patch.setattr(ScoreShards, "append", append)
+    monkeypatch.setattr(ScoreShards, "append", append)
+    with pytest.raises(_Killed):
         fitted.write(p.queries, tmp_path / "part")
+    monkeypatch.setattr(ScoreShards, "append", original)
     # So little that queries would no longer share a pass, nor examples a batch.
-    monkeypatch.setattr("upweight.contraction.stream.free_bytes", lambda _: 1)
-    monkeypatch.setattr("upweight.runtime.memory.free_bytes", lambda _: 1)
+    monkeypatch.setattr("upweight.contraction.stream.free_bytes", lambda _: 4096)
+    monkeypatch.setattr("upweight.runtime.memory.free_bytes", lambda _: 4096)
     assert torch.equal(fitted.write(p.queries, tmp_path / "part").values(), whole)
 
 
