@@ -133,8 +133,8 @@ def test_interrupted_scores_go_on_where_less_memory_is_free(tmp_path, monkeypatc
         fitted.write(p.queries, tmp_path / "part")
     monkeypatch.setattr(ScoreShards, "append", original)
     # So little that queries would no longer share a pass, nor examples a batch.
-    monkeypatch.setattr("upweight.contraction.stream.free_bytes", lambda _: 4096)
-    monkeypatch.setattr("upweight.runtime.memory.free_bytes", lambda _: 4096)
+    monkeypatch.setattr("upweight.contraction.stream.free_bytes", lambda _: 100)
+    monkeypatch.setattr("upweight.runtime.memory.free_bytes", lambda _: 100)
     assert torch.equal(fitted.write(p.queries, tmp_path / "part").values(), whole)
 
 
