@@ -40,7 +40,7 @@ def tensors(images, labels, every: int) -> tuple[Tensor, Tensor]:
 
 train = tensors(digits.X, digits.y, every=5)
 test = tensors(digits.X_test, digits.y_test, every=20)
-recipe = uw.Training(network, uw.SGD(lr=0.1, momentum=0.9), epochs=8, batch=50, seed=0)
+recipe = uw.Training(network, uw.SGD(lr=0.03, momentum=0.9), epochs=10, batch=50, seed=0)
 
 
 def task() -> uw.Task:

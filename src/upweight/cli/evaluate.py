@@ -1,5 +1,6 @@
 """`upweight evaluate` and `upweight report`: the scores against retraining, and the page."""
 
+import inspect
 import shlex
 import time
 from datetime import datetime
@@ -88,33 +89,65 @@ def evaluate(
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where to write the page.  [default: RUN/report.html]",
 )
+@click.option(
+    "--show",
+    metavar="FILE.py:NAME",
+    help="A dict of further arguments to upweight.report.html.",
+)
 @verb
-def report(run: Path, out: Path | None) -> Answer:
+def report(run: Path, out: Path | None, show: str | None) -> Answer:
     """Write the page of a run: one HTML file that opens offline.
 
     It shows first how far the scores can be trusted, with what `upweight evaluate` found, then
     what raised and lowered the measurement of each query.
 
+    What to show beside the data themselves, such as the names of classes, comes from a dict in a
+    file of yours: shown = {"names": ["ham", "spam"]}.
+
     \b
-    Example:
+    Examples:
         upweight report runs/digits && open runs/digits/report.html
+        upweight report runs/mails --show project.py:shown
     """
     place = Run.named(run.absolute())
     path = place.report if out is None else out.absolute()
-    with reopened(place) as (_, record, question):
+    with reopened(place) as (project, record, question):
         scores = attached(place, question)
-        written = page(scores, question, path, found_in(place), command(place, record))
+        extra = {} if show is None else shown_of(project, show)
+        written = page(scores, question, path, found_in(place), command(place, record), extra)
     bytes_ = written.stat().st_size
     said = f"{out or run / 'report.html'}: {size(bytes_)}. Open it in a browser."
     return Answer(said, {"run": str(place.path), "report": str(written), "bytes": bytes_})
 
 
 def page(
-    scores: Scores, question: Question, path: Path, comparison: Check | None, made_by: str
+    scores: Scores,
+    question: Question,
+    path: Path,
+    comparison: Check | None,
+    made_by: str,
+    extra: dict[str, Any],
 ) -> Path:
     """The page of a run."""
-    train, queries = question.train, question.queries
-    return pages.html(scores, train, queries, path, comparison=comparison, command=made_by)
+    facts: dict[str, Any] = {"comparison": comparison, "command": made_by}
+    return pages.html(scores, question.train, question.queries, path, **facts | extra)
+
+
+def shown_of(project: Project, reference: str) -> dict[str, Any]:
+    """A dict of arguments of `upweight.report.html`."""
+    value = project.load(reference)
+    known = set(inspect.signature(pages.html).parameters) - {"scores", "train", "queries", "path"}
+    if not isinstance(value, dict) or not set(value) <= known:
+        given = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
+        raise SpecError(
+            message(
+                "--show names a dict of arguments of upweight.report.html.",
+                f"{reference}: {given}.",
+                "a misspelled key, or another object.",
+                f"its keys are among {', '.join(sorted(known))}.",
+            )
+        )
+    return value
 
 
 def attached(run: Run, question: Question) -> Scores:
@@ -161,12 +194,10 @@ def compared(scores: Scores, recipe: Recipe, subsets: int, jobs: int | None, cac
 
 def kept(found: Check, recipe: str) -> dict[str, Any]:
     """A comparison as JSON, with all that it takes to make it again."""
-    budget = found.budget if found.budget < float("inf") else None
     return {
         "recipe": recipe,
         "when": datetime.now().isoformat(" ", "seconds"),
         **found.summary(),
-        "budget": budget,
         "predicted": found.lds.predicted.tolist(),
         "measured": found.lds.values.tolist(),
     }
