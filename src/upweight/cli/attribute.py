@@ -125,7 +125,12 @@ def finished(run: Run, record: Record, question: Question, shown: Path) -> str:
     started = time.perf_counter()
     with continued_by(f"upweight rerun {shown / 'run.toml'}"):
         run.log(f"{word}: {record.method}, {record.measure}, {record.n} × {record.q}")
-        work.attribute(run, record, question)
+        try:
+            work.attribute(run, record, question)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # the disk may be full
+                run.log(f"stopped by {type(error).__name__}: {error}")
+            raise
         run.log(f"finished after {time.perf_counter() - started:.1f} s")
     say(f"finished after {duration(time.perf_counter() - started)}")
     return "continued" if began else "computed"
