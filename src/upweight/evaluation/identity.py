@@ -137,5 +137,7 @@ def _code(code: types.CodeType) -> str:
 
 
 def _constant(value: Any) -> str:
+    if isinstance(value, types.CodeType):
+        return _code(value)
     # The order of a set differs between processes.
     return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
