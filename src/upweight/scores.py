@@ -419,9 +419,9 @@ class Scores:
         return target
 
     @staticmethod
-    def are_in(directory: str | Path) -> bool:
-        """Whether all scores are there: what `load` reads."""
-        return any((Path(directory) / name).exists() for name in ("scores.json", "finished.json"))
+    def headers(directory: str | Path) -> tuple[Path, ...]:
+        """The JSON files of which one is there once all scores are; it holds their provenance."""
+        return Path(directory) / "scores.json", Path(directory) / "finished.json"
 
     @classmethod
     def load(cls, directory: str | Path) -> "Scores":
@@ -434,11 +434,12 @@ class Scores:
                 version.
         """
         source = Path(directory)
-        if (source / "finished.json").exists():
+        whole, in_shards = cls.headers(source)
+        if in_shards.exists():
             shards = ScoreShards.load(source)
             header = shards.header or {}
             return cls(shards.values(), Unit[header["unit"]], _provenance(header))
-        header = json.loads((source / "scores.json").read_text(encoding="utf-8"))
+        header = json.loads(whole.read_text(encoding="utf-8"))
         try:
             tensors = load_file(source / "scores.safetensors")
             found = _digest(tensors, header.get("unit"), header.get("columns"))

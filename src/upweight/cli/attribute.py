@@ -148,10 +148,12 @@ def answer(run: Run, shown: Path, did: str, top: int | None) -> Answer:
         "p": record.p,
         "method": record.method,
         "measure": record.measure,
+        "provenance": run.provenance,
     }
     lines = [
         f"{shown}: finished already; nothing to do" if did == "nothing" else f"{shown}: finished",
         f"  scores [{record.q} queries × {record.n} training examples] of {record.measure}",
+        *(f"  note: {note}" for note in run.provenance["notes"]),
         f"  next: upweight report {shown}",
         f"        upweight evaluate {shown} --recipe project.py:recipe",
     ]

@@ -89,7 +89,7 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether all scores are there."""
-        return Scores.are_in(self.scores)
+        return any(path.exists() for path in Scores.headers(self.scores))
 
     @contextlib.contextmanager
     def held(self, purpose: str) -> Iterator[None]:
@@ -121,6 +121,12 @@ class Run:
         line = f"{datetime.now().isoformat(' ', 'seconds')}  {text}\n"
         with (self.path / "log.txt").open("a", encoding="utf-8") as file:
             file.write(line)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How the finished scores came about, without reading them."""
+        header = next(path for path in Scores.headers(self.scores) if path.exists())
+        return json.loads(header.read_text(encoding="utf-8"))["provenance"]
 
     def load(self) -> Scores:
         """The finished scores, without their live task and data.
