@@ -19,11 +19,16 @@ from upweight._typing import Batch, Folder
 from upweight.contraction.choose import Choice
 from upweight.contraction.queries import inner, self_products
 from upweight.contraction.stream import Contraction, contractions, training_loss
-from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature, LayerwiseCurvature
+from upweight.curvature.layerwise import (
+    MOST_EXAMPLES,
+    BlockCurvature,
+    FittedBlock,
+    LayerwiseCurvature,
+)
 from upweight.errors import ModelChanged, ShapeError, SpecError, UpweightError, message
 from upweight.gradients.factored import Tokens
 from upweight.gradients.passes import GradientPass
-from upweight.linalg.damping import Evidence, as_damping
+from upweight.linalg.damping import Damping, Evidence, as_damping
 from upweight.methods import health
 from upweight.methods.checked import Checked
 from upweight.runtime.checkpoint import Checkpoint
@@ -98,13 +103,10 @@ def fit(
         losses = checked_losses(task, data, "training data")
     theta, layout = task.theta(), task.layout
     blocks = tuple(
-        replace(
-            b, damping=damping.of(b.eigen, theta[b.block.index(layout).to(theta.device)], len(data))
-        )
+        _damped(b, damping, theta[b.block.index(layout).to(theta.device)], len(data))
         for b in curvature.blocks
     )
-    for block in blocks:
-        block.eigen.inverse(block.damping)  # raises now what every query would meet
+    size = _batch_size(curvature, memory_bytes)
     return LayerwiseInfluence(
         spec=spec,
         task=task,
@@ -114,9 +116,37 @@ def fit(
         losses=losses,
         share=share,
         memory_bytes=memory_bytes,
-        seconds={"fit": time.perf_counter() - started, **curvature.seconds},
-        notes=(*data.notes, *curvature.notes, *health.precision_notes(task)),
+        seconds={
+            "fit": time.perf_counter() - started,
+            **{f"fit: {stage}": took for stage, took in curvature.seconds.items()},
+        },
+        notes=(
+            *data.notes,
+            *curvature.notes,
+            *health.precision_notes(task),
+            *health.underflow_notes(curvature.plan, data, size),
+        ),
     )
+
+
+def _batch_size(curvature: BlockCurvature, memory_bytes: int | None) -> int:
+    """Examples whose gradients are taken at once."""
+    return examples_within(
+        working_bytes(curvature.plan.task.layout.device, memory_bytes),
+        curvature.cost.bytes_per_example,
+        MOST_EXAMPLES,
+    )
+
+
+def _damped(block: FittedBlock, damping: Damping, theta: Tensor, n: int) -> FittedBlock:
+    """The block with its λ; raises now, by its name, what every query would meet."""
+    try:
+        lam = damping.of(block.eigen, theta, n)
+        block.eigen.inverse(lam)
+    except UpweightError as error:
+        error.args = (f"{block.name}: {error}",)
+        raise
+    return replace(block, damping=lam)
 
 
 def _checkpoint(store: Folder, spec: "Influence", task: Task, data: Data) -> Checkpoint:
@@ -147,7 +177,7 @@ class LayerwiseInfluence(Checked):
         losses: ℓᵢ(θ̂) of every training example.
         share: 1/n.
         memory_bytes: What a batch may take; None: a share of what is free.
-        seconds: Time spent, by stage.
+        seconds: Time spent, by stage; "fit: pass 1" is a part of "fit".
         notes: What was chosen or warned of on the way.
     """
 
@@ -453,7 +483,7 @@ class LayerwiseInfluence(Checked):
             len(self.train), dtype=self.curvature.plan.dtype, device=self.theta.device
         )
         with GradientPass(self.curvature.plan) as passes:
-            batches = self.train.batches(self._batch_size())
+            batches = self.train.batches(_batch_size(self.curvature, self.memory_bytes))
             for start, stop, batch in progress(batches, len(self.train), "self-influence"):
                 factors = passes.of(training_loss(self.task), self.task.to_device(batch))
                 total = sum(
@@ -475,7 +505,7 @@ class LayerwiseInfluence(Checked):
         blocks = self.curvature.blocks
         totals = [torch.zeros_like(b.eigen.values) for b in blocks]
         with GradientPass(self.curvature.plan) as passes:
-            for _, _, batch in self.train.batches(self._batch_size()):
+            for _, _, batch in self.train.batches(_batch_size(self.curvature, self.memory_bytes)):
                 factors = passes.of(training_loss(self.task), self.task.to_device(batch))
                 for total, part in zip(totals, factors, strict=True):
                     total += part.total().reshape(total.shape)
@@ -625,13 +655,6 @@ class LayerwiseInfluence(Checked):
                     "write(queries, folder) for all of them on disk.",
                 )
             )
-
-    def _batch_size(self) -> int:
-        return examples_within(
-            working_bytes(self.theta.device, self.memory_bytes),
-            self.curvature.cost.bytes_per_example,
-            MOST_EXAMPLES,
-        )
 
     def _require_same_model(self) -> None:
         if not torch.equal(self.task.theta(), self.theta):
