@@ -389,3 +389,89 @@ def test_positions_are_those_of_the_model():
                 lambda p, b: task.loss(*task.call(p, b)), padded([rows[k] for k in picked])
             )
             assert [x.positions for x in parts if isinstance(x, Tokens)] == [t, t, 1]
+
+
+class Root(nn.Module):
+    """The norm of what a linear map makes of an input: no derivative where it is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 3, bias=False), nn.Linear(1, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x).square().sum(dim=1, keepdim=True).sqrt())
+
+
+def zero_row(i, n=40):
+    g = torch.Generator().manual_seed(0)
+    X, y = data(g, n)
+    X[i] = 0.0
+    return uw.Task(initialized(Root(), g), uw.CrossEntropy()), (X, y)
+
+
+@pytest.mark.parametrize("i", [0, 1, 19, 23, 39])
+def test_an_example_without_a_finite_gradient_is_named(i):
+    """Also the first, the middle and the last, with which gradients are checked."""
+    task, train = zero_row(i)
+    with pytest.raises(uw.errors.NonFinite, match=rf"in that of example {i}, whose loss is finite"):
+        uw.Influence(uw.EKFAC(), damping=0.1).fit(task, train)
+
+
+def test_scores_that_are_not_finite_are_refused_whatever_is_asked(tmp_path):
+    """A curvature of every second example does not see example 23."""
+    task, train = zero_row(23)
+    fitted = uw.Influence(uw.EKFAC(examples=20), damping=0.1).fit(task, train)
+    queries = tuple(x[:3] for x in train)
+    for ask in (
+        lambda: fitted.attribute(queries, tolerance=0),
+        lambda: fitted.top(queries, 2, tolerance=0),
+        lambda: fitted.write(queries, tmp_path, tolerance=0),
+        lambda: fitted.group(queries, [0] * 40, tolerance=0),
+        lambda: fitted.by_layer(queries, tolerance=0),
+        fitted.self_influence,
+    ):
+        with pytest.raises(uw.errors.NonFinite, match="must be finite"):
+            ask()
+    with pytest.raises(uw.errors.NonFinite, match="training example 23 and query 0"):
+        fitted.top(queries, 2, tolerance=0)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        x = torch.utils.checkpoint.checkpoint(
+            lambda h: torch.tanh(self.body(h)), self.first(x), use_reentrant=self.reentrant
+        )
+        return self.head(x)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")  # PyTorch's, under no_grad
+def test_checkpoints_work_or_are_refused_by_name():
+    g = torch.Generator().manual_seed(0)
+    model, train = initialized(Checkpointed(False), g), data(g)
+    fitted, queries = METHOD.fit(uw.Task(model, uw.CrossEntropy()), train), data(g, 3)
+    assert_same(fitted.attribute(queries, tolerance=0).values, reference(fitted, queries), 1e-10)
+    model.reentrant = True
+    with pytest.raises(uw.errors.UnsupportedModel, match="use_reentrant=False"):
+        METHOD.fit(uw.Task(model, uw.CrossEntropy()), train)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(6, track_running_stats=False), nn.BatchNorm1d(6)])
+def test_layers_that_couple_examples_are_refused_by_name(norm):
+    """In training mode, and without running statistics in any mode."""
+    g = torch.Generator().manual_seed(0)
+    model = network(g, norm).train(norm.track_running_stats)
+    with pytest.raises(uw.errors.NonDeterministic, match=r"1 layers .* first 1 \(BatchNorm1d\)"):
+        METHOD.fit(uw.Task(model, uw.CrossEntropy()), data(g))
+
+
+@pytest.mark.parametrize("examples", [0, -3, 0.5, 2.5, 100.0])
+def test_a_number_of_examples_is_a_whole_number(examples):
+    g, spec = torch.Generator().manual_seed(0), uw.EKFAC()
+    object.__setattr__(spec, "examples", examples)  # past the suite's own check of types
+    with pytest.raises(uw.errors.DataError, match=rf"examples={examples}"):
+        spec.fit(uw.Task(network(g), uw.CrossEntropy()), as_data(data(g)))

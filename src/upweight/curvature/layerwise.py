@@ -12,6 +12,7 @@ import abc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -264,9 +265,9 @@ class LayerwiseCurvature(abc.ABC):
     def _seen(self, data: Data) -> tuple[Data, tuple[str, ...]]:
         """The examples to learn from, evenly spaced, and a note if they are not all."""
         m, n = self.examples, len(data)
-        if m is None or m >= n:
+        if m is None:
             return data, ()
-        if m < 1:
+        if not isinstance(m, Integral) or m < 1:
             raise DataError(
                 message(
                     "A curvature needs at least one example.",
@@ -275,6 +276,8 @@ class LayerwiseCurvature(abc.ABC):
                     "give a number of examples, or None for all.",
                 )
             )
+        if m >= n:
+            return data, ()
         chosen = [k * n // m for k in range(m)]
         note = f"curvature from {m} of {n} training examples, evenly spaced"
         return data.subset(chosen), (note,)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch, Params
-from upweight.errors import UnsupportedModel, UpweightError, message
+from upweight.errors import NonFinite, UnsupportedModel, UpweightError, message
 from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source, VectorBlock, listed
 from upweight.gradients.hooks import Capture, as_written, inside, lent
 from upweight.gradients.layers import Rule, rule_for
@@ -40,6 +40,7 @@ def plan(task: Task, data: Data) -> Plan:
     Raises:
         UnsupportedModel: The model cannot be watched (a script, a model split over devices), or a
             parameter has neither a layer rule nor a gradient by `torch.func`.
+        NonFinite: A gradient of an example that is tried is NaN or infinite.
 
     Cost: some forward and backward passes over three examples.
     """
@@ -431,6 +432,15 @@ def _mismatches(made: Plan, batch: Batch) -> list[str]:
     with GradientPass(made) as gradients:
         factors = gradients.of(lambda p, b: _checked(task, p, b), batch)
     flat = torch.cat([g.flatten() for g in truth]).to(made.dtype)
+    if not bool(flat.isfinite().all()):
+        raise NonFinite(
+            message(
+                "The gradients that layers are checked with must be finite.",
+                "NaN or infinity in those of the first, middle or last example.",
+                "a square root or norm of 0, or gradients that overflow in this dtype.",
+                "look at these examples, or use model.float().",
+            )
+        )
     scale = float(flat.norm())
     wrong = []
     for block, part in zip(made.blocks, factors, strict=True):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,14 @@ from upweight.curvature.layerwise import (
     FittedBlock,
     LayerwiseCurvature,
 )
-from upweight.errors import ModelChanged, ShapeError, SpecError, UpweightError, message
+from upweight.errors import (
+    ModelChanged,
+    NonFinite,
+    ShapeError,
+    SpecError,
+    UpweightError,
+    message,
+)
 from upweight.gradients.factored import Tokens
 from upweight.gradients.passes import GradientPass
 from upweight.linalg.damping import Damping, Evidence, as_damping
@@ -41,6 +49,7 @@ from upweight.task.check import (
     checked_batch,
     checked_losses,
     checked_measurements,
+    require_finite_gradients,
 )
 from upweight.task.data import Data, as_data
 from upweight.task.measures import Loss, as_measure
@@ -94,8 +103,11 @@ def fit(
             watch=watch,
         )
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        if not isinstance(error, UpweightError):
-            checked_losses(task, data, "training data")  # says which example, if it is the data
+        # Say which example, if it is the data.
+        if isinstance(error, NonFinite):
+            require_finite_gradients(task, data)
+        elif not isinstance(error, UpweightError):
+            checked_losses(task, data, "training data")
         raise
     # The first pass has seen them all, unless it had only some of the data or went on from before.
     losses = torch.cat(list(seen.values())) if seen else task.theta()[:0]
@@ -256,15 +268,16 @@ class LayerwiseInfluence(Checked):
             tolerance: As for `attribute`.
 
         Raises:
-            SpecError: k is not positive.
+            SpecError: k is not a positive number of examples.
+            NonFinite: A score is NaN or infinite.
         """
         started = time.perf_counter()
-        if k < 1:
+        if not isinstance(k, Integral) or k < 1:
             raise SpecError(
                 message(
                     "top keeps at least one example of each kind per query.",
                     f"k={k!r}.",
-                    "a count that came out as zero.",
+                    "a count that came out as zero, or as a fraction.",
                     "ask for k=1 or more; use attribute(...) for all scores.",
                 )
             )
@@ -274,7 +287,7 @@ class LayerwiseInfluence(Checked):
         for job in self._contractions(data, measure, tolerance):
             best = _Extremes(k)
             for start, _, part in job.stream():
-                best.see(start, part * -self.share)
+                best.see(start, _finite(part * -self.share, start, job.first))
             choices.append(job.choice)
             kept.append(best.result())
         provenance = self._provenance(data, measure, choices, tolerance, started, {})
@@ -292,7 +305,8 @@ class LayerwiseInfluence(Checked):
         """S[q, i] for every query and training example, on disk as they are computed.
 
         For scores that do not fit into memory. Interrupted, the same call solves the queries again
-        and goes on behind what is there; what was written is not computed again.
+        and goes on behind what is there; what was written is not computed again, and a finished
+        folder is read back at once.
 
         Args:
             queries: As for `attribute`.
@@ -306,6 +320,7 @@ class LayerwiseInfluence(Checked):
         Raises:
             StaleStore: The folder holds the scores of something else.
             OSError: The disk is full or not writable; what was written stays readable.
+            NonFinite: A score is NaN or infinite; it is not written.
         """
         data, measure = self._asked(queries, measure, tolerance)
         description = {
@@ -317,11 +332,13 @@ class LayerwiseInfluence(Checked):
             "train": _contents(self.train),
         }
         shards = ScoreShards.open(folder, len(self.train), len(data), description)
+        if shards.is_whole:
+            return shards
         for job in self._contractions(data, measure, tolerance):
             held: list[Tensor] = []
-            begin = shards.done(job.first)
+            begin = shards.done(job.first, job.first + len(job))
             for _, stop, part in job.stream(begin):
-                held.append((part * -self.share).mT)
+                held.append(_finite(part * -self.share, stop - part.shape[1], job.first).mT)
                 size = sum(x.nbytes for x in held)
                 if size >= SHARD_BYTES or stop == len(self.train):
                     shards.append(job.first, begin, torch.cat(held))
@@ -476,6 +493,9 @@ class LayerwiseInfluence(Checked):
         """S[i, i] = −(1/n) Σₗ gᵢᵀ (Hₗ + λₗ)⁻¹ gᵢ ≤ 0 of every training example, in one pass.
 
         Its magnitude is the memorization score of Feldman & Zhang (2020) to first order.
+
+        Raises:
+            NonFinite: A score is NaN or infinite.
         """
         self._require_same_model()
         inverses = [b.eigen.inverse(b.damping) for b in self.curvature.blocks]
@@ -486,11 +506,12 @@ class LayerwiseInfluence(Checked):
             batches = self.train.batches(_batch_size(self.curvature, self.memory_bytes))
             for start, stop, batch in progress(batches, len(self.train), "self-influence"):
                 factors = passes.of(training_loss(self.task), self.task.to_device(batch))
-                total = sum(
+                shares = [
                     self_products(inverse, part)
                     for inverse, part in zip(inverses, factors, strict=True)
-                )
-                values[start:stop] = -self.share * total
+                ]
+                total = torch.stack(shares).sum(dim=0)
+                values[start:stop] = _finite(-self.share * total, start)
         return values
 
     # -- health ---------------------------------------------------------------------------------
@@ -659,6 +680,25 @@ class LayerwiseInfluence(Checked):
     def _require_same_model(self) -> None:
         if not torch.equal(self.task.theta(), self.theta):
             raise ModelChanged(health.moved(self.task.theta(), self.theta))
+
+
+def _finite(part: Tensor, start: int, first: int = 0) -> Tensor:
+    """The scores of some queries with some examples, refused where one is not finite."""
+    bad = (~part.isfinite()).nonzero()
+    if len(bad):
+        *query, column = bad[0].tolist()
+        where = f"training example {start + column}"
+        if query:
+            where += f" and query {first + query[0]}"
+        raise NonFinite(
+            message(
+                "Scores must be finite.",
+                f"{float(part[tuple(bad[0])])} for {where}.",
+                "a gradient that overflows in this dtype, or a square root or norm of 0.",
+                "use a float64 model, or look at the gradient of that example and query.",
+            )
+        )
+    return part
 
 
 class _Extremes:
