@@ -100,11 +100,6 @@ class Estimator(abc.ABC):
         self.has_bfloat16 = has_fast_bfloat16(device)
 
     @property
-    def note(self) -> str | None:
-        """What was decided on the way, for the provenance."""
-        return None
-
-    @property
     def may_round(self) -> bool:
         """Whether a pass after the first may turn out to take gradients in bfloat16."""
         return False
@@ -113,6 +108,11 @@ class Estimator(abc.ABC):
     def rounds(self) -> bool:
         """Whether it takes them in bfloat16 from here on."""
         return False
+
+    @property
+    def rounding(self) -> float:
+        """The relative change of scores that this was measured to make; 0 where none is made."""
+        return 0.0
 
     @abc.abstractmethod
     def see(self, stage: int, factors: Factors) -> None:
@@ -264,16 +264,16 @@ class EKFACBlock(Estimator):
         return left.to(torch.bfloat16), right.to(torch.bfloat16)
 
     @property
-    def note(self) -> str | None:
-        return self._trial.note
-
-    @property
     def may_round(self) -> bool:
         return self._trial.able
 
     @property
     def rounds(self) -> bool:
         return self._trial.passed
+
+    @property
+    def rounding(self) -> float:
+        return (self._trial.change or 0.0) if self._trial.passed else 0.0
 
     def finish(self, stage: int) -> None:
         if stage > 0:
@@ -350,16 +350,6 @@ class _ShortTrial:
     def passed(self) -> bool:
         """Whether the second moments may go on in bfloat16."""
         return self.change is not None and self.change <= self.MOST
-
-    @property
-    def note(self) -> str | None:
-        """What was decided, in words."""
-        if not self.passed:
-            return None
-        return (
-            f"{self.estimator.name}: second moments in bfloat16, which changes scores by "
-            f"{self.change:.0e} (measured on {self.seen} gradients)"
-        )
 
     def judge(self, full: Tensor, examples: int) -> None:
         """Compare the two sums once they hold enough examples."""

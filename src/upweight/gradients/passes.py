@@ -269,8 +269,11 @@ def misplaced(
         c = weights.to(once)[:, None]
         error = (examples.tokens(other.delta).flatten(1) - c * once).norm(dim=1)
         norm = (c * once).norm(dim=1)
-        slack = torch.finfo(call.delta.dtype).eps ** 0.5
-        if bool((error > slack * (norm + slack * norm.max())).any()):
+        machine = torch.finfo(call.delta.dtype)
+        slack = machine.eps**0.5
+        # What underflows cannot be told: in steps of the smallest number, of which c counts 8.
+        floor = 64 * machine.smallest_normal * machine.eps * once.shape[1] ** 0.5
+        if bool((error > slack * (norm + slack * norm.max()) + floor).any()):
             found.append(call.layer)
     return list(dict.fromkeys(found))
 

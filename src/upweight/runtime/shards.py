@@ -81,13 +81,15 @@ class ScoreShards:
         header: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
         return cls(Path(directory), header["n"], header["q"])
 
-    def done(self, first: int) -> int:
-        """How many examples, from the first on, have scores with the queries from `first` on."""
-        reached = 0
-        for shard in self._shards():
-            if shard.first == first and shard.start == reached:
-                reached = shard.stop
-        return reached
+    def done(self, first: int, last: int) -> int:
+        """How many examples, from the first on, have scores with queries `first` to `last` − 1."""
+        return _reached(_cover(self._shards(), first, last))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every query has its scores with every example."""
+        shards = self._shards()
+        return all(_reached(_cover(shards, k, k + 1)) == self.n for k in range(self.q))
 
     def append(self, first: int, start: int, values: Float[Tensor, "b q"]) -> None:
         """Keep scores of the queries from `first` on with the examples from `start` on.
@@ -107,8 +109,8 @@ class ScoreShards:
             ShapeError: There is no such query, or the pass did not finish.
             StaleStore: A file is damaged.
         """
-        mine = [s for s in self._shards() if s.first <= query < s.last]
-        reached = self.done(mine[0].first) if mine else 0
+        cover = _cover(self._shards(), query, query + 1)
+        reached = _reached(cover)
         if not 0 <= query < self.q or reached < self.n:
             raise ShapeError(
                 message(
@@ -118,7 +120,7 @@ class ScoreShards:
                     "call the same write(...) again to finish it.",
                 )
             )
-        return torch.cat([s.column(query - s.first) for s in mine])
+        return torch.cat([s.column(query - s.first, start - s.start) for s, start in cover])
 
     def _shards(self) -> list["_Shard"]:
         found = []
@@ -138,11 +140,11 @@ class _Shard:
     stop: int
     path: Path
 
-    def column(self, query: int) -> Float[Tensor, " b"]:
-        """The scores of one of its queries."""
+    def column(self, query: int, begin: int) -> Float[Tensor, " b"]:
+        """The scores of one of its queries, with its examples from `begin` on."""
         try:
             with safe_open(self.path, framework="pt") as file:
-                return file.get_slice("values")[:, query].clone()
+                return file.get_slice("values")[begin:, query].clone()
         except SafetensorError as error:
             raise StaleStore(
                 message(
@@ -152,3 +154,23 @@ class _Shard:
                     "delete the file; its scores are then computed again.",
                 )
             ) from error
+
+
+def _cover(shards: list[_Shard], first: int, last: int) -> list[tuple[_Shard, int]]:
+    """Shards one behind the other that have these queries, and from which example each is needed.
+
+    They may overlap: runs with other memory, or at the same time, cut the work in other places.
+    """
+    mine = [s for s in shards if s.first <= first and last <= s.last]
+    found: list[tuple[_Shard, int]] = []
+    while True:
+        reached = _reached(found)
+        further = [s for s in mine if s.start <= reached < s.stop]
+        if not further:
+            return found
+        found.append((max(further, key=lambda s: s.stop), reached))
+
+
+def _reached(cover: list[tuple[_Shard, int]]) -> int:
+    """The first example that is not covered."""
+    return cover[-1][0].stop if cover else 0
