@@ -62,7 +62,7 @@ class Provenance:
         n, q, p: Training examples, queries, parameters.
         dtype, device: Of the parameters.
         health: Numbers to judge the computation by (residuals, damping, stationarity, row sums).
-        seconds: Time spent, by stage.
+        seconds: Time spent, by stage; "fit: pass 1" is a part of "fit".
         versions: Of the libraries used.
         notes: Choices made on the user's behalf, and warnings.
     """

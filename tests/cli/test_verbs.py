@@ -199,7 +199,7 @@ def test_a_full_disk_is_an_error_that_leaves_what_was_there(project, monkeypatch
     assert "What is done is kept. To go on: upweight rerun run/run.toml" in said
     kept = Run(project / "run").digests()
     assert 0 < len(kept) < len(expected)
-    assert ScoreShards.load(project / "run/scores").done(0) > 0
+    assert ScoreShards.load(project / "run/scores").done(0, 10) > 0
     assert "needs a finished run" in refusal("report", "run")
     left = 10**6
     assert answer("rerun", "run/run.toml")["did"] == "continued"

@@ -100,6 +100,9 @@ def test_sampled_labels_are_unbiased(name, samples):
     assert bool(((observed - expected).abs() > bound).any()), "the data's labels would pass too"
 
 
+SAMPLED = (uw.CrossEntropy(), uw.Bernoulli(), uw.SquaredError(), uw.Poisson())
+
+
 def drawn(which, place=0, stream=0, n=70):
     f = draw(torch.Generator().manual_seed(5), n, 6)
     found = which.heads(uw.CrossEntropy(), f[place:], labels_of(n)[place:], place, stream)
@@ -110,15 +113,20 @@ def labels_of(n):
     return torch.zeros(n, dtype=torch.long)
 
 
-@pytest.mark.parametrize("batch", [CHUNK, 2 * CHUNK, 4 * CHUNK])
-def test_draws_belong_to_the_place_of_an_example_and_not_to_its_batch(batch):
-    f, y = draw(torch.Generator().manual_seed(5), 70, 6), labels_of(70)
+@pytest.mark.parametrize("loss", [uw.CrossEntropy(), *SAMPLED[1:]], ids=repr)
+@pytest.mark.parametrize("batch", [1, 3, 8, CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK])
+def test_draws_belong_to_the_place_of_an_example_and_not_to_its_batch(batch, loss):
+    """Poisson with rates from 0.05 to 20, where rejections would take a number each of its own."""
+    f = draw(torch.Generator().manual_seed(5), 70, 6)
+    y = labels_of(70) if loss == uw.CrossEntropy() else torch.zeros_like(f)
     which, parts = Sampled(samples=2, seed=3), []
     for start in range(0, 70, batch):
         part = slice(start, start + batch)
-        heads = which.heads(uw.CrossEntropy(), f[part], y[part], start, 1)
+        heads = which.heads(loss, f[part], y[part], start, 1)
         parts.append(torch.stack([extra for _, extra in heads]))
-    assert torch.equal(torch.cat(parts, dim=1), drawn(which, stream=1))
+    whole = torch.stack([extra for _, extra in which.heads(loss, f, y, 0, 1)])
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    assert not torch.equal(whole[0], whole[1]), "the same draw twice would pass as well"
 
 
 def test_draws_differ_between_samples_passes_and_seeds():

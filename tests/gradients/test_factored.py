@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.market import draw
-from upweight.gradients.factored import Lookups, Rows, Tokens, stacked
+from upweight.gradients.factored import Extendable, Formed, Lookups, Rows, Tokens, stacked
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -23,9 +23,24 @@ def lookups(t, b=5):
     return Lookups(torch.randint(6, (b, t), generator=g), 6, draw(g, b, t, 3))
 
 
-@pytest.fixture(params=[*SHAPES, "lookups"])
+def formed():
+    return Formed(draw(torch.Generator().manual_seed(0), 5, 3, 4))
+
+
+def extendable():
+    g = torch.Generator().manual_seed(0)
+    extended = draw(g, 5, 2, 9)
+    extended[..., -1] = 1.0
+    return Extendable(draw(g, 5, 2, 7), extended)
+
+
+OTHERS = {"lookups": lambda: lookups(9), "formed": formed, "extendable": extendable}
+
+
+@pytest.fixture(params=[*SHAPES, *OTHERS])
 def factors(request):
-    return lookups(9) if request.param == "lookups" else tokens(SHAPES[request.param])
+    name = request.param
+    return OTHERS[name]() if name in OTHERS else tokens(SHAPES[name])
 
 
 @pytest.fixture
@@ -76,6 +91,27 @@ def test_scaled(factors, full):
 
 def test_to(factors):
     assert factors.to(torch.float32).matrices().dtype == torch.float32
+
+
+def test_ones_add_the_total_of_left_as_a_column(factors, full):
+    found = factors.with_ones().matrices()
+    torch.testing.assert_close(found[..., :-1], full, **EXACT)
+    torch.testing.assert_close(found[..., -1], factors.left.sum(dim=1), **EXACT)
+
+
+def test_compact_is_the_same(factors, full):
+    torch.testing.assert_close(factors.compact().matrices(), full, **EXACT)
+
+
+@pytest.mark.parametrize("shape, is_formed", [((9, 2, 3), True), ((1, 3, 4), False)])
+def test_what_is_smaller_is_kept_and_rounded(shape, is_formed):
+    given = tokens(shape)
+    assert isinstance(given.compact(), Formed) == is_formed
+    short = given.rounded(torch.bfloat16)
+    exact = given.matrices()
+    expected = exact.bfloat16() if is_formed else given.to(torch.bfloat16).matrices()
+    assert torch.equal(short.matrices(), expected)
+    assert sum(x.nbytes for x in short.tensors) < sum(x.nbytes for x in given.tensors) / 3
 
 
 def test_len_and_positions(factors):

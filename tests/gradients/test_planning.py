@@ -93,9 +93,9 @@ def test_attention_is_two_matrices():
 
 NOTES = {
     "gained": r"gain: .* by torch.func, because Gained \(the model\) has no layer rule for it",
-    "weight_norm": r"0.parametrizations.weight.original0: .* because ParametrizationList",
+    "weight_norm": r"weight.original0, .*weight.original1: .* because ParametrizationList",
     "used_bare": r"body.weight: .* because it is also used outside of its layers",
-    "flattened_positions_first": r"body.weight: .* body does not keep the examples in their order",
+    "flattened_positions_first": r"weight, body.bias: .* does not keep the examples in their order",
     "lstm": r"examples are taken one at a time, because torch.func.vmap cannot run the model: ",
 }
 

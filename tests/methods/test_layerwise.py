@@ -194,18 +194,8 @@ def test_several_jobs_give_the_same_scores(memory, tolerance):
     p = problem("tied")
     few = fitted("tied", memory).attribute(p.queries, tolerance=tolerance)
     whole = METHOD.fit(p.task, p.train).attribute(p.queries, tolerance=0)
-    own = fitted("tied", memory).attribute(p.queries, tolerance=0)
-    # Labels are drawn by sixteens: with smaller batches the curvature is another.
-    if tolerance == 0:
-        m = dense.measure_gradients(p.task, p.task.loss, p.queries)
-        g = dense.gradients(p.task, p.train)
-        H = fitted("tied", memory).curvature.operator().dense()
-        for block in fitted("tied", memory).curvature.blocks:
-            index = block.block.index(p.task.layout)
-            H[index, index] += block.damping
-        assert_same(few.values, -(m @ torch.linalg.solve(H, g.T)) / p.n, 1e-10)
-    error = (few.values - own.values).norm(dim=1) / own.values.norm(dim=1)
-    assert float(error.max()) <= 5 * tolerance
+    error = (few.values - whole.values).norm(dim=1) / whole.values.norm(dim=1)
+    assert float(error.max()) <= 5 * tolerance + 1e-10
     passes = [n for n in few.provenance.notes if "passes over the training data" in n]
     assert (len(passes) == 1) == (memory == 1)
     assert not any("passes over" in n for n in whole.provenance.notes)

@@ -63,6 +63,111 @@ def test_precisions_agree_with_float64(dtype, tolerance):
     torch.testing.assert_close(own.double(), exact.self_influence(), rtol=PRECISION[dtype], atol=0)
 
 
+def too_small(g, dtype):
+    """Weights of the later layers so small that what reaches the first is below 6e-8."""
+    model = network(g, nn.Linear(6, 6)).to(dtype)
+    model[1].weight.data.mul_(1e-4)
+    model[3].weight.data.mul_(1e-4)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:parameters are float16")
+def test_gradients_too_small_for_float16_are_told():
+    g = torch.Generator().manual_seed(1)
+    model, (X, y) = too_small(g, torch.float16), data(g)
+    exact = dense.gradients(
+        uw.Task(copy.deepcopy(model).double(), uw.CrossEntropy()), (X.half().double(), y)
+    )
+    lost = dense.gradients(uw.Task(model, uw.CrossEntropy()), (X.half(), y))
+    first = slice(0, 30)  # 0.weight and 0.bias
+    assert bool((exact[:, first] != 0).any(dim=1).all()) and not bool(lost[:, first].any())
+    with pytest.warns(UserWarning, match=r"0\.weight \(21 of 21\); model\.float\(\)"):
+        fitted = uw.Influence(uw.EKFAC(), damping=0.1).fit(
+            uw.Task(model, uw.CrossEntropy()), (X.half(), y)
+        )
+    assert sum("underflow" in note for note in fitted.notes) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.filterwarnings("ignore:parameters are")
+def test_gradients_that_are_large_enough_are_not(dtype):
+    """In float16 those of usual weights, in the others also those that are small."""
+    g = torch.Generator().manual_seed(1)
+    model = network(g).half() if dtype == torch.float16 else too_small(g, dtype)
+    X, y = data(g)
+    fitted = uw.Influence(uw.EKFAC(), damping=0.1).fit(
+        uw.Task(model, uw.CrossEntropy()), (X.to(dtype), y)
+    )
+    assert not any("underflow" in note for note in fitted.notes)
+
+
+def test_autocast_to_float16_is_asked_as_well():
+    g = torch.Generator().manual_seed(1)
+    model, (X, y) = too_small(g, torch.float32), data(g)
+
+    def forward(model, batch):
+        with torch.autocast("cpu", dtype=torch.float16):
+            return model(batch[0]).float(), batch[1]
+
+    task = uw.Task(model, uw.CrossEntropy(), forward=forward)
+    with pytest.warns(UserWarning, match=r"0\.weight \(21 of 21\)"):
+        uw.Influence(uw.EKFAC(), damping=0.1).fit(task, (X.float(), y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_named_solver_on_half_precision_is_refused_by_its_spec(dtype):
+    g = torch.Generator().manual_seed(1)
+    X, y = data(g)
+    method = uw.Influence(uw.EKFAC(), uw.Cholesky(), damping=0.1)
+    with pytest.raises(uw.errors.DtypeError, match=r"EKFAC(.|\n)*Cholesky\((.|\n)*Auto\(\)"):
+        method.fit(uw.Task(network(g).to(dtype), uw.CrossEntropy()), (X.to(dtype), y))
+
+
+def without_a_curvature(kind):
+    """The unit that never fires, or the input that is always zero, is in the first layer."""
+    g = torch.Generator().manual_seed(1)
+    model, (X, y) = (
+        initialized(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), g),
+        data(g),
+    )
+    if kind == "dead":
+        model[0].bias.data.fill_(-1e3)
+    else:
+        X[:, 1] = 0.0
+    return uw.Task(model, uw.CrossEntropy()), (X, y)
+
+
+@pytest.mark.parametrize(
+    "kind, damping, way_out",
+    [
+        ("dead", 0.0, "set damping"),
+        ("dead", uw.Relative(0.1), "Absolute"),
+        ("dead", uw.Evidence(), "Absolute"),
+        ("zero input", 0.0, "set damping"),
+    ],
+)
+def test_a_block_without_an_inverse_is_named(kind, damping, way_out):
+    task, train = without_a_curvature(kind)
+    with pytest.raises(uw.errors.UpweightError, match=rf"^0\.weight: (.|\n)*Way out: .*{way_out}"):
+        uw.Influence(uw.EKFAC(), damping=damping).fit(task, train)
+    fitted = uw.Influence(uw.EKFAC(), damping=0.1).fit(task, train)
+    queries = tuple(x[:3] for x in train)
+    assert_same(fitted.attribute(queries, tolerance=0).values, reference(fitted, queries), 1e-10)
+
+
+def test_what_was_rounded_is_one_note_that_names_the_blocks(monkeypatch):
+    monkeypatch.setattr("upweight.curvature.estimators.has_fast_bfloat16", lambda _: True)
+    g = torch.Generator().manual_seed(1)
+    model = network(g).float()
+    X, y = data(g, 200)
+    task = uw.Task(model, uw.CrossEntropy(), uw.L2(0.1, exclude=("*bias",)))
+    notes = uw.Influence(uw.EKFAC(), damping=1.0).fit(task, (X.float(), y)).notes
+    assert len(notes) == 2
+    assert notes[0].startswith("second moments in bfloat16") and "scores by up to" in notes[0]
+    assert notes[1].startswith("the penalty's curvature enters through its diagonal")
+    assert all(note.endswith(": 0.weight, 2.weight") for note in notes)
+
+
 @pytest.mark.parametrize("frozen", ["0.", "2.", "0.weight", "2.bias"])
 def test_frozen_parameters_are_no_part_of_theta(frozen):
     g = torch.Generator().manual_seed(2)
@@ -284,3 +389,89 @@ def test_positions_are_those_of_the_model():
                 lambda p, b: task.loss(*task.call(p, b)), padded([rows[k] for k in picked])
             )
             assert [x.positions for x in parts if isinstance(x, Tokens)] == [t, t, 1]
+
+
+class Root(nn.Module):
+    """The norm of what a linear map makes of an input: no derivative where it is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 3, bias=False), nn.Linear(1, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x).square().sum(dim=1, keepdim=True).sqrt())
+
+
+def zero_row(i, n=40):
+    g = torch.Generator().manual_seed(0)
+    X, y = data(g, n)
+    X[i] = 0.0
+    return uw.Task(initialized(Root(), g), uw.CrossEntropy()), (X, y)
+
+
+@pytest.mark.parametrize("i", [0, 1, 19, 23, 39])
+def test_an_example_without_a_finite_gradient_is_named(i):
+    """Also the first, the middle and the last, with which gradients are checked."""
+    task, train = zero_row(i)
+    with pytest.raises(uw.errors.NonFinite, match=rf"in that of example {i}, whose loss is finite"):
+        uw.Influence(uw.EKFAC(), damping=0.1).fit(task, train)
+
+
+def test_scores_that_are_not_finite_are_refused_whatever_is_asked(tmp_path):
+    """A curvature of every second example does not see example 23."""
+    task, train = zero_row(23)
+    fitted = uw.Influence(uw.EKFAC(examples=20), damping=0.1).fit(task, train)
+    queries = tuple(x[:3] for x in train)
+    for ask in (
+        lambda: fitted.attribute(queries, tolerance=0),
+        lambda: fitted.top(queries, 2, tolerance=0),
+        lambda: fitted.write(queries, tmp_path, tolerance=0),
+        lambda: fitted.group(queries, [0] * 40, tolerance=0),
+        lambda: fitted.by_layer(queries, tolerance=0),
+        fitted.self_influence,
+    ):
+        with pytest.raises(uw.errors.NonFinite, match="must be finite"):
+            ask()
+    with pytest.raises(uw.errors.NonFinite, match="training example 23 and query 0"):
+        fitted.top(queries, 2, tolerance=0)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        x = torch.utils.checkpoint.checkpoint(
+            lambda h: torch.tanh(self.body(h)), self.first(x), use_reentrant=self.reentrant
+        )
+        return self.head(x)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")  # PyTorch's, under no_grad
+def test_checkpoints_work_or_are_refused_by_name():
+    g = torch.Generator().manual_seed(0)
+    model, train = initialized(Checkpointed(False), g), data(g)
+    fitted, queries = METHOD.fit(uw.Task(model, uw.CrossEntropy()), train), data(g, 3)
+    assert_same(fitted.attribute(queries, tolerance=0).values, reference(fitted, queries), 1e-10)
+    model.reentrant = True
+    with pytest.raises(uw.errors.UnsupportedModel, match="use_reentrant=False"):
+        METHOD.fit(uw.Task(model, uw.CrossEntropy()), train)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(6, track_running_stats=False), nn.BatchNorm1d(6)])
+def test_layers_that_couple_examples_are_refused_by_name(norm):
+    """In training mode, and without running statistics in any mode."""
+    g = torch.Generator().manual_seed(0)
+    model = network(g, norm).train(norm.track_running_stats)
+    with pytest.raises(uw.errors.NonDeterministic, match=r"1 layers .* first 1 \(BatchNorm1d\)"):
+        METHOD.fit(uw.Task(model, uw.CrossEntropy()), data(g))
+
+
+@pytest.mark.parametrize("examples", [0, -3, 0.5, 2.5, 100.0])
+def test_a_number_of_examples_is_a_whole_number(examples):
+    g, spec = torch.Generator().manual_seed(0), uw.EKFAC()
+    object.__setattr__(spec, "examples", examples)  # past the suite's own check of types
+    with pytest.raises(uw.errors.DataError, match=rf"examples={examples}"):
+        spec.fit(uw.Task(network(g), uw.CrossEntropy()), as_data(data(g)))

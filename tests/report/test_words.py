@@ -141,10 +141,12 @@ def test_an_exact_contraction_says_so(layerwise, make_provenance):
 
 
 def test_passes_are_part_of_the_fit_and_not_counted_twice(run, make_provenance):
-    made = make_provenance(seconds={"fit": 2.0, "curvature_pass_1": 1.5, "attribute": 1.0})
+    seconds = {"fit": 2.0, "fit: pass 1": 1.5, "fit: pass 2": 0.25, "attribute": 1.0}
+    made = make_provenance(seconds=seconds)
     fact = by_name(replace(run.scores, provenance=made))["Time"]
     assert fact.value == "3.00 s"
-    assert "of which curvature pass 1 1.50 s" in fact.meaning
+    expected = "fit 2.00 s (of which pass 1 1.50 s, pass 2 0.250 s), attribute 1.00 s"
+    assert expected in fact.meaning
 
 
 def test_the_verdict_on_several_queries_is_about_all_of_them(make_sets):

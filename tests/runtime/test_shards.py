@@ -24,10 +24,24 @@ def test_rows_come_back_from_several_groups_of_queries_and_examples(tmp_path):
 
 def test_done_counts_what_follows_without_a_gap(tmp_path):
     shards = shards_in(tmp_path)
-    assert shards.done(0) == 0
+    assert shards.done(0, 5) == 0
     shards.append(0, 0, SCORES[:, :2].mT)
     shards.append(0, 4, SCORES[:, 4:].mT)
-    assert shards_in(tmp_path).done(0) == 2
+    assert shards_in(tmp_path).done(0, 5) == 2
+
+
+def test_runs_that_cut_the_work_in_other_places_share_a_folder(tmp_path):
+    """With other memory there are other groups of queries and other batches, and all overlap."""
+    shards = shards_in(tmp_path)
+    assert not shards.is_whole
+    for first, last, start, stop in (
+        (0, 5, 0, 2), (0, 2, 2, 7), (2, 5, 0, 4), (2, 5, 1, 3), (2, 5, 4, 7), (0, 5, 0, 1),
+    ):  # fmt: skip
+        shards.append(first, start, SCORES[first:last, start:stop].mT)
+    assert (shards.done(0, 5), shards.done(0, 2), shards.done(2, 5)) == (2, 7, 7)
+    assert shards.is_whole
+    for query in range(5):
+        assert torch.equal(shards.row(query), SCORES[query])
 
 
 def test_a_row_that_is_not_finished_is_refused(tmp_path):
@@ -62,7 +76,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         shards.append(0, 4, SCORES[:, 4:].mT)
-    assert shards.done(0) == 4
+    assert shards.done(0, 5) == 4
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -70,7 +84,7 @@ def test_all_scores_come_back_at_once_with_how_they_came_about(tmp_path):
     shards = shards_in(tmp_path)
     shards.append(0, 0, SCORES[:3].mT)
     assert shards.header is None
-    with pytest.raises(ShapeError, match="21 of 35 scores"):
+    with pytest.raises(ShapeError, match="query 3 without all of its scores"):
         shards.values()
     shards.append(3, 0, SCORES[3:].mT)
     shards.finish({"unit": "DERIVATIVE"})

@@ -215,6 +215,7 @@ def test_the_margin_is_finite_where_the_probability_rounds_to_one():
         (uw.Bernoulli(), torch.tensor([0.7]), torch.tensor([0.0]), torch.tensor([0.7]).sigmoid()),
         (uw.SquaredError(), torch.tensor([0.7]), torch.tensor([0.0]), torch.tensor([0.7])),
         (uw.Poisson(), torch.tensor([0.7]), torch.tensor([0.0]), torch.tensor([0.7]).exp()),
+        (uw.Poisson(), torch.tensor([9.0]), torch.tensor([0.0]), torch.tensor([9.0]).exp()),
     ],
     ids=repr,
 )

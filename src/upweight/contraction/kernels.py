@@ -65,7 +65,7 @@ class Explicit(Kernel):
         for factors in parts:
             assert isinstance(factors, Tokens)
             for k in range(0, len(factors), size):
-                part = factors.take(slice(k, k + size)).to(flat.dtype)
+                part = factors.take(slice(k, k + size)).rounded(flat.dtype)
                 if formed and start + len(part) - first > size:
                     scores[:, first:start] += flat @ _together(formed).mT
                     formed, first = [], start

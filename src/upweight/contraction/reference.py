@@ -48,11 +48,6 @@ class Reference:
     parts: tuple[Float[Tensor, "k s"], ...]
     groups: tuple[int, ...]
 
-    @property
-    def norms(self) -> Float[Tensor, " k"]:
-        """‖S_q‖ over the first group of examples."""
-        return torch.stack(self.parts).sum(dim=0)[:, : self.groups[0]].norm(dim=1)
-
     def relative(self, error: Float[Tensor, "k s"]) -> Float[Tensor, "g k"]:
         """‖error_q‖/‖S_q‖ within each group, 0 for a query without any score."""
         total = torch.stack(self.parts).sum(dim=0)

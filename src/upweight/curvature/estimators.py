@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.errors import NonFinite, message
@@ -58,7 +58,15 @@ class Expand(Sharing):
         # product with ones: any() over short rows takes several times as long.
         sizes = (a if isinstance(tokens, Lookups) else delta).abs()
         alive = sizes @ sizes.new_ones(sizes.shape[1]) > 0
-        return (a, delta) if bool(alive.all()) else (a[alive], delta[alive])
+        if bool(alive.all()):
+            return a, delta
+        where = alive.nonzero()[:, 0]
+        return _rows_of(a, where), _rows_of(delta, where)
+
+
+def _rows_of(x: Float[Tensor, "m d"], where: Int[Tensor, " k"]) -> Float[Tensor, "k d"]:
+    """x[where], read as x lies in memory."""
+    return x.index_select(0, where) if x.is_contiguous() else x.mT.index_select(1, where).mT
 
 
 @dataclass(frozen=True)
@@ -92,11 +100,6 @@ class Estimator(abc.ABC):
         self.has_bfloat16 = has_fast_bfloat16(device)
 
     @property
-    def note(self) -> str | None:
-        """What was decided on the way, for the provenance."""
-        return None
-
-    @property
     def may_round(self) -> bool:
         """Whether a pass after the first may turn out to take gradients in bfloat16."""
         return False
@@ -105,6 +108,11 @@ class Estimator(abc.ABC):
     def rounds(self) -> bool:
         """Whether it takes them in bfloat16 from here on."""
         return False
+
+    @property
+    def rounding(self) -> float:
+        """The relative change of scores that this was measured to make; 0 where none is made."""
+        return 0.0
 
     @abc.abstractmethod
     def see(self, stage: int, factors: Factors) -> None:
@@ -239,12 +247,13 @@ class EKFACBlock(Estimator):
             self._covariances.see(factors)
             return
         assert self._bases is not None
+        factors = factors.compact()
         if self._trial.passed:
-            add_second_moments(self._moments, factors.to(torch.bfloat16), *self._short_bases)
+            add_second_moments(self._moments, factors.rounded(torch.bfloat16), *self._short_bases)
             return
         add_second_moments(self._moments, factors, *self._bases)
         if self._trial.open:
-            short = factors.to(torch.bfloat16)
+            short = factors.rounded(torch.bfloat16)
             add_second_moments(self._trial.moments, short, *self._short_bases)
             self._trial.judge(self._moments.total, len(factors))
 
@@ -255,16 +264,16 @@ class EKFACBlock(Estimator):
         return left.to(torch.bfloat16), right.to(torch.bfloat16)
 
     @property
-    def note(self) -> str | None:
-        return self._trial.note
-
-    @property
     def may_round(self) -> bool:
         return self._trial.able
 
     @property
     def rounds(self) -> bool:
         return self._trial.passed
+
+    @property
+    def rounding(self) -> float:
+        return (self._trial.change or 0.0) if self._trial.passed else 0.0
 
     def finish(self, stage: int) -> None:
         if stage > 0:
@@ -342,16 +351,6 @@ class _ShortTrial:
         """Whether the second moments may go on in bfloat16."""
         return self.change is not None and self.change <= self.MOST
 
-    @property
-    def note(self) -> str | None:
-        """What was decided, in words."""
-        if not self.passed:
-            return None
-        return (
-            f"{self.estimator.name}: second moments in bfloat16, which changes scores by "
-            f"{self.change:.0e} (measured on {self.seen} gradients)"
-        )
-
     def judge(self, full: Tensor, examples: int) -> None:
         """Compare the two sums once they hold enough examples."""
         self.seen += examples
@@ -402,7 +401,7 @@ def add_second_moments(
     t, o, i = tokens.positions, len(left), len(right)
     if t == 1:
         rotated = tokens.projected(left, right).to(moments.dtype)
-        moments.add_product(rotated.left[:, 0].square_(), rotated.right[:, 0].square_())
+        moments.add_product(rotated.left[:, 0].square(), rotated.right[:, 0].square())
         return
     factors_first = t * (o * o + i * i) <= o * i * (o + i)
     size = max(1, CHUNK_BYTES // (o * i * tokens.left.element_size()))

@@ -21,8 +21,8 @@ Head: TypeAlias = tuple[Callable[[Tensor, Any, Any], Tensor], Any]
 """A value per example, `head(outputs, targets, extra)`, and its extra."""
 
 CHUNK = 16
-"""Examples per draw. Draws belong to an example's place in the data, not to its batch: batches of
-any multiple of this size see the same labels."""
+"""Examples per draw. Draws belong to an example's place in the data, not to its batch: those of a
+batch that holds part of a chunk are drawn for all of it."""
 
 
 class Labels(abc.ABC):
@@ -53,6 +53,10 @@ class Labels(abc.ABC):
 @dataclass(frozen=True)
 class Sampled(Labels):
     """Labels ŷ ~ p(· | f(x)) drawn from the model: the Fisher information, without bias.
+
+    An example's labels depend on its place in the data, not on its batch, for the losses of this
+    package and for any other whose `sample` draws as many random numbers whatever the outputs are.
+    Where a batch is padded to its longest sequence, they do depend on the batch.
 
     Args:
         samples: Draws per example.
@@ -95,18 +99,24 @@ class Sampled(Labels):
         generator, pieces = torch.Generator(device=outputs.device), []
         first = 0
         while first < len(outputs):
-            place = start + first
-            stop = min(len(outputs), first + CHUNK - place % CHUNK)
-            # One seed for each (seed, draw, place): primes keep the three apart.
-            generator.manual_seed(self.seed * 1_000_000_007 + draw * 15_485_863 + place)
-            part = tree_map(_rows(first, stop), targets)
-            pieces.append(loss.sample(outputs[first:stop], part, generator))
+            before = (start + first) % CHUNK
+            stop = min(len(outputs), first + CHUNK - before)
+            # One seed for each (seed, draw, chunk): primes keep the three apart.
+            chunk = start + first - before
+            generator.manual_seed(self.seed * 1_000_000_007 + draw * 15_485_863 + chunk)
+            if stop - first == CHUNK:
+                whole = _rows(slice(first, stop))
+            else:  # with other examples in the places of those that the batch lacks
+                places = torch.arange(first - before, first - before + CHUNK)
+                whole = _rows(places.clamp(first, stop - 1).to(outputs.device))
+            drawn = loss.sample(whole(outputs), tree_map(whole, targets), generator)
+            pieces.append(tree_map(_rows(slice(before, before + stop - first)), drawn))
             first = stop
         return tree_map(lambda *parts: torch.cat(parts), *pieces)
 
 
-def _rows(start: int, stop: int) -> Callable[[Any], Any]:
-    return lambda x: x[start:stop] if isinstance(x, Tensor) else x
+def _rows(index: slice | Tensor) -> Callable[[Any], Any]:
+    return lambda x: x[index] if isinstance(x, Tensor) else x
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import abc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from upweight.curvature.estimators import Estimator
 from upweight.curvature.kept import Kept, Parts
 from upweight.curvature.labels import Head, Labels
 from upweight.errors import DataError, message
-from upweight.gradients.blocks import Block, MatrixBlock, Plan
+from upweight.gradients.blocks import Block, MatrixBlock, Plan, listed
 from upweight.gradients.cost import Cost, cost
 from upweight.gradients.factored import Factors
 from upweight.gradients.passes import GradientPass
@@ -228,7 +229,7 @@ class LayerwiseCurvature(abc.ABC):
             if checkpoint is not None:
                 here = _Place(stage + 1, 0, place.batch)
                 checkpoint.write(_state(here, estimators, spread))
-            seconds[f"curvature_pass_{stage + 1}"] = time.perf_counter() - started
+            seconds[f"pass {stage + 1}"] = time.perf_counter() - started
         size = len(seen) if n is None else len(seen) * n / len(data)
         count = size * self.which.per_example
         eigens = [estimator.result(count) for estimator in estimators]
@@ -238,8 +239,7 @@ class LayerwiseCurvature(abc.ABC):
             FittedBlock(block, eigen, mean_error=error)
             for block, eigen, error in zip(made.blocks, eigens, errors, strict=True)
         )
-        decided = [note for estimator in estimators if (note := estimator.note)]
-        every = (*made.notes, *notes, *decided, *penalty_notes)
+        every = (*made.notes, *notes, *_rounding_notes(estimators), *penalty_notes)
         return BlockCurvature(made, spent, blocks, every, seconds)
 
     def _gradients(
@@ -265,9 +265,9 @@ class LayerwiseCurvature(abc.ABC):
     def _seen(self, data: Data) -> tuple[Data, tuple[str, ...]]:
         """The examples to learn from, evenly spaced, and a note if they are not all."""
         m, n = self.examples, len(data)
-        if m is None or m >= n:
+        if m is None:
             return data, ()
-        if m < 1:
+        if not isinstance(m, Integral) or m < 1:
             raise DataError(
                 message(
                     "A curvature needs at least one example.",
@@ -276,6 +276,8 @@ class LayerwiseCurvature(abc.ABC):
                     "give a number of examples, or None for all.",
                 )
             )
+        if m >= n:
+            return data, ()
         chosen = [k * n // m for k in range(m)]
         note = f"curvature from {m} of {n} training examples, evenly spaced"
         return data.subset(chosen), (note,)
@@ -374,7 +376,7 @@ def _with_penalty(made: Plan, eigens: list[Eigen]) -> tuple[list[Eigen], tuple[s
         return eigens, ()
     diagonal = penalty.diagonal()
     exact = type(penalty).__name__ == "Diagonal"
-    added, notes = [], []
+    added, approximate = [], []
     for block, eigen in zip(made.blocks, eigens, strict=True):
         entries = diagonal[block.index(task.layout).to(diagonal.device)].reshape(eigen.values.shape)
         entries = entries.to(eigen.values)
@@ -383,12 +385,26 @@ def _with_penalty(made: Plan, eigens: list[Eigen]) -> tuple[list[Eigen], tuple[s
             share = entries
         else:
             share = _diagonal_in_basis(eigen, entries)
-            notes.append(
-                f"{block.name}: the penalty's curvature enters through its diagonal in the "
-                "block's eigenbasis"
-            )
+            approximate.append(block.name)
         added.append(Eigen(eigen.bases, eigen.values + share))
-    return added, tuple(notes)
+    if not approximate:
+        return added, ()
+    note = (
+        f"the penalty's curvature enters through its diagonal in the basis: {listed(approximate)}"
+    )
+    return added, (note,)
+
+
+def _rounding_notes(estimators: Sequence[Estimator]) -> tuple[str, ...]:
+    """Which blocks have their second moments in bfloat16, and what that does."""
+    rounded = [e for e in estimators if e.rounds]
+    if not rounded:
+        return ()
+    worst = max(e.rounding for e in rounded)
+    return (
+        f"second moments in bfloat16, which was measured to change scores by up to {worst:.0e}: "
+        f"{listed([e.name for e in rounded])}",
+    )
 
 
 def _diagonal_in_basis(eigen: Eigen, entries: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from upweight.evaluation.metrics import (
     mean_spearman,
     pearson,
     slope,
+    slope_within,
     spearman,
 )
 from upweight.evaluation.mislabel import (
@@ -101,6 +102,7 @@ __all__ = [
     "removal_weights",
     "retrain",
     "slope",
+    "slope_within",
     "spearman",
     "subset_weights",
 ]

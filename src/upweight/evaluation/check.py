@@ -65,9 +65,8 @@ class Check:
 
     @cached_property
     def slope(self) -> Estimate:
-        """Of measured against predicted change, each query about its own mean over the halves."""
-        predicted, measured = (x - x.mean(dim=0) for x in (self.lds.predicted, self.lds.measured))
-        return metrics.slope(predicted, measured, self.lds.bootstrap)
+        """Of measured against predicted change, each query about its own mean over the subsets."""
+        return metrics.slope_within(self.lds.predicted, self.lds.measured, self.lds.bootstrap)
 
     @property
     def magnitudes(self) -> str:

@@ -34,7 +34,11 @@ def identity(
     Raises:
         SpecError: A part cannot be told from another of its kind.
     """
-    return {
+    # A class or function that makes a model is told by its name and code, but not by what it calls:
+    # what it makes says the rest.
+    untrained = getattr(recipe, "untrained", None)
+    start = {} if untrained is None else {"untrained": described(untrained(task).model)}
+    return start | {
         "recipe": described(recipe),
         "loss": described(task.loss),
         "penalty": described(task.penalty),

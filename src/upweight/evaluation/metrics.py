@@ -6,12 +6,13 @@
     slope      least squares slope b of  actual ≈ a + b · predicted: 1 where magnitudes are right
 
 These take all entries together. `mean_spearman` and `mean_kendall` take each query by itself and
-average over queries, so that only the order within a query counts.
+average over queries, so that only the order within a query counts; `slope_within` has one slope,
+but compares within queries only.
 
 Intervals are percentile bootstraps (`upweight.evaluation.bootstrap`): rows are drawn with
 replacement, and the values of one row (an example's effects on several queries) stay together,
-since they are not independent. The means over queries draw queries too;
-that of ρ is centered.
+since they are not independent. What looks within queries draws queries too;
+the mean of ρ is centered.
 
 Refuses inputs for which the quantity does not exist: fewer than three rows, constant values, NaN.
 """
@@ -105,6 +106,33 @@ def slope(
         return unit * moments.xy / torch.where(moments.xx > CONSTANT, moments.xx, torch.nan)
 
     return estimate(statistic, [len(x)], bootstrap)
+
+
+def slope_within(
+    predicted: Float[Tensor, "s q"],
+    actual: Float[Tensor, "..."],  # of predicted's shape; another is refused in words
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Estimate:
+    """b of the least squares lines actual ≈ a_q + b · predicted: one slope, each query its own a.
+
+    Rows and queries are drawn with replacement; with one query, rows only.
+
+    Raises:
+        ShapeError, NonFinite: See the module.
+        DataError: As `mean_spearman`.
+    """
+    x, y = (v - v.mean(dim=0) for v in varying(predicted, actual))
+    products, squares = x * y, x.square()
+
+    def statistic(rows: Float[Tensor, "r s"], queries: Float[Tensor, "r q"]) -> Tensor:
+        total = rows.sum(dim=1, keepdim=True)
+        mean_x, mean_y = rows @ x / total, rows @ y / total
+        xy = ((rows @ products - total * mean_x * mean_y) * queries).sum(dim=1)
+        xx = ((rows @ squares - total * mean_x.square()) * queries).sum(dim=1)
+        enough = CONSTANT * total[:, 0] * x.var(dim=0, correction=0).mean()
+        return xy / torch.where(xx > enough, xx, torch.nan)
+
+    return estimate(statistic, x.shape, bootstrap)
 
 
 def mean_spearman(

@@ -6,7 +6,7 @@
 `planning.py` makes the plan, `passes.py` follows it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -75,6 +75,12 @@ class VectorBlock:
 Block: TypeAlias = MatrixBlock | VectorBlock
 
 
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Names in a row, for a note: the first few of many."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a parameter's gradient comes from: a role in a layer, once per layer that uses it."""
@@ -98,6 +104,7 @@ class Plan:
             whether it has an axis of size 1 for that.
         one_by_one: Whether examples are taken one at a time, because neither the layers nor
             `torch.func` can tell those of a batch apart.
+        computes_in: The dtypes in which the layers pass gradients on, autocast's among them.
     """
 
     task: Task
@@ -108,6 +115,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     repeated: Mapping[str, bool] = field(default_factory=dict)
     one_by_one: bool = False
+    computes_in: frozenset[torch.dtype] = frozenset()
 
     @property
     def dtype(self) -> torch.dtype:

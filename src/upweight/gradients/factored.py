@@ -18,6 +18,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+FEW = 40
+"""Multiply-adds per number of the factors that forming gᵢ takes, where they are few: no more than
+rounding that number to a shorter dtype costs. 6 and 26 for a convolution's first layers, 64 for a
+transformer of width 128."""
+
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
@@ -38,6 +43,11 @@ class Tokens:
     def positions(self) -> int:
         """t."""
         return self.right.shape[1]
+
+    def with_ones(self) -> "Tokens":
+        """right extended by a 1, whose column of gᵢ is the bias's gradient."""
+        ones = self.right.new_ones(*self.right.shape[:-1], 1)
+        return Tokens(self.left, torch.cat([self.right, ones], dim=-1))
 
     def matrices(self) -> Float[Tensor, "b o i"]:
         """gᵢ in full."""
@@ -80,6 +90,79 @@ class Tokens:
     def to(self, dtype: torch.dtype) -> "Tokens":
         """The same in another dtype."""
         return Tokens(self.left.to(dtype), self.right.to(dtype))
+
+    def compact(self) -> "Tokens":
+        """gᵢ itself, where it is smaller than its factors and takes few products to form."""
+        t, o, i = self.positions, self.left.shape[2], self.right.shape[2]
+        is_large = t > 1 and t * (o + i) > o * i
+        return Formed(self.matrices()) if is_large and o * i < FEW * (o + i) else self
+
+    def rounded(self, dtype: torch.dtype) -> "Tokens":
+        """The same gᵢ for products in a shorter dtype: what is smaller is rounded."""
+        return self if self.right.dtype == dtype else self.compact().to(dtype)
+
+
+class Formed(Tokens):
+    """gᵢ in full, as tokens: left[i, t] = e_t and right[i, t] row t of gᵢ."""
+
+    def __init__(self, values: Float[Tensor, "b o i"]) -> None:
+        object.__setattr__(self, "right", values)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.right,)
+
+    @property
+    def left(self) -> Float[Tensor, "b t o"]:  # type: ignore[override]
+        """The identity, for each example."""
+        b, o, _ = self.right.shape
+        return torch.eye(o, dtype=self.right.dtype, device=self.right.device).expand(b, o, o)
+
+    def matrices(self) -> Float[Tensor, "b o i"]:
+        return self.right
+
+    def total(self) -> Float[Tensor, "o i"]:
+        return self.right.sum(dim=0)
+
+    def squared_norm(self) -> Float[Tensor, " b"]:
+        return self.right.square().sum(dim=(1, 2))
+
+    def absolute(self) -> "Formed":
+        return Formed(self.right.abs())
+
+    def projected(self, left: Float[Tensor, "o k"], right: Float[Tensor, "i l"]) -> "Formed":
+        return Formed((left.mT @ self.right) @ right)
+
+    def take(self, index: Int[Tensor, " k"] | slice) -> "Formed":
+        return Formed(self.right[index])
+
+    def scaled(self, by: Float[Tensor, " b"]) -> "Formed":
+        return Formed(self.right * by[:, None, None])
+
+    def to(self, dtype: torch.dtype) -> "Formed":
+        return Formed(self.right.to(dtype))
+
+    def compact(self) -> "Formed":
+        return self
+
+
+class Extendable(Tokens):
+    """Tokens whose right has the 1 behind it in memory already: extending them copies nothing.
+
+    Args:
+        left: As for `Tokens`.
+        extended: `[b, t, i + 1]`, the last of ones.
+    """
+
+    def __init__(self, left: Float[Tensor, "b t o"], extended: Float[Tensor, "b t j"]) -> None:
+        object.__setattr__(self, "left", left)
+        object.__setattr__(self, "right", extended[..., :-1])
+        object.__setattr__(self, "extended", extended)
+
+    extended: Float[Tensor, "b t j"]
+
+    def with_ones(self) -> Tokens:
+        return Tokens(self.left, self.extended)
 
 
 class Lookups(Tokens):
@@ -144,6 +227,9 @@ class Lookups(Tokens):
 
     def to(self, dtype: torch.dtype) -> "Lookups":
         return Lookups(self.index, self.rows, self.right.to(dtype))
+
+    def compact(self) -> "Lookups":
+        return self
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ The hooks live inside the context: model, parameters and hooks come back as they
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -38,12 +38,20 @@ class Call:
         layer: The layer's name in the model.
         args, kwargs: What it was called with, detached.
         delta: δ, of the shape of its (first) output.
+        made: What was made from the inputs alone: the same for every δ of a forward pass.
     """
 
     layer: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     delta: Tensor
+    made: dict[str, Tensor] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returns, from the first time that it was asked for."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
 
 
 @dataclass(eq=False)
@@ -54,6 +62,7 @@ class _Use:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     delta: Tensor | None = None
+    made: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Capture:
@@ -183,7 +192,7 @@ class Capture:
                 name for name, g in zip(leaves, direct, strict=True) if g is not None
             )
         return [
-            Call(use.layer, use.args, use.kwargs, use.delta)
+            Call(use.layer, use.args, use.kwargs, use.delta, use.made)
             for use in self._uses
             if use.delta is not None
         ]

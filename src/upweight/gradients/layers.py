@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from upweight.gradients.factored import Factors, Lookups, Rows, Tokens
+from upweight.gradients.factored import Extendable, Factors, Lookups, Rows, Tokens
 from upweight.gradients.hooks import Call
 
 Contributions = Mapping[str, Factors]
@@ -101,7 +101,10 @@ def _own(*names: str) -> Callable[[nn.Module], tuple[str, ...]]:
 
 def _linear(module: nn.Module, call: Call, examples: Examples) -> Contributions:
     left, right = examples.tokens(call.delta), examples.tokens(_input(call))
-    return {"weight": Tokens(left, right), "bias": Rows(left.sum(dim=1))}
+    if module.bias is None:
+        return {"weight": Tokens(left, right)}
+    extended = call.once("extended", lambda: Tokens(left, right).with_ones().right)
+    return {"weight": Extendable(left, extended), "bias": Rows(left.sum(dim=1))}
 
 
 def _transposed_linear(module: nn.Module, call: Call, examples: Examples) -> Contributions:
@@ -128,39 +131,56 @@ def _embedding(module: nn.Embedding, call: Call, examples: Examples) -> Contribu
 # -- convolutions ---------------------------------------------------------------------------------
 
 
+NARROW = 32
+"""Columns of patches that are few."""
+
+
 def patches(
     x: Tensor,
     kernel: tuple[int, ...],
     stride: tuple[int, ...],
     dilation: tuple[int, ...],
+    ones: bool = False,
 ) -> Tensor:
     """`[b, t, i]`: what a convolution multiplies at each of its t output positions.
 
     In any number of dimensions; x is padded already. i runs over channels, then kernel offsets, as
-    the weight does.
+    the weight does; with `ones`, a 1 follows.
     """
     sizes = [
         (length - step * (k - 1) - 1) // s + 1
         for length, k, s, step in zip(x.shape[2:], kernel, stride, dilation, strict=True)
     ]
-    last = x.movedim(1, -1)  # [b, positions..., channels]
-    out = x.new_empty(len(x), *sizes, x.shape[1], *kernel)
-    # A copy per offset of the kernel: three to four times as fast as one copy of a strided view.
+    width, first = x.shape[1] * math.prod(kernel), x.movedim(1, 0)
+    out = x.new_empty(width + ones, len(x), *sizes)
+    if ones:
+        out[-1] = 1.0
+    offsets = out[:width].view(x.shape[1], *kernel, len(x), *sizes)
+    # A copy per offset of the kernel, with positions last: what is read and written lies together.
     for offset in itertools.product(*map(range, kernel)):
         where = tuple(
             slice(step * k, step * k + s * (size - 1) + 1, s)
             for k, s, step, size in zip(offset, stride, dilation, sizes, strict=True)
         )
-        out[(Ellipsis, *offset)] = last[(slice(None), *where)]  # type: ignore[index]
-    return out.reshape(len(x), math.prod(sizes), -1)
+        offsets[(slice(None), *offset)] = first[(slice(None), slice(None), *where)]  # type: ignore[index]
+    found = out.flatten(2).permute(1, 2, 0)
+    # A product with a matrix of few columns wants rows that lie together: twice as fast.
+    return found.contiguous() if width < NARROW else found
 
 
 def _conv(module: Any, call: Call, examples: Examples) -> Contributions:
-    x = _padded(module, _input(call))
-    left = examples.channels(call.delta)
-    right = patches(x, module.kernel_size, module.stride, module.dilation)
-    right = right.reshape(examples.size, -1, right.shape[-1]).to(examples.dtype)
-    return {**_groups(left, right, module.groups), "bias": Rows(left.sum(dim=1))}
+    has_ones = module.bias is not None and module.groups == 1
+
+    def inputs() -> Tensor:
+        x = _padded(module, _input(call))
+        right = patches(x, module.kernel_size, module.stride, module.dilation, has_ones)
+        return right.reshape(examples.size, -1, right.shape[-1]).to(examples.dtype)
+
+    left, right = examples.channels(call.delta), call.once("patches", inputs)
+    weight = (
+        {"weight": Extendable(left, right)} if has_ones else _groups(left, right, module.groups)
+    )
+    return {**weight, "bias": Rows(left.sum(dim=1))}
 
 
 def _padded(module: Any, x: Tensor) -> Tensor:

@@ -269,8 +269,11 @@ def misplaced(
         c = weights.to(once)[:, None]
         error = (examples.tokens(other.delta).flatten(1) - c * once).norm(dim=1)
         norm = (c * once).norm(dim=1)
-        slack = torch.finfo(call.delta.dtype).eps ** 0.5
-        if bool((error > slack * (norm + slack * norm.max())).any()):
+        machine = torch.finfo(call.delta.dtype)
+        slack = machine.eps**0.5
+        # What underflows cannot be told: in steps of the smallest number, of which c counts 8.
+        floor = 64 * machine.smallest_normal * machine.eps * once.shape[1] ** 0.5
+        if bool((error > slack * (norm + slack * norm.max()) + floor).any()):
             found.append(call.layer)
     return list(dict.fromkeys(found))
 
@@ -303,18 +306,15 @@ def _joined_tokens(parts: Sequence[Factors], block: MatrixBlock, size: int, plan
     """All uses of a weight on one axis of positions, with the bias's column of ones."""
     tokens = [p for p in parts if isinstance(p, Tokens)]
     o, i = block.shape
-    inputs = i - (block.bias is not None)
     if not tokens:  # no use reached the value: no positions
         none = torch.zeros((), dtype=plan.dtype, device=plan.task.layout.device)
         return Tokens(none.expand(size, 1, o), none.expand(size, 1, i))
-    if len(tokens) == 1 and block.bias is None:
-        return tokens[0]
-    left = tokens[0].left if len(tokens) == 1 else torch.cat([t.left for t in tokens], dim=1)
-    right = tokens[0].right if len(tokens) == 1 else torch.cat([t.right for t in tokens], dim=1)
-    assert right.shape[-1] == inputs
     if block.bias is not None:
-        right = torch.cat([right, right.new_ones(*right.shape[:-1], 1)], dim=-1)
-    return Tokens(left, right)
+        tokens = [t.with_ones() for t in tokens]
+    if len(tokens) == 1:
+        return tokens[0]
+    left, right = ([getattr(t, side) for t in tokens] for side in ("left", "right"))
+    return Tokens(torch.cat(left, dim=1), torch.cat(right, dim=1))
 
 
 def _gradients(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

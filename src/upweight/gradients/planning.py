@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch, Params
-from upweight.errors import UnsupportedModel, UpweightError, message
-from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source, VectorBlock
+from upweight.errors import NonFinite, UnsupportedModel, UpweightError, message
+from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source, VectorBlock, listed
 from upweight.gradients.hooks import Capture, as_written, inside, lent
 from upweight.gradients.layers import Rule, rule_for
 from upweight.gradients.passes import GradientPass, NoBatchingRule, misplaced, roles
@@ -40,6 +40,7 @@ def plan(task: Task, data: Data) -> Plan:
     Raises:
         UnsupportedModel: The model cannot be watched (a script, a model split over devices), or a
             parameter has neither a layer rule nor a gradient by `torch.func`.
+        NonFinite: A gradient of an example that is tried is NaN or infinite.
 
     Cost: some forward and backward passes over three examples.
     """
@@ -57,8 +58,9 @@ class _Planning:
         self.ran: set[str] = set()
         self.axes: dict[str, int] = {}
         self.repeated: dict[str, bool] = {}
-        self.eps = _eps([task.layout.dtype])
-        self.notes = [_unruled_note(task.model, name, why) for name, why in unruled.items()]
+        self.dtypes = frozenset({task.layout.dtype})
+        self.left = {name: f"{where} has no layer rule for it" for name, where in unruled.items()}
+        self.notes: list[str] = []
 
     def plan(self) -> Plan:
         self._find_axes()
@@ -66,30 +68,30 @@ class _Planning:
         bypassed, lost = self._watched()
         for name in bypassed:
             self._leave(name, "it is also used outside of its layers")
-        whole = dict(self.owners), list(self.notes)
+        whole = dict(self.owners), dict(self.left)
         self._leave_where(lambda s: s.layer in lost, "does not keep the examples in their order")
         made = self._made()
         reason = _no_batching_rule(made, self._probe())
         if reason is not None:
             # One example at a time, every row of a layer is that example's.
-            self.owners, self.notes = whole
+            self.owners, self.left = whole
             self.notes.append(f"examples are taken one at a time, because {reason}")
             made = self._made(one_by_one=True)
-        wrong = _mismatches(made, self._probe(), self.eps)
+        wrong = _mismatches(made, self._probe())
         if wrong:
             for name in wrong:
                 self._leave(name, "its layers' gradients differ from autograd's")
             made = self._made(made.one_by_one)
             if not made.one_by_one and _no_batching_rule(made, self._probe()) is not None:
                 made = self._made(one_by_one=True)
-            left = _mismatches(made, self._probe(), self.eps)
+            left = _mismatches(made, self._probe())
             if left:
                 raise UnsupportedModel(_unmatched(left))
         return made
 
     def _leave(self, name: str, why: str) -> None:
         if self.owners.pop(name, None) is not None:
-            self.notes.append(_note(name, why))
+            self.left[name] = why
 
     def _leave_without_axis(self) -> None:
         self._leave_where(lambda s: s.layer not in self.ran, "did not run on the examples tried")
@@ -111,8 +113,10 @@ class _Planning:
     def _made(self, one_by_one: bool = False) -> Plan:
         axes = {s.layer: self.axes[s.layer] for o in self.owners.values() for s in o}
         repeated = {layer: on_axis for layer, on_axis in self.repeated.items() if layer in axes}
-        made = _planned(self.task, self.owners, axes, tuple(self.notes))
-        return dataclasses.replace(made, repeated=repeated, one_by_one=one_by_one)
+        made = _planned(self.task, self.owners, axes, (*_notes(self.left), *self.notes))
+        return dataclasses.replace(
+            made, repeated=repeated, one_by_one=one_by_one, computes_in=self.dtypes
+        )
 
     def _find_axes(self) -> None:
         """On which axis each layer sees the examples: the one that grows with the batch."""
@@ -186,7 +190,7 @@ class _Planning:
             values = capture.watch(lambda p: _checked(self.task, p, batch), _size(batch))
             calls = capture.backward(values)
             bypassed = capture.bypassed
-            self.eps = _eps([self.task.layout.dtype, values.dtype, *(c.delta.dtype for c in calls)])
+            self.dtypes |= {values.dtype, *(c.delta.dtype for c in calls)}
             return bypassed, misplaced(capture, values, calls, made.layers)
 
 
@@ -408,9 +412,9 @@ def _eps(dtypes: Iterable[torch.dtype]) -> float:
     return max(torch.finfo(dtype).eps for dtype in (*dtypes, torch.float32))
 
 
-def _mismatches(made: Plan, batch: Batch, eps: float) -> list[str]:
+def _mismatches(made: Plan, batch: Batch) -> list[str]:
     """Parameters whose Σᵢ cᵢ gᵢ is not what autograd gives for Σᵢ cᵢ ℓᵢ, but for rounding."""
-    task, size = made.task, _size(batch)
+    task, size, eps = made.task, _size(batch), _eps(made.computes_in)
     weights = torch.tensor([1.0, -0.5, 2.25], device=task.layout.device)[:size]
     params = {k: v.clone().requires_grad_() for k, v in task.named(task.theta()).items()}
     with torch.enable_grad():
@@ -428,6 +432,15 @@ def _mismatches(made: Plan, batch: Batch, eps: float) -> list[str]:
     with GradientPass(made) as gradients:
         factors = gradients.of(lambda p, b: _checked(task, p, b), batch)
     flat = torch.cat([g.flatten() for g in truth]).to(made.dtype)
+    if not bool(flat.isfinite().all()):
+        raise NonFinite(
+            message(
+                "The gradients that layers are checked with must be finite.",
+                "NaN or infinity in those of the first, middle or last example.",
+                "a square root or norm of 0, or gradients that overflow in this dtype.",
+                "look at these examples, or use model.float().",
+            )
+        )
     scale = float(flat.norm())
     wrong = []
     for block, part in zip(made.blocks, factors, strict=True):
@@ -442,12 +455,15 @@ def _mismatches(made: Plan, batch: Batch, eps: float) -> list[str]:
     return wrong
 
 
-def _note(name: str, why: str) -> str:
-    return f"{name}: per-example gradients by torch.func, because {why}"
-
-
-def _unruled_note(model: nn.Module, name: str, where: str) -> str:
-    return _note(name, f"{where} has no layer rule for it")
+def _notes(left: Mapping[str, str]) -> tuple[str, ...]:
+    """What was left to `torch.func`, and why: a note for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in left.items():
+        reasons.setdefault(why, []).append(name)
+    return tuple(
+        f"{listed(names)}: per-example gradients by torch.func, because {why}"
+        for why, names in reasons.items()
+    )
 
 
 def _unmatched(names: Sequence[str]) -> str:

@@ -100,8 +100,10 @@ class Relative(Damping):
                 message(
                     "Relative damping needs a positive mean eigenvalue tr(A)/p.",
                     f"tr(A)/p = {mean:.3e} for {operator!r}.",
-                    "a Hessian far from a minimum, or a curvature that is zero.",
-                    "use a positive semi-definite curvature, GGN(), or Absolute(value).",
+                    "a Hessian far from a minimum, or a curvature that is zero because the data "
+                    "do not reach these parameters (a unit that never fires).",
+                    "use a positive semi-definite curvature, GGN(), or Absolute(value); or leave "
+                    "these parameters out with Task(params=...).",
                 )
             )
         return self.factor * mean
@@ -150,7 +152,8 @@ class Evidence(Damping):
                     "Evidence damping weighs the parameters against their curvature.",
                     f"‖θ‖² = {squared:.3g} and a largest eigenvalue of {float(values.max()):.3g}.",
                     "biases that were never trained, or a layer that the data do not reach.",
-                    "leave these parameters out with Task(params=...), or use Relative(0.1).",
+                    "leave these parameters out with Task(params=...), or use Relative(0.1), and "
+                    "Absolute(λ) where the curvature is 0.",
                 )
             )
         positive = values[values > 0]

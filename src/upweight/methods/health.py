@@ -10,12 +10,18 @@ from torch import Tensor
 
 from upweight.curvature.layerwise import BlockCurvature
 from upweight.errors import message
+from upweight.gradients.blocks import Plan, listed
 from upweight.gradients.source import FactoredLinear, GradientSource
+from upweight.gradients.underflow import underflowing
 from upweight.linalg.damping import Damping, Relative
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solve import Solver
+from upweight.task.data import Data
 from upweight.task.task import Task
+
+UNDERFLOW_EXAMPLES = 64
+"""Training examples whose gradients are asked whether they are too small for float16."""
 
 
 def stationarity(gradient: Float[Tensor, " p"], step: Solution) -> dict[str, float]:
@@ -99,6 +105,30 @@ def moved(now: Tensor, then: Tensor) -> str:
         "training went on, or weights were loaded, after fit.",
         "fit again, or fit to a copy: copy.deepcopy(model).",
     )
+
+
+def underflow_notes(plan: Plan, data: Data, batch_size: int) -> tuple[str, ...]:
+    """A warning, kept as a note, where gradients on the way to some layer are below float16.
+
+    Asked of some training examples, evenly spaced.
+    """
+    if torch.float16 not in plan.computes_in:
+        return ()
+    n = len(data)
+    m = min(n, UNDERFLOW_EXAMPLES)
+    found: dict[str, int] = {}
+    for _, _, batch in data.subset([k * n // m for k in range(m)]).batches(batch_size):
+        for name, count in underflowing(plan, plan.task.to_device(batch)).items():
+            found[name] = found.get(name, 0) + count
+    if not found:
+        return ()
+    blocks = listed([f"{name} ({count} of {m})" for name, count in found.items()])
+    note = (
+        f"float16: underflow takes more than a tenth of some examples' gradients, down to all of "
+        f"it, in {blocks}; model.float() and model.bfloat16() have the range"
+    )
+    warnings.warn(note, UserWarning, stacklevel=3)
+    return (note,)
 
 
 def precision_notes(task: Task) -> tuple[str, ...]:

@@ -23,7 +23,14 @@ from upweight.curvature.curvature import Curvature
 from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
 from upweight.curvature.layerwise import LayerwiseCurvature
-from upweight.errors import ModelChanged, NotDifferentiable, ShapeError, SpecError, message
+from upweight.errors import (
+    DtypeError,
+    ModelChanged,
+    NotDifferentiable,
+    ShapeError,
+    SpecError,
+    message,
+)
 from upweight.gradients.functional import measure_gradients
 from upweight.gradients.source import FactoredLinear, GradientSource, gradient_source
 from upweight.linalg.cholesky import Cholesky
@@ -124,6 +131,7 @@ class Influence:
         Raises:
             UpweightError: One of the checks of `upweight.task.check`, with the way out.
             NotPositiveDefinite: The solver needs H + λI ≻ 0 and it is not.
+            DtypeError: A named solver for a layerwise curvature of a model in half precision.
 
         Cost: two passes over the data and the solver's preparation (Cholesky: p³/3).
         """
@@ -142,6 +150,17 @@ class Influence:
                 )
             )
         losses = checked_losses(task, data, "training data")
+        if isinstance(self.curvature, LayerwiseCurvature) and task.layout.dtype.itemsize < 4:
+            raise DtypeError(
+                message(
+                    "A named solver needs curvature and gradients of one dtype.",
+                    f"{self!r} on parameters of {task.layout.dtype}: a curvature by layer is kept "
+                    "in torch.float32.",
+                    "a solver left from another curvature, on a model in half precision.",
+                    "leave the solver out: Auto() inverts each block in float32; or use "
+                    "model.float().",
+                )
+            )
         curvature = self.curvature.fit(task, data)
         damping = as_damping(self.damping).of(curvature, task.theta(), len(data))
         operator = damped(curvature, damping)

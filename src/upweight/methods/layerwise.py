@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,11 +25,23 @@ from upweight.contraction.stream import (
     queries_at_once,
     training_loss,
 )
-from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature, LayerwiseCurvature
-from upweight.errors import ModelChanged, ShapeError, SpecError, UpweightError, message
+from upweight.curvature.layerwise import (
+    MOST_EXAMPLES,
+    BlockCurvature,
+    FittedBlock,
+    LayerwiseCurvature,
+)
+from upweight.errors import (
+    ModelChanged,
+    NonFinite,
+    ShapeError,
+    SpecError,
+    UpweightError,
+    message,
+)
 from upweight.gradients.factored import Tokens
 from upweight.gradients.passes import GradientPass
-from upweight.linalg.damping import Evidence, as_damping
+from upweight.linalg.damping import Damping, Evidence, as_damping
 from upweight.methods import health
 from upweight.methods.checked import Checked
 from upweight.runtime.checkpoint import Checkpoint
@@ -41,6 +54,7 @@ from upweight.task.check import (
     checked_batch,
     checked_losses,
     checked_measurements,
+    require_finite_gradients,
 )
 from upweight.task.data import Data, as_data
 from upweight.task.measures import Loss, as_measure
@@ -94,8 +108,11 @@ def fit(
             watch=watch,
         )
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        if not isinstance(error, UpweightError):
-            checked_losses(task, data, "training data")  # says which example, if it is the data
+        # Say which example, if it is the data.
+        if isinstance(error, NonFinite):
+            require_finite_gradients(task, data)
+        elif not isinstance(error, UpweightError):
+            checked_losses(task, data, "training data")
         raise
     # The first pass has seen them all, unless it had only some of the data or went on from before.
     losses = torch.cat(list(seen.values())) if seen else task.theta()[:0]
@@ -104,13 +121,10 @@ def fit(
         losses = checked_losses(task, data, "training data")
     theta, layout = task.theta(), task.layout
     blocks = tuple(
-        replace(
-            b, damping=damping.of(b.eigen, theta[b.block.index(layout).to(theta.device)], len(data))
-        )
+        _damped(b, damping, theta[b.block.index(layout).to(theta.device)], len(data))
         for b in curvature.blocks
     )
-    for block in blocks:
-        block.eigen.inverse(block.damping)  # raises now what every query would meet
+    size = _batch_size(curvature, memory_bytes)
     return LayerwiseInfluence(
         spec=spec,
         task=task,
@@ -120,9 +134,37 @@ def fit(
         losses=losses,
         share=share,
         memory_bytes=memory_bytes,
-        seconds={"fit": time.perf_counter() - started, **curvature.seconds},
-        notes=(*data.notes, *curvature.notes, *health.precision_notes(task)),
+        seconds={
+            "fit": time.perf_counter() - started,
+            **{f"fit: {stage}": took for stage, took in curvature.seconds.items()},
+        },
+        notes=(
+            *data.notes,
+            *curvature.notes,
+            *health.precision_notes(task),
+            *health.underflow_notes(curvature.plan, data, size),
+        ),
     )
+
+
+def _batch_size(curvature: BlockCurvature, memory_bytes: int | None) -> int:
+    """Examples whose gradients are taken at once."""
+    return examples_within(
+        working_bytes(curvature.plan.task.layout.device, memory_bytes),
+        curvature.cost.bytes_per_example,
+        MOST_EXAMPLES,
+    )
+
+
+def _damped(block: FittedBlock, damping: Damping, theta: Tensor, n: int) -> FittedBlock:
+    """The block with its λ; raises now, by its name, what every query would meet."""
+    try:
+        lam = damping.of(block.eigen, theta, n)
+        block.eigen.inverse(lam)
+    except UpweightError as error:
+        error.args = (f"{block.name}: {error}",)
+        raise
+    return replace(block, damping=lam)
 
 
 def _checkpoint(store: Folder, spec: "Influence", task: Task, data: Data) -> Checkpoint:
@@ -153,7 +195,7 @@ class LayerwiseInfluence(Checked):
         losses: ℓᵢ(θ̂) of every training example.
         share: 1/n.
         memory_bytes: What a batch may take; None: a share of what is free.
-        seconds: Time spent, by stage.
+        seconds: Time spent, by stage; "fit: pass 1" is a part of "fit".
         notes: What was chosen or warned of on the way.
     """
 
@@ -232,15 +274,16 @@ class LayerwiseInfluence(Checked):
             tolerance: As for `attribute`.
 
         Raises:
-            SpecError: k is not positive.
+            SpecError: k is not a positive number of examples.
+            NonFinite: A score is NaN or infinite.
         """
         started = time.perf_counter()
-        if k < 1:
+        if not isinstance(k, Integral) or k < 1:
             raise SpecError(
                 message(
                     "top keeps at least one example of each kind per query.",
                     f"k={k!r}.",
-                    "a count that came out as zero.",
+                    "a count that came out as zero, or as a fraction.",
                     "ask for k=1 or more; use attribute(...) for all scores.",
                 )
             )
@@ -250,7 +293,7 @@ class LayerwiseInfluence(Checked):
         for job in self._contractions(data, measure, tolerance):
             best = _Extremes(k)
             for start, _, part in job.stream():
-                best.see(start, part * -self.share)
+                best.see(start, _finite(part * -self.share, start, job.first))
             choices.append(job.choice)
             kept.append(best.result())
         provenance = self._provenance(data, measure, choices, tolerance, started, {})
@@ -268,7 +311,8 @@ class LayerwiseInfluence(Checked):
         """S[q, i] for every query and training example, on disk as they are computed.
 
         For scores that do not fit into memory. Interrupted, the same call solves the queries again
-        and goes on behind what is there; what was written is not computed again.
+        and goes on behind what is there; what was written is not computed again, and a finished
+        folder is read back at once.
 
         Args:
             queries: As for `attribute`.
@@ -283,6 +327,7 @@ class LayerwiseInfluence(Checked):
         Raises:
             StaleStore: The folder holds the scores of something else.
             OSError: The disk is full or not writable; what was written stays readable.
+            NonFinite: A score is NaN or infinite; it is not written.
         """
         started = time.perf_counter()
         data, measure = self._asked(queries, measure, tolerance)
@@ -300,6 +345,8 @@ class LayerwiseInfluence(Checked):
             "queries_together": queries_at_once(self.curvature, self.memory_bytes),
         }
         shards = ScoreShards.open(folder, len(self.train), len(data), description, settings)
+        if shards.is_whole and shards.header is not None:
+            return shards
         memory_bytes, together = map(shards.settings.get, settings)
         choices: list[Choice] = []
         expected = []
@@ -314,9 +361,9 @@ class LayerwiseInfluence(Checked):
             together,
         ):
             held: list[Tensor] = []
-            begin = shards.done(job.first)
+            begin = shards.done(job.first, job.first + len(job))
             for _, stop, part in job.stream(begin):
-                held.append((part * -self.share).mT)
+                held.append(_finite(part * -self.share, stop - part.shape[1], job.first).mT)
                 size = sum(x.nbytes for x in held)
                 if size >= SHARD_BYTES or stop == len(self.train):
                     shards.append(job.first, begin, torch.cat(held))
@@ -476,6 +523,9 @@ class LayerwiseInfluence(Checked):
         """S[i, i] = −(1/n) Σₗ gᵢᵀ (Hₗ + λₗ)⁻¹ gᵢ ≤ 0 of every training example, in one pass.
 
         Its magnitude is the memorization score of Feldman & Zhang (2020) to first order.
+
+        Raises:
+            NonFinite: A score is NaN or infinite.
         """
         self._require_same_model()
         inverses = [b.eigen.inverse(b.damping) for b in self.curvature.blocks]
@@ -483,14 +533,15 @@ class LayerwiseInfluence(Checked):
             len(self.train), dtype=self.curvature.plan.dtype, device=self.theta.device
         )
         with GradientPass(self.curvature.plan) as passes:
-            batches = self.train.batches(self._batch_size())
+            batches = self.train.batches(_batch_size(self.curvature, self.memory_bytes))
             for start, stop, batch in progress(batches, len(self.train), "self-influence"):
                 factors = passes.of(training_loss(self.task), self.task.to_device(batch))
-                total = sum(
+                shares = [
                     self_products(inverse, part)
                     for inverse, part in zip(inverses, factors, strict=True)
-                )
-                values[start:stop] = -self.share * total
+                ]
+                total = torch.stack(shares).sum(dim=0)
+                values[start:stop] = _finite(-self.share * total, start)
         return values
 
     # -- health ---------------------------------------------------------------------------------
@@ -505,7 +556,7 @@ class LayerwiseInfluence(Checked):
         blocks = self.curvature.blocks
         totals = [torch.zeros_like(b.eigen.values) for b in blocks]
         with GradientPass(self.curvature.plan) as passes:
-            for _, _, batch in self.train.batches(self._batch_size()):
+            for _, _, batch in self.train.batches(_batch_size(self.curvature, self.memory_bytes)):
                 factors = passes.of(training_loss(self.task), self.task.to_device(batch))
                 for total, part in zip(totals, factors, strict=True):
                     total += part.total().reshape(total.shape)
@@ -656,13 +707,6 @@ class LayerwiseInfluence(Checked):
                 )
             )
 
-    def _batch_size(self) -> int:
-        return examples_within(
-            working_bytes(self.theta.device, self.memory_bytes),
-            self.curvature.cost.bytes_per_example,
-            MOST_EXAMPLES,
-        )
-
     def _require_same_model(self) -> None:
         if not torch.equal(self.task.theta(), self.theta):
             raise ModelChanged(health.moved(self.task.theta(), self.theta))
@@ -676,6 +720,25 @@ def _sums(shards: ScoreShards) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]
         sums[first : first + part.shape[1]] += part.sum(dim=0)
         sizes[first : first + part.shape[1]] += part.abs_().sum(dim=0)
     return sums, sizes
+
+
+def _finite(part: Tensor, start: int, first: int = 0) -> Tensor:
+    """The scores of some queries with some examples, refused where one is not finite."""
+    bad = (~part.isfinite()).nonzero()
+    if len(bad):
+        *query, column = bad[0].tolist()
+        where = f"training example {start + column}"
+        if query:
+            where += f" and query {first + query[0]}"
+        raise NonFinite(
+            message(
+                "Scores must be finite.",
+                f"{float(part[tuple(bad[0])])} for {where}.",
+                "a gradient that overflows in this dtype, or a square root or norm of 0.",
+                "use a float64 model, or look at the gradient of that example and query.",
+            )
+        )
+    return part
 
 
 class _Extremes:

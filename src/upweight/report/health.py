@@ -285,12 +285,14 @@ def _time(scores: Scores) -> list[Fact]:
     seconds = scores.provenance.seconds
     if not seconds:
         return []
-    # Passes over the data are parts of a stage, not stages beside it.
-    stages = {name: float(s) for name, s in seconds.items() if "_pass_" not in name}
-    words = [f"{name} {readable(s)} s" for name, s in stages.items()]
-    words += [
-        f"of which {name.replace('_', ' ')} {readable(float(s))} s"
-        for name, s in seconds.items()
-        if name not in stages
-    ]
+    # "fit: pass 1" is a part of "fit".
+    stages = {name: float(s) for name, s in seconds.items() if ": " not in name}
+    words = []
+    for name, s in stages.items():
+        parts = [
+            f"{part.removeprefix(f'{name}: ')} {readable(float(took))} s"
+            for part, took in seconds.items()
+            if part.startswith(f"{name}: ")
+        ]
+        words.append(f"{name} {readable(s)} s" + (f" (of which {', '.join(parts)})" * bool(parts)))
     return [Fact("Time", f"{readable(sum(stages.values()))} s", ", ".join(words))]

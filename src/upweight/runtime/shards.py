@@ -98,13 +98,15 @@ class ScoreShards:
         header: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
         return cls(Path(directory), header["n"], header["q"], header.get("settings", {}))
 
-    def done(self, first: int) -> int:
-        """How many examples, from the first on, have scores with the queries from `first` on."""
-        reached = 0
-        for shard in self._shards():
-            if shard.first == first and shard.start == reached:
-                reached = shard.stop
-        return reached
+    def done(self, first: int, last: int) -> int:
+        """How many examples, from the first on, have scores with queries `first` to `last` − 1."""
+        return _reached(_cover(self._shards(), first, last))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every query has its scores with every example."""
+        shards = self._shards()
+        return all(_reached(_cover(shards, k, k + 1)) == self.n for k in range(self.q))
 
     def append(self, first: int, start: int, values: Float[Tensor, "b q"]) -> None:
         """Keep scores of the queries from `first` on with the examples from `start` on.
@@ -136,9 +138,22 @@ class ScoreShards:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def pieces(self) -> Iterator[tuple[int, int, Float[Tensor, "b q"]]]:
-        """What is kept, file by file: the first query, the first example, and the scores."""
-        for shard in self._shards():
-            yield shard.first, shard.start, shard.values()
+        """Every score once: the first query, the first example, and the scores from there.
+
+        Raises:
+            ShapeError: The pass did not finish.
+            StaleStore: A file is damaged.
+        """
+        shards, query = self._shards(), 0
+        while query < self.q:
+            ends = sorted({s.last for s in shards if s.first <= query < s.last})
+            whole = [last for last in ends if self.done(query, last) == self.n]
+            if not whole:
+                raise ShapeError(self._unfinished(f"query {query} without all of its scores"))
+            for shard, start in _cover(shards, query, whole[-1]):
+                first, last = query - shard.first, whole[-1] - shard.first
+                yield query, start, shard.part(first, last, start - shard.start)
+            query = whole[-1]
 
     def values(self) -> Float[Tensor, "q n"]:
         """All scores at once.
@@ -148,8 +163,15 @@ class ScoreShards:
             ShapeError: The pass did not finish.
             StaleStore: A file is damaged.
         """
-        shards = self._shards()
-        dtype = shards[0].values().dtype if shards else torch.float32
+        found = torch.empty(0)
+        for first, start, part in self.pieces():
+            if not len(found):
+                self._require_room(part.dtype)
+                found = torch.empty(self.q, self.n, dtype=part.dtype)
+            found[first : first + part.shape[1], start : start + len(part)] = part.mT
+        return found
+
+    def _require_room(self, dtype: torch.dtype) -> None:
         needed, free = self.n * self.q * dtype.itemsize, free_bytes(torch.device("cpu"))
         if needed > free:
             raise SpecError(
@@ -161,14 +183,6 @@ class ScoreShards:
                     "read one query at a time: ScoreShards.load(folder).row(query).",
                 )
             )
-        found = torch.empty(self.q, self.n, dtype=dtype)
-        seen = 0
-        for first, start, part in self.pieces():
-            found[first : first + part.shape[1], start : start + len(part)] = part.mT
-            seen += part.numel()
-        if seen != found.numel():
-            raise ShapeError(self._unfinished(f"{seen} of {found.numel()} scores"))
-        return found
 
     def row(self, query: int) -> Float[Tensor, " n"]:
         """The scores of one query with every training example; only its own column is read.
@@ -177,12 +191,12 @@ class ScoreShards:
             ShapeError: There is no such query, or the pass did not finish.
             StaleStore: A file is damaged.
         """
-        mine = [s for s in self._shards() if s.first <= query < s.last]
-        reached = self.done(mine[0].first) if mine else 0
+        cover = _cover(self._shards(), query, query + 1)
+        reached = _reached(cover)
         if not 0 <= query < self.q or reached < self.n:
             given = f"query={query}, with the scores of {reached} examples"
             raise ShapeError(self._unfinished(given))
-        return torch.cat([s.column(query - s.first) for s in mine])
+        return torch.cat([s.column(query - s.first, start - s.start) for s, start in cover])
 
     def _unfinished(self, given: str) -> str:
         return message(
@@ -210,13 +224,13 @@ class _Shard:
     stop: int
     path: Path
 
-    def column(self, query: int) -> Float[Tensor, " b"]:
-        """The scores of one of its queries."""
-        return self._read(lambda values: values[:, query])
+    def column(self, query: int, begin: int) -> Float[Tensor, " b"]:
+        """The scores of one of its queries, with its examples from `begin` on."""
+        return self._read(lambda values: values[begin:, query])
 
-    def values(self) -> Float[Tensor, "b q"]:
-        """All of its scores."""
-        return self._read(lambda values: values[:])
+    def part(self, first: int, last: int, begin: int) -> Float[Tensor, "b q"]:
+        """The same of several of its queries."""
+        return self._read(lambda values: values[begin:, first:last])
 
     def _read(self, chosen: Callable[[Any], Tensor]) -> Tensor:
         try:
@@ -231,3 +245,23 @@ class _Shard:
                     "delete the file; its scores are then computed again.",
                 )
             ) from error
+
+
+def _cover(shards: list[_Shard], first: int, last: int) -> list[tuple[_Shard, int]]:
+    """Shards one behind the other that have these queries, and from which example each is needed.
+
+    They may overlap: runs with other memory, or at the same time, cut the work in other places.
+    """
+    mine = [s for s in shards if s.first <= first and last <= s.last]
+    found: list[tuple[_Shard, int]] = []
+    while True:
+        reached = _reached(found)
+        further = [s for s in mine if s.start <= reached < s.stop]
+        if not further:
+            return found
+        found.append((max(further, key=lambda s: s.stop), reached))
+
+
+def _reached(cover: list[tuple[_Shard, int]]) -> int:
+    """The first example that is not covered."""
+    return cover[-1][0].stop if cover else 0

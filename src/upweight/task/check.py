@@ -24,6 +24,7 @@ from upweight.errors import (
     NotDifferentiable,
     ScalarLoss,
     ShapeError,
+    UnsupportedModel,
     UpweightError,
     message,
 )
@@ -101,6 +102,7 @@ def require_answerable(task: Task, data: Data, role: str) -> None:
         NonDeterministic: The model is in a training mode that matters, answers differently twice,
             or lets the examples of a batch affect each other.
         NotDifferentiable: No gradient reaches some chosen parameter.
+        UnsupportedModel: A reentrant checkpoint.
         NonFinite: A parameter is NaN or infinite.
         ShapeError: The model does not accept the examples.
         DtypeError: The model and the examples differ in dtype.
@@ -183,6 +185,22 @@ def _require_eval_mode(model: nn.Module) -> None:
                 "model.eval() was not called after training; dropout is then random and BatchNorm "
                 "mixes the examples of a batch.",
                 "call model.eval() before making the Task.",
+            )
+        )
+    coupled = [
+        f"{name or 'model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is None
+    ]
+    if coupled:
+        raise NonDeterministic(
+            message(
+                "Each example's output must not depend on the other examples of its batch.",
+                f"{len(coupled)} layers that take mean and variance from the batch at hand, first "
+                f"{coupled[0]}.",
+                "BatchNorm(track_running_stats=False), which couples examples in eval mode too.",
+                "train with running statistics, or use layers that treat examples one by one "
+                "(LayerNorm, GroupNorm).",
             )
         )
 
@@ -297,7 +315,12 @@ def _require_gradients(task: Task, theta: Float[Tensor, " p"], probe: Batch) -> 
         else:
             # Unequal weights: at a minimum without a penalty the plain sum of all gradients is 0.
             total = losses @ torch.arange(1, len(losses) + 1).to(losses)
-            gradients = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+            try:
+                gradients = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+                raise UnsupportedModel(_reentrant(error)) from error
             unreached = [k for k, g in zip(params, gradients, strict=True) if g is None]
     if unreached:
         raise NotDifferentiable(
@@ -323,6 +346,49 @@ def _require_gradients(task: Task, theta: Float[Tensor, " p"], probe: Batch) -> 
                 "replace the step by a smooth one, or use float64.",
             )
         )
+
+
+def require_finite_gradients(task: Task, data: Data) -> None:
+    """Name the first example whose gradient is not finite, if there is one.
+
+    Raises:
+        NonFinite: There is.
+
+    Cost: a backward pass over the data, and one an example over the batch where it is found.
+    """
+
+    def is_finite(start: int, stop: int) -> bool:
+        params = {k: v.clone().requires_grad_() for k, v in task.named(task.theta()).items()}
+        with torch.enable_grad():
+            total = task.losses(params, task.to_device(data.batch(start, stop))).sum()
+            found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+        return all(bool(g.isfinite().all()) for g in found if g is not None)
+
+    for start, stop, _ in data.batches(PROBE_EXAMPLES):
+        if is_finite(start, stop):
+            continue
+        bad = next((i for i in range(start, stop) if not is_finite(i, i + 1)), None)
+        if bad is not None:
+            raise NonFinite(
+                message(
+                    "Every training example must have a finite gradient.",
+                    f"NaN or infinity in that of example {bad}, whose loss is finite.",
+                    "a step without a finite derivative there (a square root or norm of 0, a "
+                    "clamped logarithm), or gradients that overflow in this dtype.",
+                    "make the step smooth (sqrt(x + 1e-12)), use model.float(), or leave the "
+                    "example out.",
+                )
+            )
+
+
+def _reentrant(error: RuntimeError) -> str:
+    return message(
+        "Gradients must be had for chosen tensors, which a reentrant checkpoint does not allow.",
+        f"PyTorch says: {str(error).splitlines()[0]}",
+        "gradient checkpointing with use_reentrant=True.",
+        "use checkpoint(..., use_reentrant=False), or switch checkpointing off: gradients here "
+        "take no more memory than a batch allows.",
+    )
 
 
 def _require_finite_losses(

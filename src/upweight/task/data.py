@@ -63,7 +63,7 @@ class ArrayData(Data):
 
     def take(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
         index = torch.as_tensor(np.asarray(indices), dtype=torch.long)
-        return tree_map(lambda a: a[index.to(a.device)], self.arrays)
+        return tree_map(lambda a: a.index_select(0, index.to(a.device)), self.arrays)
 
     def batch(self, start: int, stop: int) -> Batch:
         return tree_map(lambda a: a[start:stop], self.arrays)

@@ -295,7 +295,17 @@ class Poisson(Loss):
         return -self(outputs, targets) - _per_example(torch.lgamma(targets.to(outputs) + 1))
 
     def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
-        return torch.poisson(outputs.exp(), generator=generator)
+        # One random number a count, unlike torch.poisson, whose rejections would make an example's
+        # draw depend on the counts before it. The count is where P(Y ≤ y) passes u, by bisection.
+        rate = outputs.double().exp()
+        u = torch.rand(rate.shape, generator=generator, dtype=rate.dtype, device=rate.device)
+        low, high = torch.full_like(rate, -1.0), (2 * rate + 64).ceil()
+        middle = ((low + high) / 2).floor()
+        while bool(((low < middle) & (middle < high)).any()):
+            is_past = torch.special.gammaincc(middle + 1, rate) > u  # P(Y ≤ middle)
+            low, high = torch.where(is_past, low, middle), torch.where(is_past, middle, high)
+            middle = ((low + high) / 2).floor()
+        return high.to(outputs)
 
 
 @dataclass(frozen=True)

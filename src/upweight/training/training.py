@@ -56,10 +56,10 @@ class WeightedLosses(Terms):
         return weights * task.losses(params, batch)
 
 
-TOGETHER = 32
+TOGETHER = 64
 """Models trained at once at most."""
 
-CACHE_BYTES = 24 * 2**20
+CACHE_BYTES = 32 * 2**20
 """What their parameters, gradients and the optimizer's memory may take: with more, every step waits
 for memory outside of the processor's cache."""
 
@@ -116,7 +116,7 @@ class Training:
             UnsupportedModel: A layer keeps statistics of its batches while training.
             SpecError: `init` makes another model than the task's.
         """
-        start = task if self.init is None else self._initial(task)
+        start = self.untrained(task)
         return trainer_for(self, start, train, task.theta(), WeightedLosses())
 
     def trained(self, task: Task, train: Any) -> nn.Module:
@@ -144,8 +144,14 @@ class Training:
             )
         return task.moved_to(found.theta[0]).model.eval()
 
-    def _initial(self, task: Task) -> Task:
-        assert self.init is not None
+    def untrained(self, task: Task) -> Task:
+        """The task with the model that training starts from.
+
+        Raises:
+            SpecError: `init` makes another model than the task's.
+        """
+        if self.init is None:
+            return task
         with _forked():
             torch.manual_seed(self.seed)
             model = self.init()
@@ -217,7 +223,7 @@ class TrainingTrainer:
             if self.spec.skip_absent and not bool(weights[rows[0]].any()):
                 failures |= dict.fromkeys(rows.tolist(), "every example has weight 0")
                 continue
-            for chunk in torch.split(rows, self.at_once):
+            for chunk in torch.tensor_split(rows, -(-len(rows) // self.at_once)):
                 theta[chunk], diverged = self._trained(weights[chunk])
                 failures |= {int(chunk[k]): reason for k, reason in diverged.items()}
         return Trained(theta, theta.new_full((len(theta),), torch.nan), failures)
@@ -264,7 +270,11 @@ class TrainingTrainer:
     ) -> tuple[Float[Tensor, "s p"], dict[int, str]]:
         spec, s = self.spec, len(weights)
         theta = self._laid_out(self._stacked(s))
-        optimizer = spec.optimizer.start(list(theta.values()))
+        orders = [_memory_order(p) for p in theta.values()]
+        leaves = [
+            p.detach().permute(order) for p, order in zip(theta.values(), orders, strict=True)
+        ]
+        optimizer = spec.optimizer.start(leaves)  # of the same memory
         present = weights != 0 if spec.skip_absent else torch.ones_like(weights, dtype=torch.bool)
         length = int(present[0].sum())
         share = length / len(self.train)
@@ -276,8 +286,8 @@ class TrainingTrainer:
                 for index in torch.split(self._order(epoch, present), spec.batch, dim=-1):
                     w = weights[:, index] if index.ndim == 1 else weights.gather(1, index)
                     gradient = self._gradient(theta, index, w, share)
-                    for p, g in zip(theta.values(), gradient, strict=True):
-                        p.grad = g
+                    for leaf, g, order in zip(leaves, gradient, orders, strict=True):
+                        leaf.grad = g.permute(order)
                     for group in optimizer.param_groups:
                         group["lr"] = spec.optimizer.lr * spec.schedule(step, steps)
                     optimizer.step()
@@ -333,6 +343,12 @@ class TrainingTrainer:
         many = torch.func.vmap(objective, in_dims=(0, axis, 0), randomness="same")
         total = many(theta, batch, weights).sum()
         return torch.autograd.grad(total, list(theta.values()), materialize_grads=True)
+
+
+def _memory_order(x: Tensor) -> list[int]:
+    """The axes of a dense tensor as its memory runs: permuted by them, it is contiguous."""
+    strides = x.stride()
+    return sorted(range(x.ndim), key=lambda axis: -strides[axis])
 
 
 def _forked() -> AbstractContextManager[None]:
