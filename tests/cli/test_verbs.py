@@ -350,3 +350,13 @@ def test_usage_errors_exit_with_2(project):
     assert call(*attribute("--memory", "much")).exit_code == 2
     assert call("report", "nowhere").exit_code == 2
     assert "A run is a directory with a run.toml" in refusal("report", project)
+
+
+def test_evaluation_says_when_the_recipe_makes_another_model(finished):
+    (finished / "project.py").write_text(
+        PROJECT + "other = uw.Training(network, uw.SGD(lr=0.1), epochs=1, batch=25, seed=0)\n"
+    )
+    same = answer("evaluate", "run", "--recipe", "project.py:recipe", "--lds", "3")
+    other = answer("evaluate", "run", "--recipe", "project.py:other", "--lds", "3")
+    assert same["notes"] == []
+    assert "makes another model" in other["notes"][0]

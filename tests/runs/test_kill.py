@@ -1,13 +1,17 @@
 """kill -9 at twenty instants: what is left is finished to the same scores, bit for bit."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DRIVER = Path(__file__).with_name("killed.py")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the driver forks")
 def test_a_run_killed_at_any_instant_finishes_with_the_same_scores_bit_for_bit(tmp_path):
     command = [sys.executable, str(DRIVER), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

@@ -76,9 +76,10 @@ def evaluate(
                 found = compared(scores, how, subsets, jobs, place.retrained)
             place.keep_evaluation("halves", kept(found, recipe))
             place.log(found.verdict)
-    return Answer(
-        f"{found}\n  next: upweight report {shown}", {"run": str(place.path), **found.summary()}
-    )
+            apart = drift(scores, how, found, place.retrained)
+    lines = [str(found), *apart, f"  next: upweight report {shown}"]
+    facts = {"run": str(place.path), **found.summary(), "notes": apart}
+    return Answer("\n".join(lines), facts)
 
 
 @click.command()
@@ -190,6 +191,31 @@ def compared(scores: Scores, recipe: Recipe, subsets: int, jobs: int | None, cac
     found = lds(predicted, weights, truth)
     seconds = time.perf_counter() - started
     return Check(found, FRACTION, len(seeds) * (subsets + 1), seconds, float("inf"))
+
+
+def drift(scores: Scores, recipe: Recipe, found: Check, cache: Path) -> list[str]:
+    """A note where the recipe makes another model than the run's; its models are in the cache."""
+    context = scores.require_context()
+    weights = subset_weights(len(context.train), 1, FRACTION, renormalize=True)
+    again = retrain(
+        recipe,
+        context.task,
+        context.train,
+        weights,
+        context.queries,
+        context.measure,
+        cache=cache / "check-0",
+        progress=False,
+    )
+    values = found.lds.measured
+    typical = float((values - values.mean(dim=0)).abs().median())
+    apart = float(again.drift.abs().median())
+    if apart <= typical / 10:
+        return []
+    return [
+        f"  note: on all of the data the recipe makes another model: its measurements are off by "
+        f"{apart:.1e}, where half of the data moves them by {typical:.1e} (medians)"
+    ]
 
 
 def kept(found: Check, recipe: str) -> dict[str, Any]:

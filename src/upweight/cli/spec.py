@@ -206,7 +206,7 @@ class _Reader:
         fields = inspect.signature(spec).parameters
         given: dict[str, tuple[ast.expr, Any]] = {}
         for position, part in enumerate(arguments):
-            if isinstance(part, ast.Starred) or position >= len(fields):
+            if position >= len(fields):
                 self.refuse(part, *_too_many(spec))
             given[list(fields)[position]] = part, self.value(part)
         for keyword in keywords:
@@ -323,6 +323,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return len(value) == len(each) and all(map(_fits, value, each))
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    if getattr(hint, "_is_protocol", False):  # a method has a `fit` as a curvature has
+        return isinstance(value, REGISTRY[hint.__name__.lower()])
     return isinstance(value, origin or hint)
 
 
