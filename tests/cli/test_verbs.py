@@ -105,7 +105,14 @@ def test_run_toml_says_all_and_is_read_back(finished):
     assert parse(written["method"]) == METHOD
     assert (written["measure"], written["tolerance"]) == ("Loss()", 0.01)
     assert written["directory"] == ".."
-    assert set(written["fingerprints"]) == {"model", "task", "train", "queries", "measure"}
+    assert set(written["fingerprints"]) == {
+        "model",
+        "task",
+        "train",
+        "queries",
+        "method",
+        "measure",
+    }
     assert set(written["sources"]) == {"project.py"}
     assert written["versions"]["torch"] == torch.__version__
     assert str(finished) not in (finished / "run" / "run.toml").read_text()
@@ -256,9 +263,27 @@ def test_methods_and_measures_may_be_the_users_own(project):
     assert record.measure == "project.py:squared"
     assert answer("rerun", "run")["did"] == "nothing"
     path.write_text(path.read_text().replace("outputs.square()", "outputs.abs()"))
-    assert "the code of the measure is not what it was" in refusal("rerun", "run")
+    assert "the measure is not what it was" in refusal("rerun", "run")
     assert "must be a method" in refusal(*attribute("--method", "project.py:test", out="x"))
     assert "must be a task" in refusal("doctor", "project.py:recipe")
+
+
+def test_a_method_of_the_users_own_kind_is_told_from_another(project):
+    code = PROJECT + (
+        "from dataclasses import dataclass\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine:\n"
+        "    damping: float\n"
+        "    unit = uw.Unit.DERIVATIVE\n"
+        "    def fit(self, task, train):\n"
+        "        return uw.Influence(uw.Diagonal(), damping=self.damping).fit(task, train)\n"
+        "method = Mine(0.1)\n"
+    )
+    (project / "project.py").write_text(code)
+    answer(*attribute("--method", "project.py:method"))
+    assert Run(project / "run").record.method == "project.py:method"
+    (project / "project.py").write_text(code.replace("Mine(0.1)", "Mine(0.2)"))
+    assert "the method is not what it was" in refusal("rerun", "run")
 
 
 def test_evaluation_is_kept_and_the_report_says_it(finished):
@@ -347,7 +372,8 @@ def test_every_verb_shows_an_example(verb):
 
 def test_usage_errors_exit_with_2(project):
     assert call("attribute", "project.py:task").exit_code == 2
-    assert call(*attribute("--memory", "much")).exit_code == 2
+    for option in (["--memory", "much"], ["--memory", "0"], ["--tolerance", "1"]):
+        assert call(*attribute(*option)).exit_code == 2
     assert call("report", "nowhere").exit_code == 2
     assert "A run is a directory with a run.toml" in refusal("report", project)
 

@@ -14,8 +14,8 @@ from upweight.cli.screen import Answer, continued_by, duration, say, verb
 from upweight.errors import StaleStore, message
 from upweight.runs import work
 from upweight.runs.directory import Run
+from upweight.runs.question import Question
 from upweight.runs.record import Record
-from upweight.runs.work import Question
 from upweight.scores import Scores, library_versions
 
 

@@ -18,8 +18,8 @@ from upweight.errors import SpecError, message
 from upweight.evaluation import LDS, Check, check, lds, predicted_changes, retrain, subset_weights
 from upweight.evaluation.check import two_seeds
 from upweight.runs.directory import Run
+from upweight.runs.question import Question
 from upweight.runs.record import Record
-from upweight.runs.work import Question
 from upweight.scores import Context, Scores
 from upweight.task.recipe import Recipe
 from upweight.training.function import FromFunction

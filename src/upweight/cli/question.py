@@ -21,8 +21,8 @@ from upweight.errors import SpecError, StaleStore, message
 from upweight.method import Method
 from upweight.methods.layerwise import TOLERANCE
 from upweight.runs.directory import Run
-from upweight.runs.record import Record, fingerprints
-from upweight.runs.work import Question
+from upweight.runs.question import Question
+from upweight.runs.record import Record
 from upweight.scores import library_versions
 from upweight.task.data import as_data
 from upweight.task.measures import as_measure
@@ -82,7 +82,6 @@ class Asked:
         Raises:
             SpecError: An option that the method has no use for.
         """
-        task, train, queries = question.task, question.train, question.queries
         extra = (self.tolerance, self.memory_bytes) != (None, None)
         if extra and not question.is_resumable:
             raise SpecError(
@@ -104,10 +103,10 @@ class Asked:
             tolerance=tolerance if question.is_resumable else 0.0,
             memory_bytes=self.memory_bytes or 0,
             threads=torch.get_num_threads(),
-            n=len(train),
-            q=len(queries),
-            p=task.layout.size,
-            fingerprints=fingerprints(task, train, queries, question.measure),
+            n=len(question.train),
+            q=len(question.queries),
+            p=question.task.layout.size,
+            fingerprints=question.fingerprints(),
             sources=project.sources(),
             versions=library_versions(),
         )
@@ -135,8 +134,7 @@ def reopened(run: Run) -> Iterator[tuple[Project, Record, Question]]:
     with contextlib.chdir(folder), opened() as project:
         names = (record.task, record.train, record.queries, record.method, record.measure)
         question = Asked(*names).question(project)
-        parts = (question.task, question.train, question.queries, question.measure)
-        require_same(run, record.changed(fingerprints(*parts)), record, project)
+        require_same(run, record.changed(question.fingerprints()), record, project)
         yield project, record, question
 
 
@@ -149,7 +147,12 @@ def require_same(run: Run, differences: list[str], record: Record, project: Proj
     now = project.sources()
     edited = [name for name, digest in record.sources.items() if now.get(name) != digest]
     if differences:
-        changed = [*differences, *(f"{name} was edited since" for name in edited)]
+        upgraded = [
+            f"{name} is {version} and was {record.versions.get(name)}"
+            for name, version in library_versions().items()
+            if version != record.versions.get(name)
+        ]
+        changed = [*differences, *(f"{name} was edited since" for name in edited), *upgraded]
         raise StaleStore(
             message(
                 "A run directory belongs to one question about one model.",
@@ -197,7 +200,7 @@ def question_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="What to ask: Loss(), Margin(), LogProb(), Logit(3), or a function of yours.",
         ),
         click.option(
-            "--tolerance", type=float, metavar="ERROR",
+            "--tolerance", type=click.FloatRange(0, 1, max_open=True), metavar="ERROR",
             help=f"Relative error that a query's scores may have.  [default: {TOLERANCE:g}]",
         ),
         click.option(
@@ -225,6 +228,8 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
         try:
             count = float(text.removesuffix(unit)) * base ** UNITS.index(unit)
         except ValueError:
+            count = 0
+        if count < 1:
             self.fail(f"{value!r} is no size; say 500MB, 2GB or 2GiB", param, ctx)
         return int(count)
 

@@ -9,6 +9,7 @@ traceback is shown when asked for.
 import contextlib
 import functools
 import json
+import math
 import sys
 import traceback as tracebacks
 from collections.abc import Callable, Iterator
@@ -70,7 +71,7 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
             kind = Interrupted if isinstance(error, KeyboardInterrupt) else Failed
             raise kind(text) from error
         if as_json:
-            click.echo(json.dumps(answer.facts, indent=1, ensure_ascii=False))
+            click.echo(json.dumps(_strict(answer.facts), indent=1, ensure_ascii=False))
         elif answer.text:
             click.echo(answer.text)
 
@@ -114,6 +115,15 @@ def table(rows: list[tuple[Any, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in texts)
     return "\n".join(f"  {line}" for line in lines)
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _told(error: BaseException) -> str:

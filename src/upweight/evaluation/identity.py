@@ -93,12 +93,13 @@ def described(value: Any) -> str:
     if f"0x{id(value):x}" in text.lower() or " object at 0x" in text:
         raise SpecError(
             message(
-                "A cache needs recipes, losses and measures that say what they are.",
+                "What is kept on disk comes from recipes, methods, losses and measures that say "
+                "what they are.",
                 f"{text}.",
                 "an object without fields that can be read, so that another run could not tell "
                 "whether it is the same.",
-                "make it a frozen dataclass of its hyperparameters or a plain function, or leave "
-                "cache=None.",
+                "make it a frozen dataclass of its hyperparameters or a plain function; with "
+                "cache=None nothing is kept.",
             )
         )
     return f"{type(value).__qualname__} {text}"

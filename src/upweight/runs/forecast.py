@@ -21,7 +21,8 @@ from upweight.gradients.planning import plan
 from upweight.linalg.damping import Absolute
 from upweight.methods.influence import Influence
 from upweight.runs.layers import LayerUse, layer_uses
-from upweight.runs.work import Question, aligned
+from upweight.runs.question import Question
+from upweight.runs.work import aligned
 from upweight.runtime.memory import examples_within, working_bytes
 
 FEWEST = 32

@@ -5,19 +5,14 @@ say whether they are still the same.
 """
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tomli_w
-from torch import Tensor
 
 from upweight.errors import StaleStore, message
-from upweight.evaluation.identity import contents, described
-from upweight.runtime.fingerprint import digest
 from upweight.runtime.whole import write_whole
-from upweight.task.data import Data
-from upweight.task.task import Task
 
 SCHEMA = 1
 
@@ -92,19 +87,25 @@ class Record:
 
         Names of files and objects may differ; what they hold may not.
         """
-        found = []
+        found, seen = [], set()
         for name in ("method", "measure", "tolerance", "memory_bytes"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
+                seen.add(name)
                 found.append(f"{name} is {theirs or 'none'}\n      and was {mine or 'none'}")
-        return found + self.changed(other.fingerprints)
+        return found + self.changed(other.fingerprints, seen)
 
-    def changed(self, fingerprints: Mapping[str, str]) -> list[str]:
-        """Which of the objects are no longer those of the record, in words."""
+    def changed(self, fingerprints: Mapping[str, str], but: Collection[str] = ()) -> list[str]:
+        """Which of the objects are no longer those of the record, in words.
+
+        Args:
+            fingerprints: Of the objects now.
+            but: Which of them not to ask about.
+        """
         return [
-            f"{CONTENTS[name]} not what it was"
-            for name in CONTENTS
-            if self.fingerprints.get(name) != fingerprints[name]
+            f"{words} not what it was"
+            for name, words in CONTENTS.items()
+            if name not in but and self.fingerprints.get(name) != fingerprints[name]
         ]
 
 
@@ -113,26 +114,7 @@ CONTENTS = {
     "task": "the task (loss, penalty, forward, choice of parameters) is",
     "train": "the training set is",
     "queries": "the set of queries is",
-    "measure": "the code of the measure is",
+    "method": "the method is",
+    "measure": "the measure is",
 }
 """What is fingerprinted, and how to say that it changed."""
-
-
-def fingerprints(
-    task: Task, train: Data, queries: Data, measure: Callable[..., Tensor]
-) -> dict[str, str]:
-    """A hash of each thing that scores depend on besides the method.
-
-    Raises:
-        SpecError: A loss or measure says nothing but its address in memory.
-
-    Cost: reads all data once.
-    """
-    parts = (task.loss, task.penalty, task.forward)
-    return {
-        "model": digest(described(task.model)),
-        "task": digest(*map(described, parts), repr(task.layout)),
-        "train": contents(train),
-        "queries": contents(queries),
-        "measure": digest(described(measure)),
-    }

@@ -5,43 +5,21 @@ what is there. Other methods hold their scores in memory, and start over.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from upweight.method import Method
 from upweight.methods.influence import Influence
 from upweight.runs.directory import Run
+from upweight.runs.question import Question
 from upweight.runs.record import Record
 from upweight.task.data import ArrayData, Data
-from upweight.task.task import Task
 
 ALIGNMENT = 64
 """Bytes; where PyTorch puts its own tensors."""
-
-
-@dataclass(frozen=True, eq=False)
-class Question:
-    """The live objects of a run.
-
-    Args:
-        task, train, queries, method, measure: As for `method.fit` and `attribute`.
-    """
-
-    task: Task
-    train: Data
-    queries: Data
-    method: Method
-    measure: Callable[..., Tensor]
-
-    @property
-    def is_resumable(self) -> bool:
-        """Whether the method keeps what it has done on disk, and has a tolerance."""
-        return isinstance(self.method, Influence) and self.method.is_by_layer
 
 
 def attribute(run: Run, record: Record, question: Question) -> None:

@@ -1,0 +1,52 @@
+"""Question: the live objects of a run, and what tells them from others."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from upweight.evaluation.identity import contents, described
+from upweight.method import Method
+from upweight.methods.influence import Influence
+from upweight.runtime.fingerprint import digest
+from upweight.task.data import Data
+from upweight.task.task import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """The live objects of a run.
+
+    Args:
+        task, train, queries, method, measure: As for `method.fit` and `attribute`.
+    """
+
+    task: Task
+    train: Data
+    queries: Data
+    method: Method
+    measure: Callable[..., Tensor]
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether the method keeps what it has done on disk, and has a tolerance."""
+        return isinstance(self.method, Influence) and self.method.is_by_layer
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each thing that the scores depend on.
+
+        Raises:
+            SpecError: A loss, a measure or a method says nothing but its address in memory.
+
+        Cost: reads all data once.
+        """
+        task = self.task
+        parts = (task.loss, task.penalty, task.forward)
+        return {
+            "model": digest(described(task.model)),
+            "task": digest(*map(described, parts), repr(task.layout)),
+            "train": contents(self.train),
+            "queries": contents(self.queries),
+            "method": digest(described(self.method)),
+            "measure": digest(described(self.measure)),
+        }
