@@ -386,3 +386,11 @@ def test_evaluation_says_when_the_recipe_makes_another_model(finished):
     other = answer("evaluate", "run", "--recipe", "project.py:other", "--lds", "3")
     assert same["notes"] == []
     assert "makes another model" in other["notes"][0]
+
+
+def test_plan_times_a_method_that_a_few_examples_leave_singular(project):
+    code = PROJECT.replace("uw.CrossEntropy(), uw.L2(0.01))\n\ndef", "uw.CrossEntropy())\n\ndef")
+    (project / "project.py").write_text(code)
+    method = ["--method", "Influence(GGN(), Cholesky())"]
+    assert "NotPositiveDefinite" in refusal(*attribute(*method))
+    assert answer("plan", *NAMES, *method)["seconds"]["fit"] > 0

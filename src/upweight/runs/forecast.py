@@ -3,7 +3,7 @@
     seconds(n) = seconds(m) + (n − m) · (seconds(m) − seconds(m/2)) / (m/2)
 
 Every stage is linear in the number of training examples beyond a constant: the passes are, the
-decompositions are the constant. m doubles until a stage takes long enough to be timed.
+decompositions are the constant. m doubles until both together take long enough to be timed.
 """
 
 import time
@@ -22,11 +22,10 @@ from upweight.linalg.damping import Absolute
 from upweight.methods.influence import Influence
 from upweight.runs.layers import LayerUse, layer_uses
 from upweight.runs.question import Question
-from upweight.runs.work import aligned
 from upweight.runtime.memory import examples_within, working_bytes
 
 FEWEST = 32
-LONG_ENOUGH = 0.5
+LONG_ENOUGH = 1.0
 """Seconds that tell a pass over a few examples from what each call costs."""
 
 MOST_QUERIES = 256
@@ -71,7 +70,7 @@ def forecast(question: Question, tolerance: float, memory_bytes: int | None) -> 
 
     Cost: a few seconds, or several hundred examples' worth of each stage.
     """
-    task, train, queries = question.task, aligned(question.train), aligned(question.queries)
+    task, train, queries = question.task, question.train, question.queries
     n, q = len(train), len(queries)
     asked = queries.subset(range(min(q, MOST_QUERIES)))
     itemsize = torch.promote_types(task.layout.dtype, torch.float32).itemsize
@@ -82,24 +81,22 @@ def forecast(question: Question, tolerance: float, memory_bytes: int | None) -> 
         fit_options["memory_bytes"] = memory_bytes
         attribute_options["tolerance"] = tolerance
 
-    def fitted(m: int) -> Any:
-        few = train.subset(range(m))
-        try:
-            return method.fit(task, few, **fit_options)
-        except (NotPositiveDefinite, NotConverged):
-            if not isinstance(method, Influence):
-                raise
-            return replace(method, damping=Absolute(DAMPING)).fit(task, few, **fit_options)
-
-    def stages(m: int) -> tuple[float, float]:
+    def stages(m: int) -> tuple[Any, float, float]:
         started = time.perf_counter()
-        made = fitted(m)
+        fitted = method.fit(task, train.subset(range(m)), **fit_options)
         between = time.perf_counter()
-        made.attribute(asked, question.measure, **attribute_options)
-        return between - started, time.perf_counter() - between
+        fitted.attribute(asked, question.measure, **attribute_options)
+        return fitted, between - started, time.perf_counter() - between
 
-    small = fitted(min(n, FEWEST))
-    fit_seconds, attribute_seconds = _expected(stages, min(n, FEWEST), n)
+    few = min(n, FEWEST)
+    try:
+        small, *_ = stages(few)  # what is done once is done, and not timed
+    except (NotPositiveDefinite, NotConverged):
+        if not isinstance(method, Influence):
+            raise
+        method = replace(method, damping=Absolute(DAMPING))
+        small, *_ = stages(few)
+    fit_seconds, attribute_seconds = _expected(lambda m: stages(m)[1:], few, n)
     scoring = attribute_seconds * q / len(asked)
     seconds = {"fit": fit_seconds, "attribute": scoring}
     if not question.is_resumable:
@@ -136,7 +133,7 @@ def forecast(question: Question, tolerance: float, memory_bytes: int | None) -> 
 def _expected(stages: Callable[[int], tuple[float, float]], few: int, n: int) -> list[float]:
     """Seconds of each stage for n examples, from few and then twice as many."""
     m, before, taken = few, (0.0, 0.0), stages(few)
-    while m < n and (before == (0.0, 0.0) or min(taken) < LONG_ENOUGH):
+    while m < n and (before == (0.0, 0.0) or sum(taken) < LONG_ENOUGH):
         m, before = min(n, 2 * m), taken
         taken = stages(m)
     if m == n:

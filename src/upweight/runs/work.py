@@ -6,20 +6,13 @@ what is there. Other methods hold their scores in memory, and start over.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from upweight.methods.influence import Influence
 from upweight.runs.directory import Run
 from upweight.runs.question import Question
 from upweight.runs.record import Record
-from upweight.task.data import ArrayData, Data
-
-ALIGNMENT = 64
-"""Bytes; where PyTorch puts its own tensors."""
 
 
 def attribute(run: Run, record: Record, question: Question) -> None:
@@ -29,32 +22,17 @@ def attribute(run: Run, record: Record, question: Question) -> None:
         UpweightError: From the method.
         OSError: The disk is full or not writable; what was written stays readable.
     """
-    task, method = question.task, question.method
-    train, queries = aligned(question.train), aligned(question.queries)
+    task, train, method = question.task, question.train, question.method
+    queries, measure = question.queries, question.measure
     with _threads(record.threads):
         if question.is_resumable:
             assert isinstance(method, Influence)
             fitted = method.fit(
                 task, train, memory_bytes=record.memory_bytes or None, store=run.factors
             )
-            fitted.write(queries, run.scores, question.measure, tolerance=record.tolerance)
+            fitted.write(queries, run.scores, measure, tolerance=record.tolerance)
         else:
-            method.fit(task, train).attribute(queries, measure=question.measure).save(run.scores)
-
-
-def aligned(data: Data) -> Data:
-    """The same data, at places in memory where every process finds them alike.
-
-    Products round by where their operands start, and NumPy's arrays start at any multiple of 16.
-    """
-    if not isinstance(data, ArrayData):
-        return data
-
-    def moved(x: Any) -> Any:
-        is_off = isinstance(x, Tensor) and x.data_ptr() % ALIGNMENT
-        return x.clone() if is_off else x
-
-    return ArrayData(tree_map(moved, data.arrays))
+            method.fit(task, train).attribute(queries, measure=measure).save(run.scores)
 
 
 @contextlib.contextmanager
