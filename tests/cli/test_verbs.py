@@ -153,6 +153,28 @@ def test_a_model_that_changed_is_refused_and_an_edited_comment_is_not(finished):
     assert "the task (loss, penalty" in refusal(*attribute())
 
 
+def test_a_question_that_failed_before_any_work_may_be_mended(project):
+    path = project / "project.py"
+    custom = "lambda f, y: torch.nn.functional.cross_entropy(f, y, reduction='none')"
+    path.write_text(PROJECT.replace("train), uw.CrossEntropy()", f"train), {custom}"))
+    assert "UnsupportedModel" in refusal(*attribute())
+    found = answer("doctor", "project.py:task", "--train", "project.py:train")
+    assert (found["measures"], found["draws_labels"]) == (["Loss()", "Logit()"], False)
+    path.write_text(PROJECT)
+    assert answer(*attribute())["did"] == "computed"
+    found = answer("doctor", "project.py:task", "--train", "project.py:train")
+    assert found["measures"] == ["Loss()", "Margin()", "LogProb()", "Logit()"]
+    assert found["draws_labels"] is True
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_lines(project):
+    code = "import warnings\nwarnings.warn('a test')\n" + PROJECT
+    (project / "project.py").write_text(code)
+    result = call("doctor", "project.py:task")
+    assert "warning: project.py:2: a test\n" in result.stderr
+
+
 def test_a_directory_that_holds_other_things_is_refused(project):
     assert "which holds project.py" in refusal(*attribute(out="."))
     assert not (project / "run.toml").exists()

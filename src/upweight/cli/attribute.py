@@ -54,7 +54,7 @@ def attribute(out: Path, top: int | None, **options: Any) -> Answer:
         new = asked.record(project, question, run)
         if not exists:  # only now: a mistake in the options leaves no directory behind
             stack.enter_context(run.held("upweight attribute"))
-        old = run.record
+        old = run.record if run.has_work else None
         if old is not None:
             require_same(run, old.differences(new), old, project)
         did = finished(run, old or new, question, shown)
@@ -87,7 +87,7 @@ def rerun(run: Path, out: Path | None) -> Answer:
             did = finished(first, record, question, first.path)
         return answer(first, _short(first.path), did, None)
     second = Run(out.absolute())
-    with second.held("upweight rerun"), reopened(first) as (project, record, question):
+    with reopened(first) as (project, record, question), second.held("upweight rerun"):
         again = second.record or replace(
             record,
             directory=relative(Path.cwd(), second.path),
@@ -109,7 +109,7 @@ def finished(run: Run, record: Record, question: Question, shown: Path) -> str:
     """
     if run.is_finished:
         return "nothing"
-    began = run.record is not None
+    began = run.has_work
     if began and record.versions != library_versions():
         raise StaleStore(
             message(

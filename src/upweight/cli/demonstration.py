@@ -27,7 +27,7 @@ from upweight.cli.screen import Answer, verb
 )
 @verb
 def demo(out: Path, model: str) -> Answer:
-    """Explain a digit classifier, and check the explanation by retraining.
+    """Explain a digit classifier, and check it by retraining.
 
     Trains on 5 000 real digits that come with the package, finds which training images raised and
     lowered the loss on the test images it gets most wrong, then removes some of them and retrains

@@ -1,5 +1,6 @@
 """`upweight doctor`: what this machine has, and whether a model can be attributed."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -15,6 +16,7 @@ from upweight.cli.plan import layer_table
 from upweight.cli.project import opened
 from upweight.cli.question import loaded_task
 from upweight.cli.screen import Answer, size, table, verb
+from upweight.errors import UnsupportedModel, UpweightError
 from upweight.gradients.layers import rule_for
 from upweight.gradients.planning import plan
 from upweight.runs.layers import layer_uses
@@ -22,7 +24,8 @@ from upweight.runtime.hardware import has_fast_bfloat16
 from upweight.runtime.memory import free_bytes
 from upweight.scores import library_versions
 from upweight.task.check import checked_losses
-from upweight.task.data import as_data
+from upweight.task.data import Data, as_data
+from upweight.task.measures import Logit, LogProb, Loss, Margin
 from upweight.task.task import Task
 
 OPTIONAL = ("scikit-learn", "statsmodels", "pandas", "matplotlib", "transformers", "distributed")
@@ -33,10 +36,10 @@ OPTIONAL = ("scikit-learn", "statsmodels", "pandas", "matplotlib", "transformers
 @click.option("--train", metavar="FILE.py:NAME", help="The training set, to try the model on.")
 @verb
 def doctor(task: str | None, train: str | None) -> Answer:
-    """Say what this machine has, and whether a model can be attributed.
+    """Look at this machine, and at a model of yours.
 
     With --train, a few examples are run: each layer's way to its gradients is found and checked
-    against autograd, and all of the data against the loss.
+    against autograd, all of the data against the loss, and the loss for what it can be asked.
 
     \b
     Examples:
@@ -82,7 +85,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def examined(task: Task, data: Any) -> tuple[dict[str, Any], str]:
+def examined(task: Task, data: Data | None) -> tuple[dict[str, Any], str]:
     """Whether a task can be attributed, and what each layer will use.
 
     Raises:
@@ -116,12 +119,40 @@ def examined(task: Task, data: Any) -> tuple[dict[str, Any], str]:
         "mean_loss": float(losses.double().mean()),
         "layers": [asdict(use) for use in uses],
         "notes": list(made.notes),
+        "measures": measures(task, data),
+        "draws_labels": draws_labels(task, data),
     }
+    drawn = "" if facts["draws_labels"] else " (its curvatures by layer need labels=Observed())"
     lines += [
         layer_table(uses, made.notes),
-        f"  can be attributed: {len(data)} training examples, mean loss {facts['mean_loss']:.4g}",
+        f"  {len(data)} training examples, mean loss {facts['mean_loss']:.4g}",
+        f"  measures: {', '.join(facts['measures'])}, and functions of your own",
+        f"  the loss {'is' if facts['draws_labels'] else 'is not'} a likelihood that labels can be "
+        f"drawn from{drawn}",
     ]
     return facts, "\n".join(lines)
+
+
+def measures(task: Task, data: Data) -> list[str]:
+    """Which measures the loss and the targets allow, tried on an example."""
+    batch = task.to_device(data.take([0]))
+    found = []
+    for measure in (Loss(), Margin(), LogProb(), Logit()):
+        with contextlib.suppress(UpweightError), torch.no_grad():
+            measure(task, task.named(task.theta()), batch)
+            found.append(repr(measure).replace("index=None", ""))
+    return found
+
+
+def draws_labels(task: Task, data: Data) -> bool:
+    """Whether the loss has labels to draw, as `EKFAC()` and `KFAC()` do by default."""
+    with torch.no_grad():
+        outputs, targets = task.call(task.theta(), task.to_device(data.take([0])))
+        try:
+            task.loss.sample(outputs, targets, torch.Generator(outputs.device))
+        except UnsupportedModel:
+            return False
+    return True
 
 
 def _words(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -12,8 +12,9 @@ import torch
 
 from upweight import report as pages
 from upweight.cli.project import Project
-from upweight.cli.question import relative, reopened, spec_or_object
+from upweight.cli.question import is_reference, relative, reopened, spec_or_object
 from upweight.cli.screen import Answer, continued_by, size, verb
+from upweight.cli.spec import parse
 from upweight.errors import SpecError, message
 from upweight.evaluation import LDS, Check, check, lds, predicted_changes, retrain, subset_weights
 from upweight.evaluation.check import two_seeds
@@ -63,6 +64,8 @@ def evaluate(
     """
     if budget is not None and subsets is not None:
         raise click.UsageError("--budget and --lds exclude each other")
+    if not is_reference(recipe):
+        parse(recipe, "recipe")  # an error in it is told before anything is loaded
     place, shown = Run.named(run.absolute()), run
     with place.held("upweight evaluate"), reopened(place) as (project, _, question):
         scores = attached(place, question)

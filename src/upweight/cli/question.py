@@ -159,7 +159,8 @@ def require_same(run: Run, differences: list[str], record: Record, project: Proj
                 "\n    ".join([f"{run.path}, where", *changed]),
                 "the same --out for two questions; training that went on, or that starts anew "
                 "without a seed whenever the file is loaded.",
-                "give another --out, or put back what this run was asked of; its run.toml says it.",
+                "give another --out, or put back what this run was asked of; a file that trains "
+                "should keep the weights, and load them when there are some.",
             )
         )
     if edited:

@@ -12,9 +12,11 @@ import json
 import math
 import sys
 import traceback as tracebacks
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import click
 
@@ -57,7 +59,8 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
         try:
             # With --json, standard output belongs to the machine.
             out = sys.stderr if as_json else sys.stdout
-            with contextlib.redirect_stdout(out):
+            with contextlib.redirect_stdout(out), warnings.catch_warnings():
+                warnings.showwarning = _warned
                 answer = function(*arguments, **options)
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, click.ClickException | click.exceptions.Exit):
@@ -115,6 +118,19 @@ def table(rows: list[tuple[Any, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in texts)
     return "\n".join(f"  {line}" for line in lines)
+
+
+def _warned(
+    text: Warning | str,
+    category: type[Warning],
+    filename: str,
+    line: int,
+    file: TextIO | None = None,
+    code: str | None = None,
+) -> None:
+    """A warning on a line of its own, with its place where that is the user's."""
+    is_own = Path(filename).is_relative_to(Path(__file__).parents[1])
+    say(f"warning: {text}" if is_own else f"warning: {filename}:{line}: {text}")
 
 
 def _strict(value: Any) -> Any:

@@ -87,6 +87,11 @@ class Run:
         return Record.read(self.toml) if self.toml.exists() else None
 
     @property
+    def has_work(self) -> bool:
+        """Whether anything was computed here; until then the question may still change."""
+        return next(self.path.rglob("*.safetensors"), None) is not None
+
+    @property
     def is_finished(self) -> bool:
         """Whether all scores are there."""
         return any(path.exists() for path in Scores.headers(self.scores))
