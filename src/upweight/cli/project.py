@@ -238,13 +238,19 @@ def _no_such_file(path: Path) -> str:
     )
 
 
+def _is_elsewhere(value: Any, name: str) -> bool:
+    """Whether it is a class or function that the file has imported."""
+    is_code = inspect.isclass(value) or inspect.isroutine(value)
+    return is_code and getattr(value, "__module__", None) != name
+
+
 def _no_such_name(source: str, name: str, defined: dict[str, Any]) -> str:
     own = [
         key
         for key, value in defined.items()
         if not key.startswith("_")
         and not inspect.ismodule(value)
-        and (not callable(value) or getattr(value, "__module__", None) == defined["__name__"])
+        and not _is_elsewhere(value, defined["__name__"])
     ]
     near = difflib.get_close_matches(name, own, n=1)
     return message(

@@ -121,16 +121,16 @@ def table(rows: list[tuple[Any, ...]]) -> str:
 
 
 def _warned(
-    text: Warning | str,
+    message: Warning | str,
     category: type[Warning],
     filename: str,
-    line: int,
+    lineno: int,
     file: TextIO | None = None,
-    code: str | None = None,
+    line: str | None = None,
 ) -> None:
     """A warning on a line of its own, with its place where that is the user's."""
     is_own = Path(filename).is_relative_to(Path(__file__).parents[1])
-    say(f"warning: {text}" if is_own else f"warning: {filename}:{line}: {text}")
+    say(f"warning: {message}" if is_own else f"warning: {filename}:{lineno}: {message}")
 
 
 def _strict(value: Any) -> Any:
