@@ -18,6 +18,7 @@ from upweight.contraction import stream
 from upweight.methods import layerwise
 from upweight.runs import work
 from upweight.runs.directory import Run
+from upweight.runtime.rows import RowStore
 from upweight.runtime.shards import ScoreShards
 
 PROJECT = """
@@ -321,6 +322,23 @@ def test_evaluation_is_kept_and_the_report_says_it(finished):
     assert written["bytes"] == len(page.encode())
     assert found["verdict"].partition(";")[0][1:] in html.unescape(page)
     assert "upweight attribute project.py:task --train" in page
+
+
+def test_an_interrupted_evaluation_goes_on(finished, monkeypatch):
+    command = ["evaluate", "run", "--recipe", "project.py:recipe", "--lds", "8"]
+    original, count = RowStore.record, 0
+
+    def record(self, names, columns):
+        nonlocal count
+        original(self, names, columns)
+        count += 1
+        if count == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RowStore, "record", record)
+    said = refusal(*command, code=130)
+    assert f"To go on: upweight {' '.join(command)}" in said
+    assert answer(*command)["subsets"] == 8
 
 
 def test_evaluation_takes_a_training_function_and_refuses_what_is_no_recipe(finished):

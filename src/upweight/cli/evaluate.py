@@ -70,8 +70,9 @@ def evaluate(
     with place.held("upweight evaluate"), reopened(place) as (project, _, question):
         scores = attached(place, question)
         how = recipe_of(project, recipe)
-        again = shlex.join(["upweight", "evaluate", str(shown), "--recipe", recipe])
-        with continued_by(again):
+        options = {"--recipe": recipe, "--budget": budget, "--lds": subsets, "--jobs": jobs}
+        given = [str(x) for pair in options.items() if pair[1] is not None for x in pair]
+        with continued_by(shlex.join(["upweight", "evaluate", str(shown), *given])):
             place.log(f"retraining by {how!r}")
             if subsets is None:
                 found = check(scores, how, budget or "2 min", jobs=jobs, cache=place.retrained)
