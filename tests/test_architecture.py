@@ -35,6 +35,10 @@ MAY_IMPORT = {
     "evaluation": {"errors", "_typing", "runtime", "task", "scores", "method", "training"},
     "applications": {"errors", "_typing", "task", "scores", "method"},
     "report": {"errors", "_typing", "task", "scores", "method"},
+    "runs": {
+        "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
+        "scores", "method", "methods", "evaluation",
+    },
 }  # fmt: skip
 LEAVES = {"adapters", "cli", "testing"}  # may import everything but each other
 MATHS = {"linalg", "curvature", "gradients", "contraction", "methods", "applications"}

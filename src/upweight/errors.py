@@ -15,7 +15,9 @@
     ├── NotStationary         θ does not minimize the objective       (ValueError)
     ├── UnsupportedModel      no rule for this model or estimator     (TypeError)
     ├── MissingContext        loaded scores lack their model or data  (RuntimeError)
-    └── StaleStore            files on disk belong to another run     (ValueError)
+    ├── StaleStore            files on disk belong to another run     (ValueError)
+    ├── InUse                 another process works in the folder     (RuntimeError)
+    └── ProjectError          a file of the user's cannot be run      (RuntimeError)
 
 Every message has four parts: what was required, what was given, the usual cause, the way out.
 """
@@ -98,3 +100,11 @@ class MissingContext(UpweightError, RuntimeError):
 
 class StaleStore(UpweightError, ValueError):
     """Files on disk were written for another model, data set or specification."""
+
+
+class InUse(UpweightError, RuntimeError):
+    """Another process works on the same files."""
+
+
+class ProjectError(UpweightError, RuntimeError):
+    """A file of the user's does not define what was asked for, or raised an error."""

@@ -30,6 +30,7 @@ from upweight.errors import (
     message,
 )
 from upweight.runtime.fingerprint import digest
+from upweight.runtime.shards import ScoreShards
 from upweight.task.data import Data
 from upweight.task.task import Task
 
@@ -417,17 +418,28 @@ class Scores:
         os.replace(staged, target / "scores.json")
         return target
 
+    @staticmethod
+    def headers(directory: str | Path) -> tuple[Path, ...]:
+        """The JSON files of which one is there once all scores are; it holds their provenance."""
+        return Path(directory) / "scores.json", Path(directory) / "finished.json"
+
     @classmethod
     def load(cls, directory: str | Path) -> "Scores":
-        """Read what `save` wrote. The live context is not part of it.
+        """Read what `save` or `LayerwiseInfluence.write` wrote. The live context is not part of it.
 
         Raises:
-            FileNotFoundError: There are no scores in the directory.
+            FileNotFoundError: There are no scores in the directory, or not all of them.
+            SpecError: They do not fit into memory.
             StaleStore: The two files do not belong together, are damaged, or are of another
                 version.
         """
         source = Path(directory)
-        header = json.loads((source / "scores.json").read_text(encoding="utf-8"))
+        whole, in_shards = cls.headers(source)
+        if in_shards.exists():
+            shards = ScoreShards.load(source)
+            header = shards.header or {}
+            return cls(shards.values(), Unit[header["unit"]], _provenance(header))
+        header = json.loads(whole.read_text(encoding="utf-8"))
         try:
             tensors = load_file(source / "scores.safetensors")
             found = _digest(tensors, header.get("unit"), header.get("columns"))
@@ -443,15 +455,18 @@ class Scores:
                     "save the scores again.",
                 )
             )
-        provenance = header["provenance"]
-        provenance["notes"] = tuple(provenance["notes"])
         return cls(
             tensors["values"],
             Unit[header["unit"]],
-            Provenance(**provenance),
+            _provenance(header),
             tensors.get("error"),
             None if header["columns"] is None else tuple(header["columns"]),
         )
+
+
+def _provenance(header: Mapping[str, Any]) -> Provenance:
+    fields = dict(header["provenance"])
+    return Provenance(**fields | {"notes": tuple(fields["notes"])})
 
 
 def _digest(tensors: Mapping[str, Tensor], unit: str | None, columns: Sequence[str] | None) -> str:

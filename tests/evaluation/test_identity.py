@@ -1,6 +1,9 @@
 """Descriptions differ exactly where things differ."""
 
 import functools
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,3 +97,22 @@ def test_what_has_only_an_address_is_refused():
         described(Holds(object()))
     with pytest.raises(SpecError, match="RandomState"):
         described(Ridge(random_state=np.random.RandomState(0)))
+
+
+def test_a_function_with_a_set_in_it_is_described_alike_in_every_process():
+    code = (
+        "from upweight.evaluation.identity import described\n"
+        "def loss(x): return x in {'red', 'green', 'blue', 'grey', 'black', 'white'}\n"
+        "print(described(loss))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "123"
+    }
+    assert len(found) == 1

@@ -106,6 +106,45 @@ def test_written_scores_are_those_of_attribute(name, tmp_path):
         assert torch.equal(shards.row(query), scores.values[query])
 
 
+def test_written_scores_load_with_their_provenance(tmp_path):
+    p = problem("conv")
+    fitted = METHOD.fit(p.task, p.train)
+    scores = fitted.attribute(p.queries, tolerance=0.0)
+    fitted.write(p.queries, tmp_path, tolerance=0.0)
+    found = uw.Scores.load(tmp_path)
+    assert torch.equal(found.values, scores.values)
+    assert (found.unit, found.provenance.notes) == (scores.unit, scores.provenance.notes)
+    for name in ("row_sum_excess", "row_sum_excess_relative"):
+        expected = scores.provenance.health[name]
+        assert found.provenance.health[name] == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def test_interrupted_scores_go_on_where_less_memory_is_free(tmp_path, monkeypatch):
+    p = problem("conv")
+    fitted = METHOD.fit(p.task, p.train)
+    monkeypatch.setattr("upweight.methods.layerwise.SHARD_BYTES", 1)
+    monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 4)
+    monkeypatch.setattr("upweight.contraction.stream.TOGETHER", 1)
+    whole = fitted.write(p.queries, tmp_path / "whole").values()
+    original, count = ScoreShards.append, 0
+
+    def append(self, first, start, values):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise _Killed
+        original(self, first, start, values)
+
+    monkeypatch.setattr(ScoreShards, "append", append)
+    with pytest.raises(_Killed):
+        fitted.write(p.queries, tmp_path / "part")
+    monkeypatch.setattr(ScoreShards, "append", original)
+    # So little that queries would no longer share a pass, nor examples a batch.
+    monkeypatch.setattr("upweight.contraction.stream.free_bytes", lambda _: 100)
+    monkeypatch.setattr("upweight.runtime.memory.free_bytes", lambda _: 100)
+    assert torch.equal(fitted.write(p.queries, tmp_path / "part").values(), whole)
+
+
 def test_interrupted_scores_go_on(tmp_path, monkeypatch):
     p = problem("mlp_tanh")
     fitted = METHOD.fit(p.task, p.train)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from upweight.errors import ShapeError, StaleStore
+from upweight.errors import ShapeError, SpecError, StaleStore
 from upweight.runtime.shards import ScoreShards
 
 SCORES = torch.arange(5 * 7).reshape(5, 7).double()  # [q, n]
@@ -78,3 +78,30 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         shards.append(0, 4, SCORES[:, 4:].mT)
     assert shards.done(0, 5) == 4
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_all_scores_come_back_at_once_with_how_they_came_about(tmp_path):
+    shards = shards_in(tmp_path)
+    shards.append(0, 0, SCORES[:3].mT)
+    assert shards.header is None
+    with pytest.raises(ShapeError, match="21 of 35 scores"):
+        shards.values()
+    shards.append(3, 0, SCORES[3:].mT)
+    shards.finish({"unit": "DERIVATIVE"})
+    found = ScoreShards.load(tmp_path)
+    assert torch.equal(found.values(), SCORES)
+    assert found.header["unit"] == "DERIVATIVE"
+
+
+def test_scores_that_do_not_fit_into_memory_are_not_read_at_once(tmp_path, monkeypatch):
+    shards = shards_in(tmp_path)
+    shards.append(0, 0, SCORES.mT)
+    monkeypatch.setattr("upweight.runtime.shards.free_bytes", lambda device: 100)
+    with pytest.raises(SpecError, match=r"5 × 7 scores.*\n.*\n.*row\(query\)"):
+        shards.values()
+
+
+def test_a_pass_goes_on_with_the_settings_that_it_was_begun_with(tmp_path):
+    ScoreShards.open(tmp_path, 7, 5, {"method": "a"}, {"together": 5})
+    again = ScoreShards.open(tmp_path, 7, 5, {"method": "a"}, {"together": 3})
+    assert again.settings == {"together": 5}

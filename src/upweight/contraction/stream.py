@@ -157,6 +157,7 @@ def contractions(
     tolerance: float,
     losses: Float[Tensor, " n"],
     memory_bytes: int | None = None,
+    together: int | None = None,
 ) -> Iterator[Contraction]:
     """All queries in as few groups as memory allows, each solved and given its kernels.
 
@@ -168,13 +169,12 @@ def contractions(
         tolerance: Relative error of a query's scores, root mean square over queries; 0 is exact.
         losses: ℓᵢ(θ̂) of the training examples.
         memory_bytes: What a batch may take; solved queries may take as much again.
+        together: Queries that share a pass; None: as many as fit.
 
     Raises:
         NotDifferentiable: No query's measurement depends on θ.
     """
-    device = curvature.plan.task.layout.device
-    allowed = memory_bytes if memory_bytes is not None else int(QUERY_SHARE * free_bytes(device))
-    size = max(1, allowed // max(1, _query_bytes(curvature)))
+    size = queries_at_once(curvature, memory_bytes) if together is None else together
     depends = False
     for start in range(0, len(queries), size):
         stop = min(start + size, len(queries))
@@ -184,6 +184,18 @@ def contractions(
         if stop == len(queries) and not depends:
             raise NotDifferentiable(_counts(measure, len(queries)))
         yield job
+
+
+def queries_at_once(curvature: BlockCurvature, memory_bytes: int | None) -> int:
+    """How many solved queries fit into memory; all of them meet the training set in one pass.
+
+    Args:
+        curvature: What they are solved with.
+        memory_bytes: What they may take; None: a share of what is free.
+    """
+    device = curvature.plan.task.layout.device
+    allowed = memory_bytes if memory_bytes is not None else int(QUERY_SHARE * free_bytes(device))
+    return max(1, allowed // max(1, _query_bytes(curvature)))
 
 
 def _query_bytes(curvature: BlockCurvature) -> int:

@@ -54,7 +54,7 @@ class Check:
         fraction: Of the data, what each model was trained on.
         models: How many were trained for it, from the cache or now.
         seconds: What it took.
-        budget: Seconds that were allowed.
+        budget: Seconds that were allowed; infinite where the number of subsets was given instead.
     """
 
     lds: LDS
@@ -105,17 +105,18 @@ class Check:
             "fraction": self.fraction,
             "models": self.models,
             "seconds": self.seconds,
-            "budget": self.budget,
+            "budget": self.budget if math.isfinite(self.budget) else None,
         }
 
     def __str__(self) -> str:
         halves, seeds = len(self.lds.predicted), len(self.lds.values)
         text = self.verdict
+        allowed = f" of {self.budget:.0f} s" if math.isfinite(self.budget) else ""
         return (
             f"{text[0].upper()}{text[1:]}.\n"
             f"  {halves} random subsets of {self.fraction:.0%} of the data, "
             f"{seeds} {'seed' if seeds == 1 else 'seeds'} each: {self.models} models in "
-            f"{self.seconds:.0f} s of {self.budget:.0f} s\n"
+            f"{self.seconds:.0f} s{allowed}\n"
             f"  slope {self.slope.value:.2f} [{self.slope.low:.2f}, {self.slope.high:.2f}] of "
             "measured against predicted change"
         )
@@ -159,7 +160,7 @@ def check(
     weights = subset_weights(n, most, fraction, renormalize=True)
     predicted = predicted_changes(scores, weights)
     metrics.varying(predicted, predicted)  # before any time is spent
-    seeds = _seeds(recipe)
+    seeds = two_seeds(recipe)
 
     def trained(k: int, rows: Float[Tensor, "s n"]) -> Retrained:
         return retrain(
@@ -209,7 +210,7 @@ def _seconds(budget: str | float) -> float:
     return value
 
 
-def _seeds(recipe: Recipe) -> list[Recipe]:
+def two_seeds(recipe: Recipe) -> list[Recipe]:
     """The recipe under two seeds, or by itself where it has none."""
     seed = getattr(recipe, "seed", None)
     if not (is_dataclass(recipe) and isinstance(seed, int)):

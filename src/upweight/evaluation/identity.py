@@ -134,5 +134,14 @@ def _function(function: types.FunctionType) -> str:
 
 
 def _code(code: types.CodeType) -> str:
-    constants = [_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    constants = [
+        _code(c) if isinstance(c, types.CodeType) else _constant(c) for c in code.co_consts
+    ]
     return f"{code.co_code.hex()} {code.co_names} {constants}"
+
+
+def _constant(value: Any) -> str:
+    if isinstance(value, types.CodeType):
+        return _code(value)
+    # The order of a set differs between processes.
+    return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)

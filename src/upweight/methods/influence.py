@@ -102,6 +102,11 @@ class Influence:
         """Derivatives of the measurement."""
         return Unit.DERIVATIVE
 
+    @property
+    def is_by_layer(self) -> bool:
+        """Whether (H + λI)⁻¹ is had a layer at a time, which takes the keywords of `fit`."""
+        return isinstance(self.curvature, LayerwiseCurvature) and isinstance(self.solver, Auto)
+
     def fit(
         self,
         task: Task,
@@ -132,7 +137,7 @@ class Influence:
         """
         started = time.perf_counter()
         data = as_data(train)
-        if isinstance(self.curvature, LayerwiseCurvature) and isinstance(self.solver, Auto):
+        if self.is_by_layer:
             require_answerable(task, data, "training data")
             return layerwise.fit(self, task, data, 1.0 / len(data), memory_bytes, store)
         if store is not None:

@@ -6,7 +6,7 @@ once; the training set then streams past all of them in one pass.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,12 @@ from torch.utils._pytree import tree_leaves
 from upweight._typing import Batch, Folder
 from upweight.contraction.choose import Choice
 from upweight.contraction.queries import inner, self_products
-from upweight.contraction.stream import Contraction, contractions, training_loss
+from upweight.contraction.stream import (
+    Contraction,
+    contractions,
+    queries_at_once,
+    training_loss,
+)
 from upweight.curvature.layerwise import (
     MOST_EXAMPLES,
     BlockCurvature,
@@ -112,7 +117,8 @@ def fit(
         raise
     # The first pass has seen them all, unless it had only some of the data or went on from before.
     losses = torch.cat(list(seen.values())) if seen else task.theta()[:0]
-    if len(losses) < len(data):
+    # Batches of other sizes may round otherwise; an interrupted fit must come to the same numbers.
+    if len(losses) < len(data) or store is not None:
         losses = checked_losses(task, data, "training data")
     theta, layout = task.theta(), task.layout
     blocks = tuple(
@@ -249,7 +255,7 @@ class LayerwiseInfluence(Checked):
                 sizes[rows] += part.abs_().sum(dim=1)
             expected[rows] = self._penalty_shares(job)
             choices.append(job.choice)
-        excess = self._row_sums(sums, expected, sizes)
+        excess = self._row_sums(sums, sizes, expected)
         return self._scores(values, data, measure, choices, tolerance, started, excess)
 
     def top(
@@ -316,13 +322,15 @@ class LayerwiseInfluence(Checked):
             tolerance: As for `attribute`.
 
         Returns:
-            The shards: `row(query)` reads the scores of one query.
+            The shards: `row(query)` reads the scores of one query, `Scores.load(folder)` all of
+            them with their provenance.
 
         Raises:
             StaleStore: The folder holds the scores of something else.
             OSError: The disk is full or not writable; what was written stays readable.
             NonFinite: A score is NaN or infinite; it is not written.
         """
+        started = time.perf_counter()
         data, measure = self._asked(queries, measure, tolerance)
         description = {
             "method": repr(self.spec),
@@ -332,10 +340,27 @@ class LayerwiseInfluence(Checked):
             "queries": _contents(data),
             "train": _contents(self.train),
         }
-        shards = ScoreShards.open(folder, len(self.train), len(data), description)
-        if shards.is_whole:
+        # Free memory decides these, and differs when an interrupted pass goes on.
+        settings = {
+            "memory_bytes": working_bytes(self.theta.device, self.memory_bytes),
+            "queries_together": queries_at_once(self.curvature, self.memory_bytes),
+        }
+        shards = ScoreShards.open(folder, len(self.train), len(data), description, settings)
+        if shards.header is not None and shards.is_whole:
             return shards
-        for job in self._contractions(data, measure, tolerance):
+        memory_bytes, together = map(shards.settings.get, settings)
+        choices: list[Choice] = []
+        expected = []
+        for job in contractions(
+            self.curvature,
+            self.train,
+            data,
+            measure,
+            tolerance,
+            self.losses,
+            memory_bytes,
+            together,
+        ):
             held: list[Tensor] = []
             begin = shards.done(job.first, job.first + len(job))
             for _, stop, part in job.stream(begin):
@@ -344,6 +369,11 @@ class LayerwiseInfluence(Checked):
                 if size >= SHARD_BYTES or stop == len(self.train):
                     shards.append(job.first, begin, torch.cat(held))
                     begin, held = stop, []
+            choices.append(job.choice)
+            expected.append(self._penalty_shares(job))
+        excess = self._row_sums(*_sums(shards), torch.cat(expected).cpu())
+        provenance = self._provenance(data, measure, choices, tolerance, started, excess)
+        shards.finish({"unit": Unit.DERIVATIVE.name, "provenance": asdict(provenance)})
         return shards
 
     def group(
@@ -570,7 +600,7 @@ class LayerwiseInfluence(Checked):
         return torch.stack(shares).sum(dim=0)
 
     @staticmethod
-    def _row_sums(sums: Tensor, expected: Tensor, sizes: Tensor) -> dict[str, float]:
+    def _row_sums(sums: Tensor, sizes: Tensor, expected: Tensor) -> dict[str, float]:
         """By how much Σᵢ S[q, i] differs from ∇m_qᵀ (H + λI)⁻¹ ∇R (law 2)."""
         excess = (sums - expected).abs()
         # A query may have no score at all: nothing to be relative to.
@@ -713,6 +743,16 @@ def _finite(part: Tensor, start: int, first: int = 0) -> Tensor:
             )
         )
     return part
+
+
+def _sums(shards: ScoreShards) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]]:
+    """Σᵢ S[q, i] and Σᵢ |S[q, i]| of scores on disk, which an interrupted pass wrote in parts."""
+    sums = torch.zeros(shards.q, dtype=torch.float64)
+    sizes = torch.zeros_like(sums)
+    for first, _, part in shards.pieces():
+        sums[first : first + part.shape[1]] += part.sum(dim=0)
+        sizes[first : first + part.shape[1]] += part.abs_().sum(dim=0)
+    return sums, sizes
 
 
 class _Extremes:

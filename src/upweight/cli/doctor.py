@@ -1,0 +1,142 @@
+"""`upweight doctor`: what this machine has, and whether a model can be attributed."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from upweight.cli.plan import layer_table
+from upweight.cli.project import opened
+from upweight.cli.question import loaded_task
+from upweight.cli.screen import Answer, size, table, verb
+from upweight.gradients.layers import rule_for
+from upweight.gradients.planning import plan
+from upweight.runs.layers import layer_uses
+from upweight.runtime.hardware import has_fast_bfloat16
+from upweight.runtime.memory import free_bytes
+from upweight.scores import library_versions
+from upweight.task.check import checked_losses
+from upweight.task.data import as_data
+from upweight.task.task import Task
+
+OPTIONAL = ("scikit-learn", "statsmodels", "pandas", "matplotlib", "transformers", "distributed")
+
+
+@click.command()
+@click.argument("task", required=False, metavar="[FILE.py:TASK]")
+@click.option("--train", metavar="FILE.py:NAME", help="The training set, to try the model on.")
+@verb
+def doctor(task: str | None, train: str | None) -> Answer:
+    """Say what this machine has, and whether a model can be attributed.
+
+    With --train, a few examples are run: each layer's way to its gradients is found and checked
+    against autograd, and all of the data against the loss.
+
+    \b
+    Examples:
+        upweight doctor
+        upweight doctor project.py:task --train project.py:train
+    """
+    facts = machine()
+    text = table([(name, value) for name, value in _words(facts)])
+    if task is not None:
+        with opened() as project:
+            model = loaded_task(project, task)
+            data = None if train is None else as_data(project.load(train))
+            found, said = examined(model, data)
+        facts |= found
+        text += f"\n\n{task}\n{said}"
+    return Answer(text, facts)
+
+
+def machine() -> dict[str, Any]:
+    """Versions, devices and memory."""
+    cpu = torch.device("cpu")
+    devices: dict[str, dict[str, Any]] = {
+        "cpu": {
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "fast_bfloat16": has_fast_bfloat16(cpu),
+            "free_bytes": free_bytes(cpu),
+        }
+    }
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        devices[f"cuda:{index}"] = {
+            "name": torch.cuda.get_device_name(device),
+            "fast_bfloat16": has_fast_bfloat16(device),
+            "free_bytes": free_bytes(device),
+        }
+    return {
+        "versions": library_versions(),
+        "platform": platform.platform(),
+        "devices": devices,
+        "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
+        "optional": {name: _version(name) for name in OPTIONAL},
+    }
+
+
+def examined(task: Task, data: Any) -> tuple[dict[str, Any], str]:
+    """Whether a task can be attributed, and what each layer will use.
+
+    Raises:
+        UpweightError: It cannot be; says why, and the way out.
+    """
+    layout = task.layout
+    facts: dict[str, Any] = {"p": layout.size, "dtype": str(layout.dtype).removeprefix("torch.")}
+    lines = [
+        f"  {layout.size} parameters of {facts['dtype']} on {layout.device}; "
+        f"loss {task.loss!r}, penalty {task.penalty!r}"
+    ]
+    if data is None:
+        unruled = sorted(
+            {
+                type(module).__name__
+                for module in task.model.modules()
+                if list(module.parameters(recurse=False)) and rule_for(module) is None
+            }
+        )
+        facts["without_rule"] = unruled
+        lines.append(
+            f"  layers without a rule, left to torch.func: {', '.join(unruled) or 'none'}\n"
+            "  with --train the model is tried on its data"
+        )
+        return facts, "\n".join(lines)
+    made = plan(task, data)
+    losses = checked_losses(task, data, "training data")
+    uses = tuple(layer_uses(made))
+    facts |= {
+        "n": len(data),
+        "mean_loss": float(losses.double().mean()),
+        "layers": [asdict(use) for use in uses],
+        "notes": list(made.notes),
+    }
+    lines += [
+        layer_table(uses, made.notes),
+        f"  can be attributed: {len(data)} training examples, mean loss {facts['mean_loss']:.4g}",
+    ]
+    return facts, "\n".join(lines)
+
+
+def _words(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = list(facts["versions"].items())
+    for name, device in facts["devices"].items():
+        parts = [str(device[k]) for k in ("name",) if k in device]
+        parts += [f"{device[k]} {k}" for k in ("cores", "threads") if k in device]
+        parts.append("fast bfloat16" if device["fast_bfloat16"] else "no fast bfloat16")
+        rows.append((name, ", ".join([*parts, f"{size(device['free_bytes'])} free"])))
+    rows.append(("disk", f"{size(facts['disk_free_bytes'])} free"))
+    return rows + [(n, v or "not installed") for n, v in facts["optional"].items()]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,251 @@
+"""What a run is asked, from options or from run.toml, as live objects.
+
+The texts of an `Asked` become a `Question`, and that becomes a `Record`. A method or a measure is a
+spec, or an object of the user's.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from upweight.cli.project import Project, opened
+from upweight.cli.screen import say
+from upweight.cli.spec import SPECS, parse
+from upweight.errors import SpecError, StaleStore, message
+from upweight.method import Method
+from upweight.methods.layerwise import TOLERANCE
+from upweight.runs.directory import Run
+from upweight.runs.record import Record, fingerprints
+from upweight.runs.work import Question
+from upweight.scores import library_versions
+from upweight.task.data import as_data
+from upweight.task.measures import as_measure
+from upweight.task.task import Task
+
+UNITS = ("", "K", "M", "G", "T")
+METHOD = "Influence(curvature=EKFAC(), damping=Relative(0.1))"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question in texts.
+
+    Args:
+        task, train, queries: As `file.py:name`.
+        method, measure: A spec, or as `file.py:name`.
+        tolerance: Of the contraction; None: the method's own.
+        memory_bytes: What a batch may take; None: a share of what is free.
+    """
+
+    task: str
+    train: str
+    queries: str
+    method: str
+    measure: str
+    tolerance: float | None = None
+    memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for text, kind in ((self.method, "method"), (self.measure, "measure")):
+            if not is_reference(text):
+                parse(text, kind)  # an error in it is told before anything is loaded
+
+    def question(self, project: Project) -> Question:
+        """The live objects.
+
+        Raises:
+            UpweightError: One of them is not what it should be.
+        """
+        method = spec_or_object(project, self.method, "method")
+        if not isinstance(method, Method):
+            raise SpecError(_not_a("method", self.method, method, "Influence(...)"))
+        measure = spec_or_object(project, self.measure, "measure")
+        if not callable(measure):
+            raise SpecError(_not_a("measure", self.measure, measure, "a function"))
+        return Question(
+            loaded_task(project, self.task),
+            as_data(project.load(self.train)),
+            as_data(project.load(self.queries)),
+            method,
+            as_measure(measure),
+        )
+
+    def record(self, project: Project, question: Question, run: Run) -> Record:
+        """What run.toml is to say.
+
+        Raises:
+            SpecError: An option that the method has no use for.
+        """
+        task, train, queries = question.task, question.train, question.queries
+        extra = (self.tolerance, self.memory_bytes) != (None, None)
+        if extra and not question.is_resumable:
+            raise SpecError(
+                message(
+                    "--tolerance and --memory are for curvatures by layer with the solver Auto().",
+                    f"{question.method!r}.",
+                    "options that were left from another method.",
+                    f'leave them out, or use --method "{METHOD}".',
+                )
+            )
+        tolerance = TOLERANCE if self.tolerance is None else self.tolerance
+        return Record(
+            directory=relative(Path.cwd(), run.path),
+            task=self.task,
+            train=self.train,
+            queries=self.queries,
+            method=_text(question.method, self.method),
+            measure=_text(question.measure, self.measure),
+            tolerance=tolerance if question.is_resumable else 0.0,
+            memory_bytes=self.memory_bytes or 0,
+            threads=torch.get_num_threads(),
+            n=len(train),
+            q=len(queries),
+            p=task.layout.size,
+            fingerprints=fingerprints(task, train, queries, question.measure),
+            sources=project.sources(),
+            versions=library_versions(),
+        )
+
+
+@contextlib.contextmanager
+def reopened(run: Run) -> Iterator[tuple[Project, Record, Question]]:
+    """The question of a run, in the directory where it was asked, if its objects are the same.
+
+    Raises:
+        StaleStore: The model, data or measure changed.
+    """
+    record = run.record
+    assert record is not None
+    folder = (run.path / record.directory).resolve()
+    if not folder.is_dir():
+        raise StaleStore(
+            message(
+                "A run's project must be where it was.",
+                f"{folder}, which does not exist.",
+                "a run directory that was moved away from its project.",
+                f"move it back, or correct `directory` in {run.toml}.",
+            )
+        )
+    with contextlib.chdir(folder), opened() as project:
+        names = (record.task, record.train, record.queries, record.method, record.measure)
+        question = Asked(*names).question(project)
+        parts = (question.task, question.train, question.queries, question.measure)
+        require_same(run, record.changed(fingerprints(*parts)), record, project)
+        yield project, record, question
+
+
+def require_same(run: Run, differences: list[str], record: Record, project: Project) -> None:
+    """Refuse to mix two questions in one directory; say where only code changed.
+
+    Raises:
+        StaleStore: There are differences.
+    """
+    now = project.sources()
+    edited = [name for name, digest in record.sources.items() if now.get(name) != digest]
+    if differences:
+        changed = [*differences, *(f"{name} was edited since" for name in edited)]
+        raise StaleStore(
+            message(
+                "A run directory belongs to one question about one model.",
+                "\n    ".join([f"{run.path}, where", *changed]),
+                "the same --out for two questions; training that went on, or that starts anew "
+                "without a seed whenever the file is loaded.",
+                "give another --out, or put back what this run was asked of; its run.toml says it.",
+            )
+        )
+    if edited:
+        say(f"note: {', '.join(edited)} changed since; model, data and measure are the same")
+
+
+def loaded_task(project: Project, reference: str) -> Task:
+    """A task of the user's."""
+    task = project.load(reference)
+    if not isinstance(task, Task):
+        raise SpecError(_not_a("task", reference, task, "upweight.Task(model, loss)"))
+    return task
+
+
+def spec_or_object(project: Project, text: str, kind: str) -> Any:
+    """What a text says, or the object that it names."""
+    return project.load(text) if is_reference(text) else parse(text, kind)
+
+
+def is_reference(text: str) -> bool:
+    """Whether a text names an object of the user's: specs have no colon outside of quotes."""
+    source, colon, name = text.rpartition(":")
+    return bool(colon) and name.isidentifier() and not set(source) & set("()'\"")
+
+
+def question_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of `attribute` and `plan`."""
+    options = [
+        click.argument("task", metavar="FILE.py:TASK"),
+        click.option("--train", required=True, metavar="FILE.py:NAME", help="The training set."),
+        click.option("--queries", required=True, metavar="FILE.py:NAME", help="What to ask about."),
+        click.option(
+            "--method", default=METHOD, show_default=True, metavar="SPEC",
+            help="How to attribute: a spec, or an object of yours.",
+        ),
+        click.option(
+            "--measure", default="Loss()", show_default=True, metavar="SPEC",
+            help="What to ask: Loss(), Margin(), LogProb(), Logit(3), or a function of yours.",
+        ),
+        click.option(
+            "--tolerance", type=float, metavar="ERROR",
+            help=f"Relative error that a query's scores may have.  [default: {TOLERANCE:g}]",
+        ),
+        click.option(
+            "--memory", "memory_bytes", type=Bytes(), metavar="SIZE",
+            help="What a batch may take, such as 2GB.  [default: a share of what is free]",
+        ),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
+    """A size such as 500MB or 2GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = value.strip().upper().removesuffix("B")
+        base = 1024 if text.endswith("I") else 1000
+        text = text.removesuffix("I")
+        unit = text[-1:] if text[-1:] in UNITS else ""
+        try:
+            count = float(text.removesuffix(unit)) * base ** UNITS.index(unit)
+        except ValueError:
+            self.fail(f"{value!r} is no size; say 500MB, 2GB or 2GiB", param, ctx)
+        return int(count)
+
+
+def _text(value: Any, given: str) -> str:
+    """A spec in full, seeds and defaults included; a name where it is an object of the user's."""
+    return repr(value) if type(value) in SPECS.values() else given
+
+
+def relative(folder: Path, start: Path) -> str:
+    """A folder as seen from another."""
+    try:
+        return Path(os.path.relpath(folder, start)).as_posix()
+    except ValueError:  # another drive
+        return str(folder)
+
+
+def _not_a(kind: str, text: str, value: Any, example: str) -> str:
+    return message(
+        f"{text} must be a {kind}.",
+        f"an object of type {type(value).__name__}.",
+        "the name of another object.",
+        f"name one that is, for example, {example}.",
+    )

@@ -1,0 +1,128 @@
+"""What a person sees of a verb: an answer on standard output, everything else on standard error.
+
+    exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted
+
+An error is one screen: what was required, what was given, the usual cause, the way out. Its
+traceback is shown when asked for.
+"""
+
+import contextlib
+import functools
+import json
+import sys
+import traceback as tracebacks
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from upweight.errors import UpweightError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a verb found.
+
+    Args:
+        text: For a person; empty where the verb has printed it along the way.
+        facts: The same as JSON, for `--json`.
+    """
+
+    text: str
+    facts: dict[str, Any]
+
+
+class Failed(click.ClickException):
+    """One screen about an error."""
+
+    def show(self, file: Any = None) -> None:
+        click.echo(self.message, err=True)
+
+
+class Interrupted(Failed):
+    """Ctrl-C, and how to go on."""
+
+    exit_code = 130
+
+
+def verb(function: Callable[..., Answer]) -> Callable[..., None]:
+    """Give a verb its two last options, and print what it answers or what went wrong."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Answer in JSON, for machines.")
+    @click.option("--traceback", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(function)
+    def shown(*arguments: Any, as_json: bool, traceback: bool, **options: Any) -> None:
+        try:
+            # With --json, standard output belongs to the machine.
+            out = sys.stderr if as_json else sys.stdout
+            with contextlib.redirect_stdout(out):
+                answer = function(*arguments, **options)
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, click.ClickException | click.exceptions.Exit):
+                raise
+            if traceback:
+                tracebacks.print_exception(error)
+            text = _told(error)
+            if as_json:
+                facts = {"error": type(error).__name__, "message": text}
+                click.echo(json.dumps(facts, ensure_ascii=False))
+            kind = Interrupted if isinstance(error, KeyboardInterrupt) else Failed
+            raise kind(text) from error
+        if as_json:
+            click.echo(json.dumps(answer.facts, indent=1, ensure_ascii=False))
+        elif answer.text:
+            click.echo(answer.text)
+
+    return shown
+
+
+@contextlib.contextmanager
+def continued_by(command: str) -> Iterator[None]:
+    """Say with what to go on, where the user, or a full disk, stops what is done here."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        error.add_note(f"What is done is kept. To go on: {command}")
+        raise
+
+
+def say(text: str) -> None:
+    """Progress, for a person."""
+    click.echo(text, file=sys.stderr)
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def table(rows: list[tuple[Any, ...]]) -> str:
+    """Rows of texts, in columns."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in texts)
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _told(error: BaseException) -> str:
+    """The screen."""
+    notes = list(getattr(error, "__notes__", []))
+    if isinstance(error, KeyboardInterrupt):
+        return "\n".join(["interrupted", *(notes or ["run the same command again"])])
+    text = f"{type(error).__name__}: {error}"
+    if not isinstance(error, UpweightError | OSError):
+        frame = tracebacks.extract_tb(error.__traceback__)[-1]
+        notes.append(f"at {frame.filename}:{frame.lineno}; --traceback shows the way there")
+    return "\n  ".join([text, *notes])

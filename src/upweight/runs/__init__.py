@@ -1,0 +1,13 @@
+"""A run: one question about one model, in one directory that can be killed and started again.
+
+    RUN/run.toml          what is asked of what, written before any work (`record.py`)
+    RUN/factors/          the curvature while it grows, and finished
+    RUN/scores/           S[q, i], in shards or in one piece
+    RUN/retrained/        models that were trained for a comparison
+    RUN/evaluation.json   what the comparison found
+    RUN/report.html       the page
+    RUN/log.txt           what was done when
+
+`directory.py` opens and locks it, `work.py` does the work, `forecast.py` says what it would take.
+Every file is whole or not there. One process at a time writes.
+"""

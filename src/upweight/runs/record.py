@@ -1,0 +1,138 @@
+"""run.toml: what a run asks, of what, with which settings.
+
+Enough to repeat it, and to refuse another. Objects of the user's are named, not kept: fingerprints
+say whether they are still the same.
+"""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tomli_w
+from torch import Tensor
+
+from upweight.errors import StaleStore, message
+from upweight.evaluation.identity import contents, described
+from upweight.runtime.fingerprint import digest
+from upweight.runtime.whole import write_whole
+from upweight.task.data import Data
+from upweight.task.task import Task
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What run.toml holds.
+
+    Args:
+        directory: Where names of files count from; relative to the run.
+        task, train, queries: The user's objects, as `file.py:name`.
+        method, measure: Specs as text, or objects as `file.py:name`. Their seeds are in the text.
+        tolerance: Of the contraction; 0 where the method has none.
+        memory_bytes: What a batch may take; 0: the method's own choice.
+        threads: Of PyTorch. Fixed, because sums round by how they are shared out.
+        n, q, p: Training examples, queries, parameters.
+        fingerprints: Hashes of the model, the task, the data and the measure.
+        sources: Hashes of the user's files.
+        versions: Of the libraries.
+    """
+
+    directory: str
+    task: str
+    train: str
+    queries: str
+    method: str
+    measure: str
+    tolerance: float
+    memory_bytes: int
+    threads: int
+    n: int
+    q: int
+    p: int
+    fingerprints: Mapping[str, str]
+    sources: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all.
+
+        Raises:
+            OSError: The disk is full or not writable.
+        """
+        text = tomli_w.dumps({"schema": SCHEMA, **asdict(self)})
+        write_whole(path, text.encode())
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        """What `write` wrote.
+
+        Raises:
+            FileNotFoundError: There is none.
+            StaleStore: It is not what `write` writes.
+        """
+        try:
+            fields = tomllib.loads(path.read_text(encoding="utf-8"))
+            if fields.pop("schema") != SCHEMA:
+                raise KeyError("schema")
+            return cls(**fields)
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise StaleStore(
+                message(
+                    f"A run is described by a run.toml of schema {SCHEMA}.",
+                    f"{path}: {error}.",
+                    "a file edited by hand, or of another version of upweight.",
+                    "start a new run with another --out.",
+                )
+            ) from error
+
+    def differences(self, other: "Record") -> list[str]:
+        """What another record says otherwise, of all that the scores depend on, in words.
+
+        Names of files and objects may differ; what they hold may not.
+        """
+        found = []
+        for name in ("method", "measure", "tolerance", "memory_bytes"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                found.append(f"{name} is {theirs or 'none'}\n      and was {mine or 'none'}")
+        return found + self.changed(other.fingerprints)
+
+    def changed(self, fingerprints: Mapping[str, str]) -> list[str]:
+        """Which of the objects are no longer those of the record, in words."""
+        return [
+            f"{CONTENTS[name]} not what it was"
+            for name in CONTENTS
+            if self.fingerprints.get(name) != fingerprints[name]
+        ]
+
+
+CONTENTS = {
+    "model": "the model's state is",
+    "task": "the task (loss, penalty, forward, choice of parameters) is",
+    "train": "the training set is",
+    "queries": "the set of queries is",
+    "measure": "the code of the measure is",
+}
+"""What is fingerprinted, and how to say that it changed."""
+
+
+def fingerprints(
+    task: Task, train: Data, queries: Data, measure: Callable[..., Tensor]
+) -> dict[str, str]:
+    """A hash of each thing that scores depend on besides the method.
+
+    Raises:
+        SpecError: A loss or measure says nothing but its address in memory.
+
+    Cost: reads all data once.
+    """
+    parts = (task.loss, task.penalty, task.forward)
+    return {
+        "model": digest(described(task.model)),
+        "task": digest(*map(described, parts), repr(task.layout)),
+        "train": contents(train),
+        "queries": contents(queries),
+        "measure": digest(described(measure)),
+    }

@@ -1,0 +1,161 @@
+"""Text ↔ spec: what is printed is read back, and what cannot be read is pointed at."""
+
+import dataclasses
+import inspect
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import upweight as uw
+from upweight.cli import spec as grammar
+from upweight.cli.spec import REGISTRY, SPECS, parse
+from upweight.errors import SpecError
+from upweight.training.schedules import Constant
+
+RESULTS = {"Context", "FromFunction", "Provenance", "Ranking", "Scores", "Task", "TopScores"}
+"""Public dataclasses that no text can describe: they hold tensors, models or functions."""
+
+positive = st.floats(1e-12, 1e6)
+share = st.floats(0, 0.5)
+count = st.integers(1, 10_000)
+seed = st.integers(0, 2**31)
+text = st.text(max_size=5)
+
+labels = st.one_of(
+    st.builds(uw.Sampled, count, seed), st.builds(uw.Expected, count), st.just(uw.Observed())
+)
+sharing = st.sampled_from([uw.Expand(), uw.Reduce()])
+by_layer = st.one_of(
+    st.builds(uw.EKFAC, labels, sharing, st.none() | count),
+    st.builds(uw.KFAC, labels, sharing, st.none() | count),
+    st.builds(uw.Diagonal, labels, st.none() | count),
+)
+blockwise = st.lists(st.tuples(text, st.just(uw.EKFAC()) | st.just(uw.Diagonal())), min_size=1).map(
+    lambda pairs: uw.Blockwise(tuple(pairs))
+)
+curvature = st.one_of(
+    by_layer, blockwise, st.builds(uw.Fisher, count, seed),
+    st.sampled_from([uw.Hessian(), uw.GGN(), uw.EmpiricalFisher()]),
+)  # fmt: skip
+damping = st.one_of(
+    st.builds(uw.Absolute, positive), st.builds(uw.Relative, positive), st.just(uw.Evidence())
+)
+iterative = {"rtol": st.none() | st.floats(1e-12, 0.1), "max_steps": count}
+solver = st.one_of(
+    st.builds(uw.Auto, count), st.builds(uw.Cholesky, st.none() | st.floats(1e-12, 0.1)),
+    st.builds(uw.CG, **iterative), st.builds(uw.BlockCG, **iterative),
+    st.builds(uw.MINRES, **iterative),
+)  # fmt: skip
+loss = st.one_of(
+    st.builds(uw.CrossEntropy, st.integers(-100, 10)), st.builds(uw.SmoothHinge, positive),
+    st.sampled_from([uw.SquaredError(), uw.Bernoulli(), uw.Poisson()]),
+)  # fmt: skip
+schedule = st.one_of(
+    st.just(Constant()), st.builds(uw.Cosine, share, share),
+    st.builds(uw.LinearDecay, share, share),
+    st.builds(uw.Stepwise, st.just((0.25, 0.5)), share),
+)  # fmt: skip
+betas = st.tuples(share, share)
+optimizer = st.one_of(
+    st.builds(uw.SGD, positive, share), st.just(uw.SGD(0.1, 0.9, True)),
+    st.builds(uw.Adam, positive, betas, positive),
+    st.builds(uw.AdamW, positive, betas, positive, share),
+)  # fmt: skip
+every = st.one_of(
+    labels, sharing, curvature, damping, solver, loss, schedule, optimizer,
+    st.builds(uw.Weighted, loss),
+    st.builds(uw.L2, positive, st.lists(text).map(tuple)), st.just(uw.NoPenalty()),
+    st.builds(uw.SumToZero, text, positive),
+    st.sampled_from([uw.Loss(), uw.Margin(), uw.LogProb()]),
+    st.builds(uw.Logit, st.none() | st.integers(0, 9)),
+    st.builds(uw.Influence, curvature, solver, damping | positive),
+    st.builds(uw.Newton, st.floats(1e-12, 0.1), count, count),
+    st.builds(
+        uw.Training, st.none(), optimizer, count, count, schedule, seed, st.booleans(), share
+    ),
+    st.builds(uw.PBRF, positive, optimizer, count, count, schedule, seed),
+)  # fmt: skip
+
+
+# The suite's check of annotations draws which entry of a tuple it looks at.
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module")
+@given(every)
+def test_what_is_printed_is_read_back(spec):
+    assert parse(repr(spec)) == spec
+
+
+def test_every_public_spec_can_be_named():
+    public = {
+        name
+        for name in uw.__all__
+        if inspect.isclass(getattr(uw, name)) and dataclasses.is_dataclass(getattr(uw, name))
+    }
+    assert public - RESULTS <= set(SPECS)
+    assert len(SPECS) == sum(map(len, REGISTRY.values())), "a name twice"
+
+
+def refusal(text):
+    try:
+        parse(text)
+    except SpecError as error:
+        return str(error)
+
+
+@given(st.text(alphabet="aEKFCinflue()=,.'\"[]-01 \n\\é∂", max_size=60) | st.text(max_size=60))
+def test_any_other_text_is_refused_by_a_spec_error(text):
+    said = refusal(text)
+    assert said is None or "Way out:" in said
+
+
+def test_a_name_alone_lists_and_negative_numbers_are_read():
+    assert parse("Margin") == uw.Margin()
+    assert parse("L2(0.1, exclude=['*.bias'])") == uw.L2(0.1, ("*.bias",))
+    assert parse("CrossEntropy(-100)") == uw.CrossEntropy(-100)
+    assert parse(" Influence(\n EKFAC())  ") == uw.Influence(uw.EKFAC())
+
+
+@pytest.mark.parametrize(
+    "text, under, says",
+    [
+        ("Influence(EKAFC(), 0.1)", "EKAFC", ["unknown name EKAFC", "EKFAC", "solver: Auto"]),
+        ("Influence(curvatur=EKFAC())", "curvatur=EKFAC()", ["misspelling of curvature"]),
+        ("Relative()", "Relative()", ["needs factor"]),
+        ("Influence(Relative(0.1))", "Relative(0.1)", ["must be a Curvature", "a damping"]),
+        ("Influence(EKFAC(), damping='0.1')", "'0.1'", ["must be a Damping or a float"]),
+        ("Sampled(samples=True)", "True", ["must be an int"]),
+        ("Hessian(1)", "1", ["takes 0 arguments"]),
+        ("Relative(0.1, factor=0.2)", "factor=0.2", ["a second time"]),
+        ("Influence(open('x'))", "open", ["unknown name open"]),
+        ("Influence(os.remove('x'))", "os.remove('x')", ["nothing is evaluated"]),
+        ("Relative(0.1 + 0.1)", "0.1 + 0.1", ["nothing is evaluated"]),
+        ("Influence(*[1])", "*[1]", ["nothing is evaluated", "arguments"]),
+        ("0.1", "0.1", ["starts with a name"]),
+        ("Relative('é∂', b=1)", "b=1", ["unknown argument b"]),
+    ],
+)
+def test_errors_point_at_the_word(text, under, says):
+    with pytest.raises(SpecError) as caught:
+        parse(text)
+    lines = str(caught.value).splitlines()
+    place = next(k for k, line in enumerate(lines) if set(line.strip()) == {"^"})
+    start = lines[place].index("^")
+    assert lines[place - 1][start : start + lines[place].count("^")] == under
+    assert any(word in str(caught.value) for word in says)
+
+
+def test_a_bracket_that_is_missing_is_said_to_be():
+    with pytest.raises(SpecError, match="never closed"):
+        parse("Influence(EKFAC(), Relative(0.1)")
+
+
+def test_values_that_a_spec_refuses_are_pointed_at():
+    with pytest.raises(SpecError) as caught:
+        parse("Influence(EKFAC(), damping=Relative(-1.0))")
+    assert "^" * len("Relative(-1.0)") in caught.value.__notes__[0]
+
+
+def test_another_kind_than_asked_for_is_refused():
+    with pytest.raises(SpecError, match=r"must be a method.[\s\S]*curvature EKFAC"):
+        parse("EKFAC()", "method")
+    assert grammar.kind_of(parse("EKFAC()", "curvature")) == "curvature"

@@ -1,0 +1,352 @@
+"""The verbs on a small real project: what they answer, what they leave on disk and refuse."""
+
+import html
+import json
+import os
+import shutil
+import tomllib
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.testing import assert_close
+
+import upweight as uw
+from upweight.cli.main import cli
+from upweight.cli.spec import parse
+from upweight.contraction import stream
+from upweight.methods import layerwise
+from upweight.runs import work
+from upweight.runs.directory import Run
+from upweight.runtime.shards import ScoreShards
+
+PROJECT = """
+import torch
+from torch import nn
+import upweight as uw
+
+digits = uw.data.mnist_subset()
+dtype = torch.get_default_dtype()
+
+def rows(images, labels, every):
+    return (torch.tensor(images[::every], dtype=dtype).reshape(-1, 784)[:, ::8] / 255,
+            torch.tensor(labels[::every]))
+
+train = rows(digits.X, digits.y, 50)
+test = rows(digits.X_test, digits.y_test, 100)
+
+def network():
+    return nn.Linear(98, 10)
+
+recipe = uw.Training(network, uw.SGD(lr=0.3), epochs=3, batch=25, seed=0)
+start = uw.Task(network(), uw.CrossEntropy(), uw.L2(0.01))
+task = uw.Task(recipe.trained(start, train), uw.CrossEntropy(), uw.L2(0.01))
+
+def squared(outputs, targets):
+    return outputs.square().sum(dim=1)
+"""
+NAMES = ["project.py:task", "--train", "project.py:train", "--queries", "project.py:test"]
+METHOD = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1))
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    (tmp_path / "project.py").write_text(PROJECT)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def finished(project):
+    """The project with a finished run in `run`."""
+    answer(*attribute())
+    return project
+
+
+def attribute(*options, out="run"):
+    return ["attribute", *NAMES, "--out", out, *options]
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli, list(map(str, arguments)))
+
+
+def answer(*arguments):
+    result = call(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def refusal(*arguments, code=1):
+    result = call(*arguments)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) < 25, "one screen"
+    return result.stderr
+
+
+def test_attribute_writes_the_scores_that_the_library_gives(project):
+    found = answer(*attribute("--measure", "Margin", "--top", "2"))
+    assert (found["did"], found["n"], found["q"], found["p"]) == ("computed", 100, 10, 990)
+    scores = uw.Scores.load("run/scores")
+    files = {}
+    exec(PROJECT, files)
+    fitted = METHOD.fit(files["task"], files["train"])
+    expected = fitted.attribute(files["test"], uw.Margin())
+    assert_close(scores.values, expected.values, rtol=1e-9, atol=1e-12)
+    assert scores.provenance.measure == "Margin()"
+    excess = scores.provenance.health["row_sum_excess"]
+    assert_close(excess, expected.provenance.health["row_sum_excess"], rtol=1e-6, atol=1e-9)
+    assert found["top"][3]["raises"] == list(scores.top(2, 3).raises)
+
+
+def test_run_toml_says_all_and_is_read_back(finished):
+    written = tomllib.loads((finished / "run" / "run.toml").read_text())
+    assert parse(written["method"]) == METHOD
+    assert (written["measure"], written["tolerance"]) == ("Loss()", 0.01)
+    assert written["directory"] == ".."
+    assert set(written["fingerprints"]) == {"model", "task", "train", "queries", "measure"}
+    assert set(written["sources"]) == {"project.py"}
+    assert written["versions"]["torch"] == torch.__version__
+    assert str(finished) not in (finished / "run" / "run.toml").read_text()
+    assert Run(finished / "run").record.method == repr(METHOD)
+
+
+def test_a_finished_run_is_left_as_it_is(finished, monkeypatch):
+    monkeypatch.setattr(work, "attribute", None)  # nothing is computed
+    assert answer(*attribute())["did"] == "nothing"
+    assert "finished already" in call("rerun", "run/run.toml").stdout
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--measure", "Margin()"], "measure is Margin()"),
+        (["--method", "Influence(KFAC(), damping=Relative(0.1))"], "method is Influence"),
+        (["--tolerance", "0.1"], "tolerance is 0.1"),
+        (["--queries", "project.py:train"], "the set of queries is not what it was"),
+    ],
+)
+def test_a_run_of_something_else_is_refused(finished, options, says):
+    said = refusal(*attribute(*options))
+    assert says in said
+    assert "another --out" in said
+
+
+def test_a_model_that_changed_is_refused_and_an_edited_comment_is_not(finished):
+    path = finished / "project.py"
+    path.write_text("# a comment\n" + PROJECT)
+    result = call(*attribute())
+    assert result.exit_code == 0
+    assert "note: project.py changed since" in result.stderr
+    path.write_text(PROJECT.replace("epochs=3", "epochs=4"))
+    for command in (attribute(), ["rerun", "run/run.toml"], ["report", "run"]):
+        assert "the model's state is not what it was" in refusal(*command)
+    path.write_text(PROJECT.replace("uw.L2(0.01))\n\ndef", "uw.L2(0.02))\n\ndef"))
+    assert "the task (loss, penalty" in refusal(*attribute())
+
+
+def test_a_directory_that_holds_other_things_is_refused(project):
+    assert "which holds project.py" in refusal(*attribute(out="."))
+    assert not (project / "run.toml").exists()
+
+
+def test_a_mistake_leaves_no_directory(project):
+    refusal(*attribute("--method", "Influence(EKAFC())"))
+    refusal(*attribute("--measure", "project.py:nothing"))
+    assert not (project / "run").exists()
+
+
+def test_a_second_process_is_refused_and_told_who_holds_the_directory(project):
+    with Run(project / "run").held("a test"):
+        assert f"held by process {os.getpid()}" in refusal(*attribute())
+    (project / "run" / ".holder").write_text("process 1, which was killed")
+    assert answer(*attribute())["did"] == "computed"
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_command_does(project, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layerwise.LayerwiseInfluence, "write", interrupted)
+        said = refusal(*attribute(), code=130)
+    assert "interrupted" in said
+    command = said.split("To go on: upweight ")[1].split()
+    assert answer(*command)["did"] == "continued"
+
+
+def test_a_full_disk_is_an_error_that_leaves_what_was_there(project, monkeypatch):
+    monkeypatch.setattr(layerwise, "SHARD_BYTES", 1)
+    for name in ("MOST_EXAMPLES", "TOGETHER"):
+        monkeypatch.setattr(stream, name, 16)
+    answer(*attribute(out="whole"))
+    expected = Run(project / "whole").digests()
+    assert len(expected) > 2
+    sync, left = os.fsync, 6
+
+    def fills(descriptor):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fills)
+        said = refusal(*attribute())
+    assert "No space left on device" in said
+    assert "What is done is kept. To go on: upweight rerun run/run.toml" in said
+    kept = Run(project / "run").digests()
+    assert 0 < len(kept) < len(expected)
+    assert ScoreShards.load(project / "run/scores").done(0, 1) > 0
+    assert "needs a finished run" in refusal("report", "run")
+    left = 10**6
+    assert answer("rerun", "run/run.toml")["did"] == "continued"
+    assert Run(project / "run").digests() == expected
+
+
+def test_repeating_from_nothing_says_whether_the_bits_are_the_same(finished):
+    assert answer("rerun", "run/run.toml", "--out", "again")["bit_identical"] is True
+    file = next((finished / "again" / "scores").glob("*.safetensors"))
+    contents = bytearray(file.read_bytes())
+    contents[-8:] = torch.tensor([1.0]).numpy().tobytes()  # another last score
+    file.write_bytes(contents)
+    found = answer("rerun", "run", "--out", "again")
+    assert found["did"] == "nothing"
+    assert found["bit_identical"] is False
+    assert found["largest_difference"] > 0
+
+
+def test_a_run_can_be_asked_of_from_any_folder_and_moves_with_its_project(finished, monkeypatch):
+    moved = finished.with_name("moved")
+    shutil.move(finished, moved)
+    monkeypatch.chdir("/")
+    assert answer("rerun", moved / "run")["did"] == "nothing"
+    shutil.move(moved / "run", moved.with_name("alone"))
+    shutil.move(moved, moved.with_name("elsewhere"))
+    said = refusal("rerun", moved.with_name("alone"))
+    assert "must exist" in said or "must be where it was" in said
+
+
+def test_an_interrupted_run_is_not_finished_by_other_versions(finished):
+    (finished / "run" / "scores" / "finished.json").unlink()
+    toml = finished / "run" / "run.toml"
+    toml.write_text(toml.read_text().replace(torch.__version__, "1.0"))
+    assert "an upgrade in between" in refusal(*attribute())
+
+
+def test_methods_that_hold_their_scores_in_memory_have_runs_too(project):
+    method = ["--method", "Influence(Hessian(), damping=0.01)"]
+    assert answer(*attribute(*method))["did"] == "computed"
+    assert uw.Scores.load("run/scores").values.shape == (10, 100)
+    assert answer("rerun", "run", "--out", "again")["bit_identical"] is True
+    assert "--tolerance and --memory are for" in refusal(
+        *attribute(*method, "--tolerance", "0.1", out="other")
+    )
+
+
+def test_methods_and_measures_may_be_the_users_own(project):
+    path = project / "project.py"
+    path.write_text(PROJECT + "method = uw.Influence(uw.Diagonal(), damping=0.1)\n")
+    own = ["--method", "project.py:method", "--measure", "project.py:squared"]
+    answer(*attribute(*own))
+    record = Run(project / "run").record
+    assert record.method.startswith("Influence(curvature=Diagonal(")
+    assert record.measure == "project.py:squared"
+    assert answer("rerun", "run")["did"] == "nothing"
+    path.write_text(path.read_text().replace("outputs.square()", "outputs.abs()"))
+    assert "the code of the measure is not what it was" in refusal("rerun", "run")
+    assert "must be a method" in refusal(*attribute("--method", "project.py:test", out="x"))
+    assert "must be a task" in refusal("doctor", "project.py:recipe")
+
+
+def test_evaluation_is_kept_and_the_report_says_it(finished):
+    found = answer("evaluate", "run", "--recipe", "project.py:recipe", "--lds", "8")
+    assert (found["subsets"], found["seeds"], found["models"]) == (8, 2, 18)
+    again = answer("evaluate", "run", "--recipe", "project.py:recipe", "--lds", "8")
+    assert again["verdict"] == found["verdict"]
+    assert again["seconds"] < found["seconds"], "models are found again"
+    kept = json.loads((finished / "run" / "evaluation.json").read_text())["halves"]
+    assert kept["verdict"] == found["verdict"]
+    written = answer("report", "run")
+    page = (finished / "run" / "report.html").read_text()
+    assert written["bytes"] == len(page.encode())
+    assert found["verdict"].partition(";")[0][1:] in html.unescape(page)
+    assert "upweight attribute project.py:task --train" in page
+
+
+def test_evaluation_takes_a_training_function_and_refuses_what_is_no_recipe(finished):
+    path = finished / "project.py"
+    path.write_text(
+        PROJECT + "def fit(w):\n"
+        "    data = uw.as_data(train)\n"
+        "    return recipe.prepare(start, data)(w[None]).theta[0]\n"
+    )
+    found = answer("evaluate", "run", "--recipe", "project.py:fit", "--lds", "8")
+    assert found["seeds"] == 1
+    assert "A recipe says how" in refusal("evaluate", "run", "--recipe", "project.py:test")
+    said = refusal("evaluate", "run", "--recipe", "x.py:y", "--lds", 8, "--budget", "1 s", code=2)
+    assert "exclude each other" in said
+
+
+def test_plan_counts_and_writes_nothing(project):
+    before = sorted(project.rglob("*"))
+    found = answer("plan", *NAMES)
+    assert (found["n"], found["q"], found["p"]) == (100, 10, 990)
+    assert found["layers"][0]["layer"] == "Linear"
+    assert found["scores_bytes"] == 100 * 10 * 8
+    assert found["passes"] == "2 for the curvature, 1 for the scores"
+    assert all(seconds > 0 for seconds in found["seconds"].values())
+    dense = answer("plan", *NAMES, "--method", "Influence(Hessian(), damping=0.01)")
+    assert dense["operator_bytes"] == 990**2 * 8
+    assert "expected time" in call("plan", *NAMES).stdout
+    assert sorted(project.rglob("*")) == before
+
+
+def test_the_factors_take_about_the_space_that_plan_expected(finished):
+    expected = answer("plan", *NAMES)["factors_bytes"]
+    size = (finished / "run" / "factors" / "state.safetensors").stat().st_size
+    assert expected / 3 < size < 3 * expected
+
+
+def test_doctor_tells_of_the_machine_and_of_the_model(project):
+    machine = answer("doctor")
+    assert machine["versions"]["torch"] == torch.__version__
+    assert machine["devices"]["cpu"]["free_bytes"] > 0
+    assert answer("doctor", "project.py:task")["without_rule"] == []
+    found = answer("doctor", "project.py:task", "--train", "project.py:train")
+    assert found["n"] == 100
+    assert [use["parameters"] for use in found["layers"]] == ["weight + bias"]
+
+
+def test_doctor_says_why_a_model_cannot_be_attributed(project):
+    path = project / "project.py"
+    path.write_text(PROJECT.replace("nn.Linear(98, 10)", "nn.Sequential(nn.Linear(98, 10), Odd())"))
+    path.write_text(
+        path.read_text().replace("digits =", "class Odd(nn.Dropout): pass\ndigits =", 1)
+        + "task.model.train()\n"
+    )
+    said = refusal("doctor", "project.py:task", "--train", "project.py:train")
+    assert "Way out:" in said
+
+
+def test_errors_come_as_json_too_and_with_a_traceback_when_asked(project):
+    result = call(*attribute("--measure", "Marginal()"), "--json", "--traceback")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["error"] == "SpecError"
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("verb", list(cli.commands))
+def test_every_verb_shows_an_example(verb):
+    shown = call(verb, "--help")
+    assert shown.exit_code == 0
+    assert f"upweight {verb}" in shown.stdout.split("Example")[1]
+
+
+def test_usage_errors_exit_with_2(project):
+    assert call("attribute", "project.py:task").exit_code == 2
+    assert call(*attribute("--memory", "much")).exit_code == 2
+    assert call("report", "nowhere").exit_code == 2
+    assert "A run is a directory with a run.toml" in refusal("report", project)
