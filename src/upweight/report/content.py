@@ -1,7 +1,7 @@
 """Everything the page shows, as plain data: only what is shown, of however many scores."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,34 @@ from upweight.errors import ShapeError, message
 from upweight.report.check import Check
 from upweight.report.examples import Examples, class_name
 from upweight.report.facts import QueryFacts
+from upweight.report.shown import clipped, length
 from upweight.report.strongest import Strongest, effects, histogram, strongest
 from upweight.scores import Scores, Unit
 
-COLUMNS_SHOWN = 6
+COLUMNS_SHOWN = 5
 """Columns of a table row on a card: those in which the example and the query differ most."""
+
+ROW_SHOWN = 40
+"""Columns of a query's own row: the first ones."""
+
+MOST_TOKENS = 400
+"""Tokens of one example that are shown and coloured."""
+
+TOKEN_SCORES = 400_000
+"""Scores of tokens on the whole page; with many queries only the strongest examples have them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Scores of the tokens of training examples.
+
+    Args:
+        words: The tokens of every training example.
+        scores: (query, examples) → one row per example with a number per token.
+    """
+
+    words: Sequence[Sequence[str]]
+    scores: Callable[[int, list[int]], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +66,11 @@ def selection(scores: Scores, checks: Sequence[Check], k: int) -> Selection:
     shown = {column for end in ends for column in (*end.raised, *end.lowered)}
     shown |= {i for check in checks for removal in check.removed for i in removal}
     return Selection(ends, tuple(sorted(shown)))
+
+
+def including(chosen: Selection, columns: Iterable[int]) -> Selection:
+    """The same, with more columns shown."""
+    return Selection(chosen.ends, tuple(sorted({*chosen.columns, *columns})))
 
 
 def require_fit(
@@ -98,17 +126,20 @@ def payload(
     facts: QueryFacts,
     names: Sequence[str] | None,
     features: Sequence[str] | None,
+    tokens: Tokens | None,
 ) -> dict[str, Any]:
     """The data of the page, all of it JSON."""
     place = chosen.place
     spread = _spread(train, queries)
+    asked = contents(queries)
     rows = []
     for q, end in enumerate(chosen.ends):
         effect = effects(scores, q)
         row: dict[str, Any] = {
             "label": queries.labels[q],
-            "histogram": _histogram(effect),
+            "histogram": histogram_of(effect),
             **_facts(facts, q, queries.labels[q], names),
+            **asked[q],
         }
         change = None if removal is None else -effects(removal, q)
         for side, columns in (("raised", end.raised), ("lowered", end.lowered)):
@@ -118,16 +149,65 @@ def payload(
                 row[side]["changes"] = [_short(change[i]) for i in columns]
             if spread is not None:
                 row[side]["differs"] = [_differences(train, queries, p, q, spread) for p in places]
+            if tokens is not None:
+                row[side]["tokens"] = _token_scores(tokens, q, columns, len(chosen.ends))
         rows.append(row)
     index = [scores.columns[i] if scores.columns else i for i in chosen.columns]
+    shown: dict[str, Any] = {
+        "index": index,
+        "column": list(chosen.columns),
+        "label": list(train.labels),
+        "contents": contents(train),
+    }
+    if tokens is not None:
+        shown["tokens"] = [
+            [str(token) for token in tokens.words[i][:MOST_TOKENS]] for i in chosen.columns
+        ]
     return {
-        "train": {"index": index, "label": list(train.labels)},
+        "train": shown,
         "queries": rows,
         "checks": [_check(check, place) for check in checks],
         "features": _features(train, features),
         "newton": removal is not None,
         "predicts": scores.unit is not Unit.RANK,
+        "n": scores.values.shape[1],
+        "groups": scores.columns is not None,
     }
+
+
+def contents(shown: Examples) -> list[dict[str, Any]]:
+    """Of each example what is not a tile: its text, its row, or what a renderer gave."""
+    if shown.custom is not None:
+        return [{"custom": parts} for parts in shown.custom]
+    if shown.texts is not None:
+        most = length(len(shown.texts))
+        return [{"text": clipped(text, most)} for text in shown.texts]
+    if shown.table is not None:
+        return [{"row": [_short(v) for v in row[:ROW_SHOWN]]} for row in shown.table]
+    return [{}] * len(shown.labels)
+
+
+def _token_scores(
+    tokens: Tokens, q: int, columns: Sequence[int], queries: int
+) -> list[list[float]]:
+    longest = max((min(MOST_TOKENS, len(tokens.words[i])) for i in columns), default=1)
+    some = columns[: max(1, TOKEN_SCORES // (2 * queries * max(1, longest)))]
+    if not some:
+        return []
+    found = np.asarray(tokens.scores(q, list(some)), dtype=np.float64)
+    if found.ndim != 2 or len(found) != len(some):
+        raise ShapeError(
+            message(
+                f"token_scores must return one row of numbers per example: [{len(some)}, t].",
+                f"shape {found.shape}.",
+                "the scores of all queries at once, as by_token returns them.",
+                "return shares[0] of by_token(one query, examples).",
+            )
+        )
+    return [
+        [float(f"{v:.3g}") for v in row[: min(MOST_TOKENS, len(tokens.words[i]))]]
+        for i, row in zip(some, found, strict=True)
+    ]
 
 
 def _short(value: float) -> float:
@@ -135,7 +215,8 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _histogram(effect: NDArray[np.float64]) -> dict[str, Any]:
+def histogram_of(effect: NDArray[np.float64]) -> dict[str, Any]:
+    """The histogram of one row of effects, as the page draws it."""
     start, width, counts = histogram(effect)
     ends = {"low": _short(float(effect.min())), "high": _short(float(effect.max()))}
     ends["positive"] = int((effect > 0).sum())

@@ -54,14 +54,15 @@ def require_scores(scores: Scores) -> None:
                 "attribute at least one query.",
             )
         )
-    finite = scores.values.isfinite()
-    if not bool(finite.all()):
-        row, column = (~finite).nonzero()[0].tolist()
+    for row, values in enumerate(scores.values):  # a row at a time: asking takes as much again
+        bad = ~values.isfinite()
+        if not bool(bad.any()):
+            continue
+        column = int(bad.nonzero()[0])
         raise NonFinite(
             message(
                 "A report needs finite scores: NaN has no place in a ranking.",
-                f"{float(scores.values[row, column])} for query {row}, column {column}; "
-                f"{int((~finite).sum())} of {finite.numel()} scores are not finite.",
+                f"{float(values[column])} for query {row}, column {column}.",
                 "a gradient that overflowed, or a solve that failed and was not raised.",
                 "use a float64 model, and solve with throw=True to see what failed.",
             )
