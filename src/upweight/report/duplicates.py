@@ -46,7 +46,7 @@ class Duplicates:
     """What was found.
 
     Args:
-        same: Sets of examples with equal inputs, those with different labels first, then the largest.
+        same: Sets of examples with equal inputs: different labels first, then the largest.
         sets: How many such sets there are, told or not.
         extra: How many examples could go without losing an input.
         near: (example, its nearest other, cosine), nearest first; without equal inputs.
@@ -144,8 +144,8 @@ def _small(images: Tensor) -> NDArray[np.float64]:
     assert array is not None
     channels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 1)))
     if max(channels.shape[2:]) > SIDE:
-        size = tuple(min(SIDE, side) for side in channels.shape[2:])
-        channels = torch.nn.functional.adaptive_avg_pool2d(channels, size)
+        height, width = (min(SIDE, side) for side in channels.shape[2:])
+        channels = torch.nn.functional.adaptive_avg_pool2d(channels, (height, width))
     return channels.reshape(len(channels), -1).double().numpy()
 
 

@@ -72,16 +72,8 @@ def examples(
     Raises:
         ShapeError: `instead` or `texts` does not have one entry per example of the data.
     """
-    for word, given in (("images", instead), ("texts", texts)):
-        if given is not None and len(given) != len(data):
-            raise ShapeError(
-                message(
-                    f"{role}_{word} must have one entry per example: {len(data)}.",
-                    f"{len(given)} entries.",
-                    f"the {word} of another split, or only of the examples expected to be shown.",
-                    f"pass the {word} of the whole set, in its order.",
-                )
-            )
+    require_one_each(f"{role}_images", instead, len(data))
+    require_one_each(f"{role}_texts", texts, len(data))
     batch = data.take(indices)
     source, target = _parts(batch)
     labels = tuple(_labels(target, len(indices), names))
@@ -105,6 +97,23 @@ def examples(
     return Examples(labels)
 
 
+def require_one_each(name: str, given: Any, n: int) -> None:
+    """Refuse what does not have one entry per example.
+
+    Raises:
+        ShapeError: It has another length.
+    """
+    if given is not None and len(given) != n:
+        raise ShapeError(
+            message(
+                f"{name} must have one entry per example: {n}.",
+                f"{len(given)} entries.",
+                "those of another split, or only of the examples expected to be shown.",
+                "pass those of the whole set, in its order.",
+            )
+        )
+
+
 def class_name(value: Any, names: Sequence[str] | None) -> str:
     """A target or prediction in words: its class name where it has one, else the number."""
     number = float(value)
@@ -124,21 +133,15 @@ def _parts(batch: Any) -> tuple[Any, Any]:
 
 
 def _is_texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(v, str) for v in value)
+    return (
+        isinstance(value, list | tuple) and bool(value) and all(isinstance(v, str) for v in value)
+    )
 
 
 def all_labels(data: Data, names: Sequence[str] | None, given: Any = None) -> list[str] | None:
     """The label of every example, where they were given or are held in arrays; else None."""
     if given is not None:
-        if len(given) != len(data):
-            raise ShapeError(
-                message(
-                    f"train_labels must have one label per training example: {len(data)}.",
-                    f"{len(given)} labels.",
-                    "labels of another split.",
-                    "pass the labels of the training set, in its order.",
-                )
-            )
+        require_one_each("train_labels", given, len(data))
         return [v if isinstance(v, str) else class_name(v, names) for v in given]
     if not isinstance(data, ArrayData):
         return None

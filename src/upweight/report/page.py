@@ -24,7 +24,7 @@ from upweight.report.content import (
     selection,
 )
 from upweight.report.duplicates import CANDIDATES, duplicates, inputs_of
-from upweight.report.examples import Examples, all_labels, examples
+from upweight.report.examples import Examples, all_labels, examples, require_one_each
 from upweight.report.facts import noun_of, query_facts, train_facts
 from upweight.report.health import convention, health, verdicts
 from upweight.report.notation import count, interval, readable
@@ -197,6 +197,7 @@ def _training(
 ) -> tuple[NDArray[np.float64], Training]:
     """The page on the training set, and Σ_q |S[q, i]|."""
     n = scores.values.shape[1]
+    require_one_each("train_texts", texts, len(data))
     known = all_labels(data, names, labels) if scores.columns is None else None
     groupings = {name: grouping(values, n, name) for name, values in metadata.items()}
     if known is not None and 1 < len(set(known)) <= MOST_GROUPS:

@@ -30,7 +30,7 @@ def render_page(
         data: What its script reads first.
         words: What its template says.
         parts: Base64 texts by the id of the element that holds them.
-        source: The part of the script that answers for the data; by default from `data` and `parts`.
+        source: The part of the script that answers for the data; by default from the file itself.
         connects: Whether it may load from where it was served.
     """
     from jinja2 import Environment, StrictUndefined  # only the report needs it

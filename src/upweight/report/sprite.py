@@ -1,4 +1,4 @@
-"""Many small images as few large ones: the browser decodes a sheet when one of its tiles is shown."""
+"""Many small images as few large ones: a sheet is decoded when one of its tiles is shown."""
 
 import base64
 import io

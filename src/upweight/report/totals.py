@@ -5,6 +5,7 @@
 Signed as everywhere on the page: positive raised the measurements.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +125,7 @@ def _bins(values: NDArray[np.float64]) -> Grouping:
     known = values[np.isfinite(values)]
     edges = np.unique(np.quantile(known, np.linspace(0, 1, BINS + 1)))
     codes = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
-    names = [f"{low:.4g} to {high:.4g}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    names = [f"{low:.4g} to {high:.4g}" for low, high in itertools.pairwise(edges)]
     if len(known) < len(values):
         codes = np.where(np.isfinite(values), codes, len(names))
         names.append("not a number")

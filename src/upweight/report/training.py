@@ -110,7 +110,7 @@ def classes(
 ) -> dict[str, Any] | None:
     """Mean score of an example of training class a on a query of class b; None where it is no use.
 
-        M[a, b] = mean over i ∈ a, q ∈ b of S[q, i]
+    M[a, b] = mean over i ∈ a, q ∈ b of S[q, i]
     """
     names = sorted({label for label in query_labels if label}, key=_natural)
     rows = sorted(range(len(grouping.names)), key=lambda g: _natural(grouping.names[g]))

@@ -15,7 +15,7 @@ async function showQuery(q) {
   pairs(byId("query-facts"), facts);
   if (query.wrong) byId("query-facts").querySelectorAll("dd")[query.label ? 1 : 0].classList.add("no");
   const parts = contentsOf(query.contents, true);
-  if (query.contents.row) parts.push(wholeRow(query.contents.row));
+  if (query.contents.row) parts.push(wholeRow(query.contents.row, "The row of this query", query.contents.row.length <= 16));
   byId("query-content").replaceChildren(...parts);
   mark(q);
   const answer = await source.query(q);
@@ -55,12 +55,12 @@ function scoredCard(entry, q, side, largest) {
   return card(entry.example, { rows, meter: largest ? Math.abs(entry.score) / largest : 0, side, differs: entry.differs, tokens: entry.tokens });
 }
 
-function wholeRow(row) {
+function wholeRow(row, words, open) {
   const rows = row.map((value, c) => [data.features[c], number(value)]);
   const more = data.features.length > row.length ? ` (the first ${row.length} of ${data.features.length} columns)` : "";
   const grid = pairs(element("dl", { class: "facts row" }), rows);
-  const details = folded(`The row of this query${more}`, grid);
-  details.open = row.length <= 16;
+  const details = folded(`${words}${more}`, grid);
+  details.open = open;
   return details;
 }
 

@@ -8,7 +8,7 @@ function goTo(address, replace) {
 }
 function route(event) {
   const [, name, query] = /^#(trust|queries|training)(?:\/(\d+))?$/.exec(location.hash) ?? [];
-  if (!name && page) return; // an anchor within the page
+  if (!name && page && location.hash) return; // an anchor within the page
   const before = page;
   page = name ?? "trust";
   for (const each of ["trust", "queries", "training"]) byId(`page-${each}`).hidden = each !== page;
@@ -21,6 +21,7 @@ function route(event) {
   }
   if (page === "queries") {
     const asked = query !== undefined && source.queries[Number(query)] ? Number(query) : current >= 0 ? current : data.start;
+    if (query === undefined) history.replaceState(null, "", `#queries/${asked}`); // for the way back
     if (asked !== current || before !== page) showQuery(asked);
   }
   if (page === "training") showTraining();

@@ -23,7 +23,8 @@ async function cards(rows, numbers) {
   const examples = await source.examples(rows.map(row => row.id));
   const list = element("ol", { class: "cards" });
   list.classList.toggle("half", !data.sprites.train && examples.some(e => Object.keys(e.contents).length));
-  list.append(...examples.map((example, k) => card(example, { rows: numbers(rows[k]), tickable: "whole" })));
+  list.append(...examples.map((example, k) => card(example, { rows: numbers(rows[k]), tickable: "whole",
+    notes: example.contents.row ? [wholeRow(example.contents.row, "Its row", false)] : [] })));
   return list;
 }
 const numbersOf = row => [
@@ -61,8 +62,8 @@ async function drawValue(value) {
   return panel("What the examples are worth", "value-title",
     element("p", { class: "lead" }, words),
     element("div", { class: "two" },
-      element("div", {}, element("h3", {}, `Moved any ${noun}: absolute scores, summed over queries`), figure(draw("absolute"))),
-      element("div", {}, element("h3", {}, `Moved all together: scores, summed over queries`), figure(draw("signed")))),
+      element("div", {}, element("h3", {}, "Absolute scores, summed over queries"), figure(draw("absolute"))),
+      element("div", {}, element("h3", {}, "Scores, summed over queries"), figure(draw("signed")))),
     folded("The curves as a table", scrolling("The curves as a table", table("Sorted sums over all queries", ["rank", "sum of |score|", "sum of scores"],
       rows.map(place => [whole(place + 1), number(value.absolute[at(place)]), number(value.signed[at(place)], true)])))),
     element("h3", { class: "sub" }, "Largest absolute scores"),
@@ -89,7 +90,8 @@ async function drawSuspicious({ suspicious, ranked_by: by, scatter }) {
       cloud(dots.filter(([id]) => chosen.has(id)).map(dot => dot.slice(1)), { class: "cloud s3 strong", "stroke-width": 7 }));
     return svg;
   }));
-  if (scatter && scatter.id.length < scatter.n) parts.push(element("p", { class: "hint" }, `${whole(scatter.id.length)} of ${whole(scatter.n)} are drawn: the highest third by rank, the others evenly thinned.`));
+  if (scatter) parts.push(element("p", { class: "hint" }, "Both axes are logarithmic; what is more than a million times below the largest is drawn on the edge."));
+  if (scatter && scatter.id.length < scatter.n) parts.push(element("p", { class: "hint" }, `${whole(scatter.id.length)} of ${whole(scatter.n)} are drawn: the 1,000 of largest self-influence, and the others evenly thinned.`));
   parts.push(element("h3", { class: "sub" }, `The ${suspicious.length} most suspicious`), ...capped(await cards(suspicious, numbersOf), 12));
   return panel("Suspicious labels", "suspicious-title", ...parts);
 }

@@ -45,8 +45,8 @@ function shape(tag, attributes = {}, text) {
   return node;
 }
 function pairs(list, rows) {
-  list.replaceChildren(...rows.flatMap(([name, value]) =>
-    [element("dt", {}, name), element("dd", {}, value)]));
+  list.replaceChildren(...rows.map(([name, value]) =>
+    element("div", {}, element("dt", {}, name), element("dd", {}, value))));
   return list;
 }
 function table(caption, head, rows, attributes = {}) {
