@@ -196,7 +196,7 @@ def test_any_example_may_be_dropped_by_number_where_all_columns_are_there(run, o
     page.locator(".add input").fill(str(other))
     page.keyboard.press("Enter")
     expected = run.scores.predict(drop=[min(shown), other]).tolist()
-    page.wait_for_function("document.querySelectorAll('.chip').length === 2")
+    page.locator(".chip").nth(1).wait_for()
     got = changes(page)
     np.testing.assert_allclose([got[q] for q in range(3)], expected, rtol=6e-3)
 

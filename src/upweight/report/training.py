@@ -22,7 +22,7 @@ POINTS = 3000
 """Dots of the scatter of self-influence over loss; of more examples, evenly spaced ranks."""
 
 QUANTILES = 200
-"""Points of a curve of sorted values."""
+"""Points of a curve of sorted values, on each of two scales."""
 
 MOST_CLASSES = 40
 """Classes on a side of the matrix of classes."""
@@ -132,7 +132,9 @@ def classes(
 
 def _value(found: Totals) -> dict[str, Any]:
     n = len(found.absolute)
-    places = np.unique(np.linspace(0, n - 1, QUANTILES).round().astype(int))
+    # Evenly spaced, and evenly spaced on a logarithmic axis: the few largest are a part of it.
+    evenly = np.concatenate([np.linspace(1, n, QUANTILES), np.geomspace(1, n, QUANTILES)])
+    places = np.unique(evenly.round().astype(int) - 1)
     absolute = np.sort(found.absolute)[::-1]
     total = float(absolute.sum())
     shares = np.cumsum(absolute) / total if total > 0 else np.ones(n)

@@ -76,7 +76,7 @@ function drawHistogram(query) {
   svg.append(shape("line", { x1: left, x2: width - right, y1: height - bottom, y2: height - bottom, class: "zero" }));
   if (step) {
     const { ticks, label } = niceTicks(start, end, width / 110);
-    for (const t of ticks) svg.append(shape("text", { x: x(t), y: height - bottom + 16, "text-anchor": "middle" }, label(t)));
+    for (const t of ticks) svg.append(shape("text", { x: Math.min(x(t), width - 4 - 3.6 * label(t).length), y: height - bottom + 16, "text-anchor": "middle" }, label(t)));
   }
   svg.append(
     shape("text", { x: left, y: height - 4, class: "name" }, "← lowered"),

@@ -57,7 +57,7 @@ async function drawValue(value) {
     svg.append(shape("path", { d: path(value.places.map((place, k) => [x(log ? place + 1 : place), y(values[k])])), class: "curve" }));
     return svg;
   };
-  const rows = value.places.filter((_, k) => k % Math.ceil(value.places.length / 25) === 0);
+  const rows = value.places.filter((_, k) => k % Math.ceil(value.places.length / 40) === 0);
   const at = place => value.places.indexOf(place);
   return panel("What the examples are worth", "value-title",
     element("p", { class: "lead" }, words),
