@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "evaluation": {"errors", "_typing", "runtime", "task", "scores", "method", "training"},
     "applications": {"errors", "_typing", "task", "scores", "method"},
     "report": {"errors", "_typing", "task", "scores", "method"},
+    "view": {"errors", "_typing", "runtime", "task", "scores", "report"},
 }  # fmt: skip
 LEAVES = {"adapters", "cli", "testing"}  # may import everything but each other
 MATHS = {"linalg", "curvature", "gradients", "contraction", "methods", "applications"}

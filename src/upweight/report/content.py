@@ -130,25 +130,23 @@ def payload(
 ) -> dict[str, Any]:
     """The data of the page, all of it JSON."""
     place = chosen.place
-    spread = _spread(train, queries)
-    asked = contents(queries)
+    spread = spread_of(train, queries)
+    asked = query_words(queries, facts, names)
     rows = []
     for q, end in enumerate(chosen.ends):
         effect = effects(scores, q)
         row: dict[str, Any] = {
-            "label": queries.labels[q],
             "histogram": histogram_of(effect),
-            **_facts(facts, q, queries.labels[q], names),
             **asked[q],
         }
         change = None if removal is None else -effects(removal, q)
         for side, columns in (("raised", end.raised), ("lowered", end.lowered)):
             places = [place[i] for i in columns]
-            row[side] = {"places": places, "scores": [_short(effect[i]) for i in columns]}
+            row[side] = {"places": places, "scores": [short(effect[i]) for i in columns]}
             if change is not None:
-                row[side]["changes"] = [_short(change[i]) for i in columns]
+                row[side]["changes"] = [short(change[i]) for i in columns]
             if spread is not None:
-                row[side]["differs"] = [_differences(train, queries, p, q, spread) for p in places]
+                row[side]["differs"] = [differences(train, queries, p, q, spread) for p in places]
             if tokens is not None:
                 row[side]["tokens"] = _token_scores(tokens, q, columns, len(chosen.ends))
         rows.append(row)
@@ -175,6 +173,16 @@ def payload(
     }
 
 
+def query_words(
+    queries: Examples, facts: QueryFacts, names: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """Of each query its label, what the model says of it, and what is not a tile."""
+    return [
+        {"label": label, **_facts(facts, q, label, names), **content}
+        for q, (label, content) in enumerate(zip(queries.labels, contents(queries), strict=True))
+    ]
+
+
 def contents(shown: Examples) -> list[dict[str, Any]]:
     """Of each example what is not a tile: its text, its row, or what a renderer gave."""
     if shown.custom is not None:
@@ -183,7 +191,7 @@ def contents(shown: Examples) -> list[dict[str, Any]]:
         most = length(len(shown.texts))
         return [{"text": clipped(text, most)} for text in shown.texts]
     if shown.table is not None:
-        return [{"row": [_short(v) for v in row[:ROW_SHOWN]]} for row in shown.table]
+        return [{"row": [short(v) for v in row[:ROW_SHOWN]]} for row in shown.table]
     return [{}] * len(shown.labels)
 
 
@@ -210,23 +218,23 @@ def _token_scores(
     ]
 
 
-def _short(value: float) -> float:
+def short(value: float, digits: int = 6) -> float:
     """Six digits: more than a reader or a pixel can tell apart, at a third of the bytes."""
-    return float(f"{value:.6g}")
+    return float(f"{value:.{digits}g}")
 
 
 def histogram_of(effect: NDArray[np.float64]) -> dict[str, Any]:
     """The histogram of one row of effects, as the page draws it."""
     start, width, counts = histogram(effect)
-    ends = {"low": _short(float(effect.min())), "high": _short(float(effect.max()))}
+    ends = {"low": short(float(effect.min())), "high": short(float(effect.max()))}
     ends["positive"] = int((effect > 0).sum())
-    return {"start": _short(start), "width": _short(width), "counts": counts, **ends}
+    return {"start": short(start), "width": short(width), "counts": counts, **ends}
 
 
 def _facts(facts: QueryFacts, q: int, label: str, names: Sequence[str] | None) -> dict[str, Any]:
     known: dict[str, Any] = {}
     if facts.values is not None and math.isfinite(facts.values[q]):
-        known["value"] = _short(facts.values[q])
+        known["value"] = short(facts.values[q])
     if facts.predictions is not None:
         value = facts.predictions[q]
         known["prediction"] = value if isinstance(value, str) else class_name(value, names)
@@ -240,15 +248,15 @@ def _check(check: Check, place: dict[int, int]) -> dict[str, Any]:
         "query": check.query,
         "removed": [[place[i] for i in removal] for removal in check.removed],
         "names": None if check.names is None else [str(name) for name in check.names],
-        "predicted": [_short(float(v)) for v in check.predicted],
-        "actual": [_short(float(v)) for v in check.actual],
-        "errors": None if check.errors is None else [_short(float(v)) for v in check.errors],
+        "predicted": [short(float(v)) for v in check.predicted],
+        "actual": [short(float(v)) for v in check.actual],
+        "errors": None if check.errors is None else [short(float(v)) for v in check.errors],
         "repeats": check.repeats,
-        "slope": _short(check.slope[0]) if math.isfinite(check.slope[0]) else None,
+        "slope": short(check.slope[0]) if math.isfinite(check.slope[0]) else None,
     }
 
 
-def _spread(train: Examples, queries: Examples) -> NDArray[np.float64] | None:
+def spread_of(train: Examples, queries: Examples) -> NDArray[np.float64] | None:
     """Per column the standard deviation over what is shown, so that columns can be compared."""
     if train.table is None or queries.table is None:
         return None
@@ -256,15 +264,15 @@ def _spread(train: Examples, queries: Examples) -> NDArray[np.float64] | None:
     return np.where(spread > 0, spread, 1.0)
 
 
-def _differences(
+def differences(
     train: Examples, queries: Examples, place: int, q: int, spread: NDArray[np.float64]
 ) -> list[list[float]]:
-    """[column, value of the query, value of the example] where the two differ most."""
+    """[column, value of query q, value of the example at a place] where the two differ most."""
     assert train.table is not None
     assert queries.table is not None
     mine, theirs = train.table[place], queries.table[q]
     order = np.argsort(-np.abs(mine - theirs) / spread, kind="stable")[:COLUMNS_SHOWN]
-    return [[int(c), _short(theirs[c]), _short(mine[c])] for c in order]
+    return [[int(c), short(theirs[c]), short(mine[c])] for c in order]
 
 
 def _features(train: Examples, features: Sequence[str] | None) -> list[str]:

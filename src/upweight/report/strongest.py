@@ -71,10 +71,11 @@ def require_scores(scores: Scores) -> None:
 
 def strongest(effect: NDArray[np.float64], k: int) -> Strongest:
     """The k columns at each end; zeros and the other sign are never listed, ties go by column."""
-    return Strongest(_largest(effect, k), _largest(-effect, k))
+    return Strongest(ranked(effect, k), ranked(-effect, k))
 
 
-def _largest(effect: NDArray[np.float64], k: int) -> tuple[int, ...]:
+def ranked(effect: NDArray[np.float64], k: int) -> tuple[int, ...]:
+    """The k largest of the positive, largest first."""
     candidates = np.flatnonzero(effect > 0)
     if k < len(candidates):
         # A partition first: sorting a million scores for a dozen winners takes a hundred times.

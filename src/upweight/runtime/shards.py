@@ -2,6 +2,7 @@
 
     directory/manifest.json           what the scores belong to
     directory/scores-….safetensors    values [b, q] of a range of queries and a range of examples
+    directory/finished.json           how they came about; there once all of them are
 
 Examples come first, so that a pass over the training set appends. Every file is written beside its
 place and then renamed: what is there is whole, and an interrupted pass goes on behind it. Files are
@@ -9,8 +10,8 @@ memory-mapped when they are read; no pickle.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from upweight._typing import Folder
-from upweight.errors import ShapeError, StaleStore, message
+from upweight.errors import ShapeError, SpecError, StaleStore, message
+from upweight.runtime.memory import free_bytes
 from upweight.runtime.whole import write_whole
 
 SCHEMA = "1"
@@ -35,31 +37,46 @@ class ScoreShards:
         directory: The folder.
         n: Training examples.
         q: Queries.
+        settings: How the pass over them was begun.
     """
 
     directory: Path
     n: int
     q: int
+    settings: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def open(
-        cls, directory: Folder, n: int, q: int, description: Mapping[str, str]
+        cls,
+        directory: Folder,
+        n: int,
+        q: int,
+        description: Mapping[str, str],
+        settings: Mapping[str, int] | None = None,
     ) -> "ScoreShards":
         """The shards of a folder that belong to a description; none yet in a new folder.
+
+        Args:
+            directory: The folder.
+            n: Training examples.
+            q: Queries.
+            description: What the scores depend on.
+            settings: What a pass may choose, such as the size of its batches. A pass that goes on
+                must go on with those it was begun with: they come back in the result.
 
         Raises:
             StaleStore: The folder holds scores of something else.
             OSError: The folder cannot be written.
         """
-        shards = cls(Path(directory), n, q)
-        shards.directory.mkdir(parents=True, exist_ok=True)
-        manifest = shards.directory / "manifest.json"
-        text = json.dumps(
-            {"schema": SCHEMA, "n": n, "q": q, **description}, indent=1, sort_keys=True
-        )
+        manifest = Path(directory) / "manifest.json"
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        header = {"schema": SCHEMA, "n": n, "q": q, **description}
         if not manifest.exists():
+            text = json.dumps({**header, "settings": dict(settings or {})}, indent=1)
             write_whole(manifest, text.encode())
-        elif manifest.read_text(encoding="utf-8") != text:
+        shards = cls.load(directory)
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        if {key: value for key, value in found.items() if key != "settings"} != header:
             raise StaleStore(
                 message(
                     "A folder of scores belongs to one model, data set, method and question.",
@@ -79,7 +96,7 @@ class ScoreShards:
         """
         manifest = Path(directory) / "manifest.json"
         header: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
-        return cls(Path(directory), header["n"], header["q"])
+        return cls(Path(directory), header["n"], header["q"], header.get("settings", {}))
 
     def done(self, first: int) -> int:
         """How many examples, from the first on, have scores with the queries from `first` on."""
@@ -100,6 +117,59 @@ class ScoreShards:
         contents = save({"values": values.detach().cpu().contiguous()}, {"schema": SCHEMA})
         write_whole(self.directory / f"scores-{name}.safetensors", contents)
 
+    def finish(self, header: Mapping[str, Any]) -> None:
+        """Say how the scores came about, once all of them are kept.
+
+        Args:
+            header: JSON.
+
+        Raises:
+            OSError: The disk is full or not writable.
+        """
+        text = json.dumps({"schema": SCHEMA, **header}, indent=1, ensure_ascii=False)
+        write_whole(self.directory / "finished.json", text.encode())
+
+    @property
+    def header(self) -> dict[str, Any] | None:
+        """What `finish` was told; None where scores are missing."""
+        path = self.directory / "finished.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def pieces(self) -> Iterator[tuple[int, int, Float[Tensor, "b q"]]]:
+        """What is kept, file by file: the first query, the first example, and the scores."""
+        for shard in self._shards():
+            yield shard.first, shard.start, shard.values()
+
+    def values(self) -> Float[Tensor, "q n"]:
+        """All scores at once.
+
+        Raises:
+            SpecError: They do not fit into memory.
+            ShapeError: The pass did not finish.
+            StaleStore: A file is damaged.
+        """
+        shards = self._shards()
+        dtype = shards[0].values().dtype if shards else torch.float32
+        needed, free = self.n * self.q * dtype.itemsize, free_bytes(torch.device("cpu"))
+        if needed > free:
+            raise SpecError(
+                message(
+                    "All scores at once must fit into memory.",
+                    f"{self.q} × {self.n} scores of {needed / 1e9:.1f} GB, with {free / 1e9:.1f} "
+                    "GB free.",
+                    "a large training set with many queries.",
+                    "read one query at a time: ScoreShards.load(folder).row(query).",
+                )
+            )
+        found = torch.empty(self.q, self.n, dtype=dtype)
+        seen = 0
+        for first, start, part in self.pieces():
+            found[first : first + part.shape[1], start : start + len(part)] = part.mT
+            seen += part.numel()
+        if seen != found.numel():
+            raise ShapeError(self._unfinished(f"{seen} of {found.numel()} scores"))
+        return found
+
     def row(self, query: int) -> Float[Tensor, " n"]:
         """The scores of one query with every training example; only its own column is read.
 
@@ -110,15 +180,17 @@ class ScoreShards:
         mine = [s for s in self._shards() if s.first <= query < s.last]
         reached = self.done(mine[0].first) if mine else 0
         if not 0 <= query < self.q or reached < self.n:
-            raise ShapeError(
-                message(
-                    f"A row is one of {self.q} queries over all {self.n} training examples.",
-                    f"query={query}, with the scores of {reached} examples on disk.",
-                    "a pass that was interrupted, or an index into another data set.",
-                    "call the same write(...) again to finish it.",
-                )
-            )
+            given = f"query={query}, with the scores of {reached} examples"
+            raise ShapeError(self._unfinished(given))
         return torch.cat([s.column(query - s.first) for s in mine])
+
+    def _unfinished(self, given: str) -> str:
+        return message(
+            f"A row is one of {self.q} queries over all {self.n} training examples.",
+            f"{given} on disk.",
+            "a pass that was interrupted, or an index into another data set.",
+            "call the same write(...) again to finish it.",
+        )
 
     def _shards(self) -> list["_Shard"]:
         found = []
@@ -140,9 +212,16 @@ class _Shard:
 
     def column(self, query: int) -> Float[Tensor, " b"]:
         """The scores of one of its queries."""
+        return self._read(lambda values: values[:, query])
+
+    def values(self) -> Float[Tensor, "b q"]:
+        """All of its scores."""
+        return self._read(lambda values: values[:])
+
+    def _read(self, chosen: Callable[[Any], Tensor]) -> Tensor:
         try:
             with safe_open(self.path, framework="pt") as file:
-                return file.get_slice("values")[:, query].clone()
+                return chosen(file.get_slice("values")).clone()
         except SafetensorError as error:
             raise StaleStore(
                 message(

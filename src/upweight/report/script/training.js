@@ -10,6 +10,7 @@ async function showTraining() {
   if (found.classes) host.append(drawClasses(found.classes));
   if (found.groups.length) host.append(drawGroups(found.groups));
   if (found.twins) host.append(await drawTwins(found.twins));
+  if (source.browse) host.append(await drawAll());
   redrawTraining();
 }
 const redraws = [];
@@ -169,4 +170,29 @@ async function drawTwins({ same, sizes, conflicts, sets, extra, near, candidates
       ...capped(list, 8));
   }
   return panel("Near-duplicates", "twins-title", ...parts);
+}
+
+const ORDERS = { absolute: "sum of |score|", signed: "sum of scores", loss: "loss", self: "self-influence" };
+// Every example, a page at a time, where the data are asked for and not held.
+async function drawAll() {
+  const host = element("div"), choose = element("select", { "aria-label": "order of the examples" }, ...data.orders.map(order => element("option", { value: order }, `largest ${ORDERS[order]} first`)));
+  const told = element("p", { class: "hint", role: "status" }), before = element("button", { type: "button", class: "plain" }, "Previous"), after = element("button", { type: "button", class: "plain" }, "Next");
+  const jump = element("input", { type: "number", min: 1, max: source.n, step: 1, "aria-label": "rank to go to" });
+  let start = 0, size = 24;
+  const show = async to => {
+    start = Math.max(0, Math.min(source.n - 1, to));
+    const { rows } = await source.browse(choose.value, start);
+    size = Math.max(1, rows.length);
+    host.replaceChildren(await cards(rows, numbersOf));
+    told.textContent = `${whole(start + 1)} to ${whole(start + rows.length)} of ${whole(source.n)}`;
+    before.setAttribute("aria-disabled", start === 0);
+    after.setAttribute("aria-disabled", start + rows.length >= source.n);
+  };
+  choose.addEventListener("input", () => show(0));
+  before.addEventListener("click", () => { if (start > 0) show(start - 24); });
+  after.addEventListener("click", () => { if (start + size < source.n) show(start + 24); });
+  const form = element("form", { class: "add" }, choose, element("label", {}, "from rank ", jump), element("button", { type: "submit", class: "plain" }, "Go"));
+  form.addEventListener("submit", event => { event.preventDefault(); if (jump.value !== "") show(Math.trunc(Number(jump.value)) - 1); });
+  await show(0);
+  return panel(`All training ${data.groups ? "groups" : `${kind}s`}`, "all-title", form, told, host, element("div", { class: "drop-buttons" }, before, after));
 }

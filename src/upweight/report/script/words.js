@@ -79,7 +79,7 @@ function tile(role, place, side, words) {
   const sheet = data.sprites[role];
   if (!sheet || place === undefined || place === null) return "";
   const { width, height, gutter, tiles } = sheet, s = Math.floor(place / tiles), at = place % tiles;
-  const [columns, rows] = sheet.sheets[s], scale = side / Math.max(width, height);
+  const [columns, rows] = sheet.sheets?.[s] ?? [1, 1], scale = side / Math.max(width, height);
   const across = width + 2 * gutter, down = height + 2 * gutter, wide = columns * across, tall = rows * down;
   const node = element("span", { class: `tile ${sheetClass(role, s)}` });
   if (words) { node.setAttribute("role", "img"); node.setAttribute("aria-label", words); }
