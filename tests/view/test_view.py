@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.report.conftest import browser, provenance  # noqa: F401  a fixture
-from upweight.errors import DataError, ShapeError, SpecError
+from tests.report.conftest import provenance
+from upweight.errors import DataError, ShapeError, SpecError, UpweightError
 from upweight.runtime.shards import ScoreShards
 from upweight.scores import Scores, Unit
 from upweight.view import Answers, Server, matrix, opened
+from upweight.view.matrix import keeping
 
 N, Q = 60, 4
 
@@ -104,6 +105,25 @@ def test_other_scores_in_the_folder_are_copied_again(values, tmp_path):
     opened(tmp_path)
     shards.append(0, 0, 2 * values.T)
     assert torch.equal(opened(tmp_path).values, 2 * values)
+
+
+def test_totals_are_kept_for_the_same_scores_and_groups(values, tmp_path, monkeypatch):
+    shards = ScoreShards.open(tmp_path, N, Q, {})
+    shards.append(0, 0, values.T)
+    halves = {"half": [0, 1] * 30}
+    first = Answers(opened(tmp_path), metadata=halves, keep=keeping(tmp_path)).training
+    with monkeypatch.context() as patched:
+        patched.setattr("upweight.view.kept.totals", lambda *_: pytest.fail("taken again"))
+        again = Answers(opened(tmp_path), metadata=halves, keep=keeping(tmp_path)).training
+    assert again == first
+    other = {"half": [1, 1, 0] * 20}
+    assert Answers(opened(tmp_path), metadata=other, keep=keeping(tmp_path)).training != first
+    shards.append(0, 0, 2 * values.T)
+    opened(tmp_path)
+    twice = Answers(opened(tmp_path), metadata=halves, keep=keeping(tmp_path)).training
+    np.testing.assert_allclose(
+        twice["groups"][0]["totals"], 2 * np.array(first["groups"][0]["totals"]), rtol=1e-4
+    )
 
 
 def test_saved_scores_open_too(values, tmp_path):
@@ -208,7 +228,7 @@ def test_a_port_that_is_taken_is_said(server, folder):
         Server(Answers(opened(folder)), port)
 
 
-def test_the_page_works_in_a_browser(server, values, browser):  # noqa: F811
+def test_the_page_works_in_a_browser(server, values, browser):
     complaints, elsewhere = [], []
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(10_000)
@@ -251,6 +271,14 @@ def test_without_data_examples_are_numbers(folder):
     page = answers.query(0)
     assert page["raised"]["entries"][0]["example"]["name"].startswith("#")
     assert answers.meta["sprites"] == {}
+
+
+def test_removals_keep_their_sign_and_ranks_predict_nothing(values):
+    scores = Scores(values, Unit.DERIVATIVE, provenance())
+    removals = Answers(scores.removal())
+    np.testing.assert_allclose(removals.drop([1, 2]), scores.predict(drop=[1, 2]), rtol=1e-6)
+    with pytest.raises(UpweightError, match="only rank"):
+        Answers(Scores(values, Unit.RANK, provenance())).drop([1])
 
 
 def test_rows_of_tables_say_where_they_differ(folder):

@@ -174,7 +174,7 @@ def html(
         "sprites": {role: geometry(found) for role, found in sprites.items()},
         "training": page.data,
         "whole": list(whole.examples),
-        "comparison": _subsets(comparison),
+        "comparison": subsets_of(comparison),
     }
     parts = {"columns": whole.text}
     for role, found in sprites.items():
@@ -214,7 +214,7 @@ def _training(
     return found.absolute, training(found, groupings, facts, twins, known, query_labels)
 
 
-def _subsets(comparison: Comparison | None) -> dict[str, Any] | None:
+def subsets_of(comparison: Comparison | None) -> dict[str, Any] | None:
     """Predicted and measured changes of a comparison on subsets, each query about its own mean."""
     lds = getattr(comparison, "lds", None)
     if lds is None:
@@ -270,13 +270,16 @@ def words_of(
     return {
         "title": title,
         "heading": f"Which training {_plural(columns)} moved the {noun}",
-        "scale": f"{count(scores.values.shape[1], f'training {columns}')}, "
-        f"{count(len(scores.values), 'query')}, {count(provenance.p, 'parameter')}",
+        "scale": ", ".join(
+            [
+                count(scores.values.shape[1], f"training {columns}"),
+                count(len(scores.values), "query"),
+                *([count(provenance.p, "parameter")] if provenance.p else []),  # 0: not recorded
+            ]
+        ),
         "noun": noun,
         "kind": kind,
-        "things": _plural(columns),
-        "served": False,
-        "subsets": _subsets(comparison) is not None,
+        "subsets": subsets_of(comparison) is not None,
         "command": None if command is None else _clean(command),
         "verdicts": verdicts(checks, comparison, kind),
         "convention": convention(scores),

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,11 @@ from upweight.report.facts import noun_of, query_facts, train_facts
 from upweight.report.shown import Render
 from upweight.report.sprite import GUTTER, LARGEST_SIDE, display_range, sprite
 from upweight.report.strongest import effects, ranked
-from upweight.report.totals import MOST_GROUPS, grouping, totals
+from upweight.report.totals import MOST_GROUPS, grouping
 from upweight.report.training import LABELS, suspicious, training
 from upweight.scores import Scores, Unit
 from upweight.task.data import Data, as_data
+from upweight.view.kept import kept_totals
 
 PER_PAGE = 12
 """Examples of one page of a ranking."""
@@ -48,6 +50,7 @@ class Answers:
         names, features, values, predictions, train_images, query_images, train_texts, query_texts,
             render, metadata, train_labels, train_losses, self_influence: As for
             `upweight.report.html`.
+        keep: A folder of these scores alone, where the totals of the training page are kept.
 
     Raises:
         ShapeError: Parts disagree about the number of queries or examples.
@@ -74,6 +77,7 @@ class Answers:
         train_labels: Sequence[Any] | None = None,
         train_losses: Sequence[float] | None = None,
         self_influence: Sequence[float] | None = None,
+        keep: Path | None = None,
     ) -> None:
         self.scores = scores
         self.q, self.n = scores.values.shape
@@ -86,6 +90,7 @@ class Answers:
         }
         # Datasets of the user's need not bear two readers at once.
         self._reading = threading.Lock()
+        self._keep = keep
         self._effects = lru_cache(maxsize=8)(lambda query: effects(scores, query))
         asked = self._every_query = self._shown("query", range(self.q))
         facts = query_facts(scores, values, predictions)
@@ -161,8 +166,17 @@ class Answers:
         return found
 
     def drop(self, columns: Sequence[int]) -> list[float]:
-        """The predicted change of every query without some examples, as `scores.predict` says."""
-        return [short(v, 9) for v in self.scores.predict(drop=columns).double().tolist()]
+        """The predicted change of every query without some examples, as `scores.predict` says.
+
+        Raises:
+            UpweightError: The scores only rank.
+        """
+        if self.scores.unit is Unit.RANK:
+            self.scores.predict()  # raises, with the reason
+        # predict multiplies whole rows; of a memory-mapped matrix only these columns are read.
+        sums = self.scores.values[:, list(columns)].double().sum(dim=1)
+        sign = 1.0 if self.scores.unit is Unit.DIFFERENCE else -1.0
+        return [short(v, 9) for v in (sign * sums).tolist()]
 
     def page(self, order: str, start: int) -> dict[str, Any]:
         """A page of all training examples, in the order of one number, largest first."""
@@ -222,7 +236,7 @@ class Answers:
         groupings = {name: grouping(values, self.n, name) for name, values in metadata.items()}
         if self._labels is not None and 1 < len(set(self._labels)) <= MOST_GROUPS:
             groupings = {LABELS: grouping(self._labels, self.n, LABELS), **groupings}
-        found = totals(self.scores, groupings)
+        found = kept_totals(self.scores, groupings, self._keep)
         facts = train_facts(self.scores, losses, self_influence)
         self._numbers: dict[str, NDArray[np.float64]] = {
             "absolute": found.absolute,

@@ -2,7 +2,8 @@
 
     folder/scores-….safetensors      as the pass wrote them, examples first
     folder/by-query/values.npy       the same numbers, one row per query, made once in blocks
-    folder/by-query/made.json        of which files; another pass makes it again
+    folder/by-query/totals-….npz     sums over all queries
+    folder/by-query/made.json        of which files; of others all of it is made again
 
 What the ranking of a query needs is then contiguous, and the system keeps what is looked at.
 """
@@ -61,6 +62,12 @@ def opened(folder: Folder) -> Scores:
     return Scores(torch.from_numpy(values), unit, _provenance(shards, header.get("provenance")))
 
 
+def keeping(folder: Folder) -> Path | None:
+    """Where things made of the scores of a folder may be kept; None where there is no copy."""
+    path = Path(folder) / "by-query"
+    return path if (path / "made.json").exists() else None
+
+
 def _provenance(shards: ScoreShards, known: Mapping[str, Any] | None) -> Provenance:
     if known is not None:
         names = {field.name for field in fields(Provenance)}
@@ -84,6 +91,8 @@ def _by_query(path: Path, shards: ScoreShards) -> Path:
         return target
     target.parent.mkdir(exist_ok=True)
     made.unlink(missing_ok=True)
+    for stale in target.parent.glob("totals-*"):
+        stale.unlink()
     staged = target.with_name("values.npy.part")
     try:
         _turn(shards, staged)

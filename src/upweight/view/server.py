@@ -14,11 +14,12 @@ from importlib import resources
 from typing import Any
 
 from upweight._typing import Folder
-from upweight.errors import SpecError, message
-from upweight.report.page import words_of
+from upweight.errors import SpecError, UpweightError, message
+from upweight.report.check import Comparison
+from upweight.report.page import subsets_of, words_of
 from upweight.report.rendering import render_page
 from upweight.view.answers import MOST_DROPPED, PER_PAGE, Answers, wanted
-from upweight.view.matrix import opened
+from upweight.view.matrix import keeping, opened
 
 HOST = "127.0.0.1"
 """Nobody else's machine can ask."""
@@ -29,13 +30,19 @@ HOSTS = ["127.0.0.1", "localhost"]
 STARTS_WITHIN_S = 10.0
 
 
-def application(answers: Answers, token: str, title: str | None = None) -> Any:
+def application(
+    answers: Answers,
+    token: str,
+    title: str | None = None,
+    comparison: Comparison | None = None,
+    command: str | None = None,
+) -> Any:
     """The view as an ASGI application.
 
     Args:
         answers: What is asked.
         token: What an address must carry as `?token=`.
-        title: What the page is about.
+        title, comparison, command: As for `upweight.report.html`.
     """
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -45,9 +52,10 @@ def application(answers: Answers, token: str, title: str | None = None) -> Any:
     from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route
 
-    words = words_of(answers.scores, (), None, answers.meta["kind"], title, None)
+    words = words_of(answers.scores, (), comparison, answers.meta["kind"], title, command)
+    meta = answers.meta | {"comparison": subsets_of(comparison)}
     source = (resources.files("upweight.view") / "served.js").read_text(encoding="utf-8")
-    page = render_page(answers.meta, words, {}, source, connects=True)
+    page = render_page(meta, words, {}, source, connects=True)
     headers = {
         "Cache-Control": "private, max-age=3600",
         "Referrer-Policy": "no-referrer",
@@ -63,7 +71,7 @@ def application(answers: Answers, token: str, title: str | None = None) -> Any:
                 return PlainTextResponse(text, 403, headers={"Cache-Control": "no-store"})
             try:
                 response = await run_in_threadpool(answer, request)
-            except SpecError as error:
+            except UpweightError as error:
                 return PlainTextResponse(str(error), 400)
             except (KeyError, IndexError):
                 return PlainTextResponse("There is no such thing here.", 404)
@@ -135,13 +143,20 @@ class Server:
     Args:
         answers: What is asked.
         port: Where; 0: any that is free.
-        title: What the page is about.
+        title, comparison, command: As for `upweight.report.html`.
 
     Raises:
         SpecError: The port is taken, or starlette and uvicorn are not installed.
     """
 
-    def __init__(self, answers: Answers, port: int = 0, title: str | None = None) -> None:
+    def __init__(
+        self,
+        answers: Answers,
+        port: int = 0,
+        title: str | None = None,
+        comparison: Comparison | None = None,
+        command: str | None = None,
+    ) -> None:
         try:
             import uvicorn
         except ImportError as error:
@@ -155,7 +170,7 @@ class Server:
             ) from error
         token = secrets.token_urlsafe(24)
         config = uvicorn.Config(
-            application(answers, token, title), host=HOST, port=port, log_level="error",
+            application(answers, token, title, comparison, command), host=HOST, port=port, log_level="error",
             access_log=False, lifespan="off", server_header=False,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
@@ -204,6 +219,8 @@ def serve(
     *,
     port: int = 0,
     title: str | None = None,
+    comparison: Comparison | None = None,
+    command: str | None = None,
     open_browser: bool = False,
     told: Callable[[str], None] = print,
     **shown: Any,
@@ -215,7 +232,7 @@ def serve(
         train: The training data; without them examples are numbers.
         queries: The queries.
         port: Where; 0: any that is free.
-        title: What the page is about.
+        title, comparison, command: As for `upweight.report.html`.
         open_browser: Whether to open the address in the browser.
         told: Takes the address, to print it.
         shown: As for `Answers`.
@@ -223,7 +240,9 @@ def serve(
     Raises:
         UpweightError: See `opened` and `Answers`.
     """
-    with Server(Answers(opened(folder), train, queries, **shown), port, title) as server:
+    scores = opened(folder)
+    answers = Answers(scores, train, queries, keep=keeping(folder), **shown)
+    with Server(answers, port, title, comparison, command) as server:
         told(server.address)
         if open_browser:
             webbrowser.open(server.address)

@@ -55,7 +55,7 @@ const cloud = (points, attributes) => shape("path",
 function drawHistogram(query) {
   const host = byId("histogram"), { start, width: step, counts, low, high } = query.histogram;
   const total = counts.reduce((a, b) => a + b, 0);
-  const width = Math.max(250, Math.min(host.clientWidth, 620)), height = 168, left = 44, right = 14, top = 22, bottom = 38;
+  const width = Math.max(250, Math.min(host.clientWidth, 620)), height = 168, left = Math.max(44, 12 + 7.2 * whole(10 ** Math.floor(Math.log10(Math.max(...counts)))).length), right = 14, top = 22, bottom = 38;
   const end = start + step * counts.length, most = Math.max(...counts);
   const x = v => left + (step ? (v - start) / (end - start) : 0.5) * (width - left - right);
   // Logarithmic: nearly all scores are near zero, and the few that are not are what one looks for.
