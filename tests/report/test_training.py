@@ -2,6 +2,7 @@
 
 import base64
 import re
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -30,6 +31,17 @@ def test_totals_are_the_sums_whatever_the_blocks(run, monkeypatch, block, unit):
     np.testing.assert_allclose(found.absolute, np.abs(effect).sum(axis=0), rtol=1e-12)
     expected = np.stack([effect[:, ::2].sum(axis=1), np.zeros(3), effect[:, 1::2].sum(axis=1)], 1)
     np.testing.assert_allclose(found.groups["a"], expected, atol=1e-12)
+
+
+def test_totals_hold_a_block_and_never_all_scores(run, monkeypatch):
+    values = torch.ones(400, 20_000, dtype=torch.float32)
+    scores = replace(run.scores, values=values)
+    monkeypatch.setattr(totals, "BLOCK", 100_000)
+    tracemalloc.start()
+    totals.totals(scores, {"a": Grouping(("x", "y"), np.arange(20_000) % 2)})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < values.nbytes / 4
 
 
 def test_groups_of_few_values_of_many_and_of_numbers():
@@ -217,3 +229,29 @@ def test_a_dataset_is_read_only_for_what_is_shown(run):
     scores = replace(run.scores, values=values)
     html(scores, Photos(), run.queries, run.path, k=1)
     assert sorted(read) == list(range(330 - LISTED, 330))
+
+
+def test_shares_of_tokens_are_asked_as_the_guide_says(run):
+    import upweight as uw
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(7, 4), torch.nn.Linear(4, 3), torch.nn.Flatten(), torch.nn.Linear(15, 2)
+    ).double()
+    ids, y = torch.randint(0, 7, (12, 5)), torch.arange(12) % 2
+    train, queries = uw.as_data((ids, y)), uw.as_data((ids[:3], y[:3]))
+    task = uw.Task(model, loss=uw.CrossEntropy())
+    fitted = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, train)
+    run.scores, run.train, run.queries = fitted.attribute(queries, tolerance=0.0), train, queries
+    run.options = {
+        "train_tokens": [[f"t{i}" for i in row] for row in ids.tolist()],
+        "token_scores": lambda q, some: fitted.by_token(queries.subset([q]), some)[0][0],
+        "k": 2,
+        "self_influence": (),
+    }
+    data = run.data()
+    side = data["queries"][1]["raised"]
+    shown = [data["train"]["column"][p] for p in side["places"]]
+    shares, _ = fitted.by_token(queries, shown)
+    np.testing.assert_allclose(side["tokens"], shares[1], rtol=6e-3)
+    assert data["train"]["tokens"][side["places"][0]] == [f"t{i}" for i in ids[shown[0]].tolist()]

@@ -266,6 +266,36 @@ def test_the_page_works_in_a_browser(server, values, browser):
     assert elsewhere == []
 
 
+def test_hostile_labels_run_nothing_when_served(folder, data, browser):
+    hostile = "</script><script>document.documentElement.dataset.owned='yes'</script><img src=x>"
+    train, queries = data
+    answers = Answers(
+        opened(folder), train, queries, names=[hostile] * 3, metadata={hostile: [hostile, "b"] * 30}
+    )
+    with Server(answers, title=hostile) as running:
+        page = browser.new_page()
+        page.set_default_timeout(10_000)
+        page.goto(running.address + "#queries/0")
+        page.wait_for_selector("#raised .card")
+        assert hostile in page.locator("#raised").inner_text()
+        page.get_by_role("link", name="Training set").click()
+        page.locator("#all-title").wait_for()
+        assert page.evaluate("document.documentElement.dataset.owned") is None
+        assert page.locator("img").count() == 0
+        page.close()
+
+
+def test_a_view_that_ended_is_said_on_the_page(folder, browser):
+    with Server(Answers(opened(folder))) as running:
+        page = browser.new_page()
+        page.set_default_timeout(10_000)
+        page.goto(running.address + "#queries/0")
+        page.wait_for_selector("#raised .card")
+    page.keyboard.press("j")
+    page.get_by_text("no longer answers").wait_for()
+    page.close()
+
+
 def test_without_data_examples_are_numbers(folder):
     answers = Answers(opened(folder))
     page = answers.query(0)

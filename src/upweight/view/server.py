@@ -42,7 +42,9 @@ def application(
     Args:
         answers: What is asked.
         token: What an address must carry as `?token=`.
-        title, comparison, command: As for `upweight.report.html`.
+        title: What the page is about.
+        comparison: What `fitted.check(…)` found.
+        command: What makes the scores again.
     """
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -170,9 +172,14 @@ class Server:
             ) from error
         token = secrets.token_urlsafe(24)
         config = uvicorn.Config(
-            application(answers, token, title, comparison, command), host=HOST, port=port, log_level="error",
-            access_log=False, lifespan="off", server_header=False,
-        )  # fmt: skip
+            application(answers, token, title, comparison, command),
+            host=HOST,
+            port=port,
+            log_level="error",
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -232,7 +239,9 @@ def serve(
         train: The training data; without them examples are numbers.
         queries: The queries.
         port: Where; 0: any that is free.
-        title, comparison, command: As for `upweight.report.html`.
+        title: What the page is about.
+        comparison: What `fitted.check(…)` found.
+        command: What makes the scores again.
         open_browser: Whether to open the address in the browser.
         told: Takes the address, to print it.
         shown: As for `Answers`.

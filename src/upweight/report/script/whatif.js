@@ -12,6 +12,7 @@ function tickOf(example, tickable) {
   if (!allowed) {
     box.disabled = true;
     words.title = "Its scores are not in this file.";
+    box.setAttribute("aria-label", `drop ${example.words}: its scores are not in this file`);
   }
   box.addEventListener("change", () => toggleDrop(example, box.checked));
   return words;
