@@ -17,7 +17,7 @@ from tests.report.conftest import provenance
 from upweight.errors import DataError, ShapeError, SpecError, UpweightError
 from upweight.runtime.shards import ScoreShards
 from upweight.scores import Scores, Unit
-from upweight.view import Answers, Server, matrix, opened
+from upweight.view import Answers, Server, matrix, opened, serve
 from upweight.view.matrix import keeping
 
 N, Q = 60, 4
@@ -294,6 +294,35 @@ def test_a_view_that_ended_is_said_on_the_page(folder, browser):
     page.keyboard.press("j")
     page.get_by_text("no longer answers").wait_for()
     page.close()
+
+
+def test_serve_tells_its_address_and_stops_when_interrupted(folder, data, monkeypatch):
+    told = []
+
+    def interrupted(server):
+        assert asked(server, "query/0")[0] == 200
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "wait", interrupted)
+    train, queries = data
+    serve(folder, train, queries, title="t", told=told.append)
+    assert told[0].startswith("http://127.0.0.1:") and told[1] == "stopped"
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(told[0], timeout=2)
+
+
+def test_a_live_model_is_asked_about_the_queries(folder):
+    import upweight as uw
+
+    torch.manual_seed(0)
+    X, y = torch.randn(N, 3, dtype=torch.float64), torch.arange(N) % 2
+    task = uw.Task(torch.nn.Linear(3, 2).double(), loss=uw.CrossEntropy())
+    train, queries = uw.as_data((X, y)), uw.as_data((X[:Q], y[:Q]))
+    scores = opened(folder).attach(uw.Context(task, train, queries, uw.Loss()))
+    answers = Answers(scores, train, queries)
+    losses = task.losses(task.theta(), (X[:Q], y[:Q])).tolist()
+    np.testing.assert_allclose([q["value"] for q in answers.meta["queries"]], losses, rtol=1e-4)
+    assert "suspicious" not in answers.training
 
 
 def test_without_data_examples_are_numbers(folder):

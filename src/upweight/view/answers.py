@@ -44,7 +44,8 @@ class Answers:
     """Scores, and what their columns and rows are, ready to be asked.
 
     Args:
-        scores: S or Δm, in memory or memory-mapped.
+        scores: S or Δm, in memory or memory-mapped. With a context, what the model says of the
+            queries is asked of it.
         train: The training data; without them examples are numbers.
         queries: The queries.
         names, features, values, predictions, train_images, query_images, train_texts, query_texts,
@@ -237,7 +238,12 @@ class Answers:
         if self._labels is not None and 1 < len(set(self._labels)) <= MOST_GROUPS:
             groupings = {LABELS: grouping(self._labels, self.n, LABELS), **groupings}
         found = kept_totals(self.scores, groupings, self._keep)
-        facts = train_facts(self.scores, losses, self_influence)
+        # Not asked of a live model: of a million examples that would take its time.
+        facts = train_facts(
+            self.scores,
+            () if losses is None else losses,
+            () if self_influence is None else self_influence,
+        )
         self._numbers: dict[str, NDArray[np.float64]] = {
             "absolute": found.absolute,
             "signed": found.signed,

@@ -18,6 +18,7 @@ from upweight.errors import SpecError, UpweightError, message
 from upweight.report.check import Comparison
 from upweight.report.page import subsets_of, words_of
 from upweight.report.rendering import render_page
+from upweight.scores import Context
 from upweight.view.answers import MOST_DROPPED, PER_PAGE, Answers, wanted
 from upweight.view.matrix import keeping, opened
 
@@ -228,6 +229,7 @@ def serve(
     title: str | None = None,
     comparison: Comparison | None = None,
     command: str | None = None,
+    context: Context | None = None,
     open_browser: bool = False,
     told: Callable[[str], None] = print,
     **shown: Any,
@@ -242,6 +244,7 @@ def serve(
         title: What the page is about.
         comparison: What `fitted.check(…)` found.
         command: What makes the scores again.
+        context: The live task, for the measurement and the prediction of each query.
         open_browser: Whether to open the address in the browser.
         told: Takes the address, to print it.
         shown: As for `Answers`.
@@ -250,6 +253,8 @@ def serve(
         UpweightError: See `opened` and `Answers`.
     """
     scores = opened(folder)
+    if context is not None:
+        scores = scores.attach(context)
     answers = Answers(scores, train, queries, keep=keeping(folder), **shown)
     with Server(answers, port, title, comparison, command) as server:
         told(server.address)
