@@ -33,7 +33,9 @@ MAY_IMPORT = {
         "scores", "method", "evaluation",
     },
     "training": {"errors", "_typing", "runtime", "task"},
-    "evaluation": {"errors", "_typing", "runtime", "task", "scores", "method", "training"},
+    "evaluation": {
+        "errors", "_typing", "runtime", "task", "plot", "scores", "method", "training",
+    },
     "applications": {"errors", "_typing", "task", "scores", "method"},
     "report": {"errors", "_typing", "task", "scores", "method"},
     "runs": {

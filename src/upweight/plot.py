@@ -54,7 +54,7 @@ class Plot:
                     f"use an index in 0…{q - 1}.",
                 )
             )
-        ax = _axes(ax)
+        ax = axes(ax)
         row = self.scores.values[query].detach().double().cpu().numpy()
         for part, color in ((row[row < 0], LOWERED), (row[row >= 0], RAISED)):
             if len(part):
@@ -79,7 +79,7 @@ class Plot:
                     "pass both for the same removals, in one order.",
                 )
             )
-        ax = _axes(ax)
+        ax = axes(ax)
         x, y = [float(v) for v in actual], [float(v) for v in predicted]
         ends = (min([0.0, *x, *y]), max([0.0, *x, *y]))
         ax.plot(ends, ends, color="0.4", linewidth=1)
@@ -89,7 +89,7 @@ class Plot:
 
     def value(self, ax: "Axes | None" = None) -> "Axes":
         """Σ_q |S[q, i]| of every training example, sorted: how few hold how much."""
-        ax = _axes(ax)
+        ax = axes(ax)
         total = torch.zeros(self.scores.values.shape[1], dtype=torch.float64)
         for row in self.scores.values:  # a row at a time: nothing else of size q·n
             total += row.detach().double().cpu().abs()
@@ -131,7 +131,7 @@ class Plot:
             sums = torch.zeros(len(rows), dtype=torch.float64)
             sums.index_add_(0, codes, row.detach().double().cpu())
             matrix[:, columns.index(name)] += sums / sizes / asked.count(name)
-        ax = _axes(ax)
+        ax = axes(ax)
         most = float(matrix.abs().max()) or 1.0
         image = ax.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-most, vmax=most)
         figure = ax.figure
@@ -157,7 +157,7 @@ class Plot:
                     "read provenance.health, which has what is known.",
                 )
             )
-        ax = _axes(ax)
+        ax = axes(ax)
         places = range(len(blocks))
         marks = {"mean_eigenvalue": "o", "largest_eigenvalue": "|", "damping": "D"}
         for name, marker in marks.items():
@@ -172,7 +172,8 @@ class Plot:
         return ax
 
 
-def _axes(ax: "Axes | None") -> "Axes":
+def axes(ax: "Axes | None") -> "Axes":
+    """The Axes given, or new ones of a figure of their own."""
     if ax is not None:
         return ax
     from matplotlib.backends.backend_agg import FigureCanvasAgg
