@@ -35,6 +35,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gaps.json", metavar="FILE")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="where to draw the five gaps")
     given = parser.parse_args()
     started = time.perf_counter()
     read = uw.data.mnist_subset()
@@ -76,6 +77,10 @@ def main() -> None:
     }
     print(json.dumps(report["correlations"], indent=2))
     given.out.write_text(json.dumps(report, indent=2) + "\n")
+    if given.figure:
+        figure = found.plot().figure
+        figure.set_size_inches(7, 3)
+        figure.savefig(given.figure, dpi=110)
 
 
 if __name__ == "__main__":

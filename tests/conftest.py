@@ -1,7 +1,9 @@
 """What holds for every test: float64, one thread, one seed, and shapes checked at every call."""
 
+import shutil
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -26,3 +28,25 @@ def same_start() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     assert torch.get_default_dtype() == torch.float64, "the test changed the default dtype"
+
+
+CHROMIUM = next(
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
+)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """One headless Chromium for all tests: the one that is installed."""
+    api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield browser
+        browser.close()

@@ -180,7 +180,7 @@ def smooth_hinge(g):
     return task, (X, y), (draw(g, 3, 2), torch.tensor([[1.0], [-1.0], [1.0]]).double())
 
 
-@problem_named("linear")
+@problem_named("linear", "sampled")
 def weighted(g):
     """Example 2 has weight 0: its gradient is zero at every θ."""
     v = draw(g, 12).abs()
@@ -354,6 +354,21 @@ def padded_sequences(g):
     for i, length in enumerate([4, 2, 3, 1, 0, 4, 2, 3, 4]):
         y[i, length:] = -100
     return task, (x, y), (tokens(g, 3), tokens(g, 3))
+
+
+@problem_named("sampled")
+def weighted_positions(g):
+    """Each position of a sequence has a weight of its own, 0 where it is padding."""
+    layers = [nn.Embedding(4, 2), nn.Tanh(), nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 4)]
+    model = initialized(nn.Sequential(*layers), g)
+    task = uw.Task(model, uw.Weighted(uw.CrossEntropy()), uw.L2(0.01))
+
+    def some(n):
+        v = draw(g, n, 4).abs() + 0.1
+        v[1, 2:] = 0.0
+        return tokens(g, n), (tokens(g, n), v)
+
+    return task, some(9), some(3)
 
 
 @problem_named("sampled")

@@ -25,26 +25,34 @@ MAY_IMPORT = {
     "contraction": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature",
     },
-    "scores": {"errors", "_typing", "runtime", "task"},
+    "plot": {"errors", "_typing"},
+    "scores": {"errors", "_typing", "runtime", "task", "plot"},
     "method": {"scores", "task"},
     "methods": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
         "scores", "method", "evaluation",
     },
     "training": {"errors", "_typing", "runtime", "task"},
-    "evaluation": {"errors", "_typing", "runtime", "task", "scores", "method", "training"},
+    "evaluation": {
+        "errors", "_typing", "runtime", "task", "plot", "scores", "method", "training",
+    },
     "applications": {"errors", "_typing", "task", "scores", "method"},
     "report": {"errors", "_typing", "task", "scores", "method"},
     "runs": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
         "scores", "method", "methods", "evaluation",
     },
+    "view": {"errors", "_typing", "runtime", "task", "scores", "report"},
 }  # fmt: skip
 LEAVES = {"adapters", "cli", "testing"}  # may import everything but each other
 MATHS = {"linalg", "curvature", "gradients", "contraction", "methods", "applications"}
 NOT_IN_MATHS = {"os", "json", "pathlib", "safetensors", "torch.distributed", "logging"}
 ONLY_IN_ADAPTERS = {"sklearn", "statsmodels", "scipy", "transformers"}
-ONLY_WHEN_CALLED = {"pandas", "torch.distributed"}  # outside adapters: not when a module is loaded
+ONLY_WHEN_CALLED = {
+    "pandas",
+    "matplotlib",
+    "torch.distributed",
+}  # outside adapters: not when a module is loaded
 BANNED_NAMES = {"utils", "helpers", "common", "misc", "core", "base"}
 BANNED_PREFIXES = ("compute_", "get_", "calc_")
 TEXT = {".css", ".html", ".js", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}

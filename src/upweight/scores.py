@@ -29,6 +29,7 @@ from upweight.errors import (
     UpweightError,
     message,
 )
+from upweight.plot import Plot
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.shards import ScoreShards
 from upweight.task.data import Data
@@ -367,6 +368,11 @@ class Scores:
     def attach(self, context: Context) -> "Scores":
         """The same scores with a live task and data."""
         return replace(self, context=context)
+
+    @property
+    def plot(self) -> Plot:
+        """Figures by Matplotlib: `histogram`, `agreement`, `value`, `classes`, `spectrum`."""
+        return Plot(self)
 
     def to_pandas(self) -> "pd.DataFrame":
         """A table with a row per query and a column per training example or group."""

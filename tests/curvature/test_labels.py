@@ -81,7 +81,10 @@ def test_expected_labels_reach_the_tails_of_a_confident_model():
     torch.testing.assert_close(found, dense.ggn(task, data), rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["logistic", "softmax", "ridge_two_outputs", "poisson", "tied"])
+UNBIASED = ["logistic", "softmax", "ridge_two_outputs", "poisson", "tied", "weighted"]
+
+
+@pytest.mark.parametrize("name", [*UNBIASED, "weighted_positions"])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_sampled_labels_are_unbiased(name, samples):
     """The mean over 1000 draws is within four standard errors of the expectation, each entry.

@@ -101,3 +101,12 @@ def test_stages_must_fit_each_other():
     diverged["cold start"][3, 0] = torch.nan
     with pytest.raises(NonFinite, match="cold start"):
         Gaps(tuple((k,) for k in range(30)), diverged)
+
+
+def test_the_figure_holds_the_five_sizes():
+    found = Gaps(tuple((i,) for i in range(30)), made())
+    ax = found.plot()
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(GAPS)
+    assert [bar.get_width() for bar in ax.patches] == [gap.size.value for gap in found.each]
+    shares = [text.get_text().strip() for text in ax.texts]
+    assert shares == [f"{round(100 * gap.share.value)} % of the whole" for gap in found.each]

@@ -25,7 +25,7 @@ from upweight.errors import (
     SpecError,
 )
 from upweight.scores import TopScores
-from upweight.task.data import as_data
+from upweight.task.data import Data, as_data
 
 METHOD = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1))
 PROBLEMS = ["softmax", "mlp_tanh", "tied", "dict_batch"]
@@ -177,6 +177,21 @@ def test_tokens_of_examples_that_are_not_there_are_refused(chosen):
     task, train, queries = sequence("pooled")
     with pytest.raises(ShapeError, match=r"indices in 0…6"):
         METHOD.fit(task, train).by_token(queries, chosen)
+
+
+def test_a_finer_grid_has_no_share_in_the_positions_of_a_coarser():
+    """16 positions of the first convolution are not four uses at each of 4 of the second."""
+    g = torch.Generator().manual_seed(3)
+    layers = [nn.Conv2d(1, 2, 1), nn.AvgPool2d(2), nn.Tanh(), nn.Conv2d(2, 3, 1), nn.Flatten()]
+    model = initialized(nn.Sequential(*layers, nn.Linear(12, 3)), g)
+    train, queries = ((draw(g, n, 1, 4, 4), labels(g, n, 3)) for n in (7, 3))
+    method = METHOD.fit(uw.Task(model, uw.CrossEntropy()), train)
+    shares, rest = method.by_token(queries, [2, 5])
+    layer = method.by_layer(queries, tolerance=0)
+    assert shares.shape == (3, 2, 4)
+    assert_same(shares.sum(dim=2), layer["3.weight"].values[:, [2, 5]], 1e-10)
+    others = sum(layer[name].values for name in ("0.weight", "5.weight"))
+    assert_same(rest, others[:, [2, 5]], 1e-10)
 
 
 def test_tokens_of_a_model_without_positions_are_refused():
@@ -430,3 +445,61 @@ def test_dropout_in_training_mode_is_refused():
         9,
         9,
     )
+
+
+# -- progress ---------------------------------------------------------------------------------
+
+
+class Read(Data):
+    """Data that count what is read of them."""
+
+    def __init__(self, data):
+        self.data, self.examples = data, 0
+
+    def __len__(self):
+        return len(self.data)
+
+    def take(self, indices):
+        self.examples += len(indices)
+        return self.data.take(indices)
+
+
+def test_every_pass_over_the_data_is_announced(monkeypatch, tmp_path):
+    """What is read beside the bars is a few examples to plan, probe and choose with."""
+    g = torch.Generator().manual_seed(0)
+    n, announced = 3000, {}
+
+    class Bar:
+        def __init__(self, desc, **options):
+            self.desc = desc
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def update(self, count):
+            announced[self.desc] = announced.get(self.desc, 0) + count
+
+    monkeypatch.setattr("upweight.runtime.progress.tqdm", Bar)
+    train = Read(as_data((draw(g, n, 2), labels(g, n, 3))))
+    queries = (draw(g, 2, 2), labels(g, 2, 3))
+    model = initialized(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3)), g)
+    method = uw.Influence(uw.EKFAC(examples=1500), damping=0.1)
+    fitted = method.fit(uw.Task(model, uw.CrossEntropy()), train, store=tmp_path / "fit")
+    fitted.attribute(queries)
+    fitted.top(queries, 2)
+    fitted.group(queries, [0] * n)
+    fitted.by_layer(queries)
+    fitted.write(queries, tmp_path / "scores")
+    fitted.self_influence()
+    _ = fitted.stationarity
+    assert {name for name, count in announced.items() if count >= 1500} == {
+        "hashing the data", "curvature, pass 1 of 2", "curvature, pass 2 of 2",
+        "checking training data", "scores", "self-influence", "stationarity",
+    }  # fmt: skip
+    # The second pass reads what the first kept.
+    others = ("queries", "checking queries", "curvature, pass 2 of 2")
+    of_data = sum(count for name, count in announced.items() if name not in others)
+    assert 0 <= train.examples - of_data < n

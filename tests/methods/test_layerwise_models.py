@@ -437,24 +437,40 @@ def test_scores_that_are_not_finite_are_refused_whatever_is_asked(tmp_path):
 
 
 class Checkpointed(nn.Module):
+    """A linear map and attention, run again in the backward pass."""
+
     def __init__(self, reentrant):
         super().__init__()
         self.first, self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
         self.reentrant = reentrant
 
+    def part(self, h):
+        q = self.body(h)[:, None]
+        return nn.functional.scaled_dot_product_attention(q, q, h[:, None])[:, 0]
+
     def forward(self, x):
-        x = torch.utils.checkpoint.checkpoint(
-            lambda h: torch.tanh(self.body(h)), self.first(x), use_reentrant=self.reentrant
-        )
-        return self.head(x)
+        h = torch.tanh(self.first(x))
+        if self.reentrant is None:
+            return self.head(self.part(h).mean(dim=1))
+        h = torch.utils.checkpoint.checkpoint(self.part, h, use_reentrant=self.reentrant)
+        return self.head(h.mean(dim=1))
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs")  # PyTorch's, under no_grad
 def test_checkpoints_work_or_are_refused_by_name():
     g = torch.Generator().manual_seed(0)
-    model, train = initialized(Checkpointed(False), g), data(g)
-    fitted, queries = METHOD.fit(uw.Task(model, uw.CrossEntropy()), train), data(g, 3)
-    assert_same(fitted.attribute(queries, tolerance=0).values, reference(fitted, queries), 1e-10)
+    model = initialized(Checkpointed(False), g)
+    train, queries = ((draw(g, n, 5, 4), labels(g, n, 3)) for n in (9, 3))
+    fitted = METHOD.fit(uw.Task(model, uw.CrossEntropy()), train)
+    found = {m: fitted.attribute(queries, m, tolerance=0).values for m in (uw.Loss(), uw.Margin())}
+    own = fitted.self_influence()
+    model.reentrant = None
+    plain = METHOD.fit(uw.Task(model, uw.CrossEntropy()), train)
+    for measure, values in found.items():
+        expected = plain.attribute(queries, measure, tolerance=0).values
+        assert_same(values, expected, 1e-10)
+    assert_same(found[uw.Loss()], reference(fitted, queries), 1e-10)
+    assert_same(own, plain.self_influence(), 1e-10)
     model.reentrant = True
     with pytest.raises(uw.errors.UnsupportedModel, match="use_reentrant=False"):
         METHOD.fit(uw.Task(model, uw.CrossEntropy()), train)
@@ -475,3 +491,13 @@ def test_a_number_of_examples_is_a_whole_number(examples):
     object.__setattr__(spec, "examples", examples)  # past the suite's own check of types
     with pytest.raises(uw.errors.DataError, match=rf"examples={examples}"):
         spec.fit(uw.Task(network(g), uw.CrossEntropy()), as_data(data(g)))
+
+
+def test_inference_mode_is_refused_by_name():
+    g = torch.Generator().manual_seed(0)
+    task, train = uw.Task(network(g), uw.CrossEntropy()), data(g)
+    with (
+        torch.inference_mode(),
+        pytest.raises(uw.errors.NotDifferentiable, match="leave inference mode"),
+    ):
+        METHOD.fit(task, train)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -163,3 +164,37 @@ def layerwise(run: Run) -> Run:
 @pytest.fixture
 def make_provenance() -> Any:
     return provenance
+
+
+@pytest.fixture
+def opened(browser: Any) -> Iterator[Callable[..., Any]]:
+    """A page after its script ran; complaints and requests to anywhere fail the test."""
+    pages, complaints, requests = [], [], []
+
+    def open_page(
+        path: Path,
+        fragment: str = "",
+        width: int = 1280,
+        height: int = 900,
+        scheme: str = "light",
+        ready: str = "html[data-ready]",
+    ) -> Any:
+        viewport = {"width": width, "height": height}
+        page = browser.new_page(viewport=viewport, color_scheme=scheme)
+        page.set_default_timeout(10_000)
+        page.on("console", lambda said: complaints.append(said.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(path.as_uri() + fragment)
+        page.wait_for_selector(ready)
+        pages.append(page)
+        return page
+
+    yield open_page
+    errors = [page.evaluate("document.documentElement.dataset.error") for page in pages]
+    for page in pages:
+        page.close()
+    assert complaints == []
+    assert errors == [None] * len(pages)
+    outside = [url for url in requests if not url.startswith(("file:", "data:", "blob:"))]
+    assert outside == []

@@ -35,19 +35,25 @@ class Tags(HTMLParser):
 
 
 def test_the_page_has_its_parts_in_order(run, make_check):
-    run.options = {"checks": [make_check(), make_check(label="leverage-corrected", scale=1.4)]}
+    run.options = {
+        "checks": [make_check(), make_check(label="leverage-corrected", scale=1.4)],
+        "command": "upweight demo --out here",
+    }
     page = run.write()
     parts = [
-        "What raised and lowered the loss on this image",
-        "Can I trust this?",
+        "Which training images moved the loss",
+        '<h2 id="trust-title" tabindex="-1">Can I trust this?',
         "3 training images were really removed",
         "The leverage-corrected prediction",
+        "<b>Unit.</b> A score is ∂loss/∂w",
         "1.010<small>[1.000, 1.020]",
         "Row-sum excess",
+        "How this was made",
+        "upweight demo --out here",
+        "Influence(curvature=Hessian()",
         "Raised its loss",
         "Lowered its loss",
-        "How this was made",
-        "Influence(curvature=Hessian()",
+        "What if I drop these?",
     ]
     places = [page.index(part) for part in parts]
     assert places == sorted(places)
@@ -97,7 +103,7 @@ def test_a_function_as_measure_leaves_no_memory_address(run, make_provenance):
     made = make_provenance(measure="OutputMeasure(function=<function f at 0x7f3a1c>)")
     run.scores = replace(run.scores, provenance=made)
     page = run.write()
-    assert "What raised and lowered the measurement on this image" in page
+    assert "Which training images moved the measurement" in page
     assert "0x7f3a1c" not in page
 
 
@@ -114,8 +120,8 @@ def test_hostile_text_stays_text(run, make_check, make_provenance):
     assert "<script>document" not in page
     assert "\u2028" not in re.search(r'id="data">(.*?)</script>', page, re.S)[1]
     assert run.data()["queries"][0]["label"] == HOSTILE
-    # A kicker, a list of notes with its heading and a footer line: elements of ours and no others.
-    assert sorted(Tags(page).tags) == sorted([*honest, "p", "h3", "ul", "li", "div", "dt", "dd"])
+    # A kicker, a list of notes with its heading and a command: elements of ours and no others.
+    assert sorted(Tags(page).tags) == sorted([*honest, "p", "h3", "ul", "li", "p", "pre", "code"])
 
 
 def test_nothing_comes_from_outside(run):
@@ -134,11 +140,10 @@ def test_one_query_and_one_training_example(run):
     assert data["queries"][0]["lowered"]["places"] == []
 
 
-def test_scores_of_zero_make_a_page_without_training_images(run):
+def test_scores_of_zero_make_a_page_without_ranked_images(run):
     run.scores = replace(run.scores, values=torch.zeros(3, 10))
     data = run.data()
-    assert data["train"]["index"] == []
-    assert list(data["sprites"]) == ["query"]
+    assert all(q[side]["places"] == [] for q in data["queries"] for side in ("raised", "lowered"))
 
 
 def test_tables_show_the_columns_that_differ_most(run):
@@ -202,7 +207,7 @@ def test_rank_scores_predict_no_change(run):
 def test_a_failed_write_leaves_the_old_page(run, monkeypatch):
     before = run.write()
     monkeypatch.setattr(
-        "upweight.report.page.os.replace", lambda *_: (_ for _ in ()).throw(OSError)
+        "upweight.report.rendering.os.replace", lambda *_: (_ for _ in ()).throw(OSError)
     )
     run.options = {"title": "another"}
     with pytest.raises(OSError):

@@ -37,6 +37,7 @@ def cases():
     f1, f2, y2 = 2 * draw(g(5), 6), 2 * draw(g(6), 6, 2), labels(g(7), 12, 2).double().reshape(6, 2)
     counts = torch.poisson(torch.ones(6, 2).double(), generator=g(8))
     v = draw(g(9), 6).abs()
+    per_token, per_output = draw(g(10), 4, 5).abs(), draw(g(11), 6, 2).abs()
     hinge = F.softplus(1 - signs(6, 2) * f2, beta=1 / 0.3, threshold=1e9)
     return {
         "classes": (uw.CrossEntropy(), f, y, F.cross_entropy(f, y, reduction="none")),
@@ -102,11 +103,24 @@ def cases():
             (y, v),
             v * F.cross_entropy(f, y, reduction="none"),
         ),
+        "weighted positions": (
+            uw.Weighted(uw.CrossEntropy()),
+            seq,
+            (tok, per_token),
+            (per_token * F.cross_entropy(seq.mT, tok, reduction="none")).sum(dim=1),
+        ),
+        "weighted squares": (
+            uw.Weighted(uw.SquaredError()),
+            f2,
+            (y2, per_output),
+            (per_output * 0.5 * (f2 - y2) ** 2).sum(dim=1),
+        ),
         "custom": (as_loss(pseudo_huber), f2, y2, pseudo_huber(f2, y2)),
     }
 
 
 CASES = cases()
+WEIGHTED = uw.Weighted(uw.CrossEntropy())
 
 
 def derivatives(loss, outputs, targets):
@@ -251,6 +265,8 @@ def test_samples_leave_padding_out():
         (uw.SquaredError(), (4,), torch.zeros(4, 1), ShapeError, "broadcasting"),
         (uw.SquaredError(), (4,), torch.zeros(4).long(), DtypeError, "torch.int64"),
         (uw.Poisson(), (4,), torch.tensor([0.0, -1, 2, 0]), DataError, "at least 0"),
+        (WEIGHTED, (4, 3), (torch.zeros(4).long(), torch.ones(4, 1)), ShapeError, r"\(4, 1\)"),
+        (WEIGHTED, (4, 3), (torch.zeros(4).long(), torch.ones(3)), ShapeError, r"\(3,\)"),
         (uw.SmoothHinge(), (4,), torch.tensor([0.0, 1, 1, 1]), DataError, "{−1, \\+1}"),
         (uw.Weighted(uw.Bernoulli()), (4,), torch.zeros(4), DataError, r"\(y, v\)"),
         (

@@ -8,12 +8,14 @@ each job takes some of the queries and passes over the training set.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upweight._typing import Batch, Params
 from upweight.contraction.choose import TRUNCATION_SHARE, Choice, choose
@@ -344,12 +346,16 @@ def _measured_gradients(
     def function(params: Params, batch: Any) -> Tensor:
         return measure(task, params, batch)
 
-    # ∇m = ∇ℓ needs no kernels for derivatives of higher order.
-    chosen = training_loss(task) if isinstance(measure, Loss) else function
+    # ∇m = ∇ℓ needs no kernels for derivatives of higher order; what a measure calls has them, and
+    # what a checkpoint runs again in the backward pass must find the same.
+    is_loss = isinstance(measure, Loss)
+    chosen = training_loss(task) if is_loss else function
     with GradientPass(curvature.plan) as passes:
         batches = queries.batches(size)
         for start, stop, batch in progress(batches, len(queries), "queries"):
-            yield start, stop, passes.of(chosen, task.to_device(batch))
+            with nullcontext() if is_loss else sdpa_kernel(SDPBackend.MATH):
+                factors = passes.of(chosen, task.to_device(batch))
+            yield start, stop, factors
 
 
 def _counts(measure: Callable[..., Tensor], q: int) -> str:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch, Params
-from upweight.errors import NotDifferentiable, UnsupportedModel, message
+from upweight.errors import UnsupportedModel, message
+from upweight.task.check import require_recording
 from upweight.task.task import Task
 
 _T = TypeVar("_T")
@@ -106,8 +107,7 @@ class Capture:
         self._context = ExitStack()
 
     def __enter__(self) -> "Capture":
-        if torch.is_inference_mode_enabled():  # unlike no_grad, it cannot be lifted inside of it
-            raise NotDifferentiable(_inference_mode())
+        require_recording()
         self._context.enter_context(lent(self.task.model))
         self._context.enter_context(as_written())
         # PyTorch's inference path for transformers calls no layers, and packs padded sequences.
@@ -331,15 +331,6 @@ def _first(output: Any) -> tuple[Tensor | None, tuple[Any, ...] | None]:
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
         return output[0], output[1:]
     return None, None
-
-
-def _inference_mode() -> str:
-    return message(
-        "Gradients must be taken where autograd can record.",
-        "a call inside torch.inference_mode().",
-        "a whole script run in inference mode, or a decorated function.",
-        "leave inference mode for this call; torch.no_grad() may stay.",
-    )
 
 
 def _unrecorded(name: str) -> str:

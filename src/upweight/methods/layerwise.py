@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch, Folder
@@ -39,6 +39,7 @@ from upweight.errors import (
     UpweightError,
     message,
 )
+from upweight.gradients.blocks import Block
 from upweight.gradients.factored import Tokens
 from upweight.gradients.passes import GradientPass
 from upweight.linalg.damping import Damping, Evidence, as_damping
@@ -178,7 +179,7 @@ def _contents(data: Data) -> str:
     return digest(
         *(
             digest(*(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)))
-            for _, _, batch in data.batches(MOST_EXAMPLES)
+            for _, _, batch in progress(data.batches(MOST_EXAMPLES), len(data), "hashing the data")
         )
     )
 
@@ -345,7 +346,7 @@ class LayerwiseInfluence(Checked):
             "queries_together": queries_at_once(self.curvature, self.memory_bytes),
         }
         shards = ScoreShards.open(folder, len(self.train), len(data), description, settings)
-        if shards.is_whole and shards.header is not None:
+        if shards.header is not None and shards.is_whole:
             return shards
         memory_bytes, together = map(shards.settings.get, settings)
         choices: list[Choice] = []
@@ -468,7 +469,8 @@ class LayerwiseInfluence(Checked):
             S[q, i] = Σ_t share[q, i, t] + rest[q, i],    share = −(1/n) Σₗ δ_tᵀ (Hₗ+λₗ)⁻¹∇m_q a_t
 
         A position is where a weight was used: its share says through which tokens the example acts.
-        The rest are gains, biases by themselves and weights that are not used once per position.
+        The rest are gains, biases by themselves and weights that are not used once per position;
+        for convolutions the positions are those of the coarsest resolution above one.
         Exact (`tolerance` 0). Memory: q·p for the solved queries.
 
         Raises:
@@ -509,15 +511,26 @@ class LayerwiseInfluence(Checked):
         none = torch.zeros((), dtype=self.curvature.plan.dtype, device=self.theta.device)
         shares = none.repeat(len(job), len(chosen), t)
         rest = none.repeat(len(job), len(chosen))
-        for part, kernel in zip(factors, job.choice.kernels, strict=True):
+        blocks = self.curvature.plan.blocks
+        for block, part, kernel in zip(blocks, factors, job.choice.kernels, strict=True):
             vectors = getattr(kernel, "vectors", None)
-            if not isinstance(part, Tokens) or part.positions % t or vectors is None:
+            if not (
+                isinstance(part, Tokens) and vectors is not None and self._is_on(block, part, t)
+            ):
                 kernel.add_to(rest, part)
                 continue
             # A weight used twice per token has its uses one after the other.
             uses = torch.einsum("bto,qoi,bti->qbt", part.left, vectors, part.right)
             shares += uses.reshape(len(job), len(chosen), -1, t).sum(dim=2)
         return shares * -self.share, rest * -self.share
+
+    def _is_on(self, block: Block, part: Tokens, t: int) -> bool:
+        """Whether a weight was used once or several times at each of t positions."""
+        plan = self.curvature.plan
+        layers = [self.task.model.get_submodule(s.layer) for s in plan.sources[block.name]]
+        # More positions of a convolution are those of a finer grid.
+        is_grid = any(isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) for layer in layers)
+        return part.positions == t or (not is_grid and part.positions % t == 0)
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """S[i, i] = −(1/n) Σₗ gᵢᵀ (Hₗ + λₗ)⁻¹ gᵢ ≤ 0 of every training example, in one pass.
@@ -556,7 +569,8 @@ class LayerwiseInfluence(Checked):
         blocks = self.curvature.blocks
         totals = [torch.zeros_like(b.eigen.values) for b in blocks]
         with GradientPass(self.curvature.plan) as passes:
-            for _, _, batch in self.train.batches(_batch_size(self.curvature, self.memory_bytes)):
+            batches = self.train.batches(_batch_size(self.curvature, self.memory_bytes))
+            for _, _, batch in progress(batches, len(self.train), "stationarity"):
                 factors = passes.of(training_loss(self.task), self.task.to_device(batch))
                 for total, part in zip(totals, factors, strict=True):
                     total += part.total().reshape(total.shape)
@@ -712,16 +726,6 @@ class LayerwiseInfluence(Checked):
             raise ModelChanged(health.moved(self.task.theta(), self.theta))
 
 
-def _sums(shards: ScoreShards) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]]:
-    """Σᵢ S[q, i] and Σᵢ |S[q, i]| of scores on disk, which an interrupted pass wrote in parts."""
-    sums = torch.zeros(shards.q, dtype=torch.float64)
-    sizes = torch.zeros_like(sums)
-    for first, _, part in shards.pieces():
-        sums[first : first + part.shape[1]] += part.sum(dim=0)
-        sizes[first : first + part.shape[1]] += part.abs_().sum(dim=0)
-    return sums, sizes
-
-
 def _finite(part: Tensor, start: int, first: int = 0) -> Tensor:
     """The scores of some queries with some examples, refused where one is not finite."""
     bad = (~part.isfinite()).nonzero()
@@ -739,6 +743,16 @@ def _finite(part: Tensor, start: int, first: int = 0) -> Tensor:
             )
         )
     return part
+
+
+def _sums(shards: ScoreShards) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]]:
+    """Σᵢ S[q, i] and Σᵢ |S[q, i]| of scores on disk, which an interrupted pass wrote in parts."""
+    sums = torch.zeros(shards.q, dtype=torch.float64)
+    sizes = torch.zeros_like(sums)
+    for first, _, part in shards.pieces():
+        sums[first : first + part.shape[1]] += part.sum(dim=0)
+        sizes[first : first + part.shape[1]] += part.abs_().sum(dim=0)
+    return sums, sizes
 
 
 class _Extremes:

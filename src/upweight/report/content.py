@@ -1,7 +1,7 @@
 """Everything the page shows, as plain data: only what is shown, of however many scores."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,34 @@ from upweight.errors import ShapeError, message
 from upweight.report.check import Check
 from upweight.report.examples import Examples, class_name
 from upweight.report.facts import QueryFacts
+from upweight.report.shown import clipped, length
 from upweight.report.strongest import Strongest, effects, histogram, strongest
 from upweight.scores import Scores, Unit
 
-COLUMNS_SHOWN = 6
+COLUMNS_SHOWN = 5
 """Columns of a table row on a card: those in which the example and the query differ most."""
+
+ROW_SHOWN = 40
+"""Columns of a query's own row: the first ones."""
+
+MOST_TOKENS = 400
+"""Tokens of one example that are shown and coloured."""
+
+TOKEN_SCORES = 400_000
+"""Scores of tokens on the whole page; with many queries only the strongest examples have them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Scores of the tokens of training examples.
+
+    Args:
+        words: The tokens of every training example.
+        scores: (query, examples) → one row per example with a number per token.
+    """
+
+    words: Sequence[Sequence[str]]
+    scores: Callable[[int, list[int]], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +66,11 @@ def selection(scores: Scores, checks: Sequence[Check], k: int) -> Selection:
     shown = {column for end in ends for column in (*end.raised, *end.lowered)}
     shown |= {i for check in checks for removal in check.removed for i in removal}
     return Selection(ends, tuple(sorted(shown)))
+
+
+def including(chosen: Selection, columns: Iterable[int]) -> Selection:
+    """The same, with more columns shown."""
+    return Selection(chosen.ends, tuple(sorted({*chosen.columns, *columns})))
 
 
 def require_fit(
@@ -98,54 +126,115 @@ def payload(
     facts: QueryFacts,
     names: Sequence[str] | None,
     features: Sequence[str] | None,
+    tokens: Tokens | None,
 ) -> dict[str, Any]:
     """The data of the page, all of it JSON."""
     place = chosen.place
-    spread = _spread(train, queries)
+    spread = spread_of(train, queries)
+    asked = query_words(queries, facts, names)
     rows = []
     for q, end in enumerate(chosen.ends):
         effect = effects(scores, q)
         row: dict[str, Any] = {
-            "label": queries.labels[q],
-            "histogram": _histogram(effect),
-            **_facts(facts, q, queries.labels[q], names),
+            "histogram": histogram_of(effect),
+            **asked[q],
         }
         change = None if removal is None else -effects(removal, q)
         for side, columns in (("raised", end.raised), ("lowered", end.lowered)):
             places = [place[i] for i in columns]
-            row[side] = {"places": places, "scores": [_short(effect[i]) for i in columns]}
+            row[side] = {"places": places, "scores": [short(effect[i]) for i in columns]}
             if change is not None:
-                row[side]["changes"] = [_short(change[i]) for i in columns]
+                row[side]["changes"] = [short(change[i]) for i in columns]
             if spread is not None:
-                row[side]["differs"] = [_differences(train, queries, p, q, spread) for p in places]
+                row[side]["differs"] = [differences(train, queries, p, q, spread) for p in places]
+            if tokens is not None:
+                row[side]["tokens"] = _token_scores(tokens, q, columns, len(chosen.ends))
         rows.append(row)
     index = [scores.columns[i] if scores.columns else i for i in chosen.columns]
+    shown: dict[str, Any] = {
+        "index": index,
+        "column": list(chosen.columns),
+        "label": list(train.labels),
+        "contents": contents(train),
+    }
+    if tokens is not None:
+        shown["tokens"] = [
+            [str(token) for token in tokens.words[i][:MOST_TOKENS]] for i in chosen.columns
+        ]
     return {
-        "train": {"index": index, "label": list(train.labels)},
+        "train": shown,
         "queries": rows,
         "checks": [_check(check, place) for check in checks],
         "features": _features(train, features),
         "newton": removal is not None,
         "predicts": scores.unit is not Unit.RANK,
+        "n": scores.values.shape[1],
+        "groups": scores.columns is not None,
     }
 
 
-def _short(value: float) -> float:
+def query_words(
+    queries: Examples, facts: QueryFacts, names: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """Of each query its label, what the model says of it, and what is not a tile."""
+    return [
+        {"label": label, **_facts(facts, q, label, names), **content}
+        for q, (label, content) in enumerate(zip(queries.labels, contents(queries), strict=True))
+    ]
+
+
+def contents(shown: Examples) -> list[dict[str, Any]]:
+    """Of each example what is not a tile: its text, its row, or what a renderer gave."""
+    if shown.custom is not None:
+        return [{"custom": parts} for parts in shown.custom]
+    if shown.texts is not None:
+        most = length(len(shown.texts))
+        return [{"text": clipped(text, most)} for text in shown.texts]
+    if shown.table is not None:
+        return [{"row": [short(v) for v in row[:ROW_SHOWN]]} for row in shown.table]
+    return [{}] * len(shown.labels)
+
+
+def _token_scores(
+    tokens: Tokens, q: int, columns: Sequence[int], queries: int
+) -> list[list[float]]:
+    longest = max((min(MOST_TOKENS, len(tokens.words[i])) for i in columns), default=1)
+    some = columns[: max(1, TOKEN_SCORES // (2 * queries * max(1, longest)))]
+    if not some:
+        return []
+    found = np.asarray(tokens.scores(q, list(some)), dtype=np.float64)
+    if found.ndim != 2 or len(found) != len(some):
+        raise ShapeError(
+            message(
+                f"token_scores must return one row of numbers per example: [{len(some)}, t].",
+                f"shape {found.shape}.",
+                "the scores of all queries at once, as by_token returns them.",
+                "return shares[0] of by_token(one query, examples).",
+            )
+        )
+    return [
+        [float(f"{v:.3g}") for v in row[: min(MOST_TOKENS, len(tokens.words[i]))]]
+        for i, row in zip(some, found, strict=True)
+    ]
+
+
+def short(value: float, digits: int = 6) -> float:
     """Six digits: more than a reader or a pixel can tell apart, at a third of the bytes."""
-    return float(f"{value:.6g}")
+    return float(f"{value:.{digits}g}")
 
 
-def _histogram(effect: NDArray[np.float64]) -> dict[str, Any]:
+def histogram_of(effect: NDArray[np.float64]) -> dict[str, Any]:
+    """The histogram of one row of effects, as the page draws it."""
     start, width, counts = histogram(effect)
-    ends = {"low": _short(float(effect.min())), "high": _short(float(effect.max()))}
+    ends = {"low": short(float(effect.min())), "high": short(float(effect.max()))}
     ends["positive"] = int((effect > 0).sum())
-    return {"start": _short(start), "width": _short(width), "counts": counts, **ends}
+    return {"start": short(start), "width": short(width), "counts": counts, **ends}
 
 
 def _facts(facts: QueryFacts, q: int, label: str, names: Sequence[str] | None) -> dict[str, Any]:
     known: dict[str, Any] = {}
     if facts.values is not None and math.isfinite(facts.values[q]):
-        known["value"] = _short(facts.values[q])
+        known["value"] = short(facts.values[q])
     if facts.predictions is not None:
         value = facts.predictions[q]
         known["prediction"] = value if isinstance(value, str) else class_name(value, names)
@@ -159,15 +248,15 @@ def _check(check: Check, place: dict[int, int]) -> dict[str, Any]:
         "query": check.query,
         "removed": [[place[i] for i in removal] for removal in check.removed],
         "names": None if check.names is None else [str(name) for name in check.names],
-        "predicted": [_short(float(v)) for v in check.predicted],
-        "actual": [_short(float(v)) for v in check.actual],
-        "errors": None if check.errors is None else [_short(float(v)) for v in check.errors],
+        "predicted": [short(float(v)) for v in check.predicted],
+        "actual": [short(float(v)) for v in check.actual],
+        "errors": None if check.errors is None else [short(float(v)) for v in check.errors],
         "repeats": check.repeats,
-        "slope": _short(check.slope[0]) if math.isfinite(check.slope[0]) else None,
+        "slope": short(check.slope[0]) if math.isfinite(check.slope[0]) else None,
     }
 
 
-def _spread(train: Examples, queries: Examples) -> NDArray[np.float64] | None:
+def spread_of(train: Examples, queries: Examples) -> NDArray[np.float64] | None:
     """Per column the standard deviation over what is shown, so that columns can be compared."""
     if train.table is None or queries.table is None:
         return None
@@ -175,15 +264,15 @@ def _spread(train: Examples, queries: Examples) -> NDArray[np.float64] | None:
     return np.where(spread > 0, spread, 1.0)
 
 
-def _differences(
+def differences(
     train: Examples, queries: Examples, place: int, q: int, spread: NDArray[np.float64]
 ) -> list[list[float]]:
-    """[column, value of the query, value of the example] where the two differ most."""
+    """[column, value of query q, value of the example at a place] where the two differ most."""
     assert train.table is not None
     assert queries.table is not None
     mine, theirs = train.table[place], queries.table[q]
     order = np.argsort(-np.abs(mine - theirs) / spread, kind="stable")[:COLUMNS_SHOWN]
-    return [[int(c), _short(theirs[c]), _short(mine[c])] for c in order]
+    return [[int(c), short(theirs[c]), short(mine[c])] for c in order]
 
 
 def _features(train: Examples, features: Sequence[str] | None) -> list[str]:

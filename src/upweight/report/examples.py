@@ -1,4 +1,4 @@
-"""What a person is shown of an example: its image or its table row, and its label."""
+"""What a person is shown of an example: its image, text or table row, and its label."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from upweight.errors import ShapeError, message
+from upweight.report.shown import Render, content
 from upweight.report.sprite import as_images
-from upweight.task.data import Data
+from upweight.task.data import ArrayData, Data
 
 _TARGETS = ("labels", "label", "targets", "target", "y")
 """Names under which dict batches carry the target."""
@@ -24,18 +25,26 @@ class Examples:
     Args:
         labels: One text per example; empty where there is no target.
         images: [k, h, w, c], or None.
-        table: [k, f], or None. At most one of the two.
+        table: [k, f], or None. At most one of images, table and texts.
+        texts: One per example, or None.
+        custom: What the user's renderer gave, or None.
     """
 
     labels: tuple[str, ...]
     images: NDArray[np.generic] | None = None
     table: NDArray[np.float64] | None = None
+    texts: tuple[str, ...] | None = None
+    custom: tuple[list[dict[str, Any]], ...] | None = None
 
     @property
     def noun(self) -> str:
         """What one of them is called on the page."""
+        if self.custom is not None:
+            return "example"
         if self.images is not None:
             return "image"
+        if self.texts is not None:
+            return "text"
         return "example" if self.table is None else "row"
 
 
@@ -45,6 +54,8 @@ def examples(
     names: Sequence[str] | None = None,
     instead: Any = None,
     role: str = "train",
+    texts: Sequence[str] | None = None,
+    render: Render | None = None,
 ) -> Examples:
     """The examples at `indices`, which are all that is read of the data.
 
@@ -54,28 +65,28 @@ def examples(
         names: Of the classes, where targets are class indices.
         instead: Images or rows `[n, ...]` to show in place of the inputs, where those are
             flattened or transformed.
-        role: "train" or "query", for the message.
+        role: "train" or "query", for the message and the renderer.
+        texts: To show in place of the inputs.
+        render: Content to show in place of all of these, for an index.
 
     Raises:
-        ShapeError: `instead` does not have one entry per example of the data.
+        ShapeError: `instead` or `texts` does not have one entry per example of the data.
     """
+    require_one_each(f"{role}_images", instead, len(data))
+    require_one_each(f"{role}_texts", texts, len(data))
     batch = data.take(indices)
     source, target = _parts(batch)
+    labels = tuple(_labels(target, len(indices), names))
+    if render is not None:
+        return Examples(labels, custom=tuple(content(render(role, int(i))) for i in indices))
+    if texts is not None or _is_texts(source):
+        mine = source if texts is None else [texts[int(i)] for i in indices]
+        return Examples(labels, texts=tuple(str(text) for text in mine))
     shown = source if instead is None else instead
-    if instead is not None and len(instead) != len(data):
-        raise ShapeError(
-            message(
-                f"{role}_images must have one entry per example: {len(data)}.",
-                f"{len(instead)} entries.",
-                "the images of another split, or only of the examples expected to be shown.",
-                "pass the images of the whole set, in its order.",
-            )
-        )
     values = None
     if shown is not None:
         chosen = shown if instead is None else shown[list(indices)]
         values = _array(chosen)
-    labels = tuple(_labels(target, len(indices), names))
     if values is None:
         return Examples(labels)
     images = as_images(values)
@@ -84,6 +95,23 @@ def examples(
     if values.ndim in (1, 2) and values.dtype.kind in "buif" and values.shape[-1]:
         return Examples(labels, table=values.reshape(len(values), -1).astype(np.float64))
     return Examples(labels)
+
+
+def require_one_each(name: str, given: Any, n: int) -> None:
+    """Refuse what does not have one entry per example.
+
+    Raises:
+        ShapeError: It has another length.
+    """
+    if given is not None and len(given) != n:
+        raise ShapeError(
+            message(
+                f"{name} must have one entry per example: {n}.",
+                f"{len(given)} entries.",
+                "those of another split, or only of the examples expected to be shown.",
+                "pass those of the whole set, in its order.",
+            )
+        )
 
 
 def class_name(value: Any, names: Sequence[str] | None) -> str:
@@ -97,10 +125,32 @@ def class_name(value: Any, names: Sequence[str] | None) -> str:
 def _parts(batch: Any) -> tuple[Any, Any]:
     """The first input and the first target of a batch."""
     if not isinstance(batch, dict):
-        return tree_leaves(batch[0])[0], tree_leaves(batch[-1])[0] if len(batch) > 1 else None
+        first = batch[0] if _is_texts(batch[0]) else tree_leaves(batch[0])[0]
+        return first, tree_leaves(batch[-1])[0] if len(batch) > 1 else None
     target = next((batch[key] for key in _TARGETS if key in batch), None)
     inputs = [leaf for key, leaf in batch.items() if key not in _TARGETS]
     return (inputs[0] if inputs else None), target
+
+
+def _is_texts(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple) and bool(value) and all(isinstance(v, str) for v in value)
+    )
+
+
+def all_labels(data: Data, names: Sequence[str] | None, given: Any = None) -> list[str] | None:
+    """The label of every example, where they were given or are held in arrays; else None."""
+    if given is not None:
+        require_one_each("train_labels", given, len(data))
+        return [v if isinstance(v, str) else class_name(v, names) for v in given]
+    if not isinstance(data, ArrayData):
+        return None
+    _, target = _parts(data.arrays)
+    if target is None or _array(target[:1]).size != 1:
+        return None
+    values, codes = np.unique(_array(target).reshape(-1), return_inverse=True)
+    words = [class_name(value, names) for value in values]
+    return [words[code] for code in codes]
 
 
 def _array(value: Any) -> NDArray[np.generic]:

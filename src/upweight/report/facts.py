@@ -4,12 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.errors import ShapeError, message
+from upweight.method import Fitted
 from upweight.scores import Scores
+from upweight.task.data import Data
 from upweight.task.losses import CrossEntropy, Weighted
+from upweight.task.task import Task
 
 _NOUNS = {"Loss": "loss", "Margin": "margin", "LogProb": "log-probability", "Logit": "logit"}
 
@@ -25,6 +30,68 @@ class QueryFacts:
 
     values: tuple[float, ...] | None
     predictions: tuple[int | str, ...] | None
+
+
+@dataclass(frozen=True, eq=False)
+class TrainFacts:
+    """One number per training example, or None where it is not known.
+
+    Args:
+        losses: ℓᵢ as trained.
+        self_influence: −S[i, i]: what its own loss is predicted to gain when it is removed.
+    """
+
+    losses: NDArray[np.float64] | None = None
+    self_influence: NDArray[np.float64] | None = None
+
+
+def train_facts(
+    scores: Scores, losses: Sequence[float] | None, self_influence: Sequence[float] | None
+) -> TrainFacts:
+    """What was given, completed from the live model and method where the scores still carry them.
+
+    Raises:
+        ShapeError: There is not one number per training example.
+
+    Cost: one forward pass over the training data, and `fitted.self_influence()`.
+    """
+    if scores.columns is not None:  # the numbers are of examples, the columns are groups
+        return TrainFacts()
+    n = scores.values.shape[1]
+    known = {"train_losses": losses, "self_influence": self_influence}
+    for name, given in known.items():
+        if given is not None and len(given) not in (0, n):
+            raise ShapeError(
+                message(
+                    f"{name} must have one number per training example: {n}.",
+                    f"{len(given)} numbers.",
+                    "numbers of another split.",
+                    "pass those of the training set, in its order, or () to leave them out.",
+                )
+            )
+    context = scores.context
+    if losses is None and context is not None:
+        losses = _train_losses(context.task, context.train)
+    if self_influence is None and isinstance(getattr(context, "fitted", None), Fitted):
+        assert context is not None
+        self_influence = context.fitted.self_influence().tolist()
+    return TrainFacts(_numbers(losses), _numbers(self_influence, -1.0))
+
+
+def _numbers(given: Sequence[float] | None, sign: float = 1.0) -> NDArray[np.float64] | None:
+    if given is None or not len(given):
+        return None
+    values = sign * np.asarray([float(v) for v in given])
+    return values if np.isfinite(values).all() else None
+
+
+@torch.no_grad()
+def _train_losses(task: Task, train: Data) -> list[float]:
+    theta = task.theta()
+    values: list[float] = []
+    for _, _, batch in train.batches(256):
+        values += task.losses(theta, task.to_device(batch)).tolist()
+    return values
 
 
 def noun_of(scores: Scores) -> str:

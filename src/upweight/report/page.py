@@ -1,18 +1,12 @@
-"""Scores → one HTML file that opens offline: what raised and lowered each measurement, and proof.
+"""Scores → one HTML file that opens offline: can it be trusted, what moved each query, what if.
 
-The page is data (JSON), two sprites and our own style and script, all inside the file. Its content
-policy lets run exactly our script, by its hash, and load nothing: a label that contains markup is
-text. The bytes depend on the arguments alone.
+The file is data (JSON), sheets of thumbnails, columns of scores and our own style and script. The
+bytes depend on the arguments alone.
 """
 
-import base64
-import hashlib
-import json
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +15,35 @@ from numpy.typing import NDArray
 
 from upweight.errors import ShapeError, message
 from upweight.report.check import Check, Comparison
-from upweight.report.content import Selection, payload, require_fit, selection
-from upweight.report.examples import Examples, examples
-from upweight.report.facts import noun_of, query_facts
+from upweight.report.content import (
+    Selection,
+    Tokens,
+    including,
+    payload,
+    require_fit,
+    selection,
+)
+from upweight.report.duplicates import CANDIDATES, duplicates, inputs_of
+from upweight.report.examples import Examples, all_labels, examples, require_one_each
+from upweight.report.facts import noun_of, query_facts, train_facts
 from upweight.report.health import convention, health, verdicts
 from upweight.report.notation import count, interval, readable
+from upweight.report.rendering import render_page, write
+from upweight.report.shown import Render
 from upweight.report.spectrum import spectrum
-from upweight.report.sprite import Sprite, display_range, sprite
+from upweight.report.sprite import Sprite, display_range, geometry, sheets
 from upweight.report.strongest import require_scores
+from upweight.report.totals import MOST_GROUPS, grouping, totals
+from upweight.report.training import LABELS, Training, suspicious, training
+from upweight.report.whatif import columns
 from upweight.scores import Scores
 from upweight.task.data import Data, as_data
 
 PER_SIDE = 12
 """Examples shown at each end of a query's ranking."""
+
+MOST_DOTS = 2000
+"""Dots of the figure of a comparison on subsets."""
 
 
 def html(
@@ -52,19 +62,29 @@ def html(
     predictions: Sequence[Any] | None = None,
     train_images: Any = None,
     query_images: Any = None,
+    train_texts: Sequence[str] | None = None,
+    query_texts: Sequence[str] | None = None,
+    train_tokens: Sequence[Sequence[str]] | None = None,
+    token_scores: Callable[[int, list[int]], Any] | None = None,
+    render: Render | None = None,
+    metadata: Mapping[str, Sequence[Any]] | None = None,
+    train_labels: Sequence[Any] | None = None,
+    train_losses: Sequence[float] | None = None,
+    self_influence: Sequence[float] | None = None,
     k: int = PER_SIDE,
     start: int | None = None,
     command: str | None = None,
 ) -> Path:
-    """Write a page on what raised and lowered the measurement of each query.
+    """Write a report: can it be trusted, what moved each query, what the training set is worth.
 
     Args:
         scores: S or Δm, `[q, n]` or `[q, groups]`.
-        train: The training data, as for `as_data`. Only the examples shown are read.
+        train: The training data, as for `as_data`. Arrays are read once for labels and duplicates;
+            of a Dataset only the examples shown are read.
         queries: The queries, in the order of the rows.
         path: The file to write; it is replaced whole or not at all.
         checks: Predictions beside what retraining gave; they make the first panel.
-        comparison: What `fitted.check(recipe, budget)` found; the page says it first.
+        comparison: What `fitted.check(recipe, budget)` found; the page says it first, and draws it.
         removal: Better predictions of Δm for the same columns, as from `fitted.removal(queries)`;
             by default removal is predicted as minus the derivative.
         title: What the page is about: the data and the model.
@@ -75,6 +95,21 @@ def html(
         train_images: What to show in place of the training inputs, one per example: images where
             the model's inputs are flattened, rows where they are transformed.
         query_images: The same for the queries.
+        train_texts: Texts to show in place of the training inputs, one per example.
+        query_texts: The same for the queries.
+        train_tokens: The tokens of every training example, to be coloured by `token_scores`.
+        token_scores: (query, examples) → numbers `[k, t]`, one per token: for layerwise curvatures
+            `lambda q, some: fitted.by_token(queries.subset([q]), some)[0][0]`.
+        render: ("train" or "query", index) → what to show of an example: a text, a mapping of names
+            to values, an image array, or a list of these. Markup is shown as text: nothing that a
+            renderer returns can run script.
+        metadata: Columns of facts about the training examples, by name. The page sums scores over
+            their values; numbers of more than 200 values are binned.
+        train_labels: The label of every training example, where the data are no arrays.
+        train_losses: ℓ of every training example. By default asked of the model, where scores
+            carry it; () leaves them out.
+        self_influence: S[i, i], as from `fitted.self_influence()`; by default asked of the fitted
+            method, where scores carry it, at the cost written there; () leaves it out.
         k: Examples at each end of a query's ranking.
         start: The query shown first; by default the first that was checked, else 0.
         command: The command that makes this page again, for its footer.
@@ -82,8 +117,10 @@ def html(
     Returns:
         The path.
 
+    Cost: one pass over the scores, which are never copied whole.
+
     Raises:
-        DataError: There is nothing to show.
+        DataError: There is nothing to show, or a renderer returned what cannot be shown.
         NonFinite: A score is NaN or infinite.
         ShapeError: Parts disagree about the number of queries, examples or columns.
 
@@ -94,21 +131,107 @@ def html(
     train_data, query_data = as_data(train), as_data(queries)
     require_fit(scores, removal, checks, len(train_data), len(query_data))
     _require_options(k, start, len(query_data))
+    if (train_tokens is None) != (token_scores is None):
+        raise ShapeError(
+            message(
+                "Colouring tokens takes train_tokens and token_scores, both.",
+                f"only {'train_tokens' if token_scores is None else 'token_scores'}.",
+                "token texts without their numbers, or the other way round.",
+                "give both, or train_texts alone.",
+            )
+        )
+    tokens = None
+    if train_tokens is not None and token_scores is not None:
+        tokens = Tokens(train_tokens, token_scores)
+        train_texts = train_texts or [" ".join(words) for words in train_tokens]
     facts = query_facts(scores, values, predictions)
+    asked = examples(
+        query_data, range(len(query_data)), names, query_images, "query", query_texts, render
+    )
     chosen = selection(scores, checks, k)
-    shown = _train_examples(scores, train_data, chosen, names, train_images)
-    asked = examples(query_data, range(len(query_data)), names, query_images, "query")
+    about = _training(
+        scores, train_data, chosen, names, train_labels, train_losses, self_influence,
+        metadata or {}, train_texts, asked.labels,
+    )  # fmt: skip
+    absolute, page = about
+    listed = including(chosen, page.listed)
+    if scores.columns is None:
+        shown = examples(
+            train_data, listed.columns, names, train_images, "train", train_texts, render
+        )
+    else:
+        # A column is a group: there is no one image of it, and its name is its index.
+        shown = Examples(("",) * len(listed.columns))
     sprites = _sprites(shown, asked)
     first = start if start is not None else checks[0].query if checks else 0
-    data = payload(scores, removal, checks, chosen, shown, asked, facts, names, features)
+    removed = [i for check in checks for removal in check.removed for i in removal]
+    whole = columns(scores, chosen.ends, [*page.listed, *removed], absolute)
+    data = payload(scores, removal, checks, listed, shown, asked, facts, names, features, tokens)
     data |= {
         "noun": noun_of(scores),
         "kind": asked.noun,
         "start": first,
-        "sprites": {role: image.geometry() for role, image in sprites.items()},
+        "sprites": {role: geometry(found) for role, found in sprites.items()},
+        "training": page.data,
+        "whole": list(whole.examples),
+        "comparison": subsets_of(comparison),
     }
-    text = _render(data, sprites, _words(scores, checks, comparison, asked.noun, title, command))
-    return _write(Path(path), text)
+    parts = {"columns": whole.text}
+    for role, found in sprites.items():
+        parts |= {f"sheet-{role}-{k}": sheet.text for k, sheet in enumerate(found)}
+    words = words_of(scores, checks, comparison, asked.noun, title, command)
+    return write(Path(path), render_page(data, words, parts))
+
+
+def _training(
+    scores: Scores,
+    data: Data,
+    chosen: Selection,
+    names: Sequence[str] | None,
+    labels: Sequence[Any] | None,
+    losses: Sequence[float] | None,
+    self_influence: Sequence[float] | None,
+    metadata: Mapping[str, Sequence[Any]],
+    texts: Sequence[str] | None,
+    query_labels: Sequence[str],
+) -> tuple[NDArray[np.float64], Training]:
+    """The page on the training set, and Σ_q |S[q, i]|."""
+    n = scores.values.shape[1]
+    require_one_each("train_texts", texts, len(data))
+    known = all_labels(data, names, labels) if scores.columns is None else None
+    groupings = {name: grouping(values, n, name) for name, values in metadata.items()}
+    if known is not None and 1 < len(set(known)) <= MOST_GROUPS:
+        groupings = {LABELS: grouping(known, n, LABELS), **groupings}
+    found = totals(scores, groupings)
+    facts = train_facts(scores, losses, self_influence)
+    twins = None
+    inputs = texts if texts is not None else inputs_of(data)
+    if scores.columns is None and inputs is not None:
+        doubted = suspicious(facts)
+        valued = np.argsort(-found.absolute, kind="stable")[:CANDIDATES]
+        first = [] if doubted is None else doubted.tolist()
+        twins = duplicates(inputs, known, [*first, *valued.tolist()])
+    return found.absolute, training(found, groupings, facts, twins, known, query_labels)
+
+
+def subsets_of(comparison: Comparison | None) -> dict[str, Any] | None:
+    """Predicted and measured changes of a comparison on subsets, each query about its own mean."""
+    lds = getattr(comparison, "lds", None)
+    if lds is None:
+        return None
+    predicted, measured = (
+        (x - x.mean(dim=0)).detach().double().cpu().numpy() for x in (lds.predicted, lds.measured)
+    )
+    step = max(1, predicted.size // MOST_DOTS)
+    query = np.broadcast_to(np.arange(predicted.shape[1]), predicted.shape)
+    short = [[float(f"{v:.4g}") for v in x.ravel()[::step]] for x in (predicted, measured)]
+    return {
+        "predicted": short[0],
+        "measured": short[1],
+        "query": query.ravel()[::step].tolist(),
+        "subsets": len(predicted),
+        "all": predicted.size,
+    }
 
 
 def _require_options(k: int, start: int | None, q: int) -> None:
@@ -123,27 +246,16 @@ def _require_options(k: int, start: int | None, q: int) -> None:
         )
 
 
-def _train_examples(
-    scores: Scores, data: Data, chosen: Selection, names: Sequence[str] | None, instead: Any
-) -> Examples:
-    if scores.columns is not None:
-        # A column is a group: there is no one image of it, and its name is its index.
-        return Examples(("",) * len(chosen.columns))
-    if not chosen.columns:
-        return Examples(())
-    return examples(data, chosen.columns, names, instead, "train")
-
-
-def _sprites(train: Examples, queries: Examples) -> dict[str, Sprite]:
+def _sprites(train: Examples, queries: Examples) -> dict[str, tuple[Sprite, ...]]:
     images = {"train": train.images, "query": queries.images}
-    present: dict[str, NDArray[np.generic]] = {r: x for r, x in images.items() if x is not None}
+    present = {r: x for r, x in images.items() if x is not None and len(x)}
     if not present:
         return {}
     low, high = display_range(*present.values())
-    return {role: sprite(x, low, high) for role, x in present.items()}
+    return {role: sheets(x, low, high) for role, x in present.items()}
 
 
-def _words(
+def words_of(
     scores: Scores,
     checks: Sequence[Check],
     comparison: Comparison | None,
@@ -151,17 +263,24 @@ def _words(
     title: str | None,
     command: str | None,
 ) -> dict[str, Any]:
-    """The text of the page that does not change with the query."""
+    """The text of the page that does not change with the query, for `render_page`."""
     provenance = scores.provenance
     noun = noun_of(scores)
     columns = "group" if scores.columns is not None else kind
     return {
         "title": title,
-        "heading": f"What raised and lowered the {noun} on this {kind}",
-        "scale": f"{count(scores.values.shape[1], f'training {columns}')}, "
-        f"{count(len(scores.values), 'query')}, {count(provenance.p, 'parameter')}",
+        "heading": f"Which training {_plural(columns)} moved the {noun}",
+        "scale": ", ".join(
+            [
+                count(scores.values.shape[1], f"training {columns}"),
+                count(len(scores.values), "query"),
+                *([count(provenance.p, "parameter")] if provenance.p else []),  # 0: not recorded
+            ]
+        ),
         "noun": noun,
         "kind": kind,
+        "subsets": subsets_of(comparison) is not None,
+        "command": None if command is None else _clean(command),
         "verdicts": verdicts(checks, comparison, kind),
         "convention": convention(scores),
         "health": [asdict(fact) for fact in health(scores, checks, comparison)],
@@ -180,11 +299,11 @@ def _words(
             }
             for check in checks
         ],
-        "provenance": _provenance(scores, command),
+        "provenance": _provenance(scores),
     }
 
 
-def _provenance(scores: Scores, command: str | None) -> list[tuple[str, str]]:
+def _provenance(scores: Scores) -> list[tuple[str, str]]:
     made = scores.provenance
     rows = [
         ("method", made.method),
@@ -198,8 +317,6 @@ def _provenance(scores: Scores, command: str | None) -> list[tuple[str, str]]:
             if name != "blocks"  # they have a table of their own
         ),
     ]
-    if command:
-        rows.append(("command", command))
     return [(name, _clean(value)) for name, value in rows]
 
 
@@ -214,46 +331,5 @@ def _clean(text: str) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
-def _render(data: dict[str, Any], sprites: dict[str, Sprite], words: dict[str, Any]) -> str:
-    from jinja2 import Environment, StrictUndefined  # only the report needs it
-    from markupsafe import Markup
-
-    folder = resources.files("upweight.report")
-    source = {e: (folder / f"template.{e}").read_text(encoding="utf-8") for e in ("css", "js")}
-    style = source["css"] + "".join(
-        f'\n.tile.{role} {{ background-image: url("{image.url}"); }}'
-        for role, image in sprites.items()
-    )
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string((folder / "template.html").read_text(encoding="utf-8"))
-    return template.render(
-        **words,
-        # These three are ours or escaped already; the engine escapes everything else.
-        style=Markup(style),
-        script=Markup(source["js"]),
-        data=Markup(_json(data)),
-        style_hash=_hash(style),
-        script_hash=_hash(source["js"]),
-    )
-
-
-def _json(data: dict[str, Any]) -> str:
-    """JSON in ASCII in which no parser of HTML can find markup."""
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
-
-
-def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".part")
-    staged.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(staged, path)
-    return path
+def _plural(noun: str) -> str:
+    return count(0, noun).removeprefix("0 ")

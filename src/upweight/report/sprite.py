@@ -1,15 +1,29 @@
-"""Many small images as one PNG: one decode for the browser, one file for the page."""
+"""Many small images as few large ones: a sheet is decoded when one of its tiles is shown."""
 
 import base64
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 LARGEST_SIDE = 96
 """Pixels of a thumbnail; larger images are scaled down to it, smaller ones are left as they are."""
+
+SMALLEST_SIDE = 32
+"""Pixels below which many thumbnails are not made smaller still."""
+
+PIXELS = 8_000_000
+"""Pixels of all thumbnails of a set together; many large images share them."""
+
+TILES = 1024
+"""Thumbnails of one sheet: one is decoded in a few milliseconds."""
+
+EXACT_BYTES = 2_500_000
+"""Bytes up to which sheets are kept as PNG; past them they are compressed with a loss."""
 
 GUTTER = 1
 """Empty pixels around each tile: at fractional zoom a browser mixes in the neighbour's edge."""
@@ -24,21 +38,44 @@ class Sprite:
     height: int
     columns: int
     rows: int
+    media: str = "image/png"
 
     @property
-    def url(self) -> str:
-        """A data address: the page asks the network for nothing."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+    def text(self) -> str:
+        """The file in base64, for a page that asks the network for nothing."""
+        return base64.b64encode(self.png).decode("ascii")
 
-    def geometry(self) -> dict[str, int]:
-        """What the page needs to find a tile."""
-        return {
-            "width": self.width,
-            "height": self.height,
-            "columns": self.columns,
-            "rows": self.rows,
-            "gutter": GUTTER,
-        }
+
+def geometry(sheets: Sequence[Sprite]) -> dict[str, Any]:
+    """What the page needs to find tile t: in sheet t div `TILES`."""
+    return {
+        "width": sheets[0].width,
+        "height": sheets[0].height,
+        "gutter": GUTTER,
+        "tiles": TILES,
+        "media": sheets[0].media,
+        "sheets": [[sheet.columns, sheet.rows] for sheet in sheets],
+    }
+
+
+def sheets(images: NDArray[np.generic], low: float, high: float) -> tuple[Sprite, ...]:
+    """Sheets of `TILES` thumbnails each, of all the images [k, h, w, c].
+
+    They are exact (PNG) up to `EXACT_BYTES`, else WebP.
+
+    Args:
+        images: As from `as_images`.
+        low: What is drawn black, as from `display_range`.
+        high: What is drawn white.
+    """
+    side = max(SMALLEST_SIDE, min(LARGEST_SIDE, int(math.sqrt(PIXELS / len(images)))))
+    parts = [images[k : k + TILES] for k in range(0, len(images), TILES)]
+    exact = []
+    for part in parts:
+        exact.append(sprite(part, low, high, side))
+        if sum(len(sheet.png) for sheet in exact) > EXACT_BYTES:
+            return tuple(sprite(part, low, high, side, exact=False) for part in parts)
+    return tuple(exact)
 
 
 def as_images(values: NDArray[np.generic]) -> NDArray[np.generic] | None:
@@ -71,23 +108,31 @@ def display_range(*images: NDArray[np.generic]) -> tuple[float, float]:
     return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
 
 
-def sprite(images: NDArray[np.generic], low: float, high: float) -> Sprite:
-    """One PNG of all the images [k, h, w, c].
+def sprite(
+    images: NDArray[np.generic],
+    low: float,
+    high: float,
+    side: int = LARGEST_SIDE,
+    exact: bool = True,
+) -> Sprite:
+    """One sheet of all the images [k, h, w, c].
 
     Args:
         images: As from `as_images`.
         low: What is drawn black, as from `display_range`.
         high: What is drawn white.
+        side: The longer side of a thumbnail in pixels, at most.
+        exact: PNG, or WebP with a loss.
 
     Returns:
-        The PNG and where its tiles are. The bytes depend on the arguments alone.
+        The file and where its tiles are. The bytes depend on the arguments alone.
     """
     from PIL import Image  # an import of a second that only the report needs
 
     pixels = _bytes(images, low, high)
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[pixels.shape[-1]]
     height, width = pixels.shape[1:3]
-    shrink = min(1.0, LARGEST_SIDE / max(height, width))
+    shrink = min(1.0, side / max(height, width))
     height, width = max(1, round(height * shrink)), max(1, round(width * shrink))
     columns = math.ceil(math.sqrt(len(pixels)))
     rows = math.ceil(len(pixels) / columns)
@@ -100,8 +145,11 @@ def sprite(images: NDArray[np.generic], low: float, high: float) -> Sprite:
         place = (tile % columns * across + GUTTER, tile // columns * down + GUTTER)
         sheet.paste(image, place)
     buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG", optimize=True)
-    return Sprite(buffer.getvalue(), width, height, columns, rows)
+    if exact:
+        sheet.save(buffer, format="PNG", optimize=True)
+        return Sprite(buffer.getvalue(), width, height, columns, rows)
+    sheet.save(buffer, format="WEBP", quality=75, method=4)
+    return Sprite(buffer.getvalue(), width, height, columns, rows, "image/webp")
 
 
 def _bytes(images: NDArray[np.generic], low: float, high: float) -> NDArray[np.uint8]:

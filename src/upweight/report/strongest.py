@@ -54,14 +54,15 @@ def require_scores(scores: Scores) -> None:
                 "attribute at least one query.",
             )
         )
-    finite = scores.values.isfinite()
-    if not bool(finite.all()):
-        row, column = (~finite).nonzero()[0].tolist()
+    for row, values in enumerate(scores.values):  # a row at a time: asking takes as much again
+        bad = ~values.isfinite()
+        if not bool(bad.any()):
+            continue
+        column = int(bad.nonzero()[0])
         raise NonFinite(
             message(
                 "A report needs finite scores: NaN has no place in a ranking.",
-                f"{float(scores.values[row, column])} for query {row}, column {column}; "
-                f"{int((~finite).sum())} of {finite.numel()} scores are not finite.",
+                f"{float(values[column])} for query {row}, column {column}.",
                 "a gradient that overflowed, or a solve that failed and was not raised.",
                 "use a float64 model, and solve with throw=True to see what failed.",
             )
@@ -70,10 +71,11 @@ def require_scores(scores: Scores) -> None:
 
 def strongest(effect: NDArray[np.float64], k: int) -> Strongest:
     """The k columns at each end; zeros and the other sign are never listed, ties go by column."""
-    return Strongest(_largest(effect, k), _largest(-effect, k))
+    return Strongest(ranked(effect, k), ranked(-effect, k))
 
 
-def _largest(effect: NDArray[np.float64], k: int) -> tuple[int, ...]:
+def ranked(effect: NDArray[np.float64], k: int) -> tuple[int, ...]:
+    """The k largest of the positive, largest first."""
     candidates = np.flatnonzero(effect > 0)
     if k < len(candidates):
         # A partition first: sorting a million scores for a dozen winners takes a hundred times.

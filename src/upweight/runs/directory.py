@@ -117,7 +117,8 @@ class Run:
                 )
             )
         with locked(self.path, purpose):
-            for left_over in self.path.rglob("*.part"):  # by a process that was killed
+            # By writers that were killed, who number them; a view that stages a copy does not.
+            for left_over in self.path.rglob("*.[0-9]*.part"):
                 left_over.unlink(missing_ok=True)
             yield
 

@@ -28,6 +28,7 @@ from upweight.errors import (
     UpweightError,
     message,
 )
+from upweight.runtime.progress import progress
 from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
 
@@ -56,7 +57,7 @@ def checked_losses(task: Task, data: Data, role: str) -> Float[Tensor, " n"]:
     inputs = sum(x[0].numel() for x in _tensors(data.batch(0, 1)))
     size = batch_size(inputs + 1, 8, most=CHECKED_AT_ONCE)
     losses = []
-    for start, _, batch in data.batches(size):
+    for start, _, batch in progress(data.batches(size), len(data), f"checking {role}"):
         batch = task.to_device(batch)
         with torch.no_grad():
             outputs, targets = _outputs(task, theta, batch, role, task.call)
@@ -305,10 +306,30 @@ def _require_deterministic(
         )
 
 
+def require_recording() -> None:
+    """Refuse inference mode, which unlike `no_grad` cannot be lifted from inside.
+
+    Raises:
+        NotDifferentiable: In `torch.inference_mode()`.
+    """
+    if torch.is_inference_mode_enabled():
+        raise NotDifferentiable(
+            message(
+                "Gradients must be taken where autograd can record.",
+                "a call inside torch.inference_mode().",
+                "a whole script run in inference mode, or a decorated function.",
+                "leave inference mode for this call; torch.no_grad() may stay.",
+            )
+        )
+
+
 def _require_gradients(task: Task, theta: Float[Tensor, " p"], probe: Batch) -> None:
+    require_recording()
     params = {k: v.clone().requires_grad_() for k, v in task.layout.unflatten(theta).items()}
     with torch.enable_grad():
-        losses = task.losses(params, probe)
+        # A checkpoint runs its part again in the backward pass, where `outputs` has lifted its
+        # choice of kernels.
+        losses = task.losses_of(*task.call(params, probe))
         if not losses.requires_grad:
             unreached = list(params)
             gradients: tuple[Tensor | None, ...] = ()
@@ -360,11 +381,13 @@ def require_finite_gradients(task: Task, data: Data) -> None:
     def is_finite(start: int, stop: int) -> bool:
         params = {k: v.clone().requires_grad_() for k, v in task.named(task.theta()).items()}
         with torch.enable_grad():
-            total = task.losses(params, task.to_device(data.batch(start, stop))).sum()
+            batch = task.to_device(data.batch(start, stop))
+            total = task.losses_of(*task.call(params, batch)).sum()
             found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
         return all(bool(g.isfinite().all()) for g in found if g is not None)
 
-    for start, stop, _ in data.batches(PROBE_EXAMPLES):
+    batches = data.batches(PROBE_EXAMPLES)
+    for start, stop, _ in progress(batches, len(data), "looking for the example"):
         if is_finite(start, stop):
             continue
         bad = next((i for i in range(start, stop) if not is_finite(i, i + 1)), None)

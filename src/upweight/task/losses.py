@@ -354,6 +354,8 @@ class Weighted(Loss):
     """ℓ = v · base(f, y), with targets `(y, v)`: sample or class weights of the training objective.
 
     v is part of what was minimized; the score still differentiates in the further weight w = 1.
+    Weights `[b]` are of examples; weights `[b, t]` are of their positions, and ℓ = Σ_t v_t · base_t
+    (a mask of 0 and 1 leaves padding out).
     """
 
     base: Loss
@@ -374,18 +376,36 @@ class Weighted(Loss):
             )
         y, v = targets
         self.base.check(outputs, y)
+        if v.shape != outputs.shape[: v.ndim] or v.ndim < 1:
+            raise ShapeError(
+                message(
+                    "Weighted needs a weight per example, [b], or per position, [b, t].",
+                    f"weights {tuple(v.shape)} for outputs {tuple(outputs.shape)}.",
+                    "a last axis of size 1, or weights of another batch.",
+                    "reshape the weights to the first axes of the outputs.",
+                )
+            )
         _require_range("Weighted", v, v >= 0, "(y, v) with weights v ≥ 0")
 
     def __call__(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
         y, v = targets
-        return v * self.base(outputs, y)
+        if v.ndim == 1:
+            return v * self.base(outputs, y)
+        # Every position as an example of its own.
+        last = v.ndim - 1
+        each = self.base(outputs.flatten(0, last), y.flatten(0, last))
+        return _per_example(v * each.reshape(v.shape))
 
     def gradient(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c"]:
         y, v = targets
+        if v.ndim > 1:
+            return super().gradient(outputs, targets)
         return v[:, None] * self.base.gradient(outputs, y)
 
     def hessian(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c c"]:
         y, v = targets
+        if v.ndim > 1:
+            return super().hessian(outputs, targets)
         return v[:, None, None] * self.base.hessian(outputs, y)
 
     def log_prob(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
@@ -393,6 +413,11 @@ class Weighted(Loss):
 
     def margin(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
         return self.base.margin(outputs, targets[0])
+
+    def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Any:
+        # With √v: E[g gᵀ] is then v times that of the base, the curvature of v · base.
+        y, v = targets
+        return self.base.sample(outputs, y, generator), v.sqrt()
 
 
 @dataclass(frozen=True)

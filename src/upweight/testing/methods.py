@@ -180,7 +180,7 @@ class _Suite:
         v = torch.ones(len(X), dtype=X.dtype)
         v[3] = 0.0
         queries = (problem.queries[0], (problem.queries[1], torch.ones(4, dtype=X.dtype)))
-        task = Task(problem.task.model, _Sampled(SquaredError()), problem.task.penalty)
+        task = Task(problem.task.model, Weighted(SquaredError()), problem.task.penalty)
         values = self.scores(task, (X, (Y, v)), queries)
         assert bool((values[:, 3] == 0).all()), f"{self.method!r}: a zero gradient has a score"
         assert bool((values[:, 4] != 0).any()), f"{self.method!r}: all scores are zero"
@@ -220,12 +220,3 @@ class _Suite:
         again = eval(repr(self.method), names)
         assert again == self.method, f"repr is not Python for an equal spec: {self.method!r}"
         assert hash(again) == hash(self.method)
-
-
-class _Sampled(Weighted):
-    """A weighted loss that can be sampled: every example keeps its own weight."""
-
-    def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Any:
-        """ŷ ~ p(· | f), with the weights the targets have."""
-        y, v = targets
-        return self.base.sample(outputs, y, generator), v

@@ -1,0 +1,190 @@
+"""Training examples that are the same, or nearly: by their inputs alone, never by the model.
+
+    same      equal bytes of the input (texts: equal but for case and spacing), over all examples
+    near      largest cosine between a = (x − x̄)/‖x − x̄‖ and the same of other training examples
+
+x̄ is the mean over an image's own pixels, or over a text's word counts hashed to 1024 numbers; in
+tables each column is first brought to mean 0 and deviation 1 over the training set. Images are
+averaged down to 32 × 32. Neighbours are searched for the candidates given, among all examples whose
+inputs can be read; the pairs found are the nearest there are, which need not be near.
+"""
+
+import hashlib
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from upweight.report.sprite import as_images
+
+WORDS = 1024
+"""Numbers that the word counts of a text are hashed to."""
+
+SIDE = 32
+"""Pixels that images are averaged down to before they are compared."""
+
+OPERATIONS = 2e10
+"""Multiplications spent on neighbours: a second or two. Past it there are fewer candidates."""
+
+CANDIDATES = 300
+PAIRS = 24
+"""Pairs and sets that are told, at most."""
+
+BLOCK = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Duplicates:
+    """What was found.
+
+    Args:
+        same: Sets of examples with equal inputs: different labels first, then the largest.
+        sets: How many such sets there are, told or not.
+        extra: How many examples could go without losing an input.
+        near: (example, its nearest other, cosine), nearest first; without equal inputs.
+        candidates: For how many examples the nearest other was searched.
+        among: Among how many.
+    """
+
+    same: tuple[tuple[int, ...], ...]
+    sets: int
+    extra: int
+    near: tuple[tuple[int, int, float], ...]
+    candidates: int
+    among: int
+
+
+def duplicates(
+    inputs: "Tensor | Sequence[str]", labels: Sequence[str] | None, candidates: Sequence[int]
+) -> Duplicates:
+    """Equal and nearly equal inputs.
+
+    Args:
+        inputs: Of all training examples: an array `[n, …]`, or texts.
+        labels: Of all training examples, where they are known.
+        candidates: For which the nearest other is searched, the most important first.
+
+    Cost: one hash of every input, and at most `OPERATIONS` multiplications.
+    """
+    hashes = list(_hashes(inputs))
+    places: dict[bytes, list[int]] = defaultdict(list)
+    for i, name in enumerate(hashes):
+        places[name].append(i)
+    same = [tuple(group) for group in places.values() if len(group) > 1]
+
+    def order(group: tuple[int, ...]) -> tuple[bool, int, int]:
+        conflict = labels is not None and len({labels[i] for i in group}) > 1
+        return not conflict, -len(group), group[0]
+
+    rows = _rows(inputs)
+    width = len(rows([0])[0])
+    n = len(hashes)
+    room = int(OPERATIONS / (n * max(1, width)))
+    chosen = list(dict.fromkeys(candidates))[: min(CANDIDATES, room)]
+    near = _nearest(rows, hashes, chosen) if len(chosen) and n > 1 else []
+    return Duplicates(
+        tuple(sorted(same, key=order)[:PAIRS]),
+        len(same),
+        sum(len(group) - 1 for group in same),
+        tuple(near[:PAIRS]),
+        len(chosen),
+        n,
+    )
+
+
+def _hashes(inputs: "Tensor | Sequence[str]") -> Iterator[bytes]:
+    if not isinstance(inputs, Tensor):
+        for text in inputs:
+            yield hashlib.blake2b(_words(text).encode(), digest_size=16).digest()
+        return
+    for start in range(0, len(inputs), BLOCK):
+        block = np.ascontiguousarray(inputs[start : start + BLOCK].detach().cpu().numpy())
+        for row in block.reshape(len(block), -1):
+            yield hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+
+
+def _words(text: str) -> str:
+    return " ".join(str(text).lower().split())
+
+
+def _rows(
+    inputs: "Tensor | Sequence[str]",
+) -> Callable[[Sequence[int]], NDArray[np.float32]]:
+    """Examples as unit vectors."""
+    if not isinstance(inputs, Tensor):
+        return lambda some: _units(np.stack([_counts(inputs[i]) for i in some]))
+    if as_images(np.empty((1, *inputs.shape[1:]))) is not None:
+        return lambda some: _units(_small(inputs[list(some)]))
+    flat = inputs.reshape(len(inputs), -1)
+    # Of at most some thousand rows, evenly spread: a column's scale needs no more.
+    sample = flat[:: max(1, len(flat) // 10_000)].double()
+    mean, spread = sample.mean(dim=0), sample.std(dim=0, correction=0)
+    spread = torch.where(spread > 0, spread, torch.ones(()).to(spread))
+    return lambda some: _units(((flat[list(some)].double() - mean) / spread).cpu().numpy(), False)
+
+
+def _counts(text: str) -> NDArray[np.float64]:
+    counts = np.zeros(WORDS)
+    for word in re.findall(r"\w+", str(text).lower()):
+        counts[zlib.crc32(word.encode()) % WORDS] += 1
+    return np.sqrt(counts)  # a word said ten times counts about three times
+
+
+def _small(images: Tensor) -> NDArray[np.float64]:
+    values = images.detach().cpu().float()
+    array = as_images(values.numpy())
+    assert array is not None
+    channels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 1)))
+    if max(channels.shape[2:]) > SIDE:
+        height, width = (min(SIDE, side) for side in channels.shape[2:])
+        channels = torch.nn.functional.adaptive_avg_pool2d(channels, (height, width))
+    return channels.reshape(len(channels), -1).double().numpy()
+
+
+def _units(values: NDArray[np.float64], centered: bool = True) -> NDArray[np.float32]:
+    if centered:
+        values = values - values.mean(axis=1, keepdims=True)
+    norms = np.linalg.norm(values, axis=1, keepdims=True)
+    return (values / np.where(norms > 0, norms, 1.0)).astype(np.float32)
+
+
+def _nearest(
+    rows: Callable[[Sequence[int]], NDArray[np.float32]], hashes: list[bytes], chosen: list[int]
+) -> list[tuple[int, int, float]]:
+    mine = rows(chosen)
+    best, partner = np.full(len(chosen), -np.inf), np.full(len(chosen), -1)
+    twins: dict[bytes, list[int]] = defaultdict(list)
+    for i, name in enumerate(hashes):
+        twins[name].append(i)
+    for start in range(0, len(hashes), BLOCK):
+        stop = min(start + BLOCK, len(hashes))
+        found = mine @ rows(range(start, stop)).T
+        for row, i in enumerate(chosen):
+            own = [j - start for j in twins[hashes[i]] if start <= j < stop]
+            found[row, own] = -np.inf
+        column = found.argmax(axis=1)
+        value = found[np.arange(len(chosen)), column]
+        better = value > best
+        best[better], partner[better] = value[better], column[better] + start
+    pairs: dict[tuple[int, int], tuple[int, int, float]] = {}
+    for i, j, cosine in zip(chosen, partner.tolist(), best.tolist(), strict=True):
+        if j >= 0:
+            pairs.setdefault((min(i, j), max(i, j)), (i, j, min(1.0, cosine)))
+    return sorted(pairs.values(), key=lambda pair: -pair[2])
+
+
+def inputs_of(data: Any) -> Tensor | None:
+    """The first input of every example, where the data are held in arrays."""
+    arrays = getattr(data, "arrays", None)
+    if arrays is None:
+        return None
+    leaves = tree_leaves(arrays)
+    return leaves[0] if leaves and isinstance(leaves[0], Tensor) and leaves[0].ndim > 1 else None

@@ -1,0 +1,89 @@
+"""The page as text: the template, our style and script, and data that cannot become markup.
+
+Its content policy lets run exactly our script, by its hash, and load nothing: a label that contains
+markup is text.
+"""
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+SCRIPTS = ("words", "figures", "trust", "cards", "queries", "whatif", "training", "start")
+"""Parts of the script in their order; where the data come from is another, in the second place."""
+
+
+def render_page(
+    data: Mapping[str, Any],
+    words: Mapping[str, Any],
+    parts: Mapping[str, str],
+    source: str | None = None,
+    connects: bool = False,
+) -> str:
+    """The page.
+
+    Args:
+        data: What its script reads first.
+        words: What its template says.
+        parts: Base64 texts by the id of the element that holds them.
+        source: The part of the script that answers for the data; by default from the file itself.
+        connects: Whether it may load from where it was served.
+    """
+    from jinja2 import Environment, StrictUndefined  # only the report needs it
+    from markupsafe import Markup
+
+    style = _own("template.css")
+    script = _script(_own("script/embedded.js") if source is None else source)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    own = " 'self'" if connects else ""
+    policy = (
+        f"default-src 'none'; img-src data: blob:{own}; style-src '{_hash(style)}'; "
+        f"script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
+        + (f"; connect-src{own}" if connects else "")
+    )
+    return environment.from_string(_own("template.html")).render(
+        **words,
+        # These are ours or escaped already; the engine escapes everything else.
+        style=Markup(style),
+        script=Markup(script),
+        policy=Markup(policy),
+        data=Markup(as_json(data)),
+        parts=parts,
+    )
+
+
+def _script(source: str) -> str:
+    names: Sequence[str] = SCRIPTS
+    first, *rest = (_own(f"script/{name}.js") for name in names)
+    return '"use strict";\n(() => {\n' + "\n".join([first, source, *rest]) + "\n})();"
+
+
+def _own(name: str) -> str:
+    return (resources.files("upweight.report") / name).read_text(encoding="utf-8")
+
+
+def as_json(data: Any) -> str:
+    """JSON in ASCII in which no parser of HTML can find markup."""
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+
+
+def write(path: Path, text: str) -> Path:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".part")
+    staged.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(staged, path)
+    return path

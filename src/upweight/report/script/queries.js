@@ -1,0 +1,164 @@
+// -- one query ------------------------------------------------------------------------------------
+
+let current = -1, asking = 0, found = source.queries.map((_, q) => q);
+
+async function showQuery(q) {
+  if (!source.queries[q]) return;
+  const ticket = ++asking, query = source.queries[q];
+  current = q;
+  byId("query-title").textContent = `Query ${q}`;
+  byId("query-image").replaceChildren(tile("query", query.tile, 148, `the ${kind} of query ${q}`));
+  const facts = [];
+  if (query.label) facts.push(["label", query.label]);
+  if (query.prediction !== undefined) facts.push(["predicted", query.prediction]);
+  if (query.value !== undefined) facts.push([noun, number(query.value)]);
+  pairs(byId("query-facts"), facts);
+  if (query.wrong) byId("query-facts").querySelectorAll("dd")[query.label ? 1 : 0].classList.add("no");
+  const parts = contentsOf(query.contents, true);
+  if (query.contents.row) parts.push(wholeRow(query.contents.row, "The row of this query", query.contents.row.length <= 16));
+  byId("query-content").replaceChildren(...parts);
+  mark(q);
+  const answer = await source.query(q);
+  if (ticket !== asking) return; // another was asked for meanwhile
+  const largest = Math.max(0, ...answer.raised.entries.map(e => e.score), ...answer.lowered.entries.map(e => -e.score));
+  for (const side of ["raised", "lowered"]) fillSide(q, side, answer[side], largest);
+  drawHistogram(answer);
+  byId("told").textContent = queryWord(q);
+  if (dropped.size) await tellDropped();
+}
+
+function fillSide(q, side, { entries, more }, largest) {
+  const list = byId(side), rich = entries.some(e => e.differs || e.tokens || e.example.contents.text !== undefined || e.example.contents.custom);
+  list.classList.toggle("wide", rich && !data.sprites.train);
+  list.replaceChildren(...entries.map(entry => scoredCard(entry, q, side, largest)));
+  byId(`${side}-hint`).textContent = entries.length
+    ? `${several(entries.length, thing)}, strongest first` : `No ${thing} ${side} it.`;
+  if (!more) return;
+  const button = element("button", { type: "button", class: "plain" }, "Show more");
+  const item = element("li", { class: "card" }, button);
+  button.addEventListener("click", async () => {
+    button.setAttribute("aria-disabled", "true");
+    const next = await source.ranking(q, side, list.children.length - 1);
+    if (current !== q) return;
+    item.before(...next.entries.map(entry => scoredCard(entry, q, side, largest)));
+    byId(`${side}-hint`).textContent = `${several(list.children.length - 1, thing)}, strongest first`;
+    button.removeAttribute("aria-disabled");
+    if (!next.more) item.remove();
+  });
+  list.append(item);
+}
+
+function scoredCard(entry, q, side, largest) {
+  const actual = measured.get(`${q}:${entry.example.id}`), rows = [["score", number(entry.score, true)]];
+  if (entry.change !== undefined) rows.push(["removed", number(entry.change, true)]);
+  if (actual !== undefined) rows.push(["retrained", number(actual, true)]);
+  return card(entry.example, { rows, meter: largest ? Math.abs(entry.score) / largest : 0, side, differs: entry.differs, tokens: entry.tokens });
+}
+
+function wholeRow(row, words, open) {
+  const rows = row.map((value, c) => [data.features[c], number(value)]);
+  const more = data.features.length > row.length ? ` (the first ${row.length} of ${data.features.length} columns)` : "";
+  const grid = pairs(element("dl", { class: "facts row" }), rows);
+  const details = folded(`${words}${more}`, grid);
+  details.open = open;
+  return details;
+}
+
+// -- choosing -------------------------------------------------------------------------------------
+
+const CHUNK = 120; // options made at a time: a thousand at once would delay the first picture
+function grow(until) {
+  const list = byId("list");
+  for (let k = list.childElementCount; k < Math.min(until, found.length); k++) list.append(option(found[k]));
+}
+function option(q) {
+  const query = source.queries[q];
+  const facts = [query.prediction !== undefined && query.wrong ? `predicted ${query.prediction}` : "",
+    query.value !== undefined ? `${noun} ${number(query.value)}` : ""].filter(Boolean).join(" · ");
+  const node = element("div", { class: "option", role: "option", id: `query-${q}`, "aria-selected": String(q === current), "aria-label": queryWord(q) },
+    tile("query", query.tile, 44),
+    element("span", { class: "lines" },
+      element("span", { class: "word" }, query.label || `Query ${q}`, query.label ? element("small", {}, ` #${q}`) : ""),
+      query.text ? element("span", { class: "snippet" }, query.text.slice(0, 90)) : "",
+      element("span", { class: query.wrong ? "under no" : "under" }, facts)));
+  node.dataset.query = q;
+  return node;
+}
+function mark(q) {
+  const place = found.indexOf(q), list = byId("list");
+  // Not `disabled`, which would take the focus from a reader who pressed the button to the end.
+  byId("previous").setAttribute("aria-disabled", place <= 0);
+  byId("next").setAttribute("aria-disabled", place === found.length - 1);
+  list.querySelectorAll("[aria-selected=true]").forEach(node => node.setAttribute("aria-selected", "false"));
+  list.removeAttribute("aria-activedescendant");
+  if (place < 0) return;
+  grow(place + CHUNK);
+  const node = list.children[place];
+  node.setAttribute("aria-selected", "true");
+  list.setAttribute("aria-activedescendant", node.id);
+  // Not scrollIntoView: it would scroll the whole page to the list as well.
+  const { top, bottom, left, right } = node.getBoundingClientRect(), view = list.getBoundingClientRect();
+  if (top < view.top || bottom > view.bottom) list.scrollTop += top - view.top - view.height / 2 + (bottom - top) / 2;
+  if (left < view.left || right > view.right) list.scrollLeft += left - view.left - view.width / 2 + (right - left) / 2;
+}
+function filter() {
+  const words = byId("search").value.trim().toLowerCase(), label = byId("label").value, order = byId("order").value;
+  const bound = (id, none) => byId(id).value === "" ? none : Number(byId(id).value);
+  const least = bound("least", -Infinity), most = bound("most", Infinity), bounded = least > -Infinity || most < Infinity;
+  found = source.queries.map((_, q) => q).filter(q => {
+    const query = source.queries[q];
+    const matches = !words || `#${q}` === words || String(q) === words || query.label.toLowerCase().includes(words)
+      || String(query.prediction ?? "").toLowerCase().includes(words) || query.text.toLowerCase().includes(words);
+    return matches && (!label || query.label === label) && (!byId("wrong").checked || query.wrong)
+      && (!bounded || (query.value >= least && query.value <= most));
+  });
+  if (order !== "given") {
+    const sign = order === "high" ? -1 : 1;
+    found.sort((a, b) => sign * (source.queries[a].value - source.queries[b].value) || a - b);
+  }
+  const all = source.queries.length;
+  byId("found").textContent = found.length === all ? several(all, "query") : `${whole(found.length)} of ${several(all, "query")}`;
+  byId("list").replaceChildren();
+  grow(CHUNK);
+  if (found.includes(current)) mark(current);
+  else if (page === "queries" && found.length) goTo(`#queries/${found[0]}`, true);
+}
+function step(by, replace) {
+  const place = found.indexOf(current);
+  const next = found[Math.max(0, Math.min(found.length - 1, place + by))];
+  if (next !== undefined && next !== current) goTo(`#queries/${next}`, replace);
+}
+function prepareFilters() {
+  const labels = [...new Set(source.queries.map(query => query.label).filter(Boolean))];
+  labels.sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
+  byId("label").append(...labels.map(label => element("option", { value: label }, label)));
+  // A control that can change nothing is only in the way.
+  const valued = source.queries.every(query => query.value !== undefined), one = source.queries.length < 2;
+  byId("label").parentElement.hidden = labels.length < 2 || labels.length > 200;
+  byId("order").parentElement.hidden = byId("range").hidden = !valued;
+  byId("wrong").parentElement.hidden = !source.queries.some(query => query.wrong);
+  byId("more-filters").hidden = byId("label").parentElement.hidden && !valued && byId("wrong").parentElement.hidden;
+  byId("more-filters").open = matchMedia("(min-width: 1000px)").matches;
+  byId("previous").parentElement.hidden = byId("list").closest(".panel").hidden = one;
+  byId("list").closest(".desk").classList.toggle("alone", one);
+  byId("filters").addEventListener("submit", event => event.preventDefault());
+  for (const id of ["search", "label", "order", "wrong", "least", "most"]) byId(id).addEventListener("input", filter);
+  byId("previous").addEventListener("click", () => step(-1));
+  byId("next").addEventListener("click", () => step(1));
+  const list = byId("list");
+  list.addEventListener("click", event => {
+    const node = event.target.closest(".option");
+    if (node) goTo(`#queries/${node.dataset.query}`);
+  });
+  list.addEventListener("scroll", () => {
+    const near = list.scrollTop + 2 * list.clientHeight > list.scrollHeight && list.scrollLeft + 2 * list.clientWidth > list.scrollWidth;
+    if (near) grow(list.childElementCount + CHUNK);
+  }, { passive: true });
+}
+addEventListener("keydown", event => {
+  if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return; // the browser's own
+  if (page !== "queries" || event.target.closest("input, select, textarea, .scroll")) return;
+  const inList = event.target.id === "list" ? { ArrowDown: 1, ArrowUp: -1 } : {};
+  const by = { ArrowRight: 1, ArrowLeft: -1, j: 1, k: -1, ...inList }[event.key];
+  if (by) { event.preventDefault(); step(by, true); }
+});

@@ -1,0 +1,112 @@
+// -- what if I drop these -------------------------------------------------------------------------
+
+const dropped = new Map(); // id → example, in the order of ticking
+let changesNow = null, panelRows = 40;
+
+function tickOf(example, tickable) {
+  const allowed = tickable === true || source.hasAll(example.id); // else what it does to this query is not known
+  const box = element("input", { type: "checkbox" }), words = element("label", { class: "tick drop-tick" }, box, " drop");
+  box.dataset.id = example.id;
+  box.setAttribute("aria-label", `drop ${example.words}`);
+  box.checked = dropped.has(example.id);
+  if (!allowed) {
+    box.disabled = true;
+    words.title = "Its scores are not in this file.";
+    box.setAttribute("aria-label", `drop ${example.words}: its scores are not in this file`);
+  }
+  box.addEventListener("change", () => toggleDrop(example, box.checked));
+  return words;
+}
+async function toggleDrop(example, on) {
+  if (on) dropped.set(example.id, example); else dropped.delete(example.id);
+  markTicks();
+  await tellDropped();
+}
+function markTicks() {
+  document.querySelectorAll(".drop-tick input").forEach(box => { box.checked = dropped.has(Number(box.dataset.id)); });
+}
+let adding = 0;
+async function tellDropped() {
+  const host = byId("whatif"), ticket = ++adding;
+  host.hidden = !dropped.size;
+  root.classList.toggle("dropping", dropped.size > 0);
+  if (!dropped.size) {
+    changesNow = null;
+    byId("drop-words").textContent = "";
+    byId("drop-panel").hidden = true;
+    byId("drop-all").setAttribute("aria-expanded", "false");
+    return;
+  }
+  const changes = await source.drop([...dropped.keys()]);
+  if (ticket !== adding) return;
+  changesNow = changes;
+  const what = dropped.size === 1 ? `this ${thing}` : `these ${several(dropped.size, thing)}`;
+  const words = [element("span", {}, `Without ${what}: `)];
+  if (page === "queries" && current >= 0) {
+    const change = changes[current], value = source.queries[current].value;
+    words.push(Number.isNaN(change) ? `the change of query ${current} is not known. ` : element("span", {}, `the ${noun} of query ${current} changes by about `,
+      element("b", { id: "drop-change" }, number(change, true)), value === undefined ? ". " : `, from ${number(value)} to ${number(value + change)}${noun === "loss" && value >= 0 && value + change < 0 ? ", below what a loss can be: this is further than the prediction reaches" : ""}. `));
+  }
+  const order = sorted();
+  if (source.queries.length > 1 && order.length) words.push(element("span", { class: "hint" }, `Largest of all queries: ${number(changes[order[0]], true)}, query ${order[0]}.`));
+  byId("drop-words").replaceChildren(...words);
+  byId("drop-all").hidden = source.queries.length < 2;
+  if (!byId("drop-panel").hidden) drawDropped();
+}
+const sorted = () => source.queries.map((_, q) => q).filter(q => !Number.isNaN(changesNow[q]))
+  .sort((a, b) => Math.abs(changesNow[b]) - Math.abs(changesNow[a]) || a - b);
+
+function drawDropped() {
+  const host = byId("drop-panel"), order = sorted(), unknown = source.queries.length - order.length;
+  const most = order.length ? Math.abs(changesNow[order[0]]) : 0, valued = source.queries[0].value !== undefined;
+  const gone = element("div", { class: "gone" }, ...[...dropped.values()].map(example => {
+    const button = element("button", { type: "button", class: "chip", "aria-label": `keep ${example.words}` }, tile("train", example.tile, 24), `${example.label ? `${example.label} ` : ""}${example.name} ×`);
+    button.addEventListener("click", () => { toggleDrop(example, false); byId("drop-all").focus(); });
+    return button;
+  }));
+  const rows = order.slice(0, panelRows).map(q => {
+    const query = source.queries[q], change = changesNow[q];
+    const link = element("a", { href: `#queries/${q}` }, tile("query", query.tile, 26), `Query ${q}`);
+    const bar = element("span", { class: "bar-cell", "aria-hidden": "true" }, element("span"));
+    bar.firstChild.style.width = `${most ? 50 * Math.abs(change) / most : 0}%`;
+    bar.firstChild.className = change >= 0 ? "up" : "down";
+    return [link, query.label, bar, number(change, true), ...(valued ? [number(query.value), number(query.value + change)] : [])];
+  });
+  const up = order.filter(q => changesNow[q] > 0).length, total = order.reduce((sum, q) => sum + changesNow[q], 0);
+  const parts = [gone, element("p", { class: "hint" },
+    `First-order prediction: effects of removals add up${data.newton ? "; the corrected predictions on the cards do not" : ""}. `
+    + `Of ${several(order.length, "query")} ${whole(up)} ${up === 1 ? "gains" : "gain"} and ${whole(order.length - up)} ${order.length - up === 1 ? "does" : "do"} not; the mean change is ${number(total / (order.length || 1), true)}.`
+    + (unknown ? ` Of ${several(unknown, "query")} the change is not known: this file does not hold all scores of what is ticked.` : ""))];
+  parts.push(scrolling("Predicted change of every query", table(`Predicted change of the ${noun}, largest first`,
+    ["query", "label", "", "change", ...(valued ? ["now", "then"] : [])], rows, { class: "changes" })));
+  if (order.length > panelRows) {
+    const button = element("button", { type: "button", class: "plain" }, `Show ${whole(Math.min(200, order.length - panelRows))} more`);
+    button.addEventListener("click", () => { panelRows += 200; drawDropped(); });
+    parts.push(button);
+  }
+  if (source.hasAll(0) && source.hasAll(source.n - 1) && !data.groups) parts.push(addByNumber());
+  host.replaceChildren(...parts);
+}
+function addByNumber() {
+  const input = element("input", { type: "number", min: 0, max: source.n - 1, step: 1, "aria-label": `number of a ${thing}` });
+  const form = element("form", { class: "add" }, element("label", {}, `Drop ${thing} number `, input), element("button", { type: "submit", class: "plain" }, "Add"));
+  form.addEventListener("submit", async event => {
+    event.preventDefault();
+    const id = Number(input.value);
+    if (input.value === "" || !Number.isInteger(id) || !source.hasAll(id)) return;
+    const [example] = await source.examples([id]);
+    await toggleDrop(example, true);
+    byId("drop-panel").querySelector(".add input")?.focus();
+  });
+  return form;
+}
+function prepareDrop() {
+  byId("drop-none").addEventListener("click", async () => { dropped.clear(); markTicks(); await tellDropped(); byId("main").focus({ preventScroll: true }); });
+  byId("drop-all").addEventListener("click", () => {
+    const shown = byId("drop-panel").hidden;
+    byId("drop-panel").hidden = !shown;
+    byId("drop-all").setAttribute("aria-expanded", shown);
+    panelRows = 40;
+    if (shown) drawDropped();
+  });
+}

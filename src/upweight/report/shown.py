@@ -1,0 +1,86 @@
+"""Structured content of an example: texts, names with values, pictures. Never markup.
+
+A renderer of the user's gives it for an index, and the page builds the elements itself: whatever a
+renderer returns, it cannot run script or load anything.
+
+    "a text"   {"name": value, …}   array [h, w] or [h, w, c]   a list of these
+"""
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from upweight.errors import DataError, message
+from upweight.report.sprite import LARGEST_SIDE, as_images, display_range, sprite
+
+Render = Callable[[str, int], Any]
+"""("train" or "query", index) → content."""
+
+TEXT_BYTES = 1_200_000
+"""Characters of all texts of a set on the page together; long texts are cut to share them."""
+
+LONGEST, SHORTEST = 4000, 160
+"""Characters of one text, at most and in any case."""
+
+
+def content(value: Any) -> list[dict[str, Any]]:
+    """What a renderer returned, as JSON for the page.
+
+    Raises:
+        DataError: It is nothing that can be shown.
+    """
+    if isinstance(value, str):
+        return [{"text": clipped(value, LONGEST)}]
+    if isinstance(value, Mapping):
+        return [{"pairs": [[str(name), clipped(_said(v), 400)] for name, v in value.items()]}]
+    if isinstance(value, Tensor | np.ndarray):
+        return [{"picture": _picture(value)}]
+    if isinstance(value, Sequence):
+        return [part for item in value for part in content(item)]
+    raise DataError(
+        message(
+            "A renderer returns a text, a mapping of names to values, an image array or a list.",
+            f"an object of type {type(value).__name__}.",
+            "a figure, or markup wrapped in an object.",
+            "return str(…) of it, or its pixels as an array [h, w] or [h, w, c].",
+        )
+    )
+
+
+def clipped(text: str, most: int) -> str:
+    """At most `most` characters, with an ellipsis where something was left out."""
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def length(examples: int) -> int:
+    """Characters that each of so many texts may have."""
+    return max(SHORTEST, min(LONGEST, TEXT_BYTES // max(1, examples)))
+
+
+def _said(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _picture(value: Any) -> str:
+    array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+    images = as_images(array[None]) if array.ndim in (2, 3) else None
+    if images is None:
+        raise DataError(
+            message(
+                "An image is an array [h, w], [h, w, c] or [c, h, w].",
+                f"shape {array.shape}, dtype {array.dtype}.",
+                "a batch of images, or a row of numbers.",
+                "return one image, or a mapping of names to numbers.",
+            )
+        )
+    sheet = sprite(images, *display_range(images), side=2 * LARGEST_SIDE)
+    from PIL import Image
+
+    tile = Image.open(io.BytesIO(sheet.png))
+    buffer = io.BytesIO()
+    tile.crop((1, 1, tile.width - 1, tile.height - 1)).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,350 @@
+"""A folder of scores served to a browser: the same numbers, to nobody else, and no other file."""
+
+import http.client
+import json
+import socket
+import urllib.error
+import urllib.request
+from contextlib import closing
+from dataclasses import asdict
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+
+from tests.report.conftest import provenance
+from upweight.errors import DataError, ShapeError, SpecError, UpweightError
+from upweight.runtime.shards import ScoreShards
+from upweight.scores import Scores, Unit
+from upweight.view import Answers, Server, matrix, opened, serve
+from upweight.view.matrix import keeping
+
+N, Q = 60, 4
+
+
+@pytest.fixture(scope="module")
+def values():
+    return torch.from_numpy(np.random.default_rng(0).normal(size=(Q, N))).float()
+
+
+@pytest.fixture(scope="module")
+def folder(values, tmp_path_factory):
+    """Shards of two groups of queries, each over ranges of examples."""
+    path = tmp_path_factory.mktemp("run") / "scores"
+    shards = ScoreShards.open(path, N, Q, {"task": "t"})
+    for first, last in ((0, 3), (3, 4)):
+        for start in range(0, N, 25):
+            shards.append(first, start, values[first:last, start : start + 25].T)
+    shards.finish({"unit": "DERIVATIVE", "provenance": asdict(provenance(n=N, q=Q))})
+    return path
+
+
+@pytest.fixture(scope="module")
+def data():
+    draw = np.random.default_rng(1)
+    images = draw.integers(0, 256, (N, 6, 5), dtype=np.uint8)
+    return (images, draw.integers(0, 3, N)), (images[:Q], np.array([0, 1, 2, 0]))
+
+
+@pytest.fixture(scope="module")
+def server(folder, data):
+    train, queries = data
+    answers = Answers(
+        opened(folder), train, queries, values=[0.5, 2.0, 1.0, 0.1], metadata={"half": [0, 1] * 30},
+        train_losses=np.linspace(0, 1, N), self_influence=-np.linspace(0, 2, N),
+    )  # fmt: skip
+    with Server(answers) as running:
+        yield running
+
+
+def asked(server, path, **parameters):
+    """(status, body) of a GET with the token."""
+    parts = urlsplit(server.address)
+    more = "".join(f"&{key}={value}" for key, value in parameters.items())
+    url = f"http://{parts.netloc}/{path}?{parts.query}{more}"
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def raw(server, method, path, **headers):
+    """(status, body) of any request."""
+    with closing(
+        http.client.HTTPConnection(urlsplit(server.address).netloc, timeout=10)
+    ) as connection:
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+def test_shards_open_as_they_were_written_and_only_the_first_time_cost_a_copy(folder, values):
+    scores = opened(folder)
+    assert torch.equal(scores.values, values)
+    assert scores.unit is Unit.DERIVATIVE
+    assert scores.provenance == provenance(n=N, q=Q)
+    copy = folder / "by-query" / "values.npy"
+    before = copy.stat().st_mtime_ns
+    opened(folder)
+    assert copy.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("block", [1, 7, 10**6])
+def test_the_copy_is_the_same_whatever_the_blocks(values, tmp_path, monkeypatch, block):
+    monkeypatch.setattr(matrix, "BLOCK", block)
+    shards = ScoreShards.open(tmp_path, N, Q, {})
+    shards.append(0, 0, values.T)
+    assert torch.equal(opened(tmp_path).values, values)
+
+
+def test_other_scores_in_the_folder_are_copied_again(values, tmp_path):
+    shards = ScoreShards.open(tmp_path, N, Q, {})
+    shards.append(0, 0, values.T)
+    opened(tmp_path)
+    shards.append(0, 0, 2 * values.T)
+    assert torch.equal(opened(tmp_path).values, 2 * values)
+
+
+def test_totals_are_kept_for_the_same_scores_and_groups(values, tmp_path, monkeypatch):
+    shards = ScoreShards.open(tmp_path, N, Q, {})
+    shards.append(0, 0, values.T)
+    halves = {"half": [0, 1] * 30}
+    first = Answers(opened(tmp_path), metadata=halves, keep=keeping(tmp_path)).training
+    with monkeypatch.context() as patched:
+        patched.setattr("upweight.view.kept.totals", lambda *_: pytest.fail("taken again"))
+        again = Answers(opened(tmp_path), metadata=halves, keep=keeping(tmp_path)).training
+    assert again == first
+    other = {"half": [1, 1, 0] * 20}
+    assert Answers(opened(tmp_path), metadata=other, keep=keeping(tmp_path)).training != first
+    shards.append(0, 0, 2 * values.T)
+    opened(tmp_path)
+    twice = Answers(opened(tmp_path), metadata=halves, keep=keeping(tmp_path)).training
+    np.testing.assert_allclose(
+        twice["groups"][0]["totals"], 2 * np.array(first["groups"][0]["totals"]), rtol=1e-4
+    )
+
+
+def test_saved_scores_open_too(values, tmp_path):
+    Scores(values, Unit.DIFFERENCE, provenance(n=N, q=Q)).save(tmp_path)
+    found = opened(tmp_path)
+    assert torch.equal(found.values, values)
+    assert found.unit is Unit.DIFFERENCE
+
+
+def test_no_scores_and_an_unfinished_pass_are_refused_and_leave_nothing(values, tmp_path):
+    with pytest.raises(DataError, match=r"neither manifest\.json nor scores\.json"):
+        opened(tmp_path)
+    shards = ScoreShards.open(tmp_path, N, Q, {})
+    shards.append(0, 0, values[:, :20].T)
+    with pytest.raises(ShapeError, match="call the same write"):
+        opened(tmp_path)
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.npy"))
+
+
+@pytest.mark.parametrize("side", ["raised", "lowered"])
+def test_a_ranking_is_paged_through_to_its_end(server, values, side):
+    found, start, more = [], 0, True
+    while more:
+        status, body = asked(server, f"ranking/1/{side}", start=start)
+        assert status == 200
+        page = json.loads(body)
+        found += [(entry["example"]["id"], entry["score"]) for entry in page["entries"]]
+        start, more = len(found), page["more"]
+    sign = 1 if side == "raised" else -1
+    signed = sign * values[1]
+    expected = [i for i in signed.argsort(descending=True, stable=True).tolist() if signed[i] > 0]
+    assert [i for i, _ in found] == expected
+    np.testing.assert_allclose([s for _, s in found], values[1][expected], rtol=1e-5)
+
+
+def test_what_if_is_what_predict_says(server, values):
+    scores = Scores(values, Unit.DERIVATIVE, provenance())
+    for dropped in ([3], [0, 59, 17]):
+        _, body = asked(server, "drop", ids=",".join(map(str, dropped)))
+        np.testing.assert_allclose(json.loads(body), scores.predict(drop=dropped), rtol=1e-6)
+
+
+def test_every_example_is_on_some_page_in_order(server, values):
+    found = []
+    for start in range(0, N, 24):
+        _, body = asked(server, "browse/absolute", start=start)
+        found += json.loads(body)["rows"]
+    assert [row["id"] for row in found] == values.abs().sum(dim=0).argsort(descending=True).tolist()
+    np.testing.assert_allclose([r["self"] for r in found], [r["id"] * 2 / 59 for r in found], 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters", "status"),
+    [
+        ("query/4", {}, 404),
+        ("query/-1", {}, 404),
+        ("ranking/0/sideways", {}, 404),
+        ("browse/values", {}, 404),
+        ("picture/train/60", {}, 404),
+        ("picture/etc/0", {}, 404),
+        ("examples", {"ids": "0,60"}, 400),
+        ("examples", {"ids": "../0"}, 400),
+        ("drop", {"ids": "1,1"}, 400),
+        ("ranking/0/raised", {"start": "-3"}, 400),
+        ("../run.toml", {}, 404),
+        ("%2e%2e/%2e%2e/etc/passwd", {}, 404),
+        ("scores/manifest.json", {}, 404),
+    ],
+)
+def test_addresses_of_nothing_are_refused(server, path, parameters, status):
+    assert asked(server, path, **parameters)[0] == status
+
+
+@pytest.mark.parametrize("path", ["", "query/0", "drop", "picture/train/0", "nothing"])
+@pytest.mark.parametrize("query", ["", "token=", "token=wrong"])
+def test_without_the_token_nothing_is_told(server, path, query):
+    status, body = raw(server, "GET", f"/{path}?{query}")
+    assert status == (404 if path == "nothing" else 403)
+    assert b"score" not in body
+
+
+def test_nothing_can_be_written_and_no_other_name_is_served(server):
+    token = urlsplit(server.address).query
+    for method in ("POST", "PUT", "DELETE"):
+        assert raw(server, method, f"/drop?{token}&ids=1")[0] == 405
+    assert raw(server, "GET", f"/?{token}", Host="attacker.example")[0] == 400
+
+
+def test_only_this_machine_can_connect(server):
+    port = urlsplit(server.address).port
+    others = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None)}
+    for address in others - {"127.0.0.1", "::1"}:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as attempt:
+            attempt.settimeout(2)
+            assert attempt.connect_ex((address, port)) != 0
+    assert server.address.startswith("http://127.0.0.1:")
+
+
+def test_a_port_that_is_taken_is_said(server, folder):
+    port = urlsplit(server.address).port
+    with pytest.raises(SpecError, match=f"port {port}"):
+        Server(Answers(opened(folder)), port)
+
+
+def test_the_page_works_in_a_browser(server, values, browser):
+    complaints, elsewhere = [], []
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(10_000)
+    page.on("console", lambda said: complaints.append(said.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    home = f"http://{urlsplit(server.address).netloc}/"
+    page.on("request", lambda r: elsewhere.append(r.url) if not r.url.startswith(home) else None)
+    page.goto(server.address + "#queries/2")
+    page.wait_for_selector("#raised .card")
+    scores = Scores(values, Unit.DERIVATIVE, provenance())
+    first = scores.top(1, 2).raises[0]
+    box = page.locator("#raised .drop-tick input").first
+    assert int(box.get_attribute("data-id")) == first
+    box.check()
+    expected = float(scores.predict(drop=[first])[2])
+    page.wait_for_selector("#drop-change")
+    told = page.locator("#drop-change").inner_text().replace("−", "-")
+    assert float(told) == pytest.approx(expected, rel=6e-3)
+    page.locator("#raised button").click()
+    page.locator("#raised .card").nth(20).wait_for()
+    tile = page.locator("#raised .tile").first
+    image = tile.evaluate("e => getComputedStyle(e).backgroundImage")
+    assert "picture/train/" in image
+    page.keyboard.press("j")
+    page.wait_for_selector("#query-3[aria-selected=true]")
+    page.get_by_role("link", name="Training set").click()
+    page.get_by_role("heading", name="All training images").wait_for()
+    for name in ("What the examples are worth", "Suspicious labels", "Classes on classes"):
+        assert page.get_by_role("heading", name=name).is_visible()
+    page.get_by_role("button", name="Next").click()
+    page.get_by_text("25 to 48 of 60").wait_for()
+    assert page.evaluate("document.documentElement.dataset.error") is None
+    page.close()
+    assert complaints == []
+    assert elsewhere == []
+
+
+def test_hostile_labels_run_nothing_when_served(folder, data, browser):
+    hostile = "</script><script>document.documentElement.dataset.owned='yes'</script><img src=x>"
+    train, queries = data
+    answers = Answers(
+        opened(folder), train, queries, names=[hostile] * 3, metadata={hostile: [hostile, "b"] * 30}
+    )
+    with Server(answers, title=hostile) as running:
+        page = browser.new_page()
+        page.set_default_timeout(10_000)
+        page.goto(running.address + "#queries/0")
+        page.wait_for_selector("#raised .card")
+        assert hostile in page.locator("#raised").inner_text()
+        page.get_by_role("link", name="Training set").click()
+        page.locator("#all-title").wait_for()
+        assert page.evaluate("document.documentElement.dataset.owned") is None
+        assert page.locator("img").count() == 0
+        page.close()
+
+
+def test_a_view_that_ended_is_said_on_the_page(folder, browser):
+    with Server(Answers(opened(folder))) as running:
+        page = browser.new_page()
+        page.set_default_timeout(10_000)
+        page.goto(running.address + "#queries/0")
+        page.wait_for_selector("#raised .card")
+    page.keyboard.press("j")
+    page.get_by_text("no longer answers").wait_for()
+    page.close()
+
+
+def test_serve_tells_its_address_and_stops_when_interrupted(folder, data, monkeypatch):
+    told = []
+
+    def interrupted(server):
+        assert asked(server, "query/0")[0] == 200
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "wait", interrupted)
+    train, queries = data
+    serve(folder, train, queries, title="t", told=told.append)
+    assert told[0].startswith("http://127.0.0.1:") and told[1] == "stopped"
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(told[0], timeout=2)
+
+
+def test_a_live_model_is_asked_about_the_queries(folder):
+    import upweight as uw
+
+    torch.manual_seed(0)
+    X, y = torch.randn(N, 3, dtype=torch.float64), torch.arange(N) % 2
+    task = uw.Task(torch.nn.Linear(3, 2).double(), loss=uw.CrossEntropy())
+    train, queries = uw.as_data((X, y)), uw.as_data((X[:Q], y[:Q]))
+    scores = opened(folder).attach(uw.Context(task, train, queries, uw.Loss()))
+    answers = Answers(scores, train, queries)
+    losses = task.losses(task.theta(), (X[:Q], y[:Q])).tolist()
+    np.testing.assert_allclose([q["value"] for q in answers.meta["queries"]], losses, rtol=1e-4)
+    assert "suspicious" not in answers.training
+
+
+def test_without_data_examples_are_numbers(folder):
+    answers = Answers(opened(folder))
+    page = answers.query(0)
+    assert page["raised"]["entries"][0]["example"]["name"].startswith("#")
+    assert answers.meta["sprites"] == {}
+
+
+def test_removals_keep_their_sign_and_ranks_predict_nothing(values):
+    scores = Scores(values, Unit.DERIVATIVE, provenance())
+    removals = Answers(scores.removal())
+    np.testing.assert_allclose(removals.drop([1, 2]), scores.predict(drop=[1, 2]), rtol=1e-6)
+    with pytest.raises(UpweightError, match="only rank"):
+        Answers(Scores(values, Unit.RANK, provenance())).drop([1])
+
+
+def test_rows_of_tables_say_where_they_differ(folder):
+    X = np.random.default_rng(0).normal(size=(N, 3))
+    X[:, 1] *= 100
+    answers = Answers(opened(folder), (X, np.zeros(N)), (X[:Q], np.zeros(Q)), features=list("abc"))
+    entry = answers.query(0)["raised"]["entries"][0]
+    i = entry["example"]["id"]
+    distance = np.abs(X[i] - X[0]) / np.concatenate([X, X[:Q]]).std(axis=0)
+    assert entry["differs"][0][0] == int(distance.argmax())
