@@ -322,6 +322,7 @@ def test_evaluation_is_kept_and_the_report_says_it(finished):
     assert written["bytes"] == len(page.encode())
     assert found["verdict"].partition(";")[0][1:] in html.unescape(page)
     assert "upweight attribute project.py:task --train" in page
+    assert "Ranked by self-influence" in page, "from the factors that the run has kept"
 
 
 def test_an_interrupted_evaluation_goes_on(finished, monkeypatch):

@@ -61,7 +61,12 @@ class Filter(nn.Module):
 
 train, test = tensors(order[:1000]), tensors(order[1000:1040])
 recipe = uw.Training(Filter, uw.Adam(lr=0.01), epochs=8, batch=50, seed=0)
-shown = {"names": ["ham", "spam"]}
+texts = [f"{mail['subject']}\n{mail['text']}" for mail in mails]
+shown = {
+    "names": ["ham", "spam"],
+    "train_texts": [texts[i] for i in order[:1000]],
+    "query_texts": [texts[i] for i in order[1000:1040]],
+}
 
 
 def task() -> uw.Task:

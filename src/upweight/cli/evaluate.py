@@ -21,6 +21,7 @@ from upweight.evaluation.check import two_seeds
 from upweight.runs.directory import Run
 from upweight.runs.question import Question
 from upweight.runs.record import Record
+from upweight.runs.work import kept_fit
 from upweight.scores import Context, Scores
 from upweight.task.recipe import Recipe
 from upweight.training.function import FromFunction
@@ -106,8 +107,8 @@ def report(run: Path, out: Path | None, show: str | None) -> Answer:
     It shows first how far the scores can be trusted, with what `upweight evaluate` found, then
     what raised and lowered the measurement of each query.
 
-    What to show beside the data themselves, such as the names of classes, comes from a dict in a
-    file of yours: shown = {"names": ["ham", "spam"]}.
+    What to show beside the data themselves, such as the names of classes or the texts that numbers
+    stand for, comes from a dict in a file of yours: shown = {"names": ["ham", "spam"]}.
 
     \b
     Examples:
@@ -117,7 +118,8 @@ def report(run: Path, out: Path | None, show: str | None) -> Answer:
     place = Run.named(run.absolute())
     path = place.report if out is None else out.absolute()
     with reopened(place) as (project, record, question):
-        scores = attached(place, question)
+        fitted = kept_fit(place, record, question) if place.factors.exists() else None
+        scores = attached(place, question, fitted)
         extra = {} if show is None else shown_of(project, show)
         written = page(scores, question, path, found_in(place), command(place, record), extra)
     bytes_ = written.stat().st_size
@@ -155,9 +157,9 @@ def shown_of(project: Project, reference: str) -> dict[str, Any]:
     return value
 
 
-def attached(run: Run, question: Question) -> Scores:
+def attached(run: Run, question: Question, fitted: Any = None) -> Scores:
     """The scores of a run with the objects that they are of."""
-    context = Context(question.task, question.train, question.queries, question.measure)
+    context = Context(question.task, question.train, question.queries, question.measure, fitted)
     return run.load().attach(context)
 
 

@@ -6,6 +6,7 @@ what is there. Other methods hold their scores in memory, and start over.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -22,17 +23,27 @@ def attribute(run: Run, record: Record, question: Question) -> None:
         UpweightError: From the method.
         OSError: The disk is full or not writable; what was written stays readable.
     """
-    task, train, method = question.task, question.train, question.method
     queries, measure = question.queries, question.measure
     with _threads(record.threads):
-        if question.is_resumable:
-            assert isinstance(method, Influence)
-            fitted = method.fit(
-                task, train, memory_bytes=record.memory_bytes or None, store=run.factors
-            )
+        fitted = kept_fit(run, record, question)
+        if fitted is not None:
             fitted.write(queries, run.scores, measure, tolerance=record.tolerance)
         else:
-            method.fit(task, train).attribute(queries, measure=measure).save(run.scores)
+            fitted = question.method.fit(question.task, question.train)
+            fitted.attribute(queries, measure=measure).save(run.scores)
+
+
+def kept_fit(run: Run, record: Record, question: Question) -> Any:
+    """The fitted method, as far as the run has kept it; None for methods that keep nothing.
+
+    Cost: of a finished one, a forward pass over the training data, which are checked.
+    """
+    method = question.method
+    if not question.is_resumable:
+        return None
+    assert isinstance(method, Influence)
+    memory_bytes = record.memory_bytes or None
+    return method.fit(question.task, question.train, memory_bytes=memory_bytes, store=run.factors)
 
 
 @contextlib.contextmanager
