@@ -43,10 +43,19 @@ def test_a_file_is_run_once_and_leaves_no_trace(folder):
         runs = project.load("project.py:runs")
         project.load("project.py:late")
         assert project.load("project.py:runs") is runs == [1]
+        assert project.load("./project.py:runs") is runs
         assert set(project.sources()) == {"numbers_beside.py", "numbers_late.py", "project.py"}
     assert sys.path == path
     assert {name: m for name, m in sys.modules.items() if modules.get(name) is not m} == {}
     assert not (folder / "__pycache__" / "project.cpython-311.pyc").exists()
+
+
+def test_modules_that_are_nothing_are_no_obstacle(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "a_name_that_may_not_be_imported", None)
+    with opened() as project:
+        project.load("project.py:three")
+        assert project.sources()
+    assert "project" not in sys.modules
 
 
 def test_libraries_that_the_file_imports_stay(folder):

@@ -34,7 +34,7 @@ class Project:
 
     Args:
         folders: Where the user's files lie, the first loaded last.
-        modules: Those files, run, by what they were asked for as.
+        modules: Those files, run, by their places.
     """
 
     folders: list[Path] = field(default_factory=list)
@@ -69,9 +69,10 @@ class Project:
                     f"for example {source or reference or 'project.py'}:task",
                 )
             )
-        if source not in self.modules:
-            self.modules[source] = self._module(source)
-        defined = vars(self.modules[source])
+        key = str(Path(source).resolve())  # ./project.py is project.py
+        if key not in self.modules:
+            self.modules[key] = self._module(source)
+        defined = vars(self.modules[key])
         if name not in defined:
             raise ProjectError(_no_such_name(source, name, defined))
         return defined[name]
@@ -79,22 +80,25 @@ class Project:
     def sources(self) -> dict[str, str]:
         """The hash of every file of the user's that was run, neighbors included."""
         found = {}
-        for module in list(sys.modules.values()):
-            path = _file(module)
-            if path is not None and any(path.is_relative_to(f) for f in self._own(module)):
-                folder = next(f for f in self.folders if path.is_relative_to(f))
-                name = path.relative_to(folder).as_posix()
-                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        for name in self._own():
+            path, folder = _file(name), self._folder(name)
+            if path is not None and folder is not None and path.is_relative_to(folder):
+                relative = path.relative_to(folder).as_posix()
+                found[relative] = hashlib.sha256(path.read_bytes()).hexdigest()
         return dict(sorted(found.items()))
 
-    def _own(self, module: types.ModuleType) -> list[Path]:
+    def _own(self) -> list[str]:
+        """The loaded modules that are the user's."""
+        return [name for name in list(sys.modules) if self._folder(name) is not None]
+
+    def _folder(self, name: str) -> Path | None:
         """The user's folder that a module was found in by its name, if it was."""
-        top = sys.modules.get(module.__name__.partition(".")[0], module)
+        top = name.partition(".")[0]
         path = _file(top)
-        if path is None or top.__name__ == "upweight":
-            return []
+        if path is None or top == "upweight":
+            return None
         home = path.parent.parent if path.name == "__init__.py" else path.parent
-        return [folder for folder in self.folders if folder == home]
+        return home if home in self.folders else None
 
     def _module(self, source: str) -> types.ModuleType:
         path = Path(source)
@@ -121,8 +125,8 @@ def opened() -> Iterator[Project]:
         with contextlib.redirect_stdout(sys.stderr), _told("Your code raised", project.folders):
             yield project
     finally:
-        for name, module in list(sys.modules.items()):
-            if modules.get(name) is not module and project._own(module):
+        for name in project._own():
+            if sys.modules[name] is not modules.get(name):
                 del sys.modules[name]
         # Files of the user's may have taken the place of something else.
         sys.modules.update({k: m for k, m in modules.items() if k not in sys.modules})
@@ -169,8 +173,8 @@ def _required(function: Any) -> list[str]:
     ]
 
 
-def _file(module: Any) -> Path | None:
-    path = getattr(module, "__file__", None)
+def _file(name: str) -> Path | None:
+    path = getattr(sys.modules.get(name), "__file__", None)
     return Path(path).resolve() if isinstance(path, str) else None
 
 
