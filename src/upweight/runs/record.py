@@ -29,7 +29,7 @@ class Record:
         memory_bytes: What a batch may take; 0: the method's own choice.
         threads: Of PyTorch. Fixed, because sums round by how they are shared out.
         n, q, p: Training examples, queries, parameters.
-        fingerprints: Hashes of the model, the task, the data and the measure.
+        fingerprints: Hashes of the model, the task, the data, the method and the measure.
         sources: Hashes of the user's files.
         versions: Of the libraries.
     """
