@@ -302,6 +302,9 @@ def test_readers_of_a_screen_are_told(run, opened):
     assert page.locator("#list").get_attribute("aria-activedescendant") == "query-0"
     assert page.locator("#drop-words[aria-live=polite][role=status]").count() == 1
     assert page.get_by_role("img", name=re.compile("^Histogram of 10 scores")).is_visible()
+    page.locator("#histogram summary").click()
+    counts = page.locator("#histogram tbody td").all_inner_texts()
+    assert sum(int(c) for c in counts) == 10
     assert page.get_by_role("link", name="Queries").get_attribute("aria-current") == "page"
     unnamed = page.evaluate(UNNAMED)
     assert unnamed == []
