@@ -1,16 +1,19 @@
 """Curvature and scores on disk: interrupted anywhere, they go on to the same numbers."""
 
+import copy
 import dataclasses
 import errno
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
+from torch import nn
 
 import upweight as uw
-from tests.market import problem
+from tests.market import draw, initialized, problem
 from upweight.errors import SpecError, StaleStore
 from upweight.runtime import checkpoint
 from upweight.runtime.shards import ScoreShards
@@ -72,22 +75,91 @@ def test_a_finished_curvature_is_read_back(curvature, tmp_path):
     assert torch.equal(again.attribute(p.queries, tolerance=0.0).values, first.values)
 
 
-@pytest.mark.parametrize("change", ["damping", "curvature", "data", "parameters"])
-def test_a_store_of_something_else_is_refused(change, tmp_path):
-    p = problem("mlp_gelu")
-    METHOD.fit(p.task, p.train, store=tmp_path)
-    method, task, (X, y) = METHOD, p.task, p.train
-    if change == "damping":
-        method = uw.Influence(curvature=uw.EKFAC(), damping=uw.Relative(0.2))
-    if change == "curvature":
-        method = uw.Influence(curvature=uw.KFAC(), damping=uw.Relative(0.1))
+def absolute(f, y):
+    return (f - y).abs().sum(dim=1)
+
+
+def rooted(f, y):
+    return (1 + (f - y) ** 2).sqrt().sum(dim=1)
+
+
+def scaled_inputs(model, batch):
+    return model(2.0 * batch[0]), batch[1]
+
+
+CHANGES = {
+    "damping": lambda m, t: (dataclasses.replace(m, damping=uw.Relative(0.2)), t),
+    "curvature": lambda m, t: (dataclasses.replace(m, curvature=uw.KFAC(uw.Observed())), t),
+    "penalty": lambda m, t: (m, uw.Task(t.model, t.loss, uw.L2(0.02))),
+    "parameters": lambda m, t: (m, uw.Task(t.model, t.loss, t.penalty, params="2.*")),
+    "forward": lambda m, t: (m, uw.Task(t.model, t.loss, t.penalty, forward=scaled_inputs)),
+    "a loss of that name": lambda m, t: (m, uw.Task(t.model, named_as(rooted), t.penalty)),
+    "activation": lambda m, t: (m, uw.Task(with_layer(t.model, 1, nn.Tanh()), t.loss, t.penalty)),
+    "buffer": lambda m, t: (m, uw.Task(with_statistics(t.model), t.loss, t.penalty)),
+}
+
+
+def named_as(function):
+    """The same module and name as `absolute`, as two lambdas have."""
+    made = types.FunctionType(function.__code__, function.__globals__, "absolute")
+    made.__qualname__ = "absolute"
+    return made
+
+
+def with_layer(model, k, layer):
+    changed = copy.deepcopy(model)
+    changed[k] = layer
+    return changed
+
+
+def with_statistics(model):
+    changed = copy.deepcopy(model)
+    changed[3].running_mean.add_(0.1)
+    return changed
+
+
+def stored():
+    g = torch.Generator().manual_seed(0)
+    layers = [nn.Linear(2, 3), nn.GELU(), nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False)]
+    task = uw.Task(initialized(nn.Sequential(*layers), g).eval(), absolute, uw.L2(0.01))
+    method = uw.Influence(uw.EKFAC(uw.Observed()), damping=uw.Relative(0.1))
+    return method, task, (draw(g, 9, 2), draw(g, 9, 2))
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "data"])
+def test_a_folder_of_something_else_is_refused(change, tmp_path):
+    """Both that of a fit and that of scores, also where θ is the same."""
+    method, task, (X, y) = stored()
+    fitted = method.fit(task, (X, y), store=tmp_path / "fit")
+    fitted.write((X[:2], y[:2]), tmp_path / "scores")
     if change == "data":
         X = X.clone()
         X[0, 0] += 1e-9
-    if change == "parameters":
-        task = uw.Task(p.task.model, uw.SquaredError(), uw.L2(0.01), params="2.*")
+    else:
+        method, task = CHANGES[change](method, task)
     with pytest.raises(StaleStore, match="other parameters, data or settings"):
-        method.fit(task, (X, y), store=tmp_path)
+        method.fit(task, (X, y), store=tmp_path / "fit")
+    with pytest.raises(StaleStore, match="which describes others"):
+        method.fit(task, (X, y)).write((X[:2], y[:2]), tmp_path / "scores")
+
+
+def test_scores_of_another_question_are_refused(tmp_path):
+    method, task, (X, y) = stored()
+    fitted = method.fit(task, (X, y), store=tmp_path / "fit")
+    fitted.write((X[:2], y[:2]), tmp_path / "scores", lambda f, y: f[:, 0])
+    again = method.fit(copied(task), (X, y), store=tmp_path / "fit")
+    assert set(again.seconds) == {"fit"}, "the same model in another place is the same"
+    again.write((X[:2], y[:2]), tmp_path / "scores", lambda f, y: f[:, 0])
+    for queries, measure in (
+        ((X[:2], y[:2]), lambda f, y: f[:, 1]),
+        ((X[1:3], y[1:3]), lambda f, y: f[:, 0]),
+    ):
+        with pytest.raises(StaleStore, match="which describes others"):
+            fitted.write(queries, tmp_path / "scores", measure)
+
+
+def copied(task):
+    return uw.Task(copy.deepcopy(task.model), task.loss, task.penalty)
 
 
 def test_a_store_needs_a_layerwise_curvature(tmp_path):

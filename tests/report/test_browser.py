@@ -1,11 +1,13 @@
 """The page in a real browser: what a person does with it, and that data cannot do anything."""
 
+import io
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 OWNED = "document.documentElement.dataset.owned"
 HOSTILE = f'</script><script>{OWNED}="yes"</script><img src=x onerror="{OWNED}=1">'
@@ -96,6 +98,26 @@ def test_the_cards_are_the_ends_of_the_scores(run, opened):
         cards = page.locator(f"#{side} .card").all()
         shown = [numbers(card.locator("dd").first.inner_text())[0] for card in cards]
         np.testing.assert_allclose(shown, scores, rtol=6e-3)  # three digits
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (5, 9)])
+def test_each_tile_shows_its_own_image(run, opened, monkeypatch, sizes):
+    monkeypatch.setattr("upweight.report.sprite.TILES", 4)  # ten images on three sheets
+    grays = np.arange(10, dtype=np.uint8) * 25
+    images = np.broadcast_to(grays[:, None, None], (10, *sizes)).copy()
+    run.train, run.queries = (images, run.train[1]), (images[[9, 5, 0]], run.queries[1])
+    run.options = {"k": 10}
+    run.write()
+    page = opened(run.path, "#queries/1", height=3000)  # nothing lies over a tile
+    cards = page.locator("#page-queries .card").all()
+    assert len(cards) == 10
+    shown = [(card.locator(".drop-tick input"), card.locator(".tile")) for card in cards]
+    expected = [grays[int(box.get_attribute("data-id"))] for box, _ in shown]
+    tiles = [tile for _, tile in shown] + [page.locator("#query-image .tile")]
+    for tile, gray in zip(tiles, [*expected, grays[5]], strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(tile.screenshot())).convert("L")).astype(int)
+        middle = pixels[12:-12, 12:-12]  # the corners are round
+        assert np.abs(middle - int(gray)).max() <= 1
 
 
 def test_filters_leave_what_they_say(facts, opened):
@@ -302,6 +324,9 @@ def test_readers_of_a_screen_are_told(run, opened):
     assert page.locator("#list").get_attribute("aria-activedescendant") == "query-0"
     assert page.locator("#drop-words[aria-live=polite][role=status]").count() == 1
     assert page.get_by_role("img", name=re.compile("^Histogram of 10 scores")).is_visible()
+    page.locator("#histogram summary").click()
+    counts = page.locator("#histogram tbody td").all_inner_texts()
+    assert sum(int(c) for c in counts) == 10
     assert page.get_by_role("link", name="Queries").get_attribute("aria-current") == "page"
     unnamed = page.evaluate(UNNAMED)
     assert unnamed == []

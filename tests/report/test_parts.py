@@ -13,7 +13,7 @@ from upweight.errors import DataError, NonFinite, ShapeError
 from upweight.report import Check
 from upweight.report.examples import examples
 from upweight.report.notation import count, interval, readable
-from upweight.report.sprite import GUTTER, LARGEST_SIDE, as_images, display_range, sprite
+from upweight.report.sprite import GUTTER, LARGEST_SIDE, as_images, display_range, sheets, sprite
 from upweight.report.strongest import effects, histogram, strongest
 from upweight.scores import Unit
 from upweight.task.data import as_data
@@ -63,6 +63,20 @@ def test_sprite_tiles_are_the_images():
         top = place // sheet.columns * (4 + 2 * GUTTER) + GUTTER
         left = place % sheet.columns * (3 + 2 * GUTTER) + GUTTER
         np.testing.assert_array_equal(pixels[top : top + 4, left : left + 3], image[..., 0])
+
+
+def test_many_images_are_sheets_that_are_compressed_where_they_are_too_large(monkeypatch):
+    images = np.repeat(np.arange(10, dtype=np.uint8) * 25, 64).reshape(10, 8, 8, 1)
+    monkeypatch.setattr("upweight.report.sprite.TILES", 4)
+    exact = sheets(images, 0, 255)
+    assert [(s.columns, s.rows, s.media) for s in exact] == [
+        (2, 2, "image/png"), (2, 2, "image/png"), (2, 1, "image/png"),
+    ]  # fmt: skip
+    monkeypatch.setattr("upweight.report.sprite.EXACT_BYTES", 10)
+    small = sheets(images, 0, 255)
+    assert {s.media for s in small} == {"image/webp"}
+    pixels = np.asarray(Image.open(io.BytesIO(small[1].png)).convert("L")).astype(int)
+    assert abs(pixels[4, 4] - 100) < 12 and abs(pixels[14, 14] - 175) < 12
 
 
 def test_large_images_become_thumbnails():

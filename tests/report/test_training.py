@@ -95,6 +95,16 @@ def test_equal_inputs_are_found_wherever_they_are_and_conflicts_come_first():
     assert (found.sets, found.extra) == (2, 3)
 
 
+def test_inputs_of_any_dtype_and_of_dicts_are_compared(run):
+    X = torch.randn(10, 4, 4)
+    X[7] = X[2]
+    for dtype in (torch.bfloat16, torch.float32, torch.int64):
+        assert (2, 7) in duplicates((100 * X).to(dtype), None, range(10)).same
+    run.train = {"labels": torch.arange(10) % 3, "pixels": X}
+    twins = run.data()["training"]["twins"]
+    assert (twins["same"], twins["conflicts"]) == ([[2, 7]], [True])
+
+
 def test_the_nearest_other_is_the_one_of_largest_cosine():
     draw = np.random.default_rng(0)
     images = torch.from_numpy(draw.random((40, 6, 6)))

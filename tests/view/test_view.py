@@ -143,6 +143,21 @@ def test_no_scores_and_an_unfinished_pass_are_refused_and_leave_nothing(values, 
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.npy"))
 
 
+def test_a_full_disk_is_an_error_and_leaves_the_scores(values, tmp_path, monkeypatch):
+    shards = ScoreShards.open(tmp_path, N, Q, {})
+    shards.append(0, 0, values.T)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("upweight.view.matrix.os.posix_fallocate", full)
+        with pytest.raises(OSError, match=r"second copy[\s\S]*No space left"):
+            opened(tmp_path)
+    assert not list(tmp_path.rglob("values*"))
+    assert torch.equal(opened(tmp_path).values, values)
+
+
 @pytest.mark.parametrize("side", ["raised", "lowered"])
 def test_a_ranking_is_paged_through_to_its_end(server, values, side):
     found, start, more = [], 0, True

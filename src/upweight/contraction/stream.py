@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -62,6 +62,9 @@ reads the queries from memory for little arithmetic."""
 
 ATTEMPTS = 4
 """Choices that may fail the check before the scores are computed in full precision."""
+
+MOST_CATEGORIES = 2**24
+"""Examples from which torch.multinomial draws at most."""
 
 QUERY_SHARE = 0.5
 """Of the memory that is free, how much the solved queries may take where no budget is set."""
@@ -221,7 +224,7 @@ def _contraction(
     losses: Float[Tensor, " n"],
     memory_bytes: int | None,
 ) -> Contraction:
-    plan, task = curvature.plan, curvature.plan.task
+    task = curvature.plan.task
     factored = any(
         in_pairs(b.eigenvalues.shape, t, t)
         for b, t in zip(curvature.blocks, curvature.cost.positions, strict=True)
@@ -234,44 +237,74 @@ def _contraction(
         for seed, size in enumerate(sizes)
     )
     rows = _references(curvature, len(queries), factored).to(task.layout.device)
-    moments = [block.eigen.values for block in curvature.blocks]
-    short = tolerance > 0 and has_fast_bfloat16(task.layout.device)
-    dtypes = [torch.bfloat16 if short else plan.dtype for _ in curvature.blocks]
-    aim = tolerance
 
-    def solved() -> list[BlockQueries]:
+    def solved(dtypes: Sequence[torch.dtype]) -> list[BlockQueries]:
         batches = _measured_gradients(curvature, queries, measure, memory_bytes)
         positions = curvature.cost.positions
         return block_queries(curvature.blocks, batches, len(queries), positions, rows, dtypes)
 
-    made = solved()
+    made, choice = _chosen(curvature, solved, len(queries), rows, sample, check, tolerance)
+    return Contraction(curvature, train, first, tuple(made), choice, memory_bytes)
+
+
+def _chosen(
+    curvature: BlockCurvature,
+    solved: Callable[[Sequence[torch.dtype]], list[BlockQueries]],
+    q: int,
+    rows: Tensor,
+    sample: Sample,
+    check: Sample,
+    tolerance: float,
+) -> tuple[list[BlockQueries], Choice]:
+    """Kernels chosen on one sample that keep the tolerance on another, and their queries.
+
+    Args:
+        curvature: With the damping of each block.
+        solved: The queries, each block in a dtype.
+        q: How many there are.
+        rows: Which of them are compared.
+        sample: Examples to choose with.
+        check: Examples to check with.
+        tolerance: Relative error.
+    """
+    plan = curvature.plan
+    moments = [block.eigen.values for block in curvature.blocks]
+    short = tolerance > 0 and has_fast_bfloat16(plan.task.layout.device)
+    dtypes = [torch.bfloat16 if short else plan.dtype for _ in curvature.blocks]
+    made, aim = solved(dtypes), tolerance
     # Untruncated scores do not depend on the precision of the solved queries.
     of_sample, of_check = (reference_scores(made, rows, some) for some in (sample, check))
-    for attempt in range(ATTEMPTS + 1):
-        if attempt == ATTEMPTS:  # not to be had approximately
-            aim, dtypes = 0.0, [plan.dtype for _ in dtypes]
-            made = solved()
+    for _ in range(ATTEMPTS):
         kernels, words = choose(made, of_sample, sample, moments, aim, short)
         if aim == 0:
-            choice = Choice(kernels, 0.0, 0.0, words)
-            break
-        found = measured(kernels, len(queries), of_check, check)
+            return made, Choice(kernels, 0.0, 0.0, words)
+        found = measured(kernels, q, of_check, check)
         if found.error <= tolerance:
-            choice = Choice(kernels, found.error, found.worst, words)
-            break
-        # Solved queries whose rounding alone takes more than its part are kept in full precision;
-        # if none does, other examples than those of the choice show a larger error: aim lower.
-        most = tolerance * (1 - TRUNCATION_SHARE) ** 0.5 / len(dtypes) ** 0.5
-        rounded = [
-            dtype is torch.bfloat16 and isinstance(queries, SolvedQueries) and error > most
-            for dtype, queries, error in zip(dtypes, made, found.by_block, strict=True)
-        ]
+            return made, Choice(kernels, found.error, found.worst, words)
+        rounded = _too_rounded(made, dtypes, found.by_block, tolerance)
         if any(rounded):
             dtypes = [plan.dtype if bad else d for d, bad in zip(dtypes, rounded, strict=True)]
-            made = solved()
-        else:
+            made = solved(dtypes)
+        else:  # other examples than those of the choice show a larger error: aim lower
             aim *= 0.9 * tolerance / found.error
-    return Contraction(curvature, train, first, tuple(made), choice, memory_bytes)
+    # Not to be had approximately.
+    made = solved([plan.dtype for _ in dtypes])
+    kernels, words = choose(made, of_sample, sample, moments, 0.0, short)
+    return made, Choice(kernels, 0.0, 0.0, words)
+
+
+def _too_rounded(
+    queries: Sequence[BlockQueries],
+    dtypes: Sequence[torch.dtype],
+    errors: Sequence[float],
+    tolerance: float,
+) -> list[bool]:
+    """Blocks whose solved queries take more than their part of the tolerance by rounding alone."""
+    most = tolerance * (1 - TRUNCATION_SHARE) ** 0.5 / len(dtypes) ** 0.5
+    return [
+        dtype is torch.bfloat16 and isinstance(block, SolvedQueries) and error > most
+        for dtype, block, error in zip(dtypes, queries, errors, strict=True)
+    ]
 
 
 def _references(curvature: BlockCurvature, q: int, factored: bool) -> Tensor:
@@ -307,7 +340,7 @@ def _sample(
     by_loss = max(1, count // BY_LOSS)
     drawn, weights = [], []
     for p, m in ((0.5 * sizes / sizes.sum() + 0.5 * even, by_loss), (even, count - by_loss)):
-        each = p.multinomial(m, replacement=True, generator=generator)
+        each = _drawn(p, m, generator)
         drawn.append(each)
         weights.append((len(each) * p[each]).rsqrt())
     scales = torch.cat(weights).to(task.layout.device, curvature.plan.dtype)
@@ -324,6 +357,15 @@ def _sample(
         ]
     factors = tuple(stacked(block).scaled(scales) for block in zip(*parts, strict=True))
     return Sample(factors, (by_loss, count))
+
+
+def _drawn(p: Float[Tensor, " n"], m: int, generator: torch.Generator) -> Int[Tensor, " m"]:
+    """m draws from 0…n − 1 with probabilities p."""
+    if len(p) <= MOST_CATEGORIES:
+        return p.multinomial(m, replacement=True, generator=generator)
+    cdf = p.cumsum(dim=0)
+    u = torch.rand(m, generator=generator, dtype=p.dtype) * cdf[-1]
+    return torch.searchsorted(cdf, u, right=True).clamp_max_(len(p) - 1)
 
 
 def _measured_gradients(

@@ -186,50 +186,15 @@ class LayerwiseCurvature(abc.ABC):
         if checkpoint is not None and (state := checkpoint.read()) is not None:
             place = _restore(state, estimators, spread)
             notes = (*notes, "curvature: went on from what an earlier run had kept")
-        stages = max(e.passes for e in estimators)
         used = place.batch * spent.bytes_per_example
         kept = Kept(estimators, len(seen), kept_bytes(task.layout.device, memory_bytes, used))
-        anew, count_of_labels = self.which.draws_anew, self.which.per_example
         if place != _Place(0, 0, place.batch):
             kept.clear()
-        seconds = {}
-        for stage in range(place.stage, stages):
-            learning = {k: e for k, e in enumerate(estimators) if stage < e.passes}
-            started = time.perf_counter()
-            first = place.example if stage == place.stage else 0
-            what = f"curvature, pass {stage + 1} of {stages}"
-            with GradientPass(made) as passes:
-                ranges = _ranges(first, len(seen), place.batch)
-                for start, stop, _ in progress(ranges, len(seen), what, first):
-                    groups: Iterable[Parts] | None = kept.take(start) if stage > 0 else None
-                    # On the forward pass of the first labels those of the next pass cost a
-                    # backward pass.
-                    ahead = stage == 0 and anew and kept.is_open
-                    if groups is None:
-                        first_look = watch if stage == 0 else None
-                        examples = seen.batch(start, stop)
-                        streams = (0, 1) if ahead else (stage,)
-                        groups = self._gradients(passes, task, examples, start, streams, first_look)
-                    for number, parts in enumerate(groups):
-                        is_next = ahead and number >= count_of_labels
-                        if stage == 0 and is_next == anew:
-                            kept.add(start, parts)
-                        if is_next:
-                            continue
-                        for k, estimator in learning.items():
-                            estimator.see(stage, parts[k])
-                        if stage == 0 and len(seen) < len(data):
-                            spread.see(parts.values())
-                    spread.close()
-                    if checkpoint is not None and checkpoint.is_due():
-                        here = _Place(stage, stop, place.batch)
-                        checkpoint.write(_state(here, estimators, spread))
-            for estimator in learning.values():
-                estimator.finish(stage)
-            if checkpoint is not None:
-                here = _Place(stage + 1, 0, place.batch)
-                checkpoint.write(_state(here, estimators, spread))
-            seconds[f"pass {stage + 1}"] = time.perf_counter() - started
+        is_part = len(seen) < len(data)
+        passes = _Passes(
+            made, self.which, seen, is_part, estimators, spread, kept, place, checkpoint, watch
+        )
+        seconds = passes.run()
         size = len(seen) if n is None else len(seen) * n / len(data)
         count = size * self.which.per_example
         eigens = [estimator.result(count) for estimator in estimators]
@@ -241,26 +206,6 @@ class LayerwiseCurvature(abc.ABC):
         )
         every = (*made.notes, *notes, *_rounding_notes(estimators), *penalty_notes)
         return BlockCurvature(made, spent, blocks, every, seconds)
-
-    def _gradients(
-        self,
-        passes: GradientPass,
-        task: Task,
-        batch: Batch,
-        start: int,
-        streams: Sequence[int],
-        watch: Callable[[int, Batch, Tensor, Any], None] | None,
-    ) -> Iterator[Parts]:
-        batch = task.to_device(batch)
-
-        def heads(outputs: Tensor, targets: Any) -> Iterator[Head]:
-            if watch is not None:
-                watch(start, batch, outputs, targets)
-            for stream in streams:
-                yield from self.which.heads(task.loss, outputs, targets, start, stream)
-
-        for factors in passes.of_heads(batch, heads):
-            yield dict(enumerate(factors))
 
     def _seen(self, data: Data) -> tuple[Data, tuple[str, ...]]:
         """The examples to learn from, evenly spaced, and a note if they are not all."""
@@ -295,6 +240,98 @@ class _Place:
     stage: int
     example: int
     batch: int
+
+
+@dataclass(eq=False)
+class _Passes:
+    """The passes of one fit over the data, from where an earlier run left off.
+
+    Args:
+        plan: How gradients are obtained.
+        labels: Whose labels they are taken with.
+        data: The examples to learn from.
+        is_part: Whether there are others.
+        estimators: What learns, block by block.
+        spread: What tells how much it matters that there are others.
+        kept: Gradients that a later pass will read.
+        place: How far it has come.
+        checkpoint, watch: As for `fit_blocks`.
+    """
+
+    plan: Plan
+    labels: Labels
+    data: Data
+    is_part: bool
+    estimators: list[Estimator]
+    spread: "_Spread"
+    kept: Kept
+    place: _Place
+    checkpoint: Checkpoint | None
+    watch: Callable[[int, Batch, Tensor, Any], None] | None
+
+    def run(self) -> dict[str, float]:
+        """Every pass that is left; how long each took."""
+        seconds = {}
+        stages = max(e.passes for e in self.estimators)
+        for stage in range(self.place.stage, stages):
+            started = time.perf_counter()
+            self._pass(stage, f"curvature, pass {stage + 1} of {stages}")
+            seconds[f"pass {stage + 1}"] = time.perf_counter() - started
+        return seconds
+
+    def _pass(self, stage: int, what: str) -> None:
+        learning = {k: e for k, e in enumerate(self.estimators) if stage < e.passes}
+        first, size = self.place.example, self.place.batch
+        with GradientPass(self.plan) as passes:
+            ranges = _ranges(first, len(self.data), size)
+            for start, stop, _ in progress(ranges, len(self.data), what, first):
+                for parts in self._learned_from(passes, stage, start, stop):
+                    for k, estimator in learning.items():
+                        estimator.see(stage, parts[k])
+                    if stage == 0 and self.is_part:
+                        self.spread.see(parts.values())
+                self.spread.close()
+                self.place = _Place(stage, stop, size)
+                if self.checkpoint is not None and self.checkpoint.is_due():
+                    self.checkpoint.write(_state(self.place, self.estimators, self.spread))
+        for estimator in learning.values():
+            estimator.finish(stage)
+        self.place = _Place(stage + 1, 0, size)
+        if self.checkpoint is not None:
+            self.checkpoint.write(_state(self.place, self.estimators, self.spread))
+
+    def _learned_from(
+        self, passes: GradientPass, stage: int, start: int, stop: int
+    ) -> Iterator[Parts]:
+        """A batch's gradients under each of its labels; those of the next pass are kept."""
+        if stage > 0 and (kept := self.kept.take(start)) is not None:
+            yield from kept
+            return
+        anew = self.labels.draws_anew
+        # On the forward pass of the first labels those of the next pass cost a backward pass.
+        ahead = stage == 0 and anew and self.kept.is_open
+        streams = (0, 1) if ahead else (stage,)
+        for number, parts in enumerate(self._taken(passes, stage, start, stop, streams)):
+            is_next = ahead and number >= self.labels.per_example
+            if stage == 0 and is_next == anew:
+                self.kept.add(start, parts)
+            if not is_next:
+                yield parts
+
+    def _taken(
+        self, passes: GradientPass, stage: int, start: int, stop: int, streams: Sequence[int]
+    ) -> Iterator[Parts]:
+        task = self.plan.task
+        batch = task.to_device(self.data.batch(start, stop))
+
+        def heads(outputs: Tensor, targets: Any) -> Iterator[Head]:
+            if stage == 0 and self.watch is not None:
+                self.watch(start, batch, outputs, targets)
+            for stream in streams:
+                yield from self.labels.heads(task.loss, outputs, targets, start, stream)
+
+        for factors in passes.of_heads(batch, heads):
+            yield dict(enumerate(factors))
 
 
 def _state(place: _Place, estimators: list[Estimator], spread: "_Spread") -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from upweight.errors import SpecError, message
 from upweight.runtime.fingerprint import digest
+from upweight.runtime.progress import progress
 from upweight.scores import library_versions
 from upweight.task.data import Data
 from upweight.task.task import Task
@@ -55,7 +56,7 @@ def identity(
 def contents(data: Data) -> str:
     """A hash of every example in order."""
     parts = []
-    for _, _, batch in data.batches(ROWS):
+    for _, _, batch in progress(data.batches(ROWS), len(data), "hashing the data"):
         leaves, structure = tree_flatten(batch)
         parts.append(digest(repr(structure), *(described(leaf) for leaf in leaves)))
     return digest(*parts)
@@ -93,13 +94,13 @@ def described(value: Any) -> str:
     if f"0x{id(value):x}" in text.lower() or " object at 0x" in text:
         raise SpecError(
             message(
-                "What is kept on disk comes from recipes, methods, losses and measures that say "
+                "What is kept on disk needs recipes, methods, losses and measures that say "
                 "what they are.",
                 f"{text}.",
                 "an object without fields that can be read, so that another run could not tell "
                 "whether it is the same.",
-                "make it a frozen dataclass of its hyperparameters or a plain function; with "
-                "cache=None nothing is kept.",
+                "make it a frozen dataclass of its hyperparameters or a plain function, or leave "
+                "cache= and store= out.",
             )
         )
     return f"{type(value).__qualname__} {text}"

@@ -131,6 +131,8 @@ class Influence:
         Raises:
             UpweightError: One of the checks of `upweight.task.check`, with the way out.
             NotPositiveDefinite: The solver needs H + λI ≻ 0 and it is not.
+            StaleStore: The store belongs to another model, data or settings.
+            SpecError: A store with a loss that is an object that says nothing but its address.
             DtypeError: A named solver for a layerwise curvature of a model in half precision.
 
         Cost: two passes over the data and the solver's preparation (Cholesky: p³/3).

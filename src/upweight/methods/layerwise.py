@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch, Folder
 from upweight.contraction.choose import Choice
@@ -39,6 +38,7 @@ from upweight.errors import (
     UpweightError,
     message,
 )
+from upweight.evaluation.identity import contents, described
 from upweight.gradients.blocks import Block
 from upweight.gradients.factored import Tokens
 from upweight.gradients.passes import GradientPass
@@ -46,7 +46,6 @@ from upweight.linalg.damping import Damping, Evidence, as_damping
 from upweight.methods import health
 from upweight.methods.checked import Checked
 from upweight.runtime.checkpoint import Checkpoint
-from upweight.runtime.fingerprint import digest
 from upweight.runtime.memory import examples_within, free_bytes, working_bytes
 from upweight.runtime.progress import progress
 from upweight.runtime.shards import ScoreShards
@@ -170,18 +169,23 @@ def _damped(block: FittedBlock, damping: Damping, theta: Tensor, n: int) -> Fitt
 
 def _checkpoint(store: Folder, spec: "Influence", task: Task, data: Data) -> Checkpoint:
     """Where the curvature is kept, under the hash of everything that it depends on."""
-    what = f"{spec.curvature!r} {spec.damping!r} {task.loss!r} {task.penalty!r} {task.layout!r}"
-    return Checkpoint.open(store, what, task.theta(), _contents(data))
+    subject = {"curvature": described(spec.curvature), "damping": described(spec.damping)}
+    return Checkpoint.open(store, repr(subject | _subject(task, data)))
 
 
-def _contents(data: Data) -> str:
-    """A hash of every tensor of every example, in order."""
-    return digest(
-        *(
-            digest(*(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)))
-            for _, _, batch in progress(data.batches(MOST_EXAMPLES), len(data), "hashing the data")
-        )
-    )
+def _subject(task: Task, data: Data) -> dict[str, str]:
+    """The model and the training data, in words that hash.
+
+    Parameters alone would not do: buffers, frozen layers, activations and `forward` count as well.
+    """
+    return {
+        "loss": described(task.loss),
+        "penalty": described(task.penalty),
+        "parameters": repr(task.layout),
+        "forward": described(task.forward),
+        "model": described(task.model),
+        "train": contents(data),
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,18 +331,18 @@ class LayerwiseInfluence(Checked):
 
         Raises:
             StaleStore: The folder holds the scores of something else.
+            SpecError: A loss or measure is an object that says nothing but its address.
             OSError: The disk is full or not writable; what was written stays readable.
             NonFinite: A score is NaN or infinite; it is not written.
         """
         started = time.perf_counter()
         data, measure = self._asked(queries, measure, tolerance)
         description = {
-            "method": repr(self.spec),
-            "measure": repr(measure),
+            "method": described(self.spec),
+            "measure": described(measure),
             "tolerance": repr(tolerance),
-            "parameters": digest(self.theta),
-            "queries": _contents(data),
-            "train": _contents(self.train),
+            "queries": contents(data),
+            **_subject(self.task, self.train),
         }
         # Free memory decides these, and differs when an interrupted pass goes on.
         settings = {

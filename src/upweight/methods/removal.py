@@ -16,11 +16,13 @@ For one example of a scalar-output model K Λ is the leverage h and u = δ / (1 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._typing import Batch
 from upweight.errors import NonFinite, message
 from upweight.gradients.linear import LinearForm
 from upweight.gradients.source import FactoredLinear, contract
@@ -137,26 +139,45 @@ class LinearRemovals:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Float[Tensor, "e c c"]]]:
         """(δ, Λ, z, K) in chunks of examples."""
         form = self.source.form
+        if len(examples) == len(self.train) and list(examples) == list(range(len(self.train))):
+            start, size = 0, batch_size(form.outputs * form.width, 8)
+            for leverage in torch.split(self._leverage_of_all, size):
+                chosen = examples[start : start + size]
+                yield *self._output_derivatives(chosen), leverage
+                start += size
+            return
+        for some, leverage in self._leverage(examples):
+            yield *self._output_derivatives(some), leverage
+
+    @cached_property
+    def _leverage_of_all(self) -> Float[Tensor, "n c c"]:
+        """K of every training example: removals and self-influence share it."""
+        return torch.cat([leverage for _, leverage in self._leverage(range(len(self.train)))])
+
+    def _leverage(
+        self, examples: Sequence[int]
+    ) -> Iterator[tuple[Sequence[int], Float[Tensor, "e c c"]]]:
+        """K in chunks of examples."""
+        form = self.source.form
         c, p = form.outputs, self.source.task.layout.size
         # Solves cost 2 p² per right-hand side, the inverse (2/3) p³ once: cheaper from p/3 on.
         by_inverse = self.inverse is not None and len(examples) * c > p / 3
         size = batch_size(c * form.width if by_inverse else c * p, 8)
         matrix = self.inverse() if by_inverse and self.inverse is not None else None
         for start in range(0, len(examples), size):
-            delta, lambdas, z = self._output_derivatives(examples[start : start + size])
+            some = examples[start : start + size]
+            z = form.features(self.source.task, self._batch(some))
             if matrix is None:
                 products = self._jacobian_products(z)
-                leverage = products.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+                yield some, products.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
             else:
-                leverage = self.share * _block_forms(form, matrix, z).to(z.dtype)
-            yield delta, lambdas, z, leverage
+                yield some, self.share * _block_forms(form, matrix, z).to(z.dtype)
 
     def _output_derivatives(
         self, examples: Sequence[int]
     ) -> tuple[Float[Tensor, "e c"], Float[Tensor, "e c c"], Float[Tensor, "e i"]]:
         """(δ, Λ, z) of some training examples."""
-        task = self.source.task
-        batch = task.to_device(self.train.take(examples))
+        task, batch = self.source.task, self._batch(examples)
         with torch.no_grad():
             outputs, targets = task.outputs(task.theta(), batch)
         return (
@@ -164,6 +185,9 @@ class LinearRemovals:
             task.loss.hessian(outputs, targets),
             self.source.form.features(task, batch),
         )
+
+    def _batch(self, examples: Sequence[int]) -> Batch:
+        return self.source.task.to_device(self.train.take(examples))
 
     def _jacobian_products(self, z: Float[Tensor, "e i"]) -> Float[Tensor, "e c e c"]:
         """(1/n) J (H + λI)⁻¹ Jᵀ over some examples: J has a row per example and output."""

@@ -3,8 +3,9 @@
     html(scores, train, queries, "report.html")     summary(scores)
 
 Both show first how far the scores can be trusted (unit, agreement with retraining, health of the
-computation), then what raised and lowered each measurement. They read `Scores` and its provenance
-and know no method; agreement with retraining comes in as a `Check`.
+computation), then what raised and lowered each measurement; the page also says what dropping
+examples would do, and what the training set is worth. They read `Scores` and its provenance and
+know no method; agreement with retraining comes in as a `Check`.
 """
 
 from upweight.report.check import Check

@@ -15,13 +15,11 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from upweight.report.sprite import as_images
 
@@ -106,7 +104,10 @@ def _hashes(inputs: "Tensor | Sequence[str]") -> Iterator[bytes]:
             yield hashlib.blake2b(_words(text).encode(), digest_size=16).digest()
         return
     for start in range(0, len(inputs), BLOCK):
-        block = np.ascontiguousarray(inputs[start : start + BLOCK].detach().cpu().numpy())
+        rows = inputs[start : start + BLOCK].detach().cpu()
+        # NumPy has no bfloat16; float32 holds each of its numbers.
+        rows = rows.float() if rows.dtype is torch.bfloat16 else rows
+        block = np.ascontiguousarray(rows.numpy())
         for row in block.reshape(len(block), -1):
             yield hashlib.blake2b(row.tobytes(), digest_size=16).digest()
 
@@ -179,12 +180,3 @@ def _nearest(
         if j >= 0:
             pairs.setdefault((min(i, j), max(i, j)), (i, j, min(1.0, cosine)))
     return sorted(pairs.values(), key=lambda pair: -pair[2])
-
-
-def inputs_of(data: Any) -> Tensor | None:
-    """The first input of every example, where the data are held in arrays."""
-    arrays = getattr(data, "arrays", None)
-    if arrays is None:
-        return None
-    leaves = tree_leaves(arrays)
-    return leaves[0] if leaves and isinstance(leaves[0], Tensor) and leaves[0].ndim > 1 else None

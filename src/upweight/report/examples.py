@@ -153,6 +153,14 @@ def all_labels(data: Data, names: Sequence[str] | None, given: Any = None) -> li
     return [words[code] for code in codes]
 
 
+def inputs_of(data: Data) -> Tensor | None:
+    """The first input of every example, where the data are held in arrays with a row for each."""
+    if not isinstance(data, ArrayData):
+        return None
+    inputs, _ = _parts(data.arrays)
+    return inputs if isinstance(inputs, Tensor) and inputs.ndim > 1 else None
+
+
 def _array(value: Any) -> NDArray[np.generic]:
     if isinstance(value, Tensor):
         value = value.detach().cpu()

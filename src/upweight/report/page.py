@@ -23,8 +23,8 @@ from upweight.report.content import (
     require_fit,
     selection,
 )
-from upweight.report.duplicates import CANDIDATES, duplicates, inputs_of
-from upweight.report.examples import Examples, all_labels, examples, require_one_each
+from upweight.report.duplicates import CANDIDATES, duplicates
+from upweight.report.examples import Examples, all_labels, examples, inputs_of, require_one_each
 from upweight.report.facts import noun_of, query_facts, train_facts
 from upweight.report.health import convention, health, verdicts
 from upweight.report.notation import count, interval, readable

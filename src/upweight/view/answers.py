@@ -18,8 +18,8 @@ from upweight.report.content import (
     short,
     spread_of,
 )
-from upweight.report.duplicates import CANDIDATES, duplicates, inputs_of
-from upweight.report.examples import Examples, all_labels, examples
+from upweight.report.duplicates import CANDIDATES, duplicates
+from upweight.report.examples import Examples, all_labels, examples, inputs_of
 from upweight.report.facts import noun_of, query_facts, train_facts
 from upweight.report.shown import Render
 from upweight.report.sprite import GUTTER, LARGEST_SIDE, display_range, sprite
@@ -257,7 +257,7 @@ class Answers:
         }
         twins = None
         texts = self._instead["train"][1]
-        inputs = texts if texts is not None else inputs_of(data)
+        inputs = texts if texts is not None or data is None else inputs_of(data)
         if data is not None and inputs is not None:
             doubted = suspicious(facts)
             valued = self._orders["absolute"][:CANDIDATES]

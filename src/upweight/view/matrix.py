@@ -108,6 +108,7 @@ def _by_query(path: Path, shards: ScoreShards) -> Path:
 def _turn(shards: ScoreShards, target: Path) -> None:
     q, n = shards.q, shards.n
     out: Any = np.lib.format.open_memmap(target, mode="w+", dtype=np.float32, shape=(q, n))
+    _claim(target)
     seen = 0
     parts = ((start, start + len(part), (first, part)) for first, start, part in shards.pieces())
     for start, stop, (first, part) in progress(parts, n, "rows by query"):
@@ -127,3 +128,22 @@ def _turn(shards: ScoreShards, target: Path) -> None:
             )
         )
     out.flush()
+
+
+def _claim(path: Path) -> None:
+    """Take the room for a file now: writing to a map on a full disk would end the process."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise OSError(
+                message(
+                    "A view needs room for a second copy of the scores.",
+                    f"{size / 1e9:.1f} GB for {path.parent}: {error}",
+                    "a full disk or quota.",
+                    "free space, or move the folder; the scores are as they were.",
+                )
+            ) from error

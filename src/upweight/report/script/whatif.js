@@ -45,7 +45,7 @@ async function tellDropped() {
   if (page === "queries" && current >= 0) {
     const change = changes[current], value = source.queries[current].value;
     words.push(Number.isNaN(change) ? `the change of query ${current} is not known. ` : element("span", {}, `the ${noun} of query ${current} changes by about `,
-      element("b", { id: "drop-change" }, number(change, true)), value === undefined ? ". " : `, from ${number(value)} to ${number(value + change)}${noun === "loss" && value >= 0 && value + change < 0 ? ", below what a loss can be: this is further than the prediction reaches" : ""}. `));
+      element("b", { id: "drop-change" }, number(change, true)), value === undefined ? ". " : `, from ${number(value)} to ${number(value + change)}${noun === "loss" && value >= 0 && value + change < 0 ? " (no loss is below 0: past where the prediction holds)" : ""}. `));
   }
   const order = sorted();
   if (source.queries.length > 1 && order.length) words.push(element("span", { class: "hint" }, `Largest of all queries: ${number(changes[order[0]], true)}, query ${order[0]}.`));
