@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tomllib
+import urllib.request
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from upweight.runs import work
 from upweight.runs.directory import Run
 from upweight.runtime.rows import RowStore
 from upweight.runtime.shards import ScoreShards
+from upweight.view import Server
 
 PROJECT = """
 import torch
@@ -435,3 +437,33 @@ def test_plan_times_a_method_that_a_few_examples_leave_singular(project):
     method = ["--method", "Influence(GGN(), Cholesky())"]
     assert "NotPositiveDefinite" in refusal(*attribute(*method))
     assert answer("plan", *NAMES, *method)["seconds"]["fit"] > 0
+
+
+def test_a_run_is_viewed_until_interrupted_and_does_not_lock_others_out(finished, monkeypatch):
+    seen = []
+
+    def looked_at(server):
+        with urllib.request.urlopen(server.address, timeout=5) as page:
+            seen.append(page.read().decode())
+        query = server.address.replace("/?", "/query/1?")
+        with urllib.request.urlopen(query, timeout=5) as found:
+            seen.append(json.load(found))
+        with Run(finished / "run").held("another"):
+            seen.append("held")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "wait", looked_at)
+    result = call("view", "run")
+    assert result.exit_code == 0, result.stderr
+    assert "http://127.0.0.1:" in result.stderr and "stopped" in result.stderr
+    page, query, held = seen
+    assert "Can I trust this?" in page and "upweight attribute" in page and held == "held"
+    scores = uw.Scores.load(finished / "run/scores").values[1]
+    assert query["histogram"]["high"] == pytest.approx(float(scores.max()), rel=1e-5)
+
+
+def test_an_unfinished_run_has_no_view(finished):
+    (finished / "run/scores/finished.json").unlink()
+    next((finished / "run/scores").glob("*.safetensors")).unlink()
+    result = call("view", "run")
+    assert result.exit_code == 1 and "finish it: upweight rerun" in result.stderr

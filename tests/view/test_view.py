@@ -17,8 +17,7 @@ from tests.report.conftest import provenance
 from upweight.errors import DataError, ShapeError, SpecError, UpweightError
 from upweight.runtime.shards import ScoreShards
 from upweight.scores import Scores, Unit
-from upweight.view import Answers, Server, matrix, opened, serve
-from upweight.view.matrix import keeping
+from upweight.view import Answers, Server, keeping, matrix, opened, serve
 
 N, Q = 60, 4
 
@@ -320,7 +319,7 @@ def test_serve_tells_its_address_and_stops_when_interrupted(folder, data, monkey
 
     monkeypatch.setattr(Server, "wait", interrupted)
     train, queries = data
-    serve(folder, train, queries, title="t", told=told.append)
+    serve(opened(folder), train, queries, title="t", told=told.append)
     assert told[0].startswith("http://127.0.0.1:") and told[1] == "stopped"
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(told[0], timeout=2)

@@ -9,6 +9,7 @@ from upweight.cli.demonstration import demo
 from upweight.cli.doctor import doctor
 from upweight.cli.evaluate import evaluate, report
 from upweight.cli.plan import plan
+from upweight.cli.view import view
 from upweight.scores import library_versions
 
 
@@ -25,7 +26,7 @@ def cli() -> None:
     """Which training examples made the model do that, and what would change without them?"""
 
 
-for verb in (demo, doctor, plan, attribute, evaluate, report, rerun):
+for verb in (demo, doctor, plan, attribute, evaluate, report, view, rerun):
     cli.add_command(verb)
 
 

@@ -140,6 +140,15 @@ class Run:
         Raises:
             StaleStore: They are not finished, or damaged.
         """
+        self.require_finished()
+        return Scores.load(self.scores)
+
+    def require_finished(self) -> None:
+        """Refuse a run whose scores are not all there.
+
+        Raises:
+            StaleStore: So.
+        """
         if not self.is_finished:
             raise StaleStore(
                 message(
@@ -149,7 +158,6 @@ class Run:
                     f"finish it: upweight rerun {self.toml}",
                 )
             )
-        return Scores.load(self.scores)
 
     def evaluations(self) -> dict[str, Any]:
         """What comparisons found, the latest last; empty where there was none."""

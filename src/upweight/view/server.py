@@ -11,16 +11,15 @@ import time
 import webbrowser
 from collections.abc import Callable
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from upweight._typing import Folder
 from upweight.errors import SpecError, UpweightError, message
 from upweight.report.check import Comparison
 from upweight.report.page import subsets_of, words_of
 from upweight.report.rendering import render_page
-from upweight.scores import Context
+from upweight.scores import Scores
 from upweight.view.answers import MOST_DROPPED, PER_PAGE, Answers, wanted
-from upweight.view.matrix import keeping, opened
 
 HOST = "127.0.0.1"
 """Nobody else's machine can ask."""
@@ -221,41 +220,39 @@ class Server:
 
 
 def serve(
-    folder: Folder,
+    scores: Scores,
     train: Any = None,
     queries: Any = None,
     *,
+    keep: Path | None = None,
     port: int = 0,
     title: str | None = None,
     comparison: Comparison | None = None,
     command: str | None = None,
-    context: Context | None = None,
     open_browser: bool = False,
     told: Callable[[str], None] = print,
     **shown: Any,
 ) -> None:
-    """Serve a folder of scores to this machine's browser until Ctrl-C.
+    """Serve scores to this machine's browser until Ctrl-C.
 
     Args:
-        folder: What `write(…)` or `scores.save(…)` wrote.
+        scores: From `opened(folder)`; attached to a live context, also the measurement and the
+            prediction of each query are shown.
         train: The training data; without them examples are numbers.
         queries: The queries.
+        keep: Where totals may be kept for the next time: `keeping(folder)`.
         port: Where; 0: any that is free.
         title: What the page is about.
         comparison: What `fitted.check(…)` found.
         command: What makes the scores again.
-        context: The live task, for the measurement and the prediction of each query.
         open_browser: Whether to open the address in the browser.
         told: Takes the address, to print it.
         shown: As for `Answers`.
 
     Raises:
-        UpweightError: See `opened` and `Answers`.
+        UpweightError: See `Answers` and `Server`.
     """
-    scores = opened(folder)
-    if context is not None:
-        scores = scores.attach(context)
-    answers = Answers(scores, train, queries, keep=keeping(folder), **shown)
+    answers = Answers(scores, train, queries, keep=keep, **shown)
     with Server(answers, port, title, comparison, command) as server:
         told(server.address)
         if open_browser:
