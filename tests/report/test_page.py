@@ -198,6 +198,22 @@ def test_loss_and_prediction_come_from_the_live_model(run):
     assert [q["prediction"] for q in queries] == [str(int(c)) for c in model(X[:3]).argmax(dim=1)]
 
 
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_positive_logit_predicts_yes_and_several_logits_no_class(run, outputs):
+    torch.manual_seed(0)
+    model = nn.Linear(4, outputs).double()
+    X, y = torch.randn(12, 4, dtype=torch.float64), (torch.arange(12) % 2).double()
+    y = y[:, None].expand(-1, outputs)
+    context = uw.Context(
+        uw.Task(model, uw.Bernoulli()), uw.as_data((X, y)), uw.as_data((X[:3], y[:3])), uw.Loss()
+    )
+    values = torch.randn(3, 12, dtype=torch.float64)
+    run.scores = replace(run.scores, values=values, context=context)
+    run.train, run.queries = (X, y[:, 0]), (X[:3], y[:3, 0])
+    found = [q.get("prediction") for q in run.data()["queries"]]
+    assert found == ([str(int(f > 0)) for f in model(X[:3])] if outputs == 1 else [None] * 3)
+
+
 def test_rank_scores_predict_no_change(run):
     run.scores = replace(run.scores, unit=Unit.RANK)
     assert run.data()["predicts"] is False

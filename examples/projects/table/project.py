@@ -24,4 +24,9 @@ clf = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, tol=1e-8)).fit(X
 task, train = sk.task(clf, X, y)
 test = sk.data(clf, X_test, y_test)
 recipe = sk.recipe(clf)
-shown = {"names": ["malignant", "benign"], "features": list(X.columns)}
+shown = {
+    "names": ["malignant", "benign"],
+    "features": list(X.columns),
+    "train_images": X.to_numpy(),  # the rows in their own units, not scaled as the model sees them
+    "query_images": X_test.to_numpy(),
+}

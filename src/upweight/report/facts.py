@@ -13,7 +13,7 @@ from upweight.errors import ShapeError, message
 from upweight.method import Fitted
 from upweight.scores import Scores
 from upweight.task.data import Data
-from upweight.task.losses import CrossEntropy, Weighted
+from upweight.task.losses import Bernoulli, CrossEntropy, Weighted
 from upweight.task.task import Task
 
 _NOUNS = {"Loss": "loss", "Margin": "margin", "LogProb": "log-probability", "Logit": "logit"}
@@ -143,7 +143,14 @@ def _from_model(scores: Scores) -> QueryFacts:
     for _, _, batch in context.queries.batches(256):
         batch = task.to_device(batch)
         values += context.measure(task, theta, batch).tolist()
-        if isinstance(loss, CrossEntropy):
+        if isinstance(loss, CrossEntropy | Bernoulli):
             outputs: Tensor = task.outputs(theta, batch)[0]
-            classes += outputs.argmax(dim=1).tolist()
+            classes += _classes(loss, outputs)
     return QueryFacts(tuple(values), tuple(classes) if classes else None)
+
+
+def _classes(loss: CrossEntropy | Bernoulli, outputs: Tensor) -> list[int]:
+    """The class with the largest output, or yes for a positive logit; none for several answers."""
+    if isinstance(loss, CrossEntropy):
+        return outputs.argmax(dim=1).tolist()
+    return (outputs.flatten() > 0).long().tolist() if outputs.numel() == len(outputs) else []

@@ -37,7 +37,7 @@ function axes(host, { x: [x0, x1], y: [y0, y1], height, xName, yName, logX, logY
   const across = each(x0, x1, logX, width / 110), up = each(y0, y1, logY, Math.max(3, height / 60));
   for (const t of across.ticks) svg.append(
     shape("line", { x1: x(t), x2: x(t), y1: top, y2: height - bottom, class: !logX && Math.abs(t) < 1e-12 * (x1 - x0) ? "zero" : "grid" }),
-    shape("text", { x: x(t), y: height - bottom + 17, "text-anchor": "middle" }, across.label(t)));
+    shape("text", { x: Math.min(x(t), width - 4 - 3.6 * across.label(t).length), y: height - bottom + 17, "text-anchor": "middle" }, across.label(t)));
   for (const t of up.ticks) svg.append(
     shape("line", { x1: left, x2: width - right, y1: y(t), y2: y(t), class: !logY && Math.abs(t) < 1e-12 * (y1 - y0) ? "zero" : "grid" }),
     shape("text", { x: left - 7, y: y(t) + 4, "text-anchor": "end" }, up.label(t)));
