@@ -1,220 +1,343 @@
-"""Does retraining confirm the scores? Each method on real tasks, against the same retrained models.
+"""Does retraining confirm the scores? Every method on six real tasks, against the same models.
 
-Three tasks: softmax regression and an MLP on the first 5 000 MNIST images, and an MLP on words of
-the SpamAssassin mails. Of each, a hundred models are trained on random halves of the data, from
-several seeds where training has one; they are kept in `benchmarks/.cache` as they finish, so that a
-run that was stopped goes on. A method's scores of margins are held against them by the linear
-datamodeling score (Spearman over subsets, mean over queries), beside the score of retraining itself
-from further seeds, and by the slope of measured against predicted change.
+    digits-softmax   softmax regression on 5 000 MNIST images, at its minimum       7 850 parameters
+    digits-mlp       784-64-32-10 on the same images                                52 650
+    digits-cnn       two convolutions on 1 500 images of 8 × 8 (scikit-learn)        1 898
+    diabetes-mlp     10-16-1 with tanh on 342 patients (scikit-learn)                  193
+    spam-mlp         1000-64-32-2 on words of 3 000 SpamAssassin mails              66 210
+    brown-gpt        byte-level transformer on 64 bytes of 500 Brown documents      43 904
 
-The data are mnist.npz (X [60000, 28, 28] uint8, y, Xt, yt; from the original MNIST files) and
-spamassassin.jsonl.gz (a JSON object with "text" and "spam" per line and mail).
+`fidelity_tasks.py` trains them, `fidelity_truth.py` retrains on subsets and without examples,
+`fidelity_ours.py` and `fidelity_peers.py` score, each contender in a process of its own and on the
+same trained model, and here scores and truth meet:
+
+    LDS          rank correlation over 100 models of random halves of the data, mean over queries
+    removals     Pearson correlation and slope of Δm without one example, or a group of one class
+    AUROC        of a tenth of the labels made wrong in a second copy, by self-influence
+    yardsticks   seconds of fit and scores in plain forward and backward epochs
+    peak MB      of the contender's process
+
+The data are mnist.npz, spamassassin.jsonl.gz and brown.jsonl.gz in `--data`.
 """
 
 import argparse
-import gzip
 import json
 import re
+import shutil
+import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from contest import aligned, failure_of
 from environment import DATA, environment
-from torch import Tensor, nn
+from fidelity_methods import Contender
+from fidelity_networks import Problem, losses
+from fidelity_ours import OURS
+from fidelity_peers import PEERS
+from fidelity_tasks import SPECS, problem
+from fidelity_truth import plans, removed, truth
+from safetensors.torch import load_file
+from torch import Tensor
 
-import upweight as uw
-from upweight.evaluation import Retrained, lds, retrain, slope, subset_weights
-from upweight.scores import Scores
+from upweight.evaluation import LDS, LOO, Bootstrap, mislabel_detection, pearson
+from upweight.runtime.fingerprint import digest
 
 HERE = Path(__file__).resolve().parent
-SUBSETS = 100
-MEASURE = uw.Margin()  # losses of what a network is sure of are exactly 0 in float32
-Arrays = tuple[Tensor, Tensor]
+CONTENDERS = {c.name: c for c in (*OURS, *PEERS)}
+BOOTSTRAP = Bootstrap(resamples=300)
+LIMITS = ("timeout", "memory_gb")
+CONSTANT = 1e-12
+"""A query whose predictions differ by less than this share of their size has no order."""
+
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A trained task, its data, and how it was trained."""
-
-    task: uw.Task
-    train: Arrays
-    queries: Arrays
-    recipe: Any
-    seeds: int
-    """How often each subset is trained for the truth, and again for the ceiling; 1: no noise."""
-
-
-def digits(folder: Path, dtype: torch.dtype) -> tuple[Arrays, Arrays]:
-    """5 000 training and 100 test images, pixels / 255."""
-    read = np.load(folder / "mnist.npz")
-
-    def part(images: str, labels: str, count: int) -> Arrays:
-        X = torch.tensor(read[images][:count]).flatten(1).to(dtype) / 255
-        return X, torch.tensor(read[labels][:count]).long()
-
-    return part("X", "y", 5000), part("Xt", "yt", 100)
-
-
-def mails(folder: Path) -> tuple[Arrays, Arrays]:
-    """3 000 mails and 100 others, as log(1 + count) of the 1 000 most frequent words."""
-    with gzip.open(folder / "spamassassin.jsonl.gz", "rt", encoding="utf-8") as lines:
-        read = [json.loads(line) for line in lines]
-    order = torch.randperm(len(read), generator=torch.Generator().manual_seed(0)).tolist()
-    chosen = [read[k] for k in order[:3100]]
-    counts = [Counter(re.findall(r"[a-z]{2,}", mail["text"].lower())) for mail in chosen]
-    frequent = Counter(word for count in counts[:3000] for word in count)
-    words = [word for word, _ in frequent.most_common(1000)]
-    X = torch.tensor([[count[word] for word in words] for count in counts]).float().log1p()
-    y = torch.tensor([int(mail["spam"]) for mail in chosen])
-    return (X[:3000], y[:3000]), (X[3000:], y[3000:])
+def process(
+    name: str, file: Path, folder: Path, python: str, given: argparse.Namespace, *more: str
+) -> Row:
+    """What a contender's process reports; from the cache if the problem is the same."""
+    contender = CONTENDERS.get(name)
+    about = digest(file.name, json.dumps(more), contender.settings if contender else "")
+    about += digest(*load_file(file).values())
+    mark, report = folder / "about", folder / "report.json"
+    limits = {"timeout": given.timeout, "memory_gb": given.memory_gb}
+    if not given.anew and mark.exists() and mark.read_text() == about:
+        kept: Row = json.loads(report.read_text())
+        if kept["status"] == "ok" or all(kept.get(k, 0) >= v for k, v in limits.items()):
+            return kept
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    limit = ("--memory-gb", given.memory_gb)
+    command = [python, HERE / "fidelity_contender.py", name, file, folder, *limit, *more]
+    failed = failure_of(command, given.timeout, given.threads)
+    found = json.loads(report.read_text()) if report.exists() else {}
+    if failed and found.get("status") != "failed":
+        found |= failed
+    found |= limits | {"shared": not given.quiet, "date": time.strftime("%Y-%m-%d")}
+    report.write_text(json.dumps(found))
+    for left in ("kronfluence", "trak"):  # gigabytes of factors and features
+        shutil.rmtree(folder / left, ignore_errors=True)
+    mark.write_text(about)
+    return found
 
 
-def softmax(folder: Path) -> Trained:
-    """A strictly convex objective, at its minimum."""
-    train, queries = digits(folder, torch.float64)
-    untrained = uw.Task(nn.Linear(784, 10).double(), uw.CrossEntropy(), uw.L2(0.01))
-    recipe = uw.Newton(tol=1e-8)
-    trainer = recipe.prepare(untrained, uw.as_data(train))
-    model = nn.Linear(784, 10).double()
-    model.load_state_dict(untrained.layout.unflatten(trainer.center))
-    return Trained(uw.Task(model, untrained.loss, untrained.penalty), train, queries, recipe, 1)
+def judged(predicted: Tensor, first: Tensor, again: Tensor | None) -> Row:
+    """The linear datamodeling score of predictions `[s, q]`."""
+    predicted = predicted.double()
+    spread = predicted.std(dim=0) > CONSTANT * predicted.abs().amax(dim=0)
+    halves = [half.double()[None][:, :, spread] for half in (first, again) if half is not None]
+    found = LDS(predicted[:, spread], *halves, bootstrap=BOOTSTRAP)
+    score, top = found.spearman, found.ceiling
+    row = {"lds": [score.value, score.low, score.high]}
+    row |= {"ceiling": [top.value, top.low, top.high] if top else None}
+    if not bool(spread.all()):
+        row["queries_without_order"] = int((~spread).sum())
+    return row
 
 
-def network(inputs: int, outputs: int) -> Callable[[], nn.Module]:
-    """Two hidden layers."""
+def removal(predicted: Tensor, actual: Tensor, groups: Any, calibrated: bool) -> Row:
+    found = LOO(groups, predicted.double(), actual.double(), bootstrap=BOOTSTRAP)
+    row = {"pearson": [found.pearson.value, found.pearson.low, found.pearson.high]}
+    if calibrated:
+        row["slope"] = [found.slope.value, found.slope.low, found.slope.high]
+    return row
 
-    def made() -> nn.Module:
-        return nn.Sequential(
-            nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, outputs)
+
+def held(
+    scores: Mapping[str, Tensor], made: Problem, known: Mapping[str, Tensor], c: Contender
+) -> Row:
+    """Scores beside the truth, for each plan and measurement."""
+    row: Row = {}
+    for plan, weights in plans(made).items():
+        row[plan] = {}
+        for measure, values in scores.items():
+            predicted = (weights - 1) @ values.double().T
+            first, again = known[f"{plan}/{measure}/first"], known.get(f"{plan}/{measure}/again")
+            if plan == "removals":
+                mean = first if again is None else (first + again) / 2
+                row[plan][measure] = removal(predicted, mean, removed(made), c.calibrated)
+            else:
+                row[plan][measure] = judged(predicted, first, again)
+    return row
+
+
+def row_of(
+    c: Contender,
+    made: Problem,
+    files: tuple[Path, Path | None],
+    known: Mapping[str, Tensor],
+    yardstick: float,
+    given: argparse.Namespace,
+) -> Row:
+    """Everything about one method on one task."""
+    row: Row = {"library": c.library, "settings": c.settings}
+    if (why := c.refusal(made)) is not None:
+        return row | {"status": "does not run", "why": why}
+    python = sys.executable if c.library in ("upweight", "none") else str(given.peers_python)
+    folder = given.cache / "fidelity-scores" / made.name / c.name.replace(" ", "-")
+    if c.predicts:
+        said = process(c.name, files[0], folder / "queries", python, given)
+        row |= {
+            k: said[k]
+            for k in ("status", "why", "version", "shared", "date", *LIMITS)
+            if said.get(k)
+        }
+        if said["status"] == "ok":
+            if c.library == "upweight" or said.get("imported"):
+                seconds = {"fit": said["fit_seconds"], "scores": said["score_seconds"]["loss"]}
+                row |= {"seconds": seconds, "yardsticks": sum(seconds.values()) / yardstick}
+            row["peak_memory_mb"] = said["peak_memory"] / 2**20
+            scores = load_file(folder / "queries" / "scores.safetensors")
+            row |= held(scores, made, known, c)
+    if c.detects(made) and files[1] is not None and row.get("status", "ok") == "ok":
+        said = process(c.name, files[1], folder / "self", python, given, "--themselves")
+        if said["status"] == "ok":
+            ranking = load_file(folder / "self" / "scores.safetensors")["self"]
+            wrong = torch.zeros(len(ranking), dtype=torch.bool)
+            wrong[Problem.load(files[1]).facts["wrong"]] = True
+            found = mislabel_detection({"": ranking.double()}, wrong, bootstrap=BOOTSTRAP)
+            area, recall = found.auroc[""], found.recall[""]
+            row["mislabeled"] = {
+                "auroc": [area.value, area.low, area.high],
+                "recall": [recall.value, recall.low, recall.high],
+                "seconds": said["self_seconds"],
+            }
+        else:
+            row["mislabeled"] = {k: said[k] for k in ("status", "why") if k in said}
+    return row
+
+
+def quality(made: Problem) -> Row:
+    """How well the model does."""
+    with torch.no_grad():
+        parts = {
+            "train": (made.model(made.X), made.y),
+            "queries": (made.model(made.Xq), made.yq),
+        }
+        row: Row = {f"{k}_loss": float(losses(made.kind, *v).mean()) for k, v in parts.items()}
+        for k, (outputs, y) in parts.items():
+            if made.kind == "number":
+                row[f"{k}_r2"] = float(1 - (outputs - y).square().mean() / y.var())
+            else:
+                row[f"{k}_accuracy"] = float((outputs.argmax(-1) == y).float().mean())
+    return row
+
+
+def noise(made: Problem, known: Mapping[str, Tensor]) -> Row:
+    """Between two halves of the seeds: how much of a removal's effect is training noise."""
+    row: Row = {}
+    for measure in made.measures:
+        first, again = (known.get(f"removals/{measure}/{half}") for half in ("first", "again"))
+        if first is not None and again is not None:
+            found = pearson(first.double(), again.double(), BOOTSTRAP)
+            row[measure] = [found.value, found.low, found.high]
+    return row
+
+
+def shown(name: str, found: Row) -> str:
+    """The rows of a task, side by side."""
+    main = f"subsets-{SPECS[name].fractions[0]:g}"
+    lines = [["", "LDS loss", "LDS other", "removals r", "slope", "AUROC", "yardsticks", "peak MB"]]
+
+    def cell(value: Any) -> str:
+        return "" if value is None else f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
+
+    for label, row in found["methods"].items():
+        if row.get("status", "ok") != "ok":
+            lines.append([f"{label}: {row['status']}, {row.get('why', '')}"[:110], *[""] * 7])
+            continue
+        by, gone = row.get(main, {}), row.get("removals", {}).get("loss", {})
+        other = next((v for k, v in by.items() if k != "loss"), {})
+        area = row.get("mislabeled", {}).get("auroc")
+        slope = gone.get("slope")
+        lines.append(
+            [
+                label,
+                cell(by.get("loss", {}).get("lds")),
+                cell(other.get("lds")),
+                cell(gone.get("pearson")),
+                "" if slope is None else f"{slope[0]:.2f}",
+                "" if area is None else f"{area[0]:.3f}",
+                f"{row['yardsticks']:.1f}" if "yardsticks" in row else "",
+                f"{row['peak_memory_mb']:.0f}" if "peak_memory_mb" in row else "",
+            ]
         )
-
-    return made
-
-
-def of_network(train: Arrays, queries: Arrays, outputs: int) -> Trained:
-    """Ten epochs of SGD with momentum, batches of 32."""
-    init = network(train[0].shape[1], outputs)
-    recipe = uw.Training(init, uw.SGD(0.05, momentum=0.9), 10, 32, uw.Cosine(), skip_absent=True)
-    untrained = uw.Task(init(), uw.CrossEntropy())
-    task = uw.Task(recipe.trained(untrained, train), uw.CrossEntropy())
-    return Trained(task, train, queries, recipe, 2)
+    return aligned(lines)
 
 
-TASKS: Mapping[str, Callable[[Path], Trained]] = {
-    "digits-softmax": softmax,
-    "digits-mlp": lambda folder: of_network(*digits(folder, torch.float32), 10),
-    "spam-mlp": lambda folder: of_network(*mails(folder), 2),
-}
-
-RELATIVE = uw.Relative(0.1)
-METHODS: Mapping[str, Mapping[str, uw.Influence]] = {
-    "digits-softmax": {
-        "Hessian": uw.Influence(uw.Hessian(), solver=uw.Cholesky()),
-        "EK-FAC": uw.Influence(uw.EKFAC(), damping=uw.Absolute(1e-6)),
-        "K-FAC": uw.Influence(uw.KFAC(), damping=uw.Absolute(1e-6)),
-        "diagonal": uw.Influence(uw.Diagonal(), damping=uw.Absolute(1e-6)),
-    }
-}
-NETWORK_METHODS: Mapping[str, uw.Influence] = {
-    "GGN, CG": uw.Influence(uw.GGN(), damping=RELATIVE, solver=uw.BlockCG(rtol=1e-3)),
-    "EK-FAC": uw.Influence(uw.EKFAC(), damping=RELATIVE),
-    "EK-FAC, λ = 0.01": uw.Influence(uw.EKFAC(), damping=uw.Absolute(0.01)),
-    "K-FAC": uw.Influence(uw.KFAC(), damping=RELATIVE),
-    "diagonal": uw.Influence(uw.Diagonal(), damping=RELATIVE),
-}
+def written(report: Row) -> str:
+    """The result as JSON, with a list of numbers on one line."""
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    return re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
 
 
-def truth(made: Trained, cache: Path) -> tuple[Tensor, list[Retrained], list[Retrained] | None]:
-    """The subsets, and the models trained on them: as many seeds again for the ceiling."""
-    weights = subset_weights(len(made.train[0]), SUBSETS, renormalize=True)
-
-    def seed(k: int) -> Retrained:
-        recipe = made.recipe if made.seeds == 1 else replace(made.recipe, seed=k)
-        folder = cache / f"seed-{k}"
-        return retrain(recipe, made.task, made.train, weights, made.queries, MEASURE, cache=folder)
-
-    first = [seed(k) for k in range(made.seeds)]
-    again = None if made.seeds == 1 else [seed(made.seeds + k) for k in range(made.seeds)]
-    return weights, first, again
+SHORT = {"does not run": "–", "timed out": "time", "not installed": "?"}
+"""Why a cell of the table has no number; `failed` is memory or an error of the library."""
 
 
-def epoch_seconds(made: Trained) -> float:
-    """A plain forward and backward pass over the training data."""
-    X, y = made.train
-    best = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        for start in range(0, len(X), 512):
-            f = made.task.model(X[start : start + 512])
-            nn.functional.cross_entropy(f, y[start : start + 512]).backward()
-        best = min(best, time.perf_counter() - started)
-    for p in made.task.model.parameters():
-        p.grad = None
-    return best
+def cell_of(name: str, row: Row | None, column: str) -> str:
+    """One number of a method on a task, or why there is none."""
+    if row is None:
+        return "not run"
+    if row.get("status", "ok") != "ok":
+        no_memory = "allocate memory" in row.get("why", "")
+        return "memory" if no_memory else SHORT.get(row["status"], row["status"])
+    if column == "AUROC":
+        area = row.get("mislabeled", {}).get("auroc")
+        return "" if area is None else f"{area[0]:.3f}"
+    measure, what = column.split()
+    plan = "removals" if what != "lds" else f"subsets-{SPECS[name].fractions[0]:g}"
+    values = row.get(plan, {})
+    found = values.get(measure) if measure == "loss" else other_of(values)
+    value = (found or {}).get(what)
+    return "" if value is None else f"{value[0]:.2f}"
 
 
-def judged(method: uw.Influence, made: Trained, held: tuple[Any, ...], epoch: float) -> dict:
-    """One row of the table."""
-    weights, first, again = held
-    started = time.perf_counter()
-    scores: Scores = method.fit(made.task, made.train).attribute(made.queries, MEASURE)
-    seconds = time.perf_counter() - started
-    found = lds(scores, weights, first, again)
-    predicted, measured = (x - x.mean(dim=0) for x in (found.predicted, found.measured))
-    about = slope(predicted, measured)
-    return {
-        "method": repr(method),
-        **found.summary(),
-        "slope": [about.value, about.low, about.high],
-        "seconds": seconds,
-        "epochs": seconds / epoch,
-    }
+def other_of(values: Row) -> Row | None:
+    """Of the measurement beside the loss."""
+    return next((value for key, value in values.items() if key != "loss"), None)
+
+
+def ceiling(report: Row, name: str, column: str) -> str:
+    """What retraining from other seeds gets: the same for every method."""
+    for row in report["tasks"][name]["methods"].values():
+        values = row.get(f"subsets-{SPECS[name].fractions[0]:g}", {})
+        found = values.get("loss") if column == "loss lds" else other_of(values)
+        if found is not None:
+            top = found["ceiling"]
+            return "1" if top is None else f"{top[0]:.2f}"
+    return ""
+
+
+def markdown(report: Row, column: str) -> str:
+    """Methods down, tasks across."""
+    tasks = [name for name in SPECS if name in report["tasks"]]
+    lines = [["method", *tasks], ["---"] * (len(tasks) + 1)]
+    if column.endswith("lds"):
+        lines.append(["*retraining again*", *(ceiling(report, name, column) for name in tasks)])
+    for label in CONTENDERS:
+        rows = [report["tasks"][name]["methods"].get(label) for name in tasks]
+        cells = [cell_of(name, row, column) for name, row in zip(tasks, rows, strict=True)]
+        if any(cell not in ("", "–", "not run") for cell in cells):
+            lines.append([label, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
-    """All tasks, one after the other."""
+    """Each task and contender asked for; their rows are replaced in the result, others stay."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--data", type=Path, default=DATA, metavar="DIR", help="default: ../shared/data")
-    add("--task", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="NAME")
+    add("--task", nargs="+", choices=list(SPECS), default=list(SPECS), metavar="NAME")
+    add("--method", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME")
+    add("--peers-python", type=Path, default=Path(sys.executable), metavar="FILE")
+    add("--timeout", type=float, default=300.0, help="seconds for each process")
+    add("--memory-gb", type=float, default=12.0, help="what a contender's process may take")
+    add("--threads", type=int, help="of each process; default: PyTorch's")
+    add("--quiet", action="store_true", help="nothing else runs here: rows say `shared: false`")
+    add("--anew", action="store_true", help="run contenders although their scores are in the cache")
+    add("--truth-anew", action="store_true", help="retrain, although the truth is in `truths`")
     add("--cache", type=Path, default=HERE / ".cache", metavar="DIR")
     add("--out", type=Path, default=HERE / "results" / "fidelity.json", metavar="FILE")
+    add("--markdown", metavar="COLUMN", help="print a column of the result, such as 'loss lds'")
     given = parser.parse_args()
     report = json.loads(given.out.read_text()) if given.out.exists() else {"tasks": {}}
+    if given.markdown:
+        print(markdown(report, given.markdown))
+        return
     for name in given.task:
-        made = TASKS[name](given.data)
-        X, y = made.queries
-        with torch.no_grad():
-            right = float((made.task.model(X).argmax(dim=1) == y).float().mean())
-        started = time.perf_counter()
-        held = truth(made, given.cache / f"fidelity-{name}")
-        spent, epoch = time.perf_counter() - started, epoch_seconds(made)
-        rows = {}
-        print(f"\n{name}: {len(made.train[0])} examples, {made.task.layout.size} parameters, "
-              f"{right:.0%} of the queries right")  # fmt: skip
-        for label, method in METHODS.get(name, NETWORK_METHODS).items():
-            row = rows[label] = judged(method, made, held, epoch)
-            low, high = row["intervals"]["spearman"]
-            ceiling = "none" if row["ceiling"] is None else f"{row['ceiling']:.3f}"
-            print(f"  {label:18} LDS {row['spearman']:.3f} [{low:.3f}, {high:.3f}] ceiling "
-                  f"{ceiling}  slope {row['slope'][0]:.2f}  {row['seconds']:.1f} s = "
-                  f"{row['epochs']:.0f} epochs")  # fmt: skip
-        report["tasks"][name] = {
+        file = problem(name, given.data, given.cache)
+        made = Problem.load(file)
+        labeled = made.kind != "text"
+        flipped = problem(name, given.data, given.cache, flipped=True) if labeled else None
+        known, facts = truth(made, given.cache, anew=given.truth_anew)
+        folder = given.cache / "fidelity-scores" / name / "yardstick"
+        yardstick = process("yardstick", file, folder, sys.executable, given)
+        found = report["tasks"].setdefault(name, {"methods": {}})
+        found |= {
+            "parameters": sum(p.numel() for p in made.model.parameters()),
+            "examples": len(made.X),
+            "queries": len(made.Xq),
+            **quality(made),
+            "damping": made.damping,
+            "truth": facts | {"removals_repeat": noise(made, known)},
+            "yardstick_seconds": yardstick["seconds"],
             "environment": environment(),
-            "recipe": repr(made.recipe),
-            "accuracy": right,
-            "retraining_seconds": spent,
-            "epoch_seconds": epoch,
-            "methods": rows,
         }
-        given.out.write_text(json.dumps(report, indent=2) + "\n")
+        for label in given.method:
+            print(f"{name}: {label}", file=sys.stderr, flush=True)
+            found["methods"][label] = row_of(
+                CONTENDERS[label], made, (file, flipped), known, yardstick["seconds"], given
+            )
+            order = [label for label in CONTENDERS if label in found["methods"]]
+            found["methods"] = {label: found["methods"][label] for label in order}
+            given.out.write_text(written(report))
+        print(f"\n{name}\n{shown(name, found)}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,201 @@
+"""upweight's own methods in `fidelity.py`, and the rankings that need no library."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from fidelity_methods import Contender, Method
+from fidelity_networks import Problem, losses
+from fidelity_tasks import SPECS, task_of
+from torch import Tensor
+
+import upweight as uw
+
+MEASURES = {"loss": uw.Loss(), "margin": uw.Margin(), "output": uw.Logit(0)}
+BY_LAYER = "Relative(0.1); softmax regression: Absolute(1e-6) beside its penalty"
+EXACT_SIZE = 3_000
+"""Parameters of a network up to which its p × p matrix is factorized."""
+SEQUENCES = 10
+"""Queries at once, where a query is a sequence and its system is solved by products."""
+TINY_SIZE = 500
+"""Up to which a system is solved for every training example, or by MINRES to the end."""
+
+
+class Ours(Method):
+    """`uw.Influence`."""
+
+    def __init__(self, problem: Problem, folder: Path, method: uw.Influence) -> None:
+        super().__init__(problem, folder)
+        self.method = method
+        self.data = (problem.X, problem.y)
+
+    def fit(self) -> None:
+        self.fitted = self.method.fit(task_of(self.problem), self.data)
+
+    def scores(self, measure: str) -> Tensor:
+        Xq, yq = self.problem.Xq, self.problem.yq
+        whole = self.problem.kind != "text" or isinstance(self.method.solver, uw.Auto)
+        size = len(Xq) if whole else SEQUENCES  # products with all at once take gigabytes
+        parts = [
+            self.fitted.attribute(part, MEASURES[measure]).values
+            for part in zip(Xq.split(size), yq.split(size), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def self_scores(self) -> Tensor:
+        values: Tensor = -self.fitted.self_influence()
+        return values
+
+
+class Ranking(Method):
+    """The training loss of each example, which needs no attribution."""
+
+    def fit(self) -> None: ...
+
+    def scores(self, measure: str) -> Tensor:
+        raise NotImplementedError
+
+    def self_scores(self) -> Tensor:
+        p = self.problem
+        with torch.no_grad():
+            return losses(p.kind, p.model(p.X), p.y)
+
+
+def ours(
+    name: str,
+    method: Callable[[Problem], uw.Influence],
+    settings: str,
+    refusal: Callable[[Problem], str | None] = lambda problem: None,
+    detects: Callable[[Problem], bool] = lambda problem: True,
+) -> Contender:
+    return Contender(
+        f"upweight {name}",
+        lambda problem, folder: Ours(problem, folder, method(problem)),
+        "upweight",
+        settings,
+        refusal,
+        detects=detects,
+    )
+
+
+def convex(problem: Problem) -> bool:
+    return isinstance(SPECS[problem.name].recipe, uw.Newton)
+
+
+def extra(problem: Problem) -> float:
+    """λ beyond the penalty, for curvatures over all parameters."""
+    return problem.damping - problem.penalty
+
+
+def layered(curvature: uw.EKFAC | uw.KFAC | uw.Diagonal) -> Callable[[Problem], uw.Influence]:
+    """With a tenth of each block's mean eigenvalue, or the penalty alone at a strict minimum."""
+
+    def made(problem: Problem) -> uw.Influence:
+        damping = uw.Absolute(1e-6) if convex(problem) else uw.Relative(0.1)
+        return uw.Influence(curvature, damping=damping)
+
+    return made
+
+
+def resolved(problem: Problem) -> float:
+    """λ = 1/(step size × steps), with momentum μ (1 − μ)/Σ η: below it training resolved nothing.
+
+    Gradient descent from 0 on an eigenvalue h goes 1 − exp(−h/λ) of the way.
+    """
+    recipe = SPECS[problem.name].recipe
+    steps = recipe.epochs * -(-len(problem.X) // recipe.batch)
+    total = sum(recipe.optimizer.lr * recipe.schedule(step, steps) for step in range(steps))
+    return (1 - recipe.optimizer.momentum) / total
+
+
+def trained_by_sgd(problem: Problem) -> str | None:
+    if convex(problem):
+        return "trained to its minimum"
+    adam = not isinstance(SPECS[problem.name].recipe.optimizer, uw.SGD)
+    return "Adam has no one step size" if adam else None
+
+
+def size(problem: Problem) -> int:
+    return sum(p.numel() for p in problem.model.parameters())
+
+
+def not_convex(problem: Problem) -> str | None:
+    return None if convex(problem) else "the Hessian is indefinite: see Hessian, MINRES"
+
+
+def only_small_networks(problem: Problem) -> str | None:
+    if convex(problem):
+        return "the same as the Hessian here"
+    if size(problem) > EXACT_SIZE:
+        return f"{size(problem)} parameters: see GGN, CG"
+    return None
+
+
+def tiny(problem: Problem) -> bool:
+    return size(problem) <= TINY_SIZE
+
+
+def only_tiny_networks(problem: Problem) -> str | None:
+    if convex(problem) or tiny(problem):
+        return only_small_networks(problem)
+    return "indefinite and ill-conditioned: MINRES takes hundreds of products for each query"
+
+
+def only_large_networks(problem: Problem) -> str | None:
+    if convex(problem):
+        return "the same as the Hessian here"
+    return "its p × p matrix is factorized instead" if size(problem) <= EXACT_SIZE else None
+
+
+OURS = (
+    ours(
+        "Hessian",
+        lambda problem: uw.Influence(uw.Hessian(), solver=uw.Cholesky()),
+        "Hessian(), Cholesky()",
+        not_convex,
+    ),
+    ours(
+        "Hessian, MINRES",
+        lambda problem: uw.Influence(uw.Hessian(), uw.MINRES(rtol=1e-3), extra(problem)),
+        "Hessian(), MINRES(rtol=1e-3), λ of the task",
+        only_tiny_networks,
+        tiny,
+    ),
+    ours(
+        "GGN",
+        lambda problem: uw.Influence(uw.GGN(), uw.Cholesky(), extra(problem)),
+        "GGN(), Cholesky(), λ of the task",
+        only_small_networks,
+        tiny,
+    ),
+    ours(
+        "GGN, CG",
+        lambda problem: uw.Influence(uw.GGN(), uw.BlockCG(rtol=1e-2), extra(problem)),
+        "GGN(), BlockCG(rtol=1e-2), λ of the task",
+        only_large_networks,
+        lambda problem: False,
+    ),
+    ours("EK-FAC", layered(uw.EKFAC()), f"EKFAC(), {BY_LAYER}"),
+    ours(
+        "EK-FAC, λ of the task",
+        lambda problem: uw.Influence(uw.EKFAC(), damping=uw.Absolute(extra(problem))),
+        "EKFAC(), one λ for all layers",
+        lambda problem: "the same as EK-FAC here" if convex(problem) else None,
+    ),
+    ours(
+        "GGN, λ of training",
+        lambda problem: uw.Influence(uw.GGN(), uw.BlockCG(rtol=1e-2), resolved(problem)),
+        "GGN(), BlockCG(rtol=1e-2), λ = 1/(step size × steps)",
+        trained_by_sgd,
+        lambda problem: False,
+    ),
+    ours(
+        "EK-FAC, λ of training",
+        lambda problem: uw.Influence(uw.EKFAC(), damping=uw.Absolute(resolved(problem))),
+        "EKFAC(), λ = 1/(step size × steps)",
+        trained_by_sgd,
+    ),
+    ours("K-FAC", layered(uw.KFAC()), f"KFAC(), {BY_LAYER}"),
+    ours("diagonal", layered(uw.Diagonal()), f"Diagonal(), {BY_LAYER}"),
+    Contender("loss", Ranking, "none", "the training loss", predicts=False),
+)
