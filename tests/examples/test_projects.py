@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -11,7 +12,11 @@ import pytest
 
 import upweight as uw
 
-PROJECTS = sorted((Path(__file__).resolve().parents[2] / "examples" / "projects").iterdir())
+ROOT = Path(__file__).resolve().parents[2]
+PROJECTS = sorted((ROOT / "examples" / "projects").iterdir())
+MAILS = (
+    ROOT.parent / "shared" / "data" / "spamassassin.jsonl.gz"
+)  # where they are kept, if they are
 
 
 def commands(source):
@@ -36,7 +41,10 @@ def test_a_project_runs_by_the_command_line_alone(project, tmp_path):
     shown = commands(source)
     assert [c[1] for c in shown][-3:] == ["attribute", "evaluate", "report"]
     line = [sys.executable, "-c", ONE_PROCESS, json.dumps(shown)]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    environment = {"SPAMASSASSIN": str(MAILS), **os.environ}
+    done = subprocess.run(
+        line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     if "Skipped: " in done.stderr:
         pytest.skip(done.stderr.partition("Skipped: ")[2].splitlines()[0])
     assert done.returncode == 0, done.stderr
