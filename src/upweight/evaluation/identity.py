@@ -1,30 +1,14 @@
-"""What a retrained number depends on, in words that hash: recipe, task, data, question.
+"""What a retrained number depends on: recipe, task, data, question."""
 
-Specs are described by their fields, tensors by their bytes, functions by their byte code, defaults
-and closure. What says nothing but its address in memory is refused: two runs could not tell whether
-it is the same. A function's description does not follow the other functions that it calls.
-"""
-
-import dataclasses
-import enum
-import functools
-import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch import Tensor
 
-from upweight.errors import SpecError, message
-from upweight.runtime.fingerprint import digest
-from upweight.runtime.progress import progress
 from upweight.scores import library_versions
 from upweight.task.data import Data
+from upweight.task.identity import contents, described, subject
 from upweight.task.task import Task
-
-ROWS = 1024  # fixed: the hash of a data set must not depend on anything else
 
 
 def identity(
@@ -39,111 +23,13 @@ def identity(
     # what it makes says the rest.
     untrained = getattr(recipe, "untrained", None)
     start = {} if untrained is None else {"untrained": described(untrained(task).model)}
-    return start | {
+    about = subject(task, train)
+    return {
+        **start,
+        **about,
         "recipe": described(recipe),
-        "loss": described(task.loss),
-        "penalty": described(task.penalty),
-        "parameters": repr(task.layout),
-        "forward": described(task.forward),
-        "model": described(task.model),
         "measure": described(measure),
-        "train": f"{len(train)} examples {contents(train)}",
+        "train": f"{len(train)} examples {about['train']}",
         "queries": f"{len(queries)} examples {contents(queries)}",
         "versions": repr({k: v for k, v in library_versions().items() if k != "python"}),
     }
-
-
-def contents(data: Data) -> str:
-    """A hash of every example in order."""
-    parts = []
-    for _, _, batch in progress(data.batches(ROWS), len(data), "hashing the data"):
-        leaves, structure = tree_flatten(batch)
-        parts.append(digest(repr(structure), *(described(leaf) for leaf in leaves)))
-    return digest(*parts)
-
-
-def described(value: Any) -> str:
-    """A text that is equal for equal things and differs where they differ.
-
-    Raises:
-        SpecError: The object says nothing but its address.
-    """
-    if isinstance(value, Tensor):
-        return digest(value)
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return digest(torch.as_tensor(np.ascontiguousarray(value)), str(value.dtype))
-    if isinstance(value, type | enum.Enum):
-        return f"{value.__module__}.{value}"
-    if isinstance(value, nn.Module):
-        return _module(value)
-    if dataclasses.is_dataclass(value):
-        return _named(value, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{described(k)}: {described(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "(" + ", ".join(described(v) for v in value) + ")"
-    if isinstance(value, types.FunctionType):
-        return _function(value)
-    if isinstance(value, types.MethodType):
-        return f"{described(value.__func__)} of {described(value.__self__)}"
-    if isinstance(value, functools.partial):
-        return f"partial{described((value.func, value.args, value.keywords))}"
-    if hasattr(value, "get_params"):  # an estimator: its repr is cut short where it is long
-        return _named(value, value.get_params(deep=True))
-    text = repr(value)
-    if f"0x{id(value):x}" in text.lower() or " object at 0x" in text:
-        raise SpecError(
-            message(
-                "What is kept on disk needs recipes, methods, losses and measures that say "
-                "what they are.",
-                f"{text}.",
-                "an object without fields that can be read, so that another run could not tell "
-                "whether it is the same.",
-                "make it a frozen dataclass of its hyperparameters or a plain function, or leave "
-                "cache= and store= out.",
-            )
-        )
-    return f"{type(value).__qualname__} {text}"
-
-
-def _named(value: Any, fields: Mapping[str, Any]) -> str:
-    inner = ", ".join(f"{name}={described(field)}" for name, field in fields.items())
-    return f"{type(value).__module__}.{type(value).__qualname__}({inner})"
-
-
-def _module(model: nn.Module) -> str:
-    """Its layers, what they hold besides parameters, how they are called, and every parameter."""
-    parts = []
-    for name, module in model.named_modules():
-        plain = {
-            key: value
-            for key, value in vars(module).items()
-            if not key.startswith("_") and isinstance(value, bool | int | float | str | tuple)
-        }
-        parts.append(f"{name}: {type(module).__qualname__} {described(plain)}")
-        if not type(module).__module__.startswith("torch."):
-            parts.append(described(type(module).forward))
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return f"{type(model).__qualname__} {digest(*parts, described(state))}"
-
-
-def _function(function: types.FunctionType) -> str:
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    cells = [content for content in cells if content is not function]  # a recursive function
-    held = described((function.__defaults__, function.__kwdefaults__, cells))
-    code = digest(_code(function.__code__), held)
-    return f"{function.__module__}.{function.__qualname__} {code}"
-
-
-def _code(code: types.CodeType) -> str:
-    constants = [
-        _code(c) if isinstance(c, types.CodeType) else _constant(c) for c in code.co_consts
-    ]
-    return f"{code.co_code.hex()} {code.co_names} {constants}"
-
-
-def _constant(value: Any) -> str:
-    if isinstance(value, types.CodeType):
-        return _code(value)
-    # The order of a set differs between processes.
-    return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)

@@ -38,7 +38,6 @@ from upweight.errors import (
     UpweightError,
     message,
 )
-from upweight.evaluation.identity import contents, described
 from upweight.gradients.blocks import Block
 from upweight.gradients.factored import Tokens
 from upweight.gradients.passes import GradientPass
@@ -57,6 +56,7 @@ from upweight.task.check import (
     require_finite_gradients,
 )
 from upweight.task.data import Data, as_data
+from upweight.task.identity import contents, described, subject
 from upweight.task.measures import Loss, as_measure
 from upweight.task.task import Task
 
@@ -169,23 +169,8 @@ def _damped(block: FittedBlock, damping: Damping, theta: Tensor, n: int) -> Fitt
 
 def _checkpoint(store: Folder, spec: "Influence", task: Task, data: Data) -> Checkpoint:
     """Where the curvature is kept, under the hash of everything that it depends on."""
-    subject = {"curvature": described(spec.curvature), "damping": described(spec.damping)}
-    return Checkpoint.open(store, repr(subject | _subject(task, data)))
-
-
-def _subject(task: Task, data: Data) -> dict[str, str]:
-    """The model and the training data, in words that hash.
-
-    Parameters alone would not do: buffers, frozen layers, activations and `forward` count as well.
-    """
-    return {
-        "loss": described(task.loss),
-        "penalty": described(task.penalty),
-        "parameters": repr(task.layout),
-        "forward": described(task.forward),
-        "model": described(task.model),
-        "train": contents(data),
-    }
+    settings = {"curvature": described(spec.curvature), "damping": described(spec.damping)}
+    return Checkpoint.open(store, repr(settings | subject(task, data)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,7 +327,7 @@ class LayerwiseInfluence(Checked):
             "measure": described(measure),
             "tolerance": repr(tolerance),
             "queries": contents(data),
-            **_subject(self.task, self.train),
+            **subject(self.task, self.train),
         }
         # Free memory decides these, and differs when an interrupted pass goes on.
         settings = {
@@ -355,16 +340,7 @@ class LayerwiseInfluence(Checked):
         memory_bytes, together = map(shards.settings.get, settings)
         choices: list[Choice] = []
         expected = []
-        for job in contractions(
-            self.curvature,
-            self.train,
-            data,
-            measure,
-            tolerance,
-            self.losses,
-            memory_bytes,
-            together,
-        ):
+        for job in self._contractions(data, measure, tolerance, memory_bytes, together):
             held: list[Tensor] = []
             begin = shards.done(job.first, job.first + len(job))
             for _, stop, part in job.stream(begin):
@@ -697,8 +673,14 @@ class LayerwiseInfluence(Checked):
         return data, measure
 
     def _contractions(
-        self, queries: Data, measure: Callable[..., Tensor], tolerance: float
+        self,
+        queries: Data,
+        measure: Callable[..., Tensor],
+        tolerance: float,
+        memory_bytes: int | None = None,
+        together: int | None = None,
     ) -> Iterator[Contraction]:
+        allowed = self.memory_bytes if memory_bytes is None else memory_bytes
         return contractions(
             self.curvature,
             self.train,
@@ -706,7 +688,8 @@ class LayerwiseInfluence(Checked):
             measure,
             tolerance,
             self.losses,
-            self.memory_bytes,
+            allowed,
+            together,
         )
 
     def _require_room(self, q: int) -> None:

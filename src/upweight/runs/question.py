@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from upweight.evaluation.identity import contents, described
 from upweight.method import Method
 from upweight.methods.influence import Influence
 from upweight.runtime.fingerprint import digest
 from upweight.task.data import Data
+from upweight.task.identity import contents, described, subject
 from upweight.task.task import Task
 
 
@@ -40,12 +40,12 @@ class Question:
 
         Cost: reads all data once.
         """
-        task = self.task
-        parts = (task.loss, task.penalty, task.forward)
+        about = subject(self.task, self.train)
+        task = (about[part] for part in ("loss", "penalty", "forward", "parameters"))
         return {
-            "model": digest(described(task.model)),
-            "task": digest(*map(described, parts), repr(task.layout)),
-            "train": contents(self.train),
+            "model": digest(about["model"]),
+            "task": digest(*task),
+            "train": about["train"],
             "queries": contents(self.queries),
             "method": digest(described(self.method)),
             "measure": digest(described(self.measure)),

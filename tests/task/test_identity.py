@@ -14,7 +14,7 @@ from torch import nn
 
 import upweight as uw
 from upweight.errors import SpecError
-from upweight.evaluation.identity import contents, described
+from upweight.task.identity import contents, described
 
 
 def times(factor):
@@ -101,7 +101,7 @@ def test_what_has_only_an_address_is_refused():
 
 def test_a_function_with_a_set_in_it_is_described_alike_in_every_process():
     code = (
-        "from upweight.evaluation.identity import described\n"
+        "from upweight.task.identity import described\n"
         "def loss(x): return x in {'red', 'green', 'blue', 'grey', 'black', 'white'}\n"
         "print(described(loss))"
     )
