@@ -81,6 +81,11 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> "Provenance":
+        """From JSON, which has no tuples."""
+        return cls(**{**fields, "notes": tuple(fields["notes"])})
+
 
 def library_versions() -> dict[str, str]:
     """What the numbers were computed with."""
@@ -444,7 +449,7 @@ class Scores:
         if in_shards.exists():
             shards = ScoreShards.load(source)
             header = shards.header or {}
-            return cls(shards.values(), Unit[header["unit"]], _provenance(header))
+            return cls(shards.values(), Unit[header["unit"]], Provenance.read(header["provenance"]))
         header = json.loads(whole.read_text(encoding="utf-8"))
         try:
             tensors = load_file(source / "scores.safetensors")
@@ -464,15 +469,10 @@ class Scores:
         return cls(
             tensors["values"],
             Unit[header["unit"]],
-            _provenance(header),
+            Provenance.read(header["provenance"]),
             tensors.get("error"),
             None if header["columns"] is None else tuple(header["columns"]),
         )
-
-
-def _provenance(header: Mapping[str, Any]) -> Provenance:
-    fields = dict(header["provenance"])
-    return Provenance(**fields | {"notes": tuple(fields["notes"])})
 
 
 def _digest(tensors: Mapping[str, Tensor], unit: str | None, columns: Sequence[str] | None) -> str:

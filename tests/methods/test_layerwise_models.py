@@ -195,7 +195,7 @@ def test_batch_norm_in_eval_mode():
 @pytest.mark.parametrize("most", [16, 512])
 def test_odd_numbers_of_examples_and_queries(n, q, most, monkeypatch):
     """Also where the batch does not divide them."""
-    for place in ("curvature.layerwise", "contraction.stream", "methods.layerwise"):
+    for place in ("curvature.layerwise", "contraction.stream"):
         monkeypatch.setattr(f"upweight.{place}.MOST_EXAMPLES", most)
     g = torch.Generator().manual_seed(n)
     fitted = METHOD.fit(uw.Task(network(g), uw.CrossEntropy()), data(g, n))

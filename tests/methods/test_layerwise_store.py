@@ -1,5 +1,6 @@
 """Curvature and scores on disk: interrupted anywhere, they go on to the same numbers."""
 
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -24,6 +25,24 @@ NAMES = ("mlp_tanh", "conv", "tied", "layer_norm", "mlp_float32")
 
 class _Killed(BaseException):
     pass
+
+
+@contextlib.contextmanager
+def stopped_at_shard(number):
+    """A pass over scores that is stopped when it comes to write that many files."""
+    original, count = ScoreShards.append, 0
+
+    def append(self, first, start, values):
+        nonlocal count
+        count += 1
+        if count == number:
+            raise _Killed
+        original(self, first, start, values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScoreShards, "append", append)
+        with pytest.raises(_Killed):
+            yield
 
 
 @pytest.fixture
@@ -198,23 +217,14 @@ def test_interrupted_scores_go_on_where_less_memory_is_free(tmp_path, monkeypatc
     monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 4)
     monkeypatch.setattr("upweight.contraction.stream.TOGETHER", 1)
     whole = fitted.write(p.queries, tmp_path / "whole").values()
-    original, count = ScoreShards.append, 0
-
-    def append(self, first, start, values):
-        nonlocal count
-        count += 1
-        if count == 3:
-            raise _Killed
-        original(self, first, start, values)
-
-    monkeypatch.setattr(ScoreShards, "append", append)
-    with pytest.raises(_Killed):
+    with stopped_at_shard(3):
         fitted.write(p.queries, tmp_path / "part")
-    monkeypatch.setattr(ScoreShards, "append", original)
     # So little that queries would no longer share a pass, nor examples a batch.
-    monkeypatch.setattr("upweight.contraction.stream.free_bytes", lambda _: 100)
-    monkeypatch.setattr("upweight.runtime.memory.free_bytes", lambda _: 100)
-    assert torch.equal(fitted.write(p.queries, tmp_path / "part").values(), whole)
+    with monkeypatch.context() as scarce:
+        scarce.setattr("upweight.contraction.stream.free_bytes", lambda _: 100)
+        scarce.setattr("upweight.runtime.memory.free_bytes", lambda _: 100)
+        resumed = fitted.write(p.queries, tmp_path / "part")
+    assert torch.equal(resumed.values(), whole)
 
 
 def test_interrupted_scores_go_on(tmp_path, monkeypatch):
@@ -224,20 +234,9 @@ def test_interrupted_scores_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 4)
     monkeypatch.setattr("upweight.contraction.stream.TOGETHER", 1)
     whole = fitted.attribute(p.queries, tolerance=0.0)
-    original, count = ScoreShards.append, 0
-
-    def append(self, first, start, values):
-        nonlocal count
-        count += 1
-        if count == 3:
-            raise _Killed
-        original(self, first, start, values)
-
-    monkeypatch.setattr(ScoreShards, "append", append)
-    with pytest.raises(_Killed):
+    with stopped_at_shard(3):
         fitted.write(p.queries, tmp_path, tolerance=0.0)
     assert ScoreShards.load(tmp_path).done(0, len(p.queries[0])) == 8
-    monkeypatch.setattr(ScoreShards, "append", original)
     shards = fitted.write(p.queries, tmp_path, tolerance=0.0)
     assert torch.equal(shards.row(1), whole.values[1])
 
@@ -344,7 +343,7 @@ def test_two_processes_may_share_a_store(tmp_path):
 def test_more_scores_than_memory_are_refused_before_any_work(monkeypatch):
     p = problem("mlp_tanh")
     fitted = METHOD.fit(p.task, p.train)
-    monkeypatch.setattr("upweight.methods.layerwise.free_bytes", lambda _: 100)
+    monkeypatch.setattr("upweight.runtime.memory.free_bytes", lambda _: 100)
     with pytest.raises(SpecError, match=r"write\(queries, folder\)"):
         fitted.attribute(p.queries)
 

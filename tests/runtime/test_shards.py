@@ -96,7 +96,7 @@ def test_all_scores_come_back_at_once_with_how_they_came_about(tmp_path):
 def test_scores_that_do_not_fit_into_memory_are_not_read_at_once(tmp_path, monkeypatch):
     shards = shards_in(tmp_path)
     shards.append(0, 0, SCORES.mT)
-    monkeypatch.setattr("upweight.runtime.shards.free_bytes", lambda device: 100)
+    monkeypatch.setattr("upweight.runtime.memory.free_bytes", lambda device: 100)
     with pytest.raises(SpecError, match=r"5 × 7 scores.*\n.*\n.*row\(query\)"):
         shards.values()
 

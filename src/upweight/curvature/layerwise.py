@@ -116,6 +116,18 @@ class BlockCurvature:
         return BlockDiagonal(tuple(b.eigen for b in self.blocks), indices)
 
 
+def examples_at_once(spent: Cost, device: torch.device, memory_bytes: int | None) -> int:
+    """Examples whose gradients are taken together.
+
+    Args:
+        spent: What an example costs.
+        device: Where.
+        memory_bytes: What a batch may take; None: a share of what is free.
+    """
+    allowed = working_bytes(device, memory_bytes)
+    return examples_within(allowed, spent.bytes_per_example, MOST_EXAMPLES)
+
+
 class LayerwiseCurvature(abc.ABC):
     """A spec that makes one estimator per block: `KFAC`, `EKFAC`, `Diagonal`, `Blockwise`."""
 
@@ -178,9 +190,7 @@ class LayerwiseCurvature(abc.ABC):
         ]
         for estimator in estimators:
             estimator.damping = damping
-        batch = examples_within(
-            working_bytes(task.layout.device, memory_bytes), spent.bytes_per_example, MOST_EXAMPLES
-        )
+        batch = examples_at_once(spent, task.layout.device, memory_bytes)
         spread = _Spread(len(estimators))
         place = _Place(0, 0, batch)
         if checkpoint is not None and (state := checkpoint.read()) is not None:

@@ -25,10 +25,10 @@ from upweight.contraction.stream import (
     training_loss,
 )
 from upweight.curvature.layerwise import (
-    MOST_EXAMPLES,
     BlockCurvature,
     FittedBlock,
     LayerwiseCurvature,
+    examples_at_once,
 )
 from upweight.errors import (
     ModelChanged,
@@ -45,7 +45,7 @@ from upweight.linalg.damping import Damping, Evidence, as_damping
 from upweight.methods import health
 from upweight.methods.checked import Checked
 from upweight.runtime.checkpoint import Checkpoint
-from upweight.runtime.memory import examples_within, free_bytes, working_bytes
+from upweight.runtime.memory import require_room, working_bytes
 from upweight.runtime.progress import progress
 from upweight.runtime.shards import ScoreShards
 from upweight.scores import Context, Provenance, Scores, TopScores, Unit, library_versions
@@ -124,7 +124,7 @@ def fit(
         _damped(b, damping, theta[b.block.index(layout).to(theta.device)], len(data))
         for b in curvature.blocks
     )
-    size = _batch_size(curvature, memory_bytes)
+    size = examples_at_once(curvature.cost, layout.device, memory_bytes)
     return LayerwiseInfluence(
         spec=spec,
         task=task,
@@ -144,15 +144,6 @@ def fit(
             *health.precision_notes(task),
             *health.underflow_notes(curvature.plan, data, size),
         ),
-    )
-
-
-def _batch_size(curvature: BlockCurvature, memory_bytes: int | None) -> int:
-    """Examples whose gradients are taken at once."""
-    return examples_within(
-        working_bytes(curvature.plan.task.layout.device, memory_bytes),
-        curvature.cost.bytes_per_example,
-        MOST_EXAMPLES,
     )
 
 
@@ -228,7 +219,14 @@ class LayerwiseInfluence(Checked):
         """
         started = time.perf_counter()
         data, measure = self._asked(queries, measure, tolerance)
-        self._require_room(len(data))
+        require_room(
+            len(data),
+            len(self.train),
+            self.curvature.plan.dtype,
+            self.theta.device,
+            "use top(queries, k) for the extremes, group(queries, labels) for totals, or "
+            "write(queries, folder) for all of them on disk.",
+        )
         values = torch.empty(
             len(data), len(self.train), dtype=self.curvature.plan.dtype, device=self.theta.device
         )
@@ -526,7 +524,7 @@ class LayerwiseInfluence(Checked):
             len(self.train), dtype=self.curvature.plan.dtype, device=self.theta.device
         )
         with GradientPass(self.curvature.plan) as passes:
-            batches = self.train.batches(_batch_size(self.curvature, self.memory_bytes))
+            batches = self.train.batches(self._at_once)
             for start, stop, batch in progress(batches, len(self.train), "self-influence"):
                 factors = passes.of(training_loss(self.task), self.task.to_device(batch))
                 shares = [
@@ -549,7 +547,7 @@ class LayerwiseInfluence(Checked):
         blocks = self.curvature.blocks
         totals = [torch.zeros_like(b.eigen.values) for b in blocks]
         with GradientPass(self.curvature.plan) as passes:
-            batches = self.train.batches(_batch_size(self.curvature, self.memory_bytes))
+            batches = self.train.batches(self._at_once)
             for _, _, batch in progress(batches, len(self.train), "stationarity"):
                 factors = passes.of(training_loss(self.task), self.task.to_device(batch))
                 for total, part in zip(totals, factors, strict=True):
@@ -692,21 +690,10 @@ class LayerwiseInfluence(Checked):
             together,
         )
 
-    def _require_room(self, q: int) -> None:
-        """Refuse, before anything is computed, a matrix of scores that memory cannot hold."""
-        needed = q * len(self.train) * self.curvature.plan.dtype.itemsize
-        free = free_bytes(self.theta.device)
-        if needed > free:
-            raise SpecError(
-                message(
-                    "All scores at once must fit into memory.",
-                    f"{q} × {len(self.train)} scores of {needed / 1e9:.1f} GB, with "
-                    f"{free / 1e9:.1f} GB free.",
-                    "a large training set with many queries.",
-                    "use top(queries, k) for the extremes, group(queries, labels) for totals, or "
-                    "write(queries, folder) for all of them on disk.",
-                )
-            )
+    @property
+    def _at_once(self) -> int:
+        """Examples whose gradients are taken together."""
+        return examples_at_once(self.curvature.cost, self.theta.device, self.memory_bytes)
 
     def _require_same_model(self) -> None:
         if not torch.equal(self.task.theta(), self.theta):

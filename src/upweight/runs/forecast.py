@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from upweight.contraction.stream import queries_at_once
-from upweight.curvature.layerwise import MOST_EXAMPLES, LayerwiseCurvature
+from upweight.curvature.layerwise import LayerwiseCurvature, examples_at_once
 from upweight.errors import NotConverged, NotPositiveDefinite
 from upweight.gradients.cost import cost
 from upweight.gradients.planning import plan
@@ -22,7 +22,6 @@ from upweight.linalg.damping import Absolute
 from upweight.methods.influence import Influence
 from upweight.runs.layers import LayerUse, layer_uses
 from upweight.runs.question import Question
-from upweight.runtime.memory import examples_within, working_bytes
 
 FEWEST = 32
 LONG_ENOUGH = 1.0
@@ -107,8 +106,8 @@ def forecast(question: Question, tolerance: float, memory_bytes: int | None) -> 
         )  # fmt: skip
     assert isinstance(method.curvature, LayerwiseCurvature)
     made, device = plan(task, train), task.layout.device
-    each = cost(made, train).bytes_per_example
-    batch = min(n, examples_within(working_bytes(device, memory_bytes), each, MOST_EXAMPLES))
+    spent = cost(made, train)
+    batch = min(n, examples_at_once(spent, device, memory_bytes))
     learning = max(method.curvature.estimator(b, made.dtype, device).passes for b in made.blocks)
     groups = -(-q // queries_at_once(small.curvature, memory_bytes))
     kept = [
@@ -121,7 +120,7 @@ def forecast(question: Question, tolerance: float, memory_bytes: int | None) -> 
         tuple(layer_uses(made)),
         made.notes,
         batch,
-        batch * each,
+        batch * spent.bytes_per_example,
         f"{learning} for the curvature, {groups} for the scores",
         seconds,
         n * q * itemsize,

@@ -67,3 +67,28 @@ def examples_within(budget: int, bytes_per_example: int, most: int) -> int:
     """How many examples to take at once: a power of two, at least 1, at most `most`."""
     fit = max(1, min(most, budget // max(1, bytes_per_example)))
     return 1 << (fit.bit_length() - 1)
+
+
+def require_room(q: int, n: int, dtype: torch.dtype, device: torch.device, way_out: str) -> None:
+    """Refuse, before anything is computed or read, a matrix of scores that memory cannot hold.
+
+    Args:
+        q: Its rows.
+        n: Its columns.
+        dtype: Of its numbers.
+        device: Where it would be.
+        way_out: What to do instead.
+
+    Raises:
+        SpecError: It does not fit.
+    """
+    needed, free = q * n * dtype.itemsize, free_bytes(device)
+    if needed > free:
+        raise SpecError(
+            message(
+                "All scores at once must fit into memory.",
+                f"{q} × {n} scores of {needed / 1e9:.1f} GB, with {free / 1e9:.1f} GB free.",
+                "a large training set with many queries.",
+                way_out,
+            )
+        )

@@ -22,8 +22,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from upweight._typing import Folder
-from upweight.errors import ShapeError, SpecError, StaleStore, message
-from upweight.runtime.memory import free_bytes
+from upweight.errors import ShapeError, StaleStore, message
+from upweight.runtime.memory import require_room
 from upweight.runtime.whole import write_whole
 
 SCHEMA = "1"
@@ -147,7 +147,7 @@ class ScoreShards:
         shards, query = self._shards(), 0
         while query < self.q:
             ends = sorted({s.last for s in shards if s.first <= query < s.last})
-            whole = [last for last in ends if self.done(query, last) == self.n]
+            whole = [last for last in ends if _reached(_cover(shards, query, last)) == self.n]
             if not whole:
                 raise ShapeError(self._unfinished(f"query {query} without all of its scores"))
             for shard, start in _cover(shards, query, whole[-1]):
@@ -166,23 +166,16 @@ class ScoreShards:
         found = torch.empty(0)
         for first, start, part in self.pieces():
             if not len(found):
-                self._require_room(part.dtype)
+                require_room(
+                    self.q,
+                    self.n,
+                    part.dtype,
+                    found.device,
+                    "read one query at a time: ScoreShards.load(folder).row(query).",
+                )
                 found = torch.empty(self.q, self.n, dtype=part.dtype)
             found[first : first + part.shape[1], start : start + len(part)] = part.mT
         return found
-
-    def _require_room(self, dtype: torch.dtype) -> None:
-        needed, free = self.n * self.q * dtype.itemsize, free_bytes(torch.device("cpu"))
-        if needed > free:
-            raise SpecError(
-                message(
-                    "All scores at once must fit into memory.",
-                    f"{self.q} × {self.n} scores of {needed / 1e9:.1f} GB, with {free / 1e9:.1f} "
-                    "GB free.",
-                    "a large training set with many queries.",
-                    "read one query at a time: ScoreShards.load(folder).row(query).",
-                )
-            )
 
     def row(self, query: int) -> Float[Tensor, " n"]:
         """The scores of one query with every training example; only its own column is read.

@@ -1,7 +1,7 @@
 """Sums over all scores, kept beside their copy: a view that is started again need not wait."""
 
+import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from upweight.report.totals import Grouping, Totals, totals
 from upweight.runtime.fingerprint import digest
+from upweight.runtime.whole import write_whole
 from upweight.scores import Scores
 
 
@@ -26,16 +27,14 @@ def kept_totals(scores: Scores, groupings: Mapping[str, Grouping], folder: Path 
         return totals(scores, groupings)
     told = json.dumps([scores.unit.name, *([name, *g.names] for name, g in groupings.items())])
     codes = [torch.from_numpy(g.codes) for g in groupings.values()]
-    name = f"totals-{digest(told, *codes)[:16]}.npz"
-    target = folder / name
+    target = folder / f"totals-{digest(told, *codes)[:16]}.npz"
     if not target.exists():
         found = totals(scores, groupings)
         held: dict[str, Any] = {"signed": found.signed, "absolute": found.absolute}
         held |= {f"group-{k}": found.groups[each] for k, each in enumerate(groupings)}
-        staged = target.with_name(f"{name}.part")
-        with staged.open("wb") as file:
-            np.savez(file, **held)
-        os.replace(staged, target)
+        file = io.BytesIO()
+        np.savez(file, **held)
+        write_whole(target, file.getvalue())
         return found
     with np.load(target, allow_pickle=False) as kept:
         groups = {each: kept[f"group-{k}"] for k, each in enumerate(groupings)}

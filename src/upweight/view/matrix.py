@@ -11,7 +11,6 @@ What the ranking of a query needs is then contiguous, and the system keeps what 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ import numpy as np
 import torch
 
 from upweight._typing import Folder
-from upweight.errors import DataError, ShapeError, message
+from upweight.errors import DataError, message
 from upweight.runtime.progress import progress
 from upweight.runtime.shards import ScoreShards
+from upweight.runtime.whole import write_whole
 from upweight.scores import Provenance, Scores, Unit
 
 BLOCK = 4_000_000
@@ -70,9 +70,7 @@ def keeping(folder: Folder) -> Path | None:
 
 def _provenance(shards: ScoreShards, known: Mapping[str, Any] | None) -> Provenance:
     if known is not None:
-        names = {field.name for field in fields(Provenance)}
-        found = {name: value for name, value in known.items() if name in names}
-        return Provenance(**{**found, "notes": tuple(found.get("notes", ()))})
+        return Provenance.read(known)
     manifest = json.loads((shards.directory / "manifest.json").read_text(encoding="utf-8"))
     method, task, measure = (
         str(manifest.get(name, "not recorded")) for name in ("method", "task", "measure")
@@ -100,8 +98,7 @@ def _by_query(path: Path, shards: ScoreShards) -> Path:
         staged.unlink(missing_ok=True)
         raise
     os.replace(staged, target)
-    made.with_name("made.json.part").write_text(json.dumps(source), encoding="utf-8")
-    os.replace(made.with_name("made.json.part"), made)
+    write_whole(made, json.dumps(source).encode())
     return target
 
 
@@ -109,24 +106,13 @@ def _turn(shards: ScoreShards, target: Path) -> None:
     q, n = shards.q, shards.n
     out: Any = np.lib.format.open_memmap(target, mode="w+", dtype=np.float32, shape=(q, n))
     _claim(target)
-    seen = 0
     parts = ((start, start + len(part), (first, part)) for first, start, part in shards.pieces())
-    for start, stop, (first, part) in progress(parts, n, "rows by query"):
+    for start, _, (first, part) in progress(parts, n, "rows by query"):
         values = part.float().numpy()
         size = max(1, BLOCK // max(1, values.shape[1]))
         for k in range(0, len(values), size):
             rows = values[k : k + size]
             out[first : first + rows.shape[1], start + k : start + k + len(rows)] = rows.T
-        seen += (stop - start) * part.shape[1]
-    if seen != q * n:
-        raise ShapeError(
-            message(
-                f"A view needs the scores of all {n} training examples with {q} queries.",
-                f"{seen} of {q * n} scores in {shards.directory}.",
-                "a pass that was interrupted.",
-                "call the same write(…) again to finish it.",
-            )
-        )
     out.flush()
 
 
