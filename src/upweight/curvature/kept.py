@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 
 from upweight.curvature.estimators import TRIAL, Estimator
-from upweight.gradients.factored import Factors, Rows
+from upweight.gradients.factored import Factors, Tokens
 
 Parts: TypeAlias = Mapping[int, Factors]
 """Gradients of a batch, by the number of their block."""
@@ -58,7 +58,11 @@ class Kept:
         # The trial whether rounding does any harm needs the first ones as they are.
         is_short = self._is_short and self._gradients >= TRIAL
         batch = self._batches.setdefault(start, _Batch(is_short))
-        parts = {k: _kept(factors[k], batch.is_short) for k in self._readers}
+        parts = {}
+        for k in self._readers:
+            part = factors[k]
+            assert isinstance(part, Tokens)  # what is read twice is of matrices
+            parts[k] = part.rounded(torch.bfloat16) if batch.is_short else part.compact()
         batch.groups.append(parts)
         self._gradients += len(next(iter(parts.values())))
         # By the memory behind them: views of the data, say, are held once.
@@ -97,9 +101,3 @@ class Kept:
             self._is_short = True
         else:
             self.clear()
-
-
-def _kept(factors: Factors, is_short: bool) -> Factors:
-    if isinstance(factors, Rows):
-        return factors.to(torch.bfloat16) if is_short else factors
-    return factors.rounded(torch.bfloat16) if is_short else factors.compact()

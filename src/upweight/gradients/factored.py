@@ -24,6 +24,11 @@ rounding that number to a shorter dtype costs. 6 and 26 for a convolution's firs
 transformer of width 128."""
 
 
+def extended(x: Float[Tensor, "b t i"]) -> Float[Tensor, "b t j"]:
+    """x with a 1 behind each row."""
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+
+
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """gᵢ = Σ_t left[i, t] ⊗ right[i, t], a matrix [o, i] per example."""
@@ -46,8 +51,7 @@ class Tokens:
 
     def with_ones(self) -> "Tokens":
         """right extended by a 1, whose column of gᵢ is the bias's gradient."""
-        ones = self.right.new_ones(*self.right.shape[:-1], 1)
-        return Tokens(self.left, torch.cat([self.right, ones], dim=-1))
+        return Tokens(self.left, extended(self.right))
 
     def matrices(self) -> Float[Tensor, "b o i"]:
         """gᵢ in full."""

@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from upweight.gradients.factored import Extendable, Factors, Lookups, Rows, Tokens
+from upweight.gradients.factored import Extendable, Factors, Lookups, Rows, Tokens, extended
 from upweight.gradients.hooks import Call
 
 Contributions = Mapping[str, Factors]
@@ -100,11 +100,11 @@ def _own(*names: str) -> Callable[[nn.Module], tuple[str, ...]]:
 
 
 def _linear(module: nn.Module, call: Call, examples: Examples) -> Contributions:
-    left, right = examples.tokens(call.delta), examples.tokens(_input(call))
+    left = examples.tokens(call.delta)
     if module.bias is None:
-        return {"weight": Tokens(left, right)}
-    extended = call.once("extended", lambda: Tokens(left, right).with_ones().right)
-    return {"weight": Extendable(left, extended), "bias": Rows(left.sum(dim=1))}
+        return {"weight": Tokens(left, examples.tokens(_input(call)))}
+    right = call.once("extended", lambda: extended(examples.tokens(_input(call))))
+    return {"weight": Extendable(left, right), "bias": Rows(left.sum(dim=1))}
 
 
 def _transposed_linear(module: nn.Module, call: Call, examples: Examples) -> Contributions:

@@ -138,40 +138,47 @@ class LinearRemovals:
         self, examples: Sequence[int]
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Float[Tensor, "e c c"]]]:
         """(δ, Λ, z, K) in chunks of examples."""
-        form = self.source.form
-        if len(examples) == len(self.train) and list(examples) == list(range(len(self.train))):
-            start, size = 0, batch_size(form.outputs * form.width, 8)
-            for leverage in torch.split(self._leverage_of_all, size):
-                chosen = examples[start : start + size]
-                yield *self._output_derivatives(chosen), leverage
-                start += size
+        n, form = len(self.train), self.source.form
+        if len(examples) == n and list(examples) == list(range(n)):
+            size = batch_size(form.outputs * form.width, 8)
+            known = torch.split(self._leverage_of_all, size)
+            for k, leverage in enumerate(known):
+                yield *self._output_derivatives(examples[k * size : (k + 1) * size]), leverage
             return
-        for some, leverage in self._leverage(examples):
-            yield *self._output_derivatives(some), leverage
+        size, of = self._leverage_of(len(examples))
+        for start in range(0, len(examples), size):
+            delta, lambdas, z = self._output_derivatives(examples[start : start + size])
+            yield delta, lambdas, z, of(z)
 
     @cached_property
     def _leverage_of_all(self) -> Float[Tensor, "n c c"]:
         """K of every training example: removals and self-influence share it."""
-        return torch.cat([leverage for _, leverage in self._leverage(range(len(self.train)))])
+        n, form = len(self.train), self.source.form
+        size, leverage = self._leverage_of(n)
+        chunks = (range(start, min(start + size, n)) for start in range(0, n, size))
+        return torch.cat(
+            [leverage(form.features(self.source.task, self._batch(some))) for some in chunks]
+        )
 
-    def _leverage(
-        self, examples: Sequence[int]
-    ) -> Iterator[tuple[Sequence[int], Float[Tensor, "e c c"]]]:
-        """K in chunks of examples."""
+    def _leverage_of(
+        self, count: int
+    ) -> tuple[int, Callable[[Float[Tensor, "e i"]], Float[Tensor, "e c c"]]]:
+        """How many examples at once, and z ↦ K of some, where `count` are asked about in all."""
         form = self.source.form
         c, p = form.outputs, self.source.task.layout.size
         # Solves cost 2 p² per right-hand side, the inverse (2/3) p³ once: cheaper from p/3 on.
-        by_inverse = self.inverse is not None and len(examples) * c > p / 3
-        size = batch_size(c * form.width if by_inverse else c * p, 8)
-        matrix = self.inverse() if by_inverse and self.inverse is not None else None
-        for start in range(0, len(examples), size):
-            some = examples[start : start + size]
-            z = form.features(self.source.task, self._batch(some))
-            if matrix is None:
-                products = self._jacobian_products(z)
-                yield some, products.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-            else:
-                yield some, self.share * _block_forms(form, matrix, z).to(z.dtype)
+        if self.inverse is None or count * c <= p / 3:
+
+            def by_solves(z: Float[Tensor, "e i"]) -> Float[Tensor, "e c c"]:
+                return self._jacobian_products(z).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+            return batch_size(c * p, 8), by_solves
+        matrix = self.inverse()
+
+        def by_inverse(z: Float[Tensor, "e i"]) -> Float[Tensor, "e c c"]:
+            return self.share * _block_forms(form, matrix, z).to(z.dtype)
+
+        return batch_size(c * form.width, 8), by_inverse
 
     def _output_derivatives(
         self, examples: Sequence[int]
