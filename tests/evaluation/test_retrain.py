@@ -1,18 +1,13 @@
 """Retraining: what is kept, what is found again, and what is never mixed up."""
 
 import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 
 import upweight as uw
+from tests.killing import kill_once_kept
 from tests.market import problem
 from upweight.curvature.newton import Newton
 from upweight.errors import NonFinite, NotConverged, ShapeError, SpecError, StaleStore
@@ -237,8 +232,7 @@ def test_a_full_disk_is_an_error_and_keeps_what_was_there(setup, tmp_path, monke
 
 
 KILLED = """
-import sys, time, torch
-sys.path.insert(0, {root!r})
+import time, torch
 from tests.evaluation import test_retrain as t
 from tests.market import problem
 
@@ -256,15 +250,9 @@ t.run(p, t.removal_weights(p.n, range(6)), cache={cache!r})
 
 def test_a_killed_run_loses_only_the_model_in_flight(setup, tmp_path):
     p, weights = setup
-    root, theta = Path(__file__).parents[2], p.task.theta().tolist()
-    script = textwrap.dedent(KILLED).format(root=str(root), cache=str(tmp_path), theta=theta)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
-    with subprocess.Popen([sys.executable, "-c", script], env=environment) as process:
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("*/*.safetensors"))) < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    theta = p.task.theta().tolist()
+    script = KILLED.format(cache=str(tmp_path), theta=theta)
+    kill_once_kept(script, tmp_path, 3)
     plain = run(p, weights)
     resumed = run(p, weights, cache=tmp_path)
     assert 3 <= resumed.reused < 7

@@ -1,19 +1,14 @@
 """Training as a function of the weights: against a plain loop, alone and together."""
 
 import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import upweight as uw
+from tests.killing import kill_once_kept
 from tests.market import draw, initialized, labels, problem
 from upweight.errors import SpecError, UnsupportedModel
 from upweight.task.data import as_data
@@ -340,8 +335,7 @@ def test_a_cache_sees_that_init_makes_another_model(tmp_path):
 
 
 KILLED = """
-import sys, time, torch
-sys.path.insert(0, {root!r})
+import time, torch
 torch.set_default_dtype(torch.float64)
 from upweight.training.training import TrainingTrainer
 from tests.training import test_training as t
@@ -370,15 +364,8 @@ def retrained_in_pairs(cache=None):
 
 
 def test_a_killed_run_ends_with_the_same_numbers(tmp_path):
-    root = Path(__file__).parents[2]
-    script = textwrap.dedent(KILLED).format(root=str(root), cache=str(tmp_path))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
-    with subprocess.Popen([sys.executable, "-c", script], env=environment) as process:
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("*/*.safetensors"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    script = KILLED.format(cache=str(tmp_path))
+    kill_once_kept(script, tmp_path, 2)
     resumed = retrained_in_pairs(tmp_path)
     assert 4 <= resumed.reused < 10  # two pairs, and what else was finished
     plain = retrained_in_pairs()

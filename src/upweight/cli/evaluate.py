@@ -2,7 +2,6 @@
 
 import inspect
 import shlex
-import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from upweight.cli.question import is_reference, relative, reopened, spec_or_obje
 from upweight.cli.screen import Answer, continued_by, size, verb
 from upweight.cli.spec import parse
 from upweight.errors import SpecError, message
-from upweight.evaluation import LDS, Check, check, lds, predicted_changes, retrain, subset_weights
-from upweight.evaluation.check import two_seeds
+from upweight.evaluation import LDS, Check, check, check_on, retrain, subset_weights
 from upweight.runs.directory import Run
 from upweight.runs.question import Question
 from upweight.runs.record import Record
@@ -25,9 +23,6 @@ from upweight.runs.work import kept_fit
 from upweight.scores import Context, Scores
 from upweight.task.recipe import Recipe
 from upweight.training.function import FromFunction
-
-FRACTION = 0.5
-"""Of the data, what each retrained model keeps."""
 
 
 @click.command()
@@ -78,7 +73,7 @@ def evaluate(
             if subsets is None:
                 found = check(scores, how, budget or "2 min", jobs=jobs, cache=place.retrained)
             else:
-                found = compared(scores, how, subsets, jobs, place.retrained)
+                found = check_on(scores, how, subsets, jobs=jobs, cache=place.retrained)
             place.keep_evaluation("halves", kept(found, recipe))
             place.log(found.verdict)
             apart = drift(scores, how, found, place.retrained)
@@ -181,28 +176,10 @@ def recipe_of(project: Project, text: str) -> Recipe:
     return value
 
 
-def compared(scores: Scores, recipe: Recipe, subsets: int, jobs: int | None, cache: Path) -> Check:
-    """As `check`, with a number of random halves in place of a time."""
-    started, context = time.perf_counter(), scores.require_context()
-    weights = subset_weights(len(context.train), subsets, FRACTION, renormalize=True)
-    predicted = predicted_changes(scores, weights)
-    seeds = two_seeds(recipe)
-    truth = [
-        retrain(
-            seed, context.task, context.train, weights, context.queries, context.measure,
-            jobs=jobs, cache=cache / f"check-{k}",
-        )
-        for k, seed in enumerate(seeds)
-    ]  # fmt: skip
-    found = lds(predicted, weights, truth)
-    seconds = time.perf_counter() - started
-    return Check(found, FRACTION, len(seeds) * (subsets + 1), seconds, float("inf"))
-
-
 def drift(scores: Scores, recipe: Recipe, found: Check, cache: Path) -> list[str]:
     """A note where the recipe makes another model than the run's; its models are in the cache."""
     context = scores.require_context()
-    weights = subset_weights(len(context.train), 1, FRACTION, renormalize=True)
+    weights = subset_weights(len(context.train), 1, found.fraction, renormalize=True)
     again = retrain(
         recipe,
         context.task,

@@ -12,6 +12,7 @@ how much noise there is.
 import math
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -160,22 +161,13 @@ def check(
     weights = subset_weights(n, most, fraction, renormalize=True)
     predicted = predicted_changes(scores, weights)
     metrics.varying(predicted, predicted)  # before any time is spent
-    seeds = two_seeds(recipe)
-
-    def trained(k: int, rows: Float[Tensor, "s n"]) -> Retrained:
-        return retrain(
-            seeds[k], context.task, context.train, rows, context.queries, context.measure,
-            jobs=jobs, cache=None if cache is None else Path(cache) / f"check-{k}",
-            progress=progress,
-        )  # fmt: skip
-
-    parts: list[list[Retrained]] = [[] for _ in seeds]
+    seeds = _two_seeds(recipe)
+    rounds: list[list[Retrained]] = []
     done, step, each = 0, 1, 0.0
     while step >= 1 and done < most:
         begun, stop = time.perf_counter(), min(most, done + step)
-        for k, rows in enumerate(parts):
-            rows.append(trained(k, weights[done:stop]))
-        models = sum(rows[-1].models for rows in parts)
+        rounds.append(_retrained(seeds, scores, weights[done:stop], jobs, cache, progress))
+        models = sum(part.models for part in rounds[-1])
         now = time.perf_counter()
         each = (now - begun) * len(seeds) / models if models else each
         done, left = stop, SPENDS * seconds - (now - started)
@@ -185,10 +177,69 @@ def check(
             raise SpecError(_too_short(budget, now - started + needed))
         affordable = int(left / each) if each else done
         step = min(affordable if done >= FEWEST else max(1, affordable), done)
-    truth = [joined(rows) for rows in parts]
+    truth = [joined(parts) for parts in zip(*rounds, strict=True)]
     found = lds(predicted[:done], weights[:done], truth, bootstrap=bootstrap)
     models = len(seeds) * (done + 1)
     return Check(found, fraction, models, time.perf_counter() - started, seconds)
+
+
+def check_on(
+    scores: Scores,
+    recipe: Recipe,
+    subsets: int,
+    *,
+    fraction: float = 0.5,
+    jobs: int | None = None,
+    cache: Folder | None = None,
+    progress: bool = True,
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Check:
+    """As `check`, on a number of random subsets in place of a time.
+
+    Args:
+        scores: As for `check`.
+        recipe: As for `check`.
+        subsets: How many; they are the first ones of any `check`, and share its cache.
+        fraction: As for `check`.
+        jobs: As for `check`.
+        cache: As for `check`.
+        progress: As for `check`.
+        bootstrap: As for `check`.
+
+    Raises:
+        MissingContext: The scores were loaded from disk, without their task and data.
+        UpweightError: See `retrain` and `lds`.
+
+    Cost: subsets + 1 trainings per seed.
+    """
+    started, context = time.perf_counter(), scores.require_context()
+    weights = subset_weights(len(context.train), subsets, fraction, renormalize=True)
+    predicted = predicted_changes(scores, weights)
+    seeds = _two_seeds(recipe)
+    truth = _retrained(seeds, scores, weights, jobs, cache, progress)
+    found = lds(predicted, weights, truth, bootstrap=bootstrap)
+    models = len(seeds) * (subsets + 1)
+    return Check(found, fraction, models, time.perf_counter() - started, math.inf)
+
+
+def _retrained(
+    seeds: Sequence[Recipe],
+    scores: Scores,
+    weights: Float[Tensor, "s n"],
+    jobs: int | None,
+    cache: Folder | None,
+    progress: bool,
+) -> list[Retrained]:
+    """The same subsets by the recipe under each of its seeds."""
+    context = scores.require_context()
+    return [
+        retrain(
+            seed, context.task, context.train, weights, context.queries, context.measure,
+            jobs=jobs, cache=None if cache is None else Path(cache) / f"check-{k}",
+            progress=progress,
+        )
+        for k, seed in enumerate(seeds)
+    ]  # fmt: skip
 
 
 def _seconds(budget: str | float) -> float:
@@ -210,7 +261,7 @@ def _seconds(budget: str | float) -> float:
     return value
 
 
-def two_seeds(recipe: Recipe) -> list[Recipe]:
+def _two_seeds(recipe: Recipe) -> list[Recipe]:
     """The recipe under two seeds, or by itself where it has none."""
     seed = getattr(recipe, "seed", None)
     if not (is_dataclass(recipe) and isinstance(seed, int)):
