@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 from upweight.errors import ShapeError, message
 from upweight.report.check import Check, Comparison
 from upweight.report.content import (
-    Selection,
     Tokens,
     including,
     payload,
     require_fit,
     selection,
+    short,
 )
-from upweight.report.duplicates import CANDIDATES, duplicates
 from upweight.report.examples import Examples, all_labels, examples, inputs_of, require_one_each
 from upweight.report.facts import noun_of, query_facts, train_facts
 from upweight.report.health import convention, health, verdicts
@@ -33,8 +32,7 @@ from upweight.report.shown import Render
 from upweight.report.spectrum import spectrum
 from upweight.report.sprite import Sprite, display_range, geometry, sheets
 from upweight.report.strongest import require_scores
-from upweight.report.totals import MOST_GROUPS, grouping, totals
-from upweight.report.training import LABELS, Training, suspicious, training
+from upweight.report.training import Training, training_set
 from upweight.report.whatif import columns
 from upweight.scores import Scores
 from upweight.task.data import Data, as_data
@@ -149,11 +147,10 @@ def html(
         query_data, range(len(query_data)), names, query_images, "query", query_texts, render
     )
     chosen = selection(scores, checks, k)
-    about = _training(
-        scores, train_data, chosen, names, train_labels, train_losses, self_influence,
-        metadata or {}, train_texts, asked.labels,
+    absolute, page = _training(
+        scores, train_data, names, train_labels, train_losses, self_influence, metadata or {},
+        train_texts, asked.labels,
     )  # fmt: skip
-    absolute, page = about
     listed = including(chosen, page.listed)
     if scores.columns is None:
         shown = examples(
@@ -186,7 +183,6 @@ def html(
 def _training(
     scores: Scores,
     data: Data,
-    chosen: Selection,
     names: Sequence[str] | None,
     labels: Sequence[Any] | None,
     losses: Sequence[float] | None,
@@ -196,22 +192,14 @@ def _training(
     query_labels: Sequence[str],
 ) -> tuple[NDArray[np.float64], Training]:
     """The page on the training set, and Σ_q |S[q, i]|."""
-    n = scores.values.shape[1]
     require_one_each("train_texts", texts, len(data))
-    known = all_labels(data, names, labels) if scores.columns is None else None
-    groupings = {name: grouping(values, n, name) for name, values in metadata.items()}
-    if known is not None and 1 < len(set(known)) <= MOST_GROUPS:
-        groupings = {LABELS: grouping(known, n, LABELS), **groupings}
-    found = totals(scores, groupings)
     facts = train_facts(scores, losses, self_influence)
-    twins = None
-    inputs = texts if texts is not None else inputs_of(data)
-    if scores.columns is None and inputs is not None:
-        doubted = suspicious(facts)
-        valued = np.argsort(-found.absolute, kind="stable")[:CANDIDATES]
-        first = [] if doubted is None else doubted.tolist()
-        twins = duplicates(inputs, known, [*first, *valued.tolist()])
-    return found.absolute, training(found, groupings, facts, twins, known, query_labels)
+    known = inputs = None
+    if scores.columns is None:
+        known = all_labels(data, names, labels)
+        inputs = texts if texts is not None else inputs_of(data)
+    found, page = training_set(scores, known, inputs, metadata, facts, query_labels)
+    return found.absolute, page
 
 
 def subsets_of(comparison: Comparison | None) -> dict[str, Any] | None:
@@ -224,10 +212,10 @@ def subsets_of(comparison: Comparison | None) -> dict[str, Any] | None:
     )
     step = max(1, predicted.size // MOST_DOTS)
     query = np.broadcast_to(np.arange(predicted.shape[1]), predicted.shape)
-    short = [[float(f"{v:.4g}") for v in x.ravel()[::step]] for x in (predicted, measured)]
+    told = [[short(v, 4) for v in x.ravel()[::step].tolist()] for x in (predicted, measured)]
     return {
-        "predicted": short[0],
-        "measured": short[1],
+        "predicted": told[0],
+        "measured": told[1],
         "query": query.ravel()[::step].tolist(),
         "subsets": len(predicted),
         "all": predicted.size,

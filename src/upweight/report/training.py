@@ -4,16 +4,19 @@ Everything is told for columns of the scores; which of them are shown with their
 `listed`, so that they can be read from the data together with those that queries show.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from upweight.report.duplicates import Duplicates
+from upweight.report.content import short
+from upweight.report.duplicates import CANDIDATES, Duplicates, duplicates
 from upweight.report.facts import TrainFacts
-from upweight.report.totals import Grouping, Totals
+from upweight.report.totals import MOST_GROUPS, Grouping, Totals, grouping, totals
+from upweight.scores import Scores
 
 LISTED = 24
 """Examples in the list of the most valuable, and of the most suspicious."""
@@ -44,6 +47,44 @@ class Training:
     listed: tuple[int, ...]
 
 
+def training_set(
+    scores: Scores,
+    labels: Sequence[str] | None,
+    inputs: "Tensor | Sequence[str] | None",
+    metadata: Mapping[str, Sequence[Any]],
+    facts: TrainFacts,
+    query_labels: Sequence[str],
+    summed: Callable[[Scores, Mapping[str, Grouping]], Totals] = totals,
+) -> tuple[Totals, Training]:
+    """Sums over the scores, and the page.
+
+    Args:
+        scores: S or Δm.
+        labels: Of every training example, where they are known.
+        inputs: Of every training example, to look for duplicates; None: they are not looked for.
+        metadata: Columns of facts about the training examples, by name.
+        facts: Losses and self-influence.
+        query_labels: Of the queries.
+        summed: Takes the sums, or has kept them.
+
+    Raises:
+        ShapeError: A column of metadata has not one value per example.
+
+    Cost: that of `totals` and `duplicates`.
+    """
+    n = scores.values.shape[1]
+    groupings = {name: grouping(values, n, name) for name, values in metadata.items()}
+    if labels is not None and 1 < len(set(labels)) <= MOST_GROUPS:
+        groupings = {LABELS: grouping(labels, n, LABELS), **groupings}
+    found, twins = summed(scores, groupings), None
+    if inputs is not None:
+        doubted = suspicious(facts)
+        valued = np.argsort(-found.absolute, kind="stable")[:CANDIDATES]
+        first = [] if doubted is None else doubted.tolist()
+        twins = duplicates(inputs, labels, [*first, *valued.tolist()])
+    return found, training(found, groupings, facts, twins, labels, query_labels)
+
+
 def training(
     found: Totals,
     groupings: Mapping[str, Grouping],
@@ -66,9 +107,7 @@ def training(
     doubted = suspicious(facts)
     data: dict[str, Any] = {
         "value": _value(found) | {"top": _rows(valued, found, facts)},
-        "groups": [
-            _groups(name, grouping, found.groups[name]) for name, grouping in groupings.items()
-        ],
+        "groups": [_groups(name, each, found.groups[name]) for name, each in groupings.items()],
     }
     listed = [int(i) for i in valued]
     if doubted is not None:
@@ -88,7 +127,7 @@ def training(
             "conflicts": conflicts,
             "sets": twins.sets,
             "extra": twins.extra,
-            "near": [[i, j, _short(cosine)] for i, j, cosine in twins.near],
+            "near": [[i, j, short(cosine, 5)] for i, j, cosine in twins.near],
             "candidates": twins.candidates,
             "among": twins.among,
         }
@@ -126,7 +165,7 @@ def classes(
         "train": [grouping.names[g] for g in rows],
         "sizes": sizes.tolist(),
         "query": names,
-        "matrix": [[_short(v) for v in row] for row in matrix],
+        "matrix": [[short(v, 5) for v in row] for row in matrix],
     }
 
 
@@ -141,8 +180,8 @@ def _value(found: Totals) -> dict[str, Any]:
     tenth, half = (int(np.searchsorted(shares, part)) + 1 for part in (0.1, 0.5))
     return {
         "places": places.tolist(),
-        "signed": [_short(v) for v in np.sort(found.signed)[::-1][places]],
-        "absolute": [_short(v) for v in absolute[places]],
+        "signed": [short(v, 5) for v in np.sort(found.signed)[::-1][places]],
+        "absolute": [short(v, 5) for v in absolute[places]],
         "tenth": min(tenth, n),
         "half": min(half, n),
         "positive": int((found.signed > 0).sum()),
@@ -152,11 +191,12 @@ def _value(found: Totals) -> dict[str, Any]:
 def _rows(chosen: NDArray[np.int64], found: Totals, facts: TrainFacts) -> list[dict[str, Any]]:
     rows = []
     for i in chosen.tolist():
-        row = {"id": i, "signed": _short(found.signed[i]), "absolute": _short(found.absolute[i])}
+        signed, absolute = short(found.signed[i], 5), short(found.absolute[i], 5)
+        row = {"id": i, "signed": signed, "absolute": absolute}
         if facts.losses is not None:
-            row["loss"] = _short(facts.losses[i])
+            row["loss"] = short(facts.losses[i], 5)
         if facts.self_influence is not None:
-            row["self"] = _short(facts.self_influence[i])
+            row["self"] = short(facts.self_influence[i], 5)
         rows.append(row)
     return rows
 
@@ -172,8 +212,8 @@ def _scatter(losses: NDArray[np.float64], own: NDArray[np.float64]) -> dict[str,
     return {
         "n": n,
         "id": order.tolist(),
-        "loss": [_short(v) for v in losses[order]],
-        "self": [_short(v) for v in own[order]],
+        "loss": [short(v, 5) for v in losses[order]],
+        "self": [short(v, 5) for v in own[order]],
     }
 
 
@@ -184,7 +224,7 @@ def _groups(name: str, grouping: Grouping, sums: NDArray[np.float64]) -> dict[st
         "name": name,
         "groups": [grouping.names[g] for g in order],
         "sizes": [int(grouping.sizes[g]) for g in order],
-        "totals": [_short(total[g]) for g in order],
+        "totals": [short(total[g], 5) for g in order],
         "raised": [int((sums[:, g] > 0).sum()) for g in order],
     }
 
@@ -195,7 +235,3 @@ def _natural(name: str) -> tuple[bool, float, str]:
         return False, float(name), name
     except ValueError:
         return True, 0.0, name
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.5g}")

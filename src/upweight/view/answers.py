@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,12 @@ from upweight.report.content import (
     short,
     spread_of,
 )
-from upweight.report.duplicates import CANDIDATES, duplicates
 from upweight.report.examples import Examples, all_labels, examples, inputs_of
 from upweight.report.facts import noun_of, query_facts, train_facts
 from upweight.report.shown import Render
 from upweight.report.sprite import GUTTER, LARGEST_SIDE, display_range, sprite
 from upweight.report.strongest import effects, ranked
-from upweight.report.totals import MOST_GROUPS, grouping
-from upweight.report.training import LABELS, suspicious, training
+from upweight.report.training import training_set
 from upweight.scores import Scores, Unit
 from upweight.task.data import Data, as_data
 from upweight.view.kept import kept_totals
@@ -230,20 +228,21 @@ class Answers:
         self_influence: Sequence[float] | None,
     ) -> dict[str, Any]:
         data: Data | None = self._train if self.scores.columns is None else None
+        inputs: Any = None
         if data is not None:
             self._labels = all_labels(data, self._names, labels)
+            texts = self._instead["train"][1]
+            inputs = texts if texts is not None else inputs_of(data)
         else:
             self._labels = None if labels is None else [str(label) for label in labels]
-        groupings = {name: grouping(values, self.n, name) for name, values in metadata.items()}
-        if self._labels is not None and 1 < len(set(self._labels)) <= MOST_GROUPS:
-            groupings = {LABELS: grouping(self._labels, self.n, LABELS), **groupings}
-        found = kept_totals(self.scores, groupings, self._keep)
         # Not asked of a live model: of a million examples that would take its time.
         facts = train_facts(
             self.scores,
             () if losses is None else losses,
             () if self_influence is None else self_influence,
         )
+        kept = partial(kept_totals, folder=self._keep)
+        found, page = training_set(self.scores, self._labels, inputs, metadata, facts, asked, kept)
         self._numbers: dict[str, NDArray[np.float64]] = {
             "absolute": found.absolute,
             "signed": found.signed,
@@ -255,15 +254,7 @@ class Answers:
         self._orders = {
             name: np.argsort(-values, kind="stable") for name, values in self._numbers.items()
         }
-        twins = None
-        texts = self._instead["train"][1]
-        inputs = texts if texts is not None or data is None else inputs_of(data)
-        if data is not None and inputs is not None:
-            doubted = suspicious(facts)
-            valued = self._orders["absolute"][:CANDIDATES]
-            first = [] if doubted is None else doubted.tolist()
-            twins = duplicates(inputs, self._labels, [*first, *valued.tolist()])
-        return training(found, groupings, facts, twins, self._labels, asked).data
+        return page.data
 
 
 def _display_range(some: Examples, asked: Examples) -> tuple[float, float] | None:
