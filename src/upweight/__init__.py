@@ -36,7 +36,7 @@ from upweight.task.losses import (
 )
 from upweight.task.measures import Logit, LogProb, Loss, Margin, Measure
 from upweight.task.penalties import L2, NoPenalty, SumToZero
-from upweight.task.task import Task
+from upweight.task.task import Task, next_token
 from upweight.training.function import FromFunction
 from upweight.training.optimizers import SGD, Adam, AdamW
 from upweight.training.pbrf import PBRF
@@ -102,5 +102,6 @@ __all__ = [
     "data",
     "errors",
     "evaluation",
+    "next_token",
     "report",
 ]

@@ -22,12 +22,19 @@
 Every message has four parts: what was required, what was given, the usual cause, the way out.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 
 def message(required: str, given: str, cause: str, way_out: str) -> str:
     """Join the four parts of an error message into one text."""
     return f"{required}\n  Given: {given}\n  Usual cause: {cause}\n  Way out: {way_out}"
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Names in a row, for a message or note: the first few of many."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 class UpweightError(Exception):

@@ -23,8 +23,8 @@ from upweight._typing import Batch
 from upweight.curvature.estimators import Estimator
 from upweight.curvature.kept import Kept, Parts
 from upweight.curvature.labels import Head, Labels
-from upweight.errors import DataError, message
-from upweight.gradients.blocks import Block, MatrixBlock, Plan, listed
+from upweight.errors import DataError, listed, message
+from upweight.gradients.blocks import Block, MatrixBlock, Plan
 from upweight.gradients.cost import Cost, cost
 from upweight.gradients.factored import Factors
 from upweight.gradients.passes import GradientPass

@@ -6,7 +6,7 @@
 `planning.py` makes the plan, `passes.py` follows it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -73,12 +73,6 @@ class VectorBlock:
 
 
 Block: TypeAlias = MatrixBlock | VectorBlock
-
-
-def listed(names: Sequence[str], most: int = 6) -> str:
-    """Names in a row, for a note: the first few of many."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch, Params
-from upweight.errors import NonFinite, UnsupportedModel, UpweightError, message
-from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source, VectorBlock, listed
+from upweight.errors import NonFinite, UnsupportedModel, UpweightError, listed, message
+from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source, VectorBlock
 from upweight.gradients.hooks import Capture, as_written, inside, lent
 from upweight.gradients.layers import Rule, rule_for
 from upweight.gradients.passes import GradientPass, NoBatchingRule, misplaced, roles

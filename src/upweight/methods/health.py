@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.curvature.layerwise import BlockCurvature
-from upweight.errors import message
-from upweight.gradients.blocks import Plan, listed
+from upweight.errors import listed, message
+from upweight.gradients.blocks import Plan
 from upweight.gradients.source import FactoredLinear, GradientSource
 from upweight.gradients.underflow import underflowing
 from upweight.linalg.damping import Damping, Relative

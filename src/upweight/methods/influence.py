@@ -9,6 +9,7 @@ This is one of the two places of the library that divide by n: the weight's shar
 
 import functools
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -139,9 +140,11 @@ class Influence:
         """
         started = time.perf_counter()
         data = as_data(train)
+        probe = require_answerable(task, data, "training data")
+        for note in probe.notes:
+            warnings.warn(note, UserWarning, stacklevel=2)
         if self.is_by_layer:
-            require_answerable(task, data, "training data")
-            return layerwise.fit(self, task, data, 1.0 / len(data), memory_bytes, store)
+            return layerwise.fit(self, task, data, probe, 1.0 / len(data), memory_bytes, store)
         if store is not None:
             raise SpecError(
                 message(
@@ -151,7 +154,7 @@ class Influence:
                     "leave it out, or use curvature=EKFAC() with the solver Auto().",
                 )
             )
-        losses = checked_losses(task, data, "training data")
+        losses = checked_losses(task, data, "training data", probe)
         if isinstance(self.curvature, LayerwiseCurvature) and task.layout.dtype.itemsize < 4:
             raise DtypeError(
                 message(
@@ -179,7 +182,7 @@ class Influence:
             damping=damping,
             mean_loss=float(losses.double().mean()),
             seconds={},
-            notes=(*data.notes, *health.precision_notes(task)),
+            notes=(*data.notes, *probe.notes, *health.precision_notes(task)),
         )
         self._require_operator(fitted)
         fitted.seconds["fit"] = time.perf_counter() - started

@@ -54,10 +54,12 @@ from upweight.task.check import (
     checked_losses,
     checked_measurements,
     require_finite_gradients,
+    require_own_losses,
 )
 from upweight.task.data import Data, as_data
 from upweight.task.identity import contents, described, subject
 from upweight.task.measures import Loss, as_measure
+from upweight.task.probe import Probe
 from upweight.task.task import Task
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ def fit(
     spec: "Influence",
     task: Task,
     data: Data,
+    probe: Probe,
     share: float,
     memory_bytes: int | None = None,
     store: Folder | None = None,
@@ -85,6 +88,7 @@ def fit(
         spec: The method.
         task: What was trained, and answerable by a few of the data.
         data: The training set.
+        probe: What was found of a few of them.
         share: 1/n, the weight of one example.
         memory_bytes: What a batch may take.
         store: A folder to keep the curvature in while it grows, and to take it from.
@@ -112,13 +116,15 @@ def fit(
         if isinstance(error, NonFinite):
             require_finite_gradients(task, data)
         elif not isinstance(error, UpweightError):
-            checked_losses(task, data, "training data")
+            checked_losses(task, data, "training data", probe)
         raise
     # The first pass has seen them all, unless it had only some of the data or went on from before.
     losses = torch.cat(list(seen.values())) if seen else task.theta()[:0]
     # Batches of other sizes may round otherwise; an interrupted fit must come to the same numbers.
     if len(losses) < len(data) or store is not None:
-        losses = checked_losses(task, data, "training data")
+        losses = checked_losses(task, data, "training data", probe)
+    else:
+        require_own_losses(task, data, probe, losses, "training data")
     theta, layout = task.theta(), task.layout
     blocks = tuple(
         _damped(b, damping, theta[b.block.index(layout).to(theta.device)], len(data))
@@ -140,6 +146,7 @@ def fit(
         },
         notes=(
             *data.notes,
+            *probe.notes,
             *curvature.notes,
             *health.precision_notes(task),
             *health.underflow_notes(curvature.plan, data, size),

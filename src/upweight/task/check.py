@@ -5,14 +5,13 @@ model is deterministic and treats examples one by one, that the loss is unreduce
 the loss, that gradients reach every chosen parameter, and that every loss is finite.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch
@@ -26,43 +25,67 @@ from upweight.errors import (
     ShapeError,
     UnsupportedModel,
     UpweightError,
+    listed,
     message,
 )
 from upweight.runtime.progress import progress
 from upweight.task.data import Data, batch_size
+from upweight.task.model_loss import loss_notes
+from upweight.task.modes import acting_in_training
+from upweight.task.probe import (
+    PROBE_EXAMPLES,
+    Evaluate,
+    Probe,
+    own_losses,
+    places,
+    read_twice,
+    require_own_measurements,
+    require_same_losses,
+)
 from upweight.task.task import Task
-
-PROBE_EXAMPLES = 16
 
 CHECKED_AT_ONCE = 256
 """Examples per forward pass of the check."""
 
 
-def checked_losses(task: Task, data: Data, role: str) -> Float[Tensor, " n"]:
+def checked_losses(
+    task: Task, data: Data, role: str, probe: Probe | None = None
+) -> Float[Tensor, " n"]:
     """ℓᵢ(θ̂) of every example, after the checks above.
 
     Args:
         task: What was trained.
         data: The examples.
         role: What they are called in messages: "training data" or "queries".
+        probe: What `require_answerable` found of them, where it was asked already.
 
     Raises:
         DataError: Targets are out of range.
         NonFinite: A loss is NaN or infinite.
         UpweightError: As for `require_answerable`.
     """
-    require_answerable(task, data, role)
+    probe = probe or require_answerable(task, data, role)
     theta = task.theta()
-    # What a layer makes of an input may be a hundred times as large, and is not known here.
-    inputs = sum(x[0].numel() for x in _tensors(data.batch(0, 1)))
-    size = batch_size(inputs + 1, 8, most=CHECKED_AT_ONCE)
-    losses = []
+    size = _at_once(data)
+    losses, evaluate = [], _evaluate(task, role)
     for start, _, batch in progress(data.batches(size), len(data), f"checking {role}"):
         batch = task.to_device(batch)
-        with torch.no_grad():
-            outputs, targets = _outputs(task, theta, batch, role, task.call)
-            losses.append(checked_batch(task, start, batch, outputs, targets, role))
-    return torch.cat(losses)
+        outputs, targets = evaluate(theta, batch)
+        losses.append(checked_batch(task, start, batch, outputs.detach(), targets, role))
+    found = torch.cat(losses)
+    require_own_losses(task, data, probe, found, role)
+    return found
+
+
+def require_own_losses(
+    task: Task, data: Data, probe: Probe, losses: Float[Tensor, " n"], role: str
+) -> None:
+    """Ask that a pass over the data gave the probe's examples the losses that they have alone.
+
+    Raises:
+        NonDeterministic: It did not.
+    """
+    require_same_losses(task, task.theta(), data, probe, losses, _evaluate(task, role), role)
 
 
 def checked_batch(
@@ -90,7 +113,7 @@ def checked_batch(
     return values
 
 
-def require_answerable(task: Task, data: Data, role: str) -> None:
+def require_answerable(task: Task, data: Data, role: str) -> Probe:
     """Refuse, by a few examples, what no pass over the data could answer.
 
     Args:
@@ -100,22 +123,37 @@ def require_answerable(task: Task, data: Data, role: str) -> None:
 
     Raises:
         DataError: There are no examples.
-        NonDeterministic: The model is in a training mode that matters, answers differently twice,
-            or lets the examples of a batch affect each other.
-        NotDifferentiable: No gradient reaches some chosen parameter.
+        NonDeterministic: The model is in a training mode that matters; the data, the model or the
+            loss answer differently twice; or the examples of a batch affect each other.
+        NotDifferentiable: No gradient reaches any chosen parameter.
         UnsupportedModel: A reentrant checkpoint.
         NonFinite: A parameter is NaN or infinite.
         ShapeError: The model does not accept the examples.
         DtypeError: The model and the examples differ in dtype.
         ScalarLoss: The loss is reduced over the batch.
+        SpecError: The model computes another loss itself; see `upweight.task.model_loss`.
     """
     _require_examples(data, role)
     _require_eval_mode(task.model)
     theta = task.theta()
     _require_finite_parameters(task, theta)
-    probe = task.to_device(data.batch(0, min(PROBE_EXAMPLES, len(data))))
-    _require_deterministic(task, theta, data, probe, role)
-    _require_gradients(task, theta, probe)
+    at = places(len(data))
+    batch = task.to_device(read_twice(data, at, role))
+    losses = own_losses(task, theta, data, at, batch, _evaluate(task, role), role)
+    notes = (
+        *loss_notes(task, theta, data, at, losses),
+        *_unreached_notes(task, theta, batch, at, role),
+    )
+    return Probe(at, losses, notes)
+
+
+def _evaluate(task: Task, role: str) -> Evaluate:
+    def evaluate(theta: Float[Tensor, " p"], batch: Batch) -> tuple[Tensor, Any]:
+        # Recorded, for a model that takes derivatives itself; none of θ's are.
+        with torch.enable_grad():
+            return _outputs(task, theta, batch, role, task.call)
+
+    return evaluate
 
 
 def checked_measurements(
@@ -128,7 +166,7 @@ def checked_measurements(
         NonFinite: A measurement is NaN or infinite.
     """
     params, values = task.named(task.theta()), []
-    for start, stop, batch in data.batches(batch_size(1, 8)):
+    for start, stop, batch in data.batches(_at_once(data)):
         with torch.no_grad():
             part = measure(task, params, task.to_device(batch))
         if part.shape != (stop - start,):
@@ -151,7 +189,15 @@ def checked_measurements(
                 )
             )
         values.append(part)
-    return torch.cat(values)
+    found = torch.cat(values)
+    require_own_measurements(task, task.theta(), measure, data, found)
+    return found
+
+
+def _at_once(data: Data) -> int:
+    # What a layer makes of an input may be a hundred times as large, and is not known here.
+    inputs = sum(x[0].numel() for x in _tensors(data.batch(0, 1)))
+    return batch_size(inputs + 1, 8, most=CHECKED_AT_ONCE)
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
@@ -171,18 +217,12 @@ def _require_examples(data: Data, role: str) -> None:
 
 
 def _require_eval_mode(model: nn.Module) -> None:
-    random = [
-        f"{name or 'model'} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if module.training
-        and isinstance(module, _DropoutNd | _BatchNorm)
-        and getattr(module, "p", 1.0) > 0
-    ]
-    if random:
+    acting = acting_in_training(model)
+    if acting:
         raise NonDeterministic(
             message(
                 "The model must be in eval mode: θ̂ is one fixed function of each example.",
-                f"{len(random)} layers in training mode, first {random[0]}.",
+                f"{len(acting)} layers that answer otherwise in training mode, first {acting[0]}.",
                 "model.eval() was not called after training; dropout is then random and BatchNorm "
                 "mixes the examples of a batch.",
                 "call model.eval() before making the Task.",
@@ -270,42 +310,6 @@ def _require_length(given: int, expected: int, role: str) -> None:
         )
 
 
-def _require_deterministic(
-    task: Task, theta: Float[Tensor, " p"], data: Data, probe: Batch, role: str
-) -> None:
-    with torch.no_grad():
-        once, targets = _outputs(task, theta, probe, role)
-        twice, _ = _outputs(task, theta, probe, role)
-        alone, _ = _outputs(task, theta, task.to_device(data.batch(0, 1)), role)
-    if not torch.equal(once, twice) and not bool(once.isnan().any()):
-        raise NonDeterministic(
-            message(
-                "The model must give the same outputs for the same inputs.",
-                f"outputs that differ by up to {float((once - twice).abs().max()):.2e} "
-                "between two calls.",
-                "randomness inside forward (functional dropout, sampling, random augmentation).",
-                "call model.eval(), and take random steps out of forward.",
-            )
-        )
-    _require_length(len(once), min(PROBE_EXAMPLES, len(data)), role)
-    task.loss.check(once, targets)
-    # Another batch size may round differently; coupling through batch statistics is far larger.
-    tolerance = 1e4 * torch.finfo(once.dtype).eps if once.is_floating_point() else 0.0
-    scale = float(once.abs().max()) + 1.0
-    same_shape = alone.shape[1:] == once.shape[1:]  # a collate function may pad to the longest
-    if same_shape and float((alone[0] - once[0]).abs().max()) > tolerance * scale:
-        raise NonDeterministic(
-            message(
-                "Each example's output must not depend on the other examples of its batch.",
-                f"an output that moves by {float((alone[0] - once[0]).abs().max()):.2e} when its "
-                "example is passed alone.",
-                "batch statistics in forward: BatchNorm without running statistics, or a "
-                "contrastive model.",
-                "use layers that treat examples one by one (running statistics, LayerNorm).",
-            )
-        )
-
-
 def require_recording() -> None:
     """Refuse inference mode, which unlike `no_grad` cannot be lifted from inside.
 
@@ -323,7 +327,10 @@ def require_recording() -> None:
         )
 
 
-def _require_gradients(task: Task, theta: Float[Tensor, " p"], probe: Batch) -> None:
+def _unreached_notes(
+    task: Task, theta: Float[Tensor, " p"], probe: Batch, at: Sequence[int], role: str
+) -> tuple[str, ...]:
+    """Notes of the parameters that no gradient reaches, after asking that some are reached."""
     require_recording()
     params = {k: v.clone().requires_grad_() for k, v in task.layout.unflatten(theta).items()}
     with torch.enable_grad():
@@ -343,15 +350,14 @@ def _require_gradients(task: Task, theta: Float[Tensor, " p"], probe: Batch) -> 
                     raise
                 raise UnsupportedModel(_reentrant(error)) from error
             unreached = [k for k, g in zip(params, gradients, strict=True) if g is None]
-    if unreached:
+    if len(unreached) == len(params):
         raise NotDifferentiable(
             message(
-                "The loss must depend on every chosen parameter through differentiable steps.",
-                f"no gradient reaches {', '.join(unreached[:5])}"
-                f"{f' and {len(unreached) - 5} more' if len(unreached) > 5 else ''}.",
+                "The loss must depend on the chosen parameters through differentiable steps.",
+                f"no gradient reaches {listed(unreached)} from {len(losses)} examples.",
                 "layers that forward does not use, .detach(), no_grad(), argmax or rounding.",
-                'leave unused parameters out with Task(params="pattern"), or replace the step '
-                "that cuts the gradient.",
+                'choose the parameters that forward uses with Task(params="pattern"), or replace '
+                "the step that cuts the gradient.",
             )
         )
     losses = losses.detach()
@@ -367,6 +373,14 @@ def _require_gradients(task: Task, theta: Float[Tensor, " p"], probe: Batch) -> 
                 "replace the step by a smooth one, or use float64.",
             )
         )
+    if not unreached:
+        return ()
+    # Experts, heads of one domain and adapters are reached by some examples only; a step that cuts
+    # the gradient looks the same.
+    return (
+        f"no gradient reaches {listed(unreached)} from {len(at)} of the {role}: where that is so, "
+        "it counts as zero",
+    )
 
 
 def require_finite_gradients(task: Task, data: Data) -> None:

@@ -31,7 +31,33 @@ def call_model(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
 
     A tuple `(x1, ..., y)` is `model(x1, ...)` against y. A dict is `model(**inputs)` against its
     one key among labels, label, targets, target, y. An output with `.logits` stands for its logits.
+    A dict for a causal language model of `transformers`, which shifts its labels inside, is taken
+    as by `next_token`.
     """
+    shifts = isinstance(batch, dict) and _shifts_labels(model)
+    return (next_token if shifts else _called)(model, batch)
+
+
+def next_token(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
+    """As `call_model`, with the outputs at position t against the label at t + 1.
+
+    For language models whose batches hold labels = input_ids: outputs `[b, t, c]` and labels
+    `[b, t]` become `[b, t − 1, c]` and `[b, t − 1]`.
+    """
+    outputs, targets = _called(model, batch)
+    return outputs[:, :-1], targets[:, 1:]
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """By the names that `transformers` and `peft` give; what they compute is checked as well."""
+    names = [kind.__name__ for kind in type(model).__mro__]
+    return any(
+        name.endswith(("ForCausalLM", "LMHeadModel")) and not name.endswith("WithLMHeadModel")
+        for name in names
+    )
+
+
+def _called(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
     if isinstance(batch, dict):
         keys = [key for key in TARGET_KEYS if key in batch]
         if len(keys) != 1:

@@ -1,0 +1,60 @@
+"""Which modules of a model answer otherwise in training mode?
+
+A model in training mode is refused where that matters: θ̂ is then not one fixed function of each
+example. Layers of PyTorch are known; code of a user's own counts where it reads `training`.
+"""
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+
+def acting_in_training(model: nn.Module) -> list[str]:
+    """The modules in training mode whose outputs depend on it, by name and type."""
+    return [
+        f"{name or 'model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if module.training and _acts(module)
+    ]
+
+
+def _acts(module: nn.Module) -> bool:
+    if any(map(_reads_training, _hooks(module))):
+        return True
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        return module.dropout > 0
+    if isinstance(module, _BatchNorm | nn.RReLU):
+        return True
+    if isinstance(module, _NormBase):  # InstanceNorm
+        return bool(module.track_running_stats)
+    return any(
+        _reads_training(function)
+        for kind in type(module).__mro__
+        # What is in torch.nn and not named above leaves it to the modules that it holds.
+        if not kind.__module__.startswith(("torch.nn.modules.", "builtins"))
+        for name, function in vars(kind).items()
+        if name not in ("train", "eval")
+    )
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for hook in hooks.values():
+            function = getattr(hook, "__func__", hook)
+            yield function if isinstance(function, types.FunctionType) else type(hook).__call__
+
+
+def _reads_training(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return isinstance(code, types.CodeType) and _names_training(code)
+
+
+def _names_training(code: types.CodeType) -> bool:
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return "training" in code.co_names or any(map(_names_training, inner))
