@@ -141,8 +141,6 @@ def without_a_curvature(kind):
     "kind, damping, way_out",
     [
         ("dead", 0.0, "set damping"),
-        ("dead", uw.Relative(0.1), "Absolute"),
-        ("dead", uw.Evidence(), "Absolute"),
         ("zero input", 0.0, "set damping"),
     ],
 )
@@ -501,3 +499,69 @@ def test_inference_mode_is_refused_by_name():
         pytest.raises(uw.errors.NotDifferentiable, match="leave inference mode"),
     ):
         METHOD.fit(task, train)
+
+
+# -- blocks that no example reaches ---------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """A fresh low-rank adapter: with B = 0 the gradient of A is 0."""
+
+    def __init__(self, fresh=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.base, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.A, self.B = nn.Linear(3, 2, bias=False), nn.Linear(2, 4, bias=False)
+        if fresh:
+            nn.init.zeros_(self.B.weight)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.base(x) + self.B(self.A(x))))
+
+
+@pytest.mark.parametrize("damping", [uw.Relative(0.1), 0.1], ids=["relative", "absolute"])
+def test_a_block_without_gradients_is_a_block_of_zeros_with_a_note(damping):
+    g = torch.Generator().manual_seed(0)
+    X, y = torch.randn(20, 3, generator=g).double(), torch.arange(20) % 2
+    method = uw.Influence(uw.EKFAC(labels=uw.Observed()), damping=damping)
+
+    def fitted(params):
+        return method.fit(
+            uw.Task(Adapted().double().eval(), uw.CrossEntropy(), params=params), (X, y)
+        )
+
+    whole = fitted("*")
+    found = whole.attribute((X[:3], y[:3]), tolerance=0)
+    expected = fitted(("base.*", "head.*", "B.*")).attribute((X[:3], y[:3]), tolerance=0)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-10, atol=1e-14)
+    noted = any("A.weight: curvature and gradients are 0" in n for n in found.provenance.notes)
+    assert noted == isinstance(damping, uw.Relative)
+
+
+def test_gradients_whose_squares_underflow_are_not_taken_for_none():
+    g = torch.Generator().manual_seed(0)
+    X, y = torch.randn(20, 3, generator=g), torch.randn(20, 1, generator=g)
+
+    class Tiny(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(3, 1), nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.a(x) + 1e-30 * self.b(x)
+
+    task = uw.Task(Tiny().float().eval(), uw.SquaredError())
+    with pytest.raises(uw.errors.NotPositiveDefinite, match=r"b\.weight"):
+        uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, (X.float(), y.float()))
+
+
+@pytest.mark.parametrize("damping", [uw.Relative(0.1), uw.Evidence()])
+def test_a_layer_that_never_fires_is_a_block_of_zeros(damping):
+    task, train = without_a_curvature("dead")
+    method = uw.Influence(uw.EKFAC(labels=uw.Observed()), damping=damping)
+    found = method.fit(task, train).attribute(train, tolerance=0)
+    assert any(note.startswith("0.weight: curvature and") for note in found.provenance.notes)
+    rest = uw.Task(task.model, task.loss, params="2.*")
+    expected = method.fit(rest, train).attribute(train, tolerance=0)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-9, atol=1e-14)

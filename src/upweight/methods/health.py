@@ -11,6 +11,7 @@ from torch import Tensor
 from upweight.curvature.layerwise import BlockCurvature
 from upweight.errors import listed, message
 from upweight.gradients.blocks import Plan
+from upweight.gradients.passes import GradientPass
 from upweight.gradients.source import FactoredLinear, GradientSource
 from upweight.gradients.underflow import underflowing
 from upweight.linalg.damping import Damping, Relative
@@ -18,10 +19,11 @@ from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solve import Solver
 from upweight.task.data import Data
+from upweight.task.probe import places
 from upweight.task.task import Task
 
 UNDERFLOW_EXAMPLES = 64
-"""Training examples whose gradients are asked whether they are too small for float16."""
+"""Training examples whose gradients are asked whether they are 0, or too small for float16."""
 
 
 def stationarity(gradient: Float[Tensor, " p"], step: Solution) -> dict[str, float]:
@@ -107,6 +109,22 @@ def moved(now: Tensor, then: Tensor) -> str:
     )
 
 
+def heard_blocks(plan: Plan, data: Data, batch_size: int) -> set[str]:
+    """Blocks in which some training example has a gradient that is not 0.
+
+    Asked of some training examples, evenly spaced.
+    """
+    found: set[str] = set()
+    some = data.subset(places(len(data), UNDERFLOW_EXAMPLES))
+    with GradientPass(plan) as gradients:
+        for _, _, batch in some.batches(batch_size):
+            parts = gradients.of(plan.task.losses, plan.task.to_device(batch))
+            for block, part in zip(plan.blocks, parts, strict=True):
+                if bool(part.absolute().total().any()):
+                    found.add(block.name)
+    return found
+
+
 def underflow_notes(plan: Plan, data: Data, batch_size: int) -> tuple[str, ...]:
     """A warning, kept as a note, where gradients on the way to some layer are below float16.
 
@@ -114,10 +132,9 @@ def underflow_notes(plan: Plan, data: Data, batch_size: int) -> tuple[str, ...]:
     """
     if torch.float16 not in plan.computes_in:
         return ()
-    n = len(data)
-    m = min(n, UNDERFLOW_EXAMPLES)
+    m = min(len(data), UNDERFLOW_EXAMPLES)
     found: dict[str, int] = {}
-    for _, _, batch in data.subset([k * n // m for k in range(m)]).batches(batch_size):
+    for _, _, batch in data.subset(places(len(data), m)).batches(batch_size):
         for name, count in underflowing(plan, plan.task.to_device(batch)).items():
             found[name] = found.get(name, 0) + count
     if not found:

@@ -41,7 +41,7 @@ from upweight.errors import (
 from upweight.gradients.blocks import Block
 from upweight.gradients.factored import Tokens
 from upweight.gradients.passes import GradientPass
-from upweight.linalg.damping import Damping, Evidence, as_damping
+from upweight.linalg.damping import Absolute, Damping, Evidence, as_damping
 from upweight.methods import health
 from upweight.methods.checked import Checked
 from upweight.runtime.checkpoint import Checkpoint
@@ -126,11 +126,18 @@ def fit(
     else:
         require_own_losses(task, data, probe, losses, "training data")
     theta, layout = task.theta(), task.layout
+    size = examples_at_once(curvature.cost, layout.device, memory_bytes)
+    silent = _silent_blocks(curvature, damping, data, size)
     blocks = tuple(
-        _damped(b, damping, theta[b.block.index(layout).to(theta.device)], len(data))
+        b
+        if b.name in silent
+        else _damped(b, damping, theta[b.block.index(layout).to(theta.device)], len(data))
         for b in curvature.blocks
     )
-    size = examples_at_once(curvature.cost, layout.device, memory_bytes)
+    if silent:
+        # Times a gradient of zero, any λ > 0 gives zero.
+        some = max(b.damping for b in blocks if b.name not in silent)
+        blocks = tuple(replace(b, damping=some) if b.name in silent else b for b in blocks)
     return LayerwiseInfluence(
         spec=spec,
         task=task,
@@ -148,10 +155,30 @@ def fit(
             *data.notes,
             *probe.notes,
             *curvature.notes,
+            *(
+                f"{name}: curvature and gradients are 0 for all examples looked at, and so is its "
+                "share of every score"
+                for name in silent
+            ),
             *health.precision_notes(task),
             *health.underflow_notes(curvature.plan, data, size),
         ),
     )
+
+
+def _silent_blocks(
+    curvature: BlockCurvature, damping: Damping, data: Data, size: int
+) -> tuple[str, ...]:
+    """Blocks that no example reaches: an expert that is never asked, a fresh adapter.
+
+    No fraction of their mean eigenvalue is a damping, and none is needed. Where squares underflow
+    and gradients do not, a block is not silent.
+    """
+    zero = [b.name for b in curvature.blocks if not bool(b.eigen.values.any())]
+    if not zero or len(zero) == len(curvature.blocks) or isinstance(damping, Absolute):
+        return ()
+    heard = health.heard_blocks(curvature.plan, data, size)
+    return tuple(name for name in zero if name not in heard)
 
 
 def _damped(block: FittedBlock, damping: Damping, theta: Tensor, n: int) -> FittedBlock:
