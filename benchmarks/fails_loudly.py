@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -474,6 +475,123 @@ def an_estimator_far_from_its_minimum() -> Any:
         warnings.simplefilter("ignore")
         estimator = LogisticRegression(max_iter=1, C=100.0).fit(X, y)
     return sk.task(estimator, X, y)
+
+
+# -- values that are not an example's own ----------------------------------------------------------
+
+
+@case
+def a_loss_balanced_by_the_classes_of_its_batch() -> Any:
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        each = nn.functional.cross_entropy(outputs, y, reduction="none")
+        return each / torch.bincount(y, minlength=2)[y]
+
+    return attribute(loss=loss)
+
+
+@case
+def a_loss_divided_by_the_tokens_of_its_batch() -> Any:
+    ids, model = tokens()
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        each = nn.functional.cross_entropy(outputs.mT, y, reduction="none", ignore_index=-100)
+        return each.sum(dim=1) / (y != -100).sum() * len(y)
+
+    targets = ids.masked_fill(ids == 2, -100)
+    return attribute(model, (ids, targets), (ids[:4], targets[:4]), loss=loss)
+
+
+@case
+def a_model_that_pools_over_padding() -> Any:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x.mean(dim=1))
+
+    X, y = rows(120)
+    longest_first = [(X[: 30 - i], y[i]) for i in range(24)]
+
+    def collate(items: list[Any]) -> Any:
+        xs = nn.utils.rnn.pad_sequence([x for x, _ in items], batch_first=True)
+        return xs, torch.stack([y for _, y in items])
+
+    loader = DataLoader(longest_first, batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
+    return attribute(Pooled(), loader, loader)
+
+
+@case
+def a_data_set_that_augments_at_random() -> Any:
+    X, y = rows()
+
+    class Augmented(TensorDataset):
+        def __getitem__(self, i: Any) -> Any:
+            x, target = super().__getitem__(i)
+            return (x.flip(0) if torch.rand(()) < 0.5 else x), target
+
+    return attribute(train=Augmented(X, y))
+
+
+@case
+def a_collate_function_that_drops_examples() -> Any:
+    X, y = rows()
+    examples = [None if i == 7 else (X[i], y[i]) for i in range(24)]
+
+    def collate(items: list[Any]) -> Any:
+        return torch.utils.data.default_collate([item for item in items if item is not None])
+
+    return attribute(train=DataLoader(examples, batch_size=8, collate_fn=collate))  # type: ignore[arg-type]
+
+
+@case
+def dropout_by_function_in_training_mode() -> Any:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(self.linear(x), 1e-3, training=self.training)
+
+    return attribute(Dropping().train())
+
+
+@case
+def a_measure_that_ignores_its_batch() -> Any:
+    return attribute(measure=lambda task, params, batch: params["weight"].reshape(-1)[:4])
+
+
+@case
+def a_measure_of_the_first_query_only() -> Any:
+    return attribute(measure=lambda outputs, targets: outputs[0].sum().expand(len(outputs)))
+
+
+@case
+def a_language_model_that_shifts_its_labels_inside() -> Any:
+    ids, inner = tokens()
+
+    class Shifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+            logits, loss = self.inner(input_ids), None
+            if labels is not None:
+                loss = nn.functional.cross_entropy(logits[:, :-1].mT, labels[:, 1:])
+            return SimpleNamespace(logits=logits, loss=loss)
+
+    data = {"input_ids": ids, "labels": ids}
+    return attribute(Shifting(), data, data)
+
+
+def tokens() -> tuple[Tensor, nn.Module]:
+    """Sequences of four symbols, and a small model of them."""
+    ids = torch.arange(24 * 5).reshape(24, 5) ** 2 % 7 % 4
+    torch.manual_seed(0)
+    return ids, nn.Sequential(nn.Embedding(4, 3), nn.Tanh(), nn.Linear(3, 4)).double().eval()
 
 
 def main() -> int:
