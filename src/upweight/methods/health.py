@@ -117,8 +117,9 @@ def underflow_notes(plan: Plan, data: Data, batch_size: int) -> tuple[str, ...]:
     n = len(data)
     m = min(n, UNDERFLOW_EXAMPLES)
     found: dict[str, int] = {}
-    for _, _, batch in data.subset([k * n // m for k in range(m)]).batches(batch_size):
-        for name, count in underflowing(plan, plan.task.to_device(batch)).items():
+    for start, stop, batch in data.subset([k * n // m for k in range(m)]).batches(batch_size):
+        some = underflowing(plan, plan.task.to_device(batch), stop - start)
+        for name, count in some.items():
             found[name] = found.get(name, 0) + count
     if not found:
         return ()

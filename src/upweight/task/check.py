@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch
 from upweight.errors import (
@@ -29,6 +28,7 @@ from upweight.errors import (
     message,
 )
 from upweight.runtime.progress import progress
+from upweight.task.batches import tensors
 from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
 
@@ -54,25 +54,25 @@ def checked_losses(task: Task, data: Data, role: str) -> Float[Tensor, " n"]:
     require_answerable(task, data, role)
     theta = task.theta()
     # What a layer makes of an input may be a hundred times as large, and is not known here.
-    inputs = sum(x[0].numel() for x in _tensors(data.batch(0, 1)))
+    inputs = sum(x.numel() for x in tensors(data.batch(0, 1)))
     size = batch_size(inputs + 1, 8, most=CHECKED_AT_ONCE)
     losses = []
-    for start, _, batch in progress(data.batches(size), len(data), f"checking {role}"):
+    for start, stop, batch in progress(data.batches(size), len(data), f"checking {role}"):
         batch = task.to_device(batch)
         with torch.no_grad():
             outputs, targets = _outputs(task, theta, batch, role, task.call)
-            losses.append(checked_batch(task, start, batch, outputs, targets, role))
+            losses.append(checked_batch(task, (start, stop), batch, outputs, targets, role))
     return torch.cat(losses)
 
 
 def checked_batch(
-    task: Task, start: int, batch: Batch, outputs: Tensor, targets: Any, role: str
+    task: Task, places: tuple[int, int], batch: Batch, outputs: Tensor, targets: Any, role: str
 ) -> Float[Tensor, " b"]:
     """ℓᵢ(θ̂) of a batch from the model's outputs, after asking that they are as they should be.
 
     Args:
         task: What was trained.
-        start: The place of the batch's first example.
+        places: Start and stop: the batch holds the examples from start to stop − 1.
         batch: The examples.
         outputs: Of the model.
         targets: Of the examples.
@@ -85,7 +85,8 @@ def checked_batch(
     """
     task.loss.check(outputs, targets)
     values = task.losses_of(outputs, targets)
-    _require_length(len(values), _tensors(batch)[0].shape[0], role)
+    start, stop = places
+    _require_length(len(values), stop - start, role)
     _require_finite_losses(values, start, batch, role)
     return values
 
@@ -152,10 +153,6 @@ def checked_measurements(
             )
         values.append(part)
     return torch.cat(values)
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def _require_examples(data: Data, role: str) -> None:
@@ -232,8 +229,8 @@ def _outputs(
     except UpweightError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in _tensors(batch))
-        dtypes = {x.dtype for x in _tensors(batch)[:1]}
+        given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in tensors(batch))
+        dtypes = {x.dtype for x in tensors(batch)[:1]}
         kind = DtypeError if dtypes - {task.layout.dtype} else ShapeError
         raise kind(
             message(
@@ -420,7 +417,8 @@ def _require_finite_losses(
     bad = (~losses.isfinite()).nonzero()[:, 0]
     if len(bad):
         first = int(bad[0])
-        inputs = [x[first] for x in _tensors(batch) if x.is_floating_point()]
+        held = [x for x in tensors(batch) if x.is_floating_point()]
+        inputs = [x[first] if x.ndim > 0 and len(x) == len(losses) else x for x in held]
         from_data = any(not bool(x.isfinite().all()) for x in inputs)
         raise NonFinite(
             message(
