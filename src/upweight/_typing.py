@@ -6,8 +6,9 @@ The same letter means the same axis in every annotation, einsum and comment:
     q  queries                p  parameters               i  inputs (features) of a linear map
     k  right-hand sides       s  subsets or samples       t  tokens or positions
 
-A `Batch` is what one call of the model needs: a tuple `(inputs..., targets)` or a dict of tensors.
-Every tensor in it has the examples on its leading axis.
+A `Batch` is what one call of the model needs: a tuple `(inputs..., targets)`, a dict of tensors, or
+what the user's collate function makes. Tensors have the examples on their leading axis; what has
+them in another way holds one example (`upweight.task.batches`).
 """
 
 import os

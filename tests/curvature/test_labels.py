@@ -28,7 +28,9 @@ class Gradients:
         task, found = self.made.task, []
         with GradientPass(self.made) as passes:
             batch = self.data.batch(0, len(self.data))
-            parts = passes.of_heads(batch, lambda f, y: which.heads(task.loss, f, y, 0, 0))
+            parts = passes.of_heads(
+                batch, len(self.data), lambda f, y: which.heads(task.loss, f, y, 0, 0)
+            )
             for factors in parts:
                 out = torch.zeros(len(self.data), task.layout.size, dtype=self.made.dtype)
                 for block, part in zip(self.made.blocks, factors, strict=True):

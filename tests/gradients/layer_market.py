@@ -18,6 +18,7 @@ from tests.market import draw, initialized, labels
 from upweight.gradients.factored import Tokens
 from upweight.gradients.passes import GradientPass
 from upweight.gradients.planning import plan
+from upweight.task.batches import leaves
 from upweight.task.data import as_data
 
 
@@ -81,7 +82,8 @@ def rows(made, factors):
 def gradient_rows(made, batch, function=None):
     """∇θ of each example's loss (or of another function) as rows [b, p]."""
     with GradientPass(made) as gradients:
-        return rows(made, gradients.of(function or made.task.losses, batch))
+        size = len(leaves(batch)[0])
+        return rows(made, gradients.of(function or made.task.losses, batch, size))
 
 
 # -- one layer in a sequence -----------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_the_model_is_left_as_it_was_when_forward_raises(where, direct):
             model.is_armed = False
 
     with pytest.raises(RuntimeError), GradientPass(made) as gradients:
-        gradients.of(function, batch)
+        gradients.of(function, batch, len(batch[0]))
     assert_returned(model, state, before)
 
 

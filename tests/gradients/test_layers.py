@@ -31,16 +31,16 @@ def test_twins_on_the_market(name):
     p = market.problem(name)
     data = as_data(p.train)
     made = plan(p.task, data)
-    for _, _, batch in batches(data):
-        expected = per_sample_gradients(p.task, p.task.theta(), batch)
+    for start, stop, batch in batches(data):
+        expected = per_sample_gradients(p.task, p.task.theta(), batch, stop - start)
         torch.testing.assert_close(gradient_rows(made, batch), expected, **p.tolerance)
 
 
 @pytest.mark.parametrize("name", [n for n, case in layer_market.BUILDERS.items() if case[2]])
 def test_twins_on_layers(name):
     case, made = layer_market.case(name), layer_market.planned(name)
-    for _, _, batch in batches(case.data):
-        expected = per_sample_gradients(case.task, case.task.theta(), batch)
+    for start, stop, batch in batches(case.data):
+        expected = per_sample_gradients(case.task, case.task.theta(), batch, stop - start)
         torch.testing.assert_close(gradient_rows(made, batch), expected, **EXACT)
 
 

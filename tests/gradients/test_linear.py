@@ -280,7 +280,7 @@ def test_impostors_are_not_taken_for_linear(kind):
     assert form(task, train) is None
     source = gradient_source(task, as_data(train))
     assert type(source) is Direct
-    torch.testing.assert_close(source.rows(train), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(source.rows(train, len(train[0])), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [BiasFirst])
@@ -314,7 +314,7 @@ def test_the_model_is_left_as_it_was(name):
     random = torch.get_rng_state()
     form(p.task, p.train)
     batch = as_data(p.train).batch(0, p.n)
-    per_sample_gradients(p.task, p.task.theta(), batch)
+    per_sample_gradients(p.task, p.task.theta(), batch, p.n)
     fitted = uw.Influence(uw.GGN(), uw.Cholesky(), damping=3.0).fit(p.task, p.train)
     fitted.attribute(p.queries)
     fitted.self_influence()

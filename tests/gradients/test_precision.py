@@ -107,7 +107,7 @@ def test_autocast_around_the_call(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         made = plan(task, as_data(data))
         with GradientPass(made) as gradients:
-            factors = gradients.of(task.losses, data)
+            factors = gradients.of(task.losses, data, len(data[0]))
         expected = dense.gradients(task, data)
     # The factors are float32 all the same; in there, their products would not be.
     assert_near(rows(made, factors), expected, torch.bfloat16)

@@ -215,7 +215,10 @@ def test_no_gradient_is_wrong(kind, size):
     task, data = routed(kind)
     made, expected = plan(task, data), dense.gradients(task, data)
     with GradientPass(made) as gradients:
-        found = [rows(made, gradients.of(task.losses, batch)) for _, _, batch in data.batches(size)]
+        found = [
+            rows(made, gradients.of(task.losses, batch, stop - start))
+            for start, stop, batch in data.batches(size)
+        ]
     torch.testing.assert_close(torch.cat(found), expected, **EXACT)
 
 
@@ -249,7 +252,9 @@ def test_several_heads_where_examples_are_taken_one_at_a_time(kind):
         return extra * task.loss(outputs, targets)
 
     with GradientPass(made) as gradients:
-        found = gradients.of_heads(batch, lambda f, y: [(head, scale), (head, scale**2)])
+        found = gradients.of_heads(
+            batch, len(scale), lambda f, y: [(head, scale), (head, scale**2)]
+        )
         first, second = (rows(made, factors) for factors in found)
     expected = dense.gradients(task, data)
     torch.testing.assert_close(first, scale[:, None] * expected, **EXACT)

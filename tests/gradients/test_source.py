@@ -23,8 +23,10 @@ def test_sources_agree_with_the_reference(name):
     data = as_data(p.train)
     batch = data.batch(0, len(data))
     for source in sources(p).values():
-        torch.testing.assert_close(source.rows(batch), g, **p.tolerance)
-        torch.testing.assert_close(source.inner(vectors, batch), vectors @ g.T, **p.tolerance)
+        torch.testing.assert_close(source.rows(batch, len(data)), g, **p.tolerance)
+        torch.testing.assert_close(
+            source.inner(vectors, batch, len(data)), vectors @ g.T, **p.tolerance
+        )
         torch.testing.assert_close(source.total(batch), g.sum(dim=0), **p.tolerance)
         assert source.values_per_example > 0
 

@@ -384,7 +384,7 @@ def test_positions_are_those_of_the_model():
     with GradientPass(made) as passes:
         for picked, t in (([0, 1], 1), ([1, 2], 3)):
             parts = passes.of(
-                lambda p, b: task.loss(*task.call(p, b)), padded([rows[k] for k in picked])
+                lambda p, b: task.loss(*task.call(p, b)), padded([rows[k] for k in picked]), 2
             )
             assert [x.positions for x in parts if isinstance(x, Tokens)] == [t, t, 1]
 

@@ -48,7 +48,7 @@ def distance(task: Task, train: Data) -> tuple[float, float]:
     if norm <= ROUNDING * float(hessian.mv(theta).norm()):
         return 0.0, norm
     chosen = torch.linspace(0, len(train) - 1, min(EXAMPLES, len(train))).round().long()
-    rows = gradient_source(task, train).rows(task.to_device(train.take(chosen)))
+    rows = gradient_source(task, train).rows(task.to_device(train.take(chosen)), len(chosen))
     vectors = torch.cat([gradient[None], rows / len(train)])
     solver = Cholesky()
     solution = solver.solve(solver.init(hessian), vectors)

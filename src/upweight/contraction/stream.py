@@ -127,7 +127,8 @@ class Contraction:
         with GradientPass(self.curvature.plan) as passes:
             batches = self.train.batches(size, begin)
             for start, stop, batch in progress(batches, len(self.train), "scores", begin):
-                yield start, stop, passes.of(training_loss(task), task.to_device(batch))
+                factors = passes.of(training_loss(task), task.to_device(batch), stop - start)
+                yield start, stop, factors
 
     @property
     def _at_once(self) -> int:
@@ -352,8 +353,8 @@ def _sample(
     )
     with GradientPass(curvature.plan) as passes:
         parts = [
-            passes.of(training_loss(task), task.to_device(batch))
-            for _, _, batch in data.batches(size)
+            passes.of(training_loss(task), task.to_device(batch), stop - start)
+            for start, stop, batch in data.batches(size)
         ]
     factors = tuple(stacked(block).scaled(scales) for block in zip(*parts, strict=True))
     return Sample(factors, (by_loss, count))
@@ -396,7 +397,7 @@ def _measured_gradients(
         batches = queries.batches(size)
         for start, stop, batch in progress(batches, len(queries), "queries"):
             with nullcontext() if is_loss else sdpa_kernel(SDPBackend.MATH):
-                factors = passes.of(chosen, task.to_device(batch))
+                factors = passes.of(chosen, task.to_device(batch), stop - start)
             yield start, stop, factors
 
 

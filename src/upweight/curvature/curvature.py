@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
+from upweight.errors import message
+from upweight.gradients.autograd import first_line
 from upweight.linalg.finite_sum import FiniteSum
 from upweight.linalg.operator import LinearOperator, Tag
 from upweight.task.data import Data
@@ -69,10 +71,11 @@ class BatchTerms(Sequence[LinearOperator]):
     task: Task
     data: Data
     size: int
-    make: Callable[[int, Batch], LinearOperator]
+    make: Callable[[range, Batch], LinearOperator]
     first: LinearOperator = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "size", self.data.together(self.size))
         # The first term answers for shape and dtype; kept, so that asking costs no batch.
         object.__setattr__(self, "first", self._term(0))
 
@@ -86,17 +89,36 @@ class BatchTerms(Sequence[LinearOperator]):
 
     def _term(self, index: int) -> LinearOperator:
         start = index * self.size
-        batch = self.data.batch(start, min(start + self.size, len(self.data)))
-        return self.make(index, self.task.to_device(batch))
+        places = range(start, min(start + self.size, len(self.data)))
+        batch = self.data.batch(places.start, places.stop)
+        return self.make(places, self.task.to_device(batch))
 
     def __iter__(self) -> Iterator[LinearOperator]:
         return (self[index] for index in range(len(self)))
 
 
 def mean_plus_penalty(
-    task: Task, terms: Sequence[LinearOperator], n: int, tags: frozenset[Tag]
+    task: Task,
+    terms: Sequence[LinearOperator],
+    n: int,
+    tags: frozenset[Tag],
+    notes: tuple[str, ...] = (),
 ) -> LinearOperator:
-    """(1/n) Σ_b A_b + ∇²R(θ̂)."""
+    """(1/n) Σ_b A_b + ∇²R(θ̂), with notes of how it was made."""
     mean = FiniteSum(terms, n, tags)
     penalty = task.penalty.curvature(task.theta(), task.layout)
-    return mean if penalty is None else mean + penalty
+    total = mean if penalty is None else mean + penalty
+    if notes:
+        object.__setattr__(total, "notes", notes)
+    return total
+
+
+def no_second_derivative(error: Exception, way_out: str) -> str:
+    """The message for a model with an operation that cannot be differentiated twice."""
+    return message(
+        "This curvature needs second derivatives of every operation.",
+        f"a model or loss without them. PyTorch says: {first_line(error)}",
+        "an operation whose backward pass PyTorch cannot differentiate (CTC, EmbeddingBag, "
+        "Hardsigmoid), or an autograd function marked once_differentiable.",
+        way_out,
+    )

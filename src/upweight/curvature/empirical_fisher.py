@@ -6,11 +6,16 @@ and the empirical Fisher vanishes while the Fisher need not (Kunstner, Balles & 
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.curvature.curvature import BatchTerms, mean_plus_penalty
-from upweight.curvature.gauss_newton import GaussNewtonTerm
-from upweight.gradients.functional import per_sample_gradients
+from upweight.curvature.gauss_newton import GaussNewtonTerm, Way, way
+from upweight.gradients.functional import value_gradients
+from upweight.gradients.source import planned_rows
 from upweight.linalg.operator import LinearOperator, Tag
 from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
@@ -18,14 +23,16 @@ from upweight.task.task import Task
 PSD = frozenset({Tag.SYMMETRIC, Tag.PSD})
 
 
-def outer_products(task: Task, batch: Batch) -> GaussNewtonTerm:
-    """Σᵢ gᵢ gᵢᵀ over one batch, with the gradients of its own targets."""
+def outer_products(task: Task, how: Way, batch: Any, size: int) -> GaussNewtonTerm:
+    """Σᵢ gᵢ gᵢᵀ over one batch of `size` examples, with the gradients of its own targets."""
+
+    def rows() -> Tensor:
+        if how.plan is not None:
+            return planned_rows(how.plan, task.losses, batch, size)[:, None]
+        return value_gradients(task.losses, task.theta(), batch, size)[:, None]
+
     return GaussNewtonTerm(
-        task,
-        lambda t: task.losses(t, batch)[:, None],
-        lambda: per_sample_gradients(task, task.theta(), batch)[:, None],
-        None,
-        PSD,
+        task, lambda t: task.losses(t, batch)[:, None], rows, None, PSD, how.products
     )
 
 
@@ -44,5 +51,10 @@ class EmpiricalFisher:
     def fit(self, task: Task, data: Data, *, n: int | None = None) -> LinearOperator:
         """F̂ at θ̂; see `Curvature.fit`."""
         size = batch_size(task.layout.size, task.layout.dtype.itemsize)
-        terms = BatchTerms(task, data, size, lambda _, batch: outer_products(task, batch))
-        return mean_plus_penalty(task, terms, len(data) if n is None else n, PSD)
+
+        def term_of(how: Way, places: range, batch: Batch) -> LinearOperator:
+            return outer_products(task, how, batch, len(places))
+
+        how = way(task, data, 1, term_of)
+        terms = BatchTerms(task, data, size, partial(term_of, how))
+        return mean_plus_penalty(task, terms, len(data) if n is None else n, PSD, how.notes)

@@ -1,6 +1,7 @@
 """E_ŷ[g gᵀ] with ŷ ~ p(· | f): the Fisher information, by sampling labels from the model."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from upweight._typing import Batch
 from upweight.curvature.curvature import BatchTerms, mean_plus_penalty
 from upweight.curvature.empirical_fisher import PSD, outer_products
+from upweight.curvature.gauss_newton import Way, way
 from upweight.linalg.operator import LinearOperator
 from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
@@ -41,24 +43,29 @@ class Fisher:
             UnsupportedModel: The loss is not a negative log-likelihood one can sample from.
         """
 
-        def term_of(index: int, batch: Batch) -> LinearOperator:
+        def term_of(how: Way, places: range, batch: Batch) -> LinearOperator:
             generator = torch.Generator(device=task.layout.device)
-            generator.manual_seed(self.seed * 1_000_003 + index)
-            terms = [self._one(task, batch, generator) for _ in range(self.samples)]
+            generator.manual_seed(self.seed * 1_000_003 + places.start)
+            terms = [
+                self._one(task, how, batch, len(places), generator) for _ in range(self.samples)
+            ]
             total = terms[0]
             for term in terms[1:]:
                 total = total + term
             return (1.0 / self.samples) * total
 
         size = batch_size(task.layout.size, task.layout.dtype.itemsize)
-        terms = BatchTerms(task, data, size, term_of)
-        return mean_plus_penalty(task, terms, len(data) if n is None else n, PSD)
+        how = way(task, data, 1, term_of)
+        terms = BatchTerms(task, data, size, partial(term_of, how))
+        return mean_plus_penalty(task, terms, len(data) if n is None else n, PSD, how.notes)
 
     @staticmethod
-    def _one(task: Task, batch: Batch, generator: torch.Generator) -> LinearOperator:
+    def _one(
+        task: Task, how: Way, batch: Batch, size: int, generator: torch.Generator
+    ) -> LinearOperator:
         with torch.no_grad():
             outputs, targets = task.outputs(task.theta(), batch)
-        # The drawn labels travel with the batch, so that vmap maps over both.
+        # The drawn labels travel with the batch, so that both are mapped over.
         drawn = task.loss.sample(outputs, targets, generator)
 
         def forward(model: nn.Module, pair: Any) -> tuple[Any, Any]:
@@ -71,4 +78,4 @@ class Fisher:
             task.params,
             forward=forward,
         )
-        return outer_products(relabeled, (batch, drawn))
+        return outer_products(relabeled, how, (batch, drawn), size)

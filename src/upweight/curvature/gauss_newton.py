@@ -6,17 +6,50 @@ For a map F(θ) with one row per example, Jᵢ = ∂Fᵢ/∂θ and a small symme
 
 costs two reverse-mode passes per vector. The GGN takes F = f and Λ = ∂²ℓ/∂f²; the Fishers take F =
 ℓ and Λ = 1, which is Σ gᵢ gᵢᵀ.
+
+`torch.func` takes many vectors at a time. Where it cannot run the model, plain autograd takes them
+one at a time; where an operation has no second derivative, which the product above needs though the
+matrix does not, it is made of the Jacobians themselves.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._typing import Batch
 from upweight.curvature.curvature import BatchTerm
-from upweight.linalg.operator import Tag
+from upweight.gradients.autograd import (
+    agrees,
+    attempted,
+    few,
+    first_line,
+    gauss_newton_products,
+)
+from upweight.gradients.blocks import Plan
+from upweight.gradients.planning import plan
+from upweight.linalg.operator import LinearOperator, Tag
+from upweight.task.data import WORKING_BYTES, Data
 from upweight.task.task import Task
+
+
+@dataclass(frozen=True)
+class Way:
+    """How products and Jacobians are had.
+
+    Args:
+        products: By `torch.func`, by plain autograd, or from the Jacobians.
+        plan: How Jacobians are had by the layers' rules; None: by `torch.func`.
+        notes: Why, where it is not `torch.func`.
+    """
+
+    products: Literal["func", "autograd", "jacobians"] = "func"
+    plan: Plan | None = None
+    notes: tuple[str, ...] = ()
 
 
 class GaussNewtonTerm(BatchTerm):
@@ -24,26 +57,41 @@ class GaussNewtonTerm(BatchTerm):
 
     Args:
         task: What was trained.
-        function: θ ↦ F(θ), `[p] -> [b, c]`.
-        jacobians: () ↦ J, `[b, c, p]`; called only to write the matrix out.
+        function: θ ↦ F(θ), `[p] -> [b, c]`; θ flat or by name.
+        jacobians: () ↦ J, `[b, c, p]`; called to write the matrix out, or where the way is that.
         lambdas: Λ, or None for the identity.
+        tags: What is known of it.
+        products: How products are taken; see `Way`.
     """
 
     def __init__(
         self,
         task: Task,
-        function: Callable[[Tensor], Float[Tensor, "b c"]],
+        function: Callable[..., Float[Tensor, "b c"]],
         jacobians: Callable[[], Float[Tensor, "b c p"]],
         lambdas: Float[Tensor, "b c c"] | None,
         tags: frozenset[Tag],
+        products: Literal["func", "autograd", "jacobians"] = "func",
     ) -> None:
         super().__init__(task, tags)
         self.function, self.jacobians, self.lambdas = function, jacobians, lambdas
+        self.products = products
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
         if v.numel() == 0:  # vmap needs at least one vector
             return v.clone()
+        flat = v.reshape(-1, v.shape[-1])
+        if self.products == "autograd":
+            rows = gauss_newton_products(self.task, self.function, self.lambdas, flat)
+        elif self.products == "jacobians":
+            j, weighted = self._factors()
+            rows = torch.einsum("bcp,kbc->kp", j, torch.einsum("bcp,kp->kbc", weighted, flat))
+        else:
+            rows = self._by_func(flat)
+        return rows.reshape(v.shape)
+
+    def _by_func(self, flat: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         values, pullback = torch.func.vjp(self.function, self.task.theta())  # type: ignore[misc]
         # u ↦ Jᵀu is linear, so its own pullback at v is J v. Unlike forward mode this needs only
         # operations that have a backward pass (fused encoder layers have no forward mode), and the
@@ -56,8 +104,8 @@ class GaussNewtonTerm(BatchTerm):
                 jv = (self.lambdas @ jv[:, :, None])[:, :, 0]
             return pullback(jv)[0]
 
-        flat = v.reshape(-1, v.shape[-1])
-        return torch.func.vmap(one, chunk_size=16)(flat).reshape(v.shape)
+        found: Tensor = torch.func.vmap(one, chunk_size=16)(flat)
+        return found
 
     def add_to(self, out: Float[Tensor, "p p"], scale: float = 1.0) -> None:
         j, weighted = self._factors()
@@ -70,3 +118,78 @@ class GaussNewtonTerm(BatchTerm):
     def _factors(self) -> tuple[Float[Tensor, "b c p"], Float[Tensor, "b c p"]]:
         j = self.jacobians()
         return j, j if self.lambdas is None else self.lambdas @ j
+
+
+def way(
+    task: Task,
+    data: Data,
+    outputs: int,
+    make: Callable[[Way, range, Batch], LinearOperator],
+) -> Way:
+    """The fastest way that runs and agrees with plain autograd on a few examples.
+
+    Args:
+        task: What was trained.
+        data: Its examples.
+        outputs: c.
+        make: The term of a batch, in a given way.
+
+    Raises:
+        UnsupportedModel: There is neither a layer rule nor a gradient by autograd.
+
+    Cost: products with two vectors, in up to three ways.
+    """
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(2, task.layout.size, generator=generator, dtype=torch.float64)
+    v = v.to(task.layout.device, task.layout.dtype)
+    chosen = Way()
+    for places, batch in few(task, data):
+        chosen = _compared(task, data, chosen, v, outputs, places, partial(make, batch=batch))
+    return chosen
+
+
+def _compared(
+    task: Task,
+    data: Data,
+    chosen: Way,
+    v: Float[Tensor, "2 p"],
+    outputs: int,
+    places: range,
+    make: Callable[..., LinearOperator],
+) -> Way:
+    """What is left of the way chosen so far after another batch."""
+
+    def by(way: Way) -> Callable[[], Tensor]:
+        return lambda: make(way, places).mv(v)
+
+    made, products, notes = chosen.plan, chosen.products, list(chosen.notes)
+
+    def planned() -> Plan:
+        return made if made is not None else plan(task, data)
+
+    expected, missing = attempted(by(Way("autograd")))
+    if expected is None:
+        made = planned()
+        expected = by(Way("jacobians", made))()
+    if products == "func":
+        found, refused = attempted(by(Way()))
+        if not agrees(found, expected):
+            products = "autograd" if missing is None else "jacobians"
+            how = "double backward" if missing is None else "Jacobians"
+            notes.append(f"products by {how}, because {_reason(found, missing or refused)}")
+    elif missing is not None:
+        products = "jacobians"
+    # Where they are too large to be formed for a few examples nobody will ask for them.
+    size = len(places) * outputs * task.layout.size * task.layout.dtype.itemsize
+    if made is None and size <= WORKING_BYTES:
+        found, refused = attempted(by(Way("jacobians")))
+        if not agrees(found, expected):
+            made = planned()
+            notes.append(f"Jacobians by layer, because {_reason(found, refused)}")
+    return Way(products, made, tuple(notes))
+
+
+def _reason(found: Tensor | None, error: Exception | None) -> str:
+    if found is not None:
+        return "torch.func gives others than autograd does for the model"
+    return f"torch.func cannot run the model: {first_line(error)}"

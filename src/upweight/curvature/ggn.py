@@ -1,15 +1,18 @@
 """E[Jᵀ ∇²_f ℓ J]: the generalized Gauss–Newton matrix."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.curvature.curvature import BatchTerms, mean_plus_penalty
-from upweight.curvature.gauss_newton import GaussNewtonTerm
+from upweight.curvature.gauss_newton import GaussNewtonTerm, Way, way
 from upweight.curvature.linear import linear_term
 from upweight.gradients.functional import output_jacobians
 from upweight.gradients.linear import linear_form
+from upweight.gradients.source import planned_jacobians
 from upweight.linalg.operator import LinearOperator, Tag
 from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
@@ -24,15 +27,20 @@ class GGN:
     parameter it is the Fisher information (Martens 2020, §9).
 
     Cost: one product is two backward passes over the data; `dense()` is
-    O(n·c·p²) multiply-adds from per-example Jacobians.
+    O(n·c·p²) multiply-adds from per-example Jacobians. Without `torch.func` vectors are not taken
+    together, and without second derivatives a product takes c backward passes.
 
     Exact when: f is linear in θ, where it equals the Hessian.
     """
 
     def fit(self, task: Task, data: Data, *, n: int | None = None) -> LinearOperator:
-        """G at θ̂; see `Curvature.fit`."""
+        """G at θ̂; see `Curvature.fit`.
+
+        Raises:
+            UnsupportedModel: The loss has no second derivative, or the model no first one.
+        """
         n = len(data) if n is None else n
-        probe = task.to_device(data.batch(0, min(4, len(data))))
+        probe = task.to_device(data.batch(0, data.together(min(4, len(data)))))
         form = linear_form(task, probe)
         if form is not None:
             term = linear_term(task, form, data)
@@ -40,17 +48,26 @@ class GGN:
         outputs, _ = task.outputs(task.theta(), probe)
         tags = frozenset({Tag.SYMMETRIC, Tag.PSD} if task.loss.convex else {Tag.SYMMETRIC})
 
-        def term_of(_: int, batch: Batch) -> GaussNewtonTerm:
+        def term_of(how: Way, places: range, batch: Batch) -> GaussNewtonTerm:
             with torch.no_grad():
                 f, targets = task.outputs(task.theta(), batch)
+
+            def jacobians() -> Tensor:
+                if how.plan is not None:
+                    return planned_jacobians(how.plan, batch, len(places))
+                return output_jacobians(task, task.theta(), batch, len(places))
+
             return GaussNewtonTerm(
                 task,
                 lambda t: task.outputs(t, batch)[0].reshape(len(f), -1),
-                lambda: output_jacobians(task, task.theta(), batch),
+                jacobians,
                 task.loss.hessian(f, targets),
                 tags,
+                how.products,
             )
 
-        values = outputs[0].numel() * (task.layout.size + outputs[0].numel())
-        size = batch_size(values, task.layout.dtype.itemsize)
-        return mean_plus_penalty(task, BatchTerms(task, data, size, term_of), n, tags)
+        width = outputs[0].numel()
+        size = batch_size(width * (task.layout.size + width), task.layout.dtype.itemsize)
+        how = way(task, data, width, term_of)
+        terms = BatchTerms(task, data, size, partial(term_of, how))
+        return mean_plus_penalty(task, terms, n, tags, how.notes)

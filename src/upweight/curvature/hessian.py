@@ -1,14 +1,27 @@
-"""∇²J: the Hessian of the mean loss plus the penalty."""
+"""∇²J: the Hessian of the mean loss plus the penalty.
+
+Products are taken by `torch.func`, many vectors at a time. Where that cannot run the model, or
+disagrees with plain autograd on a few examples (it differentiates through `.data`, where autograd
+does not), they are taken by double backward, one vector at a time.
+"""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.curvature.curvature import BatchTerm, BatchTerms, mean_plus_penalty
+from upweight.curvature.curvature import (
+    BatchTerm,
+    BatchTerms,
+    mean_plus_penalty,
+    no_second_derivative,
+)
 from upweight.curvature.linear import linear_term
+from upweight.errors import UnsupportedModel, message
+from upweight.gradients.autograd import agrees, attempted, few, first_line, hessian_products
 from upweight.gradients.linear import linear_form
 from upweight.linalg.operator import LinearOperator, Tag
 from upweight.task.data import Data, batch_size
@@ -22,12 +35,16 @@ class HessianTerm(BatchTerm):
     needs only operations that have a backward pass.
     """
 
-    def __init__(self, task: Task, batch: Batch) -> None:
+    def __init__(self, task: Task, batch: Batch, by_func: bool = True) -> None:
         super().__init__(task, frozenset({Tag.SYMMETRIC}))
-        self.batch = batch
+        self.batch, self.by_func = batch, by_func
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
+        if not self.by_func and v.numel() > 0:
+            rows = v.reshape(-1, v.shape[-1])
+            found = hessian_products(self.task, lambda p: self.task.losses(p, self.batch), rows)
+            return found.reshape(v.shape)
         gradient = torch.func.grad(lambda t: self.task.losses(t, self.batch).sum())
         pullback = torch.func.vjp(gradient, self.task.theta())[1]
         if v.numel() == 0:  # vmap needs at least one vector
@@ -46,18 +63,78 @@ class Hessian:
     layer) is recognized and assembled by matrix products.
 
     Cost: one product is two backward passes over the data; `dense()` takes p of them, or
-    O(n·c²·i²) multiply-adds for a linear model.
+    O(n·c²·i²) multiply-adds for a linear model. Without `torch.func` vectors are not taken
+    together.
 
     Exact when: always. Koh & Liang (2017), §2.
     """
 
     def fit(self, task: Task, data: Data, *, n: int | None = None) -> LinearOperator:
-        """∇²J at θ̂; see `Curvature.fit`."""
+        """∇²J at θ̂; see `Curvature.fit`.
+
+        Raises:
+            UnsupportedModel: An operation has no second derivative; or the model's gradients are
+                those of no function, so that there is no Hessian.
+        """
         n = len(data) if n is None else n
-        form = linear_form(task, task.to_device(data.batch(0, min(4, len(data)))))
+        form = linear_form(task, task.to_device(data.batch(0, data.together(min(4, len(data))))))
         if form is not None:
             term = linear_term(task, form, data)
             return mean_plus_penalty(task, (term,), n, term.tags)
         size = batch_size(task.layout.size, task.layout.dtype.itemsize)
-        terms = BatchTerms(task, data, size, lambda _, batch: HessianTerm(task, batch))
-        return mean_plus_penalty(task, terms, n, frozenset({Tag.SYMMETRIC}))
+        by_func, notes = _way(task, data)
+        terms = BatchTerms(task, data, size, lambda _, batch: HessianTerm(task, batch, by_func))
+        return mean_plus_penalty(task, terms, n, frozenset({Tag.SYMMETRIC}), notes)
+
+
+def _way(task: Task, data: Data) -> tuple[bool, tuple[str, ...]]:
+    """Whether `torch.func` takes the products, and a note if it does not.
+
+    Raises:
+        UnsupportedModel: As for `Hessian.fit`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(2, task.layout.size, generator=generator, dtype=torch.float64)
+    v = v.to(task.layout.device, task.layout.dtype)
+    why = None
+    for _, batch in few(task, data):
+        ways = [HessianTerm(task, batch, by_func) for by_func in (True, False)]
+        fast, refused = attempted(partial(ways[0].mv, v))
+        plain, missing = attempted(partial(ways[1].mv, v))
+        if plain is None:
+            assert missing is not None
+            if fast is not None:  # nothing to compare it with
+                continue
+            if not isinstance(missing, RuntimeError):
+                raise missing
+            raise UnsupportedModel(
+                no_second_derivative(
+                    missing,
+                    "use curvature=GGN(), which needs first derivatives of the model and second "
+                    "ones of the loss, or EKFAC(), which needs first ones only.",
+                )
+            ) from missing
+        _require_symmetric(v, plain)
+        if fast is None:
+            why = f"torch.func cannot run the model: {first_line(refused)}"
+        elif not agrees(fast, plain):
+            why = "torch.func gives others than autograd does for the model (.data in forward)"
+    if why is None:
+        return True, ()
+    return False, (f"products with the Hessian by double backward, because {why}",)
+
+
+def _require_symmetric(v: Float[Tensor, "2 p"], products: Float[Tensor, "2 p"]) -> None:
+    one, other = float(v[0] @ products[1]), float(v[1] @ products[0])
+    scale = float((v.norm(dim=1) * products.flip(0).norm(dim=1)).sum())
+    if abs(one - other) > torch.finfo(v.dtype).eps ** 0.5 * scale:
+        raise UnsupportedModel(
+            message(
+                "A Hessian is symmetric: uᵀHv must be vᵀHu.",
+                f"{one:.6g} and {other:.6g} on a few examples.",
+                "gradients that are not those of a function: a backward pass of one's own that is "
+                "not the derivative of its forward pass (gradient reversal), .detach() or .data in "
+                "it.",
+                "use curvature=GGN() or EKFAC(), which are made of first derivatives.",
+            )
+        )

@@ -158,7 +158,7 @@ class LayerwiseCurvature(abc.ABC):
         damping: Damping | None = None,
         memory_bytes: int | None = None,
         checkpoint: Checkpoint | None = None,
-        watch: Callable[[int, Batch, Tensor, Any], None] | None = None,
+        watch: Callable[[int, int, Batch, Tensor, Any], None] | None = None,
     ) -> BlockCurvature:
         """H at θ̂, block by block.
 
@@ -171,8 +171,8 @@ class LayerwiseCurvature(abc.ABC):
             memory_bytes: What a batch may take, and the gradients that are kept for the second pass
                 where they fit; None: a share of what is free.
             checkpoint: Where to keep the sums while they grow, and to go on from.
-            watch: Called with (start, batch, outputs, targets) of every batch of the first pass,
-                before anything is made of them.
+            watch: Called with (start, stop, batch, outputs, targets) of every batch of the first
+                pass, before anything is made of them.
 
         Raises:
             UnsupportedModel: The labels cannot be drawn, or a gradient cannot be had.
@@ -190,7 +190,7 @@ class LayerwiseCurvature(abc.ABC):
         ]
         for estimator in estimators:
             estimator.damping = damping
-        batch = examples_at_once(spent, task.layout.device, memory_bytes)
+        batch = data.together(examples_at_once(spent, task.layout.device, memory_bytes))
         spread = _Spread(len(estimators))
         place = _Place(0, 0, batch)
         if checkpoint is not None and (state := checkpoint.read()) is not None:
@@ -277,7 +277,7 @@ class _Passes:
     kept: Kept
     place: _Place
     checkpoint: Checkpoint | None
-    watch: Callable[[int, Batch, Tensor, Any], None] | None
+    watch: Callable[[int, int, Batch, Tensor, Any], None] | None
 
     def run(self) -> dict[str, float]:
         """Every pass that is left; how long each took."""
@@ -336,11 +336,11 @@ class _Passes:
 
         def heads(outputs: Tensor, targets: Any) -> Iterator[Head]:
             if stage == 0 and self.watch is not None:
-                self.watch(start, batch, outputs, targets)
+                self.watch(start, stop, batch, outputs, targets)
             for stream in streams:
                 yield from self.labels.heads(task.loss, outputs, targets, start, stream)
 
-        for factors in passes.of_heads(batch, heads):
+        for factors in passes.of_heads(batch, stop - start, heads):
             yield dict(enumerate(factors))
 
 

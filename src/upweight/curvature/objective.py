@@ -108,7 +108,7 @@ class LinearObjective(WeightedObjective):
 
 def weighted_objective(task: Task, data: Data) -> WeightedObjective:
     """J of this task on these data: by matrix products where the model is linear in θ."""
-    form = linear_form(task, task.to_device(data.batch(0, min(4, len(data)))))
+    form = linear_form(task, task.to_device(data.batch(0, data.together(min(4, len(data))))))
     if form is None:
         return GeneralObjective(task, task.to_device(data.batch(0, len(data))), len(data))
     origin = torch.zeros_like(task.theta())

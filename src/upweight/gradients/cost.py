@@ -34,6 +34,8 @@ class Cost:
 def cost(plan: Plan, data: Data) -> Cost:
     """Run a few examples and count."""
     few, positions, factors = _held(plan, data, SIZES[0])
+    if data.together(SIZES[1]) == 1:
+        return Cost(max(1, few), positions, factors)
     more, _, _ = _held(plan, data, SIZES[1])
     return Cost(max(1, (more - few) // (SIZES[1] - SIZES[0])), positions, factors // SIZES[0])
 
@@ -59,7 +61,7 @@ def _held(plan: Plan, data: Data, size: int) -> tuple[int, tuple[int, ...], int]
             return task.loss(*task.call(params, examples))
 
     with GradientPass(plan) as passes:
-        factors = passes.of(losses, batch)
+        factors = passes.of(losses, batch, size)
     own = sum(x.nbytes for part in factors for x in part.tensors)
     full = 0  # with the one-hot factors of lookups, which some uses form
     for part in factors:

@@ -6,38 +6,47 @@ All are taken at one flat θ. Memory is b·p (b·c·p for Jacobians).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch
+from upweight.task.batches import Listed, has_examples, mapped
 from upweight.task.task import Task
 
 
 def per_sample_gradients(
-    task: Task, theta: Float[Tensor, " p"], batch: Batch
+    task: Task, theta: Float[Tensor, " p"], batch: Batch, size: int
 ) -> Float[Tensor, "b p"]:
     """∇θ ℓ(θ; zᵢ) for each example of a batch."""
-    return _per_sample(torch.func.grad, lambda t, b: task.losses(t, b)[0], theta, batch)
+    return value_gradients(task.losses, theta, batch, size)
 
 
 def measure_gradients(
-    task: Task, measure: Callable[..., Tensor], theta: Float[Tensor, " p"], batch: Batch
+    task: Task, measure: Callable[..., Tensor], theta: Float[Tensor, " p"], batch: Batch, size: int
 ) -> Float[Tensor, "b p"]:
     """∇θ m(θ; q) for each query of a batch."""
-    return _per_sample(
-        torch.func.grad, lambda t, b: measure(task, task.named(t), b)[0], theta, batch
-    )
+    return value_gradients(lambda t, b: measure(task, task.named(t), b), theta, batch, size)
+
+
+def value_gradients(
+    function: Callable[[Tensor, Any], Float[Tensor, " b"]],
+    theta: Float[Tensor, " p"],
+    batch: Any,
+    size: int,
+) -> Float[Tensor, "b p"]:
+    """∇θ function(θ, batch)ᵢ for each example of a batch."""
+    return _per_sample(torch.func.grad, lambda t, b: function(t, b)[0], theta, batch, size)
 
 
 def output_jacobians(
-    task: Task, theta: Float[Tensor, " p"], batch: Batch
+    task: Task, theta: Float[Tensor, " p"], batch: Batch, size: int
 ) -> Float[Tensor, "b c p"]:
     """∂f/∂θ for each example of a batch, with f flattened to c outputs."""
     return _per_sample(
-        torch.func.jacrev, lambda t, b: task.outputs(t, b)[0].reshape(-1), theta, batch
+        torch.func.jacrev, lambda t, b: task.outputs(t, b)[0].reshape(-1), theta, batch, size
     )
 
 
@@ -46,9 +55,52 @@ def _per_sample(
     function: Callable[[Tensor, Batch], Tensor],
     theta: Float[Tensor, " p"],
     batch: Batch,
+    size: int,
 ) -> Tensor:
     def one(example: Batch) -> Tensor:
-        as_batch = tree_map(lambda x: x[None] if isinstance(x, Tensor) else x, example)
-        return transform(function)(theta, as_batch)
+        return transform(function)(theta, example)
 
-    return torch.func.vmap(one)(batch)
+    found: Tensor = over_examples(one, batch, size)
+    return found
+
+
+def over_examples(function: Callable[[Any], Any], batch: Any, size: int) -> Any:
+    """function(example) of each example of a batch, by `vmap`. It sees a batch of one.
+
+    Raises:
+        ValueError: A part of the batch is no tensor with an entry per example.
+    """
+    mapped_over: list[Tensor] = []
+
+    def chosen(leaf: Any) -> Any:
+        if not has_examples(leaf):
+            return leaf
+        if isinstance(leaf, Listed) or len(leaf) != size:
+            what = f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else "a list"
+            raise ValueError(
+                f"torch.func maps over the first axis of tensors; a part of {size} examples is "
+                f"{what}"
+            )
+        mapped_over.append(leaf)
+        return _Place(len(mapped_over) - 1)
+
+    places = mapped(chosen, batch)
+
+    def one(parts: list[Tensor]) -> Any:
+        return function(
+            mapped(lambda x: parts[x.index][None] if isinstance(x, _Place) else x, places)
+        )
+
+    return torch.func.vmap(one)(mapped_over)
+
+
+class _Place:
+    """Where a tensor of a batch was."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def as_dense(gradient: Tensor) -> Tensor:
+    """A gradient as a dense tensor: embeddings with sparse=True have sparse ones."""
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()

@@ -13,8 +13,8 @@ The hooks live inside the context: model, parameters and hooks come back as they
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 from upweight._typing import Batch, Params
 from upweight.errors import UnsupportedModel, message
 from upweight.task.check import require_recording
+from upweight.task.lent import lent, without_fast_path
 from upweight.task.task import Task
 
 _T = TypeVar("_T")
@@ -110,11 +111,7 @@ class Capture:
         require_recording()
         self._context.enter_context(lent(self.task.model))
         self._context.enter_context(as_written())
-        # PyTorch's inference path for transformers calls no layers, and packs padded sequences.
-        self._context.callback(
-            torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
-        )
-        torch.backends.mha.set_fastpath_enabled(False)
+        self._context.enter_context(without_fast_path())
         for name, roles in self.layers.items():
             module = self.task.model.get_submodule(name)
             # Around the layer itself, within hooks of the user's own: what it was called with and
@@ -258,20 +255,6 @@ def as_written() -> AbstractContextManager[Any]:
     # Loading the compiler takes a second; until somebody does, nothing is compiled.
     is_loaded = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
-
-
-@contextmanager
-def lent(model: nn.Module) -> Iterator[None]:
-    """The very parameters of the model are back in their places afterwards, whatever happens.
-
-    `functional_call` restores a module that is registered under two names to what it lent it.
-    """
-    before = [(module, dict(module._parameters)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, parameters in before:
-            module._parameters.update(parameters)
 
 
 def inside(task: Task, params: Params, function: Callable[[], _T]) -> _T:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch
+from upweight.task.batches import tensors
 from upweight.task.task import Task
 
 
@@ -103,7 +103,7 @@ def linear_form(task: Task, probe: Batch) -> LinearForm | None:
             captured, outputs, targets = _run(task, probe, name, replacement=random)
         except (RuntimeError, LookupError):
             return None
-        constant = not any(x.requires_grad for x in _tensors((captured, targets)))
+        constant = not any(x.requires_grad for x in tensors((captured, targets)))
         if not constant or captured.numel() != size * linear.in_features:
             return None
         if outputs.numel() != random.numel() or not torch.equal(
@@ -161,7 +161,3 @@ def _run(
     if len(seen) != 1:
         raise LookupError(module)
     return seen[0], outputs, targets
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

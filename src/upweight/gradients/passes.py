@@ -21,14 +21,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map
 
 from upweight._typing import Batch, Params
 from upweight.errors import NotDifferentiable, ScalarLoss, UnsupportedModel, message
 from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source
 from upweight.gradients.factored import Factors, Rows, Tokens, stacked
+from upweight.gradients.functional import as_dense, over_examples
 from upweight.gradients.hooks import Call, Capture, inside
 from upweight.gradients.layers import Examples, rule_for
+from upweight.task.batches import cut
 
 Function = Callable[[Params, Any], Tensor]
 """(θ by name, batch) to one value per example: losses, or a measure."""
@@ -56,34 +57,36 @@ class GradientPass:
         self._capture.__exit__(*error)
 
     def of(
-        self, function: Callable[[Params, Batch], Float[Tensor, " b"]], batch: Batch
+        self, function: Callable[[Params, Batch], Float[Tensor, " b"]], batch: Batch, size: int
     ) -> list[Factors]:
         """∇θ function(θ, batch)ᵢ for each example, in the order of the plan's blocks.
 
         Args:
             function: One value per example: losses, or a measure.
-            batch: Any tree of tensors with the examples first, on the parameters' device.
+            batch: As data give it, on the parameters' device.
+            size: How many examples it holds.
 
         Raises:
             NotDifferentiable: No gradient reaches the layers.
             ScalarLoss: The function does not give one value per example.
             UnsupportedModel: A parameter is used outside of the layers that account for it.
         """
-        size = _size(batch)
         if self.plan.one_by_one and size > 1:
-            return self._one_by_one(function, batch)
+            return self._one_by_one(function, batch, size)
         values = self._watched(function, batch, size)
         return self._factors(values, function, batch, size)
 
     def of_heads(
         self,
         batch: Batch,
+        size: int,
         heads: Callable[[Tensor, Any], Iterable[tuple[Callable[..., Tensor], Any]]],
     ) -> Iterator[list[Factors]]:
         """∇θ head(f(θ, x), y, extra)ᵢ for several heads on one forward pass.
 
         Args:
             batch: As the task takes it.
+            size: How many examples it holds.
             heads: From outputs and targets to pairs (head, extra): `head(outputs, targets, extra)`
                 gives one value per example, with extra any tree with the examples first.
 
@@ -92,7 +95,7 @@ class GradientPass:
             ScalarLoss: A head does not give one value per example.
             UnsupportedModel: A parameter is used outside of the layers that account for it.
         """
-        task, size = self.plan.task, _size(batch)
+        task = self.plan.task
         self._is_alone = self.plan.one_by_one and size > 1
         outputs, targets = self._capture.forward(batch, size)
         for head, extra in heads(outputs.detach(), targets):
@@ -101,7 +104,7 @@ class GradientPass:
                 return head(*task.outputs(params, pair[0]), pair[1])
 
             if self._is_alone:  # no longer on the forward pass above
-                yield self._one_by_one(function, (batch, extra))
+                yield self._one_by_one(function, (batch, extra), size)
                 continue
             with torch.enable_grad():
                 values = head(outputs, targets, extra)
@@ -120,23 +123,23 @@ class GradientPass:
         lost = self._misplaced(values, calls)
         if lost:
             self._warn(f"the examples of a batch cannot be told apart in {', '.join(lost[:3])}")
-            return self._one_by_one(function, batch)
+            return self._one_by_one(function, batch, size)
         # Factors keep their dtype where the caller has autocast on.
         with torch.autocast(plan.task.layout.device.type, enabled=False):
             by_role = _contributions(plan.task.model, calls, plan.layers, size, plan.dtype)
         try:
-            rows = self.by_function(function, batch)
+            rows = self.by_function(function, batch, size)
         except NoBatchingRule as error:
             self._warn(f"torch.func.vmap cannot run the model on a batch ({error})")
-            return self._one_by_one(function, batch)
+            return self._one_by_one(function, batch, size)
         return [self._block(block, by_role, rows, size) for block in plan.blocks]
 
-    def _one_by_one(self, function: Function, batch: Any) -> list[Factors]:
+    def _one_by_one(self, function: Function, batch: Any, size: int) -> list[Factors]:
         """Each example in a forward pass of its own."""
         self._is_alone = True
         found = []
-        for i in range(_size(batch)):
-            single = _example(batch, slice(i, i + 1))
+        for i in range(size):
+            single = cut(batch, slice(i, i + 1), size)
             values = self._watched(function, single, 1)
             found.append(self._factors(values, function, single, 1))
         return [stacked(parts) for parts in zip(*found, strict=True)]
@@ -195,7 +198,7 @@ class GradientPass:
             pieces.append(sum((p.values for p in parts if isinstance(p, Rows)), zero))
         return Rows(torch.cat(pieces, dim=1))
 
-    def by_function(self, function: Function, batch: Any) -> dict[str, Tensor]:
+    def by_function(self, function: Function, batch: Any, size: int) -> dict[str, Tensor]:
         """Per-example gradients of the parameters that no layer accounts for."""
         names = self.plan.by_function
         if not names:
@@ -208,18 +211,17 @@ class GradientPass:
 
         # Fused attention has no rule for vmap; its formula has.
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            if _size(batch) == 1:
+            if size == 1:
                 leaves = {name: p.clone().requires_grad_() for name, p in chosen.items()}
                 alone = value(leaves, batch)
                 task = self.plan.task
                 return inside(task, {**params, **leaves}, lambda: _gradients(alone, leaves))
 
             def one(example: Any) -> dict[str, Tensor]:
-                as_batch = _example(example, None)
-                return torch.func.grad(lambda some: value(some, as_batch))(chosen)
+                return torch.func.grad(lambda some: value(some, example))(chosen)
 
             try:
-                return torch.func.vmap(one)(batch)
+                return over_examples(one, batch, size)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError) as error:
@@ -322,18 +324,9 @@ def _gradients(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]
         return {name: torch.zeros_like(p)[None] for name, p in leaves.items()}
     found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     return {
-        name: (torch.zeros_like(p) if g is None else g)[None]
+        name: (torch.zeros_like(p) if g is None else as_dense(g))[None]
         for (name, p), g in zip(leaves.items(), found, strict=True)
     }
-
-
-def _size(batch: Any) -> int:
-    return next(len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim > 0)
-
-
-def _example(batch: Any, index: slice | None) -> Any:
-    """Some examples of a batch; with None, an axis for one example."""
-    return tree_map(lambda x: x[index] if isinstance(x, Tensor) else x, batch)
 
 
 def _require_one_value_each(values: Tensor, size: int) -> None:

@@ -17,10 +17,12 @@ from torch.utils._pytree import tree_leaves
 from upweight._typing import Batch, Params
 from upweight.errors import NonFinite, UnsupportedModel, UpweightError, listed, message
 from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source, VectorBlock
-from upweight.gradients.hooks import Capture, as_written, inside, lent
+from upweight.gradients.functional import as_dense
+from upweight.gradients.hooks import Capture, as_written, inside
 from upweight.gradients.layers import Rule, rule_for
 from upweight.gradients.passes import GradientPass, NoBatchingRule, misplaced, roles
 from upweight.task.data import Data
+from upweight.task.lent import lent
 from upweight.task.task import Task
 
 PROBE = 3
@@ -64,6 +66,8 @@ class _Planning:
 
     def plan(self) -> Plan:
         self._find_axes()
+        if self.data.form.uncut is not None:
+            return self._planned_alone()
         self._leave_without_axis()
         bypassed, lost = self._watched()
         for name in bypassed:
@@ -71,20 +75,38 @@ class _Planning:
         whole = dict(self.owners), dict(self.left)
         self._leave_where(lambda s: s.layer in lost, "does not keep the examples in their order")
         made = self._made()
-        reason = _no_batching_rule(made, self._probe())
+        reason = self._no_batching_rule(made)
         if reason is not None:
             # One example at a time, every row of a layer is that example's.
             self.owners, self.left = whole
             self.notes.append(f"examples are taken one at a time, because {reason}")
             made = self._made(one_by_one=True)
-        wrong = _mismatches(made, self._probe())
+        wrong = self._mismatches(made)
         if wrong:
             for name in wrong:
                 self._leave(name, "its layers' gradients differ from autograd's")
             made = self._made(made.one_by_one)
-            if not made.one_by_one and _no_batching_rule(made, self._probe()) is not None:
+            if not made.one_by_one and self._no_batching_rule(made) is not None:
                 made = self._made(one_by_one=True)
-            left = _mismatches(made, self._probe())
+            left = self._mismatches(made)
+            if left:
+                raise UnsupportedModel(_unmatched(left))
+        return made
+
+    def _planned_alone(self) -> Plan:
+        """For examples that are read one at a time: every row of a layer is that example's."""
+        self._leave_where(lambda s: s.layer not in self.ran, "did not run on the examples tried")
+        # A layer that runs once per part of an example has no axis that grows.
+        self.axes = {layer: self.axes.get(layer, 0) for layer in self.ran}
+        for name in self._watched()[0]:
+            self._leave(name, "it is also used outside of its layers")
+        made = self._made(one_by_one=True)
+        wrong = self._mismatches(made)
+        if wrong:
+            for name in wrong:
+                self._leave(name, "its layers' gradients differ from autograd's")
+            made = self._made(one_by_one=True)
+            left = self._mismatches(made)
             if left:
                 raise UnsupportedModel(_unmatched(left))
         return made
@@ -105,10 +127,23 @@ class _Planning:
             if at:
                 self._leave(name, f"{at[0] or 'the model'} {why}")
 
-    def _probe(self) -> Batch:
-        """A few examples, from all over the data."""
+    def _probe(self) -> list[tuple[Batch, int]]:
+        """A few examples, from all over the data: together if they can be, with their number."""
         last = len(self.data) - 1
-        return self.task.to_device(self.data.take(sorted({0, last // 2, last})))
+        few = sorted({0, last // 2, last})
+        return [
+            (self.task.to_device(batch), stop - start)
+            for start, stop, batch in self.data.subset(few).batches(len(few))
+        ]
+
+    def _no_batching_rule(self, made: Plan) -> str | None:
+        """Why `torch.func` cannot run what was left to it on a batch, if so."""
+        return next((why for p in self._probe() if (why := _no_batching_rule(made, *p))), None)
+
+    def _mismatches(self, made: Plan) -> list[str]:
+        """Parameters whose gradients by the plan are not autograd's."""
+        wrong = [name for probe in self._probe() for name in _mismatches(made, *probe)]
+        return list(dict.fromkeys(wrong))
 
     def _made(self, one_by_one: bool = False) -> Plan:
         axes = {s.layer: self.axes[s.layer] for o in self.owners.values() for s in o}
@@ -165,15 +200,17 @@ class _Planning:
 
     def _is_same_with(self, repeated: Mapping[str, bool]) -> bool:
         """Whether the model still runs, to the same outputs, with these layers repeated."""
-        batch = self._probe()
-        expected, _ = self.task.call(self.task.theta(), batch)
-        try:
-            with Capture(self.task, self._accounted(), repeated) as capture:
-                found, _ = capture.forward(batch, len(expected))
-        except (RuntimeError, ValueError, IndexError, TypeError, UpweightError):
-            return False
-        slack = 100 * torch.finfo(expected.dtype).eps
-        return found.shape == expected.shape and torch.allclose(found, expected, slack, slack)
+        for batch, size in self._probe():
+            expected, _ = self.task.call(self.task.theta(), batch)
+            try:
+                with Capture(self.task, self._accounted(), repeated) as capture:
+                    found, _ = capture.forward(batch, size)
+            except (RuntimeError, ValueError, IndexError, TypeError, UpweightError):
+                return False
+            slack = 100 * torch.finfo(expected.dtype).eps
+            if found.shape != expected.shape or not torch.allclose(found, expected, slack, slack):
+                return False
+        return True
 
     def _accounted(self) -> dict[str, tuple[str, ...]]:
         """The layers that own parameters, and which."""
@@ -185,13 +222,16 @@ class _Planning:
 
     def _watched(self) -> tuple[tuple[str, ...], list[str]]:
         """Parameters used outside of their layers; layers whose rows are not the examples'."""
-        made, batch = self._made(), self._probe()
+        made = self._made()
+        bypassed, lost = dict[str, None](), dict[str, None]()
         with Capture(self.task, roles(made), made.repeated) as capture:
-            values = capture.watch(lambda p: _checked(self.task, p, batch), _size(batch))
-            calls = capture.backward(values)
-            bypassed = capture.bypassed
-            self.dtypes |= {values.dtype, *(c.delta.dtype for c in calls)}
-            return bypassed, misplaced(capture, values, calls, made.layers)
+            for batch, size in self._probe():
+                values = capture.watch(lambda p, b=batch: _checked(self.task, p, b), size)
+                calls = capture.backward(values)
+                bypassed |= dict.fromkeys(capture.bypassed)
+                self.dtypes |= {values.dtype, *(c.delta.dtype for c in calls)}
+                lost |= dict.fromkeys(misplaced(capture, values, calls, made.layers))
+        return tuple(bypassed), list(lost)
 
 
 def _require_modules(model: nn.Module) -> None:
@@ -390,15 +430,10 @@ def _checked(task: Task, params: Params, batch: Batch) -> Tensor:
     return losses + (flat @ unequal).to(losses)
 
 
-def _size(batch: Batch) -> int:
-    return next(len(x) for x in tree_leaves(batch) if _is_input(x))
-
-
-def _no_batching_rule(made: Plan, batch: Batch) -> str | None:
-    """Why `torch.func` cannot run what was left to it on a batch, if so."""
+def _no_batching_rule(made: Plan, batch: Batch, size: int) -> str | None:
     with GradientPass(made) as gradients:
         try:
-            gradients.by_function(lambda p, b: _checked(made.task, p, b), batch)
+            gradients.by_function(lambda p, b: _checked(made.task, p, b), batch, size)
         except NoBatchingRule as error:
             return f"torch.func.vmap cannot run the model: {error}"
     return None
@@ -412,9 +447,9 @@ def _eps(dtypes: Iterable[torch.dtype]) -> float:
     return max(torch.finfo(dtype).eps for dtype in (*dtypes, torch.float32))
 
 
-def _mismatches(made: Plan, batch: Batch) -> list[str]:
+def _mismatches(made: Plan, batch: Batch, size: int) -> list[str]:
     """Parameters whose Σᵢ cᵢ gᵢ is not what autograd gives for Σᵢ cᵢ ℓᵢ, but for rounding."""
-    task, size, eps = made.task, _size(batch), _eps(made.computes_in)
+    task, eps = made.task, _eps(made.computes_in)
     weights = torch.tensor([1.0, -0.5, 2.25], device=task.layout.device)[:size]
     params = {k: v.clone().requires_grad_() for k, v in task.named(task.theta()).items()}
     with torch.enable_grad():
@@ -427,10 +462,11 @@ def _mismatches(made: Plan, batch: Batch) -> list[str]:
             ),
         )
     truth = [
-        torch.zeros_like(p) if g is None else g for p, g in zip(params.values(), parts, strict=True)
+        torch.zeros_like(p) if g is None else as_dense(g)
+        for p, g in zip(params.values(), parts, strict=True)
     ]
     with GradientPass(made) as gradients:
-        factors = gradients.of(lambda p, b: _checked(task, p, b), batch)
+        factors = gradients.of(lambda p, b: _checked(task, p, b), batch, size)
     flat = torch.cat([g.flatten() for g in truth]).to(made.dtype)
     if not bool(flat.isfinite().all()):
         raise NonFinite(

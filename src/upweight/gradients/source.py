@@ -1,19 +1,29 @@
 """How a method obtains gᵢ: what it may ask of a batch of training gradients.
 
 A method needs inner products ⟨v, gᵢ⟩, sums Σ cᵢ gᵢ and, where it insists, the rows themselves.
-`Direct` forms the rows; `FactoredLinear` never does.
+`Direct` forms the rows by `torch.func`; `ByLayer` as EK-FAC has them, where `torch.func` cannot run
+the model on a batch; `FactoredLinear` never forms them.
 """
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight._typing import Batch
-from upweight.gradients.functional import per_sample_gradients
+from upweight._typing import Batch, Params
+from upweight.gradients.autograd import agrees, attempted, few, first_line, total_gradient
+from upweight.gradients.blocks import Plan
+from upweight.gradients.factored import Factors, Tokens
+from upweight.gradients.functional import value_gradients
 from upweight.gradients.linear import LinearForm, linear_form
+from upweight.gradients.passes import GradientPass
+from upweight.gradients.planning import plan
+from upweight.task.batches import cut
 from upweight.task.data import Data
 from upweight.task.task import Task
 
@@ -22,6 +32,8 @@ class GradientSource(abc.ABC):
     """The gradients of a batch of examples at θ̂, in the form a method needs."""
 
     task: Task
+    notes: tuple[str, ...] = ()
+    """What was chosen on the way."""
 
     @property
     @abc.abstractmethod
@@ -29,11 +41,11 @@ class GradientSource(abc.ABC):
         """How many numbers are formed per example, which sets the batch size."""
 
     @abc.abstractmethod
-    def rows(self, batch: Batch) -> Float[Tensor, "b p"]:
-        """gᵢ as rows."""
+    def rows(self, batch: Batch, size: int) -> Float[Tensor, "b p"]:
+        """gᵢ as rows, of a batch of `size` examples."""
 
     @abc.abstractmethod
-    def inner(self, vectors: Float[Tensor, "q p"], batch: Batch) -> Float[Tensor, "q b"]:
+    def inner(self, vectors: Float[Tensor, "q p"], batch: Batch, size: int) -> Float[Tensor, "q b"]:
         """⟨v_q, gᵢ⟩ for every vector and example."""
 
     @abc.abstractmethod
@@ -41,24 +53,101 @@ class GradientSource(abc.ABC):
         """Σᵢ gᵢ over the batch."""
 
 
+Values = Callable[[Params, Any], Float[Tensor, " b"]]
+"""(θ by name, batch) to one value per example: losses, or a measure."""
+
+
 @dataclass(frozen=True)
 class Direct(GradientSource):
-    """gᵢ formed by `vmap(grad)`, for any model."""
+    """gᵢ formed by `vmap(grad)`, for any model that it can run.
+
+    Args:
+        task: Whose parameters.
+        function: Whose gradients; None: the losses'.
+    """
 
     task: Task
+    function: Values | None = None
 
     @property
     def values_per_example(self) -> int:
         return self.task.layout.size
 
-    def rows(self, batch: Batch) -> Float[Tensor, "b p"]:
-        return per_sample_gradients(self.task, self.task.theta(), batch)
+    def rows(self, batch: Batch, size: int) -> Float[Tensor, "b p"]:
+        return value_gradients(self._values, self.task.theta(), batch, size)
 
-    def inner(self, vectors: Float[Tensor, "q p"], batch: Batch) -> Float[Tensor, "q b"]:
-        return vectors @ self.rows(batch).T
+    def inner(self, vectors: Float[Tensor, "q p"], batch: Batch, size: int) -> Float[Tensor, "q b"]:
+        return vectors @ self.rows(batch, size).T
 
     def total(self, batch: Batch) -> Float[Tensor, " p"]:
-        return torch.func.grad(lambda t: self.task.losses(t, batch).sum())(self.task.theta())
+        return torch.func.grad(lambda t: self._values(t, batch).sum())(self.task.theta())
+
+    def _values(self, theta: Tensor, batch: Any) -> Tensor:
+        return (self.function or self.task.losses)(self.task.named(theta), batch)
+
+
+@dataclass(frozen=True)
+class ByLayer(GradientSource):
+    """gᵢ by the rules of the layers, and one example at a time where there is none.
+
+    Args:
+        task: Whose parameters.
+        plan: How.
+        function: Whose gradients; None: the losses'.
+        notes: Why.
+    """
+
+    task: Task
+    plan: Plan
+    function: Values | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def values_per_example(self) -> int:
+        return self.task.layout.size
+
+    def rows(self, batch: Batch, size: int) -> Float[Tensor, "b p"]:
+        return planned_rows(self.plan, self.function or self.task.losses, batch, size)
+
+    def inner(self, vectors: Float[Tensor, "q p"], batch: Batch, size: int) -> Float[Tensor, "q b"]:
+        return vectors @ self.rows(batch, size).T
+
+    def total(self, batch: Batch) -> Float[Tensor, " p"]:
+        function = self.function or self.task.losses
+        return total_gradient(self.task, lambda params: function(params, batch))
+
+
+def planned_rows(plan: Plan, function: Values, batch: Any, size: int) -> Float[Tensor, "b p"]:
+    """∇θ function(θ, batch)ᵢ as rows, by the layers' rules."""
+    with GradientPass(plan) as passes:
+        return _laid_out(plan, passes.of(function, batch, size))
+
+
+def planned_jacobians(plan: Plan, batch: Batch, size: int) -> Float[Tensor, "b c p"]:
+    """∂f/∂θ for each example of a batch, by the layers' rules: a backward pass per output."""
+
+    def entry(outputs: Tensor, _: Any, pick: Tensor) -> Tensor:
+        return (outputs.reshape(len(outputs), -1) * pick).sum(dim=1)
+
+    def heads(outputs: Tensor, _: Any) -> Any:
+        flat = outputs.reshape(len(outputs), -1)
+        for k in range(flat.shape[1]):
+            pick = torch.zeros_like(flat)
+            pick[:, k] = 1.0
+            yield entry, pick
+
+    with GradientPass(plan) as passes:
+        rows = [_laid_out(plan, found) for found in passes.of_heads(batch, size, heads)]
+    return torch.stack(rows, dim=1)
+
+
+def _laid_out(plan: Plan, factors: list[Factors]) -> Float[Tensor, "b p"]:
+    layout = plan.task.layout
+    rows = torch.empty(len(factors[0]), layout.size, dtype=layout.dtype, device=layout.device)
+    for block, part in zip(plan.blocks, factors, strict=True):
+        full = part.matrices() if isinstance(part, Tokens) else part.values
+        rows[:, block.index(layout).to(layout.device)] = full.flatten(1).to(layout.dtype)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -78,11 +167,11 @@ class FactoredLinear(GradientSource):
             outputs, targets = self.task.outputs(self.task.theta(), batch)
         return self.task.loss.gradient(outputs, targets), self.form.features(self.task, batch)
 
-    def rows(self, batch: Batch) -> Float[Tensor, "b p"]:
+    def rows(self, batch: Batch, size: int) -> Float[Tensor, "b p"]:
         delta, z = self.factors(batch)
         return self.form.flatten(delta[:, :, None] * z[:, None, :])
 
-    def inner(self, vectors: Float[Tensor, "q p"], batch: Batch) -> Float[Tensor, "q b"]:
+    def inner(self, vectors: Float[Tensor, "q p"], batch: Batch, size: int) -> Float[Tensor, "q b"]:
         delta, z = self.factors(batch)
         return contract(self.form.matrix(vectors), delta, z)
 
@@ -102,6 +191,45 @@ def contract(
 
 
 def gradient_source(task: Task, data: Data) -> GradientSource:
-    """The cheapest exact source for this task: factored where the model is linear in θ."""
-    form = linear_form(task, task.to_device(data.batch(0, min(4, len(data)))))
-    return Direct(task) if form is None else FactoredLinear(task, form)
+    """The cheapest exact source of training gradients: factored where the model is linear in θ."""
+    form = linear_form(task, task.to_device(data.batch(0, data.together(min(4, len(data))))))
+    return value_source(task, data, None) if form is None else FactoredLinear(task, form)
+
+
+def value_source(
+    task: Task, data: Data, function: Values | None, train: Data | None = None
+) -> GradientSource:
+    """The gradients of any value per example: by `torch.func` where it can run the model.
+
+    Args:
+        task: Whose parameters.
+        data: The examples to differentiate at.
+        function: The value; None: the loss.
+        train: The training data, to plan with; None: `data`.
+
+    Raises:
+        UnsupportedModel: There is neither a layer rule nor a gradient by autograd.
+
+    Cost: gradients of a few examples, in two ways.
+    """
+    direct, values = Direct(task, function), function or task.losses
+    why = None
+    for places, batch in few(task, data):
+        found, error = attempted(partial(direct.rows, batch, len(places)))
+        if found is None:
+            why = f"torch.func cannot run the model: {first_line(error)}"
+            break
+        # Unequal weights, by which gradients of one example in the place of another would show.
+        c = 1.0 + torch.arange(len(places)).to(found)
+        singles = [cut(batch, slice(i, i + 1), len(places)) for i in range(len(places))]
+
+        def weighted(params: Params, singles: Any = singles, c: Tensor = c) -> Tensor:
+            return c * torch.cat([values(params, single) for single in singles])
+
+        if not agrees(c @ found, total_gradient(task, weighted)):
+            why = "torch.func gives others than autograd does for the model"
+            break
+    if why is None:
+        return direct
+    note = f"per-example gradients by layer, because {why}"
+    return ByLayer(task, plan(task, data if train is None else train), function, (note,))

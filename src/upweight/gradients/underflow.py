@@ -20,12 +20,13 @@ LOST = 0.1
 """Of the length of an example's gradient, what underflow may take without a word."""
 
 
-def underflowing(plan: Plan, batch: Batch) -> dict[str, int]:
+def underflowing(plan: Plan, batch: Batch, size: int) -> dict[str, int]:
     """Blocks in which some examples lose more than a tenth of their gradient: of how many.
 
     Args:
         plan: How gradients are obtained.
         batch: The examples, on the parameters' device.
+        size: How many.
     """
 
     def multiple(scale: float) -> Callable[[Tensor, Any, Any], Tensor]:
@@ -36,7 +37,7 @@ def underflowing(plan: Plan, batch: Batch) -> dict[str, int]:
             yield multiple(scale), outputs.new_zeros(len(outputs))
 
     with GradientPass(plan) as passes:
-        plain, scaled = passes.of_heads(batch, heads)
+        plain, scaled = passes.of_heads(batch, size, heads)
     found = {}
     for block, part, larger in zip(plan.blocks, plain, scaled, strict=True):
         expected = larger.squared_norm().sqrt() / SCALE

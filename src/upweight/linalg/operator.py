@@ -72,6 +72,9 @@ class LinearOperator(abc.ABC):
     def transpose(self) -> "LinearOperator":
         """Aᵀ : ℝʳ → ℝᵖ."""
 
+    notes: tuple[str, ...] = ()
+    """What was chosen when it was made."""
+
     @property
     def T(self) -> "LinearOperator":
         """Aᵀ."""

@@ -117,8 +117,8 @@ def heard_blocks(plan: Plan, data: Data, batch_size: int) -> set[str]:
     found: set[str] = set()
     some = data.subset(places(len(data), UNDERFLOW_EXAMPLES))
     with GradientPass(plan) as gradients:
-        for _, _, batch in some.batches(batch_size):
-            parts = gradients.of(plan.task.losses, plan.task.to_device(batch))
+        for start, stop, batch in some.batches(batch_size):
+            parts = gradients.of(plan.task.losses, plan.task.to_device(batch), stop - start)
             for block, part in zip(plan.blocks, parts, strict=True):
                 if bool(part.absolute().total().any()):
                     found.add(block.name)
@@ -134,8 +134,9 @@ def underflow_notes(plan: Plan, data: Data, batch_size: int) -> tuple[str, ...]:
         return ()
     m = min(len(data), UNDERFLOW_EXAMPLES)
     found: dict[str, int] = {}
-    for _, _, batch in data.subset(places(len(data), m)).batches(batch_size):
-        for name, count in underflowing(plan, plan.task.to_device(batch)).items():
+    for start, stop, batch in data.subset(places(len(data), m)).batches(batch_size):
+        some = underflowing(plan, plan.task.to_device(batch), stop - start)
+        for name, count in some.items():
             found[name] = found.get(name, 0) + count
     if not found:
         return ()

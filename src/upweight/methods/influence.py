@@ -32,8 +32,12 @@ from upweight.errors import (
     SpecError,
     message,
 )
-from upweight.gradients.functional import measure_gradients
-from upweight.gradients.source import FactoredLinear, GradientSource, gradient_source
+from upweight.gradients.source import (
+    FactoredLinear,
+    GradientSource,
+    gradient_source,
+    value_source,
+)
 from upweight.linalg.cholesky import Cholesky
 from upweight.linalg.damping import Damping, as_damping, damped
 from upweight.linalg.operator import LinearOperator
@@ -170,6 +174,7 @@ class Influence:
         damping = as_damping(self.damping).of(curvature, task.theta(), len(data))
         operator = damped(curvature, damping)
         solver = self.solver.select(operator) if isinstance(self.solver, Auto) else self.solver
+        source = gradient_source(task, data)
         fitted = FittedInfluence(
             spec=self,
             task=task,
@@ -177,12 +182,19 @@ class Influence:
             operator=operator,
             solver=solver,
             state=solver.init(operator),
-            source=gradient_source(task, data),
+            source=source,
             theta=task.theta(),
             damping=damping,
             mean_loss=float(losses.double().mean()),
             seconds={},
-            notes=(*data.notes, *probe.notes, *health.precision_notes(task)),
+            notes=(
+                *data.notes,
+                *data.form_notes,
+                *probe.notes,
+                *curvature.notes,
+                *source.notes,
+                *health.precision_notes(task),
+            ),
         )
         self._require_operator(fitted)
         fitted.seconds["fit"] = time.perf_counter() - started
@@ -249,7 +261,7 @@ class FittedInfluence(Checked):
         data, measure, gradients = self._measured(queries, measure)
         solution = self._solve(gradients)
         values = torch.cat(
-            [self.source.inner(solution.value, batch) for batch in self._batches()], dim=1
+            [self.source.inner(solution.value, *part) for part in self._batches()], dim=1
         )
         return self._scores(
             -values * self._share, Unit.DERIVATIVE, data, measure, solution, started
@@ -268,8 +280,8 @@ class FittedInfluence(Checked):
         if self._linear is not None:
             return self._linear.self_influence()
         parts = []
-        for batch in self._batches():
-            rows = self.source.rows(batch)
+        for batch, size in self._batches():
+            rows = self.source.rows(batch, size)
             parts.append(-self._share * (rows * self._solve(rows).value).sum(dim=1))
         return torch.cat(parts)
 
@@ -285,7 +297,7 @@ class FittedInfluence(Checked):
             ShapeError: There is no such example.
         """
         self._require_same_model()
-        row = self.source.rows(self._example(example))
+        row = self.source.rows(self._example(example), 1)
         return self.task.layout.unflatten(-self._solve(row).value[0])
 
     # -- removals ---------------------------------------------------------------------------------
@@ -376,7 +388,9 @@ class FittedInfluence(Checked):
             )
         kept = self.train.subset([i for i in range(n) if i not in gone])
         operator = damped(self.spec.curvature.fit(self.task, kept, n=n), self.damping)
-        total = self.source.total(self.task.to_device(self.train.take(group)))
+        batches = self.train.subset(group).batches(len(group))
+        parts = [self.source.total(self.task.to_device(batch)) for _, _, batch in batches]
+        total = torch.stack(parts).sum(dim=0)
         solver = self.spec.solver
         return solver.solve(solver.init(operator), total * self._share).throw().value
 
@@ -433,7 +447,7 @@ class FittedInfluence(Checked):
         new = relabeled(old, label)
         with torch.no_grad():
             self.task.loss.check(*self.task.outputs(self.task.theta(), new))
-        change = self.source.inner(vectors, new) - self.source.inner(vectors, old)
+        change = self.source.inner(vectors, new, 1) - self.source.inner(vectors, old, 1)
         return -change[:, 0] * self._share
 
     # -- health -----------------------------------------------------------------------------------
@@ -453,7 +467,8 @@ class FittedInfluence(Checked):
 
     def _objective_gradient(self) -> Float[Tensor, " p"]:
         """∇J(θ̂) = (1/n) Σ gᵢ + ∇R."""
-        total = torch.stack([self.source.total(batch) for batch in self._batches()]).sum(dim=0)
+        parts = [self.source.total(batch) for batch, _ in self._batches()]
+        total = torch.stack(parts).sum(dim=0)
         penalty = self.task.penalty.gradient(self.task.theta(), self.task.layout)
         return total * self._share + penalty
 
@@ -513,9 +528,10 @@ class FittedInfluence(Checked):
         checked_losses(self.task, data, "queries")
         checked_measurements(self.task, measure, data)
         layout = self.task.layout
+        source = self._measure_source(measure, data)
         rows = [
-            self._measure_rows(measure, self.task.to_device(batch))
-            for _, _, batch in data.batches(batch_size(layout.size, layout.dtype.itemsize))
+            source.rows(self.task.to_device(batch), stop - start)
+            for start, stop, batch in data.batches(batch_size(layout.size, layout.dtype.itemsize))
         ]
         gradients = torch.cat(rows)
         if not bool(gradients.any()):
@@ -533,17 +549,21 @@ class FittedInfluence(Checked):
         if not torch.equal(self.task.theta(), self.theta):
             raise ModelChanged(health.moved(self.task.theta(), self.theta))
 
-    def _measure_rows(self, measure: Any, batch: Batch) -> Float[Tensor, "b p"]:
-        if isinstance(measure, Loss):  # ∇m = ∇ℓ, for which the source may have a closed form
-            return self.source.rows(batch)
-        return measure_gradients(self.task, measure, self.task.theta(), batch)
+    def _measure_source(self, measure: Any, queries: Data) -> GradientSource:
+        # ∇m = ∇ℓ, for which the source may have a closed form.
+        if isinstance(measure, Loss) and isinstance(self.source, FactoredLinear):
+            return self.source
+        task = self.task
+        return value_source(task, queries, lambda p, b: measure(task, p, b), self.train)
 
     def _solve(self, vectors: Float[Tensor, "k p"]) -> Solution:
         return self.solver.solve(self.state, vectors).throw()
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[tuple[Batch, int]]:
+        """The training examples in order, with how many there are in each batch."""
         size = batch_size(self.source.values_per_example, self.task.layout.dtype.itemsize)
-        return (self.task.to_device(batch) for _, _, batch in self.train.batches(size))
+        batches = self.train.batches(size)
+        return ((self.task.to_device(batch), stop - start) for start, stop, batch in batches)
 
     def _example(self, index: int) -> Any:
         return self.task.to_device(self.train.take(self._group(index)))

@@ -39,7 +39,7 @@ from upweight.errors import (
     message,
 )
 from upweight.gradients.blocks import Block
-from upweight.gradients.factored import Tokens
+from upweight.gradients.factored import Tokens, stacked
 from upweight.gradients.passes import GradientPass
 from upweight.linalg.damping import Absolute, Damping, Evidence, as_damping
 from upweight.methods import health
@@ -98,8 +98,9 @@ def fit(
     damping = as_damping(spec.damping)
     seen: dict[int, Tensor] = {}
 
-    def watch(start: int, batch: Batch, outputs: Tensor, targets: Any) -> None:
-        seen[start] = checked_batch(task, start, batch, outputs, targets, "training data")
+    def watch(start: int, stop: int, batch: Batch, outputs: Tensor, targets: Any) -> None:
+        places = (start, stop)
+        seen[start] = checked_batch(task, data, places, batch, outputs, targets, "training data")
 
     try:
         curvature = spec.curvature.fit_blocks(
@@ -153,6 +154,7 @@ def fit(
         },
         notes=(
             *data.notes,
+            *data.form_notes,
             *probe.notes,
             *curvature.notes,
             *(
@@ -516,8 +518,11 @@ class LayerwiseInfluence(Checked):
     def _token_shares(self, job: Contraction, chosen: list[int]) -> tuple[Tensor, Tensor]:
         task = self.task
         with GradientPass(self.curvature.plan) as passes:
-            batch = task.to_device(self.train.take(chosen))
-            factors = passes.of(training_loss(task), batch)
+            parts = [
+                passes.of(training_loss(task), task.to_device(batch), stop - start)
+                for start, stop, batch in self.train.subset(chosen).batches(len(chosen))
+            ]
+            factors = [stacked(block) for block in zip(*parts, strict=True)]
         tokens = [f.positions for f in factors if isinstance(f, Tokens) and f.positions > 1]
         t = min(tokens)
         none = torch.zeros((), dtype=self.curvature.plan.dtype, device=self.theta.device)
@@ -560,7 +565,8 @@ class LayerwiseInfluence(Checked):
         with GradientPass(self.curvature.plan) as passes:
             batches = self.train.batches(self._at_once)
             for start, stop, batch in progress(batches, len(self.train), "self-influence"):
-                factors = passes.of(training_loss(self.task), self.task.to_device(batch))
+                batch = self.task.to_device(batch)
+                factors = passes.of(training_loss(self.task), batch, stop - start)
                 shares = [
                     self_products(inverse, part)
                     for inverse, part in zip(inverses, factors, strict=True)
@@ -582,8 +588,9 @@ class LayerwiseInfluence(Checked):
         totals = [torch.zeros_like(b.eigen.values) for b in blocks]
         with GradientPass(self.curvature.plan) as passes:
             batches = self.train.batches(self._at_once)
-            for _, _, batch in progress(batches, len(self.train), "stationarity"):
-                factors = passes.of(training_loss(self.task), self.task.to_device(batch))
+            for start, stop, batch in progress(batches, len(self.train), "stationarity"):
+                batch = self.task.to_device(batch)
+                factors = passes.of(training_loss(self.task), batch, stop - start)
                 for total, part in zip(totals, factors, strict=True):
                     total += part.total().reshape(total.shape)
         squared, decrement = 0.0, 0.0

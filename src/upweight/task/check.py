@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch
 from upweight.errors import (
@@ -29,6 +28,7 @@ from upweight.errors import (
     message,
 )
 from upweight.runtime.progress import progress
+from upweight.task.batches import tensors
 from upweight.task.data import Data, batch_size
 from upweight.task.model_loss import loss_notes
 from upweight.task.modes import acting_in_training
@@ -36,6 +36,7 @@ from upweight.task.probe import (
     PROBE_EXAMPLES,
     Evaluate,
     Probe,
+    other_length,
     own_losses,
     places,
     read_twice,
@@ -68,10 +69,12 @@ def checked_losses(
     theta = task.theta()
     size = _at_once(data)
     losses, evaluate = [], _evaluate(task, role)
-    for start, _, batch in progress(data.batches(size), len(data), f"checking {role}"):
+    for start, stop, batch in progress(data.batches(size), len(data), f"checking {role}"):
         batch = task.to_device(batch)
         outputs, targets = evaluate(theta, batch)
-        losses.append(checked_batch(task, start, batch, outputs.detach(), targets, role))
+        losses.append(
+            checked_batch(task, data, (start, stop), batch, outputs.detach(), targets, role)
+        )
     found = torch.cat(losses)
     require_own_losses(task, data, probe, found, role)
     return found
@@ -89,13 +92,20 @@ def require_own_losses(
 
 
 def checked_batch(
-    task: Task, start: int, batch: Batch, outputs: Tensor, targets: Any, role: str
+    task: Task,
+    data: Data,
+    places: tuple[int, int],
+    batch: Batch,
+    outputs: Tensor,
+    targets: Any,
+    role: str,
 ) -> Float[Tensor, " b"]:
     """ℓᵢ(θ̂) of a batch from the model's outputs, after asking that they are as they should be.
 
     Args:
         task: What was trained.
-        start: The place of the batch's first example.
+        data: Where the batch is from.
+        places: Start and stop: the batch holds the examples from start to stop − 1.
         batch: The examples.
         outputs: Of the model.
         targets: Of the examples.
@@ -106,9 +116,12 @@ def checked_batch(
         NonFinite: A loss is NaN or infinite.
         ShapeError: There is not one output per example.
     """
+    start, stop = places
+    if len(outputs) != stop - start:
+        at, evaluate = range(start, stop), _evaluate(task, role)
+        raise ShapeError(other_length(task, task.theta(), data, at, len(outputs), evaluate, role))
     task.loss.check(outputs, targets)
     values = task.losses_of(outputs, targets)
-    _require_length(len(values), _tensors(batch)[0].shape[0], role)
     _require_finite_losses(values, start, batch, role)
     return values
 
@@ -196,12 +209,8 @@ def checked_measurements(
 
 def _at_once(data: Data) -> int:
     # What a layer makes of an input may be a hundred times as large, and is not known here.
-    inputs = sum(x[0].numel() for x in _tensors(data.batch(0, 1)))
+    inputs = sum(x.numel() for x in tensors(data.batch(0, 1)))
     return batch_size(inputs + 1, 8, most=CHECKED_AT_ONCE)
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def _require_examples(data: Data, role: str) -> None:
@@ -272,8 +281,8 @@ def _outputs(
     except UpweightError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in _tensors(batch))
-        dtypes = {x.dtype for x in _tensors(batch)[:1]}
+        given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in tensors(batch))
+        dtypes = {x.dtype for x in tensors(batch)[:1]}
         kind = DtypeError if dtypes - {task.layout.dtype} else ShapeError
         raise kind(
             message(
@@ -296,18 +305,6 @@ def _outputs(
             )
         )
     return outputs, targets
-
-
-def _require_length(given: int, expected: int, role: str) -> None:
-    if given != expected:
-        raise ShapeError(
-            message(
-                "The model must return one output per example.",
-                f"{given} outputs for {expected} {role}.",
-                "a model that flattens or pools over the batch axis.",
-                "keep the examples on the first axis throughout.",
-            )
-        )
 
 
 def require_recording() -> None:
@@ -434,7 +431,8 @@ def _require_finite_losses(
     bad = (~losses.isfinite()).nonzero()[:, 0]
     if len(bad):
         first = int(bad[0])
-        inputs = [x[first] for x in _tensors(batch) if x.is_floating_point()]
+        held = [x for x in tensors(batch) if x.is_floating_point()]
+        inputs = [x[first] if x.ndim > 0 and len(x) == len(losses) else x for x in held]
         from_data = any(not bool(x.isfinite().all()) for x in inputs)
         raise NonFinite(
             message(

@@ -8,6 +8,7 @@ import abc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch.utils.data.sampler import RandomSampler, SequentialSampler
 
 from upweight._typing import Batch
 from upweight.errors import DataError, ShapeError, message
+from upweight.task.batches import Form, form
 
 
 class Data(abc.ABC):
@@ -41,8 +43,34 @@ class Data(abc.ABC):
         """The examples start … stop − 1."""
         return self.take(range(start, stop))
 
+    @cached_property
+    def form(self) -> Form:
+        """How the examples lie in a batch."""
+        found = form(self.take, len(self))
+        # Only `IndexedData` can tell lists of one entry per example from others as it reads them.
+        return Form(uncut="lists with an entry per example") if found.listed else found
+
+    def together(self, size: int) -> int:
+        """Of `size` examples, how many may be read as one batch: all that can be told apart."""
+        return size if self.form.uncut is None else 1
+
+    @property
+    def form_notes(self) -> tuple[str, ...]:
+        """That examples are read one at a time, if they are."""
+        if self.form.uncut is None:
+            return ()
+        return (
+            f"examples are read one at a time, because {self.form.uncut}: slower by as many times "
+            "as a batch could hold examples (tensors with the examples on their first axis would "
+            "be read together)",
+        )
+
     def batches(self, size: int, begin: int = 0) -> Iterator[tuple[int, int, Batch]]:
-        """The examples from `begin` on, as `(start, stop, batch)`; the last may be smaller."""
+        """The examples from `begin` on, as `(start, stop, batch)`.
+
+        The last may be smaller; all hold one example where those of a batch cannot be told apart.
+        """
+        size = self.together(size)
         for start in range(begin, len(self), size):
             stop = min(start + size, len(self))
             yield start, stop, self.batch(start, stop)
@@ -60,6 +88,10 @@ class ArrayData(Data):
 
     def __len__(self) -> int:
         return len(tree_leaves(self.arrays)[0])
+
+    @property
+    def form(self) -> Form:  # type: ignore[override]
+        return Form()
 
     def take(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
         index = torch.as_tensor(np.asarray(indices), dtype=torch.long)
@@ -80,7 +112,15 @@ class IndexedData(Data):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @cached_property
+    def form(self) -> Form:
+        return form(self._read, len(self))
+
     def take(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
+        batch: Batch = self.form.marked(self._read(indices))
+        return batch
+
+    def _read(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Any:
         batch = self.collate([self.dataset[int(i)] for i in indices])
         if isinstance(batch, Mapping):
             return dict(batch)
@@ -96,6 +136,10 @@ class Subset(Data):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def form(self) -> Form:  # type: ignore[override]
+        return self.data.form
 
     def take(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
         return self.data.take([self.indices[int(i)] for i in indices])

@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
 
 from upweight._typing import Batch
 from upweight.errors import NonDeterministic, ScalarLoss, ShapeError, UpweightError, message
+from upweight.task.batches import mapped, tensors
 from upweight.task.data import Data, Subset
 from upweight.task.task import Task
 
@@ -62,7 +62,7 @@ def read_twice(data: Data, at: Sequence[int], role: str) -> Batch:
         NonDeterministic: They are not.
     """
     batch, again = data.take(at), data.take(at)
-    found, expected = (_tensors(b) for b in (again, batch))
+    found, expected = (tensors(b) for b in (again, batch))
     same = len(found) == len(expected) and all(map(_equal, found, expected))
     if not same:
         raise NonDeterministic(
@@ -106,7 +106,7 @@ def own_losses(
     outputs, targets = evaluate(theta, batch)
     _require_repeated(task, batch, outputs, targets, evaluate)
     if len(outputs) != len(at):
-        raise ShapeError(_other_length(task, theta, data, at, len(outputs), evaluate, role))
+        raise ShapeError(other_length(task, theta, data, at, len(outputs), evaluate, role))
     task.loss.check(outputs, targets)
     together = task.losses_of(outputs, targets).detach()
     alone = []
@@ -114,7 +114,7 @@ def own_losses(
         single = task.to_device(data.batch(i, i + 1))
         f, y = evaluate(theta, single)
         if len(f) != 1:
-            raise ShapeError(_other_length(task, theta, data, (i,), len(f), evaluate, role))
+            raise ShapeError(other_length(task, theta, data, (i,), len(f), evaluate, role))
         loss = task.losses_of(f, y).detach()
         alone.append(loss)
 
@@ -357,7 +357,7 @@ def _coupled(task: Task, data: Data, single: Batch, batch: Batch, targets: Any, 
     k, size = seen.k, len(seen.together)
     row = _row(batch, k, size)
     is_padded = _shapes(single) != _shapes(row)
-    if not is_padded and not all(map(_equal, _tensors(single), _tensors(row))):
+    if not is_padded and not all(map(_equal, tensors(single), tensors(row))):
         return message(
             "The inputs and targets of an example must not depend on the other examples of its "
             "batch.",
@@ -404,7 +404,7 @@ def _loss_of_row(task: Task, seen: _Seen, targets: Any) -> float:
     return float(row[0])
 
 
-def _other_length(
+def other_length(
     task: Task,
     theta: Float[Tensor, " p"],
     data: Data,
@@ -443,15 +443,11 @@ def _row(tree: Any, k: int, size: int) -> Any:
     def cut(x: Any) -> Any:
         return x[k : k + 1] if isinstance(x, Tensor) and x.ndim and len(x) == size else x
 
-    return tree_map(cut, tree)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+    return mapped(cut, tree)
 
 
 def _shapes(tree: Any) -> list[tuple[int, ...]]:
-    return [tuple(x.shape) for x in _tensors(tree)]
+    return [tuple(x.shape) for x in tensors(tree)]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

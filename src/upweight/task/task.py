@@ -6,19 +6,19 @@ A `Task` binds the model f, the loss ℓ, the penalty R and the choice of parame
 and the model is only ever called functionally: it comes back exactly as it was lent.
 """
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch, Forward, Params
 from upweight.errors import DataError, ScalarLoss, message
+from upweight.task.batches import mapped
+from upweight.task.lent import copied, differentiable, lent
 from upweight.task.losses import Loss, as_loss
 from upweight.task.params import Layout
 from upweight.task.penalties import Penalty, as_penalty
@@ -139,7 +139,7 @@ class Task:
 
     def moved_to(self, theta: Float[Tensor, " p"]) -> "Task":
         """The same task with a copy of its model at θ."""
-        model = copy.deepcopy(self.model)
+        model = copied(self.model)
         named = dict(model.named_parameters())
         with torch.no_grad():
             for name, value in self.layout.unflatten(theta).items():
@@ -153,18 +153,21 @@ class Task:
     def to_device(self, batch: Batch) -> Batch:
         """The batch on the device of the parameters; dtypes are left as they are."""
         device = self.layout.device
-        return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+        # Packed sequences and batches of graphs are no tensors but move as they do.
+        moved: Batch = mapped(
+            lambda x: x.to(device) if callable(getattr(x, "to", None)) else x, batch
+        )
+        return moved
 
     def outputs(self, params: Params | Float[Tensor, " p"], batch: Batch) -> tuple[Any, Any]:
         """f(θ, x) and the targets of a batch, for derivatives of any kind and order."""
-        # Fused attention has neither second derivatives nor a rule for vmap; its formula has both.
-        with sdpa_kernel(SDPBackend.MATH):
+        with differentiable(self.model):
             return self.call(params, batch)
 
     def call(self, params: Params | Float[Tensor, " p"], batch: Batch) -> tuple[Any, Any]:
         """As `outputs`, with whatever kernels PyTorch prefers: for plain first derivatives.
 
-        Buffers are read, never written.
+        Buffers are read, never written, and what forward writes into attributes is undone.
         """
         chosen = self.named(params)
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -179,9 +182,10 @@ class Task:
                 if b is not None:
                     # Copies: a module that updates one in place must not touch the user's.
                     values[f"{path}.{last}"] = b.detach().clone()
-        return torch.func.functional_call(
-            _Call(self.model, self.forward), values, (batch,), tie_weights=False
-        )
+        with lent(self.model), _dense_gradients(self.model):
+            return torch.func.functional_call(
+                _Call(self.model, self.forward), values, (batch,), tie_weights=False
+            )
 
     def losses(self, params: Params | Float[Tensor, " p"], batch: Batch) -> Float[Tensor, " b"]:
         """ℓ of each example of a batch, unreduced.
@@ -218,6 +222,20 @@ class Task:
         params = self.named(theta)
         mean = (weights * self.losses(params, batch)).mean()
         return mean + self.penalty(params, self.layout)
+
+
+@contextmanager
+def _dense_gradients(model: nn.Module) -> Iterator[None]:
+    """Embeddings that were trained with sparse gradients give dense ones, which all can read."""
+    lookups = nn.Embedding | nn.EmbeddingBag
+    sparse = [m for m in model.modules() if isinstance(m, lookups) and m.sparse]
+    for module in sparse:
+        module.sparse = False
+    try:
+        yield
+    finally:
+        for module in sparse:
+            module.sparse = True
 
 
 class _Call(nn.Module):

@@ -15,7 +15,6 @@ of them, and what a step costs besides arithmetic is paid once.
 """
 
 import abc
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from torch.utils._pytree import tree_map
 from upweight._typing import Batch, Params
 from upweight.errors import NotConverged, SpecError, UnsupportedModel, message
 from upweight.task.data import Data, as_data
+from upweight.task.lent import copied
 from upweight.task.params import Layout
 from upweight.task.recipe import Trained
 from upweight.task.task import Task
@@ -155,7 +155,7 @@ class Training:
         with _forked():
             torch.manual_seed(self.seed)
             model = self.init()
-        model = copy.deepcopy(model).to(task.layout.device, task.layout.dtype)
+        model = copied(model).to(task.layout.device, task.layout.dtype)
         given = dict(task.model.named_parameters())
         for name, p in model.named_parameters():
             p.requires_grad_(name not in given or given[name].requires_grad)

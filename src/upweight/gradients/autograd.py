@@ -1,0 +1,151 @@
+"""Derivatives of the whole model by plain autograd, where `torch.func` cannot run it.
+
+    H v = ∂⟨∇F, v⟩/∂θ            Jᵀu = ∂⟨F, u⟩/∂θ,   J v = ∂⟨Jᵀu, v⟩/∂u
+
+by double backward, one vector at a time. They need of each operation what training needs, and that
+its backward pass has one itself. `attempted` finds out what runs; nothing here catches an error
+that is the user's own, because plain autograd meets it again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight._typing import Batch, Params
+from upweight.errors import UpweightError
+from upweight.gradients.functional import as_dense
+from upweight.gradients.hooks import inside
+from upweight.task.data import Data
+from upweight.task.task import Task
+
+PROBE = 4
+"""Training examples with which ways of taking derivatives are compared."""
+
+
+def few(task: Task, data: Data, count: int = PROBE) -> list[tuple[range, Batch]]:
+    """Some examples from all over the data, in as few batches as they can be read in."""
+    m = min(count, len(data))
+    chosen = data.subset([k * len(data) // m for k in range(m)])
+    return [(range(start, stop), task.to_device(batch)) for start, stop, batch in chosen.batches(m)]
+
+
+def attempted(function: Callable[[], Tensor]) -> tuple[Tensor | None, Exception | None]:
+    """function(), or the error that PyTorch raised in it. Running out of memory is none of those.
+
+    For functions that are tried under `torch.func` and by plain autograd: an error of the model's
+    own is raised by both.
+    """
+    try:
+        return function(), None
+    except (UpweightError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "allocate" in str(error):  # the CPU's allocator raises a plain RuntimeError
+            raise
+        return None, error
+
+
+def agrees(found: Tensor | None, expected: Tensor) -> bool:
+    """Whether the same was found in two ways, but for rounding; what is not finite agrees."""
+    if found is None:
+        return False
+    if not bool(found.isfinite().all() and expected.isfinite().all()):
+        return True
+    slack = torch.finfo(expected.dtype).eps ** 0.5
+    return bool((found - expected).norm() <= slack * (expected.norm() + found.norm()))
+
+
+def first_line(error: Exception | None) -> str:
+    """What PyTorch says, for a note."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def hessian_products(
+    task: Task, function: Callable[[Params], Tensor], v: Float[Tensor, "k p"]
+) -> Float[Tensor, "k p"]:
+    """∇²F v for each vector, F the sum of what the function returns.
+
+    Raises:
+        RuntimeError: PyTorch's own, where an operation has no second derivative.
+    """
+    params = _leaves(task)
+    with torch.enable_grad():
+        total = function(params).sum()
+        gradient = _pulled_back(task, params, total, None, create_graph=True)
+    if not gradient.requires_grad:
+        return torch.zeros_like(v)
+    return torch.stack([_pulled_back(task, params, gradient, row) for row in v])
+
+
+def gauss_newton_products(
+    task: Task,
+    function: Callable[[Params], Float[Tensor, "b c"]],
+    lambdas: Float[Tensor, "b c c"] | None,
+    v: Float[Tensor, "k p"],
+) -> Float[Tensor, "k p"]:
+    """Σᵢ Jᵢᵀ Λᵢ Jᵢ v for each vector, J = ∂F/∂θ.
+
+    Raises:
+        RuntimeError: As for `hessian_products`.
+    """
+    params = _leaves(task)
+    with torch.enable_grad():
+        values = function(params)
+        u = torch.zeros_like(values, requires_grad=True)
+        pulled = _pulled_back(task, params, values, u, create_graph=True)
+    rows = []
+    for row in v:
+        # Jᵀu is linear in u, so its derivative along v is J v.
+        (jv,) = torch.autograd.grad(
+            pulled, u, row, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        weighted = jv if lambdas is None else (lambdas @ jv[:, :, None])[:, :, 0]
+        rows.append(_pulled_back(task, params, values, weighted))
+    return torch.stack(rows)
+
+
+def total_gradient(task: Task, function: Callable[[Params], Tensor]) -> Float[Tensor, " p"]:
+    """∇F, F the sum of what the function returns."""
+    params = _leaves(task)
+    with torch.enable_grad():
+        total = function(params).sum()
+    return _pulled_back(task, params, total, None)
+
+
+def _leaves(task: Task) -> dict[str, Tensor]:
+    # One leaf per parameter: a sparse gradient cannot go back through a slice of θ.
+    return {k: v.clone().requires_grad_() for k, v in task.named(task.theta()).items()}
+
+
+def _pulled_back(
+    task: Task,
+    params: Params,
+    values: Tensor,
+    cotangents: Tensor | None,
+    create_graph: bool = False,
+) -> Float[Tensor, " p"]:
+    """∂⟨cotangents, values⟩/∂θ as one flat vector; the graph is kept."""
+    if not values.requires_grad:
+        return torch.zeros_like(task.theta())
+
+    def gradients() -> tuple[Any, ...]:
+        return torch.autograd.grad(
+            values,
+            list(params.values()),
+            cotangents,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+
+    found = inside(task, params, gradients)
+    return task.layout.flatten(
+        {
+            name: torch.zeros_like(p) if g is None else as_dense(g)
+            for (name, p), g in zip(params.items(), found, strict=True)
+        }
+    )
