@@ -267,3 +267,41 @@ def test_a_module_under_two_names_keeps_its_parameters():
     after = dict(model.named_parameters())
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
+
+
+class _Force(nn.Module):
+    """−∂energy/∂x, as it is trained: the model takes a derivative of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.energy = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        return -torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+def test_a_model_that_takes_derivatives_itself():
+    """Its last bias cannot matter and counts as zero; the rest is (n λ)⁻¹ g gᵀ for a large λ."""
+    model = _Force().double()
+    X, y = draw(g(), 20, 3), draw(g(), 20, 3)
+    lam = 1e8
+
+    def gradients():
+        rows = []
+        for x, t in zip(X, y, strict=True):
+            loss = 0.5 * (model(x[None])[0] - t).square().sum()
+            found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+            rows.append(torch.cat([f.flatten() for f in found if f is not None]))
+        return torch.stack(rows)
+
+    G = gradients()
+    for curvature in (uw.Hessian(), uw.GGN(), uw.EKFAC()):
+        with pytest.warns(UserWarning, match=r"no gradient reaches energy\.2\.bias"):
+            fitted = uw.Influence(curvature, damping=lam).fit(
+                uw.Task(model, uw.SquaredError()), (X, y)
+            )
+        exact = {"tolerance": 0} if curvature == uw.EKFAC() else {}
+        found = fitted.attribute((X[:3], y[:3]), **exact).values
+        torch.testing.assert_close(lam * found, -G[:3] @ G.T / 20, rtol=1e-5, atol=1e-8)

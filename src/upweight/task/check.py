@@ -72,9 +72,7 @@ def checked_losses(
     for start, stop, batch in progress(data.batches(size), len(data), f"checking {role}"):
         batch = task.to_device(batch)
         outputs, targets = evaluate(theta, batch)
-        losses.append(
-            checked_batch(task, data, (start, stop), batch, outputs.detach(), targets, role)
-        )
+        losses.append(checked_batch(task, data, (start, stop), batch, outputs, targets, role))
     found = torch.cat(losses)
     require_own_losses(task, data, probe, found, role)
     return found
@@ -162,8 +160,7 @@ def require_answerable(task: Task, data: Data, role: str) -> Probe:
 
 def _evaluate(task: Task, role: str) -> Evaluate:
     def evaluate(theta: Float[Tensor, " p"], batch: Batch) -> tuple[Tensor, Any]:
-        # Recorded, for a model that takes derivatives itself; none of θ's are.
-        with torch.enable_grad():
+        with torch.no_grad():
             return _outputs(task, theta, batch, role, task.call)
 
     return evaluate

@@ -87,7 +87,7 @@ def _own_loss(task: Task, theta: Float[Tensor, " p"], batch: Batch) -> float | N
         task.model, task.loss, task.penalty, task.params, lambda model, b: (model(**dict(b)), None)
     )
     try:
-        with torch.enable_grad():
+        with torch.no_grad():
             output, _ = asked.call(theta, whole)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError):
         return None  # a model that wants its labels otherwise says nothing of ours

@@ -108,30 +108,30 @@ def own_losses(
     if len(outputs) != len(at):
         raise ShapeError(other_length(task, theta, data, at, len(outputs), evaluate, role))
     task.loss.check(outputs, targets)
-    together = task.losses_of(outputs, targets).detach()
+    together = task.losses_of(outputs, targets)
     alone = []
     for k, i in enumerate(at):
         single = task.to_device(data.batch(i, i + 1))
         f, y = evaluate(theta, single)
         if len(f) != 1:
             raise ShapeError(other_length(task, theta, data, (i,), len(f), evaluate, role))
-        loss = task.losses_of(f, y).detach()
+        loss = task.losses_of(f, y)
         alone.append(loss)
 
         def losses(t: Tensor, single: Batch = single) -> Tensor:
-            return task.losses_of(*evaluate(t, single)).detach()
+            return task.losses_of(*evaluate(t, single))
 
         def values(t: Tensor, single: Batch = single) -> Tensor:
-            return evaluate(t, single)[0].detach()
+            return evaluate(t, single)[0]
 
         moved = _differs(task, theta, loss[0], together[k], losses)
         # A loss may saturate or leave positions out. Outputs for equal inputs are equal throughout;
         # what a model answers where it was padded is its own affair.
         unpadded = _shapes(single) == _shapes(_row(batch, k, len(at)))
         if not moved and unpadded:
-            moved = _differs(task, theta, f[0].detach(), outputs[k].detach(), values)
+            moved = _differs(task, theta, f[0], outputs[k], values)
         if moved:
-            seen = _Seen(i, k, loss, together, f.detach(), outputs.detach(), role)
+            seen = _Seen(i, k, loss, together, f, outputs, role)
             raise NonDeterministic(_coupled(task, data, single, batch, targets, seen))
     return torch.cat(alone)
 
@@ -156,7 +156,7 @@ def require_same_losses(
 
         def value(t: Tensor, i: int = i) -> Tensor:
             batch = task.to_device(data.batch(i, i + 1))
-            return task.losses_of(*evaluate(t, batch)).detach()[0]
+            return task.losses_of(*evaluate(t, batch))[0]
 
         if _differs(task, theta, alone, losses[i].to(alone), value):
             raise NonDeterministic(
@@ -197,8 +197,8 @@ def require_own_measurements(
         single = task.to_device(data.batch(i, i + 1))
 
         def value(t: Tensor, single: Batch = single) -> Tensor:
-            with torch.enable_grad():
-                return measure(task, task.named(t), single).detach()
+            with torch.no_grad():
+                return measure(task, task.named(t), single)
 
         alone = value(theta)
         if alone.shape != (1,):
@@ -306,8 +306,8 @@ def _require_repeated(
 ) -> None:
     """Refuse a model or a loss that answers otherwise when asked again."""
     again, _ = evaluate(task.theta(), batch)
-    if not _repeats(task, outputs.detach(), again.detach()):
-        gap = _gap(outputs.detach(), again.detach())
+    if not _repeats(task, outputs, again):
+        gap = _gap(outputs, again)
         raise NonDeterministic(
             message(
                 "The model must give the same outputs for the same inputs.",
@@ -319,7 +319,7 @@ def _require_repeated(
     if len(outputs) == 0:
         return
     task.loss.check(outputs, targets)
-    once, twice = (task.losses_of(outputs, targets).detach() for _ in range(2))
+    once, twice = (task.losses_of(outputs, targets) for _ in range(2))
     if not _repeats(task, once, twice):
         raise NonDeterministic(
             message(

@@ -182,10 +182,13 @@ class Task:
                 if b is not None:
                     # Copies: a module that updates one in place must not touch the user's.
                     values[f"{path}.{last}"] = b.detach().clone()
-        with lent(self.model), _dense_gradients(self.model):
-            return torch.func.functional_call(
+        records = torch.is_grad_enabled()
+        # Always recorded, for a model that takes derivatives itself (forces from an energy).
+        with lent(self.model), _dense_gradients(self.model), torch.enable_grad():
+            found: tuple[Any, Any] = torch.func.functional_call(
                 _Call(self.model, self.forward), values, (batch,), tie_weights=False
             )
+        return found if records else mapped(_detached, found)
 
     def losses(self, params: Params | Float[Tensor, " p"], batch: Batch) -> Float[Tensor, " b"]:
         """ℓ of each example of a batch, unreduced.
@@ -236,6 +239,10 @@ def _dense_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for module in sparse:
             module.sparse = True
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 class _Call(nn.Module):
