@@ -42,6 +42,7 @@ from upweight.methods import health, layerwise
 from upweight.methods.checked import Checked
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.removal import LinearRemovals
+from upweight.runtime.selection import places
 from upweight.scores import Context, Provenance, Scores, Unit, library_versions
 from upweight.task.check import checked_losses, checked_measurements, require_answerable
 from upweight.task.data import Data, as_data, batch_size
@@ -322,6 +323,15 @@ class FittedInfluence(Checked):
         data, measure, gradients = self._measured(queries, measure)
         solution = self._solve(gradients)
         named = None if groups is None else [self._group(group) for group in groups]
+        if named is not None and not named:
+            raise ShapeError(
+                message(
+                    "A removal needs something to remove.",
+                    "groups=[], no group at all.",
+                    "a filter that matched nothing.",
+                    "leave groups out to remove each example by itself, or pass groups=[[0, 1]].",
+                )
+            )
         every = [[i] for i in range(len(self.train))] if named is None else named
         linear = self._linear_removals
         if linear is None:
@@ -546,15 +556,4 @@ class FittedInfluence(Checked):
         return self.task.to_device(self.train.take(self._group(index)))
 
     def _group(self, group: int | Sequence[int]) -> list[int]:
-        indices: list[int] = torch.as_tensor(group).reshape(-1).tolist()
-        n = len(self.train)
-        if not indices or len(set(indices)) < len(indices) or any(not 0 <= i < n for i in indices):
-            raise ShapeError(
-                message(
-                    f"Training examples are named by distinct indices in 0…{n - 1}.",
-                    f"{indices[:10]}.",
-                    "indices of another data set, an empty group, or an example listed twice.",
-                    "pass each index once.",
-                )
-            )
-        return indices
+        return places(group, len(self.train), "Training examples", least=1)

@@ -21,6 +21,7 @@ from torch.utils.data.sampler import RandomSampler, SequentialSampler
 
 from upweight._typing import Batch
 from upweight.errors import DataError, ShapeError, message
+from upweight.runtime.selection import places
 
 
 class Data(abc.ABC):
@@ -48,8 +49,12 @@ class Data(abc.ABC):
             yield start, stop, self.batch(start, stop)
 
     def subset(self, indices: Sequence[int]) -> "Data":
-        """The examples at `indices` as data of their own."""
-        return Subset(self, tuple(int(i) for i in indices))
+        """The examples at `indices`, or where a mask is True, as data of their own.
+
+        Raises:
+            ShapeError: There is no such example, or the mask is of another length.
+        """
+        return Subset(self, tuple(places(indices, len(self), "Examples", repeats=True)))
 
 
 @dataclass(frozen=True, eq=False)
