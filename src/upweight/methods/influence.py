@@ -49,6 +49,9 @@ from upweight.task.data import Data, as_data, batch_size
 from upweight.task.measures import Loss, as_measure
 from upweight.task.task import Task
 
+CURVATURES = ("EKFAC", "KFAC", "Diagonal", "GGN", "Hessian", "Fisher", "EmpiricalFisher")
+SOLVERS = ("Auto", "Cholesky", "CG", "MINRES")
+
 
 def influence_scores(
     query_grads: Float[Tensor, "q p"],
@@ -92,11 +95,18 @@ class Influence:
 
     Exact when: J is at a strict minimum with its exact Hessian and λ = 0; then S is the derivative
     itself, whatever the model.
+
+    Raises:
+        SpecError: The curvature or solver is a name or a class, not an object.
     """
 
     curvature: Curvature = field(default_factory=Hessian)
     solver: Solver[Any] = field(default_factory=Auto)
     damping: Damping | float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_kind("curvature", self.curvature, Curvature, CURVATURES)
+        _require_kind("solver", self.solver, Solver, SOLVERS)
 
     @property
     def unit(self) -> Unit:
@@ -191,6 +201,28 @@ class Influence:
         """Raise now, before any query, what no right-hand side could be solved with."""
         zero = fitted.task.theta().zero_()
         fitted.solver.solve(fitted.state, zero).throw()
+
+
+def _require_kind(name: str, given: Any, kind: type, known: Sequence[str]) -> None:
+    """Refuse a name, a class or another argument in the place of a curvature or solver."""
+    if isinstance(given, kind) and not isinstance(given, type):
+        return
+    called = given.__name__ if isinstance(given, type) else str(given)
+    meant = [word for word in known if word.lower() == called.lower()]
+    raise SpecError(
+        message(
+            f"Influence takes its {name} as an object.",
+            f"{name}={given!r}.",
+            "a class that was not called."
+            if isinstance(given, type)
+            else "a name in its place."
+            if isinstance(given, str)
+            else "an argument in another's place.",
+            f"Influence({name}=upweight.{meant[0]}())."
+            if meant
+            else f"Influence({name}=...) with one of {', '.join(f'{word}()' for word in known)}.",
+        )
+    )
 
 
 @dataclass(frozen=True, eq=False)

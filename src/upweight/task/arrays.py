@@ -81,7 +81,7 @@ def require_columns(parts: Sequence[Any], count: int | None = None) -> None:
 def _tree(value: Any, path: str, notes: list[str]) -> Any:
     """The same containers with tensors in place of arrays."""
     if isinstance(value, Mapping):
-        found = {}
+        found: dict[Any, Any] = {}
         for key, part in value.items():
             here = f"{path}[{key!r}]"
             if part is None:

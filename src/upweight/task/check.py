@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 from upweight._typing import Batch
 from upweight.errors import (
     DataError,
-    DtypeError,
     NonDeterministic,
     NonFinite,
     NotDifferentiable,
@@ -30,7 +29,8 @@ from upweight.errors import (
 )
 from upweight.runtime.progress import progress
 from upweight.task.data import Data, batch_size
-from upweight.task.task import Task
+from upweight.task.failures import call_error, called_with, loss_error, require_no_places
+from upweight.task.task import Task, call_model
 
 PROBE_EXAMPLES = 16
 
@@ -84,7 +84,7 @@ def checked_batch(
         ShapeError: There is not one output per example.
     """
     task.loss.check(outputs, targets)
-    values = task.losses_of(outputs, targets)
+    values = _losses(task, batch, outputs, targets, role)
     _require_length(len(values), _tensors(batch)[0].shape[0], role)
     _require_finite_losses(values, start, batch, role)
     return values
@@ -110,6 +110,8 @@ def require_answerable(task: Task, data: Data, role: str) -> None:
         ScalarLoss: The loss is reduced over the batch.
     """
     _require_examples(data, role)
+    if task.forward is call_model:
+        require_no_places(data)
     _require_eval_mode(task.model)
     theta = task.theta()
     _require_finite_parameters(task, theta)
@@ -131,11 +133,14 @@ def checked_measurements(
     for start, stop, batch in data.batches(batch_size(1, 8)):
         with torch.no_grad():
             part = measure(task, params, task.to_device(batch))
-        if part.shape != (stop - start,):
+        if not isinstance(part, Tensor) or part.shape != (stop - start,):
+            shape = (
+                f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+            )
             raise ScalarLoss(
                 message(
                     f"A measure must return one value per query: shape ({stop - start},).",
-                    f"{measure!r} returned shape {tuple(part.shape)}.",
+                    f"{measure!r} returned {shape}.",
                     "a mean or sum over the queries, or one value per output.",
                     "reduce over every axis but the first.",
                 )
@@ -226,25 +231,28 @@ def _outputs(
     role: str,
     call: Callable[..., tuple[Any, Any]] | None = None,
 ) -> tuple[Tensor, object]:
-    """The model's outputs, with PyTorch's complaint translated."""
+    """The model's outputs; what PyTorch says is explained, what the user's code says is kept."""
     try:
-        outputs, targets = (call or task.outputs)(theta, batch)
+        called = (call or task.outputs)(theta, batch)
     except UpweightError:
         raise
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in _tensors(batch))
-        dtypes = {x.dtype for x in _tensors(batch)[:1]}
-        kind = DtypeError if dtypes - {task.layout.dtype} else ShapeError
-        raise kind(
+    except Exception as error:
+        explained = call_error(error, task, theta, batch, role)
+        if explained is None:
+            error.add_note(called_with(batch, role))
+            raise
+        raise explained from error
+    if not isinstance(called, tuple | list) or len(called) != 2:
+        raise ShapeError(
             message(
-                f"The model must accept the {role}; its parameters are {task.layout.dtype}.",
-                f"a batch of {given}. PyTorch says: {str(error).splitlines()[0]}",
-                "inputs of another dtype (NumPy's default is float64, images are often uint8) or "
-                "another shape than in training.",
-                f"convert the inputs (X.astype('{str(task.layout.dtype).removeprefix('torch.')}')),"
-                " or say how to call the model with Task(forward=...).",
+                "Task(forward=...) must return two things: (outputs, targets).",
+                f"{type(called).__name__}"
+                f"{f' of {len(called)}' if isinstance(called, tuple | list) else ''}.",
+                "a function that returns the outputs alone.",
+                "Task(model, loss, forward=lambda model, batch: (model(batch[0]), batch[1])).",
             )
-        ) from error
+        )
+    outputs, targets = called
     if not isinstance(outputs, Tensor) or outputs.ndim == 0:
         raise ShapeError(
             message(
@@ -256,6 +264,22 @@ def _outputs(
             )
         )
     return outputs, targets
+
+
+def _losses(
+    task: Task, batch: Batch, outputs: Tensor, targets: Any, role: str
+) -> Float[Tensor, " b"]:
+    """ℓ of each example; what PyTorch says is explained, what the user's code says is kept."""
+    try:
+        return task.losses_of(outputs, targets)
+    except UpweightError:
+        raise
+    except Exception as error:
+        explained = loss_error(error, task, outputs, targets)
+        if explained is None:
+            error.add_note(called_with(batch, role))
+            raise
+        raise explained from error
 
 
 def _require_length(given: int, expected: int, role: str) -> None:
@@ -289,6 +313,7 @@ def _require_deterministic(
         )
     _require_length(len(once), min(PROBE_EXAMPLES, len(data)), role)
     task.loss.check(once, targets)
+    _losses(task, probe, once, targets, role)  # raises with the cause, where the loss fails
     # Another batch size may round differently; coupling through batch statistics is far larger.
     tolerance = 1e4 * torch.finfo(once.dtype).eps if once.is_floating_point() else 0.0
     scale = float(once.abs().max()) + 1.0
