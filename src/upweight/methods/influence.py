@@ -42,6 +42,7 @@ from upweight.methods import health, layerwise
 from upweight.methods.checked import Checked
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.removal import LinearRemovals
+from upweight.runtime.memory import require_bytes, require_room
 from upweight.runtime.selection import places
 from upweight.scores import Context, Provenance, Scores, Unit, library_versions
 from upweight.task.check import checked_losses, checked_measurements, require_answerable
@@ -145,6 +146,7 @@ class Influence:
             StaleStore: The store belongs to another model, data or settings.
             SpecError: A store with a loss that is an object that says nothing but its address.
             DtypeError: A named solver for a layerwise curvature of a model in half precision.
+            SpecError: The matrix that the solver factorizes does not fit into memory.
 
         Cost: two passes over the data and the solver's preparation (Cholesky: p³/3).
         """
@@ -178,6 +180,15 @@ class Influence:
         damping = as_damping(self.damping).of(curvature, task.theta(), len(data))
         operator = damped(curvature, damping)
         solver = self.solver.select(operator) if isinstance(self.solver, Auto) else self.solver
+        if isinstance(solver, Cholesky):
+            p = task.layout.size
+            require_bytes(
+                p * p * torch.float64.itemsize,
+                f"a curvature of {p} × {p} numbers for {solver!r}",
+                task.layout.device,
+                "use curvature=EKFAC(), which keeps a block a layer, or curvature=GGN() with "
+                "solver=CG(), which keeps vectors only.",
+            )
         fitted = FittedInfluence(
             spec=self,
             task=task,
@@ -272,18 +283,20 @@ class FittedInfluence(Checked):
         Raises:
             UpweightError: The queries do not pass the checks of `upweight.task.check`.
             NotConverged: An iterative solver missed its tolerance.
+            SpecError: The scores, or the gradients of all queries, do not fit into memory.
 
         Cost: q measure gradients, q solves, one pass over the training data.
         """
         started = time.perf_counter()
-        data, measure, gradients = self._measured(queries, measure)
+        data, measure, gradients = self._measured(queries, measure, len(self.train))
         solution = self._solve(gradients)
-        values = torch.cat(
-            [self.source.inner(solution.value, batch) for batch in self._batches()], dim=1
-        )
-        return self._scores(
-            -values * self._share, Unit.DERIVATIVE, data, measure, solution, started
-        )
+        values = solution.value.new_empty(len(data), len(self.train))
+        stop = 0
+        for batch in self._batches():
+            part = self.source.inner(solution.value, batch)
+            start, stop = stop, stop + part.shape[1]
+            values[:, start:stop] = part * -self._share
+        return self._scores(values, Unit.DERIVATIVE, data, measure, solution, started)
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """S[i, i] = ∂ℓᵢ/∂wᵢ for every training example: how much its own weight lowers its loss.
@@ -352,8 +365,6 @@ class FittedInfluence(Checked):
         them); otherwise one factorization per group.
         """
         started = time.perf_counter()
-        data, measure, gradients = self._measured(queries, measure)
-        solution = self._solve(gradients)
         named = None if groups is None else [self._group(group) for group in groups]
         if named is not None and not named:
             raise ShapeError(
@@ -365,6 +376,8 @@ class FittedInfluence(Checked):
                 )
             )
         every = [[i] for i in range(len(self.train))] if named is None else named
+        data, measure, gradients = self._measured(queries, measure, len(every))
+        solution = self._solve(gradients)
         linear = self._linear_removals
         if linear is None:
             parts = [gradients @ self._newton_step(group) for group in every]
@@ -544,11 +557,29 @@ class FittedInfluence(Checked):
     # -- shared steps -----------------------------------------------------------------------------
 
     def _measured(
-        self, queries: Any, measure: Callable[..., Tensor]
+        self, queries: Any, measure: Callable[..., Tensor], columns: int = 0
     ) -> tuple[Data, Callable[..., Tensor], Float[Tensor, "q p"]]:
-        """Checked queries and the gradient of each measurement."""
+        """Checked queries and the gradient of each measurement; `columns` scores will be of each.
+
+        Raises:
+            SpecError: The scores and gradients do not fit into memory.
+        """
         self._require_same_model()
         data, measure = as_data(queries), as_measure(measure)
+        q, p, dtype = len(data), self.task.layout.size, self.task.layout.dtype
+        way_out = "ask some queries at a time, queries[:100]."
+        if columns:
+            way_out = (
+                "ask some queries at a time, or use curvature=EKFAC(): its top(queries, k) and "
+                "write(queries, folder) never hold all scores."
+            )
+            require_room(q, columns, dtype, self.task.layout.device, way_out)
+        require_bytes(
+            2 * q * p * dtype.itemsize,
+            f"gradients and solutions of {q} queries in {p} parameters",
+            self.task.layout.device,
+            way_out,
+        )
         checked_losses(self.task, data, "queries")
         checked_measurements(self.task, measure, data)
         layout = self.task.layout
