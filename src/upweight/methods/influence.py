@@ -201,7 +201,11 @@ class Influence:
             damping=damping,
             mean_loss=float(losses.double().mean()),
             seconds={},
-            notes=(*data.notes, *health.precision_notes(task)),
+            notes=(
+                *data.notes,
+                *health.precision_notes(task),
+                *health.duration_notes(operator, solver, task.theta()),
+            ),
         )
         self._require_operator(fitted)
         fitted.seconds["fit"] = time.perf_counter() - started
@@ -567,11 +571,12 @@ class FittedInfluence(Checked):
         self._require_same_model()
         data, measure = as_data(queries), as_measure(measure)
         q, p, dtype = len(data), self.task.layout.size, self.task.layout.dtype
-        way_out = "ask some queries at a time, queries[:100]."
+        way_out = "ask some queries at a time: as_data(queries).subset(range(100))."
         if columns:
             way_out = (
-                "ask some queries at a time, or use curvature=EKFAC(): its top(queries, k) and "
-                "write(queries, folder) never hold all scores."
+                "ask some queries at a time, as_data(queries).subset(range(100)); or use "
+                "curvature=EKFAC(), whose top(queries, k) and write(queries, folder) never hold "
+                "all scores."
             )
             require_room(q, columns, dtype, self.task.layout.device, way_out)
         require_bytes(
