@@ -127,14 +127,14 @@ class LinearTerm(BatchTerm):
         inputs = self.form.width - (1 if bias else 0)
         weights, rows = slice(0, c * inputs), slice(a * inputs, (a + 1) * inputs)
         if inputs:
-            columns = out[rows, weights].unflatten(1, (c, inputs))
+            columns = out[rows, weights].view(inputs, c, inputs)
             columns[:, some] += grams[:, :inputs, :inputs].transpose(0, 1)
         if bias:
             biases = slice(c * inputs + some.start, c * inputs + some.stop)
             row = c * inputs + a
             out[rows, biases] += grams[:, :inputs, inputs].T
             if inputs:
-                out[row, weights].unflatten(0, (c, inputs))[some] += grams[:, inputs, :inputs]
+                out[row, weights].view(c, inputs)[some] += grams[:, inputs, :inputs]
             out[row, biases] += grams[:, inputs, inputs]
 
 
