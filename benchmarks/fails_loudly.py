@@ -594,6 +594,151 @@ def tokens() -> tuple[Tensor, nn.Module]:
     return ids, nn.Sequential(nn.Embedding(4, 3), nn.Tanh(), nn.Linear(3, 4)).double().eval()
 
 
+# -- formats of data, names in place of objects, and what does not fit -----------------------------
+
+
+def frame() -> Any:
+    """The rows as a table."""
+    import pandas as pd
+
+    return pd.DataFrame(rows()[0].numpy(), columns=["a", "b", "c"])
+
+
+@case
+def examples_that_hold_their_place() -> Any:
+    X, y = rows()
+    return attribute(train=[(X[i], y[i], i) for i in range(len(X))])
+
+
+@case
+def an_example_place_where_the_model_would_take_labels() -> Any:
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear()
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+            return self.linear(x)
+
+    X, y = rows()
+    return attribute(Takes(), train=(X, y, torch.arange(len(X))))
+
+
+@case
+def examples_of_different_lengths() -> Any:
+    return attribute(train=[(torch.ones(k % 3 + 1, 3).double(), 1) for k in range(24)])
+
+
+@case
+def a_list_of_inputs_read_as_columns() -> Any:
+    return uw.as_data(list(rows()[0]))
+
+
+@case
+def class_labels_as_floats() -> Any:
+    X, y = rows()
+    return attribute(train=(X, y.double()))
+
+
+@case
+def targets_in_a_dict_for_one_loss() -> Any:
+    X, y = rows()
+    return attribute(train=(X, {"a": y, "b": y}))
+
+
+@case
+def a_table_with_a_missing_value() -> Any:
+    table = frame().convert_dtypes()
+    table.iloc[3, 1] = None
+    return attribute(train=(table, rows()[1]))
+
+
+@case
+def a_table_with_a_column_of_categories() -> Any:
+    return attribute(train=(frame().assign(b=list("xyz") * 8), rows()[1]))
+
+
+@case
+def a_table_beside_labels_in_another_order() -> Any:
+    import pandas as pd
+
+    y = pd.Series(rows()[1].numpy()).sample(frac=1.0, random_state=0)
+    return attribute(train=(frame(), y))
+
+
+@case
+def names_beside_the_arrays() -> Any:
+    X, y = rows()
+    return attribute(train={"input": X, "name": ["a row"] * len(X), "labels": y})
+
+
+@case
+def token_ids_outside_of_the_vocabulary() -> Any:
+    model = nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(6, 2)).double()
+    return attribute(model.eval(), train=(torch.arange(72).reshape(24, 3) % 7, rows()[1]))
+
+
+@case
+def a_forward_that_returns_outputs_alone() -> Any:
+    task = uw.Task(linear(), uw.CrossEntropy(), forward=lambda model, batch: model(batch[0]))
+    return uw.Influence().fit(task, rows(2))
+
+
+@case
+def a_measure_by_name() -> Any:
+    return attribute(measure="probability")
+
+
+@case
+def a_method_by_name() -> Any:
+    return uw.Influence("ekfac")  # type: ignore[arg-type]
+
+
+@case
+def a_plain_function_for_sampled_labels() -> Any:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    return attribute(loss=loss, method=uw.Influence(uw.EKFAC()))
+
+
+@case
+def a_fraction_of_an_example_dropped() -> Any:
+    return attribute().predict(drop=[1.9])
+
+
+@case
+def a_mask_of_another_length_dropped() -> Any:
+    return attribute().predict(drop=[True, False])
+
+
+@case
+def weights_that_are_NaN() -> Any:
+    return attribute().predict(weights=torch.full((24,), torch.nan))
+
+
+@case
+def a_negative_number_of_examples() -> Any:
+    return attribute().top(-3, 0)
+
+
+@case
+def a_subset_counted_from_the_end() -> Any:
+    return uw.as_data(rows()).subset([-1])
+
+
+@case
+def no_removals() -> Any:
+    return attribute().require_context().fitted.removal(rows(4), groups=[])
+
+
+@case
+def a_factor_larger_than_memory() -> Any:
+    model = nn.Linear(1_000_000, 4, bias=False)
+    train = torch.zeros(1, 1_000_000), torch.zeros(1).long()
+    return attribute(model, train=train, queries=train, method=uw.Influence(solver=uw.Cholesky()))
+
+
 def main() -> int:
     """Print the table; 1 if any case passed silently."""
     silent = 0

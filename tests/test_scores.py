@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from upweight.errors import (
     MissingContext,
     NonFinite,
     ShapeError,
+    SpecError,
     StaleStore,
     UpweightError,
 )
-from upweight.scores import Context, Provenance, Scores, Unit
+from upweight.scores import Context, Provenance, Scores, TopScores, Unit
 
 VALUES = torch.tensor([[3.0, -1.0, 0.0, 2.0, -4.0], [0.0, 0.0, 0.0, 1e-9, 0.0]]).double()
 SOURCE = Provenance("Influence()", "loss", "Loss()", 5, 2, 3, "float64", "cpu", {"x": 1.5})
@@ -45,11 +47,19 @@ def test_top_never_lists_the_other_sign():
     assert scores().top(0, query=0).raises == ()
 
 
+@pytest.mark.parametrize("k", [-3, 1.5, "2"])
+def test_top_of_a_count_that_is_none(k):
+    kept = torch.tensor([[0]]), torch.tensor([[1.0]])
+    for ranked in (scores(), TopScores(*kept, *kept, Unit.DERIVATIVE, SOURCE)):
+        with pytest.raises(SpecError, match="0 or more"):
+            ranked.top(k, 0)
+
+
 def test_top_breaks_ties_by_place():
     assert scores(torch.ones(1, 4)).top(2, query=0).raises == (0, 1)
 
 
-@pytest.mark.parametrize("query", [2, -3])
+@pytest.mark.parametrize("query", [2, -3, 0.5, "0"])
 def test_top_of_a_query_that_is_not_there(query):
     with pytest.raises(ShapeError, match="one of the 2 scored"):
         scores().top(1, query)
@@ -83,7 +93,32 @@ def test_removal_changes_sign_and_unit_and_not_the_prediction():
     assert removed.removal() is removed
 
 
-@pytest.mark.parametrize("drop", [[5], [-1], [0, 0]])
+def test_a_mask_drops_where_it_is_true():
+    mask = [True, False, False, True, False]
+    expected = scores().predict(drop=[0, 3])
+    for form in (mask, np.array(mask), torch.tensor(mask)):
+        assert torch.equal(scores().predict(drop=form), expected)
+    assert scores().predict(drop=[False] * 5).tolist() == [0.0, 0.0]
+
+
+def test_weights_in_a_list_are_weights():
+    weights = [1.0, 1.5, 1.0, 0.0, 3.0]
+    expected = scores().predict(weights=torch.tensor(weights).double())
+    assert torch.equal(scores().predict(weights=np.array(weights)), expected)
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_weights_that_are_not_finite(weight):
+    with pytest.raises(NonFinite, match="column 3"):
+        scores().predict(weights=torch.tensor([1, 1, 1, weight, 1]).double())
+
+
+def test_dropping_beside_weights_is_refused():
+    with pytest.raises(SpecError, match="either"):
+        scores().predict(drop=[0], weights=torch.ones(5).double())
+
+
+@pytest.mark.parametrize("drop", [[5], [-1], [0, 0], [1.9], [True, False]])
 def test_dropping_what_is_not_there_or_twice(drop):
     with pytest.raises(ShapeError, match="0…4"):
         scores().predict(drop=drop)
@@ -112,6 +147,17 @@ def test_groups_are_sums(labels):
     torch.testing.assert_close(grouped.values, expected)
     assert grouped.columns in (("a", "b", "c"), ("0", "1", "2"))
     assert grouped.unit is Unit.DERIVATIVE
+
+
+def test_as_many_groups_as_columns_are_the_columns():
+    """20 000 labels of their own: work that grows with their square would take half a minute."""
+    n = 20_000
+    values = torch.arange(2.0 * n).double().reshape(2, n)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    started = time.process_time()
+    grouped = scores(values).group([f"{i:05}" for i in order.tolist()])
+    assert time.process_time() - started < 2.0
+    assert torch.equal(grouped.values[:, order], values)
 
 
 def test_errors_of_groups_add_in_squares():

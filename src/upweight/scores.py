@@ -12,9 +12,11 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
@@ -25,12 +27,14 @@ from upweight.errors import (
     MissingContext,
     NonFinite,
     ShapeError,
+    SpecError,
     StaleStore,
     UpweightError,
     message,
 )
 from upweight.plot import Plot
 from upweight.runtime.fingerprint import digest
+from upweight.runtime.selection import labels_by_place, places
 from upweight.runtime.shards import ScoreShards
 from upweight.task.data import Data
 from upweight.task.task import Task
@@ -163,8 +167,10 @@ class TopScores:
 
         Raises:
             ShapeError: There is no such query, or fewer were kept.
+            SpecError: k is not a number of examples.
         """
-        if not -len(self) <= query < len(self) or k > self.raises.shape[1]:
+        _require_count(k)
+        if not _is_row(query, len(self)) or k > self.raises.shape[1]:
             raise ShapeError(
                 message(
                     f"Kept are {self.raises.shape[1]} examples for each of {len(self)} queries.",
@@ -246,8 +252,10 @@ class Scores:
 
         Raises:
             ShapeError: There is no such query.
+            SpecError: k is not a number of examples.
         """
-        if not -len(self) <= query < len(self):
+        _require_count(k)
+        if not _is_row(query, len(self)):
             raise ShapeError(
                 message(
                     f"The query must be one of the {len(self)} scored.",
@@ -269,17 +277,20 @@ class Scores:
         )
 
     def predict(
-        self, drop: Iterable[int] = (), weights: Float[Tensor, " n"] | None = None
+        self, drop: Iterable[int] = (), weights: Iterable[float] | None = None
     ) -> Float[Tensor, " q"]:
         """Δm_q if the examples in `drop` are removed, or the data weights become `weights`.
 
             Δm_q ≈ Σᵢ S[q, i] (wᵢ − 1)
 
         First order in w: effects add up. Scores in Δm already are removals, and add up too.
+        `drop` holds indices, or is a mask that is True where an example is removed.
 
         Raises:
             UpweightError: The unit is RANK, which predicts nothing.
-            ShapeError: An index is out of range or repeated, or `weights` is not `[n]`.
+            ShapeError: An index is out of range or repeated, a mask or `weights` is not `[n]`.
+            NonFinite: A weight is NaN or infinite.
+            SpecError: Both `drop` and `weights` are given.
         """
         if self.unit is Unit.RANK:
             raise UpweightError(
@@ -291,30 +302,40 @@ class Scores:
                 )
             )
         n = self.values.shape[1]
-        if weights is None:
-            indices = [int(i) for i in drop]
-            if len(set(indices)) < len(indices) or any(not 0 <= i < n for i in indices):
-                raise ShapeError(
-                    message(
-                        f"Examples to drop must be distinct columns in 0…{n - 1}.",
-                        f"drop={indices[:10]}.",
-                        "indices of another data set, or the same example listed twice.",
-                        "pass each column once.",
-                    )
+        if weights is not None and not (isinstance(drop, tuple) and not drop):
+            raise SpecError(
+                message(
+                    "A prediction takes either examples to drop or weights.",
+                    "both.",
+                    "weights for some examples and a removal of others.",
+                    "give weights alone, with 0 for what is dropped.",
                 )
+            )
+        if weights is None:
             change = self.values.new_zeros(n)
-            change[indices] = -1.0
+            change[places(drop, n, "Columns to drop")] = -1.0
         else:
-            if tuple(weights.shape) != (n,):
+            w = torch.as_tensor(weights if isinstance(weights, Tensor) else np.asarray(weights))
+            if tuple(w.shape) != (n,):
                 raise ShapeError(
                     message(
                         f"Data weights have one entry per column: shape ({n},).",
-                        f"shape {tuple(weights.shape)}.",
+                        f"shape {tuple(w.shape)}.",
                         "weights of another data set.",
                         "start from torch.ones(n) and change entries.",
                     )
                 )
-            change = weights.to(self.values) - 1.0
+            if not bool(w.isfinite().all()):
+                first = int((~w.isfinite()).nonzero()[0])
+                raise NonFinite(
+                    message(
+                        "Data weights must be finite.",
+                        f"{float(w[first])} for column {first}.",
+                        "a weight computed by a division by 0, or missing in a table.",
+                        "give 0 to what is left out and 1 to what stays as it is.",
+                    )
+                )
+            change = w.to(self.values) - 1.0
         sign = -1.0 if self.unit is Unit.DIFFERENCE else 1.0
         return sign * (self.values @ change)
 
@@ -334,24 +355,14 @@ class Scores:
         Raises:
             ShapeError: There is not one label per column.
         """
-        keys = [str(label.item() if isinstance(label, Tensor) else label) for label in labels]
-        if len(keys) != self.values.shape[1]:
-            raise ShapeError(
-                message(
-                    f"Grouping needs one label per column: {self.values.shape[1]}.",
-                    f"{len(keys)} labels.",
-                    "labels of another split.",
-                    "pass labels in the order of the training data.",
-                )
-            )
-        names = sorted(set(keys))
-        where = torch.tensor([names.index(key) for key in keys], device=self.values.device)
+        names, at = labels_by_place(labels, self.values.shape[1], "column")
+        where = torch.tensor(at, device=self.values.device)
         total = self.values.new_zeros(len(self), len(names)).index_add(1, where, self.values)
         error = None
         if self.error is not None:
             squares = total.new_zeros(total.shape).index_add(1, where, self.error**2)
             error = squares.sqrt()
-        return replace(self, values=total, error=error, columns=tuple(names))
+        return replace(self, values=total, error=error, columns=names)
 
     def require_context(self) -> Context:
         """The live task and data behind these scores.
@@ -479,6 +490,22 @@ def _digest(tensors: Mapping[str, Tensor], unit: str | None, columns: Sequence[s
     """Of the numbers and of what says how to read them."""
     reading = json.dumps([unit, columns], ensure_ascii=False)
     return digest(*(tensors[name] for name in sorted(tensors)), reading)
+
+
+def _is_row(query: Any, q: int) -> bool:
+    return isinstance(query, Integral) and -q <= int(query) < q
+
+
+def _require_count(k: Any) -> None:
+    if not isinstance(k, Integral) or k < 0:
+        raise SpecError(
+            message(
+                "A ranking lists a number of examples, 0 or more.",
+                f"k={k!r}.",
+                "a negative count meant as the other end of the ranking, or a share of the data.",
+                "pass k=10 for ten at each end: .raises and .lowers are the two ends.",
+            )
+        )
 
 
 def _first_not_finite(values: Float[Tensor, "q n"]) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ from tests.laws.subjects import assert_same, first_output
 from tests.market import BUILDERS, draw, names, problem
 from tests.reference import dense
 from tests.reference.retrain import minimize, weight_derivative
-from upweight.errors import NotConverged, NotPositiveDefinite, ShapeError
+from upweight.errors import NotConverged, NotPositiveDefinite, ShapeError, SpecError
 from upweight.linalg import Dense, Identity, Tag, inverse
 from upweight.methods.influence import influence_scores
 
@@ -212,3 +212,63 @@ def test_a_damping_that_means_nothing(damping):
     p = problem("softmax")
     with pytest.raises(ValueError, match="finite number ≥ 0"):
         uw.Influence(damping=damping).fit(p.task, p.train)
+
+
+# -- what does not fit into memory ----------------------------------------------------------------
+
+
+def free(monkeypatch, number):
+    monkeypatch.setattr("upweight.runtime.memory.free_bytes", lambda device: number)
+
+
+def test_a_factor_that_does_not_fit_is_refused_before_it_is_asked_for(monkeypatch):
+    p = problem("mlp_tanh")
+    size = p.task.layout.size
+    free(monkeypatch, size**2 * 8 - 1)
+    with pytest.raises(SpecError, match=rf"{size} × {size}(.|\n)*EKFAC\(\)(.|\n)*CG\(\)"):
+        uw.Influence(uw.GGN(), damping=0.1).fit(p.task, p.train)
+    for way in (
+        uw.Influence(uw.EKFAC(), damping=0.1),
+        uw.Influence(uw.GGN(), solver=uw.CG(), damping=0.1),
+    ):
+        fitted = way.fit(p.task, p.train)
+        free(monkeypatch, 10**9)  # what is asked of it is another matter
+        assert bool(fitted.attribute(p.queries).values.isfinite().all())
+        free(monkeypatch, size**2 * 8 - 1)
+
+
+def test_scores_that_do_not_fit_are_refused_before_anything_is_computed(monkeypatch):
+    p = problem("softmax")
+    train = uw.as_data(p.train).subset([*range(p.n)] * 5)
+    fitted = uw.Influence(damping=0.1).fit(p.task, train)
+    whole = fitted.attribute(p.queries).values
+    q, n = whole.shape
+    free(monkeypatch, q * n * 8 - 1)
+    monkeypatch.setattr("upweight.methods.influence.checked_losses", None)  # not called
+    for ask in (fitted.attribute, fitted.removal):
+        with pytest.raises(SpecError, match=rf"{q} × {n} scores(.|\n)*some queries at a time"):
+            ask(p.queries)
+    monkeypatch.undo()
+    free(monkeypatch, (q - 1) * n * 8)
+    some = uw.as_data(p.queries).subset(range(q - 1))
+    torch.testing.assert_close(fitted.attribute(some).values, whole[: q - 1])
+
+
+def test_gradients_of_the_queries_that_do_not_fit_are_refused(monkeypatch):
+    p = problem("mlp_tanh")
+    fitted = uw.Influence(uw.GGN(), damping=0.1).fit(p.task, p.train)
+    q, size = len(p.queries[0]), p.task.layout.size
+    free(monkeypatch, 2 * q * size * 8 - 1)
+    with pytest.raises(SpecError, match=rf"gradients and solutions of {q} queries in {size} para"):
+        fitted.attribute(p.queries)
+
+
+def test_a_solver_that_may_take_minutes_says_so_before_it_starts(monkeypatch):
+    p = problem("mlp_tanh")
+    size = p.task.layout.size
+    uw.Influence(damping=2.0).fit(p.task, p.train)  # no word where it is quick
+    monkeypatch.setattr("upweight.methods.health.SLOW_S", 0.0)
+    with pytest.warns(UserWarning, match=rf"MINRES\(\) takes up to {size} products.*EKFAC\(\)"):
+        fitted = uw.Influence(damping=2.0).fit(p.task, p.train)
+    assert any("min a query" in note for note in fitted.attribute(p.queries).provenance.notes)
+    uw.Influence(uw.GGN(), damping=2.0).fit(p.task, p.train)  # a factor is had once

@@ -5,7 +5,7 @@ import torch
 
 import upweight as uw
 from tests.market import draw, problem
-from upweight.errors import NonFinite
+from upweight.errors import NonFinite, ShapeError
 from upweight.methods.removal import (
     corrected_output_gradients,
     group_output_gradients,
@@ -99,3 +99,20 @@ def test_small_steps_agree_with_the_first_order():
     h = ratio - 1
     assert bool((h > 0).all()), "leverages are positive"
     assert float(h.max()) < 0.05 and float(h.max()) > 1e-4
+
+
+@pytest.mark.parametrize("groups", [[], [[]], [[0.5]], [-1], [[True, False]]], ids=str)
+def test_removals_that_name_nothing(groups):
+    p = problem("softmax")
+    fitted = uw.Influence().fit(p.task, p.train)
+    with pytest.raises(ShapeError):
+        fitted.removal(p.queries, groups=groups)
+
+
+def test_a_group_may_be_a_mask():
+    p = problem("softmax")
+    fitted = uw.Influence().fit(p.task, p.train)
+    mask = torch.zeros(p.n, dtype=torch.bool)
+    mask[[0, 2]] = True
+    found, expected = (fitted.removal(p.queries, groups=g) for g in ([mask], [[0, 2]]))
+    assert torch.equal(found.values, expected.values) and found.columns == expected.columns

@@ -96,6 +96,18 @@ def test_subsets_of_subsets():
     assert len(data) == 2 and data.take([0, 1])[1].tolist() == Y[[4, 6]].tolist()
 
 
+def test_a_subset_by_a_mask():
+    data = as_data((X, Y)).subset(Y == 1)
+    assert torch.equal(data.batch(0, 2)[0], X[[1, 4]])
+
+
+@pytest.mark.parametrize("chosen", [[-1], [N], [0.5], [True, False], ["0"]], ids=str)
+@pytest.mark.parametrize("form", ["tensors", "dataset"])
+def test_a_subset_of_what_is_not_there(form, chosen):
+    with pytest.raises(ShapeError, match=r"0…6|for each: 7"):
+        as_data(FORMS[form]).subset(chosen)
+
+
 def test_dtypes_are_kept():
     data = as_data((x.astype(np.float32), y.astype(np.int32)))
     inputs, targets = data.batch(0, N)

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 import upweight as uw
 from tests.market import draw
 from upweight.errors import NonDeterministic, NotDifferentiable, ScalarLoss, ShapeError
-from upweight.task.probe import PROBE_EXAMPLES, places
+from upweight.task.probe import PROBE_EXAMPLES, evenly_spaced
 
 G = torch.Generator().manual_seed(0)
 X, Y = draw(G, 40, 3), torch.arange(40) % 2
@@ -295,10 +295,10 @@ def test_a_collate_function_that_drops_examples(missing, curvature):
 
 
 def test_the_probe_is_spread_over_the_data():
-    assert places(1) == (0,)
-    assert places(5) == (0, 1, 2, 3, 4)
-    assert places(1000)[0] == 0 and places(1000)[-1] == 999
-    assert len(set(places(1000))) == PROBE_EXAMPLES
+    assert evenly_spaced(1) == (0,)
+    assert evenly_spaced(5) == (0, 1, 2, 3, 4)
+    assert evenly_spaced(1000)[0] == 0 and evenly_spaced(1000)[-1] == 999
+    assert len(set(evenly_spaced(1000))) == PROBE_EXAMPLES
 
 
 # -- modes ----------------------------------------------------------------------------------------

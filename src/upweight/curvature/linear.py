@@ -15,12 +15,16 @@ from torch import Tensor
 from upweight.curvature.curvature import BatchTerm
 from upweight.gradients.linear import LinearForm
 from upweight.linalg.operator import Tag
+from upweight.runtime.memory import require_bytes
 from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
 
 PANEL = 256
 """Columns of z per product. A Gram matrix is symmetric: only panels on or above its diagonal are
 multiplied, which saves up to half, and products this wide still run at full speed."""
+
+AT_ONCE = 4_000_000
+"""Numbers that the Gram matrices made together may take on the way."""
 
 
 class LinearTerm(BatchTerm):
@@ -45,18 +49,29 @@ class LinearTerm(BatchTerm):
         return self.form.flatten(weighted.transpose(-1, -2) @ self.z)
 
     def add_to(self, out: Float[Tensor, "p p"], scale: float = 1.0) -> None:
-        """Block (a, d) goes straight to its place: nothing else of size p × p is formed."""
+        """Blocks go straight to their places, some of a row at once: small ones cost their calls.
+
+        Nothing else of size p × p is formed.
+        """
         c, weights = self.form.outputs, scale * self.lambdas.to(out.dtype)
-        diagonal = [self.z.new_zeros((), dtype=out.dtype)] * c
+        width = self.z.shape[1]
+        at_once = max(1, AT_ONCE // max(1, width * (len(self.z) + width)))
+        invariant = self._shift_invariant
+        diagonal = self.z.new_zeros(c, width, width, dtype=out.dtype)
         for a in range(c):
-            for d in range(a + 1, c):
-                gram = self._gram(weights[:, a, d])
-                self._place(out, a, d, gram)
-                self._place(out, d, a, gram)
-                diagonal[a], diagonal[d] = diagonal[a] - gram, diagonal[d] - gram
+            for start in range(a + 1, c, at_once):
+                some = slice(start, min(start + at_once, c))
+                grams = self._grams(weights[:, a, some])
+                self._place(out, a, some, grams)
+                self._place(out, a, some, grams, transposed=True)
+                if invariant:
+                    diagonal[a] -= grams.sum(dim=0)
+                    diagonal[some] -= grams
+        for start in range(0, c if not invariant else 0, at_once):
+            some = slice(start, min(start + at_once, c))
+            diagonal[some] = self._grams(weights.diagonal(dim1=1, dim2=2)[:, some])
         for a in range(c):
-            gram = diagonal[a] if self._shift_invariant else self._gram(weights[:, a, a])
-            self._place(out, a, a, gram)
+            self._place(out, a, slice(a, a + 1), diagonal[a : a + 1])
 
     @property
     def _shift_invariant(self) -> bool:
@@ -86,20 +101,56 @@ class LinearTerm(BatchTerm):
             gram[start:, start:stop] = panel.T
         return gram
 
-    def _place(self, out: Float[Tensor, "p p"], a: int, d: int, gram: Float[Tensor, "i i"]) -> None:
-        """Add rows and columns over `[W | b]` of outputs a, d where the layout keeps them."""
-        inputs = self.form.width - (1 if self.form.bias else 0)
-        rows, columns = slice(a * inputs, (a + 1) * inputs), slice(d * inputs, (d + 1) * inputs)
-        out[rows, columns] += gram[:inputs, :inputs]
-        if self.form.bias:
-            biases = self.form.outputs * inputs
-            out[rows, biases + d] += gram[:inputs, inputs]
-            out[biases + a, columns] += gram[inputs, :inputs]
-            out[biases + a, biases + d] += gram[inputs, inputs]
+    def _grams(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "k i i"]:
+        """Σᵢ weights[i, k] zᵢ zᵢᵀ for each k, in the dtype of the weights."""
+        n, width = self.z.shape
+        if width > PANEL:
+            return torch.stack([self._gram(column) for column in weights.unbind(dim=1)])
+        z = self.z.to(weights.dtype)
+        weighted = (weights[:, :, None] * z[:, None]).reshape(n, -1)
+        return (z.T @ weighted).reshape(width, -1, width).transpose(0, 1)
+
+    def _place(
+        self,
+        out: Float[Tensor, "p p"],
+        a: int,
+        some: slice,
+        grams: Float[Tensor, "k i i"],
+        transposed: bool = False,
+    ) -> None:
+        """Add the rows of output a and columns of outputs `some`, where the layout of [W | b] is.
+
+        Transposed, the rows of `some` and columns of a; a Gram matrix is its own transpose.
+        """
+        out = out.T if transposed else out
+        c, bias = self.form.outputs, self.form.bias is not None
+        inputs = self.form.width - (1 if bias else 0)
+        weights, rows = slice(0, c * inputs), slice(a * inputs, (a + 1) * inputs)
+        if inputs:
+            columns = out[rows, weights].view(inputs, c, inputs)
+            columns[:, some] += grams[:, :inputs, :inputs].transpose(0, 1)
+        if bias:
+            biases = slice(c * inputs + some.start, c * inputs + some.stop)
+            row = c * inputs + a
+            out[rows, biases] += grams[:, :inputs, inputs].T
+            if inputs:
+                out[row, weights].view(c, inputs)[some] += grams[:, inputs, :inputs]
+            out[row, biases] += grams[:, inputs, inputs]
 
 
 def linear_term(task: Task, form: LinearForm, data: Data) -> LinearTerm:
-    """The term of all examples, from one forward pass over them."""
+    """The term of all examples, from one forward pass over them.
+
+    Raises:
+        SpecError: n·(i + c²) numbers do not fit into memory.
+    """
+    numbers = len(data) * (form.width + form.outputs**2)
+    require_bytes(
+        numbers * task.layout.dtype.itemsize,
+        f"the curvature of {len(data)} examples in {form.outputs} outputs",
+        task.layout.device,
+        "use curvature=EKFAC(), which keeps no outputs of single examples.",
+    )
     theta = task.theta()
     z, lambdas = [], []
     for _, _, batch in data.batches(batch_size(form.width + form.outputs**2, 8)):

@@ -12,6 +12,7 @@ result. `Relative(0.1)` is the heuristic that Grosse et al. (2023) use for EK-FA
 import abc
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -166,8 +167,23 @@ class Evidence(Damping):
         return high
 
 
-def as_damping(damping: Damping | float) -> Damping:
-    """A number is an absolute damping."""
+def as_damping(damping: Any) -> Damping:
+    """A number is an absolute damping.
+
+    Raises:
+        SpecError: It is neither a damping nor a number.
+    """
+    if isinstance(damping, type) or not (
+        isinstance(damping, Damping) or hasattr(damping, "__float__")
+    ):
+        raise SpecError(
+            message(
+                "Damping is a number, Absolute(λ), Relative(factor) or Evidence().",
+                f"damping={damping!r}.",
+                "a name, or a class that was not called.",
+                "damping=Relative(0.1) adds a tenth of the mean eigenvalue; 0.0 adds nothing.",
+            )
+        )
     return damping if isinstance(damping, Damping) else Absolute(float(damping))
 
 

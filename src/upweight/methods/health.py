@@ -1,6 +1,7 @@
 """How far can these scores be trusted? Numbers to judge a computation by; none changes a score."""
 
 import math
+import time
 import warnings
 from typing import Any
 
@@ -19,11 +20,13 @@ from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solve import Solver
 from upweight.task.data import Data
-from upweight.task.probe import places
 from upweight.task.task import Task
 
 UNDERFLOW_EXAMPLES = 64
 """Training examples whose gradients are asked whether they are 0, or too small for float16."""
+
+SLOW_S = 60.0
+"""Seconds that one query may take before it is said."""
 
 
 def stationarity(gradient: Float[Tensor, " p"], step: Solution) -> dict[str, float]:
@@ -115,7 +118,7 @@ def heard_blocks(plan: Plan, data: Data, batch_size: int) -> set[str]:
     Asked of some training examples, evenly spaced.
     """
     found: set[str] = set()
-    some = data.subset(places(len(data), UNDERFLOW_EXAMPLES))
+    some = data.subset(evenly_spaced(len(data), UNDERFLOW_EXAMPLES))
     with GradientPass(plan) as gradients:
         for start, stop, batch in some.batches(batch_size):
             parts = gradients.of(plan.task.losses, plan.task.to_device(batch), stop - start)
@@ -134,7 +137,7 @@ def underflow_notes(plan: Plan, data: Data, batch_size: int) -> tuple[str, ...]:
         return ()
     m = min(len(data), UNDERFLOW_EXAMPLES)
     found: dict[str, int] = {}
-    for start, stop, batch in data.subset(places(len(data), m)).batches(batch_size):
+    for start, stop, batch in data.subset(evenly_spaced(len(data), m)).batches(batch_size):
         some = underflowing(plan, plan.task.to_device(batch), stop - start)
         for name, count in some.items():
             found[name] = found.get(name, 0) + count
@@ -157,6 +160,30 @@ def precision_notes(task: Task) -> tuple[str, ...]:
     note = (
         f"parameters are {str(task.layout.dtype).removeprefix('torch.')}: gradients and scores "
         f"carry about {digits:.0f} digits; model.float() gives 7"
+    )
+    warnings.warn(note, UserWarning, stacklevel=3)
+    return (note,)
+
+
+def duration_notes(
+    operator: LinearOperator, solver: Solver[Any], theta: Float[Tensor, " p"]
+) -> tuple[str, ...]:
+    """A warning, kept as a note, where one query may take minutes of products with the data.
+
+    Cost: one product, where the solver takes many.
+    """
+    steps = getattr(solver, "max_steps", None)
+    if steps is None:
+        return ()
+    started = time.perf_counter()
+    operator.mv(theta)
+    seconds, steps = time.perf_counter() - started, min(steps, len(theta))
+    if seconds * steps < SLOW_S:
+        return ()
+    note = (
+        f"{type(solver).__name__}() takes up to {steps} products with the curvature for each query "
+        f"and one took {seconds:.2g} s: up to {seconds * steps / 60:.0f} min a query; "
+        "curvature=EKFAC() takes a few passes over the data for all of them"
     )
     warnings.warn(note, UserWarning, stacklevel=3)
     return (note,)

@@ -47,11 +47,16 @@ from upweight.methods import health, layerwise
 from upweight.methods.checked import Checked
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.removal import LinearRemovals
+from upweight.runtime.memory import require_bytes, require_room
+from upweight.runtime.selection import places
 from upweight.scores import Context, Provenance, Scores, Unit, library_versions
 from upweight.task.check import checked_losses, checked_measurements, require_answerable
 from upweight.task.data import Data, as_data, batch_size
 from upweight.task.measures import Loss, as_measure
 from upweight.task.task import Task
+
+CURVATURES = ("EKFAC", "KFAC", "Diagonal", "GGN", "Hessian", "Fisher", "EmpiricalFisher")
+SOLVERS = ("Auto", "Cholesky", "CG", "MINRES")
 
 
 def influence_scores(
@@ -96,11 +101,18 @@ class Influence:
 
     Exact when: J is at a strict minimum with its exact Hessian and λ = 0; then S is the derivative
     itself, whatever the model.
+
+    Raises:
+        SpecError: The curvature or solver is a name or a class, not an object.
     """
 
     curvature: Curvature = field(default_factory=Hessian)
     solver: Solver[Any] = field(default_factory=Auto)
     damping: Damping | float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_kind("curvature", self.curvature, Curvature, CURVATURES)
+        _require_kind("solver", self.solver, Solver, SOLVERS)
 
     @property
     def unit(self) -> Unit:
@@ -139,6 +151,7 @@ class Influence:
             StaleStore: The store belongs to another model, data or settings.
             SpecError: A store with a loss that is an object that says nothing but its address.
             DtypeError: A named solver for a layerwise curvature of a model in half precision.
+            SpecError: The matrix that the solver factorizes does not fit into memory.
 
         Cost: two passes over the data and the solver's preparation (Cholesky: p³/3).
         """
@@ -175,6 +188,15 @@ class Influence:
         operator = damped(curvature, damping)
         solver = self.solver.select(operator) if isinstance(self.solver, Auto) else self.solver
         source = gradient_source(task, data)
+        if isinstance(solver, Cholesky):
+            p = task.layout.size
+            require_bytes(
+                p * p * torch.float64.itemsize,
+                f"a curvature of {p} × {p} numbers for {solver!r}",
+                task.layout.device,
+                "use curvature=EKFAC(), which keeps a block a layer, or curvature=GGN() with "
+                "solver=CG(), which keeps vectors only.",
+            )
         fitted = FittedInfluence(
             spec=self,
             task=task,
@@ -194,6 +216,7 @@ class Influence:
                 *curvature.notes,
                 *source.notes,
                 *health.precision_notes(task),
+                *health.duration_notes(operator, solver, task.theta()),
             ),
         )
         self._require_operator(fitted)
@@ -205,6 +228,28 @@ class Influence:
         """Raise now, before any query, what no right-hand side could be solved with."""
         zero = fitted.task.theta().zero_()
         fitted.solver.solve(fitted.state, zero).throw()
+
+
+def _require_kind(name: str, given: Any, kind: type, known: Sequence[str]) -> None:
+    """Refuse a name, a class or another argument in the place of a curvature or solver."""
+    if isinstance(given, kind) and not isinstance(given, type):
+        return
+    called = given.__name__ if isinstance(given, type) else str(given)
+    meant = [word for word in known if word.lower() == called.lower()]
+    raise SpecError(
+        message(
+            f"Influence takes its {name} as an object.",
+            f"{name}={given!r}.",
+            "a class that was not called."
+            if isinstance(given, type)
+            else "a name in its place."
+            if isinstance(given, str)
+            else "an argument in another's place.",
+            f"Influence({name}=upweight.{meant[0]}())."
+            if meant
+            else f"Influence({name}=...) with one of {', '.join(f'{word}()' for word in known)}.",
+        )
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,18 +299,19 @@ class FittedInfluence(Checked):
         Raises:
             UpweightError: The queries do not pass the checks of `upweight.task.check`.
             NotConverged: An iterative solver missed its tolerance.
+            SpecError: The scores, or the gradients of all queries, do not fit into memory.
 
         Cost: q measure gradients, q solves, one pass over the training data.
         """
         started = time.perf_counter()
-        data, measure, gradients = self._measured(queries, measure)
+        data, measure, gradients = self._measured(queries, measure, len(self.train))
         solution = self._solve(gradients)
-        values = torch.cat(
-            [self.source.inner(solution.value, *part) for part in self._batches()], dim=1
-        )
-        return self._scores(
-            -values * self._share, Unit.DERIVATIVE, data, measure, solution, started
-        )
+        values = solution.value.new_empty(len(data), len(self.train))
+        stop = 0
+        for batch, size in self._batches():
+            start, stop = stop, stop + size
+            values[:, start:stop] = self.source.inner(solution.value, batch, size) * -self._share
+        return self._scores(values, Unit.DERIVATIVE, data, measure, solution, started)
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """S[i, i] = ∂ℓᵢ/∂wᵢ for every training example: how much its own weight lowers its loss.
@@ -334,10 +380,19 @@ class FittedInfluence(Checked):
         them); otherwise one factorization per group.
         """
         started = time.perf_counter()
-        data, measure, gradients = self._measured(queries, measure)
-        solution = self._solve(gradients)
         named = None if groups is None else [self._group(group) for group in groups]
+        if named is not None and not named:
+            raise ShapeError(
+                message(
+                    "A removal needs something to remove.",
+                    "groups=[], no group at all.",
+                    "a filter that matched nothing.",
+                    "leave groups out to remove each example by itself, or pass groups=[[0, 1]].",
+                )
+            )
         every = [[i] for i in range(len(self.train))] if named is None else named
+        data, measure, gradients = self._measured(queries, measure, len(every))
+        solution = self._solve(gradients)
         linear = self._linear_removals
         if linear is None:
             parts = [gradients @ self._newton_step(group) for group in every]
@@ -520,11 +575,30 @@ class FittedInfluence(Checked):
     # -- shared steps -----------------------------------------------------------------------------
 
     def _measured(
-        self, queries: Any, measure: Callable[..., Tensor]
+        self, queries: Any, measure: Callable[..., Tensor], columns: int = 0
     ) -> tuple[Data, Callable[..., Tensor], Float[Tensor, "q p"]]:
-        """Checked queries and the gradient of each measurement."""
+        """Checked queries and the gradient of each measurement; `columns` scores will be of each.
+
+        Raises:
+            SpecError: The scores and gradients do not fit into memory.
+        """
         self._require_same_model()
         data, measure = as_data(queries), as_measure(measure)
+        q, p, dtype = len(data), self.task.layout.size, self.task.layout.dtype
+        way_out = "ask some queries at a time: as_data(queries).subset(range(100))."
+        if columns:
+            way_out = (
+                "ask some queries at a time, as_data(queries).subset(range(100)); or use "
+                "curvature=EKFAC(), whose top(queries, k) and write(queries, folder) never hold "
+                "all scores."
+            )
+            require_room(q, columns, dtype, self.task.layout.device, way_out)
+        require_bytes(
+            2 * q * p * dtype.itemsize,
+            f"gradients and solutions of {q} queries in {p} parameters",
+            self.task.layout.device,
+            way_out,
+        )
         checked_losses(self.task, data, "queries")
         checked_measurements(self.task, measure, data)
         layout = self.task.layout
@@ -569,15 +643,4 @@ class FittedInfluence(Checked):
         return self.task.to_device(self.train.take(self._group(index)))
 
     def _group(self, group: int | Sequence[int]) -> list[int]:
-        indices: list[int] = torch.as_tensor(group).reshape(-1).tolist()
-        n = len(self.train)
-        if not indices or len(set(indices)) < len(indices) or any(not 0 <= i < n for i in indices):
-            raise ShapeError(
-                message(
-                    f"Training examples are named by distinct indices in 0…{n - 1}.",
-                    f"{indices[:10]}.",
-                    "indices of another data set, an empty group, or an example listed twice.",
-                    "pass each index once.",
-                )
-            )
-        return indices
+        return places(group, len(self.train), "Training examples", least=1)

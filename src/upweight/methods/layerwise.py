@@ -47,6 +47,7 @@ from upweight.methods.checked import Checked
 from upweight.runtime.checkpoint import Checkpoint
 from upweight.runtime.memory import require_room, working_bytes
 from upweight.runtime.progress import progress
+from upweight.runtime.selection import labels_by_place, places
 from upweight.runtime.shards import ScoreShards
 from upweight.scores import Context, Provenance, Scores, TopScores, Unit, library_versions
 from upweight.task.check import (
@@ -411,19 +412,8 @@ class LayerwiseInfluence(Checked):
         """
         started = time.perf_counter()
         data, measure = self._asked(queries, measure, tolerance)
-        keys = [str(label.item() if isinstance(label, Tensor) else label) for label in labels]
-        if len(keys) != len(self.train):
-            raise ShapeError(
-                message(
-                    f"Grouping needs one label per training example: {len(self.train)}.",
-                    f"{len(keys)} labels.",
-                    "labels of another split.",
-                    "pass labels in the order of the training data.",
-                )
-            )
-        names = sorted(set(keys))
-        place = {name: k for k, name in enumerate(names)}
-        where = torch.tensor([place[key] for key in keys], device=self.theta.device)
+        names, at = labels_by_place(labels, len(self.train), "training example")
+        where = torch.tensor(at, device=self.theta.device)
         choices, totals = [], []
         for job in self._contractions(data, measure, tolerance):
             total = torch.zeros(
@@ -434,9 +424,7 @@ class LayerwiseInfluence(Checked):
             choices.append(job.choice)
             totals.append(total)
         values = torch.cat(totals)
-        return self._scores(
-            values, data, measure, choices, tolerance, started, {}, columns=tuple(names)
-        )
+        return self._scores(values, data, measure, choices, tolerance, started, {}, columns=names)
 
     def by_layer(
         self,
@@ -490,17 +478,7 @@ class LayerwiseInfluence(Checked):
         Raises:
             ShapeError: An example is out of range, or nothing is used at several positions.
         """
-        n = len(self.train)
-        chosen = [int(i) for i in examples]
-        if not chosen or any(not 0 <= i < n for i in chosen):
-            raise ShapeError(
-                message(
-                    f"Training examples are named by indices in 0…{n - 1}.",
-                    f"{chosen[:10]}.",
-                    "indices of another data set, or none.",
-                    "pass the indices of the training examples to look into.",
-                )
-            )
+        chosen = places(examples, len(self.train), "Training examples", least=1, repeats=True)
         data, measure = self._asked(queries, measure, 0.0)
         positions = [t for t in self.curvature.cost.positions if t > 1]
         if not positions:

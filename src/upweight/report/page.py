@@ -97,7 +97,7 @@ def html(
         query_texts: The same for the queries.
         train_tokens: The tokens of every training example, to be coloured by `token_scores`.
         token_scores: (query, examples) → numbers `[k, t]`, one per token: for layerwise curvatures
-            `lambda q, some: fitted.by_token(queries.subset([q]), some)[0][0]`.
+            `lambda q, some: fitted.by_token(uw.as_data(queries).subset([q]), some)[0][0]`.
         render: ("train" or "query", index) → what to show of an example: a text, a mapping of names
             to values, an image array, or a list of these. Markup is shown as text: nothing that a
             renderer returns can run script.

@@ -1,6 +1,7 @@
 """How much memory may a pass use, and how many examples fit into it?"""
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -9,6 +10,12 @@ from upweight.errors import SpecError, message
 
 SHARE = 0.25
 """Of the memory that is free, how much a pass may take when the user sets no budget."""
+
+CGROUPS = Path("/sys/fs/cgroup")
+PROCESS = Path("/proc/self")
+
+UNLIMITED = 2**60
+"""Control groups without a limit say so by a number beyond any memory."""
 
 ENOUGH = 256 * 2**20
 """More than this makes no pass faster: matrix products are at full speed long before."""
@@ -51,9 +58,16 @@ def kept_bytes(device: torch.device, budget: int | None, used: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that could be taken now, on a GPU or on this machine."""
+    """Memory that could be taken now, on a GPU or on this machine.
+
+    There the least of what the machine has free and what the container and the process may take.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    return max(0, min([_machine_bytes(), *_container_bytes(), *_process_bytes()]))
+
+
+def _machine_bytes() -> int:
     info = Path("/proc/meminfo")
     if info.exists():
         for line in info.read_text(encoding="ascii").splitlines():
@@ -61,6 +75,51 @@ def free_bytes(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     # Elsewhere: half of what is installed, for want of a portable count of what is free.
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _container_bytes() -> list[int]:
+    """What the control groups of this process leave, of either version and at every level."""
+    free = []
+    for line in _text(PROCESS / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, limit, used, cache = CGROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, used = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        # In a container the path may be that of the host, and its own group is mounted at the root.
+        inner = root / path.lstrip("/")
+        for group in (g for g in (inner, *inner.parents) if g.is_relative_to(root)):
+            most, taken = _text(group / limit).strip(), _text(group / used).strip()
+            if most.isdigit() and taken.isdigit() and int(most) < UNLIMITED:
+                # Files that were read and are not in use count as taken, and give way.
+                given_back = re.search(rf"^{cache} (\d+)$", _text(group / "memory.stat"), re.M)
+                free.append(int(most) - int(taken) + int(given_back[1] if given_back else 0))
+    return free
+
+
+def _process_bytes() -> list[int]:
+    """What the limits of this process leave: of its address space, and of its data."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return []
+    free = []
+    for name, counted in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        most = resource.getrlimit(name)[0]
+        taken = re.search(rf"^{counted}:\s+(\d+) kB$", _text(PROCESS / "status"), re.M)
+        if most != resource.RLIM_INFINITY and taken:
+            free.append(most - 1024 * int(taken[1]))
+    return free
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
 
 
 def examples_within(budget: int, bytes_per_example: int, most: int) -> int:
@@ -82,13 +141,29 @@ def require_room(q: int, n: int, dtype: torch.dtype, device: torch.device, way_o
     Raises:
         SpecError: It does not fit.
     """
-    needed, free = q * n * dtype.itemsize, free_bytes(device)
+    require_bytes(q * n * dtype.itemsize, f"{q} × {n} scores", device, way_out)
+
+
+def require_bytes(needed: int, what: str, device: torch.device, way_out: str) -> None:
+    """Refuse, before it is asked of the system, what memory cannot hold.
+
+    Args:
+        needed: Its bytes.
+        what: It, in words.
+        device: Where it would be.
+        way_out: What to do instead.
+
+    Raises:
+        SpecError: It does not fit.
+    """
+    free = free_bytes(device)
     if needed > free:
         raise SpecError(
             message(
-                "All scores at once must fit into memory.",
-                f"{q} × {n} scores of {needed / 1e9:.1f} GB, with {free / 1e9:.1f} GB free.",
-                "a large training set with many queries.",
+                "What is held at once must fit into memory.",
+                f"{what}, {needed / 1e9:.1f} GB, with {free / 1e9:.1f} GB free.",
+                "large data or a large model for a method that holds all of this, or a limit of "
+                "the container or the process.",
                 way_out,
             )
         )

@@ -16,7 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from upweight._typing import Batch
 from upweight.errors import (
     DataError,
-    DtypeError,
     NonDeterministic,
     NonFinite,
     NotDifferentiable,
@@ -30,6 +29,7 @@ from upweight.errors import (
 from upweight.runtime.progress import progress
 from upweight.task.batches import tensors
 from upweight.task.data import Data, batch_size
+from upweight.task.failures import call_error, called_with, loss_error, require_no_places
 from upweight.task.model_loss import loss_notes
 from upweight.task.modes import acting_in_training
 from upweight.task.probe import (
@@ -38,12 +38,11 @@ from upweight.task.probe import (
     Probe,
     other_length,
     own_losses,
-    places,
     read_twice,
     require_own_measurements,
     require_same_losses,
 )
-from upweight.task.task import Task
+from upweight.task.task import Task, call_model
 
 CHECKED_AT_ONCE = 256
 """Examples per forward pass of the check."""
@@ -119,7 +118,7 @@ def checked_batch(
         at, evaluate = range(start, stop), _evaluate(task, role)
         raise ShapeError(other_length(task, task.theta(), data, at, len(outputs), evaluate, role))
     task.loss.check(outputs, targets)
-    values = task.losses_of(outputs, targets)
+    values = _losses(task, batch, outputs, targets, role)
     _require_finite_losses(values, start, batch, role)
     return values
 
@@ -145,12 +144,19 @@ def require_answerable(task: Task, data: Data, role: str) -> Probe:
         SpecError: The model computes another loss itself; see `upweight.task.model_loss`.
     """
     _require_examples(data, role)
+    if task.forward is call_model:
+        require_no_places(data)
     _require_eval_mode(task.model)
     theta = task.theta()
     _require_finite_parameters(task, theta)
-    at = places(len(data))
+    at = evenly_spaced(len(data))
     batch = task.to_device(read_twice(data, at, role))
-    losses = own_losses(task, theta, data, at, batch, _evaluate(task, role), role)
+    evaluate = _evaluate(task, role)
+    outputs, targets = evaluate(theta, batch)
+    if len(outputs) == len(at):
+        task.loss.check(outputs, targets)
+        _losses(task, batch, outputs, targets, role)  # raises with the cause, where the loss fails
+    losses = own_losses(task, theta, data, at, batch, evaluate, role)
     notes = (
         *loss_notes(task, theta, data, at, losses),
         *_unreached_notes(task, theta, batch, at, role),
@@ -179,11 +185,14 @@ def checked_measurements(
     for start, stop, batch in data.batches(_at_once(data)):
         with torch.no_grad():
             part = measure(task, params, task.to_device(batch))
-        if part.shape != (stop - start,):
+        if not isinstance(part, Tensor) or part.shape != (stop - start,):
+            shape = (
+                f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+            )
             raise ScalarLoss(
                 message(
                     f"A measure must return one value per query: shape ({stop - start},).",
-                    f"{measure!r} returned shape {tuple(part.shape)}.",
+                    f"{measure!r} returned {shape}.",
                     "a mean or sum over the queries, or one value per output.",
                     "reduce over every axis but the first.",
                 )
@@ -272,25 +281,28 @@ def _outputs(
     role: str,
     call: Callable[..., tuple[Any, Any]] | None = None,
 ) -> tuple[Tensor, object]:
-    """The model's outputs, with PyTorch's complaint translated."""
+    """The model's outputs; what PyTorch says is explained, what the user's code says is kept."""
     try:
-        outputs, targets = (call or task.outputs)(theta, batch)
+        called = (call or task.outputs)(theta, batch)
     except UpweightError:
         raise
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in tensors(batch))
-        dtypes = {x.dtype for x in tensors(batch)[:1]}
-        kind = DtypeError if dtypes - {task.layout.dtype} else ShapeError
-        raise kind(
+    except Exception as error:
+        explained = call_error(error, task, theta, batch, role)
+        if explained is None:
+            error.add_note(called_with(batch, role))
+            raise
+        raise explained from error
+    if not isinstance(called, tuple | list) or len(called) != 2:
+        raise ShapeError(
             message(
-                f"The model must accept the {role}; its parameters are {task.layout.dtype}.",
-                f"a batch of {given}. PyTorch says: {str(error).splitlines()[0]}",
-                "inputs of another dtype (NumPy's default is float64, images are often uint8) or "
-                "another shape than in training.",
-                f"convert the inputs (X.astype('{str(task.layout.dtype).removeprefix('torch.')}')),"
-                " or say how to call the model with Task(forward=...).",
+                "Task(forward=...) must return two things: (outputs, targets).",
+                f"{type(called).__name__}"
+                f"{f' of {len(called)}' if isinstance(called, tuple | list) else ''}.",
+                "a function that returns the outputs alone.",
+                "Task(model, loss, forward=lambda model, batch: (model(batch[0]), batch[1])).",
             )
-        ) from error
+        )
+    outputs, targets = called
     if not isinstance(outputs, Tensor) or outputs.ndim == 0:
         raise ShapeError(
             message(
@@ -302,6 +314,22 @@ def _outputs(
             )
         )
     return outputs, targets
+
+
+def _losses(
+    task: Task, batch: Batch, outputs: Tensor, targets: Any, role: str
+) -> Float[Tensor, " b"]:
+    """ℓ of each example; what PyTorch says is explained, what the user's code says is kept."""
+    try:
+        return task.losses_of(outputs, targets)
+    except UpweightError:
+        raise
+    except Exception as error:
+        explained = loss_error(error, task, outputs, targets)
+        if explained is None:
+            error.add_note(called_with(batch, role))
+            raise
+        raise explained from error
 
 
 def require_recording() -> None:

@@ -21,8 +21,11 @@ from torch.utils.data.distributed import DistributedSampler
 from torch.utils.data.sampler import RandomSampler, SequentialSampler
 
 from upweight._typing import Batch
-from upweight.errors import DataError, ShapeError, message
+from upweight.errors import DataError, message
+from upweight.runtime.selection import places
+from upweight.task.arrays import arrays_of, is_array, require_columns
 from upweight.task.batches import Form, form
+from upweight.task.collate import collate
 
 
 class Data(abc.ABC):
@@ -76,18 +79,26 @@ class Data(abc.ABC):
             yield start, stop, self.batch(start, stop)
 
     def subset(self, indices: Sequence[int]) -> "Data":
-        """The examples at `indices` as data of their own."""
-        return Subset(self, tuple(int(i) for i in indices))
+        """The examples at `indices`, or where a mask is True, as data of their own.
+
+        Raises:
+            ShapeError: There is no such example, or the mask is of another length.
+        """
+        return Subset(self, tuple(places(indices, len(self), "Examples", repeats=True)))
 
 
 @dataclass(frozen=True, eq=False)
 class ArrayData(Data):
-    """Examples held in tensors: a tuple or dict whose leaves have n on their leading axis."""
+    """Examples held in tensors: a tuple or dict whose leaves have n on their leading axis.
+
+    A leaf may be None, which then is None in every batch.
+    """
 
     arrays: Any
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(tree_leaves(self.arrays)[0])
+        return next(len(leaf) for leaf in tree_leaves(self.arrays) if leaf is not None)
 
     @property
     def form(self) -> Form:  # type: ignore[override]
@@ -95,10 +106,12 @@ class ArrayData(Data):
 
     def take(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
         index = torch.as_tensor(np.asarray(indices), dtype=torch.long)
-        return tree_map(lambda a: a.index_select(0, index.to(a.device)), self.arrays)
+        return tree_map(
+            lambda a: None if a is None else a.index_select(0, index.to(a.device)), self.arrays
+        )
 
     def batch(self, start: int, stop: int) -> Batch:
-        return tree_map(lambda a: a[start:stop], self.arrays)
+        return tree_map(lambda a: None if a is None else a[start:stop], self.arrays)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +119,7 @@ class IndexedData(Data):
     """Examples of a map-style dataset, put together by `collate`."""
 
     dataset: Any
-    collate: Callable[[list[Any]], Any] = default_collate
+    collate: Callable[[list[Any]], Any] = collate
     notes: tuple[str, ...] = field(default=())
 
     def __len__(self) -> int:
@@ -150,10 +163,12 @@ def as_data(data: Any) -> Data:
 
     Args:
         data: `(X, y)` as tensors or NumPy arrays (several inputs: `(X1, X2, y)`), a dict of them,
-            a map-style `Dataset`, a `DataLoader`, or `Data`.
+            a map-style `Dataset` or list of examples, a `DataLoader`, or `Data`. Tables of numbers
+            and of True and False are arrays.
 
     Raises:
-        DataError: The object has no index, or its examples differ from what was trained on.
+        DataError: The object has no index, its parts are no numbers, or it holds other examples
+            than what was trained on.
         ShapeError: The arrays disagree about the number of examples.
     """
     if isinstance(data, Data):
@@ -164,67 +179,21 @@ def as_data(data: Any) -> Data:
         raise DataError(_no_index(data))
     if isinstance(data, Mapping):
         return _from_arrays(dict(data))
-    if isinstance(data, tuple) and data and all(_is_array_tree(part) for part in data):
-        return _from_arrays(data)
-    if isinstance(data, list) and data and all(_is_array(part) for part in data):
+    if isinstance(data, list) and any(map(is_array, data)):
+        require_columns(data)
         return _from_arrays(tuple(data))
-    if isinstance(data, tuple) or (isinstance(data, list) and any(map(_is_array, data))):
-        raise DataError(
-            message(
-                "Data given as (X, y) must be arrays or tensors, all of them.",
-                f"parts of type {', '.join(type(part).__name__ for part in data) or 'none'}.",
-                "targets in a Python list, or no targets.",
-                "convert each part: np.asarray(y) or torch.tensor(y).",
-            )
-        )
-    if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not _is_array(data):
+    if isinstance(data, tuple):
+        return _from_arrays(data)
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not is_array(data):
         return IndexedData(data)
     raise DataError(_no_index(data))
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor) or hasattr(value, "__array__")
-
-
-def _is_array_tree(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return bool(value) and all(_is_array_tree(part) for part in value)
-    return _is_array(value)
-
-
-def _as_tensor(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach()
-    array = np.asarray(value)
-    if array.dtype.kind not in "biufc":
-        raise DataError(
-            message(
-                "Examples must be numbers.",
-                f"an array of dtype {array.dtype}.",
-                "strings, categories or rows of different lengths in the data.",
-                "encode them as the model was trained with, then pass the encoded arrays.",
-            )
-        )
-    # Tensors cannot view negative strides or read-only memory without a warning.
-    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
-        array = array.copy()
-    return torch.as_tensor(array)
-
-
 def _from_arrays(arrays: Any) -> ArrayData:
-    tensors = tree_map(_as_tensor, arrays)
-    leaves = tree_leaves(tensors)
-    sizes = [tuple(leaf.shape) for leaf in leaves]
-    if not leaves or any(leaf.ndim == 0 for leaf in leaves) or len({s[0] for s in sizes}) != 1:
-        raise ShapeError(
-            message(
-                "All arrays of the data must have the same number of examples on their first axis.",
-                f"shapes {sizes}.",
-                "inputs and targets of different splits, or a transposed array.",
-                "pass (X, y) with X [n, ...] and y [n, ...].",
-            )
-        )
-    return ArrayData(tensors)
+    tensors, notes = arrays_of(arrays)
+    for note in notes:
+        warnings.warn(note, UserWarning, stacklevel=4)
+    return ArrayData(tensors, notes)
 
 
 def _from_loader(loader: DataLoader) -> IndexedData:  # type: ignore[type-arg]
@@ -257,7 +226,8 @@ def _from_loader(loader: DataLoader) -> IndexedData:  # type: ignore[type-arg]
         notes.append("the DataLoader's drop_last was left out: every example is counted")
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=4)
-    return IndexedData(dataset, loader.collate_fn, tuple(notes))
+    own = loader.collate_fn is not default_collate
+    return IndexedData(dataset, loader.collate_fn if own else collate, tuple(notes))
 
 
 def _no_index(data: Any) -> str:

@@ -59,15 +59,15 @@ class Loss(abc.ABC):
 
     def log_prob(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
         """log p(y | f)."""
-        raise UnsupportedModel(_no_likelihood(self, "log p(y | f)"))
+        raise UnsupportedModel(_no_likelihood(self, "log p(y | f)", outputs, targets))
 
     def margin(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
         """log p(y | f) − log(1 − p(y | f)): how far the right answer is ahead."""
-        raise UnsupportedModel(_no_likelihood(self, "a margin"))
+        raise UnsupportedModel(_no_likelihood(self, "a margin", outputs, targets))
 
     def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
         """ŷ ~ p(· | f), in the places where the targets count."""
-        raise UnsupportedModel(_no_likelihood(self, "samples ŷ ~ p(· | f)"))
+        raise UnsupportedModel(_no_likelihood(self, "samples ŷ ~ p(· | f)", outputs, targets))
 
 
 def _with_batch_axis(targets: Any) -> Any:
@@ -78,27 +78,112 @@ def _per_example(values: Tensor) -> Float[Tensor, " b"]:
     return values.reshape(len(values), -1).sum(dim=1)
 
 
-def _no_likelihood(loss: Loss, what: str) -> str:
+def _no_likelihood(loss: Loss, what: str, outputs: Tensor, targets: Any) -> str:
+    same = _same_losses(loss, outputs, targets)
     return message(
         f"This needs {what}, which takes a loss that is a negative log-likelihood of that kind.",
         f"{loss!r}, which defines none.",
-        "a measure or curvature that asks for more than this loss can tell.",
-        "use measure=Loss(), a measure of your own (outputs, targets) -> [q], or curvature=GGN().",
+        "a measure or curvature that asks for more than this loss can tell."
+        if same is None
+        else f"a loss given as a plain function; its values here are those of upweight.{same!r}.",
+        ("" if same is None else f"Task(model, upweight.{type(same).__name__}()); or ")
+        + "use measure=Loss(), a measure of your own (outputs, targets) -> [q], or a curvature "
+        "that draws no labels: GGN() or EKFAC(labels=Observed()).",
+    )
+
+
+def _same_losses(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:
+    """The loss of ours that has the values of this one on a batch."""
+    for ours in (CrossEntropy(), Bernoulli(), SquaredError(), Poisson()):
+        try:
+            ours.check(outputs, targets)
+            if type(ours) is not type(loss) and torch.allclose(
+                ours(outputs, targets), loss(outputs, targets)
+            ):
+                return ours
+        except Exception:
+            continue
+    return None
+
+
+def _require_tensor(name: str, targets: Any) -> None:
+    if isinstance(targets, Tensor):
+        return
+    kind = type(targets).__name__
+    if isinstance(targets, dict):
+        kind += f" of {', '.join(map(repr, targets))}"
+    elif isinstance(targets, tuple | list):
+        kind += f" of {len(targets)}"
+    raise ShapeError(
+        message(
+            f"{name} needs its targets in one tensor.",
+            f"targets of type {kind}.",
+            "several targets for each example, or targets that are left out (None).",
+            "say what their loss is: Task(model, loss=lambda outputs, targets: ...), one value "
+            "per example; Weighted(...) takes targets (y, v).",
+        )
     )
 
 
 def _require_same_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
-    if not isinstance(targets, Tensor) or targets.shape != outputs.shape:
-        given = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
-        raise ShapeError(
-            message(
-                f"{name} needs targets of the same shape as the model's outputs.",
-                f"outputs {tuple(outputs.shape)}, targets {given}.",
-                "a last axis of size 1: outputs [b, 1] beside targets [b]; broadcasting them would "
-                "pair every example with every other.",
-                "reshape the targets to [b, 1], or squeeze the model's output.",
-            )
+    _require_tensor(name, targets)
+    if targets.shape == outputs.shape:
+        return
+    few, many = sorted((targets.shape, outputs.shape), key=len)
+    if (*few, 1) == tuple(many):
+        cause = (
+            "a last axis of size 1: outputs [b, 1] beside targets [b]; broadcasting them would "
+            "pair every example with every other."
         )
+        way = "reshape the targets to [b, 1], or squeeze the model's output."
+        if len(targets.shape) == len(many):
+            way = "reshape the targets to [b], or keep the last axis of the model's output."
+    elif targets.shape == outputs.shape[:-1]:
+        cause = f"{outputs.shape[-1]} outputs for each target."
+        way = "use CrossEntropy() for classes, or a model with one output for each target."
+    else:
+        cause = "targets of another size than what the model gives for them."
+        way = "give one target for each output, in the outputs' shape."
+    raise ShapeError(
+        message(
+            f"{name} needs targets of the same shape as the model's outputs.",
+            f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
+            cause,
+            way,
+        )
+    )
+
+
+def _require_probabilities(outputs: Tensor, targets: Tensor) -> None:
+    """Refuse targets of CrossEntropy that are floats but no probabilities of all classes."""
+    if targets.shape == outputs.shape:
+        return
+    column = outputs.ndim > 1 and targets.shape == (*outputs.shape[:-1], 1)
+    if column or (outputs.ndim > 1 and targets.shape == outputs.shape[:-1]):
+        whole = bool((targets == targets.round()).all())
+        cause = "class labels that are stored as floats."
+        way = f"convert them: y{'.squeeze(-1)' if column else ''}.long() of a tensor, " + (
+            "y.astype('int64')" + ("[:, 0]" if column else "") + " of an array."
+        )
+        if not whole:
+            cause = "one number for each example that is no class: a regression's target."
+            way = "use SquaredError() with a model of one output, or probabilities of all classes."
+    elif outputs.numel() == targets.numel():
+        cause, way = "one output for each example.", "use Bernoulli() for one logit per example."
+    else:
+        cause = "probabilities of other classes than the model has."
+        way = "give one probability for each of the model's outputs."
+    values = ", ".join(f"{x:g}" for x in targets.flatten()[:3].tolist())
+    raise ShapeError(
+        message(
+            "CrossEntropy needs classes as integers [b, ...], or class probabilities as floats of "
+            "the outputs' shape.",
+            f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)} of {targets.dtype}: "
+            f"{values}, ...",
+            cause,
+            way,
+        )
+    )
 
 
 def _require_range(name: str, targets: Tensor, valid: Tensor, required: str) -> None:
@@ -127,8 +212,9 @@ class CrossEntropy(Loss):
     convex = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
+        _require_tensor("CrossEntropy", targets)
         if targets.is_floating_point():
-            _require_same_shape("CrossEntropy with class probabilities", outputs, targets)
+            _require_probabilities(outputs, targets)
             return
         if outputs.ndim < 2 or targets.shape != outputs.shape[:-1]:
             raise ShapeError(
@@ -183,7 +269,9 @@ class CrossEntropy(Loss):
 
     def margin(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         if targets.is_floating_point():
-            raise UnsupportedModel(_no_likelihood(self, "a margin of one right class"))
+            raise UnsupportedModel(
+                _no_likelihood(self, "a margin of one right class", outputs, targets)
+            )
         kept = targets != self.ignore_index
         index = torch.where(kept, targets, 0).long()[..., None]
         right = outputs.gather(-1, index)[..., 0]
@@ -217,11 +305,8 @@ class Bernoulli(Loss):
         return _per_example(F.softplus(outputs) - targets * outputs)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c"]:
-        return (
-            (outputs.sigmoid() - targets).flatten(1)
-            if outputs.ndim > 1
-            else (outputs.sigmoid() - targets)[:, None]
-        )
+        # Booleans cannot be subtracted.
+        return (outputs.sigmoid() - targets.to(outputs.dtype)).reshape(len(outputs), -1)
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c c"]:
         p = outputs.reshape(len(outputs), -1).sigmoid()
@@ -286,7 +371,7 @@ class Poisson(Loss):
         return _per_example(outputs.exp() - targets * outputs)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c"]:
-        return (outputs.exp() - targets).reshape(len(outputs), -1)
+        return (outputs.exp() - targets.to(outputs.dtype)).reshape(len(outputs), -1)
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c c"]:
         return torch.diag_embed(outputs.reshape(len(outputs), -1).exp())
@@ -331,7 +416,8 @@ class SmoothHinge(Loss):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         _require_same_shape("SmoothHinge", outputs, targets)
-        _require_range("SmoothHinge", targets, targets.abs() == 1, "in {−1, +1}")
+        signs = targets.to(outputs.dtype).abs() == 1
+        _require_range("SmoothHinge", targets, signs, "in {−1, +1}")
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         excess = (1 - targets * outputs) / self.temperature
@@ -434,5 +520,19 @@ class CustomLoss(Loss):
 
 
 def as_loss(loss: Loss | Callable[[Tensor, Any], Tensor]) -> Loss:
-    """A loss from what the user holds: ours, or any unreduced `(outputs, targets) -> [b]`."""
+    """A loss from what the user holds: ours, or any unreduced `(outputs, targets) -> [b]`.
+
+    Raises:
+        SpecError: It is a name or a class, not a loss.
+    """
+    if isinstance(loss, type) or not callable(loss):
+        raise SpecError(
+            message(
+                "A loss is an object such as upweight.CrossEntropy(), or a function (outputs, "
+                "targets) -> [b].",
+                f"{loss!r}.",
+                "a class that was not called." if isinstance(loss, type) else "a name.",
+                "CrossEntropy(), Bernoulli(), SquaredError(), Poisson() or Weighted(...).",
+            )
+        )
     return loss if isinstance(loss, Loss) else CustomLoss(loss)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch, Params
-from upweight.errors import ShapeError, message
+from upweight.errors import ShapeError, SpecError, message
 from upweight.runtime.fingerprint import described
 from upweight.task.task import Task
 
@@ -112,10 +112,27 @@ def as_measure(measure: Measure | Callable[..., Tensor]) -> Callable[..., Tensor
 
     A function of two arguments is `(outputs, targets) -> [q]`; one of three is already
     `(task, params, batch) -> [q]`.
+
+    Raises:
+        SpecError: It is a name or a class, not a measure.
     """
     if isinstance(measure, Measure):
         return measure
-    signature = inspect.signature(measure)
+    if isinstance(measure, type) or not callable(measure):
+        raise SpecError(
+            message(
+                "A measure is an object such as upweight.Margin(), or a function (outputs, "
+                "targets) -> [q].",
+                f"{measure!r}.",
+                "a class that was not called." if isinstance(measure, type) else "a name.",
+                "Loss(), Margin(), LogProb() (of the target's class) or Logit(index); of anything "
+                "else a function, such as lambda outputs, targets: outputs.softmax(1)[:, 1].",
+            )
+        )
+    try:
+        signature = inspect.signature(measure)
+    except ValueError:  # a function of PyTorch's own, which does not say
+        return OutputMeasure(measure)
     required = [
         p
         for p in signature.parameters.values()

@@ -34,7 +34,7 @@ Evaluate: TypeAlias = Callable[[Float[Tensor, " p"], Batch], tuple[Tensor, Any]]
 """(θ, batch) to outputs and targets, with complaints translated."""
 
 
-def places(n: int, most: int = PROBE_EXAMPLES) -> tuple[int, ...]:
+def evenly_spaced(n: int, most: int = PROBE_EXAMPLES) -> tuple[int, ...]:
     """Examples from all over the data, evenly spaced, first and last among them."""
     k = min(n, most)
     return tuple(i * (n - 1) // max(1, k - 1) for i in range(k))
@@ -193,7 +193,7 @@ def require_own_measurements(
         ScalarLoss: One query alone does not have one value.
         NonDeterministic: A value depends on the other queries of its batch, or is random.
     """
-    for i in places(len(data)):
+    for i in evenly_spaced(len(data)):
         single = task.to_device(data.batch(i, i + 1))
 
         def value(t: Tensor, single: Batch = single) -> Tensor:

@@ -206,11 +206,13 @@ class Task:
         """
         losses = self.loss(outputs, targets)
         size = len(outputs)
-        if losses.shape != (size,):
+        if not isinstance(losses, Tensor) or losses.shape != (size,):
+            is_tensor = isinstance(losses, Tensor)
+            shape = f"shape {tuple(losses.shape)}" if is_tensor else type(losses).__name__
             raise ScalarLoss(
                 message(
                     f"A loss must return one value per example: shape ({size},).",
-                    f"{self.loss!r} returned shape {tuple(losses.shape)}.",
+                    f"{self.loss!r} returned {shape}.",
                     "a loss that takes the mean or sum over the batch.",
                     'use upweight.CrossEntropy() and its kin, or reduction="none" and a sum over '
                     "every axis but the first.",

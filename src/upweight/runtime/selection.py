@@ -1,0 +1,115 @@
+"""Which of n things does the user mean, and which of them share a label?"""
+
+from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
+
+from torch import Tensor
+
+from upweight.errors import ShapeError, message
+
+
+def places(given: Any, n: int, what: str, *, least: int = 0, repeats: bool = False) -> list[int]:
+    """Places in 0…n − 1, from whole numbers or from a mask of n yes-or-no answers.
+
+    Args:
+        given: One index, several, or a mask; lists, arrays and tensors alike.
+        n: How many there are to choose from.
+        what: What they are, for the message: "Training examples".
+        least: How many must be named.
+        repeats: Whether one may be named twice.
+
+    Raises:
+        ShapeError: Fewer than `least` are named; an entry is no whole number or not in 0…n − 1; one
+            is named twice; or a mask has another length than n.
+    """
+    entries = [_plain(entry) for entry in _entries(given)]
+    if entries and all(isinstance(entry, bool) for entry in entries):
+        if len(entries) != n:
+            raise ShapeError(
+                message(
+                    f"A mask of {what.lower()} has one True or False for each: {n}.",
+                    f"{len(entries)} of them.",
+                    "a mask of another data set, or of a part of this one.",
+                    f"make the mask over all {n}, or pass indices in 0…{n - 1}.",
+                )
+            )
+        entries = [k for k, chosen in enumerate(entries) if chosen]
+    if len(entries) < least:
+        raise ShapeError(
+            message(
+                f"{what} are named by indices in 0…{n - 1}, at least {least} of them.",
+                f"{len(entries)} of them.",
+                "an empty list, a filter that matched nothing, or a mask without a True.",
+                "pass the index of one, or leave this question out.",
+            )
+        )
+    wrong = [e for e in entries if not _is_whole(e) or not 0 <= e < n]
+    repeated = [] if wrong or repeats else _repeated(entries)
+    if wrong or repeated:
+        cause = (
+            "the same one listed twice."
+            if repeated
+            else "places counted from the end, or indices of another data set."
+            if all(map(_is_whole, wrong))
+            else "a computation that gave fractions, names in place of places, or True and False "
+            "among numbers."
+        )
+        raise ShapeError(
+            message(
+                f"{what} are named by {'' if repeats else 'distinct '}indices in 0…{n - 1}.",
+                f"{len(entries)} of them, {'twice' if repeated else 'among them'} "
+                f"{', '.join(map(repr, (repeated or wrong)[:5]))}.",
+                cause,
+                f"pass each index once, as whole numbers in 0…{n - 1}, or a mask of {n} booleans.",
+            )
+        )
+    return [int(entry) for entry in entries]
+
+
+def labels_by_place(labels: Iterable[Any], n: int, what: str) -> tuple[tuple[str, ...], list[int]]:
+    """The distinct labels as text, sorted, and for each of n things the place of its label.
+
+    Raises:
+        ShapeError: There is not one label for each.
+    """
+    keys = [str(_plain(label)) for label in _entries(labels)]
+    nested = getattr(labels, "ndim", 1) != 1
+    if nested or len(keys) != n:
+        raise ShapeError(
+            message(
+                f"Grouping needs one label per {what}: {n}.",
+                f"labels of shape {tuple(labels.shape)}."  # type: ignore[attr-defined]
+                if nested
+                else f"{len(keys)} labels.",
+                "one-hot labels, or a column that was not squeezed."
+                if nested
+                else "labels of another split.",
+                "pass labels in the order of the training data, one for each.",
+            )
+        )
+    names = tuple(sorted(set(keys)))
+    place = {name: k for k, name in enumerate(names)}
+    return names, [place[key] for key in keys]
+
+
+def _entries(given: Any) -> list[Any]:
+    if isinstance(given, Tensor) or hasattr(given, "__array__"):
+        # One step: an array gives its entries one at a time as arrays of their own, slowly.
+        values = given.tolist()
+        return values if isinstance(values, list) else [values]
+    return list(given) if isinstance(given, Iterable) else [given]
+
+
+def _plain(entry: Any) -> Any:
+    """A number of Python's from one of NumPy's or a tensor with one entry."""
+    return entry.item() if getattr(entry, "ndim", None) == 0 else entry
+
+
+def _is_whole(entry: Any) -> bool:
+    return isinstance(entry, Integral) and not isinstance(entry, bool)
+
+
+def _repeated(entries: list[Any]) -> list[Any]:
+    seen: set[Any] = set()
+    return [e for e in entries if e in seen or seen.add(e)]  # type: ignore[func-returns-value]
