@@ -6,6 +6,7 @@ Observed    g gᵀ with the data's y                            the empirical Fi
 """
 
 import abc
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -151,7 +152,8 @@ class Expected(Labels):
             )
         # In half precision the Hessian's own rounding would be taken for a negative eigenvalue.
         precise = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        values, vectors = torch.linalg.eigh(loss.hessian(precise, targets).double())
+        blocks = _by_position(loss.hessian(precise, targets).double(), outputs.shape)
+        values, vectors = torch.linalg.eigh(blocks)
         if float(values.min()) < -1e-6 * float(values.abs().max()):
             raise NotPositiveDefinite(
                 message(
@@ -163,15 +165,31 @@ class Expected(Labels):
                 float(values.min()),
             )
         # What is rounding, of either sign, becomes a gradient of exactly 0.
-        rounding = width * torch.finfo(precise.dtype).eps * values.amax(dim=1, keepdim=True)
-        roots = vectors * torch.where(values > rounding, values, 0.0).sqrt()[:, None, :]
+        rounding = width * torch.finfo(precise.dtype).eps * values.amax(dim=(1, 2), keepdim=True)
+        roots = vectors * torch.where(values > rounding, values, 0.0).sqrt()[:, :, None, :]
+        # A column of zeros too: every batch takes as many heads.
+        for t, k in itertools.product(range(roots.shape[1]), range(roots.shape[3])):
+            column = roots.new_zeros(roots.shape[:3])
+            column[:, t] = roots[:, t, :, k]
+            yield _product, column.reshape(outputs.shape).to(outputs.dtype)
 
-        def head(f: Tensor, _: Any, column: Tensor) -> Tensor:
-            return (f.reshape(len(f), -1) * column).sum(dim=1)
 
-        # A column of zeros too: every example gives as many pairs (a, δ), whatever its batch.
-        for k in range(width):
-            yield head, roots[:, :, k].to(outputs.dtype)
+def _product(f: Tensor, _: Any, delta: Tensor) -> Tensor:
+    """⟨f, δ⟩ of each example, whose gradient in f is δ."""
+    return (f * delta).reshape(len(f), -1).sum(dim=1)
+
+
+def _by_position(hessian: Tensor, shape: torch.Size) -> Tensor:
+    """Λ [b, c, c] as [b, t, c, c], one block for each position where it has no others.
+
+    Eigenvectors are then of one position each, also where positions have equal eigenvalues: which
+    ones a whole decomposition would mix depends on how far the batch is padded.
+    """
+    b, c = len(hessian), shape[-1] if len(shape) > 1 else 1
+    t = hessian.shape[1] // c
+    blocks = hessian.reshape(b, t, c, t, c).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    is_all = torch.count_nonzero(blocks) == torch.count_nonzero(hessian)
+    return blocks if bool(is_all) else hessian[:, None]
 
 
 @dataclass(frozen=True)
