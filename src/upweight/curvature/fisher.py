@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from upweight._typing import Batch
 from upweight.curvature.curvature import BatchTerms, mean_plus_penalty
 from upweight.curvature.empirical_fisher import PSD, outer_products
+from upweight.curvature.labels import Sampled
 from upweight.linalg.operator import LinearOperator
 from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
@@ -19,8 +20,8 @@ class Fisher:
     """F ≈ (1/n) Σᵢ (1/s) Σₛ g(ŷₛ) g(ŷₛ)ᵀ + ∇²R(θ̂), with s labels ŷ ~ p(· | f(xᵢ)) per example.
 
     Unbiased for the Fisher information, which for exponential families in their natural parameter
-    equals the GGN. The labels are drawn anew from the seed for every product, so each product sees
-    the same ones.
+    equals the GGN. The labels are those of `Sampled(samples, seed)`: the same for every product,
+    whatever the batches.
 
     Args:
         samples: s, labels drawn per example.
@@ -38,37 +39,33 @@ class Fisher:
         """F at θ̂; see `Curvature.fit`.
 
         Raises:
+            SpecError: Not at least one sample.
             UnsupportedModel: The loss is not a negative log-likelihood one can sample from.
         """
+        size = batch_size(task.layout.size, task.layout.dtype.itemsize)
+        labels = Sampled(self.samples, self.seed)
 
         def term_of(index: int, batch: Batch) -> LinearOperator:
-            generator = torch.Generator(device=task.layout.device)
-            generator.manual_seed(self.seed * 1_000_003 + index)
-            terms = [self._one(task, batch, generator) for _ in range(self.samples)]
-            total = terms[0]
-            for term in terms[1:]:
-                total = total + term
-            return (1.0 / self.samples) * total
+            with torch.no_grad():
+                outputs, targets = task.outputs(task.theta(), batch)
+            heads = labels.heads(task.loss, outputs, targets, index * size, 0)
+            first, *others = [_relabeled(task, batch, *head) for head in heads]
+            return (1.0 / self.samples) * sum(others, start=first)
 
-        size = batch_size(task.layout.size, task.layout.dtype.itemsize)
         terms = BatchTerms(task, data, size, term_of)
         return mean_plus_penalty(task, terms, len(data) if n is None else n, PSD)
 
-    @staticmethod
-    def _one(task: Task, batch: Batch, generator: torch.Generator) -> LinearOperator:
-        with torch.no_grad():
-            outputs, targets = task.outputs(task.theta(), batch)
-        # The drawn labels travel with the batch, so that vmap maps over both.
-        drawn = task.loss.sample(outputs, targets, generator)
 
-        def forward(model: nn.Module, pair: Any) -> tuple[Any, Any]:
-            return task.forward(model, pair[0])[0], pair[1]
+def _relabeled(task: Task, batch: Batch, head: Any, extra: Tensor) -> LinearOperator:
+    """Σᵢ gᵢ gᵢᵀ of the values of a head."""
 
-        relabeled = Task(
-            task.model,
-            task.loss,
-            task.penalty,
-            task.params,
-            forward=forward,
-        )
-        return outer_products(relabeled, (batch, drawn))
+    # What was drawn travels with the batch, so that vmap maps over both.
+    def forward(model: nn.Module, pair: Any) -> tuple[Any, Any]:
+        return task.forward(model, pair[0])[0], pair[1]
+
+    def loss(f: Tensor, drawn: Tensor) -> Tensor:
+        return head(f, None, drawn)  # type: ignore[no-any-return]
+
+    return outer_products(
+        Task(task.model, loss, task.penalty, task.params, forward=forward), (batch, extra)
+    )

@@ -480,7 +480,7 @@ RULES: Mapping[type[nn.Module], Rule] = {
     ),
 }
 
-# Of transformers, which is not imported: its GPT-2 calls a linear map so, y = x W + b with W [i, o].
+# Of transformers, which is not imported: GPT-2 has y = x W + b with W [i, o].
 _BY_NAME = {
     "transformers.pytorch_utils.Conv1D": dataclasses.replace(_LINEAR, is_transposed=True),
 }
