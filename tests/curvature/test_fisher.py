@@ -88,6 +88,14 @@ def test_a_seed_names_one_operator():
     assert not torch.equal(A.mv(v), uw.Fisher(seed=2).fit(p.task, as_data(p.train)).mv(v))
 
 
+def test_the_same_labels_as_sampled_ones():
+    """One dense block by layer is the same matrix, batch for batch."""
+    p = problem("bias_only")
+    dense_block = uw.EKFAC(uw.Sampled(3, 5)).fit(p.task, as_data(p.train))
+    found = uw.Fisher(3, 5).fit(p.task, as_data(p.train))
+    torch.testing.assert_close(found.dense(), dense_block.dense(), rtol=1e-10, atol=1e-10)
+
+
 def test_batches_draw_different_labels(monkeypatch):
     """The same example twice, in two batches: two draws, not one repeated."""
     g = torch.Generator().manual_seed(0)

@@ -31,7 +31,7 @@ LAYERED = {
 """Inverted block by block, in their own eigenbases; asked with tolerance 0."""
 
 SAMPLED = {"Fisher": uw.Influence(uw.Fisher(samples=3, seed=5), uw.Cholesky())}
-"""Draws labels by batch, so batches and the order of the data change it."""
+"""Draws labels by place, so the order of the data changes it."""
 
 SAMPLED_LAYERED = {"EKFAC, sampled": uw.Influence(uw.EKFAC(uw.Sampled(3, 5)), damping=0.1)}
 """Draws labels by place, so the order of the data changes it."""

@@ -2,8 +2,8 @@
 
 Binds every deterministic method. Batch sizes follow from a memory budget, which is shrunk here to
 one example a batch and to several sizes between; a `Data` that keeps count proves that it took.
-Labels that are drawn belong to an example's place in the data, so methods by layer that draw them
-are bound too.
+Labels that are drawn belong to an example's place in the data, so methods that draw them are bound
+too.
 """
 
 import pytest
@@ -13,6 +13,7 @@ from tests.laws.subjects import (
     DIRECT,
     ITERATIVE,
     LAYERED,
+    SAMPLED,
     SAMPLED_LAYERED,
     assert_same,
     attributed,
@@ -52,7 +53,7 @@ def everything(method, p, train):
 def assert_invariant(method, name, budget, numbers, monkeypatch):
     p = problem(name)
     whole, parts = Counted(p.train), Counted(p.train)
-    methods = DIRECT | ITERATIVE
+    methods = DIRECT | ITERATIVE | SAMPLED
     expected = numbers(methods[method], p, whole)
     monkeypatch.setattr(upweight.task.data, "WORKING_BYTES", budget)
     found = numbers(methods[method], p, parts)
@@ -76,6 +77,17 @@ def test_batches_do_not_matter_to_iterative_solvers(method, name, monkeypatch):
         return {"scores": method.fit(p.task, train).attribute(p.queries).values}
 
     assert_invariant(method, name, 1000, numbers, monkeypatch)
+
+
+@pytest.mark.parametrize("budget", [1, 1500])
+@pytest.mark.parametrize("method", SAMPLED)
+def test_batches_do_not_matter_to_labels_that_are_drawn(method, budget, monkeypatch):
+    def numbers(method, p, train):
+        fitted = method.fit(p.task, train)
+        scores = fitted.attribute(p.queries).values
+        return {"scores": scores, "curvature": fitted.operator.dense()}
+
+    assert_invariant(method, "softmax", budget, numbers, monkeypatch)
 
 
 def by_layer(method, p, train, budget):
@@ -116,7 +128,6 @@ def test_batches_do_not_matter_to_layers(method, name, budget):
 @pytest.mark.parametrize("size", [1, 4, 16])
 @pytest.mark.parametrize("method", SAMPLED_LAYERED)
 def test_labels_do_not_depend_on_batches(method, size, monkeypatch):
-    """Drawn by sixteens, also where a batch holds a part of sixteen."""
     p = problem("mlp_tanh")
     many = as_data(p.train).subset([i % p.n for i in range(100)])
     expected, whole = by_layer(SAMPLED_LAYERED[method], p, many, None)

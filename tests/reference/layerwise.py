@@ -43,10 +43,8 @@ def expected(outputs, targets, task):
     """√λ_k ⟨u_k, f⟩ for each eigenpair of ∂²ℓ/∂f²: their gradients' squares add up to Jᵀ Λ J."""
     values, vectors = torch.linalg.eigh(task.loss.hessian(outputs.detach(), targets)[0])
     flat = outputs.reshape(-1)
-    return [
-        value.clamp_min(0.0).sqrt() * (flat @ vector)
-        for value, vector in zip(values, vectors.T, strict=True)
-    ]
+    values = torch.where(values > NOTHING * values.max(), values, 0.0)  # the rest is rounding
+    return [value.sqrt() * (flat @ vector) for value, vector in zip(values, vectors.T, strict=True)]
 
 
 def uses(weight, data, i, labels):
@@ -86,11 +84,12 @@ def covariances(weight, data, labels, reduce=False):
     n, A, G, pairs = len(data), 0.0, 0.0, 0
     for i in range(n):
         for left, right in uses(weight, data, i, labels):
-            if reduce:
+            # Positions that add nothing to g are padding.
+            sizes = torch.einsum("to,ti->toi", left, right).abs().amax(dim=(1, 2))
+            left, right = left[sizes >= NOTHING], right[sizes >= NOTHING]
+            if reduce and len(left):
                 left, right = left.sum(dim=0, keepdim=True), right.mean(dim=0, keepdim=True)
             for d, a in zip(left, right, strict=True):
-                if len(left) > 1 and bool((torch.outer(d, a).abs() < NOTHING).all()):
-                    continue  # a position that adds nothing to g: padding
                 A, G, pairs = A + torch.outer(a, a), G + torch.outer(d, d), pairs + 1
     return A / pairs, G / n
 

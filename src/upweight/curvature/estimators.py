@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from upweight.errors import NonFinite, message
-from upweight.gradients.factored import Factors, Lookups, Rows, Tokens
+from upweight.gradients.factored import Factors, Rows, Tokens
 from upweight.linalg.damping import Damping
 from upweight.linalg.eigen import Eigen, eigenbasis
 from upweight.linalg.finite_sum import mean_of
@@ -46,22 +46,23 @@ class Expand(Sharing):
     """Every position is an example of its own: A = E_t[a_t a_tᵀ], G = E[Σ_t δ_t δ_tᵀ].
 
     K-FAC-expand of Eschenhagen et al. (2023), Eq. 15: exact for deep linear networks whose loss has
-    a term per position, as language models have. Positions that add nothing to g (padding) are
-    left out.
+    a term per position, as language models have. Positions that add nothing to g, as padding does,
+    are left out.
     """
 
     def pairs(self, tokens: Tokens) -> tuple[Float[Tensor, "m i"], Float[Tensor, "m o"]]:
         a, delta = tokens.right.flatten(0, 1), tokens.left.flatten(0, 1)
-        if tokens.positions == 1:
-            return a, delta
-        # Padding leaves δ = 0, which is on the right for an embedding: its left is one-hot. As a
-        # product with ones: any() over short rows takes several times as long.
-        sizes = (a if isinstance(tokens, Lookups) else delta).abs()
-        alive = sizes @ sizes.new_ones(sizes.shape[1]) > 0
-        if bool(alive.all()):
-            return a, delta
-        where = alive.nonzero()[:, 0]
-        return _rows_of(a, where), _rows_of(delta, where)
+        return _those(tokens.alive.flatten(), a, delta)
+
+
+def _those(
+    alive: Bool[Tensor, " m"], a: Float[Tensor, "m i"], delta: Float[Tensor, "m o"]
+) -> tuple[Float[Tensor, "k i"], Float[Tensor, "k o"]]:
+    """The pairs that add something to g."""
+    if bool(alive.all()):
+        return a, delta
+    where = alive.nonzero()[:, 0]
+    return _rows_of(a, where), _rows_of(delta, where)
 
 
 def _rows_of(x: Float[Tensor, "m d"], where: Int[Tensor, " k"]) -> Float[Tensor, "k d"]:
@@ -75,10 +76,15 @@ class Reduce(Sharing):
 
     K-FAC-reduce of Eschenhagen et al. (2023), Eq. 22: exact for deep linear networks that average
     over positions before the loss, as vision transformers and many convolutional networks do.
+    Positions that add nothing to g are none of them: ā is the mean of the others.
     """
 
     def pairs(self, tokens: Tokens) -> tuple[Float[Tensor, "m i"], Float[Tensor, "m o"]]:
-        return tokens.right.mean(dim=1), tokens.left.sum(dim=1)
+        alive = tokens.alive
+        counts = alive.sum(dim=1)
+        sums = (alive.to(tokens.right.dtype)[:, None, :] @ tokens.right)[:, 0]
+        a = sums / counts.clamp_min(1)[:, None]
+        return _those(counts > 0, a, tokens.left.sum(dim=1))
 
 
 class Estimator(abc.ABC):

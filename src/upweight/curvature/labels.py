@@ -6,23 +6,20 @@ Observed    g gᵀ with the data's y                            the empirical Fi
 """
 
 import abc
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from upweight.errors import NotPositiveDefinite, SpecError, UnsupportedModel, message
-from upweight.task.losses import Loss
+from upweight.task.draws import Draws
+from upweight.task.losses import Loss, residual
 
 Head: TypeAlias = tuple[Callable[[Tensor, Any, Any], Tensor], Any]
 """A value per example, `head(outputs, targets, extra)`, and its extra."""
-
-CHUNK = 16
-"""Examples per draw. Draws belong to an example's place in the data, not to its batch: those of a
-batch that holds part of a chunk are drawn for all of it."""
 
 
 class Labels(abc.ABC):
@@ -54,9 +51,13 @@ class Labels(abc.ABC):
 class Sampled(Labels):
     """Labels ŷ ~ p(· | f(x)) drawn from the model: the Fisher information, without bias.
 
-    An example's labels depend on its place in the data, not on its batch, for the losses of this
-    package and for any other whose `sample` draws as many random numbers whatever the outputs are.
-    Where a batch is padded to its longest sequence, they do depend on the batch.
+    An example's labels belong to its place in the data and to the positions in it that count, not
+    to its batch nor to how far that is padded. A loss of your own has its `sample` called for each
+    example with a generator of its own: padding then matters if it changes how many numbers it
+    draws.
+
+    The gradients are Jᵀδ with δ = ∂ℓ(f, ŷ)/∂f, which the losses of this package have without ŷ: a
+    label of outputs ± 1 cannot be told from the output where that is large.
 
     Args:
         samples: Draws per example.
@@ -89,34 +90,10 @@ class Sampled(Labels):
     def heads(
         self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
     ) -> Iterator[Head]:
-        def head(f: Tensor, _: Any, drawn: Any) -> Tensor:
-            return loss(f, drawn)
-
         for k in range(self.samples):
-            yield head, self._drawn(loss, outputs, targets, start, stream * self.samples + k)
-
-    def _drawn(self, loss: Loss, outputs: Tensor, targets: Any, start: int, draw: int) -> Any:
-        generator, pieces = torch.Generator(device=outputs.device), []
-        first = 0
-        while first < len(outputs):
-            before = (start + first) % CHUNK
-            stop = min(len(outputs), first + CHUNK - before)
-            # One seed for each (seed, draw, chunk): primes keep the three apart.
-            chunk = start + first - before
-            generator.manual_seed(self.seed * 1_000_000_007 + draw * 15_485_863 + chunk)
-            if stop - first == CHUNK:
-                whole = _rows(slice(first, stop))
-            else:  # with other examples in the places of those that the batch lacks
-                places = torch.arange(first - before, first - before + CHUNK)
-                whole = _rows(places.clamp(first, stop - 1).to(outputs.device))
-            drawn = loss.sample(whole(outputs), tree_map(whole, targets), generator)
-            pieces.append(tree_map(_rows(slice(before, before + stop - first)), drawn))
-            first = stop
-        return tree_map(lambda *parts: torch.cat(parts), *pieces)
-
-
-def _rows(index: slice | Tensor) -> Callable[[Any], Any]:
-    return lambda x: x[index] if isinstance(x, Tensor) else x
+            draw = stream * self.samples + k
+            draws = Draws.of(self.seed, draw, start, len(outputs), outputs.device)
+            yield _product, residual(loss, outputs, targets, draws)
 
 
 @dataclass(frozen=True)
@@ -151,7 +128,8 @@ class Expected(Labels):
             )
         # In half precision the Hessian's own rounding would be taken for a negative eigenvalue.
         precise = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        values, vectors = torch.linalg.eigh(loss.hessian(precise, targets).double())
+        blocks = _by_position(loss.hessian(precise, targets).double(), outputs.shape)
+        values, vectors = torch.linalg.eigh(blocks)
         if float(values.min()) < -1e-6 * float(values.abs().max()):
             raise NotPositiveDefinite(
                 message(
@@ -163,15 +141,31 @@ class Expected(Labels):
                 float(values.min()),
             )
         # What is rounding, of either sign, becomes a gradient of exactly 0.
-        rounding = width * torch.finfo(precise.dtype).eps * values.amax(dim=1, keepdim=True)
-        roots = vectors * torch.where(values > rounding, values, 0.0).sqrt()[:, None, :]
+        rounding = width * torch.finfo(precise.dtype).eps * values.amax(dim=(1, 2), keepdim=True)
+        roots = vectors * torch.where(values > rounding, values, 0.0).sqrt()[:, :, None, :]
+        # A column of zeros too: every batch takes as many heads.
+        for t, k in itertools.product(range(roots.shape[1]), range(roots.shape[3])):
+            column = roots.new_zeros(roots.shape[:3])
+            column[:, t] = roots[:, t, :, k]
+            yield _product, column.reshape(outputs.shape).to(outputs.dtype)
 
-        def head(f: Tensor, _: Any, column: Tensor) -> Tensor:
-            return (f.reshape(len(f), -1) * column).sum(dim=1)
 
-        # A column of zeros too: every example gives as many pairs (a, δ), whatever its batch.
-        for k in range(width):
-            yield head, roots[:, :, k].to(outputs.dtype)
+def _product(f: Tensor, _: Any, delta: Tensor) -> Tensor:
+    """⟨f, δ⟩ of each example, whose gradient in f is δ."""
+    return (f * delta).reshape(len(f), -1).sum(dim=1)
+
+
+def _by_position(hessian: Tensor, shape: torch.Size) -> Tensor:
+    """Λ [b, c, c] as [b, t, c, c], one block for each position where it has no others.
+
+    Eigenvectors are then of one position each, also where positions have equal eigenvalues: which
+    ones a whole decomposition would mix depends on how far the batch is padded.
+    """
+    b, c = len(hessian), shape[-1] if len(shape) > 1 else 1
+    t = hessian.shape[1] // c
+    blocks = hessian.reshape(b, t, c, t, c).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    is_all = torch.count_nonzero(blocks) == torch.count_nonzero(hessian)
+    return blocks if bool(is_all) else hessian[:, None]
 
 
 @dataclass(frozen=True)

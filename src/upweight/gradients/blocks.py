@@ -29,6 +29,8 @@ class MatrixBlock:
         shape: (o, i), i counting the bias.
         rows: Which rows of the weight (and entries of the bias) belong to the block: all, but for a
             group of a convolution.
+        is_transposed: Whether the layer keeps the weight as [i, o]; the block is [o, i] all the
+            same.
     """
 
     name: str
@@ -36,6 +38,7 @@ class MatrixBlock:
     bias: str | None
     shape: tuple[int, int]
     rows: tuple[int, int]
+    is_transposed: bool = False
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -47,7 +50,11 @@ class MatrixBlock:
         first, stop = self.rows
         inputs = self.shape[1] - (self.bias is not None)
         start = layout.slices[self.weight].start + first * inputs
-        index = torch.arange(start, start + (stop - first) * inputs).reshape(stop - first, inputs)
+        count = (stop - first) * inputs
+        if self.is_transposed:
+            index = torch.arange(start, start + count).reshape(inputs, stop - first).T
+        else:
+            index = torch.arange(start, start + count).reshape(stop - first, inputs)
         if self.bias is not None:
             where = layout.slices[self.bias].start
             index = torch.cat([index, torch.arange(where + first, where + stop)[:, None]], dim=1)

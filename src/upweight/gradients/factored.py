@@ -6,6 +6,7 @@
 
 A linear layer has left = δ and right = a (extended by a 1 where the bias goes with the weight); a
 convolution has a position per patch; a weight used several times has the positions of all uses.
+Where δ = 0 (padding) left = 0 too, whichever side δ is on: `alive` asks there.
 Nothing of size o·i is formed per example until somebody asks for it.
 """
 
@@ -15,7 +16,7 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 FEW = 40
@@ -27,6 +28,13 @@ transformer of width 128."""
 def extended(x: Float[Tensor, "b t i"]) -> Float[Tensor, "b t j"]:
     """x with a 1 behind each row."""
     return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+
+
+def any_nonzero(x: Float[Tensor, "b t i"]) -> Bool[Tensor, "b t"]:
+    """Which rows hold anything but zeros; NaN counts."""
+    # As a product with ones: any() over short rows takes several times as long.
+    sizes = x.abs()
+    return ~(sizes @ sizes.new_ones(sizes.shape[-1]) == 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +56,11 @@ class Tokens:
     def positions(self) -> int:
         """t."""
         return self.right.shape[1]
+
+    @property
+    def alive(self) -> Bool[Tensor, "b t"]:
+        """Where something is added to gᵢ: not where there is padding."""
+        return any_nonzero(self.left)
 
     def with_ones(self) -> "Tokens":
         """right extended by a 1, whose column of gᵢ is the bias's gradient."""
@@ -194,9 +207,13 @@ class Lookups(Tokens):
 
     @property
     def left(self) -> Float[Tensor, "b t o"]:  # type: ignore[override]
-        """e(index), in full."""
+        """e(index), in full; 0 where nothing is added."""
         out = self.right.new_zeros(*self.index.shape, self.rows)
-        return out.scatter_(2, self.index[..., None], 1.0)
+        return out.scatter_(2, self.index[..., None], self.alive[..., None].to(out.dtype))
+
+    @property
+    def alive(self) -> Bool[Tensor, "b t"]:
+        return any_nonzero(self.right)
 
     def matrices(self) -> Float[Tensor, "b o i"]:
         b, _, i = self.right.shape

@@ -14,6 +14,7 @@ inside of them, layers of several inputs, and parameters from which a module com
 one line in `RULES`.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -27,7 +28,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from upweight.gradients.factored import Extendable, Factors, Lookups, Rows, Tokens, extended
+from upweight.gradients.factored import (
+    Extendable,
+    Factors,
+    Lookups,
+    Rows,
+    Tokens,
+    any_nonzero,
+    extended,
+)
 from upweight.gradients.hooks import Call
 
 Contributions = Mapping[str, Factors]
@@ -78,6 +87,7 @@ class Rule:
         joined: Weights whose bias is one more column, g_b = Σ_t left_t: weight to bias.
         has_factors: Whether weights get `Tokens`, or `Rows` like biases.
         has_one_input: Whether it takes calls with one tensor only.
+        is_transposed: Whether weights are kept as [i, o]; factors are those of [o, i].
     """
 
     parameters: Callable[[Any], tuple[str, ...]]
@@ -85,6 +95,7 @@ class Rule:
     joined: Mapping[str, str] = field(default_factory=dict)
     has_factors: bool = True
     has_one_input: bool = False
+    is_transposed: bool = False
 
 
 def _own(*names: str) -> Callable[[nn.Module], tuple[str, ...]]:
@@ -105,13 +116,6 @@ def _linear(module: nn.Module, call: Call, examples: Examples) -> Contributions:
         return {"weight": Tokens(left, examples.tokens(_input(call)))}
     right = call.once("extended", lambda: extended(examples.tokens(_input(call))))
     return {"weight": Extendable(left, right), "bias": Rows(left.sum(dim=1))}
-
-
-def _transposed_linear(module: nn.Module, call: Call, examples: Examples) -> Contributions:
-    """GPT-2's Conv1D: y = x W + b with W [i, o]."""
-    delta = examples.tokens(call.delta)
-    weight = Tokens(examples.tokens(_input(call)), delta)
-    return {"weight": weight, "bias": Rows(delta.sum(dim=1))}
 
 
 def _embedding_parameters(module: nn.Embedding) -> tuple[str, ...]:
@@ -204,8 +208,10 @@ def _conv_transpose(module: Any, call: Call, examples: Examples) -> Contribution
     if right.shape[1] != positions:
         right = _first_positions(right, delta, module, x)
     right = right.reshape(examples.size, -1, right.shape[-1]).to(examples.dtype)
+    # δ is on the right here: what it has none of is told on the left.
+    left = examples.channels(x) * any_nonzero(right)[..., None]
     bias = Rows(examples.channels(call.delta).sum(dim=1))
-    return {**_groups(examples.channels(x), right, module.groups), "bias": bias}
+    return {**_groups(left, right, module.groups), "bias": bias}
 
 
 def _first_positions(right: Tensor, delta: Tensor, module: Any, x: Tensor) -> Tensor:
@@ -474,9 +480,9 @@ RULES: Mapping[type[nn.Module], Rule] = {
     ),
 }
 
-# Of transformers, which is not imported: its GPT-2 calls a linear map with a transposed weight so.
+# Of transformers, which is not imported: GPT-2 has y = x W + b with W [i, o].
 _BY_NAME = {
-    "transformers.pytorch_utils.Conv1D": Rule(_own("weight", "bias"), _transposed_linear),
+    "transformers.pytorch_utils.Conv1D": dataclasses.replace(_LINEAR, is_transposed=True),
 }
 
 

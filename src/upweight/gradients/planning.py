@@ -7,6 +7,7 @@ where `torch.func` cannot run the model on a batch, examples are taken one at a 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -69,6 +70,9 @@ class _Planning:
         if self.data.form.uncut is not None:
             return self._planned_alone()
         self._leave_without_axis()
+        for name, sources in list(self.owners.items()):
+            if len(_orientations(self.task.model, sources)) > 1:
+                self._leave(name, "one layer keeps it as [o, i] and another as [i, o]")
         bypassed, lost = self._watched()
         for name in bypassed:
             self._leave(name, "it is also used outside of its layers")
@@ -348,7 +352,10 @@ def _planned(
             continue
         where = owners.get(name)
         if where is not None and len(shapes[name]) > 1 and _has_factors(where, rules):
-            made, of = _matrix_blocks(task.model, name, biases.get(name), shapes[name], where)
+            turned = _orientations(task.model, where) == {True}
+            made, of = _matrix_blocks(
+                task.model, name, biases.get(name), shapes[name], where, turned
+            )
             blocks.extend(made)
             sources.update(of)
         else:
@@ -395,21 +402,29 @@ def _has_factors(sources: Sequence[Source], rules: Mapping[str, Rule | None]) ->
     return all(rule is not None and rule.has_factors for rule in (rules[s.layer] for s in sources))
 
 
+def _orientations(model: nn.Module, sources: Sequence[Source]) -> set[bool]:
+    """Whether the layers that use a weight keep it transposed."""
+    rules = [rule_for(model.get_submodule(s.layer)) for s in sources]
+    return {rule is not None and rule.is_transposed for rule in rules}
+
+
 def _matrix_blocks(
     model: nn.Module,
     name: str,
     bias: str | None,
     shape: tuple[int, ...],
     where: tuple[Source, ...],
+    is_transposed: bool,
 ) -> tuple[list[Block], dict[str, tuple[Source, ...]]]:
     """A block for a weight, or one for each group of a convolution."""
     groups = getattr(model.get_submodule(where[0].layer), "groups", 1)
-    outputs, inputs = shape[0], 1
-    for extent in shape[1:]:
-        inputs *= extent
+    first, rest = shape[0], math.prod(shape[1:])
+    outputs, inputs = (rest, first) if is_transposed else (first, rest)
     width = inputs + (bias is not None)
     if groups == 1:
-        return [MatrixBlock(name, name, bias, (outputs, width), (0, outputs))], {name: where}
+        rows = (0, outputs)
+        made = MatrixBlock(name, name, bias, (outputs, width), rows, is_transposed)
+        return [made], {name: where}
     size = outputs // groups
     blocks: list[Block] = []
     sources = {}

@@ -20,6 +20,7 @@ from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solve import Solver
 from upweight.task.data import Data
+from upweight.task.probe import evenly_spaced
 from upweight.task.task import Task
 
 UNDERFLOW_EXAMPLES = 64

@@ -36,6 +36,7 @@ from upweight.task.probe import (
     PROBE_EXAMPLES,
     Evaluate,
     Probe,
+    evenly_spaced,
     other_length,
     own_losses,
     read_twice,

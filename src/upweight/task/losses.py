@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from upweight.errors import (
     DataError,
@@ -24,6 +25,10 @@ from upweight.errors import (
     message,
 )
 from upweight.runtime.fingerprint import described
+from upweight.task.draws import Draws
+
+MOST_LOST = 0.1
+"""Rounding of an output, in standard deviations of the noise that makes it a label."""
 
 
 class Loss(abc.ABC):
@@ -65,13 +70,52 @@ class Loss(abc.ABC):
         """log p(y | f) − log(1 − p(y | f)): how far the right answer is ahead."""
         raise UnsupportedModel(_no_likelihood(self, "a margin", outputs, targets))
 
-    def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
+    def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Any:
         """ŷ ~ p(· | f), in the places where the targets count."""
         raise UnsupportedModel(_no_likelihood(self, "samples ŷ ~ p(· | f)", outputs, targets))
 
+    def residual(self, outputs: Tensor, targets: Any, draws: Draws) -> Tensor:
+        """∂ℓ(f, ŷ)/∂f with ŷ ~ p(· | f), of the shape of the outputs; 0 where no target counts.
+
+        A loss that can say it without ŷ should: what is left of f − ŷ in a short dtype is not the
+        noise. By default `sample` is called for each example with a generator of its own, and the
+        loss differentiated: labels belong to an example's place in the data, and to how many random
+        numbers `sample` takes for it.
+        """
+        parts = []
+        for i, generator in enumerate(draws.generators()):
+            f, y = tree_map(_example(i), (outputs.detach(), targets))
+            parts.append(self.sample(f, y, generator))
+        drawn = tree_map(lambda *x: torch.cat(x) if isinstance(x[0], Tensor) else x[0], *parts)
+        with torch.enable_grad():
+            f = outputs.detach().requires_grad_()
+            (delta,) = torch.autograd.grad(self(f, drawn).sum(), f, materialize_grads=True)
+        return delta
+
+
+def residual(loss: Loss, outputs: Tensor, targets: Any, draws: Draws) -> Tensor:
+    """`loss.residual`, unless a subclass has another value or other samples than it knows of."""
+    order = type(loss).__mro__
+    first = {
+        name: next(k for k, kind in enumerate(order) if name in vars(kind))
+        for name in ("__call__", "sample", "residual")
+    }
+    is_overruled = first["residual"] > min(first["__call__"], first["sample"])
+    known = Loss.residual if is_overruled else type(loss).residual
+    return known(loss, outputs, targets, draws)
+
+
+def _example(i: int) -> Callable[[Any], Any]:
+    return lambda x: x[i : i + 1] if isinstance(x, Tensor) else x
+
 
 def _with_batch_axis(targets: Any) -> Any:
-    return torch.utils._pytree.tree_map(lambda y: y[None], targets)
+    return tree_map(lambda y: y[None], targets)
+
+
+def _precise(outputs: Tensor) -> torch.dtype:
+    """What random numbers are compared in: float32 at least."""
+    return torch.promote_types(outputs.dtype, torch.float32)
 
 
 def _per_example(values: Tensor) -> Float[Tensor, " b"]:
@@ -229,8 +273,18 @@ class CrossEntropy(Loss):
                 )
             )
         c = outputs.shape[-1]
-        valid = ((targets >= 0) & (targets < c)) | (targets == self.ignore_index)
+        kept, index = self._counted(targets)
+        valid = ((index >= 0) & (index < c)) | ~kept
         _require_range("CrossEntropy", targets, valid, f"in 0…{c - 1} for {c} classes")
+
+    def _counted(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Which targets count, and their classes, 0 where they do not.
+
+        In int64: a comparison in a narrower dtype takes the number into it, where −100 is 156.
+        """
+        index = targets.long()
+        kept = index != self.ignore_index
+        return kept, torch.where(kept, index, 0)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         return _per_example(-self._token_log_probs(outputs, targets))
@@ -239,8 +293,7 @@ class CrossEntropy(Loss):
         log_p = F.log_softmax(outputs, dim=-1)
         if targets.is_floating_point():
             return (targets * log_p).sum(dim=-1)
-        kept = targets != self.ignore_index
-        index = torch.where(kept, targets, 0).long()
+        kept, index = self._counted(targets)
         return log_p.gather(-1, index[..., None])[..., 0] * kept
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c"]:
@@ -249,19 +302,15 @@ class CrossEntropy(Loss):
         p = outputs.softmax(dim=-1)
         if targets.is_floating_point():
             return p * targets.sum(dim=-1, keepdim=True) - targets
-        kept = targets != self.ignore_index
-        one_hot = F.one_hot(torch.where(kept, targets, 0).long(), outputs.shape[-1])
+        kept, index = self._counted(targets)
+        one_hot = F.one_hot(index, outputs.shape[-1])
         return (p - one_hot) * kept[:, None]
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c c"]:
         if outputs.ndim != 2:
             return super().hessian(outputs, targets)
         p = outputs.softmax(dim=-1)
-        mass = (
-            targets.sum(dim=-1)
-            if targets.is_floating_point()
-            else (targets != self.ignore_index).to(p.dtype)
-        )
+        mass = self._mass(targets).to(p.dtype)
         return mass[:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
@@ -272,23 +321,39 @@ class CrossEntropy(Loss):
             raise UnsupportedModel(
                 _no_likelihood(self, "a margin of one right class", outputs, targets)
             )
-        kept = targets != self.ignore_index
-        index = torch.where(kept, targets, 0).long()[..., None]
+        kept, index = self._counted(targets)
+        index = index[..., None]
         right = outputs.gather(-1, index)[..., 0]
         others = outputs.scatter(-1, index, -torch.inf).logsumexp(dim=-1)
         return _per_example(torch.where(kept, right - others, 0.0))
 
+    def _mass(self, targets: Tensor) -> Tensor:
+        """What each position weighs: 1 for a class, else the sum of its probabilities, or 0."""
+        return targets.sum(dim=-1) if targets.is_floating_point() else self._counted(targets)[0]
+
     def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
-        p = outputs.softmax(dim=-1)
-        # By inverse CDF: multinomial() draws a random number per class, which for a language model
-        # takes longer than a layer.
-        cdf = p.to(torch.promote_types(p.dtype, torch.float32)).cumsum(dim=-1)
-        u = torch.rand((*p.shape[:-1], 1), generator=generator, dtype=cdf.dtype, device=cdf.device)
-        drawn = torch.searchsorted(cdf, u * cdf[..., -1:], right=True)[..., 0]
-        drawn = drawn.clamp_max_(p.shape[-1] - 1)
+        _, drawn = self._drawn(outputs, targets, Draws.by(generator, len(outputs)))
         if targets.is_floating_point():
             return drawn
-        return torch.where(targets == self.ignore_index, targets, drawn)
+        return torch.where(self._counted(targets)[0], drawn, self.ignore_index)
+
+    def residual(self, outputs: Tensor, targets: Any, draws: Draws) -> Tensor:
+        p, drawn = self._drawn(outputs, targets, draws)
+        ones = torch.ones_like(drawn, dtype=p.dtype)
+        delta = p.scatter_add_(-1, drawn[..., None], -ones[..., None])
+        # With the root of what a position weighs, E[δ δᵀ] is that many times diag(p) − p pᵀ.
+        delta *= self._mass(targets).to(p.dtype).sqrt()[..., None]
+        return delta.to(outputs.dtype)
+
+    def _drawn(self, outputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The probabilities, and a class for each position."""
+        p = outputs.softmax(dim=-1, dtype=_precise(outputs))
+        # By inverse CDF: multinomial() draws a random number per class, which for a language model
+        # takes longer than a layer.
+        cdf = p.cumsum(dim=-1)
+        u = draws.counting(self._mass(targets) != 0).uniform(p.shape[1:-1], p.dtype)[..., None]
+        drawn = torch.searchsorted(cdf, u * cdf[..., -1:], right=True)[..., 0]
+        return p, drawn.clamp_max_(p.shape[-1] - 1)
 
 
 @dataclass(frozen=True)
@@ -316,10 +381,19 @@ class Bernoulli(Loss):
         return -self(outputs, targets)
 
     def margin(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
-        return _per_example((2 * targets - 1) * outputs)
+        return _per_example((2.0 * targets - 1.0) * outputs)  # in uint8, 2·0 − 1 is 255
 
     def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
-        return torch.bernoulli(outputs.sigmoid(), generator=generator)
+        _, drawn = self._drawn(outputs, Draws.by(generator, len(outputs)))
+        return drawn.to(outputs.dtype)
+
+    def residual(self, outputs: Tensor, targets: Any, draws: Draws) -> Tensor:
+        p, drawn = self._drawn(outputs, draws)
+        return (p - drawn.to(p.dtype)).to(outputs.dtype)
+
+    def _drawn(self, outputs: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        p = outputs.to(_precise(outputs)).sigmoid()
+        return p, draws.uniform(p.shape[1:], p.dtype) < p
 
 
 @dataclass(frozen=True)
@@ -353,8 +427,24 @@ class SquaredError(Loss):
         return -self(outputs, targets)
 
     def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
-        noise = torch.empty_like(outputs).normal_(generator=generator)
-        return outputs + noise
+        lost = torch.finfo(outputs.dtype).eps * outputs.abs().max() if outputs.numel() else 0.0
+        if float(lost) > MOST_LOST:
+            raise DtypeError(
+                message(
+                    "A label f + ε with ε ~ N(0, 1) must be a number of the outputs' dtype.",
+                    f"outputs of up to {float(outputs.abs().max()):.3g} in {outputs.dtype}, which "
+                    "loses the noise.",
+                    "targets far from zero (times, prices) that were not centred or scaled.",
+                    "draw in float64 (outputs.double()), or ask for residual(...), which needs no "
+                    "label.",
+                )
+            )
+        noise = Draws.by(generator, len(outputs)).normal(outputs.shape[1:])
+        return outputs + noise.to(outputs.dtype)
+
+    def residual(self, outputs: Tensor, targets: Any, draws: Draws) -> Tensor:
+        # The residual is the noise: outputs + noise would lose it where outputs are large.
+        return -draws.normal(outputs.shape[1:]).to(outputs.dtype)
 
 
 @dataclass(frozen=True)
@@ -380,17 +470,27 @@ class Poisson(Loss):
         return -self(outputs, targets) - _per_example(torch.lgamma(targets.to(outputs) + 1))
 
     def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
-        # One random number a count, unlike torch.poisson, whose rejections would make an example's
-        # draw depend on the counts before it. The count is where P(Y ≤ y) passes u, by bisection.
-        rate = outputs.double().exp()
-        u = torch.rand(rate.shape, generator=generator, dtype=rate.dtype, device=rate.device)
+        rate, left = self._drawn(outputs, Draws.by(generator, len(outputs)))
+        return (rate - left).round().to(outputs.dtype)
+
+    def residual(self, outputs: Tensor, targets: Any, draws: Draws) -> Tensor:
+        return self._drawn(outputs, draws)[1].to(outputs.dtype)
+
+    def _drawn(self, outputs: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The rate, and the rate less a count, both in float64."""
+        # One random number a count, where P(Y ≤ y) passes it, by bisection. Beyond 2⁴⁰ the normal
+        # distribution differs by less than 1e-6, and float64 would lose the count.
+        rates, u = outputs.double().exp(), draws.uniform(outputs.shape[1:])
+        is_large = rates > 2.0**40
+        normal = -rates.sqrt() * torch.special.ndtri(u)
+        rate = torch.where(is_large, 1.0, rates)
         low, high = torch.full_like(rate, -1.0), (2 * rate + 64).ceil()
         middle = ((low + high) / 2).floor()
         while bool(((low < middle) & (middle < high)).any()):
             is_past = torch.special.gammaincc(middle + 1, rate) > u  # P(Y ≤ middle)
             low, high = torch.where(is_past, low, middle), torch.where(is_past, middle, high)
             middle = ((low + high) / 2).floor()
-        return high.to(outputs)
+        return rates, torch.where(is_large, normal, rates - high)
 
 
 @dataclass(frozen=True)
@@ -425,7 +525,7 @@ class SmoothHinge(Loss):
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c"]:
         s = ((1 - targets * outputs) / self.temperature).sigmoid()
-        return (-targets * s).reshape(len(outputs), -1)
+        return -(targets * s).reshape(len(outputs), -1)
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c c"]:
         s = ((1 - targets * outputs) / self.temperature).sigmoid().reshape(len(outputs), -1)
@@ -504,6 +604,15 @@ class Weighted(Loss):
         # With √v: E[g gᵀ] is then v times that of the base, the curvature of v · base.
         y, v = targets
         return self.base.sample(outputs, y, generator), v.sqrt()
+
+    def residual(self, outputs: Tensor, targets: Any, draws: Draws) -> Tensor:
+        y, v = targets
+        if v.ndim > 1:
+            if type(self.base).residual is Loss.residual:  # which knows of no single positions
+                return super().residual(outputs, targets, draws)
+            draws = draws.counting(v != 0)
+        delta = residual(self.base, outputs, y, draws)
+        return delta * v.to(delta.dtype).sqrt().reshape(*v.shape, *(1,) * (delta.ndim - v.ndim))
 
 
 @dataclass(frozen=True)
