@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "errors": set(),
     "_typing": set(),
     "data": set(),
+    "verdict": set(),
     "linalg": {"errors", "_typing"},
     "runtime": {"errors", "_typing"},
     "task": {"errors", "_typing", "linalg", "runtime"},
@@ -34,10 +35,10 @@ MAY_IMPORT = {
     },
     "training": {"errors", "_typing", "runtime", "task"},
     "evaluation": {
-        "errors", "_typing", "runtime", "task", "plot", "scores", "method", "training",
+        "errors", "_typing", "verdict", "runtime", "task", "plot", "scores", "method", "training",
     },
     "applications": {"errors", "_typing", "task", "scores", "method"},
-    "report": {"errors", "_typing", "task", "scores", "method"},
+    "report": {"errors", "_typing", "verdict", "task", "scores", "method"},
     "runs": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
         "scores", "method", "methods", "evaluation",

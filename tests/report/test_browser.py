@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from upweight.verdict import Verdict
+
 OWNED = "document.documentElement.dataset.owned"
 HOSTILE = f'</script><script>{OWNED}="yes"</script><img src=x onerror="{OWNED}=1">'
 CONTRAST = """() => {
@@ -457,7 +459,8 @@ def test_a_comparison_on_subsets_is_drawn(run, opened):
     draw = torch.Generator().manual_seed(0)
     predicted = torch.randn(8, 3, generator=draw)
     lds = SimpleNamespace(predicted=predicted, measured=predicted + 1.0)
-    run.options = {"comparison": SimpleNamespace(verdict="it agrees", models=18, lds=lds)}
+    found = SimpleNamespace(verdict=Verdict.SIZE, reason="so", notes=(), models=18, lds=lds)
+    run.options = {"comparison": found}
     run.write()
     page = opened(run.path)
     name = re.compile("on 8 random subsets of the data")

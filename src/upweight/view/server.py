@@ -55,7 +55,10 @@ def application(
     from starlette.routing import Route
 
     words = words_of(answers.scores, (), comparison, answers.meta["kind"], title, command)
-    meta = answers.meta | {"comparison": subsets_of(comparison)}
+    meta = answers.meta | {
+        "comparison": subsets_of(comparison),
+        "caution": words["trust"].caution,
+    }
     source = (resources.files("upweight.view") / "served.js").read_text(encoding="utf-8")
     page = render_page(meta, words, {}, source, connects=True)
     headers = {
