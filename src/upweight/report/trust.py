@@ -20,6 +20,11 @@ from upweight.verdict import Verdict, worst
 EXACT = re.compile(r"Influence\(curvature=(Hessian|GGN|Fisher)\(")
 """Methods whose curvature is the Hessian, where a model is linear in its parameters."""
 
+CAUTIONS = {
+    Verdict.DOUBT: "not to be believed",
+    Verdict.ORDER: "size not supported",
+    Verdict.SIZE: "",
+}
 LEVELS = {Verdict.DOUBT: "doubt", Verdict.ORDER: "order", Verdict.SIZE: "size"}
 
 
@@ -73,7 +78,7 @@ def trust(scores: Scores, checks: Sequence[Check], comparison: Comparison | None
 
 
 def _found(verdict: Verdict, reason: str, notes: tuple[str, ...] = ()) -> Trust:
-    caution = "" if verdict is Verdict.SIZE else "size not supported"
+    caution = CAUTIONS[verdict]
     return Trust(verdict.value, reason, LEVELS[verdict], caution, notes)
 
 

@@ -145,7 +145,7 @@ function drawGroups(groups) {
   return panel("Groups", "groups-title", label, host);
 }
 
-async function drawTwins({ same, sizes, conflicts, sets, extra, near, candidates, among }) {
+async function drawTwins({ same, sizes, conflicts, sets, extra, near, candidates, among, read }) {
   const what = data.groups ? "groups" : `${kind}s`;
   const parts = [element("p", { class: "lead" }, sets
     ? `${several(sets, "set")} of training ${what} have the same input (${several(extra, "copy")} too many).`
@@ -168,7 +168,7 @@ async function drawTwins({ same, sizes, conflicts, sets, extra, near, candidates
     const list = element("ul", { class: "pairs" });
     for (const [i, j, cosine] of near) list.append(element("li", {}, element("p", { class: "hint" }, `cosine ${cosine.toFixed(3)}`), element("div", { class: "row-of" }, ...await picture([i, j]))));
     parts.push(element("h3", { class: "sub" }, "Nearest pairs"),
-      element("p", { class: "hint" }, `The largest cosines of normalized inputs between ${several(candidates, "candidate")} (the most suspicious and the most influential) and all ${whole(among)} examples. The model has no part in it; the nearest need not be near.`),
+      element("p", { class: "hint" }, `The largest cosines of normalized inputs between ${several(candidates, "candidate")} (the most suspicious and the most influential) and all ${whole(among)} examples. The model has no part in it; the nearest need not be near.${read ? ` Only the first ${whole(read)} characters of each text are compared.` : ""}`),
       ...capped(list, 8));
   }
   return panel("Near-duplicates", "twins-title", ...parts);
