@@ -14,6 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from upweight._text import readable
+
 SCRIPTS = ("words", "figures", "trust", "cards", "queries", "whatif", "training", "start")
 """Parts of the script in their order; where the data come from is another, in the second place."""
 
@@ -60,7 +62,7 @@ def render_page(
         data=Markup(as_json(data)),
         parts=parts,
     )
-    return readable_text(page)
+    return readable(page)
 
 
 def _script(source: str) -> str:
@@ -80,15 +82,6 @@ def as_json(data: Any) -> str:
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-def readable_text(text: str) -> str:
-    """The text with U+FFFD for every half of a surrogate pair that has no other half.
-
-    Texts that were cut inside an emoji, or decoded with `surrogateescape`, have such halves; no
-    file and no answer can hold them.
-    """
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _hash(text: str) -> str:

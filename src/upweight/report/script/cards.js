@@ -23,9 +23,9 @@ function contentsOf(contents, full) {
 }
 const BRIEF = 220;
 function longText(text, full) {
-  if (full || text.length <= BRIEF) return element("p", { class: full ? "words full" : "words" }, text);
-  const details = element("details", { class: "words" }, element("summary", {}, text.slice(0, BRIEF) + "…"));
-  details.append(element("p", {}, text));
+  if (full || text.length <= BRIEF) return element("p", { class: full ? "words full" : "words", dir: "auto" }, text);
+  const details = element("details", { class: "words" }, element("summary", { dir: "auto" }, text.slice(0, BRIEF) + "…"));
+  details.append(element("p", { dir: "auto" }, text));
   return details;
 }
 // Tokens coloured by their share of the score, and the strongest of them in words.
@@ -38,7 +38,8 @@ function tokensOf(tokens, scores) {
     text.append(span, " ");
   });
   const strongest = scores.map((score, t) => [score, t]).sort((a, b) => Math.abs(b[0]) - Math.abs(a[0])).slice(0, 3);
-  return [text, element("p", { class: "hint" }, `most through ${strongest.map(([score, t]) => `“${tokens[t]}”${caution ? "" : ` ${number(score, true)}`}`).join(", ")}`)];
+  return [text, element("p", { class: "hint" }, "most through ", ...strongest.flatMap(([score, t], k) =>
+    [k ? ", “" : "“", own(tokens[t]), `”${caution ? "" : ` ${number(score, true)}`}`]))];
 }
 const heat = (value, most, strength = 1) =>
   `color-mix(in srgb, var(${value >= 0 ? "--raised" : "--lowered"}) ${(100 * strength * Math.min(1, Math.abs(value) / (most || 1))).toFixed(1)}%, transparent)`;

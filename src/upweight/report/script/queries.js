@@ -74,14 +74,14 @@ function grow(until) {
 }
 function option(q) {
   const query = source.queries[q];
-  const facts = [query.prediction !== undefined && query.wrong ? `predicted ${query.prediction}` : "",
-    query.value !== undefined ? `${noun} ${number(query.value)}` : ""].filter(Boolean).join(" · ");
+  const wrong = query.prediction !== undefined && query.wrong, facts = wrong ? ["predicted ", own(query.prediction)] : [];
+  if (query.value !== undefined) facts.push(`${wrong ? " · " : ""}${noun} ${number(query.value)}`);
   const node = element("div", { class: "option", role: "option", id: `query-${q}`, "aria-selected": String(q === current), "aria-label": queryWord(q) },
     tile("query", query.tile, 44),
     element("span", { class: "lines" },
-      element("span", { class: "word" }, query.label || `Query ${q}`, query.label ? element("small", {}, ` #${q}`) : ""),
-      query.text ? element("span", { class: "snippet" }, query.text.slice(0, 90)) : "",
-      element("span", { class: query.wrong ? "under no" : "under" }, facts)));
+      element("span", { class: "word" }, own(query.label || `Query ${q}`), query.label ? element("small", {}, ` #${q}`) : ""),
+      query.text ? element("span", { class: "snippet", dir: "auto" }, query.text.slice(0, 90)) : "",
+      element("span", { class: query.wrong ? "under no" : "under" }, ...facts)));
   node.dataset.query = q;
   return node;
 }

@@ -105,7 +105,7 @@ function drawClasses({ train, sizes, query, matrix }) {
     return Number(text) === 0 ? "0" : text.replace("-", "−");
   };
   const head = element("tr", {}, element("th", { scope: "col" }, element("span", { class: "unseen" }, "trained on, asked")), ...query.map(name => element("th", { scope: "col" }, name)));
-  const body = matrix.map((row, a) => element("tr", {}, element("th", { scope: "row" }, train[a], element("small", {}, whole(sizes[a]))),
+  const body = matrix.map((row, a) => element("tr", {}, element("th", { scope: "row" }, own(train[a]), element("small", {}, whole(sizes[a]))),
     ...row.map((value, b) => {
       const cell = element("td", { title: `trained on ${train[a]}, asked ${query[b]}: ${number(value, true)}` }, query.length <= 12 ? short(value) : element("span", { class: "unseen" }, number(value, true)));
       cell.style.backgroundColor = heat(value, caution ? 1 : most, 0.8);
@@ -153,7 +153,7 @@ async function drawTwins({ same, sizes, conflicts, sets, extra, near, candidates
     : `No two training ${what} have the same input.`)];
   const picture = async ids => (await source.examples(ids)).map(example => {
     const box = element("div", { class: "twin" }, tile("train", example.tile, 72, example.words),
-      element("span", {}, example.label ? element("b", {}, example.label, " ") : "", example.name));
+      element("span", {}, example.label ? element("b", {}, example.label) : "", " ", own(example.name)));
     if (!data.sprites.train) box.append(...contentsOf(example.contents));
     if (data.predicts) box.append(tickOf(example, "whole"));
     return box;

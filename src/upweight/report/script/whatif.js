@@ -64,7 +64,7 @@ function drawDropped() {
   const host = byId("drop-panel"), order = sorted(), unknown = source.queries.length - order.length;
   const most = order.length ? Math.abs(changesNow[order[0]]) : 0, valued = source.queries[0].value !== undefined;
   const gone = element("div", { class: "gone" }, ...[...dropped.values()].map(example => {
-    const button = element("button", { type: "button", class: "chip", "aria-label": `keep ${example.words}` }, tile("train", example.tile, 24), `${example.label ? `${example.label} ` : ""}${example.name} ×`);
+    const button = element("button", { type: "button", class: "chip", "aria-label": `keep ${example.words}` }, tile("train", example.tile, 24), own(example.label), " ", own(example.name), " ×");
     button.addEventListener("click", () => { toggleDrop(example, false); byId("drop-all").focus(); });
     return button;
   }));
