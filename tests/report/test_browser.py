@@ -363,9 +363,7 @@ def test_hostile_words_run_nothing_anywhere(run, make_check, opened):
     assert page.evaluate(OWNED) is None
 
 
-def test_a_name_that_turns_the_direction_of_text_turns_nothing_but_itself(
-    run, make_check, opened
-):
+def test_a_name_that_turns_the_direction_of_text_turns_nothing_but_itself(run, make_check, opened):
     """U+202E: what follows is written from right to left, until the element ends."""
     turned = "\u202eabc"
     run.options = {"names": [turned] * 3, "checks": [make_check()], "predictions": [turned] * 3,
@@ -387,7 +385,7 @@ def test_a_name_that_turns_the_direction_of_text_turns_nothing_but_itself(
     for host in ("#query-0 .word", ".chip"):
         found = page.locator(host).first.evaluate(places)
         assert len(found) > 1 and found == sorted(found), host
-    assert run.path.read_text().count("dir: \"auto\"") > 1
+    assert run.path.read_text().count('dir: "auto"') > 1
 
 
 def test_hostile_feature_names_and_renderers_run_nothing(run, opened):

@@ -65,9 +65,14 @@ def test_each_assumption_that_fails_takes_the_sizes(run, make_provenance, change
 
 
 @pytest.mark.parametrize(
-    "method", ["Influence(curvature=EKFAC())", "Influence(curvature=EmpiricalFisher(), damping=0.0)",
-               "Mine(Influence(curvature=Hessian(), ))", "not recorded"],
-)  # fmt: skip
+    "method",
+    [
+        "Influence(curvature=EKFAC())",
+        "Influence(curvature=EmpiricalFisher(), damping=0.0)",
+        "Mine(Influence(curvature=Hessian(), ))",
+        "not recorded",
+    ],
+)
 def test_an_approximation_or_an_unknown_method_has_no_sizes(run, make_provenance, method):
     scores = replace(run.scores, provenance=make_provenance(method=method))
     assert not trust(scores, (), None).has_sizes
@@ -79,9 +84,7 @@ def test_of_real_methods_the_exact_ones_of_linear_models(curvature, hidden):
     torch.manual_seed(0)
     x, y = torch.randn(60, 4).double(), torch.randint(3, (60,))
     layers = [nn.Linear(4, 4), nn.Tanh()] if hidden else []
-    task = uw.Task(
-        nn.Sequential(*layers, nn.Linear(4, 3)).double(), uw.CrossEntropy(), uw.L2(0.1)
-    )
+    task = uw.Task(nn.Sequential(*layers, nn.Linear(4, 3)).double(), uw.CrossEntropy(), uw.L2(0.1))
     train_in_place(task, (x, y))
     scores = uw.Influence(curvature).fit(task, (x, y)).attribute((x[:3], y[:3]))
     exact = not hidden and not isinstance(curvature, uw.EKFAC)

@@ -3,8 +3,8 @@
     same      equal bytes of the input (texts: equal but for case and spacing), over all examples
     near      largest cosine between a = (x − x̄)/‖x − x̄‖ and the same of other training examples
 
-Of a text only the first `read_of_each` characters are counted, and what follows must be equal to the
-byte; at most 20 000, and of many texts fewer.
+Of long texts a beginning is read, at most 20 000 characters and of many texts fewer; what follows
+is not counted, and texts are the same only if it is equal character by character.
 
 x̄ is the mean over an image's own pixels, or over a text's word counts hashed to 1024 numbers; in
 tables each column is first brought to mean 0 and deviation 1 over the training set. Images are

@@ -76,7 +76,7 @@ def _own(name: str) -> str:
 
 
 def as_json(data: Any) -> str:
-    """JSON in ASCII in which no parser of HTML can find markup, and nothing that is no character."""
+    """JSON in ASCII in which no parser of HTML can find markup, and all of it characters."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     text = _ESCAPE.sub(lambda found: r"\ufffd" if found[1] else found[0], text)
     for character in "<>&":

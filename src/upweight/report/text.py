@@ -54,7 +54,10 @@ def summary(
     effect = effects(scores, query)
     ends = strongest(effect, k)
     for word, chosen in (("raised", ends.raised), ("lowered", ends.lowered)):
-        told = [_example(scores, i, float(effect[i]) if found.has_sizes else None, labels, names) for i in chosen]
+        told = [
+            _example(scores, i, float(effect[i]) if found.has_sizes else None, labels, names)
+            for i in chosen
+        ]
         start = f"{word} its {noun}:"
         lines.append(f"  {start:<{len(noun) + 13}}  {',  '.join(told) or 'none'}")
     lines += _agreement(checks)
