@@ -8,6 +8,7 @@ import urllib.request
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -18,6 +19,7 @@ from tests.report.conftest import provenance
 from upweight.errors import DataError, ShapeError, SpecError, UpweightError
 from upweight.runtime.shards import ScoreShards
 from upweight.scores import Scores, Unit
+from upweight.verdict import Verdict
 from upweight.view import Answers, Server, keeping, matrix, opened, serve
 
 N, Q = 60, 4
@@ -319,6 +321,20 @@ def test_half_of_an_emoji_is_a_character_like_any_other(folder, data):
             status, body = asked(running, path, **more)
             assert status == 200
             assert "cut \ufffd" in body.decode().replace(r"\ufffd", "\ufffd")
+
+
+def test_a_verdict_below_order_and_size_takes_the_sizes(folder, data, browser):
+    found = SimpleNamespace(verdict=Verdict.ORDER, reason="because", notes=("n",), models=9)
+    with Server(Answers(opened(folder), *data), comparison=found) as running:
+        page = browser.new_page()
+        page.goto(running.address + "#queries/0")
+        page.wait_for_selector("#raised .card")
+        page.get_by_role("button", name="Show more").first.click()
+        page.wait_for_function("document.querySelectorAll('#raised .card dd').length > 12")
+        ranks = page.locator("#raised .card dd").all_inner_texts()
+        assert ranks == [str(k + 1) for k in range(len(ranks))]
+        assert page.locator(".banner").inner_text().startswith("Order only: because.")
+        page.close()
 
 
 def test_the_page_with_the_token_is_not_stored(server):

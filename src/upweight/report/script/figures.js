@@ -81,8 +81,8 @@ function drawHistogram(query) {
   svg.append(
     shape("text", { x: left, y: height - 4, class: "name" }, "← lowered"),
     shape("text", { x: width - right, y: height - 4, "text-anchor": "end", class: "name" }, "raised →"));
-  const name = b => caution ? (start + (b + 0.5) * step >= 0 ? "raised" : "lowered") : `${number(start + b * step, true)} to ${number(start + (b + 1) * step, true)}`;
-  const rows = counts.map((c, b) => [name(b), whole(c)]).filter((_, b) => counts[b]);
+  if (caution) return host.replaceChildren(svg);
+  const rows = counts.map((c, b) => [`${number(start + b * step, true)} to ${number(start + (b + 1) * step, true)}`, whole(c)]).filter((_, b) => counts[b]);
   const open = host.querySelector("details")?.open ?? false, details = folded("The bars as a table",
     scrolling("The bars as a table", table(words, ["score", "examples"], rows)));
   details.open = open; // as the reader left it at the last query
