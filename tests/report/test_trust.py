@@ -91,6 +91,12 @@ def test_of_real_methods_the_exact_ones_of_linear_models(curvature, hidden):
     assert trust(scores, (), None).has_sizes == exact
 
 
+def test_ranks_have_no_size(run):
+    found = trust(replace(run.scores, unit=Unit.RANK), (), None)
+    assert found.caution == "scores only rank"
+    assert "no size" in found.reason
+
+
 @pytest.mark.parametrize("verdict", Verdict)
 def test_a_comparison_decides_whatever_the_method(run, layerwise, verdict):
     for scores in (run.scores, layerwise.scores):

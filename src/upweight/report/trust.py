@@ -64,6 +64,9 @@ def trust(scores: Scores, checks: Sequence[Check], comparison: Comparison | None
     if told:
         found = worst(told)
         return _found(found.verdict, f"{found.reason}, on the removals that were retrained")
+    if scores.unit is Unit.RANK:
+        reason = "these scores have an order within each query and no size"
+        return Trust("Not checked against retraining", reason, "unchecked", "scores only rank")
     few = "the removals below are too few for a verdict; " if checks else ""
     against = _against_sizes(scores)
     title = "Not checked against retraining"
@@ -85,10 +88,10 @@ def _found(verdict: Verdict, reason: str, notes: tuple[str, ...] = ()) -> Trust:
 def _against_sizes(scores: Scores) -> str | None:
     """Why nothing that the computation says of itself supports sizes; None where something does."""
     known = scores.provenance.health
-    if scores.unit is Unit.RANK:
-        return "they only rank"
     if not EXACT.match(scores.provenance.method):
-        return "the method approximates, and predicted changes are often several times off"
+        return (
+            "the method is not known to be exact, and approximate ones are often several times off"
+        )
     if known.get("convex") is not True:
         return "the objective is not known to be convex"
     if known.get("damping") != 0.0:
