@@ -3,14 +3,15 @@
     python benchmarks/fails_loudly.py
 
 Each case is a mistake that a user makes. It must end in an error of upweight's own with its four
-parts (required, given, usual cause, way out), or in a warning that is also kept in the provenance.
+parts (required, given, usual cause, way out), in a warning that is also kept in the provenance, or
+in the verdict "Do not believe these".
 The process exits with 1 if any case passes silently. The same cases are a test.
 """
 
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, T
 
 import upweight as uw
 from upweight.errors import UpweightError
+from upweight.evaluation import Check, check_on
+from upweight.verdict import Verdict
 
 CASES: dict[str, Callable[[], Any]] = {}
 PARTS = ("Given: ", "Usual cause: ", "Way out: ")
@@ -51,6 +54,8 @@ def outcome(function: Callable[[], Any]) -> Outcome:
             return Outcome("error" if whole else "silent", f"{type(error).__name__}: {error}")
         except Exception as error:
             return Outcome("silent", f"not ours: {type(error).__name__}: {error}")
+    if isinstance(result, Check) and result.verdict is Verdict.DOUBT:
+        return Outcome("warning", str(result))
     kept = isinstance(result, uw.Scores) and bool(result.provenance.notes)
     if caught and kept:
         return Outcome("warning", "; ".join(str(w.message) for w in caught))
@@ -737,6 +742,36 @@ def a_factor_larger_than_memory() -> Any:
     model = nn.Linear(1_000_000, 4, bias=False)
     train = torch.zeros(1, 1_000_000), torch.zeros(1).long()
     return attribute(model, train=train, queries=train, method=uw.Influence(solver=uw.Cholesky()))
+
+
+# -- verdicts --------------------------------------------------------------------------------------
+
+
+def at_the_minimum() -> uw.Scores:
+    """Scores of the model that `Newton()` makes."""
+    model = linear()
+    task, train = uw.Task(model, uw.CrossEntropy(), uw.L2(0.1)), uw.as_data(rows())
+    theta = uw.Newton().prepare(task, train)(torch.ones(1, len(train), dtype=torch.float64)).theta
+    torch.nn.utils.vector_to_parameters(theta[0], model.parameters())
+    return attribute(model)
+
+
+@case
+def a_recipe_that_makes_another_model() -> Any:
+    return check_on(attribute(), uw.Newton(), 20, progress=False)
+
+
+@case
+def scores_that_are_noise() -> Any:
+    scores = at_the_minimum()
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(scores.values.shape, generator=g, dtype=torch.float64)
+    return check_on(replace(scores, values=noise), uw.Newton(), 20, progress=False)
+
+
+@case
+def a_check_of_too_few_models() -> Any:
+    return check_on(at_the_minimum(), uw.Newton(), 3, progress=False)
 
 
 def main() -> int:

@@ -16,7 +16,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "errors": set(),
     "_typing": set(),
+    "_text": set(),
     "data": set(),
+    "verdict": set(),
     "linalg": {"errors", "_typing"},
     "runtime": {"errors", "_typing"},
     "task": {"errors", "_typing", "linalg", "runtime"},
@@ -25,8 +27,8 @@ MAY_IMPORT = {
     "contraction": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature",
     },
-    "plot": {"errors", "_typing"},
-    "scores": {"errors", "_typing", "runtime", "task", "plot"},
+    "plot": {"errors", "_typing", "_text"},
+    "scores": {"errors", "_typing", "_text", "runtime", "task", "plot"},
     "method": {"scores", "task"},
     "methods": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
@@ -34,10 +36,10 @@ MAY_IMPORT = {
     },
     "training": {"errors", "_typing", "runtime", "task"},
     "evaluation": {
-        "errors", "_typing", "runtime", "task", "plot", "scores", "method", "training",
+        "errors", "_typing", "verdict", "runtime", "task", "plot", "scores", "method", "training",
     },
     "applications": {"errors", "_typing", "task", "scores", "method"},
-    "report": {"errors", "_typing", "task", "scores", "method"},
+    "report": {"errors", "_typing", "_text", "verdict", "task", "scores", "method"},
     "runs": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
         "scores", "method", "methods", "evaluation",

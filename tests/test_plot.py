@@ -56,3 +56,13 @@ def test_a_spectrum_needs_blocks_and_draws_on_given_axes(scores):
     mean = np.asarray(ax.collections[0].get_offsets())
     assert mean[0].tolist() == [2e-3, 0]
     assert np.isnan(mean[1, 0])
+
+
+def test_names_that_no_encoding_holds_are_drawn(tmp_path):
+    cut = "cut \ud83d"
+    values = torch.arange(8.0).reshape(2, 4)
+    ax = Scores(values, Unit.DERIVATIVE, provenance()).plot.classes(
+        [cut, "b", cut, "b"], [cut, "b"]
+    )
+    ax.figure.savefig(tmp_path / "classes.svg")
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["b", "cut \ufffd"]

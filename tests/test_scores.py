@@ -330,3 +330,21 @@ def test_a_full_disk_leaves_what_was_saved(saved, monkeypatch):
         scores(2 * VALUES).save(saved)
     assert torch.equal(Scores.load(saved).values, before.values)
     assert not list(saved.glob("*.part"))
+
+
+def test_names_that_no_encoding_holds_are_kept_in_files_and_marked_in_tables(tmp_path):
+    """Half of an emoji, as of a text that was cut."""
+    pytest.importorskip("pandas")
+    cut = "cut \ud83d"
+    grouped = scores().group([cut, "b", cut, "b", "c"])
+    grouped.save(tmp_path)
+    assert Scores.load(tmp_path).columns == grouped.columns == ("b", "c", cut)
+    assert grouped.to_pandas().to_csv().splitlines()[0] == "query,b,c,cut \ufffd"
+
+
+def test_the_quoting_of_formulas_is_what_the_docstring_says():
+    pytest.importorskip("pandas")
+    frame = scores().group(["=1+1", "b", "@x", "-2", "+3"]).to_pandas()
+    (line,) = [line for line in Scores.to_pandas.__doc__.splitlines() if "frame.columns" in line]
+    exec(line.strip(), {"frame": frame})
+    assert set(frame.columns) == {"'=1+1", "b", "'@x", "'-2", "'+3"}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from upweight._text import readable
 from upweight.errors import DataError, ShapeError, message
 
 if TYPE_CHECKING:
@@ -121,8 +122,8 @@ class Plot:
                     "pass the labels of the attributed queries and of the training set.",
                 )
             )
-        told = [str(getattr(v, "item", lambda v=v: v)()) for v in train]
-        asked = [str(getattr(v, "item", lambda v=v: v)()) for v in queries]
+        told = [readable(str(getattr(v, "item", lambda v=v: v)())) for v in train]
+        asked = [readable(str(getattr(v, "item", lambda v=v: v)())) for v in queries]
         rows, columns = sorted(set(told)), sorted(set(asked))
         codes = torch.tensor([rows.index(v) for v in told])
         sizes = torch.bincount(codes, minlength=len(rows)).double()

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from upweight._text import escaped, readable
 from upweight.errors import (
     MissingContext,
     NonFinite,
@@ -391,10 +392,16 @@ class Scores:
         return Plot(self)
 
     def to_pandas(self) -> "pd.DataFrame":
-        """A table with a row per query and a column per training example or group."""
+        """A table with a row per query and a column per training example or group.
+
+        Names of groups are those that were given. A spreadsheet that opens a CSV file of them takes
+        a name that starts with =, +, - or @ for a formula, which may be somebody else's text:
+
+            frame.columns = ["'" + name if name[:1] in "=+-@" else name for name in frame.columns]
+        """
         import pandas as pd
 
-        columns = list(self.columns) if self.columns else range(self.values.shape[1])
+        columns = [*map(readable, self.columns)] if self.columns else range(self.values.shape[1])
         frame = pd.DataFrame(self.values.cpu().numpy(), columns=columns)
         frame.index.name, frame.columns.name = "query", "example" if not self.columns else "group"
         return frame
@@ -436,7 +443,8 @@ class Scores:
             ) from error
         os.replace(staged, target / "scores.safetensors")
         staged = target / "scores.json.part"
-        staged.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
+        text = escaped(json.dumps(header, indent=1, ensure_ascii=False))
+        staged.write_text(text, encoding="utf-8")
         os.replace(staged, target / "scores.json")
         return target
 
@@ -488,7 +496,7 @@ class Scores:
 
 def _digest(tensors: Mapping[str, Tensor], unit: str | None, columns: Sequence[str] | None) -> str:
     """Of the numbers and of what says how to read them."""
-    reading = json.dumps([unit, columns], ensure_ascii=False)
+    reading = escaped(json.dumps([unit, columns], ensure_ascii=False))
     return digest(*(tensors[name] for name in sorted(tensors)), reading)
 
 

@@ -49,6 +49,12 @@ def squared(outputs, targets):
     return outputs.square().sum(dim=1)
 """
 NAMES = ["project.py:task", "--train", "project.py:train", "--queries", "project.py:test"]
+OTHER = """
+from project import network
+import upweight as uw
+
+recipe = uw.Training(network, uw.SGD(lr=0.3), epochs=30, batch=25, seed=0)
+"""
 METHOD = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1))
 
 
@@ -319,12 +325,46 @@ def test_evaluation_is_kept_and_the_report_says_it(finished):
     assert again["seconds"] < found["seconds"], "models are found again"
     kept = json.loads((finished / "run" / "evaluation.json").read_text())["halves"]
     assert kept["verdict"] == found["verdict"]
+    assert (kept["reason"], kept["notes"]) == (found["reason"], found["notes"])
     written = answer("report", "run")
     page = (finished / "run" / "report.html").read_text()
     assert written["bytes"] == len(page.encode())
-    assert found["verdict"].partition(";")[0][1:] in html.unescape(page)
+    assert f"<b>{found['verdict']}:</b> {found['reason']}." in html.unescape(page)
     assert "upweight attribute project.py:task --train" in page
     assert "Ranked by self-influence" in page, "from the factors that the run has kept"
+
+
+def test_a_recipe_that_makes_another_model_is_kept_and_shown_first(finished):
+    """Another strength of the penalty: its retrained models are ordered like the run's own."""
+    code = (finished / "project.py").read_text()
+    (finished / "other.py").write_text(OTHER)
+    command = ["evaluate", "run", "--recipe", "other.py:recipe", "--lds", "8"]
+    shown = call(*command).stdout
+    first = shown.splitlines()[0]
+    assert first.startswith("Do not believe these: on all of the data the recipe makes another")
+    kept = json.loads((finished / "run" / "evaluation.json").read_text())["halves"]
+    assert kept["verdict"] == "Do not believe these"
+    assert "the recipe makes another model" in kept["notes"][0]
+    assert "the recipe makes another model" in (finished / "run" / "log.txt").read_text()
+    answer("report", "run")
+    page = (finished / "run" / "report.html").read_text()
+    told = page.index("the recipe makes another model")
+    assert told < page.index('id="pages"'), "above the pages: seen on each of them"
+    assert (finished / "project.py").read_text() == code
+
+
+def test_an_evaluation_of_an_earlier_version_is_still_read(finished):
+    answer("evaluate", "run", "--recipe", "project.py:recipe", "--lds", "8")
+    file = finished / "run" / "evaluation.json"
+    kept = json.loads(file.read_text())
+    for name in ("drift", "notes", "reason"):
+        kept["halves"].pop(name)
+    kept["halves"]["verdict"] = "on your model, this method's ranking agrees with retraining"
+    file.write_text(json.dumps(kept))
+    answer("report", "run")
+    page = (finished / "run" / "report.html").read_text()
+    assert "was not recorded" in page
+    assert "agrees with retraining" not in page
 
 
 def test_an_interrupted_evaluation_goes_on(finished, monkeypatch):

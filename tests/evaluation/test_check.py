@@ -46,7 +46,9 @@ def test_exact_influence_of_a_convex_model_passes(digits, fitted, tmp_path):
     assert found.lds.spearman.low > 0.9
     assert found.lds.ceiling is None, "nothing is random"
     assert found.slope.low > 0
-    assert "LDS 1.00 ± 0.00; magnitudes are right" in found.verdict
+    assert found.verdict == "Order and size"
+    assert "rank correlation with retraining 1.00 ± 0.00; sizes are right" in found.reason
+    assert found.notes == (), "the recipe makes this very model"
     assert found.seconds <= 2 * found.budget
     again = fitted.check(uw.Newton(), "20 s", queries=queries, cache=tmp_path, progress=False)
     assert len(again.lds.predicted) >= len(found.lds.predicted), "it goes on from what is there"
@@ -86,7 +88,7 @@ def test_two_seeds_show_the_noise(digits, fitted):
     assert quiet.lds.ceiling.value > 0.999
     assert loud.lds.ceiling.value < 0.95
     assert loud.lds.spearman.value < quiet.lds.spearman.value
-    assert f"ceiling {loud.lds.ceiling.value:.2f}" in loud.verdict
+    assert f"retraining again gets {loud.lds.ceiling.value:.2f}" in loud.reason
 
 
 def test_without_queries_it_asks_about_training_examples(fitted):
@@ -112,7 +114,9 @@ def test_a_network_is_checked_by_its_own_training(digits):
     found = method.check(recipe, 15, queries=queries, progress=False)
     assert 0.1 < found.lds.spearman.value < found.lds.ceiling.value
     text = str(found)
-    assert "On your model, this method's ranking agrees with retraining at LDS" in text
+    assert text.startswith(f"{found.verdict}: rank correlation with retraining")
+    assert found.verdict in ("Order only", "Order and size")
+    assert found.notes == (), "the first seed is the model's own"
     assert "2 seeds each" in text
 
 
@@ -125,20 +129,59 @@ def estimates(slope, seed=0):
 
 
 @pytest.mark.parametrize(
-    "slope, words",
+    "slope, verdict, words",
     [
-        (1.5, "magnitudes are too small by 1.5 ×"),
-        (0.25, "magnitudes are too large by 4.0 ×"),
-        (1.0, "magnitudes are right"),
-        (0.0, "magnitudes cannot be told"),
-        (-1.0, "the sign is wrong"),
+        (1.5, "Order and size", "sizes are too small by 1.5 ×"),
+        (1.0, "Order and size", "sizes are right"),
+        (3.0, "Order only", "sizes are too small by 3.0 ×"),
+        (0.25, "Order only", "sizes are too large by 4.0 ×"),
+        (0.0, "Do not believe these", "sizes cannot be told"),
+        (-1.0, "Do not believe these", "the order is reversed"),
     ],
 )
-def test_magnitudes_in_words(slope, words):
+def test_the_verdict_goes_by_the_interval_and_the_slope(slope, verdict, words):
     found = estimates(slope)
-    assert words in found.verdict
+    assert found.verdict == found.summary()["verdict"] == verdict
+    assert words in found.reason
     assert found.slope.value == pytest.approx(slope, abs=0.05)
     assert found.summary()["slope"][0] == found.slope.value
+    assert str(found).startswith(f"{verdict}: ")
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Newton's minima of another model: each moved by the same parameters."""
+
+    by: float
+
+    def prepare(self, task, train):
+        trainer = uw.Newton(tol=1e-6).prepare(task, train)
+
+        class Trainer:
+            at_once = 8
+
+            def __call__(_, weights):
+                made = trainer(weights)
+                shift = self.by * torch.sin(torch.arange(made.theta.shape[1]).double())
+                return Trained(made.theta + shift, made.gradient_norms, made.failures)
+
+        return Trainer()
+
+
+def test_a_recipe_that_makes_another_model_is_the_verdict(digits, fitted):
+    found = fitted.check(Elsewhere(1.0), 8, queries=digits[2], progress=False)
+    assert found.lds.spearman.low > 0.5, "by the correlation alone it would be believed"
+    assert found.verdict == "Do not believe these"
+    assert "the recipe makes another model" in found.reason
+    assert found.notes == tuple(found.summary()["notes"]) and found.notes[0] in found.reason
+    assert str(found).splitlines()[0].count("the recipe makes another model") == 1
+
+
+def test_the_seed_that_the_model_was_trained_with_makes_the_model(digits, fitted):
+    """Training noise alone is another model: from outside nothing tells it from other settings."""
+    found = fitted.check(Noisy(noise=0.1), 8, queries=digits[2], progress=False)
+    assert found.verdict == "Do not believe these"
+    assert f"another seed by {found.reproduction.noise:.1e}" in found.notes[0]
 
 
 def test_a_wide_interval_is_no_agreement():
@@ -147,7 +190,8 @@ def test_a_wide_interval_is_no_agreement():
     noise = 10 * torch.randn(60, 5, generator=g, dtype=torch.float64)
     found = replace(found, lds=LDS(found.lds.predicted, found.lds.values + noise))
     assert found.slope.low < 1 < found.slope.high
-    assert "magnitudes are right" not in found.verdict
+    assert found.verdict == "Do not believe these"
+    assert "sizes are right" not in found.reason
 
 
 def test_what_cannot_be_compared_is_refused_before_any_training(digits, fitted):

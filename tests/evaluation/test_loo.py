@@ -143,7 +143,9 @@ def test_a_model_the_recipe_would_not_make_is_said():
     p = problem("ridge")
     X, y = p.train
     scores = uw.Influence().fit(p.task, (X, y + 1.0)).attribute(p.queries)  # θ̂ fits another y
-    assert "not what the recipe makes" in str(loo(scores, Newton(), range(8), progress=False))
+    found = loo(scores, Newton(), range(8), progress=False)
+    assert str(found).startswith("the model is not what the recipe makes"), "before the numbers"
+    assert found.summary()["notes"] == list(found.notes)
     scores = uw.Influence().fit(p.task, p.train).attribute(p.queries)
     assert "not what" not in str(loo(scores, Newton(), range(8), progress=False))
 

@@ -17,6 +17,7 @@ from upweight.scores import Provenance, Scores, Unit
 
 HEALTH = {
     "mean_loss": 0.3,
+    "convex": True,
     "gradient_norm": 1e-9,
     "decrement": 1e-17,
     "damping": 0.0,

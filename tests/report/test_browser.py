@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from upweight.verdict import Verdict
+
 OWNED = "document.documentElement.dataset.owned"
 HOSTILE = f'</script><script>{OWNED}="yes"</script><img src=x onerror="{OWNED}=1">'
 CONTRAST = """() => {
@@ -361,6 +363,31 @@ def test_hostile_words_run_nothing_anywhere(run, make_check, opened):
     assert page.evaluate(OWNED) is None
 
 
+def test_a_name_that_turns_the_direction_of_text_turns_nothing_but_itself(run, make_check, opened):
+    """U+202E: what follows is written from right to left, until the element ends."""
+    turned = "\u202eabc"
+    run.options = {"names": [turned] * 3, "checks": [make_check()], "predictions": [turned] * 3,
+                   "values": [1.0, 2.0, 3.0]}  # fmt: skip
+    run.write()
+    page = opened(run.path, "#queries/0")
+    dropping(page, page.locator(".drop-tick input").first.get_attribute("data-id"))
+    page.locator("#drop-all").click()
+    places = """(host) => {
+      const walk = document.createTreeWalker(host, NodeFilter.SHOW_TEXT), found = [];
+      for (let node; (node = walk.nextNode());) {
+        const range = document.createRange();
+        range.selectNodeContents(node);
+        const { left, width } = range.getBoundingClientRect();
+        if (width) found.push(left);
+      }
+      return found;
+    }"""
+    for host in ("#query-0 .word", ".chip"):
+        found = page.locator(host).first.evaluate(places)
+        assert len(found) > 1 and found == sorted(found), host
+    assert run.path.read_text().count('dir: "auto"') > 1
+
+
 def test_hostile_feature_names_and_renderers_run_nothing(run, opened):
     images, labels = run.train
     run.train = (images.reshape(10, 30) / 255.0, labels)
@@ -457,7 +484,8 @@ def test_a_comparison_on_subsets_is_drawn(run, opened):
     draw = torch.Generator().manual_seed(0)
     predicted = torch.randn(8, 3, generator=draw)
     lds = SimpleNamespace(predicted=predicted, measured=predicted + 1.0)
-    run.options = {"comparison": SimpleNamespace(verdict="it agrees", models=18, lds=lds)}
+    found = SimpleNamespace(verdict=Verdict.SIZE, reason="so", notes=(), models=18, lds=lds)
+    run.options = {"comparison": found}
     run.write()
     page = opened(run.path)
     name = re.compile("on 8 random subsets of the data")

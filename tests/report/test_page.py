@@ -360,3 +360,47 @@ def test_a_check_of_sets_names_them_and_gives_their_errors(run, make_sets):
 def test_a_check_has_one_error_and_name_per_removal(make_sets):
     with pytest.raises(ShapeError, match="3 removals, 1 errors"):
         replace(make_sets(), errors=[0.1])
+
+
+def test_a_text_that_no_encoding_holds_is_shown_and_leaves_no_part(run, make_check, tmp_path):
+    """Half of an emoji, as of a text that was cut; what two halves make together stays."""
+    cut = "cut \ud83d, whole \ud83d\ude00 \U0001f600"
+    run.options = {
+        "title": cut, "names": [cut] * 3, "command": cut, "checks": [make_check(label=cut)],
+        "train_texts": [cut] * 10, "query_texts": [cut] * 3, "metadata": {cut: [cut, "b"] * 5},
+    }  # fmt: skip
+    page = run.write()
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert "<title>cut \ufffd, whole \U0001f600 \U0001f600</title>" in page
+    texts = {query["text"] for query in run.data()["queries"]}
+    assert texts == {"cut \ufffd, whole \U0001f600 \U0001f600"}
+
+
+def test_what_cannot_be_written_leaves_what_was_there(run, tmp_path, monkeypatch):
+    run.path.write_text("before")
+
+    def full(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="no room"):
+        run.write()
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert run.path.read_text() == "before"
+
+
+def test_targets_that_are_images_have_a_page(tmp_path):
+    """A class for each pixel: no one class is predicted, and the model's answer is no label."""
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 1, 5, 5).double(), torch.randint(2, (6, 5, 5))
+    task = uw.Task(
+        nn.Conv2d(1, 2, 3, padding=1).double(), uw.CrossEntropy(),
+        forward=lambda model, batch: (model(batch[0]).movedim(1, -1), batch[1]),
+    )  # fmt: skip
+    fitted = uw.Influence(uw.EKFAC(), damping=1.0).fit(task, (x, y))
+    scores = fitted.attribute((x[:3], y[:3]))
+    page = html(scores, (x, y), (x[:3], y[:3]), tmp_path / "r.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    assert all("prediction" not in query for query in data["queries"])
+    assert all(query["label"].startswith("(") for query in data["queries"])

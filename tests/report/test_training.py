@@ -128,6 +128,34 @@ def test_texts_are_equal_but_for_case_and_spacing():
     assert found.near[0][:2] == (1, 3)
 
 
+def test_long_texts_are_compared_by_their_beginning_and_equal_only_as_a_whole():
+    head = "one two three " * 2000  # 28 000 characters
+    words = "four five six " * 5
+    loud = head[:20_000].upper() + head[20_000:]
+    texts = [head + words, loud + words, head + words.upper(), head + "seven", "x " * 9]
+    found = duplicates(texts, None, range(5))
+    assert found.same == ((0, 1),), "case does not count among the first 20 000 characters"
+    assert found.read == 20_000
+    assert found.near[0][2] == pytest.approx(1.0), "what follows is not counted"
+    assert duplicates(["short", "text"], None, [0]).read is None
+
+
+def test_the_words_of_many_long_texts_are_not_all_counted(monkeypatch):
+    counted = []
+    original = np.sqrt
+    monkeypatch.setattr("upweight.report.duplicates.CHARACTERS", 5000)
+    monkeypatch.setattr(
+        "upweight.report.duplicates.np.sqrt", lambda x: counted.append(x.sum()) or original(x)
+    )
+    found = duplicates(["a b c d " * 5000, "e f g h " * 5000], None, range(2))
+    assert found.read == 2500
+    assert max(counted) == 1250, "a word every other character"
+
+
+def test_half_of_an_emoji_is_a_character_like_any_other():
+    assert duplicates(["a \ud83d", "A  \ud83d", "b"], None, range(3)).same == ((0, 1),)
+
+
 def test_columns_of_a_table_count_alike_whatever_their_units():
     X = torch.tensor([[0.0, 1.0], [0.1, 900.0], [5.0, 2.0], [5.1, 901.0], [2.0, 300.0]])
     scaled = X * torch.tensor([1000.0, 0.001])

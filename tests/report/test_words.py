@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from upweight.report import summary
-from upweight.report.health import convention, health, verdict, verdicts
+from upweight.report.health import convention, health, verdict
+from upweight.report.trust import trust
 from upweight.scores import Unit
+from upweight.verdict import Verdict
 
 
 def by_name(scores, checks=()):
@@ -55,32 +57,32 @@ def test_standard_errors_are_told_where_there_are_any(run):
 
 def test_not_compared_with_retraining_is_a_concern(run):
     assert by_name(run.scores)["Retraining"].concern
-    assert "not been compared" in verdicts((), None, "image")[0]
+    assert trust(run.scores, (), None).title == "Not checked against retraining"
 
 
 class Found:
     """What `fitted.check` gives, as far as a report reads it."""
 
-    verdict = "on your model, <b>this</b> agrees with retraining at LDS 0.41 ± 0.05"
+    verdict = Verdict.SIZE
+    reason = "rank correlation with <b>retraining</b> 0.41 ± 0.05; sizes are right"
+    notes = ()
     models = 34
 
 
 def test_a_comparison_as_a_whole_is_said_first(run, make_check):
-    first, second = verdicts([make_check()], Found(), "image")
-    assert first == "On your model, <b>this</b> agrees with retraining at LDS 0.41 ± 0.05."
-    assert second == verdict([make_check()], "image")
-    assert verdicts((), Found(), "image") == (first,)
+    found = trust(run.scores, [make_check()], Found())
+    assert (found.title, found.reason) == ("Order and size", Found.reason)
     fact = {fact.name: fact for fact in health(run.scores, (), Found())}["Retraining"]
-    assert fact.value == "34 models" and not fact.concern
+    assert fact.value == "34 models: Order and size" and not fact.concern
 
 
 def test_the_page_shows_it_before_everything_else(run):
     run.options["comparison"] = Found()
     run.write()
     page = run.path.read_text()
-    words = "On your model, &lt;b&gt;this&lt;/b&gt; agrees with retraining at LDS 0.41 ± 0.05."
-    assert page.index(words) < page.index('class="evidence"')
-    assert "have not been compared" not in page
+    words = "rank correlation with &lt;b&gt;retraining&lt;/b&gt; 0.41 ± 0.05; sizes are right."
+    assert page.index(words) < page.index('id="pages"'), "seen on every page of it"
+    assert "Not checked against retraining" not in page
 
 
 def test_the_verdict_is_about_the_best_calibrated_prediction(make_check):

@@ -7,6 +7,8 @@ import urllib.error
 import urllib.request
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -17,6 +19,7 @@ from tests.report.conftest import provenance
 from upweight.errors import DataError, ShapeError, SpecError, UpweightError
 from upweight.runtime.shards import ScoreShards
 from upweight.scores import Scores, Unit
+from upweight.verdict import Verdict
 from upweight.view import Answers, Server, keeping, matrix, opened, serve
 
 N, Q = 60, 4
@@ -205,6 +208,13 @@ def test_every_example_is_on_some_page_in_order(server, values):
         ("../run.toml", {}, 404),
         ("%2e%2e/%2e%2e/etc/passwd", {}, 404),
         ("scores/manifest.json", {}, 404),
+        ("query/" + "9" * 5000, {}, 404),
+        ("picture/train/" + "9" * 5000, {}, 404),
+        ("query/x", {}, 404),
+        ("query/0,1", {}, 404),
+        ("examples", {"ids": "9" * 5000}, 400),
+        ("drop", {"ids": "1" * 5000}, 400),
+        ("ranking/0/raised", {"start": "9" * 5000}, 400),
     ],
 )
 def test_addresses_of_nothing_are_refused(server, path, parameters, status):
@@ -297,6 +307,65 @@ def test_hostile_labels_run_nothing_when_served(folder, data, browser):
         assert page.evaluate("document.documentElement.dataset.owned") is None
         assert page.locator("img").count() == 0
         page.close()
+
+
+def test_half_of_an_emoji_is_a_character_like_any_other(folder, data):
+    train, queries = data
+    cut = "cut \ud83d"
+    answers = Answers(
+        opened(folder), train, queries, names=[cut] * 3, train_texts=[cut] * N,
+        query_texts=[cut] * Q, metadata={cut: [cut, "b"] * 30},
+    )  # fmt: skip
+    with Server(answers, title=cut) as running:
+        for path, more in (("", {}), ("query/0", {}), ("training", {}), ("examples", {"ids": "1"})):
+            status, body = asked(running, path, **more)
+            assert status == 200
+            assert "cut \ufffd" in body.decode().replace(r"\ufffd", "\ufffd")
+
+
+def test_a_verdict_below_order_and_size_takes_the_sizes(folder, data, browser):
+    found = SimpleNamespace(verdict=Verdict.ORDER, reason="because", notes=("n",), models=9)
+    with Server(Answers(opened(folder), *data), comparison=found) as running:
+        page = browser.new_page()
+        page.goto(running.address + "#queries/0")
+        page.wait_for_selector("#raised .card")
+        page.get_by_role("button", name="Show more").first.click()
+        page.wait_for_function("document.querySelectorAll('#raised .card dd').length > 12")
+        ranks = page.locator("#raised .card dd").all_inner_texts()
+        assert ranks == [str(k + 1) for k in range(len(ranks))]
+        assert page.locator(".banner").inner_text().startswith("Order only: because.")
+        page.close()
+
+
+def test_the_page_with_the_token_is_not_stored(server):
+    with urllib.request.urlopen(server.address, timeout=10) as answer:
+        assert answer.headers["Cache-Control"] == "no-store"
+    with urllib.request.urlopen(server.address.replace("/?", "/query/0?"), timeout=10) as answer:
+        assert answer.headers["Cache-Control"] == "private, max-age=3600"
+        assert answer.headers["X-Frame-Options"] == "DENY"
+
+
+def test_a_browser_is_led_on_and_never_given_the_token(folder, data, monkeypatch, browser):
+    """Command lines of processes are there for every user of a machine to read."""
+    given, told = [], []
+
+    def looked_at(server):
+        token = urlsplit(server.address).query
+        (address,) = given
+        file = Path(urlsplit(address).path)
+        assert token.removeprefix("token=") not in address
+        assert file.parent.stat().st_mode & 0o077 == 0, "its owner's alone"
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_selector("html[data-ready]", timeout=10_000)
+        assert page.url.startswith(server.address)
+        page.close()
+        given.append(file)
+
+    monkeypatch.setattr(Server, "wait", looked_at)
+    monkeypatch.setattr("webbrowser.open", given.append)
+    serve(opened(folder), *data, open_browser=True, told=told.append)
+    assert not given[1].exists()
 
 
 def test_a_view_that_ended_is_said_on_the_page(folder, browser):

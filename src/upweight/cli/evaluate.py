@@ -15,7 +15,7 @@ from upweight.cli.question import is_reference, relative, reopened, spec_or_obje
 from upweight.cli.screen import Answer, continued_by, size, verb
 from upweight.cli.spec import parse
 from upweight.errors import SpecError, message
-from upweight.evaluation import LDS, Check, check, check_on, retrain, subset_weights
+from upweight.evaluation import LDS, Check, check, check_on
 from upweight.runs.directory import Run
 from upweight.runs.question import Question
 from upweight.runs.record import Record
@@ -75,11 +75,11 @@ def evaluate(
             else:
                 found = check_on(scores, how, subsets, jobs=jobs, cache=place.retrained)
             place.keep_evaluation("halves", kept(found, recipe))
-            place.log(found.verdict)
-            apart = drift(scores, how, found, place.retrained)
-    lines = [str(found), *apart, f"  next: upweight report {shown}"]
-    facts = {"run": str(place.path), **found.summary(), "notes": apart}
-    return Answer("\n".join(lines), facts)
+            for note in found.notes:
+                place.log(f"note: {note}")
+            place.log(f"{found.verdict}: {found.reason}")
+    facts = {"run": str(place.path), **found.summary()}
+    return Answer(f"{found}\n  next: upweight report {shown}", facts)
 
 
 @click.command()
@@ -176,31 +176,6 @@ def recipe_of(project: Project, text: str) -> Recipe:
     return value
 
 
-def drift(scores: Scores, recipe: Recipe, found: Check, cache: Path) -> list[str]:
-    """A note where the recipe makes another model than the run's; its models are in the cache."""
-    context = scores.require_context()
-    weights = subset_weights(len(context.train), 1, found.fraction, renormalize=True)
-    again = retrain(
-        recipe,
-        context.task,
-        context.train,
-        weights,
-        context.queries,
-        context.measure,
-        cache=cache / "check-0",
-        progress=False,
-    )
-    values = found.lds.measured
-    typical = float((values - values.mean(dim=0)).abs().median())
-    apart = float(again.drift.abs().median())
-    if apart <= typical / 10:
-        return []
-    return [
-        f"  note: on all of the data the recipe makes another model: its measurements are off by "
-        f"{apart:.1e}, where half of the data moves them by {typical:.1e} (medians)"
-    ]
-
-
 def kept(found: Check, recipe: str) -> dict[str, Any]:
     """A comparison as JSON, with all that it takes to make it again."""
     return {
@@ -209,6 +184,7 @@ def kept(found: Check, recipe: str) -> dict[str, Any]:
         **found.summary(),
         "predicted": found.lds.predicted.tolist(),
         "measured": found.lds.values.tolist(),
+        "drift": None if found.drift is None else found.drift.tolist(),
     }
 
 
@@ -221,8 +197,15 @@ def found_in(run: Run) -> Check | None:
         torch.tensor(facts[key], dtype=torch.float64) for key in ("predicted", "measured")
     )
     budget = float("inf") if facts["budget"] is None else facts["budget"]
+    # Those kept by earlier versions have none.
+    drift = facts.get("drift")
     return Check(
-        LDS(predicted, measured), facts["fraction"], facts["models"], facts["seconds"], budget
+        LDS(predicted, measured),
+        facts["fraction"],
+        facts["models"],
+        facts["seconds"],
+        budget,
+        None if drift is None else torch.tensor(drift, dtype=torch.float64),
     )
 
 

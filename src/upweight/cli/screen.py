@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 import click
 
+from upweight._text import escaped, readable
 from upweight.errors import UpweightError
 
 
@@ -40,7 +41,7 @@ class Failed(click.ClickException):
     """One screen about an error."""
 
     def show(self, file: Any = None) -> None:
-        click.echo(self.message, err=True)
+        click.echo(readable(self.message), err=True)
 
 
 class Interrupted(Failed):
@@ -70,13 +71,14 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
             text = _told(error)
             if as_json:
                 facts = {"error": type(error).__name__, "message": text}
-                click.echo(json.dumps(facts, ensure_ascii=False))
+                click.echo(escaped(json.dumps(facts, ensure_ascii=False)))
             kind = Interrupted if isinstance(error, KeyboardInterrupt) else Failed
             raise kind(text) from error
         if as_json:
-            click.echo(json.dumps(_strict(answer.facts), indent=1, ensure_ascii=False))
+            text = json.dumps(_strict(answer.facts), indent=1, ensure_ascii=False)
+            click.echo(escaped(text))
         elif answer.text:
-            click.echo(answer.text)
+            click.echo(readable(answer.text))
 
     return shown
 
@@ -93,7 +95,7 @@ def continued_by(command: str) -> Iterator[None]:
 
 def say(text: str) -> None:
     """Progress, for a person."""
-    click.echo(text, file=sys.stderr)
+    click.echo(readable(text), file=sys.stderr)
 
 
 def size(count: float) -> str:

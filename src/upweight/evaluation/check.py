@@ -2,7 +2,10 @@
 
     LDS      mean over queries of the rank correlation, over random halves of the data, of predicted
              and measured change; beside what retraining again would get
-    slope    of measured against predicted change, within each query: 1 where magnitudes are right
+    slope    of measured against predicted change, within each query: 1 where sizes are right
+    drift    m of the recipe's model on all of the data − m of the model that was scored
+
+`upweight.verdict` makes one of three verdicts of these.
 
 Random halves are where a retraining tells most: each answers for every query at once, and moves the
 measurements by far more than training noise does. Every half is trained from two seeds, which say
@@ -13,7 +16,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import astuple, dataclass, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,13 +34,11 @@ from upweight.evaluation.retrain import Retrained, joined, retrain
 from upweight.evaluation.weights import subset_weights
 from upweight.scores import Scores
 from upweight.task.recipe import Recipe
+from upweight.verdict import FEWEST, Judgement, Reproduction, Verdict, judged
 
 UNITS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
-FEWEST, MOST = 8, 256
-"""Halves: with fewer, nothing can be said; with more, the intervals are narrow enough."""
-
-CLOSE = 0.1
-"""Magnitudes that are off by less are called right."""
+MOST = 256
+"""Halves: with more, the intervals are narrow enough."""
 
 HOPELESS = 4.0
 """How much less than the first model, which pays for preparations, others may take."""
@@ -56,6 +57,8 @@ class Check:
         models: How many were trained for it, from the cache or now.
         seconds: What it took.
         budget: Seconds that were allowed; infinite where the number of subsets was given instead.
+        drift: Of each query, m of the recipe's model on all of the data − m of the model that was
+            scored; None: not recorded.
     """
 
     lds: LDS
@@ -63,6 +66,7 @@ class Check:
     models: int
     seconds: float
     budget: float
+    drift: Float[Tensor, " q"] | None = None
 
     @cached_property
     def slope(self) -> Estimate:
@@ -70,37 +74,52 @@ class Check:
         return metrics.slope_within(self.lds.predicted, self.lds.measured, self.lds.bootstrap)
 
     @property
-    def magnitudes(self) -> str:
-        """The slope in words."""
-        slope = self.slope
-        if slope.high < 0:
-            return "the sign is wrong: measured changes go against the predicted ones"
-        if not slope.low > 0:
-            return "magnitudes cannot be told: the slope may be 0"
-        if abs(slope.value - 1) < CLOSE and slope.low > 0.5 and slope.high < 2:
-            return f"magnitudes are right ({slope.value:.2f} × predicted)"
-        if slope.low <= 1 <= slope.high:
-            return f"magnitudes may be right ({slope.low:.1f} to {slope.high:.1f} × predicted)"
-        if slope.value > 1:
-            return f"magnitudes are too small by {slope.value:.1f} ×"
-        return f"magnitudes are too large by {1 / slope.value:.1f} ×"
+    def reproduction(self) -> Reproduction | None:
+        """Whether the recipe makes the model that was scored; None where it was not recorded."""
+        if self.drift is None:
+            return None
+        values, measured = self.lds.values, self.lds.measured
+        moves = float((measured - measured.mean(dim=0)).abs().median())
+        noise = float((values[0] - values[1]).abs().median()) if len(values) > 1 else None
+        return Reproduction(float(self.drift.abs().median()), moves, noise)
+
+    @cached_property
+    def judgement(self) -> Judgement:
+        """The verdict with its reason."""
+        ceiling = self.lds.ceiling
+        return judged(
+            astuple(self.lds.spearman),
+            astuple(self.slope),
+            len(self.lds.predicted),
+            None if ceiling is None else astuple(ceiling),
+            self.reproduction,
+        )
 
     @property
-    def verdict(self) -> str:
-        """One sentence."""
-        score, ceiling = self.lds.spearman, self.lds.ceiling
-        half = (score.high - score.low) / 2
-        top = "" if ceiling is None else f" (ceiling {ceiling.value:.2f})"
-        return (
-            f"on your model, this method's ranking agrees with retraining at LDS "
-            f"{score.value:.2f} ± {half:.2f}{top}; {self.magnitudes}"
-        )
+    def verdict(self) -> Verdict:
+        """One of three: "Do not believe these", "Order only", "Order and size"."""
+        return self.judgement.verdict
+
+    @property
+    def reason(self) -> str:
+        """Why, in a sentence."""
+        return self.judgement.reason
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know before the numbers."""
+        found = self.reproduction
+        if found is None:
+            return ("whether the recipe makes the model that was scored was not recorded",)
+        return found.notes
 
     def summary(self) -> dict[str, Any]:
         """The numbers as JSON would hold them."""
         slope = self.slope
         return {
-            "verdict": self.verdict,
+            "verdict": self.verdict.value,
+            "reason": self.reason,
+            "notes": list(self.notes),
             **self.lds.summary(),
             "slope": [slope.value, slope.low, slope.high],
             "fraction": self.fraction,
@@ -111,10 +130,11 @@ class Check:
 
     def __str__(self) -> str:
         halves, seeds = len(self.lds.predicted), len(self.lds.values)
-        text = self.verdict
+        notes = "".join(f"  note: {note}\n" for note in self.notes if note not in self.reason)
         allowed = f" of {self.budget:.0f} s" if math.isfinite(self.budget) else ""
         return (
-            f"{text[0].upper()}{text[1:]}.\n"
+            f"{self.verdict}: {self.reason}.\n"
+            f"{notes}"
             f"  {halves} random subsets of {self.fraction:.0%} of the data, "
             f"{seeds} {'seed' if seeds == 1 else 'seeds'} each: {self.models} models in "
             f"{self.seconds:.0f} s{allowed}\n"
@@ -180,7 +200,8 @@ def check(
     truth = [joined(parts) for parts in zip(*rounds, strict=True)]
     found = lds(predicted[:done], weights[:done], truth, bootstrap=bootstrap)
     models = len(seeds) * (done + 1)
-    return Check(found, fraction, models, time.perf_counter() - started, seconds)
+    took = time.perf_counter() - started
+    return Check(found, fraction, models, took, seconds, truth[0].drift)
 
 
 def check_on(
@@ -219,7 +240,8 @@ def check_on(
     truth = _retrained(seeds, scores, weights, jobs, cache, progress)
     found = lds(predicted, weights, truth, bootstrap=bootstrap)
     models = len(seeds) * (subsets + 1)
-    return Check(found, fraction, models, time.perf_counter() - started, math.inf)
+    took = time.perf_counter() - started
+    return Check(found, fraction, models, took, math.inf, truth[0].drift)
 
 
 def _retrained(

@@ -34,6 +34,7 @@ from upweight.task.data import as_data
 from upweight.task.measures import Loss
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
+from upweight.verdict import SAME_MODEL
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,12 +87,26 @@ class LOO:
         predicted, actual = self.predicted[:, row : row + 1], self.actual[:, row : row + 1]
         return LOO(self.examples, predicted, actual, self.retrained, self.bootstrap)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know before the numbers: whether the recipe makes the model that was scored."""
+        if self.retrained is None:
+            return ()
+        drift, typical = self.retrained.drift.abs().max(), self.actual.abs().median()
+        if not drift > SAME_MODEL * typical:
+            return ()
+        return (
+            "the model is not what the recipe makes, and this compares another one: m(θ(1)) − m(θ̂) "
+            f"is up to {float(drift):.1e}, a typical effect {float(typical):.1e}",
+        )
+
     def summary(self) -> dict[str, Any]:
         """The numbers as JSON would hold them; intervals under `intervals`."""
         estimates = {"pearson": self.pearson, "spearman": self.spearman, "slope": self.slope}
         return {
             **{name: estimate.value for name, estimate in estimates.items()},
             "n": self.n,
+            "notes": list(self.notes),
             "level": self.bootstrap.level,
             "intervals": {name: [e.low, e.high] for name, e in estimates.items()},
         }
@@ -112,13 +127,7 @@ class LOO:
             norms = self.retrained.gradient_norms
             if bool(norms.isfinite().all()):
                 lines.append(f"  retrained to ‖∇J‖ ≤ {float(norms.max()):.1e}")
-            drift, typical = self.retrained.drift.abs().max(), self.actual.abs().median()
-            if drift > 0.1 * typical:
-                lines.append(
-                    f"  the model is not what the recipe makes: m(θ(1)) − m(θ̂) is up to "
-                    f"{float(drift):.1e}, a typical effect {float(typical):.1e}"
-                )
-        return "\n".join(lines)
+        return "\n".join([*self.notes, *lines])
 
 
 def leave_one_out(

@@ -539,6 +539,7 @@ class FittedInfluence(Checked):
     ) -> Scores:
         judged: dict[str, Any] = {
             "mean_loss": self.mean_loss,
+            "convex": self.task.loss.convex and isinstance(self.source, FactoredLinear),
             **self.stationarity,
             "damping": self.damping,
             **self._mean_eigenvalue,

@@ -6,6 +6,7 @@ Of removing one example at a time, or several together. It takes plain numbers, 
 may fill it in.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upweight.errors import DataError, NonFinite, ShapeError, message
+from upweight.verdict import FEWEST, Judgement, Verdict, judged
 
 Removal = int | Sequence[int]
 """One training example, or several that were removed together."""
@@ -26,8 +28,18 @@ class Comparison(Protocol):
     """Scores held against retraining as a whole, as `fitted.check` does."""
 
     @property
-    def verdict(self) -> str:
-        """What was found, in a sentence without its capital and full stop."""
+    def verdict(self) -> Verdict:
+        """One of three."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why, in a sentence without its capital and full stop."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What to know before the numbers."""
         ...
 
     @property
@@ -118,6 +130,14 @@ class Check:
                         "leave that example out, or retrain it to convergence.",
                     )
                 )
+
+    @property
+    def told(self) -> Judgement | None:
+        """The verdict on these removals; None where they are too few for intervals."""
+        known = all(math.isfinite(v) for v in (*self.spearman, *self.slope))
+        if not known or len(self.examples) < FEWEST:
+            return None
+        return judged(self.spearman, self.slope, len(self.examples))
 
     @property
     def removed(self) -> tuple[tuple[int, ...], ...]:

@@ -3,6 +3,9 @@
     same      equal bytes of the input (texts: equal but for case and spacing), over all examples
     near      largest cosine between a = (x − x̄)/‖x − x̄‖ and the same of other training examples
 
+Of long texts a beginning is read, at most 20 000 characters and of many texts fewer; what follows
+is not counted, and texts are the same only if it is equal character by character.
+
 x̄ is the mean over an image's own pixels, or over a text's word counts hashed to 1024 numbers; in
 tables each column is first brought to mean 0 and deviation 1 over the training set. Images are
 averaged down to 32 × 32. Neighbours are searched for the candidates given, among all examples whose
@@ -32,6 +35,12 @@ SIDE = 32
 OPERATIONS = 2e10
 """Multiplications spent on neighbours: a second or two. Past it there are fewer candidates."""
 
+CHARACTERS = 40_000_000
+"""Characters of all texts together whose words are counted: some seconds."""
+
+LONGEST, SHORTEST = 20_000, 1_000
+"""Characters of one text whose words are counted, at most and in any case."""
+
 CANDIDATES = 300
 PAIRS = 24
 """Pairs and sets that are told, at most."""
@@ -50,6 +59,8 @@ class Duplicates:
         near: (example, its nearest other, cosine), nearest first; without equal inputs.
         candidates: For how many examples the nearest other was searched.
         among: Among how many.
+        read: Characters of each text whose words were counted; None where every text was counted
+            whole, and for what is no text.
     """
 
     same: tuple[tuple[int, ...], ...]
@@ -58,6 +69,7 @@ class Duplicates:
     near: tuple[tuple[int, int, float], ...]
     candidates: int
     among: int
+    read: int | None = None
 
 
 def duplicates(
@@ -70,9 +82,13 @@ def duplicates(
         labels: Of all training examples, where they are known.
         candidates: For which the nearest other is searched, the most important first.
 
-    Cost: one hash of every input, and at most `OPERATIONS` multiplications.
+    Cost: one hash of every input, at most `CHARACTERS` characters of texts split into words, or
+    `SHORTEST` of each, and at most `OPERATIONS` multiplications.
     """
-    hashes = list(_hashes(inputs))
+    read = LONGEST
+    if not isinstance(inputs, Tensor):
+        read = max(SHORTEST, min(LONGEST, CHARACTERS // max(1, len(inputs))))
+    hashes = list(_hashes(inputs, read))
     places: dict[bytes, list[int]] = defaultdict(list)
     for i, name in enumerate(hashes):
         places[name].append(i)
@@ -82,7 +98,7 @@ def duplicates(
         conflict = labels is not None and len({labels[i] for i in group}) > 1
         return not conflict, -len(group), group[0]
 
-    rows = _rows(inputs)
+    rows = _rows(inputs, read)
     width = len(rows([0])[0])
     n = len(hashes)
     room = int(OPERATIONS / (n * max(1, width)))
@@ -95,13 +111,17 @@ def duplicates(
         tuple(near[:PAIRS]),
         len(chosen),
         n,
+        read if not isinstance(inputs, Tensor) and any(len(t) > read for t in inputs) else None,
     )
 
 
-def _hashes(inputs: "Tensor | Sequence[str]") -> Iterator[bytes]:
+def _hashes(inputs: "Tensor | Sequence[str]", read: int) -> Iterator[bytes]:
     if not isinstance(inputs, Tensor):
-        for text in inputs:
-            yield hashlib.blake2b(_words(text).encode(), digest_size=16).digest()
+        for text in map(str, inputs):
+            head, rest = _words(text[:read]), text[read:].rstrip()
+            # Half a surrogate pair, as of a text that was cut, is a character like any other here.
+            told = f"{head}\0{rest}".encode("utf-8", "surrogatepass")
+            yield hashlib.blake2b(told, digest_size=16).digest()
         return
     for start in range(0, len(inputs), BLOCK):
         rows = inputs[start : start + BLOCK].detach().cpu()
@@ -117,11 +137,11 @@ def _words(text: str) -> str:
 
 
 def _rows(
-    inputs: "Tensor | Sequence[str]",
+    inputs: "Tensor | Sequence[str]", read: int
 ) -> Callable[[Sequence[int]], NDArray[np.float32]]:
     """Examples as unit vectors."""
     if not isinstance(inputs, Tensor):
-        return lambda some: _units(np.stack([_counts(inputs[i]) for i in some]))
+        return lambda some: _units(np.stack([_counts(inputs[i], read) for i in some]))
     if as_images(np.empty((1, *inputs.shape[1:]))) is not None:
         return lambda some: _units(_small(inputs[list(some)]))
     flat = inputs.reshape(len(inputs), -1)
@@ -132,9 +152,9 @@ def _rows(
     return lambda some: _units(((flat[list(some)].double() - mean) / spread).cpu().numpy(), False)
 
 
-def _counts(text: str) -> NDArray[np.float64]:
+def _counts(text: str, read: int) -> NDArray[np.float64]:
     counts = np.zeros(WORDS)
-    for word in re.findall(r"\w+", str(text).lower()):
+    for word in re.findall(r"\w+", str(text)[:read].lower()):
         counts[zlib.crc32(word.encode()) % WORDS] += 1
     return np.sqrt(counts)  # a word said ten times counts about three times
 

@@ -152,5 +152,5 @@ def _from_model(scores: Scores) -> QueryFacts:
 def _classes(loss: CrossEntropy | Bernoulli, outputs: Tensor) -> list[int]:
     """The class with the largest output, or yes for a positive logit; none for several answers."""
     if isinstance(loss, CrossEntropy):
-        return outputs.argmax(dim=1).tolist()
+        return outputs.argmax(dim=1).tolist() if outputs.ndim == 2 else []
     return (outputs.flatten() > 0).long().tolist() if outputs.numel() == len(outputs) else []

@@ -15,6 +15,7 @@ from upweight.report.facts import noun_of
 from upweight.report.notation import count, interval, readable
 from upweight.report.spectrum import percent
 from upweight.scores import Scores, Unit
+from upweight.verdict import Verdict
 
 RESIDUAL_LIMIT = 1e-3
 """Relative residual of a solve that would change the third digit shown on the page."""
@@ -41,15 +42,20 @@ class Fact:
     concern: bool = False
 
 
-def convention(scores: Scores) -> str:
-    """The unit and its sign, in a sentence or two."""
+def convention(scores: Scores, has_sizes: bool = True) -> str:
+    """The unit and its sign, in a sentence or two.
+
+    Args:
+        scores: S, Δm or ranks.
+        has_sizes: Whether anything supports the sizes of predicted changes.
+    """
     m = noun_of(scores)
     if scores.unit is Unit.DERIVATIVE:
         return (
             f"A score is ∂{m}/∂w, the change of the {m} per unit of weight on one training "
             f"example in (1/n) Σ wᵢ ℓᵢ + R: positive raised the {m}, negative lowered it. "
             "Removing the example sets its weight from 1 to 0, so the score predicts a change "
-            "of minus itself."
+            + ("of minus itself." if has_sizes else "the other way; its size is not supported.")
         )
     if scores.unit is Unit.DIFFERENCE:
         return (
@@ -58,22 +64,6 @@ def convention(scores: Scores) -> str:
             "lowered it."
         )
     return "Only the order of scores within one query means anything; they predict no change."
-
-
-def verdicts(checks: Sequence[Check], comparison: Comparison | None, noun: str) -> tuple[str, ...]:
-    """What comparisons with retraining found: of all of it first, then of removals."""
-    found = []
-    if comparison is not None:
-        words = comparison.verdict
-        found.append(f"{words[:1].upper()}{words[1:]}.")
-    if checks:
-        found.append(verdict(checks, noun))
-    if not found:
-        found.append(
-            "These scores have not been compared with retraining. They are predictions from a "
-            "local model of the training objective."
-        )
-    return tuple(found)
 
 
 def verdict(checks: Sequence[Check], noun: str) -> str:
@@ -134,10 +124,16 @@ def health(
 ) -> list[Fact]:
     """The lines of the health panel, in the order a careful reader asks."""
     known = scores.provenance.health
-    facts = [_retraining(checks, comparison), *_minimum(known), *_row_sum(known), *_solver(known)]
+    facts = [_retraining(checks, comparison), *computation(scores)]
     facts += [*_contraction(known), *_damping(known), *_seen(known)]
     facts += [*_error(scores), *_time(scores)]
     return facts
+
+
+def computation(scores: Scores) -> list[Fact]:
+    """What says whether an exact method computed what it claims: minimum, row sums, solver."""
+    known = scores.provenance.health
+    return [*_minimum(known), *_row_sum(known), *_solver(known)]
 
 
 def _number(known: Mapping[str, Any], name: str) -> float | None:
@@ -148,7 +144,8 @@ def _number(known: Mapping[str, Any], name: str) -> float | None:
 def _retraining(checks: Sequence[Check], comparison: Comparison | None) -> Fact:
     if not checks and comparison is not None:
         meaning = "on random subsets of the data, for all queries at once"
-        return Fact("Retraining", count(comparison.models, "model"), meaning)
+        value = f"{count(comparison.models, 'model')}: {comparison.verdict}"
+        return Fact("Retraining", value, meaning, comparison.verdict is not Verdict.SIZE)
     if not checks:
         return Fact("Retraining", "not compared", "nothing here shows that removal does this", True)
     queries = len({check.query for check in checks})

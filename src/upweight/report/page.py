@@ -25,7 +25,7 @@ from upweight.report.content import (
 )
 from upweight.report.examples import Examples, all_labels, examples, inputs_of, require_one_each
 from upweight.report.facts import noun_of, query_facts, train_facts
-from upweight.report.health import convention, health, verdicts
+from upweight.report.health import convention, health, verdict
 from upweight.report.notation import count, interval, readable
 from upweight.report.rendering import render_page, write
 from upweight.report.shown import Render
@@ -33,6 +33,7 @@ from upweight.report.spectrum import spectrum
 from upweight.report.sprite import Sprite, display_range, geometry, sheets
 from upweight.report.strongest import require_scores
 from upweight.report.training import Training, training_set
+from upweight.report.trust import trust
 from upweight.report.whatif import columns
 from upweight.scores import Scores
 from upweight.task.data import Data, as_data
@@ -177,6 +178,7 @@ def html(
     for role, found in sprites.items():
         parts |= {f"sheet-{role}-{k}": sheet.text for k, sheet in enumerate(found)}
     words = words_of(scores, checks, comparison, asked.noun, title, command)
+    data["caution"] = words["trust"].caution
     return write(Path(path), render_page(data, words, parts))
 
 
@@ -255,6 +257,7 @@ def words_of(
     provenance = scores.provenance
     noun = noun_of(scores)
     columns = "group" if scores.columns is not None else kind
+    found = trust(scores, checks, comparison)
     return {
         "title": title,
         "heading": f"Which training {_plural(columns)} moved the {noun}",
@@ -269,8 +272,9 @@ def words_of(
         "kind": kind,
         "subsets": subsets_of(comparison) is not None,
         "command": None if command is None else _clean(command),
-        "verdicts": verdicts(checks, comparison, kind),
-        "convention": convention(scores),
+        "trust": found,
+        "removals": verdict(checks, kind) if checks else None,
+        "convention": convention(scores, found.has_sizes),
         "health": [asdict(fact) for fact in health(scores, checks, comparison)],
         "sets": any(len(removal) > 1 for check in checks for removal in check.removed),
         "spectrum": spectrum(provenance.health),

@@ -8,13 +8,19 @@ import base64
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from upweight._text import readable
+
 SCRIPTS = ("words", "figures", "trust", "cards", "queries", "whatif", "training", "start")
 """Parts of the script in their order; where the data come from is another, in the second place."""
+
+_ESCAPE = re.compile(r"\\(?:ud[89ab]\w\w\\ud[c-f]\w\w|(ud[89a-f]\w\w)|.)")
+"""An escape in JSON; the group is half a surrogate pair without its other half."""
 
 
 def render_page(
@@ -47,7 +53,7 @@ def render_page(
         f"script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
         + (f"; connect-src{own}" if connects else "")
     )
-    return environment.from_string(_own("template.html")).render(
+    page = environment.from_string(_own("template.html")).render(
         **words,
         # These are ours or escaped already; the engine escapes everything else.
         style=Markup(style),
@@ -56,6 +62,7 @@ def render_page(
         data=Markup(as_json(data)),
         parts=parts,
     )
+    return readable(page)
 
 
 def _script(source: str) -> str:
@@ -69,8 +76,9 @@ def _own(name: str) -> str:
 
 
 def as_json(data: Any) -> str:
-    """JSON in ASCII in which no parser of HTML can find markup."""
+    """JSON in ASCII in which no parser of HTML can find markup, and all of it characters."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = _ESCAPE.sub(lambda found: r"\ufffd" if found[1] else found[0], text)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
@@ -84,6 +92,10 @@ def write(path: Path, text: str) -> Path:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + ".part")
-    staged.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(staged, path)
+    try:
+        staged.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(staged, path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
     return path

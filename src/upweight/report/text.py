@@ -10,6 +10,7 @@ from upweight.report.facts import noun_of
 from upweight.report.health import health
 from upweight.report.notation import count, interval, readable
 from upweight.report.strongest import effects, require_scores, strongest
+from upweight.report.trust import trust
 from upweight.scores import Scores
 
 
@@ -42,7 +43,9 @@ def summary(
     rows, columns = scores.values.shape
     noun = noun_of(scores)
     what = "group" if scores.columns is not None else "training example"
+    found = trust(scores, checks, None)
     lines = [
+        f"{found.title}: {found.reason}.",
         f"{count(columns, what)}, {count(rows, 'query')}, "
         f"{count(scores.provenance.p, 'parameter')}; unit {scores.unit.value.split(':')[0]} "
         f"of the {noun}",
@@ -51,7 +54,10 @@ def summary(
     effect = effects(scores, query)
     ends = strongest(effect, k)
     for word, chosen in (("raised", ends.raised), ("lowered", ends.lowered)):
-        told = [_example(scores, i, float(effect[i]), labels, names) for i in chosen]
+        told = [
+            _example(scores, i, float(effect[i]) if found.has_sizes else None, labels, names)
+            for i in chosen
+        ]
         start = f"{word} its {noun}:"
         lines.append(f"  {start:<{len(noun) + 13}}  {',  '.join(told) or 'none'}")
     lines += _agreement(checks)
@@ -62,12 +68,16 @@ def summary(
 
 
 def _example(
-    scores: Scores, i: int, effect: float, labels: Sequence[Any] | None, names: Sequence[str] | None
+    scores: Scores,
+    i: int,
+    effect: float | None,
+    labels: Sequence[Any] | None,
+    names: Sequence[str] | None,
 ) -> str:
     name = scores.columns[i] if scores.columns is not None else f"#{i}"
     if labels is not None and scores.columns is None:
         name += f" ({labels[i] if isinstance(labels[i], str) else class_name(labels[i], names)})"
-    return f"{name} {readable(effect, signed=True)}"
+    return name if effect is None else f"{name} {readable(effect, signed=True)}"
 
 
 def _agreement(checks: Sequence[Check]) -> list[str]:

@@ -130,6 +130,7 @@ def training(
             "near": [[i, j, short(cosine, 5)] for i, j, cosine in twins.near],
             "candidates": twins.candidates,
             "among": twins.among,
+            "read": twins.read,
         }
         listed += [i for group in twins.same for i in group[:12]]
         listed += [i for pair in twins.near for i in pair[:2]]

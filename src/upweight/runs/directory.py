@@ -125,7 +125,7 @@ class Run:
     def log(self, text: str) -> None:
         """Add a line to log.txt."""
         line = f"{datetime.now().isoformat(' ', 'seconds')}  {text}\n"
-        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+        with (self.path / "log.txt").open("a", encoding="utf-8", errors="replace") as file:
             file.write(line)
 
     @property

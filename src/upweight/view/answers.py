@@ -34,6 +34,9 @@ PER_PAGE = 12
 MOST_DROPPED = 1000
 """Examples that may be dropped together: each is read from as many places as there are queries."""
 
+LONGEST_INDEX = 18
+"""Digits of an index."""
+
 SAMPLED = 256
 """Training examples that say what is drawn black and white, and how far columns spread."""
 
@@ -269,7 +272,8 @@ def wanted(text: str | None, most: int, below: int) -> list[int]:
         SpecError: It names others, or too many.
     """
     parts = [part for part in (text or "").split(",") if part]
-    found = [int(part) for part in parts if part.isdecimal()]
+    # Of so few digits as any index has: Python refuses to read thousands of them.
+    found = [int(part) for part in parts if part.isdecimal() and len(part) <= LONGEST_INDEX]
     if len(found) != len(parts) or len(set(found)) != len(found) or len(found) > most:
         raise SpecError(_not_indices(text, most, below))
     if any(i >= below for i in found):

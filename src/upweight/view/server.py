@@ -5,11 +5,13 @@ examples and orders by number or by a fixed word, never a file.
 """
 
 import contextlib
+import html
 import secrets
+import tempfile
 import threading
 import time
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 from upweight.errors import SpecError, UpweightError, message
 from upweight.report.check import Comparison
 from upweight.report.page import subsets_of, words_of
-from upweight.report.rendering import render_page
+from upweight.report.rendering import as_json, render_page
 from upweight.scores import Scores
 from upweight.view.answers import MOST_DROPPED, PER_PAGE, Answers, wanted
 
@@ -51,11 +53,14 @@ def application(
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import Request
-    from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+    from starlette.responses import HTMLResponse, PlainTextResponse, Response
     from starlette.routing import Route
 
     words = words_of(answers.scores, (), comparison, answers.meta["kind"], title, command)
-    meta = answers.meta | {"comparison": subsets_of(comparison)}
+    meta = answers.meta | {
+        "comparison": subsets_of(comparison),
+        "caution": words["trust"].caution,
+    }
     source = (resources.files("upweight.view") / "served.js").read_text(encoding="utf-8")
     page = render_page(meta, words, {}, source, connects=True)
     headers = {
@@ -77,7 +82,8 @@ def application(
                 return PlainTextResponse(str(error), 400)
             except (KeyError, IndexError):
                 return PlainTextResponse("There is no such thing here.", 404)
-            response.headers.update(headers)
+            for name, value in headers.items():
+                response.headers.setdefault(name, value)  # an answer may be stricter
             return response
 
         return ask
@@ -86,38 +92,43 @@ def application(
         return HTMLResponse(page, headers={"Cache-Control": "no-store"})
 
     def number(request: Request, name: str, below: int) -> int:
-        place = int(request.path_params[name])
-        if not 0 <= place < below:
-            raise IndexError(place)
+        try:
+            (place,) = wanted(request.path_params[name], 1, below)
+        except (SpecError, ValueError) as error:
+            raise IndexError(name) from error
         return place
+
+    def told(found: Any) -> Response:
+        # Not JSONResponse: it cannot encode half an emoji, which texts that were cut end in.
+        return Response(as_json(found), media_type="application/json")
 
     def begin(request: Request, below: int) -> int:
         (first,) = wanted(request.query_params.get("start", "0"), 1, max(1, below)) or [0]
         return first
 
     def query(request: Request) -> Response:
-        return JSONResponse(answers.query(number(request, "q", answers.q)))
+        return told(answers.query(number(request, "q", answers.q)))
 
     def ranking(request: Request) -> Response:
         side = request.path_params["side"]
         if side not in ("raised", "lowered"):
             raise KeyError(side)
         q = number(request, "q", answers.q)
-        return JSONResponse(answers.ranking(q, side, begin(request, answers.n)))
+        return told(answers.ranking(q, side, begin(request, answers.n)))
 
     def some(request: Request) -> Response:
         ids = wanted(request.query_params.get("ids"), 20 * PER_PAGE, answers.n)
-        return JSONResponse(answers.examples(ids))
+        return told(answers.examples(ids))
 
     def drop(request: Request) -> Response:
         ids = wanted(request.query_params.get("ids"), MOST_DROPPED, answers.n)
-        return JSONResponse(answers.drop(ids))
+        return told(answers.drop(ids))
 
     def training(request: Request) -> Response:
-        return JSONResponse(answers.training)
+        return told(answers.training)
 
     def browse(request: Request) -> Response:
-        return JSONResponse(answers.page(request.path_params["order"], begin(request, answers.n)))
+        return told(answers.page(request.path_params["order"], begin(request, answers.n)))
 
     def picture(request: Request) -> Response:
         role = request.path_params["role"]
@@ -127,13 +138,13 @@ def application(
 
     routes = [
         Route("/", guarded(start)),
-        Route("/query/{q:int}", guarded(query)),
-        Route("/ranking/{q:int}/{side:str}", guarded(ranking)),
+        Route("/query/{q}", guarded(query)),
+        Route("/ranking/{q}/{side:str}", guarded(ranking)),
         Route("/examples", guarded(some)),
         Route("/drop", guarded(drop)),
         Route("/training", guarded(training)),
         Route("/browse/{order:str}", guarded(browse)),
-        Route("/picture/{role:str}/{place:int}", guarded(picture)),
+        Route("/picture/{role:str}/{place}", guarded(picture)),
     ]
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)
     return Starlette(routes=routes, middleware=[hosts])
@@ -255,9 +266,24 @@ def serve(
     answers = Answers(scores, train, queries, keep=keep, **shown)
     with Server(answers, port, title, comparison, command) as server:
         told(server.address)
-        if open_browser:
-            webbrowser.open(server.address)
-        try:
-            server.wait()
-        except KeyboardInterrupt:
-            told("stopped")
+        with contextlib.ExitStack() as opened:
+            if open_browser:
+                webbrowser.open(opened.enter_context(_forwarding(server.address)))
+            try:
+                server.wait()
+            except KeyboardInterrupt:
+                told("stopped")
+
+
+@contextlib.contextmanager
+def _forwarding(address: str) -> Iterator[str]:
+    """The address of a file that leads a browser on to another address.
+
+    Every user of a machine can read the command lines of its processes, a browser's too: the token
+    must not be on one. The file is in a folder that its owner alone can read.
+    """
+    with tempfile.TemporaryDirectory(prefix="upweight-") as folder:  # made with mode 700
+        file = Path(folder) / "view.html"
+        leading = f'<meta http-equiv="refresh" content="0; url={html.escape(address)}">'
+        file.write_text(f"<!doctype html><title>upweight view</title>{leading}", encoding="utf-8")
+        yield file.as_uri()

@@ -1,11 +1,14 @@
 // -- an example -----------------------------------------------------------------------------------
 
+// Without anything that supports sizes the page shows order: ranks and bars, and no predicted change.
+const caution = data.caution;
 const MEANING = {
+  rank: `place among those that raised, or lowered, its ${noun}, strongest first; ${caution}`,
   score: `positive raised the ${noun}, negative lowered it`,
   removed: `predicted change of the ${noun} if this alone is removed${data.newton ? ", corrected for its leverage" : ""}`,
   retrained: `change of the ${noun} after really removing it and retraining`,
 };
-const SHOWN = { score: true, removed: data.predicts, retrained: checks.length > 0 };
+const SHOWN = { rank: caution, score: !caution, removed: !caution && data.predicts, retrained: checks.length > 0 };
 
 // What is shown of an example besides its picture.
 function contentsOf(contents, full) {
@@ -20,9 +23,9 @@ function contentsOf(contents, full) {
 }
 const BRIEF = 220;
 function longText(text, full) {
-  if (full || text.length <= BRIEF) return element("p", { class: full ? "words full" : "words" }, text);
-  const details = element("details", { class: "words" }, element("summary", {}, text.slice(0, BRIEF) + "…"));
-  details.append(element("p", {}, text));
+  if (full || text.length <= BRIEF) return element("p", { class: full ? "words full" : "words", dir: "auto" }, text);
+  const details = element("details", { class: "words" }, element("summary", { dir: "auto" }, text.slice(0, BRIEF) + "…"));
+  details.append(element("p", { dir: "auto" }, text));
   return details;
 }
 // Tokens coloured by their share of the score, and the strongest of them in words.
@@ -30,12 +33,13 @@ function tokensOf(tokens, scores) {
   const most = Math.max(...scores.map(Math.abs)) || 1;
   const text = element("p", { class: "words tokens" });
   tokens.slice(0, scores.length).forEach((token, t) => {
-    const span = element("span", { title: number(scores[t], true) }, token), part = Math.abs(scores[t]) / most;
+    const span = element("span", caution ? {} : { title: number(scores[t], true) }, token), part = Math.abs(scores[t]) / most;
     if (part > 0.04) span.style.backgroundColor = heat(scores[t], most, 0.75);
     text.append(span, " ");
   });
   const strongest = scores.map((score, t) => [score, t]).sort((a, b) => Math.abs(b[0]) - Math.abs(a[0])).slice(0, 3);
-  return [text, element("p", { class: "hint" }, `most through ${strongest.map(([score, t]) => `“${tokens[t]}” ${number(score, true)}`).join(", ")}`)];
+  return [text, element("p", { class: "hint" }, "most through ", ...strongest.flatMap(([score, t], k) =>
+    [k ? ", “" : "“", own(tokens[t]), `”${caution ? "" : ` ${number(score, true)}`}`]))];
 }
 const heat = (value, most, strength = 1) =>
   `color-mix(in srgb, var(${value >= 0 ? "--raised" : "--lowered"}) ${(100 * strength * Math.min(1, Math.abs(value) / (most || 1))).toFixed(1)}%, transparent)`;
@@ -60,6 +64,7 @@ function card(example, { rows, meter, side, differs, tokens, tickable = true, no
   }
   node.append(...notes);
   if (differs?.length) node.append(differences(differs));
+  if (caution) node.append(element("p", { class: "hint caution" }, caution));
   if (data.predicts) node.append(tickOf(example, tickable));
   return node;
 }

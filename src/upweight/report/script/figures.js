@@ -20,8 +20,8 @@ const DECADES = (low, high) => {
 
 const powerOfTen = p => `10${p < 0 ? "⁻" : ""}${[...String(Math.abs(p))].map(d => SUPERSCRIPTS[d]).join("")}`;
 
-// Axes of one figure: places of values, grid, ticks and names.
-function axes(host, { x: [x0, x1], y: [y0, y1], height, xName, yName, logX, logY, label, most = 760 }) {
+// Axes of one figure: places of values, grid, ticks and names; `bare` without numbers upwards.
+function axes(host, { x: [x0, x1], y: [y0, y1], height, xName, yName, logX, logY, label, bare, most = 760 }) {
   const width = Math.max(250, Math.min(host.clientWidth || 600, most));
   const left = 62, right = 14, top = 12, bottom = 48;
   const part = (v, low, high, log) => log ? Math.log(v / low) / Math.log(high / low) : (v - low) / (high - low || 1);
@@ -40,11 +40,11 @@ function axes(host, { x: [x0, x1], y: [y0, y1], height, xName, yName, logX, logY
     shape("text", { x: Math.min(x(t), width - 4 - 3.6 * across.label(t).length), y: height - bottom + 17, "text-anchor": "middle" }, across.label(t)));
   for (const t of up.ticks) svg.append(
     shape("line", { x1: left, x2: width - right, y1: y(t), y2: y(t), class: !logY && Math.abs(t) < 1e-12 * (y1 - y0) ? "zero" : "grid" }),
-    shape("text", { x: left - 7, y: y(t) + 4, "text-anchor": "end" }, up.label(t)));
+    ...(bare ? [] : [shape("text", { x: left - 7, y: y(t) + 4, "text-anchor": "end" }, up.label(t))]));
   svg.append(
     shape("rect", { x: left, y: top, width: width - left - right, height: height - top - bottom, class: "frame" }),
     shape("text", { x: (left + width - right) / 2, y: height - 8, "text-anchor": "middle", class: "name" }, xName),
-    shape("text", { transform: `translate(13 ${(top + height - bottom) / 2}) rotate(-90)`, "text-anchor": "middle", class: "name" }, yName));
+    shape("text", { transform: `translate(13 ${(top + height - bottom) / 2}) rotate(-90)`, "text-anchor": "middle", class: "name" }, bare ? `${yName} (${bare})` : yName));
   return { svg, x, y, width, height };
 }
 const path = points => "M" + points.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L");
@@ -61,9 +61,9 @@ function drawHistogram(query) {
   // Logarithmic: nearly all scores are near zero, and the few that are not are what one looks for.
   const y = c => height - bottom - (c ? Math.log10(c) + 0.3 : 0) / (Math.log10(most) + 0.3 || 1) * (height - top - bottom);
   const up = query.histogram.positive;
-  const words = `Histogram of ${total} scores, from ${number(low, true)} to ${number(high, true)}: ${up} above zero.`;
+  const words = `Histogram of ${total} scores${caution ? `; ${caution}` : `, from ${number(low, true)} to ${number(high, true)}`}: ${up} above zero.`;
   const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": words });
-  svg.append(shape("text", { x: left, y: 12 }, `${total.toLocaleString("en-US")} ${total === 1 ? "score" : "scores"}, ${number(low, true)} to ${number(high, true)}`));
+  svg.append(shape("text", { x: left, y: 12 }, `${total.toLocaleString("en-US")} ${total === 1 ? "score" : "scores"}${caution ? `; ${caution}` : `, ${number(low, true)} to ${number(high, true)}`}`));
   for (let c = 1; c <= most; c *= 10) svg.append(
     shape("line", { x1: left, x2: width - right, y1: y(c), y2: y(c), class: "grid" }),
     shape("text", { x: left - 7, y: y(c) + 4, "text-anchor": "end" }, c.toLocaleString("en-US")));
@@ -76,11 +76,12 @@ function drawHistogram(query) {
   svg.append(shape("line", { x1: left, x2: width - right, y1: height - bottom, y2: height - bottom, class: "zero" }));
   if (step) {
     const { ticks, label } = niceTicks(start, end, width / 110);
-    for (const t of ticks) svg.append(shape("text", { x: Math.min(x(t), width - 4 - 3.6 * label(t).length), y: height - bottom + 16, "text-anchor": "middle" }, label(t)));
+    if (!caution) for (const t of ticks) svg.append(shape("text", { x: Math.min(x(t), width - 4 - 3.6 * label(t).length), y: height - bottom + 16, "text-anchor": "middle" }, label(t)));
   }
   svg.append(
     shape("text", { x: left, y: height - 4, class: "name" }, "← lowered"),
     shape("text", { x: width - right, y: height - 4, "text-anchor": "end", class: "name" }, "raised →"));
+  if (caution) return host.replaceChildren(svg);
   const rows = counts.map((c, b) => [`${number(start + b * step, true)} to ${number(start + (b + 1) * step, true)}`, whole(c)]).filter((_, b) => counts[b]);
   const open = host.querySelector("details")?.open ?? false, details = folded("The bars as a table",
     scrolling("The bars as a table", table(words, ["score", "examples"], rows)));

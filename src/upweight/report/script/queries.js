@@ -30,7 +30,7 @@ async function showQuery(q) {
 function fillSide(q, side, { entries, more }, largest) {
   const list = byId(side), rich = entries.some(e => e.differs || e.tokens || e.example.contents.text !== undefined || e.example.contents.custom);
   list.classList.toggle("wide", rich && !data.sprites.train);
-  list.replaceChildren(...entries.map(entry => scoredCard(entry, q, side, largest)));
+  list.replaceChildren(...entries.map((entry, e) => scoredCard(entry, q, side, largest, e + 1)));
   byId(`${side}-hint`).textContent = entries.length
     ? `${several(entries.length, thing)}, strongest first` : `No ${thing} ${side} it.`;
   if (!more) return;
@@ -38,9 +38,9 @@ function fillSide(q, side, { entries, more }, largest) {
   const item = element("li", { class: "card" }, button);
   button.addEventListener("click", async () => {
     button.setAttribute("aria-disabled", "true");
-    const next = await source.ranking(q, side, list.children.length - 1);
+    const before = list.children.length - 1, next = await source.ranking(q, side, before);
     if (current !== q) return;
-    item.before(...next.entries.map(entry => scoredCard(entry, q, side, largest)));
+    item.before(...next.entries.map((entry, e) => scoredCard(entry, q, side, largest, before + e + 1)));
     byId(`${side}-hint`).textContent = `${several(list.children.length - 1, thing)}, strongest first`;
     button.removeAttribute("aria-disabled");
     if (!next.more) item.remove();
@@ -48,9 +48,10 @@ function fillSide(q, side, { entries, more }, largest) {
   list.append(item);
 }
 
-function scoredCard(entry, q, side, largest) {
-  const actual = measured.get(`${q}:${entry.example.id}`), rows = [["score", number(entry.score, true)]];
-  if (entry.change !== undefined) rows.push(["removed", number(entry.change, true)]);
+function scoredCard(entry, q, side, largest, rank) {
+  const actual = measured.get(`${q}:${entry.example.id}`);
+  const rows = [caution ? ["rank", whole(rank)] : ["score", number(entry.score, true)]];
+  if (!caution && entry.change !== undefined) rows.push(["removed", number(entry.change, true)]);
   if (actual !== undefined) rows.push(["retrained", number(actual, true)]);
   return card(entry.example, { rows, meter: largest ? Math.abs(entry.score) / largest : 0, side, differs: entry.differs, tokens: entry.tokens });
 }
@@ -73,14 +74,14 @@ function grow(until) {
 }
 function option(q) {
   const query = source.queries[q];
-  const facts = [query.prediction !== undefined && query.wrong ? `predicted ${query.prediction}` : "",
-    query.value !== undefined ? `${noun} ${number(query.value)}` : ""].filter(Boolean).join(" · ");
+  const wrong = query.prediction !== undefined && query.wrong, facts = wrong ? ["predicted ", own(query.prediction)] : [];
+  if (query.value !== undefined) facts.push(`${wrong ? " · " : ""}${noun} ${number(query.value)}`);
   const node = element("div", { class: "option", role: "option", id: `query-${q}`, "aria-selected": String(q === current), "aria-label": queryWord(q) },
     tile("query", query.tile, 44),
     element("span", { class: "lines" },
-      element("span", { class: "word" }, query.label || `Query ${q}`, query.label ? element("small", {}, ` #${q}`) : ""),
-      query.text ? element("span", { class: "snippet" }, query.text.slice(0, 90)) : "",
-      element("span", { class: query.wrong ? "under no" : "under" }, facts)));
+      element("span", { class: "word" }, own(query.label || `Query ${q}`), query.label ? element("small", {}, ` #${q}`) : ""),
+      query.text ? element("span", { class: "snippet", dir: "auto" }, query.text.slice(0, 90)) : "",
+      element("span", { class: query.wrong ? "under no" : "under" }, ...facts)));
   node.dataset.query = q;
   return node;
 }

@@ -12,7 +12,7 @@ function route(event) {
   const before = page;
   page = name ?? "trust";
   for (const each of ["trust", "queries", "training"]) byId(`page-${each}`).hidden = each !== page;
-  for (const link of byId("pages").children) {
+  for (const link of byId("pages").querySelectorAll("a")) {
     if (link.hash === `#${page}`) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
   }
   if (before !== page) {

@@ -20,18 +20,18 @@ function figure(draw) { // drawn when it has its place and width, and again when
   redraws.push(() => { if (host.isConnected) host.replaceChildren(draw(host)); });
   return host;
 }
-async function cards(rows, numbers) {
+async function cards(rows, numbers, first = 0) {
   const examples = await source.examples(rows.map(row => row.id));
   const list = element("ol", { class: "cards" });
   list.classList.toggle("half", !data.sprites.train && examples.some(e => Object.keys(e.contents).length));
-  list.append(...examples.map((example, k) => card(example, { rows: numbers(rows[k]), tickable: "whole",
+  list.append(...examples.map((example, k) => card(example, { rows: numbers(rows[k], first + k + 1), tickable: "whole",
     notes: example.contents.row ? [wholeRow(example.contents.row, "Its row", false)] : [] })));
   return list;
 }
-const numbersOf = row => [
-  ["sum |score|", number(row.absolute)], ["sum", number(row.signed, true)],
+const numbersOf = (row, rank) => [
+  ...(caution ? [["rank", whole(rank)]] : [["sum |score|", number(row.absolute)], ["sum", number(row.signed, true)]]),
   ...(row.loss === undefined ? [] : [["loss", number(row.loss)]]),
-  ...(row.self === undefined ? [] : [["self-influence", number(row.self)]])];
+  ...(row.self === undefined || caution ? [] : [["self-influence", number(row.self)]])];
 
 // The first rows are shown; a click shows the others.
 function capped(list, most) {
@@ -52,7 +52,7 @@ async function drawValue(value) {
   const draw = name => host => {
     const values = value[name], n = source.n, low = Math.min(0, ...values), high = Math.max(0, ...values) || 1;
     const log = name === "absolute" && n > 20;
-    const { svg, x, y } = axes(host, { x: log ? [1, n] : [0, Math.max(1, n - 1)], y: [low, high], height: 260, logX: log,
+    const { svg, x, y } = axes(host, { x: log ? [1, n] : [0, Math.max(1, n - 1)], y: [low, high], height: 260, logX: log, bare: caution,
       xName: `${thing}s, sorted${log ? " (logarithmic)" : ""}`, yName: name === "signed" ? "sum of scores" : "sum of |score|",
       label: name === "signed" ? `Sorted sums of the scores: ${whole(value.positive)} of ${whole(n)} raised the ${noun} of all queries together.` : `Sorted sums of the absolute scores. ${words}` });
     svg.append(shape("path", { d: path(value.places.map((place, k) => [x(log ? place + 1 : place), y(values[k])])), class: "curve" }));
@@ -65,7 +65,7 @@ async function drawValue(value) {
     element("div", { class: "two" },
       element("div", {}, element("h3", {}, "Absolute scores, summed over queries"), figure(draw("absolute"))),
       element("div", {}, element("h3", {}, "Scores, summed over queries"), figure(draw("signed")))),
-    folded("The curves as a table", scrolling("The curves as a table", table("Sorted sums over all queries", ["rank", "sum of |score|", "sum of scores"],
+    caution ? "" : folded("The curves as a table", scrolling("The curves as a table", table("Sorted sums over all queries", ["rank", "sum of |score|", "sum of scores"],
       rows.map(place => [whole(place + 1), number(value.absolute[at(place)]), number(value.signed[at(place)], true)])))),
     element("h3", { class: "sub" }, "Largest absolute scores"),
     ...capped(await cards(value.top, numbersOf), 8));
@@ -73,7 +73,7 @@ async function drawValue(value) {
 
 async function drawSuspicious({ suspicious, ranked_by: by, scatter }) {
   const meaning = by === "self-influence"
-    ? "Ranked by self-influence: how much the loss on an example itself is predicted to rise when it alone is removed. Wrong labels are often memorized so; rare but right examples are too."
+    ? `Ranked by self-influence: ${caution ? "which examples keep the loss on themselves down most" : "how much the loss on an example itself is predicted to rise when it alone is removed"}. Wrong labels are often memorized so; rare but right examples are too.`
     : "Ranked by loss. Wrong labels often have a large one; so have hard but right examples.";
   const parts = [element("p", { class: "lead" }, meaning)];
   if (scatter) parts.push(figure(host => {
@@ -84,7 +84,7 @@ async function drawSuspicious({ suspicious, ranked_by: by, scatter }) {
     if (!positive(scatter.loss).length || !positive(scatter.self).length) return element("p", { class: "none" }, "All are zero.");
     const rx = range(scatter.loss), ry = range(scatter.self), chosen = new Set(suspicious.map(row => row.id));
     const clip = (v, [a, b]) => Math.min(b, Math.max(a, v));
-    const { svg, x, y } = axes(host, { x: rx, y: ry, height: 360, logX: true, logY: true, xName: "loss as trained", yName: "self-influence",
+    const { svg, x, y } = axes(host, { x: rx, y: ry, height: 360, logX: true, logY: true, bare: caution, xName: "loss as trained", yName: "self-influence",
       label: `Self-influence over loss of ${several(scatter.id.length, thing)}. The ${suspicious.length} of largest self-influence are listed below.` });
     const dots = scatter.id.map((id, k) => [id, x(clip(scatter.loss[k], rx)), y(clip(scatter.self[k], ry))]);
     svg.append(cloud(dots.filter(([id]) => !chosen.has(id)).map(dot => dot.slice(1)), { class: "cloud s2", "stroke-width": 4 }),
@@ -98,20 +98,21 @@ async function drawSuspicious({ suspicious, ranked_by: by, scatter }) {
 }
 
 function drawClasses({ train, sizes, query, matrix }) {
-  const most = Math.max(...matrix.flat().map(Math.abs)), power = most ? Math.floor(Math.log10(most)) : 0;
+  const most = Math.max(...matrix.flat().map(Math.abs)), power = caution || !most ? 0 : Math.floor(Math.log10(most));
+  if (caution && most) matrix = matrix.map(row => row.map(value => value / most));
   const short = value => { // in one unit, so that cells compare at a glance
     const text = (value / 10 ** power).toFixed(1);
     return Number(text) === 0 ? "0" : text.replace("-", "−");
   };
   const head = element("tr", {}, element("th", { scope: "col" }, element("span", { class: "unseen" }, "trained on, asked")), ...query.map(name => element("th", { scope: "col" }, name)));
-  const body = matrix.map((row, a) => element("tr", {}, element("th", { scope: "row" }, train[a], element("small", {}, whole(sizes[a]))),
+  const body = matrix.map((row, a) => element("tr", {}, element("th", { scope: "row" }, own(train[a]), element("small", {}, whole(sizes[a]))),
     ...row.map((value, b) => {
       const cell = element("td", { title: `trained on ${train[a]}, asked ${query[b]}: ${number(value, true)}` }, query.length <= 12 ? short(value) : element("span", { class: "unseen" }, number(value, true)));
-      cell.style.backgroundColor = heat(value, most, 0.8);
+      cell.style.backgroundColor = heat(value, caution ? 1 : most, 0.8);
       return cell;
     })));
   return panel("Classes on classes", "classes-title",
-    element("p", { class: "hint" }, `Mean score of one training example of a class (row) on a query of a class (column)${query.length <= 12 && power !== 0 ? `, in units of ${powerOfTen(power)}` : ""}: `,
+    element("p", { class: "hint" }, `Mean score of one training example of a class (row) on a query of a class (column)${caution ? `, over the largest of them (${caution})` : query.length <= 12 && power !== 0 ? `, in units of ${powerOfTen(power)}` : ""}: `,
       element("span", { class: "swatch up" }), ` raised the ${noun}, `, element("span", { class: "swatch down" }), " lowered it."),
     scrolling("Mean score of training class on query class", element("table", { class: "matrix" }, element("caption", { class: "unseen" }, "Mean score of training class on query class"),
       element("thead", {}, head), element("tbody", {}, ...body))));
@@ -126,10 +127,11 @@ function drawGroups(groups) {
       const bar = element("span", { class: "bar-cell", "aria-hidden": "true" }, element("span"));
       bar.firstChild.style.width = `${most ? 50 * Math.abs(totals[g]) / most : 0}%`;
       bar.firstChild.className = totals[g] >= 0 ? "up" : "down";
+      if (caution) return [group, whole(sizes[g]), bar, percentOf(raised[g], source.queries.length)];
       return [group, whole(sizes[g]), bar, number(totals[g] / source.queries.length, true), number(sizes[g] ? totals[g] / sizes[g] / source.queries.length : 0, true), percentOf(raised[g], source.queries.length)];
     });
     const parts = [scrolling(`Groups by ${name}`, table(`Scores summed over the examples of a group, mean over queries; the largest first`,
-      [name, "examples", "", "sum", "per example", `queries whose ${noun} it raised`], rows, { class: "changes" }))];
+      [name, "examples", "", ...(caution ? [] : ["sum", "per example"]), `queries whose ${noun} it raised`], rows, { class: "changes" }))];
     if (names.length > count) {
       const button = element("button", { type: "button", class: "plain" }, `Show ${names.length - count} more`);
       button.addEventListener("click", () => draw(true));
@@ -143,7 +145,7 @@ function drawGroups(groups) {
   return panel("Groups", "groups-title", label, host);
 }
 
-async function drawTwins({ same, sizes, conflicts, sets, extra, near, candidates, among }) {
+async function drawTwins({ same, sizes, conflicts, sets, extra, near, candidates, among, read }) {
   const what = data.groups ? "groups" : `${kind}s`;
   const parts = [element("p", { class: "lead" }, sets
     ? `${several(sets, "set")} of training ${what} have the same input (${several(extra, "copy")} too many).`
@@ -151,7 +153,7 @@ async function drawTwins({ same, sizes, conflicts, sets, extra, near, candidates
     : `No two training ${what} have the same input.`)];
   const picture = async ids => (await source.examples(ids)).map(example => {
     const box = element("div", { class: "twin" }, tile("train", example.tile, 72, example.words),
-      element("span", {}, example.label ? element("b", {}, example.label, " ") : "", example.name));
+      element("span", {}, example.label ? element("b", {}, example.label) : "", " ", own(example.name)));
     if (!data.sprites.train) box.append(...contentsOf(example.contents));
     if (data.predicts) box.append(tickOf(example, "whole"));
     return box;
@@ -166,7 +168,7 @@ async function drawTwins({ same, sizes, conflicts, sets, extra, near, candidates
     const list = element("ul", { class: "pairs" });
     for (const [i, j, cosine] of near) list.append(element("li", {}, element("p", { class: "hint" }, `cosine ${cosine.toFixed(3)}`), element("div", { class: "row-of" }, ...await picture([i, j]))));
     parts.push(element("h3", { class: "sub" }, "Nearest pairs"),
-      element("p", { class: "hint" }, `The largest cosines of normalized inputs between ${several(candidates, "candidate")} (the most suspicious and the most influential) and all ${whole(among)} examples. The model has no part in it; the nearest need not be near.`),
+      element("p", { class: "hint" }, `The largest cosines of normalized inputs between ${several(candidates, "candidate")} (the most suspicious and the most influential) and all ${whole(among)} examples. The model has no part in it; the nearest need not be near.${read ? ` Only the first ${whole(read)} characters of each text are compared.` : ""}`),
       ...capped(list, 8));
   }
   return panel("Near-duplicates", "twins-title", ...parts);
@@ -183,7 +185,7 @@ async function drawAll() {
     start = Math.max(0, Math.min(source.n - 1, to));
     const { rows } = await source.browse(choose.value, start);
     size = Math.max(1, rows.length);
-    host.replaceChildren(await cards(rows, numbersOf));
+    host.replaceChildren(await cards(rows, numbersOf, start));
     told.textContent = `${whole(start + 1)} to ${whole(start + rows.length)} of ${whole(source.n)}`;
     before.setAttribute("aria-disabled", start === 0);
     after.setAttribute("aria-disabled", start + rows.length >= source.n);

@@ -94,7 +94,7 @@ function drawScatter() {
     svg.append(dot);
   });
   const legend = element("ul", { class: "legend" }, ...series.map(c => {
-    const item = element("li", {}, key(c.s), c.label);
+    const item = element("li", {}, key(c.s), own(c.label));
     if (c.slope !== null) item.append(` (slope ${c.slope.toFixed(2).replace("-", "−")})`);
     return item;
   }), element("li", {}, "solid line: predicted = actual"));
@@ -152,8 +152,8 @@ function markDots() {
   const first = series[0], places = first.removed[at(first, focused)], single = places.length === 1;
   const list = pairs(element("dl"), [["actual change", withError(first, at(first, focused))],
     ...series.map(c => [`predicted, ${c.label}`, number(c.predicted[at(c, focused)], true)])]);
-  const label = single && source.shown(places[0]).label ? ` label ${source.shown(places[0]).label}` : "";
-  const name = element("div", {}, element("b", {}, removalName(first, focused)), label, list);
+  const label = single && source.shown(places[0]).label ? [" label ", own(source.shown(places[0]).label)] : [];
+  const name = element("div", {}, element("b", {}, removalName(first, focused)), ...label, list);
   const picture = (place, side) => { const one = source.shown(place); return tile("train", one.tile, side, one.words); };
   const tiles = single ? [picture(places[0], 76)]
     : [element("div", { class: "tiles" }, ...places.slice(0, 20).map(p => picture(p, 26)))];

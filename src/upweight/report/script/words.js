@@ -38,6 +38,8 @@ function element(tag, attributes = {}, ...children) {
   node.append(...children);
   return node;
 }
+// A text of the data beside other words: what it does to the direction of text ends with it.
+const own = text => element("bdi", {}, text);
 function shape(tag, attributes = {}, text) {
   const node = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);

@@ -1,0 +1,103 @@
+"""What the page may claim: the verdict on its scores, and whether sizes are printed.
+
+    a comparison with retraining     its verdict; sizes from "Order and size" on
+    checks of 8 removals or more     the worst of their verdicts
+    neither                          none; sizes where the method is exact: a convex objective, its
+                                     own curvature without damping, solved, at its minimum
+
+Elsewhere the page shows ranks and bars: a predicted change there is a number nobody has looked at.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from upweight.report.check import Check, Comparison
+from upweight.report.health import computation
+from upweight.scores import Scores, Unit
+from upweight.verdict import Verdict, worst
+
+EXACT = re.compile(r"Influence\(curvature=(Hessian|GGN|Fisher)\(")
+"""Methods whose curvature is the Hessian, where a model is linear in its parameters."""
+
+CAUTIONS = {
+    Verdict.DOUBT: "not to be believed",
+    Verdict.ORDER: "size not supported",
+    Verdict.SIZE: "",
+}
+LEVELS = {Verdict.DOUBT: "doubt", Verdict.ORDER: "order", Verdict.SIZE: "size"}
+
+
+@dataclass(frozen=True)
+class Trust:
+    """The banner of the page.
+
+    Args:
+        title: The verdict, or that there is none.
+        reason: Why, in a sentence without its capital and full stop.
+        level: "doubt", "order", "size", or "unchecked".
+        caution: What stands in place of sizes; empty where they are printed.
+        notes: What else to know before the numbers.
+    """
+
+    title: str
+    reason: str
+    level: str
+    caution: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether predicted changes are printed."""
+        return not self.caution
+
+
+def trust(scores: Scores, checks: Sequence[Check], comparison: Comparison | None) -> Trust:
+    """What is known of these scores."""
+    if comparison is not None:
+        return _found(
+            comparison.verdict,
+            comparison.reason,
+            tuple(note for note in comparison.notes if note not in comparison.reason),
+        )
+    told = [found for check in checks if (found := check.told) is not None]
+    if told:
+        found = worst(told)
+        return _found(found.verdict, f"{found.reason}, on the removals that were retrained")
+    if scores.unit is Unit.RANK:
+        reason = "these scores have an order within each query and no size"
+        return Trust("Not checked against retraining", reason, "unchecked", "scores only rank")
+    few = "the removals below are too few for a verdict; " if checks else ""
+    against = _against_sizes(scores)
+    title = "Not checked against retraining"
+    if against is None:
+        reason = (
+            f"{few}the curvature is exact, the objective convex and the model at its minimum, so "
+            "sizes are good to first order"
+        )
+        return Trust(title, reason, "unchecked", "")
+    reason = f"{few}read the order of the scores, not their size: {against}"
+    return Trust(title, reason, "unchecked", "size not checked")
+
+
+def _found(verdict: Verdict, reason: str, notes: tuple[str, ...] = ()) -> Trust:
+    caution = CAUTIONS[verdict]
+    return Trust(verdict.value, reason, LEVELS[verdict], caution, notes)
+
+
+def _against_sizes(scores: Scores) -> str | None:
+    """Why nothing that the computation says of itself supports sizes; None where something does."""
+    known = scores.provenance.health
+    if not EXACT.match(scores.provenance.method):
+        return (
+            "the method is not known to be exact, and approximate ones are often several times off"
+        )
+    if known.get("convex") is not True:
+        return "the objective is not known to be convex"
+    if known.get("damping") != 0.0:
+        return "damping changes sizes"
+    facts = computation(scores)
+    if not {"At a minimum", "Solver"} <= {fact.name for fact in facts}:
+        return "it is not recorded how well the model was at its minimum"
+    marked = [f"{fact.name.lower()}: {fact.value}" for fact in facts if fact.concern]
+    return f"past its limit is {', '.join(marked)}" if marked else None
