@@ -6,11 +6,12 @@ from operator import itemgetter
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._pytree import tree_map
 
 import upweight as uw
 from tests.market import draw, labels, pseudo_huber
-from upweight.errors import DataError, DtypeError, ShapeError, UnsupportedModel
+from upweight.errors import DataError, DtypeError, ShapeError, SpecError, UnsupportedModel
 from upweight.task.losses import CustomLoss, as_loss
 
 
@@ -293,3 +294,75 @@ def test_a_loss_without_a_likelihood_says_so(what):
         uw.CrossEntropy().margin(*CASES["probabilities"][1:3])
     with pytest.raises(UnsupportedModel, match="defines none"):
         uw.SmoothHinge().sample(*CASES["hinge"][1:3], g())
+
+
+# -- where the classes are ------------------------------------------------------------------------
+
+
+def segmentation(size):
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(8, 1, size, size, generator=g, dtype=torch.float64)
+    y = torch.randint(4, (8, size, size), generator=g)
+    return nn.Conv2d(1, 4, 3, padding=1).double().eval(), (x, y)
+
+
+def classes_last(model, batch):
+    return model(batch[0]).movedim(1, -1), batch[1]
+
+
+LABELS = [uw.Sampled(), uw.Observed()]
+
+
+@pytest.mark.parametrize("size", [4, 5])
+@pytest.mark.parametrize(
+    "curvature",
+    [uw.Hessian(), uw.GGN(), *(uw.EKFAC(labels=labels) for labels in LABELS)],
+    ids=lambda c: repr(c)[:24],
+)
+def test_classes_on_axis_1_are_those_on_the_last_axis_moved(size, curvature):
+    model, data = segmentation(size)
+    queries = tuple(part[:2] for part in data)
+
+    def scores(loss, forward=None):
+        task = uw.Task(model, loss, forward=forward)
+        fitted = uw.Influence(curvature, damping=1.0).fit(task, data)
+        exact = {"tolerance": 0} if isinstance(curvature, uw.EKFAC) else {}
+        return fitted.attribute(queries, uw.Margin(), **exact).values
+
+    expected = scores(uw.CrossEntropy(axis=-1), classes_last)
+    torch.testing.assert_close(scores(uw.CrossEntropy(axis=1)), expected, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "size, match",
+    [(5, r"have them on axis 1(.|\n)*axis=1"), (4, "may be on axis 1 or on the last")],
+)
+def test_classes_that_may_be_on_another_axis_are_refused(size, match):
+    model, data = segmentation(size)
+    with pytest.raises(ShapeError, match=match):
+        uw.Influence(damping=1.0).fit(uw.Task(model, uw.CrossEntropy()), data)
+
+
+def test_sequences_as_long_as_there_are_classes_need_the_axis():
+    outputs, targets = torch.randn(2, 4, 4), torch.randint(4, (2, 4))
+    with pytest.raises(ShapeError, match=r"axis=-1"):
+        uw.CrossEntropy().check(outputs, targets)
+    uw.CrossEntropy(axis=-1).check(outputs, targets)
+    assert torch.equal(
+        uw.CrossEntropy(axis=-1)(outputs, targets), uw.CrossEntropy()(outputs, targets)
+    )
+
+
+def test_probabilities_have_the_axis_of_the_outputs():
+    outputs = torch.randn(3, 4, 5, 2)
+    p = torch.randn(3, 4, 5, 2).softmax(dim=1)
+    expected = uw.CrossEntropy()(outputs.movedim(1, -1), p.movedim(1, -1))
+    loss = uw.CrossEntropy(axis=1)
+    loss.check(outputs, p)
+    torch.testing.assert_close(loss(outputs, p), expected)
+
+
+def test_the_axis_of_the_examples_holds_no_classes():
+    with pytest.raises(SpecError, match="axis=0"):
+        uw.CrossEntropy(axis=0)

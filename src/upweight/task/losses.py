@@ -245,21 +245,66 @@ def _require_range(name: str, targets: Tensor, valid: Tensor, required: str) -> 
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
-    """ℓ = −Σ log softmax(f)[y]: classes on the last axis of f.
+    """ℓ = −Σ log softmax(f)[y]: classes on the last axis of f, or on another that is named.
 
     Outputs `[b, c]` with integer targets `[b]`; sequences `[b, t, c]` with `[b, t]` are summed over
     their positions, leaving out targets equal to `ignore_index`. Targets may also be probabilities
     of the outputs' shape.
+
+    Args:
+        ignore_index: The target that does not count.
+        axis: Where the classes are in the outputs: 1 for images `[b, c, h, w]` as PyTorch's own
+            loss has them, −1 for the last. None: the last, unless 1 would fit as well.
+
+    Raises:
+        SpecError: The axis is that of the examples.
     """
 
     ignore_index: int = -100
+    axis: int | None = None
     convex = True
+
+    def __post_init__(self) -> None:
+        if self.axis == 0:
+            raise SpecError(
+                message(
+                    "CrossEntropy needs the axis of the classes.",
+                    "axis=0, where the examples are.",
+                    "axes counted without that of the examples.",
+                    "use axis=1 for outputs [b, c, ...], axis=-1 for [b, ..., c].",
+                )
+            )
+
+    def _last(self, outputs: Tensor) -> Tensor:
+        """The outputs, or probabilities of their shape, with classes last."""
+        return outputs if self.axis is None else outputs.movedim(self.axis, -1)
+
+    def _require_one_reading(self, outputs: Tensor, targets: Tensor) -> None:
+        """Refuse outputs whose classes may be on axis 1 in place of the last, or are there."""
+        second = outputs.ndim > 2 and targets.shape == (len(outputs), *outputs.shape[2:])
+        if self.axis is not None or not second:
+            return
+        both = targets.shape == outputs.shape[:-1]
+        raise ShapeError(
+            message(
+                "CrossEntropy needs to know which axis of the outputs holds the classes.",
+                f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}, which "
+                f"{'may be on axis 1 or on the last' if both else 'have them on axis 1'}.",
+                "a segmentation model, whose outputs are [b, c, h, w] as in PyTorch."
+                if outputs.ndim > 3 or not both
+                else "sequences as long as there are classes.",
+                "CrossEntropy(axis=1) for outputs [b, c, ...]"
+                + (", CrossEntropy(axis=-1) for outputs [b, ..., c]." if both else "."),
+            )
+        )
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         _require_tensor("CrossEntropy", targets)
         if targets.is_floating_point():
-            _require_probabilities(outputs, targets)
+            _require_probabilities(self._last(outputs), self._last(targets))
             return
+        self._require_one_reading(outputs, targets)
+        outputs = self._last(outputs)
         if outputs.ndim < 2 or targets.shape != outputs.shape[:-1]:
             raise ShapeError(
                 message(
@@ -290,9 +335,9 @@ class CrossEntropy(Loss):
         return _per_example(-self._token_log_probs(outputs, targets))
 
     def _token_log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        log_p = F.log_softmax(outputs, dim=-1)
+        log_p = F.log_softmax(self._last(outputs), dim=-1)
         if targets.is_floating_point():
-            return (targets * log_p).sum(dim=-1)
+            return (self._last(targets) * log_p).sum(dim=-1)
         kept, index = self._counted(targets)
         return log_p.gather(-1, index[..., None])[..., 0] * kept
 
@@ -321,6 +366,7 @@ class CrossEntropy(Loss):
             raise UnsupportedModel(
                 _no_likelihood(self, "a margin of one right class", outputs, targets)
             )
+        outputs = self._last(outputs)
         kept, index = self._counted(targets)
         index = index[..., None]
         right = outputs.gather(-1, index)[..., 0]
@@ -329,20 +375,24 @@ class CrossEntropy(Loss):
 
     def _mass(self, targets: Tensor) -> Tensor:
         """What each position weighs: 1 for a class, else the sum of its probabilities, or 0."""
-        return targets.sum(dim=-1) if targets.is_floating_point() else self._counted(targets)[0]
+        if targets.is_floating_point():
+            return self._last(targets).sum(dim=-1)
+        return self._counted(targets)[0]
 
     def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
-        _, drawn = self._drawn(outputs, targets, Draws.by(generator, len(outputs)))
+        _, drawn = self._drawn(self._last(outputs), targets, Draws.by(generator, len(outputs)))
         if targets.is_floating_point():
             return drawn
         return torch.where(self._counted(targets)[0], drawn, self.ignore_index)
 
     def residual(self, outputs: Tensor, targets: Any, draws: Draws) -> Tensor:
-        p, drawn = self._drawn(outputs, targets, draws)
+        p, drawn = self._drawn(self._last(outputs), targets, draws)
         ones = torch.ones_like(drawn, dtype=p.dtype)
         delta = p.scatter_add_(-1, drawn[..., None], -ones[..., None])
         # With the root of what a position weighs, E[δ δᵀ] is that many times diag(p) − p pᵀ.
         delta *= self._mass(targets).to(p.dtype).sqrt()[..., None]
+        if self.axis is not None:
+            delta = delta.movedim(-1, self.axis)
         return delta.to(outputs.dtype)
 
     def _drawn(self, outputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
