@@ -125,6 +125,8 @@ def test_dropping_what_is_not_there_or_twice(drop):
 
 
 def test_weights_of_another_length():
+    with pytest.raises(ShapeError, match="no numbers"):
+        scores().predict(weights=["a"] * 5)
     with pytest.raises(ShapeError, match=r"\(5,\)"):
         scores().predict(weights=torch.ones(4))
 

@@ -8,6 +8,7 @@ Upweighting example i raises m_q where S > 0. Removing it is wᵢ = 0, so Δm_q 
 import enum
 import importlib.metadata
 import json
+import operator
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -180,6 +181,7 @@ class TopScores:
                     f"use a query in 0…{len(self) - 1}, or call top(queries, k={k}) again.",
                 )
             )
+        query = int(query)
         up, up_by = self.raises[query, :k].tolist(), self.raises_by[query, :k].tolist()
         down, down_by = self.lowers[query, :k].tolist(), self.lowers_by[query, :k].tolist()
         above = sum(value > 0 for value in up_by)
@@ -265,6 +267,7 @@ class Scores:
                     f"use an index in 0…{len(self) - 1}.",
                 )
             )
+        query = int(query)
         row = self.values[query]
         order = row.argsort(descending=True, stable=True)
         up = [int(i) for i in order[:k] if row[i] > 0]
@@ -316,12 +319,14 @@ class Scores:
             change = self.values.new_zeros(n)
             change[places(drop, n, "Columns to drop")] = -1.0
         else:
-            w = torch.as_tensor(weights if isinstance(weights, Tensor) else np.asarray(weights))
+            w: Any = weights if isinstance(weights, Tensor) else np.asarray(weights)
+            is_number = isinstance(w, Tensor) or w.dtype.kind in "biuf"
+            w = torch.as_tensor(w if is_number else 0)
             if tuple(w.shape) != (n,):
                 raise ShapeError(
                     message(
                         f"Data weights have one entry per column: shape ({n},).",
-                        f"shape {tuple(w.shape)}.",
+                        f"shape {tuple(w.shape)}." if is_number else "weights that are no numbers.",
                         "weights of another data set.",
                         "start from torch.ones(n) and change entries.",
                     )
@@ -501,7 +506,10 @@ def _digest(tensors: Mapping[str, Tensor], unit: str | None, columns: Sequence[s
 
 
 def _is_row(query: Any, q: int) -> bool:
-    return isinstance(query, Integral) and -q <= int(query) < q
+    try:
+        return -q <= operator.index(query) < q
+    except TypeError:  # a fraction, a name
+        return False
 
 
 def _require_count(k: Any) -> None:

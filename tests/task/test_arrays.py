@@ -148,6 +148,36 @@ def test_arrays_of_objects_are_numbers_where_all_entries_are():
         as_data((rows, Y))
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.ma.masked_equal(np.arange(N), 3),
+        pd.array([0, 1, 2, None, 4, None], dtype="Int64"),
+        pd.array([True, False, True, None, True, None], dtype="boolean"),
+    ],
+    ids=["masked", "Int64", "boolean"],
+)
+def test_missing_entries_of_an_array_do_not_become_numbers(values):
+    with pytest.raises(DataError, match=r"missing values in data\[1\], the first at \[3\]"):
+        as_data((X, values))
+    assert len(whole((X, values[[0, 1, 2, 4, 0, 1]] if values[5] is pd.NA else X))) == 2
+
+
+def test_sparse_arrays_are_refused_with_how_to_write_them_out():
+    with pytest.raises(DataError, match=r"X\.to_dense\(\)"):
+        as_data((X.to_sparse(), Y))
+    sparse = pytest.importorskip("scipy.sparse").csr_matrix(X.numpy())
+    with pytest.raises(DataError, match=r"X\.toarray\(\)"):
+        as_data((sparse, Y))
+    for dense in (X.to_sparse().to_dense(), sparse.toarray()):
+        assert torch.equal(whole((dense, Y))[0], X)
+
+
+def test_class_names_in_a_dict_are_not_left_out():
+    with pytest.raises(DataError, match=r"data\['labels'\](.|\n)*'dog'(.|\n)*classes\.index"):
+        as_data({"input": X, "labels": ["dog", "cat"] * 3})
+
+
 def test_a_structured_array_is_passed_by_its_names():
     a = np.zeros(N, dtype=[("x", float, 2), ("labels", int)])
     a["x"], a["labels"] = X, Y

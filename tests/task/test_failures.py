@@ -325,6 +325,51 @@ def test_class_labels_as_floats(targets):
     torch.testing.assert_close(scores(linear(), (X, array[:, 0] if column else array)), RIGHT)
 
 
+def test_labels_for_one_logit():
+    one = nn.Linear(3, 1).double()
+    for y in (Y, Y.double()):
+        with pytest.raises(ShapeError, match=r"Bernoulli\(\)(.|\n)*reshape"):
+            scores(one, (X, y))
+    targets = eval("y.to(outputs.dtype).reshape(outputs.shape)", {"outputs": one(X), "y": Y})
+    assert bool(scores(one, (X, targets), loss=uw.Bernoulli()).isfinite().all())
+
+
+def test_one_hot_labels_as_integers():
+    y = torch.eye(2)[Y].long()
+    with pytest.raises(ShapeError, match=r"y\.argmax\(-1\)"):
+        scores(linear(), (X, y))
+    for way in (y.argmax(-1), y.to(torch.float64)):
+        torch.testing.assert_close(scores(linear(), (X, way)), RIGHT)
+
+
+def test_missing_and_named_labels():
+    with pytest.raises(ShapeError, match="missing labels"):
+        scores(linear(), (X, torch.where(Y > 0, torch.nan, 0.0)))
+    with pytest.raises(ShapeError, match=r"'a'(.|\n)*classes\.index\(name\)"):
+        scores(linear(), [(X[i], "ab"[Y[i]]) for i in range(N)])
+
+
+def test_classes_on_the_second_axis():
+    model = nn.Conv2d(1, 4, 3, padding=1).double()
+    data = torch.zeros(N, 1, 5, 5).double(), torch.zeros(N, 5, 5).long()
+    with pytest.raises(ShapeError, match="classes on the second axis") as caught:
+        scores(model, data)
+    assert scores(model, data, forward=forward_of(caught)).shape == (N, N)
+
+
+def test_a_line_of_the_users_that_does_not_fit_is_named():
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = linear()
+
+        def forward(self, x):
+            return self.linear(x) + torch.zeros(5)
+
+    with pytest.raises(ShapeError, match=r"Adds\(\) \(test_failures\.py, line \d+\)"):
+        scores(Adds(), (X, Y))
+
+
 def test_other_floats_are_not_taken_for_labels():
     with pytest.raises(ShapeError, match=r"no class: a regression's target(.|\n)*SquaredError"):
         scores(linear(), (X, Y + 0.5))

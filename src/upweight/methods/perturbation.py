@@ -15,7 +15,8 @@ from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.errors import DataError, DtypeError, ShapeError, message
-from upweight.task.task import TARGET_KEYS, Task
+from upweight.task.arrays import TARGET_KEYS
+from upweight.task.task import Task
 
 
 def gradient_products_by_input(

@@ -16,6 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from upweight.errors import DataError, ShapeError, message
 
+TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+"""Where a dict of arrays or a dict batch holds its targets."""
+
 NUMBERS = "biufc"
 """Kinds of NumPy's dtypes that are numbers."""
 
@@ -86,6 +89,8 @@ def _tree(value: Any, path: str, notes: list[str]) -> Any:
             here = f"{path}[{key!r}]"
             if part is None:
                 found[key] = None
+            elif _is_text(part) and key in TARGET_KEYS:
+                raise DataError(_no_numbers(np.asarray(part, dtype=object), here))
             elif _is_text(part):
                 notes.append(f"{key!r} was left out of the data: it is text, not numbers")
             else:
@@ -101,10 +106,12 @@ def _tree(value: Any, path: str, notes: list[str]) -> Any:
 
 
 def _not_an_array(value: Any, path: str) -> str:
+    if hasattr(value, "toarray"):
+        return _sparse(type(value).__name__, path, "X.toarray()")
     return message(
         "Data given as (X, y) must be arrays or tensors, all of them.",
         f"{_named(path)} of type {type(value).__name__}.",
-        "no targets."
+        "inputs or targets that are not there."
         if value is None
         else "a number of a Python list, in place of an array of them."
         if isinstance(value, Number)
@@ -163,8 +170,10 @@ def as_tensor(value: Any, path: str = "") -> Tensor:
         DataError: It does not hold numbers only.
     """
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided:
+            raise DataError(_sparse(str(value.layout), path, "X.to_dense()"))
         return value.detach()
-    array = _table(value, path) if hasattr(value, "iloc") else np.asarray(value)
+    array = _table(value, path) if hasattr(value, "iloc") else _array(value, path)
     if array.dtype == object:
         array = _of_objects(array, path)
     if array.dtype.kind not in NUMBERS:
@@ -173,6 +182,35 @@ def as_tensor(value: Any, path: str = "") -> Tensor:
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
     return torch.as_tensor(array)
+
+
+def _array(value: Any, path: str) -> Any:
+    """An array of what is none yet; entries that are masked or missing do not become numbers."""
+    masked = np.ma.getmaskarray(value) if isinstance(value, np.ma.MaskedArray) else None
+    if masked is None and not isinstance(value, np.ndarray) and hasattr(value, "isna"):
+        masked = np.asarray(value.isna()) if getattr(value.dtype, "kind", "f") in "biu" else None
+    if masked is not None and masked.any():
+        at = ", ".join(map(str, np.argwhere(masked)[0]))
+        raise DataError(_missing(f"{_named(path)}, the first at [{at}]", int(masked.sum())))
+    return np.asarray(value)
+
+
+def _missing(where: str, count: int) -> str:
+    return message(
+        "Examples must be numbers.",
+        f"{count} missing values in {where}.",
+        "missing values that were not imputed.",
+        "impute them as in training, or leave these rows out.",
+    )
+
+
+def _sparse(kind: str, path: str, way_out: str) -> str:
+    return message(
+        "Data must be dense arrays, of which any example can be taken.",
+        f"{_named(path)} that is sparse ({kind}).",
+        "one-hot columns or counts, kept without their zeros.",
+        f"write the zeros out, {way_out}; or a Dataset that does so an example at a time.",
+    )
 
 
 def _no_numbers(array: Any, path: str) -> str:
@@ -273,14 +311,7 @@ def _column(column: Any, name: str) -> Any:
     missing = column.isna().to_numpy()
     if missing.any():
         row = column.index.tolist()[int(missing.argmax())]
-        raise DataError(
-            message(
-                "Examples must be numbers.",
-                f"{int(missing.sum())} missing values in {name}, the first in row {row!r}.",
-                "missing values that were not imputed.",
-                "impute them as in training, or leave these rows out.",
-            )
-        )
+        raise DataError(_missing(f"{name}, the first in row {row!r}", int(missing.sum())))
     if dtype.kind in NUMBERS:
         return column.to_numpy(dtype=getattr(dtype, "numpy_dtype", None) or f"{dtype.kind}8")
     if type(dtype).__name__ == "CategoricalDtype":

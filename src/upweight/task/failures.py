@@ -8,6 +8,7 @@ import dis
 import inspect
 import types
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from upweight._typing import Batch
 from upweight.errors import DataError, DtypeError, ShapeError, SpecError, UpweightError, message
+from upweight.task.arrays import TARGET_KEYS
 from upweight.task.data import Data
-from upweight.task.task import TARGET_KEYS, Task, call_model
+from upweight.task.task import Task, call_model
 
 COMPLAINTS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 """What PyTorch raises where shapes, dtypes or arguments do not fit."""
@@ -255,12 +257,12 @@ def _taken_dtype(task: Task, theta: Tensor, batch: Batch) -> torch.dtype | None:
         return x.to(dtype) if x.is_floating_point() else x
 
     def integers(x: Tensor) -> Tensor:
-        return x if x.is_floating_point() else x.to(dtype)
+        return x if x.is_floating_point() or x.is_complex() else x.to(dtype)
 
     def places(x: Tensor) -> Tensor:
         return x.long() if x.is_floating_point() and bool((x == x.round()).all()) else x
 
-    trials = ((dtype, floats), (dtype, integers), (dtype, lambda x: x.to(dtype)),
+    trials = ((dtype, floats), (dtype, integers), (dtype, lambda x: integers(floats(x))),
               (torch.int64, places))  # fmt: skip
     for found, convert in trials:
         changed = tree_map(lambda x, to=convert: to(x) if isinstance(x, Tensor) else x, batch)
@@ -293,11 +295,15 @@ def _other_shape(
     error: Exception, task: Task, batch: Batch, layer: tuple[str, nn.Module] | None, role: str
 ) -> str:
     at = "" if layer is None else f" in {_layer(*layer)}"
+    last = _frames(error)[-1]
+    own = last.tb_frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "upweight")
+    if own:
+        at += f" ({Path(last.tb_frame.f_code.co_filename).name}, line {last.tb_lineno})"
     return message(
         f"The model must accept the {role}; its parameters are {task.layout.dtype}.",
         f"a batch of {_shapes(batch)}. PyTorch says{at}: {_first_line(error)}",
         "inputs of another shape than in training, or without an axis that training had (channels, "
-        "positions).",
+        "positions)" + ("; or that line itself." if own else "."),
         "give the inputs the shape that the model was trained on, or say how to call it with "
         "Task(forward=lambda model, batch: (outputs, targets)).",
     )

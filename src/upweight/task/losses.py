@@ -154,6 +154,14 @@ def _require_tensor(name: str, targets: Any) -> None:
     if isinstance(targets, Tensor):
         return
     kind = type(targets).__name__
+    cause = "several targets for each example, or targets that are left out (None)."
+    way = (
+        "say what their loss is: Task(model, loss=lambda outputs, targets: ...), one value "
+        "per example; Weighted(...) takes targets (y, v)."
+    )
+    if isinstance(targets, list | tuple) and targets and isinstance(targets[0], str):
+        cause = f"names of classes, such as {targets[0]!r}, in place of their numbers."
+        way = "give classes.index(name), with classes in the order of the model's outputs."
     if isinstance(targets, dict):
         kind += f" of {', '.join(map(repr, targets))}"
     elif isinstance(targets, tuple | list):
@@ -162,9 +170,8 @@ def _require_tensor(name: str, targets: Any) -> None:
         message(
             f"{name} needs its targets in one tensor.",
             f"targets of type {kind}.",
-            "several targets for each example, or targets that are left out (None).",
-            "say what their loss is: Task(model, loss=lambda outputs, targets: ...), one value "
-            "per example; Weighted(...) takes targets (y, v).",
+            cause,
+            way,
         )
     )
 
@@ -209,7 +216,9 @@ def _require_probabilities(outputs: Tensor, targets: Tensor) -> None:
         way = f"convert them: y{'.squeeze(-1)' if column else ''}.long() of a tensor, " + (
             "y.astype('int64')" + ("[:, 0]" if column else "") + " of an array."
         )
-        if not whole:
+        if bool(targets.isnan().any()):
+            cause, way = "missing labels (NaN).", "leave these examples out."
+        elif not whole:
             cause = "one number for each example that is no class: a regression's target."
             way = "use SquaredError() with a model of one output, or probabilities of all classes."
     elif outputs.numel() == targets.numel():
@@ -300,21 +309,43 @@ class CrossEntropy(Loss):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         _require_tensor("CrossEntropy", targets)
+        if outputs.ndim > 1 and outputs.shape[-1] == 1:
+            raise ShapeError(
+                message(
+                    "CrossEntropy needs a logit for each of two or more classes.",
+                    f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
+                    "a model with one logit for yes or no.",
+                    "use Bernoulli() with targets as floats in the outputs' shape: "
+                    "y.to(outputs.dtype).reshape(outputs.shape).",
+                )
+            )
         if targets.is_floating_point():
             _require_probabilities(self._last(outputs), self._last(targets))
             return
         self._require_one_reading(outputs, targets)
         outputs = self._last(outputs)
         if outputs.ndim < 2 or targets.shape != outputs.shape[:-1]:
+            cause, way = "targets of another shape.", "give one class for each row of outputs."
+            if outputs.shape == targets.shape and outputs.ndim > 1:
+                cause = "one-hot targets of integer dtype."
+                way = "give probabilities as floats, y.to(outputs.dtype); or classes, y.argmax(-1)."
+            elif outputs.ndim > 2 and targets.shape == (len(outputs), *outputs.shape[2:]):
+                cause = "classes on the second axis, where PyTorch's own loss has them."
+                way = (
+                    "Task(model, loss, forward=lambda model, batch: "
+                    "(model(batch[0]).movedim(1, -1), batch[1]))."
+                )
+            elif targets.shape == (*outputs.shape[:-1], 1):
+                cause, way = "a last axis of size 1.", "squeeze the targets, y.squeeze(-1)."
+            elif outputs.ndim < 2:
+                cause, way = "one output per example.", "use Bernoulli() for one logit per example."
             raise ShapeError(
                 message(
                     "CrossEntropy needs outputs [b, ..., c] with classes last, and targets [b, ...]"
                     " of class indices.",
                     f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
-                    "targets of shape [b, 1], one-hot targets of integer dtype, or a model with "
-                    "one output per example.",
-                    "squeeze the targets, give probabilities as floats, or use Bernoulli() for one "
-                    "logit per example.",
+                    cause,
+                    way,
                 )
             )
         c = outputs.shape[-1]

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from upweight._typing import Batch, Forward, Params
 from upweight.errors import DataError, ScalarLoss, message
+from upweight.task.arrays import TARGET_KEYS
 from upweight.task.batches import mapped
 from upweight.task.lent import copied, differentiable, lent
 from upweight.task.losses import Loss, as_loss
 from upweight.task.params import Layout
 from upweight.task.penalties import Penalty, as_penalty
-
-TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 def call_model(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
