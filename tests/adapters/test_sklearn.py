@@ -396,7 +396,7 @@ def test_string_labels_and_data_frames():
     with pytest.raises(DataError, match="merlot"):
         sk.data(clf, frame[:1], ["merlot"])
     with pytest.raises(DataError, match="None"):
-        sk.data(clf, frame[:1], None)
+        sk.data(clf, frame[:1], [None])
 
 
 def test_binary_labels_of_any_kind_mean_the_same():

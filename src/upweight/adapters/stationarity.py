@@ -121,4 +121,4 @@ def _minimum(task: Task, train: Data, tol: float) -> Float[Tensor, " p"]:
 
 def _at(task: Task, theta: Float[Tensor, " p"], loss: Any = None) -> Task:
     model = task.moved_to(theta).model
-    return Task(model, loss or task.loss, task.penalty, task.params, task.forward)
+    return Task(model, loss or task.loss, task.penalty, task.params, task.forward, task.reads)

@@ -44,9 +44,9 @@ from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.removal import LinearRemovals
 from upweight.scores import Context, Provenance, Scores, Unit, library_versions
 from upweight.task.check import checked_losses, checked_measurements, require_answerable
-from upweight.task.data import Data, as_data, batch_size
+from upweight.task.data import Data, batch_size
 from upweight.task.measures import Loss, as_measure
-from upweight.task.task import Task
+from upweight.task.task import Task, require_task
 
 
 def influence_scores(
@@ -138,7 +138,8 @@ class Influence:
         Cost: two passes over the data and the solver's preparation (Cholesky: p³/3).
         """
         started = time.perf_counter()
-        data = as_data(train)
+        require_task(task)
+        data = task.training(train)
         if self.is_by_layer:
             require_answerable(task, data, "training data")
             return layerwise.fit(self, task, data, 1.0 / len(data), memory_bytes, store)
@@ -422,12 +423,14 @@ class FittedInfluence(Checked):
         Koh & Liang (2017), §2.2.
 
         Raises:
-            UpweightError: The label does not fit the loss: out of range, or of another shape.
+            UpweightError: The label does not fit the loss: out of range, or of another shape; or
+                is none that an adapter's estimator knows.
         """
         _, _, gradients = self._measured(queries, measure)
         vectors = self._solve(gradients).value
         old = self._example(example)
-        new = relabeled(old, label)
+        reads = self.task.reads
+        new = relabeled(old, label) if reads is None else reads.relabeled(old, label)
         with torch.no_grad():
             self.task.loss.check(*self.task.outputs(self.task.theta(), new))
         change = self.source.inner(vectors, new) - self.source.inner(vectors, old)
@@ -506,7 +509,7 @@ class FittedInfluence(Checked):
     ) -> tuple[Data, Callable[..., Tensor], Float[Tensor, "q p"]]:
         """Checked queries and the gradient of each measurement."""
         self._require_same_model()
-        data, measure = as_data(queries), as_measure(measure)
+        data, measure = self.task.queries(queries), as_measure(measure)
         checked_losses(self.task, data, "queries")
         checked_measurements(self.task, measure, data)
         layout = self.task.layout
