@@ -47,7 +47,7 @@ class GGN:
                 task,
                 lambda t: task.outputs(t, batch)[0].reshape(len(f), -1),
                 lambda: output_jacobians(task, task.theta(), batch),
-                task.loss.hessian(f, targets),
+                task.output_hessian(f, targets),
                 tags,
             )
 

@@ -74,6 +74,11 @@ def _with_batch_axis(targets: Any) -> Any:
     return torch.utils._pytree.tree_map(lambda y: y[None], targets)
 
 
+def _real(targets: Tensor, outputs: Tensor) -> Tensor:
+    """Targets as numbers that can be negative: of uint8, 2·0 − 1 is 255; bool has no difference."""
+    return targets if targets.is_floating_point() else targets.to(outputs.dtype)
+
+
 def _per_example(values: Tensor) -> Float[Tensor, " b"]:
     return values.reshape(len(values), -1).sum(dim=1)
 
@@ -217,11 +222,7 @@ class Bernoulli(Loss):
         return _per_example(F.softplus(outputs) - targets * outputs)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c"]:
-        return (
-            (outputs.sigmoid() - targets).flatten(1)
-            if outputs.ndim > 1
-            else (outputs.sigmoid() - targets)[:, None]
-        )
+        return (outputs.sigmoid() - _real(targets, outputs)).reshape(len(outputs), -1)
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c c"]:
         p = outputs.reshape(len(outputs), -1).sigmoid()
@@ -231,7 +232,7 @@ class Bernoulli(Loss):
         return -self(outputs, targets)
 
     def margin(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
-        return _per_example((2 * targets - 1) * outputs)
+        return _per_example((2 * _real(targets, outputs) - 1) * outputs)
 
     def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
         return torch.bernoulli(outputs.sigmoid(), generator=generator)
@@ -339,7 +340,7 @@ class SmoothHinge(Loss):
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c"]:
         s = ((1 - targets * outputs) / self.temperature).sigmoid()
-        return (-targets * s).reshape(len(outputs), -1)
+        return (-_real(targets, outputs) * s).reshape(len(outputs), -1)
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c c"]:
         s = ((1 - targets * outputs) / self.temperature).sigmoid().reshape(len(outputs), -1)

@@ -220,6 +220,17 @@ class Task:
             )
         return losses
 
+    def output_gradient(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c"]:
+        """δ = ∂ℓ/∂f, in the dtype of the outputs as autograd has it, whatever that of the targets.
+
+        Targets in float64 beside a float32 model are compared in float64 and rounded here.
+        """
+        return self.loss.gradient(outputs, targets).to(outputs.dtype)
+
+    def output_hessian(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c c"]:
+        """Λ = ∂²ℓ/∂f², in the dtype of the outputs."""
+        return self.loss.hessian(outputs, targets).to(outputs.dtype)
+
     def objective(
         self, theta: Float[Tensor, " p"], batch: Batch, weights: Float[Tensor, " b"]
     ) -> Float[Tensor, ""]:
