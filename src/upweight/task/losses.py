@@ -219,7 +219,8 @@ class Bernoulli(Loss):
         _require_range("Bernoulli", targets, (targets >= 0) & (targets <= 1), "in [0, 1]")
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
-        return _per_example(F.softplus(outputs) - targets * outputs)
+        # By default softplus has a slope of exactly 1 from 20 on, where 1 − σ is still 2e-9.
+        return _per_example(F.softplus(outputs, threshold=80.0) - targets * outputs)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c"]:
         return (outputs.sigmoid() - _real(targets, outputs)).reshape(len(outputs), -1)
