@@ -24,7 +24,7 @@ from upweight.adapters.sklearn_arrays import (
 )
 from upweight.adapters.sklearn_objectives import Objective, final_step
 from upweight.adapters.sklearn_rules import objective_of
-from upweight.adapters.support import AdapterReader, TranslatedData
+from upweight.adapters.support import AdapterReader, TranslatedData, require_same_index
 from upweight.errors import DataError, UnsupportedModel, message
 from upweight.runtime.fingerprint import digest
 from upweight.task.data import Data
@@ -42,7 +42,7 @@ def translated(
     if y is None:
         y, notes = _predicted(final_step(estimator), Z), (UNLABELED,)
     else:
-        _require_same_index(X, y)
+        require_same_index(X, y, "X", "y")
     targets = encoded(estimator, objective or objective_of(estimator), y)
     require_rows(Z, targets)
     arrays: Any = (Z, targets)
@@ -217,21 +217,3 @@ def _predicted(final: Any, Z: Tensor) -> Any:
             )
         )
     return final.predict(Z.numpy())
-
-
-def _require_same_index(X: Any, y: Any) -> None:
-    """Refuse a frame and a series that hold the same rows in another order."""
-    if not (hasattr(X, "columns") and hasattr(X, "index") and hasattr(y, "index")):
-        return
-    if callable(y.index) or len(X.index) != len(y.index) or X.index.equals(y.index):
-        return
-    if X.index.is_unique and y.index.is_unique and not len(X.index.symmetric_difference(y.index)):
-        raise DataError(
-            message(
-                "X and y must hold their rows in one order.",
-                f"the same row labels in two orders: {list(X.index[:3])}… and "
-                f"{list(y.index[:3])}….",
-                "one of them was sorted or shuffled.",
-                "pass y.loc[X.index].",
-            )
-        )

@@ -104,9 +104,9 @@ def judged(task: Task, train: Data, tolerance: float, name: str) -> list[str]:
 def require_minimum(task: Task, train: Data) -> None:
     """Refuse an objective that falls for ever along the Newton step that remains.
 
-    Asked of the slope of each example's loss a hundred steps on; a penalty that bends along the step
-    has the last word. Where H is singular to rounding
-    the way from 0 to θ̂ is looked at in place of the step.
+    Asked of the slope of each example's loss a hundred steps on; a penalty that bends along the
+    step has the last word. Where H is singular to rounding the way from 0 to θ̂ is looked at in
+    place of the step.
 
     Raises:
         NotStationary: Says for how many examples the outputs grow without end.
@@ -138,11 +138,11 @@ def require_minimum(task: Task, train: Data) -> None:
     raise NotStationary(
         message(
             "The objective must have a minimum.",
-            f"one that falls for ever: the outputs of {int(endless.sum())} of {len(train)} examples "
-            f"(first {endless.nonzero()[:5, 0].tolist()}) grow without end, and no example's loss "
-            f"rises. The fit stopped on the way, where the next step moves an output by "
-            f"{largest:.2g}.",
-            "classes that a hyperplane separates, or a group whose responses are all 0 or all alike.",
+            f"one that falls for ever: the outputs of {int(endless.sum())} of {len(train)} "
+            f"examples (first {endless.nonzero()[:5, 0].tolist()}) grow without end, and no "
+            "example's loss rises. The fit stopped on the way, where the next step moves an output "
+            f"by {largest:.2g}.",
+            "classes that a hyperplane separates, or a group whose responses are all alike.",
             "leave out the column that tells these examples apart, or them; or fit with a penalty: "
             "scikit-learn's LogisticRegression(C=1.0) or PoissonRegressor(alpha=1.0).",
         )
@@ -154,8 +154,8 @@ def _newton_step(
 ) -> Float[Tensor, " p"] | None:
     """−H⁻¹ ∇J, or None where H is singular to rounding.
 
-    Rows and columns are scaled to a diagonal of 1: a group of counts 0 has a variance of e⁻²⁵ beside
-    others near 1, and is no less determined for that.
+    Rows and columns are scaled to a diagonal of 1: a group of counts 0 has a variance of e⁻²⁵
+    beside others near 1, and is no less determined for that.
     """
     scale = hessian.diagonal().clamp_min(torch.finfo(hessian.dtype).tiny).rsqrt()
     factor, info = torch.linalg.cholesky_ex(scale[:, None] * hessian * scale)

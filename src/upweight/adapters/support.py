@@ -129,3 +129,21 @@ def _without_weights(arrays: Any) -> list[torch.Tensor]:
     *inputs, targets = arrays
     y = targets[0] if isinstance(targets, tuple) else targets
     return [*tree_leaves(inputs), y]
+
+
+def require_same_index(X: Any, y: Any, one: str, other: str) -> None:
+    """Refuse a frame and a series that hold the same rows in another order."""
+    if not (hasattr(X, "columns") and hasattr(X, "index") and hasattr(y, "index")):
+        return
+    if callable(y.index) or len(X.index) != len(y.index) or X.index.equals(y.index):
+        return
+    if X.index.is_unique and y.index.is_unique and not len(X.index.symmetric_difference(y.index)):
+        raise DataError(
+            message(
+                f"{one} and {other} must hold their rows in one order.",
+                f"the same row labels in two orders: {list(X.index[:3])}… and "
+                f"{list(y.index[:3])}….",
+                "one of them was sorted or shuffled.",
+                f"pass {other}.loc[{one}.index].",
+            )
+        )
