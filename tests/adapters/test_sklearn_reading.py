@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from click.testing import CliRunner
 from scipy import sparse
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
@@ -24,6 +25,7 @@ from torch.testing import assert_close
 import upweight as uw
 import upweight.adapters.sklearn as sk
 from upweight import report
+from upweight.cli.main import cli
 from upweight.errors import DataError, ShapeError, UnsupportedModel
 from upweight.task.data import as_data
 
@@ -333,3 +335,36 @@ def test_models_of_other_libraries_are_told_apart():
             wrong()
     with pytest.raises(UnsupportedModel, match=r"Task\(model, loss\)"):
         uw.Task(len, uw.CrossEntropy())
+
+
+PROJECT = """
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+import upweight.adapters.sklearn as sk
+
+data = load_iris(as_frame=True)
+X, y = data.data, data.target_names[data.target.to_numpy()]
+pipe = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-10, max_iter=1000)).fit(X, y)
+task, made = sk.task(pipe, X, y)
+rows, some = (X, y), (X[::30], y[::30])
+translated = sk.data(pipe, *some)
+unlabeled = X[::30]
+"""
+
+
+def test_the_command_line_reads_rows_too(tmp_path, monkeypatch):
+    (tmp_path / "project.py").write_text(PROJECT)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for train, queries in (("made", "translated"), ("rows", "some"), ("rows", "unlabeled")):
+        asked = ["project.py:task", "--train", f"project.py:{train}"]
+        asked += ["--queries", f"project.py:{queries}", "--method", "Influence()"]
+        result = CliRunner().invoke(cli, ["attribute", *asked, "--out", queries])
+        assert result.exit_code == 0, result.output
+        found[queries] = uw.Scores.load(tmp_path / queries / "scores")
+    assert torch.equal(found["some"].values, found["translated"].values)
+    assert any("estimator predicts" in note for note in found["unlabeled"].provenance.notes)
+    result = CliRunner().invoke(cli, ["doctor", *asked[:2], "project.py:rows"])
+    assert result.exit_code == 0, result.output
