@@ -155,8 +155,12 @@ def test_a_label_is_given_as_the_estimator_knows_it_with_its_class_weight():
     estimator = LogisticRegression(solver="newton-cg", class_weight=weights, **TIGHT)
     pipe = make_pipeline(StandardScaler(), estimator).fit(X, y)
     task, train = sk.task(pipe, X, y)
-    fitted = uw.Influence(solver=uw.Cholesky()).fit(task, train)
+    fitted = uw.Influence(solver=uw.Cholesky()).fit(task, (X, y))
+    assert fitted.train is train  # with the class weights of the objective, which queries have not
     queries = raw("series", TEST)
+    assert torch.equal(
+        fitted.attribute(queries).values, fitted.attribute(sk.data(pipe, *queries)).values
+    )
     found = fitted.relabel_influence(40, "setosa", queries)
     # To first order: the row with its old label fades out as one with the new label comes in.
     assert y.iloc[40] == "versicolor"
@@ -254,7 +258,7 @@ def test_what_may_be_features_is_refused():
     # The width of features is not that of rows.
     wide, _, _, wide_fitted = made("arrays")
     X, y = raw("arrays", TEST)
-    with pytest.raises(DataError, match="transformed already"):
+    with pytest.raises(DataError, match="14 is its width after the steps"):
         wide_fitted.attribute((wide[:-1].transform(X), y))
 
 
@@ -313,8 +317,12 @@ def test_other_refusals_reach_raw_rows_too():
         fitted.attribute((X, np.where(y == "setosa", 1, 0)))
     with pytest.raises(ShapeError, match="same number"):
         fitted.attribute((X, y[1:]))
-    with pytest.raises(DataError, match="X must be"):
+    with pytest.raises(DataError, match=r"a single row(.|\n)*X\[None\]"):
         fitted.attribute((X[0], y[0]))
+    fitted.attribute((X[0][None], y[:1]))
+    X, y = raw("series", TEST)
+    with pytest.raises(DataError, match=r"sample_weight\.loc\[X\.index\]"):
+        sk.data(made("series")[0], X, y, pd.Series(np.ones(len(X)), X.index[::-1]))
     sparse_estimator = LogisticRegression(**TIGHT).fit(X, y)
     task, train = sk.task(sparse_estimator, X, y)
     for given in ((sparse.csr_matrix(X), y), sparse.csr_matrix(X)):

@@ -223,6 +223,26 @@ def test_a_formula_reads_its_frame():
     assert_close(asked.values, fitted.attribute(frame[:3], uw.Logit(0)).values)
 
 
+def test_a_left_side_that_is_transformed_is_not_taken_from_its_column():
+    frame = FRAME.assign(y=FRAME["y"] + 1.0)
+    results = smf.ols("np.log(y) ~ a", frame).fit()
+    fitted = uw.Influence().fit(*smx.task(results))
+    with pytest.raises(DataError, match=r"left side of the formula, np\.log\(y\)"):
+        fitted.attribute((frame[:3], frame["y"][:3]))
+    with pytest.raises(DataError, match="no plain column"):
+        fitted.attribute(frame[:3])
+    asked = fitted.attribute((frame[:3], np.asarray(np.log(frame["y"][:3]))))
+    assert_close(asked.values, fitted.attribute(fitted.train.subset(range(3))).values)
+
+
+def test_offsets_go_by_their_rows():
+    rated = sm.GLM(FRAME["y"], NAMED, family=POISSON(), exposure=FRAME["t"]).fit()
+    some = (NAMED[:4], FRAME["y"][:4])
+    with pytest.raises(DataError, match=r"exposure\.loc\[exog\.index\]"):
+        smx.data(rated, *some, exposure=FRAME["t"][:4][::-1])
+    smx.data(rated, *some, exposure=FRAME["t"][:4][::-1].loc[some[0].index])
+
+
 def test_text_is_refused_and_labels_are_numbers():
     results = sm.Logit(YES, X).fit(disp=0)
     fitted = uw.Influence().fit(*smx.task(results))

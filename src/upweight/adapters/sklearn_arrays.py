@@ -27,12 +27,19 @@ def features(estimator: Any, X: Any) -> Float[Tensor, "n i"]:
         try:
             X = estimator[:-1].transform(X)
         except (ValueError, TypeError) as error:
+            shape = tuple(np.shape(X))
+            width, after = getattr(estimator, "n_features_in_", None), final.n_features_in_
+            cause = "columns missing, renamed or of another kind."
+            if len(shape) != 2:
+                cause = "a single row without its first axis: X[None], or frame[i : i + 1]."
+            elif shape[1] == after != width:
+                cause = f"X that was transformed already: {after} is its width after the steps."
             raise DataError(
                 message(
                     "X must be what the Pipeline was fitted on, before its transformations.",
-                    f"an object of type {type(X).__name__}. scikit-learn says: {error}",
-                    "X that was transformed already, or a column missing.",
-                    "pass the same X as to fit.",
+                    f"{type(X).__name__} of shape {shape}. scikit-learn says: {error}",
+                    cause,
+                    "pass rows as they were given to fit.",
                 )
             ) from error
     else:

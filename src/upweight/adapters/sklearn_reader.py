@@ -47,6 +47,7 @@ def translated(
     require_rows(Z, targets)
     arrays: Any = (Z, targets)
     if sample_weight is not None:
+        require_same_index(X, sample_weight, "X", "sample_weight")
         arrays = (Z, (targets, weights_of(sample_weight, len(Z))))
     return TranslatedData(arrays, notes, origin_of(estimator))
 

@@ -1,5 +1,6 @@
 """How the task of statsmodels results reads rows: by the names of the columns, or by a formula."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,9 @@ def translated(
     family, names = family_of(results), [str(name) for name in results.model.exog_names]
     if endog is None:
         endog = _response(results, exog)
-    require_same_index(exog, endog, "exog", "endog")
+    _require_left_side(results, endog)
+    for name, part in (("endog", endog), ("offset", offset), ("exposure", exposure)):
+        require_same_index(exog, part, "exog", name)
     columns = _names(exog)
     notes: tuple[str, ...] = ()
     if columns is not None and columns != names and _has_formula(results):
@@ -190,6 +193,22 @@ def _response(results: Any, frame: Any) -> Any:
             "none is known yet, give zeros and measure=upweight.Logit(0), which looks at none.",
         )
     )
+
+
+def _require_left_side(results: Any, endog: Any) -> None:
+    """Refuse the column that a formula's left side transforms, in place of what it makes of it."""
+    given, needed = getattr(endog, "name", None), results.model.endog_names
+    if not (_has_formula(results) and isinstance(given, str) and isinstance(needed, str)):
+        return
+    if given != needed and re.search(rf"\b{re.escape(given)}\b", needed):
+        raise DataError(
+            message(
+                f"endog must be the left side of the formula, {needed}.",
+                f"a column named {given!r}.",
+                "the column itself, or transformed values that kept its name.",
+                f"pass the values of {needed} without a name: np.asarray(...).",
+            )
+        )
 
 
 def _require_columns(columns: list[str], names: list[str]) -> None:
