@@ -774,6 +774,155 @@ def a_check_of_too_few_models() -> Any:
     return check_on(at_the_minimum(), uw.Newton(), 3, progress=False)
 
 
+# -- adapters: rows before and after a pipeline, columns by name, fits without an end --------------
+
+
+def pipeline() -> tuple[Any, Any, Any, Any]:
+    """A scaled logistic regression on a frame, its data, and what was fitted of its task."""
+    import pandas as pd
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    import upweight.adapters.sklearn as sk
+
+    inputs, labels = rows(60)
+    X = pd.DataFrame(10 + 5 * inputs.numpy(), columns=["a", "b", "c"])
+    y = np.where(labels.numpy() == 1, "yes", "no")
+    made = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-10)).fit(X, y)
+    return made, X, y, uw.Influence().fit(*sk.task(made, X, y))
+
+
+@case
+def features_of_a_pipeline_as_its_rows() -> Any:
+    made, X, y, fitted = pipeline()
+    Z = torch.from_numpy(made[:-1].transform(X))
+    return fitted.attribute((Z, torch.from_numpy((y == "yes") * 1.0)[:, None]))
+
+
+@case
+def rows_of_a_pipeline_in_a_dataset() -> Any:
+    _, X, y, fitted = pipeline()
+    return fitted.attribute(
+        TensorDataset(torch.from_numpy(X.to_numpy()), torch.from_numpy((y == "yes") * 1.0)[:, None])
+    )
+
+
+@case
+def queries_translated_for_another_pipeline() -> Any:
+    import upweight.adapters.sklearn as sk
+
+    made, X, y, fitted = pipeline()
+    return fitted.attribute(sk.data(made[-1], made[:-1].transform(X), y))
+
+
+@case
+def a_pipeline_asked_with_other_labels() -> Any:
+    _, X, y, fitted = pipeline()
+    return fitted.attribute((X, (y == "yes").astype(int)))
+
+
+@case
+def a_pipeline_asked_with_columns_in_another_order() -> Any:
+    _, X, y, fitted = pipeline()
+    return fitted.attribute((X[["c", "b", "a"]], y))
+
+
+@case
+def labels_in_another_order_than_their_rows() -> Any:
+    import pandas as pd
+
+    _, X, y, fitted = pipeline()
+    return fitted.attribute((X, pd.Series(y, index=X.index)[::-1]))
+
+
+@case
+def another_training_set_for_a_translated_task() -> Any:
+    _, X, y, fitted = pipeline()
+    return uw.Influence().fit(fitted.task, (X[::-1], y[::-1]))
+
+
+@case
+def a_regression_asked_without_targets() -> Any:
+    from sklearn.linear_model import Ridge
+
+    import upweight.adapters.sklearn as sk
+
+    X = rows(60)[0].numpy()
+    y = X[:, 0] ** 2
+    return uw.Influence().fit(*sk.task(Ridge().fit(X, y), X, y)).attribute(X[:3])
+
+
+@case
+def an_estimator_in_place_of_a_task() -> Any:
+    made, X, y, _ = pipeline()
+    return uw.Influence().fit(made, (X, y))
+
+
+@case
+def an_estimator_in_place_of_a_model() -> Any:
+    return uw.Task(pipeline()[0], uw.CrossEntropy())  # type: ignore[arg-type]
+
+
+def counted(**named: Any) -> tuple[Any, Any, Any]:
+    """A Poisson regression of statsmodels on a frame, with its data."""
+    import statsmodels.api as sm
+
+    _, X, _, _ = pipeline()
+    exog = sm.add_constant(X)
+    y = np.arange(60) * 7 % 5
+    return sm.GLM(y, exog, family=sm.families.Poisson(), **named).fit(tol=1e-12), exog, y
+
+
+@case
+def exog_with_columns_in_another_order() -> Any:
+    import upweight.adapters.statsmodels as smx
+
+    results, exog, y = counted()
+    return smx.data(results, exog[exog.columns[::-1]], y)
+
+
+@case
+def queries_without_the_exposure_of_the_fit() -> Any:
+    import upweight.adapters.statsmodels as smx
+
+    results, exog, y = counted(exposure=1.0 + np.arange(60) % 3)
+    return uw.Influence().fit(*smx.task(results)).attribute((exog, y))
+
+
+@case
+def classes_that_are_separated() -> Any:
+    import statsmodels.api as sm
+
+    import upweight.adapters.statsmodels as smx
+
+    x = np.linspace(-1, 1, 60)
+    results = sm.Logit((x > 0) * 1.0, sm.add_constant(x)).fit(disp=0)
+    return uw.Influence().fit(*smx.task(results))
+
+
+@case
+def a_group_whose_counts_are_all_0() -> Any:
+    from sklearn.linear_model import PoissonRegressor
+
+    import upweight.adapters.sklearn as sk
+
+    group = np.arange(60) % 2
+    y = np.where(group == 1, 0, 1 + np.arange(60) * 7 % 5)
+    X = group[:, None].astype(float)
+    return sk.task(PoissonRegressor(alpha=0.0, tol=1e-10, max_iter=1000).fit(X, y), X, y)
+
+
+@case
+def collinear_columns_of_statsmodels() -> Any:
+    import statsmodels.api as sm
+
+    import upweight.adapters.statsmodels as smx
+
+    _, exog, y = counted()
+    return smx.task(sm.OLS(y, exog.assign(twice=2 * exog["a"])).fit())
+
+
 def main() -> int:
     """Print the table; 1 if any case passed silently."""
     silent = 0

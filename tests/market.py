@@ -339,7 +339,7 @@ def tokens(g, n, t=4, vocabulary=4):
 
 @problem_named("sampled")
 def tied(g):
-    task = uw.Task(initialized(Tied(), g), uw.CrossEntropy(), uw.L2(0.02))
+    task = uw.Task(initialized(Tied(), g), uw.CrossEntropy(axis=-1), uw.L2(0.02))
     return task, (tokens(g, 9), tokens(g, 9)), (tokens(g, 3), tokens(g, 3))
 
 
@@ -349,7 +349,7 @@ def padded_sequences(g):
     # Tanh also after the embedding: two linear maps in a row could rotate against each other, and a
     # minimum with such a symmetry is not strict.
     layers = [nn.Embedding(4, 2), nn.Tanh(), nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 4)]
-    task = uw.Task(initialized(nn.Sequential(*layers), g), uw.CrossEntropy(), uw.L2(0.01))
+    task = uw.Task(initialized(nn.Sequential(*layers), g), uw.CrossEntropy(axis=-1), uw.L2(0.01))
     x, y = tokens(g, 9), tokens(g, 9)
     for i, length in enumerate([4, 2, 3, 1, 0, 4, 2, 3, 4]):
         y[i, length:] = -100
@@ -361,7 +361,7 @@ def weighted_positions(g):
     """Each position of a sequence has a weight of its own, 0 where it is padding."""
     layers = [nn.Embedding(4, 2), nn.Tanh(), nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 4)]
     model = initialized(nn.Sequential(*layers), g)
-    task = uw.Task(model, uw.Weighted(uw.CrossEntropy()), uw.L2(0.01))
+    task = uw.Task(model, uw.Weighted(uw.CrossEntropy(axis=-1)), uw.L2(0.01))
 
     def some(n):
         v = draw(g, n, 4).abs() + 0.1

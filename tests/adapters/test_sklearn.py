@@ -396,7 +396,7 @@ def test_string_labels_and_data_frames():
     with pytest.raises(DataError, match="merlot"):
         sk.data(clf, frame[:1], ["merlot"])
     with pytest.raises(DataError, match="None"):
-        sk.data(clf, frame[:1], None)
+        sk.data(clf, frame[:1], [None])
 
 
 def test_binary_labels_of_any_kind_mean_the_same():
@@ -531,3 +531,57 @@ def test_shifts_that_a_softmax_does_not_feel_are_taken_out():
     estimator.intercept_ = estimator.intercept_ + 3.0
     estimator.coef_ = estimator.coef_ + np.array([1.0, -2.0])
     assert_close(sk.task(estimator, X, y)[0].theta(), expected)
+
+
+def separated(kind):
+    """Unpenalized fits without a minimum, and the same with a penalty."""
+    group = np.arange(60) % 3
+    one_hot = np.stack([group == 1, group == 2], axis=1).astype(float)
+    x = np.random.default_rng(0).normal(size=60)
+    coin = (np.arange(60) * 7 % 5 < 2).astype(int)
+    if kind == "all":
+        return LogisticRegression, x[:, None], (x > 0).astype(int)
+    if kind == "three classes":
+        return LogisticRegression, x[:, None], np.digitize(x, [-0.5, 0.5])
+    if kind == "one group":
+        return LogisticRegression, one_hot, np.where(group == 2, 1, coin)
+    return PoissonRegressor, one_hot, np.where(group == 2, 0, 1 + 2 * coin)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("loose", [False, True], ids=["tight", "loose"])
+@pytest.mark.parametrize("kind", ["all", "three classes", "one group", "counts of 0"])
+def test_an_objective_without_a_minimum_is_refused(kind, loose):
+    estimator, X, y = separated(kind)
+    free = {"alpha": 0.0} if estimator is PoissonRegressor else {"C": np.inf}
+    if estimator is PoissonRegressor:
+        free |= {"solver": "newton-cholesky"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = estimator(**free, **({} if loose else TIGHT)).fit(X, y)
+    if kind == "three classes" and not loose:  # steps no longer go one way; still refused
+        with pytest.raises(NotStationary):
+            sk.task(fit, X, y)
+        return
+    for options in ({}, {"tolerance": np.inf}):
+        with pytest.raises(NotStationary, match="must have a minimum") as raised:
+            sk.task(fit, X, y, **options)
+    if kind in ("one group", "counts of 0"):
+        assert "the outputs of 20 of 60 examples (first [2, 5, 8, 11, 14])" in str(raised.value)
+    # The ways out.
+    held = {"alpha": 1.0} if estimator is PoissonRegressor else {"C": 1.0}
+    uw.Influence().fit(*sk.task(estimator(**held, **TIGHT).fit(X, y), X, y))
+    if kind in ("one group", "counts of 0"):
+        left = np.arange(60) % 3 != 2
+        fit = estimator(**free, **TIGHT).fit(X[left, :1], y[left])
+        uw.Influence().fit(*sk.task(fit, X[left, :1], y[left]))
+
+
+def test_a_weak_penalty_has_a_minimum_however_far():
+    _, X, y = separated("all")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        early = LogisticRegression(C=1e6, max_iter=15).fit(X, y)
+        with pytest.raises(NotStationary, match="away from the minimum"):
+            sk.task(early, X, y)
+        sk.task(early, X, y, tolerance=np.inf)

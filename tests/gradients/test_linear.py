@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 import upweight as uw
 from tests.market import BUILDERS, draw, initialized, names, problem
 from tests.reference import dense
+from upweight.curvature.objective import LinearObjective, weighted_objective
 from upweight.gradients.functional import per_sample_gradients
 from upweight.gradients.linear import linear_form
 from upweight.gradients.source import Direct, gradient_source
@@ -229,16 +230,24 @@ class TargetsFromParameters(Head):
         return model(x), y + model.head.weight.square().sum()
 
 
+class ShiftedByItsWeight(Head):
+    """What is added follows θ, though no gradient says so."""
+
+    def forward(self, x):
+        return self.head(x) + self.head.weight.detach().sum()
+
+
+WITH_AN_ADDEND = [Skip, Shifted]
+
 IMPOSTORS = [
     ReLUAfter,
-    Skip,
+    ShiftedByItsWeight,
     UsedTwice,
     WeightUsedElsewhere,
     Scaled,
     SoftmaxOutput,
     Clamped,
     SoftCapped,
-    Shifted,
     Flipped,
     OneOutputLess,
     DetachedScale,
@@ -281,6 +290,22 @@ def test_impostors_are_not_taken_for_linear(kind):
     source = gradient_source(task, as_data(train))
     assert type(source) is Direct
     torch.testing.assert_close(source.rows(train, len(train[0])), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", WITH_AN_ADDEND)
+def test_an_addend_without_parameters_leaves_a_model_linear(kind):
+    task, train = impostor(kind)
+    assert form(task, train) is not None
+    rows = gradient_source(task, as_data(train)).rows(train, len(train[0]))
+    torch.testing.assert_close(rows, dense.gradients(task, train), rtol=1e-10, atol=1e-10)
+    found = uw.Hessian().fit(task, as_data(train)).dense()
+    torch.testing.assert_close(found, dense.hessian(task, train), rtol=1e-10, atol=1e-10)
+    theta = task.theta()
+    objective = weighted_objective(task, as_data(train))
+    assert isinstance(objective, LinearObjective)
+    for at in (theta, theta + 0.1):
+        whole = task.objective(at, train, torch.ones(6))
+        torch.testing.assert_close(objective(at[None], torch.ones(1, 6))[0][0], whole)
 
 
 @pytest.mark.parametrize("kind", [BiasFirst])

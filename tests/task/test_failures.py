@@ -349,14 +349,6 @@ def test_missing_and_named_labels():
         scores(linear(), [(X[i], "ab"[Y[i]]) for i in range(N)])
 
 
-def test_classes_on_the_second_axis():
-    model = nn.Conv2d(1, 4, 3, padding=1).double()
-    data = torch.zeros(N, 1, 5, 5).double(), torch.zeros(N, 5, 5).long()
-    with pytest.raises(ShapeError, match="classes on the second axis") as caught:
-        scores(model, data)
-    assert scores(model, data, forward=forward_of(caught)).shape == (N, N)
-
-
 def test_a_line_of_the_users_that_does_not_fit_is_named():
     class Adds(nn.Module):
         def __init__(self):

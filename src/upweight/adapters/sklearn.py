@@ -1,8 +1,12 @@
 """Fitted scikit-learn estimators as tasks.
 
     task, train = sk.task(clf, X, y)
-    scores = upweight.Influence().fit(task, train).attribute(sk.data(clf, X_test, y_test))
+    scores = upweight.Influence().fit(task, train).attribute((X_test, y_test))
     upweight.evaluation.loo(scores, sk.recipe(clf), examples=range(20))
+
+The task takes rows and labels as the estimator does: `(X_test, y_test)` before a Pipeline's
+transformations, classes by name, or `X_test` alone, for which the predicted class is taken.
+`data` makes the same examples, once for several questions.
 
 Which objective each estimator minimizes is in `upweight.adapters.sklearn_objectives`, which of them
 have a translation in `upweight.adapters.sklearn_rules`. A fitted estimator is checked to be at the
@@ -18,20 +22,15 @@ from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
 from upweight._typing import Batch
-from upweight.adapters.sklearn_arrays import (
-    encoded,
-    example_weights,
-    features,
-    require_rows,
-    weights_of,
-)
+from upweight.adapters.sklearn_arrays import encoded, example_weights, features, require_rows
 from upweight.adapters.sklearn_objectives import Objective, coefficients, final_step
+from upweight.adapters.sklearn_reader import Reader, translated
 from upweight.adapters.sklearn_refit import Refit
 from upweight.adapters.sklearn_rules import objective_of, support
 from upweight.adapters.stationarity import judged, minimized
-from upweight.adapters.support import Support, TranslatedData
+from upweight.adapters.support import Support
 from upweight.errors import UnsupportedModel, message
-from upweight.task.data import ArrayData, Data
+from upweight.task.data import Data
 from upweight.task.losses import Weighted
 from upweight.task.task import Task
 
@@ -60,6 +59,9 @@ def task(
     """A fitted estimator as a task, with its training data, in float64.
 
         J(θ) = (1/n) Σᵢ vᵢ ℓ(W xᵢ + b, yᵢ) + R(W, b),    W = coef_, b = intercept_
+
+    The task reads data as the estimator does, with its steps as they were fitted: a Pipeline that
+    is fitted again afterwards does not change it.
 
     v are the sample weights times the class weights; they are part of the objective, and scores
     differentiate in a further weight w = 1. Of a Pipeline the last step is the model: examples are
@@ -93,7 +95,7 @@ def task(
     final = final_step(estimator)
     Z, targets = features(estimator, X), encoded(estimator, objective, y)
     require_rows(Z, targets)
-    weights = example_weights(final, y, sample_weight, len(Z))
+    weights, by_class = example_weights(final, y, sample_weight, len(Z))
     model, notes = _model(final, objective), []
     n = len(Z)
     total = float(n) if weights is None else float(weights.sum())
@@ -103,44 +105,45 @@ def task(
     if weights is not None:
         arrays = (Z, (targets, weights))
         made = Task(model, Weighted(objective.loss), penalty, forward=unit_weights)
+    reader = Reader.of(estimator, objective, arrays, by_class)
     if isinstance(estimator, Pipeline) and len(estimator.steps) > 1:
         notes.append(
             "inputs are the features after the Pipeline's steps "
             f"{', '.join(name for name, _ in estimator.steps[:-1])}, which stay as fitted"
         )
-    train = ArrayData(arrays)
     hinge = type(final) is LinearSVC and final.loss == "hinge"
     if hinge:
         notes.append(f"the hinge was replaced by {objective.loss!r}, whose minimum θ was moved to")
+    train = reader.train
     if hinge or minimize:
         made, moved = minimized(made, train)
         notes.append(moved)
     else:
         notes += judged(made, train, tolerance, type(final).__name__)
-    return made, TranslatedData(arrays, tuple(notes))
+    reader = reader.noting(notes)
+    task = Task(made.model, made.loss, made.penalty, made.params, made.forward, reader)
+    return task, reader.train
 
 
-def data(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> Data:
+def data(estimator: Any, X: Any, y: Any = None, sample_weight: Any = None) -> Data:
     """Examples as the estimator's task takes them: features transformed, labels encoded.
 
     Args:
         estimator: Fitted, and supported.
         X: Dense `[q, d]`; for a Pipeline, before its transformations.
-        y: Labels or targets, as the estimator predicts them.
+        y: Labels or targets, as the estimator predicts them. None: the classes that it predicts,
+            which a note says.
         sample_weight: Weights of the examples in their own losses; None: 1 each, class weights or
             not, so that a query's loss is the plain one.
 
     Raises:
         UnsupportedModel: No translation, for the reason that `supports` gives.
-        DataError: A label that the estimator does not know, or X is sparse.
+        DataError: A label that the estimator does not know, no targets for a regression, or X is
+            sparse.
         ShapeError: Another number of features, or of examples in X and y.
     """
     _require_support(estimator)
-    Z, targets = features(estimator, X), encoded(estimator, objective_of(estimator), y)
-    require_rows(Z, targets)
-    if sample_weight is None:
-        return TranslatedData((Z, targets))
-    return TranslatedData((Z, (targets, weights_of(sample_weight, len(Z)))))
+    return translated(estimator, X, y, sample_weight)
 
 
 def recipe(estimator: Any) -> Refit:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from sklearn.compose import ColumnTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from sklearn.svm import LinearSVC
@@ -20,15 +21,25 @@ def features(estimator: Any, X: Any) -> Float[Tensor, "n i"]:
     """X after the earlier steps of a Pipeline, as the final estimator takes it."""
     final = final_step(estimator)
     if isinstance(estimator, Pipeline) and len(estimator.steps) > 1:
+        # A ColumnTransformer picks columns by name; other steps may go by place without a word.
+        if not isinstance(estimator.steps[0][1], ColumnTransformer):
+            _require_columns(estimator, X)
         try:
             X = estimator[:-1].transform(X)
         except (ValueError, TypeError) as error:
+            shape = tuple(np.shape(X))
+            width, after = getattr(estimator, "n_features_in_", None), final.n_features_in_
+            cause = "columns missing, renamed or of another kind."
+            if len(shape) != 2:
+                cause = "a single row without its first axis: X[None], or frame[i : i + 1]."
+            elif shape[1] == after != width:
+                cause = f"X that was transformed already: {after} is its width after the steps."
             raise DataError(
                 message(
                     "X must be what the Pipeline was fitted on, before its transformations.",
-                    f"an object of type {type(X).__name__}. scikit-learn says: {error}",
-                    "X that was transformed already, or a column missing.",
-                    "pass the same X as to fit.",
+                    f"{type(X).__name__} of shape {shape}. scikit-learn says: {error}",
+                    cause,
+                    "pass rows as they were given to fit.",
                 )
             ) from error
     else:
@@ -114,6 +125,13 @@ def encoded(estimator: Any, objective: Objective, y: Any) -> Tensor:
     return ones if objective.encoding is Encoding.ZERO_ONE else 2 * ones - 1
 
 
+def class_index(objective: Objective, target: Tensor) -> int:
+    """Which class an encoded target of one example is of."""
+    if objective.encoding is Encoding.INDEX:
+        return int(target)
+    return int(target.argmax()) if len(target) > 1 else int(target > 0)
+
+
 def _indices(classes: Any, y: Any) -> Any:
     labels = np.asarray(y)
     if labels.ndim == 2 and labels.shape[1] == 1:
@@ -165,11 +183,13 @@ def weights_of(sample_weight: Any, n: int) -> Float[Tensor, " n"]:
     return torch.from_numpy(weights)
 
 
-def example_weights(final: Any, y: Any, sample_weight: Any, n: int) -> Float[Tensor, " n"] | None:
-    """v = sample weight × class weight, or None where all are 1."""
+def example_weights(
+    final: Any, y: Any, sample_weight: Any, n: int
+) -> tuple[Float[Tensor, " n"] | None, Float[Tensor, " c"] | None]:
+    """v = sample weight × class weight, and the weight of each class; None where all are 1."""
     given = None if sample_weight is None else weights_of(sample_weight, n)
     if getattr(final, "class_weight", None) is None:
-        return given
+        return given, None
     labels = np.asarray(y).reshape(n)
     options = {}
     # "balanced" counts by sample weight where the estimator does, in the versions that do.
@@ -179,5 +199,6 @@ def example_weights(final: Any, y: Any, sample_weight: Any, n: int) -> Float[Ten
     if counted and given is not None:
         options["sample_weight"] = given.numpy()
     by_class = compute_class_weight(final.class_weight, classes=final.classes_, y=labels, **options)
-    each = torch.from_numpy(np.asarray(by_class, np.float64)[_indices(final.classes_, y)])
-    return each if given is None else each * given
+    weights = torch.from_numpy(np.array(by_class, np.float64))
+    each = weights[torch.from_numpy(_indices(final.classes_, y))]
+    return each if given is None else each * given, weights

@@ -5,6 +5,10 @@
 is the Newton step to the minimum in units of the step that removing one example makes, both in the
 norm of H: no unit of features or losses enters. At a distance of 1, stopping early has moved the
 model as much as any one of its examples does.
+
+Where classes are separated, or all counts of a group are 0, J has no minimum: it falls for ever
+along some direction, and every Newton step goes about 1 further in the outputs. Gradients shrink on
+the way as those of the examples do, so the distance says nothing there. It is asked for first.
 """
 
 import warnings
@@ -21,8 +25,8 @@ from upweight.errors import NotConverged, NotStationary, message
 from upweight.gradients.source import gradient_source
 from upweight.linalg.cholesky import Cholesky
 from upweight.task.check import checked_losses
-from upweight.task.data import Data
-from upweight.task.losses import SmoothHinge
+from upweight.task.data import Data, batch_size
+from upweight.task.losses import SmoothHinge, SquaredError
 from upweight.task.task import Task
 
 EXAMPLES = 64
@@ -30,6 +34,15 @@ EXAMPLES = 64
 
 SILENT = 0.1
 """The part of the tolerance that is not worth a word."""
+
+ASTRAY = 0.1
+"""Largest change of an output by the Newton step that remains, where J may have no minimum."""
+
+FAR = 100.0
+"""How many Newton steps away the slope of J is that it has for ever."""
+
+LEVEL = 1e-3
+"""The slope of J there, in units of the largest change of an output, that is none."""
 
 ROUNDING = 1e-12
 """‖∇J‖ relative to ‖Hθ‖ below which it is rounding, however small the examples' gradients are."""
@@ -62,9 +75,10 @@ def judged(task: Task, train: Data, tolerance: float, name: str) -> list[str]:
     """Nothing, a note that is warned of, or an error: by the distance from the minimum.
 
     Raises:
-        NotStationary: The distance exceeds the tolerance.
+        NotStationary: The distance exceeds the tolerance, or J has no minimum.
     """
     checked_losses(task, train, "training data")
+    require_minimum(task, train)
     far, norm = distance(task, train)
     said = (
         f"{name} is {far:.2g} typical removals of one example away from the minimum of its "
@@ -87,11 +101,75 @@ def judged(task: Task, train: Data, tolerance: float, name: str) -> list[str]:
     return [said]
 
 
+def require_minimum(task: Task, train: Data) -> None:
+    """Refuse an objective that falls for ever along the Newton step that remains.
+
+    Asked of the slope of each example's loss a hundred steps on; a penalty that bends along the
+    step has the last word. Where H is singular to rounding the way from 0 to θ̂ is looked at in
+    place of the step.
+
+    Raises:
+        NotStationary: Says for how many examples the outputs grow without end.
+    """
+    loss: Any = getattr(task.loss, "base", task.loss)
+    if isinstance(loss, SquaredError):  # a parabola has a minimum
+        return
+    theta = task.theta()
+    gradient = weighted_objective(task, train)(theta[None], theta.new_ones(1, len(train)))[1][0]
+    if not bool(gradient.any()):
+        return
+    step = _newton_step(Hessian().fit(task, train).dense(), gradient)
+    step = theta if step is None else step
+    changes, slopes = [], []
+    for _, _, batch in train.batches(batch_size(len(theta), 8)):
+        with torch.no_grad():
+            here, targets = task.outputs(theta, batch)
+            change = (task.outputs(theta + step, batch)[0] - here).flatten(1)
+            beyond = (here + FAR * change.reshape(here.shape)).clamp(-(FAR**2), FAR**2)
+            slopes.append((task.loss.gradient(beyond, targets) * change).sum(dim=1))
+        changes.append(change.abs().amax(dim=1))
+    moved, slope = torch.cat(changes), torch.cat(slopes)
+    largest = float(moved.max())
+    pulls = [task.penalty.gradient(t, task.layout) @ step for t in (theta, theta + FAR * step)]
+    is_bounded = float(pulls[1] - pulls[0]) > torch.finfo(step.dtype).eps * float(step @ step)
+    if is_bounded or largest <= ASTRAY or float(slope.max()) > LEVEL * largest:
+        return
+    endless = moved > ASTRAY
+    raise NotStationary(
+        message(
+            "The objective must have a minimum.",
+            f"one that falls for ever: the outputs of {int(endless.sum())} of {len(train)} "
+            f"examples (first {endless.nonzero()[:5, 0].tolist()}) grow without end, and no "
+            "example's loss rises. The fit stopped on the way, where the next step moves an output "
+            f"by {largest:.2g}.",
+            "classes that a hyperplane separates, or a group whose responses are all alike.",
+            "leave out the column that tells these examples apart, or them; or fit with a penalty: "
+            "scikit-learn's LogisticRegression(C=1.0) or PoissonRegressor(alpha=1.0).",
+        )
+    )
+
+
+def _newton_step(
+    hessian: Float[Tensor, "p p"], gradient: Float[Tensor, " p"]
+) -> Float[Tensor, " p"] | None:
+    """−H⁻¹ ∇J, or None where H is singular to rounding.
+
+    Rows and columns are scaled to a diagonal of 1: a group of counts 0 has a variance of e⁻²⁵
+    beside others near 1, and is no less determined for that.
+    """
+    scale = hessian.diagonal().clamp_min(torch.finfo(hessian.dtype).tiny).rsqrt()
+    factor, info = torch.linalg.cholesky_ex(scale[:, None] * hessian * scale)
+    if int(info) != 0:
+        return None
+    return -scale * torch.cholesky_solve((scale * gradient)[:, None], factor)[:, 0]
+
+
 def minimized(task: Task, train: Data) -> tuple[Task, str]:
     """The task at the minimum of J, and how far away that was.
 
     Raises:
         NotConverged, NotPositiveDefinite: From `Newton`.
+        NotStationary: J has no minimum.
     """
     checked_losses(task, train, "training data")
     start = task.theta()
@@ -104,6 +182,7 @@ def minimized(task: Task, train: Data) -> tuple[Task, str]:
                 whole = warm if loss is task.loss else type(task.loss)(warm)  # type: ignore[call-arg]
                 theta = _minimum(_at(task, theta, whole), train, 1e-6)
     theta = _minimum(_at(task, theta), train, 1e-10)
+    require_minimum(_at(task, theta), train)
     moved, size = float((theta - start).norm()), float(start.norm())
     said = f"θ was moved to the minimum of J by ‖Δθ‖ = {moved:.3g} (‖θ‖ was {size:.3g})"
     return _at(task, theta), said
@@ -121,4 +200,4 @@ def _minimum(task: Task, train: Data, tol: float) -> Float[Tensor, " p"]:
 
 def _at(task: Task, theta: Float[Tensor, " p"], loss: Any = None) -> Task:
     model = task.moved_to(theta).model
-    return Task(model, loss or task.loss, task.penalty, task.params, task.forward)
+    return Task(model, loss or task.loss, task.penalty, task.params, task.forward, task.reads)

@@ -1,8 +1,20 @@
-"""What every adapter answers with: yes or no with the reason, and data that carry notes."""
+"""What every adapter answers with: yes or no with the reason, and how its tasks read data.
 
+A translated model is known to its user by other rows and labels than it computes with. Its task
+takes data as the user knows them, or what the adapter's own `data` made of them; features that
+somebody else made look like rows, and are refused wherever they can be told from them.
+"""
+
+import abc
 from dataclasses import dataclass, field
+from typing import Any
 
-from upweight.task.data import ArrayData
+import torch
+from torch.utils._pytree import tree_leaves
+
+from upweight._typing import Batch
+from upweight.errors import DataError, message
+from upweight.task.data import ArrayData, Data, Subset
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,115 @@ class Support:
 
 @dataclass(frozen=True, eq=False)
 class TranslatedData(ArrayData):
-    """Arrays as a translated model's task takes them, with what to know about them."""
+    """Arrays as a translated model's task takes them, with what to know about them.
+
+    Args:
+        notes: What to know.
+        origin: A hash of the fitted model that they were translated for.
+    """
 
     notes: tuple[str, ...] = field(default=())
+    origin: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterReader(abc.ABC):
+    """How a translated task reads data: `Task.reads`.
+
+    Args:
+        train: The training data of the task.
+        call: How the adapter's `data` is called, for messages.
+    """
+
+    train: TranslatedData
+    call: str
+
+    @abc.abstractmethod
+    def translate(self, given: Any) -> TranslatedData:
+        """Examples from what the user holds."""
+
+    @abc.abstractmethod
+    def relabeled(self, example: Batch, label: Any) -> Batch:
+        """A batch of one training example with another label, given as the user knows it."""
+
+    def queries(self, given: Any) -> Data:
+        """Queries as the user knows them, or as the adapter's `data` made them.
+
+        Raises:
+            DataError: Data that were not translated, or for another model.
+            UpweightError: From the adapter's `data`.
+        """
+        return self._own(given) if isinstance(given, Data) else self.translate(given)
+
+    def training(self, given: Any) -> Data:
+        """The training data that the model was translated with, from any form of them.
+
+        Raises:
+            DataError: Other data: the objective, its weights and penalty, is that of these.
+            UpweightError: From the adapter's `data`.
+        """
+        if isinstance(given, Data):
+            return self._own(given)
+        found = self.translate(given)
+        # Weights of the objective are not among what is compared: data have none of their own.
+        kept, read = (_without_weights(data.arrays) for data in (self.train, found))
+        same = len(kept) == len(read) and all(map(torch.equal, kept, read))
+        if not same:
+            raise DataError(
+                message(
+                    "The training data of a translated model are those that it was fitted on.",
+                    f"{len(found)} examples that are not the {len(self.train)} it was translated "
+                    "with, in their order.",
+                    "another split, or rows in another order.",
+                    "pass the `train` that was returned with the task.",
+                )
+            )
+        return self.train
+
+    def _own(self, data: Data) -> Data:
+        whole: Data = data
+        while isinstance(whole, Subset):
+            whole = whole.data
+        if not isinstance(whole, TranslatedData):
+            raise DataError(
+                message(
+                    "Data of a translated model must be translated as it was.",
+                    f"a {type(whole).__name__}, which may hold rows or the features made of them.",
+                    "data that were put together without the adapter.",
+                    f"use {self.call}, or pass (X, y) as they were given to fit.",
+                )
+            )
+        if whole.origin != self.train.origin:
+            raise DataError(
+                message(
+                    "Data of a translated model must be translated for the same fitted model.",
+                    "data translated for a model with other coefficients or steps.",
+                    "another model, a part of it, or one that was fitted again since.",
+                    f"make task and data anew: {self.call} with the model that the task is of.",
+                )
+            )
+        return data
+
+
+def _without_weights(arrays: Any) -> list[torch.Tensor]:
+    *inputs, targets = arrays
+    y = targets[0] if isinstance(targets, tuple) else targets
+    return [*tree_leaves(inputs), y]
+
+
+def require_same_index(X: Any, y: Any, one: str, other: str) -> None:
+    """Refuse a frame and a series that hold the same rows in another order."""
+    if not (hasattr(X, "columns") and hasattr(X, "index") and hasattr(y, "index")):
+        return
+    if callable(y.index) or len(X.index) != len(y.index) or X.index.equals(y.index):
+        return
+    if X.index.is_unique and y.index.is_unique and not len(X.index.symmetric_difference(y.index)):
+        raise DataError(
+            message(
+                f"{one} and {other} must hold their rows in one order.",
+                f"the same row labels in two orders: {list(X.index[:3])}… and "
+                f"{list(y.index[:3])}….",
+                "one of them was sorted or shuffled.",
+                f"pass {other}.loc[{one}.index].",
+            )
+        )

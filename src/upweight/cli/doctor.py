@@ -24,7 +24,7 @@ from upweight.runtime.hardware import has_fast_bfloat16
 from upweight.runtime.memory import free_bytes
 from upweight.scores import library_versions
 from upweight.task.check import checked_losses
-from upweight.task.data import Data, as_data
+from upweight.task.data import Data
 from upweight.task.measures import Logit, LogProb, Loss, Margin
 from upweight.task.task import Task
 
@@ -51,7 +51,7 @@ def doctor(task: str | None, train: str | None) -> Answer:
     if task is not None:
         with opened() as project:
             model = loaded_task(project, task)
-            data = None if train is None else as_data(project.load(train))
+            data = None if train is None else model.training(project.load(train))
             found, said = examined(model, data)
         facts |= found
         text += f"\n\n{task}\n{said}"

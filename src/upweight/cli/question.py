@@ -24,7 +24,6 @@ from upweight.runs.directory import Run
 from upweight.runs.question import Question
 from upweight.runs.record import Record
 from upweight.scores import library_versions
-from upweight.task.data import as_data
 from upweight.task.measures import as_measure
 from upweight.task.task import Task
 
@@ -68,10 +67,11 @@ class Asked:
         measure = spec_or_object(project, self.measure, "measure")
         if not callable(measure):
             raise SpecError(_not_a("measure", self.measure, measure, "a function"))
+        task = loaded_task(project, self.task)
         return Question(
-            loaded_task(project, self.task),
-            as_data(project.load(self.train)),
-            as_data(project.load(self.queries)),
+            task,
+            task.training(project.load(self.train)),
+            task.queries(project.load(self.queries)),
             method,
             as_measure(measure),
         )

@@ -61,7 +61,7 @@ class GGN:
                 task,
                 lambda t: task.outputs(t, batch)[0].reshape(len(f), -1),
                 jacobians,
-                task.loss.hessian(f, targets),
+                task.output_hessian(f, targets),
                 tags,
                 how.products,
             )

@@ -158,5 +158,5 @@ def linear_term(task: Task, form: LinearForm, data: Data) -> LinearTerm:
         with torch.no_grad():
             outputs, targets = task.outputs(theta, batch)
         z.append(form.features(task, batch))
-        lambdas.append(task.loss.hessian(outputs, targets))
+        lambdas.append(task.output_hessian(outputs, targets))
     return LinearTerm(task, form, torch.cat(z), torch.cat(lambdas))

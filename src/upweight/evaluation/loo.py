@@ -30,10 +30,9 @@ from upweight.evaluation.prediction import (
 from upweight.evaluation.retrain import Retrained, retrain
 from upweight.evaluation.weights import Removal, removal_weights
 from upweight.scores import Scores
-from upweight.task.data import as_data
 from upweight.task.measures import Loss
 from upweight.task.recipe import Recipe
-from upweight.task.task import Task
+from upweight.task.task import Task, require_task
 from upweight.verdict import SAME_MODEL
 
 
@@ -148,7 +147,8 @@ def leave_one_out(
         ShapeError: An example is out of range or named twice, within a group or by two of them.
         UpweightError: See `retrain`.
     """
-    data = as_data(train)
+    require_task(task)
+    data = task.training(train)
     groups = removals(examples, len(data))
     weights = removal_weights(len(data), groups)
     return retrain(

@@ -26,10 +26,9 @@ from upweight.evaluation.bench import Bench, in_words, run, shown
 from upweight.evaluation.identity import identity
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.rows import RowStore
-from upweight.task.data import as_data
 from upweight.task.measures import Loss, as_measure
 from upweight.task.recipe import Recipe
-from upweight.task.task import Task
+from upweight.task.task import Task, require_task
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +104,8 @@ def retrain(
     Cost: s + 1 trainings.
     """
     started = time.perf_counter()
-    bench = Bench(recipe, task, as_data(train), as_data(queries), as_measure(measure))
+    require_task(task)
+    bench = Bench(recipe, task, task.training(train), task.queries(queries), as_measure(measure))
     plan = _plan(weights, len(bench.train))
     store = None
     if cache is not None:

@@ -1,4 +1,4 @@
-"""Recognize f(θ, x) = W z(x) + b, where z holds no chosen parameter.
+"""Recognize f(θ, x) = W z(x) + b + o(x), where z and o hold no chosen parameter.
 
 Softmax, logistic, Poisson and linear regression are of this form, and so is the last layer of a
 frozen network. Then everything about θ factors through z and the c outputs:
@@ -79,10 +79,10 @@ def linear_form(task: Task, probe: Batch) -> LinearForm | None:
     """The linear form of the task's model, or None if it has none.
 
     All chosen parameters must belong to one `nn.Linear` that runs once per forward pass, whose
-    input does not depend on them and whose output *is* the model's output up to its shape; nor may
-    the targets depend on them. That the outputs are the map's is tested by putting random numbers
-    in their place and asking that they come out unchanged: any activation, scaling or skip
-    connection after it would show.
+    input does not depend on them and whose output *is* the model's output up to its shape and to
+    an addend without them (an offset, a skip connection); nor may the targets depend on them. That
+    is tested by putting random numbers in the place of the map's output and asking that they come
+    out as they are, plus what comes out for zeros: any activation or scaling after it would show.
     """
     owner = _owner(task)
     if owner is None:
@@ -95,20 +95,25 @@ def linear_form(task: Task, probe: Batch) -> LinearForm | None:
     form = LinearForm(name, weight, bias, linear.in_features, linear.out_features)
     size = len(task.losses(task.theta(), probe))
     generator = torch.Generator(device=layout.device).manual_seed(0)
-    for scale in (1.0, 1e3):
+    offset: Tensor | float = 0.0
+    for scale in (0.0, 1.0, 1e3):
         random = scale * torch.empty(
             size, linear.out_features, dtype=layout.dtype, device=layout.device
         ).normal_(generator=generator)
         try:
-            captured, outputs, targets = _run(task, probe, name, replacement=random)
+            # What is added must be the same at another θ, even where no gradient tells.
+            theta = task.theta() if scale > 0 else 2 * task.theta() + 1
+            captured, outputs, targets = _run(task, probe, name, random, theta)
         except (RuntimeError, LookupError):
             return None
-        constant = not any(x.requires_grad for x in tensors((captured, targets)))
+        constant = not any(x.requires_grad for x in tensors((captured, outputs, targets)))
         if not constant or captured.numel() != size * linear.in_features:
             return None
-        if outputs.numel() != random.numel() or not torch.equal(
-            outputs.detach().reshape_as(random), random
-        ):
+        if outputs.numel() != random.numel():
+            return None
+        if scale == 0.0:
+            offset = outputs.detach().reshape_as(random)
+        elif not torch.equal(outputs.detach().reshape_as(random), random + offset):
             return None
     return form
 
@@ -136,7 +141,11 @@ def _owner(task: Task) -> tuple[str, nn.Linear] | None:
 
 
 def _run(
-    task: Task, batch: Batch, module: str, replacement: Tensor | None
+    task: Task,
+    batch: Batch,
+    module: str,
+    replacement: Tensor | None,
+    theta: Float[Tensor, " p"] | None = None,
 ) -> tuple[Tensor, Tensor, Any]:
     """One forward pass: the linear map's input, the model's output and the targets.
 
@@ -151,7 +160,7 @@ def _run(
         seen.append(inputs[0])
         return output if replacement is None else replacement.reshape_as(output)
 
-    theta = task.theta()
+    theta = task.theta() if theta is None else theta
     params = {k: v.requires_grad_() for k, v in task.layout.unflatten(theta).items()}
     handle = task.model.get_submodule(module).register_forward_hook(hook)
     try:

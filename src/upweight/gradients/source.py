@@ -165,7 +165,8 @@ class FactoredLinear(GradientSource):
         """(δ, z)."""
         with torch.no_grad():
             outputs, targets = self.task.outputs(self.task.theta(), batch)
-        return self.task.loss.gradient(outputs, targets), self.form.features(self.task, batch)
+        delta = self.task.output_gradient(outputs, targets)
+        return delta, self.form.features(self.task, batch)
 
     def rows(self, batch: Batch, size: int) -> Float[Tensor, "b p"]:
         delta, z = self.factors(batch)

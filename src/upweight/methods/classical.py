@@ -1,7 +1,7 @@
 """Leverage, Cook's distance and their kin: influence for regressions, in closed form.
 
-For a generalized linear model with its canonical link, η = Xβ, μ = μ(η), V = dμ/dη and prior
-weights v, the estimate solves Xᵀ v (y − μ) = 0. With W = diag(v V) and M = XᵀWX
+For a generalized linear model with its canonical link, η = Xβ (plus an offset), μ = μ(η),
+V = dμ/dη and prior weights v, the estimate solves Xᵀ v (y − μ) = 0. With W = diag(v V) and M = XᵀWX
 
     hᵢ       = Wᵢ xᵢᵀ M⁻¹ xᵢ                           leverage, the diagonal of the hat matrix
     rᵢ       = √vᵢ (yᵢ − μᵢ) / √Vᵢ                      Pearson residual
@@ -148,6 +148,7 @@ class Diagnostics:
         influence_curve: ICᵢ = dβ̂/dε, `[n, p]`.
         covariance: φ M⁻¹, the model's own covariance of β̂.
         covariance_jackknife: V_IJ, which does not trust the model's variance.
+        notes: What was warned of.
     """
 
     beta: Float[Tensor, " p"]
@@ -169,6 +170,7 @@ class Diagnostics:
     influence_curve: Float[Tensor, "n p"]
     covariance: Float[Tensor, "p p"]
     covariance_jackknife: Float[Tensor, "p p"]
+    notes: tuple[str, ...] = ()
 
     def to_pandas(self) -> "pd.DataFrame":
         """A table with a row per observation, by its label; DFBETAS in columns `dfbetas_NAME`."""
@@ -218,6 +220,7 @@ def glm_diagnostics(
     names: Sequence[str] | None = None,
     scale: float | None = None,
     rows: Sequence[Hashable] | None = None,
+    offset: Any = None,
 ) -> Diagnostics:
     """Diagnostics of a generalized linear model at its maximum-likelihood estimate.
 
@@ -232,6 +235,7 @@ def glm_diagnostics(
         scale: φ, where it is known or came from elsewhere (quasi-likelihood). None: the residual
             variance for `Gaussian`, 1 otherwise.
         rows: Labels of the observations, for the table; their positions by default.
+        offset: o `[n]`, where η = Xβ + o, such as the logarithm of an exposure; 0 by default.
 
     Raises:
         ShapeError: The arrays do not fit.
@@ -253,7 +257,10 @@ def glm_diagnostics(
     positions = tuple(range(n)) if rows is None else tuple(rows)
     _require_shape(len(positions) == n, f"{len(positions)} labels for {n} rows.")
     _require_range(family, response)
-    eta = design @ estimate
+    shift = torch.zeros_like(response) if offset is None else _float64("offset", offset)
+    _require_shape(shift.shape == (n,), f"offset {tuple(shift.shape)} for {n} rows.")
+    _require_numbers("offset", shift)
+    eta = design @ estimate + shift
     variance, residuals = family.variance(eta), family.residual(response, eta)
     _require_variance(variance, eta)
     q, r = _factor(design * (prior * variance).sqrt()[:, None])
@@ -267,7 +274,8 @@ def glm_diagnostics(
     pearson = prior.sqrt() * residuals / variance.sqrt()
     external, ratio, spread = None, None, None
     if scale is None and family.estimates_scale:
-        scale, spread = _scales(pearson, kept, p, float((prior * response.square()).sum()))
+        size = float((prior * (response.square() + shift.square())).sum())
+        scale, spread = _scales(pearson, kept, p, size)
         external, ratio = pearson / (spread * kept).sqrt(), (spread / scale) ** p / kept
     phi = _given_scale(scale)
     step = pulls.sum(dim=0)
@@ -463,6 +471,15 @@ def _require_finite(found: Diagnostics) -> None:
             )
 
 
+def require_full_rank(X: Any, weights: Any) -> None:
+    """Refuse a design whose columns depend on each other over the rows that count.
+
+    Raises:
+        NotPositiveDefinite: Names the first such column.
+    """
+    _factor(_float64("X", X) * _float64("weights", weights).sqrt()[:, None])
+
+
 def _factor(weighted: Float[Tensor, "n p"]) -> tuple[Tensor, Tensor]:
     """Q R of √W X, refusing columns that depend on each other."""
     n, p = weighted.shape
@@ -569,7 +586,7 @@ def _require_stationary(
                 "β̂ must solve the likelihood equations Xᵀ v (y − μ) = 0.",
                 f"a Newton step of {errors:.1e} standard errors that remains"
                 + (f", and moves η by {moved:.1e}." if moved else "."),
-                "a fit that stopped early, was penalized, or used an offset or another link; or "
+                "a fit that stopped early, was penalized, or used another offset or link; or "
                 "classes that a hyperplane separates, for which there is no solution.",
                 "fit with a smaller tolerance, and pass the weights that were used.",
             )

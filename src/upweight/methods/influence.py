@@ -51,9 +51,9 @@ from upweight.runtime.memory import require_bytes, require_room
 from upweight.runtime.selection import places
 from upweight.scores import Context, Provenance, Scores, Unit, library_versions
 from upweight.task.check import checked_losses, checked_measurements, require_answerable
-from upweight.task.data import Data, as_data, batch_size
+from upweight.task.data import Data, batch_size
 from upweight.task.measures import Loss, as_measure
-from upweight.task.task import Task
+from upweight.task.task import Task, require_task
 
 CURVATURES = ("EKFAC", "KFAC", "Diagonal", "GGN", "Hessian", "Fisher", "EmpiricalFisher")
 SOLVERS = ("Auto", "Cholesky", "CG", "MINRES")
@@ -156,7 +156,8 @@ class Influence:
         Cost: two passes over the data and the solver's preparation (Cholesky: p³/3).
         """
         started = time.perf_counter()
-        data = as_data(train)
+        require_task(task)
+        data = task.training(train)
         probe = require_answerable(task, data, "training data")
         for note in probe.notes:
             warnings.warn(note, UserWarning, stacklevel=2)
@@ -494,12 +495,14 @@ class FittedInfluence(Checked):
         Koh & Liang (2017), §2.2.
 
         Raises:
-            UpweightError: The label does not fit the loss: out of range, or of another shape.
+            UpweightError: The label does not fit the loss: out of range, or of another shape; or
+                is none that an adapter's estimator knows.
         """
         _, _, gradients = self._measured(queries, measure)
         vectors = self._solve(gradients).value
         old = self._example(example)
-        new = relabeled(old, label)
+        reads = self.task.reads
+        new = relabeled(old, label) if reads is None else reads.relabeled(old, label)
         with torch.no_grad():
             self.task.loss.check(*self.task.outputs(self.task.theta(), new))
         change = self.source.inner(vectors, new, 1) - self.source.inner(vectors, old, 1)
@@ -584,7 +587,7 @@ class FittedInfluence(Checked):
             SpecError: The scores and gradients do not fit into memory.
         """
         self._require_same_model()
-        data, measure = as_data(queries), as_measure(measure)
+        data, measure = self.task.queries(queries), as_measure(measure)
         q, p, dtype = len(data), self.task.layout.size, self.task.layout.dtype
         way_out = "ask some queries at a time: as_data(queries).subset(range(100))."
         if columns:

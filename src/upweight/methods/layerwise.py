@@ -57,7 +57,7 @@ from upweight.task.check import (
     require_finite_gradients,
     require_own_losses,
 )
-from upweight.task.data import Data, as_data
+from upweight.task.data import Data
 from upweight.task.identity import contents, described, subject
 from upweight.task.measures import Loss, as_measure
 from upweight.task.probe import Probe
@@ -684,7 +684,7 @@ class LayerwiseInfluence(Checked):
                 )
             )
         self._require_same_model()
-        data, measure = as_data(queries), as_measure(measure)
+        data, measure = self.task.queries(queries), as_measure(measure)
         checked_losses(self.task, data, "queries")
         checked_measurements(self.task, measure, data)
         return data, measure

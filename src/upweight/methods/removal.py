@@ -65,11 +65,15 @@ def solve_removal(hat: Float[Tensor, "k m m"], delta: Float[Tensor, "k m"]) -> F
     Raises:
         NonFinite: An eigenvalue of `hat` reaches 1.
     """
-    identity = torch.eye(hat.shape[-1], dtype=hat.dtype, device=hat.device)
+    given, eps = hat.dtype, torch.finfo(hat.dtype).eps
+    # Leverages carry the rounding of a solve: 1 − h below about 1e3 eps is noise. Half precision
+    # would leave nothing at that; it has no LU either, so the small systems are solved in float32.
+    limit = 1.0 / (1e3 * hat.shape[-1] * eps) if given.itemsize >= 4 else 1.0 / (4 * eps)
+    working = torch.promote_types(given, torch.float32)
+    hat, delta = hat.to(working), delta.to(working)
+    identity = torch.eye(hat.shape[-1], dtype=working, device=hat.device)
     solution, info = torch.linalg.solve_ex(identity - hat, delta[..., None])
-    solution = solution[..., 0]
-    # Leverages carry the rounding of a solve: 1 − h below about 1e3 eps is noise.
-    limit = 1.0 / (1e3 * hat.shape[-1] * torch.finfo(hat.dtype).eps)
+    solution = solution[..., 0].to(given)
     grown = solution.abs().amax(dim=-1) > limit * delta.abs().amax(dim=-1)
     bad = (info != 0) | ~solution.isfinite().all(dim=-1) | grown
     if bool(bad.any()):
@@ -188,8 +192,8 @@ class LinearRemovals:
         with torch.no_grad():
             outputs, targets = task.outputs(task.theta(), batch)
         return (
-            task.loss.gradient(outputs, targets),
-            task.loss.hessian(outputs, targets),
+            task.output_gradient(outputs, targets),
+            task.output_hessian(outputs, targets),
             self.source.form.features(task, batch),
         )
 

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 from upweight.errors import ShapeError, message
 from upweight.report.shown import Render, content
 from upweight.report.sprite import as_images
-from upweight.task.data import ArrayData, Data
+from upweight.scores import Scores
+from upweight.task.data import ArrayData, Data, as_data
 
 _TARGETS = ("labels", "label", "targets", "target", "y")
 """Names under which dict batches carry the target."""
@@ -46,6 +47,16 @@ class Examples:
         if self.texts is not None:
             return "text"
         return "example" if self.table is None else "row"
+
+
+def read_training(scores: Scores, given: Any) -> Data:
+    """The training data, as the task of the scores reads them where it is known."""
+    return as_data(given) if scores.context is None else scores.context.task.training(given)
+
+
+def read_queries(scores: Scores, given: Any) -> Data:
+    """The queries, as the task of the scores reads them where it is known."""
+    return as_data(given) if scores.context is None else scores.context.task.queries(given)
 
 
 def examples(

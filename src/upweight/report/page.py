@@ -23,7 +23,15 @@ from upweight.report.content import (
     selection,
     short,
 )
-from upweight.report.examples import Examples, all_labels, examples, inputs_of, require_one_each
+from upweight.report.examples import (
+    Examples,
+    all_labels,
+    examples,
+    inputs_of,
+    read_queries,
+    read_training,
+    require_one_each,
+)
 from upweight.report.facts import noun_of, query_facts, train_facts
 from upweight.report.health import convention, health, verdict
 from upweight.report.notation import count, interval, readable
@@ -36,7 +44,7 @@ from upweight.report.training import Training, training_set
 from upweight.report.trust import trust
 from upweight.report.whatif import columns
 from upweight.scores import Scores
-from upweight.task.data import Data, as_data
+from upweight.task.data import Data
 
 PER_SIDE = 12
 """Examples shown at each end of a query's ranking."""
@@ -127,7 +135,7 @@ def html(
         >>> html(scores, (X, y), (X_test, y_test), path="cats.html")
     """
     require_scores(scores)
-    train_data, query_data = as_data(train), as_data(queries)
+    train_data, query_data = read_training(scores, train), read_queries(scores, queries)
     require_fit(scores, removal, checks, len(train_data), len(query_data))
     _require_options(k, start, len(query_data))
     if (train_tokens is None) != (token_scores is None):

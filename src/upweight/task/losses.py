@@ -118,6 +118,11 @@ def _precise(outputs: Tensor) -> torch.dtype:
     return torch.promote_types(outputs.dtype, torch.float32)
 
 
+def _real(targets: Tensor, outputs: Tensor) -> Tensor:
+    """Targets as numbers that can be negative: of uint8, 2·0 − 1 is 255; bool has no difference."""
+    return targets if targets.is_floating_point() else targets.to(outputs.dtype)
+
+
 def _per_example(values: Tensor) -> Float[Tensor, " b"]:
     return values.reshape(len(values), -1).sum(dim=1)
 
@@ -309,7 +314,7 @@ class CrossEntropy(Loss):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         _require_tensor("CrossEntropy", targets)
-        if outputs.ndim > 1 and outputs.shape[-1] == 1:
+        if outputs.ndim > 1 and self._last(outputs).shape[-1] == 1:
             raise ShapeError(
                 message(
                     "CrossEntropy needs a logit for each of two or more classes.",
@@ -329,12 +334,6 @@ class CrossEntropy(Loss):
             if outputs.shape == targets.shape and outputs.ndim > 1:
                 cause = "one-hot targets of integer dtype."
                 way = "give probabilities as floats, y.to(outputs.dtype); or classes, y.argmax(-1)."
-            elif outputs.ndim > 2 and targets.shape == (len(outputs), *outputs.shape[2:]):
-                cause = "classes on the second axis, where PyTorch's own loss has them."
-                way = (
-                    "Task(model, loss, forward=lambda model, batch: "
-                    "(model(batch[0]).movedim(1, -1), batch[1]))."
-                )
             elif targets.shape == (*outputs.shape[:-1], 1):
                 cause, way = "a last axis of size 1.", "squeeze the targets, y.squeeze(-1)."
             elif outputs.ndim < 2:
@@ -448,11 +447,11 @@ class Bernoulli(Loss):
         _require_range("Bernoulli", targets, (targets >= 0) & (targets <= 1), "in [0, 1]")
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
-        return _per_example(F.softplus(outputs) - targets * outputs)
+        # By default softplus has a slope of exactly 1 from 20 on, where 1 − σ is still 2e-9.
+        return _per_example(F.softplus(outputs, threshold=80.0) - targets * outputs)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c"]:
-        # Booleans cannot be subtracted.
-        return (outputs.sigmoid() - targets.to(outputs.dtype)).reshape(len(outputs), -1)
+        return (outputs.sigmoid() - _real(targets, outputs)).reshape(len(outputs), -1)
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c c"]:
         p = outputs.reshape(len(outputs), -1).sigmoid()
@@ -462,7 +461,7 @@ class Bernoulli(Loss):
         return -self(outputs, targets)
 
     def margin(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
-        return _per_example((2.0 * targets - 1.0) * outputs)  # in uint8, 2·0 − 1 is 255
+        return _per_example((2 * _real(targets, outputs) - 1) * outputs)
 
     def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
         _, drawn = self._drawn(outputs, Draws.by(generator, len(outputs)))
@@ -606,7 +605,7 @@ class SmoothHinge(Loss):
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c"]:
         s = ((1 - targets * outputs) / self.temperature).sigmoid()
-        return -(targets * s).reshape(len(outputs), -1)
+        return (-_real(targets, outputs) * s).reshape(len(outputs), -1)
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c c"]:
         s = ((1 - targets * outputs) / self.temperature).sigmoid().reshape(len(outputs), -1)

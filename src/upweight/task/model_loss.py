@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch
 from upweight.errors import SpecError, message
+from upweight.task.arrays import TARGET_KEYS
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, SquaredError
-from upweight.task.task import TARGET_KEYS, Task, call_model, next_token
+from upweight.task.task import Task, call_model, next_token
 
 EXAMPLES = 4
 CLOSE = 1e-2

@@ -9,6 +9,7 @@ evaluated alone and together.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -124,7 +125,7 @@ def own_losses(
         def values(t: Tensor, single: Batch = single) -> Tensor:
             return evaluate(t, single)[0]
 
-        moved = _differs(task, theta, loss[0], together[k], losses)
+        moved = _differs(task, theta, loss[0], together[k], losses, partial(_terms, f, y))
         # A loss may saturate or leave positions out. Outputs for equal inputs are equal throughout;
         # what a model answers where it was padded is its own affair.
         unpadded = _shapes(single) == _shapes(_row(batch, k, len(at)))
@@ -158,7 +159,10 @@ def require_same_losses(
             batch = task.to_device(data.batch(i, i + 1))
             return task.losses_of(*evaluate(t, batch))[0]
 
-        if _differs(task, theta, alone, losses[i].to(alone), value):
+        def terms(i: int = i) -> float:
+            return _terms(*evaluate(theta, task.to_device(data.batch(i, i + 1))))
+
+        if _differs(task, theta, alone, losses[i].to(alone), value, terms):
             raise NonDeterministic(
                 message(
                     "The loss of an example must not depend on the other examples of its batch, "
@@ -223,7 +227,11 @@ def require_own_measurements(
                     "take the random step out of the measure.",
                 )
             )
-        if _differs(task, theta, alone[0], values[i].to(alone), lambda t: value(t)[0]):
+
+        def terms(single: Batch = single) -> float:
+            return _terms(*task.call(theta, single))
+
+        if _differs(task, theta, alone[0], values[i].to(alone), lambda t: value(t)[0], terms):
             raise NonDeterministic(
                 message(
                     "A measurement must not depend on the other queries of its batch.",
@@ -265,18 +273,22 @@ def _differs(
     a: Tensor,
     b: Tensor,
     value: Callable[[Float[Tensor, " p"]], Tensor],
+    terms: Callable[[], float] = float,
 ) -> bool:
     """Whether two evaluations of one value differ by more than rounding.
 
     Batches of other sizes are summed in another order. How much that may do depends on what cancels
     on the way (collinear inputs), so it is not judged by the size of the result: the value is taken
-    again with every parameter changed by one rounding, up or down.
+    again with every parameter changed by one rounding, up or down. That does not show what cancels
+    within the loss, such as two terms as large as the outputs: `terms` is their size.
     """
     gap, eps = _gap(a, b), _eps(task)
     if gap <= 10 * eps * _size(a):
         return False
     if gap == math.inf:
         return True
+    if gap <= 10 * eps * terms():
+        return False
     generator = torch.Generator(device=theta.device).manual_seed(0)
     moved = 0.0
     for _ in range(NUDGES):
@@ -284,6 +296,13 @@ def _differs(
         nudged = value(theta * (1 + eps * (2 * signs - 1).to(theta)))
         moved = max(moved, _gap(nudged, a.reshape(nudged.shape)))
     return gap > MARGIN * moved
+
+
+def _terms(outputs: Tensor, targets: Any) -> float:
+    """The size of what a loss of one example adds up."""
+    positions = max(1, outputs[..., 0].numel() if outputs.ndim > 1 else 1)
+    real = [x for x in tensors(targets) if x.is_floating_point()]
+    return positions * max(_size(x) for x in (outputs, *real) if x.numel())
 
 
 def _eps(task: Task) -> float:

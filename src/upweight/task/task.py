@@ -9,16 +9,17 @@ and the model is only ever called functionally: it comes back exactly as it was 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from upweight._typing import Batch, Forward, Params
-from upweight.errors import DataError, ScalarLoss, message
+from upweight.errors import DataError, ScalarLoss, UnsupportedModel, message
 from upweight.task.arrays import TARGET_KEYS
 from upweight.task.batches import mapped
+from upweight.task.data import Data, as_data
 from upweight.task.lent import copied, differentiable, lent
 from upweight.task.losses import Loss, as_loss
 from upweight.task.params import Layout
@@ -89,6 +90,26 @@ def _length(batch: Any) -> str:
     return f" of {len(batch)}" if isinstance(batch, tuple) else ""
 
 
+class Reader(Protocol):
+    """How the data of a model that was translated from another library become its examples.
+
+    Such a model is known to its user by other rows and labels than it computes with: rows before a
+    pipeline's transformations, classes by name. Whatever reaches its task is read in that way.
+    """
+
+    def training(self, given: Any) -> Data:
+        """The training data, with the weights they have in the objective."""
+        ...
+
+    def queries(self, given: Any) -> Data:
+        """Queries."""
+        ...
+
+    def relabeled(self, example: Batch, label: Any) -> Batch:
+        """A batch of one training example with another label, given as the user knows it."""
+        ...
+
+
 @dataclass(frozen=True)
 class Task:
     """What was trained: the model, its loss and penalty, and which parameters.
@@ -99,9 +120,10 @@ class Task:
         penalty: R(θ), added to the mean loss. `L2(λ)` is (λ/2) ‖θ‖².
         params: Globs of parameter names that make up θ. Frozen parameters are never part of it.
         forward: How to get `(outputs, targets)` from `(model, batch)`; see `call_model`.
+        reads: How data become examples of the model; set by adapters. None: see `as_data`.
 
     Raises:
-        UnsupportedModel: No trainable parameter is chosen.
+        UnsupportedModel: The model is no PyTorch module, or no trainable parameter is chosen.
         DtypeError: The chosen parameters differ in dtype.
 
     Example:
@@ -114,6 +136,7 @@ class Task:
     params: tuple[str, ...]
     forward: Forward
     layout: Layout = field(repr=False)
+    reads: Reader | None = field(repr=False, compare=False)
 
     def __init__(
         self,
@@ -122,7 +145,10 @@ class Task:
         penalty: Penalty | Callable[[Params], Tensor] | None = None,
         params: str | tuple[str, ...] = "*",
         forward: Forward | None = None,
+        reads: Reader | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise UnsupportedModel(_not_a_module(model))
         patterns = (params,) if isinstance(params, str) else tuple(params)
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "loss", as_loss(loss))
@@ -130,6 +156,15 @@ class Task:
         object.__setattr__(self, "params", patterns)
         object.__setattr__(self, "forward", forward or call_model)
         object.__setattr__(self, "layout", Layout.of(model, patterns))
+        object.__setattr__(self, "reads", reads)
+
+    def training(self, given: Any) -> Data:
+        """Training data from what the user holds: by `reads`, or see `as_data`."""
+        return as_data(given) if self.reads is None else self.reads.training(given)
+
+    def queries(self, given: Any) -> Data:
+        """Queries from what the user holds: by `reads`, or see `as_data`."""
+        return as_data(given) if self.reads is None else self.reads.queries(given)
 
     def theta(self) -> Float[Tensor, " p"]:
         """θ̂: a copy of the model's chosen parameters as one flat vector."""
@@ -143,7 +178,7 @@ class Task:
         with torch.no_grad():
             for name, value in self.layout.unflatten(theta).items():
                 named[name].copy_(value)
-        return Task(model, self.loss, self.penalty, self.params, self.forward)
+        return Task(model, self.loss, self.penalty, self.params, self.forward, self.reads)
 
     def named(self, params: Params | Float[Tensor, " p"]) -> Params:
         """Parameters by name, from either form."""
@@ -219,6 +254,17 @@ class Task:
             )
         return losses
 
+    def output_gradient(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c"]:
+        """δ = ∂ℓ/∂f, in the dtype of the outputs as autograd has it, whatever that of the targets.
+
+        Targets in float64 beside a float32 model are compared in float64 and rounded here.
+        """
+        return self.loss.gradient(outputs, targets).to(outputs.dtype)
+
+    def output_hessian(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c c"]:
+        """Λ = ∂²ℓ/∂f², in the dtype of the outputs."""
+        return self.loss.hessian(outputs, targets).to(outputs.dtype)
+
     def objective(
         self, theta: Float[Tensor, " p"], batch: Batch, weights: Float[Tensor, " b"]
     ) -> Float[Tensor, ""]:
@@ -244,6 +290,50 @@ def _dense_gradients(model: nn.Module) -> Iterator[None]:
 
 def _detached(x: Any) -> Any:
     return x.detach() if isinstance(x, Tensor) else x
+
+
+def require_task(task: Any) -> None:
+    """Refuse what is no task, such as an estimator in its place.
+
+    Raises:
+        UnsupportedModel: With how to make one.
+    """
+    if not isinstance(task, Task):
+        raise UnsupportedModel(
+            message(
+                "What was trained is said by an upweight.Task.",
+                f"an object of type {type(task).__name__}.",
+                "the model itself in place of its task.",
+                _way_to_a_task(task),
+            )
+        )
+
+
+def _not_a_module(model: Any) -> str:
+    return message(
+        "The model of a Task must be a PyTorch module.",
+        f"an object of type {type(model).__name__}.",
+        "a fitted estimator or a results object of another library, or a function.",
+        _way_to_a_task(model),
+    )
+
+
+def _way_to_a_task(model: Any) -> str:
+    if type(model).__module__.startswith("statsmodels."):
+        return (
+            "import upweight.adapters.statsmodels as smx; task, train = smx.task(results), of what "
+            "model.fit() returned."
+        )
+    if hasattr(model, "get_params") and hasattr(model, "fit"):
+        return (
+            "import upweight.adapters.sklearn as sk; task, train = sk.task(estimator, X, y), with "
+            "the X and y that it was fitted on."
+        )
+    return (
+        "upweight.Task(model, loss) of a torch.nn.Module and the loss it was trained with; "
+        "upweight.adapters.sklearn and upweight.adapters.statsmodels make tasks of fitted "
+        "estimators."
+    )
 
 
 class _Call(nn.Module):

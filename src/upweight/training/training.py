@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch, Params
 from upweight.errors import NotConverged, SpecError, UnsupportedModel, message
-from upweight.task.data import Data, as_data
+from upweight.task.data import Data
 from upweight.task.lent import copied
 from upweight.task.params import Layout
 from upweight.task.recipe import Trained
@@ -130,7 +130,7 @@ class Training:
             NotConverged: Its parameters became NaN or infinite.
             UpweightError: As for `prepare`.
         """
-        data = as_data(train)
+        data = task.training(train)
         found = self.prepare(task, data)(torch.ones(1, len(data)))
         if found.failures:
             raise NotConverged(

@@ -18,14 +18,21 @@ from upweight.report.content import (
     short,
     spread_of,
 )
-from upweight.report.examples import Examples, all_labels, examples, inputs_of
+from upweight.report.examples import (
+    Examples,
+    all_labels,
+    examples,
+    inputs_of,
+    read_queries,
+    read_training,
+)
 from upweight.report.facts import noun_of, query_facts, train_facts
 from upweight.report.shown import Render
 from upweight.report.sprite import GUTTER, LARGEST_SIDE, display_range, sprite
 from upweight.report.strongest import effects, ranked
 from upweight.report.training import training_set
 from upweight.scores import Scores, Unit
-from upweight.task.data import Data, as_data
+from upweight.task.data import Data
 from upweight.view.kept import kept_totals
 
 PER_PAGE = 12
@@ -83,8 +90,8 @@ class Answers:
     ) -> None:
         self.scores = scores
         self.q, self.n = scores.values.shape
-        self._train = None if train is None else as_data(train)
-        self._queries = None if queries is None else as_data(queries)
+        self._train = None if train is None else read_training(scores, train)
+        self._queries = None if queries is None else read_queries(scores, queries)
         self._names, self._render = names, render
         self._instead = {
             "train": (train_images, train_texts),

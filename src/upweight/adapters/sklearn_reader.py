@@ -1,0 +1,220 @@
+"""How the task of an estimator reads rows and labels: as the estimator's own methods do.
+
+(X, y)     before a Pipeline's transformations, classes by name
+X, (X,)    without labels: those that the estimator predicts
+"""
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.base import is_classifier
+from sklearn.pipeline import Pipeline
+from torch import Tensor
+
+from upweight._typing import Batch
+from upweight.adapters.sklearn_arrays import (
+    class_index,
+    encoded,
+    features,
+    require_rows,
+    weights_of,
+)
+from upweight.adapters.sklearn_objectives import Objective, final_step
+from upweight.adapters.sklearn_rules import objective_of
+from upweight.adapters.support import AdapterReader, TranslatedData, require_same_index
+from upweight.errors import DataError, UnsupportedModel, message
+from upweight.runtime.fingerprint import digest
+from upweight.task.data import Data
+from upweight.task.identity import described
+
+UNLABELED = "queries without labels: the class that the estimator predicts stands for each"
+
+
+def translated(
+    estimator: Any, X: Any, y: Any = None, sample_weight: Any = None, objective: Any = None
+) -> TranslatedData:
+    """Examples for the task of a supported estimator; see `upweight.adapters.sklearn.data`."""
+    Z = features(estimator, X)
+    notes: tuple[str, ...] = ()
+    if y is None:
+        y, notes = _predicted(final_step(estimator), Z), (UNLABELED,)
+    else:
+        require_same_index(X, y, "X", "y")
+    targets = encoded(estimator, objective or objective_of(estimator), y)
+    require_rows(Z, targets)
+    arrays: Any = (Z, targets)
+    if sample_weight is not None:
+        require_same_index(X, sample_weight, "X", "sample_weight")
+        arrays = (Z, (targets, weights_of(sample_weight, len(Z))))
+    return TranslatedData(arrays, notes, origin_of(estimator))
+
+
+def origin_of(estimator: Any) -> str:
+    """A hash of what the steps are, were told and have learned, as far as it can be read."""
+    steps = (
+        [step for _, step in estimator.steps] if isinstance(estimator, Pipeline) else [estimator]
+    )
+    return digest(*map(_learned, steps))
+
+
+def _learned(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return _learned(value.tolist()) if value.dtype.kind in "OUS" else described(value)
+    if hasattr(value, "get_params"):
+        # By convention what was learned ends in _; the rest may be a step's notes to itself.
+        kept = {k: v for k, v in vars(value).items() if k.endswith("_") and not k.startswith("_")}
+        told = value.get_params(deep=False)
+        return f"{type(value).__module__}.{type(value).__qualname__} {_learned(told | kept)}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_learned(v)}" for name, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(map(_learned, value)) + ")"
+    plain = isinstance(value, str | int | float | np.generic)
+    return repr(value) if plain else type(value).__qualname__
+
+
+@dataclass(frozen=True, eq=False)
+class Reader(AdapterReader):
+    """Reads by a copy of the fitted estimator. Made by `Reader.of`.
+
+    Args:
+        estimator: As it was when the task was made.
+        objective: Says how labels are encoded.
+        by_class: The weight of each class in the objective, or None where all are 1.
+    """
+
+    estimator: Any
+    objective: Objective
+    by_class: Any
+
+    @staticmethod
+    def of(estimator: Any, objective: Objective, arrays: Any, by_class: Any) -> "Reader":
+        """The reader of a task with these training arrays.
+
+        Raises:
+            UnsupportedModel: A step of the Pipeline cannot be copied.
+        """
+        try:
+            own = copy.deepcopy(estimator)
+        except Exception as error:  # whatever a step of the user's raises
+            raise UnsupportedModel(
+                message(
+                    "A Pipeline must be one that can be copied: its task reads data by its own "
+                    "copy, whatever becomes of it.",
+                    f"copy.deepcopy says: {error}",
+                    "a step that holds a connection, a lock or a generator.",
+                    "transform X by the earlier steps yourself, and pass the last step: "
+                    "sk.task(pipeline[-1], pipeline[:-1].transform(X), y).",
+                )
+            ) from error
+        train = TranslatedData(arrays, (), origin_of(own))
+        return Reader(train, "sk.data(estimator, X, y)", own, objective, by_class)
+
+    def noting(self, notes: list[str]) -> "Reader":
+        """The same with notes on the training data."""
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, notes=tuple(notes)))
+
+    def translate(self, given: Any) -> TranslatedData:
+        """Examples from `(X, y)`, `(X,)` or X, as they were given to fit.
+
+        Raises:
+            DataError: Something else, or tensors for a Pipeline.
+            UpweightError: As for `upweight.adapters.sklearn.data`.
+        """
+        X, y = _parts(given)
+        through = isinstance(self.estimator, Pipeline) and len(self.estimator.steps) > 1
+        if through and isinstance(X, Tensor):
+            raise DataError(
+                message(
+                    "Data for the task of a Pipeline are rows before its transformations.",
+                    f"a torch.Tensor {tuple(X.shape)}, which may hold rows before or after them.",
+                    "features taken from the translated data, or rows converted to tensors.",
+                    "pass rows as they were given to fit, a data frame or an array (X.numpy()); "
+                    f"or {self.call}.",
+                )
+            )
+        return translated(self.estimator, X, y, None, self.objective)
+
+    def training(self, given: Any) -> Data:
+        """As `AdapterReader.training`; training data have labels."""
+        if not isinstance(given, Data) and _parts(given)[1] is None:
+            raise DataError(
+                message(
+                    "Training data need their labels.",
+                    "X alone.",
+                    "the y that was left out.",
+                    "pass (X, y) as they were given to fit, or the `train` that came with the "
+                    "task.",
+                )
+            )
+        return super().training(given)
+
+    def relabeled(self, example: Batch, label: Any) -> Batch:
+        """Another label, as the estimator knows it, with the class weight that it has.
+
+        Raises:
+            DataError, ShapeError: The estimator knows no such label.
+        """
+        assert isinstance(example, tuple)
+        X, old = example
+        given = np.asarray(label)
+        new = encoded(self.estimator, self.objective, given[None])
+        require_rows(X, new)
+        if isinstance(old, Tensor):
+            return X, new.to(old)
+        y, v = old
+        if self.by_class is None:
+            return X, (new.to(y), v)
+        before, after = (self.by_class[class_index(self.objective, t)] for t in (y[0], new[0]))
+        if before == 0:
+            raise DataError(
+                message(
+                    "An example that is given another label must count before and after.",
+                    "a class whose weight is 0: its examples are not part of the objective.",
+                    "class_weight with a 0.",
+                    "leave those examples out of the training data and fit again.",
+                )
+            )
+        return X, (new.to(y), v * (after / before))
+
+
+def _parts(given: Any) -> tuple[Any, Any]:
+    """X and y, where the latter may be None."""
+    pair = isinstance(given, tuple) or (
+        isinstance(given, list) and bool(given) and all(hasattr(v, "__array__") for v in given)
+    )
+    if pair and 1 <= len(given) <= 2:
+        return given[0], given[1] if len(given) == 2 else None
+    is_matrix = hasattr(given, "__array__") or hasattr(given, "tocsr")
+    if is_matrix and len(given.shape) == 2:
+        return given, None
+    raise DataError(
+        message(
+            "Data for the task of an estimator are (X, y) as they were given to fit, or X alone.",
+            f"a {type(given).__name__}{f' of {len(given)}' if pair else ''}.",
+            "a Dataset, DataLoader or dict; or sample weights beside X and y.",
+            "pass (X, y); with weights sk.data(estimator, X, y, sample_weight).",
+        )
+    )
+
+
+def _predicted(final: Any, Z: Tensor) -> Any:
+    """The class of each row, by the estimator itself.
+
+    Raises:
+        DataError: A regression, whose loss at its own prediction has no gradient.
+    """
+    if not is_classifier(final):
+        raise DataError(
+            message(
+                f"The loss of {type(final).__name__} needs the target of each query.",
+                "X without y.",
+                "predictions for which no target is known yet.",
+                "to ask about the predictions themselves, give any y, such as zeros, and "
+                "measure=upweight.Logit(0), which does not look at it.",
+            )
+        )
+    return final.predict(Z.numpy())

@@ -1,0 +1,285 @@
+"""How the task of statsmodels results reads rows: by the names of the columns, or by a formula."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from upweight._typing import Batch
+from upweight.adapters.statsmodels_regression import family_of, offsets_of
+from upweight.adapters.support import AdapterReader, TranslatedData, require_same_index
+from upweight.errors import DataError, ShapeError, message
+from upweight.methods import classical
+from upweight.runtime.fingerprint import digest
+
+NAMELESS = "exog came without names: its columns were taken in the order of the fit"
+
+
+def translated(
+    results: Any, exog: Any, endog: Any = None, offset: Any = None, exposure: Any = None
+) -> TranslatedData:
+    """Examples for the task of supported results; see `upweight.adapters.statsmodels.data`."""
+    family, names = family_of(results), [str(name) for name in results.model.exog_names]
+    if endog is None:
+        endog = _response(results, exog)
+    _require_left_side(results, endog)
+    for name, part in (("endog", endog), ("offset", offset), ("exposure", exposure)):
+        require_same_index(exog, part, "exog", name)
+    columns = _names(exog)
+    notes: tuple[str, ...] = ()
+    if columns is not None and columns != names and _has_formula(results):
+        exog = _by_formula(results, exog)
+    elif columns is not None and _has_names(results.model):
+        _require_columns(columns, names)
+    elif columns is None and _has_names(results.model):
+        notes = (NAMELESS,)
+    X, y = _numbers("exog", exog), _numbers("endog", endog)
+    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+    counted = y.ndim == 2 and y.shape[1] == 2 and isinstance(family, classical.Binomial)
+    if X.ndim != 2 or X.shape[1] != len(names) or len(y) != len(X) or not (counted or y.ndim == 1):
+        raise ShapeError(
+            message(
+                f"Queries need exog [q, {len(names)}] and endog [q] (binomial counts: [q, 2]).",
+                f"exog {X.shape}, endog {y.shape}.",
+                "a constant that was not added, or a single row without its first axis.",
+                f"give the columns of the fit: {', '.join(names)}.",
+            )
+        )
+    shift = _shift(results.model, {"offset": offset, "exposure": exposure}, len(X))
+    weights = np.ones(len(y))
+    if counted:
+        weights = y.sum(axis=1)
+        if not np.all(weights > 0):
+            raise DataError(
+                message(
+                    "A query of successes and failures needs at least one trial.",
+                    f"{weights[~(weights > 0)][0]} trials at row {int(np.argmin(weights > 0))}.",
+                    "empty groups.",
+                    "leave them out.",
+                )
+            )
+        y = y[:, 0] / weights
+    return TranslatedData(arrays_of(X, y, weights, shift), notes, origin_of(results))
+
+
+def arrays_of(X: np.ndarray, y: np.ndarray, weights: np.ndarray, offset: np.ndarray | None) -> Any:
+    """(X, (y, v)), or (X, o, (y, v)), as tensors."""
+    inputs, responses, v = (torch.from_numpy(np.array(a)) for a in (X, y[:, None], weights))
+    if offset is None:
+        return inputs, (responses, v)
+    return inputs, torch.from_numpy(np.array(offset)), (responses, v)
+
+
+def origin_of(results: Any) -> str:
+    """A hash of the model's kind, columns and coefficients."""
+    model = results.model
+    link = getattr(getattr(model, "family", None), "link", None)
+    kind = f"{type(model).__qualname__} {type(link).__qualname__} {sorted(offsets_of(model))}"
+    beta = np.array(results.params, dtype=np.float64)
+    return digest(kind, repr(list(map(str, model.exog_names))), torch.from_numpy(beta))
+
+
+@dataclass(frozen=True, eq=False)
+class Reader(AdapterReader):
+    """Reads by the names and the formula of the results.
+
+    Args:
+        results: Of which the task is.
+    """
+
+    results: Any
+
+    def translate(self, given: Any) -> TranslatedData:
+        """Examples from `(exog, endog)`, or of a formula from its data frame.
+
+        Raises:
+            UpweightError: As for `upweight.adapters.statsmodels.data`.
+        """
+        if isinstance(given, tuple | list) and len(given) == 2:
+            return translated(self.results, *given)
+        if isinstance(given, tuple) and len(given) == 1:
+            return translated(self.results, given[0])
+        if _names(given) is not None:
+            return translated(self.results, given)
+        raise DataError(
+            message(
+                "Data for the task of statsmodels results are (exog, endog), or the data frame of "
+                "its formula.",
+                f"a {type(given).__name__}.",
+                "a Dataset, DataLoader or dict.",
+                "pass (exog, endog) with the columns of the fit; with an offset or exposure "
+                "smx.data(results, exog, endog, exposure=...).",
+            )
+        )
+
+    def relabeled(self, example: Batch, label: Any) -> Batch:
+        """Another response, with the weight that the row has.
+
+        Raises:
+            ShapeError: Not one number.
+        """
+        assert isinstance(example, tuple)
+        *inputs, (y, v) = example
+        new = _numbers("label", label)
+        if new.size != 1:
+            raise ShapeError(
+                message(
+                    "A new response is one number; of binomial counts, the share of successes.",
+                    f"shape {new.shape}.",
+                    "several labels at once, or successes and failures.",
+                    "pass successes / trials.",
+                )
+            )
+        return (*inputs, (torch.from_numpy(new.reshape(1, 1)).to(y), v))
+
+
+def _names(exog: Any) -> list[str] | None:
+    return [str(name) for name in exog.columns] if hasattr(exog, "columns") else None
+
+
+def _has_names(model: Any) -> bool:
+    """Whether the columns of the fit were named by the user, not numbered by statsmodels."""
+    return hasattr(model.data.orig_exog, "columns")
+
+
+def _has_formula(results: Any) -> bool:
+    return hasattr(results.model, "formula")
+
+
+def _by_formula(results: Any, frame: Any) -> Any:
+    """exog of a data frame, with the categories and transformations of the fit."""
+    names = list(map(str, results.model.exog_names))
+    if set(names) == set(_names(frame) or ()):
+        _require_columns(_names(frame) or [], names)
+    try:
+        exog, _ = results._transform_predict_exog(frame)
+    except Exception as error:  # patsy and formulaic have errors of their own
+        raise DataError(
+            message(
+                f"The frame must hold what the formula reads: {results.model.formula}.",
+                f"the columns {(_names(frame) or [])[:10]}. statsmodels says: "
+                f"{str(error).strip().splitlines()[-1]}",
+                "a column missing or renamed, or a category that the fit did not see.",
+                f"pass those columns, or exog with the columns {', '.join(names)}.",
+            )
+        ) from error
+    if len(exog) != len(frame) or not np.isfinite(np.asarray(exog, dtype=np.float64)).all():
+        raise DataError(
+            message(
+                "Every query must have all that the formula reads.",
+                f"{len(frame)} rows, some of them with missing or infinite values.",
+                "missing values, which a fit leaves out.",
+                "pass frame.dropna().",
+            )
+        )
+    return exog
+
+
+def _response(results: Any, frame: Any) -> Any:
+    """The response of a formula's frame, where it is one of its columns."""
+    name = results.model.endog_names
+    if _has_formula(results) and isinstance(name, str) and name in (_names(frame) or ()):
+        return frame[name]
+    raise DataError(
+        message(
+            "Queries need their responses.",
+            f"exog alone, of type {type(frame).__name__}"
+            + (f", without a column {name!r}." if _names(frame) is not None else "."),
+            "endog that was left out, or a formula whose left side is no plain column.",
+            "pass endog, numbers as in results.model.endog; to ask about predictions, for which "
+            "none is known yet, give zeros and measure=upweight.Logit(0), which looks at none.",
+        )
+    )
+
+
+def _require_left_side(results: Any, endog: Any) -> None:
+    """Refuse the column that a formula's left side transforms, in place of what it makes of it."""
+    given, needed = getattr(endog, "name", None), results.model.endog_names
+    if not (_has_formula(results) and isinstance(given, str) and isinstance(needed, str)):
+        return
+    if given != needed and re.search(rf"\b{re.escape(given)}\b", needed):
+        raise DataError(
+            message(
+                f"endog must be the left side of the formula, {needed}.",
+                f"a column named {given!r}.",
+                "the column itself, or transformed values that kept its name.",
+                f"pass the values of {needed} without a name: np.asarray(...).",
+            )
+        )
+
+
+def _require_columns(columns: list[str], names: list[str]) -> None:
+    if columns == names:
+        return
+    reordered = sorted(columns) == sorted(names)
+    raise (DataError if reordered else ShapeError)(
+        message(
+            f"The columns of exog must be those of the fit, in their order: {', '.join(names)}.",
+            f"{', '.join(columns[:10])}.",
+            "columns that were reordered since."
+            if reordered
+            else "a constant that was not added, or columns dropped or renamed since.",
+            f"pass exog[{names}]."
+            if reordered
+            else "give the columns of the fit; a constant is added by sm.add_constant(exog, "
+            'has_constant="add").',
+        )
+    )
+
+
+def _shift(model: Any, given: dict[str, Any], q: int) -> np.ndarray | None:
+    """o of each query: what the fit was given by name must be given by name."""
+    fitted = offsets_of(model)
+    for name, value in given.items():
+        if (value is None) == (name in fitted):
+            needed = name in fitted
+            raise DataError(
+                message(
+                    f"Queries need an {name} of their own where the fit had one, and only there.",
+                    f"{'none' if needed else 'one'}, for a fit {'with' if needed else 'without'}.",
+                    "rows passed by themselves, as (exog, endog)."
+                    if needed
+                    else "an offset or exposure of another model.",
+                    f"smx.data(results, exog, endog, {name}=...)." if needed else "leave it out.",
+                )
+            )
+    if not fitted:
+        return None
+    parts = []
+    for name in fitted:
+        value = _numbers(name, given[name])
+        value = np.full(q, value) if value.ndim == 0 else value.reshape(-1)
+        if (
+            value.shape != (q,)
+            or not (np.isfinite(value) & ((value > 0) | (name == "offset"))).all()
+        ):
+            raise DataError(
+                message(
+                    f"{name} must be {q} finite numbers{' above 0' if name == 'exposure' else ''}.",
+                    f"shape {value.shape}, smallest {value.min(initial=np.inf)}.",
+                    "values of other rows, missing ones, or an exposure that was logged already.",
+                    "pass one for each query, as it was given to the fit.",
+                )
+            )
+        parts.append(np.log(value) if name == "exposure" else value)
+    return np.sum(parts, axis=0)
+
+
+def _numbers(name: str, values: Any) -> np.ndarray:
+    try:
+        if isinstance(values, Tensor):
+            values = values.detach().cpu()
+        return np.array(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            message(
+                f"{name} must be numbers, as the fit had them.",
+                f"{type(values).__name__}: {error}.",
+                "text or categories, a missing value, or rows of different lengths.",
+                "encode them as in results.model.exog and results.model.endog; or fit by a "
+                "formula, whose data frame is read as the fit read it.",
+            )
+        ) from error
