@@ -37,7 +37,7 @@ MAY_IMPORT = {
         "errors", "_typing", "runtime", "task", "plot", "scores", "method", "training",
     },
     "applications": {"errors", "_typing", "task", "scores", "method"},
-    "report": {"errors", "_typing", "task", "scores", "method"},
+    "report": {"errors", "_typing", "runtime", "task", "scores", "method"},
     "runs": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
         "scores", "method", "methods", "evaluation",
