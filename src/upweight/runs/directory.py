@@ -5,10 +5,9 @@ new  ──create──►  unfinished  ──work──►  finished          a
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,7 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether all scores are there."""
-        return any(path.exists() for path in Scores.headers(self.scores))
+        return Scores.are_all_in(self.scores)
 
     @contextlib.contextmanager
     def held(self, purpose: str) -> Iterator[None]:
@@ -138,8 +137,7 @@ class Run:
     @property
     def provenance(self) -> dict[str, Any]:
         """How the finished scores came about, without reading them."""
-        header = next(path for path in Scores.headers(self.scores) if path.exists())
-        return json.loads(header.read_text(encoding="utf-8"))["provenance"]
+        return asdict(Scores.provenance_in(self.scores))
 
     def load(self) -> Scores:
         """The finished scores, without their live task and data.
