@@ -225,7 +225,7 @@ def spoil_header(path):
 @pytest.mark.parametrize("damage", [flip_last_byte, cut, spoil_header])
 def test_damaged_tensors_are_stale(saved, damage):
     damage(saved / "scores.safetensors")
-    with pytest.raises(StaleStore, match="belong together|must be what was written"):
+    with pytest.raises(StaleStore, match=r"belong together|must be what was written"):
         Scores.load(saved)
 
 
