@@ -19,6 +19,8 @@ from upweight.runtime.whole import contents, write_whole
 
 FILES = (".lock", ".holder")
 
+WAY_OUT = "free space, or copy the folder to another disk and work there."
+
 
 @contextlib.contextmanager
 def locked(folder: Path, purpose: str) -> Iterator[None]:
@@ -55,13 +57,13 @@ def locked(folder: Path, purpose: str) -> Iterator[None]:
                 "A folder that is worked in must be writable.",
                 f"{folder / FILES[0]}: {error.strerror or error}.",
                 "a full disk, or one that is mounted for reading only.",
-                "free space, or copy the folder to another disk and work there.",
+                WAY_OUT,
             )
         ) from error
     try:
         since = datetime.now().isoformat(" ", "seconds")
         who = f"process {os.getpid()} on {socket.gethostname()} since {since}: {purpose}"
-        write_whole(holder, who.encode())
+        write_whole(holder, who.encode(), WAY_OUT)
         yield
     finally:
         with contextlib.suppress(OSError):  # a disk that became read-only
