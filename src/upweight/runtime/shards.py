@@ -24,6 +24,7 @@ from torch import Tensor
 
 from upweight._typing import Folder
 from upweight.errors import ShapeError, StaleStore, message
+from upweight.runtime.cover import Shard, covering, gaps, reach
 from upweight.runtime.headers import own_digest, read_json, write_json
 from upweight.runtime.memory import require_room
 from upweight.runtime.tensors import UNREADABLE, stale, tensors_digest, write_tensors
@@ -126,17 +127,11 @@ class ScoreShards:
 
     def done(self, first: int, last: int) -> int:
         """How many examples, from the first on, have scores with queries `first` to `last` − 1."""
-        return _reached(_cover(self._shards(), first, last))
+        return reach(covering(self._shards(), first, last))
 
     def missing(self, first: int, last: int) -> list[tuple[int, int]]:
         """Ranges of examples whose scores with queries `first` to `last` − 1 are not there."""
-        mine = [s for s in self._shards() if s.first <= first and last <= s.last]
-        gaps, reached = [], 0
-        for shard in sorted(mine, key=lambda s: s.start):
-            if shard.start > reached:
-                gaps.append((reached, shard.start))
-            reached = max(reached, shard.stop)
-        return gaps + ([(reached, self.n)] if reached < self.n else [])
+        return gaps(self._shards(), first, last, self.n)
 
     @property
     def is_whole(self) -> bool:
@@ -144,7 +139,7 @@ class ScoreShards:
         shards = self._shards()
         # Between two of these, all queries are in the same files.
         firsts = {0, *(s.first for s in shards), *(s.last for s in shards)} - {self.q}
-        return all(_reached(_cover(shards, k, k + 1)) == self.n for k in firsts)
+        return all(reach(covering(shards, k, k + 1)) == self.n for k in firsts)
 
     def append(self, first: int, start: int, values: Float[Tensor, "b q"]) -> None:
         """Keep scores of the queries from `first` on with the examples from `start` on.
@@ -170,7 +165,6 @@ class ScoreShards:
             StaleStore: A file is damaged.
             NotWritten: The disk is full or not writable.
         """
-        (self.directory / "finished.json").unlink(missing_ok=True)
         digests = {shard.path.name: self._verified(shard) for shard in self._shards()}
         write_json(
             self.directory / "finished.json", SCHEMA, {"shards": digests, "header": dict(header)}
@@ -220,10 +214,10 @@ class ScoreShards:
         shards, query = self._shards(), 0
         while query < self.q:
             ends = sorted({s.last for s in shards if s.first <= query < s.last})
-            whole = [last for last in ends if _reached(_cover(shards, query, last)) == self.n]
+            whole = [last for last in ends if reach(covering(shards, query, last)) == self.n]
             if not whole:
                 raise ShapeError(self._unfinished(f"query {query} without all of its scores"))
-            for shard, start in _cover(shards, query, whole[-1]):
+            for shard, start in covering(shards, query, whole[-1]):
                 first, last = query - shard.first, whole[-1] - shard.first
                 yield query, start, self._part(shard, first, last, start - shard.start)
             query = whole[-1]
@@ -259,13 +253,13 @@ class ScoreShards:
 
         Cost: reads its own column of each file, and the first time all of them.
         """
-        cover = _cover(self._shards(), query, query + 1)
-        reached = _reached(cover)
+        found = covering(self._shards(), query, query + 1)
+        reached = reach(found)
         if not 0 <= query < self.q or reached < self.n:
             given = f"query={query}, with the scores of {reached} examples"
             raise ShapeError(self._unfinished(given))
         columns = []
-        for shard, start in cover:
+        for shard, start in found:
             k = query - shard.first
             columns.append(self._part(shard, k, k + 1, start - shard.start)[:, 0])
         return torch.cat(columns)
@@ -275,12 +269,13 @@ class ScoreShards:
     @property
     def _finished(self) -> "_Finished | None":
         path = self.directory / "finished.json"
-        if not path.exists():
-            return None
         way_out = f"delete the file {path} and ask again: {AGAIN}; no scores are computed again."
-        return self._once(path, lambda: read_json(path, SCHEMA, _Finished, way_out))
+        try:
+            return self._once(path, lambda: read_json(path, SCHEMA, _Finished, way_out))
+        except FileNotFoundError:
+            return None
 
-    def _shards(self) -> list["_Shard"]:
+    def _shards(self) -> list[Shard]:
         """The files of scores; of a folder that is finished, those that finished.json names."""
         finished, found = self._finished, []
         named = None if finished is None or self.header is None else finished.shards
@@ -292,7 +287,7 @@ class ScoreShards:
                 way_out = "remove it: it is not one of the files that were written here."
                 raise StaleStore(stale(path, given, way_out))
             if named is None or path.name in named:
-                found.append(_Shard(first, last, start, stop, path))
+                found.append(Shard(first, last, start, stop, path))
         return found
 
     def _about(self, path: Path) -> dict[str, str]:
@@ -300,7 +295,7 @@ class ScoreShards:
         of = own_digest({"n": self.n, "q": self.q, "description": dict(self.description)})
         return {"schema": str(SCHEMA), "of": of, "place": path.stem}
 
-    def _part(self, shard: "_Shard", first: int, last: int, begin: int) -> Float[Tensor, "b q"]:
+    def _part(self, shard: Shard, first: int, last: int, begin: int) -> Float[Tensor, "b q"]:
         """The scores of some of its queries, with its examples from `begin` on."""
         self._verified(shard)
 
@@ -310,7 +305,7 @@ class ScoreShards:
 
         return _opened(shard.path, part)
 
-    def _verified(self, shard: "_Shard") -> str:
+    def _verified(self, shard: Shard) -> str:
         """The hash of a file that holds what was written."""
         path = shard.path
         found: str = self._once(path, lambda: _opened(path, lambda f: self._digest(shard, f)))
@@ -320,7 +315,7 @@ class ScoreShards:
                 raise StaleStore(_stale(shard.path, "other scores than finished.json names"))
         return found
 
-    def _digest(self, shard: "_Shard", file: Any) -> str:
+    def _digest(self, shard: Shard, file: Any) -> str:
         shape, about = [shard.stop - shard.start, shard.last - shard.first], file.metadata() or {}
         if list(file.keys()) != ["values"] or file.get_slice("values").get_shape() != shape:
             raise StaleStore(_stale(shard.path, f"another shape than {shape}"))
@@ -359,17 +354,6 @@ class _Finished:
     header: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """One file: scores of the queries first … last − 1 with the examples start … stop − 1."""
-
-    first: int
-    last: int
-    start: int
-    stop: int
-    path: Path
-
-
 def require_one_kind(folder: Path, other: str) -> None:
     """Refuse to keep shards beside scores that were saved whole, or the reverse.
 
@@ -404,23 +388,3 @@ def _opened(path: Path, read: Callable[[Any], Any]) -> Any:
 def _stale(path: Path, given: str) -> str:
     way_out = f"delete the file and ask again: {AGAIN}; only its scores are computed again."
     return stale(path, given, way_out)
-
-
-def _cover(shards: list[_Shard], first: int, last: int) -> list[tuple[_Shard, int]]:
-    """Shards one behind the other that have these queries, and from which example each is needed.
-
-    They may overlap: runs with other memory, or at the same time, cut the work in other places.
-    """
-    mine = [s for s in shards if s.first <= first and last <= s.last]
-    found: list[tuple[_Shard, int]] = []
-    while True:
-        reached = _reached(found)
-        further = [s for s in mine if s.start <= reached < s.stop]
-        if not further:
-            return found
-        found.append((max(further, key=lambda s: s.stop), reached))
-
-
-def _reached(cover: list[tuple[_Shard, int]]) -> int:
-    """The first example that is not covered."""
-    return cover[-1][0].stop if cover else 0
