@@ -340,3 +340,22 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_that_holds_the_run(run
     left.write_bytes(b"half")
     answer("rerun", "run")
     assert left.exists() == (whole.fcntl is None)
+
+
+def test_what_other_versions_wrote_is_made_again_in_one_step(run):
+    """Stores of before there were hashes, and runs that newer versions go on with."""
+    for path in run.scores.glob("scores-*"):
+        DAMAGES["no hash"](path)
+    changed(schema="1", digest="")(run.scores / "manifest.json")
+    assert f"delete the folder {run.scores}" in refusal("report", "run")
+    removed(run.scores)
+    run.toml.write_text(run.toml.read_text().replace('upweight = "', 'upweight = "0.0.'))
+    assert "start anew: upweight rerun" in refusal("rerun", "run")
+    assert answer("rerun", "run", "--out", "OTHER")["did"] == "computed"
+    answer("report", "OTHER")
+
+
+def test_a_directory_of_something_else_is_no_run_but_one_in_it_is(run):
+    said = refusal(*attribute(out="."))
+    assert "--out" in said and "project.py" in said
+    assert answer(*attribute(out="run2"))["did"] == "computed"

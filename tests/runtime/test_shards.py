@@ -57,8 +57,11 @@ def test_a_row_that_is_not_finished_is_refused(tmp_path):
 
 def test_scores_of_something_else_are_refused(tmp_path):
     shards_in(tmp_path)
-    with pytest.raises(StaleStore, match="give another folder"):
+    with pytest.raises(StaleStore, match="give another folder, or delete this one"):
         shards_in(tmp_path, method="b")
+    assert shards_in(tmp_path / "another", method="b").done(0, 5) == 0
+    shutil.rmtree(tmp_path)
+    assert shards_in(tmp_path, method="b").done(0, 5) == 0
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -103,6 +106,7 @@ def test_scores_that_do_not_fit_into_memory_are_not_read_at_once(tmp_path, monke
     monkeypatch.setattr("upweight.runtime.memory.free_bytes", lambda device: 100)
     with pytest.raises(SpecError, match=r"5 × 7 scores.*\n.*\n.*row\(query\)"):
         shards.values()
+    assert torch.equal(shards.row(2), SCORES[2])
 
 
 def test_a_pass_goes_on_with_the_settings_that_it_was_begun_with(tmp_path):
