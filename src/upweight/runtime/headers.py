@@ -28,9 +28,8 @@ WORDS = {
     int: "a whole number below 2⁶³",
     float: "a finite number",
     str: "a text",
-    type(None): "null",
 }
-NAMES = {**WORDS, int: "a whole number", float: "a number", dict: "a table", list: "a list"}
+NAMES = {**WORDS, dict: "a table", list: "a list", type(None): "null"}
 
 
 class Misfit(ValueError):
@@ -78,13 +77,10 @@ def read_json(path: Path, schema: int, kind: type[T], way_out: str) -> T:
 
     fields = _parsed(path, parsed, way_out)
     try:
-        fields = fitting(fields, dict[str, Any], "")
-        if fields.get("schema") != schema:
-            given = f"schema {fields['schema']!r:.40}" if "schema" in fields else "none"
-            raise Misfit("schema", f"{schema}, which this version of upweight writes", given)
-        found = fields.pop("digest", None)
-        result = fitting({k: v for k, v in fields.items() if k != "schema"}, kind, "")
-        if found != own_digest(fields):
+        told = fitting(fields, dict[str, Any], "")
+        found = told.pop("digest", None)
+        result = _of_schema(told, schema, kind)
+        if found != own_digest(told):
             raise Misfit("digest", "the hash of what the file says", "another")
     except Misfit as misfit:
         raise StaleStore(_stale(path, misfit, way_out)) from misfit
@@ -100,10 +96,7 @@ def read_toml(path: Path, schema: int, kind: type[T], way_out: str) -> T:
     # Editors on Windows put a mark before the text.
     fields = _parsed(path, lambda told: tomllib.loads(told.decode("utf-8-sig")), way_out)
     try:
-        if fields.get("schema") != schema:
-            given = f"{fields['schema']!r:.40}" if "schema" in fields else "none"
-            raise Misfit("schema", f"{schema}, which this version of upweight writes", given)
-        return fitting({k: v for k, v in fields.items() if k != "schema"}, kind, "")
+        return _of_schema(fields, schema, kind)
     except Misfit as misfit:
         raise StaleStore(_stale(path, misfit, way_out)) from misfit
 
@@ -113,8 +106,8 @@ def fitting(value: Any, kind: Any, key: str) -> Any:
 
     Args:
         value: From JSON or TOML.
-        kind: A dataclass, an enum, `str`, `int`, `float`, `bool`, `Any`, or a union, mapping, list
-            or tuple of such.
+        kind: A dataclass, an enum, `str`, `int`, `float`, `bool`, `Any`, a mapping, list or tuple
+            of such, or one of them or None.
         key: Where it is, for the message.
 
     Raises:
@@ -124,12 +117,10 @@ def fitting(value: Any, kind: Any, key: str) -> Any:
     if kind is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        for each in arguments:
-            if each is not type(None) or value is None:
-                if isinstance(value, str | int | float | None) and not _is(value, each):
-                    continue
-                return fitting(value, each, key)
-        raise _misfit(value, " or ".join(WORDS.get(each, "a table") for each in arguments), key)
+        if value is None and type(None) in arguments:
+            return None
+        (other,) = (each for each in arguments if each is not type(None))
+        return fitting(value, other, key)
     if dataclasses.is_dataclass(kind):
         return _built(value, kind, key)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
@@ -153,6 +144,13 @@ def own_digest(fields: Mapping[str, Any]) -> str:
     """The hash of parsed JSON, however it was laid out."""
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))  # ASCII
     return digest(text)
+
+
+def _of_schema(fields: Mapping[str, Any], schema: int, kind: Any) -> Any:
+    if fields.get("schema") != schema:
+        given = f"{fields['schema']!r:.40}" if "schema" in fields else "missing"
+        raise Misfit("schema", f"{schema}, which this version of upweight writes", given)
+    return fitting({k: v for k, v in fields.items() if k != "schema"}, kind, "")
 
 
 def _built(value: Any, kind: Any, key: str) -> Any:
