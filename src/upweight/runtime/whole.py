@@ -190,7 +190,7 @@ def _not_written(target: Path, error: OSError, way_out: str) -> NotWritten:
     found = NotWritten(
         message(
             "A file must be written whole.",
-            f"{target}: {error.strerror or error}.",
+            f"{target}: {error.strerror or str(error) or type(error).__name__}.",
             f"{CAUSES.get(error.errno or 0, 'a disk or folder that takes no new files')}.",
             way_out,
         )
