@@ -8,15 +8,20 @@ in the verdict "Do not believe these".
 The process exits with 1 if any case passes silently. The same cases are a test.
 """
 
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
@@ -921,6 +926,99 @@ def collinear_columns_of_statsmodels() -> Any:
 
     _, exog, y = counted()
     return smx.task(sm.OLS(y, exog.assign(twice=2 * exog["a"])).fit())
+
+
+# -- files of a run --------------------------------------------------------------------------------
+
+
+def altered(change: Callable[[Path], None], name: str = "scores-*", saved: bool = False) -> Any:
+    """Scores read from a folder of which one file was altered."""
+    model, train = linear(), rows()
+    method = uw.Influence(uw.EKFAC(uw.Observed()), damping=0.1)
+    with tempfile.TemporaryDirectory() as folder:
+        fitted = method.fit(uw.Task(model, uw.CrossEntropy(), uw.L2(0.1)), train)
+        if saved:
+            fitted.attribute(train, tolerance=0.0).save(folder)
+        else:
+            fitted.write(train, folder, tolerance=0.0)
+        (path,) = Path(folder).glob(name)
+        change(path)
+        return uw.Scores.load(folder)
+
+
+def edited(change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    """The numbers of a file changed, and all that its header says left as it was."""
+
+    def save(path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            told, values = file.metadata(), file.get_tensor("values")
+        save_file({"values": change(values).contiguous()}, path, told)
+
+    return save
+
+
+def one_score_of_99(values: Tensor) -> Tensor:
+    """As somebody with an editor may leave them."""
+    values = values.clone()
+    values[0, 0] = 99.0
+    return values
+
+
+@case
+def one_edited_score_in_shards() -> Any:
+    return altered(edited(one_score_of_99))
+
+
+@case
+def one_edited_score_that_was_saved() -> Any:
+    return altered(edited(one_score_of_99), "scores.safetensors", saved=True)
+
+
+@case
+def scores_doubled_on_disk() -> Any:
+    return altered(edited(lambda values: 2 * values))
+
+
+@case
+def a_transposed_file_of_scores() -> Any:
+    return altered(edited(lambda values: values.mT))
+
+
+@case
+def a_file_of_scores_that_is_shorter_than_its_name() -> Any:
+    return altered(edited(lambda values: values[:-3]))
+
+
+@case
+def another_unit_in_the_header() -> Any:
+    def change(path: Path) -> None:
+        path.write_text(path.read_text().replace("DERIVATIVE", "DIFFERENCE"))
+
+    return altered(change, "finished.json")
+
+
+@case
+def a_header_that_was_cut() -> Any:
+    def change(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:40])
+
+    return altered(change, "manifest.json")
+
+
+@case
+def a_copy_of_a_file_of_scores_beside_it() -> Any:
+    def change(path: Path) -> None:
+        shutil.copy(path, path.with_stem(f"{path.stem} (1)"))
+
+    return altered(change)
+
+
+@case
+def two_kinds_of_scores_in_one_folder() -> Any:
+    def change(path: Path) -> None:
+        path.with_name("scores.json").write_text("{}")
+
+    return altered(change)
 
 
 def main() -> int:

@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "errors", "_typing", "verdict", "runtime", "task", "plot", "scores", "method", "training",
     },
     "applications": {"errors", "_typing", "task", "scores", "method"},
-    "report": {"errors", "_typing", "_text", "verdict", "task", "scores", "method"},
+    "report": {"errors", "_typing", "_text", "verdict", "runtime", "task", "scores", "method"},
     "runs": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
         "scores", "method", "methods", "evaluation",

@@ -17,6 +17,7 @@
     ├── MissingContext        loaded scores lack their model or data  (RuntimeError)
     ├── StaleStore            files on disk belong to another run     (ValueError)
     ├── InUse                 another process works in the folder     (RuntimeError)
+    ├── NotWritten            a file cannot be written                (OSError)
     └── ProjectError          a file of the user's cannot be run      (RuntimeError)
 
 Every message has four parts: what was required, what was given, the usual cause, the way out.
@@ -111,6 +112,10 @@ class StaleStore(UpweightError, ValueError):
 
 class InUse(UpweightError, RuntimeError):
     """Another process works on the same files."""
+
+
+class NotWritten(UpweightError, OSError):
+    """A file cannot be written: the disk is full, or not ours to write."""
 
 
 class ProjectError(UpweightError, RuntimeError):

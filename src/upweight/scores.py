@@ -7,11 +7,9 @@ Upweighting example i raises m_q where S > 0. Removing it is wᵢ = 0, so Δm_q 
 
 import enum
 import importlib.metadata
-import json
 import operator
-import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
@@ -20,11 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from upweight._text import escaped, readable
+from upweight._text import readable
 from upweight.errors import (
     MissingContext,
     NonFinite,
@@ -35,16 +31,18 @@ from upweight.errors import (
     message,
 )
 from upweight.plot import Plot
-from upweight.runtime.fingerprint import digest
+from upweight.runtime.headers import Misfit, fitting, read_json, write_json
 from upweight.runtime.selection import labels_by_place, places
-from upweight.runtime.shards import ScoreShards
+from upweight.runtime.shards import AGAIN, ScoreShards, require_one_kind
+from upweight.runtime.tensors import read_plain, tensors_digest, write_plain
+from upweight.runtime.whole import make_folder
 from upweight.task.data import Data
 from upweight.task.task import Task
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA = 1
+SCHEMA = 2
 
 LOOKED_AT_ONCE = 4_000_000
 """Numbers looked at together for NaN and infinity."""
@@ -86,11 +84,6 @@ class Provenance:
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-    @classmethod
-    def read(cls, fields: Mapping[str, Any]) -> "Provenance":
-        """From JSON, which has no tuples."""
-        return cls(**{**fields, "notes": tuple(fields["notes"])})
 
 
 def library_versions() -> dict[str, str]:
@@ -414,49 +407,32 @@ class Scores:
     def save(self, directory: str | Path) -> Path:
         """Write `scores.safetensors` and `scores.json` into a directory; no pickle.
 
-        Each file is written beside its place and then renamed, the JSON last: an interrupted save
-        leaves either the old scores or none that load.
+        Each file is whole or not there, the JSON last: an interrupted save leaves either the old
+        scores or none that load. The JSON holds the hash of the numbers, and of itself.
 
         Raises:
-            OSError: The files could not be written.
+            NotWritten: The disk is full or not writable.
+            StaleStore: The directory holds scores that `LayerwiseInfluence.write` wrote.
         """
         target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
+        way_out = (
+            "free space or save elsewhere; the scores are still in memory, and what was saved "
+            "before is as it was."
+        )
+        make_folder(target, way_out)
+        require_one_kind(target, "manifest.json")
         tensors = {"values": self.values.detach().cpu().contiguous()}
         if self.error is not None:
             tensors["error"] = self.error.detach().cpu().contiguous()
         header = {
-            "schema": SCHEMA,
             "unit": self.unit.name,
             "columns": self.columns,
-            "digest": _digest(tensors, self.unit.name, self.columns),
+            "tensors": tensors_digest(tensors, {}),
             "provenance": asdict(self.provenance),
         }
-        staged = target / "scores.safetensors.part"
-        try:
-            save_file(tensors, staged)
-        except SafetensorError as error:  # what safetensors makes of a full disk
-            staged.unlink(missing_ok=True)
-            raise OSError(
-                message(
-                    "The directory must have room for the scores.",
-                    f"{sum(t.nbytes for t in tensors.values()):,} bytes for {target}; {error}",
-                    "a full disk or quota.",
-                    "free space or save elsewhere; the scores are still in memory, and what was "
-                    "saved before is as it was.",
-                )
-            ) from error
-        os.replace(staged, target / "scores.safetensors")
-        staged = target / "scores.json.part"
-        text = escaped(json.dumps(header, indent=1, ensure_ascii=False))
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, target / "scores.json")
+        write_plain(target / "scores.safetensors", tensors, {}, way_out)
+        write_json(target / "scores.json", SCHEMA, header)
         return target
-
-    @staticmethod
-    def headers(directory: str | Path) -> tuple[Path, ...]:
-        """The JSON files of which one is there once all scores are; it holds their provenance."""
-        return Path(directory) / "scores.json", Path(directory) / "finished.json"
 
     @classmethod
     def load(cls, directory: str | Path) -> "Scores":
@@ -465,44 +441,126 @@ class Scores:
         Raises:
             FileNotFoundError: There are no scores in the directory, or not all of them.
             SpecError: They do not fit into memory.
-            StaleStore: The two files do not belong together, are damaged, or are of another
-                version.
+            StaleStore: The files do not belong together, are damaged, or are of another version.
         """
         source = Path(directory)
-        whole, in_shards = cls.headers(source)
-        if in_shards.exists():
+        if (source / "finished.json").exists():
+            require_one_kind(source, "scores.json")
             shards = ScoreShards.load(source)
-            header = shards.header or {}
-            return cls(shards.values(), Unit[header["unit"]], Provenance.read(header["provenance"]))
-        header = json.loads(whole.read_text(encoding="utf-8"))
-        try:
-            tensors = load_file(source / "scores.safetensors")
-            found = _digest(tensors, header.get("unit"), header.get("columns"))
-        except SafetensorError as error:
-            found = f"unreadable: {error}"
-        if header.get("schema") != SCHEMA or header.get("digest") != found:
-            match = "match" if header.get("digest") == found else f"do not match ({found:.60})"
+            unit, provenance = told_of(shards)
+            return cls(shards.values(), unit, provenance)
+        header = _saved_header(source)
+        tensors, _ = read_plain(source / "scores.safetensors", _saved_way_out(source))
+        if header.tensors != tensors_digest(tensors, {}) or "values" not in tensors:
             raise StaleStore(
                 message(
-                    f"scores.json and scores.safetensors must belong together, schema {SCHEMA}.",
-                    f"schema {header.get('schema')} and contents that {match}.",
-                    "a save that was interrupted, or a file copied from another run.",
-                    "save the scores again.",
+                    "scores.json and scores.safetensors must belong together.",
+                    f"{source}, where they do not match.",
+                    "a save that was interrupted, or a file that was edited, damaged or copied "
+                    "from another run.",
+                    _saved_way_out(source),
                 )
             )
         return cls(
-            tensors["values"],
-            Unit[header["unit"]],
-            Provenance.read(header["provenance"]),
-            tensors.get("error"),
-            None if header["columns"] is None else tuple(header["columns"]),
+            tensors["values"], header.unit, header.provenance, tensors.get("error"), header.columns
         )
 
+    @classmethod
+    def are_all_in(cls, directory: str | Path) -> bool:
+        """Whether a directory holds all of its scores, by their headers and the names of files.
 
-def _digest(tensors: Mapping[str, Tensor], unit: str | None, columns: Sequence[str] | None) -> str:
-    """Of the numbers and of what says how to read them."""
-    reading = escaped(json.dumps([unit, columns], ensure_ascii=False))
-    return digest(*(tensors[name] for name in sorted(tensors)), reading)
+        Raises:
+            StaleStore: A header is damaged.
+        """
+        source = Path(directory)
+        if (source / "finished.json").exists():
+            shards = ScoreShards.load(source)
+            return shards.header is not None and shards.is_whole
+        return (source / "scores.json").exists() and (source / "scores.safetensors").exists()
+
+    @classmethod
+    def provenance_in(cls, directory: str | Path) -> Provenance:
+        """How the scores of a directory came about, without reading them.
+
+        Raises:
+            FileNotFoundError, StaleStore: As for `load`.
+        """
+        source = Path(directory)
+        if (source / "finished.json").exists():
+            return told_of(ScoreShards.load(source))[1]
+        return _saved_header(source).provenance
+
+    @classmethod
+    def verify(cls, directory: str | Path) -> None:
+        """See that the scores of a directory are those that were written.
+
+        Raises:
+            FileNotFoundError, StaleStore: As for `load`.
+
+        Cost: reads all of them, of shards one at a time.
+        """
+        if (Path(directory) / "finished.json").exists():
+            ScoreShards.load(directory).verify()
+        else:
+            cls.load(directory)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What scores.json holds."""
+
+    unit: Unit
+    columns: tuple[str, ...] | None
+    tensors: str
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What `LayerwiseInfluence.write` says of its scores."""
+
+    unit: Unit
+    provenance: Provenance
+
+
+def told_of(shards: ScoreShards) -> tuple[Unit, Provenance]:
+    """The unit and provenance of scores in shards; of those that nobody finished, what is known.
+
+    Raises:
+        StaleStore: finished.json says something else.
+    """
+    header = shards.header
+    if header is None:
+        method, task, measure = (
+            shards.description.get(name, "not recorded") for name in ("method", "task", "measure")
+        )
+        unknown = "not recorded"
+        known = Provenance(method, task, measure, shards.n, shards.q, 0, unknown, unknown)
+        return Unit.DERIVATIVE, known
+    try:
+        told: _Told = fitting(header, _Told, "header")
+    except Misfit as misfit:
+        path = shards.directory / "finished.json"
+        raise StaleStore(
+            message(
+                f"`{misfit.key}` in finished.json must be {misfit.required}.",
+                f"{path}, where it is {misfit.given}.",
+                "a file of another version of upweight.",
+                f"delete the file and ask again: {AGAIN}; no scores are computed again.",
+            )
+        ) from misfit
+    return told.unit, told.provenance
+
+
+def _saved_header(source: Path) -> _Saved:
+    return read_json(source / "scores.json", SCHEMA, _Saved, _saved_way_out(source))
+
+
+def _saved_way_out(source: Path) -> str:
+    return (
+        f"delete {source / 'scores.json'} and compute the scores again: scores.save(…), or "
+        "`upweight rerun` of their run."
+    )
 
 
 def _is_row(query: Any, q: int) -> bool:

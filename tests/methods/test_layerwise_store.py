@@ -15,6 +15,7 @@ from torch import nn
 
 import upweight as uw
 from tests.market import draw, initialized, problem
+from tests.runtime.damage import DAMAGES
 from upweight.errors import SpecError, StaleStore
 from upweight.runtime import checkpoint
 from upweight.runtime.shards import ScoreShards
@@ -353,3 +354,26 @@ def test_no_training_data_are_refused_in_our_own_words():
     X, y = p.train
     with pytest.raises(uw.errors.DataError, match="must hold at least one example"):
         METHOD.fit(p.task, (X[:0], y[:0]))
+
+
+@pytest.mark.parametrize("k", [0, 1, -1])
+def test_a_damaged_file_of_scores_is_named_and_only_it_is_computed_again(k, tmp_path, monkeypatch):
+    """The first, one in the middle and the last; the others are not touched."""
+    p = problem("mlp_tanh")
+    fitted = METHOD.fit(p.task, p.train)
+    monkeypatch.setattr("upweight.methods.layerwise.SHARD_BYTES", 1)
+    monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 4)
+    monkeypatch.setattr("upweight.contraction.stream.TOGETHER", 1)
+    whole = fitted.write(p.queries, tmp_path, tolerance=0.0).values()
+    files = sorted(tmp_path.glob("scores-*"))
+    assert len(files) > 2
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+    DAMAGES["doubled"](files[k])
+    with pytest.raises(StaleStore, match=rf"(?s){files[k].name}.*delete the file and ask again"):
+        fitted.write(p.queries, tmp_path, tolerance=0.0)
+    files[k].unlink()
+    assert torch.equal(fitted.write(p.queries, tmp_path, tolerance=0.0).values(), whole)
+    assert torch.equal(uw.Scores.load(tmp_path).values, whole)
+    after = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+    assert after[files[k]][0] == before.pop(files[k])[0]
+    assert before.items() <= after.items()

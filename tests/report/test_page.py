@@ -222,9 +222,7 @@ def test_rank_scores_predict_no_change(run):
 
 def test_a_failed_write_leaves_the_old_page(run, monkeypatch):
     before = run.write()
-    monkeypatch.setattr(
-        "upweight.report.rendering.os.replace", lambda *_: (_ for _ in ()).throw(OSError)
-    )
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError))
     run.options = {"title": "another"}
     with pytest.raises(OSError):
         run.write()

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shutil
 import socket
 import urllib.error
 import urllib.request
@@ -16,7 +17,8 @@ import pytest
 import torch
 
 from tests.report.conftest import provenance
-from upweight.errors import DataError, ShapeError, SpecError, UpweightError
+from tests.runtime.damage import DAMAGES
+from upweight.errors import DataError, ShapeError, SpecError, StaleStore, UpweightError
 from upweight.runtime.shards import ScoreShards
 from upweight.scores import Scores, Unit
 from upweight.verdict import Verdict
@@ -140,7 +142,7 @@ def test_no_scores_and_an_unfinished_pass_are_refused_and_leave_nothing(values, 
         opened(tmp_path)
     shards = ScoreShards.open(tmp_path, N, Q, {})
     shards.append(0, 0, values[:, :20].T)
-    with pytest.raises(ShapeError, match="call the same write"):
+    with pytest.raises(ShapeError, match=r"call the same write\(…\).*again to finish it"):
         opened(tmp_path)
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.npy"))
 
@@ -431,3 +433,92 @@ def test_rows_of_tables_say_where_they_differ(folder):
     i = entry["example"]["id"]
     distance = np.abs(X[i] - X[0]) / np.concatenate([X, X[:Q]]).std(axis=0)
     assert entry["differs"][0][0] == int(distance.argmax())
+
+
+# -- what was altered ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opened_once(values, tmp_path):
+    shards = ScoreShards.open(tmp_path / "scores", N, Q, {})
+    shards.append(0, 0, values.T)
+    shards.finish({"unit": "DERIVATIVE", "provenance": asdict(provenance(n=N, q=Q))})
+    scores = opened(tmp_path / "scores")
+    _ = Answers(scores, keep=keeping(tmp_path / "scores")).training
+    return tmp_path / "scores"
+
+
+def with_last_bytes(told):
+    def change(path):
+        path.write_bytes(path.read_bytes()[: -len(told)] + told)
+
+    return change
+
+
+COPIES = {
+    "another score": with_last_bytes(np.float32(99).tobytes()),
+    "NaN": with_last_bytes(np.float32("nan").tobytes()),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-4]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a pickle": lambda path: path.write_bytes(b"\x80\x04]." * 100),
+    "another shape": lambda path: np.save(path, np.zeros((N, Q), dtype=np.float32)),
+    "another dtype": lambda path: np.save(path, np.zeros((Q, N), dtype=np.int32)),
+    "the other order": lambda path: np.save(path, np.asfortranarray(np.load(path))),
+    "objects": lambda path: np.save(path, np.array([[{}]], dtype=object), allow_pickle=True),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("change", COPIES)
+def test_a_copy_that_was_altered_is_made_again(opened_once, values, change):
+    COPIES[change](opened_once / "by-query" / "values.npy")
+    assert torch.equal(opened(opened_once).values, values)
+    before = (opened_once / "by-query" / "values.npy").stat().st_mtime_ns
+    assert torch.equal(opened(opened_once).values, values)
+    assert (opened_once / "by-query" / "values.npy").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("told", ["", "{}", "[1]", "[" * 100_000, '{"schema": 2, "of": 3}'])
+def test_a_copy_of_which_nothing_is_known_is_made_again(opened_once, values, told):
+    (opened_once / "by-query" / "made.json").write_text(told)
+    assert torch.equal(opened(opened_once).values, values)
+
+
+@pytest.mark.parametrize("damage", ["one bit", "doubled", "short", "cut", "no hash", "a folder"])
+def test_sums_that_were_altered_are_made_again(opened_once, damage):
+    keep = keeping(opened_once)
+    (file,) = keep.glob("totals-*")
+    before = Answers(opened(opened_once), keep=keep).training
+    DAMAGES[damage](file)
+    assert Answers(opened(opened_once), keep=keep).training == before
+
+
+def test_scores_that_were_altered_are_noticed_though_there_is_a_copy(opened_once):
+    (file,) = opened_once.glob("scores-*")
+    DAMAGES["an edited score"](file)
+    with pytest.raises(StaleStore, match=file.name):
+        opened(opened_once)
+
+
+def test_no_copy_is_made_through_a_link(opened_once, values, tmp_path):
+    shutil.move(opened_once / "by-query", tmp_path / "outside")
+    (opened_once / "by-query").symlink_to(tmp_path / "outside")
+    with pytest.raises(StaleStore, match=r"(?s)by-query, which is a link.*remove it"):
+        opened(opened_once)
+    (opened_once / "by-query").unlink()
+    assert torch.equal(opened(opened_once).values, values)
+
+
+def test_two_kinds_of_scores_in_one_folder_are_refused(opened_once, values, tmp_path):
+    """A page of one kind beside a view of the other would show two answers."""
+    saved = Scores(2 * values, Unit.DERIVATIVE, provenance(n=N, q=Q))
+    with pytest.raises(StaleStore, match="give another folder"):
+        saved.save(opened_once)
+    for file in saved.save(tmp_path / "other").iterdir():
+        shutil.copy(file, opened_once)
+    for read in (opened, Scores.load):
+        with pytest.raises(StaleStore, match="remove the kind that is not wanted"):
+            read(opened_once)
+    for name in ("scores.json", "scores.safetensors"):
+        (opened_once / name).unlink()
+    assert torch.equal(Scores.load(opened_once).values, values)

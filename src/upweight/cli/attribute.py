@@ -105,9 +105,10 @@ def finished(run: Run, record: Record, question: Question, shown: Path) -> str:
     """Do what is left of a run; what was done, in a word.
 
     Raises:
-        StaleStore: An interrupted run was begun with other versions.
+        StaleStore: An interrupted run was begun with other versions, or scores were altered.
     """
     if run.is_finished:
+        Scores.verify(run.scores)
         return "nothing"
     began = run.has_work
     if began and record.versions != library_versions():

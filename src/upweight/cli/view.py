@@ -36,8 +36,8 @@ def view(run: Path, show: str | None, port: int, browser: bool) -> Answer:
     place = Run.named(run.absolute())
     place.require_finished()
     with reopened(place) as (project, record, question):
-        with place.held("upweight view"):  # while it copies; others may work while it serves
-            scores = opened(place.scores)
+        # Held while it copies; others may work while it serves.
+        scores = opened(place.scores, lambda: place.held("upweight view"))
         context = Context(question.task, question.train, question.queries, question.measure)
         extra = {} if show is None else shown_of(project, show)
         # What only a file needs, such as the number of examples on a page, is left out.

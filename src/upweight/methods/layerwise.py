@@ -336,8 +336,8 @@ class LayerwiseInfluence(Checked):
         """S[q, i] for every query and training example, on disk as they are computed.
 
         For scores that do not fit into memory. Interrupted, the same call solves the queries again
-        and goes on behind what is there; what was written is not computed again, and a finished
-        folder is read back at once.
+        and fills in what is not there; what was written is not computed again, but read and
+        compared with its hash.
 
         Args:
             queries: As for `attribute`.
@@ -350,7 +350,7 @@ class LayerwiseInfluence(Checked):
             them with their provenance.
 
         Raises:
-            StaleStore: The folder holds the scores of something else.
+            StaleStore: The folder holds the scores of something else, or a damaged file.
             SpecError: A loss or measure is an object that says nothing but its address.
             OSError: The disk is full or not writable; what was written stays readable.
             NonFinite: A score is NaN or infinite; it is not written.
@@ -370,20 +370,23 @@ class LayerwiseInfluence(Checked):
             "queries_together": queries_at_once(self.curvature, self.memory_bytes),
         }
         shards = ScoreShards.open(folder, len(self.train), len(data), description, settings)
+        shards.verify()
         if shards.header is not None and shards.is_whole:
             return shards
         memory_bytes, together = map(shards.settings.get, settings)
         choices: list[Choice] = []
         expected = []
         for job in self._contractions(data, measure, tolerance, memory_bytes, together):
-            held: list[Tensor] = []
-            begin = shards.done(job.first, job.first + len(job))
-            for _, stop, part in job.stream(begin):
-                held.append(_finite(part * -self.share, stop - part.shape[1], job.first).mT)
-                size = sum(x.nbytes for x in held)
-                if size >= SHARD_BYTES or stop == len(self.train):
-                    shards.append(job.first, begin, torch.cat(held))
-                    begin, held = stop, []
+            for begin, end in shards.missing(job.first, job.first + len(job)):
+                held: list[Tensor] = []
+                for _, stop, part in job.stream(begin):
+                    held.append(_finite(part * -self.share, stop - part.shape[1], job.first).mT)
+                    size = sum(x.nbytes for x in held)
+                    if size >= SHARD_BYTES or stop >= end:
+                        shards.append(job.first, begin, torch.cat(held))
+                        begin, held = stop, []
+                    if stop >= end:
+                        break
             choices.append(job.choice)
             expected.append(self._penalty_shares(job))
         excess = self._row_sums(*_sums(shards), torch.cat(expected).cpu())

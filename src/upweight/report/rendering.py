@@ -7,7 +7,6 @@ markup is text.
 import base64
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -15,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from upweight._text import readable
+from upweight.runtime.whole import make_folder, write_whole
+
+WAY_OUT = "free space, or write it elsewhere: path=, or --out FILE of `upweight report`."
 
 SCRIPTS = ("words", "figures", "trust", "cards", "queries", "whatif", "training", "start")
 """Parts of the script in their order; where the data come from is another, in the second place."""
@@ -89,13 +91,11 @@ def _hash(text: str) -> str:
 
 
 def write(path: Path, text: str) -> Path:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".part")
-    try:
-        staged.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(staged, path)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
+    """Write a file whole or not at all.
+
+    Raises:
+        NotWritten: The disk is full or not writable.
+    """
+    make_folder(path.parent, WAY_OUT)
+    write_whole(path, text.encode(), WAY_OUT)
     return path

@@ -5,19 +5,25 @@ new  ──create──►  unfinished  ──work──►  finished          a
 
 import contextlib
 import hashlib
-import json
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from upweight.errors import StaleStore, message
 from upweight.runs.record import Record
+from upweight.runtime.headers import read_json, write_json
 from upweight.runtime.lock import FILES as LOCKS
 from upweight.runtime.lock import locked
-from upweight.runtime.whole import write_whole
+from upweight.runtime.whole import append, make_folder, remove_left_over, require_own
 from upweight.scores import Scores
+
+SCHEMA = 1
+"""Of evaluation.json."""
+
+WAY_OUT = "delete that file and evaluate again; the models that were trained are kept."
 
 OWN = {"run.toml", "factors", "scores", "retrained", "evaluation.json", "report.html", "log.txt"}
 
@@ -37,7 +43,7 @@ class Run:
         """The run of a directory, or of its run.toml.
 
         Raises:
-            StaleStore: There is no run.
+            StaleStore: There is no run, or one with links in it.
         """
         run = cls(path.parent if path.name == "run.toml" else path)
         if not run.toml.exists():
@@ -49,6 +55,7 @@ class Run:
                     "name the --out of an `upweight attribute …`.",
                 )
             )
+        require_own(run.path)
         return run
 
     @property
@@ -94,7 +101,7 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether all scores are there."""
-        return any(path.exists() for path in Scores.headers(self.scores))
+        return Scores.are_all_in(self.scores)
 
     @contextlib.contextmanager
     def held(self, purpose: str) -> Iterator[None]:
@@ -102,10 +109,10 @@ class Run:
 
         Raises:
             InUse: Another process works here.
-            StaleStore: The directory holds things that are not a run's.
-            OSError: The directory cannot be made.
+            StaleStore: The directory holds things that are not a run's, or links.
+            NotWritten: The directory cannot be made.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         others = [p.name for p in self.path.iterdir() if not _is_own(p)]
         if others and not self.toml.exists():
             raise StaleStore(
@@ -116,23 +123,21 @@ class Run:
                     f"name a new one, for example --out {self.path / 'run'}",
                 )
             )
+        require_own(self.path)
         with locked(self.path, purpose):
-            # By writers that were killed, who number them; a view that stages a copy does not.
-            for left_over in self.path.rglob("*.[0-9]*.part"):
-                left_over.unlink(missing_ok=True)
+            for folder, _, _ in os.walk(self.path):
+                remove_left_over(Path(folder))
             yield
 
     def log(self, text: str) -> None:
         """Add a line to log.txt."""
         line = f"{datetime.now().isoformat(' ', 'seconds')}  {text}\n"
-        with (self.path / "log.txt").open("a", encoding="utf-8", errors="replace") as file:
-            file.write(line)
+        append(self.path / "log.txt", line)
 
     @property
     def provenance(self) -> dict[str, Any]:
         """How the finished scores came about, without reading them."""
-        header = next(path for path in Scores.headers(self.scores) if path.exists())
-        return json.loads(header.read_text(encoding="utf-8"))["provenance"]
+        return asdict(Scores.provenance_in(self.scores))
 
     def load(self) -> Scores:
         """The finished scores, without their live task and data.
@@ -163,12 +168,12 @@ class Run:
         """What comparisons found, the latest last; empty where there was none."""
         if not self.evaluation.exists():
             return {}
-        return json.loads(self.evaluation.read_text(encoding="utf-8"))
+        return read_json(self.evaluation, SCHEMA, dict[str, Any], WAY_OUT)
 
     def keep_evaluation(self, name: str, facts: dict[str, Any]) -> None:
         """Keep what a comparison found, in place of an earlier one of its name."""
         kept = {k: v for k, v in self.evaluations().items() if k != name} | {name: facts}
-        write_whole(self.evaluation, json.dumps(kept, indent=1).encode())
+        write_json(self.evaluation, SCHEMA, kept)
 
     def digests(self) -> dict[str, str]:
         """A hash of each file of scores: equal for scores that are equal bit for bit."""

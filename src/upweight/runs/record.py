@@ -4,17 +4,22 @@ Enough to repeat it, and to refuse another. Objects of the user's are named, not
 say whether they are still the same.
 """
 
-import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
 from upweight.errors import StaleStore, message
+from upweight.runtime.headers import read_toml
 from upweight.runtime.whole import write_whole
 
 SCHEMA = 1
+
+WAY_OUT = (
+    "correct the file, or take it from a copy of the run; or start a new run with another --out."
+)
 
 
 @dataclass(frozen=True)
@@ -67,20 +72,18 @@ class Record:
             FileNotFoundError: There is none.
             StaleStore: It is not what `write` writes.
         """
-        try:
-            fields = tomllib.loads(path.read_text(encoding="utf-8"))
-            if fields.pop("schema") != SCHEMA:
-                raise KeyError("schema")
-            return cls(**fields)
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise StaleStore(
-                message(
-                    f"A run is described by a run.toml of schema {SCHEMA}.",
-                    f"{path}: {error}.",
-                    "a file edited by hand, or of another version of upweight.",
-                    "start a new run with another --out.",
+        record = read_toml(path, SCHEMA, cls, WAY_OUT)
+        for name, (words, fits) in RANGES.items():
+            if not fits(getattr(record, name)):
+                raise StaleStore(
+                    message(
+                        f"`{name}` in run.toml must be {words}.",
+                        f"{path}, where it is {getattr(record, name)!r}.",
+                        "a file edited by hand.",
+                        WAY_OUT,
+                    )
                 )
-            ) from error
+        return record
 
     def differences(self, other: "Record") -> list[str]:
         """What another record says otherwise, of all that the scores depend on, in words.
@@ -108,6 +111,15 @@ class Record:
             if name not in but and self.fingerprints.get(name) != fingerprints[name]
         ]
 
+
+RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("n", "q", "p"), ("1 or more", lambda count: count >= 1)),
+    "threads": ("from 1 to 4096", lambda count: 1 <= count <= 4096),
+    "memory_bytes": ("0 or more", lambda size: size >= 0),
+    "tolerance": ("0 or more and less than 1", lambda error: 0 <= error < 1),
+    "directory": ("the path of a folder", lambda text: text != "" and "\0" not in text),
+}
+"""What run.toml may say beyond its types, in words and as a test."""
 
 CONTENTS = {
     "model": "the model's state is",

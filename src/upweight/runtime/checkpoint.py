@@ -2,8 +2,8 @@
 
     directory/state.safetensors      tensors, and in the header what they belong to
 
-Written beside its place and then renamed: a kill at any instant leaves the state of before. The
-header holds the hash of a description; state of another description is refused, never overwritten.
+A kill at any instant leaves the state of before. The header holds the hash of the tensors and of a
+description; state of another description is refused, never overwritten.
 """
 
 import time
@@ -11,16 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from upweight._typing import Folder
 from upweight.errors import StaleStore, message
 from upweight.runtime.fingerprint import digest
-from upweight.runtime.whole import write_whole
+from upweight.runtime.tensors import read_tensors, write_tensors
+from upweight.runtime.whole import make_folder, remove_left_over
 
-SCHEMA = "1"
+SCHEMA = "2"
+
+WAY_OUT = "give another folder, or delete this one; it is then computed anew."
 
 EVERY_SECONDS = 30.0
 """How much work an interruption may cost; writing takes a small share of it."""
@@ -45,10 +46,11 @@ class Checkpoint:
         """The state in a folder that belongs to these tensors and texts; none yet for a new folder.
 
         Raises:
-            OSError: The folder cannot be made.
+            NotWritten: The folder cannot be made.
         """
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
+        remove_left_over(folder)
         return cls(folder, digest(*parts), {"written": time.monotonic()})
 
     @property
@@ -64,16 +66,17 @@ class Checkpoint:
         """
         if not self.file.exists():
             return None
-        try:
-            with safe_open(self.file, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}
-        except SafetensorError as error:
+        tensors, about = read_tensors(self.file, WAY_OUT)
+        if about != self._about:
             raise StaleStore(
-                self._stale(f"bytes that are no safetensors file ({error})")
-            ) from error
-        if header.get("schema") != SCHEMA or header.get("description") != self.description:
-            raise StaleStore(self._stale("the state of other parameters, data or settings"))
+                message(
+                    "What is kept in a folder must belong to this model, these data and these "
+                    "settings.",
+                    f"{self.file} with the state of other parameters, data or settings.",
+                    "training went on, the data changed, or another method used the same folder.",
+                    WAY_OUT,
+                )
+            )
         return tensors
 
     def is_due(self) -> bool:
@@ -84,17 +87,11 @@ class Checkpoint:
         """Keep a state in place of the one before.
 
         Raises:
-            OSError: The disk is full or not writable. The state of before stays readable.
+            NotWritten: The disk is full or not writable. The state of before stays readable.
         """
-        whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        header = {"schema": SCHEMA, "description": self.description}
-        write_whole(self.file, save(whole, header))
+        write_tensors(self.file, tensors, self._about)
         self.clock["written"] = time.monotonic()
 
-    def _stale(self, given: str) -> str:
-        return message(
-            "What is kept in a folder must belong to this model, these data and these settings.",
-            f"{self.file} with {given}.",
-            "training went on, the data changed, or another method used the same folder.",
-            "give another folder, or delete this one; it is then computed anew.",
-        )
+    @property
+    def _about(self) -> dict[str, str]:
+        return {"schema": SCHEMA, "description": self.description}

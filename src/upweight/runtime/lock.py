@@ -7,15 +7,19 @@ folder/.holder     who holds it, for the one that is refused
 import contextlib
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from upweight.errors import InUse, message
+from upweight.errors import InUse, NotWritten, StaleStore, message
+from upweight.runtime.whole import contents, write_whole
 
 FILES = (".lock", ".holder")
+
+WAY_OUT = "free space, or copy the folder to another disk and work there."
 
 
 @contextlib.contextmanager
@@ -28,13 +32,17 @@ def locked(folder: Path, purpose: str) -> Iterator[None]:
 
     Raises:
         InUse: Another process holds it.
+        StaleStore: What should be locked is a link, or no file.
+        NotWritten: The folder is not writable.
     """
     lock, holder = FileLock(folder / FILES[0]), folder / FILES[1]
+    _require_plain(folder / FILES[0])
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        # The holder writes its name a moment after it has the lock.
-        who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        who = "another process"
+        with contextlib.suppress(OSError):  # it writes its name a moment after it has the lock
+            who = contents(holder)[:300].decode("utf-8", "replace")
         raise InUse(
             message(
                 "One process at a time works in a folder.",
@@ -43,11 +51,38 @@ def locked(folder: Path, purpose: str) -> Iterator[None]:
                 "wait for it or stop it; a process that was killed holds nothing.",
             )
         ) from error
+    except OSError as error:
+        raise NotWritten(
+            message(
+                "A folder that is worked in must be writable.",
+                f"{folder / FILES[0]}: {error.strerror or error}.",
+                "a full disk, or one that is mounted for reading only.",
+                WAY_OUT,
+            )
+        ) from error
     try:
         since = datetime.now().isoformat(" ", "seconds")
         who = f"process {os.getpid()} on {socket.gethostname()} since {since}: {purpose}"
-        holder.write_text(who, encoding="utf-8")
+        write_whole(holder, who.encode(), WAY_OUT)
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that became read-only
+            holder.unlink()
         lock.release()
+
+
+def _require_plain(lock: Path) -> None:
+    """Refuse to lock what is another file under a second name: to lock it may empty it."""
+    try:
+        found = lock.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        raise StaleStore(
+            message(
+                "What is locked is a file of the folder's own.",
+                f"{lock}, a link or no file.",
+                "a folder received from somebody.",
+                "remove it; it holds nothing.",
+            )
+        )

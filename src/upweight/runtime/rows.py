@@ -4,8 +4,8 @@
     directory/<fingerprint>/<digest>.safetensors     rows that were recorded together
 
 The fingerprint is the hash of a description. Rows made under another description lie in another
-folder: they are never mixed up and never overwritten. Every file is written beside its place and
-then renamed, so what is there is whole. No pickle.
+folder: they are never mixed up and never overwritten. Every file is whole or not there, and carries
+the fingerprint and the hash of its rows. No pickle.
 """
 
 import json
@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from upweight.errors import StaleStore, message
+from upweight.errors import StaleStore
 from upweight.runtime.fingerprint import digest
-from upweight.runtime.whole import write_whole
+from upweight.runtime.tensors import read_tensors, stale, write_tensors
+from upweight.runtime.whole import contents, make_folder, remove_left_over, write_whole
 
-SCHEMA = "1"
+SCHEMA = "2"
+
+WAY_OUT = "delete that file; its rows are made again when they are next asked for."
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,18 @@ class RowStore:
 
         Raises:
             StaleStore: The folder holds another description.
-            OSError: The folder cannot be written.
+            NotWritten: The folder cannot be written.
         """
         text = json.dumps({"schema": SCHEMA, **description}, indent=1, sort_keys=True)
         store = cls(Path(root) / digest(text)[:32])
-        store.directory.mkdir(parents=True, exist_ok=True)
+        make_folder(store.directory)
+        remove_left_over(store.directory)
         manifest = store.directory / "manifest.json"
         if not manifest.exists():
             write_whole(manifest, text.encode())
-        elif manifest.read_text(encoding="utf-8") != text:
-            raise StaleStore(_stale(manifest, "a description that is not the one it is named by"))
+        elif not manifest.is_file() or contents(manifest) != text.encode():
+            given = "a description that is not the one it is named by"
+            raise StaleStore(stale(manifest, given, "delete that file; it is written again."))
         return store
 
     def read(self) -> dict[str, dict[str, Tensor]]:
@@ -61,7 +64,9 @@ class RowStore:
         """
         rows: dict[str, dict[str, Tensor]] = {}
         for path in sorted(self.directory.glob("*.safetensors")):
-            columns = _columns(path)
+            columns, about = read_tensors(path, WAY_OUT)
+            if about != self._about or "names" not in columns:
+                raise StaleStore(stale(path, "rows of something else", WAY_OUT))
             for k, name in enumerate(columns.pop("names")):
                 rows[bytes(name.tolist()).hex()] = {key: c[k] for key, c in columns.items()}
         return rows
@@ -74,39 +79,15 @@ class RowStore:
             columns: Tensors with one entry a row on their first axis.
 
         Raises:
-            OSError: The disk is full or not writable. Rows recorded before stay readable.
+            NotWritten: The disk is full or not writable. Rows recorded before stay readable.
         """
         if not names:
             return
-        tensors = {key: c.detach().cpu().contiguous() for key, c in columns.items()}
-        tensors["names"] = torch.tensor([list(bytes.fromhex(name)) for name in names]).byte()
-        metadata = {"schema": SCHEMA, "digest": _digest(tensors)}
+        coded = torch.tensor([list(bytes.fromhex(name)) for name in names]).byte()
         target = self.directory / f"{digest(*names)[:32]}.safetensors"
-        write_whole(target, save(tensors, metadata))
+        write_tensors(target, {**columns, "names": coded}, self._about)
 
-
-def _columns(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise StaleStore(
-            _stale(path, f"bytes that are not a safetensors file ({error})")
-        ) from error
-    if metadata.get("schema") != SCHEMA or metadata.get("digest") != _digest(tensors):
-        raise StaleStore(_stale(path, f"schema {metadata.get('schema')} or altered numbers"))
-    return tensors
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    return digest(*(part for key in sorted(tensors) for part in (key, tensors[key])))
-
-
-def _stale(path: Path, given: str) -> str:
-    return message(
-        f"Recorded rows must be what was written, schema {SCHEMA}.",
-        f"{path} with {given}.",
-        "a file edited, copied from elsewhere or damaged by the disk.",
-        "delete that file; its rows are made again.",
-    )
+    @property
+    def _about(self) -> dict[str, str]:
+        """What every file says it belongs to."""
+        return {"schema": SCHEMA, "of": self.directory.name}

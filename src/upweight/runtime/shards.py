@@ -2,14 +2,16 @@
 
     directory/manifest.json           what the scores belong to
     directory/scores-….safetensors    values [b, q] of a range of queries and a range of examples
-    directory/finished.json           how they came about; there once all of them are
+    directory/finished.json           how they came about, and the hash of every file; there once
+                                      all of them are
 
-Examples come first, so that a pass over the training set appends. Every file is written beside its
-place and then renamed: what is there is whole, and an interrupted pass goes on behind it. Files are
-memory-mapped when they are read; no pickle.
+Examples come first, so that a pass over the training set appends. Every file is whole or not there,
+and an interrupted pass goes on behind it. Files are memory-mapped when they are read. Each says
+what it belongs to and carries the hash of that and of its numbers; it is compared before the first
+of them is used, and again after the file has changed.
 """
 
-import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +19,32 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import safe_open
 from torch import Tensor
 
 from upweight._typing import Folder
 from upweight.errors import ShapeError, StaleStore, message
+from upweight.runtime.cover import Shard, covering, gaps, reach
+from upweight.runtime.headers import own_digest, read_json, write_json
 from upweight.runtime.memory import require_room
-from upweight.runtime.whole import write_whole
+from upweight.runtime.tensors import UNREADABLE, stale, tensors_digest, write_tensors
+from upweight.runtime.whole import make_folder, remove_left_over
 
-SCHEMA = "1"
+SCHEMA = 2
+
+NAME = re.compile(r"scores-(\d{10,19})-(\d{10,19})-(\d{10,19})-(\d{10,19})\.safetensors")
+
+AGAIN = "the same write(…), or `upweight rerun` of its run"
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What manifest.json holds."""
+
+    n: int
+    q: int
+    description: Mapping[str, str]
+    settings: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -37,13 +55,17 @@ class ScoreShards:
         directory: The folder.
         n: Training examples.
         q: Queries.
+        description: What the scores depend on.
         settings: How the pass over them was begun.
+        known: What was read, by the name and the state of its file.
     """
 
     directory: Path
     n: int
     q: int
+    description: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, int] = field(default_factory=dict)
+    known: dict[str, tuple[Any, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -66,17 +88,17 @@ class ScoreShards:
 
         Raises:
             StaleStore: The folder holds scores of something else.
-            OSError: The folder cannot be written.
+            NotWritten: The folder cannot be written.
         """
         manifest = Path(directory) / "manifest.json"
-        manifest.parent.mkdir(parents=True, exist_ok=True)
-        header = {"schema": SCHEMA, "n": n, "q": q, **description}
+        make_folder(manifest.parent)
+        remove_left_over(manifest.parent)
+        require_one_kind(manifest.parent, "scores.json")
         if not manifest.exists():
-            text = json.dumps({**header, "settings": dict(settings or {})}, indent=1)
-            write_whole(manifest, text.encode())
+            asked = {"n": n, "q": q, "description": dict(description)}
+            write_json(manifest, SCHEMA, {**asked, "settings": dict(settings or {})})
         shards = cls.load(directory)
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-        if {key: value for key, value in found.items() if key != "settings"} != header:
+        if (shards.n, shards.q, shards.description) != (n, q, dict(description)):
             raise StaleStore(
                 message(
                     "A folder of scores belongs to one model, data set, method and question.",
@@ -93,31 +115,45 @@ class ScoreShards:
 
         Raises:
             FileNotFoundError: There are none.
+            StaleStore: What they belong to cannot be read.
         """
-        manifest = Path(directory) / "manifest.json"
-        header: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
-        return cls(Path(directory), header["n"], header["q"], header.get("settings", {}))
+        folder = Path(directory)
+        way_out = f"delete the folder {folder} and ask again: {AGAIN}."
+        found = read_json(folder / "manifest.json", SCHEMA, _Manifest, way_out)
+        if found.n < 1 or found.q < 1:
+            given = f"n = {found.n} and q = {found.q}"
+            raise StaleStore(stale(folder / "manifest.json", given, way_out))
+        return cls(folder, found.n, found.q, found.description, found.settings)
 
     def done(self, first: int, last: int) -> int:
         """How many examples, from the first on, have scores with queries `first` to `last` − 1."""
-        return _reached(_cover(self._shards(), first, last))
+        return reach(covering(self._shards(), first, last))
+
+    def missing(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Ranges of examples whose scores with queries `first` to `last` − 1 are not there."""
+        return gaps(self._shards(), first, last, self.n)
 
     @property
     def is_whole(self) -> bool:
-        """Whether every query has its scores with every example."""
+        """Whether every query has its scores with every example, by the names of the files."""
         shards = self._shards()
-        return all(_reached(_cover(shards, k, k + 1)) == self.n for k in range(self.q))
+        # Between two of these, all queries are in the same files.
+        firsts = {0, *(s.first for s in shards), *(s.last for s in shards)} - {self.q}
+        return all(reach(covering(shards, k, k + 1)) == self.n for k in firsts)
 
     def append(self, first: int, start: int, values: Float[Tensor, "b q"]) -> None:
         """Keep scores of the queries from `first` on with the examples from `start` on.
 
+        The folder is then not finished, if it was.
+
         Raises:
-            OSError: The disk is full or not writable. What was kept before stays readable.
+            NotWritten: The disk is full or not writable. What was kept before stays readable.
         """
+        (self.directory / "finished.json").unlink(missing_ok=True)  # it knows other hashes
         places = (first, first + values.shape[1], start, start + len(values))
         name = "-".join(f"{place:010}" for place in places)
-        contents = save({"values": values.detach().cpu().contiguous()}, {"schema": SCHEMA})
-        write_whole(self.directory / f"scores-{name}.safetensors", contents)
+        path = self.directory / f"scores-{name}.safetensors"
+        write_tensors(path, {"values": values}, self._about(path))
 
     def finish(self, header: Mapping[str, Any]) -> None:
         """Say how the scores came about, once all of them are kept.
@@ -126,16 +162,47 @@ class ScoreShards:
             header: JSON.
 
         Raises:
-            OSError: The disk is full or not writable.
+            StaleStore: A file is damaged.
+            NotWritten: The disk is full or not writable.
         """
-        text = json.dumps({"schema": SCHEMA, **header}, indent=1, ensure_ascii=False)
-        write_whole(self.directory / "finished.json", text.encode())
+        digests = {shard.path.name: self._verified(shard) for shard in self._shards()}
+        write_json(
+            self.directory / "finished.json", SCHEMA, {"shards": digests, "header": dict(header)}
+        )
 
     @property
     def header(self) -> dict[str, Any] | None:
-        """What `finish` was told; None where scores are missing."""
-        path = self.directory / "finished.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        """What `finish` was told; None where scores are missing.
+
+        Raises:
+            StaleStore: It cannot be read.
+        """
+        finished = self._finished
+        if finished is None or not all((self.directory / s).exists() for s in finished.shards):
+            return None
+        return dict(finished.header)
+
+    def verify(self) -> None:
+        """See that every file is what was written.
+
+        Raises:
+            StaleStore: One is not.
+
+        Cost: reads all of them, but for those that were read before and have not changed.
+        """
+        for shard in self._shards():
+            self._verified(shard)
+
+    def digests(self) -> dict[str, str]:
+        """The hash of every file that is read, by its name.
+
+        Raises:
+            StaleStore: One is not what was written.
+        """
+        finished = self._finished
+        if finished is not None:
+            return dict(finished.shards)
+        return {shard.path.name: self._verified(shard) for shard in self._shards()}
 
     def pieces(self) -> Iterator[tuple[int, int, Float[Tensor, "b q"]]]:
         """Every score once: the first query, the first example, and the scores from there.
@@ -147,12 +214,12 @@ class ScoreShards:
         shards, query = self._shards(), 0
         while query < self.q:
             ends = sorted({s.last for s in shards if s.first <= query < s.last})
-            whole = [last for last in ends if _reached(_cover(shards, query, last)) == self.n]
+            whole = [last for last in ends if reach(covering(shards, query, last)) == self.n]
             if not whole:
                 raise ShapeError(self._unfinished(f"query {query} without all of its scores"))
-            for shard, start in _cover(shards, query, whole[-1]):
+            for shard, start in covering(shards, query, whole[-1]):
                 first, last = query - shard.first, whole[-1] - shard.first
-                yield query, start, shard.part(first, last, start - shard.start)
+                yield query, start, self._part(shard, first, last, start - shard.start)
             query = whole[-1]
 
     def values(self) -> Float[Tensor, "q n"]:
@@ -178,83 +245,146 @@ class ScoreShards:
         return found
 
     def row(self, query: int) -> Float[Tensor, " n"]:
-        """The scores of one query with every training example; only its own column is read.
+        """The scores of one query with every training example.
 
         Raises:
             ShapeError: There is no such query, or the pass did not finish.
             StaleStore: A file is damaged.
+
+        Cost: reads its own column of each file, and the first time all of them.
         """
-        cover = _cover(self._shards(), query, query + 1)
-        reached = _reached(cover)
+        found = covering(self._shards(), query, query + 1)
+        reached = reach(found)
         if not 0 <= query < self.q or reached < self.n:
             given = f"query={query}, with the scores of {reached} examples"
             raise ShapeError(self._unfinished(given))
-        return torch.cat([s.column(query - s.first, start - s.start) for s, start in cover])
+        columns = []
+        for shard, start in found:
+            k = query - shard.first
+            columns.append(self._part(shard, k, k + 1, start - shard.start)[:, 0])
+        return torch.cat(columns)
+
+    # -- files ------------------------------------------------------------------------------------
+
+    @property
+    def _finished(self) -> "_Finished | None":
+        path = self.directory / "finished.json"
+        way_out = f"delete the file {path} and ask again: {AGAIN}; no scores are computed again."
+        try:
+            return self._once(path, lambda: read_json(path, SCHEMA, _Finished, way_out))
+        except FileNotFoundError:
+            return None
+
+    def _shards(self) -> list[Shard]:
+        """The files of scores; of a folder that is finished, those that finished.json names."""
+        finished, found = self._finished, []
+        named = None if finished is None or self.header is None else finished.shards
+        for path in sorted(self.directory.glob("scores-*.safetensors")):
+            match = NAME.fullmatch(path.name)
+            first, last, start, stop = map(int, match.groups()) if match else (0, 0, 0, 0)
+            if not (first < last <= self.q and start < stop <= self.n):
+                given = f"a name that is none for {self.q} queries and {self.n} examples"
+                way_out = "remove it: it is not one of the files that were written here."
+                raise StaleStore(stale(path, given, way_out))
+            if named is None or path.name in named:
+                found.append(Shard(first, last, start, stop, path))
+        return found
+
+    def _about(self, path: Path) -> dict[str, str]:
+        """What a file says of itself: of which scores it is, and which of them."""
+        of = own_digest({"n": self.n, "q": self.q, "description": dict(self.description)})
+        return {"schema": str(SCHEMA), "of": of, "place": path.stem}
+
+    def _part(self, shard: Shard, first: int, last: int, begin: int) -> Float[Tensor, "b q"]:
+        """The scores of some of its queries, with its examples from `begin` on."""
+        self._verified(shard)
+
+        def part(file: Any) -> Tensor:
+            chosen: Tensor = file.get_slice("values")[begin:, first:last]
+            return chosen.clone()
+
+        return _opened(shard.path, part)
+
+    def _verified(self, shard: Shard) -> str:
+        """The hash of a file that holds what was written."""
+        path = shard.path
+        found: str = self._once(path, lambda: _opened(path, lambda f: self._digest(shard, f)))
+        finished = self._finished
+        if finished is not None and self.header is not None:
+            if finished.shards.get(shard.path.name, found) != found:
+                raise StaleStore(_stale(shard.path, "other scores than finished.json names"))
+        return found
+
+    def _digest(self, shard: Shard, file: Any) -> str:
+        shape, about = [shard.stop - shard.start, shard.last - shard.first], file.metadata() or {}
+        if list(file.keys()) != ["values"] or file.get_slice("values").get_shape() != shape:
+            raise StaleStore(_stale(shard.path, f"another shape than {shape}"))
+        if "digest" not in about:
+            raise StaleStore(_stale(shard.path, "no hash of its numbers"))
+        told = about.pop("digest")
+        if about != self._about(shard.path):
+            raise StaleStore(_stale(shard.path, "the scores of something else"))
+        values = file.get_tensor("values")
+        if not values.is_floating_point() or told != tensors_digest({"values": values}, about):
+            raise StaleStore(_stale(shard.path, "altered numbers"))
+        return str(told)
+
+    def _once(self, path: Path, read: Callable[[], Any]) -> Any:
+        """What a file says, read again only where it has changed."""
+        state = path.stat()
+        stamp = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+        if self.known.get(path.name, (None, None))[0] != stamp:
+            self.known[path.name] = (stamp, read())
+        return self.known[path.name][1]
 
     def _unfinished(self, given: str) -> str:
         return message(
             f"A row is one of {self.q} queries over all {self.n} training examples.",
             f"{given} on disk.",
             "a pass that was interrupted, or an index into another data set.",
-            "call the same write(...) again to finish it.",
+            f"call {AGAIN}, again to finish it.",
         )
-
-    def _shards(self) -> list["_Shard"]:
-        found = []
-        for path in sorted(self.directory.glob("scores-*.safetensors")):
-            first, last, start, stop = map(int, path.stem.split("-")[1:])
-            found.append(_Shard(first, last, start, stop, path))
-        return found
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """One file: scores of the queries first … last − 1 with the examples start … stop − 1."""
+class _Finished:
+    """What finished.json holds: the hash of every file, and what `finish` was told."""
 
-    first: int
-    last: int
-    start: int
-    stop: int
-    path: Path
-
-    def column(self, query: int, begin: int) -> Float[Tensor, " b"]:
-        """The scores of one of its queries, with its examples from `begin` on."""
-        return self._read(lambda values: values[begin:, query])
-
-    def part(self, first: int, last: int, begin: int) -> Float[Tensor, "b q"]:
-        """The same of several of its queries."""
-        return self._read(lambda values: values[begin:, first:last])
-
-    def _read(self, chosen: Callable[[Any], Tensor]) -> Tensor:
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                return chosen(file.get_slice("values")).clone()
-        except SafetensorError as error:
-            raise StaleStore(
-                message(
-                    "A file of scores must be what was written.",
-                    f"{self.path}: {error}",
-                    "a file edited, copied from elsewhere or damaged by the disk.",
-                    "delete the file; its scores are then computed again.",
-                )
-            ) from error
+    shards: Mapping[str, str]
+    header: Mapping[str, Any]
 
 
-def _cover(shards: list[_Shard], first: int, last: int) -> list[tuple[_Shard, int]]:
-    """Shards one behind the other that have these queries, and from which example each is needed.
+def require_one_kind(folder: Path, other: str) -> None:
+    """Refuse to keep shards beside scores that were saved whole, or the reverse.
 
-    They may overlap: runs with other memory, or at the same time, cut the work in other places.
+    Args:
+        folder: Where.
+        other: The file that says that the other kind is there.
+
+    Raises:
+        StaleStore: It is.
     """
-    mine = [s for s in shards if s.first <= first and last <= s.last]
-    found: list[tuple[_Shard, int]] = []
-    while True:
-        reached = _reached(found)
-        further = [s for s in mine if s.start <= reached < s.stop]
-        if not further:
-            return found
-        found.append((max(further, key=lambda s: s.stop), reached))
+    if (folder / other).exists():
+        raise StaleStore(
+            message(
+                "A folder holds scores of one kind: in shards, or saved whole.",
+                f"{folder}, which holds {other} of the other kind.",
+                "the same folder for write(…) and for scores.save(…).",
+                "give another folder, or remove the kind that is not wanted.",
+            )
+        )
 
 
-def _reached(cover: list[tuple[_Shard, int]]) -> int:
-    """The first example that is not covered."""
-    return cover[-1][0].stop if cover else 0
+def _opened(path: Path, read: Callable[[Any], Any]) -> Any:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return read(file)
+    except StaleStore:
+        raise
+    except UNREADABLE as error:
+        raise StaleStore(_stale(path, f"unreadable bytes: {error}")) from error
+
+
+def _stale(path: Path, given: str) -> str:
+    way_out = f"delete the file and ask again: {AGAIN}; only its scores are computed again."
+    return stale(path, given, way_out)

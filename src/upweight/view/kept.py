@@ -1,17 +1,16 @@
 """Sums over all scores, kept beside their copy: a view that is started again need not wait."""
 
-import io
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
+from upweight.errors import NotWritten, StaleStore
 from upweight.report.totals import Grouping, Totals, totals
 from upweight.runtime.fingerprint import digest
-from upweight.runtime.whole import write_whole
+from upweight.runtime.tensors import read_tensors, write_tensors
 from upweight.scores import Scores
 
 
@@ -21,21 +20,24 @@ def kept_totals(scores: Scores, groupings: Mapping[str, Grouping], folder: Path 
     Args:
         scores: S or Δm.
         groupings: Of the columns.
-        folder: Where they are kept; it must hold nothing of other scores. None: nowhere.
+        folder: Where they are kept; it must hold nothing of other scores. None: nowhere. Sums that
+            were altered are made again, and where nothing can be written nothing is kept.
     """
     if folder is None:
         return totals(scores, groupings)
     told = json.dumps([scores.unit.name, *([name, *g.names] for name, g in groupings.items())])
     codes = [torch.from_numpy(g.codes) for g in groupings.values()]
-    target = folder / f"totals-{digest(told, *codes)[:16]}.npz"
-    if not target.exists():
-        found = totals(scores, groupings)
-        held: dict[str, Any] = {"signed": found.signed, "absolute": found.absolute}
-        held |= {f"group-{k}": found.groups[each] for k, each in enumerate(groupings)}
-        file = io.BytesIO()
-        np.savez(file, **held)
-        write_whole(target, file.getvalue())
-        return found
-    with np.load(target, allow_pickle=False) as kept:
-        groups = {each: kept[f"group-{k}"] for k, each in enumerate(groupings)}
-        return Totals(kept["signed"], kept["absolute"], groups)
+    about = {"of": digest(told, *codes)}
+    target = folder / f"totals-{about['of'][:16]}.safetensors"
+    with contextlib.suppress(FileNotFoundError, StaleStore):
+        held, of = read_tensors(target, "")
+        if of == about:
+            arrays = {name: each.numpy() for name, each in held.items()}
+            groups = {each: arrays[f"group-{k}"] for k, each in enumerate(groupings)}
+            return Totals(arrays["signed"], arrays["absolute"], groups)
+    found = totals(scores, groupings)
+    kept = {"signed": found.signed, "absolute": found.absolute}
+    kept |= {f"group-{k}": found.groups[each] for k, each in enumerate(groupings)}
+    with contextlib.suppress(NotWritten):
+        write_tensors(target, {name: torch.from_numpy(each) for name, each in kept.items()}, about)
+    return found

@@ -2,15 +2,19 @@
 
     folder/scores-….safetensors      as the pass wrote them, examples first
     folder/by-query/values.npy       the same numbers, one row per query, made once in blocks
-    folder/by-query/totals-….npz     sums over all queries
-    folder/by-query/made.json        of which files; of others all of it is made again
+    folder/by-query/totals-….safetensors     sums over all queries
+    folder/by-query/made.json        of which files, and the hash of the copy; of others, or where
+                                     it was altered, all of it is made again
 
 What the ranking of a query needs is then contiguous, and the system keeps what is looked at.
 """
 
-import json
+import contextlib
+import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +22,55 @@ import numpy as np
 import torch
 
 from upweight._typing import Folder
-from upweight.errors import DataError, message
+from upweight.errors import DataError, NotWritten, StaleStore, message
+from upweight.runtime.fingerprint import digest
+from upweight.runtime.headers import read_json, write_json
 from upweight.runtime.progress import progress
-from upweight.runtime.shards import ScoreShards
-from upweight.runtime.whole import write_whole
-from upweight.scores import Provenance, Scores, Unit
+from upweight.runtime.shards import ScoreShards, require_one_kind
+from upweight.runtime.whole import make_folder, remove_left_over, replacing, require_no_link
+from upweight.scores import Scores, told_of
+
+SCHEMA = 2
 
 BLOCK = 4_000_000
 """Scores that are turned from examples first to queries first at once."""
 
+WAY_OUT = (
+    "free space, or copy the folder to a disk with room and open it there; the scores are as they "
+    "were."
+)
 
-def opened(folder: Folder) -> Scores:
+
+@dataclass(frozen=True)
+class _Made:
+    """What made.json holds: the state and the hash of each file, and the hash of the copy."""
+
+    of: Mapping[str, str]
+    values: str
+
+
+def opened(
+    folder: Folder, held: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+) -> Scores:
     """The scores of a folder: of `ScoreShards`, or what `Scores.save` wrote.
 
     Args:
         folder: The folder; of shards it gets a subfolder `by-query` of the same size again.
+        held: Keeps other processes away while that is made. A folder that has it may be read-only.
 
     Raises:
         DataError: There are no scores.
         ShapeError: The pass over the training data did not finish.
-        OSError: There is no room for the copy.
+        StaleStore: A file is damaged.
+        NotWritten: There is no room for the copy.
 
-    Cost: the first time one pass over the scores, to turn them; each time one to see that all are
-    finite.
+    Cost: the first time one pass over the scores, to turn them; each time one to see that they are
+    what was written, and one to see that all are finite.
     """
     path = Path(folder)
-    if (path / "scores.json").exists():
-        return Scores.load(path)
     if not (path / "manifest.json").exists():
+        if (path / "scores.json").exists():
+            return Scores.load(path)
         raise DataError(
             message(
                 "A view needs a folder with scores.",
@@ -54,12 +79,15 @@ def opened(folder: Folder) -> Scores:
                 "give the folder that write(…) or scores.save(…) was given.",
             )
         )
+    require_one_kind(path, "scores.json")
+    require_no_link(path / "by-query")
     shards = ScoreShards.load(path)
-    header = shards.header or {}
-    unit = Unit[header.get("unit", Unit.DERIVATIVE.name)]
-    # Copy on write: PyTorch wants memory that could be written, and the file stays as it is.
-    values = np.load(_by_query(path, shards), mmap_mode="c")
-    return Scores(torch.from_numpy(values), unit, _provenance(shards, header.get("provenance")))
+    values = _copy(shards)
+    if values is None:
+        with held():
+            values = _copied(shards)
+    unit, provenance = told_of(shards)
+    return Scores(values, unit, provenance)
 
 
 def keeping(folder: Folder) -> Path | None:
@@ -68,44 +96,74 @@ def keeping(folder: Folder) -> Path | None:
     return path if (path / "made.json").exists() else None
 
 
-def _provenance(shards: ScoreShards, known: Mapping[str, Any] | None) -> Provenance:
-    if known is not None:
-        return Provenance.read(known)
-    manifest = json.loads((shards.directory / "manifest.json").read_text(encoding="utf-8"))
-    method, task, measure = (
-        str(manifest.get(name, "not recorded")) for name in ("method", "task", "measure")
-    )
-    return Provenance(method, task, measure, shards.n, shards.q, 0, "not recorded", "not recorded")
-
-
-def _by_query(path: Path, shards: ScoreShards) -> Path:
-    """The copy, made where it is not there or of other files."""
-    made, target = path / "by-query" / "made.json", path / "by-query" / "values.npy"
-    source = [
-        [file.name, file.stat().st_size, file.stat().st_mtime_ns]
-        for file in sorted(path.glob("scores-*.safetensors"))
-    ]
-    if made.exists() and json.loads(made.read_text(encoding="utf-8")) == source:
-        return target
-    target.parent.mkdir(exist_ok=True)
-    made.unlink(missing_ok=True)
-    for stale in target.parent.glob("totals-*"):
-        stale.unlink()
-    staged = target.with_name("values.npy.part")
+def _copy(shards: ScoreShards) -> torch.Tensor | None:
+    """The copy; None where there is none, or one of other files, or an altered one."""
+    folder = shards.directory / "by-query"
     try:
-        _turn(shards, staged)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
-    os.replace(staged, target)
-    write_whole(made, json.dumps(source).encode())
-    return target
+        made = read_json(folder / "made.json", SCHEMA, _Made, "")
+        if made.of != _source(shards):
+            return None
+        values = _mapped(shards)
+    except (StaleStore, OSError):
+        return None
+    return values if values is not None and digest(values) == made.values else None
 
 
-def _turn(shards: ScoreShards, target: Path) -> None:
-    q, n = shards.q, shards.n
-    out: Any = np.lib.format.open_memmap(target, mode="w+", dtype=np.float32, shape=(q, n))
-    _claim(target)
+def _mapped(shards: ScoreShards) -> torch.Tensor | None:
+    """The numbers of the copy, whatever they are; None where the file is none of their size."""
+    path, header = shards.directory / "by-query" / "values.npy", _npy_header(shards)
+    if path.is_symlink() or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        fits = os.fstat(file.fileno()).st_size == len(header) + 4 * shards.q * shards.n
+        if not fits or file.read(len(header)) != header:
+            return None
+        # Copy on write: PyTorch wants memory that could be written, and the file stays as it is.
+        shape = (shards.q, shards.n)
+        return torch.from_numpy(np.memmap(file, "<f4", "c", len(header), shape))
+
+
+def _npy_header(shards: ScoreShards) -> bytes:
+    header = io.BytesIO()
+    fields = {"descr": "<f4", "fortran_order": False, "shape": (shards.q, shards.n)}
+    np.lib.format.write_array_header_1_0(header, fields)
+    return header.getvalue()
+
+
+def _source(shards: ScoreShards) -> dict[str, str]:
+    """The files that the copy is made of, each with its state and its hash."""
+    found = {}
+    for name, told in shards.digests().items():
+        state = (shards.directory / name).stat()
+        found[name] = f"{state.st_size} {state.st_mtime_ns} {told}"
+    return found
+
+
+def _copied(shards: ScoreShards) -> torch.Tensor:
+    """The copy, made anew."""
+    folder = shards.directory / "by-query"
+    target = folder / "values.npy"
+    make_folder(folder, WAY_OUT)
+    remove_left_over(folder)
+    try:
+        for stale in (folder / "made.json", *folder.glob("totals-*")):
+            stale.unlink(missing_ok=True)
+    except OSError as error:
+        raise NotWritten(_no_room(shards, error)) from error
+    with replacing(target, WAY_OUT) as file:
+        _turn(shards, file)
+    values = _mapped(shards)
+    assert values is not None
+    write_json(folder / "made.json", SCHEMA, {"of": _source(shards), "values": digest(values)})
+    return values
+
+
+def _turn(shards: ScoreShards, file: Any) -> None:
+    q, n, header = shards.q, shards.n, _npy_header(shards)
+    file.write(header)
+    file.flush()
+    _claim(shards, file, len(header) + 4 * q * n)
+    out = np.memmap(file, dtype="<f4", mode="r+", offset=len(header), shape=(q, n))
     parts = ((start, start + len(part), (first, part)) for first, start, part in shards.pieces())
     for start, _, (first, part) in progress(parts, n, "rows by query"):
         values = part.float().numpy()
@@ -116,20 +174,20 @@ def _turn(shards: ScoreShards, target: Path) -> None:
     out.flush()
 
 
-def _claim(path: Path) -> None:
+def _claim(shards: ScoreShards, file: Any, size: int) -> None:
     """Take the room for a file now: writing to a map on a full disk would end the process."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    size = path.stat().st_size
-    with path.open("r+b") as file:
-        try:
+    try:
+        os.ftruncate(file.fileno(), size)
+        if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            raise OSError(
-                message(
-                    "A view needs room for a second copy of the scores.",
-                    f"{size / 1e9:.1f} GB for {path.parent}: {error}",
-                    "a full disk or quota.",
-                    "free space, or move the folder; the scores are as they were.",
-                )
-            ) from error
+    except OSError as error:
+        raise NotWritten(_no_room(shards, error)) from error
+
+
+def _no_room(shards: ScoreShards, error: OSError) -> str:
+    return message(
+        "A view needs room for a second copy of the scores.",
+        f"{4 * shards.q * shards.n / 1e9:.1f} GB for {shards.directory / 'by-query'}: {error}",
+        "a full disk or quota, or a disk that is mounted for reading only.",
+        WAY_OUT,
+    )

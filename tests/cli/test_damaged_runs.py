@@ -1,0 +1,361 @@
+"""Runs that were cut, edited, filled with links or put on a full disk: said by name, and mended.
+
+Every way out that a message names is gone here, to the same bits or to the page.
+"""
+
+import errno
+import json
+import os
+import shutil
+import tomllib
+
+import pytest
+import tomli_w
+
+from tests.cli.test_verbs import PROJECT, answer, attribute, call, refusal
+from tests.runtime.damage import DAMAGES
+from upweight.contraction import stream
+from upweight.errors import StaleStore
+from upweight.methods import layerwise
+from upweight.report import rendering
+from upweight.runs.directory import Run
+from upweight.runtime import whole
+from upweight.view import Server
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A project with a finished run of several files of scores, and one that was saved whole."""
+    folder = tmp_path_factory.mktemp("kept") / "project"
+    folder.mkdir()
+    (folder / "project.py").write_text(PROJECT)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        patched.setattr(layerwise, "SHARD_BYTES", 1)
+        patched.setattr(stream, "MOST_EXAMPLES", 32)
+        patched.setattr(stream, "TOGETHER", 32)
+        answer(*attribute())
+        answer(*attribute("--method", "Influence(Hessian(), damping=0.01)", out="exact"))
+        answer("report", "run")
+    return folder
+
+
+@pytest.fixture
+def run(kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(layerwise, "SHARD_BYTES", 1)
+    monkeypatch.setattr(stream, "MOST_EXAMPLES", 32)
+    monkeypatch.setattr(stream, "TOGETHER", 32)
+    shutil.copytree(kept, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return Run(tmp_path / "project" / "run")
+
+
+def removed(path):
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@pytest.mark.parametrize("damage", ["an edited score"])
+def test_an_altered_shard_is_noticed_and_made_again(run, damage):
+    before = run.digests()
+    assert len(before) > 2
+    shard = sorted(run.scores.glob("scores-*"))[1]
+    DAMAGES[damage](shard)
+    for verb in (["rerun", "run/run.toml"], ["report", "run"], ["view", "run"], attribute()):
+        assert shard.name in refusal(*verb)
+    assert "delete the file and ask again" in refusal("rerun", "run")
+    removed(shard)
+    assert "finish it: upweight rerun" in refusal("report", "run")
+    assert answer("rerun", "run/run.toml")["did"] == "continued"
+    assert run.digests() == before
+    answer("report", "run")
+    assert answer("rerun", "run")["did"] == "nothing"
+
+
+def written(text):
+    return lambda path: path.write_text(text)
+
+
+def changed(**fields):
+    def change(path):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return change
+
+
+HEADERS = {
+    "empty": written(""),
+    "another value": written("3"),
+    "nothing in it": written("{}"),
+    "nested": written("[" * 100_000),
+    "binary": lambda path: path.write_bytes(bytes(range(256))),
+    "another type": changed(header=5, n="3", provenance=[]),
+    "edited": changed(more=1),
+}
+
+
+def test_a_damaged_header_of_finished_scores_is_written_again(run):
+    before = run.digests()
+    header = run.scores / "finished.json"
+    text = header.read_text()
+    for damage in HEADERS.values():
+        header.write_text(text)
+        damage(header)
+        with pytest.raises(StaleStore, match=r"(?s)finished\.json.*delete the file"):
+            _ = run.is_finished
+    for verb in (["rerun", "run"], ["report", "run"], ["view", "run"], attribute()):
+        assert "finished.json" in refusal(*verb)
+    removed(header)
+    assert answer("rerun", "run")["did"] == "continued"
+    assert run.digests() == before
+    answer("report", "run")
+
+
+def test_a_damaged_header_of_shards_ends_with_their_folder(run):
+    before = run.digests()
+    manifest = run.scores / "manifest.json"
+    text = manifest.read_text()
+    for damage in HEADERS.values():
+        manifest.write_text(text)
+        damage(manifest)
+        with pytest.raises(StaleStore, match=r"(?s)manifest\.json.*delete the folder"):
+            _ = run.is_finished
+    for verb in (["rerun", "run"], ["report", "run"]):
+        assert f"delete the folder {run.scores}" in refusal(*verb)
+    removed(run.scores)
+    assert answer("rerun", "run")["did"] == "continued"
+    assert run.digests() == before
+
+
+@pytest.mark.parametrize("damage", ["empty", "an edited score"])
+def test_damaged_saved_scores_are_computed_again(run, damage):
+    exact = Run(run.path.with_name("exact"))
+    before = exact.digests()
+    if damage in HEADERS:
+        HEADERS[damage](exact.scores / "scores.json")
+    else:
+        DAMAGES[damage](exact.scores / "scores.safetensors")
+    for verb in (["rerun", "exact"], ["report", "exact"], ["view", "exact"]):
+        assert f"delete {exact.scores / 'scores.json'} and compute" in refusal(*verb)
+    removed(exact.scores / "scores.json")
+    assert answer("rerun", "exact")["did"] in ("continued", "computed")
+    assert exact.digests() == before
+    answer("report", "exact")
+
+
+def test_saved_scores_without_their_numbers_are_computed_again(run):
+    exact = Run(run.path.with_name("exact"))
+    before = exact.digests()
+    removed(exact.scores / "scores.safetensors")
+    assert "finish it: upweight rerun" in refusal("report", "exact")
+    answer("rerun", "exact")
+    assert exact.digests() == before
+
+
+def test_a_damaged_curvature_is_learned_again(run):
+    before = run.digests()
+    (run.scores / "finished.json").unlink()
+    sorted(run.scores.glob("scores-*"))[-1].unlink()
+    DAMAGES["one bit"](run.factors / "state.safetensors")
+    assert "delete this one" in refusal("rerun", "run")
+    removed(run.factors)
+    assert answer("rerun", "run")["did"] == "continued"
+    assert run.digests() == before
+
+
+def test_a_damaged_comparison_is_refused_until_it_is_deleted(run):
+    run.keep_evaluation("other", {"a": [1.0, float("nan")]})
+    assert repr(run.evaluations()) == repr({"other": {"a": [1.0, float("nan")]}})
+    text = run.evaluation.read_text()
+    for damage in HEADERS.values():
+        run.evaluation.write_text(text)
+        damage(run.evaluation)
+        with pytest.raises(StaleStore, match=r"(?s)evaluation\.json.*delete that file"):
+            run.evaluations()
+    assert "delete that file and evaluate again" in refusal("report", "run")
+    removed(run.evaluation)
+    answer("report", "run")
+
+
+TOML = {
+    "threads": ["0", "-1", '"a"', "1.0", "true", "99999999", "[1]"],
+    "directory": ["5", '""', '"\\u0000"', "[]"],
+    "n": ["0", '"100"', "9223372036854775808"],
+    "tolerance": ["nan", "inf", "1.5", '"0.1"'],
+    "memory_bytes": ["-1", "0.5"],
+    "versions": ["3", "{torch = 2}"],
+    "method": ["1", "false"],
+}
+
+
+def test_a_wrong_value_in_run_toml_is_named_and_may_be_corrected(run):
+    text = run.toml.read_text()
+    for key, values in TOML.items():
+        rest = {k: v for k, v in tomllib.loads(text).items() if k != key}
+        for value in values:
+            run.toml.write_text(f"{key} = {value}\n{tomli_w.dumps(rest)}")
+            with pytest.raises(StaleStore, match=rf"(?s)`{key}.* in run\.toml.*correct the file"):
+                _ = run.record
+    run.toml.write_text(text)
+    assert answer("rerun", "run")["did"] == "nothing"
+
+
+def test_a_damaged_run_toml_is_said_by_every_verb(run):
+    for told in (b"", b"\xff\xfe", b"schema = 1", b"[" * 100_000, b"schema = 2"):
+        run.toml.write_bytes(told)
+        for verb in (["rerun", "run"], ["report", "run"], ["view", "run"]):
+            said = refusal(*verb)
+            assert "run.toml" in said and "another --out" in said
+    assert "run.toml" in refusal(*attribute())
+    assert answer(*attribute(out="other"))["did"] == "computed"
+
+
+LINKS = [
+    ".holder",
+    ".lock",
+    "log.txt",
+    "report.html",
+    "report.html.part",
+    "evaluation.json",
+    "scores",
+    "scores/by-query",
+    "scores/finished.json",
+    "factors",
+    "retrained",
+    "retrained/check-0",
+]
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_nothing_is_read_or_written_through_a_link(run, name, tmp_path):
+    place = run.path / name
+    outside = tmp_path / "outside"
+    if place.exists():
+        shutil.move(place, outside)
+    elif place.suffix or place.name.startswith("."):
+        outside.write_text("precious")
+    else:
+        outside.mkdir()
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(outside)
+    before = state_of(outside)
+    for verb in (["rerun", "run"], ["report", "run"], ["view", "run"]):
+        assert f"{place}, which is a link" in refusal(*verb)
+    assert state_of(outside) == before
+    place.unlink()  # the ways out: put what it points to in its place, or only remove it
+    if name.startswith(("scores", "factors")):
+        shutil.move(outside, place)
+    assert Run.named(run.path).load().values.shape == (10, 100)
+
+
+def test_an_attribute_goes_on_after_a_link_was_removed(run):
+    (run.path / ".holder").symlink_to(run.path.with_name("project.py"))
+    assert "which is a link" in refusal(*attribute())
+    (run.path / ".holder").unlink()
+    assert answer(*attribute())["did"] == "nothing"
+
+
+def state_of(path):
+    files = [path, *path.rglob("*")] if path.is_dir() else [path]
+    return [(p, p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in files]
+
+
+@pytest.mark.parametrize("name", [".lock", ".holder", "report.html", "log.txt"])
+def test_nothing_is_written_through_a_second_name(run, name, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (run.path / name).unlink(missing_ok=True)
+    os.link(victim, run.path / name)
+    if name == ".lock":
+        assert "remove it" in refusal("rerun", "run")
+        (run.path / name).unlink()
+    with run.held("a test"):
+        run.log("a line")
+    rendering.write(run.report, "a page")
+    assert run.report.read_text() == "a page"
+    assert (run.path / "log.txt").read_text().endswith("a line\n")
+    assert victim.read_text() == "precious"
+
+
+def test_a_linked_run_and_a_linked_file_of_a_project_are_the_users_own(run):
+    os.symlink(run.path, run.path.with_name("linked"))
+    answer("rerun", "linked/run.toml")
+    answer("report", "linked")
+
+
+# -- disks ----------------------------------------------------------------------------------------
+
+
+def full(monkeypatch):
+    def refuses(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", refuses)
+    monkeypatch.setattr("os.posix_fallocate", refuses)
+
+
+def read_only(monkeypatch):
+    opened = os.open
+
+    def refuses(path, flags, *more, **others):
+        if flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR) and "project" in str(path):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return opened(path, flags, *more, **others)
+
+    monkeypatch.setattr("os.open", refuses)
+
+
+@pytest.mark.parametrize("disk", [full, read_only])
+def test_a_page_for_which_there_is_no_room_is_written_elsewhere(run, disk, monkeypatch, tmp_path):
+    before = [(path, held) for path, _, held in state_of(run.path)]
+    with monkeypatch.context() as patched:
+        disk(patched)
+        said = refusal("report", "run")
+        assert str(run.report) in said and "--out FILE" in said
+    assert [(path, held) for path, _, held in state_of(run.path)] == before
+    with monkeypatch.context() as patched:
+        if disk is read_only:
+            disk(patched)
+        answer("report", "run", "--out", tmp_path / "elsewhere" / "page.html")
+    assert "upweight" in (tmp_path / "elsewhere" / "page.html").read_text()
+
+
+@pytest.mark.parametrize("disk", [full, read_only])
+def test_a_view_needs_room_only_for_its_copy(run, disk, monkeypatch, tmp_path):
+    monkeypatch.setattr(Server, "wait", lambda server: None)
+    with monkeypatch.context() as patched:
+        disk(patched)
+        said = refusal("view", "run")
+        assert "to a disk with room" in said or "to another disk" in said
+    assert not list(run.path.rglob("*.part")) and not list(run.path.rglob("*.npy"))
+    shutil.copytree(run.path.parent, tmp_path / "room")  # the way out
+    assert call("view", tmp_path / "room" / "run").exit_code == 0
+    assert call("view", "run").exit_code == 0
+    with monkeypatch.context() as patched:
+        disk(patched)
+        assert call("view", "run").exit_code == 0
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_that_holds_the_run(run):
+    left = run.scores / f"scores.{'0' * 16}.part"
+    left.write_bytes(b"half")
+    answer("rerun", "run")
+    assert left.exists() == (whole.fcntl is None)
+
+
+def test_what_other_versions_wrote_is_made_again_in_one_step(run):
+    """Stores of before there were hashes, and runs that newer versions go on with."""
+    for path in run.scores.glob("scores-*"):
+        DAMAGES["no hash"](path)
+    changed(schema="1", digest="")(run.scores / "manifest.json")
+    assert f"delete the folder {run.scores}" in refusal("report", "run")
+    removed(run.scores)
+    run.toml.write_text(run.toml.read_text().replace('upweight = "', 'upweight = "0.0.'))
+    assert "start anew: upweight rerun" in refusal("rerun", "run")
+    assert answer("rerun", "run", "--out", "OTHER")["did"] == "computed"
+    answer("report", "OTHER")
+
+
+def test_a_directory_of_something_else_is_no_run_but_one_in_it_is(run):
+    said = refusal(*attribute(out="."))
+    assert "--out" in said and "project.py" in said
+    assert answer(*attribute(out="run2"))["did"] == "computed"
