@@ -17,7 +17,7 @@ import inspect
 import sys
 import traceback
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,12 @@ class Project:
     Args:
         folders: Where the user's files lie, the first loaded last.
         modules: Those files, run, by their places.
+        only: The file or module that stands for each source, where only these may run.
     """
 
     folders: list[Path] = field(default_factory=list)
     modules: dict[str, types.ModuleType] = field(default_factory=dict)
+    only: Mapping[str, str] | None = None
 
     def load(self, reference: str) -> Any:
         """The object, made if the name is that of a function without arguments.
@@ -69,6 +71,8 @@ class Project:
                     f"for example {source or reference or 'project.py'}:task",
                 )
             )
+        if self.only is not None:
+            source = self.only[source]
         key = str(Path(source).resolve())  # ./project.py is project.py
         if key not in self.modules:
             self.modules[key] = self._module(source)
@@ -114,13 +118,16 @@ class Project:
 
 
 @contextlib.contextmanager
-def opened() -> Iterator[Project]:
+def opened(only: Mapping[str, str] | None = None) -> Iterator[Project]:
     """A project for the time of one command. What its code prints goes to standard error.
+
+    Args:
+        only: As for `Project`.
 
     Raises:
         ProjectError: An error came out of the user's code, at any time: says where.
     """
-    project, path, modules = Project(), list(sys.path), dict(sys.modules)
+    project, path, modules = Project(only=only), list(sys.path), dict(sys.modules)
     try:
         with contextlib.redirect_stdout(sys.stderr), _told("Your code raised", project.folders):
             yield project

@@ -30,10 +30,12 @@ class Answer:
     Args:
         text: For a person; empty where the verb has printed it along the way.
         facts: The same as JSON, for `--json`.
+        failed: Whether it is an answer with exit code 1.
     """
 
     text: str
     facts: dict[str, Any]
+    failed: bool = False
 
 
 class Failed(click.ClickException):
@@ -77,6 +79,8 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
             click.echo(json.dumps(_strict(answer.facts), indent=1, ensure_ascii=False))
         elif answer.text:
             click.echo(answer.text)
+        if answer.failed:
+            raise click.exceptions.Exit(1)
 
     return shown
 

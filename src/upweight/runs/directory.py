@@ -19,7 +19,10 @@ from upweight.runtime.lock import locked
 from upweight.runtime.whole import write_whole
 from upweight.scores import Scores
 
-OWN = {"run.toml", "factors", "scores", "retrained", "evaluation.json", "report.html", "log.txt"}
+OWN = {
+    "run.toml", "factors", "scores", "shown", "retrained", "evaluation.json", "report.html",
+    "log.txt",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ class Run:
     def scores(self) -> Path:
         """The scores."""
         return self.path / "scores"
+
+    @property
+    def shown(self) -> Path:
+        """What a page shows of the data."""
+        return self.path / "shown"
 
     @property
     def retrained(self) -> Path:
@@ -155,7 +163,8 @@ class Run:
                     "This needs a finished run.",
                     f"{self.path}, whose scores are not all there.",
                     "an attribute that was interrupted.",
-                    f"finish it: upweight rerun {self.toml}",
+                    f"finish it: upweight rerun {self.toml} --project FILE.py; without the option "
+                    "it says which files.",
                 )
             )
 

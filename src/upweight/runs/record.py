@@ -32,6 +32,7 @@ class Record:
         fingerprints: Hashes of the model, the task, the data, the method and the measure.
         sources: Hashes of the user's files.
         versions: Of the libraries.
+        show: What the page shows beside the data, as `file.py:name`; empty: nothing.
     """
 
     directory: str
@@ -49,6 +50,7 @@ class Record:
     fingerprints: Mapping[str, str]
     sources: Mapping[str, str]
     versions: Mapping[str, str]
+    show: str = ""
 
     def write(self, path: Path) -> None:
         """Whole or not at all.

@@ -18,7 +18,7 @@ from upweight.report.content import (
     short,
     spread_of,
 )
-from upweight.report.examples import Examples, all_labels, examples, inputs_of
+from upweight.report.examples import Examples, KeptExamples, all_labels, examples, inputs_of
 from upweight.report.facts import noun_of, query_facts, train_facts
 from upweight.report.shown import Render
 from upweight.report.sprite import GUTTER, LARGEST_SIDE, display_range, sprite
@@ -94,7 +94,10 @@ class Answers:
         asked = self._every_query = self._shown("query", range(self.q))
         facts = query_facts(scores, values, predictions)
         self._asked = query_words(asked, facts, names)
-        some = self._shown("train", range(0, self.n, max(1, self.n // SAMPLED))[:SAMPLED])
+        there = range(self.n)
+        if isinstance(self._train, KeptExamples) and self._train.columns is not None:
+            there = self._train.columns.tolist()
+        some = self._shown("train", there[:: max(1, len(there) // SAMPLED)][:SAMPLED])
         self._spread = spread_of(some, asked)
         self._range = _display_range(some, asked)
         self.training = self._training_page(
@@ -148,7 +151,9 @@ class Answers:
     def _told(self, columns: Sequence[int], shown: Examples) -> list[dict[str, Any]]:
         pictured = shown.images is not None
         found = []
-        for i, label, content in zip(columns, shown.labels, contents(shown), strict=True):
+        known = shown.known or (True,) * len(shown.labels)
+        told = zip(columns, shown.labels, contents(shown), known, strict=True)
+        for i, label, content, is_known in told:
             name = self.scores.columns[i] if self.scores.columns is not None else f"#{i}"
             label = label or self._label(i)
             words = f"{'group' if self.scores.columns else 'training example'} {name}"
@@ -159,7 +164,7 @@ class Answers:
                     "label": label,
                     "words": words + (f", label {label}" if label else ""),
                     "contents": content,
-                    **({"tile": i} if pictured else {}),
+                    **({"tile": i} if pictured and is_known else {}),
                 }
             )
         return found

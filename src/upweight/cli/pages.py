@@ -1,0 +1,74 @@
+"""What the page of a run is made of: what the run keeps, or the project where the user names it."""
+
+import inspect
+from typing import Any
+
+from upweight.cli.project import Project
+from upweight.cli.screen import say
+from upweight.errors import SpecError, message
+from upweight.report import html
+from upweight.report.kept import kept, reopened
+from upweight.runs import shown
+from upweight.runs.directory import Run
+from upweight.runs.question import Question
+from upweight.scores import Context, Scores
+
+
+def attached(run: Run, question: Question, fitted: Any = None) -> Scores:
+    """The scores of a run with the objects that they are of."""
+    context = Context(question.task, question.train, question.queries, question.measure, fitted)
+    return run.load().attach(context)
+
+
+def keep(run: Run, question: Question, fitted: Any, extra: dict[str, Any]) -> None:
+    """Keep what a page shows in the run.
+
+    Args:
+        run: Finished.
+        question: The live objects.
+        fitted: The fitted method, where it is at hand.
+        extra: What the user shows beside the data.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    scores = attached(run, question, fitted)
+    try:
+        found = kept(scores, question.train, question.queries, **extra)
+    except OSError:
+        raise
+    except Exception as error:  # data that no page can show are attributed all the same
+        text = f"what a page shows was not kept in the run: {type(error).__name__}: {error}"
+        run.log(text)
+        say(f"note: {text}\n  `upweight report` needs the project then, by --project.")
+        return
+    shown.write(run, *found)
+
+
+def alone(run: Run) -> dict[str, Any]:
+    """Arguments of a page from what the run keeps.
+
+    Raises:
+        StaleStore: It keeps nothing, or what it keeps is damaged.
+    """
+    facts, arrays = shown.read(run)
+    if left_out := facts.get("left_out"):
+        say(f"note: without the project the page has no {', '.join(map(str, left_out))}")
+    return reopened(facts, arrays)
+
+
+def shown_of(project: Project, reference: str) -> dict[str, Any]:
+    """A dict of arguments of `upweight.report.html`."""
+    value = project.load(reference)
+    known = set(inspect.signature(html).parameters) - {"scores", "train", "queries", "path"}
+    if not isinstance(value, dict) or not set(value) <= known:
+        given = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
+        raise SpecError(
+            message(
+                "--show names a dict of arguments of upweight.report.html.",
+                f"{reference}: {given}.",
+                "a misspelled key, or another object.",
+                f"its keys are among {', '.join(sorted(known))}.",
+            )
+        )
+    return value
