@@ -1,14 +1,26 @@
 """A run directory from somebody else: it is looked at without its project, and runs no code."""
 
+import hashlib
 import json
 import os
 import re
 import shlex
 import shutil
+import urllib.request
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
-from tests.cli.test_verbs import OWN, PROJECT, answer, attribute, call, refusal
+import upweight as uw
+from tests.cli.test_verbs import OWN, PROJECT, answer, attribute, call, refusal, rerun
+from upweight.cli.compared import compared
+from upweight.cli.pages import alone
+from upweight.errors import DataError, StaleStore
+from upweight.report.examples import Examples, KeptExamples
+from upweight.runs import shown
+from upweight.runs.directory import Run
 from upweight.view import Server
 
 EVIL = "import pathlib\npathlib.Path(MARKER).touch()\n" + PROJECT
@@ -61,7 +73,9 @@ def rewrite(folder, **lines):
     toml = folder / "run.toml"
     text = toml.read_text()
     for name, value in lines.items():
-        text = re.sub(rf"(?m)^{name} = .*$", lambda _: f"{name} = {json.dumps(value)}", text)  # noqa: B023
+        line = f"{name} = {json.dumps(value)}"
+        text, done = re.subn(rf"(?m)^{name} = .*$", lambda _: line, text, count=1)  # noqa: B023
+        assert done == 1
     toml.write_text(text)
 
 
@@ -102,13 +116,14 @@ def test_a_run_of_a_stranger_runs_nothing(gift, monkeypatch, spelling, finished)
     if not finished:
         unfinish(folder)
     monkeypatch.syspath_prepend(str(folder / "nowhere"))
-    for verb in VERBS.values():
+    for name, verb in VERBS.items():
         for own in ([], OWN):
             result = call(*verb, *own)
             assert not marker.exists(), (verb, own)
-            assert result.exit_code in (0, 1)
-            if (own and verb[0] != "rerun") or "--out" in verb or not finished:
-                assert result.exit_code == 1, "refused"
+            is_alone = finished and not own and name in ("report", "view", "rerun")
+            assert result.exit_code == (0 if is_alone else 1), result.output
+            if finished and not is_alone:
+                assert "only where you name its file" in result.stderr
     assert not (folder.parent / "again").exists()
 
 
@@ -182,3 +197,239 @@ def test_a_page_of_the_run_alone_is_the_page_of_the_project(made, tmp_path, monk
     mine, theirs = (p.read_text() for p in (tmp_path / kind / "report.html", made / "live.html"))
     assert "Ranked by self-influence" in mine
     assert mine == theirs
+
+
+def test_a_view_of_the_run_alone_is_the_view_of_the_project(made, tmp_path, monkeypatch):
+    paths = ["query/3", "ranking/3/lowered", "examples", "training", "picture/train/7"]
+    paths += ["picture/query/3", "browse/loss", "drop"]
+
+    def seen(folder, *options):
+        found = {}
+
+        def looked_at(server):
+            for path in paths:
+                address = server.address.replace("/?", f"/{path}?") + "&start=0&ids=4,9"
+                with urllib.request.urlopen(address, timeout=10) as got:
+                    found[path] = got.read()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Server, "wait", looked_at)
+        monkeypatch.chdir(folder)
+        result = call("view", "pictures", *options)
+        assert result.exit_code == 0, result.output
+        return found
+
+    shutil.copytree(made / "pictures", tmp_path / "pictures")
+    alone = seen(tmp_path)
+    assert seen(made, "--show", "project.py:pictures") == alone
+    assert json.loads(alone["browse/loss"])["rows"][0]["loss"] > 0
+    assert "suspicious" in json.loads(alone["training"])
+
+
+@pytest.mark.parametrize("kind", ["texts", "pictures", "rendered", "run"])
+def test_where_there_is_room_for_few_the_page_has_its_own_and_says_what_is_missing(
+    made, tmp_path, monkeypatch, kind
+):
+    """What a page lists is kept first: with room for just that, the page is the same."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made, tmp_path / "owner")
+    monkeypatch.chdir(tmp_path / "owner")
+    assert answer("report", kind)
+    whole = (tmp_path / "owner" / kind / "report.html").read_text()
+    show = [] if kind == "run" else ["--show", f"project.py:{'shown' if kind == 'texts' else kind}"]
+    monkeypatch.setattr("upweight.report.kept.KEPT_BYTES", 10)
+    if kind == "run":
+        shutil.rmtree(tmp_path / "owner" / kind / "shown")
+    answer("report", kind, *OWN, *show)
+    facts, _ = shown.read(Run(tmp_path / "owner" / kind))
+    if kind == "rendered":  # a function of the user's is asked for what the page lists alone
+        assert answer("report", kind)
+        assert (tmp_path / "owner" / kind / "report.html").read_text() == whole
+        return
+    assert (facts["whole"], len(facts["train"]["labels"])) == (False, 1)
+    assert answer("report", kind)
+    page = (tmp_path / "owner" / kind / "report.html").read_text()
+    assert "Not kept in the run" in page and len(page) < len(whole)
+    kept = KeptExamples(100, Examples(("a", "b"), table=np.array([[1.0], [2.0]])), np.array([3, 7]))
+    found = kept.at([7, 4, 3])
+    assert (found.labels[0], found.labels[2], found.known) == ("b", "a", (True, False, True))
+    assert found.table.tolist() == [[2.0], [0.0], [1.0]]
+    with pytest.raises(DataError, match="name the project"):
+        kept.take([0])
+
+
+def test_a_run_of_an_older_version_says_what_to_do_and_it_works(made, tmp_path, monkeypatch):
+    shutil.copytree(made / "run", tmp_path / "run")
+    shutil.copy(made / "project.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree("run/shown")
+    toml = tmp_path / "run" / "run.toml"
+    old = re.sub(r"(?ms)^show = .*?$|^\[(environment|files)\].*?(?=^\[|\Z)", "", toml.read_text())
+    toml.write_text(old)
+    for verb in ("report", "view"):
+        assert "--project FILE.py" in refusal(verb, "run")
+    answer("report", "run", *OWN)
+    project = (tmp_path / "project.py").read_text()
+    os.remove("project.py")
+    assert answer("report", "run")["bytes"] > 10_000
+    (tmp_path / "project.py").write_text(project)
+    shutil.rmtree("run/shown")
+    assert answer(*attribute())["did"] == "nothing"
+    assert (tmp_path / "run" / "shown" / "shown.json").exists(), "kept by the same command"
+
+
+def test_what_is_kept_is_refused_where_it_is_damaged(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = json.loads((made / "rendered/shown/shown.json").read_text())
+    numbers = (made / "rendered/shown/shown.safetensors").read_bytes()
+    (tmp_path / "evil.py").write_text("")
+
+    def facts(**changes):
+        return json.dumps(whole | {"facts": whole["facts"] | changes})
+
+    custom = whole["facts"]["queries"]["custom"]
+    outside = [[{"picture": "https://example.org/x.png"}], *custom[1:]]
+    markup = [[{"markup": "<script>"}], *custom[1:]]
+    damaged = [
+        "", "{}", "[]", "null", "7", "\0", json.dumps(whole)[:200], "[" * 10**5,
+        json.dumps(whole | {"schema": 2}), json.dumps(whole | {"digest": "0"}),
+        json.dumps(whole | {"of": {}}), json.dumps(whole | {"facts": []}),
+        facts(n=99), facts(n="x"), facts(whole=True), facts(labels=["a"]), facts(labels=7),
+        facts(train=None), facts(train=whole["facts"]["train"] | {"labels": ["a"]}),
+        facts(queries=whole["facts"]["queries"] | {"custom": outside}),
+        facts(queries=whole["facts"]["queries"] | {"custom": markup}),
+        facts(queries=whole["facts"]["queries"] | {"texts": ["a"]}),
+        facts(twins=[1]), facts(twins={}), facts(metadata=[1]), facts(predictions=7),
+        facts(twins=whole["facts"]["twins"] | {"near": [[0, 10**6, 1.0]]}),
+        facts(options={"k": "many"}), facts(options={"title": 7}), facts(options=None),
+        facts(options={"names": 7}), facts(predictions=["a"] * 3),
+    ]  # fmt: skip
+    shutil.copytree(made / "rendered", tmp_path / "run")
+    for k, text in enumerate(damaged):
+        (tmp_path / "run/shown/shown.json").write_text(text)
+        with pytest.raises(StaleStore, match=r"--project"):  # noqa: PT012
+            alone(Run(tmp_path / "run"))
+            pytest.fail(f"{k}: {text[:200]}")
+    (tmp_path / "run/shown/shown.json").write_text(json.dumps(whole))
+    for contents in (b"", numbers[:100], numbers[:-1] + b"\7", b"\x80\x04K\x01."):
+        (tmp_path / "run/shown/shown.safetensors").write_bytes(contents)
+        assert refusal("report", "run").startswith("StaleStore")
+    os.remove("run/shown/shown.safetensors")
+    assert refusal("report", "run").startswith("StaleStore")
+
+
+def test_words_of_a_run_cannot_drive_the_terminal(gift):
+    folder, _ = gift
+    rewrite(folder, measure="\x1b]0;owned\x07\u202e", task="\x1b[2J.py:task")
+    for verb in (["rerun", "gift"], VERBS["rerun --out"], VERBS["evaluate"]):
+        result = call(*verb)
+        assert not set(result.output) & set("\x1b\x07\u202e"), verb
+        assert "\\x1b" in result.output
+
+
+def changed(run, by):
+    """The same run with other scores, written as the library writes them."""
+    scores = uw.Scores.load(run / "scores")
+    shutil.rmtree(run / "scores")
+    (scores if by is None else replace(scores, values=by(scores.values))).save(run / "scores")
+
+
+SAID = {"bits": "the same bits", "rounding": ("the same to rounding", "not the same bits"),
+        "different": "different: "}  # fmt: skip
+
+
+def test_two_runs_are_the_same_bits_the_same_to_rounding_or_different(made, tmp_path, monkeypatch):
+    shutil.copytree(made / "run", tmp_path / "run")
+    shutil.copy(made / "project.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    first, second = Run(tmp_path / "run"), Run(tmp_path / "again")
+
+    def told():
+        found, said, failed = compared(first, second)
+        assert said.startswith(SAID[found["same"]])
+        return failed, found
+
+    answer(*rerun("run", "--out", "again"))
+    failed, found = told()
+    assert (failed, found["same"]) == (False, "bits")
+    changed(second.path, None)  # in another form: the same numbers
+    assert told()[1]["same"] == "bits"
+    changed(second.path, lambda s: s * (1 + 1e-10))
+    failed, found = told()
+    assert (failed, found["same"], found["differences"]) == (True, "rounding", [])
+    text = second.toml.read_text()
+    second.toml.write_text(text.replace(f'numpy = "{np.__version__}"', 'numpy = "1.0"'))
+    failed, found = told()
+    assert (failed, found["same"]) == (False, "rounding")
+    assert found["differences"] == [f"numpy {np.__version__} → 1.0"]
+    second.toml.write_text(re.sub(r"(?ms)^\[environment\].*?(?=^\[|\Z)", "", text))
+    assert not told()[0], "of a run of upweight 0.1.0 nobody knows the machine"
+    second.toml.write_text(text)
+    changed(second.path, lambda s: s * (1 + 1e-6))
+    failed, found = told()
+    assert (failed, found["same"]) == (True, "different")
+    assert found["largest_difference"] == pytest.approx(1e-6, rel=1e-3)
+    for by in (torch.neg, torch.Tensor.float, lambda s: s[:, :50]):
+        whole = uw.Scores.load(second.scores)
+        changed(second.path, by)
+        assert told()[0]
+        changed(second.path, lambda _, whole=whole: whole.values)
+    result = call(*rerun("run", "--out", "again"))
+    assert (
+        result.exit_code == 1 and "different: the scores differ by up to 1.0e-06" in result.stdout
+    )
+    assert call("rerun", "run", *OWN, "--out", "run").exit_code == 2, "itself is no comparison"
+
+
+def test_a_finished_run_says_its_verdict_and_what_to_ask_for(made, tmp_path, monkeypatch):
+    for name in ("project.py", "numbers_beside.py"):
+        shutil.copy(made / "project.py", tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    np.save("weights.npy", np.ones(3))
+    (tmp_path / "names.txt").write_text("a")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.csv").write_text("1,2")
+    (tmp_path / "project.py").write_text(
+        "import pathlib, numpy\nimport numbers_beside\n"
+        "numpy.load('weights.npy')\npathlib.Path('data', 'rows.csv').read_text()\n"
+        "pathlib.Path('out.txt').write_text('x')\n"
+        "unread = 'names.txt'\n" + PROJECT
+    )
+    answer(*attribute())
+    record = Run(tmp_path / "run").record
+    assert set(record.files) == {"weights.npy", "data/rows.csv", "names.txt"}
+    assert str(tmp_path) not in (tmp_path / "run/run.toml").read_text()
+    found = hashlib.sha256((tmp_path / "weights.npy").read_bytes()).hexdigest()
+    assert record.files["weights.npy"] == f"sha256 {found}"
+    assert record.environment["torch"] == torch.__version__
+    assert {"python", "numpy", "platform", "processor", "BLAS"} <= set(record.environment)
+    evaluated = answer("evaluate", "run", "--recipe", "project.py:recipe", "--lds", "3")
+    shutil.move("run", "alone")
+    os.remove("project.py")
+    said = call("rerun", "alone").stdout
+    assert evaluated["verdict"] in said
+    for name in ("project.py", "numbers_beside.py", "weights.npy", "data/rows.csv"):
+        assert f"{name}  sha256 " in said
+    assert f"torch {torch.__version__}" in said and record.environment["processor"] in said
+    assert "weights.npy" in refusal("rerun", "alone", "--out", "again")
+
+
+def test_rankings_are_printed_of_few_queries_and_of_those_asked_for(made, monkeypatch):
+    monkeypatch.chdir(made)
+    printed = call(*attribute("--top", "1")).stdout
+    assert printed.count("raises m") == 5 and "and 5 other queries" in printed
+    printed = call(*attribute("--top", "1", "--query", "7", "--query", "2")).stdout
+    assert re.findall(r"(?m)^query (\d+)$", printed) == ["7", "2"]
+    assert call(*attribute("--top", "1", "--query", "10")).exit_code == 2
+
+
+def test_the_next_commands_are_complete_and_work(made, tmp_path, monkeypatch):
+    shutil.copy(made / "project.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    printed = call(*attribute()).stdout
+    commands = re.findall(r"(?m)^(?:  next:|       ) upweight (.*)$", printed)
+    assert [c.split()[0] for c in commands] == ["report", "evaluate", "rerun"]
+    for command in commands:
+        extra = ["--lds", "3"] if command.startswith("evaluate") else []
+        answer(*shlex.split(command), *extra)

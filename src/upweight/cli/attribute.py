@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from upweight.cli.compared import compared
 from upweight.cli.named import named, naming, project_option, to_ask_for
 from upweight.cli.pages import keep, shown_of
 from upweight.cli.project import Project, opened
@@ -17,11 +18,15 @@ from upweight.cli.screen import Answer, continued_by, duration, say, verb
 from upweight.errors import StaleStore, message
 from upweight.runs import work
 from upweight.runs.directory import Run
+from upweight.runs.environment import environment
 from upweight.runs.question import Question
 from upweight.runs.record import Record
 from upweight.runs.shown import is_kept
 from upweight.runs.work import kept_fit
-from upweight.scores import Scores, library_versions
+from upweight.scores import library_versions
+
+SHOWN_QUERIES = 5
+"""Queries whose strongest examples are printed, unless others are asked for."""
 
 
 @click.command()
@@ -35,12 +40,22 @@ from upweight.scores import Scores, library_versions
 )
 @click.option("--top", type=click.IntRange(1), metavar="K", help="Print the K strongest examples.")
 @click.option(
+    "--query",
+    "asked_of",
+    type=click.IntRange(0),
+    multiple=True,
+    metavar="Q",
+    help=f"With --top: of which queries.  [default: the first {SHOWN_QUERIES}]",
+)
+@click.option(
     "--show",
     metavar="FILE.py:NAME",
     help="A dict of what the page shows beside the data; kept in the run.",
 )
 @verb
-def attribute(out: Path, top: int | None, show: str | None, **options: Any) -> Answer:
+def attribute(
+    out: Path, top: int | None, asked_of: tuple[int, ...], show: str | None, **options: Any
+) -> Answer:
     """Score every training example for every query.
 
     Writes a run directory. TASK names an upweight.Task in a file of yours, or a function that makes
@@ -62,6 +77,9 @@ def attribute(out: Path, top: int | None, show: str | None, **options: Any) -> A
         project = stack.enter_context(opened())
         question = asked.question(project)
         new = asked.record(project, question, run)
+        outside = [query for query in asked_of if query >= new.q]
+        if outside:
+            raise click.UsageError(f"--query {outside[0]}: there are queries 0 to {new.q - 1}")
         if not exists:  # only now: a mistake in the options leaves no directory behind
             stack.enter_context(run.held("upweight attribute"))
         old = run.record if run.has_work else None
@@ -70,7 +88,8 @@ def attribute(out: Path, top: int | None, show: str | None, **options: Any) -> A
         files = naming(replace(new, show=show or ""), run)
         to_go_on = shlex.join(["upweight", "rerun", str(shown / "run.toml"), *files])
         did = finished(run, old or new, question, to_go_on, project, show)
-    return answer(run, shown, did, top)
+    done = answer(run, shown, did, project)
+    return done if top is None else with_rankings(done, run, top, asked_of)
 
 
 @click.command()
@@ -89,8 +108,9 @@ def rerun(run: Path, projects: tuple[str, ...], out: Path | None) -> Answer:
     The code that runs is that of the files you name by --project. Without one, the scores of a
     finished run are read, and what was found about them is said again.
 
-    With --out the same question is asked again from nothing; the answer says whether the scores are
-    the same, bit for bit. Exit code 1: they are not.
+    With --out the same question is asked again from nothing. The answer says whether the scores are
+    the same bits, the same to rounding, with what was different, or different. Exit code 1: they
+    are different, or not the same bits on the same machine with the same versions.
 
     \b
     Examples:
@@ -101,13 +121,17 @@ def rerun(run: Path, projects: tuple[str, ...], out: Path | None) -> Answer:
     first = Run.named(run.absolute())
     if out is None and not projects and first.is_finished:
         return audited(first, run)
+    if out is not None and out.absolute().resolve() == first.path.resolve():
+        raise click.UsageError("--out is the run itself; name another directory to compare it with")
     typed = ["upweight", "rerun", str(run), *(("--out", str(out)) if out else ())]
     code = named(first, projects, (), shlex.join(typed))
     to_go_on = shlex.join([*typed, *(part for each in projects for part in ("--project", each))])
     if out is None:
         with first.held("upweight rerun"), reopened(first, code) as (project, record, question):
             did = finished(first, record, question, to_go_on, project)
-        return answer(first, _short(first.path), did, None)
+        return answer(first, _short(first.path), did, project)
+    if first.is_finished:
+        first.load()  # scores that are damaged are told before hours of work, not after
     second = Run(out.absolute())
     with (
         reopened(first, code) as (project, record, question),
@@ -118,10 +142,15 @@ def rerun(run: Path, projects: tuple[str, ...], out: Path | None) -> Answer:
             directory=relative(Path.cwd(), second.path),
             sources=project.sources(),
             versions=library_versions(),
+            environment=environment(question.task.layout.device),
+            files=project.files(),
         )
         require_same(second, again.differences(record), again, project)
         did = finished(second, again, question, to_go_on, project)
-    done = answer(second, out, did, None)
+    done = answer(second, out, did, project)
+    if not first.is_finished:
+        said = f"{_short(first.path)} is not finished: nothing to compare"
+        return Answer(f"{done.text}\n{said}", done.facts | {"bit_identical": None})
     facts, said, failed = compared(first, second)
     return Answer(f"{done.text}\n{said}", done.facts | facts, failed)
 
@@ -131,17 +160,17 @@ def audited(run: Run, shown: Path) -> Answer:
     run.load()
     record = run.record
     assert record is not None
-    done = answer(run, shown, "nothing", None)
+    done = answer(run, shown, "nothing")
     verdict = run.evaluations().get("halves", {}).get("verdict")
+    again = shlex.join(["upweight", "rerun", str(shown), *naming(record, run), "--out", "OTHER"])
     found = "nobody has compared them with retraining" if verdict is None else verdict
     lines = [
         done.text,
         f"  retraining: {found}",
-        "  The scores are those that were written. No code was run, so that they are those of the "
-        "model and the data is not shown.",
-        f"  To compute them again: upweight rerun {shown} {shlex.join(naming(record, run))} "
-        "--out OTHER",
-        "  It takes from the owner of the run:",
+        "  No code was run: whether these are the scores of that model and those data was not "
+        "checked. To compute them again:",
+        f"    {again}",
+        "  which takes these files of the owner of the run:",
         *(f"    {line}" for line in to_ask_for(record)),
     ]
     return Answer("\n".join(lines), done.facts | {"verdict": verdict})
@@ -206,8 +235,15 @@ def finished(
     return "continued" if began else "computed"
 
 
-def answer(run: Run, shown: Path, did: str, top: int | None) -> Answer:
-    """Where the scores are, what they say of themselves, and what to do next."""
+def answer(run: Run, shown: Path, did: str, project: Project | None = None) -> Answer:
+    """Where the scores are, what they say of themselves, and what to do next.
+
+    Args:
+        run: Finished.
+        shown: Its name, as the user says it.
+        did: What was done, in a word.
+        project: Whose code ran; None: none did.
+    """
     record = run.record
     assert record is not None
     facts = {
@@ -224,28 +260,33 @@ def answer(run: Run, shown: Path, did: str, top: int | None) -> Answer:
         f"{shown}: finished already; nothing to do" if did == "nothing" else f"{shown}: finished",
         f"  scores [{record.q} queries × {record.n} training examples] of {record.measure}",
         *(f"  note: {note}" for note in run.provenance["notes"]),
-        f"  next: upweight report {shown}",
-        f"        upweight evaluate {shown} --recipe project.py:recipe",
+        f"  next: upweight report {shlex.quote(str(shown))}",
     ]
-    if top is not None:
-        scores = run.load()
-        rankings = [scores.top(top, query) for query in range(record.q)]
-        facts["top"] = [vars(ranking) for ranking in rankings]
-        lines += ["", *map(str, rankings)]
+    if project is not None:
+        recipe = shlex.join(["evaluate", str(shown), "--recipe", _recipe(project)])
+        again = shlex.join(["rerun", str(shown), *naming(record, run), "--out", f"{shown}-again"])
+        lines += [f"        upweight {recipe}", f"        upweight {again}"]
     return Answer("\n".join(lines), facts)
 
 
-def compared(first: Run, second: Run) -> tuple[dict[str, Any], str, bool]:
-    """Whether two runs have the same scores: facts, words, and whether that is a failure."""
-    if not first.is_finished:
-        said = f"{_short(first.path)} is not finished: nothing to compare"
-        return {"bit_identical": None}, said, False
-    if first.digests() == second.digests():
-        return {"bit_identical": True}, "the scores are bit-identical", False
-    a, b = Scores.load(first.scores).values, Scores.load(second.scores).values
-    apart = float((a - b).abs().max() / a.abs().max())
-    facts = {"bit_identical": False, "largest_difference": apart}
-    return facts, f"the scores differ by up to {apart:.1e} of the largest", True
+def with_rankings(done: Answer, run: Run, top: int, asked_of: tuple[int, ...]) -> Answer:
+    """An answer with the strongest examples of some queries; as JSON of all where none is named."""
+    scores = run.load()
+    q = len(scores.values)
+    rankings = [scores.top(top, query) for query in asked_of or range(q)]
+    lines = [*map(str, rankings if asked_of else rankings[:SHOWN_QUERIES])]
+    if len(lines) < len(rankings):
+        lines.append(f"and {q - len(lines)} other queries: --query Q, or `upweight report`")
+    facts = done.facts | {"top": [vars(ranking) for ranking in rankings]}
+    return Answer("\n".join([done.text, "", *lines]), facts)
+
+
+def _recipe(project: Project) -> str:
+    """The recipe of the user's file, if one is there under its usual name."""
+    for module in project.modules.values():
+        if "recipe" in vars(module) and isinstance(module.__file__, str):
+            return f"{_short(Path(module.__file__))}:recipe"
+    return "FILE.py:NAME"
 
 
 def _short(path: Path) -> Path:

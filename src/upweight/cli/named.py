@@ -113,7 +113,14 @@ def naming(record: Record, run: Run) -> list[str]:
 
 def to_ask_for(record: Record) -> list[str]:
     """What somebody who has the run alone needs of its owner, a line each."""
-    return [f"{name}  sha256 {digest}" for name, digest in record.sources.items()]
+    files = {
+        **{name: f"sha256 {digest}" for name, digest in record.sources.items()},
+        **record.files,
+    }
+    lines = [f"{name}  {told}" for name, told in files.items()]
+    made = record.environment or record.versions
+    with_ = ", ".join(f"{name} {version}" for name, version in made.items())
+    return [*lines, f"made with {with_}, {record.threads} threads"]
 
 
 def _place(run: Run, record: Record, source: str) -> str:
@@ -141,6 +148,11 @@ def _not_named(
         place = _place(run, record, source)
         known = record.sources.get(Path(source).name)
         lines.append(f"{place}: {_like(Path(place), known)}")
+    asked_for = {Path(source).name for source in asked}
+    others = [name for name in (*record.sources, *record.files) if name not in asked_for]
+    if others:
+        more = f" and {len(others) - 10} others" if len(others) > 10 else ""
+        lines.append(f"it also read {', '.join(others[:10])}{more}")
     if len(fitting) > 1:
         lines.append(f"named are {' and '.join(map(str, fitting))}, of one name")
         cause = "two projects on one command line."

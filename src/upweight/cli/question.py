@@ -22,6 +22,7 @@ from upweight.errors import SpecError, StaleStore, message
 from upweight.method import Method
 from upweight.methods.layerwise import TOLERANCE
 from upweight.runs.directory import Run
+from upweight.runs.environment import environment
 from upweight.runs.question import Question
 from upweight.runs.record import Record
 from upweight.scores import library_versions
@@ -110,6 +111,8 @@ class Asked:
             fingerprints=question.fingerprints(),
             sources=project.sources(),
             versions=library_versions(),
+            environment=environment(question.task.layout.device),
+            files=project.files(),
         )
 
 

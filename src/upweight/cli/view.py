@@ -64,6 +64,9 @@ def view(
             if show is not None or not is_kept(place):
                 fitted = kept_fit(place, record, question) if place.factors.exists() else None
                 keep(place, question, fitted, extra)
+            # Of a million examples a live model is not asked for these; the run has kept them.
+            for name in ("train_losses", "self_influence"):
+                extra.setdefault(name, alone(place)[name])
             extra |= {"train": question.train, "queries": question.queries}
             context = Context(question.task, question.train, question.queries, question.measure)
         with place.held("upweight view"):  # while it copies; others may work while it serves

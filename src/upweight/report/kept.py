@@ -140,16 +140,17 @@ def reopened(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> di
             _shown(facts["train"], arrays, "train"),
             None if facts["whole"] else arrays["train.columns"],
             None if labels is None else tuple(map(str, labels)),
-            None if twins is None else _twins(twins),
+            None if twins is None else _twins(twins, int(facts["n"])),
         )
         queries = _shown(facts["queries"], arrays, "query")
-        options = {name: facts["options"][name] for name in PLAIN if name in facts["options"]}
+        options = {name: _option(name, facts["options"][name])
+                   for name in PLAIN if name in facts["options"]}  # fmt: skip
         own = arrays.get("self")
         found = {
             "train": train,
             "queries": KeptExamples(len(queries.labels), queries),
             "values": _listed(arrays, "values"),
-            "predictions": facts["predictions"],
+            "predictions": _predictions(facts["predictions"]),
             "train_losses": _listed(arrays, "losses") or (),
             "self_influence": () if own is None else (-own).tolist(),
             "metadata": {str(k): list(v) for k, v in facts["metadata"].items()},
@@ -157,13 +158,20 @@ def reopened(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> di
         }
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise _not_kept(f"{type(error).__name__}: {error}") from error
-    sizes = [len(train.shown.labels)] if train.columns is None else [train.n]
-    if train.columns is not None and len(train.columns) != len(train.shown.labels):
-        raise _not_kept(f"{len(train.columns)} columns of {len(train.shown.labels)} examples")
-    if labels is not None:
-        sizes.append(len(labels))
-    if any(size != train.n for size in sizes):
-        raise _not_kept(f"{sizes} in place of {train.n} examples")
+    n, q, there = train.n, len(queries.labels), len(train.shown.labels)
+    columns = train.columns
+    if columns is not None and (
+        columns.dtype != np.int64 or not np.all(np.diff(columns, prepend=-1) > 0)
+    ):
+        raise _not_kept("columns that are not ascending indices")
+    sizes = [(there, n if columns is None else len(columns))]
+    sizes += [(len(x), n) for x in found["metadata"].values()]
+    sizes += [(len(x), n) for x in (found["train_losses"], found["self_influence"]) if x]
+    sizes += [(len(x), q) for x in (found["values"], found["predictions"]) if x is not None]
+    sizes += [] if labels is None else [(len(labels), n)]
+    for given, expected in sizes:
+        if given != expected:
+            raise _not_kept(f"{given} in place of {expected} entries")
     return found
 
 
@@ -259,7 +267,27 @@ def _parts(custom: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _twins(told: Mapping[str, Any]) -> Duplicates:
+def _option(name: str, value: Any) -> Any:
+    """One of `PLAIN`, if it is of its kind."""
+    if name in ("names", "features"):
+        is_fit = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    else:
+        is_fit = type(value) is (str if name == "title" else int)
+    if not is_fit:
+        raise ValueError(f"{name}: {value!r:.60}")
+    return value
+
+
+def _predictions(told: Any) -> list[int | str] | None:
+    if told is None or all(type(one) in (int, str) for one in told):
+        return told
+    raise ValueError("predictions are class indices or names")
+
+
+def _twins(told: Mapping[str, Any], n: int) -> Duplicates:
+    named = [i for group in told["same"] for i in group] + [i for p in told["near"] for i in p[:2]]
+    if not all(type(i) is int and 0 <= i < n for i in named):
+        raise ValueError(f"twins: not all of the {n} examples")
     return Duplicates(
         tuple(tuple(map(int, group)) for group in told["same"]),
         int(told["sets"]),
