@@ -12,12 +12,21 @@ from upweight.runs import shown
 from upweight.runs.directory import Run
 from upweight.runs.question import Question
 from upweight.scores import Context, Scores
+from upweight.view import opened
 
 
 def attached(run: Run, question: Question, fitted: Any = None) -> Scores:
-    """The scores of a run with the objects that they are of."""
-    context = Context(question.task, question.train, question.queries, question.measure, fitted)
-    return run.load().attach(context)
+    """The scores of a run with the objects that they are of.
+
+    Raises:
+        SpecError: They do not fit into memory.
+    """
+    return run.load().attach(context_of(question, fitted))
+
+
+def context_of(question: Question, fitted: Any = None) -> Context:
+    """The live objects of a run."""
+    return Context(question.task, question.train, question.queries, question.measure, fitted)
 
 
 def keep(run: Run, question: Question, fitted: Any, extra: dict[str, Any]) -> None:
@@ -32,8 +41,11 @@ def keep(run: Run, question: Question, fitted: Any, extra: dict[str, Any]) -> No
     Raises:
         OSError: The disk is full or not writable.
     """
-    scores = attached(run, question, fitted)
     try:
+        try:
+            scores = attached(run, question, fitted)
+        except SpecError:  # too many for memory: the copy that a view reads, which it will need
+            scores = opened(run.scores).attach(context_of(question, fitted))
         found = kept(scores, question.train, question.queries, **extra)
     except OSError:
         raise

@@ -9,13 +9,12 @@ import click
 
 from upweight.cli.evaluate import command, found_in
 from upweight.cli.named import named, project_option
-from upweight.cli.pages import alone, keep, shown_of
+from upweight.cli.pages import alone, context_of, keep, shown_of
 from upweight.cli.question import reopened
 from upweight.cli.screen import Answer, say, verb
 from upweight.runs.directory import Run
 from upweight.runs.shown import is_kept
 from upweight.runs.work import kept_fit
-from upweight.scores import Context
 from upweight.view import Answers, keeping, opened, serve
 
 TAKEN = {"title", *inspect.signature(Answers).parameters} - {"scores", "keep"}
@@ -68,7 +67,7 @@ def view(
             for name in ("train_losses", "self_influence"):
                 extra.setdefault(name, alone(place)[name])
             extra |= {"train": question.train, "queries": question.queries}
-            context = Context(question.task, question.train, question.queries, question.measure)
+            context = context_of(question)
         with place.held("upweight view"):  # while it copies; others may work while it serves
             scores = opened(place.scores)
         # What only a file needs, such as the number of examples on a page, is left out.

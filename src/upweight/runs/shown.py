@@ -36,6 +36,8 @@ def write(run: Run, facts: Facts, arrays: Arrays) -> None:
     Raises:
         OSError: The disk is full or not writable.
     """
+    if run.shown.is_symlink():
+        raise _unread(run, f"{run.shown}, a link to another place", "a run that was tampered with.")
     run.shown.mkdir(exist_ok=True)
     numbers = safetensors.numpy.save({k: np.ascontiguousarray(x) for k, x in arrays.items()})
     told = {
