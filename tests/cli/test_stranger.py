@@ -17,7 +17,7 @@ import upweight as uw
 from tests.cli.test_verbs import OWN, PROJECT, answer, attribute, call, refusal, rerun
 from upweight.cli.compared import compared
 from upweight.cli.pages import alone
-from upweight.errors import DataError, StaleStore
+from upweight.errors import DataError, SpecError, StaleStore
 from upweight.report.examples import Examples, KeptExamples
 from upweight.runs import shown
 from upweight.runs.directory import Run
@@ -316,6 +316,58 @@ def test_what_is_kept_is_refused_where_it_is_damaged(made, tmp_path, monkeypatch
         assert refusal("report", "run").startswith("StaleStore")
     os.remove("run/shown/shown.safetensors")
     assert refusal("report", "run").startswith("StaleStore")
+
+
+def test_what_was_to_be_shown_is_kept_by_whatever_finishes_the_run(made, tmp_path, monkeypatch):
+    shutil.copytree(made / "texts", tmp_path / "texts")
+    shutil.copy(made / "project.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = (tmp_path / "texts/shown/shown.json").read_bytes()
+    for verb in (rerun("texts"), attribute(out="texts"), ["report", "texts", *OWN]):
+        shutil.rmtree("texts/shown")
+        answer(*verb)
+        assert (tmp_path / "texts/shown/shown.json").read_bytes() == before, verb
+
+
+def test_what_no_page_can_show_is_attributed_all_the_same(made, tmp_path, monkeypatch):
+    shutil.copy(made / "project.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    fails = ["--show", "project.py:fails"]
+    (tmp_path / "project.py").write_text(PROJECT + "fails = {'train_texts': ['too few']}\n")
+    result = call(*attribute(*fails))
+    assert result.exit_code == 0
+    assert "note: what a page shows was not kept in the run: ShapeError" in result.stderr
+    assert "holds no such thing" in refusal("report", "run")
+    assert "train_texts" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_scores_too_many_for_memory_are_shown_from_the_copy_of_a_view(made, tmp_path, monkeypatch):
+    shutil.copytree(made / "run", tmp_path / "run")
+    shutil.copy(made / "project.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = (tmp_path / "run/shown/shown.json").read_bytes()
+    shutil.rmtree("run/shown")
+
+    def too_many(_):
+        raise SpecError("Scores must fit into memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "load", too_many)
+        answer(*rerun("run"))
+    told = json.loads((tmp_path / "run/shown/shown.json").read_bytes())
+    assert told == json.loads(before)
+    assert (tmp_path / "run/scores/by-query/values.npy").exists()
+
+
+def test_what_is_kept_is_not_written_through_a_link(made, tmp_path, monkeypatch):
+    shutil.copytree(made / "run", tmp_path / "run")
+    shutil.copy(made / "project.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree("run/shown")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "shown").symlink_to(tmp_path / "elsewhere")
+    assert "a link to another place" in refusal("report", "run", *OWN)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_words_of_a_run_cannot_drive_the_terminal(gift):

@@ -10,7 +10,7 @@ import torch
 
 from upweight import report as pages
 from upweight.cli.named import is_reference, named, project_option
-from upweight.cli.pages import alone, attached, keep, shown_of
+from upweight.cli.pages import alone, attached, refreshed
 from upweight.cli.project import Project
 from upweight.cli.question import relative, reopened
 from upweight.cli.screen import Answer, continued_by, size, verb
@@ -19,7 +19,6 @@ from upweight.errors import SpecError, message
 from upweight.evaluation import LDS, Check, check, check_on, retrain, subset_weights
 from upweight.runs.directory import Run
 from upweight.runs.record import Record
-from upweight.runs.shown import is_kept
 from upweight.runs.work import kept_fit
 from upweight.scores import Scores
 from upweight.task.recipe import Recipe
@@ -137,13 +136,13 @@ def report(run: Path, out: Path | None, show: str | None, projects: tuple[str, .
         code = named(place, projects, filter(None, [show]), f"upweight report {run}")
         with reopened(place, code) as (project, record, question):
             fitted = kept_fit(place, record, question) if place.factors.exists() else None
-            extra = {} if show is None else shown_of(project, show)
-            if show is not None or not is_kept(place):
-                keep(place, question, fitted, extra)
+            extra = refreshed(place, project, record, question, show, lambda: fitted)
             scores = attached(place, question, fitted)
             written = pages.html(scores, question.train, question.queries, path, **rest | extra)
     bytes_ = written.stat().st_size
     said = f"{out or run / 'report.html'}: {size(bytes_)}. Open it in a browser."
+    if show is None and not projects:
+        said += f"\n  Made of the run alone. What to ask its owner for: upweight rerun {run}"
     return Answer(said, {"run": str(place.path), "report": str(written), "bytes": bytes_})
 
 

@@ -1,6 +1,8 @@
 """What the page of a run is made of: what the run keeps, or the project where the user names it."""
 
 import inspect
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from upweight.cli.project import Project
@@ -11,6 +13,7 @@ from upweight.report.kept import kept, reopened
 from upweight.runs import shown
 from upweight.runs.directory import Run
 from upweight.runs.question import Question
+from upweight.runs.record import Record
 from upweight.scores import Context, Scores
 from upweight.view import opened
 
@@ -55,6 +58,36 @@ def keep(run: Run, question: Question, fitted: Any, extra: dict[str, Any]) -> No
         say(f"note: {text}\n  `upweight report` needs the project then, by --project.")
         return
     shown.write(run, *found)
+
+
+def refreshed(
+    run: Run,
+    project: Project,
+    record: Record,
+    question: Question,
+    show: str | None,
+    fitted: Callable[[], Any],
+) -> dict[str, Any]:
+    """What the user shows beside the data of a live page; kept in the run where that is new.
+
+    Args:
+        run: Finished.
+        project: Where it is loaded from.
+        record: Of the run.
+        question: The live objects.
+        show: Its name; None: that of the run.
+        fitted: Gives the fitted method, for self-influence.
+
+    Raises:
+        UpweightError: There is no such thing, or it is something else.
+    """
+    reference = show or record.show
+    extra = shown_of(project, reference) if reference else {}
+    if show is not None or not shown.is_kept(run):
+        if show is not None:
+            replace(record, show=show).write(run.toml)
+        keep(run, question, fitted(), extra)
+    return extra
 
 
 def alone(run: Run) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 
 from upweight.cli.evaluate import command, found_in
 from upweight.cli.named import named, project_option
-from upweight.cli.pages import alone, context_of, keep, shown_of
+from upweight.cli.pages import alone, context_of, refreshed
 from upweight.cli.question import reopened
 from upweight.cli.screen import Answer, say, verb
 from upweight.runs.directory import Run
@@ -59,13 +60,14 @@ def view(
         else:
             code = named(place, projects, filter(None, [show]), f"upweight view {run}")
             project, record, question = stack.enter_context(reopened(place, code))
-            extra = {} if show is None else shown_of(project, show)
-            if show is not None or not is_kept(place):
-                fitted = kept_fit(place, record, question) if place.factors.exists() else None
-                keep(place, question, fitted, extra)
+            of = partial(kept_fit, place, record, question)
+            fitted = of if place.factors.exists() else (lambda: None)
+            extra = refreshed(place, project, record, question, show, fitted)
             # Of a million examples a live model is not asked for these; the run has kept them.
-            for name in ("train_losses", "self_influence"):
-                extra.setdefault(name, alone(place)[name])
+            if is_kept(place):
+                had = alone(place)
+                for name in ("train_losses", "self_influence"):
+                    extra.setdefault(name, had[name])
             extra |= {"train": question.train, "queries": question.queries}
             context = context_of(question)
         with place.held("upweight view"):  # while it copies; others may work while it serves

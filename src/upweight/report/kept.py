@@ -37,7 +37,8 @@ from upweight.scores import Scores
 from upweight.task.data import as_data
 
 KEPT_BYTES = 64_000_000
-"""What is shown of the training examples takes at most so much, beside 24 bytes of each."""
+"""What is shown of the training examples takes at most so much, beside two numbers and a label
+of each."""
 
 READ = 256
 """Examples that are read at once."""
