@@ -175,6 +175,35 @@ def test_a_refusal_says_what_to_name_and_the_command_works(made, monkeypatch):
     (made / "project.py").write_text(SHOWN)
 
 
+def test_a_run_of_two_files_of_one_name_takes_each_from_its_place(made, tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "project.py").write_text(PROJECT)
+    (tmp_path / "sub" / "project.py").write_text(PROJECT + "mine = uw.Margin()\n")
+    monkeypatch.chdir(tmp_path)
+    printed = call(*attribute("--measure", "sub/project.py:squared")).stdout
+    (command,) = re.findall(r"upweight (rerun .*)", printed)
+    assert "--project project.py --project sub/project.py" in command
+    assert answer(*shlex.split(command))["same"] == "bits"
+
+
+def test_an_edited_score_is_noticed_by_every_verb(made, tmp_path, monkeypatch):
+    shutil.copytree(made / "run", tmp_path / "run")
+    shutil.copy(made / "project.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    changed(tmp_path / "run", None)  # as methods that hold their scores in memory write them
+    path = tmp_path / "run" / "scores" / "scores.safetensors"
+    contents = bytearray(path.read_bytes())
+    contents[-3] ^= 1
+    path.write_bytes(contents)
+    for verb in (
+        ["rerun", "run"], rerun("run"), rerun("run", "--out", "again"), attribute(),
+        ["report", "run"], ["report", "run", *OWN], ["view", "run"],
+        ["evaluate", "run", "--recipe", "project.py:recipe"],
+    ):  # fmt: skip
+        assert refusal(*verb).startswith("StaleStore"), verb
+    assert not (tmp_path / "again").exists()
+
+
 def test_two_named_files_of_one_name_are_told_apart_by_nobody(gift):
     folder, _ = gift
     for name in ("a", "b"):

@@ -11,7 +11,7 @@ import click
 
 from upweight.cli.compared import compared
 from upweight.cli.named import named, naming, project_option, to_ask_for
-from upweight.cli.pages import keep, shown_of
+from upweight.cli.pages import keep, loaded, shown_of
 from upweight.cli.project import Project, opened
 from upweight.cli.question import Asked, question_options, relative, reopened, require_same
 from upweight.cli.screen import Answer, continued_by, duration, say, verb
@@ -131,7 +131,7 @@ def rerun(run: Path, projects: tuple[str, ...], out: Path | None) -> Answer:
             did = finished(first, record, question, to_go_on, project)
         return answer(first, _short(first.path), did, project)
     if first.is_finished:
-        first.load()  # scores that are damaged are told before hours of work, not after
+        loaded(first)  # scores that are damaged are told before hours of work, not after
     second = Run(out.absolute())
     with (
         reopened(first, code) as (project, record, question),
@@ -157,23 +157,20 @@ def rerun(run: Path, projects: tuple[str, ...], out: Path | None) -> Answer:
 
 def audited(run: Run, shown: Path) -> Answer:
     """A finished run by itself: its scores are read, its verdict is said again, nothing is run."""
-    run.load()
+    loaded(run)  # which raises where they are damaged
     record = run.record
     assert record is not None
     done = answer(run, shown, "nothing")
-    verdict = run.evaluations().get("halves", {}).get("verdict")
     again = shlex.join(["upweight", "rerun", str(shown), *naming(record, run), "--out", "OTHER"])
-    found = "nobody has compared them with retraining" if verdict is None else verdict
     lines = [
         done.text,
-        f"  retraining: {found}",
         "  No code was run: whether these are the scores of that model and those data was not "
         "checked. To compute them again:",
         f"    {again}",
         "  which takes these files of the owner of the run:",
         *(f"    {line}" for line in to_ask_for(record)),
     ]
-    return Answer("\n".join(lines), done.facts | {"verdict": verdict})
+    return Answer("\n".join(lines), done.facts)
 
 
 def finished(
@@ -197,6 +194,8 @@ def finished(
     Raises:
         StaleStore: An interrupted run was begun with other versions.
     """
+    if run.is_finished:
+        loaded(run)  # which raises where they are damaged: then nothing is finished
     if run.is_finished and is_kept(run) and show is None:
         return "nothing"
     record = record if show is None else replace(record, show=show)
@@ -255,11 +254,14 @@ def answer(run: Run, shown: Path, did: str, project: Project | None = None) -> A
         "method": record.method,
         "measure": record.measure,
         "provenance": run.provenance,
+        "verdict": run.evaluations().get("halves", {}).get("verdict"),
     }
+    retraining = facts["verdict"] or "nobody has compared them with retraining"
     lines = [
         f"{shown}: finished already; nothing to do" if did == "nothing" else f"{shown}: finished",
         f"  scores [{record.q} queries × {record.n} training examples] of {record.measure}",
         *(f"  note: {note}" for note in run.provenance["notes"]),
+        *([f"  retraining: {retraining}"] if did == "nothing" else []),
         f"  next: upweight report {shlex.quote(str(shown))}",
     ]
     if project is not None:

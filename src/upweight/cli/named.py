@@ -82,6 +82,9 @@ def named(run: Run, projects: Iterable[str], references: Iterable[str], command:
     for source in asked:
         called = Path(source).name
         fitting = [path for path in paths.values() if path.name == called]
+        if len(fitting) > 1:  # of those that the user named, the one that lies where the run says
+            place = (run.path / record.directory / source).resolve()
+            fitting = [path for path in fitting if path.resolve() == place] or fitting
         if len(fitting) == 1:
             files[source] = str(fitting[0])
         elif not fitting and source in given:
@@ -126,7 +129,8 @@ def to_ask_for(record: Record) -> list[str]:
 def _place(run: Run, record: Record, source: str) -> str:
     """Where run.toml says that a file lies, if there is one; it is printed, and not followed."""
     path = run.path / record.directory / source
-    if Path(source).suffix != ".py" or not path.is_file():
+    is_remote = str(path).startswith(("\\\\", "//"))  # of Windows: asking would tell who asks
+    if Path(source).suffix != ".py" or is_remote or not path.is_file():
         return source
     try:
         return os.path.relpath(path.resolve(), Path.cwd())

@@ -32,6 +32,18 @@ def context_of(question: Question, fitted: Any = None) -> Context:
     return Context(question.task, question.train, question.queries, question.measure, fitted)
 
 
+def loaded(run: Run) -> Scores:
+    """The finished scores; where they are too many for memory, the copy that a view reads.
+
+    Raises:
+        StaleStore: They are not finished, or damaged.
+    """
+    try:
+        return run.load()
+    except SpecError:
+        return opened(run.scores)
+
+
 def keep(run: Run, question: Question, fitted: Any, extra: dict[str, Any]) -> None:
     """Keep what a page shows in the run.
 
@@ -45,10 +57,7 @@ def keep(run: Run, question: Question, fitted: Any, extra: dict[str, Any]) -> No
         OSError: The disk is full or not writable.
     """
     try:
-        try:
-            scores = attached(run, question, fitted)
-        except SpecError:  # too many for memory: the copy that a view reads, which it will need
-            scores = opened(run.scores).attach(context_of(question, fitted))
+        scores = loaded(run).attach(context_of(question, fitted))
         found = kept(scores, question.train, question.queries, **extra)
     except OSError:
         raise
