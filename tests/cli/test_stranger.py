@@ -345,6 +345,11 @@ def test_what_is_kept_is_refused_where_it_is_damaged(made, tmp_path, monkeypatch
         assert refusal("report", "run").startswith("StaleStore")
     os.remove("run/shown/shown.safetensors")
     assert refusal("report", "run").startswith("StaleStore")
+    shutil.copy(made / "project.py", tmp_path)
+    answer("report", "run", *OWN)  # the way out that it names
+    page = (tmp_path / "run" / "report.html").read_text()
+    answer("report", "run")
+    assert (tmp_path / "run" / "report.html").read_text() == page
 
 
 def test_what_was_to_be_shown_is_kept_by_whatever_finishes_the_run(made, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import click
 
 from upweight.cli.compared import compared
 from upweight.cli.named import named, naming, project_option, to_ask_for
-from upweight.cli.pages import keep, loaded, shown_of
+from upweight.cli.pages import is_kept, keep, loaded, shown_of
 from upweight.cli.project import Project, opened
 from upweight.cli.question import Asked, question_options, relative, reopened, require_same
 from upweight.cli.screen import Answer, continued_by, duration, say, verb
@@ -21,7 +21,6 @@ from upweight.runs.directory import Run
 from upweight.runs.environment import environment
 from upweight.runs.question import Question
 from upweight.runs.record import Record
-from upweight.runs.shown import is_kept
 from upweight.runs.work import kept_fit
 from upweight.scores import library_versions
 

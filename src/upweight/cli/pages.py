@@ -7,7 +7,7 @@ from typing import Any
 
 from upweight.cli.project import Project
 from upweight.cli.screen import say
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError, StaleStore, message
 from upweight.report import html
 from upweight.report.kept import kept, reopened
 from upweight.runs import shown
@@ -92,11 +92,20 @@ def refreshed(
     """
     reference = show or record.show
     extra = shown_of(project, reference) if reference else {}
-    if show is not None or not shown.is_kept(run):
+    if show is not None or not is_kept(run):
         if show is not None:
             replace(record, show=show).write(run.toml)
         keep(run, question, fitted(), extra)
     return extra
+
+
+def is_kept(run: Run) -> bool:
+    """Whether the run holds what a page shows, whole."""
+    try:
+        reopened(*shown.read(run))
+    except StaleStore:
+        return False
+    return True
 
 
 def alone(run: Run) -> dict[str, Any]:

@@ -10,11 +10,10 @@ import click
 
 from upweight.cli.evaluate import command, found_in
 from upweight.cli.named import named, project_option
-from upweight.cli.pages import alone, context_of, refreshed
+from upweight.cli.pages import alone, context_of, is_kept, refreshed
 from upweight.cli.question import reopened
 from upweight.cli.screen import Answer, say, verb
 from upweight.runs.directory import Run
-from upweight.runs.shown import is_kept
 from upweight.runs.work import kept_fit
 from upweight.view import Answers, keeping, opened, serve
 

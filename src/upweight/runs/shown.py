@@ -25,11 +25,6 @@ Facts = Mapping[str, Any]
 Arrays = Mapping[str, NDArray[Any]]
 
 
-def is_kept(run: Run) -> bool:
-    """Whether the run holds what a page shows."""
-    return (run.shown / "shown.json").exists()
-
-
 def write(run: Run, facts: Facts, arrays: Arrays) -> None:
     """Keep it in place of what was kept before.
 
@@ -57,7 +52,7 @@ def read(run: Run) -> tuple[Facts, Arrays]:
     Raises:
         StaleStore: It is not there, damaged, or of another model or data.
     """
-    if not is_kept(run):
+    if not (run.shown / "shown.json").exists():
         raise _unread(run, "a run that holds no such thing", "it was made by upweight 0.1.0, or "
                       "its attribute was stopped after the scores.")  # fmt: skip
     try:
