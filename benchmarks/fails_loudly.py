@@ -26,8 +26,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import upweight as uw
+from upweight.cli.named import named
+from upweight.cli.pages import alone
+from upweight.cli.question import reopened
 from upweight.errors import UpweightError
 from upweight.evaluation import Check, check_on
+from upweight.runs.directory import Run
+from upweight.runs.record import Record
 from upweight.verdict import Verdict
 
 CASES: dict[str, Callable[[], Any]] = {}
@@ -1019,6 +1024,44 @@ def two_kinds_of_scores_in_one_folder() -> Any:
         path.with_name("scores.json").write_text("{}")
 
     return altered(change)
+
+
+# -- runs of strangers ---------------------------------------------------------------------------
+
+
+def received(folder: Path, **changes: str) -> Run:
+    """A run directory whose run.toml names a file beside it."""
+    (folder / "evil.py").write_text("raise SystemExit('the code of a stranger ran')\n")
+    names = {"task": "evil.py:task", "train": "evil.py:train", "queries": "evil.py:test"}
+    texts = {"directory": ".", "method": "Influence()", "measure": "Loss()", **names, **changes}
+    none: dict[str, str] = {}
+    Record(
+        **texts, tolerance=0.0, memory_bytes=0, threads=1, n=1, q=1, p=1, fingerprints=none,
+        sources=none, versions=none,
+    ).write(folder / "run.toml")  # fmt: skip
+    return Run(folder)
+
+
+@case
+def a_run_of_a_stranger_whose_files_nobody_named() -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        run = received(Path(folder))
+        with reopened(run, named(run, (), (), "upweight rerun RUN")):
+            pass
+
+
+@case
+def a_run_of_a_stranger_beside_a_project_of_ones_own() -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        run = received(Path(folder), method="../gift/evil.py:method")
+        with reopened(run, named(run, ["project.py"], (), "upweight rerun RUN")):
+            pass
+
+
+@case
+def a_page_of_a_run_that_keeps_nothing_to_show() -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return alone(received(Path(folder)))
 
 
 def main() -> int:

@@ -55,6 +55,7 @@ import upweight as uw
 
 recipe = uw.Training(network, uw.SGD(lr=0.3), epochs=30, batch=25, seed=0)
 """
+OWN = ["--project", "project.py"]
 METHOD = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1))
 
 
@@ -74,6 +75,10 @@ def finished(project):
 
 def attribute(*options, out="run"):
     return ["attribute", *NAMES, "--out", out, *options]
+
+
+def rerun(run, *options):
+    return ["rerun", run, *OWN, *options]
 
 
 def call(*arguments):
@@ -156,7 +161,7 @@ def test_a_model_that_changed_is_refused_and_an_edited_comment_is_not(finished):
     assert result.exit_code == 0
     assert "note: project.py changed since" in result.stderr
     path.write_text(PROJECT.replace("epochs=3", "epochs=4"))
-    for command in (attribute(), ["rerun", "run/run.toml"], ["report", "run"]):
+    for command in (attribute(), rerun("run/run.toml"), ["report", "run", *OWN]):
         assert "the model's state is not what it was" in refusal(*command)
     path.write_text(PROJECT.replace("uw.L2(0.01))\n\ndef", "uw.L2(0.02))\n\ndef"))
     assert "the task (loss, penalty" in refusal(*attribute())
@@ -234,24 +239,27 @@ def test_a_full_disk_is_an_error_that_leaves_what_was_there(project, monkeypatch
         patch.setattr(os, "fsync", fills)
         said = refusal(*attribute())
     assert "No space left on device" in said
-    assert "What is done is kept. To go on: upweight rerun run/run.toml" in said
+    assert (
+        "What is done is kept. To go on: upweight rerun run/run.toml --project project.py" in said
+    )
     kept = Run(project / "run").digests()
     assert 0 < len(kept) < len(expected)
     assert ScoreShards.load(project / "run/scores").done(0, 10) > 0
     assert "needs a finished run" in refusal("report", "run")
     left = 10**6
-    assert answer("rerun", "run/run.toml")["did"] == "continued"
+    assert answer(*rerun("run/run.toml"))["did"] == "continued"
     assert Run(project / "run").digests() == expected
 
 
 def test_repeating_from_nothing_says_whether_the_bits_are_the_same(finished):
-    assert answer("rerun", "run/run.toml", "--out", "again")["bit_identical"] is True
-    shards = ScoreShards.load(finished / "again" / "scores")
-    values, header = shards.values().mT, shards.header
-    values[-1, -1] = 1.0  # another last score, as another machine may find it
-    shards.append(0, 0, values)
-    shards.finish(header)
-    found = answer("rerun", "run", "--out", "again")
+    assert answer(*rerun("run/run.toml", "--out", "again"))["bit_identical"] is True
+    scores = uw.Scores.load("again/scores")
+    scores.values[-1, -1] = 1.0
+    shutil.rmtree("again/scores")
+    scores.save("again/scores")
+    result = call(*rerun("run", "--out", "again"), "--json")
+    assert result.exit_code == 1, "an answer, and a failure"
+    found = json.loads(result.stdout)
     assert found["did"] == "nothing"
     assert found["bit_identical"] is False
     assert found["largest_difference"] > 0
@@ -261,11 +269,13 @@ def test_a_run_can_be_asked_of_from_any_folder_and_moves_with_its_project(finish
     moved = finished.with_name("moved")
     shutil.move(finished, moved)
     monkeypatch.chdir("/")
-    assert answer("rerun", moved / "run")["did"] == "nothing"
+    mine = ["--project", moved / "project.py"]
+    assert answer("rerun", moved / "run", *mine)["did"] == "nothing"
+    assert answer("rerun", moved / "run", *mine, "--out", moved / "b")["bit_identical"] is True
     shutil.move(moved / "run", moved.with_name("alone"))
     shutil.move(moved, moved.with_name("elsewhere"))
-    said = refusal("rerun", moved.with_name("alone"))
-    assert "must exist" in said or "must be where it was" in said
+    said = refusal("rerun", moved.with_name("alone"), *mine)
+    assert "must exist" in said
 
 
 def test_an_interrupted_run_is_not_finished_by_other_versions(finished):
@@ -279,7 +289,7 @@ def test_methods_that_hold_their_scores_in_memory_have_runs_too(project):
     method = ["--method", "Influence(Hessian(), damping=0.01)"]
     assert answer(*attribute(*method))["did"] == "computed"
     assert uw.Scores.load("run/scores").values.shape == (10, 100)
-    assert answer("rerun", "run", "--out", "again")["bit_identical"] is True
+    assert answer(*rerun("run", "--out", "again"))["bit_identical"] is True
     assert "--tolerance and --memory are for" in refusal(
         *attribute(*method, "--tolerance", "0.1", out="other")
     )
@@ -293,9 +303,9 @@ def test_methods_and_measures_may_be_the_users_own(project):
     record = Run(project / "run").record
     assert record.method.startswith("Influence(curvature=Diagonal(")
     assert record.measure == "project.py:squared"
-    assert answer("rerun", "run")["did"] == "nothing"
+    assert answer(*rerun("run"))["did"] == "nothing"
     path.write_text(path.read_text().replace("outputs.square()", "outputs.abs()"))
-    assert "the measure is not what it was" in refusal("rerun", "run")
+    assert "the measure is not what it was" in refusal(*rerun("run"))
     assert "must be a method" in refusal(*attribute("--method", "project.py:test", out="x"))
     assert "must be a task" in refusal("doctor", "project.py:recipe")
 
@@ -315,7 +325,7 @@ def test_a_method_of_the_users_own_kind_is_told_from_another(project):
     answer(*attribute("--method", "project.py:method"))
     assert Run(project / "run").record.method == "project.py:method"
     (project / "project.py").write_text(code.replace("Mine(0.1)", "Mine(0.2)"))
-    assert "the method is not what it was" in refusal("rerun", "run")
+    assert "the method is not what it was" in refusal(*rerun("run"))
 
 
 def test_evaluation_is_kept_and_the_report_says_it(finished):

@@ -115,7 +115,7 @@ def main(folder):
                 os.kill(child, signal.SIGKILL)
             killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
         began, was_finished = run.toml.exists(), run.is_finished
-        again = ["rerun", str(run.toml)] if began else attribute(run)
+        again = ["rerun", str(run.toml), "--project", project] if began else attribute(run)
         code = os.waitpid(attempt(again), 0)[1]
         found.append(
             {

@@ -1,9 +1,9 @@
 """Patients and a logistic regression of scikit-learn, by the command line alone.
 
     upweight attribute project.py:task --train project.py:train --queries project.py:test \
-        --method "Influence(Hessian())" --top 3 --out run
+        --method "Influence(Hessian())" --top 3 --show project.py:shown --out run
     upweight evaluate run --recipe project.py:recipe --lds 30
-    upweight report run --show project.py:shown
+    upweight report run
 
 Breast cancer in Wisconsin, as bundled with scikit-learn (pip install 'upweight[sklearn]'): which
 patients of the training set decide what the classifier says of another patient?

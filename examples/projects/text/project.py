@@ -1,9 +1,9 @@
 """Mails and a spam filter, by the command line alone.
 
     upweight attribute project.py:task --train project.py:train --queries project.py:test \
-        --measure "Margin()" --top 3 --out run
+        --measure "Margin()" --top 3 --show project.py:shown --out run
     upweight evaluate run --recipe project.py:recipe --lds 8
-    upweight report run --show project.py:shown
+    upweight report run
 
 Which training mails make this one look like spam, and which labels look wrong? The senders hold the
 rights in the mails of the SpamAssassin public corpus, so they do not come with upweight. A file of

@@ -1,6 +1,7 @@
 """`upweight attribute` and `upweight rerun`: scores in a run directory, and the same again."""
 
 import contextlib
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +9,23 @@ from typing import Any
 
 import click
 
-from upweight.cli.project import opened
+from upweight.cli.compared import compared
+from upweight.cli.named import named, naming, project_option, to_ask_for
+from upweight.cli.pages import is_kept, keep, loaded, shown_of
+from upweight.cli.project import Project, opened
 from upweight.cli.question import Asked, question_options, relative, reopened, require_same
 from upweight.cli.screen import Answer, continued_by, duration, say, verb
 from upweight.errors import StaleStore, message
 from upweight.runs import work
 from upweight.runs.directory import Run
+from upweight.runs.environment import environment
 from upweight.runs.question import Question
 from upweight.runs.record import Record
-from upweight.scores import Scores, library_versions
+from upweight.runs.work import kept_fit
+from upweight.scores import library_versions
+
+SHOWN_QUERIES = 5
+"""Queries whose strongest examples are printed, unless others are asked for."""
 
 
 @click.command()
@@ -29,8 +38,23 @@ from upweight.scores import Scores, library_versions
     help="The run directory; made if it does not exist.",
 )
 @click.option("--top", type=click.IntRange(1), metavar="K", help="Print the K strongest examples.")
+@click.option(
+    "--query",
+    "asked_of",
+    type=click.IntRange(0),
+    multiple=True,
+    metavar="Q",
+    help=f"With --top: of which queries.  [default: the first {SHOWN_QUERIES}]",
+)
+@click.option(
+    "--show",
+    metavar="FILE.py:NAME",
+    help="A dict of what the page shows beside the data; kept in the run.",
+)
 @verb
-def attribute(out: Path, top: int | None, **options: Any) -> Answer:
+def attribute(
+    out: Path, top: int | None, asked_of: tuple[int, ...], show: str | None, **options: Any
+) -> Answer:
     """Score every training example for every query.
 
     Writes a run directory. TASK names an upweight.Task in a file of yours, or a function that makes
@@ -52,17 +76,24 @@ def attribute(out: Path, top: int | None, **options: Any) -> Answer:
         project = stack.enter_context(opened())
         question = asked.question(project)
         new = asked.record(project, question, run)
+        outside = [query for query in asked_of if query >= new.q]
+        if outside:
+            raise click.UsageError(f"--query {outside[0]}: there are queries 0 to {new.q - 1}")
         if not exists:  # only now: a mistake in the options leaves no directory behind
             stack.enter_context(run.held("upweight attribute"))
         old = run.record if run.has_work else None
         if old is not None:
             require_same(run, old.differences(new), old, project)
-        did = finished(run, old or new, question, shown)
-    return answer(run, shown, did, top)
+        files = naming(replace(new, show=show or ""), run)
+        to_go_on = shlex.join(["upweight", "rerun", str(shown / "run.toml"), *files])
+        did = finished(run, old or new, question, to_go_on, project, show)
+    done = answer(run, shown, did, project)
+    return done if top is None else with_rankings(done, run, top, asked_of)
 
 
 @click.command()
 @click.argument("run", metavar="RUN/run.toml", type=click.Path(exists=True, path_type=Path))
+@project_option
 @click.option(
     "--out",
     metavar="OTHER",
@@ -70,45 +101,109 @@ def attribute(out: Path, top: int | None, **options: Any) -> Answer:
     help="Repeat from nothing into another directory, and compare.",
 )
 @verb
-def rerun(run: Path, out: Path | None) -> Answer:
+def rerun(run: Path, projects: tuple[str, ...], out: Path | None) -> Answer:
     """Finish an interrupted run, or repeat a finished one.
 
-    With --out the same question is asked again from nothing; the answer says whether the scores are
-    the same, bit for bit.
+    The code that runs is that of the files you name by --project. Without one, the scores of a
+    finished run are read, and what was found about them is said again.
+
+    With --out the same question is asked again from nothing. The answer says whether the scores are
+    the same bits, the same to rounding, with what was different, or different. Exit code 1: they
+    are different, or not the same bits on the same machine with the same versions.
 
     \b
     Examples:
         upweight rerun runs/digits/run.toml
-        upweight rerun runs/digits/run.toml --out runs/again
+        upweight rerun runs/digits/run.toml --project project.py
+        upweight rerun runs/digits/run.toml --project project.py --out runs/again
     """
     first = Run.named(run.absolute())
+    if out is None and not projects and first.is_finished:
+        return audited(first, run)
+    if out is not None and out.absolute().resolve() == first.path.resolve():
+        raise click.UsageError("--out is the run itself; name another directory to compare it with")
+    typed = ["upweight", "rerun", str(run), *(("--out", str(out)) if out else ())]
+    code = named(first, projects, (), shlex.join(typed))
+    to_go_on = shlex.join([*typed, *(part for each in projects for part in ("--project", each))])
     if out is None:
-        with first.held("upweight rerun"), reopened(first) as (_, record, question):
-            did = finished(first, record, question, first.path)
-        return answer(first, _short(first.path), did, None)
+        with first.held("upweight rerun"), reopened(first, code) as (project, record, question):
+            did = finished(first, record, question, to_go_on, project)
+        return answer(first, _short(first.path), did, project)
+    if first.is_finished:
+        loaded(first)  # scores that are damaged are told before hours of work, not after
     second = Run(out.absolute())
-    with reopened(first) as (project, record, question), second.held("upweight rerun"):
+    with (
+        reopened(first, code) as (project, record, question),
+        second.held("upweight rerun"),
+    ):
         again = second.record or replace(
             record,
             directory=relative(Path.cwd(), second.path),
             sources=project.sources(),
             versions=library_versions(),
+            environment=environment(question.task.layout.device),
+            files=project.files(),
         )
         require_same(second, again.differences(record), again, project)
-        did = finished(second, again, question, out)
-    done = answer(second, out, did, None)
-    facts, said = compared(first, second)
-    return Answer(f"{done.text}\n{said}", done.facts | facts)
+        did = finished(second, again, question, to_go_on, project)
+    done = answer(second, out, did, project)
+    if not first.is_finished:
+        said = f"{_short(first.path)} is not finished: nothing to compare"
+        return Answer(f"{done.text}\n{said}", done.facts | {"bit_identical": None})
+    facts, said, failed = compared(first, second)
+    return Answer(f"{done.text}\n{said}", done.facts | facts, failed)
 
 
-def finished(run: Run, record: Record, question: Question, shown: Path) -> str:
+def audited(run: Run, shown: Path) -> Answer:
+    """A finished run by itself: its scores are read, its verdict is said again, nothing is run."""
+    loaded(run)  # which raises where they are damaged
+    record = run.record
+    assert record is not None
+    done = answer(run, shown, "nothing")
+    again = shlex.join(["upweight", "rerun", str(shown), *naming(record, run), "--out", "OTHER"])
+    lines = [
+        done.text,
+        "  No code was run: whether these are the scores of that model and those data was not "
+        "checked. To compute them again:",
+        f"    {again}",
+        "  which takes these files of the owner of the run:",
+        *(f"    {line}" for line in to_ask_for(record)),
+    ]
+    return Answer("\n".join(lines), done.facts)
+
+
+def finished(
+    run: Run,
+    record: Record,
+    question: Question,
+    to_go_on: str,
+    project: Project,
+    show: str | None = None,
+) -> str:
     """Do what is left of a run; what was done, in a word.
+
+    Args:
+        run: The run.
+        record: What it is asked.
+        question: The live objects.
+        to_go_on: The command that goes on where this one is interrupted.
+        project: Where the user's objects are loaded from.
+        show: What to show beside the data from now on; None: as before.
 
     Raises:
         StaleStore: An interrupted run was begun with other versions, or scores were altered.
     """
     if run.is_finished:
-        Scores.verify(run.scores)
+        loaded(run)  # which raises where they are damaged: then nothing is finished
+    if run.is_finished and is_kept(run) and show is None:
+        return "nothing"
+    record = record if show is None else replace(record, show=show)
+    extra = shown_of(project, record.show) if record.show else {}
+    if run.is_finished:
+        fitted = kept_fit(run, record, question) if run.factors.exists() else None
+        with continued_by(to_go_on):
+            record.write(run.toml)
+            keep(run, question, fitted, extra)
         return "nothing"
     began = run.has_work
     if began and record.versions != library_versions():
@@ -117,17 +212,18 @@ def finished(run: Run, record: Record, question: Question, shown: Path) -> str:
                 "An interrupted run is finished with the versions that it was begun with.",
                 f"{dict(record.versions)}, now {library_versions()}.",
                 "an upgrade in between: the scores of two versions would be mixed.",
-                f"go back to those, or start anew: upweight rerun {run.toml} --out OTHER",
+                f"go back to those, or start anew: {to_go_on.partition(' --out ')[0]} --out OTHER",
             )
         )
     record.write(run.toml)
     word = "going on with" if began else "beginning"
     say(f"{word} {record.q} queries × {record.n} training examples, {record.p} parameters")
     started = time.perf_counter()
-    with continued_by(f"upweight rerun {shown / 'run.toml'}"):
+    with continued_by(to_go_on):
         run.log(f"{word}: {record.method}, {record.measure}, {record.n} × {record.q}")
         try:
-            work.attribute(run, record, question)
+            fitted = work.attribute(run, record, question)
+            keep(run, question, fitted, extra)
         except BaseException as error:
             with contextlib.suppress(OSError):  # the disk may be full
                 run.log(f"stopped by {type(error).__name__}: {error}")
@@ -137,8 +233,15 @@ def finished(run: Run, record: Record, question: Question, shown: Path) -> str:
     return "continued" if began else "computed"
 
 
-def answer(run: Run, shown: Path, did: str, top: int | None) -> Answer:
-    """Where the scores are, what they say of themselves, and what to do next."""
+def answer(run: Run, shown: Path, did: str, project: Project | None = None) -> Answer:
+    """Where the scores are, what they say of themselves, and what to do next.
+
+    Args:
+        run: Finished.
+        shown: Its name, as the user says it.
+        did: What was done, in a word.
+        project: Whose code ran; None: none did.
+    """
     record = run.record
     assert record is not None
     facts = {
@@ -150,32 +253,41 @@ def answer(run: Run, shown: Path, did: str, top: int | None) -> Answer:
         "method": record.method,
         "measure": record.measure,
         "provenance": run.provenance,
+        "verdict": run.evaluations().get("halves", {}).get("verdict"),
     }
+    retraining = facts["verdict"] or "nobody has compared them with retraining"
     lines = [
         f"{shown}: finished already; nothing to do" if did == "nothing" else f"{shown}: finished",
         f"  scores [{record.q} queries × {record.n} training examples] of {record.measure}",
         *(f"  note: {note}" for note in run.provenance["notes"]),
-        f"  next: upweight report {shown}",
-        f"        upweight evaluate {shown} --recipe project.py:recipe",
+        *([f"  retraining: {retraining}"] if did == "nothing" else []),
+        f"  next: upweight report {shlex.quote(str(shown))}",
     ]
-    if top is not None:
-        scores = run.load()
-        rankings = [scores.top(top, query) for query in range(record.q)]
-        facts["top"] = [vars(ranking) for ranking in rankings]
-        lines += ["", *map(str, rankings)]
+    if project is not None:
+        recipe = shlex.join(["evaluate", str(shown), "--recipe", _recipe(project)])
+        again = shlex.join(["rerun", str(shown), *naming(record, run), "--out", f"{shown}-again"])
+        lines += [f"        upweight {recipe}", f"        upweight {again}"]
     return Answer("\n".join(lines), facts)
 
 
-def compared(first: Run, second: Run) -> tuple[dict[str, Any], str]:
-    """Whether two runs have the same scores."""
-    if not first.is_finished:
-        return {"bit_identical": None}, f"{_short(first.path)} is not finished: nothing to compare"
-    if first.digests() == second.digests():
-        return {"bit_identical": True}, "the scores are bit-identical"
-    a, b = Scores.load(first.scores).values, Scores.load(second.scores).values
-    apart = float((a - b).abs().max() / a.abs().max())
-    facts = {"bit_identical": False, "largest_difference": apart}
-    return facts, f"the scores differ by up to {apart:.1e} of the largest"
+def with_rankings(done: Answer, run: Run, top: int, asked_of: tuple[int, ...]) -> Answer:
+    """An answer with the strongest examples of some queries; as JSON of all where none is named."""
+    scores = run.load()
+    q = len(scores.values)
+    rankings = [scores.top(top, query) for query in asked_of or range(q)]
+    lines = [*map(str, rankings if asked_of else rankings[:SHOWN_QUERIES])]
+    if len(lines) < len(rankings):
+        lines.append(f"and {q - len(lines)} other queries: --query Q, or `upweight report`")
+    facts = done.facts | {"top": [vars(ranking) for ranking in rankings]}
+    return Answer("\n".join([done.text, "", *lines]), facts)
+
+
+def _recipe(project: Project) -> str:
+    """The recipe of the user's file, if one is there under its usual name."""
+    for module in project.modules.values():
+        if "recipe" in vars(module) and isinstance(module.__file__, str):
+            return f"{_short(Path(module.__file__))}:recipe"
+    return "FILE.py:NAME"
 
 
 def _short(path: Path) -> Path:

@@ -1,6 +1,5 @@
 """`upweight evaluate` and `upweight report`: the scores against retraining, and the page."""
 
-import inspect
 import shlex
 from datetime import datetime
 from pathlib import Path
@@ -10,17 +9,17 @@ import click
 import torch
 
 from upweight import report as pages
+from upweight.cli.named import is_reference, named, project_option
+from upweight.cli.pages import alone, attached, refreshed
 from upweight.cli.project import Project
-from upweight.cli.question import is_reference, relative, reopened, spec_or_object
+from upweight.cli.question import relative, reopened
 from upweight.cli.screen import Answer, continued_by, size, verb
 from upweight.cli.spec import parse
 from upweight.errors import SpecError, message
 from upweight.evaluation import LDS, Check, check, check_on
 from upweight.runs.directory import Run
-from upweight.runs.question import Question
 from upweight.runs.record import Record
 from upweight.runs.work import kept_fit
-from upweight.scores import Context, Scores
 from upweight.task.recipe import Recipe
 from upweight.training.function import FromFunction
 
@@ -42,33 +41,44 @@ from upweight.training.function import FromFunction
     help="Retrain on N random halves, however long it takes.",
 )
 @click.option("--jobs", type=int, metavar="N", help="Processes to retrain in; -1: one per core.")
+@project_option
 @verb
 def evaluate(
-    run: Path, recipe: str, budget: str | None, subsets: int | None, jobs: int | None
+    run: Path,
+    recipe: str,
+    budget: str | None,
+    subsets: int | None,
+    jobs: int | None,
+    projects: tuple[str, ...],
 ) -> Answer:
     """Hold the scores against retraining.
 
     Trains the model again on random halves of its data, from two seeds each, and says in words and
     numbers whether to believe the scores. Every model is kept: what was trained is not trained
-    again, by a larger --budget neither.
+    again, by a larger --budget neither. The code that runs is that of the files you name: that of
+    the recipe, and others by --project.
 
     \b
     Examples:
         upweight evaluate runs/digits --recipe project.py:recipe
         upweight evaluate runs/digits --recipe project.py:recipe --budget "10 min"
-        upweight evaluate runs/digits --recipe "Newton()" --lds 50
+        upweight evaluate runs/digits --recipe "Newton()" --lds 50 --project project.py
     """
     if budget is not None and subsets is not None:
         raise click.UsageError("--budget and --lds exclude each other")
     if not is_reference(recipe):
         parse(recipe, "recipe")  # an error in it is told before anything is loaded
     place, shown = Run.named(run.absolute()), run
-    with place.held("upweight evaluate"), reopened(place) as (project, _, question):
+    options = {"--recipe": recipe, "--budget": budget, "--lds": subsets, "--jobs": jobs}
+    given = [str(x) for pair in options.items() if pair[1] is not None for x in pair]
+    given += [part for each in projects for part in ("--project", each)]
+    to_go_on = shlex.join(["upweight", "evaluate", str(shown), *given])
+    names = filter(is_reference, [recipe])
+    code = named(place, projects, names, to_go_on)
+    with place.held("upweight evaluate"), reopened(place, code) as (project, _, question):
         scores = attached(place, question)
         how = recipe_of(project, recipe)
-        options = {"--recipe": recipe, "--budget": budget, "--lds": subsets, "--jobs": jobs}
-        given = [str(x) for pair in options.items() if pair[1] is not None for x in pair]
-        with continued_by(shlex.join(["upweight", "evaluate", str(shown), *given])):
+        with continued_by(to_go_on):
             place.log(f"retraining by {how!r}")
             if subsets is None:
                 found = check(scores, how, budget or "2 min", jobs=jobs, cache=place.retrained)
@@ -95,15 +105,18 @@ def evaluate(
     metavar="FILE.py:NAME",
     help="A dict of further arguments to upweight.report.html.",
 )
+@project_option
 @verb
-def report(run: Path, out: Path | None, show: str | None) -> Answer:
+def report(run: Path, out: Path | None, show: str | None, projects: tuple[str, ...]) -> Answer:
     """Write the page of a run: one HTML file that opens offline.
 
     It shows first how far the scores can be trusted, with what `upweight evaluate` found, then
     what raised and lowered the measurement of each query.
 
-    What to show beside the data themselves, such as the names of classes or the texts that numbers
-    stand for, comes from a dict in a file of yours: shown = {"names": ["ham", "spam"]}.
+    It is made of what the run holds, and runs no code. What to show beside the data themselves,
+    such as the names of classes or the texts that numbers stand for, comes from a dict in a file of
+    yours: shown = {"names": ["ham", "spam"]}. That file is run, as are files named by --project;
+    what it shows is then kept in the run.
 
     \b
     Examples:
@@ -111,56 +124,30 @@ def report(run: Path, out: Path | None, show: str | None) -> Answer:
         upweight report runs/mails --show project.py:shown
     """
     place = Run.named(run.absolute())
+    place.require_finished()
     path = place.report if out is None else out.absolute()
-    with reopened(place) as (project, record, question):
-        fitted = kept_fit(place, record, question) if place.factors.exists() else None
-        scores = attached(place, question, fitted)
-        extra = {} if show is None else shown_of(project, show)
-        written = page(scores, question, path, found_in(place), command(place, record), extra)
+    record = place.record
+    assert record is not None
+    rest: dict[str, Any] = {"comparison": found_in(place), "command": command(place, record)}
+    if show is None and not projects:
+        written = pages.html(place.load(), path=path, **rest | alone(place))
+    else:
+        code = named(place, projects, filter(None, [show]), f"upweight report {run}")
+        with reopened(place, code) as (project, record, question):
+            fitted = kept_fit(place, record, question) if place.factors.exists() else None
+            extra = refreshed(place, project, record, question, show, lambda: fitted)
+            scores = attached(place, question, fitted)
+            written = pages.html(scores, question.train, question.queries, path, **rest | extra)
     bytes_ = written.stat().st_size
     said = f"{out or run / 'report.html'}: {size(bytes_)}. Open it in a browser."
+    if show is None and not projects:
+        said += f"\n  Made of the run alone. What to ask its owner for: upweight rerun {run}"
     return Answer(said, {"run": str(place.path), "report": str(written), "bytes": bytes_})
-
-
-def page(
-    scores: Scores,
-    question: Question,
-    path: Path,
-    comparison: Check | None,
-    made_by: str,
-    extra: dict[str, Any],
-) -> Path:
-    """The page of a run."""
-    facts: dict[str, Any] = {"comparison": comparison, "command": made_by}
-    return pages.html(scores, question.train, question.queries, path, **facts | extra)
-
-
-def shown_of(project: Project, reference: str) -> dict[str, Any]:
-    """A dict of arguments of `upweight.report.html`."""
-    value = project.load(reference)
-    known = set(inspect.signature(pages.html).parameters) - {"scores", "train", "queries", "path"}
-    if not isinstance(value, dict) or not set(value) <= known:
-        given = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
-        raise SpecError(
-            message(
-                "--show names a dict of arguments of upweight.report.html.",
-                f"{reference}: {given}.",
-                "a misspelled key, or another object.",
-                f"its keys are among {', '.join(sorted(known))}.",
-            )
-        )
-    return value
-
-
-def attached(run: Run, question: Question, fitted: Any = None) -> Scores:
-    """The scores of a run with the objects that they are of."""
-    context = Context(question.task, question.train, question.queries, question.measure, fitted)
-    return run.load().attach(context)
 
 
 def recipe_of(project: Project, text: str) -> Recipe:
     """A spec, an object of the user's, or a training function of the user's."""
-    value = spec_or_object(project, text, "recipe")
+    value = parse(text, "recipe") if not is_reference(text) else project.load(text)
     if callable(value) and not isinstance(value, Recipe):
         value = FromFunction(value)
     if not isinstance(value, Recipe):

@@ -33,7 +33,7 @@ for verb in (demo, doctor, plan, attribute, evaluate, report, view, rerun):
 def main() -> None:
     """Entry point of the console script. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted."""
     try:
-        cli(standalone_mode=False)
+        sys.exit(cli(standalone_mode=False))  # None, or the exit code of an answer
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

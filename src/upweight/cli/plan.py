@@ -18,8 +18,10 @@ from upweight.runs.layers import LayerUse
 @question_options
 @click.option("--out", metavar="RUN", hidden=True, help="Ignored, so that attribute's line fits.")
 @click.option("--top", hidden=True, help="Ignored as well.")
+@click.option("--query", hidden=True, multiple=True, help="Ignored as well.")
+@click.option("--show", hidden=True, help="Ignored as well.")
 @verb
-def plan(out: str | None, top: str | None, **options: Any) -> Answer:
+def plan(out: str | None, top: str | None, query: Any, show: str | None, **options: Any) -> Answer:
     """Say what attribute would do, and take.
 
     Takes the same arguments and writes nothing. Shows how each layer's gradients are had, memory

@@ -17,11 +17,12 @@ import inspect
 import sys
 import traceback
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from upweight.cli.reading import Seen, named_in, reading, told
 from upweight.errors import ProjectError, SpecError, UpweightError, message
 
 MOST_FRAMES = 4
@@ -35,10 +36,14 @@ class Project:
     Args:
         folders: Where the user's files lie, the first loaded last.
         modules: Those files, run, by their places.
+        only: The file or module that stands for each source, where only these may run.
+        seen: Files that were opened meanwhile.
     """
 
     folders: list[Path] = field(default_factory=list)
     modules: dict[str, types.ModuleType] = field(default_factory=dict)
+    only: Mapping[str, str] | None = None
+    seen: Seen = field(default_factory=Seen)
 
     def load(self, reference: str) -> Any:
         """The object, made if the name is that of a function without arguments.
@@ -46,12 +51,15 @@ class Project:
         Raises:
             ProjectError: There is no such file or name, or the user's code raised.
         """
-        value = self.named(reference)
-        is_function = isinstance(value, types.FunctionType | types.MethodType | functools.partial)
-        if is_function and not _required(value):
-            with _told(f"{reference} raised", self.folders):
-                return value()
-        return value
+        with reading(self.seen):
+            value = self.named(reference)
+            is_function = isinstance(
+                value, types.FunctionType | types.MethodType | functools.partial
+            )
+            if is_function and not _required(value):
+                with _told(f"{reference} raised", self.folders):
+                    return value()
+            return value
 
     def named(self, reference: str) -> Any:
         """The object that a reference names, as it is.
@@ -69,6 +77,8 @@ class Project:
                     f"for example {source or reference or 'project.py'}:task",
                 )
             )
+        if self.only is not None:
+            source = self.only[source]
         key = str(Path(source).resolve())  # ./project.py is project.py
         if key not in self.modules:
             self.modules[key] = self._module(source)
@@ -86,6 +96,13 @@ class Project:
                 relative = path.relative_to(folder).as_posix()
                 found[relative] = hashlib.sha256(path.read_bytes()).hexdigest()
         return dict(sorted(found.items()))
+
+    def files(self) -> dict[str, str]:
+        """The hash of every file of data that was read while objects were loaded."""
+        own = [path for name in self._own() if (path := _file(name)) is not None]
+        places = [*self.folders, Path.cwd()]
+        found = (self.seen.read | named_in(own, places)) - self.seen.written
+        return told(found, self.folders)
 
     def _own(self) -> list[str]:
         """The loaded modules that are the user's."""
@@ -114,13 +131,16 @@ class Project:
 
 
 @contextlib.contextmanager
-def opened() -> Iterator[Project]:
+def opened(only: Mapping[str, str] | None = None) -> Iterator[Project]:
     """A project for the time of one command. What its code prints goes to standard error.
+
+    Args:
+        only: As for `Project`.
 
     Raises:
         ProjectError: An error came out of the user's code, at any time: says where.
     """
-    project, path, modules = Project(), list(sys.path), dict(sys.modules)
+    project, path, modules = Project(only=only), list(sys.path), dict(sys.modules)
     try:
         with contextlib.redirect_stdout(sys.stderr), _told("Your code raised", project.folders):
             yield project

@@ -14,6 +14,7 @@ from typing import Any
 import click
 import torch
 
+from upweight.cli.named import Named, is_reference
 from upweight.cli.project import Project, opened
 from upweight.cli.screen import say
 from upweight.cli.spec import SPECS, parse
@@ -21,6 +22,7 @@ from upweight.errors import SpecError, StaleStore, message
 from upweight.method import Method
 from upweight.methods.layerwise import TOLERANCE
 from upweight.runs.directory import Run
+from upweight.runs.environment import environment
 from upweight.runs.question import Question
 from upweight.runs.record import Record
 from upweight.scores import library_versions
@@ -109,29 +111,21 @@ class Asked:
             fingerprints=question.fingerprints(),
             sources=project.sources(),
             versions=library_versions(),
+            environment=environment(question.task.layout.device),
+            files=project.files(),
         )
 
 
 @contextlib.contextmanager
-def reopened(run: Run) -> Iterator[tuple[Project, Record, Question]]:
-    """The question of a run, in the directory where it was asked, if its objects are the same.
+def reopened(run: Run, code: Named) -> Iterator[tuple[Project, Record, Question]]:
+    """The question of a run, from the files that the user named, if its objects are the same.
 
     Raises:
         StaleStore: The model, data or measure changed.
     """
     record = run.record
     assert record is not None
-    folder = (run.path / record.directory).resolve()
-    if not folder.is_dir():
-        raise StaleStore(
-            message(
-                "A run's project must be where it was.",
-                f"{folder}, which does not exist.",
-                "a run directory that was moved away from its project.",
-                f"move it back, or correct `directory` in {run.toml}.",
-            )
-        )
-    with contextlib.chdir(folder), opened() as project:
+    with contextlib.chdir(code.folder), opened(only=code.files) as project:
         names = (record.task, record.train, record.queries, record.method, record.measure)
         question = Asked(*names).question(project)
         require_same(run, record.changed(question.fingerprints()), record, project)
@@ -178,12 +172,6 @@ def loaded_task(project: Project, reference: str) -> Task:
 def spec_or_object(project: Project, text: str, kind: str) -> Any:
     """What a text says, or the object that it names."""
     return project.load(text) if is_reference(text) else parse(text, kind)
-
-
-def is_reference(text: str) -> bool:
-    """Whether a text names an object of the user's: specs have no colon outside of quotes."""
-    source, colon, name = text.rpartition(":")
-    return bool(colon) and name.isidentifier() and not set(source) & set("()'\"")
 
 
 def question_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import math
+import re
 import sys
 import traceback as tracebacks
 import warnings
@@ -20,8 +21,11 @@ from typing import Any, TextIO
 
 import click
 
-from upweight._text import escaped, readable
+from upweight._text import readable
 from upweight.errors import UpweightError
+
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but for the tab and the end of a line, and those that reorder a line."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,19 @@ class Answer:
     Args:
         text: For a person; empty where the verb has printed it along the way.
         facts: The same as JSON, for `--json`.
+        failed: Whether it is an answer with exit code 1.
     """
 
     text: str
     facts: dict[str, Any]
+    failed: bool = False
 
 
 class Failed(click.ClickException):
     """One screen about an error."""
 
     def show(self, file: Any = None) -> None:
-        click.echo(readable(self.message), err=True)
+        click.echo(plain(self.message), err=True)
 
 
 class Interrupted(Failed):
@@ -71,14 +77,15 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
             text = _told(error)
             if as_json:
                 facts = {"error": type(error).__name__, "message": text}
-                click.echo(escaped(json.dumps(facts, ensure_ascii=False)))
+                click.echo(json.dumps(facts))
             kind = Interrupted if isinstance(error, KeyboardInterrupt) else Failed
             raise kind(text) from error
         if as_json:
-            text = json.dumps(_strict(answer.facts), indent=1, ensure_ascii=False)
-            click.echo(escaped(text))
+            click.echo(json.dumps(_strict(answer.facts), indent=1))
         elif answer.text:
-            click.echo(readable(answer.text))
+            click.echo(plain(answer.text))
+        if answer.failed:
+            raise click.exceptions.Exit(1)
 
     return shown
 
@@ -95,7 +102,15 @@ def continued_by(command: str) -> Iterator[None]:
 
 def say(text: str) -> None:
     """Progress, for a person."""
-    click.echo(readable(text), file=sys.stderr)
+    click.echo(plain(text), file=sys.stderr)
+
+
+def plain(text: str) -> str:
+    """A text without what moves a terminal's cursor or reorders a line: files of others have words.
+
+    Such characters are written as Python writes them.
+    """
+    return CONTROLS.sub(lambda found: repr(found[0])[1:-1], readable(text))
 
 
 def size(count: float) -> str:

@@ -11,6 +11,7 @@ algorithm. Lists become tuples, which is what specs hold.
 import ast
 import difflib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -261,13 +262,17 @@ class _Reader:
 
     def _place(self, node: ast.expr | ast.keyword) -> tuple[int, int, int]:
         """Line, column and width in characters; `ast` counts bytes."""
-        line = self.text.split("\n")[node.lineno - 1].encode()
+        line = self._lines()[node.lineno - 1].encode()
         start = len(line[: node.col_offset].decode())
         end = node.end_col_offset if node.end_lineno == node.lineno else len(line)
         return node.lineno, start, max(1, len(line[:end].decode()) - start)
 
+    def _lines(self) -> list[str]:
+        """As Python's parser ends them."""
+        return re.split("\r\n?|\n", self.text)
+
     def _pointer(self, line: int, column: int, width: int) -> str:
-        text = (self.text.split("\n") or [""])[line - 1]
+        text = self._lines()[line - 1]
         return f"    {text}\n    {' ' * column}{'^' * width}"
 
 

@@ -1,18 +1,23 @@
 """`upweight view`: a run in the browser of this machine, however large it is."""
 
+import contextlib
 import inspect
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
-from upweight.cli.evaluate import command, found_in, shown_of
+from upweight.cli.evaluate import command, found_in
+from upweight.cli.named import named, project_option
+from upweight.cli.pages import alone, context_of, is_kept, refreshed
 from upweight.cli.question import reopened
 from upweight.cli.screen import Answer, say, verb
 from upweight.runs.directory import Run
-from upweight.scores import Context
+from upweight.runs.work import kept_fit
 from upweight.view import Answers, keeping, opened, serve
 
-TAKEN = {"title", *inspect.signature(Answers).parameters} - {"scores", "train", "queries", "keep"}
+TAKEN = {"title", *inspect.signature(Answers).parameters} - {"scores", "keep"}
 """Arguments of `upweight.report.html` that a view takes too."""
 
 
@@ -21,12 +26,16 @@ TAKEN = {"title", *inspect.signature(Answers).parameters} - {"scores", "train", 
 @click.option("--show", metavar="FILE.py:NAME", help="A dict of what to show beside the data.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="0: any that is free.")
 @click.option("--browser", is_flag=True, help="Open the address in the browser.")
+@project_option
 @verb
-def view(run: Path, show: str | None, port: int, browser: bool) -> Answer:
+def view(
+    run: Path, show: str | None, port: int, browser: bool, projects: tuple[str, ...]
+) -> Answer:
     """Serve a run to the browser of this machine, until Ctrl-C.
 
     The page of `upweight report`, for scores that are too many for one file. It listens on this
     machine only, and its address carries a token. The first time it copies the scores once more.
+    It shows what the run holds, and runs no code but that of files you name by --show or --project.
 
     \b
     Examples:
@@ -35,23 +44,35 @@ def view(run: Path, show: str | None, port: int, browser: bool) -> Answer:
     """
     place = Run.named(run.absolute())
     place.require_finished()
-    with reopened(place) as (project, record, question):
+    record = place.record
+    assert record is not None
+    rest: dict[str, Any] = {
+        "port": port,
+        "comparison": found_in(place),
+        "command": command(place, record),
+        "open_browser": browser,
+        "told": say,
+    }
+    with contextlib.ExitStack() as stack:
+        if show is None and not projects:
+            extra, context = alone(place), None
+        else:
+            code = named(place, projects, filter(None, [show]), f"upweight view {run}")
+            project, record, question = stack.enter_context(reopened(place, code))
+            of = partial(kept_fit, place, record, question)
+            fitted = of if place.factors.exists() else (lambda: None)
+            extra = refreshed(place, project, record, question, show, fitted)
+            # Of a million examples a live model is not asked for these; the run has kept them.
+            if is_kept(place):
+                had = alone(place)
+                for name in ("train_losses", "self_influence"):
+                    extra.setdefault(name, had[name])
+            extra |= {"train": question.train, "queries": question.queries}
+            context = context_of(question)
         # Held while it copies; others may work while it serves.
         scores = opened(place.scores, lambda: place.held("upweight view"))
-        context = Context(question.task, question.train, question.queries, question.measure)
-        extra = {} if show is None else shown_of(project, show)
         # What only a file needs, such as the number of examples on a page, is left out.
         extra = {name: value for name, value in extra.items() if name in TAKEN}
-        serve(
-            scores.attach(context),
-            question.train,
-            question.queries,
-            keep=keeping(place.scores),
-            port=port,
-            comparison=found_in(place),
-            command=command(place, record),
-            open_browser=browser,
-            told=say,
-            **extra,
-        )
+        scores = scores if context is None else scores.attach(context)
+        serve(scores, keep=keeping(place.scores), **rest | extra)
     return Answer("", {"run": str(place.path)})

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ ROW_SHOWN = 40
 
 MOST_TOKENS = 400
 """Tokens of one example that are shown and coloured."""
+
+NOT_KEPT = "Not kept in the run, which holds what it shows of the strongest examples alone."
 
 TOKEN_SCORES = 400_000
 """Scores of tokens on the whole page; with many queries only the strongest examples have them."""
@@ -185,6 +187,10 @@ def query_words(
 
 def contents(shown: Examples) -> list[dict[str, Any]]:
     """Of each example what is not a tile: its text, its row, or what a renderer gave."""
+    if shown.known is not None:
+        told = contents(replace(shown, known=None))
+        pairs = zip(told, shown.known, strict=True)
+        return [one if known else {"text": NOT_KEPT} for one, known in pairs]
     if shown.custom is not None:
         return [{"custom": parts} for parts in shown.custom]
     if shown.texts is not None:
@@ -260,7 +266,8 @@ def spread_of(train: Examples, queries: Examples) -> NDArray[np.float64] | None:
     """Per column the standard deviation over what is shown, so that columns can be compared."""
     if train.table is None or queries.table is None:
         return None
-    spread = np.concatenate([train.table, queries.table]).std(axis=0)
+    there = train.table if train.known is None else train.table[list(train.known)]
+    spread = np.concatenate([there, queries.table]).std(axis=0)
     return np.where(spread > 0, spread, 1.0)
 
 
@@ -270,6 +277,8 @@ def differences(
     """[column, value of query q, value of the example at a place] where the two differ most."""
     assert train.table is not None
     assert queries.table is not None
+    if train.known is not None and not train.known[place]:
+        return []
     mine, theirs = train.table[place], queries.table[q]
     order = np.argsort(-np.abs(mine - theirs) / spread, kind="stable")[:COLUMNS_SHOWN]
     return [[int(c), short(theirs[c]), short(mine[c])] for c in order]

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from upweight.errors import ShapeError, message
+from upweight.errors import DataError, ShapeError, message
+from upweight.report.duplicates import Duplicates
 from upweight.report.shown import Render, content
 from upweight.report.sprite import as_images
 from upweight.scores import Scores
@@ -29,6 +30,7 @@ class Examples:
         table: [k, f], or None. At most one of images, table and texts.
         texts: One per example, or None.
         custom: What the user's renderer gave, or None.
+        known: Whether each is there to be shown; None: all are.
     """
 
     labels: tuple[str, ...]
@@ -36,6 +38,7 @@ class Examples:
     table: NDArray[np.float64] | None = None
     texts: tuple[str, ...] | None = None
     custom: tuple[list[dict[str, Any]], ...] | None = None
+    known: tuple[bool, ...] | None = None
 
     @property
     def noun(self) -> str:
@@ -51,12 +54,82 @@ class Examples:
 
 def read_training(scores: Scores, given: Any) -> Data:
     """The training data, as the task of the scores reads them where it is known."""
-    return as_data(given) if scores.context is None else scores.context.task.training(given)
+    if scores.context is None or isinstance(given, KeptExamples):
+        return as_data(given)
+    return scores.context.task.training(given)
 
 
 def read_queries(scores: Scores, given: Any) -> Data:
     """The queries, as the task of the scores reads them where it is known."""
-    return as_data(given) if scores.context is None else scores.context.task.queries(given)
+    if scores.context is None or isinstance(given, KeptExamples):
+        return as_data(given)
+    return scores.context.task.queries(given)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptExamples(Data):
+    """What a page shows of n examples, kept without the data. No model can read it.
+
+    Args:
+        n: How many examples there are.
+        shown: Those that were kept, as they are shown.
+        columns: Which those are, ascending; None: all.
+        all_labels: Of all n, where they are known.
+        twins: Equal and nearly equal inputs, where they were looked for.
+    """
+
+    n: int
+    shown: Examples
+    columns: NDArray[np.int64] | None = None
+    all_labels: tuple[str, ...] | None = None
+    twins: Duplicates | None = None
+
+    def __len__(self) -> int:
+        return self.n
+
+    def take(self, indices: Any) -> Any:
+        """Refused.
+
+        Raises:
+            DataError: Always.
+        """
+        raise DataError(
+            message(
+                "A model needs the data themselves.",
+                "what a run keeps to show of them.",
+                "a page made of the run alone.",
+                "name the project: --project project.py.",
+            )
+        )
+
+    def at(self, indices: Sequence[int]) -> Examples:
+        """The examples at some indices; of those that were not kept only labels."""
+        wanted = np.asarray(list(indices), dtype=np.int64)
+        known = np.ones(len(wanted), dtype=bool)
+        place = wanted
+        if self.columns is not None:
+            place = np.searchsorted(self.columns, wanted).clip(max=max(0, len(self.columns) - 1))
+            known = self.columns[place] == wanted if len(self.columns) else ~known
+            place = np.where(known, place, 0)
+        of, labels = self.shown, self.all_labels
+        if not len(of.labels):
+            return Examples(("",) * len(wanted), known=(False,) * len(wanted))
+        chosen = place.tolist()
+        images = None if of.images is None else of.images[place]
+        table = None if of.table is None else of.table[place]
+        for values in (images, table):
+            if values is not None:
+                values[~known] = 0  # another example's would be wrong
+        return Examples(
+            tuple(of.labels[j] for j in chosen)
+            if labels is None
+            else tuple(labels[i] for i in wanted.tolist()),
+            images,
+            table,
+            None if of.texts is None else tuple(of.texts[j] for j in chosen),
+            None if of.custom is None else tuple(of.custom[j] for j in chosen),
+            None if known.all() else tuple(known.tolist()),
+        )
 
 
 def examples(
@@ -83,6 +156,8 @@ def examples(
     Raises:
         ShapeError: `instead` or `texts` does not have one entry per example of the data.
     """
+    if isinstance(data, KeptExamples):
+        return data.at(indices)
     require_one_each(f"{role}_images", instead, len(data))
     require_one_each(f"{role}_texts", texts, len(data))
     batch = data.take(indices)
@@ -154,6 +229,8 @@ def all_labels(data: Data, names: Sequence[str] | None, given: Any = None) -> li
     if given is not None:
         require_one_each("train_labels", given, len(data))
         return [v if isinstance(v, str) else class_name(v, names) for v in given]
+    if isinstance(data, KeptExamples):
+        return None if data.all_labels is None else list(data.all_labels)
     if not isinstance(data, ArrayData):
         return None
     _, target = _parts(data.arrays)
@@ -164,8 +241,13 @@ def all_labels(data: Data, names: Sequence[str] | None, given: Any = None) -> li
     return [words[code] for code in codes]
 
 
-def inputs_of(data: Data) -> Tensor | None:
-    """The first input of every example, where the data are held in arrays with a row for each."""
+def inputs_of(data: Data) -> Tensor | Duplicates | None:
+    """The first input of every example, where the data are held in arrays with a row for each.
+
+    Of what was kept without its data: what was found among the inputs.
+    """
+    if isinstance(data, KeptExamples):
+        return data.twins
     if not isinstance(data, ArrayData):
         return None
     inputs, _ = _parts(data.arrays)

@@ -68,7 +68,7 @@ def sheets(images: NDArray[np.generic], low: float, high: float) -> tuple[Sprite
         low: What is drawn black, as from `display_range`.
         high: What is drawn white.
     """
-    side = max(SMALLEST_SIDE, min(LARGEST_SIDE, int(math.sqrt(PIXELS / len(images)))))
+    side = _side(len(images))
     parts = [images[k : k + TILES] for k in range(0, len(images), TILES)]
     exact = []
     for part in parts:
@@ -108,6 +108,36 @@ def display_range(*images: NDArray[np.generic]) -> tuple[float, float]:
     return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
 
 
+def thumbnails(
+    images: NDArray[np.generic], low: float, high: float, together: int
+) -> NDArray[np.uint8]:
+    """Images [k, h, w, c] as small as `sheets` would make them if there were so many, as bytes."""
+    pixels = _bytes(images, low, high)
+    height, width, shrink = _size(pixels, _side(together))
+    if shrink == 1.0:
+        return pixels
+    small = [np.asarray(_resized(array, width, height, shrink)) for array in pixels]
+    return np.stack(small).reshape(len(pixels), height, width, -1)
+
+
+def _side(count: int) -> int:
+    return max(SMALLEST_SIDE, min(LARGEST_SIDE, int(math.sqrt(PIXELS / count))))
+
+
+def _size(pixels: NDArray[np.uint8], side: int) -> tuple[int, int, float]:
+    """Height and width of thumbnails, and by how much they are smaller."""
+    height, width = pixels.shape[1:3]
+    shrink = min(1.0, side / max(height, width))
+    return max(1, round(height * shrink)), max(1, round(width * shrink)), shrink
+
+
+def _resized(array: NDArray[np.uint8], width: int, height: int, shrink: float) -> Any:
+    from PIL import Image  # an import of a second that only the report needs
+
+    image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    return image if shrink == 1.0 else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
 def sprite(
     images: NDArray[np.generic],
     low: float,
@@ -127,23 +157,18 @@ def sprite(
     Returns:
         The file and where its tiles are. The bytes depend on the arguments alone.
     """
-    from PIL import Image  # an import of a second that only the report needs
+    from PIL import Image
 
     pixels = _bytes(images, low, high)
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[pixels.shape[-1]]
-    height, width = pixels.shape[1:3]
-    shrink = min(1.0, side / max(height, width))
-    height, width = max(1, round(height * shrink)), max(1, round(width * shrink))
+    height, width, shrink = _size(pixels, side)
     columns = math.ceil(math.sqrt(len(pixels)))
     rows = math.ceil(len(pixels) / columns)
     across, down = width + 2 * GUTTER, height + 2 * GUTTER
     sheet = Image.new(mode, (columns * across, rows * down))
     for tile, array in enumerate(pixels):
-        image = Image.fromarray(array[..., 0] if mode == "L" else array)
-        if shrink < 1.0:
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
         place = (tile % columns * across + GUTTER, tile // columns * down + GUTTER)
-        sheet.paste(image, place)
+        sheet.paste(_resized(array, width, height, shrink), place)
     buffer = io.BytesIO()
     if exact:
         sheet.save(buffer, format="PNG", optimize=True)

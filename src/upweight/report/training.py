@@ -41,16 +41,18 @@ class Training:
     Args:
         data: JSON.
         listed: Columns whose contents it shows.
+        twins: Equal and nearly equal inputs; None where they were not looked for.
     """
 
     data: dict[str, Any]
     listed: tuple[int, ...]
+    twins: Duplicates | None = None
 
 
 def training_set(
     scores: Scores,
     labels: Sequence[str] | None,
-    inputs: "Tensor | Sequence[str] | None",
+    inputs: "Tensor | Sequence[str] | Duplicates | None",
     metadata: Mapping[str, Sequence[Any]],
     facts: TrainFacts,
     query_labels: Sequence[str],
@@ -61,7 +63,8 @@ def training_set(
     Args:
         scores: S or Δm.
         labels: Of every training example, where they are known.
-        inputs: Of every training example, to look for duplicates; None: they are not looked for.
+        inputs: Of every training example, to look for duplicates, or what was found of them before;
+            None: they are not looked for.
         metadata: Columns of facts about the training examples, by name.
         facts: Losses and self-influence.
         query_labels: Of the queries.
@@ -77,7 +80,9 @@ def training_set(
     if labels is not None and 1 < len(set(labels)) <= MOST_GROUPS:
         groupings = {LABELS: grouping(labels, n, LABELS), **groupings}
     found, twins = summed(scores, groupings), None
-    if inputs is not None:
+    if isinstance(inputs, Duplicates):
+        twins = inputs
+    elif inputs is not None:
         doubted = suspicious(facts)
         valued = np.argsort(-found.absolute, kind="stable")[:CANDIDATES]
         first = [] if doubted is None else doubted.tolist()
@@ -136,7 +141,7 @@ def training(
         listed += [i for pair in twins.near for i in pair[:2]]
     if LABELS in groupings:
         data["classes"] = classes(groupings[LABELS], found.groups[LABELS], query_labels)
-    return Training(data, tuple(dict.fromkeys(listed)))
+    return Training(data, tuple(dict.fromkeys(listed)), twins)
 
 
 def suspicious(facts: TrainFacts) -> NDArray[np.int64] | None:

@@ -25,7 +25,10 @@ SCHEMA = 1
 
 WAY_OUT = "delete that file and evaluate again; the models that were trained are kept."
 
-OWN = {"run.toml", "factors", "scores", "retrained", "evaluation.json", "report.html", "log.txt"}
+OWN = {
+    "run.toml", "factors", "scores", "shown", "retrained", "evaluation.json", "report.html",
+    "log.txt",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ class Run:
     def scores(self) -> Path:
         """The scores."""
         return self.path / "scores"
+
+    @property
+    def shown(self) -> Path:
+        """What a page shows of the data."""
+        return self.path / "shown"
 
     @property
     def retrained(self) -> Path:
@@ -160,7 +168,8 @@ class Run:
                     "This needs a finished run.",
                     f"{self.path}, whose scores are not all there.",
                     "an attribute that was interrupted.",
-                    f"finish it: upweight rerun {self.toml}",
+                    f"finish it: upweight rerun {self.toml} --project FILE.py; without the option "
+                    "it says which files.",
                 )
             )
 

@@ -5,7 +5,7 @@ say whether they are still the same.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ class Record:
         fingerprints: Hashes of the model, the task, the data, the method and the measure.
         sources: Hashes of the user's files.
         versions: Of the libraries.
+        environment: Libraries and machine that the bits depend on; empty in runs of upweight 0.1.0.
+        files: Hashes, or sizes, of the files of weights and data that the user's files read.
+        show: What the page shows beside the data, as `file.py:name`; empty: nothing.
     """
 
     directory: str
@@ -54,6 +57,9 @@ class Record:
     fingerprints: Mapping[str, str]
     sources: Mapping[str, str]
     versions: Mapping[str, str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    show: str = ""
 
     def write(self, path: Path) -> None:
         """Whole or not at all.

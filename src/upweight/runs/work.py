@@ -16,8 +16,11 @@ from upweight.runs.question import Question
 from upweight.runs.record import Record
 
 
-def attribute(run: Run, record: Record, question: Question) -> None:
+def attribute(run: Run, record: Record, question: Question) -> Any:
     """Write the scores into the run, going on from what is there.
+
+    Returns:
+        The fitted method, where it is by layer: others take long to be asked more.
 
     Raises:
         UpweightError: From the method.
@@ -29,8 +32,9 @@ def attribute(run: Run, record: Record, question: Question) -> None:
         if fitted is not None:
             fitted.write(queries, run.scores, measure, tolerance=record.tolerance)
         else:
-            fitted = question.method.fit(question.task, question.train)
-            fitted.attribute(queries, measure=measure).save(run.scores)
+            made = question.method.fit(question.task, question.train)
+            made.attribute(queries, measure=measure).save(run.scores)
+    return fitted
 
 
 def kept_fit(run: Run, record: Record, question: Question) -> Any:

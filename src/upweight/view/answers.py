@@ -20,6 +20,7 @@ from upweight.report.content import (
 )
 from upweight.report.examples import (
     Examples,
+    KeptExamples,
     all_labels,
     examples,
     inputs_of,
@@ -104,7 +105,10 @@ class Answers:
         asked = self._every_query = self._shown("query", range(self.q))
         facts = query_facts(scores, values, predictions)
         self._asked = query_words(asked, facts, names)
-        some = self._shown("train", range(0, self.n, max(1, self.n // SAMPLED))[:SAMPLED])
+        there = range(self.n)
+        if isinstance(self._train, KeptExamples) and self._train.columns is not None:
+            there = self._train.columns.tolist()
+        some = self._shown("train", there[:: max(1, len(there) // SAMPLED)][:SAMPLED])
         self._spread = spread_of(some, asked)
         self._range = _display_range(some, asked)
         self.training = self._training_page(
@@ -158,7 +162,9 @@ class Answers:
     def _told(self, columns: Sequence[int], shown: Examples) -> list[dict[str, Any]]:
         pictured = shown.images is not None
         found = []
-        for i, label, content in zip(columns, shown.labels, contents(shown), strict=True):
+        known = shown.known or (True,) * len(shown.labels)
+        told = zip(columns, shown.labels, contents(shown), known, strict=True)
+        for i, label, content, is_known in told:
             name = self.scores.columns[i] if self.scores.columns is not None else f"#{i}"
             label = label or self._label(i)
             words = f"{'group' if self.scores.columns else 'training example'} {name}"
@@ -169,7 +175,7 @@ class Answers:
                     "label": label,
                     "words": words + (f", label {label}" if label else ""),
                     "contents": content,
-                    **({"tile": i} if pictured else {}),
+                    **({"tile": i} if pictured and is_known else {}),
                 }
             )
         return found

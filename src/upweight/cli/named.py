@@ -1,0 +1,188 @@
+"""Which code may a run run? Only what the command line names: a run directory is data.
+
+run.toml names files of the project, and anybody may have written it. A name in it is looked up
+among the files that the user named, by `--project` or in another option, by its file name alone;
+where the run says that the file lies is never followed.
+"""
+
+import hashlib
+import os
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from upweight.errors import ProjectError, message
+from upweight.runs.directory import Run
+from upweight.runs.record import Record
+
+
+@dataclass(frozen=True)
+class Named:
+    """Where the code of a run is taken from.
+
+    Args:
+        files: The file or module for each name in run.toml, and for each name of the user's.
+        folder: The working directory in which the project was asked.
+    """
+
+    files: Mapping[str, str]
+    folder: Path
+
+
+def project_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--project`, of the verbs that can run a run's code."""
+    return click.option(
+        "--project",
+        "projects",
+        multiple=True,
+        metavar="FILE.py",
+        help="A file of the project, whose code may then run; names in run.toml run nothing.",
+    )(function)
+
+
+def is_reference(text: str) -> bool:
+    """Whether a text names an object of the user's: specs have no colon outside of quotes."""
+    source, colon, name = text.rpartition(":")
+    return bool(colon) and name.isidentifier() and not set(source) & set("()'\"")
+
+
+def sources_of(record: Record) -> dict[str, list[str]]:
+    """The files and modules that run.toml names, each with the objects in it."""
+    found: dict[str, list[str]] = {}
+    others = filter(is_reference, (record.method, record.measure, record.show))
+    for text in (record.task, record.train, record.queries, *others):
+        source, _, name = text.rpartition(":")
+        found.setdefault(source, []).append(name)
+    return found
+
+
+def named(run: Run, projects: Iterable[str], references: Iterable[str], command: str) -> Named:
+    """Take the code of a run from the files that the user named.
+
+    Args:
+        run: The run.
+        projects: Files and modules that the user named.
+        references: Objects that the user named, as `file.py:name`; their files are named too.
+        command: What the user typed, for the way out.
+
+    Raises:
+        ProjectError: The run asks for a file that the user has not named, or that two are named of.
+    """
+    record = run.record
+    assert record is not None
+    own = {source: _absolute(source) for source in (r.rpartition(":")[0] for r in references)}
+    given = [*map(_absolute, projects), *own.values()]
+    paths = {Path(each).resolve(): Path(each) for each in given if Path(each).is_absolute()}
+    files, folder = dict(own), Path.cwd()
+    asked = sources_of(record)
+    for source in asked:
+        called = Path(source).name
+        fitting = [path for path in paths.values() if path.name == called]
+        if len(fitting) > 1:  # of those that the user named, the one that lies where the run says
+            place = (run.path / record.directory / source).resolve()
+            fitting = [path for path in fitting if path.resolve() == place] or fitting
+        if len(fitting) == 1:
+            files[source] = str(fitting[0])
+        elif not fitting and source in given:
+            files[source] = source  # a module
+        else:
+            raise ProjectError(_not_named(run, record, asked, fitting, given, command))
+    # Relative names of data count from where attribute was called: the folder that the first name
+    # counted from. It is one that the user's own file lies in.
+    source = record.task.rpartition(":")[0]
+    parts, file = Path(source).parts, Path(files[source])
+    relative = file.is_absolute() and not Path(source).is_absolute() and ".." not in parts
+    if relative and file.is_file() and file.parts[-len(parts) :] == parts:
+        folder = file.parents[len(parts) - 1]
+    return Named(files, folder)
+
+
+def _absolute(source: str) -> str:
+    """A file that the user named, as seen from any folder; a module as it is."""
+    path = Path(source)
+    return str(path.absolute()) if path.suffix == ".py" or path.is_file() else source
+
+
+def naming(record: Record, run: Run) -> list[str]:
+    """The options that name the project of a run, as seen from the current folder."""
+    return [
+        part for source in sources_of(record) for part in ("--project", _place(run, record, source))
+    ]
+
+
+def to_ask_for(record: Record) -> list[str]:
+    """What somebody who has the run alone needs of its owner, a line each."""
+    files = {
+        **{name: f"sha256 {digest}" for name, digest in record.sources.items()},
+        **record.files,
+    }
+    lines = [f"{name}  {told}" for name, told in files.items()]
+    made = record.environment or record.versions
+    with_ = ", ".join(f"{name} {version}" for name, version in made.items())
+    return [*lines, f"made with {with_}, {record.threads} threads"]
+
+
+def _place(run: Run, record: Record, source: str) -> str:
+    """Where run.toml says that a file lies, if there is one; it is printed, and not followed."""
+    path = run.path / record.directory / source
+    is_remote = str(path).startswith(("\\\\", "//"))  # of Windows: asking would tell who asks
+    if Path(source).suffix != ".py" or is_remote or not path.is_file():
+        return source
+    try:
+        return os.path.relpath(path.resolve(), Path.cwd())
+    except ValueError:  # another drive
+        return str(path)
+
+
+def _not_named(
+    run: Run,
+    record: Record,
+    asked: Mapping[str, Sequence[str]],
+    fitting: Sequence[Path],
+    given: Sequence[str],
+    command: str,
+) -> str:
+    objects = [f"{source}:{name}" for source, names in asked.items() for name in names]
+    lines = [f"{run.toml}, which asks for {', '.join(objects)}"]
+    for source in asked:
+        place = _place(run, record, source)
+        known = record.sources.get(Path(source).name)
+        lines.append(f"{place}: {_like(Path(place), known)}")
+    asked_for = {Path(source).name for source in asked}
+    others = [name for name in (*record.sources, *record.files) if name not in asked_for]
+    if others:
+        more = f" and {len(others) - 10} others" if len(others) > 10 else ""
+        lines.append(f"it also read {', '.join(others[:10])}{more}")
+    if len(fitting) > 1:
+        lines.append(f"named are {' and '.join(map(str, fitting))}, of one name")
+        cause = "two projects on one command line."
+    elif given:
+        lines.append(f"named is {', '.join(given)}")
+        cause = "another file, or a run of several files, of which each is to be named."
+    else:
+        cause = "a run directory is data, which anybody may have written: its names run nothing."
+    options = shlex.join(naming(record, run))
+    return message(
+        "A run's code runs only where you name its file.",
+        "\n    ".join(lines) + ".",
+        cause,
+        f"if you trust these files: {command} {options}\n"
+        "    What you do not have, ask the owner of the run for; `upweight report` and `upweight "
+        "view` need none of it.",
+    )
+
+
+def _like(path: Path, known: str | None) -> str:
+    """Whether a file is the one that the run was made with."""
+    recorded = "of which run.toml keeps no hash" if known is None else f"recorded as sha256 {known}"
+    if not path.is_file():
+        return f"not found, {recorded}"
+    if known is None:
+        return recorded
+    with path.open("rb") as file:
+        same = hashlib.file_digest(file, "sha256").hexdigest() == known
+    return "there, and as it was" if same else f"there, but edited since; {recorded}"

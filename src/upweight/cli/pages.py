@@ -1,0 +1,137 @@
+"""What the page of a run is made of: what the run keeps, or the project where the user names it."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from upweight.cli.project import Project
+from upweight.cli.screen import say
+from upweight.errors import SpecError, StaleStore, message
+from upweight.report import html
+from upweight.report.kept import kept, reopened
+from upweight.runs import shown
+from upweight.runs.directory import Run
+from upweight.runs.question import Question
+from upweight.runs.record import Record
+from upweight.scores import Context, Scores
+from upweight.view import opened
+
+
+def attached(run: Run, question: Question, fitted: Any = None) -> Scores:
+    """The scores of a run with the objects that they are of.
+
+    Raises:
+        SpecError: They do not fit into memory.
+    """
+    return run.load().attach(context_of(question, fitted))
+
+
+def context_of(question: Question, fitted: Any = None) -> Context:
+    """The live objects of a run."""
+    return Context(question.task, question.train, question.queries, question.measure, fitted)
+
+
+def loaded(run: Run) -> Scores:
+    """The finished scores; where they are too many for memory, the copy that a view reads.
+
+    Raises:
+        StaleStore: They are not finished, or damaged.
+    """
+    try:
+        return run.load()
+    except SpecError:
+        return opened(run.scores)
+
+
+def keep(run: Run, question: Question, fitted: Any, extra: dict[str, Any]) -> None:
+    """Keep what a page shows in the run.
+
+    Args:
+        run: Finished.
+        question: The live objects.
+        fitted: The fitted method, where it is at hand.
+        extra: What the user shows beside the data.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    try:
+        scores = loaded(run).attach(context_of(question, fitted))
+        found = kept(scores, question.train, question.queries, **extra)
+    except OSError:
+        raise
+    except Exception as error:  # data that no page can show are attributed all the same
+        text = f"what a page shows was not kept in the run: {type(error).__name__}: {error}"
+        run.log(text)
+        say(f"note: {text}\n  `upweight report` needs the project then, by --project.")
+        return
+    shown.write(run, *found)
+
+
+def refreshed(
+    run: Run,
+    project: Project,
+    record: Record,
+    question: Question,
+    show: str | None,
+    fitted: Callable[[], Any],
+) -> dict[str, Any]:
+    """What the user shows beside the data of a live page; kept in the run where that is new.
+
+    Args:
+        run: Finished.
+        project: Where it is loaded from.
+        record: Of the run.
+        question: The live objects.
+        show: Its name; None: that of the run.
+        fitted: Gives the fitted method, for self-influence.
+
+    Raises:
+        UpweightError: There is no such thing, or it is something else.
+    """
+    reference = show or record.show
+    extra = shown_of(project, reference) if reference else {}
+    if show is not None or not is_kept(run):
+        if show is not None:
+            replace(record, show=show).write(run.toml)
+        keep(run, question, fitted(), extra)
+    return extra
+
+
+def is_kept(run: Run) -> bool:
+    """Whether the run holds what a page shows, whole."""
+    try:
+        reopened(*shown.read(run))
+    except StaleStore:
+        return False
+    return True
+
+
+def alone(run: Run) -> dict[str, Any]:
+    """Arguments of a page from what the run keeps.
+
+    Raises:
+        StaleStore: It keeps nothing, or what it keeps is damaged.
+    """
+    facts, arrays = shown.read(run)
+    if left_out := facts.get("left_out"):
+        say(f"note: without the project the page has no {', '.join(map(str, left_out))}")
+    return reopened(facts, arrays)
+
+
+def shown_of(project: Project, reference: str) -> dict[str, Any]:
+    """A dict of arguments of `upweight.report.html`."""
+    value = project.load(reference)
+    known = set(inspect.signature(html).parameters) - {"scores", "train", "queries", "path"}
+    if not isinstance(value, dict) or not set(value) <= known:
+        given = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
+        raise SpecError(
+            message(
+                "--show names a dict of arguments of upweight.report.html.",
+                f"{reference}: {given}.",
+                "a misspelled key, or another object.",
+                f"its keys are among {', '.join(sorted(known))}.",
+            )
+        )
+    return value

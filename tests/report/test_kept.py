@@ -1,0 +1,74 @@
+"""What a page shows of the data, kept without them: the same page, and no wrong card."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from tests.report.conftest import provenance
+from upweight.report import html, kept
+from upweight.report.content import NOT_KEPT
+from upweight.scores import Scores, Unit
+from upweight.view import Answers
+
+N, Q = 50, 3
+DRAW = np.random.default_rng(0)
+LABELS = DRAW.integers(0, 3, N)
+SCORES = torch.from_numpy(DRAW.normal(size=(Q, N)))
+KINDS = {
+    "large images": DRAW.uniform(-2, 3, (N, 3, 120, 150)),
+    "gray bytes": DRAW.integers(0, 256, (N, 7, 5), dtype=np.uint8),
+    "rows": DRAW.normal(size=(N, 60)),
+    "nothing to show": DRAW.normal(size=(N, 2, 5, 4, 3)),
+}
+FACTS = {
+    "values": DRAW.normal(size=Q).tolist(), "predictions": [0, np.int64(2), 1], "title": "<t>",
+    "names": ["a", "b", "c"], "train_losses": DRAW.random(N), "self_influence": -DRAW.random(N),
+    "metadata": {"x": DRAW.random(N), "y": [None, "b"] * (N // 2), "z": torch.arange(N) % 2 == 0},
+}  # fmt: skip
+
+
+@pytest.fixture
+def scores():
+    return Scores(SCORES, Unit.DERIVATIVE, provenance(n=N, q=Q))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["arrays", "a data set"])
+def test_a_page_of_what_was_kept_is_the_page_of_the_data(scores, tmp_path, kind, form):
+    X, y = torch.from_numpy(KINDS[kind]), torch.from_numpy(LABELS)
+    train, queries = (X, y), (X[:Q], y[:Q])
+    if form == "a data set":
+        train, queries = TensorDataset(*train), TensorDataset(*queries)
+    live = html(scores, train, queries, tmp_path / "live.html", **FACTS)
+    found = kept.reopened(*kept.kept(scores, train, queries, **FACTS))
+    again = html(scores, path=tmp_path / "again.html", **found)
+    assert again.read_text() == live.read_text()
+    assert found["train"].columns is None
+
+
+@pytest.mark.parametrize("kind", ["gray bytes", "rows"])
+def test_what_was_not_kept_is_said_and_never_shown_as_another(scores, monkeypatch, kind):
+    train, queries = (KINDS[kind], LABELS), (KINDS[kind][:Q], LABELS[:Q])
+    whole = Answers(scores, train, queries, **{k: v for k, v in FACTS.items() if k != "title"})
+    each = 35 if kind == "gray bytes" else 480
+    monkeypatch.setattr(kept, "KEPT_BYTES", 10 * (each + 2))
+    found = kept.reopened(*kept.kept(scores, train, queries, **FACTS))
+    columns = found["train"].columns.tolist()
+    assert 5 <= len(columns) <= 10
+    del found["title"]
+    answers = Answers(scores, **found)
+    told, expected = (a.examples(range(N)) for a in (answers, whole))
+    for i, (one, other) in enumerate(zip(told, expected, strict=True)):
+        assert one["label"] == other["label"]
+        if i in columns:
+            assert one == other
+        else:
+            assert one["contents"] == {"text": NOT_KEPT}
+            assert "tile" not in one
+    assert answers.training == whole.training
+    for q in range(Q):
+        page, other = (a.query(q)["lowered"]["entries"] for a in (answers, whole))
+        assert [e["score"] for e in page] == [e["score"] for e in other]
+        if kind == "rows":
+            assert all(bool(e["differs"]) == (e["example"]["id"] in columns) for e in page)
