@@ -349,7 +349,7 @@ def test_a_recipe_that_makes_another_model_is_kept_and_shown_first(finished):
     """Another strength of the penalty: its retrained models are ordered like the run's own."""
     code = (finished / "project.py").read_text()
     (finished / "other.py").write_text(OTHER)
-    command = ["evaluate", "run", "--recipe", "other.py:recipe", "--lds", "8"]
+    command = ["evaluate", "run", *OWN, "--recipe", "other.py:recipe", "--lds", "8"]
     shown = call(*command).stdout
     first = shown.splitlines()[0]
     assert first.startswith("Do not believe these: on all of the data the recipe makes another")
@@ -364,18 +364,20 @@ def test_a_recipe_that_makes_another_model_is_kept_and_shown_first(finished):
     assert (finished / "project.py").read_text() == code
 
 
-def test_an_evaluation_of_an_earlier_version_is_still_read(finished):
-    answer("evaluate", "run", "--recipe", "project.py:recipe", "--lds", "8")
+def test_an_evaluation_of_an_earlier_version_is_refused_and_the_way_out_works(finished):
+    """Its verdict followed another rule, and nothing says whether it was edited."""
+    command = ["evaluate", "run", "--recipe", "project.py:recipe", "--lds", "8"]
+    answer(*command)
     file = finished / "run" / "evaluation.json"
     kept = json.loads(file.read_text())
-    for name in ("drift", "notes", "reason"):
-        kept["halves"].pop(name)
+    del kept["digest"], kept["schema"]
     kept["halves"]["verdict"] = "on your model, this method's ranking agrees with retraining"
     file.write_text(json.dumps(kept))
+    assert "delete that file and evaluate again" in refusal("report", "run")
+    file.unlink()
+    answer(*command)
     answer("report", "run")
-    page = (finished / "run" / "report.html").read_text()
-    assert "was not recorded" in page
-    assert "agrees with retraining" not in page
+    assert "agrees with retraining" not in (finished / "run" / "report.html").read_text()
 
 
 def test_an_interrupted_evaluation_goes_on(finished, monkeypatch):
