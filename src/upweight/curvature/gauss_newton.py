@@ -167,25 +167,35 @@ def _compared(
     def planned() -> Plan:
         return made if made is not None else plan(task, data)
 
-    expected, missing = attempted(by(Way("autograd")))
-    if expected is None:
-        made = planned()
-        expected = by(Way("jacobians", made))()
+    # Jacobians need first derivatives only, which makes them the judge; where they are too large to
+    # be formed for a few examples nobody will ask for them.
+    size = len(places) * outputs * task.layout.size * task.layout.dtype.itemsize
+    plain, missing = attempted(by(Way("autograd")))
+    expected, formed, refused = plain, None, None
+    if size <= WORKING_BYTES:
+        formed, refused = attempted(by(Way("jacobians", made)))
+    is_formed = plain is not None and agrees(formed, plain)
+    if plain is None or (size <= WORKING_BYTES and not is_formed):
+        judge = planned()
+        expected = by(Way("jacobians", judge))()
+        is_formed = agrees(formed, expected)
+        if made is None and not is_formed:
+            made = judge
+            notes.append(f"Jacobians by layer, because {_reason(formed, refused)}")
+    assert expected is not None
     if products == "func":
         found, refused = attempted(by(Way()))
         if not agrees(found, expected):
-            products = "autograd" if missing is None else "jacobians"
-            how = "double backward" if missing is None else "Jacobians"
-            notes.append(f"products by {how}, because {_reason(found, missing or refused)}")
-    elif missing is not None:
+            products = "autograd"
+            reason = _reason(found, refused)
+            notes.append(f"products by double backward, because {reason}")
+            if size > WORKING_BYTES and made is None:
+                made = planned()
+    if products == "autograd" and not agrees(plain, expected):
         products = "jacobians"
-    # Where they are too large to be formed for a few examples nobody will ask for them.
-    size = len(places) * outputs * task.layout.size * task.layout.dtype.itemsize
-    if made is None and size <= WORKING_BYTES:
-        found, refused = attempted(by(Way("jacobians")))
-        if not agrees(found, expected):
-            made = planned()
-            notes.append(f"Jacobians by layer, because {_reason(found, refused)}")
+        reason = "it gives others" if missing is None else first_line(missing)
+        notes = [note for note in notes if not note.startswith("products")]
+        notes.append(f"products from Jacobians, because of double backward: {reason}")
     return Way(products, made, tuple(notes))
 
 

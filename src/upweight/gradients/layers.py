@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from upweight.gradients.factored import Extendable, Factors, Lookups, Rows, Tokens, extended
 from upweight.gradients.hooks import Call
+from upweight.task.lent import dense_gradients
 
 Contributions = Mapping[str, Factors]
 """Gradients by the parameter's name within its module; `weight[k]` for group k of a convolution."""
@@ -403,12 +404,13 @@ def _itself(module: nn.Module, call: Call, examples: Examples) -> Contributions:
 
     xs = examples.apart(x.to(like.dtype) if x.is_floating_point() else x)
     deltas = examples.apart(call.delta)
-    try:
-        found = torch.func.vmap(torch.func.grad(value), (None, 0, 0))(params, xs, deltas)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # no batching rule
-        found = _one_by_one(value, params, xs, deltas)
+    with dense_gradients(module):
+        try:
+            found = torch.func.vmap(torch.func.grad(value), (None, 0, 0))(params, xs, deltas)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # no batching rule
+            found = _one_by_one(value, params, xs, deltas)
     return {
         name: Rows(g.reshape(examples.size, -1).to(examples.dtype)) for name, g in found.items()
     }

@@ -14,7 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.errors import DataError, DtypeError, ShapeError, message
+from upweight.errors import DataError, DtypeError, ShapeError, UnsupportedModel, message
+from upweight.gradients.autograd import attempted, first_line
+from upweight.gradients.functional import as_dense
 from upweight.task.task import TARGET_KEYS, Task
 
 
@@ -62,7 +64,40 @@ def gradient_products_by_input(
         return gradient @ v
 
     rows = torch.func.vmap(torch.func.grad(product), in_dims=(None, 0), chunk_size=16)
-    return rows(x, vectors)[:, 0]
+    found, _ = attempted(lambda: rows(x, vectors)[:, 0])
+    return _by_double_backward(task, vectors, example, key, x) if found is None else found
+
+
+def _by_double_backward(
+    task: Task, vectors: Float[Tensor, "q p"], example: Batch, key: int | str, x: Tensor
+) -> Float[Tensor, "q *x"]:
+    """The same by plain autograd, where `torch.func` cannot run the model."""
+    value = x.detach().clone().requires_grad_()
+    params = {k: p.clone().requires_grad_() for k, p in task.named(task.theta()).items()}
+    with torch.enable_grad():
+        loss = task.losses(params, _with(example, key, value))[0]
+        parts = torch.autograd.grad(
+            loss, list(params.values()), create_graph=True, materialize_grads=True
+        )
+        gradient = task.layout.flatten({k: as_dense(g) for k, g in zip(params, parts, strict=True)})
+    rows = []
+    try:
+        for v in vectors:
+            (row,) = torch.autograd.grad(
+                gradient, value, v, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            rows.append(row[0])
+    except RuntimeError as error:
+        raise UnsupportedModel(
+            message(
+                "A change of an input needs second derivatives of every operation.",
+                f"a model without them. PyTorch says: {first_line(error)}",
+                "an operation whose backward pass PyTorch cannot differentiate.",
+                "replace the operation by its formula, or compare scores of the two inputs as "
+                "training examples.",
+            )
+        ) from error
+    return torch.stack(rows)
 
 
 def relabeled(example: Batch, label: object) -> Batch:

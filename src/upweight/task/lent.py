@@ -70,6 +70,20 @@ def _parts(kept: Any) -> list[Any]:
     return [*kept, *kept.values()] if isinstance(kept, dict) else list(kept)
 
 
+@contextmanager
+def dense_gradients(model: nn.Module) -> Iterator[None]:
+    """Embeddings that were trained with sparse gradients give dense ones, which all can read."""
+    lookups = nn.Embedding | nn.EmbeddingBag
+    sparse = [m for m in model.modules() if isinstance(m, lookups) and m.sparse]
+    for module in sparse:
+        module.sparse = False
+    try:
+        yield
+    finally:
+        for module in sparse:
+            module.sparse = True
+
+
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy of a model, without the graph of tensors that forward left in attributes."""
     memo: dict[int, Any] = {}

@@ -6,8 +6,7 @@ A `Task` binds the model f, the loss ℓ, the penalty R and the choice of parame
 and the model is only ever called functionally: it comes back exactly as it was lent.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from upweight._typing import Batch, Forward, Params
 from upweight.errors import DataError, ScalarLoss, message
 from upweight.task.batches import mapped
-from upweight.task.lent import copied, differentiable, lent
+from upweight.task.lent import copied, dense_gradients, differentiable, lent
 from upweight.task.losses import Loss, as_loss
 from upweight.task.params import Layout
 from upweight.task.penalties import Penalty, as_penalty
@@ -156,7 +155,7 @@ class Task:
                 if b is not None:
                     # Copies: a module that updates one in place must not touch the user's.
                     values[f"{path}.{last}"] = b.detach().clone()
-        with lent(self.model), _dense_gradients(self.model):
+        with lent(self.model), dense_gradients(self.model):
             return torch.func.functional_call(
                 _Call(self.model, self.forward), values, (batch,), tie_weights=False
             )
@@ -196,20 +195,6 @@ class Task:
         params = self.named(theta)
         mean = (weights * self.losses(params, batch)).mean()
         return mean + self.penalty(params, self.layout)
-
-
-@contextmanager
-def _dense_gradients(model: nn.Module) -> Iterator[None]:
-    """Embeddings that were trained with sparse gradients give dense ones, which all can read."""
-    lookups = nn.Embedding | nn.EmbeddingBag
-    sparse = [m for m in model.modules() if isinstance(m, lookups) and m.sparse]
-    for module in sparse:
-        module.sparse = False
-    try:
-        yield
-    finally:
-        for module in sparse:
-            module.sparse = True
 
 
 class _Call(nn.Module):
