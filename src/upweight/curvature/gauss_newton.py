@@ -14,7 +14,6 @@ matrix does not, it is made of the Jacobians themselves.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -144,8 +143,14 @@ def way(
     v = v.to(task.layout.device, task.layout.dtype)
     chosen = Way()
     for places, batch in few(task, data):
-        chosen = _compared(task, data, chosen, v, outputs, places, partial(make, batch=batch))
+        chosen = _compared(task, data, chosen, v, outputs, places, _on(make, places, batch))
     return chosen
+
+
+def _on(
+    make: Callable[[Way, range, Batch], LinearOperator], places: range, batch: Batch
+) -> Callable[[Way], LinearOperator]:
+    return lambda how: make(how, places, batch)
 
 
 def _compared(
@@ -155,12 +160,12 @@ def _compared(
     v: Float[Tensor, "2 p"],
     outputs: int,
     places: range,
-    make: Callable[..., LinearOperator],
+    make: Callable[[Way], LinearOperator],
 ) -> Way:
     """What is left of the way chosen so far after another batch."""
 
     def by(way: Way) -> Callable[[], Tensor]:
-        return lambda: make(way, places).mv(v)
+        return lambda: make(way).mv(v)
 
     made, products, notes = chosen.plan, chosen.products, list(chosen.notes)
 

@@ -128,7 +128,7 @@ def _way(task: Task, data: Data) -> tuple[bool, tuple[str, ...]]:
             raise UnsupportedModel(
                 no_second_derivative(first_line(missing), _FIRST_ORDER)
             ) from missing
-        if is_cut(task, lambda p, b=batch: task.losses(p, b)):
+        if is_cut(task, partial(task.losses, batch=batch)):
             raise UnsupportedModel(
                 no_second_derivative("an autograd function is once_differentiable.", _FIRST_ORDER)
             )

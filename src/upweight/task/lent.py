@@ -141,5 +141,6 @@ class _WeightNorm(TorchFunctionMode):
         if func is torch._weight_norm:
             v, g, *rest = args
             dim = rest[0] if rest else (kwargs or {}).get("dim", 0)
-            return v * (g / torch.norm_except_dim(v, 2, dim))
+            axes = [k for k in range(v.ndim) if dim == -1 or k != dim]
+            return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
         return func(*args, **(kwargs or {}))
