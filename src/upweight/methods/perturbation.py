@@ -9,6 +9,8 @@ and for a small change of the input x the derivative is (their Eq. 5, here with 
     ∂S[q, i]/∂xᵢ = −(1/n) ∂/∂x ⟨(H + λI)⁻¹ ∇m_q, ∇θ ℓ(θ; x, yᵢ)⟩
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -35,7 +37,9 @@ def gradient_products_by_input(
         DtypeError: That input is not floating point, so it has no derivative.
         ShapeError: There is no such input.
     """
-    named = sorted(example) if isinstance(example, dict) else list(range(len(example)))
+    named: list[Any] = []  # parts of other batches have neither a place nor a name here
+    if isinstance(example, dict | tuple):
+        named = sorted(example) if isinstance(example, dict) else list(range(len(example)))
     if key not in named:
         raise ShapeError(
             message(
@@ -121,6 +125,15 @@ def relabeled(example: Batch, label: object) -> Batch:
                 )
             )
         old = example[key]
+    elif not isinstance(example, tuple):
+        raise DataError(
+            message(
+                "Relabeling needs a tuple (inputs..., targets) or a dict.",
+                f"a batch of type {type(example).__name__}.",
+                "a collate function that makes an object of its own.",
+                "let it return a tuple or a dict for this question.",
+            )
+        )
     else:
         key, old = len(example) - 1, example[-1]
     # A weighted example keeps its weight: only y of (y, v) changes.
