@@ -116,7 +116,7 @@ def no_second_derivative(reason: str, way_out: str) -> str:
     """The message for a model with an operation that cannot be differentiated twice."""
     return message(
         "This curvature needs second derivatives of every operation.",
-        f"a model or loss without them. PyTorch says: {reason}",
+        f"a model or loss without them. {reason}",
         "an operation whose backward pass PyTorch cannot differentiate (CTC, EmbeddingBag, "
         "Hardsigmoid), or an autograd function marked once_differentiable.",
         way_out,

@@ -126,11 +126,11 @@ def _way(task: Task, data: Data) -> tuple[bool, tuple[str, ...]]:
                 outputs, targets = task.outputs(task.theta(), batch)
             task.loss.hessian(outputs, targets)
             raise UnsupportedModel(
-                no_second_derivative(first_line(missing), _FIRST_ORDER)
+                no_second_derivative(f"PyTorch says: {first_line(missing)}", _FIRST_ORDER)
             ) from missing
         if is_cut(task, partial(task.losses, batch=batch)):
             raise UnsupportedModel(
-                no_second_derivative("an autograd function is once_differentiable.", _FIRST_ORDER)
+                no_second_derivative("A function is marked once_differentiable.", _FIRST_ORDER)
             )
         _require_symmetric(v, plain)
         if fast is None:

@@ -6,6 +6,7 @@ would stay, with a graph or with tensors that only mean something inside of `tor
 """
 
 import copy
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -42,14 +43,15 @@ def lent(model: nn.Module) -> Iterator[None]:
 
 
 def _entries(module: nn.Module) -> list[tuple[Any, Any]]:
-    return [
-        (value, copy.copy(value))
-        for name, value in vars(module).items()
-        if isinstance(value, dict | list | set) and name not in _OWN
-    ]
+    attributes = vars(module)
+    values = [attributes[name] for name in attributes.keys() - _OWN]
+    return [(value, copy.copy(value)) for value in values if isinstance(value, (dict, list, set))]
 
 
 def _restore(now: dict[str, Any], before: Mapping[str, Any]) -> None:
+    # The usual case, without a step of Python per attribute: this runs at every call of a model.
+    if list(now) == list(before) and all(map(operator.is_, now.values(), before.values())):
+        return
     for name in [name for name in now if name not in before]:
         del now[name]
     for name, value in before.items():
@@ -73,7 +75,7 @@ def _parts(kept: Any) -> list[Any]:
 @contextmanager
 def dense_gradients(model: nn.Module) -> Iterator[None]:
     """Embeddings that were trained with sparse gradients give dense ones, which all can read."""
-    lookups = nn.Embedding | nn.EmbeddingBag
+    lookups = (nn.Embedding, nn.EmbeddingBag)
     sparse = [m for m in model.modules() if isinstance(m, lookups) and m.sparse]
     for module in sparse:
         module.sparse = False
