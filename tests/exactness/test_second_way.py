@@ -516,6 +516,21 @@ def test_everything_else_goes_the_second_way_too():
     assert float(there.gradient(value).norm()) < 1e-9
 
 
+@pytest.mark.parametrize("name", ["packed_batches", "dataclasses_of_tensors", "string_ids"])
+def test_retraining_and_reports_take_such_batches(name, tmp_path):
+    task, train = built(name)
+    scores = uw.Influence(uw.EKFAC(), damping=0.1).fit(task, train).attribute(train)
+
+    def init():
+        return copy.deepcopy(task.model)
+
+    found = uw.evaluation.loo(scores, uw.Training(init=init, epochs=1), examples=range(3))
+    assert "3 removals" in str(found)
+    page = tmp_path / "page.html"
+    uw.report.html(scores, train, train, path=page)
+    assert page.stat().st_size > 0
+
+
 @pytest.mark.parametrize("bag", [False, True], ids=["embedding", "bag"])
 def test_sparse_gradients_are_dense_ones(bag):
     g = torch.Generator().manual_seed(0)

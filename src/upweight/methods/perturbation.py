@@ -166,4 +166,5 @@ def _with(example: Batch, key: int | str, value: object) -> Batch:
     if isinstance(example, dict):
         return {**example, key: value}  # type: ignore[dict-item]
     place = int(key)
-    return tuple(value if j == place else part for j, part in enumerate(example))
+    parts = [value if j == place else part for j, part in enumerate(example)]
+    return type(example)._make(parts) if hasattr(example, "_make") else tuple(parts)
