@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from upweight.gradients.factored import Extendable, Factors, Lookups, Rows, Tokens, extended
 from upweight.gradients.hooks import Call
-from upweight.task.lent import dense_gradients
+from upweight.task.lent import with_backward_pass
 
 Contributions = Mapping[str, Factors]
 """Gradients by the parameter's name within its module; `weight[k]` for group k of a convolution."""
@@ -404,7 +404,7 @@ def _itself(module: nn.Module, call: Call, examples: Examples) -> Contributions:
 
     xs = examples.apart(x.to(like.dtype) if x.is_floating_point() else x)
     deltas = examples.apart(call.delta)
-    with dense_gradients(module):
+    with with_backward_pass(module):
         try:
             found = torch.func.vmap(torch.func.grad(value), (None, 0, 0))(params, xs, deltas)
         except torch.OutOfMemoryError:

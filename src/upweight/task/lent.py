@@ -8,7 +8,7 @@ would stay, with a graph or with tensors that only mean something inside of `tor
 import copy
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -73,14 +73,22 @@ def _parts(kept: Any) -> list[Any]:
 
 
 @contextmanager
-def dense_gradients(model: nn.Module) -> Iterator[None]:
-    """Embeddings that were trained with sparse gradients give dense ones, which all can read."""
+def with_backward_pass(model: nn.Module) -> Iterator[None]:
+    """Embeddings that were trained with sparse gradients give dense ones, which all can read.
+
+    Recurrent layers on a GPU use kernels with a backward pass: cuDNN has none in eval mode.
+    """
     lookups = (nn.Embedding, nn.EmbeddingBag)
-    sparse = [m for m in model.modules() if isinstance(m, lookups) and m.sparse]
+    modules = list(model.modules())
+    sparse = [m for m in modules if isinstance(m, lookups) and m.sparse]
+    is_recurrent = any(
+        isinstance(m, nn.RNNBase) and any(p.is_cuda for p in m.parameters()) for m in modules
+    )
     for module in sparse:
         module.sparse = False
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=False) if is_recurrent else nullcontext():
+            yield
     finally:
         for module in sparse:
             module.sparse = True

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from upweight._typing import Batch, Forward, Params
 from upweight.errors import DataError, ScalarLoss, message
 from upweight.task.batches import mapped
-from upweight.task.lent import copied, dense_gradients, differentiable, lent
+from upweight.task.lent import copied, differentiable, lent, with_backward_pass
 from upweight.task.losses import Loss, as_loss
 from upweight.task.params import Layout
 from upweight.task.penalties import Penalty, as_penalty
@@ -155,7 +155,7 @@ class Task:
                 if b is not None:
                     # Copies: a module that updates one in place must not touch the user's.
                     values[f"{path}.{last}"] = b.detach().clone()
-        with lent(self.model), dense_gradients(self.model):
+        with lent(self.model), with_backward_pass(self.model):
             return torch.func.functional_call(
                 _Call(self.model, self.forward), values, (batch,), tie_weights=False
             )
