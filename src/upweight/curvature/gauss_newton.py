@@ -23,6 +23,7 @@ from torch import Tensor
 from upweight._typing import Batch
 from upweight.curvature.curvature import BatchTerm
 from upweight.gradients.autograd import (
+    PROBE,
     agrees,
     attempted,
     few,
@@ -32,7 +33,7 @@ from upweight.gradients.autograd import (
 from upweight.gradients.blocks import Plan
 from upweight.gradients.planning import plan
 from upweight.linalg.operator import LinearOperator, Tag
-from upweight.task.data import WORKING_BYTES, Data
+from upweight.task.data import WORKING_BYTES, Data, batch_size
 from upweight.task.task import Task
 
 
@@ -142,7 +143,10 @@ def way(
     v = torch.randn(2, task.layout.size, generator=generator, dtype=torch.float64)
     v = v.to(task.layout.device, task.layout.dtype)
     chosen = Way()
-    for places, batch in few(task, data):
+    # No more examples than a batch of the curvature itself may hold.
+    values = outputs * (task.layout.size + outputs)
+    count = min(PROBE, batch_size(values, task.layout.dtype.itemsize))
+    for places, batch in few(task, data, count):
         chosen = _compared(task, data, chosen, v, outputs, places, _on(make, places, batch))
     return chosen
 
