@@ -1064,6 +1064,66 @@ def a_page_of_a_run_that_keeps_nothing_to_show() -> Any:
         return alone(received(Path(folder)))
 
 
+# -- exact curvatures ------------------------------------------------------------------------------
+
+
+class SquareOnce(torch.autograd.Function):
+    """A square whose backward pass cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        found: Tensor = 2 * ctx.saved_tensors[0] * gradient
+        return found
+
+
+class TimesSum(torch.autograd.Function):
+    """x times the sum of its entries, whose own derivative is left out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sum(dim=1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total: Tensor = ctx.saved_tensors[0].sum(dim=1, keepdim=True)
+        return gradient * total
+
+
+class Through(nn.Module):
+    """A layer that applies a function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@case
+def hessian_of_a_layer_without_second_derivative() -> Any:
+    return attribute(deep(nn.Hardsigmoid()), method=uw.Influence(uw.Hessian(), damping=5.0))
+
+
+@case
+def hessian_of_a_function_that_is_once_differentiable() -> Any:
+    model = deep(Through(SquareOnce.apply))
+    return attribute(model, method=uw.Influence(uw.Hessian(), damping=5.0))
+
+
+@case
+def hessian_of_gradients_that_are_those_of_no_function() -> Any:
+    model = deep(Through(TimesSum.apply))
+    return attribute(model, method=uw.Influence(uw.Hessian(), damping=5.0))
+
+
 def main() -> int:
     """Print the table; 1 if any case passed silently."""
     silent = 0

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-Batch: TypeAlias = tuple[Any, ...] | dict[str, Any]
+Batch: TypeAlias = Any
 Params: TypeAlias = Mapping[str, Tensor]
 Forward: TypeAlias = Callable[[nn.Module, Batch], tuple[Any, Any]]
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.errors import message
-from upweight.gradients.autograd import first_line
 from upweight.linalg.finite_sum import FiniteSum
 from upweight.linalg.operator import LinearOperator, Tag
 from upweight.task.data import Data
@@ -113,11 +112,11 @@ def mean_plus_penalty(
     return total
 
 
-def no_second_derivative(error: Exception, way_out: str) -> str:
+def no_second_derivative(reason: str, way_out: str) -> str:
     """The message for a model with an operation that cannot be differentiated twice."""
     return message(
         "This curvature needs second derivatives of every operation.",
-        f"a model or loss without them. PyTorch says: {first_line(error)}",
+        f"a model or loss without them. {reason}",
         "an operation whose backward pass PyTorch cannot differentiate (CTC, EmbeddingBag, "
         "Hardsigmoid), or an autograd function marked once_differentiable.",
         way_out,

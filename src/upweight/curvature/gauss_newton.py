@@ -14,7 +14,6 @@ matrix does not, it is made of the Jacobians themselves.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 from upweight._typing import Batch
 from upweight.curvature.curvature import BatchTerm
 from upweight.gradients.autograd import (
+    PROBE,
     agrees,
     attempted,
     few,
@@ -33,7 +33,7 @@ from upweight.gradients.autograd import (
 from upweight.gradients.blocks import Plan
 from upweight.gradients.planning import plan
 from upweight.linalg.operator import LinearOperator, Tag
-from upweight.task.data import WORKING_BYTES, Data
+from upweight.task.data import WORKING_BYTES, Data, batch_size
 from upweight.task.task import Task
 
 
@@ -143,9 +143,18 @@ def way(
     v = torch.randn(2, task.layout.size, generator=generator, dtype=torch.float64)
     v = v.to(task.layout.device, task.layout.dtype)
     chosen = Way()
-    for places, batch in few(task, data):
-        chosen = _compared(task, data, chosen, v, outputs, places, partial(make, batch=batch))
+    # No more examples than a batch of the curvature itself may hold.
+    values = outputs * (task.layout.size + outputs)
+    count = min(PROBE, batch_size(values, task.layout.dtype.itemsize))
+    for places, batch in few(task, data, count):
+        chosen = _compared(task, data, chosen, v, outputs, places, _on(make, places, batch))
     return chosen
+
+
+def _on(
+    make: Callable[[Way, range, Batch], LinearOperator], places: range, batch: Batch
+) -> Callable[[Way], LinearOperator]:
+    return lambda how: make(how, places, batch)
 
 
 def _compared(
@@ -155,37 +164,47 @@ def _compared(
     v: Float[Tensor, "2 p"],
     outputs: int,
     places: range,
-    make: Callable[..., LinearOperator],
+    make: Callable[[Way], LinearOperator],
 ) -> Way:
     """What is left of the way chosen so far after another batch."""
 
     def by(way: Way) -> Callable[[], Tensor]:
-        return lambda: make(way, places).mv(v)
+        return lambda: make(way).mv(v)
 
     made, products, notes = chosen.plan, chosen.products, list(chosen.notes)
 
     def planned() -> Plan:
         return made if made is not None else plan(task, data)
 
-    expected, missing = attempted(by(Way("autograd")))
-    if expected is None:
-        made = planned()
-        expected = by(Way("jacobians", made))()
+    # Jacobians need first derivatives only, which makes them the judge; where they are too large to
+    # be formed for a few examples nobody will ask for them.
+    size = len(places) * outputs * task.layout.size * task.layout.dtype.itemsize
+    plain, missing = attempted(by(Way("autograd")))
+    expected, formed, refused = plain, None, None
+    if size <= WORKING_BYTES:
+        formed, refused = attempted(by(Way("jacobians", made)))
+    is_formed = plain is not None and agrees(formed, plain)
+    if plain is None or (size <= WORKING_BYTES and not is_formed):
+        judge = planned()
+        expected = by(Way("jacobians", judge))()
+        is_formed = agrees(formed, expected)
+        if made is None and not is_formed:
+            made = judge
+            notes.append(f"Jacobians by layer, because {_reason(formed, refused)}")
+    assert expected is not None
     if products == "func":
         found, refused = attempted(by(Way()))
         if not agrees(found, expected):
-            products = "autograd" if missing is None else "jacobians"
-            how = "double backward" if missing is None else "Jacobians"
-            notes.append(f"products by {how}, because {_reason(found, missing or refused)}")
-    elif missing is not None:
+            products = "autograd"
+            reason = _reason(found, refused)
+            notes.append(f"products by double backward, because {reason}")
+            if size > WORKING_BYTES and made is None:
+                made = planned()
+    if products == "autograd" and not agrees(plain, expected):
         products = "jacobians"
-    # Where they are too large to be formed for a few examples nobody will ask for them.
-    size = len(places) * outputs * task.layout.size * task.layout.dtype.itemsize
-    if made is None and size <= WORKING_BYTES:
-        found, refused = attempted(by(Way("jacobians")))
-        if not agrees(found, expected):
-            made = planned()
-            notes.append(f"Jacobians by layer, because {_reason(found, refused)}")
+        reason = "it gives others" if missing is None else first_line(missing)
+        notes = [note for note in notes if not note.startswith("products")]
+        notes.append(f"products from Jacobians, because of double backward: {reason}")
     return Way(products, made, tuple(notes))
 
 

@@ -21,7 +21,14 @@ from upweight.curvature.curvature import (
 )
 from upweight.curvature.linear import linear_term
 from upweight.errors import UnsupportedModel, message
-from upweight.gradients.autograd import agrees, attempted, few, first_line, hessian_products
+from upweight.gradients.autograd import (
+    agrees,
+    attempted,
+    few,
+    first_line,
+    hessian_products,
+    is_cut,
+)
 from upweight.gradients.linear import linear_form
 from upweight.linalg.operator import LinearOperator, Tag
 from upweight.task.data import Data, batch_size
@@ -87,6 +94,13 @@ class Hessian:
         return mean_plus_penalty(task, terms, n, frozenset({Tag.SYMMETRIC}), notes)
 
 
+_FIRST_ORDER = (
+    "use curvature=GGN(), which needs first derivatives of the model and second ones of the loss, "
+    "or EKFAC(), which needs first ones only (EKFAC(Observed()) for a loss whose labels cannot be "
+    "drawn)."
+)
+
+
 def _way(task: Task, data: Data) -> tuple[bool, tuple[str, ...]]:
     """Whether `torch.func` takes the products, and a note if it does not.
 
@@ -107,13 +121,17 @@ def _way(task: Task, data: Data) -> tuple[bool, tuple[str, ...]]:
                 continue
             if not isinstance(missing, RuntimeError):
                 raise missing
+            # If it is the loss, the way out is another.
+            with torch.no_grad():
+                outputs, targets = task.outputs(task.theta(), batch)
+            task.loss.hessian(outputs, targets)
             raise UnsupportedModel(
-                no_second_derivative(
-                    missing,
-                    "use curvature=GGN(), which needs first derivatives of the model and second "
-                    "ones of the loss, or EKFAC(), which needs first ones only.",
-                )
+                no_second_derivative(f"PyTorch says: {first_line(missing)}", _FIRST_ORDER)
             ) from missing
+        if is_cut(task, partial(task.losses, batch=batch)):
+            raise UnsupportedModel(
+                no_second_derivative("A function is marked once_differentiable.", _FIRST_ORDER)
+            )
         _require_symmetric(v, plain)
         if fast is None:
             why = f"torch.func cannot run the model: {first_line(refused)}"

@@ -18,7 +18,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from upweight._typing import Batch
+from upweight.gradients.autograd import PROBE, attempted, few
+from upweight.gradients.functional import as_dense
 from upweight.gradients.linear import LinearForm, linear_form
+from upweight.linalg.finite_sum import mean_of
 from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
 
@@ -40,11 +43,19 @@ class WeightedObjective(abc.ABC):
 
 @dataclass(frozen=True, eq=False)
 class GeneralObjective(WeightedObjective):
-    """J of any model, by `vmap` over models; the training set is one batch."""
+    """J of any model, by `vmap` over models where `torch.func` can run it, else one by one.
+
+    Args:
+        task: What is trained.
+        batches: The training set: one batch, or one for each example.
+        size: n.
+        by_func: Whether `torch.func` can run the model.
+    """
 
     task: Task
-    batch: Batch
+    batches: tuple[tuple[range, Batch], ...]
     size: int
+    by_func: bool = True
 
     @property
     def at_once(self) -> int:
@@ -53,12 +64,29 @@ class GeneralObjective(WeightedObjective):
     def __call__(
         self, theta: Float[Tensor, "s p"], weights: Float[Tensor, "s n"]
     ) -> tuple[Float[Tensor, " s"], Float[Tensor, "s p"]]:
-        def one(t: Tensor, w: Tensor) -> Tensor:
-            return self.task.objective(t, self.batch, w)
+        if self.by_func:
+            both = torch.func.vmap(torch.func.grad_and_value(self._one), chunk_size=self.at_once)
+            gradient, value = both(theta, weights)
+            return value, gradient
+        values, gradients = [], []
+        for t, w in zip(theta, weights, strict=True):
+            params = {k: x.clone().requires_grad_() for k, x in self.task.named(t).items()}
+            with torch.enable_grad():
+                value = self._one(params, w)
+                parts = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
+            values.append(value.detach())
+            named = {k: as_dense(g) for k, g in zip(params, parts, strict=True)}
+            gradients.append(self.task.layout.flatten(named))
+        return torch.stack(values), torch.stack(gradients)
 
-        both = torch.func.vmap(torch.func.grad_and_value(one), chunk_size=self.at_once)
-        gradient, value = both(theta, weights)
-        return value, gradient
+    def _one(self, theta: Any, weights: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+        params = self.task.named(theta)
+        parts = [
+            (weights[places.start : places.stop] * self.task.losses(params, batch)).sum()
+            for places, batch in self.batches
+        ]
+        total = torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+        return mean_of(total, self.size) + self.task.penalty(params, self.task.layout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +138,14 @@ def weighted_objective(task: Task, data: Data) -> WeightedObjective:
     """J of this task on these data: by matrix products where the model is linear in θ."""
     form = linear_form(task, task.to_device(data.batch(0, data.together(min(4, len(data))))))
     if form is None:
-        return GeneralObjective(task, task.to_device(data.batch(0, len(data))), len(data))
+        batches = tuple(
+            (range(start, stop), task.to_device(batch))
+            for start, stop, batch in data.batches(len(data))
+        )
+        some = GeneralObjective(task, tuple(few(task, data)), min(PROBE, len(data)))
+        theta = task.theta()[None]
+        refused = attempted(lambda: some(theta, theta.new_ones(1, some.size))[1])[1]
+        return GeneralObjective(task, batches, len(data), refused is None)
     origin = torch.zeros_like(task.theta())
     z, offsets, leaves = [], [], []
     structure = tree_flatten(data.batch(0, 1))[1]

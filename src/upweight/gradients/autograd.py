@@ -81,6 +81,28 @@ def hessian_products(
     return torch.stack([_pulled_back(task, params, gradient, row) for row in v])
 
 
+def is_cut(task: Task, function: Callable[[Params], Tensor]) -> bool:
+    """Whether the gradient lacks the graph of an autograd function marked once_differentiable.
+
+    PyTorch then leaves its part out of a second derivative without a word.
+    """
+    params = _leaves(task)
+    with torch.enable_grad():
+        total = function(params).sum()
+        gradient = _pulled_back(task, params, total, None, create_graph=True)
+    seen: set[Any] = set()
+    left = [gradient.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if "Error" in node.name():
+            return True
+        seen.add(node)
+        left.extend(other for other, _ in node.next_functions)
+    return False
+
+
 def gauss_newton_products(
     task: Task,
     function: Callable[[Params], Float[Tensor, "b c"]],

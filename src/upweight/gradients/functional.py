@@ -76,10 +76,9 @@ def over_examples(function: Callable[[Any], Any], batch: Any, size: int) -> Any:
         if not has_examples(leaf):
             return leaf
         if isinstance(leaf, Listed) or len(leaf) != size:
-            what = f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else "a list"
+            what = f"of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else "a list"
             raise ValueError(
-                f"torch.func maps over the first axis of tensors; a part of {size} examples is "
-                f"{what}"
+                f"vmap needs tensors with the {size} examples on their first axis; a part is {what}"
             )
         mapped_over.append(leaf)
         return _Place(len(mapped_over) - 1)

@@ -38,6 +38,7 @@ from upweight.gradients.factored import (
     extended,
 )
 from upweight.gradients.hooks import Call
+from upweight.task.lent import with_backward_pass
 
 Contributions = Mapping[str, Factors]
 """Gradients by the parameter's name within its module; `weight[k]` for group k of a convolution."""
@@ -409,12 +410,13 @@ def _itself(module: nn.Module, call: Call, examples: Examples) -> Contributions:
 
     xs = examples.apart(x.to(like.dtype) if x.is_floating_point() else x)
     deltas = examples.apart(call.delta)
-    try:
-        found = torch.func.vmap(torch.func.grad(value), (None, 0, 0))(params, xs, deltas)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # no batching rule
-        found = _one_by_one(value, params, xs, deltas)
+    with with_backward_pass(module):
+        try:
+            found = torch.func.vmap(torch.func.grad(value), (None, 0, 0))(params, xs, deltas)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # no batching rule
+            found = _one_by_one(value, params, xs, deltas)
     return {
         name: Rows(g.reshape(examples.size, -1).to(examples.dtype)) for name, g in found.items()
     }

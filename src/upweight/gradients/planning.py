@@ -9,6 +9,7 @@ where `torch.func` cannot run the model on a batch, examples are taken one at a 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -230,7 +231,7 @@ class _Planning:
         bypassed, lost = dict[str, None](), dict[str, None]()
         with Capture(self.task, roles(made), made.repeated) as capture:
             for batch, size in self._probe():
-                values = capture.watch(lambda p, b=batch: _checked(self.task, p, b), size)
+                values = capture.watch(partial(_checked, self.task, batch=batch), size)
                 calls = capture.backward(values)
                 bypassed |= dict.fromkeys(capture.bypassed)
                 self.dtypes |= {values.dtype, *(c.delta.dtype for c in calls)}

@@ -566,7 +566,7 @@ class FittedInfluence(Checked):
             health=judged,
             seconds=seconds,
             versions=library_versions(),
-            notes=(*self.notes, *queries.notes),
+            notes=tuple(dict.fromkeys((*self.notes, *queries.notes, *queries.form_notes))),
         )
         context = Context(self.task, self.train, queries, measure, self)
         return Scores(values, unit, provenance, columns=columns, context=context)

@@ -668,7 +668,7 @@ class LayerwiseInfluence(Checked):
             },
             seconds={**self.seconds, "attribute": time.perf_counter() - started},
             versions=library_versions(),
-            notes=(*self.notes, *notes, *queries.notes),
+            notes=tuple(dict.fromkeys((*self.notes, *notes, *queries.notes, *queries.form_notes))),
         )
 
     # -- shared steps ---------------------------------------------------------------------------

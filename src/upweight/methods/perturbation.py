@@ -9,12 +9,16 @@ and for a small change of the input x the derivative is (their Eq. 5, here with 
     ∂S[q, i]/∂xᵢ = −(1/n) ∂/∂x ⟨(H + λI)⁻¹ ∇m_q, ∇θ ℓ(θ; x, yᵢ)⟩
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.errors import DataError, DtypeError, ShapeError, message
+from upweight.errors import DataError, DtypeError, ShapeError, UnsupportedModel, message
+from upweight.gradients.autograd import attempted, first_line
+from upweight.gradients.functional import as_dense
 from upweight.task.arrays import TARGET_KEYS
 from upweight.task.task import Task
 
@@ -34,7 +38,9 @@ def gradient_products_by_input(
         DtypeError: That input is not floating point, so it has no derivative.
         ShapeError: There is no such input.
     """
-    named = sorted(example) if isinstance(example, dict) else list(range(len(example)))
+    named: list[Any] = []  # parts of other batches have neither a place nor a name here
+    if isinstance(example, dict | tuple):
+        named = sorted(example) if isinstance(example, dict) else list(range(len(example)))
     if key not in named:
         raise ShapeError(
             message(
@@ -63,7 +69,40 @@ def gradient_products_by_input(
         return gradient @ v
 
     rows = torch.func.vmap(torch.func.grad(product), in_dims=(None, 0), chunk_size=16)
-    return rows(x, vectors)[:, 0]
+    found, _ = attempted(lambda: rows(x, vectors)[:, 0])
+    return _by_double_backward(task, vectors, example, key, x) if found is None else found
+
+
+def _by_double_backward(
+    task: Task, vectors: Float[Tensor, "q p"], example: Batch, key: int | str, x: Tensor
+) -> Float[Tensor, "q *x"]:
+    """The same by plain autograd, where `torch.func` cannot run the model."""
+    value = x.detach().clone().requires_grad_()
+    params = {k: p.clone().requires_grad_() for k, p in task.named(task.theta()).items()}
+    with torch.enable_grad():
+        loss = task.losses(params, _with(example, key, value))[0]
+        parts = torch.autograd.grad(
+            loss, list(params.values()), create_graph=True, materialize_grads=True
+        )
+        gradient = task.layout.flatten({k: as_dense(g) for k, g in zip(params, parts, strict=True)})
+    rows = []
+    try:
+        for v in vectors:
+            (row,) = torch.autograd.grad(
+                gradient, value, v, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            rows.append(row[0])
+    except RuntimeError as error:
+        raise UnsupportedModel(
+            message(
+                "A change of an input needs second derivatives of every operation.",
+                f"a model without them. PyTorch says: {first_line(error)}",
+                "an operation whose backward pass PyTorch cannot differentiate.",
+                "replace the operation by its formula, or compare scores of the two inputs as "
+                "training examples.",
+            )
+        ) from error
+    return torch.stack(rows)
 
 
 def relabeled(example: Batch, label: object) -> Batch:
@@ -87,6 +126,15 @@ def relabeled(example: Batch, label: object) -> Batch:
                 )
             )
         old = example[key]
+    elif not isinstance(example, tuple):
+        raise DataError(
+            message(
+                "Relabeling needs a tuple (inputs..., targets) or a dict.",
+                f"a batch of type {type(example).__name__}.",
+                "a collate function that makes an object of its own.",
+                "let it return a tuple or a dict for this question.",
+            )
+        )
     else:
         key, old = len(example) - 1, example[-1]
     # A weighted example keeps its weight: only y of (y, v) changes.
@@ -119,4 +167,5 @@ def _with(example: Batch, key: int | str, value: object) -> Batch:
     if isinstance(example, dict):
         return {**example, key: value}  # type: ignore[dict-item]
     place = int(key)
-    return tuple(value if j == place else part for j, part in enumerate(example))
+    parts = [value if j == place else part for j, part in enumerate(example)]
+    return type(example)._make(parts) if hasattr(example, "_make") else tuple(parts)

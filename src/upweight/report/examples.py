@@ -1,5 +1,6 @@
 """What a person is shown of an example: its image, text or table row, and its label."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,13 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from upweight.errors import DataError, ShapeError, message
 from upweight.report.duplicates import Duplicates
 from upweight.report.shown import Render, content
 from upweight.report.sprite import as_images
 from upweight.scores import Scores
+from upweight.task.batches import has_examples, leaves
 from upweight.task.data import ArrayData, Data, as_data
 
 _TARGETS = ("labels", "label", "targets", "target", "y")
@@ -161,7 +162,9 @@ def examples(
     require_one_each(f"{role}_images", instead, len(data))
     require_one_each(f"{role}_texts", texts, len(data))
     batch = data.take(indices)
-    source, target = _parts(batch)
+    source: Any
+    # Of examples that cannot be told apart in a batch there is nothing to show by itself.
+    source, target = _parts(batch) if data.form.uncut is None else (None, None)
     labels = tuple(_labels(target, len(indices), names))
     if render is not None:
         return Examples(labels, custom=tuple(content(render(role, int(i))) for i in indices))
@@ -210,12 +213,21 @@ def class_name(value: Any, names: Sequence[str] | None) -> str:
 
 def _parts(batch: Any) -> tuple[Any, Any]:
     """The first input and the first target of a batch."""
+    if isinstance(batch, tuple):
+        first = batch[0] if _is_texts(batch[0]) else _rows(leaves(batch[0])[0])
+        return first, _rows(leaves(batch[-1])[0]) if len(batch) > 1 else None
+    if dataclasses.is_dataclass(batch):
+        batch = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     if not isinstance(batch, dict):
-        first = batch[0] if _is_texts(batch[0]) else tree_leaves(batch[0])[0]
-        return first, tree_leaves(batch[-1])[0] if len(batch) > 1 else None
+        return None, None
     target = next((batch[key] for key in _TARGETS if key in batch), None)
     inputs = [leaf for key, leaf in batch.items() if key not in _TARGETS]
     return (inputs[0] if inputs else None), target
+
+
+def _rows(leaf: Any) -> Any:
+    """What has an entry per example."""
+    return leaf if has_examples(leaf) else None
 
 
 def _is_texts(value: Any) -> bool:

@@ -145,8 +145,8 @@ def _listed(together: Any, alone: Sequence[Any], path: Path) -> list[Path]:
         return found
     if not all(_same(together, one) for one in alone):
         raise _Uncut(
-            f"{_named(path)} ({type(together).__name__}) belongs to the whole batch and differs "
-            "between batches"
+            f"{_named(path)}, a {type(together).__name__}, belongs to the whole batch and is not "
+            "known to be the same in all of them"
         )
     return []
 
@@ -201,7 +201,7 @@ def _rebuilt(batch: Any, path: Path, exchanged: Callable[[Path, Any], Any]) -> A
 
 
 def _named(path: Path) -> str:
-    return "the batch" + "".join(f"[{key!r}]" for key in path)
+    return "batch" + "".join(f"[{key!r}]" for key in path)
 
 
 def _unequal(leaf: Any, size: int) -> str:

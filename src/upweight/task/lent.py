@@ -6,8 +6,9 @@ would stay, with a graph or with tensors that only mean something inside of `tor
 """
 
 import copy
+import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,14 +43,15 @@ def lent(model: nn.Module) -> Iterator[None]:
 
 
 def _entries(module: nn.Module) -> list[tuple[Any, Any]]:
-    return [
-        (value, copy.copy(value))
-        for name, value in vars(module).items()
-        if isinstance(value, dict | list | set) and name not in _OWN
-    ]
+    attributes = vars(module)
+    values = [attributes[name] for name in attributes.keys() - _OWN]
+    return [(value, copy.copy(value)) for value in values if isinstance(value, (dict, list, set))]
 
 
 def _restore(now: dict[str, Any], before: Mapping[str, Any]) -> None:
+    # The usual case, without a step of Python per attribute: this runs at every call of a model.
+    if list(now) == list(before) and all(map(operator.is_, now.values(), before.values())):
+        return
     for name in [name for name in now if name not in before]:
         del now[name]
     for name, value in before.items():
@@ -68,6 +70,28 @@ def _refill(kept: Any, before: Any) -> None:
 
 def _parts(kept: Any) -> list[Any]:
     return [*kept, *kept.values()] if isinstance(kept, dict) else list(kept)
+
+
+@contextmanager
+def with_backward_pass(model: nn.Module) -> Iterator[None]:
+    """Embeddings that were trained with sparse gradients give dense ones, which all can read.
+
+    Recurrent layers on a GPU use kernels with a backward pass: cuDNN has none in eval mode.
+    """
+    lookups = (nn.Embedding, nn.EmbeddingBag)
+    modules = list(model.modules())
+    sparse = [m for m in modules if isinstance(m, lookups) and m.sparse]
+    is_recurrent = any(
+        isinstance(m, nn.RNNBase) and any(p.is_cuda for p in m.parameters()) for m in modules
+    )
+    for module in sparse:
+        module.sparse = False
+    try:
+        with torch.backends.cudnn.flags(enabled=False) if is_recurrent else nullcontext():
+            yield
+    finally:
+        for module in sparse:
+            module.sparse = True
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -127,5 +151,6 @@ class _WeightNorm(TorchFunctionMode):
         if func is torch._weight_norm:
             v, g, *rest = args
             dim = rest[0] if rest else (kwargs or {}).get("dim", 0)
-            return v * (g / torch.norm_except_dim(v, 2, dim))
+            axes = [k for k in range(v.ndim) if dim == -1 or k != dim]
+            return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
         return func(*args, **(kwargs or {}))

@@ -50,17 +50,59 @@ class Loss(abc.ABC):
         def one(f: Tensor, y: Any) -> Tensor:
             return self(f[None], _with_batch_axis(y))[0]
 
-        return torch.func.vmap(torch.func.grad(one))(outputs, targets).flatten(1)
+        try:
+            return torch.func.vmap(torch.func.grad(one))(outputs, targets).flatten(1)
+        except (RuntimeError, ValueError):  # no rule for vmap
+            return self._slopes(outputs, targets, create_graph=False)[1].flatten(1)
 
     def hessian(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c c"]:
-        """Λ = ∂²ℓ/∂f² per example, with f flattened to `[b, c]`."""
+        """Λ = ∂²ℓ/∂f² per example, with f flattened to `[b, c]`.
+
+        Raises:
+            UnsupportedModel: PyTorch has no second derivative of it.
+        """
         shape = outputs.shape[1:]
 
         def one(f: Tensor, y: Any) -> Tensor:
             return self(f.reshape(1, *shape), _with_batch_axis(y))[0]
 
         flat = outputs.reshape(len(outputs), -1)
-        return torch.func.vmap(torch.func.jacrev(torch.func.jacrev(one)))(flat, targets)
+        try:
+            return torch.func.vmap(torch.func.jacrev(torch.func.jacrev(one)))(flat, targets)
+        except (RuntimeError, ValueError):  # no rule for vmap
+            return self._double_backward(outputs, targets)
+
+    def _slopes(self, outputs: Tensor, targets: Any, create_graph: bool) -> tuple[Tensor, Tensor]:
+        """Outputs as a leaf, and δ by autograd: the losses of a batch do not know of each other."""
+        with torch.enable_grad():
+            f = outputs.detach().clone().requires_grad_()
+            (slopes,) = torch.autograd.grad(self(f, targets).sum(), f, create_graph=create_graph)
+        return f, slopes
+
+    def _double_backward(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c c"]:
+        f, slopes = self._slopes(outputs, targets, create_graph=True)
+        flat, columns = slopes.flatten(1), []
+        try:
+            for c in range(flat.shape[1]):
+                if not flat.requires_grad:
+                    columns.append(torch.zeros_like(flat))
+                    continue
+                total = flat[:, c].sum()
+                (column,) = torch.autograd.grad(
+                    total, f, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                columns.append(column.flatten(1))
+        except RuntimeError as error:
+            raise UnsupportedModel(
+                message(
+                    "This curvature needs the second derivative of the loss in the outputs.",
+                    f"{self!r}. PyTorch says: {str(error).splitlines()[0]}",
+                    "a loss whose backward pass PyTorch cannot differentiate (CTC).",
+                    "use curvature=EmpiricalFisher() or EKFAC(Observed()), which are made of first "
+                    "derivatives.",
+                )
+            ) from error
+        return torch.stack(columns, dim=2)
 
     def log_prob(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
         """log p(y | f)."""

@@ -6,8 +6,7 @@ A `Task` binds the model f, the loss ℓ, the penalty R and the choice of parame
 and the model is only ever called functionally: it comes back exactly as it was lent.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,7 +19,7 @@ from upweight.errors import DataError, ScalarLoss, UnsupportedModel, message
 from upweight.task.arrays import TARGET_KEYS
 from upweight.task.batches import mapped
 from upweight.task.data import Data, as_data
-from upweight.task.lent import copied, differentiable, lent
+from upweight.task.lent import copied, differentiable, lent, with_backward_pass
 from upweight.task.losses import Loss, as_loss
 from upweight.task.params import Layout
 from upweight.task.penalties import Penalty, as_penalty
@@ -218,7 +217,7 @@ class Task:
                     values[f"{path}.{last}"] = b.detach().clone()
         records = torch.is_grad_enabled()
         # Always recorded, for a model that takes derivatives itself (forces from an energy).
-        with lent(self.model), _dense_gradients(self.model), torch.enable_grad():
+        with lent(self.model), with_backward_pass(self.model), torch.enable_grad():
             found: tuple[Any, Any] = torch.func.functional_call(
                 _Call(self.model, self.forward), values, (batch,), tie_weights=False
             )
@@ -272,20 +271,6 @@ class Task:
         params = self.named(theta)
         mean = (weights * self.losses(params, batch)).mean()
         return mean + self.penalty(params, self.layout)
-
-
-@contextmanager
-def _dense_gradients(model: nn.Module) -> Iterator[None]:
-    """Embeddings that were trained with sparse gradients give dense ones, which all can read."""
-    lookups = nn.Embedding | nn.EmbeddingBag
-    sparse = [m for m in model.modules() if isinstance(m, lookups) and m.sparse]
-    for module in sparse:
-        module.sparse = False
-    try:
-        yield
-    finally:
-        for module in sparse:
-            module.sparse = True
 
 
 def _detached(x: Any) -> Any:

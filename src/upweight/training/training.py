@@ -232,7 +232,8 @@ class TrainingTrainer:
         """Why many models cannot train at once; None if they can."""
         try:
             self._laid_out(self._stacked(2))
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            # What `vmap` takes for a named tuple, such as a packed sequence, breaks in many ways.
             return str(error).splitlines()[0]
         return None
 
