@@ -52,7 +52,7 @@ function scoredCard(entry, q, side, largest) {
   const actual = measured.get(`${q}:${entry.example.id}`), rows = [["score", number(entry.score, true)]];
   if (entry.change !== undefined) rows.push(["removed", number(entry.change, true)]);
   if (actual !== undefined) rows.push(["retrained", number(actual, true)]);
-  return card(entry.example, { rows, meter: largest ? Math.abs(entry.score) / largest : 0, side, differs: entry.differs, tokens: entry.tokens });
+  return card(entry.example, { rows, meter: largest ? Math.abs(entry.score) / largest : 0, side, differs: entry.differs, tokens: entry.tokens, rest: entry.rest });
 }
 
 function wholeRow(row, words, open) {
