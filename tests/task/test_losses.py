@@ -66,6 +66,31 @@ def cases():
             y.int(),
             F.cross_entropy(f, y, reduction="none"),
         ),
+        "uint8 classes": (
+            uw.CrossEntropy(),
+            256 * draw(g(12), 3, 300),
+            torch.tensor([156, 255, 0], dtype=torch.uint8),
+            F.cross_entropy(
+                256 * draw(g(12), 3, 300), torch.tensor([156, 255, 0]), reduction="none"
+            ),
+        ),
+        "uint8 classes, 255 ignored": (
+            uw.CrossEntropy(ignore_index=255),
+            draw(g(12), 3, 300),
+            torch.tensor([156, 255, 0], dtype=torch.uint8),
+            F.cross_entropy(
+                draw(g(12), 3, 300),
+                torch.tensor([156, 255, 0]),
+                reduction="none",
+                ignore_index=255,
+            ),
+        ),
+        "bool classes": (
+            uw.CrossEntropy(),
+            f,
+            y > 0,
+            F.cross_entropy(f, (y > 0).long(), reduction="none"),
+        ),
         "logits [b]": (
             uw.Bernoulli(),
             f1,
@@ -169,6 +194,32 @@ def test_derivatives_are_finite_far_out(name):
     far = 1000.0 * outputs.sign()
     for value in (loss(far, targets), loss.gradient(far, targets), loss.hessian(far, targets)):
         assert bool(value.isfinite().all())
+
+
+SHORT = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+@pytest.mark.parametrize(
+    "loss", [uw.CrossEntropy(), uw.Bernoulli(), uw.SmoothHinge(), uw.Poisson()]
+)
+def test_integers_of_any_dtype_are_the_same_targets(loss, dtype):
+    """Everything that a loss says, from 0 and 1, and from 1 alone where 0 is no target."""
+    f = draw(g(1), 6, 2)
+    y = torch.ones(6, 2) if loss == uw.SmoothHinge() else labels(g(2), 12, 2).reshape(6, 2)
+    if loss == uw.CrossEntropy():
+        y = y[:, 0]
+    wide = y.long() if loss == uw.CrossEntropy() else y.double()
+    short = y.to(dtype)
+    if loss == uw.SmoothHinge() and dtype == torch.bool:
+        return  # −1 and 1
+    loss.check(f, short)
+    for name in ("__call__", "gradient", "hessian", "log_prob", "margin"):
+        try:
+            expected = getattr(loss, name)(f, wide)
+        except UnsupportedModel:
+            continue
+        torch.testing.assert_close(getattr(loss, name)(f, short), expected, rtol=1e-12, atol=0)
 
 
 def test_log_probabilities():

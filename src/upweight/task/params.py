@@ -142,7 +142,7 @@ def _require_own_memory(model: nn.Module, chosen: set[str]) -> None:
     for k, (storage, first, stop, name) in enumerate(spans):
         x = every[name].detach()
         is_dense = stop - first == x.numel() * x.itemsize and 0 not in x.stride()
-        if name in chosen and not is_dense and len(_cells(x).unique()) < x.numel():
+        if name in chosen and not is_dense and len(set(_cells(x).tolist())) < x.numel():
             raise UnsupportedModel(_shared(f"{name}, {x.numel()} entries in less memory"))
         j = k + 1
         while j < len(spans) and spans[j][:2] < (storage, stop):
@@ -160,8 +160,9 @@ def _has_memory(x: Tensor) -> bool:
 
 def _span(x: Tensor) -> tuple[tuple[str, int], int, int]:
     """The storage of a tensor, and its first and last byte in it."""
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    first = x.storage_offset() * x.itemsize
+    axes = zip(x.shape, x.stride(), strict=True)
+    last = sum((size - 1) * int(stride) for size, stride in axes)
+    first = int(x.storage_offset()) * x.itemsize
     stop = first + (last + 1) * x.itemsize
     return (str(x.device), x.untyped_storage().data_ptr()), first, stop
 
