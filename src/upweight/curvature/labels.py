@@ -141,9 +141,13 @@ class Expected(Labels):
                 float(values.min()),
             )
         # What is rounding, of either sign, becomes a gradient of exactly 0.
-        rounding = width * torch.finfo(precise.dtype).eps * values.amax(dim=(1, 2), keepdim=True)
-        roots = vectors * torch.where(values > rounding, values, 0.0).sqrt()[:, :, None, :]
-        # A column of zeros too: every batch takes as many heads.
+        eps = torch.finfo(precise.dtype).eps
+        rounding = blocks.shape[-1] * eps * values.amax(dim=(1, 2), keepdim=True)
+        sizes = torch.where(values > rounding, values, 0.0).sqrt()
+        # The symmetric root: every column has a part in every output that counts, so that each
+        # example and position gives as many pairs (a, δ), whatever rounding makes of a null space.
+        roots = (vectors * sizes[:, :, None, :]) @ vectors.mT
+        roots = roots * (blocks.diagonal(dim1=2, dim2=3) != 0)[..., None]
         for t, k in itertools.product(range(roots.shape[1]), range(roots.shape[3])):
             column = roots.new_zeros(roots.shape[:3])
             column[:, t] = roots[:, t, :, k]
