@@ -1124,6 +1124,49 @@ def hessian_of_gradients_that_are_those_of_no_function() -> Any:
     return attribute(model, method=uw.Influence(uw.Hessian(), damping=5.0))
 
 
+# -- labels, padding and what a dtype cannot hold ------------------------------------------------
+
+
+@case
+def two_parameters_in_one_memory() -> Any:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    model[2].weight.data = model[0].weight.data
+    return uw.Task(model, uw.SquaredError())
+
+
+@case
+def a_parameter_that_is_one_number_expanded() -> Any:
+    model = nn.Linear(3, 2)
+    model.weight.data = torch.ones(1).expand(2, 3)
+    return uw.Task(model, uw.SquaredError())
+
+
+@case
+def labels_that_float32_cannot_tell_from_outputs() -> Any:
+    outputs = torch.full((4, 1), 1.7e9, dtype=torch.float32)
+    return uw.SquaredError().sample(outputs, outputs, torch.Generator())
+
+
+@case
+def shares_of_tokens_of_another_measure() -> Any:
+    from upweight.report import html
+
+    model = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 3), nn.Flatten(), nn.Linear(12, 2))
+    ids, y = torch.arange(48).reshape(12, 4) % 7, torch.arange(12) % 2
+    train, queries = uw.as_data((ids, y)), uw.as_data((ids[:2], y[:2]))
+    fitted = uw.Influence(uw.EKFAC(), damping=0.1).fit(uw.Task(model, uw.CrossEntropy()), train)
+    scores = fitted.attribute(queries, uw.Margin())
+    with tempfile.TemporaryDirectory() as folder:
+        return html(
+            scores,
+            train,
+            queries,
+            Path(folder) / "page.html",
+            train_tokens=[[str(i) for i in row] for row in ids.tolist()],
+            token_scores=lambda q, some: fitted.by_token(queries.subset([q]), some),
+        )
+
+
 def main() -> int:
     """Print the table; 1 if any case passed silently."""
     silent = 0

@@ -77,3 +77,27 @@ def test_gradients(build, per_token):
 @pytest.mark.parametrize("build, per_token", [(gpt2, True), (bert, False), (llama, True)])
 def test_every_parameter_has_a_rule(build, per_token):
     assert plan(*language(build(), per_token)).notes == ()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("labels", [uw.Sampled(), uw.Observed()], ids=repr)
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_padding_changes_no_score(build, labels):
+    """One position more, as far as these models go."""
+    task, data = language(build(), per_token=True)
+    short = data.batch(0, 5)
+    more = {"input_ids": 3, "attention_mask": 0, "labels": -100}
+    longer = {k: torch.nn.functional.pad(x, (0, 1), value=more[k]) for k, x in short.items()}
+    method = uw.Influence(uw.EKFAC(labels), damping=0.1)
+    once, again = (
+        method.fit(task, d).attribute(short, tolerance=0).values for d in (short, longer)
+    )
+    torch.testing.assert_close(again, once, rtol=1e-9, atol=1e-10 * float(once.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gpt2_has_the_blocks_of_linear_maps():
+    """A bias with its weight, [o, i + 1]."""
+    blocks = {b.name: b for b in plan(*language(gpt2(), per_token=True)).blocks}
+    block = blocks["transformer.h.0.attn.c_attn.weight"]
+    assert (block.shape, block.bias) == ((24, 9), "transformer.h.0.attn.c_attn.bias")

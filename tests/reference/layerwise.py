@@ -40,11 +40,12 @@ def observed(outputs, targets, task):
 
 
 def expected(outputs, targets, task):
-    """√λ_k ⟨u_k, f⟩ for each eigenpair of ∂²ℓ/∂f²: their gradients' squares add up to Jᵀ Λ J."""
+    """⟨r_k, f⟩ for each column of √(∂²ℓ/∂f²): their gradients' squares add up to Jᵀ Λ J."""
     values, vectors = torch.linalg.eigh(task.loss.hessian(outputs.detach(), targets)[0])
     flat = outputs.reshape(-1)
     values = torch.where(values > NOTHING * values.max(), values, 0.0)  # the rest is rounding
-    return [value.sqrt() * (flat @ vector) for value, vector in zip(values, vectors.T, strict=True)]
+    root = vectors @ torch.diag(values.sqrt()) @ vectors.T
+    return [flat @ column for column in root]
 
 
 def uses(weight, data, i, labels):

@@ -342,7 +342,10 @@ def test_hostile_words_run_nothing_anywhere(run, make_check, opened):
         "command": HOSTILE,
         "checks": [make_check(label=HOSTILE)],
         "train_tokens": [[HOSTILE, HOSTILE]] * 10,
-        "token_scores": lambda q, some: np.ones((len(some), 2)),
+        "token_scores": lambda q, some: (
+            np.ones((len(some), 2)),
+            run.scores.values[q, some].numpy() - 2.0,
+        ),
         "query_texts": [HOSTILE] * 3,
         "metadata": {HOSTILE: [HOSTILE, "b"] * 5, "other": ["a", HOSTILE] * 5},
         "train_losses": [0.1] * 10,
@@ -423,7 +426,10 @@ def test_tokens_are_coloured_by_their_share(run, opened):
     words = [[f"word{i}", "the", "end"] for i in range(10)]
     run.options = {
         "train_tokens": words,
-        "token_scores": lambda q, some: np.array([[i + 1.0, -0.5, 0.0] for i in some]),
+        "token_scores": lambda q, some: (
+            np.array([[i + 1.0, -0.5, 0.0] for i in some]),
+            run.scores.values[q, some].numpy() - [i + 0.5 for i in some],
+        ),
     }
     run.write()
     page = opened(run.path, "#queries/0")
@@ -435,6 +441,7 @@ def test_tokens_are_coloured_by_their_share(run, opened):
     assert len(set(colours)) == 3
     best = run.scores.top(1, 0).raises[0]
     assert f"most through “word{best}”" in card.inner_text()
+    assert "of the score not through any one token" in card.inner_text()
 
 
 def test_tables_groups_and_zeros_draw(run, opened):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import upweight as uw
 from upweight.errors import DataError, ShapeError
 from upweight.report import html, totals, whatif
 from upweight.report.duplicates import duplicates
@@ -232,7 +233,7 @@ def test_tokens_need_their_numbers(run):
     with pytest.raises(ShapeError, match="only train_tokens"):
         run.write()
     run.options["token_scores"] = lambda q, some: np.zeros((3, 7, 2))
-    with pytest.raises(ShapeError, match=r"one row of numbers per example"):
+    with pytest.raises(ShapeError, match=r"shares \[\d+, t\](.|\n)*a ndarray"):
         run.write()
 
 
@@ -269,9 +270,8 @@ def test_a_dataset_is_read_only_for_what_is_shown(run):
     assert sorted(read) == list(range(330 - LISTED, 330))
 
 
-def test_shares_of_tokens_are_asked_as_the_guide_says(run):
-    import upweight as uw
-
+@pytest.mark.parametrize("measure", [uw.Loss(), uw.Margin()], ids=repr)
+def test_shares_of_tokens_are_those_of_the_scores(run, measure):
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Embedding(7, 4), torch.nn.Linear(4, 3), torch.nn.Flatten(), torch.nn.Linear(15, 2)
@@ -280,16 +280,35 @@ def test_shares_of_tokens_are_asked_as_the_guide_says(run):
     train, queries = uw.as_data((ids, y)), uw.as_data((ids[:3], y[:3]))
     task = uw.Task(model, loss=uw.CrossEntropy())
     fitted = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, train)
-    run.scores, run.train, run.queries = fitted.attribute(queries, tolerance=0.0), train, queries
+    run.scores = fitted.attribute(queries, measure, tolerance=0.0)
+    run.train, run.queries = train, queries
     run.options = {
         "train_tokens": [[f"t{i}" for i in row] for row in ids.tolist()],
-        "token_scores": lambda q, some: fitted.by_token(queries.subset([q]), some)[0][0],
         "k": 2,
         "self_influence": (),
     }
     data = run.data()
     side = data["queries"][1]["raised"]
     shown = [data["train"]["column"][p] for p in side["places"]]
-    shares, _ = fitted.by_token(queries, shown)
+    shares, rest = fitted.by_token(queries, shown, measure)
+    total = shares.sum(dim=2) + rest
+    np.testing.assert_allclose(total, run.scores.values[:, shown], rtol=1e-8)
+    np.testing.assert_allclose(side["rest"], rest[1], rtol=6e-3)
     np.testing.assert_allclose(side["tokens"], shares[1], rtol=6e-3)
     assert data["train"]["tokens"][side["places"][0]] == [f"t{i}" for i in ids[shown[0]].tolist()]
+    # As the message says: with the measure, from what the method returns; refused with another.
+    run.options["token_scores"] = lambda q, some: fitted.by_token(
+        queries.subset([q]), some, measure
+    )
+    assert run.data()["queries"][1]["raised"]["tokens"] == side["tokens"]
+    other = uw.Loss() if measure == uw.Margin() else uw.Margin()
+    run.options["token_scores"] = lambda q, some: fitted.by_token(queries.subset([q]), some, other)
+    with pytest.raises(DataError, match=rf"score .* of {type(measure).__name__}\(\)"):
+        run.data()
+    run.options["token_scores"] = lambda q, some: fitted.by_token(queries.subset([q]), some)[0][0]
+    with pytest.raises(ShapeError, match="both parts"):
+        run.data()
+    del run.options["token_scores"]
+    run.options["train_tokens"] = [row[1:] for row in run.options["train_tokens"]]
+    with pytest.raises(ShapeError, match="4 tokens for 5 positions, 5 of which"):
+        run.data()

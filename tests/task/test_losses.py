@@ -67,6 +67,31 @@ def cases():
             y.int(),
             F.cross_entropy(f, y, reduction="none"),
         ),
+        "uint8 classes": (
+            uw.CrossEntropy(),
+            256 * draw(g(12), 3, 300),
+            torch.tensor([156, 255, 0], dtype=torch.uint8),
+            F.cross_entropy(
+                256 * draw(g(12), 3, 300), torch.tensor([156, 255, 0]), reduction="none"
+            ),
+        ),
+        "uint8 classes, 255 ignored": (
+            uw.CrossEntropy(ignore_index=255),
+            draw(g(12), 3, 300),
+            torch.tensor([156, 255, 0], dtype=torch.uint8),
+            F.cross_entropy(
+                draw(g(12), 3, 300),
+                torch.tensor([156, 255, 0]),
+                reduction="none",
+                ignore_index=255,
+            ),
+        ),
+        "bool classes": (
+            uw.CrossEntropy(),
+            f,
+            y > 0,
+            F.cross_entropy(f, (y > 0).long(), reduction="none"),
+        ),
         "logits [b]": (
             uw.Bernoulli(),
             f1,
@@ -170,6 +195,32 @@ def test_derivatives_are_finite_far_out(name):
     far = 1000.0 * outputs.sign()
     for value in (loss(far, targets), loss.gradient(far, targets), loss.hessian(far, targets)):
         assert bool(value.isfinite().all())
+
+
+SHORT = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+@pytest.mark.parametrize(
+    "loss", [uw.CrossEntropy(), uw.Bernoulli(), uw.SmoothHinge(), uw.Poisson()]
+)
+def test_integers_of_any_dtype_are_the_same_targets(loss, dtype):
+    """Everything that a loss says, from 0 and 1, and from 1 alone where 0 is no target."""
+    f = draw(g(1), 6, 2)
+    y = torch.ones(6, 2) if loss == uw.SmoothHinge() else labels(g(2), 12, 2).reshape(6, 2)
+    if loss == uw.CrossEntropy():
+        y = y[:, 0]
+    wide = y.long() if loss == uw.CrossEntropy() else y.double()
+    short = y.to(dtype)
+    if loss == uw.SmoothHinge() and dtype == torch.bool:
+        return  # −1 and 1
+    loss.check(f, short)
+    for name in ("__call__", "gradient", "hessian", "log_prob", "margin"):
+        try:
+            expected = getattr(loss, name)(f, wide)
+        except UnsupportedModel:
+            continue
+        torch.testing.assert_close(getattr(loss, name)(f, short), expected, rtol=1e-12, atol=0)
 
 
 def test_log_probabilities():
@@ -311,7 +362,7 @@ def classes_last(model, batch):
     return model(batch[0]).movedim(1, -1), batch[1]
 
 
-LABELS = [uw.Sampled(), uw.Observed()]
+LABELS = [uw.Sampled(), uw.Expected(), uw.Observed()]
 
 
 @pytest.mark.parametrize("size", [4, 5])
@@ -344,20 +395,51 @@ def test_classes_that_may_be_on_another_axis_are_refused(size, match):
         uw.Influence(damping=1.0).fit(uw.Task(model, uw.CrossEntropy()), data)
 
 
-def test_sequences_as_long_as_there_are_classes_need_the_axis():
-    outputs, targets = torch.randn(2, 4, 4), torch.randint(4, (2, 4))
+def test_sequences_that_are_all_as_long_as_there_are_classes_need_the_axis():
+    """Where only some batches are, the others tell."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Tanh(), nn.Linear(3, 4)).double().eval()
+    ids = torch.arange(40).reshape(10, 4) % 5
+    y = ids % 4
+
+    def scores(loss, data):
+        fitted = uw.Influence(uw.GGN(), damping=1.0).fit(uw.Task(model, loss), data)
+        return fitted.attribute(data).values
+
     with pytest.raises(ShapeError, match=r"axis=-1"):
-        uw.CrossEntropy().check(outputs, targets)
-    uw.CrossEntropy(axis=-1).check(outputs, targets)
-    assert torch.equal(
-        uw.CrossEntropy(axis=-1)(outputs, targets), uw.CrossEntropy()(outputs, targets)
-    )
+        scores(uw.CrossEntropy(), (ids, y))
+    scores(uw.CrossEntropy(axis=-1), (ids, y))
+
+    def padded(items):
+        n = max(len(x) for x, _ in items)
+        return tuple(
+            torch.stack([F.pad(part, (0, n - len(part)), value=fill) for part in column])
+            for column, fill in zip(zip(*items, strict=True), (0, -100), strict=True)
+        )
+
+    ragged = [(ids[i, : 4 - i % 2], y[i, : 4 - i % 2]) for i in range(10)]
+    loader = torch.utils.data.DataLoader(ragged, batch_size=2, collate_fn=padded)
+    assert torch.equal(scores(uw.CrossEntropy(), loader), scores(uw.CrossEntropy(axis=-1), loader))
+
+
+def test_weights_per_position_need_classes_last_and_the_way_out_works():
+    model, (x, y) = segmentation(5)
+    v = torch.ones(8, 5, 5, dtype=torch.float64)
+    outputs = model(x).detach()
+    with pytest.raises(ShapeError, match=r"movedim\(1, -1\)"):
+        uw.Weighted(uw.CrossEntropy(axis=1)).check(outputs, (y, v))
+    moved = outputs.movedim(1, -1)
+    loss = uw.Weighted(uw.CrossEntropy(axis=-1))
+    loss.check(moved, (y, v))
+    torch.testing.assert_close(loss(moved, (y, v)), uw.CrossEntropy(axis=1)(outputs, y))
 
 
 def test_probabilities_have_the_axis_of_the_outputs():
     outputs = torch.randn(3, 4, 5, 2)
     p = torch.randn(3, 4, 5, 2).softmax(dim=1)
     expected = uw.CrossEntropy()(outputs.movedim(1, -1), p.movedim(1, -1))
+    with pytest.raises(ShapeError, match="have them on axis 1"):
+        uw.CrossEntropy().check(outputs, p)
     loss = uw.CrossEntropy(axis=1)
     loss.check(outputs, p)
     torch.testing.assert_close(loss(outputs, p), expected)

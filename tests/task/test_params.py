@@ -107,3 +107,106 @@ def test_a_vector_of_another_length_is_refused():
     L = Layout.of(nn.Linear(2, 1), ("*",))
     with pytest.raises(ShapeError, match=r"3 entries.*\n.*\(2, 4\)"):
         L.unflatten(torch.zeros(2, 4))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+class Sliced(nn.Module):
+    """Two maps in one tensor, used in parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.both[:, :3]) @ self.both[:, 3:]
+
+
+def by_data():
+    model = Pair()
+    model.b.weight.data = model.a.weight.data
+    return model
+
+
+def by_overlap():
+    model, memory = Pair(), torch.randn(15)
+    model.a.weight.data, model.b.weight.data = memory[:9].view(3, 3), memory[6:].view(3, 3)
+    return model
+
+
+def by_interleaving():
+    model, memory = Pair(), torch.randn(3, 5)
+    model.a.weight.data, model.b.weight.data = memory[:, :3], memory[:, 2:]
+    return model
+
+
+def by_expansion():
+    model = Pair()
+    model.b.weight.data = torch.randn(3).expand(3, 3)
+    return model
+
+
+def by_buffer():
+    model = Pair()
+    model.register_buffer("copy", model.a.weight.data)
+    return model
+
+
+def by_frozen():
+    model = by_data()
+    model.b.weight.requires_grad_(False)
+    return model
+
+
+SHARED = [by_data, by_overlap, by_interleaving, by_expansion, by_buffer, by_frozen]
+
+
+@pytest.mark.parametrize("build", SHARED)
+def test_two_parameters_in_one_memory_are_refused(build):
+    with pytest.raises(UnsupportedModel, match=r"shared memory: (.|\n)*b\.weight = a\.weight"):
+        uw.Task(build(), uw.SquaredError())
+
+
+@pytest.mark.parametrize("build", SHARED)
+def test_what_is_refused_has_its_ways_out(build):
+    model = build()
+    for x in (*model.parameters(), *model.buffers()):
+        x.data = x.data.clone()
+    assert uw.Task(model, uw.SquaredError()).layout.size == (9 if build is by_frozen else 18)
+    model = build()
+    model.b.weight = model.a.weight
+    if build is not by_buffer:
+        assert uw.Task(model, uw.SquaredError()).layout.size == 9
+    assert uw.Task(Sliced(), uw.SquaredError()).layout.size == 18
+
+
+def test_parts_of_one_memory_that_do_not_overlap_are_two_parameters():
+    """As recurrent layers keep theirs on a GPU, and columns of one matrix."""
+    for parts in (torch.randn(2, 3, 3).unbind(0), torch.randn(3, 6).split(3, dim=1)):
+        model = Pair()
+        model.a.weight.data, model.b.weight.data = parts
+        assert uw.Task(model, uw.SquaredError()).layout.size == 18
+
+
+def test_a_tied_parameter_counts_once_and_has_the_derivative_of_both_uses():
+    """Against the Hessian of the one matrix, by autograd on its own formula."""
+    g = torch.Generator().manual_seed(0)
+    model = Pair().double()
+    model.b.weight = model.a.weight
+    X, y = draw(g, 8, 3), draw(g, 8, 3)
+    task = uw.Task(model, uw.SquaredError())
+
+    def objective(w):
+        w = w.reshape(3, 3)
+        return 0.5 * ((torch.tanh(X @ w.T) @ w.T - y) ** 2).sum() / 8
+
+    expected = torch.autograd.functional.hessian(objective, task.theta())
+    found = uw.Hessian().fit(task, uw.as_data((X, y))).dense()
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

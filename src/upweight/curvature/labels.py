@@ -128,7 +128,7 @@ class Expected(Labels):
             )
         # In half precision the Hessian's own rounding would be taken for a negative eigenvalue.
         precise = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        blocks = _by_position(loss.hessian(precise, targets).double(), outputs.shape)
+        blocks, at = _by_position(loss.hessian(precise, targets).double(), outputs.shape)
         values, vectors = torch.linalg.eigh(blocks)
         if float(values.min()) < -1e-6 * float(values.abs().max()):
             raise NotPositiveDefinite(
@@ -141,12 +141,16 @@ class Expected(Labels):
                 float(values.min()),
             )
         # What is rounding, of either sign, becomes a gradient of exactly 0.
-        rounding = width * torch.finfo(precise.dtype).eps * values.amax(dim=(1, 2), keepdim=True)
-        roots = vectors * torch.where(values > rounding, values, 0.0).sqrt()[:, :, None, :]
-        # A column of zeros too: every batch takes as many heads.
+        eps = torch.finfo(precise.dtype).eps
+        rounding = blocks.shape[-1] * eps * values.amax(dim=(1, 2), keepdim=True)
+        sizes = torch.where(values > rounding, values, 0.0).sqrt()
+        # The symmetric root: every column has a part in every output that counts, so that each
+        # example and position gives as many pairs (a, δ), whatever rounding makes of a null space.
+        roots = (vectors * sizes[:, :, None, :]) @ vectors.mT
+        roots = roots * (blocks.diagonal(dim1=2, dim2=3) != 0)[..., None]
         for t, k in itertools.product(range(roots.shape[1]), range(roots.shape[3])):
-            column = roots.new_zeros(roots.shape[:3])
-            column[:, t] = roots[:, t, :, k]
+            column = roots.new_zeros(len(roots), width)
+            column[:, at[t]] = roots[:, t, :, k]
             yield _product, column.reshape(outputs.shape).to(outputs.dtype)
 
 
@@ -155,17 +159,23 @@ def _product(f: Tensor, _: Any, delta: Tensor) -> Tensor:
     return (f * delta).reshape(len(f), -1).sum(dim=1)
 
 
-def _by_position(hessian: Tensor, shape: torch.Size) -> Tensor:
+def _by_position(hessian: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Λ [b, c, c] as [b, t, c, c], one block for each position where it has no others.
 
     Eigenvectors are then of one position each, also where positions have equal eigenvalues: which
     ones a whole decomposition would mix depends on how far the batch is padded.
+
+    Returns:
+        The blocks, and where the outputs of each position lie among all, [t, c]. Positions are on
+        every axis but the last, or but that after the examples.
     """
-    b, c = len(hessian), shape[-1] if len(shape) > 1 else 1
-    t = hessian.shape[1] // c
-    blocks = hessian.reshape(b, t, c, t, c).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-    is_all = torch.count_nonzero(blocks) == torch.count_nonzero(hessian)
-    return blocks if bool(is_all) else hessian[:, None]
+    every = torch.arange(hessian.shape[1], device=hessian.device)
+    last, second = (shape[-1], shape[1]) if len(shape) > 1 else (1, 1)
+    for at in (every.reshape(-1, last), every.reshape(second, -1).T):
+        blocks = hessian[:, at[:, :, None], at[:, None, :]]
+        if bool(torch.count_nonzero(blocks) == torch.count_nonzero(hessian)):
+            return blocks, at
+    return hessian[:, None], every[None]
 
 
 @dataclass(frozen=True)

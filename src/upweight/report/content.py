@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from upweight.errors import ShapeError, message
+from upweight.errors import DataError, ShapeError, message
 from upweight.report.check import Check
 from upweight.report.examples import Examples, class_name
 from upweight.report.facts import QueryFacts
@@ -37,7 +37,7 @@ class Tokens:
 
     Args:
         words: The tokens of every training example.
-        scores: (query, examples) → one row per example with a number per token.
+        scores: (query, examples) → the shares of their positions [k, t] and what has none [k].
     """
 
     words: Sequence[Sequence[str]]
@@ -150,7 +150,8 @@ def payload(
             if spread is not None:
                 row[side]["differs"] = [differences(train, queries, p, q, spread) for p in places]
             if tokens is not None:
-                row[side]["tokens"] = _token_scores(tokens, q, columns, len(chosen.ends))
+                shares, rest = _token_scores(tokens, scores, q, columns)
+                row[side] |= {"tokens": shares, "rest": rest}
         rows.append(row)
     index = [scores.columns[i] if scores.columns else i for i in chosen.columns]
     shown: dict[str, Any] = {
@@ -202,26 +203,79 @@ def contents(shown: Examples) -> list[dict[str, Any]]:
 
 
 def _token_scores(
-    tokens: Tokens, q: int, columns: Sequence[int], queries: int
-) -> list[list[float]]:
+    tokens: Tokens, scores: Scores, q: int, columns: Sequence[int]
+) -> tuple[list[list[float]], list[float]]:
+    """A share per token shown, and the rest of each score; together they are the score."""
     longest = max((min(MOST_TOKENS, len(tokens.words[i])) for i in columns), default=1)
-    some = columns[: max(1, TOKEN_SCORES // (2 * queries * max(1, longest)))]
+    some = list(columns[: max(1, TOKEN_SCORES // (2 * len(scores.values) * max(1, longest)))])
     if not some:
-        return []
-    found = np.asarray(tokens.scores(q, list(some)), dtype=np.float64)
-    if found.ndim != 2 or len(found) != len(some):
-        raise ShapeError(
+        return [], []
+    shares, rest = _shares_and_rest(tokens.scores(q, some), len(some))
+    _require_sum(shares.sum(axis=1) + rest, scores, q, some)
+    for i, row in zip(some, shares, strict=True):
+        _require_aligned(i, len(tokens.words[i]), row)
+    return (
+        [
+            [float(f"{v:.3g}") for v in row[: min(MOST_TOKENS, len(tokens.words[i]))]]
+            for i, row in zip(some, shares, strict=True)
+        ],
+        [float(f"{v:.3g}") for v in rest],
+    )
+
+
+def _shares_and_rest(found: Any, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What `by_token` of one query returns, with or without the axis of that query."""
+    given = f"a {type(found).__name__}"
+    if isinstance(found, tuple | list) and len(found) == 2:
+        parts = [np.asarray(x, dtype=np.float64) for x in found]
+        given = f"shapes {parts[0].shape} and {parts[1].shape}"
+        shares, rest = (x[0] if x.ndim == 3 - j and len(x) == 1 else x for j, x in enumerate(parts))
+        if shares.ndim == 2 and len(shares) == k and rest.shape == (k,):
+            return shares, rest
+    raise ShapeError(
+        message(
+            f"token_scores must return shares [{k}, t] and what has no position, [{k}].",
+            f"{given}.",
+            "the shares alone, or those of all queries at once.",
+            "return fitted.by_token(queries.subset([q]), examples, measure), both parts.",
+        )
+    )
+
+
+def _require_sum(total: NDArray[np.float64], scores: Scores, q: int, some: Sequence[int]) -> None:
+    """Refuse shares of another question than the scores'."""
+    row = effects(scores, q)
+    tolerance = float(scores.provenance.health.get("tolerance", 0.0))
+    error = float(np.linalg.norm(total - row[list(some)]))
+    # The tolerance is a mean over queries, and relative to the whole row.
+    allowed = 3 * tolerance * np.linalg.norm(row) + 1e-3 * np.linalg.norm(row[list(some)])
+    if not error <= allowed:
+        raise DataError(
             message(
-                f"token_scores must return one row of numbers per example: [{len(some)}, t].",
-                f"shape {found.shape}.",
-                "the scores of all queries at once, as by_token returns them.",
-                "return shares[0] of by_token(one query, examples).",
+                "The shares of an example's positions and the rest must add up to its score.",
+                f"query {q}, example {some[0]}: {total[0]:.3g} in all, score {row[some[0]]:.3g} of "
+                f"{scores.provenance.measure}.",
+                "by_token asked with another measure than the scores, or of another fit.",
+                "pass the measure to by_token too, as its third argument; or leave token_scores "
+                "out where the scores carry their method.",
             )
         )
-    return [
-        [float(f"{v:.3g}") for v in row[: min(MOST_TOKENS, len(tokens.words[i]))]]
-        for i, row in zip(some, found, strict=True)
-    ]
+
+
+def _require_aligned(i: int, words: int, shares: NDArray[np.float64]) -> None:
+    """Refuse tokens that are not those of the positions."""
+    beyond = np.abs(shares[words:]).sum()
+    if words > len(shares) or beyond > 1e-6 * np.abs(shares).sum():
+        raise ShapeError(
+            message(
+                "train_tokens must name the positions of each training example, in their order.",
+                f"example {i}: {words} tokens for {len(shares)} positions, "
+                f"{int((shares != 0).sum())} of which have a share.",
+                "special tokens or padding on the left that were left out, or positions of a "
+                "coarser grid than tokens.",
+                "give a token for every position of the model's input, padding on the left too.",
+            )
+        )
 
 
 def short(value: float, digits: int = 6) -> float:

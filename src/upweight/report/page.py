@@ -104,9 +104,12 @@ def html(
         query_images: The same for the queries.
         train_texts: Texts to show in place of the training inputs, one per example.
         query_texts: The same for the queries.
-        train_tokens: The tokens of every training example, to be coloured by `token_scores`.
-        token_scores: (query, examples) → numbers `[k, t]`, one per token: for layerwise curvatures
-            `lambda q, some: fitted.by_token(uw.as_data(queries).subset([q]), some)[0][0]`.
+        train_tokens: The tokens of every training example, one per position, to be coloured by
+            their shares of a score.
+        token_scores: (query, examples) → shares `[k, t]` and what has no position, `[k]`; they must
+            add up to the scores. By default asked of the fitted method, where scores carry it, with
+            their own measure; else `lambda q, some:
+            fitted.by_token(uw.as_data(queries).subset([q]), some, measure)`.
         render: ("train" or "query", index) → what to show of an example: a text, a mapping of names
             to values, an image array, or a list of these. Markup is shown as text: nothing that a
             renderer returns can run script.
@@ -138,12 +141,15 @@ def html(
     train_data, query_data = read_training(scores, train), read_queries(scores, queries)
     require_fit(scores, removal, checks, len(train_data), len(query_data))
     _require_options(k, start, len(query_data))
+    if train_tokens is not None and token_scores is None:
+        token_scores = _token_scores_of(scores, query_data)
     if (train_tokens is None) != (token_scores is None):
         raise ShapeError(
             message(
                 "Colouring tokens takes train_tokens and token_scores, both.",
                 f"only {'train_tokens' if token_scores is None else 'token_scores'}.",
-                "token texts without their numbers, or the other way round.",
+                "scores without a live method of curvatures by layer, whose by_token is asked "
+                "where token_scores is left out.",
                 "give both, or train_texts alone.",
             )
         )
@@ -188,6 +194,15 @@ def html(
     words = words_of(scores, checks, comparison, asked.noun, title, command)
     data["caution"] = words["trust"].caution
     return write(Path(path), render_page(data, words, parts))
+
+
+def _token_scores_of(scores: Scores, queries: Data) -> Callable[[int, list[int]], Any] | None:
+    """by_token of the method that made the scores, with the measure that made them."""
+    context = scores.context
+    by_token = getattr(getattr(context, "fitted", None), "by_token", None)
+    if context is None or by_token is None:
+        return None
+    return lambda q, some: by_token(queries.subset([q]), some, context.measure)
 
 
 def _training(

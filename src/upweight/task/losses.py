@@ -44,6 +44,10 @@ class Loss(abc.ABC):
     def check(self, outputs: Tensor, targets: Any) -> None:  # noqa: B027  nothing to ask of any loss
         """Raise if targets do not fit the outputs; called once per batch, outside of vmap."""
 
+    def ambiguity(self, outputs: Tensor, targets: Any) -> str | None:
+        """The message for outputs and targets that fit in two ways, where all of the data do."""
+        return None
+
     def gradient(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c"]:
         """δ = ∂ℓ/∂f per example, with f flattened to `[b, c]`."""
 
@@ -286,6 +290,19 @@ def _require_probabilities(outputs: Tensor, targets: Tensor) -> None:
     )
 
 
+def _axes(outputs: Tensor, targets: Tensor, is_second: bool = False) -> str:
+    where = "have them on axis 1" if is_second else "may be on axis 1 or on the last"
+    return message(
+        "CrossEntropy needs to know which axis of the outputs holds the classes.",
+        f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}, which {where}.",
+        "a segmentation model, whose outputs are [b, c, h, w] as in PyTorch."
+        if outputs.ndim > 3 or is_second
+        else "sequences as long as there are classes.",
+        "CrossEntropy(axis=1) for outputs [b, c, ...]"
+        + ("." if is_second else ", CrossEntropy(axis=-1) for outputs [b, ..., c]."),
+    )
+
+
 def _require_range(name: str, targets: Tensor, valid: Tensor, required: str) -> None:
     if not bool(valid.all()):
         bad = targets[~valid].flatten()[:5].tolist()
@@ -335,24 +352,20 @@ class CrossEntropy(Loss):
         """The outputs, or probabilities of their shape, with classes last."""
         return outputs if self.axis is None else outputs.movedim(self.axis, -1)
 
-    def _require_one_reading(self, outputs: Tensor, targets: Tensor) -> None:
-        """Refuse outputs whose classes may be on axis 1 in place of the last, or are there."""
-        second = outputs.ndim > 2 and targets.shape == (len(outputs), *outputs.shape[2:])
-        if self.axis is not None or not second:
-            return
-        both = targets.shape == outputs.shape[:-1]
-        raise ShapeError(
-            message(
-                "CrossEntropy needs to know which axis of the outputs holds the classes.",
-                f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}, which "
-                f"{'may be on axis 1 or on the last' if both else 'have them on axis 1'}.",
-                "a segmentation model, whose outputs are [b, c, h, w] as in PyTorch."
-                if outputs.ndim > 3 or not both
-                else "sequences as long as there are classes.",
-                "CrossEntropy(axis=1) for outputs [b, c, ...]"
-                + (", CrossEntropy(axis=-1) for outputs [b, ..., c]." if both else "."),
-            )
-        )
+    def ambiguity(self, outputs: Tensor, targets: Any) -> str | None:
+        return _axes(outputs, targets) if self._fits(outputs, targets) == (True, True) else None
+
+    def _fits(self, outputs: Tensor, targets: Tensor) -> tuple[bool, bool]:
+        """Whether the classes may be on axis 1, and on the last; of two axes those are one."""
+        if self.axis is not None or outputs.ndim < 3:
+            return False, True
+        if not targets.is_floating_point():
+            second = targets.shape == (len(outputs), *outputs.shape[2:])
+            return second, targets.shape == outputs.shape[:-1]
+        if targets.shape != outputs.shape:
+            return False, True
+        second, last = (torch.allclose(s := targets.sum(dim=k), s.new_ones(())) for k in (1, -1))
+        return second, last or not second
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         _require_tensor("CrossEntropy", targets)
@@ -368,8 +381,10 @@ class CrossEntropy(Loss):
             )
         if targets.is_floating_point():
             _require_probabilities(self._last(outputs), self._last(targets))
+        if self._fits(outputs, targets) == (True, False):
+            raise ShapeError(_axes(outputs, targets, is_second=True))
+        if targets.is_floating_point():
             return
-        self._require_one_reading(outputs, targets)
         outputs = self._last(outputs)
         if outputs.ndim < 2 or targets.shape != outputs.shape[:-1]:
             cause, way = "targets of another shape.", "give one class for each row of outputs."
@@ -684,6 +699,16 @@ class Weighted(Loss):
             )
         y, v = targets
         self.base.check(outputs, y)
+        if v.ndim > 1 and getattr(self.base, "axis", None) not in (None, -1):
+            raise ShapeError(
+                message(
+                    "Weights per position need outputs with classes last.",
+                    f"{self.base!r}, weights {tuple(v.shape)}.",
+                    "outputs [b, c, h, w] as in PyTorch.",
+                    "move the axis: Task(forward=lambda model, batch: "
+                    "(model(batch[0]).movedim(1, -1), batch[1])), with CrossEntropy(axis=-1).",
+                )
+            )
         if v.shape != outputs.shape[: v.ndim] or v.ndim < 1:
             raise ShapeError(
                 message(
@@ -694,6 +719,9 @@ class Weighted(Loss):
                 )
             )
         _require_range("Weighted", v, v >= 0, "(y, v) with weights v ≥ 0")
+
+    def ambiguity(self, outputs: Tensor, targets: Any) -> str | None:
+        return self.base.ambiguity(outputs, targets[0])
 
     def __call__(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
         y, v = targets

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from upweight.errors import DtypeError, ShapeError, UnsupportedModel, message
@@ -42,7 +42,7 @@ class Layout:
         """The trainable parameters of `model` whose name, or an alias of it, matches a glob.
 
         Raises:
-            UnsupportedModel: No parameter is chosen.
+            UnsupportedModel: No parameter is chosen, or one of them shares memory with another.
             DtypeError: The chosen parameters differ in dtype, or are not floating point.
             ShapeError: The chosen parameters are on several devices.
         """
@@ -77,6 +77,7 @@ class Layout:
                     'choose the parameters of one device with Task(params="pattern").',
                 )
             )
+        _require_own_memory(model, set(chosen))
         shapes = tuple(tuple(p.shape) for p in chosen.values())
         return cls(tuple(chosen), shapes, dtypes.pop(), devices.pop())
 
@@ -130,6 +131,60 @@ class Layout:
         for name, where in self.slices.items():
             mask[where] = matches(name, patterns)
         return mask
+
+
+def _require_own_memory(model: nn.Module, chosen: set[str]) -> None:
+    """One number of memory is one entry of θ: training moves it everywhere, a derivative once."""
+    kinds = (Tensor, nn.Parameter)  # others, as of FSDP, say nothing of their memory
+    every = {n: x for n, x in (*model.named_parameters(), *model.named_buffers())}
+    held = [(n, x) for n, x in every.items() if type(x) in kinds and _has_memory(x)]
+    spans = sorted((*_span(x), name) for name, x in held)
+    for k, (storage, first, stop, name) in enumerate(spans):
+        x = every[name].detach()
+        is_dense = stop - first == x.numel() * x.itemsize and 0 not in x.stride()
+        if name in chosen and not is_dense and len(set(_cells(x).tolist())) < x.numel():
+            raise UnsupportedModel(_shared(f"{name}, {x.numel()} entries in less memory"))
+        j = k + 1
+        while j < len(spans) and spans[j][:2] < (storage, stop):
+            other = spans[j][3]
+            y, j = every[other].detach(), j + 1
+            if chosen.isdisjoint((name, other)):
+                continue
+            if x.dtype != y.dtype or bool(torch.isin(_cells(x), _cells(y)).any()):
+                raise UnsupportedModel(_shared(f"{name} and {other}"))
+
+
+def _has_memory(x: Tensor) -> bool:
+    return x.layout == torch.strided and x.device.type != "meta" and x.numel() > 0
+
+
+def _span(x: Tensor) -> tuple[tuple[str, int], int, int]:
+    """The storage of a tensor, and its first and last byte in it."""
+    axes = zip(x.shape, x.stride(), strict=True)
+    last = sum((size - 1) * int(stride) for size, stride in axes)
+    first = int(x.storage_offset()) * x.itemsize
+    stop = first + (last + 1) * x.itemsize
+    return (str(x.device), x.untyped_storage().data_ptr()), first, stop
+
+
+def _cells(x: Tensor) -> Int[Tensor, " k"]:
+    """Which numbers of its storage a tensor consists of."""
+    cells = torch.tensor(x.storage_offset())
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        cells = cells[..., None] + stride * torch.arange(size)
+    return cells.flatten()
+
+
+def _shared(what: str) -> str:
+    return message(
+        "Each chosen parameter must have memory of its own, or be one parameter.",
+        f"shared memory: {what}.",
+        "b.weight.data = a.weight.data, a parameter made of a view or of an expanded tensor, or a "
+        "buffer of a parameter's values.",
+        "share the parameter itself, b.weight = a.weight, which counts once; keep a tensor that "
+        "is used in parts as one parameter and take the parts in forward; or separate what is not "
+        "meant to be shared, p.data = p.data.clone().",
+    )
 
 
 def _nothing_chosen(model: nn.Module, patterns: Sequence[str]) -> str:

@@ -102,7 +102,7 @@ def own_losses(
     Raises:
         NonDeterministic: A loss changes from call to call, with the other examples of the batch, or
             with how far it is padded.
-        ShapeError: There is not one output per example.
+        ShapeError: There is not one output per example, or it may be read in two ways.
     """
     outputs, targets = evaluate(theta, batch)
     _require_repeated(task, batch, outputs, targets, evaluate)
@@ -110,7 +110,7 @@ def own_losses(
         raise ShapeError(other_length(task, theta, data, at, len(outputs), evaluate, role))
     task.loss.check(outputs, targets)
     together = task.losses_of(outputs, targets)
-    alone = []
+    alone, unclear = [], task.loss.ambiguity(outputs, targets)
     for k, i in enumerate(at):
         single = task.to_device(data.batch(i, i + 1))
         f, y = evaluate(theta, single)
@@ -134,6 +134,9 @@ def own_losses(
         if moved:
             seen = _Seen(i, k, loss, together, f, outputs, role)
             raise NonDeterministic(_coupled(task, data, single, batch, targets, seen))
+        unclear = unclear and task.loss.ambiguity(f, y)
+    if unclear:
+        raise ShapeError(unclear)
     return torch.cat(alone)
 
 

@@ -29,7 +29,7 @@ function longText(text, full) {
   return details;
 }
 // Tokens coloured by their share of the score, and the strongest of them in words.
-function tokensOf(tokens, scores) {
+function tokensOf(tokens, scores, rest) {
   const most = Math.max(...scores.map(Math.abs)) || 1;
   const text = element("p", { class: "words tokens" });
   tokens.slice(0, scores.length).forEach((token, t) => {
@@ -38,14 +38,17 @@ function tokensOf(tokens, scores) {
     text.append(span, " ");
   });
   const strongest = scores.map((score, t) => [score, t]).sort((a, b) => Math.abs(b[0]) - Math.abs(a[0])).slice(0, 3);
+  const whole = Math.abs(rest) + scores.reduce((sum, score) => sum + Math.abs(score), 0);
+  const remainder = caution ? `${whole ? Math.round(100 * Math.abs(rest) / whole) : 0} %` : number(rest, true);
   return [text, element("p", { class: "hint" }, "most through ", ...strongest.flatMap(([score, t], k) =>
-    [k ? ", “" : "“", own(tokens[t]), `”${caution ? "" : ` ${number(score, true)}`}`]))];
+    [k ? ", “" : "“", own(tokens[t]), `”${caution ? "" : ` ${number(score, true)}`}`]),
+    `; ${remainder} of the score not through any one token`)];
 }
 const heat = (value, most, strength = 1) =>
   `color-mix(in srgb, var(${value >= 0 ? "--raised" : "--lowered"}) ${(100 * strength * Math.min(1, Math.abs(value) / (most || 1))).toFixed(1)}%, transparent)`;
 
 // One example: its picture or contents, its label, some numbers, and the tick that drops it.
-function card(example, { rows, meter, side, differs, tokens, tickable = true, notes = [] }) {
+function card(example, { rows, meter, side, differs, tokens, rest, tickable = true, notes = [] }) {
   const node = element("li", { class: "card" });
   const picture = tile("train", example.tile, 180, example.words);
   const label = element("div", { class: "head" }, element("b", {}, example.label || example.name), example.label ? element("span", {}, example.name) : "");
@@ -55,7 +58,7 @@ function card(example, { rows, meter, side, differs, tokens, tickable = true, no
     bar.firstChild.style.width = `${100 * meter}%`;
     node.append(bar);
   }
-  if (tokens?.length && example.tokens) node.append(...tokensOf(example.tokens, tokens));
+  if (tokens?.length && example.tokens) node.append(...tokensOf(example.tokens, tokens, rest));
   else node.append(...contentsOf(example.contents));
   if (rows.length) {
     const list = pairs(element("dl"), rows);

@@ -36,10 +36,10 @@ const source = (() => {
     async query(q) {
       const sides = {};
       for (const side of ["raised", "lowered"]) {
-        const { places, scores, changes, differs, tokens } = queries[q][side];
+        const { places, scores, changes, differs, tokens, rest } = queries[q][side];
         sides[side] = { more: false, entries: places.map((place, e) => ({ example: example(train.column[place]),
           score: scores[e], change: changes ? changes[e] : data.predicts ? -scores[e] : undefined,
-          differs: differs?.[e], tokens: tokens?.[e] })) };
+          differs: differs?.[e], tokens: tokens?.[e], rest: rest?.[e] })) };
       }
       return { ...sides, histogram: queries[q].histogram };
     },

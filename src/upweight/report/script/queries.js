@@ -53,7 +53,7 @@ function scoredCard(entry, q, side, largest, rank) {
   const rows = [caution ? ["rank", whole(rank)] : ["score", number(entry.score, true)]];
   if (!caution && entry.change !== undefined) rows.push(["removed", number(entry.change, true)]);
   if (actual !== undefined) rows.push(["retrained", number(actual, true)]);
-  return card(entry.example, { rows, meter: largest ? Math.abs(entry.score) / largest : 0, side, differs: entry.differs, tokens: entry.tokens });
+  return card(entry.example, { rows, meter: largest ? Math.abs(entry.score) / largest : 0, side, differs: entry.differs, tokens: entry.tokens, rest: entry.rest });
 }
 
 function wholeRow(row, words, open) {
