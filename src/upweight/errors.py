@@ -9,7 +9,8 @@
     ├── NonFinite             NaN or infinity, named by example       (ValueError)
     ├── NonDeterministic      the model gives another answer twice    (RuntimeError)
     ├── NotDifferentiable     no gradient reaches the parameters      (RuntimeError)
-    ├── ModelChanged          θ̂ moved after the method was fitted     (RuntimeError)
+    ├── ModelChanged          the model changed after the fit         (RuntimeError)
+    ├── DataChanged           an example changed after the fit        (RuntimeError)
     ├── NotPositiveDefinite   a factorization needs H + λI ≻ 0        (ValueError)
     ├── NotConverged          an iterative solver stopped early       (RuntimeError)
     ├── NotStationary         θ does not minimize the objective       (ValueError)
@@ -67,7 +68,11 @@ class NotDifferentiable(UpweightError, RuntimeError):
 
 
 class ModelChanged(UpweightError, RuntimeError):
-    """The model's parameters are no longer those that the method was fitted to."""
+    """The model or its objective is no longer what the method was fitted to."""
+
+
+class DataChanged(UpweightError, RuntimeError):
+    """A training example is no longer what it was when the method was fitted."""
 
 
 class NotPositiveDefinite(UpweightError, ValueError):

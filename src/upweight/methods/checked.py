@@ -3,23 +3,32 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Folder
+from upweight.errors import ModelChanged
 from upweight.evaluation.check import Check, check
+from upweight.methods import health
 from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.measures import Loss
 from upweight.task.recipe import Recipe
+from upweight.task.snapshot import Snapshot
+from upweight.task.task import Task
 
 QUERIES = 32
 """Training examples that stand in for queries where none are given."""
 
 
 class Checked:
-    """A fitted method that can be held against retraining."""
+    """A fitted method that can be held against retraining, and that knows what it was fitted to."""
 
+    task: Task
     train: Data
+    theta: Float[Tensor, " p"]
+    snapshot: Snapshot
 
     def attribute(self, queries: Any, measure: Any = ...) -> Scores:
         """S[q, i]."""
@@ -61,3 +70,14 @@ class Checked:
             queries = self.train.subset([k * n // count for k in range(count)])
         scores = self.attribute(queries, measure)
         return check(scores, recipe, budget, jobs=jobs, cache=cache, progress=progress)
+
+    def _require_same_model(self) -> None:
+        """Refuse a question about a model that is no longer the one of the fit.
+
+        Raises:
+            ModelChanged: θ̂, or another part of the model or its objective, has changed.
+        """
+        now = self.task.theta()
+        if not torch.equal(now, self.theta):
+            raise ModelChanged(health.moved(now, self.theta))
+        self.snapshot.require_same(Snapshot.of(self.task))

@@ -25,7 +25,6 @@ from upweight.curvature.hessian import Hessian
 from upweight.curvature.layerwise import LayerwiseCurvature
 from upweight.errors import (
     DtypeError,
-    ModelChanged,
     NotDifferentiable,
     ShapeError,
     SpecError,
@@ -46,6 +45,7 @@ from upweight.scores import Context, Provenance, Scores, Unit, library_versions
 from upweight.task.check import checked_losses, checked_measurements, require_answerable
 from upweight.task.data import Data, as_data, batch_size
 from upweight.task.measures import Loss, as_measure
+from upweight.task.snapshot import Snapshot
 from upweight.task.task import Task
 
 
@@ -138,10 +138,10 @@ class Influence:
         Cost: two passes over the data and the solver's preparation (Cholesky: p³/3).
         """
         started = time.perf_counter()
-        data = as_data(train)
+        data, before = as_data(train).watched(), Snapshot.of(task)
         if self.is_by_layer:
             require_answerable(task, data, "training data")
-            return layerwise.fit(self, task, data, 1.0 / len(data), memory_bytes, store)
+            return layerwise.fit(self, task, data, 1.0 / len(data), before, memory_bytes, store)
         if store is not None:
             raise SpecError(
                 message(
@@ -176,6 +176,7 @@ class Influence:
             state=solver.init(operator),
             source=gradient_source(task, data),
             theta=task.theta(),
+            snapshot=Snapshot.of(task).settled(before),
             damping=damping,
             mean_loss=float(losses.double().mean()),
             seconds={},
@@ -203,6 +204,7 @@ class FittedInfluence(Checked):
         solver, state: How it is inverted.
         source: Where training gradients come from.
         theta: θ̂ at the time.
+        snapshot: Everything else of the task at the time.
         damping: λ.
         mean_loss: (1/n) Σ ℓᵢ(θ̂).
         seconds: Time spent, by stage.
@@ -217,6 +219,7 @@ class FittedInfluence(Checked):
     state: Any
     source: GradientSource
     theta: Float[Tensor, " p"]
+    snapshot: Snapshot
     damping: float
     mean_loss: float
     seconds: dict[str, float]
@@ -525,10 +528,6 @@ class FittedInfluence(Checked):
                 )
             )
         return data, measure, gradients
-
-    def _require_same_model(self) -> None:
-        if not torch.equal(self.task.theta(), self.theta):
-            raise ModelChanged(health.moved(self.task.theta(), self.theta))
 
     def _measure_rows(self, measure: Any, batch: Batch) -> Float[Tensor, "b p"]:
         if isinstance(measure, Loss):  # ∇m = ∇ℓ, for which the source may have a closed form

@@ -31,7 +31,6 @@ from upweight.curvature.layerwise import (
     examples_at_once,
 )
 from upweight.errors import (
-    ModelChanged,
     NonFinite,
     ShapeError,
     SpecError,
@@ -58,6 +57,7 @@ from upweight.task.check import (
 from upweight.task.data import Data, as_data
 from upweight.task.identity import contents, described, subject
 from upweight.task.measures import Loss, as_measure
+from upweight.task.snapshot import Snapshot
 from upweight.task.task import Task
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def fit(
     task: Task,
     data: Data,
     share: float,
+    before: Snapshot,
     memory_bytes: int | None = None,
     store: Folder | None = None,
 ) -> "LayerwiseInfluence":
@@ -86,6 +87,7 @@ def fit(
         task: What was trained, and answerable by a few of the data.
         data: The training set.
         share: 1/n, the weight of one example.
+        before: What the task was before any pass.
         memory_bytes: What a batch may take.
         store: A folder to keep the curvature in while it grows, and to take it from.
     """
@@ -131,6 +133,7 @@ def fit(
         train=data,
         curvature=replace(curvature, blocks=blocks),
         theta=task.theta(),
+        snapshot=Snapshot.of(task).settled(before),
         losses=losses,
         share=share,
         memory_bytes=memory_bytes,
@@ -173,6 +176,7 @@ class LayerwiseInfluence(Checked):
         task, train: What it was fitted to.
         curvature: The blocks, with their damping.
         theta: θ̂ at the time.
+        snapshot: Everything else of the task at the time.
         losses: ℓᵢ(θ̂) of every training example.
         share: 1/n.
         memory_bytes: What a batch may take; None: a share of what is free.
@@ -185,6 +189,7 @@ class LayerwiseInfluence(Checked):
     train: Data
     curvature: BlockCurvature
     theta: Float[Tensor, " p"]
+    snapshot: Snapshot
     losses: Float[Tensor, " n"]
     share: float
     memory_bytes: int | None
@@ -694,10 +699,6 @@ class LayerwiseInfluence(Checked):
     def _at_once(self) -> int:
         """Examples whose gradients are taken together."""
         return examples_at_once(self.curvature.cost, self.theta.device, self.memory_bytes)
-
-    def _require_same_model(self) -> None:
-        if not torch.equal(self.task.theta(), self.theta):
-            raise ModelChanged(health.moved(self.task.theta(), self.theta))
 
 
 def _finite(part: Tensor, start: int, first: int = 0) -> Tensor:

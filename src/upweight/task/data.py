@@ -5,10 +5,11 @@ dataset and the collate function of a `DataLoader`, whose shuffling is left out 
 """
 
 import abc
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ from torch.utils.data.sampler import RandomSampler, SequentialSampler
 
 from upweight._typing import Batch
 from upweight.errors import DataError, ShapeError, message
+from upweight.runtime.fingerprint import item_checksum
+from upweight.task.seen import Seen
+
+_D = TypeVar("_D", bound="Data")
 
 
 class Data(abc.ABC):
@@ -28,6 +33,9 @@ class Data(abc.ABC):
 
     notes: tuple[str, ...] = ()
     """What was left out of the object these data came from; shown in provenance."""
+
+    seen: Seen | None = None
+    """What each example was when it was first read; None: nobody asks."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -51,6 +59,13 @@ class Data(abc.ABC):
         """The examples at `indices` as data of their own."""
         return Subset(self, tuple(int(i) for i in indices))
 
+    def watched(self) -> "Data":
+        """The same data, which raise DataChanged where an example is not what it first was.
+
+        Data of a class of one's own are returned as they are.
+        """
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class ArrayData(Data):
@@ -59,14 +74,24 @@ class ArrayData(Data):
     arrays: Any
 
     def __len__(self) -> int:
-        return len(tree_leaves(self.arrays)[0])
+        n = len(tree_leaves(self.arrays)[0])
+        return n if self.seen is None else self.seen.length(n)
 
     def take(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
         index = torch.as_tensor(np.asarray(indices), dtype=torch.long)
-        return tree_map(lambda a: a.index_select(0, index.to(a.device)), self.arrays)
+        taken = tree_map(lambda a: a.index_select(0, index.to(a.device)), self.arrays)
+        if self.seen is not None:
+            self.seen.arrays(index, tree_leaves(taken))
+        return taken
 
     def batch(self, start: int, stop: int) -> Batch:
-        return tree_map(lambda a: a[start:stop], self.arrays)
+        taken = tree_map(lambda a: a[start:stop], self.arrays)
+        if self.seen is not None:
+            self.seen.arrays(torch.arange(start, min(stop, len(self))), tree_leaves(taken))
+        return taken
+
+    def watched(self) -> "ArrayData":
+        return _watched(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +103,21 @@ class IndexedData(Data):
     notes: tuple[str, ...] = field(default=())
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        n = len(self.dataset)
+        return n if self.seen is None else self.seen.length(n)
 
     def take(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
-        batch = self.collate([self.dataset[int(i)] for i in indices])
+        places = [int(i) for i in indices]
+        items = [self.dataset[i] for i in places]
+        if self.seen is not None:  # before collate, which may pad each batch otherwise
+            self.seen.require(torch.tensor(places), torch.tensor(list(map(item_checksum, items))))
+        batch = self.collate(items)
         if isinstance(batch, Mapping):
             return dict(batch)
         return tuple(batch) if isinstance(batch, list) else batch
+
+    def watched(self) -> "IndexedData":
+        return _watched(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +132,15 @@ class Subset(Data):
 
     def take(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
         return self.data.take([self.indices[int(i)] for i in indices])
+
+    def watched(self) -> "Subset":
+        return Subset(self.data.watched(), self.indices)
+
+
+def _watched(data: _D) -> _D:
+    result = copy.copy(data)
+    object.__setattr__(result, "seen", Seen(len(data)))
+    return result
 
 
 def as_data(data: Any) -> Data:
