@@ -15,6 +15,7 @@
     ├── NotConverged          an iterative solver stopped early       (RuntimeError)
     ├── NotStationary         θ does not minimize the objective       (ValueError)
     ├── UnsupportedModel      no rule for this model or estimator     (TypeError)
+    ├── NotOffered            this method has no such question        (AttributeError)
     ├── MissingContext        loaded scores lack their model or data  (RuntimeError)
     ├── StaleStore            files on disk belong to another run     (ValueError)
     ├── InUse                 another process works in the folder     (RuntimeError)
@@ -29,6 +30,10 @@ from typing import Any
 def message(required: str, given: str, cause: str, way_out: str) -> str:
     """Join the four parts of an error message into one text."""
     return f"{required}\n  Given: {given}\n  Usual cause: {cause}\n  Way out: {way_out}"
+
+
+class AssumptionWarning(UserWarning):
+    """Numbers of a computation deny what its result assumes; also in `provenance.notes`."""
 
 
 class UpweightError(Exception):
@@ -97,6 +102,10 @@ class NotStationary(UpweightError, ValueError):
 
 class UnsupportedModel(UpweightError, TypeError):
     """The model, layer or estimator has no translation."""
+
+
+class NotOffered(UpweightError, AttributeError):
+    """A fitted method does not answer this question; another one does."""
 
 
 class MissingContext(UpweightError, RuntimeError):

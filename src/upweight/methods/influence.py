@@ -37,7 +37,7 @@ from upweight.linalg.damping import Damping, as_damping, damped
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solve import Auto, Solver
-from upweight.methods import health, layerwise
+from upweight.methods import health, layerwise, remainder
 from upweight.methods.checked import Checked
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.removal import LinearRemovals
@@ -251,9 +251,7 @@ class FittedInfluence(Checked):
         values = torch.cat(
             [self.source.inner(solution.value, batch) for batch in self._batches()], dim=1
         )
-        return self._scores(
-            -values * self._share, Unit.DERIVATIVE, data, measure, solution, started
-        )
+        return self._scores(-values * self.share, Unit.DERIVATIVE, data, measure, solution, started)
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """S[i, i] = ∂ℓᵢ/∂wᵢ for every training example: how much its own weight lowers its loss.
@@ -270,7 +268,7 @@ class FittedInfluence(Checked):
         parts = []
         for batch in self._batches():
             rows = self.source.rows(batch)
-            parts.append(-self._share * (rows * self._solve(rows).value).sum(dim=1))
+            parts.append(-self.share * (rows * self._solve(rows).value).sum(dim=1))
         return torch.cat(parts)
 
     # -- what moves the parameters ----------------------------------------------------------------
@@ -317,37 +315,54 @@ class FittedInfluence(Checked):
             ShapeError: An index is out of range or repeated within its group.
             NonFinite: Without these examples the minimum is not determined (leverage 1).
 
-        Exact when: J is quadratic in θ and m linear in it.
+        Exact when: J is quadratic in θ and m linear in it. Otherwise one gradient at θ̂ + Δθ tells
+        whether the step ended at the minimum without the examples; where it did not, Δm may be
+        further off than −S, and the provenance has a note that is also an `AssumptionWarning`. See
+        `upweight.methods.remainder` for which removals are looked at.
         Cost: where the model is linear in θ, c solves per removed example (one inverse for all of
-        them); otherwise one factorization per group.
+        them); otherwise one factorization per group. For the check, a gradient per removal.
         """
         started = time.perf_counter()
         data, measure, gradients = self._measured(queries, measure)
         solution = self._solve(gradients)
         named = None if groups is None else [self._group(group) for group in groups]
         every = [[i] for i in range(len(self.train))] if named is None else named
-        linear = self._linear_removals
+        linear = self.linear_removals
+        steps: Float[Tensor, "e p"] | None = None
         if linear is None:
-            parts = [gradients @ self._newton_step(group) for group in every]
-            values = torch.stack(parts, dim=1)
+            steps = torch.stack([self._newton_step(group) for group in every])
+            values = gradients @ steps.T
         elif all(len(group) == 1 for group in every):
             values = linear.each(solution.value, [group[0] for group in every])
         else:
             parts = [linear.together(solution.value, group) for group in every]
             values = torch.stack(parts, dim=1)
         columns = None if named is None else tuple(",".join(map(str, g)) for g in named)
-        return self._scores(values, Unit.DIFFERENCE, data, measure, solution, started, columns)
+        return self._scores(
+            values,
+            Unit.DIFFERENCE,
+            data,
+            measure,
+            solution,
+            started,
+            columns,
+            remainder.missed(self, every, steps),
+        )
 
     def removal_step(self, examples: Sequence[int]) -> Mapping[str, Tensor]:
-        """Δθ of removing the examples together by one Newton step, by parameter name."""
+        """Δθ of removing the examples together by one Newton step, by parameter name.
+
+        Warns where the step does not end at the minimum without them, as `removal` notes.
+        """
         self._require_same_model()
         group = self._group(list(examples))
-        linear = self._linear_removals
+        linear = self.linear_removals
         step = self._newton_step(group) if linear is None else linear.step(group)
+        health.warned(remainder.missed(self, [group], step[None]), 3)
         return self.task.layout.unflatten(step)
 
     @property
-    def _linear_removals(self) -> LinearRemovals | None:
+    def linear_removals(self) -> LinearRemovals | None:
         """The fast path, where an example's share of H is Jᵀ Λ J: not for the Fishers' g gᵀ."""
         return self._linear if isinstance(self.spec.curvature, Hessian | GGN) else None
 
@@ -359,7 +374,7 @@ class FittedInfluence(Checked):
         if isinstance(self.solver, Cholesky):
             inverse = functools.partial(self.solver.inverse_dense, self.state)
         return LinearRemovals(
-            self.source, self.train, lambda v: self._solve(v).value, inverse, self._share
+            self.source, self.train, lambda v: self._solve(v).value, inverse, self.share
         )
 
     def _newton_step(self, group: list[int]) -> Float[Tensor, " p"]:
@@ -378,7 +393,7 @@ class FittedInfluence(Checked):
         operator = damped(self.spec.curvature.fit(self.task, kept, n=n), self.damping)
         total = self.source.total(self.task.to_device(self.train.take(group)))
         solver = self.spec.solver
-        return solver.solve(solver.init(operator), total * self._share).throw().value
+        return solver.solve(solver.init(operator), total * self.share).throw().value
 
     # -- changed inputs and labels ----------------------------------------------------------------
 
@@ -409,7 +424,7 @@ class FittedInfluence(Checked):
         _, _, gradients = self._measured(queries, measure)
         vectors = self._solve(gradients).value
         products = gradient_products_by_input(self.task, vectors, self._example(example), input)
-        return -products * self._share
+        return -products * self.share
 
     def relabel_influence(
         self,
@@ -434,7 +449,7 @@ class FittedInfluence(Checked):
         with torch.no_grad():
             self.task.loss.check(*self.task.outputs(self.task.theta(), new))
         change = self.source.inner(vectors, new) - self.source.inner(vectors, old)
-        return -change[:, 0] * self._share
+        return -change[:, 0] * self.share
 
     # -- health -----------------------------------------------------------------------------------
 
@@ -444,18 +459,18 @@ class FittedInfluence(Checked):
 
         Influence functions assume that both are zero; see `upweight.methods.health`.
         """
-        gradient = self._objective_gradient()
-        return health.stationarity(gradient, self.solver.solve(self.state, gradient))
+        return health.stationarity(self.gradient, self.solver.solve(self.state, self.gradient))
 
     @cached_property
     def _mean_eigenvalue(self) -> Mapping[str, float]:
         return health.mean_eigenvalue(self.spec.damping, self.damping, self.operator, self.source)
 
-    def _objective_gradient(self) -> Float[Tensor, " p"]:
+    @cached_property
+    def gradient(self) -> Float[Tensor, " p"]:
         """∇J(θ̂) = (1/n) Σ gᵢ + ∇R."""
         total = torch.stack([self.source.total(batch) for batch in self._batches()]).sum(dim=0)
         penalty = self.task.penalty.gradient(self.task.theta(), self.task.layout)
-        return total * self._share + penalty
+        return total * self.share + penalty
 
     def _scores(
         self,
@@ -466,6 +481,7 @@ class FittedInfluence(Checked):
         solution: Solution,
         started: float,
         columns: tuple[str, ...] | None = None,
+        doubts: Sequence[str] = (),
     ) -> Scores:
         judged: dict[str, Any] = {
             "mean_loss": self.mean_loss,
@@ -474,9 +490,15 @@ class FittedInfluence(Checked):
             **self._mean_eigenvalue,
             **health.solve_quality(self.solver, solution),
         }
+        sizes = values.abs().sum(dim=1)
         if unit is Unit.DERIVATIVE:
             penalty = self.task.penalty.gradient(self.theta, self.task.layout)
-            judged |= health.row_sum_excess(values, solution.value, penalty)
+            judged |= health.row_sum_excess(values.sum(dim=1), sizes, solution.value @ penalty)
+        denied = [
+            *health.denied(judged, self._is_convex),
+            *health.zero_rows(sizes, self.mean_loss),
+            *doubts,
+        ]
         seconds = {**self.seconds, "attribute": time.perf_counter() - started}
         layout = self.task.layout
         provenance = Provenance(
@@ -492,13 +514,18 @@ class FittedInfluence(Checked):
             health=judged,
             seconds=seconds,
             versions=library_versions(),
-            notes=(*self.notes, *queries.notes),
+            notes=(
+                *self.notes,
+                *queries.notes,
+                *health.warned(denied),
+                *health.zero_columns(values),
+            ),
         )
         context = Context(self.task, self.train, queries, measure, self)
         return Scores(values, unit, provenance, columns=columns, context=context)
 
     @property
-    def _share(self) -> float:
+    def share(self) -> float:
         """1/n, the weight of one example in the mean: the only division by n in the methods."""
         return 1.0 / len(self.train)
 

@@ -235,20 +235,18 @@ class LayerwiseInfluence(Checked):
         values = torch.empty(
             len(data), len(self.train), dtype=self.curvature.plan.dtype, device=self.theta.device
         )
-        sums, sizes = values.new_zeros(len(data)), values.new_zeros(len(data))
-        expected = values.new_zeros(len(data))
         choices: list[Choice] = []
+        rows = _RowSums()
         for job in self._contractions(data, measure, tolerance):
-            rows = slice(job.first, job.first + len(job))
             for start, stop, part in job.stream():
                 part *= -self.share
-                values[rows, start:stop] = part
-                sums[rows] += part.sum(dim=1)
-                sizes[rows] += part.abs_().sum(dim=1)
-            expected[rows] = self._penalty_shares(job)
+                values[job.first : job.first + len(job), start:stop] = part
+                rows.see(part)
+            rows.end(self._penalty_shares(job))
             choices.append(job.choice)
-        excess = self._row_sums(sums, sizes, expected)
-        return self._scores(values, data, measure, choices, tolerance, started, excess)
+        excess, notes = self._judged(*rows.all())
+        notes += health.zero_columns(values)
+        return self._scores(values, data, measure, choices, tolerance, started, excess, notes=notes)
 
     def top(
         self,
@@ -282,14 +280,18 @@ class LayerwiseInfluence(Checked):
             )
         data, measure = self._asked(queries, measure, tolerance)
         k = min(k, len(self.train))
-        choices, kept = [], []
+        choices, kept, rows = [], [], _RowSums()
         for job in self._contractions(data, measure, tolerance):
             best = _Extremes(k)
             for start, _, part in job.stream():
-                best.see(start, _finite(part * -self.share, start, job.first))
+                scores = _finite(part * -self.share, start, job.first)
+                best.see(start, scores)
+                rows.see(scores)
+            rows.end(self._penalty_shares(job))
             choices.append(job.choice)
             kept.append(best.result())
-        provenance = self._provenance(data, measure, choices, tolerance, started, {})
+        excess, notes = self._judged(*rows.all())
+        provenance = self._provenance(data, measure, choices, tolerance, started, excess, notes)
         high_at, high, low_at, low = (torch.cat(column) for column in zip(*kept, strict=True))
         return TopScores(high_at, high, low_at, low, Unit.DERIVATIVE, provenance)
 
@@ -354,8 +356,8 @@ class LayerwiseInfluence(Checked):
                     begin, held = stop, []
             choices.append(job.choice)
             expected.append(self._penalty_shares(job))
-        excess = self._row_sums(*_sums(shards), torch.cat(expected).cpu())
-        provenance = self._provenance(data, measure, choices, tolerance, started, excess)
+        excess, notes = self._judged(*_sums(shards), torch.cat(expected).cpu())
+        provenance = self._provenance(data, measure, choices, tolerance, started, excess, notes)
         shards.finish({"unit": Unit.DERIVATIVE.name, "provenance": asdict(provenance)})
         return shards
 
@@ -393,18 +395,30 @@ class LayerwiseInfluence(Checked):
         names = sorted(set(keys))
         place = {name: k for k, name in enumerate(names)}
         where = torch.tensor([place[key] for key in keys], device=self.theta.device)
-        choices, totals = [], []
+        choices, totals, rows = [], [], _RowSums()
         for job in self._contractions(data, measure, tolerance):
             total = torch.zeros(
                 len(job), len(names), dtype=self.curvature.plan.dtype, device=self.theta.device
             )
             for start, stop, part in job.stream():
-                total.index_add_(1, where[start:stop], part * -self.share)
+                part *= -self.share
+                total.index_add_(1, where[start:stop], part)
+                rows.see(part)
+            rows.end(self._penalty_shares(job))
             choices.append(job.choice)
             totals.append(total)
         values = torch.cat(totals)
+        excess, notes = self._judged(*rows.all())
         return self._scores(
-            values, data, measure, choices, tolerance, started, {}, columns=tuple(names)
+            values,
+            data,
+            measure,
+            choices,
+            tolerance,
+            started,
+            excess,
+            columns=tuple(names),
+            notes=notes,
         )
 
     def by_layer(
@@ -582,16 +596,13 @@ class LayerwiseInfluence(Checked):
         shares = [inner(q, r) for q, r in zip(job.queries, penalties, strict=True)]
         return torch.stack(shares).sum(dim=0)
 
-    @staticmethod
-    def _row_sums(sums: Tensor, sizes: Tensor, expected: Tensor) -> dict[str, float]:
-        """By how much Σᵢ S[q, i] differs from ∇m_qᵀ (H + λI)⁻¹ ∇R (law 2)."""
-        excess = (sums - expected).abs()
-        # A query may have no score at all: nothing to be relative to.
-        relative = torch.where(sizes > 0, excess / sizes, 0.0)
-        return {
-            "row_sum_excess": float(excess.max()),
-            "row_sum_excess_relative": float(relative.max()),
-        }
+    def _judged(
+        self, sums: Float[Tensor, " q"], sizes: Float[Tensor, " q"], expected: Float[Tensor, " q"]
+    ) -> tuple[dict[str, float], list[str]]:
+        """Row sums as numbers, and as notes that are warned of where they deny a minimum."""
+        excess = health.row_sum_excess(sums, sizes, expected)
+        notes = [*health.denied(excess, self._is_convex), *health.zero_rows(sizes, self.losses)]
+        return excess, health.warned(notes)
 
     def _scores(
         self,
@@ -603,8 +614,9 @@ class LayerwiseInfluence(Checked):
         started: float,
         judged: Mapping[str, Any],
         columns: tuple[str, ...] | None = None,
+        notes: Sequence[str] = (),
     ) -> Scores:
-        provenance = self._provenance(queries, measure, choices, tolerance, started, judged)
+        provenance = self._provenance(queries, measure, choices, tolerance, started, judged, notes)
         context = Context(self.task, self.train, queries, measure, self)
         return Scores(values, Unit.DERIVATIVE, provenance, columns=columns, context=context)
 
@@ -616,12 +628,14 @@ class LayerwiseInfluence(Checked):
         tolerance: float,
         started: float,
         judged: Mapping[str, Any],
+        denied: Sequence[str] = (),
     ) -> Provenance:
         layout = self.task.layout
         notes = [
+            *denied,
             f"contraction: relative error {max(c.error for c in choices):.1e} measured "
             f"(worst of the compared queries {max(c.worst for c in choices):.1e}), "
-            f"tolerance {tolerance:g}"
+            f"tolerance {tolerance:g}",
         ]
         if len(choices) > 1:
             notes.append(
@@ -728,6 +742,26 @@ def _sums(shards: ScoreShards) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]
         sums[first : first + part.shape[1]] += part.sum(dim=0)
         sizes[first : first + part.shape[1]] += part.abs_().sum(dim=0)
     return sums, sizes
+
+
+class _RowSums:
+    """Σᵢ S[q, i] and Σᵢ |S[q, i]| of queries whose scores stream by, a group of them at a time."""
+
+    def __init__(self) -> None:
+        self._sums, self._done = [], []  # type: ignore[var-annotated]
+
+    def see(self, part: Float[Tensor, "q b"]) -> None:
+        self._sums.append(torch.stack([part.sum(dim=1), part.abs().sum(dim=1)]))
+
+    def end(self, expected: Float[Tensor, " q"]) -> None:
+        """That was all of a group; what its row sums are at a minimum."""
+        self._done.append(torch.cat([torch.stack(self._sums).sum(dim=0), expected[None]]))
+        self._sums = []
+
+    def all(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums, sums of magnitudes and what they are at a minimum, of all queries."""
+        sums, sizes, expected = torch.cat(self._done, dim=1)
+        return sums, sizes, expected
 
 
 class _Extremes:
