@@ -168,6 +168,6 @@ def test_what_there_is_instead_works(tmp_path: Any) -> None:
     assert by_layer.removal().values.shape == (Q, N)
     assert Influence(GGN(), damping=0.1).fit(task, train).removal(queries).values.shape == (Q, N)
     scores = WHOLE.fit(task, train).attribute(queries)
-    assert int(scores.top(2, 0).positive[0]) == int(scores.values[0].argmax())
+    assert scores.top(2, 0).raises[0] == int(scores.values[0].argmax())
     assert scores.group(["a"] * N).values.shape == (Q, 1)
-    scores.save(tmp_path / "scores.safetensors")
+    scores.save(tmp_path)
