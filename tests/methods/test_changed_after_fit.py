@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from upweight import EKFAC, GGN, L2, CrossEntropy, Influence, Task
 from upweight.errors import DataChanged, ModelChanged
-from upweight.runtime.fingerprint import checksum, item_checksum, row_checksums
+from upweight.runtime.fingerprint import checksum, digest, item_checksum, row_checksums
 from upweight.task.data import as_data
 
 N = 12
@@ -318,3 +318,13 @@ def test_items_of_any_nesting_have_checksums() -> None:
     assert item_checksum(item()) == item_checksum(item())
     for key, value in (("x", np.arange(1, 4)), ("t", "texts"), ("n", [2, None, 0]), ("b", False)):
         assert item_checksum(item() | {key: value}) != item_checksum(item())
+
+
+def test_tensors_of_any_layout_have_checksums() -> None:
+    one = torch.zeros(()).expand(1)
+    for x in (one, one.expand(3, 1), torch.zeros(2, 0), torch.zeros(0), torch.ones(3, 2).mT):
+        assert checksum(x) == checksum(x.clone(memory_format=torch.contiguous_format))
+        assert row_checksums(x).shape == (len(x),)
+        assert digest(x) == digest(x.clone(memory_format=torch.contiguous_format))
+    assert checksum(torch.ones(2, dtype=torch.complex128)) != checksum(1j * torch.ones(2))
+    assert item_checksum(torch.ones(2).bfloat16()) != item_checksum(torch.zeros(2).bfloat16())

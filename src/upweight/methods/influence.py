@@ -329,11 +329,12 @@ class FittedInfluence(Checked):
         every = [[i] for i in range(len(self.train))] if named is None else named
         linear = self.linear_removals
         steps: Float[Tensor, "e p"] | None = None
+        lengths: Float[Tensor, " e"] | None = None
         if linear is None:
             steps = torch.stack([self._newton_step(group) for group in every])
             values = gradients @ steps.T
         elif all(len(group) == 1 for group in every):
-            values = linear.each(solution.value, [group[0] for group in every])
+            values, lengths = linear.each(solution.value, [group[0] for group in every])
         else:
             parts = [linear.together(solution.value, group) for group in every]
             values = torch.stack(parts, dim=1)
@@ -346,7 +347,7 @@ class FittedInfluence(Checked):
             solution,
             started,
             columns,
-            remainder.missed(self, every, steps),
+            remainder.missed(self, every, steps, lengths),
         )
 
     def removal_step(self, examples: Sequence[int]) -> Mapping[str, Tensor]:

@@ -8,7 +8,7 @@ that of this one, the quantity by which the convergence of Newton's method is to
 curvature is another. ∇J(θ̂), which is 0 at a minimum, is no fault of the removal.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.curvature.objective import weighted_objective
+from upweight.gradients.source import FactoredLinear
 from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
 
@@ -30,7 +30,7 @@ right to a tenth had r up to 0.12, and no group of removals off by a fifth was w
 WORK = 10**9
 """Multiply-adds for the gradients of a call: about a second."""
 
-FEWEST = 64
+FEWEST = 16
 """Removals that are looked at whatever that takes: those with the longest steps."""
 
 SHOWN = 5
@@ -40,6 +40,7 @@ def missed(
     fitted: "FittedInfluence",
     groups: Sequence[list[int]],
     steps: Float[Tensor, "e p"] | None = None,
+    lengths: Float[Tensor, " e"] | None = None,
 ) -> list[str]:
     """Notes on removals whose step does not end at the minimum.
 
@@ -47,66 +48,90 @@ def missed(
         fitted: The method.
         groups: What each removal takes out.
         steps: Δθ of each; None where the model is linear in θ, whose steps are had again.
+        lengths: Of the steps, in any unit, where each removes one example from such a model.
 
     Cost: one gradient of J per removal, for the longest steps of as many as `WORK` allows and of
-    `FEWEST` at least; where f is linear in θ, by matrix products for many removals at once.
+    `FEWEST` at least; where f is linear in θ, one pass over the data for all of them.
     """
     task, train, linear = fitted.task, fitted.train, fitted.linear_removals
-    count, theta = len(groups), fitted.theta
-    few = min(count, max(FEWEST, WORK // (len(train) * len(theta))))
+    count, few = len(groups), _looked_at(fitted, len(groups))
+    if lengths is not None and few < count:
+        groups = [groups[k] for k in lengths.topk(few).indices.tolist()]
     if steps is None:
         assert linear is not None
-        if any(len(group) > 1 for group in groups):
-            steps = torch.stack([linear.step(group) for group in groups])
-        else:
-            single = [group[0] for group in groups]
-            if few < count:
-                single = [single[k] for k in linear.lengths(single).topk(few).indices.tolist()]
-            groups, steps = [[i] for i in single], linear.steps(single)
+        steps = (
+            torch.stack([linear.step(group) for group in groups])
+            if lengths is None
+            else linear.steps([group[0] for group in groups])
+        )
     if few < len(groups):
         chosen = steps.norm(dim=1).topk(few).indices.tolist()
         groups, steps = [groups[k] for k in chosen], steps[chosen]
-    gone = torch.stack([fitted.source.total(b) for b in _batches(task, train, groups)])
-    after = _gradients_without(task, train, groups, theta + steps, linear is not None)
+    if isinstance(fitted.source, FactoredLinear):
+        after = _linear_gradients(fitted.source, train, groups, steps)
+    else:
+        after = torch.stack(
+            [
+                _gradient(task, train, fitted.theta + step, group)
+                for step, group in zip(steps, groups, strict=True)
+            ]
+        )
+    removed = torch.stack(
+        [fitted.source.total(task.to_device(train.take(group))) for group in groups]
+    )
     left = after - fitted.gradient + fitted.damping * steps
     # Not thrown: what a solver says of a vector as good as it can will do to judge by.
     ratios = remainders(
-        left, fitted.share * gone, lambda v: fitted.solver.solve(fitted.state, v).value
+        left, fitted.share * removed, lambda v: fitted.solver.solve(fitted.state, v).value
     )
     return _notes(ratios, groups, count)
 
 
-def _batches(task: Task, train: Data, groups: Sequence[list[int]]) -> Iterator[Batch]:
-    return (task.to_device(train.take(group)) for group in groups)
+def _looked_at(fitted: "FittedInfluence", count: int) -> int:
+    source = fitted.source
+    # A loss takes some 50 operations per output.
+    outputs = source.form.outputs if isinstance(source, FactoredLinear) else 1
+    each = len(fitted.train) * (len(fitted.theta) + 50 * outputs)
+    return min(count, max(FEWEST, WORK // each))
 
 
-def _gradients_without(
-    task: Task,
+def _linear_gradients(
+    source: FactoredLinear,
     train: Data,
     groups: Sequence[Sequence[int]],
-    theta: Float[Tensor, "k p"],
-    is_linear: bool,
+    steps: Float[Tensor, "k p"],
 ) -> Float[Tensor, "k p"]:
-    """∇J₋U(θ) of each group at its own θ."""
-    objective = weighted_objective(task, train) if is_linear else None
-    parts, at_once = [], objective.at_once if objective is not None else 1
-    for start in range(0, len(groups), at_once):
-        some = theta[start : start + at_once]
-        weights = some.new_ones(len(some), len(train))
-        for row, group in enumerate(groups[start : start + at_once]):
-            weights[row, list(group)] = 0.0
-        if objective is not None:
-            parts.append(objective(some, weights)[1])
-        else:  # never all the activations at once
-            parts.append(_gradient(task, train, some[0], weights[0])[None])
-    return torch.cat(parts)
+    """∇J₋U(θ̂ + Δθ) of each group: f(θ̂ + Δθ) = f(θ̂) + ΔW z takes no other pass."""
+    task, form, matrices = source.task, source.form, source.form.matrix(steps)
+    totals = torch.zeros_like(matrices)
+    place: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        for i in group:
+            place.setdefault(i, []).append(row)
+    width = form.width + form.outputs * len(groups)
+    for start, stop, some in train.batches(batch_size(width, steps.itemsize)):
+        batch = task.to_device(some)
+        with torch.no_grad():
+            outputs, targets = task.outputs(task.theta(), batch)
+        z = form.features(task, batch)
+        kept = steps.new_ones(len(groups), stop - start)
+        for i in range(start, stop):
+            kept[place.get(i, []), i - start] = 0.0
+        for k, matrix in enumerate(matrices):
+            moved = outputs + (z @ matrix.T).reshape(outputs.shape)
+            slope = task.loss.gradient(moved, targets).reshape(len(z), -1)
+            totals[k] += (kept[k, :, None] * slope).T @ z
+    theta = task.theta()
+    penalties = [task.penalty.gradient(theta + step, task.layout) for step in steps]
+    return form.flatten(totals) / len(train) + torch.stack(penalties)
 
 
 def _gradient(
-    task: Task, train: Data, theta: Float[Tensor, " p"], weights: Float[Tensor, " n"]
+    task: Task, train: Data, theta: Float[Tensor, " p"], gone: list[int]
 ) -> Float[Tensor, " p"]:
-    """∇J(θ, w), a batch at a time."""
-    total = torch.zeros_like(theta)
+    """∇J₋U(θ), a batch at a time."""
+    weights, total = theta.new_ones(len(train)), torch.zeros_like(theta)
+    weights[gone] = 0.0
     for start, stop, batch in train.batches(batch_size(task.layout.size, theta.itemsize)):
         some, w = task.to_device(batch), weights[start:stop]
 

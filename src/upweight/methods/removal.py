@@ -111,11 +111,18 @@ class LinearRemovals:
         ]
         return torch.cat(parts)
 
-    def each(self, solved: Float[Tensor, "q p"], examples: Sequence[int]) -> Float[Tensor, "q e"]:
-        """Δm_q of removing each example by itself, from v_q = (H + λI)⁻¹ ∇m_q."""
-        vectors = self.source.form.matrix(solved)
-        parts = [contract(vectors, u, z) for u, z, _ in self._corrected(examples)]
-        return self.share * torch.cat(parts, dim=1)
+    def each(
+        self, solved: Float[Tensor, "q p"], examples: Sequence[int]
+    ) -> tuple[Float[Tensor, "q e"], Float[Tensor, " e"]]:
+        """Δm_q of removing each example by itself, from v_q = (H + λI)⁻¹ ∇m_q; and its length.
+
+        The length is uᵀ K u = Δθᵀ (H + λI) Δθ times n.
+        """
+        vectors, values, lengths = self.source.form.matrix(solved), [], []
+        for u, z, leverage in self._corrected(examples):
+            values.append(contract(vectors, u, z))
+            lengths.append(torch.einsum("ea,eab,eb->e", u, leverage, u))
+        return self.share * torch.cat(values, dim=1), torch.cat(lengths)
 
     def together(self, solved: Float[Tensor, "q p"], group: list[int]) -> Float[Tensor, " q"]:
         """Δm_q of removing one group together."""
@@ -134,11 +141,6 @@ class LinearRemovals:
             for u, z, _ in self._corrected(examples)
         ]
         return self.share * torch.cat(parts)
-
-    def lengths(self, examples: Sequence[int]) -> Float[Tensor, " e"]:
-        """Δθᵀ (H + λI) Δθ / share of removing each example by itself: uᵀ K u."""
-        parts = [torch.einsum("ea,eab,eb->e", u, k, u) for u, _, k in self._corrected(examples)]
-        return torch.cat(parts)
 
     def _corrected(self, examples: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(u, z, K) in chunks of examples."""

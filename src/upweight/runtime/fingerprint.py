@@ -32,8 +32,8 @@ def digest(*parts: Tensor | str | Iterable[Tensor]) -> str:
             state.update(part.encode())
         elif isinstance(part, Tensor):
             state.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            flat = part.detach().cpu().contiguous().reshape(-1)
-            state.update(flat.view(torch.uint8).numpy().data)
+            if part.numel():
+                state.update(_bytes(part.detach().cpu().reshape(1, -1)).numpy().data)
         else:
             state.update(digest(*part).encode())
     return state.hexdigest()
@@ -50,9 +50,11 @@ def checksum(tensor: Tensor) -> int:
 
     Words of 64 bits times fixed random numbers, added modulo 2⁶⁴: a swap of two values shows too.
     """
+    if not tensor.numel():
+        return 0
     flat = _bytes(tensor.detach().reshape(1, -1))[0]
-    whole = len(flat) // (8 * WORDS) * (8 * WORDS)
-    parts = [row_checksums(flat[:whole].reshape(-1, 8 * WORDS))] if whole else []
+    whole = len(flat) // WORDS * WORDS  # in rows of WORDS bytes
+    parts = [row_checksums(flat[:whole].reshape(-1, WORDS))] if whole else []
     if whole < len(flat):
         parts.append(row_checksums(flat[None, whole:]))
     total = 0
@@ -73,15 +75,23 @@ def row_checksums(tensor: Tensor) -> Int[Tensor, " b"]:
     words = rows.view(word)
     factors = _factors(words.shape[1], words.device)
     at_once = max(1, WORDS // words.shape[1])
-    return torch.cat([(some * factors).sum(dim=1) for some in torch.split(words, at_once)])
+    # One place for all products: memory that is new each time costs more than the arithmetic.
+    products = factors.new_empty(min(at_once, len(words)), len(factors))
+    sums = [
+        torch.mul(some, factors, out=products[: len(some)]).sum(dim=1)
+        for some in torch.split(words, at_once)
+    ]
+    return torch.cat(sums)
 
 
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 
 
 def _bytes(rows: Tensor) -> Tensor:
-    rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
-    return rows.contiguous().view(torch.uint8)
+    rows = (torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows).contiguous()
+    # An axis of one entry counts as contiguous with any stride, and may have 0.
+    rows = rows if rows.stride(-1) == 1 else rows.clone(memory_format=torch.contiguous_format)
+    return rows.view(torch.uint8)
 
 
 @functools.lru_cache(maxsize=16)
@@ -97,14 +107,13 @@ def item_checksum(item: Any, start: int = 0) -> int:
     What an object of another kind holds is not looked at.
     """
     found = start
-    for leaf in tree_leaves(item):
+    for leaf in item if type(item) is tuple else tree_leaves(item):
         if isinstance(leaf, Tensor):
-            if leaf.device.type != "cpu":
-                found = zlib.crc32(str(checksum(leaf)).encode(), found)
-            elif leaf.layout is torch.strided:
-                found = zlib.crc32(_bytes(leaf.detach().reshape(1, -1)).numpy().data, found)
+            found = zlib.crc32(_readable(leaf), found)
         elif isinstance(leaf, str | bytes | int | float | complex | np.generic):
             found = zlib.crc32(repr(leaf).encode(), found)
+        elif isinstance(leaf, tuple | list | dict):
+            found = item_checksum(leaf, found)
         elif isinstance(leaf, Mapping):
             found = item_checksum(dict(leaf), found)
         elif dataclasses.is_dataclass(leaf) and hasattr(leaf, "__dict__"):
@@ -112,3 +121,15 @@ def item_checksum(item: Any, start: int = 0) -> int:
         elif hasattr(leaf, "tobytes") and getattr(getattr(leaf, "dtype", None), "kind", "") != "O":
             found = zlib.crc32(leaf.tobytes(), found)
     return found
+
+
+def _readable(tensor: Tensor) -> Any:
+    """The bytes of a tensor, or its checksum as bytes where it is elsewhere."""
+    if tensor.layout is not torch.strided:
+        return b""
+    if tensor.device.type != "cpu":
+        return str(checksum(tensor)).encode()
+    tensor = tensor.detach()
+    if tensor.dtype is torch.bfloat16:  # NumPy has none
+        tensor = _bytes(tensor.reshape(1, -1))
+    return np.ascontiguousarray(tensor.numpy())
