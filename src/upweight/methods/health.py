@@ -28,7 +28,7 @@ UNDERFLOW_EXAMPLES = 64
 
 UNTRAINED_ROW_SUM = 1 / 3
 """Overall row-sum excess from which a network counts as not trained. Small networks for digits had
-0.04 to 0.30 after 20 and more epochs, damped much or little, and 0.38 to 0.62 before the fifth."""
+0.04 to 0.30 after 20 and more epochs, damped much or little, and 0.38 to 0.62 up to the fifth."""
 
 
 def stationarity(gradient: Float[Tensor, " p"], step: Solution) -> dict[str, float]:
