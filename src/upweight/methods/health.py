@@ -163,9 +163,9 @@ def denied(judged: Mapping[str, Any], convex: bool) -> list[str]:
                 "none is"
             )
         notes.append(
-            f"θ̂ is not at a minimum of the objective: {'; '.join(said)}. The task has another "
-            "penalty, loss or data than the model was trained with, or training stopped early or "
-            "has not begun"
+            f"θ̂ is not at a minimum of the objective: {'; '.join(said)}. Usual causes: a "
+            "penalty, loss or data other than the model was trained with; training that stopped "
+            "early or has not begun"
         )
     if not judged.get("largest_residual", 0.0) <= RESIDUAL_LIMIT:
         notes.append(

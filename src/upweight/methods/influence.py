@@ -551,7 +551,8 @@ class FittedInfluence(Checked):
                 message(
                     "Some measurement must depend on θ through differentiable steps.",
                     f"gradients of exactly 0 for all {len(data)} queries under {measure!r}.",
-                    "a measure that counts (accuracy, argmax, a threshold): its derivative is 0.",
+                    "a measure that counts (accuracy, argmax, a threshold), or targets that the "
+                    "loss ignores: the derivative is 0.",
                     "use Margin(), LogProb() or Loss(), which move before the decision does.",
                 )
             )

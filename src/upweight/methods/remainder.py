@@ -76,9 +76,12 @@ def missed(
                 for step, group in zip(steps, groups, strict=True)
             ]
         )
-    removed = torch.stack(
-        [fitted.source.total(task.to_device(train.take(group))) for group in groups]
-    )
+    if lengths is not None:  # one example each
+        single = task.to_device(train.take([group[0] for group in groups]))
+        removed = fitted.source.rows(single)
+    else:
+        batches = (task.to_device(train.take(group)) for group in groups)
+        removed = torch.stack([fitted.source.total(batch) for batch in batches])
     left = after - fitted.gradient + fitted.damping * steps
     # Not thrown: what a solver says of a vector as good as it can will do to judge by.
     ratios = remainders(
