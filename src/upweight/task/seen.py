@@ -61,12 +61,12 @@ class Seen:
             which = sorted(set(indices[changed].tolist()))
             raise DataChanged(
                 message(
-                    "Each training example must be what it was when the method was fitted.",
+                    "Each training example must be the same whenever it is read, from fit on.",
                     f"training example {which[0]} is another"
                     + (f", and so are {len(which) - 1} more of its batch." if which[1:] else "."),
                     "arrays written to in place after fit (X.mul_(…), X[i] = …, a NumPy array that "
-                    "the tensor shares), or a data set that gives another example each time "
-                    "(random augmentation).",
+                    "the tensor shares), or a data set that gives another example each time it is "
+                    "asked (random augmentation).",
                     "fit again after the change, fit to a copy (X.clone(), X.copy()), or pass the "
                     "data set without its random transform.",
                 )
