@@ -33,6 +33,7 @@ from upweight.errors import UpweightError
 from upweight.evaluation import Check, check_on
 from upweight.runs.directory import Run
 from upweight.runs.record import Record
+from upweight.task.data import as_data
 from upweight.verdict import Verdict
 
 CASES: dict[str, Callable[[], Any]] = {}
@@ -82,12 +83,11 @@ def rows(n: int = 24, d: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def linear(d: int = 3, c: int = 2) -> nn.Module:
-    """A small fixed linear classifier."""
-    model = nn.Linear(d, c).double()
-    with torch.no_grad():
-        for k, p in enumerate(model.parameters()):
-            p.copy_(torch.cos(torch.arange(p.numel(), dtype=torch.float64) + k).reshape(p.shape))
-    return model.eval()
+    """A small linear classifier, trained: nothing but the mistake may be warned of."""
+    X, y = rows(d=d)
+    task = uw.Task(nn.Linear(d, c).double(), uw.CrossEntropy(), uw.L2(0.1))
+    data = as_data((X, y.clamp(max=c - 1)))
+    return task.moved_to(uw.Newton().prepare(task, data).center).model.eval()
 
 
 def attribute(
@@ -1165,6 +1165,82 @@ def shares_of_tokens_of_another_measure() -> Any:
             train_tokens=[[str(i) for i in row] for row in ids.tolist()],
             token_scores=lambda q, some: fitted.by_token(queries.subset([q]), some),
         )
+
+
+# -- changes after fit, assumptions and removals ---------------------------------------------------
+
+
+def changed(change: Callable[[nn.Sequential, Tensor, Tensor], object]) -> Any:
+    """Fit, change something, ask."""
+    X, y = rows()
+    body = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.LeakyReLU()).double()
+    model = nn.Sequential(*body.requires_grad_(False), linear()).eval()
+    method = uw.Influence(uw.EKFAC(), damping=0.1)
+    fitted = method.fit(uw.Task(model, uw.CrossEntropy(), uw.L2(0.1)), (X, y))
+    change(model, X, y)
+    return fitted.attribute(rows(4))
+
+
+@case
+def batch_statistics_moved_after_fit() -> Any:
+    return changed(lambda model, X, y: model[1].running_mean.add_(1.0))
+
+
+@case
+def a_frozen_layer_changed_after_fit() -> Any:
+    return changed(lambda model, X, y: model[0].weight.data.mul_(3))
+
+
+@case
+def an_activation_changed_after_fit() -> Any:
+    return changed(lambda model, X, y: setattr(model[2], "negative_slope", 0.2))
+
+
+@case
+def inputs_changed_in_place_after_fit() -> Any:
+    return changed(lambda model, X, y: X.mul_(3))
+
+
+@case
+def a_label_changed_in_place_after_fit() -> Any:
+    return changed(lambda model, X, y: y[:1].sub_(1).abs_())
+
+
+@case
+def a_penalty_other_than_trained_with() -> Any:
+    return attribute(penalty=uw.L2(0.001))
+
+
+@case
+def an_untrained_model() -> Any:
+    torch.manual_seed(0)
+    return attribute(nn.Linear(3, 2).double())
+
+
+@case
+def training_labels_that_are_all_ignored() -> Any:
+    X, y = rows()
+    return attribute(train=(X, torch.full_like(y, -100)))
+
+
+@case
+def a_query_whose_label_is_ignored() -> Any:
+    X, y = rows(4)
+    return attribute(queries=(X, y.index_fill(0, torch.tensor(2), -100)))
+
+
+@case
+def removals_from_separable_classes_without_much_penalty() -> Any:
+    X, y = rows()
+    task = uw.Task(nn.Linear(3, 2).double(), uw.CrossEntropy(), uw.L2(1e-5))
+    task = task.moved_to(uw.Newton().prepare(task, as_data((X, y))).center)
+    return uw.Influence().fit(task, (X, y)).removal(rows(4))
+
+
+@case
+def a_removal_asked_of_a_curvature_by_layers() -> Any:
+    method = uw.Influence(uw.EKFAC(), damping=0.1)
+    return method.fit(uw.Task(linear(), uw.CrossEntropy(), uw.L2(0.1)), rows()).removal(rows(4))
 
 
 def main() -> int:

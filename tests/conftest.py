@@ -22,6 +22,17 @@ torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Models of tests are random where training would change nothing that is tested.
+
+    Their scores come with a warning that θ̂ is at no minimum; every other warning is an error. Not
+    in pyproject.toml: there the name of the class would import the package before the hook above.
+    """
+    for item in items:
+        expected = pytest.mark.filterwarnings("ignore::upweight.errors.AssumptionWarning")
+        item.add_marker(expected, append=False)
+
+
 @pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
     """Each test starts from one seed, and leaves the default dtype as it was."""

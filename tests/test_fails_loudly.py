@@ -18,3 +18,8 @@ SPEC.loader.exec_module(fails_loudly)
 def test_fails_loudly(name):
     outcome = fails_loudly.outcome(fails_loudly.CASES[name])
     assert outcome.verdict != "silent", outcome.said
+
+
+def test_the_honest_problem_is_silent():
+    """Otherwise any case could end in a warning of something else."""
+    assert fails_loudly.outcome(fails_loudly.attribute).said == "no error"

@@ -9,11 +9,13 @@
     ├── NonFinite             NaN or infinity, named by example       (ValueError)
     ├── NonDeterministic      the model gives another answer twice    (RuntimeError)
     ├── NotDifferentiable     no gradient reaches the parameters      (RuntimeError)
-    ├── ModelChanged          θ̂ moved after the method was fitted     (RuntimeError)
+    ├── ModelChanged          the model changed after the fit         (RuntimeError)
+    ├── DataChanged           an example changed after the fit        (RuntimeError)
     ├── NotPositiveDefinite   a factorization needs H + λI ≻ 0        (ValueError)
     ├── NotConverged          an iterative solver stopped early       (RuntimeError)
     ├── NotStationary         θ does not minimize the objective       (ValueError)
     ├── UnsupportedModel      no rule for this model or estimator     (TypeError)
+    ├── NotOffered            this method has no such question        (AttributeError)
     ├── MissingContext        loaded scores lack their model or data  (RuntimeError)
     ├── StaleStore            files on disk belong to another run     (ValueError)
     ├── InUse                 another process works in the folder     (RuntimeError)
@@ -36,6 +38,10 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     """Names in a row, for a message or note: the first few of many."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+class AssumptionWarning(UserWarning):
+    """Numbers of a computation deny what its result assumes; also in `provenance.notes`."""
 
 
 class UpweightError(Exception):
@@ -75,7 +81,11 @@ class NotDifferentiable(UpweightError, RuntimeError):
 
 
 class ModelChanged(UpweightError, RuntimeError):
-    """The model's parameters are no longer those that the method was fitted to."""
+    """The model or its objective is no longer what the method was fitted to."""
+
+
+class DataChanged(UpweightError, RuntimeError):
+    """A training example is no longer what it was when the method was fitted."""
 
 
 class NotPositiveDefinite(UpweightError, ValueError):
@@ -100,6 +110,10 @@ class NotStationary(UpweightError, ValueError):
 
 class UnsupportedModel(UpweightError, TypeError):
     """The model, layer or estimator has no translation."""
+
+
+class NotOffered(UpweightError, AttributeError):
+    """A fitted method does not answer this question; another one does."""
 
 
 class MissingContext(UpweightError, RuntimeError):

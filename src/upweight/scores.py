@@ -56,6 +56,14 @@ class Unit(enum.Enum):
     RANK = "rank: only the order within a row means anything"
 
 
+RESIDUAL_LIMIT = 1e-3
+"""Relative residual of a solve that would change the third digit of a score."""
+ROW_SUM_LIMIT = 1e-2
+"""Row-sum excess over the sum of |scores|: past it the scores miss an effect they should have."""
+DECREMENT_LIMIT = 1e-4
+"""What a Newton step would still gain, over the mean loss: past it θ̂ is not yet the minimum."""
+
+
 @dataclass(frozen=True)
 class Provenance:
     """How scores came about: enough to repeat them and to judge them. All of it is JSON.

@@ -405,7 +405,7 @@ def _counts(measure: Callable[..., Tensor], q: int) -> str:
     return message(
         "Some measurement must depend on θ through differentiable steps.",
         f"gradients of exactly 0 for all {q} queries under {measure!r}.",
-        "a measure that counts (accuracy, argmax, a threshold), or one that is saturated: its "
-        "derivative is 0.",
+        "a measure that counts (accuracy, argmax, a threshold), one that is saturated, or targets "
+        "that the loss ignores: the derivative is 0.",
         "use Margin(), LogProb() or Loss(), which move before the decision does.",
     )

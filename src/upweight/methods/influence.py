@@ -26,7 +26,6 @@ from upweight.curvature.hessian import Hessian
 from upweight.curvature.layerwise import LayerwiseCurvature
 from upweight.errors import (
     DtypeError,
-    ModelChanged,
     NotDifferentiable,
     ShapeError,
     SpecError,
@@ -43,7 +42,7 @@ from upweight.linalg.damping import Damping, as_damping, damped
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solve import Auto, Solver
-from upweight.methods import health, layerwise
+from upweight.methods import health, layerwise, remainder
 from upweight.methods.checked import Checked
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.removal import LinearRemovals
@@ -53,6 +52,7 @@ from upweight.scores import Context, Provenance, Scores, Unit, library_versions
 from upweight.task.check import checked_losses, checked_measurements, require_answerable
 from upweight.task.data import Data, batch_size
 from upweight.task.measures import Loss, as_measure
+from upweight.task.snapshot import Snapshot
 from upweight.task.task import Task, require_task
 
 CURVATURES = ("EKFAC", "KFAC", "Diagonal", "GGN", "Hessian", "Fisher", "EmpiricalFisher")
@@ -157,12 +157,15 @@ class Influence:
         """
         started = time.perf_counter()
         require_task(task)
-        data = task.training(train)
+        data, before = task.training(train), Snapshot.of(task)
+        # Of the data as they come, so that a random data set meets a message that knows the cause.
         probe = require_answerable(task, data, "training data")
         for note in probe.notes:
             warnings.warn(note, UserWarning, stacklevel=2)
+        data = data.watched()
         if self.is_by_layer:
-            return layerwise.fit(self, task, data, probe, 1.0 / len(data), memory_bytes, store)
+            share = 1.0 / len(data)
+            return layerwise.fit(self, task, data, probe, share, before, memory_bytes, store)
         if store is not None:
             raise SpecError(
                 message(
@@ -207,6 +210,7 @@ class Influence:
             state=solver.init(operator),
             source=source,
             theta=task.theta(),
+            snapshot=Snapshot.of(task).settled(before),
             damping=damping,
             mean_loss=float(losses.double().mean()),
             seconds={},
@@ -264,6 +268,7 @@ class FittedInfluence(Checked):
         solver, state: How it is inverted.
         source: Where training gradients come from.
         theta: θ̂ at the time.
+        snapshot: Everything else of the task at the time.
         damping: λ.
         mean_loss: (1/n) Σ ℓᵢ(θ̂).
         seconds: Time spent, by stage.
@@ -278,6 +283,7 @@ class FittedInfluence(Checked):
     state: Any
     source: GradientSource
     theta: Float[Tensor, " p"]
+    snapshot: Snapshot
     damping: float
     mean_loss: float
     seconds: dict[str, float]
@@ -311,7 +317,7 @@ class FittedInfluence(Checked):
         stop = 0
         for batch, size in self._batches():
             start, stop = stop, stop + size
-            values[:, start:stop] = self.source.inner(solution.value, batch, size) * -self._share
+            values[:, start:stop] = self.source.inner(solution.value, batch, size) * -self.share
         return self._scores(values, Unit.DERIVATIVE, data, measure, solution, started)
 
     def self_influence(self) -> Float[Tensor, " n"]:
@@ -329,7 +335,7 @@ class FittedInfluence(Checked):
         parts = []
         for batch, size in self._batches():
             rows = self.source.rows(batch, size)
-            parts.append(-self._share * (rows * self._solve(rows).value).sum(dim=1))
+            parts.append(-self.share * (rows * self._solve(rows).value).sum(dim=1))
         return torch.cat(parts)
 
     # -- what moves the parameters ----------------------------------------------------------------
@@ -376,9 +382,12 @@ class FittedInfluence(Checked):
             ShapeError: An index is out of range or repeated within its group.
             NonFinite: Without these examples the minimum is not determined (leverage 1).
 
-        Exact when: J is quadratic in θ and m linear in it.
+        Exact when: J is quadratic in θ and m linear in it. Otherwise one gradient at θ̂ + Δθ tells
+        whether the step ended at the minimum without the examples; where it did not, Δm may be
+        further off than −S, and the provenance has a note that is also an `AssumptionWarning`. See
+        `upweight.methods.remainder` for which removals are looked at.
         Cost: where the model is linear in θ, c solves per removed example (one inverse for all of
-        them); otherwise one factorization per group.
+        them); otherwise one factorization per group. For the check, a gradient per removal.
         """
         started = time.perf_counter()
         named = None if groups is None else [self._group(group) for group in groups]
@@ -394,28 +403,43 @@ class FittedInfluence(Checked):
         every = [[i] for i in range(len(self.train))] if named is None else named
         data, measure, gradients = self._measured(queries, measure, len(every))
         solution = self._solve(gradients)
-        linear = self._linear_removals
+        linear = self.linear_removals
+        steps: Float[Tensor, "e p"] | None = None
+        lengths: Float[Tensor, " e"] | None = None
         if linear is None:
-            parts = [gradients @ self._newton_step(group) for group in every]
-            values = torch.stack(parts, dim=1)
+            steps = torch.stack([self._newton_step(group) for group in every])
+            values = gradients @ steps.T
         elif all(len(group) == 1 for group in every):
-            values = linear.each(solution.value, [group[0] for group in every])
+            values, lengths = linear.each(solution.value, [group[0] for group in every])
         else:
             parts = [linear.together(solution.value, group) for group in every]
             values = torch.stack(parts, dim=1)
         columns = None if named is None else tuple(",".join(map(str, g)) for g in named)
-        return self._scores(values, Unit.DIFFERENCE, data, measure, solution, started, columns)
+        return self._scores(
+            values,
+            Unit.DIFFERENCE,
+            data,
+            measure,
+            solution,
+            started,
+            columns,
+            remainder.missed(self, every, steps, lengths),
+        )
 
     def removal_step(self, examples: Sequence[int]) -> Mapping[str, Tensor]:
-        """Δθ of removing the examples together by one Newton step, by parameter name."""
+        """Δθ of removing the examples together by one Newton step, by parameter name.
+
+        Warns where the step does not end at the minimum without them, as `removal` notes.
+        """
         self._require_same_model()
         group = self._group(list(examples))
-        linear = self._linear_removals
+        linear = self.linear_removals
         step = self._newton_step(group) if linear is None else linear.step(group)
+        health.warned(remainder.missed(self, [group], step[None]), 3)
         return self.task.layout.unflatten(step)
 
     @property
-    def _linear_removals(self) -> LinearRemovals | None:
+    def linear_removals(self) -> LinearRemovals | None:
         """The fast path, where an example's share of H is Jᵀ Λ J: not for the Fishers' g gᵀ."""
         return self._linear if isinstance(self.spec.curvature, Hessian | GGN) else None
 
@@ -427,7 +451,7 @@ class FittedInfluence(Checked):
         if isinstance(self.solver, Cholesky):
             inverse = functools.partial(self.solver.inverse_dense, self.state)
         return LinearRemovals(
-            self.source, self.train, lambda v: self._solve(v).value, inverse, self._share
+            self.source, self.train, lambda v: self._solve(v).value, inverse, self.share
         )
 
     def _newton_step(self, group: list[int]) -> Float[Tensor, " p"]:
@@ -448,7 +472,7 @@ class FittedInfluence(Checked):
         parts = [self.source.total(self.task.to_device(batch)) for _, _, batch in batches]
         total = torch.stack(parts).sum(dim=0)
         solver = self.spec.solver
-        return solver.solve(solver.init(operator), total * self._share).throw().value
+        return solver.solve(solver.init(operator), total * self.share).throw().value
 
     # -- changed inputs and labels ----------------------------------------------------------------
 
@@ -479,7 +503,7 @@ class FittedInfluence(Checked):
         _, _, gradients = self._measured(queries, measure)
         vectors = self._solve(gradients).value
         products = gradient_products_by_input(self.task, vectors, self._example(example), input)
-        return -products * self._share
+        return -products * self.share
 
     def relabel_influence(
         self,
@@ -506,7 +530,7 @@ class FittedInfluence(Checked):
         with torch.no_grad():
             self.task.loss.check(*self.task.outputs(self.task.theta(), new))
         change = self.source.inner(vectors, new, 1) - self.source.inner(vectors, old, 1)
-        return -change[:, 0] * self._share
+        return -change[:, 0] * self.share
 
     # -- health -----------------------------------------------------------------------------------
 
@@ -516,19 +540,19 @@ class FittedInfluence(Checked):
 
         Influence functions assume that both are zero; see `upweight.methods.health`.
         """
-        gradient = self._objective_gradient()
-        return health.stationarity(gradient, self.solver.solve(self.state, gradient))
+        return health.stationarity(self.gradient, self.solver.solve(self.state, self.gradient))
 
     @cached_property
     def _mean_eigenvalue(self) -> Mapping[str, float]:
         return health.mean_eigenvalue(self.spec.damping, self.damping, self.operator, self.source)
 
-    def _objective_gradient(self) -> Float[Tensor, " p"]:
+    @cached_property
+    def gradient(self) -> Float[Tensor, " p"]:
         """∇J(θ̂) = (1/n) Σ gᵢ + ∇R."""
         parts = [self.source.total(batch) for batch, _ in self._batches()]
         total = torch.stack(parts).sum(dim=0)
         penalty = self.task.penalty.gradient(self.task.theta(), self.task.layout)
-        return total * self._share + penalty
+        return total * self.share + penalty
 
     def _scores(
         self,
@@ -539,18 +563,25 @@ class FittedInfluence(Checked):
         solution: Solution,
         started: float,
         columns: tuple[str, ...] | None = None,
+        doubts: Sequence[str] = (),
     ) -> Scores:
         judged: dict[str, Any] = {
             "mean_loss": self.mean_loss,
-            "convex": self.task.loss.convex and isinstance(self.source, FactoredLinear),
+            "convex": self._is_convex,
             **self.stationarity,
             "damping": self.damping,
             **self._mean_eigenvalue,
             **health.solve_quality(self.solver, solution),
         }
+        sizes = values.abs().sum(dim=1)
         if unit is Unit.DERIVATIVE:
             penalty = self.task.penalty.gradient(self.theta, self.task.layout)
-            judged |= health.row_sum_excess(values, solution.value, penalty)
+            judged |= health.row_sum_excess(values.sum(dim=1), sizes, solution.value @ penalty)
+        denied = [
+            *health.denied(judged, self._is_convex),
+            *health.zero_rows(sizes, self.mean_loss),
+            *doubts,
+        ]
         seconds = {**self.seconds, "attribute": time.perf_counter() - started}
         layout = self.task.layout
         provenance = Provenance(
@@ -566,13 +597,23 @@ class FittedInfluence(Checked):
             health=judged,
             seconds=seconds,
             versions=library_versions(),
-            notes=tuple(dict.fromkeys((*self.notes, *queries.notes, *queries.form_notes))),
+            notes=tuple(
+                dict.fromkeys(
+                    (
+                        *self.notes,
+                        *queries.notes,
+                        *queries.form_notes,
+                        *health.warned(denied),
+                        *health.zero_columns(values),
+                    )
+                )
+            ),
         )
         context = Context(self.task, self.train, queries, measure, self)
         return Scores(values, unit, provenance, columns=columns, context=context)
 
     @property
-    def _share(self) -> float:
+    def share(self) -> float:
         """1/n, the weight of one example in the mean: the only division by n in the methods."""
         return 1.0 / len(self.train)
 
@@ -617,15 +658,12 @@ class FittedInfluence(Checked):
                 message(
                     "Some measurement must depend on θ through differentiable steps.",
                     f"gradients of exactly 0 for all {len(data)} queries under {measure!r}.",
-                    "a measure that counts (accuracy, argmax, a threshold): its derivative is 0.",
+                    "a measure that counts (accuracy, argmax, a threshold), or targets that the "
+                    "loss ignores: the derivative is 0.",
                     "use Margin(), LogProb() or Loss(), which move before the decision does.",
                 )
             )
         return data, measure, gradients
-
-    def _require_same_model(self) -> None:
-        if not torch.equal(self.task.theta(), self.theta):
-            raise ModelChanged(health.moved(self.task.theta(), self.theta))
 
     def _measure_source(self, measure: Any, queries: Data) -> GradientSource:
         # ∇m = ∇ℓ, for which the source may have a closed form.

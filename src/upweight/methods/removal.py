@@ -115,14 +115,18 @@ class LinearRemovals:
         ]
         return torch.cat(parts)
 
-    def each(self, solved: Float[Tensor, "q p"], examples: Sequence[int]) -> Float[Tensor, "q e"]:
-        """Δm_q of removing each example by itself, from v_q = (H + λI)⁻¹ ∇m_q."""
-        vectors = self.source.form.matrix(solved)
-        parts = [
-            contract(vectors, corrected_output_gradients(delta, lambdas, leverage), z)
-            for delta, lambdas, z, leverage in self._leverages(examples)
-        ]
-        return self.share * torch.cat(parts, dim=1)
+    def each(
+        self, solved: Float[Tensor, "q p"], examples: Sequence[int]
+    ) -> tuple[Float[Tensor, "q e"], Float[Tensor, " e"]]:
+        """Δm_q of removing each example by itself, from v_q = (H + λI)⁻¹ ∇m_q; and its length.
+
+        The length is uᵀ K u = Δθᵀ (H + λI) Δθ times n.
+        """
+        vectors, values, lengths = self.source.form.matrix(solved), [], []
+        for u, z, leverage in self._corrected(examples):
+            values.append(contract(vectors, u, z))
+            lengths.append(torch.einsum("ea,eab,eb->e", u, leverage, u))
+        return self.share * torch.cat(values, dim=1), torch.cat(lengths)
 
     def together(self, solved: Float[Tensor, "q p"], group: list[int]) -> Float[Tensor, " q"]:
         """Δm_q of removing one group together."""
@@ -133,6 +137,19 @@ class LinearRemovals:
         """Δθ of removing one group together."""
         u, z = self._group_factors(group)
         return self.share * self.solve(self.source.form.flatten(u.T @ z)[None])[0]
+
+    def steps(self, examples: Sequence[int]) -> Float[Tensor, "e p"]:
+        """Δθ of removing each example by itself."""
+        parts = [
+            self.solve(self.source.form.flatten(u[:, :, None] * z[:, None, :]))
+            for u, z, _ in self._corrected(examples)
+        ]
+        return self.share * torch.cat(parts)
+
+    def _corrected(self, examples: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(u, z, K) in chunks of examples."""
+        for delta, lambdas, z, leverage in self._leverages(examples):
+            yield corrected_output_gradients(delta, lambdas, leverage), z, leverage
 
     def _group_factors(self, group: list[int]) -> tuple[Float[Tensor, "e c"], Float[Tensor, "e i"]]:
         delta, lambdas, z = self._output_derivatives(group)

@@ -14,15 +14,8 @@ from upweight.report.check import Check, Comparison
 from upweight.report.facts import noun_of
 from upweight.report.notation import count, interval, readable
 from upweight.report.spectrum import percent
-from upweight.scores import Scores, Unit
+from upweight.scores import DECREMENT_LIMIT, RESIDUAL_LIMIT, ROW_SUM_LIMIT, Scores, Unit
 from upweight.verdict import Verdict
-
-RESIDUAL_LIMIT = 1e-3
-"""Relative residual of a solve that would change the third digit shown on the page."""
-ROW_SUM_LIMIT = 1e-2
-"""Row-sum excess over the sum of |scores|: past it the scores miss an effect they should have."""
-DECREMENT_LIMIT = 1e-4
-"""What a Newton step would still gain, over the mean loss: past it θ̂ is not yet the minimum."""
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ dataset and the collate function of a `DataLoader`, whose shuffling is left out 
 """
 
 import abc
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,10 +23,14 @@ from torch.utils.data.sampler import RandomSampler, SequentialSampler
 
 from upweight._typing import Batch
 from upweight.errors import DataError, message
+from upweight.runtime.fingerprint import item_checksum
 from upweight.runtime.selection import places
 from upweight.task.arrays import arrays_of, is_array, require_columns
 from upweight.task.batches import Form, form
 from upweight.task.collate import collate
+from upweight.task.seen import Seen
+
+_D = TypeVar("_D", bound="Data")
 
 
 class Data(abc.ABC):
@@ -33,6 +38,9 @@ class Data(abc.ABC):
 
     notes: tuple[str, ...] = ()
     """What was left out of the object these data came from; shown in provenance."""
+
+    seen: Seen | None = None
+    """What each example was when it was first read; None: nobody asks."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -86,6 +94,13 @@ class Data(abc.ABC):
         """
         return Subset(self, tuple(places(indices, len(self), "Examples", repeats=True)))
 
+    def watched(self) -> "Data":
+        """The same data, which raise DataChanged where an example is not what it first was.
+
+        Data of a class of one's own are returned as they are.
+        """
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class ArrayData(Data):
@@ -98,7 +113,8 @@ class ArrayData(Data):
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return next(len(leaf) for leaf in tree_leaves(self.arrays) if leaf is not None)
+        n = next(len(leaf) for leaf in tree_leaves(self.arrays) if leaf is not None)
+        return n if self.seen is None else self.seen.length(n)
 
     @property
     def form(self) -> Form:  # type: ignore[override]
@@ -106,12 +122,21 @@ class ArrayData(Data):
 
     def take(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
         index = torch.as_tensor(np.asarray(indices), dtype=torch.long)
-        return tree_map(
+        taken = tree_map(
             lambda a: None if a is None else a.index_select(0, index.to(a.device)), self.arrays
         )
+        if self.seen is not None:
+            self.seen.arrays(index, _held(taken))
+        return taken
 
     def batch(self, start: int, stop: int) -> Batch:
-        return tree_map(lambda a: None if a is None else a[start:stop], self.arrays)
+        taken = tree_map(lambda a: None if a is None else a[start:stop], self.arrays)
+        if self.seen is not None:
+            self.seen.arrays(torch.arange(start, min(stop, len(self))), _held(taken))
+        return taken
+
+    def watched(self) -> "ArrayData":
+        return _watched(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +148,8 @@ class IndexedData(Data):
     notes: tuple[str, ...] = field(default=())
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        n = len(self.dataset)
+        return n if self.seen is None else self.seen.length(n)
 
     @cached_property
     def form(self) -> Form:
@@ -134,10 +160,17 @@ class IndexedData(Data):
         return batch
 
     def _read(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Any:
-        batch = self.collate([self.dataset[int(i)] for i in indices])
+        at = [int(i) for i in indices]
+        items = [self.dataset[i] for i in at]
+        if self.seen is not None:  # before collate, which may pad each batch otherwise
+            self.seen.require(torch.tensor(at), torch.tensor(list(map(item_checksum, items))))
+        batch = self.collate(items)
         if isinstance(batch, Mapping):
             return dict(batch)
         return tuple(batch) if isinstance(batch, list) else batch
+
+    def watched(self) -> "IndexedData":
+        return _watched(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +189,19 @@ class Subset(Data):
 
     def take(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
         return self.data.take([self.indices[int(i)] for i in indices])
+
+    def watched(self) -> "Subset":
+        return Subset(self.data.watched(), self.indices)
+
+
+def _held(batch: Batch) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(batch) if leaf is not None]
+
+
+def _watched(data: _D) -> _D:
+    result = copy.copy(data)
+    object.__setattr__(result, "seen", Seen(len(data)))
+    return result
 
 
 def as_data(data: Any) -> Data:

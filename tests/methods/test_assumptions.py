@@ -1,0 +1,173 @@
+"""What scores assume and their own numbers deny is a note of the provenance, and a warning."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from upweight import EKFAC, GGN, L2, CrossEntropy, Hessian, Influence, Newton, Scores, Task
+from upweight.errors import AssumptionWarning, NotOffered
+from upweight.task.data import as_data
+
+N, Q = 60, 6
+WHOLE = Influence(Hessian())
+BY_LAYER = Influence(EKFAC(), damping=1e-3)
+BOTH = pytest.mark.parametrize("method", [WHOLE, BY_LAYER], ids=["whole", "by layer"])
+
+
+def data(n: int) -> tuple[Tensor, Tensor]:
+    X = torch.randn(n, 4)
+    return X, (X[:, 0] + torch.randn(n) > 0).long()
+
+
+def trained(train: Any, l2: float) -> nn.Module:
+    task = Task(nn.Linear(4, 2), CrossEntropy(), L2(l2))
+    return task.moved_to(Newton().prepare(task, as_data(train)).center).model
+
+
+def told(method: Influence, net: nn.Module, l2: float, train: Any, queries: Any) -> list[str]:
+    """What a call warns of; it must be in the provenance, once each."""
+    fitted = method.fit(Task(net, CrossEntropy(), L2(l2)), train)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        scores = fitted.attribute(queries)
+    words = [str(w.message) for w in seen]
+    assert all(w.category is AssumptionWarning and w.filename == __file__ for w in seen)
+    assert all(scores.provenance.notes.count(word) == 1 for word in words)
+    return words
+
+
+@BOTH
+def test_a_model_at_the_minimum_of_what_it_was_told_is_left_in_peace(method: Influence) -> None:
+    train = data(N)
+    assert told(method, trained(train, 0.01), 0.01, train, data(Q)) == []
+
+
+@BOTH
+def test_a_penalty_told_wrongly_is_noted(method: Influence) -> None:
+    train = data(N)
+    (note,) = told(method, trained(train, 1.0), 0.001, train, data(Q))
+    assert note.startswith("θ̂ is not at a minimum") and "a penalty, loss or data other than" in note
+
+
+@BOTH
+def test_an_untrained_model_is_noted(method: Influence) -> None:
+    (note,) = told(method, nn.Linear(4, 2), 0.001, data(N), data(Q))
+    assert note.startswith("θ̂ is not at a minimum") and "has not begun" in note
+
+
+def test_the_note_has_the_numbers_of_the_provenance() -> None:
+    train, queries = data(N), data(Q)
+    fitted = WHOLE.fit(Task(nn.Linear(4, 2), CrossEntropy(), L2(0.01)), train)
+    with pytest.warns(AssumptionWarning) as seen:
+        scores = fitted.attribute(queries)
+    health, note = scores.provenance.health, str(seen[0].message)
+    penalty = L2(0.01).gradient(fitted.theta, fitted.task.layout)
+    gradients = torch.stack(
+        [fitted.source.rows(b).sum(0) for _, _, b in as_data(queries).batches(1)]
+    )
+    expected = gradients @ fitted.solver.solve(fitted.state, penalty).value
+    overall = (scores.values.sum(1) - expected).norm() / scores.values.abs().sum(1).norm()
+    assert health["row_sum_excess_overall"] == pytest.approx(float(overall), rel=1e-9)
+    assert f"{float(overall):.1%}" in note and f"lower J by {health['decrement']:.2g}" in note
+
+
+def test_networks_are_noted_before_they_are_trained_and_not_after() -> None:
+    """Stopped early and damped, a network is far from a minimum; its scores say something yet."""
+    train, queries = data(200), data(Q)
+    for steps, noted in ((0, True), (150, False)):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        optimizer = torch.optim.Adam(net.parameters(), 0.01)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(train[0]), train[1]).backward()
+            optimizer.step()
+        for curvature in (EKFAC(), GGN()):
+            words = told(Influence(curvature, damping=0.01), net, 0.0, train, queries)
+            assert bool(words) is noted, (steps, curvature, words)
+
+
+def test_every_way_to_stream_scores_has_the_note(tmp_path: Any) -> None:
+    fitted = BY_LAYER.fit(Task(nn.Linear(4, 2), CrossEntropy(), L2(0.001)), data(N))
+    queries = data(Q)
+    with pytest.warns(AssumptionWarning, match="not at a minimum"):
+        whole = fitted.attribute(queries)
+    with pytest.warns(AssumptionWarning, match="not at a minimum"):
+        top = fitted.top(queries, 2)
+    with pytest.warns(AssumptionWarning, match="not at a minimum"):
+        groups = fitted.group(queries, ["a", "b"] * (N // 2))
+    with pytest.warns(AssumptionWarning, match="not at a minimum"):
+        fitted.write(queries, tmp_path)
+    written = Scores.load(tmp_path)
+    for other in (top, groups, written):
+        for key in ("row_sum_excess", "row_sum_excess_overall"):
+            expected = pytest.approx(whole.provenance.health[key], rel=1e-9)
+            assert other.provenance.health[key] == expected
+        assert any("not at a minimum" in note for note in other.provenance.notes)
+
+
+@BOTH
+def test_training_labels_that_are_all_ignored_are_noted(method: Influence) -> None:
+    train = data(N)
+    net = trained(train, 0.01)
+    ignored = train[0], torch.full((N,), -100)
+    words = told(method, net, 0.01, ignored, data(Q))
+    assert any("the loss of every training example is 0" in w for w in words)
+
+
+@BOTH
+def test_a_query_and_an_example_without_labels_are_noted(method: Influence) -> None:
+    train, (Xq, yq) = data(N), data(Q)
+    net = trained(train, 0.01)
+    yq[2] = -100
+    (note,) = told(method, net, 0.01, train, (Xq, yq))
+    assert "query 2 (1 of 6)" in note
+    X, y = train
+    y = y.clone()
+    y[[5, 7]] = -100
+    task = Task(trained((X, y), 0.01), CrossEntropy(), L2(0.01))
+    # It is right that such an example has no effect: a note, and no warning.
+    notes = method.fit(task, (X, y)).attribute(data(Q)).provenance.notes
+    assert any("training example 5, 7 (2 of 60)" in note for note in notes)
+
+
+def test_gradients_too_small_for_the_dtype_are_noted() -> None:
+    net = nn.Linear(4, 1, bias=False).float()
+    nn.init.zeros_(net.weight)
+    X, y = torch.randn(N, 4).float(), 1e-30 * torch.randn(N, 1).float()
+    task = Task(net, lambda f, y: 0.5 * (f - y).square().sum(1), L2(1.0))
+    with pytest.warns(AssumptionWarning, match="too small for the dtype"):
+        scores = Influence(Hessian()).fit(task, (X, y)).attribute((X[:2], y[:2]))
+    assert not scores.values.any()
+
+
+@BOTH
+def test_a_question_of_the_other_kind_names_the_way_to_it(method: Influence) -> None:
+    train = data(N)
+    fitted = method.fit(Task(trained(train, 0.01), CrossEntropy(), L2(0.01)), train)
+    names = (
+        ("removal", "removal_step", "parameter_influence", "input_influence", "relabel_influence")
+        if method is BY_LAYER
+        else ("top", "write", "group", "by_layer", "by_token")
+    )
+    for name in names:
+        assert not hasattr(fitted, name)
+        with pytest.raises(NotOffered, match=rf"{name}\(\.\.\.\) needs (.|\n)*Way out: "):
+            getattr(fitted, name)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = fitted.nothing
+
+
+def test_what_there_is_instead_works(tmp_path: Any) -> None:
+    train, queries = data(N), data(Q)
+    task = Task(trained(train, 0.01), CrossEntropy(), L2(0.01))
+    by_layer = BY_LAYER.fit(task, train).attribute(queries)
+    assert by_layer.removal().values.shape == (Q, N)
+    assert Influence(GGN(), damping=0.1).fit(task, train).removal(queries).values.shape == (Q, N)
+    scores = WHOLE.fit(task, train).attribute(queries)
+    assert scores.top(2, 0).raises[0] == int(scores.values[0].argmax())
+    assert scores.group(["a"] * N).values.shape == (Q, 1)
+    scores.save(tmp_path)
