@@ -28,7 +28,9 @@ def test_indices_in_every_form(form):
     assert places(FORMS[form], 5, "Rows") == [3, 0]
 
 
-@pytest.mark.parametrize("form", [list, tuple, np.array, torch.tensor, pd.Series], ids=str)
+@pytest.mark.parametrize(
+    "form", [list, tuple, np.array, torch.tensor, pd.Series], ids=lambda f: f.__name__
+)
 def test_a_mask_names_the_places_that_are_true(form):
     assert places(form(MASK), 5, "Rows") == [0, 3]
 
@@ -74,7 +76,9 @@ def test_something_must_be_named_where_it_is_needed(given):
         places(given, 5, "Rows", least=1)
 
 
-@pytest.mark.parametrize("form", [list, np.array, torch.tensor, pd.Series, iter], ids=str)
+@pytest.mark.parametrize(
+    "form", [list, np.array, torch.tensor, pd.Series, iter], ids=lambda f: f.__name__
+)
 def test_labels_by_place(form):
     names, at = labels_by_place(form([2, 0, 2, 10]), 4, "column")
     assert names == ("0", "10", "2") and at == [2, 0, 2, 1]

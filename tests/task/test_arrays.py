@@ -194,7 +194,9 @@ def test_lists_of_numbers_in_a_dict_are_arrays():
         as_data({"ids": [[1], [2, 3], [4]], "labels": [0, 1, 0]})
 
 
-@pytest.mark.parametrize("part", [None, 3, "cat", TensorDataset(X), [0, 1, 0, 1, 0, 1]], ids=repr)
+@pytest.mark.parametrize(
+    "part", [None, 3, "cat", TensorDataset(X), [0, 1, 0, 1, 0, 1]], ids=lambda p: type(p).__name__
+)
 def test_a_part_that_is_no_array_is_named(part):
     with pytest.raises(DataError, match=r"data\[1\](\[0\])? of type"):
         as_data((X, part))
