@@ -197,5 +197,5 @@ def test_an_example_that_alone_determines_a_parameter_is_refused():
 @pytest.mark.parametrize("groups", [[[]], [[0, 0]], [99], [-1]])
 def test_groups_that_are_none(groups):
     p = problem("softmax")
-    with pytest.raises(ShapeError, match="distinct indices in 0…16"):
+    with pytest.raises(ShapeError, match="indices in 0…16"):
         EXACT.fit(p.task, p.train).removal(p.queries, groups=groups)

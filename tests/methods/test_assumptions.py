@@ -66,7 +66,7 @@ def test_the_note_has_the_numbers_of_the_provenance() -> None:
     health, note = scores.provenance.health, str(seen[0].message)
     penalty = L2(0.01).gradient(fitted.theta, fitted.task.layout)
     gradients = torch.stack(
-        [fitted.source.rows(b).sum(0) for _, _, b in as_data(queries).batches(1)]
+        [fitted.source.rows(b, 1).sum(0) for _, _, b in as_data(queries).batches(1)]
     )
     expected = gradients @ fitted.solver.solve(fitted.state, penalty).value
     overall = (scores.values.sum(1) - expected).norm() / scores.values.abs().sum(1).norm()

@@ -436,3 +436,17 @@ def test_parameters_that_nothing_reaches_are_refused():
     model.unused = nn.Linear(2, 2)
     with pytest.raises(NotDifferentiable, match=r"unused\.weight"):
         fit(model, params="unused*")
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_queries_that_do_not_reach_a_head_are_noted_and_right(curvature):
+    """Their gradient there is zero: the scores of queries of both domains hold theirs as rows."""
+    domain = torch.arange(40) % 2
+    task = uw.Task(heads(), uw.CrossEntropy())
+    fitted = uw.Influence(curvature, damping=1.0).fit(task, (X, domain, Y))
+    exact = {"tolerance": 0} if isinstance(curvature, uw.EKFAC) else {}
+    both = fitted.attribute((X, domain, Y), **exact)
+    one = fitted.attribute((X[::2], domain[::2], Y[::2]), **exact)
+    torch.testing.assert_close(one.values, both.values[::2], rtol=1e-9, atol=1e-13)
+    assert any("of the queries" in note and "heads.1" in note for note in one.provenance.notes)
+    assert not any("of the queries" in note for note in both.provenance.notes)

@@ -644,7 +644,9 @@ class FittedInfluence(Checked):
             self.task.layout.device,
             way_out,
         )
-        checked_losses(self.task, data, "queries")
+        probe = require_answerable(self.task, data, "queries")
+        checked_losses(self.task, data, "queries", probe)
+        data = data.noted(probe.notes)
         checked_measurements(self.task, measure, data)
         layout = self.task.layout
         source = self._measure_source(measure, data)

@@ -53,6 +53,7 @@ from upweight.task.check import (
     checked_batch,
     checked_losses,
     checked_measurements,
+    require_answerable,
     require_finite_gradients,
     require_own_losses,
 )
@@ -709,7 +710,9 @@ class LayerwiseInfluence(Checked):
             )
         self._require_same_model()
         data, measure = self.task.queries(queries), as_measure(measure)
-        checked_losses(self.task, data, "queries")
+        probe = require_answerable(self.task, data, "queries")
+        checked_losses(self.task, data, "queries", probe)
+        data = data.noted(probe.notes)
         checked_measurements(self.task, measure, data)
         return data, measure
 

@@ -94,6 +94,14 @@ class Data(abc.ABC):
         """
         return Subset(self, tuple(places(indices, len(self), "Examples", repeats=True)))
 
+    def noted(self, notes: tuple[str, ...]) -> "Data":
+        """The same data, with more notes."""
+        if not notes:
+            return self
+        result = copy.copy(self)
+        object.__setattr__(result, "notes", (*self.notes, *notes))
+        return result
+
     def watched(self) -> "Data":
         """The same data, which raise DataChanged where an example is not what it first was.
 
