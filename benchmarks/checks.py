@@ -26,10 +26,20 @@ from environment import DATA, environment
 import upweight as uw
 from upweight.methods import layerwise
 from upweight.task import check
+from upweight.task.seen import Seen
+from upweight.task.snapshot import Snapshot
 
 CHECKS: dict[Any, tuple[str, ...]] = {
-    check: ("read_twice", "own_losses", "loss_notes", "require_same_losses"),
+    check: (
+        "read_twice",
+        "own_losses",
+        "loss_notes",
+        "require_same_losses",
+        "require_own_measurements",
+    ),
     layerwise: ("require_own_losses",),
+    Snapshot: ("of",),
+    Seen: ("arrays",),
 }
 """Where each check is called from, under which names."""
 
@@ -54,7 +64,10 @@ def watched(seconds: dict[str, float]) -> Callable[[], None]:
         return run
 
     for place, name, function in before:
-        setattr(place, name, clocked(name, function))
+        run = clocked(f"{getattr(place, '__name__', '')}.{name}", function)
+        # What is bound to its class already takes no further `self`.
+        is_bound = isinstance(place, type) and hasattr(function, "__self__")
+        setattr(place, name, staticmethod(run) if is_bound else run)
 
     def restore() -> None:
         for place, name, function in before:

@@ -7,6 +7,7 @@ its backward pass has one itself. `attempted` finds out what runs; nothing here 
 that is the user's own, because plain autograd meets it again.
 """
 
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -59,9 +60,9 @@ def agrees(found: Tensor | None, expected: Tensor) -> bool:
 
 
 def first_line(error: Exception | None) -> str:
-    """What PyTorch says, for a note."""
+    """What PyTorch says, for a note: the start of it."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return textwrap.shorten(lines[0], 160, placeholder=" …") if lines else type(error).__name__
 
 
 def hessian_products(

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upweight._typing import Batch, Params
 from upweight.errors import NotDifferentiable, ScalarLoss, UnsupportedModel, message
+from upweight.gradients.autograd import first_line
 from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source
 from upweight.gradients.factored import Factors, Rows, Tokens, stacked
 from upweight.gradients.functional import as_dense, over_examples
@@ -225,7 +226,7 @@ class GradientPass:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError) as error:
-                raise NoBatchingRule(str(error).splitlines()[0]) from error
+                raise NoBatchingRule(first_line(error)) from error
 
 
 class NoBatchingRule(Exception):

@@ -441,7 +441,7 @@ def other_length(
             count = len(evaluate(theta, task.to_device(data.batch(i, i + 1)))[0])
             said = f"{count} outputs"
         except (UpweightError, RuntimeError, ValueError, IndexError, TypeError) as error:
-            count, said = 0, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            count, said = 0, f"{type(error).__name__}: {str(error)[:80]}"
         if count != 1:
             return message(
                 "The data must give one example for each index.",
