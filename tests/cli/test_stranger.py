@@ -95,6 +95,7 @@ SPELLINGS = {
     "a package": {"directory": "..", "task": "gift.evil:task"},
     "from the root": {"directory": "/", "queries": "{folder}/evil.py:test"},
 }
+VIEWS = ("report", "view")
 VERBS = {
     "report": ["report", "gift"],
     "view": ["view", "gift"],
@@ -295,9 +296,9 @@ def test_a_run_of_an_older_version_says_what_to_do_and_it_works(made, tmp_path, 
     toml = tmp_path / "run" / "run.toml"
     old = re.sub(r"(?ms)^show = .*?$|^\[(environment|files)\].*?(?=^\[|\Z)", "", toml.read_text())
     toml.write_text(old)
-    for verb in ("report", "view"):
-        assert "--project FILE.py" in refusal(verb, "run")
-    answer("report", "run", *OWN)
+    commands = [re.findall("upweight (report .*)", refusal(verb, "run")) for verb in VIEWS]
+    assert commands[0] == commands[1] and len(commands[0]) == 1
+    answer(*shlex.split(commands[0][0]))
     project = (tmp_path / "project.py").read_text()
     os.remove("project.py")
     assert answer("report", "run")["bytes"] > 10_000
@@ -400,8 +401,19 @@ def test_what_is_kept_is_not_written_through_a_link(made, tmp_path, monkeypatch)
     shutil.rmtree("run/shown")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run" / "shown").symlink_to(tmp_path / "elsewhere")
-    assert "a link to another place" in refusal("report", "run", *OWN)
+    for verb in (
+        ["report", "run"],
+        ["report", "run", *OWN],
+        ["view", "run"],
+        attribute(),
+        rerun("run"),
+    ):
+        assert "shown, which is a link" in refusal(*verb)
     assert list((tmp_path / "elsewhere").iterdir()) == []
+    (tmp_path / "run" / "shown").unlink()  # the way out
+    answer("report", "run", *OWN)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert (tmp_path / "run" / "shown" / "shown.json").exists()
 
 
 def test_words_of_a_run_cannot_drive_the_terminal(gift):
