@@ -14,7 +14,7 @@ import tomllib
 import pytest
 import tomli_w
 
-from tests.cli.test_verbs import PROJECT, answer, attribute, call, refusal, rerun
+from tests.cli.test_verbs import answer, attribute, call, refusal, rerun
 from tests.runtime.damage import DAMAGES
 from upweight.contraction import stream
 from upweight.errors import StaleStore
@@ -23,6 +23,31 @@ from upweight.report import rendering
 from upweight.runs.directory import Run
 from upweight.runtime import whole
 from upweight.view import Server
+
+PROJECT = """
+import torch
+from torch import nn
+import upweight as uw
+
+X = torch.sin(torch.arange(770, dtype=torch.get_default_dtype())).reshape(110, 7)
+y = (X[:, 0] > 0).long() + (X[:, 1] > 0).long()
+train, test = (X[:100], y[:100]), (X[100:], y[100:])
+
+model = nn.Linear(7, 3)
+nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+descent = torch.optim.LBFGS(model.parameters(), max_iter=50, line_search_fn="strong_wolfe")
+
+def objective():
+    descent.zero_grad()
+    squares = sum(p.square().sum() for p in model.parameters())
+    total = nn.functional.cross_entropy(model(train[0]), train[1]) + 0.005 * squares
+    total.backward()
+    return total
+
+descent.step(objective)
+task = uw.Task(model, uw.CrossEntropy(), uw.L2(0.01))
+"""
+"""Small, because most tests here load it; a minimum, so that nothing is noted."""
 
 
 @pytest.fixture(scope="module")
