@@ -384,7 +384,8 @@ def test_what_other_versions_wrote_is_made_again_in_one_step(run):
     assert f"delete the folder {run.scores}" in refusal("report", "run")
     removed(run.scores)
     run.toml.write_text(run.toml.read_text().replace('upweight = "', 'upweight = "0.0.'))
-    for verb in (rerun("run"), attribute()):
+    shutil.copytree(run.path, "half")
+    for verb in (rerun("run"), rerun("run", "--out", "half"), attribute()):
         (anew,) = re.findall(r"start anew: upweight (.*)", refusal(*verb))
         assert answer(*shlex.split(anew))["did"] == "computed"
         answer("report", "OTHER")

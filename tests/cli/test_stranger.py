@@ -185,6 +185,8 @@ def test_a_run_of_two_files_of_one_name_takes_each_from_its_place(made, tmp_path
     (command,) = re.findall(r"upweight (rerun .*)", printed)
     assert "--project project.py --project sub/project.py" in command
     assert answer(*shlex.split(command))["same"] == "bits"
+    (command,) = re.findall(r"upweight (evaluate .*)", printed)
+    assert answer(*shlex.split(command), "--lds", "3")["models"] > 3
 
 
 def test_an_edited_score_is_noticed_by_every_verb(made, tmp_path, monkeypatch):
@@ -212,6 +214,28 @@ def test_two_named_files_of_one_name_are_told_apart_by_nobody(gift):
         (folder.parent / name / "project.py").write_text(PROJECT)
     named = [part for name in ("a", "b") for part in ("--project", f"{name}/project.py")]
     assert "of one name" in refusal("rerun", folder, *named, "--out", "again")
+
+
+def test_a_way_out_is_the_whole_command_and_works(made, tmp_path, monkeypatch):
+    shutil.copytree(made / "run", tmp_path / "a run")
+    shutil.copy(made / "project.py", tmp_path)
+    (tmp_path / "other.py").write_text("shown = {'title': 'Mine'}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Server, "wait", lambda _: None)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy("project.py", name)
+    both = [part for name in ("a", "b") for part in ("--project", f"{name}/project.py")]
+    for verb in (
+        ["report", "a run", "--show", "other.py:shown", "--out", "a page.html"],
+        ["view", "a run", "--show", "other.py:shown"],
+        ["rerun", "a run", "--out", "again"],
+        ["evaluate", "a run", "--recipe", "Newton()", "--lds", "3", *both],
+    ):
+        (command,) = re.findall(r"trust these files: upweight (.*)", refusal(*verb))
+        assert call(*shlex.split(command)).exit_code == 0, command
+    assert "Mine" in (tmp_path / "a page.html").read_text()
+    assert (tmp_path / "again" / "scores").exists()
 
 
 @pytest.mark.parametrize("kind", ["run", "texts", "pictures", "rendered"])
