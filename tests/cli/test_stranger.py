@@ -398,6 +398,10 @@ def test_what_no_page_can_show_is_attributed_all_the_same(made, tmp_path, monkey
     assert "note: what a page shows was not kept in the run: ShapeError" in result.stderr
     assert "holds no such thing" in refusal("report", "run")
     assert "train_texts" in (tmp_path / "run/log.txt").read_text()
+    (tmp_path / "project.py").write_text(PROJECT + "fails = {}\n")  # mended
+    (command,) = re.findall(r"needs the project then: upweight (.*)", result.stderr)
+    answer(*shlex.split(command))
+    answer("report", "run")
 
 
 def test_scores_too_many_for_memory_are_shown_from_the_copy_of_a_view(made, tmp_path, monkeypatch):
