@@ -757,23 +757,17 @@ def a_factor_larger_than_memory() -> Any:
 # -- verdicts --------------------------------------------------------------------------------------
 
 
-def at_the_minimum() -> uw.Scores:
-    """Scores of the model that `Newton()` makes."""
-    model = linear()
-    task, train = uw.Task(model, uw.CrossEntropy(), uw.L2(0.1)), uw.as_data(rows())
-    theta = uw.Newton().prepare(task, train)(torch.ones(1, len(train), dtype=torch.float64)).theta
-    torch.nn.utils.vector_to_parameters(theta[0], model.parameters())
-    return attribute(model)
-
-
 @case
 def a_recipe_that_makes_another_model() -> Any:
-    return check_on(attribute(), uw.Newton(), 20, progress=False)
+    early = uw.Training(
+        lambda: nn.Linear(3, 2).double(), uw.SGD(lr=0.01), epochs=1, batch=8, seed=0
+    )
+    return check_on(attribute(), early, 20, progress=False)
 
 
 @case
 def scores_that_are_noise() -> Any:
-    scores = at_the_minimum()
+    scores = attribute()
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(scores.values.shape, generator=g, dtype=torch.float64)
     return check_on(replace(scores, values=noise), uw.Newton(), 20, progress=False)
@@ -781,7 +775,7 @@ def scores_that_are_noise() -> Any:
 
 @case
 def a_check_of_too_few_models() -> Any:
-    return check_on(at_the_minimum(), uw.Newton(), 3, progress=False)
+    return check_on(attribute(), uw.Newton(), 3, progress=False)
 
 
 # -- adapters: rows before and after a pipeline, columns by name, fits without an end --------------

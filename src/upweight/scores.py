@@ -33,7 +33,7 @@ from upweight.errors import (
 from upweight.plot import Plot
 from upweight.runtime.headers import Misfit, fitting, read_json, write_json
 from upweight.runtime.selection import labels_by_place, places
-from upweight.runtime.shards import AGAIN, ScoreShards, require_one_kind
+from upweight.runtime.shards import AGAIN, RERUN, ScoreShards, require_one_kind
 from upweight.runtime.tensors import read_plain, tensors_digest, write_plain
 from upweight.runtime.whole import make_folder
 from upweight.task.data import Data
@@ -566,8 +566,7 @@ def _saved_header(source: Path) -> _Saved:
 
 def _saved_way_out(source: Path) -> str:
     return (
-        f"delete {source / 'scores.json'} and compute the scores again: scores.save(…), or "
-        "`upweight rerun` of their run."
+        f"delete {source / 'scores.json'} and compute the scores again: scores.save(…), or {RERUN}."
     )
 
 

@@ -6,13 +6,15 @@ Every way out that a message names is gone here, to the same bits or to the page
 import errno
 import json
 import os
+import re
+import shlex
 import shutil
 import tomllib
 
 import pytest
 import tomli_w
 
-from tests.cli.test_verbs import PROJECT, answer, attribute, call, refusal
+from tests.cli.test_verbs import answer, attribute, call, refusal, rerun
 from tests.runtime.damage import DAMAGES
 from upweight.contraction import stream
 from upweight.errors import StaleStore
@@ -21,6 +23,31 @@ from upweight.report import rendering
 from upweight.runs.directory import Run
 from upweight.runtime import whole
 from upweight.view import Server
+
+PROJECT = """
+import torch
+from torch import nn
+import upweight as uw
+
+X = torch.sin(torch.arange(770, dtype=torch.get_default_dtype())).reshape(110, 7)
+y = (X[:, 0] > 0).long() + (X[:, 1] > 0).long()
+train, test = (X[:100], y[:100]), (X[100:], y[100:])
+
+model = nn.Linear(7, 3)
+nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+descent = torch.optim.LBFGS(model.parameters(), max_iter=50, line_search_fn="strong_wolfe")
+
+def objective():
+    descent.zero_grad()
+    squares = sum(p.square().sum() for p in model.parameters())
+    total = nn.functional.cross_entropy(model(train[0]), train[1]) + 0.005 * squares
+    total.backward()
+    return total
+
+descent.step(objective)
+task = uw.Task(model, uw.CrossEntropy(), uw.L2(0.01))
+"""
+"""Small, because most tests here load it; a minimum, so that nothing is noted."""
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +77,12 @@ def run(kept, tmp_path, monkeypatch):
     return Run(tmp_path / "project" / "run")
 
 
+def told(*arguments):
+    """The answer of the whole command that a refusal names as its way out."""
+    (command,) = re.findall(r"trust (?:its|these) files: upweight (.*)", refusal(*arguments))
+    return answer(*shlex.split(command))
+
+
 def removed(path):
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -62,13 +95,15 @@ def test_an_altered_shard_is_noticed_and_made_again(run, damage):
     DAMAGES[damage](shard)
     for verb in (["rerun", "run/run.toml"], ["report", "run"], ["view", "run"], attribute()):
         assert shard.name in refusal(*verb)
-    assert "delete the file and ask again" in refusal("rerun", "run")
+    for verb in (["rerun", "run"], rerun("run")):
+        said = refusal(*verb)
+        assert "delete the file and ask again" in said
+        assert "upweight rerun RUN --project FILE.py" in said
     removed(shard)
-    assert "finish it: upweight rerun" in refusal("report", "run")
-    assert answer("rerun", "run/run.toml")["did"] == "continued"
+    assert told("report", "run")["did"] == "continued"
     assert run.digests() == before
     answer("report", "run")
-    assert answer("rerun", "run")["did"] == "nothing"
+    assert answer("rerun", "run")["did"] == answer(*rerun("run"))["did"] == "nothing"
 
 
 def written(text):
@@ -105,7 +140,7 @@ def test_a_damaged_header_of_finished_scores_is_written_again(run):
     for verb in (["rerun", "run"], ["report", "run"], ["view", "run"], attribute()):
         assert "finished.json" in refusal(*verb)
     removed(header)
-    assert answer("rerun", "run")["did"] == "continued"
+    assert told("rerun", "run")["did"] == "continued"
     assert run.digests() == before
     answer("report", "run")
 
@@ -119,10 +154,10 @@ def test_a_damaged_header_of_shards_ends_with_their_folder(run):
         damage(manifest)
         with pytest.raises(StaleStore, match=r"(?s)manifest\.json.*delete the folder"):
             _ = run.is_finished
-    for verb in (["rerun", "run"], ["report", "run"]):
+    for verb in (["rerun", "run"], rerun("run"), ["report", "run"]):
         assert f"delete the folder {run.scores}" in refusal(*verb)
     removed(run.scores)
-    assert answer("rerun", "run")["did"] == "continued"
+    assert told("rerun", "run/run.toml")["did"] == "continued"
     assert run.digests() == before
 
 
@@ -137,7 +172,7 @@ def test_damaged_saved_scores_are_computed_again(run, damage):
     for verb in (["rerun", "exact"], ["report", "exact"], ["view", "exact"]):
         assert f"delete {exact.scores / 'scores.json'} and compute" in refusal(*verb)
     removed(exact.scores / "scores.json")
-    assert answer("rerun", "exact")["did"] in ("continued", "computed")
+    assert told("rerun", "exact")["did"] in ("continued", "computed")
     assert exact.digests() == before
     answer("report", "exact")
 
@@ -146,8 +181,7 @@ def test_saved_scores_without_their_numbers_are_computed_again(run):
     exact = Run(run.path.with_name("exact"))
     before = exact.digests()
     removed(exact.scores / "scores.safetensors")
-    assert "finish it: upweight rerun" in refusal("report", "exact")
-    answer("rerun", "exact")
+    told("view", "exact")
     assert exact.digests() == before
 
 
@@ -156,9 +190,9 @@ def test_a_damaged_curvature_is_learned_again(run):
     (run.scores / "finished.json").unlink()
     sorted(run.scores.glob("scores-*"))[-1].unlink()
     DAMAGES["one bit"](run.factors / "state.safetensors")
-    assert "delete this one" in refusal("rerun", "run")
+    assert "delete this one" in refusal(*rerun("run"))
     removed(run.factors)
-    assert answer("rerun", "run")["did"] == "continued"
+    assert answer(*rerun("run"))["did"] == "continued"
     assert run.digests() == before
 
 
@@ -266,7 +300,7 @@ def test_nothing_is_written_through_a_second_name(run, name, tmp_path):
     (run.path / name).unlink(missing_ok=True)
     os.link(victim, run.path / name)
     if name == ".lock":
-        assert "remove it" in refusal("rerun", "run")
+        assert "remove it" in refusal(*rerun("run"))
         (run.path / name).unlink()
     with run.held("a test"):
         run.log("a line")
@@ -338,7 +372,7 @@ def test_a_view_needs_room_only_for_its_copy(run, disk, monkeypatch, tmp_path):
 def test_what_a_killed_writer_left_is_removed_by_the_next_that_holds_the_run(run):
     left = run.scores / f"scores.{'0' * 16}.part"
     left.write_bytes(b"half")
-    answer("rerun", "run")
+    answer(*rerun("run"))
     assert left.exists() == (whole.fcntl is None)
 
 
@@ -350,9 +384,12 @@ def test_what_other_versions_wrote_is_made_again_in_one_step(run):
     assert f"delete the folder {run.scores}" in refusal("report", "run")
     removed(run.scores)
     run.toml.write_text(run.toml.read_text().replace('upweight = "', 'upweight = "0.0.'))
-    assert "start anew: upweight rerun" in refusal("rerun", "run")
-    assert answer("rerun", "run", "--out", "OTHER")["did"] == "computed"
-    answer("report", "OTHER")
+    shutil.copytree(run.path, "half")
+    for verb in (rerun("run"), rerun("run", "--out", "half"), attribute()):
+        (anew,) = re.findall(r"start anew: upweight (.*)", refusal(*verb))
+        assert answer(*shlex.split(anew))["did"] == "computed"
+        answer("report", "OTHER")
+        removed(run.path.with_name("OTHER"))
 
 
 def test_a_directory_of_something_else_is_no_run_but_one_in_it_is(run):

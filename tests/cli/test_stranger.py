@@ -95,6 +95,7 @@ SPELLINGS = {
     "a package": {"directory": "..", "task": "gift.evil:task"},
     "from the root": {"directory": "/", "queries": "{folder}/evil.py:test"},
 }
+VIEWS = ("report", "view")
 VERBS = {
     "report": ["report", "gift"],
     "view": ["view", "gift"],
@@ -184,6 +185,8 @@ def test_a_run_of_two_files_of_one_name_takes_each_from_its_place(made, tmp_path
     (command,) = re.findall(r"upweight (rerun .*)", printed)
     assert "--project project.py --project sub/project.py" in command
     assert answer(*shlex.split(command))["same"] == "bits"
+    (command,) = re.findall(r"upweight (evaluate .*)", printed)
+    assert answer(*shlex.split(command), "--lds", "3")["models"] > 3
 
 
 def test_an_edited_score_is_noticed_by_every_verb(made, tmp_path, monkeypatch):
@@ -211,6 +214,28 @@ def test_two_named_files_of_one_name_are_told_apart_by_nobody(gift):
         (folder.parent / name / "project.py").write_text(PROJECT)
     named = [part for name in ("a", "b") for part in ("--project", f"{name}/project.py")]
     assert "of one name" in refusal("rerun", folder, *named, "--out", "again")
+
+
+def test_a_way_out_is_the_whole_command_and_works(made, tmp_path, monkeypatch):
+    shutil.copytree(made / "run", tmp_path / "a run")
+    shutil.copy(made / "project.py", tmp_path)
+    (tmp_path / "other.py").write_text("shown = {'title': 'Mine'}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Server, "wait", lambda _: None)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy("project.py", name)
+    both = [part for name in ("a", "b") for part in ("--project", f"{name}/project.py")]
+    for verb in (
+        ["report", "a run", "--show", "other.py:shown", "--out", "a page.html"],
+        ["view", "a run", "--show", "other.py:shown"],
+        ["rerun", "a run", "--out", "again"],
+        ["evaluate", "a run", "--recipe", "Newton()", "--lds", "3", *both],
+    ):
+        (command,) = re.findall(r"trust these files: upweight (.*)", refusal(*verb))
+        assert call(*shlex.split(command)).exit_code == 0, command
+    assert "Mine" in (tmp_path / "a page.html").read_text()
+    assert (tmp_path / "again" / "scores").exists()
 
 
 @pytest.mark.parametrize("kind", ["run", "texts", "pictures", "rendered"])
@@ -295,9 +320,9 @@ def test_a_run_of_an_older_version_says_what_to_do_and_it_works(made, tmp_path, 
     toml = tmp_path / "run" / "run.toml"
     old = re.sub(r"(?ms)^show = .*?$|^\[(environment|files)\].*?(?=^\[|\Z)", "", toml.read_text())
     toml.write_text(old)
-    for verb in ("report", "view"):
-        assert "--project FILE.py" in refusal(verb, "run")
-    answer("report", "run", *OWN)
+    commands = [re.findall("upweight (report .*)", refusal(verb, "run")) for verb in VIEWS]
+    assert commands[0] == commands[1] and len(commands[0]) == 1
+    answer(*shlex.split(commands[0][0]))
     project = (tmp_path / "project.py").read_text()
     os.remove("project.py")
     assert answer("report", "run")["bytes"] > 10_000
@@ -373,6 +398,10 @@ def test_what_no_page_can_show_is_attributed_all_the_same(made, tmp_path, monkey
     assert "note: what a page shows was not kept in the run: ShapeError" in result.stderr
     assert "holds no such thing" in refusal("report", "run")
     assert "train_texts" in (tmp_path / "run/log.txt").read_text()
+    (tmp_path / "project.py").write_text(PROJECT + "fails = {}\n")  # mended
+    (command,) = re.findall(r"needs the project then: upweight (.*)", result.stderr)
+    answer(*shlex.split(command))
+    answer("report", "run")
 
 
 def test_scores_too_many_for_memory_are_shown_from_the_copy_of_a_view(made, tmp_path, monkeypatch):
@@ -400,8 +429,19 @@ def test_what_is_kept_is_not_written_through_a_link(made, tmp_path, monkeypatch)
     shutil.rmtree("run/shown")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run" / "shown").symlink_to(tmp_path / "elsewhere")
-    assert "a link to another place" in refusal("report", "run", *OWN)
+    for verb in (
+        ["report", "run"],
+        ["report", "run", *OWN],
+        ["view", "run"],
+        attribute(),
+        rerun("run"),
+    ):
+        assert "shown, which is a link" in refusal(*verb)
     assert list((tmp_path / "elsewhere").iterdir()) == []
+    (tmp_path / "run" / "shown").unlink()  # the way out
+    answer("report", "run", *OWN)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert (tmp_path / "run" / "shown" / "shown.json").exists()
 
 
 def test_words_of_a_run_cannot_drive_the_terminal(gift):

@@ -519,4 +519,8 @@ def test_an_unfinished_run_has_no_view(finished):
     (finished / "run/scores/finished.json").unlink()
     next((finished / "run/scores").glob("*.safetensors")).unlink()
     result = call("view", "run")
-    assert result.exit_code == 1 and "finish it: upweight rerun" in result.stderr
+    assert (
+        result.exit_code == 1
+        and "upweight rerun" in result.stderr
+        and "--project project.py" in result.stderr
+    )

@@ -130,7 +130,10 @@ def test_no_predicted_change_is_printed_where_nothing_supports_it(layerwise, ope
         "self_influence": -draw.random(10),
         "metadata": {"half": [0, 1] * 5},
         "train_tokens": [["ab", "cd"]] * 10,
-        "token_scores": lambda q, some: np.ones((len(some), 2)),
+        "token_scores": lambda q, some: (
+            np.ones((len(some), 2)),
+            layerwise.scores.values[q, some].numpy() - 2.0,
+        ),
     }
     layerwise.write()
     page = opened(layerwise.path, "#queries/0")

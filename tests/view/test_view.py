@@ -332,7 +332,7 @@ def test_a_verdict_below_order_and_size_takes_the_sizes(folder, data, browser):
         page.goto(running.address + "#queries/0")
         page.wait_for_selector("#raised .card")
         page.get_by_role("button", name="Show more").first.click()
-        page.wait_for_function("document.querySelectorAll('#raised .card dd').length > 12")
+        page.locator("#raised .card dd").nth(12).wait_for()
         ranks = page.locator("#raised .card dd").all_inner_texts()
         assert ranks == [str(k + 1) for k in range(len(ranks))]
         assert page.locator(".banner").inner_text().startswith("Order only: because.")

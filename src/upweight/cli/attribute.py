@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from upweight.cli.compared import compared
-from upweight.cli.named import named, naming, project_option, to_ask_for
+from upweight.cli.named import named, project_option, to_ask_for
 from upweight.cli.pages import is_kept, keep, loaded, shown_of
 from upweight.cli.project import Project, opened
 from upweight.cli.question import Asked, question_options, relative, reopened, require_same
@@ -84,7 +84,7 @@ def attribute(
         old = run.record if run.has_work else None
         if old is not None:
             require_same(run, old.differences(new), old, project)
-        files = naming(replace(new, show=show or ""), run)
+        files = run.naming(replace(new, show=show or ""))
         to_go_on = shlex.join(["upweight", "rerun", str(shown / "run.toml"), *files])
         did = finished(run, old or new, question, to_go_on, project, show)
     done = answer(run, shown, did, project)
@@ -122,9 +122,10 @@ def rerun(run: Path, projects: tuple[str, ...], out: Path | None) -> Answer:
         return audited(first, run)
     if out is not None and out.absolute().resolve() == first.path.resolve():
         raise click.UsageError("--out is the run itself; name another directory to compare it with")
-    typed = ["upweight", "rerun", str(run), *(("--out", str(out)) if out else ())]
-    code = named(first, projects, (), shlex.join(typed))
-    to_go_on = shlex.join([*typed, *(part for each in projects for part in ("--project", each))])
+    typed, apart = ["upweight", "rerun", str(run)], ["--out", str(out)] if out else []
+    code = named(first, projects, (), shlex.join([*typed, *apart]))
+    files = [part for each in projects for part in ("--project", each)]
+    to_go_on = shlex.join([*typed, *files, *apart])
     if out is None:
         with first.held("upweight rerun"), reopened(first, code) as (project, record, question):
             did = finished(first, record, question, to_go_on, project)
@@ -160,7 +161,7 @@ def audited(run: Run, shown: Path) -> Answer:
     record = run.record
     assert record is not None
     done = answer(run, shown, "nothing")
-    again = shlex.join(["upweight", "rerun", str(shown), *naming(record, run), "--out", "OTHER"])
+    again = shlex.join(["upweight", "rerun", str(shown), *run.naming(record), "--out", "OTHER"])
     lines = [
         done.text,
         "  No code was run: whether these are the scores of that model and those data was not "
@@ -264,9 +265,9 @@ def answer(run: Run, shown: Path, did: str, project: Project | None = None) -> A
         f"  next: upweight report {shlex.quote(str(shown))}",
     ]
     if project is not None:
-        recipe = shlex.join(["evaluate", str(shown), "--recipe", _recipe(project)])
-        again = shlex.join(["rerun", str(shown), *naming(record, run), "--out", f"{shown}-again"])
-        lines += [f"        upweight {recipe}", f"        upweight {again}"]
+        recipe = ["evaluate", str(shown), "--recipe", *_recipe(project, run, record)]
+        again = ["rerun", str(shown), *run.naming(record), "--out", f"{shown}-again"]
+        lines += [f"        upweight {shlex.join(each)}" for each in (recipe, again)]
     return Answer("\n".join(lines), facts)
 
 
@@ -282,12 +283,16 @@ def with_rankings(done: Answer, run: Run, top: int, asked_of: tuple[int, ...]) -
     return Answer("\n".join([done.text, "", *lines]), facts)
 
 
-def _recipe(project: Project) -> str:
-    """The recipe of the user's file, if one is there under its usual name."""
+def _recipe(project: Project, run: Run, record: Record) -> list[str]:
+    """The recipe of the user's file under its usual name, with the other files of the run."""
+    file, name = "FILE.py", "NAME"
     for module in project.modules.values():
         if "recipe" in vars(module) and isinstance(module.__file__, str):
-            return f"{_short(Path(module.__file__))}:recipe"
-    return "FILE.py:NAME"
+            file, name = str(_short(Path(module.__file__))), "recipe"
+            break
+    files = run.naming(record)[1::2]
+    others = [each for each in files if Path(each).absolute() != Path(file).absolute()]
+    return [f"{file}:{name}", *(part for each in others for part in ("--project", each))]
 
 
 def _short(path: Path) -> Path:

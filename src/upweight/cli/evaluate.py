@@ -9,7 +9,7 @@ import click
 import torch
 
 from upweight import report as pages
-from upweight.cli.named import is_reference, named, project_option
+from upweight.cli.named import named, project_option
 from upweight.cli.pages import alone, attached, refreshed
 from upweight.cli.project import Project
 from upweight.cli.question import relative, reopened
@@ -18,7 +18,7 @@ from upweight.cli.spec import parse
 from upweight.errors import SpecError, message
 from upweight.evaluation import LDS, Check, check, check_on
 from upweight.runs.directory import Run
-from upweight.runs.record import Record
+from upweight.runs.record import Record, is_reference
 from upweight.runs.work import kept_fit
 from upweight.task.recipe import Recipe
 from upweight.training.function import FromFunction
@@ -71,10 +71,10 @@ def evaluate(
     place, shown = Run.named(run.absolute()), run
     options = {"--recipe": recipe, "--budget": budget, "--lds": subsets, "--jobs": jobs}
     given = [str(x) for pair in options.items() if pair[1] is not None for x in pair]
-    given += [part for each in projects for part in ("--project", each)]
-    to_go_on = shlex.join(["upweight", "evaluate", str(shown), *given])
-    names = filter(is_reference, [recipe])
-    code = named(place, projects, names, to_go_on)
+    typed = ["upweight", "evaluate", str(shown), *given]
+    code = named(place, projects, filter(is_reference, [recipe]), shlex.join(typed))
+    files = [part for each in projects for part in ("--project", each)]
+    to_go_on = shlex.join([*typed, *files])
     with place.held("upweight evaluate"), reopened(place, code) as (project, _, question):
         scores = attached(place, question)
         how = recipe_of(project, recipe)
@@ -89,7 +89,7 @@ def evaluate(
                 place.log(f"note: {note}")
             place.log(f"{found.verdict}: {found.reason}")
     facts = {"run": str(place.path), **found.summary()}
-    return Answer(f"{found}\n  next: upweight report {shown}", facts)
+    return Answer(f"{found}\n  next: upweight report {shlex.quote(str(shown))}", facts)
 
 
 @click.command()
@@ -132,7 +132,9 @@ def report(run: Path, out: Path | None, show: str | None, projects: tuple[str, .
     if show is None and not projects:
         written = pages.html(place.load(), path=path, **rest | alone(place))
     else:
-        code = named(place, projects, filter(None, [show]), f"upweight report {run}")
+        given = [*(("--out", str(out)) if out else ()), *(("--show", show) if show else ())]
+        typed = ["upweight", "report", str(run), *given]
+        code = named(place, projects, filter(None, [show]), shlex.join(typed))
         with reopened(place, code) as (project, record, question):
             fitted = kept_fit(place, record, question) if place.factors.exists() else None
             extra = refreshed(place, project, record, question, show, lambda: fitted)
@@ -141,7 +143,8 @@ def report(run: Path, out: Path | None, show: str | None, projects: tuple[str, .
     bytes_ = written.stat().st_size
     said = f"{out or run / 'report.html'}: {size(bytes_)}. Open it in a browser."
     if show is None and not projects:
-        said += f"\n  Made of the run alone. What to ask its owner for: upweight rerun {run}"
+        again = shlex.join(["upweight", "rerun", str(run)])
+        said += f"\n  Made of the run alone. What to ask its owner for: {again}"
     return Answer(said, {"run": str(place.path), "report": str(written), "bytes": bytes_})
 
 

@@ -6,7 +6,6 @@ where the run says that the file lies is never followed.
 """
 
 import hashlib
-import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,22 +43,6 @@ def project_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
-def is_reference(text: str) -> bool:
-    """Whether a text names an object of the user's: specs have no colon outside of quotes."""
-    source, colon, name = text.rpartition(":")
-    return bool(colon) and name.isidentifier() and not set(source) & set("()'\"")
-
-
-def sources_of(record: Record) -> dict[str, list[str]]:
-    """The files and modules that run.toml names, each with the objects in it."""
-    found: dict[str, list[str]] = {}
-    others = filter(is_reference, (record.method, record.measure, record.show))
-    for text in (record.task, record.train, record.queries, *others):
-        source, _, name = text.rpartition(":")
-        found.setdefault(source, []).append(name)
-    return found
-
-
 def named(run: Run, projects: Iterable[str], references: Iterable[str], command: str) -> Named:
     """Take the code of a run from the files that the user named.
 
@@ -78,7 +61,7 @@ def named(run: Run, projects: Iterable[str], references: Iterable[str], command:
     given = [*map(_absolute, projects), *own.values()]
     paths = {Path(each).resolve(): Path(each) for each in given if Path(each).is_absolute()}
     files, folder = dict(own), Path.cwd()
-    asked = sources_of(record)
+    asked = record.asked
     for source in asked:
         called = Path(source).name
         fitting = [path for path in paths.values() if path.name == called]
@@ -107,13 +90,6 @@ def _absolute(source: str) -> str:
     return str(path.absolute()) if path.suffix == ".py" or path.is_file() else source
 
 
-def naming(record: Record, run: Run) -> list[str]:
-    """The options that name the project of a run, as seen from the current folder."""
-    return [
-        part for source in sources_of(record) for part in ("--project", _place(run, record, source))
-    ]
-
-
 def to_ask_for(record: Record) -> list[str]:
     """What somebody who has the run alone needs of its owner, a line each."""
     files = {
@@ -124,18 +100,6 @@ def to_ask_for(record: Record) -> list[str]:
     made = record.environment or record.versions
     with_ = ", ".join(f"{name} {version}" for name, version in made.items())
     return [*lines, f"made with {with_}, {record.threads} threads"]
-
-
-def _place(run: Run, record: Record, source: str) -> str:
-    """Where run.toml says that a file lies, if there is one; it is printed, and not followed."""
-    path = run.path / record.directory / source
-    is_remote = str(path).startswith(("\\\\", "//"))  # of Windows: asking would tell who asks
-    if Path(source).suffix != ".py" or is_remote or not path.is_file():
-        return source
-    try:
-        return os.path.relpath(path.resolve(), Path.cwd())
-    except ValueError:  # another drive
-        return str(path)
 
 
 def _not_named(
@@ -149,7 +113,7 @@ def _not_named(
     objects = [f"{source}:{name}" for source, names in asked.items() for name in names]
     lines = [f"{run.toml}, which asks for {', '.join(objects)}"]
     for source in asked:
-        place = _place(run, record, source)
+        place = run.place_of(record, source)
         known = record.sources.get(Path(source).name)
         lines.append(f"{place}: {_like(Path(place), known)}")
     asked_for = {Path(source).name for source in asked}
@@ -165,14 +129,14 @@ def _not_named(
         cause = "another file, or a run of several files, of which each is to be named."
     else:
         cause = "a run directory is data, which anybody may have written: its names run nothing."
-    options = shlex.join(naming(record, run))
+    options = shlex.join(run.naming(record))
     return message(
         "A run's code runs only where you name its file.",
         "\n    ".join(lines) + ".",
         cause,
         f"if you trust these files: {command} {options}\n"
         "    What you do not have, ask the owner of the run for; `upweight report` and `upweight "
-        "view` need none of it.",
+        "view` of a finished run need none of it.",
     )
 
 

@@ -64,7 +64,7 @@ def keep(run: Run, question: Question, fitted: Any, extra: dict[str, Any]) -> No
     except Exception as error:  # data that no page can show are attributed all the same
         text = f"what a page shows was not kept in the run: {type(error).__name__}: {error}"
         run.log(text)
-        say(f"note: {text}\n  `upweight report` needs the project then, by --project.")
+        say(f"note: {text}\n  A page needs the project then: {run.command('report')}")
         return
     shown.write(run, *found)
 

@@ -106,7 +106,9 @@ class Project:
 
     def _own(self) -> list[str]:
         """The loaded modules that are the user's."""
-        return [name for name in list(sys.modules) if self._folder(name) is not None]
+        tops = {name: name.partition(".")[0] for name in list(sys.modules)}
+        own = {top for top in {*tops.values()} if self._folder(top) is not None}  # each asked once
+        return [name for name, top in tops.items() if top in own]
 
     def _folder(self, name: str) -> Path | None:
         """The user's folder that a module was found in by its name, if it was."""

@@ -14,7 +14,7 @@ from typing import Any
 import click
 import torch
 
-from upweight.cli.named import Named, is_reference
+from upweight.cli.named import Named
 from upweight.cli.project import Project, opened
 from upweight.cli.screen import say
 from upweight.cli.spec import SPECS, parse
@@ -24,7 +24,7 @@ from upweight.methods.layerwise import TOLERANCE
 from upweight.runs.directory import Run
 from upweight.runs.environment import environment
 from upweight.runs.question import Question
-from upweight.runs.record import Record
+from upweight.runs.record import Record, is_reference
 from upweight.scores import library_versions
 from upweight.task.measures import as_measure
 from upweight.task.task import Task
@@ -153,8 +153,9 @@ def require_same(run: Run, differences: list[str], record: Record, project: Proj
                 "\n    ".join([f"{run.path}, where", *changed]),
                 "the same --out for two questions; training that went on, or that starts anew "
                 "without a seed whenever the file is loaded.",
-                "give another --out, or put back what this run was asked of; a file that trains "
-                "should keep the weights, and load them when there are some.",
+                "put back what this run was asked of, or ask anew: `upweight attribute` with "
+                "another --out; a file that trains should keep the weights, and load them when "
+                "there are some.",
             )
         )
     if edited:

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def view(
         if show is None and not projects:
             extra, context = alone(place), None
         else:
-            code = named(place, projects, filter(None, [show]), f"upweight view {run}")
+            typed = ["upweight", "view", str(run), *(("--show", show) if show else ())]
+            code = named(place, projects, filter(None, [show]), shlex.join(typed))
             project, record, question = stack.enter_context(reopened(place, code))
             of = partial(kept_fit, place, record, question)
             fitted = of if place.factors.exists() else (lambda: None)

@@ -6,6 +6,7 @@ new  ──create──►  unfinished  ──work──►  finished          a
 import contextlib
 import hashlib
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -23,7 +24,10 @@ from upweight.scores import Scores
 SCHEMA = 1
 """Of evaluation.json."""
 
-WAY_OUT = "delete that file and evaluate again; the models that were trained are kept."
+WAY_OUT = (
+    "delete that file and evaluate again, if you want it: `upweight evaluate RUN --recipe "
+    "FILE.py:NAME`; the models that were trained are kept."
+)
 
 OWN = {
     "run.toml", "factors", "scores", "shown", "retrained", "evaluation.json", "report.html",
@@ -167,11 +171,33 @@ class Run:
                 message(
                     "This needs a finished run.",
                     f"{self.path}, whose scores are not all there.",
-                    "an attribute that was interrupted.",
-                    f"finish it: upweight rerun {self.toml} --project FILE.py; without the option "
-                    "it says which files.",
+                    "an attribute that was interrupted, or files of scores that were removed.",
+                    f"finish it, if you trust its files: {self.command('rerun')}",
                 )
             )
+
+    def naming(self, record: Record) -> list[str]:
+        """The options that name the project of this run, as seen from the current folder."""
+        return [
+            part for source in record.asked for part in ("--project", self.place_of(record, source))
+        ]
+
+    def place_of(self, record: Record, source: str) -> str:
+        """Where run.toml says that a file lies, if there is one; to print it, not to follow it."""
+        path = self.path / record.directory / source
+        is_remote = str(path).startswith(("\\\\", "//"))  # of Windows: asking would tell who asks
+        if Path(source).suffix != ".py" or is_remote or not path.is_file():
+            return source
+        try:
+            return os.path.relpath(path.resolve(), Path.cwd())
+        except ValueError:  # another drive
+            return str(path)
+
+    def command(self, verb: str) -> str:
+        """A command about this run that names its project."""
+        record = self.record
+        assert record is not None
+        return shlex.join(["upweight", verb, str(self.path), *self.naming(record)])
 
     def evaluations(self) -> dict[str, Any]:
         """What comparisons found, the latest last; empty where there was none."""

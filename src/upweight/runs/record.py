@@ -18,7 +18,8 @@ from upweight.runtime.whole import write_whole
 SCHEMA = 1
 
 WAY_OUT = (
-    "correct the file, or take it from a copy of the run; or start a new run with another --out."
+    "correct the file, or take it from a copy of the run; or start a new run: `upweight attribute` "
+    "with another --out."
 )
 
 
@@ -60,6 +61,16 @@ class Record:
     environment: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     show: str = ""
+
+    @property
+    def asked(self) -> dict[str, list[str]]:
+        """The files and modules that it names, each with the objects in it."""
+        found: dict[str, list[str]] = {}
+        others = filter(is_reference, (self.method, self.measure, self.show))
+        for text in (self.task, self.train, self.queries, *others):
+            source, _, name = text.rpartition(":")
+            found.setdefault(source, []).append(name)
+        return found
 
     def write(self, path: Path) -> None:
         """Whole or not at all.
@@ -116,6 +127,12 @@ class Record:
             for name, words in CONTENTS.items()
             if name not in but and self.fingerprints.get(name) != fingerprints[name]
         ]
+
+
+def is_reference(text: str) -> bool:
+    """Whether a text names an object of the user's: specs have no colon outside of quotes."""
+    source, colon, name = text.rpartition(":")
+    return bool(colon) and name.isidentifier() and not set(source) & set("()'\"")
 
 
 RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {

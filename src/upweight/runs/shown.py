@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from upweight.errors import StaleStore, message
 from upweight.runs.directory import Run
-from upweight.runtime.whole import write_whole
+from upweight.runtime.whole import make_folder, write_whole
 
 SCHEMA = 1
 
@@ -31,9 +31,7 @@ def write(run: Run, facts: Facts, arrays: Arrays) -> None:
     Raises:
         OSError: The disk is full or not writable.
     """
-    if run.shown.is_symlink():
-        raise _unread(run, f"{run.shown}, a link to another place", "a run that was tampered with.")
-    run.shown.mkdir(exist_ok=True)
+    make_folder(run.shown)
     numbers = safetensors.numpy.save({k: np.ascontiguousarray(x) for k, x in arrays.items()})
     told = {
         "schema": SCHEMA,
@@ -86,7 +84,7 @@ def _unread(run: Run, given: str, cause: str) -> StaleStore:
             "A page of a run alone is made of what attribute kept to show.",
             f"{given}.",
             cause,
-            "name the project, whose code then runs; what it shows is kept for the next time: "
-            f"upweight report {run.path} --project FILE.py",
+            "name the project, if you trust it: its code then runs, and what it shows is kept for "
+            f"the next time: {run.command('report')}",
         )
     )

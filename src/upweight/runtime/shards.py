@@ -34,7 +34,8 @@ SCHEMA = 2
 
 NAME = re.compile(r"scores-(\d{10,19})-(\d{10,19})-(\d{10,19})-(\d{10,19})\.safetensors")
 
-AGAIN = "the same write(…), or `upweight rerun` of its run"
+RERUN = "of a run `upweight rerun RUN --project FILE.py`"
+AGAIN = f"the same write(…), or {RERUN}"
 
 
 @dataclass(frozen=True)
