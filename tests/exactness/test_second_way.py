@@ -19,6 +19,7 @@ from tests.laws.subjects import assert_same
 from tests.market import draw, initialized, labels, names, problem
 from tests.reference import dense
 from upweight.errors import UnsupportedModel
+from upweight.methods import remainder
 from upweight.task.data import as_data
 
 pytestmark = [
@@ -514,6 +515,21 @@ def test_everything_else_goes_the_second_way_too():
     there = dense.Replica(strong, train, theta)
     value = torch.stack([there.loss(i) for i in range(N)]).mean() + there.penalty()
     assert float(there.gradient(value).norm()) < 1e-9
+
+
+def test_what_a_removal_misses_is_told_by_gradients_of_loops(monkeypatch):
+    monkeypatch.setattr(remainder, "LIMIT", -1.0)
+    task, train = built("packed_in_forward")
+    fitted = uw.Influence(uw.GGN(), uw.Cholesky(), damping=0.5).fit(task, train)
+    (note,) = [n for n in fitted.removal(train, groups=[[1, 3]]).provenance.notes if "1+3" in n]
+    H = dense.ggn(task, train) + 0.5 * torch.eye(task.layout.size).double()
+    g = dense.gradients(task, train)
+    step, gone = task.layout.flatten(fitted.removal_step([1, 3])), (g[1] + g[3]) / N
+    there = dense.Replica(task, train, task.theta() + step)
+    after = sum(there.gradient(there.loss(i)) for i in (0, 2, 4)) / N
+    left = after - g.mean(dim=0) + 0.5 * step
+    length = [(v @ torch.linalg.solve(H, v)).sqrt() for v in (left, gone)]
+    assert f"1+3 ({float(length[0] / length[1]):.2g})" in note
 
 
 @pytest.mark.parametrize("name", ["packed_batches", "dataclasses_of_tensors", "string_ids"])
