@@ -517,6 +517,28 @@ def test_everything_else_goes_the_second_way_too():
     assert float(there.gradient(value).norm()) < 1e-9
 
 
+@pytest.mark.parametrize("name", ["data_in_forward", "old_function"])
+def test_a_change_of_an_input_is_that_of_gradients_of_loops(name):
+    task, (x, y) = built(name)
+    fitted = uw.Influence(uw.GGN(), uw.Cholesky(), damping=0.5).fit(task, (x, y))
+    direction, eps, slopes = draw(torch.Generator().manual_seed(2), 3), 1e-5, []
+    for sign in (1, -1):
+        moved = x.clone()
+        moved[0] += sign * eps * direction
+        slopes.append(dense.gradients(task, (moved[:1], y[:1]))[0])
+    H = dense.ggn(task, (x, y)) + 0.5 * torch.eye(task.layout.size).double()
+    change = -torch.linalg.solve(H, (slopes[0] - slopes[1]) / (2 * eps)) / N
+    found = fitted.input_influence(0, (x[:2], y[:2])) @ direction
+    assert_same(found, dense.gradients(task, (x[:2], y[:2])) @ change, 1e-8)
+
+
+def test_a_change_of_an_input_through_what_is_differentiated_once_is_refused():
+    task, train = built("once_differentiable")
+    fitted = uw.Influence(uw.GGN(), damping=0.5).fit(task, train)
+    with pytest.raises(UnsupportedModel, match="once_differentiable"):
+        fitted.input_influence(0, train)
+
+
 def test_what_a_removal_misses_is_told_by_gradients_of_loops(monkeypatch):
     monkeypatch.setattr(remainder, "LIMIT", -1.0)
     task, train = built("packed_in_forward")

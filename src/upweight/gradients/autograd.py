@@ -82,14 +82,19 @@ def hessian_products(
 
 
 def is_cut(task: Task, function: Callable[[Params], Tensor]) -> bool:
-    """Whether the gradient lacks the graph of an autograd function marked once_differentiable.
-
-    PyTorch then leaves its part out of a second derivative without a word.
-    """
+    """Whether ∇F lacks a part of its graph, as `lacks_graph` tells."""
     params = _leaves(task)
     with torch.enable_grad():
         total = function(params).sum()
         gradient = _pulled_back(task, params, total, None, create_graph=True)
+    return lacks_graph(gradient)
+
+
+def lacks_graph(gradient: Tensor) -> bool:
+    """Whether a gradient went through an autograd function marked once_differentiable.
+
+    PyTorch then leaves its part out of a second derivative without a word.
+    """
     seen: set[Any] = set()
     left = [gradient.grad_fn]
     while left:
