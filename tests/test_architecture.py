@@ -61,6 +61,7 @@ BANNED_PREFIXES = ("compute_", "get_", "calc_")
 TEXT = {".css", ".html", ".js", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
 HOMES = re.compile(r"""(?<![\w.~/<>*-])(/(work|root|home|Users|mnt|opt)/|[A-Z]:\\Users\\)""")
 
+
 def targets(node):
     """Modules that one import statement names; `from a import b` may mean a or a.b."""
     if isinstance(node, ast.Import):
