@@ -106,10 +106,7 @@ class Project:
 
     def _own(self) -> list[str]:
         """The loaded modules that are the user's."""
-        names = list(sys.modules)
-        tops = {name.partition(".")[0] for name in names}
-        own = {top for top in tops if self._folder(top) is not None}
-        return [name for name in names if name.partition(".")[0] in own]
+        return [name for name in list(sys.modules) if self._folder(name) is not None]
 
     def _folder(self, name: str) -> Path | None:
         """The user's folder that a module was found in by its name, if it was."""
