@@ -1,6 +1,7 @@
 """The house rules that a machine can check: imports, names, exports, and what files may mention."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -60,8 +61,6 @@ BANNED_PREFIXES = ("compute_", "get_", "calc_")
 TEXT = {".css", ".html", ".js", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
 HOMES = re.compile(r"""(?<![\w.~/<>*-])(/(work|root|home|Users|mnt|opt)/|[A-Z]:\\Users\\)""")
 
-each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-
 
 def targets(node):
     """Modules that one import statement names; `from a import b` may mean a or a.b."""
@@ -73,14 +72,20 @@ def targets(node):
     return []
 
 
+@functools.cache
+def tree(path):
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imported(path):
     """Modules that a file imports, anywhere in it."""
-    return {name for node in ast.walk(ast.parse(path.read_text())) for name in targets(node)}
+    return {name for node in ast.walk(tree(path)) for name in targets(node)}
 
 
 def imported_when_loaded(path):
     """Modules that importing the file imports: not in a function, nor for type checkers only."""
-    names, nodes = set(), [ast.parse(path.read_text())]
+    names, nodes = set(), [tree(path)]
     while nodes:
         node = nodes.pop()
         names.update(targets(node))
@@ -103,43 +108,62 @@ def room(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-@each_file
-def test_imports_go_one_way(path):
-    here = room(path)
-    if here == "__init__":
-        return
-    assert here in MAY_IMPORT or here in LEAVES, f"{here} has no place in the import law"
-    allowed = MAY_IMPORT[here] if here in MAY_IMPORT else set(MAY_IMPORT)
-    rooms = {name.split(".")[1] for name in within(imported(path), {"upweight"}) if "." in name}
-    wrong = rooms - allowed - {here}
-    # `from upweight import __version__` is the package's own; anything else there hides a folder.
-    assert not wrong - {"__version__"}, f"{here} imports {sorted(wrong)}"
+def offenders(rule):
+    """What `rule` finds wrong, by file: one test asks all files."""
+    assert FILES
+    found = {str(path.relative_to(PACKAGE)): rule(path) for path in FILES}
+    return {path: wrong for path, wrong in found.items() if wrong}
 
 
-@each_file
-def test_mathematics_touches_no_files_and_no_network(path):
-    if room(path) in MATHS:
-        assert not within(imported(path), NOT_IN_MATHS)
+def test_imports_go_one_way():
+    def wrong(path):
+        here = room(path)
+        if here == "__init__":
+            return set()
+        if here not in MAY_IMPORT and here not in LEAVES:
+            return {f"{here} has no place in the import law"}
+        allowed = MAY_IMPORT[here] if here in MAY_IMPORT else set(MAY_IMPORT)
+        rooms = {name.split(".")[1] for name in within(imported(path), {"upweight"}) if "." in name}
+        # `from upweight import __version__` is the package's own; anything else hides a folder.
+        return rooms - allowed - {here, "__version__"}
+
+    assert offenders(wrong) == {}
 
 
-@each_file
-def test_optional_packages_are_imported_where_they_belong(path):
-    if room(path) != "adapters":
-        assert not within(imported(path), ONLY_IN_ADAPTERS)
-        assert not within(imported_when_loaded(path), ONLY_WHEN_CALLED)
+def test_mathematics_touches_no_files_and_no_network():
+    def wrong(path):
+        return within(imported(path), NOT_IN_MATHS) if room(path) in MATHS else set()
+
+    assert offenders(wrong) == {}
 
 
-@each_file
-def test_files_have_a_subject(path):
-    parts = {part.removesuffix(".py") for part in path.relative_to(PACKAGE).parts}
-    assert not parts & BANNED_NAMES
+def test_optional_packages_are_imported_where_they_belong():
+    def wrong(path):
+        if room(path) == "adapters":
+            return set()
+        loaded = within(imported_when_loaded(path), ONLY_WHEN_CALLED)
+        return within(imported(path), ONLY_IN_ADAPTERS) | loaded
+
+    assert offenders(wrong) == {}
 
 
-@each_file
-def test_functions_are_named_by_what_they_return(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert not node.name.lstrip("_").startswith(BANNED_PREFIXES), node.name
+def test_files_have_a_subject():
+    def wrong(path):
+        return BANNED_NAMES & {part.removesuffix(".py") for part in path.relative_to(PACKAGE).parts}
+
+    assert offenders(wrong) == {}
+
+
+def test_functions_are_named_by_what_they_return():
+    def wrong(path):
+        return {
+            node.name
+            for node in ast.walk(tree(path))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and node.name.lstrip("_").startswith(BANNED_PREFIXES)
+        }
+
+    assert offenders(wrong) == {}
 
 
 def test_exports_are_what_the_package_imports_and_each_resolves():

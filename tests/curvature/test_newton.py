@@ -99,7 +99,7 @@ def test_linear_and_general_objectives_agree(name):
     data = as_data(p.train)
     fast = weighted_objective(p.task, data)
     assert isinstance(fast, LinearObjective)
-    slow = GeneralObjective(p.task, data.batch(0, len(data)), len(data))
+    slow = GeneralObjective(p.task, ((range(len(data)), data.batch(0, len(data))),), len(data))
     w = weights_like(len(data))
     g = torch.Generator().manual_seed(3)
     theta = torch.randn(len(w), p.task.layout.size, generator=g, dtype=torch.float64)

@@ -19,6 +19,7 @@ from tests.laws.subjects import assert_same
 from tests.market import draw, initialized, labels, names, problem
 from tests.reference import dense
 from upweight.errors import UnsupportedModel
+from upweight.methods import remainder
 from upweight.task.data import as_data
 
 pytestmark = [
@@ -514,6 +515,43 @@ def test_everything_else_goes_the_second_way_too():
     there = dense.Replica(strong, train, theta)
     value = torch.stack([there.loss(i) for i in range(N)]).mean() + there.penalty()
     assert float(there.gradient(value).norm()) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["data_in_forward", "old_function"])
+def test_a_change_of_an_input_is_that_of_gradients_of_loops(name):
+    task, (x, y) = built(name)
+    fitted = uw.Influence(uw.GGN(), uw.Cholesky(), damping=0.5).fit(task, (x, y))
+    direction, eps, slopes = draw(torch.Generator().manual_seed(2), 3), 1e-5, []
+    for sign in (1, -1):
+        moved = x.clone()
+        moved[0] += sign * eps * direction
+        slopes.append(dense.gradients(task, (moved[:1], y[:1]))[0])
+    H = dense.ggn(task, (x, y)) + 0.5 * torch.eye(task.layout.size).double()
+    change = -torch.linalg.solve(H, (slopes[0] - slopes[1]) / (2 * eps)) / N
+    found = fitted.input_influence(0, (x[:2], y[:2])) @ direction
+    assert_same(found, dense.gradients(task, (x[:2], y[:2])) @ change, 1e-8)
+
+
+def test_a_change_of_an_input_through_what_is_differentiated_once_is_refused():
+    task, train = built("once_differentiable")
+    fitted = uw.Influence(uw.GGN(), damping=0.5).fit(task, train)
+    with pytest.raises(UnsupportedModel, match="once_differentiable"):
+        fitted.input_influence(0, train)
+
+
+def test_what_a_removal_misses_is_told_by_gradients_of_loops(monkeypatch):
+    monkeypatch.setattr(remainder, "LIMIT", -1.0)
+    task, train = built("packed_in_forward")
+    fitted = uw.Influence(uw.GGN(), uw.Cholesky(), damping=0.5).fit(task, train)
+    (note,) = [n for n in fitted.removal(train, groups=[[1, 3]]).provenance.notes if "1+3" in n]
+    H = dense.ggn(task, train) + 0.5 * torch.eye(task.layout.size).double()
+    g = dense.gradients(task, train)
+    step, gone = task.layout.flatten(fitted.removal_step([1, 3])), (g[1] + g[3]) / N
+    there = dense.Replica(task, train, task.theta() + step)
+    after = sum(there.gradient(there.loss(i)) for i in (0, 2, 4)) / N
+    left = after - g.mean(dim=0) + 0.5 * step
+    length = [(v @ torch.linalg.solve(H, v)).sqrt() for v in (left, gone)]
+    assert f"1+3 ({float(length[0] / length[1]):.2g})" in note
 
 
 @pytest.mark.parametrize("name", ["packed_batches", "dataclasses_of_tensors", "string_ids"])

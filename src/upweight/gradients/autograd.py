@@ -83,14 +83,19 @@ def hessian_products(
 
 
 def is_cut(task: Task, function: Callable[[Params], Tensor]) -> bool:
-    """Whether the gradient lacks the graph of an autograd function marked once_differentiable.
-
-    PyTorch then leaves its part out of a second derivative without a word.
-    """
+    """Whether ∇F lacks a part of its graph, as `lacks_graph` tells."""
     params = _leaves(task)
     with torch.enable_grad():
         total = function(params).sum()
         gradient = _pulled_back(task, params, total, None, create_graph=True)
+    return lacks_graph(gradient)
+
+
+def lacks_graph(gradient: Tensor) -> bool:
+    """Whether a gradient went through an autograd function marked once_differentiable.
+
+    PyTorch then leaves its part out of a second derivative without a word.
+    """
     seen: set[Any] = set()
     left = [gradient.grad_fn]
     while left:
@@ -131,17 +136,20 @@ def gauss_newton_products(
     return torch.stack(rows)
 
 
-def total_gradient(task: Task, function: Callable[[Params], Tensor]) -> Float[Tensor, " p"]:
-    """∇F, F the sum of what the function returns."""
-    params = _leaves(task)
+def total_gradient(
+    task: Task, function: Callable[[Params], Tensor], theta: Float[Tensor, " p"] | None = None
+) -> Float[Tensor, " p"]:
+    """∇F at θ, or at θ̂; F the sum of what the function returns."""
+    params = _leaves(task, theta)
     with torch.enable_grad():
         total = function(params).sum()
     return _pulled_back(task, params, total, None)
 
 
-def _leaves(task: Task) -> dict[str, Tensor]:
+def _leaves(task: Task, theta: Float[Tensor, " p"] | None = None) -> dict[str, Tensor]:
     # One leaf per parameter: a sparse gradient cannot go back through a slice of θ.
-    return {k: v.clone().requires_grad_() for k, v in task.named(task.theta()).items()}
+    named = task.named(task.theta() if theta is None else theta)
+    return {k: v.clone().requires_grad_() for k, v in named.items()}
 
 
 def _pulled_back(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.errors import DataError, DtypeError, ShapeError, UnsupportedModel, message
-from upweight.gradients.autograd import attempted, first_line
+from upweight.gradients.autograd import attempted, first_line, lacks_graph
 from upweight.gradients.functional import as_dense
 from upweight.task.arrays import TARGET_KEYS
 from upweight.task.task import Task
@@ -37,6 +37,7 @@ def gradient_products_by_input(
     Raises:
         DtypeError: That input is not floating point, so it has no derivative.
         ShapeError: There is no such input.
+        UnsupportedModel: An operation has no second derivative.
     """
     named: list[Any] = []  # parts of other batches have neither a place nor a name here
     if isinstance(example, dict | tuple):
@@ -68,6 +69,7 @@ def gradient_products_by_input(
         gradient = torch.func.grad(lambda t: task.losses(t, batch)[0])(theta)
         return gradient @ v
 
+    # Unlike autograd it follows x through `.data`, whose value moves with x.
     rows = torch.func.vmap(torch.func.grad(product), in_dims=(None, 0), chunk_size=16)
     found, _ = attempted(lambda: rows(x, vectors)[:, 0])
     return _by_double_backward(task, vectors, example, key, x) if found is None else found
@@ -85,6 +87,10 @@ def _by_double_backward(
             loss, list(params.values()), create_graph=True, materialize_grads=True
         )
         gradient = task.layout.flatten({k: as_dense(g) for k, g in zip(params, parts, strict=True)})
+    if lacks_graph(gradient):
+        raise UnsupportedModel(
+            _no_second_derivative("A function is marked once_differentiable, so PyTorch omits it.")
+        )
     rows = []
     try:
         for v in vectors:
@@ -93,16 +99,19 @@ def _by_double_backward(
             )
             rows.append(row[0])
     except RuntimeError as error:
-        raise UnsupportedModel(
-            message(
-                "A change of an input needs second derivatives of every operation.",
-                f"a model without them. PyTorch says: {first_line(error)}",
-                "an operation whose backward pass PyTorch cannot differentiate.",
-                "replace the operation by its formula, or compare scores of the two inputs as "
-                "training examples.",
-            )
-        ) from error
+        why = f"PyTorch says: {first_line(error)}"
+        raise UnsupportedModel(_no_second_derivative(why)) from error
     return torch.stack(rows)
+
+
+def _no_second_derivative(why: str) -> str:
+    return message(
+        "A change of an input needs second derivatives of every operation.",
+        f"a model without them. {why}",
+        "an operation whose backward pass PyTorch cannot differentiate.",
+        "replace the operation by its formula, or compare scores of the two inputs as training "
+        "examples.",
+    )
 
 
 def relabeled(example: Batch, label: object) -> Batch:

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight._typing import Batch
+from upweight._typing import Batch, Params
+from upweight.gradients.autograd import total_gradient
 from upweight.gradients.source import FactoredLinear
 from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
@@ -128,7 +129,7 @@ def _linear_gradients(
             kept[place.get(i, []), i - start] = 0.0
         for k, matrix in enumerate(matrices):
             moved = outputs + (z @ matrix.T).reshape(outputs.shape)
-            slope = task.loss.gradient(moved, targets).reshape(len(z), -1)
+            slope = task.output_gradient(moved, targets).reshape(len(z), -1)
             totals[k] += (kept[k, :, None] * slope).T @ z
     theta = task.theta()
     penalties = [task.penalty.gradient(theta + step, task.layout) for step in steps]
@@ -138,16 +139,16 @@ def _linear_gradients(
 def _gradient(
     task: Task, train: Data, theta: Float[Tensor, " p"], gone: list[int]
 ) -> Float[Tensor, " p"]:
-    """∇J₋U(θ), a batch at a time."""
+    """∇J₋U(θ), a batch at a time, by autograd: it runs every model that was trained."""
     weights, total = theta.new_ones(len(train)), torch.zeros_like(theta)
     weights[gone] = 0.0
     for start, stop, batch in train.batches(batch_size(task.layout.size, theta.itemsize)):
         some, w = task.to_device(batch), weights[start:stop]
 
-        def loss(t: Tensor, some: Batch = some, w: Tensor = w) -> Tensor:
-            return (w * task.losses(t, some)).sum()
+        def kept(params: Params, some: Batch = some, w: Tensor = w) -> Tensor:
+            return w * task.losses(params, some)
 
-        total += torch.func.grad(loss)(theta)
+        total += total_gradient(task, kept, theta)
     return total / len(train) + task.penalty.gradient(theta, task.layout)
 
 
