@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import upweight as uw
 from upweight import (
     GGN,
     L2,
@@ -211,7 +212,7 @@ def test_the_remainder_is_the_next_step_over_this_one() -> None:
     expected = ((left @ H.inverse() @ left) / (gone @ H.inverse() @ gone)).sqrt()
     found = remainder.remainders(left[None], gone[None], lambda v: v @ H.inverse())
     torch.testing.assert_close(found, expected[None], rtol=1e-8, atol=0.0)
-    note = remainder.missed(fitted, [[example]], step[None])
+    note = remainder.missed(fitted, [[example]], step[None], 1)
     assert (note != []) is bool(expected > remainder.LIMIT)
 
 
@@ -248,3 +249,36 @@ def test_an_example_without_a_gradient_is_removed_without_a_word() -> None:
         warnings.simplefilter("error")
         step = Influence(Hessian()).fit(task, (X, y)).removal_step([3])
     assert not any(bool(part.any()) for part in step.values())
+
+
+def test_a_measurement_that_is_not_linear_over_the_step_is_noted() -> None:
+    """Least squares is quadratic, so Δθ is exact; the loss of a query is not linear in it."""
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 1, generator=g)
+    X[0] = 6.0
+    y = X + 0.3 * torch.randn(40, 1, generator=g)
+    y[0] = -4.0
+
+    def fit(first: int) -> nn.Linear:
+        A = torch.cat([X, torch.ones(40, 1)], dim=1)[first:]
+        theta = torch.linalg.lstsq(A, y[first:]).solution
+        model = nn.Linear(1, 1)
+        model.weight.data, model.bias.data = theta[:1].T.clone(), theta[1].clone()
+        return model
+
+    task, queries = uw.Task(fit(0), uw.SquaredError()), (X[1:6], y[1:6])
+    fitted = uw.Influence(uw.Hessian(), uw.Cholesky()).fit(task, (X, y))
+    with pytest.warns(AssumptionWarning, match=r"Loss\(\) is not linear over the step"):
+        found = fitted.removal(queries, groups=[0])
+    assert any("not linear over the step" in note for note in found.provenance.notes)
+    # What the note measures is the refit, which is what it offers.
+    theta = task.theta() + torch.cat([s.flatten() for s in fitted.removal_step([0]).values()])
+    moved = task.losses(theta, queries) - task.losses(task.theta(), queries)
+    refit = (
+        0.5 * (fit(1)(queries[0]) - queries[1]).square()
+        - 0.5 * (fit(0)(queries[0]) - queries[1]).square()
+    )
+    torch.testing.assert_close(moved, refit[:, 0].detach(), rtol=1e-9, atol=1e-12)
+    assert float((found.values[:, 0] - moved).norm() / moved.norm()) > remainder.LIMIT
+    linear = fitted.removal(queries, uw.Logit(0), groups=[0])
+    assert not any("removal" in note for note in linear.provenance.notes)

@@ -152,3 +152,99 @@ def test_losses_of_other_heads_agree(loss):
     }[loss]
     task = uw.Task(Head().double().eval(), ours)
     uw.Influence(uw.GGN(), damping=1.0).fit(task, {"x": x, "labels": y})
+
+
+# -- wrapped, under another return, another loss, another form of the data -------------------------
+
+
+class AnyArguments(nn.Module):
+    """Passes on whatever it is given."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+class Compiled(AnyArguments):
+    """As torch.compile keeps the model."""
+
+    def __init__(self, inner):
+        nn.Module.__init__(self)
+        self._orig_mod = inner
+
+    def forward(self, *args, **kwargs):
+        return self._orig_mod(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, Compiled])
+def test_what_wraps_a_causal_model_is_seen_through(wrap):
+    found = scores(wrap(TinyForCausalLM()))
+    assert torch.equal(found, scores(Shifting(), forward=by_hand))
+
+
+def test_a_wrapper_that_names_no_arguments_is_asked_for_its_loss():
+    with pytest.raises(SpecError, match="moved by one position"):
+        scores(AnyArguments(TinyForCausalLM()))
+    found = scores(AnyArguments(TinyForCausalLM()), forward=uw.next_token)
+    assert torch.equal(found, scores(Shifting(), forward=by_hand))
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [lambda o: (o.loss, o.logits), lambda o: (o.logits, o.loss), lambda o: o.loss],
+    ids=["loss first", "loss last", "loss alone"],
+)
+def test_a_loss_is_recognized_among_what_is_returned(returned):
+    class Returns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Shifting()
+
+        def forward(self, input_ids, labels=None):
+            out = self.inner(input_ids, labels)
+            return out.logits if labels is None else returned(out)
+
+    with pytest.raises(SpecError, match="moved by one position"):
+        scores(Returns())
+
+
+def test_a_loss_of_the_users_is_refused_where_only_the_shift_is_missing():
+    def summed(outputs, targets):
+        return F.cross_entropy(outputs.transpose(1, 2), targets, reduction="none").sum(dim=1)
+
+    def fit(loss, forward=None):
+        task = uw.Task(Shifting().double().eval(), loss, forward=forward)
+        return uw.Influence(uw.GGN(), damping=1.0).fit(task, DATA)
+
+    with pytest.raises(SpecError, match=r"forward=uw\.next_token"):
+        fit(summed)
+    fit(summed, uw.next_token)
+    # A scale, or which positions count, is theirs to choose.
+    fit(lambda o, y: 3 * F.cross_entropy(o[:, 0], y[:, 1], reduction="none"))
+
+
+def test_targets_that_are_the_inputs():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Shifting()
+
+        def forward(self, ids):
+            return self.inner(ids).logits
+
+    class BareForCausalLM(Bare):
+        pass
+
+    def fit(model, forward=None):
+        task = uw.Task(model.double().eval(), uw.CrossEntropy(), forward=forward)
+        return uw.Influence(uw.EKFAC(), damping=1.0).fit(task, (IDS, IDS))
+
+    with pytest.raises(SpecError, match=r"token that follows(.|\n)*next_token"):
+        fit(BareForCausalLM())
+    fit(BareForCausalLM(), uw.next_token)
+    with pytest.warns(UserWarning, match="targets that are the inputs themselves"):
+        fitted = fit(Bare())
+    assert any("targets that are the inputs" in note for note in fitted.notes)

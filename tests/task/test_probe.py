@@ -450,3 +450,66 @@ def test_queries_that_do_not_reach_a_head_are_noted_and_right(curvature):
     torch.testing.assert_close(one.values, both.values[::2], rtol=1e-9, atol=1e-13)
     assert any("of the queries" in note and "heads.1" in note for note in one.provenance.notes)
     assert not any("of the queries" in note for note in both.provenance.notes)
+
+
+# -- rounding that is no coupling -----------------------------------------------------------------
+
+
+def test_least_squares_in_natural_units_in_float32():
+    """A residual times an output rounds by far more than either; no example sees another."""
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        X = torch.randn(100, 3, generator=g, dtype=torch.float64)
+        noise = 0.3 * torch.randn(100, generator=g, dtype=torch.float64)
+        y = 1e4 * (X @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64) + noise)[:, None]
+        A = torch.cat([X, torch.ones_like(y)], dim=1)
+        theta = torch.linalg.lstsq(A, y).solution
+        model = nn.Linear(3, 1)
+        model.weight.data, model.bias.data = theta[:3].T.clone(), theta[3].clone()
+        task = uw.Task(model.float(), uw.SquaredError())
+        uw.Influence(damping=1e-3).fit(task, (X.float(), y.float()))
+
+
+class Autocast(nn.Module):
+    """Computes in bfloat16 inside of forward, in parameters that no layer holds."""
+
+    def __init__(self, back):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.w = nn.ParameterList(
+            [nn.Parameter(torch.randn(16, 16, generator=g) / 3) for _ in range(20)]
+        )
+        self.out, self.back = nn.Parameter(torch.randn(16, 3, generator=g)), back
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            for w in self.w:
+                x = torch.tanh(x @ w)
+            x = x @ self.out
+        return x.float() if self.back else x
+
+
+@pytest.mark.parametrize("back", [True, False], ids=["cast back", "as it is"])
+def test_autocast_inside_of_forward_rounds(back):
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(37, 16, generator=g), torch.arange(37) % 3
+    for curvature in (uw.EKFAC(), uw.GGN()):
+        task = uw.Task(Autocast(back).float().eval(), uw.CrossEntropy())
+        fitted = uw.Influence(curvature, uw.Auto(), damping=1.0).fit(task, (x.float(), y))
+        assert bool(fitted.attribute((x[:2].float(), y[:2])).values.isfinite().all())
+
+
+@pytest.mark.parametrize("curvature", [uw.GGN(), uw.EKFAC(), uw.Diagonal()])
+def test_missing_values_are_named_as_such(curvature):
+    bad = X.clone()
+    bad[5, 1] = torch.nan
+    with pytest.raises(uw.errors.NonFinite, match=r"example 5 \(loss nan\), whose inputs"):
+        fit(net(), train=(bad, Y), curvature=curvature)
+
+
+def test_lazy_layers_are_named_and_the_way_out_works():
+    model = nn.Sequential(nn.LazyLinear(2))
+    with pytest.raises(uw.errors.UnsupportedModel, match="call the model once"):
+        uw.Task(model, uw.CrossEntropy())
+    model.double()(X)
+    uw.Task(model, uw.CrossEntropy())

@@ -117,7 +117,7 @@ class GaussNewtonTerm(BatchTerm):
 
     def _factors(self) -> tuple[Float[Tensor, "b c p"], Float[Tensor, "b c p"]]:
         j = self.jacobians()
-        return j, j if self.lambdas is None else self.lambdas @ j
+        return j, j if self.lambdas is None else self.lambdas.to(j.dtype) @ j
 
 
 def way(

@@ -25,6 +25,7 @@ from upweight.gradients.layers import Rule, rule_for
 from upweight.gradients.passes import GradientPass, NoBatchingRule, misplaced, roles
 from upweight.task.data import Data
 from upweight.task.lent import lent
+from upweight.task.precision import dtypes_in
 from upweight.task.task import Task
 
 PROBE = 3
@@ -225,6 +226,10 @@ class _Planning:
                 found[s.layer] = (*found.get(s.layer, ()), s.role)
         return found
 
+    def _dtypes(self, batch: Batch) -> set[torch.dtype]:
+        """What the model computes in, autocast inside of forward included."""
+        return dtypes_in(lambda: self.task.call(self.task.theta(), batch))
+
     def _watched(self) -> tuple[tuple[str, ...], list[str]]:
         """Parameters used outside of their layers; layers whose rows are not the examples'."""
         made = self._made()
@@ -232,6 +237,7 @@ class _Planning:
         with Capture(self.task, roles(made), made.repeated) as capture:
             for batch, size in self._probe():
                 values = capture.watch(partial(_checked, self.task, batch=batch), size)
+                self.dtypes |= self._dtypes(batch)
                 calls = capture.backward(values)
                 bypassed |= dict.fromkeys(capture.bypassed)
                 self.dtypes |= {values.dtype, *(c.delta.dtype for c in calls)}

@@ -383,8 +383,9 @@ class FittedInfluence(Checked):
             NonFinite: Without these examples the minimum is not determined (leverage 1).
 
         Exact when: J is quadratic in θ and m linear in it. Otherwise one gradient at θ̂ + Δθ tells
-        whether the step ended at the minimum without the examples; where it did not, Δm may be
-        further off than −S, and the provenance has a note that is also an `AssumptionWarning`. See
+        whether the step ended at the minimum without the examples, and the measurements there tell
+        whether they are linear over the step. Where not, Δm may be further off than −S, and the
+        provenance has a note that is also an `AssumptionWarning`. See
         `upweight.methods.remainder` for which removals are looked at.
         Cost: where the model is linear in θ, c solves per removed example (one inverse for all of
         them); otherwise one factorization per group. For the check, a gradient per removal.
@@ -415,15 +416,14 @@ class FittedInfluence(Checked):
             parts = [linear.together(solution.value, group) for group in every]
             values = torch.stack(parts, dim=1)
         columns = None if named is None else tuple(",".join(map(str, g)) for g in named)
+        at, moves = remainder.looked_at(self, every, steps, lengths)
+        some, count = [every[k] for k in at], len(every)
+        doubts = (
+            *remainder.missed(self, some, moves, count),
+            *remainder.curved(self, data, measure, values[:, at], some, moves, count),
+        )
         return self._scores(
-            values,
-            Unit.DIFFERENCE,
-            data,
-            measure,
-            solution,
-            started,
-            columns,
-            remainder.missed(self, every, steps, lengths),
+            values, Unit.DIFFERENCE, data, measure, solution, started, columns, doubts
         )
 
     def removal_step(self, examples: Sequence[int]) -> Mapping[str, Tensor]:
@@ -435,7 +435,7 @@ class FittedInfluence(Checked):
         group = self._group(list(examples))
         linear = self.linear_removals
         step = self._newton_step(group) if linear is None else linear.step(group)
-        health.warned(remainder.missed(self, [group], step[None]), 3)
+        health.warned(remainder.missed(self, [group], step[None], 1), 3)
         return self.task.layout.unflatten(step)
 
     @property

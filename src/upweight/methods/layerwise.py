@@ -118,10 +118,10 @@ def fit(
         )
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         # Say which example, if it is the data.
+        if isinstance(error, NonFinite) or not isinstance(error, UpweightError):
+            checked_losses(task, data, "training data", probe)
         if isinstance(error, NonFinite):
             require_finite_gradients(task, data)
-        elif not isinstance(error, UpweightError):
-            checked_losses(task, data, "training data", probe)
         raise
     # The first pass has seen them all, unless it had only some of the data or went on from before.
     losses = torch.cat(list(seen.values())) if seen else task.theta()[:0]

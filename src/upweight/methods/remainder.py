@@ -38,37 +38,54 @@ FEWEST = 16
 SHOWN = 5
 
 
-def missed(
+def looked_at(
     fitted: "FittedInfluence",
     groups: Sequence[list[int]],
     steps: Float[Tensor, "e p"] | None = None,
     lengths: Float[Tensor, " e"] | None = None,
-) -> list[str]:
-    """Notes on removals whose step does not end at the minimum.
+) -> tuple[list[int], Float[Tensor, "k p"]]:
+    """Which removals are looked at, the longest first where not all are, and their Δθ.
 
     Args:
         fitted: The method.
         groups: What each removal takes out.
         steps: Δθ of each; None where the model is linear in θ, whose steps are had again.
         lengths: Of the steps, in any unit, where each removes one example from such a model.
-
-    Cost: one gradient of J per removal, for the longest steps of as many as `WORK` allows and of
-    `FEWEST` at least; where f is linear in θ, one pass over the data for all of them.
     """
-    task, train, linear = fitted.task, fitted.train, fitted.linear_removals
-    count, few = len(groups), _looked_at(fitted, len(groups))
-    if lengths is not None and few < count:
-        groups = [groups[k] for k in lengths.topk(few).indices.tolist()]
+    linear, few = fitted.linear_removals, _looked_at(fitted, len(groups))
+    at = list(range(len(groups)))
+    if lengths is not None and few < len(groups):
+        at = lengths.topk(few).indices.tolist()
     if steps is None:
         assert linear is not None
         steps = (
-            torch.stack([linear.step(group) for group in groups])
+            torch.stack([linear.step(groups[k]) for k in at])
             if lengths is None
-            else linear.steps([group[0] for group in groups])
+            else linear.steps([groups[k][0] for k in at])
         )
-    if few < len(groups):
+    if few < len(at):
         chosen = steps.norm(dim=1).topk(few).indices.tolist()
-        groups, steps = [groups[k] for k in chosen], steps[chosen]
+        at, steps = [at[k] for k in chosen], steps[chosen]
+    return at, steps
+
+
+def missed(
+    fitted: "FittedInfluence",
+    groups: Sequence[list[int]],
+    steps: Float[Tensor, "k p"],
+    count: int,
+) -> list[str]:
+    """Notes on removals whose step does not end at the minimum.
+
+    Args:
+        fitted: The method.
+        groups: What each removal that is looked at takes out.
+        steps: Δθ of each.
+        count: How many there are.
+
+    Cost: one gradient of J per removal; where f is linear in θ, one pass over the data for all.
+    """
+    task, train = fitted.task, fitted.train
     if isinstance(fitted.source, FactoredLinear):
         after = _linear_gradients(fitted.source, train, groups, steps)
     else:
@@ -78,7 +95,7 @@ def missed(
                 for step, group in zip(steps, groups, strict=True)
             ]
         )
-    if lengths is not None:  # one example each
+    if all(len(group) == 1 for group in groups):
         some = train.subset([group[0] for group in groups])
         removed = torch.cat(
             [
@@ -94,7 +111,59 @@ def missed(
     ratios = remainders(
         left, fitted.share * removed, lambda v: fitted.solver.solve(fitted.state, v).value
     )
-    return _notes(ratios, groups, count)
+    return _notes(
+        "the Newton step does not end at the minimum without the examples, and Δm may be further "
+        "off than −S. What is left of the gradient there, over what removing takes away",
+        ratios, groups, count,
+    )  # fmt: skip
+
+
+def curved(
+    fitted: "FittedInfluence",
+    queries: Data,
+    measure: Callable[..., Tensor],
+    values: Float[Tensor, "q k"],
+    groups: Sequence[list[int]],
+    steps: Float[Tensor, "k p"],
+    count: int,
+) -> list[str]:
+    """Notes on removals over whose step the measurements are not linear.
+
+    Where Δθ is right, m(θ̂ + Δθ) − m(θ̂) is; ∇mᵀ Δθ is its first order, and of the loss of a query
+    in least squares may have another sign.
+
+    Args:
+        fitted: The method.
+        queries: What was asked of.
+        measure: m.
+        values: ∇m_qᵀ Δθ of each query and removal that is looked at.
+        groups: What each takes out.
+        steps: Δθ of each.
+        count: How many there are.
+
+    Cost: one measurement of all queries per removal, for `FEWEST` at least of the longest steps.
+    """
+    task = fitted.task
+    few = max(FEWEST, WORK // (len(queries) * len(fitted.theta)))
+    at = steps.norm(dim=1).topk(min(few, len(steps))).indices.tolist()
+    size = batch_size(fitted.source.values_per_example, steps.itemsize)
+    moved = values.new_zeros(len(queries), len(at))
+    for start, stop, some in queries.batches(size):
+        batch = task.to_device(some)
+        with torch.no_grad():
+            before = measure(task, task.named(fitted.theta), batch)
+            for column, k in enumerate(at):
+                after = measure(task, task.named(fitted.theta + steps[k]), batch)
+                moved[start:stop, column] = after - before
+    off, whole = (moved - values[:, at]).norm(dim=0), moved.norm(dim=0)
+    # What moves nothing beside the others leaves only rounding.
+    moves = torch.maximum(whole, values[:, at].norm(dim=0))
+    counts = moves > torch.finfo(moves.dtype).eps ** 0.5 * moves.max()
+    return _notes(
+        f"{measure!r} is not linear over the step, and Δm is its first order. How far it is from "
+        "m(θ̂ + Δθ) − m(θ̂), over that",
+        torch.where(counts, off / whole, 0.0), [groups[k] for k in at], count,
+    )  # fmt: skip
 
 
 def _looked_at(fitted: "FittedInfluence", count: int) -> int:
@@ -173,8 +242,10 @@ def remainders(
     return torch.where(finite, ratio, torch.inf)
 
 
-def _notes(ratios: Float[Tensor, " k"], groups: Sequence[Sequence[int]], count: int) -> list[str]:
-    """Which removals the step does not reach, out of `count` of which some were looked at."""
+def _notes(
+    what: str, ratios: Float[Tensor, " k"], groups: Sequence[Sequence[int]], count: int
+) -> list[str]:
+    """Which of the removals that were looked at, out of `count`, are further off than the limit."""
     bad = [int(k) for k in ratios.argsort(descending=True) if not ratios[k] <= LIMIT]
     if not bad:
         return []
@@ -185,8 +256,7 @@ def _notes(ratios: Float[Tensor, " k"], groups: Sequence[Sequence[int]], count: 
     )
     of = f"{len(groups)}" + (f" with the longest steps of {count}" if len(groups) < count else "")
     return [
-        f"removal: for {len(bad)} of {of} the Newton step does not end at the minimum without the "
-        f"examples, and Δm may be further off than −S. What is left of the gradient there, over "
-        f"what removing takes away (limit {LIMIT:g}): {named}{', …' if len(bad) > SHOWN else ''}. "
+        f"removal: for {len(bad)} of {of} {what} (limit {LIMIT:g}): "
+        f"{named}{', …' if len(bad) > SHOWN else ''}. "
         "Refit without these: evaluation.leave_one_out(Newton(), task, train, examples, queries)"
     ]

@@ -311,7 +311,8 @@ def _require_range(name: str, targets: Tensor, valid: Tensor, required: str) -> 
                 f"{name} needs targets {required}.",
                 f"{int((~valid).sum())} targets outside of it, for example {bad}.",
                 "labels counted from 1, a missing-value code, or another loss's label convention.",
-                "recode the targets, or choose the loss that was trained with.",
+                "recode the targets, or choose the loss that was trained with; where a code stands "
+                "for what does not count, CrossEntropy(ignore_index=...) leaves it out.",
             )
         )
 

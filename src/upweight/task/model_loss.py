@@ -6,6 +6,7 @@ that shifts its labels inside is otherwise scored for predicting the token that 
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 from upweight._typing import Batch
 from upweight.errors import SpecError, message
 from upweight.task.arrays import TARGET_KEYS
+from upweight.task.batches import tensors
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, SquaredError
-from upweight.task.task import Task, call_model, next_token
+from upweight.task.task import Task, call_model, next_token, shifts_labels
 
 EXAMPLES = 4
 CLOSE = 1e-2
@@ -44,34 +46,80 @@ def loss_notes(
     Raises:
         SpecError: The model's own loss is another, and nobody said how to call the model.
     """
-    if not isinstance(task.loss, CrossEntropy | SquaredError | Bernoulli):
-        return ()
     found = []
     for i, loss in zip(at[:EXAMPLES], losses.tolist(), strict=False):
         batch = task.to_device(data.batch(i, i + 1))
         own = _own_loss(task, theta, batch)
-        if own is None:
-            return ()
         _, targets = task.call(theta, batch)
         found.append((i, loss, own, _count(task, targets)))
     # A loss of 0, or NaN where every label is ignored, compares with nothing.
-    found = [row for row in found if 0 < row[2] < float("inf")]
+    told = [(i, loss, own, count) for i, loss, own, count in found if own and 0 < own < math.inf]
+    if not told:
+        return _copied_notes(task, theta, data, at)
+    is_ours = isinstance(task.loss, CrossEntropy | SquaredError | Bernoulli)
     halves = 2.0 if isinstance(task.loss, SquaredError) else 1.0
     ways = (
-        [halves * loss / own for _, loss, own, _ in found],
-        [halves * loss / count / own for _, loss, own, count in found],
+        [halves * loss / own for _, loss, own, _ in told],
+        [halves * loss / count / own for _, loss, own, count in told],
     )
     if any(all(abs(ratio - 1) < CLOSE for ratio in ratios) for ratios in ways):
         return ()
-    i, loss, own, count = found[0]
+    i, loss, own, count = told[0]
     seen = (
         f"example {i}: {own:.6g} is {type(task.model).__name__}'s own loss, the task's is "
         f"{loss:.6g}{f' over {count} targets' if count > 1 else ''}"
     )
+    shifted = Task(task.model, task.loss, task.penalty, task.params, next_token)
+    moved = _means(shifted, theta, data, [i for i, *_ in told])
+    owns = [own for _, _, own, _ in told]
+    is_shift = moved is not None and all(
+        abs(mean / own - 1) < CLOSE for mean, own in zip(moved, owns, strict=True)
+    )
+    # A loss of the user's may be scaled as they like; labels that are off by one are no scale.
+    if not is_ours and not is_shift:
+        return ()
     if task.forward is not call_model:
         return (f"the model's own loss is another than the task's ({seen})",)
-    shifted = Task(task.model, task.loss, task.penalty, task.params, next_token)
-    raise SpecError(_unlike(seen, own, _mean(shifted, theta, data, i)))
+    raise SpecError(_unlike(seen, moved[0] if is_shift and moved else None))
+
+
+def _copied_notes(
+    task: Task, theta: Float[Tensor, " p"], data: Data, at: Sequence[int]
+) -> tuple[str, ...]:
+    """A note where the targets of each position are its own input.
+
+    Raises:
+        SpecError: The model is known to predict the next one.
+    """
+    for i in at[:EXAMPLES]:
+        batch = task.to_device(data.batch(i, i + 1))
+        outputs, targets = task.call(theta, batch)
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.ndim < 2:
+            return ()
+        if outputs.shape[:-1] != targets.shape or len(set(targets.flatten().tolist())) < 3:
+            return ()
+        kept = targets.long() != -100
+        same = [
+            x
+            for x in tensors(batch)
+            if x.shape == targets.shape and torch.equal(x[kept].long(), targets[kept].long())
+        ]
+        if len(same) < 2:  # the targets themselves are one
+            return ()
+    given = "targets that are the inputs themselves, position by position"
+    if task.forward is call_model and shifts_labels(task.model):
+        raise SpecError(
+            message(
+                "A causal language model must be scored for the token that follows.",
+                f"{given}, for {type(task.model).__name__}.",
+                "input_ids given as labels, which the model shifts only where it is given them.",
+                "Task(..., forward=uw.next_token).",
+            )
+        )
+    return (
+        f"{given}: a model that predicts the next one is scored for what it has just read; "
+        "forward=uw.next_token holds the outputs at t against the targets at t + 1",
+    )
 
 
 def _own_loss(task: Task, theta: Float[Tensor, " p"], batch: Batch) -> float | None:
@@ -80,7 +128,8 @@ def _own_loss(task: Task, theta: Float[Tensor, " p"], batch: Batch) -> float | N
         return None
     keys = [key for key in TARGET_KEYS if key in batch]
     named = inspect.signature(task.model.forward).parameters
-    if len(keys) != 1 or "labels" not in named:
+    takes = "labels" in named or any(p.kind is p.VAR_KEYWORD for p in named.values())
+    if len(keys) != 1 or not takes:
         return None
     whole = {key: value for key, value in batch.items() if key != keys[0]}
     whole["labels"] = batch[keys[0]]
@@ -92,35 +141,41 @@ def _own_loss(task: Task, theta: Float[Tensor, " p"], batch: Batch) -> float | N
             output, _ = asked.call(theta, whole)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError):
         return None  # a model that wants its labels otherwise says nothing of ours
-    loss = getattr(output, "loss", None)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        return None
-    return float(loss.detach())
+    # As an attribute, or as the one number among what is returned.
+    parts = output if isinstance(output, tuple | list) else (getattr(output, "loss", output),)
+    numbers = [x for x in parts if isinstance(x, Tensor) and x.ndim == 0]
+    return float(numbers[0].detach()) if len(numbers) == 1 else None
 
 
 def _count(task: Task, targets: object) -> int:
     """Over how many targets a mean would be taken."""
     first = next(x for x in tree_leaves(targets) if isinstance(x, Tensor))
-    if isinstance(task.loss, CrossEntropy):
-        if first.is_floating_point():
-            return max(1, first[..., 0].numel())
-        return max(1, int((first.long() != task.loss.ignore_index).sum()))
+    if isinstance(task.loss, CrossEntropy) and first.is_floating_point():
+        return max(1, first[..., 0].numel())
+    if not first.is_floating_point():
+        return max(1, int((first.long() != getattr(task.loss, "ignore_index", -100)).sum()))
     return max(1, first.numel())
 
 
-def _mean(task: Task, theta: Float[Tensor, " p"], data: Data, i: int) -> float | None:
-    """The mean of a task's loss over the targets of an example, if it can be had."""
+def _means(
+    task: Task, theta: Float[Tensor, " p"], data: Data, at: Sequence[int]
+) -> list[float] | None:
+    """The means of a task's loss over the targets of some examples, if they can be had."""
+    found = []
     try:
-        outputs, targets = task.call(theta, task.to_device(data.batch(i, i + 1)))
-        task.loss.check(outputs, targets)
-        return float(task.losses_of(outputs, targets).detach()[0]) / _count(task, targets)
+        for i in at:
+            outputs, targets = task.call(theta, task.to_device(data.batch(i, i + 1)))
+            task.loss.check(outputs, targets)
+            loss = float(task.losses_of(outputs, targets).detach()[0])
+            found.append(loss / _count(task, targets))
     except (RuntimeError, ValueError, IndexError, TypeError):
         return None
+    return found
 
 
-def _unlike(seen: str, own: float, shifted: float | None) -> str:
+def _unlike(seen: str, shifted: float | None) -> str:
     required = "The task's loss must be the one that the model was trained with."
-    if shifted is not None and abs(shifted / own - 1) < CLOSE:
+    if shifted is not None:
         return message(
             required,
             f"{seen}; with labels moved by one position it is {shifted:.6g} per target.",

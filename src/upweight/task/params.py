@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from upweight.errors import DtypeError, ShapeError, UnsupportedModel, message
+from upweight.errors import DtypeError, ShapeError, UnsupportedModel, listed, message
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -65,6 +66,16 @@ class Layout:
                     "a model loaded in mixed precision or partly quantized.",
                     "convert the model (model.float() or model.double()), or choose fewer "
                     'parameters with Task(params="pattern").',
+                )
+            )
+        lazy = [name for name, p in chosen.items() if is_lazy(p)]
+        if lazy:
+            raise UnsupportedModel(
+                message(
+                    "Parameters must have their shapes.",
+                    f"{listed(lazy)}, which the first call of the model gives one.",
+                    "lazy layers of a model that was not called yet.",
+                    "call the model once on a batch, model(x), before making the Task.",
                 )
             )
         devices = {p.device for p in chosen.values()}

@@ -20,6 +20,7 @@ from upweight._typing import Batch
 from upweight.errors import NonDeterministic, ScalarLoss, ShapeError, UpweightError, message
 from upweight.task.batches import mapped, tensors
 from upweight.task.data import Data, Subset
+from upweight.task.precision import coarsest, dtypes_in, size_of
 from upweight.task.task import Task
 
 PROBE_EXAMPLES = 16
@@ -125,7 +126,7 @@ def own_losses(
         def values(t: Tensor, single: Batch = single) -> Tensor:
             return evaluate(t, single)[0]
 
-        moved = _differs(task, theta, loss[0], together[k], losses, partial(_terms, f, y))
+        moved = _differs(task, theta, loss[0], together[k], losses, partial(_terms, task, f, y))
         # A loss may saturate or leave positions out. Outputs for equal inputs are equal throughout;
         # what a model answers where it was padded is its own affair.
         unpadded = _shapes(single) == _shapes(_row(batch, k, len(at)))
@@ -163,7 +164,7 @@ def require_same_losses(
             return task.losses_of(*evaluate(t, batch))[0]
 
         def terms(i: int = i) -> float:
-            return _terms(*evaluate(theta, task.to_device(data.batch(i, i + 1))))
+            return _terms(task, *evaluate(theta, task.to_device(data.batch(i, i + 1))))
 
         if _differs(task, theta, alone, losses[i].to(alone), value, terms):
             raise NonDeterministic(
@@ -232,7 +233,7 @@ def require_own_measurements(
             )
 
         def terms(single: Batch = single) -> float:
-            return _terms(*task.call(theta, single))
+            return _terms(task, *task.call(theta, single))
 
         if _differs(task, theta, alone[0], values[i].to(alone), lambda t: value(t)[0], terms):
             raise NonDeterministic(
@@ -252,7 +253,7 @@ def require_own_measurements(
 
 def _repeats(task: Task, a: Tensor, b: Tensor) -> bool:
     """Whether two evaluations of the same thing agree; some devices add in any order."""
-    return _gap(a, b) <= MARGIN * _eps(task) * _size(a)
+    return _gap(a, b) <= MARGIN * _eps(task) * size_of(a)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
@@ -264,10 +265,6 @@ def _gap(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape or bool((a.isnan() != b.isnan()).any()):
         return math.inf
     return float(torch.where(a == b, 0.0, a - b).nan_to_num(nan=0.0).abs().max())
-
-
-def _size(a: Tensor) -> float:
-    return float(a.double().nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
 def _differs(
@@ -286,11 +283,12 @@ def _differs(
     within the loss, such as two terms as large as the outputs: `terms` is their size.
     """
     gap, eps = _gap(a, b), _eps(task)
-    if gap <= 10 * eps * _size(a):
+    if gap <= 10 * eps * size_of(a):
         return False
     if gap == math.inf:
         return True
-    if gap <= 10 * eps * terms():
+    eps = max(eps, coarsest(dtypes_in(lambda: value(theta))))
+    if gap <= 10 * eps * max(size_of(a), terms()):
         return False
     generator = torch.Generator(device=theta.device).manual_seed(0)
     moved = 0.0
@@ -301,15 +299,23 @@ def _differs(
     return gap > MARGIN * moved
 
 
-def _terms(outputs: Tensor, targets: Any) -> float:
-    """The size of what a loss of one example adds up."""
+def _terms(task: Task, outputs: Tensor, targets: Any) -> float:
+    """The size of what a loss of one example adds up, or of what one output makes of it."""
     positions = max(1, outputs[..., 0].numel() if outputs.ndim > 1 else 1)
     real = [x for x in tensors(targets) if x.is_floating_point()]
-    return positions * max(_size(x) for x in (outputs, *real) if x.numel())
+    terms = positions * max(map(size_of, (outputs, *real)))
+    # By rounding f a loss moves by |∂ℓ/∂f| |f|: in least squares far more than either.
+    with torch.enable_grad():
+        f = outputs.detach().requires_grad_()
+        loss = task.losses_of(f, targets).sum()
+        if loss.requires_grad:
+            (slope,) = torch.autograd.grad(loss, f)
+            terms = max(terms, float((slope * f).detach().double().nan_to_num().abs().sum()))
+    return terms
 
 
 def _eps(task: Task) -> float:
-    """The relative rounding of what the model computes in."""
+    """The relative rounding of parameters, and of what the caller's settings make of it."""
     device = task.layout.device.type
     eps = torch.finfo(task.layout.dtype).eps
     if torch.is_autocast_enabled(device):

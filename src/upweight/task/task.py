@@ -33,7 +33,7 @@ def call_model(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
     A dict for a causal language model of `transformers`, which shifts its labels inside, is taken
     as by `next_token`.
     """
-    shifts = isinstance(batch, dict) and _shifts_labels(model)
+    shifts = isinstance(batch, dict) and shifts_labels(model)
     return (next_token if shifts else _called)(model, batch)
 
 
@@ -47,8 +47,13 @@ def next_token(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
     return outputs[:, :-1], targets[:, 1:]
 
 
-def _shifts_labels(model: nn.Module) -> bool:
+def shifts_labels(model: nn.Module) -> bool:
     """By the names that `transformers` and `peft` give; what they compute is checked as well."""
+    # What wraps a model in parallel or compiles it calls it as it is.
+    for name in ("module", "_orig_mod"):
+        inner = model._modules.get(name)
+        if inner is not None and len(model._modules) == 1:
+            return shifts_labels(inner)
     names = [kind.__name__ for kind in type(model).__mro__]
     return any(
         name.endswith(("ForCausalLM", "LMHeadModel")) and not name.endswith("WithLMHeadModel")
