@@ -11,6 +11,7 @@ from upweight.report.health import health
 from upweight.report.notation import count, interval, readable
 from upweight.report.strongest import effects, require_scores, strongest
 from upweight.report.trust import trust
+from upweight.runtime.selection import row_of
 from upweight.scores import Scores
 
 
@@ -38,9 +39,11 @@ def summary(
 
     Raises:
         NonFinite: A score is NaN or infinite.
+        ShapeError: There is no such query.
     """
     require_scores(scores)
     rows, columns = scores.values.shape
+    query = row_of(query, rows)
     noun = noun_of(scores)
     what = "group" if scores.columns is not None else "training example"
     found = trust(scores, checks, None)
