@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from upweight.report.check import Check
+from upweight.report.check import Check, require_checks
 from upweight.report.examples import class_name
 from upweight.report.facts import noun_of
 from upweight.report.health import health
@@ -40,8 +40,10 @@ def summary(
     Raises:
         NonFinite: A score is NaN or infinite.
         ShapeError: There is no such query.
+        SpecError: `checks` holds something else.
     """
     require_scores(scores)
+    require_checks(checks)
     rows, columns = scores.values.shape
     query = row_of(query, rows)
     noun = noun_of(scores)
