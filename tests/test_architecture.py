@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "contraction": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature",
     },
-    "plot": {"errors", "_typing", "_text"},
+    "plot": {"errors", "_typing", "_text", "runtime"},
     "scores": {"errors", "_typing", "_text", "runtime", "task", "plot"},
     "method": {"scores", "task"},
     "methods": {

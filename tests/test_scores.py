@@ -12,6 +12,7 @@ import torch
 import upweight as uw
 from tests.market import problem
 from upweight.errors import (
+    DataError,
     MissingContext,
     NonFinite,
     NotWritten,
@@ -20,10 +21,12 @@ from upweight.errors import (
     StaleStore,
     UpweightError,
 )
+from upweight.report import summary
 from upweight.scores import Context, Provenance, Scores, TopScores, Unit
 
 VALUES = torch.tensor([[3.0, -1.0, 0.0, 2.0, -4.0], [0.0, 0.0, 0.0, 1e-9, 0.0]]).double()
 SOURCE = Provenance("Influence()", "loss", "Loss()", 5, 2, 3, "float64", "cpu", {"x": 1.5})
+KEPT = torch.tensor([[0], [1]]), torch.tensor([[1.0], [2.0]])
 
 
 def scores(values=VALUES, unit=Unit.DERIVATIVE, **options):
@@ -47,10 +50,9 @@ def test_top_never_lists_the_other_sign():
     assert scores().top(0, query=0).raises == ()
 
 
-@pytest.mark.parametrize("k", [-3, 1.5, "2"])
+@pytest.mark.parametrize("k", [-3, 1.5, "2", True])
 def test_top_of_a_count_that_is_none(k):
-    kept = torch.tensor([[0]]), torch.tensor([[1.0]])
-    for ranked in (scores(), TopScores(*kept, *kept, Unit.DERIVATIVE, SOURCE)):
+    for ranked in (scores(), TopScores(*KEPT, *KEPT, Unit.DERIVATIVE, SOURCE)):
         with pytest.raises(SpecError, match="0 or more"):
             ranked.top(k, 0)
 
@@ -59,10 +61,17 @@ def test_top_breaks_ties_by_place():
     assert scores(torch.ones(1, 4)).top(2, query=0).raises == (0, 1)
 
 
-@pytest.mark.parametrize("query", [2, -3, 0.5, "0"])
-def test_top_of_a_query_that_is_not_there(query):
-    with pytest.raises(ShapeError, match="one of the 2 scored"):
-        scores().top(1, query)
+@pytest.mark.parametrize("query", [2, -1, -3, 0.5, "0", True, None])
+def test_a_query_that_is_not_there(query):
+    for ask in (
+        lambda: scores().top(1, query),
+        lambda: scores().plot.histogram(query),
+        lambda: summary(scores(), query=query),
+    ):
+        with pytest.raises(ShapeError, match=r"one of the 2 scored(.|\n)*0…1"):
+            ask()
+    with pytest.raises(ShapeError, match="0…1"):
+        TopScores(*KEPT, *KEPT, Unit.DERIVATIVE, SOURCE).top(1, query)
 
 
 # -- predict and removal ------------------------------------------------------------------
@@ -104,7 +113,12 @@ def test_a_mask_drops_where_it_is_true():
 def test_weights_in_a_list_are_weights():
     weights = [1.0, 1.5, 1.0, 0.0, 3.0]
     expected = scores().predict(weights=torch.tensor(weights).double())
-    assert torch.equal(scores().predict(weights=np.array(weights)), expected)
+    given = dict(enumerate(weights))
+    for form in (np.array(weights), (w for w in weights), map(float, weights), given.values()):
+        assert torch.equal(scores().predict(weights=form), expected)
+    for form in (given, set(range(5))):  # their own order is no order of the columns
+        with pytest.raises(ShapeError, match="no numbers"):
+            scores().predict(weights=form)
 
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf])
@@ -166,6 +180,29 @@ def test_errors_of_groups_add_in_squares():
     error = torch.full_like(VALUES, 2.0)
     grouped = scores(error=error).group("abbbb")
     torch.testing.assert_close(grouped.error[0], torch.tensor([2.0, 4.0]).double())
+
+
+@pytest.mark.parametrize(
+    "labels, named",
+    [
+        ([1, "1", 2, 2, "1"], "1 of type int and '1' of type str"),
+        ([None, "a", "None", "a", "a"], "None of type NoneType and 'None' of type str"),
+        (["True", np.bool_(True), "a", "a", "a"], "'True' of type str and True of type bool"),
+    ],
+)
+def test_labels_that_differ_and_read_alike_are_refused(labels, named):
+    with pytest.raises(DataError, match=named):
+        scores().group(labels)
+    one = scores().group([str(label) for label in labels])  # the way out
+    assert one.columns == tuple(sorted({str(label) for label in labels}))
+
+
+def test_labels_of_several_types_that_are_equal_are_one():
+    assert scores().group([1, np.int8(1), torch.tensor(1), 2, np.int64(2)]).columns == ("1", "2")
+    assert scores().group([float("nan"), np.float32("nan"), 1.5, 1.5, 1.5]).columns == (
+        "1.5",
+        "nan",
+    )
 
 
 def test_grouping_needs_a_label_per_column():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from upweight._text import readable
 from upweight.errors import DataError, ShapeError, message
+from upweight.runtime.selection import row_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,16 +46,7 @@ class Plot:
         Raises:
             ShapeError: There is no such query.
         """
-        q = len(self.scores.values)
-        if not -q <= query < q:
-            raise ShapeError(
-                message(
-                    f"The query must be one of the {q} scored.",
-                    f"query={query}.",
-                    "an index into the full data set where only some queries were scored.",
-                    f"use an index in 0…{q - 1}.",
-                )
-            )
+        query = row_of(query, len(self.scores.values))
         ax = axes(ax)
         row = self.scores.values[query].detach().double().cpu().numpy()
         for part, color in ((row[row < 0], LOWERED), (row[row >= 0], RAISED)):

@@ -7,9 +7,8 @@ Upweighting example i raises m_q where S > 0. Removing it is wᵢ = 0, so Δm_q 
 
 import enum
 import importlib.metadata
-import operator
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, ValuesView
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
@@ -32,7 +31,7 @@ from upweight.errors import (
 )
 from upweight.plot import Plot
 from upweight.runtime.headers import Misfit, fitting, read_json, write_json
-from upweight.runtime.selection import labels_by_place, places
+from upweight.runtime.selection import is_row, labels_by_place, places, row_of
 from upweight.runtime.shards import AGAIN, RERUN, ScoreShards, require_one_kind
 from upweight.runtime.tensors import read_plain, tensors_digest, write_plain
 from upweight.runtime.whole import make_folder
@@ -173,7 +172,7 @@ class TopScores:
             SpecError: k is not a number of examples.
         """
         _require_count(k)
-        if not _is_row(query, len(self)) or k > self.raises.shape[1]:
+        if not is_row(query, len(self)) or k > self.raises.shape[1]:
             raise ShapeError(
                 message(
                     f"Kept are {self.raises.shape[1]} examples for each of {len(self)} queries.",
@@ -182,7 +181,7 @@ class TopScores:
                     f"use a query in 0…{len(self) - 1}, or call top(queries, k={k}) again.",
                 )
             )
-        query = int(query)
+        query = row_of(query, len(self))
         up, up_by = self.raises[query, :k].tolist(), self.raises_by[query, :k].tolist()
         down, down_by = self.lowers[query, :k].tolist(), self.lowers_by[query, :k].tolist()
         above = sum(value > 0 for value in up_by)
@@ -259,16 +258,7 @@ class Scores:
             SpecError: k is not a number of examples.
         """
         _require_count(k)
-        if not _is_row(query, len(self)):
-            raise ShapeError(
-                message(
-                    f"The query must be one of the {len(self)} scored.",
-                    f"query={query}.",
-                    "an index into the full data set where only some queries were scored.",
-                    f"use an index in 0…{len(self) - 1}.",
-                )
-            )
-        query = int(query)
+        query = row_of(query, len(self))
         row = self.values[query]
         order = row.argsort(descending=True, stable=True)
         up = [int(i) for i in order[:k] if row[i] > 0]
@@ -320,7 +310,9 @@ class Scores:
             change = self.values.new_zeros(n)
             change[places(drop, n, "Columns to drop")] = -1.0
         else:
-            w: Any = weights if isinstance(weights, Tensor) else np.asarray(weights)
+            w: Any = weights
+            if not isinstance(w, Tensor):
+                w = np.asarray(list(w) if isinstance(w, Iterator | ValuesView) else w)
             is_number = isinstance(w, Tensor) or w.dtype.kind in "biuf"
             w = torch.as_tensor(w if is_number else 0)
             if tuple(w.shape) != (n,):
@@ -361,6 +353,7 @@ class Scores:
 
         Raises:
             ShapeError: There is not one label per column.
+            DataError: Labels that differ have one text, such as 1 and "1".
         """
         names, at = labels_by_place(labels, self.values.shape[1], "column")
         where = torch.tensor(at, device=self.values.device)
@@ -570,15 +563,8 @@ def _saved_way_out(source: Path) -> str:
     )
 
 
-def _is_row(query: Any, q: int) -> bool:
-    try:
-        return -q <= operator.index(query) < q
-    except TypeError:  # a fraction, a name
-        return False
-
-
 def _require_count(k: Any) -> None:
-    if not isinstance(k, Integral) or k < 0:
+    if not isinstance(k, Integral) or isinstance(k, bool) or k < 0:
         raise SpecError(
             message(
                 "A ranking lists a number of examples, 0 or more.",

@@ -21,6 +21,7 @@ from upweight.errors import DataError, SpecError, StaleStore
 from upweight.report.examples import Examples, KeptExamples
 from upweight.runs import shown
 from upweight.runs.directory import Run
+from upweight.runtime.headers import own_digest
 from upweight.view import Server
 
 EVIL = "import pathlib\npathlib.Path(MARKER).touch()\n" + PROJECT
@@ -338,16 +339,21 @@ def test_what_is_kept_is_refused_where_it_is_damaged(made, tmp_path, monkeypatch
     numbers = (made / "rendered/shown/shown.safetensors").read_bytes()
     (tmp_path / "evil.py").write_text("")
 
+    def told(**changes):
+        """With a hash that fits: what it says must be refused for what it says."""
+        fields = {k: v for k, v in (whole | changes).items() if k != "digest"}
+        return json.dumps(fields | {"digest": own_digest(fields)})
+
     def facts(**changes):
-        return json.dumps(whole | {"facts": whole["facts"] | changes})
+        return told(facts=whole["facts"] | changes)
 
     custom = whole["facts"]["queries"]["custom"]
     outside = [[{"picture": "https://example.org/x.png"}], *custom[1:]]
     markup = [[{"markup": "<script>"}], *custom[1:]]
     damaged = [
         "", "{}", "[]", "null", "7", "\0", json.dumps(whole)[:200], "[" * 10**5,
-        json.dumps(whole | {"schema": 2}), json.dumps(whole | {"digest": "0"}),
-        json.dumps(whole | {"of": {}}), json.dumps(whole | {"facts": []}),
+        told(schema=1), told(numbers="0"), told(of={}), told(facts=[]), told(more=1),
+        json.dumps(whole | {"facts": whole["facts"] | {"twins": {}}}),
         facts(n=99), facts(n="x"), facts(whole=True), facts(labels=["a"]), facts(labels=7),
         facts(train=None), facts(train=whole["facts"]["train"] | {"labels": ["a"]}),
         facts(queries=whole["facts"]["queries"] | {"custom": outside}),

@@ -67,13 +67,13 @@ def test_top_is_the_ends_of_the_sorted_scores(name, memory, k):
 def test_rankings_are_those_of_scores():
     p = problem("mlp_tanh")
     found, expected = fitted("mlp_tanh").top(p.queries, 6, tolerance=0), scores("mlp_tanh")
-    for query in (0, 3, -1):
+    for query in (0, 3):
         for k in (1, 6):
             mine, theirs = found.top(k, query), expected.top(k, query)
             assert (mine.raises, mine.lowers) == (theirs.raises, theirs.lowers)
             assert mine.raises_by == pytest.approx(theirs.raises_by, rel=1e-10)
             assert all(v > 0 for v in mine.raises_by) and all(v < 0 for v in mine.lowers_by)
-    for k, query in ((7, 0), (1, 4), (1, -5)):
+    for k, query in ((7, 0), (1, 4), (1, -1)):
         with pytest.raises(ShapeError, match=rf"Kept are 6 examples (.|\n)*k={k}, query={query}"):
             found.top(k, query)
 

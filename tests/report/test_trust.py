@@ -1,6 +1,8 @@
 """What the page may claim: sizes where something supports them, else order, and the verdict."""
 
+import html
 import re
+import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +12,7 @@ from torch import nn
 
 import upweight as uw
 from tests.market import train_in_place
+from upweight.errors import SpecError
 from upweight.report import Check, summary
 from upweight.report.trust import trust
 from upweight.scores import Unit
@@ -91,6 +94,57 @@ def test_of_real_methods_the_exact_ones_of_linear_models(curvature, hidden):
     assert trust(scores, (), None).has_sizes == exact
 
 
+@pytest.fixture(params=[1e-6, 1.0], ids=["misses", "is right"])
+def removed(request):
+    """Classes that a line separates: almost without a penalty, one example holds the line."""
+    torch.manual_seed(0)
+    x = torch.randn(30, 2).double()
+    y = (x[:, :1] > 0).double()
+    task = uw.Task(nn.Linear(2, 1).double(), uw.Bernoulli(), uw.L2(request.param))
+    train_in_place(task, (x, y))
+    fitted = uw.Influence(uw.Hessian()).fit(task, (x, y))
+    queries = (x[:3], y[:3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        removal = fitted.removal(queries)
+    return request.param < 1, fitted.attribute(queries), removal, (x, y), queries
+
+
+def test_removals_that_say_they_miss_take_the_sizes(removed, tmp_path):
+    """Each page against its opposite: the same problem with a penalty under which none misses."""
+    misses, scores, removal, train, queries = removed
+    assert any(note.startswith("removal:") for note in removal.provenance.notes) == misses
+    for shown, better in ((removal, None), (scores, removal)):
+        page = uw.report.html(shown, train, queries, tmp_path / "page.html", removal=better)
+        text = html.unescape(page.read_text(encoding="utf-8"))
+        assert ("sizes are good to first order" in text) != misses
+        assert ("the removals' own note says: for " in text) == misses
+        assert ('"caution":""' in text) != misses
+        for note in removal.provenance.notes:
+            assert text.count(f"<li>{note}</li>") == 1
+    assert ("sizes are good" in summary(removal)) != misses
+
+
+def test_no_retraining_makes_sizes_of_removals_that_say_they_miss(run, make_provenance):
+    note = "removal: what was measured is no line over the step. More. And more."
+    removal = replace(run.scores, provenance=make_provenance(notes=(note,)), unit=Unit.DIFFERENCE)
+    for checks, comparison in (((), Found(Verdict.SIZE, notes=("n",))), ([removals()], None)):
+        assert trust(run.scores, checks, comparison).has_sizes
+        for found in (
+            trust(run.scores, checks, comparison, removal),
+            trust(removal, checks, comparison),
+        ):
+            assert (found.title, found.level, found.has_sizes) == ("Order only", "order", False)
+            assert found.reason.endswith("note says: what was measured is no line over the step")
+            assert found.notes == (("n",) if comparison else ())
+
+
+def test_better_predictions_of_a_method_that_is_not_exact_have_no_sizes(run, make_provenance):
+    damped = replace(run.scores, provenance=make_provenance(method="Influence(curvature=EKFAC())"))
+    found = trust(run.scores, (), None, replace(damped, unit=Unit.DIFFERENCE))
+    assert not found.has_sizes and "not known to be exact" in found.reason
+
+
 def test_ranks_have_no_size(run):
     found = trust(replace(run.scores, unit=Unit.RANK), (), None)
     assert found.caution == "scores only rank"
@@ -114,6 +168,35 @@ def test_enough_removals_have_a_verdict_the_worst_of_theirs(layerwise, make_sets
         found = trust(layerwise.scores, [few], None)
         assert found.title == "Not checked against retraining"
         assert "too few for a verdict" in found.reason
+
+
+def test_a_comparison_among_the_checks_is_refused_and_is_taken_as_a_comparison(
+    tmp_path, make_check
+):
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 2).double(), torch.randn(30, 1).double()
+    task = uw.Task(nn.Linear(2, 1).double(), uw.SquaredError(), uw.L2(0.1))
+    train_in_place(task, (x, y))
+    queries = (x[:3], y[:3])
+    scores = uw.Influence(uw.Hessian()).fit(task, (x, y)).attribute(queries)
+    found = uw.evaluation.check_on(scores, uw.Newton(), 8, jobs=1, progress=False)
+
+    def page(**options):
+        return uw.report.html(scores, (x, y), queries, tmp_path / "page.html", **options)
+
+    for given in ([found], found, [make_check(), found]):
+        for ask in (lambda: page(checks=given), lambda: summary(scores, checks=given)):  # noqa: B023
+            with pytest.raises(SpecError, match="as comparison=") as refused:
+                ask()
+            assert "uw.report.Check" in str(refused.value)
+    with pytest.raises(SpecError, match=r"checks=\[check\]"):
+        page(comparison=make_check())
+    with pytest.raises(SpecError, match=r"checks=\[check\]"):
+        page(checks=make_check())
+    with pytest.raises(SpecError, match="another kind"):
+        page(checks=["first order"])
+    assert found.verdict.value in page(comparison=found).read_text(encoding="utf-8")  # ways out
+    assert make_check().label in page(checks=[make_check()]).read_text(encoding="utf-8")
 
 
 def test_the_terminal_says_it_first_and_prints_no_size_without_support(run, layerwise):

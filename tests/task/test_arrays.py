@@ -1,5 +1,7 @@
 """Arrays, tables and lists as users hold them: the numbers in their order, or what is none."""
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -161,6 +163,54 @@ def test_missing_entries_of_an_array_do_not_become_numbers(values):
     with pytest.raises(DataError, match=r"missing values in data\[1\], the first at \[3\]"):
         as_data((X, values))
     assert len(whole((X, values[[0, 1, 2, 4, 0, 1]] if values[5] is pd.NA else X))) == 2
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64"])
+def test_unsigned_numbers_score_as_int64_ones(dtype):
+    """PyTorch holds these dtypes and can take no rows of them."""
+    tokens = torch.arange(2 * N).reshape(N, 2) % 5
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(5, 2), torch.nn.Flatten(), torch.nn.Linear(4, 2)
+    ).double()
+    task = uw.Task(model, uw.CrossEntropy(), uw.L2(1.0))
+
+    def values(data):
+        return uw.Influence(uw.GGN()).fit(task, data).attribute(data).values
+
+    x, y = tokens.numpy().astype(dtype), Y.numpy().astype(dtype)
+    pairs = list(zip(x, y, strict=True))
+    forms = {
+        "NumPy": (x, y),
+        "tensors": (torch.from_numpy(x), torch.from_numpy(y)),
+        "table": (pd.DataFrame(x), pd.Series(y)),
+        "dataset": pairs,
+        "own collate": DataLoader(
+            pairs,
+            collate_fn=lambda some: [
+                torch.from_numpy(np.stack(a)) for a in zip(*some, strict=True)
+            ],
+        ),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a model that is not at its minimum
+        expected = values((tokens, Y))
+        assert expected.abs().min() > 0
+        for name, form in forms.items():
+            assert torch.equal(values(form), expected), name
+            assert as_data(form).take([2, 0])[1].dtype == torch.int64, name
+
+
+@pytest.mark.parametrize("hold", [np.asarray, torch.from_numpy, pd.Series])
+def test_unsigned_numbers_that_no_int64_holds_are_refused(hold):
+    y = np.array([0, 2**64 - 1, 0, 2**63, 0, 2**63 - 1], dtype=np.uint64)
+    with pytest.raises(DataError, match=r"18446744073709551615 in data\[1\] at \[1\]"):
+        as_data((X, hold(y)))
+    kept = whole((X, hold(np.where(y > 2**63 - 1, 0, y).astype(np.uint64))))[1]
+    assert kept.max() == 2**63 - 1
+    numbered = np.unique(y, return_inverse=True)[1]  # the ways out
+    assert whole((X, numbered))[1].tolist() == [0, 3, 0, 2, 0, 1]
+    assert whole((X, y.astype(np.int64)))[1][1] == -1
 
 
 def test_sparse_arrays_are_refused_with_how_to_write_them_out():

@@ -307,12 +307,12 @@ class LayerwiseInfluence(Checked):
             NonFinite: A score is NaN or infinite.
         """
         started = time.perf_counter()
-        if not isinstance(k, Integral) or k < 1:
+        if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
             raise SpecError(
                 message(
                     "top keeps at least one example of each kind per query.",
                     f"k={k!r}.",
-                    "a count that came out as zero, or as a fraction.",
+                    "a count that came out as zero, or as a fraction or a yes-or-no answer.",
                     "ask for k=1 or more; use attribute(...) for all scores.",
                 )
             )
@@ -420,6 +420,7 @@ class LayerwiseInfluence(Checked):
 
         Raises:
             ShapeError: There is not one label per training example.
+            DataError: Labels that differ have one text, such as 1 and "1".
         """
         started = time.perf_counter()
         data, measure = self._asked(queries, measure, tolerance)

@@ -9,12 +9,12 @@ may fill it in.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from upweight.errors import DataError, NonFinite, ShapeError, message
+from upweight.errors import DataError, NonFinite, ShapeError, SpecError, message
 from upweight.verdict import FEWEST, Judgement, Verdict, judged
 
 Removal = int | Sequence[int]
@@ -150,3 +150,35 @@ class Check:
     def array(self, name: str) -> NDArray[np.float64]:
         """`predicted`, `actual` or `errors` as an array."""
         return np.asarray([float(v) for v in getattr(self, name)], dtype=np.float64)
+
+
+def require_checks(checks: Any, comparison: Any = None) -> None:
+    """Refuse a comparison of all scores given as checks of removals, and the other way round.
+
+    Raises:
+        SpecError: `checks` is no sequence of `Check`, or `comparison` is one.
+    """
+    if isinstance(comparison, Check):
+        raise SpecError(
+            message(
+                "comparison= takes what fitted.check(...) found of all scores.",
+                f"a check of single removals, {comparison.label!r}.",
+                "the two mixed up.",
+                "pass it as checks=[check].",
+            )
+        )
+    given = checks if isinstance(checks, Sequence) else [checks]
+    wrong = [check for check in given if not isinstance(check, Check)]
+    if not wrong and given is checks:
+        return
+    other = wrong[0] if wrong else checks
+    kind = f"{type(other).__module__}.{type(other).__qualname__}"
+    cause, way = "an object of another kind.", "make a uw.report.Check of each kind of prediction."
+    if not wrong:
+        cause, way = "one check without its list.", "pass checks=[check]."
+    elif hasattr(other, "verdict") and hasattr(other, "reason"):
+        cause = "what check(...) found, which is about all scores and not about single removals."
+        way = "pass what check found as comparison=, to uw.report.html(…, comparison=found)."
+    raise SpecError(
+        message("checks= takes a sequence of uw.report.Check.", f"a {kind}.", cause, way)
+    )

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upweight.errors import ShapeError, message
-from upweight.report.check import Check, Comparison
+from upweight.report.check import Check, Comparison, require_checks
 from upweight.report.content import (
     Tokens,
     including,
@@ -131,6 +131,7 @@ def html(
 
     Raises:
         DataError: There is nothing to show, or a renderer returned what cannot be shown.
+        SpecError: `checks` holds what `comparison` takes, or the other way round.
         NonFinite: A score is NaN or infinite.
         ShapeError: Parts disagree about the number of queries, examples or columns.
 
@@ -138,6 +139,7 @@ def html(
         >>> html(scores, (X, y), (X_test, y_test), path="cats.html")
     """
     require_scores(scores)
+    require_checks(checks, comparison)
     train_data, query_data = read_training(scores, train), read_queries(scores, queries)
     require_fit(scores, removal, checks, len(train_data), len(query_data))
     _require_options(k, start, len(query_data))
@@ -191,7 +193,7 @@ def html(
     parts = {"columns": whole.text}
     for role, found in sprites.items():
         parts |= {f"sheet-{role}-{k}": sheet.text for k, sheet in enumerate(found)}
-    words = words_of(scores, checks, comparison, asked.noun, title, command)
+    words = words_of(scores, checks, comparison, asked.noun, title, command, removal)
     data["caution"] = words["trust"].caution
     return write(Path(path), render_page(data, words, parts))
 
@@ -275,12 +277,14 @@ def words_of(
     kind: str,
     title: str | None,
     command: str | None,
+    removal: Scores | None = None,
 ) -> dict[str, Any]:
     """The text of the page that does not change with the query, for `render_page`."""
     provenance = scores.provenance
     noun = noun_of(scores)
     columns = "group" if scores.columns is not None else kind
-    found = trust(scores, checks, comparison)
+    found = trust(scores, checks, comparison, removal)
+    notes = [*provenance.notes, *(() if removal is None else removal.provenance.notes)]
     return {
         "title": title,
         "heading": f"Which training {_plural(columns)} moved the {noun}",
@@ -301,7 +305,7 @@ def words_of(
         "health": [asdict(fact) for fact in health(scores, checks, comparison)],
         "sets": any(len(removal) > 1 for check in checks for removal in check.removed),
         "spectrum": spectrum(provenance.health),
-        "notes": [_clean(note) for note in provenance.notes],
+        "notes": [_clean(note) for note in dict.fromkeys(notes)],
         "checks": [
             {
                 "label": check.label,

@@ -4,13 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from upweight.report.check import Check
+from upweight.report.check import Check, require_checks
 from upweight.report.examples import class_name
 from upweight.report.facts import noun_of
 from upweight.report.health import health
 from upweight.report.notation import count, interval, readable
 from upweight.report.strongest import effects, require_scores, strongest
 from upweight.report.trust import trust
+from upweight.runtime.selection import row_of
 from upweight.scores import Scores
 
 
@@ -38,9 +39,13 @@ def summary(
 
     Raises:
         NonFinite: A score is NaN or infinite.
+        ShapeError: There is no such query.
+        SpecError: `checks` holds something else.
     """
     require_scores(scores)
+    require_checks(checks)
     rows, columns = scores.values.shape
+    query = row_of(query, rows)
     noun = noun_of(scores)
     what = "group" if scores.columns is not None else "training example"
     found = trust(scores, checks, None)

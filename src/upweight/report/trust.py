@@ -5,12 +5,14 @@
     neither                          none; sizes where the method is exact: a convex objective, its
                                      own curvature without damping, solved, at its minimum
 
-Elsewhere the page shows ranks and bars: a predicted change there is a number nobody has looked at.
+What is shown of removals, the scores or better predictions, may itself say that some of them miss;
+then there are no sizes, whatever was found of others. Elsewhere the page shows ranks and bars: a
+predicted change there is a number nobody has looked at.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from upweight.report.check import Check, Comparison
 from upweight.report.health import computation
@@ -19,6 +21,9 @@ from upweight.verdict import Verdict, worst
 
 EXACT = re.compile(r"Influence\(curvature=(Hessian|GGN|Fisher)\(")
 """Methods whose curvature is the Hessian, where a model is linear in its parameters."""
+
+MISSED = "removal: "
+"""How a removal's notes on itself start, which say that its predicted changes may be off."""
 
 CAUTIONS = {
     Verdict.DOUBT: "not to be believed",
@@ -52,8 +57,26 @@ class Trust:
         return not self.caution
 
 
-def trust(scores: Scores, checks: Sequence[Check], comparison: Comparison | None) -> Trust:
-    """What is known of these scores."""
+def trust(
+    scores: Scores,
+    checks: Sequence[Check],
+    comparison: Comparison | None,
+    removal: Scores | None = None,
+) -> Trust:
+    """What is known of these scores, and of the better predictions that are shown beside them."""
+    shown = [scores] if removal is None else [scores, removal]
+    found = _trust(shown, checks, comparison)
+    missed = _missed(shown)
+    if missed is None or not found.has_sizes:
+        return found
+    # Of what was retrained the sizes were right; the removals shown are others.
+    return replace(_found(Verdict.ORDER, f"{found.reason}; but {missed}"), notes=found.notes)
+
+
+def _trust(
+    shown: Sequence[Scores], checks: Sequence[Check], comparison: Comparison | None
+) -> Trust:
+    scores = shown[0]
     if comparison is not None:
         return _found(
             comparison.verdict,
@@ -68,7 +91,7 @@ def trust(scores: Scores, checks: Sequence[Check], comparison: Comparison | None
         reason = "these scores have an order within each query and no size"
         return Trust("Not checked against retraining", reason, "unchecked", "scores only rank")
     few = "the removals below are too few for a verdict; " if checks else ""
-    against = _against_sizes(scores)
+    against = next(filter(None, (_missed(shown), *map(_against_sizes, shown))), None)
     title = "Not checked against retraining"
     if against is None:
         reason = (
@@ -83,6 +106,16 @@ def trust(scores: Scores, checks: Sequence[Check], comparison: Comparison | None
 def _found(verdict: Verdict, reason: str, notes: tuple[str, ...] = ()) -> Trust:
     caution = CAUTIONS[verdict]
     return Trust(verdict.value, reason, LEVELS[verdict], caution, notes)
+
+
+def _missed(shown: Sequence[Scores]) -> str | None:
+    """What removals say of themselves, in the first sentence of their note; None: nothing."""
+    for scores in shown:
+        for note in scores.provenance.notes:
+            if note.startswith(MISSED):
+                first = note.removeprefix(MISSED).partition(". ")[0].rstrip(".")
+                return f"the removals' own note says: {first}"
+    return None
 
 
 def _against_sizes(scores: Scores) -> str | None:

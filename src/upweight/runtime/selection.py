@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from upweight.errors import ShapeError, message
+from upweight.errors import DataError, ShapeError, message
 
 
 def places(given: Any, n: int, what: str, *, least: int = 0, repeats: bool = False) -> list[int]:
@@ -67,13 +67,40 @@ def places(given: Any, n: int, what: str, *, least: int = 0, repeats: bool = Fal
     return [int(entry) for entry in entries]
 
 
+def is_row(query: Any, q: int) -> bool:
+    """Whether this is a whole number of any kind in 0…q − 1."""
+    row = _plain(query)
+    return _is_whole(row) and 0 <= row < q
+
+
+def row_of(query: Any, q: int) -> int:
+    """The row of one of q queries that were scored, from a whole number of any kind.
+
+    Raises:
+        ShapeError: It is no whole number, or not in 0…q − 1.
+    """
+    if is_row(query, q):
+        return int(query)
+    raise ShapeError(
+        message(
+            f"The query must be one of the {q} scored.",
+            f"query={query!r}.",
+            "an index into the full data set where only some queries were scored, or a place "
+            "counted from the end.",
+            f"use an index in 0…{q - 1}.",
+        )
+    )
+
+
 def labels_by_place(labels: Iterable[Any], n: int, what: str) -> tuple[tuple[str, ...], list[int]]:
     """The distinct labels as text, sorted, and for each of n things the place of its label.
 
     Raises:
         ShapeError: There is not one label for each.
+        DataError: Two labels that differ have one text, such as 1 and "1".
     """
-    keys = [str(_plain(label)) for label in _entries(labels)]
+    given = [_plain(label) for label in _entries(labels)]
+    keys = [str(label) for label in given]
     nested = getattr(labels, "ndim", 1) != 1
     if nested or len(keys) != n:
         raise ShapeError(
@@ -88,7 +115,21 @@ def labels_by_place(labels: Iterable[Any], n: int, what: str) -> tuple[tuple[str
                 "pass labels in the order of the training data, one for each.",
             )
         )
-    names = tuple(sorted(set(keys)))
+    first: dict[str, Any] = {}
+    for key, label in zip(keys, given, strict=True):
+        other = first.setdefault(key, label)
+        if type(other) is not type(label) and other != label:
+            raise DataError(
+                message(
+                    "Labels of different groups must read differently.",
+                    f"{other!r} of type {type(other).__name__} and {label!r} of type "
+                    f"{type(label).__name__}.",
+                    "numbers and texts among the labels of one column, as of two files.",
+                    "[str(label) for label in labels] makes one group of the two; otherwise give "
+                    "one of them another name.",
+                )
+            )
+    names = tuple(sorted(first))
     place = {name: k for k, name in enumerate(names)}
     return names, [place[key] for key in keys]
 

@@ -1,6 +1,7 @@
 """How the arrays, tables and lists that users hold become tensors, and which of them cannot.
 
-Numbers are kept as they are; a table becomes one array of its columns' common dtype. What is no
+Numbers are kept as they are, but for unsigned ones of 16 bits and more, which PyTorch cannot index
+and which become int64; a table becomes one array of its columns' common dtype. What is no
 number is named by its column and row. Rows of tables are paired by their position, so tables whose
 rows are labelled otherwise are refused.
 """
@@ -21,6 +22,9 @@ TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 NUMBERS = "biufc"
 """Kinds of NumPy's dtypes that are numbers."""
+
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+"""What PyTorch can hold but not take rows of."""
 
 
 def is_array(value: Any) -> bool:
@@ -167,12 +171,12 @@ def as_tensor(value: Any, path: str = "") -> Tensor:
     """A tensor of the numbers of an array or table.
 
     Raises:
-        DataError: It does not hold numbers only.
+        DataError: It does not hold numbers only, or one that no int64 holds.
     """
     if isinstance(value, Tensor):
         if value.layout is not torch.strided:
             raise DataError(_sparse(str(value.layout), path, "X.to_dense()"))
-        return value.detach()
+        return signed(value.detach(), path)
     array = _table(value, path) if hasattr(value, "iloc") else _array(value, path)
     if array.dtype == object:
         array = _of_objects(array, path)
@@ -181,7 +185,31 @@ def as_tensor(value: Any, path: str = "") -> Tensor:
     # Tensors cannot view negative strides or read-only memory without a warning.
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
-    return torch.as_tensor(array)
+    return signed(torch.as_tensor(array), path)
+
+
+def signed(value: Any, path: str = "") -> Any:
+    """int64 of a tensor of unsigned numbers that PyTorch holds and cannot index or compute with.
+
+    Raises:
+        DataError: A number is above 2⁶³ − 1.
+    """
+    if not isinstance(value, Tensor) or value.dtype not in UNSIGNED:
+        return value
+    result = value.to(torch.int64)
+    if value.dtype == torch.uint64 and bool((result < 0).any()):  # 2⁶³ and more wrap around
+        at = (result < 0).nonzero()[0].tolist()
+        raise DataError(
+            message(
+                "Examples of whole numbers must fit int64: at most 2⁶³ − 1.",
+                f"{int(result[tuple(at)]) + 2**64} in {_named(path)} at "
+                f"[{', '.join(map(str, at))}].",
+                "identifiers or hashes in place of class numbers, or a −1 that was made unsigned.",
+                "y.astype(np.int64) gives −1 back; of others, number the values as the model was "
+                "trained with: np.unique(y, return_inverse=True)[1] numbers them from 0.",
+            )
+        )
+    return result
 
 
 def _array(value: Any, path: str) -> Any:

@@ -46,6 +46,8 @@ def _entry(name: str, values: list[Any]) -> Any:
     if all(isinstance(value, Tensor | np.ndarray) for value in values):
         if len({tuple(value.shape) for value in values}) > 1:
             raise DataError(ragged(f"{name} of a batch", values, range(len(values))))
+    if all(isinstance(value, np.unsignedinteger) for value in values):
+        return torch.as_tensor(np.asarray(values))  # PyTorch makes no tensor of a list of uint64
     try:
         return default_collate(values)
     except (TypeError, RuntimeError) as error:

@@ -25,7 +25,7 @@ from upweight._typing import Batch
 from upweight.errors import DataError, message
 from upweight.runtime.fingerprint import item_checksum
 from upweight.runtime.selection import places
-from upweight.task.arrays import arrays_of, is_array, require_columns
+from upweight.task.arrays import arrays_of, is_array, require_columns, signed
 from upweight.task.batches import Form, form
 from upweight.task.collate import collate
 from upweight.task.seen import Seen
@@ -174,8 +174,8 @@ class IndexedData(Data):
             self.seen.require(torch.tensor(at), torch.tensor(list(map(item_checksum, items))))
         batch = self.collate(items)
         if isinstance(batch, Mapping):
-            return dict(batch)
-        return tuple(batch) if isinstance(batch, list) else batch
+            batch = dict(batch)
+        return tree_map(signed, tuple(batch) if isinstance(batch, list) else batch)
 
     def watched(self) -> "IndexedData":
         return _watched(self)
