@@ -114,6 +114,6 @@ class Checked:
             ModelChanged: θ̂, or another part of the model or its objective, has changed.
         """
         now = self.task.theta()
-        if not torch.equal(now, self.theta):
+        if now.dtype != self.theta.dtype or not torch.equal(now, self.theta):
             raise ModelChanged(health.moved(now, self.theta))
         self.snapshot.require_same(Snapshot.of(self.task))

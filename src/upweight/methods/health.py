@@ -118,6 +118,13 @@ def spectrum(curvature: BlockCurvature) -> dict[str, Any]:
 
 def moved(now: Tensor, then: Tensor) -> str:
     """The message for a model that is no longer what the method was fitted to."""
+    if now.dtype != then.dtype:
+        return message(
+            "The model must still have the parameters that the method was fitted to.",
+            f"parameters of {now.dtype}, fitted as {then.dtype}.",
+            "model.float(), .half(), .bfloat16(), .double() or .to(dtype) was called after fit.",
+            "fit again, or fit to a copy: copy.deepcopy(model).",
+        )
     return message(
         "The model must still have the parameters that the method was fitted to.",
         f"parameters that differ by up to {float((now - then).abs().max()):.2e}.",

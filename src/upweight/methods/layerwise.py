@@ -61,7 +61,7 @@ from upweight.task.data import Data
 from upweight.task.identity import contents, described, subject
 from upweight.task.measures import Loss, as_measure
 from upweight.task.probe import Probe
-from upweight.task.snapshot import Snapshot
+from upweight.task.snapshot import Snapshot, written
 from upweight.task.task import Task
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def fit(
         train=data,
         curvature=replace(curvature, blocks=blocks),
         theta=task.theta(),
-        snapshot=Snapshot.of(task).settled(before),
+        snapshot=Snapshot.of(task).settled(before, written(task, data)),
         losses=losses,
         share=share,
         memory_bytes=memory_bytes,
