@@ -1,6 +1,6 @@
 """`fitted.check(recipe, budget)`: what a method says, held against retraining, in one line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -106,6 +106,16 @@ class Checked:
     @cached_property
     def _is_convex(self) -> bool:
         return health.is_convex(self.task, self.train)
+
+    @cached_property
+    def _baseline(self) -> tuple[float, float] | None:
+        return health.constant_baseline(self.task, self.train)
+
+    def _minimum_denied(self, judged: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """What is warned of, and what only noted, of how far θ̂ is from a minimum."""
+        if self._is_convex:
+            return health.denied(judged), []
+        return health.of_network(judged, lambda: self._baseline)
 
     def _require_same_model(self) -> None:
         """Refuse a question about a model that is no longer the one of the fit.

@@ -577,8 +577,10 @@ class FittedInfluence(Checked):
         if unit is Unit.DERIVATIVE:
             penalty = self.task.penalty.gradient(self.theta, self.task.layout)
             judged |= health.row_sum_excess(values.sum(dim=1), sizes, solution.value @ penalty)
+        denied, noted = self._minimum_denied(judged)
         denied = [
-            *health.denied(judged, self._is_convex),
+            *denied,
+            *health.solved(judged),
             *health.zero_rows(sizes, self.mean_loss),
             *doubts,
         ]
@@ -604,6 +606,7 @@ class FittedInfluence(Checked):
                         *queries.notes,
                         *queries.form_notes,
                         *health.warned(denied),
+                        *noted,
                         *health.zero_columns(values),
                     )
                 )

@@ -626,8 +626,9 @@ class LayerwiseInfluence(Checked):
     ) -> tuple[dict[str, float], list[str]]:
         """Row sums as numbers, and as notes that are warned of where they deny a minimum."""
         excess = health.row_sum_excess(sums, sizes, expected)
-        notes = [*health.denied(excess, self._is_convex), *health.zero_rows(sizes, self.losses)]
-        return excess, health.warned(notes)
+        denied, noted = self._minimum_denied(excess)
+        warned = health.warned([*denied, *health.zero_rows(sizes, self.losses)])
+        return excess, [*warned, *noted]
 
     def _scores(
         self,
