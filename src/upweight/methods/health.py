@@ -21,6 +21,7 @@ from upweight.linalg.damping import Damping, Relative
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solve import Solver
+from upweight.runtime.progress import progress
 from upweight.scores import DECREMENT_LIMIT, RESIDUAL_LIMIT, ROW_SUM_LIMIT
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, SquaredError
@@ -257,7 +258,7 @@ def constant_baseline(task: Task, data: Data) -> tuple[float, float] | None:
     some = data.subset(evenly_spaced(len(data), min(len(data), BASELINE_EXAMPLES)))
     losses, shapes, targets = [], [], []
     with torch.no_grad():
-        for _, _, batch in some.batches(16):
+        for _, _, batch in progress(some.batches(16), len(some), "loss of a constant output"):
             outputs, wanted = task.call(task.theta(), task.to_device(batch))
             losses.append(task.losses_of(outputs, wanted).double())
             shapes.append(outputs.shape)
