@@ -1,5 +1,6 @@
 """What scores assume and their own numbers deny is a note of the provenance, and a warning."""
 
+import math
 import warnings
 from typing import Any
 
@@ -7,8 +8,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from upweight import EKFAC, GGN, L2, CrossEntropy, Hessian, Influence, Newton, Scores, Task
+from upweight import (
+    EKFAC,
+    GGN,
+    L2,
+    Bernoulli,
+    CrossEntropy,
+    Hessian,
+    Influence,
+    Newton,
+    Poisson,
+    Scores,
+    SquaredError,
+    Task,
+)
 from upweight.errors import AssumptionWarning, NotOffered
+from upweight.methods.health import constant_baseline
 from upweight.task.data import as_data
 
 N, Q = 60, 6
@@ -74,20 +89,67 @@ def test_the_note_has_the_numbers_of_the_provenance() -> None:
     assert f"{float(overall):.1%}" in note and f"lower J by {health['decrement']:.2g}" in note
 
 
-def test_networks_are_noted_before_they_are_trained_and_not_after() -> None:
+def network(train: Any, steps: int) -> nn.Sequential:
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(train[0]), train[1]).backward()
+        optimizer.step()
+    return net
+
+
+@pytest.mark.parametrize("curvature", [EKFAC(), GGN()], ids=repr)
+def test_networks_are_warned_of_before_they_are_trained_and_not_after(curvature: Any) -> None:
     """Stopped early and damped, a network is far from a minimum; its scores say something yet."""
-    train, queries = data(200), data(Q)
-    for steps, noted in ((0, True), (150, False)):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-        optimizer = torch.optim.Adam(net.parameters(), 0.01)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(train[0]), train[1]).backward()
-            optimizer.step()
-        for curvature in (EKFAC(), GGN()):
-            words = told(Influence(curvature, damping=0.01), net, 0.0, train, queries)
-            assert bool(words) is noted, (steps, curvature, words)
+    torch.manual_seed(5)
+    train, queries, method = data(200), data(Q), Influence(curvature, damping=0.01)
+    (note,) = told(method, network(train, 0), 0.0, train, queries)
+    assert note.startswith("θ̂ is not at a minimum") and "has not begun" in note
+    assert told(method, network(train, 150), 0.0, train, queries) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AssumptionWarning)
+        net = network(train, 1500)
+        net[2].bias.data += torch.tensor([1.4, -1.4])  # a last step, too long
+        task = Task(net, CrossEntropy())
+        provenance = method.fit(task, train).attribute(queries).provenance
+    assert provenance.health["row_sum_excess_overall"] > 1 / 3
+    (note,) = [n for n in provenance.notes if "not at a minimum" in n]
+    assert "noisy SGD" in note and "begun" not in note
+
+
+def constant(loss: Any, net: nn.Module, targets: Tensor, shape: tuple[int, ...]) -> Any:
+    return constant_baseline(Task(net, loss), as_data((torch.randn(len(targets), *shape), targets)))
+
+
+def test_the_loss_of_the_best_constant_is_entropy_or_half_the_variance() -> None:
+    y, p = torch.arange(200) % 3 % 2, 67 / 200
+    entropy = -(p * math.log(p) + (1 - p) * math.log(1 - p))
+    assert constant(CrossEntropy(), nn.Linear(4, 2), y, (4,))[1] == pytest.approx(entropy)
+    soft = nn.functional.one_hot(y, 2).double()
+    net = nn.Linear(4, 2).double()
+    X = torch.randn(200, 4, dtype=torch.float64)
+    found = constant_baseline(Task(net, CrossEntropy()), as_data((X, soft)))
+    assert found is not None and found[1] == pytest.approx(entropy)
+    expected = nn.functional.cross_entropy(net(X), soft)
+    assert found[0] == pytest.approx(expected.item())
+    ignored = torch.stack([y, torch.full_like(y, -100)], dim=1)
+    assert constant(CrossEntropy(), nn.Linear(4, 2), ignored, (2, 4))[1] == pytest.approx(entropy)
+    image = CrossEntropy(axis=1)
+    assert constant(image, nn.Conv1d(4, 2, 1), y[:, None], (4, 1))[1] == pytest.approx(entropy)
+    yes = y.float()[:, None]
+    assert constant(Bernoulli(), nn.Linear(4, 1), yes, (4,))[1] == pytest.approx(entropy, rel=1e-5)
+    values = torch.randn(200, 3)
+    half = float(values.var(dim=0, correction=0).sum() / 2)
+    assert constant(SquaredError(), nn.Linear(4, 3), values, (4,))[1] == pytest.approx(half, 1e-5)
+
+
+def test_no_constant_is_claimed_of_few_targets_or_another_loss() -> None:
+    y = torch.arange(12)
+    assert constant(CrossEntropy(), nn.Linear(4, 12), y, (4,)) is None
+    assert constant(CrossEntropy(), nn.Linear(4, 2), torch.full((9,), -100), (4,)) is None
+    assert constant(Poisson(), nn.Linear(4, 1), y.float()[:, None], (4,)) is None
 
 
 def test_every_way_to_stream_scores_has_the_note(tmp_path: Any) -> None:

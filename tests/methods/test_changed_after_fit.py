@@ -1,7 +1,9 @@
 """What changes between fit and question is refused by name: the model, its objective, its data."""
 
 import copy
+import dataclasses
 import functools
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,6 +190,122 @@ def test_what_forward_writes_is_no_change(method: Influence) -> None:
     net.name = "the best so far"  # type: ignore[assignment]
     assert net[3].calls == calls
     torch.testing.assert_close(of.attribute(queries).values, expected)
+
+
+class Noting(nn.Module):
+    """A layer that keeps what it did: counters, its last output, caches in every place."""
+
+    last: Tensor
+    lazy: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.size, self.by_size = 0, 0, {}  # type: ignore[var-annotated]
+        self.register_buffer("lazy", torch.ones(0), persistent=False)
+        self.register_buffer("seen", torch.zeros(()))
+        self.last = torch.zeros(())
+        self.info = Settings()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.size = len(x)
+        self.info.calls += 1
+        self.seen += 1
+        if len(x) > len(self.lazy):
+            self.lazy = torch.ones(len(x))
+        self.by_size[len(x)] = torch.ones(len(x))
+        self.last = x.detach()
+        return x * self.lazy[: len(x), None]
+
+
+class Settings:
+    def __init__(self) -> None:
+        self.calls, self.t, self.inner = 0, 1.0, types.SimpleNamespace(t=[1.0])
+        self.itself = self
+
+
+@dataclasses.dataclass
+class Options:
+    t: float = 1.0
+    inner: Any = dataclasses.field(default_factory=Settings)
+
+
+class Set(nn.Module):
+    """A layer with its settings in objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cfg, self.options, self.many = Settings(), Options(), [Settings(), {"a": Options()}]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.cfg.t * self.options.t
+
+
+@BOTH
+@pytest.mark.parametrize("called", [False, True], ids=["fresh", "called before"])
+def test_calls_of_the_model_between_fit_and_question_are_no_change(
+    method: Influence, called: bool
+) -> None:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        normed = nn.utils.weight_norm(nn.Linear(3, 4))
+    net = nn.Sequential(normed, nn.Tanh(), Noting(), nn.Linear(4, 2)).eval()
+    data, queries = arrays(), arrays(2)
+    if called:
+        net(data[0])
+    of = fitted(method, net, data, params="3.*")
+    expected = of.attribute(queries).values
+    for n in (1, 5, 9):
+        net(torch.randn(n, 3))
+    assert of.attribute(queries).values.equal(expected)
+    normed.weight_v.data *= torch.tensor([1.0, 2.0, 3.0])  # what the weight is computed from
+    with pytest.raises(ModelChanged, match="weight_v"):
+        of.attribute(queries)
+
+
+@BOTH
+def test_a_hook_is_named_as_the_cause_and_its_way_out_works(method: Influence) -> None:
+    net, queries = model(), arrays(2)
+    of = fitted(method, net, arrays(), params="4.*")
+    expected = of.attribute(queries).values
+    handle = net[2].register_forward_hook(lambda _, __, out: 2 * out)
+    with pytest.raises(ModelChanged) as raised:
+        of.attribute(queries)
+    assert "a hook was registered or removed after fit." in str(raised.value)
+    assert "handle.remove()" in str(raised.value) and "training" not in str(raised.value)
+    handle.remove()
+    assert of.attribute(queries).values.equal(expected)
+
+
+@BOTH
+def test_another_dtype_is_named(method: Influence) -> None:
+    net = model().double()
+    of = fitted(method, net, (arrays()[0].double(), arrays()[1]), params="4.*")
+    net.float()
+    with pytest.raises(ModelChanged, match=r"parameters of torch.float32, fitted as torch.float64"):
+        of.attribute(arrays(2))
+
+
+SETTINGS: dict[str, Callable[[Any], object]] = {
+    r"attribute 1.cfg.t 1.0 → 2.0": lambda s: setattr(s.cfg, "t", 2.0),
+    r"attribute 1.cfg.inner.t list\(1.0\) → list\(2.0\)": lambda s: s.cfg.inner.t.__setitem__(
+        0, 2.0
+    ),
+    r"attribute 1.options.t 1.0 → 2.0": lambda s: setattr(s.options, "t", 2.0),
+    r"attribute 1.options.inner.t 1.0 → 2.0": lambda s: setattr(s.options.inner, "t", 2.0),
+    r"attribute 1.many\[0\].t 1.0 → 2.0": lambda s: setattr(s.many[0], "t", 2.0),
+    r"attribute 1.many\[1\]\['a'\].t 1.0 → 2.0": lambda s: setattr(s.many[1]["a"], "t", 2.0),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("words", SETTINGS)
+def test_settings_kept_in_an_object_are_compared(method: Influence, words: str) -> None:
+    net, queries = nn.Sequential(nn.Linear(3, 4), Set(), nn.Linear(4, 2)), arrays(2)
+    of = fitted(method, net.eval(), arrays(), params="2.*")
+    of.attribute(queries)
+    SETTINGS[words](net[1])
+    with pytest.raises(ModelChanged, match=words):
+        of.attribute(queries)
 
 
 class Tuned:

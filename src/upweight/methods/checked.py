@@ -1,6 +1,6 @@
 """`fitted.check(recipe, budget)`: what a method says, held against retraining, in one line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -107,6 +107,16 @@ class Checked:
     def _is_convex(self) -> bool:
         return health.is_convex(self.task, self.train)
 
+    @cached_property
+    def _baseline(self) -> tuple[float, float] | None:
+        return health.constant_baseline(self.task, self.train)
+
+    def _minimum_denied(self, judged: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """What is warned of, and what only noted, of how far θ̂ is from a minimum."""
+        if self._is_convex:
+            return health.denied(judged), []
+        return health.of_network(judged, lambda: self._baseline)
+
     def _require_same_model(self) -> None:
         """Refuse a question about a model that is no longer the one of the fit.
 
@@ -114,6 +124,6 @@ class Checked:
             ModelChanged: θ̂, or another part of the model or its objective, has changed.
         """
         now = self.task.theta()
-        if not torch.equal(now, self.theta):
+        if now.dtype != self.theta.dtype or not torch.equal(now, self.theta):
             raise ModelChanged(health.moved(now, self.theta))
         self.snapshot.require_same(Snapshot.of(self.task))

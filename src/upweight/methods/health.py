@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from upweight.linalg.damping import Damping, Relative
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solve import Solver
+from upweight.runtime.progress import progress
 from upweight.scores import DECREMENT_LIMIT, RESIDUAL_LIMIT, ROW_SUM_LIMIT
 from upweight.task.data import Data
+from upweight.task.losses import Bernoulli, CrossEntropy, SquaredError
 from upweight.task.probe import evenly_spaced
 from upweight.task.task import Task
 
@@ -32,9 +34,15 @@ UNDERFLOW_EXAMPLES = 64
 SLOW_S = 60.0
 """Seconds that one query may take before it is said."""
 
-UNTRAINED_ROW_SUM = 1 / 3
-"""Overall row-sum excess from which a network counts as not trained. Small networks for digits had
-0.04 to 0.30 after 20 and more epochs, damped much or little, and 0.38 to 0.62 up to the fifth."""
+NETWORK_ROW_SUM = 1 / 3
+"""Overall row-sum excess from which it is noted of a network. It does not tell the untrained: they
+had 0.38 to 0.62, and networks after 20 to 60 epochs of noisy SGD 0.04 to 0.61."""
+
+BASELINE_EXAMPLES = 1024
+"""Training examples on which a network is held against a constant output."""
+
+TARGETS_A_CLASS = 10
+"""Targets a class below which their entropy says little about that of all."""
 
 
 def stationarity(gradient: Float[Tensor, " p"], step: Solution) -> dict[str, float]:
@@ -118,6 +126,13 @@ def spectrum(curvature: BlockCurvature) -> dict[str, Any]:
 
 def moved(now: Tensor, then: Tensor) -> str:
     """The message for a model that is no longer what the method was fitted to."""
+    if now.dtype != then.dtype:
+        return message(
+            "The model must still have the parameters that the method was fitted to.",
+            f"parameters of {now.dtype}, fitted as {then.dtype}.",
+            "model.float(), .half(), .bfloat16(), .double() or .to(dtype) was called after fit.",
+            "fit again, or fit to a copy: copy.deepcopy(model).",
+        )
     return message(
         "The model must still have the parameters that the method was fitted to.",
         f"parameters that differ by up to {float((now - then).abs().max()):.2e}.",
@@ -155,46 +170,135 @@ def is_convex(task: Task, train: Data) -> bool:
     return task.loss.convex and linear_form(task, probe) is not None
 
 
-def denied(judged: Mapping[str, Any], convex: bool) -> list[str]:
-    """What the scores assume and the numbers beside them deny: a minimum, and solved systems.
+def denied(judged: Mapping[str, Any]) -> list[str]:
+    """What the numbers deny of what the scores of a convex objective assume: a minimum.
+
+    θ̂ can be had there, so the limits are those of the report's page.
 
     Args:
         judged: `provenance.health`.
-        convex: Whether J is convex. Then θ̂ can be had at the minimum, and the limits are those of
-            the report's page. A network is stopped before it, and is noted where its scores say
-            little else.
     """
-    notes = []
     excess, gain = judged.get("row_sum_excess_overall", 0.0), 0.0
-    if convex and "decrement" in judged:
+    if "decrement" in judged:
         decrement, loss = judged["decrement"], abs(judged["mean_loss"])
         gain = decrement / loss if loss else (math.inf if decrement else 0.0)
     # `not <=`: a NaN denies it as well.
-    if not gain <= DECREMENT_LIMIT or not excess <= (
-        ROW_SUM_LIMIT if convex else UNTRAINED_ROW_SUM
-    ):
-        said = []
-        if "decrement" in judged:
-            said.append(
-                f"‖∇J‖ = {judged['gradient_norm']:.2g}, and a Newton step would lower J by "
-                f"{judged['decrement']:.2g} (mean loss {judged['mean_loss']:.2g})"
-            )
-        if judged.get("row_sum_excess_overall"):
-            said.append(
-                f"{excess:.1%} of the scores is an effect of all examples alike, and at a minimum "
-                "none is"
-            )
-        notes.append(
-            f"θ̂ is not at a minimum of the objective: {'; '.join(said)}. Usual causes: a "
-            "penalty, loss or data other than the model was trained with; training that stopped "
-            "early or has not begun"
+    if gain <= DECREMENT_LIMIT and excess <= ROW_SUM_LIMIT:
+        return []
+    return [
+        f"θ̂ is not at a minimum of the objective: {'; '.join(_measured(judged))}. Usual causes: a "
+        "penalty, loss or data other than the model was trained with; training that stopped "
+        "early or has not begun"
+    ]
+
+
+def _measured(judged: Mapping[str, Any]) -> list[str]:
+    said = []
+    if "decrement" in judged:
+        said.append(
+            f"‖∇J‖ = {judged['gradient_norm']:.2g}, and a Newton step would lower J by "
+            f"{judged['decrement']:.2g} (mean loss {judged['mean_loss']:.2g})"
         )
-    if not judged.get("largest_residual", 0.0) <= RESIDUAL_LIMIT:
-        notes.append(
-            f"a solve was left with a residual of {judged['largest_residual']:.1e} of its right "
-            "side: a smaller tolerance of the solver makes the scores exact"
+    if judged.get("row_sum_excess_overall"):
+        said.append(
+            f"{judged['row_sum_excess_overall']:.1%} of the scores is an effect of all examples "
+            "alike, and at a minimum none is"
         )
-    return notes
+    return said
+
+
+def of_network(
+    judged: Mapping[str, Any], baseline: Callable[[], tuple[float, float] | None]
+) -> tuple[list[str], list[str]]:
+    """What is to be warned of a network that is far from a minimum, and what only noted.
+
+    Networks are stopped before a minimum, so the distance alone accuses none. A mean loss that a
+    constant output reaches does.
+
+    Args:
+        judged: `provenance.health`.
+        baseline: From `constant_baseline`; asked only where it decides.
+    """
+    if judged.get("row_sum_excess_overall", 0.0) <= NETWORK_ROW_SUM:
+        return [], []
+    said, found = "; ".join(_measured(judged)), baseline()
+    if found is not None and not found[0] < found[1]:
+        return [
+            f"θ̂ is not at a minimum of the objective: {said}; and the mean loss {found[0]:.3g} is "
+            f"not below {found[1]:.3g}, that of the best constant output. Usual causes: training "
+            "that has not begun; a loss or data other than the model was trained with"
+        ], []
+    return [], [
+        f"θ̂ is not at a minimum of the objective: {said}. The last steps of noisy SGD, early "
+        "stopping, or a penalty told wrongly do this"
+    ]
+
+
+def solved(judged: Mapping[str, Any]) -> list[str]:
+    """Whether the systems were solved."""
+    if judged.get("largest_residual", 0.0) <= RESIDUAL_LIMIT:
+        return []
+    return [
+        f"a solve was left with a residual of {judged['largest_residual']:.1e} of its right "
+        "side: a smaller tolerance of the solver makes the scores exact"
+    ]
+
+
+def constant_baseline(task: Task, data: Data) -> tuple[float, float] | None:
+    """The mean training loss, and that of the best output that is the same for all examples.
+
+    Of cross-entropy that is the entropy of the labels' frequencies, of the squared error half the
+    variance. None where the loss has no such constant, or the targets are too few or of several
+    shapes.
+
+    Cost: one forward pass over `BASELINE_EXAMPLES` evenly spaced examples.
+    """
+    if not isinstance(task.loss, CrossEntropy | Bernoulli | SquaredError):
+        return None
+    some = data.subset(evenly_spaced(len(data), min(len(data), BASELINE_EXAMPLES)))
+    losses, shapes, targets = [], [], []
+    with torch.no_grad():
+        for _, _, batch in progress(some.batches(16), len(some), "loss of a constant output"):
+            outputs, wanted = task.call(task.theta(), task.to_device(batch))
+            losses.append(task.losses_of(outputs, wanted).double())
+            shapes.append(outputs.shape)
+            targets.append(wanted)
+        constant = _best_constant(task.loss, shapes, targets)
+        if constant is None:
+            return None
+        of_constant = [
+            task.losses_of(constant.expand(shape), wanted)
+            for shape, wanted in zip(shapes, targets, strict=True)
+        ]
+    return float(torch.cat(losses).mean()), float(torch.cat(of_constant).mean())
+
+
+def _best_constant(
+    loss: CrossEntropy | Bernoulli | SquaredError,
+    shapes: Sequence[torch.Size],
+    targets: Sequence[Tensor],
+) -> Tensor | None:
+    """An output that broadcasts over examples, and over positions where classes are counted."""
+    if not isinstance(loss, CrossEntropy):
+        if len({shape[1:] for shape in shapes}) > 1:
+            return None
+        mean = torch.cat([y.reshape(s) for y, s in zip(targets, shapes, strict=True)])
+        mean = mean.double().mean(dim=0)
+        return torch.logit(mean, eps=1e-9) if isinstance(loss, Bernoulli) else mean
+    axis = -1 if loss.axis is None else loss.axis
+    classes, ndim = shapes[0][axis], len(shapes[0])
+    counts = torch.zeros(classes, dtype=torch.float64, device=targets[0].device)
+    for y in targets:
+        if y.is_floating_point():
+            counts += y.movedim(axis, -1).reshape(-1, classes).double().sum(dim=0)
+        else:
+            index = y.long()
+            counts += torch.bincount(index[index != loss.ignore_index], minlength=classes)
+    if counts.sum() <= TARGETS_A_CLASS * int((counts > 0).sum()):
+        return None
+    tiny = torch.finfo(counts.dtype).tiny
+    logits = (counts / counts.sum()).clamp_min(tiny).log()  # of no target: never asked
+    return logits.reshape([classes if k == axis % ndim else 1 for k in range(ndim)])
 
 
 def zero_rows(sizes: Float[Tensor, " q"], losses: Float[Tensor, " n"] | float) -> list[str]:

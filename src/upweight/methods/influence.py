@@ -52,7 +52,7 @@ from upweight.scores import Context, Provenance, Scores, Unit, library_versions
 from upweight.task.check import checked_losses, checked_measurements, require_answerable
 from upweight.task.data import Data, batch_size
 from upweight.task.measures import Loss, as_measure
-from upweight.task.snapshot import Snapshot
+from upweight.task.snapshot import Snapshot, written
 from upweight.task.task import Task, require_task
 
 CURVATURES = ("EKFAC", "KFAC", "Diagonal", "GGN", "Hessian", "Fisher", "EmpiricalFisher")
@@ -210,7 +210,7 @@ class Influence:
             state=solver.init(operator),
             source=source,
             theta=task.theta(),
-            snapshot=Snapshot.of(task).settled(before),
+            snapshot=Snapshot.of(task).settled(before, written(task, data)),
             damping=damping,
             mean_loss=float(losses.double().mean()),
             seconds={},
@@ -577,8 +577,10 @@ class FittedInfluence(Checked):
         if unit is Unit.DERIVATIVE:
             penalty = self.task.penalty.gradient(self.theta, self.task.layout)
             judged |= health.row_sum_excess(values.sum(dim=1), sizes, solution.value @ penalty)
+        denied, noted = self._minimum_denied(judged)
         denied = [
-            *health.denied(judged, self._is_convex),
+            *denied,
+            *health.solved(judged),
             *health.zero_rows(sizes, self.mean_loss),
             *doubts,
         ]
@@ -604,6 +606,7 @@ class FittedInfluence(Checked):
                         *queries.notes,
                         *queries.form_notes,
                         *health.warned(denied),
+                        *noted,
                         *health.zero_columns(values),
                     )
                 )

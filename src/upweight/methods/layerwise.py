@@ -61,7 +61,7 @@ from upweight.task.data import Data
 from upweight.task.identity import contents, described, subject
 from upweight.task.measures import Loss, as_measure
 from upweight.task.probe import Probe
-from upweight.task.snapshot import Snapshot
+from upweight.task.snapshot import Snapshot, written
 from upweight.task.task import Task
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def fit(
         train=data,
         curvature=replace(curvature, blocks=blocks),
         theta=task.theta(),
-        snapshot=Snapshot.of(task).settled(before),
+        snapshot=Snapshot.of(task).settled(before, written(task, data)),
         losses=losses,
         share=share,
         memory_bytes=memory_bytes,
@@ -627,8 +627,9 @@ class LayerwiseInfluence(Checked):
     ) -> tuple[dict[str, float], list[str]]:
         """Row sums as numbers, and as notes that are warned of where they deny a minimum."""
         excess = health.row_sum_excess(sums, sizes, expected)
-        notes = [*health.denied(excess, self._is_convex), *health.zero_rows(sizes, self.losses)]
-        return excess, health.warned(notes)
+        denied, noted = self._minimum_denied(excess)
+        warned = health.warned([*denied, *health.zero_rows(sizes, self.losses)])
+        return excess, [*warned, *noted]
 
     def _scores(
         self,

@@ -4,7 +4,10 @@ Buffers, frozen parameters, attributes, training flags, hooks, and the loss, pen
 the task: what runs on disk hash is here compared by name.
 """
 
+import argparse
+import dataclasses
 import enum
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,18 +17,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from upweight._typing import Batch
 from upweight.errors import ModelChanged, SpecError, message
 from upweight.runtime.fingerprint import checksum
+from upweight.task.data import Data
 from upweight.task.identity import described
 from upweight.task.task import Task
 
 ENTRIES = 1000
 """Entries of a list or dict that are compared one by one; a longer one counts as one object."""
 
+DEPTH = 4
+"""Objects and containers inside of each other that are read; what is deeper is compared as one."""
+
 SHOWN = 4
 """Changes that a message names."""
 
 _INHERITED = frozenset(vars(nn.Module())) - {"training"}
+
+_STATEFUL = sys.stdlib_module_names | {"lightning", "pytorch_lightning"}
+"""Packages whose objects (loggers, trainers) write their own records: no settings of a model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +64,22 @@ class Snapshot:
                 parts[name] = _spec(value)
         return cls(parts)
 
-    def settled(self, before: "Snapshot") -> "Snapshot":
-        """This one, without the parts that differ from an earlier one: passes alone wrote them."""
-        moving = {k for k in {*self.parts, *before.parts} if not self._same(before, k)}
-        return Snapshot(self.parts, frozenset(moving))
+    def settled(self, before: "Snapshot", written: frozenset[str]) -> "Snapshot":
+        """This one, without what passes alone changed since an earlier one, and what they write.
+
+        Args:
+            before: What the task was before any pass.
+            written: From `written`, of what `lent` puts back after each pass.
+        """
+        return Snapshot(self.parts, written | frozenset(self._differing(before)))
+
+    def _differing(self, other: "Snapshot") -> set[str]:
+        return {k for k in {*self.parts, *other.parts} if not self._same(other, k)}
+
+    def _is_moving(self, name: str) -> bool:
+        """Also of what is inside of a part that forward writes: an object that it replaces."""
+        ends = [k for k, c in enumerate(name) if c in ".["]
+        return name in self.moving or any(name[:k] in self.moving for k in ends)
 
     def require_same(self, now: "Snapshot") -> None:
         """Refuse a task that has changed.
@@ -68,7 +91,7 @@ class Snapshot:
         changed = [
             name
             for name in names
-            if name not in self.moving
+            if not self._is_moving(name)
             and not self._same(now, name)
             # A new attribute is something noted down beside the model.
             and not (name not in self.parts and name.startswith("attribute "))
@@ -80,14 +103,22 @@ class Snapshot:
                 kept = [w for w, name in zip(words, changed, strict=True) if name not in flags]
                 mode = "train" if now.parts[flags[0]] == "True" else "eval"
                 words = [f"model.{mode}() was called ({len(flags)} modules)", *kept]
+            hooked = [name for name in changed if ": hooks of " in f": {name}"]
+            causes = ["a hook was registered or removed after fit"] if hooked else []
+            if len(hooked) < len(changed):
+                causes.append(
+                    "training or calls of the model in training mode went on, weights were "
+                    "loaded, or an attribute was set after fit"
+                )
+            undo = " (a hook: handle.remove())" if hooked else ""
             more = f", and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
             raise ModelChanged(
                 message(
                     "The model and its objective must still be what the method was fitted to.",
                     f"{'; '.join(words[:SHOWN])}{more}.",
-                    "training or calls of the model in training mode went on, weights were "
-                    "loaded, or an attribute was set after fit.",
-                    "put it back as it was, fit again, or fit to a copy: copy.deepcopy(model).",
+                    f"{'; '.join(causes)}.",
+                    f"put it back as it was{undo}, fit again, or fit to a copy: "
+                    "copy.deepcopy(model).",
                 )
             )
 
@@ -112,6 +143,43 @@ class _Absent:
     """No such part."""
 
 
+def written(task: Task, data: Data) -> frozenset[str]:
+    """The names of what the model's own forward writes: counters, caches, the last output.
+
+    Seen inside of calls, before `lent` puts things back. Of two sizes: what is kept of a batch may
+    be the same as of the last one. A value that is written again as it was is told by its object.
+
+    Cost: two calls of the model, of two examples and of one.
+    """
+    found: set[str] = set()
+
+    def watched(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
+        before, held = Snapshot.of(task), _held(model)
+        result = task.forward(model, batch)
+        now = _held(model)
+        found.update(name for name in held.keys() & now.keys() if held[name] is not now[name])
+        found.update(Snapshot.of(task)._differing(before))
+        return result
+
+    watching = Task(task.model, task.loss, task.penalty, task.params, watched, task.reads)
+    with torch.no_grad():
+        for size in (min(2, len(data)), 1):
+            watching.call(task.theta(), task.to_device(data.batch(0, size)))
+    return frozenset(found)
+
+
+def _held(model: nn.Module) -> dict[str, Any]:
+    """Attributes and buffers as objects, by the name of the part."""
+    found = {}
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        for key in vars(module).keys() - _INHERITED - {"training"}:
+            found[f"attribute {prefix}{key}"] = vars(module)[key]
+        for key, buffer in module._buffers.items():
+            found[f"buffer {prefix}{key}"] = buffer
+    return found
+
+
 def _is_short(part: Any) -> bool:
     return isinstance(part, str) and len(part) <= 40 and not part.startswith("tensor ")
 
@@ -129,7 +197,7 @@ def _of_module(model: nn.Module, free: frozenset[str]) -> Iterator[tuple[str, An
             if key == "training":
                 yield f"training of {name or 'model'}", repr(value)
             elif key not in _INHERITED:
-                yield f"attribute {prefix}{key}", _told(value)
+                yield from _parts(f"attribute {prefix}{key}", value)
     for name, buffer in model.named_buffers():
         yield f"buffer {name}", _tensor(buffer)
     for name, parameter in model.named_parameters():
@@ -145,6 +213,43 @@ def _spec(value: Any) -> Any:
         return described(value)
     except SpecError:
         return value
+
+
+def _parts(name: str, value: Any, inside: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """An attribute, and what is inside of it where it is an object or a container of objects."""
+    told = _told(value)
+    fields = None if isinstance(told, str) else _fields(value)
+    if fields is None or len(inside) >= DEPTH or any(value is outer for outer in inside):
+        yield name, told
+        return
+    yield name, f"{type(value).__qualname__} of {len(value)}" if _is_container(value) else told
+    for key, field in fields.items():
+        yield from _parts(f"{name}{key}", field, (*inside, value))
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    """The settings in an object, and the entries of a container; None of all else."""
+    if _is_container(value):
+        if len(value) > ENTRIES:
+            return None
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {f"[{key!r}]": field for key, field in pairs}
+    if isinstance(value, type):
+        return None
+    if dataclasses.is_dataclass(value):
+        names = [f.name for f in dataclasses.fields(value)]
+        return {f".{k}": getattr(value, k) for k in names if hasattr(value, k)}
+    is_namespace = isinstance(value, argparse.Namespace | types.SimpleNamespace)
+    if isinstance(value, Tensor | nn.Module | types.FunctionType | types.MethodType) or (
+        type(value).__module__.partition(".")[0] in _STATEFUL and not is_namespace
+    ):
+        return None
+    held = getattr(value, "__dict__", None)
+    return {f".{k}": v for k, v in held.items()} if isinstance(held, dict) else None
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, list | tuple | dict)
 
 
 def _told(value: Any) -> Any:
