@@ -78,6 +78,7 @@ class Provenance:
         seconds: Time spent, by stage; "fit: pass 1" is a part of "fit".
         versions: Of the libraries used.
         notes: Choices made on the user's behalf, and warnings.
+        fingerprints: Of what the run asked that keeps them; empty elsewhere.
     """
 
     method: str
@@ -92,6 +93,7 @@ class Provenance:
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
 
 def library_versions() -> dict[str, str]:
