@@ -31,7 +31,7 @@ from upweight.errors import (
     message,
 )
 from upweight.plot import Plot
-from upweight.runtime.headers import Misfit, fitting, read_json, write_json
+from upweight.runtime.headers import Misfit, fitting, own_digest, read_json, write_json
 from upweight.runtime.selection import labels_by_place, places
 from upweight.runtime.shards import AGAIN, RERUN, ScoreShards, require_one_kind
 from upweight.runtime.tensors import read_plain, tensors_digest, write_plain
@@ -499,6 +499,18 @@ class Scores:
         if (source / "finished.json").exists():
             return told_of(ScoreShards.load(source))[1]
         return _saved_header(source).provenance
+
+    @classmethod
+    def digest_in(cls, directory: str | Path) -> str:
+        """The hash of the scores of a directory, as their headers tell it.
+
+        Raises:
+            FileNotFoundError, StaleStore: As for `load`.
+        """
+        source = Path(directory)
+        if (source / "finished.json").exists():
+            return own_digest(ScoreShards.load(source).digests())
+        return _saved_header(source).tensors
 
     @classmethod
     def verify(cls, directory: str | Path) -> None:

@@ -468,3 +468,23 @@ def test_an_edited_question_of_a_finished_run_is_refused_until_it_is_put_back(ru
     fields = tomllib.loads(run.toml.read_text()) | tomllib.loads(line)
     run.toml.write_text(tomli_w.dumps(fields))
     assert answer("rerun", "run")["did"] == answer(*rerun("run"))["did"] == "nothing"
+
+
+def test_a_comparison_of_other_scores_is_refused_until_it_is_deleted(run):
+    with open("project.py", "a") as file:
+        file.write("recipe = uw.Newton()\n")
+    other = Run(run.path.with_name("exact"))
+    other.keep_evaluation("other", {"a": 1})
+    run.keep_evaluation("other", {"a": 1})
+    assert run.evaluations() == other.evaluations() == {"other": {"a": 1}}
+    shutil.copy(other.evaluation, run.evaluation)
+    evaluate = ["evaluate", "run", "--recipe", "project.py:recipe", "--lds", "4"]
+    for verb in (["report", "run"], ["view", "run"], ["rerun", "run"], evaluate):
+        assert "evaluation.json, which is of others" in refusal(*verb)
+    assert not run.retrained.exists(), "said before anything is trained"
+    removed(run.evaluation)  # the way out
+    verdict = answer(*evaluate)["verdict"]
+    assert answer("rerun", "run")["verdict"] == verdict
+    removed(sorted(run.scores.glob("scores-*"))[1])
+    answer(*rerun("run"))
+    assert answer("rerun", "run")["verdict"] == verdict, "the same scores, made again"

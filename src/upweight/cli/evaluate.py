@@ -76,6 +76,7 @@ def evaluate(
     files = [part for each in projects for part in ("--project", each)]
     to_go_on = shlex.join([*typed, *files])
     with place.held("upweight evaluate"), reopened(place, code) as (project, _, question):
+        place.evaluations()  # one that is damaged, or of other scores, is told before retraining
         scores = attached(place, question)
         how = recipe_of(project, recipe)
         with continued_by(to_go_on):

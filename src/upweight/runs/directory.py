@@ -249,15 +249,29 @@ class Run:
         return shlex.join(["upweight", verb, str(self.path), *self.naming(record)])
 
     def evaluations(self) -> dict[str, Any]:
-        """What comparisons found, the latest last; empty where there was none."""
+        """What comparisons of these scores found, the latest last; empty where there was none.
+
+        Raises:
+            StaleStore: The file is damaged, or of other scores.
+        """
         if not self.evaluation.exists():
             return {}
-        return read_json(self.evaluation, SCHEMA, dict[str, Any], WAY_OUT)
+        kept = read_json(self.evaluation, SCHEMA, dict[str, Any], WAY_OUT)
+        if kept.pop("of", None) != Scores.digest_in(self.scores):
+            raise StaleStore(
+                message(
+                    "A comparison is of the scores that a run holds.",
+                    f"{self.evaluation}, which is of others, or does not say of which.",
+                    "a file copied from another run, or scores computed anew since.",
+                    WAY_OUT,
+                )
+            )
+        return kept
 
     def keep_evaluation(self, name: str, facts: dict[str, Any]) -> None:
         """Keep what a comparison found, in place of an earlier one of its name."""
         kept = {k: v for k, v in self.evaluations().items() if k != name} | {name: facts}
-        write_json(self.evaluation, SCHEMA, kept)
+        write_json(self.evaluation, SCHEMA, {**kept, "of": Scores.digest_in(self.scores)})
 
     def digests(self) -> dict[str, str]:
         """A hash of each file of scores: equal for scores that are equal bit for bit."""
