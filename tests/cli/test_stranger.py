@@ -21,6 +21,7 @@ from upweight.errors import DataError, SpecError, StaleStore
 from upweight.report.examples import Examples, KeptExamples
 from upweight.runs import shown
 from upweight.runs.directory import Run
+from upweight.runtime.headers import own_digest
 from upweight.view import Server
 
 EVIL = "import pathlib\npathlib.Path(MARKER).touch()\n" + PROJECT
@@ -338,23 +339,32 @@ def test_what_is_kept_is_refused_where_it_is_damaged(made, tmp_path, monkeypatch
     numbers = (made / "rendered/shown/shown.safetensors").read_bytes()
     (tmp_path / "evil.py").write_text("")
 
+    def signed(**changes):
+        told = {k: v for k, v in whole.items() if k != "digest"} | changes
+        return json.dumps(told | {"digest": own_digest(told)})
+
     def facts(**changes):
-        return json.dumps(whole | {"facts": whole["facts"] | changes})
+        return signed(facts=whole["facts"] | changes)
 
     custom = whole["facts"]["queries"]["custom"]
     outside = [[{"picture": "https://example.org/x.png"}], *custom[1:]]
     markup = [[{"markup": "<script>"}], *custom[1:]]
     damaged = [
         "", "{}", "[]", "null", "7", "\0", json.dumps(whole)[:200], "[" * 10**5,
-        json.dumps(whole | {"schema": 2}), json.dumps(whole | {"digest": "0"}),
-        json.dumps(whole | {"of": {}}), json.dumps(whole | {"facts": []}),
-        facts(n=99), facts(n="x"), facts(whole=True), facts(labels=["a"]), facts(labels=7),
+        json.dumps(whole | {"digest": "0"}),
+        json.dumps(whole | {"facts": whole["facts"] | {"options": {"title": "edited"}}}),
+        signed(schema=3), signed(numbers="0"), signed(of={}), signed(facts=[]),
+        facts(n=99), facts(n="x"), facts(n=100.7), facts(left_out=5),
+        facts(left_out=[5]), facts(whole=True), facts(labels=["a"]), facts(labels=7),
         facts(train=None), facts(train=whole["facts"]["train"] | {"labels": ["a"]}),
         facts(queries=whole["facts"]["queries"] | {"custom": outside}),
         facts(queries=whole["facts"]["queries"] | {"custom": markup}),
         facts(queries=whole["facts"]["queries"] | {"texts": ["a"]}),
         facts(twins=[1]), facts(twins={}), facts(metadata=[1]), facts(predictions=7),
         facts(twins=whole["facts"]["twins"] | {"near": [[0, 10**6, 1.0]]}),
+        facts(twins=whole["facts"]["twins"] | {"near": [[0, 1, float("inf")]]}),
+        facts(twins=whole["facts"]["twins"] | {"extra": 10**40}),
+        facts(twins=whole["facts"]["twins"] | {"sets": -1}),
         facts(options={"k": "many"}), facts(options={"title": 7}), facts(options=None),
         facts(options={"names": 7}), facts(predictions=["a"] * 3),
     ]  # fmt: skip
@@ -364,6 +374,8 @@ def test_what_is_kept_is_refused_where_it_is_damaged(made, tmp_path, monkeypatch
         with pytest.raises(StaleStore, match=r"--project"):  # noqa: PT012
             alone(Run(tmp_path / "run"))
             pytest.fail(f"{k}: {text[:200]}")
+    (tmp_path / "run/shown/shown.json").write_text(facts())
+    alone(Run(tmp_path / "run"))  # so each of these is refused for what was changed in it
     (tmp_path / "run/shown/shown.json").write_text(json.dumps(whole))
     for contents in (b"", numbers[:100], numbers[:-1] + b"\7", b"\x80\x04K\x01."):
         (tmp_path / "run/shown/shown.safetensors").write_bytes(contents)
