@@ -212,12 +212,14 @@ def test_a_damaged_comparison_is_refused_until_it_is_deleted(run):
 
 TOML = {
     "threads": ["0", "-1", '"a"', "1.0", "true", "99999999", "[1]"],
-    "directory": ["5", '""', '"\\u0000"', "[]"],
+    "directory": ["5", '""', '"\\u0000"', "[]", f'"{"x" * 5000}"', f'"{"x/" * 2500}"'],
+    "task": [f'"{"p" * 300}.py:task"', f'"{"p/" * 2000}p.py:task"', '"p\\u0000.py:task"'],
+    "show": [f'"{"p" * 300}.py:task"'],
     "n": ["0", '"100"', "9223372036854775808"],
     "tolerance": ["nan", "inf", "1.5", '"0.1"'],
     "memory_bytes": ["-1", "0.5"],
     "versions": ["3", "{torch = 2}"],
-    "method": ["1", "false"],
+    "method": ["1", "false", f'"{"p" * 300}.py:task"'],
 }
 
 

@@ -235,7 +235,10 @@ class Run:
         """Where run.toml says that a file lies, if there is one; to print it, not to follow it."""
         path = self.path / record.directory / source
         is_remote = str(path).startswith(("\\\\", "//"))  # of Windows: asking would tell who asks
-        if Path(source).suffix != ".py" or is_remote or not path.is_file():
+        try:
+            if Path(source).suffix != ".py" or is_remote or not path.is_file():
+                return source
+        except OSError:  # no name that a file can have
             return source
         try:
             return os.path.relpath(path.resolve(), Path.cwd())
