@@ -16,6 +16,7 @@ import torch
 import upweight as uw
 from tests.cli.test_verbs import OWN, PROJECT, answer, attribute, call, refusal, rerun
 from upweight.cli.compared import compared
+from upweight.cli.evaluate import command as command_of
 from upweight.cli.pages import alone
 from upweight.errors import DataError, SpecError, StaleStore
 from upweight.report.examples import Examples, KeptExamples
@@ -571,3 +572,43 @@ def test_the_next_commands_are_complete_and_work(made, tmp_path, monkeypatch):
     for command in commands:
         extra = ["--lds", "3"] if command.startswith("evaluate") else []
         answer(*shlex.split(command), *extra)
+
+
+def test_the_next_commands_of_a_moved_project_name_the_files_that_ran(made, tmp_path, monkeypatch):
+    shutil.copytree(made / "run", tmp_path / "run")
+    (tmp_path / "moved").mkdir()
+    shutil.copy(made / "project.py", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for out in ("again", "once more"):
+        printed = call("rerun", "run", "--project", "moved/project.py", "--out", out).stdout
+        commands = re.findall(r"(?m)^(?:  next:|       ) upweight (.*)$", printed)
+        assert "--recipe moved/project.py:recipe" in commands[1]
+        assert "--project moved/project.py" in commands[2]
+        answer(*shlex.split(commands[2]))
+
+
+def test_the_command_of_a_page_makes_the_run_again_from_wherever_it_was_made(
+    made, tmp_path, monkeypatch
+):
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "reader").mkdir()
+    shutil.copy(made / "project.py", tmp_path / "owner")
+    monkeypatch.chdir(tmp_path / "owner")
+    options = ["--memory", "1MB", "--show", "project.py:shown", "--tolerance", "0.0123456789"]
+    answer(*attribute(*options, out="runs/one"))
+    monkeypatch.chdir(tmp_path / "reader")
+    run = Run(tmp_path / "owner/runs/one")
+    told = command_of(run, run.record)
+    before = run.record
+    shutil.rmtree(run.path)
+    monkeypatch.chdir(tmp_path / "owner")
+    for each in told.split(" && "):
+        answer(*shlex.split(each)[1:])
+    assert run.record == before
+    assert (run.path / "report.html").exists()
+
+
+def test_a_refusal_of_view_goes_on_with_the_port(made, monkeypatch):
+    monkeypatch.chdir(made)
+    said = refusal("view", "run", "--show", "numbers.py:shown", "--port", "8765", "--browser")
+    assert "upweight view run --show numbers.py:shown --port 8765 --browser --project" in said
