@@ -95,7 +95,7 @@ class Record:
                 raise StaleStore(
                     message(
                         f"`{name}` in run.toml must be {words}.",
-                        f"{path}, where it is {getattr(record, name)!r}.",
+                        f"{path}, where it is {getattr(record, name)!r:.80}.",
                         "a file edited by hand.",
                         WAY_OUT,
                     )
