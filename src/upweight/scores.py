@@ -30,7 +30,7 @@ from upweight.errors import (
     message,
 )
 from upweight.plot import Plot
-from upweight.runtime.headers import Misfit, fitting, read_json, write_json
+from upweight.runtime.headers import Misfit, fitting, own_digest, read_json, write_json
 from upweight.runtime.selection import is_row, labels_by_place, places, row_of
 from upweight.runtime.shards import AGAIN, RERUN, ScoreShards, require_one_kind
 from upweight.runtime.tensors import read_plain, tensors_digest, write_plain
@@ -77,6 +77,7 @@ class Provenance:
         seconds: Time spent, by stage; "fit: pass 1" is a part of "fit".
         versions: Of the libraries used.
         notes: Choices made on the user's behalf, and warnings.
+        fingerprints: Of what the run asked that keeps them; empty elsewhere.
     """
 
     method: str
@@ -91,6 +92,7 @@ class Provenance:
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
 
 def library_versions() -> dict[str, str]:
@@ -490,6 +492,18 @@ class Scores:
         if (source / "finished.json").exists():
             return told_of(ScoreShards.load(source))[1]
         return _saved_header(source).provenance
+
+    @classmethod
+    def digest_in(cls, directory: str | Path) -> str:
+        """The hash of the scores of a directory, as their headers tell it.
+
+        Raises:
+            FileNotFoundError, StaleStore: As for `load`.
+        """
+        source = Path(directory)
+        if (source / "finished.json").exists():
+            return own_digest(ScoreShards.load(source).digests())
+        return _saved_header(source).tensors
 
     @classmethod
     def verify(cls, directory: str | Path) -> None:

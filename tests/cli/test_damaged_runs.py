@@ -14,7 +14,7 @@ import tomllib
 import pytest
 import tomli_w
 
-from tests.cli.test_verbs import answer, attribute, call, refusal, rerun
+from tests.cli.test_verbs import OWN, answer, attribute, call, refusal, rerun
 from tests.runtime.damage import DAMAGES
 from upweight.contraction import stream
 from upweight.errors import StaleStore
@@ -212,12 +212,14 @@ def test_a_damaged_comparison_is_refused_until_it_is_deleted(run):
 
 TOML = {
     "threads": ["0", "-1", '"a"', "1.0", "true", "99999999", "[1]"],
-    "directory": ["5", '""', '"\\u0000"', "[]"],
+    "directory": ["5", '""', '"\\u0000"', "[]", f'"{"x" * 5000}"', f'"{"x/" * 2500}"'],
+    "task": [f'"{"p" * 300}.py:task"', f'"{"p/" * 2000}p.py:task"', '"p\\u0000.py:task"'],
+    "show": [f'"{"p" * 300}.py:task"'],
     "n": ["0", '"100"', "9223372036854775808"],
     "tolerance": ["nan", "inf", "1.5", '"0.1"'],
     "memory_bytes": ["-1", "0.5"],
     "versions": ["3", "{torch = 2}"],
-    "method": ["1", "false"],
+    "method": ["1", "false", f'"{"p" * 300}.py:task"'],
 }
 
 
@@ -396,3 +398,95 @@ def test_a_directory_of_something_else_is_no_run_but_one_in_it_is(run):
     said = refusal(*attribute(out="."))
     assert "--out" in said and "project.py" in said
     assert answer(*attribute(out="run2"))["did"] == "computed"
+
+
+EXACT = ["--method", "Influence(Hessian(), damping=0.01)"]
+OTHERS = [
+    ("run", ["--measure", "Margin()"], "measure"),
+    ("run", ["--method", "Influence(EKFAC(), damping=Relative(0.2))"], "method"),
+    ("exact", [*EXACT, "--measure", "Margin()"], "measure"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "says"), OTHERS)
+def test_scores_of_another_question_are_refused_and_computed_again(run, name, options, says):
+    mine = Run(run.path.with_name(name))
+    before = mine.digests()
+    answer(*attribute(*options, out="other"))
+    removed(mine.scores)
+    shutil.copytree("other/scores", mine.scores)
+    alone = [[verb, name] for verb in ("report", "view", "rerun")]
+    live = [["report", name, *OWN], rerun(name), rerun(name, "--out", "again")]
+    for verb in alone + live:
+        said = refusal(*verb)
+        assert f"is of another {says} than" in said
+        assert "manifest.json" in said or "scores.json" in said
+    removed(mine.scores)
+    (command,) = re.findall(r"compute them again: upweight (.*)", said)
+    assert answer(*shlex.split(command))["did"] in ("computed", "continued")
+    assert mine.digests() == before
+
+
+def test_saved_scores_of_other_data_are_refused_and_computed_again(run):
+    """Nothing but the fingerprints tells these apart."""
+    exact = Run(run.path.with_name("exact"))
+    before = exact.digests()
+    with open("project.py", "a") as file:
+        file.write("fewer = (X[100:].flip(0), y[100:].flip(0))\n")
+    answer("attribute", "project.py:task", "--train", "project.py:train", "--queries",
+           "project.py:fewer", *EXACT, "--out", "other")  # fmt: skip
+    shutil.copytree("other/scores", exact.scores, dirs_exist_ok=True)
+    for verb in (["report", "exact"], ["rerun", "exact"], rerun("exact")):
+        said = refusal(*verb)
+        assert "is of another queries than" in said
+    removed(exact.scores)
+    (command,) = re.findall(r"compute them again: upweight (.*)", said)
+    answer(*shlex.split(command))
+    assert exact.digests() == before
+
+
+EDITS = {
+    "n": ("n = 100", "n = 99"),
+    "q": ("q = 10", "q = 9"),
+    "p": ("p = 24", "p = 25"),
+    "tolerance": ("tolerance = 0.01", "tolerance = 0.5"),
+    "measure": ('measure = "Loss()"', 'measure = "Margin()"'),
+    "method": ("Relative(factor=0.1)", "Relative(factor=0.9)"),
+}
+
+
+@pytest.mark.parametrize("key", EDITS)
+def test_an_edited_question_of_a_finished_run_is_refused_until_it_is_put_back(run, key):
+    text = run.toml.read_text()
+    assert text.count(EDITS[key][0]) == 1
+    run.toml.write_text(text.replace(*EDITS[key]))
+    for verb in (["report", "run"], ["view", "run"], ["rerun", "run"]):
+        said = refusal(*verb)
+        assert "run.toml, which says otherwise" in said
+    (line,) = re.findall(rf"has ({key} = .*), not ", said)
+    assert re.search(
+        rf"{key} is .*, and run.toml says|otherwise|{key} is not", refusal(*rerun("run"))
+    )
+    fields = tomllib.loads(run.toml.read_text()) | tomllib.loads(line)
+    run.toml.write_text(tomli_w.dumps(fields))
+    assert answer("rerun", "run")["did"] == answer(*rerun("run"))["did"] == "nothing"
+
+
+def test_a_comparison_of_other_scores_is_refused_until_it_is_deleted(run):
+    with open("project.py", "a") as file:
+        file.write("recipe = uw.Newton()\n")
+    other = Run(run.path.with_name("exact"))
+    other.keep_evaluation("other", {"a": 1})
+    run.keep_evaluation("other", {"a": 1})
+    assert run.evaluations() == other.evaluations() == {"other": {"a": 1}}
+    shutil.copy(other.evaluation, run.evaluation)
+    evaluate = ["evaluate", "run", "--recipe", "project.py:recipe", "--lds", "4"]
+    for verb in (["report", "run"], ["view", "run"], ["rerun", "run"], evaluate):
+        assert "evaluation.json, which is of others" in refusal(*verb)
+    assert not run.retrained.exists(), "said before anything is trained"
+    removed(run.evaluation)  # the way out
+    verdict = answer(*evaluate)["verdict"]
+    assert answer("rerun", "run")["verdict"] == verdict
+    removed(sorted(run.scores.glob("scores-*"))[1])
+    answer(*rerun("run"))
+    assert answer("rerun", "run")["verdict"] == verdict, "the same scores, made again"

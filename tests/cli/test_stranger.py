@@ -16,6 +16,7 @@ import torch
 import upweight as uw
 from tests.cli.test_verbs import OWN, PROJECT, answer, attribute, call, refusal, rerun
 from upweight.cli.compared import compared
+from upweight.cli.evaluate import command as command_of
 from upweight.cli.pages import alone
 from upweight.errors import DataError, SpecError, StaleStore
 from upweight.report.examples import Examples, KeptExamples
@@ -339,28 +340,33 @@ def test_what_is_kept_is_refused_where_it_is_damaged(made, tmp_path, monkeypatch
     numbers = (made / "rendered/shown/shown.safetensors").read_bytes()
     (tmp_path / "evil.py").write_text("")
 
-    def told(**changes):
+    def signed(**changes):
         """With a hash that fits: what it says must be refused for what it says."""
-        fields = {k: v for k, v in (whole | changes).items() if k != "digest"}
-        return json.dumps(fields | {"digest": own_digest(fields)})
+        told = {k: v for k, v in whole.items() if k != "digest"} | changes
+        return json.dumps(told | {"digest": own_digest(told)})
 
     def facts(**changes):
-        return told(facts=whole["facts"] | changes)
+        return signed(facts=whole["facts"] | changes)
 
     custom = whole["facts"]["queries"]["custom"]
     outside = [[{"picture": "https://example.org/x.png"}], *custom[1:]]
     markup = [[{"markup": "<script>"}], *custom[1:]]
     damaged = [
         "", "{}", "[]", "null", "7", "\0", json.dumps(whole)[:200], "[" * 10**5,
-        told(schema=1), told(numbers="0"), told(of={}), told(facts=[]), told(more=1),
-        json.dumps(whole | {"facts": whole["facts"] | {"twins": {}}}),
-        facts(n=99), facts(n="x"), facts(whole=True), facts(labels=["a"]), facts(labels=7),
+        json.dumps(whole | {"digest": "0"}), signed(more=1),
+        json.dumps(whole | {"facts": whole["facts"] | {"options": {"title": "edited"}}}),
+        signed(schema=3), signed(numbers="0"), signed(of={}), signed(facts=[]),
+        facts(n=99), facts(n="x"), facts(n=100.7), facts(left_out=5),
+        facts(left_out=[5]), facts(whole=True), facts(labels=["a"]), facts(labels=7),
         facts(train=None), facts(train=whole["facts"]["train"] | {"labels": ["a"]}),
         facts(queries=whole["facts"]["queries"] | {"custom": outside}),
         facts(queries=whole["facts"]["queries"] | {"custom": markup}),
         facts(queries=whole["facts"]["queries"] | {"texts": ["a"]}),
         facts(twins=[1]), facts(twins={}), facts(metadata=[1]), facts(predictions=7),
         facts(twins=whole["facts"]["twins"] | {"near": [[0, 10**6, 1.0]]}),
+        facts(twins=whole["facts"]["twins"] | {"near": [[0, 1, float("inf")]]}),
+        facts(twins=whole["facts"]["twins"] | {"extra": 10**40}),
+        facts(twins=whole["facts"]["twins"] | {"sets": -1}),
         facts(options={"k": "many"}), facts(options={"title": 7}), facts(options=None),
         facts(options={"names": 7}), facts(predictions=["a"] * 3),
     ]  # fmt: skip
@@ -370,6 +376,8 @@ def test_what_is_kept_is_refused_where_it_is_damaged(made, tmp_path, monkeypatch
         with pytest.raises(StaleStore, match=r"--project"):  # noqa: PT012
             alone(Run(tmp_path / "run"))
             pytest.fail(f"{k}: {text[:200]}")
+    (tmp_path / "run/shown/shown.json").write_text(facts())
+    alone(Run(tmp_path / "run"))  # so each of these is refused for what was changed in it
     (tmp_path / "run/shown/shown.json").write_text(json.dumps(whole))
     for contents in (b"", numbers[:100], numbers[:-1] + b"\7", b"\x80\x04K\x01."):
         (tmp_path / "run/shown/shown.safetensors").write_bytes(contents)
@@ -565,3 +573,43 @@ def test_the_next_commands_are_complete_and_work(made, tmp_path, monkeypatch):
     for command in commands:
         extra = ["--lds", "3"] if command.startswith("evaluate") else []
         answer(*shlex.split(command), *extra)
+
+
+def test_the_next_commands_of_a_moved_project_name_the_files_that_ran(made, tmp_path, monkeypatch):
+    shutil.copytree(made / "run", tmp_path / "run")
+    (tmp_path / "moved").mkdir()
+    shutil.copy(made / "project.py", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for out in ("again", "once more"):
+        printed = call("rerun", "run", "--project", "moved/project.py", "--out", out).stdout
+        commands = re.findall(r"(?m)^(?:  next:|       ) upweight (.*)$", printed)
+        assert "--recipe moved/project.py:recipe" in commands[1]
+        assert "--project moved/project.py" in commands[2]
+        answer(*shlex.split(commands[2]))
+
+
+def test_the_command_of_a_page_makes_the_run_again_from_wherever_it_was_made(
+    made, tmp_path, monkeypatch
+):
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "reader").mkdir()
+    shutil.copy(made / "project.py", tmp_path / "owner")
+    monkeypatch.chdir(tmp_path / "owner")
+    options = ["--memory", "1MB", "--show", "project.py:shown", "--tolerance", "0.0123456789"]
+    answer(*attribute(*options, out="runs/one"))
+    monkeypatch.chdir(tmp_path / "reader")
+    run = Run(tmp_path / "owner/runs/one")
+    told = command_of(run, run.record)
+    before = run.record
+    shutil.rmtree(run.path)
+    monkeypatch.chdir(tmp_path / "owner")
+    for each in told.split(" && "):
+        answer(*shlex.split(each)[1:])
+    assert run.record == before
+    assert (run.path / "report.html").exists()
+
+
+def test_a_refusal_of_view_goes_on_with_the_port(made, monkeypatch):
+    monkeypatch.chdir(made)
+    said = refusal("view", "run", "--show", "numbers.py:shown", "--port", "8765", "--browser")
+    assert "upweight view run --show numbers.py:shown --port 8765 --browser --project" in said

@@ -493,6 +493,21 @@ def test_sums_that_were_altered_are_made_again(opened_once, damage):
     assert Answers(opened(opened_once), keep=keep).training == before
 
 
+def test_sums_of_other_scores_are_made_again(opened_once, values, tmp_path):
+    other = tmp_path / "other"
+    shards = ScoreShards.open(other, N, Q, {})
+    shards.append(0, 0, 2 * values.T)
+    shards.finish({"unit": "DERIVATIVE", "provenance": asdict(provenance(n=N, q=Q))})
+    theirs = Answers(opened(other), keep=keeping(other)).training
+    keep = keeping(opened_once)
+    before = Answers(opened(opened_once), keep=keep).training
+    (mine,), (copied,) = keep.glob("totals-*"), keeping(other).glob("totals-*")
+    mine.unlink()
+    for name in (mine.name, copied.name):
+        shutil.copy(copied, keep / name)
+    assert Answers(opened(opened_once), keep=keep).training == before != theirs
+
+
 def test_scores_that_were_altered_are_noticed_though_there_is_a_copy(opened_once):
     (file,) = opened_once.glob("scores-*")
     DAMAGES["an edited score"](file)

@@ -266,7 +266,7 @@ def answer(run: Run, shown: Path, did: str, project: Project | None = None) -> A
     ]
     if project is not None:
         recipe = ["evaluate", str(shown), "--recipe", *_recipe(project, run, record)]
-        again = ["rerun", str(shown), *run.naming(record), "--out", f"{shown}-again"]
+        again = ["rerun", str(shown), *_naming(project, run, record), "--out", f"{shown}-again"]
         lines += [f"        upweight {shlex.join(each)}" for each in (recipe, again)]
     return Answer("\n".join(lines), facts)
 
@@ -283,6 +283,14 @@ def with_rankings(done: Answer, run: Run, top: int, asked_of: tuple[int, ...]) -
     return Answer("\n".join([done.text, "", *lines]), facts)
 
 
+def _naming(project: Project, run: Run, record: Record) -> list[str]:
+    """The options that name the files that just ran, which may not lie where the run says."""
+    if project.only is None:
+        return run.naming(record)
+    files = dict.fromkeys(str(_short(Path(project.only[source]))) for source in record.asked)
+    return [part for file in files for part in ("--project", file)]
+
+
 def _recipe(project: Project, run: Run, record: Record) -> list[str]:
     """The recipe of the user's file under its usual name, with the other files of the run."""
     file, name = "FILE.py", "NAME"
@@ -290,7 +298,7 @@ def _recipe(project: Project, run: Run, record: Record) -> list[str]:
         if "recipe" in vars(module) and isinstance(module.__file__, str):
             file, name = str(_short(Path(module.__file__))), "recipe"
             break
-    files = run.naming(record)[1::2]
+    files = _naming(project, run, record)[1::2]
     others = [each for each in files if Path(each).absolute() != Path(file).absolute()]
     return [f"{file}:{name}", *(part for each in others for part in ("--project", each))]
 

@@ -1,6 +1,7 @@
 """`upweight evaluate` and `upweight report`: the scores against retraining, and the page."""
 
 import shlex
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def evaluate(
     files = [part for each in projects for part in ("--project", each)]
     to_go_on = shlex.join([*typed, *files])
     with place.held("upweight evaluate"), reopened(place, code) as (project, _, question):
+        place.evaluations()  # one that is damaged, or of other scores, is told before retraining
         scores = attached(place, question)
         how = recipe_of(project, recipe)
         with continued_by(to_go_on):
@@ -128,7 +130,8 @@ def report(run: Path, out: Path | None, show: str | None, projects: tuple[str, .
     path = place.report if out is None else out.absolute()
     record = place.record
     assert record is not None
-    rest: dict[str, Any] = {"comparison": found_in(place), "command": command(place, record)}
+    said_of = record if show is None else replace(record, show=show)
+    rest: dict[str, Any] = {"comparison": found_in(place), "command": command(place, said_of)}
     if show is None and not projects:
         written = pages.html(place.load(), path=path, **rest | alone(place))
     else:
@@ -201,11 +204,15 @@ def found_in(run: Run) -> Check | None:
 
 def command(run: Run, record: Record) -> str:
     """What makes the run and its page again, from nothing, in the project's directory."""
-    out = relative(run.path, Path.cwd())
+    out = relative(run.path, run.path / record.directory)
     parts = [
         "upweight", "attribute", record.task, "--train", record.train, "--queries", record.queries,
         "--method", record.method, "--measure", record.measure, "--out", out,
     ]  # fmt: skip
     if record.tolerance:
-        parts += ["--tolerance", f"{record.tolerance:g}"]
+        parts += ["--tolerance", f"{record.tolerance!r}"]
+    if record.memory_bytes:
+        parts += ["--memory", str(record.memory_bytes)]
+    if record.show:
+        parts += ["--show", record.show]
     return f"{shlex.join(parts)} && upweight report {shlex.quote(out)}"

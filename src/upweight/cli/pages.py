@@ -115,9 +115,10 @@ def alone(run: Run) -> dict[str, Any]:
         StaleStore: It keeps nothing, or what it keeps is damaged.
     """
     facts, arrays = shown.read(run)
-    if left_out := facts.get("left_out"):
-        say(f"note: without the project the page has no {', '.join(map(str, left_out))}")
-    return reopened(facts, arrays)
+    found = reopened(facts, arrays)
+    if left_out := facts["left_out"]:
+        say(f"note: without the project the page has no {', '.join(left_out)}")
+    return found
 
 
 def shown_of(project: Project, reference: str) -> dict[str, Any]:

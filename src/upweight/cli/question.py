@@ -128,7 +128,18 @@ def reopened(run: Run, code: Named) -> Iterator[tuple[Project, Record, Question]
     with contextlib.chdir(code.folder), opened(only=code.files) as project:
         names = (record.task, record.train, record.queries, record.method, record.measure)
         question = Asked(*names).question(project)
-        require_same(run, record.changed(question.fingerprints()), record, project)
+        now = {
+            "n": len(question.train),
+            "q": len(question.queries),
+            "p": question.task.layout.size,
+        }
+        counted = [
+            f"{name} is {count}, and run.toml says {getattr(record, name)}"
+            for name, count in now.items()
+            if count != getattr(record, name)
+        ]
+        changed = [*record.changed(question.fingerprints()), *counted]
+        require_same(run, changed, record, project)
         yield project, record, question
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def view(
     rest: dict[str, Any] = {
         "port": port,
         "comparison": found_in(place),
-        "command": command(place, record),
+        "command": command(place, record if show is None else replace(record, show=show)),
         "open_browser": browser,
         "told": say,
     }
@@ -58,7 +59,8 @@ def view(
         if show is None and not projects:
             extra, context = alone(place), None
         else:
-            typed = ["upweight", "view", str(run), *(("--show", show) if show else ())]
+            given = [*(("--show", show) if show else ()), *(("--port", str(port)) if port else ())]
+            typed = ["upweight", "view", str(run), *given, *(["--browser"] if browser else ())]
             code = named(place, projects, filter(None, [show]), shlex.join(typed))
             project, record, question = stack.enter_context(reopened(place, code))
             of = partial(kept_fit, place, record, question)

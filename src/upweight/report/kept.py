@@ -8,6 +8,7 @@ queries are kept, and all training examples where that takes at most `KEPT_BYTES
 strongest.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -138,23 +139,25 @@ def reopened(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> di
         twins = facts["twins"]
         labels = facts["labels"]
         train = KeptExamples(
-            int(facts["n"]),
+            _count(facts["n"]),
             _shown(facts["train"], arrays, "train"),
             None if facts["whole"] else arrays["train.columns"],
             None if labels is None else tuple(map(str, labels)),
-            None if twins is None else _twins(twins, int(facts["n"])),
+            None if twins is None else _twins(twins, _count(facts["n"])),
         )
         queries = _shown(facts["queries"], arrays, "query")
         options = {name: _option(name, facts["options"][name])
                    for name in PLAIN if name in facts["options"]}  # fmt: skip
-        own = arrays.get("self")
+        own = _listed(arrays, "self")
+        if not all(isinstance(each, str) for each in facts["left_out"]):
+            raise ValueError("left_out: not all are names")
         found = {
             "train": train,
             "queries": KeptExamples(len(queries.labels), queries),
             "values": _listed(arrays, "values"),
             "predictions": _predictions(facts["predictions"]),
             "train_losses": _listed(arrays, "losses") or (),
-            "self_influence": () if own is None else (-own).tolist(),
+            "self_influence": () if own is None else [-x for x in own],
             "metadata": {str(k): list(v) for k, v in facts["metadata"].items()},
             **options,
         }
@@ -292,16 +295,35 @@ def _twins(told: Mapping[str, Any], n: int) -> Duplicates:
         raise ValueError(f"twins: not all of the {n} examples")
     return Duplicates(
         tuple(tuple(map(int, group)) for group in told["same"]),
-        int(told["sets"]),
-        int(told["extra"]),
-        tuple((int(i), int(j), float(cosine)) for i, j, cosine in told["near"]),
-        int(told["candidates"]),
-        int(told["among"]),
+        _count(told["sets"]),
+        _count(told["extra"]),
+        tuple((int(i), int(j), _finite(cosine)) for i, j, cosine in told["near"]),
+        _count(told["candidates"]),
+        _count(told["among"]),
+        None if told["read"] is None else _count(told["read"]),
     )
 
 
 def _listed(arrays: Mapping[str, NDArray[Any]], name: str) -> list[float] | None:
-    return arrays[name].astype(np.float64).tolist() if name in arrays else None
+    if name not in arrays:
+        return None
+    found = arrays[name].astype(np.float64)
+    # A page leaves out a measurement that is not finite; of examples none such are kept.
+    if found.ndim != 1 or not (name == "values" or np.isfinite(found).all()):
+        raise ValueError(f"{name}: no list of finite numbers")
+    return list(found.tolist())
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"no count: {value!r:.60}")
+    return value
+
+
+def _finite(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"no finite number: {value!r:.60}")
+    return float(value)
 
 
 def _scalar(value: Any) -> Any:

@@ -5,6 +5,7 @@ new  ──create──►  unfinished  ──work──►  finished          a
 
 import contextlib
 import hashlib
+import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from upweight.errors import StaleStore, message
-from upweight.runs.record import Record
+from upweight.runs.question import fingerprints_of
+from upweight.runs.record import CONTENTS, Record, is_reference
 from upweight.runtime.headers import read_json, write_json
 from upweight.runtime.lock import FILES as LOCKS
 from upweight.runtime.lock import locked
+from upweight.runtime.shards import ScoreShards
 from upweight.runtime.whole import append, make_folder, remove_left_over, require_own
 from upweight.scores import Scores
 
@@ -161,7 +164,7 @@ class Run:
         return Scores.load(self.scores)
 
     def require_finished(self) -> None:
-        """Refuse a run whose scores are not all there.
+        """Refuse a run whose scores are not all there, or not of what run.toml asks.
 
         Raises:
             StaleStore: So.
@@ -175,6 +178,52 @@ class Run:
                     f"finish it, if you trust its files: {self.command('rerun')}",
                 )
             )
+        self._require_own_scores()
+
+    def _require_own_scores(self) -> None:
+        record, told = self.record, Scores.provenance_in(self.scores)
+        assert record is not None
+        file, of, tolerance = self.scores / "scores.json", told.fingerprints, None
+        if (self.scores / "finished.json").exists():
+            file = self.scores / "manifest.json"
+            about = ScoreShards.load(self.scores).description
+            tolerance = about.get("tolerance")
+            try:
+                of = fingerprints_of(about)
+            except KeyError:
+                of = dict.fromkeys(CONTENTS, "not recorded")
+        others = [name for name in of if of[name] != record.fingerprints.get(name)]
+        written: dict[str, Any] = {}
+        if not is_reference(record.method):  # what a method of the user's says is its own matter
+            written = {name: getattr(told, name) for name in ("n", "q", "p", "method")}
+        if not is_reference(record.measure):
+            written["measure"] = told.measure
+        if tolerance is not None and tolerance != repr(record.tolerance):
+            written["tolerance"] = tolerance
+        apart = {k: v for k, v in written.items() if v != getattr(record, k)}
+        if not others and not apart:
+            return
+        if others or not of:
+            words = ", ".join(others or apart)
+            given = f"{file}, which is of another {words} than {self.toml}"
+            cause = "scores copied from another run, or a run.toml edited by hand."
+            way_out = (
+                "put back the one that was changed; or delete the folder "
+                f"{self.scores} and compute them again: {self.command('rerun')}"
+            )
+        else:
+            lines = [
+                f"{k} = {v if k == 'tolerance' else json.dumps(v)}, not {getattr(record, k)}"
+                for k, v in apart.items()
+            ]
+            given = f"{self.toml}, which says otherwise: {file} has {'; '.join(lines)}"
+            cause = "a run.toml edited by hand: the scores are of the same model, data and method."
+            way_out = "write that in run.toml again; or ask anew with another --out."
+        raise StaleStore(
+            message(
+                "The scores of a run are of what its run.toml asks.", f"{given}.", cause, way_out
+            )
+        )
 
     def naming(self, record: Record) -> list[str]:
         """The options that name the project of this run, as seen from the current folder."""
@@ -186,7 +235,10 @@ class Run:
         """Where run.toml says that a file lies, if there is one; to print it, not to follow it."""
         path = self.path / record.directory / source
         is_remote = str(path).startswith(("\\\\", "//"))  # of Windows: asking would tell who asks
-        if Path(source).suffix != ".py" or is_remote or not path.is_file():
+        try:
+            if Path(source).suffix != ".py" or is_remote or not path.is_file():
+                return source
+        except OSError:  # no name that a file can have
             return source
         try:
             return os.path.relpath(path.resolve(), Path.cwd())
@@ -200,15 +252,29 @@ class Run:
         return shlex.join(["upweight", verb, str(self.path), *self.naming(record)])
 
     def evaluations(self) -> dict[str, Any]:
-        """What comparisons found, the latest last; empty where there was none."""
+        """What comparisons of these scores found, the latest last; empty where there was none.
+
+        Raises:
+            StaleStore: The file is damaged, or of other scores.
+        """
         if not self.evaluation.exists():
             return {}
-        return read_json(self.evaluation, SCHEMA, dict[str, Any], WAY_OUT)
+        kept = read_json(self.evaluation, SCHEMA, dict[str, Any], WAY_OUT)
+        if kept.pop("of", None) != Scores.digest_in(self.scores):
+            raise StaleStore(
+                message(
+                    "A comparison is of the scores that a run holds.",
+                    f"{self.evaluation}, which is of others, or does not say of which.",
+                    "a file copied from another run, or scores computed anew since.",
+                    WAY_OUT,
+                )
+            )
+        return kept
 
     def keep_evaluation(self, name: str, facts: dict[str, Any]) -> None:
         """Keep what a comparison found, in place of an earlier one of its name."""
         kept = {k: v for k, v in self.evaluations().items() if k != name} | {name: facts}
-        write_json(self.evaluation, SCHEMA, kept)
+        write_json(self.evaluation, SCHEMA, {**kept, "of": Scores.digest_in(self.scores)})
 
     def digests(self) -> dict[str, str]:
         """A hash of each file of scores: equal for scores that are equal bit for bit."""

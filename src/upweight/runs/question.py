@@ -1,6 +1,6 @@
 """Question: the live objects of a run, and what tells them from others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -40,13 +40,28 @@ class Question:
 
         Cost: reads all data once.
         """
-        about = subject(self.task, self.train)
-        task = (about[part] for part in ("loss", "penalty", "forward", "parameters"))
-        return {
-            "model": digest(about["model"]),
-            "task": digest(*task),
-            "train": about["train"],
-            "queries": contents(self.queries),
-            "method": digest(described(self.method)),
-            "measure": digest(described(self.measure)),
-        }
+        return fingerprints_of(
+            {
+                "method": described(self.method),
+                "measure": described(self.measure),
+                "queries": contents(self.queries),
+                **subject(self.task, self.train),
+            }
+        )
+
+
+def fingerprints_of(about: Mapping[str, str]) -> dict[str, str]:
+    """A hash of each thing that scores depend on, from its description as in their manifest.json.
+
+    Raises:
+        KeyError: Something is not described.
+    """
+    task = (about[part] for part in ("loss", "penalty", "forward", "parameters"))
+    return {
+        "model": digest(about["model"]),
+        "task": digest(*task),
+        "train": about["train"],
+        "queries": about["queries"],
+        "method": digest(about["method"]),
+        "measure": digest(about["measure"]),
+    }

@@ -95,7 +95,7 @@ class Record:
                 raise StaleStore(
                     message(
                         f"`{name}` in run.toml must be {words}.",
-                        f"{path}, where it is {getattr(record, name)!r}.",
+                        f"{path}, where it is {getattr(record, name)!r:.80}.",
                         "a file edited by hand.",
                         WAY_OUT,
                     )
@@ -135,12 +135,29 @@ def is_reference(text: str) -> bool:
     return bool(colon) and name.isidentifier() and not set(source) & set("()'\"")
 
 
+def is_path(text: str) -> bool:
+    """Whether a text could be the path of a file: systems take no longer names, nor a NUL."""
+    parts = text.replace("\\", "/").encode().split(b"/")
+    return "\0" not in text and len(text) < 2000 and max(map(len, parts)) < 256
+
+
+def _source(text: str) -> str:
+    return text.rpartition(":")[0] if is_reference(text) else ""
+
+
 RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("n", "q", "p"), ("1 or more", lambda count: count >= 1)),
     "threads": ("from 1 to 4096", lambda count: 1 <= count <= 4096),
     "memory_bytes": ("0 or more", lambda size: size >= 0),
     "tolerance": ("0 or more and less than 1", lambda error: 0 <= error < 1),
-    "directory": ("the path of a folder", lambda text: text != "" and "\0" not in text),
+    "directory": ("the path of a folder", lambda text: text != "" and is_path(text)),
+    **dict.fromkeys(
+        ("task", "train", "queries"), ("an object by name", lambda text: is_path(_source(text)))
+    ),
+    **dict.fromkeys(
+        ("method", "measure", "show"),
+        ("a spec, or an object by name", lambda text: is_path(_source(text))),
+    ),
 }
 """What run.toml may say beyond its types, in words and as a test."""
 

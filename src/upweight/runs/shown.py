@@ -37,8 +37,8 @@ class _Shown:
     """
 
     numbers: str
-    of: dict[str, str]
-    facts: dict[str, Any]
+    of: Mapping[str, str]
+    facts: Mapping[str, Any]
 
 
 def write(run: Run, facts: Facts, arrays: Arrays) -> None:
@@ -61,10 +61,11 @@ def read(run: Run) -> tuple[Facts, Arrays]:
     Raises:
         StaleStore: It is not there, damaged, or of another model or data.
     """
-    if not (run.shown / "shown.json").exists():
+    try:
+        told = read_json(run.shown / "shown.json", SCHEMA, _Shown, _way_out(run))
+    except FileNotFoundError as error:
         raise _unread(run, "a run that holds no such thing", "it was made by upweight 0.1.0, or "
-                      "its attribute was stopped after the scores.")  # fmt: skip
-    told = read_json(run.shown / "shown.json", SCHEMA, _Shown, _way_out(run))
+                      "its attribute was stopped after the scores.") from error  # fmt: skip
     try:
         numbers = (run.shown / "shown.safetensors").read_bytes()
         arrays = safetensors.numpy.load(numbers)

@@ -6,6 +6,7 @@ what is there. Other methods hold their scores in memory, and start over.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,10 @@ def attribute(run: Run, record: Record, question: Question) -> Any:
             fitted.write(queries, run.scores, measure, tolerance=record.tolerance)
         else:
             made = question.method.fit(question.task, question.train)
-            made.attribute(queries, measure=measure).save(run.scores)
+            scores = made.attribute(queries, measure=measure)
+            # They say of what they are, as shards do.
+            told = replace(scores.provenance, fingerprints=dict(record.fingerprints))
+            replace(scores, provenance=told).save(run.scores)
     return fitted
 
 

@@ -12,6 +12,7 @@ from upweight.report.totals import Grouping, Totals, totals
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.tensors import read_tensors, write_tensors
 from upweight.scores import Scores
+from upweight.view.matrix import copied
 
 
 def kept_totals(scores: Scores, groupings: Mapping[str, Grouping], folder: Path | None) -> Totals:
@@ -20,14 +21,19 @@ def kept_totals(scores: Scores, groupings: Mapping[str, Grouping], folder: Path 
     Args:
         scores: S or Δm.
         groupings: Of the columns.
-        folder: Where they are kept; it must hold nothing of other scores. None: nowhere. Sums that
-            were altered are made again, and where nothing can be written nothing is kept.
+        folder: Where they are kept: that of the copy of these scores. None: nowhere. Sums that were
+            altered, or are of other scores, are made again, and where nothing can be written
+            nothing is kept.
     """
-    if folder is None:
+    try:
+        copy = None if folder is None else copied(folder)
+    except (FileNotFoundError, StaleStore):
+        copy = None
+    if folder is None or copy is None:
         return totals(scores, groupings)
     told = json.dumps([scores.unit.name, *([name, *g.names] for name, g in groupings.items())])
     codes = [torch.from_numpy(g.codes) for g in groupings.values()]
-    about = {"of": digest(told, *codes)}
+    about = {"of": digest(copy, told, *codes)}
     target = folder / f"totals-{about['of'][:16]}.safetensors"
     with contextlib.suppress(FileNotFoundError, StaleStore):
         held, of = read_tensors(target, "")

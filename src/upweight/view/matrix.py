@@ -96,6 +96,15 @@ def keeping(folder: Folder) -> Path | None:
     return path if (path / "made.json").exists() else None
 
 
+def copied(folder: Path) -> str:
+    """The hash of the copy in a folder that `keeping` gave.
+
+    Raises:
+        FileNotFoundError, StaleStore: There is none, or one of which nothing is known.
+    """
+    return read_json(folder / "made.json", SCHEMA, _Made, "").values
+
+
 def _copy(shards: ScoreShards) -> torch.Tensor | None:
     """The copy; None where there is none, or one of other files, or an altered one."""
     folder = shards.directory / "by-query"
