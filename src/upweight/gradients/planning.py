@@ -25,6 +25,7 @@ from upweight.gradients.layers import Rule, rule_for
 from upweight.gradients.passes import GradientPass, NoBatchingRule, misplaced, roles
 from upweight.task.data import Data
 from upweight.task.lent import lent
+from upweight.task.modes import require_modules
 from upweight.task.precision import dtypes_in
 from upweight.task.task import Task
 
@@ -49,7 +50,7 @@ def plan(task: Task, data: Data) -> Plan:
 
     Cost: some forward and backward passes over three examples.
     """
-    _require_modules(task.model)
+    require_modules(task.model)
     with lent(task.model), as_written():
         return _Planning(task, data).plan()
 
@@ -243,29 +244,6 @@ class _Planning:
                 self.dtypes |= {values.dtype, *(c.delta.dtype for c in calls)}
                 lost |= dict.fromkeys(misplaced(capture, values, calls, made.layers))
         return tuple(bypassed), list(lost)
-
-
-def _require_modules(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedModel(
-                message(
-                    "The model must be made of Python modules: their layers are watched.",
-                    f"{name or 'the model'}, a torch.jit script.",
-                    "a model exported with torch.jit.script or torch.jit.trace.",
-                    "use the module that was exported, with its weights loaded "
-                    "(module.load_state_dict(script.state_dict())).",
-                )
-            )
-        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-            raise UnsupportedModel(
-                message(
-                    "The examples of a batch must stay together on one device.",
-                    f"{name or 'the model'}, a DataParallel over {len(module.device_ids)} devices.",
-                    "the wrapper that was used in training.",
-                    "pass the module inside of it, model.module.",
-                )
-            )
 
 
 def _owners(task: Task) -> tuple[dict[str, tuple[Source, ...]], dict[str, str]]:

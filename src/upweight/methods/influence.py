@@ -52,6 +52,7 @@ from upweight.scores import Context, Provenance, Scores, Unit, library_versions
 from upweight.task.check import checked_losses, checked_measurements, require_answerable
 from upweight.task.data import Data, batch_size
 from upweight.task.measures import Loss, as_measure
+from upweight.task.modes import require_modules
 from upweight.task.snapshot import Snapshot, written
 from upweight.task.task import Task, require_task
 
@@ -157,6 +158,7 @@ class Influence:
         """
         started = time.perf_counter()
         require_task(task)
+        require_modules(task.model)
         data, before = task.training(train), Snapshot.of(task)
         # Of the data as they come, so that a random data set meets a message that knows the cause.
         probe = require_answerable(task, data, "training data")

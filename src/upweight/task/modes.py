@@ -1,4 +1,4 @@
-"""Which modules of a model answer otherwise in training mode?
+"""Can a model be looked into, and which of its modules answer otherwise in training mode?
 
 A model in training mode is refused where that matters: θ̂ is then not one fixed function of each
 example. Layers of PyTorch are known; code of a user's own counts where it reads `training`.
@@ -8,9 +8,12 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+
+from upweight.errors import UnsupportedModel, message
 
 
 def acting_in_training(model: nn.Module) -> list[str]:
@@ -20,6 +23,34 @@ def acting_in_training(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if module.training and _acts(module)
     ]
+
+
+def require_modules(model: nn.Module) -> None:
+    """Refuse a model that cannot be looked into: its attributes, its layers.
+
+    Raises:
+        UnsupportedModel: A TorchScript module, or DataParallel over several devices.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModel(
+                message(
+                    "The model must be made of Python modules: they are watched at work.",
+                    f"{name or 'the model'}, a torch.jit script.",
+                    "a model exported with torch.jit.script or torch.jit.trace.",
+                    "use the module that was exported, with its weights loaded "
+                    "(module.load_state_dict(script.state_dict())).",
+                )
+            )
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise UnsupportedModel(
+                message(
+                    "The examples of a batch must stay together on one device.",
+                    f"{name or 'the model'}, a DataParallel over {len(module.device_ids)} devices.",
+                    "the wrapper that was used in training.",
+                    "pass the module inside of it, model.module.",
+                )
+            )
 
 
 def _acts(module: nn.Module) -> bool:
