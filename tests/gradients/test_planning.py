@@ -233,7 +233,7 @@ def test_scripts_are_refused_by_name():
     with pytest.raises(UnsupportedModel, match=r"a torch.jit script(.|\n)*load_state_dict"):
         plan(task, as_data((draw(g, 4, 3), labels(g, 4, 2))))
     for curvature in (uw.EKFAC(), uw.GGN(), uw.Hessian()):
-        with pytest.raises(UnsupportedModel, match="a torch.jit script"):
+        with pytest.raises(UnsupportedModel, match=r"a torch\.jit script"):
             uw.Influence(curvature).fit(task, (draw(g, 4, 3), labels(g, 4, 2)))
 
 

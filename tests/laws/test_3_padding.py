@@ -318,3 +318,15 @@ def test_a_transposed_map_is_a_linear_map(labels):
         found.append((attributed(fitted, Padded(classes)).values, fitted.self_influence()))
     for ours, linear in zip(*found, strict=True):
         assert_same(ours, linear, 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:examples are taken one at a time")
+@pytest.mark.parametrize("name", ["per token", "attention", "Conv1D", "convolution", "pooled"])
+def test_scores_in_single_precision(name):
+    """To 1e-5 of their norm, with drawn labels: rounding is what is left."""
+    task, make = built(name, torch.float32)
+    spec, queries = uw.Influence(uw.EKFAC(), damping=0.1), Padded(make, to=6)
+    sets = padded(name, make)
+    found = {kind: attributed(spec.fit(task, data), queries).values for kind, data in sets.items()}
+    for scores in found.values():
+        assert float((scores - found["common"]).norm() / found["common"].norm()) < 1e-5
