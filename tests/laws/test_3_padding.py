@@ -330,3 +330,23 @@ def test_scores_in_single_precision(name):
     found = {kind: attributed(spec.fit(task, data), queries).values for kind, data in sets.items()}
     for scores in found.values():
         assert float((scores - found["common"]).norm() / found["common"].norm()) < 1e-5
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("kind", [uw.KFAC, uw.EKFAC])
+def test_images_padded_in_two_directions(labels, kind):
+    """One convolution, whose own padding is what an image is padded with."""
+    g = torch.Generator().manual_seed(4)
+    x, y = draw(g, N, 1, 3, 4), torch.randint(3, (N, 3, 4), generator=g)
+    y[1, 2], y[3, :, 3] = -100, -100
+    model = initialized(nn.Conv2d(1, 3, 3, padding=1), g).eval()
+    found = []
+    for right, below in ((0, 0), (2, 0), (2, 2)):
+        sides = (0, right, 0, below)
+        data = F.pad(x, sides), F.pad(y, sides, value=-100)
+        spec = uw.Influence(kind(LABELS[labels]), damping=0.1)
+        fitted = spec.fit(uw.Task(model, uw.CrossEntropy(axis=1)), data)
+        found.append((fitted.curvature.operator().dense(), attributed(fitted, data).values))
+    for curvature, scores in found[1:]:
+        assert_same(curvature, found[0][0], 1e-10)
+        assert_same(scores, found[0][1], 1e-10)
