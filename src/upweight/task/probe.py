@@ -408,8 +408,9 @@ def _coupled(task: Task, data: Data, single: Batch, batch: Batch, targets: Any, 
             "The outputs of an example must not depend on how far its batch is padded.",
             f"{seen}, padded from shapes {_shapes(single)} to {_shapes(row)}.",
             "a model that reads padded positions: pooling, attention or normalization without the "
-            "mask, or positions counted from a padded end.",
-            "give the model the mask, or pad all examples to one length.",
+            "mask, positions counted from a padded end, or a label held against a padded position.",
+            "give the model the mask (and positions), set labels held against padding to −100, or "
+            "pad all examples to one length.",
         )
     gap = _gap(seen.output_alone[0], seen.outputs[k])
     return message(
