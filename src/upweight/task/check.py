@@ -157,7 +157,7 @@ def require_answerable(task: Task, data: Data, role: str) -> Probe:
     if len(outputs) == len(at):
         task.loss.check(outputs, targets)
         _losses(task, batch, outputs, targets, role)  # raises with the cause, where the loss fails
-    losses = own_losses(task, theta, data, at, batch, evaluate, role)
+    losses = own_losses(task, theta, data, at, batch, (outputs, targets), evaluate, role)
     notes = (
         *loss_notes(task, theta, data, at, losses),
         *_unreached_notes(task, theta, batch, at, role),

@@ -86,6 +86,7 @@ def own_losses(
     data: Data,
     at: Sequence[int],
     batch: Batch,
+    answer: tuple[Tensor, Any],
     evaluate: Evaluate,
     role: str,
 ) -> Float[Tensor, " k"]:
@@ -97,6 +98,7 @@ def own_losses(
         data: The examples.
         at: Which of them to ask about.
         batch: Those, together.
+        answer: Their outputs and targets.
         evaluate: The model.
         role: What the data are called in messages.
 
@@ -105,7 +107,7 @@ def own_losses(
             with how far it is padded.
         ShapeError: There is not one output per example, or it may be read in two ways.
     """
-    outputs, targets = evaluate(theta, batch)
+    outputs, targets = answer
     _require_repeated(task, batch, outputs, targets, evaluate)
     if len(outputs) != len(at):
         raise ShapeError(other_length(task, theta, data, at, len(outputs), evaluate, role))
