@@ -24,6 +24,9 @@ from upweight.linalg.damping import Absolute, Evidence, Relative
 from upweight.linalg.minres import MINRES
 from upweight.linalg.solve import Auto
 from upweight.methods.influence import Influence
+from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
+from upweight.methods.similarity import GradientCosine, GradientDot
+from upweight.runtime.resources import Resources
 from upweight.scores import Context, Provenance, Ranking, Scores, TopScores, Unit
 from upweight.task.data import Data, as_data
 from upweight.task.losses import (
@@ -34,7 +37,7 @@ from upweight.task.losses import (
     SquaredError,
     Weighted,
 )
-from upweight.task.measures import Logit, LogProb, Loss, Margin, Measure
+from upweight.task.measures import Coefficient, Functional, Logit, LogProb, Loss, Margin, Measure
 from upweight.task.penalties import L2, NoPenalty, SumToZero
 from upweight.task.task import Task, next_token
 from upweight.training.function import FromFunction
@@ -44,6 +47,17 @@ from upweight.training.schedules import Cosine, LinearDecay, Stepwise
 from upweight.training.training import Training
 
 __all__ = [
+    "Resources",
+    "GradientDot",
+    "GradientCosine",
+    "Top",
+    "Shards",
+    "PerToken",
+    "PerLayer",
+    "Matrix",
+    "GroupSums",
+    "Functional",
+    "Coefficient",
     "CG",
     "EKFAC",
     "GGN",

@@ -19,7 +19,7 @@ from upweight.cli.project import Project, opened
 from upweight.cli.screen import say
 from upweight.cli.spec import SPECS, parse
 from upweight.errors import SpecError, StaleStore, message
-from upweight.method import Method
+from upweight.methods.method import Method
 from upweight.methods.layerwise import TOLERANCE
 from upweight.runs.directory import Run
 from upweight.runs.environment import environment

@@ -1,7 +1,8 @@
 """The training set past all queries: one pass, a batch of scores at a time.
 
     for job in contractions(curvature, train, queries, measure, tolerance, memory):
-        for start, stop, values in job.stream(): ...      # Σₗ ⟨V_q, gᵢ⟩, [q, stop − start]
+        with GradientPass(curvature.plan) as passes:
+            job.block(passes, start, stop)      # Σₗ ⟨V_q, gᵢ⟩, [q, stop − start]
 
 There is more than one job only where the solved queries of all of them do not fit into memory; then
 each job takes some of the queries and passes over the training set.
@@ -10,6 +11,7 @@ each job takes some of the queries and passes over the training set.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upweight._typing import Batch, Params
 from upweight.contraction.choose import TRUNCATION_SHARE, Choice, choose
-from upweight.contraction.kernels import Kernel
+from upweight.contraction.kernels import Explicit, Kernel, OfVector
 from upweight.contraction.queries import (
     BlockQueries,
     SolvedQueries,
@@ -70,6 +72,22 @@ QUERY_SHARE = 0.5
 """Of the memory that is free, how much the solved queries may take where no budget is set."""
 
 
+Gradients = Callable[[list[Factors]], list[Factors]]
+"""What is done to the gradients of a batch before they are multiplied: nothing, or `normalized`."""
+
+
+def unchanged(factors: list[Factors]) -> list[Factors]:
+    """gᵢ itself."""
+    return factors
+
+
+def normalized(factors: list[Factors]) -> list[Factors]:
+    """gᵢ / ‖gᵢ‖ over all blocks; 0 where gᵢ is."""
+    squares = torch.stack([part.squared_norm() for part in factors]).sum(dim=0)
+    scale = torch.where(squares > 0, squares.rsqrt(), 0.0)
+    return [part.scaled(scale) for part in factors]
+
+
 @dataclass(frozen=True, eq=False)
 class Contraction:
     """Some queries, solved and ready for the training set.
@@ -81,6 +99,7 @@ class Contraction:
         queries: By block.
         choice: The kernels, and their measured error.
         memory_bytes: What a batch may take.
+        gradients: What is done to training gradients first.
     """
 
     curvature: BlockCurvature
@@ -89,63 +108,92 @@ class Contraction:
     queries: tuple[BlockQueries, ...]
     choice: Choice
     memory_bytes: int | None
+    gradients: Gradients = unchanged
 
     def __len__(self) -> int:
         return len(self.queries[0])
 
-    def stream(self, begin: int = 0) -> Iterator[tuple[int, int, Float[Tensor, "q b"]]]:
-        """Σₗ ⟨V_q, gᵢ⟩ for batches of training examples, in order, from `begin` on."""
-        waiting: list[list[Factors]] = []
-        first, most = begin, self._at_once
-        for start, stop, factors in self.factors(begin):
-            waiting.append(factors)
-            size = stop - start
-            if stop + size - first > most or stop == len(self.train):
-                yield first, stop, self._scores(waiting, self.choice.kernels)
-                waiting, first = [], stop
-
-    def stream_blocks(self) -> Iterator[tuple[int, int, list[Float[Tensor, "q b"]]]]:
-        """⟨V_q, gᵢ⟩ of each block by itself."""
-        for start, stop, factors in self.factors():
-            yield (
-                start,
-                stop,
-                [
-                    self._scores([[part]], [kernel])
-                    for part, kernel in zip(factors, self.choice.kernels, strict=True)
-                ],
-            )
-
-    def factors(self, begin: int = 0) -> Iterator[tuple[int, int, list[Factors]]]:
-        """Training gradients, a batch at a time, from `begin` on."""
-        task = self.curvature.plan.task
+    @cached_property
+    def batch_size(self) -> int:
+        """Training examples whose gradients are taken together."""
         # Three blocks of scores: two products and their sum.
         held = self.curvature.cost.bytes_per_example + 12 * len(self)
-        size = examples_within(
-            working_bytes(task.layout.device, self.memory_bytes), held, MOST_EXAMPLES
-        )
-        with GradientPass(self.curvature.plan) as passes:
-            batches = self.train.batches(size, begin)
-            for start, stop, batch in progress(batches, len(self.train), "scores", begin):
-                factors = passes.of(training_loss(task), task.to_device(batch), stop - start)
-                yield start, stop, factors
+        size = examples_within(self._allowed, held, MOST_EXAMPLES)
+        return self.train.together(size)
+
+    @cached_property
+    def at_once(self) -> int:
+        """Training examples that are multiplied together: whole batches, `TOGETHER` at least."""
+        most = min(TOGETHER, self._allowed // max(1, self.curvature.cost.factor_bytes))
+        return self.batch_size * max(1, most // self.batch_size)
 
     @property
-    def _at_once(self) -> int:
-        """Examples whose gradients are held to be multiplied together."""
-        device = self.curvature.plan.task.layout.device
-        allowed = working_bytes(device, self.memory_bytes)
-        return min(TOGETHER, allowed // max(1, self.curvature.cost.factor_bytes))
+    def _allowed(self) -> int:
+        return working_bytes(self.curvature.plan.task.layout.device, self.memory_bytes)
 
-    def _scores(
-        self, batches: Sequence[Sequence[Factors]], kernels: Sequence[Kernel]
+    def block(self, passes: GradientPass, start: int, stop: int) -> Float[Tensor, "q b"]:
+        """Σₗ ⟨V_q, gᵢ⟩ for i from start to stop − 1.
+
+        Args:
+            passes: Open, over this curvature's plan.
+            start, stop: Which training examples.
+        """
+        return self.scores(list(self.factors(passes, start, stop)))
+
+    def by_block(self, passes: GradientPass, start: int, stop: int) -> list[Float[Tensor, "q b"]]:
+        """⟨V_q, gᵢ⟩ of each block by itself."""
+        batches = list(self.factors(passes, start, stop))
+        return [
+            self.scores([[batch[k]] for batch in batches], [kernel])
+            for k, kernel in enumerate(self.choice.kernels)
+        ]
+
+    def factors(self, passes: GradientPass, start: int, stop: int) -> Iterator[list[Factors]]:
+        """Training gradients, a batch at a time."""
+        task = self.curvature.plan.task
+        for first in range(start, stop, self.batch_size):
+            last = min(first + self.batch_size, stop)
+            batch = task.to_device(self.train.batch(first, last))
+            yield self.gradients(passes.of(training_loss(task), batch, last - first))
+
+    def scores(
+        self, batches: Sequence[Sequence[Factors]], kernels: Sequence[Kernel] | None = None
     ) -> Float[Tensor, "q b"]:
-        """The sum over the blocks of these kernels, of several batches one after the other."""
+        """The sum over the blocks of some kernels (None: all), of batches one after the other."""
+        kernels = self.choice.kernels if kernels is None else kernels
         plan, size = self.curvature.plan, sum(len(batch[0]) for batch in batches)
         out = torch.zeros(len(self), size, dtype=plan.dtype, device=plan.task.layout.device)
         for k, kernel in enumerate(kernels):
             kernel.add_all(out, [batch[k] for batch in batches])
         return out
+
+
+def of_vectors(
+    curvature: BlockCurvature,
+    train: Data,
+    rows: Float[Tensor, "k p"],
+    memory_bytes: int | None = None,
+) -> Contraction:
+    """A contraction with given gradients in the place of the queries', exactly.
+
+    Args:
+        curvature: With the damping of each block.
+        train: The training data.
+        rows: ∇φ, one per row.
+        memory_bytes: What a batch may take.
+    """
+    layout = curvature.plan.task.layout
+    queries, kernels = [], []
+    for block in curvature.blocks:
+        index = block.block.index(layout).to(rows.device)
+        part = rows[:, index].reshape(len(rows), *block.eigen.values.shape).to(block.eigen.values)
+        inverse = block.eigen.inverse(block.damping)
+        vectors = inverse.unrotated(inverse.rotated(part) * inverse.values)
+        queries.append(SolvedQueries(vectors, vectors[:0]))
+        kernels.append(OfVector(vectors) if vectors.ndim == 2 else Explicit(vectors))
+    words = ("in full",) * len(kernels)
+    choice = Choice(tuple(kernels), 0.0, 0.0, words)
+    return Contraction(curvature, train, 0, tuple(queries), choice, memory_bytes)
 
 
 def training_loss(task: Task) -> Callable[[Params, Batch], Tensor]:
@@ -162,6 +210,7 @@ def contractions(
     losses: Float[Tensor, " n"],
     memory_bytes: int | None = None,
     together: int | None = None,
+    gradients: Gradients = unchanged,
 ) -> Iterator[Contraction]:
     """All queries in as few groups as memory allows, each solved and given its kernels.
 
@@ -174,6 +223,7 @@ def contractions(
         losses: ℓᵢ(θ̂) of the training examples.
         memory_bytes: What a batch may take; solved queries may take as much again.
         together: Queries that share a pass; None: as many as fit.
+        gradients: What is done to gradients, of queries and training examples, first.
 
     Raises:
         NotDifferentiable: No query's measurement depends on θ.
@@ -183,10 +233,12 @@ def contractions(
     for start in range(0, len(queries), size):
         stop = min(start + size, len(queries))
         group = queries if stop - start == len(queries) else queries.subset(range(start, stop))
-        job = _contraction(curvature, train, group, start, measure, tolerance, losses, memory_bytes)
+        job = _contraction(
+            curvature, train, group, start, measure, tolerance, losses, memory_bytes, gradients
+        )
         depends = depends or any(depends_on_parameters(block) for block in job.queries)
         if stop == len(queries) and not depends:
-            raise NotDifferentiable(_counts(measure, len(queries)))
+            raise NotDifferentiable(no_gradient(measure, len(queries)))
         yield job
 
 
@@ -224,6 +276,7 @@ def _contraction(
     tolerance: float,
     losses: Float[Tensor, " n"],
     memory_bytes: int | None,
+    gradients: Gradients,
 ) -> Contraction:
     task = curvature.plan.task
     factored = any(
@@ -234,18 +287,18 @@ def _contraction(
     most = min(SAMPLE if factored else FEW, max(32, len(train) // 12))
     sizes = (most if factored else 2, most) if tolerance > 0 else (2, 2)
     sample, check = (
-        _sample(curvature, train, losses, size, seed, memory_bytes)
+        _sample(curvature, train, losses, size, seed, memory_bytes, gradients)
         for seed, size in enumerate(sizes)
     )
     rows = _references(curvature, len(queries), factored).to(task.layout.device)
 
     def solved(dtypes: Sequence[torch.dtype]) -> list[BlockQueries]:
-        batches = _measured_gradients(curvature, queries, measure, memory_bytes)
+        batches = _measured_gradients(curvature, queries, measure, memory_bytes, gradients)
         positions = curvature.cost.positions
         return block_queries(curvature.blocks, batches, len(queries), positions, rows, dtypes)
 
     made, choice = _chosen(curvature, solved, len(queries), rows, sample, check, tolerance)
-    return Contraction(curvature, train, first, tuple(made), choice, memory_bytes)
+    return Contraction(curvature, train, first, tuple(made), choice, memory_bytes, gradients)
 
 
 def _chosen(
@@ -329,6 +382,7 @@ def _sample(
     count: int,
     seed: int,
     memory_bytes: int | None,
+    gradients: Gradients,
 ) -> Sample:
     """Two groups of examples: in the first, half are drawn by loss; the second is drawn evenly.
 
@@ -353,7 +407,7 @@ def _sample(
     )
     with GradientPass(curvature.plan) as passes:
         parts = [
-            passes.of(training_loss(task), task.to_device(batch), stop - start)
+            gradients(passes.of(training_loss(task), task.to_device(batch), stop - start))
             for start, stop, batch in data.batches(size)
         ]
     factors = tuple(stacked(block).scaled(scales) for block in zip(*parts, strict=True))
@@ -374,6 +428,7 @@ def _measured_gradients(
     queries: Data,
     measure: Callable[..., Tensor],
     memory_bytes: int | None,
+    gradients: Gradients,
 ) -> Iterator[tuple[int, int, list[Factors]]]:
     """∇m_q, a batch of queries at a time."""
     task = curvature.plan.task
@@ -398,10 +453,11 @@ def _measured_gradients(
         for start, stop, batch in progress(batches, len(queries), "queries"):
             with nullcontext() if is_loss else sdpa_kernel(SDPBackend.MATH):
                 factors = passes.of(chosen, task.to_device(batch), stop - start)
-            yield start, stop, factors
+            yield start, stop, gradients(factors)
 
 
-def _counts(measure: Callable[..., Tensor], q: int) -> str:
+def no_gradient(measure: Callable[..., Tensor], q: int) -> str:
+    """The message for measurements none of which moves with θ."""
     return message(
         "Some measurement must depend on θ through differentiable steps.",
         f"gradients of exactly 0 for all {q} queries under {measure!r}.",

@@ -6,7 +6,7 @@ the model on a batch; `FactoredLinear` never forms them.
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -123,21 +123,23 @@ def planned_rows(plan: Plan, function: Values, batch: Any, size: int) -> Float[T
         return _laid_out(plan, passes.of(function, batch, size))
 
 
+def entries(outputs: Tensor, _: Any) -> Iterator[tuple[Callable[..., Tensor], Tensor]]:
+    """Heads for `GradientPass.of_heads`: one per entry of f, whose gradients are the rows of J."""
+    flat = outputs.reshape(len(outputs), -1)
+    for k in range(flat.shape[1]):
+        pick = torch.zeros_like(flat)
+        pick[:, k] = 1.0
+        yield _entry, pick
+
+
+def _entry(outputs: Tensor, _: Any, pick: Tensor) -> Tensor:
+    return (outputs.reshape(len(outputs), -1) * pick).sum(dim=1)
+
+
 def planned_jacobians(plan: Plan, batch: Batch, size: int) -> Float[Tensor, "b c p"]:
     """∂f/∂θ for each example of a batch, by the layers' rules: a backward pass per output."""
-
-    def entry(outputs: Tensor, _: Any, pick: Tensor) -> Tensor:
-        return (outputs.reshape(len(outputs), -1) * pick).sum(dim=1)
-
-    def heads(outputs: Tensor, _: Any) -> Any:
-        flat = outputs.reshape(len(outputs), -1)
-        for k in range(flat.shape[1]):
-            pick = torch.zeros_like(flat)
-            pick[:, k] = 1.0
-            yield entry, pick
-
     with GradientPass(plan) as passes:
-        rows = [_laid_out(plan, found) for found in passes.of_heads(batch, size, heads)]
+        rows = [_laid_out(plan, found) for found in passes.of_heads(batch, size, entries)]
     return torch.stack(rows, dim=1)
 
 

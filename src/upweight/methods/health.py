@@ -124,6 +124,40 @@ def spectrum(curvature: BlockCurvature) -> dict[str, Any]:
     }
 
 
+class RowSums:
+    """Σᵢ S[q, i] and Σᵢ |S[q, i]| of queries whose scores stream by, a job at a time."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self._done: list[Tensor] = []
+        self._expected: list[Tensor | None] = []
+
+    def see(self, part: Float[Tensor, "q b"]) -> None:
+        """Another block of the current job."""
+        self._parts.append(torch.stack([part.sum(dim=1), part.abs().sum(dim=1)]))
+
+    def end(self, expected: Float[Tensor, " q"] | None) -> None:
+        """That was all of a job; what its row sums are at a minimum, where that is known."""
+        if self._parts:
+            self._done.append(torch.stack(self._parts).sum(dim=0))
+        self._expected.append(expected)
+        self._parts = []
+
+    @property
+    def seen(self) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]] | None:
+        """Sums and sums of magnitudes; None where nothing streamed by."""
+        if not self._done:
+            return None
+        sums, sizes = torch.cat(self._done, dim=1)
+        return sums, sizes
+
+    @property
+    def expected(self) -> Float[Tensor, " q"] | None:
+        """What the sums are at a minimum."""
+        known = [x for x in self._expected if x is not None]
+        return torch.cat(known) if known and len(known) == len(self._expected) else None
+
+
 def moved(now: Tensor, then: Tensor) -> str:
     """The message for a model that is no longer what the method was fitted to."""
     if now.dtype != then.dtype:

@@ -22,7 +22,7 @@ from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
 
 if TYPE_CHECKING:
-    from upweight.methods.influence import FittedInfluence
+    from upweight.methods.dense import DenseScorer
 
 LIMIT = 0.2
 """r from which a removal is noted: Δθ is off by about a fifth, or by far more. Removals that were
@@ -39,7 +39,7 @@ SHOWN = 5
 
 
 def looked_at(
-    fitted: "FittedInfluence",
+    fitted: "DenseScorer",
     groups: Sequence[list[int]],
     steps: Float[Tensor, "e p"] | None = None,
     lengths: Float[Tensor, " e"] | None = None,
@@ -47,7 +47,7 @@ def looked_at(
     """Which removals are looked at, the longest first where not all are, and their Δθ.
 
     Args:
-        fitted: The method.
+        fitted: (H + λI)⁻¹ at θ̂.
         groups: What each removal takes out.
         steps: Δθ of each; None where the model is linear in θ, whose steps are had again.
         lengths: Of the steps, in any unit, where each removes one example from such a model.
@@ -70,7 +70,7 @@ def looked_at(
 
 
 def missed(
-    fitted: "FittedInfluence",
+    fitted: "DenseScorer",
     groups: Sequence[list[int]],
     steps: Float[Tensor, "k p"],
     count: int,
@@ -78,7 +78,7 @@ def missed(
     """Notes on removals whose step does not end at the minimum.
 
     Args:
-        fitted: The method.
+        fitted: (H + λI)⁻¹ at θ̂.
         groups: What each removal that is looked at takes out.
         steps: Δθ of each.
         count: How many there are.
@@ -119,7 +119,7 @@ def missed(
 
 
 def curved(
-    fitted: "FittedInfluence",
+    fitted: "DenseScorer",
     queries: Data,
     measure: Callable[..., Tensor],
     values: Float[Tensor, "q k"],
@@ -133,7 +133,7 @@ def curved(
     in least squares may have another sign.
 
     Args:
-        fitted: The method.
+        fitted: (H + λI)⁻¹ at θ̂.
         queries: What was asked of.
         measure: m.
         values: ∇m_qᵀ Δθ of each query and removal that is looked at.
@@ -166,7 +166,7 @@ def curved(
     )  # fmt: skip
 
 
-def _looked_at(fitted: "FittedInfluence", count: int) -> int:
+def _looked_at(fitted: "DenseScorer", count: int) -> int:
     source = fitted.source
     # A loss takes some 50 operations per output.
     outputs = source.form.outputs if isinstance(source, FactoredLinear) else 1

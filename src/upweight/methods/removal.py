@@ -1,241 +1,258 @@
-"""Remove examples for real: one Newton step of the objective without them.
+"""Removals of a fitted method: Δm and Δθ of taking examples out, and the outputs without them.
 
-The first-order score keeps H of the full data. Without the examples U the objective is
-J − (1/n) Σ_U ℓᵢ, whose Newton step from θ̂ is
-
-    Δθ = (H + λI − (1/n) Σ_U Hᵢ)⁻¹ (1/n) Σ_U gᵢ          Δm_q ≈ ∇m_qᵀ Δθ
-
-The objective keeps its 1/n and its penalty: removal is wᵢ = 0. Where f is linear in θ each example
-contributes Hᵢ = Jᵢᵀ Λᵢ Jᵢ of rank at most c, and the push-through identity turns the step into a
-correction of the output gradients (Cook & Weisberg 1982 for c = 1; Pregibon 1981 for logistic):
-
-    Δm_q = (1/n) ∇m_qᵀ (H + λI)⁻¹ J_Uᵀ u,   u = (I − Λ K)⁻¹ δ,   K = (1/n) J_U (H + λI)⁻¹ J_Uᵀ
-
-For one example of a scalar-output model K Λ is the leverage h and u = δ / (1 − h).
+    by all of θ     one Newton step of the objective without them (`leverage.py`)
+    by layer        to first order, −Σ_U S[q, i]
+    evaluated       m(θ̂ + Δθ) − m(θ̂), whatever Δθ
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight._typing import Batch
-from upweight.errors import NonFinite, message
-from upweight.gradients.linear import LinearForm
-from upweight.gradients.source import FactoredLinear, contract
-from upweight.task.data import Data, batch_size
+from upweight.errors import NotOffered, ShapeError, SpecError, message
+from upweight.gradients.autograd import total_gradient
+from upweight.methods import health, remainder
+from upweight.methods.dense import DenseScorer
+from upweight.methods.functionals import evaluated
+from upweight.methods.leverage import corrected_output_gradients
+from upweight.methods.reduce import Answer, Reducer, Sink, Sweep
+from upweight.methods.scorer import Asked, Job
+from upweight.runtime.memory import require_room
+from upweight.runtime.progress import progress
+from upweight.scores import Scores, Unit
+from upweight.task.data import batch_size
+
+if TYPE_CHECKING:
+    from upweight.methods.fitted import Fitted
+
+FIRST_ORDER = (
+    "removal: to first order, minus the sum of the scores, with the curvature of all the data"
+)
 
 
-def corrected_output_gradients(
-    delta: Float[Tensor, "k c"], lambdas: Float[Tensor, "k c c"], leverage: Float[Tensor, "k c c"]
-) -> Float[Tensor, "k c"]:
-    """u = (I − Λ K)⁻¹ δ for each of k removals of one example.
-
-    Args:
-        delta: δ = ∂ℓ/∂f.
-        lambdas: Λ = ∂²ℓ/∂f².
-        leverage: K = (1/n) J (H + λI)⁻¹ Jᵀ.
-
-    Raises:
-        NonFinite: I − Λ K is singular: without that example the minimum is not determined.
-
-    Exact when: J is quadratic in θ (it is then the exact change of θ). Otherwise one Newton step,
-    wrong in second order of the step where the first-order score is wrong in first.
-    """
-    return solve_removal(lambdas @ leverage, delta)
-
-
-def group_output_gradients(
-    delta: Float[Tensor, "e c"],
-    lambdas: Float[Tensor, "e c c"],
-    leverage: Float[Tensor, "e c e c"],
-) -> Float[Tensor, "e c"]:
-    """u for the e examples of one group removed together; see `corrected_output_gradients`."""
-    e, c = delta.shape
-    weighted = torch.einsum("eab,ebfd->eafd", lambdas, leverage)
-    return solve_removal(weighted.reshape(1, e * c, e * c), delta.reshape(1, -1)).reshape(e, c)
-
-
-def solve_removal(hat: Float[Tensor, "k m m"], delta: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
-    """(I − hat)⁻¹ δ, refusing a singular system.
-
-    Raises:
-        NonFinite: An eigenvalue of `hat` reaches 1.
-    """
-    given, eps = hat.dtype, torch.finfo(hat.dtype).eps
-    # Leverages carry the rounding of a solve: 1 − h below about 1e3 eps is noise. Half precision
-    # would leave nothing at that; it has no LU either, so the small systems are solved in float32.
-    limit = 1.0 / (1e3 * hat.shape[-1] * eps) if given.itemsize >= 4 else 1.0 / (4 * eps)
-    working = torch.promote_types(given, torch.float32)
-    hat, delta = hat.to(working), delta.to(working)
-    identity = torch.eye(hat.shape[-1], dtype=working, device=hat.device)
-    solution, info = torch.linalg.solve_ex(identity - hat, delta[..., None])
-    solution = solution[..., 0].to(given)
-    grown = solution.abs().amax(dim=-1) > limit * delta.abs().amax(dim=-1)
-    bad = (info != 0) | ~solution.isfinite().all(dim=-1) | grown
-    if bool(bad.any()):
-        raise NonFinite(
+def removal(
+    fitted: "Fitted", queries: Any, measure: Any, groups: Any, evaluate: str
+) -> Scores:
+    """See `Fitted.removal`."""
+    started = time.perf_counter()
+    if evaluate not in ("linear", "plugin"):
+        raise SpecError(
             message(
-                "Removing examples needs a minimum that the others still determine: leverage < 1.",
-                f"leverage 1 to rounding for removal {bad.nonzero()[:5, 0].tolist()}.",
-                "an example that alone fixes a parameter (the only one with some feature), and no "
-                "penalty on it.",
-                "add a penalty or damping, or leave these examples out of the groups.",
+                'A removal is evaluated as "linear" or as "plugin".',
+                f"evaluate={evaluate!r}.",
+                "another word for one of them.",
+                '"linear" gives ∇m · Δθ; "plugin" gives m(θ̂ + Δθ) − m(θ̂).',
             )
         )
-    return solution
+    named = None if groups is None else [fitted._group(group) for group in groups]
+    if named is not None and not named:
+        raise ShapeError(
+            message(
+                "A removal needs something to remove.",
+                "groups=[], no group at all.",
+                "a filter that matched nothing.",
+                "leave groups out to remove each example by itself, or pass groups=[[0, 1]].",
+            )
+        )
+    every = [[i] for i in range(len(fitted.train))] if named is None else named
+    columns = None if named is None else tuple(",".join(map(str, g)) for g in named)
+    if not isinstance(fitted.scorer, DenseScorer):
+        scores: Scores = fitted.attribute(queries, measure, into=_Without(every, columns))
+        if evaluate == "linear":
+            return scores
+        asked = fitted._asked(queries, measure)
+        values = _plugin(fitted, asked, every)
+        notes = (*scores.provenance.notes, _PLUGIN)
+        return replace(scores, values=values, provenance=replace(scores.provenance, notes=notes))
+    asked = fitted._asked(queries, measure)
+    scorer = fitted.scorer
+    require_room(
+        len(asked), len(every), scorer.theta.dtype, scorer.theta.device,
+        "ask some queries or groups at a time: as_data(queries).subset(range(100)).",
+    )  # fmt: skip
+    values, records, doubts = _by_newton_step(fitted, scorer, asked, every)
+    notes: tuple[str, ...] = ()
+    if evaluate == "plugin":
+        values, notes = _plugin(fitted, asked, every), (_PLUGIN,)
+        doubts = [note for note in doubts if "is not linear over the step" not in note]
+    seconds = {**fitted.seconds, "attribute": time.perf_counter() - started}
+    judged, said = fitted._judged(records, None, None)
+    denied, noted = fitted._minimum_denied(judged)
+    zero = health.zero_rows(values.abs().sum(dim=1), fitted.losses)
+    said = [
+        *health.warned([*denied, *health.solved(judged), *zero, *doubts], 4), *noted, *said, *notes,
+        *health.zero_columns(values),
+    ]  # fmt: skip
+    made = fitted._provenance(asked, judged, said, seconds)
+    context = fitted._context(asked)
+    return Scores(values, Unit.DIFFERENCE, made, columns=columns, context=context)
+
+
+_PLUGIN = "removal: measured at θ̂ + Δθ, m(θ̂ + Δθ) − m(θ̂)"
+
+
+def _by_newton_step(
+    fitted: "Fitted", scorer: DenseScorer, asked: Asked, every: Sequence[list[int]]
+) -> tuple[Float[Tensor, "q e"], list[Any], list[str]]:
+    """∇m_qᵀ Δθ of every removal, the records of the solves, and what is to be doubted."""
+    linear, records, parts = scorer.linear_removals, [], []
+    steps: Float[Tensor, "e p"] | None = None
+    lengths: Float[Tensor, " e"] | None = None
+    if linear is None:
+        steps = torch.stack([scorer.newton_step(group) for group in every])
+    singles = all(len(group) == 1 for group in every)
+    for job in scorer.jobs(asked):
+        if linear is None:
+            assert steps is not None
+            # ∇m_q = (H + λI) v_q.
+            part = scorer.operator.mv(job.vectors()) @ steps.T
+        elif singles:
+            part, lengths = linear.each(job.vectors(), [group[0] for group in every])
+        else:
+            part = torch.stack([linear.together(job.vectors(), g) for g in every], dim=1)
+        if job.direct is not None:
+            part = part - torch.stack([job.direct[:, g].sum(dim=1) for g in every], dim=1)
+        parts.append(part)
+        records.append(job.record)
+    values = torch.cat(parts)
+    at, moves = remainder.looked_at(scorer, every, steps, lengths)
+    some = [every[k] for k in at]
+    doubts = remainder.missed(scorer, some, moves, len(every))
+    if asked.functional is None:
+        doubts += remainder.curved(
+            scorer, asked.queries, asked.measure, values[:, at], some, moves, len(every)
+        )
+    return values, records, doubts
+
+
+def _plugin(
+    fitted: "Fitted", asked: Asked, every: Sequence[list[int]]
+) -> Float[Tensor, "q e"]:
+    """m(θ̂ + Δθ) − m(θ̂) of every removal."""
+    columns = []
+    before = _measured(fitted, asked, fitted.theta, [])
+    groups = ((k, k + 1, group) for k, group in enumerate(every))
+    for _, _, group in progress(groups, len(every), "removals"):
+        after = _measured(fitted, asked, fitted.theta + fitted.scorer.step(group), group)
+        columns.append(after - before)
+    return torch.stack(columns, dim=1)
+
+
+def _measured(
+    fitted: "Fitted", asked: Asked, theta: Float[Tensor, " p"], gone: list[int]
+) -> Float[Tensor, " q"]:
+    task, measure, queries = fitted.task, asked.measure, asked.queries
+    if asked.functional is not None:
+        weights = theta.new_ones(len(fitted.train))
+        weights[gone] = 0.0
+        batch = None if queries is None else task.to_device(queries.batch(0, len(queries)))
+        return evaluated(measure, task, theta, batch, weights)
+    assert queries is not None
+    size = batch_size(task.layout.size, theta.element_size())
+    with torch.no_grad():
+        return torch.cat(
+            [
+                measure(task, task.named(theta), task.to_device(batch))
+                for _, _, batch in queries.batches(size)
+            ]
+        )
+
+
+def checked_step(
+    fitted: "Fitted", group: list[int]
+) -> tuple[Float[Tensor, " p"], list[str]]:
+    """Δθ of removing a group, and what is to be doubted of it."""
+    scorer = fitted.scorer
+    step = scorer.step(group)
+    if not isinstance(scorer, DenseScorer):
+        return step, []
+    return step, remainder.missed(scorer, [group], step[None], 1)
+
+
+def total_gradient_of(fitted: "Fitted", group: list[int]) -> Float[Tensor, " p"]:
+    """Σ gᵢ of some training examples."""
+    task, batch = fitted.task, fitted.task.to_device(fitted.train.take(group))
+    return total_gradient(task, lambda params: task.losses(params, batch), fitted.theta)
+
+
+def loo_outputs(fitted: "Fitted") -> Float[Tensor, "n *c"]:
+    """See `Fitted.loo_outputs`."""
+    task, scorer, n = fitted.task, fitted.scorer, len(fitted.train)
+    found = []
+    for start, stop, _ in progress(_ranges(fitted), n, "outputs without each example"):
+        batch = task.to_device(fitted.train.batch(start, stop))
+        leverage = scorer.leverages(start, stop)
+        with torch.no_grad():
+            outputs, targets = task.outputs(fitted.theta, batch)
+        delta = task.output_gradient(outputs, targets).reshape(stop - start, -1)
+        c = delta.shape[1]
+        lambdas = task.output_hessian(outputs, targets).reshape(stop - start, c, c)
+        u = corrected_output_gradients(delta, lambdas, leverage.to(delta))
+        moved = (leverage.to(delta) @ u[:, :, None])[:, :, 0]
+        found.append(outputs + moved.reshape(outputs.shape))
+    return torch.cat(found)
+
+
+def _ranges(fitted: "Fitted") -> Iterator[tuple[int, int, None]]:
+    """Batches small enough for a Jacobian of each example."""
+    task, n = fitted.task, len(fitted.train)
+    with torch.no_grad():
+        outputs, _ = task.outputs(fitted.theta, task.to_device(fitted.train.batch(0, 1)))
+    values = outputs[0].numel() * 2 * task.layout.size
+    size = fitted.train.together(batch_size(values, task.layout.dtype.itemsize))
+    return ((start, min(start + size, n), None) for start in range(0, n, size))
+
+
+# -- to first order -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class LinearRemovals:
-    """Removals from a model that is linear in θ, from the c × c leverage blocks of its examples.
+class _Without(Reducer):
+    """−Σ_U S[q, i] of every group, as the scores stream by."""
 
-    Args:
-        source: The factored gradients δ ⊗ z.
-        train: The training set.
-        solve: v ↦ (H + λI)⁻¹ v.
-        inverse: () ↦ (H + λI)⁻¹ as a matrix, or None where the solver has no factor.
-        share: 1/n, the weight of one example in the mean.
-    """
+    groups: Sequence[Sequence[int]]
+    columns: tuple[str, ...] | None
 
-    source: FactoredLinear
-    train: Data
-    solve: Callable[[Float[Tensor, "k p"]], Float[Tensor, "k p"]]
-    inverse: Callable[[], Float[Tensor, "p p"]] | None
-    share: float
-
-    def self_influence(self) -> Float[Tensor, " n"]:
-        """−(1/n) gᵢᵀ (H + λI)⁻¹ gᵢ = −δᵢᵀ Kᵢ δᵢ for every example."""
-        parts = [
-            -torch.einsum("ea,eab,eb->e", delta, leverage, delta)
-            for delta, _, _, leverage in self._leverages(range(len(self.train)))
-        ]
-        return torch.cat(parts)
-
-    def each(
-        self, solved: Float[Tensor, "q p"], examples: Sequence[int]
-    ) -> tuple[Float[Tensor, "q e"], Float[Tensor, " e"]]:
-        """Δm_q of removing each example by itself, from v_q = (H + λI)⁻¹ ∇m_q; and its length.
-
-        The length is uᵀ K u = Δθᵀ (H + λI) Δθ times n.
-        """
-        vectors, values, lengths = self.source.form.matrix(solved), [], []
-        for u, z, leverage in self._corrected(examples):
-            values.append(contract(vectors, u, z))
-            lengths.append(torch.einsum("ea,eab,eb->e", u, leverage, u))
-        return self.share * torch.cat(values, dim=1), torch.cat(lengths)
-
-    def together(self, solved: Float[Tensor, "q p"], group: list[int]) -> Float[Tensor, " q"]:
-        """Δm_q of removing one group together."""
-        u, z = self._group_factors(group)
-        return self.share * contract(self.source.form.matrix(solved), u, z).sum(dim=1)
-
-    def step(self, group: list[int]) -> Float[Tensor, " p"]:
-        """Δθ of removing one group together."""
-        u, z = self._group_factors(group)
-        return self.share * self.solve(self.source.form.flatten(u.T @ z)[None])[0]
-
-    def steps(self, examples: Sequence[int]) -> Float[Tensor, "e p"]:
-        """Δθ of removing each example by itself."""
-        parts = [
-            self.solve(self.source.form.flatten(u[:, :, None] * z[:, None, :]))
-            for u, z, _ in self._corrected(examples)
-        ]
-        return self.share * torch.cat(parts)
-
-    def _corrected(self, examples: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(u, z, K) in chunks of examples."""
-        for delta, lambdas, z, leverage in self._leverages(examples):
-            yield corrected_output_gradients(delta, lambdas, leverage), z, leverage
-
-    def _group_factors(self, group: list[int]) -> tuple[Float[Tensor, "e c"], Float[Tensor, "e i"]]:
-        delta, lambdas, z = self._output_derivatives(group)
-        return group_output_gradients(delta, lambdas, self._jacobian_products(z)), z
-
-    def _leverages(
-        self, examples: Sequence[int]
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Float[Tensor, "e c c"]]]:
-        """(δ, Λ, z, K) in chunks of examples."""
-        n, form = len(self.train), self.source.form
-        if len(examples) == n and list(examples) == list(range(n)):
-            size = batch_size(form.outputs * form.width, 8)
-            known = torch.split(self._leverage_of_all, size)
-            for k, leverage in enumerate(known):
-                yield *self._output_derivatives(examples[k * size : (k + 1) * size]), leverage
-            return
-        size, of = self._leverage_of(len(examples))
-        for start in range(0, len(examples), size):
-            delta, lambdas, z = self._output_derivatives(examples[start : start + size])
-            yield delta, lambdas, z, of(z)
-
-    @cached_property
-    def _leverage_of_all(self) -> Float[Tensor, "n c c"]:
-        """K of every training example: removals and self-influence share it."""
-        n, form = len(self.train), self.source.form
-        size, leverage = self._leverage_of(n)
-        chunks = (range(start, min(start + size, n)) for start in range(0, n, size))
-        return torch.cat(
-            [leverage(form.features(self.source.task, self._batch(some))) for some in chunks]
-        )
-
-    def _leverage_of(
-        self, count: int
-    ) -> tuple[int, Callable[[Float[Tensor, "e i"]], Float[Tensor, "e c c"]]]:
-        """How many examples at once, and z ↦ K of some, where `count` are asked about in all."""
-        form = self.source.form
-        c, p = form.outputs, self.source.task.layout.size
-        # Solves cost 2 p² per right-hand side, the inverse (2/3) p³ once: cheaper from p/3 on.
-        if self.inverse is None or count * c <= p / 3:
-
-            def by_solves(z: Float[Tensor, "e i"]) -> Float[Tensor, "e c c"]:
-                return self._jacobian_products(z).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-
-            return batch_size(c * p, 8), by_solves
-        matrix = self.inverse()
-
-        def by_inverse(z: Float[Tensor, "e i"]) -> Float[Tensor, "e c c"]:
-            return self.share * _block_forms(form, matrix, z).to(z.dtype)
-
-        return batch_size(c * form.width, 8), by_inverse
-
-    def _output_derivatives(
-        self, examples: Sequence[int]
-    ) -> tuple[Float[Tensor, "e c"], Float[Tensor, "e c c"], Float[Tensor, "e i"]]:
-        """(δ, Λ, z) of some training examples."""
-        task, batch = self.source.task, self._batch(examples)
-        with torch.no_grad():
-            outputs, targets = task.outputs(task.theta(), batch)
-        return (
-            task.output_gradient(outputs, targets),
-            task.output_hessian(outputs, targets),
-            self.source.form.features(task, batch),
-        )
-
-    def _batch(self, examples: Sequence[int]) -> Batch:
-        return self.source.task.to_device(self.train.take(examples))
-
-    def _jacobian_products(self, z: Float[Tensor, "e i"]) -> Float[Tensor, "e c e c"]:
-        """(1/n) J (H + λI)⁻¹ Jᵀ over some examples: J has a row per example and output."""
-        e, c = len(z), self.source.form.outputs
-        identity = torch.eye(c, dtype=z.dtype, device=z.device)
-        rows = self.source.form.flatten(identity[None, :, :, None] * z[:, None, None, :])
-        jacobian = rows.reshape(e * c, -1)
-        return self.share * (jacobian @ self.solve(jacobian).T).reshape(e, c, e, c)
+    def begin(self, sweep: Sweep) -> Sink:
+        if sweep.unit is Unit.RANK:
+            raise NotOffered(
+                message(
+                    "A removal needs scores in ∂m/∂w.",
+                    "a method whose scores only rank.",
+                    "a similarity, which knows nothing of training.",
+                    "use Influence(EKFAC(), damping=…), or only compare the order of the scores.",
+                )
+            )
+        require_room(
+            sweep.q, len(self.groups), sweep.dtype, sweep.device,
+            "ask some queries or groups at a time.",
+        )  # fmt: skip
+        pairs = torch.tensor([(i, k) for k, group in enumerate(self.groups) for i in group])
+        pairs = pairs[pairs[:, 0].argsort(stable=True)].to(sweep.device)
+        shape = (sweep.q, len(self.groups))
+        total = torch.zeros(shape, dtype=sweep.dtype, device=sweep.device)
+        return _Removed(pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), total, self.columns)
 
 
-def _block_forms(
-    form: LinearForm, inverse: Float[Tensor, "p p"], z: Float[Tensor, "e i"]
-) -> Float[Tensor, "e c c"]:
-    """zᵀ A_ab z for each example and pair of outputs, A_ab a block of the inverse."""
-    c = form.outputs
-    z = z.to(inverse.dtype)
-    index = form.matrix(torch.arange(len(inverse), device=z.device))
-    result = z.new_empty(len(z), c, c)
-    for a in range(c):
-        for b in range(a, c):
-            block = inverse[index[a][:, None], index[b]]
-            result[:, a, b] = result[:, b, a] = ((z @ block) * z).sum(dim=1)
-    return result
+@dataclass(eq=False)
+class _Removed(Sink):
+    examples: Tensor
+    columns: Tensor
+    total: Float[Tensor, "q e"]
+    names: tuple[str, ...] | None
+
+    def see(self, job: Job, start: int, part: Float[Tensor, "q b"]) -> None:
+        edges = torch.tensor([start, start + part.shape[1]], device=self.examples.device)
+        first, last = torch.searchsorted(self.examples, edges).tolist()
+        rows = self.total[job.first : job.first + len(job)]
+        chosen = part[:, self.examples[first:last] - start]
+        rows.index_add_(1, self.columns[first:last], -chosen)
+
+    def result(self, answer: Answer) -> Scores:
+        scores = answer.scores(self.total, self.names, (FIRST_ORDER,))
+        return replace(scores, unit=Unit.DIFFERENCE)

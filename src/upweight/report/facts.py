@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.errors import ShapeError, message
-from upweight.method import Fitted
+from upweight.methods.fitted import Fitted
 from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Weighted

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from upweight.method import Method
+from upweight.methods.method import Method
 from upweight.methods.influence import Influence
 from upweight.runtime.fingerprint import digest
 from upweight.task.data import Data

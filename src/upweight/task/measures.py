@@ -7,7 +7,7 @@ its place.
 import abc
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Float
@@ -139,3 +139,84 @@ def as_measure(measure: Measure | Callable[..., Tensor]) -> Callable[..., Tensor
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     return measure if len(required) == 3 else OutputMeasure(measure)
+
+
+@dataclass(frozen=True)
+class Functional:
+    """φ(θ, w): one or several numbers of the whole model, not one of each query.
+
+    A coefficient, a standard error, an accuracy on all queries together. One gradient and one solve
+    answer for all of it, and where φ depends on the data weights by itself both parts of its
+    derivative are taken:
+
+        dφ/dwᵢ = ∂φ/∂wᵢ + ∂φ/∂θ · dθ̂/dwᵢ
+
+    Args:
+        function: `(task, params, queries, weights) -> [k]` or one number. `params` are θ by name,
+            `queries` all of them as one batch (None where none were given), `weights` [n] those of
+            the training data, which are 1.
+
+    Example:
+        >>> worst = Functional(lambda task, params, queries, w: task.losses(params, queries).max())
+    """
+
+    function: Callable[..., Tensor]
+
+    def __repr__(self) -> str:
+        return f"Functional({described(self.function)})"
+
+    def __call__(self, task: Task, params: Params, queries: Any, weights: Tensor) -> Tensor:
+        return self.function(task, params, queries, weights)
+
+
+@dataclass(frozen=True, repr=False)
+class Coefficient(Functional):
+    """φ = θ[which]: an entry of θ, by its place, or all entries of a parameter by its name.
+
+    Args:
+        which: A place in θ, or a name such as "weight", or "weight[0, 2]" for one of its entries.
+
+    Raises:
+        SpecError: There is no such parameter or entry.
+    """
+
+    function: Callable[..., Tensor] = field(init=False, compare=False)
+    which: int | str = 0
+
+    def __init__(self, which: int | str) -> None:
+        object.__setattr__(self, "which", which)
+        object.__setattr__(self, "function", self._entries)
+
+    def __repr__(self) -> str:
+        return f"Coefficient({self.which!r})"
+
+    def _entries(self, task: Task, params: Params, queries: Any, weights: Tensor) -> Tensor:
+        flat, layout = task.layout.flatten(params), task.layout
+        if not isinstance(self.which, str):
+            if -len(flat) <= self.which < len(flat):
+                return flat[self.which]
+            raise SpecError(self._unknown(f"{len(flat)} entries", list(layout.names)))
+        name, _, place = self.which.partition("[")
+        known = {} if task.reads is None else getattr(task.reads, "coefficients", {})
+        if self.which in known:
+            return flat[known[self.which]]
+        if name not in layout.names:
+            raise SpecError(self._unknown("no parameter of that name", [*known, *layout.names]))
+        value = params[name]
+        if not place:
+            return value.reshape(-1)
+        try:
+            at = tuple(int(part) for part in place.removesuffix("]").split(","))
+            return value[at].reshape(-1)
+        except (ValueError, IndexError) as error:
+            given = f"{name} of shape {tuple(value.shape)}"
+            raise SpecError(self._unknown(given, list(layout.names))) from error
+
+    def _unknown(self, given: str, names: list[str]) -> str:
+        return message(
+            "A coefficient is named by a parameter, an entry of one, or a place in θ.",
+            f"{self!r} of a task with {given}.",
+            "a name of another model, or a place counted from 1.",
+            f"one of {', '.join(map(repr, names[:8]))}{', …' if len(names) > 8 else ''}, such as "
+            f"Coefficient({names[0] + '[0, 0]' if names else 0!r}).",
+        )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import upweight
-from upweight.method import Method
+from upweight.methods.method import Method
 from upweight.scores import Scores, Unit
 from upweight.task.data import as_data
 from upweight.task.losses import SquaredError, Weighted

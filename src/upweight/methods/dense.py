@@ -1,0 +1,433 @@
+"""P = (H + λI)⁻¹ on all of θ at once, by a solver: the scorer of exact curvatures.
+
+One factorization (or one iterative solver) serves every question: scores, self-influence, the
+movement of the parameters, removals by a Newton step. Where the model is linear in θ, gradients
+keep their two factors and nothing of size p is formed per example.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight._typing import Batch
+from upweight.contraction.stream import QUERY_SHARE, no_gradient
+from upweight.curvature.curvature import Curvature
+from upweight.curvature.ggn import GGN
+from upweight.curvature.hessian import Hessian
+from upweight.curvature.layerwise import LayerwiseCurvature
+from upweight.errors import DtypeError, NotDifferentiable, ShapeError, message
+from upweight.gradients.blocks import Plan
+from upweight.gradients.planning import plan
+from upweight.gradients.source import (
+    FactoredLinear,
+    GradientSource,
+    gradient_source,
+    planned_jacobians,
+    value_source,
+)
+from upweight.linalg.blockdiag import BlockDiagonal
+from upweight.linalg.cholesky import Cholesky
+from upweight.linalg.damping import Absolute, Damping, as_damping, damped
+from upweight.linalg.operator import LinearOperator
+from upweight.linalg.solution import Solution, SolverStats
+from upweight.linalg.solve import Auto, Solver
+from upweight.methods import health
+from upweight.methods.fitting import Fitting
+from upweight.methods.layered import token_shares
+from upweight.methods.leverage import LinearRemovals
+from upweight.methods.scorer import Asked, Job, Scorer
+from upweight.runtime.memory import examples_within, free_bytes, require_bytes, working_bytes
+from upweight.task.data import Data, batch_size
+from upweight.task.measures import Loss
+from upweight.task.point import Point
+from upweight.task.task import Task
+
+PRECONDITIONER_DAMPING = 0.1
+
+MOST_EXAMPLES = 2048
+"""Examples in a batch at most."""
+
+
+@dataclass(eq=False)
+class DenseJob(Job):
+    """Solved queries V = (H + λI)⁻¹ ∇m, one row each."""
+
+    scorer: "DenseScorer"
+    first: int
+    solution: Solution
+    direct: Float[Tensor, "q n"] | None = None
+
+    @property
+    def at_once(self) -> int:  # type: ignore[override]
+        return self.scorer.at_once
+
+    def __len__(self) -> int:
+        return len(self.solution.value)
+
+    def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
+        scorer, vectors = self.scorer, self.solution.value
+        part = scorer.source.inner(vectors, scorer.batch(start, stop), stop - start)
+        part *= -scorer.share
+        return part if self.direct is None else part + self.direct[:, start:stop]
+
+    def by_layer(self, start: int, stop: int) -> Mapping[str, Float[Tensor, "q b"]]:
+        scorer = self.scorer
+        rows = scorer.source.rows(scorer.batch(start, stop), stop - start)
+        layout, vectors = scorer.task.layout, self.solution.value
+        found = {}
+        for block in scorer.plan.blocks:
+            index = block.index(layout).to(rows.device)
+            found[block.name] = vectors[:, index] @ rows[:, index].mT * -scorer.share
+        return found
+
+    def tokens(
+        self, examples: Sequence[int]
+    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+        scorer = self.scorer
+        layout, rows = scorer.task.layout, self.solution.value
+        vectors = [
+            rows[:, block.index(layout).to(rows.device)].reshape(len(rows), *block.shape)
+            for block in scorer.plan.blocks
+        ]
+        shares, rest = token_shares(scorer.plan, scorer.train, examples, vectors)
+        return shares * -scorer.share, rest * -scorer.share
+
+    def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:
+        return self.scorer.source.inner(self.vectors(), batch, size) * -self.scorer.share
+
+    def vectors(self) -> Float[Tensor, "q p"]:
+        return self.solution.value
+
+    @property
+    def row_sums(self) -> Float[Tensor, " q"] | None:
+        penalty = self.scorer.task.penalty.gradient(self.scorer.theta, self.scorer.task.layout)
+        found = self.solution.value @ penalty
+        return found if self.direct is None else found + self.direct.sum(dim=1)
+
+    @property
+    def record(self) -> SolverStats:
+        return self.solution.stats
+
+
+@dataclass(frozen=True, eq=False)
+class DenseScorer(Scorer):
+    """(H + λI)⁻¹ at a point.
+
+    Args:
+        curvature, chosen: H and the solver, as they were asked for.
+        damped_by: λ, as it was asked for.
+        task, train: What it was fitted to.
+        point: θ, and the weight a of this point.
+        operator: H + λI.
+        solver, state: How it is inverted.
+        source: Where training gradients come from.
+        damping: λ.
+        mean_loss: (1/n) Σ ℓᵢ(θ).
+        memory_bytes: What a batch may take.
+        notes: Of the fit.
+    """
+
+    curvature: Curvature
+    chosen: Solver[Any]
+    damped_by: Damping
+    task: Task
+    train: Data
+    point: Point
+    operator: LinearOperator
+    solver: Solver[Any]
+    state: Any
+    source: GradientSource
+    damping: float
+    mean_loss: float
+    memory_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def theta(self) -> Float[Tensor, " p"]:
+        """Where."""
+        return self.point.theta
+
+    @property
+    def share(self) -> float:
+        """a/n: the weight of one example in the mean."""
+        return self.point.weight / len(self.train)
+
+    # -- scores -----------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(block.name for block in self.plan.blocks)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """How gradients are obtained layer by layer, for shares of layers and positions."""
+        return plan(self.task, self.train)
+
+    @cached_property
+    def at_once(self) -> int:
+        """Training examples in a batch."""
+        values, itemsize = self.source.values_per_example, self.theta.element_size()
+        if self.memory_bytes is None:
+            return self.train.together(batch_size(values, itemsize))
+        allowed = working_bytes(self.theta.device, self.memory_bytes)
+        return self.train.together(examples_within(allowed, values * itemsize, MOST_EXAMPLES))
+
+    def settings(self, asked: Asked) -> dict[str, int]:
+        p, device = len(self.theta), self.theta.device
+        allowed = asked.memory_bytes
+        if allowed is None:
+            allowed = int(QUERY_SHARE * free_bytes(device))
+        each = 2 * p * self.theta.element_size()
+        return {
+            "memory_bytes": working_bytes(device, asked.memory_bytes),
+            "queries_together": max(1, allowed // each),
+        }
+
+    def jobs(self, asked: Asked) -> Iterator[DenseJob]:
+        if asked.functional is not None:
+            found = asked.functional
+            yield DenseJob(self, 0, self._solved(found.by_theta), found.by_weights)
+            return
+        assert asked.queries is not None
+        source, depends = self._measure_source(asked.measure, asked.queries), False
+        together = asked.together or self.settings(asked)["queries_together"]
+        for first, queries in asked.groups(together):
+            rows = self.gradients(source, queries)
+            depends = depends or bool(rows.any())
+            if first + len(queries) == len(asked) and not depends:
+                raise NotDifferentiable(no_gradient(asked.measure, len(asked)))
+            yield DenseJob(self, first, self._solved(rows))
+
+    def gradients(self, source: GradientSource, queries: Data) -> Float[Tensor, "q p"]:
+        """∇m of every query, as rows."""
+        layout = self.task.layout
+        size = batch_size(layout.size, layout.dtype.itemsize)
+        return torch.cat(
+            [
+                source.rows(self.task.to_device(batch), stop - start)
+                for start, stop, batch in queries.batches(size)
+            ]
+        )
+
+    def _measure_source(self, measure: Any, queries: Data) -> GradientSource:
+        # ∇m = ∇ℓ, for which the source may have a closed form.
+        if isinstance(measure, Loss) and isinstance(self.source, FactoredLinear):
+            return self.source
+        task = self.task
+        return value_source(task, queries, lambda p, b: measure(task, p, b), self.train)
+
+    def self_influence(self) -> Float[Tensor, " n"]:
+        """S[i, i] = −(1/n) gᵢᵀ (H + λI)⁻¹ gᵢ: n solves, or one inverse where f is linear in θ."""
+        if self._linear is not None:
+            return self._linear.self_influence()
+        parts = []
+        for start in range(0, len(self.train), self.at_once):
+            stop = min(start + self.at_once, len(self.train))
+            rows = self.source.rows(self.batch(start, stop), stop - start)
+            parts.append(-self.share * (rows * self._solved(rows).value).sum(dim=1))
+        return torch.cat(parts)
+
+    def solve(self, vectors: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        return self._solved(vectors).value
+
+    def _solved(self, vectors: Float[Tensor, "k p"]) -> Solution:
+        return self.solver.solve(self.state, vectors).throw()
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """Training examples on the device of the parameters."""
+        return self.task.to_device(self.train.batch(start, stop))
+
+    # -- removals ---------------------------------------------------------------------------------
+
+    @property
+    def linear_removals(self) -> LinearRemovals | None:
+        """The fast path, where an example's share of H is Jᵀ Λ J: not for the Fishers' g gᵀ."""
+        return self._linear if isinstance(self.curvature, Hessian | GGN) else None
+
+    @cached_property
+    def _linear(self) -> LinearRemovals | None:
+        if not isinstance(self.source, FactoredLinear):
+            return None
+        inverse = None
+        if isinstance(self.solver, Cholesky):
+            inverse = functools.partial(self.solver.inverse_dense, self.state)
+        return LinearRemovals(
+            self.source, self.train, self.solve, inverse, self.operator, self.share
+        )
+
+    def step(self, group: list[int]) -> Float[Tensor, " p"]:
+        linear = self.linear_removals
+        return self.newton_step(group) if linear is None else linear.step(group)
+
+    def leverages(self, start: int, stop: int) -> Float[Tensor, "b c c"]:
+        if self._linear is not None:
+            return self._linear.leverages(start, stop)
+        batch, size = self.batch(start, stop), stop - start
+        j = planned_jacobians(self.plan, batch, size)
+        solved = self.solve(j.flatten(0, 1)).reshape(j.shape)
+        return j @ solved.mT / len(self.train)
+
+    def newton_step(self, group: list[int]) -> Float[Tensor, " p"]:
+        """Δθ of removing a group, with the curvature of what is kept factorized anew."""
+        n, gone = len(self.train), set(group)
+        if len(gone) == n:
+            raise ShapeError(
+                message(
+                    "Something must be left of the training set.",
+                    f"a removal of all {n} examples.",
+                    "a group that holds the whole data set.",
+                    "remove fewer.",
+                )
+            )
+        kept = self.train.subset([i for i in range(n) if i not in gone])
+        operator = damped(self.curvature.fit(self.task, kept, n=n), self.damping)
+        total = self.total(group)
+        solver = self.chosen
+        return solver.solve(solver.init(operator), total * self.share).throw().value
+
+    def total(self, group: Sequence[int]) -> Float[Tensor, " p"]:
+        """Σ gᵢ over a group."""
+        batches = self.train.subset(group).batches(min(len(group), self.at_once))
+        parts = [self.source.total(self.task.to_device(batch)) for _, _, batch in batches]
+        return torch.stack(parts).sum(dim=0)
+
+    # -- health -----------------------------------------------------------------------------------
+
+    def stationarity(self) -> Mapping[str, float]:
+        return health.stationarity(self.gradient, self.solver.solve(self.state, self.gradient))
+
+    @cached_property
+    def gradient(self) -> Float[Tensor, " p"]:
+        """∇J(θ) = (1/n) Σ gᵢ + ∇R."""
+        n = len(self.train)
+        total = torch.zeros_like(self.theta)
+        for start in range(0, n, self.at_once):
+            total += self.source.total(self.batch(start, min(start + self.at_once, n)))
+        return total / n + self.task.penalty.gradient(self.theta, self.task.layout)
+
+    @cached_property
+    def _health(self) -> dict[str, Any]:
+        return {
+            **self.stationarity(),
+            "damping": self.damping,
+            **health.mean_eigenvalue(self.damped_by, self.damping, self.operator, self.source),
+        }
+
+    def health(self) -> dict[str, Any]:
+        return self._health
+
+    def summary(self, records: Sequence[SolverStats]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        if not records:
+            return {}, ()
+        worst = max(records, key=lambda stats: float(stats.residuals.max()))
+        told = {
+            "solver": repr(self.solver),
+            "solver_steps": max(stats.steps for stats in records),
+            "largest_residual": float(worst.residuals.max()),
+            **{f"solver_{key}": value for key, value in worst.extra.items()},
+        }
+        return told, ()
+
+
+def inverse(
+    curvature: Curvature,
+    chosen: Solver[Any],
+    damping: Damping | float,
+    fitting: Fitting,
+    point: Point,
+) -> DenseScorer:
+    """P = (H + λI)⁻¹: check the training data, then factorize or set up the solver.
+
+    Raises:
+        NotPositiveDefinite: The solver needs H + λI ≻ 0 and it is not.
+        DtypeError: A layerwise curvature of a model in half precision.
+        SpecError: The matrix that the solver factorizes does not fit into memory.
+    """
+    task, data = fitting.task, fitting.data
+    fitting.checked_losses()
+    if isinstance(curvature, LayerwiseCurvature) and task.layout.dtype.itemsize < 4:
+        raise DtypeError(
+            message(
+                "A named solver needs curvature and gradients of one dtype.",
+                f"{curvature!r} with {chosen!r} on parameters of {task.layout.dtype}: a curvature "
+                "by layer is kept in torch.float32.",
+                "a solver left from another curvature, on a model in half precision.",
+                "leave the solver out: Auto() inverts each block in float32; or use "
+                "model.float().",
+            )
+        )
+    made = curvature.fit(task, data)
+    lam = as_damping(damping).of(made, point.theta, len(data))
+    operator = damped(made, lam)
+    solver = chosen.select(operator) if isinstance(chosen, Auto) else chosen
+    solver, told = preconditioned(solver, fitting, lam)
+    source = gradient_source(task, data)
+    if isinstance(solver, Cholesky):
+        p = task.layout.size
+        require_bytes(
+            p * p * torch.float64.itemsize,
+            f"a curvature of {p} × {p} numbers for {solver!r}",
+            task.layout.device,
+            "use curvature=EKFAC(), which keeps a block a layer, or curvature=GGN() with "
+            "solver=CG(), which keeps vectors only.",
+        )
+    state = solver.init(operator)
+    # Raise now, before any query, what no right-hand side could be solved with.
+    solver.solve(state, torch.zeros_like(point.theta)).throw()
+    return DenseScorer(
+        curvature=curvature,
+        chosen=chosen,
+        damped_by=as_damping(damping),
+        task=task,
+        train=data,
+        point=point,
+        operator=operator,
+        solver=solver,
+        state=state,
+        source=source,
+        damping=lam,
+        mean_loss=fitting.mean_loss,
+        memory_bytes=fitting.resources.memory_bytes,
+        notes=(
+            *made.notes,
+            *told,
+            *source.notes,
+            *health.duration_notes(operator, solver, point.theta),
+        ),
+    )
+
+
+def preconditioned(
+    solver: Solver[Any], fitting: Fitting, lam: float
+) -> tuple[Solver[Any], tuple[str, ...]]:
+    """The solver with its preconditioner made, where that is a curvature by layer; and a note.
+
+    A preconditioner changes how many steps a solver takes, not what it converges to. λ of the
+    system damps it too; where that is 0, a tenth of the mean eigenvalue of each layer does.
+    """
+    spec = getattr(solver, "preconditioner", None)
+    if not isinstance(spec, LayerwiseCurvature):
+        return solver, ()
+    fitted = spec.fit_blocks(
+        fitting.task,
+        fitting.data,
+        damping=Absolute(lam) if lam > 0 else None,
+        memory_bytes=fitting.resources.memory_bytes,
+    )
+    layout = fitting.task.layout
+    made, indices = [], []
+    for block in fitted.blocks:
+        mean = float(block.eigen.values.double().mean())
+        made.append(block.eigen.inverse(lam if lam > 0 else PRECONDITIONER_DAMPING * mean or 1.0))
+        indices.append(block.block.index(layout).to(layout.device))
+    operator = BlockDiagonal(tuple(made), tuple(indices))
+    note = f"preconditioner {spec!r}, damped by " + (
+        f"{lam:.3g}" if lam > 0 else f"{PRECONDITIONER_DAMPING:g} of each layer's mean eigenvalue"
+    )
+    return replace(solver, preconditioner=operator), (note,)  # type: ignore[call-arg]

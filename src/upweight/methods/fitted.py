@@ -1,0 +1,490 @@
+"""Fitted: a method that has seen its training data. One class, the same verbs for every method.
+
+What differs between methods is in their `Scorer`; streaming, reducing, memory, progress, health,
+provenance, and the questions that follow from scores are here.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight._typing import Batch
+from upweight.errors import ModelChanged, ShapeError, SpecError, message
+from upweight.methods import health, removal
+from upweight.methods.functionals import derivatives
+from upweight.methods.perturbation import gradient_products_by_input, relabeled
+from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep
+from upweight.methods.scorer import Asked, Scorer
+from upweight.runtime.progress import progress
+from upweight.runtime.resources import Resources
+from upweight.runtime.selection import places
+from upweight.scores import Context, Provenance, Scores, Unit, library_versions
+from upweight.task.check import checked_losses, checked_measurements, require_answerable
+from upweight.task.data import Data
+from upweight.task.identity import contents, described, subject
+from upweight.task.measures import Functional, Loss, as_measure
+from upweight.task.snapshot import Snapshot
+from upweight.task.task import Task
+
+if TYPE_CHECKING:
+    from upweight.evaluation.check import Check
+    from upweight.methods.method import Method
+    from upweight.task.recipe import Recipe
+
+QUERIES = 32
+"""Training examples that stand in for queries where `check` is given none."""
+
+LOSS = Loss()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A method at θ̂, ready for queries. Made by `Method.fit`; immutable.
+
+    What a method cannot answer raises `NotOffered`, with what to ask instead.
+
+    Args:
+        spec: The method.
+        task, train: What it was fitted to.
+        theta: θ̂ at the time.
+        snapshot: Everything else of the task at the time.
+        losses: ℓᵢ(θ̂) of every training example.
+        scorer: What the method knows.
+        resources: What it may use.
+        seconds: Time spent, by stage; "fit: pass 1" is a part of "fit".
+        notes: What was chosen or warned of on the way.
+    """
+
+    spec: "Method"
+    task: Task
+    train: Data
+    theta: Float[Tensor, " p"]
+    snapshot: Snapshot
+    losses: Float[Tensor, " n"]
+    scorer: Scorer
+    resources: Resources
+    seconds: Mapping[str, float]
+    notes: tuple[str, ...]
+
+    # -- scores -----------------------------------------------------------------------------------
+
+    def attribute(
+        self,
+        queries: Any,
+        measure: Callable[..., Tensor] | Functional = LOSS,
+        *,
+        into: Reducer | None = None,
+    ) -> Any:
+        """S[q, i] = ∂m_q/∂wᵢ for every query and training example, or what is kept of it.
+
+        Args:
+            queries: As for `as_data`. None is for a `Functional` that needs none.
+            measure: What to ask of each query: `Loss()`, `Margin()`, `LogProb()`, `Logit()`, or any
+                function `(outputs, targets) -> [q]`; or of all of them and θ: a `Functional`.
+            into: What to keep of the scores as they stream by: `Matrix()`, `Top(k)`,
+                `GroupSums(labels)`, `Shards(folder)`, `PerLayer()` or `PerToken(examples)`.
+
+        Returns:
+            `Scores` for `Matrix()`, the default; see `upweight.methods.reduce` for the others.
+
+        Raises:
+            UpweightError: The queries do not pass the checks of `upweight.task.check`, or what is
+                to be kept does not fit into memory.
+            NotConverged: An iterative solver missed its tolerance.
+
+        Cost: q measure gradients, what the preconditioner takes to solve them, then one pass over
+        the training data for as many queries as fit into memory together.
+        """
+        started = time.perf_counter()
+        asked = self._asked(queries, measure)
+        n, scorer = len(self.train), self.scorer
+        layout = self.task.layout
+        into = Matrix() if into is None else into
+        if not isinstance(into, Reducer):
+            raise SpecError(_no_reducer(into))
+        sink = into.begin(
+            Sweep(
+                q=len(asked),
+                n=n,
+                dtype=torch.promote_types(layout.dtype, self._dtype),
+                device=layout.device,
+                unit=self.spec.unit,
+                layers=scorer.layers,
+                description=lambda: self._description(asked),
+                settings=scorer.settings(asked),
+            )
+        )
+        records: list[Any] = []
+        sums = health.RowSums()
+        if not sink.is_done:
+            if sink.settings is not None:
+                asked = replace(
+                    asked,
+                    memory_bytes=sink.settings["memory_bytes"],
+                    together=sink.settings["queries_together"],
+                )
+            for job in scorer.jobs(asked):
+                with job:
+                    for begin, end in sink.missing(job, n):
+                        size = max(1, job.at_once)
+                        blocks = (
+                            (start, min(start + size, end), None)
+                            for start in range(begin, end, size)
+                        )
+                        for start, stop, _ in progress(blocks, n, "scores", begin):
+                            sums.see(sink.take(job, start, stop))
+                sink.end(job)
+                sums.end(job.row_sums)
+                records.append(job.record)
+        seconds = {**self.seconds, "attribute": time.perf_counter() - started}
+        seen = sink.row_sums() or sums.seen
+
+        def provenance(notes: Sequence[str] = ()) -> Provenance:
+            judged, said = self._judged(records, seen, sums.expected)
+            return self._provenance(asked, judged, (*said, *notes), seconds)
+
+        return sink.result(Answer(self.spec.unit, provenance, self._context(asked)))
+
+    def self_influence(self) -> Float[Tensor, " n"]:
+        """S[i, i] = ∂ℓᵢ/∂wᵢ of every training example: how much its own weight lowers its loss.
+
+            S[i, i] = −(1/n) gᵢᵀ P gᵢ  ≤ 0
+
+        Its magnitude is the memorization score of Feldman & Zhang (2020) to first order.
+
+        Raises:
+            NonFinite: A score is NaN or infinite.
+
+        Cost: by layer or where the model is linear in θ, one pass; otherwise n solves.
+        """
+        self._require_same_model()
+        return self.scorer.self_influence()
+
+    # -- what moves the parameters ----------------------------------------------------------------
+
+    def parameter_influence(self, example: int) -> Mapping[str, Tensor]:
+        """dθ̂/dε = −P ∇ℓᵢ, by parameter name.
+
+        Koh & Liang (2017), Eq. 1: ε is added to the *mean* objective, (1/n) Σ ℓ + ε ℓᵢ. In terms of
+        the data weight, ∂θ̂/∂wᵢ is this divided by n; removal moves θ̂ by about −(1/n) times this.
+
+        Raises:
+            ShapeError: There is no such example.
+        """
+        self._require_same_model()
+        row = removal.total_gradient_of(self, self._group(example))
+        return self.task.layout.unflatten(-self.scorer.solve(row[None])[0])
+
+    # -- removals ---------------------------------------------------------------------------------
+
+    def removal(
+        self,
+        queries: Any,
+        measure: Callable[..., Tensor] | Functional = LOSS,
+        groups: Sequence[int | Sequence[int]] | None = None,
+        *,
+        evaluate: Literal["linear", "plugin"] = "linear",
+    ) -> Scores:
+        """Δm of removing examples.
+
+        With a curvature of all of θ, by one Newton step of the objective without them:
+
+            Δm_q ≈ ∇m_qᵀ Δθ,    Δθ = (H + λI − (1/n) Σ_U Hᵢ)⁻¹ (1/n) Σ_U gᵢ
+
+        the leverage correction 1/(1 − h) of a scalar-output linear model, its block Woodbury form
+        for several outputs, and for groups. With a curvature by layer to first order, Δm_q =
+        −Σ_U S[q, i], which the provenance says.
+
+        Args:
+            queries: As for `as_data`.
+            measure: As for `attribute`.
+            groups: What each column removes: an example or several together. None: every example
+                by itself.
+            evaluate: "linear" gives ∇m_qᵀ Δθ; "plugin" the difference itself, m_q(θ̂ + Δθ) − m_q(θ̂).
+
+        Returns:
+            Δm, one column per group, in unit DIFFERENCE.
+
+        Raises:
+            ShapeError: An index is out of range or repeated within its group.
+            NonFinite: Without these examples the minimum is not determined (leverage 1).
+            NotOffered: The method has no movement of θ to evaluate.
+
+        Exact when: J is quadratic in θ, and m linear in it or evaluated. Otherwise one gradient at
+        θ̂ + Δθ tells whether the step ended at the minimum without the examples, and the
+        measurements there tell whether they are linear over the step; where not, the provenance has
+        a note that is also an `AssumptionWarning` (`upweight.methods.remainder`).
+        Cost: where the model is linear in θ, c solves per removed example (one inverse for all of
+        them); otherwise one factorization per group; by layer that of `attribute`. "plugin"
+        measures every query once per group.
+        """
+        return removal.removal(self, queries, measure, groups, evaluate)
+
+    def removal_step(self, examples: Sequence[int]) -> Mapping[str, Tensor]:
+        """Δθ of removing the examples together, by parameter name; as for `removal`.
+
+        Warns where a Newton step does not end at the minimum without them.
+        """
+        self._require_same_model()
+        step, doubts = removal.checked_step(self, self._group(list(examples)))
+        health.warned(doubts, 3)
+        return self.task.layout.unflatten(step)
+
+    def loo_outputs(self) -> Float[Tensor, "n *c"]:
+        """f(xᵢ) of every training example under its own removal, to first order in Δθ.
+
+            f₋ᵢ(xᵢ) ≈ f(xᵢ) + K u,   u = (I − Λ K)⁻¹ δ,   K = (1/n) Jᵢ (H + λI)⁻¹ Jᵢᵀ
+
+        with δ = ∂ℓ/∂f and Λ = ∂²ℓ/∂f²: approximate leave-one-out (Pregibon 1981; Rad & Maleki
+        2020). Nothing of size n × n is built.
+
+        Raises:
+            NonFinite: Without one of them the minimum is not determined (leverage 1).
+
+        Exact when: J is quadratic in θ and f linear in it.
+        Cost: c solves (by layer, c backward passes) per example.
+        """
+        self._require_same_model()
+        return removal.loo_outputs(self)
+
+    # -- changed inputs and labels ----------------------------------------------------------------
+
+    def input_influence(
+        self,
+        example: int,
+        queries: Any,
+        measure: Callable[..., Tensor] = LOSS,
+        input: int | str = 0,
+    ) -> Float[Tensor, "q *x"]:
+        """∂S[q, i]/∂xᵢ: how the score changes with the training example's own input.
+
+        Koh & Liang (2017), Eq. 5 (I_pert,loss), divided by n as every score is. Moving xᵢ by a
+        small d while keeping its weight changes m_q by about the inner product with d.
+
+        Args:
+            example: Which training example.
+            queries: As for `as_data`.
+            measure: As for `attribute`.
+            input: Which input, where the model has several: its place or its name.
+
+        Returns:
+            One array of the input's shape per query.
+
+        Raises:
+            DtypeError: The input is not floating point.
+        """
+        asked = self._asked(queries, measure)
+        vectors = torch.cat([job.vectors() for job in self.scorer.jobs(asked)])
+        batch = self._example(example)
+        return -gradient_products_by_input(self.task, vectors, batch, input) / len(self.train)
+
+    def relabel_influence(
+        self,
+        example: int,
+        label: Any,
+        queries: Any,
+        measure: Callable[..., Tensor] = LOSS,
+    ) -> Float[Tensor, " q"]:
+        """Δm_q of giving a training example another label, to first order.
+
+            Δm_q ≈ −(1/n) ∇m_qᵀ P [∇ℓ(xᵢ, label) − ∇ℓ(xᵢ, yᵢ)]
+
+        Koh & Liang (2017), §2.2.
+
+        Raises:
+            UpweightError: The label does not fit the loss: out of range, or of another shape; or
+                is none that an adapter's estimator knows.
+        """
+        asked = self._asked(queries, measure)
+        old = self._example(example)
+        reads = self.task.reads
+        new = relabeled(old, label) if reads is None else reads.relabeled(old, label)
+        with torch.no_grad():
+            self.task.loss.check(*self.task.outputs(self.theta, new))
+        parts = []
+        for job in self.scorer.jobs(asked):
+            with job:
+                parts.append(job.scores_of(new, 1)[:, 0] - job.scores_of(old, 1)[:, 0])
+        return torch.cat(parts)
+
+    # -- whether to believe it --------------------------------------------------------------------
+
+    @cached_property
+    def stationarity(self) -> Mapping[str, float]:
+        """How far θ̂ is from a stationary point of J: ‖∇J(θ̂)‖, and what a Newton step would gain.
+
+        Influence functions assume that both are zero; see `upweight.methods.health`. Cost: one
+        pass over the training data.
+        """
+        self._require_same_model()
+        return self.scorer.stationarity()
+
+    def check(
+        self,
+        recipe: "Recipe",
+        budget: str | float = "2 min",
+        *,
+        queries: Any = None,
+        measure: Callable[..., Tensor] = LOSS,
+        resources: Resources | None = None,
+    ) -> "Check":
+        """Spend a budget on retraining, and say in words and numbers whether to believe the scores.
+
+        Short for `uw.check(self.attribute(queries, measure), recipe, budget)`.
+
+        Args:
+            recipe: How the model was trained: `Training`, `Newton`, `FromFunction`, or what an
+                adapter's `recipe` made of an estimator.
+            budget: "90 s", "2 min", "1 h", or seconds.
+            queries: What to ask about, best held-out data. None asks about some training examples;
+                whether each is in a subset itself then makes much of what is compared.
+            measure: What to ask.
+            resources: As for `uw.check`; None: those of the fit, without its folder.
+
+        Raises:
+            SpecError: The budget is no time, or too short for eight subsets.
+
+        Cost: the budget, and one `attribute`.
+        """
+        from upweight.evaluation.check import check  # above the methods
+
+        if queries is None:
+            n = len(self.train)
+            count = min(n, QUERIES)
+            queries = self.train.subset([k * n // count for k in range(count)])
+        scores = self.attribute(queries, measure)
+        used = replace(self.resources, folder=None) if resources is None else resources
+        return check(
+            scores, recipe, budget, jobs=used.jobs, cache=used.folder, progress=used.progress
+        )
+
+    # -- shared steps -----------------------------------------------------------------------------
+
+    def _asked(self, queries: Any, measure: Any) -> Asked:
+        """Checked queries and measure, with what memory allows."""
+        self._require_same_model()
+        memory = self.resources.memory_bytes
+        if isinstance(measure, Functional):
+            data = None if queries is None else self.task.queries(queries)
+            batch = None if data is None else self.task.to_device(data.batch(0, len(data)))
+            found = derivatives(measure, self.task, self.theta, batch, len(self.train))
+            return Asked(data, measure, memory, functional=found)
+        data, measure = self.task.queries(queries), as_measure(measure)
+        probe = require_answerable(self.task, data, "queries")
+        checked_losses(self.task, data, "queries", probe)
+        data = data.noted(probe.notes)
+        checked_measurements(self.task, measure, data)
+        return Asked(data, measure, memory)
+
+    def _context(self, asked: Asked) -> Context:
+        return Context(self.task, self.train, asked.queries, asked.measure, self)
+
+    def _require_same_model(self) -> None:
+        """Refuse a question about a model that is no longer the one of the fit.
+
+        Raises:
+            ModelChanged: θ̂, or another part of the model or its objective, has changed.
+        """
+        now = self.task.theta()
+        if now.dtype != self.theta.dtype or not torch.equal(now, self.theta):
+            raise ModelChanged(health.moved(now, self.theta))
+        self.snapshot.require_same(Snapshot.of(self.task))
+
+    def _example(self, index: int) -> Batch:
+        return self.task.to_device(self.train.take(self._group(index)))
+
+    def _group(self, group: int | Sequence[int]) -> list[int]:
+        return places(group, len(self.train), "Training examples", least=1)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the scores: no less than the products are taken in."""
+        return getattr(self.scorer, "dtype", self.task.layout.dtype)
+
+    def _description(self, asked: Asked) -> dict[str, str]:
+        """What the scores depend on, for files that keep them."""
+        return {
+            "method": described(self.spec),
+            "measure": described(asked.measure),
+            "queries": "none" if asked.queries is None else contents(asked.queries),
+            **subject(self.task, self.train),
+        }
+
+    @cached_property
+    def _is_convex(self) -> bool:
+        return health.is_convex(self.task, self.train)
+
+    @cached_property
+    def _baseline(self) -> tuple[float, float] | None:
+        return health.constant_baseline(self.task, self.train)
+
+    def _judged(
+        self,
+        records: Sequence[Any],
+        seen: tuple[Tensor, Tensor] | None,
+        expected: Float[Tensor, " q"] | None,
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Numbers to judge scores by, and notes; those that deny an assumption are warned of."""
+        told, notes = self.scorer.summary(records)
+        judged: dict[str, Any] = {
+            "mean_loss": float(self.losses.double().mean()),
+            "convex": self._is_convex,
+            **self.scorer.health(),
+            **told,
+        }
+        if seen is None:
+            return judged, list(notes)
+        sums, sizes = seen
+        denied, noted = [], []
+        if expected is not None and self.spec.unit is not Unit.RANK:
+            judged |= health.row_sum_excess(sums, sizes, expected.to(sums))
+            denied, noted = self._minimum_denied(judged)
+        denied += [*health.solved(judged), *health.zero_rows(sizes, self.losses)]
+        return judged, [*health.warned(denied, 5), *noted, *notes]
+
+    def _minimum_denied(self, judged: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """What is warned of, and what only noted, of how far θ̂ is from a minimum."""
+        if self._is_convex:
+            return health.denied(judged), []
+        return health.of_network(judged, lambda: self._baseline)
+
+    def _provenance(
+        self,
+        asked: Asked,
+        judged: Mapping[str, Any],
+        notes: Sequence[str],
+        seconds: Mapping[str, float],
+    ) -> Provenance:
+        layout, queries = self.task.layout, asked.queries
+        of_queries = () if queries is None else (*queries.notes, *queries.form_notes)
+        return Provenance(
+            method=repr(self.spec),
+            task=f"loss={self.task.loss!r}, penalty={self.task.penalty!r}, "
+            f"params={self.task.params!r}",
+            measure=repr(asked.measure),
+            n=len(self.train),
+            q=len(asked),
+            p=layout.size,
+            dtype=str(layout.dtype).removeprefix("torch."),
+            device=str(layout.device),
+            health=judged,
+            seconds=seconds,
+            versions=library_versions(),
+            notes=tuple(dict.fromkeys((*self.notes, *notes, *of_queries))),
+        )
+
+
+def _no_reducer(given: Any) -> str:
+    return message(
+        "What to keep of the scores is said by a reducer.",
+        f"into={given!r}.",
+        "a class that was not called, or a folder or number in its place.",
+        "Matrix(), Top(10), GroupSums(labels), Shards(folder), PerLayer() or PerToken(examples).",
+    )

@@ -1,0 +1,51 @@
+"""Fitting: what every method is given to learn from, once it is known that it can be answered."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.runtime.resources import Resources
+from upweight.task.check import checked_losses
+from upweight.task.data import Data
+from upweight.task.probe import Probe
+from upweight.task.task import Task
+
+
+@dataclass(eq=False)
+class Fitting:
+    """A fit on its way.
+
+    Args:
+        task: What was trained.
+        data: Its training set.
+        theta: θ̂.
+        probe: What was found of a few of the data.
+        resources: What the fit may use.
+        history: How it was trained, for methods that need it: a `Trajectory`, a recipe, or models.
+        losses: ℓᵢ(θ̂), once they are known.
+    """
+
+    task: Task
+    data: Data
+    theta: Float[Tensor, " p"]
+    probe: Probe
+    resources: Resources
+    history: Any = None
+    losses: Tensor | None = None
+
+    def checked_losses(self) -> Float[Tensor, " n"]:
+        """ℓᵢ(θ̂) of every training example, each looked at once.
+
+        Cost: a forward pass over the training data, unless a pass of the method's saw them.
+        """
+        if self.losses is None:
+            self.losses = checked_losses(self.task, self.data, "training data", self.probe)
+        return self.losses
+
+    @property
+    def mean_loss(self) -> float:
+        """(1/n) Σ ℓᵢ(θ̂)."""
+        return float(self.checked_losses().to(torch.float64).mean())

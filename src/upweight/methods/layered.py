@@ -1,0 +1,510 @@
+"""P = ⊕ₗ Qₗ f(Λₗ) Qₗᵀ, a layer at a time: the scorer of EK-FAC and its kin, and of P = I.
+
+Queries are solved once; the training set then streams past all of them in one pass, as the factors
+of its gradients. Grosse et al. (2023), §2.3.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from upweight._typing import Batch
+from upweight.contraction.choose import Choice
+from upweight.contraction.queries import FactoredQueries, in_basis, inner, self_products
+from upweight.contraction.stream import (
+    Contraction,
+    Gradients,
+    contractions,
+    of_vectors,
+    queries_at_once,
+    training_loss,
+    unchanged,
+)
+from upweight.curvature.layerwise import (
+    BlockCurvature,
+    FittedBlock,
+    LayerwiseCurvature,
+    examples_at_once,
+)
+from upweight.errors import NonFinite, ShapeError, UpweightError, message
+from upweight.gradients.autograd import total_gradient
+from upweight.gradients.blocks import Block, Plan
+from upweight.gradients.cost import cost
+from upweight.gradients.factored import Tokens, stacked
+from upweight.gradients.passes import GradientPass
+from upweight.gradients.planning import plan
+from upweight.gradients.source import entries
+from upweight.linalg.damping import Absolute, Damping, Evidence, as_damping
+from upweight.linalg.eigen import Eigen
+from upweight.methods import health
+from upweight.methods.fitting import Fitting
+from upweight.methods.scorer import Asked, Job, Scorer
+from upweight.runtime.checkpoint import Checkpoint
+from upweight.runtime.memory import working_bytes
+from upweight.runtime.progress import progress
+from upweight.task.check import (
+    checked_batch,
+    checked_losses,
+    require_finite_gradients,
+    require_own_losses,
+)
+from upweight.task.data import Data
+from upweight.task.identity import described, subject
+from upweight.task.point import Point
+from upweight.task.task import Task
+
+
+@dataclass(eq=False)
+class LayeredJob(Job):
+    """A `Contraction` with its sign, its 1/n and a pass over the gradients."""
+
+    scorer: "LayeredScorer"
+    contraction: Contraction
+    direct: Float[Tensor, "q n"] | None = None
+
+    @property
+    def first(self) -> int:  # type: ignore[override]
+        return self.contraction.first
+
+    @property
+    def at_once(self) -> int:  # type: ignore[override]
+        return self.contraction.at_once
+
+    def __len__(self) -> int:
+        return len(self.contraction)
+
+    def __enter__(self) -> "LayeredJob":
+        self._passes = GradientPass(self.scorer.curvature.plan)
+        self._passes.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._passes.__exit__(*error)
+
+    def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
+        part = self.contraction.block(self._passes, start, stop)
+        part *= self.scorer.factor
+        return part if self.direct is None else part + self.direct[:, start:stop].to(part)
+
+    def by_layer(self, start: int, stop: int) -> Mapping[str, Float[Tensor, "q b"]]:
+        parts = self.contraction.by_block(self._passes, start, stop)
+        return {
+            name: part.mul_(self.scorer.factor)
+            for name, part in zip(self.scorer.layers, parts, strict=True)
+        }
+
+    def tokens(
+        self, examples: Sequence[int]
+    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+        vectors = [
+            q.solved(slice(None)) if isinstance(q, FactoredQueries) else q.vectors
+            for q in self.contraction.queries
+        ]
+        made = self.scorer.curvature.plan
+        shares, rest = token_shares(made, self.scorer.train, examples, vectors)
+        return shares * self.scorer.factor, rest * self.scorer.factor
+
+    def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:
+        loss = training_loss(self.scorer.task)
+        factors = self.scorer.gradients(self._passes.of(loss, batch, size))
+        return self.contraction.scores([factors]) * self.scorer.factor
+
+    def vectors(self) -> Float[Tensor, "q p"]:
+        layout, found = self.scorer.task.layout, None
+        for block, queries in zip(
+            self.scorer.curvature.blocks, self.contraction.queries, strict=True
+        ):
+            full = (
+                queries.solved(slice(None))
+                if isinstance(queries, FactoredQueries)
+                else queries.vectors
+            )
+            if found is None:
+                found = full.new_empty(len(self), layout.size, dtype=layout.dtype)
+            found[:, block.block.index(layout).to(full.device)] = full.flatten(1).to(found.dtype)
+        assert found is not None
+        return found
+
+    @property
+    def row_sums(self) -> Float[Tensor, " q"] | None:
+        penalties = self.scorer.penalty_gradients()
+        shares = [inner(q, r) for q, r in zip(self.contraction.queries, penalties, strict=True)]
+        found = torch.stack(shares).sum(dim=0)
+        return found if self.direct is None else found + self.direct.sum(dim=1)
+
+    @property
+    def record(self) -> Choice:
+        # Without its kernels, which hold the solved queries.
+        return replace(self.contraction.choice, kernels=())
+
+
+@dataclass(frozen=True, eq=False)
+class LayeredScorer(Scorer):
+    """(Hₗ + λₗ)⁻¹ of every block at a point.
+
+    Args:
+        task, train: What it was fitted to.
+        curvature: The blocks, with their damping.
+        point: θ, and the weight a of this point.
+        losses: ℓᵢ(θ).
+        tolerance: Relative error that the contraction may have.
+        memory_bytes: What a batch may take where a question does not say.
+        gradients: What is done to gradients first.
+        notes, seconds: Of the fit.
+    """
+
+    task: Task
+    train: Data
+    curvature: BlockCurvature
+    point: Point
+    losses: Float[Tensor, " n"]
+    tolerance: float = 0.0
+    memory_bytes: int | None = None
+    gradients: Gradients = unchanged
+    notes: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def factor(self) -> float:
+        """−a/n."""
+        return -self.point.weight / len(self.train)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(block.name for block in self.curvature.blocks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.curvature.plan.dtype
+
+    def settings(self, asked: Asked) -> dict[str, int]:
+        return {
+            "memory_bytes": working_bytes(self.task.layout.device, asked.memory_bytes),
+            "queries_together": queries_at_once(self.curvature, asked.memory_bytes),
+        }
+
+    def jobs(self, asked: Asked) -> Iterator[LayeredJob]:
+        if asked.functional is not None:
+            rows = asked.functional.by_theta
+            found = of_vectors(self.curvature, self.train, rows, asked.memory_bytes)
+            yield LayeredJob(self, found, asked.functional.by_weights)
+            return
+        assert asked.queries is not None
+        for found in contractions(
+            self.curvature,
+            self.train,
+            asked.queries,
+            asked.measure,
+            self.tolerance,
+            self.losses,
+            asked.memory_bytes,
+            asked.together,
+            self.gradients,
+        ):
+            yield LayeredJob(self, found)
+
+    def self_influence(self) -> Float[Tensor, " n"]:
+        """S[i, i] = −(1/n) Σₗ gᵢᵀ (Hₗ + λₗ)⁻¹ gᵢ, in one pass."""
+        inverses = [b.eigen.inverse(b.damping) for b in self.curvature.blocks]
+        parts = []
+        for start, factors in self._pass("self-influence"):
+            shares = [
+                self_products(inverse, part)
+                for inverse, part in zip(inverses, factors, strict=True)
+            ]
+            total = torch.stack(shares).sum(dim=0) * self.factor
+            if not bool(total.isfinite().all()):
+                bad = int((~total.isfinite()).nonzero()[0])
+                raise NonFinite(
+                    message(
+                        "Scores must be finite.",
+                        f"{float(total[bad])} for training example {start + bad}.",
+                        "a gradient that overflows in this dtype, or a square root or norm of 0.",
+                        "use a float64 model, or look at the gradient of that example.",
+                    )
+                )
+            parts.append(total)
+        return torch.cat(parts)
+
+    def solve(self, vectors: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        out = torch.empty_like(vectors)
+        layout = self.task.layout
+        for block in self.curvature.blocks:
+            index = block.block.index(layout).to(vectors.device)
+            inverse = block.eigen.inverse(block.damping)
+            out[:, index] = inverse.mv(vectors[:, index].to(inverse.dtype)).to(out.dtype)
+        return out
+
+    def step(self, group: list[int]) -> Float[Tensor, " p"]:
+        task, data = self.task, self.train.subset(group)
+        total = torch.zeros_like(self.point.theta)
+        for start, stop, batch in data.batches(self._at_once):
+            total += total_gradient(task, partial(task.losses, batch=task.to_device(batch)))
+        return self.solve(total[None] / len(self.train))[0]
+
+    def leverages(self, start: int, stop: int) -> Float[Tensor, "b c c"]:
+        batch = self.task.to_device(self.train.batch(start, stop))
+        rows = [[] for _ in self.curvature.blocks]
+        with GradientPass(self.curvature.plan) as passes:
+            for factors in passes.of_heads(batch, stop - start, entries):
+                for found, block, part in zip(rows, self.curvature.blocks, factors, strict=True):
+                    found.append(in_basis(block.eigen, part).flatten(1))
+        total = 0.0
+        for found, block in zip(rows, self.curvature.blocks, strict=True):
+            j = torch.stack(found, dim=1)
+            weights = block.eigen.inverse(block.damping).values.flatten()
+            total = total + (j * weights) @ j.mT
+        return total / len(self.train)
+
+    @property
+    def _at_once(self) -> int:
+        return examples_at_once(self.curvature.cost, self.task.layout.device, self.memory_bytes)
+
+    def stationarity(self) -> Mapping[str, float]:
+        totals = [torch.zeros_like(b.eigen.values) for b in self.curvature.blocks]
+        for _, factors in self._pass("stationarity"):
+            for total, part in zip(totals, factors, strict=True):
+                total += part.total().reshape(total.shape)
+        squared, decrement = 0.0, 0.0
+        for block, total, penalty in zip(
+            self.curvature.blocks, totals, self.penalty_gradients(), strict=True
+        ):
+            gradient = total / len(self.train) + penalty
+            solution = block.eigen.inverse(block.damping).mv(gradient.flatten())
+            squared += float(gradient.square().sum())
+            decrement += 0.5 * float(gradient.flatten() @ solution)
+        return {"gradient_norm": squared**0.5, "decrement": decrement}
+
+    def penalty_gradients(self) -> list[Tensor]:
+        """∇R(θ) of each block, in the block's shape."""
+        layout = self.task.layout
+        flat = self.task.penalty.gradient(self.point.theta, layout)
+        return [
+            flat[b.block.index(layout).to(flat.device)]
+            .reshape(b.eigen.values.shape)
+            .to(b.eigen.values)
+            for b in self.curvature.blocks
+        ]
+
+    def summary(self, records: Sequence[Choice]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        if not records:
+            return {}, ()
+        error, worst = max(c.error for c in records), max(c.worst for c in records)
+        notes = [
+            f"contraction: relative error {error:.1e} measured (worst of the compared queries "
+            f"{worst:.1e}), tolerance {self.tolerance:g}"
+        ]
+        if len(records) > 1:
+            notes.append(
+                f"{len(records)} passes over the training data: queries did not fit at once"
+            )
+        told = {
+            "tolerance": self.tolerance,
+            "contraction_error": error,
+            "contraction_error_worst": worst,
+            "contraction": dict(zip(self.layers, records[0].terms, strict=True)),
+        }
+        return told, tuple(notes)
+
+    def health(self) -> dict[str, Any]:
+        return health.spectrum(self.curvature)
+
+    def _pass(self, what: str) -> Iterator[tuple[int, list[Any]]]:
+        """The gradients of all training examples, a batch at a time."""
+        with GradientPass(self.curvature.plan) as passes:
+            batches = self.train.batches(self._at_once)
+            for start, stop, batch in progress(batches, len(self.train), what):
+                batch = self.task.to_device(batch)
+                yield start, self.gradients(passes.of(training_loss(self.task), batch, stop - start))
+
+
+def token_shares(
+    made: Plan,
+    train: Data,
+    examples: Sequence[int],
+    vectors: Sequence[Float[Tensor, "q ..."]],
+) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+    """⟨V_q, gᵢ⟩ of some training examples, position by position, and what has no position.
+
+    Args:
+        made: How gradients are obtained.
+        train: The training data.
+        examples: Which of them.
+        vectors: V_q of each block.
+    """
+    task = made.task
+    with GradientPass(made) as passes:
+        parts = [
+            passes.of(training_loss(task), task.to_device(batch), stop - start)
+            for start, stop, batch in train.subset(examples).batches(len(examples))
+        ]
+    factors = [stacked(block) for block in zip(*parts, strict=True)]
+    tokens = [f.positions for f in factors if isinstance(f, Tokens) and f.positions > 1]
+    if not tokens:
+        raise ShapeError(
+            message(
+                "Per-token scores need weights that are used at several positions.",
+                "a model that uses every weight once per example.",
+                "a model of images or rows, not of sequences.",
+                "leave into out for whole scores, or pass into=PerLayer() for other shares.",
+            )
+        )
+    t, q = min(tokens), len(vectors[0])
+    shares = vectors[0].new_zeros(q, len(examples), t, dtype=made.dtype)
+    rest = shares.new_zeros(q, len(examples))
+    for block, part, v in zip(made.blocks, factors, vectors, strict=True):
+        v = v.to(made.dtype)
+        if isinstance(part, Tokens) and _is_on(made, block, part, t):
+            # A weight used twice per token has its uses one after the other.
+            uses = torch.einsum("bto,qoi,bti->qbt", part.left, v, part.right)
+            shares += uses.reshape(q, len(examples), -1, t).sum(dim=2)
+        else:
+            rest += part.inner(v)
+    return shares, rest
+
+
+def _is_on(made: Plan, block: Block, part: Tokens, t: int) -> bool:
+    """Whether a weight was used once or several times at each of t positions."""
+    layers = [made.task.model.get_submodule(s.layer) for s in made.sources[block.name]]
+    # More positions of a convolution are those of a finer grid.
+    is_grid = any(isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) for layer in layers)
+    return part.positions == t or (not is_grid and part.positions % t == 0)
+
+
+# -- preparing it ---------------------------------------------------------------------------------
+
+
+def identity(fitting: Fitting, point: Point, gradients: Gradients = unchanged) -> LayeredScorer:
+    """P = I: gradients are multiplied as they are, or as `gradients` makes them."""
+    losses = fitting.checked_losses()
+    made = plan(fitting.task, fitting.data)
+    device = fitting.task.layout.device
+    blocks = tuple(
+        FittedBlock(
+            block,
+            Eigen(
+                (None,) * len(block.shape), torch.ones(block.shape, dtype=made.dtype, device=device)
+            ),
+        )
+        for block in made.blocks
+    )
+    curvature = BlockCurvature(made, cost(made, fitting.data), blocks, made.notes)
+    return LayeredScorer(
+        task=fitting.task,
+        train=fitting.data,
+        curvature=curvature,
+        point=point,
+        losses=losses,
+        memory_bytes=fitting.resources.memory_bytes,
+        gradients=gradients,
+        notes=made.notes,
+    )
+
+
+def inverse(
+    curvature: LayerwiseCurvature,
+    damping: Damping | float,
+    tolerance: float,
+    fitting: Fitting,
+    point: Point,
+) -> LayeredScorer:
+    """P = (Hₗ + λₗ)⁻¹ by block: learn the curvature, and check the training data on the way."""
+    task, data, probe, resources = (
+        fitting.task, fitting.data, fitting.probe, fitting.resources
+    )  # fmt: skip
+    damping = as_damping(damping)
+    seen: dict[int, Tensor] = {}
+
+    def watch(start: int, stop: int, batch: Batch, outputs: Tensor, targets: Any) -> None:
+        places = (start, stop)
+        seen[start] = checked_batch(task, data, places, batch, outputs, targets, "training data")
+
+    settings = {"curvature": described(curvature), "damping": described(damping)}
+    folder = resources.folder
+    try:
+        fitted = curvature.fit_blocks(
+            task,
+            data,
+            # The evidence is not known before the spectrum is.
+            damping=None if isinstance(damping, Evidence) else damping,
+            memory_bytes=resources.memory_bytes,
+            checkpoint=None
+            if folder is None
+            else Checkpoint.open(folder, repr(settings | subject(task, data))),
+            watch=watch,
+        )
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        # Say which example, if it is the data.
+        if isinstance(error, NonFinite) or not isinstance(error, UpweightError):
+            checked_losses(task, data, "training data", probe)
+        if isinstance(error, NonFinite):
+            require_finite_gradients(task, data)
+        raise
+    # The first pass has seen them all, unless it had only some of the data or resumed. Batches of
+    # other sizes may round otherwise, and an interrupted fit must come to the same numbers.
+    if folder is None and sum(len(x) for x in seen.values()) == len(data):
+        fitting.losses = torch.cat(list(seen.values()))
+        require_own_losses(task, data, probe, fitting.losses, "training data")
+    layout = task.layout
+    size = examples_at_once(fitted.cost, layout.device, resources.memory_bytes)
+    silent = _silent_blocks(fitted, damping, data, size)
+    blocks = tuple(
+        b
+        if b.name in silent
+        else _damped(b, damping, point.theta[b.block.index(layout).to(layout.device)], len(data))
+        for b in fitted.blocks
+    )
+    if silent:
+        # Times a gradient of zero, any λ > 0 gives zero.
+        some = max(b.damping for b in blocks if b.name not in silent)
+        blocks = tuple(replace(b, damping=some) if b.name in silent else b for b in blocks)
+    return LayeredScorer(
+        task=task,
+        train=data,
+        curvature=replace(fitted, blocks=blocks),
+        point=point,
+        losses=fitting.checked_losses(),
+        tolerance=tolerance,
+        memory_bytes=resources.memory_bytes,
+        seconds={f"fit: {stage}": took for stage, took in fitted.seconds.items()},
+        notes=(
+            *fitted.notes,
+            *(
+                f"{name}: curvature and gradients are 0 for all examples looked at, and so is its "
+                "share of every score"
+                for name in silent
+            ),
+            *health.underflow_notes(fitted.plan, data, size),
+        ),
+    )
+
+
+def _silent_blocks(
+    curvature: BlockCurvature, damping: Damping, data: Data, size: int
+) -> tuple[str, ...]:
+    """Blocks that no example reaches: an expert that is never asked, a fresh adapter.
+
+    No fraction of their mean eigenvalue is a damping, and none is needed. Where squares underflow
+    and gradients do not, a block is not silent.
+    """
+    zero = [b.name for b in curvature.blocks if not bool(b.eigen.values.any())]
+    if not zero or len(zero) == len(curvature.blocks) or isinstance(damping, Absolute):
+        return ()
+    heard = health.heard_blocks(curvature.plan, data, size)
+    return tuple(name for name in zero if name not in heard)
+
+
+def _damped(block: FittedBlock, damping: Damping, theta: Tensor, n: int) -> FittedBlock:
+    """The block with its λ; raises now, by its name, what every query would meet."""
+    try:
+        lam = damping.of(block.eigen, theta, n)
+        block.eigen.inverse(lam)
+    except UpweightError as error:
+        error.args = (f"{block.name}: {error}",)
+        raise
+    return replace(block, damping=lam)

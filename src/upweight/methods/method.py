@@ -1,0 +1,89 @@
+"""Method: a spec of an estimator of S, that a task and its training data make a `Fitted`."""
+
+import abc
+import time
+import warnings
+from typing import Any, final
+
+from upweight.methods import health
+from upweight.methods.fitted import Fitted
+from upweight.methods.fitting import Fitting
+from upweight.methods.scorer import Scorer
+from upweight.runtime.resources import Resources
+from upweight.scores import Unit
+from upweight.task.check import require_answerable
+from upweight.task.modes import require_modules
+from upweight.task.snapshot import Snapshot, written
+from upweight.task.task import Task, require_task
+
+
+class Method(abc.ABC):
+    """Hyperparameters only: a frozen dataclass whose repr is Python for an equal one.
+
+    A method supplies its unit and `prepare`; checks of model and data, streaming, memory, progress,
+    provenance, health and resuming are written once, here and in `Fitted`.
+    """
+
+    @property
+    @abc.abstractmethod
+    def unit(self) -> Unit:
+        """What its scores mean."""
+
+    @abc.abstractmethod
+    def prepare(self, fitting: Fitting) -> Scorer:
+        """Learn from the training data what every query needs.
+
+        Raises:
+            UpweightError: The method cannot answer for this model or these data.
+        """
+
+    @final
+    def fit(
+        self, task: Task, train: Any, *, history: Any = None, resources: Resources | None = None
+    ) -> Fitted:
+        """Check the task on its training data, and learn from them what every query needs.
+
+        Args:
+            task: What was trained.
+            train: The training set, as for `as_data`.
+            history: How it was trained, for methods that need it: a `Trajectory`, a recipe, or
+                several models.
+            resources: What may be used, and where to keep what takes long; None: the defaults.
+
+        Raises:
+            UpweightError: One of the checks of `upweight.task.check`, or what the method cannot
+                answer, with the way out.
+
+        Cost: the method's, and a forward pass over the training data.
+        """
+        started = time.perf_counter()
+        require_task(task)
+        require_modules(task.model)
+        data, before = task.training(train), Snapshot.of(task)
+        # Of the data as they come, so that a random data set meets a message that knows the cause.
+        probe = require_answerable(task, data, "training data")
+        for note in probe.notes:
+            warnings.warn(note, UserWarning, stacklevel=2)
+        data = data.watched()
+        used = Resources() if resources is None else resources
+        fitting = Fitting(task, data, task.theta(), probe, used, history)
+        scorer = self.prepare(fitting)
+        losses = fitting.checked_losses()
+        return Fitted(
+            spec=self,
+            task=task,
+            train=data,
+            theta=fitting.theta,
+            snapshot=Snapshot.of(task).settled(before, written(task, data)),
+            losses=losses,
+            scorer=scorer,
+            resources=used,
+            seconds={"fit": time.perf_counter() - started, **scorer.seconds},
+            notes=(
+                *data.notes,
+                *data.form_notes,
+                *probe.notes,
+                *scorer.notes,
+                *health.precision_notes(task),
+            ),
+        )

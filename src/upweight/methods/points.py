@@ -1,0 +1,178 @@
+"""S[q, i] = −(1/n) Σ_k a_k ⟨P_k ∇m_q(θ_k), gᵢ(θ_k)⟩: points, a preconditioner, gradients.
+
+    PointMethod      a method of this formula says its points and its preconditioner
+    Identity         P = I, of gradients as they are or normalized
+    Inverse          P = (H + λI)⁻¹, by layer or by a solver on all of θ
+"""
+
+import abc
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.contraction.stream import normalized, unchanged
+from upweight.curvature.curvature import Curvature
+from upweight.curvature.layerwise import LayerwiseCurvature
+from upweight.linalg.damping import Damping
+from upweight.linalg.solve import Auto, Solver
+from upweight.methods import dense, layered
+from upweight.methods.fitting import Fitting
+from upweight.methods.method import Method
+from upweight.methods.scorer import Asked, Job, Scorer
+from upweight.task.point import Point
+
+
+class Preconditioner(abc.ABC):
+    """P: what a query's gradient is multiplied with before it meets the training gradients."""
+
+    @abc.abstractmethod
+    def prepare(self, fitting: Fitting, point: Point) -> Scorer:
+        """P at a point, ready for queries.
+
+        Raises:
+            UpweightError: It cannot be had for this model or these data.
+        """
+
+
+@dataclass(frozen=True)
+class Identity(Preconditioner):
+    """P = I.
+
+    Args:
+        normalize: Whether each gradient, of queries and training examples, is divided by its norm.
+    """
+
+    normalize: bool = False
+
+    def prepare(self, fitting: Fitting, point: Point) -> Scorer:
+        return layered.identity(fitting, point, normalized if self.normalize else unchanged)
+
+
+@dataclass(frozen=True)
+class Inverse(Preconditioner):
+    """P = (H + λI)⁻¹.
+
+    A curvature by layer with `Auto()` is inverted in its own eigenbases, a layer at a time; any
+    other by the solver, on all of θ as one block.
+
+    Args:
+        curvature, solver, damping, tolerance: As for `Influence`.
+    """
+
+    curvature: Curvature
+    solver: Solver[Any]
+    damping: Damping | float
+    tolerance: float
+
+    def prepare(self, fitting: Fitting, point: Point) -> Scorer:
+        if isinstance(self.curvature, LayerwiseCurvature) and isinstance(self.solver, Auto):
+            return layered.inverse(self.curvature, self.damping, self.tolerance, fitting, point)
+        return dense.inverse(self.curvature, self.solver, self.damping, fitting, point)
+
+
+class PointMethod(Method):
+    """A method of the formula: where gradients are taken, and what P is there."""
+
+    @property
+    @abc.abstractmethod
+    def preconditioner(self) -> Preconditioner:
+        """P."""
+
+    def points(self, fitting: Fitting) -> Sequence[Point]:
+        """θ_k and a_k; θ̂ alone unless the method says otherwise."""
+        return [Point(fitting.theta)]
+
+    def prepare(self, fitting: Fitting) -> Scorer:
+        scorers = tuple(self.preconditioner.prepare(fitting, p) for p in self.points(fitting))
+        return scorers[0] if len(scorers) == 1 else SumOfScorers(scorers)
+
+
+@dataclass(eq=False)
+class _Sum(Job):
+    """The same queries at several points."""
+
+    jobs: tuple[Job, ...]
+
+    def __enter__(self) -> "_Sum":
+        self._open = contextlib.ExitStack()
+        for job in self.jobs:
+            self._open.enter_context(job)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+    @property
+    def first(self) -> int:  # type: ignore[override]
+        return self.jobs[0].first
+
+    @property
+    def at_once(self) -> int:  # type: ignore[override]
+        return min(job.at_once for job in self.jobs)
+
+    def __len__(self) -> int:
+        return len(self.jobs[0])
+
+    def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
+        return torch.stack([job.block(start, stop) for job in self.jobs]).sum(dim=0)
+
+    def by_layer(self, start: int, stop: int) -> Mapping[str, Float[Tensor, "q b"]]:
+        parts = [job.by_layer(start, stop) for job in self.jobs]
+        return {name: torch.stack([p[name] for p in parts]).sum(dim=0) for name in parts[0]}
+
+    def tokens(self, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        parts = [job.tokens(examples) for job in self.jobs]
+        shares, rest = (torch.stack(column).sum(dim=0) for column in zip(*parts, strict=True))
+        return shares, rest
+
+    @property
+    def record(self) -> tuple[Any, ...]:
+        return tuple(job.record for job in self.jobs)
+
+
+@dataclass(frozen=True, eq=False)
+class SumOfScorers(Scorer):
+    """Σ_k of scorers that each hold their own point and weight.
+
+    Args:
+        scorers: One per point.
+    """
+
+    scorers: tuple[Scorer, ...]
+    notes: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        notes = dict.fromkeys(note for scorer in self.scorers for note in scorer.notes)
+        object.__setattr__(self, "notes", tuple(notes))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return self.scorers[0].layers
+
+    def settings(self, asked: Asked) -> dict[str, int]:
+        found = [scorer.settings(asked) for scorer in self.scorers]
+        together = min(s["queries_together"] for s in found) // len(self.scorers)
+        return {**found[0], "queries_together": max(1, together)}
+
+    def jobs(self, asked: Asked) -> Iterator[_Sum]:
+        for jobs in zip(*(scorer.jobs(asked) for scorer in self.scorers), strict=True):
+            yield _Sum(jobs)
+
+    def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        told, notes = [], []
+        for scorer, own in zip(self.scorers, zip(*records, strict=True), strict=True):
+            health, some = scorer.summary(own)
+            told.append(health)
+            notes += some
+        return (told[-1] if told else {}), tuple(dict.fromkeys(notes))
+
+    def health(self) -> dict[str, Any]:
+        return {"points": len(self.scorers)}
+
+    def self_influence(self) -> Float[Tensor, " n"]:
+        return torch.stack([scorer.self_influence() for scorer in self.scorers]).sum(dim=0)

@@ -1,0 +1,444 @@
+"""Reducers: what is kept of the scores while they stream by.
+
+    fitted.attribute(queries, measure, into=uw.Top(10))
+
+    Matrix()             all of them in memory                    Scores
+    Top(k)               the k largest and smallest of each query TopScores
+    GroupSums(labels)    sums over training examples of a label   Scores, a column per label
+    Shards(folder)       all of them on disk, resumable           ScoreShards
+    PerLayer()           the share of each layer                  a mapping of Scores
+    PerToken(examples)   the shares of the positions of a few     TokenScores
+
+A reducer is a spec; `begin` makes its sink, which sees every block of scores once.
+"""
+
+import abc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight._typing import Folder
+from upweight.errors import NonFinite, SpecError, message
+from upweight.methods.health import zero_columns
+from upweight.methods.scorer import Job
+from upweight.runtime.memory import require_room
+from upweight.runtime.selection import labels_by_place, places
+from upweight.runtime.shards import ScoreShards
+from upweight.scores import Context, Provenance, Scores, TopScores, Unit
+
+SHARD_BYTES = 64 * 2**20
+"""Scores in one file: few enough files for a million examples, little to lose when interrupted."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """A question whose scores are about to stream by.
+
+    Args:
+        q, n: Queries and training examples.
+        dtype, device: Of the scores.
+        unit: What a score means.
+        layers: Names of the parts of `Job.by_layer`.
+        description: () -> what the scores depend on, for files; reads all data once.
+        settings: What free memory decided.
+    """
+
+    q: int
+    n: int
+    dtype: torch.dtype
+    device: torch.device
+    unit: Unit
+    layers: tuple[str, ...]
+    description: Callable[[], Mapping[str, str]]
+    settings: dict[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What is said of scores once they have streamed by.
+
+    Args:
+        unit: What a score means.
+        provenance: How they came about, from more notes of the sink's own.
+        context: The live objects.
+    """
+
+    unit: Unit
+    provenance: Callable[[Sequence[str]], Provenance]
+    context: Context
+
+    def scores(
+        self,
+        values: Float[Tensor, "q m"],
+        columns: tuple[str, ...] | None = None,
+        notes: Sequence[str] = (),
+    ) -> Scores:
+        """Values with where they came from."""
+        made = self.provenance(notes)
+        return Scores(values, self.unit, made, columns=columns, context=self.context)
+
+
+class Sink(abc.ABC):
+    """What one answer keeps. Sees the jobs in order, and of each its blocks in order.
+
+    Args:
+        settings: What a pass must be done with; None: as memory decides now.
+    """
+
+    settings: Mapping[str, int] | None = None
+
+    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
+        """Ranges of training examples that this job has still to score."""
+        return [(0, n)]
+
+    def take(self, job: Job, start: int, stop: int) -> Float[Tensor, "q b"]:
+        """Ask the job for a block, keep of it what is kept, and return all of it."""
+        part = job.block(start, stop)
+        self.see(job, start, part)
+        return part
+
+    def see(self, job: Job, start: int, part: Float[Tensor, "q b"]) -> None:
+        """Keep something of a block."""
+
+    def end(self, job: Job) -> None:
+        """That was all of a job."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing left to compute."""
+        return False
+
+    def row_sums(self) -> tuple[Tensor, Tensor] | None:
+        """Σᵢ S[q, i] and Σᵢ |S[q, i]|, where not every block was seen in this pass."""
+        return None
+
+    @abc.abstractmethod
+    def result(self, answer: Answer) -> Any:
+        """What came of it."""
+
+
+class Reducer(abc.ABC):
+    """What to keep of the scores of a question."""
+
+    @abc.abstractmethod
+    def begin(self, sweep: Sweep) -> Sink:
+        """Refuse what cannot be kept, before anything is computed."""
+
+
+# -- all of them ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Matrix(Reducer):
+    """All scores in memory, q × n.
+
+    Raises:
+        SpecError: They do not fit.
+    """
+
+    def begin(self, sweep: Sweep) -> Sink:
+        require_room(
+            sweep.q,
+            sweep.n,
+            sweep.dtype,
+            sweep.device,
+            "pass into=Top(k) for the extremes, into=GroupSums(labels) for totals, or "
+            "into=Shards(folder) for all of them on disk.",
+        )
+        return _Matrix(torch.empty(sweep.q, sweep.n, dtype=sweep.dtype, device=sweep.device))
+
+
+@dataclass(eq=False)
+class _Matrix(Sink):
+    values: Float[Tensor, "q n"]
+
+    def see(self, job: Job, start: int, part: Float[Tensor, "q b"]) -> None:
+        self.values[job.first : job.first + len(job), start : start + part.shape[1]] = part
+
+    def result(self, answer: Answer) -> Scores:
+        return answer.scores(self.values, notes=zero_columns(self.values))
+
+
+@dataclass(frozen=True)
+class Shards(Reducer):
+    """All scores on disk as they are computed, for scores that do not fit into memory.
+
+    Interrupted, the same call solves the queries again and computes what is not there yet; what
+    was written is read and compared with its hash. `ScoreShards.row(query)` of what comes back
+    reads the scores of one query, `Scores.load(folder)` all of them with their provenance.
+
+    Args:
+        folder: Where to; one folder for each question.
+
+    Raises:
+        StaleStore: The folder holds the scores of something else, or a damaged file.
+        SpecError: A loss or measure is an object that says nothing but its address.
+        NotWritten: The disk is full or not writable; what was written stays readable.
+        NonFinite: A score is NaN or infinite; it is not written.
+    """
+
+    folder: Folder
+
+    def begin(self, sweep: Sweep) -> Sink:
+        shards = ScoreShards.open(
+            self.folder, sweep.n, sweep.q, sweep.description(), sweep.settings
+        )
+        shards.verify()
+        return _Shards(shards)
+
+
+@dataclass(eq=False)
+class _Shards(Sink):
+    shards: ScoreShards
+    begin: int = 0
+    stop: int = 0
+    held: list[Tensor] = field(default_factory=list)
+
+    @property
+    def settings(self) -> Mapping[str, int]:  # type: ignore[override]
+        return self.shards.settings
+
+    @property
+    def is_done(self) -> bool:
+        return self.shards.header is not None and self.shards.is_whole
+
+    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
+        return self.shards.missing(job.first, job.first + len(job))
+
+    def see(self, job: Job, start: int, part: Float[Tensor, "q b"]) -> None:
+        if start != self.stop:
+            self.flush(job)
+        if not self.held:
+            self.begin = start
+        self.held.append(_finite(part, start, job.first).mT)
+        self.stop = start + part.shape[1]
+        if sum(x.nbytes for x in self.held) >= SHARD_BYTES:
+            self.flush(job)
+
+    def end(self, job: Job) -> None:
+        self.flush(job)
+
+    def flush(self, job: Job) -> None:
+        """Write what is held."""
+        if self.held:
+            self.shards.append(job.first, self.begin, torch.cat(self.held))
+            self.held = []
+
+    def row_sums(self) -> tuple[Tensor, Tensor]:
+        sums = torch.zeros(self.shards.q, dtype=torch.float64)
+        sizes = torch.zeros_like(sums)
+        for first, _, part in self.shards.pieces():
+            sums[first : first + part.shape[1]] += part.sum(dim=0)
+            sizes[first : first + part.shape[1]] += part.abs_().sum(dim=0)
+        return sums, sizes
+
+    def result(self, answer: Answer) -> ScoreShards:
+        if not self.is_done:
+            made = answer.provenance(())
+            self.shards.finish({"unit": answer.unit.name, "provenance": asdict(made)})
+        return self.shards
+
+
+# -- less than all --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Top(Reducer):
+    """The k largest and the k smallest scores of each query; n × q scores never exist at once.
+
+    Args:
+        k: How many of each.
+
+    Raises:
+        SpecError: k is not a positive number of examples.
+        NonFinite: A score is NaN or infinite.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.k, Integral) or isinstance(self.k, bool) or self.k < 1:
+            raise SpecError(
+                message(
+                    "Top keeps at least one example of each kind per query.",
+                    f"k={self.k!r}.",
+                    "a count that came out as zero, or as a fraction or a yes-or-no answer.",
+                    "ask for Top(1) or more; leave into out for all scores.",
+                )
+            )
+
+    def begin(self, sweep: Sweep) -> Sink:
+        return _Top(min(self.k, sweep.n))
+
+
+@dataclass(eq=False)
+class _Top(Sink):
+    k: int
+    done: list[tuple[Tensor, ...]] = field(default_factory=list)
+    high: tuple[Tensor, Tensor] | None = None
+    low: tuple[Tensor, Tensor] | None = None
+
+    def see(self, job: Job, start: int, part: Float[Tensor, "q b"]) -> None:
+        _finite(part, start, job.first)
+        index = torch.arange(start, start + part.shape[1], device=part.device).expand_as(part)
+        self.high = self._best(self.high, part, index, largest=True)
+        self.low = self._best(self.low, part, index, largest=False)
+
+    def _best(
+        self, kept: tuple[Tensor, Tensor] | None, part: Tensor, index: Tensor, largest: bool
+    ) -> tuple[Tensor, Tensor]:
+        if kept is not None:
+            part, index = torch.cat([kept[0], part], dim=1), torch.cat([kept[1], index], dim=1)
+        best = part.topk(min(self.k, part.shape[1]), dim=1, largest=largest)
+        return best.values, index.gather(1, best.indices)
+
+    def end(self, job: Job) -> None:
+        assert self.high is not None and self.low is not None
+        self.done.append((self.high[1], self.high[0], self.low[1], self.low[0]))
+        self.high = self.low = None
+
+    def result(self, answer: Answer) -> TopScores:
+        parts = [torch.cat(column) for column in zip(*self.done, strict=True)]
+        return TopScores(*parts, answer.unit, answer.provenance(()))
+
+
+@dataclass(frozen=True)
+class GroupSums(Reducer):
+    """Scores of groups of training examples, summed as they stream: one column per label.
+
+    Args:
+        labels: One per training example.
+
+    Raises:
+        ShapeError: There is not one label per training example.
+        DataError: Labels that differ have one text, such as 1 and "1".
+    """
+
+    labels: Iterable[Any]
+
+    def begin(self, sweep: Sweep) -> Sink:
+        names, at = labels_by_place(self.labels, sweep.n, "training example")
+        total = torch.zeros(sweep.q, len(names), dtype=sweep.dtype, device=sweep.device)
+        return _GroupSums(names, torch.tensor(at, device=sweep.device), total)
+
+
+@dataclass(eq=False)
+class _GroupSums(Sink):
+    names: tuple[str, ...]
+    where: Tensor
+    total: Float[Tensor, "q g"]
+
+    def see(self, job: Job, start: int, part: Float[Tensor, "q b"]) -> None:
+        rows = self.total[job.first : job.first + len(job)]
+        rows.index_add_(1, self.where[start : start + part.shape[1]], part)
+
+    def result(self, answer: Answer) -> Scores:
+        return answer.scores(self.total, self.names)
+
+
+# -- parts of a score -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PerLayer(Reducer):
+    """Each layer's share of every score, by the layer's name; they add up to the score.
+
+    A tolerance is relative to the whole score, not to the share. Memory: q·n per layer.
+    """
+
+    def begin(self, sweep: Sweep) -> Sink:
+        require_room(
+            sweep.q * max(1, len(sweep.layers)), sweep.n, sweep.dtype, sweep.device,
+            "ask about fewer queries at a time.",
+        )  # fmt: skip
+        shape = (sweep.q, sweep.n)
+        empty = {
+            name: torch.empty(shape, dtype=sweep.dtype, device=sweep.device)
+            for name in sweep.layers
+        }
+        return _PerLayer(empty)
+
+
+@dataclass(eq=False)
+class _PerLayer(Sink):
+    values: dict[str, Tensor]
+
+    def take(self, job: Job, start: int, stop: int) -> Float[Tensor, "q b"]:
+        parts = job.by_layer(start, stop)
+        for name, part in parts.items():
+            self.values[name][job.first : job.first + len(job), start:stop] = part
+        return torch.stack(list(parts.values())).sum(dim=0)
+
+    def result(self, answer: Answer) -> dict[str, Scores]:
+        return {name: answer.scores(values) for name, values in self.values.items()}
+
+
+class TokenScores(NamedTuple):
+    """S[q, i] = Σ_t shares[q, i, t] + rest[q, i] of a few training examples i.
+
+    A position is where a weight was used: its share says through which tokens the example acts. The
+    rest are gains, biases by themselves and weights that are not used once per position.
+    """
+
+    shares: Float[Tensor, "q k t"]
+    rest: Float[Tensor, "q k"]
+
+
+@dataclass(frozen=True)
+class PerToken(Reducer):
+    """The scores of some training examples, position by position; see `TokenScores`.
+
+        share[q, i, t] = −(1/n) Σₗ δ_tᵀ (Hₗ + λₗ)⁻¹ ∇m_q a_t
+
+    For convolutions the positions are those of the coarsest resolution above one. Exact.
+
+    Args:
+        examples: Which training examples.
+
+    Raises:
+        ShapeError: An example is out of range, or nothing is used at several positions.
+    """
+
+    examples: Sequence[int]
+
+    def begin(self, sweep: Sweep) -> Sink:
+        return _PerToken(places(self.examples, sweep.n, "Training examples", least=1, repeats=True))
+
+
+@dataclass(eq=False)
+class _PerToken(Sink):
+    examples: list[int]
+    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
+        self.parts.append(job.tokens(self.examples))
+        return []
+
+    def result(self, answer: Answer) -> TokenScores:
+        shares, rest = (torch.cat(column) for column in zip(*self.parts, strict=True))
+        return TokenScores(shares, rest)
+
+
+# -- shared ---------------------------------------------------------------------------------------
+
+
+def _finite(part: Float[Tensor, "q b"], start: int, first: int) -> Float[Tensor, "q b"]:
+    """The scores of some queries with some examples, refused where one is not finite."""
+    bad = (~part.isfinite()).nonzero()
+    if len(bad):
+        query, column = bad[0].tolist()
+        raise NonFinite(
+            message(
+                "Scores must be finite.",
+                f"{float(part[query, column])} for training example {start + column} and query "
+                f"{first + query}.",
+                "a gradient that overflows in this dtype, or a square root or norm of 0.",
+                "use a float64 model, or look at the gradient of that example and query.",
+            )
+        )
+    return part

@@ -1,0 +1,230 @@
+"""Scorer: what a method supplies to `Fitted`, which does everything else once.
+
+    for job in scorer.jobs(asked):          as many queries at a time as memory holds
+        with job: job.block(start, stop)    S[q, start:stop] of these queries
+
+A method of the formula S = −(1/n) Σ_k a_k ⟨P_k ∇m_q(θ_k), gᵢ(θ_k)⟩ gets its scorer from a
+preconditioner (`points.py`); any other supplies blocks of scores: `BlockScorer`.
+"""
+
+import abc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight._typing import Batch
+from upweight.errors import NotOffered, message
+from upweight.methods.functionals import Derivatives
+from upweight.runtime.memory import working_bytes
+from upweight.task.data import Data
+from upweight.task.measures import Functional
+
+AT_ONCE = 512
+"""Training examples in a block of scores of a method that does not say."""
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A question to a fitted method.
+
+    Args:
+        queries: What is asked about.
+        measure: m, or a `Functional` of all queries.
+        memory_bytes: What a batch may take, and solved queries as much again; None: a share of
+            what is free.
+        together: Queries that share a pass over the training data; None: as many as fit.
+        functional: The derivatives of a `Functional`.
+    """
+
+    queries: Data | None
+    measure: Any
+    memory_bytes: int | None = None
+    together: int | None = None
+    functional: Derivatives | None = None
+
+    def __len__(self) -> int:
+        if self.functional is not None:
+            return len(self.functional.by_theta)
+        assert self.queries is not None
+        return len(self.queries)
+
+    def groups(self, together: int) -> Iterator[tuple[int, Data]]:
+        """(first, queries), so many of them at a time."""
+        assert self.queries is not None
+        q = len(self.queries)
+        for start in range(0, q, together):
+            stop = min(start + together, q)
+            whole = stop - start == q
+            yield start, self.queries if whole else self.queries.subset(range(start, stop))
+
+
+class Job(abc.ABC):
+    """Some queries, ready to meet the training examples. A context while blocks are asked for.
+
+    Args:
+        first: The place of the first of these queries among all.
+        at_once: How many training examples a block holds best.
+    """
+
+    first: int
+    at_once: int = AT_ONCE
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        return None
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """How many queries."""
+
+    @abc.abstractmethod
+    def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
+        """S[q, i] for i from start to stop − 1."""
+
+    def by_layer(self, start: int, stop: int) -> Mapping[str, Float[Tensor, "q b"]]:
+        """The same, as the shares of the layers."""
+        raise not_offered("PerLayer()", "scores that are sums over parameters", "Matrix()")
+
+    def tokens(
+        self, examples: Sequence[int]
+    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+        """S[q, i] of some examples, position by position, and what has no position."""
+        raise not_offered("PerToken(...)", "scores that are sums over parameters", "Matrix()")
+
+    def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:
+        """S[q, z] of examples that need not be training examples."""
+        raise not_offered("relabel_influence(...)", "scores that are sums over parameters")
+
+    def vectors(self) -> Float[Tensor, "q p"]:
+        """P ∇m_q, flat."""
+        raise not_offered("input_influence(...)", "one preconditioner at θ̂")
+
+    @property
+    def row_sums(self) -> Float[Tensor, " q"] | None:
+        """Σᵢ S[q, i] at a minimum of J; None where the method promises none."""
+        return None
+
+    @property
+    def record(self) -> Any:
+        """What is left to say once the job is done, for `Scorer.summary`."""
+        return None
+
+
+class Scorer(abc.ABC):
+    """What a fitted method knows.
+
+    Args:
+        notes: What was chosen or warned of on the way.
+        seconds: Time spent, by stage of the fit.
+    """
+
+    notes: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = {}  # noqa: RUF012  never changed
+
+    @abc.abstractmethod
+    def jobs(self, asked: Asked) -> Iterator[Job]:
+        """The queries, in as few jobs as memory allows."""
+
+    def settings(self, asked: Asked) -> dict[str, int]:
+        """What free memory decides, and a resumed pass must decide as the first did."""
+        device = torch.device("cpu")
+        return {
+            "memory_bytes": working_bytes(device, asked.memory_bytes),
+            "queries_together": len(asked),
+        }
+
+    def health(self) -> dict[str, Any]:
+        """Numbers to judge every answer by."""
+        return {}
+
+    def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Numbers and notes on the jobs of one answer."""
+        return {}, ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """What `Job.by_layer` calls its parts."""
+        return ()
+
+    def self_influence(self) -> Float[Tensor, " n"]:
+        """S[i, i] with m = ℓ."""
+        raise not_offered("self_influence()", "scores that are sums over parameters")
+
+    def solve(self, vectors: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """P v."""
+        raise not_offered("A movement of the parameters", "one preconditioner at θ̂")
+
+    def step(self, group: list[int]) -> Float[Tensor, " p"]:
+        """Δθ of removing a group of training examples together."""
+        raise not_offered("A movement of the parameters", "one preconditioner at θ̂")
+
+    def leverages(self, start: int, stop: int) -> Float[Tensor, "b c c"]:
+        """K = (1/n) Jᵢ P Jᵢᵀ of training examples."""
+        raise not_offered("loo_outputs()", "one preconditioner at θ̂")
+
+    def stationarity(self) -> Mapping[str, float]:
+        """‖∇J(θ̂)‖, and what a Newton step would gain."""
+        raise not_offered("stationarity", "a curvature at θ̂")
+
+
+def not_offered(what: str, needs: str, here: str = "attribute(queries, measure)") -> NotOffered:
+    """The error for a question that a method has no answer to."""
+    return NotOffered(
+        message(
+            f"{what} needs {needs}.",
+            "a method without.",
+            "a question of influence functions, asked of another kind of method.",
+            f"use {here} here; or fit Influence(GGN(), damping=…) or Influence(EKFAC(), damping=…).",
+        )
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Blocks(Job):
+    score: Callable[[int, int], Tensor]
+    size: int
+    at_once: int
+    first: int = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
+        return self.score(start, stop)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockScorer(Scorer):
+    """A method that is not of the formula: it says its scores, a block at a time.
+
+    Args:
+        score: (queries, measure, start, stop) -> S[q, i], [q, stop − start].
+        at_once: Training examples in a block.
+        diagonal: () -> S[i, i] with m = ℓ, or None.
+        notes: What was chosen on the way.
+    """
+
+    score: Callable[[Data, Any, int, int], Tensor]
+    at_once: int = AT_ONCE
+    diagonal: Callable[[], Tensor] | None = None
+    notes: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def jobs(self, asked: Asked) -> Iterator[Job]:
+        queries, measure = asked.queries, asked.measure
+        if isinstance(measure, Functional) or queries is None:
+            raise not_offered("A Functional", "gradients of the model's parameters")
+        yield _Blocks(
+            lambda start, stop: self.score(queries, measure, start, stop),
+            len(queries),
+            self.at_once,
+        )
+
+    def self_influence(self) -> Float[Tensor, " n"]:
+        return super().self_influence() if self.diagonal is None else self.diagonal()
