@@ -24,7 +24,7 @@ from ekfac_workloads import WORKLOADS
 from environment import DATA, environment
 
 import upweight as uw
-from upweight.methods import layerwise
+from upweight.methods import layered
 from upweight.task import check
 from upweight.task.seen import Seen
 from upweight.task.snapshot import Snapshot
@@ -37,7 +37,7 @@ CHECKS: dict[Any, tuple[str, ...]] = {
         "require_same_losses",
         "require_own_measurements",
     ),
-    layerwise: ("require_own_losses",),
+    layered: ("require_own_losses",),
     Snapshot: ("of",),
     Seen: ("arrays",),
 }

@@ -86,7 +86,7 @@ class Upweight(Method):
         import upweight as uw
 
         queries, tolerance = (self.problem.Xq, self.problem.yq), self.settings["tolerance"]
-        scores = self.fitted.attribute(queries, measure=uw.Loss(), tolerance=tolerance)
+        scores = at(self.fitted, tolerance).attribute(queries, measure=uw.Loss())
         self.provenance = scores.provenance
         values: Tensor = scores.values
         return values
@@ -100,7 +100,7 @@ class Upweight(Method):
         }
 
     def blocks(self) -> Iterator[Factors]:
-        for b in self.fitted.curvature.blocks:
+        for b in self.fitted.scorer.curvature.blocks:
             yield Factors(b.weight, b.bias, b.left, b.right, b.eigenvalues, float(b.damping))
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import upweight as uw
+from tests.fitted import at
 from upweight.cli.named import named
 from upweight.cli.pages import alone
 from upweight.cli.question import reopened
@@ -937,9 +938,9 @@ def altered(change: Callable[[Path], None], name: str = "scores-*", saved: bool 
     with tempfile.TemporaryDirectory() as folder:
         fitted = method.fit(uw.Task(model, uw.CrossEntropy(), uw.L2(0.1)), train)
         if saved:
-            fitted.attribute(train, tolerance=0.0).save(folder)
+            at(fitted, 0.0).attribute(train).save(folder)
         else:
-            fitted.write(train, folder, tolerance=0.0)
+            at(fitted, 0.0).attribute(train, into=uw.Shards(folder))
         (path,) = Path(folder).glob(name)
         change(path)
         return uw.Scores.load(folder)
@@ -1157,7 +1158,9 @@ def shares_of_tokens_of_another_measure() -> Any:
             queries,
             Path(folder) / "page.html",
             train_tokens=[[str(i) for i in row] for row in ids.tolist()],
-            token_scores=lambda q, some: fitted.by_token(queries.subset([q]), some),
+            token_scores=lambda q, some: fitted.attribute(
+                queries.subset([q]), into=uw.PerToken(some)
+            ),
         )
 
 

@@ -16,6 +16,7 @@ from environment import environment
 from torch import nn
 
 import upweight as uw
+from tests.fitted import at
 from upweight.evaluation import gaps
 
 HERE = Path(__file__).resolve().parent
@@ -55,7 +56,7 @@ def main() -> None:
     exact = uw.Influence(uw.GGN(), damping=damping, solver=uw.CG(rtol=1e-6)).fit(task, train)
     approximate = uw.Influence(uw.EKFAC(), damping=damping).fit(task, train)
     linearized = exact.attribute(queries)
-    scores = approximate.attribute(queries, tolerance=0.0)
+    scores = at(approximate, 0.0).attribute(queries)
     order = approximate.self_influence().argsort()  # most negative, most influential, first
     chosen = order[torch.linspace(0, AMONG, REMOVALS).long()].tolist()
     found = gaps(scores, linearized, recipe, chosen, damping=DAMPING, warm=warm)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import upweight as uw
+from tests.fitted import at
 
 WORDS, LENGTH, WIDTH, PASSAGES, QUERIES, EPOCHS, TOP = 2000, 64, 64, 3000, 200, 8, 10
 
@@ -125,7 +126,7 @@ def mean(share: Tensor) -> str:
 def attributed(method: uw.Influence) -> tuple[Tensor, Tensor]:
     """The top ten by score, and by score over √|S[i, i]|, which no passage wins by size alone."""
     fitted = method.fit(task, (X, y))
-    lowers = -fitted.attribute((Xq, yq), tolerance=3e-2).values
+    lowers = -at(fitted, 3e-2).attribute((Xq, yq)).values
     sizes = (-fitted.self_influence()).sqrt()
     return lowers.topk(TOP).indices, (lowers / sizes).topk(TOP).indices
 

@@ -18,7 +18,7 @@ from tests.cli.test_verbs import OWN, answer, attribute, call, refusal, rerun
 from tests.runtime.damage import DAMAGES
 from upweight.contraction import stream
 from upweight.errors import StaleStore
-from upweight.methods import layerwise
+from upweight.methods import reduce
 from upweight.report import rendering
 from upweight.runs.directory import Run
 from upweight.runtime import whole
@@ -58,7 +58,7 @@ def kept(tmp_path_factory):
     (folder / "project.py").write_text(PROJECT)
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
-        patched.setattr(layerwise, "SHARD_BYTES", 1)
+        patched.setattr(reduce, "SHARD_BYTES", 1)
         patched.setattr(stream, "MOST_EXAMPLES", 32)
         patched.setattr(stream, "TOGETHER", 32)
         answer(*attribute())
@@ -69,7 +69,7 @@ def kept(tmp_path_factory):
 
 @pytest.fixture
 def run(kept, tmp_path, monkeypatch):
-    monkeypatch.setattr(layerwise, "SHARD_BYTES", 1)
+    monkeypatch.setattr(reduce, "SHARD_BYTES", 1)
     monkeypatch.setattr(stream, "MOST_EXAMPLES", 32)
     monkeypatch.setattr(stream, "TOGETHER", 32)
     shutil.copytree(kept, tmp_path / "project")

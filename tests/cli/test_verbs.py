@@ -16,7 +16,8 @@ import upweight as uw
 from upweight.cli.main import cli
 from upweight.cli.spec import parse
 from upweight.contraction import stream
-from upweight.methods import layerwise
+from upweight.methods import reduce
+from upweight.methods.fitted import Fitted
 from upweight.runs import work
 from upweight.runs.directory import Run
 from upweight.runtime.rows import RowStore
@@ -212,7 +213,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_command_does(project, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(layerwise.LayerwiseInfluence, "write", interrupted)
+        patch.setattr(Fitted, "attribute", interrupted)
         said = refusal(*attribute(), code=130)
     assert "interrupted" in said
     command = said.split("To go on: upweight ")[1].split()
@@ -220,7 +221,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_command_does(project, monkeypatch):
 
 
 def test_a_full_disk_is_an_error_that_leaves_what_was_there(project, monkeypatch):
-    monkeypatch.setattr(layerwise, "SHARD_BYTES", 1)
+    monkeypatch.setattr(reduce, "SHARD_BYTES", 1)
     for name in ("MOST_EXAMPLES", "TOGETHER"):
         monkeypatch.setattr(stream, name, 16)
     answer(*attribute(out="whole"))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import upweight as uw
+from tests.fitted import at
 from upweight.data import mnist_subset
 
 RMS, WORST = 1.25, 8.0
@@ -43,7 +44,7 @@ def fitted(dtype, factor):
     task = uw.Task(_as(model, dtype), uw.CrossEntropy())
     found = uw.Influence(uw.EKFAC(), damping=damping).fit(task, (X.to(dtype), y))
     queries = (x.to(dtype), wanted)
-    return found, queries, found.attribute(queries, tolerance=0)
+    return found, queries, at(found, 0).attribute(queries)
 
 
 def _as(model, dtype):
@@ -60,7 +61,7 @@ CASES += [(torch.float32, 0.1, 0.05), (torch.float64, 0.0, 0.01), (torch.float64
 @pytest.mark.parametrize("dtype, factor, tolerance", CASES)
 def test_scores_are_within_the_tolerance(dtype, factor, tolerance):
     method, queries, exact = fitted(dtype, factor)
-    scores = method.attribute(queries, tolerance=tolerance)
+    scores = at(method, tolerance).attribute(queries)
     error = (scores.values - exact.values).norm(dim=1) / exact.values.norm(dim=1)
     assert float(error.square().mean().sqrt()) <= RMS * tolerance
     assert float(error.max()) <= WORST * tolerance
@@ -74,7 +75,7 @@ def test_scores_are_within_the_tolerance(dtype, factor, tolerance):
 def test_a_loose_tolerance_is_made_use_of():
     """Else the test above could pass by multiplying everything out: it is not, and not exact."""
     method, queries, exact = fitted(torch.float32, 0.0)
-    scores = method.attribute(queries, tolerance=0.05)
+    scores = at(method, 0.05).attribute(queries)
     words = scores.provenance.health["contraction"]
     assert list(words) == ["0.weight", "2.weight", "4.weight"]
     assert "products" in words["0.weight"]
@@ -88,7 +89,7 @@ def test_a_loose_tolerance_is_made_use_of():
 def test_bfloat16_is_used_only_where_the_hardware_has_it(able, monkeypatch):
     monkeypatch.setattr("upweight.contraction.stream.has_fast_bfloat16", lambda device: able)
     method, queries, exact = fitted(torch.float32, 0.0)
-    scores = method.attribute((queries[0][:20], queries[1][:20]), tolerance=0.05)
+    scores = at(method, 0.05).attribute((queries[0][:20], queries[1][:20]))
     words = " ".join(scores.provenance.health["contraction"].values())
     short = words.replace("(0 in bfloat16)", "").count("bfloat16")
     assert (short > 0) == able
@@ -131,7 +132,7 @@ def test_a_wide_layer_at_few_positions_is_multiplied_in_pairs(tolerance):
     method = uw.Influence(uw.EKFAC(), damping=uw.Absolute(1e-3))
     fitted = method.fit(uw.Task(model.eval(), uw.CrossEntropy()), (X, y))
     assert fitted.curvature.cost.positions == (2, 1)
-    scores, exact = (fitted.attribute((x, wanted), tolerance=t) for t in (tolerance, 0))
+    scores, exact = (at(fitted, t).attribute((x, wanted)) for t in (tolerance, 0))
     error = (scores.values - exact.values).norm(dim=1) / exact.values.norm(dim=1)
     assert float(error.square().mean().sqrt()) <= RMS * tolerance
     assert "products" in scores.provenance.health["contraction"]["shared.weight"]
@@ -148,8 +149,8 @@ def test_every_token_that_some_query_has_counts():
     queries = (torch.randperm(vocabulary, generator=g)[:q], torch.randint(3, (q,), generator=g))
     task = uw.Task(model.eval(), uw.CrossEntropy())
     method = uw.Influence(uw.EKFAC(), damping=uw.Absolute(1e-3)).fit(task, (X, y))
-    exact = method.attribute(queries, tolerance=0).values
-    found = method.attribute(queries, tolerance=0.05).values
+    exact = at(method, 0).attribute(queries).values
+    found = at(method, 0.05).attribute(queries).values
     error = (found - exact).norm(dim=1) / exact.norm(dim=1)
     assert float(error.square().mean().sqrt()) <= RMS * 0.05
     assert float(error.max()) <= WORST * 0.05

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import upweight as uw
+from tests.fitted import at
 from tests.laws.subjects import assert_same, first_output
 from tests.market import BUILDERS, problem
 from tests.reference import dense
@@ -58,8 +59,8 @@ def training_gradients(name):
 
 def with_damping(fitted):
     """⊕ (H_l + λ_l) as a matrix: each block has its own λ."""
-    H = fitted.curvature.operator().dense()
-    for block in fitted.curvature.blocks:
+    H = fitted.scorer.curvature.operator().dense()
+    for block in fitted.scorer.curvature.blocks:
         index = block.block.index(fitted.task.layout)
         H[index, index] += block.damping
     return H
@@ -72,7 +73,7 @@ def test_scores_of_every_measure(name, spec):
     H, g = with_damping(fitted), training_gradients(name)
     rtol = 1e-4 if "float32" in p.traits else 1e-10
     for measure, function in measures(name).values():
-        found = fitted.attribute(p.queries, measure, tolerance=0)
+        found = at(fitted, 0).attribute(p.queries, measure)
         m = dense.measure_gradients(p.task, function, p.queries)
         assert_same(found.values, -(m @ torch.linalg.solve(H, g.T)) / p.n, rtol)
         assert found.provenance.health["contraction_error"] == 0
@@ -86,15 +87,15 @@ def test_damping_of_each_block(name, damping):
     """λ is the same for all blocks, or a fraction of each block's own mean eigenvalue."""
     p = problem(name)
     fitted = uw.Influence(uw.Diagonal(uw.Observed()), damping=damping).fit(p.task, p.train)
-    H = fitted.curvature.operator().diagonal()
+    H = fitted.scorer.curvature.operator().diagonal()
     lams = set()
-    for block in fitted.curvature.blocks:
+    for block in fitted.scorer.curvature.blocks:
         mean = float(H[block.block.index(p.task.layout)].mean())
         expected = 0.05 if damping != RELATIVE else 0.1 * mean
         assert block.damping == pytest.approx(expected, rel=1e-12)
         lams.add(block.damping)
-    several = len(fitted.curvature.blocks) > 1
-    assert len(lams) == (len(fitted.curvature.blocks) if damping == RELATIVE and several else 1)
+    several = len(fitted.scorer.curvature.blocks) > 1
+    assert len(lams) == (len(fitted.scorer.curvature.blocks) if damping == RELATIVE and several else 1)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -104,9 +105,7 @@ def test_a_named_solver_gives_the_same_scores(name, spec):
     p = problem(name)
     flat = uw.Influence(SPECS[spec], uw.Cholesky(), 0.05).fit(p.task, p.train)
     layered = uw.Influence(SPECS[spec], damping=0.05).fit(p.task, p.train)
-    assert_same(
-        layered.attribute(p.queries, tolerance=0).values, flat.attribute(p.queries).values, 1e-10
-    )
+    assert_same(at(layered, 0).attribute(p.queries).values, flat.attribute(p.queries).values, 1e-10)
     assert_same(layered.self_influence(), flat.self_influence(), 1e-10)
     for key in ("gradient_norm", "decrement"):
         expected = flat.stationarity[key]  # of size 1 where the model is not trained

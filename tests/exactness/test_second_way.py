@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, default_collate
 
 import upweight as uw
+from tests.fitted import at
 from tests.laws.subjects import assert_same
 from tests.market import draw, initialized, labels, names, problem
 from tests.reference import dense
@@ -425,7 +426,7 @@ def test_layerwise_scores_are_those_of_their_own_curvature(name):
     """−(1/n) ∇mᵀ (⊕ (H_l + λ_l))⁻¹ g, with gradients by loops."""
     task, train = built(name)
     fitted = uw.Influence(uw.EKFAC(uw.Observed()), damping=0.1).fit(task, train)
-    found = fitted.attribute(as_data(train).subset(QUERIES), tolerance=0).values
+    found = at(fitted, 0).attribute(as_data(train).subset(QUERIES)).values
     H = fitted.curvature.operator().dense() + 0.1 * torch.eye(task.layout.size).double()
     assert_same(found, scores_with(name, H), 1e-10)
 

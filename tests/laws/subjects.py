@@ -3,7 +3,6 @@
 import torch
 
 import upweight as uw
-from upweight.methods.layerwise import LayerwiseInfluence
 
 DIRECT = {
     "Hessian": uw.Influence(uw.Hessian(), uw.Cholesky()),
@@ -23,9 +22,9 @@ ITERATIVE = {
 """Solved to a residual: 10 × rtol is asked of the scores."""
 
 LAYERED = {
-    "EKFAC, observed": uw.Influence(uw.EKFAC(uw.Observed()), damping=0.1),
+    "EKFAC, observed": uw.Influence(uw.EKFAC(uw.Observed()), damping=0.1, tolerance=0),
     "KFAC, expected, reduced": uw.Influence(
-        uw.KFAC(uw.Expected(), uw.Reduce()), damping=uw.Relative(0.2)
+        uw.KFAC(uw.Expected(), uw.Reduce()), damping=uw.Relative(0.2), tolerance=0
     ),
 }
 """Inverted block by block, in their own eigenbases; asked with tolerance 0."""
@@ -33,7 +32,7 @@ LAYERED = {
 SAMPLED = {"Fisher": uw.Influence(uw.Fisher(samples=3, seed=5), uw.Cholesky())}
 """Draws labels by place, so the order of the data changes it."""
 
-SAMPLED_LAYERED = {"EKFAC, sampled": uw.Influence(uw.EKFAC(uw.Sampled(3, 5)), damping=0.1)}
+SAMPLED_LAYERED = {"EKFAC, sampled": uw.Influence(uw.EKFAC(uw.Sampled(3, 5)), damping=0.1, tolerance=0)}
 """Draws labels by place, so the order of the data changes it."""
 
 DETERMINISTIC = DIRECT | ITERATIVE | LAYERED
@@ -60,9 +59,8 @@ def scores(method, task, train, queries, measure=None):
 
 
 def attributed(fitted, queries, measure=None):
-    """Scores by the exact product, where a method has others."""
-    exact = {"tolerance": 0.0} if isinstance(fitted, LayerwiseInfluence) else {}
-    return fitted.attribute(queries, uw.Loss() if measure is None else measure, **exact)
+    """Scores of the loss, unless another measure is asked for."""
+    return fitted.attribute(queries, uw.Loss() if measure is None else measure)
 
 
 def first_output(outputs, targets):

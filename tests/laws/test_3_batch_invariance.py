@@ -93,7 +93,7 @@ def test_batches_do_not_matter_to_labels_that_are_drawn(method, budget, monkeypa
 def by_layer(method, p, train, budget):
     """All numbers that one fit by layers gives, and the sizes of its batches."""
     counted = Counted(train)
-    fitted = method.fit(p.task, counted, memory_bytes=budget)
+    fitted = method.fit(p.task, counted, resources=uw.Resources(memory_bytes=budget))
     scores = attributed(fitted, p.queries)
     health = scores.provenance.health
     labels = [i % 3 for i in range(len(counted))]
@@ -102,10 +102,10 @@ def by_layer(method, p, train, budget):
         "outputs": attributed(fitted, p.queries, first_output).values,
         "curvature": fitted.curvature.operator().dense(),
         "self-influence": fitted.self_influence(),
-        "groups": fitted.group(p.queries, labels, tolerance=0).values,
-        "highest": fitted.top(p.queries, 3, tolerance=0).raises_by,
+        "groups": at(fitted, 0).attribute(p.queries, into=uw.GroupSums(labels)).values,
+        "highest": at(fitted, 0).attribute(p.queries, into=uw.Top(3)).raises_by,
     }
-    for name, share in fitted.by_layer(p.queries, tolerance=0).items():
+    for name, share in at(fitted, 0).attribute(p.queries, into=uw.PerLayer()).items():
         numbers[name] = share.values
     for key in ("mean_loss", "damping", "mean_eigenvalue"):
         numbers[key] = scores.values.new_tensor(health[key])

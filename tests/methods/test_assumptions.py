@@ -158,11 +158,11 @@ def test_every_way_to_stream_scores_has_the_note(tmp_path: Any) -> None:
     with pytest.warns(AssumptionWarning, match="not at a minimum"):
         whole = fitted.attribute(queries)
     with pytest.warns(AssumptionWarning, match="not at a minimum"):
-        top = fitted.top(queries, 2)
+        top = fitted.attribute(queries, into=uw.Top(2))
     with pytest.warns(AssumptionWarning, match="not at a minimum"):
-        groups = fitted.group(queries, ["a", "b"] * (N // 2))
+        groups = fitted.attribute(queries, into=uw.GroupSums(["a", "b"] * (N // 2)))
     with pytest.warns(AssumptionWarning, match="not at a minimum"):
-        fitted.write(queries, tmp_path)
+        fitted.attribute(queries, into=uw.Shards(tmp_path))
     written = Scores.load(tmp_path)
     for other in (top, groups, written):
         for key in ("row_sum_excess", "row_sum_excess_overall"):

@@ -380,10 +380,10 @@ def test_finished_scores_on_disk_are_not_taken_for_a_changed_model(tmp_path: Pat
     net = model()
     of = fitted(METHODS["by layer"], net, arrays(), params="4.*")
     queries = arrays(2)
-    of.write(queries, tmp_path)
+    of.attribute(queries, into=uw.Shards(tmp_path))
     set_slope(net)
     with pytest.raises(ModelChanged, match="negative_slope"):
-        of.write(queries, tmp_path)
+        of.attribute(queries, into=uw.Shards(tmp_path))
 
 
 def test_padding_by_batch_is_no_change() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import upweight as uw
+from tests.fitted import at
 from tests.laws.subjects import assert_same
 from tests.market import draw, initialized, labels, problem, tokens
 from tests.reference import dense
@@ -34,12 +35,12 @@ PROBLEMS = ["softmax", "mlp_tanh", "tied", "dict_batch"]
 @functools.cache
 def fitted(name, memory=None):
     p = problem(name)
-    return METHOD.fit(p.task, p.train, memory_bytes=memory)
+    return METHOD.fit(p.task, p.train, resources=uw.Resources(memory_bytes=memory))
 
 
 @functools.cache
 def scores(name):
-    return fitted(name).attribute(problem(name).queries, tolerance=0)
+    return at(fitted(name), 0).attribute(problem(name).queries)
 
 
 # -- answers that are made from scores --------------------------------------------------------
@@ -50,8 +51,8 @@ def scores(name):
 @pytest.mark.parametrize("name", ["mlp_tanh", "tied"])
 def test_top_is_the_ends_of_the_sorted_scores(name, memory, k):
     """With one byte of memory a query and an example at a time: extremes are merged."""
-    p, values = problem(name), fitted(name, memory).attribute(problem(name).queries, tolerance=0)
-    found = fitted(name, memory).top(p.queries, k, tolerance=0)
+    p, values = problem(name), at(fitted(name, memory), 0).attribute(problem(name).queries)
+    found = at(fitted(name, memory), 0).attribute(p.queries, into=uw.Top(k))
     assert isinstance(found, TopScores) and len(found) == len(values)
     kept = min(k, p.n)
     ordered = values.values.sort(dim=1, descending=True).values
@@ -66,7 +67,10 @@ def test_top_is_the_ends_of_the_sorted_scores(name, memory, k):
 
 def test_rankings_are_those_of_scores():
     p = problem("mlp_tanh")
-    found, expected = fitted("mlp_tanh").top(p.queries, 6, tolerance=0), scores("mlp_tanh")
+    found, expected = (
+        at(fitted("mlp_tanh"), 0).attribute(p.queries, into=uw.Top(6)),
+        scores("mlp_tanh"),
+    )
     for query in (0, 3):
         for k in (1, 6):
             mine, theirs = found.top(k, query), expected.top(k, query)
@@ -83,23 +87,23 @@ def test_rankings_are_those_of_scores():
 def test_groups_are_those_of_scores(name, memory):
     p = problem(name)
     labels = [f"group {i % 3}" for i in range(p.n)]
-    found = fitted(name, memory).group(p.queries, labels, tolerance=0)
-    method = fitted(name, memory).attribute(p.queries, tolerance=0)
+    found = at(fitted(name, memory), 0).attribute(p.queries, into=uw.GroupSums(labels))
+    method = at(fitted(name, memory), 0).attribute(p.queries)
     expected = method.group(labels)
     assert found.columns == expected.columns == ("group 0", "group 1", "group 2")
     assert_same(found.values, expected.values, 1e-10)
-    numbers = fitted(name).group(p.queries, torch.arange(p.n) % 2, tolerance=0)
+    numbers = at(fitted(name), 0).attribute(p.queries, into=uw.GroupSums(torch.arange(p.n) % 2))
     assert numbers.columns == ("0", "1")
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_shares_of_layers_add_up(name):
     p, method = problem(name), fitted(name)
-    shares = method.by_layer(p.queries, tolerance=0)
-    assert list(shares) == [block.name for block in method.curvature.blocks]
+    shares = at(method, 0).attribute(p.queries, into=uw.PerLayer())
+    assert list(shares) == [block.name for block in method.scorer.curvature.blocks]
     assert_same(sum(s.values for s in shares.values()), scores(name).values, 1e-10)
     m, g = dense.measure_gradients(p.task, p.task.loss, p.queries), dense.gradients(p.task, p.train)
-    for block in method.curvature.blocks:
+    for block in method.scorer.curvature.blocks:
         index = block.block.index(p.task.layout)
         H = block.eigen.dense() + block.damping * torch.eye(len(index))
         expected = -(m[:, index] @ torch.linalg.solve(H, g[:, index].T)) / p.n
@@ -109,7 +113,7 @@ def test_shares_of_layers_add_up(name):
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_self_influence_is_the_diagonal(name):
     p = problem(name)
-    expected = fitted(name).attribute(p.train, tolerance=0).values.diagonal()
+    expected = at(fitted(name), 0).attribute(p.train).values.diagonal()
     assert_same(fitted(name).self_influence(), expected, 1e-10)
 
 
@@ -147,11 +151,11 @@ def sequence(kind):
 @pytest.mark.parametrize("kind", ["pooled", "per position", "tied"])
 def test_shares_of_tokens_and_the_rest_are_the_score(kind, memory):
     task, train, queries = sequence(kind)
-    method = METHOD.fit(task, train, memory_bytes=memory)
+    method = METHOD.fit(task, train, resources=uw.Resources(memory_bytes=memory))
     chosen = [4, 0, 6]
-    shares, rest = method.by_token(queries, chosen)
+    shares, rest = method.attribute(queries, into=uw.PerToken(chosen))
     assert shares.shape == (3, 3, 4) and rest.shape == (3, 3)
-    expected = method.attribute(queries, tolerance=0).values[:, chosen]
+    expected = at(method, 0).attribute(queries).values[:, chosen]
     assert_same(shares.sum(dim=2) + rest, expected, 1e-10)
     assert bool((shares != 0).any())
     assert bool((rest != 0).any()) == (kind != "tied")
@@ -162,10 +166,10 @@ def test_a_share_of_a_token_is_what_its_position_adds():
     task, train, queries = sequence("per position")
     only = uw.Task(task.model, task.loss, params="head.weight")
     method = METHOD.fit(only, train)
-    shares, rest = method.by_token(queries, range(7))
+    shares, rest = method.attribute(queries, into=uw.PerToken(range(7)))
     assert not bool(rest.any())
     m = dense.measure_gradients(only, task.loss, queries)
-    H = method.curvature.operator().dense() + method.curvature.blocks[0].damping * torch.eye(12)
+    H = method.scorer.curvature.operator().dense() + method.scorer.curvature.blocks[0].damping * torch.eye(12)
     for t in range(4):  # the head sees each position alone: others do not count
         y = torch.full_like(train[1], -100)
         y[:, t] = train[1][:, t]
@@ -177,7 +181,7 @@ def test_a_share_of_a_token_is_what_its_position_adds():
 def test_tokens_of_examples_that_are_not_there_are_refused(chosen):
     task, train, queries = sequence("pooled")
     with pytest.raises(ShapeError, match=r"indices in 0…6"):
-        METHOD.fit(task, train).by_token(queries, chosen)
+        METHOD.fit(task, train).attribute(queries, into=uw.PerToken(chosen))
 
 
 def test_a_finer_grid_has_no_share_in_the_positions_of_a_coarser():
@@ -187,8 +191,8 @@ def test_a_finer_grid_has_no_share_in_the_positions_of_a_coarser():
     model = initialized(nn.Sequential(*layers, nn.Linear(12, 3)), g)
     train, queries = ((draw(g, n, 1, 4, 4), labels(g, n, 3)) for n in (7, 3))
     method = METHOD.fit(uw.Task(model, uw.CrossEntropy()), train)
-    shares, rest = method.by_token(queries, [2, 5])
-    layer = method.by_layer(queries, tolerance=0)
+    shares, rest = method.attribute(queries, into=uw.PerToken([2, 5]))
+    layer = at(method, 0).attribute(queries, into=uw.PerLayer())
     assert shares.shape == (3, 2, 4)
     assert_same(shares.sum(dim=2), layer["3.weight"].values[:, [2, 5]], 1e-10)
     others = sum(layer[name].values for name in ("0.weight", "5.weight"))
@@ -197,8 +201,8 @@ def test_a_finer_grid_has_no_share_in_the_positions_of_a_coarser():
 
 def test_tokens_of_a_model_without_positions_are_refused():
     p = problem("mlp_tanh")
-    with pytest.raises(ShapeError, match=r"uses every weight once(.|\n)*by_layer"):
-        fitted("mlp_tanh").by_token(p.queries, [0])
+    with pytest.raises(ShapeError, match=r"uses every weight once(.|\n)*PerLayer"):
+        fitted("mlp_tanh").attribute(p.queries, into=uw.PerToken([0]))
 
 
 # -- memory -----------------------------------------------------------------------------------
@@ -208,8 +212,8 @@ def test_tokens_of_a_model_without_positions_are_refused():
 @pytest.mark.parametrize("tolerance", [0, 0.01])
 def test_several_jobs_give_the_same_scores(memory, tolerance):
     p = problem("tied")
-    few = fitted("tied", memory).attribute(p.queries, tolerance=tolerance)
-    whole = METHOD.fit(p.task, p.train).attribute(p.queries, tolerance=0)
+    few = at(fitted("tied", memory), tolerance).attribute(p.queries)
+    whole = at(METHOD.fit(p.task, p.train), 0).attribute(p.queries)
     error = (few.values - whole.values).norm(dim=1) / whole.values.norm(dim=1)
     assert float(error.max()) <= 5 * tolerance + 1e-10
     passes = [n for n in few.provenance.notes if "passes over the training data" in n]
@@ -225,7 +229,7 @@ def test_a_query_without_a_gradient_scores_zero_whatever_its_company():
     y[1] = -100
     for memory in (None, 1):
         for tolerance in (0, 0.01):
-            found = fitted("padded_sequences", memory).attribute((x, y), tolerance=tolerance)
+            found = at(fitted("padded_sequences", memory), tolerance).attribute((x, y))
             assert not bool(found.values[1].any())
             assert bool(found.values[[0, 2]].any(dim=1).all())
 
@@ -237,10 +241,10 @@ def test_row_sums_exceed_by_the_gradient_that_is_left():
     """Σᵢ S = −∇mᵀ (H + λ)⁻¹ (∇J − ∇R): the excess is |∇mᵀ (H + λ)⁻¹ ∇J|, law 2 off a minimum."""
     p = problem("attention")
     method = METHOD.fit(p.task, p.train)
-    health = method.attribute(p.queries, tolerance=0).provenance.health
+    health = at(method, 0).attribute(p.queries).provenance.health
     gradient = dense.gradients(p.task, p.train).mean(dim=0) + dense.penalty_gradient(p.task)
-    H = method.curvature.operator().dense()
-    for block in method.curvature.blocks:
+    H = method.scorer.curvature.operator().dense()
+    for block in method.scorer.curvature.blocks:
         index = block.block.index(p.task.layout)
         H[index, index] += block.damping
     step = torch.linalg.solve(H, gradient)
@@ -248,22 +252,22 @@ def test_row_sums_exceed_by_the_gradient_that_is_left():
     excess = (m @ step).abs()
     assert health["row_sum_excess"] == pytest.approx(float(excess.max()), rel=1e-9)
     assert health["row_sum_excess"] > 1e-3
-    values = method.attribute(p.queries, tolerance=0).values
+    values = at(method, 0).attribute(p.queries).values
     relative = float((excess / values.abs().sum(dim=1)).max())
     assert health["row_sum_excess_relative"] == pytest.approx(relative, rel=1e-9)
     assert method.stationarity["gradient_norm"] == pytest.approx(float(gradient.norm()), rel=1e-9)
     assert method.stationarity["decrement"] == pytest.approx(float(0.5 * gradient @ step), rel=1e-9)
-    trained = fitted("mlp_tanh").attribute(problem("mlp_tanh").queries, tolerance=0)
+    trained = at(fitted("mlp_tanh"), 0).attribute(problem("mlp_tanh").queries)
     assert trained.provenance.health["row_sum_excess_relative"] < 1e-10
 
 
 def test_health_holds_damping_against_the_spectrum():
     method = fitted("mlp_tanh")
     health = scores("mlp_tanh").provenance.health
-    values = [block.eigenvalues.flatten() for block in method.curvature.blocks]
+    values = [block.eigenvalues.flatten() for block in method.scorer.curvature.blocks]
     assert health["mean_eigenvalue"] == pytest.approx(float(torch.cat(values).mean()), rel=1e-9)
     assert list(health["blocks"]) == ["0.weight", "2.weight"]
-    for block, own in zip(method.curvature.blocks, values, strict=True):
+    for block, own in zip(method.scorer.curvature.blocks, values, strict=True):
         found = health["blocks"][block.name]
         assert found["entries"] == len(own)
         assert found["mean_eigenvalue"] == pytest.approx(float(own.mean()), rel=1e-9)
@@ -284,7 +288,7 @@ def test_scores_that_are_all_zero_are_scores():
         train = (x, model(x))
     method = METHOD.fit(uw.Task(model, uw.SquaredError()), train)
     for tolerance in (0, 0.01):
-        found = method.attribute((draw(g, 2, 3), draw(g, 2, 2)), tolerance=tolerance)
+        found = at(method, tolerance).attribute((draw(g, 2, 3), draw(g, 2, 2)))
         assert not bool(found.values.any())
         assert found.provenance.health["row_sum_excess"] < 1e-12
         assert found.provenance.health["row_sum_excess_relative"] == 0
@@ -352,24 +356,21 @@ def test_a_subsample_is_those_examples():
 
 
 @pytest.mark.parametrize("tolerance", [-0.1, 1.0, 5, float("nan")])
-@pytest.mark.parametrize("verb", ["attribute", "top", "group", "by_layer"])
-def test_a_tolerance_that_is_none_is_refused(verb, tolerance):
-    p = problem("softmax")
-    more = {"top": (1,), "group": ([0] * p.n,)}.get(verb, ())
+def test_a_tolerance_that_is_none_is_refused(tolerance):
     with pytest.raises(SpecError, match=f"tolerance={tolerance!r}"):
-        getattr(fitted("softmax"), verb)(p.queries, *more, tolerance=tolerance)
+        uw.Influence(uw.EKFAC(), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("k", [0, -3])
 def test_no_examples_to_keep_are_refused(k):
     with pytest.raises(SpecError, match=rf"k={k}\."):
-        fitted("softmax").top(problem("softmax").queries, k)
+        fitted("softmax").attribute(problem("softmax").queries, into=uw.Top(k))
 
 
 def test_labels_of_another_length_are_refused():
     p = problem("softmax")
     with pytest.raises(ShapeError, match=rf"{p.n}\.(.|\n)*{p.n - 1} labels"):
-        fitted("softmax").group(p.queries, [0] * (p.n - 1))
+        fitted("softmax").attribute(p.queries, into=uw.GroupSums([0] * (p.n - 1)))
 
 
 def constant(outputs, targets):
@@ -403,15 +404,27 @@ def test_no_data_are_refused():
         fitted("softmax").attribute((p.queries[0][:0], p.queries[1][:0]))
 
 
-@pytest.mark.parametrize("verb", ["attribute", "self_influence", "top", "by_layer", "group"])
-def test_a_model_that_moved_is_refused(verb):
+QUESTIONS = {
+    "attribute": lambda fitted, queries: fitted.attribute(queries),
+    "top": lambda fitted, queries: fitted.attribute(queries, into=uw.Top(1)),
+    "by layer": lambda fitted, queries: fitted.attribute(queries, into=uw.PerLayer()),
+    "self-influence": lambda fitted, queries: fitted.self_influence(),
+    "removal": lambda fitted, queries: fitted.removal(queries, groups=[0]),
+    "removal step": lambda fitted, queries: fitted.removal_step([0]),
+    "parameters": lambda fitted, queries: fitted.parameter_influence(0),
+    "outputs": lambda fitted, queries: fitted.loo_outputs(),
+    "stationarity": lambda fitted, queries: fitted.stationarity,
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_model_that_moved_is_refused(question):
     p = problem("softmax")
     task = uw.Task(copy.deepcopy(p.task.model), p.task.loss, p.task.penalty)
     method = METHOD.fit(task, p.train)
     task.model.weight.data[0, 0] += 0.25
-    arguments = {"self_influence": (), "top": (p.queries, 1), "group": (p.queries, [0] * p.n)}
     with pytest.raises(ModelChanged, match=r"differ by up to 2\.50e-01"):
-        getattr(method, verb)(*arguments.get(verb, (p.queries,)))
+        QUESTIONS[question](method, p.queries)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -488,12 +501,14 @@ def test_every_pass_over_the_data_is_announced(monkeypatch, tmp_path):
     queries = (draw(g, 2, 2), labels(g, 2, 3))
     model = initialized(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3)), g)
     method = uw.Influence(uw.EKFAC(examples=1500), damping=0.1)
-    fitted = method.fit(uw.Task(model, uw.CrossEntropy()), train, store=tmp_path / "fit")
+    fitted = method.fit(
+        uw.Task(model, uw.CrossEntropy()), train, resources=uw.Resources(folder=tmp_path / "fit")
+    )
     fitted.attribute(queries)
-    fitted.top(queries, 2)
-    fitted.group(queries, [0] * n)
-    fitted.by_layer(queries)
-    fitted.write(queries, tmp_path / "scores")
+    fitted.attribute(queries, into=uw.Top(2))
+    fitted.attribute(queries, into=uw.GroupSums([0] * n))
+    fitted.attribute(queries, into=uw.PerLayer())
+    fitted.attribute(queries, into=uw.Shards(tmp_path / "scores"))
     fitted.self_influence()
     _ = fitted.stationarity
     assert {name for name, count in announced.items() if count >= 1500} == {

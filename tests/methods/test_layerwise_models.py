@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import upweight as uw
+from tests.fitted import at
 from tests.laws.subjects import assert_same
 from tests.market import draw, initialized, labels, problem
 from tests.reference import dense
@@ -28,8 +29,8 @@ def data(g, n=21):
 def reference(fitted, queries):
     """−(1/n) ∇mᵀ (⊕ (H_l + λ_l))⁻¹ g with gradients by loops."""
     task, n = fitted.task, len(fitted.train)
-    H = fitted.curvature.operator().dense()
-    for block in fitted.curvature.blocks:
+    H = fitted.scorer.curvature.operator().dense()
+    for block in fitted.scorer.curvature.blocks:
         index = block.block.index(task.layout)
         H[index, index] += block.damping
     m = dense.measure_gradients(task, task.loss, queries).to(H)
@@ -50,9 +51,9 @@ def test_precisions_agree_with_float64(dtype, tolerance):
     low, (X, y), (x, w) = network(g).to(dtype), data(g), data(g, 5)
     high = copy.deepcopy(low).double()
     found = METHOD.fit(uw.Task(low, uw.CrossEntropy()), (X.to(dtype), y))
-    values = found.attribute((x.to(dtype), w), tolerance=tolerance).values
+    values = at(found, tolerance).attribute((x.to(dtype), w)).values
     exact = METHOD.fit(uw.Task(high, uw.CrossEntropy()), (X.to(dtype).double(), y))
-    expected = exact.attribute((x.to(dtype).double(), w), tolerance=0).values
+    expected = at(exact, 0).attribute((x.to(dtype).double(), w)).values
     assert values.dtype == torch.float32
     error = (values.double() - expected).norm(dim=1) / expected.norm(dim=1)
     assert float(error.max()) <= PRECISION[dtype] + 3 * tolerance
@@ -150,7 +151,7 @@ def test_a_block_without_an_inverse_is_named(kind, damping, way_out):
         uw.Influence(uw.EKFAC(), damping=damping).fit(task, train)
     fitted = uw.Influence(uw.EKFAC(), damping=0.1).fit(task, train)
     queries = tuple(x[:3] for x in train)
-    assert_same(fitted.attribute(queries, tolerance=0).values, reference(fitted, queries), 1e-10)
+    assert_same(at(fitted, 0).attribute(queries).values, reference(fitted, queries), 1e-10)
 
 
 def test_what_was_rounded_is_one_note_that_names_the_blocks(monkeypatch):
@@ -174,8 +175,8 @@ def test_frozen_parameters_are_no_part_of_theta(frozen):
         parameter.requires_grad_(not name.startswith(frozen))
     fitted = METHOD.fit(uw.Task(model, uw.CrossEntropy()), data(g))
     queries = data(g, 4)
-    assert_same(fitted.attribute(queries, tolerance=0).values, reference(fitted, queries), 1e-10)
-    assert not any(block.weight.startswith(frozen) for block in fitted.curvature.blocks)
+    assert_same(at(fitted, 0).attribute(queries).values, reference(fitted, queries), 1e-10)
+    assert not any(block.weight.startswith(frozen) for block in fitted.scorer.curvature.blocks)
 
 
 def test_batch_norm_in_eval_mode():
@@ -186,7 +187,7 @@ def test_batch_norm_in_eval_mode():
     norm.running_var.copy_(draw(g, 6).abs() + 0.5)
     model.eval()
     fitted, queries = METHOD.fit(uw.Task(model, uw.CrossEntropy()), data(g)), data(g, 4)
-    assert_same(fitted.attribute(queries, tolerance=0).values, reference(fitted, queries), 1e-10)
+    assert_same(at(fitted, 0).attribute(queries).values, reference(fitted, queries), 1e-10)
 
 
 @pytest.mark.parametrize("n, q", [(1, 1), (1, 3), (2, 1), (17, 1), (33, 5)])
@@ -199,10 +200,10 @@ def test_odd_numbers_of_examples_and_queries(n, q, most, monkeypatch):
     fitted = METHOD.fit(uw.Task(network(g), uw.CrossEntropy()), data(g, n))
     queries = data(g, q)
     expected = reference(fitted, queries)
-    assert_same(fitted.attribute(queries, tolerance=0).values, expected, 1e-10)
-    error = fitted.attribute(queries, tolerance=0.01).values - expected
+    assert_same(at(fitted, 0).attribute(queries).values, expected, 1e-10)
+    error = at(fitted, 0.01).attribute(queries).values - expected
     assert float((error.norm(dim=1) / expected.norm(dim=1)).max()) <= 0.03
-    assert fitted.top(queries, 2).raises.shape == (q, min(2, n))
+    assert fitted.attribute(queries, into=uw.Top(2)).raises.shape == (q, min(2, n))
     assert fitted.self_influence().shape == (n,)
 
 
@@ -259,12 +260,14 @@ def test_examples_of_different_lengths(lengths, asked, memory):
         DataLoader(Ragged(each, seed), batch_size=4, collate_fn=padded)
         for seed, each in enumerate((lengths, asked))
     )
-    fitted = METHOD.fit(task, train, memory_bytes=memory)
+    fitted = METHOD.fit(task, train, resources=uw.Resources(memory_bytes=memory))
     expected = reference(fitted, queries)
-    assert_same(fitted.attribute(queries, tolerance=0).values, expected, 1e-10)
-    error = fitted.attribute(queries, tolerance=0.01).values - expected
+    assert_same(at(fitted, 0).attribute(queries).values, expected, 1e-10)
+    error = at(fitted, 0.01).attribute(queries).values - expected
     assert float((error.norm(dim=1) / expected.norm(dim=1)).max()) <= 0.05
-    total = sum(share.values for share in fitted.by_layer(queries, tolerance=0).values())
+    total = sum(
+        share.values for share in at(fitted, 0).attribute(queries, into=uw.PerLayer()).values()
+    )
     assert_same(total, expected, 1e-10)
 
 
@@ -276,20 +279,20 @@ def test_batches_of_queries_of_different_lengths(asked, tolerance, monkeypatch):
 
     task = uw.Task(initialized(Pooled(), torch.Generator().manual_seed(0)), uw.CrossEntropy())
     fitted = METHOD.fit(task, DataLoader(Ragged([1] * 7, 0), batch_size=4, collate_fn=padded))
-    assert set(fitted.curvature.cost.positions) == {1}
+    assert set(fitted.scorer.curvature.cost.positions) == {1}
     queries = DataLoader(Ragged(asked, 1), batch_size=4, collate_fn=padded)
     expected = reference(fitted, queries)
     monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 1)
-    found = fitted.attribute(queries, tolerance=tolerance).values
+    found = at(fitted, tolerance).attribute(queries).values
     error = (found - expected).norm(dim=1) / expected.norm(dim=1)
     assert float(error.max()) <= 5 * tolerance + 1e-10
 
 
 def everything(fitted, queries, n):
     fitted.attribute(queries)
-    fitted.top(queries, 2)
-    fitted.group(queries, [0] * n)
-    fitted.by_layer(queries)
+    fitted.attribute(queries, into=uw.Top(2))
+    fitted.attribute(queries, into=uw.GroupSums([0] * n))
+    fitted.attribute(queries, into=uw.PerLayer())
     fitted.self_influence()
     _ = fitted.stationarity
 
@@ -421,17 +424,17 @@ def test_scores_that_are_not_finite_are_refused_whatever_is_asked(tmp_path):
     fitted = uw.Influence(uw.EKFAC(examples=20), damping=0.1).fit(task, train)
     queries = tuple(x[:3] for x in train)
     for ask in (
-        lambda: fitted.attribute(queries, tolerance=0),
-        lambda: fitted.top(queries, 2, tolerance=0),
-        lambda: fitted.write(queries, tmp_path, tolerance=0),
-        lambda: fitted.group(queries, [0] * 40, tolerance=0),
-        lambda: fitted.by_layer(queries, tolerance=0),
+        lambda: at(fitted, 0).attribute(queries),
+        lambda: at(fitted, 0).attribute(queries, into=uw.Top(2)),
+        lambda: at(fitted, 0).attribute(queries, into=uw.Shards(tmp_path)),
+        lambda: at(fitted, 0).attribute(queries, into=uw.GroupSums([0] * 40)),
+        lambda: at(fitted, 0).attribute(queries, into=uw.PerLayer()),
         fitted.self_influence,
     ):
         with pytest.raises(uw.errors.NonFinite, match="must be finite"):
             ask()
     with pytest.raises(uw.errors.NonFinite, match="training example 23 and query 0"):
-        fitted.top(queries, 2, tolerance=0)
+        at(fitted, 0).attribute(queries, into=uw.Top(2))
 
 
 class Checkpointed(nn.Module):
@@ -460,12 +463,12 @@ def test_checkpoints_work_or_are_refused_by_name():
     model = initialized(Checkpointed(False), g)
     train, queries = ((draw(g, n, 5, 4), labels(g, n, 3)) for n in (9, 3))
     fitted = METHOD.fit(uw.Task(model, uw.CrossEntropy()), train)
-    found = {m: fitted.attribute(queries, m, tolerance=0).values for m in (uw.Loss(), uw.Margin())}
+    found = {m: at(fitted, 0).attribute(queries, m).values for m in (uw.Loss(), uw.Margin())}
     own = fitted.self_influence()
     model.reentrant = None
     plain = METHOD.fit(uw.Task(model, uw.CrossEntropy()), train)
     for measure, values in found.items():
-        expected = plain.attribute(queries, measure, tolerance=0).values
+        expected = at(plain, 0).attribute(queries, measure).values
         assert_same(values, expected, 1e-10)
     assert_same(found[uw.Loss()], reference(fitted, queries), 1e-10)
     assert_same(own, plain.self_influence(), 1e-10)
@@ -531,8 +534,8 @@ def test_a_block_without_gradients_is_a_block_of_zeros_with_a_note(damping):
         )
 
     whole = fitted("*")
-    found = whole.attribute((X[:3], y[:3]), tolerance=0)
-    expected = fitted(("base.*", "head.*", "B.*")).attribute((X[:3], y[:3]), tolerance=0)
+    found = at(whole, 0).attribute((X[:3], y[:3]))
+    expected = at(fitted(("base.*", "head.*", "B.*")), 0).attribute((X[:3], y[:3]))
     torch.testing.assert_close(found.values, expected.values, rtol=1e-10, atol=1e-14)
     noted = any("A.weight: curvature and gradients are 0" in n for n in found.provenance.notes)
     assert noted == isinstance(damping, uw.Relative)
@@ -560,8 +563,8 @@ def test_gradients_whose_squares_underflow_are_not_taken_for_none():
 def test_a_layer_that_never_fires_is_a_block_of_zeros(damping):
     task, train = without_a_curvature("dead")
     method = uw.Influence(uw.EKFAC(labels=uw.Observed()), damping=damping)
-    found = method.fit(task, train).attribute(train, tolerance=0)
+    found = at(method.fit(task, train), 0).attribute(train)
     assert any(note.startswith("0.weight: curvature and") for note in found.provenance.notes)
     rest = uw.Task(task.model, task.loss, params="2.*")
-    expected = method.fit(rest, train).attribute(train, tolerance=0)
+    expected = at(method.fit(rest, train), 0).attribute(train)
     torch.testing.assert_close(found.values, expected.values, rtol=1e-9, atol=1e-14)

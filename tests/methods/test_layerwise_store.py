@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import upweight as uw
+from tests.fitted import at
 from tests.market import draw, initialized, problem
 from tests.runtime.damage import DAMAGES
 from upweight.errors import SpecError, StaleStore
@@ -76,10 +77,10 @@ def test_a_killed_fit_goes_on_bit_for_bit(name, writes, tmp_path, monkeypatch):
     whole = METHOD.fit(task, train)
     end = killed_after(writes, monkeypatch)
     with pytest.raises(_Killed):
-        METHOD.fit(task, train, store=tmp_path)
+        METHOD.fit(task, train, resources=uw.Resources(folder=tmp_path))
     end()
-    resumed = METHOD.fit(task, train, store=tmp_path)
-    for a, b in zip(resumed.curvature.blocks, whole.curvature.blocks, strict=True):
+    resumed = METHOD.fit(task, train, resources=uw.Resources(folder=tmp_path))
+    for a, b in zip(resumed.scorer.curvature.blocks, whole.scorer.curvature.blocks, strict=True):
         assert torch.equal(a.eigenvalues, b.eigenvalues)
     torch.testing.assert_close(resumed.losses, whole.losses)
 
@@ -88,11 +89,13 @@ def test_a_killed_fit_goes_on_bit_for_bit(name, writes, tmp_path, monkeypatch):
 def test_a_finished_curvature_is_read_back(curvature, tmp_path):
     p = problem("attention")
     method = uw.Influence(curvature=curvature, damping=uw.Relative(0.1))
-    first = method.fit(p.task, p.train, store=tmp_path).attribute(p.queries, tolerance=0.0)
-    again = method.fit(p.task, p.train, store=tmp_path)
+    first = at(method.fit(p.task, p.train, resources=uw.Resources(folder=tmp_path)), 0.0).attribute(
+        p.queries
+    )
+    again = method.fit(p.task, p.train, resources=uw.Resources(folder=tmp_path))
     assert set(first.provenance.seconds) >= {"fit", "fit: pass 1", "attribute"}
     assert set(again.seconds) == {"fit"}
-    assert torch.equal(again.attribute(p.queries, tolerance=0.0).values, first.values)
+    assert torch.equal(at(again, 0.0).attribute(p.queries).values, first.values)
 
 
 def absolute(f, y):
@@ -150,32 +153,32 @@ def stored():
 def test_a_folder_of_something_else_is_refused(change, tmp_path):
     """Both that of a fit and that of scores, also where θ is the same."""
     method, task, (X, y) = stored()
-    fitted = method.fit(task, (X, y), store=tmp_path / "fit")
-    fitted.write((X[:2], y[:2]), tmp_path / "scores")
+    fitted = method.fit(task, (X, y), resources=uw.Resources(folder=tmp_path / "fit"))
+    fitted.attribute((X[:2], y[:2]), into=uw.Shards(tmp_path / "scores"))
     if change == "data":
         X = X.clone()
         X[0, 0] += 1e-9
     else:
         method, task = CHANGES[change](method, task)
     with pytest.raises(StaleStore, match="other parameters, data or settings"):
-        method.fit(task, (X, y), store=tmp_path / "fit")
+        method.fit(task, (X, y), resources=uw.Resources(folder=tmp_path / "fit"))
     with pytest.raises(StaleStore, match="which describes others"):
-        method.fit(task, (X, y)).write((X[:2], y[:2]), tmp_path / "scores")
+        method.fit(task, (X, y)).attribute((X[:2], y[:2]), into=uw.Shards(tmp_path / "scores"))
 
 
 def test_scores_of_another_question_are_refused(tmp_path):
     method, task, (X, y) = stored()
-    fitted = method.fit(task, (X, y), store=tmp_path / "fit")
-    fitted.write((X[:2], y[:2]), tmp_path / "scores", lambda f, y: f[:, 0])
-    again = method.fit(copied(task), (X, y), store=tmp_path / "fit")
+    fitted = method.fit(task, (X, y), resources=uw.Resources(folder=tmp_path / "fit"))
+    fitted.attribute((X[:2], y[:2]), lambda f, y: f[:, 0], into=uw.Shards(tmp_path / "scores"))
+    again = method.fit(copied(task), (X, y), resources=uw.Resources(folder=tmp_path / "fit"))
     assert set(again.seconds) == {"fit"}, "the same model in another place is the same"
-    again.write((X[:2], y[:2]), tmp_path / "scores", lambda f, y: f[:, 0])
+    again.attribute((X[:2], y[:2]), lambda f, y: f[:, 0], into=uw.Shards(tmp_path / "scores"))
     for queries, measure in (
         ((X[:2], y[:2]), lambda f, y: f[:, 1]),
         ((X[1:3], y[1:3]), lambda f, y: f[:, 0]),
     ):
         with pytest.raises(StaleStore, match="which describes others"):
-            fitted.write(queries, tmp_path / "scores", measure)
+            fitted.attribute(queries, measure, into=uw.Shards(tmp_path / "scores"))
 
 
 def copied(task):
@@ -185,15 +188,15 @@ def copied(task):
 def test_a_store_needs_a_layerwise_curvature(tmp_path):
     p = problem("softmax")
     with pytest.raises(SpecError, match=r"use curvature=EKFAC\(\)"):
-        uw.Influence().fit(p.task, p.train, store=tmp_path)
+        uw.Influence().fit(p.task, p.train, resources=uw.Resources(folder=tmp_path))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_written_scores_are_those_of_attribute(name, tmp_path):
     p = problem(name)
     fitted = METHOD.fit(p.task, p.train)
-    scores = fitted.attribute(p.queries, tolerance=0.0)
-    shards = fitted.write(p.queries, tmp_path, tolerance=0.0)
+    scores = at(fitted, 0.0).attribute(p.queries)
+    shards = at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path))
     for query in range(len(scores)):
         assert torch.equal(shards.row(query), scores.values[query])
 
@@ -201,8 +204,8 @@ def test_written_scores_are_those_of_attribute(name, tmp_path):
 def test_written_scores_load_with_their_provenance(tmp_path):
     p = problem("conv")
     fitted = METHOD.fit(p.task, p.train)
-    scores = fitted.attribute(p.queries, tolerance=0.0)
-    fitted.write(p.queries, tmp_path, tolerance=0.0)
+    scores = at(fitted, 0.0).attribute(p.queries)
+    at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path))
     found = uw.Scores.load(tmp_path)
     assert torch.equal(found.values, scores.values)
     assert (found.unit, found.provenance.notes) == (scores.unit, scores.provenance.notes)
@@ -214,31 +217,31 @@ def test_written_scores_load_with_their_provenance(tmp_path):
 def test_interrupted_scores_go_on_where_less_memory_is_free(tmp_path, monkeypatch):
     p = problem("conv")
     fitted = METHOD.fit(p.task, p.train)
-    monkeypatch.setattr("upweight.methods.layerwise.SHARD_BYTES", 1)
+    monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
     monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 4)
     monkeypatch.setattr("upweight.contraction.stream.TOGETHER", 1)
-    whole = fitted.write(p.queries, tmp_path / "whole").values()
+    whole = fitted.attribute(p.queries, into=uw.Shards(tmp_path / "whole")).values()
     with stopped_at_shard(3):
-        fitted.write(p.queries, tmp_path / "part")
+        fitted.attribute(p.queries, into=uw.Shards(tmp_path / "part"))
     # So little that queries would no longer share a pass, nor examples a batch.
     with monkeypatch.context() as scarce:
         scarce.setattr("upweight.contraction.stream.free_bytes", lambda _: 100)
         scarce.setattr("upweight.runtime.memory.free_bytes", lambda _: 100)
-        resumed = fitted.write(p.queries, tmp_path / "part")
+        resumed = fitted.attribute(p.queries, into=uw.Shards(tmp_path / "part"))
     assert torch.equal(resumed.values(), whole)
 
 
 def test_interrupted_scores_go_on(tmp_path, monkeypatch):
     p = problem("mlp_tanh")
     fitted = METHOD.fit(p.task, p.train)
-    monkeypatch.setattr("upweight.methods.layerwise.SHARD_BYTES", 1)
+    monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
     monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 4)
     monkeypatch.setattr("upweight.contraction.stream.TOGETHER", 1)
-    whole = fitted.attribute(p.queries, tolerance=0.0)
+    whole = at(fitted, 0.0).attribute(p.queries)
     with stopped_at_shard(3):
-        fitted.write(p.queries, tmp_path, tolerance=0.0)
+        at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path))
     assert ScoreShards.load(tmp_path).done(0, len(p.queries[0])) == 8
-    shards = fitted.write(p.queries, tmp_path, tolerance=0.0)
+    shards = at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path))
     assert torch.equal(shards.row(1), whole.values[1])
 
 
@@ -264,12 +267,12 @@ def test_a_fit_on_a_full_disk_goes_on_bit_for_bit(files, tmp_path, monkeypatch):
     whole = METHOD.fit(p.task, p.train)
     end = full_after(files, monkeypatch)
     with pytest.raises(OSError, match="No space left") as caught:
-        METHOD.fit(p.task, p.train, store=tmp_path)
+        METHOD.fit(p.task, p.train, resources=uw.Resources(folder=tmp_path))
     assert "what" in caught.value.__notes__[0] and "is whole" in caught.value.__notes__[0]
     assert [f.name for f in tmp_path.iterdir()] == ["state.safetensors"] * (files > 0)
     end()
-    resumed = METHOD.fit(p.task, p.train, store=tmp_path)
-    for a, b in zip(resumed.curvature.blocks, whole.curvature.blocks, strict=True):
+    resumed = METHOD.fit(p.task, p.train, resources=uw.Resources(folder=tmp_path))
+    for a, b in zip(resumed.scorer.curvature.blocks, whole.scorer.curvature.blocks, strict=True):
         assert torch.equal(a.eigenvalues, b.eigenvalues)
 
 
@@ -277,15 +280,15 @@ def test_a_fit_on_a_full_disk_goes_on_bit_for_bit(files, tmp_path, monkeypatch):
 def test_scores_on_a_full_disk_go_on_bit_for_bit(files, tmp_path, monkeypatch):
     p = problem("mlp_tanh")
     fitted = METHOD.fit(p.task, p.train)
-    monkeypatch.setattr("upweight.methods.layerwise.SHARD_BYTES", 1)
+    monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
     monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 4)
     monkeypatch.setattr("upweight.contraction.stream.TOGETHER", 1)
-    whole = fitted.attribute(p.queries, tolerance=0.0)
+    whole = at(fitted, 0.0).attribute(p.queries)
     end = full_after(files, monkeypatch)
     with pytest.raises(OSError, match="No space left"):
-        fitted.write(p.queries, tmp_path, tolerance=0.0)
+        at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path))
     end()
-    shards = fitted.write(p.queries, tmp_path, tolerance=0.0)
+    shards = at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path))
     for query in range(len(whole)):
         assert torch.equal(shards.row(query), whole.values[query])
 
@@ -293,25 +296,25 @@ def test_scores_on_a_full_disk_go_on_bit_for_bit(files, tmp_path, monkeypatch):
 def test_finished_scores_are_read_back_without_a_pass(tmp_path, monkeypatch):
     p = problem("mlp_tanh")
     fitted = METHOD.fit(p.task, p.train)
-    first = fitted.write(p.queries, tmp_path, tolerance=0.0).row(2)
-    monkeypatch.setattr("upweight.methods.layerwise.contractions", None)
-    assert torch.equal(fitted.write(p.queries, tmp_path, tolerance=0.0).row(2), first)
+    first = at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path)).row(2)
+    monkeypatch.setattr("upweight.methods.layered.contractions", None)
+    assert torch.equal(at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path)).row(2), first)
 
 
 def test_scores_go_on_with_another_memory(tmp_path, monkeypatch):
     """Killed with all queries in one group; the next run has room for one query at a time."""
     p = problem("mlp_tanh")
     fitted = METHOD.fit(p.task, p.train)
-    monkeypatch.setattr("upweight.methods.layerwise.SHARD_BYTES", 1)
+    monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
     monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 4)
     monkeypatch.setattr("upweight.contraction.stream.TOGETHER", 1)
     end = full_after(3, monkeypatch)
     with pytest.raises(OSError, match="No space left"):
-        fitted.write(p.queries, tmp_path, tolerance=0.0)
+        at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path))
     end()
-    small = dataclasses.replace(fitted, memory_bytes=1)
-    shards = small.write(p.queries, tmp_path, tolerance=0.0)
-    expected = fitted.attribute(p.queries, tolerance=0.0).values
+    small = dataclasses.replace(fitted, resources=uw.Resources(memory_bytes=1))
+    shards = at(small, 0.0).attribute(p.queries, into=uw.Shards(tmp_path))
+    expected = at(fitted, 0.0).attribute(p.queries).values
     for query in range(4):
         torch.testing.assert_close(shards.row(query), expected[query], rtol=1e-10, atol=1e-13)
 
@@ -328,9 +331,9 @@ def test_two_processes_may_share_a_store(tmp_path):
         "for p in model.parameters(): p.data.fill_(0.1)\n"
         "method = uw.Influence(uw.EKFAC(), damping=0.1)\n"
         "task = uw.Task(model, uw.CrossEntropy())\n"
-        "fitted = method.fit(task, (X, y), store=sys.argv[1])\n"
-        "fitted.write((X[:2], y[:2]), sys.argv[1] + '/scores', tolerance=0.0)\n"
-        "print(fitted.curvature.blocks[0].eigenvalues.double().sum().item())\n"
+        "fitted = method.fit(task, (X, y), resources=uw.Resources(folder=sys.argv[1]))\n"
+        "fitted.attribute((X[:2], y[:2]), into=uw.Shards(sys.argv[1] + '/scores'))\n"
+        "print(fitted.scorer.curvature.blocks[0].eigenvalues.double().sum().item())\n"
     )
     run = [sys.executable, "-c", script, str(tmp_path)]
     both = [subprocess.Popen(run, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -361,18 +364,20 @@ def test_a_damaged_file_of_scores_is_named_and_only_it_is_computed_again(k, tmp_
     """The first, one in the middle and the last; the others are not touched."""
     p = problem("mlp_tanh")
     fitted = METHOD.fit(p.task, p.train)
-    monkeypatch.setattr("upweight.methods.layerwise.SHARD_BYTES", 1)
+    monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
     monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 4)
     monkeypatch.setattr("upweight.contraction.stream.TOGETHER", 1)
-    whole = fitted.write(p.queries, tmp_path, tolerance=0.0).values()
+    whole = at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path)).values()
     files = sorted(tmp_path.glob("scores-*"))
     assert len(files) > 2
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
     DAMAGES["doubled"](files[k])
     with pytest.raises(StaleStore, match=rf"(?s){files[k].name}.*delete the file and ask again"):
-        fitted.write(p.queries, tmp_path, tolerance=0.0)
+        at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path))
     files[k].unlink()
-    assert torch.equal(fitted.write(p.queries, tmp_path, tolerance=0.0).values(), whole)
+    assert torch.equal(
+        at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path)).values(), whole
+    )
     assert torch.equal(uw.Scores.load(tmp_path).values, whole)
     after = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
     assert after[files[k]][0] == before.pop(files[k])[0]

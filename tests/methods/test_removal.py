@@ -6,7 +6,7 @@ import torch
 import upweight as uw
 from tests.market import draw, problem
 from upweight.errors import NonFinite, ShapeError
-from upweight.methods.removal import (
+from upweight.methods.leverage import (
     corrected_output_gradients,
     group_output_gradients,
     solve_removal,

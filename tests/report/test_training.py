@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import upweight as uw
+from tests.fitted import at
 from upweight.errors import DataError, ShapeError
 from upweight.report import html, totals, whatif
 from upweight.report.duplicates import duplicates
@@ -281,7 +282,7 @@ def test_shares_of_tokens_are_those_of_the_scores(run, measure):
     train, queries = uw.as_data((ids, y)), uw.as_data((ids[:3], y[:3]))
     task = uw.Task(model, loss=uw.CrossEntropy())
     fitted = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, train)
-    run.scores = fitted.attribute(queries, measure, tolerance=0.0)
+    run.scores = at(fitted, 0.0).attribute(queries, measure)
     run.train, run.queries = train, queries
     run.options = {
         "train_tokens": [[f"t{i}" for i in row] for row in ids.tolist()],
@@ -291,22 +292,26 @@ def test_shares_of_tokens_are_those_of_the_scores(run, measure):
     data = run.data()
     side = data["queries"][1]["raised"]
     shown = [data["train"]["column"][p] for p in side["places"]]
-    shares, rest = fitted.by_token(queries, shown, measure)
+    shares, rest = fitted.attribute(queries, measure, into=uw.PerToken(shown))
     total = shares.sum(dim=2) + rest
     np.testing.assert_allclose(total, run.scores.values[:, shown], rtol=1e-8)
     np.testing.assert_allclose(side["rest"], rest[1], rtol=6e-3)
     np.testing.assert_allclose(side["tokens"], shares[1], rtol=6e-3)
     assert data["train"]["tokens"][side["places"][0]] == [f"t{i}" for i in ids[shown[0]].tolist()]
     # As the message says: with the measure, from what the method returns; refused with another.
-    run.options["token_scores"] = lambda q, some: fitted.by_token(
-        queries.subset([q]), some, measure
+    run.options["token_scores"] = lambda q, some: fitted.attribute(
+        queries.subset([q]), measure, into=uw.PerToken(some)
     )
     assert run.data()["queries"][1]["raised"]["tokens"] == side["tokens"]
     other = uw.Loss() if measure == uw.Margin() else uw.Margin()
-    run.options["token_scores"] = lambda q, some: fitted.by_token(queries.subset([q]), some, other)
+    run.options["token_scores"] = lambda q, some: fitted.attribute(
+        queries.subset([q]), other, into=uw.PerToken(some)
+    )
     with pytest.raises(DataError, match=rf"score .* of {type(measure).__name__}\(\)"):
         run.data()
-    run.options["token_scores"] = lambda q, some: fitted.by_token(queries.subset([q]), some)[0][0]
+    run.options["token_scores"] = lambda q, some: fitted.attribute(
+        queries.subset([q]), into=uw.PerToken(some)
+    )[0][0]
     with pytest.raises(ShapeError, match="both parts"):
         run.data()
     del run.options["token_scores"]

@@ -18,7 +18,7 @@ import torch
 from upweight.cli.main import cli
 from upweight.contraction import stream
 from upweight.curvature import layerwise as curvature
-from upweight.methods import layerwise
+from upweight.methods import reduce
 from upweight.runs.directory import Run
 from upweight.runtime import checkpoint
 
@@ -26,7 +26,7 @@ from upweight.runtime import checkpoint
 torch.set_num_threads(1)
 
 # Many small batches and files, so that there is always one to be killed in.
-layerwise.SHARD_BYTES = 1_000
+reduce.SHARD_BYTES = 1_000
 curvature.MOST_EXAMPLES = stream.MOST_EXAMPLES = 16
 checkpoint.EVERY_SECONDS = 0.0
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 import upweight as uw
+from tests.fitted import at
 from tests.market import draw
 from upweight.errors import NonDeterministic, NotDifferentiable, ScalarLoss, ShapeError
 from upweight.task.probe import PROBE_EXAMPLES, evenly_spaced
@@ -409,7 +410,7 @@ def test_examples_in_the_order_of_their_domain_have_the_scores_of_any_other_orde
         task = uw.Task(heads(), uw.CrossEntropy())
         method = uw.Influence(uw.EKFAC(labels=uw.Observed()), damping=1.0)
         fitted = method.fit(task, (X[index], domain[index], Y[index]))
-        return fitted.attribute(queries, tolerance=0).values
+        return at(fitted, 0).attribute(queries).values
 
     torch.testing.assert_close(
         scores(torch.arange(40))[:, order], scores(order), rtol=1e-9, atol=1e-12
@@ -422,12 +423,10 @@ def test_a_head_that_the_training_data_never_reach_counts_as_zero_with_a_note():
     method = uw.Influence(uw.EKFAC(labels=uw.Observed()), damping=1.0)
     with pytest.warns(UserWarning, match=r"no gradient reaches heads\.1\.weight"):
         fitted = method.fit(task, (X, domain, Y))
-    found = fitted.attribute((X[:3], domain[:3], Y[:3]), tolerance=0)
+    found = at(fitted, 0).attribute((X[:3], domain[:3], Y[:3]))
     assert any("no gradient reaches heads.1.weight" in note for note in found.provenance.notes)
     without = uw.Task(heads(), uw.CrossEntropy(), params=("trunk.*", "heads.0.*"))
-    expected = method.fit(without, (X, domain, Y)).attribute(
-        (X[:3], domain[:3], Y[:3]), tolerance=0
-    )
+    expected = at(method.fit(without, (X, domain, Y)), 0).attribute((X[:3], domain[:3], Y[:3]))
     torch.testing.assert_close(found.values, expected.values, rtol=1e-10, atol=1e-14)
 
 

@@ -21,7 +21,7 @@ from upweight.runs.directory import Run
 from upweight.runs.environment import environment
 from upweight.runs.question import Question
 from upweight.runs.record import Record
-from upweight.runs.work import kept_fit
+from upweight.runs.work import refit
 from upweight.scores import library_versions
 
 SHOWN_QUERIES = 5
@@ -201,7 +201,7 @@ def finished(
     record = record if show is None else replace(record, show=show)
     extra = shown_of(project, record.show) if record.show else {}
     if run.is_finished:
-        fitted = kept_fit(run, record, question) if run.factors.exists() else None
+        fitted = refit(run, record, question) if run.factors.exists() else None
         with continued_by(to_go_on):
             record.write(run.toml)
             keep(run, question, fitted, extra)
@@ -224,7 +224,7 @@ def finished(
         run.log(f"{word}: {record.method}, {record.measure}, {record.n} × {record.q}")
         try:
             fitted = work.attribute(run, record, question)
-            keep(run, question, fitted, extra)
+            keep(run, question, fitted if fitted.scorer.is_quick_of_itself else None, extra)
         except BaseException as error:
             with contextlib.suppress(OSError):  # the disk may be full
                 run.log(f"stopped by {type(error).__name__}: {error}")

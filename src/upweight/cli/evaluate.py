@@ -20,7 +20,7 @@ from upweight.errors import SpecError, message
 from upweight.evaluation import LDS, Check, check, check_on
 from upweight.runs.directory import Run
 from upweight.runs.record import Record, is_reference
-from upweight.runs.work import kept_fit
+from upweight.runs.work import refit
 from upweight.task.recipe import Recipe
 from upweight.training.function import FromFunction
 
@@ -139,7 +139,7 @@ def report(run: Path, out: Path | None, show: str | None, projects: tuple[str, .
         typed = ["upweight", "report", str(run), *given]
         code = named(place, projects, filter(None, [show]), shlex.join(typed))
         with reopened(place, code) as (project, record, question):
-            fitted = kept_fit(place, record, question) if place.factors.exists() else None
+            fitted = refit(place, record, question) if place.factors.exists() else None
             extra = refreshed(place, project, record, question, show, lambda: fitted)
             scores = attached(place, question, fitted)
             written = pages.html(scores, question.train, question.queries, path, **rest | extra)
@@ -209,8 +209,6 @@ def command(run: Run, record: Record) -> str:
         "upweight", "attribute", record.task, "--train", record.train, "--queries", record.queries,
         "--method", record.method, "--measure", record.measure, "--out", out,
     ]  # fmt: skip
-    if record.tolerance:
-        parts += ["--tolerance", f"{record.tolerance!r}"]
     if record.memory_bytes:
         parts += ["--memory", str(record.memory_bytes)]
     if record.show:

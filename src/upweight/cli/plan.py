@@ -36,7 +36,7 @@ def plan(out: str | None, top: str | None, query: Any, show: str | None, **optio
     with opened() as project:
         question = asked.question(project)
         record = asked.record(project, question, Run(Path.cwd()))
-        made = forecast(question, record.tolerance, record.memory_bytes or None)
+        made = forecast(question, record.memory_bytes or None)
     facts = {"n": record.n, "q": record.q, "p": record.p, "method": record.method, **asdict(made)}
     lines = [
         f"{record.method} of {record.measure}",

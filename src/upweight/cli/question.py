@@ -20,7 +20,6 @@ from upweight.cli.screen import say
 from upweight.cli.spec import SPECS, parse
 from upweight.errors import SpecError, StaleStore, message
 from upweight.methods.method import Method
-from upweight.methods.layerwise import TOLERANCE
 from upweight.runs.directory import Run
 from upweight.runs.environment import environment
 from upweight.runs.question import Question
@@ -40,7 +39,6 @@ class Asked:
     Args:
         task, train, queries: As `file.py:name`.
         method, measure: A spec, or as `file.py:name`.
-        tolerance: Of the contraction; None: the method's own.
         memory_bytes: What a batch may take; None: a share of what is free.
     """
 
@@ -49,7 +47,6 @@ class Asked:
     queries: str
     method: str
     measure: str
-    tolerance: float | None = None
     memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -79,22 +76,7 @@ class Asked:
         )
 
     def record(self, project: Project, question: Question, run: Run) -> Record:
-        """What run.toml is to say.
-
-        Raises:
-            SpecError: An option that the method has no use for.
-        """
-        extra = (self.tolerance, self.memory_bytes) != (None, None)
-        if extra and not question.is_resumable:
-            raise SpecError(
-                message(
-                    "--tolerance and --memory are for curvatures by layer with the solver Auto().",
-                    f"{question.method!r}.",
-                    "options that were left from another method.",
-                    f'leave them out, or use --method "{METHOD}".',
-                )
-            )
-        tolerance = TOLERANCE if self.tolerance is None else self.tolerance
+        """What run.toml is to say."""
         return Record(
             directory=relative(Path.cwd(), run.path),
             task=self.task,
@@ -102,7 +84,6 @@ class Asked:
             queries=self.queries,
             method=_text(question.method, self.method),
             measure=_text(question.measure, self.measure),
-            tolerance=tolerance if question.is_resumable else 0.0,
             memory_bytes=self.memory_bytes or 0,
             threads=torch.get_num_threads(),
             n=len(question.train),
@@ -199,10 +180,6 @@ def question_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--measure", default="Loss()", show_default=True, metavar="SPEC",
             help="What to ask: Loss(), Margin(), LogProb(), Logit(3), or a function of yours.",
-        ),
-        click.option(
-            "--tolerance", type=click.FloatRange(0, 1, max_open=True), metavar="ERROR",
-            help=f"Relative error that a query's scores may have.  [default: {TOLERANCE:g}]",
         ),
         click.option(
             "--memory", "memory_bytes", type=Bytes(), metavar="SIZE",

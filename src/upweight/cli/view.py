@@ -16,7 +16,7 @@ from upweight.cli.pages import alone, context_of, is_kept, refreshed
 from upweight.cli.question import reopened
 from upweight.cli.screen import Answer, say, verb
 from upweight.runs.directory import Run
-from upweight.runs.work import kept_fit
+from upweight.runs.work import refit
 from upweight.view import Answers, keeping, opened, serve
 
 TAKEN = {"title", *inspect.signature(Answers).parameters} - {"scores", "keep"}
@@ -63,7 +63,7 @@ def view(
             typed = ["upweight", "view", str(run), *given, *(["--browser"] if browser else ())]
             code = named(place, projects, filter(None, [show]), shlex.join(typed))
             project, record, question = stack.enter_context(reopened(place, code))
-            of = partial(kept_fit, place, record, question)
+            of = partial(refit, place, record, question)
             fitted = of if place.factors.exists() else (lambda: None)
             extra = refreshed(place, project, record, question, show, fitted)
             # Of a million examples a live model is not asked for these; the run has kept them.

@@ -12,11 +12,13 @@ Refuses what CG refuses: negative curvature is a result, not a step.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from upweight.linalg.cg import require_preconditioner
 from upweight.linalg.columns import Columns
 from upweight.linalg.operator import LinearOperator, square
 from upweight.linalg.solution import Result, Solution
@@ -33,6 +35,9 @@ class BlockCG(Solver[LinearOperator]):
         rtol: Tolerance on the true residual ‖Ax − b‖/‖b‖ of each right-hand side. None stands for
             1e-6 in float64, 1e-4 in float32 and 1e-2 below, which rounding leaves within reach.
         max_steps: Most products with A, each for the whole block.
+        preconditioner: M ≈ A⁻¹, an `Eigen` or a `BlockDiagonal` of them with positive eigenvalues,
+            whose square root splits it: M½ A M½ y = M½ b, x = M½ y. In a method the spec of a
+            curvature by layer, `EKFAC()`, which it makes into one.
 
     The error falls at least as fast as CG's with κ replaced by the ratio of the largest to the k-th
     smallest eigenvalue, k independent right-hand sides (O'Leary 1980).
@@ -43,9 +48,11 @@ class BlockCG(Solver[LinearOperator]):
 
     rtol: float | None = None
     max_steps: int = 1000
+    preconditioner: Any = None
 
     def init(self, A: LinearOperator) -> LinearOperator:
         square(A, "BlockCG")
+        require_preconditioner(self.preconditioner)
         return A
 
     def solve(self, state: LinearOperator, b: Float[Tensor, "*k p"]) -> Solution:
@@ -61,6 +68,15 @@ class _Run:
         self.eps = torch.finfo(A.dtype).eps
         self.norm_A = 0.0  # largest Ritz value seen: a lower bound on ‖A‖
         self.steps = 0
+        M = solver.preconditioner
+        self.root = None if M is None else M.function(torch.sqrt)
+        self.inverse_root = None if M is None else M.function(torch.rsqrt)
+
+    def product(self, Z: Float[Tensor, "p r"]) -> Float[Tensor, "p r"]:
+        """A Z, or M½ A M½ Z."""
+        if self.root is None:
+            return self.A.mv(Z.mT).mT
+        return self.root.mv(self.A.mv(self.root.mv(Z.mT))).mT
 
     def solution(self) -> Solution:
         rows = self.columns.rows
@@ -88,11 +104,26 @@ class _Run:
 
     def sweep(self, R: Float[Tensor, "k p"]) -> tuple[Float[Tensor, "k p"], Result | None]:
         """Block CG on A X = R from zero until it claims to be done, or the reason it stopped."""
+        if self.root is not None:
+            R = self.root.mv(R)
+        X, failure = self.split_sweep(R)
+        return X if self.root is None else self.root.mv(X), failure
+
+    def is_solved(self, Q: Float[Tensor, "p r"], C: Float[Tensor, "r k"]) -> bool:
+        """Whether the residuals Q C, before they were split, are within the tolerance."""
+        if self.inverse_root is None:  # ‖r_j‖ = ‖C e_j‖
+            norms = torch.linalg.vector_norm(C, dim=0)
+        else:
+            norms = torch.linalg.vector_norm(self.inverse_root.mv((Q @ C).mT), dim=1)
+        return bool((norms <= self.columns.rtol).all())
+
+    def split_sweep(self, R: Float[Tensor, "k p"]) -> tuple[Float[Tensor, "k p"], Result | None]:
+        """Block CG on M½ A M½ X = R."""
         X = torch.zeros_like(R)
         Q, C = orthonormal(R.mT)  # R = Q C: [p r] and [r k]
         Z = Q
         while Q.shape[1] and self.steps < self.solver.max_steps:
-            W = self.A.mv(Z.mT).mT  # A Z, [p r]
+            W = self.product(Z)
             self.steps += 1
             if not bool(W.isfinite().all()):
                 return X, Result.NON_FINITE
@@ -105,8 +136,8 @@ class _Run:
             alpha = inverse @ (Z.mT @ Q)
             X = X + (Z @ (alpha @ C)).mT
             Q_next, zeta = orthonormal(Q - W @ alpha)
-            C = zeta @ C  # ‖r_j‖ = ‖C e_j‖
-            if bool((torch.linalg.vector_norm(C, dim=0) <= self.columns.rtol).all()):
+            C = zeta @ C
+            if self.is_solved(Q_next, C):
                 return X, None
             # The next directions are conjugate to these: ZᵀA P = 0.
             P = Q_next - Z @ (inverse @ (W.mT @ Q_next))

@@ -1,6 +1,8 @@
 """⊕ₖ Aₖ: each block acts on its own entries of a flat vector, which need not lie side by side."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +24,7 @@ class BlockDiagonal(LinearOperator):
         ShapeError: A block and its entries disagree, or the entries do not cover the vector.
     """
 
-    blocks: tuple[LinearOperator, ...]
+    blocks: tuple[Any, ...]
     indices: tuple[Int[Tensor, "_d"], ...]
 
     def __post_init__(self) -> None:
@@ -63,6 +65,10 @@ class BlockDiagonal(LinearOperator):
         for block, index in zip(self.blocks, self.indices, strict=True):
             out[..., index] = block.mv(v[..., index])
         return out
+
+    def function(self, f: Callable[[Tensor], Tensor]) -> "BlockDiagonal":
+        """f(A) of blocks that know their eigenvalues."""
+        return BlockDiagonal(tuple(b.function(f) for b in self.blocks), self.indices)
 
     def transpose(self) -> LinearOperator:
         return BlockDiagonal(tuple(b.transpose() for b in self.blocks), self.indices)

@@ -9,11 +9,13 @@ as solved; a direction of negative curvature is an error and not a step.
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from upweight.errors import SpecError, message
 from upweight.linalg.columns import Columns
 from upweight.linalg.operator import LinearOperator, square
 from upweight.linalg.solution import Result, Solution
@@ -33,6 +35,7 @@ class CG(Solver[LinearOperator]):
             1e-6 in float64, 1e-4 in float32 and 1e-2 below, which rounding leaves within reach.
         max_steps: Most products with A; each is for all unsolved right-hand sides at once.
         preconditioner: M ≈ A⁻¹, positive definite; for example `inverse(Diagonal(d), Cholesky())`.
+            In a method also the spec of a curvature by layer, `EKFAC()`, which it makes into one.
         refresh: Steps between residuals computed from x rather than by recurrence.
 
     The error in the A-norm falls at least as fast as 2((√κ − 1)/(√κ + 1))^steps, κ the ratio of
@@ -48,16 +51,35 @@ class CG(Solver[LinearOperator]):
 
     rtol: float | None = None
     max_steps: int = 1000
-    preconditioner: LinearOperator | None = None
+    preconditioner: Any = None
     refresh: int = 50
 
     def init(self, A: LinearOperator) -> LinearOperator:
         square(A, "CG")
+        require_preconditioner(self.preconditioner)
         return A
 
     def solve(self, state: LinearOperator, b: Float[Tensor, "*k p"]) -> Solution:
         columns = Columns(state, b, self.rtol)
         return _Run(self, state, columns).solution()
+
+
+def require_preconditioner(given: Any) -> None:
+    """Refuse what cannot be applied to a vector.
+
+    Raises:
+        SpecError: It is no operator.
+    """
+    if given is not None and not isinstance(given, LinearOperator):
+        raise SpecError(
+            message(
+                "A preconditioner is an operator M ≈ A⁻¹.",
+                f"{given!r}.",
+                "a curvature as it is specified, given to a solver outside of a method.",
+                "Influence(GGN(), solver=CG(preconditioner=EKFAC())), which fits it; or an operator "
+                "such as inverse(Diagonal(d), Cholesky()).",
+            )
+        )
 
 
 @dataclass(frozen=True, eq=False)

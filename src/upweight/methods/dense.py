@@ -41,7 +41,7 @@ from upweight.methods import health
 from upweight.methods.fitting import Fitting
 from upweight.methods.layered import token_shares
 from upweight.methods.leverage import LinearRemovals
-from upweight.methods.scorer import Asked, Job, Scorer
+from upweight.methods.scorer import Asked, Job, Scorer, Work
 from upweight.runtime.memory import examples_within, free_bytes, require_bytes, working_bytes
 from upweight.task.data import Data, batch_size
 from upweight.task.measures import Loss
@@ -222,6 +222,10 @@ class DenseScorer(Scorer):
         task = self.task
         return value_source(task, queries, lambda p, b: measure(task, p, b), self.train)
 
+    @property
+    def is_quick_of_itself(self) -> bool:
+        return self._linear is not None
+
     def self_influence(self) -> Float[Tensor, " n"]:
         """S[i, i] = −(1/n) gᵢᵀ (H + λI)⁻¹ gᵢ: n solves, or one inverse where f is linear in θ."""
         if self._linear is not None:
@@ -322,12 +326,17 @@ class DenseScorer(Scorer):
     def health(self) -> dict[str, Any]:
         return self._health
 
+    def work(self, q: int, memory_bytes: int | None) -> Work:
+        size = len(self.theta) ** 2 * self.theta.element_size()
+        return Work("one or more for the curvature, one for the scores", operator_bytes=size)
+
     def summary(self, records: Sequence[SolverStats]) -> tuple[dict[str, Any], tuple[str, ...]]:
         if not records:
             return {}, ()
         worst = max(records, key=lambda stats: float(stats.residuals.max()))
         told = {
-            "solver": repr(self.solver),
+            # As it was asked for: a preconditioner that was fitted has no short repr.
+            "solver": repr(self.solver if isinstance(self.chosen, Auto) else self.chosen),
             "solver_steps": max(stats.steps for stats in records),
             "largest_residual": float(worst.residuals.max()),
             **{f"solver_{key}": value for key, value in worst.extra.items()},
@@ -358,8 +367,7 @@ def inverse(
                 f"{curvature!r} with {chosen!r} on parameters of {task.layout.dtype}: a curvature "
                 "by layer is kept in torch.float32.",
                 "a solver left from another curvature, on a model in half precision.",
-                "leave the solver out: Auto() inverts each block in float32; or use "
-                "model.float().",
+                "leave the solver out: Auto() inverts each block in float32; or use model.float().",
             )
         )
     made = curvature.fit(task, data)

@@ -109,6 +109,7 @@ class Fitted:
         into = Matrix() if into is None else into
         if not isinstance(into, Reducer):
             raise SpecError(_no_reducer(into))
+        asked = replace(asked, exact=into.is_exact)
         sink = into.begin(
             Sweep(
                 q=len(asked),
@@ -281,7 +282,8 @@ class Fitted:
             DtypeError: The input is not floating point.
         """
         asked = self._asked(queries, measure)
-        vectors = torch.cat([job.vectors() for job in self.scorer.jobs(asked)])
+        exact = replace(asked, exact=True)
+        vectors = torch.cat([job.vectors() for job in self.scorer.jobs(exact)])
         batch = self._example(example)
         return -gradient_products_by_input(self.task, vectors, batch, input) / len(self.train)
 
@@ -309,7 +311,7 @@ class Fitted:
         with torch.no_grad():
             self.task.loss.check(*self.task.outputs(self.theta, new))
         parts = []
-        for job in self.scorer.jobs(asked):
+        for job in self.scorer.jobs(replace(asked, exact=True)):
             with job:
                 parts.append(job.scores_of(new, 1)[:, 0] - job.scores_of(old, 1)[:, 0])
         return torch.cat(parts)

@@ -43,7 +43,7 @@ from upweight.linalg.damping import Absolute, Damping, Evidence, as_damping
 from upweight.linalg.eigen import Eigen
 from upweight.methods import health
 from upweight.methods.fitting import Fitting
-from upweight.methods.scorer import Asked, Job, Scorer
+from upweight.methods.scorer import Asked, Job, Scorer, Work
 from upweight.runtime.checkpoint import Checkpoint
 from upweight.runtime.memory import working_bytes
 from upweight.runtime.progress import progress
@@ -200,13 +200,17 @@ class LayeredScorer(Scorer):
             self.train,
             asked.queries,
             asked.measure,
-            self.tolerance,
+            0.0 if asked.exact else self.tolerance,
             self.losses,
             asked.memory_bytes,
             asked.together,
             self.gradients,
         ):
             yield LayeredJob(self, found)
+
+    @property
+    def is_quick_of_itself(self) -> bool:
+        return True
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """S[i, i] = −(1/n) Σₗ gᵢᵀ (Hₗ + λₗ)⁻¹ gᵢ, in one pass."""
@@ -314,13 +318,35 @@ class LayeredScorer(Scorer):
     def health(self) -> dict[str, Any]:
         return health.spectrum(self.curvature)
 
+    def work(self, q: int, memory_bytes: int | None) -> Work:
+        batch = min(len(self.train), self._at_once)
+        kept = [
+            tensor
+            for block in self.curvature.blocks
+            for tensor in (*block.eigen.bases, block.eigen.values)
+            if tensor is not None
+        ]
+        groups = -(-q // queries_at_once(self.curvature, memory_bytes))
+        learning = f"{len(self.seconds)} for the curvature, " if self.seconds else ""
+        return Work(
+            passes=f"{learning}{groups} for the scores",
+            plan=self.curvature.plan,
+            batch=batch,
+            batch_bytes=batch * self.curvature.cost.bytes_per_example,
+            # Sums are kept in two parts.
+            kept_bytes=2 * sum(x.nbytes for x in kept) if self.seconds else 0,
+        )
+
     def _pass(self, what: str) -> Iterator[tuple[int, list[Any]]]:
         """The gradients of all training examples, a batch at a time."""
         with GradientPass(self.curvature.plan) as passes:
             batches = self.train.batches(self._at_once)
             for start, stop, batch in progress(batches, len(self.train), what):
                 batch = self.task.to_device(batch)
-                yield start, self.gradients(passes.of(training_loss(self.task), batch, stop - start))
+                yield (
+                    start,
+                    self.gradients(passes.of(training_loss(self.task), batch, stop - start)),
+                )
 
 
 def token_shares(

@@ -1,8 +1,8 @@
 """S[q, i] = −(1/n) Σ_k a_k ⟨P_k ∇m_q(θ_k), gᵢ(θ_k)⟩: points, a preconditioner, gradients.
 
-    PointMethod      a method of this formula says its points and its preconditioner
-    Identity         P = I, of gradients as they are or normalized
-    Inverse          P = (H + λI)⁻¹, by layer or by a solver on all of θ
+PointMethod      a method of this formula says its points and its preconditioner
+Identity         P = I, of gradients as they are or normalized
+Inverse          P = (H + λI)⁻¹, by layer or by a solver on all of θ
 """
 
 import abc
@@ -173,6 +173,10 @@ class SumOfScorers(Scorer):
 
     def health(self) -> dict[str, Any]:
         return {"points": len(self.scorers)}
+
+    @property
+    def is_quick_of_itself(self) -> bool:
+        return all(scorer.is_quick_of_itself for scorer in self.scorers)
 
     def self_influence(self) -> Float[Tensor, " n"]:
         return torch.stack([scorer.self_influence() for scorer in self.scorers]).sum(dim=0)

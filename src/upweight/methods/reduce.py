@@ -16,7 +16,7 @@ import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -123,7 +123,13 @@ class Sink(abc.ABC):
 
 
 class Reducer(abc.ABC):
-    """What to keep of the scores of a question."""
+    """What to keep of the scores of a question.
+
+    Args:
+        is_exact: Whether it allows no tolerance, whatever the method's.
+    """
+
+    is_exact: ClassVar[bool] = False
 
     @abc.abstractmethod
     def begin(self, sweep: Sweep) -> Sink:
@@ -405,6 +411,7 @@ class PerToken(Reducer):
     """
 
     examples: Sequence[int]
+    is_exact = True
 
     def begin(self, sweep: Sweep) -> Sink:
         return _PerToken(places(self.examples, sweep.n, "Training examples", least=1, repeats=True))

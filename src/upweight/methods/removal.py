@@ -1,8 +1,8 @@
 """Removals of a fitted method: Δm and Δθ of taking examples out, and the outputs without them.
 
-    by all of θ     one Newton step of the objective without them (`leverage.py`)
-    by layer        to first order, −Σ_U S[q, i]
-    evaluated       m(θ̂ + Δθ) − m(θ̂), whatever Δθ
+by all of θ     one Newton step of the objective without them (`leverage.py`)
+by layer        to first order, −Σ_U S[q, i]
+evaluated       m(θ̂ + Δθ) − m(θ̂), whatever Δθ
 """
 
 import time
@@ -35,9 +35,7 @@ FIRST_ORDER = (
 )
 
 
-def removal(
-    fitted: "Fitted", queries: Any, measure: Any, groups: Any, evaluate: str
-) -> Scores:
+def removal(fitted: "Fitted", queries: Any, measure: Any, groups: Any, evaluate: str) -> Scores:
     """See `Fitted.removal`."""
     started = time.perf_counter()
     if evaluate not in ("linear", "plugin"):
@@ -130,9 +128,7 @@ def _by_newton_step(
     return values, records, doubts
 
 
-def _plugin(
-    fitted: "Fitted", asked: Asked, every: Sequence[list[int]]
-) -> Float[Tensor, "q e"]:
+def _plugin(fitted: "Fitted", asked: Asked, every: Sequence[list[int]]) -> Float[Tensor, "q e"]:
     """m(θ̂ + Δθ) − m(θ̂) of every removal."""
     columns = []
     before = _measured(fitted, asked, fitted.theta, [])
@@ -163,9 +159,7 @@ def _measured(
         )
 
 
-def checked_step(
-    fitted: "Fitted", group: list[int]
-) -> tuple[Float[Tensor, " p"], list[str]]:
+def checked_step(fitted: "Fitted", group: list[int]) -> tuple[Float[Tensor, " p"], list[str]]:
     """Δθ of removing a group, and what is to be doubted of it."""
     scorer = fitted.scorer
     step = scorer.step(group)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.errors import NotOffered, message
+from upweight.gradients.blocks import Plan
 from upweight.methods.functionals import Derivatives
 from upweight.runtime.memory import working_bytes
 from upweight.task.data import Data
@@ -38,6 +39,7 @@ class Asked:
             what is free.
         together: Queries that share a pass over the training data; None: as many as fit.
         functional: The derivatives of a `Functional`.
+        exact: Whether no tolerance is allowed, whatever the method's.
     """
 
     queries: Data | None
@@ -45,6 +47,7 @@ class Asked:
     memory_bytes: int | None = None
     together: int | None = None
     functional: Derivatives | None = None
+    exact: bool = False
 
     def __len__(self) -> int:
         if self.functional is not None:
@@ -60,6 +63,27 @@ class Asked:
             stop = min(start + together, q)
             whole = stop - start == q
             yield start, self.queries if whole else self.queries.subset(range(start, stop))
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a method takes, for a plan before a long run.
+
+    Args:
+        passes: Over the training data, in words.
+        plan: How gradients are obtained, where that is layer by layer.
+        batch: Training examples in a batch; None where the method does not say.
+        batch_bytes: Memory of such a batch.
+        kept_bytes: On disk, where `Resources.folder` keeps something.
+        operator_bytes: Memory of a matrix that is formed; 0 if none is.
+    """
+
+    passes: str = "one or more"
+    plan: Plan | None = None
+    batch: int | None = None
+    batch_bytes: int = 0
+    kept_bytes: int = 0
+    operator_bytes: int = 0
 
 
 class Job(abc.ABC):
@@ -143,6 +167,10 @@ class Scorer(abc.ABC):
         """Numbers to judge every answer by."""
         return {}
 
+    def work(self, q: int, memory_bytes: int | None) -> Work:
+        """What q queries take."""
+        return Work()
+
     def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Numbers and notes on the jobs of one answer."""
         return {}, ()
@@ -151,6 +179,11 @@ class Scorer(abc.ABC):
     def layers(self) -> tuple[str, ...]:
         """What `Job.by_layer` calls its parts."""
         return ()
+
+    @property
+    def is_quick_of_itself(self) -> bool:
+        """Whether `self_influence` takes about one pass over the training data."""
+        return False
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """S[i, i] with m = ℓ."""

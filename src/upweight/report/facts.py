@@ -1,5 +1,6 @@
 """What the model says of each query: its measurement and its prediction."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.errors import ShapeError, message
-from upweight.methods.fitted import Fitted
+from upweight.errors import NotOffered, ShapeError, message
 from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Weighted
@@ -72,9 +72,9 @@ def train_facts(
     context = scores.context
     if losses is None and context is not None:
         losses = _train_losses(context.task, context.train)
-    if self_influence is None and isinstance(getattr(context, "fitted", None), Fitted):
-        assert context is not None
-        self_influence = context.fitted.self_influence().tolist()
+    if self_influence is None and context is not None and context.fitted is not None:
+        with contextlib.suppress(NotOffered):
+            self_influence = context.fitted.self_influence().tolist()
     return TrainFacts(_numbers(losses), _numbers(self_influence, -1.0))
 
 

@@ -183,11 +183,10 @@ class Run:
     def _require_own_scores(self) -> None:
         record, told = self.record, Scores.provenance_in(self.scores)
         assert record is not None
-        file, of, tolerance = self.scores / "scores.json", told.fingerprints, None
+        file, of = self.scores / "scores.json", told.fingerprints
         if (self.scores / "finished.json").exists():
             file = self.scores / "manifest.json"
             about = ScoreShards.load(self.scores).description
-            tolerance = about.get("tolerance")
             try:
                 of = fingerprints_of(about)
             except KeyError:
@@ -198,8 +197,6 @@ class Run:
             written = {name: getattr(told, name) for name in ("n", "q", "p", "method")}
         if not is_reference(record.measure):
             written["measure"] = told.measure
-        if tolerance is not None and tolerance != repr(record.tolerance):
-            written["tolerance"] = tolerance
         apart = {k: v for k, v in written.items() if v != getattr(record, k)}
         if not others and not apart:
             return
@@ -212,10 +209,7 @@ class Run:
                 f"{self.scores} and compute them again: {self.command('rerun')}"
             )
         else:
-            lines = [
-                f"{k} = {v if k == 'tolerance' else json.dumps(v)}, not {getattr(record, k)}"
-                for k, v in apart.items()
-            ]
+            lines = [f"{k} = {json.dumps(v)}, not {getattr(record, k)}" for k, v in apart.items()]
             given = f"{self.toml}, which says otherwise: {file} has {'; '.join(lines)}"
             cause = "a run.toml edited by hand: the scores are of the same model, data and method."
             way_out = "write that in run.toml again; or ask anew with another --out."

@@ -13,15 +13,12 @@ from typing import Any
 
 import torch
 
-from upweight.contraction.stream import queries_at_once
-from upweight.curvature.layerwise import LayerwiseCurvature, examples_at_once
 from upweight.errors import NotConverged, NotPositiveDefinite
-from upweight.gradients.cost import cost
-from upweight.gradients.planning import plan
 from upweight.linalg.damping import Absolute
-from upweight.methods.influence import Influence
+from upweight.methods.fitted import Fitted
 from upweight.runs.layers import LayerUse, layer_uses
 from upweight.runs.question import Question
+from upweight.runtime.resources import Resources
 
 FEWEST = 32
 LONG_ENOUGH = 1.0
@@ -61,7 +58,7 @@ class Forecast:
     operator_bytes: int
 
 
-def forecast(question: Question, tolerance: float, memory_bytes: int | None) -> Forecast:
+def forecast(question: Question, memory_bytes: int | None) -> Forecast:
     """Plan a run and time a few examples of it.
 
     Raises:
@@ -74,58 +71,35 @@ def forecast(question: Question, tolerance: float, memory_bytes: int | None) -> 
     asked = queries.subset(range(min(q, MOST_QUERIES)))
     itemsize = torch.promote_types(task.layout.dtype, torch.float32).itemsize
     method: Any = question.method
-    fit_options: dict[str, Any] = {}
-    attribute_options: dict[str, Any] = {}
-    if question.is_resumable:
-        fit_options["memory_bytes"] = memory_bytes
-        attribute_options["tolerance"] = tolerance
+    resources = Resources(memory_bytes=memory_bytes)
 
-    def stages(m: int) -> tuple[Any, float, float]:
+    def stages(m: int) -> tuple[Fitted, float, float]:
         started = time.perf_counter()
-        fitted = method.fit(task, train.subset(range(m)), **fit_options)
+        fitted = method.fit(task, train.subset(range(m)), resources=resources)
         between = time.perf_counter()
-        fitted.attribute(asked, question.measure, **attribute_options)
+        fitted.attribute(asked, question.measure)
         return fitted, between - started, time.perf_counter() - between
 
     few = min(n, FEWEST)
     try:
         small, *_ = stages(few)  # what is done once is done, and not timed
     except (NotPositiveDefinite, NotConverged):
-        if not isinstance(method, Influence):
+        if not hasattr(method, "damping"):
             raise
         method = replace(method, damping=Absolute(DAMPING))
         small, *_ = stages(few)
     fit_seconds, attribute_seconds = _expected(lambda m: stages(m)[1:], few, n)
-    scoring = attribute_seconds * q / len(asked)
-    seconds = {"fit": fit_seconds, "attribute": scoring}
-    if not question.is_resumable:
-        size = task.layout.size
-        return Forecast(
-            (), (), None, 0, "one or more for the curvature, one for the scores", seconds,
-            n * q * task.layout.dtype.itemsize, 0, size**2 * task.layout.dtype.itemsize,
-        )  # fmt: skip
-    assert isinstance(method.curvature, LayerwiseCurvature)
-    made, device = plan(task, train), task.layout.device
-    spent = cost(made, train)
-    batch = min(n, examples_at_once(spent, device, memory_bytes))
-    learning = max(method.curvature.estimator(b, made.dtype, device).passes for b in made.blocks)
-    groups = -(-q // queries_at_once(small.curvature, memory_bytes))
-    kept = [
-        tensor
-        for block in small.curvature.blocks
-        for tensor in (*block.eigen.bases, block.eigen.values)
-        if tensor is not None
-    ]
+    work = small.scorer.work(q, memory_bytes)
     return Forecast(
-        tuple(layer_uses(made)),
-        made.notes,
-        batch,
-        batch * spent.bytes_per_example,
-        f"{learning} for the curvature, {groups} for the scores",
-        seconds,
+        () if work.plan is None else tuple(layer_uses(work.plan)),
+        () if work.plan is None else work.plan.notes,
+        work.batch,
+        work.batch_bytes,
+        work.passes,
+        {"fit": fit_seconds, "attribute": attribute_seconds * q / len(asked)},
         n * q * itemsize,
-        2 * sum(tensor.nbytes for tensor in kept),  # sums are kept in two parts
-        0,
+        work.kept_bytes,
+        work.operator_bytes,
     )
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from upweight.methods.method import Method
-from upweight.methods.influence import Influence
 from upweight.runtime.fingerprint import digest
 from upweight.task.data import Data
 from upweight.task.identity import contents, described, subject
@@ -26,11 +25,6 @@ class Question:
     queries: Data
     method: Method
     measure: Callable[..., Tensor]
-
-    @property
-    def is_resumable(self) -> bool:
-        """Whether the method keeps what it has done on disk, and has a tolerance."""
-        return isinstance(self.method, Influence) and self.method.is_by_layer
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of each thing that the scores depend on.

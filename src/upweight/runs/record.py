@@ -31,7 +31,6 @@ class Record:
         directory: Where names of files count from; relative to the run.
         task, train, queries: The user's objects, as `file.py:name`.
         method, measure: Specs as text, or objects as `file.py:name`. Their seeds are in the text.
-        tolerance: Of the contraction; 0 where the method has none.
         memory_bytes: What a batch may take; 0: the method's own choice.
         threads: Of PyTorch. Fixed, because sums round by how they are shared out.
         n, q, p: Training examples, queries, parameters.
@@ -49,7 +48,6 @@ class Record:
     queries: str
     method: str
     measure: str
-    tolerance: float
     memory_bytes: int
     threads: int
     n: int
@@ -108,7 +106,7 @@ class Record:
         Names of files and objects may differ; what they hold may not.
         """
         found, seen = [], set()
-        for name in ("method", "measure", "tolerance", "memory_bytes"):
+        for name in ("method", "measure", "memory_bytes"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 seen.add(name)
@@ -149,7 +147,6 @@ RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("n", "q", "p"), ("1 or more", lambda count: count >= 1)),
     "threads": ("from 1 to 4096", lambda count: 1 <= count <= 4096),
     "memory_bytes": ("0 or more", lambda size: size >= 0),
-    "tolerance": ("0 or more and less than 1", lambda error: 0 <= error < 1),
     "directory": ("the path of a folder", lambda text: text != "" and is_path(text)),
     **dict.fromkeys(
         ("task", "train", "queries"), ("an object by name", lambda text: is_path(_source(text)))

@@ -1,8 +1,8 @@
 """Group: the processes that share a computation, each with a part of the training examples.
 
-    sum(x)      Σ over the processes of x          what a curvature or a row sum needs
-    gather(x)   every process's x, in order        what a matrix of scores needs
-    shard(n)    which of 0…n − 1 are this one's    contiguous, in order of the ranks
+sum(x)      Σ over the processes of x          what a curvature or a row sum needs
+gather(x)   every process's x, in order        what a matrix of scores needs
+shard(n)    which of 0…n − 1 are this one's    contiguous, in order of the ranks
 """
 
 from typing import Protocol, runtime_checkable
