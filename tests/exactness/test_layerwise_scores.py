@@ -95,7 +95,9 @@ def test_damping_of_each_block(name, damping):
         assert block.damping == pytest.approx(expected, rel=1e-12)
         lams.add(block.damping)
     several = len(fitted.scorer.curvature.blocks) > 1
-    assert len(lams) == (len(fitted.scorer.curvature.blocks) if damping == RELATIVE and several else 1)
+    assert len(lams) == (
+        len(fitted.scorer.curvature.blocks) if damping == RELATIVE and several else 1
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -415,8 +415,8 @@ def test_matrices_products_and_scores_are_those_of_loops(name):
         expected = reference(task, train) + 50.0 * torch.eye(task.layout.size).double()
         method = uw.Influence(getattr(uw, curvature)(), uw.Cholesky(), damping=50.0)
         fitted = method.fit(task, train)
-        assert_same(fitted.operator.dense(), expected, 1e-10)
-        assert_same(fitted.operator.mv(v), v @ expected, 1e-10)
+        assert_same(fitted.scorer.operator.dense(), expected, 1e-10)
+        assert_same(fitted.scorer.operator.mv(v), v @ expected, 1e-10)
         found = fitted.attribute(as_data(train).subset(QUERIES)).values
         assert_same(found, scores_with(name, expected), 1e-10)
 

@@ -32,7 +32,9 @@ LAYERED = {
 SAMPLED = {"Fisher": uw.Influence(uw.Fisher(samples=3, seed=5), uw.Cholesky())}
 """Draws labels by place, so the order of the data changes it."""
 
-SAMPLED_LAYERED = {"EKFAC, sampled": uw.Influence(uw.EKFAC(uw.Sampled(3, 5)), damping=0.1, tolerance=0)}
+SAMPLED_LAYERED = {
+    "EKFAC, sampled": uw.Influence(uw.EKFAC(uw.Sampled(3, 5)), damping=0.1, tolerance=0)
+}
 """Draws labels by place, so the order of the data changes it."""
 
 DETERMINISTIC = DIRECT | ITERATIVE | LAYERED

@@ -46,7 +46,7 @@ def everything(method, p, train):
         "self-influence": fitted.self_influence(),
         "removal": fitted.removal(p.queries, groups=[[2], [1, 3]]).values,
         "input influence": fitted.input_influence(2, p.queries),
-        "mean loss": fitted.operator.diagonal().new_tensor(fitted.mean_loss),
+        "mean loss": fitted.losses.mean(),
     }
 
 
@@ -85,7 +85,7 @@ def test_batches_do_not_matter_to_labels_that_are_drawn(method, budget, monkeypa
     def numbers(method, p, train):
         fitted = method.fit(p.task, train)
         scores = fitted.attribute(p.queries).values
-        return {"scores": scores, "curvature": fitted.operator.dense()}
+        return {"scores": scores, "curvature": fitted.scorer.operator.dense()}
 
     assert_invariant(method, "softmax", budget, numbers, monkeypatch)
 

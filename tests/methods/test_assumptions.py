@@ -14,15 +14,19 @@ from upweight import (
     L2,
     Bernoulli,
     CrossEntropy,
+    GradientDot,
+    GroupSums,
     Hessian,
     Influence,
     Newton,
     Poisson,
     Scores,
+    Shards,
     SquaredError,
     Task,
+    Top,
 )
-from upweight.errors import AssumptionWarning, NotOffered
+from upweight.errors import AssumptionWarning, UpweightError
 from upweight.methods.health import constant_baseline
 from upweight.task.data import as_data
 
@@ -81,9 +85,9 @@ def test_the_note_has_the_numbers_of_the_provenance() -> None:
     health, note = scores.provenance.health, str(seen[0].message)
     penalty = L2(0.01).gradient(fitted.theta, fitted.task.layout)
     gradients = torch.stack(
-        [fitted.source.rows(b, 1).sum(0) for _, _, b in as_data(queries).batches(1)]
+        [fitted.scorer.source.rows(b, 1).sum(0) for _, _, b in as_data(queries).batches(1)]
     )
-    expected = gradients @ fitted.solver.solve(fitted.state, penalty).value
+    expected = gradients @ fitted.scorer.solver.solve(fitted.scorer.state, penalty).value
     overall = (scores.values.sum(1) - expected).norm() / scores.values.abs().sum(1).norm()
     assert health["row_sum_excess_overall"] == pytest.approx(float(overall), rel=1e-9)
     assert f"{float(overall):.1%}" in note and f"lower J by {health['decrement']:.2g}" in note
@@ -158,11 +162,11 @@ def test_every_way_to_stream_scores_has_the_note(tmp_path: Any) -> None:
     with pytest.warns(AssumptionWarning, match="not at a minimum"):
         whole = fitted.attribute(queries)
     with pytest.warns(AssumptionWarning, match="not at a minimum"):
-        top = fitted.attribute(queries, into=uw.Top(2))
+        top = fitted.attribute(queries, into=Top(2))
     with pytest.warns(AssumptionWarning, match="not at a minimum"):
-        groups = fitted.attribute(queries, into=uw.GroupSums(["a", "b"] * (N // 2)))
+        groups = fitted.attribute(queries, into=GroupSums(["a", "b"] * (N // 2)))
     with pytest.warns(AssumptionWarning, match="not at a minimum"):
-        fitted.attribute(queries, into=uw.Shards(tmp_path))
+        fitted.attribute(queries, into=Shards(tmp_path))
     written = Scores.load(tmp_path)
     for other in (top, groups, written):
         for key in ("row_sum_excess", "row_sum_excess_overall"):
@@ -206,21 +210,19 @@ def test_gradients_too_small_for_the_dtype_are_noted() -> None:
     assert not scores.values.any()
 
 
-@BOTH
-def test_a_question_of_the_other_kind_names_the_way_to_it(method: Influence) -> None:
-    train = data(N)
-    fitted = method.fit(Task(trained(train, 0.01), CrossEntropy(), L2(0.01)), train)
-    names = (
-        ("removal", "removal_step", "parameter_influence", "input_influence", "relabel_influence")
-        if method is BY_LAYER
-        else ("top", "write", "group", "by_layer", "by_token")
-    )
-    for name in names:
-        assert not hasattr(fitted, name)
-        with pytest.raises(NotOffered, match=rf"{name}\(\.\.\.\) needs (.|\n)*Way out: "):
-            getattr(fitted, name)
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        _ = fitted.nothing
+def test_a_question_that_a_method_does_not_answer_names_one_that_does(tmp_path: Any) -> None:
+    train, queries = data(N), data(Q)
+    task = Task(trained(train, 0.01), CrossEntropy(), L2(0.01))
+    fitted = GradientDot().fit(task, train)
+    for ask in (
+        lambda: fitted.removal(queries),
+        lambda: fitted.loo_outputs(),
+        lambda: fitted.stationarity,
+        lambda: fitted.parameter_influence(0),
+        lambda: fitted.attribute(queries).removal(),
+    ):
+        with pytest.raises(UpweightError, match=r"Way out: (.|\n)*Influence"):
+            ask()
 
 
 def test_what_there_is_instead_works(tmp_path: Any) -> None:

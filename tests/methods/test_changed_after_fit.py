@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from upweight import EKFAC, GGN, L2, CrossEntropy, Influence, Task
+from upweight import EKFAC, GGN, L2, CrossEntropy, Influence, Shards, Task
 from upweight.errors import DataChanged, ModelChanged
 from upweight.runtime.fingerprint import checksum, digest, item_checksum, row_checksums
 from upweight.task.data import as_data
@@ -380,10 +380,10 @@ def test_finished_scores_on_disk_are_not_taken_for_a_changed_model(tmp_path: Pat
     net = model()
     of = fitted(METHODS["by layer"], net, arrays(), params="4.*")
     queries = arrays(2)
-    of.attribute(queries, into=uw.Shards(tmp_path))
+    of.attribute(queries, into=Shards(tmp_path))
     set_slope(net)
     with pytest.raises(ModelChanged, match="negative_slope"):
-        of.attribute(queries, into=uw.Shards(tmp_path))
+        of.attribute(queries, into=Shards(tmp_path))
 
 
 def test_padding_by_batch_is_no_change() -> None:

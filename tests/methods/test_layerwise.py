@@ -169,7 +169,9 @@ def test_a_share_of_a_token_is_what_its_position_adds():
     shares, rest = method.attribute(queries, into=uw.PerToken(range(7)))
     assert not bool(rest.any())
     m = dense.measure_gradients(only, task.loss, queries)
-    H = method.scorer.curvature.operator().dense() + method.scorer.curvature.blocks[0].damping * torch.eye(12)
+    H = method.scorer.curvature.operator().dense() + method.scorer.curvature.blocks[
+        0
+    ].damping * torch.eye(12)
     for t in range(4):  # the head sees each position alone: others do not count
         y = torch.full_like(train[1], -100)
         y[:, t] = train[1][:, t]

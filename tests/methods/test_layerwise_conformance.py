@@ -10,7 +10,6 @@ from upweight.testing import check_method
 from upweight.testing.problems import closed_forms, first_output
 
 
-
 @pytest.mark.parametrize("kind", [uw.KFAC, uw.EKFAC])
 @pytest.mark.parametrize("name", ["location", "ridge"])
 def test_scores_are_derivatives_where_the_curvature_is_the_hessian(name, kind):
@@ -31,11 +30,15 @@ class ByBatch(uw.Sampled):
 
 
 def test_the_suite_sees_labels_that_depend_on_batches():
-    checks = dict(check_method(uw.Influence(uw.EKFAC(ByBatch()), damping=0.1, tolerance=0), rtol=1e-10))
+    checks = dict(
+        check_method(uw.Influence(uw.EKFAC(ByBatch()), damping=0.1, tolerance=0), rtol=1e-10)
+    )
     with pytest.raises(AssertionError, match="batches matter"):
         checks["batches do not matter: ridge"]()
 
 
 def test_sampled_labels_do_not_depend_on_batches():
-    checks = dict(check_method(uw.Influence(uw.EKFAC(uw.Sampled()), damping=0.1, tolerance=0), rtol=1e-10))
+    checks = dict(
+        check_method(uw.Influence(uw.EKFAC(uw.Sampled()), damping=0.1, tolerance=0), rtol=1e-10)
+    )
     checks["batches do not matter: ridge"]()

@@ -185,10 +185,23 @@ def copied(task):
     return uw.Task(copy.deepcopy(task.model), task.loss, task.penalty)
 
 
-def test_a_store_needs_a_layerwise_curvature(tmp_path):
+def test_a_method_with_nothing_to_keep_leaves_the_folder_alone(tmp_path):
     p = problem("softmax")
-    with pytest.raises(SpecError, match=r"use curvature=EKFAC\(\)"):
-        uw.Influence().fit(p.task, p.train, resources=uw.Resources(folder=tmp_path))
+    uw.Influence().fit(p.task, p.train, resources=uw.Resources(folder=tmp_path / "fit"))
+    assert not (tmp_path / "fit").exists()
+
+
+def test_exact_scores_on_disk_go_on(tmp_path, monkeypatch):
+    """As those by layer do: every method writes through one sink."""
+    p = problem("mlp_tanh")
+    few = uw.Resources(memory_bytes=16 * p.task.layout.size)
+    fitted = uw.Influence(uw.GGN(), damping=0.1).fit(p.task, p.train, resources=few)
+    monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
+    whole = fitted.attribute(p.queries)
+    with stopped_at_shard(3):
+        fitted.attribute(p.queries, into=uw.Shards(tmp_path))
+    shards = fitted.attribute(p.queries, into=uw.Shards(tmp_path))
+    assert torch.equal(shards.values(), whole.values)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -225,7 +238,6 @@ def test_interrupted_scores_go_on_where_less_memory_is_free(tmp_path, monkeypatc
         fitted.attribute(p.queries, into=uw.Shards(tmp_path / "part"))
     # So little that queries would no longer share a pass, nor examples a batch.
     with monkeypatch.context() as scarce:
-        scarce.setattr("upweight.contraction.stream.free_bytes", lambda _: 100)
         scarce.setattr("upweight.runtime.memory.free_bytes", lambda _: 100)
         resumed = fitted.attribute(p.queries, into=uw.Shards(tmp_path / "part"))
     assert torch.equal(resumed.values(), whole)
@@ -348,7 +360,7 @@ def test_more_scores_than_memory_are_refused_before_any_work(monkeypatch):
     p = problem("mlp_tanh")
     fitted = METHOD.fit(p.task, p.train)
     monkeypatch.setattr("upweight.runtime.memory.free_bytes", lambda _: 100)
-    with pytest.raises(SpecError, match=r"write\(queries, folder\)"):
+    with pytest.raises(SpecError, match=r"into=Shards\(folder\)"):
         fitted.attribute(p.queries)
 
 

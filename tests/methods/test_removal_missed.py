@@ -203,16 +203,16 @@ def test_the_remainder_is_the_next_step_over_this_one() -> None:
     fitted = Influence(Hessian()).fit(problem.task, problem.train)
     X, y = problem.train
     Z, theta = torch.cat([X, torch.ones(N, 1)], 1), fitted.theta
-    H, example = fitted.operator.dense(), 7
+    H, example = fitted.scorer.operator.dense(), 7
     step = torch.cat([s.flatten() for s in fitted.removal_step([example]).values()])
     kept = [i for i in range(N) if i != example]
     slope = ((Z @ (theta + step)).sigmoid() - y[:, 0])[kept] @ Z[kept] / N + 1e-4 * (theta + step)
     gone = ((Z @ theta).sigmoid() - y[:, 0])[example] * Z[example] / N
-    left = slope - fitted.gradient
+    left = slope - fitted.scorer.gradient
     expected = ((left @ H.inverse() @ left) / (gone @ H.inverse() @ gone)).sqrt()
     found = remainder.remainders(left[None], gone[None], lambda v: v @ H.inverse())
     torch.testing.assert_close(found, expected[None], rtol=1e-8, atol=0.0)
-    note = remainder.missed(fitted, [[example]], step[None], 1)
+    note = remainder.missed(fitted.scorer, [[example]], step[None], 1)
     assert (note != []) is bool(expected > remainder.LIMIT)
 
 

@@ -35,7 +35,7 @@ from upweight.errors import NotDifferentiable, message
 from upweight.gradients.factored import Factors, stacked
 from upweight.gradients.passes import GradientPass
 from upweight.runtime.hardware import has_fast_bfloat16
-from upweight.runtime.memory import examples_within, free_bytes, working_bytes
+from upweight.runtime.memory import examples_within, solved_bytes, working_bytes
 from upweight.runtime.progress import progress
 from upweight.task.data import Data
 from upweight.task.measures import Loss
@@ -67,9 +67,6 @@ ATTEMPTS = 4
 
 MOST_CATEGORIES = 2**24
 """Examples from which torch.multinomial draws at most."""
-
-QUERY_SHARE = 0.5
-"""Of the memory that is free, how much the solved queries may take where no budget is set."""
 
 
 Gradients = Callable[[list[Factors]], list[Factors]]
@@ -136,7 +133,8 @@ class Contraction:
 
         Args:
             passes: Open, over this curvature's plan.
-            start, stop: Which training examples.
+            start: The first training example.
+            stop: The one behind the last.
         """
         return self.scores(list(self.factors(passes, start, stop)))
 
@@ -250,8 +248,7 @@ def queries_at_once(curvature: BlockCurvature, memory_bytes: int | None) -> int:
         memory_bytes: What they may take; None: a share of what is free.
     """
     device = curvature.plan.task.layout.device
-    allowed = memory_bytes if memory_bytes is not None else int(QUERY_SHARE * free_bytes(device))
-    return max(1, allowed // max(1, _query_bytes(curvature)))
+    return max(1, solved_bytes(device, memory_bytes) // max(1, _query_bytes(curvature)))
 
 
 def _query_bytes(curvature: BlockCurvature) -> int:

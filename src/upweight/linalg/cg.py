@@ -76,8 +76,8 @@ def require_preconditioner(given: Any) -> None:
                 "A preconditioner is an operator M ≈ A⁻¹.",
                 f"{given!r}.",
                 "a curvature as it is specified, given to a solver outside of a method.",
-                "Influence(GGN(), solver=CG(preconditioner=EKFAC())), which fits it; or an operator "
-                "such as inverse(Diagonal(d), Cholesky()).",
+                "Influence(GGN(), solver=CG(preconditioner=EKFAC())), which fits it; or an "
+                "operator such as inverse(Diagonal(d), Cholesky()).",
             )
         )
 

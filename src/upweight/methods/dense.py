@@ -6,7 +6,7 @@ keep their two factors and nothing of size p is formed per example.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.contraction.stream import QUERY_SHARE, no_gradient
+from upweight.contraction.stream import no_gradient
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
@@ -42,7 +42,7 @@ from upweight.methods.fitting import Fitting
 from upweight.methods.layered import token_shares
 from upweight.methods.leverage import LinearRemovals
 from upweight.methods.scorer import Asked, Job, Scorer, Work
-from upweight.runtime.memory import examples_within, free_bytes, require_bytes, working_bytes
+from upweight.runtime.memory import examples_within, require_bytes, solved_bytes, working_bytes
 from upweight.task.data import Data, batch_size
 from upweight.task.measures import Loss
 from upweight.task.point import Point
@@ -179,14 +179,10 @@ class DenseScorer(Scorer):
         return self.train.together(examples_within(allowed, values * itemsize, MOST_EXAMPLES))
 
     def settings(self, asked: Asked) -> dict[str, int]:
-        p, device = len(self.theta), self.theta.device
-        allowed = asked.memory_bytes
-        if allowed is None:
-            allowed = int(QUERY_SHARE * free_bytes(device))
-        each = 2 * p * self.theta.element_size()
+        device, each = self.theta.device, 2 * len(self.theta) * self.theta.element_size()
         return {
             "memory_bytes": working_bytes(device, asked.memory_bytes),
-            "queries_together": max(1, allowed // each),
+            "queries_together": max(1, solved_bytes(device, asked.memory_bytes) // each),
         }
 
     def jobs(self, asked: Asked) -> Iterator[DenseJob]:
@@ -195,8 +191,15 @@ class DenseScorer(Scorer):
             yield DenseJob(self, 0, self._solved(found.by_theta), found.by_weights)
             return
         assert asked.queries is not None
-        source, depends = self._measure_source(asked.measure, asked.queries), False
         together = asked.together or self.settings(asked)["queries_together"]
+        held = min(together, len(asked))
+        require_bytes(
+            2 * held * len(self.theta) * self.theta.element_size(),
+            f"gradients and solutions of {held} queries in {len(self.theta)} parameters",
+            self.theta.device,
+            "use curvature=EKFAC(), which keeps the factors of a query's gradient.",
+        )
+        source, depends = self._measure_source(asked.measure, asked.queries), False
         for first, queries in asked.groups(together):
             rows = self.gradients(source, queries)
             depends = depends or bool(rows.any())

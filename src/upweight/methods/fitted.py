@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.errors import ModelChanged, ShapeError, SpecError, message
+from upweight.errors import ModelChanged, SpecError, message
 from upweight.methods import health, removal
 from upweight.methods.functionals import derivatives
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep
-from upweight.methods.scorer import Asked, Scorer
+from upweight.methods.scorer import Asked, Scorer, not_offered
 from upweight.runtime.progress import progress
 from upweight.runtime.resources import Resources
 from upweight.runtime.selection import places
@@ -103,25 +103,16 @@ class Fitted:
         the training data for as many queries as fit into memory together.
         """
         started = time.perf_counter()
-        asked = self._asked(queries, measure)
-        n, scorer = len(self.train), self.scorer
-        layout = self.task.layout
         into = Matrix() if into is None else into
         if not isinstance(into, Reducer):
             raise SpecError(_no_reducer(into))
-        asked = replace(asked, exact=into.is_exact)
-        sink = into.begin(
-            Sweep(
-                q=len(asked),
-                n=n,
-                dtype=torch.promote_types(layout.dtype, self._dtype),
-                device=layout.device,
-                unit=self.spec.unit,
-                layers=scorer.layers,
-                description=lambda: self._description(asked),
-                settings=scorer.settings(asked),
-            )
-        )
+        self._require_same_model()
+        n, scorer = len(self.train), self.scorer
+        if not isinstance(measure, Functional):
+            queries = self.task.queries(queries)
+            into.require_room(self._sweep(Asked(queries, measure, self.resources.memory_bytes)))
+        asked = replace(self._asked(queries, measure), exact=into.is_exact)
+        sink = into.begin(self._sweep(asked))
         records: list[Any] = []
         sums = health.RowSums()
         if not sink.is_done:
@@ -179,7 +170,7 @@ class Fitted:
         Raises:
             ShapeError: There is no such example.
         """
-        self._require_same_model()
+        self._require_movement("parameter_influence(...)")
         row = removal.total_gradient_of(self, self._group(example))
         return self.task.layout.unflatten(-self.scorer.solve(row[None])[0])
 
@@ -226,6 +217,7 @@ class Fitted:
         them); otherwise one factorization per group; by layer that of `attribute`. "plugin"
         measures every query once per group.
         """
+        self._require_movement("removal(...)")
         return removal.removal(self, queries, measure, groups, evaluate)
 
     def removal_step(self, examples: Sequence[int]) -> Mapping[str, Tensor]:
@@ -233,9 +225,9 @@ class Fitted:
 
         Warns where a Newton step does not end at the minimum without them.
         """
-        self._require_same_model()
+        self._require_movement("removal_step(...)")
         step, doubts = removal.checked_step(self, self._group(list(examples)))
-        health.warned(doubts, 3)
+        health.warned(doubts)
         return self.task.layout.unflatten(step)
 
     def loo_outputs(self) -> Float[Tensor, "n *c"]:
@@ -252,7 +244,7 @@ class Fitted:
         Exact when: J is quadratic in θ and f linear in it.
         Cost: c solves (by layer, c backward passes) per example.
         """
-        self._require_same_model()
+        self._require_movement("loo_outputs()")
         return removal.loo_outputs(self)
 
     # -- changed inputs and labels ----------------------------------------------------------------
@@ -325,7 +317,7 @@ class Fitted:
         Influence functions assume that both are zero; see `upweight.methods.health`. Cost: one
         pass over the training data.
         """
-        self._require_same_model()
+        self._require_movement("stationarity")
         return self.scorer.stationarity()
 
     def check(
@@ -385,6 +377,19 @@ class Fitted:
         checked_measurements(self.task, measure, data)
         return Asked(data, measure, memory)
 
+    def _sweep(self, asked: Asked) -> Sweep:
+        layout = self.task.layout
+        return Sweep(
+            q=len(asked),
+            n=len(self.train),
+            dtype=torch.promote_types(layout.dtype, self._dtype),
+            device=layout.device,
+            unit=self.spec.unit,
+            layers=lambda: self.scorer.layers,
+            description=lambda: self._description(asked),
+            settings=self.scorer.settings(asked),
+        )
+
     def _context(self, asked: Asked) -> Context:
         return Context(self.task, self.train, asked.queries, asked.measure, self)
 
@@ -398,6 +403,12 @@ class Fitted:
         if now.dtype != self.theta.dtype or not torch.equal(now, self.theta):
             raise ModelChanged(health.moved(now, self.theta))
         self.snapshot.require_same(Snapshot.of(self.task))
+
+    def _require_movement(self, what: str) -> None:
+        """Refuse a question about where θ moves to, where scores only rank."""
+        self._require_same_model()
+        if self.spec.unit is Unit.RANK:
+            raise not_offered(what, "a method that says where θ̂ moves to")
 
     def _example(self, index: int) -> Batch:
         return self.task.to_device(self.train.take(self._group(index)))
@@ -449,7 +460,7 @@ class Fitted:
             judged |= health.row_sum_excess(sums, sizes, expected.to(sums))
             denied, noted = self._minimum_denied(judged)
         denied += [*health.solved(judged), *health.zero_rows(sizes, self.losses)]
-        return judged, [*health.warned(denied, 5), *noted, *notes]
+        return judged, [*health.warned(denied), *noted, *notes]
 
     def _minimum_denied(self, judged: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """What is warned of, and what only noted, of how far θ̂ is from a minimum."""

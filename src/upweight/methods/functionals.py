@@ -119,7 +119,7 @@ def _constant(functional: Functional) -> str:
     return message(
         "A Functional must depend on θ or on the weights through differentiable steps.",
         f"derivatives of exactly 0 for {functional!r}.",
-        "a count (accuracy, argmax, a threshold), or parameters of the model in place of those that "
-        "are passed.",
+        "a count (accuracy, argmax, a threshold), or parameters of the model in place of those "
+        "that are passed.",
         "compute it from `params`, and from smooth values: margins or losses in place of counts.",
     )

@@ -1,9 +1,11 @@
 """How far can these scores be trusted? Numbers to judge a computation by; none changes a score."""
 
+import inspect
 import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -191,10 +193,15 @@ def heard_blocks(plan: Plan, data: Data, batch_size: int) -> set[str]:
     return found
 
 
-def warned(notes: list[str], stacklevel: int = 4) -> list[str]:
+def warned(notes: list[str]) -> list[str]:
     """The notes, each also a warning at the line of the user's that asked."""
-    for note in notes:
-        warnings.warn(note, AssumptionWarning, stacklevel=stacklevel)
+    if notes:
+        # The line that called the outermost function of this package.
+        package = str(Path(__file__).parents[1])
+        frames = [frame.filename for frame in reversed(inspect.stack(context=0))]
+        inside = next(k for k, name in enumerate(frames) if name.startswith(package))
+        for note in notes:
+            warnings.warn(note, AssumptionWarning, stacklevel=len(frames) - inside + 1)
     return notes
 
 

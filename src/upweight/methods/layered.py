@@ -247,7 +247,7 @@ class LayeredScorer(Scorer):
     def step(self, group: list[int]) -> Float[Tensor, " p"]:
         task, data = self.task, self.train.subset(group)
         total = torch.zeros_like(self.point.theta)
-        for start, stop, batch in data.batches(self._at_once):
+        for _, _, batch in data.batches(self._at_once):
             total += total_gradient(task, partial(task.losses, batch=task.to_device(batch)))
         return self.solve(total[None] / len(self.train))[0]
 

@@ -43,7 +43,7 @@ class Sweep:
         q, n: Queries and training examples.
         dtype, device: Of the scores.
         unit: What a score means.
-        layers: Names of the parts of `Job.by_layer`.
+        layers: () -> names of the parts of `Job.by_layer`.
         description: () -> what the scores depend on, for files; reads all data once.
         settings: What free memory decided.
     """
@@ -53,7 +53,7 @@ class Sweep:
     dtype: torch.dtype
     device: torch.device
     unit: Unit
-    layers: tuple[str, ...]
+    layers: Callable[[], tuple[str, ...]]
     description: Callable[[], Mapping[str, str]]
     settings: dict[str, int]
 
@@ -102,10 +102,10 @@ class Sink(abc.ABC):
         self.see(job, start, part)
         return part
 
-    def see(self, job: Job, start: int, part: Float[Tensor, "q b"]) -> None:
+    def see(self, job: Job, start: int, part: Float[Tensor, "q b"]) -> None:  # noqa: B027
         """Keep something of a block."""
 
-    def end(self, job: Job) -> None:
+    def end(self, job: Job) -> None:  # noqa: B027
         """That was all of a job."""
 
     @property
@@ -131,9 +131,16 @@ class Reducer(abc.ABC):
 
     is_exact: ClassVar[bool] = False
 
+    def require_room(self, sweep: Sweep) -> None:  # noqa: B027
+        """Refuse what memory cannot hold, before anything is computed.
+
+        Raises:
+            SpecError: It cannot.
+        """
+
     @abc.abstractmethod
     def begin(self, sweep: Sweep) -> Sink:
-        """Refuse what cannot be kept, before anything is computed."""
+        """Make what sees the scores."""
 
 
 # -- all of them ----------------------------------------------------------------------------------
@@ -147,15 +154,18 @@ class Matrix(Reducer):
         SpecError: They do not fit.
     """
 
-    def begin(self, sweep: Sweep) -> Sink:
+    def require_room(self, sweep: Sweep) -> None:
         require_room(
             sweep.q,
             sweep.n,
             sweep.dtype,
             sweep.device,
-            "pass into=Top(k) for the extremes, into=GroupSums(labels) for totals, or "
-            "into=Shards(folder) for all of them on disk.",
+            "ask some queries at a time, as_data(queries).subset(range(100)); or pass into=Top(k) "
+            "for the extremes, into=GroupSums(labels) for totals, or into=Shards(folder) for all "
+            "of them on disk.",
         )
+
+    def begin(self, sweep: Sweep) -> Sink:
         return _Matrix(torch.empty(sweep.q, sweep.n, dtype=sweep.dtype, device=sweep.device))
 
 
@@ -357,15 +367,16 @@ class PerLayer(Reducer):
     A tolerance is relative to the whole score, not to the share. Memory: q·n per layer.
     """
 
+    def require_room(self, sweep: Sweep) -> None:
+        size = sweep.q * max(1, len(sweep.layers()))
+        way_out = "ask some queries at a time: as_data(queries).subset(range(100))."
+        require_room(size, sweep.n, sweep.dtype, sweep.device, way_out)
+
     def begin(self, sweep: Sweep) -> Sink:
-        require_room(
-            sweep.q * max(1, len(sweep.layers)), sweep.n, sweep.dtype, sweep.device,
-            "ask about fewer queries at a time.",
-        )  # fmt: skip
         shape = (sweep.q, sweep.n)
         empty = {
             name: torch.empty(shape, dtype=sweep.dtype, device=sweep.device)
-            for name in sweep.layers
+            for name in sweep.layers()
         }
         return _PerLayer(empty)
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import NotOffered, ShapeError, SpecError, message
+from upweight.errors import ShapeError, SpecError, message
 from upweight.gradients.autograd import total_gradient
 from upweight.methods import health, remainder
 from upweight.methods.dense import DenseScorer
@@ -26,6 +26,7 @@ from upweight.runtime.memory import require_room
 from upweight.runtime.progress import progress
 from upweight.scores import Scores, Unit
 from upweight.task.data import batch_size
+from upweight.task.measures import Functional
 
 if TYPE_CHECKING:
     from upweight.methods.fitted import Fitted
@@ -67,12 +68,15 @@ def removal(fitted: "Fitted", queries: Any, measure: Any, groups: Any, evaluate:
         values = _plugin(fitted, asked, every)
         notes = (*scores.provenance.notes, _PLUGIN)
         return replace(scores, values=values, provenance=replace(scores.provenance, notes=notes))
-    asked = fitted._asked(queries, measure)
-    scorer = fitted.scorer
+    scorer, count = fitted.scorer, 1
+    if queries is not None and not isinstance(measure, Functional):
+        queries = fitted.task.queries(queries)
+        count = len(queries)
     require_room(
-        len(asked), len(every), scorer.theta.dtype, scorer.theta.device,
-        "ask some queries or groups at a time: as_data(queries).subset(range(100)).",
+        count, len(every), scorer.theta.dtype, scorer.theta.device,
+        "ask some queries at a time, as_data(queries).subset(range(100)), or some groups.",
     )  # fmt: skip
+    asked = fitted._asked(queries, measure)
     values, records, doubts = _by_newton_step(fitted, scorer, asked, every)
     notes: tuple[str, ...] = ()
     if evaluate == "plugin":
@@ -83,7 +87,7 @@ def removal(fitted: "Fitted", queries: Any, measure: Any, groups: Any, evaluate:
     denied, noted = fitted._minimum_denied(judged)
     zero = health.zero_rows(values.abs().sum(dim=1), fitted.losses)
     said = [
-        *health.warned([*denied, *health.solved(judged), *zero, *doubts], 4), *noted, *said, *notes,
+        *health.warned([*denied, *health.solved(judged), *zero, *doubts]), *noted, *said, *notes,
         *health.zero_columns(values),
     ]  # fmt: skip
     made = fitted._provenance(asked, judged, said, seconds)
@@ -212,20 +216,11 @@ class _Without(Reducer):
     groups: Sequence[Sequence[int]]
     columns: tuple[str, ...] | None
 
+    def require_room(self, sweep: Sweep) -> None:
+        way_out = "ask some queries or groups at a time."
+        require_room(sweep.q, len(self.groups), sweep.dtype, sweep.device, way_out)
+
     def begin(self, sweep: Sweep) -> Sink:
-        if sweep.unit is Unit.RANK:
-            raise NotOffered(
-                message(
-                    "A removal needs scores in ∂m/∂w.",
-                    "a method whose scores only rank.",
-                    "a similarity, which knows nothing of training.",
-                    "use Influence(EKFAC(), damping=…), or only compare the order of the scores.",
-                )
-            )
-        require_room(
-            sweep.q, len(self.groups), sweep.dtype, sweep.device,
-            "ask some queries or groups at a time.",
-        )  # fmt: skip
         pairs = torch.tensor([(i, k) for k, group in enumerate(self.groups) for i in group])
         pairs = pairs[pairs[:, 0].argsort(stable=True)].to(sweep.device)
         shape = (sweep.q, len(self.groups))

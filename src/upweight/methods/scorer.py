@@ -149,7 +149,7 @@ class Scorer(abc.ABC):
     """
 
     notes: tuple[str, ...] = ()
-    seconds: Mapping[str, float] = {}  # noqa: RUF012  never changed
+    seconds: Mapping[str, float] = {}
 
     @abc.abstractmethod
     def jobs(self, asked: Asked) -> Iterator[Job]:
@@ -213,7 +213,7 @@ def not_offered(what: str, needs: str, here: str = "attribute(queries, measure)"
             f"{what} needs {needs}.",
             "a method without.",
             "a question of influence functions, asked of another kind of method.",
-            f"use {here} here; or fit Influence(GGN(), damping=…) or Influence(EKFAC(), damping=…).",
+            f"use {here} here; or fit Influence(GGN(), damping=…), or Influence(EKFAC(), …).",
         )
     )
 

@@ -29,7 +29,7 @@ class Group(Protocol):
         ...
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """The tensor of every process, in order of the ranks; they may differ in their first axis."""
+        """The tensor of every process, in order of the ranks; their first axes may differ."""
         ...
 
     def shard(self, n: int) -> range:

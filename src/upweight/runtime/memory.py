@@ -11,6 +11,9 @@ from upweight.errors import SpecError, message
 SHARE = 0.25
 """Of the memory that is free, how much a pass may take when the user sets no budget."""
 
+QUERY_SHARE = 0.5
+"""Of the memory that is free, how much solved queries may take when the user sets no budget."""
+
 CGROUPS = Path("/sys/fs/cgroup")
 PROCESS = Path("/proc/self")
 
@@ -43,6 +46,16 @@ def working_bytes(device: torch.device, budget: int | None) -> int:
             )
         )
     return budget
+
+
+def solved_bytes(device: torch.device, budget: int | None) -> int:
+    """The bytes that solved queries may take while the training set streams past them.
+
+    Args:
+        device: Where they are.
+        budget: What the user allows; None: half of what is free.
+    """
+    return int(QUERY_SHARE * free_bytes(device)) if budget is None else budget
 
 
 def kept_bytes(device: torch.device, budget: int | None, used: int) -> int:
