@@ -124,7 +124,7 @@ class Contraction:
         size = examples_within(
             working_bytes(task.layout.device, self.memory_bytes), held, MOST_EXAMPLES
         )
-        with GradientPass(self.curvature.plan) as passes:
+        with GradientPass(self.curvature.plan, self.curvature.theta) as passes:
             batches = self.train.batches(size, begin)
             for start, stop, batch in progress(batches, len(self.train), "scores", begin):
                 factors = passes.of(training_loss(task), task.to_device(batch), stop - start)
@@ -351,7 +351,7 @@ def _sample(
         curvature.cost.bytes_per_example,
         MOST_EXAMPLES,
     )
-    with GradientPass(curvature.plan) as passes:
+    with GradientPass(curvature.plan, curvature.theta) as passes:
         parts = [
             passes.of(training_loss(task), task.to_device(batch), stop - start)
             for start, stop, batch in data.batches(size)
@@ -393,7 +393,7 @@ def _measured_gradients(
     # what a checkpoint runs again in the backward pass must find the same.
     is_loss = isinstance(measure, Loss)
     chosen = training_loss(task) if is_loss else function
-    with GradientPass(curvature.plan) as passes:
+    with GradientPass(curvature.plan, curvature.theta) as passes:
         batches = queries.batches(size)
         for start, stop, batch in progress(batches, len(queries), "queries"):
             with nullcontext() if is_loss else sdpa_kernel(SDPBackend.MATH):

@@ -141,14 +141,14 @@ def moved(now: Tensor, then: Tensor) -> str:
     )
 
 
-def heard_blocks(plan: Plan, data: Data, batch_size: int) -> set[str]:
+def heard_blocks(plan: Plan, theta: Float[Tensor, " p"], data: Data, batch_size: int) -> set[str]:
     """Blocks in which some training example has a gradient that is not 0.
 
     Asked of some training examples, evenly spaced.
     """
     found: set[str] = set()
     some = data.subset(evenly_spaced(len(data), UNDERFLOW_EXAMPLES))
-    with GradientPass(plan) as gradients:
+    with GradientPass(plan, theta) as gradients:
         for start, stop, batch in some.batches(batch_size):
             parts = gradients.of(plan.task.losses, plan.task.to_device(batch), stop - start)
             for block, part in zip(plan.blocks, parts, strict=True):
@@ -167,7 +167,7 @@ def warned(notes: list[str], stacklevel: int = 4) -> list[str]:
 def is_convex(task: Task, train: Data) -> bool:
     """Whether J is known to be convex: a convex loss of a model that is linear in θ."""
     probe = task.to_device(train.batch(0, min(4, len(train))))
-    return task.loss.convex and linear_form(task, probe) is not None
+    return task.loss.convex and linear_form(task, task.theta(), probe) is not None
 
 
 def denied(judged: Mapping[str, Any]) -> list[str]:
@@ -345,7 +345,9 @@ def _named(what: str, places: Sequence[int], of: int) -> str:
     return f"{what} {', '.join(map(str, places[:5]))}{more} ({len(places)} of {of})"
 
 
-def underflow_notes(plan: Plan, data: Data, batch_size: int) -> tuple[str, ...]:
+def underflow_notes(
+    plan: Plan, theta: Float[Tensor, " p"], data: Data, batch_size: int
+) -> tuple[str, ...]:
     """A warning, kept as a note, where gradients on the way to some layer are below float16.
 
     Asked of some training examples, evenly spaced.
@@ -355,7 +357,7 @@ def underflow_notes(plan: Plan, data: Data, batch_size: int) -> tuple[str, ...]:
     m = min(len(data), UNDERFLOW_EXAMPLES)
     found: dict[str, int] = {}
     for start, stop, batch in data.subset(evenly_spaced(len(data), m)).batches(batch_size):
-        some = underflowing(plan, plan.task.to_device(batch), stop - start)
+        some = underflowing(plan, theta, plan.task.to_device(batch), stop - start)
         for name, count in some.items():
             found[name] = found.get(name, 0) + count
     if not found:

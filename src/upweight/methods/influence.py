@@ -189,11 +189,11 @@ class Influence:
                     "model.float().",
                 )
             )
-        curvature = self.curvature.fit(task, data)
+        curvature = self.curvature.fit(task, data, task.theta())
         damping = as_damping(self.damping).of(curvature, task.theta(), len(data))
         operator = damped(curvature, damping)
         solver = self.solver.select(operator) if isinstance(self.solver, Auto) else self.solver
-        source = gradient_source(task, data)
+        source = gradient_source(task, task.theta(), data)
         if isinstance(solver, Cholesky):
             p = task.layout.size
             require_bytes(
@@ -469,7 +469,8 @@ class FittedInfluence(Checked):
                 )
             )
         kept = self.train.subset([i for i in range(n) if i not in gone])
-        operator = damped(self.spec.curvature.fit(self.task, kept, n=n), self.damping)
+        curvature = self.spec.curvature.fit(self.task, kept, self.theta, n=n)
+        operator = damped(curvature, self.damping)
         batches = self.train.subset(group).batches(len(group))
         parts = [self.source.total(self.task.to_device(batch)) for _, _, batch in batches]
         total = torch.stack(parts).sum(dim=0)
@@ -677,7 +678,7 @@ class FittedInfluence(Checked):
         if isinstance(measure, Loss) and isinstance(self.source, FactoredLinear):
             return self.source
         task = self.task
-        return value_source(task, queries, lambda p, b: measure(task, p, b), self.train)
+        return value_source(task, self.theta, queries, lambda p, b: measure(task, p, b), self.train)
 
     def _solve(self, vectors: Float[Tensor, "k p"]) -> Solution:
         return self.solver.solve(self.state, vectors).throw()

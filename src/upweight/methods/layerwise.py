@@ -110,6 +110,7 @@ def fit(
         curvature = spec.curvature.fit_blocks(
             task,
             data,
+            task.theta(),
             # The evidence is not known before the spectrum is.
             damping=None if isinstance(damping, Evidence) else damping,
             memory_bytes=memory_bytes,
@@ -168,7 +169,7 @@ def fit(
                 for name in silent
             ),
             *health.precision_notes(task),
-            *health.underflow_notes(curvature.plan, data, size),
+            *health.underflow_notes(curvature.plan, theta, data, size),
         ),
     )
 
@@ -184,7 +185,7 @@ def _silent_blocks(
     zero = [b.name for b in curvature.blocks if not bool(b.eigen.values.any())]
     if not zero or len(zero) == len(curvature.blocks) or isinstance(damping, Absolute):
         return ()
-    heard = health.heard_blocks(curvature.plan, data, size)
+    heard = health.heard_blocks(curvature.plan, curvature.theta, data, size)
     return tuple(name for name in zero if name not in heard)
 
 
@@ -521,7 +522,7 @@ class LayerwiseInfluence(Checked):
 
     def _token_shares(self, job: Contraction, chosen: list[int]) -> tuple[Tensor, Tensor]:
         task = self.task
-        with GradientPass(self.curvature.plan) as passes:
+        with GradientPass(self.curvature.plan, self.curvature.theta) as passes:
             parts = [
                 passes.of(training_loss(task), task.to_device(batch), stop - start)
                 for start, stop, batch in self.train.subset(chosen).batches(len(chosen))
@@ -566,7 +567,7 @@ class LayerwiseInfluence(Checked):
         values = torch.empty(
             len(self.train), dtype=self.curvature.plan.dtype, device=self.theta.device
         )
-        with GradientPass(self.curvature.plan) as passes:
+        with GradientPass(self.curvature.plan, self.curvature.theta) as passes:
             batches = self.train.batches(self._at_once)
             for start, stop, batch in progress(batches, len(self.train), "self-influence"):
                 batch = self.task.to_device(batch)
@@ -590,7 +591,7 @@ class LayerwiseInfluence(Checked):
         self._require_same_model()
         blocks = self.curvature.blocks
         totals = [torch.zeros_like(b.eigen.values) for b in blocks]
-        with GradientPass(self.curvature.plan) as passes:
+        with GradientPass(self.curvature.plan, self.curvature.theta) as passes:
             batches = self.train.batches(self._at_once)
             for start, stop, batch in progress(batches, len(self.train), "stationarity"):
                 batch = self.task.to_device(batch)

@@ -217,7 +217,7 @@ def _gradient(
         def kept(params: Params, some: Batch = some, w: Tensor = w) -> Tensor:
             return w * task.losses(params, some)
 
-        total += total_gradient(task, kept, theta)
+        total += total_gradient(task, theta, kept)
     return total / len(train) + task.penalty.gradient(theta, task.layout)
 
 

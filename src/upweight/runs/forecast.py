@@ -105,8 +105,8 @@ def forecast(question: Question, tolerance: float, memory_bytes: int | None) -> 
             n * q * task.layout.dtype.itemsize, 0, size**2 * task.layout.dtype.itemsize,
         )  # fmt: skip
     assert isinstance(method.curvature, LayerwiseCurvature)
-    made, device = plan(task, train), task.layout.device
-    spent = cost(made, train)
+    made, device = plan(task, task.theta(), train), task.layout.device
+    spent = cost(made, task.theta(), train)
     batch = min(n, examples_at_once(spent, device, memory_bytes))
     learning = max(method.curvature.estimator(b, made.dtype, device).passes for b in made.blocks)
     groups = -(-q // queries_at_once(small.curvature, memory_bytes))
