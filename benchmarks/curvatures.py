@@ -119,7 +119,7 @@ def against(S: Tensor, T: Tensor) -> dict[str, float]:
 
 def extremes(task: uw.Task, data: tuple[Tensor, Tensor], curvature: Any) -> dict[str, float]:
     """The smallest and the largest eigenvalue, by decomposition."""
-    values = torch.linalg.eigvalsh(curvature.fit(task, uw.as_data(data)).dense())
+    values = torch.linalg.eigvalsh(curvature.fit(task, uw.as_data(data), task.theta()).dense())
     return {"smallest": float(values[0]), "largest": float(values[-1])}
 
 

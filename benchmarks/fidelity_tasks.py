@@ -223,7 +223,7 @@ def damping(problem: Problem) -> float:
     if isinstance(spec.recipe, uw.Newton):
         return spec.penalty
     task = uw.Task(problem.model, spec.loss)
-    fisher = uw.Diagonal().fit(task, uw.as_data((problem.X, problem.y)))
+    fisher = uw.Diagonal().fit(task, uw.as_data((problem.X, problem.y)), task.theta())
     return spec.penalty + RELATIVE * float(fisher.trace()) / task.layout.size
 
 

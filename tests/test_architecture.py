@@ -49,6 +49,8 @@ MAY_IMPORT = {
 }  # fmt: skip
 LEAVES = {"adapters", "cli", "testing"}  # may import everything but each other
 MATHS = {"linalg", "curvature", "gradients", "contraction", "methods", "applications"}
+AT_A_POINT = {"linalg", "gradients", "curvature", "contraction"}
+RECIPES = {"newton.py", "objective.py"}  # start from the model's own parameters, as training does
 NOT_IN_MATHS = {"os", "json", "pathlib", "safetensors", "torch.distributed", "logging"}
 ONLY_IN_ADAPTERS = {"sklearn", "statsmodels", "scipy", "transformers"}
 ONLY_WHEN_CALLED = {
@@ -133,6 +135,23 @@ def test_imports_go_one_way():
 def test_mathematics_touches_no_files_and_no_network():
     def wrong(path):
         return within(imported(path), NOT_IN_MATHS) if room(path) in MATHS else set()
+
+    assert offenders(wrong) == {}
+
+
+def test_mathematics_is_told_where_theta_is():
+    """θ is an argument there: `task.theta()` is asked once, by who makes the point."""
+
+    def wrong(path):
+        if room(path) not in AT_A_POINT or path.name in RECIPES:
+            return set()
+        return {
+            f"line {node.lineno}"
+            for node in ast.walk(tree(path))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "theta"
+        }
 
     assert offenders(wrong) == {}
 

@@ -106,11 +106,14 @@ def library_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Context:
-    """The live objects behind scores; needed to retrain, never saved."""
+    """The live objects behind scores; needed to retrain, never saved.
+
+    `queries` are `Data`, or None where a `Functional` was asked of none.
+    """
 
     task: Task
     train: Data
-    queries: Data
+    queries: Any
     measure: Any
     fitted: Any = None
 

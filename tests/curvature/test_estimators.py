@@ -96,7 +96,7 @@ def block(name, kind, whose="observed", sharing="expand"):
     task, data = built(problem_name)
     which, how = WHOSE[whose][0], SHARING[sharing][0]
     spec = {"KFAC": uw.KFAC, "EKFAC": uw.EKFAC}[kind](labels=which, sharing=how)
-    found = [b for b in spec.fit_blocks(task, data).blocks if b.weight == weight]
+    found = [b for b in spec.fit_blocks(task, data, task.theta()).blocks if b.weight == weight]
     assert len(found) == 1 and found[0].bias == bias
     return layerwise.Weight(task, weight, bias, layers), data, found[0]
 
@@ -158,7 +158,7 @@ def grouped():
 def test_every_group_of_a_convolution_is_a_block_of_its_own():
     """As two convolutions of half the channels would be."""
     task, data = grouped()
-    found = uw.EKFAC(labels=uw.Observed()).fit_blocks(task, data).blocks[:2]
+    found = uw.EKFAC(labels=uw.Observed()).fit_blocks(task, data, task.theta()).blocks[:2]
     assert [b.name for b in found] == ["0.weight[0:3]", "0.weight[3:6]"]
     g = gradients(task, data)
     for fitted in found:
@@ -176,7 +176,9 @@ def test_corrected_eigenvalues_do_not_depend_on_what_is_formed_at_once(name, chu
     monkeypatch.setattr(estimators, "CHUNK_BYTES", chunk)
     task, data = built(problem_name)
     for spec in (uw.EKFAC(labels=uw.Observed()), uw.Diagonal(labels=uw.Observed())):
-        found = next(b for b in spec.fit_blocks(task, data).blocks if b.weight == weight)
+        found = next(
+            b for b in spec.fit_blocks(task, data, task.theta()).blocks if b.weight == weight
+        )
         if isinstance(spec, uw.EKFAC):
             torch.testing.assert_close(found.eigen.dense(), expected.eigen.dense(), **EXACT)
         else:
@@ -192,7 +194,7 @@ def test_corrected_eigenvalues_do_not_depend_on_what_is_formed_at_once(name, chu
 def test_diagonal_is_the_diagonal(name):
     p = problem(name)
     task, data = unpenalized(p.task), as_data(p.train)
-    found = uw.Diagonal(labels=uw.Observed()).fit(task, data).dense()
+    found = uw.Diagonal(labels=uw.Observed()).fit(task, data, task.theta()).dense()
     expected = gradients(task, data).square().mean(dim=0)
     torch.testing.assert_close(found, torch.diag(expected), **EXACT)
 
@@ -204,7 +206,7 @@ def test_vectors_get_their_whole_second_moment(name, spec):
     p = problem(name)
     task, data = unpenalized(p.task), as_data(p.train)
     g, vectors = gradients(task, data), 0
-    for fitted in spec(labels=uw.Observed()).fit_blocks(task, data).blocks:
+    for fitted in spec(labels=uw.Observed()).fit_blocks(task, data, task.theta()).blocks:
         if isinstance(fitted.block, MatrixBlock):
             continue
         vectors += 1
@@ -218,7 +220,7 @@ def test_long_vectors_get_the_diagonal_alone(monkeypatch):
     monkeypatch.setattr("upweight.curvature.ekfac.DENSE_LIMIT", 3)
     p = problem("layer_norm")
     task, data = unpenalized(p.task), as_data(p.train)
-    fitted = uw.EKFAC(labels=uw.Observed()).fit_blocks(task, data).blocks[1]
+    fitted = uw.EKFAC(labels=uw.Observed()).fit_blocks(task, data, task.theta()).blocks[1]
     assert fitted.name == "1.weight + 1.bias" and fitted.left is None
     rows = gradients(task, data)[:, fitted.block.index(task.layout)]
     torch.testing.assert_close(fitted.eigenvalues, rows.square().mean(dim=0), **EXACT)
@@ -233,7 +235,9 @@ def test_positions_of_padding_are_left_out_of_the_covariances():
     more_x = torch.cat([x, torch.zeros(6, 5, dtype=torch.long)], dim=1)
     more_y = torch.cat([y, torch.full((6, 5), -100)], dim=1)
     for spec in (uw.KFAC(labels=uw.Observed()), uw.EKFAC(labels=uw.Observed())):
-        short, long = (spec.fit(task, as_data(d)).dense() for d in ((x, y), (more_x, more_y)))
+        short, long = (
+            spec.fit(task, as_data(d), task.theta()).dense() for d in ((x, y), (more_x, more_y))
+        )
         torch.testing.assert_close(long, short, **EXACT)
 
 
@@ -243,5 +247,6 @@ def test_a_gradient_that_overflows_is_named(spec):
     model = nn.Linear(2, 1, bias=False).float()
     model.weight.data.fill_(0.0)
     data = as_data((torch.full((4, 2), 1e30).float(), torch.zeros(4, 1).float()))
+    task = uw.Task(model, uw.SquaredError())
     with pytest.raises(NonFinite, match=r"NaN or infinity in the curvature of weight"):
-        spec.fit_blocks(uw.Task(model, uw.SquaredError()), data)
+        spec.fit_blocks(task, data, task.theta())

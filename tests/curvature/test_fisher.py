@@ -31,7 +31,7 @@ def enumerated_fisher(task, train, answers, probability):
 def test_the_ggn_of_a_softmax_is_the_fisher(name):
     p = problem(name)
     exact = enumerated_fisher(p.task, p.train, torch.arange(3), lambda f, y: f.softmax(dim=1)[:, y])
-    found = uw.GGN().fit(p.task, as_data(p.train)).dense()
+    found = uw.GGN().fit(p.task, as_data(p.train), p.task.theta()).dense()
     torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
 
 
@@ -41,7 +41,7 @@ def test_the_ggn_of_a_logistic_model_is_the_fisher():
     exact = enumerated_fisher(
         p.task, p.train, answers, lambda f, y: (f * (2 * y - 1)).sigmoid()[:, 0]
     )
-    found = uw.GGN().fit(p.task, as_data(p.train)).dense()
+    found = uw.GGN().fit(p.task, as_data(p.train), p.task.theta()).dense()
     torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
 
 
@@ -64,7 +64,7 @@ def test_unbiased(name):
     expected = ((directions @ exact) * directions).sum(dim=1)
     draws = []
     for seed in range(SEEDS):
-        A = uw.Fisher(samples=1, seed=seed).fit(p.task, as_data(p.train))
+        A = uw.Fisher(samples=1, seed=seed).fit(p.task, as_data(p.train), p.task.theta())
         draws.append((A.dense() @ directions.T * directions.T).sum(dim=0))
     values = torch.stack(draws)
     error = values.std(dim=0) / SEEDS**0.5
@@ -80,7 +80,8 @@ def test_more_samples_are_the_mean_of_independent_ones():
 
     def variance(samples):
         values = [
-            v @ uw.Fisher(samples, seed).fit(p.task, as_data(p.train)).mv(v) for seed in range(100)
+            v @ uw.Fisher(samples, seed).fit(p.task, as_data(p.train), p.task.theta()).mv(v)
+            for seed in range(100)
         ]
         return float(torch.stack(values).var())
 
@@ -91,17 +92,21 @@ def test_more_samples_are_the_mean_of_independent_ones():
 def test_a_seed_names_one_operator():
     p = problem("mlp_tanh")
     v = draw(torch.Generator().manual_seed(1), p.task.layout.size)
-    A = uw.Fisher(seed=1).fit(p.task, as_data(p.train))
+    A = uw.Fisher(seed=1).fit(p.task, as_data(p.train), p.task.theta())
     assert torch.equal(A.mv(v), A.mv(v))
-    assert torch.equal(A.mv(v), uw.Fisher(seed=1).fit(p.task, as_data(p.train)).mv(v))
-    assert not torch.equal(A.mv(v), uw.Fisher(seed=2).fit(p.task, as_data(p.train)).mv(v))
+    assert torch.equal(
+        A.mv(v), uw.Fisher(seed=1).fit(p.task, as_data(p.train), p.task.theta()).mv(v)
+    )
+    assert not torch.equal(
+        A.mv(v), uw.Fisher(seed=2).fit(p.task, as_data(p.train), p.task.theta()).mv(v)
+    )
 
 
 def test_the_same_labels_as_sampled_ones():
     """One dense block by layer is the same matrix, batch for batch."""
     p = problem("bias_only")
-    dense_block = uw.EKFAC(uw.Sampled(3, 5)).fit(p.task, as_data(p.train))
-    found = uw.Fisher(3, 5).fit(p.task, as_data(p.train))
+    dense_block = uw.EKFAC(uw.Sampled(3, 5)).fit(p.task, as_data(p.train), p.task.theta())
+    found = uw.Fisher(3, 5).fit(p.task, as_data(p.train), p.task.theta())
     torch.testing.assert_close(found.dense(), dense_block.dense(), rtol=1e-10, atol=1e-10)
 
 
@@ -111,7 +116,7 @@ def test_batches_draw_different_labels(monkeypatch):
     x, y = draw(g, 1, 2).expand(40, 2), labels(g, 1, 2).expand(40)
     task = uw.Task(torch.nn.Linear(2, 2).double(), uw.CrossEntropy())
     monkeypatch.setattr("upweight.task.data.WORKING_BYTES", 1)
-    A = uw.Fisher().fit(task, as_data((x, y)))
+    A = uw.Fisher().fit(task, as_data((x, y)), task.theta())
     matrices = [term.dense() for term in A.terms]
     assert len(matrices) == 40
     assert any(not torch.equal(matrices[0], other) for other in matrices)
@@ -123,4 +128,4 @@ def test_a_loss_that_cannot_be_sampled_is_refused(name):
     if p.task.loss == uw.CrossEntropy():
         return  # soft targets: the Fisher draws hard ones, and the mass of the target is lost
     with pytest.raises(UnsupportedModel, match=r"GGN\(\)"):
-        uw.Fisher().fit(p.task, as_data(p.train))
+        uw.Fisher().fit(p.task, as_data(p.train), p.task.theta())

@@ -26,7 +26,9 @@ def fitted(monkeypatch):
         p, seen = problem(name), []
         hook = p.task.model.register_forward_hook(lambda *_: seen.append(1))
         curvature = uw.EKFAC() if curvature is None else curvature
-        blocks = curvature.fit_blocks(p.task, as_data(p.train), damping=damping).blocks
+        blocks = curvature.fit_blocks(
+            p.task, as_data(p.train), p.task.theta(), damping=damping
+        ).blocks
         hook.remove()
         return blocks, len(seen)
 
@@ -67,7 +69,7 @@ def held(name):
         patch.setattr("upweight.curvature.layerwise.MOST_EXAMPLES", 4)
         patch.setattr("upweight.curvature.layerwise.kept_bytes", lambda *_: 2**30)
         p = problem(name)
-        uw.EKFAC().fit_blocks(p.task, as_data(p.train))
+        uw.EKFAC().fit_blocks(p.task, as_data(p.train), p.task.theta())
     return sizes[-1]
 
 

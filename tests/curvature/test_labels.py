@@ -21,12 +21,12 @@ class Gradients:
     """The gradients of one batch under whatever labels."""
 
     def __init__(self, task, data):
-        self.data, self.made = data, plan(task, data)
+        self.data, self.made = data, plan(task, task.theta(), data)
 
     def rows(self, which):
         """Under each label, [labels, n, p]."""
         task, found = self.made.task, []
-        with GradientPass(self.made) as passes:
+        with GradientPass(self.made, task.theta()) as passes:
             batch = self.data.batch(0, len(self.data))
             parts = passes.of_heads(
                 batch, len(self.data), lambda f, y: which.heads(task.loss, f, y, 0, 0)
@@ -218,7 +218,8 @@ def test_curvatures_of_squared_error_do_not_see_where_targets_lie(dtype, scale, 
         model = initialized(nn.Linear(3, 1), torch.Generator().manual_seed(3))
         model.bias.data += shift
         task = uw.Task(model.to(dtype), uw.SquaredError())
-        found.append(spec.fit(task, as_data((X, (y + shift).to(dtype)))).dense())
+        data = as_data((X, (y + shift).to(dtype)))
+        found.append(spec.fit(task, data, task.theta()).dense())
     torch.testing.assert_close(found[1], found[0], rtol=rtol, atol=rtol * float(found[0].max()))
 
 
@@ -269,8 +270,8 @@ def test_too_many_outputs_are_refused_with_their_number():
     task = uw.Task(model, uw.CrossEntropy())
     data = as_data((torch.ones(4, 2), torch.zeros(4, dtype=torch.long)))
     with pytest.raises(UnsupportedModel, match=r"9 outputs per example, of shape \(9,\)"):
-        uw.EKFAC(labels=Expected(most=8)).fit(task, data)
-    assert uw.EKFAC(labels=Expected(most=9)).fit(task, data).shape == (27, 27)
+        uw.EKFAC(labels=Expected(most=8)).fit(task, data, task.theta())
+    assert uw.EKFAC(labels=Expected(most=9)).fit(task, data, task.theta()).shape == (27, 27)
 
 
 def bounded(outputs, targets):
@@ -323,4 +324,4 @@ def test_a_loss_that_cannot_be_sampled_is_refused(name):
     if p.task.loss == uw.CrossEntropy():
         return  # soft targets: hard ones are drawn
     with pytest.raises(UnsupportedModel, match="samples ŷ"):
-        uw.EKFAC().fit(p.task, as_data(p.train))
+        uw.EKFAC().fit(p.task, as_data(p.train), p.task.theta())

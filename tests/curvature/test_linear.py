@@ -20,9 +20,9 @@ def term(c, inputs, n=9, bias=True, params="*", loss=None):
     is_class = isinstance(loss, uw.CrossEntropy)
     targets = torch.arange(n) % c if is_class else draw(g, n, c).abs().round()
     task, data = uw.Task(model, loss, params=params), as_data((draw(g, n, inputs), targets))
-    form = linear_form(task, data.batch(0, 4))
+    form = linear_form(task, task.theta(), data.batch(0, 4))
     assert form is not None
-    return linear_term(task, form, data)
+    return linear_term(task, task.theta(), form, data)
 
 
 SHAPES = {

@@ -25,7 +25,7 @@ CONVEX = {True: frozenset({Tag.SYMMETRIC, Tag.PSD}), False: frozenset({Tag.SYMME
 def test_equals_the_reference(curvature, name):
     p = problem(name)
     spec, reference = REFERENCES[curvature]
-    A, expected = spec.fit(p.task, as_data(p.train)), reference(p.task, p.train)
+    A, expected = spec.fit(p.task, as_data(p.train), p.task.theta()), reference(p.task, p.train)
     torch.testing.assert_close(A.dense(), expected, **p.tolerance)
     torch.testing.assert_close(A.diagonal(), expected.diagonal(), **p.tolerance)
     torch.testing.assert_close(A.trace(), expected.trace(), **p.tolerance)
@@ -49,7 +49,7 @@ OPERATOR_CHECKS = [
 @pytest.mark.parametrize("name, spec, number", OPERATOR_CHECKS)
 def test_is_an_operator(name, spec, number):
     p = problem(name)
-    checks = list(check_operator(spec.fit(p.task, as_data(p.train))))
+    checks = list(check_operator(spec.fit(p.task, as_data(p.train), p.task.theta())))
     assert len(checks) == 12
     checks[number][1]()
 
@@ -59,13 +59,13 @@ def test_tags_say_what_is_known(name):
     """A sum with a penalty whose sign is unknown is only symmetric."""
     p = problem(name)
     own = name in {"custom_penalty"}
-    ggn = uw.GGN().fit(p.task, as_data(p.train))
+    ggn = uw.GGN().fit(p.task, as_data(p.train), p.task.theta())
     assert ggn.is_symmetric
     assert ggn.is_psd == (p.task.loss.convex and not own)
-    hessian = uw.Hessian().fit(p.task, as_data(p.train))
+    hessian = uw.Hessian().fit(p.task, as_data(p.train), p.task.theta())
     assert hessian.is_symmetric
     assert hessian.is_psd == (name in names("linear") and p.task.loss.convex and not own)
-    assert EmpiricalFisher().fit(p.task, as_data(p.train)).is_psd == (not own)
+    assert EmpiricalFisher().fit(p.task, as_data(p.train), p.task.theta()).is_psd == (not own)
 
 
 @pytest.mark.parametrize("spec", [uw.Hessian(), uw.GGN(), uw.EmpiricalFisher()], ids=repr)
@@ -74,9 +74,9 @@ def test_a_part_of_the_data_may_keep_the_n_of_all(spec, name):
     """(1/n) Σ over the kept: what group removal asks for. The penalty is not scaled."""
     p = problem(name)
     kept = list(range(2, p.n))
-    part = spec.fit(p.task, as_data(p.train).subset(kept), n=p.n).dense()
+    part = spec.fit(p.task, as_data(p.train).subset(kept), p.task.theta(), n=p.n).dense()
     R = dense.penalty_hessian(p.task)
-    whole = spec.fit(p.task, as_data(p.train).subset(kept)).dense()
+    whole = spec.fit(p.task, as_data(p.train).subset(kept), p.task.theta()).dense()
     torch.testing.assert_close(part, (whole - R) * len(kept) / p.n + R, rtol=1e-10, atol=1e-10)
 
 
@@ -85,7 +85,7 @@ def test_nothing_is_summed_twice_where_batches_are_uneven(monkeypatch):
     p = problem("mlp_gelu")
     expected = dense.hessian(p.task, p.train)
     monkeypatch.setattr("upweight.task.data.WORKING_BYTES", 4 * 8 * p.task.layout.size)
-    A = uw.Hessian().fit(p.task, as_data(p.train))
+    A = uw.Hessian().fit(p.task, as_data(p.train), p.task.theta())
     mean, _penalty = A.terms
     assert [len(term.batch[0]) for term in mean.terms] == [4, 4, 4, 1]
     torch.testing.assert_close(A.dense(), expected, rtol=1e-10, atol=1e-10)
@@ -96,7 +96,7 @@ def test_a_wide_linear_model_is_summed_by_panels(monkeypatch):
     monkeypatch.setattr("upweight.curvature.linear.PANEL", 2)
     for name in ("softmax", "ridge_two_outputs", "last_layer", "bias_only"):
         p = problem(name)
-        A = uw.Hessian().fit(p.task, as_data(p.train))
+        A = uw.Hessian().fit(p.task, as_data(p.train), p.task.theta())
         torch.testing.assert_close(
             A.dense(), dense.hessian(p.task, p.train), rtol=1e-10, atol=1e-10
         )
@@ -105,7 +105,7 @@ def test_a_wide_linear_model_is_summed_by_panels(monkeypatch):
 def test_float32_sums_are_as_good_as_float64_allows():
     """A solver that factorizes in float64 asks for the matrix in float64."""
     p = problem("softmax_float32")
-    A = uw.Hessian().fit(p.task, as_data(p.train))
+    A = uw.Hessian().fit(p.task, as_data(p.train), p.task.theta())
     out = torch.zeros(A.shape, dtype=torch.float64)
     A.add_to(out)
     torch.testing.assert_close(out.float(), A.dense(), rtol=1e-5, atol=1e-6)

@@ -19,9 +19,13 @@ def test_the_ggn_is_the_hessian_where_f_is_linear(name):
     p = problem(name)
     data = as_data(p.train)
     expected = dense.hessian(p.task, p.train)
-    assert_same(uw.GGN().fit(p.task, data).dense(), expected, 1e-10)
-    assert_same(uw.GGN().fit(opaque(p.task, p.train), data).dense(), expected, 1e-10)
-    assert_same(uw.Hessian().fit(opaque(p.task, p.train), data).dense(), expected, 1e-10)
+    assert_same(uw.GGN().fit(p.task, data, p.task.theta()).dense(), expected, 1e-10)
+    assert_same(
+        uw.GGN().fit(opaque(p.task, p.train), data, p.task.theta()).dense(), expected, 1e-10
+    )
+    assert_same(
+        uw.Hessian().fit(opaque(p.task, p.train), data, p.task.theta()).dense(), expected, 1e-10
+    )
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -47,7 +51,7 @@ def test_the_ggn_is_the_hessian_where_the_residuals_are_zero():
     with torch.no_grad():
         train = (X, p.task.model(X))
     H = dense.hessian(p.task, train)
-    assert_same(uw.GGN().fit(p.task, as_data(train)).dense(), H, 1e-10)
+    assert_same(uw.GGN().fit(p.task, as_data(train), p.task.theta()).dense(), H, 1e-10)
 
 
 def test_the_empirical_fisher_is_the_fisher_where_the_labels_are_as_the_model_says():
@@ -58,7 +62,7 @@ def test_the_empirical_fisher_is_the_fisher_where_the_labels_are_as_the_model_sa
     for parameter in model.parameters():
         parameter.data.zero_()
     task = uw.Task(model, uw.Bernoulli(), uw.L2(0.1))
-    found = uw.EmpiricalFisher().fit(task, as_data((X, y))).dense()
+    found = uw.EmpiricalFisher().fit(task, as_data((X, y)), task.theta()).dense()
     assert_same(found, dense.hessian(task, (X, y)), 1e-10)
 
 
@@ -68,8 +72,8 @@ def test_the_empirical_fisher_vanishes_at_an_interpolating_solution_and_the_fish
     with torch.no_grad():
         train = (X, p.task.model(X))
     task = uw.Task(p.task.model, p.task.loss)
-    assert float(uw.EmpiricalFisher().fit(task, as_data(train)).trace()) < 1e-20
-    assert float(uw.GGN().fit(task, as_data(train)).trace()) > 0.1
+    assert float(uw.EmpiricalFisher().fit(task, as_data(train), task.theta()).trace()) < 1e-20
+    assert float(uw.GGN().fit(task, as_data(train), task.theta()).trace()) > 0.1
 
 
 @pytest.mark.parametrize("solver", [uw.CG(rtol=1e-9), uw.MINRES(rtol=1e-9), uw.BlockCG(rtol=1e-9)])

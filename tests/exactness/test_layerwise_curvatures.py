@@ -59,7 +59,7 @@ def gap(spec, task, train):
     data = as_data(train)
     H = dense.ggn(task, train)
     worst = 0.0
-    for fitted in spec.fit_blocks(task, data).blocks:
+    for fitted in spec.fit_blocks(task, data, task.theta()).blocks:
         index = fitted.block.index(task.layout)
         block = H[index[:, None], index[None, :]]
         worst = max(worst, float((fitted.eigen.dense() - block).norm() / block.norm()))
@@ -105,7 +105,8 @@ def test_expand_is_exact_for_deep_linear_networks_with_a_loss_per_position(kind)
     assert gap(BOTH[kind](EXPECTED, uw.Reduce()), *per_position()) < 1e-10
     task, train = per_position()
     both = [
-        uw.KFAC(uw.Observed(), how()).fit(task, as_data(train)) for how in (uw.Expand, uw.Reduce)
+        uw.KFAC(uw.Observed(), how()).fit(task, as_data(train), task.theta())
+        for how in (uw.Expand, uw.Reduce)
     ]
     expand, reduce = (operator.dense() for operator in both)
     assert float((expand - reduce).norm()) > 1e-2 * float(expand.norm())
@@ -122,7 +123,9 @@ def test_expand_and_reduce_are_one_where_a_weight_is_used_once():
     task, train = deep(activation=nn.Tanh)
     data = as_data(train)
     for kind in BOTH.values():
-        expand, reduce = (kind(EXPECTED, s).fit(task, data) for s in (uw.Expand(), uw.Reduce()))
+        expand, reduce = (
+            kind(EXPECTED, s).fit(task, data, task.theta()) for s in (uw.Expand(), uw.Reduce())
+        )
         assert_same(expand.dense(), reduce.dense(), 1e-12)
 
 
@@ -143,7 +146,10 @@ def distances(name, which):
     F = dense.ggn(task, data) if which == EXPECTED else dense.empirical_fisher(task, data)
     found = []
     blocks = zip(
-        *(spec(which).fit_blocks(task, as_data(data)).blocks for spec in (uw.KFAC, uw.EKFAC)),
+        *(
+            spec(which).fit_blocks(task, as_data(data), task.theta()).blocks
+            for spec in (uw.KFAC, uw.EKFAC)
+        ),
         strict=True,
     )
     for kfac, ekfac in blocks:

@@ -117,10 +117,11 @@ def test_a_named_solver_gives_the_same_scores(name, spec):
 
 def blocks_of(name, spec, task):
     return zip(
-        spec.fit_blocks(task, uw.as_data(problem(name).train)).blocks,
+        spec.fit_blocks(task, uw.as_data(problem(name).train), task.theta()).blocks,
         spec.fit_blocks(
             uw.Task(task.model, task.loss, None, task.params, task.forward),
             uw.as_data(problem(name).train),
+            task.theta(),
         ).blocks,
         strict=True,
     )
@@ -133,7 +134,7 @@ def test_a_uniform_penalty_adds_its_strength_to_every_eigenvalue(name, spec):
     for block, plain in blocks_of(name, SPECS[spec], p.task):
         expected = plain.eigenvalues + p.task.penalty.strength
         torch.testing.assert_close(block.eigenvalues, expected, rtol=1e-12, atol=1e-14)
-    notes = SPECS[spec].fit_blocks(p.task, uw.as_data(p.train)).notes
+    notes = SPECS[spec].fit_blocks(p.task, uw.as_data(p.train), p.task.theta()).notes
     assert not any("penalty" in note for note in notes)
 
 
@@ -155,7 +156,7 @@ def test_any_other_penalty_adds_its_diagonal_in_the_basis(name, spec):
             share = (Q.T @ torch.diag(entries) @ Q).diagonal()
         added = (block.eigenvalues - plain.eigenvalues).flatten()
         torch.testing.assert_close(added, share, rtol=1e-10, atol=1e-12)
-    notes = SPECS[spec].fit_blocks(p.task, uw.as_data(p.train)).notes
+    notes = SPECS[spec].fit_blocks(p.task, uw.as_data(p.train), p.task.theta()).notes
     approximate = spec != "Diagonal" or name != "logistic"
     assert any("penalty's curvature enters through its diagonal" in n for n in notes) == approximate
 
@@ -168,7 +169,7 @@ def test_a_part_of_the_data_may_keep_the_n_of_all(spec, kept):
     spec = type(spec)(spec.which, examples=kept)
     part = uw.as_data(p.train).subset(range(2, p.n))
     R = dense.penalty_hessian(p.task)
-    whole, own = spec.fit(p.task, part).dense() - R, spec.fit(p.task, part, n=p.n).dense() - R
+    whole, own = (spec.fit(p.task, part, p.task.theta(), n=n).dense() - R for n in (None, p.n))
     assert_same(own, whole * (p.n - 2) / p.n, 1e-10)
 
 

@@ -477,7 +477,7 @@ def test_the_choice_is_noted_and_an_own_error_is_not_swallowed():
 def test_models_that_torch_func_can_run_stay_with_it(name):
     p = problem(name)
     for spec in (uw.Hessian(), uw.GGN()):
-        assert spec.fit(p.task, as_data(p.train)).notes == ()
+        assert spec.fit(p.task, as_data(p.train), p.task.theta()).notes == ()
 
 
 def test_everything_else_goes_the_second_way_too():

@@ -67,7 +67,7 @@ def case(name):
 @functools.cache
 def planned(name):
     """How the gradients of the case of that name are obtained."""
-    return plan(case(name).task, case(name).data)
+    return plan(case(name).task, case(name).task.theta(), case(name).data)
 
 
 def rows(made, factors):
@@ -79,9 +79,9 @@ def rows(made, factors):
     return out
 
 
-def gradient_rows(made, batch, function=None):
-    """∇θ of each example's loss (or of another function) as rows [b, p]."""
-    with GradientPass(made) as gradients:
+def gradient_rows(made, batch, function=None, theta=None):
+    """∇θ of each example's loss (or of another function) as rows [b, p], at θ̂ or another θ."""
+    with GradientPass(made, made.task.theta() if theta is None else theta) as gradients:
         size = len(leaves(batch)[0])
         return rows(made, gradients.of(function or made.task.losses, batch, size))
 

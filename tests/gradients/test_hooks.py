@@ -32,7 +32,7 @@ LAYERS = {"body": ("weight", "bias"), "head": ("weight", "bias")}
 
 def test_inputs_and_deltas():
     task, batch = chain()
-    with Capture(task, LAYERS) as capture:
+    with Capture(task, task.theta(), LAYERS) as capture:
         outputs, targets = capture.forward(batch)
         body, head = capture.backward(task.loss(outputs, targets))
     hidden = task.model.body(batch[0])
@@ -50,7 +50,7 @@ def test_inputs_and_deltas():
 def test_other_cotangents_on_the_same_graph():
     task, batch = chain()
     v = draw(torch.Generator().manual_seed(1), 6, 2)
-    with Capture(task, LAYERS) as capture:
+    with Capture(task, task.theta(), LAYERS) as capture:
         outputs, _ = capture.forward(batch)
         capture.backward(outputs)
         first = capture.backward(outputs, v)
@@ -61,14 +61,14 @@ def test_other_cotangents_on_the_same_graph():
 
 def test_uses_that_do_not_matter_are_left_out():
     task, batch = chain(layer_market.Detached())
-    with Capture(task, {**LAYERS, "spare": ("weight", "bias")}) as capture:
+    with Capture(task, task.theta(), {**LAYERS, "spare": ("weight", "bias")}) as capture:
         outputs, _ = capture.forward(batch)
         assert [call.layer for call in capture.backward(outputs)] == ["body", "head"]
 
 
 def test_parameters_used_elsewhere_are_named():
     task, batch = chain(layer_market.UsedBare())
-    with Capture(task, LAYERS) as capture:
+    with Capture(task, task.theta(), LAYERS) as capture:
         outputs, _ = capture.forward(batch)
         capture.backward(outputs)
         assert capture.bypassed == ("body.weight",)
@@ -105,7 +105,7 @@ def test_the_model_is_left_as_it_was(name):
     case = layer_market.case(name)
     model = case.task.model
     state, before = copy.deepcopy(model.state_dict()), snapshot(model)
-    made = plan(case.task, case.data)
+    made = plan(case.task, case.task.theta(), case.data)
     gradient_rows(made, case.data.batch(0, len(case.data)))
     assert_returned(model, state, before)
 
@@ -139,7 +139,7 @@ class Raises(Chain):
 def test_the_model_is_left_as_it_was_when_forward_raises(where, direct):
     task, batch = chain(Raises(where))
     model = task.model
-    made = plan(task, as_data(batch))
+    made = plan(task, task.theta(), as_data(batch))
     state, before = copy.deepcopy(model.state_dict()), snapshot(model)
 
     def function(params, batch):
@@ -150,14 +150,14 @@ def test_the_model_is_left_as_it_was_when_forward_raises(where, direct):
         finally:
             model.is_armed = False
 
-    with pytest.raises(RuntimeError), GradientPass(made) as gradients:
+    with pytest.raises(RuntimeError), GradientPass(made, made.task.theta()) as gradients:
         gradients.of(function, batch, len(batch[0]))
     assert_returned(model, state, before)
 
 
 def test_gradients_of_a_function_that_calls_the_model_itself():
     task, batch = chain()
-    made = plan(task, as_data(batch))
+    made = plan(task, task.theta(), as_data(batch))
     found = gradient_rows(made, batch, lambda params, b: task.loss(task.model(b[0]), b[1]))
     torch.testing.assert_close(found, dense.gradients(task, batch), **EXACT)
     assert all(p.grad is None and p.requires_grad for p in task.model.parameters())
@@ -181,7 +181,7 @@ class WithoutGrad(Chain):
 def test_layers_run_without_autograd_are_refused_by_name(context):
     task, batch = chain(WithoutGrad(context))
     with pytest.raises(UnsupportedModel, match=r"body runs under torch.no_grad(.|\n)*params="):
-        plan(task, as_data(batch))
+        plan(task, task.theta(), as_data(batch))
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -189,7 +189,7 @@ def test_layers_run_without_autograd_may_be_left_out(context):
     _, batch = chain()
     model = initialized(WithoutGrad(context), torch.Generator().manual_seed(0)).eval()
     task = uw.Task(model, uw.CrossEntropy(), params="head.*")
-    found = gradient_rows(plan(task, as_data(batch)), batch)
+    found = gradient_rows(plan(task, task.theta(), as_data(batch)), batch)
     torch.testing.assert_close(found, dense.gradients(task, batch), **EXACT)
 
 
@@ -197,19 +197,19 @@ def test_a_caller_under_no_grad():
     task, batch = chain()
     expected = dense.gradients(task, batch)
     with torch.no_grad():
-        found = gradient_rows(plan(task, as_data(batch)), batch)
+        found = gradient_rows(plan(task, task.theta(), as_data(batch)), batch)
     torch.testing.assert_close(found, expected, **EXACT)
 
 
 def test_a_caller_in_inference_mode_is_refused_by_name():
     task, batch = chain()
-    made = plan(task, as_data(batch))
+    made = plan(task, task.theta(), as_data(batch))
     with (
         torch.inference_mode(),
         pytest.raises(
             NotDifferentiable, match=r"inside torch.inference_mode(.|\n)*leave inference"
         ),
-        GradientPass(made),
+        GradientPass(made, made.task.theta()),
     ):
         pass
 
@@ -234,7 +234,7 @@ class Checkpointed(Chain):
 def test_checkpointing(is_first):
     task, batch = chain(Checkpointed(False, is_first))
     state, before = copy.deepcopy(task.model.state_dict()), snapshot(task.model)
-    found = gradient_rows(plan(task, as_data(batch)), batch)
+    found = gradient_rows(plan(task, task.theta(), as_data(batch)), batch)
     torch.testing.assert_close(found, dense.gradients(task, batch), **EXACT)
     assert_returned(task.model, state, before)
 
@@ -249,7 +249,7 @@ def test_checkpointing_beside_parameters_without_a_rule():
             return super().part(x) * self.gain
 
     task, batch = chain(Gained())
-    made = plan(task, as_data(batch))
+    made = plan(task, task.theta(), as_data(batch))
     assert made.by_function == ("gain",)
     torch.testing.assert_close(gradient_rows(made, batch), dense.gradients(task, batch), **EXACT)
 
@@ -259,4 +259,4 @@ def test_checkpointing_beside_parameters_without_a_rule():
 def test_reentrant_checkpointing_is_refused_by_name(is_first):
     task, batch = chain(Checkpointed(True, is_first))
     with pytest.raises(UnsupportedModel, match=r"use_reentrant=True(.|\n)*use_reentrant=False"):
-        plan(task, as_data(batch))
+        plan(task, task.theta(), as_data(batch))

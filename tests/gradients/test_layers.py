@@ -30,7 +30,7 @@ def batches(data):
 def test_twins_on_the_market(name):
     p = market.problem(name)
     data = as_data(p.train)
-    made = plan(p.task, data)
+    made = plan(p.task, p.task.theta(), data)
     for start, stop, batch in batches(data):
         expected = per_sample_gradients(p.task, p.task.theta(), batch, stop - start)
         torch.testing.assert_close(gradient_rows(made, batch), expected, **p.tolerance)

@@ -18,7 +18,7 @@ from upweight.task.data import as_data
 
 
 def form(task, train):
-    return linear_form(task, as_data(train).batch(0, 4))
+    return linear_form(task, task.theta(), as_data(train).batch(0, 4))
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -287,7 +287,7 @@ def test_impostors_are_not_taken_for_linear(kind):
     # First: the old spectral norm keeps its last computed weight as an attribute of the module.
     expected = dense.gradients(task, train)
     assert form(task, train) is None
-    source = gradient_source(task, as_data(train))
+    source = gradient_source(task, task.theta(), as_data(train))
     assert type(source) is Direct
     torch.testing.assert_close(source.rows(train, len(train[0])), expected, rtol=1e-6, atol=1e-6)
 
@@ -296,9 +296,9 @@ def test_impostors_are_not_taken_for_linear(kind):
 def test_an_addend_without_parameters_leaves_a_model_linear(kind):
     task, train = impostor(kind)
     assert form(task, train) is not None
-    rows = gradient_source(task, as_data(train)).rows(train, len(train[0]))
+    rows = gradient_source(task, task.theta(), as_data(train)).rows(train, len(train[0]))
     torch.testing.assert_close(rows, dense.gradients(task, train), rtol=1e-10, atol=1e-10)
-    found = uw.Hessian().fit(task, as_data(train)).dense()
+    found = uw.Hessian().fit(task, as_data(train), task.theta()).dense()
     torch.testing.assert_close(found, dense.hessian(task, train), rtol=1e-10, atol=1e-10)
     theta = task.theta()
     objective = weighted_objective(task, as_data(train))
@@ -311,7 +311,7 @@ def test_an_addend_without_parameters_leaves_a_model_linear(kind):
 @pytest.mark.parametrize("kind", [BiasFirst])
 def test_curvature_of_unusual_layouts(kind):
     task, train = impostor(kind)
-    found = uw.Hessian().fit(task, as_data(train)).dense()
+    found = uw.Hessian().fit(task, as_data(train), task.theta()).dense()
     torch.testing.assert_close(found, dense.hessian(task, train), rtol=1e-10, atol=1e-10)
 
 

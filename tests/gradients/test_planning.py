@@ -36,7 +36,7 @@ def blocks(name):
 @pytest.mark.parametrize("name", market.BUILDERS)
 def test_blocks_cover_theta_once(name):
     p = market.problem(name)
-    made = plan(p.task, as_data(p.train))
+    made = plan(p.task, p.task.theta(), as_data(p.train))
     index = torch.cat([block.index(p.task.layout) for block in made.blocks])
     assert sorted(index.tolist()) == list(range(p.task.layout.size))
 
@@ -112,7 +112,7 @@ def test_nothing_to_note_where_every_layer_has_a_rule():
 
 def test_a_layer_that_does_not_run_is_noted():
     task, data = chain(layer_market.Unused())
-    made = plan(task, as_data(data))
+    made = plan(task, task.theta(), as_data(data))
     assert made.by_function == ("spare.weight", "spare.bias")
     assert "spare did not run on the examples tried" in made.notes[0]
     torch.testing.assert_close(gradient_rows(made, data), dense.gradients(task, data), **EXACT)
@@ -136,7 +136,7 @@ def test_a_layer_whose_second_output_matters_is_left_to_torch_func():
     data = (draw(g, 5, 3, 4), torch.tensor([0, 1, 2, 0, 1]))
     # A constant added to all logits changes no cross-entropy: another loss.
     task = uw.Task(task.model, lambda f, y: f[:, 0] * (y + 1.0))
-    made = plan(task, as_data(data))
+    made = plan(task, task.theta(), as_data(data))
     assert "layer.in_proj_weight" in made.by_function
     assert any("differ from autograd's" in note for note in made.notes)
     torch.testing.assert_close(gradient_rows(made, data), dense.gradients(task, data), **EXACT)
@@ -147,7 +147,7 @@ def test_a_loss_that_is_flat_where_the_plan_looks_hides_no_mistake():
     g = torch.Generator().manual_seed(0)
     model = initialized(ReturnsWeights(), g).eval()
     flat = uw.Task(model, lambda f, y: (f.sum(dim=1) - 50.0).relu())
-    made = plan(flat, as_data((draw(g, 5, 3, 4), torch.zeros(5))))
+    made = plan(flat, flat.theta(), as_data((draw(g, 5, 3, 4), torch.zeros(5))))
     assert "layer.in_proj_weight" in made.by_function
 
 
@@ -188,7 +188,7 @@ def language(model):
 
 def test_layers_after_repeated_positions_need_no_repeating():
     task, data = language(Positions())
-    made = plan(task, data)
+    made = plan(task, task.theta(), data)
     assert made.by_function == ()
     assert made.repeated == {"positions.0": False}
     expected = dense.gradients(task, data)
@@ -197,7 +197,7 @@ def test_layers_after_repeated_positions_need_no_repeating():
 
 def test_positions_that_cannot_be_repeated_are_left_to_torch_func():
     task, data = language(Unsqueezed())
-    made = plan(task, data)
+    made = plan(task, task.theta(), data)
     assert made.by_function == ("positions.embed.weight",)
     expected = dense.gradients(task, data)
     torch.testing.assert_close(gradient_rows(made, data.batch(0, 6)), expected, **EXACT)
@@ -209,13 +209,15 @@ def test_sequences_of_any_length(t):
     task, _ = language(Decoder(length=6))
     data = as_data((tokens(g, 6, t, 6), tokens(g, 6, t, 6)))
     expected = dense.gradients(task, data)
-    torch.testing.assert_close(gradient_rows(plan(task, data), data.batch(0, 6)), expected, **EXACT)
+    torch.testing.assert_close(
+        gradient_rows(plan(task, task.theta(), data), data.batch(0, 6)), expected, **EXACT
+    )
 
 
 def test_sequences_of_another_length_than_the_plan_saw():
     g = torch.Generator().manual_seed(0)
     task, data = language(Decoder(length=6))
-    made = plan(task, data)
+    made = plan(task, task.theta(), data)
     for t in (1, 3, 6):
         other = as_data((tokens(g, 6, t, 6), tokens(g, 6, t, 6)))
         expected = dense.gradients(task, other)
@@ -231,7 +233,7 @@ def test_scripts_are_refused_by_name():
     script = torch.jit.script(initialized(nn.Sequential(nn.Linear(3, 2)), g))
     task = uw.Task(script, uw.CrossEntropy())
     with pytest.raises(UnsupportedModel, match=r"a torch.jit script(.|\n)*load_state_dict"):
-        plan(task, as_data((draw(g, 4, 3), labels(g, 4, 2))))
+        plan(task, task.theta(), as_data((draw(g, 4, 3), labels(g, 4, 2))))
     for curvature in (uw.EKFAC(), uw.GGN(), uw.Hessian()):
         with pytest.raises(UnsupportedModel, match=r"a torch\.jit script"):
             uw.Influence(curvature).fit(task, (draw(g, 4, 3), labels(g, 4, 2)))
@@ -243,13 +245,13 @@ def test_data_parallel_over_several_devices_is_refused_by_name():
     wrapped.device_ids = [0, 1]
     task = uw.Task(wrapped, uw.CrossEntropy())
     with pytest.raises(UnsupportedModel, match=r"DataParallel over 2 devices(.|\n)*model.module"):
-        plan(task, as_data(data))
+        plan(task, task.theta(), as_data(data))
 
 
 def test_data_parallel_on_one_device():
     task, data = chain()
     wrapped = uw.Task(nn.DataParallel(task.model), uw.CrossEntropy())
-    found = gradient_rows(plan(wrapped, as_data(data)), data)
+    found = gradient_rows(plan(wrapped, wrapped.theta(), as_data(data)), data)
     torch.testing.assert_close(found, dense.gradients(task, data), **EXACT)
 
 
@@ -268,12 +270,12 @@ class Centered(Chain):
 def test_examples_that_depend_on_each_other_are_refused():
     task, data = chain(Centered())
     with pytest.raises(UnsupportedModel, match=r"add up(.|\n)*gain(.|\n)*model.eval\(\)"):
-        plan(task, as_data(data))
+        plan(task, task.theta(), as_data(data))
 
 
 def test_a_measure_that_counts_is_refused():
     task, data = chain()
-    made = plan(task, as_data(data))
+    made = plan(task, task.theta(), as_data(data))
     with pytest.raises(NotDifferentiable, match=r"no gradient reaches(.|\n)*LogProb"):
         gradient_rows(made, data, lambda p, b: task.call(p, b)[0].argmax(dim=1).double())
 
@@ -288,7 +290,7 @@ def test_compiled_models_run_as_written_and_are_not_compiled(compile_module):
     expected = dense.gradients(task, data)
     compiled = uw.Task(compile_module(task.model), uw.CrossEntropy())
     before = dict(torch._dynamo.utils.counters["stats"])
-    found = gradient_rows(plan(compiled, as_data(data)), data)
+    found = gradient_rows(plan(compiled, compiled.theta(), as_data(data)), data)
     torch.testing.assert_close(found, expected, **EXACT)
     assert dict(torch._dynamo.utils.counters["stats"]) == before
 
@@ -299,5 +301,6 @@ def test_compiled_models_that_have_run_already():
     expected = dense.gradients(task, data)
     compiled = torch.compile(task.model, backend="eager")
     compiled(data[0])
-    found = gradient_rows(plan(uw.Task(compiled, uw.CrossEntropy()), as_data(data)), data)
+    again = uw.Task(compiled, uw.CrossEntropy())
+    found = gradient_rows(plan(again, again.theta(), as_data(data)), data)
     torch.testing.assert_close(found, expected, **EXACT)

@@ -78,7 +78,7 @@ def assert_near(found, expected, dtype):
 def test_models_in_low_precision(name, dtype):
     model, data = precise(name, dtype)
     task = uw.Task(model, uw.CrossEntropy())
-    made = plan(task, as_data(data))
+    made = plan(task, task.theta(), as_data(data))
     assert made.by_function == ()
     assert_near(gradient_rows(made, data), dense.gradients(task, data), dtype)
 
@@ -95,7 +95,7 @@ def test_autocast_in_forward(name, dtype, cast_outputs):
         return outputs.float() if cast_outputs else outputs, batch[-1]
 
     task = uw.Task(model, uw.CrossEntropy(), forward=forward)
-    made = plan(task, as_data(data))
+    made = plan(task, task.theta(), as_data(data))
     assert made.by_function == ()
     assert_near(gradient_rows(made, data), dense.gradients(task, data), dtype)
 
@@ -105,8 +105,8 @@ def test_autocast_around_the_call(name):
     model, data = precise(name)
     task = uw.Task(model, uw.CrossEntropy())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        made = plan(task, as_data(data))
-        with GradientPass(made) as gradients:
+        made = plan(task, task.theta(), as_data(data))
+        with GradientPass(made, made.task.theta()) as gradients:
             factors = gradients.of(task.losses, data, len(data[0]))
         expected = dense.gradients(task, data)
     # The factors are float32 all the same; in there, their products would not be.
@@ -121,6 +121,6 @@ def test_a_wrong_rule_is_noticed_in_low_precision_too():
     model = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3))
     model[0].forward = functools.partial(doubled, module=model[0])
     task = uw.Task(model.bfloat16().eval(), uw.CrossEntropy())
-    made = plan(task, as_data(data))
+    made = plan(task, task.theta(), as_data(data))
     assert set(made.by_function) == {"0.weight", "0.bias"}
     assert_near(gradient_rows(made, data), dense.gradients(task, data), torch.bfloat16)

@@ -213,8 +213,8 @@ def routed(kind):
 @pytest.mark.parametrize("size", [20, 8, 3, 1])
 def test_no_gradient_is_wrong(kind, size):
     task, data = routed(kind)
-    made, expected = plan(task, data), dense.gradients(task, data)
-    with GradientPass(made) as gradients:
+    made, expected = plan(task, task.theta(), data), dense.gradients(task, data)
+    with GradientPass(made, made.task.theta()) as gradients:
         found = [
             rows(made, gradients.of(task.losses, batch, stop - start))
             for start, stop, batch in data.batches(size)
@@ -225,7 +225,7 @@ def test_no_gradient_is_wrong(kind, size):
 @pytest.mark.parametrize("kind", [Where, TwiceSideBySide, Depth, InPlace])
 def test_what_keeps_the_order_of_examples_needs_no_detour(kind):
     task, data = routed(kind)
-    made = plan(task, data)
+    made = plan(task, task.theta(), data)
     assert not made.by_function
     assert not made.one_by_one
     with warnings.catch_warnings():
@@ -235,7 +235,7 @@ def test_what_keeps_the_order_of_examples_needs_no_detour(kind):
 
 def test_parts_that_the_plan_did_not_see_are_noticed_and_said():
     task, data = routed(InParts)
-    made = plan(task, data)
+    made = plan(task, task.theta(), data)
     assert not made.by_function
     with pytest.warns(UserWarning, match="one at a time, because the examples .* apart in a, b"):
         gradient_rows(made, data.batch(0, 20))
@@ -245,13 +245,13 @@ def test_parts_that_the_plan_did_not_see_are_noticed_and_said():
 @pytest.mark.parametrize("kind", [InParts, ExpertPerExample])
 def test_several_heads_where_examples_are_taken_one_at_a_time(kind):
     task, data = routed(kind)
-    made, batch = plan(task, data), data.batch(0, 20)
+    made, batch = plan(task, task.theta(), data), data.batch(0, 20)
     scale = torch.arange(1.0, 21.0)
 
     def head(outputs, targets, extra):
         return extra * task.loss(outputs, targets)
 
-    with GradientPass(made) as gradients:
+    with GradientPass(made, made.task.theta()) as gradients:
         found = gradients.of_heads(
             batch, len(scale), lambda f, y: [(head, scale), (head, scale**2)]
         )
@@ -278,7 +278,7 @@ def test_a_weight_that_few_examples_use_elsewhere_is_refused_when_they_come():
     X = draw(g, 20, 4).clamp(max=1.0)
     X[7, 0] = 2.0
     data = as_data((X, labels(g, 20, 3)))
-    made, expected = plan(task, data), dense.gradients(task, data)
+    made, expected = plan(task, task.theta(), data), dense.gradients(task, data)
     torch.testing.assert_close(gradient_rows(made, data.batch(0, 5)), expected[:5], **EXACT)
     with pytest.raises(
         UnsupportedModel, match=r"a.weight, which something else uses(.|\n)*params="
@@ -288,7 +288,7 @@ def test_a_weight_that_few_examples_use_elsewhere_is_refused_when_they_come():
 
 def test_a_measure_that_reads_parameters_is_refused():
     task, data = routed(Where)
-    made = plan(task, data)
+    made = plan(task, task.theta(), data)
 
     def measure(params, batch):
         return task.losses(params, batch) + params["a.weight"].square().sum()
@@ -300,6 +300,6 @@ def test_a_measure_that_reads_parameters_is_refused():
 @pytest.mark.parametrize("reduce", [torch.mean, torch.sum, lambda x: x[:3]])
 def test_one_value_per_example_is_required(reduce):
     task, data = routed(Where)
-    made = plan(task, data)
+    made = plan(task, task.theta(), data)
     with pytest.raises(ScalarLoss, match=r"shape \(5,\)(.|\n)*Given: shape \((3,)?\)"):
         gradient_rows(made, data.batch(0, 5), lambda p, b: reduce(task.losses(p, b)))

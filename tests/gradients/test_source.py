@@ -11,8 +11,8 @@ from upweight.task.data import as_data
 
 def sources(p):
     data = as_data(p.train)
-    found = gradient_source(p.task, data)
-    return {type(found).__name__: found, "Direct": Direct(p.task)}
+    found = gradient_source(p.task, p.task.theta(), data)
+    return {type(found).__name__: found, "Direct": Direct(p.task, p.task.theta())}
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -37,7 +37,7 @@ def test_linear_models_are_factored(name):
     assert set(sources(p)) == {"FactoredLinear", "Direct"}
     data = as_data(p.train)
     batch = data.batch(0, len(data))
-    delta, z = gradient_source(p.task, data).factors(batch)
+    delta, z = gradient_source(p.task, p.task.theta(), data).factors(batch)
     f, y = p.task.outputs(p.task.theta(), batch)
     expected = torch.func.vmap(torch.func.grad(lambda f, y: p.task.loss(f[None], _one(y))[0]))(f, y)
     torch.testing.assert_close(delta, expected.reshape(len(f), -1), **p.tolerance)
@@ -64,4 +64,4 @@ def test_contract_is_the_inner_product_of_outer_products():
 
 def test_factored_rows_are_an_instance_of_the_protocol():
     p = problem("softmax")
-    assert isinstance(gradient_source(p.task, as_data(p.train)), FactoredLinear)
+    assert isinstance(gradient_source(p.task, p.task.theta(), as_data(p.train)), FactoredLinear)

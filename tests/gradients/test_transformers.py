@@ -69,7 +69,7 @@ def language(model, per_token):
 @pytest.mark.parametrize("build, per_token", [(gpt2, True), (bert, False), (llama, True)])
 def test_gradients(build, per_token):
     task, data = language(build(), per_token)
-    made = plan(task, data)
+    made = plan(task, task.theta(), data)
     found = gradient_rows(made, data.batch(0, 5))
     torch.testing.assert_close(found, dense.gradients(task, data), rtol=1e-10, atol=1e-10)
 
@@ -77,7 +77,8 @@ def test_gradients(build, per_token):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("build, per_token", [(gpt2, True), (bert, False), (llama, True)])
 def test_every_parameter_has_a_rule(build, per_token):
-    assert plan(*language(build(), per_token)).notes == ()
+    task, data = language(build(), per_token)
+    assert plan(task, task.theta(), data).notes == ()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -97,6 +98,7 @@ def test_padding_changes_no_score(build, labels):
 @pytest.mark.filterwarnings("ignore")
 def test_gpt2_has_the_blocks_of_linear_maps():
     """A bias with its weight, [o, i + 1]."""
-    blocks = {b.name: b for b in plan(*language(gpt2(), per_token=True)).blocks}
+    task, data = language(gpt2(), per_token=True)
+    blocks = {b.name: b for b in plan(task, task.theta(), data).blocks}
     block = blocks["transformer.h.0.attn.c_attn.weight"]
     assert (block.shape, block.bias) == ((24, 9), "transformer.h.0.attn.c_attn.bias")

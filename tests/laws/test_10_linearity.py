@@ -96,8 +96,8 @@ def test_the_empirical_fisher_scales_as_the_square(name):
     plain = uw.Task(p.task.model, p.task.loss)
     times = uw.Task(p.task.model, Times(p.task.loss, c))
     F, F_times = (
-        uw.EmpiricalFisher().fit(plain, _data(p)),
-        uw.EmpiricalFisher().fit(times, _data(p)),
+        uw.EmpiricalFisher().fit(plain, _data(p), plain.theta()),
+        uw.EmpiricalFisher().fit(times, _data(p), times.theta()),
     )
     assert_same(F_times.dense(), c**2 * F.dense(), 1e-10)
     assert Tag.PSD in F.tags

@@ -240,7 +240,7 @@ def test_losses_and_gradients(name, dtype, rtol):
     if make is probabilities and dtype == torch.float32:
         return  # float64 targets
     sets, found = padded(name, make), {}
-    made = plan(task, sets["common"])
+    made = plan(task, task.theta(), sets["common"])
     for kind, data in sets.items():
         batch = data.take(range(N))
         found[kind] = task.losses(task.theta(), batch), gradient_rows(made, batch)
@@ -294,7 +294,7 @@ def test_curvatures_written_out(name, curvature, monkeypatch):
     for data in padded(name, make).values():
         # Each example by itself, but where all are padded to one length.
         monkeypatch.setattr("upweight.task.data.WORKING_BYTES", 10**9 if data.to else 1)
-        found.append(DIRECT[curvature].fit(task, data).dense())
+        found.append(DIRECT[curvature].fit(task, data, task.theta()).dense())
     for matrix in found[1:]:
         assert_same(matrix, found[0], 1e-12)
 

@@ -77,7 +77,7 @@ def test_other_units_of_the_inputs(method):
     other = nn.Linear(3, 2, bias=False).double()
     other.weight.data.copy_(task.model.weight.data @ torch.linalg.inv(M))
     moved = uw.Task(other, uw.SquaredError())
-    assert linear_form(moved, as_data((X @ M.T, Y)).batch(0, 4)) is not None
+    assert linear_form(moved, moved.theta(), as_data((X @ M.T, Y)).batch(0, 4)) is not None
     expected = scores(METHODS[method], task, (X, Y), queries)
     found = scores(METHODS[method], moved, (X @ M.T, Y), (queries[0] @ M.T, queries[1]))
     assert_same(found, expected, 1e-10)

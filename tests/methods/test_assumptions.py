@@ -124,7 +124,9 @@ def test_networks_are_warned_of_before_they_are_trained_and_not_after(curvature:
 
 
 def constant(loss: Any, net: nn.Module, targets: Tensor, shape: tuple[int, ...]) -> Any:
-    return constant_baseline(Task(net, loss), as_data((torch.randn(len(targets), *shape), targets)))
+    task = Task(net, loss)
+    data = as_data((torch.randn(len(targets), *shape), targets))
+    return constant_baseline(task, task.theta(), data)
 
 
 def test_the_loss_of_the_best_constant_is_entropy_or_half_the_variance() -> None:
@@ -134,7 +136,8 @@ def test_the_loss_of_the_best_constant_is_entropy_or_half_the_variance() -> None
     soft = nn.functional.one_hot(y, 2).double()
     net = nn.Linear(4, 2).double()
     X = torch.randn(200, 4, dtype=torch.float64)
-    found = constant_baseline(Task(net, CrossEntropy()), as_data((X, soft)))
+    task = Task(net, CrossEntropy())
+    found = constant_baseline(task, task.theta(), as_data((X, soft)))
     assert found is not None and found[1] == pytest.approx(entropy)
     expected = nn.functional.cross_entropy(net(X), soft)
     assert found[0] == pytest.approx(expected.item())

@@ -316,13 +316,13 @@ def test_the_error_of_a_subsample_is_the_spread_over_subsamples(which):
     whose own standard error is 5 %, and three of four means are within 1.5 errors of the truth.
     """
     task, (X, y) = many()
-    whole = uw.Diagonal(which).fit_blocks(task, as_data((X, y))).blocks
+    whole = uw.Diagonal(which).fit_blocks(task, as_data((X, y)), task.theta()).blocks
     truth = torch.tensor([float(b.eigenvalues.mean()) for b in whole])
     assert all(b.mean_error == 0 for b in whole)
     spec, means, errors = uw.Diagonal(which, examples=100), [], []
     for seed in range(60):
         order = torch.randperm(600, generator=torch.Generator().manual_seed(seed))
-        blocks = spec.fit_blocks(task, as_data((X[order], y[order]))).blocks
+        blocks = spec.fit_blocks(task, as_data((X[order], y[order])), task.theta()).blocks
         means.append([float(b.eigenvalues.mean()) for b in blocks])
         errors.append([b.mean_error for b in blocks])
     means, errors = torch.tensor(means), torch.tensor(errors)
@@ -344,14 +344,14 @@ def test_a_subsample_is_noted_and_its_error_reported():
 
 def test_a_subsample_is_those_examples():
     task, (X, y) = many()
-    part = uw.EKFAC(uw.Observed(), examples=7).fit(task, as_data((X, y))).dense()
+    part = uw.EKFAC(uw.Observed(), examples=7).fit(task, as_data((X, y)), task.theta()).dense()
     chosen = [0, 85, 171, 257, 342, 428, 514]
-    own = uw.EKFAC(uw.Observed()).fit(task, as_data((X[chosen], y[chosen]))).dense()
+    own = uw.EKFAC(uw.Observed()).fit(task, as_data((X[chosen], y[chosen])), task.theta()).dense()
     torch.testing.assert_close(part, own, rtol=1e-12, atol=1e-12)
-    more = uw.EKFAC(uw.Observed(), examples=1000).fit_blocks(task, as_data((X, y)))
+    more = uw.EKFAC(uw.Observed(), examples=1000).fit_blocks(task, as_data((X, y)), task.theta())
     assert not any("evenly spaced" in note for note in more.notes)
     with pytest.raises(DataError, match="examples=0"):
-        uw.EKFAC(examples=0).fit(task, as_data((X, y)))
+        uw.EKFAC(examples=0).fit(task, as_data((X, y)), task.theta())
 
 
 # -- refusals ---------------------------------------------------------------------------------

@@ -349,9 +349,9 @@ def test_blockwise_gives_each_block_the_first_that_matches():
     p = problem("mlp_tanh")
     which = uw.Observed()
     spec = uw.Blockwise((("0.*", uw.KFAC(which)), ("*", uw.Diagonal(which))))
-    first, second = spec.fit_blocks(p.task, as_data(p.train)).blocks
-    kfac, _ = uw.KFAC(which).fit_blocks(p.task, as_data(p.train)).blocks
-    _, diagonal = uw.Diagonal(which).fit_blocks(p.task, as_data(p.train)).blocks
+    first, second = spec.fit_blocks(p.task, as_data(p.train), p.task.theta()).blocks
+    kfac, _ = uw.KFAC(which).fit_blocks(p.task, as_data(p.train), p.task.theta()).blocks
+    _, diagonal = uw.Diagonal(which).fit_blocks(p.task, as_data(p.train), p.task.theta()).blocks
     assert torch.equal(first.eigenvalues, kfac.eigenvalues) and first.left is not None
     assert torch.equal(second.eigenvalues, diagonal.eigenvalues) and second.left is None
 
@@ -373,7 +373,7 @@ def test_blockwise_must_have_a_choice_for_every_block():
     p = problem("mlp_tanh")
     spec = uw.Blockwise((("0.*", uw.EKFAC()),))
     with pytest.raises(uw.errors.SpecError, match=r"none for 2\.weight among \['0\.\*'\]"):
-        spec.fit(p.task, as_data(p.train))
+        spec.fit(p.task, as_data(p.train), p.task.theta())
 
 
 def test_positions_are_those_of_the_model():
@@ -383,8 +383,10 @@ def test_positions_are_those_of_the_model():
 
     task = uw.Task(initialized(Pooled(), torch.Generator().manual_seed(0)), uw.CrossEntropy())
     rows = Ragged([1, 1, 3], 0)
-    made = plan(task, as_data(torch.utils.data.DataLoader(rows, 2, collate_fn=padded)))
-    with GradientPass(made) as passes:
+    made = plan(
+        task, task.theta(), as_data(torch.utils.data.DataLoader(rows, 2, collate_fn=padded))
+    )
+    with GradientPass(made, task.theta()) as passes:
         for picked, t in (([0, 1], 1), ([1, 2], 3)):
             parts = passes.of(
                 lambda p, b: task.loss(*task.call(p, b)), padded([rows[k] for k in picked]), 2
@@ -490,8 +492,9 @@ def test_layers_that_couple_examples_are_refused_by_name(norm):
 def test_a_number_of_examples_is_a_whole_number(examples):
     g, spec = torch.Generator().manual_seed(0), uw.EKFAC()
     object.__setattr__(spec, "examples", examples)  # past the suite's own check of types
+    task = uw.Task(network(g), uw.CrossEntropy())
     with pytest.raises(uw.errors.DataError, match=rf"examples={examples}"):
-        spec.fit(uw.Task(network(g), uw.CrossEntropy()), as_data(data(g)))
+        spec.fit(task, as_data(data(g)), task.theta())
 
 
 def test_inference_mode_is_refused_by_name():

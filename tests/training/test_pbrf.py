@@ -62,7 +62,9 @@ def test_small_weights_move_it_as_influence_says(name, moved):
     recipe = PBRF(damping, SGD(0.3), 600, p.n)
     theta = recipe.prepare(p.task, train)(w).theta
     found = (theta[: p.n] - theta[p.n :]) / (2 * h)
-    operator = uw.GGN().fit(p.task, train).dense() + damping * torch.eye(p.task.layout.size)
+    operator = uw.GGN().fit(p.task, train, p.task.theta()).dense() + damping * torch.eye(
+        p.task.layout.size
+    )
     expected = -torch.linalg.solve(operator, gradients(p.task, p.train).mT).mT / p.n
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 

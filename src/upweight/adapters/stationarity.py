@@ -57,11 +57,12 @@ def distance(task: Task, train: Data) -> tuple[float, float]:
     ones = theta.new_ones(1, len(train))
     gradient = weighted_objective(task, train)(theta[None], ones)[1][0]
     norm = float(gradient.norm())
-    hessian = Hessian().fit(task, train)
+    hessian = Hessian().fit(task, train, theta)
     if norm <= ROUNDING * float(hessian.mv(theta).norm()):
         return 0.0, norm
     chosen = torch.linspace(0, len(train) - 1, min(EXAMPLES, len(train))).round().long()
-    rows = gradient_source(task, train).rows(task.to_device(train.take(chosen)), len(chosen))
+    batch = task.to_device(train.take(chosen))
+    rows = gradient_source(task, theta, train).rows(batch, len(chosen))
     vectors = torch.cat([gradient[None], rows / len(train)])
     solver = Cholesky()
     solution = solver.solve(solver.init(hessian), vectors)
@@ -118,7 +119,7 @@ def require_minimum(task: Task, train: Data) -> None:
     gradient = weighted_objective(task, train)(theta[None], theta.new_ones(1, len(train)))[1][0]
     if not bool(gradient.any()):
         return
-    step = _newton_step(Hessian().fit(task, train).dense(), gradient)
+    step = _newton_step(Hessian().fit(task, train, theta).dense(), gradient)
     step = theta if step is None else step
     changes, slopes = [], []
     for _, _, batch in train.batches(batch_size(len(theta), 8)):

@@ -111,7 +111,7 @@ def examined(task: Task, data: Data | None) -> tuple[dict[str, Any], str]:
             "  with --train the model is tried on its data"
         )
         return facts, "\n".join(lines)
-    made = plan(task, data)
+    made = plan(task, task.theta(), data)
     losses = checked_losses(task, data, "training data")
     uses = tuple(layer_uses(made))
     facts |= {

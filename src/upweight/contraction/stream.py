@@ -1,7 +1,7 @@
 """The training set past all queries: one pass, a batch of scores at a time.
 
     for job in contractions(curvature, train, queries, measure, tolerance, memory):
-        with GradientPass(curvature.plan) as passes:
+        with GradientPass(curvature.plan, curvature.theta) as passes:
             job.block(passes, start, stop)      # Σₗ ⟨V_q, gᵢ⟩, [q, stop − start]
 
 There is more than one job only where the solved queries of all of them do not fit into memory; then
@@ -402,7 +402,7 @@ def _sample(
         curvature.cost.bytes_per_example,
         MOST_EXAMPLES,
     )
-    with GradientPass(curvature.plan) as passes:
+    with GradientPass(curvature.plan, curvature.theta) as passes:
         parts = [
             gradients(passes.of(training_loss(task), task.to_device(batch), stop - start))
             for start, stop, batch in data.batches(size)
@@ -445,7 +445,7 @@ def _measured_gradients(
     # what a checkpoint runs again in the backward pass must find the same.
     is_loss = isinstance(measure, Loss)
     chosen = training_loss(task) if is_loss else function
-    with GradientPass(curvature.plan) as passes:
+    with GradientPass(curvature.plan, curvature.theta) as passes:
         batches = queries.batches(size)
         for start, stop, batch in progress(batches, len(queries), "queries"):
             with nullcontext() if is_loss else sdpa_kernel(SDPBackend.MATH):

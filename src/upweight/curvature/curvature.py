@@ -21,12 +21,15 @@ from upweight.task.task import Task
 class Curvature(Protocol):
     """Which H, estimated how. Implementations are frozen specs without data."""
 
-    def fit(self, task: Task, data: Data, *, n: int | None = None) -> LinearOperator:
-        """H at θ̂ as an operator on flat vectors.
+    def fit(
+        self, task: Task, data: Data, theta: Float[Tensor, " p"], *, n: int | None = None
+    ) -> LinearOperator:
+        """H at θ as an operator on flat vectors.
 
         Args:
             task: What was trained.
             data: The examples to sum over.
+            theta: θ.
             n: What to divide the sum by; `len(data)` unless the data are what is left of a larger
                 training set whose objective keeps its 1/n (group removal sets this).
         """
@@ -34,10 +37,10 @@ class Curvature(Protocol):
 
 
 class BatchTerm(LinearOperator):
-    """A_b: the curvature *summed* over the examples of one batch. Symmetric by construction."""
+    """A_b: the curvature at θ *summed* over the examples of a batch. Symmetric by construction."""
 
-    def __init__(self, task: Task, tags: frozenset[Tag]) -> None:
-        self.task = task
+    def __init__(self, task: Task, theta: Float[Tensor, " p"], tags: frozenset[Tag]) -> None:
+        self.task, self.theta = task, theta
         self._tags = tags
 
     @property
@@ -98,14 +101,15 @@ class BatchTerms(Sequence[LinearOperator]):
 
 def mean_plus_penalty(
     task: Task,
+    theta: Float[Tensor, " p"],
     terms: Sequence[LinearOperator],
     n: int,
     tags: frozenset[Tag],
     notes: tuple[str, ...] = (),
 ) -> LinearOperator:
-    """(1/n) Σ_b A_b + ∇²R(θ̂), with notes of how it was made."""
+    """(1/n) Σ_b A_b + ∇²R(θ), with notes of how it was made."""
     mean = FiniteSum(terms, n, tags)
-    penalty = task.penalty.curvature(task.theta(), task.layout)
+    penalty = task.penalty.curvature(theta, task.layout)
     total = mean if penalty is None else mean + penalty
     if notes:
         object.__setattr__(total, "notes", notes)

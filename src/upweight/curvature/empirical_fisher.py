@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
@@ -23,22 +24,24 @@ from upweight.task.task import Task
 PSD = frozenset({Tag.SYMMETRIC, Tag.PSD})
 
 
-def outer_products(task: Task, how: Way, batch: Any, size: int) -> GaussNewtonTerm:
+def outer_products(
+    task: Task, theta: Float[Tensor, " p"], how: Way, batch: Any, size: int
+) -> GaussNewtonTerm:
     """Σᵢ gᵢ gᵢᵀ over one batch of `size` examples, with the gradients of its own targets."""
 
     def rows() -> Tensor:
         if how.plan is not None:
-            return planned_rows(how.plan, task.losses, batch, size)[:, None]
-        return value_gradients(task.losses, task.theta(), batch, size)[:, None]
+            return planned_rows(how.plan, theta, task.losses, batch, size)[:, None]
+        return value_gradients(task.losses, theta, batch, size)[:, None]
 
     return GaussNewtonTerm(
-        task, lambda t: task.losses(t, batch)[:, None], rows, None, PSD, how.products
+        task, theta, lambda t: task.losses(t, batch)[:, None], rows, None, PSD, how.products
     )
 
 
 @dataclass(frozen=True)
 class EmpiricalFisher:
-    """F̂ = (1/n) Σᵢ gᵢ gᵢᵀ + ∇²R(θ̂), with gᵢ = ∇ℓᵢ(θ̂) on the data's own targets.
+    """F̂ = (1/n) Σᵢ gᵢ gᵢᵀ + ∇²R(θ), with gᵢ = ∇ℓᵢ(θ) on the data's own targets.
 
     Positive semi-definite, of rank at most n before the penalty. Scales as c² when the loss is
     multiplied by c, where the Hessian scales as c.
@@ -48,13 +51,16 @@ class EmpiricalFisher:
     Exact when: the model's conditional distribution is the data's, in expectation.
     """
 
-    def fit(self, task: Task, data: Data, *, n: int | None = None) -> LinearOperator:
-        """F̂ at θ̂; see `Curvature.fit`."""
+    def fit(
+        self, task: Task, data: Data, theta: Float[Tensor, " p"], *, n: int | None = None
+    ) -> LinearOperator:
+        """F̂ at θ; see `Curvature.fit`."""
         size = batch_size(task.layout.size, task.layout.dtype.itemsize)
 
         def term_of(how: Way, places: range, batch: Batch) -> LinearOperator:
-            return outer_products(task, how, batch, len(places))
+            return outer_products(task, theta, how, batch, len(places))
 
-        how = way(task, data, 1, term_of)
+        how = way(task, theta, data, 1, term_of)
         terms = BatchTerms(task, data, size, partial(term_of, how))
-        return mean_plus_penalty(task, terms, len(data) if n is None else n, PSD, how.notes)
+        n = len(data) if n is None else n
+        return mean_plus_penalty(task, theta, terms, n, PSD, how.notes)

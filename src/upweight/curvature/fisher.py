@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from upweight._typing import Batch
@@ -19,7 +20,7 @@ from upweight.task.task import Task
 
 @dataclass(frozen=True)
 class Fisher:
-    """F ≈ (1/n) Σᵢ (1/s) Σₛ g(ŷₛ) g(ŷₛ)ᵀ + ∇²R(θ̂), with s labels ŷ ~ p(· | f(xᵢ)) per example.
+    """F ≈ (1/n) Σᵢ (1/s) Σₛ g(ŷₛ) g(ŷₛ)ᵀ + ∇²R(θ), with s labels ŷ ~ p(· | f(xᵢ)) per example.
 
     Unbiased for the Fisher information, which for exponential families in their natural parameter
     equals the GGN. The labels are those of `Sampled(samples, seed)`: the same for every product,
@@ -37,8 +38,10 @@ class Fisher:
     samples: int = 1
     seed: int = 0
 
-    def fit(self, task: Task, data: Data, *, n: int | None = None) -> LinearOperator:
-        """F at θ̂; see `Curvature.fit`.
+    def fit(
+        self, task: Task, data: Data, theta: Float[Tensor, " p"], *, n: int | None = None
+    ) -> LinearOperator:
+        """F at θ; see `Curvature.fit`.
 
         Raises:
             SpecError: Not at least one sample.
@@ -49,18 +52,27 @@ class Fisher:
 
         def term_of(how: Way, places: range, batch: Batch) -> LinearOperator:
             with torch.no_grad():
-                outputs, targets = task.outputs(task.theta(), batch)
+                outputs, targets = task.outputs(theta, batch)
             heads = labels.heads(task.loss, outputs, targets, places.start, 0)
-            first, *others = [_relabeled(task, how, batch, len(places), *head) for head in heads]
+            first, *others = [
+                _relabeled(task, theta, how, batch, len(places), *head) for head in heads
+            ]
             return (1.0 / self.samples) * sum(others, start=first)
 
-        how = way(task, data, 1, term_of)
+        how = way(task, theta, data, 1, term_of)
         terms = BatchTerms(task, data, size, partial(term_of, how))
-        return mean_plus_penalty(task, terms, len(data) if n is None else n, PSD, how.notes)
+        n = len(data) if n is None else n
+        return mean_plus_penalty(task, theta, terms, n, PSD, how.notes)
 
 
 def _relabeled(
-    task: Task, how: Way, batch: Batch, size: int, head: Any, extra: Tensor
+    task: Task,
+    theta: Float[Tensor, " p"],
+    how: Way,
+    batch: Batch,
+    size: int,
+    head: Any,
+    extra: Tensor,
 ) -> LinearOperator:
     """Σᵢ gᵢ gᵢᵀ of the values of a head."""
 
@@ -72,4 +84,4 @@ def _relabeled(
         return head(f, None, drawn)  # type: ignore[no-any-return]
 
     relabeled = Task(task.model, loss, task.penalty, task.params, forward=forward)
-    return outer_products(relabeled, how, (batch, extra), size)
+    return outer_products(relabeled, theta, how, (batch, extra), size)

@@ -57,6 +57,7 @@ class GaussNewtonTerm(BatchTerm):
 
     Args:
         task: What was trained.
+        theta: θ.
         function: θ ↦ F(θ), `[p] -> [b, c]`; θ flat or by name.
         jacobians: () ↦ J, `[b, c, p]`; called to write the matrix out, or where the way is that.
         lambdas: Λ, or None for the identity.
@@ -67,13 +68,14 @@ class GaussNewtonTerm(BatchTerm):
     def __init__(
         self,
         task: Task,
+        theta: Float[Tensor, " p"],
         function: Callable[..., Float[Tensor, "b c"]],
         jacobians: Callable[[], Float[Tensor, "b c p"]],
         lambdas: Float[Tensor, "b c c"] | None,
         tags: frozenset[Tag],
         products: Literal["func", "autograd", "jacobians"] = "func",
     ) -> None:
-        super().__init__(task, tags)
+        super().__init__(task, theta, tags)
         self.function, self.jacobians, self.lambdas = function, jacobians, lambdas
         self.products = products
 
@@ -83,7 +85,7 @@ class GaussNewtonTerm(BatchTerm):
             return v.clone()
         flat = v.reshape(-1, v.shape[-1])
         if self.products == "autograd":
-            rows = gauss_newton_products(self.task, self.function, self.lambdas, flat)
+            rows = gauss_newton_products(self.task, self.theta, self.function, self.lambdas, flat)
         elif self.products == "jacobians":
             j, weighted = self._factors()
             rows = torch.einsum("bcp,kbc->kp", j, torch.einsum("bcp,kp->kbc", weighted, flat))
@@ -92,7 +94,7 @@ class GaussNewtonTerm(BatchTerm):
         return rows.reshape(v.shape)
 
     def _by_func(self, flat: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
-        values, pullback = torch.func.vjp(self.function, self.task.theta())  # type: ignore[misc]
+        values, pullback = torch.func.vjp(self.function, self.theta)  # type: ignore[misc]
         # u ↦ Jᵀu is linear, so its own pullback at v is J v. Unlike forward mode this needs only
         # operations that have a backward pass (fused encoder layers have no forward mode), and the
         # forward pass is shared by all vectors.
@@ -122,6 +124,7 @@ class GaussNewtonTerm(BatchTerm):
 
 def way(
     task: Task,
+    theta: Float[Tensor, " p"],
     data: Data,
     outputs: int,
     make: Callable[[Way, range, Batch], LinearOperator],
@@ -130,6 +133,7 @@ def way(
 
     Args:
         task: What was trained.
+        theta: θ.
         data: Its examples.
         outputs: c.
         make: The term of a batch, in a given way.
@@ -147,7 +151,7 @@ def way(
     values = outputs * (task.layout.size + outputs)
     count = min(PROBE, batch_size(values, task.layout.dtype.itemsize))
     for places, batch in few(task, data, count):
-        chosen = _compared(task, data, chosen, v, outputs, places, _on(make, places, batch))
+        chosen = _compared(task, theta, data, chosen, v, outputs, places, _on(make, places, batch))
     return chosen
 
 
@@ -159,6 +163,7 @@ def _on(
 
 def _compared(
     task: Task,
+    theta: Float[Tensor, " p"],
     data: Data,
     chosen: Way,
     v: Float[Tensor, "2 p"],
@@ -174,7 +179,7 @@ def _compared(
     made, products, notes = chosen.plan, chosen.products, list(chosen.notes)
 
     def planned() -> Plan:
-        return made if made is not None else plan(task, data)
+        return made if made is not None else plan(task, theta, data)
 
     # Jacobians need first derivatives only, which makes them the judge; where they are too large to
     # be formed for a few examples nobody will ask for them.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
@@ -20,7 +21,7 @@ from upweight.task.task import Task
 
 @dataclass(frozen=True)
 class GGN:
-    """G = (1/n) Σᵢ Jᵢᵀ Λᵢ Jᵢ + ∇²R(θ̂), with J = ∂f/∂θ and Λ = ∂²ℓ/∂f².
+    """G = (1/n) Σᵢ Jᵢᵀ Λᵢ Jᵢ + ∇²R(θ), with J = ∂f/∂θ and Λ = ∂²ℓ/∂f².
 
     The Hessian without the term in ∂²f/∂θ²; positive semi-definite whenever the loss is convex in
     f, at any θ. Schraudolph (2002); for the losses of an exponential family in its natural
@@ -33,32 +34,35 @@ class GGN:
     Exact when: f is linear in θ, where it equals the Hessian.
     """
 
-    def fit(self, task: Task, data: Data, *, n: int | None = None) -> LinearOperator:
-        """G at θ̂; see `Curvature.fit`.
+    def fit(
+        self, task: Task, data: Data, theta: Float[Tensor, " p"], *, n: int | None = None
+    ) -> LinearOperator:
+        """G at θ; see `Curvature.fit`.
 
         Raises:
             UnsupportedModel: The loss has no second derivative, or the model no first one.
         """
         n = len(data) if n is None else n
         probe = task.to_device(data.batch(0, data.together(min(4, len(data)))))
-        form = linear_form(task, probe)
+        form = linear_form(task, theta, probe)
         if form is not None:
-            term = linear_term(task, form, data)
-            return mean_plus_penalty(task, (term,), n, term.tags)
-        outputs, _ = task.outputs(task.theta(), probe)
+            term = linear_term(task, theta, form, data)
+            return mean_plus_penalty(task, theta, (term,), n, term.tags)
+        outputs, _ = task.outputs(theta, probe)
         tags = frozenset({Tag.SYMMETRIC, Tag.PSD} if task.loss.convex else {Tag.SYMMETRIC})
 
         def term_of(how: Way, places: range, batch: Batch) -> GaussNewtonTerm:
             with torch.no_grad():
-                f, targets = task.outputs(task.theta(), batch)
+                f, targets = task.outputs(theta, batch)
 
             def jacobians() -> Tensor:
                 if how.plan is not None:
-                    return planned_jacobians(how.plan, batch, len(places))
-                return output_jacobians(task, task.theta(), batch, len(places))
+                    return planned_jacobians(how.plan, theta, batch, len(places))
+                return output_jacobians(task, theta, batch, len(places))
 
             return GaussNewtonTerm(
                 task,
+                theta,
                 lambda t: task.outputs(t, batch)[0].reshape(len(f), -1),
                 jacobians,
                 task.output_hessian(f, targets),
@@ -68,6 +72,6 @@ class GGN:
 
         width = outputs[0].numel()
         size = batch_size(width * (task.layout.size + width), task.layout.dtype.itemsize)
-        how = way(task, data, width, term_of)
+        how = way(task, theta, data, width, term_of)
         terms = BatchTerms(task, data, size, partial(term_of, how))
-        return mean_plus_penalty(task, terms, n, tags, how.notes)
+        return mean_plus_penalty(task, theta, terms, n, tags, how.notes)

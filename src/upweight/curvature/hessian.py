@@ -36,24 +36,27 @@ from upweight.task.task import Task
 
 
 class HessianTerm(BatchTerm):
-    """Σᵢ ∇²ℓᵢ(θ̂) over one batch, applied by reverse mode over reverse mode.
+    """Σᵢ ∇²ℓᵢ(θ) over one batch, applied by reverse mode over reverse mode.
 
     A Hessian is symmetric, so the pullback of v through ∇ℓ is H v; unlike forward over reverse this
     needs only operations that have a backward pass.
     """
 
-    def __init__(self, task: Task, batch: Batch, by_func: bool = True) -> None:
-        super().__init__(task, frozenset({Tag.SYMMETRIC}))
+    def __init__(
+        self, task: Task, theta: Float[Tensor, " p"], batch: Batch, by_func: bool = True
+    ) -> None:
+        super().__init__(task, theta, frozenset({Tag.SYMMETRIC}))
         self.batch, self.by_func = batch, by_func
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
         if not self.by_func and v.numel() > 0:
             rows = v.reshape(-1, v.shape[-1])
-            found = hessian_products(self.task, lambda p: self.task.losses(p, self.batch), rows)
+            losses = partial(self.task.losses, batch=self.batch)
+            found = hessian_products(self.task, self.theta, losses, rows)
             return found.reshape(v.shape)
         gradient = torch.func.grad(lambda t: self.task.losses(t, self.batch).sum())
-        pullback = torch.func.vjp(gradient, self.task.theta())[1]
+        pullback = torch.func.vjp(gradient, self.theta)[1]
         if v.numel() == 0:  # vmap needs at least one vector
             return v.clone()
         flat = v.reshape(-1, v.shape[-1])
@@ -63,7 +66,7 @@ class HessianTerm(BatchTerm):
 
 @dataclass(frozen=True)
 class Hessian:
-    """H = (1/n) Σᵢ ∇²ℓᵢ(θ̂) + ∇²R(θ̂), exact.
+    """H = (1/n) Σᵢ ∇²ℓᵢ(θ) + ∇²R(θ), exact.
 
     Symmetric; positive definite at a strict minimum, usually indefinite elsewhere. A model that is
     one linear map of fixed features (softmax, logistic, Poisson, linear regression, or a last
@@ -76,22 +79,29 @@ class Hessian:
     Exact when: always. Koh & Liang (2017), §2.
     """
 
-    def fit(self, task: Task, data: Data, *, n: int | None = None) -> LinearOperator:
-        """∇²J at θ̂; see `Curvature.fit`.
+    def fit(
+        self, task: Task, data: Data, theta: Float[Tensor, " p"], *, n: int | None = None
+    ) -> LinearOperator:
+        """∇²J at θ; see `Curvature.fit`.
 
         Raises:
             UnsupportedModel: An operation has no second derivative; or the model's gradients are
                 those of no function, so that there is no Hessian.
         """
         n = len(data) if n is None else n
-        form = linear_form(task, task.to_device(data.batch(0, data.together(min(4, len(data))))))
+        probe = task.to_device(data.batch(0, data.together(min(4, len(data)))))
+        form = linear_form(task, theta, probe)
         if form is not None:
-            term = linear_term(task, form, data)
-            return mean_plus_penalty(task, (term,), n, term.tags)
+            term = linear_term(task, theta, form, data)
+            return mean_plus_penalty(task, theta, (term,), n, term.tags)
         size = batch_size(task.layout.size, task.layout.dtype.itemsize)
-        by_func, notes = _way(task, data)
-        terms = BatchTerms(task, data, size, lambda _, batch: HessianTerm(task, batch, by_func))
-        return mean_plus_penalty(task, terms, n, frozenset({Tag.SYMMETRIC}), notes)
+        by_func, notes = _way(task, theta, data)
+
+        def term_of(_: range, batch: Batch) -> HessianTerm:
+            return HessianTerm(task, theta, batch, by_func)
+
+        terms = BatchTerms(task, data, size, term_of)
+        return mean_plus_penalty(task, theta, terms, n, frozenset({Tag.SYMMETRIC}), notes)
 
 
 _FIRST_ORDER = (
@@ -101,7 +111,7 @@ _FIRST_ORDER = (
 )
 
 
-def _way(task: Task, data: Data) -> tuple[bool, tuple[str, ...]]:
+def _way(task: Task, theta: Float[Tensor, " p"], data: Data) -> tuple[bool, tuple[str, ...]]:
     """Whether `torch.func` takes the products, and a note if it does not.
 
     Raises:
@@ -112,7 +122,7 @@ def _way(task: Task, data: Data) -> tuple[bool, tuple[str, ...]]:
     v = v.to(task.layout.device, task.layout.dtype)
     why = None
     for _, batch in few(task, data):
-        ways = [HessianTerm(task, batch, by_func) for by_func in (True, False)]
+        ways = [HessianTerm(task, theta, batch, by_func) for by_func in (True, False)]
         fast, refused = attempted(partial(ways[0].mv, v))
         plain, missing = attempted(partial(ways[1].mv, v))
         if plain is None:
@@ -123,12 +133,12 @@ def _way(task: Task, data: Data) -> tuple[bool, tuple[str, ...]]:
                 raise missing
             # If it is the loss, the way out is another.
             with torch.no_grad():
-                outputs, targets = task.outputs(task.theta(), batch)
+                outputs, targets = task.outputs(theta, batch)
             task.loss.hessian(outputs, targets)
             raise UnsupportedModel(
                 no_second_derivative(f"PyTorch says: {first_line(missing)}", _FIRST_ORDER)
             ) from missing
-        if is_cut(task, partial(task.losses, batch=batch)):
+        if is_cut(task, theta, partial(task.losses, batch=batch)):
             raise UnsupportedModel(
                 no_second_derivative("A function is marked once_differentiable.", _FIRST_ORDER)
             )

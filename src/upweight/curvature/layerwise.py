@@ -24,11 +24,11 @@ from upweight.curvature.estimators import Estimator
 from upweight.curvature.kept import Kept, Parts
 from upweight.curvature.labels import Head, Labels
 from upweight.errors import DataError, listed, message
+from upweight.gradients import planning
 from upweight.gradients.blocks import Block, MatrixBlock, Plan
 from upweight.gradients.cost import Cost, cost
 from upweight.gradients.factored import Factors
 from upweight.gradients.passes import GradientPass
-from upweight.gradients.planning import plan
 from upweight.linalg.blockdiag import BlockDiagonal
 from upweight.linalg.damping import Damping
 from upweight.linalg.eigen import Eigen
@@ -97,6 +97,7 @@ class BlockCurvature:
 
     Args:
         plan: How gradients are obtained, block by block.
+        theta: θ, where they were taken.
         cost: What an example costs.
         blocks: One per block of the plan, in its order.
         notes: What was approximated on the way.
@@ -104,6 +105,7 @@ class BlockCurvature:
     """
 
     plan: Plan
+    theta: Float[Tensor, " p"]
     cost: Cost
     blocks: tuple[FittedBlock, ...]
     notes: tuple[str, ...] = ()
@@ -145,26 +147,31 @@ class LayerwiseCurvature(abc.ABC):
         """How many training examples to learn from; None: all of them."""
         return None
 
-    def fit(self, task: Task, data: Data, *, n: int | None = None) -> LinearOperator:
-        """H at θ̂ on flat vectors; see `Curvature.fit`."""
-        return self.fit_blocks(task, data, n=n).operator()
+    def fit(
+        self, task: Task, data: Data, theta: Float[Tensor, " p"], *, n: int | None = None
+    ) -> LinearOperator:
+        """H at θ on flat vectors; see `Curvature.fit`."""
+        return self.fit_blocks(task, data, theta, n=n).operator()
 
     def fit_blocks(
         self,
         task: Task,
         data: Data,
+        theta: Float[Tensor, " p"],
         *,
         n: int | None = None,
         damping: Damping | None = None,
         memory_bytes: int | None = None,
         checkpoint: Checkpoint | None = None,
         watch: Callable[[int, int, Batch, Tensor, Any], None] | None = None,
+        plan: Plan | None = None,
     ) -> BlockCurvature:
-        """H at θ̂, block by block.
+        """H at θ, block by block.
 
         Args:
             task: What was trained.
             data: The training data.
+            theta: θ.
             n: What sums are divided by; see `Curvature.fit`.
             damping: What the inverse will be damped with, where that is known: products whose
                 rounding it drowns, by measurement, are taken in bfloat16.
@@ -173,6 +180,7 @@ class LayerwiseCurvature(abc.ABC):
             checkpoint: Where to keep the sums while they grow, and to go on from.
             watch: Called with (start, stop, batch, outputs, targets) of every batch of the first
                 pass, before anything is made of them.
+            plan: That of an earlier fit of the same task at another θ; None: made here.
 
         Raises:
             UnsupportedModel: The labels cannot be drawn, or a gradient cannot be had.
@@ -182,8 +190,8 @@ class LayerwiseCurvature(abc.ABC):
         (K-FAC one, EK-FAC two) and per label, and their products. Where gradients can be kept, the
         second pass has no forward pass, and with labels that are not drawn no backward pass.
         """
-        made = plan(task, data)
-        spent = cost(made, data)
+        made = planning.plan(task, theta, data) if plan is None else plan
+        spent = cost(made, theta, data)
         seen, notes = self._seen(data)
         estimators = [
             self.estimator(block, made.dtype, task.layout.device) for block in made.blocks
@@ -202,20 +210,30 @@ class LayerwiseCurvature(abc.ABC):
             kept.clear()
         is_part = len(seen) < len(data)
         passes = _Passes(
-            made, self.which, seen, is_part, estimators, spread, kept, place, checkpoint, watch
+            made,
+            theta,
+            self.which,
+            seen,
+            is_part,
+            estimators,
+            spread,
+            kept,
+            place,
+            checkpoint,
+            watch,
         )
         seconds = passes.run()
         size = len(seen) if n is None else len(seen) * n / len(data)
         count = size * self.which.per_example
         eigens = [estimator.result(count) for estimator in estimators]
-        eigens, penalty_notes = _with_penalty(made, eigens)
+        eigens, penalty_notes = _with_penalty(made, theta, eigens)
         errors = spread.relative_errors(len(data))
         blocks = tuple(
             FittedBlock(block, eigen, mean_error=error)
             for block, eigen, error in zip(made.blocks, eigens, errors, strict=True)
         )
         every = (*made.notes, *notes, *_rounding_notes(estimators), *penalty_notes)
-        return BlockCurvature(made, spent, blocks, every, seconds)
+        return BlockCurvature(made, theta, spent, blocks, every, seconds)
 
     def _seen(self, data: Data) -> tuple[Data, tuple[str, ...]]:
         """The examples to learn from, evenly spaced, and a note if they are not all."""
@@ -258,6 +276,7 @@ class _Passes:
 
     Args:
         plan: How gradients are obtained.
+        theta: θ, where they are taken.
         labels: Whose labels they are taken with.
         data: The examples to learn from.
         is_part: Whether there are others.
@@ -269,6 +288,7 @@ class _Passes:
     """
 
     plan: Plan
+    theta: Float[Tensor, " p"]
     labels: Labels
     data: Data
     is_part: bool
@@ -292,7 +312,7 @@ class _Passes:
     def _pass(self, stage: int, what: str) -> None:
         learning = {k: e for k, e in enumerate(self.estimators) if stage < e.passes}
         first, size = self.place.example, self.place.batch
-        with GradientPass(self.plan) as passes:
+        with GradientPass(self.plan, self.theta) as passes:
             ranges = _ranges(first, len(self.data), size)
             for start, stop, _ in progress(ranges, len(self.data), what, first):
                 for parts in self._learned_from(passes, stage, start, stop):
@@ -415,10 +435,12 @@ class _Spread:
         return errors
 
 
-def _with_penalty(made: Plan, eigens: list[Eigen]) -> tuple[list[Eigen], tuple[str, ...]]:
+def _with_penalty(
+    made: Plan, theta: Float[Tensor, " p"], eigens: list[Eigen]
+) -> tuple[list[Eigen], tuple[str, ...]]:
     """Λₗ + the penalty's curvature on the block, in the block's basis."""
     task = made.task
-    penalty: Any = task.penalty.curvature(task.theta(), task.layout)
+    penalty: Any = task.penalty.curvature(theta, task.layout)
     if penalty is None:
         return eigens, ()
     diagonal = penalty.diagonal()

@@ -33,12 +33,13 @@ class LinearTerm(BatchTerm):
     def __init__(
         self,
         task: Task,
+        theta: Float[Tensor, " p"],
         form: LinearForm,
         z: Float[Tensor, "n i"],
         lambdas: Float[Tensor, "n c c"],
     ) -> None:
         tags = {Tag.SYMMETRIC, Tag.PSD} if task.loss.convex else {Tag.SYMMETRIC}
-        super().__init__(task, frozenset(tags))
+        super().__init__(task, theta, frozenset(tags))
         self.form, self.z, self.lambdas = form, z, lambdas
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
@@ -138,8 +139,8 @@ class LinearTerm(BatchTerm):
             out[row, biases] += grams[:, inputs, inputs]
 
 
-def linear_term(task: Task, form: LinearForm, data: Data) -> LinearTerm:
-    """The term of all examples, from one forward pass over them.
+def linear_term(task: Task, theta: Float[Tensor, " p"], form: LinearForm, data: Data) -> LinearTerm:
+    """The term of all examples at θ, from one forward pass over them.
 
     Raises:
         SpecError: n·(i + c²) numbers do not fit into memory.
@@ -151,7 +152,6 @@ def linear_term(task: Task, form: LinearForm, data: Data) -> LinearTerm:
         task.layout.device,
         "use curvature=EKFAC(), which keeps no outputs of single examples.",
     )
-    theta = task.theta()
     z, lambdas = [], []
     for _, _, batch in data.batches(batch_size(form.width + form.outputs**2, 8)):
         batch = task.to_device(batch)
@@ -159,4 +159,4 @@ def linear_term(task: Task, form: LinearForm, data: Data) -> LinearTerm:
             outputs, targets = task.outputs(theta, batch)
         z.append(form.features(task, batch))
         lambdas.append(task.output_hessian(outputs, targets))
-    return LinearTerm(task, form, torch.cat(z), torch.cat(lambdas))
+    return LinearTerm(task, theta, form, torch.cat(z), torch.cat(lambdas))

@@ -79,8 +79,7 @@ class Newton:
         here = self._approach(objective, ones, task.theta())
         taken = 0
         while True:
-            there = task if torch.equal(here, task.theta()) else task.moved_to(here)
-            trainer = NewtonTrainer(self, objective, here, _factor(there, train))
+            trainer = NewtonTrainer(self, objective, here, _factor(task, train, here))
             center = trainer.minima(ones, min(RENEWAL, self.max_steps - taken))
             taken += center.steps
             here = center.theta[0]
@@ -153,12 +152,12 @@ class NewtonTrainer:
         return whole.mT.to(vectors.dtype)
 
 
-def _factor(task: Task, train: Data) -> Float[Tensor, "p p"]:
-    """L with L Lᵀ = H at the task's parameters, or the solver's own error."""
+def _factor(task: Task, train: Data, theta: Float[Tensor, " p"]) -> Float[Tensor, "p p"]:
+    """L with L Lᵀ = H at θ, or the solver's own error."""
     solver = Cholesky()
-    state = solver.init(Hessian().fit(task, train))
+    state = solver.init(Hessian().fit(task, train, theta))
     if state.factor is None:
-        solver.solve(state, task.theta()).throw()
+        solver.solve(state, theta).throw()
     assert state.factor is not None
     return state.factor
 

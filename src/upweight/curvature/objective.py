@@ -136,7 +136,8 @@ class LinearObjective(WeightedObjective):
 
 def weighted_objective(task: Task, data: Data) -> WeightedObjective:
     """J of this task on these data: by matrix products where the model is linear in θ."""
-    form = linear_form(task, task.to_device(data.batch(0, data.together(min(4, len(data))))))
+    probe = task.to_device(data.batch(0, data.together(min(4, len(data)))))
+    form = linear_form(task, task.theta(), probe)
     if form is None:
         batches = tuple(
             (range(start, stop), task.to_device(batch))

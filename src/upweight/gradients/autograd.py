@@ -66,14 +66,17 @@ def first_line(error: Exception | None) -> str:
 
 
 def hessian_products(
-    task: Task, function: Callable[[Params], Tensor], v: Float[Tensor, "k p"]
+    task: Task,
+    theta: Float[Tensor, " p"],
+    function: Callable[[Params], Tensor],
+    v: Float[Tensor, "k p"],
 ) -> Float[Tensor, "k p"]:
-    """∇²F v for each vector, F the sum of what the function returns.
+    """∇²F v at θ for each vector, F the sum of what the function returns.
 
     Raises:
         RuntimeError: PyTorch's own, where an operation has no second derivative.
     """
-    params = _leaves(task)
+    params = _leaves(task, theta)
     with torch.enable_grad():
         total = function(params).sum()
         gradient = _pulled_back(task, params, total, None, create_graph=True)
@@ -82,9 +85,9 @@ def hessian_products(
     return torch.stack([_pulled_back(task, params, gradient, row) for row in v])
 
 
-def is_cut(task: Task, function: Callable[[Params], Tensor]) -> bool:
-    """Whether ∇F lacks a part of its graph, as `lacks_graph` tells."""
-    params = _leaves(task)
+def is_cut(task: Task, theta: Float[Tensor, " p"], function: Callable[[Params], Tensor]) -> bool:
+    """Whether ∇F at θ lacks a part of its graph, as `lacks_graph` tells."""
+    params = _leaves(task, theta)
     with torch.enable_grad():
         total = function(params).sum()
         gradient = _pulled_back(task, params, total, None, create_graph=True)
@@ -111,16 +114,17 @@ def lacks_graph(gradient: Tensor) -> bool:
 
 def gauss_newton_products(
     task: Task,
+    theta: Float[Tensor, " p"],
     function: Callable[[Params], Float[Tensor, "b c"]],
     lambdas: Float[Tensor, "b c c"] | None,
     v: Float[Tensor, "k p"],
 ) -> Float[Tensor, "k p"]:
-    """Σᵢ Jᵢᵀ Λᵢ Jᵢ v for each vector, J = ∂F/∂θ.
+    """Σᵢ Jᵢᵀ Λᵢ Jᵢ v for each vector, J = ∂F/∂θ at θ.
 
     Raises:
         RuntimeError: As for `hessian_products`.
     """
-    params = _leaves(task)
+    params = _leaves(task, theta)
     with torch.enable_grad():
         values = function(params)
         u = torch.zeros_like(values, requires_grad=True)
@@ -137,19 +141,18 @@ def gauss_newton_products(
 
 
 def total_gradient(
-    task: Task, function: Callable[[Params], Tensor], theta: Float[Tensor, " p"] | None = None
+    task: Task, theta: Float[Tensor, " p"], function: Callable[[Params], Tensor]
 ) -> Float[Tensor, " p"]:
-    """∇F at θ, or at θ̂; F the sum of what the function returns."""
+    """∇F at θ; F the sum of what the function returns."""
     params = _leaves(task, theta)
     with torch.enable_grad():
         total = function(params).sum()
     return _pulled_back(task, params, total, None)
 
 
-def _leaves(task: Task, theta: Float[Tensor, " p"] | None = None) -> dict[str, Tensor]:
+def _leaves(task: Task, theta: Float[Tensor, " p"]) -> dict[str, Tensor]:
     # One leaf per parameter: a sparse gradient cannot go back through a slice of θ.
-    named = task.named(task.theta() if theta is None else theta)
-    return {k: v.clone().requires_grad_() for k, v in named.items()}
+    return {k: v.clone().requires_grad_() for k, v in task.named(theta).items()}
 
 
 def _pulled_back(
@@ -161,7 +164,7 @@ def _pulled_back(
 ) -> Float[Tensor, " p"]:
     """∂⟨cotangents, values⟩/∂θ as one flat vector; the graph is kept."""
     if not values.requires_grad:
-        return torch.zeros_like(task.theta())
+        return task.layout.flatten({k: torch.zeros_like(p) for k, p in params.items()})
 
     def gradients() -> tuple[Any, ...]:
         return torch.autograd.grad(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch, Params
@@ -31,16 +32,18 @@ class Cost:
     factor_bytes: int = 0
 
 
-def cost(plan: Plan, data: Data) -> Cost:
-    """Run a few examples and count."""
-    few, positions, factors = _held(plan, data, SIZES[0])
+def cost(plan: Plan, theta: Float[Tensor, " p"], data: Data) -> Cost:
+    """Run a few examples at θ and count."""
+    few, positions, factors = _held(plan, theta, data, SIZES[0])
     if data.together(SIZES[1]) == 1:
         return Cost(max(1, few), positions, factors)
-    more, _, _ = _held(plan, data, SIZES[1])
+    more, _, _ = _held(plan, theta, data, SIZES[1])
     return Cost(max(1, (more - few) // (SIZES[1] - SIZES[0])), positions, factors // SIZES[0])
 
 
-def _held(plan: Plan, data: Data, size: int) -> tuple[int, tuple[int, ...], int]:
+def _held(
+    plan: Plan, theta: Float[Tensor, " p"], data: Data, size: int
+) -> tuple[int, tuple[int, ...], int]:
     held: dict[int, int] = {}
 
     def keep(x: Tensor) -> Any:
@@ -60,7 +63,7 @@ def _held(plan: Plan, data: Data, size: int) -> tuple[int, tuple[int, ...], int]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             return task.loss(*task.call(params, examples))
 
-    with GradientPass(plan) as passes:
+    with GradientPass(plan, theta) as passes:
         factors = passes.of(losses, batch, size)
     own = sum(x.nbytes for part in factors for x in part.tensors)
     full = 0  # with the one-hot factors of lookups, which some uses form

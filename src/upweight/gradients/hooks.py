@@ -1,6 +1,6 @@
 """What each layer saw and what came back: its inputs a and δ = ∂Σℓ/∂(its output).
 
-    with Capture(task, {"body.0": ("weight", "bias"), "head": ("weight",)}) as capture:
+    with Capture(task, theta, {"body.0": ("weight", "bias"), "head": ("weight",)}) as capture:
         outputs, targets = capture.forward(batch)
         calls = capture.backward(outputs, cotangents)      # one `Call` per layer and use, in order
 
@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -72,6 +73,7 @@ class Capture:
 
     Args:
         task: Whose model.
+        theta: θ, which it computes with.
         layers: Names of the layers to watch, as in `model.named_modules()`, and which of their
             parameters the calls of each account for.
         repeated: Watched layers whose output is the same for every example (embedded positions):
@@ -87,6 +89,7 @@ class Capture:
     def __init__(
         self,
         task: Task,
+        theta: Float[Tensor, " p"],
         layers: Mapping[str, Sequence[str]],
         repeated: Mapping[str, bool] | None = None,
     ) -> None:
@@ -96,7 +99,7 @@ class Capture:
         self._repeated = dict(repeated or {})
         names = _accounted(task, self.layers)
         self.params = {
-            k: v.detach().requires_grad_(k in names) for k, v in task.named(task.theta()).items()
+            k: v.detach().requires_grad_(k in names) for k, v in task.named(theta).items()
         }
         """θ by name: leaves where layers account for them, constants elsewhere."""
         self._size = 0
@@ -261,7 +264,7 @@ def inside(task: Task, params: Params, function: Callable[[], _T]) -> _T:
     """function(), with θ in the model as `Task.call` puts it there.
 
     For backward passes: a checkpoint runs its layers again in them, and must find the same tensors
-    that need gradients as in the forward pass.
+    that need gradients as in the forward pass. And for rules of layers that read their parameters.
     """
     names = {id(p): name for name, p in task.model.named_parameters()}
     with lent(task.model):

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from upweight._typing import Batch
+from upweight._typing import Batch, Params
 from upweight.task.batches import tensors
 from upweight.task.task import Task
 
@@ -45,9 +45,9 @@ class LinearForm:
         return (self.inputs if self.weight else 0) + (1 if self.bias else 0)
 
     def features(self, task: Task, batch: Batch) -> Float[Tensor, "b i"]:
-        """z(x) of a batch, extended by the 1."""
+        """z(x) of a batch, extended by the 1. It is the same at every θ."""
         with torch.no_grad():
-            captured, _, _ = _run(task, batch, self.module, replacement=None)
+            captured, _, _ = _run(task, {}, batch, self.module, replacement=None)
         z = captured.reshape(len(captured), -1)
         one = z.new_ones(len(z), 1)
         parts = ([z] if self.weight else []) + ([one] if self.bias else [])
@@ -75,7 +75,7 @@ class LinearForm:
         return torch.cat([weight, matrix[..., -1]], dim=-1)
 
 
-def linear_form(task: Task, probe: Batch) -> LinearForm | None:
+def linear_form(task: Task, theta: Float[Tensor, " p"], probe: Batch) -> LinearForm | None:
     """The linear form of the task's model, or None if it has none.
 
     All chosen parameters must belong to one `nn.Linear` that runs once per forward pass, whose
@@ -93,7 +93,7 @@ def linear_form(task: Task, probe: Batch) -> LinearForm | None:
     weight = f"{prefix}weight" if f"{prefix}weight" in layout.names else None
     bias = f"{prefix}bias" if f"{prefix}bias" in layout.names else None
     form = LinearForm(name, weight, bias, linear.in_features, linear.out_features)
-    size = len(task.losses(task.theta(), probe))
+    size = len(task.losses(theta, probe))
     generator = torch.Generator(device=layout.device).manual_seed(0)
     offset: Tensor | float = 0.0
     for scale in (0.0, 1.0, 1e3):
@@ -102,8 +102,9 @@ def linear_form(task: Task, probe: Batch) -> LinearForm | None:
         ).normal_(generator=generator)
         try:
             # What is added must be the same at another θ, even where no gradient tells.
-            theta = task.theta() if scale > 0 else 2 * task.theta() + 1
-            captured, outputs, targets = _run(task, probe, name, random, theta)
+            at = theta if scale > 0 else 2 * theta + 1
+            params = {k: v.detach().requires_grad_() for k, v in layout.unflatten(at).items()}
+            captured, outputs, targets = _run(task, params, probe, name, random)
         except (RuntimeError, LookupError):
             return None
         constant = not any(x.requires_grad for x in tensors((captured, outputs, targets)))
@@ -141,11 +142,7 @@ def _owner(task: Task) -> tuple[str, nn.Linear] | None:
 
 
 def _run(
-    task: Task,
-    batch: Batch,
-    module: str,
-    replacement: Tensor | None,
-    theta: Float[Tensor, " p"] | None = None,
+    task: Task, params: Params, batch: Batch, module: str, replacement: Tensor | None
 ) -> tuple[Tensor, Tensor, Any]:
     """One forward pass: the linear map's input, the model's output and the targets.
 
@@ -160,8 +157,6 @@ def _run(
         seen.append(inputs[0])
         return output if replacement is None else replacement.reshape_as(output)
 
-    theta = task.theta() if theta is None else theta
-    params = {k: v.requires_grad_() for k, v in task.layout.unflatten(theta).items()}
     handle = task.model.get_submodule(module).register_forward_hook(hook)
     try:
         outputs, targets = task.outputs(params, batch)

@@ -1,6 +1,6 @@
 """The gradients of a batch, block by block, as factors.
 
-    with GradientPass(plan) as gradients:
+    with GradientPass(plan, theta) as gradients:
         for factors, block in zip(gradients.of(task.losses, batch), plan.blocks): ...
 
 What the layers saw goes through their rules (`layers.py`); parameters without one get per-example
@@ -41,11 +41,12 @@ class GradientPass:
 
     Args:
         plan: How to obtain them.
+        theta: θ, where they are taken.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, theta: Float[Tensor, " p"]) -> None:
         self.plan = plan
-        self._capture = Capture(plan.task, roles(plan), plan.repeated)
+        self._capture = Capture(plan.task, theta, roles(plan), plan.repeated)
         self._placed: set[Any] = set()
         self._has_warned = False
         self._is_alone = False
@@ -127,7 +128,11 @@ class GradientPass:
             return self._one_by_one(function, batch, size)
         # Factors keep their dtype where the caller has autocast on.
         with torch.autocast(plan.task.layout.device.type, enabled=False):
-            by_role = _contributions(plan.task.model, calls, plan.layers, size, plan.dtype)
+            by_role = inside(  # some rules read the parameters of their layer
+                plan.task,
+                self._capture.params,
+                lambda: _contributions(plan.task.model, calls, plan.layers, size, plan.dtype),
+            )
         try:
             rows = self.by_function(function, batch, size)
         except NoBatchingRule as error:

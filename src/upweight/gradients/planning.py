@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -36,11 +37,12 @@ _Shapes = tuple[torch.Size, ...]
 """Of a call's output and of its input."""
 
 
-def plan(task: Task, data: Data) -> Plan:
+def plan(task: Task, theta: Float[Tensor, " p"], data: Data) -> Plan:
     """Assign every chosen parameter to a block, and check the gradients that come of it.
 
     Args:
         task: What was trained.
+        theta: θ at which that is tried. The plan holds at others too.
         data: Training data; a few examples of them are run.
 
     Raises:
@@ -52,14 +54,14 @@ def plan(task: Task, data: Data) -> Plan:
     """
     require_modules(task.model)
     with lent(task.model), as_written():
-        return _Planning(task, data).plan()
+        return _Planning(task, theta, data).plan()
 
 
 class _Planning:
     """The steps of `plan`, each of which leaves some parameters to the next way of doing it."""
 
-    def __init__(self, task: Task, data: Data) -> None:
-        self.task, self.data = task, data
+    def __init__(self, task: Task, theta: Float[Tensor, " p"], data: Data) -> None:
+        self.task, self.theta, self.data = task, theta, data
         self.owners, unruled = _owners(task)
         self.ran: set[str] = set()
         self.axes: dict[str, int] = {}
@@ -145,11 +147,13 @@ class _Planning:
 
     def _no_batching_rule(self, made: Plan) -> str | None:
         """Why `torch.func` cannot run what was left to it on a batch, if so."""
-        return next((why for p in self._probe() if (why := _no_batching_rule(made, *p))), None)
+        return next(
+            (why for p in self._probe() if (why := _no_batching_rule(made, self.theta, *p))), None
+        )
 
     def _mismatches(self, made: Plan) -> list[str]:
         """Parameters whose gradients by the plan are not autograd's."""
-        wrong = [name for probe in self._probe() for name in _mismatches(made, *probe)]
+        wrong = [name for probe in self._probe() for name in _mismatches(made, self.theta, *probe)]
         return list(dict.fromkeys(wrong))
 
     def _made(self, one_by_one: bool = False) -> Plan:
@@ -179,7 +183,7 @@ class _Planning:
         """Each layer's axis; and the layers whose output is the same for all examples."""
         found: dict[str, set[int | None]] = {}
         free: dict[str, bool] = {}
-        with Capture(self.task, self._accounted(), repeated) as capture:
+        with Capture(self.task, self.theta, self._accounted(), repeated) as capture:
             for index in dict.fromkeys((0, len(self.data) - 1)):
                 small, large = (self._shapes(capture, index, n) for n in (PROBE - 1, PROBE))
                 for layer in dict.fromkeys((*small, *large)):  # in the order of their calls
@@ -208,9 +212,9 @@ class _Planning:
     def _is_same_with(self, repeated: Mapping[str, bool]) -> bool:
         """Whether the model still runs, to the same outputs, with these layers repeated."""
         for batch, size in self._probe():
-            expected, _ = self.task.call(self.task.theta(), batch)
+            expected, _ = self.task.call(self.theta, batch)
             try:
-                with Capture(self.task, self._accounted(), repeated) as capture:
+                with Capture(self.task, self.theta, self._accounted(), repeated) as capture:
                     found, _ = capture.forward(batch, size)
             except (RuntimeError, ValueError, IndexError, TypeError, UpweightError):
                 return False
@@ -229,13 +233,13 @@ class _Planning:
 
     def _dtypes(self, batch: Batch) -> set[torch.dtype]:
         """What the model computes in, autocast inside of forward included."""
-        return dtypes_in(lambda: self.task.call(self.task.theta(), batch))
+        return dtypes_in(lambda: self.task.call(self.theta, batch))
 
     def _watched(self) -> tuple[tuple[str, ...], list[str]]:
         """Parameters used outside of their layers; layers whose rows are not the examples'."""
         made = self._made()
         bypassed, lost = dict[str, None](), dict[str, None]()
-        with Capture(self.task, roles(made), made.repeated) as capture:
+        with Capture(self.task, self.theta, roles(made), made.repeated) as capture:
             for batch, size in self._probe():
                 values = capture.watch(partial(_checked, self.task, batch=batch), size)
                 self.dtypes |= self._dtypes(batch)
@@ -430,8 +434,10 @@ def _checked(task: Task, params: Params, batch: Batch) -> Tensor:
     return losses + (flat @ unequal).to(losses)
 
 
-def _no_batching_rule(made: Plan, batch: Batch, size: int) -> str | None:
-    with GradientPass(made) as gradients:
+def _no_batching_rule(
+    made: Plan, theta: Float[Tensor, " p"], batch: Batch, size: int
+) -> str | None:
+    with GradientPass(made, theta) as gradients:
         try:
             gradients.by_function(lambda p, b: _checked(made.task, p, b), batch, size)
         except NoBatchingRule as error:
@@ -447,11 +453,11 @@ def _eps(dtypes: Iterable[torch.dtype]) -> float:
     return max(torch.finfo(dtype).eps for dtype in (*dtypes, torch.float32))
 
 
-def _mismatches(made: Plan, batch: Batch, size: int) -> list[str]:
+def _mismatches(made: Plan, theta: Float[Tensor, " p"], batch: Batch, size: int) -> list[str]:
     """Parameters whose Σᵢ cᵢ gᵢ is not what autograd gives for Σᵢ cᵢ ℓᵢ, but for rounding."""
     task, eps = made.task, _eps(made.computes_in)
     weights = torch.tensor([1.0, -0.5, 2.25], device=task.layout.device)[:size]
-    params = {k: v.clone().requires_grad_() for k, v in task.named(task.theta()).items()}
+    params = {k: v.clone().requires_grad_() for k, v in task.named(theta).items()}
     with torch.enable_grad():
         values = _checked(task, params, batch)
         parts = inside(
@@ -465,7 +471,7 @@ def _mismatches(made: Plan, batch: Batch, size: int) -> list[str]:
         torch.zeros_like(p) if g is None else as_dense(g)
         for p, g in zip(params.values(), parts, strict=True)
     ]
-    with GradientPass(made) as gradients:
+    with GradientPass(made, theta) as gradients:
         factors = gradients.of(lambda p, b: _checked(task, p, b), batch, size)
     flat = torch.cat([g.flatten() for g in truth]).to(made.dtype)
     if not bool(flat.isfinite().all()):

@@ -29,9 +29,10 @@ from upweight.task.task import Task
 
 
 class GradientSource(abc.ABC):
-    """The gradients of a batch of examples at θ̂, in the form a method needs."""
+    """The gradients of a batch of examples at θ, in the form a method needs."""
 
     task: Task
+    theta: Float[Tensor, " p"]
     notes: tuple[str, ...] = ()
     """What was chosen on the way."""
 
@@ -57,16 +58,18 @@ Values = Callable[[Params, Any], Float[Tensor, " b"]]
 """(θ by name, batch) to one value per example: losses, or a measure."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Direct(GradientSource):
     """gᵢ formed by `vmap(grad)`, for any model that it can run.
 
     Args:
         task: Whose parameters.
+        theta: θ.
         function: Whose gradients; None: the losses'.
     """
 
     task: Task
+    theta: Float[Tensor, " p"]
     function: Values | None = None
 
     @property
@@ -74,30 +77,32 @@ class Direct(GradientSource):
         return self.task.layout.size
 
     def rows(self, batch: Batch, size: int) -> Float[Tensor, "b p"]:
-        return value_gradients(self._values, self.task.theta(), batch, size)
+        return value_gradients(self._values, self.theta, batch, size)
 
     def inner(self, vectors: Float[Tensor, "q p"], batch: Batch, size: int) -> Float[Tensor, "q b"]:
         return vectors @ self.rows(batch, size).T
 
     def total(self, batch: Batch) -> Float[Tensor, " p"]:
-        return torch.func.grad(lambda t: self._values(t, batch).sum())(self.task.theta())
+        return torch.func.grad(lambda t: self._values(t, batch).sum())(self.theta)
 
     def _values(self, theta: Tensor, batch: Any) -> Tensor:
         return (self.function or self.task.losses)(self.task.named(theta), batch)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ByLayer(GradientSource):
     """gᵢ by the rules of the layers, and one example at a time where there is none.
 
     Args:
         task: Whose parameters.
+        theta: θ.
         plan: How.
         function: Whose gradients; None: the losses'.
         notes: Why.
     """
 
     task: Task
+    theta: Float[Tensor, " p"]
     plan: Plan
     function: Values | None = None
     notes: tuple[str, ...] = ()
@@ -107,19 +112,22 @@ class ByLayer(GradientSource):
         return self.task.layout.size
 
     def rows(self, batch: Batch, size: int) -> Float[Tensor, "b p"]:
-        return planned_rows(self.plan, self.function or self.task.losses, batch, size)
+        function = self.function or self.task.losses
+        return planned_rows(self.plan, self.theta, function, batch, size)
 
     def inner(self, vectors: Float[Tensor, "q p"], batch: Batch, size: int) -> Float[Tensor, "q b"]:
         return vectors @ self.rows(batch, size).T
 
     def total(self, batch: Batch) -> Float[Tensor, " p"]:
         function = self.function or self.task.losses
-        return total_gradient(self.task, lambda params: function(params, batch))
+        return total_gradient(self.task, self.theta, lambda params: function(params, batch))
 
 
-def planned_rows(plan: Plan, function: Values, batch: Any, size: int) -> Float[Tensor, "b p"]:
+def planned_rows(
+    plan: Plan, theta: Float[Tensor, " p"], function: Values, batch: Any, size: int
+) -> Float[Tensor, "b p"]:
     """∇θ function(θ, batch)ᵢ as rows, by the layers' rules."""
-    with GradientPass(plan) as passes:
+    with GradientPass(plan, theta) as passes:
         return _laid_out(plan, passes.of(function, batch, size))
 
 
@@ -136,9 +144,11 @@ def _entry(outputs: Tensor, _: Any, pick: Tensor) -> Tensor:
     return (outputs.reshape(len(outputs), -1) * pick).sum(dim=1)
 
 
-def planned_jacobians(plan: Plan, batch: Batch, size: int) -> Float[Tensor, "b c p"]:
+def planned_jacobians(
+    plan: Plan, theta: Float[Tensor, " p"], batch: Batch, size: int
+) -> Float[Tensor, "b c p"]:
     """∂f/∂θ for each example of a batch, by the layers' rules: a backward pass per output."""
-    with GradientPass(plan) as passes:
+    with GradientPass(plan, theta) as passes:
         rows = [_laid_out(plan, found) for found in passes.of_heads(batch, size, entries)]
     return torch.stack(rows, dim=1)
 
@@ -152,11 +162,12 @@ def _laid_out(plan: Plan, factors: list[Factors]) -> Float[Tensor, "b p"]:
     return rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FactoredLinear(GradientSource):
     """gᵢ = δᵢ ⊗ zᵢ kept as its two factors, where the model is linear in θ."""
 
     task: Task
+    theta: Float[Tensor, " p"]
     form: LinearForm
 
     @property
@@ -166,7 +177,7 @@ class FactoredLinear(GradientSource):
     def factors(self, batch: Batch) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b i"]]:
         """(δ, z)."""
         with torch.no_grad():
-            outputs, targets = self.task.outputs(self.task.theta(), batch)
+            outputs, targets = self.task.outputs(self.theta, batch)
         delta = self.task.output_gradient(outputs, targets)
         return delta, self.form.features(self.task, batch)
 
@@ -193,19 +204,26 @@ def contract(
     return result
 
 
-def gradient_source(task: Task, data: Data) -> GradientSource:
+def gradient_source(task: Task, theta: Float[Tensor, " p"], data: Data) -> GradientSource:
     """The cheapest exact source of training gradients: factored where the model is linear in θ."""
-    form = linear_form(task, task.to_device(data.batch(0, data.together(min(4, len(data))))))
-    return value_source(task, data, None) if form is None else FactoredLinear(task, form)
+    form = linear_form(task, theta, task.to_device(data.batch(0, data.together(min(4, len(data))))))
+    if form is None:
+        return value_source(task, theta, data, None)
+    return FactoredLinear(task, theta, form)
 
 
 def value_source(
-    task: Task, data: Data, function: Values | None, train: Data | None = None
+    task: Task,
+    theta: Float[Tensor, " p"],
+    data: Data,
+    function: Values | None,
+    train: Data | None = None,
 ) -> GradientSource:
     """The gradients of any value per example: by `torch.func` where it can run the model.
 
     Args:
         task: Whose parameters.
+        theta: θ.
         data: The examples to differentiate at.
         function: The value; None: the loss.
         train: The training data, to plan with; None: `data`.
@@ -215,7 +233,7 @@ def value_source(
 
     Cost: gradients of a few examples, in two ways.
     """
-    direct, values = Direct(task, function), function or task.losses
+    direct, values = Direct(task, theta, function), function or task.losses
     why = None
     for places, batch in few(task, data):
         found, error = attempted(partial(direct.rows, batch, len(places)))
@@ -229,10 +247,11 @@ def value_source(
         def weighted(params: Params, singles: Any = singles, c: Tensor = c) -> Tensor:
             return c * torch.cat([values(params, single) for single in singles])
 
-        if not agrees(c @ found, total_gradient(task, weighted)):
+        if not agrees(c @ found, total_gradient(task, theta, weighted)):
             why = "torch.func gives others than autograd does for the model"
             break
     if why is None:
         return direct
     note = f"per-example gradients by layer, because {why}"
-    return ByLayer(task, plan(task, data if train is None else train), function, (note,))
+    made = plan(task, theta, data if train is None else train)
+    return ByLayer(task, theta, made, function, (note,))

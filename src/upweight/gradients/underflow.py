@@ -7,6 +7,7 @@ scaling does in training. Where nothing underflows the second are that multiple 
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
@@ -20,11 +21,12 @@ LOST = 0.1
 """Of the length of an example's gradient, what underflow may take without a word."""
 
 
-def underflowing(plan: Plan, batch: Batch, size: int) -> dict[str, int]:
+def underflowing(plan: Plan, theta: Float[Tensor, " p"], batch: Batch, size: int) -> dict[str, int]:
     """Blocks in which some examples lose more than a tenth of their gradient: of how many.
 
     Args:
         plan: How gradients are obtained.
+        theta: θ, where they are taken.
         batch: The examples, on the parameters' device.
         size: How many.
     """
@@ -36,7 +38,7 @@ def underflowing(plan: Plan, batch: Batch, size: int) -> dict[str, int]:
         for scale in (1.0, SCALE):
             yield multiple(scale), outputs.new_zeros(len(outputs))
 
-    with GradientPass(plan) as passes:
+    with GradientPass(plan, theta) as passes:
         plain, scaled = passes.of_heads(batch, size, heads)
     found = {}
     for block, part, larger in zip(plan.blocks, plain, scaled, strict=True):

@@ -95,7 +95,7 @@ class DenseJob(Job):
             rows[:, block.index(layout).to(rows.device)].reshape(len(rows), *block.shape)
             for block in scorer.plan.blocks
         ]
-        shares, rest = token_shares(scorer.plan, scorer.train, examples, vectors)
+        shares, rest = token_shares(scorer.plan, scorer.theta, scorer.train, examples, vectors)
         return shares * -scorer.share, rest * -scorer.share
 
     def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:
@@ -167,7 +167,7 @@ class DenseScorer(Scorer):
     @cached_property
     def plan(self) -> Plan:
         """How gradients are obtained layer by layer, for shares of layers and positions."""
-        return plan(self.task, self.train)
+        return plan(self.task, self.theta, self.train)
 
     @cached_property
     def at_once(self) -> int:
@@ -223,7 +223,7 @@ class DenseScorer(Scorer):
         if isinstance(measure, Loss) and isinstance(self.source, FactoredLinear):
             return self.source
         task = self.task
-        return value_source(task, queries, lambda p, b: measure(task, p, b), self.train)
+        return value_source(task, self.theta, queries, lambda p, b: measure(task, p, b), self.train)
 
     @property
     def is_quick_of_itself(self) -> bool:
@@ -276,7 +276,7 @@ class DenseScorer(Scorer):
         if self._linear is not None:
             return self._linear.leverages(start, stop)
         batch, size = self.batch(start, stop), stop - start
-        j = planned_jacobians(self.plan, batch, size)
+        j = planned_jacobians(self.plan, self.theta, batch, size)
         solved = self.solve(j.flatten(0, 1)).reshape(j.shape)
         return j @ solved.mT / len(self.train)
 
@@ -293,7 +293,7 @@ class DenseScorer(Scorer):
                 )
             )
         kept = self.train.subset([i for i in range(n) if i not in gone])
-        operator = damped(self.curvature.fit(self.task, kept, n=n), self.damping)
+        operator = damped(self.curvature.fit(self.task, kept, self.theta, n=n), self.damping)
         total = self.total(group)
         solver = self.chosen
         return solver.solve(solver.init(operator), total * self.share).throw().value
@@ -373,12 +373,12 @@ def inverse(
                 "leave the solver out: Auto() inverts each block in float32; or use model.float().",
             )
         )
-    made = curvature.fit(task, data)
+    made = curvature.fit(task, data, point.theta)
     lam = as_damping(damping).of(made, point.theta, len(data))
     operator = damped(made, lam)
     solver = chosen.select(operator) if isinstance(chosen, Auto) else chosen
-    solver, told = preconditioned(solver, fitting, lam)
-    source = gradient_source(task, data)
+    solver, told = preconditioned(solver, fitting, point, lam)
+    source = gradient_source(task, point.theta, data)
     if isinstance(solver, Cholesky):
         p = task.layout.size
         require_bytes(
@@ -415,7 +415,7 @@ def inverse(
 
 
 def preconditioned(
-    solver: Solver[Any], fitting: Fitting, lam: float
+    solver: Solver[Any], fitting: Fitting, point: Point, lam: float
 ) -> tuple[Solver[Any], tuple[str, ...]]:
     """The solver with its preconditioner made, where that is a curvature by layer; and a note.
 
@@ -428,6 +428,7 @@ def preconditioned(
     fitted = spec.fit_blocks(
         fitting.task,
         fitting.data,
+        point.theta,
         damping=Absolute(lam) if lam > 0 else None,
         memory_bytes=fitting.resources.memory_bytes,
     )
@@ -441,4 +442,4 @@ def preconditioned(
     note = f"preconditioner {spec!r}, damped by " + (
         f"{lam:.3g}" if lam > 0 else f"{PRECONDITIONER_DAMPING:g} of each layer's mean eigenvalue"
     )
-    return replace(solver, preconditioner=operator), (note,)  # type: ignore[call-arg]
+    return replace(solver, preconditioner=operator), (note,)  # type: ignore[type-var]

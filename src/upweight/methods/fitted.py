@@ -277,7 +277,9 @@ class Fitted:
         exact = replace(asked, exact=True)
         vectors = torch.cat([job.vectors() for job in self.scorer.jobs(exact)])
         batch = self._example(example)
-        return -gradient_products_by_input(self.task, vectors, batch, input) / len(self.train)
+        return -gradient_products_by_input(self.task, self.theta, vectors, batch, input) / len(
+            self.train
+        )
 
     def relabel_influence(
         self,
@@ -432,11 +434,11 @@ class Fitted:
 
     @cached_property
     def _is_convex(self) -> bool:
-        return health.is_convex(self.task, self.train)
+        return health.is_convex(self.task, self.theta, self.train)
 
     @cached_property
     def _baseline(self) -> tuple[float, float] | None:
-        return health.constant_baseline(self.task, self.train)
+        return health.constant_baseline(self.task, self.theta, self.train)
 
     def _judged(
         self,
@@ -455,7 +457,8 @@ class Fitted:
         if seen is None:
             return judged, list(notes)
         sums, sizes = seen
-        denied, noted = [], []
+        denied: list[str] = []
+        noted: list[str] = []
         if expected is not None and self.spec.unit is not Unit.RANK:
             judged |= health.row_sum_excess(sums, sizes, expected.to(sums))
             denied, noted = self._minimum_denied(judged)

@@ -177,14 +177,14 @@ def moved(now: Tensor, then: Tensor) -> str:
     )
 
 
-def heard_blocks(plan: Plan, data: Data, batch_size: int) -> set[str]:
+def heard_blocks(plan: Plan, theta: Float[Tensor, " p"], data: Data, batch_size: int) -> set[str]:
     """Blocks in which some training example has a gradient that is not 0.
 
     Asked of some training examples, evenly spaced.
     """
     found: set[str] = set()
     some = data.subset(evenly_spaced(len(data), UNDERFLOW_EXAMPLES))
-    with GradientPass(plan) as gradients:
+    with GradientPass(plan, theta) as gradients:
         for start, stop, batch in some.batches(batch_size):
             parts = gradients.of(plan.task.losses, plan.task.to_device(batch), stop - start)
             for block, part in zip(plan.blocks, parts, strict=True):
@@ -205,10 +205,10 @@ def warned(notes: list[str]) -> list[str]:
     return notes
 
 
-def is_convex(task: Task, train: Data) -> bool:
+def is_convex(task: Task, theta: Float[Tensor, " p"], train: Data) -> bool:
     """Whether J is known to be convex: a convex loss of a model that is linear in θ."""
     probe = task.to_device(train.batch(0, min(4, len(train))))
-    return task.loss.convex and linear_form(task, probe) is not None
+    return task.loss.convex and linear_form(task, theta, probe) is not None
 
 
 def denied(judged: Mapping[str, Any]) -> list[str]:
@@ -285,7 +285,9 @@ def solved(judged: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def constant_baseline(task: Task, data: Data) -> tuple[float, float] | None:
+def constant_baseline(
+    task: Task, theta: Float[Tensor, " p"], data: Data
+) -> tuple[float, float] | None:
     """The mean training loss, and that of the best output that is the same for all examples.
 
     Of cross-entropy that is the entropy of the labels' frequencies, of the squared error half the
@@ -300,7 +302,7 @@ def constant_baseline(task: Task, data: Data) -> tuple[float, float] | None:
     losses, shapes, targets = [], [], []
     with torch.no_grad():
         for _, _, batch in progress(some.batches(16), len(some), "loss of a constant output"):
-            outputs, wanted = task.call(task.theta(), task.to_device(batch))
+            outputs, wanted = task.call(theta, task.to_device(batch))
             losses.append(task.losses_of(outputs, wanted).double())
             shapes.append(outputs.shape)
             targets.append(wanted)
@@ -386,7 +388,9 @@ def _named(what: str, places: Sequence[int], of: int) -> str:
     return f"{what} {', '.join(map(str, places[:5]))}{more} ({len(places)} of {of})"
 
 
-def underflow_notes(plan: Plan, data: Data, batch_size: int) -> tuple[str, ...]:
+def underflow_notes(
+    plan: Plan, theta: Float[Tensor, " p"], data: Data, batch_size: int
+) -> tuple[str, ...]:
     """A warning, kept as a note, where gradients on the way to some layer are below float16.
 
     Asked of some training examples, evenly spaced.
@@ -396,7 +400,7 @@ def underflow_notes(plan: Plan, data: Data, batch_size: int) -> tuple[str, ...]:
     m = min(len(data), UNDERFLOW_EXAMPLES)
     found: dict[str, int] = {}
     for start, stop, batch in data.subset(evenly_spaced(len(data), m)).batches(batch_size):
-        some = underflowing(plan, plan.task.to_device(batch), stop - start)
+        some = underflowing(plan, theta, plan.task.to_device(batch), stop - start)
         for name, count in some.items():
             found[name] = found.get(name, 0) + count
     if not found:

@@ -79,7 +79,7 @@ class LayeredJob(Job):
         return len(self.contraction)
 
     def __enter__(self) -> "LayeredJob":
-        self._passes = GradientPass(self.scorer.curvature.plan)
+        self._passes = GradientPass(self.scorer.curvature.plan, self.scorer.point.theta)
         self._passes.__enter__()
         return self
 
@@ -105,8 +105,8 @@ class LayeredJob(Job):
             q.solved(slice(None)) if isinstance(q, FactoredQueries) else q.vectors
             for q in self.contraction.queries
         ]
-        made = self.scorer.curvature.plan
-        shares, rest = token_shares(made, self.scorer.train, examples, vectors)
+        made, theta = self.scorer.curvature.plan, self.scorer.point.theta
+        shares, rest = token_shares(made, theta, self.scorer.train, examples, vectors)
         return shares * self.scorer.factor, rest * self.scorer.factor
 
     def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:
@@ -248,22 +248,23 @@ class LayeredScorer(Scorer):
         task, data = self.task, self.train.subset(group)
         total = torch.zeros_like(self.point.theta)
         for _, _, batch in data.batches(self._at_once):
-            total += total_gradient(task, partial(task.losses, batch=task.to_device(batch)))
+            losses = partial(task.losses, batch=task.to_device(batch))
+            total += total_gradient(task, self.point.theta, losses)
         return self.solve(total[None] / len(self.train))[0]
 
     def leverages(self, start: int, stop: int) -> Float[Tensor, "b c c"]:
         batch = self.task.to_device(self.train.batch(start, stop))
-        rows = [[] for _ in self.curvature.blocks]
-        with GradientPass(self.curvature.plan) as passes:
+        rows: list[list[Tensor]] = [[] for _ in self.curvature.blocks]
+        with GradientPass(self.curvature.plan, self.point.theta) as passes:
             for factors in passes.of_heads(batch, stop - start, entries):
                 for found, block, part in zip(rows, self.curvature.blocks, factors, strict=True):
                     found.append(in_basis(block.eigen, part).flatten(1))
-        total = 0.0
+        parts = []
         for found, block in zip(rows, self.curvature.blocks, strict=True):
             j = torch.stack(found, dim=1)
             weights = block.eigen.inverse(block.damping).values.flatten()
-            total = total + (j * weights) @ j.mT
-        return total / len(self.train)
+            parts.append((j * weights) @ j.mT)
+        return torch.stack(parts).sum(dim=0) / len(self.train)
 
     @property
     def _at_once(self) -> int:
@@ -339,7 +340,7 @@ class LayeredScorer(Scorer):
 
     def _pass(self, what: str) -> Iterator[tuple[int, list[Any]]]:
         """The gradients of all training examples, a batch at a time."""
-        with GradientPass(self.curvature.plan) as passes:
+        with GradientPass(self.curvature.plan, self.point.theta) as passes:
             batches = self.train.batches(self._at_once)
             for start, stop, batch in progress(batches, len(self.train), what):
                 batch = self.task.to_device(batch)
@@ -351,6 +352,7 @@ class LayeredScorer(Scorer):
 
 def token_shares(
     made: Plan,
+    theta: Float[Tensor, " p"],
     train: Data,
     examples: Sequence[int],
     vectors: Sequence[Float[Tensor, "q ..."]],
@@ -359,12 +361,13 @@ def token_shares(
 
     Args:
         made: How gradients are obtained.
+        theta: Where.
         train: The training data.
         examples: Which of them.
         vectors: V_q of each block.
     """
     task = made.task
-    with GradientPass(made) as passes:
+    with GradientPass(made, theta) as passes:
         parts = [
             passes.of(training_loss(task), task.to_device(batch), stop - start)
             for start, stop, batch in train.subset(examples).batches(len(examples))
@@ -408,7 +411,7 @@ def _is_on(made: Plan, block: Block, part: Tokens, t: int) -> bool:
 def identity(fitting: Fitting, point: Point, gradients: Gradients = unchanged) -> LayeredScorer:
     """P = I: gradients are multiplied as they are, or as `gradients` makes them."""
     losses = fitting.checked_losses()
-    made = plan(fitting.task, fitting.data)
+    made = plan(fitting.task, point.theta, fitting.data)
     device = fitting.task.layout.device
     blocks = tuple(
         FittedBlock(
@@ -419,7 +422,9 @@ def identity(fitting: Fitting, point: Point, gradients: Gradients = unchanged) -
         )
         for block in made.blocks
     )
-    curvature = BlockCurvature(made, cost(made, fitting.data), blocks, made.notes)
+    curvature = BlockCurvature(
+        made, point.theta, cost(made, point.theta, fitting.data), blocks, made.notes
+    )
     return LayeredScorer(
         task=fitting.task,
         train=fitting.data,
@@ -456,6 +461,7 @@ def inverse(
         fitted = curvature.fit_blocks(
             task,
             data,
+            point.theta,
             # The evidence is not known before the spectrum is.
             damping=None if isinstance(damping, Evidence) else damping,
             memory_bytes=resources.memory_bytes,
@@ -505,7 +511,7 @@ def inverse(
                 "share of every score"
                 for name in silent
             ),
-            *health.underflow_notes(fitted.plan, data, size),
+            *health.underflow_notes(fitted.plan, point.theta, data, size),
         ),
     )
 
@@ -521,7 +527,7 @@ def _silent_blocks(
     zero = [b.name for b in curvature.blocks if not bool(b.eigen.values.any())]
     if not zero or len(zero) == len(curvature.blocks) or isinstance(damping, Absolute):
         return ()
-    heard = health.heard_blocks(curvature.plan, data, size)
+    heard = health.heard_blocks(curvature.plan, curvature.theta, data, size)
     return tuple(name for name in zero if name not in heard)
 
 

@@ -160,7 +160,11 @@ class LinearRemovals:
     def _step_in_parameters(self, group: list[int]) -> Float[Tensor, " p"]:
         """(H + λI − (1/n) Σ_U Hᵢ)⁻¹ (1/n) Σ_U gᵢ with the p × p matrix itself."""
         task, form = self.source.task, self.source.form
-        own = linear_term(task, form, self.train.subset(group)).dense().to(torch.float64)
+        own = (
+            linear_term(task, self.source.theta, form, self.train.subset(group))
+            .dense()
+            .to(torch.float64)
+        )
         matrix = self._matrix - self.share * own
         total = torch.zeros_like(matrix[0])
         for _, _, batch in self.train.subset(group).batches(len(group)):
@@ -246,7 +250,7 @@ class LinearRemovals:
         """(δ, Λ, z) of some training examples."""
         task, batch = self.source.task, self._batch(examples)
         with torch.no_grad():
-            outputs, targets = task.outputs(task.theta(), batch)
+            outputs, targets = task.outputs(self.source.theta, batch)
         return (
             task.output_gradient(outputs, targets),
             task.output_hessian(outputs, targets),

@@ -24,12 +24,17 @@ from upweight.task.task import Task
 
 
 def gradient_products_by_input(
-    task: Task, vectors: Float[Tensor, "q p"], example: Batch, key: int | str
+    task: Task,
+    theta: Float[Tensor, " p"],
+    vectors: Float[Tensor, "q p"],
+    example: Batch,
+    key: int | str,
 ) -> Float[Tensor, "q *x"]:
     """∂/∂x ⟨v_q, ∇θ ℓ(θ̂; x, y)⟩ at one example, for each vector.
 
     Args:
         task: What was trained.
+        theta: θ̂.
         vectors: v_q, one per query.
         example: A batch of one.
         key: Which part: its place in the tuple from 0, or its name in the dict.
@@ -62,7 +67,6 @@ def gradient_products_by_input(
                 "removal.",
             )
         )
-    theta = task.theta()
 
     def product(value: Tensor, v: Tensor) -> Tensor:
         batch = _with(example, key, value)
@@ -72,15 +76,20 @@ def gradient_products_by_input(
     # Unlike autograd it follows x through `.data`, whose value moves with x.
     rows = torch.func.vmap(torch.func.grad(product), in_dims=(None, 0), chunk_size=16)
     found, _ = attempted(lambda: rows(x, vectors)[:, 0])
-    return _by_double_backward(task, vectors, example, key, x) if found is None else found
+    return _by_double_backward(task, theta, vectors, example, key, x) if found is None else found
 
 
 def _by_double_backward(
-    task: Task, vectors: Float[Tensor, "q p"], example: Batch, key: int | str, x: Tensor
+    task: Task,
+    theta: Float[Tensor, " p"],
+    vectors: Float[Tensor, "q p"],
+    example: Batch,
+    key: int | str,
+    x: Tensor,
 ) -> Float[Tensor, "q *x"]:
     """The same by plain autograd, where `torch.func` cannot run the model."""
     value = x.detach().clone().requires_grad_()
-    params = {k: p.clone().requires_grad_() for k, p in task.named(task.theta()).items()}
+    params = {k: p.clone().requires_grad_() for k, p in task.named(theta).items()}
     with torch.enable_grad():
         loss = task.losses(params, _with(example, key, value))[0]
         parts = torch.autograd.grad(

@@ -319,8 +319,8 @@ class _Top(Sink):
         self.high = self.low = None
 
     def result(self, answer: Answer) -> TopScores:
-        parts = [torch.cat(column) for column in zip(*self.done, strict=True)]
-        return TopScores(*parts, answer.unit, answer.provenance(()))
+        high_at, high, low_at, low = map(torch.cat, zip(*self.done, strict=True))
+        return TopScores(high_at, high, low_at, low, answer.unit, answer.provenance(()))
 
 
 @dataclass(frozen=True)

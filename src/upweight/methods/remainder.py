@@ -191,7 +191,7 @@ def _linear_gradients(
     for start, stop, some in train.batches(batch_size(width, steps.itemsize)):
         batch = task.to_device(some)
         with torch.no_grad():
-            outputs, targets = task.outputs(task.theta(), batch)
+            outputs, targets = task.outputs(source.theta, batch)
         z = form.features(task, batch)
         kept = steps.new_ones(len(groups), stop - start)
         for i in range(start, stop):
@@ -200,7 +200,7 @@ def _linear_gradients(
             moved = outputs + (z @ matrix.T).reshape(outputs.shape)
             slope = task.output_gradient(moved, targets).reshape(len(z), -1)
             totals[k] += (kept[k, :, None] * slope).T @ z
-    theta = task.theta()
+    theta = source.theta
     penalties = [task.penalty.gradient(theta + step, task.layout) for step in steps]
     return form.flatten(totals) / len(train) + torch.stack(penalties)
 
@@ -217,7 +217,7 @@ def _gradient(
         def kept(params: Params, some: Batch = some, w: Tensor = w) -> Tensor:
             return w * task.losses(params, some)
 
-        total += total_gradient(task, kept, theta)
+        total += total_gradient(task, theta, kept)
     return total / len(train) + task.penalty.gradient(theta, task.layout)
 
 

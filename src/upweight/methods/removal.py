@@ -66,8 +66,8 @@ def removal(fitted: "Fitted", queries: Any, measure: Any, groups: Any, evaluate:
             return scores
         asked = fitted._asked(queries, measure)
         values = _plugin(fitted, asked, every)
-        notes = (*scores.provenance.notes, _PLUGIN)
-        return replace(scores, values=values, provenance=replace(scores.provenance, notes=notes))
+        made = replace(scores.provenance, notes=(*scores.provenance.notes, _PLUGIN))
+        return replace(scores, values=values, provenance=made)
     scorer, count = fitted.scorer, 1
     if queries is not None and not isinstance(measure, Functional):
         queries = fitted.task.queries(queries)
@@ -125,7 +125,7 @@ def _by_newton_step(
     at, moves = remainder.looked_at(scorer, every, steps, lengths)
     some = [every[k] for k in at]
     doubts = remainder.missed(scorer, some, moves, len(every))
-    if asked.functional is None:
+    if asked.queries is not None and asked.functional is None:
         doubts += remainder.curved(
             scorer, asked.queries, asked.measure, values[:, at], some, moves, len(every)
         )
@@ -175,7 +175,7 @@ def checked_step(fitted: "Fitted", group: list[int]) -> tuple[Float[Tensor, " p"
 def total_gradient_of(fitted: "Fitted", group: list[int]) -> Float[Tensor, " p"]:
     """Σ gᵢ of some training examples."""
     task, batch = fitted.task, fitted.task.to_device(fitted.train.take(group))
-    return total_gradient(task, lambda params: task.losses(params, batch), fitted.theta)
+    return total_gradient(task, fitted.theta, lambda params: task.losses(params, batch))
 
 
 def loo_outputs(fitted: "Fitted") -> Float[Tensor, "n *c"]:
