@@ -41,7 +41,8 @@ from upweight.linalg.cholesky import Cholesky
 from upweight.linalg.damping import Damping, as_damping, damped
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
-from upweight.linalg.solve import Auto, Solver
+from upweight.linalg.solve import Auto
+from upweight.linalg.solver import Solver
 from upweight.methods import health, layerwise, remainder
 from upweight.methods.checked import Checked
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
