@@ -9,11 +9,15 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+from tests.annotations import once
+
 # These folders check the types and shapes written in their annotations whenever a test calls them.
 # The others meet users: there a wrong argument must reach an error of our own, which tests ask for.
 CHECKED = ("linalg", "gradients", "curvature")
 assert "upweight" not in sys.modules, "imported too early for its annotations to be checked"
-install_import_hook([f"upweight.{folder}" for folder in CHECKED], "beartype.beartype")
+install_import_hook(
+    [f"upweight.{folder}" for folder in CHECKED], f"{once.__module__}.{once.__name__}"
+)
 
 # At import, not in a fixture: tensors are also made while tests are collected.
 torch.set_default_dtype(torch.float64)

@@ -52,12 +52,21 @@ MATHS = {"linalg", "curvature", "gradients", "contraction", "methods", "applicat
 AT_A_POINT = {"linalg", "gradients", "curvature", "contraction"}
 RECIPES = {"newton.py", "objective.py"}  # start from the model's own parameters, as training does
 NOT_IN_MATHS = {"os", "json", "pathlib", "safetensors", "torch.distributed", "logging"}
+FILE_FORMATS = {"checkpoint", "cover", "headers", "lock", "rows", "shards", "tensors", "whole"}
 ONLY_IN_ADAPTERS = {"sklearn", "statsmodels", "scipy", "transformers"}
 ONLY_WHEN_CALLED = {
     "pandas",
     "matplotlib",
     "torch.distributed",
 }  # outside adapters: not when a module is loaded
+# What is still wrong. A rule also fails on an entry that is no longer needed: both only shrink.
+CIRCLES = {
+    frozenset(f"upweight.methods.{name}" for name in ("influence", "layerwise", "remainder")),
+}
+MATHS_WITH_FILES = {
+    "curvature/layerwise.py": {"upweight.runtime.checkpoint"},
+    "methods/layerwise.py": {"upweight.runtime.checkpoint", "upweight.runtime.shards"},
+}
 BANNED_NAMES = {"utils", "helpers", "common", "misc", "core", "base"}
 BANNED_PREFIXES = ("compute_", "get_", "calc_")
 TEXT = {".css", ".html", ".js", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
@@ -110,6 +119,39 @@ def room(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+def module(path):
+    """The name that a path is imported by."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_of(path, names):
+    """Which of the modules `names` a file imports: `from a import b` is a.b if there is one."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom):
+            found |= {name if name in names else node.module for name in targets(node)[1:]}
+        else:
+            found.update(targets(node))
+    return found & names
+
+
+def circles(ahead):
+    """Sets of modules, each of which leads to every other; `ahead` is what each of them imports."""
+
+    def reached(start):
+        seen, left = set(), [start]
+        while left:
+            new = ahead[left.pop()] - seen
+            seen |= new
+            left.extend(new)
+        return seen
+
+    after = {name: reached(name) for name in ahead}
+    found = {frozenset(b for b in after[a] if a in after[b]) for a in ahead}
+    return found - {frozenset()}
+
+
 def offenders(rule):
     """What `rule` finds wrong, by file: one test asks all files."""
     assert FILES
@@ -132,11 +174,19 @@ def test_imports_go_one_way():
     assert offenders(wrong) == {}
 
 
-def test_mathematics_touches_no_files_and_no_network():
-    def wrong(path):
-        return within(imported(path), NOT_IN_MATHS) if room(path) in MATHS else set()
+def test_no_file_imports_one_that_imports_it():
+    names = {module(path) for path in FILES}
+    assert circles({module(path): imported_of(path, names) for path in FILES}) == CIRCLES
 
-    assert offenders(wrong) == {}
+
+def test_mathematics_touches_no_files_and_no_network():
+    banned = NOT_IN_MATHS | {f"upweight.runtime.{name}" for name in FILE_FORMATS}
+    assert FILE_FORMATS <= {p.stem for p in (PACKAGE / "runtime").glob("*.py")}
+
+    def wrong(path):
+        return {b for b in banned if room(path) in MATHS and within(imported(path), {b})}
+
+    assert offenders(wrong) == MATHS_WITH_FILES
 
 
 def test_mathematics_is_told_where_theta_is():
@@ -214,6 +264,11 @@ def test_no_file_names_a_place_on_somebodys_machine():
             found = HOMES.search(path.read_text(encoding="utf-8"))
             assert found is None, f"{path.relative_to(TREE)} mentions {found}"
     assert read > len(FILES)
+
+
+def test_circles_are_recognized():
+    ahead = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": set(), "f": {"f"}}
+    assert circles(ahead) == {frozenset("abc"), frozenset("f")}
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,21 @@ def small(monkeypatch):
     monkeypatch.setattr(demo, "PENALTY", 0.1)
 
 
-def test_demo_writes_what_it_says(small, tmp_path, capsys):
+@pytest.fixture
+def coarse(small, monkeypatch):
+    """A quarter of the pixels: the Hessian has (10 · 197)² entries, not (10 · 785)²."""
+    full = demo.digits
+
+    def digits():
+        return tuple(
+            demo.Split(split.X.reshape(-1, 28, 28)[:, ::2, ::2].flatten(1), split.y)
+            for split in full()
+        )
+
+    monkeypatch.setattr(demo, "digits", digits)
+
+
+def test_demo_writes_what_it_says(coarse, tmp_path, capsys):
     demo.run(tmp_path / "out")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(summary["loo"]) == {"first_order", "leverage_corrected"}

@@ -1,5 +1,7 @@
 """Every curvature on the whole market: against loops over autograd, and against itself."""
 
+import functools
+
 import pytest
 import torch
 
@@ -46,10 +48,15 @@ OPERATOR_CHECKS = [
 ]  # fmt: skip
 
 
+@functools.cache
+def operator_checks(name, spec):
+    p = problem(name)
+    return list(check_operator(spec.fit(p.task, as_data(p.train), p.task.theta())))
+
+
 @pytest.mark.parametrize("name, spec, number", OPERATOR_CHECKS)
 def test_is_an_operator(name, spec, number):
-    p = problem(name)
-    checks = list(check_operator(spec.fit(p.task, as_data(p.train), p.task.theta())))
+    checks = operator_checks(name, spec)
     assert len(checks) == 12
     checks[number][1]()
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -16,6 +17,13 @@ from upweight.evaluation.lds import LDS
 from upweight.task.recipe import Trained
 from upweight.training.optimizers import SGD
 from upweight.training.training import Training
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """A quarter of the subsets that a check takes at most, however fast the machine is."""
+    # By its name in `sys.modules`: in the package it is the name of the function.
+    monkeypatch.setattr(import_module("upweight.evaluation.check"), "MOST", 64)
 
 
 @pytest.fixture(scope="module")

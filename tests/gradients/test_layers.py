@@ -26,30 +26,28 @@ def batches(data):
         yield from data.batches(size)
 
 
+def by_vmap(task, data):
+    n = len(data)
+    return per_sample_gradients(task, task.theta(), data.batch(0, n), n)
+
+
 @pytest.mark.parametrize("name", market.BUILDERS)
-def test_twins_on_the_market(name):
+def test_on_the_market_they_are_those_by_vmap(name):
     p = market.problem(name)
     data = as_data(p.train)
-    made = plan(p.task, p.task.theta(), data)
+    made, expected = plan(p.task, p.task.theta(), data), by_vmap(p.task, data)
     for start, stop, batch in batches(data):
-        expected = per_sample_gradients(p.task, p.task.theta(), batch, stop - start)
-        torch.testing.assert_close(gradient_rows(made, batch), expected, **p.tolerance)
-
-
-@pytest.mark.parametrize("name", [n for n, case in layer_market.BUILDERS.items() if case[2]])
-def test_twins_on_layers(name):
-    case, made = layer_market.case(name), layer_market.planned(name)
-    for start, stop, batch in batches(case.data):
-        expected = per_sample_gradients(case.task, case.task.theta(), batch, stop - start)
-        torch.testing.assert_close(gradient_rows(made, batch), expected, **EXACT)
+        torch.testing.assert_close(gradient_rows(made, batch), expected[start:stop], **p.tolerance)
 
 
 @pytest.mark.parametrize("name", layer_market.BUILDERS)
-def test_layers_against_loops_over_autograd(name):
+def test_on_layers_they_are_those_by_loops_and_by_vmap(name):
     case, made = layer_market.case(name), layer_market.planned(name)
     expected = dense.gradients(case.task, case.data)
     for start, stop, batch in batches(case.data):
         torch.testing.assert_close(gradient_rows(made, batch), expected[start:stop], **EXACT)
+    if case.has_vmap:
+        torch.testing.assert_close(by_vmap(case.task, case.data), expected, **EXACT)
 
 
 @pytest.mark.parametrize("name", layer_market.BUILDERS)

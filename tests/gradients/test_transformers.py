@@ -3,7 +3,10 @@
 transformers is no dependency of the project; where it is absent, nothing here runs.
 """
 
+import functools
 import warnings
+from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,20 +18,28 @@ from tests.reference import dense
 from upweight.gradients.planning import plan
 from upweight.task.data import as_data
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    transformers = pytest.importorskip("transformers")
+if find_spec("transformers") is None:
+    pytest.skip("transformers is not installed", allow_module_level=True)
+
+
+@functools.cache
+def transformers():
+    """Imported when a test asks: it takes seconds, and every process of the suite collects."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return import_module("transformers")
+
 
 SIZES = {"vocab_size": 11}
 
 
 def gpt2():
-    config = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, n_positions=7, **SIZES)
-    return transformers.GPT2LMHeadModel(config)
+    config = transformers().GPT2Config(n_embd=8, n_layer=2, n_head=2, n_positions=7, **SIZES)
+    return transformers().GPT2LMHeadModel(config)
 
 
 def bert():
-    config = transformers.BertConfig(
+    config = transformers().BertConfig(
         hidden_size=8,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -37,11 +48,11 @@ def bert():
         num_labels=3,
         **SIZES,
     )
-    return transformers.BertForSequenceClassification(config)
+    return transformers().BertForSequenceClassification(config)
 
 
 def llama():
-    config = transformers.LlamaConfig(
+    config = transformers().LlamaConfig(
         hidden_size=8,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -50,7 +61,7 @@ def llama():
         max_position_embeddings=7,
         **SIZES,
     )
-    return transformers.LlamaForCausalLM(config)
+    return transformers().LlamaForCausalLM(config)
 
 
 def language(model, per_token):

@@ -5,6 +5,7 @@ ten at a time on the clock, ten at a file, before or after it takes its place. P
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -15,12 +16,16 @@ from pathlib import Path
 
 import torch
 
+import upweight as uw
 from upweight.cli.main import cli
 from upweight.contraction import stream
 from upweight.curvature import layerwise as curvature
 from upweight.methods import reduce
 from upweight.runs.directory import Run
 from upweight.runtime import checkpoint
+
+# Forks have what their parent has read: the digits are unpacked once.
+uw.data.mnist_subset = functools.cache(uw.data.mnist_subset)
 
 # Forks of a process that has started threads hang; and one thread gives the same digits anywhere.
 torch.set_num_threads(1)

@@ -1,6 +1,7 @@
 """`upweight demo`: from a trained classifier to an answer that retraining confirms."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,8 +84,8 @@ def run(out: Path) -> None:
             removal=removal,
             title="Softmax regression on 5 000 handwritten digits",
             names=[str(digit) for digit in range(10)],
-            train_images=train.X.reshape(-1, 28, 28),
-            query_images=queries.X.reshape(-1, 28, 28),
+            train_images=_square(train.X),
+            query_images=_square(queries.X),
             command=f"upweight demo --out {out}",
         )
         seconds = time.perf_counter() - started
@@ -161,13 +162,18 @@ def images() -> tuple[Split, Split]:
     return tuple(Split(s.X.float().reshape(-1, 1, 28, 28), s.y) for s in digits())  # type: ignore[return-value]
 
 
+def _square(rows: Tensor) -> Tensor:
+    side = math.isqrt(rows.shape[1])
+    return rows.reshape(-1, side, side)
+
+
 def _rows(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).reshape(-1, 784).double() / 255
 
 
 def trained(train: Split) -> nn.Module:
     """Softmax regression, as anyone would train it: L-BFGS on the mean loss plus weight decay."""
-    model = nn.Linear(784, 10).double()
+    model = nn.Linear(train.X.shape[1], 10).double()
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
     optimizer = torch.optim.LBFGS(

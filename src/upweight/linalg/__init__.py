@@ -2,10 +2,10 @@
 
     A : ℝᵖ → ℝᵖ        (A + λI) x = b        S = −(1/n) ∇mᵀ x
 
-`operator.py` says what an operator is, `algebra.py` combines them, `matrices.py` and
-`finite_sum.py` are the leaves. `damping.py` chooses λ. `solve.py` is the entry point and the
-contract of a solver; each solver has its file. `solution.py` is what comes back, and `estimate.py`
-looks at a spectrum.
+`operator.py` says what an operator is and how they combine, `matrices.py` and `finite_sum.py` are
+the leaves. `damping.py` chooses λ. `solver.py` is the contract of a solver, each solver has its
+file, and `solve.py` is the entry point. `solution.py` is what comes back, and `estimate.py` looks
+at a spectrum.
 
 All solvers here are for symmetric operators:
 
@@ -17,17 +17,17 @@ All solvers here are for symmetric operators:
     Auto                                     chooses by what is known: `Auto().select(A)`
 """
 
-from upweight.linalg.algebra import Declared, Product, Scaled, Sum
 from upweight.linalg.block_cg import BlockCG
 from upweight.linalg.cg import CG
 from upweight.linalg.cholesky import Cholesky
 from upweight.linalg.damping import Absolute, Damping, Relative, as_damping, damped
 from upweight.linalg.finite_sum import FiniteSum
-from upweight.linalg.matrices import Dense, Diagonal, Identity, LowRank, materialize
+from upweight.linalg.matrices import Declared, Dense, Diagonal, Identity, LowRank, materialize
 from upweight.linalg.minres import MINRES
-from upweight.linalg.operator import LinearOperator, Tag
+from upweight.linalg.operator import LinearOperator, Product, Scaled, Sum, Tag
 from upweight.linalg.solution import Result, Solution, SolverStats
-from upweight.linalg.solve import Auto, Inverse, Solver, inverse, solve
+from upweight.linalg.solve import Auto, Inverse, inverse, solve
+from upweight.linalg.solver import Solver
 
 __all__ = [
     "CG",

@@ -22,7 +22,7 @@ from upweight.linalg.cg import require_preconditioner
 from upweight.linalg.columns import Columns
 from upweight.linalg.operator import LinearOperator, square
 from upweight.linalg.solution import Result, Solution
-from upweight.linalg.solve import Solver
+from upweight.linalg.solver import Solver
 
 RESTARTS = 3  # restarts from the true residuals, none of which halved them, before giving up
 

@@ -19,7 +19,7 @@ from upweight.errors import SpecError, message
 from upweight.linalg.columns import Columns
 from upweight.linalg.operator import LinearOperator, square
 from upweight.linalg.solution import Result, Solution
-from upweight.linalg.solve import Solver
+from upweight.linalg.solver import Solver
 
 # Looks at the true residual in a row, none with progress, after which a right-hand side has
 # stagnated.

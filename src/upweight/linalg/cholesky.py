@@ -21,7 +21,7 @@ from upweight.linalg.columns import Columns
 from upweight.linalg.estimate import extreme_eigenvalues
 from upweight.linalg.operator import LinearOperator, square
 from upweight.linalg.solution import Result, Solution, SolverStats
-from upweight.linalg.solve import Solver
+from upweight.linalg.solver import Solver
 
 TILE = 1024  # rows and columns of a block that is looked at in one piece
 LARGEST_EIGVALSH = 2000  # up to this p the smallest eigenvalue is computed, not estimated

@@ -18,10 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import NonFinite, NotPositiveDefinite, SpecError, message
-from upweight.linalg.algebra import Scaled, Sum
 from upweight.linalg.eigen import Eigen
 from upweight.linalg.matrices import Identity
-from upweight.linalg.operator import LinearOperator, square
+from upweight.linalg.operator import LinearOperator, Scaled, Sum, square
 
 
 class Damping(abc.ABC):

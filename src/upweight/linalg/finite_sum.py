@@ -14,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import ShapeError, message
-from upweight.linalg.algebra import agree
-from upweight.linalg.operator import LinearOperator, Tag, closed
+from upweight.linalg.operator import LinearOperator, Tag, agree, closed
 
 
 def mean_of(total: Tensor, n: int | float) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from upweight.linalg.columns import Columns
 from upweight.linalg.operator import LinearOperator, square
 from upweight.linalg.solution import Result, Solution
-from upweight.linalg.solve import Solver
+from upweight.linalg.solver import Solver
 
 RESTARTS = 3  # restarts from the true residual, none of which halved it, before giving up
 

@@ -1,48 +1,22 @@
-"""x = A⁻¹ b: the one entry point, and the contract of a solver.
+"""x = A⁻¹ b: the one entry point, and the solver that is used if none is named.
 
-    state = solver.init(A)               depends on A only: factor once
-    solution = solver.solve(state, b)    then solve for many b
-
-A solver is a frozen bag of hyperparameters that has never seen an A. Which one `Auto` would use is
-a question that can be asked: `Auto().select(A)`.
+Which one `Auto` would use is a question that can be asked: `Auto().select(A)`.
 """
 
-import abc
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import UnsupportedModel, message
+from upweight.linalg.cg import CG
+from upweight.linalg.cholesky import Cholesky
+from upweight.linalg.minres import MINRES
 from upweight.linalg.operator import LinearOperator, Tag, square
 from upweight.linalg.solution import Solution
-
-State = TypeVar("State")
-
-
-class Solver(abc.ABC, Generic[State]):
-    """How to undo A. Subclasses are frozen dataclasses of hyperparameters."""
-
-    @abc.abstractmethod
-    def init(self, A: LinearOperator) -> State:
-        """What depends on A only. Never raises for numbers: a failed factorization is recorded.
-
-        Raises:
-            ShapeError: A is not square.
-        """
-
-    @abc.abstractmethod
-    def solve(self, state: State, b: Float[Tensor, "*k p"]) -> Solution:
-        """Solve A x = b for each right-hand side along the leading axes.
-
-        Never raises for a numerical failure: it is `Solution.result`.
-
-        Raises:
-            ShapeError: The last axis of b is not p.
-            DtypeError: b has another dtype than A.
-        """
+from upweight.linalg.solver import Solver
 
 
 @dataclass(frozen=True)
@@ -67,11 +41,6 @@ class Auto(Solver[tuple[Solver[Any], Any]]):
             ShapeError: A is not square.
             UnsupportedModel: A is not known to be symmetric.
         """
-        # The solvers import the contract above, so it imports them only when asked to choose.
-        from upweight.linalg.cg import CG
-        from upweight.linalg.cholesky import Cholesky
-        from upweight.linalg.minres import MINRES
-
         p = square(A, "A solver")
         if A.is_psd:
             return Cholesky() if p <= self.largest_dense else CG()

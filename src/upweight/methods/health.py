@@ -22,7 +22,7 @@ from upweight.gradients.underflow import underflowing
 from upweight.linalg.damping import Damping, Relative
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
-from upweight.linalg.solve import Solver
+from upweight.linalg.solver import Solver
 from upweight.runtime.progress import progress
 from upweight.scores import DECREMENT_LIMIT, RESIDUAL_LIMIT, ROW_SUM_LIMIT
 from upweight.task.data import Data

@@ -147,7 +147,7 @@ class SumOfScorers(Scorer):
     notes: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        notes = dict.fromkeys([note for scorer in self.scorers for note in scorer.notes])
+        notes = list(dict.fromkeys(note for scorer in self.scorers for note in scorer.notes))
         object.__setattr__(self, "notes", tuple(notes))
 
     @property

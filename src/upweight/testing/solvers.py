@@ -21,7 +21,7 @@ from upweight.errors import DtypeError, NonFinite, ShapeError, UpweightError
 from upweight.linalg.matrices import Dense
 from upweight.linalg.operator import Tag
 from upweight.linalg.solution import Result, Solution
-from upweight.linalg.solve import Solver
+from upweight.linalg.solver import Solver
 
 Check = Callable[[], None]
 
