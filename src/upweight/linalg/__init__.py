@@ -4,8 +4,8 @@
 
 `operator.py` says what an operator is, `algebra.py` combines them, `matrices.py` and
 `finite_sum.py` are the leaves. `damping.py` chooses λ. `solve.py` is the entry point and the
-contract of a solver; each solver has its file. `solution.py` is what comes back, and `estimate.py`
-looks at a spectrum.
+contract of a solver; each solver has its file. `solution.py` is what comes back, and `lanczos.py`
+finds the ends of a spectrum.
 
 All solvers here are for symmetric operators:
 
@@ -17,13 +17,13 @@ All solvers here are for symmetric operators:
     Auto                                     chooses by what is known: `Auto().select(A)`
 """
 
-from upweight.linalg.algebra import Declared, Product, Scaled, Sum
+from upweight.linalg.algebra import Product, Scaled, Sum
 from upweight.linalg.block_cg import BlockCG
 from upweight.linalg.cg import CG
 from upweight.linalg.cholesky import Cholesky
 from upweight.linalg.damping import Absolute, Damping, Relative, as_damping, damped
 from upweight.linalg.finite_sum import FiniteSum
-from upweight.linalg.matrices import Dense, Diagonal, Identity, LowRank, materialize
+from upweight.linalg.matrices import Dense, DiagonalMatrix, Identity, LowRank, materialize
 from upweight.linalg.minres import MINRES
 from upweight.linalg.operator import LinearOperator, Tag
 from upweight.linalg.solution import Result, Solution, SolverStats
@@ -37,9 +37,8 @@ __all__ = [
     "BlockCG",
     "Cholesky",
     "Damping",
-    "Declared",
     "Dense",
-    "Diagonal",
+    "DiagonalMatrix",
     "FiniteSum",
     "Identity",
     "Inverse",

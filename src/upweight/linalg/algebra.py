@@ -6,7 +6,6 @@
     Sum           every term is             every term is
     Scaled        A is                      A is and c ≥ 0
     Product       never known               never known
-    Declared      said so by the user       said so by the user
 
 Written as `A + B`, `c * A` and `A @ B`; the classes are named for those who match on them.
 """
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import DtypeError, NonFinite, ShapeError, message
-from upweight.linalg.operator import LinearOperator, Tag, closed, square
+from upweight.linalg.operator import LinearOperator, Tag, closed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -175,54 +174,6 @@ class Product(LinearOperator):
 
     def transpose(self) -> LinearOperator:
         return Product(self.right.transpose(), self.left.transpose())
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Declared(LinearOperator):
-    """A, with tags that the user vouches for.
-
-    For what the algebra cannot see, as in `Declared(P @ H @ P.T, frozenset({Tag.PSD}))`. A wrong
-    declaration is a wrong answer or a late error; solvers report negative curvature when they meet
-    it all the same.
-    """
-
-    operator: LinearOperator
-    declared: frozenset[Tag]
-
-    def __post_init__(self) -> None:
-        square(self.operator, "A tag")
-        object.__setattr__(self, "declared", closed(frozenset(self.declared)))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.operator.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.operator.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.operator.device
-
-    @property
-    def tags(self) -> frozenset[Tag]:
-        return closed(self.operator.tags) | self.declared
-
-    def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k r"]:
-        return self.operator.mv(v)
-
-    def transpose(self) -> LinearOperator:
-        return self if self.is_symmetric else Declared(self.operator.transpose(), self.declared)
-
-    def add_to(self, out: Float[Tensor, "r p"], scale: float = 1.0) -> None:
-        self.operator.add_to(out, scale)
-
-    def diagonal(self) -> Float[Tensor, " p"]:
-        return self.operator.diagonal()
-
-    def trace(self) -> Float[Tensor, ""]:
-        return self.operator.trace()
 
 
 def agree(first: LinearOperator, other: LinearOperator, what: str) -> None:

@@ -32,7 +32,7 @@ class CG(Solver[LinearOperator]):
         rtol: Tolerance on the true residual ‖Ax − b‖/‖b‖ of each right-hand side. None stands for
             1e-6 in float64, 1e-4 in float32 and 1e-2 below, which rounding leaves within reach.
         max_steps: Most products with A; each is for all unsolved right-hand sides at once.
-        preconditioner: M ≈ A⁻¹, positive definite; for example `inverse(Diagonal(d), Cholesky())`.
+        preconditioner: M ≈ A⁻¹, positive definite; as `inverse(DiagonalMatrix(d), Cholesky())`.
         refresh: Steps between residuals computed from x rather than by recurrence.
 
     The error in the A-norm falls at least as fast as 2((√κ − 1)/(√κ + 1))^steps, κ the ratio of

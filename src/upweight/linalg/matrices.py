@@ -62,7 +62,7 @@ class Dense(LinearOperator):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Diagonal(LinearOperator):
+class DiagonalMatrix(LinearOperator):
     """diag(d). Symmetric; positive semi-definite where every entry of d is ≥ 0, which is checked.
 
     Raises:
@@ -73,12 +73,12 @@ class Diagonal(LinearOperator):
     _is_psd: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        _axes(self.entries, 1, "Diagonal")
+        _axes(self.entries, 1, "DiagonalMatrix")
         bad = (~self.entries.isfinite()).nonzero().flatten()
         if len(bad):
             raise NonFinite(
                 message(
-                    "Diagonal needs finite entries.",
+                    "DiagonalMatrix needs finite entries.",
                     f"{len(bad)} of {len(self.entries)} are not; the first is "
                     f"entries[{int(bad[0])}] = {float(self.entries[bad[0]])}.",
                     "a loss that overflowed, or a division by zero.",

@@ -118,7 +118,7 @@ class LinearOperator(abc.ABC):
         return out
 
     def trace(self) -> Float[Tensor, ""]:
-        """Σⱼ Aⱼⱼ, exactly. `linalg.estimate.trace` samples it where p products are too many."""
+        """Σⱼ Aⱼⱼ, exactly: p products with A unless A knows better."""
         return self.diagonal().sum()
 
     def check(self, v: Tensor) -> None:
