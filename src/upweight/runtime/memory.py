@@ -1,9 +1,9 @@
 """How much memory may a pass use, and how many examples fit into it?"""
 
-import os
 import re
 from pathlib import Path
 
+import psutil
 import torch
 
 from upweight.errors import SpecError, message
@@ -64,17 +64,7 @@ def free_bytes(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return max(0, min([_machine_bytes(), *_container_bytes(), *_process_bytes()]))
-
-
-def _machine_bytes() -> int:
-    info = Path("/proc/meminfo")
-    if info.exists():
-        for line in info.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    # Elsewhere: half of what is installed, for want of a portable count of what is free.
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return max(0, min([psutil.virtual_memory().available, *_container_bytes(), *_process_bytes()]))
 
 
 def _container_bytes() -> list[int]:
@@ -102,17 +92,13 @@ def _container_bytes() -> list[int]:
 
 def _process_bytes() -> list[int]:
     """What the limits of this process leave: of its address space, and of its data."""
-    try:
-        import resource
-    except ImportError:  # not a Unix
+    process = psutil.Process()
+    if not hasattr(process, "rlimit"):  # neither Linux nor FreeBSD
         return []
-    free = []
-    for name, counted in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
-        most = resource.getrlimit(name)[0]
-        taken = re.search(rf"^{counted}:\s+(\d+) kB$", _text(PROCESS / "status"), re.M)
-        if most != resource.RLIM_INFINITY and taken:
-            free.append(most - 1024 * int(taken[1]))
-    return free
+    taken = process.memory_info()
+    limits = ((psutil.RLIMIT_AS, taken.vms), (psutil.RLIMIT_DATA, taken.data))
+    most = [(process.rlimit(limit)[0], used) for limit, used in limits]
+    return [limit - used for limit, used in most if limit != psutil.RLIM_INFINITY]
 
 
 def _text(path: Path) -> str:
