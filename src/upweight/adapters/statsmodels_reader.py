@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.adapters.statsmodels_regression import family_of, offsets_of
+from upweight.adapters.statsmodels_regression import loss_of, offsets_of
 from upweight.adapters.support import AdapterReader, TranslatedData, require_same_index
 from upweight.errors import DataError, ShapeError, message
-from upweight.methods import classical
 from upweight.runtime.fingerprint import digest
+from upweight.task.losses import Bernoulli
 
 NAMELESS = "exog came without names: its columns were taken in the order of the fit"
 
@@ -22,7 +22,7 @@ def translated(
     results: Any, exog: Any, endog: Any = None, offset: Any = None, exposure: Any = None
 ) -> TranslatedData:
     """Examples for the task of supported results; see `upweight.adapters.statsmodels.data`."""
-    family, names = family_of(results), [str(name) for name in results.model.exog_names]
+    loss, names = loss_of(results), [str(name) for name in results.model.exog_names]
     if endog is None:
         endog = _response(results, exog)
     _require_left_side(results, endog)
@@ -38,7 +38,7 @@ def translated(
         notes = (NAMELESS,)
     X, y = _numbers("exog", exog), _numbers("endog", endog)
     y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
-    counted = y.ndim == 2 and y.shape[1] == 2 and isinstance(family, classical.Binomial)
+    counted = y.ndim == 2 and y.shape[1] == 2 and loss == Bernoulli()
     if X.ndim != 2 or X.shape[1] != len(names) or len(y) != len(X) or not (counted or y.ndim == 1):
         raise ShapeError(
             message(

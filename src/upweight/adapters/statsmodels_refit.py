@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.adapters.statsmodels_regression import LOSSES
+from upweight.adapters.statsmodels_regression import KINDS
 from upweight.curvature.objective import WeightedObjective, weighted_objective
 from upweight.errors import UnsupportedModel, message
 from upweight.task.data import Data
@@ -48,7 +48,7 @@ class Refit:
         batch: Any = train.batch(0, len(train))
         loss: Any = getattr(task.loss, "base", None)
         ours = isinstance(batch, tuple) and len(batch) in (2, 3) and len(batch[-1]) == 2
-        if loss not in LOSSES.values() or not ours:
+        if loss not in KINDS.values() or not ours:
             raise UnsupportedModel(
                 message(
                     "Refitting statsmodels results needs the task and data of their translation.",
