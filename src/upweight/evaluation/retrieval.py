@@ -21,7 +21,7 @@ from torch import Tensor
 
 from upweight.errors import DataError, NonFinite, ShapeError, message
 from upweight.evaluation import inspection
-from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, weighted_mean
+from upweight.evaluation.bootstrap import Bootstrap, Estimate, mean
 from upweight.evaluation.mislabel import checked
 
 
@@ -77,13 +77,8 @@ def class_retrieval(
             )
         )
     once = torch.ones(1, len(train), dtype=torch.float64)
-    shares = torch.stack(
-        [
-            inspection.hits(inspection.levels(row, mask, once), k)[0] / k
-            for row, mask in zip(scores, same, strict=True)
-        ]
-    )
-    return _mean(shares, bootstrap)
+    found = (inspection.levels(*pair, once) for pair in zip(scores, same, strict=True))
+    return mean(torch.cat([inspection.hits(each, k) / k for each in found]), bootstrap)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,19 +151,11 @@ def poison_retrieval(
             )
         )
     once = torch.ones(1, scores.shape[1], dtype=torch.float64)
-    found = [
-        inspection.levels(*checked(row, mask), once)
-        for row, mask in zip(scores, masks, strict=True)
-    ]
-    recalls = torch.stack([(inspection.hits(f, k) / f.positives)[0] for f in found])
-    areas = torch.stack([inspection.area(f)[0] for f in found])
-    return Retrieval(
-        _mean(areas, bootstrap), _mean(recalls, bootstrap), k, len(scores), bootstrap.level
-    )
-
-
-def _mean(values: Float[Tensor, " q"], bootstrap: Bootstrap) -> Estimate:
-    return estimate(lambda counts: weighted_mean(values, counts), [len(values)], bootstrap)
+    pairs = zip(scores, masks, strict=True)
+    found = [inspection.levels(*checked(row, mask), once) for row, mask in pairs]
+    recall = mean(torch.cat([inspection.hits(f, k) / f.positives for f in found]), bootstrap)
+    area = mean(torch.cat([inspection.area(f) for f in found]), bootstrap)
+    return Retrieval(area, recall, k, len(scores), bootstrap.level)
 
 
 def _matrix(values: Float[Tensor, "..."], k: int) -> Float[Tensor, "q n"]:
