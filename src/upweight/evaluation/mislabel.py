@@ -112,10 +112,10 @@ class Detection:
         return {**about, **columns}
 
     def __str__(self) -> str:
-        rows = [("ranking", "AUROC", "average precision", f"recall in {self.inspected} rows")]
+        rows = [["ranking", "AUROC", "average precision", f"recall in {self.inspected} rows"]]
         for name in self.auroc:
             found = (self.auroc[name], self.average_precision[name], self.recall[name])
-            rows.append((name, *map(str, found)))
+            rows.append([name, *map(str, found)])
         width = max(len(row[0]) for row in rows)
         lines = [f"{self.positives} of {self.n} rows are positive ({self.level:.0%} intervals)"]
         for name, *cells in rows:
@@ -159,16 +159,16 @@ def mislabel_detection(
     for ranking in rankings.values():  # before any of them takes its time
         checked(ranking, mislabeled)
     inspected = _inspected(budget, len(mislabeled))
-    areas, precisions, recalls = (
-        {name: measure(ranking) for name, ranking in rankings.items()}
-        for measure in (
-            lambda r: auroc(r, mislabeled, bootstrap),
-            lambda r: average_precision(r, mislabeled, bootstrap),
-            lambda r: recall_at_budget(r, mislabeled, budget, bootstrap),
-        )
+    ranked, mask = rankings.items(), mislabeled
+    return Detection(
+        n=len(mask),
+        positives=int(mask.sum()),
+        inspected=inspected,
+        auroc={name: auroc(r, mask, bootstrap) for name, r in ranked},
+        average_precision={name: average_precision(r, mask, bootstrap) for name, r in ranked},
+        recall={name: recall_at_budget(r, mask, budget, bootstrap) for name, r in ranked},
+        level=bootstrap.level,
     )
-    found = int(mislabeled.sum())
-    return Detection(len(mislabeled), found, inspected, areas, precisions, recalls, bootstrap.level)
 
 
 def _inspected(budget: float, n: int) -> int:
