@@ -11,8 +11,9 @@ and its `bootstrap` take the drawn values themselves and sort them in every resa
 three times as long for rank correlations and ROC curves, and a hundred times for Kendall's τ.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +35,15 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+def summarized(estimates: Mapping[str, Estimate | None], level: float) -> dict[str, Any]:
+    """Values by name as JSON would hold them, and their bounds under `intervals`."""
+    return {
+        **{name: e.value if e else None for name, e in estimates.items()},
+        "level": level,
+        "intervals": {name: [e.low, e.high] if e else None for name, e in estimates.items()},
+    }
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from upweight.errors import DataError, NonFinite, ShapeError, message
 from upweight.evaluation import inspection
-from upweight.evaluation.bootstrap import Bootstrap, Estimate, mean
+from upweight.evaluation.bootstrap import Bootstrap, Estimate, mean, summarized
 from upweight.evaluation.mislabel import checked
 
 
@@ -102,13 +102,7 @@ class Retrieval:
     def summary(self) -> dict[str, Any]:
         """The numbers as JSON would hold them; intervals under `intervals`."""
         estimates = {"auroc": self.auroc, "recall": self.recall}
-        return {
-            **{name: e.value for name, e in estimates.items()},
-            "k": self.k,
-            "queries": self.queries,
-            "level": self.level,
-            "intervals": {name: [e.low, e.high] for name, e in estimates.items()},
-        }
+        return summarized(estimates, self.level) | {"k": self.k, "queries": self.queries}
 
     def __str__(self) -> str:
         return (
