@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.adapters.statsmodels_regression import loss_of, offsets_of
-from upweight.adapters.support import AdapterReader, TranslatedData, require_same_index
+from upweight.adapters.support import AdapterReader, TranslatedData, numbers, require_same_index
 from upweight.errors import DataError, ShapeError, message
 from upweight.runtime.fingerprint import digest
 from upweight.task.losses import Bernoulli
@@ -269,17 +268,10 @@ def _shift(model: Any, given: dict[str, Any], q: int) -> np.ndarray | None:
 
 
 def _numbers(name: str, values: Any) -> np.ndarray:
-    try:
-        if isinstance(values, Tensor):
-            values = values.detach().cpu()
-        return np.array(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            message(
-                f"{name} must be numbers, as the fit had them.",
-                f"{type(values).__name__}: {error}.",
-                "text or categories, a missing value, or rows of different lengths.",
-                "encode them as in results.model.exog and results.model.endog; or fit by a "
-                "formula, whose data frame is read as the fit read it.",
-            )
-        ) from error
+    return numbers(
+        values,
+        f"{name} must be numbers, as the fit had them.",
+        "text or categories, a missing value, or rows of different lengths.",
+        "encode them as in results.model.exog and results.model.endog; or fit by a formula, whose "
+        "data frame is read as the fit read it.",
+    )
