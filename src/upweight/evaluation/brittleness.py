@@ -96,12 +96,6 @@ def brittleness(
 ) -> Brittleness:
     """Read flips off models retrained with `ranked_removal_weights` and measured by a margin.
 
-    Args:
-        truth: One `Retrained`, or one per seed, of a measure that is negative where the model is
-            wrong; see `Brittleness`.
-        sizes: The same k.
-        bootstrap: How the intervals are made.
-
     Raises:
         ShapeError: The models are not one per k, nor one per query and k.
         DataError: No prediction is right on all data; or as `lds`.

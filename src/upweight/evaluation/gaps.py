@@ -214,9 +214,9 @@ def gaps(
             falling to 0. Gaps 1 to 3 are between stages that share it; absent examples keep their
             places there.
         jobs: As for `retrain`.
-        cache: As for `retrain`; the four stages keep to folders of their own in it.
+        cache: As for `retrain`; each of the four stages has a folder in it.
         progress: As for `retrain`.
-        bootstrap: How the intervals are made.
+        bootstrap: Over removals.
 
     Raises:
         MissingContext: The scores were loaded from disk, without their task and data.

@@ -182,11 +182,6 @@ def lds(
         UpweightError: The scores only rank.
 
     Cost: resamples × s × q numbers ranked; Kendall's τ takes s times as many multiply-adds.
-
-    Example:
-        >>> weights = subset_weights(n, 100)
-        >>> truth = [retrain(SGD(seed=k), task, train, weights, queries) for k in range(4)]
-        >>> print(lds(scores, weights, truth))
     """
     seeds = by_seed(truth)
     values = values_by_seed(seeds)

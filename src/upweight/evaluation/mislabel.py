@@ -132,14 +132,8 @@ def mislabel_detection(
 ) -> Detection:
     """Compare rankings by how soon they show the mislabeled rows.
 
-    Args:
-        rankings: By name; in each, the larger the sooner inspected.
-        mislabeled: Whether each row is.
-        budget: Share of the rows that is inspected, for the recall.
-        bootstrap: How the intervals are made.
-
     Raises:
-        ShapeError: There is no ranking; or as `auroc`.
+        ShapeError: There is no ranking.
         UpweightError: As `auroc` and `recall_at_budget`.
 
     Cost: resamples × n numbers, three times per ranking; for 60 000 rows about half a minute each.
@@ -198,11 +192,7 @@ def _estimate(
 
 
 def checked(ranking: Tensor, positive: Tensor) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
-    """A ranking and a mask that fit each other.
-
-    Raises:
-        UpweightError: As `auroc`.
-    """
+    """A ranking and a mask that fit each other, or the errors of `auroc`."""
     values, mask = ranking.detach().cpu().double(), positive.detach().cpu()
     if mask.dtype != torch.bool:
         raise DtypeError(

@@ -8,7 +8,8 @@ A method that only looks at classes passes the first test. `values[q, i]` is lar
 training example i speaks for query q: S for `Margin()`, `LogProb()` or `Logit()`, −S for `Loss()`.
 Equal values have no order; each measure is its mean over their orders.
 
-Intervals draw queries with replacement and take the training data as given.
+Intervals draw queries with replacement and take the training data as given; one query has none,
+and its bounds are NaN. `k` is how many examples are retrieved.
 """
 
 from collections.abc import Sequence
@@ -38,13 +39,6 @@ def class_retrieval(
     The identical class test, and with labels of subclasses under merged classes the identical
     subclass test, of Hanawa, Yokoi, Hara & Inui (2021, "Evaluation of similarity-based
     explanations"). A random ranking gets the share of the query's label in the training data.
-
-    Args:
-        values: The larger, the sooner retrieved.
-        train_labels: Class or subclass of every training example.
-        query_labels: The same of every query.
-        k: Examples retrieved. More than a class has cannot all be right.
-        bootstrap: How the interval is made. NaN bounds for one query.
 
     Raises:
         ShapeError: Sizes disagree, or k is not in 1…n.
@@ -121,11 +115,8 @@ def poison_retrieval(
 ) -> Retrieval:
     """Are the poisoned rows behind a backdoored prediction ranked first for it?
 
-    Args:
-        values: The larger, the sooner inspected; queries that carry the trigger.
-        poisoned: Which rows are: one mask `[n]` for all queries, or one each `[q, n]`.
-        k: Rows inspected, for the recall.
-        bootstrap: How the intervals are made. NaN bounds for one query.
+    `values` are of queries that carry the trigger. `poisoned` is one mask `[n]` for all of them,
+    or one each `[q, n]`.
 
     Raises:
         ShapeError: Sizes disagree, or k is not in 1…n.
