@@ -50,9 +50,6 @@ def diagnostics(results: Any) -> Diagnostics:
     is part of η and stays with its row. Of a fit with robust standard errors (cov_type) the
     diagnostics are those of the plain fit, with a warning that is kept in `notes`.
 
-    Args:
-        results: Fitted results, wrapped or not; see `supports`.
-
     Raises:
         UnsupportedModel: `supports` says no, with its reason; or the fit had freq_weights.
         UpweightError: See `upweight.applications.regression.glm_diagnostics`.
@@ -160,10 +157,6 @@ def data(
 
 
 def recipe(results: Any) -> Refit:
-    """How to fit `results` again under other data weights.
-
-    Raises:
-        UnsupportedModel: `supports` says no, with its reason.
-    """
+    """How to fit `results` again under other data weights; of what `supports` says yes to."""
     loss_of(results)
     return Refit()

@@ -83,20 +83,11 @@ def origin_of(results: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Reader(AdapterReader):
-    """Reads by the names and the formula of the results.
-
-    Args:
-        results: Of which the task is.
-    """
+    """Reads by the names and the formula of the results."""
 
     results: Any
 
     def translate(self, given: Any) -> TranslatedData:
-        """Examples from `(exog, endog)`, or of a formula from its data frame.
-
-        Raises:
-            UpweightError: As for `upweight.adapters.statsmodels.data`.
-        """
         if isinstance(given, tuple | list) and len(given) == 2:
             return translated(self.results, *given)
         if isinstance(given, tuple) and len(given) == 1:
@@ -115,11 +106,7 @@ class Reader(AdapterReader):
         )
 
     def relabeled(self, example: Batch, label: Any) -> Batch:
-        """Another response, with the weight that the row has.
-
-        Raises:
-            ShapeError: Not one number.
-        """
+        """Another response, one number, with the weight that the row has."""
         assert isinstance(example, tuple)
         *inputs, (y, v) = example
         new = _numbers("label", label)

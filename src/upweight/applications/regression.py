@@ -129,14 +129,7 @@ def linear_diagnostics(
 ) -> Diagnostics:
     """Diagnostics of a least squares fit of y on X (with a column of ones for an intercept).
 
-    Args:
-        X: Design `[n, p]`: a tensor, array or data frame; computed in float64 on the CPU.
-        y: Response `[n]`.
-        weights: v, the prior weights of weighted least squares; 1 by default.
-        names: Of the columns.
-
-    Raises:
-        ShapeError, DtypeError, NonFinite, NotPositiveDefinite, DataError: As `glm_diagnostics`.
+    Arguments and errors as for `glm_diagnostics`.
 
     Exact when: always; removal of a row from least squares has this closed form.
     Cost: one QR factorization, n·p² multiply-adds; nothing of size n × n.
@@ -265,10 +258,7 @@ def ridge_loo_residuals(X: Any, y: Any, penalty: Any, weights: Any = None) -> Fl
         penalty: λ ≥ 0, a number or one per column (0 leaves that column free).
         weights: v; 1 by default.
 
-    Raises:
-        ShapeError, DtypeError, NonFinite, NotPositiveDefinite: As `glm_diagnostics`.
-
-    Exact when: always.
+    Exact when: always. Refuses what `glm_diagnostics` does.
     Cost: one QR factorization of n + p rows.
     """
     design, response, prior = _arrays(X, y, weights)
@@ -413,11 +403,7 @@ def _require_finite(found: Diagnostics) -> None:
 
 
 def require_full_rank(X: Any, weights: Any) -> None:
-    """Refuse a design whose columns depend on each other over the rows that count.
-
-    Raises:
-        NotPositiveDefinite: Names the first such column.
-    """
+    """Refuse a design whose columns depend on each other over the rows that count."""
     _factor(_float64("X", X) * _float64("weights", weights).sqrt()[:, None])
 
 

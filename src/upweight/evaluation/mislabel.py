@@ -212,15 +212,7 @@ def checked(ranking: Tensor, positive: Tensor) -> tuple[Float[Tensor, " n"], Boo
                 "pass one number per training example, such as self-influence.",
             )
         )
-    if not bool(values.isfinite().all()):
-        raise NonFinite(
-            message(
-                "A ranking needs finite values.",
-                f"{int((~values.isfinite()).sum())} of {len(values)} are not.",
-                "a loss of a probability of zero, or a model that diverged.",
-                "say where those rows belong: give them a number.",
-            )
-        )
+    require_finite(values)
     if not 0 < int(mask.sum()) < len(mask):
         raise DataError(
             message(
@@ -231,3 +223,17 @@ def checked(ranking: Tensor, positive: Tensor) -> tuple[Float[Tensor, " n"], Boo
             )
         )
     return values, mask
+
+
+def require_finite(values: Tensor) -> None:
+    """Refuse a ranking by NaN or infinity."""
+    if not bool(values.isfinite().all()):
+        raise NonFinite(
+            message(
+                "A ranking needs finite values.",
+                f"{int((~values.isfinite()).sum())} of {values.numel()} are not.",
+                "a loss of a probability of zero, gradients that overflow, or a model that "
+                "diverged.",
+                "say where those rows belong: give them a number.",
+            )
+        )

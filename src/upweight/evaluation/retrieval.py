@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from upweight.errors import DataError, NonFinite, ShapeError, message
+from upweight.errors import DataError, ShapeError, message
 from upweight.evaluation import inspection
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, mean, summarized
-from upweight.evaluation.mislabel import checked
+from upweight.evaluation.mislabel import checked, require_finite
 
 
 def class_retrieval(
@@ -155,13 +155,5 @@ def _matrix(values: Float[Tensor, "..."], k: int) -> Float[Tensor, "q n"]:
                 "use scores.values, and a k of 5 or 10.",
             )
         )
-    if not bool(values.isfinite().all()):
-        raise NonFinite(
-            message(
-                "A ranking needs finite values.",
-                f"{int((~values.isfinite()).sum())} of {values.numel()} are not.",
-                "gradients that overflow.",
-                "use a float64 model, or look at those queries.",
-            )
-        )
+    require_finite(values)
     return values.detach().cpu().double()

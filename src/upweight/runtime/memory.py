@@ -24,9 +24,7 @@ ENOUGH = 256 * 2**20
 def working_bytes(device: torch.device, budget: int | None) -> int:
     """The bytes that one pass may use for a batch.
 
-    Args:
-        device: Where the pass runs.
-        budget: What the user allows; None: a quarter of what is free, and no more than is useful.
+    The budget is what the user allows; None: a quarter of what is free, and no more than is useful.
 
     Raises:
         SpecError: The budget is not positive.
@@ -46,13 +44,7 @@ def working_bytes(device: torch.device, budget: int | None) -> int:
 
 
 def kept_bytes(device: torch.device, budget: int | None, used: int) -> int:
-    """The bytes that may stay taken from one pass to the next.
-
-    Args:
-        device: Where the passes run.
-        budget: What the user allows; None: a quarter of what is free.
-        used: What the passes themselves use of it.
-    """
+    """The bytes that may stay taken from one pass to the next, which themselves take `used`."""
     allowed = int(SHARE * free_bytes(device)) if budget is None else budget
     return max(0, allowed - used)
 
@@ -115,32 +107,15 @@ def examples_within(budget: int, bytes_per_example: int, most: int) -> int:
 
 
 def require_room(q: int, n: int, dtype: torch.dtype, device: torch.device, way_out: str) -> None:
-    """Refuse, before anything is computed or read, a matrix of scores that memory cannot hold.
-
-    Args:
-        q: Its rows.
-        n: Its columns.
-        dtype: Of its numbers.
-        device: Where it would be.
-        way_out: What to do instead.
-
-    Raises:
-        SpecError: It does not fit.
-    """
+    """Refuse, before anything is computed or read, q × n scores that memory cannot hold."""
     require_bytes(q * n * dtype.itemsize, f"{q} × {n} scores", device, way_out)
 
 
 def require_bytes(needed: int, what: str, device: torch.device, way_out: str) -> None:
     """Refuse, before it is asked of the system, what memory cannot hold.
 
-    Args:
-        needed: Its bytes.
-        what: It, in words.
-        device: Where it would be.
-        way_out: What to do instead.
-
     Raises:
-        SpecError: It does not fit.
+        SpecError: It does not fit; says `what`, and the way out.
     """
     free = free_bytes(device)
     if needed > free:
