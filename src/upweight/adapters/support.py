@@ -27,9 +27,7 @@ from upweight.task.task import Task
 class Support:
     """Whether an estimator has a translation, and why not or with what reservation.
 
-    Args:
-        ok: Whether it has. A `Support` is true where `ok` is.
-        reason: The reason for a no with its way out; for a yes, what is minimized.
+    True where `ok` is. The reason for a no has its way out; for a yes it is what is minimized.
     """
 
     ok: bool
@@ -73,20 +71,13 @@ class AdapterReader(abc.ABC):
         """A batch of one training example with another label, given as the user knows it."""
 
     def queries(self, given: Any) -> Data:
-        """Queries as the user knows them, or as the adapter's `data` made them.
-
-        Raises:
-            DataError: Data that were not translated, or for another model.
-            UpweightError: From the adapter's `data`.
-        """
+        """Queries as the user knows them, or as the adapter's `data` made them for this model."""
         return self._own(given) if isinstance(given, Data) else self.translate(given)
 
     def training(self, given: Any) -> Data:
         """The training data that the model was translated with, from any form of them.
 
-        Raises:
-            DataError: Other data: the objective, its weights and penalty, is that of these.
-            UpweightError: From the adapter's `data`.
+        Others are refused: the objective, its weights and penalty, is that of these.
         """
         if isinstance(given, Data):
             return self._own(given)

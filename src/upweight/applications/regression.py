@@ -63,22 +63,19 @@ class Diagnostics:
     """What each row does to a regression. One entry (or row) per observation.
 
     Args:
-        beta: β̂, `[p]`.
-        names: Of the coefficients.
+        beta, names: β̂ `[p]`, and what its entries are called.
         rows: Labels of the observations; their positions unless given.
         scale: φ: the residual variance for `SquaredError`, 1 otherwise, or what was given.
         leverage: hᵢ, between 0 and 1; they sum to p.
         residuals: yᵢ − μᵢ.
         pearson: Pearson residuals.
         studentized: Internally studentized residuals.
-        studentized_external: With the variance estimated without row i; None where φ is not
-            estimated.
+        studentized_external: With the variance of the others; None where φ is not estimated.
         loo_residuals: (yᵢ − μᵢ) / (Vᵢ (1 − hᵢ)), on the scale of η: for least squares yᵢ less its
             prediction without row i (PRESS), otherwise the same for the working response.
         cooks_distance: Dᵢ.
-        dffits: Change of the row's own η in its standard errors, t √(h/(1 − h)), by the external
-            residual where there is one.
-        dffits_internal: The same by the internal residual.
+        dffits, dffits_internal: Change of the row's own η in its standard errors, t √(h/(1 − h)),
+            by the external residual where there is one, and by the internal.
         dfbeta: β̂ − β̂₋ᵢ, `[n, p]`.
         dfbetas: The same in standard errors of β̂ (without row i where φ is estimated).
         covariance_ratio: det cov(β̂₋ᵢ)/det cov(β̂); None where φ is not estimated.

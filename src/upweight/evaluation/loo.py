@@ -161,12 +161,9 @@ def compare(
 ) -> LOO:
     """Hold predictions against retraining.
 
-    Args:
-        predicted: Scores, or Δm as a matrix.
-        actual: What `leave_one_out` returned for the same examples, or Δm as a matrix.
-        examples: The removals, in that order.
-        query: Which row of the scores, where only one query was retrained for.
-        bootstrap: How the intervals are made.
+    Predicted are scores, actual is what `leave_one_out` returned for the same examples in their
+    order; or both are Δm as matrices. `query` is the row of the scores, where only one query was
+    retrained for.
 
     Raises:
         ShapeError: The two do not fit.
