@@ -39,8 +39,14 @@ MAY_IMPORT = {
     "evaluation": {
         "errors", "_typing", "verdict", "runtime", "task", "plot", "scores", "method", "training",
     },
-    "applications": {"errors", "_typing", "task", "scores", "method"},
-    "report": {"errors", "_typing", "_text", "verdict", "runtime", "task", "scores", "method"},
+    "applications": {
+        "errors", "_typing", "runtime", "linalg", "task", "scores", "method", "methods",
+        "evaluation",
+    },
+    "report": {
+        "errors", "_typing", "_text", "verdict", "runtime", "task", "scores", "method",
+        "applications",
+    },
     "runs": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
         "scores", "method", "methods", "evaluation",

@@ -5,7 +5,7 @@
 Every score is a derivative with respect to a data weight: upweight example i, watch measurement q.
 """
 
-from upweight import data, errors, evaluation, report
+from upweight import applications, data, errors, evaluation, report
 from upweight.curvature.blockwise import Blockwise
 from upweight.curvature.diagonal import Diagonal
 from upweight.curvature.ekfac import EKFAC
@@ -112,6 +112,7 @@ __all__ = [
     "Training",
     "Unit",
     "Weighted",
+    "applications",
     "as_data",
     "data",
     "errors",

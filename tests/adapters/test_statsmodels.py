@@ -1,4 +1,4 @@
-"""The adapter and the classical diagnostics agree with statsmodels on its own real data."""
+"""The adapter and the diagnostics agree with statsmodels on its own real data."""
 
 import warnings
 from fractions import Fraction
@@ -14,7 +14,6 @@ from torch.testing import assert_close
 import upweight as uw
 from upweight.adapters import statsmodels as smx
 from upweight.errors import DataError, NotStationary, ShapeError, UnsupportedModel
-from upweight.methods import classical
 
 
 def columns(dataset):
@@ -481,7 +480,3 @@ def test_a_slightly_early_stop_is_warned_of_and_noted():
     with pytest.warns(UserWarning, match="away from the minimum"):
         _, train = smx.task(early(2))
     assert "away from the minimum" in train.notes[0]
-
-
-def test_the_family_table_covers_every_loss():
-    assert set(smx.LOSSES) == {classical.Gaussian, classical.Binomial, classical.Poisson}

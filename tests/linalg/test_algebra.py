@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from upweight.errors import DtypeError, NonFinite, ShapeError
-from upweight.linalg import Declared, Dense, Diagonal, FiniteSum, Identity, LowRank, Tag
+from upweight.linalg import Dense, DiagonalMatrix, FiniteSum, Identity, LowRank, Tag
 
 S, P = frozenset({Tag.SYMMETRIC}), frozenset({Tag.SYMMETRIC, Tag.PSD})
 
@@ -25,7 +25,7 @@ ANY, SYM, PSD = Dense(M), Dense(M + M.T, S), Dense(X.T @ X, P)
         (ANY + SYM, M + M + M.T),
         (ANY - 2.0 * Identity(4), M - 2 * torch.eye(4)),
         (-(ANY * 3.0), -3 * M),
-        (ANY @ Diagonal(D), M @ torch.diag(D)),
+        (ANY @ DiagonalMatrix(D), M @ torch.diag(D)),
         ((Dense(X) @ ANY).T, (X @ M).T),
         (LowRank(X.T), X.T @ X),
         ((ANY + ANY) + (SYM + PSD), 2 * M + M + M.T + X.T @ X),
@@ -50,12 +50,11 @@ def test_the_algebra_of_operators_is_that_of_matrices(expression, matrix):
         (-2.0 * PSD, S),
         (PSD @ PSD, frozenset()),
         (PSD.T, P),
-        (Diagonal(-D), S),
-        (Diagonal(D), P),
+        (DiagonalMatrix(-D), S),
+        (DiagonalMatrix(D), P),
         (FiniteSum([PSD, PSD], 2), P),
         (FiniteSum([PSD, SYM], 2), S),
         (FiniteSum([PSD, ANY], 2), frozenset()),
-        (Declared(PSD @ PSD, frozenset({Tag.PSD})), P),
         (Dense(X.T @ X, frozenset({Tag.PSD})), P),
     ],
     ids=lambda value: (
@@ -124,7 +123,7 @@ def test_sums_are_flat_and_operators_are_immutable():
         (lambda: FiniteSum([PSD, Identity(5)], 3), ShapeError, "one shape"),
         (lambda: float("nan") * PSD, NonFinite, "finite number.*\n.*nan"),
         (
-            lambda: Diagonal(torch.tensor([1.0, torch.inf])),
+            lambda: DiagonalMatrix(torch.tensor([1.0, torch.inf])),
             NonFinite,
             r"(?s)1 of 2.*entries\[1\] = i",
         ),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from upweight.errors import ShapeError
-from upweight.linalg import Dense, Diagonal, Identity, Tag
+from upweight.linalg import Dense, DiagonalMatrix, Identity, Tag
 from upweight.linalg.blockdiag import BlockDiagonal
 from upweight.linalg.eigen import Eigen
 from upweight.testing import check_operator
@@ -22,7 +22,7 @@ def blocks():
     return (
         Eigen((basis,), torch.tensor([1.0, 3.0])),
         Dense(M @ M.T, frozenset({Tag.SYMMETRIC, Tag.PSD})),
-        Diagonal(torch.tensor([2.0, 5.0])),
+        DiagonalMatrix(torch.tensor([2.0, 5.0])),
     )
 
 
@@ -58,7 +58,7 @@ def test_is_the_matrix_written_out(operator):
 def test_tags_are_those_that_every_block_has():
     assert A.is_psd and A.is_symmetric
     assert not NOT_SYMMETRIC.is_symmetric
-    indefinite = Diagonal(torch.tensor([1.0, -1.0]))
+    indefinite = DiagonalMatrix(torch.tensor([1.0, -1.0]))
     mixed = BlockDiagonal((blocks()[0], blocks()[1], indefinite), INDICES)
     assert mixed.is_symmetric and not mixed.is_psd
 

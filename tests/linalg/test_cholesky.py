@@ -5,7 +5,7 @@ import torch
 
 from upweight.errors import NonFinite, NotConverged, NotPositiveDefinite, ShapeError
 from upweight.linalg import CG, Cholesky, Dense, Identity, Result, Tag, cholesky, damped, solve
-from upweight.linalg.estimate import extreme_eigenvalues
+from upweight.linalg.lanczos import extreme_eigenvalues
 
 PSD, SYMMETRIC = frozenset({Tag.PSD}), frozenset({Tag.SYMMETRIC})
 

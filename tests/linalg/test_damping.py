@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from upweight.errors import NonFinite, NotPositiveDefinite
-from upweight.linalg import Absolute, Dense, Diagonal, Identity, Relative, Tag, as_damping, damped
+from upweight.linalg import (
+    Absolute,
+    Dense,
+    DiagonalMatrix,
+    Identity,
+    Relative,
+    Tag,
+    as_damping,
+    damped,
+)
 
 X = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 A = Dense(X.T @ X, frozenset({Tag.PSD}))
@@ -48,6 +57,6 @@ def test_relative_damping_needs_a_positive_trace():
     with pytest.raises(NotPositiveDefinite, match=r"(?s)tr\(A\)/p = -2.000e\+00.*GGN\(\)"):
         Relative(0.1).of(-2.0 * Identity(4))
     with pytest.raises(NotPositiveDefinite, match=r"tr\(A\)/p = 0"):
-        Relative(0.1).of(Diagonal(torch.zeros(3)))
+        Relative(0.1).of(DiagonalMatrix(torch.zeros(3)))
     with pytest.raises(NonFinite, match="nan"):
         Relative(0.1).of(Dense(torch.full((2, 2), torch.nan)))

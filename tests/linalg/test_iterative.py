@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from upweight.errors import NotConverged, NotPositiveDefinite
-from upweight.linalg import CG, MINRES, BlockCG, Dense, Diagonal, Result, Tag, solve
+from upweight.linalg import CG, MINRES, BlockCG, Dense, DiagonalMatrix, Result, Tag, solve
 from upweight.linalg.block_cg import orthonormal
 
 SYMMETRIC, PSD = frozenset({Tag.SYMMETRIC}), frozenset({Tag.PSD})
@@ -173,7 +173,7 @@ def test_preconditioner_cuts_the_steps_and_keeps_the_answer():
     A = Dense(torch.diag(d) + 1e-9 * torch.ones(p, p).double(), PSD)
     b = draw(3, p)
     plain = solve(A, b, CG(1e-9, 5000))
-    helped = solve(A, b, CG(1e-9, preconditioner=Diagonal(1 / d)))
+    helped = solve(A, b, CG(1e-9, preconditioner=DiagonalMatrix(1 / d)))
     assert helped.stats.steps < plain.stats.steps / 3
     torch.testing.assert_close(
         helped.value, torch.linalg.solve(A.matrix, b.T).T, rtol=1e-5, atol=1e-8
@@ -181,7 +181,7 @@ def test_preconditioner_cuts_the_steps_and_keeps_the_answer():
 
 
 def test_preconditioner_that_is_not_positive_definite_is_refused():
-    M = Diagonal(-torch.ones(p).double())
+    M = DiagonalMatrix(-torch.ones(p).double())
     with pytest.raises(NotPositiveDefinite, match=r"(?s)preconditioner M.*rᵀMr/rᵀr = -1.0e\+00"):
         solve(spectrum(torch.linspace(1.0, 2.0, p).double()), draw(2, p), CG(preconditioner=M))
 

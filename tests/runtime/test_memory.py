@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,15 +44,6 @@ def test_free_memory_is_what_this_machine_says():
     assert 2**24 < free_bytes(CPU) < 2**45
 
 
-def test_free_memory_elsewhere_is_half_of_what_is_installed(monkeypatch):
-    """Where there is no /proc/meminfo, or it does not say."""
-    monkeypatch.setattr(memory.Path, "exists", lambda self: False)
-    monkeypatch.setattr(
-        memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.__getitem__
-    )
-    assert free_bytes(CPU) == 4096 * 500
-
-
 # -- limits of the container and of the process ---------------------------------------------------
 
 MEMORY_V1 = "5:cpu,cpuacct:/\n4:memory:/job/step\n0::/\n"
@@ -69,7 +61,8 @@ def machine(monkeypatch, folder, groups):
     (folder / "cgroup").write_text(groups)
     monkeypatch.setattr(memory, "CGROUPS", folder / "groups")
     monkeypatch.setattr(memory, "PROCESS", folder)
-    monkeypatch.setattr(memory, "_machine_bytes", lambda: 10**12)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**12))
+    monkeypatch.setattr(memory, "_process_bytes", list)
     assert free_bytes(CPU) == 10**12
 
 

@@ -14,6 +14,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
 from upweight.adapters.sklearn_objectives import Encoding, Objective, final_step
+from upweight.adapters.support import numbers
 from upweight.errors import DataError, ShapeError, message
 
 
@@ -54,17 +55,12 @@ def features(estimator: Any, X: Any) -> Float[Tensor, "n i"]:
                 "FunctionTransformer with .toarray() after it) and fit again.",
             )
         )
-    try:
-        Z = np.array(X, dtype=np.float64)
-    except (ValueError, TypeError) as error:
-        raise DataError(
-            message(
-                "X must be numbers.",
-                f"{type(X).__name__}: {error}",
-                "columns of text or categories.",
-                "encode them in the Pipeline that is fitted.",
-            )
-        ) from error
+    Z = numbers(
+        X,
+        "X must be numbers.",
+        "columns of text or categories.",
+        "encode them in the Pipeline that is fitted.",
+    )
     if Z.ndim != 2 or Z.shape[1] != final.n_features_in_:
         raise ShapeError(
             message(
@@ -95,17 +91,12 @@ def encoded(estimator: Any, objective: Objective, y: Any) -> Tensor:
     final = final_step(estimator)
     outputs = len(np.atleast_2d(final.coef_))
     if objective.encoding is Encoding.REAL:
-        try:
-            real = np.array(y, dtype=np.float64)
-        except (ValueError, TypeError) as error:
-            raise DataError(
-                message(
-                    f"The targets of {type(final).__name__} must be numbers.",
-                    f"{error}.",
-                    "labels given to a regression.",
-                    "pass the y that it was fitted on.",
-                )
-            ) from error
+        real = numbers(
+            y,
+            f"The targets of {type(final).__name__} must be numbers.",
+            "labels given to a regression.",
+            "pass the y that it was fitted on.",
+        )
         real = real[:, None] if real.ndim == 1 else real
         if real.shape[1:] != (outputs,):
             raise ShapeError(

@@ -92,11 +92,7 @@ class Reader(AdapterReader):
 
     @staticmethod
     def of(estimator: Any, objective: Objective, arrays: Any, by_class: Any) -> "Reader":
-        """The reader of a task with these training arrays.
-
-        Raises:
-            UnsupportedModel: A step of the Pipeline cannot be copied.
-        """
+        """The reader of a task with these training arrays; its Pipeline must be one to copy."""
         try:
             own = copy.deepcopy(estimator)
         except Exception as error:  # whatever a step of the user's raises
@@ -118,12 +114,6 @@ class Reader(AdapterReader):
         return dataclasses.replace(self, train=dataclasses.replace(self.train, notes=tuple(notes)))
 
     def translate(self, given: Any) -> TranslatedData:
-        """Examples from `(X, y)`, `(X,)` or X, as they were given to fit.
-
-        Raises:
-            DataError: Something else, or tensors for a Pipeline.
-            UpweightError: As for `upweight.adapters.sklearn.data`.
-        """
         X, y = _parts(given)
         through = isinstance(self.estimator, Pipeline) and len(self.estimator.steps) > 1
         if through and isinstance(X, Tensor):
@@ -153,11 +143,7 @@ class Reader(AdapterReader):
         return super().training(given)
 
     def relabeled(self, example: Batch, label: Any) -> Batch:
-        """Another label, as the estimator knows it, with the class weight that it has.
-
-        Raises:
-            DataError, ShapeError: The estimator knows no such label.
-        """
+        """Another label, as the estimator knows it, with the class weight that it has."""
         assert isinstance(example, tuple)
         X, old = example
         given = np.asarray(label)
@@ -202,11 +188,7 @@ def _parts(given: Any) -> tuple[Any, Any]:
 
 
 def _predicted(final: Any, Z: Tensor) -> Any:
-    """The class of each row, by the estimator itself.
-
-    Raises:
-        DataError: A regression, whose loss at its own prediction has no gradient.
-    """
+    """The class of each row, by the estimator. A regression's loss at its own has no gradient."""
     if not is_classifier(final):
         raise DataError(
             message(

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from upweight.adapters.sklearn_objectives import coefficients
 from upweight.adapters.sklearn_rules import objective_of
-from upweight.curvature.objective import WeightedObjective, weighted_objective
+from upweight.adapters.support import RefitTrainer
+from upweight.curvature.objective import weighted_objective
 from upweight.errors import UnsupportedModel, message
 from upweight.task.data import Data
-from upweight.task.recipe import Trained
 from upweight.task.task import Task
 
 TIGHTEST = {"sag": 1e-10, "saga": 1e-10, "liblinear": 1e-10}
@@ -72,7 +72,7 @@ class Refit:
     def __hash__(self) -> int:
         return hash(_spelled(self.estimator))
 
-    def prepare(self, task: Task, train: Data) -> "RefitTrainer":
+    def prepare(self, task: Task, train: Data) -> RefitTrainer:
         """Take the arrays out of the data.
 
         Raises:
@@ -92,69 +92,37 @@ class Refit:
         weighted = not isinstance(targets, Tensor)
         y, v = targets if weighted else (targets, torch.ones(len(X), dtype=X.dtype))
         hinge = type(self.estimator) is LinearSVC and self.estimator.loss == "hinge"
-        smooth = None if hinge else weighted_objective(task, train)
         labels = _labels(y) if is_classifier(self.estimator) else _squeezed(y)
-        return RefitTrainer(
-            tightened(self.estimator, X.shape[1]), task, X.numpy(), labels, v, smooth
-        )
+        unfitted = tightened(self.estimator, X.shape[1])
+
+        def fit(w: Float[Tensor, " n"]) -> tuple[Float[Tensor, " p"] | None, str]:
+            return _fitted(unfitted, task, X.numpy(), labels, w * v, float(v.sum()))
+
+        return RefitTrainer(task, fit, None if hinge else weighted_objective(task, train))
 
 
-@dataclass(frozen=True, eq=False)
-class RefitTrainer:
-    """w ↦ θ(w) by `fit`. Made by `Refit.prepare`.
-
-    Args:
-        estimator: Unfitted, with its tolerance tightened.
-        task: Lays out θ.
-        X, y: The training arrays.
-        v: Sample weights times class weights of the objective.
-        objective: ∇J(θ, w), or None where J is not smooth (the hinge itself).
-    """
-
-    estimator: Any
-    task: Task
-    X: Any
-    y: Any
-    v: Float[Tensor, " n"]
-    objective: WeightedObjective | None
-    at_once: int = 1
-
-    def __call__(self, weights: Float[Tensor, "s n"]) -> Trained:
-        """θ(w) for each row, with scikit-learn's own words where there is none."""
-        rows, norms, failures = [], [], {}
-        for row, w in enumerate(weights):
-            theta, warned = self._fitted(w)
-            if theta is None:
-                theta, norm = self.task.theta().fill_(torch.nan), torch.nan
-                failures[row] = warned
-            elif self.objective is None:
-                norm = torch.nan
-            else:
-                norm = float(self.objective(theta[None], w[None].to(theta))[1].norm())
-            rows.append(theta)
-            norms.append(norm)
-        return Trained(torch.stack(rows), torch.tensor(norms, dtype=torch.float64), failures)
-
-    def _fitted(self, w: Float[Tensor, " n"]) -> tuple[Float[Tensor, " p"] | None, str]:
-        weights = (w.to(self.v) * self.v).numpy()
-        fresh = clone(self.estimator)
-        try:
-            with warnings.catch_warnings():
-                # Deprecations were the user's to see at their own fit; convergence is judged by
-                # the gradient norm that is reported.
-                warnings.simplefilter("ignore")
-                if type(fresh) is PoissonRegressor:
-                    # Its mean is over Σwv; J's is over n, whatever the weights.
-                    fresh.set_params(alpha=fresh.alpha * float(self.v.sum()) / weights.sum())
-                fresh.fit(self.X, self.y, sample_weight=weights)
-        except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
-            return None, f"{type(fresh).__name__} says: {error}"
-        weight, bias = coefficients(fresh, objective_of(fresh))
-        params = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        if not all(params[k].shape == v.shape for k, v in self.task.model.named_parameters()):
-            return None, f"coefficients of shape {tuple(weight.shape)}: a class is missing"
-        theta = self.task.layout.flatten(params)
-        return (theta, "") if bool(theta.isfinite().all()) else (None, "coefficients not finite")
+def _fitted(
+    estimator: Any, task: Task, X: Any, y: Any, weights: Float[Tensor, " n"], total: float
+) -> tuple[Float[Tensor, " p"] | None, str]:
+    """θ by a clone of the estimator, or what scikit-learn says where there is none."""
+    fresh = clone(estimator)
+    try:
+        with warnings.catch_warnings():
+            # Deprecations were the user's to see at their own fit; convergence is judged by
+            # the gradient norm that is reported.
+            warnings.simplefilter("ignore")
+            if type(fresh) is PoissonRegressor:
+                # Its mean is over Σwv; J's is over n, whatever the weights.
+                fresh.set_params(alpha=fresh.alpha * total / float(weights.sum()))
+            fresh.fit(X, y, sample_weight=weights.numpy())
+    except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
+        return None, f"{type(fresh).__name__} says: {error}"
+    weight, bias = coefficients(fresh, objective_of(fresh))
+    params = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    if not all(params[k].shape == v.shape for k, v in task.model.named_parameters()):
+        return None, f"coefficients of shape {tuple(weight.shape)}: a class is missing"
+    theta = task.layout.flatten(params)
+    return (theta, "") if bool(theta.isfinite().all()) else (None, "coefficients not finite")
 
 
 def _spelled(estimator: Any) -> tuple[type, str]:

@@ -181,12 +181,13 @@ def minimized(task: Task, train: Data) -> tuple[Task, str]:
             if temperature > loss.temperature:
                 warm = SmoothHinge(temperature)
                 whole = warm if loss is task.loss else type(task.loss)(warm)  # type: ignore[call-arg]
-                theta = _minimum(_at(task, theta, whole), train, 1e-6)
-    theta = _minimum(_at(task, theta), train, 1e-10)
-    require_minimum(_at(task, theta), train)
+                smooth = Task(task.model, whole, task.penalty, task.params, task.forward)
+                theta = _minimum(smooth.moved_to(theta), train, 1e-6)
+    theta = _minimum(task.moved_to(theta), train, 1e-10)
+    found = task.moved_to(theta)
+    require_minimum(found, train)
     moved, size = float((theta - start).norm()), float(start.norm())
-    said = f"θ was moved to the minimum of J by ‖Δθ‖ = {moved:.3g} (‖θ‖ was {size:.3g})"
-    return _at(task, theta), said
+    return found, f"θ was moved to the minimum of J by ‖Δθ‖ = {moved:.3g} (‖θ‖ was {size:.3g})"
 
 
 def _minimum(task: Task, train: Data, tol: float) -> Float[Tensor, " p"]:
@@ -197,8 +198,3 @@ def _minimum(task: Task, train: Data, tol: float) -> Float[Tensor, " p"]:
             raise
         found: Float[Tensor, " p"] = error.solution.theta[0]
         return found
-
-
-def _at(task: Task, theta: Float[Tensor, " p"], loss: Any = None) -> Task:
-    model = task.moved_to(theta).model
-    return Task(model, loss or task.loss, task.penalty, task.params, task.forward, task.reads)

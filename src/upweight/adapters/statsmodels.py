@@ -1,4 +1,4 @@
-"""statsmodels results as upweight tasks, and their classical diagnostics.
+"""statsmodels results as upweight tasks, and their diagnostics.
 
     results                                   loss                 weights v
     OLS, WLS, GLM Gaussian (identity)         SquaredError         prior weights
@@ -25,21 +25,20 @@ from upweight.adapters.stationarity import judged
 from upweight.adapters.statsmodels_reader import Reader, arrays_of, origin_of, translated
 from upweight.adapters.statsmodels_refit import Refit
 from upweight.adapters.statsmodels_regression import (
-    LOSSES,
     dropped,
-    family_of,
+    loss_of,
     regression_of,
     robust_notes,
     supports,
 )
 from upweight.adapters.support import Support, TranslatedData
+from upweight.applications.regression import Diagnostics, glm_diagnostics, require_full_rank
 from upweight.errors import UnsupportedModel, message
-from upweight.methods.classical import Diagnostics, glm_diagnostics, require_full_rank
 from upweight.task.data import Data
 from upweight.task.losses import Weighted
 from upweight.task.task import Task, call_model
 
-__all__ = ["LOSSES", "Refit", "Support", "data", "diagnostics", "recipe", "supports", "task"]
+__all__ = ["Refit", "Support", "data", "diagnostics", "recipe", "supports", "task"]
 
 
 def diagnostics(results: Any) -> Diagnostics:
@@ -51,12 +50,9 @@ def diagnostics(results: Any) -> Diagnostics:
     is part of η and stays with its row. Of a fit with robust standard errors (cov_type) the
     diagnostics are those of the plain fit, with a warning that is kept in `notes`.
 
-    Args:
-        results: Fitted results, wrapped or not; see `supports`.
-
     Raises:
         UnsupportedModel: `supports` says no, with its reason; or the fit had freq_weights.
-        UpweightError: See `upweight.methods.classical.glm_diagnostics`.
+        UpweightError: See `upweight.applications.regression.glm_diagnostics`.
     """
     found = regression_of(results)
     if found.repeated:
@@ -76,7 +72,7 @@ def diagnostics(results: Any) -> Diagnostics:
         found.X,
         found.y,
         found.beta,
-        found.family,
+        found.loss,
         found.weights,
         found.names,
         found.scale,
@@ -108,7 +104,7 @@ def task(results: Any, *, tolerance: float = 1.0) -> tuple[Task, Data]:
         model.weight.copy_(torch.from_numpy(found.beta)[None])
     arrays = arrays_of(found.X, found.y, found.weights, found.offset)
     forward = call_model if found.offset is None else shifted
-    loss = Weighted(LOSSES[type(found.family)])
+    loss = Weighted(found.loss)
     train = TranslatedData(arrays, (), origin_of(results))
     name = f"this {type(results.model).__name__} fit"
     notes = judged(Task(model, loss, forward=forward), train, tolerance, name)
@@ -161,10 +157,6 @@ def data(
 
 
 def recipe(results: Any) -> Refit:
-    """How to fit `results` again under other data weights.
-
-    Raises:
-        UnsupportedModel: `supports` says no, with its reason.
-    """
-    family_of(results)
+    """How to fit `results` again under other data weights; of what `supports` says yes to."""
+    loss_of(results)
     return Refit()

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.adapters.statsmodels_regression import family_of, offsets_of
-from upweight.adapters.support import AdapterReader, TranslatedData, require_same_index
+from upweight.adapters.statsmodels_regression import loss_of, offsets_of
+from upweight.adapters.support import AdapterReader, TranslatedData, numbers, require_same_index
 from upweight.errors import DataError, ShapeError, message
-from upweight.methods import classical
 from upweight.runtime.fingerprint import digest
+from upweight.task.losses import Bernoulli
 
 NAMELESS = "exog came without names: its columns were taken in the order of the fit"
 
@@ -22,7 +21,7 @@ def translated(
     results: Any, exog: Any, endog: Any = None, offset: Any = None, exposure: Any = None
 ) -> TranslatedData:
     """Examples for the task of supported results; see `upweight.adapters.statsmodels.data`."""
-    family, names = family_of(results), [str(name) for name in results.model.exog_names]
+    loss, names = loss_of(results), [str(name) for name in results.model.exog_names]
     if endog is None:
         endog = _response(results, exog)
     _require_left_side(results, endog)
@@ -38,7 +37,7 @@ def translated(
         notes = (NAMELESS,)
     X, y = _numbers("exog", exog), _numbers("endog", endog)
     y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
-    counted = y.ndim == 2 and y.shape[1] == 2 and isinstance(family, classical.Binomial)
+    counted = y.ndim == 2 and y.shape[1] == 2 and loss == Bernoulli()
     if X.ndim != 2 or X.shape[1] != len(names) or len(y) != len(X) or not (counted or y.ndim == 1):
         raise ShapeError(
             message(
@@ -84,20 +83,11 @@ def origin_of(results: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Reader(AdapterReader):
-    """Reads by the names and the formula of the results.
-
-    Args:
-        results: Of which the task is.
-    """
+    """Reads by the names and the formula of the results."""
 
     results: Any
 
     def translate(self, given: Any) -> TranslatedData:
-        """Examples from `(exog, endog)`, or of a formula from its data frame.
-
-        Raises:
-            UpweightError: As for `upweight.adapters.statsmodels.data`.
-        """
         if isinstance(given, tuple | list) and len(given) == 2:
             return translated(self.results, *given)
         if isinstance(given, tuple) and len(given) == 1:
@@ -116,11 +106,7 @@ class Reader(AdapterReader):
         )
 
     def relabeled(self, example: Batch, label: Any) -> Batch:
-        """Another response, with the weight that the row has.
-
-        Raises:
-            ShapeError: Not one number.
-        """
+        """Another response, one number, with the weight that the row has."""
         assert isinstance(example, tuple)
         *inputs, (y, v) = example
         new = _numbers("label", label)
@@ -269,17 +255,10 @@ def _shift(model: Any, given: dict[str, Any], q: int) -> np.ndarray | None:
 
 
 def _numbers(name: str, values: Any) -> np.ndarray:
-    try:
-        if isinstance(values, Tensor):
-            values = values.detach().cpu()
-        return np.array(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            message(
-                f"{name} must be numbers, as the fit had them.",
-                f"{type(values).__name__}: {error}.",
-                "text or categories, a missing value, or rows of different lengths.",
-                "encode them as in results.model.exog and results.model.endog; or fit by a "
-                "formula, whose data frame is read as the fit read it.",
-            )
-        ) from error
+    return numbers(
+        values,
+        f"{name} must be numbers, as the fit had them.",
+        "text or categories, a missing value, or rows of different lengths.",
+        "encode them as in results.model.exog and results.model.endog; or fit by a formula, whose "
+        "data frame is read as the fit read it.",
+    )

@@ -11,27 +11,19 @@ import numpy as np
 
 from upweight.adapters.support import Support
 from upweight.errors import UnsupportedModel, message
-from upweight.methods import classical
-from upweight.methods.classical import Family
 from upweight.task.losses import Bernoulli, Loss, Poisson, SquaredError
 
-LOSSES: dict[type[Family], Loss] = {
-    classical.Gaussian: SquaredError(),
-    classical.Binomial: Bernoulli(),
-    classical.Poisson: Poisson(),
+FAMILIES: dict[tuple[str, str], Loss] = {
+    ("Gaussian", "Identity"): SquaredError(),
+    ("Binomial", "Logit"): Bernoulli(),
+    ("Poisson", "Log"): Poisson(),
 }
 
-FAMILIES = {
-    ("Gaussian", "Identity"): classical.Gaussian(),
-    ("Binomial", "Logit"): classical.Binomial(),
-    ("Poisson", "Log"): classical.Poisson(),
-}
-
-KINDS: dict[str, Family] = {
-    "OLS": classical.Gaussian(),
-    "WLS": classical.Gaussian(),
-    "Logit": classical.Binomial(),
-    "Poisson": classical.Poisson(),
+KINDS: dict[str, Loss] = {
+    "OLS": SquaredError(),
+    "WLS": SquaredError(),
+    "Logit": Bernoulli(),
+    "Poisson": Poisson(),
 }
 
 
@@ -43,7 +35,7 @@ class Regression:
     y: np.ndarray
     weights: np.ndarray
     beta: np.ndarray
-    family: Family
+    loss: Loss
     names: tuple[str, ...]
     rows: tuple[Hashable, ...]
     scale: float | None
@@ -79,8 +71,8 @@ def supports(results: Any) -> Support:
                    "Poisson/Log are supported")  # fmt: skip
 
 
-def family_of(results: Any) -> Family:
-    """The family of supported results, or the reason for a no as an error."""
+def loss_of(results: Any) -> Loss:
+    """The loss of supported results, or the reason for a no as an error."""
     found = supports(results)
     if not found:
         raise UnsupportedModel(
@@ -100,7 +92,7 @@ def family_of(results: Any) -> Family:
 
 def regression_of(results: Any) -> Regression:
     """The arrays of supported results."""
-    family = family_of(results)
+    loss = loss_of(results)
     model = results.model
     X = np.array(model.exog, dtype=np.float64)
     y = np.array(model.endog, dtype=np.float64).reshape(-1)
@@ -110,16 +102,16 @@ def regression_of(results: Any) -> Regression:
     if type(model).__name__ == "GLM":
         weights = np.array(model.iweights, dtype=np.float64).reshape(-1)
         repeated = bool(np.any(np.asarray(model.freq_weights) != 1))
-        if isinstance(family, classical.Binomial):
+        if loss == Bernoulli():
             weights = weights * np.array(model.n_trials, dtype=np.float64)
         # A residual variance is estimated anew without each row; any other scale stays as it is.
         estimated = np.isclose(results.scale, results.pearson_chi2 / results.df_resid, rtol=1e-9)
-        scale = None if family.estimates_scale and estimated else float(results.scale)
+        scale = None if loss == SquaredError() and estimated else float(results.scale)
     beta = np.array(results.params, dtype=np.float64).reshape(-1)
     names = tuple(map(str, model.exog_names))
     shifts = offsets_of(model)
     offset = np.sum(list(shifts.values()), axis=0) if shifts else None
-    return Regression(X, y, weights, beta, family, names, rows_of(model), scale, repeated, offset)
+    return Regression(X, y, weights, beta, loss, names, rows_of(model), scale, repeated, offset)
 
 
 def offsets_of(model: Any) -> dict[str, np.ndarray]:

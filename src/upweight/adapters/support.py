@@ -6,24 +6,28 @@ somebody else made look like rows, and are refused wherever they can be told fro
 """
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch
 from upweight.errors import DataError, message
 from upweight.task.data import ArrayData, Data, Subset
+from upweight.task.recipe import Trained
+from upweight.task.task import Task
 
 
 @dataclass(frozen=True)
 class Support:
     """Whether an estimator has a translation, and why not or with what reservation.
 
-    Args:
-        ok: Whether it has. A `Support` is true where `ok` is.
-        reason: The reason for a no with its way out; for a yes, what is minimized.
+    True where `ok` is. The reason for a no has its way out; for a yes it is what is minimized.
     """
 
     ok: bool
@@ -67,20 +71,13 @@ class AdapterReader(abc.ABC):
         """A batch of one training example with another label, given as the user knows it."""
 
     def queries(self, given: Any) -> Data:
-        """Queries as the user knows them, or as the adapter's `data` made them.
-
-        Raises:
-            DataError: Data that were not translated, or for another model.
-            UpweightError: From the adapter's `data`.
-        """
+        """Queries as the user knows them, or as the adapter's `data` made them for this model."""
         return self._own(given) if isinstance(given, Data) else self.translate(given)
 
     def training(self, given: Any) -> Data:
         """The training data that the model was translated with, from any form of them.
 
-        Raises:
-            DataError: Other data: the objective, its weights and penalty, is that of these.
-            UpweightError: From the adapter's `data`.
+        Others are refused: the objective, its weights and penalty, is that of these.
         """
         if isinstance(given, Data):
             return self._own(given)
@@ -125,7 +122,7 @@ class AdapterReader(abc.ABC):
         return data
 
 
-def _without_weights(arrays: Any) -> list[torch.Tensor]:
+def _without_weights(arrays: Any) -> list[Tensor]:
     *inputs, targets = arrays
     y = targets[0] if isinstance(targets, tuple) else targets
     return [*tree_leaves(inputs), y]
@@ -147,3 +144,46 @@ def require_same_index(X: Any, y: Any, one: str, other: str) -> None:
                 f"pass {other}.loc[{one}.index].",
             )
         )
+
+
+def numbers(values: Any, required: str, cause: str, way_out: str) -> np.ndarray:
+    """A copy as an array of float64.
+
+    Raises:
+        DataError: Not numbers.
+    """
+    try:
+        return np.array(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
+    except (TypeError, ValueError) as error:
+        given = f"{type(values).__name__}: {error}."
+        raise DataError(message(required, given, cause, way_out)) from error
+
+
+@dataclass(frozen=True, eq=False)
+class RefitTrainer:
+    """w ↦ θ(w) by another package's own fit, one model after the other. Made by `Refit.prepare`.
+
+    Args:
+        task: Lays out θ.
+        fit: w `[n]` to θ(w), or to None and why there is none.
+        objective: ∇J(θ, w), or None where J is not smooth.
+    """
+
+    task: Task
+    fit: Callable[[Float[Tensor, " n"]], tuple[Float[Tensor, " p"] | None, str]]
+    objective: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    at_once: int = 1
+
+    def __call__(self, weights: Float[Tensor, "s n"]) -> Trained:
+        """θ(w) for each row, with the package's own words where there is none."""
+        theta = self.task.theta().expand(len(weights), -1).clone().fill_(torch.nan)
+        norms, failures = torch.full((len(weights),), torch.nan, dtype=torch.float64), {}
+        for row, w in enumerate(weights.to(theta)):
+            found, reason = self.fit(w)
+            if found is None:
+                failures[row] = reason
+                continue
+            theta[row] = found
+            if self.objective is not None:
+                norms[row] = self.objective(theta[row : row + 1], w[None])[1].norm()
+        return Trained(theta, norms, failures)

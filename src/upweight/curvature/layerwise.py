@@ -32,6 +32,7 @@ from upweight.gradients.passes import GradientPass
 from upweight.linalg.blockdiag import BlockDiagonal
 from upweight.linalg.damping import Damping
 from upweight.linalg.eigen import Eigen
+from upweight.linalg.matrices import DiagonalMatrix
 from upweight.linalg.operator import LinearOperator
 from upweight.runtime.checkpoint import Checkpoint
 from upweight.runtime.memory import examples_within, kept_bytes, working_bytes
@@ -444,7 +445,7 @@ def _with_penalty(
     if penalty is None:
         return eigens, ()
     diagonal = penalty.diagonal()
-    exact = type(penalty).__name__ == "Diagonal"
+    exact = isinstance(penalty, DiagonalMatrix)
     added, approximate = [], []
     for block, eigen in zip(made.blocks, eigens, strict=True):
         entries = diagonal[block.index(task.layout).to(diagonal.device)].reshape(eigen.values.shape)

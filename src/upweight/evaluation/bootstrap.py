@@ -5,10 +5,15 @@
 A percentile bootstrap (Efron & Tibshirani 1993, §13.3). Each way that was sampled is drawn with
 replacement, independently of the others, and a draw is how often each of its items came up. With
 fewer than about 20 items such an interval is too narrow.
+
+By counts a statistic of all resamples is a matrix product or a cumulative sum. SciPy's statistics
+and its `bootstrap` take the drawn values themselves and sort them in every resample, which takes
+three times as long for rank correlations and ROC curves, and a hundred times for Kendall's τ.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +35,15 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+def summarized(estimates: Mapping[str, Estimate | None], level: float) -> dict[str, Any]:
+    """Values by name as JSON would hold them, and their bounds under `intervals`."""
+    return {
+        **{name: e.value if e else None for name, e in estimates.items()},
+        "level": level,
+        "intervals": {name: [e.low, e.high] if e else None for name, e in estimates.items()},
+    }
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ def estimate(
         width: Numbers that the statistic holds per resample, where that is more than the sizes.
     """
     value, values = _resampled(statistic, sizes, bootstrap, width)
-    return Estimate(value, *_percentiles(values, bootstrap.level))
+    return _interval(value, values, bootstrap.level)
 
 
 def centered_estimate(
@@ -85,7 +99,12 @@ def centered_estimate(
     in Efron & Tibshirani (1993, §10.2); the interval is for what s items give on average.
     """
     value, values = _resampled(statistic, sizes, bootstrap, 0)
-    return Estimate(value, *_percentiles(values - (values.mean() - value), bootstrap.level))
+    return _interval(value, values - (values.nanmean() - value), bootstrap.level)
+
+
+def mean(values: Float[Tensor, " q"], bootstrap: Bootstrap) -> Estimate:
+    """The mean of values, which are drawn with replacement. NaN bounds for one."""
+    return estimate(lambda counts: weighted_mean(values, counts), [len(values)], bootstrap)
 
 
 def _resampled(
@@ -94,26 +113,22 @@ def _resampled(
     bootstrap: Bootstrap,
     width: int,
 ) -> tuple[float, Float[Tensor, " r"]]:
-    """The statistic of the sample, and of the resamples in which it exists."""
+    """The statistic of the sample, and of each resample."""
     value = float(statistic(*(torch.ones(1, size, dtype=torch.float64) for size in sizes)))
     if max(sizes) == 1:
-        return value, torch.empty(0, dtype=torch.float64)
+        return value, torch.full((1,), torch.nan, dtype=torch.float64)
     generator = torch.Generator().manual_seed(bootstrap.seed)
     chunk = max(1, CHUNK // max(*sizes, width))
     parts = []
     for start in range(0, bootstrap.resamples, chunk):
         count = min(chunk, bootstrap.resamples - start)
         parts.append(statistic(*(_counts(count, size, generator) for size in sizes)))
-    values = torch.cat(parts)
-    return value, values[values.isfinite()]
+    return value, torch.cat(parts)
 
 
-def _percentiles(values: Float[Tensor, " r"], level: float) -> tuple[float, float]:
-    if len(values) == 0:
-        return torch.nan, torch.nan
-    tail = (1.0 - level) / 2
-    low, high = torch.quantile(values, torch.tensor([tail, 1.0 - tail], dtype=torch.float64))
-    return float(low), float(high)
+def _interval(value: float, values: Float[Tensor, " r"], level: float) -> Estimate:
+    tails = torch.tensor([(1.0 - level) / 2, (1.0 + level) / 2], dtype=torch.float64)
+    return Estimate(value, *values.nanquantile(tails).tolist())
 
 
 def _counts(count: int, size: int, generator: torch.Generator) -> Float[Tensor, "r e"]:

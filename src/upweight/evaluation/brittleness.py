@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import DataError, message
-from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, weighted_mean
+from upweight.evaluation.bootstrap import Bootstrap, Estimate, mean
 from upweight.evaluation.removal_curve import own_values
 from upweight.evaluation.seeds import Truth, baselines_by_seed, values_by_seed
 
@@ -62,10 +62,7 @@ class Brittleness:
         """
         right = self.baseline.mean(dim=0) >= 0
         ever = (self.margins.mean(dim=0)[:, right] < 0).double().cummax(dim=0).values
-        return tuple(
-            estimate(lambda counts, at=at: weighted_mean(at, counts), [len(at)], self.bootstrap)
-            for at in ever
-        )
+        return tuple(mean(at, self.bootstrap) for at in ever)
 
     def summary(self) -> dict[str, Any]:
         """The numbers as JSON would hold them."""
@@ -98,12 +95,6 @@ def brittleness(
     bootstrap: Bootstrap = Bootstrap(),
 ) -> Brittleness:
     """Read flips off models retrained with `ranked_removal_weights` and measured by a margin.
-
-    Args:
-        truth: One `Retrained`, or one per seed, of a measure that is negative where the model is
-            wrong; see `Brittleness`.
-        sizes: The same k.
-        bootstrap: How the intervals are made.
 
     Raises:
         ShapeError: The models are not one per k, nor one per query and k.

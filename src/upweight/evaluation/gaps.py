@@ -13,7 +13,7 @@ neighbours, and the five add up to cold start − scores.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from upweight.errors import NonFinite, ShapeError, SpecError, message
 from upweight.evaluation import metrics
-from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate
+from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, mean
 from upweight.evaluation.loo import leave_one_out
 from upweight.evaluation.prediction import predicted_removals, removals
 from upweight.evaluation.weights import Removal
@@ -116,10 +116,14 @@ class Gaps:
         difference = (self.effects[before] - self.effects[after]).double()
         total = (self.effects[STAGES[0]] - self.effects[STAGES[-1]]).double()
         squares = difference.square().mean(dim=1)
-        size = _ratio(squares, torch.ones_like(squares), self.bootstrap)
-        size = Estimate(*(bound**0.5 for bound in (size.value, size.low, size.high)))
-        along = (difference * total).sum(dim=1)
-        share = _ratio(along, total.square().sum(dim=1), self.bootstrap)
+        size = Estimate(*(bound**0.5 for bound in astuple(mean(squares, self.bootstrap))))
+        along, whole = (difference * total).sum(dim=1), total.square().sum(dim=1)
+
+        def shares(counts: Float[Tensor, "r e"]) -> Float[Tensor, " r"]:
+            below = counts @ whole
+            return counts @ along / torch.where(below == 0, torch.nan, below)
+
+        share = estimate(shares, [len(along)], self.bootstrap)
         return Gap(name, size, share, self.correlation(before, after))
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
@@ -152,18 +156,13 @@ class Gaps:
             "queries": next(iter(self.effects.values())).shape[1],
             "level": self.bootstrap.level,
             "gaps": {
-                gap.name: {
-                    key: [e.value, e.low, e.high]
-                    for key, e in (
-                        ("size", gap.size), ("share", gap.share), ("pearson", gap.pearson),
-                    )
-                }
+                gap.name: {k: list(astuple(getattr(gap, k))) for k in ("size", "share", "pearson")}
                 for gap in self.each
             },
             "largest": self.largest.name,
-            "pearson_with_cold_start": [cold.value, cold.low, cold.high],
-            "pearson_with_pbrf": [pbrf.value, pbrf.low, pbrf.high],
-        }  # fmt: skip
+            "pearson_with_cold_start": list(astuple(cold)),
+            "pearson_with_pbrf": list(astuple(pbrf)),
+        }
 
     def __str__(self) -> str:
         e, q = next(iter(self.effects.values())).shape
@@ -183,16 +182,6 @@ class Gaps:
             f"  Pearson of the scores with cold start {_short(cold)}, with PBRF {_short(pbrf)}",
         ]
         return "\n".join(lines)
-
-
-def _ratio(top: Float[Tensor, " e"], bottom: Float[Tensor, " e"], bootstrap: Bootstrap) -> Estimate:
-    """Σ top / Σ bottom, with the removals drawn anew for its interval."""
-
-    def statistic(counts: Float[Tensor, "r e"]) -> Float[Tensor, " r"]:
-        below = counts @ bottom
-        return counts @ top / torch.where(below == 0, torch.nan, below)
-
-    return estimate(statistic, [len(top)], bootstrap)
 
 
 def _short(e: Estimate) -> str:
@@ -225,9 +214,9 @@ def gaps(
             falling to 0. Gaps 1 to 3 are between stages that share it; absent examples keep their
             places there.
         jobs: As for `retrain`.
-        cache: As for `retrain`; the four stages keep to folders of their own in it.
+        cache: As for `retrain`; each of the four stages has a folder in it.
         progress: As for `retrain`.
-        bootstrap: How the intervals are made.
+        bootstrap: Over removals.
 
     Raises:
         MissingContext: The scores were loaded from disk, without their task and data.

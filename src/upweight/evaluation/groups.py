@@ -2,11 +2,8 @@
 
 Three of the kinds of groups on which Koh, Ang, Teo & Liang (2019, "On the accuracy of influence
 functions for measuring group effects") compared influence with retraining: at random, within one
-class, and by influence. They are `examples` of `leave_one_out` and `compare`:
-
-    groups = random_groups(n, [50] * 20)
-    truth = leave_one_out(recipe, task, train, groups, queries, measure)
-    print(compare(scores, truth, groups))
+class, and by influence. They are `examples` of `leave_one_out` and `compare`. `sizes` says how many
+examples each group has, 1 ≤ k < n; what has no group of that size is a ShapeError.
 """
 
 import math
@@ -24,16 +21,7 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 def random_groups(n: int, sizes: Sequence[int], seed: int = 0) -> Groups:
-    """One group per size, of examples drawn uniformly without replacement; no group comes twice.
-
-    Args:
-        n: Training examples.
-        sizes: How many examples each group has, 1 ≤ k < n.
-        seed: Of the draw.
-
-    Raises:
-        ShapeError: There is no such group, or there are fewer different ones than asked for.
-    """
+    """One group per size, of examples drawn uniformly without replacement; no group comes twice."""
     return _drawn([torch.arange(n)], n, sizes, seed)
 
 
@@ -43,14 +31,6 @@ def class_groups(labels: Sequence[int] | Tensor, sizes: Sequence[int], seed: int
     The class is drawn uniformly from those with at least k examples, so a group may be a whole
     class. The effects of such a group point the same way and add up, which is what strains a
     first-order prediction.
-
-    Args:
-        labels: The class of every training example `[n]`.
-        sizes: How many examples each group has, 1 ≤ k < n.
-        seed: Of the draw.
-
-    Raises:
-        ShapeError: No class has k examples, or there are fewer different groups than asked for.
     """
     classes = torch.as_tensor(labels).detach().cpu().reshape(-1)
     pools = [(classes == value).nonzero()[:, 0] for value in torch.unique(classes)]
@@ -63,14 +43,9 @@ def influential_groups(scores: Scores, query: int, sizes: Sequence[int]) -> Grou
     To first order these are the k examples with the largest and with the smallest S[q, i], the
     groups of k with the largest predicted |Δm| of either sign.
 
-    Args:
-        scores: Over single training examples.
-        query: Which row.
-        sizes: How many examples each group has, 1 ≤ k < n.
-
     Raises:
-        ShapeError: There is no such query or group, or fewer than k examples have an effect of
-            that sign. Scores of unit RANK have no sign; there the ends of the order are taken.
+        ShapeError: Also where fewer than k examples have an effect of that sign. Scores of unit
+            RANK have no sign; there the ends of the order are taken.
     """
     require_sizes(sizes, scores.values.shape[1])
     row = query_index(query, len(scores))
@@ -99,11 +74,8 @@ def removal_order(scores: Scores) -> Int[Tensor, "q n"]:
     With Δm = −S this is the order of falling S; equal scores keep the order of the data. What
     raises m most comes last: use `.flip(1)` where a rising m is of interest, as for a loss.
 
-    Args:
-        scores: Over single training examples, of any unit.
-
     Raises:
-        ShapeError: The columns are not the training examples in order.
+        ShapeError: The columns of the scores are not the training examples in order.
     """
     return _effects(scores).argsort(dim=1, stable=True)
 
@@ -116,11 +88,7 @@ def _effects(scores: Scores) -> Float[Tensor, "q n"]:
 
 
 def require_sizes(sizes: Sequence[int], n: int) -> None:
-    """Refuse sizes that no removal from n examples can have.
-
-    Raises:
-        ShapeError: A size is not in 1…n−1, or there is none.
-    """
+    """Refuse sizes that no removal from n examples can have."""
     wrong = [size for size in sizes if not (float(size).is_integer() and 0 < size < n)]
     if not len(sizes) or wrong:
         raise ShapeError(

@@ -67,12 +67,3 @@ def hits(found: Levels, k: int) -> Float[Tensor, " r"]:
     above = found.held.cumsum(dim=1) - found.held
     share = ((k - above) / torch.where(found.held > 0, found.held, 1.0)).clamp(0.0, 1.0)
     return (found.positive * share).sum(dim=1)
-
-
-def hits_by_depth(
-    ranking: Float[Tensor, " n"], positive: Bool[Tensor, " n"]
-) -> Float[Tensor, " n+1"]:
-    """Positives among the first 0, 1, …, n rows."""
-    found = levels(ranking, positive, torch.ones(1, len(ranking), dtype=torch.float64))
-    gain = (found.positive / found.held)[0].repeat_interleave(found.held[0].long())
-    return torch.cat([gain.new_zeros(1), gain.cumsum(dim=0)])

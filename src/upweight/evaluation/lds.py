@@ -22,7 +22,7 @@ from torch import Tensor
 
 from upweight.errors import ShapeError, message
 from upweight.evaluation import metrics
-from upweight.evaluation.bootstrap import FEW, Bootstrap, Estimate, centered_estimate
+from upweight.evaluation.bootstrap import FEW, Bootstrap, Estimate, centered_estimate, summarized
 from upweight.evaluation.prediction import predicted_changes
 from upweight.evaluation.seeds import Truth, by_seed, values_by_seed
 from upweight.scores import Scores
@@ -132,14 +132,9 @@ class LDS:
             "ceiling": self.ceiling,
             "relative": self.relative,
         }
-        return {
-            **{name: e.value if e else None for name, e in estimates.items()},
-            "subsets": len(self.predicted),
-            "queries": self.predicted.shape[1],
-            "seeds": len(self.values),
-            "level": self.bootstrap.level,
-            "intervals": {name: [e.low, e.high] if e else None for name, e in estimates.items()},
-        }
+        seeds, subsets, queries = self.values.shape
+        sizes = {"subsets": subsets, "queries": queries, "seeds": seeds}
+        return summarized(estimates, self.bootstrap.level) | sizes
 
     def __str__(self) -> str:
         s, q = self.predicted.shape
@@ -187,11 +182,6 @@ def lds(
         UpweightError: The scores only rank.
 
     Cost: resamples × s × q numbers ranked; Kendall's τ takes s times as many multiply-adds.
-
-    Example:
-        >>> weights = subset_weights(n, 100)
-        >>> truth = [retrain(SGD(seed=k), task, train, weights, queries) for k in range(4)]
-        >>> print(lds(scores, weights, truth))
     """
     seeds = by_seed(truth)
     values = values_by_seed(seeds)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from upweight.errors import ShapeError, message
 from upweight.evaluation import metrics
-from upweight.evaluation.bootstrap import FEW, Bootstrap, Estimate
+from upweight.evaluation.bootstrap import FEW, Bootstrap, Estimate, summarized
 from upweight.evaluation.prediction import (
     predicted_removals,
     query_index,
@@ -102,13 +102,8 @@ class LOO:
     def summary(self) -> dict[str, Any]:
         """The numbers as JSON would hold them; intervals under `intervals`."""
         estimates = {"pearson": self.pearson, "spearman": self.spearman, "slope": self.slope}
-        return {
-            **{name: estimate.value for name, estimate in estimates.items()},
-            "n": self.n,
-            "notes": list(self.notes),
-            "level": self.bootstrap.level,
-            "intervals": {name: [e.low, e.high] for name, e in estimates.items()},
-        }
+        about = {"n": self.n, "notes": list(self.notes)}
+        return summarized(estimates, self.bootstrap.level) | about
 
     def __str__(self) -> str:
         e, q = self.actual.shape
@@ -166,12 +161,9 @@ def compare(
 ) -> LOO:
     """Hold predictions against retraining.
 
-    Args:
-        predicted: Scores, or Δm as a matrix.
-        actual: What `leave_one_out` returned for the same examples, or Δm as a matrix.
-        examples: The removals, in that order.
-        query: Which row of the scores, where only one query was retrained for.
-        bootstrap: How the intervals are made.
+    Predicted are scores, actual is what `leave_one_out` returned for the same examples in their
+    order; or both are Δm as matrices. `query` is the row of the scores, where only one query was
+    retrained for.
 
     Raises:
         ShapeError: The two do not fit.
@@ -209,17 +201,9 @@ def loo(
 ) -> LOO:
     """Predicted against actual effect of removing each example, by really retraining.
 
-    Args:
-        scores: Says the task, data, queries and measure; predicts Δm ≈ −S.
-        recipe: How to retrain.
-        examples: What to remove: indices, or lists of indices that go together.
-        removal: Other predictions to compare in place of −S, such as
-            `fitted.removal(queries, measure, groups=examples)`.
-        query: Compare this query only. None: all of them.
-        jobs: As for `retrain`.
-        cache: As for `retrain`.
-        progress: As for `retrain`.
-        bootstrap: How the intervals are made.
+    The scores say the task, data, queries and measure, and predict Δm ≈ −S. `removal` are other
+    predictions to compare in its place, as of `fitted.removal(queries, measure, groups=examples)`;
+    `query` compares one query only; the rest is as for `leave_one_out` and `compare`.
 
     Raises:
         MissingContext: The scores were loaded from disk, without their task and data.

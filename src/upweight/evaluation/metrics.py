@@ -9,16 +9,19 @@ These take all entries together. `mean_spearman` and `mean_kendall` take each qu
 average over queries, so that only the order within a query counts; `slope_within` has one slope,
 but compares within queries only.
 
-Intervals are percentile bootstraps (`upweight.evaluation.bootstrap`): rows are drawn with
+Values are `[e]` or `[e, q]`, within queries always the latter, the predicted and the actual of one
+shape. Intervals are percentile bootstraps (`upweight.evaluation.bootstrap`): rows are drawn with
 replacement, and the values of one row (an example's effects on several queries) stay together,
-since they are not independent. What looks within queries draws queries too;
-the mean of ρ is centered.
+since they are not independent. What looks within queries draws queries too, where there are
+several; the mean of ρ is centered.
 
-Refuses inputs for which the quantity does not exist: fewer than three rows, constant values, NaN.
+Everything here raises
+    ShapeError    shapes that differ, or fewer than three rows
+    NonFinite     a value that is NaN or infinite
+    DataError     values that are all the same, where a quantity does not exist; says which
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -36,91 +39,52 @@ from upweight.evaluation.bootstrap import (
 
 CONSTANT = 1e-13  # variance, in units of the whole sample's, that rounding leaves of a constant
 
+Values: TypeAlias = Float[Tensor, "..."]  # of any shape: others are refused in words
+
 Correlation: TypeAlias = Callable[
     [Float[Tensor, " m"], Float[Tensor, " m"], Float[Tensor, "r m"]], Float[Tensor, " r"]
 ]
 """x, y and how often each resample drew each pair, to one correlation per resample."""
 
 
-def pearson(
-    predicted: Float[Tensor, "e *q"],
-    actual: Float[Tensor, "..."],  # of predicted's shape; another is refused in words
-    bootstrap: Bootstrap = Bootstrap(),
-) -> Estimate:
-    """Linear correlation, Σ(x−x̄)(y−ȳ) / √(Σ(x−x̄)² Σ(y−ȳ)²), over all entries together.
-
-    Raises:
-        ShapeError, NonFinite, DataError: See the module.
-    """
+def pearson(predicted: Values, actual: Values, bootstrap: Bootstrap = Bootstrap()) -> Estimate:
+    """Linear correlation, Σ(x−x̄)(y−ȳ) / √(Σ(x−x̄)² Σ(y−ȳ)²), over all entries together."""
     x, y = _standardized(predicted, actual, "A correlation")
-    return estimate(lambda counts: _correlation(_moments(x, y, counts)), [len(x)], bootstrap)
+    return estimate(lambda counts: _correlation(*_moments(x, y, counts)), [len(x)], bootstrap)
 
 
-def spearman(
-    predicted: Float[Tensor, "e *q"],
-    actual: Float[Tensor, "..."],  # of predicted's shape; another is refused in words
-    bootstrap: Bootstrap = Bootstrap(),
-) -> Estimate:
-    """Pearson correlation of the ranks over all entries together; resamples are ranked anew.
-
-    Raises:
-        ShapeError, NonFinite, DataError: See the module.
-    """
+def spearman(predicted: Values, actual: Values, bootstrap: Bootstrap = Bootstrap()) -> Estimate:
+    """Pearson correlation of the ranks over all entries together; resamples are ranked anew."""
     return _pooled(rank_correlation, predicted, actual, bootstrap)
 
 
-def kendall(
-    predicted: Float[Tensor, "e *q"],
-    actual: Float[Tensor, "..."],  # of predicted's shape; another is refused in words
-    bootstrap: Bootstrap = Bootstrap(),
-) -> Estimate:
+def kendall(predicted: Values, actual: Values, bootstrap: Bootstrap = Bootstrap()) -> Estimate:
     """Kendall's τ_b over all entries together (Kendall 1945).
 
         τ_b = Σ sign(xᵢ−xⱼ) sign(yᵢ−yⱼ) / √(#{xᵢ≠xⱼ} #{yᵢ≠yⱼ})          over pairs i, j
-
-    Raises:
-        ShapeError, NonFinite, DataError: See the module.
 
     Cost: m² numbers in memory and m² multiply-adds per resample, for m entries.
     """
     return _pooled(tau_b, predicted, actual, bootstrap)
 
 
-def slope(
-    predicted: Float[Tensor, "e *q"],
-    actual: Float[Tensor, "..."],  # of predicted's shape; another is refused in words
-    bootstrap: Bootstrap = Bootstrap(),
-) -> Estimate:
+def slope(predicted: Values, actual: Values, bootstrap: Bootstrap = Bootstrap()) -> Estimate:
     """b of the least squares line actual ≈ a + b · predicted, intercept included.
 
     1 means right magnitudes; 1.5 that the truth is half as much again as predicted.
-
-    Raises:
-        ShapeError, NonFinite, DataError: See the module.
     """
     x, y = _standardized(predicted, actual, "A slope")
     unit = float(actual.detach().double().std() / predicted.detach().double().std())
 
     def statistic(counts: Float[Tensor, "r e"]) -> Float[Tensor, " r"]:
-        moments = _moments(x, y, counts)
-        return unit * moments.xy / torch.where(moments.xx > CONSTANT, moments.xx, torch.nan)
+        xx, _, xy = _moments(x, y, counts)
+        return unit * xy / torch.where(xx > CONSTANT, xx, torch.nan)
 
     return estimate(statistic, [len(x)], bootstrap)
 
 
-def slope_within(
-    predicted: Float[Tensor, "s q"],
-    actual: Float[Tensor, "..."],  # of predicted's shape; another is refused in words
-    bootstrap: Bootstrap = Bootstrap(),
-) -> Estimate:
-    """b of the least squares lines actual ≈ a_q + b · predicted: one slope, each query its own a.
-
-    Rows and queries are drawn with replacement; with one query, rows only.
-
-    Raises:
-        ShapeError, NonFinite: See the module.
-        DataError: As `mean_spearman`.
-    """
+def slope_within(predicted: Values, actual: Values, bootstrap: Bootstrap = Bootstrap()) -> Estimate:
+    """b of the least squares lines actual ≈ a_q + b · predicted: one b, each query its own a."""
     x, y = (v - v.mean(dim=0) for v in varying(predicted, actual))
     products, squares = x * y, x.square()
 
@@ -136,32 +100,18 @@ def slope_within(
 
 
 def mean_spearman(
-    predicted: Float[Tensor, "s q"],
-    actual: Float[Tensor, "..."],  # of predicted's shape; another is refused in words
-    bootstrap: Bootstrap = Bootstrap(),
+    predicted: Values, actual: Values, bootstrap: Bootstrap = Bootstrap()
 ) -> Estimate:
     """(1/q) Σ_q ρ_q, with ρ_q the rank correlation over the rows of one query.
 
-    Rows and queries are drawn with replacement; with one query, rows only. The interval is
-    centered, see `upweight.evaluation.bootstrap.centered_estimate`.
-
-    Raises:
-        ShapeError, NonFinite: See the module.
-        DataError: The predicted or actual values of a query are all the same; says which query.
+    The interval is centered, see `upweight.evaluation.bootstrap.centered_estimate`.
     """
     x, y = varying(predicted, actual)
     return centered_estimate(over_queries(rank_correlation, x, y), x.shape, bootstrap)
 
 
-def mean_kendall(
-    predicted: Float[Tensor, "s q"],
-    actual: Float[Tensor, "..."],  # of predicted's shape; another is refused in words
-    bootstrap: Bootstrap = Bootstrap(),
-) -> Estimate:
-    """(1/q) Σ_q τ_q, with τ_q Kendall's τ_b over the rows of one query. As `mean_spearman`.
-
-    Raises:
-        ShapeError, NonFinite, DataError: As `mean_spearman`.
+def mean_kendall(predicted: Values, actual: Values, bootstrap: Bootstrap = Bootstrap()) -> Estimate:
+    """(1/q) Σ_q τ_q, with τ_q Kendall's τ_b over the rows of one query.
 
     Cost: q s² multiply-adds per resample.
     """
@@ -173,11 +123,7 @@ def over_queries(
     correlation: Correlation, x: Float[Tensor, "s q"], y: Float[Tensor, "s q"]
 ) -> Callable[[Float[Tensor, "r s"], Float[Tensor, "r q"]], Float[Tensor, " r"]]:
     """Mean correlation of the queries drawn, each over the rows drawn, as a bootstrap needs it."""
-
-    def statistic(rows: Float[Tensor, "r s"], queries: Float[Tensor, "r q"]) -> Tensor:
-        return weighted_mean(each_query(correlation, x, y, rows), queries)
-
-    return statistic
+    return lambda rows, queries: weighted_mean(each_query(correlation, x, y, rows), queries)
 
 
 def each_query(
@@ -194,7 +140,9 @@ def rank_correlation(
     x: Float[Tensor, " m"], y: Float[Tensor, " m"], counts: Float[Tensor, "r m"]
 ) -> Float[Tensor, " r"]:
     """Spearman's ρ within each resample."""
-    return _correlation(_moments_by_resample(_ranks(x, counts), _ranks(y, counts), counts))
+    share = counts / counts.sum(dim=1, keepdim=True)
+    a, b = _ranks(x, share), _ranks(y, share)
+    return _correlation(*((share * u * v).sum(dim=1) for u, v in ((a, a), (b, b), (a, b))))
 
 
 def tau_b(
@@ -202,15 +150,10 @@ def tau_b(
 ) -> Float[Tensor, " r"]:
     """Kendall's τ_b within each resample; an entry drawn twice is a tied pair."""
     signs = (x[:, None] - x).sign() * (y[:, None] - y).sign()
-    untied = _untied(x, counts) * _untied(y, counts)
-    scale = torch.where(untied > 0, untied, torch.nan).sqrt()
-    return ((counts @ signs) * counts).sum(dim=1) / scale
-
-
-def _untied(values: Float[Tensor, " m"], counts: Float[Tensor, "r m"]) -> Float[Tensor, " r"]:
-    """Ordered pairs of each resample whose values differ."""
-    held, _ = _levels(values, counts)
-    return counts.sum(dim=1) ** 2 - (held**2).sum(dim=1)
+    held = (_levels(values, counts)[0] for values in (x, y))
+    untied_x, untied_y = (counts.sum(dim=1) ** 2 - h.square().sum(dim=1) for h in held)
+    # Where all that was drawn is tied, 0/0 = NaN.
+    return ((counts @ signs) * counts).sum(dim=1) / (untied_x * untied_y).sqrt()
 
 
 def _pooled(
@@ -225,49 +168,30 @@ def _pooled(
     return estimate(statistic, [len(x)], bootstrap, width=x.numel())
 
 
-@dataclass(frozen=True, eq=False)
-class _Moments:
-    """Variances and covariance of each resample."""
-
-    xx: Float[Tensor, " r"]
-    yy: Float[Tensor, " r"]
-    xy: Float[Tensor, " r"]
-
-
 def _moments(
     x: Float[Tensor, "e q"], y: Float[Tensor, "e q"], counts: Float[Tensor, "r e"]
-) -> _Moments:
-    """From one product with the counts. The data are centered, so little cancels."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """var x, var y and cov(x, y) of each resample. x and y are centered, so little cancels."""
+    share = counts / counts.sum(dim=1, keepdim=True)
     means = torch.stack([x, y, x * x, y * y, x * y]).mean(dim=2)
-    share = counts / counts.sum(dim=1, keepdim=True)
     mx, my, xx, yy, xy = (share @ means.T).unbind(dim=1)
-    return _Moments(xx - mx * mx, yy - my * my, xy - mx * my)
+    return xx - mx * mx, yy - my * my, xy - mx * my
 
 
-def _moments_by_resample(
-    x: Float[Tensor, "r m"], y: Float[Tensor, "r m"], counts: Float[Tensor, "r m"]
-) -> _Moments:
-    """The same for values that differ between resamples."""
-    share = counts / counts.sum(dim=1, keepdim=True)
-    x = x - (share * x).sum(dim=1, keepdim=True)
-    y = y - (share * y).sum(dim=1, keepdim=True)
-    return _Moments(
-        (share * x * x).sum(dim=1), (share * y * y).sum(dim=1), (share * x * y).sum(dim=1)
-    )
+def _correlation(
+    xx: Float[Tensor, " r"], yy: Float[Tensor, " r"], xy: Float[Tensor, " r"]
+) -> Float[Tensor, " r"]:
+    scale = torch.where((xx > CONSTANT) & (yy > CONSTANT), xx * yy, torch.nan).sqrt()
+    return (xy / scale).clamp(-1.0, 1.0)  # rounding can exceed 1 in the last digit
 
 
-def _correlation(moments: _Moments) -> Float[Tensor, " r"]:
-    varies = (moments.xx > CONSTANT) & (moments.yy > CONSTANT)
-    scale = torch.where(varies, moments.xx * moments.yy, torch.nan).sqrt()
-    return (moments.xy / scale).clamp(-1.0, 1.0)  # rounding can exceed 1 in the last digit
+def _ranks(values: Float[Tensor, " m"], share: Float[Tensor, "r m"]) -> Float[Tensor, "r m"]:
+    """Rank of each value within each resample over its size, less the mean rank, ½.
 
-
-def _ranks(values: Float[Tensor, " m"], counts: Float[Tensor, "r m"]) -> Float[Tensor, "r m"]:
-    """Rank of each value within each resample, centered; equal values share their mean rank."""
-    held, where = _levels(values, counts)
-    middle = held.cumsum(dim=1) - held / 2
-    size = counts.sum(dim=1, keepdim=True)
-    return (middle / size - 0.5)[:, where]
+    Equal values share their mean rank.
+    """
+    held, where = _levels(values, share)
+    return (held.cumsum(dim=1) - held / 2 - 0.5)[:, where]
 
 
 def _levels(values: Float[Tensor, " m"], counts: Float[Tensor, "r m"]) -> tuple[Tensor, Tensor]:
@@ -276,33 +200,14 @@ def _levels(values: Float[Tensor, " m"], counts: Float[Tensor, "r m"]) -> tuple[
     return counts.new_zeros(len(counts), len(levels)).index_add_(1, where, counts), where
 
 
-def _standardized(
-    predicted: Tensor, actual: Tensor, what: str
-) -> tuple[Float[Tensor, "e q"], Float[Tensor, "e q"]]:
+def _standardized(predicted: Tensor, actual: Tensor, what: str) -> tuple[Tensor, ...]:
     """Both as `[e, q]` in float64, centered and scaled to variance 1."""
-    pair = []
-    for name, flat in zip(("predicted", "actual"), _finite(predicted, actual, what), strict=True):
-        spread = float(flat.std())
-        if spread <= 1e-14 * float(flat.abs().max()):
-            raise DataError(
-                message(
-                    f"{what} needs values that differ.",
-                    f"{flat.numel()} {name} values, all {float(flat.reshape(-1)[0]):.6g}.",
-                    "removals that change nothing: a measure that ignores the model, examples "
-                    "with zero gradient, or an algorithm that ignores its weights.",
-                    "look at the values themselves; choose examples that matter.",
-                )
-            )
-        pair.append((flat - flat.mean()) / spread)
-    return pair[0], pair[1]
+    pair = _differing(predicted, actual, what, by_query=False)
+    return tuple((values - values.mean()) / values.std() for values in pair)
 
 
-def varying(predicted: Tensor, actual: Tensor) -> tuple[Float[Tensor, "s q"], Float[Tensor, "s q"]]:
-    """Both as `[s, q]` in float64, every query with values that differ between rows.
-
-    Raises:
-        ShapeError, NonFinite, DataError: As `mean_spearman`.
-    """
+def varying(predicted: Values, actual: Values) -> tuple[Float[Tensor, "s q"], ...]:
+    """Both as `[s, q]` in float64, every query with values that differ between rows."""
     what = "A rank correlation per query"
     if predicted.ndim != 2 or predicted.shape[1] == 0:
         raise ShapeError(
@@ -313,28 +218,13 @@ def varying(predicted: Tensor, actual: Tensor) -> tuple[Float[Tensor, "s q"], Fl
                 "use values[:, None] for a single query.",
             )
         )
-    pair = _finite(predicted, actual, what)
-    for name, values in zip(("predicted", "actual"), pair, strict=True):
-        constant = values.std(dim=0) <= 1e-14 * values.abs().amax(dim=0)
-        if bool(constant.any()):
-            which = constant.nonzero()[:, 0].tolist()
-            raise DataError(
-                message(
-                    f"{what} needs values that differ between rows, for every query.",
-                    f"{name} values of {len(which)} of {values.shape[1]} queries are constant: "
-                    f"queries {which[:5]}, the first at {float(values[0, which[0]]):.6g}.",
-                    "scores of zero throughout, a measure that ignores the model, or an algorithm "
-                    "that ignores its weights.",
-                    "look at the values themselves; leave those queries out and say so.",
-                )
-            )
-    return pair
+    return _differing(predicted, actual, what, by_query=True)
 
 
-def _finite(
-    predicted: Tensor, actual: Tensor, what: str
-) -> tuple[Float[Tensor, "e q"], Float[Tensor, "e q"]]:
-    """Both as `[e, q]` in float64."""
+def _differing(
+    predicted: Tensor, actual: Tensor, what: str, *, by_query: bool
+) -> tuple[Float[Tensor, "e q"], ...]:
+    """Both as `[e, q]` in float64: finite, and not all the same, of every query or together."""
     if predicted.shape != actual.shape or predicted.ndim == 0 or len(predicted) < 3:
         raise ShapeError(
             message(
@@ -344,15 +234,33 @@ def _finite(
                 "compare more removals, or pick the query with query=.",
             )
         )
-    x, y = (v.detach().cpu().double().reshape(len(v), -1) for v in (predicted, actual))
-    for name, flat in (("predicted", x), ("actual", y)):
-        if not bool(flat.isfinite().all()):
+    pair = tuple(v.detach().cpu().double().reshape(len(v), -1) for v in (predicted, actual))
+    for name, values in zip(("predicted", "actual"), pair, strict=True):
+        if not bool(values.isfinite().all()):
             raise NonFinite(
                 message(
                     f"{what} needs finite values.",
-                    f"{int((~flat.isfinite()).sum())} of {flat.numel()} {name} values are not.",
+                    f"{int((~values.isfinite()).sum())} of {values.numel()} {name} values are not.",
                     "models that failed to train.",
                     "leave those removals out, or train them with another recipe.",
                 )
             )
-    return x, y
+        columns = values if by_query else values.reshape(-1, 1)
+        flat = columns.std(dim=0) <= 1e-14 * columns.abs().amax(dim=0)
+        if bool(flat.any()):
+            which = flat.nonzero()[:, 0].tolist()
+            first = f"{float(columns[0, which[0]]):.6g}"
+            raise DataError(
+                message(
+                    f"{what} needs values that differ between rows.",
+                    f"{name} values of {len(which)} of {len(flat)} queries are constant: "
+                    f"queries {which[:5]}, the first at {first}."
+                    if by_query
+                    else f"{len(columns)} {name} values, all {first}.",
+                    "removals that change nothing: a measure that ignores the model, scores of "
+                    "zero, or an algorithm that ignores its weights.",
+                    "look at the values themselves; choose examples that matter, and leave "
+                    "queries without a change out, saying so.",
+                )
+            )
+    return pair

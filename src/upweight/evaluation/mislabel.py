@@ -14,7 +14,7 @@ that somebody made them so: real errors are harder than random ones.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -52,10 +52,7 @@ def average_precision(
     positive: Bool[Tensor, " n"],
     bootstrap: Bootstrap = Bootstrap(),
 ) -> Estimate:
-    """Σ_k (R_k − R_{k−1}) P_k, with recall R and precision P at each distinct value.
-
-    Arguments and errors as for `auroc`.
-    """
+    """Σ_k (R_k − R_{k−1}) P_k, with recall R and precision P at each value. As `auroc`."""
     return _estimate(inspection.precision, ranking, positive, bootstrap)
 
 
@@ -65,18 +62,10 @@ def recall_at_budget(
     budget: float,
     bootstrap: Bootstrap = Bootstrap(),
 ) -> Estimate:
-    """Share of the positive rows among the first round(budget · n).
-
-    Arguments and errors as for `auroc`.
-
-    Args:
-        ranking: The larger, the sooner inspected.
-        positive: Whether each row is mislabeled.
-        budget: Share of the rows that is inspected, in (0, 1].
-        bootstrap: How the interval is made.
+    """Share of the positive rows among the first round(budget · n). As `auroc`.
 
     Raises:
-        SpecError: The budget is not such a share, or not even one row.
+        SpecError: The budget is not a share in (0, 1], or not even one row.
         UpweightError: As `auroc`.
     """
     k = _inspected(budget, len(checked(ranking, positive)[0]))
@@ -86,12 +75,11 @@ def recall_at_budget(
 def recall_curve(
     ranking: Float[Tensor, " n"], positive: Bool[Tensor, " n"]
 ) -> Float[Tensor, " n+1"]:
-    """Share of the positive rows among the first 0, 1, …, n.
-
-    Arguments and errors as for `auroc`.
-    """
+    """Share of the positive rows among the first 0, 1, …, n. As `auroc`."""
     values, mask = checked(ranking, positive)
-    return inspection.hits_by_depth(values, mask) / mask.sum()
+    found = inspection.levels(values, mask, torch.ones(1, len(mask), dtype=torch.float64))
+    gain = (found.positive / found.held)[0].repeat_interleave(found.held[0].long())
+    return torch.cat([gain.new_zeros(1), gain.cumsum(dim=0)]) / mask.sum()
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,33 +105,21 @@ class Detection:
     def summary(self) -> dict[str, Any]:
         """The numbers as JSON would hold them, `[value, low, high]` each."""
         columns = {
-            "auroc": self.auroc,
-            "average_precision": self.average_precision,
-            "recall": self.recall,
+            title: {name: list(astuple(e)) for name, e in getattr(self, title).items()}
+            for title in ("auroc", "average_precision", "recall")
         }
-        return {
-            "n": self.n,
-            "positives": self.positives,
-            "inspected": self.inspected,
-            "level": self.level,
-            **{
-                title: {name: [e.value, e.low, e.high] for name, e in column.items()}
-                for title, column in columns.items()
-            },
-        }
+        about = {k: getattr(self, k) for k in ("n", "positives", "inspected", "level")}
+        return {**about, **columns}
 
     def __str__(self) -> str:
-        width = max(map(len, (*self.auroc, "ranking")))
-        columns = (self.auroc, self.average_precision, self.recall)
-        titles = ("AUROC", "average precision", f"recall in {self.inspected} rows")
-        heads = "".join(f"  {title:<25}" for title in titles)
-        lines = [
-            f"{self.positives} of {self.n} rows are positive ({self.level:.0%} intervals)",
-            f"  {'ranking':<{width}}{heads}".rstrip(),
-        ]
+        rows = [["ranking", "AUROC", "average precision", f"recall in {self.inspected} rows"]]
         for name in self.auroc:
-            cells = "".join(f"  {column[name]!s:<25}" for column in columns)
-            lines.append(f"  {name:<{width}}{cells}".rstrip())
+            found = (self.auroc[name], self.average_precision[name], self.recall[name])
+            rows.append([name, *map(str, found)])
+        width = max(len(row[0]) for row in rows)
+        lines = [f"{self.positives} of {self.n} rows are positive ({self.level:.0%} intervals)"]
+        for name, *cells in rows:
+            lines.append(f"  {name:<{width}}" + "".join(f"  {c:<25}" for c in cells).rstrip())
         return "\n".join(lines)
 
 
@@ -156,14 +132,8 @@ def mislabel_detection(
 ) -> Detection:
     """Compare rankings by how soon they show the mislabeled rows.
 
-    Args:
-        rankings: By name; in each, the larger the sooner inspected.
-        mislabeled: Whether each row is.
-        budget: Share of the rows that is inspected, for the recall.
-        bootstrap: How the intervals are made.
-
     Raises:
-        ShapeError: There is no ranking; or as `auroc`.
+        ShapeError: There is no ranking.
         UpweightError: As `auroc` and `recall_at_budget`.
 
     Cost: resamples × n numbers, three times per ranking; for 60 000 rows about half a minute each.
@@ -180,19 +150,17 @@ def mislabel_detection(
                 'pass {"loss": losses}.',
             )
         )
-    for ranking in rankings.values():
+    for ranking in rankings.values():  # before any of them takes its time
         checked(ranking, mislabeled)
+    inspected = _inspected(budget, len(mislabeled))
+    ranked, mask = rankings.items(), mislabeled
     return Detection(
-        n=len(mislabeled),
-        positives=int(mislabeled.sum()),
-        inspected=_inspected(budget, len(mislabeled)),
-        auroc={name: auroc(r, mislabeled, bootstrap) for name, r in rankings.items()},
-        average_precision={
-            name: average_precision(r, mislabeled, bootstrap) for name, r in rankings.items()
-        },
-        recall={
-            name: recall_at_budget(r, mislabeled, budget, bootstrap) for name, r in rankings.items()
-        },
+        n=len(mask),
+        positives=int(mask.sum()),
+        inspected=inspected,
+        auroc={name: auroc(r, mask, bootstrap) for name, r in ranked},
+        average_precision={name: average_precision(r, mask, bootstrap) for name, r in ranked},
+        recall={name: recall_at_budget(r, mask, budget, bootstrap) for name, r in ranked},
         level=bootstrap.level,
     )
 
@@ -224,11 +192,7 @@ def _estimate(
 
 
 def checked(ranking: Tensor, positive: Tensor) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
-    """A ranking and a mask that fit each other.
-
-    Raises:
-        UpweightError: As `auroc`.
-    """
+    """A ranking and a mask that fit each other, or the errors of `auroc`."""
     values, mask = ranking.detach().cpu().double(), positive.detach().cpu()
     if mask.dtype != torch.bool:
         raise DtypeError(
@@ -248,15 +212,7 @@ def checked(ranking: Tensor, positive: Tensor) -> tuple[Float[Tensor, " n"], Boo
                 "pass one number per training example, such as self-influence.",
             )
         )
-    if not bool(values.isfinite().all()):
-        raise NonFinite(
-            message(
-                "A ranking needs finite values.",
-                f"{int((~values.isfinite()).sum())} of {len(values)} are not.",
-                "a loss of a probability of zero, or a model that diverged.",
-                "say where those rows belong: give them a number.",
-            )
-        )
+    require_finite(values)
     if not 0 < int(mask.sum()) < len(mask):
         raise DataError(
             message(
@@ -267,3 +223,17 @@ def checked(ranking: Tensor, positive: Tensor) -> tuple[Float[Tensor, " n"], Boo
             )
         )
     return values, mask
+
+
+def require_finite(values: Tensor) -> None:
+    """Refuse a ranking by NaN or infinity."""
+    if not bool(values.isfinite().all()):
+        raise NonFinite(
+            message(
+                "A ranking needs finite values.",
+                f"{int((~values.isfinite()).sum())} of {values.numel()} are not.",
+                "a loss of a probability of zero, gradients that overflow, or a model that "
+                "diverged.",
+                "say where those rows belong: give them a number.",
+            )
+        )

@@ -16,11 +16,7 @@ from upweight.scores import Scores, Unit
 
 
 def removals(examples: Iterable[Removal], n: int) -> tuple[tuple[int, ...], ...]:
-    """Each removal as the indices it takes out, checked.
-
-    Raises:
-        ShapeError: None is given, one is out of range, or the same removal is asked for twice.
-    """
+    """Each removal as the indices it takes out: some, in range, none of them twice."""
     groups = tuple(members(group, n) for group in examples)
     seen = [tuple(sorted(group)) for group in groups]
     twice = sorted({group for group in seen if seen.count(group) > 1})
@@ -78,10 +74,6 @@ def predicted_removals(
 def predicted_changes(scores: Scores, weights: Float[Tensor, "..."]) -> Float[Tensor, "s q"]:
     """Δm that scores predict for each row of data weights, Σᵢ S[q, i] (w[s, i] − 1).
 
-    Args:
-        scores: Over single training examples.
-        weights: `[s, n]`.
-
     Raises:
         ShapeError: The columns of the scores are not the training examples in order, or the
             weights are not `[s, n]`.
@@ -112,11 +104,7 @@ def predicted_changes(scores: Scores, weights: Float[Tensor, "..."]) -> Float[Te
 
 
 def require_examples(scores: Scores) -> None:
-    """Refuse scores whose columns are not the training examples in order.
-
-    Raises:
-        ShapeError: They are groups, or removals in another order.
-    """
+    """Refuse scores whose columns are not the training examples in order."""
     in_order = tuple(map(str, range(scores.values.shape[1])))
     if scores.columns is not None and scores.columns != in_order:
         raise ShapeError(
@@ -130,11 +118,7 @@ def require_examples(scores: Scores) -> None:
 
 
 def query_index(index: int, q: int) -> int:
-    """A row of the scores, counted from either end.
-
-    Raises:
-        ShapeError: There is no such row.
-    """
+    """A row of the scores, counted from either end; another is refused."""
     if not -q <= index < q:
         raise ShapeError(
             message(

@@ -6,13 +6,9 @@ The counterfactuals of Ilyas et al. (2022, "Datamodels") and Park et al. (2023, 
 says how good a ranking is only beside another: `random_order` and `loss_order` make the usual two,
 and `against` subtracts one curve from another.
 
-Three steps: weights for a ranking; `retrain` with them, once per seed; the answer read off.
-
-    weights = ranked_removal_weights(removal_order(scores), sizes)
-    truth = [retrain(SGD(seed=s), task, train, weights, queries, Margin()) for s in range(5)]
-    print(removal_curve(truth, sizes))
-
-`upweight.evaluation.brittleness` reads off the same models how few removals flip a prediction.
+Three steps: weights for a ranking; `retrain` with them, once per seed; the answer read off. The
+page on evaluation shows them. `upweight.evaluation.brittleness` reads off the same models how few
+removals flip a prediction.
 """
 
 import itertools
@@ -38,10 +34,7 @@ def random_order(n: int, seed: int = 0) -> Int[Tensor, " n"]:
 
 
 def loss_order(losses: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """The training examples by falling loss, the same for every query.
-
-    Args:
-        losses: ℓ(θ; zᵢ) of every training example.
+    """The training examples by falling ℓ(θ; zᵢ), the same for every query.
 
     Raises:
         NonFinite: A loss is NaN or infinite.
@@ -167,11 +160,6 @@ def removal_curve(
 ) -> RemovalCurve:
     """Read the curve off models retrained with `ranked_removal_weights`.
 
-    Args:
-        truth: One `Retrained`, or one per seed.
-        sizes: The same k.
-        bootstrap: How the intervals are made.
-
     Raises:
         ShapeError: The models are not one per k, nor one per query and k.
         DataError, NonFinite: As `lds`.
@@ -199,11 +187,7 @@ def own_values(values: Float[Tensor, "m s q"], sizes: Sequence[int]) -> Float[Te
 
 
 def require_growing(sizes: Sequence[int]) -> None:
-    """Refuse sizes that do not rise.
-
-    Raises:
-        ShapeError: A size is not larger than the one before, or there is none.
-    """
+    """Refuse sizes that do not rise."""
     if not len(sizes) or any(b <= a for a, b in itertools.pairwise(sizes)):
         raise ShapeError(
             message(

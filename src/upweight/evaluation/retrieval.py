@@ -8,7 +8,8 @@ A method that only looks at classes passes the first test. `values[q, i]` is lar
 training example i speaks for query q: S for `Margin()`, `LogProb()` or `Logit()`, −S for `Loss()`.
 Equal values have no order; each measure is its mean over their orders.
 
-Intervals draw queries with replacement and take the training data as given.
+Intervals draw queries with replacement and take the training data as given; one query has none,
+and its bounds are NaN. `k` is how many examples are retrieved.
 """
 
 from collections.abc import Sequence
@@ -19,10 +20,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from upweight.errors import DataError, NonFinite, ShapeError, message
+from upweight.errors import DataError, ShapeError, message
 from upweight.evaluation import inspection
-from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, weighted_mean
-from upweight.evaluation.mislabel import checked
+from upweight.evaluation.bootstrap import Bootstrap, Estimate, mean, summarized
+from upweight.evaluation.mislabel import checked, require_finite
 
 
 def class_retrieval(
@@ -38,13 +39,6 @@ def class_retrieval(
     The identical class test, and with labels of subclasses under merged classes the identical
     subclass test, of Hanawa, Yokoi, Hara & Inui (2021, "Evaluation of similarity-based
     explanations"). A random ranking gets the share of the query's label in the training data.
-
-    Args:
-        values: The larger, the sooner retrieved.
-        train_labels: Class or subclass of every training example.
-        query_labels: The same of every query.
-        k: Examples retrieved. More than a class has cannot all be right.
-        bootstrap: How the interval is made. NaN bounds for one query.
 
     Raises:
         ShapeError: Sizes disagree, or k is not in 1…n.
@@ -77,13 +71,8 @@ def class_retrieval(
             )
         )
     once = torch.ones(1, len(train), dtype=torch.float64)
-    shares = torch.stack(
-        [
-            inspection.hits(inspection.levels(row, mask, once), k)[0] / k
-            for row, mask in zip(scores, same, strict=True)
-        ]
-    )
-    return _mean(shares, bootstrap)
+    found = (inspection.levels(*pair, once) for pair in zip(scores, same, strict=True))
+    return mean(torch.cat([inspection.hits(each, k) / k for each in found]), bootstrap)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,13 +96,7 @@ class Retrieval:
     def summary(self) -> dict[str, Any]:
         """The numbers as JSON would hold them; intervals under `intervals`."""
         estimates = {"auroc": self.auroc, "recall": self.recall}
-        return {
-            **{name: e.value for name, e in estimates.items()},
-            "k": self.k,
-            "queries": self.queries,
-            "level": self.level,
-            "intervals": {name: [e.low, e.high] for name, e in estimates.items()},
-        }
+        return summarized(estimates, self.level) | {"k": self.k, "queries": self.queries}
 
     def __str__(self) -> str:
         return (
@@ -132,11 +115,8 @@ def poison_retrieval(
 ) -> Retrieval:
     """Are the poisoned rows behind a backdoored prediction ranked first for it?
 
-    Args:
-        values: The larger, the sooner inspected; queries that carry the trigger.
-        poisoned: Which rows are: one mask `[n]` for all queries, or one each `[q, n]`.
-        k: Rows inspected, for the recall.
-        bootstrap: How the intervals are made. NaN bounds for one query.
+    `values` are of queries that carry the trigger. `poisoned` is one mask `[n]` for all of them,
+    or one each `[q, n]`.
 
     Raises:
         ShapeError: Sizes disagree, or k is not in 1…n.
@@ -156,19 +136,11 @@ def poison_retrieval(
             )
         )
     once = torch.ones(1, scores.shape[1], dtype=torch.float64)
-    found = [
-        inspection.levels(*checked(row, mask), once)
-        for row, mask in zip(scores, masks, strict=True)
-    ]
-    recalls = torch.stack([(inspection.hits(f, k) / f.positives)[0] for f in found])
-    areas = torch.stack([inspection.area(f)[0] for f in found])
-    return Retrieval(
-        _mean(areas, bootstrap), _mean(recalls, bootstrap), k, len(scores), bootstrap.level
-    )
-
-
-def _mean(values: Float[Tensor, " q"], bootstrap: Bootstrap) -> Estimate:
-    return estimate(lambda counts: weighted_mean(values, counts), [len(values)], bootstrap)
+    pairs = zip(scores, masks, strict=True)
+    found = [inspection.levels(*checked(row, mask), once) for row, mask in pairs]
+    recall = mean(torch.cat([inspection.hits(f, k) / f.positives for f in found]), bootstrap)
+    area = mean(torch.cat([inspection.area(f) for f in found]), bootstrap)
+    return Retrieval(area, recall, k, len(scores), bootstrap.level)
 
 
 def _matrix(values: Float[Tensor, "..."], k: int) -> Float[Tensor, "q n"]:
@@ -183,13 +155,5 @@ def _matrix(values: Float[Tensor, "..."], k: int) -> Float[Tensor, "q n"]:
                 "use scores.values, and a k of 5 or 10.",
             )
         )
-    if not bool(values.isfinite().all()):
-        raise NonFinite(
-            message(
-                "A ranking needs finite values.",
-                f"{int((~values.isfinite()).sum())} of {values.numel()} are not.",
-                "gradients that overflow.",
-                "use a float64 model, or look at those queries.",
-            )
-        )
+    require_finite(values)
     return values.detach().cpu().double()

@@ -4,8 +4,8 @@
 
 `operator.py` says what an operator is and how they combine, `matrices.py` and `finite_sum.py` are
 the leaves. `damping.py` chooses λ. `solver.py` is the contract of a solver, each solver has its
-file, and `solve.py` is the entry point. `solution.py` is what comes back, and `estimate.py` looks
-at a spectrum.
+file, and `solve.py` is the entry point. `solution.py` is what comes back, and `lanczos.py` finds
+the ends of a spectrum.
 
 All solvers here are for symmetric operators:
 
@@ -22,7 +22,7 @@ from upweight.linalg.cg import CG
 from upweight.linalg.cholesky import Cholesky
 from upweight.linalg.damping import Absolute, Damping, Relative, as_damping, damped
 from upweight.linalg.finite_sum import FiniteSum
-from upweight.linalg.matrices import Declared, Dense, Diagonal, Identity, LowRank, materialize
+from upweight.linalg.matrices import Dense, DiagonalMatrix, Identity, LowRank, materialize
 from upweight.linalg.minres import MINRES
 from upweight.linalg.operator import LinearOperator, Product, Scaled, Sum, Tag
 from upweight.linalg.solution import Result, Solution, SolverStats
@@ -37,9 +37,8 @@ __all__ = [
     "BlockCG",
     "Cholesky",
     "Damping",
-    "Declared",
     "Dense",
-    "Diagonal",
+    "DiagonalMatrix",
     "FiniteSum",
     "Identity",
     "Inverse",

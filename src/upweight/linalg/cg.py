@@ -34,7 +34,7 @@ class CG(Solver[LinearOperator]):
         rtol: Tolerance on the true residual ‖Ax − b‖/‖b‖ of each right-hand side. None stands for
             1e-6 in float64, 1e-4 in float32 and 1e-2 below, which rounding leaves within reach.
         max_steps: Most products with A; each is for all unsolved right-hand sides at once.
-        preconditioner: M ≈ A⁻¹, positive definite; for example `inverse(Diagonal(d), Cholesky())`.
+        preconditioner: M ≈ A⁻¹, positive definite; as `inverse(DiagonalMatrix(d), Cholesky())`.
             In a method also the spec of a curvature by layer, `EKFAC()`, which it makes into one.
         refresh: Steps between residuals computed from x rather than by recurrence.
 
@@ -77,7 +77,7 @@ def require_preconditioner(given: Any) -> None:
                 f"{given!r}.",
                 "a curvature as it is specified, given to a solver outside of a method.",
                 "Influence(GGN(), solver=CG(preconditioner=EKFAC())), which fits it; or an "
-                "operator such as inverse(Diagonal(d), Cholesky()).",
+                "operator such as inverse(DiagonalMatrix(d), Cholesky()).",
             )
         )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from upweight.errors import NotPositiveDefinite, message
 from upweight.linalg.columns import Columns
-from upweight.linalg.estimate import extreme_eigenvalues
+from upweight.linalg.lanczos import extreme_eigenvalues
 from upweight.linalg.operator import LinearOperator, square
 from upweight.linalg.solution import Result, Solution, SolverStats
 from upweight.linalg.solver import Solver

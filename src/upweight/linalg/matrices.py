@@ -1,7 +1,7 @@
 """Operators that are matrices: M, diag(d), I and U Uᵀ.
 
 The leaves of the algebra, and the exact references that other operators are tested against.
-`materialize` turns any operator into the first of them; `Declared` adds tags to any operator.
+`materialize` turns any operator into the first of them.
 """
 
 from dataclasses import dataclass, field
@@ -62,7 +62,7 @@ class Dense(LinearOperator):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Diagonal(LinearOperator):
+class DiagonalMatrix(LinearOperator):
     """diag(d). Symmetric; positive semi-definite where every entry of d is ≥ 0, which is checked.
 
     Raises:
@@ -73,12 +73,12 @@ class Diagonal(LinearOperator):
     _is_psd: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        _axes(self.entries, 1, "Diagonal")
+        _axes(self.entries, 1, "DiagonalMatrix")
         bad = (~self.entries.isfinite()).nonzero().flatten()
         if len(bad):
             raise NonFinite(
                 message(
-                    "Diagonal needs finite entries.",
+                    "DiagonalMatrix needs finite entries.",
                     f"{len(bad)} of {len(self.entries)} are not; the first is "
                     f"entries[{int(bad[0])}] = {float(self.entries[bad[0]])}.",
                     "a loss that overflowed, or a division by zero.",
@@ -212,51 +212,3 @@ def _axes(tensor: Tensor, axes: int, name: str) -> None:
                 "index the batch, or take .diagonal() of the matrix.",
             )
         )
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Declared(LinearOperator):
-    """A, with tags that the user vouches for.
-
-    For what the algebra cannot see, as in `Declared(P @ H @ P.T, frozenset({Tag.PSD}))`. A wrong
-    declaration is a wrong answer or a late error; solvers report negative curvature when they meet
-    it all the same.
-    """
-
-    operator: LinearOperator
-    declared: frozenset[Tag]
-
-    def __post_init__(self) -> None:
-        square(self.operator, "A tag")
-        object.__setattr__(self, "declared", closed(frozenset(self.declared)))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.operator.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.operator.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.operator.device
-
-    @property
-    def tags(self) -> frozenset[Tag]:
-        return closed(self.operator.tags) | self.declared
-
-    def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k r"]:
-        return self.operator.mv(v)
-
-    def transpose(self) -> LinearOperator:
-        return self if self.is_symmetric else Declared(self.operator.transpose(), self.declared)
-
-    def add_to(self, out: Float[Tensor, "r p"], scale: float = 1.0) -> None:
-        self.operator.add_to(out, scale)
-
-    def diagonal(self) -> Float[Tensor, " p"]:
-        return self.operator.diagonal()
-
-    def trace(self) -> Float[Tensor, ""]:
-        return self.operator.trace()

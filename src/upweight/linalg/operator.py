@@ -14,8 +14,6 @@ semi-definite, a difference is only symmetric, and a product is neither.
     Scaled        A is                      A is and c ≥ 0
     Product       never known               never known
 
-`matrices.Declared` is an operator with tags that the user vouches for.
-
 Operators are immutable. A solver reads the tags, so a wrong tag gives a wrong choice of solver:
 `upweight.testing.check_operator` holds an operator to its tags.
 """
@@ -127,7 +125,7 @@ class LinearOperator(abc.ABC):
         return out
 
     def trace(self) -> Float[Tensor, ""]:
-        """Σⱼ Aⱼⱼ, exactly. `linalg.estimate.trace` samples it where p products are too many."""
+        """Σⱼ Aⱼⱼ, exactly: p products with A unless A knows better."""
         return self.diagonal().sum()
 
     def check(self, v: Tensor) -> None:

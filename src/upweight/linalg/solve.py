@@ -53,8 +53,8 @@ class Auto(Solver[tuple[Solver[Any], Any]]):
                 f"{A!r}.",
                 "a matrix passed as Dense(M) without tags, or a product A @ B, whose symmetry "
                 "cannot be seen.",
-                "say what is known: Dense(M, tags=frozenset({Tag.SYMMETRIC})), or "
-                "Declared(A, frozenset({Tag.PSD})).",
+                "say what is known: Dense(M, tags=frozenset({Tag.SYMMETRIC})), or a LinearOperator "
+                "of your own whose `tags` say it.",
             )
         )
 

@@ -36,7 +36,8 @@ from upweight.linalg.cholesky import Cholesky
 from upweight.linalg.damping import Absolute, Damping, as_damping, damped
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution, SolverStats
-from upweight.linalg.solve import Auto, Solver
+from upweight.linalg.solve import Auto
+from upweight.linalg.solver import Solver
 from upweight.methods import health
 from upweight.methods.fitting import Fitting
 from upweight.methods.layered import token_shares

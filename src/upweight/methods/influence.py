@@ -16,7 +16,8 @@ from upweight.curvature.hessian import Hessian
 from upweight.errors import SpecError, message
 from upweight.linalg.damping import Damping, as_damping
 from upweight.linalg.operator import LinearOperator
-from upweight.linalg.solve import Auto, Solver
+from upweight.linalg.solve import Auto
+from upweight.linalg.solver import Solver
 from upweight.methods.points import Inverse, PointMethod
 from upweight.scores import Unit
 

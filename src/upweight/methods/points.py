@@ -19,7 +19,8 @@ from upweight.contraction.stream import normalized, unchanged
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.layerwise import LayerwiseCurvature
 from upweight.linalg.damping import Damping
-from upweight.linalg.solve import Auto, Solver
+from upweight.linalg.solve import Auto
+from upweight.linalg.solver import Solver
 from upweight.methods import dense, layered
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
@@ -147,8 +148,8 @@ class SumOfScorers(Scorer):
     notes: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        notes = list(dict.fromkeys(note for scorer in self.scorers for note in scorer.notes))
-        object.__setattr__(self, "notes", tuple(notes))
+        every = [note for scorer in self.scorers for note in scorer.notes]
+        object.__setattr__(self, "notes", tuple(dict.fromkeys(every)))
 
     @property
     def layers(self) -> tuple[str, ...]:

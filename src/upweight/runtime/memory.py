@@ -1,9 +1,9 @@
 """How much memory may a pass use, and how many examples fit into it?"""
 
-import os
 import re
 from pathlib import Path
 
+import psutil
 import torch
 
 from upweight.errors import SpecError, message
@@ -27,9 +27,7 @@ ENOUGH = 256 * 2**20
 def working_bytes(device: torch.device, budget: int | None) -> int:
     """The bytes that one pass may use for a batch.
 
-    Args:
-        device: Where the pass runs.
-        budget: What the user allows; None: a quarter of what is free, and no more than is useful.
+    The budget is what the user allows; None: a quarter of what is free, and no more than is useful.
 
     Raises:
         SpecError: The budget is not positive.
@@ -59,13 +57,7 @@ def solved_bytes(device: torch.device, budget: int | None) -> int:
 
 
 def kept_bytes(device: torch.device, budget: int | None, used: int) -> int:
-    """The bytes that may stay taken from one pass to the next.
-
-    Args:
-        device: Where the passes run.
-        budget: What the user allows; None: a quarter of what is free.
-        used: What the passes themselves use of it.
-    """
+    """The bytes that may stay taken from one pass to the next, which themselves take `used`."""
     allowed = int(SHARE * free_bytes(device)) if budget is None else budget
     return max(0, allowed - used)
 
@@ -77,17 +69,7 @@ def free_bytes(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return max(0, min([_machine_bytes(), *_container_bytes(), *_process_bytes()]))
-
-
-def _machine_bytes() -> int:
-    info = Path("/proc/meminfo")
-    if info.exists():
-        for line in info.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    # Elsewhere: half of what is installed, for want of a portable count of what is free.
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return max(0, min([psutil.virtual_memory().available, *_container_bytes(), *_process_bytes()]))
 
 
 def _container_bytes() -> list[int]:
@@ -115,17 +97,13 @@ def _container_bytes() -> list[int]:
 
 def _process_bytes() -> list[int]:
     """What the limits of this process leave: of its address space, and of its data."""
-    try:
-        import resource
-    except ImportError:  # not a Unix
+    process = psutil.Process()
+    if not hasattr(process, "rlimit"):  # neither Linux nor FreeBSD
         return []
-    free = []
-    for name, counted in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
-        most = resource.getrlimit(name)[0]
-        taken = re.search(rf"^{counted}:\s+(\d+) kB$", _text(PROCESS / "status"), re.M)
-        if most != resource.RLIM_INFINITY and taken:
-            free.append(most - 1024 * int(taken[1]))
-    return free
+    taken = process.memory_info()
+    limits = ((psutil.RLIMIT_AS, taken.vms), (psutil.RLIMIT_DATA, taken.data))
+    most = [(process.rlimit(limit)[0], used) for limit, used in limits]
+    return [limit - used for limit, used in most if limit != psutil.RLIM_INFINITY]
 
 
 def _text(path: Path) -> str:
@@ -142,32 +120,15 @@ def examples_within(budget: int, bytes_per_example: int, most: int) -> int:
 
 
 def require_room(q: int, n: int, dtype: torch.dtype, device: torch.device, way_out: str) -> None:
-    """Refuse, before anything is computed or read, a matrix of scores that memory cannot hold.
-
-    Args:
-        q: Its rows.
-        n: Its columns.
-        dtype: Of its numbers.
-        device: Where it would be.
-        way_out: What to do instead.
-
-    Raises:
-        SpecError: It does not fit.
-    """
+    """Refuse, before anything is computed or read, q × n scores that memory cannot hold."""
     require_bytes(q * n * dtype.itemsize, f"{q} × {n} scores", device, way_out)
 
 
 def require_bytes(needed: int, what: str, device: torch.device, way_out: str) -> None:
     """Refuse, before it is asked of the system, what memory cannot hold.
 
-    Args:
-        needed: Its bytes.
-        what: It, in words.
-        device: Where it would be.
-        way_out: What to do instead.
-
     Raises:
-        SpecError: It does not fit.
+        SpecError: It does not fit; says `what`, and the way out.
     """
     free = free_bytes(device)
     if needed > free:

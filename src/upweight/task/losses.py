@@ -509,11 +509,14 @@ class Bernoulli(Loss):
         return _per_example(F.softplus(outputs, threshold=80.0) - targets * outputs)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c"]:
-        return (outputs.sigmoid() - _real(targets, outputs)).reshape(len(outputs), -1)
+        y = _real(targets, outputs)  # σ(f) − y, without cancellation where σ is near 1
+        slope = (1 - y) * outputs.sigmoid() - y * (-outputs).sigmoid()
+        return slope.reshape(len(outputs), -1)
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c c"]:
-        p = outputs.reshape(len(outputs), -1).sigmoid()
-        return torch.diag_embed(p * (1 - p))
+        f = outputs.reshape(len(outputs), -1)
+        # 1 − σ is 0 from f = 37 on; σ(−f) keeps its digits up to f = 700.
+        return torch.diag_embed(f.sigmoid() * (-f).sigmoid())
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         return -self(outputs, targets)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from upweight._typing import Params
 from upweight.errors import SpecError, message
-from upweight.linalg.matrices import Dense, Diagonal, LowRank
+from upweight.linalg.matrices import Dense, DiagonalMatrix, LowRank
 from upweight.linalg.operator import LinearOperator, Tag
 from upweight.runtime.fingerprint import described
 from upweight.task.params import Layout
@@ -95,7 +95,7 @@ class L2(Penalty):
         return self._diagonal(layout) * theta
 
     def curvature(self, theta: Float[Tensor, " p"], layout: Layout) -> LinearOperator:
-        return Diagonal(self._diagonal(layout))
+        return DiagonalMatrix(self._diagonal(layout))
 
 
 @dataclass(frozen=True)

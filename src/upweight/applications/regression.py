@@ -22,7 +22,6 @@ undetermined), a variance of zero (a perfect fit, with all rows or without one),
 that do not solve the likelihood equations. No entry of a result is NaN or infinite.
 """
 
-import abc
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,6 +41,7 @@ from upweight.errors import (
     SpecError,
     message,
 )
+from upweight.task.losses import Bernoulli, Loss, Poisson, SquaredError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,71 +54,8 @@ ASTRAY = 0.1
 long the fit went on, and standard errors grow so fast that `STATIONARY` alone would not notice."""
 
 
-class Family(abc.ABC):
-    """A one-parameter exponential family with its canonical link, as functions of η."""
-
-    estimates_scale: bool = False
-
-    @abc.abstractmethod
-    def mean(self, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """μ(η)."""
-
-    @abc.abstractmethod
-    def variance(self, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """V = dμ/dη."""
-
-    def residual(self, y: Float[Tensor, " n"], eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """y − μ(η)."""
-        return y - self.mean(eta)
-
-    def possible(self, y: Float[Tensor, " n"]) -> Tensor:
-        """Which responses the family can have: a boolean for each."""
-        return torch.ones_like(y, dtype=torch.bool)
-
-
-@dataclass(frozen=True)
-class Gaussian(Family):
-    """μ = η, V = 1, with an estimated scale φ: least squares."""
-
-    estimates_scale = True
-
-    def mean(self, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        return eta
-
-    def variance(self, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        return torch.ones_like(eta)
-
-
-@dataclass(frozen=True)
-class Binomial(Family):
-    """μ = 1/(1 + e^{−η}), V = μ(1 − μ); y is a proportion and the weight its number of trials."""
-
-    def mean(self, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        return eta.sigmoid()
-
-    def variance(self, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        # 1 − μ is 0 from η = 37 on; σ(−η) keeps its digits up to η = 700.
-        return eta.sigmoid() * (-eta).sigmoid()
-
-    def residual(self, y: Float[Tensor, " n"], eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        return y * (-eta).sigmoid() - (1 - y) * eta.sigmoid()  # y − μ without cancellation
-
-    def possible(self, y: Float[Tensor, " n"]) -> Tensor:
-        return (y >= 0) & (y <= 1)
-
-
-@dataclass(frozen=True)
-class Poisson(Family):
-    """μ = e^η, V = μ."""
-
-    def mean(self, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        return eta.exp()
-
-    def variance(self, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        return eta.exp()
-
-    def possible(self, y: Float[Tensor, " n"]) -> Tensor:
-        return y >= 0
+LOSSES = (SquaredError(), Bernoulli(), Poisson())
+"""Negative log-likelihoods with a canonical link, as functions of η: ∂ℓ/∂η = μ − y, ∂²ℓ/∂η² = V."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,22 +63,19 @@ class Diagnostics:
     """What each row does to a regression. One entry (or row) per observation.
 
     Args:
-        beta: β̂, `[p]`.
-        names: Of the coefficients.
+        beta, names: β̂ `[p]`, and what its entries are called.
         rows: Labels of the observations; their positions unless given.
-        scale: φ: the residual variance for `Gaussian`, 1 otherwise, or what was given.
+        scale: φ: the residual variance for `SquaredError`, 1 otherwise, or what was given.
         leverage: hᵢ, between 0 and 1; they sum to p.
         residuals: yᵢ − μᵢ.
         pearson: Pearson residuals.
         studentized: Internally studentized residuals.
-        studentized_external: With the variance estimated without row i; None where φ is not
-            estimated.
+        studentized_external: With the variance of the others; None where φ is not estimated.
         loo_residuals: (yᵢ − μᵢ) / (Vᵢ (1 − hᵢ)), on the scale of η: for least squares yᵢ less its
             prediction without row i (PRESS), otherwise the same for the working response.
         cooks_distance: Dᵢ.
-        dffits: Change of the row's own η in its standard errors, t √(h/(1 − h)), by the external
-            residual where there is one.
-        dffits_internal: The same by the internal residual.
+        dffits, dffits_internal: Change of the row's own η in its standard errors, t √(h/(1 − h)),
+            by the external residual where there is one, and by the internal.
         dfbeta: β̂ − β̂₋ᵢ, `[n, p]`.
         dfbetas: The same in standard errors of β̂ (without row i where φ is estimated).
         covariance_ratio: det cov(β̂₋ᵢ)/det cov(β̂); None where φ is not estimated.
@@ -192,14 +126,7 @@ def linear_diagnostics(
 ) -> Diagnostics:
     """Diagnostics of a least squares fit of y on X (with a column of ones for an intercept).
 
-    Args:
-        X: Design `[n, p]`: a tensor, array or data frame; computed in float64 on the CPU.
-        y: Response `[n]`.
-        weights: v, the prior weights of weighted least squares; 1 by default.
-        names: Of the columns.
-
-    Raises:
-        ShapeError, DtypeError, NonFinite, NotPositiveDefinite, DataError: As `glm_diagnostics`.
+    Arguments and errors as for `glm_diagnostics`.
 
     Exact when: always; removal of a row from least squares has this closed form.
     Cost: one QR factorization, n·p² multiply-adds; nothing of size n × n.
@@ -208,14 +135,14 @@ def linear_diagnostics(
     root = prior.sqrt()
     q, r = _factor(design * root[:, None])
     beta = torch.linalg.solve_triangular(r, (q.T @ (root * response))[:, None], upper=True)[:, 0]
-    return glm_diagnostics(design, response, beta, Gaussian(), prior, names)
+    return glm_diagnostics(design, response, beta, SquaredError(), prior, names)
 
 
 def glm_diagnostics(
     X: Any,
     y: Any,
     beta: Any,
-    family: Family,
+    loss: Loss,
     weights: Any = None,
     names: Sequence[str] | None = None,
     scale: float | None = None,
@@ -226,42 +153,44 @@ def glm_diagnostics(
 
     Args:
         X: Design `[n, p]`: a tensor, array or data frame; computed in float64 on the CPU.
-        y: Response `[n]`; proportions for `Binomial` with trials as weights.
+        y: Response `[n]`; proportions for `Bernoulli` with trials as weights.
         beta: β̂ `[p]`, the solution of Xᵀ v (y − μ) = 0.
-        family: `Gaussian()`, `Binomial()` or `Poisson()`, with its canonical link.
+        loss: ℓ, as a function of η: `SquaredError()`, `Bernoulli()` or `Poisson()`.
         weights: v, prior weights; 1 by default. They divide the variance of a row; they do not say
             how many rows it stands for.
         names: Of the columns.
         scale: φ, where it is known or came from elsewhere (quasi-likelihood). None: the residual
-            variance for `Gaussian`, 1 otherwise.
+            variance for `SquaredError`, 1 otherwise.
         rows: Labels of the observations, for the table; their positions by default.
         offset: o `[n]`, where η = Xβ + o, such as the logarithm of an exposure; 0 by default.
 
     Raises:
         ShapeError: The arrays do not fit.
         DtypeError: An entry is not a real number.
-        SpecError: `family` is not a `Family`.
+        SpecError: `loss` is another.
         NonFinite: An entry is NaN or infinite, a weight is negative, a variance V underflows, a row
             has leverage 1, or the fit is perfect without it.
         NotPositiveDefinite: X has no full column rank.
         NotStationary: β̂ does not solve the likelihood equations.
-        DataError: A response is outside the family's range, or there is no residual variance.
+        DataError: The loss knows no such response, or there is no residual variance.
 
-    Exact when: the family is `Gaussian`; otherwise removals are one Newton step.
+    Exact when: the loss is `SquaredError`; otherwise removals are one Newton step.
     Cost: one QR factorization, n·p² multiply-adds.
     """
-    _require_family(family)
+    _require_loss(loss)
     design, response, prior = _arrays(X, y, weights)
     n, p = design.shape
     estimate, labels = _coefficients(beta, names, p)
     positions = tuple(range(n)) if rows is None else tuple(rows)
     _require_shape(len(positions) == n, f"{len(positions)} labels for {n} rows.")
-    _require_range(family, response)
+    _require_range(loss, response)
     shift = torch.zeros_like(response) if offset is None else _float64("offset", offset)
     _require_shape(shift.shape == (n,), f"offset {tuple(shift.shape)} for {n} rows.")
     _require_numbers("offset", shift)
     eta = design @ estimate + shift
-    variance, residuals = family.variance(eta), family.residual(response, eta)
+    outputs, targets = eta[:, None], response[:, None]
+    variance = loss.hessian(outputs, targets)[:, 0, 0]
+    residuals = -loss.gradient(outputs, targets)[:, 0]
     _require_variance(variance, eta)
     q, r = _factor(design * (prior * variance).sqrt()[:, None])
     leverage = q.square().sum(dim=1)
@@ -273,13 +202,14 @@ def glm_diagnostics(
     pulls = design * (prior * residuals)[:, None] @ inverse
     pearson = prior.sqrt() * residuals / variance.sqrt()
     external, ratio, spread = None, None, None
-    if scale is None and family.estimates_scale:
+    quadratic = isinstance(loss, SquaredError)
+    if scale is None and quadratic:
         size = float((prior * (response.square() + shift.square())).sum())
         scale, spread = _scales(pearson, kept, p, size)
         external, ratio = pearson / (spread * kept).sqrt(), (spread / scale) ** p / kept
     phi = _given_scale(scale)
     step = pulls.sum(dim=0)
-    _require_stationary(step, phi * inverse.diagonal(), design, type(family) is Gaussian)
+    _require_stationary(step, phi * inverse.diagonal(), design, quadratic)
 
     studentized = pearson / (phi * kept).sqrt()
     odds = (leverage / kept).sqrt()
@@ -325,10 +255,7 @@ def ridge_loo_residuals(X: Any, y: Any, penalty: Any, weights: Any = None) -> Fl
         penalty: λ ≥ 0, a number or one per column (0 leaves that column free).
         weights: v; 1 by default.
 
-    Raises:
-        ShapeError, DtypeError, NonFinite, NotPositiveDefinite: As `glm_diagnostics`.
-
-    Exact when: always.
+    Exact when: always. Refuses what `glm_diagnostics` does.
     Cost: one QR factorization of n + p rows.
     """
     design, response, prior = _arrays(X, y, weights)
@@ -418,28 +345,29 @@ def _require_shape(fits: bool, given: str) -> None:
         )
 
 
-def _require_family(family: Any) -> None:
-    if not isinstance(family, Family):
+def _require_loss(loss: Any) -> None:
+    if loss not in LOSSES:
         raise SpecError(
             message(
-                "family must be Gaussian(), Binomial() or Poisson().",
-                f"{family!r}.",
+                "loss must be SquaredError(), Bernoulli() or Poisson(), of one output.",
+                f"{loss!r}.",
                 "a name or a class in place of an object, or a family of statsmodels.",
-                "import them from upweight.methods.classical; for statsmodels results use "
+                "use upweight.Bernoulli() and its like; for statsmodels results use "
                 "upweight.adapters.statsmodels.diagnostics(results).",
             )
         )
 
 
-def _require_range(family: Family, response: Float[Tensor, " n"]) -> None:
-    bad = ~family.possible(response)
+def _require_range(loss: Loss, response: Float[Tensor, " n"]) -> None:
+    highest = {Bernoulli(): 1.0, Poisson(): torch.inf}.get(loss)
+    bad = torch.zeros_like(response) if highest is None else (response < 0) | (response > highest)
     if bool(bad.any()):
         raise DataError(
             message(
-                f"Responses must be possible for {family!r}.",
+                f"Responses must be possible for {loss!r}: between 0 and {highest}.",
                 f"y = {float(response[bad][0])} at rows {_listed(bad)}.",
-                "counts of successes in place of proportions, or another family.",
-                "for Binomial pass y = successes/trials and weights = trials.",
+                "counts of successes in place of proportions, or another loss.",
+                "for Bernoulli pass y = successes/trials and weights = trials.",
             )
         )
 
@@ -472,11 +400,7 @@ def _require_finite(found: Diagnostics) -> None:
 
 
 def require_full_rank(X: Any, weights: Any) -> None:
-    """Refuse a design whose columns depend on each other over the rows that count.
-
-    Raises:
-        NotPositiveDefinite: Names the first such column.
-    """
+    """Refuse a design whose columns depend on each other over the rows that count."""
     _factor(_float64("X", X) * _float64("weights", weights).sqrt()[:, None])
 
 

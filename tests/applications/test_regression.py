@@ -8,6 +8,11 @@ from sklearn.datasets import load_diabetes
 from sklearn.linear_model import Ridge
 from torch.testing import assert_close
 
+from upweight.applications.regression import (
+    glm_diagnostics,
+    linear_diagnostics,
+    ridge_loo_residuals,
+)
 from upweight.errors import (
     DataError,
     DtypeError,
@@ -17,15 +22,13 @@ from upweight.errors import (
     ShapeError,
     SpecError,
 )
-from upweight.methods.classical import (
-    Binomial,
-    Gaussian,
-    Poisson,
-    glm_diagnostics,
-    linear_diagnostics,
-    ridge_loo_residuals,
-)
+from upweight.task.losses import Bernoulli, Poisson, SmoothHinge, SquaredError
 
+FAMILIES = {
+    SquaredError: (lambda eta: eta, torch.ones_like),
+    Bernoulli: (torch.sigmoid, lambda eta: torch.sigmoid(eta) * torch.sigmoid(-eta)),
+    Poisson: (torch.exp, torch.exp),
+}
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}
 
 
@@ -43,23 +46,24 @@ def least_squares(X, y, v):
     return torch.linalg.solve(X.T @ (v[:, None] * X), X.T @ (v * y))
 
 
-def maximum_likelihood(X, y, v, family):
-    """Newton's method, on nothing but the definitions of the family."""
+def maximum_likelihood(X, y, v, loss):
+    """Newton's method, on nothing but the definitions of the families."""
+    mean, variance = FAMILIES[type(loss)]
     beta = torch.zeros(X.shape[1], dtype=X.dtype)
     for _ in range(50):
         eta = X @ beta
-        gradient = X.T @ (v * (y - family.mean(eta)))
-        hessian = X.T @ ((v * family.variance(eta))[:, None] * X)
+        gradient = X.T @ (v * (y - mean(eta)))
+        hessian = X.T @ ((v * variance(eta))[:, None] * X)
         beta = beta + torch.linalg.solve(hessian, gradient)
     return beta
 
 
-def responses(family):
+def responses(loss):
     """Diabetes progression as a proportion, a count, or itself."""
     X, y = diabetes()
-    if isinstance(family, Binomial):
+    if isinstance(loss, Bernoulli):
         return X, (y > 1.3).double()
-    return (X, (y * 3).round()) if isinstance(family, Poisson) else (X, y)
+    return (X, (y * 3).round()) if isinstance(loss, Poisson) else (X, y)
 
 
 def without(i, *arrays):
@@ -94,15 +98,15 @@ def test_removals_are_exact_for_least_squares(weighted):
         assert_close(ours.covariance_ratio[i], left.det() / full.det(), rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", [Binomial(), Poisson()])
+@pytest.mark.parametrize("loss", [Bernoulli(), Poisson()])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_one_step_removals_are_close_and_closer_than_the_first_order(family, weighted):
-    X, y = responses(family)
+def test_one_step_removals_are_close_and_closer_than_the_first_order(loss, weighted):
+    X, y = responses(loss)
     v = weights(y, weighted)
-    beta = maximum_likelihood(X, y, v, family)
-    ours = glm_diagnostics(X, y, beta, family, v)
+    beta = maximum_likelihood(X, y, v, loss)
+    ours = glm_diagnostics(X, y, beta, loss, v)
     actual = torch.stack(
-        [beta - maximum_likelihood(*without(i, X, y, v), family) for i in range(len(y))]
+        [beta - maximum_likelihood(*without(i, X, y, v), loss) for i in range(len(y))]
     )
 
     def error(predicted):
@@ -113,26 +117,26 @@ def test_one_step_removals_are_close_and_closer_than_the_first_order(family, wei
     assert error(ours.dfbeta) < 0.4 * error(ours.influence_curve / len(y))
 
 
-@pytest.mark.parametrize("family", [Gaussian(), Binomial(), Poisson()])
-def test_the_influence_curve_is_the_derivative_in_a_weight(family):
-    X, y = responses(family)
+@pytest.mark.parametrize("loss", [SquaredError(), Bernoulli(), Poisson()])
+def test_the_influence_curve_is_the_derivative_in_a_weight(loss):
+    X, y = responses(loss)
     v = weights(y, True)
-    ours = glm_diagnostics(X, y, maximum_likelihood(X, y, v, family), family, v)
+    ours = glm_diagnostics(X, y, maximum_likelihood(X, y, v, loss), loss, v)
     for i in (0, 17):
         step = torch.zeros_like(v)
         step[i] = 1e-4 * v[i]
-        up, down = (maximum_likelihood(X, y, v + s * step, family) for s in (1, -1))
+        up, down = (maximum_likelihood(X, y, v + s * step, loss) for s in (1, -1))
         # Central differences: an error of 1e-8 relative, 1e-4 were they one-sided.
         slope = (up - down) / 2e-4
         assert_close(ours.influence_curve[i] / len(y), slope, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", [Gaussian(), Binomial(), Poisson()])
-def test_laws_of_leverage_influence_and_the_jackknife(family):
-    X, y = responses(family)
+@pytest.mark.parametrize("loss", [SquaredError(), Bernoulli(), Poisson()])
+def test_laws_of_leverage_influence_and_the_jackknife(loss):
+    X, y = responses(loss)
     v = weights(y, True)
-    beta = maximum_likelihood(X, y, v, family)
-    ours = glm_diagnostics(X, y, beta, family, v)
+    beta = maximum_likelihood(X, y, v, loss)
+    ours = glm_diagnostics(X, y, beta, loss, v)
     assert_close(ours.leverage.sum(), torch.tensor(5.0, dtype=X.dtype), **TIGHT)
     # Upweighting everything equally changes nothing.
     size = ours.influence_curve.abs().sum(dim=0)
@@ -143,7 +147,7 @@ def test_laws_of_leverage_influence_and_the_jackknife(family):
     assert_close(ours.covariance_jackknife, outer, **TIGHT)
     # The same rows twice, each with half of its weight, are the same fit.
     twice = glm_diagnostics(
-        torch.cat([X, X]), torch.cat([y, y]), beta, family, torch.cat([v, v]) / 2, scale=ours.scale
+        torch.cat([X, X]), torch.cat([y, y]), beta, loss, torch.cat([v, v]) / 2, scale=ours.scale
     )
     assert_close(twice.leverage[: len(y)], ours.leverage / 2, **TIGHT)
     assert_close(twice.covariance, ours.covariance, **TIGHT)
@@ -153,7 +157,7 @@ def test_laws_of_leverage_influence_and_the_jackknife(family):
 def test_a_known_scale_is_not_estimated():
     X, y = diabetes()
     free = linear_diagnostics(X, y)
-    fixed = glm_diagnostics(X, y, free.beta, Gaussian(), scale=4 * free.scale)
+    fixed = glm_diagnostics(X, y, free.beta, SquaredError(), scale=4 * free.scale)
     assert_close(fixed.studentized, free.studentized / 2)
     assert_close(fixed.cooks_distance, free.cooks_distance / 4)
     assert fixed.studentized_external is None
@@ -176,11 +180,11 @@ def test_a_row_of_weight_zero_pulls_at_nothing():
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_probabilities_that_round_to_one_keep_their_digits(sign):
     # 1 − μ of a row at η = 50 is 2e-22. Taken as a difference it is 0, and r = 0/√0 is NaN.
-    X, y = responses(Binomial())
-    far = sign * 50 * X[0] / (X[0] @ maximum_likelihood(X, y, torch.ones_like(y), Binomial()))
+    X, y = responses(Bernoulli())
+    far = sign * 50 * X[0] / (X[0] @ maximum_likelihood(X, y, torch.ones_like(y), Bernoulli()))
     X, y = torch.cat([X, far[None]]), torch.cat([y, torch.tensor([float(sign > 0)])])
-    beta = maximum_likelihood(X, y, torch.ones_like(y), Binomial())
-    ours = glm_diagnostics(X, y, beta, Binomial())
+    beta = maximum_likelihood(X, y, torch.ones_like(y), Bernoulli())
+    ours = glm_diagnostics(X, y, beta, Bernoulli())
     eta = X[-1] @ beta
     assert 45 < sign * float(eta) < 55
     assert_close(ours.pearson[-1], sign * (-eta.abs() / 2).exp(), rtol=1e-9, atol=0)
@@ -226,7 +230,7 @@ def test_labels_of_rows_index_the_table():
     free = linear_diagnostics(X, y)
     assert free.to_pandas().index.tolist() == list(range(60))
     labels = [("ward", i) for i in range(60)]
-    named = glm_diagnostics(X, y, free.beta, Gaussian(), rows=labels)
+    named = glm_diagnostics(X, y, free.beta, SquaredError(), rows=labels)
     table = named.to_pandas()
     assert table.index.tolist() == labels
     assert table.index.nlevels == 1
@@ -297,22 +301,26 @@ BAD_GLMS = {
         lambda X, y: (X, at(y, 2, -1.0), torch.zeros(5), Poisson()),
         DataError, r"-1.0 at rows \[2\]"),
     "counts, not proportions": (
-        lambda X, y: (X, at(y / 10, 6, 3.0), torch.zeros(5), Binomial()),
+        lambda X, y: (X, at(y / 10, 6, 3.0), torch.zeros(5), Bernoulli()),
         DataError, r"y = 3.0 at rows \[6\]"),
     "exploded": (
         lambda X, y: (X, y, torch.tensor([800.0, 0, 0, 0, 0]), Poisson()), NonFinite, "η = 800"),
     "NaN in beta": (
-        lambda X, y: (X, y, torch.full((5,), torch.nan), Gaussian()), NonFinite, "beta has nan"),
+        lambda X, y: (X, y, torch.full((5,), torch.nan), SquaredError()),
+        NonFinite, "beta has nan"),
     "beta of another model": (
-        lambda X, y: (X, y, torch.zeros(4), Gaussian()), ShapeError, r"beta \(4,\)"),
-    "a family by name": (
+        lambda X, y: (X, y, torch.zeros(4), SquaredError()), ShapeError, r"beta \(4,\)"),
+    "another loss": (
+        lambda X, y: (X, y, torch.zeros(5), SmoothHinge()), SpecError, "SmoothHinge"),
+    "a loss by name": (
         lambda X, y: (X, y, torch.zeros(5), "poisson"), SpecError, "'poisson'"),
-    "a family's class": (lambda X, y: (X, y, torch.zeros(5), Poisson), SpecError, "Poisson"),
+    "a loss's class": (lambda X, y: (X, y, torch.zeros(5), Poisson), SpecError, "Poisson"),
     "too few labels": (
-        lambda X, y: (X, y, torch.zeros(5), Gaussian(), None, None, None, ["a", "b"]),
+        lambda X, y: (X, y, torch.zeros(5), SquaredError(), None, None, None, ["a", "b"]),
         ShapeError, "2 labels for 60 rows"),
     "scale": (
-        lambda X, y: (X, y, torch.zeros(5), Gaussian(), None, None, 0.0), DataError, "scale = 0.0"),
+        lambda X, y: (X, y, torch.zeros(5), SquaredError(), None, None, 0.0),
+        DataError, "scale = 0.0"),
 }  # fmt: skip
 
 
@@ -323,22 +331,22 @@ def test_what_is_no_maximum_likelihood_is_refused(spoil, error, said):
     assert str(caught.value).count("\n  ") == 3
 
 
-@pytest.mark.parametrize("family", [Gaussian(), Binomial(), Poisson()])
-def test_an_estimate_must_be_good_to_four_digits_of_its_standard_error(family):
-    X, y = responses(family)
-    beta = maximum_likelihood(X, y, torch.ones_like(y), family)
-    error = glm_diagnostics(X, y, beta, family).covariance.diagonal().sqrt()[2]
+@pytest.mark.parametrize("loss", [SquaredError(), Bernoulli(), Poisson()])
+def test_an_estimate_must_be_good_to_four_digits_of_its_standard_error(loss):
+    X, y = responses(loss)
+    beta = maximum_likelihood(X, y, torch.ones_like(y), loss)
+    error = glm_diagnostics(X, y, beta, loss).covariance.diagonal().sqrt()[2]
     nudge = torch.eye(5, dtype=X.dtype)[2] * error
-    glm_diagnostics(X, y, beta + 0.5e-4 * nudge, family)
+    glm_diagnostics(X, y, beta + 0.5e-4 * nudge, loss)
     with pytest.raises(NotStationary, match=r"2\.0e-04 standard errors"):
-        glm_diagnostics(X, y, beta + 2e-4 * nudge, family)
+        glm_diagnostics(X, y, beta + 2e-4 * nudge, loss)
 
 
 def test_separated_classes_are_refused_though_standard_errors_hide_them():
     x = torch.linspace(-1, 1, 20).repeat_interleave(3)
     X, y = torch.stack([torch.ones(60), x], dim=1), (x > 0).double()
     with pytest.raises(NotStationary, match="moves η by 1"):
-        glm_diagnostics(X, y, torch.tensor([0.0, 400.0]), Binomial())
+        glm_diagnostics(X, y, torch.tensor([0.0, 400.0]), Bernoulli())
 
 
 def test_an_overflow_is_named():

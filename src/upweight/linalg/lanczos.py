@@ -1,69 +1,15 @@
-"""What can be said about A from a few products with it, and how well.
+"""What a few products with A tell of its spectrum: its ends, by Lanczos, A Q = Q T + β q eᵀ.
 
-    trace       tr A    ≈ (1/s) Σ zᵀAz           diagonal   Aⱼⱼ ≈ (1/s) Σ zⱼ (Az)ⱼ
-    extreme_eigenvalues  the ends of the spectrum, by Lanczos: A Q = Q T + β q eᵀ
-
-Random estimates come with a standard error, Lanczos values with a residual bound. Rademacher probes
-(entries ±1) leave no error from the diagonal of A: both are exact where A is diagonal.
-Hutchinson (1990); Bekas, Kokiopoulou & Saad (2007); Golub & Van Loan (2013), Section 10.1.
+Each value comes with a residual bound. Golub & Van Loan (2013), Section 10.1.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import NonFinite, SpecError, message
+from upweight.errors import NonFinite, message
 from upweight.linalg.operator import LinearOperator, square
-
-PROBES = 64  # vectors handed to `mv` at once
-
-
-@dataclass(frozen=True, eq=False)
-class Estimate:
-    """A mean over random probes, and its standard error; the error is NaN for a single probe."""
-
-    value: Float[Tensor, "*p"]
-    error: Float[Tensor, "*p"]
-    samples: int
-
-
-def trace(A: LinearOperator, samples: int = 100, seed: int = 0) -> Estimate:
-    """The trace of A from random probes, with its standard error (Hutchinson, 1990).
-
-    The standard error is about √(2 (‖A‖²_F − Σ Aⱼⱼ²) / samples).
-
-    Exact when: A is diagonal.
-    Cost: `samples` products with A.
-    """
-    square(A, "A trace")
-    products = [(z * A.mv(z)).sum(1) for z in _probes(A, samples, seed)]
-    return _mean(torch.cat(products))
-
-
-def diagonal(A: LinearOperator, samples: int = 100, seed: int = 0) -> Estimate:
-    """Aⱼⱼ for each j from random probes, with standard errors (Bekas et al., 2007).
-
-    The standard error of entry j is about √((Σ_{k≠j} Aⱼₖ²) / samples).
-
-    Exact when: A is diagonal.
-    Cost: `samples` products with A; memory O(p) beside one block of probes.
-    """
-    p = square(A, "A diagonal")
-    mean = torch.zeros(p, dtype=A.dtype, device=A.device)
-    spread, seen = torch.zeros_like(mean), 0
-    for z in _probes(A, samples, seed):
-        values = z * A.mv(z)
-        # Chan, Golub & LeVeque (1983): merge means and sums of squares without cancellation.
-        block, total = len(values), seen + len(values)
-        shift = values.mean(0) - mean
-        spread += (values - values.mean(0)).square().sum(0) + shift.square() * seen * block / total
-        mean += shift * block / total
-        seen = total
-    error = (spread / (seen - 1) / seen).sqrt() if seen > 1 else torch.full_like(mean, torch.nan)
-    return Estimate(mean, error, seen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,27 +97,3 @@ def _normal(A: LinearOperator, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(A.shape[1], generator=generator, dtype=torch.float64)
     return draw.to(dtype=A.dtype, device=A.device)
-
-
-def _probes(A: LinearOperator, samples: int, seed: int) -> Iterator[Tensor]:
-    """Rademacher vectors [≤ PROBES p], `samples` of them in all."""
-    if samples < 1:
-        raise SpecError(
-            message(
-                "An estimate needs at least one probe.",
-                f"samples={samples}.",
-                "a budget that was divided down to nothing.",
-                "use samples=100; two is the least that gives a standard error.",
-            )
-        )
-    generator = torch.Generator().manual_seed(seed)
-    for start in range(0, samples, PROBES):
-        shape = (min(PROBES, samples - start), A.shape[1])
-        signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
-        yield (2 * signs - 1).to(dtype=A.dtype, device=A.device)
-
-
-def _mean(values: Tensor) -> Estimate:
-    count = len(values)
-    error = values.std() / count**0.5 if count > 1 else torch.full_like(values[0], torch.nan)
-    return Estimate(values.mean(), error, count)
