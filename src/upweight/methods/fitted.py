@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, Protocol, final
 
 import torch
 from jaxtyping import Float
@@ -17,10 +17,13 @@ from torch import Tensor
 from upweight._typing import Batch
 from upweight.errors import ModelChanged, SpecError, message
 from upweight.methods import health, removal
+from upweight.methods.dense import DenseScorer
 from upweight.methods.functionals import derivatives
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep
+from upweight.methods.removal import Without
 from upweight.methods.scorer import Asked, Scorer, not_offered
+from upweight.runtime.memory import require_room
 from upweight.runtime.progress import progress
 from upweight.runtime.resources import Resources
 from upweight.runtime.selection import places
@@ -34,13 +37,21 @@ from upweight.task.task import Task
 
 if TYPE_CHECKING:
     from upweight.evaluation.check import Check
-    from upweight.methods.method import Method
     from upweight.task.recipe import Recipe
 
 QUERIES = 32
 """Training examples that stand in for queries where `check` is given none."""
 
 LOSS = Loss()
+
+
+class Spec(Protocol):
+    """A method, as what it fitted knows it; its repr is Python for an equal one."""
+
+    @property
+    def unit(self) -> Unit:
+        """What its scores mean."""
+        ...
 
 
 @final
@@ -62,7 +73,7 @@ class Fitted:
         notes: What was chosen or warned of on the way.
     """
 
-    spec: "Method"
+    spec: Spec
     task: Task
     train: Data
     theta: Float[Tensor, " p"]
@@ -171,7 +182,7 @@ class Fitted:
             ShapeError: There is no such example.
         """
         self._require_movement("parameter_influence(...)")
-        row = removal.total_gradient_of(self, self._group(example))
+        row = removal.total_gradient_of(self._place, self._group(example))
         return self.task.layout.unflatten(-self.scorer.solve(row[None])[0])
 
     # -- removals ---------------------------------------------------------------------------------
@@ -217,8 +228,46 @@ class Fitted:
         them); otherwise one factorization per group; by layer that of `attribute`. "plugin"
         measures every query once per group.
         """
+        started = time.perf_counter()
         self._require_movement("removal(...)")
-        return removal.removal(self, queries, measure, groups, evaluate)
+        if evaluate not in ("linear", "plugin"):
+            raise SpecError(_no_evaluation(evaluate))
+        named = None if groups is None else [self._group(group) for group in groups]
+        if named is not None and not named:
+            raise ShapeError(_no_group())
+        every = [[i] for i in range(len(self.train))] if named is None else named
+        columns = None if named is None else tuple(",".join(map(str, g)) for g in named)
+        scorer = self.scorer
+        if not isinstance(scorer, DenseScorer):
+            scores: Scores = self.attribute(queries, measure, into=Without(every, columns))
+            if evaluate == "linear":
+                return scores
+            values = removal.plugin(self._place, self._asked(queries, measure), every)
+            made = replace(scores.provenance, notes=(*scores.provenance.notes, removal.PLUGIN))
+            return replace(scores, values=values, provenance=made)
+        count = 1
+        if not isinstance(measure, Functional):
+            queries = self.task.queries(queries)
+            count = len(queries)
+        require_room(
+            count, len(every), self.theta.dtype, self.theta.device,
+            "ask some queries at a time, as_data(queries).subset(range(100)), or some groups.",
+        )  # fmt: skip
+        asked = self._asked(queries, measure)
+        values, records, doubts = removal.by_newton_step(scorer, asked, every)
+        said: list[str] = []
+        if evaluate == "plugin":
+            values, said = removal.plugin(self._place, asked, every), [removal.PLUGIN]
+            doubts = [note for note in doubts if "is not linear over the step" not in note]
+        seconds = {**self.seconds, "attribute": time.perf_counter() - started}
+        judged, told = self._judged(records, None, None)
+        denied, noted = self._minimum_denied(judged)
+        zero = health.zero_rows(values.abs().sum(dim=1), self.losses)
+        warned = health.warned([*denied, *health.solved(judged), *zero, *doubts])
+        notes = [*warned, *noted, *told, *said, *health.zero_columns(values)]
+        provenance = self._provenance(asked, judged, notes, seconds)
+        context = self._context(asked)
+        return Scores(values, Unit.DIFFERENCE, provenance, columns=columns, context=context)
 
     def removal_step(self, examples: Sequence[int]) -> Mapping[str, Tensor]:
         """Δθ of removing the examples together, by parameter name; as for `removal`.
@@ -226,7 +275,7 @@ class Fitted:
         Warns where a Newton step does not end at the minimum without them.
         """
         self._require_movement("removal_step(...)")
-        step, doubts = removal.checked_step(self, self._group(list(examples)))
+        step, doubts = removal.checked_step(self.scorer, self._group(list(examples)))
         health.warned(doubts)
         return self.task.layout.unflatten(step)
 
@@ -245,7 +294,7 @@ class Fitted:
         Cost: c solves (by layer, c backward passes) per example.
         """
         self._require_movement("loo_outputs()")
-        return removal.loo_outputs(self)
+        return removal.loo_outputs(self._place)
 
     # -- changed inputs and labels ----------------------------------------------------------------
 
@@ -392,6 +441,10 @@ class Fitted:
             settings=self.scorer.settings(asked),
         )
 
+    @property
+    def _place(self) -> removal.Place:
+        return removal.Place(self.task, self.train, self.theta, self.scorer)
+
     def _context(self, asked: Asked) -> Context:
         return Context(self.task, self.train, asked.queries, asked.measure, self)
 
@@ -503,4 +556,22 @@ def _no_reducer(given: Any) -> str:
         f"into={given!r}.",
         "a class that was not called, or a folder or number in its place.",
         "Matrix(), Top(10), GroupSums(labels), Shards(folder), PerLayer() or PerToken(examples).",
+    )
+
+
+def _no_evaluation(given: Any) -> str:
+    return message(
+        'A removal is evaluated as "linear" or as "plugin".',
+        f"evaluate={given!r}.",
+        "another word for one of them.",
+        '"linear" gives ∇m · Δθ; "plugin" gives m(θ̂ + Δθ) − m(θ̂).',
+    )
+
+
+def _no_group() -> str:
+    return message(
+        "A removal needs something to remove.",
+        "groups=[], no group at all.",
+        "a filter that matched nothing.",
+        "leave groups out to remove each example by itself, or pass groups=[[0, 1]].",
     )

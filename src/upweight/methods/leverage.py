@@ -167,7 +167,7 @@ class LinearRemovals:
         )
         matrix = self._matrix - self.share * own
         total = torch.zeros_like(matrix[0])
-        for _, _, batch in self.train.subset(group).batches(len(group)):
+        for _, _, batch in some.batches(len(group)):
             total += self.source.total(task.to_device(batch)).to(total)
         factor, info = torch.linalg.cholesky_ex(matrix)
         smallest = factor.diagonal().min() / factor.diagonal().max()

@@ -5,101 +5,46 @@ by layer        to first order, −Σ_U S[q, i]
 evaluated       m(θ̂ + Δθ) − m(θ̂), whatever Δθ
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import ShapeError, SpecError, message
 from upweight.gradients.autograd import total_gradient
-from upweight.methods import health, remainder
+from upweight.methods import remainder
 from upweight.methods.dense import DenseScorer
 from upweight.methods.functionals import evaluated
 from upweight.methods.leverage import corrected_output_gradients
 from upweight.methods.reduce import Answer, Reducer, Sink, Sweep
-from upweight.methods.scorer import Asked, Job
+from upweight.methods.scorer import Asked, Job, Scorer
 from upweight.runtime.memory import require_room
 from upweight.runtime.progress import progress
 from upweight.scores import Scores, Unit
-from upweight.task.data import batch_size
-from upweight.task.measures import Functional
+from upweight.task.data import Data, batch_size
+from upweight.task.task import Task
 
-if TYPE_CHECKING:
-    from upweight.methods.fitted import Fitted
+PLUGIN = "removal: measured at θ̂ + Δθ, m(θ̂ + Δθ) − m(θ̂)"
 
 FIRST_ORDER = (
     "removal: to first order, minus the sum of the scores, with the curvature of all the data"
 )
 
 
-def removal(fitted: "Fitted", queries: Any, measure: Any, groups: Any, evaluate: str) -> Scores:
-    """See `Fitted.removal`."""
-    started = time.perf_counter()
-    if evaluate not in ("linear", "plugin"):
-        raise SpecError(
-            message(
-                'A removal is evaluated as "linear" or as "plugin".',
-                f"evaluate={evaluate!r}.",
-                "another word for one of them.",
-                '"linear" gives ∇m · Δθ; "plugin" gives m(θ̂ + Δθ) − m(θ̂).',
-            )
-        )
-    named = None if groups is None else [fitted._group(group) for group in groups]
-    if named is not None and not named:
-        raise ShapeError(
-            message(
-                "A removal needs something to remove.",
-                "groups=[], no group at all.",
-                "a filter that matched nothing.",
-                "leave groups out to remove each example by itself, or pass groups=[[0, 1]].",
-            )
-        )
-    every = [[i] for i in range(len(fitted.train))] if named is None else named
-    columns = None if named is None else tuple(",".join(map(str, g)) for g in named)
-    if not isinstance(fitted.scorer, DenseScorer):
-        scores: Scores = fitted.attribute(queries, measure, into=_Without(every, columns))
-        if evaluate == "linear":
-            return scores
-        asked = fitted._asked(queries, measure)
-        values = _plugin(fitted, asked, every)
-        made = replace(scores.provenance, notes=(*scores.provenance.notes, _PLUGIN))
-        return replace(scores, values=values, provenance=made)
-    scorer, count = fitted.scorer, 1
-    if queries is not None and not isinstance(measure, Functional):
-        queries = fitted.task.queries(queries)
-        count = len(queries)
-    require_room(
-        count, len(every), scorer.theta.dtype, scorer.theta.device,
-        "ask some queries at a time, as_data(queries).subset(range(100)), or some groups.",
-    )  # fmt: skip
-    asked = fitted._asked(queries, measure)
-    values, records, doubts = _by_newton_step(fitted, scorer, asked, every)
-    notes: tuple[str, ...] = ()
-    if evaluate == "plugin":
-        values, notes = _plugin(fitted, asked, every), (_PLUGIN,)
-        doubts = [note for note in doubts if "is not linear over the step" not in note]
-    seconds = {**fitted.seconds, "attribute": time.perf_counter() - started}
-    judged, said = fitted._judged(records, None, None)
-    denied, noted = fitted._minimum_denied(judged)
-    zero = health.zero_rows(values.abs().sum(dim=1), fitted.losses)
-    said = [
-        *health.warned([*denied, *health.solved(judged), *zero, *doubts]), *noted, *said, *notes,
-        *health.zero_columns(values),
-    ]  # fmt: skip
-    made = fitted._provenance(asked, judged, said, seconds)
-    context = fitted._context(asked)
-    return Scores(values, Unit.DIFFERENCE, made, columns=columns, context=context)
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A scorer, and what it was fitted to at θ̂."""
+
+    task: Task
+    train: Data
+    theta: Float[Tensor, " p"]
+    scorer: Scorer
 
 
-_PLUGIN = "removal: measured at θ̂ + Δθ, m(θ̂ + Δθ) − m(θ̂)"
-
-
-def _by_newton_step(
-    fitted: "Fitted", scorer: DenseScorer, asked: Asked, every: Sequence[list[int]]
+def by_newton_step(
+    scorer: DenseScorer, asked: Asked, every: Sequence[list[int]]
 ) -> tuple[Float[Tensor, "q e"], list[Any], list[str]]:
     """∇m_qᵀ Δθ of every removal, the records of the solves, and what is to be doubted."""
     linear, records, parts = scorer.linear_removals, [], []
@@ -132,23 +77,23 @@ def _by_newton_step(
     return values, records, doubts
 
 
-def _plugin(fitted: "Fitted", asked: Asked, every: Sequence[list[int]]) -> Float[Tensor, "q e"]:
+def plugin(at: Place, asked: Asked, every: Sequence[list[int]]) -> Float[Tensor, "q e"]:
     """m(θ̂ + Δθ) − m(θ̂) of every removal."""
     columns = []
-    before = _measured(fitted, asked, fitted.theta, [])
+    before = _measured(at, asked, at.theta, [])
     groups = ((k, k + 1, group) for k, group in enumerate(every))
     for _, _, group in progress(groups, len(every), "removals"):
-        after = _measured(fitted, asked, fitted.theta + fitted.scorer.step(group), group)
+        after = _measured(at, asked, at.theta + at.scorer.step(group), group)
         columns.append(after - before)
     return torch.stack(columns, dim=1)
 
 
 def _measured(
-    fitted: "Fitted", asked: Asked, theta: Float[Tensor, " p"], gone: list[int]
+    at: Place, asked: Asked, theta: Float[Tensor, " p"], gone: list[int]
 ) -> Float[Tensor, " q"]:
-    task, measure, queries = fitted.task, asked.measure, asked.queries
+    task, measure, queries = at.task, asked.measure, asked.queries
     if asked.functional is not None:
-        weights = theta.new_ones(len(fitted.train))
+        weights = theta.new_ones(len(at.train))
         weights[gone] = 0.0
         batch = None if queries is None else task.to_device(queries.batch(0, len(queries)))
         return evaluated(measure, task, theta, batch, weights)
@@ -163,30 +108,29 @@ def _measured(
         )
 
 
-def checked_step(fitted: "Fitted", group: list[int]) -> tuple[Float[Tensor, " p"], list[str]]:
+def checked_step(scorer: Scorer, group: list[int]) -> tuple[Float[Tensor, " p"], list[str]]:
     """Δθ of removing a group, and what is to be doubted of it."""
-    scorer = fitted.scorer
     step = scorer.step(group)
     if not isinstance(scorer, DenseScorer):
         return step, []
     return step, remainder.missed(scorer, [group], step[None], 1)
 
 
-def total_gradient_of(fitted: "Fitted", group: list[int]) -> Float[Tensor, " p"]:
+def total_gradient_of(at: Place, group: list[int]) -> Float[Tensor, " p"]:
     """Σ gᵢ of some training examples."""
-    task, batch = fitted.task, fitted.task.to_device(fitted.train.take(group))
-    return total_gradient(task, fitted.theta, lambda params: task.losses(params, batch))
+    task, batch = at.task, at.task.to_device(at.train.take(group))
+    return total_gradient(task, at.theta, lambda params: task.losses(params, batch))
 
 
-def loo_outputs(fitted: "Fitted") -> Float[Tensor, "n *c"]:
+def loo_outputs(at: Place) -> Float[Tensor, "n *c"]:
     """See `Fitted.loo_outputs`."""
-    task, scorer, n = fitted.task, fitted.scorer, len(fitted.train)
+    task, n = at.task, len(at.train)
     found = []
-    for start, stop, _ in progress(_ranges(fitted), n, "outputs without each example"):
-        batch = task.to_device(fitted.train.batch(start, stop))
-        leverage = scorer.leverages(start, stop)
+    for start, stop, _ in progress(_ranges(at), n, "outputs without each example"):
+        batch = task.to_device(at.train.batch(start, stop))
+        leverage = at.scorer.leverages(start, stop)
         with torch.no_grad():
-            outputs, targets = task.outputs(fitted.theta, batch)
+            outputs, targets = task.outputs(at.theta, batch)
         delta = task.output_gradient(outputs, targets).reshape(stop - start, -1)
         c = delta.shape[1]
         lambdas = task.output_hessian(outputs, targets).reshape(stop - start, c, c)
@@ -196,13 +140,13 @@ def loo_outputs(fitted: "Fitted") -> Float[Tensor, "n *c"]:
     return torch.cat(found)
 
 
-def _ranges(fitted: "Fitted") -> Iterator[tuple[int, int, None]]:
+def _ranges(at: Place) -> Iterator[tuple[int, int, None]]:
     """Batches small enough for a Jacobian of each example."""
-    task, n = fitted.task, len(fitted.train)
+    task, n = at.task, len(at.train)
     with torch.no_grad():
-        outputs, _ = task.outputs(fitted.theta, task.to_device(fitted.train.batch(0, 1)))
+        outputs, _ = task.outputs(at.theta, task.to_device(at.train.batch(0, 1)))
     values = outputs[0].numel() * 2 * task.layout.size
-    size = fitted.train.together(batch_size(values, task.layout.dtype.itemsize))
+    size = at.train.together(batch_size(values, task.layout.dtype.itemsize))
     return ((start, min(start + size, n), None) for start in range(0, n, size))
 
 
@@ -210,7 +154,7 @@ def _ranges(fitted: "Fitted") -> Iterator[tuple[int, int, None]]:
 
 
 @dataclass(frozen=True)
-class _Without(Reducer):
+class Without(Reducer):
     """−Σ_U S[q, i] of every group, as the scores stream by."""
 
     groups: Sequence[Sequence[int]]
