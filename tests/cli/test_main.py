@@ -36,7 +36,7 @@ def test_usage_errors_exit_with_2():
     ],
 )
 def test_failures_are_one_screen_without_a_traceback(error, code, said, monkeypatch, capsys):
-    def fail(out):
+    def fail(out, model):
         raise error
 
     monkeypatch.setattr(demo, "run", fail)

@@ -5,7 +5,7 @@ import sys
 import click
 
 from upweight.cli.attribute import attribute, rerun
-from upweight.cli.demonstration import demo
+from upweight.cli.demo import demo
 from upweight.cli.doctor import doctor
 from upweight.cli.evaluate import evaluate, report
 from upweight.cli.plan import plan
