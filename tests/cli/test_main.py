@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import click
 import pytest
 
 from upweight.cli import demo, main
@@ -20,6 +21,12 @@ def test_help_names_the_verbs_and_shows_an_example():
     assert shown.returncode == 0
     assert "upweight demo --out" in shown.stdout
     assert "[softmax|mlp|cnn]" in shown.stdout
+
+
+def test_the_table_of_verbs_says_what_their_own_help_says():
+    context = click.Context(main.cli)
+    for name, (_, line) in main.VERBS.items():
+        assert main.cli.get_command(context, name).help.startswith(line + "\n"), name
 
 
 def test_usage_errors_exit_with_2():

@@ -258,7 +258,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def check(label: str, loo: LOO, **more: Any) -> uw.report.Check:
     """A comparison of one query as the report draws it."""
-    estimates = [(e.value, e.low, e.high) for e in (loo.pearson, loo.spearman, loo.slope)]
+    estimates: Any = [(e.value, e.low, e.high) for e in (loo.pearson, loo.spearman, loo.slope)]
     removed = [group[0] if len(group) == 1 else group for group in loo.examples]
     return uw.report.Check(
         label, removed, loo.predicted[:, 0].tolist(), loo.actual[:, 0].tolist(), *estimates, **more

@@ -108,8 +108,8 @@ def _value(text: str, node: ast.expr) -> Any:
     match node:
         case ast.Name():
             return _value(text, ast.copy_location(ast.Call(node, [], []), node))
-        case ast.Call(func=ast.Name()):
-            return _built(text, node, node.func)
+        case ast.Call(func=ast.Name() as name):
+            return _built(text, node, name)
         case ast.Constant(value=bool() | int() | float() | str() | None):
             return node.value
         case ast.Tuple() | ast.List():
