@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from torch.testing import assert_close
 
 import upweight as uw
+from tests.runs.digests import digests
 from upweight.cli.main import VERBS, cli
 from upweight.cli.spec import parse
 from upweight.contraction import stream
@@ -224,7 +225,7 @@ def test_a_full_disk_is_an_error_that_leaves_what_was_there(project, monkeypatch
     for name in ("MOST_EXAMPLES", "TOGETHER"):
         monkeypatch.setattr(stream, name, 16)
     answer(*attribute(out="whole"))
-    expected = Run(project / "whole").digests()
+    expected = digests(Run(project / "whole"))
     assert len(expected) > 2
     sync, left = os.fsync, 6
 
@@ -242,13 +243,13 @@ def test_a_full_disk_is_an_error_that_leaves_what_was_there(project, monkeypatch
     assert (
         "What is done is kept. To go on: upweight rerun run/run.toml --project project.py" in said
     )
-    kept = Run(project / "run").digests()
+    kept = digests(Run(project / "run"))
     assert 0 < len(kept) < len(expected)
     assert ScoreShards.load(project / "run/scores").done(0, 10) > 0
     assert "needs a finished run" in refusal("report", "run")
     left = 10**6
     assert answer(*rerun("run/run.toml"))["did"] == "continued"
-    assert Run(project / "run").digests() == expected
+    assert digests(Run(project / "run")) == expected
 
 
 def test_repeating_from_nothing_says_whether_the_bits_are_the_same(finished):

@@ -1,5 +1,6 @@
 """`upweight plan`: what `upweight attribute` would do, before it does it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from upweight.cli.question import Asked, question_options
 from upweight.cli.screen import Answer, duration, size, table, verb
 from upweight.runs.directory import Run
 from upweight.runs.forecast import Forecast, forecast
-from upweight.runs.layers import LayerUse
 
 
 @click.command()
@@ -56,12 +56,14 @@ def plan(out: str | None, top: str | None, query: Any, show: str | None, **optio
     return Answer("\n".join(filter(None, lines)), facts)
 
 
-def layer_table(layers: tuple[LayerUse, ...], notes: tuple[str, ...]) -> str:
+def layer_table(layers: Sequence[Mapping[str, Any]], notes: tuple[str, ...]) -> str:
     """A row per block, and what falls back."""
     if not layers:
         return ""
     rows = [("parameters", "layer", "shape", "gradients")]
-    rows += [(u.parameters, u.layer, "×".join(map(str, u.shape)), u.rule) for u in layers]
+    rows += [
+        (u["parameters"], u["layer"], "×".join(map(str, u["shape"])), u["rule"]) for u in layers
+    ]
     return "\n".join([table(rows), *(f"  note: {note}" for note in notes)])
 
 

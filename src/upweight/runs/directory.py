@@ -4,12 +4,11 @@ new  ──create──►  unfinished  ──work──►  finished          a
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,6 @@ OWN = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
 class Run:
     """A run directory.
 
@@ -46,7 +44,15 @@ class Run:
         path: The directory.
     """
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.toml = path / "run.toml"
+        self.factors = path / "factors"
+        self.scores = path / "scores"
+        self.shown = path / "shown"
+        self.retrained = path / "retrained"
+        self.evaluation = path / "evaluation.json"
+        self.report = path / "report.html"
 
     @classmethod
     def named(cls, path: Path) -> "Run":
@@ -67,41 +73,6 @@ class Run:
             )
         require_own(run.path)
         return run
-
-    @property
-    def toml(self) -> Path:
-        """What the run asks."""
-        return self.path / "run.toml"
-
-    @property
-    def factors(self) -> Path:
-        """The curvature."""
-        return self.path / "factors"
-
-    @property
-    def scores(self) -> Path:
-        """The scores."""
-        return self.path / "scores"
-
-    @property
-    def shown(self) -> Path:
-        """What a page shows of the data."""
-        return self.path / "shown"
-
-    @property
-    def retrained(self) -> Path:
-        """Models trained for comparison."""
-        return self.path / "retrained"
-
-    @property
-    def evaluation(self) -> Path:
-        """What comparison with retraining found."""
-        return self.path / "evaluation.json"
-
-    @property
-    def report(self) -> Path:
-        """The page."""
-        return self.path / "report.html"
 
     @property
     def record(self) -> Record | None:
@@ -275,14 +246,6 @@ class Run:
         """Keep what a comparison found, in place of an earlier one of its name."""
         kept = {k: v for k, v in self.evaluations().items() if k != name} | {name: facts}
         write_json(self.evaluation, SCHEMA, {**kept, "of": Scores.digest_in(self.scores)})
-
-    def digests(self) -> dict[str, str]:
-        """A hash of each file of scores: equal for scores that are equal bit for bit."""
-        found = {}
-        for path in sorted(self.scores.glob("*.safetensors")):
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return found
 
 
 def _is_own(path: Path) -> bool:

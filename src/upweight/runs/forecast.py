@@ -18,9 +18,9 @@ from upweight.curvature.layerwise import LayerwiseCurvature, examples_at_once
 from upweight.errors import NotConverged, NotPositiveDefinite
 from upweight.gradients.cost import cost
 from upweight.gradients.planning import plan
+from upweight.gradients.uses import layer_uses
 from upweight.linalg.damping import Absolute
 from upweight.methods.influence import Influence
-from upweight.runs.layers import LayerUse, layer_uses
 from upweight.runs.question import Question
 
 FEWEST = 32
@@ -50,7 +50,7 @@ class Forecast:
         operator_bytes: Memory of a curvature that is formed as a matrix; 0 if it is not.
     """
 
-    layers: tuple[LayerUse, ...]
+    layers: list[dict[str, Any]]
     notes: tuple[str, ...]
     batch: int | None
     batch_bytes: int
@@ -101,7 +101,7 @@ def forecast(question: Question, tolerance: float, memory_bytes: int | None) -> 
     if not question.is_resumable:
         size = task.layout.size
         return Forecast(
-            (), (), None, 0, "one or more for the curvature, one for the scores", seconds,
+            [], (), None, 0, "one or more for the curvature, one for the scores", seconds,
             n * q * task.layout.dtype.itemsize, 0, size**2 * task.layout.dtype.itemsize,
         )  # fmt: skip
     assert isinstance(method.curvature, LayerwiseCurvature)
@@ -117,7 +117,7 @@ def forecast(question: Question, tolerance: float, memory_bytes: int | None) -> 
         if tensor is not None
     ]
     return Forecast(
-        tuple(layer_uses(made)),
+        layer_uses(made),
         made.notes,
         batch,
         batch * spent.bytes_per_example,
