@@ -216,7 +216,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_command_does(project, monkeypatch):
         patch.setattr(layerwise.LayerwiseInfluence, "write", interrupted)
         said = refusal(*attribute(), code=130)
     assert "interrupted" in said
-    command = said.split("To go on: upweight ")[1].split()
+    command = said.split("To resume: upweight ")[1].split()
     assert answer(*command)["did"] == "continued"
 
 
@@ -241,7 +241,7 @@ def test_a_full_disk_is_an_error_that_leaves_what_was_there(project, monkeypatch
         said = refusal(*attribute())
     assert "No space left on device" in said
     assert (
-        "What is done is kept. To go on: upweight rerun run/run.toml --project project.py" in said
+        "Finished work is kept. To resume: upweight rerun run/run.toml --project project.py" in said
     )
     kept = digests(Run(project / "run"))
     assert 0 < len(kept) < len(expected)
@@ -394,7 +394,7 @@ def test_an_interrupted_evaluation_goes_on(finished, monkeypatch):
 
     monkeypatch.setattr(RowStore, "record", record)
     said = refusal(*command, code=130)
-    assert f"To go on: upweight {' '.join(command)}" in said
+    assert f"To resume: upweight {' '.join(command)}" in said
     assert answer(*command)["subsets"] == 8
 
 

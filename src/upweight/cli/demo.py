@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import upweight as uw
-from upweight.cli.screen import Answer, verb
-from upweight.evaluation import LOO
+from upweight.cli.screen import Answer, table, verb
+from upweight.evaluation import (
+    LOO,
+    compare,
+    leave_one_out,
+    predicted_removals,
+    random_groups,
+    removal_weights,
+    retrain,
+)  # fmt: skip
 from upweight.report.notation import readable
 
 QUERIES = 100
@@ -36,19 +44,13 @@ Split = tuple[Tensor, Tensor]
 
 @click.command()
 @click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("upweight-demo"),
-    show_default=True,
-    help="Directory for report.html, summary.json and the scores.",
-)
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("upweight-demo"),
+    show_default=True, help="Directory for report.html, summary.json and the scores.",
+)  # fmt: skip
 @click.option(
-    "--model",
-    type=click.Choice(["softmax", "mlp", "cnn"]),
-    default="softmax",
-    show_default=True,
+    "--model", type=click.Choice(["softmax", "mlp", "cnn"]), default="softmax", show_default=True,
     help="What is trained: softmax regression, a perceptron, a convolutional network.",
-)
+)  # fmt: skip
 @verb
 def demo(out: Path, model: str) -> Answer:
     """Explain a digit classifier, and check it by retraining.
@@ -71,11 +73,10 @@ def demo(out: Path, model: str) -> Answer:
 
 @dataclass(frozen=True)
 class Found:
-    """What retraining found, as summary.json, the report and the terminal show it."""
+    """What retraining found, for summary.json, the report and the terminal."""
 
-    comparisons: dict[str, LOO]
+    facts: dict[str, Any]
     checks: list[uw.report.Check]
-    facts: dict[str, Any] = field(default_factory=dict)
     text: str = ""
     removal: uw.Scores | None = None
 
@@ -122,7 +123,6 @@ def run(out: Path, model: str) -> dict[str, Any]:
         facts = {
             "model": model,
             "recipe": repr(subject.recipe),
-            "loo": {name: loo.summary() for name, loo in found.comparisons.items()},
             **found.facts,
             "seconds": seconds,
             "test_accuracy": accuracy,
@@ -165,18 +165,14 @@ def one_by_one(fitted: Any, scores: uw.Scores, recipe: Any) -> Found:
 
     chosen = scores.values[0].abs().argsort(descending=True)[:REMOVALS].tolist()
     with step(f"Remove {REMOVALS} training images, one at a time, and retrain") as done:
-        actual = uw.evaluation.leave_one_out(
+        actual = leave_one_out(
             recipe, context.task, context.train, chosen, context.queries.subset([0])
         )
         done(f"each retrained to a gradient of {actual.gradient_norms.max():.0e}")
-    first, corrected = (
-        uw.evaluation.compare(s, actual, chosen, query=0) for s in (scores, removal)
-    )
-    return Found(
-        {"first_order": first, "leverage_corrected": corrected},
-        [check("first order", first), check("leverage-corrected", corrected)],
-        removal=removal,
-    )
+    first, corrected = (compare(s, actual, chosen, query=0) for s in (scores, removal))
+    facts = {"first_order": first.summary(), "leverage_corrected": corrected.summary()}
+    checks = [check("first order", first), check("leverage-corrected", corrected)]
+    return Found({"loo": facts}, checks, removal=removal)
 
 
 def in_sets(fitted: Any, scores: uw.Scores, recipe: uw.Training) -> Found:
@@ -190,40 +186,36 @@ def in_sets(fitted: Any, scores: uw.Scores, recipe: uw.Training) -> Found:
     queries = context.queries.subset(range(min(CHECKED, len(scores))))
     chosen = sets(scores, len(queries))
     groups = [examples for _, _, examples in chosen]
-    weights = uw.evaluation.removal_weights(len(context.train), groups)
+    weights = removal_weights(len(context.train), groups)
     jobs = min(os.cpu_count() or 1, 8)
-
-    def retrained(recipe: uw.Training) -> Any:
-        return uw.evaluation.retrain(
-            recipe, context.task, context.train, weights, queries, jobs=jobs if jobs > 1 else None
-        )
-
+    about = (context.task, context.train, weights, queries)
     with step(f"Remove {len(chosen)} sets of images, {SEEDS} seeds each, and retrain") as done:
         seeds = [replace(recipe, seed=seed) for seed in range(SEEDS)]
-        changes = torch.stack([retrained(each).change for each in seeds])
+        trained = (retrain(each, *about, jobs=jobs if jobs > 1 else None) for each in seeds)
+        changes = torch.stack([each.change for each in trained])
         done(f"{SEEDS * (len(chosen) + 1)} networks")
-    predicted, actual = uw.evaluation.predicted_removals(scores, groups), changes.mean(dim=0)
+    predicted, actual = predicted_removals(scores, groups), changes.mean(dim=0)
     errors = changes.std(dim=0) / SEEDS**0.5
-    comparisons, checks, rows = {}, [], []
+    summaries, checks, rows = {}, [], []
     for q in range(len(queries)):
-        loo = uw.evaluation.compare(predicted[:, q : q + 1], actual[:, q : q + 1], groups)
+        loo = compare(predicted[:, q : q + 1], actual[:, q : q + 1], groups)
         names = [what if of in (q, None) else f"query {of}: {what}" for of, what, _ in chosen]
-        comparisons[f"query_{q}"] = loo
+        summaries[f"query_{q}"] = loo.summary()
         more = {"query": q, "errors": errors[:, q].tolist(), "names": names, "repeats": SEEDS}
         checks.append(check("EK-FAC", loo, **more))
         rows += [
             {
-                "query": q,
-                "chosen_for": of,
-                "removed": what,
-                "predicted": float(predicted[e, q]),
-                "actual": float(actual[e, q]),
+                "query": q, "chosen_for": of, "removed": what, "by_seed": changes[:, e, q].tolist(),
+                "predicted": float(predicted[e, q]), "actual": float(actual[e, q]),
                 "standard_error": float(errors[e, q]),
-                "by_seed": changes[:, e, q].tolist(),
             }
             for e, (of, what, _) in enumerate(chosen)
-        ]
-    return Found(comparisons, checks, {"removals": rows}, table(rows))
+        ]  # fmt: skip
+    text = f"change of the loss of query 0, mean of {SEEDS} seeds ± standard error (predicted)\n"
+    own = [row for row in rows if row["query"] == 0 and row["chosen_for"] in (0, None)]
+    return Found(
+        {"loo": summaries, "removals": rows}, checks, text + table(list(map(line, own))) + "\n"
+    )
 
 
 def sets(scores: uw.Scores, checked: int) -> list[tuple[int | None, str, list[int]]]:
@@ -240,20 +232,16 @@ def sets(scores: uw.Scores, checked: int) -> list[tuple[int | None, str, list[in
                 (q, f"the {TOGETHER} that {word} its loss most", ranked[:TOGETHER]),
                 (q, f"the next {TOGETHER} that {word} its loss", ranked[TOGETHER : 2 * TOGETHER]),
             ]
-    drawn = uw.evaluation.random_groups(scores.values.shape[1], [TOGETHER] * RANDOM)
+    drawn = random_groups(scores.values.shape[1], [TOGETHER] * RANDOM)
     words = (f"{TOGETHER} at random, draw {k + 1}" for k in range(RANDOM))
     return found + [(None, what, [*group]) for what, group in zip(words, drawn, strict=True)]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """What removing did to query 0: its own sets, and those drawn at random."""
-    lines = [f"change of the loss of query 0, mean of {SEEDS} seeds ± standard error (predicted)"]
-    for row in rows:
-        if row["query"] == 0 and row["chosen_for"] in (0, None):
-            actual, predicted = (readable(row[k], signed=True) for k in ("actual", "predicted"))
-            error = readable(row["standard_error"], 2)
-            lines.append(f"  without {row['removed']:<35} {actual} ± {error} ({predicted})")
-    return "\n".join([*lines, ""])
+def line(row: dict[str, Any]) -> tuple[str, str, str]:
+    """What removing one set did, in columns."""
+    actual, predicted = (readable(row[k], signed=True) for k in ("actual", "predicted"))
+    error = readable(row["standard_error"], 2)
+    return f"without {row['removed']}", f"{actual} ± {error}", f"({predicted})"
 
 
 def check(label: str, loo: LOO, **more: Any) -> uw.report.Check:
@@ -316,12 +304,13 @@ def network(name: str, init: Callable[[], nn.Module], lr: float) -> Subject:
     return Subject(name, init, uw.L2(1e-3), recipe, method, in_sets)
 
 
-EXACT = uw.Influence(uw.Hessian(), uw.Cholesky())
-
 MODELS = {
-    "softmax": Subject("softmax regression", linear, uw.L2(0.01), uw.Newton(), EXACT, one_by_one),
+    "softmax": Subject(
+        "softmax regression", linear, uw.L2(0.01), uw.Newton(),
+        uw.Influence(uw.Hessian(), uw.Cholesky()), one_by_one,
+    ),
     "mlp": network("a perceptron with two hidden layers", mlp, 0.1),
     # At 0.1 it learns more, but then 20 images at random change its hardest losses by 3.6, root
     # mean square, which hides what any other 20 do; at 0.03 by 0.7, as the perceptron's.
     "cnn": network("a small convolutional network", cnn, 0.03),
-}
+}  # fmt: skip

@@ -35,7 +35,7 @@ OPTIONAL = ("scikit-learn", "statsmodels", "pandas", "matplotlib", "transformers
 @click.option("--train", metavar="FILE.py:NAME", help="The training set, to try the model on.")
 @verb
 def doctor(task: str | None, train: str | None) -> Answer:
-    """Look at this machine, and at a model of yours.
+    """Check this machine, and a model of yours.
 
     With --train, a few examples are run: the rule that computes each layer's gradients is checked
     against autograd, all targets against the loss; the measures that the loss allows are listed.

@@ -11,10 +11,10 @@ from click.shell_completion import CompletionItem
 
 VERBS = {
     "demo": ("demo", "Explain a digit classifier, and check it by retraining."),
-    "doctor": ("doctor", "Look at this machine, and at a model of yours."),
-    "plan": ("plan", "Say what attribute would do, and take."),
+    "doctor": ("doctor", "Check this machine, and a model of yours."),
+    "plan": ("plan", "Show what attribute would do, and what it would cost."),
     "attribute": ("attribute", "Score every training example for every query."),
-    "evaluate": ("evaluate", "Hold the scores against retraining."),
+    "evaluate": ("evaluate", "Compare the scores with retraining."),
     "report": ("evaluate", "Write the page of a run: one HTML file that opens offline."),
     "view": ("view", "Serve a run to the browser of this machine, until Ctrl-C."),
     "rerun": ("attribute", "Finish an interrupted run, or repeat a finished one."),

@@ -21,15 +21,10 @@ from upweight.runs.record import Record
 
 @dataclass(frozen=True)
 class Named:
-    """Where the code of a run is taken from.
+    """Where the code of a run is taken from."""
 
-    Args:
-        files: The file or module for each name in run.toml, and for each name of the user's.
-        folder: The working directory in which the project was asked.
-    """
-
-    files: Mapping[str, str]
-    folder: Path
+    files: Mapping[str, str]  # the file or module for each name in run.toml or of the user's
+    folder: Path  # the working directory in which the project was asked
 
 
 def project_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +51,6 @@ def named(run: Run, projects: Iterable[str], references: Iterable[str], command:
         ProjectError: The run asks for a file that the user has not named, or that two are named of.
     """
     record = run.record
-    assert record is not None
     own = {source: _absolute(source) for source in (r.rpartition(":")[0] for r in references)}
     given = [*map(_absolute, projects), *own.values()]
     paths = {Path(each).resolve(): Path(each) for each in given if Path(each).is_absolute()}

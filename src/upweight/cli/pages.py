@@ -18,15 +18,6 @@ from upweight.scores import Context, Scores
 from upweight.view import opened
 
 
-def attached(run: Run, question: Question, fitted: Any = None) -> Scores:
-    """The scores of a run with the objects that they are of.
-
-    Raises:
-        SpecError: They do not fit into memory.
-    """
-    return run.load().attach(context_of(question, fitted))
-
-
 def context_of(question: Question, fitted: Any = None) -> Context:
     """The live objects of a run."""
     return Context(question.task, question.train, question.queries, question.measure, fitted)
@@ -45,13 +36,7 @@ def loaded(run: Run) -> Scores:
 
 
 def keep(run: Run, question: Question, fitted: Any, extra: dict[str, Any]) -> None:
-    """Keep what a page shows in the run.
-
-    Args:
-        run: Finished.
-        question: The live objects.
-        fitted: The fitted method, where it is at hand.
-        extra: What the user shows beside the data.
+    """Keep in a finished run what its page shows, with what the user shows beside the data.
 
     Raises:
         OSError: The disk is full or not writable.
@@ -77,18 +62,9 @@ def refreshed(
     show: str | None,
     fitted: Callable[[], Any],
 ) -> dict[str, Any]:
-    """What the user shows beside the data of a live page; kept in the run where that is new.
+    """What the user shows beside the data of a live page; kept in the run where `show` is new.
 
-    Args:
-        run: Finished.
-        project: Where it is loaded from.
-        record: Of the run.
-        question: The live objects.
-        show: Its name; None: that of the run.
-        fitted: Gives the fitted method, for self-influence.
-
-    Raises:
-        UpweightError: There is no such thing, or it is something else.
+    Without `show` it is what the run names. `fitted` gives the fitted method, for self-influence.
     """
     reference = show or record.show
     extra = shown_of(project, reference) if reference else {}

@@ -199,8 +199,8 @@ def _located(what: str, folders: list[Path]) -> Iterator[None]:
             if folder_of(error.filename, folders):
                 places.append(f"{error.filename}:{error.lineno}")
         if isinstance(error, UpweightError):
-            is_told = isinstance(error, ProjectError) or hasattr(error, "__notes__")
-            if places and not is_told:
+            is_located = isinstance(error, ProjectError) or hasattr(error, "__notes__")
+            if places and not is_located:
                 error.add_note(f"at {places[-1]}")
             raise
         if not places:

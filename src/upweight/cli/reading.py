@@ -30,12 +30,7 @@ SYSTEM = (sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev", "/etc", "/usr", 
 
 @dataclass(frozen=True)
 class Seen:
-    """Files that were opened, by their places.
-
-    Args:
-        read: For reading.
-        written: For writing.
-    """
+    """Files that were opened for reading and for writing, by their places."""
 
     read: set[str] = field(default_factory=set)
     written: set[str] = field(default_factory=set)

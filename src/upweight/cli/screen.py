@@ -51,7 +51,7 @@ class Failed(click.ClickException):
 
 
 class Interrupted(Failed):
-    """Ctrl-C, and how to go on."""
+    """Ctrl-C, and how to resume."""
 
     exit_code = 130
 
@@ -74,7 +74,7 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
                 raise
             if traceback:
                 tracebacks.print_exception(error)
-            text = _told(error)
+            text = _in_words(error)
             if as_json:
                 facts = {"error": type(error).__name__, "message": text}
                 click.echo(json.dumps(facts))
@@ -92,11 +92,11 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def continued_by(command: str) -> Iterator[None]:
-    """Say with what to go on, where the user, or a full disk, stops what is done here."""
+    """Add the command that resumes the work where the user, or a full disk, stops it."""
     try:
         yield
     except (KeyboardInterrupt, OSError) as error:
-        error.add_note(f"What is done is kept. To go on: {command}")
+        error.add_note(f"Finished work is kept. To resume: {command}")
         raise
 
 
@@ -159,13 +159,13 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _told(error: BaseException) -> str:
-    """The screen."""
+def _in_words(error: BaseException) -> str:
+    """An error on one screen."""
     notes = list(getattr(error, "__notes__", []))
     if isinstance(error, KeyboardInterrupt):
         return "\n".join(["interrupted", *(notes or ["run the same command again"])])
     text = f"{type(error).__name__}: {error}"
     if not isinstance(error, UpweightError | OSError):
         frame = tracebacks.extract_tb(error.__traceback__)[-1]
-        notes.append(f"at {frame.filename}:{frame.lineno}; --traceback shows the way there")
+        notes.append(f"at {frame.filename}:{frame.lineno}; --traceback shows the rest")
     return "\n  ".join([text, *notes])

@@ -75,9 +75,9 @@ class Run:
         return run
 
     @property
-    def record(self) -> Record | None:
-        """What run.toml says; None for a new directory."""
-        return Record.read(self.toml) if self.toml.exists() else None
+    def record(self) -> Record:
+        """What run.toml says."""
+        return Record.read(self.toml)
 
     @property
     def has_work(self) -> bool:
@@ -152,49 +152,40 @@ class Run:
         self._require_own_scores()
 
     def _require_own_scores(self) -> None:
-        record, told = self.record, Scores.provenance_in(self.scores)
-        assert record is not None
-        file, of, tolerance = self.scores / "scores.json", told.fingerprints, None
+        record, found = self.record, Scores.provenance_in(self.scores)
+        file, of = self.scores / "scores.json", found.fingerprints
+        stored: dict[str, Any] = {}
         if (self.scores / "finished.json").exists():
             file = self.scores / "manifest.json"
             about = ScoreShards.load(self.scores).description
-            tolerance = about.get("tolerance")
+            if "tolerance" in about:
+                stored["tolerance"] = float(about["tolerance"])
             try:
                 of = fingerprints_of(about)
             except KeyError:
                 of = dict.fromkeys(CONTENTS, "not recorded")
-        others = [name for name in of if of[name] != record.fingerprints.get(name)]
-        written: dict[str, Any] = {}
         if not is_reference(record.method):  # what a method of the user's says is its own matter
-            written = {name: getattr(told, name) for name in ("n", "q", "p", "method")}
+            stored |= {name: getattr(found, name) for name in ("n", "q", "p", "method")}
         if not is_reference(record.measure):
-            written["measure"] = told.measure
-        if tolerance is not None and tolerance != repr(record.tolerance):
-            written["tolerance"] = tolerance
-        apart = {k: v for k, v in written.items() if v != getattr(record, k)}
-        if not others and not apart:
+            stored["measure"] = found.measure
+        others = [name for name in of if of[name] != record.fingerprints.get(name)]
+        edited = {k: v for k, v in stored.items() if v != getattr(record, k)}
+        if not others and not edited:
             return
         if others or not of:
-            words = ", ".join(others or apart)
-            given = f"{file}, which is of another {words} than {self.toml}"
+            given = f"{file}, which is of another {', '.join(others or edited)} than {self.toml}"
             cause = "scores copied from another run, or a run.toml edited by hand."
             way_out = (
                 "put back the one that was changed; or delete the folder "
                 f"{self.scores} and compute them again: {self.command('rerun')}"
             )
         else:
-            lines = [
-                f"{k} = {v if k == 'tolerance' else json.dumps(v)}, not {getattr(record, k)}"
-                for k, v in apart.items()
-            ]
+            lines = [f"{k} = {json.dumps(v)}, not {getattr(record, k)}" for k, v in edited.items()]
             given = f"{self.toml}, which says otherwise: {file} has {'; '.join(lines)}"
             cause = "a run.toml edited by hand: the scores are of the same model, data and method."
-            way_out = "write that in run.toml again; or ask anew with another --out."
-        raise StaleStore(
-            message(
-                "The scores of a run are of what its run.toml asks.", f"{given}.", cause, way_out
-            )
-        )
+            way_out = "write that in run.toml again; or start a new run with another --out."
+        required = "The scores of a run are of what its run.toml asks."
+        raise StaleStore(message(required, f"{given}.", cause, way_out))
 
     def naming(self, record: Record) -> list[str]:
         """The options that name the project of this run, as seen from the current folder."""
@@ -218,9 +209,7 @@ class Run:
 
     def command(self, verb: str) -> str:
         """A command about this run that names its project."""
-        record = self.record
-        assert record is not None
-        return shlex.join(["upweight", verb, str(self.path), *self.naming(record)])
+        return shlex.join(["upweight", verb, str(self.path), *self.naming(self.record)])
 
     def evaluations(self) -> dict[str, Any]:
         """What comparisons of these scores found, the latest last; empty where there was none.
@@ -236,7 +225,7 @@ class Run:
                 message(
                     "A comparison is of the scores that a run holds.",
                     f"{self.evaluation}, which is of others, or does not say of which.",
-                    "a file copied from another run, or scores computed anew since.",
+                    "a file copied from another run, or scores computed again since.",
                     WAY_OUT,
                 )
             )

@@ -53,7 +53,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def differences(first: dict[str, str], second: dict[str, str]) -> list[str]:
-    """What two environments have otherwise, as "torch 2.12 → 2.13"."""
+    """Differences between two environments, as "torch 2.12 → 2.13"."""
     names = dict.fromkeys([*first, *second])
     return [
         f"{name} {first.get(name, 'none')} → {second.get(name, 'none')}"
