@@ -29,6 +29,20 @@ def test_the_table_of_verbs_says_what_their_own_help_says():
         assert main.cli.get_command(context, name).help.startswith(line + "\n"), name
 
 
+def test_help_completion_and_the_version_need_no_pytorch():
+    code = (
+        "import sys, upweight; from upweight.cli.main import cli\n"
+        "cli(['--help'], standalone_mode=False); cli(['--version'], standalone_mode=False)\n"
+        "context = cli.make_context('upweight', [], resilient_parsing=True)\n"
+        "assert cli.shell_complete(context, 're')\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert upweight.curvature.ekfac.EKFAC is upweight.EKFAC and 'torch' in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "rerun" in done.stdout
+
+
 def test_usage_errors_exit_with_2():
     assert upweight("demno").returncode == 2
     assert upweight("demo", "--model", "transformer").returncode == 2
