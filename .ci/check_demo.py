@@ -54,7 +54,7 @@ def main() -> None:
     """Check summary.json, then render report.html and look for what its script draws."""
     out = Path(sys.argv[1])
     summary = json.loads((out / "summary.json").read_text())
-    check_network(summary) if "model" in summary else check_softmax(summary)
+    (check_softmax if summary["model"] == "softmax" else check_network)(summary)
     report = out / "report.html"
     page = browse(report, "--dump-dom")
     assert 'data-ready="yes"' in page, "the report's script did not run to its end"
