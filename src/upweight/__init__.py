@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # who checks types reads the names themselves
     from upweight._public import *  # noqa: F403
+    from upweight._public import __all__ as __all__
 else:
 
     def __getattr__(name: str) -> Any:

@@ -221,8 +221,7 @@ def in_sets(fitted: Any, scores: uw.Scores, recipe: uw.Training) -> Found:
 def sets(scores: uw.Scores, checked: int) -> list[tuple[int | None, str, list[int]]]:
     """For each checked query its strongest images of either sign, twice; and some at random.
 
-    Returns:
-        For which query (None: at random), which images in words, and which.
+    Each set is the query (None: at random), which images it holds in words, and which.
     """
     found: list[tuple[int | None, str, list[int]]] = []
     for q in range(checked):

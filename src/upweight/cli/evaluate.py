@@ -141,12 +141,13 @@ def report(run: Path, out: Path | None, show: str | None, projects: tuple[str, .
             extra = refreshed(place, project, record, question, show, lambda: fitted)
             scores = place.load().attach(context_of(question, fitted))
             written = pages.html(scores, question.train, question.queries, path, **rest | extra)
-    bytes_ = written.stat().st_size
-    said = f"{out or run / 'report.html'}: {size(bytes_)}. Open it in a browser."
+    said = f"{out or run / 'report.html'}: {size(written.stat().st_size)}. Open it in a browser."
     if show is None and not projects:
         again = shlex.join(["upweight", "rerun", str(run)])
         said += f"\n  Made of the run alone. What to ask its owner for: {again}"
-    return Answer(said, {"run": str(place.path), "report": str(written), "bytes": bytes_})
+    return Answer(
+        said, {"run": str(place.path), "report": str(written), "bytes": written.stat().st_size}
+    )
 
 
 def recipe_of(project: Project, text: str) -> Recipe:
@@ -160,8 +161,7 @@ def recipe_of(project: Project, text: str) -> Recipe:
                 "A recipe says how the model was trained.",
                 f"{text}, an object of type {type(value).__name__}.",
                 "a trained model, or another object of that name.",
-                "name a upweight.Training(...), or a function from data weights to a trained "
-                "model.",
+                "name an upweight.Training(...), or a function: data weights to trained model.",
             )
         )
     return value

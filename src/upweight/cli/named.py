@@ -7,10 +7,9 @@ where the run says that the file lies is never followed.
 
 import hashlib
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -27,15 +26,11 @@ class Named:
     folder: Path  # the working directory in which the project was asked
 
 
-def project_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--project`, of the verbs that can run a run's code."""
-    return click.option(
-        "--project",
-        "projects",
-        multiple=True,
-        metavar="FILE.py",
-        help="A file of the project, whose code may then run; names in run.toml run nothing.",
-    )(function)
+project_option = click.option(
+    "--project", "projects", multiple=True, metavar="FILE.py",
+    help="A file of the project, whose code may then run; names in run.toml run nothing.",
+)  # fmt: skip
+"""Of the verbs that can run a run's code."""
 
 
 def named(run: Run, projects: Iterable[str], references: Iterable[str], command: str) -> Named:

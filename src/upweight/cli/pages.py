@@ -1,5 +1,6 @@
 """What the page of a run is made of: what the run keeps, or the project where the user names it."""
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -77,11 +78,10 @@ def refreshed(
 
 def is_kept(run: Run) -> bool:
     """Whether the run holds what a page shows, whole."""
-    try:
+    with contextlib.suppress(StaleStore):
         reopened(*shown.read(run))
-    except StaleStore:
-        return False
-    return True
+        return True
+    return False
 
 
 def alone(run: Run) -> dict[str, Any]:

@@ -7,6 +7,7 @@ that reads an image when it is asked for it, is missed.
 
 import ast
 import contextlib
+import functools
 import hashlib
 import os
 import sys
@@ -37,16 +38,17 @@ class Seen:
 
 
 _watching: list[Seen] = []
-_installed = False
+
+
+@functools.cache
+def _watch() -> None:
+    sys.addaudithook(_opened)  # for as long as the process lives; it does nothing by itself
 
 
 @contextlib.contextmanager
 def reading(found: Seen) -> Iterator[None]:
     """Add the files that are opened in the meantime."""
-    global _installed
-    if not _installed:
-        sys.addaudithook(_opened)  # for as long as the process lives; it does nothing by itself
-        _installed = True
+    _watch()
     _watching.append(found)
     try:
         yield

@@ -50,12 +50,6 @@ class Failed(click.ClickException):
         click.echo(plain(self.message), err=True)
 
 
-class Interrupted(Failed):
-    """Ctrl-C, and how to resume."""
-
-    exit_code = 130
-
-
 def verb(function: Callable[..., Answer]) -> Callable[..., None]:
     """Give a verb its two last options, and print what it answers or what went wrong."""
 
@@ -78,8 +72,9 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
             if as_json:
                 facts = {"error": type(error).__name__, "message": text}
                 click.echo(json.dumps(facts))
-            kind = Interrupted if isinstance(error, KeyboardInterrupt) else Failed
-            raise kind(text) from error
+            failed = Failed(text)
+            failed.exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1  # type: ignore[misc]
+            raise failed from error
         if as_json:
             click.echo(json.dumps(_strict(answer.facts), indent=1))
         elif answer.text:

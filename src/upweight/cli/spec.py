@@ -207,12 +207,8 @@ def _lines(text: str) -> list[str]:
 
 def _known(kind: str | None = None) -> str:
     """What may be written, by kind."""
-    listed = [
-        f"{k}: {', '.join(s.__name__ for s in specs)}"
-        for k, specs in REGISTRY.items()
-        if kind in (None, k)
-    ]
-    return "use one of these.\n    " + "\n    ".join(listed)
+    names = {k: ", ".join(s.__name__ for s in REGISTRY[k]) for k in ([kind] if kind else REGISTRY)}
+    return "\n    ".join(["use one of these.", *(f"{k}: {specs}" for k, specs in names.items())])
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -38,11 +38,7 @@ OWN = {
 
 
 class Run:
-    """A run directory.
-
-    Args:
-        path: The directory.
-    """
+    """A run directory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -99,7 +95,8 @@ class Run:
             NotWritten: The directory cannot be made.
         """
         make_folder(self.path)
-        others = [p.name for p in self.path.iterdir() if not _is_own(p)]
+        own = {*OWN, *LOCKS}
+        others = [p.name for p in self.path.iterdir() if p.name not in own and p.suffix != ".part"]
         if others and not self.toml.exists():
             raise StaleStore(
                 message(
@@ -126,20 +123,12 @@ class Run:
         return asdict(Scores.provenance_in(self.scores))
 
     def load(self) -> Scores:
-        """The finished scores, without their live task and data.
-
-        Raises:
-            StaleStore: They are not finished, or damaged.
-        """
+        """The finished scores, without their live task and data. Raises as `require_finished`."""
         self.require_finished()
         return Scores.load(self.scores)
 
     def require_finished(self) -> None:
-        """Refuse a run whose scores are not all there, or not of what run.toml asks.
-
-        Raises:
-            StaleStore: So.
-        """
+        """Raise StaleStore where scores are missing, or not of what run.toml asks."""
         if not self.is_finished:
             raise StaleStore(
                 message(
@@ -235,7 +224,3 @@ class Run:
         """Keep what a comparison found, in place of an earlier one of its name."""
         kept = {k: v for k, v in self.evaluations().items() if k != name} | {name: facts}
         write_json(self.evaluation, SCHEMA, {**kept, "of": Scores.digest_in(self.scores)})
-
-
-def _is_own(path: Path) -> bool:
-    return path.name in OWN or path.name in LOCKS or path.suffix == ".part"

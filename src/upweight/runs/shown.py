@@ -28,16 +28,10 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class _Shown:
-    """What shown.json holds.
+    """What shown.json holds."""
 
-    Args:
-        numbers: The hash of the other file.
-        of: Which model and data.
-        facts: What is shown.
-    """
-
-    numbers: str
-    of: Mapping[str, str]
+    numbers: str  # the hash of the other file
+    of: Mapping[str, str]  # which model and data
     facts: Mapping[str, Any]
 
 
