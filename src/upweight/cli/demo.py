@@ -211,11 +211,10 @@ def in_sets(fitted: Any, scores: uw.Scores, recipe: uw.Training) -> Found:
             }
             for e, (of, what, _) in enumerate(chosen)
         ]  # fmt: skip
-    text = f"change of the loss of query 0, mean of {SEEDS} seeds ± standard error (predicted)\n"
+    title = f"change of the loss of query 0, mean of {SEEDS} seeds ± standard error (predicted)"
     own = [row for row in rows if row["query"] == 0 and row["chosen_for"] in (0, None)]
-    return Found(
-        {"loo": summaries, "removals": rows}, checks, text + table(list(map(line, own))) + "\n"
-    )
+    text = f"{title}\n{table(list(map(line, own)))}\n"
+    return Found({"loo": summaries, "removals": rows}, checks, text)
 
 
 def sets(scores: uw.Scores, checked: int) -> list[tuple[int | None, str, list[int]]]:
