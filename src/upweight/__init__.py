@@ -3,120 +3,26 @@
     S[q, i] = ∂m_q(θ(w)) / ∂wᵢ   at w = 1
 
 Every score is a derivative with respect to a data weight: upweight example i, watch measurement q.
+
+The public names are in `_public.py`, which the first use of one imports: `upweight --help` does
+without PyTorch.
 """
 
-from upweight import applications, data, errors, evaluation, report
-from upweight.curvature.blockwise import Blockwise
-from upweight.curvature.diagonal import Diagonal
-from upweight.curvature.ekfac import EKFAC
-from upweight.curvature.empirical_fisher import EmpiricalFisher
-from upweight.curvature.estimators import Expand, Reduce
-from upweight.curvature.fisher import Fisher
-from upweight.curvature.ggn import GGN
-from upweight.curvature.hessian import Hessian
-from upweight.curvature.kfac import KFAC
-from upweight.curvature.labels import Expected, Observed, Sampled
-from upweight.curvature.newton import Newton
-from upweight.linalg.block_cg import BlockCG
-from upweight.linalg.cg import CG
-from upweight.linalg.cholesky import Cholesky
-from upweight.linalg.damping import Absolute, Evidence, Relative
-from upweight.linalg.minres import MINRES
-from upweight.linalg.solve import Auto
-from upweight.methods.influence import Influence
-from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
-from upweight.methods.similarity import GradientCosine, GradientDot
-from upweight.runtime.resources import Resources
-from upweight.scores import Context, Provenance, Ranking, Scores, TopScores, Unit
-from upweight.task.data import Data, as_data
-from upweight.task.losses import (
-    Bernoulli,
-    CrossEntropy,
-    Poisson,
-    SmoothHinge,
-    SquaredError,
-    Weighted,
-)
-from upweight.task.measures import Coefficient, Functional, Logit, LogProb, Loss, Margin, Measure
-from upweight.task.penalties import L2, NoPenalty, SumToZero
-from upweight.task.task import Task, next_token
-from upweight.training.function import FromFunction
-from upweight.training.optimizers import SGD, Adam, AdamW
-from upweight.training.pbrf import PBRF
-from upweight.training.schedules import Cosine, LinearDecay, Stepwise
-from upweight.training.training import Training
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "CG",
-    "EKFAC",
-    "GGN",
-    "KFAC",
-    "L2",
-    "MINRES",
-    "PBRF",
-    "SGD",
-    "Absolute",
-    "Adam",
-    "AdamW",
-    "Auto",
-    "Bernoulli",
-    "BlockCG",
-    "Blockwise",
-    "Cholesky",
-    "Coefficient",
-    "Context",
-    "Cosine",
-    "CrossEntropy",
-    "Data",
-    "Diagonal",
-    "EmpiricalFisher",
-    "Evidence",
-    "Expand",
-    "Expected",
-    "Fisher",
-    "FromFunction",
-    "Functional",
-    "GradientCosine",
-    "GradientDot",
-    "GroupSums",
-    "Hessian",
-    "Influence",
-    "LinearDecay",
-    "LogProb",
-    "Logit",
-    "Loss",
-    "Margin",
-    "Matrix",
-    "Measure",
-    "Newton",
-    "NoPenalty",
-    "Observed",
-    "PerLayer",
-    "PerToken",
-    "Poisson",
-    "Provenance",
-    "Ranking",
-    "Reduce",
-    "Relative",
-    "Resources",
-    "Sampled",
-    "Scores",
-    "Shards",
-    "SmoothHinge",
-    "SquaredError",
-    "Stepwise",
-    "SumToZero",
-    "Task",
-    "Top",
-    "TopScores",
-    "Training",
-    "Unit",
-    "Weighted",
-    "applications",
-    "as_data",
-    "data",
-    "errors",
-    "evaluation",
-    "next_token",
-    "report",
-]
+if TYPE_CHECKING:  # who checks types reads the names themselves
+    from upweight._public import *  # noqa: F403
+    from upweight._public import __all__ as __all__
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "__all__" or not name.startswith("_"):
+            public = importlib.import_module("upweight._public")
+            globals().update({each: getattr(public, each) for each in ["__all__", *public.__all__]})
+            if name in globals():  # a public name, or a folder of the package
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return list(__getattr__("__all__"))

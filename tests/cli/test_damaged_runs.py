@@ -15,6 +15,7 @@ import pytest
 import tomli_w
 
 from tests.cli.test_verbs import OWN, answer, attribute, call, refusal, rerun
+from tests.runs.digests import digests
 from tests.runtime.damage import DAMAGES
 from upweight.contraction import stream
 from upweight.errors import StaleStore
@@ -89,7 +90,7 @@ def removed(path):
 
 @pytest.mark.parametrize("damage", ["an edited score"])
 def test_an_altered_shard_is_noticed_and_made_again(run, damage):
-    before = run.digests()
+    before = digests(run)
     assert len(before) > 2
     shard = sorted(run.scores.glob("scores-*"))[1]
     DAMAGES[damage](shard)
@@ -101,7 +102,7 @@ def test_an_altered_shard_is_noticed_and_made_again(run, damage):
         assert "upweight rerun RUN --project FILE.py" in said
     removed(shard)
     assert told("report", "run")["did"] == "continued"
-    assert run.digests() == before
+    assert digests(run) == before
     answer("report", "run")
     assert answer("rerun", "run")["did"] == answer(*rerun("run"))["did"] == "nothing"
 
@@ -129,7 +130,7 @@ HEADERS = {
 
 
 def test_a_damaged_header_of_finished_scores_is_written_again(run):
-    before = run.digests()
+    before = digests(run)
     header = run.scores / "finished.json"
     text = header.read_text()
     for damage in HEADERS.values():
@@ -141,12 +142,12 @@ def test_a_damaged_header_of_finished_scores_is_written_again(run):
         assert "finished.json" in refusal(*verb)
     removed(header)
     assert told("rerun", "run")["did"] == "continued"
-    assert run.digests() == before
+    assert digests(run) == before
     answer("report", "run")
 
 
 def test_a_damaged_header_of_shards_ends_with_their_folder(run):
-    before = run.digests()
+    before = digests(run)
     manifest = run.scores / "manifest.json"
     text = manifest.read_text()
     for damage in HEADERS.values():
@@ -158,13 +159,13 @@ def test_a_damaged_header_of_shards_ends_with_their_folder(run):
         assert f"delete the folder {run.scores}" in refusal(*verb)
     removed(run.scores)
     assert told("rerun", "run/run.toml")["did"] == "continued"
-    assert run.digests() == before
+    assert digests(run) == before
 
 
 @pytest.mark.parametrize("damage", ["empty", "an edited score"])
 def test_damaged_saved_scores_are_computed_again(run, damage):
     exact = Run(run.path.with_name("exact"))
-    before = exact.digests()
+    before = digests(exact)
     if damage in HEADERS:
         HEADERS[damage](exact.scores / "scores.json")
     else:
@@ -173,27 +174,27 @@ def test_damaged_saved_scores_are_computed_again(run, damage):
         assert f"delete {exact.scores / 'scores.json'} and compute" in refusal(*verb)
     removed(exact.scores / "scores.json")
     assert told("rerun", "exact")["did"] in ("continued", "computed")
-    assert exact.digests() == before
+    assert digests(exact) == before
     answer("report", "exact")
 
 
 def test_saved_scores_without_their_numbers_are_computed_again(run):
     exact = Run(run.path.with_name("exact"))
-    before = exact.digests()
+    before = digests(exact)
     removed(exact.scores / "scores.safetensors")
     told("view", "exact")
-    assert exact.digests() == before
+    assert digests(exact) == before
 
 
 def test_a_damaged_curvature_is_learned_again(run):
-    before = run.digests()
+    before = digests(run)
     (run.scores / "finished.json").unlink()
     sorted(run.scores.glob("scores-*"))[-1].unlink()
     DAMAGES["one bit"](run.factors / "state.safetensors")
     assert "delete this one" in refusal(*rerun("run"))
     removed(run.factors)
     assert answer(*rerun("run"))["did"] == "continued"
-    assert run.digests() == before
+    assert digests(run) == before
 
 
 def test_a_damaged_comparison_is_refused_until_it_is_deleted(run):
@@ -411,7 +412,7 @@ OTHERS = [
 @pytest.mark.parametrize(("name", "options", "says"), OTHERS)
 def test_scores_of_another_question_are_refused_and_computed_again(run, name, options, says):
     mine = Run(run.path.with_name(name))
-    before = mine.digests()
+    before = digests(mine)
     answer(*attribute(*options, out="other"))
     removed(mine.scores)
     shutil.copytree("other/scores", mine.scores)
@@ -424,13 +425,13 @@ def test_scores_of_another_question_are_refused_and_computed_again(run, name, op
     removed(mine.scores)
     (command,) = re.findall(r"compute them again: upweight (.*)", said)
     assert answer(*shlex.split(command))["did"] in ("computed", "continued")
-    assert mine.digests() == before
+    assert digests(mine) == before
 
 
 def test_saved_scores_of_other_data_are_refused_and_computed_again(run):
     """Nothing but the fingerprints tells these apart."""
     exact = Run(run.path.with_name("exact"))
-    before = exact.digests()
+    before = digests(exact)
     with open("project.py", "a") as file:
         file.write("fewer = (X[100:].flip(0), y[100:].flip(0))\n")
     answer("attribute", "project.py:task", "--train", "project.py:train", "--queries",
@@ -442,7 +443,7 @@ def test_saved_scores_of_other_data_are_refused_and_computed_again(run):
     removed(exact.scores)
     (command,) = re.findall(r"compute them again: upweight (.*)", said)
     answer(*shlex.split(command))
-    assert exact.digests() == before
+    assert digests(exact) == before
 
 
 EDITS = {

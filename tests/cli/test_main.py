@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import click
 import pytest
 
 from upweight.cli import demo, main
@@ -28,6 +29,26 @@ def test_it_is_a_program_that_names_the_verbs():
     assert "demo" in done.stdout
 
 
+def test_the_table_of_verbs_says_what_their_own_help_says():
+    context = click.Context(main.cli)
+    for name, (_, line) in main.VERBS.items():
+        assert main.cli.get_command(context, name).help.startswith(line + "\n"), name
+
+
+def test_help_completion_and_the_version_need_no_pytorch():
+    code = (
+        "import sys, upweight; from upweight.cli.main import cli\n"
+        "cli(['--help'], standalone_mode=False); cli(['--version'], standalone_mode=False)\n"
+        "context = cli.make_context('upweight', [], resilient_parsing=True)\n"
+        "assert cli.shell_complete(context, 're')\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert upweight.curvature.ekfac.EKFAC is upweight.EKFAC and 'torch' in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "rerun" in done.stdout
+
+
 def test_help_shows_an_example(upweight, capsys):
     assert upweight("demo", "--help") == 0
     shown = capsys.readouterr().out
@@ -51,7 +72,7 @@ def test_usage_errors_exit_with_2(upweight):
 def test_failures_are_one_screen_without_a_traceback(
     error, code, said, upweight, monkeypatch, capsys
 ):
-    def fail(out):
+    def fail(out, model):
         raise error
 
     monkeypatch.setattr(demo, "run", fail)

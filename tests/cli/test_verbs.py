@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from torch.testing import assert_close
 
 import upweight as uw
-from upweight.cli.main import cli
+from tests.runs.digests import digests
+from upweight.cli.main import VERBS, cli
 from upweight.cli.spec import parse
 from upweight.contraction import stream
 from upweight.methods import reduce
@@ -216,7 +217,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_command_does(project, monkeypatch):
         patch.setattr(Fitted, "attribute", interrupted)
         said = refusal(*attribute(), code=130)
     assert "interrupted" in said
-    command = said.split("To go on: upweight ")[1].split()
+    command = said.split("To resume: upweight ")[1].split()
     assert answer(*command)["did"] == "continued"
 
 
@@ -225,7 +226,7 @@ def test_a_full_disk_is_an_error_that_leaves_what_was_there(project, monkeypatch
     for name in ("MOST_EXAMPLES", "TOGETHER"):
         monkeypatch.setattr(stream, name, 16)
     answer(*attribute(out="whole"))
-    expected = Run(project / "whole").digests()
+    expected = digests(Run(project / "whole"))
     assert len(expected) > 2
     sync, left = os.fsync, 6
 
@@ -241,15 +242,15 @@ def test_a_full_disk_is_an_error_that_leaves_what_was_there(project, monkeypatch
         said = refusal(*attribute())
     assert "No space left on device" in said
     assert (
-        "What is done is kept. To go on: upweight rerun run/run.toml --project project.py" in said
+        "Finished work is kept. To resume: upweight rerun run/run.toml --project project.py" in said
     )
-    kept = Run(project / "run").digests()
+    kept = digests(Run(project / "run"))
     assert 0 < len(kept) < len(expected)
     assert ScoreShards.load(project / "run/scores").done(0, 10) > 0
     assert "needs a finished run" in refusal("report", "run")
     left = 10**6
     assert answer(*rerun("run/run.toml"))["did"] == "continued"
-    assert Run(project / "run").digests() == expected
+    assert digests(Run(project / "run")) == expected
 
 
 def test_repeating_from_nothing_says_whether_the_bits_are_the_same(finished):
@@ -394,7 +395,7 @@ def test_an_interrupted_evaluation_goes_on(finished, monkeypatch):
 
     monkeypatch.setattr(RowStore, "record", record)
     said = refusal(*command, code=130)
-    assert f"To go on: upweight {' '.join(command)}" in said
+    assert f"To resume: upweight {' '.join(command)}" in said
     assert answer(*command)["subsets"] == 8
 
 
@@ -460,7 +461,7 @@ def test_errors_come_as_json_too_and_with_a_traceback_when_asked(project):
     assert "Traceback" in result.stderr
 
 
-@pytest.mark.parametrize("verb", list(cli.commands))
+@pytest.mark.parametrize("verb", list(VERBS))
 def test_every_verb_shows_an_example(verb):
     shown = call(verb, "--help")
     assert shown.exit_code == 0

@@ -58,8 +58,8 @@ def attribute(
     """Score every training example for every query.
 
     Writes a run directory. TASK names an upweight.Task in a file of yours, or a function that makes
-    it. Killed at any instant, the same command goes on where it was. A directory that holds another
-    question is refused; one that is finished is left as it is.
+    it. If interrupted, the same command resumes. A directory of another question is refused; a
+    finished one is left as it is.
 
     \b
     Examples:
@@ -81,7 +81,7 @@ def attribute(
             raise click.UsageError(f"--query {outside[0]}: there are queries 0 to {new.q - 1}")
         if not exists:  # only now: a mistake in the options leaves no directory behind
             stack.enter_context(run.held("upweight attribute"))
-        old = run.record if run.has_work else None
+        old = run.record if run.has_work and run.toml.exists() else None
         if old is not None:
             require_same(run, old.differences(new), old, project)
         files = run.naming(replace(new, show=show or ""))
@@ -137,7 +137,7 @@ def rerun(run: Path, projects: tuple[str, ...], out: Path | None) -> Answer:
         reopened(first, code) as (project, record, question),
         second.held("upweight rerun"),
     ):
-        again = second.record or replace(
+        again = replace(
             record,
             directory=relative(Path.cwd(), second.path),
             sources=project.sources(),
@@ -145,6 +145,8 @@ def rerun(run: Path, projects: tuple[str, ...], out: Path | None) -> Answer:
             environment=environment(question.task.layout.device),
             files=project.files(),
         )
+        if second.toml.exists():
+            again = second.record
         require_same(second, again.differences(record), again, project)
         did = finished(second, again, question, to_go_on, project)
     done = answer(second, out, did, project)
@@ -159,7 +161,6 @@ def audited(run: Run, shown: Path) -> Answer:
     """A finished run by itself: its scores are read, its verdict is said again, nothing is run."""
     loaded(run)  # which raises where they are damaged
     record = run.record
-    assert record is not None
     done = answer(run, shown, "nothing")
     again = shlex.join(["upweight", "rerun", str(shown), *run.naming(record), "--out", "OTHER"])
     lines = [
@@ -217,7 +218,7 @@ def finished(
             )
         )
     record.write(run.toml)
-    word = "going on with" if began else "beginning"
+    word = "resuming" if began else "starting"
     say(f"{word} {record.q} queries × {record.n} training examples, {record.p} parameters")
     started = time.perf_counter()
     with continued_by(to_go_on):
@@ -244,7 +245,6 @@ def answer(run: Run, shown: Path, did: str, project: Project | None = None) -> A
         project: Whose code ran; None: none did.
     """
     record = run.record
-    assert record is not None
     facts = {
         "run": str(run.path),
         "did": did,

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from upweight.runs.directory import Run
 from upweight.runs.environment import differences
-from upweight.runs.record import Record
 from upweight.scores import Scores
 
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -26,32 +25,33 @@ def compared(first: Run, second: Run) -> tuple[dict[str, Any], str, bool]:
         StaleStore: Scores are damaged.
     """
     a, b = Scores.load(first.scores), Scores.load(second.scores)
+    facts: dict[str, Any] = {"bit_identical": False, "same": "different"}
     if (a.unit, a.values.shape, a.values.dtype) != (b.unit, b.values.shape, b.values.dtype):
-        facts = {"bit_identical": False, "same": "different", "largest_difference": None}
+        facts["largest_difference"] = None
         return facts, "different: the scores are of another unit, shape or dtype", True
     if _same_bits(a.values, b.values):
-        facts = {"bit_identical": True, "same": "bits", "largest_difference": 0.0}
+        facts |= {"bit_identical": True, "same": "bits", "largest_difference": 0.0}
         return facts, "the same bits: all scores are bit-identical", False
     x, y = a.values.double(), b.values.double()
     apart = float((x - y).abs().max() / x.abs().max())
     limit = ROUNDING.get(a.values.dtype, ROUNDING[torch.float32])
     between, known = _between(first, second)
+    facts |= {"largest_difference": apart, "differences": between}
     about = f"the scores differ by up to {apart:.1e} of the largest"
-    facts = {
-        "bit_identical": False,
-        "same": "rounding" if apart <= limit else "different",
-        "largest_difference": apart,
-        "differences": between,
-    }
-    made = f"made with other things: {'; '.join(between)}" if between else (
-        "both runs were made with the same versions and threads, on the same kind of machine"
-        if known else "what machine the first run was made on is not recorded"
-    )  # fmt: skip
+    made = "what machine the first run was made on is not recorded"
+    if between:
+        made = f"made with different {'; '.join(between)}"
+    elif known:
+        made = "made with the same versions and threads, on the same kind of machine"
     if not apart <= limit:  # NaN is different too
         return facts, f"different: {about}, more than rounding ({limit:.0e}); {made}", True
+    facts["same"] = "rounding"
     if known and not between:
-        said = f"not the same bits, though {made}: {about}. Something does not repeat"
-        return facts, said, True
+        return (
+            facts,
+            f"not the same bits, though {made}: {about}. Something is not deterministic",
+            True,
+        )
     return facts, f"the same to rounding: {about}; {made}", False
 
 
@@ -63,12 +63,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def _between(first: Run, second: Run) -> tuple[list[str], bool]:
     """What the two were made with that differs, and whether both say what they were made with."""
     a, b = first.record, second.record
-    assert a is not None and b is not None
     known = bool(a.environment and b.environment)
     made = [{**(r.environment if known else r.versions), "threads": str(r.threads)} for r in (a, b)]
-    return differences(*made) + _sources(a, b), known
-
-
-def _sources(a: Record, b: Record) -> list[str]:
     mine, theirs = ({**r.sources, **r.files} for r in (a, b))
-    return [f"{name} was edited" for name, found in mine.items() if theirs.get(name) != found]
+    edited = [f"{name} was edited" for name in mine if theirs.get(name) != mine[name]]
+    return differences(*made) + edited, known

@@ -1,11 +1,9 @@
 """`upweight doctor`: what this machine has, and whether a model can be attributed."""
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ from upweight.cli.screen import Answer, size, table, verb
 from upweight.errors import UnsupportedModel, UpweightError
 from upweight.gradients.layers import rule_for
 from upweight.gradients.planning import plan
-from upweight.runs.layers import layer_uses
+from upweight.gradients.uses import layer_uses
+from upweight.runs.environment import version_of
 from upweight.runtime.hardware import has_fast_bfloat16
 from upweight.runtime.memory import free_bytes
 from upweight.scores import library_versions
@@ -36,10 +35,10 @@ OPTIONAL = ("scikit-learn", "statsmodels", "pandas", "matplotlib", "transformers
 @click.option("--train", metavar="FILE.py:NAME", help="The training set, to try the model on.")
 @verb
 def doctor(task: str | None, train: str | None) -> Answer:
-    """Look at this machine, and at a model of yours.
+    """Check this machine, and a model of yours.
 
-    With --train, a few examples are run: each layer's way to its gradients is found and checked
-    against autograd, all of the data against the loss, and the loss for what it can be asked.
+    With --train, a few examples are run: the rule that computes each layer's gradients is checked
+    against autograd, all targets against the loss; the measures that the loss allows are listed.
 
     \b
     Examples:
@@ -47,7 +46,7 @@ def doctor(task: str | None, train: str | None) -> Answer:
         upweight doctor project.py:task --train project.py:train
     """
     facts = machine()
-    text = table([(name, value) for name, value in _words(facts)])
+    text = table(_words(facts))
     if task is not None:
         with opened() as project:
             model = loaded_task(project, task)
@@ -60,28 +59,20 @@ def doctor(task: str | None, train: str | None) -> Answer:
 
 def machine() -> dict[str, Any]:
     """Versions, devices and memory."""
-    cpu = torch.device("cpu")
     devices: dict[str, dict[str, Any]] = {
-        "cpu": {
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "fast_bfloat16": has_fast_bfloat16(cpu),
-            "free_bytes": free_bytes(cpu),
-        }
+        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     }
     for index in range(torch.cuda.device_count()):
-        device = torch.device("cuda", index)
-        devices[f"cuda:{index}"] = {
-            "name": torch.cuda.get_device_name(device),
-            "fast_bfloat16": has_fast_bfloat16(device),
-            "free_bytes": free_bytes(device),
-        }
+        devices[f"cuda:{index}"] = {"name": torch.cuda.get_device_name(index)}
+    for name, facts in devices.items():
+        device = torch.device(name)
+        facts |= {"fast_bfloat16": has_fast_bfloat16(device), "free_bytes": free_bytes(device)}
     return {
         "versions": library_versions(),
         "platform": platform.platform(),
         "devices": devices,
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
-        "optional": {name: _version(name) for name in OPTIONAL},
+        "optional": {name: version_of(name) for name in OPTIONAL},
     }
 
 
@@ -98,13 +89,8 @@ def examined(task: Task, data: Data | None) -> tuple[dict[str, Any], str]:
         f"loss {task.loss!r}, penalty {task.penalty!r}"
     ]
     if data is None:
-        unruled = sorted(
-            {
-                type(module).__name__
-                for module in task.model.modules()
-                if list(module.parameters(recurse=False)) and rule_for(module) is None
-            }
-        )
+        layers = (m for m in task.model.modules() if list(m.parameters(recurse=False)))
+        unruled = sorted({type(m).__name__ for m in layers if rule_for(m) is None})
         facts["without_rule"] = unruled
         lines.append(
             f"  layers without a rule, left to torch.func: {', '.join(unruled) or 'none'}\n"
@@ -113,22 +99,23 @@ def examined(task: Task, data: Data | None) -> tuple[dict[str, Any], str]:
         return facts, "\n".join(lines)
     made = plan(task, task.theta(), data)
     losses = checked_losses(task, data, "training data")
-    uses = tuple(layer_uses(made))
+    uses = layer_uses(made)
     facts |= {
         "n": len(data),
         "mean_loss": float(losses.double().mean()),
-        "layers": [asdict(use) for use in uses],
+        "layers": uses,
         "notes": list(made.notes),
         "measures": measures(task, data),
         "draws_labels": draws_labels(task, data),
     }
-    drawn = "" if facts["draws_labels"] else " (its curvatures by layer need labels=Observed())"
+    drawn = "labels can be drawn from the loss, a likelihood"
+    if not facts["draws_labels"]:
+        drawn = "no labels can be drawn from the loss: curvatures by layer need labels=Observed()"
     lines += [
         layer_table(uses, made.notes),
         f"  {len(data)} training examples, mean loss {facts['mean_loss']:.4g}",
         f"  measures: {', '.join(facts['measures'])}, and functions of your own",
-        f"  the loss {'is' if facts['draws_labels'] else 'is not'} a likelihood that labels can be "
-        f"drawn from{drawn}",
+        f"  {drawn}",
     ]
     return facts, "\n".join(lines)
 
@@ -158,16 +145,9 @@ def draws_labels(task: Task, data: Data) -> bool:
 def _words(facts: dict[str, Any]) -> list[tuple[str, str]]:
     rows = list(facts["versions"].items())
     for name, device in facts["devices"].items():
-        parts = [str(device[k]) for k in ("name",) if k in device]
+        parts = [device["name"]] if "name" in device else []
         parts += [f"{device[k]} {k}" for k in ("cores", "threads") if k in device]
         parts.append("fast bfloat16" if device["fast_bfloat16"] else "no fast bfloat16")
         rows.append((name, ", ".join([*parts, f"{size(device['free_bytes'])} free"])))
     rows.append(("disk", f"{size(facts['disk_free_bytes'])} free"))
     return rows + [(n, v or "not installed") for n, v in facts["optional"].items()]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -11,7 +11,7 @@ import torch
 
 from upweight import report as pages
 from upweight.cli.named import named, project_option
-from upweight.cli.pages import alone, attached, refreshed
+from upweight.cli.pages import alone, context_of, refreshed
 from upweight.cli.project import Project
 from upweight.cli.question import relative, reopened
 from upweight.cli.screen import Answer, continued_by, size, verb
@@ -52,12 +52,11 @@ def evaluate(
     jobs: int | None,
     projects: tuple[str, ...],
 ) -> Answer:
-    """Hold the scores against retraining.
+    """Compare the scores with retraining.
 
     Trains the model again on random halves of its data, from two seeds each, and says in words and
-    numbers whether to believe the scores. Every model is kept: what was trained is not trained
-    again, by a larger --budget neither. The code that runs is that of the files you name: that of
-    the recipe, and others by --project.
+    numbers whether to believe the scores. Trained models are cached: a larger --budget reuses them.
+    Only code in files that you name runs: that of the recipe, and others by --project.
 
     \b
     Examples:
@@ -68,19 +67,19 @@ def evaluate(
     if budget is not None and subsets is not None:
         raise click.UsageError("--budget and --lds exclude each other")
     if not is_reference(recipe):
-        parse(recipe, "recipe")  # an error in it is told before anything is loaded
+        parse(recipe, "recipe")  # an error in it is reported before anything is loaded
     place, shown = Run.named(run.absolute()), run
     options = {"--recipe": recipe, "--budget": budget, "--lds": subsets, "--jobs": jobs}
     given = [str(x) for pair in options.items() if pair[1] is not None for x in pair]
     typed = ["upweight", "evaluate", str(shown), *given]
     code = named(place, projects, filter(is_reference, [recipe]), shlex.join(typed))
     files = [part for each in projects for part in ("--project", each)]
-    to_go_on = shlex.join([*typed, *files])
+    resume = shlex.join([*typed, *files])
     with place.held("upweight evaluate"), reopened(place, code) as (project, _, question):
-        place.evaluations()  # one that is damaged, or of other scores, is told before retraining
-        scores = attached(place, question)
+        place.evaluations()  # a damaged one is reported before retraining
+        scores = place.load().attach(context_of(question))
         how = recipe_of(project, recipe)
-        with continued_by(to_go_on):
+        with continued_by(resume):
             place.log(f"retraining by {how!r}")
             if subsets is None:
                 found = check(scores, how, budget or "2 min", jobs=jobs, cache=place.retrained)
@@ -129,7 +128,6 @@ def report(run: Path, out: Path | None, show: str | None, projects: tuple[str, .
     place.require_finished()
     path = place.report if out is None else out.absolute()
     record = place.record
-    assert record is not None
     said_of = record if show is None else replace(record, show=show)
     rest: dict[str, Any] = {"comparison": found_in(place), "command": command(place, said_of)}
     if show is None and not projects:
@@ -141,14 +139,15 @@ def report(run: Path, out: Path | None, show: str | None, projects: tuple[str, .
         with reopened(place, code) as (project, record, question):
             fitted = refit(place, record, question) if place.factors.exists() else None
             extra = refreshed(place, project, record, question, show, lambda: fitted)
-            scores = attached(place, question, fitted)
+            scores = place.load().attach(context_of(question, fitted))
             written = pages.html(scores, question.train, question.queries, path, **rest | extra)
-    bytes_ = written.stat().st_size
-    said = f"{out or run / 'report.html'}: {size(bytes_)}. Open it in a browser."
+    said = f"{out or run / 'report.html'}: {size(written.stat().st_size)}. Open it in a browser."
     if show is None and not projects:
         again = shlex.join(["upweight", "rerun", str(run)])
         said += f"\n  Made of the run alone. What to ask its owner for: {again}"
-    return Answer(said, {"run": str(place.path), "report": str(written), "bytes": bytes_})
+    return Answer(
+        said, {"run": str(place.path), "report": str(written), "bytes": written.stat().st_size}
+    )
 
 
 def recipe_of(project: Project, text: str) -> Recipe:
@@ -162,8 +161,7 @@ def recipe_of(project: Project, text: str) -> Recipe:
                 "A recipe says how the model was trained.",
                 f"{text}, an object of type {type(value).__name__}.",
                 "a trained model, or another object of that name.",
-                "name a upweight.Training(...), or a function from data weights to a trained "
-                "model.",
+                "name an upweight.Training(...), or a function: data weights to trained model.",
             )
         )
     return value

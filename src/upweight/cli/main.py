@@ -1,33 +1,54 @@
-"""`upweight`: the table of verbs, and the entry point."""
+"""`upweight`: the table of verbs, and the entry point.
 
+A verb's module is imported when the verb is asked for: help and completion need no PyTorch.
+"""
+
+import importlib
 import sys
 
 import click
+from click.shell_completion import CompletionItem
 
-from upweight.cli.attribute import attribute, rerun
-from upweight.cli.demonstration import demo
-from upweight.cli.doctor import doctor
-from upweight.cli.evaluate import evaluate, report
-from upweight.cli.plan import plan
-from upweight.cli.view import view
-from upweight.scores import library_versions
+VERBS = {
+    "demo": ("demo", "Explain a digit classifier, and check it by retraining."),
+    "doctor": ("doctor", "Check this machine, and a model of yours."),
+    "plan": ("plan", "Show what attribute would do, and what it would cost."),
+    "attribute": ("attribute", "Score every training example for every query."),
+    "evaluate": ("evaluate", "Compare the scores with retraining."),
+    "report": ("evaluate", "Write the page of a run: one HTML file that opens offline."),
+    "view": ("view", "Serve a run to the browser of this machine, until Ctrl-C."),
+    "rerun": ("attribute", "Finish an interrupted run, or repeat a finished one."),
+}
+"""Verbs in the order of use: in which module each is, and the first line of its help."""
 
 
 class Verbs(click.Group):
-    """Verbs in the order in which they are used."""
+    """The verbs of the table."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        found = getattr(importlib.import_module(f"upweight.cli.{VERBS[cmd_name][0]}"), cmd_name)
+        assert isinstance(found, click.Command)
+        return found
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        found = [CompletionItem(name, help=line) for name, (_, line) in VERBS.items()]
+        options = click.Command.shell_complete(self, ctx, incomplete)
+        return [item for item in found if item.value.startswith(incomplete)] + options
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in VERBS.items()])
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(library_versions()["upweight"], prog_name="upweight")
+@click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="upweight", prog_name="upweight")
 def cli() -> None:
     """Which training examples made the model do that, and what would change without them?"""
-
-
-for verb in (demo, doctor, plan, attribute, evaluate, report, view, rerun):
-    cli.add_command(verb)
 
 
 def main() -> None:

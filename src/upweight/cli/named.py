@@ -7,10 +7,9 @@ where the run says that the file lies is never followed.
 
 import hashlib
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -21,26 +20,17 @@ from upweight.runs.record import Record
 
 @dataclass(frozen=True)
 class Named:
-    """Where the code of a run is taken from.
+    """Where the code of a run is taken from."""
 
-    Args:
-        files: The file or module for each name in run.toml, and for each name of the user's.
-        folder: The working directory in which the project was asked.
-    """
-
-    files: Mapping[str, str]
-    folder: Path
+    files: Mapping[str, str]  # the file or module for each name in run.toml or of the user's
+    folder: Path  # the working directory in which the project was asked
 
 
-def project_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--project`, of the verbs that can run a run's code."""
-    return click.option(
-        "--project",
-        "projects",
-        multiple=True,
-        metavar="FILE.py",
-        help="A file of the project, whose code may then run; names in run.toml run nothing.",
-    )(function)
+project_option = click.option(
+    "--project", "projects", multiple=True, metavar="FILE.py",
+    help="A file of the project, whose code may then run; names in run.toml run nothing.",
+)  # fmt: skip
+"""Of the verbs that can run a run's code."""
 
 
 def named(run: Run, projects: Iterable[str], references: Iterable[str], command: str) -> Named:
@@ -56,15 +46,12 @@ def named(run: Run, projects: Iterable[str], references: Iterable[str], command:
         ProjectError: The run asks for a file that the user has not named, or that two are named of.
     """
     record = run.record
-    assert record is not None
     own = {source: _absolute(source) for source in (r.rpartition(":")[0] for r in references)}
     given = [*map(_absolute, projects), *own.values()]
     paths = {Path(each).resolve(): Path(each) for each in given if Path(each).is_absolute()}
     files, folder = dict(own), Path.cwd()
-    asked = record.asked
-    for source in asked:
-        called = Path(source).name
-        fitting = [path for path in paths.values() if path.name == called]
+    for source in record.asked:
+        fitting = [path for path in paths.values() if path.name == Path(source).name]
         if len(fitting) > 1:  # of those that the user named, the one that lies where the run says
             place = (run.path / record.directory / source).resolve()
             fitting = [path for path in fitting if path.resolve() == place] or fitting
@@ -73,7 +60,7 @@ def named(run: Run, projects: Iterable[str], references: Iterable[str], command:
         elif not fitting and source in given:
             files[source] = source  # a module
         else:
-            raise ProjectError(_not_named(run, record, asked, fitting, given, command))
+            raise ProjectError(_not_named(run, record, fitting, given, command))
     # Relative names of data count from where attribute was called: the folder that the first name
     # counted from. It is one that the user's own file lies in.
     source = record.task.rpartition(":")[0]
@@ -92,61 +79,54 @@ def _absolute(source: str) -> str:
 
 def to_ask_for(record: Record) -> list[str]:
     """What somebody who has the run alone needs of its owner, a line each."""
-    files = {
-        **{name: f"sha256 {digest}" for name, digest in record.sources.items()},
-        **record.files,
-    }
-    lines = [f"{name}  {told}" for name, told in files.items()]
+    sources = {name: f"sha256 {digest}" for name, digest in record.sources.items()}
     made = record.environment or record.versions
-    with_ = ", ".join(f"{name} {version}" for name, version in made.items())
-    return [*lines, f"made with {with_}, {record.threads} threads"]
+    libraries = ", ".join(f"{name} {version}" for name, version in made.items())
+    return [
+        *(f"{name}  {facts}" for name, facts in {**sources, **record.files}.items()),
+        f"made with {libraries}, {record.threads} threads",
+    ]
 
 
 def _not_named(
-    run: Run,
-    record: Record,
-    asked: Mapping[str, Sequence[str]],
-    fitting: Sequence[Path],
-    given: Sequence[str],
-    command: str,
+    run: Run, record: Record, fitting: Sequence[Path], given: Sequence[str], command: str
 ) -> str:
+    asked = record.asked
     objects = [f"{source}:{name}" for source, names in asked.items() for name in names]
-    lines = [f"{run.toml}, which asks for {', '.join(objects)}"]
-    for source in asked:
-        place = run.place_of(record, source)
-        known = record.sources.get(Path(source).name)
-        lines.append(f"{place}: {_like(Path(place), known)}")
-    asked_for = {Path(source).name for source in asked}
-    others = [name for name in (*record.sources, *record.files) if name not in asked_for]
+    places = {source: run.place_of(record, source) for source in asked}
+    known = {source: record.sources.get(Path(source).name) for source in asked}
+    lines = [
+        f"{run.toml}, which asks for {', '.join(objects)}",
+        *(f"{place}: {_state(Path(place), known[source])}" for source, place in places.items()),
+    ]
+    names = {Path(source).name for source in asked}
+    others = [name for name in (*record.sources, *record.files) if name not in names]
     if others:
         more = f" and {len(others) - 10} others" if len(others) > 10 else ""
         lines.append(f"it also read {', '.join(others[:10])}{more}")
+    cause = "a run directory is data, which anybody may have written: its names run nothing."
     if len(fitting) > 1:
         lines.append(f"named are {' and '.join(map(str, fitting))}, of one name")
         cause = "two projects on one command line."
     elif given:
         lines.append(f"named is {', '.join(given)}")
         cause = "another file, or a run of several files, of which each is to be named."
-    else:
-        cause = "a run directory is data, which anybody may have written: its names run nothing."
-    options = shlex.join(run.naming(record))
     return message(
         "A run's code runs only where you name its file.",
         "\n    ".join(lines) + ".",
         cause,
-        f"if you trust these files: {command} {options}\n"
+        f"if you trust these files: {command} {shlex.join(run.naming(record))}\n"
         "    What you do not have, ask the owner of the run for; `upweight report` and `upweight "
         "view` of a finished run need none of it.",
     )
 
 
-def _like(path: Path, known: str | None) -> str:
+def _state(path: Path, known: str | None) -> str:
     """Whether a file is the one that the run was made with."""
-    recorded = "of which run.toml keeps no hash" if known is None else f"recorded as sha256 {known}"
+    recorded = f"recorded as sha256 {known}" if known else "of which run.toml keeps no hash"
     if not path.is_file():
         return f"not found, {recorded}"
     if known is None:
         return recorded
-    with path.open("rb") as file:
-        same = hashlib.file_digest(file, "sha256").hexdigest() == known
+    same = hashlib.sha256(path.read_bytes()).hexdigest() == known
     return "there, and as it was" if same else f"there, but edited since; {recorded}"

@@ -1,5 +1,6 @@
 """What the page of a run is made of: what the run keeps, or the project where the user names it."""
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,15 +17,6 @@ from upweight.runs.question import Question
 from upweight.runs.record import Record
 from upweight.scores import Context, Scores
 from upweight.view import opened
-
-
-def attached(run: Run, question: Question, fitted: Any = None) -> Scores:
-    """The scores of a run with the objects that they are of.
-
-    Raises:
-        SpecError: They do not fit into memory.
-    """
-    return run.load().attach(context_of(question, fitted))
 
 
 def context_of(question: Question, fitted: Any = None) -> Context:
@@ -45,13 +37,7 @@ def loaded(run: Run) -> Scores:
 
 
 def keep(run: Run, question: Question, fitted: Any, extra: dict[str, Any]) -> None:
-    """Keep what a page shows in the run.
-
-    Args:
-        run: Finished.
-        question: The live objects.
-        fitted: The fitted method, where it is at hand.
-        extra: What the user shows beside the data.
+    """Keep in a finished run what its page shows, with what the user shows beside the data.
 
     Raises:
         OSError: The disk is full or not writable.
@@ -77,18 +63,9 @@ def refreshed(
     show: str | None,
     fitted: Callable[[], Any],
 ) -> dict[str, Any]:
-    """What the user shows beside the data of a live page; kept in the run where that is new.
+    """What the user shows beside the data of a live page; kept in the run where `show` is new.
 
-    Args:
-        run: Finished.
-        project: Where it is loaded from.
-        record: Of the run.
-        question: The live objects.
-        show: Its name; None: that of the run.
-        fitted: Gives the fitted method, for self-influence.
-
-    Raises:
-        UpweightError: There is no such thing, or it is something else.
+    Without `show` it is what the run names. `fitted` gives the fitted method, for self-influence.
     """
     reference = show or record.show
     extra = shown_of(project, reference) if reference else {}
@@ -101,11 +78,10 @@ def refreshed(
 
 def is_kept(run: Run) -> bool:
     """Whether the run holds what a page shows, whole."""
-    try:
+    with contextlib.suppress(StaleStore):
         reopened(*shown.read(run))
-    except StaleStore:
-        return False
-    return True
+        return True
+    return False
 
 
 def alone(run: Run) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import os
 import sys
 import traceback
 import types
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from upweight.cli.reading import Seen, named_in, reading, told
+from upweight.cli.reading import Seen, data_files, folder_of, named_in, reading
 from upweight.errors import ProjectError, SpecError, UpweightError, message
 
 MOST_FRAMES = 4
@@ -49,24 +50,18 @@ class Project:
         """The object, made if the name is that of a function without arguments.
 
         Raises:
+            SpecError: It is no `file.py:name`.
             ProjectError: There is no such file or name, or the user's code raised.
         """
         with reading(self.seen):
             value = self.named(reference)
-            is_function = isinstance(
-                value, types.FunctionType | types.MethodType | functools.partial
-            )
-            if is_function and not _required(value):
-                with _told(f"{reference} raised", self.folders):
+            if _is_maker(value):
+                with _located(f"{reference} raised", self.folders):
                     return value()
             return value
 
     def named(self, reference: str) -> Any:
-        """The object that a reference names, as it is.
-
-        Raises:
-            ProjectError: As for `load`.
-        """
+        """The object that a reference names, as it is. Raises as `load`."""
         source, colon, name = reference.rpartition(":")
         if not colon or not source or not name.isidentifier():
             raise SpecError(
@@ -89,47 +84,38 @@ class Project:
 
     def sources(self) -> dict[str, str]:
         """The hash of every file of the user's that was run, neighbors included."""
-        found = {}
-        for name in self._own():
-            path, folder = _file(name), self._folder(name)
-            if path is not None and folder is not None and path.is_relative_to(folder):
-                relative = path.relative_to(folder).as_posix()
-                found[relative] = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = {
+            path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for _, path, folder in self._own()
+        }
         return dict(sorted(found.items()))
 
     def files(self) -> dict[str, str]:
         """The hash of every file of data that was read while objects were loaded."""
-        own = [path for name in self._own() if (path := _file(name)) is not None]
-        places = [*self.folders, Path.cwd()]
-        found = (self.seen.read | named_in(own, places)) - self.seen.written
-        return told(found, self.folders)
+        own = [path for _, path, _ in self._own()]
+        found = (self.seen.read | named_in(own, [*self.folders, Path.cwd()])) - self.seen.written
+        return data_files(found, self.folders)
 
-    def _own(self) -> list[str]:
-        """The loaded modules that are the user's."""
-        tops = {name: name.partition(".")[0] for name in list(sys.modules)}
-        own = {top for top in {*tops.values()} if self._folder(top) is not None}  # each asked once
-        return [name for name, top in tops.items() if top in own]
-
-    def _folder(self, name: str) -> Path | None:
-        """The user's folder that a module was found in by its name, if it was."""
-        top = name.partition(".")[0]
-        path = _file(top)
-        if path is None or top == "upweight":
-            return None
-        home = path.parent.parent if path.name == "__init__.py" else path.parent
-        return home if home in self.folders else None
+    def _own(self) -> list[tuple[str, Path, Path]]:
+        """The loaded modules that are the user's, each with its file and the folder it is under."""
+        found = []
+        for name, module in sys.modules.items():
+            file = getattr(module, "__file__", None)
+            if isinstance(file, str) and os.path.isabs(file):  # that of torch.ops is not
+                folder = folder_of(file, self.folders)
+                if folder is not None:
+                    found.append((name, Path(file), folder))
+        return found
 
     def _module(self, source: str) -> types.ModuleType:
         path = Path(source)
         is_file = path.suffix == ".py" or path.is_file()
-        self._enter(path.resolve().parent if is_file else Path.cwd())
-        with _told(f"{source} could not be loaded", self.folders):
-            return _run(path) if is_file else _imported(source)
-
-    def _enter(self, folder: Path) -> None:
+        folder = path.resolve().parent if is_file else Path.cwd()
         if folder not in self.folders:
             self.folders.insert(0, folder)
             sys.path.insert(0, str(folder))
+        with _located(f"{source} could not be loaded", self.folders):
+            return _run(path) if is_file else _imported(source)
 
 
 @contextlib.contextmanager
@@ -144,10 +130,10 @@ def opened(only: Mapping[str, str] | None = None) -> Iterator[Project]:
     """
     project, path, modules = Project(only=only), list(sys.path), dict(sys.modules)
     try:
-        with contextlib.redirect_stdout(sys.stderr), _told("Your code raised", project.folders):
+        with contextlib.redirect_stdout(sys.stderr), _located("Your code raised", project.folders):
             yield project
     finally:
-        for name in project._own():
+        for name, *_ in project._own():
             if sys.modules[name] is not modules.get(name):
                 del sys.modules[name]
         # Files of the user's may have taken the place of something else.
@@ -186,71 +172,48 @@ def _imported(name: str) -> types.ModuleType:
         ) from error
 
 
-def _required(function: Any) -> list[str]:
-    """The arguments that a function cannot do without."""
-    return [
-        p.name
-        for p in inspect.signature(function).parameters.values()
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-
-
-def _file(name: str) -> Path | None:
-    path = getattr(sys.modules.get(name), "__file__", None)
-    return Path(path).resolve() if isinstance(path, str) else None
+def _is_maker(value: Any) -> bool:
+    """Whether it is a function that can be called without arguments."""
+    try:
+        inspect.signature(value).bind()
+    except (TypeError, ValueError):
+        return False
+    return isinstance(value, types.FunctionType | types.MethodType | functools.partial)
 
 
 @contextlib.contextmanager
-def _told(what: str, folders: list[Path]) -> Iterator[None]:
+def _located(what: str, folders: list[Path]) -> Iterator[None]:
     """Turn whatever comes out of the user's code into an error that says where."""
     try:
         yield
-    except UpweightError as error:
-        places = _places(error, folders)
-        if places and not isinstance(error, ProjectError) and not hasattr(error, "__notes__"):
-            error.add_note(f"at {places[-1]}")
-        raise
     except (Exception, SystemExit) as error:
-        places = _places(error, folders)
-        if not places:
-            raise
-        name = "sys.exit" if isinstance(error, SystemExit) else type(error).__name__
-        text = str(error) or "no message"
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [
+            f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
+            for frame in frames
+            if folder_of(frame.filename, folders)
+        ]
+        name, text = type(error).__name__, str(error) or "no message"
         if isinstance(error, SyntaxError):
             text = f"{error.msg}\n      {(error.text or '').strip()}"
+            if folder_of(error.filename, folders):
+                places.append(f"{error.filename}:{error.lineno}")
+        if isinstance(error, UpweightError):
+            is_located = isinstance(error, ProjectError) or hasattr(error, "__notes__")
+            if places and not is_located:
+                error.add_note(f"at {places[-1]}")
+            raise
+        if not places:
+            raise
+        name = "sys.exit" if isinstance(error, SystemExit) else name
         raise ProjectError(
             message(
                 f"{what}.",
-                f"{name}: {text}\n    " + "\n    ".join(f"at {p}" for p in places[-MOST_FRAMES:]),
+                "\n    at ".join([f"{name}: {text}", *places[-MOST_FRAMES:]]),
                 "an error in that code, or data it does not find.",
-                "mend it there and run the same command again; --traceback shows everything.",
+                "correct it there and run the same command again; --traceback shows everything.",
             )
         ) from error
-
-
-def _places(error: BaseException, folders: list[Path]) -> list[str]:
-    """Where in the user's files an error passed through, the innermost last."""
-    frames = traceback.extract_tb(error.__traceback__)
-    found = [
-        f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
-        for frame in frames
-        if _is_within(frame.filename, folders)
-    ]
-    if isinstance(error, SyntaxError) and _is_within(error.filename or "", folders):
-        found.append(f"{error.filename}:{error.lineno}")
-    return found
-
-
-def _is_within(filename: str, folders: list[Path]) -> bool:
-    if filename.startswith("<"):  # code made at run time
-        return False
-    path = Path(filename).resolve()
-    own = Path(__file__).resolve().parents[1]
-    return (
-        not path.is_relative_to(own)
-        and not {"site-packages", "dist-packages"} & set(path.parts)
-        and any(path.is_relative_to(folder) for folder in folders)
-    )
 
 
 def _no_such_file(path: Path) -> str:
@@ -264,20 +227,13 @@ def _no_such_file(path: Path) -> str:
     )
 
 
-def _is_elsewhere(value: Any, name: str) -> bool:
-    """Whether it is a class or function that the file has imported."""
-    is_code = inspect.isclass(value) or inspect.isroutine(value)
-    return is_code and getattr(value, "__module__", None) != name
-
-
 def _no_such_name(source: str, name: str, defined: dict[str, Any]) -> str:
-    own = [
-        key
-        for key, value in defined.items()
-        if not key.startswith("_")
-        and not inspect.ismodule(value)
-        and not _is_elsewhere(value, defined["__name__"])
-    ]
+    def is_imported(value: Any) -> bool:
+        is_code = inspect.isclass(value) or inspect.isroutine(value)
+        elsewhere = getattr(value, "__module__", None) != defined["__name__"]
+        return inspect.ismodule(value) or (is_code and elsewhere)
+
+    own = [k for k, v in defined.items() if not k.startswith("_") and not is_imported(v)]
     near = difflib.get_close_matches(name, own, n=1)
     return message(
         f"{source} must define {name}.",

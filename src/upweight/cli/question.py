@@ -105,7 +105,6 @@ def reopened(run: Run, code: Named) -> Iterator[tuple[Project, Record, Question]
         StaleStore: The model, data or measure changed.
     """
     record = run.record
-    assert record is not None
     with contextlib.chdir(code.folder), opened(only=code.files) as project:
         names = (record.task, record.train, record.queries, record.method, record.measure)
         question = Asked(*names).question(project)

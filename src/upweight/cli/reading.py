@@ -1,54 +1,54 @@
-"""Which files did the user's code read? Weights and data that no option names are told by this.
+"""Which files did the user's code read? Weights and data that no option names are found so.
 
-Seen are files that Python opens while the objects are loaded, and files whose names stand in the
+These are files that Python opens while the objects are loaded, and files whose names stand in the
 user's code, for libraries that open files by themselves. What is opened later, as by a data set
-that reads an image when it is asked for it, is not.
+that reads an image when it is asked for it, is missed.
 """
 
 import ast
 import contextlib
+import functools
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 MOST = 50
-"""Files that are told."""
+"""Files that are listed."""
 
 HASHED_BYTES = 4_000_000_000
-"""Files are hashed up to so much together; of the rest the size is told."""
+"""Files are hashed up to so much together; of the rest the size is listed."""
 
 CODE = {".py", ".pyc", ".pyi", ".so", ".pyd", ".dll", ".pth", ".zip"}
-SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
+PACKAGES = {"site-packages", "dist-packages"}
+OURS = str(Path(__file__).resolve().parents[1])
+STANDARD = os.path.dirname(os.path.realpath(os.__file__))
+SYSTEM = (sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Files that were opened, by their places.
-
-    Args:
-        read: For reading.
-        written: For writing.
-    """
+    """Files that were opened for reading and for writing, by their places."""
 
     read: set[str] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
 
 
 _watching: list[Seen] = []
-_installed = False
+
+
+@functools.cache
+def _watch() -> None:
+    sys.addaudithook(_opened)  # for as long as the process lives; it does nothing by itself
 
 
 @contextlib.contextmanager
 def reading(found: Seen) -> Iterator[None]:
     """Add the files that are opened in the meantime."""
-    global _installed
-    if not _installed:
-        sys.addaudithook(_opened)  # for as long as the process lives; it does nothing by itself
-        _installed = True
+    _watch()
     _watching.append(found)
     try:
         yield
@@ -68,54 +68,47 @@ def _opened(event: str, arguments: tuple[Any, ...]) -> None:
                 kind.add(os.path.abspath(os.fsdecode(path)))
 
 
-def named_in(sources: Iterable[Path], folders: Iterable[Path]) -> set[str]:
+def named_in(sources: Iterable[Path], folders: Sequence[Path]) -> set[str]:
     """Files whose names stand in some code as texts, as seen from some folders."""
-    found, folders = set(), list(folders)
+    found = set()
     for source in sources:
-        try:
-            tree = ast.parse(source.read_bytes())
-        except (OSError, SyntaxError, ValueError, RecursionError):
-            continue
-        texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)
-                 and isinstance(node.value, str) and 0 < len(node.value) < 256}  # fmt: skip
-        for text in texts:
-            for folder in folders:
-                with contextlib.suppress(OSError, ValueError):
-                    if (folder / text).is_file():
-                        found.add(os.path.abspath(folder / text))
-    return found
+        with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError):
+            for node in ast.walk(ast.parse(source.read_bytes())):
+                text = node.value if isinstance(node, ast.Constant) else None
+                if isinstance(text, str) and 0 < len(text) < 256:
+                    found |= {os.path.abspath(folder / text) for folder in folders}
+    return {path for path in found if os.path.isfile(path)}
 
 
-def told(paths: Iterable[str], folders: Iterable[Path]) -> dict[str, str]:
+def data_files(paths: Iterable[str], folders: Sequence[Path]) -> dict[str, str]:
     """Data files by name, each with its hash, or its size where they are large.
 
     A name counts from the project's folder; of a file elsewhere it is the last part alone.
     """
-    here = [*(str(folder) for folder in folders), str(Path.cwd())]
-    room, names = HASHED_BYTES, {}
+    room, names = HASHED_BYTES, dict[str, str]()
     for text in sorted(set(paths)):
         path = Path(os.path.realpath(text))
-        if not path.is_file() or _is_code(path):
+        is_system = PACKAGES & set(path.parts) or any(map(path.is_relative_to, (OURS, *SYSTEM)))
+        if len(names) == MOST or is_system or path.suffix in CODE or not path.is_file():
             continue
-        folder = next((each for each in here if Path(text).is_relative_to(each)), None)
-        name = Path(text).name if folder is None else Path(text).relative_to(folder).as_posix()
+        folder = next((f for f in (*folders, Path.cwd()) if Path(text).is_relative_to(f)), None)
+        name = Path(text).relative_to(folder or Path(text).parent).as_posix()
         size = path.stat().st_size
+        names[name] = f"{size} bytes"
         if size <= room:
             room -= size
             with path.open("rb") as file:
                 names[name] = f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
-        else:
-            names[name] = f"{size} bytes"
-        if len(names) == MOST:
-            break
     return names
 
 
-def _is_code(path: Path) -> bool:
-    """Whether a file is code, or a library's or the system's."""
-    libraries = {sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[1])}
-    return (
-        path.suffix in CODE
-        or bool({"site-packages", "dist-packages"} & set(path.parts))
-        or any(path.is_relative_to(folder) for folder in (*libraries, *SYSTEM))
-    )
+def folder_of(file: str | None, folders: Sequence[Path]) -> Path | None:
+    """The innermost of the user's folders that a file of code is under; None for a library's."""
+    if file is None or file.startswith("<"):  # built in, or made at run time
+        return None
+    file = os.path.realpath(file)
+    found = [folder for folder in folders if file.startswith(os.path.join(folder, ""))]
+    is_library = PACKAGES & set(Path(file).parts) if found else True
+    if is_library or file.startswith((os.path.join(OURS, ""), os.path.join(STANDARD, ""))):
+        return None
+    return max(found, key=lambda folder: len(folder.parts))

@@ -50,12 +50,6 @@ class Failed(click.ClickException):
         click.echo(plain(self.message), err=True)
 
 
-class Interrupted(Failed):
-    """Ctrl-C, and how to go on."""
-
-    exit_code = 130
-
-
 def verb(function: Callable[..., Answer]) -> Callable[..., None]:
     """Give a verb its two last options, and print what it answers or what went wrong."""
 
@@ -74,12 +68,13 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
                 raise
             if traceback:
                 tracebacks.print_exception(error)
-            text = _told(error)
+            text = _in_words(error)
             if as_json:
                 facts = {"error": type(error).__name__, "message": text}
                 click.echo(json.dumps(facts))
-            kind = Interrupted if isinstance(error, KeyboardInterrupt) else Failed
-            raise kind(text) from error
+            failed = Failed(text)
+            failed.exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1  # type: ignore[misc]
+            raise failed from error
         if as_json:
             click.echo(json.dumps(_strict(answer.facts), indent=1))
         elif answer.text:
@@ -92,11 +87,11 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def continued_by(command: str) -> Iterator[None]:
-    """Say with what to go on, where the user, or a full disk, stops what is done here."""
+    """Add the command that resumes the work where the user, or a full disk, stops it."""
     try:
         yield
     except (KeyboardInterrupt, OSError) as error:
-        error.add_note(f"What is done is kept. To go on: {command}")
+        error.add_note(f"Finished work is kept. To resume: {command}")
         raise
 
 
@@ -159,13 +154,13 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _told(error: BaseException) -> str:
-    """The screen."""
+def _in_words(error: BaseException) -> str:
+    """An error on one screen."""
     notes = list(getattr(error, "__notes__", []))
     if isinstance(error, KeyboardInterrupt):
         return "\n".join(["interrupted", *(notes or ["run the same command again"])])
     text = f"{type(error).__name__}: {error}"
     if not isinstance(error, UpweightError | OSError):
         frame = tracebacks.extract_tb(error.__traceback__)[-1]
-        notes.append(f"at {frame.filename}:{frame.lineno}; --traceback shows the way there")
+        notes.append(f"at {frame.filename}:{frame.lineno}; --traceback shows the rest")
     return "\n  ".join([text, *notes])

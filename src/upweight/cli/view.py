@@ -36,7 +36,7 @@ def view(
     """Serve a run to the browser of this machine, until Ctrl-C.
 
     The page of `upweight report`, for scores that are too many for one file. It listens on this
-    machine only, and its address carries a token. The first time it copies the scores once more.
+    machine only, and its address carries a token. The first view copies the scores within the run.
     It shows what the run holds, and runs no code but that of files you name by --show or --project.
 
     \b
@@ -47,7 +47,6 @@ def view(
     place = Run.named(run.absolute())
     place.require_finished()
     record = place.record
-    assert record is not None
     rest: dict[str, Any] = {
         "port": port,
         "comparison": found_in(place),
@@ -68,9 +67,9 @@ def view(
             extra = refreshed(place, project, record, question, show, fitted)
             # Of a million examples a live model is not asked for these; the run has kept them.
             if is_kept(place):
-                had = alone(place)
+                cached = alone(place)
                 for name in ("train_losses", "self_influence"):
-                    extra.setdefault(name, had[name])
+                    extra.setdefault(name, cached[name])
             extra |= {"train": question.train, "queries": question.queries}
             context = context_of(question)
         # Held while it copies; others may work while it serves.

@@ -15,13 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.errors import ModelChanged, SpecError, message
+from upweight.errors import ModelChanged, ShapeError, SpecError, message
 from upweight.methods import health, removal
 from upweight.methods.dense import DenseScorer
 from upweight.methods.functionals import derivatives
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep
-from upweight.methods.removal import Without
+from upweight.methods.removal import Place, Without
 from upweight.methods.scorer import Asked, Scorer, not_offered
 from upweight.runtime.memory import require_room
 from upweight.runtime.progress import progress
@@ -442,8 +442,8 @@ class Fitted:
         )
 
     @property
-    def _place(self) -> removal.Place:
-        return removal.Place(self.task, self.train, self.theta, self.scorer)
+    def _place(self) -> Place:
+        return Place(self.task, self.train, self.theta, self.scorer)
 
     def _context(self, asked: Asked) -> Context:
         return Context(self.task, self.train, asked.queries, asked.measure, self)

@@ -160,11 +160,8 @@ class LinearRemovals:
     def _step_in_parameters(self, group: list[int]) -> Float[Tensor, " p"]:
         """(H + λI − (1/n) Σ_U Hᵢ)⁻¹ (1/n) Σ_U gᵢ with the p × p matrix itself."""
         task, form = self.source.task, self.source.form
-        own = (
-            linear_term(task, self.source.theta, form, self.train.subset(group))
-            .dense()
-            .to(torch.float64)
-        )
+        some = self.train.subset(group)
+        own = linear_term(task, self.source.theta, form, some).dense().to(torch.float64)
         matrix = self._matrix - self.share * own
         total = torch.zeros_like(matrix[0])
         for _, _, batch in some.batches(len(group)):

@@ -165,7 +165,8 @@ class SumOfScorers(Scorer):
             yield _Sum(jobs)
 
     def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-        told, notes = [], []
+        told: list[dict[str, Any]] = []
+        notes: list[str] = []
         for scorer, own in zip(self.scorers, zip(*records, strict=True), strict=True):
             health, some = scorer.summary(own)
             told.append(health)

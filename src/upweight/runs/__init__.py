@@ -10,5 +10,5 @@
     RUN/log.txt           what was done when
 
 `directory.py` opens and locks it, `work.py` does the work, `forecast.py` says what it would take.
-Every file is whole or not there. One process at a time writes.
+Writes are atomic, by one process at a time.
 """

@@ -4,12 +4,11 @@ new  ──create──►  unfinished  ──work──►  finished          a
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,15 +37,18 @@ OWN = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
 class Run:
-    """A run directory.
+    """A run directory."""
 
-    Args:
-        path: The directory.
-    """
-
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.toml = path / "run.toml"
+        self.factors = path / "factors"
+        self.scores = path / "scores"
+        self.shown = path / "shown"
+        self.retrained = path / "retrained"
+        self.evaluation = path / "evaluation.json"
+        self.report = path / "report.html"
 
     @classmethod
     def named(cls, path: Path) -> "Run":
@@ -69,44 +71,9 @@ class Run:
         return run
 
     @property
-    def toml(self) -> Path:
-        """What the run asks."""
-        return self.path / "run.toml"
-
-    @property
-    def factors(self) -> Path:
-        """The curvature."""
-        return self.path / "factors"
-
-    @property
-    def scores(self) -> Path:
-        """The scores."""
-        return self.path / "scores"
-
-    @property
-    def shown(self) -> Path:
-        """What a page shows of the data."""
-        return self.path / "shown"
-
-    @property
-    def retrained(self) -> Path:
-        """Models trained for comparison."""
-        return self.path / "retrained"
-
-    @property
-    def evaluation(self) -> Path:
-        """What comparison with retraining found."""
-        return self.path / "evaluation.json"
-
-    @property
-    def report(self) -> Path:
-        """The page."""
-        return self.path / "report.html"
-
-    @property
-    def record(self) -> Record | None:
-        """What run.toml says; None for a new directory."""
-        return Record.read(self.toml) if self.toml.exists() else None
+    def record(self) -> Record:
+        """What run.toml says."""
+        return Record.read(self.toml)
 
     @property
     def has_work(self) -> bool:
@@ -128,7 +95,8 @@ class Run:
             NotWritten: The directory cannot be made.
         """
         make_folder(self.path)
-        others = [p.name for p in self.path.iterdir() if not _is_own(p)]
+        own = {*OWN, *LOCKS}
+        others = [p.name for p in self.path.iterdir() if p.name not in own and p.suffix != ".part"]
         if others and not self.toml.exists():
             raise StaleStore(
                 message(
@@ -155,20 +123,12 @@ class Run:
         return asdict(Scores.provenance_in(self.scores))
 
     def load(self) -> Scores:
-        """The finished scores, without their live task and data.
-
-        Raises:
-            StaleStore: They are not finished, or damaged.
-        """
+        """The finished scores, without their live task and data. Raises as `require_finished`."""
         self.require_finished()
         return Scores.load(self.scores)
 
     def require_finished(self) -> None:
-        """Refuse a run whose scores are not all there, or not of what run.toml asks.
-
-        Raises:
-            StaleStore: So.
-        """
+        """Raise StaleStore where scores are missing, or not of what run.toml asks."""
         if not self.is_finished:
             raise StaleStore(
                 message(
@@ -181,9 +141,9 @@ class Run:
         self._require_own_scores()
 
     def _require_own_scores(self) -> None:
-        record, told = self.record, Scores.provenance_in(self.scores)
-        assert record is not None
-        file, of = self.scores / "scores.json", told.fingerprints
+        record, found = self.record, Scores.provenance_in(self.scores)
+        file, of = self.scores / "scores.json", found.fingerprints
+        stored: dict[str, Any] = {}
         if (self.scores / "finished.json").exists():
             file = self.scores / "manifest.json"
             about = ScoreShards.load(self.scores).description
@@ -191,33 +151,28 @@ class Run:
                 of = fingerprints_of(about)
             except KeyError:
                 of = dict.fromkeys(CONTENTS, "not recorded")
-        others = [name for name in of if of[name] != record.fingerprints.get(name)]
-        written: dict[str, Any] = {}
         if not is_reference(record.method):  # what a method of the user's says is its own matter
-            written = {name: getattr(told, name) for name in ("n", "q", "p", "method")}
+            stored |= {name: getattr(found, name) for name in ("n", "q", "p", "method")}
         if not is_reference(record.measure):
-            written["measure"] = told.measure
-        apart = {k: v for k, v in written.items() if v != getattr(record, k)}
-        if not others and not apart:
+            stored["measure"] = found.measure
+        others = [name for name in of if of[name] != record.fingerprints.get(name)]
+        edited = {k: v for k, v in stored.items() if v != getattr(record, k)}
+        if not others and not edited:
             return
         if others or not of:
-            words = ", ".join(others or apart)
-            given = f"{file}, which is of another {words} than {self.toml}"
+            given = f"{file}, which is of another {', '.join(others or edited)} than {self.toml}"
             cause = "scores copied from another run, or a run.toml edited by hand."
             way_out = (
                 "put back the one that was changed; or delete the folder "
                 f"{self.scores} and compute them again: {self.command('rerun')}"
             )
         else:
-            lines = [f"{k} = {json.dumps(v)}, not {getattr(record, k)}" for k, v in apart.items()]
+            lines = [f"{k} = {json.dumps(v)}, not {getattr(record, k)}" for k, v in edited.items()]
             given = f"{self.toml}, which says otherwise: {file} has {'; '.join(lines)}"
             cause = "a run.toml edited by hand: the scores are of the same model, data and method."
-            way_out = "write that in run.toml again; or ask anew with another --out."
-        raise StaleStore(
-            message(
-                "The scores of a run are of what its run.toml asks.", f"{given}.", cause, way_out
-            )
-        )
+            way_out = "write that in run.toml again; or start a new run with another --out."
+        required = "The scores of a run are of what its run.toml asks."
+        raise StaleStore(message(required, f"{given}.", cause, way_out))
 
     def naming(self, record: Record) -> list[str]:
         """The options that name the project of this run, as seen from the current folder."""
@@ -241,9 +196,7 @@ class Run:
 
     def command(self, verb: str) -> str:
         """A command about this run that names its project."""
-        record = self.record
-        assert record is not None
-        return shlex.join(["upweight", verb, str(self.path), *self.naming(record)])
+        return shlex.join(["upweight", verb, str(self.path), *self.naming(self.record)])
 
     def evaluations(self) -> dict[str, Any]:
         """What comparisons of these scores found, the latest last; empty where there was none.
@@ -259,7 +212,7 @@ class Run:
                 message(
                     "A comparison is of the scores that a run holds.",
                     f"{self.evaluation}, which is of others, or does not say of which.",
-                    "a file copied from another run, or scores computed anew since.",
+                    "a file copied from another run, or scores computed again since.",
                     WAY_OUT,
                 )
             )
@@ -269,15 +222,3 @@ class Run:
         """Keep what a comparison found, in place of an earlier one of its name."""
         kept = {k: v for k, v in self.evaluations().items() if k != name} | {name: facts}
         write_json(self.evaluation, SCHEMA, {**kept, "of": Scores.digest_in(self.scores)})
-
-    def digests(self) -> dict[str, str]:
-        """A hash of each file of scores: equal for scores that are equal bit for bit."""
-        found = {}
-        for path in sorted(self.scores.glob("*.safetensors")):
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return found
-
-
-def _is_own(path: Path) -> bool:
-    return path.name in OWN or path.name in LOCKS or path.suffix == ".part"

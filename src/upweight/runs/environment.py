@@ -6,6 +6,7 @@ to rounding.
 
 import importlib.metadata
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -14,14 +15,18 @@ import torch
 from upweight.scores import library_versions
 
 LIBRARIES = {
-    "numpy": "numpy",
-    "scipy": "scipy",
-    "sklearn": "scikit-learn",
-    "statsmodels": "statsmodels",
-    "transformers": "transformers",
-    "torchvision": "torchvision",
-}
-"""Whose version is told where they are imported: module, and package."""
+    "numpy": "numpy", "scipy": "scipy", "sklearn": "scikit-learn", "statsmodels": "statsmodels",
+    "transformers": "transformers", "torchvision": "torchvision",
+}  # fmt: skip
+"""Whose version is recorded where they are imported: module, and package."""
+
+
+def version_of(package: str) -> str | None:
+    """The installed version; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -33,10 +38,8 @@ def environment(device: torch.device) -> dict[str, str]:
     found = dict(library_versions())
     for module, package in LIBRARIES.items():
         if module in sys.modules:
-            try:
-                found[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                found[package] = str(getattr(sys.modules[module], "__version__", "unknown"))
+            other = getattr(sys.modules[module], "__version__", "unknown")
+            found[package] = version_of(package) or str(other)
     found["platform"] = f"{platform.system()} {platform.release()} {platform.machine()}"
     found["processor"] = _processor()
     found["instructions"] = torch.backends.cpu.get_cpu_capability()
@@ -50,7 +53,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def differences(first: dict[str, str], second: dict[str, str]) -> list[str]:
-    """What two environments have otherwise, as "torch 2.12 → 2.13"."""
+    """Differences between two environments, as "torch 2.12 → 2.13"."""
     names = dict.fromkeys([*first, *second])
     return [
         f"{name} {first.get(name, 'none')} → {second.get(name, 'none')}"
@@ -60,17 +63,13 @@ def differences(first: dict[str, str], second: dict[str, str]) -> list[str]:
 
 
 def _processor() -> str:
-    """Its model, where the system tells."""
-    told = Path("/proc/cpuinfo")
-    if told.exists():
-        for line in told.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip().lower() in ("model name", "hardware"):
-                return value.strip()
-    return platform.processor() or platform.machine() or "unknown"
+    """Its model, where the system says."""
+    file = Path("/proc/cpuinfo")
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    found = re.search(r"(?im)^(model name|hardware)\s*:\s*(.*)$", text)
+    return found[2].strip() if found else platform.processor() or platform.machine() or "unknown"
 
 
 def _blas() -> str:
-    told = torch.__config__.show()
-    _, found, rest = told.partition("BLAS_INFO=")
-    return rest.partition(",")[0].strip() if found else "unknown"
+    found = re.search(r"BLAS_INFO=([^,]*)", torch.__config__.show())
+    return found[1].strip() if found else "unknown"

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from upweight.errors import NotConverged, NotPositiveDefinite
+from upweight.gradients.uses import layer_uses
 from upweight.linalg.damping import Absolute
 from upweight.methods.fitted import Fitted
-from upweight.runs.layers import LayerUse, layer_uses
 from upweight.runs.question import Question
 from upweight.runtime.resources import Resources
 
@@ -47,7 +47,7 @@ class Forecast:
         operator_bytes: Memory of a curvature that is formed as a matrix; 0 if it is not.
     """
 
-    layers: tuple[LayerUse, ...]
+    layers: list[dict[str, Any]]
     notes: tuple[str, ...]
     batch: int | None
     batch_bytes: int
@@ -91,7 +91,7 @@ def forecast(question: Question, memory_bytes: int | None) -> Forecast:
     fit_seconds, attribute_seconds = _expected(lambda m: stages(m)[1:], few, n)
     work = small.scorer.work(q, memory_bytes)
     return Forecast(
-        () if work.plan is None else tuple(layer_uses(work.plan)),
+        [] if work.plan is None else list(layer_uses(work.plan)),
         () if work.plan is None else work.plan.notes,
         work.batch,
         work.batch_bytes,

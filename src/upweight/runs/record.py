@@ -101,7 +101,7 @@ class Record:
         return record
 
     def differences(self, other: "Record") -> list[str]:
-        """What another record says otherwise, of all that the scores depend on, in words.
+        """How another record differs in what the scores depend on, in words.
 
         Names of files and objects may differ; what they hold may not.
         """

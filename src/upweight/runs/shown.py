@@ -28,16 +28,10 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class _Shown:
-    """What shown.json holds.
+    """What shown.json holds."""
 
-    Args:
-        numbers: The hash of the other file.
-        of: Which model and data.
-        facts: What is shown.
-    """
-
-    numbers: str
-    of: Mapping[str, str]
+    numbers: str  # the hash of the other file
+    of: Mapping[str, str]  # which model and data
     facts: Mapping[str, Any]
 
 
@@ -49,10 +43,14 @@ def write(run: Run, facts: Facts, arrays: Arrays) -> None:
     """
     make_folder(run.shown)
     numbers = safetensors.numpy.save({k: np.ascontiguousarray(x) for k, x in arrays.items()})
-    told = {"numbers": hashlib.sha256(numbers).hexdigest(), "of": _of(run), "facts": facts}
+    header = {
+        "numbers": hashlib.sha256(numbers).hexdigest(),
+        "of": run.record.fingerprints,
+        "facts": facts,
+    }
     (run.shown / "shown.json").unlink(missing_ok=True)
     write_whole(run.shown / "shown.safetensors", numbers)
-    write_json(run.shown / "shown.json", SCHEMA, told)
+    write_json(run.shown / "shown.json", SCHEMA, header)
 
 
 def read(run: Run) -> tuple[Facts, Arrays]:
@@ -61,43 +59,29 @@ def read(run: Run) -> tuple[Facts, Arrays]:
     Raises:
         StaleStore: It is not there, damaged, or of another model or data.
     """
-    try:
-        told = read_json(run.shown / "shown.json", SCHEMA, _Shown, _way_out(run))
-    except FileNotFoundError as error:
-        raise _unread(run, "a run that holds no such thing", "it was made by upweight 0.1.0, or "
-                      "its attribute was stopped after the scores.") from error  # fmt: skip
-    try:
-        numbers = (run.shown / "shown.safetensors").read_bytes()
-        arrays = safetensors.numpy.load(numbers)
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        given = f"{run.shown}: {type(error).__name__}: {error}"
-        raise _unread(run, given, "a file that was cut or edited.") from error
-    if told.numbers != hashlib.sha256(numbers).hexdigest():
-        raise _unread(run, f"{run.shown}, whose files are not of each other", "an edited file.")
-    if told.of != _of(run):
-        raise _unread(run, f"{run.shown}, of another model or other data", "a copied folder.")
-    return told.facts, arrays
-
-
-def _of(run: Run) -> dict[str, str]:
-    record = run.record
-    assert record is not None
-    return dict(record.fingerprints)
-
-
-def _unread(run: Run, given: str, cause: str) -> StaleStore:
-    return StaleStore(
-        message(
-            "A page of a run alone is made of what attribute kept to show.",
-            f"{given}.",
-            cause,
-            _way_out(run),
-        )
-    )
-
-
-def _way_out(run: Run) -> str:
-    return (
+    way_out = (
         "name the project, if you trust it: its code then runs, and what it shows is kept for the "
         f"next time: {run.command('report')}"
     )
+
+    def refused(given: str, cause: str) -> StaleStore:
+        required = "A page of a run alone is made of what attribute kept to show."
+        return StaleStore(message(required, f"{given}.", cause, way_out))
+
+    try:
+        header = read_json(run.shown / "shown.json", SCHEMA, _Shown, way_out)
+        numbers = (run.shown / "shown.safetensors").read_bytes()
+        arrays = safetensors.numpy.load(numbers)
+    except FileNotFoundError as error:
+        cause = "it was made by upweight 0.1.0, or its attribute was stopped after the scores."
+        raise refused("a run that holds no such thing", cause) from error
+    except StaleStore:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        given = f"{run.shown}: {type(error).__name__}: {error}"
+        raise refused(given, "a file that was cut or edited.") from error
+    if header.numbers != hashlib.sha256(numbers).hexdigest():
+        raise refused(f"{run.shown}, whose files are not of each other", "an edited file.")
+    if header.of != run.record.fingerprints:
+        raise refused(f"{run.shown}, of another model or other data", "a copied folder.")
+    return header.facts, arrays

@@ -216,7 +216,8 @@ class _Suite:
         assert torch.equal(self.of(problem), self.of(problem)), f"{self.method!r}: two answers"
 
     def spec(self) -> None:
-        names = vars(upweight) | {type(self.method).__name__: type(self.method)}
+        names = {name: getattr(upweight, name) for name in upweight.__all__}
+        names[type(self.method).__name__] = type(self.method)
         again = eval(repr(self.method), names)
         assert again == self.method, f"repr is not Python for an equal spec: {self.method!r}"
         assert hash(again) == hash(self.method)
