@@ -50,7 +50,6 @@ def write(run: Run, facts: Facts, arrays: Arrays) -> None:
     make_folder(run.shown)
     numbers = safetensors.numpy.save({k: np.ascontiguousarray(x) for k, x in arrays.items()})
     told = {"numbers": hashlib.sha256(numbers).hexdigest(), "of": _of(run), "facts": facts}
-    (run.shown / "shown.json").unlink(missing_ok=True)
     write_whole(run.shown / "shown.safetensors", numbers)
     write_json(run.shown / "shown.json", SCHEMA, told)
 
@@ -73,7 +72,8 @@ def read(run: Run) -> tuple[Facts, Arrays]:
         given = f"{run.shown}: {type(error).__name__}: {error}"
         raise _unread(run, given, "a file that was cut or edited.") from error
     if told.numbers != hashlib.sha256(numbers).hexdigest():
-        raise _unread(run, f"{run.shown}, whose files are not of each other", "an edited file.")
+        given = f"{run.shown}, whose files are not of each other"
+        raise _unread(run, given, "an edited file, or a command stopped between the two.")
     if told.of != _of(run):
         raise _unread(run, f"{run.shown}, of another model or other data", "a copied folder.")
     return told.facts, arrays
