@@ -680,7 +680,11 @@ class FittedInfluence(Checked):
         return value_source(task, queries, lambda p, b: measure(task, p, b), self.train)
 
     def _solve(self, vectors: Float[Tensor, "k p"]) -> Solution:
-        return self.solver.solve(self.state, vectors).throw()
+        solution = self.solver.solve(self.state, vectors)
+        if not solution.converged:  # training data written to since leave a residual: say so
+            for _ in self._batches():
+                pass
+        return solution.throw()
 
     def _batches(self) -> Iterator[tuple[Batch, int]]:
         """The training examples in order, with how many there are in each batch."""
