@@ -473,6 +473,7 @@ EDITS = {
     "q": ("q = 10", "q = 9"),
     "p": ("p = 24", "p = 25"),
     "tolerance": ("tolerance = 0.01", "tolerance = 0.5"),
+    "threads": ("threads = ", "threads = 1"),
     "measure": ('measure = "Loss()"', 'measure = "Margin()"'),
     "method": ("Relative(factor=0.1)", "Relative(factor=0.9)"),
 }

@@ -601,6 +601,7 @@ class FittedInfluence(Checked):
             health=judged,
             seconds=seconds,
             versions=library_versions(),
+            threads=torch.get_num_threads(),
             notes=tuple(
                 dict.fromkeys(
                     (

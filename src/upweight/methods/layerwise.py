@@ -692,6 +692,7 @@ class LayerwiseInfluence(Checked):
             },
             seconds={**self.seconds, "attribute": time.perf_counter() - started},
             versions=library_versions(),
+            threads=torch.get_num_threads(),
             notes=tuple(dict.fromkeys((*self.notes, *notes, *queries.notes, *queries.form_notes))),
         )
 

@@ -196,6 +196,7 @@ class Run:
         written: dict[str, Any] = {}
         if not is_reference(record.method):  # what a method of the user's says is its own matter
             written = {name: getattr(told, name) for name in ("n", "q", "p", "method")}
+            written["threads"] = told.threads
         if not is_reference(record.measure):
             written["measure"] = told.measure
         if tolerance is not None and tolerance != repr(record.tolerance):
