@@ -15,8 +15,9 @@ from tests.market import draw, initialized, labels, problem, tokens
 from tests.reference import layerwise
 from tests.reference.dense import gradients
 from upweight.curvature import estimators
-from upweight.errors import NonFinite
+from upweight.errors import NonFinite, SpecError
 from upweight.gradients.blocks import MatrixBlock
+from upweight.runtime import memory
 from upweight.task.data import as_data
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -245,3 +246,14 @@ def test_a_gradient_that_overflows_is_named(spec):
     data = as_data((torch.full((4, 2), 1e30).float(), torch.zeros(4, 1).float()))
     with pytest.raises(NonFinite, match=r"NaN or infinity in the curvature of weight"):
         spec.fit_blocks(uw.Task(model, uw.SquaredError()), data)
+
+
+@pytest.mark.parametrize("spec", [uw.KFAC(), uw.EKFAC()], ids=repr)
+def test_covariances_larger_than_memory_are_refused_and_the_ways_out_work(spec, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 60_000)
+    task = uw.Task(nn.Sequential(nn.Linear(80, 3), nn.Linear(3, 2)), uw.CrossEntropy())
+    data = as_data((torch.ones(4, 80), torch.zeros(4).long()))
+    with pytest.raises(SpecError, match=r"81 × 81 numbers for the curvature of 0\.weight"):
+        spec.fit_blocks(task, data)
+    uw.Diagonal().fit_blocks(task, data)
+    spec.fit_blocks(uw.Task(task.model, task.loss, params="1.*"), data)
