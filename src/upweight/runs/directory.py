@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -44,18 +44,20 @@ class Run:
 
     Args:
         path: The directory.
+        projects: Files that the user named, for the commands that messages name.
     """
 
     path: Path
+    projects: tuple[str, ...] = ()
 
     @classmethod
-    def named(cls, path: Path) -> "Run":
+    def named(cls, path: Path, projects: Iterable[str] = ()) -> "Run":
         """The run of a directory, or of its run.toml.
 
         Raises:
             StaleStore: There is no run, or one with links in it.
         """
-        run = cls(path.parent if path.name == "run.toml" else path)
+        run = cls(path.parent if path.name == "run.toml" else path, tuple(projects))
         if not run.toml.exists():
             raise StaleStore(
                 message(
@@ -233,7 +235,10 @@ class Run:
         ]
 
     def place_of(self, record: Record, source: str) -> str:
-        """Where run.toml says that a file lies, if there is one; to print it, not to follow it."""
+        """Where the user, else run.toml, says that a file lies; to print it, not to follow it."""
+        fitting = [each for each in self.projects if Path(each).name == Path(source).name]
+        if len(fitting) == 1:
+            return fitting[0]
         path = self.path / record.directory / source
         is_remote = str(path).startswith(("\\\\", "//"))  # of Windows: asking would tell who asks
         try:
