@@ -518,9 +518,7 @@ def test_scores_that_were_altered_are_noticed_though_there_is_a_copy(opened_once
         opened(opened_once)
 
 
-def test_a_copy_goes_with_its_scores_to_a_disk_that_is_read_only(
-    opened_once, values, monkeypatch
-):
+def test_a_copy_goes_with_its_scores_to_a_disk_that_is_read_only(opened_once, values, monkeypatch):
     (file,) = opened_once.glob("scores-*")
     os.utime(file, (1, 1))  # as a copy without times leaves it
     monkeypatch.setattr(matrix, "_copied", lambda _: pytest.fail("made again"))
