@@ -751,8 +751,16 @@ def no_removals() -> Any:
 @case
 def a_factor_larger_than_memory() -> Any:
     model = nn.Linear(1_000_000, 4, bias=False)
-    train = torch.zeros(1, 1_000_000), torch.zeros(1).long()
+    train = torch.ones(1, 1_000_000), torch.zeros(1).long()
     return attribute(model, train=train, queries=train, method=uw.Influence(solver=uw.Cholesky()))
+
+
+@case
+def covariances_larger_than_memory() -> Any:
+    model = nn.Linear(1_000_000, 4, bias=False)
+    train = torch.ones(1, 1_000_000), torch.zeros(1).long()
+    method = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1))
+    return attribute(model, train=train, queries=train, method=method)
 
 
 # -- verdicts --------------------------------------------------------------------------------------
@@ -862,6 +870,15 @@ def a_regression_asked_without_targets() -> Any:
 def an_estimator_in_place_of_a_task() -> Any:
     made, X, y, _ = pipeline()
     return uw.Influence().fit(made, (X, y))
+
+
+@case
+def the_pair_of_an_adapter_in_place_of_a_task() -> Any:
+    import upweight.adapters.sklearn as sk
+
+    made, X, y, _ = pipeline()
+    pair: Any = sk.task(made, X, y)
+    return uw.Influence().fit(pair, (X, y))
 
 
 @case

@@ -78,6 +78,7 @@ class Provenance:
         versions: Of the libraries used.
         notes: Choices made on the user's behalf, and warnings.
         fingerprints: Of what the run asked that keeps them; empty elsewhere.
+        threads: Of PyTorch: sums round by how they are shared out. 0: not told.
     """
 
     method: str
@@ -93,6 +94,7 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    threads: int = 0
 
 
 def library_versions() -> dict[str, str]:

@@ -344,6 +344,8 @@ def test_models_of_other_libraries_are_told_apart():
             wrong()
     with pytest.raises(UnsupportedModel, match=r"Task\(model, loss\)"):
         uw.Task(len, uw.CrossEntropy())
+    with pytest.raises(UnsupportedModel, match=r"(?s)tuple of Task and .*task, train = sk\.task"):
+        uw.Influence().fit(sk.task(pipe, *data), data)
 
 
 PROJECT = """

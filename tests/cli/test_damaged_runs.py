@@ -356,6 +356,29 @@ def test_a_page_for_which_there_is_no_room_is_written_elsewhere(run, disk, monke
     assert "upweight" in (tmp_path / "elsewhere" / "page.html").read_text()
 
 
+def test_what_is_shown_beside_a_run_on_a_read_only_disk_is_not_kept_and_is_shown(
+    run, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(Server, "wait", lambda server: None)
+    run.path.with_name("other.py").write_text("shown = {'title': 'A title of mine'}")
+    page = tmp_path / "page.html"
+    for name in ("run", "exact"):
+        show = [name, "--show", "other.py:shown", *OWN]
+        call("view", name)  # which makes the copy
+        before = state_of(run.path.with_name(name))
+        with monkeypatch.context() as patched:
+            read_only(patched)
+            for verb in (["report", *show, "--out", page], ["view", *show]):
+                found = call(*verb)
+                assert found.exit_code == 0 and "was not kept in the run" in found.stderr
+                assert str(run.path.with_name(name) / "run.toml") in found.stderr
+        assert state_of(run.path.with_name(name)) == before
+        assert "A title of mine" in page.read_text()
+    answer("report", "run", *show[1:])  # where there is room it is kept
+    answer("report", "run")
+    assert "A title of mine" in run.report.read_text()
+
+
 @pytest.mark.parametrize("disk", [full, read_only])
 def test_a_view_needs_room_only_for_its_copy(run, disk, monkeypatch, tmp_path):
     monkeypatch.setattr(Server, "wait", lambda server: None)
@@ -451,6 +474,7 @@ EDITS = {
     "q": ("q = 10", "q = 9"),
     "p": ("p = 24", "p = 25"),
     "tolerance": ("tolerance = 0.01", "tolerance = 0.5"),
+    "threads": ("threads = ", "threads = 1"),
     "measure": ('measure = "Loss()"', 'measure = "Margin()"'),
     "method": ("Relative(factor=0.1)", "Relative(factor=0.9)"),
 }

@@ -588,6 +588,23 @@ def test_the_next_commands_of_a_moved_project_name_the_files_that_ran(made, tmp_
         answer(*shlex.split(commands[2]))
 
 
+def test_a_refusal_names_the_files_that_the_user_named_and_the_command_works(
+    made, tmp_path, monkeypatch
+):
+    """Not those where run.toml says that they lie: the run was moved."""
+    shutil.copytree(made / "run", tmp_path / "run")
+    (tmp_path / "moved").mkdir()
+    shutil.copy(made / "project.py", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    unfinish(tmp_path / "run")
+    mine = ["run", "--project", "moved/project.py"]
+    for verb in (["report", *mine], ["view", *mine], ["evaluate", *mine, "--recipe", "Newton()"]):
+        (command,) = re.findall(r"trust its files: upweight (.*)", refusal(*verb))
+    assert command.endswith("--project moved/project.py")
+    answer(*shlex.split(command))
+    assert answer("report", *mine)["report"]
+
+
 def test_the_command_of_a_page_makes_the_run_again_from_wherever_it_was_made(
     made, tmp_path, monkeypatch
 ):

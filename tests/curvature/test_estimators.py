@@ -15,8 +15,9 @@ from tests.market import draw, initialized, labels, problem, tokens
 from tests.reference import layerwise
 from tests.reference.dense import gradients
 from upweight.curvature import estimators
-from upweight.errors import NonFinite
+from upweight.errors import NonFinite, SpecError
 from upweight.gradients.blocks import MatrixBlock
+from upweight.runtime import memory
 from upweight.task.data import as_data
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -250,3 +251,15 @@ def test_a_gradient_that_overflows_is_named(spec):
     task = uw.Task(model, uw.SquaredError())
     with pytest.raises(NonFinite, match=r"NaN or infinity in the curvature of weight"):
         spec.fit_blocks(task, data, task.theta())
+
+
+@pytest.mark.parametrize("spec", [uw.KFAC(), uw.EKFAC()], ids=repr)
+def test_covariances_larger_than_memory_are_refused_and_the_ways_out_work(spec, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 60_000)
+    task = uw.Task(nn.Sequential(nn.Linear(80, 3), nn.Linear(3, 2)), uw.CrossEntropy())
+    data = as_data((torch.ones(4, 80), torch.zeros(4).long()))
+    with pytest.raises(SpecError, match=r"81 × 81 numbers for the curvature of 0\.weight"):
+        spec.fit_blocks(task, data, task.theta())
+    uw.Diagonal().fit_blocks(task, data, task.theta())
+    part = uw.Task(task.model, task.loss, params="1.*")
+    spec.fit_blocks(part, data, part.theta())

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, replace
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,6 +238,26 @@ def test_what_is_no_time_is_refused(text, digits, fitted):
     scores = fitted.attribute(digits[2])
     with pytest.raises(SpecError, match="A budget is a time"):
         check(scores, uw.Newton(), text)
+
+
+@pytest.mark.parametrize("slower", [1.0, 3.0])
+def test_a_budget_is_kept_where_the_machine_becomes_slower(digits, fitted, monkeypatch, slower):
+    """Each model takes a second, and after half of the budget several."""
+    module = import_module("upweight.evaluation.check")
+    clock, budget = SimpleNamespace(now=0.0), 100.0
+    retrain = module._retrained
+
+    def timed(*arguments):
+        rows = arguments[2]
+        clock.now += len(rows) * (1.0 if clock.now < budget / 2 else slower)
+        return retrain(*arguments)
+
+    monkeypatch.setattr(module, "_retrained", timed)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    scores = fitted.attribute(digits[2])
+    found = check(scores, uw.Newton(), budget, progress=False)
+    assert 0.8 * budget < found.seconds < 1.3 * budget
+    assert len(found.lds.predicted) >= 8
 
 
 def test_a_budget_for_fewer_than_eight_subsets_is_refused_early(digits, fitted):

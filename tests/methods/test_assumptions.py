@@ -213,6 +213,19 @@ def test_gradients_too_small_for_the_dtype_are_noted() -> None:
     assert not scores.values.any()
 
 
+def test_what_is_judged_of_tiny_numbers_in_float32_is_a_number() -> None:
+    """Whose squares, 1e-44, float32 has no digits for."""
+    model = nn.Linear(3, 1).float()
+    nn.init.constant_(model.weight, 1e-23), nn.init.zeros_(model.bias)
+    train = torch.arange(24.0).reshape(8, 3).sin().float(), torch.full((8, 1), 1e-22).float()
+    task = Task(model, SquaredError(), L2(0.1))
+    with pytest.warns(AssumptionWarning) as caught:
+        scores = Influence(GGN()).fit(task, train).attribute(train)
+    health = scores.provenance.health
+    assert 0 < health["row_sum_excess_overall"] <= 1 and health["gradient_norm"] > 0
+    assert not any("nan" in str(each.message) for each in caught)
+
+
 def test_a_question_that_a_method_does_not_answer_names_one_that_does(tmp_path: Any) -> None:
     train, queries = data(N), data(Q)
     task = Task(trained(train, 0.01), CrossEntropy(), L2(0.01))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from upweight import EKFAC, GGN, L2, CrossEntropy, Influence, Shards, Task
+from upweight import EKFAC, GGN, L2, Cholesky, CrossEntropy, Influence, Shards, Task
 from upweight.errors import DataChanged, ModelChanged
 from upweight.runtime.fingerprint import checksum, digest, item_checksum, row_checksums
 from upweight.task.data import as_data
@@ -345,6 +345,16 @@ def test_data_changed_in_place_are_named(method: Influence, as_dataset: bool, pa
         of.attribute(queries)
     with pytest.raises(DataChanged, match="training example 5 is another"):
         of.self_influence()
+
+
+def test_a_residual_that_changed_data_leave_is_not_blamed_on_rounding() -> None:
+    """A factorization solves for the data of fit, and its residual is of those of now."""
+    X, y = arrays()
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    of = fitted(Influence(GGN(), Cholesky(), damping=1.0), net, (X, y))
+    X.mul_(3)
+    with pytest.raises(DataChanged, match="training example 0 is another, and so are 11 more"):
+        of.attribute(arrays(2))
 
 
 @BOTH

@@ -53,8 +53,10 @@ def ce(outputs, targets):
         lambda o, y: ce(o, y) / ce(o, y).detach().sum() * len(y),
         lambda o, y: ce(o, y) / len(y),
         lambda o, y: ce(o - o.mean(dim=0), y),
+        lambda o, y: ce(o, y).mean().expand(len(y)),
+        lambda o, y: ce(o @ o.T, torch.arange(len(y))),
     ],
-    ids=["class-balanced", "normalized", "divided by the batch", "centred"],
+    ids=["class-balanced", "normalized", "divided by the batch", "centred", "mean", "InfoNCE"],
 )
 def test_a_loss_that_looks_at_its_batch_is_blamed(loss, curvature):
     with pytest.raises(NonDeterministic, match=r"(?s)loss of an example .* same outputs") as caught:
@@ -322,9 +324,17 @@ class Functional(nn.Module):
         Functional(),
         nn.Sequential(net(), nn.RReLU()),
         nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), net()),
+        nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 3)), net()),
         nn.Sequential(net(), nn.BatchNorm1d(2)),
+        nn.Sequential(
+            nn.Linear(3, 4),
+            nn.Unflatten(1, (2, 2)),
+            nn.InstanceNorm1d(2, track_running_stats=True),
+            nn.Flatten(),
+            nn.Linear(4, 2),
+        ),
     ],
-    ids=["functional dropout", "RReLU", "spectral norm", "BatchNorm"],
+    ids=["dropout", "RReLU", "spectral norm", "old spectral norm", "BatchNorm", "InstanceNorm"],
 )
 def test_a_mode_that_matters_is_refused(layer):
     task = uw.Task(layer.double().train(), uw.CrossEntropy())

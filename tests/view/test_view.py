@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import shutil
 import socket
 import urllib.error
@@ -217,6 +218,8 @@ def test_every_example_is_on_some_page_in_order(server, values):
         ("examples", {"ids": "9" * 5000}, 400),
         ("drop", {"ids": "1" * 5000}, 400),
         ("ranking/0/raised", {"start": "9" * 5000}, 400),
+        ("examples", {}, 404),
+        ("examples", {"ids": ","}, 404),
     ],
 )
 def test_addresses_of_nothing_are_refused(server, path, parameters, status):
@@ -511,6 +514,17 @@ def test_sums_of_other_scores_are_made_again(opened_once, values, tmp_path):
 def test_scores_that_were_altered_are_noticed_though_there_is_a_copy(opened_once):
     (file,) = opened_once.glob("scores-*")
     DAMAGES["an edited score"](file)
+    with pytest.raises(StaleStore, match=file.name):
+        opened(opened_once)
+
+
+def test_a_copy_goes_with_its_scores_to_a_disk_that_is_read_only(opened_once, values, monkeypatch):
+    (file,) = opened_once.glob("scores-*")
+    os.utime(file, (1, 1))  # as a copy without times leaves it
+    monkeypatch.setattr(matrix, "_copied", lambda _: pytest.fail("made again"))
+    assert torch.equal(opened(opened_once).values, values)
+    DAMAGES["an edited score"](file)
+    monkeypatch.undo()
     with pytest.raises(StaleStore, match=file.name):
         opened(opened_once)
 

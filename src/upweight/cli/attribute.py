@@ -117,7 +117,7 @@ def rerun(run: Path, projects: tuple[str, ...], out: Path | None) -> Answer:
         upweight rerun runs/digits/run.toml --project project.py
         upweight rerun runs/digits/run.toml --project project.py --out runs/again
     """
-    first = Run.named(run.absolute())
+    first = Run.named(run.absolute(), projects)
     if out is None and not projects and first.is_finished:
         return audited(first, run)
     if out is not None and out.absolute().resolve() == first.path.resolve():
@@ -132,7 +132,7 @@ def rerun(run: Path, projects: tuple[str, ...], out: Path | None) -> Answer:
         return answer(first, _short(first.path), did, project)
     if first.is_finished:
         loaded(first)  # scores that are damaged are told before hours of work, not after
-    second = Run(out.absolute())
+    second = Run(out.absolute(), projects)
     with (
         reopened(first, code) as (project, record, question),
         second.held("upweight rerun"),

@@ -68,7 +68,7 @@ def evaluate(
         raise click.UsageError("--budget and --lds exclude each other")
     if not is_reference(recipe):
         parse(recipe, "recipe")  # an error in it is reported before anything is loaded
-    place, shown = Run.named(run.absolute()), run
+    place, shown = Run.named(run.absolute(), projects), run
     options = {"--recipe": recipe, "--budget": budget, "--lds": subsets, "--jobs": jobs}
     given = [str(x) for pair in options.items() if pair[1] is not None for x in pair]
     typed = ["upweight", "evaluate", str(shown), *given]
@@ -124,7 +124,7 @@ def report(run: Path, out: Path | None, show: str | None, projects: tuple[str, .
         upweight report runs/digits && open runs/digits/report.html
         upweight report runs/mails --show project.py:shown
     """
-    place = Run.named(run.absolute())
+    place = Run.named(run.absolute(), projects)
     place.require_finished()
     path = place.report if out is None else out.absolute()
     record = place.record

@@ -8,7 +8,7 @@ from typing import Any
 
 from upweight.cli.project import Project
 from upweight.cli.screen import say
-from upweight.errors import SpecError, StaleStore, message
+from upweight.errors import NotWritten, SpecError, StaleStore, message
 from upweight.report import html
 from upweight.report.kept import kept, reopened
 from upweight.runs import shown
@@ -70,9 +70,13 @@ def refreshed(
     reference = show or record.show
     extra = shown_of(project, reference) if reference else {}
     if show is not None or not is_kept(run):
-        if show is not None:
-            replace(record, show=show).write(run.toml)
-        keep(run, question, fitted(), extra)
+        try:
+            if show is not None:
+                replace(record, show=show).write(run.toml)
+            keep(run, question, fitted(), extra)
+        except NotWritten as error:  # the page of now needs no room in the run
+            given = str(error).splitlines()[1].strip().removeprefix("Given: ")
+            say(f"note: what is shown was not kept in the run for the next time: {given}")
     return extra
 
 

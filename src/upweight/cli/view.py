@@ -44,7 +44,7 @@ def view(
         upweight view runs/pile
         upweight view runs/mails --show project.py:shown --port 8765 --browser
     """
-    place = Run.named(run.absolute())
+    place = Run.named(run.absolute(), projects)
     place.require_finished()
     record = place.record
     rest: dict[str, Any] = {

@@ -25,6 +25,7 @@ from upweight.linalg.eigen import Eigen, eigenbasis
 from upweight.linalg.finite_sum import mean_of
 from upweight.linalg.gram import LongSum
 from upweight.runtime.hardware import has_fast_bfloat16
+from upweight.runtime.memory import require_bytes
 
 TRIAL = 48
 """Gradients on which it is tried whether rounding them to bfloat16 does any harm."""
@@ -140,6 +141,13 @@ class Estimator(abc.ABC):
         """Go on from what `tensors` gave."""
 
     def _sum(self, *shape: int) -> LongSum:
+        require_bytes(
+            math.prod(shape) * (8 + self.dtype.itemsize),
+            f"sums of {' × '.join(map(str, shape))} numbers for the curvature of {self.name}",
+            self.device,
+            "use curvature=Diagonal(), which keeps a number per parameter; or leave this layer "
+            "out with Task(params=…).",
+        )
         return LongSum(shape, self.dtype, self.device)
 
     def _without_rounding(self, values: Float[Tensor, " d"]) -> Float[Tensor, " d"]:

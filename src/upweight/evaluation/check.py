@@ -196,7 +196,9 @@ def check(
         if needed > (left if done > 1 else HOPELESS * left):
             raise SpecError(_too_short(budget, now - started + needed))
         affordable = int(left / each) if each else done
-        step = min(affordable if done >= FEWEST else max(1, affordable), done)
+        # Half of it, then half of the rest: the machine may become slower meanwhile.
+        some = (affordable + 1) // 2
+        step = min(some if done >= FEWEST else max(1, some), done)
     truth = [joined(parts) for parts in zip(*rounds, strict=True)]
     found = lds(predicted[:done], weights[:done], truth, bootstrap=bootstrap)
     models = len(seeds) * (done + 1)

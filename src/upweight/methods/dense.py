@@ -245,7 +245,11 @@ class DenseScorer(Scorer):
         return self._solved(vectors).value
 
     def _solved(self, vectors: Float[Tensor, "k p"]) -> Solution:
-        return self.solver.solve(self.state, vectors).throw()
+        solution = self.solver.solve(self.state, vectors)
+        if not solution.converged:  # training data written to since leave a residual: say so
+            for start in range(0, len(self.train), self.at_once):
+                self.train.batch(start, min(start + self.at_once, len(self.train)))
+        return solution.throw()
 
     def batch(self, start: int, stop: int) -> Batch:
         """Training examples on the device of the parameters."""

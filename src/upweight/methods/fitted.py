@@ -546,6 +546,7 @@ class Fitted:
             health=judged,
             seconds=seconds,
             versions=library_versions(),
+            threads=torch.get_num_threads(),
             notes=tuple(dict.fromkeys((*self.notes, *notes, *of_queries))),
         )
 

@@ -53,7 +53,8 @@ def stationarity(gradient: Float[Tensor, " p"], step: Solution) -> dict[str, flo
     `gradient_norm` is ‖∇J(θ̂)‖; `decrement` is ½ ∇Jᵀ (H + λI)⁻¹ ∇J, by how much one Newton step
     would still lower J, or NaN where the solver could not tell.
     """
-    decrement = 0.5 * float(gradient @ step.value) if step.converged else math.nan
+    gradient = gradient.double()  # whose squares may underflow
+    decrement = 0.5 * float(gradient @ step.value.double()) if step.converged else math.nan
     return {"gradient_norm": float(gradient.norm()), "decrement": decrement}
 
 
@@ -71,7 +72,7 @@ def row_sum_excess(
         sizes: Σᵢ |S[q, i]|.
         expected: ∇m_qᵀ (H + λI)⁻¹ ∇R.
     """
-    excess = (sums - expected).abs()
+    excess, sizes = (sums - expected).abs().double(), sizes.double()  # whose squares may underflow
     relative = (excess / sizes)[sizes > 0]
     return {
         "row_sum_excess": float(excess.max()),

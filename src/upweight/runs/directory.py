@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -38,10 +38,16 @@ OWN = {
 
 
 class Run:
-    """A run directory."""
+    """A run directory.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The directory.
+        projects: Files that the user named, for the commands that messages name.
+    """
+
+    def __init__(self, path: Path, projects: tuple[str, ...] = ()) -> None:
         self.path = path
+        self.projects = projects
         self.toml = path / "run.toml"
         self.factors = path / "factors"
         self.scores = path / "scores"
@@ -51,13 +57,13 @@ class Run:
         self.report = path / "report.html"
 
     @classmethod
-    def named(cls, path: Path) -> "Run":
+    def named(cls, path: Path, projects: Iterable[str] = ()) -> "Run":
         """The run of a directory, or of its run.toml.
 
         Raises:
             StaleStore: There is no run, or one with links in it.
         """
-        run = cls(path.parent if path.name == "run.toml" else path)
+        run = cls(path.parent if path.name == "run.toml" else path, tuple(projects))
         if not run.toml.exists():
             raise StaleStore(
                 message(
@@ -152,7 +158,7 @@ class Run:
             except KeyError:
                 of = dict.fromkeys(CONTENTS, "not recorded")
         if not is_reference(record.method):  # what a method of the user's says is its own matter
-            stored |= {name: getattr(found, name) for name in ("n", "q", "p", "method")}
+            stored |= {name: getattr(found, name) for name in ("n", "q", "p", "method", "threads")}
         if not is_reference(record.measure):
             stored["measure"] = found.measure
         others = [name for name in of if of[name] != record.fingerprints.get(name)]
@@ -181,7 +187,10 @@ class Run:
         ]
 
     def place_of(self, record: Record, source: str) -> str:
-        """Where run.toml says that a file lies, if there is one; to print it, not to follow it."""
+        """Where the user, else run.toml, says that a file lies; to print it, not to follow it."""
+        fitting = [each for each in self.projects if Path(each).name == Path(source).name]
+        if len(fitting) == 1:
+            return fitting[0]
         path = self.path / record.directory / source
         is_remote = str(path).startswith(("\\\\", "//"))  # of Windows: asking would tell who asks
         try:

@@ -48,7 +48,6 @@ def write(run: Run, facts: Facts, arrays: Arrays) -> None:
         "of": run.record.fingerprints,
         "facts": facts,
     }
-    (run.shown / "shown.json").unlink(missing_ok=True)
     write_whole(run.shown / "shown.safetensors", numbers)
     write_json(run.shown / "shown.json", SCHEMA, header)
 

@@ -118,6 +118,8 @@ def application(
 
     def some(request: Request) -> Response:
         ids = wanted(request.query_params.get("ids"), 20 * PER_PAGE, answers.n)
+        if not ids:
+            raise KeyError("ids")
         return told(answers.examples(ids))
 
     def drop(request: Request) -> Response:
