@@ -35,7 +35,7 @@ MAY_IMPORT = {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
         "scores", "method", "evaluation",
     },
-    "training": {"errors", "_typing", "runtime", "task"},
+    "training": {"errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature"},
     "evaluation": {
         "errors", "_typing", "verdict", "runtime", "task", "plot", "scores", "method", "training",
     },

@@ -16,7 +16,6 @@ from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
 from upweight.curvature.kfac import KFAC
 from upweight.curvature.labels import Expected, Observed, Sampled
-from upweight.curvature.newton import Newton
 from upweight.linalg.block_cg import BlockCG
 from upweight.linalg.cg import CG
 from upweight.linalg.cholesky import Cholesky
@@ -38,6 +37,7 @@ from upweight.task.measures import Logit, LogProb, Loss, Margin, Measure
 from upweight.task.penalties import L2, NoPenalty, SumToZero
 from upweight.task.task import Task, next_token
 from upweight.training.function import FromFunction
+from upweight.training.newton import Newton
 from upweight.training.optimizers import SGD, Adam, AdamW
 from upweight.training.pbrf import PBRF
 from upweight.training.schedules import Cosine, LinearDecay, Stepwise

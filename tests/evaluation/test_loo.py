@@ -8,7 +8,6 @@ import torch
 import upweight as uw
 from tests.market import problem
 from tests.reference import closed_form
-from upweight.curvature.newton import Newton
 from upweight.errors import MissingContext, ShapeError
 from upweight.evaluation import (
     LOO,
@@ -19,6 +18,7 @@ from upweight.evaluation import (
     removal_weights,
     retrain,
 )
+from upweight.training.newton import Newton
 
 
 def prediction(outputs, targets):

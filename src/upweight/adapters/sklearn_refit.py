@@ -26,11 +26,11 @@ from torch import Tensor
 
 from upweight.adapters.sklearn_objectives import coefficients
 from upweight.adapters.sklearn_rules import objective_of
-from upweight.curvature.objective import WeightedObjective, weighted_objective
 from upweight.errors import UnsupportedModel, message
 from upweight.task.data import Data
 from upweight.task.recipe import Trained
 from upweight.task.task import Task
+from upweight.training.objective import WeightedObjective, weighted_objective
 
 TIGHTEST = {"sag": 1e-10, "saga": 1e-10, "liblinear": 1e-10}
 """`tol` by solver, 1e-12 elsewhere: beyond it rounding would stop them, at their last iteration."""

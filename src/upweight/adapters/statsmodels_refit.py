@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.adapters.statsmodels_regression import LOSSES
-from upweight.curvature.objective import WeightedObjective, weighted_objective
 from upweight.errors import UnsupportedModel, message
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, Loss, SquaredError
 from upweight.task.recipe import Trained
 from upweight.task.task import Task
+from upweight.training.objective import WeightedObjective, weighted_objective
 
 REFIT_TOLERANCE = 1e-8
 """Largest Newton step that a refit may leave, in standard errors."""

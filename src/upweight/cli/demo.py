@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from upweight.curvature.hessian import Hessian
-from upweight.curvature.newton import Newton
 from upweight.data import mnist_subset
 from upweight.evaluation import LOO, Estimate, compare, leave_one_out
 from upweight.linalg.cholesky import Cholesky
@@ -24,6 +23,7 @@ from upweight.task.losses import CrossEntropy
 from upweight.task.measures import Loss
 from upweight.task.penalties import L2
 from upweight.task.task import Task
+from upweight.training.newton import Newton
 
 PENALTY = 0.01
 QUERIES = 100

@@ -27,7 +27,6 @@ from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
 from upweight.curvature.kfac import KFAC
 from upweight.curvature.labels import Expected, Observed, Sampled
-from upweight.curvature.newton import Newton
 from upweight.errors import SpecError, UpweightError, message
 from upweight.linalg.block_cg import BlockCG
 from upweight.linalg.cg import CG
@@ -46,6 +45,7 @@ from upweight.task.losses import (
 )
 from upweight.task.measures import Logit, LogProb, Loss, Margin
 from upweight.task.penalties import L2, NoPenalty, SumToZero
+from upweight.training.newton import Newton
 from upweight.training.optimizers import SGD, Adam, AdamW
 from upweight.training.pbrf import PBRF
 from upweight.training.schedules import Constant, Cosine, LinearDecay, Stepwise

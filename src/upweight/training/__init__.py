@@ -1,7 +1,9 @@
-"""𝒜 by gradient descent: how the model was trained, as a function of the data weights.
+"""𝒜: how the model was trained, as a function of the data weights.
 
-    θ_{t+1} = θ_t − η_t · direction(∇J_B(θ_t, w))          J_B: the mean over a batch
+    θ_{t+1} = θ_t − η_t · direction(∇J_B(θ_t, w))     J_B: the mean over a batch      training.py
+    θ(w) = argmin_θ J(θ, w)                           for strictly convex J           newton.py
 
-`training.py` is the recipe, `optimizers.py` and `schedules.py` are its parts, `function.py` takes a
+`optimizers.py` and `schedules.py` are parts of `training.py`; `descent.py` and `objective.py` are
+parts of `newton.py`. `pbrf.py` trains on the proximal Bregman objective, and `function.py` takes a
 training loop of the user's own.
 """
