@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "method": {"scores", "task"},
     "methods": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
-        "scores", "method", "evaluation",
+        "scores", "method", "training", "evaluation",
     },
     "training": {"errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature"},
     "evaluation": {

@@ -5,7 +5,7 @@
 Every score is a derivative with respect to a data weight: upweight example i, watch measurement q.
 """
 
-from upweight import data, errors, evaluation, report
+from upweight import data, errors, evaluation, report, training
 from upweight.curvature.blockwise import Blockwise
 from upweight.curvature.diagonal import Diagonal
 from upweight.curvature.ekfac import EKFAC
@@ -104,4 +104,5 @@ __all__ = [
     "evaluation",
     "next_token",
     "report",
+    "training",
 ]

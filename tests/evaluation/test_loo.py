@@ -15,9 +15,8 @@ from upweight.evaluation import (
     leave_one_out,
     loo,
     predicted_removals,
-    removal_weights,
-    retrain,
 )
+from upweight.training import removal_weights, retrain
 from upweight.training.newton import Newton
 
 

@@ -19,8 +19,8 @@ from upweight.evaluation import (
     ranked_removal_weights,
     removal_curve,
     removal_order,
-    retrain,
 )
+from upweight.training import retrain
 from upweight.training.newton import Newton
 
 SIZES = (1, 3, 4, 8)

@@ -10,7 +10,7 @@ from upweight.cli.doctor import doctor
 from upweight.cli.evaluate import evaluate, report
 from upweight.cli.plan import plan
 from upweight.cli.view import view
-from upweight.scores import library_versions
+from upweight.runtime.versions import library_versions
 
 
 class Verbs(click.Group):

@@ -20,7 +20,7 @@ from torch import Tensor
 from upweight.cli.demo import QUERIES, Split, images, step, triple
 from upweight.cli.networks import NETWORKS, SGD
 from upweight.curvature.ekfac import EKFAC
-from upweight.evaluation import LOO, compare, removal_weights, retrain
+from upweight.evaluation import LOO, compare
 from upweight.linalg.damping import Relative
 from upweight.methods.influence import Influence
 from upweight.report import Check, html, summary
@@ -30,6 +30,7 @@ from upweight.task.losses import CrossEntropy
 from upweight.task.measures import Loss
 from upweight.task.penalties import L2
 from upweight.task.task import Task
+from upweight.training import removal_weights, retrain
 
 CHECKED = 3
 """Queries whose strongest images are removed: the first so many."""

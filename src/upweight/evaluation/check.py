@@ -30,10 +30,10 @@ from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.evaluation.lds import LDS, lds
 from upweight.evaluation.prediction import predicted_changes
-from upweight.evaluation.retrain import Retrained, joined, retrain
-from upweight.evaluation.weights import subset_weights
 from upweight.scores import Scores
 from upweight.task.recipe import Recipe
+from upweight.training.retrain import Retrained, joined, retrain
+from upweight.training.weights import subset_weights
 from upweight.verdict import FEWEST, Judgement, Reproduction, Verdict, judged
 
 UNITS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600}

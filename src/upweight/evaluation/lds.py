@@ -190,7 +190,8 @@ def lds(
 
     Example:
         >>> weights = subset_weights(n, 100)
-        >>> truth = [retrain(SGD(seed=k), task, train, weights, queries) for k in range(4)]
+        >>> recipes = [replace(recipe, seed=k) for k in range(4)]
+        >>> truth = [retrain(each, task, train, weights, queries) for each in recipes]
         >>> print(lds(scores, weights, truth))
     """
     seeds = by_seed(truth)

@@ -9,7 +9,8 @@ and `against` subtracts one curve from another.
 Three steps: weights for a ranking; `retrain` with them, once per seed; the answer read off.
 
     weights = ranked_removal_weights(removal_order(scores), sizes)
-    truth = [retrain(SGD(seed=s), task, train, weights, queries, Margin()) for s in range(5)]
+    recipes = [replace(recipe, seed=k) for k in range(5)]
+    truth = [retrain(each, task, train, weights, queries, Margin()) for each in recipes]
     print(removal_curve(truth, sizes))
 
 `upweight.evaluation.brittleness` reads off the same models how few removals flip a prediction.
@@ -29,7 +30,7 @@ from upweight.errors import NonFinite, ShapeError, message
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, weighted_mean
 from upweight.evaluation.groups import require_sizes
 from upweight.evaluation.seeds import Truth, baselines_by_seed, values_by_seed
-from upweight.evaluation.weights import removal_weights
+from upweight.training.weights import removal_weights
 
 
 def random_order(n: int, seed: int = 0) -> Int[Tensor, " n"]:

@@ -86,9 +86,9 @@ class Checked:
             queries: What to ask about, best held-out data. None asks about some training examples;
                 whether each is in a subset itself then makes much of what is compared.
             measure: What to ask.
-            jobs: As for `evaluation.retrain`.
-            cache: As for `evaluation.retrain`.
-            progress: As for `evaluation.retrain`.
+            jobs: As for `training.retrain`.
+            cache: As for `training.retrain`.
+            progress: As for `training.retrain`.
 
         Raises:
             SpecError: The budget is no time, or too short for eight subsets.

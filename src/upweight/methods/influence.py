@@ -48,7 +48,8 @@ from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.removal import LinearRemovals
 from upweight.runtime.memory import require_bytes, require_room
 from upweight.runtime.selection import places
-from upweight.scores import Context, Provenance, Scores, Unit, library_versions
+from upweight.runtime.versions import library_versions
+from upweight.scores import Context, Provenance, Scores, Unit
 from upweight.task.check import checked_losses, checked_measurements, require_answerable
 from upweight.task.data import Data, batch_size
 from upweight.task.measures import Loss, as_measure

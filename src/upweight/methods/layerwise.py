@@ -48,7 +48,8 @@ from upweight.runtime.memory import require_room, working_bytes
 from upweight.runtime.progress import progress
 from upweight.runtime.selection import labels_by_place, places
 from upweight.runtime.shards import ScoreShards
-from upweight.scores import Context, Provenance, Scores, TopScores, Unit, library_versions
+from upweight.runtime.versions import library_versions
+from upweight.scores import Context, Provenance, Scores, TopScores, Unit
 from upweight.task.check import (
     checked_batch,
     checked_losses,

@@ -6,4 +6,12 @@
 `optimizers.py` and `schedules.py` are parts of `training.py`; `descent.py` and `objective.py` are
 parts of `newton.py`. `pbrf.py` trains on the proximal Bregman objective, and `function.py` takes a
 training loop of the user's own.
+
+`retrain.py` trains many models, one for each row of `weights.py`, and measures them (`pool.py` runs
+them, in several processes too).
 """
+
+from upweight.training.retrain import Retrained, retrain
+from upweight.training.weights import removal_weights, subset_weights
+
+__all__ = ["Retrained", "removal_weights", "retrain", "subset_weights"]

@@ -10,8 +10,8 @@ import upweight as uw
 from tests.killing import kill_once_kept
 from tests.market import problem
 from upweight.errors import NonFinite, NotConverged, ShapeError, SpecError, StaleStore
-from upweight.evaluation import removal_weights, retrain
 from upweight.task.recipe import Trained
+from upweight.training import removal_weights, retrain
 from upweight.training.newton import Newton
 
 STEPS = []
@@ -233,7 +233,7 @@ def test_a_full_disk_is_an_error_and_keeps_what_was_there(setup, tmp_path, monke
 
 KILLED = """
 import time, torch
-from tests.evaluation import test_retrain as t
+from tests.training import test_retrain as t
 from tests.market import problem
 
 class Slow(t.Descending):
