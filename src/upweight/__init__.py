@@ -16,6 +16,7 @@ from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
 from upweight.curvature.kfac import KFAC
 from upweight.curvature.labels import Expected, Observed, Sampled
+from upweight.evaluation.check import check
 from upweight.linalg.block_cg import BlockCG
 from upweight.linalg.cg import CG
 from upweight.linalg.cholesky import Cholesky
@@ -99,6 +100,7 @@ __all__ = [
     "Unit",
     "Weighted",
     "as_data",
+    "check",
     "data",
     "errors",
     "evaluation",

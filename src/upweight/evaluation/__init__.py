@@ -19,7 +19,7 @@ What is asked of the two sides, each number with a confidence interval (`bootstr
 
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.evaluation.brittleness import Brittleness, brittleness
-from upweight.evaluation.check import Check, check, check_on
+from upweight.evaluation.check import Check, check
 from upweight.evaluation.gaps import Gap, Gaps, gaps
 from upweight.evaluation.groups import (
     class_groups,
@@ -72,7 +72,6 @@ __all__ = [
     "average_precision",
     "brittleness",
     "check",
-    "check_on",
     "class_groups",
     "class_retrieval",
     "compare",

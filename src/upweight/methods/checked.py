@@ -1,16 +1,14 @@
-"""`fitted.check(recipe, budget)`: what a method says, held against retraining, in one line."""
+"""What every fitted method is: asked only what it offers, of the model that it was fitted to."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight._typing import Folder
 from upweight.errors import ModelChanged, NotOffered, message
-from upweight.evaluation.check import Check, check
 from upweight.methods import health
 from upweight.scores import Scores
 from upweight.task.data import Data
@@ -18,6 +16,9 @@ from upweight.task.measures import Loss
 from upweight.task.recipe import Recipe
 from upweight.task.snapshot import Snapshot
 from upweight.task.task import Task
+
+if TYPE_CHECKING:
+    from upweight.evaluation.check import Check
 
 QUERIES = 32
 """Training examples that stand in for queries where none are given."""
@@ -69,39 +70,34 @@ class Checked:
     def check(
         self,
         recipe: Recipe,
-        budget: str | float = "2 min",
+        budget: str | float | None = None,
         *,
         queries: Any = None,
         measure: Callable[..., Tensor] = Loss(),  # noqa: B008  a frozen spec
-        jobs: int | None = None,
-        cache: Folder | None = None,
-        progress: bool = True,
-    ) -> Check:
-        """Spend a budget on retraining, and say in words and numbers whether to believe the scores.
+        **limits: Any,
+    ) -> "Check":
+        """`upweight.check` of the scores of some queries.
 
         Args:
-            recipe: How the model was trained: `Training`, `Newton`, `FromFunction`, or what an
-                adapter's `recipe` made of an estimator.
-            budget: "90 s", "2 min", "1 h", or seconds.
+            recipe: How the model was trained.
+            budget: As for `upweight.check`.
             queries: What to ask about, best held-out data. None asks about some training examples;
                 whether each is in a subset itself then makes much of what is compared.
             measure: What to ask.
-            jobs: As for `training.retrain`.
-            cache: As for `training.retrain`.
-            progress: As for `training.retrain`.
+            limits: Further arguments of `upweight.check`: subsets, jobs, cache, …
 
         Raises:
-            SpecError: The budget is no time, or too short for eight subsets.
-            UpweightError: From `attribute` or `evaluation.check`.
+            UpweightError: From `attribute` or `upweight.check`.
 
-        Cost: the budget, and one `attribute`.
+        Cost: the check, and one `attribute`.
         """
+        from upweight.evaluation.check import check  # a short form of what stands above
+
         if queries is None:
             n = len(self.train)
             count = min(n, QUERIES)
             queries = self.train.subset([k * n // count for k in range(count)])
-        scores = self.attribute(queries, measure)
-        return check(scores, recipe, budget, jobs=jobs, cache=cache, progress=progress)
+        return check(self.attribute(queries, measure), recipe, budget, **limits)
 
     @cached_property
     def _is_convex(self) -> bool:
