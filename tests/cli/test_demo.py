@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from upweight.cli import demo, network_demo
-from upweight.cli.networks import SGD
+from upweight.cli.networks import NetworkRecipe
 from upweight.scores import Scores
 
 
@@ -55,7 +55,9 @@ def quick(small, monkeypatch):
     monkeypatch.setattr(network_demo, "TOGETHER", 5)
     monkeypatch.setattr(network_demo, "RANDOM", 1)
     monkeypatch.setattr(network_demo, "SEEDS", 2)
-    monkeypatch.setattr(network_demo, "SGD", lambda network: SGD(network, epochs=3, batch=25))
+    monkeypatch.setattr(
+        network_demo, "NetworkRecipe", lambda network: NetworkRecipe(network, epochs=3, batch=25)
+    )
     monkeypatch.setattr(network_demo.os, "cpu_count", lambda: 1)
 
 
@@ -83,7 +85,7 @@ def test_network_demo_writes_what_it_says(quick, network, tmp_path, capsys):
 
 
 def test_the_recipe_gives_the_same_network_for_the_same_seed_and_leaves_the_generator(quick):
-    (X, y), recipe = demo.images()[0].data, SGD("mlp", epochs=1)
+    (X, y), recipe = demo.images()[0].data, NetworkRecipe("mlp", epochs=1)
     before = torch.random.get_rng_state()
     first, second = (recipe.trained(X, y).state_dict() for _ in range(2))
     assert torch.equal(before, torch.random.get_rng_state())
@@ -93,7 +95,7 @@ def test_the_recipe_gives_the_same_network_for_the_same_seed_and_leaves_the_gene
 
 
 def test_an_example_of_weight_zero_is_not_learned_from(quick):
-    (X, y), recipe = demo.images()[0].data, SGD("cnn", epochs=1)
+    (X, y), recipe = demo.images()[0].data, NetworkRecipe("cnn", epochs=1)
     w = torch.ones(len(X))
     w[3] = 0
     other = y.clone()

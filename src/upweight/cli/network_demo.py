@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.cli.demo import QUERIES, Split, images, step, triple
-from upweight.cli.networks import NETWORKS, SGD
+from upweight.cli.networks import NETWORKS, NetworkRecipe
 from upweight.curvature.ekfac import EKFAC
 from upweight.evaluation import LOO, compare
 from upweight.linalg.damping import Relative
@@ -68,7 +68,7 @@ def run(out: Path, network: str) -> None:
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     train, test = images()
-    recipe = SGD(network)
+    recipe = NetworkRecipe(network)
 
     with step(1, f"Train the network on {len(train.y):,} digits", 4) as done:
         model = recipe.trained(train.X, train.y)
@@ -147,7 +147,7 @@ def chosen(scores: Scores) -> list[Set]:
     return sets
 
 
-def retrained(scores: Scores, recipe: SGD, sets: list[Set]) -> Float[Tensor, "s e q"]:
+def retrained(scores: Scores, recipe: NetworkRecipe, sets: list[Set]) -> Float[Tensor, "s e q"]:
     """Δm of each removal, by each seed against the same seed with all the data."""
     context = scores.require_context()
     weights = removal_weights(len(context.train), [s.examples for s in sets])

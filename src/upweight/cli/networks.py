@@ -60,7 +60,7 @@ by 3.6, root mean square, which hides what any other 20 do; at 0.03 by 0.7, as t
 
 
 @dataclass(frozen=True)
-class SGD:
+class NetworkRecipe:
     """Train a network of the demo on images and classes.
 
     Args:
@@ -77,10 +77,10 @@ class SGD:
     momentum: float = 0.9
     decay: float = 1e-3
 
-    def prepare(self, task: Task, train: Data) -> "SGDTrainer":
+    def prepare(self, task: Task, train: Data) -> "NetworkTrainer":
         """The data as two tensors; nothing else is needed twice."""
         batch: Any = train.batch(0, len(train))
-        return SGDTrainer(self, task, batch[0], batch[1])
+        return NetworkTrainer(self, task, batch[0], batch[1])
 
     def trained(self, X: Tensor, y: Tensor, w: Tensor | None = None) -> nn.Module:
         """One network, by data weights w (default: all one)."""
@@ -106,10 +106,10 @@ class SGD:
 
 
 @dataclass(frozen=True, eq=False)
-class SGDTrainer:
+class NetworkTrainer:
     """w ↦ θ(w) on the images X and classes y."""
 
-    recipe: SGD
+    recipe: NetworkRecipe
     task: Task
     X: Tensor
     y: Tensor
