@@ -67,7 +67,7 @@ def by_hand(recipe, given, train, w, skip):
     if isinstance(o, SGD):
         optimizer = torch.optim.SGD(model.parameters(), o.lr, o.momentum, nesterov=o.nesterov)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=o.decay)
+        optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=o.weight_decay)
     kept = (w != 0).nonzero()[:, 0] if skip else torch.arange(N)
     steps = recipe.epochs * -(-len(kept) // recipe.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -89,7 +89,7 @@ def by_hand(recipe, given, train, w, skip):
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize(
     "optimizer",
-    [SGD(0.3), SGD(0.2, momentum=0.8, nesterov=True), AdamW(0.02, decay=0.1)],
+    [SGD(0.3), SGD(0.2, momentum=0.8, nesterov=True), AdamW(0.02, weight_decay=0.1)],
     ids=lambda o: type(o).__name__ + str(getattr(o, "nesterov", "")),
 )
 def test_training_is_what_a_plain_loop_does(optimizer, skip):
@@ -337,7 +337,7 @@ def test_a_cache_sees_that_init_makes_another_model(tmp_path):
 KILLED = """
 import time, torch
 torch.set_default_dtype(torch.float64)
-from upweight.training.training import TrainingTrainer
+from upweight.training.trainer import TrainingTrainer
 from tests.training import test_training as t
 
 train = TrainingTrainer._trained
