@@ -3,7 +3,8 @@
     θ_{t+1} = θ_t − η_t · direction(∇J_B(θ_t, w))     J_B: the mean over a batch      training.py
     θ(w) = argmin_θ J(θ, w)                           for strictly convex J           newton.py
 
-`optimizers.py` and `schedules.py` are parts of `training.py`; `descent.py` and `objective.py` are
+`trainer.py` trains as `training.py` says, by `optimizers.py` and `schedules.py`, one step of
+`steps.py` after the other; `trajectory.py` hands the steps out. `descent.py` and `objective.py` are
 parts of `newton.py`. `pbrf.py` trains on the proximal Bregman objective, and `function.py` takes a
 training loop of the user's own.
 
@@ -12,6 +13,7 @@ them, in several processes too).
 """
 
 from upweight.training.retrain import Retrained, retrain
+from upweight.training.trajectory import Trajectory
 from upweight.training.weights import removal_weights, subset_weights
 
-__all__ = ["Retrained", "removal_weights", "retrain", "subset_weights"]
+__all__ = ["Retrained", "Trajectory", "removal_weights", "retrain", "subset_weights"]

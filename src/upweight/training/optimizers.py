@@ -165,7 +165,8 @@ class SGD(Optimizer):
         fused: bool,
     ) -> None:
         kept = memories.get("momentum", [])
-        averages = list(kept) if kept and steps else [None] * len(theta)
+        # None: the first step, which has no dampening.
+        averages: list[Tensor | None] = [*kept] if kept and steps else [None] * len(theta)
         sgd(
             theta, grads, averages, lr=lr, momentum=self.momentum, nesterov=self.nesterov,
             dampening=self.dampening, weight_decay=self.weight_decay, maximize=False,
@@ -173,6 +174,7 @@ class SGD(Optimizer):
         )  # fmt: skip
         if not steps:
             for x, average in zip(kept, averages, strict=False):
+                assert average is not None
                 x.copy_(average)
 
 

@@ -1,20 +1,15 @@
-"""w ↦ θ(w) by steps, each a pure function of the state before it.
+"""w ↦ θ(w) by steps, each a function of the state before it (`steps.py`) and of nothing else.
 
-    step t:    B_t ⊂ {1 … n},  w_i of i ∈ B_t,  η_t,  a seed        known before training begins
-    state t:   θ_t and what the optimizer remembers
-    advance:   (step t, state t) ↦ state t + 1
-
-What is drawn in a step, such as dropout, is drawn from the seed of that step: whoever has state t
-can go on from there, to the same bits.
+    state t + 1 = advance(step t, state t)
 
 Many models train at once where `torch.func.vmap` can run theirs: one product of matrices serves all
 of them, and what a step costs besides arithmetic is paid once.
 """
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,11 +19,11 @@ from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch, Params
 from upweight.errors import UnsupportedModel, message
-from upweight.runtime.fingerprint import digest
 from upweight.task.data import Data
 from upweight.task.recipe import Trained
 from upweight.task.task import Task
 from upweight.training.optimizers import OptimizerState
+from upweight.training.steps import Step, TrainingState, step_seed
 
 if TYPE_CHECKING:
     from upweight.training.training import Training
@@ -39,50 +34,6 @@ TOGETHER = 64
 CACHE_BYTES = 32 * 2**20
 """What their parameters, gradients and the optimizer's memory may take: with more, every step waits
 for memory outside of the processor's cache."""
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What step t of a training run does, whatever θ_t is.
-
-    Args:
-        number: t, from 0.
-        lr: η_t.
-        indices: B_t, as places in the training data: of one model, or of all, or of each.
-        weights: w_i of the batch.
-        share: What multiplies the mean over the batch: the share of the data that is present.
-        seed: Of what is drawn in this step.
-    """
-
-    number: int
-    lr: float
-    indices: Int[Tensor, "*s b"]
-    weights: Float[Tensor, "*s b"]
-    share: float
-    seed: int
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingState:
-    """Where training stands before a step: all that the rest of the run depends on.
-
-    Args:
-        theta: θ_t, flat in the task's layout; many models on a leading axis.
-        optimizer: What the optimizer remembers.
-    """
-
-    theta: Float[Tensor, "*s p"]
-    optimizer: OptimizerState = field(default_factory=OptimizerState)
-
-    @property
-    def step(self) -> int:
-        """t: how many steps were taken."""
-        return self.optimizer.steps
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """θ_t and the optimizer's memories."""
-        return (self.theta, *self.optimizer.memories.values())
 
 
 class Terms(abc.ABC):
@@ -186,6 +137,20 @@ class TrainingTrainer:
             lr = spec.optimizer.lr * spec.schedule(t, total)
             yield Step(t, lr, indices, w, count / len(self.train), step_seed(spec.seed, t))
 
+    def states(
+        self, weights: Float[Tensor, "*s n"], wanted: Collection[int]
+    ) -> Iterator[TrainingState]:
+        """The wanted ones of the states 0 … T of the run with these weights, in order."""
+        with _forked():
+            run = _Run(self, self.start(*weights.shape[:-1]))
+        if 0 in wanted:
+            yield run.state()
+        for step in self.steps(weights):
+            with _forked():
+                run.advance(step)
+            if run.steps in wanted:
+                yield run.state()
+
     def advance(self, step: Step, state: TrainingState) -> TrainingState:
         """The state after a step.
 
@@ -239,7 +204,7 @@ class TrainingTrainer:
                         failures[row] = (
                             f"its parameters became NaN or infinite in epoch {epoch} of {epochs}"
                         )
-            return run.state().theta, failures
+            return run.theta(), failures
 
     def _present(self, weights: Float[Tensor, "*s n"]) -> tuple[Bool[Tensor, "*s n"], int]:
         """Which examples an epoch visits, and how many: as many for each model."""
@@ -338,7 +303,11 @@ class _Run:
     def state(self) -> TrainingState:
         """As it now is, in memory of its own."""
         memories = {name: self._flat(parts) for name, parts in self.memories.items()}
-        return TrainingState(self._flat(self.parts), OptimizerState(self.steps, memories))
+        return TrainingState(self.theta(), OptimizerState(self.steps, memories))
+
+    def theta(self) -> Float[Tensor, "*s p"]:
+        """θ as it now is, flat."""
+        return self._flat(self.parts)
 
     def not_finite(self) -> set[int]:
         """Models with NaN or infinite parameters."""
@@ -365,11 +334,6 @@ def _memory_order(x: Tensor) -> list[int]:
     """The axes of a dense tensor as its memory runs: permuted by them, it is contiguous."""
     strides = x.stride()
     return sorted(range(x.ndim), key=lambda axis: -strides[axis])
-
-
-def step_seed(seed: int, number: int) -> int:
-    """Of what is drawn in step t, for a training seed."""
-    return int(digest(f"step {number} of seed {seed}")[:15], 16)
 
 
 def _seed_all(seed: int, device: torch.device) -> None:

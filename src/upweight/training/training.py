@@ -11,13 +11,15 @@ With `proximity` λ the objective gains (λ/2) ‖θ − θ̂‖², which keeps 
 (`pbrf.py`) trains with other terms in place of wᵢ ℓᵢ.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
+from upweight._typing import Folder
 from upweight.errors import NotConverged, SpecError, message
 from upweight.task.data import Data
 from upweight.task.lent import copied
@@ -26,6 +28,7 @@ from upweight.task.task import Task
 from upweight.training.optimizers import SGD, Optimizer
 from upweight.training.schedules import Constant, Schedule
 from upweight.training.trainer import TrainingTrainer, WeightedLosses, trainer_for
+from upweight.training.trajectory import Trajectory, read, recorded
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,43 @@ class Training:
                 found,
             )
         return task.moved_to(found.theta[0]).model.eval()
+
+    def trajectory(
+        self,
+        task: Task,
+        train: Any,
+        w: Float[Tensor, " n"] | None = None,
+        *,
+        every: int | Sequence[int] | None = None,
+    ) -> Trajectory:
+        """Train, and hand out the steps.
+
+        Args:
+            task: As for `trained`.
+            train: As for `as_data`.
+            w: The data weights; None: all 1.
+            every: The states to keep: every k-th, or a list of step numbers. The first and the last
+                are always kept. None: every ⌈√T⌉-th, so that any other is at most √T steps away.
+
+        Raises:
+            ShapeError: There is not one weight per example.
+            SpecError: The states to keep are not of the run.
+            NotConverged: The parameters became NaN or infinite.
+            UpweightError: As for `prepare`.
+
+        Cost: one training. Memory: a copy of the parameters and of what the optimizer remembers
+        for each state that is kept (`Trajectory.nbytes`).
+        """
+        return recorded(self.prepare(task, task.training(train)), w, every)
+
+    def read_trajectory(self, task: Task, train: Any, folder: Folder) -> Trajectory:
+        """What `Trajectory.save` wrote. Its states are read when they are asked for.
+
+        Raises:
+            FileNotFoundError: There is none.
+            StaleStore: It is of another recipe, task or data, or damaged.
+        """
+        return read(self.prepare(task, task.training(train)), folder)
 
     def untrained(self, task: Task) -> Task:
         """The task with the model that training starts from.
