@@ -80,6 +80,9 @@ def test_without_weights_it_is_the_trained_model():
     model = how.trained(about, train)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     assert torch.equal(about.layout.flatten(parameters), found.theta)
+    assert torch.equal(
+        how.prepare(about, uw.as_data(train))(torch.ones(1, N)).theta[0], found.theta
+    )
 
 
 @pytest.mark.parametrize("name", ["conv", "attention", "tied", "padded_sequences"])

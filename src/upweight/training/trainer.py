@@ -138,14 +138,23 @@ class TrainingTrainer:
             yield Step(t, lr, indices, w, count / len(self.train), step_seed(spec.seed, t))
 
     def states(
-        self, weights: Float[Tensor, "*s n"], wanted: Collection[int]
+        self,
+        weights: Float[Tensor, "*s n"],
+        wanted: Collection[int],
+        begin: TrainingState | None = None,
     ) -> Iterator[TrainingState]:
-        """The wanted ones of the states 0 … T of the run with these weights, in order."""
+        """The wanted ones of the states of the run with these weights, in order.
+
+        Args:
+            weights: The data weights.
+            wanted: Which, by t.
+            begin: A state to go on from; None: the first.
+        """
         with _forked():
-            run = _Run(self, self.start(*weights.shape[:-1]))
-        if 0 in wanted:
+            run = _Run(self, begin or self.start(*weights.shape[:-1]))
+        if run.steps in wanted:
             yield run.state()
-        for step in self.steps(weights):
+        for step in self.steps(weights, run.steps, max(wanted)):
             with _forked():
                 run.advance(step)
             if run.steps in wanted:

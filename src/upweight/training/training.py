@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from upweight._typing import Folder
-from upweight.errors import NotConverged, SpecError, message
+from upweight.errors import SpecError, message
 from upweight.task.data import Data
 from upweight.task.lent import copied
 from upweight.task.params import Layout
@@ -97,19 +97,8 @@ class Training:
             NotConverged: Its parameters became NaN or infinite.
             UpweightError: As for `prepare`.
         """
-        data = task.training(train)
-        found = self.prepare(task, data)(torch.ones(1, len(data)))
-        if found.failures:
-            raise NotConverged(
-                message(
-                    "Training must end in finite parameters.",
-                    f"{self!r}: {found.failures[0]}.",
-                    "a learning rate that is too large, or NaN in the data.",
-                    "lower the learning rate.",
-                ),
-                found,
-            )
-        return task.moved_to(found.theta[0]).model.eval()
+        found = self.trajectory(task, train, every=[])
+        return task.moved_to(found.theta).model.eval()
 
     def trajectory(
         self,

@@ -110,11 +110,8 @@ class Trajectory:
         Cost: the steps from the nearest kept state before it.
         """
         self._end(t, t)
-        begin = max(k for k in self.kept if k <= t)
-        state = self.states[begin]
-        for step in self.steps(begin, t):
-            state = self.advance(step, state)
-        return state
+        nearest = self.states[max(k for k in self.kept if k <= t)]
+        return next(self.trainer.states(self.weights, (t,), nearest))
 
     def replay(
         self, begin: int = 0, end: int | None = None
