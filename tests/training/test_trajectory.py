@@ -258,6 +258,23 @@ def test_a_trajectory_of_something_else_is_refused(tmp_path):
         how.read_trajectory(about, train, tmp_path / "nowhere")
 
 
+def test_a_folder_of_two_runs_is_refused(tmp_path):
+    """The same recipe, task and data, but other data weights."""
+    how, (about, train) = recipe(), given()
+    for name, w in (("one", torch.ones(N)), ("other", one_removed())):
+        how.trajectory(about, train, w).save(tmp_path / name)
+    other = how.read_trajectory(about, train, tmp_path / "other")
+    for name, words in [
+        ("state-000000015.safetensors", "something else"),
+        ("weights.safetensors", "must be of this recipe"),
+    ]:
+        (tmp_path / "other" / name).write_bytes((tmp_path / "one" / name).read_bytes())
+        with pytest.raises(StaleStore, match=words):
+            other.theta  # noqa: B018
+            how.read_trajectory(about, train, tmp_path / "other")
+        how.trajectory(about, train, one_removed()).save(tmp_path / "other")
+
+
 def replace_penalty(about):
     return uw.Task(about.model, about.loss, uw.L2(0.02))
 
