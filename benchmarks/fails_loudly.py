@@ -31,7 +31,7 @@ from upweight.cli.named import named
 from upweight.cli.pages import alone
 from upweight.cli.question import reopened
 from upweight.errors import UpweightError
-from upweight.evaluation import Check, check_on
+from upweight.evaluation import Check, check
 from upweight.runs.directory import Run
 from upweight.runs.record import Record
 from upweight.task.data import as_data
@@ -771,7 +771,7 @@ def a_recipe_that_makes_another_model() -> Any:
     early = uw.Training(
         lambda: nn.Linear(3, 2).double(), uw.SGD(lr=0.01), epochs=1, batch=8, seed=0
     )
-    return check_on(attribute(), early, 20, progress=False)
+    return check(attribute(), early, subsets=20, progress=False)
 
 
 @case
@@ -779,12 +779,12 @@ def scores_that_are_noise() -> Any:
     scores = attribute()
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(scores.values.shape, generator=g, dtype=torch.float64)
-    return check_on(replace(scores, values=noise), uw.Newton(), 20, progress=False)
+    return check(replace(scores, values=noise), uw.Newton(), subsets=20, progress=False)
 
 
 @case
 def a_check_of_too_few_models() -> Any:
-    return check_on(attribute(), uw.Newton(), 3, progress=False)
+    return check(attribute(), uw.Newton(), subsets=3, progress=False)
 
 
 # -- adapters: rows before and after a pipeline, columns by name, fits without an end --------------

@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import upweight as uw
-from upweight.evaluation import class_groups, removal_weights, retrain, subset_weights
+from upweight.evaluation import class_groups
 from upweight.runtime.fingerprint import digest
-from upweight.scores import library_versions
+from upweight.runtime.versions import library_versions
+from upweight.training import removal_weights, retrain, subset_weights
 
 HERE = Path(__file__).resolve().parent
 TRUTHS = HERE / "truths"

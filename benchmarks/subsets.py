@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import upweight as uw
-from upweight.evaluation import subset_weights
 from upweight.task.data import as_data
+from upweight.training import subset_weights
 
 HERE = Path(__file__).resolve().parent
 LR, MOMENTUM = 0.1, 0.9

@@ -13,7 +13,8 @@ from dask.distributed import Client, LocalCluster
 from torch import nn
 
 import upweight as uw
-from upweight.evaluation import lds, retrain, subset_weights
+from upweight.evaluation import lds
+from upweight.training import retrain, subset_weights
 
 
 def network() -> nn.Module:

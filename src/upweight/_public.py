@@ -1,6 +1,6 @@
 """The public names, in the order of the mathematics."""
 
-from upweight import applications, data, errors, evaluation, report
+from upweight import applications, data, errors, evaluation, report, training
 from upweight.curvature.blockwise import Blockwise
 from upweight.curvature.diagonal import Diagonal
 from upweight.curvature.ekfac import EKFAC
@@ -11,7 +11,7 @@ from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
 from upweight.curvature.kfac import KFAC
 from upweight.curvature.labels import Expected, Observed, Sampled
-from upweight.curvature.newton import Newton
+from upweight.evaluation.check import check
 from upweight.linalg.block_cg import BlockCG
 from upweight.linalg.cg import CG
 from upweight.linalg.cholesky import Cholesky
@@ -36,6 +36,7 @@ from upweight.task.measures import Coefficient, Functional, Logit, LogProb, Loss
 from upweight.task.penalties import L2, NoPenalty, SumToZero
 from upweight.task.task import Task, next_token
 from upweight.training.function import FromFunction
+from upweight.training.newton import Newton
 from upweight.training.optimizers import SGD, Adam, AdamW
 from upweight.training.pbrf import PBRF
 from upweight.training.schedules import Cosine, LinearDecay, Stepwise
@@ -109,9 +110,11 @@ __all__ = [
     "Weighted",
     "applications",
     "as_data",
+    "check",
     "data",
     "errors",
     "evaluation",
     "next_token",
     "report",
+    "training",
 ]

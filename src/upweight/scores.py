@@ -6,8 +6,6 @@ Upweighting example i raises m_q where S > 0. Removing it is wᵢ = 0, so Δm_q 
 """
 
 import enum
-import importlib.metadata
-import platform
 from collections.abc import Iterable, Iterator, Mapping, ValuesView
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
@@ -95,15 +93,6 @@ class Provenance:
     notes: tuple[str, ...] = ()
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     threads: int = 0
-
-
-def library_versions() -> dict[str, str]:
-    """What the numbers were computed with."""
-    try:
-        own = importlib.metadata.version("upweight")
-    except importlib.metadata.PackageNotFoundError:
-        own = "source tree"
-    return {"upweight": own, "torch": torch.__version__, "python": platform.python_version()}
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ import upweight as uw
 import upweight.adapters.sklearn as sk
 from upweight.adapters.sklearn_refit import tightened
 from upweight.adapters.stationarity import distance
-from upweight.curvature.objective import weighted_objective
 from upweight.errors import DataError, NotStationary, ShapeError, UnsupportedModel
+from upweight.training.objective import weighted_objective
 
 N = 120
 RANDOM = np.random.default_rng(0)

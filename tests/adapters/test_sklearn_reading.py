@@ -337,7 +337,7 @@ def test_models_of_other_libraries_are_told_apart():
     for wrong in (
         lambda: uw.Task(pipe, uw.CrossEntropy()),
         lambda: uw.Influence().fit(pipe, data),
-        lambda: uw.evaluation.retrain(sk.recipe(pipe), pipe, data, torch.ones(1, 75), data),
+        lambda: uw.training.retrain(sk.recipe(pipe), pipe, data, torch.ones(1, 75), data),
         lambda: uw.evaluation.leave_one_out(sk.recipe(pipe), pipe, data, [0], data),
     ):
         with pytest.raises(UnsupportedModel, match=r"sk\.task\(estimator, X, y\)"):

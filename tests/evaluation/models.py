@@ -2,8 +2,8 @@
 
 import torch
 
-from upweight.evaluation import Retrained
 from upweight.scores import Provenance, Scores, Unit
+from upweight.training import Retrained
 
 
 def retrained(values, baseline=None):

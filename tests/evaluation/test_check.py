@@ -1,5 +1,6 @@
 """A budget of retraining, and what it says: on digits, where influence is known to be right."""
 
+import math
 import time
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -278,3 +279,18 @@ def test_a_budget_for_fewer_than_eight_subsets_is_refused_early(digits, fitted):
     with pytest.raises(SpecError, match=r"8 subsets would take about \d s"):
         fitted.check(Recipe(), 1.0, queries=digits[2], progress=False)
     assert time.perf_counter() - begun < 2
+
+
+def test_a_number_of_subsets_in_place_of_a_time(digits, fitted):
+    queries = digits[2]
+    short = fitted.check(uw.Newton(), subsets=9, queries=queries, progress=False)
+    whole = uw.check(fitted.attribute(queries), uw.Newton(), subsets=9, progress=False)
+    assert len(short.lds.predicted) == 9 and not math.isfinite(short.budget)
+    assert torch.equal(short.lds.values, whole.lds.values)
+    assert torch.equal(short.lds.predicted, whole.lds.predicted)
+
+
+def test_a_time_and_a_number_of_subsets_exclude_each_other(fitted, digits):
+    with pytest.raises(SpecError, match=r"budget='1 h' and subsets=9") as refused:
+        fitted.check(uw.Newton(), "1 h", subsets=9, queries=digits[2])
+    assert "check(scores, recipe, subsets=9)" in str(refused.value)

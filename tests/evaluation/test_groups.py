@@ -8,7 +8,6 @@ import torch
 import upweight as uw
 from tests.evaluation.models import scored
 from tests.market import problem
-from upweight.curvature.newton import Newton
 from upweight.errors import ShapeError
 from upweight.evaluation import (
     class_groups,
@@ -20,6 +19,7 @@ from upweight.evaluation import (
     removal_order,
 )
 from upweight.scores import Unit
+from upweight.training.newton import Newton
 
 
 def test_random_groups_have_their_sizes_and_no_example_twice():

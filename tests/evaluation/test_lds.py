@@ -12,10 +12,11 @@ import upweight as uw
 from tests.evaluation.models import additive, retrained, scored
 from tests.market import problem
 from tests.reference import closed_form
-from upweight.curvature.newton import Newton
 from upweight.errors import DataError, NonFinite, ShapeError, UpweightError
-from upweight.evaluation import LDS, Bootstrap, lds, predicted_changes, retrain, subset_weights
+from upweight.evaluation import LDS, Bootstrap, lds, predicted_changes
 from upweight.scores import Unit
+from upweight.training import retrain, subset_weights
+from upweight.training.newton import Newton
 
 FAST = Bootstrap(resamples=20)
 

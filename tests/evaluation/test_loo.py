@@ -8,7 +8,6 @@ import torch
 import upweight as uw
 from tests.market import problem
 from tests.reference import closed_form
-from upweight.curvature.newton import Newton
 from upweight.errors import MissingContext, ShapeError
 from upweight.evaluation import (
     LOO,
@@ -16,9 +15,9 @@ from upweight.evaluation import (
     leave_one_out,
     loo,
     predicted_removals,
-    removal_weights,
-    retrain,
 )
+from upweight.training import removal_weights, retrain
+from upweight.training.newton import Newton
 
 
 def prediction(outputs, targets):

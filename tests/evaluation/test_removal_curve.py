@@ -10,7 +10,6 @@ import torch
 import upweight as uw
 from tests.evaluation.models import additive, retrained, scored
 from tests.market import problem
-from upweight.curvature.newton import Newton
 from upweight.errors import NonFinite, ShapeError
 from upweight.evaluation import (
     RemovalCurve,
@@ -20,8 +19,9 @@ from upweight.evaluation import (
     ranked_removal_weights,
     removal_curve,
     removal_order,
-    retrain,
 )
+from upweight.training import retrain
+from upweight.training.newton import Newton
 
 SIZES = (1, 3, 4, 8)
 

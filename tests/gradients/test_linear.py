@@ -10,11 +10,11 @@ from torch.nn.utils import parametrizations
 import upweight as uw
 from tests.market import BUILDERS, draw, initialized, names, problem
 from tests.reference import dense
-from upweight.curvature.objective import LinearObjective, weighted_objective
 from upweight.gradients.functional import per_sample_gradients
 from upweight.gradients.linear import linear_form
 from upweight.gradients.source import Direct, gradient_source
 from upweight.task.data import as_data
+from upweight.training.objective import LinearObjective, weighted_objective
 
 
 def form(task, train):

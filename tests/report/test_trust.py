@@ -179,7 +179,7 @@ def test_a_comparison_among_the_checks_is_refused_and_is_taken_as_a_comparison(
     train_in_place(task, (x, y))
     queries = (x[:3], y[:3])
     scores = uw.Influence(uw.Hessian()).fit(task, (x, y)).attribute(queries)
-    found = uw.evaluation.check_on(scores, uw.Newton(), 8, jobs=1, progress=False)
+    found = uw.check(scores, uw.Newton(), subsets=8, jobs=1, progress=False)
 
     def page(**options):
         return uw.report.html(scores, (x, y), queries, tmp_path / "page.html", **options)

@@ -5,49 +5,119 @@ import torch
 
 from tests.market import draw
 from upweight.errors import SpecError
-from upweight.training.optimizers import SGD, Adam, AdamW
+from upweight.training.optimizers import SGD, Adam, AdamW, OptimizerState
 from upweight.training.schedules import Constant, Cosine, LinearDecay, Stepwise
 
-PAIRS = [
-    (SGD(lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
-    (SGD(lr=0.1, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
-    (
-        SGD(lr=0.1, momentum=0.9, nesterov=True),
-        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+RULES = [
+    *(
+        SGD(0.1, momentum, nesterov, dampening, weight_decay)
+        for momentum, nesterov, dampening in [
+            (0.0, False, 0.0), (0.0, False, 0.4), (0.9, False, 0.0), (0.9, True, 0.0),
+            (0.9, False, 0.4),
+        ]
+        for weight_decay in (0.0, 0.03)
     ),
-    (Adam(lr=0.01), lambda p: torch.optim.Adam(p, lr=0.01)),
-    (
-        Adam(lr=0.01, betas=(0.5, 0.9), eps=1e-3),
-        lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.5, 0.9), eps=1e-3),
+    *(
+        rule(0.01, betas, eps, weight_decay, amsgrad)
+        for rule in (Adam, AdamW)
+        for betas, eps in [((0.9, 0.999), 1e-8), ((0.5, 0.9), 1e-3)]
+        for weight_decay in (0.0, 0.03)
+        for amsgrad in (False, True)
     ),
-    (AdamW(lr=0.01, decay=0.1), lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1)),
-]
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("ours, theirs", PAIRS, ids=[repr(ours) for ours, _ in PAIRS])
-def test_steps_are_those_of_torch_optim(ours, theirs):
+def torch_optimizer(rule, params):
+    options = {key: value for key, value in vars(rule).items()}
+    return getattr(torch.optim, type(rule).__name__)(params, **options)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_steps_are_those_of_torch_optim(rule):
     """Two models on one axis, each beside an optimizer of its own; the rate changes on the way."""
     g = torch.Generator().manual_seed(0)
-    start = [draw(g, 2, 3, 4), draw(g, 2, 5)]
-    stacked = [x.clone().requires_grad_() for x in start]
-    together = ours.start(stacked)
-    alone = [[x[k].clone().requires_grad_() for x in start] for k in range(2)]
-    optimizers = [theirs(params) for params in alone]
-    for t in range(7):
-        gradients, lr = [draw(g, *x.shape) for x in start], ours.lr / (1 + t)
-        together.param_groups[0]["lr"] = lr
-        for x, gradient in zip(stacked, gradients, strict=True):
-            x.grad = gradient.clone()
-        together.step()
-        for k, optimizer in enumerate(optimizers):
+    theta = draw(g, 2, 17)
+    given, first = theta.clone(), theta
+    alone = [row.clone().requires_grad_() for row in theta]
+    optimizers = [torch_optimizer(rule, [row]) for row in alone]
+    state = rule.init(theta)
+    for t in range(200):
+        # Some entries never get a gradient, as of units that never fire.
+        gradient, lr = draw(g, 2, 17) * (torch.arange(17) > 2), rule.lr / (1 + t % 7)
+        theta, state = rule.step(theta, gradient, state, lr)
+        for row, x, optimizer in zip(gradient, alone, optimizers, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            for p, gradient in zip(alone[k], gradients, strict=True):
-                p.grad = gradient[k].clone()
+            x.grad = row.clone()
             optimizer.step()
-    for k in range(2):
-        for x, p in zip(stacked, alone[k], strict=True):
-            torch.testing.assert_close(x[k].detach(), p.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(theta, torch.stack(alone).detach(), rtol=1e-12, atol=1e-12)
+    assert state.steps == 200
+    assert tuple(state.memories) == rule.memories
+    assert torch.equal(first, given), "nothing is changed in place"
+
+
+@pytest.mark.parametrize("models", [1, 3])
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_steps_in_place_are_the_same(rule, models):
+    """Of parts that fused steps take and parts that they do not."""
+    g = torch.Generator().manual_seed(0)
+    parts = [draw(g, models, 4, 16), draw(g, models, 5)]
+    theta, state = [x.clone() for x in parts], [rule.init(x) for x in parts]
+    memories = {name: [torch.zeros_like(x) for x in parts] for name in rule.memories}
+    for t in range(20):
+        gradients, lr = [draw(g, *x.shape) for x in parts], rule.lr / (1 + t % 7)
+        steps = [rule.step(x, d, s, lr) for x, d, s in zip(theta, gradients, state, strict=True)]
+        theta, state = [x for x, _ in steps], [s for _, s in steps]
+        rule.update_(parts, gradients, memories, t, lr, models)
+    for k, x in enumerate(parts):
+        torch.testing.assert_close(x, theta[k], rtol=1e-12, atol=1e-12)
+        for name, each in memories.items():
+            torch.testing.assert_close(each[k], state[k].memories[name], rtol=1e-12, atol=1e-12)
+
+
+def loss(theta):
+    """Not quadratic, with an entry that never has a gradient."""
+    return (theta[:-1].square() * torch.tensor([1.0, 3.0, 0.5])).sum() + theta[:-1].sin().prod()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_five_steps_are_differentiable(rule):
+    """d θ₅ / d θ₀, d state₀ and d lr-scaled gradients, against central differences."""
+
+    def trained(theta, memories, scale):
+        state = OptimizerState(3, dict(zip(rule.memories, memories, strict=True)))
+        for t in range(5):
+            tracked = theta if theta.requires_grad else theta.detach().requires_grad_()
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(scale * loss(tracked), tracked, create_graph=True)
+            gradient = gradient if theta.requires_grad else gradient.detach()
+            theta, state = rule.step(theta, gradient, state, 0.1 / (1 + t))
+        return theta
+
+    theta = torch.tensor([0.3, -0.7, 1.1, 0.5])
+    memories = [torch.tensor([0.2, 0.3, 0.4, 0.0]) * (k + 1) for k in range(len(rule.memories))]
+    parts = [theta, *memories, torch.tensor(1.3)]
+    leaves = [x.double().requires_grad_() for x in parts]
+
+    def function(theta, *rest):
+        return trained(theta, rest[:-1], rest[-1])[:-1]
+
+    assert torch.autograd.gradcheck(function, leaves, eps=1e-6, atol=1e-6, rtol=1e-6)
+    theta5 = trained(leaves[0], leaves[1:-1], leaves[-1])
+    for g in torch.autograd.grad(theta5.sum(), leaves):
+        assert bool(g.isfinite().all()), "also of the entry that never has a gradient"
+
+
+def test_tracked_and_untracked_steps_agree():
+    g = torch.Generator().manual_seed(0)
+    for rule in RULES:
+        theta, gradient = draw(g, 6), draw(g, 6)
+        gradient[0] = 0.0
+        state = rule.init(theta)
+        plain, after = rule.step(theta, gradient, state, 0.1)
+        tracked, _ = rule.step(theta.clone().requires_grad_(), gradient, state, 0.1)
+        torch.testing.assert_close(plain, tracked.detach(), rtol=1e-14, atol=1e-14)
+        assert not any(m.requires_grad for m in after.memories.values())
 
 
 def test_cosine_is_that_of_torch_without_a_warmup():
@@ -78,6 +148,9 @@ def test_schedules_rise_and_fall():
         (lambda: SGD(lr=float("nan")), "learning rate"),
         (lambda: SGD(momentum=1.0), "momentum"),
         (lambda: SGD(nesterov=True), "Nesterov"),
+        (lambda: SGD(momentum=0.9, nesterov=True, dampening=0.1), "no dampening"),
+        (lambda: SGD(dampening=2.0), "dampening"),
+        (lambda: SGD(weight_decay=-1.0), "weight decay"),
         (lambda: Adam(betas=(0.9, 1.0)), "betas"),
         (lambda: Adam(eps=0.0), "eps"),
         (lambda: Cosine(warmup=500), "warmup"),

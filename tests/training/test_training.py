@@ -67,7 +67,7 @@ def by_hand(recipe, given, train, w, skip):
     if isinstance(o, SGD):
         optimizer = torch.optim.SGD(model.parameters(), o.lr, o.momentum, nesterov=o.nesterov)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=o.decay)
+        optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=o.weight_decay)
     kept = (w != 0).nonzero()[:, 0] if skip else torch.arange(N)
     steps = recipe.epochs * -(-len(kept) // recipe.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -89,7 +89,7 @@ def by_hand(recipe, given, train, w, skip):
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize(
     "optimizer",
-    [SGD(0.3), SGD(0.2, momentum=0.8, nesterov=True), AdamW(0.02, decay=0.1)],
+    [SGD(0.3), SGD(0.2, momentum=0.8, nesterov=True), AdamW(0.02, weight_decay=0.1)],
     ids=lambda o: type(o).__name__ + str(getattr(o, "nesterov", "")),
 )
 def test_training_is_what_a_plain_loop_does(optimizer, skip):
@@ -307,11 +307,11 @@ def test_numbers_that_cannot_be_meant_are_refused(wrong):
 def test_through_retrain_an_interrupted_run_goes_on(tmp_path):
     given, train, w = task(), data(), weights()
     recipe = Training(Net, SGD(0.3), 1, 5)
-    first = uw.evaluation.retrain(recipe, given, train, w[:3], data(1), cache=tmp_path)
-    again = uw.evaluation.retrain(recipe, given, train, w, data(1), cache=tmp_path)
+    first = uw.training.retrain(recipe, given, train, w[:3], data(1), cache=tmp_path)
+    again = uw.training.retrain(recipe, given, train, w, data(1), cache=tmp_path)
     assert again.reused == 4  # the baseline and three rows
     torch.testing.assert_close(again.values[:3], first.values)
-    fresh = uw.evaluation.retrain(recipe, given, train, w, data(1))
+    fresh = uw.training.retrain(recipe, given, train, w, data(1))
     torch.testing.assert_close(again.values, fresh.values, **CLOSE)
 
 
@@ -329,7 +329,7 @@ def test_a_cache_sees_that_init_makes_another_model(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("UPWEIGHT_TEST_SCALE", scale)
             recipe = Training(made, SGD(0.3), 1, 5)
-            return uw.evaluation.retrain(recipe, given, data(), w, data(1), cache=tmp_path).reused
+            return uw.training.retrain(recipe, given, data(), w, data(1), cache=tmp_path).reused
 
     assert (reused("1.0"), reused("1.0"), reused("0.5")) == (0, 6, 0)
 
@@ -337,7 +337,7 @@ def test_a_cache_sees_that_init_makes_another_model(tmp_path):
 KILLED = """
 import time, torch
 torch.set_default_dtype(torch.float64)
-from upweight.training.training import TrainingTrainer
+from upweight.training.trainer import TrainingTrainer
 from tests.training import test_training as t
 
 train = TrainingTrainer._trained
@@ -360,7 +360,7 @@ def retrained_in_pairs(cache=None):
     prepare = Training.prepare
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "prepare", in_pairs)
-        return uw.evaluation.retrain(recipe, given, data(), weights(9), data(1), cache=cache)
+        return uw.training.retrain(recipe, given, data(), weights(9), data(1), cache=cache)
 
 
 def test_a_killed_run_ends_with_the_same_numbers(tmp_path):

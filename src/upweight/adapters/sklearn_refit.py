@@ -27,10 +27,10 @@ from torch import Tensor
 from upweight.adapters.sklearn_objectives import coefficients
 from upweight.adapters.sklearn_rules import objective_of
 from upweight.adapters.support import RefitTrainer
-from upweight.curvature.objective import weighted_objective
 from upweight.errors import UnsupportedModel, message
 from upweight.task.data import Data
 from upweight.task.task import Task
+from upweight.training.objective import weighted_objective
 
 TIGHTEST = {"sag": 1e-10, "saga": 1e-10, "liblinear": 1e-10}
 """`tol` by solver, 1e-12 elsewhere: beyond it rounding would stop them, at their last iteration."""

@@ -19,8 +19,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.curvature.hessian import Hessian
-from upweight.curvature.newton import Newton
-from upweight.curvature.objective import weighted_objective
 from upweight.errors import NotConverged, NotStationary, message
 from upweight.gradients.source import gradient_source
 from upweight.linalg.cholesky import Cholesky
@@ -28,6 +26,8 @@ from upweight.task.check import checked_losses
 from upweight.task.data import Data, batch_size
 from upweight.task.losses import SmoothHinge, SquaredError
 from upweight.task.task import Task
+from upweight.training.newton import Newton
+from upweight.training.objective import weighted_objective
 
 EXAMPLES = 64
 """How many examples, evenly spaced, tell what a typical removal does."""

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from upweight.adapters.statsmodels_regression import KINDS
 from upweight.adapters.support import RefitTrainer
-from upweight.curvature.objective import weighted_objective
 from upweight.errors import UnsupportedModel, message
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, Loss, SquaredError
 from upweight.task.task import Task
+from upweight.training.objective import weighted_objective
 
 REFIT_TOLERANCE = 1e-8
 """Largest Newton step that a refit may leave, in standard errors."""

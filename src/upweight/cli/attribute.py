@@ -22,7 +22,7 @@ from upweight.runs.environment import environment
 from upweight.runs.question import Question
 from upweight.runs.record import Record
 from upweight.runs.work import refit
-from upweight.scores import library_versions
+from upweight.runtime.versions import library_versions
 
 SHOWN_QUERIES = 5
 """Queries whose strongest examples are printed, unless others are asked for."""

@@ -21,10 +21,9 @@ from upweight.evaluation import (
     leave_one_out,
     predicted_removals,
     random_groups,
-    removal_weights,
-    retrain,
 )  # fmt: skip
 from upweight.report.notation import readable
+from upweight.training import removal_weights, retrain
 
 QUERIES = 100
 REMOVALS = 60

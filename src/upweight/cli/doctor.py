@@ -21,7 +21,7 @@ from upweight.gradients.uses import layer_uses
 from upweight.runs.environment import version_of
 from upweight.runtime.hardware import has_fast_bfloat16
 from upweight.runtime.memory import free_bytes
-from upweight.scores import library_versions
+from upweight.runtime.versions import library_versions
 from upweight.task.check import checked_losses
 from upweight.task.data import Data
 from upweight.task.measures import Logit, LogProb, Loss, Margin

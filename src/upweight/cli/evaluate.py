@@ -17,7 +17,7 @@ from upweight.cli.question import relative, reopened
 from upweight.cli.screen import Answer, continued_by, size, verb
 from upweight.cli.spec import parse
 from upweight.errors import SpecError, message
-from upweight.evaluation import LDS, Check, check, check_on
+from upweight.evaluation import LDS, Check, check
 from upweight.runs.directory import Run
 from upweight.runs.record import Record, is_reference
 from upweight.runs.work import refit
@@ -81,10 +81,7 @@ def evaluate(
         how = recipe_of(project, recipe)
         with continued_by(resume):
             place.log(f"retraining by {how!r}")
-            if subsets is None:
-                found = check(scores, how, budget or "2 min", jobs=jobs, cache=place.retrained)
-            else:
-                found = check_on(scores, how, subsets, jobs=jobs, cache=place.retrained)
+            found = check(scores, how, budget, subsets=subsets, jobs=jobs, cache=place.retrained)
             place.keep_evaluation("halves", kept(found, recipe))
             for note in found.notes:
                 place.log(f"note: {note}")

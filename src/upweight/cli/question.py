@@ -24,7 +24,7 @@ from upweight.runs.directory import Run
 from upweight.runs.environment import environment
 from upweight.runs.question import Question
 from upweight.runs.record import Record, is_reference
-from upweight.scores import library_versions
+from upweight.runtime.versions import library_versions
 from upweight.task.measures import as_measure
 from upweight.task.task import Task
 

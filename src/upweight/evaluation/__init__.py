@@ -3,9 +3,9 @@
     predicted   m_q(w) − m_q(1) ≈ Σᵢ S[q, i] (wᵢ − 1)          removal, wᵢ = 0:  −S[q, i]
     actual      m_q(𝒜(w)) − m_q(𝒜(1))                           𝒜: the recipe that trained the model
 
-`retrain.py` makes the actual side, the only expensive one: many models, cached and resumable
-(`bench.py` runs them, `identity.py` says what they depend on). `weights.py` and `groups.py` say
-which w, `prediction.py` what scores predict for it, `seeds.py` puts several seeds together.
+`upweight.training.retrain` makes the actual side, the only expensive one: many models, cached and
+resumable. `upweight.training.weights` and `groups.py` say which w, `prediction.py` what scores
+predict for it, `seeds.py` puts several seeds together.
 
 What is asked of the two sides, each number with a confidence interval (`bootstrap.py`):
 
@@ -19,7 +19,7 @@ What is asked of the two sides, each number with a confidence interval (`bootstr
 
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.evaluation.brittleness import Brittleness, brittleness
-from upweight.evaluation.check import Check, check, check_on
+from upweight.evaluation.check import Check, check
 from upweight.evaluation.gaps import Gap, Gaps, gaps
 from upweight.evaluation.groups import (
     class_groups,
@@ -54,9 +54,7 @@ from upweight.evaluation.removal_curve import (
     ranked_removal_weights,
     removal_curve,
 )
-from upweight.evaluation.retrain import Retrained, retrain
 from upweight.evaluation.retrieval import Retrieval, class_retrieval, poison_retrieval
-from upweight.evaluation.weights import removal_weights, subset_weights
 
 __all__ = [
     "LDS",
@@ -69,13 +67,11 @@ __all__ = [
     "Gap",
     "Gaps",
     "RemovalCurve",
-    "Retrained",
     "Retrieval",
     "auroc",
     "average_precision",
     "brittleness",
     "check",
-    "check_on",
     "class_groups",
     "class_retrieval",
     "compare",
@@ -100,10 +96,7 @@ __all__ = [
     "recall_curve",
     "removal_curve",
     "removal_order",
-    "removal_weights",
-    "retrain",
     "slope",
     "slope_within",
     "spearman",
-    "subset_weights",
 ]

@@ -30,10 +30,10 @@ from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.evaluation.lds import LDS, lds
 from upweight.evaluation.prediction import predicted_changes
-from upweight.evaluation.retrain import Retrained, joined, retrain
-from upweight.evaluation.weights import subset_weights
 from upweight.scores import Scores
 from upweight.task.recipe import Recipe
+from upweight.training.retrain import Retrained, joined, retrain
+from upweight.training.weights import subset_weights
 from upweight.verdict import FEWEST, Judgement, Reproduction, Verdict, judged
 
 UNITS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
@@ -146,8 +146,9 @@ class Check:
 def check(
     scores: Scores,
     recipe: Recipe,
-    budget: str | float = "2 min",
+    budget: str | float | None = None,
     *,
+    subsets: int | None = None,
     fraction: float = 0.5,
     jobs: int | None = None,
     cache: Folder | None = None,
@@ -160,7 +161,8 @@ def check(
         scores: What is judged; says the task, data, queries and measure.
         recipe: How the model was trained. With a field `seed` each subset is trained from two
             seeds; without one the recipe has no noise, and the comparison no ceiling.
-        budget: "90 s", "2 min", "1 h", or seconds. What has begun is finished.
+        budget: "90 s", "2 min", "1 h", or seconds. What has begun is finished. None: "2 min".
+        subsets: How many, in place of a time; they are the first ones of any check.
         fraction: Of the data, what each model keeps. The mean is taken over what is kept.
         jobs: As for `retrain`.
         cache: As for `retrain`; a later check with a larger budget goes on from there.
@@ -168,22 +170,26 @@ def check(
         bootstrap: How the intervals are made.
 
     Raises:
-        SpecError: The budget is no time, or too short for eight subsets.
+        SpecError: The budget is no time, or too short for eight subsets; or there are both a
+            budget and a number of subsets.
         MissingContext: The scores were loaded from disk, without their task and data.
         UpweightError: See `retrain` and `lds`.
 
-    Cost: the budget.
+    Cost: the budget; or subsets + 1 trainings per seed.
     """
-    seconds, started = _seconds(budget), time.perf_counter()
+    if budget is not None and subsets is not None:
+        raise SpecError(_both(budget, subsets))
+    seconds = _seconds("2 min" if budget is None else budget) if subsets is None else math.inf
+    started = time.perf_counter()
     context = scores.require_context()
     n = len(context.train)
-    most = min(MOST, math.comb(n, max(1, round(fraction * n))))
+    most = min(MOST, math.comb(n, max(1, round(fraction * n)))) if subsets is None else subsets
     weights = subset_weights(n, most, fraction, renormalize=True)
     predicted = predicted_changes(scores, weights)
     metrics.varying(predicted, predicted)  # before any time is spent
     seeds = _two_seeds(recipe)
     rounds: list[list[Retrained]] = []
-    done, step, each = 0, 1, 0.0
+    done, step, each = 0, 1 if subsets is None else subsets, 0.0
     while step >= 1 and done < most:
         begun, stop = time.perf_counter(), min(most, done + step)
         rounds.append(_retrained(seeds, scores, weights[done:stop], jobs, cache, progress))
@@ -195,7 +201,7 @@ def check(
         # The first models alone say little of what many together take each.
         if needed > (left if done > 1 else HOPELESS * left):
             raise SpecError(_too_short(budget, now - started + needed))
-        affordable = int(left / each) if each else done
+        affordable = int(min(left / each, most)) if each else done
         # Half of it, then half of the rest: the machine may become slower meanwhile.
         some = (affordable + 1) // 2
         step = min(some if done >= FEWEST else max(1, some), done)
@@ -204,46 +210,6 @@ def check(
     models = len(seeds) * (done + 1)
     took = time.perf_counter() - started
     return Check(found, fraction, models, took, seconds, truth[0].drift)
-
-
-def check_on(
-    scores: Scores,
-    recipe: Recipe,
-    subsets: int,
-    *,
-    fraction: float = 0.5,
-    jobs: int | None = None,
-    cache: Folder | None = None,
-    progress: bool = True,
-    bootstrap: Bootstrap = Bootstrap(),
-) -> Check:
-    """As `check`, on a number of random subsets in place of a time.
-
-    Args:
-        scores: As for `check`.
-        recipe: As for `check`.
-        subsets: How many; they are the first ones of any `check`, and share its cache.
-        fraction: As for `check`.
-        jobs: As for `check`.
-        cache: As for `check`.
-        progress: As for `check`.
-        bootstrap: As for `check`.
-
-    Raises:
-        MissingContext: The scores were loaded from disk, without their task and data.
-        UpweightError: See `retrain` and `lds`.
-
-    Cost: subsets + 1 trainings per seed.
-    """
-    started, context = time.perf_counter(), scores.require_context()
-    weights = subset_weights(len(context.train), subsets, fraction, renormalize=True)
-    predicted = predicted_changes(scores, weights)
-    seeds = _two_seeds(recipe)
-    truth = _retrained(seeds, scores, weights, jobs, cache, progress)
-    found = lds(predicted, weights, truth, bootstrap=bootstrap)
-    models = len(seeds) * (subsets + 1)
-    took = time.perf_counter() - started
-    return Check(found, fraction, models, took, math.inf, truth[0].drift)
 
 
 def _retrained(
@@ -293,10 +259,19 @@ def _two_seeds(recipe: Recipe) -> list[Recipe]:
     return [recipe, replace(recipe, seed=seed + 1)]  # type: ignore[type-var]
 
 
-def _too_short(budget: str | float, needed: float) -> str:
+def _both(budget: str | float, subsets: int) -> str:
+    return message(
+        "A check is limited by a time or by a number of subsets.",
+        f"budget={budget!r} and subsets={subsets!r}.",
+        "both, where one limits the other.",
+        f"check(scores, recipe, {budget!r}), or check(scores, recipe, subsets={subsets!r}).",
+    )
+
+
+def _too_short(budget: str | float | None, needed: float) -> str:
     return message(
         f"A check needs at least {FEWEST} subsets.",
-        f"budget={budget!r}, where {FEWEST} subsets would take about {needed:.0f} s.",
+        f"budget={budget or '2 min'!r}, where {FEWEST} subsets would take about {needed:.0f} s.",
         "a model that takes long to train.",
         f"allow {needed:.0f} s or more, or check on part of the data; with cache= what was trained "
         "is kept.",

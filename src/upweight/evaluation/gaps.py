@@ -27,12 +27,12 @@ from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, mean
 from upweight.evaluation.loo import leave_one_out
 from upweight.evaluation.prediction import predicted_removals, removals
-from upweight.evaluation.weights import Removal
 from upweight.plot import NEUTRAL, axes
 from upweight.scores import Scores
 from upweight.training.pbrf import PBRF
 from upweight.training.schedules import Cosine
 from upweight.training.training import Training
+from upweight.training.weights import Removal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

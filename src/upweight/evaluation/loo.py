@@ -27,12 +27,12 @@ from upweight.evaluation.prediction import (
     query_index,
     removals,
 )
-from upweight.evaluation.retrain import Retrained, retrain
-from upweight.evaluation.weights import Removal, removal_weights
 from upweight.scores import Scores
 from upweight.task.measures import Loss
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task, require_task
+from upweight.training.retrain import Retrained, retrain
+from upweight.training.weights import Removal, removal_weights
 from upweight.verdict import SAME_MODEL
 
 

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import ShapeError, UpweightError, message
-from upweight.evaluation.weights import Removal, members
 from upweight.scores import Scores, Unit
+from upweight.training.weights import Removal, members
 
 
 def removals(examples: Iterable[Removal], n: int) -> tuple[tuple[int, ...], ...]:

@@ -25,7 +25,7 @@ from upweight.errors import NonFinite, ShapeError, message
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, weighted_mean
 from upweight.evaluation.groups import require_sizes
 from upweight.evaluation.seeds import Truth, baselines_by_seed, values_by_seed
-from upweight.evaluation.weights import removal_weights
+from upweight.training.weights import removal_weights
 
 
 def random_order(n: int, seed: int = 0) -> Int[Tensor, " n"]:

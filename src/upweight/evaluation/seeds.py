@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import DataError, NonFinite, ShapeError, message
-from upweight.evaluation.retrain import Retrained
+from upweight.training.retrain import Retrained
 
 Truth: TypeAlias = Retrained | Sequence[Retrained]
 """Models of one seed, or of several: one `Retrained` each, for the same weights and queries."""

@@ -27,7 +27,8 @@ from upweight.runtime.memory import require_room
 from upweight.runtime.progress import progress
 from upweight.runtime.resources import Resources
 from upweight.runtime.selection import places
-from upweight.scores import Context, Provenance, Scores, Unit, library_versions
+from upweight.runtime.versions import library_versions
+from upweight.scores import Context, Provenance, Scores, Unit
 from upweight.task.check import checked_losses, checked_measurements, require_answerable
 from upweight.task.data import Data
 from upweight.task.identity import contents, described, subject
@@ -374,41 +375,34 @@ class Fitted:
     def check(
         self,
         recipe: "Recipe",
-        budget: str | float = "2 min",
+        budget: str | float | None = None,
         *,
         queries: Any = None,
         measure: Callable[..., Tensor] = LOSS,
-        resources: Resources | None = None,
+        **limits: Any,
     ) -> "Check":
-        """Spend a budget on retraining, and say in words and numbers whether to believe the scores.
-
-        Short for `uw.check(self.attribute(queries, measure), recipe, budget)`.
+        """Hold the scores of some queries against retraining: short for `upweight.check`.
 
         Args:
-            recipe: How the model was trained: `Training`, `Newton`, `FromFunction`, or what an
-                adapter's `recipe` made of an estimator.
-            budget: "90 s", "2 min", "1 h", or seconds.
+            recipe: How the model was trained.
+            budget: As for `upweight.check`.
             queries: What to ask about, best held-out data. None asks about some training examples;
                 whether each is in a subset itself then makes much of what is compared.
             measure: What to ask.
-            resources: As for `uw.check`; None: those of the fit, without its folder.
+            limits: Further arguments of `upweight.check`: subsets, jobs, cache, …
 
         Raises:
-            SpecError: The budget is no time, or too short for eight subsets.
+            UpweightError: From `attribute` or `upweight.check`.
 
-        Cost: the budget, and one `attribute`.
+        Cost: the check, and one `attribute`.
         """
-        from upweight.evaluation.check import check  # above the methods
+        from upweight.evaluation.check import check  # a short form of what stands above
 
         if queries is None:
             n = len(self.train)
             count = min(n, QUERIES)
             queries = self.train.subset([k * n // count for k in range(count)])
-        scores = self.attribute(queries, measure)
-        used = replace(self.resources, folder=None) if resources is None else resources
-        return check(
-            scores, recipe, budget, jobs=used.jobs, cache=used.folder, progress=used.progress
-        )
+        return check(self.attribute(queries, measure), recipe, budget, **limits)
 
     # -- shared steps -----------------------------------------------------------------------------
 

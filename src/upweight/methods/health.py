@@ -5,7 +5,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -198,7 +197,7 @@ def warned(notes: list[str]) -> list[str]:
     """The notes, each also a warning at the line of the user's that asked."""
     if notes:
         # The line that called the outermost function of this package.
-        package = str(Path(__file__).parents[1])
+        package = __file__.rpartition("methods")[0]
         frames = [frame.filename for frame in reversed(inspect.stack(context=0))]
         inside = next(k for k, name in enumerate(frames) if name.startswith(package))
         for note in notes:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from upweight.scores import library_versions
+from upweight.runtime.versions import library_versions
 
 LIBRARIES = {
     "numpy": "numpy", "scipy": "scipy", "sklearn": "scikit-learn", "statsmodels": "statsmodels",

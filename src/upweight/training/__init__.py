@@ -1,7 +1,19 @@
-"""𝒜 by gradient descent: how the model was trained, as a function of the data weights.
+"""𝒜: how the model was trained, as a function of the data weights.
 
-    θ_{t+1} = θ_t − η_t · direction(∇J_B(θ_t, w))          J_B: the mean over a batch
+    θ_{t+1} = θ_t − η_t · direction(∇J_B(θ_t, w))     J_B: the mean over a batch      training.py
+    θ(w) = argmin_θ J(θ, w)                           for strictly convex J           newton.py
 
-`training.py` is the recipe, `optimizers.py` and `schedules.py` are its parts, `function.py` takes a
+`trainer.py` trains as `training.py` says, by `optimizers.py` and `schedules.py`, one step of
+`steps.py` after the other; `trajectory.py` hands the steps out. `descent.py` and `objective.py` are
+parts of `newton.py`. `pbrf.py` trains on the proximal Bregman objective, and `function.py` takes a
 training loop of the user's own.
+
+`retrain.py` trains many models, one for each row of `weights.py`, and measures them (`pool.py` runs
+them, in several processes too).
 """
+
+from upweight.training.retrain import Retrained, retrain
+from upweight.training.trajectory import Trajectory
+from upweight.training.weights import removal_weights, subset_weights
+
+__all__ = ["Retrained", "Trajectory", "removal_weights", "retrain", "subset_weights"]

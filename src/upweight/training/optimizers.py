@@ -1,20 +1,42 @@
-"""How does a step follow from the gradient? `torch.optim`'s update rules, for many models at once.
+"""How does a step follow from the gradient? The update rules of `torch.optim`, as pure functions.
 
-These rules work entry by entry, so that PyTorch's own optimizers step models that are stacked on a
-leading axis as they step one. The penalty is part of J: what `torch.optim` calls weight decay is
-`L2` in the task, except for `AdamW`, whose decay is no gradient.
+    state₀ = optimizer.init(θ₀)
+    θ_{t+1}, state_{t+1} = optimizer.step(θ_t, ∇J_B(θ_t), state_t, η_t)
+
+Nothing is changed in place, so any θ_t and state_t can be kept and gone on from. The rules work
+entry by entry: θ may be one flat vector or many models on leading axes. They are differentiable in
+θ, the gradient and the state, which differentiates training itself.
+
+`update_` does the same in place, by the kernels of `torch.optim`: one pass over memory where the
+formulas take five, which is a third of the time of a step of Adam on a wide layer.
 """
 
 import abc
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from upweight.errors import SpecError, message
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizerState:
+    """What an optimizer remembers of the steps before.
+
+    Args:
+        steps: How many there were.
+        memories: Averages of gradients by name, each of the shape of θ.
+    """
+
+    steps: int = 0
+    memories: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Optimizer(abc.ABC):
@@ -22,37 +44,94 @@ class Optimizer(abc.ABC):
 
     Attributes:
         lr: η₀, the learning rate that a schedule multiplies.
-        memories: How many numbers are remembered per parameter.
+        memories: The names of what is remembered per parameter.
     """
 
     lr: float
-    memories: int
+    memories: tuple[str, ...]
+
+    def init(self, theta: Float[Tensor, "*s p"]) -> OptimizerState:
+        """The state before the first step."""
+        return OptimizerState(0, {name: torch.zeros_like(theta) for name in self.memories})
 
     @abc.abstractmethod
-    def start(self, theta: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """PyTorch's optimizer of these leaves, before its first step."""
+    def step(
+        self,
+        theta: Float[Tensor, "*s p"],
+        grad: Float[Tensor, "*s p"],
+        state: OptimizerState,
+        lr: float,
+    ) -> tuple[Float[Tensor, "*s p"], OptimizerState]:
+        """θ and the state after one step at the learning rate η."""
+
+    def update_(
+        self,
+        theta: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        memories: Mapping[str, Sequence[Tensor]],
+        steps: int,
+        lr: float,
+        models: int = 1,
+    ) -> None:
+        """The same in place, to rounding, of parts of θ that are each contiguous.
+
+        Args:
+            theta: The parts.
+            grads: Their gradients.
+            memories: What is remembered of each.
+            steps: How many steps there were before.
+            lr: η.
+            models: How many models each part holds, on its leading axis.
+        """
+        fused = [_may_be_fused(x, models) for x in theta]
+        for kind in set(fused):
+            places = [k for k, f in enumerate(fused) if f is kind]
+            some = {name: [each[k] for k in places] for name, each in memories.items()}
+            self._update_(
+                [theta[k] for k in places], [grads[k] for k in places], some, steps, lr, kind
+            )
+
+    @abc.abstractmethod
+    def _update_(
+        self,
+        theta: list[Tensor],
+        grads: list[Tensor],
+        memories: Mapping[str, list[Tensor]],
+        steps: int,
+        lr: float,
+        fused: bool,
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
 class SGD(Optimizer):
-    """θ ← θ − η b, b ← μ b + g; with Nesterov's momentum θ ← θ − η (g + μ b): `torch.optim.SGD`.
+    """θ ← θ − η b, b ← μ b + (1 − τ) g; with Nesterov's momentum θ ← θ − η (g + μ b).
+
+    `torch.optim.SGD`. The first step has b = g.
 
     Args:
         lr: η₀.
         momentum: μ.
         nesterov: Whether the step looks ahead.
+        dampening: τ.
+        weight_decay: λ: g is the gradient + λθ, of all parameters. It is the penalty `L2(λ)`, but
+            only a task's penalty is part of J and known to scores.
     """
 
     lr: float = 0.1
     momentum: float = 0.0
     nesterov: bool = False
+    dampening: float = 0.0
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _require_rate(self, self.lr)
-        if not 0 <= self.momentum < 1 or (self.nesterov and self.momentum == 0):
+        _require_numbers(self, self.lr, self.weight_decay)
+        plain = self.momentum > 0 and self.dampening == 0
+        if not (0 <= self.momentum < 1 and 0 <= self.dampening <= 1 and plain >= self.nesterov):
             raise SpecError(
                 message(
-                    "SGD needs 0 ≤ momentum < 1, above 0 for Nesterov's.",
+                    "SGD needs 0 ≤ momentum < 1 and 0 ≤ dampening ≤ 1; Nesterov's needs "
+                    "momentum > 0 and no dampening.",
                     f"{self!r}.",
                     "a percentage, or nesterov=True with the default momentum of 0.",
                     "SGD(lr=0.1, momentum=0.9, nesterov=True).",
@@ -60,11 +139,43 @@ class SGD(Optimizer):
             )
 
     @property
-    def memories(self) -> int:  # type: ignore[override]
-        return int(self.momentum > 0)
+    def memories(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("momentum",) if self.momentum > 0 else ()
 
-    def start(self, theta: Sequence[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(_groups(theta), self.lr, self.momentum, nesterov=self.nesterov)
+    def step(
+        self, theta: Tensor, grad: Tensor, state: OptimizerState, lr: float
+    ) -> tuple[Tensor, OptimizerState]:
+        if self.weight_decay:
+            grad = torch.add(grad, theta, alpha=self.weight_decay)
+        memories = {}
+        if self.momentum:
+            share = 1 - self.dampening if state.steps else 1.0
+            average = torch.mul(state.memories["momentum"], self.momentum).add_(grad, alpha=share)
+            memories = {"momentum": average}
+            grad = torch.add(grad, average, alpha=self.momentum) if self.nesterov else average
+        return torch.add(theta, grad, alpha=-lr), OptimizerState(state.steps + 1, memories)
+
+    def _update_(
+        self,
+        theta: list[Tensor],
+        grads: list[Tensor],
+        memories: Mapping[str, list[Tensor]],
+        steps: int,
+        lr: float,
+        fused: bool,
+    ) -> None:
+        kept = memories.get("momentum", [])
+        # None: the first step, which has no dampening.
+        averages: list[Tensor | None] = [*kept] if kept and steps else [None] * len(theta)
+        sgd(
+            theta, grads, averages, lr=lr, momentum=self.momentum, nesterov=self.nesterov,
+            dampening=self.dampening, weight_decay=self.weight_decay, maximize=False,
+            foreach=False, fused=fused,
+        )  # fmt: skip
+        if not steps:
+            for x, average in zip(kept, averages, strict=False):
+                assert average is not None
+                x.copy_(average)
 
 
 @dataclass(frozen=True)
@@ -75,16 +186,18 @@ class Adam(Optimizer):
         lr: η₀.
         betas: Decay of the averages m of g and v of g².
         eps: ε.
+        weight_decay: λ: g is the gradient + λθ. As for `SGD`.
+        amsgrad: Whether v̂ never falls (Reddi, Kale & Kumar 2018, Algorithm 2).
     """
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-
-    memories = 2
+    weight_decay: float = 0.0
+    amsgrad: bool = False
 
     def __post_init__(self) -> None:
-        _require_rate(self, self.lr)
+        _require_numbers(self, self.lr, self.weight_decay)
         if not (all(0 <= beta < 1 for beta in self.betas) and self.eps > 0):
             raise SpecError(
                 message(
@@ -95,8 +208,51 @@ class Adam(Optimizer):
                 )
             )
 
-    def start(self, theta: Sequence[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(_groups(theta), self.lr, self.betas, self.eps)
+    @property
+    def memories(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("mean", "square", "largest") if self.amsgrad else ("mean", "square")
+
+    def step(
+        self, theta: Tensor, grad: Tensor, state: OptimizerState, lr: float
+    ) -> tuple[Tensor, OptimizerState]:
+        theta, grad = self._decayed(theta, grad, lr)
+        (b1, b2), t = self.betas, state.steps + 1
+        memories = {
+            "mean": torch.lerp(state.memories["mean"], grad, 1 - b1),
+            "square": torch.mul(state.memories["square"], b2).addcmul_(grad, grad, value=1 - b2),
+        }
+        square = memories["square"]
+        if self.amsgrad:
+            square = memories["largest"] = torch.maximum(state.memories["largest"], square)
+        # √v̂ + ε = (√v + ε √(1 − β₂ᵗ)) / √(1 − β₂ᵗ)
+        correction = math.sqrt(1 - b2**t)
+        root = _root(square).add_(self.eps * correction)
+        rate = lr * correction / (1 - b1**t)
+        moved = torch.addcdiv(theta, memories["mean"], root, value=-rate)
+        return moved, OptimizerState(t, memories)
+
+    def _update_(
+        self,
+        theta: list[Tensor],
+        grads: list[Tensor],
+        memories: Mapping[str, list[Tensor]],
+        steps: int,
+        lr: float,
+        fused: bool,
+    ) -> None:
+        rule = adamw if isinstance(self, AdamW) else adam
+        rule(
+            theta, grads, memories["mean"], memories["square"], memories.get("largest", []),
+            [torch.tensor(float(steps)) for _ in theta],
+            lr=lr, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+            weight_decay=self.weight_decay, amsgrad=self.amsgrad, maximize=False,
+            foreach=False, fused=fused,
+        )  # fmt: skip
+
+    def _decayed(self, theta: Tensor, grad: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        if self.weight_decay:
+            grad = torch.add(grad, theta, alpha=self.weight_decay)
+        return theta, grad
 
 
 @dataclass(frozen=True)
@@ -107,41 +263,44 @@ class AdamW(Adam):
         lr: η₀.
         betas: As for `Adam`.
         eps: As for `Adam`.
-        decay: λ; `torch.optim.AdamW` calls it weight_decay. Of all parameters, and not part of J.
+        weight_decay: λ, of all parameters. It is no gradient, and not part of J.
+        amsgrad: As for `Adam`.
     """
 
-    decay: float = 0.01
+    weight_decay: float = 0.01
 
-    def start(self, theta: Sequence[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            _groups(theta), self.lr, self.betas, self.eps, weight_decay=self.decay
-        )
+    def _decayed(self, theta: Tensor, grad: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        return (theta * (1 - lr * self.weight_decay) if self.weight_decay else theta), grad
 
 
 LINE = 64
-"""Numbers per model of a leaf that PyTorch's fused steps may take: a multiple of any vector's."""
+"""Numbers per model of a part that PyTorch's fused steps may take: a multiple of any vector's."""
 
 
-def _groups(theta: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """Leaves [s, ...] stepped by one pass over memory (`fused`), and those that are not.
+def _may_be_fused(part: Tensor, models: int) -> bool:
+    """A fused step rounds the numbers behind the last whole vector otherwise than the rest.
 
-    A fused step rounds the numbers behind the last whole vector otherwise than the rest. Where they
-    lie would depend on how many models train together, and so would a model's bits.
+    Where they lie would depend on how many models train together, and so would a model's bits.
     """
-    fused = [p for p in theta if p.device.type == "cpu" and p[0].numel() % LINE == 0]
-    rest = [p for p in theta if all(p is not other for other in fused)]
-    groups: list[dict[str, Any]] = [
-        {"params": fused, "fused": True, "foreach": False},
-        {"params": rest},
-    ]
-    return [group for group in groups if group["params"]]
+    return part.device.type == "cpu" and (models == 1 or part.numel() // models % LINE == 0)
 
 
-def _require_rate(optimizer: Optimizer, lr: float) -> None:
-    if not 0 < lr < math.inf:
+def _root(square: Tensor) -> Tensor:
+    """√v in new memory. Its derivative is 0 at v = 0, where m is 0 as well: m/(√v + ε) is smooth.
+
+    A gradient that was 0 at every step, as of a unit that never fires, would give 0 · ∞ there.
+    """
+    if not (torch.is_grad_enabled() and square.requires_grad):
+        return square.sqrt()
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
+def _require_numbers(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
+    if not (0 < lr < math.inf and 0 <= weight_decay < math.inf):
         raise SpecError(
             message(
-                "A learning rate is a positive number.",
+                "A learning rate is a positive number, and a weight decay not a negative one.",
                 f"{optimizer!r}.",
                 "0 meant as no training.",
                 "give the rate that the model was trained with.",

@@ -29,7 +29,8 @@ from upweight.task.penalties import Penalty
 from upweight.task.task import Task
 from upweight.training.optimizers import SGD, Optimizer
 from upweight.training.schedules import Cosine, Schedule
-from upweight.training.training import Terms, Training, TrainingTrainer, trainer_for
+from upweight.training.trainer import Terms, TrainingTrainer, trainer_for
+from upweight.training.training import Training
 
 
 @dataclass(frozen=True)

@@ -9,59 +9,26 @@ others close ranks instead, as when rows are deleted from the data set: an epoch
 
 With `proximity` λ the objective gains (λ/2) ‖θ − θ̂‖², which keeps a warm start near θ̂; `PBRF`
 (`pbrf.py`) trains with other terms in place of wᵢ ℓᵢ.
-
-Many models train at once where `torch.func.vmap` can run theirs: one product of matrices serves all
-of them, and what a step costs besides arithmetic is paid once.
 """
 
-import abc
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from upweight._typing import Batch, Params
-from upweight.errors import NotConverged, SpecError, UnsupportedModel, message
+from upweight._typing import Folder
+from upweight.errors import SpecError, message
 from upweight.task.data import Data
 from upweight.task.lent import copied
 from upweight.task.params import Layout
-from upweight.task.recipe import Trained
 from upweight.task.task import Task
 from upweight.training.optimizers import SGD, Optimizer
 from upweight.training.schedules import Constant, Schedule
-
-
-class Terms(abc.ABC):
-    """What each example adds to the objective, as a function of its weight."""
-
-    @abc.abstractmethod
-    def __call__(
-        self, task: Task, params: Params, batch: Batch, weights: Float[Tensor, " b"]
-    ) -> Float[Tensor, " b"]:
-        """One value per example, whose mean is the objective without its penalties."""
-
-
-@dataclass(frozen=True)
-class WeightedLosses(Terms):
-    """wᵢ ℓᵢ(θ)."""
-
-    def __call__(
-        self, task: Task, params: Params, batch: Batch, weights: Float[Tensor, " b"]
-    ) -> Float[Tensor, " b"]:
-        return weights * task.losses(params, batch)
-
-
-TOGETHER = 64
-"""Models trained at once at most."""
-
-CACHE_BYTES = 32 * 2**20
-"""What their parameters, gradients and the optimizer's memory may take: with more, every step waits
-for memory outside of the processor's cache."""
+from upweight.training.trainer import TrainingTrainer, WeightedLosses, trainer_for
+from upweight.training.trajectory import Trajectory, read, recorded
 
 
 @dataclass(frozen=True)
@@ -109,7 +76,7 @@ class Training:
                 )
             )
 
-    def prepare(self, task: Task, train: Data) -> "TrainingTrainer":
+    def prepare(self, task: Task, train: Data) -> TrainingTrainer:
         """The initial model, and whether many can train at once.
 
         Raises:
@@ -130,19 +97,45 @@ class Training:
             NotConverged: Its parameters became NaN or infinite.
             UpweightError: As for `prepare`.
         """
-        data = task.training(train)
-        found = self.prepare(task, data)(torch.ones(1, len(data)))
-        if found.failures:
-            raise NotConverged(
-                message(
-                    "Training must end in finite parameters.",
-                    f"{self!r}: {found.failures[0]}.",
-                    "a learning rate that is too large, or NaN in the data.",
-                    "lower the learning rate.",
-                ),
-                found,
-            )
-        return task.moved_to(found.theta[0]).model.eval()
+        found = self.trajectory(task, train, every=[])
+        return task.moved_to(found.theta).model.eval()
+
+    def trajectory(
+        self,
+        task: Task,
+        train: Any,
+        w: Float[Tensor, " n"] | None = None,
+        *,
+        every: int | Sequence[int] | None = None,
+    ) -> Trajectory:
+        """Train, and hand out the steps.
+
+        Args:
+            task: As for `trained`.
+            train: As for `as_data`.
+            w: The data weights; None: all 1.
+            every: The states to keep: every k-th, or a list of step numbers. The first and the last
+                are always kept. None: every ⌈√T⌉-th, so that any other is at most √T steps away.
+
+        Raises:
+            ShapeError: There is not one weight per example.
+            SpecError: The states to keep are not of the run.
+            NotConverged: The parameters became NaN or infinite.
+            UpweightError: As for `prepare`.
+
+        Cost: one training. Memory: a copy of the parameters and of what the optimizer remembers
+        for each state that is kept (`Trajectory.nbytes`).
+        """
+        return recorded(self.prepare(task, task.training(train)), w, every)
+
+    def read_trajectory(self, task: Task, train: Any, folder: Folder) -> Trajectory:
+        """What `Trajectory.save` wrote. Its states are read when they are asked for.
+
+        Raises:
+            FileNotFoundError: There is none.
+            StaleStore: It is of another recipe, task or data, or damaged.
+        """
+        return read(self.prepare(task, task.training(train)), folder)
 
     def untrained(self, task: Task) -> Task:
         """The task with the model that training starts from.
@@ -152,7 +145,7 @@ class Training:
         """
         if self.init is None:
             return task
-        with _forked():
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(self.seed)
             model = self.init()
         model = copied(model).to(task.layout.device, task.layout.dtype)
@@ -175,219 +168,6 @@ class Training:
                 if name in theirs and name not in made.names:
                     theirs[name].copy_(value)
         return Task(model, task.loss, task.penalty, task.params, task.forward)
-
-
-def trainer_for(
-    spec: Training, start: Task, train: Data, center: Float[Tensor, " p"], terms: Terms
-) -> "TrainingTrainer":
-    """The trainer, and whether it can train many at once.
-
-    Raises:
-        UnsupportedModel: A layer keeps statistics of its batches while training.
-    """
-    _refuse_running_statistics(start.model)
-    trainer = TrainingTrainer(spec, start, train, center, terms, _together(spec, start))
-    if trainer.at_once > 1 and (reason := trainer.refusal()) is not None:
-        return replace(trainer, at_once=1, alone_because=reason)
-    return trainer
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingTrainer:
-    """w ↦ θ(w). Made by `Training.prepare`.
-
-    Args:
-        spec: The recipe.
-        task: With the model as it starts.
-        train: The data.
-        center: θ̂, which `proximity` refers to.
-        terms: What each example adds to the objective.
-        at_once: How many models train together.
-        alone_because: Why it is only one, if `torch.func.vmap` cannot run the model.
-    """
-
-    spec: Training
-    task: Task
-    train: Data
-    center: Float[Tensor, " p"]
-    terms: Terms
-    at_once: int
-    alone_because: str | None = None
-
-    def __call__(self, weights: Float[Tensor, "s n"]) -> Trained:
-        """θ(w) for each row; a row that diverged is told by name."""
-        weights = weights.to(self.task.layout.device, self.task.layout.dtype)
-        theta = weights.new_empty(len(weights), self.task.layout.size)
-        failures: dict[int, str] = {}
-        for rows in self._groups(weights):
-            if self.spec.skip_absent and not bool(weights[rows[0]].any()):
-                failures |= dict.fromkeys(rows.tolist(), "every example has weight 0")
-                continue
-            for chunk in torch.tensor_split(rows, -(-len(rows) // self.at_once)):
-                theta[chunk], diverged = self._trained(weights[chunk])
-                failures |= {int(chunk[k]): reason for k, reason in diverged.items()}
-        return Trained(theta, theta.new_full((len(theta),), torch.nan), failures)
-
-    def refusal(self) -> str | None:
-        """Why many models cannot train at once; None if they can."""
-        try:
-            self._laid_out(self._stacked(2))
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            # What `vmap` takes for a named tuple, such as a packed sequence, breaks in many ways.
-            return str(error).splitlines()[0]
-        return None
-
-    def _groups(self, weights: Float[Tensor, "s n"]) -> Iterator[Int[Tensor, " k"]]:
-        """Rows whose epochs have the same length."""
-        if not self.spec.skip_absent:
-            yield torch.arange(len(weights))
-            return
-        lengths = (weights != 0).sum(dim=1)
-        for length in torch.unique(lengths).tolist():
-            yield (lengths == length).nonzero()[:, 0]
-
-    def _stacked(self, s: int) -> dict[str, Tensor]:
-        start = self.task.layout.unflatten(self.task.theta())
-        return {
-            name: value.expand(s, *value.shape).clone().requires_grad_()
-            for name, value in start.items()
-        }
-
-    def _laid_out(self, theta: Params) -> dict[str, Tensor]:
-        """The same with the strides of their gradients: steps then read memory in one order."""
-        s, few = len(next(iter(theta.values()))), torch.arange(min(2, len(self.train)))
-        ones = self.task.theta().new_ones(s, len(few))
-        if self.spec.skip_absent:  # then every model has a batch of its own
-            few = few.expand(s, -1)
-        with _forked():
-            gradient = self._gradient(theta, few, ones, 1.0)
-        return {
-            name: torch.empty_like(g).copy_(p.detach()).requires_grad_()
-            for (name, p), g in zip(theta.items(), gradient, strict=True)
-        }
-
-    def _trained(
-        self, weights: Float[Tensor, "s n"]
-    ) -> tuple[Float[Tensor, "s p"], dict[int, str]]:
-        spec, s = self.spec, len(weights)
-        theta = self._laid_out(self._stacked(s))
-        orders = [_memory_order(p) for p in theta.values()]
-        leaves = [
-            p.detach().permute(order) for p, order in zip(theta.values(), orders, strict=True)
-        ]
-        optimizer = spec.optimizer.start(leaves)  # of the same memory
-        present = weights != 0 if spec.skip_absent else torch.ones_like(weights, dtype=torch.bool)
-        length = int(present[0].sum())
-        share = length / len(self.train)
-        steps = spec.epochs * -(-length // spec.batch)
-        step, failures = 0, dict[int, str]()
-        with _forked():
-            torch.manual_seed(spec.seed)
-            for epoch in range(spec.epochs):
-                for index in torch.split(self._order(epoch, present), spec.batch, dim=-1):
-                    w = weights[:, index] if index.ndim == 1 else weights.gather(1, index)
-                    gradient = self._gradient(theta, index, w, share)
-                    for leaf, g, order in zip(leaves, gradient, orders, strict=True):
-                        leaf.grad = g.permute(order)
-                    for group in optimizer.param_groups:
-                        group["lr"] = spec.optimizer.lr * spec.schedule(step, steps)
-                    optimizer.step()
-                    step += 1
-                for k in _not_finite(theta) - set(failures):
-                    failures[k] = (
-                        f"its parameters became NaN or infinite in epoch {epoch + 1} of "
-                        f"{spec.epochs}"
-                    )
-        with torch.no_grad():
-            return self.task.layout.flatten(theta), failures
-
-    def _order(self, epoch: int, present: Bool[Tensor, "s n"]) -> Int[Tensor, "..."]:
-        """The examples of an epoch: one order [n] for all models, or one for each [s, m].
-
-        Those are the one order with the absent left out.
-        """
-        generator = torch.Generator().manual_seed(self.spec.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.train), generator=generator).to(present.device)
-        if bool(present.all()):
-            return order
-        return order.expand_as(present)[present[:, order]].reshape(len(present), -1)
-
-    def _gradient(
-        self,
-        theta: Params,
-        index: Int[Tensor, "..."],
-        weights: Float[Tensor, "s b"],
-        share: float,
-    ) -> tuple[Tensor, ...]:
-        """∇J_B(θ, w) of each model, by parameter, with 1/|B| times the share that is present."""
-        task, layout = self.task, self.task.layout
-        batch = task.to_device(self.train.take(index.flatten().cpu()))
-
-        def objective(params: Params, batch: Batch, w: Tensor) -> Tensor:
-            mean = self.terms(task, params, batch, w).mean()
-            value = share * mean + task.penalty(params, layout)
-            if self.spec.proximity == 0:
-                return value
-            away = layout.flatten(params) - self.center
-            return value + 0.5 * self.spec.proximity * away.square().sum()
-
-        if self.at_once == 1:
-            one = objective({name: p[0] for name, p in theta.items()}, batch, weights[0])
-            return torch.autograd.grad(one, list(theta.values()), materialize_grads=True)
-        axis = None
-        if index.ndim == 2:
-            axis = 0
-            batch = tree_map(
-                lambda x: x.reshape(*index.shape, *x.shape[1:]) if isinstance(x, Tensor) else x,
-                batch,
-            )
-        many = torch.func.vmap(objective, in_dims=(0, axis, 0), randomness="same")
-        total = many(theta, batch, weights).sum()
-        return torch.autograd.grad(total, list(theta.values()), materialize_grads=True)
-
-
-def _memory_order(x: Tensor) -> list[int]:
-    """The axes of a dense tensor as its memory runs: permuted by them, it is contiguous."""
-    strides = x.stride()
-    return sorted(range(x.ndim), key=lambda axis: -strides[axis])
-
-
-def _forked() -> AbstractContextManager[None]:
-    """PyTorch's generators come back as they were: `manual_seed` seeds those of all devices."""
-    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
-
-
-def _together(spec: Training, task: Task) -> int:
-    """How many models are fastest: as many as the cache holds."""
-    each = (2 + spec.optimizer.memories) * task.layout.size * task.layout.dtype.itemsize
-    return max(1, min(TOGETHER, CACHE_BYTES // each))
-
-
-def _not_finite(theta: Params) -> set[int]:
-    found: set[int] = set()
-    for p in theta.values():
-        bad = ~p.detach().flatten(1).isfinite().all(dim=1)
-        found |= set(bad.nonzero()[:, 0].tolist())
-    return found
-
-
-def _refuse_running_statistics(model: nn.Module) -> None:
-    named = [
-        f"{name} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if module.training and getattr(module, "track_running_stats", False)
-    ]
-    if named:
-        raise UnsupportedModel(
-            message(
-                "Training is a function of the data weights to θ; a layer that keeps statistics of "
-                "its batches trains something besides.",
-                f"{', '.join(named[:4])} in training mode.",
-                "batch normalization, whose running mean and variance are no parameters.",
-                "use GroupNorm or LayerNorm, freeze the statistics (init=lambda: net().eval()), or "
-                "write the training loop yourself: FromFunction(train).",
-            )
-        )
 
 
 def _first_difference(made: Layout, given: Layout) -> str:

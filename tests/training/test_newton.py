@@ -7,11 +7,11 @@ from torch import nn
 import upweight as uw
 from tests.market import problem
 from tests.reference import closed_form
-from upweight.curvature.descent import descend
-from upweight.curvature.newton import Newton
-from upweight.curvature.objective import GeneralObjective, LinearObjective, weighted_objective
 from upweight.errors import DtypeError, NotConverged, NotPositiveDefinite, SpecError
 from upweight.task.data import as_data
+from upweight.training.descent import descend
+from upweight.training.newton import Newton
+from upweight.training.objective import GeneralObjective, LinearObjective, weighted_objective
 
 
 def weights_like(n, s=5, seed=0):

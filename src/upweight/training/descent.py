@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from upweight.curvature.objective import WeightedObjective
+from upweight.training.objective import WeightedObjective
 
 HALVINGS = 40
 

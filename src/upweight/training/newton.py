@@ -16,14 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.curvature.descent import Minima, descend
 from upweight.curvature.hessian import Hessian
-from upweight.curvature.objective import WeightedObjective, weighted_objective
 from upweight.errors import DtypeError, NotConverged, SpecError, message
 from upweight.linalg.cholesky import Cholesky
 from upweight.task.data import Data
 from upweight.task.recipe import Trained
 from upweight.task.task import Task
+from upweight.training.descent import Minima, descend
+from upweight.training.objective import WeightedObjective, weighted_objective
 
 APPROACH = 1e-4
 """By how much ‖∇J‖ falls before the first factorization: steps without one are far cheaper where

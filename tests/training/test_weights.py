@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from upweight.errors import SpecError
-from upweight.evaluation import subset_weights
+from upweight.training import subset_weights
 
 
 def test_every_row_keeps_its_share():

@@ -9,10 +9,10 @@ import torch
 import upweight as uw
 from tests.killing import kill_once_kept
 from tests.market import problem
-from upweight.curvature.newton import Newton
 from upweight.errors import NonFinite, NotConverged, ShapeError, SpecError, StaleStore
-from upweight.evaluation import removal_weights, retrain
 from upweight.task.recipe import Trained
+from upweight.training import removal_weights, retrain
+from upweight.training.newton import Newton
 
 STEPS = []
 
@@ -148,7 +148,7 @@ def test_batched_models_resume_with_the_same_numbers(tmp_path, monkeypatch):
     p = problem("logistic")
     weights = removal_weights(p.n, range(9))
     monkeypatch.setattr(
-        "upweight.curvature.objective.LinearObjective.at_once", property(lambda self: 4)
+        "upweight.training.objective.LinearObjective.at_once", property(lambda self: 4)
     )
     plain = run(p, weights, Newton())
     run(p, weights[:3], Newton(), cache=tmp_path)  # the baseline and three: one chunk
@@ -233,7 +233,7 @@ def test_a_full_disk_is_an_error_and_keeps_what_was_there(setup, tmp_path, monke
 
 KILLED = """
 import time, torch
-from tests.evaluation import test_retrain as t
+from tests.training import test_retrain as t
 from tests.market import problem
 
 class Slow(t.Descending):

@@ -4,7 +4,7 @@
 
 The baseline is retrained too: what changes between w and 1 is then the weights and nothing else,
 even where the task's own parameters were reached in another way (`drift` says how far off they
-were). The objective keeps its 1/n; see `upweight.evaluation.weights` for the other convention.
+were). The objective keeps its 1/n; see `weights.py` for the other convention.
 
 With a cache, models are recorded as soon as they are measured and are found again by their weights.
 A run that was killed goes on where it was; another recipe, model, data set or question never sees
@@ -22,13 +22,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import NonFinite, NotConverged, ShapeError, message
-from upweight.evaluation.bench import Bench, in_words, run, shown
-from upweight.evaluation.identity import identity
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.rows import RowStore
+from upweight.runtime.versions import library_versions
+from upweight.task.data import Data
+from upweight.task.identity import contents, described, subject
 from upweight.task.measures import Loss, as_measure
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task, require_task
+from upweight.training.pool import Bench, in_words, run, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +142,30 @@ def joined(parts: Sequence[Retrained]) -> Retrained:
         sum(part.reused for part in parts),
         sum(part.seconds for part in parts),
     )
+
+
+def identity(
+    recipe: Any, task: Task, train: Data, queries: Data, measure: Callable[..., Tensor]
+) -> dict[str, str]:
+    """Everything a retrained measurement depends on but the weights.
+
+    Raises:
+        SpecError: A part cannot be told from another of its kind.
+    """
+    # A class or function that makes a model is told by its name and code, but not by what it calls:
+    # what it makes says the rest.
+    untrained = getattr(recipe, "untrained", None)
+    start = {} if untrained is None else {"untrained": described(untrained(task).model)}
+    about = subject(task, train)
+    return {
+        **start,
+        **about,
+        "recipe": described(recipe),
+        "measure": described(measure),
+        "train": f"{len(train)} examples {about['train']}",
+        "queries": f"{len(queries)} examples {contents(queries)}",
+        "versions": repr({k: v for k, v in library_versions().items() if k != "python"}),
+    }
 
 
 def _plan(weights: Float[Tensor, "..."], n: int) -> Float[Tensor, "r n"]:

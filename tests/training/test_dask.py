@@ -24,7 +24,7 @@ def test_a_cluster_trains_what_this_process_trains(tmp_path):
     task = uw.Task(initialized(network(), g).eval(), uw.CrossEntropy())
     recipe = uw.Training(network, uw.SGD(0.3), 2, 5)
     weights = draw(g, 6, 20).abs()
-    expected = uw.evaluation.retrain(recipe, task, train, weights, queries)
+    expected = uw.training.retrain(recipe, task, train, weights, queries)
     with (
         distributed.LocalCluster(
             n_workers=2, threads_per_worker=1, dashboard_address=None, processes=True
@@ -32,7 +32,7 @@ def test_a_cluster_trains_what_this_process_trains(tmp_path):
         distributed.Client(cluster),
         joblib.parallel_config(backend="dask"),
     ):
-        found = uw.evaluation.retrain(recipe, task, train, weights, queries, jobs=2, cache=tmp_path)
+        found = uw.training.retrain(recipe, task, train, weights, queries, jobs=2, cache=tmp_path)
     torch.testing.assert_close(found.values, expected.values, rtol=1e-10, atol=1e-10)
-    again = uw.evaluation.retrain(recipe, task, train, weights, queries, cache=tmp_path)
+    again = uw.training.retrain(recipe, task, train, weights, queries, cache=tmp_path)
     assert again.reused == 7, "the workers recorded what they trained"
