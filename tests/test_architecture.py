@@ -20,6 +20,8 @@ MAY_IMPORT = {
     "_text": set(),
     "data": set(),
     "verdict": set(),
+    "notation": set(),
+    "facts": {"notation"},
     "linalg": {"errors", "_typing"},
     "runtime": {"errors", "_typing"},
     "task": {"errors", "_typing", "linalg", "runtime"},
@@ -29,18 +31,20 @@ MAY_IMPORT = {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature",
     },
     "plot": {"errors", "_typing", "_text", "runtime"},
-    "scores": {"errors", "_typing", "_text", "runtime", "task", "plot"},
+    "scores": {"errors", "_typing", "_text", "facts", "runtime", "task", "plot"},
     "method": {"scores", "task"},
     "methods": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
-        "scores", "method", "evaluation",
+        "scores", "method", "evaluation", "facts", "notation",
     },
     "training": {"errors", "_typing", "runtime", "task"},
     "evaluation": {
         "errors", "_typing", "verdict", "runtime", "task", "plot", "scores", "method", "training",
     },
     "applications": {"errors", "_typing", "task", "scores", "method"},
-    "report": {"errors", "_typing", "_text", "verdict", "runtime", "task", "scores", "method"},
+    "report": {
+        "errors", "_typing", "_text", "notation", "verdict", "runtime", "task", "scores", "method",
+    },
     "runs": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
         "scores", "method", "methods", "evaluation",

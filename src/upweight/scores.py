@@ -29,6 +29,7 @@ from upweight.errors import (
     UpweightError,
     message,
 )
+from upweight.facts import Fact
 from upweight.plot import Plot
 from upweight.runtime.headers import Misfit, fitting, own_digest, read_json, write_json
 from upweight.runtime.selection import is_row, labels_by_place, places, row_of
@@ -78,6 +79,7 @@ class Provenance:
         versions: Of the libraries used.
         notes: Choices made on the user's behalf, and warnings.
         fingerprints: Of what the run asked that keeps them; empty elsewhere.
+        facts: What the method says of the computation, in words and against limits.
     """
 
     method: str
@@ -93,6 +95,7 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    facts: tuple[Fact, ...] = ()
 
 
 def library_versions() -> dict[str, str]:

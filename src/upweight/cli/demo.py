@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from upweight.curvature.hessian import Hessian
 from upweight.curvature.newton import Newton
 from upweight.data import mnist_subset
-from upweight.evaluation import LOO, Estimate, compare, leave_one_out
+from upweight.evaluation import LOO, compare, leave_one_out
 from upweight.linalg.cholesky import Cholesky
 from upweight.methods.influence import Influence
-from upweight.report import Check, html, summary
+from upweight.report import Display, html, summary
 from upweight.scores import Scores
 from upweight.task.losses import CrossEntropy
 from upweight.task.measures import Loss
@@ -73,23 +73,21 @@ def run(out: Path) -> None:
 
     with step(5, "Write the report") as done:
         scores.save(out / "scores")
-        checks = [check(label, loo) for label, loo in comparisons.items()]
-        report = html(
-            scores,
-            train.data,
-            queries.data,
-            out / "report.html",
-            checks=checks,
-            removal=removal,
+        display = Display(
             title="Softmax regression on 5 000 handwritten digits",
             names=[str(digit) for digit in range(10)],
             train_images=train.X.reshape(-1, 28, 28),
             query_images=queries.X.reshape(-1, 28, 28),
-            command=f"upweight demo --out {out}",
+            train_labels=train.y.tolist(),
         )
+        command = f"upweight demo --out {out}"
+        report = html(
+            scores, out / "report.html", display, evidence=comparisons, removal=removal,
+            command=command,
+        )  # fmt: skip
         seconds = time.perf_counter() - started
         facts = {
-            "loo": {key(label): loo.summary() for label, loo in comparisons.items()},
+            "loo": {key(loo.label): loo.summary() for loo in comparisons},
             "seconds": seconds,
             "test_accuracy": accuracy,
             "query": {"test_index": int(hardest[0]), "label": int(queries.y[0])},
@@ -99,7 +97,7 @@ def run(out: Path) -> None:
         done(f"{report.stat().st_size / 1e6:.1f} MB")
 
     click.echo()
-    click.echo(summary(scores, query=0, labels=train.y.tolist(), checks=checks))
+    click.echo(summary(scores, query=0, display=display, evidence=comparisons))
     click.echo(f"\n{seconds:.0f} s in all. Open {report} in a browser.")
 
 
@@ -111,7 +109,7 @@ def step(number: int, title: str, of: int = 5) -> Iterator[Callable[[str], None]
     yield lambda said: click.echo(f"      {said}, {time.perf_counter() - started:.1f} s", err=True)
 
 
-def compared(scores: Scores, removal: Scores) -> tuple[dict[str, LOO], float]:
+def compared(scores: Scores, removal: Scores) -> tuple[list[LOO], float]:
     """Both predictions for query 0 beside one round of retraining, and its largest ‖∇J‖."""
     context = scores.require_context()
     chosen = scores.values[0].abs().argsort(descending=True)[:REMOVALS].tolist()
@@ -119,29 +117,11 @@ def compared(scores: Scores, removal: Scores) -> tuple[dict[str, LOO], float]:
     retrained = leave_one_out(
         Newton(), context.task, context.train, chosen, queries, context.measure
     )
-    comparisons = {
-        "first order": compare(scores, retrained, chosen, query=0),
-        "leverage-corrected": compare(removal, retrained, chosen, query=0),
-    }
+    comparisons = [
+        compare(scores, retrained, chosen, query=0),
+        compare(removal, retrained, chosen, query=0, label="leverage-corrected"),
+    ]
     return comparisons, float(retrained.gradient_norms.max())
-
-
-def check(label: str, loo: LOO) -> Check:
-    """A comparison of one query in the form that the report draws."""
-    return Check(
-        label,
-        [group[0] for group in loo.examples],
-        loo.predicted[:, 0].tolist(),
-        loo.actual[:, 0].tolist(),
-        triple(loo.pearson),
-        triple(loo.spearman),
-        triple(loo.slope),
-    )
-
-
-def triple(estimate: Estimate) -> tuple[float, float, float]:
-    """A value and the ends of its interval."""
-    return estimate.value, estimate.low, estimate.high
 
 
 def key(label: str) -> str:

@@ -105,7 +105,7 @@ def evaluate(
 @click.option(
     "--show",
     metavar="FILE.py:NAME",
-    help="A dict of further arguments to upweight.report.html.",
+    help="A upweight.report.Display, or a dict of its arguments.",
 )
 @project_option
 @verb
@@ -131,18 +131,20 @@ def report(run: Path, out: Path | None, show: str | None, projects: tuple[str, .
     record = place.record
     assert record is not None
     said_of = record if show is None else replace(record, show=show)
-    rest: dict[str, Any] = {"comparison": found_in(place), "command": command(place, said_of)}
+    found, again = found_in(place), command(place, said_of)
+    checked = [] if found is None else [found]
     if show is None and not projects:
-        written = pages.html(place.load(), path=path, **rest | alone(place))
+        written = pages.html(place.load(), path, alone(place), evidence=checked, command=again)
     else:
         given = [*(("--out", str(out)) if out else ()), *(("--show", show) if show else ())]
         typed = ["upweight", "report", str(run), *given]
         code = named(place, projects, filter(None, [show]), shlex.join(typed))
         with reopened(place, code) as (project, record, question):
             fitted = kept_fit(place, record, question) if place.factors.exists() else None
-            extra = refreshed(place, project, record, question, show, lambda: fitted)
-            scores = attached(place, question, fitted)
-            written = pages.html(scores, question.train, question.queries, path, **rest | extra)
+            beside = refreshed(place, project, record, question, show, lambda: fitted)
+            live = {"command": again} | dict(beside.live)
+            live["evidence"] = [*live.get("evidence", ()), *checked]
+            written = pages.html(attached(place, question, fitted), path, beside.display, **live)
     bytes_ = written.stat().st_size
     said = f"{out or run / 'report.html'}: {size(bytes_)}. Open it in a browser."
     if show is None and not projects:

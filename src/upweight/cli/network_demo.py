@@ -14,17 +14,16 @@ from typing import Any
 
 import click
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from upweight.cli.demo import QUERIES, Split, images, step, triple
+from upweight.cli.demo import QUERIES, Split, images, step
 from upweight.cli.networks import NETWORKS, SGD
 from upweight.curvature.ekfac import EKFAC
-from upweight.evaluation import LOO, compare, removal_weights, retrain
+from upweight.evaluation import LOO, Retrained, compare, removal_weights, retrain
 from upweight.linalg.damping import Relative
+from upweight.methods.facts import stated
 from upweight.methods.influence import Influence
-from upweight.report import Check, html, summary
-from upweight.report.notation import readable
+from upweight.notation import readable
+from upweight.report import Display, html, summary
 from upweight.scores import Scores
 from upweight.task.losses import CrossEntropy
 from upweight.task.measures import Loss
@@ -83,33 +82,29 @@ def run(out: Path, network: str) -> None:
         fitted = Influence(EKFAC(), damping=Relative(DAMPING)).fit(task, train.data)
         scores = fitted.attribute(queries.data, measure=Loss())
         health = {**scores.provenance.health, **fitted.stationarity}
-        scores = replace(scores, provenance=replace(scores.provenance, health=health))
+        made = replace(scores.provenance, health=health, facts=stated(health))
+        scores = replace(scores, provenance=made)
         error = scores.provenance.health["contraction_error"]
         done(f"{scores.values.numel():,} scores, contraction error {error:.1%}")
 
     sets = chosen(scores)
     with step(3, f"Remove {len(sets)} sets of images, {SEEDS} seeds each, and retrain", 4) as done:
-        changes = retrained(scores, recipe, sets)
+        rounds = retrained(scores, recipe, sets)
         done(f"{SEEDS * (len(sets) + 1)} networks")
 
     with step(4, "Write the report", 4) as done:
         scores.save(out / "scores")
-        comparisons = compared(scores, sets, changes)
-        checks = [check(q, sets, loo, changes[:, :, q]) for q, loo in enumerate(comparisons)]
-        report = html(
-            scores,
-            train.data,
-            queries.data,
-            out / "report.html",
-            checks=checks,
-            title=f"{NETWORKS[network][1]} on {len(train.y):,} handwritten digits".replace(
-                ",", " "
-            ),
+        comparisons = compared(scores, sets, rounds)
+        title = f"{NETWORKS[network][1]} on {len(train.y):,} handwritten digits"
+        display = Display(
+            title=title.replace(",", " "),
             names=[str(digit) for digit in range(10)],
-            command=f"upweight demo --model {network} --out {out}",
+            train_labels=train.y.tolist(),
         )
+        command = f"upweight demo --model {network} --out {out}"
+        report = html(scores, out / "report.html", display, evidence=comparisons, command=command)
         seconds = time.perf_counter() - started
-        removals = table(sets, comparisons, changes)
+        removals = table(sets, comparisons, rounds)
         facts = {
             "model": network,
             "recipe": repr(recipe),
@@ -124,7 +119,7 @@ def run(out: Path, network: str) -> None:
         done(f"{report.stat().st_size / 1e6:.1f} MB")
 
     click.echo()
-    click.echo(summary(scores, query=0, labels=train.y.tolist(), checks=checks))
+    click.echo(summary(scores, query=0, display=display, evidence=comparisons))
     click.echo("\n".join(told(removals)))
     click.echo(f"\n{seconds:.0f} s in all. Open {report} in a browser.")
 
@@ -146,13 +141,13 @@ def chosen(scores: Scores) -> list[Set]:
     return sets
 
 
-def retrained(scores: Scores, recipe: SGD, sets: list[Set]) -> Float[Tensor, "s e q"]:
-    """Δm of each removal, by each seed against the same seed with all the data."""
+def retrained(scores: Scores, recipe: SGD, sets: list[Set]) -> list[Retrained]:
+    """Each removal by each seed, held against the same seed with all the data."""
     context = scores.require_context()
     weights = removal_weights(len(context.train), [s.examples for s in sets])
     cores = os.cpu_count() or 1
     queries = context.queries.subset(range(min(CHECKED, len(context.queries))))
-    rounds = [
+    return [
         retrain(
             replace(recipe, seed=seed),
             context.task,
@@ -164,46 +159,22 @@ def retrained(scores: Scores, recipe: SGD, sets: list[Set]) -> Float[Tensor, "s 
         )
         for seed in range(SEEDS)
     ]
-    return torch.stack([each.change for each in rounds])
 
 
-def compared(scores: Scores, sets: list[Set], changes: Float[Tensor, "s e q"]) -> list[LOO]:
+def compared(scores: Scores, sets: list[Set], rounds: list[Retrained]) -> list[LOO]:
     """Per checked query −Σ S of each set beside the mean change over seeds."""
     groups = [s.examples for s in sets]
-    actual = changes.mean(dim=0)
-    predicted = torch.stack([-scores.values[:, list(g)].double().sum(dim=1) for g in groups])
+    asked = replace(scores, values=scores.values[: rounds[0].change.shape[1]])
+    found = compare(asked, rounds, groups, label="EK-FAC")
     return [
-        compare(predicted[:, q : q + 1], actual[:, q : q + 1], groups)
-        for q in range(actual.shape[1])
+        replace(found.query(q), names=[s.told(q) for s in sets])
+        for q in range(found.actual.shape[1])
     ]
 
 
-def check(q: int, sets: list[Set], loo: LOO, changes: Float[Tensor, "s e"]) -> Check:
-    """One query's comparison in the form that the report draws."""
-    return Check(
-        "EK-FAC",
-        loo.examples,
-        loo.predicted[:, 0].tolist(),
-        loo.actual[:, 0].tolist(),
-        triple(loo.pearson),
-        triple(loo.spearman),
-        triple(loo.slope),
-        query=q,
-        errors=standard_errors(changes).tolist(),
-        names=[s.told(q) for s in sets],
-        repeats=len(changes),
-    )
-
-
-def standard_errors(changes: Float[Tensor, "s e"]) -> Float[Tensor, " e"]:
-    """Of the mean over seeds."""
-    return changes.std(dim=0) / len(changes) ** 0.5
-
-
-def table(
-    sets: list[Set], comparisons: list[LOO], changes: Float[Tensor, "s e q"]
-) -> list[dict[str, Any]]:
+def table(sets: list[Set], comparisons: list[LOO], rounds: list[Retrained]) -> list[dict[str, Any]]:
     """Every removal and checked query, for summary.json."""
+    changes = torch.stack([each.change for each in rounds])
     return [
         {
             "query": q,
@@ -211,10 +182,11 @@ def table(
             "removed": s.what,
             "predicted": float(loo.predicted[e, 0]),
             "actual": float(loo.actual[e, 0]),
-            "standard_error": float(standard_errors(changes[:, :, q])[e]),
+            "standard_error": float(loo.errors[e, 0]),
             "by_seed": changes[:, e, q].tolist(),
         }
         for q, loo in enumerate(comparisons)
+        if loo.errors is not None
         for e, s in enumerate(sets)
     ]
 

@@ -44,6 +44,7 @@ from upweight.linalg.solution import Solution
 from upweight.linalg.solve import Auto, Solver
 from upweight.methods import health, layerwise, remainder
 from upweight.methods.checked import Checked
+from upweight.methods.facts import stated
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.removal import LinearRemovals
 from upweight.runtime.memory import require_bytes, require_room
@@ -599,6 +600,7 @@ class FittedInfluence(Checked):
             dtype=str(layout.dtype).removeprefix("torch."),
             device=str(layout.device),
             health=judged,
+            facts=stated(judged),
             seconds=seconds,
             versions=library_versions(),
             notes=tuple(

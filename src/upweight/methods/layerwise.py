@@ -43,6 +43,7 @@ from upweight.gradients.passes import GradientPass
 from upweight.linalg.damping import Absolute, Damping, Evidence, as_damping
 from upweight.methods import health
 from upweight.methods.checked import Checked
+from upweight.methods.facts import stated
 from upweight.runtime.checkpoint import Checkpoint
 from upweight.runtime.memory import require_room, working_bytes
 from upweight.runtime.progress import progress
@@ -668,6 +669,18 @@ class LayerwiseInfluence(Checked):
             notes.append(
                 f"{len(choices)} passes over the training data: queries did not fit at once"
             )
+        known = {
+            "mean_loss": float(self.losses.double().mean()),
+            **judged,
+            "tolerance": tolerance,
+            "contraction_error": max(c.error for c in choices),
+            "contraction_error_worst": max(c.worst for c in choices),
+            **health.spectrum(self.curvature),
+            "contraction": {
+                block.name: words
+                for block, words in zip(self.curvature.blocks, choices[0].terms, strict=True)
+            },
+        }
         return Provenance(
             method=repr(self.spec),
             task=f"loss={self.task.loss!r}, penalty={self.task.penalty!r}, "
@@ -678,18 +691,8 @@ class LayerwiseInfluence(Checked):
             p=layout.size,
             dtype=str(layout.dtype).removeprefix("torch."),
             device=str(layout.device),
-            health={
-                "mean_loss": float(self.losses.double().mean()),
-                **judged,
-                "tolerance": tolerance,
-                "contraction_error": max(c.error for c in choices),
-                "contraction_error_worst": max(c.worst for c in choices),
-                **health.spectrum(self.curvature),
-                "contraction": {
-                    block.name: words
-                    for block, words in zip(self.curvature.blocks, choices[0].terms, strict=True)
-                },
-            },
+            health=known,
+            facts=stated(known),
             seconds={**self.seconds, "attribute": time.perf_counter() - started},
             versions=library_versions(),
             notes=tuple(dict.fromkeys((*self.notes, *notes, *queries.notes, *queries.form_notes))),
