@@ -1161,7 +1161,7 @@ def labels_that_float32_cannot_tell_from_outputs() -> Any:
 
 @case
 def shares_of_tokens_of_another_measure() -> Any:
-    from upweight.report import html
+    from upweight.report import Display, html
 
     model = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 3), nn.Flatten(), nn.Linear(12, 2))
     ids, y = torch.arange(48).reshape(12, 4) % 7, torch.arange(12) % 2
@@ -1169,16 +1169,13 @@ def shares_of_tokens_of_another_measure() -> Any:
     fitted = uw.Influence(uw.EKFAC(), damping=0.1).fit(uw.Task(model, uw.CrossEntropy()), train)
     scores = fitted.attribute(queries, uw.Margin())
     with tempfile.TemporaryDirectory() as folder:
-        return html(
-            scores,
-            train,
-            queries,
-            Path(folder) / "page.html",
+        display = Display(
             train_tokens=[[str(i) for i in row] for row in ids.tolist()],
             token_scores=lambda q, some: fitted.attribute(
                 queries.subset([q]), into=uw.PerToken(some)
             ),
         )
+        return html(scores, Path(folder) / "page.html", display)
 
 
 # -- changes after fit, assumptions and removals ---------------------------------------------------

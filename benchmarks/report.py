@@ -114,10 +114,12 @@ def main() -> None:
         path = given.report or Path(folder) / "report.html"
         before, started = peak_bytes(), time.perf_counter()
         report.html(
-            scores, train, queries, path,
-            title="Softmax regression on MNIST", names=[str(digit) for digit in range(10)],
-            train_images=images, query_images=asked,
-            metadata={"ink": images.mean(axis=(1, 2))},
+            scores, path,
+            report.Display(
+                title="Softmax regression on MNIST", names=[str(digit) for digit in range(10)],
+                train_images=images, query_images=asked,
+                metadata={"ink": images.mean(axis=(1, 2))},
+            ),
             command="python benchmarks/report.py",
         )  # fmt: skip
         result: dict[str, Any] = {

@@ -21,8 +21,11 @@ import numpy as np
 import torch
 from environment import environment
 
+from upweight.report import Display
+from upweight.report.answers import Answers
 from upweight.runtime.shards import ScoreShards
-from upweight.view import Answers, Server, opened
+from upweight.view import Server, opened
+from upweight.view.kept import keeping_totals
 from upweight.view.matrix import keeping
 
 HERE = Path(__file__).resolve().parent
@@ -64,18 +67,18 @@ def main() -> None:
         draw = np.random.default_rng(0)
         labels = draw.integers(0, 10, given.n)
         started = time.perf_counter()
-        facts: dict[str, Any] = {
-            "train_labels": labels,
-            "train_losses": draw.exponential(size=given.n),
-            "metadata": {"source": draw.integers(0, 50, given.n)},
-            "keep": keeping(folder),
-        }
-        Answers(scores, **facts)
+        display = Display(
+            train_labels=labels,
+            train_losses=draw.exponential(size=given.n),
+            metadata={"source": draw.integers(0, 50, given.n)},
+        )
+        summed = keeping_totals(keeping(folder))
+        Answers(scores, display, ask=False, summed=summed)
         prepared = time.perf_counter() - started
         started = time.perf_counter()
-        answers = Answers(scores, **facts)
+        Answers(scores, display, ask=False, summed=summed)
         kept = time.perf_counter() - started
-        with Server(answers) as server:
+        with Server(scores, display, keep=keeping(folder)) as server:
             pages = {
                 name: timed(server.address, paths)
                 for name, paths in addresses(draw, given.n, given.queries, given.asked).items()

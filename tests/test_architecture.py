@@ -20,6 +20,8 @@ MAY_IMPORT = {
     "_text": set(),
     "data": set(),
     "verdict": set(),
+    "notation": set(),
+    "facts": {"notation"},
     "linalg": {"errors", "_typing"},
     "runtime": {"errors", "_typing"},
     "task": {"errors", "_typing", "linalg", "runtime"},
@@ -29,10 +31,10 @@ MAY_IMPORT = {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature",
     },
     "plot": {"errors", "_typing", "_text", "runtime"},
-    "scores": {"errors", "_typing", "_text", "runtime", "task", "plot"},
+    "scores": {"errors", "_typing", "_text", "facts", "runtime", "task", "plot"},
     "methods": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
-        "scores", "training",
+        "scores", "training", "facts", "notation",
     },
     "training": {"errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature"},
     "evaluation": {
@@ -43,7 +45,7 @@ MAY_IMPORT = {
         "evaluation",
     },
     "report": {
-        "errors", "_typing", "_text", "verdict", "runtime", "task", "scores",
+        "errors", "_typing", "_text", "notation", "verdict", "runtime", "task", "scores",
         "applications",
     },
     "runs": {

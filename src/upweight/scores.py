@@ -27,6 +27,7 @@ from upweight.errors import (
     UpweightError,
     message,
 )
+from upweight.facts import Fact
 from upweight.plot import Plot
 from upweight.runtime.headers import Misfit, fitting, own_digest, read_json, write_json
 from upweight.runtime.selection import is_row, labels_by_place, places, row_of
@@ -77,6 +78,7 @@ class Provenance:
         notes: Choices made on the user's behalf, and warnings.
         fingerprints: Of what the run asked that keeps them; empty elsewhere.
         threads: Of PyTorch: sums round by how they are shared out. 0: not told.
+        facts: What the method says of the computation, in words and against limits.
     """
 
     method: str
@@ -93,6 +95,7 @@ class Provenance:
     notes: tuple[str, ...] = ()
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     threads: int = 0
+    facts: tuple[Fact, ...] = ()
 
 
 @dataclass(frozen=True)

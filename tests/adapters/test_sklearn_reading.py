@@ -143,7 +143,7 @@ def test_every_way_to_ask_reads_alike(tmp_path):
         assert torch.equal(ask(given), ask(translated))
     scores = fitted.attribute(given)
     pages = [
-        report.html(scores, *data, tmp_path / f"{k}.html").read_text()
+        report.html(scores, tmp_path / f"{k}.html", report.Display(*data)).read_text()
         for k, data in enumerate([(raw("series", TRAIN), given), (train, translated)])
     ]
     assert pages[0] == pages[1]

@@ -20,7 +20,7 @@ from tests.runtime.damage import DAMAGES
 from upweight.contraction import stream
 from upweight.errors import StaleStore
 from upweight.methods import reduce
-from upweight.report import rendering
+from upweight.report import html
 from upweight.runs.directory import Run
 from upweight.runtime import whole
 from upweight.view import Server
@@ -307,8 +307,8 @@ def test_nothing_is_written_through_a_second_name(run, name, tmp_path):
         (run.path / name).unlink()
     with run.held("a test"):
         run.log("a line")
-    rendering.write(run.report, "a page")
-    assert run.report.read_text() == "a page"
+    html(run.load(), run.report)
+    assert "Which training examples moved" in run.report.read_text()
     assert (run.path / "log.txt").read_text().endswith("a line\n")
     assert victim.read_text() == "precious"
 

@@ -348,7 +348,8 @@ def test_what_is_kept_is_refused_where_it_is_damaged(made, tmp_path, monkeypatch
     def facts(**changes):
         return signed(facts=whole["facts"] | changes)
 
-    custom = whole["facts"]["queries"]["custom"]
+    custom, twins = whole["facts"]["queries"]["custom"], whole["facts"]["twins"]
+    pairs = len(twins["near"])
     outside = [[{"picture": "https://example.org/x.png"}], *custom[1:]]
     markup = [[{"markup": "<script>"}], *custom[1:]]
     damaged = [
@@ -363,10 +364,12 @@ def test_what_is_kept_is_refused_where_it_is_damaged(made, tmp_path, monkeypatch
         facts(queries=whole["facts"]["queries"] | {"custom": markup}),
         facts(queries=whole["facts"]["queries"] | {"texts": ["a"]}),
         facts(twins=[1]), facts(twins={}), facts(metadata=[1]), facts(predictions=7),
-        facts(twins=whole["facts"]["twins"] | {"near": [[0, 10**6, 1.0]]}),
-        facts(twins=whole["facts"]["twins"] | {"near": [[0, 1, float("inf")]]}),
-        facts(twins=whole["facts"]["twins"] | {"extra": 10**40}),
-        facts(twins=whole["facts"]["twins"] | {"sets": -1}),
+        facts(twins=twins | {"near": [[0, 10**6]] * pairs}),
+        facts(twins=twins | {"near": [[0]] * pairs}),
+        facts(twins=twins | {"cosines": [float("inf")] * pairs}),
+        facts(twins=twins | {"cosines": [1.0] * (pairs + 1)}),
+        facts(twins=twins | {"extra": 10**40}),
+        facts(twins=twins | {"sets": -1}),
         facts(options={"k": "many"}), facts(options={"title": 7}), facts(options=None),
         facts(options={"names": 7}), facts(predictions=["a"] * 3),
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Leave-one-out: where theory says what the comparison must show."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,3 +195,22 @@ def test_compare_refuses_what_does_not_fit(ridge):
     with pytest.raises(ShapeError, match=r"predicted \(3, 4\), actual \(3, 1\)"):
         compare(fitted.attribute(p.queries), truth, [0, 1, 2])
     assert isinstance(compare(fitted.attribute(p.queries), truth, [0, 1, 2], query=0), LOO)
+
+
+def test_several_rounds_are_compared_by_their_mean_and_keep_their_standard_error():
+    groups, generator = [[0, 1], [2], [3, 4]], torch.Generator().manual_seed(0)
+    changes = torch.randn(4, 3, 2, generator=generator, dtype=torch.float64)
+    rounds = [SimpleNamespace(change=each) for each in changes]
+    predicted = changes.mean(dim=0) * 0.5
+    found = compare(predicted, rounds, groups, label="halves", names=["a", "b", "c"])
+    torch.testing.assert_close(found.actual, changes.mean(dim=0))
+    torch.testing.assert_close(found.errors, changes.std(dim=0) / 2)
+    assert (found.repeats, found.label, found.queries) == (4, "halves", None)
+    second = found.query(1)
+    assert (second.queries, second.names, second.query(0).queries) == ((1,), ["a", "b", "c"], (1,))
+    torch.testing.assert_close(second.errors, found.errors[:, 1:])
+    assert second.slope.value == pytest.approx(2.0)
+    one = compare(predicted[:, :1], changes[0, :, :1], groups, query=7)
+    assert (one.queries, one.errors, one.repeats) == ((7,), None, 1)
+    with pytest.raises(ShapeError, match="3 removals, 2 names"):
+        compare(predicted, rounds, groups, names=["a", "b"])

@@ -568,7 +568,7 @@ def test_retraining_and_reports_take_such_batches(name, tmp_path):
     found = uw.evaluation.loo(scores, uw.Training(init=init, epochs=1), examples=range(3))
     assert "3 removals" in str(found)
     page = tmp_path / "page.html"
-    uw.report.html(scores, train, train, path=page)
+    uw.report.html(scores, page, uw.report.Display(train, train))
     assert page.stat().st_size > 0
 
 

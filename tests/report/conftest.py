@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from upweight.report import Check, html
+from upweight.evaluation import Estimate
+from upweight.methods.facts import stated
+from upweight.report import Display, html
 from upweight.scores import Provenance, Scores, Unit
 
 HEALTH = {
@@ -44,7 +46,11 @@ def provenance(**changes: Any) -> Provenance:
         seconds={"fit": 1.5, "attribute": 0.5},
         versions={"upweight": "0.1.0"},
     )
-    return replace(made, **changes)
+    made = replace(made, **changes)
+    return replace(made, facts=stated(made.health))
+
+
+NOT_DISPLAYED = {"evidence", "removal", "command"}
 
 
 @dataclass
@@ -58,8 +64,14 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
 
     def write(self) -> str:
-        html(self.scores, self.train, self.queries, self.path, **self.options)
+        named = {k: v for k, v in self.options.items() if k in NOT_DISPLAYED}
+        html(self.scores, self.path, self.display, **named)
         return self.path.read_text(encoding="utf-8")
+
+    @property
+    def display(self) -> Display:
+        shown = {k: v for k, v in self.options.items() if k not in NOT_DISPLAYED}
+        return Display(**{"train": self.train, "queries": self.queries} | shown)
 
     def data(self) -> dict[str, Any]:
         found = re.search(
@@ -69,17 +81,42 @@ class Run:
         return json.loads(found[1])
 
 
-def check(query: int = 0, label: str = "first order", scale: float = 1.0) -> Check:
-    predicted = np.array([-0.3, 0.2, 0.1]) * scale
-    return Check(
+@dataclass(frozen=True, eq=False)
+class Removals:
+    """One query of an `evaluation.LOO`, with estimates as they are wanted here."""
+
+    label: str
+    examples: Any
+    predicted: torch.Tensor
+    actual: torch.Tensor
+    pearson: Estimate
+    spearman: Estimate
+    slope: Estimate
+    queries: tuple[int, ...] = (0,)
+    errors: torch.Tensor | None = None
+    names: Any = None
+    repeats: int = 1
+    notes: tuple[str, ...] = ()
+
+    def query(self, index: int) -> "Removals":
+        assert index == 0
+        return self
+
+
+def column(values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)[:, None]
+
+
+def check(query: int = 0, label: str = "first order", scale: float = 1.0) -> Removals:
+    return Removals(
         label=label,
-        examples=[2, 5, 7],
-        predicted=predicted,
-        actual=np.array([-0.31, 0.22, 0.1]),
-        pearson=(0.98, 0.97, 0.99),
-        spearman=(1.0, 1.0, 1.0),
-        slope=(1.47, 1.4, 1.54) if scale == 1.0 else (1.01, 1.0, 1.02),
-        query=query,
+        examples=((2,), (5,), (7,)),
+        predicted=column([-0.3, 0.2, 0.1]) * scale,
+        actual=column([-0.31, 0.22, 0.1]),
+        pearson=Estimate(0.98, 0.97, 0.99),
+        spearman=Estimate(1.0, 1.0, 1.0),
+        slope=Estimate(1.47, 1.4, 1.54) if scale == 1.0 else Estimate(1.01, 1.0, 1.02),
+        queries=(query,),
     )
 
 
@@ -113,18 +150,18 @@ LAYERWISE = {
 }
 
 
-def sets(query: int = 0, label: str = "EK-FAC", slope: float = 0.4) -> Check:
-    """A check of removals of several examples together, each retrained three times."""
-    return Check(
+def sets(query: int = 0, label: str = "EK-FAC", slope: float = 0.4) -> Removals:
+    """Removals of several examples together, each retrained three times."""
+    return Removals(
         label=label,
-        examples=[[2, 5], [7, 9], [0, 1]],
-        predicted=[3.0, -2.0, 0.1],
-        actual=[1.2, -0.8, 0.02],
-        pearson=(0.99, math.nan, math.nan),
-        spearman=(1.0, math.nan, math.nan),
-        slope=(slope, math.nan, math.nan),
-        query=query,
-        errors=[0.1, 0.2, 0.05],
+        examples=((2, 5), (7, 9), (0, 1)),
+        predicted=column([3.0, -2.0, 0.1]),
+        actual=column([1.2, -0.8, 0.02]),
+        pearson=Estimate(0.99, math.nan, math.nan),
+        spearman=Estimate(1.0, math.nan, math.nan),
+        slope=Estimate(slope, math.nan, math.nan),
+        queries=(query,),
+        errors=column([0.1, 0.2, 0.05]),
         names=["the 2 that lowered it", "the 2 that raised it", "2 at random"],
         repeats=3,
     )

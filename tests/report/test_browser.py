@@ -70,7 +70,7 @@ def facts(run):
 
 
 def test_three_pages_and_the_way_back(run, make_check, opened):
-    run.options = {"checks": [make_check(), make_check(label="corrected", scale=1.4)], "k": 2}
+    run.options = {"evidence": [make_check(), make_check(label="corrected", scale=1.4)], "k": 2}
     run.write()
     page = opened(run.path)
     assert page.locator("#page-trust").is_visible()
@@ -232,9 +232,8 @@ def test_without_its_column_an_example_changes_only_the_queries_that_show_it(
     run.options = {"k": 1}
     data = run.data()
     assert len(data["whole"]) == 2
-    column, sides = data["train"]["column"], ("raised", "lowered")
-    shown = {q: [column[p] for side in sides for p in row[side]["places"]]
-             for q, row in enumerate(data["queries"])}  # fmt: skip
+    shown = {q: [i for side in ("raised", "lowered") for i in answer[side]["ids"]]
+             for q, answer in enumerate(data["answers"])}  # fmt: skip
     query, example = next(
         (q, i) for q, some in shown.items() for i in some
         if i not in data["whole"] and sum(i in other for other in shown.values()) == 1
@@ -295,7 +294,7 @@ def test_the_training_page_has_its_parts(run, opened):
 @pytest.mark.parametrize("route", ["#trust", "#queries", "#training"])
 def test_a_phone_shows_it_without_scrolling_sideways(run, make_check, route, opened):
     run.options = {
-        "checks": [make_check()],
+        "evidence": [make_check()],
         "command": "upweight demo --out a-rather-long-name " * 5,
         "names": ["a class with a very long name indeed " * 3] * 3,
         "train_losses": [0.1] * 10,
@@ -340,7 +339,7 @@ def test_hostile_words_run_nothing_anywhere(run, make_check, opened):
         "predictions": [HOSTILE] * 3,
         "title": HOSTILE,
         "command": HOSTILE,
-        "checks": [make_check(label=HOSTILE)],
+        "evidence": [make_check(label=HOSTILE)],
         "train_tokens": [[HOSTILE, HOSTILE]] * 10,
         "token_scores": lambda q, some: (
             np.ones((len(some), 2)),
@@ -369,7 +368,7 @@ def test_hostile_words_run_nothing_anywhere(run, make_check, opened):
 def test_a_name_that_turns_the_direction_of_text_turns_nothing_but_itself(run, make_check, opened):
     """U+202E: what follows is written from right to left, until the element ends."""
     turned = "\u202eabc"
-    run.options = {"names": [turned] * 3, "checks": [make_check()], "predictions": [turned] * 3,
+    run.options = {"names": [turned] * 3, "evidence": [make_check()], "predictions": [turned] * 3,
                    "values": [1.0, 2.0, 3.0]}  # fmt: skip
     run.write()
     page = opened(run.path, "#queries/0")
@@ -475,7 +474,7 @@ def test_one_query_needs_no_list(run, opened):
 
 
 def test_sets_with_errors_draw_and_are_named(run, make_sets, opened):
-    run.options = {"checks": [make_sets(), make_sets(query=1)]}
+    run.options = {"evidence": [make_sets(), make_sets(query=1)]}
     run.write()
     page = opened(run.path)
     assert page.locator("#scatter .error").count() == 3
@@ -492,7 +491,7 @@ def test_a_comparison_on_subsets_is_drawn(run, opened):
     predicted = torch.randn(8, 3, generator=draw)
     lds = SimpleNamespace(predicted=predicted, measured=predicted + 1.0)
     found = SimpleNamespace(verdict=Verdict.SIZE, reason="so", notes=(), models=18, lds=lds)
-    run.options = {"comparison": found}
+    run.options = {"evidence": [found]}
     run.write()
     page = opened(run.path)
     name = re.compile("on 8 random subsets of the data")

@@ -1,15 +1,17 @@
 """What a page shows of the data, kept without them: the same page, and no wrong card."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
 from tests.report.conftest import provenance
-from upweight.report import html, kept
-from upweight.report.content import NOT_KEPT
+from upweight.report import Display, html, kept
+from upweight.report.answers import Answers
+from upweight.report.examples import NOT_KEPT
 from upweight.scores import Scores, Unit
-from upweight.view import Answers
 
 N, Q = 50, 3
 DRAW = np.random.default_rng(0)
@@ -28,6 +30,11 @@ FACTS = {
 }  # fmt: skip
 
 
+def on_disk(found):
+    facts, arrays = found
+    return json.loads(json.dumps(facts)), arrays
+
+
 @pytest.fixture
 def scores():
     return Scores(SCORES, Unit.DERIVATIVE, provenance(n=N, q=Q))
@@ -40,35 +47,35 @@ def test_a_page_of_what_was_kept_is_the_page_of_the_data(scores, tmp_path, kind,
     train, queries = (X, y), (X[:Q], y[:Q])
     if form == "a data set":
         train, queries = TensorDataset(*train), TensorDataset(*queries)
-    live = html(scores, train, queries, tmp_path / "live.html", **FACTS)
-    found = kept.reopened(*kept.kept(scores, train, queries, **FACTS))
-    again = html(scores, path=tmp_path / "again.html", **found)
+    display = Display(train, queries, **FACTS)
+    live = html(scores, tmp_path / "live.html", display)
+    found = kept.reopened(*on_disk(kept.kept(scores, display)))
+    again = html(scores, tmp_path / "again.html", found)
     assert again.read_text() == live.read_text()
-    assert found["train"].columns is None
+    assert found.train.columns is None
 
 
 @pytest.mark.parametrize("kind", ["gray bytes", "rows"])
 def test_what_was_not_kept_is_said_and_never_shown_as_another(scores, monkeypatch, kind):
-    train, queries = (KINDS[kind], LABELS), (KINDS[kind][:Q], LABELS[:Q])
-    whole = Answers(scores, train, queries, **{k: v for k, v in FACTS.items() if k != "title"})
+    display = Display((KINDS[kind], LABELS), (KINDS[kind][:Q], LABELS[:Q]), **FACTS)
+    whole = Answers(scores, display)
     each = 35 if kind == "gray bytes" else 480
     monkeypatch.setattr(kept, "KEPT_BYTES", 10 * (each + 2))
-    found = kept.reopened(*kept.kept(scores, train, queries, **FACTS))
-    columns = found["train"].columns.tolist()
+    found = kept.reopened(*on_disk(kept.kept(scores, display)))
+    columns = found.train.columns.tolist()
     assert 5 <= len(columns) <= 10
-    del found["title"]
-    answers = Answers(scores, **found)
+    answers = Answers(scores, found)
     told, expected = (a.examples(range(N)) for a in (answers, whole))
     for i, (one, other) in enumerate(zip(told, expected, strict=True)):
         assert one["label"] == other["label"]
         if i in columns:
             assert one == other
         else:
-            assert one["contents"] == {"text": NOT_KEPT}
-            assert "tile" not in one
+            assert one == {"id": i, "label": one["label"], "text": NOT_KEPT, "bare": True}
     assert answers.training == whole.training
     for q in range(Q):
-        page, other = (a.query(q)["lowered"]["entries"] for a in (answers, whole))
-        assert [e["score"] for e in page] == [e["score"] for e in other]
+        page, other = (a.query(q)["lowered"] for a in (answers, whole))
+        assert page["scores"] == other["scores"]
         if kind == "rows":
-            assert all(bool(e["differs"]) == (e["example"]["id"] in columns) for e in page)
+            there = [i in columns for i in page["ids"]]
+            assert [bool(differs) for differs in page["differs"]] == there

@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from upweight.errors import DataError, NonFinite, ShapeError
-from upweight.report import Check
+from upweight.errors import NonFinite
+from upweight.notation import count, interval, readable
+from upweight.report import Display
+from upweight.report.evidence import evidence_of
 from upweight.report.examples import examples
-from upweight.report.notation import count, interval, readable
 from upweight.report.sprite import GUTTER, LARGEST_SIDE, as_images, display_range, sheets, sprite
-from upweight.report.strongest import effects, histogram, strongest
+from upweight.report.strongest import effects, histogram, ranked
 from upweight.scores import Unit
 from upweight.task.data import as_data
 
@@ -22,16 +23,16 @@ from upweight.task.data import as_data
 def test_strongest_agrees_with_a_full_sort_and_with_scores_top(run):
     for query in range(3):
         ranking = run.scores.top(3, query)
-        ends = strongest(effects(run.scores, query), 3)
-        assert ends.raised == ranking.raises
-        assert ends.lowered == ranking.lowers
+        effect = effects(run.scores, query)
+        assert ranked(effect, 3) == ranking.raises
+        assert ranked(-effect, 3) == ranking.lowers
 
 
 def test_strongest_breaks_ties_by_column_and_lists_no_zero():
     effect = np.array([0.0, 2.0, 1.0, 2.0, 2.0, -1.0, 0.0])
-    assert strongest(effect, 2).raised == (1, 3)
-    assert strongest(effect, 10).raised == (1, 3, 4, 2)
-    assert strongest(effect, 10).lowered == (5,)
+    assert ranked(effect, 2) == (1, 3)
+    assert ranked(effect, 10) == (1, 3, 4, 2)
+    assert ranked(-effect, 10) == (5,)
 
 
 def test_a_removal_that_lowers_the_loss_belongs_to_an_example_that_raised_it(run):
@@ -142,34 +143,25 @@ def test_counts_agree_in_number():
 
 def test_labels_take_class_names_and_targets_may_carry_weights():
     data = as_data((torch.zeros(3, 2), (torch.tensor([0, 1, 7]), torch.ones(3))))
-    assert examples(data, [1, 2], names=("cat", "dog")).labels == ("dog", "7")
+    assert examples(data, [1, 2], "train", Display(names=("cat", "dog"))).labels == ("dog", "7")
 
 
 def test_labels_of_dict_batches():
     data = as_data({"x": torch.zeros(2, 4, 4), "labels": torch.tensor([3, 5])})
-    shown = examples(data, [1])
+    shown = examples(data, [1], "train", Display())
     assert (shown.labels, shown.noun) == (("5",), "image")
 
 
 def test_token_like_inputs_fall_back_to_labels():
     data = as_data((torch.zeros(2, 3, 4, 5, 6), torch.tensor([0.5, 1.0])))
-    assert examples(data, [0]).noun == "example"
-    assert examples(data, [0]).labels == ("0.5",)
+    assert examples(data, [0], "train", Display()).noun == "example"
+    assert examples(data, [0], "train", Display()).labels == ("0.5",)
 
 
-def test_check_refuses_lengths_that_disagree(make_check):
-    with pytest.raises(ShapeError, match=r"3 examples, 2 predicted, 3 actual[\s\S]*Way out"):
-        replace(make_check(), predicted=[0.1, 0.2])
-
-
-def test_check_refuses_no_examples():
-    with pytest.raises(DataError, match="at least one removal"):
-        Check("first order", [], [], [], (1, 1, 1), (1, 1, 1), (1, 1, 1))
-
-
-def test_check_refuses_a_retraining_that_diverged(make_check):
-    with pytest.raises(NonFinite, match="nan for example 5"):
-        replace(make_check(), actual=[0.1, math.nan, 0.2])
+def test_a_retraining_that_diverged_is_refused(make_check):
+    diverged = torch.tensor([[0.1], [math.nan], [0.2]])
+    with pytest.raises(NonFinite, match=r"nan for \(5,\)"):
+        evidence_of([replace(make_check(), actual=diverged)], 3, 10)
 
 
 def test_rank_scores_keep_their_sign(run):

@@ -12,11 +12,11 @@ import torch
 import upweight as uw
 from tests.fitted import at
 from upweight.errors import DataError, ShapeError
-from upweight.report import html, totals, whatif
+from upweight.report import Display, html, totals, whatif
 from upweight.report.duplicates import duplicates
-from upweight.report.facts import TrainFacts
+from upweight.report.live import TrainFacts
 from upweight.report.shown import content
-from upweight.report.strongest import effects, strongest
+from upweight.report.strongest import effects, ranked
 from upweight.report.totals import Grouping, grouping
 from upweight.report.training import LISTED, classes, training
 
@@ -60,7 +60,7 @@ def test_groups_of_few_values_of_many_and_of_numbers():
 
 def test_metadata_of_another_length_are_refused(run):
     run.options = {"metadata": {"source": ["web"] * 9}}
-    with pytest.raises(ShapeError, match=r"per training example: 10[\s\S]*9 values of 'source'"):
+    with pytest.raises(ShapeError, match=r"metadata\['source'\] must[\s\S]*: 10[\s\S]*9 entries"):
         run.write()
 
 
@@ -81,11 +81,12 @@ def test_columns_that_do_not_fit_are_those_of_examples_that_many_queries_show(ru
     values = torch.zeros(3, 10)
     values[:, 4], values[:2, 6], values[2, 8], values[0, 1] = 1.0, 2.0, 5.0, 4.0
     scores = replace(run.scores, values=values)
-    ends = [strongest(effects(scores, q), 10) for q in range(3)]
+    effect = [effects(scores, q) for q in range(3)]
+    ends = [i for row in effect for i in (*ranked(row, 10), *ranked(-row, 10))]
     absolute = values.abs().sum(dim=0).numpy()
     monkeypatch.setattr(whatif, "BUDGET_BYTES", 4 * 3 * 3)
-    assert whatif.columns(scores, ends, [], absolute).examples == (4, 6, 8)
-    assert whatif.columns(scores, ends, [9], absolute).examples == (4, 6, 9)
+    assert whatif.columns(scores, ends, [], absolute)[0] == [4, 6, 8]
+    assert whatif.columns(scores, ends, [9], absolute)[0] == [4, 6, 9]
 
 
 def test_equal_inputs_are_found_wherever_they_are_and_conflicts_come_first():
@@ -112,22 +113,22 @@ def test_the_nearest_other_is_the_one_of_largest_cosine():
     images = torch.from_numpy(draw.random((40, 6, 6)))
     images[31] = images[3] * 0.5 + 0.2  # the same up to brightness and contrast
     found = duplicates(images, None, [3, 8])
-    assert found.near[0][:2] == (3, 31)
-    assert found.near[0][2] == pytest.approx(1.0, abs=1e-6)
+    assert found.near[0] == (3, 31)
+    assert found.cosines[0] == pytest.approx(1.0, abs=1e-6)
     flat = images.reshape(40, -1).numpy()
     unit = flat - flat.mean(axis=1, keepdims=True)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     cosine = unit @ unit[8]
     cosine[8] = -2
-    assert found.near[1][:2] == (8, int(cosine.argmax()))
-    assert found.near[1][2] == pytest.approx(cosine.max(), abs=1e-6)
+    assert found.near[1] == (8, int(cosine.argmax()))
+    assert found.cosines[1] == pytest.approx(cosine.max(), abs=1e-6)
 
 
 def test_texts_are_equal_but_for_case_and_spacing():
     texts = ["Buy now", "hello there my friend", "buy  NOW", "hello there, my dear friend", "other"]
     found = duplicates(texts, None, range(5))
     assert found.same == ((0, 2),)
-    assert found.near[0][:2] == (1, 3)
+    assert found.near[0] == (1, 3)
 
 
 def test_long_texts_are_compared_by_their_beginning_and_equal_only_as_a_whole():
@@ -138,7 +139,7 @@ def test_long_texts_are_compared_by_their_beginning_and_equal_only_as_a_whole():
     found = duplicates(texts, None, range(5))
     assert found.same == ((0, 1),), "case does not count among the first 20 000 characters"
     assert found.read == 20_000
-    assert found.near[0][2] == pytest.approx(1.0), "what follows is not counted"
+    assert found.cosines[0] == pytest.approx(1.0), "what follows is not counted"
     assert duplicates(["short", "text"], None, [0]).read is None
 
 
@@ -161,11 +162,9 @@ def test_half_of_an_emoji_is_a_character_like_any_other():
 def test_columns_of_a_table_count_alike_whatever_their_units():
     X = torch.tensor([[0.0, 1.0], [0.1, 900.0], [5.0, 2.0], [5.1, 901.0], [2.0, 300.0]])
     scaled = X * torch.tensor([1000.0, 0.001])
-    near = [
-        [(i, j, round(cosine, 4)) for i, j, cosine in duplicates(x, None, range(5)).near]
-        for x in (X, scaled)
-    ]
-    assert near[0] == near[1]
+    mine, theirs = (duplicates(x, None, range(5)) for x in (X, scaled))
+    assert mine.near == theirs.near
+    np.testing.assert_allclose(mine.cosines, theirs.cosines, atol=1e-4)
 
 
 def test_the_matrix_of_classes_holds_means_over_pairs():
@@ -267,7 +266,7 @@ def test_a_dataset_is_read_only_for_what_is_shown_and_to_tell_its_examples_apart
     values = torch.zeros(3, 500)
     values[:, 300:330] = torch.arange(30.0) + 1
     scores = replace(run.scores, values=values)
-    html(scores, Photos(), run.queries, run.path, k=1)
+    html(scores, run.path, Display(Photos(), run.queries, k=1))
     first, middle, last = 0, 250, 499  # together and alone: how examples lie in a batch
     assert sorted(read) == sorted([*[first, middle, last] * 2, *range(330 - LISTED, 330)])
 
@@ -290,19 +289,20 @@ def test_shares_of_tokens_are_those_of_the_scores(run, measure):
         "self_influence": (),
     }
     data = run.data()
-    side = data["queries"][1]["raised"]
-    shown = [data["train"]["column"][p] for p in side["places"]]
+    side = data["answers"][1]["raised"]
+    shown = side["ids"]
     shares, rest = fitted.attribute(queries, measure, into=uw.PerToken(shown))
     total = shares.sum(dim=2) + rest
     np.testing.assert_allclose(total, run.scores.values[:, shown], rtol=1e-8)
     np.testing.assert_allclose(side["rest"], rest[1], rtol=6e-3)
     np.testing.assert_allclose(side["tokens"], shares[1], rtol=6e-3)
-    assert data["train"]["tokens"][side["places"][0]] == [f"t{i}" for i in ids[shown[0]].tolist()]
+    told = {example["id"]: example["tokens"] for example in data["examples"]}
+    assert told[shown[0]] == [f"t{i}" for i in ids[shown[0]].tolist()]
     # As the message says: with the measure, from what the method returns; refused with another.
     run.options["token_scores"] = lambda q, some: fitted.attribute(
         queries.subset([q]), measure, into=uw.PerToken(some)
     )
-    assert run.data()["queries"][1]["raised"]["tokens"] == side["tokens"]
+    assert run.data()["answers"][1]["raised"]["tokens"] == side["tokens"]
     other = uw.Loss() if measure == uw.Margin() else uw.Margin()
     run.options["token_scores"] = lambda q, some: fitted.attribute(
         queries.subset([q]), other, into=uw.PerToken(some)

@@ -1,6 +1,7 @@
 """What the page may claim: sizes where something supports them, else order, and the verdict."""
 
 import html
+import json
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -12,8 +13,11 @@ from torch import nn
 
 import upweight as uw
 from tests.market import train_in_place
+from tests.report.conftest import Removals, column
 from upweight.errors import SpecError
-from upweight.report import Check, summary
+from upweight.evaluation import Estimate
+from upweight.report import Display, summary
+from upweight.report.evidence import evidence_of
 from upweight.report.trust import trust
 from upweight.scores import Unit
 from upweight.verdict import Verdict
@@ -33,7 +37,14 @@ class Found:
 
 def removals(slope=(1.0, 0.9, 1.1), spearman=(0.9, 0.8, 1.0), count=8):
     draw = np.random.default_rng(0).normal(size=count)
-    return Check("first order", list(range(count)), draw, draw, spearman, spearman, slope)
+    return Removals(
+        "first order", tuple((i,) for i in range(count)), column(draw), column(draw),
+        Estimate(*spearman), Estimate(*spearman), Estimate(*slope),
+    )  # fmt: skip
+
+
+def trusted(scores, *evidence, removal=None):
+    return trust(scores, evidence_of(evidence, *scores.values.shape), removal)
 
 
 def fact(run, make_provenance, **changes):
@@ -42,10 +53,10 @@ def fact(run, make_provenance, **changes):
 
 
 def test_an_exact_method_at_the_minimum_of_a_convex_objective_supports_sizes(run):
-    found = trust(run.scores, (), None)
+    found = trusted(run.scores)
     assert found.has_sizes and found.level == "unchecked"
     assert found.title == "Not checked against retraining"
-    assert trust(replace(run.scores, unit=Unit.DIFFERENCE), (), None).has_sizes
+    assert trusted(replace(run.scores, unit=Unit.DIFFERENCE)).has_sizes
 
 
 @pytest.mark.parametrize(
@@ -62,7 +73,7 @@ def test_an_exact_method_at_the_minimum_of_a_convex_objective_supports_sizes(run
     ],
 )
 def test_each_assumption_that_fails_takes_the_sizes(run, make_provenance, changes, why):
-    found = trust(fact(run, make_provenance, **changes), (), None)
+    found = trusted(fact(run, make_provenance, **changes))
     assert found.caution == "size not checked"
     assert why in found.reason
 
@@ -78,7 +89,7 @@ def test_each_assumption_that_fails_takes_the_sizes(run, make_provenance, change
 )
 def test_an_approximation_or_an_unknown_method_has_no_sizes(run, make_provenance, method):
     scores = replace(run.scores, provenance=make_provenance(method=method))
-    assert not trust(scores, (), None).has_sizes
+    assert not trusted(scores).has_sizes
 
 
 @pytest.mark.parametrize("curvature", [uw.Hessian(), uw.GGN(), uw.EKFAC()])
@@ -91,7 +102,7 @@ def test_of_real_methods_the_exact_ones_of_linear_models(curvature, hidden):
     train_in_place(task, (x, y))
     scores = uw.Influence(curvature).fit(task, (x, y)).attribute((x[:3], y[:3]))
     exact = not hidden and not isinstance(curvature, uw.EKFAC)
-    assert trust(scores, (), None).has_sizes == exact
+    assert trusted(scores).has_sizes == exact
 
 
 @pytest.fixture(params=[1e-6, 1.0], ids=["misses", "is right"])
@@ -115,7 +126,8 @@ def test_removals_that_say_they_miss_take_the_sizes(removed, tmp_path):
     misses, scores, removal, train, queries = removed
     assert any(note.startswith("removal:") for note in removal.provenance.notes) == misses
     for shown, better in ((removal, None), (scores, removal)):
-        page = uw.report.html(shown, train, queries, tmp_path / "page.html", removal=better)
+        display = Display(train, queries)
+        page = uw.report.html(shown, tmp_path / "page.html", display, removal=better)
         text = html.unescape(page.read_text(encoding="utf-8"))
         assert ("sizes are good to first order" in text) != misses
         assert ("the removals' own note says: for " in text) == misses
@@ -128,25 +140,25 @@ def test_removals_that_say_they_miss_take_the_sizes(removed, tmp_path):
 def test_no_retraining_makes_sizes_of_removals_that_say_they_miss(run, make_provenance):
     note = "removal: what was measured is no line over the step. More. And more."
     removal = replace(run.scores, provenance=make_provenance(notes=(note,)), unit=Unit.DIFFERENCE)
-    for checks, comparison in (((), Found(Verdict.SIZE, notes=("n",))), ([removals()], None)):
-        assert trust(run.scores, checks, comparison).has_sizes
+    for evidence in (Found(Verdict.SIZE, notes=("n",)), removals()):
+        assert trusted(run.scores, evidence).has_sizes
         for found in (
-            trust(run.scores, checks, comparison, removal),
-            trust(removal, checks, comparison),
+            trusted(run.scores, evidence, removal=removal),
+            trusted(removal, evidence),
         ):
             assert (found.title, found.level, found.has_sizes) == ("Order only", "order", False)
             assert found.reason.endswith("note says: what was measured is no line over the step")
-            assert found.notes == (("n",) if comparison else ())
+            assert found.notes == (("n",) if isinstance(evidence, Found) else ())
 
 
 def test_better_predictions_of_a_method_that_is_not_exact_have_no_sizes(run, make_provenance):
     damped = replace(run.scores, provenance=make_provenance(method="Influence(curvature=EKFAC())"))
-    found = trust(run.scores, (), None, replace(damped, unit=Unit.DIFFERENCE))
+    found = trusted(run.scores, removal=replace(damped, unit=Unit.DIFFERENCE))
     assert not found.has_sizes and "not known to be exact" in found.reason
 
 
 def test_ranks_have_no_size(run):
-    found = trust(replace(run.scores, unit=Unit.RANK), (), None)
+    found = trusted(replace(run.scores, unit=Unit.RANK))
     assert found.caution == "scores only rank"
     assert "no size" in found.reason
 
@@ -154,49 +166,50 @@ def test_ranks_have_no_size(run):
 @pytest.mark.parametrize("verdict", Verdict)
 def test_a_comparison_decides_whatever_the_method(run, layerwise, verdict):
     for scores in (run.scores, layerwise.scores):
-        found = trust(scores, (), Found(verdict, notes=("n", "because")))
+        found = trusted(scores, Found(verdict, notes=("n", "because")))
         assert (found.title, found.reason, found.notes) == (verdict.value, "because", ("n",))
         assert found.has_sizes == (verdict is Verdict.SIZE)
 
 
 def test_enough_removals_have_a_verdict_the_worst_of_theirs(layerwise, make_sets):
     good, wrong = removals(), removals(slope=(0.02, 0.01, 0.03))
-    assert trust(layerwise.scores, [good], None).has_sizes
-    found = trust(layerwise.scores, [good, wrong], None)
+    assert trusted(layerwise.scores, good).has_sizes
+    found = trusted(layerwise.scores, good, wrong)
     assert (found.title, found.has_sizes) == ("Order only", False)
     for few in (removals(count=7), make_sets()):
-        found = trust(layerwise.scores, [few], None)
+        found = trusted(layerwise.scores, few)
         assert found.title == "Not checked against retraining"
         assert "too few for a verdict" in found.reason
 
 
-def test_a_comparison_among_the_checks_is_refused_and_is_taken_as_a_comparison(
-    tmp_path, make_check
-):
+def test_results_of_evaluation_are_taken_as_they_are_and_nothing_else(tmp_path):
     torch.manual_seed(0)
     x, y = torch.randn(30, 2).double(), torch.randn(30, 1).double()
     task = uw.Task(nn.Linear(2, 1).double(), uw.SquaredError(), uw.L2(0.1))
     train_in_place(task, (x, y))
-    queries = (x[:3], y[:3])
-    scores = uw.Influence(uw.Hessian()).fit(task, (x, y)).attribute(queries)
+    scores = uw.Influence(uw.Hessian()).fit(task, (x, y)).attribute((x[:3], y[:3]))
     found = uw.check(scores, uw.Newton(), subsets=8, jobs=1, progress=False)
+    removed = uw.evaluation.loo(scores, uw.Newton(), [1, (2, 3), 5], query=2, progress=False)
 
-    def page(**options):
-        return uw.report.html(scores, (x, y), queries, tmp_path / "page.html", **options)
+    def page(evidence):
+        path = uw.report.html(scores, tmp_path / "page.html", evidence=evidence)
+        return path.read_text(encoding="utf-8"), summary(scores, evidence=evidence)
 
-    for given in ([found], found, [make_check(), found]):
-        for ask in (lambda: page(checks=given), lambda: summary(scores, checks=given)):  # noqa: B023
-            with pytest.raises(SpecError, match="as comparison=") as refused:
-                ask()
-            assert "uw.report.Check" in str(refused.value)
-    with pytest.raises(SpecError, match=r"checks=\[check\]"):
-        page(comparison=make_check())
-    with pytest.raises(SpecError, match=r"checks=\[check\]"):
-        page(checks=make_check())
-    with pytest.raises(SpecError, match="another kind"):
-        page(checks=["first order"])
-    assert found.verdict.value in page(comparison=found).read_text(encoding="utf-8")  # ways out
-    assert make_check().label in page(checks=[make_check()]).read_text(encoding="utf-8")
+    for given in (["first order"], [found, found], found.lds, [None]):
+        with pytest.raises(SpecError, match=r"evidence=\[loo, fitted\.check"):
+            page(given)
+    text, lines = page([removed, found])
+    assert found.verdict.value in text and found.verdict.value in lines
+    estimate = f"Pearson {removed.pearson.value:.3f}"
+    assert f"first order  3 removals on query 2:  {estimate}"[:40] in lines
+    shown = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])["checks"]
+    assert [check["removed"] for check in shown] == [[[1], [2, 3], [5]]]
+    np.testing.assert_allclose(shown[0]["actual"], removed.actual[:, 0], rtol=1e-5)
+    every = uw.evaluation.loo(scores, uw.Newton(), [1, 5], progress=False)
+    assert [each.query for each in evidence_of([every], 3, 30).series] == [0, 1, 2]
+    assert page(removed) == page([removed]), "one by itself needs no list"
+    one = uw.evaluation.loo(scores, uw.Newton(), [7], query=0, progress=False)
+    assert "too little to say" in page([one])[0]
 
 
 def test_the_terminal_says_it_first_and_prints_no_size_without_support(run, layerwise):
@@ -245,7 +258,7 @@ def test_no_predicted_change_is_printed_where_nothing_supports_it(layerwise, ope
 
 @pytest.mark.parametrize("verdict", Verdict)
 def test_the_verdict_is_on_every_page(run, opened, verdict):
-    run.options = {"comparison": Found(verdict, notes=("the note",))}
+    run.options = {"evidence": [Found(verdict, notes=("the note",))]}
     run.write()
     page = opened(run.path)
     for name in ("Can I trust this?", "Queries", "Training set"):

@@ -2,19 +2,27 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from upweight.report import summary
-from upweight.report.health import convention, health, verdict
+from upweight.report import Display, summary
+from upweight.report.evidence import evidence_of
 from upweight.report.trust import trust
+from upweight.report.words import convention, health, verdict
 from upweight.scores import Unit
 from upweight.verdict import Verdict
 
 
-def by_name(scores, checks=()):
-    return {fact.name: fact for fact in health(scores, checks)}
+def said(scores, evidence=()):
+    return evidence_of(evidence, *scores.values.shape)
+
+
+def by_name(scores, evidence=()):
+    return {
+        line["name"]: SimpleNamespace(**line) for line in health(scores, said(scores, evidence))
+    }
 
 
 def test_a_sound_run_that_was_checked_has_no_concern(run, make_check):
@@ -22,7 +30,7 @@ def test_a_sound_run_that_was_checked_has_no_concern(run, make_check):
     assert [name for name, fact in facts.items() if fact.concern] == []
     assert facts["Retraining"].value == "3 removals, 1 query"
     assert facts["Solver"].value == "Cholesky()"
-    assert "condition number at least 812" in facts["Damping"].meaning
+    assert "condition number at least 812" in facts["Damping"].told
     assert facts["Time"].value == "2.00 s"
 
 
@@ -57,7 +65,7 @@ def test_standard_errors_are_told_where_there_are_any(run):
 
 def test_not_compared_with_retraining_is_a_concern(run):
     assert by_name(run.scores)["Retraining"].concern
-    assert trust(run.scores, (), None).title == "Not checked against retraining"
+    assert trust(run.scores, said(run.scores)).title == "Not checked against retraining"
 
 
 class Found:
@@ -70,14 +78,14 @@ class Found:
 
 
 def test_a_comparison_as_a_whole_is_said_first(run, make_check):
-    found = trust(run.scores, [make_check()], Found())
+    found = trust(run.scores, said(run.scores, [make_check(), Found()]))
     assert (found.title, found.reason) == ("Order and size", Found.reason)
-    fact = {fact.name: fact for fact in health(run.scores, (), Found())}["Retraining"]
+    fact = by_name(run.scores, [Found()])["Retraining"]
     assert fact.value == "34 models: Order and size" and not fact.concern
 
 
 def test_the_page_shows_it_before_everything_else(run):
-    run.options["comparison"] = Found()
+    run.options["evidence"] = [Found()]
     run.write()
     page = run.path.read_text()
     words = "rank correlation with &lt;b&gt;retraining&lt;/b&gt; 0.41 ± 0.05; sizes are right."
@@ -86,7 +94,8 @@ def test_the_page_shows_it_before_everything_else(run):
 
 
 def test_the_verdict_is_about_the_best_calibrated_prediction(make_check):
-    checks = [make_check(), make_check(label="leverage-corrected", scale=1.4)]
+    given = [make_check(), make_check(label="leverage-corrected", scale=1.4)]
+    checks = evidence_of(given, 3, 10).series
     assert "leverage-corrected prediction" in verdict(checks, "image")
     assert "leverage-corrected prediction" in verdict(checks[::-1], "image")
 
@@ -101,7 +110,8 @@ def test_summary_tells_ends_agreement_and_concerns(run, make_check, make_provena
         health={**run.scores.provenance.health, "largest_residual": 0.5}, notes=("a note",)
     )
     scores = replace(run.scores, provenance=made)
-    text = summary(scores, query=1, k=2, labels=[7] * 10, checks=[make_check()])
+    display = Display(train_labels=[7] * 10)
+    text = summary(scores, query=1, k=2, display=display, evidence=[make_check()])
     ranking = scores.top(2, 1)
     assert "10 training examples, 3 queries, 7 parameters; unit ∂m/∂w of the loss" in text
     raised = next(line for line in text.splitlines() if "raised its loss" in line)
@@ -121,7 +131,7 @@ def test_damping_by_block_is_a_range_and_a_share_of_eigenvalues(layerwise):
     facts = by_name(layerwise.scores)
     assert facts["Damping"].value == "λ from 2.00×10⁻⁴ to 0.00100"
     # (0.25 · 100 + 1 · 50) / 150 of the eigenvalues.
-    assert "50 % of all eigenvalues are below" in facts["Damping"].meaning
+    assert "50 % of all eigenvalues are below" in facts["Damping"].told
     assert facts["Curvature"].value == "± 3.0 %"
 
 
@@ -133,7 +143,7 @@ def test_a_contraction_past_its_tolerance_is_marked(layerwise, make_provenance, 
     scores = replace(layerwise.scores, provenance=make_provenance(health=health))
     fact = by_name(scores)["Contraction"]
     assert fact.concern == concern
-    assert "worst 0.0200" in fact.meaning
+    assert "worst 0.0200" in fact.told
 
 
 def test_an_exact_contraction_says_so(layerwise, make_provenance):
@@ -148,18 +158,18 @@ def test_passes_are_part_of_the_fit_and_not_counted_twice(run, make_provenance):
     fact = by_name(replace(run.scores, provenance=made))["Time"]
     assert fact.value == "3.00 s"
     expected = "fit 2.00 s (of which pass 1 1.50 s, pass 2 0.250 s), attribute 1.00 s"
-    assert expected in fact.meaning
+    assert expected in fact.told
 
 
 def test_the_verdict_on_several_queries_is_about_all_of_them(make_sets):
-    checks = [make_sets(), make_sets(query=1, slope=0.9)]
-    said = verdict(checks, "image")
-    assert "3 sets of 2 training images were really removed" in said
-    assert "from 3 seeds each" in said
-    assert "0.40 to 0.90 times the predicted one" in said
+    series = evidence_of([make_sets(), make_sets(query=1, slope=0.9)], 3, 10).series
+    words = verdict(series, "image")
+    assert "3 sets of 2 training images were really removed" in words
+    assert "from 3 seeds each" in words
+    assert "0.40 to 0.90 times the predicted one" in words
 
 
 def test_removals_of_several_queries_are_counted_once(run, make_sets):
     fact = by_name(run.scores, [make_sets(), make_sets(query=1)])["Retraining"]
     assert fact.value == "3 removals, 2 queries"
-    assert "mean of 3 retrainings" in fact.meaning
+    assert "mean of 3 retrainings" in fact.told

@@ -17,13 +17,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.report.conftest import provenance
+from tests.report.conftest import Removals, provenance
 from tests.runtime.damage import DAMAGES
 from upweight.errors import DataError, ShapeError, SpecError, StaleStore, UpweightError
+from upweight.evaluation import Estimate
+from upweight.report import Display
+from upweight.report.answers import Answers
 from upweight.runtime.shards import ScoreShards
 from upweight.scores import Scores, Unit
 from upweight.verdict import Verdict
-from upweight.view import Answers, Server, keeping, matrix, opened, serve
+from upweight.view import Server, keeping, matrix, opened, serve
+from upweight.view.kept import keeping_totals
 
 N, Q = 60, 4
 
@@ -55,12 +59,18 @@ def data():
 @pytest.fixture(scope="module")
 def server(folder, data):
     train, queries = data
-    answers = Answers(
-        opened(folder), train, queries, values=[0.5, 2.0, 1.0, 0.1], metadata={"half": [0, 1] * 30},
+    display = Display(
+        train, queries, values=[0.5, 2.0, 1.0, 0.1], metadata={"half": [0, 1] * 30},
         train_losses=np.linspace(0, 1, N), self_influence=-np.linspace(0, 2, N),
     )  # fmt: skip
-    with Server(answers) as running:
+    with Server(opened(folder), display) as running:
         yield running
+
+
+def training(folder, metadata=None):
+    """The page on the training set, with what is kept for it."""
+    summed = keeping_totals(keeping(folder))
+    return Answers(opened(folder), Display(metadata=metadata or {}), summed=summed).training
 
 
 def asked(server, path, **parameters):
@@ -116,16 +126,17 @@ def test_totals_are_kept_for_the_same_scores_and_groups(values, tmp_path, monkey
     shards = ScoreShards.open(tmp_path, N, Q, {})
     shards.append(0, 0, values.T)
     halves = {"half": [0, 1] * 30}
-    first = Answers(opened(tmp_path), metadata=halves, keep=keeping(tmp_path)).training
+    opened(tmp_path)
+    first = training(tmp_path, halves)
     with monkeypatch.context() as patched:
         patched.setattr("upweight.view.kept.totals", lambda *_: pytest.fail("taken again"))
-        again = Answers(opened(tmp_path), metadata=halves, keep=keeping(tmp_path)).training
+        again = training(tmp_path, halves)
     assert again == first
     other = {"half": [1, 1, 0] * 20}
-    assert Answers(opened(tmp_path), metadata=other, keep=keeping(tmp_path)).training != first
+    assert training(tmp_path, other) != first
     shards.append(0, 0, 2 * values.T)
     opened(tmp_path)
-    twice = Answers(opened(tmp_path), metadata=halves, keep=keeping(tmp_path)).training
+    twice = training(tmp_path, halves)
     np.testing.assert_allclose(
         twice["groups"][0]["totals"], 2 * np.array(first["groups"][0]["totals"]), rtol=1e-4
     )
@@ -170,7 +181,8 @@ def test_a_ranking_is_paged_through_to_its_end(server, values, side):
         status, body = asked(server, f"ranking/1/{side}", start=start)
         assert status == 200
         page = json.loads(body)
-        found += [(entry["example"]["id"], entry["score"]) for entry in page["entries"]]
+        found += list(zip(page["ids"], page["scores"], strict=True))
+        assert [example["id"] for example in page["examples"]] == page["ids"]
         start, more = len(found), page["more"]
     sign = 1 if side == "raised" else -1
     signed = sign * values[1]
@@ -254,7 +266,7 @@ def test_only_this_machine_can_connect(server):
 def test_a_port_that_is_taken_is_said(server, folder):
     port = urlsplit(server.address).port
     with pytest.raises(SpecError, match=f"port {port}"):
-        Server(Answers(opened(folder)), port)
+        Server(opened(folder), port=port)
 
 
 def test_the_page_works_in_a_browser(server, values, browser):
@@ -298,10 +310,10 @@ def test_the_page_works_in_a_browser(server, values, browser):
 def test_hostile_labels_run_nothing_when_served(folder, data, browser):
     hostile = "</script><script>document.documentElement.dataset.owned='yes'</script><img src=x>"
     train, queries = data
-    answers = Answers(
-        opened(folder), train, queries, names=[hostile] * 3, metadata={hostile: [hostile, "b"] * 30}
+    display = Display(
+        train, queries, names=[hostile] * 3, metadata={hostile: [hostile, "b"] * 30}, title=hostile
     )
-    with Server(answers, title=hostile) as running:
+    with Server(opened(folder), display) as running:
         page = browser.new_page()
         page.set_default_timeout(10_000)
         page.goto(running.address + "#queries/0")
@@ -317,11 +329,11 @@ def test_hostile_labels_run_nothing_when_served(folder, data, browser):
 def test_half_of_an_emoji_is_a_character_like_any_other(folder, data):
     train, queries = data
     cut = "cut \ud83d"
-    answers = Answers(
-        opened(folder), train, queries, names=[cut] * 3, train_texts=[cut] * N,
-        query_texts=[cut] * Q, metadata={cut: [cut, "b"] * 30},
+    display = Display(
+        train, queries, names=[cut] * 3, train_texts=[cut] * N,
+        query_texts=[cut] * Q, metadata={cut: [cut, "b"] * 30}, title=cut,
     )  # fmt: skip
-    with Server(answers, title=cut) as running:
+    with Server(opened(folder), display) as running:
         for path, more in (("", {}), ("query/0", {}), ("training", {}), ("examples", {"ids": "1"})):
             status, body = asked(running, path, **more)
             assert status == 200
@@ -330,7 +342,7 @@ def test_half_of_an_emoji_is_a_character_like_any_other(folder, data):
 
 def test_a_verdict_below_order_and_size_takes_the_sizes(folder, data, browser):
     found = SimpleNamespace(verdict=Verdict.ORDER, reason="because", notes=("n",), models=9)
-    with Server(Answers(opened(folder), *data), comparison=found) as running:
+    with Server(opened(folder), Display(*data), evidence=[found]) as running:
         page = browser.new_page()
         page.goto(running.address + "#queries/0")
         page.wait_for_selector("#raised .card")
@@ -339,6 +351,40 @@ def test_a_verdict_below_order_and_size_takes_the_sizes(folder, data, browser):
         ranks = page.locator("#raised .card dd").all_inner_texts()
         assert ranks == [str(k + 1) for k in range(len(ranks))]
         assert page.locator(".banner").inner_text().startswith("Order only: because.")
+        page.close()
+
+
+def test_what_retraining_said_is_drawn_and_removals_are_named(folder, data, browser):
+    actual = torch.tensor([[-0.3], [0.2], [1.0]])
+    made = Removals(
+        "first order", ((2,), (50,), (7,)), actual * 0.9, actual, Estimate(1, 1, 1),
+        Estimate(1, 1, 1), Estimate(1.1, 1, 1.2), queries=(2,),
+    )  # fmt: skip
+    better = Scores(-2 * opened(folder).values, Unit.DIFFERENCE, provenance(n=N, q=Q))
+    with Server(opened(folder), Display(*data, k=30), evidence=[made], removal=better) as running:
+        page = browser.new_page()
+        page.set_default_timeout(10_000)
+        page.goto(running.address)
+        page.wait_for_selector("#scatter .dot[data-removal='50']")
+        assert page.locator("#scatter .dot[data-removal]").count() == 3
+        page.locator("#scatter .dot[data-removal='50']").click()
+        readout = page.locator("#readout")
+        assert "#50" in readout.inner_text() and f"label {data[0][1][50]}" in readout.inner_text()
+        image = readout.locator(".tile").evaluate("e => getComputedStyle(e).backgroundImage")
+        assert "picture/train/50" in image
+        page.get_by_role("link", name="Queries").click()
+        page.wait_for_selector("#query-2[aria-selected=true]")
+        card = page.locator(".card:has([data-id='50'])")
+        side = "raised" if better.values[2, 50] < 0 else "lowered"
+        assert card.locator(f".meter.{side}").count() == 1
+        told = dict(
+            zip(card.locator("dt").all_inner_texts(), card.locator("dd").all_inner_texts(),
+                strict=True)
+        )  # fmt: skip
+        values = {name: float(text.replace("−", "-")) for name, text in told.items()}
+        score = float(opened(folder).values[2, 50])
+        assert values["retrained"] == pytest.approx(0.2)
+        assert values["removed"] == pytest.approx(-2 * score, rel=6e-3)
         page.close()
 
 
@@ -369,12 +415,12 @@ def test_a_browser_is_led_on_and_never_given_the_token(folder, data, monkeypatch
 
     monkeypatch.setattr(Server, "wait", looked_at)
     monkeypatch.setattr("webbrowser.open", given.append)
-    serve(opened(folder), *data, open_browser=True, told=told.append)
+    serve(opened(folder), Display(*data), open_browser=True, told=told.append)
     assert not given[1].exists()
 
 
 def test_a_view_that_ended_is_said_on_the_page(folder, browser):
-    with Server(Answers(opened(folder))) as running:
+    with Server(opened(folder)) as running:
         page = browser.new_page()
         page.set_default_timeout(10_000)
         page.goto(running.address + "#queries/0")
@@ -392,8 +438,7 @@ def test_serve_tells_its_address_and_stops_when_interrupted(folder, data, monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Server, "wait", interrupted)
-    train, queries = data
-    serve(opened(folder), train, queries, title="t", told=told.append)
+    serve(opened(folder), Display(*data, title="t"), told=told.append)
     assert told[0].startswith("http://127.0.0.1:") and told[1] == "stopped"
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(told[0], timeout=2)
@@ -407,7 +452,7 @@ def test_a_live_model_is_asked_about_the_queries(folder):
     task = uw.Task(torch.nn.Linear(3, 2).double(), loss=uw.CrossEntropy())
     train, queries = uw.as_data((X, y)), uw.as_data((X[:Q], y[:Q]))
     scores = opened(folder).attach(uw.Context(task, train, queries, uw.Loss()))
-    answers = Answers(scores, train, queries)
+    answers = Answers(scores, ask=False)
     losses = task.losses(task.theta(), (X[:Q], y[:Q])).tolist()
     np.testing.assert_allclose([q["value"] for q in answers.meta["queries"]], losses, rtol=1e-4)
     assert "suspicious" not in answers.training
@@ -415,9 +460,9 @@ def test_a_live_model_is_asked_about_the_queries(folder):
 
 def test_without_data_examples_are_numbers(folder):
     answers = Answers(opened(folder))
-    page = answers.query(0)
-    assert page["raised"]["entries"][0]["example"]["name"].startswith("#")
-    assert answers.meta["sprites"] == {}
+    ids = answers.query(0)["raised"]["ids"]
+    assert answers.examples(ids) == [{"id": i, "label": ""} for i in ids]
+    assert answers.range is None
 
 
 def test_removals_keep_their_sign_and_ranks_predict_nothing(values):
@@ -431,11 +476,11 @@ def test_removals_keep_their_sign_and_ranks_predict_nothing(values):
 def test_rows_of_tables_say_where_they_differ(folder):
     X = np.random.default_rng(0).normal(size=(N, 3))
     X[:, 1] *= 100
-    answers = Answers(opened(folder), (X, np.zeros(N)), (X[:Q], np.zeros(Q)), features=list("abc"))
-    entry = answers.query(0)["raised"]["entries"][0]
-    i = entry["example"]["id"]
+    display = Display((X, np.zeros(N)), (X[:Q], np.zeros(Q)), features=list("abc"))
+    raised = Answers(opened(folder), display).query(0)["raised"]
+    i = raised["ids"][0]
     distance = np.abs(X[i] - X[0]) / np.concatenate([X, X[:Q]]).std(axis=0)
-    assert entry["differs"][0][0] == int(distance.argmax())
+    assert raised["differs"][0][0][0] == int(distance.argmax())
 
 
 # -- what was altered ------------------------------------------------------------------------------
@@ -446,8 +491,8 @@ def opened_once(values, tmp_path):
     shards = ScoreShards.open(tmp_path / "scores", N, Q, {})
     shards.append(0, 0, values.T)
     shards.finish({"unit": "DERIVATIVE", "provenance": asdict(provenance(n=N, q=Q))})
-    scores = opened(tmp_path / "scores")
-    _ = Answers(scores, keep=keeping(tmp_path / "scores")).training
+    opened(tmp_path / "scores")
+    training(tmp_path / "scores")
     return tmp_path / "scores"
 
 
@@ -491,9 +536,9 @@ def test_a_copy_of_which_nothing_is_known_is_made_again(opened_once, values, tol
 def test_sums_that_were_altered_are_made_again(opened_once, damage):
     keep = keeping(opened_once)
     (file,) = keep.glob("totals-*")
-    before = Answers(opened(opened_once), keep=keep).training
+    before = training(opened_once)
     DAMAGES[damage](file)
-    assert Answers(opened(opened_once), keep=keep).training == before
+    assert training(opened_once) == before
 
 
 def test_sums_of_other_scores_are_made_again(opened_once, values, tmp_path):
@@ -501,14 +546,15 @@ def test_sums_of_other_scores_are_made_again(opened_once, values, tmp_path):
     shards = ScoreShards.open(other, N, Q, {})
     shards.append(0, 0, 2 * values.T)
     shards.finish({"unit": "DERIVATIVE", "provenance": asdict(provenance(n=N, q=Q))})
-    theirs = Answers(opened(other), keep=keeping(other)).training
+    opened(other)
+    theirs = training(other)
     keep = keeping(opened_once)
-    before = Answers(opened(opened_once), keep=keep).training
+    before = training(opened_once)
     (mine,), (copied,) = keep.glob("totals-*"), keeping(other).glob("totals-*")
     mine.unlink()
     for name in (mine.name, copied.name):
         shutil.copy(copied, keep / name)
-    assert Answers(opened(opened_once), keep=keep).training == before != theirs
+    assert training(opened_once) == before != theirs
 
 
 def test_scores_that_were_altered_are_noticed_though_there_is_a_copy(opened_once):

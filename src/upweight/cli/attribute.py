@@ -11,7 +11,7 @@ import click
 
 from upweight.cli.compared import compared
 from upweight.cli.named import named, project_option, to_ask_for
-from upweight.cli.pages import is_kept, keep, loaded, shown_of
+from upweight.cli.pages import Shown, is_kept, keep, loaded, shown_of
 from upweight.cli.project import Project, opened
 from upweight.cli.question import Asked, question_options, relative, reopened, require_same
 from upweight.cli.screen import Answer, continued_by, duration, say, verb
@@ -200,12 +200,12 @@ def finished(
     if run.is_finished and is_kept(run) and show is None:
         return "nothing"
     record = record if show is None else replace(record, show=show)
-    extra = shown_of(project, record.show) if record.show else {}
+    beside = shown_of(project, record.show) if record.show else Shown()
     if run.is_finished:
         fitted = refit(run, record, question) if run.factors.exists() else None
         with continued_by(to_go_on):
             record.write(run.toml)
-            keep(run, question, fitted, extra)
+            keep(run, question, fitted, beside)
         return "nothing"
     began = run.has_work
     if began and record.versions != library_versions():
@@ -225,7 +225,7 @@ def finished(
         run.log(f"{word}: {record.method}, {record.measure}, {record.n} × {record.q}")
         try:
             fitted = work.attribute(run, record, question)
-            keep(run, question, fitted if fitted.scorer.is_quick_of_itself else None, extra)
+            keep(run, question, fitted if fitted.scorer.is_quick_of_itself else None, beside)
         except BaseException as error:
             with contextlib.suppress(OSError):  # the disk may be full
                 run.log(f"stopped by {type(error).__name__}: {error}")

@@ -19,10 +19,10 @@ from upweight.evaluation import (
     LOO,
     compare,
     leave_one_out,
-    predicted_removals,
     random_groups,
 )  # fmt: skip
-from upweight.report.notation import readable
+from upweight.methods.facts import stated
+from upweight.notation import readable
 from upweight.training import removal_weights, retrain
 
 QUERIES = 100
@@ -75,7 +75,7 @@ class Found:
     """What retraining found, for summary.json, the report and the terminal."""
 
     facts: dict[str, Any]
-    checks: list[uw.report.Check]
+    evidence: list[LOO]
     text: str = ""
     removal: uw.Scores | None = None
 
@@ -100,22 +100,25 @@ def run(out: Path, model: str) -> dict[str, Any]:
         fitted = subject.method.fit(task, train)
         scores = fitted.attribute(queries, uw.Loss())
         health = {**scores.provenance.health, **fitted.stationarity}
-        scores = replace(scores, provenance=replace(scores.provenance, health=health))
+        made = replace(scores.provenance, health=health, facts=stated(health))
+        scores = replace(scores, provenance=made)
         done(f"{scores.values.numel():,} scores")
 
     found = subject.verify(fitted, scores, subject.recipe)
 
     with step("Write the report") as done:
         scores.save(out / "scores")
-        report = uw.report.html(
-            scores,
-            train,
-            queries,
-            out / "report.html",
-            checks=found.checks,
-            removal=found.removal,
+        display = uw.report.Display(
             title=f"{subject.name.capitalize()} on {len(train[1])} handwritten digits",
             names=[str(digit) for digit in range(10)],
+            train_labels=train[1].tolist(),
+        )
+        report = uw.report.html(
+            scores,
+            out / "report.html",
+            display,
+            evidence=found.evidence,
+            removal=found.removal,
             command=f"upweight demo --model {model} --out {out}",
         )
         seconds = time.perf_counter() - started
@@ -132,7 +135,7 @@ def run(out: Path, model: str) -> dict[str, Any]:
         done(f"{report.stat().st_size / 1e6:.1f} MB")
 
     click.echo()
-    click.echo(uw.report.summary(scores, query=0, labels=train[1].tolist(), checks=found.checks))
+    click.echo(uw.report.summary(scores, query=0, display=display, evidence=found.evidence))
     click.echo(found.text + f"\n{seconds:.0f} s in all. Open {report} in a browser.")
     return facts
 
@@ -168,10 +171,10 @@ def one_by_one(fitted: Any, scores: uw.Scores, recipe: Any) -> Found:
             recipe, context.task, context.train, chosen, context.queries.subset([0])
         )
         done(f"each retrained to a gradient of {actual.gradient_norms.max():.0e}")
-    first, corrected = (compare(s, actual, chosen, query=0) for s in (scores, removal))
+    first = compare(scores, actual, chosen, query=0)
+    corrected = compare(removal, actual, chosen, query=0, label="leverage-corrected")
     facts = {"first_order": first.summary(), "leverage_corrected": corrected.summary()}
-    checks = [check("first order", first), check("leverage-corrected", corrected)]
-    return Found({"loo": facts}, checks, removal=removal)
+    return Found({"loo": facts}, [first, corrected], removal=removal)
 
 
 def in_sets(fitted: Any, scores: uw.Scores, recipe: uw.Training) -> Found:
@@ -190,18 +193,18 @@ def in_sets(fitted: Any, scores: uw.Scores, recipe: uw.Training) -> Found:
     about = (context.task, context.train, weights, queries)
     with step(f"Remove {len(chosen)} sets of images, {SEEDS} seeds each, and retrain") as done:
         seeds = [replace(recipe, seed=seed) for seed in range(SEEDS)]
-        trained = (retrain(each, *about, jobs=jobs if jobs > 1 else None) for each in seeds)
-        changes = torch.stack([each.change for each in trained])
+        rounds = [retrain(each, *about, jobs=jobs if jobs > 1 else None) for each in seeds]
+        changes = torch.stack([each.change for each in rounds])
         done(f"{SEEDS * (len(chosen) + 1)} networks")
-    predicted, actual = predicted_removals(scores, groups), changes.mean(dim=0)
-    errors = changes.std(dim=0) / SEEDS**0.5
-    summaries, checks, rows = {}, [], []
+    asked = replace(scores, values=scores.values[: len(queries)])
+    every = compare(asked, rounds, groups, label="EK-FAC")
+    predicted, actual, errors = every.predicted, every.actual, every.errors
+    assert errors is not None
+    summaries, evidence, rows = {}, [], []
     for q in range(len(queries)):
-        loo = compare(predicted[:, q : q + 1], actual[:, q : q + 1], groups)
         names = [what if of in (q, None) else f"query {of}: {what}" for of, what, _ in chosen]
-        summaries[f"query_{q}"] = loo.summary()
-        more = {"query": q, "errors": errors[:, q].tolist(), "names": names, "repeats": SEEDS}
-        checks.append(check("EK-FAC", loo, **more))
+        evidence.append(replace(every.query(q), names=names))
+        summaries[f"query_{q}"] = evidence[-1].summary()
         rows += [
             {
                 "query": q, "chosen_for": of, "removed": what, "by_seed": changes[:, e, q].tolist(),
@@ -213,7 +216,7 @@ def in_sets(fitted: Any, scores: uw.Scores, recipe: uw.Training) -> Found:
     title = f"change of the loss of query 0, mean of {SEEDS} seeds ± standard error (predicted)"
     own = [row for row in rows if row["query"] == 0 and row["chosen_for"] in (0, None)]
     text = f"{title}\n{table(list(map(line, own)))}\n"
-    return Found({"loo": summaries, "removals": rows}, checks, text)
+    return Found({"loo": summaries, "removals": rows}, evidence, text)
 
 
 def sets(scores: uw.Scores, checked: int) -> list[tuple[int | None, str, list[int]]]:
@@ -239,15 +242,6 @@ def line(row: dict[str, Any]) -> tuple[str, str, str]:
     actual, predicted = (readable(row[k], signed=True) for k in ("actual", "predicted"))
     error = readable(row["standard_error"], 2)
     return f"without {row['removed']}", f"{actual} ± {error}", f"({predicted})"
-
-
-def check(label: str, loo: LOO, **more: Any) -> uw.report.Check:
-    """A comparison of one query as the report draws it."""
-    estimates: Any = [(e.value, e.low, e.high) for e in (loo.pearson, loo.spearman, loo.slope)]
-    removed = [group[0] if len(group) == 1 else group for group in loo.examples]
-    return uw.report.Check(
-        label, removed, loo.predicted[:, 0].tolist(), loo.actual[:, 0].tolist(), *estimates, **more
-    )
 
 
 # -- what is trained ------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def evaluate(
 @click.option(
     "--show",
     metavar="FILE.py:NAME",
-    help="A dict of further arguments to upweight.report.html.",
+    help="A upweight.report.Display, or a dict of its arguments.",
 )
 @project_option
 @verb
@@ -126,19 +126,23 @@ def report(run: Path, out: Path | None, show: str | None, projects: tuple[str, .
     path = place.report if out is None else out.absolute()
     record = place.record
     said_of = record if show is None else replace(record, show=show)
-    rest: dict[str, Any] = {"comparison": found_in(place), "command": command(place, said_of)}
+    found, again = found_in(place), command(place, said_of)
+    checked = [] if found is None else [found]
     if show is None and not projects:
-        written = pages.html(place.load(), path=path, **rest | alone(place))
+        written = pages.html(place.load(), path, alone(place), evidence=checked, command=again)
     else:
         given = [*(("--out", str(out)) if out else ()), *(("--show", show) if show else ())]
         typed = ["upweight", "report", str(run), *given]
         code = named(place, projects, filter(None, [show]), shlex.join(typed))
         with reopened(place, code) as (project, record, question):
             fitted = refit(place, record, question) if place.factors.exists() else None
-            extra = refreshed(place, project, record, question, show, lambda: fitted)
+            beside = refreshed(place, project, record, question, show, lambda: fitted)
             scores = place.load().attach(context_of(question, fitted))
-            written = pages.html(scores, question.train, question.queries, path, **rest | extra)
-    said = f"{out or run / 'report.html'}: {size(written.stat().st_size)}. Open it in a browser."
+            live = {"command": again} | dict(beside.live)
+            live["evidence"] = [*live.get("evidence", ()), *checked]
+            written = pages.html(scores, path, beside.display, **live)
+    bytes_ = written.stat().st_size
+    said = f"{out or run / 'report.html'}: {size(bytes_)}. Open it in a browser."
     if show is None and not projects:
         again = shlex.join(["upweight", "rerun", str(run)])
         said += f"\n  Made of the run alone. What to ask its owner for: {again}"

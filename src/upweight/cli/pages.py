@@ -1,15 +1,14 @@
 """What the page of a run is made of: what the run keeps, or the project where the user names it."""
 
 import contextlib
-import inspect
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from upweight.cli.project import Project
 from upweight.cli.screen import say
 from upweight.errors import NotWritten, SpecError, StaleStore, message
-from upweight.report import html
+from upweight.report import Display
 from upweight.report.kept import kept, reopened
 from upweight.runs import shown
 from upweight.runs.directory import Run
@@ -17,6 +16,17 @@ from upweight.runs.question import Question
 from upweight.runs.record import Record
 from upweight.scores import Context, Scores
 from upweight.view import opened
+
+LIVE = {"evidence", "removal"}
+"""What is shown beside a display, and not kept in a run."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the user shows beside the data: how, and further arguments of `html`."""
+
+    display: Display = field(default_factory=Display)
+    live: Mapping[str, Any] = field(default_factory=dict)
 
 
 def context_of(question: Question, fitted: Any = None) -> Context:
@@ -36,7 +46,7 @@ def loaded(run: Run) -> Scores:
         return opened(run.scores)
 
 
-def keep(run: Run, question: Question, fitted: Any, extra: dict[str, Any]) -> None:
+def keep(run: Run, question: Question, fitted: Any, shown_beside: Shown) -> None:
     """Keep in a finished run what its page shows, with what the user shows beside the data.
 
     Raises:
@@ -44,7 +54,7 @@ def keep(run: Run, question: Question, fitted: Any, extra: dict[str, Any]) -> No
     """
     try:
         scores = loaded(run).attach(context_of(question, fitted))
-        found = kept(scores, question.train, question.queries, **extra)
+        found = kept(scores, shown_beside.display, tuple(shown_beside.live))
     except OSError:
         raise
     except Exception as error:  # data that no page can show are attributed all the same
@@ -62,22 +72,22 @@ def refreshed(
     question: Question,
     show: str | None,
     fitted: Callable[[], Any],
-) -> dict[str, Any]:
+) -> Shown:
     """What the user shows beside the data of a live page; kept in the run where `show` is new.
 
     Without `show` it is what the run names. `fitted` gives the fitted method, for self-influence.
     """
     reference = show or record.show
-    extra = shown_of(project, reference) if reference else {}
+    beside = shown_of(project, reference) if reference else Shown()
     if show is not None or not is_kept(run):
         try:
             if show is not None:
                 replace(record, show=show).write(run.toml)
-            keep(run, question, fitted(), extra)
+            keep(run, question, fitted(), beside)
         except NotWritten as error:  # the page of now needs no room in the run
             given = str(error).splitlines()[1].strip().removeprefix("Given: ")
             say(f"note: what is shown was not kept in the run for the next time: {given}")
-    return extra
+    return beside
 
 
 def is_kept(run: Run) -> bool:
@@ -88,8 +98,8 @@ def is_kept(run: Run) -> bool:
     return False
 
 
-def alone(run: Run) -> dict[str, Any]:
-    """Arguments of a page from what the run keeps.
+def alone(run: Run) -> Display:
+    """What the run keeps to show.
 
     Raises:
         StaleStore: It keeps nothing, or what it keeps is damaged.
@@ -101,18 +111,22 @@ def alone(run: Run) -> dict[str, Any]:
     return found
 
 
-def shown_of(project: Project, reference: str) -> dict[str, Any]:
-    """A dict of arguments of `upweight.report.html`."""
+def shown_of(project: Project, reference: str) -> Shown:
+    """A `Display`, or a dict of its arguments and of further ones of `upweight.report.html`."""
     value = project.load(reference)
-    known = set(inspect.signature(html).parameters) - {"scores", "train", "queries", "path"}
-    if not isinstance(value, dict) or not set(value) <= known:
+    if isinstance(value, Display):
+        return Shown(value)
+    known = {each.name for each in fields(Display)} - {"train", "queries"}
+    if not isinstance(value, dict) or not set(value) <= known | LIVE:
         given = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
         raise SpecError(
             message(
-                "--show names a dict of arguments of upweight.report.html.",
+                "--show names a upweight.report.Display, or a dict of its arguments.",
                 f"{reference}: {given}.",
                 "a misspelled key, or another object.",
-                f"its keys are among {', '.join(sorted(known))}.",
+                f"its keys are among {', '.join(sorted(known | LIVE))}.",
             )
         )
-    return value
+    shown = {name: each for name, each in value.items() if name in known}
+    live = {name: value[name] for name in sorted(LIVE & set(value)) if value[name] is not None}
+    return Shown(Display(**shown), live)

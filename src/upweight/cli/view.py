@@ -1,26 +1,21 @@
 """`upweight view`: a run in the browser of this machine, however large it is."""
 
 import contextlib
-import inspect
 import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 
 from upweight.cli.evaluate import command, found_in
 from upweight.cli.named import named, project_option
-from upweight.cli.pages import alone, context_of, is_kept, refreshed
+from upweight.cli.pages import Shown, alone, context_of, is_kept, refreshed
 from upweight.cli.question import reopened
 from upweight.cli.screen import Answer, say, verb
 from upweight.runs.directory import Run
 from upweight.runs.work import refit
-from upweight.view import Answers, keeping, opened, serve
-
-TAKEN = {"title", *inspect.signature(Answers).parameters} - {"scores", "keep"}
-"""Arguments of `upweight.report.html` that a view takes too."""
+from upweight.view import keeping, opened, serve
 
 
 @click.command()
@@ -47,16 +42,11 @@ def view(
     place = Run.named(run.absolute(), projects)
     place.require_finished()
     record = place.record
-    rest: dict[str, Any] = {
-        "port": port,
-        "comparison": found_in(place),
-        "command": command(place, record if show is None else replace(record, show=show)),
-        "open_browser": browser,
-        "told": say,
-    }
+    found = found_in(place)
+    checked = [] if found is None else [found]
     with contextlib.ExitStack() as stack:
         if show is None and not projects:
-            extra, context = alone(place), None
+            beside, context = Shown(alone(place)), None
         else:
             given = [*(("--show", show) if show else ()), *(("--port", str(port)) if port else ())]
             typed = ["upweight", "view", str(run), *given, *(["--browser"] if browser else ())]
@@ -64,18 +54,29 @@ def view(
             project, record, question = stack.enter_context(reopened(place, code))
             of = partial(refit, place, record, question)
             fitted = of if place.factors.exists() else (lambda: None)
-            extra = refreshed(place, project, record, question, show, fitted)
+            beside = refreshed(place, project, record, question, show, fitted)
             # Of a million examples a live model is not asked for these; the run has kept them.
             if is_kept(place):
-                cached = alone(place)
-                for name in ("train_losses", "self_influence"):
-                    extra.setdefault(name, cached[name])
-            extra |= {"train": question.train, "queries": question.queries}
+                had, display = alone(place), beside.display
+                asked = {
+                    name: getattr(had, name)
+                    for name in ("train_losses", "self_influence")
+                    if getattr(display, name) is None
+                }
+                beside = replace(beside, display=replace(display, **asked))
             context = context_of(question)
         # Held while it copies; others may work while it serves.
         scores = opened(place.scores, lambda: place.held("upweight view"))
-        # What only a file needs, such as the number of examples on a page, is left out.
-        extra = {name: value for name, value in extra.items() if name in TAKEN}
         scores = scores if context is None else scores.attach(context)
-        serve(scores, keep=keeping(place.scores), **rest | extra)
+        serve(
+            scores,
+            beside.display,
+            open_browser=browser,
+            told=say,
+            evidence=[*beside.live.get("evidence", ()), *checked],
+            removal=beside.live.get("removal"),
+            command=command(place, record if show is None else replace(record, show=show)),
+            keep=keeping(place.scores),
+            port=port,
+        )
     return Answer("", {"run": str(place.path)})

@@ -9,8 +9,8 @@ one round of retraining. `loo` is their composition.
 The objective keeps its 1/n and its penalty (wᵢ = 0).
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from upweight.evaluation.prediction import (
     query_index,
     removals,
 )
-from upweight.scores import Scores
+from upweight.scores import Scores, Unit
 from upweight.task.measures import Loss
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task, require_task
@@ -48,6 +48,11 @@ class LOO:
         actual: Δm as retrained.
         retrained: Where `actual` came from, if it is known.
         bootstrap: How the intervals are made.
+        label: What predicted, in words.
+        queries: Which rows of the scores the columns are; None: the first, in order.
+        errors: Standard error of each actual effect, where it is a mean over retrainings.
+        names: What each removal is, in words.
+        repeats: How often each removal was retrained.
     """
 
     examples: tuple[tuple[int, ...], ...]
@@ -55,6 +60,11 @@ class LOO:
     actual: Float[Tensor, "e q"]
     retrained: Retrained | None = field(default=None, repr=False)
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    label: str = "first order"
+    queries: tuple[int, ...] | None = None
+    errors: Float[Tensor, "e q"] | None = None
+    names: Sequence[str] | None = None
+    repeats: int = 1
 
     @property
     def n(self) -> int:
@@ -83,8 +93,14 @@ class LOO:
             ShapeError: There is no such query.
         """
         row = query_index(index, self.actual.shape[1])
-        predicted, actual = self.predicted[:, row : row + 1], self.actual[:, row : row + 1]
-        return LOO(self.examples, predicted, actual, self.retrained, self.bootstrap)
+        column = slice(row, row + 1)
+        return replace(
+            self,
+            predicted=self.predicted[:, column],
+            actual=self.actual[:, column],
+            errors=None if self.errors is None else self.errors[:, column],
+            queries=(row if self.queries is None else self.queries[row],),
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -153,27 +169,45 @@ def leave_one_out(
 
 def compare(
     predicted: Scores | Float[Tensor, "..."],
-    actual: Retrained | Float[Tensor, "..."],
+    actual: Retrained | Sequence[Retrained] | Float[Tensor, "..."],
     examples: Iterable[Removal],
     *,
     query: int | None = None,
     bootstrap: Bootstrap = Bootstrap(),
+    label: str | None = None,
+    names: Sequence[str] | None = None,
 ) -> LOO:
     """Hold predictions against retraining.
 
-    Predicted are scores, actual is what `leave_one_out` returned for the same examples in their
-    order; or both are Δm as matrices. `query` is the row of the scores, where only one query was
-    retrained for.
+    Args:
+        predicted: Scores, or Δm as a matrix.
+        actual: What `leave_one_out` returned for the same examples, or Δm as a matrix. Of several
+            rounds, as from several seeds, the mean is compared, and its standard error kept.
+        examples: The removals, in that order.
+        query: Which row of the scores, where only one query was retrained for.
+        bootstrap: How the intervals are made.
+        label: What predicted, in words; by default that of the scores' unit.
+        names: What each removal is, in words.
 
     Raises:
         ShapeError: The two do not fit.
     """
     groups = tuple(tuple(torch.as_tensor(g).reshape(-1).tolist()) for g in examples)
     if isinstance(predicted, Scores):
+        label = label or ("removal" if predicted.unit is Unit.DIFFERENCE else "first order")
+        queries = None if query is None else (query_index(query, len(predicted)),)
         predicted = predicted_removals(predicted, groups, query)
+    else:
+        queries = None if query is None else (query,)
     retrained = actual if isinstance(actual, Retrained) else None
-    truth = (actual.change if isinstance(actual, Retrained) else actual).detach().cpu().double()
-    predicted = predicted.detach().cpu().double()
+    errors, repeats = None, 1
+    if isinstance(actual, Retrained | Tensor):
+        truth = actual if isinstance(actual, Tensor) else actual.change
+    else:
+        rounds = torch.stack([each.change for each in actual])
+        truth, repeats = rounds.mean(dim=0), len(rounds)
+        errors = (rounds.std(dim=0) / repeats**0.5).cpu().double() if repeats > 1 else None
+    truth, predicted = truth.detach().cpu().double(), predicted.detach().cpu().double()
     if truth.ndim != 2 or predicted.shape != truth.shape or len(truth) != len(groups):
         raise ShapeError(
             message(
@@ -184,7 +218,19 @@ def compare(
                 "pass query= to pick the row of the scores, and the same examples to both.",
             )
         )
-    return LOO(groups, predicted, truth, retrained, bootstrap)
+    if names is not None and len(names) != len(groups):
+        raise ShapeError(
+            message(
+                "Removals have one name each.",
+                f"{len(groups)} removals, {len(names)} names.",
+                "names of other removals.",
+                "give one for each, in the order of the removals, or None.",
+            )
+        )
+    return LOO(
+        groups, predicted, truth, retrained, bootstrap, label or "predicted", queries, errors,
+        names, repeats,
+    )  # fmt: skip
 
 
 def loo(
@@ -229,4 +275,6 @@ def loo(
         cache=cache,
         progress=progress,
     )
-    return compare(prediction, retrained, groups, bootstrap=bootstrap)
+    label = "first order" if removal is None else "removal"
+    rows = None if query is None else query_index(query, len(context.queries))
+    return compare(prediction, retrained, groups, query=rows, bootstrap=bootstrap, label=label)

@@ -18,6 +18,7 @@ from upweight._typing import Batch
 from upweight.errors import ModelChanged, ShapeError, SpecError, message
 from upweight.methods import health, removal
 from upweight.methods.dense import DenseScorer
+from upweight.methods.facts import stated
 from upweight.methods.functionals import derivatives
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep
@@ -538,6 +539,7 @@ class Fitted:
             dtype=str(layout.dtype).removeprefix("torch."),
             device=str(layout.device),
             health=judged,
+            facts=stated(judged),
             seconds=seconds,
             versions=library_versions(),
             threads=torch.get_num_threads(),

@@ -16,7 +16,7 @@ import hashlib
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +56,8 @@ class Duplicates:
         same: Sets of examples with equal inputs: different labels first, then the largest.
         sets: How many such sets there are, told or not.
         extra: How many examples could go without losing an input.
-        near: (example, its nearest other, cosine), nearest first; without equal inputs.
+        near: (example, its nearest other), nearest first; without equal inputs.
+        cosines: Of those.
         candidates: For how many examples the nearest other was searched.
         among: Among how many.
         read: Characters of each text whose words were counted; None where every text was counted
@@ -66,7 +67,8 @@ class Duplicates:
     same: tuple[tuple[int, ...], ...]
     sets: int
     extra: int
-    near: tuple[tuple[int, int, float], ...]
+    near: tuple[tuple[int, ...], ...]
+    cosines: tuple[float, ...]
     candidates: int
     among: int
     read: int | None = None
@@ -77,10 +79,8 @@ def duplicates(
 ) -> Duplicates:
     """Equal and nearly equal inputs.
 
-    Args:
-        inputs: Of all training examples: an array `[n, …]`, or texts.
-        labels: Of all training examples, where they are known.
-        candidates: For which the nearest other is searched, the most important first.
+    `inputs` are an array `[n, …]` or n texts, `candidates` those for which the nearest other is
+    searched, the most important first.
 
     Cost: one hash of every input, at most `CHARACTERS` characters of texts split into words, or
     `SHORTEST` of each, and at most `OPERATIONS` multiplications.
@@ -103,12 +103,13 @@ def duplicates(
     n = len(hashes)
     room = int(OPERATIONS / (n * max(1, width)))
     chosen = list(dict.fromkeys(candidates))[: min(CANDIDATES, room)]
-    near = _nearest(rows, hashes, chosen) if len(chosen) and n > 1 else []
+    near = _nearest(rows, hashes, places, chosen)[:PAIRS] if len(chosen) and n > 1 else []
     return Duplicates(
         tuple(sorted(same, key=order)[:PAIRS]),
         len(same),
         sum(len(group) - 1 for group in same),
-        tuple(near[:PAIRS]),
+        tuple((i, j) for i, j, _ in near),
+        tuple(cosine for *_, cosine in near),
         len(chosen),
         n,
         read if not isinstance(inputs, Tensor) and any(len(t) > read for t in inputs) else None,
@@ -118,7 +119,7 @@ def duplicates(
 def _hashes(inputs: "Tensor | Sequence[str]", read: int) -> Iterator[bytes]:
     if not isinstance(inputs, Tensor):
         for text in map(str, inputs):
-            head, rest = _words(text[:read]), text[read:].rstrip()
+            head, rest = " ".join(text[:read].lower().split()), text[read:].rstrip()
             # Half a surrogate pair, as of a text that was cut, is a character like any other here.
             told = f"{head}\0{rest}".encode("utf-8", "surrogatepass")
             yield hashlib.blake2b(told, digest_size=16).digest()
@@ -130,10 +131,6 @@ def _hashes(inputs: "Tensor | Sequence[str]", read: int) -> Iterator[bytes]:
         block = np.ascontiguousarray(rows.numpy())
         for row in block.reshape(len(block), -1):
             yield hashlib.blake2b(row.tobytes(), digest_size=16).digest()
-
-
-def _words(text: str) -> str:
-    return " ".join(str(text).lower().split())
 
 
 def _rows(
@@ -178,13 +175,13 @@ def _units(values: NDArray[np.float64], centered: bool = True) -> NDArray[np.flo
 
 
 def _nearest(
-    rows: Callable[[Sequence[int]], NDArray[np.float32]], hashes: list[bytes], chosen: list[int]
+    rows: Callable[[Sequence[int]], NDArray[np.float32]],
+    hashes: Sequence[bytes],
+    twins: Mapping[bytes, Sequence[int]],
+    chosen: Sequence[int],
 ) -> list[tuple[int, int, float]]:
     mine = rows(chosen)
     best, partner = np.full(len(chosen), -np.inf), np.full(len(chosen), -1)
-    twins: dict[bytes, list[int]] = defaultdict(list)
-    for i, name in enumerate(hashes):
-        twins[name].append(i)
     for start in range(0, len(hashes), BLOCK):
         stop = min(start + BLOCK, len(hashes))
         found = mine @ rows(range(start, stop)).T

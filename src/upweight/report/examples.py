@@ -9,13 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.errors import DataError, ShapeError, message
+from upweight.errors import DataError, message
+from upweight.notation import short
+from upweight.report.display import Display, require_one_each
 from upweight.report.duplicates import Duplicates
-from upweight.report.shown import Render, content
+from upweight.report.shown import clipped, content, length
 from upweight.report.sprite import as_images
 from upweight.scores import Scores
 from upweight.task.batches import has_examples, leaves
 from upweight.task.data import ArrayData, Data, as_data
+
+ROW_SHOWN = 40
+"""Columns of a row: the first ones."""
+
+NOT_KEPT = "Not kept in the run, which holds what it shows of the strongest examples alone."
 
 _TARGETS = ("labels", "label", "targets", "target", "y")
 """Names under which dict batches carry the target."""
@@ -52,31 +59,39 @@ class Examples:
             return "text"
         return "example" if self.table is None else "row"
 
+    @property
+    def contents(self) -> list[dict[str, Any]]:
+        """Of each what is not a tile: its text, its row, or what a renderer gave."""
+        told: list[dict[str, Any]] = [{} for _ in self.labels]
+        if self.custom is not None:
+            told = [{"custom": parts} for parts in self.custom]
+        elif self.texts is not None:
+            most = length(len(self.texts))
+            told = [{"text": clipped(text, most)} for text in self.texts]
+        elif self.table is not None:
+            told = [{"row": [short(v) for v in row[:ROW_SHOWN]]} for row in self.table]
+        if self.known is None:
+            return told
+        pairs = zip(told, self.known, strict=True)
+        return [one if known else {"text": NOT_KEPT, "bare": True} for one, known in pairs]
 
-def read_training(scores: Scores, given: Any) -> Data:
-    """The training data, as the task of the scores reads them where it is known."""
-    if scores.context is None or isinstance(given, KeptExamples):
+
+def data_of(scores: Scores, display: Display, role: str) -> Data | None:
+    """The data that a display names, else those that scores carry, as the task reads them."""
+    given = display.train if role == "train" else display.queries
+    context = scores.context
+    if given is None:
+        return None if context is None else context.train if role == "train" else context.queries
+    if context is None or isinstance(given, KeptExamples):
         return as_data(given)
-    return scores.context.task.training(given)
-
-
-def read_queries(scores: Scores, given: Any) -> Data:
-    """The queries, as the task of the scores reads them where it is known."""
-    if scores.context is None or isinstance(given, KeptExamples):
-        return as_data(given)
-    return scores.context.task.queries(given)
+    return context.task.training(given) if role == "train" else context.task.queries(given)
 
 
 @dataclass(frozen=True, eq=False)
 class KeptExamples(Data):
-    """What a page shows of n examples, kept without the data. No model can read it.
+    """What a page shows of some of n examples, ascending columns or all, without the data.
 
-    Args:
-        n: How many examples there are.
-        shown: Those that were kept, as they are shown.
-        columns: Which those are, ascending; None: all.
-        all_labels: Of all n, where they are known.
-        twins: Equal and nearly equal inputs, where they were looked for.
+    No model can read it. Labels are of all n, where they are known.
     """
 
     n: int
@@ -115,6 +130,8 @@ class KeptExamples(Data):
         of, labels = self.shown, self.all_labels
         if not len(of.labels):
             return Examples(("",) * len(wanted), known=(False,) * len(wanted))
+        if of.known is not None:
+            known &= np.asarray(of.known)[place]
         chosen = place.tolist()
         images = None if of.images is None else of.images[place]
         table = None if of.table is None else of.table[place]
@@ -133,74 +150,37 @@ class KeptExamples(Data):
         )
 
 
-def examples(
-    data: Data,
-    indices: Sequence[int],
-    names: Sequence[str] | None = None,
-    instead: Any = None,
-    role: str = "train",
-    texts: Sequence[str] | None = None,
-    render: Render | None = None,
-) -> Examples:
-    """The examples at `indices`, which are all that is read of the data.
-
-    Args:
-        data: The data set.
-        indices: Which of its examples.
-        names: Of the classes, where targets are class indices.
-        instead: Images or rows `[n, ...]` to show in place of the inputs, where those are
-            flattened or transformed.
-        role: "train" or "query", for the message and the renderer.
-        texts: To show in place of the inputs.
-        render: Content to show in place of all of these, for an index.
+def examples(data: Data, indices: Sequence[int], role: str, display: Display) -> Examples:
+    """The examples of "train" or "query" at `indices`, which are all that is read of the data.
 
     Raises:
-        ShapeError: `instead` or `texts` does not have one entry per example of the data.
+        ShapeError: Images or texts do not have one entry per example of the data.
     """
     if isinstance(data, KeptExamples):
         return data.at(indices)
+    instead, texts, render = display.images(role), display.texts(role), display.render
     require_one_each(f"{role}_images", instead, len(data))
     require_one_each(f"{role}_texts", texts, len(data))
     batch = data.take(indices)
     source: Any
     # Of examples that cannot be told apart in a batch there is nothing to show by itself.
     source, target = _parts(batch) if data.form.uncut is None else (None, None)
-    labels = tuple(_labels(target, len(indices), names))
+    labels = tuple(_labels(target, len(indices), display.names))
     if render is not None:
         return Examples(labels, custom=tuple(content(render(role, int(i))) for i in indices))
     if texts is not None or _is_texts(source):
         mine = source if texts is None else [texts[int(i)] for i in indices]
         return Examples(labels, texts=tuple(str(text) for text in mine))
-    shown = source if instead is None else instead
-    values = None
-    if shown is not None:
-        chosen = shown if instead is None else shown[list(indices)]
-        values = _array(chosen)
-    if values is None:
+    shown = source if instead is None else instead[list(indices)]
+    if shown is None:
         return Examples(labels)
+    values = _array(shown)
     images = as_images(values)
     if images is not None:
         return Examples(labels, images=images)
     if values.ndim in (1, 2) and values.dtype.kind in "buif" and values.shape[-1]:
         return Examples(labels, table=values.reshape(len(values), -1).astype(np.float64))
     return Examples(labels)
-
-
-def require_one_each(name: str, given: Any, n: int) -> None:
-    """Refuse what does not have one entry per example.
-
-    Raises:
-        ShapeError: It has another length.
-    """
-    if given is not None and len(given) != n:
-        raise ShapeError(
-            message(
-                f"{name} must have one entry per example: {n}.",
-                f"{len(given)} entries.",
-                "those of another split, or only of the examples expected to be shown.",
-                "pass those of the whole set, in its order.",
-            )
-        )
 
 
 def class_name(value: Any, names: Sequence[str] | None) -> str:
@@ -236,10 +216,12 @@ def _is_texts(value: Any) -> bool:
     )
 
 
-def all_labels(data: Data, names: Sequence[str] | None, given: Any = None) -> list[str] | None:
+def all_labels(data: Data | None, display: Display) -> list[str] | None:
     """The label of every example, where they were given or are held in arrays; else None."""
+    given, names = display.train_labels, display.names
     if given is not None:
-        require_one_each("train_labels", given, len(data))
+        if data is not None:
+            require_one_each("train_labels", given, len(data))
         return [v if isinstance(v, str) else class_name(v, names) for v in given]
     if isinstance(data, KeptExamples):
         return None if data.all_labels is None else list(data.all_labels)
@@ -253,17 +235,30 @@ def all_labels(data: Data, names: Sequence[str] | None, given: Any = None) -> li
     return [words[code] for code in codes]
 
 
-def inputs_of(data: Data) -> Tensor | Duplicates | None:
-    """The first input of every example, where the data are held in arrays with a row for each.
+def inputs_of(data: Data | None, display: Display) -> Tensor | Sequence[str] | Duplicates | None:
+    """What is compared for duplicates: texts, or arrays with a row for each example.
 
     Of what was kept without its data: what was found among the inputs.
     """
+    texts = display.texts("train")
+    if data is not None and texts is not None:
+        require_one_each("train_texts", texts, len(data))
+        return texts
     if isinstance(data, KeptExamples):
         return data.twins
     if not isinstance(data, ArrayData):
         return None
     inputs, _ = _parts(data.arrays)
     return inputs if isinstance(inputs, Tensor) and inputs.ndim > 1 else None
+
+
+def spread_of(train: Examples, queries: Examples) -> NDArray[np.float64] | None:
+    """Per column the standard deviation over what is shown, so that columns can be compared."""
+    if train.table is None or queries.table is None:
+        return None
+    there = train.table if train.known is None else train.table[list(train.known)]
+    spread = np.concatenate([there, queries.table]).std(axis=0)
+    return np.where(spread > 0, spread, 1.0)
 
 
 def _array(value: Any) -> NDArray[np.generic]:

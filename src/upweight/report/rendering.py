@@ -8,15 +8,11 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from upweight._text import readable
-from upweight.runtime.whole import make_folder, write_whole
-
-WAY_OUT = "free space, or write it elsewhere: path=, or --out FILE of `upweight report`."
 
 SCRIPTS = ("words", "figures", "trust", "cards", "queries", "whatif", "training", "start")
 """Parts of the script in their order; where the data come from is another, in the second place."""
@@ -45,7 +41,9 @@ def render_page(
     from markupsafe import Markup
 
     style = _own("template.css")
-    script = _script(_own("script/embedded.js") if source is None else source)
+    first, *rest = (_own(f"script/{name}.js") for name in SCRIPTS)
+    answering = _own("script/embedded.js") if source is None else source
+    script = '"use strict";\n(() => {\n' + "\n".join([first, answering, *rest]) + "\n})();"
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -67,12 +65,6 @@ def render_page(
     return readable(page)
 
 
-def _script(source: str) -> str:
-    names: Sequence[str] = SCRIPTS
-    first, *rest = (_own(f"script/{name}.js") for name in names)
-    return '"use strict";\n(() => {\n' + "\n".join([first, source, *rest]) + "\n})();"
-
-
 def _own(name: str) -> str:
     return (resources.files("upweight.report") / name).read_text(encoding="utf-8")
 
@@ -88,14 +80,3 @@ def as_json(data: Any) -> str:
 
 def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
-
-
-def write(path: Path, text: str) -> Path:
-    """Write a file whole or not at all.
-
-    Raises:
-        NotWritten: The disk is full or not writable.
-    """
-    make_folder(path.parent, WAY_OUT)
-    write_whole(path, text.encode(), WAY_OUT)
-    return path

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from upweight.errors import DataError, message
-from upweight.report.sprite import LARGEST_SIDE, as_images, display_range, sprite
+from upweight.report.sprite import LARGEST_SIDE, as_images, display_range, picture_of, thumbnails
 
 Render = Callable[[str, int], Any]
 """("train" or "query", index) → content."""
@@ -77,10 +77,7 @@ def _picture(value: Any) -> str:
                 "return one image, or a mapping of names to numbers.",
             )
         )
-    sheet = sprite(images, *display_range(images), side=2 * LARGEST_SIDE)
-    from PIL import Image
-
-    tile = Image.open(io.BytesIO(sheet.png))
     buffer = io.BytesIO()
-    tile.crop((1, 1, tile.width - 1, tile.height - 1)).save(buffer, format="PNG", optimize=True)
+    small = thumbnails(images, *display_range(images), 2 * LARGEST_SIDE)
+    picture_of(small[0]).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -61,14 +61,9 @@ def geometry(sheets: Sequence[Sprite]) -> dict[str, Any]:
 def sheets(images: NDArray[np.generic], low: float, high: float) -> tuple[Sprite, ...]:
     """Sheets of `TILES` thumbnails each, of all the images [k, h, w, c].
 
-    They are exact (PNG) up to `EXACT_BYTES`, else WebP.
-
-    Args:
-        images: As from `as_images`.
-        low: What is drawn black, as from `display_range`.
-        high: What is drawn white.
+    They are exact (PNG) up to `EXACT_BYTES`, else WebP. Arguments as for `sprite`.
     """
-    side = _side(len(images))
+    side = side_for(len(images))
     parts = [images[k : k + TILES] for k in range(0, len(images), TILES)]
     exact = []
     for part in parts:
@@ -108,34 +103,39 @@ def display_range(*images: NDArray[np.generic]) -> tuple[float, float]:
     return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
 
 
+def side_for(count: int) -> int:
+    """The longer side of each of so many thumbnails, at most."""
+    return max(SMALLEST_SIDE, min(LARGEST_SIDE, int(math.sqrt(PIXELS / max(1, count)))))
+
+
 def thumbnails(
-    images: NDArray[np.generic], low: float, high: float, together: int
+    images: NDArray[np.generic], low: float, high: float, side: int
 ) -> NDArray[np.uint8]:
-    """Images [k, h, w, c] as small as `sheets` would make them if there were so many, as bytes."""
-    pixels = _bytes(images, low, high)
-    height, width, shrink = _size(pixels, _side(together))
-    if shrink == 1.0:
-        return pixels
-    small = [np.asarray(_resized(array, width, height, shrink)) for array in pixels]
-    return np.stack(small).reshape(len(pixels), height, width, -1)
-
-
-def _side(count: int) -> int:
-    return max(SMALLEST_SIDE, min(LARGEST_SIDE, int(math.sqrt(PIXELS / count))))
-
-
-def _size(pixels: NDArray[np.uint8], side: int) -> tuple[int, int, float]:
-    """Height and width of thumbnails, and by how much they are smaller."""
+    """Images [k, h, w, c] as bytes, their longer side at most `side`."""
+    if images.dtype == np.uint8 and (low, high) == (0.0, 255.0):
+        pixels = np.ascontiguousarray(images)
+    else:
+        span = high - low if high > low else 1.0
+        scaled = (images.astype(np.float64) - low) * (255.0 / span)
+        pixels = np.ascontiguousarray(scaled.clip(0.0, 255.0).round().astype(np.uint8))
     height, width = pixels.shape[1:3]
     shrink = min(1.0, side / max(height, width))
-    return max(1, round(height * shrink)), max(1, round(width * shrink)), shrink
-
-
-def _resized(array: NDArray[np.uint8], width: int, height: int, shrink: float) -> Any:
+    if shrink == 1.0 or not len(pixels):
+        return pixels
     from PIL import Image  # an import of a second that only the report needs
 
-    image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
-    return image if shrink == 1.0 else image.resize((width, height), Image.Resampling.LANCZOS)
+    size = max(1, round(width * shrink)), max(1, round(height * shrink))
+    small = [
+        np.asarray(picture_of(array).resize(size, Image.Resampling.LANCZOS)) for array in pixels
+    ]
+    return np.stack(small).reshape(len(small), size[1], size[0], -1)
+
+
+def picture_of(pixels: NDArray[np.uint8]) -> Any:
+    """Bytes [h, w, c] as a picture of Pillow."""
+    from PIL import Image
+
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def sprite(
@@ -145,7 +145,7 @@ def sprite(
     side: int = LARGEST_SIDE,
     exact: bool = True,
 ) -> Sprite:
-    """One sheet of all the images [k, h, w, c].
+    """One sheet of all the images [k, h, w, c]. Its bytes depend on the arguments alone.
 
     Args:
         images: As from `as_images`.
@@ -153,33 +153,19 @@ def sprite(
         high: What is drawn white.
         side: The longer side of a thumbnail in pixels, at most.
         exact: PNG, or WebP with a loss.
-
-    Returns:
-        The file and where its tiles are. The bytes depend on the arguments alone.
     """
-    from PIL import Image
-
-    pixels = _bytes(images, low, high)
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[pixels.shape[-1]]
-    height, width, shrink = _size(pixels, side)
-    columns = math.ceil(math.sqrt(len(pixels)))
-    rows = math.ceil(len(pixels) / columns)
+    tiles = thumbnails(images, low, high, side)
+    count, height, width, channels = tiles.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
     across, down = width + 2 * GUTTER, height + 2 * GUTTER
-    sheet = Image.new(mode, (columns * across, rows * down))
-    for tile, array in enumerate(pixels):
-        place = (tile % columns * across + GUTTER, tile // columns * down + GUTTER)
-        sheet.paste(_resized(array, width, height, shrink), place)
+    sheet = np.zeros((rows * down, columns * across, channels), dtype=np.uint8)
+    for place, tile in enumerate(tiles):
+        top, left = place // columns * down + GUTTER, place % columns * across + GUTTER
+        sheet[top : top + height, left : left + width] = tile
     buffer = io.BytesIO()
     if exact:
-        sheet.save(buffer, format="PNG", optimize=True)
+        picture_of(sheet).save(buffer, format="PNG", optimize=True)
         return Sprite(buffer.getvalue(), width, height, columns, rows)
-    sheet.save(buffer, format="WEBP", quality=75, method=4)
+    picture_of(sheet).save(buffer, format="WEBP", quality=75, method=4)
     return Sprite(buffer.getvalue(), width, height, columns, rows, "image/webp")
-
-
-def _bytes(images: NDArray[np.generic], low: float, high: float) -> NDArray[np.uint8]:
-    if images.dtype == np.uint8 and (low, high) == (0.0, 255.0):
-        return np.ascontiguousarray(images)
-    span = high - low if high > low else 1.0
-    scaled = (images.astype(np.float64) - low) * (255.0 / span)
-    return np.ascontiguousarray(scaled.clip(0.0, 255.0).round().astype(np.uint8))

@@ -2,39 +2,27 @@
 
     effect[q, i] = S[q, i] for derivatives, −Δm[q, i] for removals:   > 0 raised m, < 0 lowered it
 
-Both conventions give one order: what its presence did to the measurement.
+Both conventions give one order: what its presence did to the measurement. The predicted change
+without the example is −effect; its sum over several is the change without them all.
 """
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from upweight.errors import DataError, NonFinite, message
+from upweight.errors import DataError, message
 from upweight.scores import Scores, Unit
 
 BINS = 40
 """Bars of a histogram, about; one edge is always at zero."""
 
 
-@dataclass(frozen=True, eq=False)
-class Strongest:
-    """The ends of one row of effects.
-
-    Args:
-        raised: Columns with the largest positive effect, largest first.
-        lowered: Columns with the most negative effect, most negative first.
-    """
-
-    raised: tuple[int, ...]
-    lowered: tuple[int, ...]
-
-
-def effects(scores: Scores, query: int) -> NDArray[np.float64]:
-    """One row, signed so that positive means: training on the example raised the measurement."""
-    row = np.asarray(scores.values[query].detach().double().cpu().numpy())
-    return -row if scores.unit is Unit.DIFFERENCE else row
+def effects(scores: Scores, part: Any) -> NDArray[np.float64]:
+    """A row or another part of the scores, signed so that positive means: it raised m."""
+    values = np.asarray(scores.values[part].detach().double().cpu().numpy())
+    return -values if scores.unit is Unit.DIFFERENCE else values
 
 
 def require_scores(scores: Scores) -> None:
@@ -42,7 +30,6 @@ def require_scores(scores: Scores) -> None:
 
     Raises:
         DataError: There is no query or no training example.
-        NonFinite: A score is NaN or infinite.
     """
     q, n = scores.values.shape
     if not q or not n:
@@ -54,28 +41,10 @@ def require_scores(scores: Scores) -> None:
                 "attribute at least one query.",
             )
         )
-    for row, values in enumerate(scores.values):  # a row at a time: asking takes as much again
-        bad = ~values.isfinite()
-        if not bool(bad.any()):
-            continue
-        column = int(bad.nonzero()[0])
-        raise NonFinite(
-            message(
-                "A report needs finite scores: NaN has no place in a ranking.",
-                f"{float(values[column])} for query {row}, column {column}.",
-                "a gradient that overflowed, or a solve that failed and was not raised.",
-                "use a float64 model, and solve with throw=True to see what failed.",
-            )
-        )
-
-
-def strongest(effect: NDArray[np.float64], k: int) -> Strongest:
-    """The k columns at each end; zeros and the other sign are never listed, ties go by column."""
-    return Strongest(ranked(effect, k), ranked(-effect, k))
 
 
 def ranked(effect: NDArray[np.float64], k: int) -> tuple[int, ...]:
-    """The k largest of the positive, largest first."""
+    """The k largest of the positive, largest first; ties go by column."""
     candidates = np.flatnonzero(effect > 0)
     if k < len(candidates):
         # A partition first: sorting a million scores for a dozen winners takes a hundred times.

@@ -1,16 +1,16 @@
 """Scores → a few lines for a terminal: the same facts as the page, in the same order."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
-from upweight.report.check import Check, require_checks
+from upweight.notation import count, interval, readable
+from upweight.report.display import Display
+from upweight.report.evidence import Evidence, evidence_of
 from upweight.report.examples import class_name
-from upweight.report.facts import noun_of
-from upweight.report.health import health
-from upweight.report.notation import count, interval, readable
-from upweight.report.strongest import effects, require_scores, strongest
+from upweight.report.live import noun_of
+from upweight.report.strongest import effects, ranked, require_scores
 from upweight.report.trust import trust
+from upweight.report.words import health
 from upweight.runtime.selection import row_of
 from upweight.scores import Scores
 
@@ -20,35 +20,28 @@ def summary(
     *,
     query: int = 0,
     k: int = 3,
-    labels: Sequence[Any] | None = None,
-    names: Sequence[str] | None = None,
-    checks: Sequence[Check] = (),
+    display: Display = Display(),  # noqa: B008  frozen
+    evidence: Any = (),
 ) -> str:
     """What raised and lowered one measurement, how that compares with retraining, and concerns.
 
     Args:
-        scores: S or Δm.
+        scores: S, Δm or ranks.
         query: Which row to tell of.
         k: Examples at each end.
-        labels: Of all training examples, to print beside their indices.
-        names: Of the classes, where labels are class indices.
-        checks: Predictions beside what retraining gave.
-
-    Returns:
-        Lines of at most about 100 characters, without a newline at the end.
+        display: Its `train_labels` and `names` are printed beside indices.
+        evidence: What retraining said, as for `html`.
 
     Raises:
-        NonFinite: A score is NaN or infinite.
         ShapeError: There is no such query.
-        SpecError: `checks` holds something else.
+        SpecError: `evidence` holds something else.
     """
     require_scores(scores)
-    require_checks(checks)
     rows, columns = scores.values.shape
-    query = row_of(query, rows)
-    noun = noun_of(scores)
+    said = evidence_of(evidence, rows, columns)
+    query, noun = row_of(query, rows), noun_of(scores)
     what = "group" if scores.columns is not None else "training example"
-    found = trust(scores, checks, None)
+    found = trust(scores, said)
     lines = [
         f"{found.title}: {found.reason}.",
         f"{count(columns, what)}, {count(rows, 'query')}, "
@@ -57,43 +50,43 @@ def summary(
         f"query {query}",
     ]
     effect = effects(scores, query)
-    ends = strongest(effect, k)
-    for word, chosen in (("raised", ends.raised), ("lowered", ends.lowered)):
+    for word, signed in (("raised", effect), ("lowered", -effect)):
         told = [
-            _example(scores, i, float(effect[i]) if found.has_sizes else None, labels, names)
-            for i in chosen
+            _name(scores, i, display)
+            + (f" {readable(float(effect[i]), signed=True)}" if found.has_sizes else "")
+            for i in ranked(signed, k)
         ]
         start = f"{word} its {noun}:"
         lines.append(f"  {start:<{len(noun) + 13}}  {',  '.join(told) or 'none'}")
-    lines += _agreement(checks)
-    concerns = [fact for fact in health(scores, checks) if fact.concern]
-    lines += [f"look at {fact.name.lower()}: {fact.value} ({fact.meaning})" for fact in concerns]
+    lines += _agreement(said)
+    lines += [
+        f"look at {line['name'].lower()}: {line['value']} ({line['told']})"
+        for line in health(scores, said)
+        if line["concern"]
+    ]
     lines += [f"note: {note}" for note in scores.provenance.notes]
     return "\n".join(lines)
 
 
-def _example(
-    scores: Scores,
-    i: int,
-    effect: float | None,
-    labels: Sequence[Any] | None,
-    names: Sequence[str] | None,
-) -> str:
-    name = scores.columns[i] if scores.columns is not None else f"#{i}"
-    if labels is not None and scores.columns is None:
-        name += f" ({labels[i] if isinstance(labels[i], str) else class_name(labels[i], names)})"
-    return name if effect is None else f"{name} {readable(effect, signed=True)}"
+def _name(scores: Scores, i: int, display: Display) -> str:
+    if scores.columns is not None:
+        return scores.columns[i]
+    if display.train_labels is None:
+        return f"#{i}"
+    label = display.train_labels[i]
+    return f"#{i} ({label if isinstance(label, str) else class_name(label, display.names)})"
 
 
-def _agreement(checks: Sequence[Check]) -> list[str]:
-    if not checks:
+def _agreement(evidence: Evidence) -> list[str]:
+    series = evidence.series
+    if not series:
         return []
-    width = max(len(check.label) for check in checks)
-    known = any(math.isfinite(check.slope[1]) for check in checks)
+    width = max(len(each.of.label) for each in series)
+    known = any(math.isfinite(each.slope[1]) for each in series)
     lines = [f"predicted against retrained{', 95% intervals' if known else ''}"]
-    for check in checks:
-        lines.append(
-            f"  {check.label:<{width}}  {count(len(check.examples), 'removal')} on query "
-            f"{check.query}:  Pearson {interval(check.pearson)}  slope {interval(check.slope)}"
-        )
+    lines += [
+        f"  {each.of.label:<{width}}  {count(len(each.removed), 'removal')} on query "
+        f"{each.query}:  Pearson {interval(each.pearson)}  slope {interval(each.slope)}"
+        for each in series
+    ]
     return lines

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from upweight.errors import ShapeError, message
-from upweight.scores import Scores, Unit
+from upweight.report.display import require_one_each
+from upweight.report.strongest import effects
+from upweight.scores import Scores
 
 BLOCK = 4_000_000
 """Scores looked at together."""
@@ -28,12 +29,7 @@ BINS = 10
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
-    """A partition of the training examples.
-
-    Args:
-        names: Of the groups.
-        codes: Which group each example is in.
-    """
+    """A partition of the training examples: names of groups, and which one each example is in."""
 
     names: tuple[str, ...]
     codes: NDArray[np.int64]
@@ -46,13 +42,7 @@ class Grouping:
 
 @dataclass(frozen=True, eq=False)
 class Totals:
-    """What the blocks came to.
-
-    Args:
-        signed: Σ_q S[q, i].
-        absolute: Σ_q |S[q, i]|.
-        groups: For each grouping Σ_{i ∈ g} S[q, i], `[q, g]`.
-    """
+    """Σ_q S[q, i], Σ_q |S[q, i]|, and for each grouping Σ_{i ∈ g} S[q, i], `[q, g]`."""
 
     signed: NDArray[np.float64]
     absolute: NDArray[np.float64]
@@ -60,11 +50,7 @@ class Totals:
 
 
 def totals(scores: Scores, groupings: Mapping[str, Grouping]) -> Totals:
-    """One pass over the scores.
-
-    Args:
-        scores: S or Δm, `[q, n]`.
-        groupings: Of the n columns.
+    """Sums over scores `[q, n]`, and over groupings of the n columns.
 
     Cost: O(q·n) for each grouping. Memory: `BLOCK` scores in double precision, twice.
     """
@@ -87,9 +73,8 @@ def blocks(scores: Scores) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """(first query, effects [b, n]) of some queries at a time."""
     q, n = scores.values.shape
     size = max(1, BLOCK // n)
-    sign = -1.0 if scores.unit is Unit.DIFFERENCE else 1.0
     for start in range(0, q, size):
-        yield start, sign * scores.values[start : start + size].detach().double().cpu().numpy()
+        yield start, effects(scores, slice(start, start + size))
 
 
 def grouping(values: Sequence[Any], n: int, name: str) -> Grouping:
@@ -98,15 +83,7 @@ def grouping(values: Sequence[Any], n: int, name: str) -> Grouping:
     Raises:
         ShapeError: There is not one value per example.
     """
-    if len(values) != n:
-        raise ShapeError(
-            message(
-                f"metadata must have one value per training example: {n}.",
-                f"{len(values)} values of {name!r}.",
-                "a column of another split.",
-                "pass a column of the training set, in its order.",
-            )
-        )
+    require_one_each(f"metadata[{name!r}]", values, n)
     array = np.asarray(values)
     if array.dtype.kind in "iuf" and len(np.unique(array)) > MOST_GROUPS:
         return _bins(array.astype(np.float64))

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.report.content import short
+from upweight.notation import short
 from upweight.report.duplicates import CANDIDATES, Duplicates, duplicates
-from upweight.report.facts import TrainFacts
+from upweight.report.live import TrainFacts
 from upweight.report.totals import MOST_GROUPS, Grouping, Totals, grouping, totals
 from upweight.scores import Scores
 
@@ -36,12 +36,9 @@ LABELS = "label"
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """What the page says of the training set.
+    """What the page says of the training set: JSON, and the columns whose contents it shows.
 
-    Args:
-        data: JSON.
-        listed: Columns whose contents it shows.
-        twins: Equal and nearly equal inputs; None where they were not looked for.
+    `twins` are equal and nearly equal inputs; None where they were not looked for.
     """
 
     data: dict[str, Any]
@@ -60,15 +57,8 @@ def training_set(
 ) -> tuple[Totals, Training]:
     """Sums over the scores, and the page.
 
-    Args:
-        scores: S or Δm.
-        labels: Of every training example, where they are known.
-        inputs: Of every training example, to look for duplicates, or what was found of them before;
-            None: they are not looked for.
-        metadata: Columns of facts about the training examples, by name.
-        facts: Losses and self-influence.
-        query_labels: Of the queries.
-        summed: Takes the sums, or has kept them.
+    `inputs` are searched for duplicates, or are what was found in them before; None: not searched.
+    `summed` takes the sums, or has kept them.
 
     Raises:
         ShapeError: A column of metadata has not one value per example.
@@ -98,16 +88,7 @@ def training(
     train_labels: Sequence[str] | None,
     query_labels: Sequence[str],
 ) -> Training:
-    """Put the page together.
-
-    Args:
-        found: Sums over the scores.
-        groupings: By label, and by each column of metadata.
-        facts: Losses and self-influence.
-        twins: Equal and nearly equal inputs; None where they were not looked for.
-        train_labels: Of every training example, where they are known.
-        query_labels: Of the queries.
-    """
+    """The page, of sums over the scores; arguments as for `training_set`."""
     valued = np.argsort(-found.absolute, kind="stable")[:LISTED]
     doubted = suspicious(facts)
     data: dict[str, Any] = {
@@ -132,16 +113,25 @@ def training(
             "conflicts": conflicts,
             "sets": twins.sets,
             "extra": twins.extra,
-            "near": [[i, j, short(cosine, 5)] for i, j, cosine in twins.near],
+            "near": [
+                [*pair, short(cosine, 5)]
+                for pair, cosine in zip(twins.near, twins.cosines, strict=True)
+            ],
             "candidates": twins.candidates,
             "among": twins.among,
             "read": twins.read,
         }
-        listed += [i for group in twins.same for i in group[:12]]
-        listed += [i for pair in twins.near for i in pair[:2]]
+        listed += [i for group in (*twins.same, *twins.near) for i in group[:12]]
     if LABELS in groupings:
         data["classes"] = classes(groupings[LABELS], found.groups[LABELS], query_labels)
     return Training(data, tuple(dict.fromkeys(listed)), twins)
+
+
+def numbers_of(found: Totals, facts: TrainFacts) -> dict[str, NDArray[np.float64]]:
+    """All that is known of every training example, by the name that the page gives it."""
+    known = {"signed": found.signed, "absolute": found.absolute}
+    live = {"loss": facts.losses, "self": facts.self_influence}
+    return known | {name: values for name, values in live.items() if values is not None}
 
 
 def suspicious(facts: TrainFacts) -> NDArray[np.int64] | None:
@@ -195,16 +185,8 @@ def _value(found: Totals) -> dict[str, Any]:
 
 
 def _rows(chosen: NDArray[np.int64], found: Totals, facts: TrainFacts) -> list[dict[str, Any]]:
-    rows = []
-    for i in chosen.tolist():
-        signed, absolute = short(found.signed[i], 5), short(found.absolute[i], 5)
-        row = {"id": i, "signed": signed, "absolute": absolute}
-        if facts.losses is not None:
-            row["loss"] = short(facts.losses[i], 5)
-        if facts.self_influence is not None:
-            row["self"] = short(facts.self_influence[i], 5)
-        rows.append(row)
-    return rows
+    numbers = numbers_of(found, facts)
+    return [{"id": i} | {k: short(x[i], 5) for k, x in numbers.items()} for i in chosen.tolist()]
 
 
 def _scatter(losses: NDArray[np.float64], own: NDArray[np.float64]) -> dict[str, Any]:

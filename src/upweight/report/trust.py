@@ -1,7 +1,7 @@
 """What the page may claim: the verdict on its scores, and whether sizes are printed.
 
     a comparison with retraining     its verdict; sizes from "Order and size" on
-    checks of 8 removals or more     the worst of their verdicts
+    8 removals or more               the worst of their verdicts
     neither                          none; sizes where the method is exact: a convex objective, its
                                      own curvature without damping, solved, at its minimum
 
@@ -14,8 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from upweight.report.check import Check, Comparison
-from upweight.report.health import computation
+from upweight.report.evidence import Evidence
 from upweight.scores import Scores, Unit
 from upweight.verdict import Verdict, worst
 
@@ -35,14 +34,9 @@ LEVELS = {Verdict.DOUBT: "doubt", Verdict.ORDER: "order", Verdict.SIZE: "size"}
 
 @dataclass(frozen=True)
 class Trust:
-    """The banner of the page.
+    """The banner of the page: the verdict, or that there is none, and why.
 
-    Args:
-        title: The verdict, or that there is none.
-        reason: Why, in a sentence without its capital and full stop.
-        level: "doubt", "order", "size", or "unchecked".
-        caution: What stands in place of sizes; empty where they are printed.
-        notes: What else to know before the numbers.
+    `level` is its colour, and `caution` stands in place of sizes, empty where they are printed.
     """
 
     title: str
@@ -57,42 +51,34 @@ class Trust:
         return not self.caution
 
 
-def trust(
-    scores: Scores,
-    checks: Sequence[Check],
-    comparison: Comparison | None,
-    removal: Scores | None = None,
-) -> Trust:
+def trust(scores: Scores, evidence: Evidence, removal: Scores | None = None) -> Trust:
     """What is known of these scores, and of the better predictions that are shown beside them."""
     shown = [scores] if removal is None else [scores, removal]
-    found = _trust(shown, checks, comparison)
+    notes = dict.fromkeys(note for each in evidence.series for note in each.of.notes)
+    found = _trust(shown, evidence)
+    found = replace(found, notes=(*found.notes, *(n for n in notes if n not in found.notes)))
     missed = _missed(shown)
     if missed is None or not found.has_sizes:
         return found
     # Of what was retrained the sizes were right; the removals shown are others.
-    return replace(_found(Verdict.ORDER, f"{found.reason}; but {missed}"), notes=found.notes)
+    return _found(Verdict.ORDER, f"{found.reason}; but {missed}", found.notes)
 
 
-def _trust(
-    shown: Sequence[Scores], checks: Sequence[Check], comparison: Comparison | None
-) -> Trust:
-    scores = shown[0]
+def _trust(shown: Sequence[Scores], evidence: Evidence) -> Trust:
+    scores, comparison = shown[0], evidence.comparison
     if comparison is not None:
-        return _found(
-            comparison.verdict,
-            comparison.reason,
-            tuple(note for note in comparison.notes if note not in comparison.reason),
-        )
-    told = [found for check in checks if (found := check.told) is not None]
+        notes = tuple(note for note in comparison.notes if note not in comparison.reason)
+        return _found(comparison.verdict, comparison.reason, notes)
+    told = [found for each in evidence.series if (found := each.judgement) is not None]
     if told:
         found = worst(told)
         return _found(found.verdict, f"{found.reason}, on the removals that were retrained")
+    title = "Not checked against retraining"
     if scores.unit is Unit.RANK:
         reason = "these scores have an order within each query and no size"
-        return Trust("Not checked against retraining", reason, "unchecked", "scores only rank")
-    few = "the removals below are too few for a verdict; " if checks else ""
+        return Trust(title, reason, "unchecked", "scores only rank")
+    few = "the removals below are too few for a verdict; " if evidence.series else ""
     against = next(filter(None, (_missed(shown), *map(_against_sizes, shown))), None)
-    title = "Not checked against retraining"
     if against is None:
         reason = (
             f"{few}the curvature is exact, the objective convex and the model at its minimum, so "
@@ -129,7 +115,7 @@ def _against_sizes(scores: Scores) -> str | None:
         return "the objective is not known to be convex"
     if known.get("damping") != 0.0:
         return "damping changes sizes"
-    facts = computation(scores)
+    facts = scores.provenance.facts
     if not {"At a minimum", "Solver"} <= {fact.name for fact in facts}:
         return "it is not recorded how well the model was at its minimum"
     marked = [f"{fact.name.lower()}: {fact.value}" for fact in facts if fact.concern]

@@ -11,13 +11,25 @@ const source = (() => {
       answer.status === 0 ? "The view no longer answers: start it again where it ran." : await answer.text()));
     return new Promise(() => {}); // what asked stays as it is
   }
+  const seen = new Map();
+  const see = examples => examples.forEach(one => seen.set(one.id, exampleOf(one)));
+  const sideSeen = side => sideOf(side, id => seen.get(id));
+  see(data.removed);
   return {
     n: data.n,
-    queries: data.queries.map((query, q) => ({ ...query, tile: data.sprites.query ? q : undefined,
-      contents: query, text: query.text ?? "" })),
-    query: q => ask(`query/${q}`),
-    ranking: (q, side, start) => ask(`ranking/${q}/${side}`, { start }),
-    examples: ids => ids.length ? ask("examples", { ids: ids.join(",") }) : Promise.resolve([]),
+    queries: askedQueries,
+    shown: id => seen.get(id),
+    async query(q) {
+      const { raised, lowered, histogram, examples } = await ask(`query/${q}`);
+      see(examples);
+      return { raised: sideSeen(raised), lowered: sideSeen(lowered), histogram };
+    },
+    async ranking(q, side, start) {
+      const { examples, ...found } = await ask(`ranking/${q}/${side}`, { start });
+      see(examples);
+      return sideSeen(found);
+    },
+    examples: async ids => ids.length ? (await ask("examples", { ids: ids.join(",") })).map(one => exampleOf(one)) : [],
     hasAll: id => id >= 0 && id < data.n,
     drop: ids => ask("drop", { ids: ids.join(",") }),
     training: () => ask("training"),

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from upweight.errors import SpecError, UpweightError, message
-from upweight.report.check import Comparison
-from upweight.report.page import subsets_of, words_of
+from upweight.report.answers import SIDES, Answers
+from upweight.report.display import Display
 from upweight.report.rendering import as_json, render_page
+from upweight.report.sprite import geometry, sprite
+from upweight.report.words import words_of
 from upweight.scores import Scores
-from upweight.view.answers import MOST_DROPPED, PER_PAGE, Answers, wanted
+from upweight.view.kept import keeping_totals
 
 HOST = "127.0.0.1"
 """Nobody else's machine can ask."""
@@ -31,23 +33,21 @@ HOSTS = ["127.0.0.1", "localhost"]
 
 STARTS_WITHIN_S = 10.0
 
+MOST_DROPPED = 1000
+"""Examples that may be dropped together: each is read from as many places as there are queries."""
 
-def application(
-    answers: Answers,
-    token: str,
-    title: str | None = None,
-    comparison: Comparison | None = None,
-    command: str | None = None,
-) -> Any:
-    """The view as an ASGI application.
+MOST_EXAMPLES = 240
+"""Examples that are described at once."""
 
-    Args:
-        answers: What is asked.
-        token: What an address must carry as `?token=`.
-        title: What the page is about.
-        comparison: What `fitted.check(…)` found.
-        command: What makes the scores again.
-    """
+BROWSED = 24
+"""Examples of one page of all of them."""
+
+LONGEST_INDEX = 18
+"""Digits of an index."""
+
+
+def application(answers: Answers, token: str, command: str | None = None) -> Any:
+    """The view as an ASGI application, of which an address must carry `?token=`."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
@@ -56,9 +56,17 @@ def application(
     from starlette.responses import HTMLResponse, PlainTextResponse, Response
     from starlette.routing import Route
 
-    words = words_of(answers.scores, (), comparison, answers.meta["kind"], title, command)
+    words = words_of(answers, command)
+    pictured = {"train": answers.some.images, "query": answers.queries.images}
     meta = answers.meta | {
-        "comparison": subsets_of(comparison),
+        "removed": answers.examples(answers.evidence.removed),
+        "orders": answers.orders,
+        "sprites": {
+            # Each tile is a sheet of its own.
+            role: geometry([sprite(images[:1], *answers.range)]) | {"tiles": 1, "sheets": None}
+            for role, images in pictured.items()
+            if images is not None and answers.range is not None
+        },
         "caution": words["trust"].caution,
     }
     source = (resources.files("upweight.view") / "served.js").read_text(encoding="utf-8")
@@ -70,27 +78,6 @@ def application(
         "X-Frame-Options": "DENY",
     }
 
-    def guarded(answer: Callable[[Request], Response]) -> Callable[[Request], Any]:
-        async def ask(request: Request) -> Response:
-            given = request.query_params.get("token", "")
-            if not secrets.compare_digest(given.encode(), token.encode()):
-                text = "Open the address that `upweight view` printed: it carries a token."
-                return PlainTextResponse(text, 403, headers={"Cache-Control": "no-store"})
-            try:
-                response = await run_in_threadpool(answer, request)
-            except UpweightError as error:
-                return PlainTextResponse(str(error), 400)
-            except (KeyError, IndexError):
-                return PlainTextResponse("There is no such thing here.", 404)
-            for name, value in headers.items():
-                response.headers.setdefault(name, value)  # an answer may be stricter
-            return response
-
-        return ask
-
-    def start(request: Request) -> Response:
-        return HTMLResponse(page, headers={"Cache-Control": "no-store"})
-
     def number(request: Request, name: str, below: int) -> int:
         try:
             (place,) = wanted(request.path_params[name], 1, below)
@@ -98,57 +85,69 @@ def application(
             raise IndexError(name) from error
         return place
 
-    def told(found: Any) -> Response:
-        # Not JSONResponse: it cannot encode half an emoji, which texts that were cut end in.
-        return Response(as_json(found), media_type="application/json")
-
-    def begin(request: Request, below: int) -> int:
-        (first,) = wanted(request.query_params.get("start", "0"), 1, max(1, below)) or [0]
+    def begin(request: Request) -> int:
+        (first,) = wanted(request.query_params.get("start", "0"), 1, answers.n) or [0]
         return first
 
-    def query(request: Request) -> Response:
-        return told(answers.query(number(request, "q", answers.q)))
+    def ids(request: Request, most: int) -> list[int]:
+        return wanted(request.query_params.get("ids"), most, answers.n)
 
-    def ranking(request: Request) -> Response:
+    def query(request: Request) -> dict[str, Any]:
+        found = answers.query(number(request, "q", answers.q))
+        listed = [i for side in SIDES for i in found[side]["ids"]]
+        return found | {"examples": answers.examples(listed)}
+
+    def ranking(request: Request) -> dict[str, Any]:
         side = request.path_params["side"]
-        if side not in ("raised", "lowered"):
+        if side not in SIDES:
             raise KeyError(side)
-        q = number(request, "q", answers.q)
-        return told(answers.ranking(q, side, begin(request, answers.n)))
-
-    def some(request: Request) -> Response:
-        ids = wanted(request.query_params.get("ids"), 20 * PER_PAGE, answers.n)
-        if not ids:
-            raise KeyError("ids")
-        return told(answers.examples(ids))
-
-    def drop(request: Request) -> Response:
-        ids = wanted(request.query_params.get("ids"), MOST_DROPPED, answers.n)
-        return told(answers.drop(ids))
-
-    def training(request: Request) -> Response:
-        return told(answers.training)
-
-    def browse(request: Request) -> Response:
-        return told(answers.page(request.path_params["order"], begin(request, answers.n)))
+        found = answers.ranking(number(request, "q", answers.q), side, begin(request))
+        return found | {"examples": answers.examples(found["ids"])}
 
     def picture(request: Request) -> Response:
         role = request.path_params["role"]
-        below = {"train": answers.n, "query": answers.q}[role]
-        place = number(request, "place", below)
+        place = number(request, "place", {"train": answers.n, "query": answers.q}[role])
         return Response(answers.picture(role, place), media_type="image/png")
 
-    routes = [
-        Route("/", guarded(start)),
-        Route("/query/{q}", guarded(query)),
-        Route("/ranking/{q}/{side:str}", guarded(ranking)),
-        Route("/examples", guarded(some)),
-        Route("/drop", guarded(drop)),
-        Route("/training", guarded(training)),
-        Route("/browse/{order:str}", guarded(browse)),
-        Route("/picture/{role:str}/{place}", guarded(picture)),
-    ]
+    asked: dict[str, Callable[[Request], Any]] = {
+        "/": lambda _: HTMLResponse(page, headers={"Cache-Control": "no-store"}),
+        "/query/{q}": query,
+        "/ranking/{q}/{side:str}": ranking,
+        "/examples": lambda request: answers.examples(ids(request, MOST_EXAMPLES)),
+        "/drop": lambda request: answers.drop(ids(request, MOST_DROPPED)),
+        "/training": lambda _: answers.training,
+        "/browse/{order:str}": lambda request: answers.browse(
+            request.path_params["order"], begin(request), BROWSED
+        ),
+        "/picture/{role:str}/{place}": picture,
+    }
+
+    def answered(path: str, request: Request) -> Response:
+        try:
+            found = asked[path](request)
+        except UpweightError as error:
+            return PlainTextResponse(str(error), 400)
+        except (KeyError, IndexError):
+            return PlainTextResponse("There is no such thing here.", 404)
+        if not isinstance(found, Response):
+            # Not JSONResponse: it cannot encode half an emoji, which texts that were cut end in.
+            found = Response(as_json(found), media_type="application/json")
+        for name, value in headers.items():
+            found.headers.setdefault(name, value)  # an answer may be stricter
+        return found
+
+    def guarded(path: str) -> Callable[[Request], Any]:
+        async def ask(request: Request) -> Response:
+            given = request.query_params.get("token", "")
+            if not secrets.compare_digest(given.encode(), token.encode()):
+                text = "Open the address that `upweight view` printed: it carries a token."
+                return PlainTextResponse(text, 403, headers={"Cache-Control": "no-store"})
+            return await run_in_threadpool(answered, path, request)
+
+        return ask
+
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)
+    routes = [Route(path, guarded(path)) for path in asked]
     return Starlette(routes=routes, middleware=[hosts])
 
 
@@ -156,21 +155,28 @@ class Server:
     """A view being served in a thread of this process, until it is closed.
 
     Args:
-        answers: What is asked.
+        scores: From `opened(folder)`, or in memory; attached to a live context, also the
+            measurement and the prediction of each query are shown.
+        display, evidence, removal, command: As for `upweight.report.html`. Without data examples
+            are numbers. A live model is asked for nothing about all of the training data.
+        keep: Where totals may be kept for the next time: `keeping(folder)`.
         port: Where; 0: any that is free.
-        title, comparison, command: As for `upweight.report.html`.
 
     Raises:
         SpecError: The port is taken, or starlette and uvicorn are not installed.
+        UpweightError: See `Answers`.
     """
 
     def __init__(
         self,
-        answers: Answers,
-        port: int = 0,
-        title: str | None = None,
-        comparison: Comparison | None = None,
+        scores: Scores,
+        display: Display = Display(),  # noqa: B008  frozen
+        *,
+        evidence: Any = (),
+        removal: Scores | None = None,
         command: str | None = None,
+        keep: Path | None = None,
+        port: int = 0,
     ) -> None:
         try:
             import uvicorn
@@ -183,9 +189,11 @@ class Server:
                     "pip install 'upweight[view]', or write a report instead.",
                 )
             ) from error
+        summed = keeping_totals(keep)
+        answers = Answers(scores, display, evidence, removal, ask=False, summed=summed)
         token = secrets.token_urlsafe(24)
         config = uvicorn.Config(
-            application(answers, token, title, comparison, command),
+            application(answers, token, command),
             host=HOST,
             port=port,
             log_level="error",
@@ -234,39 +242,20 @@ class Server:
 
 def serve(
     scores: Scores,
-    train: Any = None,
-    queries: Any = None,
+    display: Display = Display(),  # noqa: B008  frozen
     *,
-    keep: Path | None = None,
-    port: int = 0,
-    title: str | None = None,
-    comparison: Comparison | None = None,
-    command: str | None = None,
     open_browser: bool = False,
     told: Callable[[str], None] = print,
-    **shown: Any,
+    **served: Any,
 ) -> None:
     """Serve scores to this machine's browser until Ctrl-C.
 
-    Args:
-        scores: From `opened(folder)`; attached to a live context, also the measurement and the
-            prediction of each query are shown.
-        train: The training data; without them examples are numbers.
-        queries: The queries.
-        keep: Where totals may be kept for the next time: `keeping(folder)`.
-        port: Where; 0: any that is free.
-        title: What the page is about.
-        comparison: What `fitted.check(…)` found.
-        command: What makes the scores again.
-        open_browser: Whether to open the address in the browser.
-        told: Takes the address, to print it.
-        shown: As for `Answers`.
+    Arguments are those of `Server`; `told` takes the address, to print it.
 
     Raises:
-        UpweightError: See `Answers` and `Server`.
+        UpweightError: See `Server`.
     """
-    answers = Answers(scores, train, queries, keep=keep, **shown)
-    with Server(answers, port, title, comparison, command) as server:
+    with Server(scores, display, **served) as server:
         told(server.address)
         with contextlib.ExitStack() as opened:
             if open_browser:
@@ -275,6 +264,27 @@ def serve(
                 server.wait()
             except KeyboardInterrupt:
                 told("stopped")
+
+
+def wanted(text: str | None, most: int, below: int) -> list[int]:
+    """Distinct indices 0 … below − 1 of an address, as "3,17".
+
+    Raises:
+        SpecError: It names others, or too many.
+    """
+    parts = [part for part in (text or "").split(",") if part]
+    # Of so few digits as any index has: Python refuses to read thousands of them.
+    found = [int(part) for part in parts if part.isdecimal() and len(part) <= LONGEST_INDEX]
+    if not len(parts) == len(found) == len(set(found)) <= most or any(i >= below for i in found):
+        raise SpecError(
+            message(
+                f"At most {most} distinct indices below {below}.",
+                f"{(text or '')[:60]!r}.",
+                "an address written by hand.",
+                "go by the page.",
+            )
+        )
+    return found
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ async function drawValue(value) {
   const draw = name => host => {
     const values = value[name], n = source.n, low = Math.min(0, ...values), high = Math.max(0, ...values) || 1;
     const log = name === "absolute" && n > 20;
-    const { svg, x, y } = axes(host, { x: log ? [1, n] : [0, Math.max(1, n - 1)], y: [low, high], height: 260, logX: log, bare: caution,
+    const { svg, x, y } = axes(host, { x: log ? [1, n] : [0, Math.max(1, n - 1)], y: [low, high], height: caution ? 290 : 260, logX: log, bare: caution,
       xName: `${thing}s, sorted${log ? " (logarithmic)" : ""}`, yName: name === "signed" ? "sum of scores" : "sum of |score|",
       label: name === "signed" ? `Sorted sums of the scores: ${whole(value.positive)} of ${whole(n)} raised the ${noun} of all queries together.` : `Sorted sums of the absolute scores. ${words}` });
     svg.append(shape("path", { d: path(value.places.map((place, k) => [x(log ? place + 1 : place), y(values[k])])), class: "curve" }));

@@ -21,11 +21,11 @@ const checkedQueries = [...new Set(checks.map(check => check.query))];
 let checkedQuery = checkedQueries[0], focused = null;
 const measured = new Map(); // "query:example" → the change that retraining gave
 for (const check of checks) {
-  check.keys = check.removed.map(places => places.join("+")); // a removal is known by what it takes out
-  check.keys.forEach((key, e) => measured.set(`${check.query}:${check.removed[e].map(place => source.shown(place).id).join("+")}`, check.actual[e]));
+  check.keys = check.removed.map(ids => ids.join("+")); // a removal is known by what it takes out
+  check.keys.forEach((key, e) => measured.set(`${check.query}:${key}`, check.actual[e]));
 }
-const exampleName = place => source.shown(place).name;
-const together = checks.some(check => check.removed.some(places => places.length > 1));
+const exampleName = id => source.shown(id).name;
+const together = checks.some(check => check.removed.some(ids => ids.length > 1));
 const repeats = Math.max(1, ...checks.map(check => check.repeats));
 const at = (c, key) => c.keys.indexOf(key);
 const removalName = (c, key) => c.names?.[at(c, key)]
@@ -149,14 +149,14 @@ function markDots() {
     readout.replaceChildren(element("p", { class: "none" }, `Point at a dot, or press the arrow keys on the plot, to see ${together ? "what was removed" : `which ${thing} it is`}.`));
     return;
   }
-  const first = series[0], places = first.removed[at(first, focused)], single = places.length === 1;
+  const first = series[0], ids = first.removed[at(first, focused)], single = ids.length === 1;
   const list = pairs(element("dl"), [["actual change", withError(first, at(first, focused))],
     ...series.map(c => [`predicted, ${c.label}`, number(c.predicted[at(c, focused)], true)])]);
-  const label = single && source.shown(places[0]).label ? [" label ", own(source.shown(places[0]).label)] : [];
+  const label = single && source.shown(ids[0]).label ? [" label ", own(source.shown(ids[0]).label)] : [];
   const name = element("div", {}, element("b", {}, removalName(first, focused)), ...label, list);
-  const picture = (place, side) => { const one = source.shown(place); return tile("train", one.tile, side, one.words); };
-  const tiles = single ? [picture(places[0], 76)]
-    : [element("div", { class: "tiles" }, ...places.slice(0, 20).map(p => picture(p, 26)))];
+  const picture = (id, side) => { const one = source.shown(id); return tile("train", one.tile, side, one.words); };
+  const tiles = single ? [picture(ids[0], 76)]
+    : [element("div", { class: "tiles" }, ...ids.slice(0, 20).map(id => picture(id, 26)))];
   readout.classList.toggle("several", !single);
   readout.replaceChildren(...(single ? [...tiles, name] : [name, ...tiles]));
 }

@@ -30,6 +30,18 @@ function queryWord(q) {
     value !== undefined && `${noun} ${number(value)}`].filter(Boolean).join(" · ");
 }
 
+// -- what both sources of the data are read by ----------------------------------------------------
+
+const askedQueries = data.queries.map((query, q) => ({ ...query, tile: data.sprites.query ? q : undefined,
+  contents: query, text: query.text ?? "" }));
+function exampleOf({ id, name, label = "", bare, tokens, ...contents }, place = id) {
+  return { id, name: name ?? `#${id}`, label, tokens, contents, words: `${thing} ${name ?? id}${label ? `, label ${label}` : ""}`,
+    tile: data.sprites.train && !bare ? place : undefined };
+}
+const sideOf = ({ ids, scores, changes, more, differs, tokens, rest }, example) => ({ more,
+  entries: ids.map((id, e) => ({ example: example(id), score: scores[e], differs: differs?.[e], tokens: tokens?.[e], rest: rest?.[e],
+    change: changes ? changes[e] : data.predicts ? -scores[e] : undefined })) });
+
 // -- elements -------------------------------------------------------------------------------------
 
 function element(tag, attributes = {}, ...children) {

@@ -18,7 +18,12 @@ def readable(value: float, digits: int = 3, signed: bool = False) -> str:
     if -4 < power < 6:
         # A fixed number of significant digits keeps a column of scores comparable at a glance.
         return f"{sign}{float(f'{size:.{digits}g}'):,.{max(digits - 1 - power, 0)}f}"
-    return f"{sign}{mantissa}×10{str(power).translate(_SUPERSCRIPTS)}"
+    return f"{sign}{mantissa}×{superscript(power)}"
+
+
+def superscript(power: int) -> str:
+    """`10⁻³`."""
+    return "10" + str(power).translate(_SUPERSCRIPTS)
 
 
 def interval(estimate: tuple[float, float, float], digits: int = 3) -> str:
@@ -46,3 +51,19 @@ def count(number: int, noun: str) -> str:
         return f"1 {noun}"
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
     return f"{number:,} {plural}"
+
+
+def percent(share: float) -> str:
+    """`0 %`, `0.3 %`, `12 %`, `>99.9 %`: a share, never rounded to nothing or everything."""
+    if share in (0.0, 1.0):
+        return f"{100 * share:.0f} %"
+    if share < 1e-3:
+        return "<0.1 %"
+    if share > 0.999:
+        return ">99.9 %"
+    return f"{100 * share:.1f} %" if share < 0.1 or share > 0.9 else f"{100 * share:.0f} %"
+
+
+def short(value: float, digits: int = 6) -> float:
+    """Six digits: more than a reader or a pixel can tell apart, at a third of the bytes."""
+    return float(f"{value:.{digits}g}")

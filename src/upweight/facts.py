@@ -1,0 +1,50 @@
+"""What a computation says of itself: facts in words, and the limits they are held against.
+
+A method states facts in `Provenance.facts`; the report and the terminal only print them, so what a
+new method has to say is shown without editing either.
+"""
+
+import math
+from dataclasses import dataclass
+
+from upweight.notation import readable
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing to judge scores by. All of it is JSON.
+
+    Args:
+        name: What it is about: "Solver".
+        value: What was found, in words or as a number: "CG(), 12 steps".
+        limit: Past it the fact is a concern; None: nothing is held against anything.
+        meaning: Why it matters, a clause without capital and full stop.
+        number: What is held against the limit. None: not known, as where it came out as NaN; that
+            is past every limit.
+    """
+
+    name: str
+    value: str
+    limit: float | None = None
+    meaning: str = ""
+    number: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.number is not None and not math.isfinite(self.number):
+            object.__setattr__(self, "number", None)
+
+    @property
+    def concern(self) -> bool:
+        """Whether the number is past its limit, or not known where there is one."""
+        return self.limit is not None and not (
+            self.number is not None and self.number <= self.limit
+        )
+
+    @property
+    def told(self) -> str:
+        """Its meaning, and its limit where there is one."""
+        limit = "" if self.limit is None else f"marked past {readable(self.limit, 1)}"
+        return "; ".join(filter(None, (self.meaning, limit)))
+
+    def __str__(self) -> str:
+        return f"{self.name.lower()}: {self.value}" + (f" ({self.told})" if self.told else "")

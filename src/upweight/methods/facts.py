@@ -1,0 +1,126 @@
+"""What the numbers of `provenance.health` mean, in the order a careful reader asks.
+
+θ̂ at a minimum · Σᵢ S[q, i] = ∇mᵀ H⁻¹ ∇R · H + λI inverted to a residual · products · damping
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from upweight.facts import Fact
+from upweight.notation import count, percent, readable
+from upweight.scores import DECREMENT_LIMIT, RESIDUAL_LIMIT, ROW_SUM_LIMIT
+
+
+def stated(health: Mapping[str, Any]) -> tuple[Fact, ...]:
+    """The facts of numbers that `upweight.methods.health` measured; those not there are left out.
+
+    Args:
+        health: As in `Provenance.health`.
+    """
+    found = (_minimum, _row_sum, _solver, _contraction, _damping, _seen)
+    return tuple(fact for each in found if (fact := each(health)) is not None)
+
+
+def _number(health: Mapping[str, Any], name: str) -> float | None:
+    value = health.get(name)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _minimum(health: Mapping[str, Any]) -> Fact | None:
+    gradient = _number(health, "gradient_norm")
+    if gradient is None:
+        return None
+    value = f"‖∇J‖ = {readable(gradient)}"
+    decrement, loss = _number(health, "decrement"), _number(health, "mean_loss")
+    if decrement is None:
+        meaning = "the theory is about a minimum, where this is zero"
+        return Fact("At a minimum", value, meaning=meaning)
+    gain = decrement / loss if loss else math.inf
+    meaning = f"one Newton step would lower the objective by {readable(decrement)}"
+    if loss is not None and math.isfinite(gain):
+        meaning += f", {readable(gain, 2)} of the mean loss {readable(loss)}"
+    return Fact("At a minimum", value, DECREMENT_LIMIT, meaning, gain)
+
+
+def _row_sum(health: Mapping[str, Any]) -> Fact | None:
+    excess = _number(health, "row_sum_excess_relative")
+    if excess is None:
+        return None
+    meaning = (
+        "relative to the scores: upweighting everything alike must do only what the penalty says"
+    )
+    return Fact("Row-sum excess", readable(excess), ROW_SUM_LIMIT, meaning, excess)
+
+
+def _solver(health: Mapping[str, Any]) -> Fact | None:
+    if "solver" not in health:
+        return None
+    residual = _number(health, "largest_residual")
+    steps = _number(health, "solver_steps")
+    value = str(health["solver"]) + (f", {count(int(steps), 'step')}" if steps else "")
+    if residual is None:
+        return Fact("Solver", value, meaning="the residual was not recorded")
+    meaning = f"largest residual ‖Ax − b‖/‖b‖ = {readable(residual)}"
+    return Fact("Solver", value, RESIDUAL_LIMIT, meaning, residual)
+
+
+def _contraction(health: Mapping[str, Any]) -> Fact | None:
+    error, tolerance = _number(health, "contraction_error"), _number(health, "tolerance")
+    if error is None or tolerance is None:
+        return None
+    if tolerance == 0.0:
+        return Fact("Contraction", "exact", meaning="every product was formed in full")
+    worst = _number(health, "contraction_error_worst")
+    meaning = (
+        "error of a query's scores against the products in full, ‖Ŝ − S‖/‖S‖, measured on some "
+        f"queries and examples: root mean square{f', worst {readable(worst)}' if worst else ''}; "
+        "the limit is the tolerance asked for"
+    )
+    return Fact("Contraction", readable(error), tolerance, meaning, error)
+
+
+def _damping(health: Mapping[str, Any]) -> Fact | None:
+    damping = _number(health, "damping")
+    if damping is None:
+        return None
+    spectrum = [
+        f"{words} {readable(number)}"
+        for words, name in (
+            ("mean eigenvalue", "mean_eigenvalue"),
+            ("smallest eigenvalue", "solver_smallest_eigenvalue"),
+            ("largest eigenvalue", "solver_largest_eigenvalue"),
+            ("condition number at least", "solver_condition"),
+        )
+        if (number := _number(health, name)) is not None
+    ]
+    about = ", ".join(spectrum) or "the spectrum was not estimated"
+    if damping == 0.0:
+        return Fact("Damping", "none", meaning=f"the curvature is inverted as it is: {about}")
+    means = "λ makes scores those of an objective with λ/2·‖θ − θ̂‖² added"
+    if "blocks" in health:
+        blocks = list(health["blocks"].values())
+        entries = sum(int(block["entries"]) for block in blocks)
+        below = sum(float(block["below_damping"]) * int(block["entries"]) for block in blocks)
+        lams = [float(block["damping"]) for block in blocks]
+        low, high = readable(min(lams)), readable(max(lams))
+        meaning = (
+            f"{means}; {percent(below / entries)} of all eigenvalues are below their block's λ, "
+            "as the table of blocks shows"
+        )
+        value = f"λ = {low}" if low == high else f"λ from {low} to {high}"
+        return Fact("Damping", value, meaning=meaning)
+    mean = _number(health, "mean_eigenvalue")
+    share = f" = {readable(damping / mean)} × mean eigenvalue" if mean else ""
+    return Fact("Damping", f"λ = {readable(damping)}{share}", meaning=f"{means}; {about}")
+
+
+def _seen(health: Mapping[str, Any]) -> Fact | None:
+    blocks = health.get("blocks")
+    if not isinstance(blocks, Mapping):
+        return None
+    errors = [float(block.get("mean_eigenvalue_error", 0.0)) for block in blocks.values()]
+    if not any(errors):
+        return None
+    meaning = "largest standard error of a block's mean eigenvalue, from seeing a part of the data"
+    return Fact("Curvature", f"± {percent(max(errors))}", meaning=meaning)

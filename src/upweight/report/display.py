@@ -1,0 +1,120 @@
+"""How the examples and queries of some scores are shown; nothing of it changes a score."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from upweight.errors import ShapeError, message
+from upweight.report.shown import Render
+
+PER_SIDE = 12
+"""Examples shown at each end of a query's ranking."""
+
+
+@dataclass(frozen=True, eq=False)
+class Display:
+    """What to show of examples and queries.
+
+    Args:
+        train: The training data, as for `as_data`; by default those that the scores were made of,
+            and for scores loaded from disk none: examples are then numbers. Arrays are read once
+            for labels and duplicates; of a Dataset only the examples shown are read.
+        queries: The queries, in the order of the rows; by default as for `train`.
+        title: What the page is about: the data and the model.
+        names: Of the classes, by index.
+        features: Names of the columns, where inputs are tables `[n, f]`.
+        values: m of each query as trained. By default asked of the model, where scores carry it.
+        predictions: The predicted class of each query, as index or name; by default as `values`.
+        train_images: What to show in place of the training inputs, one per example: images where
+            the model's inputs are flattened, rows where they are transformed.
+        query_images: The same for the queries.
+        train_texts: Texts to show in place of the training inputs, one per example.
+        query_texts: The same for the queries.
+        train_tokens: The tokens of every training example, one per position, to be coloured by
+            their shares of a score.
+        token_scores: (query, examples) → shares `[k, t]` and what has no position, `[k]`; they must
+            add up to the scores. By default asked of the fitted method, where scores carry it, with
+            their own measure; else `lambda q, some:
+            fitted.by_token(uw.as_data(queries).subset([q]), some, measure)`.
+        render: ("train" or "query", index) → what to show of an example: a text, a mapping of names
+            to values, an image array, or a list of these. Markup is shown as text: nothing that a
+            renderer returns can run script.
+        metadata: Columns of facts about the training examples, by name. The page sums scores over
+            their values; numbers of more than 200 values are binned.
+        train_labels: The label of every training example, where the data are no arrays.
+        train_losses: ℓ of every training example. By default asked of the model, where scores
+            carry it; () leaves them out.
+        self_influence: S[i, i], as from `fitted.self_influence()`; by default asked of the fitted
+            method, where scores carry it, at the cost written there; () leaves it out.
+        k: Examples at each end of a query's ranking.
+        start: The query shown first; by default the first that was retrained for, else 0.
+    """
+
+    train: Any = None
+    queries: Any = None
+    title: str | None = None
+    names: Sequence[str] | None = None
+    features: Sequence[str] | None = None
+    values: Sequence[float] | None = None
+    predictions: Sequence[Any] | None = None
+    train_images: Any = None
+    query_images: Any = None
+    train_texts: Sequence[str] | None = None
+    query_texts: Sequence[str] | None = None
+    train_tokens: Sequence[Sequence[str]] | None = None
+    token_scores: Callable[[int, list[int]], Any] | None = None
+    render: Render | None = None
+    metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    train_labels: Sequence[Any] | None = None
+    train_losses: Sequence[float] | None = None
+    self_influence: Sequence[float] | None = None
+    k: int = PER_SIDE
+    start: int | None = None
+
+    def images(self, role: str) -> Any:
+        """Images or rows in place of the inputs, of "train" or "query"."""
+        return self.train_images if role == "train" else self.query_images
+
+    def texts(self, role: str) -> Sequence[str] | None:
+        """Texts in place of the inputs, of "train" or "query"; tokens are texts too."""
+        return self.query_texts if role == "query" else self._train_texts
+
+    @cached_property
+    def _train_texts(self) -> Sequence[str] | None:
+        if self.train_texts is None and self.train_tokens is not None:
+            return [" ".join(words) for words in self.train_tokens]
+        return self.train_texts
+
+    def require_fit(self, q: int) -> None:
+        """Refuse places that are not there.
+
+        Raises:
+            ShapeError: k is below 1, or there is no query `start`.
+        """
+        if self.k < 1 or (self.start is not None and not 0 <= self.start < q):
+            raise ShapeError(
+                message(
+                    f"k must be at least 1 and start one of the queries 0…{q - 1}.",
+                    f"k={self.k}, start={self.start}.",
+                    "an index into the full test set where only some queries were attributed.",
+                    "use a row of the scores.",
+                )
+            )
+
+
+def require_one_each(name: str, given: Any, n: int, of: str = "example") -> None:
+    """Refuse what does not have one entry per example or query.
+
+    Raises:
+        ShapeError: It has another length.
+    """
+    if given is not None and len(given) != n:
+        raise ShapeError(
+            message(
+                f"{name} must have one entry per {of}: {n}.",
+                f"{len(given)} entries.",
+                "those of another split, or of only some of it.",
+                "pass those of what the scores are of, all of them, in their order.",
+            )
+        )
