@@ -116,3 +116,11 @@ def test_a_function_with_a_set_in_it_is_described_alike_in_every_process():
         for seed in "123"
     }
     assert len(found) == 1
+
+
+def test_the_places_that_labels_are_drawn_by_count_as_contents():
+    """Two examples of a larger set are not the two alone, unless they are its first."""
+    data = as_data((torch.arange(8.0).reshape(4, 2), torch.arange(4)))
+    rows = [[0, 1], [2, 3]]
+    same = [contents(data.subset(r)) == contents(as_data(data.take(r))) for r in rows]
+    assert same == [True, False]

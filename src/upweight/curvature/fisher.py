@@ -50,7 +50,8 @@ class Fisher:
         def term_of(how: Way, places: range, batch: Batch) -> LinearOperator:
             with torch.no_grad():
                 outputs, targets = task.outputs(task.theta(), batch)
-            heads = labels.heads(task.loss, outputs, targets, places.start, 0)
+            at = data.places(places.start, places.stop)
+            heads = labels.heads(task.loss, outputs, targets, at, 0)
             first, *others = [_relabeled(task, how, batch, len(places), *head) for head in heads]
             return (1.0 / self.samples) * sum(others, start=first)
 

@@ -333,12 +333,13 @@ class _Passes:
     ) -> Iterator[Parts]:
         task = self.plan.task
         batch = task.to_device(self.data.batch(start, stop))
+        places = self.data.places(start, stop)
 
         def heads(outputs: Tensor, targets: Any) -> Iterator[Head]:
             if stage == 0 and self.watch is not None:
                 self.watch(start, stop, batch, outputs, targets)
             for stream in streams:
-                yield from self.labels.heads(task.loss, outputs, targets, start, stream)
+                yield from self.labels.heads(task.loss, outputs, targets, places, stream)
 
         for factors in passes.of_heads(batch, stop - start, heads):
             yield dict(enumerate(factors))

@@ -54,6 +54,13 @@ class Data(abc.ABC):
         """The examples start … stop − 1."""
         return self.take(range(start, stop))
 
+    def places(self, start: int, stop: int) -> Int[Tensor, " b"]:
+        """Where the examples start … stop − 1 are in the whole data that these are taken from.
+
+        Labels that are drawn belong to that place: also of what a removal leaves.
+        """
+        return torch.arange(start, stop)
+
     @cached_property
     def form(self) -> Form:
         """How the examples lie in a batch."""
@@ -197,6 +204,9 @@ class Subset(Data):
 
     def take(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
         return self.data.take([self.indices[int(i)] for i in indices])
+
+    def places(self, start: int, stop: int) -> Int[Tensor, " b"]:
+        return torch.cat([self.data.places(i, i + 1) for i in self.indices[start:stop]])
 
     def watched(self) -> "Subset":
         return Subset(self.data.watched(), self.indices)
