@@ -126,4 +126,4 @@ class Checked:
         now = self.task.theta()
         if now.dtype != self.theta.dtype or not torch.equal(now, self.theta):
             raise ModelChanged(health.moved(now, self.theta))
-        self.snapshot.require_same(Snapshot.of(self.task))
+        self.snapshot.require_same(self.task, self.train)

@@ -212,7 +212,7 @@ class Influence:
             state=solver.init(operator),
             source=source,
             theta=task.theta(),
-            snapshot=Snapshot.of(task).settled(before, written(task, data)),
+            snapshot=Snapshot.of(task).settled(before, written(task, data), losses),
             damping=damping,
             mean_loss=float(losses.double().mean()),
             seconds={},
@@ -605,6 +605,7 @@ class FittedInfluence(Checked):
                 dict.fromkeys(
                     (
                         *self.notes,
+                        *self.snapshot.notes,
                         *queries.notes,
                         *queries.form_notes,
                         *health.warned(denied),

@@ -149,7 +149,7 @@ def fit(
         train=data,
         curvature=replace(curvature, blocks=blocks),
         theta=task.theta(),
-        snapshot=Snapshot.of(task).settled(before, written(task, data)),
+        snapshot=Snapshot.of(task).settled(before, written(task, data), losses),
         losses=losses,
         share=share,
         memory_bytes=memory_bytes,
@@ -692,7 +692,11 @@ class LayerwiseInfluence(Checked):
             },
             seconds={**self.seconds, "attribute": time.perf_counter() - started},
             versions=library_versions(),
-            notes=tuple(dict.fromkeys((*self.notes, *notes, *queries.notes, *queries.form_notes))),
+            notes=tuple(
+                dict.fromkeys(
+                    (*self.notes, *self.snapshot.notes, *notes, *queries.notes, *queries.form_notes)
+                )
+            ),
         )
 
     # -- shared steps ---------------------------------------------------------------------------

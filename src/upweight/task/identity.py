@@ -2,7 +2,7 @@
 
 Specs are described by their fields, tensors by their bytes, functions by their byte code, defaults
 and closure. What says nothing but its address in memory is refused: two runs could not tell whether
-it is the same. A function's description does not follow the other functions that it calls.
+it is the same. A function's description follows what it reads; see `upweight.task.reads`.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from upweight.errors import SpecError, message
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.progress import progress
 from upweight.task.data import Data
+from upweight.task.reads import reads
 from upweight.task.task import Task
 
 ROWS = 1024  # fixed: the hash of a data set must not depend on anything else
@@ -78,6 +79,10 @@ def described(value: Any) -> str:
         return "(" + ", ".join(described(v) for v in value) + ")"
     if isinstance(value, types.FunctionType):
         return _function(value)
+    if isinstance(value, types.BuiltinFunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, types.CodeType):
+        return _code(value)
     if isinstance(value, types.MethodType):
         return f"{described(value.__func__)} of {described(value.__self__)}"
     if isinstance(value, functools.partial):
@@ -117,6 +122,7 @@ def _module(model: nn.Module) -> str:
         parts.append(f"{name}: {type(module).__qualname__} {described(plain)}")
         if not type(module).__module__.startswith("torch."):
             parts.append(described(type(module).forward))
+            parts.append(described(reads(type(module).forward, type(module))))
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return f"{type(model).__qualname__} {digest(*parts, described(state))}"
 
@@ -125,7 +131,7 @@ def _function(function: types.FunctionType) -> str:
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     cells = [content for content in cells if content is not function]  # a recursive function
     held = described((function.__defaults__, function.__kwdefaults__, cells))
-    code = digest(_code(function.__code__), held)
+    code = digest(_code(function.__code__), held, described(reads(function)))
     return f"{function.__module__}.{function.__qualname__} {code}"
 
 
