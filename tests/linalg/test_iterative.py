@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from upweight.errors import NotConverged, NotPositiveDefinite
-from upweight.linalg import CG, MINRES, BlockCG, Dense, Diagonal, Result, Tag, solve
+from upweight.linalg import CG, MINRES, BlockCG, Cholesky, Dense, Diagonal, Result, Tag, solve
 from upweight.linalg.block_cg import orthonormal
 
 SYMMETRIC, PSD = frozenset({Tag.SYMMETRIC}), frozenset({Tag.PSD})
@@ -114,6 +114,21 @@ def test_negative_curvature_is_found_and_measured(solver, lowest):
     assert solution.result is Result.NEGATIVE_CURVATURE
     assert lowest <= solution.stats.extra["curvature"] < 0.0
     assert solve(A, draw(5, p), MINRES(max_steps=5000)).converged  # the way out is one
+
+
+@pytest.mark.parametrize("solver", [CG(), MINRES(), Cholesky()], ids=repr)
+def test_what_denies_a_known_sign_is_rounding(solver):
+    """A curvature that is positive semi-definite by definition is not advised in its own place."""
+    eigenvalues = torch.linspace(0.01, 1.0, p).double()
+    eigenvalues[0] = 0.0 if isinstance(solver, MINRES) else -1e-3
+    A = spectrum(eigenvalues, PSD)
+    with pytest.raises(NotPositiveDefinite) as caught:
+        solve(A, draw(5, p), solver)
+    assert (
+        "GGN" not in str(caught.value) and "MINRES()" not in str(caught.value).partition("Way")[2]
+    )
+    assert "add damping" in str(caught.value) or "raise damping" in str(caught.value)
+    assert solve(spectrum(eigenvalues + 0.1, PSD), draw(5, p), solver).converged  # the way out
 
 
 @pytest.mark.parametrize("solver", [CG(1e-9), MINRES(1e-9)], ids=["CG", "MINRES"])

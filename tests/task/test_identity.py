@@ -105,7 +105,8 @@ def test_a_function_with_a_set_in_it_is_described_alike_in_every_process():
         "a, b, c, d = 1, 2, 3, 4\n"
         "def other(x): return x * a * b\n"
         "def another(x): return x + a\n"
-        "def loss(x): return other(a * b * c * d) + another(x) and x in {'red', 'green', 'blue', 'grey', 'black', 'white'}\n"
+        "def loss(x): return other(a * b * c * d) + another(x) or "
+        "x in {'red', 'green', 'blue', 'grey', 'black', 'white'}\n"
         "print(described(loss))"
     )
     found = {

@@ -222,7 +222,7 @@ class Influence:
                 *probe.notes,
                 *curvature.notes,
                 *source.notes,
-                *health.precision_notes(task),
+                *health.precision_notes(task, data),
                 *health.duration_notes(operator, solver, task.theta()),
             ),
         )

@@ -167,7 +167,7 @@ def fit(
                 "share of every score"
                 for name in silent
             ),
-            *health.precision_notes(task),
+            *health.precision_notes(task, data),
             *health.underflow_notes(curvature.plan, data, size),
         ),
     )

@@ -22,6 +22,7 @@ from upweight.errors import (
     ShapeError,
     SpecError,
     UnsupportedModel,
+    UpweightError,
     message,
 )
 from upweight.runtime.fingerprint import described
@@ -174,7 +175,11 @@ def _per_example(values: Tensor) -> Float[Tensor, " b"]:
 
 
 def _no_likelihood(loss: Loss, what: str, outputs: Tensor, targets: Any) -> str:
-    same = _same_losses(loss, outputs, targets)
+    same, curvature = _same_losses(loss, outputs, targets), "GGN() or EKFAC(labels=Observed())"
+    try:
+        loss.hessian(*tree_map(_example(0), (outputs.detach(), targets)))
+    except UpweightError:
+        curvature = "EmpiricalFisher() or EKFAC(labels=Observed())"
     return message(
         f"This needs {what}, which takes a loss that is a negative log-likelihood of that kind.",
         f"{loss!r}, which defines none.",
@@ -183,7 +188,7 @@ def _no_likelihood(loss: Loss, what: str, outputs: Tensor, targets: Any) -> str:
         else f"a loss given as a plain function; its values here are those of upweight.{same!r}.",
         ("" if same is None else f"Task(model, upweight.{type(same).__name__}()); or ")
         + "use measure=Loss(), a measure of your own (outputs, targets) -> [q], or a curvature "
-        "that draws no labels: GGN() or EKFAC(labels=Observed()).",
+        f"that draws no labels: {curvature}.",
     )
 
 
