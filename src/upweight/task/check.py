@@ -32,6 +32,7 @@ from upweight.task.data import Data, batch_size
 from upweight.task.failures import call_error, called_with, loss_error, require_no_places
 from upweight.task.model_loss import loss_notes
 from upweight.task.modes import acting_in_training
+from upweight.task.precision import coarsest, dtypes_in
 from upweight.task.probe import (
     PROBE_EXAMPLES,
     Evaluate,
@@ -47,6 +48,13 @@ from upweight.task.task import Task, call_model
 
 CHECKED_AT_ONCE = 256
 """Examples per forward pass of the check."""
+
+WITH_GRADIENT = 4
+"""One in so many examples of the probe is asked for its gradient alone."""
+
+APART = 1e-2
+"""Difference of gradients, over their norms, that is no rounding: that of an output near a kink
+gives one unit another slope."""
 
 
 def checked_losses(
@@ -162,6 +170,7 @@ def require_answerable(task: Task, data: Data, role: str) -> Probe:
         *loss_notes(task, theta, data, at, losses),
         *_unreached_notes(task, theta, batch, at, role),
     )
+    _require_own_gradients(task, theta, data, batch, at, role)
     return Probe(at, losses, notes)
 
 
@@ -355,25 +364,10 @@ def _unreached_notes(
 ) -> tuple[str, ...]:
     """Notes of the parameters that no gradient reaches, after asking that some are reached."""
     require_recording()
-    params = {k: v.clone().requires_grad_() for k, v in task.layout.unflatten(theta).items()}
-    with torch.enable_grad():
-        # A checkpoint runs its part again in the backward pass, where `outputs` has lifted its
-        # choice of kernels.
-        losses = task.losses_of(*task.call(params, probe))
-        if not losses.requires_grad:
-            unreached = list(params)
-            gradients: tuple[Tensor | None, ...] = ()
-        else:
-            # Unequal weights: at a minimum without a penalty the plain sum of all gradients is 0.
-            total = losses @ torch.arange(1, len(losses) + 1).to(losses)
-            try:
-                gradients = torch.autograd.grad(total, list(params.values()), allow_unused=True)
-            except RuntimeError as error:
-                if "use_reentrant" not in str(error):
-                    raise
-                raise UnsupportedModel(_reentrant(error)) from error
-            unreached = [k for k, g in zip(params, gradients, strict=True) if g is None]
-    if len(unreached) == len(params):
+    # Unequal weights: at a minimum without a penalty the plain sum of all gradients is 0.
+    losses, gradients = _weighted_gradients(task, theta, probe, range(1, len(at) + 1))
+    unreached = [k for k, g in gradients.items() if g is None]
+    if len(unreached) == len(gradients):
         raise NotDifferentiable(
             message(
                 "The loss must depend on the chosen parameters through differentiable steps.",
@@ -383,8 +377,7 @@ def _unreached_notes(
                 "the step that cuts the gradient.",
             )
         )
-    losses = losses.detach()
-    silent = all(not bool(g.any()) for g in gradients if g is not None)
+    silent = all(not bool(g.any()) for g in gradients.values() if g is not None)
     if silent and bool((losses != 0).any()) and bool(losses.isfinite().all()):
         raise NotDifferentiable(
             message(
@@ -404,6 +397,71 @@ def _unreached_notes(
         f"no gradient reaches {listed(unreached)} from {len(at)} of the {role}: where that is so, "
         "it counts as zero",
     )
+
+
+def _weighted_gradients(
+    task: Task, theta: Float[Tensor, " p"], batch: Batch, weights: Sequence[float]
+) -> tuple[Float[Tensor, " b"], dict[str, Tensor | None]]:
+    """ℓ of each example of a batch, and Σᵢ wᵢ gᵢ by parameter; None where no graph reaches."""
+    params = {k: v.clone().requires_grad_() for k, v in task.layout.unflatten(theta).items()}
+    with torch.enable_grad():
+        # A checkpoint runs its part again in the backward pass, where `outputs` has lifted its
+        # choice of kernels.
+        losses = task.losses_of(*task.call(params, batch))
+        if not losses.requires_grad:
+            return losses, dict.fromkeys(params)
+        total = losses @ torch.tensor(list(weights)).to(losses)
+        try:
+            found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise UnsupportedModel(_reentrant(error)) from error
+    return losses.detach(), dict(zip(params, found, strict=True))
+
+
+def _require_own_gradients(
+    task: Task, theta: Float[Tensor, " p"], data: Data, batch: Batch, at: Sequence[int], role: str
+) -> None:
+    """Refuse gradients of examples that depend on the others where the losses do not.
+
+    Σᵢ cᵢ gᵢ of a few examples, from a batch with others and from each alone.
+    """
+    weights = [float(k % WITH_GRADIENT == 0) for k in range(len(at))]
+
+    def gradients(batch: Batch, weights: Sequence[float]) -> list[Tensor]:
+        found = _weighted_gradients(task, theta, batch, weights)[1].values()
+        return [torch.zeros(()) if g is None else g.to_dense().double() for g in found]
+
+    together = gradients(batch, weights)
+    chosen = [i for i, weight in zip(at, weights, strict=True) if weight]
+    alone = [gradients(task.to_device(data.batch(i, i + 1)), [1.0]) for i in chosen]
+    gaps = torch.tensor(
+        [float((a - sum(b)).norm()) for a, *b in zip(together, *alone, strict=True)]
+    )
+    sizes = torch.tensor([sum(float(g.norm()) for g in b) for b in zip(*alone, strict=True)])
+    # By parameter, for some have far smaller gradients; what is zero but for rounding has none.
+    floor = torch.finfo(theta.dtype).eps ** 0.5 * float(sizes.norm())
+    apart = gaps > APART * sizes + floor
+    if not bool(apart.any()):
+        return
+    with torch.no_grad():
+        eps = coarsest(dtypes_in(lambda: task.call(theta, batch)))
+    apart = gaps > eps**0.5 * (sizes + sizes.norm())
+    if bool(apart.any()):
+        worst = int((gaps / sizes.clamp_min(floor)).argmax())
+        raise NonDeterministic(
+            message(
+                "The gradient of an example must not depend on the other examples of its batch.",
+                f"examples {', '.join(map(str, chosen))} of the {role}, whose losses do not: their "
+                f"summed gradient in {task.layout.names[worst]} is "
+                f"{float(gaps[worst] / sizes[worst]):.1%} off beside others.",
+                "a backward pass that looks at the batch as a whole: a hook or an autograd "
+                "function that normalizes, clips or centers gradients.",
+                "take that step out of forward, such as handle.remove() of a hook; clip in the "
+                "optimizer.",
+            )
+        )
 
 
 def require_finite_gradients(task: Task, data: Data) -> None:
