@@ -10,7 +10,7 @@ from tests import market
 from tests.gradients import layer_market
 from tests.gradients.layer_market import gradient_rows
 from tests.reference import dense
-from upweight.gradients.functional import per_sample_gradients
+from upweight.gradients.functional import value_gradients
 from upweight.gradients.planning import plan
 from upweight.task.data import as_data
 
@@ -32,7 +32,7 @@ def test_twins_on_the_market(name):
     data = as_data(p.train)
     made = plan(p.task, data)
     for start, stop, batch in batches(data):
-        expected = per_sample_gradients(p.task, p.task.theta(), batch, stop - start)
+        expected = value_gradients(p.task.losses, p.task.theta(), batch, stop - start)
         torch.testing.assert_close(gradient_rows(made, batch), expected, **p.tolerance)
 
 
@@ -40,7 +40,7 @@ def test_twins_on_the_market(name):
 def test_twins_on_layers(name):
     case, made = layer_market.case(name), layer_market.planned(name)
     for start, stop, batch in batches(case.data):
-        expected = per_sample_gradients(case.task, case.task.theta(), batch, stop - start)
+        expected = value_gradients(case.task.losses, case.task.theta(), batch, stop - start)
         torch.testing.assert_close(gradient_rows(made, batch), expected, **EXACT)
 
 

@@ -252,7 +252,7 @@ def test_the_default_tolerance_is_within_reach_of_float32():
 
 
 def test_minres_does_not_send_its_user_to_minres():
-    A = Dense(torch.diag(torch.tensor([1.0, 2.0, 0.0])), PSD)
+    A = Dense(torch.diag(torch.tensor([1.0, 2.0, 0.0])), SYMMETRIC)
     with pytest.raises(NotPositiveDefinite, match=r"(?s)lie in the range of A.*GGN\(\)") as error:
         MINRES().solve(A, torch.ones(3)).throw()
     assert "MINRES(), which" not in str(error.value)
