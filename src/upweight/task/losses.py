@@ -27,6 +27,13 @@ from upweight.errors import (
 )
 from upweight.runtime.fingerprint import described
 from upweight.task.draws import Draws
+from upweight.task.targets import (
+    axes_of_classes,
+    require_probabilities,
+    require_range,
+    require_same_shape,
+    require_tensor,
+)
 
 MOST_LOST = 0.1
 """Rounding of an output, in standard deviations of the noise that makes it a label."""
@@ -206,122 +213,6 @@ def _same_losses(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:
     return None
 
 
-def _require_tensor(name: str, targets: Any) -> None:
-    if isinstance(targets, Tensor):
-        return
-    kind = type(targets).__name__
-    cause = "several targets for each example, or targets that are left out (None)."
-    way = (
-        "say what their loss is: Task(model, loss=lambda outputs, targets: ...), one value "
-        "per example; Weighted(...) takes targets (y, v)."
-    )
-    if isinstance(targets, list | tuple) and targets and isinstance(targets[0], str):
-        cause = f"names of classes, such as {targets[0]!r}, in place of their numbers."
-        way = "give classes.index(name), with classes in the order of the model's outputs."
-    if isinstance(targets, dict):
-        kind += f" of {', '.join(map(repr, targets))}"
-    elif isinstance(targets, tuple | list):
-        kind += f" of {len(targets)}"
-    raise ShapeError(
-        message(
-            f"{name} needs its targets in one tensor.",
-            f"targets of type {kind}.",
-            cause,
-            way,
-        )
-    )
-
-
-def _require_same_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
-    _require_tensor(name, targets)
-    if targets.shape == outputs.shape:
-        return
-    few, many = sorted((targets.shape, outputs.shape), key=len)
-    if (*few, 1) == tuple(many):
-        cause = (
-            "a last axis of size 1: outputs [b, 1] beside targets [b]; broadcasting them would "
-            "pair every example with every other."
-        )
-        way = "reshape the targets to [b, 1], or squeeze the model's output."
-        if len(targets.shape) == len(many):
-            way = "reshape the targets to [b], or keep the last axis of the model's output."
-    elif targets.shape == outputs.shape[:-1]:
-        cause = f"{outputs.shape[-1]} outputs for each target."
-        way = "use CrossEntropy() for classes, or a model with one output for each target."
-    else:
-        cause = "targets of another size than what the model gives for them."
-        way = "give one target for each output, in the outputs' shape."
-    raise ShapeError(
-        message(
-            f"{name} needs targets of the same shape as the model's outputs.",
-            f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
-            cause,
-            way,
-        )
-    )
-
-
-def _require_probabilities(outputs: Tensor, targets: Tensor) -> None:
-    """Refuse targets of CrossEntropy that are floats but no probabilities of all classes."""
-    if targets.shape == outputs.shape:
-        return
-    column = outputs.ndim > 1 and targets.shape == (*outputs.shape[:-1], 1)
-    if column or (outputs.ndim > 1 and targets.shape == outputs.shape[:-1]):
-        whole = bool((targets == targets.round()).all())
-        cause = "class labels that are stored as floats."
-        way = f"convert them: y{'.squeeze(-1)' if column else ''}.long() of a tensor, " + (
-            "y.astype('int64')" + ("[:, 0]" if column else "") + " of an array."
-        )
-        if bool(targets.isnan().any()):
-            cause, way = "missing labels (NaN).", "leave these examples out."
-        elif not whole:
-            cause = "one number for each example that is no class: a regression's target."
-            way = "use SquaredError() with a model of one output, or probabilities of all classes."
-    elif outputs.numel() == targets.numel():
-        cause, way = "one output for each example.", "use Bernoulli() for one logit per example."
-    else:
-        cause = "probabilities of other classes than the model has."
-        way = "give one probability for each of the model's outputs."
-    values = ", ".join(f"{x:g}" for x in targets.flatten()[:3].tolist())
-    raise ShapeError(
-        message(
-            "CrossEntropy needs classes as integers [b, ...], or class probabilities as floats of "
-            "the outputs' shape.",
-            f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)} of {targets.dtype}: "
-            f"{values}, ...",
-            cause,
-            way,
-        )
-    )
-
-
-def _axes(outputs: Tensor, targets: Tensor, is_second: bool = False) -> str:
-    where = "have them on axis 1" if is_second else "may be on axis 1 or on the last"
-    return message(
-        "CrossEntropy needs to know which axis of the outputs holds the classes.",
-        f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}, which {where}.",
-        "a segmentation model, whose outputs are [b, c, h, w] as in PyTorch."
-        if outputs.ndim > 3 or is_second
-        else "sequences as long as there are classes.",
-        "CrossEntropy(axis=1) for outputs [b, c, ...]"
-        + ("." if is_second else ", CrossEntropy(axis=-1) for outputs [b, ..., c]."),
-    )
-
-
-def _require_range(name: str, targets: Tensor, valid: Tensor, required: str) -> None:
-    if not bool(valid.all()):
-        bad = targets[~valid].flatten()[:5].tolist()
-        raise DataError(
-            message(
-                f"{name} needs targets {required}.",
-                f"{int((~valid).sum())} targets outside of it, for example {bad}.",
-                "labels counted from 1, a missing-value code, or another loss's label convention.",
-                "recode the targets, or choose the loss that was trained with; where a code stands "
-                "for what does not count, CrossEntropy(ignore_index=...) leaves it out.",
-            )
-        )
-
-
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
     """ℓ = −Σ log softmax(f)[y]: classes on the last axis of f, or on another that is named.
@@ -359,7 +250,11 @@ class CrossEntropy(Loss):
         return outputs if self.axis is None else outputs.movedim(self.axis, -1)
 
     def ambiguity(self, outputs: Tensor, targets: Any) -> str | None:
-        return _axes(outputs, targets) if self._fits(outputs, targets) == (True, True) else None
+        return (
+            axes_of_classes(outputs, targets)
+            if self._fits(outputs, targets) == (True, True)
+            else None
+        )
 
     def _fits(self, outputs: Tensor, targets: Tensor) -> tuple[bool, bool]:
         """Whether the classes may be on axis 1, and on the last; of two axes those are one."""
@@ -374,7 +269,7 @@ class CrossEntropy(Loss):
         return second, last or not second
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        _require_tensor("CrossEntropy", targets)
+        require_tensor("CrossEntropy", targets)
         if outputs.ndim > 1 and self._last(outputs).shape[-1] == 1:
             raise ShapeError(
                 message(
@@ -386,9 +281,9 @@ class CrossEntropy(Loss):
                 )
             )
         if targets.is_floating_point():
-            _require_probabilities(self._last(outputs), self._last(targets))
+            require_probabilities(self._last(outputs), self._last(targets))
         if self._fits(outputs, targets) == (True, False):
-            raise ShapeError(_axes(outputs, targets, is_second=True))
+            raise ShapeError(axes_of_classes(outputs, targets, is_second=True))
         if targets.is_floating_point():
             return
         outputs = self._last(outputs)
@@ -413,7 +308,7 @@ class CrossEntropy(Loss):
         c = outputs.shape[-1]
         kept, index = self._counted(targets)
         valid = ((index >= 0) & (index < c)) | ~kept
-        _require_range("CrossEntropy", targets, valid, f"in 0…{c - 1} for {c} classes")
+        require_range("CrossEntropy", targets, valid, f"in 0…{c - 1} for {c} classes")
 
     def _counted(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Which targets count, and their classes, 0 where they do not.
@@ -506,8 +401,8 @@ class Bernoulli(Loss):
     convex = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        _require_same_shape("Bernoulli", outputs, targets)
-        _require_range("Bernoulli", targets, (targets >= 0) & (targets <= 1), "in [0, 1]")
+        require_same_shape("Bernoulli", outputs, targets)
+        require_range("Bernoulli", targets, (targets >= 0) & (targets <= 1), "in [0, 1]")
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         # By default softplus has a slope of exactly 1 from 20 on, where 1 − σ is still 2e-9.
@@ -546,7 +441,7 @@ class SquaredError(Loss):
     convex = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        _require_same_shape("SquaredError", outputs, targets)
+        require_same_shape("SquaredError", outputs, targets)
         if not targets.is_floating_point():
             raise DtypeError(
                 message(
@@ -597,8 +492,8 @@ class Poisson(Loss):
     convex = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        _require_same_shape("Poisson", outputs, targets)
-        _require_range("Poisson", targets, targets >= 0, "that are counts, at least 0")
+        require_same_shape("Poisson", outputs, targets)
+        require_range("Poisson", targets, targets >= 0, "that are counts, at least 0")
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         return _per_example(outputs.exp() - targets * outputs)
@@ -658,9 +553,9 @@ class SmoothHinge(Loss):
             )
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        _require_same_shape("SmoothHinge", outputs, targets)
+        require_same_shape("SmoothHinge", outputs, targets)
         signs = targets.to(outputs.dtype).abs() == 1
-        _require_range("SmoothHinge", targets, signs, "in {−1, +1}")
+        require_range("SmoothHinge", targets, signs, "in {−1, +1}")
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         excess = (1 - targets * outputs) / self.temperature
@@ -724,7 +619,7 @@ class Weighted(Loss):
                     "reshape the weights to the first axes of the outputs.",
                 )
             )
-        _require_range("Weighted", v, v >= 0, "(y, v) with weights v ≥ 0")
+        require_range("Weighted", v, v >= 0, "(y, v) with weights v ≥ 0")
 
     def ambiguity(self, outputs: Tensor, targets: Any) -> str | None:
         return self.base.ambiguity(outputs, targets[0])
