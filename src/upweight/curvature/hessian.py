@@ -21,7 +21,7 @@ from upweight.curvature.curvature import (
     no_second_derivative,
 )
 from upweight.curvature.linear import linear_term
-from upweight.errors import DtypeError, UnsupportedModel, listed, message
+from upweight.errors import DtypeError, UnsupportedModel, listed
 from upweight.gradients.autograd import (
     agrees,
     attempted,
@@ -154,24 +154,20 @@ def _require_symmetric(
         dtypes = {d for d in dtypes_in(losses) if torch.finfo(d).eps > eps}
         if dtypes:
             raise DtypeError(
-                message(
-                    "A Hessian is symmetric: uᵀHv must be vᵀHu.",
-                    f"{one:.6g} and {other:.6g} on a few examples, from a model of {v.dtype} that "
-                    f"computes in {listed(sorted(map(str, dtypes)))} on its way.",
-                    "reduced precision inside of forward (torch.autocast, .bfloat16(), .half()), "
-                    "whose rounding second derivatives do not bear.",
-                    "take it out of forward, such as torch.autocast(..., enabled=False); or use "
-                    "curvature=GGN() or EKFAC().",
-                )
+                "A Hessian is symmetric: uᵀHv must be vᵀHu.",
+                f"{one:.6g} and {other:.6g} on a few examples, from a model of {v.dtype} that "
+                f"computes in {listed(sorted(map(str, dtypes)))} on its way.",
+                "reduced precision inside of forward (torch.autocast, .bfloat16(), .half()), "
+                "whose rounding second derivatives do not bear.",
+                "take it out of forward, such as torch.autocast(..., enabled=False); or use "
+                "curvature=GGN() or EKFAC().",
             )
     if gap > eps**0.5 * scale:
         raise UnsupportedModel(
-            message(
-                "A Hessian is symmetric: uᵀHv must be vᵀHu.",
-                f"{one:.6g} and {other:.6g} on a few examples.",
-                "gradients that are not those of a function: a backward pass of one's own that is "
-                "not the derivative of its forward pass (gradient reversal), .detach() or .data in "
-                "it.",
-                "use curvature=GGN() or EKFAC(), which are made of first derivatives.",
-            )
+            "A Hessian is symmetric: uᵀHv must be vᵀHu.",
+            f"{one:.6g} and {other:.6g} on a few examples.",
+            "gradients that are not those of a function: a backward pass of one's own that is "
+            "not the derivative of its forward pass (gradient reversal), .detach() or .data in "
+            "it.",
+            "use curvature=GGN() or EKFAC(), which are made of first derivatives.",
         )

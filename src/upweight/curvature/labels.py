@@ -76,12 +76,10 @@ class Sampled(Labels):
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise SpecError(
-                message(
-                    "Sampled needs at least one sample per example.",
-                    f"samples={self.samples!r}.",
-                    "0 meant as no sampling.",
-                    "use Expected() for the exact expectation or Observed() for the data's labels.",
-                )
+                "Sampled needs at least one sample per example.",
+                f"samples={self.samples!r}.",
+                "0 meant as no sampling.",
+                "use Expected() for the exact expectation or Observed() for the data's labels.",
             )
 
     @property
@@ -120,12 +118,10 @@ class Expected(Labels):
         width = outputs[0].numel()
         if width > self.most:
             raise UnsupportedModel(
-                message(
-                    f"Expected() takes one backward pass per output, up to {self.most}.",
-                    f"{width} outputs per example, of shape {tuple(outputs.shape[1:])}.",
-                    "a model with many classes or one output per position.",
-                    "use Sampled(), or Expected(most=...) if that many passes are meant.",
-                )
+                f"Expected() takes one backward pass per output, up to {self.most}.",
+                f"{width} outputs per example, of shape {tuple(outputs.shape[1:])}.",
+                "a model with many classes or one output per position.",
+                "use Sampled(), or Expected(most=...) if that many passes are meant.",
             )
         # In half precision the Hessian's own rounding would be taken for a negative eigenvalue.
         precise = outputs.to(torch.promote_types(outputs.dtype, torch.float32))

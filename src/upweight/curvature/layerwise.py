@@ -23,7 +23,7 @@ from upweight._typing import Batch
 from upweight.curvature.estimators import Estimator
 from upweight.curvature.kept import Kept, Parts
 from upweight.curvature.labels import Head, Labels
-from upweight.errors import DataError, listed, message
+from upweight.errors import DataError, listed
 from upweight.gradients.blocks import Block, MatrixBlock, Plan
 from upweight.gradients.cost import Cost, cost
 from upweight.gradients.factored import Factors
@@ -224,12 +224,10 @@ class LayerwiseCurvature(abc.ABC):
             return data, ()
         if not isinstance(m, Integral) or m < 1:
             raise DataError(
-                message(
-                    "A curvature needs at least one example.",
-                    f"examples={m}.",
-                    "a fraction where a number of examples is meant.",
-                    "give a number of examples, or None for all.",
-                )
+                "A curvature needs at least one example.",
+                f"examples={m}.",
+                "a fraction where a number of examples is meant.",
+                "give a number of examples, or None for all.",
             )
         if m >= n:
             return data, ()

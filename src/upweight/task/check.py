@@ -200,22 +200,18 @@ def checked_measurements(
                 f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
             )
             raise ScalarLoss(
-                message(
-                    f"A measure must return one value per query: shape ({stop - start},).",
-                    f"{measure!r} returned {shape}.",
-                    "a mean or sum over the queries, or one value per output.",
-                    "reduce over every axis but the first.",
-                )
+                f"A measure must return one value per query: shape ({stop - start},).",
+                f"{measure!r} returned {shape}.",
+                "a mean or sum over the queries, or one value per output.",
+                "reduce over every axis but the first.",
             )
         if not bool(part.isfinite().all()):
             first = int((~part.isfinite()).nonzero()[0])
             raise NonFinite(
-                message(
-                    "Every measurement must be finite.",
-                    f"{float(part[first])} for query {start + first} under {measure!r}.",
-                    "a logarithm of 0 or a division by 0 in the measure.",
-                    "measure in log space, or leave this query out.",
-                )
+                "Every measurement must be finite.",
+                f"{float(part[first])} for query {start + first} under {measure!r}.",
+                "a logarithm of 0 or a division by 0 in the measure.",
+                "measure in log space, or leave this query out.",
             )
         values.append(part)
     found = torch.cat(values)
@@ -232,12 +228,10 @@ def _at_once(data: Data) -> int:
 def _require_examples(data: Data, role: str) -> None:
     if len(data) == 0:
         raise DataError(
-            message(
-                f"The {role} must hold at least one example.",
-                "0 examples.",
-                "a filter that matched nothing, or an empty split.",
-                f"check len(...) of what you pass as the {role}.",
-            )
+            f"The {role} must hold at least one example.",
+            "0 examples.",
+            "a filter that matched nothing, or an empty split.",
+            f"check len(...) of what you pass as the {role}.",
         )
 
 
@@ -245,13 +239,11 @@ def _require_eval_mode(model: nn.Module) -> None:
     acting = acting_in_training(model)
     if acting:
         raise NonDeterministic(
-            message(
-                "The model must be in eval mode: θ̂ is one fixed function of each example.",
-                f"{len(acting)} layers that answer otherwise in training mode, first {acting[0]}.",
-                "model.eval() was not called after training; dropout is then random and BatchNorm "
-                "mixes the examples of a batch.",
-                "call model.eval() before making the Task.",
-            )
+            "The model must be in eval mode: θ̂ is one fixed function of each example.",
+            f"{len(acting)} layers that answer otherwise in training mode, first {acting[0]}.",
+            "model.eval() was not called after training; dropout is then random and BatchNorm "
+            "mixes the examples of a batch.",
+            "call model.eval() before making the Task.",
         )
     coupled = [
         f"{name or 'model'} ({type(module).__name__})"
@@ -260,14 +252,12 @@ def _require_eval_mode(model: nn.Module) -> None:
     ]
     if coupled:
         raise NonDeterministic(
-            message(
-                "Each example's output must not depend on the other examples of its batch.",
-                f"{len(coupled)} layers that take mean and variance from the batch at hand, first "
-                f"{coupled[0]}.",
-                "BatchNorm(track_running_stats=False), which couples examples in eval mode too.",
-                "train with running statistics, or use layers that treat examples one by one "
-                "(LayerNorm, GroupNorm).",
-            )
+            "Each example's output must not depend on the other examples of its batch.",
+            f"{len(coupled)} layers that take mean and variance from the batch at hand, first "
+            f"{coupled[0]}.",
+            "BatchNorm(track_running_stats=False), which couples examples in eval mode too.",
+            "train with running statistics, or use layers that treat examples one by one "
+            "(LayerNorm, GroupNorm).",
         )
 
 
@@ -275,12 +265,10 @@ def _require_finite_parameters(task: Task, theta: Float[Tensor, " p"]) -> None:
     if not bool(theta.isfinite().all()):
         bad = [k for k, v in task.layout.unflatten(theta).items() if not bool(v.isfinite().all())]
         raise NonFinite(
-            message(
-                "The model's parameters must be finite.",
-                f"NaN or infinity in {', '.join(bad[:5])}.",
-                "training diverged.",
-                "train again with a smaller learning rate, or load an earlier checkpoint.",
-            )
+            "The model's parameters must be finite.",
+            f"NaN or infinity in {', '.join(bad[:5])}.",
+            "training diverged.",
+            "train again with a smaller learning rate, or load an earlier checkpoint.",
         )
 
 
@@ -304,24 +292,20 @@ def _outputs(
         raise explained from error
     if not isinstance(called, tuple | list) or len(called) != 2:
         raise ShapeError(
-            message(
-                "Task(forward=...) must return two things: (outputs, targets).",
-                f"{type(called).__name__}"
-                f"{f' of {len(called)}' if isinstance(called, tuple | list) else ''}.",
-                "a function that returns the outputs alone.",
-                "Task(model, loss, forward=lambda model, batch: (model(batch[0]), batch[1])).",
-            )
+            "Task(forward=...) must return two things: (outputs, targets).",
+            f"{type(called).__name__}"
+            f"{f' of {len(called)}' if isinstance(called, tuple | list) else ''}.",
+            "a function that returns the outputs alone.",
+            "Task(model, loss, forward=lambda model, batch: (model(batch[0]), batch[1])).",
         )
     outputs, targets = called
     if not isinstance(outputs, Tensor) or outputs.ndim == 0:
         raise ShapeError(
-            message(
-                "The model must return one tensor [b, ...] with the examples on its first axis.",
-                f"{type(outputs).__name__}{' of shape ()' if isinstance(outputs, Tensor) else ''}.",
-                "a model that returns several tensors, or its own loss.",
-                "say how to get the outputs with Task(forward=lambda model, batch: "
-                "(outputs, targets)).",
-            )
+            "The model must return one tensor [b, ...] with the examples on its first axis.",
+            f"{type(outputs).__name__}{' of shape ()' if isinstance(outputs, Tensor) else ''}.",
+            "a model that returns several tensors, or its own loss.",
+            "say how to get the outputs with Task(forward=lambda model, batch: "
+            "(outputs, targets)).",
         )
     return outputs, targets
 
@@ -350,12 +334,10 @@ def require_recording() -> None:
     """
     if torch.is_inference_mode_enabled():
         raise NotDifferentiable(
-            message(
-                "Gradients must be taken where autograd can record.",
-                "a call inside torch.inference_mode().",
-                "a whole script run in inference mode, or a decorated function.",
-                "leave inference mode for this call; torch.no_grad() may stay.",
-            )
+            "Gradients must be taken where autograd can record.",
+            "a call inside torch.inference_mode().",
+            "a whole script run in inference mode, or a decorated function.",
+            "leave inference mode for this call; torch.no_grad() may stay.",
         )
 
 
@@ -369,25 +351,21 @@ def _unreached_notes(
     unreached = [k for k, g in gradients.items() if g is None]
     if len(unreached) == len(gradients):
         raise NotDifferentiable(
-            message(
-                "The loss must depend on the chosen parameters through differentiable steps.",
-                f"no gradient reaches {listed(unreached)} from {len(losses)} examples.",
-                "layers that forward does not use, .detach(), no_grad(), argmax or rounding.",
-                'choose the parameters that forward uses with Task(params="pattern"), or replace '
-                "the step that cuts the gradient.",
-            )
+            "The loss must depend on the chosen parameters through differentiable steps.",
+            f"no gradient reaches {listed(unreached)} from {len(losses)} examples.",
+            "layers that forward does not use, .detach(), no_grad(), argmax or rounding.",
+            'choose the parameters that forward uses with Task(params="pattern"), or replace '
+            "the step that cuts the gradient.",
         )
     silent = all(not bool(g.any()) for g in gradients.values() if g is not None)
     if silent and bool((losses != 0).any()) and bool(losses.isfinite().all()):
         raise NotDifferentiable(
-            message(
-                "Some example must have a gradient that is not exactly zero.",
-                f"{len(losses)} examples with losses up to {float(losses.abs().max()):.3g} and "
-                "gradients of exactly 0.",
-                "a rounding, sign or threshold step (its derivative is 0), or a loss saturated in "
-                "this dtype.",
-                "replace the step by a smooth one, or use float64.",
-            )
+            "Some example must have a gradient that is not exactly zero.",
+            f"{len(losses)} examples with losses up to {float(losses.abs().max()):.3g} and "
+            "gradients of exactly 0.",
+            "a rounding, sign or threshold step (its derivative is 0), or a loss saturated in "
+            "this dtype.",
+            "replace the step by a smooth one, or use float64.",
         )
     if not unreached:
         return ()
@@ -451,16 +429,14 @@ def _require_own_gradients(
     if bool(apart.any()):
         worst = int((gaps / sizes.clamp_min(floor)).argmax())
         raise NonDeterministic(
-            message(
-                "The gradient of an example must not depend on the other examples of its batch.",
-                f"examples {', '.join(map(str, chosen))} of the {role}, whose losses do not: their "
-                f"summed gradient in {task.layout.names[worst]} is "
-                f"{float(gaps[worst] / sizes[worst]):.1%} off beside others.",
-                "a backward pass that looks at the batch as a whole: a hook or an autograd "
-                "function that normalizes, clips or centers gradients.",
-                "take that step out of forward, such as handle.remove() of a hook; clip in the "
-                "optimizer.",
-            )
+            "The gradient of an example must not depend on the other examples of its batch.",
+            f"examples {', '.join(map(str, chosen))} of the {role}, whose losses do not: their "
+            f"summed gradient in {task.layout.names[worst]} is "
+            f"{float(gaps[worst] / sizes[worst]):.1%} off beside others.",
+            "a backward pass that looks at the batch as a whole: a hook or an autograd "
+            "function that normalizes, clips or centers gradients.",
+            "take that step out of forward, such as handle.remove() of a hook; clip in the "
+            "optimizer.",
         )
 
 
@@ -488,14 +464,12 @@ def require_finite_gradients(task: Task, data: Data) -> None:
         bad = next((i for i in range(start, stop) if not is_finite(i, i + 1)), None)
         if bad is not None:
             raise NonFinite(
-                message(
-                    "Every training example must have a finite gradient.",
-                    f"NaN or infinity in that of example {bad}, whose loss is finite.",
-                    "a step without a finite derivative there (a square root or norm of 0, a "
-                    "clamped logarithm), or gradients that overflow in this dtype.",
-                    "make the step smooth (sqrt(x + 1e-12)), use model.float(), or leave the "
-                    "example out.",
-                )
+                "Every training example must have a finite gradient.",
+                f"NaN or infinity in that of example {bad}, whose loss is finite.",
+                "a step without a finite derivative there (a square root or norm of 0, a "
+                "clamped logarithm), or gradients that overflow in this dtype.",
+                "make the step smooth (sqrt(x + 1e-12)), use model.float(), or leave the "
+                "example out.",
             )
 
 
@@ -519,16 +493,12 @@ def _require_finite_losses(
         inputs = [x[first] if x.ndim > 0 and len(x) == len(losses) else x for x in held]
         from_data = any(not bool(x.isfinite().all()) for x in inputs)
         raise NonFinite(
-            message(
-                f"Every loss over the {role} must be finite.",
-                f"{len(bad)} losses in this batch are not; the first is example {start + first} "
-                f"(loss {float(losses[first])})"
-                f"{', whose inputs or targets hold NaN or infinity' if from_data else ''}.",
-                "missing values in the data."
-                if from_data
-                else "overflow, or log or division by 0.",
-                "remove or impute these examples."
-                if from_data
-                else "compute the loss from logits (log_softmax), or use float64.",
-            )
+            f"Every loss over the {role} must be finite.",
+            f"{len(bad)} losses in this batch are not; the first is example {start + first} "
+            f"(loss {float(losses[first])})"
+            f"{', whose inputs or targets hold NaN or infinity' if from_data else ''}.",
+            "missing values in the data." if from_data else "overflow, or log or division by 0.",
+            "remove or impute these examples."
+            if from_data
+            else "compute the loss from logits (log_softmax), or use float64.",
         )

@@ -273,13 +273,11 @@ def _from_loader(loader: DataLoader) -> IndexedData:  # type: ignore[type-arg]
     custom_batches = type(loader.batch_sampler) is not torch.utils.data.BatchSampler
     if not whole or custom_batches:
         raise DataError(
-            message(
-                "A DataLoader must visit every example of its dataset once.",
-                f"one with {type(sampler).__name__} and {type(loader.batch_sampler).__name__}.",
-                "a sampler that picks a subset, weights examples or groups them by size; or "
-                "batch_size=None.",
-                "pass the dataset itself, or Subset(dataset, indices) for the examples it visits.",
-            )
+            "A DataLoader must visit every example of its dataset once.",
+            f"one with {type(sampler).__name__} and {type(loader.batch_sampler).__name__}.",
+            "a sampler that picks a subset, weights examples or groups them by size; or "
+            "batch_size=None.",
+            "pass the dataset itself, or Subset(dataset, indices) for the examples it visits.",
         )
     notes = []
     if random or isinstance(sampler, DistributedSampler):

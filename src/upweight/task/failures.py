@@ -204,14 +204,12 @@ def require_no_places(data: Data) -> None:
     count = len(first) - 2
     inputs = ", ".join(f"batch[{k}]" for k in range(count))
     raise DataError(
-        message(
-            "The last entry of an example is its targets.",
-            f"batches of {len(first)} entries, {_shapes(first)}, whose last is each example's "
-            "place in the data.",
-            "a data set of (inputs, targets, index).",
-            "say which entries are inputs and which the targets: Task(model, loss, forward=lambda "
-            f"model, batch: (model({inputs}), batch[{count}])).",
-        )
+        "The last entry of an example is its targets.",
+        f"batches of {len(first)} entries, {_shapes(first)}, whose last is each example's "
+        "place in the data.",
+        "a data set of (inputs, targets, index).",
+        "say which entries are inputs and which the targets: Task(model, loss, forward=lambda "
+        f"model, batch: (model({inputs}), batch[{count}])).",
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.progress import progress
 from upweight.task.data import Data
@@ -92,15 +92,13 @@ def described(value: Any) -> str:
     text = repr(value)
     if f"0x{id(value):x}" in text.lower() or " object at 0x" in text:
         raise SpecError(
-            message(
-                "What is kept on disk needs recipes, methods, losses and measures that say "
-                "what they are.",
-                f"{text}.",
-                "an object without fields that can be read, so that another run could not tell "
-                "whether it is the same.",
-                "make it a frozen dataclass of its hyperparameters or a plain function, or leave "
-                "cache= and store= out.",
-            )
+            "What is kept on disk needs recipes, methods, losses and measures that say "
+            "what they are.",
+            f"{text}.",
+            "an object without fields that can be read, so that another run could not tell "
+            "whether it is the same.",
+            "make it a frozen dataclass of its hyperparameters or a plain function, or leave "
+            "cache= and store= out.",
         )
     return f"{type(value).__qualname__} {text}"
 

@@ -106,13 +106,11 @@ class Loss(abc.ABC):
                 columns.append(column.flatten(1))
         except RuntimeError as error:
             raise UnsupportedModel(
-                message(
-                    "This curvature needs the second derivative of the loss in the outputs.",
-                    f"{self!r}. PyTorch says: {str(error).splitlines()[0]}",
-                    "a loss whose backward pass PyTorch cannot differentiate (CTC).",
-                    "use curvature=EmpiricalFisher() or EKFAC(Observed()), which are made of first "
-                    "derivatives.",
-                )
+                "This curvature needs the second derivative of the loss in the outputs.",
+                f"{self!r}. PyTorch says: {str(error).splitlines()[0]}",
+                "a loss whose backward pass PyTorch cannot differentiate (CTC).",
+                "use curvature=EmpiricalFisher() or EKFAC(Observed()), which are made of first "
+                "derivatives.",
             ) from error
         return torch.stack(columns, dim=2)
 
@@ -237,12 +235,10 @@ class CrossEntropy(Loss):
     def __post_init__(self) -> None:
         if self.axis == 0:
             raise SpecError(
-                message(
-                    "CrossEntropy needs the axis of the classes.",
-                    "axis=0, where the examples are.",
-                    "axes counted without that of the examples.",
-                    "use axis=1 for outputs [b, c, ...], axis=-1 for [b, ..., c].",
-                )
+                "CrossEntropy needs the axis of the classes.",
+                "axis=0, where the examples are.",
+                "axes counted without that of the examples.",
+                "use axis=1 for outputs [b, c, ...], axis=-1 for [b, ..., c].",
             )
 
     def _last(self, outputs: Tensor) -> Tensor:
@@ -272,13 +268,11 @@ class CrossEntropy(Loss):
         require_tensor("CrossEntropy", targets)
         if outputs.ndim > 1 and self._last(outputs).shape[-1] == 1:
             raise ShapeError(
-                message(
-                    "CrossEntropy needs a logit for each of two or more classes.",
-                    f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
-                    "a model with one logit for yes or no.",
-                    "use Bernoulli() with targets as floats in the outputs' shape: "
-                    "y.to(outputs.dtype).reshape(outputs.shape).",
-                )
+                "CrossEntropy needs a logit for each of two or more classes.",
+                f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
+                "a model with one logit for yes or no.",
+                "use Bernoulli() with targets as floats in the outputs' shape: "
+                "y.to(outputs.dtype).reshape(outputs.shape).",
             )
         if targets.is_floating_point():
             require_probabilities(self._last(outputs), self._last(targets))
@@ -297,13 +291,11 @@ class CrossEntropy(Loss):
             elif outputs.ndim < 2:
                 cause, way = "one output per example.", "use Bernoulli() for one logit per example."
             raise ShapeError(
-                message(
-                    "CrossEntropy needs outputs [b, ..., c] with classes last, and targets [b, ...]"
-                    " of class indices.",
-                    f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
-                    cause,
-                    way,
-                )
+                "CrossEntropy needs outputs [b, ..., c] with classes last, and targets [b, ...]"
+                " of class indices.",
+                f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
+                cause,
+                way,
             )
         c = outputs.shape[-1]
         kept, index = self._counted(targets)
@@ -444,12 +436,10 @@ class SquaredError(Loss):
         require_same_shape("SquaredError", outputs, targets)
         if not targets.is_floating_point():
             raise DtypeError(
-                message(
-                    "SquaredError needs floating-point targets.",
-                    f"targets of dtype {targets.dtype}.",
-                    "integer labels given to a regression.",
-                    "convert them (y.double()), or use CrossEntropy() for classes.",
-                )
+                "SquaredError needs floating-point targets.",
+                f"targets of dtype {targets.dtype}.",
+                "integer labels given to a regression.",
+                "convert them (y.double()), or use CrossEntropy() for classes.",
             )
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
@@ -468,14 +458,12 @@ class SquaredError(Loss):
         lost = torch.finfo(outputs.dtype).eps * outputs.abs().max() if outputs.numel() else 0.0
         if float(lost) > MOST_LOST:
             raise DtypeError(
-                message(
-                    "A label f + ε with ε ~ N(0, 1) must be a number of the outputs' dtype.",
-                    f"outputs of up to {float(outputs.abs().max()):.3g} in {outputs.dtype}, which "
-                    "loses the noise.",
-                    "targets far from zero (times, prices) that were not centred or scaled.",
-                    "draw in float64 (outputs.double()), or ask for residual(...), which needs no "
-                    "label.",
-                )
+                "A label f + ε with ε ~ N(0, 1) must be a number of the outputs' dtype.",
+                f"outputs of up to {float(outputs.abs().max()):.3g} in {outputs.dtype}, which "
+                "loses the noise.",
+                "targets far from zero (times, prices) that were not centred or scaled.",
+                "draw in float64 (outputs.double()), or ask for residual(...), which needs no "
+                "label.",
             )
         noise = Draws.by(generator, len(outputs)).normal(outputs.shape[1:])
         return outputs + noise.to(outputs.dtype)
@@ -544,12 +532,10 @@ class SmoothHinge(Loss):
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise SpecError(
-                message(
-                    "SmoothHinge needs a temperature above 0.",
-                    f"temperature={self.temperature!r}.",
-                    "0 meant as the hinge itself, which has no second derivative.",
-                    "use a small temperature, 0.001 as in Koh & Liang (2017).",
-                )
+                "SmoothHinge needs a temperature above 0.",
+                f"temperature={self.temperature!r}.",
+                "0 meant as the hinge itself, which has no second derivative.",
+                "use a small temperature, 0.001 as in Koh & Liang (2017).",
             )
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
@@ -591,33 +577,27 @@ class Weighted(Loss):
     def check(self, outputs: Tensor, targets: Any) -> None:
         if not isinstance(targets, tuple | list) or len(targets) != 2:
             raise DataError(
-                message(
-                    "Weighted needs targets (y, v): the target and the weight of each example.",
-                    f"targets of type {type(targets).__name__}.",
-                    "data given as (X, y) without weights.",
-                    "give the data as (X, (y, v)) with v of shape [n].",
-                )
+                "Weighted needs targets (y, v): the target and the weight of each example.",
+                f"targets of type {type(targets).__name__}.",
+                "data given as (X, y) without weights.",
+                "give the data as (X, (y, v)) with v of shape [n].",
             )
         y, v = targets
         self.base.check(outputs, y)
         if v.ndim > 1 and getattr(self.base, "axis", None) not in (None, -1):
             raise ShapeError(
-                message(
-                    "Weights per position need outputs with classes last.",
-                    f"{self.base!r}, weights {tuple(v.shape)}.",
-                    "outputs [b, c, h, w] as in PyTorch.",
-                    "move the axis: Task(forward=lambda model, batch: "
-                    "(model(batch[0]).movedim(1, -1), batch[1])), with CrossEntropy(axis=-1).",
-                )
+                "Weights per position need outputs with classes last.",
+                f"{self.base!r}, weights {tuple(v.shape)}.",
+                "outputs [b, c, h, w] as in PyTorch.",
+                "move the axis: Task(forward=lambda model, batch: "
+                "(model(batch[0]).movedim(1, -1), batch[1])), with CrossEntropy(axis=-1).",
             )
         if v.shape != outputs.shape[: v.ndim] or v.ndim < 1:
             raise ShapeError(
-                message(
-                    "Weighted needs a weight per example, [b], or per position, [b, t].",
-                    f"weights {tuple(v.shape)} for outputs {tuple(outputs.shape)}.",
-                    "a last axis of size 1, or weights of another batch.",
-                    "reshape the weights to the first axes of the outputs.",
-                )
+                "Weighted needs a weight per example, [b], or per position, [b, t].",
+                f"weights {tuple(v.shape)} for outputs {tuple(outputs.shape)}.",
+                "a last axis of size 1, or weights of another batch.",
+                "reshape the weights to the first axes of the outputs.",
             )
         require_range("Weighted", v, v >= 0, "(y, v) with weights v ≥ 0")
 
@@ -687,12 +667,10 @@ def as_loss(loss: Loss | Callable[[Tensor, Any], Tensor]) -> Loss:
     """
     if isinstance(loss, type) or not callable(loss):
         raise SpecError(
-            message(
-                "A loss is an object such as upweight.CrossEntropy(), or a function (outputs, "
-                "targets) -> [b].",
-                f"{loss!r}.",
-                "a class that was not called." if isinstance(loss, type) else "a name.",
-                "CrossEntropy(), Bernoulli(), SquaredError(), Poisson() or Weighted(...).",
-            )
+            "A loss is an object such as upweight.CrossEntropy(), or a function (outputs, "
+            "targets) -> [b].",
+            f"{loss!r}.",
+            "a class that was not called." if isinstance(loss, type) else "a name.",
+            "CrossEntropy(), Bernoulli(), SquaredError(), Poisson() or Weighted(...).",
         )
     return loss if isinstance(loss, Loss) else CustomLoss(loss)

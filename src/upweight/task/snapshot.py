@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from upweight._typing import Batch
-from upweight.errors import ModelChanged, SpecError, message
+from upweight.errors import ModelChanged, SpecError
 from upweight.runtime.fingerprint import checksum
 from upweight.task.data import Data
 from upweight.task.identity import described
@@ -140,13 +140,10 @@ class Snapshot:
             undo = " (a hook: handle.remove())" if hooked else ""
             more = f", and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
             raise ModelChanged(
-                message(
-                    "The model and its objective must still be what the method was fitted to.",
-                    f"{'; '.join(words[:SHOWN])}{more}.",
-                    f"{'; '.join(causes)}.",
-                    f"put it back as it was{undo}, fit again, or fit to a copy: "
-                    "copy.deepcopy(model).",
-                )
+                "The model and its objective must still be what the method was fitted to.",
+                f"{'; '.join(words[:SHOWN])}{more}.",
+                f"{'; '.join(causes)}.",
+                f"put it back as it was{undo}, fit again, or fit to a copy: copy.deepcopy(model).",
             )
 
     def _only_grew(self, task: Task, train: Data, now: "Snapshot", names: Sequence[str]) -> bool:

@@ -25,12 +25,7 @@ def require_tensor(name: str, targets: Any) -> None:
     elif isinstance(targets, tuple | list):
         kind += f" of {len(targets)}"
     raise ShapeError(
-        message(
-            f"{name} needs its targets in one tensor.",
-            f"targets of type {kind}.",
-            cause,
-            way,
-        )
+        f"{name} needs its targets in one tensor.", f"targets of type {kind}.", cause, way
     )
 
 
@@ -55,12 +50,10 @@ def require_same_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
         cause = "targets of another size than what the model gives for them."
         way = "give one target for each output, in the outputs' shape."
     raise ShapeError(
-        message(
-            f"{name} needs targets of the same shape as the model's outputs.",
-            f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
-            cause,
-            way,
-        )
+        f"{name} needs targets of the same shape as the model's outputs.",
+        f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
+        cause,
+        way,
     )
 
 
@@ -87,14 +80,12 @@ def require_probabilities(outputs: Tensor, targets: Tensor) -> None:
         way = "give one probability for each of the model's outputs."
     values = ", ".join(f"{x:g}" for x in targets.flatten()[:3].tolist())
     raise ShapeError(
-        message(
-            "CrossEntropy needs classes as integers [b, ...], or class probabilities as floats of "
-            "the outputs' shape.",
-            f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)} of {targets.dtype}: "
-            f"{values}, ...",
-            cause,
-            way,
-        )
+        "CrossEntropy needs classes as integers [b, ...], or class probabilities as floats of "
+        "the outputs' shape.",
+        f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)} of {targets.dtype}: "
+        f"{values}, ...",
+        cause,
+        way,
     )
 
 
@@ -117,11 +108,9 @@ def require_range(name: str, targets: Tensor, valid: Tensor, required: str) -> N
     if not bool(valid.all()):
         bad = targets[~valid].flatten()[:5].tolist()
         raise DataError(
-            message(
-                f"{name} needs targets {required}.",
-                f"{int((~valid).sum())} targets outside of it, for example {bad}.",
-                "labels counted from 1, a missing-value code, or another loss's label convention.",
-                "recode the targets, or choose the loss that was trained with; where a code stands "
-                "for what does not count, CrossEntropy(ignore_index=...) leaves it out.",
-            )
+            f"{name} needs targets {required}.",
+            f"{int((~valid).sum())} targets outside of it, for example {bad}.",
+            "labels counted from 1, a missing-value code, or another loss's label convention.",
+            "recode the targets, or choose the loss that was trained with; where a code stands "
+            "for what does not count, CrossEntropy(ignore_index=...) leaves it out.",
         )
