@@ -36,6 +36,7 @@ CHECKS: dict[Any, tuple[str, ...]] = {
         "loss_notes",
         "require_same_losses",
         "require_own_measurements",
+        "_require_own_gradients",
     ),
     layerwise: ("require_own_losses",),
     Snapshot: ("of",),

@@ -49,7 +49,7 @@ from upweight.task.task import Task, call_model
 CHECKED_AT_ONCE = 256
 """Examples per forward pass of the check."""
 
-WITH_GRADIENT = 4
+WITH_GRADIENT = 8
 """One in so many examples of the probe is asked for its gradient alone."""
 
 APART = 1e-2
