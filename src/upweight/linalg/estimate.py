@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import NonFinite, SpecError, message
+from upweight.errors import NonFinite, SpecError
 from upweight.linalg.operator import LinearOperator, square
 
 PROBES = 64  # vectors handed to `mv` at once
@@ -117,12 +117,10 @@ def extreme_eigenvalues(
         betas.append(float(torch.linalg.vector_norm(w)))
         if not (torch.isfinite(w).all()):
             raise NonFinite(
-                message(
-                    "Eigenvalues need a finite operator.",
-                    f"{A!r} gave a NaN or an infinity for a finite vector.",
-                    "a loss or an activation that overflowed.",
-                    "check the gradients of the examples one at a time, or use float64.",
-                )
+                "Eigenvalues need a finite operator.",
+                f"{A!r} gave a NaN or an infinity for a finite vector.",
+                "a loss or an activation that overflowed.",
+                "check the gradients of the examples one at a time, or use float64.",
             )
         ends = _ritz(alphas, betas)
         scale = max(abs(ends.smallest), abs(ends.largest))
@@ -157,12 +155,10 @@ def _probes(A: LinearOperator, samples: int, seed: int) -> Iterator[Tensor]:
     """Rademacher vectors [≤ PROBES p], `samples` of them in all."""
     if samples < 1:
         raise SpecError(
-            message(
-                "An estimate needs at least one probe.",
-                f"samples={samples}.",
-                "a budget that was divided down to nothing.",
-                "use samples=100; two is the least that gives a standard error.",
-            )
+            "An estimate needs at least one probe.",
+            f"samples={samples}.",
+            "a budget that was divided down to nothing.",
+            "use samples=100; two is the least that gives a standard error.",
         )
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, samples, PROBES):
