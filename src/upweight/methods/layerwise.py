@@ -54,10 +54,10 @@ from upweight.task.check import (
     checked_losses,
     checked_measurements,
     require_answerable,
-    require_finite_gradients,
     require_own_losses,
 )
 from upweight.task.data import Data
+from upweight.task.gradients import require_finite_gradients
 from upweight.task.identity import contents, described, subject
 from upweight.task.measures import Loss, as_measure
 from upweight.task.probe import Probe
