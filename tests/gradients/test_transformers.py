@@ -119,7 +119,7 @@ def test_gpt2_has_the_blocks_of_linear_maps():
 @pytest.mark.filterwarnings("ignore")
 def test_experts_in_a_dtype_that_their_kernel_lacks():
     """The cause is the dtype; both ways out give the same scores."""
-    config = transformers.MixtralConfig(
+    config = transformers().MixtralConfig(
         hidden_size=8,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -129,7 +129,7 @@ def test_experts_in_a_dtype_that_their_kernel_lacks():
         max_position_embeddings=7,
         **SIZES,
     )
-    task, data = language(transformers.MixtralForCausalLM(config), per_token=True)
+    task, data = language(transformers().MixtralForCausalLM(config), per_token=True)
     method = uw.Influence(uw.EKFAC(uw.Observed()), damping=0.1)
     with pytest.raises(DtypeError, match=r"in torch.float32 the model runs(.|\n)*'eager'"):
         method.fit(task, data)

@@ -144,7 +144,7 @@ def _way(task: Task, theta: Float[Tensor, " p"], data: Data) -> tuple[bool, tupl
             raise UnsupportedModel(
                 no_second_derivative("A function is marked once_differentiable.", _FIRST_ORDER)
             )
-        _require_symmetric(v, plain, partial(task.losses, task.theta(), batch))
+        _require_symmetric(v, plain, partial(task.losses, theta, batch))
         if fast is None:
             why = f"torch.func cannot run the model: {first_line(refused)}"
         elif not agrees(fast, plain):
