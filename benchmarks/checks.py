@@ -36,6 +36,8 @@ CHECKS: dict[Any, tuple[str, ...]] = {
         "loss_notes",
         "require_same_losses",
         "require_own_measurements",
+        "require_own_gradients",
+        "unreached_notes",
     ),
     layered: ("require_own_losses",),
     Snapshot: ("of",),

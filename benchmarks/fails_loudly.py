@@ -1254,6 +1254,80 @@ def a_removal_asked_of_a_curvature_by_layers() -> Any:
     return method.fit(uw.Task(linear(), uw.CrossEntropy(), uw.L2(0.1)), rows()).removal(rows(4))
 
 
+SLOPE = 1.0
+
+
+class ByGlobal(nn.Module):
+    """Reads a number that is no part of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SLOPE * x
+
+
+@case
+def a_global_that_forward_reads_changed_after_fit() -> Any:
+    model = deep(ByGlobal())
+    fitted = uw.Influence(uw.GGN()).fit(uw.Task(model, uw.CrossEntropy(), uw.L2(0.1)), rows())
+    try:
+        globals()["SLOPE"] = 2.0
+        return fitted.attribute(rows(4))
+    finally:
+        globals()["SLOPE"] = 1.0
+
+
+class Stretched(nn.Module):
+    """Scales by the longest input so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = torch.zeros(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > len(self.cache):
+            self.cache = torch.ones(len(x))
+        return x * len(self.cache) / 24
+
+
+@case
+def a_cache_that_grew_after_fit_and_changes_outputs() -> Any:
+    model = deep(Stretched())
+    model(rows(24)[0])
+    fitted = uw.Influence(uw.GGN()).fit(uw.Task(model, uw.CrossEntropy(), uw.L2(0.1)), rows())
+    model(rows(48)[0])
+    return fitted.attribute(rows(4))
+
+
+class Autocast(nn.Module):
+    """Computes in bfloat16 and says float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = deep().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.inner(x).float()
+
+
+@case
+def hessian_of_a_model_that_computes_in_bfloat16() -> Any:
+    X, y = rows()
+    train = X.float(), y
+    return attribute(Autocast(), train, train, method=uw.Influence(uw.Hessian(), damping=5.0))
+
+
+@case
+def scores_of_a_model_that_computes_in_bfloat16() -> Any:
+    X, y = rows()
+    train = X.float(), y
+    return attribute(Autocast(), train, train, method=uw.Influence(uw.GGN(), damping=5.0))
+
+
+@case
+def a_model_that_runs_in_float32_only() -> Any:
+    return attribute(deep(Through(lambda x: x @ torch.eye(4, dtype=torch.float32))))
+
+
 def main() -> int:
     """Print the table; 1 if any case passed silently."""
     silent = 0

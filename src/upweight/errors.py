@@ -45,7 +45,15 @@ class AssumptionWarning(UserWarning):
 
 
 class UpweightError(Exception):
-    """Any error that upweight raises on purpose."""
+    """Any error that upweight raises on purpose.
+
+    Args:
+        parts: The four parts of the message, or its whole text.
+    """
+
+    def __init__(self, *parts: str) -> None:
+        # Also after `copy` and `pickle`, which give back the whole text.
+        super().__init__(message(*parts) if len(parts) == 4 else parts[0])
 
 
 class ShapeError(UpweightError, ValueError):

@@ -129,3 +129,37 @@ def test_a_loss_that_cannot_be_sampled_is_refused(name):
         return  # soft targets: the Fisher draws hard ones, and the mass of the target is lost
     with pytest.raises(UnsupportedModel, match=r"GGN\(\)"):
         uw.Fisher().fit(p.task, as_data(p.train), p.task.theta())
+
+
+@pytest.mark.parametrize(
+    "curvature",
+    [
+        uw.Fisher(samples=2),
+        uw.EmpiricalFisher(),
+        uw.GGN(),
+        uw.Diagonal(uw.Sampled()),
+    ],
+    ids=repr,
+)
+def test_the_curvature_of_all_examples_is_that_of_two_parts(curvature):
+    """H = H₋U + (1/n) Σ_U Hᵢ: what a removal leaves keeps its labels, in a part of a part too."""
+    p = problem("mlp_tanh")
+    data, theta = as_data(p.train), p.task.theta()
+    n, gone = len(data), [1, 2, 5]
+    kept = [i for i in range(n) if i not in gone]
+    parts = [data.subset(kept), data.subset([5, *range(4)]).subset([2, 3, 0])]
+    whole, *halves = (curvature.fit(p.task, some, theta, n=n).dense() for some in (data, *parts))
+    penalty = dense.penalty_hessian(p.task)
+    torch.testing.assert_close(sum(halves) - penalty, whole, rtol=1e-10, atol=1e-12)
+
+
+def test_a_removal_leaves_the_labels_of_the_others():
+    p = problem("mlp_tanh")
+    data, n, theta = as_data(p.train), p.n, p.task.theta()
+    curvature = uw.Fisher()
+    fitted = uw.Influence(curvature, damping=0.1).fit(p.task, data)
+    found = p.task.layout.flatten(dict(fitted.removal_step([2])))
+    gone = curvature.fit(p.task, data.subset([2]), theta, n=n).dense()
+    left = fitted.scorer.operator.dense() - (gone - dense.penalty_hessian(p.task))
+    gradient = dense.gradients(p.task, p.train)[2]
+    torch.testing.assert_close(left @ found, gradient / n, rtol=1e-8, atol=1e-10)

@@ -17,6 +17,11 @@ from upweight.task.data import as_data
 from upweight.task.losses import Loss
 
 
+def at(outputs):
+    """The places of examples that are the whole data."""
+    return torch.arange(len(outputs))
+
+
 class Gradients:
     """The gradients of one batch under whatever labels."""
 
@@ -29,7 +34,7 @@ class Gradients:
         with GradientPass(self.made, task.theta()) as passes:
             batch = self.data.batch(0, len(self.data))
             parts = passes.of_heads(
-                batch, len(self.data), lambda f, y: which.heads(task.loss, f, y, 0, 0)
+                batch, len(self.data), lambda f, y: which.heads(task.loss, f, y, at(f), 0)
             )
             for factors in parts:
                 out = torch.zeros(len(self.data), task.layout.size, dtype=self.made.dtype)
@@ -110,7 +115,7 @@ SAMPLED = (uw.CrossEntropy(), uw.Bernoulli(), uw.SquaredError(), uw.Poisson())
 
 def drawn(which, place=0, stream=0, n=70):
     f = draw(torch.Generator().manual_seed(5), n, 6)
-    found = which.heads(uw.CrossEntropy(), f[place:], labels_of(n)[place:], place, stream)
+    found = which.heads(uw.CrossEntropy(), f[place:], labels_of(n)[place:], at(f)[place:], stream)
     # δ = p − e(ŷ) is negative at the label alone.
     return torch.stack([delta.argmin(dim=1) for _, delta in found])
 
@@ -128,9 +133,9 @@ def test_draws_belong_to_the_place_of_an_example_and_not_to_its_batch(batch, los
     which, parts = Sampled(samples=2, seed=3), []
     for start in range(0, 70, batch):
         part = slice(start, start + batch)
-        heads = which.heads(loss, f[part], y[part], start, 1)
+        heads = which.heads(loss, f[part], y[part], at(f)[part], 1)
         parts.append(torch.stack([extra for _, extra in heads]))
-    whole = torch.stack([extra for _, extra in which.heads(loss, f, y, 0, 1)])
+    whole = torch.stack([extra for _, extra in which.heads(loss, f, y, at(f), 1)])
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-12, atol=1e-12)
     assert not torch.equal(whole[0], whole[1]), "the same draw twice would pass as well"
 
@@ -235,7 +240,7 @@ def test_labels_that_a_dtype_cannot_hold_are_refused():
 def test_counts_of_any_rate_have_its_variance(log_rate):
     """rate − count in float64, and beyond what that holds from the normal distribution."""
     f = torch.full((4000, 1), log_rate, dtype=torch.float32)
-    (_, delta), *_ = Sampled().heads(uw.Poisson(), f, f, 0, 0)
+    (_, delta), *_ = Sampled().heads(uw.Poisson(), f, f, at(f), 0)
     z = delta.double() / f.double().exp().sqrt()
     assert abs(float(z.mean())) < 4 / 4000**0.5
     assert abs(float(z.square().mean()) - 1) < 4 * (2 / 4000) ** 0.5
@@ -246,8 +251,8 @@ def test_residuals_of_short_outputs_are_rounded_once(dtype):
     g = torch.Generator().manual_seed(1)
     f, y = (4 * draw(g, 50, 8)).to(dtype), labels(g, 50, 8)
     for loss, targets in ((uw.CrossEntropy(), y), (uw.Bernoulli(), f), (uw.SquaredError(), f)):
-        (_, short), *_ = Sampled().heads(loss, f, targets, 0, 0)
-        (_, full), *_ = Sampled().heads(loss, f.float(), targets, 0, 0)
+        (_, short), *_ = Sampled().heads(loss, f, targets, at(f), 0)
+        (_, full), *_ = Sampled().heads(loss, f.float(), targets, at(f), 0)
         assert short.dtype == dtype
         torch.testing.assert_close(short, full.to(dtype), rtol=0, atol=0)
 
@@ -257,7 +262,7 @@ def test_class_probabilities_weigh_what_they_add_up_to():
     g = torch.Generator().manual_seed(1)
     f = draw(g, 1, 2, 3).expand(4000, 2, 3)
     y = torch.tensor([[0.1, 0.2, 0.1], [0.0, 0.0, 0.0]]).expand(4000, 2, 3)
-    (_, delta), *_ = Sampled().heads(uw.CrossEntropy(), f, y, 0, 0)
+    (_, delta), *_ = Sampled().heads(uw.CrossEntropy(), f, y, at(f), 0)
     assert not bool(delta[:, 1].any())
     products = delta[:, 0, :, None] * delta[:, 0, None, :]
     expected = uw.CrossEntropy().hessian(f[:1], y[:1])[0].reshape(2, 3, 2, 3)[0, :, 0]
@@ -295,7 +300,7 @@ def test_a_loss_that_is_not_convex_is_refused_whatever_its_scale(scale):
 def test_rounding_in_half_precision_is_not_taken_for_a_concave_loss(dtype):
     g = torch.Generator().manual_seed(1)
     f = (4 * draw(g, 50, 8)).to(dtype)
-    found = list(Expected().heads(uw.CrossEntropy(), f, labels(g, 50, 8), 0, 0))
+    found = list(Expected().heads(uw.CrossEntropy(), f, labels(g, 50, 8), at(f), 0))
     columns = torch.stack([column for _, column in found], dim=2).double()
     p = f.double().softmax(dim=1)
     expected = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
@@ -308,7 +313,7 @@ def test_every_example_gives_as_many_gradients_whatever_its_batch():
     g = torch.Generator().manual_seed(1)
     f, y = draw(g, 40, 5), labels(g, 40, 5)
     for part in (slice(0, 40), slice(3, 4), slice(17, 19)):
-        heads = Expected().heads(uw.CrossEntropy(), f[part], y[part], part.start, 0)
+        heads = Expected().heads(uw.CrossEntropy(), f[part], y[part], at(f)[part], 0)
         assert len(list(heads)) == 5
 
 

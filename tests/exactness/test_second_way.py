@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import re
 from typing import NamedTuple
 
 import pytest
@@ -19,7 +20,7 @@ from tests.fitted import at
 from tests.laws.subjects import assert_same
 from tests.market import draw, initialized, labels, names, problem
 from tests.reference import dense
-from upweight.errors import UnsupportedModel
+from upweight.errors import DtypeError, UnsupportedModel
 from upweight.methods import remainder
 from upweight.task.data import as_data
 
@@ -624,3 +625,71 @@ def test_the_hessian_of_weight_norm_is_that_of_its_formula(old):
         method = uw.Influence(uw.Hessian(), uw.Cholesky(), damping=50.0)
         values.append(method.fit(task, train).attribute(train).values)
     assert_same(values[0], values[1], 1e-10)
+
+
+# -- what a message advises ------------------------------------------------------------------------
+
+
+def advised(error):
+    """The curvatures that a way out names."""
+    way = str(error.value).partition("Way out:")[2]
+    return [eval(f"uw.{word.replace('(Ob', '(uw.Ob').replace('=Ob', '=uw.Ob')}")
+            for word in re.findall(r"\w+\((?:(?:labels=)?Observed\(\))?\)", way)
+            if word.startswith(("GGN", "EKFAC", "EmpiricalFisher"))]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "curvature",
+    [uw.EKFAC(), uw.EKFAC(uw.Expected()), uw.Fisher(), uw.GGN(), uw.Hessian()],
+    ids=repr,
+)
+def test_every_curvature_that_is_advised_for_ctc_runs(curvature):
+    task, train = built("connectionist")
+    with pytest.raises(UnsupportedModel) as error:
+        uw.Influence(curvature, damping=DAMPING).fit(task, train)
+    ways = advised(error)
+    assert len(ways) == 2
+    for way in ways:
+        uw.Influence(way, damping=DAMPING).fit(task, train).attribute(train)
+
+
+def test_a_loss_that_is_no_likelihood_and_has_second_derivatives_may_take_the_ggn():
+    def loss(f, y):
+        return (f - y).square().square().sum(dim=1)
+
+    g = torch.Generator().manual_seed(0)
+    task, train = uw.Task(initialized(mlp(nn.Tanh()), g), loss), (draw(g, N, 3), draw(g, N, 2))
+    with pytest.raises(UnsupportedModel) as error:
+        uw.Influence(uw.EKFAC(), damping=DAMPING).fit(task, train)
+    assert uw.GGN() in advised(error)
+    for way in advised(error):
+        uw.Influence(way, damping=DAMPING).fit(task, train).attribute(train)
+
+
+class Autocast(nn.Module):
+    """Computes in bfloat16 and returns float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.enabled = mlp(nn.Tanh()), True
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            return self.inner(x).float()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_reduced_precision_in_forward_is_named_where_it_makes_the_hessian_asymmetric():
+    g = torch.Generator().manual_seed(0)
+    model = initialized(Autocast(), g).float().eval()
+    task = uw.Task(model, uw.CrossEntropy())
+    train = draw(g, 40, 3).float(), labels(g, 40, 2)
+    with pytest.raises(DtypeError, match=r"computes in torch.bfloat16(.|\n)*autocast") as error:
+        uw.Influence(uw.Hessian(), damping=DAMPING).fit(task, train)
+    assert advised(error) == [uw.GGN(), uw.EKFAC()]
+    for curvature in advised(error):
+        scores = uw.Influence(curvature, damping=DAMPING).fit(task, train).attribute(train)
+        assert any("the model computes in bfloat16" in note for note in scores.provenance.notes)
+    model.enabled = False
+    scores = uw.Influence(uw.Hessian(), damping=DAMPING).fit(task, train).attribute(train)
+    assert not any("bfloat16" in note for note in scores.provenance.notes)

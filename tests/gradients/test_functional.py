@@ -7,9 +7,8 @@ import upweight as uw
 from tests.market import BUILDERS, problem
 from tests.reference import dense
 from upweight.gradients.functional import (
-    measure_gradients,
     output_jacobians,
-    per_sample_gradients,
+    value_gradients,
 )
 from upweight.task.data import as_data
 from upweight.task.measures import as_measure
@@ -23,7 +22,7 @@ def whole(data):
 @pytest.mark.parametrize("name", BUILDERS)
 def test_per_sample_gradients(name):
     p = problem(name)
-    found = per_sample_gradients(p.task, p.task.theta(), whole(p.train), p.n)
+    found = value_gradients(p.task.losses, p.task.theta(), whole(p.train), p.n)
     torch.testing.assert_close(found, dense.gradients(p.task, p.train), **p.tolerance)
 
 
@@ -42,12 +41,18 @@ def test_measure_gradients(name):
         return outputs.reshape(len(outputs), -1).tanh().sum(dim=1)
 
     theta = p.task.theta()
-    loss = measure_gradients(p.task, uw.Loss(), theta, whole(p.queries), len(as_data(p.queries)))
+    size = len(as_data(p.queries))
+
+    def of(measure):
+        def values(t, batch):
+            return measure(p.task, p.task.named(t), batch)
+
+        return value_gradients(values, theta, whole(p.queries), size)
+
+    loss = of(uw.Loss())
     expected = dense.measure_gradients(p.task, p.task.loss, p.queries)
     torch.testing.assert_close(loss, expected, **p.tolerance)
-    own = measure_gradients(
-        p.task, as_measure(function), theta, whole(p.queries), len(as_data(p.queries))
-    )
+    own = of(as_measure(function))
     expected = dense.measure_gradients(p.task, function, p.queries)
     torch.testing.assert_close(own, expected, **p.tolerance)
 
@@ -57,5 +62,5 @@ def test_gradients_are_taken_at_the_theta_given_and_not_at_the_models():
     theta = p.task.theta() + 0.1
     model = dense.Replica(p.task, p.train, theta).model
     moved = uw.Task(model.requires_grad_(True), p.task.loss, p.task.penalty)
-    found = per_sample_gradients(p.task, theta, whole(p.train), p.n)
+    found = value_gradients(p.task.losses, theta, whole(p.train), p.n)
     torch.testing.assert_close(found, dense.gradients(moved, p.train), **p.tolerance)

@@ -10,7 +10,7 @@ from tests import market
 from tests.gradients import layer_market
 from tests.gradients.layer_market import gradient_rows
 from tests.reference import dense
-from upweight.gradients.functional import per_sample_gradients
+from upweight.gradients.functional import value_gradients
 from upweight.gradients.planning import plan
 from upweight.task.data import as_data
 
@@ -28,7 +28,7 @@ def batches(data):
 
 def by_vmap(task, data):
     n = len(data)
-    return per_sample_gradients(task, task.theta(), data.batch(0, n), n)
+    return value_gradients(task.losses, task.theta(), data.batch(0, n), n)
 
 
 @pytest.mark.parametrize("name", market.BUILDERS)

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 import upweight as uw
 from tests.market import BUILDERS, draw, initialized, names, problem
 from tests.reference import dense
-from upweight.gradients.functional import per_sample_gradients
+from upweight.gradients.functional import value_gradients
 from upweight.gradients.linear import linear_form
 from upweight.gradients.source import Direct, gradient_source
 from upweight.task.data import as_data
@@ -339,7 +339,7 @@ def test_the_model_is_left_as_it_was(name):
     random = torch.get_rng_state()
     form(p.task, p.train)
     batch = as_data(p.train).batch(0, p.n)
-    per_sample_gradients(p.task, p.task.theta(), batch, p.n)
+    value_gradients(p.task.losses, p.task.theta(), batch, p.n)
     fitted = uw.Influence(uw.GGN(), uw.Cholesky(), damping=3.0).fit(p.task, p.train)
     fitted.attribute(p.queries)
     fitted.self_influence()

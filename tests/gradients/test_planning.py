@@ -1,5 +1,6 @@
 """Blocks, their sources, what is left to `torch.func` and why; what is refused by name."""
 
+import copy
 import re
 
 import pytest
@@ -303,4 +304,42 @@ def test_compiled_models_that_have_run_already():
     compiled(data[0])
     again = uw.Task(compiled, uw.CrossEntropy())
     found = gradient_rows(plan(again, again.theta(), as_data(data)), data)
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A group of one process."""
+    dist = pytest.importorskip("torch.distributed")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("how", ["fully_shard", "parallelize_module", "FullyShardedDataParallel"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_parameters_that_are_split_over_processes_are_refused_by_name(one_process, how):
+    """The way out, as the message has it, gives the scores of the model that was split."""
+    from torch.distributed import fsdp
+    from torch.distributed.checkpoint import state_dict
+    from torch.distributed.tensor import parallel
+
+    task, data = chain()
+    plain, model = copy.deepcopy(task.model), copy.deepcopy(task.model)
+    if how == "fully_shard":
+        model = fsdp.fully_shard(model, mesh=one_process)
+    elif how == "parallelize_module":
+        name = next(k for k, m in model.named_modules() if isinstance(m, nn.Linear))
+        parallel.parallelize_module(model, one_process, {name: parallel.ColwiseParallel()})
+    else:
+        model = fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    method = uw.Influence(uw.GGN(), damping=1.0)
+    with pytest.raises(UnsupportedModel, match=r"whole of each parameter") as error:
+        method.fit(uw.Task(model, uw.CrossEntropy()), data)
+    for parameter in plain.parameters():
+        parameter.data.zero_()
+    way = re.search(r"plain\.load_state_dict\(.*\)\)\)", str(error.value))
+    eval(way[0], {**vars(state_dict), "plain": plain, "model": model})
+    found = method.fit(uw.Task(plain, uw.CrossEntropy()), data).attribute(data).values
+    expected = method.fit(task, data).attribute(data).values
     torch.testing.assert_close(found, expected, **EXACT)

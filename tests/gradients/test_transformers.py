@@ -15,6 +15,7 @@ import upweight as uw
 from tests.fitted import at
 from tests.gradients.layer_market import gradient_rows
 from tests.reference import dense
+from upweight.errors import DtypeError
 from upweight.gradients.planning import plan
 from upweight.task.data import as_data
 
@@ -113,3 +114,30 @@ def test_gpt2_has_the_blocks_of_linear_maps():
     blocks = {b.name: b for b in plan(task, task.theta(), data).blocks}
     block = blocks["transformer.h.0.attn.c_attn.weight"]
     assert (block.shape, block.bias) == ((24, 9), "transformer.h.0.attn.c_attn.bias")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_in_a_dtype_that_their_kernel_lacks():
+    """The cause is the dtype; both ways out give the same scores."""
+    config = transformers().MixtralConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=12,
+        num_local_experts=3,
+        max_position_embeddings=7,
+        **SIZES,
+    )
+    task, data = language(transformers().MixtralForCausalLM(config), per_token=True)
+    method = uw.Influence(uw.EKFAC(uw.Observed()), damping=0.1)
+    with pytest.raises(DtypeError, match=r"in torch.float32 the model runs(.|\n)*'eager'"):
+        method.fit(task, data)
+    config._experts_implementation = "eager"
+    exact = at(method.fit(task, data), 0).attribute(data).values
+    config._experts_implementation = "grouped_mm"
+    task = uw.Task(task.model.float(), uw.CrossEntropy())
+    found = at(method.fit(task, data), 0).attribute(data).values
+    torch.testing.assert_close(
+        found.double(), exact, rtol=1e-3, atol=1e-4 * float(exact.abs().max())
+    )

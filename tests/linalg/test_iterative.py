@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from upweight.errors import NotConverged, NotPositiveDefinite
-from upweight.linalg import CG, MINRES, BlockCG, Dense, DiagonalMatrix, Result, Tag, solve
+from upweight.linalg import CG, MINRES, BlockCG, Cholesky, Dense, DiagonalMatrix, Result, Tag, solve
 from upweight.linalg.block_cg import orthonormal
 
 SYMMETRIC, PSD = frozenset({Tag.SYMMETRIC}), frozenset({Tag.PSD})
@@ -114,6 +114,21 @@ def test_negative_curvature_is_found_and_measured(solver, lowest):
     assert solution.result is Result.NEGATIVE_CURVATURE
     assert lowest <= solution.stats.extra["curvature"] < 0.0
     assert solve(A, draw(5, p), MINRES(max_steps=5000)).converged  # the way out is one
+
+
+@pytest.mark.parametrize("solver", [CG(), MINRES(), Cholesky()], ids=repr)
+def test_what_denies_a_known_sign_is_rounding(solver):
+    """A curvature that is positive semi-definite by definition is not advised in its own place."""
+    eigenvalues = torch.linspace(0.01, 1.0, p).double()
+    eigenvalues[0] = 0.0 if isinstance(solver, MINRES) else -1e-3
+    A = spectrum(eigenvalues, PSD)
+    with pytest.raises(NotPositiveDefinite) as caught:
+        solve(A, draw(5, p), solver)
+    assert (
+        "GGN" not in str(caught.value) and "MINRES()" not in str(caught.value).partition("Way")[2]
+    )
+    assert "add damping" in str(caught.value) or "raise damping" in str(caught.value)
+    assert solve(spectrum(eigenvalues + 0.1, PSD), draw(5, p), solver).converged  # the way out
 
 
 @pytest.mark.parametrize("solver", [CG(1e-9), MINRES(1e-9)], ids=["CG", "MINRES"])
@@ -237,7 +252,7 @@ def test_the_default_tolerance_is_within_reach_of_float32():
 
 
 def test_minres_does_not_send_its_user_to_minres():
-    A = Dense(torch.diag(torch.tensor([1.0, 2.0, 0.0])), PSD)
+    A = Dense(torch.diag(torch.tensor([1.0, 2.0, 0.0])), SYMMETRIC)
     with pytest.raises(NotPositiveDefinite, match=r"(?s)lie in the range of A.*GGN\(\)") as error:
         MINRES().solve(A, torch.ones(3)).throw()
     assert "MINRES(), which" not in str(error.value)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.market import names, problem
 from upweight import (
     EKFAC,
     GGN,
@@ -19,6 +20,7 @@ from upweight import (
     Hessian,
     Influence,
     Newton,
+    Observed,
     Poisson,
     Scores,
     Shards,
@@ -121,6 +123,42 @@ def test_networks_are_warned_of_before_they_are_trained_and_not_after(curvature:
     assert provenance.health["row_sum_excess_overall"] > 1 / 3
     (note,) = [n for n in provenance.notes if "not at a minimum" in n]
     assert "noisy SGD" in note and "begun" not in note
+
+
+@pytest.mark.parametrize("curvature", [EKFAC(), GGN()], ids=repr)
+def test_untrained_networks_of_a_small_excess_are_noted(curvature: Any) -> None:
+    """Of labels that hold nothing to learn, examples pull in all directions."""
+    torch.manual_seed(2)
+    train, queries = (torch.randn(400, 4), torch.arange(400) % 2), data(Q)
+    fitted = Influence(curvature, damping=0.01).fit(Task(network(train, 0), CrossEntropy()), train)
+    scores = fitted.attribute(queries)
+    assert 0.01 < scores.provenance.health["row_sum_excess_overall"] < 1 / 3
+    (note,) = [n for n in scores.provenance.notes if "not at a minimum" in n]
+    assert "has not begun" in note
+    trained = Influence(curvature, damping=0.01).fit(
+        Task(network(train, 300), CrossEntropy()), train
+    )
+    assert not any("begun" in n for n in trained.attribute(queries).provenance.notes)
+
+
+def test_removals_from_an_untrained_network_are_noted() -> None:
+    """They have no row sums: the step that would still lower J tells."""
+    torch.manual_seed(5)
+    train = data(200)
+    fitted = Influence(GGN(), damping=0.1).fit(Task(network(train, 0), CrossEntropy()), train)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AssumptionWarning)  # of steps that are too long
+        notes = fitted.removal(data(Q), groups=[[0]]).provenance.notes
+    assert any("has not begun" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", names(without=("untrained", "float32")))
+def test_no_trained_model_of_the_market_is_noted(name: str) -> None:
+    """Their penalties are strong: some are no better than a constant output."""
+    p = problem(name)
+    for curvature in (GGN(), EKFAC(Observed())):
+        scores = Influence(curvature, damping=0.1).fit(p.task, p.train).attribute(p.queries)
+        assert not any("minimum" in note for note in scores.provenance.notes)
 
 
 def constant(loss: Any, net: nn.Module, targets: Tensor, shape: tuple[int, ...]) -> Any:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -456,3 +457,186 @@ def test_tensors_of_any_layout_have_checksums() -> None:
         assert digest(x) == digest(x.clone(memory_format=torch.contiguous_format))
     assert checksum(torch.ones(2, dtype=torch.complex128)) != checksum(1j * torch.ones(2))
     assert item_checksum(torch.ones(2).bfloat16()) != item_checksum(torch.zeros(2).bfloat16())
+
+
+class Positions(nn.Module):
+    """Adds numbers by position from a cache that is made as long as the longest input so far.
+
+    Args:
+        scales: Whether a longer cache changes what is added to a shorter input.
+    """
+
+    cached: Tensor
+
+    def __init__(self, scales: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("cached", torch.zeros(1, 0), persistent=False)
+        self.plain, self.longest, self.scales = torch.zeros(0, 0), 0, scales
+        self.by_length: dict[int, Tensor] = {}
+        self.lengths: list[int] = []
+        self.objects: dict[int, Any] = {}
+        self.lazy: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = x.shape[1]
+        if t > self.longest:
+            self.longest = t
+            self.cached = torch.arange(t)[None] / 10.0
+            self.plain = torch.ones(t, t)
+        if t not in self.by_length:
+            self.by_length[t] = torch.ones(t)
+            self.objects[t] = [Settings()]
+            self.lengths.append(t)
+        if t > 5 and self.lazy is None:
+            self.lazy = torch.ones(1)
+        factor = self.longest if self.scales else 1.0
+        added = self.cached[:, :t] * factor * self.by_length[t] * self.plain[:t, 0]
+        return torch.stack([x.sum(dim=1), (x * added).sum(dim=1)], dim=1)
+
+
+def reading(scales: bool = False) -> nn.Sequential:
+    torch.manual_seed(1)
+    net = nn.Sequential(Positions(scales), nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).eval()
+    net(torch.ones(1, 5))  # what was called before fit, as training does
+    return net
+
+
+def sequences(n: int, t: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, t), torch.arange(n) % 2
+
+
+@BOTH
+def test_a_cache_that_grew_with_a_longer_input_is_noted(method: Influence) -> None:
+    """The model was called before fit, so that none of its passes shows that forward writes."""
+    net, queries = reading(), sequences(2, 5)
+    of = fitted(method, net, sequences(N, 5), params=("1.*", "3.*"))
+    expected = of.attribute(queries)
+    assert not any("grew" in note for note in expected.provenance.notes)
+    net(torch.ones(1, 9))
+    for _ in range(2):
+        scores = of.attribute(queries)
+        assert scores.values.equal(expected.values)
+        assert (
+            sum("buffer 0.cached" in n and "grew after fit" in n for n in scores.provenance.notes)
+            == 1
+        )
+    assert of.attribute(sequences(2, 9)).values.isfinite().all()
+    net[0].cached[0, 1] += 1
+    with pytest.raises(ModelChanged, match=r"buffer 0.cached changed"):
+        of.attribute(queries)
+
+
+@BOTH
+def test_a_cache_that_grew_and_moved_the_losses_is_refused(method: Influence) -> None:
+    net = reading(scales=True)
+    of = fitted(method, net, sequences(N, 5), params=("1.*", "3.*"))
+    net(torch.ones(1, 9))
+    with pytest.raises(ModelChanged, match=r"attribute 0.longest 5 → 9"):
+        of.attribute(sequences(2, 5))
+
+
+NO_GROWTH: dict[str, tuple[Any, Any]] = {
+    "other numbers": (torch.ones(1, 5), 2 * torch.ones(1, 9)),
+    "shorter": (torch.ones(2, 3), torch.ones(2, 2)),
+    "another rank": (torch.ones(2), torch.ones(2, 2)),
+    "another dtype": (torch.ones(2), torch.ones(3).half()),
+    "less": (3, 2),
+    "another entry": ({5: torch.ones(5)}, {5: 2 * torch.ones(5), 9: torch.ones(9)}),
+    "another last entry": ([1, 5], [1, 59]),
+    "gone": (torch.ones(3), None),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("part", NO_GROWTH)
+def test_what_is_no_growth_is_refused_where_no_loss_moves(method: Influence, part: str) -> None:
+    net = reading()
+    before, after = NO_GROWTH[part]
+    net[0].unused = before
+    of = fitted(method, net, sequences(N, 5), params=("1.*", "3.*"))
+    net[0].unused = after
+    with pytest.raises(ModelChanged, match=r"attribute 0.unused"):
+        of.attribute(sequences(2, 5))
+
+
+SCALE, TABLE, ACT, COUNT = 1.0, torch.ones(2), torch.tanh, 0
+PAIR = (1.0, "tanh")
+
+
+def helper(x: Tensor) -> Tensor:
+    global COUNT
+    COUNT += 1
+    return x * TABLE[0]
+
+
+class Chosen:
+    """Settings in a class."""
+
+    factor = 1.0
+
+
+class Named(nn.Module):
+    """A layer that reads globals, settings of classes, and a closure through its forward."""
+
+    shift = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(helper(x)) + self.shift + PAIR[0] * Chosen.factor
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return ACT(torch.stack([SCALE * part for part in x]))
+
+
+HERE, THIS = __name__, sys.modules[__name__]
+NAMES: dict[str, tuple[Any, str, Any]] = {
+    f"global {HERE}.SCALE 1.0 → 2.0": (None, "SCALE", 2.0),
+    f"global {HERE}.TABLE changed": (None, "TABLE", torch.tensor([2.0, 1.0])),
+    f"global {HERE}.ACT changed": (None, "ACT", torch.sigmoid),
+    rf"global {HERE}.PAIR tuple\(1.0, 'tanh'\) → tuple\(2.0, 'tan": (None, "PAIR", (2.0, "tanh")),
+    r"global Named.shift 0.0 → 1.0": (Named, "shift", 1.0),
+    r"global Chosen.factor 1.0 → 3": (Chosen, "factor", 3),
+    rf"global {HERE}.helper\(\) changed": (None, "helper", lambda x: x),
+}  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("words", NAMES)
+def test_globals_that_forward_reads_are_compared(
+    method: Influence, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name, value = NAMES[words]
+    net, queries = nn.Sequential(nn.Linear(3, 4), Named(), nn.Linear(4, 2)).eval(), arrays(2)
+    of = fitted(method, net, arrays(), params="2.*")
+    expected, calls = of.attribute(queries).values, COUNT
+    net(queries[0])
+    assert calls < COUNT  # what the code counts is no change
+    assert of.attribute(queries).values.equal(expected)
+    monkeypatch.setattr(owner or THIS, name, value)
+    with pytest.raises(ModelChanged, match=words):
+        of.attribute(queries)
+    monkeypatch.undo()
+    assert of.attribute(queries).values.equal(expected)
+
+
+def test_globals_of_forward_and_loss_functions_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shift = 1.0
+
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        return shift * SCALE * nn.functional.cross_entropy(f, y, reduction="none")
+
+    def forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        return model(batch[0]) * Chosen.factor, batch[1]
+
+    net, queries = nn.Linear(3, 2), arrays(2)
+    of = METHODS["whole"].fit(Task(net, loss, forward=forward), arrays())
+    of.attribute(queries)
+    for owner, name in ((THIS, "SCALE"), (Chosen, "factor")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, 2.0)
+            with pytest.raises(ModelChanged, match=name):
+                of.attribute(queries)
+    shift = 2.0
+    with pytest.raises(ModelChanged, match=r"global .*shift 1.0 → 2.0"):
+        of.attribute(queries)

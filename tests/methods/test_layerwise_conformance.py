@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 import upweight as uw
 from tests.laws.subjects import assert_same
@@ -24,9 +25,9 @@ def test_scores_are_derivatives_where_the_curvature_is_the_hessian(name, kind):
 class ByBatch(uw.Sampled):
     """Labels with a seed for each batch, whatever its examples."""
 
-    def heads(self, loss, outputs, targets, start, stream):
-        ours = uw.Sampled(self.samples, 1000 * start + self.seed)
-        return ours.heads(loss, outputs, targets, 0, stream)
+    def heads(self, loss, outputs, targets, places, stream):
+        ours = uw.Sampled(self.samples, 1000 * int(places[0]) + self.seed)
+        return ours.heads(loss, outputs, targets, torch.arange(len(places)), stream)
 
 
 def test_the_suite_sees_labels_that_depend_on_batches():

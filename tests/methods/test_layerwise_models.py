@@ -102,6 +102,7 @@ def test_gradients_that_are_large_enough_are_not(dtype):
     assert not any("underflow" in note for note in fitted.notes)
 
 
+@pytest.mark.filterwarnings("ignore:the model computes in float16")
 def test_autocast_to_float16_is_asked_as_well():
     g = torch.Generator().manual_seed(1)
     model, (X, y) = too_small(g, torch.float32), data(g)

@@ -8,11 +8,10 @@ import torch
 from upweight.task.draws import Draws
 
 N = 20_000
-CPU = torch.device("cpu")
 
 
 def of(seed=0, draw=0, start=0, size=1):
-    return Draws.of(seed, draw, start, size, CPU)
+    return Draws.of(seed, draw, torch.arange(start, start + size))
 
 
 def test_a_sequence_is_splitmix64():

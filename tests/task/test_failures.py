@@ -513,3 +513,21 @@ def test_a_curvature_or_solver_that_is_none(given, said):
 def test_a_damping_that_is_none(damping):
     with pytest.raises(SpecError, match=r"Relative\(0\.1\)"):
         uw.Influence(damping=damping).fit(uw.Task(linear(), CE), (X, Y))
+
+
+class MakesFloat32(nn.Module):
+    """Forgets that the model may be in another dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2).double()
+
+    def forward(self, x):
+        return self.linear(x) @ torch.eye(2, dtype=torch.float32)
+
+
+def test_a_model_that_runs_in_float32_only():
+    model = MakesFloat32()
+    with pytest.raises(DtypeError, match=r"torch.float64(.|\n)*in torch.float32 the model runs"):
+        scores(model, (X, Y))
+    assert scores(model.float(), (X.float(), Y)).isfinite().all()  # the way out

@@ -102,7 +102,11 @@ def test_what_has_only_an_address_is_refused():
 def test_a_function_with_a_set_in_it_is_described_alike_in_every_process():
     code = (
         "from upweight.task.identity import described\n"
-        "def loss(x): return x in {'red', 'green', 'blue', 'grey', 'black', 'white'}\n"
+        "a, b, c, d = 1, 2, 3, 4\n"
+        "def other(x): return x * a * b\n"
+        "def another(x): return x + a\n"
+        "def loss(x): return other(a * b * c * d) + another(x) or "
+        "x in {'red', 'green', 'blue', 'grey', 'black', 'white'}\n"
         "print(described(loss))"
     )
     found = {
@@ -116,3 +120,49 @@ def test_a_function_with_a_set_in_it_is_described_alike_in_every_process():
         for seed in "123"
     }
     assert len(found) == 1
+
+
+def test_the_places_that_labels_are_drawn_by_count_as_contents():
+    """Two examples of a larger set are not the two alone, unless they are its first."""
+    data = uw.as_data((torch.arange(8.0).reshape(4, 2), torch.arange(4)))
+    rows = [[0, 1], [2, 3]]
+    same = [contents(data.subset(r)) == contents(uw.as_data(data.take(r))) for r in rows]
+    assert same == [True, False]
+
+
+FACTOR = 1.0
+
+
+def by_factor(f, y):
+    return tenfold(f)[:, 0] * FACTOR
+
+
+def tenfold(f):
+    return 10 * f
+
+
+class ByFactor(nn.Module):
+    factor = 1.0
+
+    def forward(self, x):
+        return self.inner(x)
+
+    def inner(self, x):
+        return x * FACTOR + self.factor
+
+
+@pytest.mark.parametrize("value", [by_factor, ByFactor(), functools.partial(by_factor, y=1)])
+def test_what_code_reads_by_name_is_part_of_its_description(value, monkeypatch):
+    before = described(value)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{__name__}.FACTOR", 2.0)
+        assert described(value) != before
+        if not isinstance(value, nn.Module):
+            patch.setattr(f"{__name__}.FACTOR", 1.0)
+            patch.setattr(f"{__name__}.tenfold", lambda f: 9 * f)
+            assert described(value) != before
+        else:
+            patch.setattr(f"{__name__}.FACTOR", 1.0)
+            patch.setattr(ByFactor, "factor", 2.0)
+            assert described(value) != before
+    assert described(value) == before

@@ -10,6 +10,8 @@ import upweight as uw
 from tests.fitted import at
 from tests.market import draw
 from upweight.errors import NonDeterministic, NotDifferentiable, ScalarLoss, ShapeError
+from upweight.task.check import require_answerable
+from upweight.task.data import as_data
 from upweight.task.probe import PROBE_EXAMPLES, evenly_spaced
 
 G = torch.Generator().manual_seed(0)
@@ -498,6 +500,7 @@ class Autocast(nn.Module):
         return x.float() if self.back else x
 
 
+@pytest.mark.filterwarnings("ignore:the model computes in bfloat16")
 @pytest.mark.parametrize("back", [True, False], ids=["cast back", "as it is"])
 def test_autocast_inside_of_forward_rounds(back):
     g = torch.Generator().manual_seed(1)
@@ -522,3 +525,71 @@ def test_lazy_layers_are_named_and_the_way_out_works():
         uw.Task(model, uw.CrossEntropy())
     model.double()(X)
     uw.Task(model, uw.CrossEntropy())
+
+
+# -- coupled in gradients alone --------------------------------------------------------------------
+
+
+class Centering(torch.autograd.Function):
+    """The identity, whose backward pass takes the mean over the batch out."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g - g.mean(dim=0)
+
+
+def hooked(change):
+    def apply(x):
+        x = x * 1.0
+        if x.requires_grad:
+            x.register_hook(change)
+        return x
+
+    return apply
+
+
+class Between(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.inner, self.function, self.outer = nn.Linear(3, 4), function, nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.outer(self.function(torch.tanh(self.inner(x))))
+
+
+COUPLED = {
+    "an autograd function": Centering.apply,
+    "a hook that normalizes": hooked(lambda g: g / g.norm()),
+    "a hook that clips by norm": hooked(lambda g: g * (1e-3 / g.norm()).clamp(max=1.0)),
+}
+OWN = {
+    "nothing": lambda x: x,
+    "a hook that clips each": hooked(lambda g: g.clamp(-1e-3, 1e-3)),
+    "a kink": torch.relu,
+    "a reversal": hooked(lambda g: -g),
+}
+
+
+@pytest.mark.parametrize("curvature", [uw.GGN(), uw.EKFAC()], ids=repr)
+@pytest.mark.parametrize("name", COUPLED)
+def test_examples_that_share_a_backward_pass_are_refused(name, curvature):
+    torch.manual_seed(0)
+    model, data = (
+        Between(COUPLED[name]).double(),
+        (torch.randn(30, 3).double(), torch.arange(30) % 2),
+    )
+    with pytest.raises(NonDeterministic, match=r"gradient of an example(.|\n)*backward pass"):
+        uw.Influence(curvature, damping=1.0).fit(uw.Task(model, uw.CrossEntropy()), data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OWN)
+def test_examples_whose_gradients_are_their_own_are_answered(name, dtype):
+    torch.manual_seed(0)
+    model = Between(OWN[name]).to(dtype)
+    data = torch.randn(30, 3).to(dtype), torch.arange(30) % 2
+    require_answerable(uw.Task(model, uw.CrossEntropy()), as_data(data), "training data")

@@ -29,7 +29,7 @@ from upweight.adapters.sklearn_refit import Refit
 from upweight.adapters.sklearn_rules import objective_of, support
 from upweight.adapters.stationarity import judged, minimized
 from upweight.adapters.support import Support
-from upweight.errors import UnsupportedModel, message
+from upweight.errors import UnsupportedModel
 from upweight.task.data import Data
 from upweight.task.losses import Weighted
 from upweight.task.task import Task
@@ -174,12 +174,10 @@ def _require_support(estimator: Any) -> None:
     found = support(estimator)
     if not found:
         raise UnsupportedModel(
-            message(
-                "The estimator must be a fitted linear model with a twice differentiable loss.",
-                f"{type(estimator).__name__}.",
-                found.reason + ".",
-                "as said above; supports(estimator) tells the same without an error.",
-            )
+            "The estimator must be a fitted linear model with a twice differentiable loss.",
+            f"{type(estimator).__name__}.",
+            found.reason + ".",
+            "as said above; supports(estimator) tells the same without an error.",
         )
 
 

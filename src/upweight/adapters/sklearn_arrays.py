@@ -15,7 +15,7 @@ from torch import Tensor
 
 from upweight.adapters.sklearn_objectives import Encoding, Objective, final_step
 from upweight.adapters.support import numbers
-from upweight.errors import DataError, ShapeError, message
+from upweight.errors import DataError, ShapeError
 
 
 def features(estimator: Any, X: Any) -> Float[Tensor, "n i"]:
@@ -36,24 +36,20 @@ def features(estimator: Any, X: Any) -> Float[Tensor, "n i"]:
             elif shape[1] == after != width:
                 cause = f"X that was transformed already: {after} is its width after the steps."
             raise DataError(
-                message(
-                    "X must be what the Pipeline was fitted on, before its transformations.",
-                    f"{type(X).__name__} of shape {shape}. scikit-learn says: {error}",
-                    cause,
-                    "pass rows as they were given to fit.",
-                )
+                "X must be what the Pipeline was fitted on, before its transformations.",
+                f"{type(X).__name__} of shape {shape}. scikit-learn says: {error}",
+                cause,
+                "pass rows as they were given to fit.",
             ) from error
     else:
         _require_columns(final, X)
     if hasattr(X, "toarray") or hasattr(X, "tocsr"):
         raise DataError(
-            message(
-                "X must be dense.",
-                f"a sparse {type(X).__name__} of shape {X.shape}.",
-                "a vectorizer or one-hot encoder.",
-                "pass X.toarray(), or set sparse_output=False in the Pipeline's encoder (or a "
-                "FunctionTransformer with .toarray() after it) and fit again.",
-            )
+            "X must be dense.",
+            f"a sparse {type(X).__name__} of shape {X.shape}.",
+            "a vectorizer or one-hot encoder.",
+            "pass X.toarray(), or set sparse_output=False in the Pipeline's encoder (or a "
+            "FunctionTransformer with .toarray() after it) and fit again.",
         )
     Z = numbers(
         X,
@@ -63,12 +59,10 @@ def features(estimator: Any, X: Any) -> Float[Tensor, "n i"]:
     )
     if Z.ndim != 2 or Z.shape[1] != final.n_features_in_:
         raise ShapeError(
-            message(
-                f"X must be [n, {final.n_features_in_}], as the estimator was fitted.",
-                f"shape {Z.shape}.",
-                "one example without its leading axis, or features of another preprocessing.",
-                "reshape a single example with X[None], or pass the features of training.",
-            )
+            f"X must be [n, {final.n_features_in_}], as the estimator was fitted.",
+            f"shape {Z.shape}.",
+            "one example without its leading axis, or features of another preprocessing.",
+            "reshape a single example with X[None], or pass the features of training.",
         )
     return torch.from_numpy(Z)
 
@@ -77,12 +71,10 @@ def _require_columns(final: Any, X: Any) -> None:
     names = getattr(final, "feature_names_in_", None)
     if names is not None and hasattr(X, "columns") and list(X.columns) != list(names):
         raise DataError(
-            message(
-                "The columns of X must be those of training, in their order.",
-                f"{list(X.columns)[:5]}…, trained on {list(names)[:5]}….",
-                "columns dropped, renamed or reordered since.",
-                "pass X[estimator.feature_names_in_].",
-            )
+            "The columns of X must be those of training, in their order.",
+            f"{list(X.columns)[:5]}…, trained on {list(names)[:5]}….",
+            "columns dropped, renamed or reordered since.",
+            "pass X[estimator.feature_names_in_].",
         )
 
 
@@ -100,12 +92,10 @@ def encoded(estimator: Any, objective: Objective, y: Any) -> Tensor:
         real = real[:, None] if real.ndim == 1 else real
         if real.shape[1:] != (outputs,):
             raise ShapeError(
-                message(
-                    f"y must be [n, {outputs}], as the estimator was fitted.",
-                    f"shape {np.shape(y)}.",
-                    "targets of another model.",
-                    "pass the y that it was fitted on.",
-                )
+                f"y must be [n, {outputs}], as the estimator was fitted.",
+                f"shape {np.shape(y)}.",
+                "targets of another model.",
+                "pass the y that it was fitted on.",
             )
         return torch.from_numpy(real)
     index = _indices(final.classes_, y)
@@ -131,12 +121,10 @@ def _indices(classes: Any, y: Any) -> Any:
     unknown = [label for label in np.atleast_1d(labels).tolist() if _key(label) not in place]
     if labels.ndim != 1 or unknown:
         raise DataError(
-            message(
-                f"Labels must be among the estimator's classes {classes.tolist()[:10]}.",
-                f"shape {labels.shape}, with {len(unknown)} others such as {unknown[:3]}.",
-                "labels encoded in another way than in training, or a class it has never seen.",
-                "pass labels as they were given to fit.",
-            )
+            f"Labels must be among the estimator's classes {classes.tolist()[:10]}.",
+            f"shape {labels.shape}, with {len(unknown)} others such as {unknown[:3]}.",
+            "labels encoded in another way than in training, or a class it has never seen.",
+            "pass labels as they were given to fit.",
         )
     return np.array([place[label] for label in labels.tolist()], dtype=np.int64)
 
@@ -149,12 +137,10 @@ def require_rows(Z: Tensor, targets: Tensor) -> None:
     """Refuse inputs and targets of different lengths."""
     if len(Z) != len(targets):
         raise ShapeError(
-            message(
-                "X and y must have the same number of examples.",
-                f"X {tuple(Z.shape)}, y {tuple(targets.shape)}.",
-                "X and y of different splits.",
-                "pass the pair that belongs together.",
-            )
+            "X and y must have the same number of examples.",
+            f"X {tuple(Z.shape)}, y {tuple(targets.shape)}.",
+            "X and y of different splits.",
+            "pass the pair that belongs together.",
         )
 
 
@@ -164,12 +150,10 @@ def weights_of(sample_weight: Any, n: int) -> Float[Tensor, " n"]:
     weights = np.full(n, weights) if weights.ndim == 0 else weights
     if weights.shape != (n,) or not (np.isfinite(weights) & (weights >= 0)).all():
         raise DataError(
-            message(
-                f"sample_weight must be {n} numbers of at least 0.",
-                f"shape {weights.shape}, smallest {weights.min(initial=np.inf)}.",
-                "weights of another split, or NaN.",
-                "pass the weights that were given to fit.",
-            )
+            f"sample_weight must be {n} numbers of at least 0.",
+            f"shape {weights.shape}, smallest {weights.min(initial=np.inf)}.",
+            "weights of another split, or NaN.",
+            "pass the weights that were given to fit.",
         )
     return torch.from_numpy(weights)
 

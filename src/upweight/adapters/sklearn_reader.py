@@ -25,7 +25,7 @@ from upweight.adapters.sklearn_arrays import (
 from upweight.adapters.sklearn_objectives import Objective, final_step
 from upweight.adapters.sklearn_rules import objective_of
 from upweight.adapters.support import AdapterReader, TranslatedData, require_same_index
-from upweight.errors import DataError, UnsupportedModel, message
+from upweight.errors import DataError, UnsupportedModel
 from upweight.runtime.fingerprint import digest
 from upweight.task.data import Data
 from upweight.task.identity import described
@@ -97,14 +97,12 @@ class Reader(AdapterReader):
             own = copy.deepcopy(estimator)
         except Exception as error:  # whatever a step of the user's raises
             raise UnsupportedModel(
-                message(
-                    "A Pipeline must be one that can be copied: its task reads data by its own "
-                    "copy, whatever becomes of it.",
-                    f"copy.deepcopy says: {error}",
-                    "a step that holds a connection, a lock or a generator.",
-                    "transform X by the earlier steps yourself, and pass the last step: "
-                    "sk.task(pipeline[-1], pipeline[:-1].transform(X), y).",
-                )
+                "A Pipeline must be one that can be copied: its task reads data by its own "
+                "copy, whatever becomes of it.",
+                f"copy.deepcopy says: {error}",
+                "a step that holds a connection, a lock or a generator.",
+                "transform X by the earlier steps yourself, and pass the last step: "
+                "sk.task(pipeline[-1], pipeline[:-1].transform(X), y).",
             ) from error
         train = TranslatedData(arrays, (), origin_of(own))
         return Reader(train, "sk.data(estimator, X, y)", own, objective, by_class)
@@ -118,13 +116,11 @@ class Reader(AdapterReader):
         through = isinstance(self.estimator, Pipeline) and len(self.estimator.steps) > 1
         if through and isinstance(X, Tensor):
             raise DataError(
-                message(
-                    "Data for the task of a Pipeline are rows before its transformations.",
-                    f"a torch.Tensor {tuple(X.shape)}, which may hold rows before or after them.",
-                    "features taken from the translated data, or rows converted to tensors.",
-                    "pass rows as they were given to fit, a data frame or an array (X.numpy()); "
-                    f"or {self.call}.",
-                )
+                "Data for the task of a Pipeline are rows before its transformations.",
+                f"a torch.Tensor {tuple(X.shape)}, which may hold rows before or after them.",
+                "features taken from the translated data, or rows converted to tensors.",
+                "pass rows as they were given to fit, a data frame or an array (X.numpy()); "
+                f"or {self.call}.",
             )
         return translated(self.estimator, X, y, None, self.objective)
 
@@ -132,13 +128,10 @@ class Reader(AdapterReader):
         """As `AdapterReader.training`; training data have labels."""
         if not isinstance(given, Data) and _parts(given)[1] is None:
             raise DataError(
-                message(
-                    "Training data need their labels.",
-                    "X alone.",
-                    "the y that was left out.",
-                    "pass (X, y) as they were given to fit, or the `train` that came with the "
-                    "task.",
-                )
+                "Training data need their labels.",
+                "X alone.",
+                "the y that was left out.",
+                "pass (X, y) as they were given to fit, or the `train` that came with the task.",
             )
         return super().training(given)
 
@@ -157,12 +150,10 @@ class Reader(AdapterReader):
         before, after = (self.by_class[class_index(self.objective, t)] for t in (y[0], new[0]))
         if before == 0:
             raise DataError(
-                message(
-                    "An example that is given another label must count before and after.",
-                    "a class whose weight is 0: its examples are not part of the objective.",
-                    "class_weight with a 0.",
-                    "leave those examples out of the training data and fit again.",
-                )
+                "An example that is given another label must count before and after.",
+                "a class whose weight is 0: its examples are not part of the objective.",
+                "class_weight with a 0.",
+                "leave those examples out of the training data and fit again.",
             )
         return X, (new.to(y), v * (after / before))
 
@@ -178,12 +169,10 @@ def _parts(given: Any) -> tuple[Any, Any]:
     if is_matrix and len(given.shape) == 2:
         return given, None
     raise DataError(
-        message(
-            "Data for the task of an estimator are (X, y) as they were given to fit, or X alone.",
-            f"a {type(given).__name__}{f' of {len(given)}' if pair else ''}.",
-            "a Dataset, DataLoader or dict; or sample weights beside X and y.",
-            "pass (X, y); with weights sk.data(estimator, X, y, sample_weight).",
-        )
+        "Data for the task of an estimator are (X, y) as they were given to fit, or X alone.",
+        f"a {type(given).__name__}{f' of {len(given)}' if pair else ''}.",
+        "a Dataset, DataLoader or dict; or sample weights beside X and y.",
+        "pass (X, y); with weights sk.data(estimator, X, y, sample_weight).",
     )
 
 
@@ -191,12 +180,10 @@ def _predicted(final: Any, Z: Tensor) -> Any:
     """The class of each row, by the estimator. A regression's loss at its own has no gradient."""
     if not is_classifier(final):
         raise DataError(
-            message(
-                f"The loss of {type(final).__name__} needs the target of each query.",
-                "X without y.",
-                "predictions for which no target is known yet.",
-                "to ask about the predictions themselves, give any y, such as zeros, and "
-                "measure=upweight.Logit(0), which does not look at it.",
-            )
+            f"The loss of {type(final).__name__} needs the target of each query.",
+            "X without y.",
+            "predictions for which no target is known yet.",
+            "to ask about the predictions themselves, give any y, such as zeros, and "
+            "measure=upweight.Logit(0), which does not look at it.",
         )
     return final.predict(Z.numpy())

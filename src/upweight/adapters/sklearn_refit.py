@@ -27,7 +27,7 @@ from torch import Tensor
 from upweight.adapters.sklearn_objectives import coefficients
 from upweight.adapters.sklearn_rules import objective_of
 from upweight.adapters.support import RefitTrainer
-from upweight.errors import UnsupportedModel, message
+from upweight.errors import UnsupportedModel
 from upweight.task.data import Data
 from upweight.task.task import Task
 from upweight.training.objective import weighted_objective
@@ -81,12 +81,10 @@ class Refit:
         batch = train.batch(0, len(train))
         if not (isinstance(batch, tuple) and len(batch) == 2):
             raise UnsupportedModel(
-                message(
-                    "Refitting an estimator needs the task and data of its own translation.",
-                    f"a batch of type {type(batch).__name__}.",
-                    "scores of a task that was not made from this estimator.",
-                    "use task, train = sk.task(estimator, X, y).",
-                )
+                "Refitting an estimator needs the task and data of its own translation.",
+                f"a batch of type {type(batch).__name__}.",
+                "scores of a task that was not made from this estimator.",
+                "use task, train = sk.task(estimator, X, y).",
             )
         X, targets = batch
         weighted = not isinstance(targets, Tensor)

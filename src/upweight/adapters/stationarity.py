@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.curvature.hessian import Hessian
-from upweight.errors import NotConverged, NotStationary, message
+from upweight.errors import NotConverged, NotStationary
 from upweight.gradients.source import gradient_source
 from upweight.linalg.cholesky import Cholesky
 from upweight.task.check import checked_losses
@@ -87,14 +87,12 @@ def judged(task: Task, train: Data, tolerance: float, name: str) -> list[str]:
     )
     if not far <= tolerance:
         raise NotStationary(
-            message(
-                "The estimator must be at the minimum of its objective, or nearly.",
-                f"{said}; the tolerance is {tolerance:g}.",
-                "a fit that stopped early (tol, max_iter, SGD), or data, labels or sample weights "
-                "other than it was fitted on.",
-                "fit with a smaller tol and larger max_iter on scaled features; or move θ to the "
-                "minimum with task(..., minimize=True); or accept it with task(..., tolerance=...)",
-            )
+            "The estimator must be at the minimum of its objective, or nearly.",
+            f"{said}; the tolerance is {tolerance:g}.",
+            "a fit that stopped early (tol, max_iter, SGD), or data, labels or sample weights "
+            "other than it was fitted on.",
+            "fit with a smaller tol and larger max_iter on scaled features; or move θ to the "
+            "minimum with task(..., minimize=True); or accept it with task(..., tolerance=...)",
         )
     if far <= SILENT * tolerance:
         return []
@@ -137,16 +135,14 @@ def require_minimum(task: Task, train: Data) -> None:
         return
     endless = moved > ASTRAY
     raise NotStationary(
-        message(
-            "The objective must have a minimum.",
-            f"one that falls for ever: the outputs of {int(endless.sum())} of {len(train)} "
-            f"examples (first {endless.nonzero()[:5, 0].tolist()}) grow without end, and no "
-            "example's loss rises. The fit stopped on the way, where the next step moves an output "
-            f"by {largest:.2g}.",
-            "classes that a hyperplane separates, or a group whose responses are all alike.",
-            "leave out the column that tells these examples apart, or them; or fit with a penalty: "
-            "scikit-learn's LogisticRegression(C=1.0) or PoissonRegressor(alpha=1.0).",
-        )
+        "The objective must have a minimum.",
+        f"one that falls for ever: the outputs of {int(endless.sum())} of {len(train)} "
+        f"examples (first {endless.nonzero()[:5, 0].tolist()}) grow without end, and no "
+        "example's loss rises. The fit stopped on the way, where the next step moves an output "
+        f"by {largest:.2g}.",
+        "classes that a hyperplane separates, or a group whose responses are all alike.",
+        "leave out the column that tells these examples apart, or them; or fit with a penalty: "
+        "scikit-learn's LogisticRegression(C=1.0) or PoissonRegressor(alpha=1.0).",
     )
 
 

@@ -33,7 +33,7 @@ from upweight.adapters.statsmodels_regression import (
 )
 from upweight.adapters.support import Support, TranslatedData
 from upweight.applications.regression import Diagnostics, glm_diagnostics, require_full_rank
-from upweight.errors import UnsupportedModel, message
+from upweight.errors import UnsupportedModel
 from upweight.task.data import Data
 from upweight.task.losses import Weighted
 from upweight.task.task import Task, call_model
@@ -57,13 +57,11 @@ def diagnostics(results: Any) -> Diagnostics:
     found = regression_of(results)
     if found.repeated:
         raise UnsupportedModel(
-            message(
-                "Diagnostics of single observations need one row for each of them.",
-                "a GLM with freq_weights, whose rows stand for several observations.",
-                "a table of counts of equal rows.",
-                "repeat the rows and fit again; or use var_weights if that is what was meant; or "
-                "task(results), for which removing a row removes all it stands for.",
-            )
+            "Diagnostics of single observations need one row for each of them.",
+            "a GLM with freq_weights, whose rows stand for several observations.",
+            "a table of counts of equal rows.",
+            "repeat the rows and fit again; or use var_weights if that is what was meant; or "
+            "task(results), for which removing a row removes all it stands for.",
         )
     notes = robust_notes(results, "standard errors")
     for note in notes:

@@ -40,12 +40,10 @@ def translated(
     counted = y.ndim == 2 and y.shape[1] == 2 and loss == Bernoulli()
     if X.ndim != 2 or X.shape[1] != len(names) or len(y) != len(X) or not (counted or y.ndim == 1):
         raise ShapeError(
-            message(
-                f"Queries need exog [q, {len(names)}] and endog [q] (binomial counts: [q, 2]).",
-                f"exog {X.shape}, endog {y.shape}.",
-                "a constant that was not added, or a single row without its first axis.",
-                f"give the columns of the fit: {', '.join(names)}.",
-            )
+            f"Queries need exog [q, {len(names)}] and endog [q] (binomial counts: [q, 2]).",
+            f"exog {X.shape}, endog {y.shape}.",
+            "a constant that was not added, or a single row without its first axis.",
+            f"give the columns of the fit: {', '.join(names)}.",
         )
     shift = _shift(results.model, {"offset": offset, "exposure": exposure}, len(X))
     weights = np.ones(len(y))
@@ -53,12 +51,10 @@ def translated(
         weights = y.sum(axis=1)
         if not np.all(weights > 0):
             raise DataError(
-                message(
-                    "A query of successes and failures needs at least one trial.",
-                    f"{weights[~(weights > 0)][0]} trials at row {int(np.argmin(weights > 0))}.",
-                    "empty groups.",
-                    "leave them out.",
-                )
+                "A query of successes and failures needs at least one trial.",
+                f"{weights[~(weights > 0)][0]} trials at row {int(np.argmin(weights > 0))}.",
+                "empty groups.",
+                "leave them out.",
             )
         y = y[:, 0] / weights
     return TranslatedData(arrays_of(X, y, weights, shift), notes, origin_of(results))
@@ -95,14 +91,12 @@ class Reader(AdapterReader):
         if _names(given) is not None:
             return translated(self.results, given)
         raise DataError(
-            message(
-                "Data for the task of statsmodels results are (exog, endog), or the data frame of "
-                "its formula.",
-                f"a {type(given).__name__}.",
-                "a Dataset, DataLoader or dict.",
-                "pass (exog, endog) with the columns of the fit; with an offset or exposure "
-                "smx.data(results, exog, endog, exposure=...).",
-            )
+            "Data for the task of statsmodels results are (exog, endog), or the data frame of "
+            "its formula.",
+            f"a {type(given).__name__}.",
+            "a Dataset, DataLoader or dict.",
+            "pass (exog, endog) with the columns of the fit; with an offset or exposure "
+            "smx.data(results, exog, endog, exposure=...).",
         )
 
     def relabeled(self, example: Batch, label: Any) -> Batch:
@@ -112,12 +106,10 @@ class Reader(AdapterReader):
         new = _numbers("label", label)
         if new.size != 1:
             raise ShapeError(
-                message(
-                    "A new response is one number; of binomial counts, the share of successes.",
-                    f"shape {new.shape}.",
-                    "several labels at once, or successes and failures.",
-                    "pass successes / trials.",
-                )
+                "A new response is one number; of binomial counts, the share of successes.",
+                f"shape {new.shape}.",
+                "several labels at once, or successes and failures.",
+                "pass successes / trials.",
             )
         return (*inputs, (torch.from_numpy(new.reshape(1, 1)).to(y), v))
 
@@ -144,22 +136,18 @@ def _by_formula(results: Any, frame: Any) -> Any:
         exog, _ = results._transform_predict_exog(frame)
     except Exception as error:  # patsy and formulaic have errors of their own
         raise DataError(
-            message(
-                f"The frame must hold what the formula reads: {results.model.formula}.",
-                f"the columns {(_names(frame) or [])[:10]}. statsmodels says: "
-                f"{str(error).strip().splitlines()[-1]}",
-                "a column missing or renamed, or a category that the fit did not see.",
-                f"pass those columns, or exog with the columns {', '.join(names)}.",
-            )
+            f"The frame must hold what the formula reads: {results.model.formula}.",
+            f"the columns {(_names(frame) or [])[:10]}. statsmodels says: "
+            f"{str(error).strip().splitlines()[-1]}",
+            "a column missing or renamed, or a category that the fit did not see.",
+            f"pass those columns, or exog with the columns {', '.join(names)}.",
         ) from error
     if len(exog) != len(frame) or not np.isfinite(np.asarray(exog, dtype=np.float64)).all():
         raise DataError(
-            message(
-                "Every query must have all that the formula reads.",
-                f"{len(frame)} rows, some of them with missing or infinite values.",
-                "missing values, which a fit leaves out.",
-                "pass frame.dropna().",
-            )
+            "Every query must have all that the formula reads.",
+            f"{len(frame)} rows, some of them with missing or infinite values.",
+            "missing values, which a fit leaves out.",
+            "pass frame.dropna().",
         )
     return exog
 
@@ -170,14 +158,12 @@ def _response(results: Any, frame: Any) -> Any:
     if _has_formula(results) and isinstance(name, str) and name in (_names(frame) or ()):
         return frame[name]
     raise DataError(
-        message(
-            "Queries need their responses.",
-            f"exog alone, of type {type(frame).__name__}"
-            + (f", without a column {name!r}." if _names(frame) is not None else "."),
-            "endog that was left out, or a formula whose left side is no plain column.",
-            "pass endog, numbers as in results.model.endog; to ask about predictions, for which "
-            "none is known yet, give zeros and measure=upweight.Logit(0), which looks at none.",
-        )
+        "Queries need their responses.",
+        f"exog alone, of type {type(frame).__name__}"
+        + (f", without a column {name!r}." if _names(frame) is not None else "."),
+        "endog that was left out, or a formula whose left side is no plain column.",
+        "pass endog, numbers as in results.model.endog; to ask about predictions, for which "
+        "none is known yet, give zeros and measure=upweight.Logit(0), which looks at none.",
     )
 
 
@@ -188,12 +174,10 @@ def _require_left_side(results: Any, endog: Any) -> None:
         return
     if given != needed and re.search(rf"\b{re.escape(given)}\b", needed):
         raise DataError(
-            message(
-                f"endog must be the left side of the formula, {needed}.",
-                f"a column named {given!r}.",
-                "the column itself, or transformed values that kept its name.",
-                f"pass the values of {needed} without a name: np.asarray(...).",
-            )
+            f"endog must be the left side of the formula, {needed}.",
+            f"a column named {given!r}.",
+            "the column itself, or transformed values that kept its name.",
+            f"pass the values of {needed} without a name: np.asarray(...).",
         )
 
 
@@ -223,14 +207,12 @@ def _shift(model: Any, given: dict[str, Any], q: int) -> np.ndarray | None:
         if (value is None) == (name in fitted):
             needed = name in fitted
             raise DataError(
-                message(
-                    f"Queries need an {name} of their own where the fit had one, and only there.",
-                    f"{'none' if needed else 'one'}, for a fit {'with' if needed else 'without'}.",
-                    "rows passed by themselves, as (exog, endog)."
-                    if needed
-                    else "an offset or exposure of another model.",
-                    f"smx.data(results, exog, endog, {name}=...)." if needed else "leave it out.",
-                )
+                f"Queries need an {name} of their own where the fit had one, and only there.",
+                f"{'none' if needed else 'one'}, for a fit {'with' if needed else 'without'}.",
+                "rows passed by themselves, as (exog, endog)."
+                if needed
+                else "an offset or exposure of another model.",
+                f"smx.data(results, exog, endog, {name}=...)." if needed else "leave it out.",
             )
     if not fitted:
         return None
@@ -243,12 +225,10 @@ def _shift(model: Any, given: dict[str, Any], q: int) -> np.ndarray | None:
             or not (np.isfinite(value) & ((value > 0) | (name == "offset"))).all()
         ):
             raise DataError(
-                message(
-                    f"{name} must be {q} finite numbers{' above 0' if name == 'exposure' else ''}.",
-                    f"shape {value.shape}, smallest {value.min(initial=np.inf)}.",
-                    "values of other rows, missing ones, or an exposure that was logged already.",
-                    "pass one for each query, as it was given to the fit.",
-                )
+                f"{name} must be {q} finite numbers{' above 0' if name == 'exposure' else ''}.",
+                f"shape {value.shape}, smallest {value.min(initial=np.inf)}.",
+                "values of other rows, missing ones, or an exposure that was logged already.",
+                "pass one for each query, as it was given to the fit.",
             )
         parts.append(np.log(value) if name == "exposure" else value)
     return np.sum(parts, axis=0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upweight.adapters.statsmodels_regression import KINDS
 from upweight.adapters.support import RefitTrainer
-from upweight.errors import UnsupportedModel, message
+from upweight.errors import UnsupportedModel
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, Loss, SquaredError
 from upweight.task.task import Task
@@ -50,12 +50,10 @@ class Refit:
         ours = isinstance(batch, tuple) and len(batch) in (2, 3) and len(batch[-1]) == 2
         if loss not in KINDS.values() or not ours:
             raise UnsupportedModel(
-                message(
-                    "Refitting statsmodels results needs the task and data of their translation.",
-                    f"loss {task.loss!r} and a batch of type {type(batch).__name__}.",
-                    "scores of a task that was not made by this adapter.",
-                    "use task, train = upweight.adapters.statsmodels.task(results).",
-                )
+                "Refitting statsmodels results needs the task and data of their translation.",
+                f"loss {task.loss!r} and a batch of type {type(batch).__name__}.",
+                "scores of a task that was not made by this adapter.",
+                "use task, train = upweight.adapters.statsmodels.task(results).",
             )
         X, *shift, (y, v) = batch
         offset = shift[0] if shift else torch.zeros_like(v)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from upweight.adapters.support import Support
-from upweight.errors import UnsupportedModel, message
+from upweight.errors import UnsupportedModel
 from upweight.task.losses import Bernoulli, Loss, Poisson, SquaredError
 
 FAMILIES: dict[tuple[str, str], Loss] = {
@@ -76,13 +76,11 @@ def loss_of(results: Any) -> Loss:
     found = supports(results)
     if not found:
         raise UnsupportedModel(
-            message(
-                "The results must be of OLS, WLS, Logit, Poisson, or a GLM with canonical link.",
-                f"{type(results).__name__}: {found.reason}.",
-                "a model that is not linear in its parameters, or keeps what one linear map "
-                "cannot hold.",
-                "write its likelihood as a PyTorch model and loss, and use Task directly.",
-            )
+            "The results must be of OLS, WLS, Logit, Poisson, or a GLM with canonical link.",
+            f"{type(results).__name__}: {found.reason}.",
+            "a model that is not linear in its parameters, or keeps what one linear map "
+            "cannot hold.",
+            "write its likelihood as a PyTorch model and loss, and use Task directly.",
         )
     model = results.model
     if type(model).__name__ in KINDS:

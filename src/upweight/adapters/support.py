@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch
-from upweight.errors import DataError, message
+from upweight.errors import DataError
 from upweight.task.data import ArrayData, Data, Subset
 from upweight.task.recipe import Trained
 from upweight.task.task import Task
@@ -87,13 +87,11 @@ class AdapterReader(abc.ABC):
         same = len(kept) == len(read) and all(map(torch.equal, kept, read))
         if not same:
             raise DataError(
-                message(
-                    "The training data of a translated model are those that it was fitted on.",
-                    f"{len(found)} examples that are not the {len(self.train)} it was translated "
-                    "with, in their order.",
-                    "another split, or rows in another order.",
-                    "pass the `train` that was returned with the task.",
-                )
+                "The training data of a translated model are those that it was fitted on.",
+                f"{len(found)} examples that are not the {len(self.train)} it was translated "
+                "with, in their order.",
+                "another split, or rows in another order.",
+                "pass the `train` that was returned with the task.",
             )
         return self.train
 
@@ -103,21 +101,17 @@ class AdapterReader(abc.ABC):
             whole = whole.data
         if not isinstance(whole, TranslatedData):
             raise DataError(
-                message(
-                    "Data of a translated model must be translated as it was.",
-                    f"a {type(whole).__name__}, which may hold rows or the features made of them.",
-                    "data that were put together without the adapter.",
-                    f"use {self.call}, or pass (X, y) as they were given to fit.",
-                )
+                "Data of a translated model must be translated as it was.",
+                f"a {type(whole).__name__}, which may hold rows or the features made of them.",
+                "data that were put together without the adapter.",
+                f"use {self.call}, or pass (X, y) as they were given to fit.",
             )
         if whole.origin != self.train.origin:
             raise DataError(
-                message(
-                    "Data of a translated model must be translated for the same fitted model.",
-                    "data translated for a model with other coefficients or steps.",
-                    "another model, a part of it, or one that was fitted again since.",
-                    f"make task and data anew: {self.call} with the model that the task is of.",
-                )
+                "Data of a translated model must be translated for the same fitted model.",
+                "data translated for a model with other coefficients or steps.",
+                "another model, a part of it, or one that was fitted again since.",
+                f"make task and data anew: {self.call} with the model that the task is of.",
             )
         return data
 
@@ -136,13 +130,10 @@ def require_same_index(X: Any, y: Any, one: str, other: str) -> None:
         return
     if X.index.is_unique and y.index.is_unique and not len(X.index.symmetric_difference(y.index)):
         raise DataError(
-            message(
-                f"{one} and {other} must hold their rows in one order.",
-                f"the same row labels in two orders: {list(X.index[:3])}… and "
-                f"{list(y.index[:3])}….",
-                "one of them was sorted or shuffled.",
-                f"pass {other}.loc[{one}.index].",
-            )
+            f"{one} and {other} must hold their rows in one order.",
+            f"the same row labels in two orders: {list(X.index[:3])}… and {list(y.index[:3])}….",
+            "one of them was sorted or shuffled.",
+            f"pass {other}.loc[{one}.index].",
         )
 
 
@@ -156,7 +147,7 @@ def numbers(values: Any, required: str, cause: str, way_out: str) -> np.ndarray:
         return np.array(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
     except (TypeError, ValueError) as error:
         given = f"{type(values).__name__}: {error}."
-        raise DataError(message(required, given, cause, way_out)) from error
+        raise DataError(required, given, cause, way_out) from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import torch
 from upweight.curvature.estimators import Estimator
 from upweight.curvature.labels import Labels
 from upweight.curvature.layerwise import LayerwiseCurvature
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 from upweight.gradients.blocks import Block
 from upweight.task.params import matches
 
@@ -29,12 +29,10 @@ class Blockwise(LayerwiseCurvature):
         shared = {(spec.which, spec.examples) for _, spec in self.choices}
         if len(shared) != 1:
             raise SpecError(
-                message(
-                    "Blockwise needs choices that see the same labels of the same examples.",
-                    f"{len(self.choices)} choices with {len(shared)} different settings.",
-                    "a seed, a number of samples or of examples given to one of them only.",
-                    "give every choice the same labels= and examples=.",
-                )
+                "Blockwise needs choices that see the same labels of the same examples.",
+                f"{len(self.choices)} choices with {len(shared)} different settings.",
+                "a seed, a number of samples or of examples given to one of them only.",
+                "give every choice the same labels= and examples=.",
             )
 
     @property
@@ -50,10 +48,8 @@ class Blockwise(LayerwiseCurvature):
             if any(matches(name, (pattern,)) for name in block.parameters):
                 return spec.estimator(block, dtype, device)
         raise SpecError(
-            message(
-                "Blockwise must have a choice for every block.",
-                f"none for {block.name} among {[pattern for pattern, _ in self.choices]}.",
-                "globs that leave some parameters out.",
-                'end with ("*", EKFAC()).',
-            )
+            "Blockwise must have a choice for every block.",
+            f"none for {block.name} among {[pattern for pattern, _ in self.choices]}.",
+            "globs that leave some parameters out.",
+            'end with ("*", EKFAC()).',
         )

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from upweight.errors import NonFinite, message
+from upweight.errors import NonFinite
 from upweight.gradients.factored import Factors, Rows, Tokens
 from upweight.linalg.damping import Damping
 from upweight.linalg.eigen import Eigen, eigenbasis
@@ -158,12 +158,10 @@ class Estimator(abc.ABC):
     def _finite(self, values: Tensor) -> Tensor:
         if not bool(values.isfinite().all()):
             raise NonFinite(
-                message(
-                    "Gradients must be finite to be averaged.",
-                    f"NaN or infinity in the curvature of {self.name}.",
-                    "activations or gradients that overflow in this dtype.",
-                    "use model.float(), or look for infinite values in the data.",
-                )
+                "Gradients must be finite to be averaged.",
+                f"NaN or infinity in the curvature of {self.name}.",
+                "activations or gradients that overflow in this dtype.",
+                "use model.float(), or look for infinite values in the data.",
             )
         return values
 

@@ -53,7 +53,8 @@ class Fisher:
         def term_of(how: Way, places: range, batch: Batch) -> LinearOperator:
             with torch.no_grad():
                 outputs, targets = task.outputs(theta, batch)
-            heads = labels.heads(task.loss, outputs, targets, places.start, 0)
+            at = data.places(places.start, places.stop)
+            heads = labels.heads(task.loss, outputs, targets, at, 0)
             first, *others = [
                 _relabeled(task, theta, how, batch, len(places), *head) for head in heads
             ]

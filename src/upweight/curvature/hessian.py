@@ -5,6 +5,7 @@ disagrees with plain autograd on a few examples (it differentiates through `.dat
 does not), they are taken by double backward, one vector at a time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +21,7 @@ from upweight.curvature.curvature import (
     no_second_derivative,
 )
 from upweight.curvature.linear import linear_term
-from upweight.errors import UnsupportedModel, message
+from upweight.errors import DtypeError, UnsupportedModel, listed
 from upweight.gradients.autograd import (
     agrees,
     attempted,
@@ -32,6 +33,7 @@ from upweight.gradients.autograd import (
 from upweight.gradients.linear import linear_form
 from upweight.linalg.operator import LinearOperator, Tag
 from upweight.task.data import Data, batch_size
+from upweight.task.precision import dtypes_in
 from upweight.task.task import Task
 
 
@@ -142,7 +144,7 @@ def _way(task: Task, theta: Float[Tensor, " p"], data: Data) -> tuple[bool, tupl
             raise UnsupportedModel(
                 no_second_derivative("A function is marked once_differentiable.", _FIRST_ORDER)
             )
-        _require_symmetric(v, plain)
+        _require_symmetric(v, plain, partial(task.losses, theta, batch))
         if fast is None:
             why = f"torch.func cannot run the model: {first_line(refused)}"
         elif not agrees(fast, plain):
@@ -152,17 +154,30 @@ def _way(task: Task, theta: Float[Tensor, " p"], data: Data) -> tuple[bool, tupl
     return False, (f"products with the Hessian by double backward, because {why}",)
 
 
-def _require_symmetric(v: Float[Tensor, "2 p"], products: Float[Tensor, "2 p"]) -> None:
+def _require_symmetric(
+    v: Float[Tensor, "2 p"], products: Float[Tensor, "2 p"], losses: Callable[[], Tensor]
+) -> None:
     one, other = float(v[0] @ products[1]), float(v[1] @ products[0])
     scale = float((v.norm(dim=1) * products.flip(0).norm(dim=1)).sum())
-    if abs(one - other) > torch.finfo(v.dtype).eps ** 0.5 * scale:
-        raise UnsupportedModel(
-            message(
+    gap, eps = abs(one - other), torch.finfo(v.dtype).eps
+    if gap > 100 * eps * scale:
+        dtypes = {d for d in dtypes_in(losses) if torch.finfo(d).eps > eps}
+        if dtypes:
+            raise DtypeError(
                 "A Hessian is symmetric: uᵀHv must be vᵀHu.",
-                f"{one:.6g} and {other:.6g} on a few examples.",
-                "gradients that are not those of a function: a backward pass of one's own that is "
-                "not the derivative of its forward pass (gradient reversal), .detach() or .data in "
-                "it.",
-                "use curvature=GGN() or EKFAC(), which are made of first derivatives.",
+                f"{one:.6g} and {other:.6g} on a few examples, from a model of {v.dtype} that "
+                f"computes in {listed(sorted(map(str, dtypes)))} on its way.",
+                "reduced precision inside of forward (torch.autocast, .bfloat16(), .half()), "
+                "whose rounding second derivatives do not bear.",
+                "take it out of forward, such as torch.autocast(..., enabled=False); or use "
+                "curvature=GGN() or EKFAC().",
             )
+    if gap > eps**0.5 * scale:
+        raise UnsupportedModel(
+            "A Hessian is symmetric: uᵀHv must be vᵀHu.",
+            f"{one:.6g} and {other:.6g} on a few examples.",
+            "gradients that are not those of a function: a backward pass of one's own that is "
+            "not the derivative of its forward pass (gradient reversal), .detach() or .data in "
+            "it.",
+            "use curvature=GGN() or EKFAC(), which are made of first derivatives.",
         )

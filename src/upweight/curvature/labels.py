@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from upweight.errors import NotPositiveDefinite, SpecError, UnsupportedModel, message
@@ -34,7 +35,7 @@ class Labels(abc.ABC):
 
     @abc.abstractmethod
     def heads(
-        self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
+        self, loss: Loss, outputs: Tensor, targets: Any, places: Int[Tensor, " b"], stream: int
     ) -> Iterator[Head]:
         """The values whose gradients to take.
 
@@ -42,7 +43,7 @@ class Labels(abc.ABC):
             loss: ℓ.
             outputs: Of a batch, detached.
             targets: Of the batch.
-            start: The place of the batch's first example in the data.
+            places: Of the examples in the data; see `Data.places`.
             stream: Number of the pass.
         """
 
@@ -75,12 +76,10 @@ class Sampled(Labels):
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise SpecError(
-                message(
-                    "Sampled needs at least one sample per example.",
-                    f"samples={self.samples!r}.",
-                    "0 meant as no sampling.",
-                    "use Expected() for the exact expectation or Observed() for the data's labels.",
-                )
+                "Sampled needs at least one sample per example.",
+                f"samples={self.samples!r}.",
+                "0 meant as no sampling.",
+                "use Expected() for the exact expectation or Observed() for the data's labels.",
             )
 
     @property
@@ -88,11 +87,11 @@ class Sampled(Labels):
         return self.samples
 
     def heads(
-        self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
+        self, loss: Loss, outputs: Tensor, targets: Any, places: Int[Tensor, " b"], stream: int
     ) -> Iterator[Head]:
         for k in range(self.samples):
             draw = stream * self.samples + k
-            draws = Draws.of(self.seed, draw, start, len(outputs), outputs.device)
+            draws = Draws.of(self.seed, draw, places.to(outputs.device))
             yield _product, residual(loss, outputs, targets, draws)
 
 
@@ -114,17 +113,15 @@ class Expected(Labels):
     per_example = 1
 
     def heads(
-        self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
+        self, loss: Loss, outputs: Tensor, targets: Any, places: Int[Tensor, " b"], stream: int
     ) -> Iterator[Head]:
         width = outputs[0].numel()
         if width > self.most:
             raise UnsupportedModel(
-                message(
-                    f"Expected() takes one backward pass per output, up to {self.most}.",
-                    f"{width} outputs per example, of shape {tuple(outputs.shape[1:])}.",
-                    "a model with many classes or one output per position.",
-                    "use Sampled(), or Expected(most=...) if that many passes are meant.",
-                )
+                f"Expected() takes one backward pass per output, up to {self.most}.",
+                f"{width} outputs per example, of shape {tuple(outputs.shape[1:])}.",
+                "a model with many classes or one output per position.",
+                "use Sampled(), or Expected(most=...) if that many passes are meant.",
             )
         # In half precision the Hessian's own rounding would be taken for a negative eigenvalue.
         precise = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
@@ -189,7 +186,7 @@ class Observed(Labels):
     per_example = 1
 
     def heads(
-        self, loss: Loss, outputs: Tensor, targets: Any, start: int, stream: int
+        self, loss: Loss, outputs: Tensor, targets: Any, places: Int[Tensor, " b"], stream: int
     ) -> Iterator[Head]:
         def head(f: Tensor, y: Any, _: Any) -> Tensor:
             return loss(f, y)

@@ -23,7 +23,7 @@ from upweight._typing import Batch
 from upweight.curvature.estimators import Estimator
 from upweight.curvature.kept import Kept, Parts
 from upweight.curvature.labels import Head, Labels
-from upweight.errors import DataError, listed, message
+from upweight.errors import DataError, listed
 from upweight.gradients import planning
 from upweight.gradients.blocks import Block, MatrixBlock, Plan
 from upweight.gradients.cost import Cost, cost
@@ -243,12 +243,10 @@ class LayerwiseCurvature(abc.ABC):
             return data, ()
         if not isinstance(m, Integral) or m < 1:
             raise DataError(
-                message(
-                    "A curvature needs at least one example.",
-                    f"examples={m}.",
-                    "a fraction where a number of examples is meant.",
-                    "give a number of examples, or None for all.",
-                )
+                "A curvature needs at least one example.",
+                f"examples={m}.",
+                "a fraction where a number of examples is meant.",
+                "give a number of examples, or None for all.",
             )
         if m >= n:
             return data, ()
@@ -354,12 +352,13 @@ class _Passes:
     ) -> Iterator[Parts]:
         task = self.plan.task
         batch = task.to_device(self.data.batch(start, stop))
+        places = self.data.places(start, stop)
 
         def heads(outputs: Tensor, targets: Any) -> Iterator[Head]:
             if stage == 0 and self.watch is not None:
                 self.watch(start, stop, batch, outputs, targets)
             for stream in streams:
-                yield from self.labels.heads(task.loss, outputs, targets, start, stream)
+                yield from self.labels.heads(task.loss, outputs, targets, places, stream)
 
         for factors in passes.of_heads(batch, stop - start, heads):
             yield dict(enumerate(factors))

@@ -17,20 +17,6 @@ from upweight.task.batches import Listed, has_examples, mapped
 from upweight.task.task import Task
 
 
-def per_sample_gradients(
-    task: Task, theta: Float[Tensor, " p"], batch: Batch, size: int
-) -> Float[Tensor, "b p"]:
-    """∇θ ℓ(θ; zᵢ) for each example of a batch."""
-    return value_gradients(task.losses, theta, batch, size)
-
-
-def measure_gradients(
-    task: Task, measure: Callable[..., Tensor], theta: Float[Tensor, " p"], batch: Batch, size: int
-) -> Float[Tensor, "b p"]:
-    """∇θ m(θ; q) for each query of a batch."""
-    return value_gradients(lambda t, b: measure(task, task.named(t), b), theta, batch, size)
-
-
 def value_gradients(
     function: Callable[[Tensor, Any], Float[Tensor, " b"]],
     theta: Float[Tensor, " p"],

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch, Params
 from upweight.errors import UnsupportedModel, message
-from upweight.task.check import require_recording
+from upweight.task.gradients import require_recording
 from upweight.task.lent import lent, without_fast_path
 from upweight.task.task import Task
 

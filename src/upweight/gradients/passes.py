@@ -159,12 +159,10 @@ class GradientPass:
         if not self.plan.layers or values.requires_grad:
             return
         raise NotDifferentiable(
-            message(
-                "The value must depend on the chosen layers through differentiable steps.",
-                "a value that no gradient reaches.",
-                "a measure that counts (accuracy, argmax, a threshold), or .detach() in forward.",
-                "use Margin(), LogProb() or Loss(), which move before the decision does.",
-            )
+            "The value must depend on the chosen layers through differentiable steps.",
+            "a value that no gradient reaches.",
+            "a measure that counts (accuracy, argmax, a threshold), or .detach() in forward.",
+            "use Margin(), LogProb() or Loss(), which move before the decision does.",
         )
 
     def _misplaced(self, values: Tensor, calls: Sequence[Call]) -> list[str]:
@@ -338,12 +336,10 @@ def _gradients(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]
 def _require_one_value_each(values: Tensor, size: int) -> None:
     if values.shape != (size,):
         raise ScalarLoss(
-            message(
-                f"There must be one value per example: shape ({size},).",
-                f"shape {tuple(values.shape)}.",
-                "a loss or measure that takes the mean over the batch, or has a value per output.",
-                "sum over every axis but the first.",
-            )
+            f"There must be one value per example: shape ({size},).",
+            f"shape {tuple(values.shape)}.",
+            "a loss or measure that takes the mean over the batch, or has a value per output.",
+            "sum over every axis but the first.",
         )
 
 

@@ -476,12 +476,10 @@ def _mismatches(made: Plan, theta: Float[Tensor, " p"], batch: Batch, size: int)
     flat = torch.cat([g.flatten() for g in truth]).to(made.dtype)
     if not bool(flat.isfinite().all()):
         raise NonFinite(
-            message(
-                "The gradients that layers are checked with must be finite.",
-                "NaN or infinity in those of the first, middle or last example.",
-                "a square root or norm of 0, or gradients that overflow in this dtype.",
-                "look at these examples, or use model.float().",
-            )
+            "The gradients that layers are checked with must be finite.",
+            "NaN or infinity in those of the first, middle or last example.",
+            "a square root or norm of 0, or gradients that overflow in this dtype.",
+            "look at these examples, or use model.float().",
         )
     scale = float(flat.norm())
     wrong = []

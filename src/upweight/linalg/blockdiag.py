@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight.errors import ShapeError, message
+from upweight.errors import ShapeError
 from upweight.linalg.operator import LinearOperator, Tag, closed
 
 
@@ -33,13 +33,11 @@ class BlockDiagonal(LinearOperator):
         covers = torch.equal(every, torch.arange(len(every), device=every.device))
         if sizes != [block.shape[1] for block in self.blocks] or not covers:
             raise ShapeError(
-                message(
-                    "Blocks need as many entries as they are wide, and all entries exactly once.",
-                    f"{sizes} entries for blocks of {[b.shape[1] for b in self.blocks]}"
-                    f"{'' if covers else ', some of them twice or not at all'}.",
-                    "a parameter that is part of two blocks, or of none.",
-                    "build the indices from one partition of the parameters.",
-                )
+                "Blocks need as many entries as they are wide, and all entries exactly once.",
+                f"{sizes} entries for blocks of {[b.shape[1] for b in self.blocks]}"
+                f"{'' if covers else ', some of them twice or not at all'}.",
+                "a parameter that is part of two blocks, or of none.",
+                "build the indices from one partition of the parameters.",
             )
 
     @property

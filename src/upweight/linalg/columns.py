@@ -78,5 +78,5 @@ class Columns:
         worst = max(self.results, key=lambda result: result.severity, default=Result.CONVERGED)
         residuals = self.residuals.reshape(self.shape[:-1])
         numbers = {"rtol": self.rtol, **self.extra}
-        stats = SolverStats(steps, residuals, numbers, solver)
+        stats = SolverStats(steps, residuals, numbers, solver, self.A.is_psd)
         return Solution(self.x.reshape(self.shape), worst, stats)

@@ -88,12 +88,10 @@ class Relative(Damping):
         mean = float(operator.trace()) / p
         if not math.isfinite(mean):
             raise NonFinite(
-                message(
-                    "Relative damping needs the mean eigenvalue tr(A)/p.",
-                    f"tr(A)/p = {mean} for {operator!r}.",
-                    "a loss or an activation that overflowed.",
-                    "check the loss at these parameters, or use float64.",
-                )
+                "Relative damping needs the mean eigenvalue tr(A)/p.",
+                f"tr(A)/p = {mean} for {operator!r}.",
+                "a loss or an activation that overflowed.",
+                "check the loss at these parameters, or use float64.",
             )
         if mean <= 0:
             raise NotPositiveDefinite(
@@ -137,24 +135,20 @@ class Evidence(Damping):
     ) -> float:
         if not isinstance(operator, Eigen) or theta is None or n is None:
             raise SpecError(
-                message(
-                    "Evidence damping needs the eigenvalues of the curvature.",
-                    f"{operator!r}, which does not know them.",
-                    "a Hessian or GGN, whose spectrum would take p³ operations.",
-                    "use it with EKFAC(), KFAC() or Diagonal(), or give Absolute(λ).",
-                )
+                "Evidence damping needs the eigenvalues of the curvature.",
+                f"{operator!r}, which does not know them.",
+                "a Hessian or GGN, whose spectrum would take p³ operations.",
+                "use it with EKFAC(), KFAC() or Diagonal(), or give Absolute(λ).",
             )
         values = operator.values.double().flatten()
         squared = float(theta.double().square().sum())
         if not squared > 0 or not bool((values > 0).any()):
             raise NonFinite(
-                message(
-                    "Evidence damping weighs the parameters against their curvature.",
-                    f"‖θ‖² = {squared:.3g} and a largest eigenvalue of {float(values.max()):.3g}.",
-                    "biases that were never trained, or a layer that the data do not reach.",
-                    "leave these parameters out with Task(params=...), or use Relative(0.1), and "
-                    "Absolute(λ) where the curvature is 0.",
-                )
+                "Evidence damping weighs the parameters against their curvature.",
+                f"‖θ‖² = {squared:.3g} and a largest eigenvalue of {float(values.max()):.3g}.",
+                "biases that were never trained, or a layer that the data do not reach.",
+                "leave these parameters out with Task(params=...), or use Relative(0.1), and "
+                "Absolute(λ) where the curvature is 0.",
             )
         positive = values[values > 0]
         # γ lies between 0 and the number of positive eigenvalues, hence the root below `high`.
@@ -176,12 +170,10 @@ def as_damping(damping: Any) -> Damping:
         isinstance(damping, Damping) or hasattr(damping, "__float__")
     ):
         raise SpecError(
-            message(
-                "Damping is a number, Absolute(λ), Relative(factor) or Evidence().",
-                f"damping={damping!r}.",
-                "a name, or a class that was not called.",
-                "damping=Relative(0.1) adds a tenth of the mean eigenvalue; 0.0 adds nothing.",
-            )
+            "Damping is a number, Absolute(λ), Relative(factor) or Evidence().",
+            f"damping={damping!r}.",
+            "a name, or a class that was not called.",
+            "damping=Relative(0.1) adds a tenth of the mean eigenvalue; 0.0 adds nothing.",
         )
     return damping if isinstance(damping, Damping) else Absolute(float(damping))
 
@@ -198,10 +190,8 @@ def damped(A: LinearOperator, lam: float) -> LinearOperator:
 def _not_negative(value: float, name: str) -> None:
     if not (math.isfinite(value) and value >= 0):
         raise SpecError(
-            message(
-                f"{name} needs a finite number ≥ 0.",
-                f"{value!r}.",
-                "a sign slip, or a number that overflowed.",
-                "0.0 means no damping; a negative λ would make A less definite, not more.",
-            )
+            f"{name} needs a finite number ≥ 0.",
+            f"{value!r}.",
+            "a sign slip, or a number that overflowed.",
+            "0.0 means no damping; a negative λ would make A less definite, not more.",
         )

@@ -38,12 +38,10 @@ class Eigen(LinearOperator):
         )
         if sizes != tuple(self.values.shape):
             raise ShapeError(
-                message(
-                    "Eigenvalues need one axis per basis, each as long as its basis.",
-                    f"eigenvalues {tuple(self.values.shape)} for bases of sizes {sizes}.",
-                    "factors in the wrong order, or a bias column on one of them only.",
-                    "give the bases in the order of the axes of the eigenvalues.",
-                )
+                "Eigenvalues need one axis per basis, each as long as its basis.",
+                f"eigenvalues {tuple(self.values.shape)} for bases of sizes {sizes}.",
+                "factors in the wrong order, or a bias column on one of them only.",
+                "give the bases in the order of the axes of the eigenvalues.",
             )
 
     @property

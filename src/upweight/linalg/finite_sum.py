@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import ShapeError, message
+from upweight.errors import ShapeError
 from upweight.linalg.operator import LinearOperator, Tag, agree, closed
 
 
@@ -48,12 +48,10 @@ class FiniteSum(LinearOperator):
     def __post_init__(self) -> None:
         if len(self.terms) == 0 or self.n < 1:
             raise ShapeError(
-                message(
-                    "A mean over examples needs at least one term and n ≥ 1.",
-                    f"{len(self.terms)} terms and n = {self.n}.",
-                    "an empty data set, or a filter that kept no example.",
-                    "check the data that the terms were built from.",
-                )
+                "A mean over examples needs at least one term and n ≥ 1.",
+                f"{len(self.terms)} terms and n = {self.n}.",
+                "an empty data set, or a filter that kept no example.",
+                "check the data that the terms were built from.",
             )
         # Kept, because asking a lazy sequence for its first term may cost a batch.
         first = self.terms[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upweight.errors import NonFinite, message
+from upweight.errors import NonFinite
 from upweight.linalg.operator import LinearOperator, square
 
 
@@ -63,12 +63,10 @@ def extreme_eigenvalues(
         betas.append(float(torch.linalg.vector_norm(w)))
         if not (torch.isfinite(w).all()):
             raise NonFinite(
-                message(
-                    "Eigenvalues need a finite operator.",
-                    f"{A!r} gave a NaN or an infinity for a finite vector.",
-                    "a loss or an activation that overflowed.",
-                    "check the gradients of the examples one at a time, or use float64.",
-                )
+                "Eigenvalues need a finite operator.",
+                f"{A!r} gave a NaN or an infinity for a finite vector.",
+                "a loss or an activation that overflowed.",
+                "check the gradients of the examples one at a time, or use float64.",
             )
         ends = _ritz(alphas, betas)
         scale = max(abs(ends.smallest), abs(ends.largest))

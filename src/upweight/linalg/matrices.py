@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import NonFinite, ShapeError, message
+from upweight.errors import NonFinite, ShapeError
 from upweight.linalg.operator import LinearOperator, Tag, closed, square
 
 SYMMETRIC = frozenset({Tag.SYMMETRIC})
@@ -77,13 +77,11 @@ class DiagonalMatrix(LinearOperator):
         bad = (~self.entries.isfinite()).nonzero().flatten()
         if len(bad):
             raise NonFinite(
-                message(
-                    "DiagonalMatrix needs finite entries.",
-                    f"{len(bad)} of {len(self.entries)} are not; the first is "
-                    f"entries[{int(bad[0])}] = {float(self.entries[bad[0]])}.",
-                    "a loss that overflowed, or a division by zero.",
-                    "look at the parameter or example that this entry belongs to.",
-                )
+                "DiagonalMatrix needs finite entries.",
+                f"{len(bad)} of {len(self.entries)} are not; the first is "
+                f"entries[{int(bad[0])}] = {float(self.entries[bad[0]])}.",
+                "a loss that overflowed, or a division by zero.",
+                "look at the parameter or example that this entry belongs to.",
             )
         object.__setattr__(self, "_is_psd", bool((self.entries >= 0).all()))
 
@@ -205,10 +203,8 @@ def _axes(tensor: Tensor, axes: int, name: str) -> None:
     """Refuse a tensor with another number of axes."""
     if tensor.ndim != axes:
         raise ShapeError(
-            message(
-                f"{name} needs a tensor with {axes} {'axes' if axes > 1 else 'axis'}.",
-                f"shape {tuple(tensor.shape)}.",
-                "a batch of matrices, or a matrix where its diagonal was meant.",
-                "index the batch, or take .diagonal() of the matrix.",
-            )
+            f"{name} needs a tensor with {axes} {'axes' if axes > 1 else 'axis'}.",
+            f"shape {tuple(tensor.shape)}.",
+            "a batch of matrices, or a matrix where its diagonal was meant.",
+            "index the batch, or take .diagonal() of the matrix.",
         )

@@ -137,21 +137,17 @@ class LinearOperator(abc.ABC):
         """
         if v.ndim == 0 or v.shape[-1] != self.shape[1]:
             raise ShapeError(
-                message(
-                    f"{self!r} acts on vectors of {self.shape[1]} entries along the last axis.",
-                    f"a tensor of shape {tuple(v.shape)}.",
-                    "vectors stored as columns, or a vector laid out for other parameters.",
-                    "put the vectors along the last axis: v.mT turns columns into rows.",
-                )
+                f"{self!r} acts on vectors of {self.shape[1]} entries along the last axis.",
+                f"a tensor of shape {tuple(v.shape)}.",
+                "vectors stored as columns, or a vector laid out for other parameters.",
+                "put the vectors along the last axis: v.mT turns columns into rows.",
             )
         if v.dtype != self.dtype:
             raise DtypeError(
-                message(
-                    f"{self!r} acts on vectors of its own dtype, {self.dtype}.",
-                    f"a tensor of dtype {v.dtype} and shape {tuple(v.shape)}.",
-                    "a model in one precision and data or vectors in another.",
-                    f"convert the vector, v.to({self.dtype}), or build the operator in {v.dtype}.",
-                )
+                f"{self!r} acts on vectors of its own dtype, {self.dtype}.",
+                f"a tensor of dtype {v.dtype} and shape {tuple(v.shape)}.",
+                "a model in one precision and data or vectors in another.",
+                f"convert the vector, v.to({self.dtype}), or build the operator in {v.dtype}.",
             )
 
     def _transposed_rows(self) -> Iterator[tuple[int, Tensor]]:
@@ -205,12 +201,10 @@ def square(A: LinearOperator, what: str) -> int:
     r, p = A.shape
     if r != p:
         raise ShapeError(
-            message(
-                f"{what} needs a square operator.",
-                f"{A!r}, of shape ({r}, {p}).",
-                "a Jacobian or a projection where a curvature was meant.",
-                "form the square operator first: A.T @ A, or P @ A @ P.T for a projection P.",
-            )
+            f"{what} needs a square operator.",
+            f"{A!r}, of shape ({r}, {p}).",
+            "a Jacobian or a projection where a curvature was meant.",
+            "form the square operator first: A.T @ A, or P @ A @ P.T for a projection P.",
         )
     return p
 

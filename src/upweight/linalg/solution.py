@@ -45,12 +45,14 @@ class SolverStats:
             where b = 0 and x = 0, NaN where there is no x.
         extra: Other numbers by name: `rtol`, `condition`, `smallest_eigenvalue`, ….
         solver: The repr of the solver, for messages and provenance.
+        is_psd: Whether A is known to be positive semi-definite: what denies it is rounding.
     """
 
     steps: int
     residuals: Float[Tensor, "*k"]
     extra: Mapping[str, float] = field(default_factory=dict)
     solver: str = ""
+    is_psd: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +149,10 @@ def _singular(stats: SolverStats) -> tuple[str, str, str, str]:
             given,
             "an operator that is singular to this precision: float32 cannot tell an eigenvalue of "
             "1e-7 of the largest from zero, and b has a part along it.",
-            "add damping or a penalty, use a positive semi-definite curvature, curvature=GGN(), or "
-            "compute in float64.",
+            "add damping or a penalty, or compute in float64."
+            if stats.is_psd
+            else "add damping or a penalty, use a positive semi-definite curvature, "
+            "curvature=GGN(), or compute in float64.",
         )
     return (
         Result.SINGULAR.value,
@@ -165,10 +169,22 @@ def _negative_curvature(stats: SolverStats) -> tuple[str, str, str, str]:
     return (
         f"{stats.solver} needs an operator A ≻ 0.",
         f"a direction v with vᵀAv/vᵀv = {curvature:.1e} after {stats.steps} steps.",
+        *_indefinite(stats, f"above {abs(curvature):.1e} (at least)"),
+    )
+
+
+def _indefinite(stats: SolverStats, damping: str) -> tuple[str, str]:
+    """Why A has a negative eigenvalue, and what to do about it."""
+    if stats.is_psd:
+        return (
+            "rounding: no eigenvalue is negative by the definition of this curvature, and the "
+            "model's dtype does not resolve the small ones.",
+            f"raise damping {damping}; or compute in float64, model.double().",
+        )
+    return (
         "a Hessian away from a strict minimum is usually indefinite.",
-        f"use a positive semi-definite curvature, curvature=GGN(); raise damping above "
-        f"{abs(curvature):.1e} (at least); or use solver=MINRES(), which accepts indefinite "
-        "operators.",
+        f"use a positive semi-definite curvature, curvature=GGN(); raise damping {damping}; or use "
+        "solver=MINRES(), which accepts indefinite operators.",
     )
 
 
@@ -184,9 +200,7 @@ def _not_positive_definite(stats: SolverStats) -> tuple[str, str, str, str]:
     return (
         f"{stats.solver.partition('(')[0]} needs A ≻ 0, where A already includes damping.",
         f"its smallest eigenvalue is {smallest:.1e}{_plus_minus(stats)}.",
-        "a Hessian away from a strict minimum is usually indefinite.",
-        f"use a positive semi-definite curvature, curvature=GGN(); raise damping by more than "
-        f"{abs(smallest):.1e}; or use solver=MINRES(), which accepts indefinite operators.",
+        *_indefinite(stats, f"by more than {abs(smallest):.1e}"),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import UnsupportedModel, message
+from upweight.errors import UnsupportedModel
 from upweight.linalg.cg import CG
 from upweight.linalg.cholesky import Cholesky
 from upweight.linalg.minres import MINRES
@@ -47,15 +47,12 @@ class Auto(Solver[tuple[Solver[Any], Any]]):
         if A.is_symmetric:
             return MINRES()
         raise UnsupportedModel(
-            message(
-                "Auto() needs an operator tagged PSD (for Cholesky or CG) or SYMMETRIC (for "
-                "MINRES).",
-                f"{A!r}.",
-                "a matrix passed as Dense(M) without tags, or a product A @ B, whose symmetry "
-                "cannot be seen.",
-                "say what is known: Dense(M, tags=frozenset({Tag.SYMMETRIC})), or a LinearOperator "
-                "of your own whose `tags` say it.",
-            )
+            "Auto() needs an operator tagged PSD (for Cholesky or CG) or SYMMETRIC (for MINRES).",
+            f"{A!r}.",
+            "a matrix passed as Dense(M) without tags, or a product A @ B, whose symmetry "
+            "cannot be seen.",
+            "say what is known: Dense(M, tags=frozenset({Tag.SYMMETRIC})), or a LinearOperator "
+            "of your own whose `tags` say it.",
         )
 
     def init(self, A: LinearOperator) -> tuple[Solver[Any], Any]:
@@ -101,12 +98,10 @@ def inverse(A: LinearOperator, solver: Solver[Any] = Auto()) -> LinearOperator:
     square(A, "An inverse")
     if not A.is_symmetric:
         raise UnsupportedModel(
-            message(
-                "An inverse needs an operator tagged SYMMETRIC: all solvers here assume it.",
-                f"{A!r}.",
-                "a matrix passed as Dense(M) without tags.",
-                "say so, if it is: Dense(M, tags=frozenset({Tag.SYMMETRIC})).",
-            )
+            "An inverse needs an operator tagged SYMMETRIC: all solvers here assume it.",
+            f"{A!r}.",
+            "a matrix passed as Dense(M) without tags.",
+            "say so, if it is: Dense(M, tags=frozenset({Tag.SYMMETRIC})).",
         )
     return Inverse(A, solver, solver.init(A))
 

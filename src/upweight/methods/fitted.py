@@ -452,7 +452,7 @@ class Fitted:
         now = self.task.theta()
         if now.dtype != self.theta.dtype or not torch.equal(now, self.theta):
             raise ModelChanged(health.moved(now, self.theta))
-        self.snapshot.require_same(Snapshot.of(self.task))
+        self.snapshot.require_same(self.task, self.train)
 
     def _require_movement(self, what: str) -> None:
         """Refuse a question about where θ moves to, where scores only rank."""
@@ -543,7 +543,7 @@ class Fitted:
             seconds=seconds,
             versions=library_versions(),
             threads=torch.get_num_threads(),
-            notes=tuple(dict.fromkeys((*self.notes, *notes, *of_queries))),
+            notes=tuple(dict.fromkeys((*self.notes, *self.snapshot.notes, *notes, *of_queries))),
         )
 
 

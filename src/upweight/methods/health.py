@@ -26,6 +26,7 @@ from upweight.runtime.progress import progress
 from upweight.scores import DECREMENT_LIMIT, RESIDUAL_LIMIT, ROW_SUM_LIMIT
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, SquaredError
+from upweight.task.precision import dtypes_in
 from upweight.task.probe import evenly_spaced
 from upweight.task.task import Task
 
@@ -39,8 +40,9 @@ NETWORK_ROW_SUM = 1 / 3
 """Overall row-sum excess from which it is noted of a network. It does not tell the untrained: they
 had 0.38 to 0.62, and networks after 20 to 60 epochs of noisy SGD 0.04 to 0.61."""
 
-BASELINE_EXAMPLES = 1024
-"""Training examples on which a network is held against a constant output."""
+BASELINE_EXAMPLES = 256, 1024
+"""Training examples on which a network is held against a constant output: at least and at most; a
+sixteenth of them in between."""
 
 TARGETS_A_CLASS = 10
 """Targets a class below which their entropy says little about that of all."""
@@ -219,18 +221,25 @@ def denied(judged: Mapping[str, Any]) -> list[str]:
     Args:
         judged: `provenance.health`.
     """
-    excess, gain = judged.get("row_sum_excess_overall", 0.0), 0.0
-    if "decrement" in judged:
-        decrement, loss = judged["decrement"], abs(judged["mean_loss"])
-        gain = decrement / loss if loss else (math.inf if decrement else 0.0)
-    # `not <=`: a NaN denies it as well.
-    if gain <= DECREMENT_LIMIT and excess <= ROW_SUM_LIMIT:
+    if not _is_off(judged):
         return []
     return [
         f"θ̂ is not at a minimum of the objective: {'; '.join(_measured(judged))}. Usual causes: a "
         "penalty, loss or data other than the model was trained with; training that stopped "
         "early or has not begun"
     ]
+
+
+def _is_off(judged: Mapping[str, Any]) -> bool:
+    """Whether a number is past what it may be at a minimum."""
+    gain = 0.0
+    if "decrement" in judged:
+        decrement, loss = judged["decrement"], abs(judged["mean_loss"])
+        gain = decrement / loss if loss else (math.inf if decrement else 0.0)
+    # `not <=`: a NaN denies it as well.
+    return not (
+        gain <= DECREMENT_LIMIT and judged.get("row_sum_excess_overall", 0.0) <= ROW_SUM_LIMIT
+    )
 
 
 def _measured(judged: Mapping[str, Any]) -> list[str]:
@@ -254,21 +263,26 @@ def of_network(
     """What is to be warned of a network that is far from a minimum, and what only noted.
 
     Networks are stopped before a minimum, so the distance alone accuses none. A mean loss that a
-    constant output reaches does.
+    constant output reaches does: it is noted of any that is not at a minimum, and warned of where
+    much of the scores is an effect of all examples alike.
 
     Args:
         judged: `provenance.health`.
         baseline: From `constant_baseline`; asked only where it decides.
     """
-    if judged.get("row_sum_excess_overall", 0.0) <= NETWORK_ROW_SUM:
+    if not _is_off(judged):
         return [], []
+    is_far = judged.get("row_sum_excess_overall", 0.0) > NETWORK_ROW_SUM
     said, found = "; ".join(_measured(judged)), baseline()
     if found is not None and not found[0] < found[1]:
-        return [
+        words = [
             f"θ̂ is not at a minimum of the objective: {said}; and the mean loss {found[0]:.3g} is "
             f"not below {found[1]:.3g}, that of the best constant output. Usual causes: training "
             "that has not begun; a loss or data other than the model was trained with"
-        ], []
+        ]
+        return (words, []) if is_far else ([], words)
+    if not is_far:
+        return [], []
     return [], [
         f"θ̂ is not at a minimum of the objective: {said}. The last steps of noisy SGD, early "
         "stopping, or a penalty told wrongly do this"
@@ -294,11 +308,12 @@ def constant_baseline(
     variance. None where the loss has no such constant, or the targets are too few or of several
     shapes.
 
-    Cost: one forward pass over `BASELINE_EXAMPLES` evenly spaced examples.
+    Cost: one forward pass over at most `BASELINE_EXAMPLES` evenly spaced examples.
     """
     if not isinstance(task.loss, CrossEntropy | Bernoulli | SquaredError):
         return None
-    some = data.subset(evenly_spaced(len(data), min(len(data), BASELINE_EXAMPLES)))
+    least, most = BASELINE_EXAMPLES
+    some = data.subset(evenly_spaced(len(data), min(max(least, len(data) // 16), most)))
     losses, shapes, targets = [], [], []
     with torch.no_grad():
         for _, _, batch in progress(some.batches(16), len(some), "loss of a constant output"):
@@ -414,14 +429,22 @@ def underflow_notes(
     return (note,)
 
 
-def precision_notes(task: Task) -> tuple[str, ...]:
-    """A warning, kept as a note, where the parameters are in half precision."""
-    if task.layout.dtype.itemsize >= 4:
+def precision_notes(task: Task, data: Data) -> tuple[str, ...]:
+    """A warning, kept as a note, where parameters or the model's computations are short."""
+    is_short = task.layout.dtype.itemsize < 4
+    seen = {task.layout.dtype}
+    if not is_short:
+        batch = task.to_device(data.batch(0, 1))
+        with torch.no_grad():
+            seen = dtypes_in(lambda: task.call(task.theta(), batch))
+    short = max(seen, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+    if short.itemsize >= 4:
         return ()
-    digits = -math.log10(torch.finfo(task.layout.dtype).eps)
+    name = str(short).removeprefix("torch.")
     note = (
-        f"parameters are {str(task.layout.dtype).removeprefix('torch.')}: gradients and scores "
-        f"carry about {digits:.0f} digits; model.float() gives 7"
+        f"{'parameters are' if is_short else 'the model computes in'} {name}: gradients and scores "
+        f"carry about {-math.log10(torch.finfo(short).eps):.0f} digits; "
+        f"{'model.float() gives' if is_short else 'without autocast there are'} 7"
     )
     warnings.warn(note, UserWarning, stacklevel=3)
     return (note,)

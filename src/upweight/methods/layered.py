@@ -50,10 +50,10 @@ from upweight.runtime.progress import progress
 from upweight.task.check import (
     checked_batch,
     checked_losses,
-    require_finite_gradients,
     require_own_losses,
 )
 from upweight.task.data import Data
+from upweight.task.gradients import require_finite_gradients
 from upweight.task.identity import described, subject
 from upweight.task.point import Point
 from upweight.task.task import Task

@@ -74,7 +74,7 @@ class Method(abc.ABC):
             task=task,
             train=data,
             theta=fitting.theta,
-            snapshot=Snapshot.of(task).settled(before, written(task, data)),
+            snapshot=Snapshot.of(task).settled(before, written(task, data), losses),
             losses=losses,
             scorer=scorer,
             resources=used,
@@ -84,6 +84,6 @@ class Method(abc.ABC):
                 *data.form_notes,
                 *probe.notes,
                 *scorer.notes,
-                *health.precision_notes(task),
+                *health.precision_notes(task, data),
             ),
         )

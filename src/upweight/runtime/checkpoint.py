@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from upweight._typing import Folder
-from upweight.errors import StaleStore, message
+from upweight.errors import StaleStore
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.tensors import read_tensors, write_tensors
 from upweight.runtime.whole import make_folder, remove_left_over
@@ -69,13 +69,11 @@ class Checkpoint:
         tensors, about = read_tensors(self.file, WAY_OUT)
         if about != self._about:
             raise StaleStore(
-                message(
-                    "What is kept in a folder must belong to this model, these data and these "
-                    "settings.",
-                    f"{self.file} with the state of other parameters, data or settings.",
-                    "training went on, the data changed, or another method used the same folder.",
-                    WAY_OUT,
-                )
+                "What is kept in a folder must belong to this model, these data and these "
+                "settings.",
+                f"{self.file} with the state of other parameters, data or settings.",
+                "training went on, the data changed, or another method used the same folder.",
+                WAY_OUT,
             )
         return tensors
 

@@ -44,12 +44,10 @@ def locked(folder: Path, purpose: str) -> Iterator[None]:
         with contextlib.suppress(OSError):  # it writes its name a moment after it has the lock
             who = contents(holder)[:300].decode("utf-8", "replace")
         raise InUse(
-            message(
-                "One process at a time works in a folder.",
-                f"{folder}, held by {who}.",
-                "the same command in another terminal or job.",
-                "wait for it or stop it; a process that was killed holds nothing.",
-            )
+            "One process at a time works in a folder.",
+            f"{folder}, held by {who}.",
+            "the same command in another terminal or job.",
+            "wait for it or stop it; a process that was killed holds nothing.",
         ) from error
     except OSError as error:
         raise NotWritten(
@@ -79,10 +77,8 @@ def _require_plain(lock: Path) -> None:
         return
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         raise StaleStore(
-            message(
-                "What is locked is a file of the folder's own.",
-                f"{lock}, a link or no file.",
-                "a folder received from somebody.",
-                "remove it; it holds nothing.",
-            )
+            "What is locked is a file of the folder's own.",
+            f"{lock}, a link or no file.",
+            "a folder received from somebody.",
+            "remove it; it holds nothing.",
         )

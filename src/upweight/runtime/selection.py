@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from upweight.errors import DataError, ShapeError, message
+from upweight.errors import DataError, ShapeError
 
 
 def places(given: Any, n: int, what: str, *, least: int = 0, repeats: bool = False) -> list[int]:
@@ -27,22 +27,18 @@ def places(given: Any, n: int, what: str, *, least: int = 0, repeats: bool = Fal
     if entries and all(isinstance(entry, bool) for entry in entries):
         if len(entries) != n:
             raise ShapeError(
-                message(
-                    f"A mask of {what.lower()} has one True or False for each: {n}.",
-                    f"{len(entries)} of them.",
-                    "a mask of another data set, or of a part of this one.",
-                    f"make the mask over all {n}, or pass indices in 0…{n - 1}.",
-                )
+                f"A mask of {what.lower()} has one True or False for each: {n}.",
+                f"{len(entries)} of them.",
+                "a mask of another data set, or of a part of this one.",
+                f"make the mask over all {n}, or pass indices in 0…{n - 1}.",
             )
         entries = [k for k, chosen in enumerate(entries) if chosen]
     if len(entries) < least:
         raise ShapeError(
-            message(
-                f"{what} are named by indices in 0…{n - 1}, at least {least} of them.",
-                f"{len(entries)} of them.",
-                "an empty list, a filter that matched nothing, or a mask without a True.",
-                "pass the index of one, or leave this question out.",
-            )
+            f"{what} are named by indices in 0…{n - 1}, at least {least} of them.",
+            f"{len(entries)} of them.",
+            "an empty list, a filter that matched nothing, or a mask without a True.",
+            "pass the index of one, or leave this question out.",
         )
     wrong = [e for e in entries if not _is_whole(e) or not 0 <= e < n]
     repeated = [] if wrong or repeats else _repeated(entries)
@@ -56,13 +52,11 @@ def places(given: Any, n: int, what: str, *, least: int = 0, repeats: bool = Fal
             "among numbers."
         )
         raise ShapeError(
-            message(
-                f"{what} are named by {'' if repeats else 'distinct '}indices in 0…{n - 1}.",
-                f"{len(entries)} of them, {'twice' if repeated else 'among them'} "
-                f"{', '.join(map(repr, (repeated or wrong)[:5]))}.",
-                cause,
-                f"pass each index once, as whole numbers in 0…{n - 1}, or a mask of {n} booleans.",
-            )
+            f"{what} are named by {'' if repeats else 'distinct '}indices in 0…{n - 1}.",
+            f"{len(entries)} of them, {'twice' if repeated else 'among them'} "
+            f"{', '.join(map(repr, (repeated or wrong)[:5]))}.",
+            cause,
+            f"pass each index once, as whole numbers in 0…{n - 1}, or a mask of {n} booleans.",
         )
     return [int(entry) for entry in entries]
 
@@ -82,13 +76,11 @@ def row_of(query: Any, q: int) -> int:
     if is_row(query, q):
         return int(query)
     raise ShapeError(
-        message(
-            f"The query must be one of the {q} scored.",
-            f"query={query!r}.",
-            "an index into the full data set where only some queries were scored, or a place "
-            "counted from the end.",
-            f"use an index in 0…{q - 1}.",
-        )
+        f"The query must be one of the {q} scored.",
+        f"query={query!r}.",
+        "an index into the full data set where only some queries were scored, or a place "
+        "counted from the end.",
+        f"use an index in 0…{q - 1}.",
     )
 
 
@@ -104,30 +96,26 @@ def labels_by_place(labels: Iterable[Any], n: int, what: str) -> tuple[tuple[str
     nested = getattr(labels, "ndim", 1) != 1
     if nested or len(keys) != n:
         raise ShapeError(
-            message(
-                f"Grouping needs one label per {what}: {n}.",
-                f"labels of shape {tuple(labels.shape)}."  # type: ignore[attr-defined]
-                if nested
-                else f"{len(keys)} labels.",
-                "one-hot labels, or a column that was not squeezed."
-                if nested
-                else "labels of another split.",
-                "pass labels in the order of the training data, one for each.",
-            )
+            f"Grouping needs one label per {what}: {n}.",
+            f"labels of shape {tuple(labels.shape)}."  # type: ignore[attr-defined]
+            if nested
+            else f"{len(keys)} labels.",
+            "one-hot labels, or a column that was not squeezed."
+            if nested
+            else "labels of another split.",
+            "pass labels in the order of the training data, one for each.",
         )
     first: dict[str, Any] = {}
     for key, label in zip(keys, given, strict=True):
         other = first.setdefault(key, label)
         if type(other) is not type(label) and other != label:
             raise DataError(
-                message(
-                    "Labels of different groups must read differently.",
-                    f"{other!r} of type {type(other).__name__} and {label!r} of type "
-                    f"{type(label).__name__}.",
-                    "numbers and texts among the labels of one column, as of two files.",
-                    "[str(label) for label in labels] makes one group of the two; otherwise give "
-                    "one of them another name.",
-                )
+                "Labels of different groups must read differently.",
+                f"{other!r} of type {type(other).__name__} and {label!r} of type "
+                f"{type(label).__name__}.",
+                "numbers and texts among the labels of one column, as of two files.",
+                "[str(label) for label in labels] makes one group of the two; otherwise give "
+                "one of them another name.",
             )
     names = tuple(sorted(first))
     place = {name: k for k, name in enumerate(names)}

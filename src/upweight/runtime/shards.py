@@ -101,12 +101,10 @@ class ScoreShards:
         shards = cls.load(directory)
         if (shards.n, shards.q, shards.description) != (n, q, dict(description)):
             raise StaleStore(
-                message(
-                    "A folder of scores belongs to one model, data set, method and question.",
-                    f"{manifest}, which describes others.",
-                    "training went on, or other queries were asked about, with the same folder.",
-                    "give another folder, or delete this one.",
-                )
+                "A folder of scores belongs to one model, data set, method and question.",
+                f"{manifest}, which describes others.",
+                "training went on, or other queries were asked about, with the same folder.",
+                "give another folder, or delete this one.",
             )
         return shards
 
@@ -367,12 +365,10 @@ def require_one_kind(folder: Path, other: str) -> None:
     """
     if (folder / other).exists():
         raise StaleStore(
-            message(
-                "A folder holds scores of one kind: in shards, or saved whole.",
-                f"{folder}, which holds {other} of the other kind.",
-                "the same folder for write(…) and for scores.save(…).",
-                "give another folder, or remove the kind that is not wanted.",
-            )
+            "A folder holds scores of one kind: in shards, or saved whole.",
+            f"{folder}, which holds {other} of the other kind.",
+            "the same folder for write(…) and for scores.save(…).",
+            "give another folder, or remove the kind that is not wanted.",
         )
 
 

@@ -48,13 +48,11 @@ def arrays_of(data: Any) -> tuple[Any, tuple[str, ...]]:
     sizes = [tuple(leaf.shape) for leaf in leaves]
     if not leaves or any(leaf.ndim == 0 for leaf in leaves) or len({s[0] for s in sizes}) != 1:
         raise ShapeError(
-            message(
-                "All arrays of the data must have the same number of examples on their first axis.",
-                f"shapes {sizes}.",
-                "inputs and targets of different splits, a transposed array, or one array per "
-                "example in place of one for all.",
-                "pass (X, y) with X [n, ...] and y [n, ...].",
-            )
+            "All arrays of the data must have the same number of examples on their first axis.",
+            f"shapes {sizes}.",
+            "inputs and targets of different splits, a transposed array, or one array per "
+            "example in place of one for all.",
+            "pass (X, y) with X [n, ...] and y [n, ...].",
         )
     return tensors, tuple(notes)
 
@@ -75,13 +73,11 @@ def require_columns(parts: Sequence[Any], count: int | None = None) -> None:
         return
     shape, dtype = kinds.pop()
     raise DataError(
-        message(
-            "A list of arrays is read as [X, ..., y], with n examples on each first axis.",
-            f"{len(parts)} arrays, all of shape {shape} and {dtype}.",
-            "a list of inputs, one array per example, which cannot be told from columns.",
-            "pass a tuple, (X, y), where these are inputs and targets; of inputs one by one, "
-            "(torch.stack(inputs), targets).",
-        )
+        "A list of arrays is read as [X, ..., y], with n examples on each first axis.",
+        f"{len(parts)} arrays, all of shape {shape} and {dtype}.",
+        "a list of inputs, one array per example, which cannot be told from columns.",
+        "pass a tuple, (X, y), where these are inputs and targets; of inputs one by one, "
+        "(torch.stack(inputs), targets).",
     )
 
 
@@ -200,14 +196,11 @@ def signed(value: Any, path: str = "") -> Any:
     if value.dtype == torch.uint64 and bool((result < 0).any()):  # 2⁶³ and more wrap around
         at = (result < 0).nonzero()[0].tolist()
         raise DataError(
-            message(
-                "Examples of whole numbers must fit int64: at most 2⁶³ − 1.",
-                f"{int(result[tuple(at)]) + 2**64} in {_named(path)} at "
-                f"[{', '.join(map(str, at))}].",
-                "identifiers or hashes in place of class numbers, or a −1 that was made unsigned.",
-                "y.astype(np.int64) gives −1 back; of others, number the values as the model was "
-                "trained with: np.unique(y, return_inverse=True)[1] numbers them from 0.",
-            )
+            "Examples of whole numbers must fit int64: at most 2⁶³ − 1.",
+            f"{int(result[tuple(at)]) + 2**64} in {_named(path)} at [{', '.join(map(str, at))}].",
+            "identifiers or hashes in place of class numbers, or a −1 that was made unsigned.",
+            "y.astype(np.int64) gives −1 back; of others, number the values as the model was "
+            "trained with: np.unique(y, return_inverse=True)[1] numbers them from 0.",
         )
     return result
 
@@ -283,14 +276,12 @@ def _of_objects(array: Any, path: str) -> Any:
     at = ", ".join(map(str, np.unravel_index(wrong, array.shape)))
     missing = entry is None or type(entry).__name__ in ("NAType", "NaTType")
     raise DataError(
-        message(
-            "Examples must be numbers.",
-            f"{entry!r} in {_named(path)} at [{at}].",
-            "a missing value." if missing else f"an object of type {type(entry).__name__}.",
-            "impute it as in training, or leave that example out."
-            if missing
-            else "encode it as the model was trained with.",
-        )
+        "Examples must be numbers.",
+        f"{entry!r} in {_named(path)} at [{at}].",
+        "a missing value." if missing else f"an object of type {type(entry).__name__}.",
+        "impute it as in training, or leave that example out."
+        if missing
+        else "encode it as the model was trained with.",
     )
 
 
@@ -307,15 +298,12 @@ def _table(table: Any, path: str) -> Any:
     if words:
         listed = ", ".join(f"{c.name!r} ({c.dtype})" for c in words[:5])
         raise DataError(
-            message(
-                "Examples must be numbers.",
-                f"{len(words)} of {len(columns)} columns of {_named(path)} that hold none: "
-                f"{listed}.",
-                "categories, text or dates that a step before the model turns into numbers.",
-                "pass what the model itself takes: X after that step (an encoder, "
-                "pandas.get_dummies with the columns of training), or X.drop(columns=[...]) where "
-                "the model does not use them.",
-            )
+            "Examples must be numbers.",
+            f"{len(words)} of {len(columns)} columns of {_named(path)} that hold none: {listed}.",
+            "categories, text or dates that a step before the model turns into numbers.",
+            "pass what the model itself takes: X after that step (an encoder, "
+            "pandas.get_dummies with the columns of training), or X.drop(columns=[...]) where "
+            "the model does not use them.",
         )
     if not columns:
         return np.empty(table.shape)
@@ -344,13 +332,11 @@ def _column(column: Any, name: str) -> Any:
         return column.to_numpy(dtype=getattr(dtype, "numpy_dtype", None) or f"{dtype.kind}8")
     if type(dtype).__name__ == "CategoricalDtype":
         raise DataError(
-            message(
-                "Examples must be numbers.",
-                f"{name} of dtype category: {', '.join(map(repr, dtype.categories[:5]))}.",
-                "names of classes or of categories.",
-                "number them as the model was trained with: y.cat.codes.to_numpy() numbers the "
-                "categories in their order, which must be that of the model's outputs.",
-            )
+            "Examples must be numbers.",
+            f"{name} of dtype category: {', '.join(map(repr, dtype.categories[:5]))}.",
+            "names of classes or of categories.",
+            "number them as the model was trained with: y.cat.codes.to_numpy() numbers the "
+            "categories in their order, which must be that of the model's outputs.",
         )
     array = column.to_numpy(dtype=object)
     return _of_objects(array, f" {name}")
@@ -379,17 +365,13 @@ def _require_same_rows(data: Any) -> None:
         same = sorted(map(repr, here)) == sorted(map(repr, there))
         k = next((k for k in range(len(here)) if here[k] != there[k]), 0)
         raise DataError(
-            message(
-                "Tables of one data set must have their rows in the same order, under the same "
-                "index.",
-                f"row {k} is {there[k]!r} in {_named(first_path)} and {here[k]!r} in "
-                f"{_named(path)}.",
-                "the same rows in another order, or an index that was reset in one of the two."
-                if same
-                else "an index that was reset in one of the two, or rows of another split.",
-                "y.loc[X.index] puts the rows of y in the order of X; y.to_numpy() pairs them by "
-                "position as they stand.",
-            )
+            "Tables of one data set must have their rows in the same order, under the same index.",
+            f"row {k} is {there[k]!r} in {_named(first_path)} and {here[k]!r} in {_named(path)}.",
+            "the same rows in another order, or an index that was reset in one of the two."
+            if same
+            else "an index that was reset in one of the two, or rows of another split.",
+            "y.loc[X.index] puts the rows of y in the order of X; y.to_numpy() pairs them by "
+            "position as they stand.",
         )
 
 

@@ -5,7 +5,7 @@ model is deterministic and treats examples one by one, that the loss is unreduce
 the loss, that gradients reach every chosen parameter, and that every loss is finite.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,22 +18,18 @@ from upweight.errors import (
     DataError,
     NonDeterministic,
     NonFinite,
-    NotDifferentiable,
     ScalarLoss,
     ShapeError,
-    UnsupportedModel,
     UpweightError,
-    listed,
-    message,
 )
 from upweight.runtime.progress import progress
 from upweight.task.batches import tensors
 from upweight.task.data import Data, batch_size
 from upweight.task.failures import call_error, called_with, loss_error, require_no_places
+from upweight.task.gradients import require_own_gradients, unreached_notes
 from upweight.task.model_loss import loss_notes
 from upweight.task.modes import acting_in_training
 from upweight.task.probe import (
-    PROBE_EXAMPLES,
     Evaluate,
     Probe,
     evenly_spaced,
@@ -160,8 +156,9 @@ def require_answerable(task: Task, data: Data, role: str) -> Probe:
     losses = own_losses(task, theta, data, at, batch, (outputs, targets), evaluate, role)
     notes = (
         *loss_notes(task, theta, data, at, losses),
-        *_unreached_notes(task, theta, batch, at, role),
+        *unreached_notes(task, theta, batch, at, role),
     )
+    require_own_gradients(task, theta, data, batch, at, role)
     return Probe(at, losses, notes)
 
 
@@ -191,22 +188,18 @@ def checked_measurements(
                 f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
             )
             raise ScalarLoss(
-                message(
-                    f"A measure must return one value per query: shape ({stop - start},).",
-                    f"{measure!r} returned {shape}.",
-                    "a mean or sum over the queries, or one value per output.",
-                    "reduce over every axis but the first.",
-                )
+                f"A measure must return one value per query: shape ({stop - start},).",
+                f"{measure!r} returned {shape}.",
+                "a mean or sum over the queries, or one value per output.",
+                "reduce over every axis but the first.",
             )
         if not bool(part.isfinite().all()):
             first = int((~part.isfinite()).nonzero()[0])
             raise NonFinite(
-                message(
-                    "Every measurement must be finite.",
-                    f"{float(part[first])} for query {start + first} under {measure!r}.",
-                    "a logarithm of 0 or a division by 0 in the measure.",
-                    "measure in log space, or leave this query out.",
-                )
+                "Every measurement must be finite.",
+                f"{float(part[first])} for query {start + first} under {measure!r}.",
+                "a logarithm of 0 or a division by 0 in the measure.",
+                "measure in log space, or leave this query out.",
             )
         values.append(part)
     found = torch.cat(values)
@@ -223,12 +216,10 @@ def _at_once(data: Data) -> int:
 def _require_examples(data: Data, role: str) -> None:
     if len(data) == 0:
         raise DataError(
-            message(
-                f"The {role} must hold at least one example.",
-                "0 examples.",
-                "a filter that matched nothing, or an empty split.",
-                f"check len(...) of what you pass as the {role}.",
-            )
+            f"The {role} must hold at least one example.",
+            "0 examples.",
+            "a filter that matched nothing, or an empty split.",
+            f"check len(...) of what you pass as the {role}.",
         )
 
 
@@ -236,13 +227,11 @@ def _require_eval_mode(model: nn.Module) -> None:
     acting = acting_in_training(model)
     if acting:
         raise NonDeterministic(
-            message(
-                "The model must be in eval mode: θ̂ is one fixed function of each example.",
-                f"{len(acting)} layers that answer otherwise in training mode, first {acting[0]}.",
-                "model.eval() was not called after training; dropout is then random and BatchNorm "
-                "mixes the examples of a batch.",
-                "call model.eval() before making the Task.",
-            )
+            "The model must be in eval mode: θ̂ is one fixed function of each example.",
+            f"{len(acting)} layers that answer otherwise in training mode, first {acting[0]}.",
+            "model.eval() was not called after training; dropout is then random and BatchNorm "
+            "mixes the examples of a batch.",
+            "call model.eval() before making the Task.",
         )
     coupled = [
         f"{name or 'model'} ({type(module).__name__})"
@@ -251,14 +240,12 @@ def _require_eval_mode(model: nn.Module) -> None:
     ]
     if coupled:
         raise NonDeterministic(
-            message(
-                "Each example's output must not depend on the other examples of its batch.",
-                f"{len(coupled)} layers that take mean and variance from the batch at hand, first "
-                f"{coupled[0]}.",
-                "BatchNorm(track_running_stats=False), which couples examples in eval mode too.",
-                "train with running statistics, or use layers that treat examples one by one "
-                "(LayerNorm, GroupNorm).",
-            )
+            "Each example's output must not depend on the other examples of its batch.",
+            f"{len(coupled)} layers that take mean and variance from the batch at hand, first "
+            f"{coupled[0]}.",
+            "BatchNorm(track_running_stats=False), which couples examples in eval mode too.",
+            "train with running statistics, or use layers that treat examples one by one "
+            "(LayerNorm, GroupNorm).",
         )
 
 
@@ -266,12 +253,10 @@ def _require_finite_parameters(task: Task, theta: Float[Tensor, " p"]) -> None:
     if not bool(theta.isfinite().all()):
         bad = [k for k, v in task.layout.unflatten(theta).items() if not bool(v.isfinite().all())]
         raise NonFinite(
-            message(
-                "The model's parameters must be finite.",
-                f"NaN or infinity in {', '.join(bad[:5])}.",
-                "training diverged.",
-                "train again with a smaller learning rate, or load an earlier checkpoint.",
-            )
+            "The model's parameters must be finite.",
+            f"NaN or infinity in {', '.join(bad[:5])}.",
+            "training diverged.",
+            "train again with a smaller learning rate, or load an earlier checkpoint.",
         )
 
 
@@ -295,24 +280,20 @@ def _outputs(
         raise explained from error
     if not isinstance(called, tuple | list) or len(called) != 2:
         raise ShapeError(
-            message(
-                "Task(forward=...) must return two things: (outputs, targets).",
-                f"{type(called).__name__}"
-                f"{f' of {len(called)}' if isinstance(called, tuple | list) else ''}.",
-                "a function that returns the outputs alone.",
-                "Task(model, loss, forward=lambda model, batch: (model(batch[0]), batch[1])).",
-            )
+            "Task(forward=...) must return two things: (outputs, targets).",
+            f"{type(called).__name__}"
+            f"{f' of {len(called)}' if isinstance(called, tuple | list) else ''}.",
+            "a function that returns the outputs alone.",
+            "Task(model, loss, forward=lambda model, batch: (model(batch[0]), batch[1])).",
         )
     outputs, targets = called
     if not isinstance(outputs, Tensor) or outputs.ndim == 0:
         raise ShapeError(
-            message(
-                "The model must return one tensor [b, ...] with the examples on its first axis.",
-                f"{type(outputs).__name__}{' of shape ()' if isinstance(outputs, Tensor) else ''}.",
-                "a model that returns several tensors, or its own loss.",
-                "say how to get the outputs with Task(forward=lambda model, batch: "
-                "(outputs, targets)).",
-            )
+            "The model must return one tensor [b, ...] with the examples on its first axis.",
+            f"{type(outputs).__name__}{' of shape ()' if isinstance(outputs, Tensor) else ''}.",
+            "a model that returns several tensors, or its own loss.",
+            "say how to get the outputs with Task(forward=lambda model, batch: "
+            "(outputs, targets)).",
         )
     return outputs, targets
 
@@ -333,124 +314,6 @@ def _losses(
         raise explained from error
 
 
-def require_recording() -> None:
-    """Refuse inference mode, which unlike `no_grad` cannot be lifted from inside.
-
-    Raises:
-        NotDifferentiable: In `torch.inference_mode()`.
-    """
-    if torch.is_inference_mode_enabled():
-        raise NotDifferentiable(
-            message(
-                "Gradients must be taken where autograd can record.",
-                "a call inside torch.inference_mode().",
-                "a whole script run in inference mode, or a decorated function.",
-                "leave inference mode for this call; torch.no_grad() may stay.",
-            )
-        )
-
-
-def _unreached_notes(
-    task: Task, theta: Float[Tensor, " p"], probe: Batch, at: Sequence[int], role: str
-) -> tuple[str, ...]:
-    """Notes of the parameters that no gradient reaches, after asking that some are reached."""
-    require_recording()
-    params = {k: v.clone().requires_grad_() for k, v in task.layout.unflatten(theta).items()}
-    with torch.enable_grad():
-        # A checkpoint runs its part again in the backward pass, where `outputs` has lifted its
-        # choice of kernels.
-        losses = task.losses_of(*task.call(params, probe))
-        if not losses.requires_grad:
-            unreached = list(params)
-            gradients: tuple[Tensor | None, ...] = ()
-        else:
-            # Unequal weights: at a minimum without a penalty the plain sum of all gradients is 0.
-            total = losses @ torch.arange(1, len(losses) + 1).to(losses)
-            try:
-                gradients = torch.autograd.grad(total, list(params.values()), allow_unused=True)
-            except RuntimeError as error:
-                if "use_reentrant" not in str(error):
-                    raise
-                raise UnsupportedModel(_reentrant(error)) from error
-            unreached = [k for k, g in zip(params, gradients, strict=True) if g is None]
-    if len(unreached) == len(params):
-        raise NotDifferentiable(
-            message(
-                "The loss must depend on the chosen parameters through differentiable steps.",
-                f"no gradient reaches {listed(unreached)} from {len(losses)} examples.",
-                "layers that forward does not use, .detach(), no_grad(), argmax or rounding.",
-                'choose the parameters that forward uses with Task(params="pattern"), or replace '
-                "the step that cuts the gradient.",
-            )
-        )
-    losses = losses.detach()
-    silent = all(not bool(g.any()) for g in gradients if g is not None)
-    if silent and bool((losses != 0).any()) and bool(losses.isfinite().all()):
-        raise NotDifferentiable(
-            message(
-                "Some example must have a gradient that is not exactly zero.",
-                f"{len(losses)} examples with losses up to {float(losses.abs().max()):.3g} and "
-                "gradients of exactly 0.",
-                "a rounding, sign or threshold step (its derivative is 0), or a loss saturated in "
-                "this dtype.",
-                "replace the step by a smooth one, or use float64.",
-            )
-        )
-    if not unreached:
-        return ()
-    # Experts, heads of one domain and adapters are reached by some examples only; a step that cuts
-    # the gradient looks the same.
-    return (
-        f"no gradient reaches {listed(unreached)} from {len(at)} of the {role}: where that is so, "
-        "it counts as zero",
-    )
-
-
-def require_finite_gradients(task: Task, data: Data) -> None:
-    """Name the first example whose gradient is not finite, if there is one.
-
-    Raises:
-        NonFinite: There is.
-
-    Cost: a backward pass over the data, and one an example over the batch where it is found.
-    """
-
-    def is_finite(start: int, stop: int) -> bool:
-        params = {k: v.clone().requires_grad_() for k, v in task.named(task.theta()).items()}
-        with torch.enable_grad():
-            batch = task.to_device(data.batch(start, stop))
-            total = task.losses_of(*task.call(params, batch)).sum()
-            found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
-        return all(bool(g.isfinite().all()) for g in found if g is not None)
-
-    batches = data.batches(PROBE_EXAMPLES)
-    for start, stop, _ in progress(batches, len(data), "looking for the example"):
-        if is_finite(start, stop):
-            continue
-        bad = next((i for i in range(start, stop) if not is_finite(i, i + 1)), None)
-        if bad is not None:
-            raise NonFinite(
-                message(
-                    "Every training example must have a finite gradient.",
-                    f"NaN or infinity in that of example {bad}, whose loss is finite.",
-                    "a step without a finite derivative there (a square root or norm of 0, a "
-                    "clamped logarithm), or gradients that overflow in this dtype.",
-                    "make the step smooth (sqrt(x + 1e-12)), use model.float(), or leave the "
-                    "example out.",
-                )
-            )
-
-
-def _reentrant(error: RuntimeError) -> str:
-    return message(
-        "Gradients must be had for chosen tensors, which a reentrant checkpoint does not allow.",
-        f"PyTorch says: {str(error).splitlines()[0]}",
-        "gradient checkpointing with use_reentrant=True.",
-        "use checkpoint(..., use_reentrant=False), or switch checkpointing off: gradients here "
-        "take no more memory than a batch allows.",
-    )
-
-
 def _require_finite_losses(
     losses: Float[Tensor, " b"], start: int, batch: Batch, role: str
 ) -> None:
@@ -461,16 +324,12 @@ def _require_finite_losses(
         inputs = [x[first] if x.ndim > 0 and len(x) == len(losses) else x for x in held]
         from_data = any(not bool(x.isfinite().all()) for x in inputs)
         raise NonFinite(
-            message(
-                f"Every loss over the {role} must be finite.",
-                f"{len(bad)} losses in this batch are not; the first is example {start + first} "
-                f"(loss {float(losses[first])})"
-                f"{', whose inputs or targets hold NaN or infinity' if from_data else ''}.",
-                "missing values in the data."
-                if from_data
-                else "overflow, or log or division by 0.",
-                "remove or impute these examples."
-                if from_data
-                else "compute the loss from logits (log_softmax), or use float64.",
-            )
+            f"Every loss over the {role} must be finite.",
+            f"{len(bad)} losses in this batch are not; the first is example {start + first} "
+            f"(loss {float(losses[first])})"
+            f"{', whose inputs or targets hold NaN or infinity' if from_data else ''}.",
+            "missing values in the data." if from_data else "overflow, or log or division by 0.",
+            "remove or impute these examples."
+            if from_data
+            else "compute the loss from logits (log_softmax), or use float64.",
         )

@@ -53,15 +53,13 @@ def _entry(name: str, values: list[Any]) -> Any:
     except (TypeError, RuntimeError) as error:
         kinds = sorted({type(value).__name__ for value in values})
         raise DataError(
-            message(
-                "Examples must hold tensors, arrays and numbers.",
-                f"{name} of type {', '.join(kinds)}. PyTorch says: {str(error).splitlines()[0]}",
-                "some examples lack this entry."
-                if len(kinds) > 1 and "NoneType" in kinds
-                else "objects (images, None, text among numbers) that a transform or a collate "
-                "function of training turns into tensors.",
-                "give the data set that transform, or pass a DataLoader with collate_fn=.",
-            )
+            "Examples must hold tensors, arrays and numbers.",
+            f"{name} of type {', '.join(kinds)}. PyTorch says: {str(error).splitlines()[0]}",
+            "some examples lack this entry."
+            if len(kinds) > 1 and "NoneType" in kinds
+            else "objects (images, None, text among numbers) that a transform or a collate "
+            "function of training turns into tensors.",
+            "give the data set that transform, or pass a DataLoader with collate_fn=.",
         ) from error
 
 

@@ -54,6 +54,13 @@ class Data(abc.ABC):
         """The examples start … stop − 1."""
         return self.take(range(start, stop))
 
+    def places(self, start: int, stop: int) -> Int[Tensor, " b"]:
+        """Where the examples start … stop − 1 are in the whole data that these are taken from.
+
+        Labels that are drawn belong to that place: also of what a removal leaves.
+        """
+        return torch.arange(start, stop)
+
     @cached_property
     def form(self) -> Form:
         """How the examples lie in a batch."""
@@ -198,6 +205,9 @@ class Subset(Data):
     def take(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
         return self.data.take([self.indices[int(i)] for i in indices])
 
+    def places(self, start: int, stop: int) -> Int[Tensor, " b"]:
+        return torch.cat([self.data.places(i, i + 1) for i in self.indices[start:stop]])
+
     def watched(self) -> "Subset":
         return Subset(self.data.watched(), self.indices)
 
@@ -263,13 +273,11 @@ def _from_loader(loader: DataLoader) -> IndexedData:  # type: ignore[type-arg]
     custom_batches = type(loader.batch_sampler) is not torch.utils.data.BatchSampler
     if not whole or custom_batches:
         raise DataError(
-            message(
-                "A DataLoader must visit every example of its dataset once.",
-                f"one with {type(sampler).__name__} and {type(loader.batch_sampler).__name__}.",
-                "a sampler that picks a subset, weights examples or groups them by size; or "
-                "batch_size=None.",
-                "pass the dataset itself, or Subset(dataset, indices) for the examples it visits.",
-            )
+            "A DataLoader must visit every example of its dataset once.",
+            f"one with {type(sampler).__name__} and {type(loader.batch_sampler).__name__}.",
+            "a sampler that picks a subset, weights examples or groups them by size; or "
+            "batch_size=None.",
+            "pass the dataset itself, or Subset(dataset, indices) for the examples it visits.",
         )
     notes = []
     if random or isinstance(sampler, DistributedSampler):

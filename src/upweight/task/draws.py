@@ -32,18 +32,17 @@ class Draws:
     counted: Bool[Tensor, "b ..."] | None = None
 
     @classmethod
-    def of(cls, seed: int, draw: int, start: int, size: int, device: torch.device) -> "Draws":
-        """Those of the examples at places start, start + 1, … of the data."""
-        places = torch.arange(start + 1, start + size + 1, device=device)
-        key = _mixed(torch.tensor(_signed(seed), device=device))
+    def of(cls, seed: int, draw: int, places: Int[Tensor, " b"]) -> "Draws":
+        """Those of the examples at these places of the data."""
+        key = _mixed(torch.tensor(_signed(seed), device=places.device))
         key = _mixed(key + _signed(_GAMMA * (draw + 1)))
-        return cls(_mixed(key + places * _signed(_GAMMA)))
+        return cls(_mixed(key + (places + 1) * _signed(_GAMMA)))
 
     @classmethod
     def by(cls, generator: torch.Generator, size: int) -> "Draws":
         """New ones, for as many examples, from the next number of a generator."""
         seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-        return cls.of(int(seed), 0, 0, size, generator.device)
+        return cls.of(int(seed), 0, torch.arange(size, device=generator.device))
 
     def counting(self, counted: Bool[Tensor, "b ..."]) -> "Draws":
         """The same, with positions numbered among those that count."""

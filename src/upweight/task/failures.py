@@ -20,6 +20,7 @@ from upweight._typing import Batch
 from upweight.errors import DataError, DtypeError, ShapeError, SpecError, UpweightError, message
 from upweight.task.arrays import TARGET_KEYS
 from upweight.task.data import Data
+from upweight.task.lent import copied
 from upweight.task.task import Task, call_model
 
 COMPLAINTS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
@@ -54,6 +55,8 @@ def call_error(
     if dtype is not None:
         return DtypeError(_other_dtype(error, task, dtype, batch, role))
     layer = _layer_of(error, task.model)
+    if task.layout.dtype != torch.float32 and _runs_in_float32(task, batch):
+        return DtypeError(_not_in_dtype(error, task.layout.dtype, layer))
     if layer is not None and isinstance(layer[1], nn.Embedding) and isinstance(error, IndexError):
         return DataError(_not_embedded(error, layer[0], layer[1], role))
     return ShapeError(_other_shape(error, task, batch, layer, role))
@@ -201,14 +204,12 @@ def require_no_places(data: Data) -> None:
     count = len(first) - 2
     inputs = ", ".join(f"batch[{k}]" for k in range(count))
     raise DataError(
-        message(
-            "The last entry of an example is its targets.",
-            f"batches of {len(first)} entries, {_shapes(first)}, whose last is each example's "
-            "place in the data.",
-            "a data set of (inputs, targets, index).",
-            "say which entries are inputs and which the targets: Task(model, loss, forward=lambda "
-            f"model, batch: (model({inputs}), batch[{count}])).",
-        )
+        "The last entry of an example is its targets.",
+        f"batches of {len(first)} entries, {_shapes(first)}, whose last is each example's "
+        "place in the data.",
+        "a data set of (inputs, targets, index).",
+        "say which entries are inputs and which the targets: Task(model, loss, forward=lambda "
+        f"model, batch: (model({inputs}), batch[{count}])).",
     )
 
 
@@ -274,6 +275,27 @@ def _taken_dtype(task: Task, theta: Tensor, batch: Batch) -> torch.dtype | None:
         if not same and _runs(task, theta, changed, task.forward):
             return found
     return None
+
+
+def _runs_in_float32(task: Task, batch: Batch) -> bool:
+    """Whether a copy of the model takes the batch, both of them in float32."""
+    model = copied(task.model).float()
+    single = Task(model, task.loss, task.penalty, task.params, task.forward)
+    floats = tree_map(
+        lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, batch
+    )
+    return _runs(single, single.theta(), floats, task.forward)
+
+
+def _not_in_dtype(error: Exception, dtype: torch.dtype, layer: tuple[str, nn.Module] | None) -> str:
+    return message(
+        f"The model must run in the dtype of its parameters, {dtype}.",
+        f"PyTorch says{'' if layer is None else f' in {_layer(*layer)}'}: {_first_line(error)}",
+        f"an operation that PyTorch does not have for {dtype}, or a tensor of another dtype that "
+        "forward makes itself: in torch.float32 the model runs.",
+        "convert the model, model.float(); or choose an implementation of that layer that keeps "
+        "the dtype (of experts in transformers: config._experts_implementation = 'eager').",
+    )
 
 
 def _other_dtype(error: Exception, task: Task, dtype: torch.dtype, batch: Batch, role: str) -> str:

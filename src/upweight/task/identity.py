@@ -2,7 +2,7 @@
 
 Specs are described by their fields, tensors by their bytes, functions by their byte code, defaults
 and closure. What says nothing but its address in memory is refused: two runs could not tell whether
-it is the same. A function's description does not follow the other functions that it calls.
+it is the same. A function's description follows what it reads; see `upweight.task.reads`.
 """
 
 import dataclasses
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.progress import progress
 from upweight.task.data import Data
+from upweight.task.reads import reads
 from upweight.task.task import Task
 
 ROWS = 1024  # fixed: the hash of a data set must not depend on anything else
@@ -47,9 +48,12 @@ def subject(task: Task, train: Data) -> dict[str, str]:
 def contents(data: Data) -> str:
     """A hash of every example in order."""
     parts = []
-    for _, _, batch in progress(data.batches(ROWS), len(data), "hashing the data"):
+    for start, stop, batch in progress(data.batches(ROWS), len(data), "hashing the data"):
         leaves, structure = tree_flatten(batch)
         parts.append(digest(repr(structure), *(described(leaf) for leaf in leaves)))
+        places = data.places(start, stop)
+        if not torch.equal(places, torch.arange(start, stop)):  # labels are drawn by them
+            parts.append(digest(places))
     return digest(*parts)
 
 
@@ -75,6 +79,10 @@ def described(value: Any) -> str:
         return "(" + ", ".join(described(v) for v in value) + ")"
     if isinstance(value, types.FunctionType):
         return _function(value)
+    if isinstance(value, types.BuiltinFunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, types.CodeType):
+        return _code(value)
     if isinstance(value, types.MethodType):
         return f"{described(value.__func__)} of {described(value.__self__)}"
     if isinstance(value, functools.partial):
@@ -84,15 +92,13 @@ def described(value: Any) -> str:
     text = repr(value)
     if f"0x{id(value):x}" in text.lower() or " object at 0x" in text:
         raise SpecError(
-            message(
-                "What is kept on disk needs recipes, methods, losses and measures that say "
-                "what they are.",
-                f"{text}.",
-                "an object without fields that can be read, so that another run could not tell "
-                "whether it is the same.",
-                "make it a frozen dataclass of its hyperparameters or a plain function, or leave "
-                "cache= and store= out.",
-            )
+            "What is kept on disk needs recipes, methods, losses and measures that say "
+            "what they are.",
+            f"{text}.",
+            "an object without fields that can be read, so that another run could not tell "
+            "whether it is the same.",
+            "make it a frozen dataclass of its hyperparameters or a plain function, or leave "
+            "cache= and store= out.",
         )
     return f"{type(value).__qualname__} {text}"
 
@@ -114,6 +120,7 @@ def _module(model: nn.Module) -> str:
         parts.append(f"{name}: {type(module).__qualname__} {described(plain)}")
         if not type(module).__module__.startswith("torch."):
             parts.append(described(type(module).forward))
+            parts.append(described(reads(type(module).forward, type(module))))
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return f"{type(model).__qualname__} {digest(*parts, described(state))}"
 
@@ -122,7 +129,7 @@ def _function(function: types.FunctionType) -> str:
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     cells = [content for content in cells if content is not function]  # a recursive function
     held = described((function.__defaults__, function.__kwdefaults__, cells))
-    code = digest(_code(function.__code__), held)
+    code = digest(_code(function.__code__), held, described(reads(function)))
     return f"{function.__module__}.{function.__qualname__} {code}"
 
 

@@ -22,10 +22,18 @@ from upweight.errors import (
     ShapeError,
     SpecError,
     UnsupportedModel,
+    UpweightError,
     message,
 )
 from upweight.runtime.fingerprint import described
 from upweight.task.draws import Draws
+from upweight.task.targets import (
+    axes_of_classes,
+    require_probabilities,
+    require_range,
+    require_same_shape,
+    require_tensor,
+)
 
 MOST_LOST = 0.1
 """Rounding of an output, in standard deviations of the noise that makes it a label."""
@@ -98,13 +106,11 @@ class Loss(abc.ABC):
                 columns.append(column.flatten(1))
         except RuntimeError as error:
             raise UnsupportedModel(
-                message(
-                    "This curvature needs the second derivative of the loss in the outputs.",
-                    f"{self!r}. PyTorch says: {str(error).splitlines()[0]}",
-                    "a loss whose backward pass PyTorch cannot differentiate (CTC).",
-                    "use curvature=EmpiricalFisher() or EKFAC(Observed()), which are made of first "
-                    "derivatives.",
-                )
+                "This curvature needs the second derivative of the loss in the outputs.",
+                f"{self!r}. PyTorch says: {str(error).splitlines()[0]}",
+                "a loss whose backward pass PyTorch cannot differentiate (CTC).",
+                "use curvature=EmpiricalFisher() or EKFAC(Observed()), which are made of first "
+                "derivatives.",
             ) from error
         return torch.stack(columns, dim=2)
 
@@ -174,7 +180,11 @@ def _per_example(values: Tensor) -> Float[Tensor, " b"]:
 
 
 def _no_likelihood(loss: Loss, what: str, outputs: Tensor, targets: Any) -> str:
-    same = _same_losses(loss, outputs, targets)
+    same, curvature = _same_losses(loss, outputs, targets), "GGN() or EKFAC(labels=Observed())"
+    try:
+        loss.hessian(*tree_map(_example(0), (outputs.detach(), targets)))
+    except UpweightError:
+        curvature = "EmpiricalFisher() or EKFAC(labels=Observed())"
     return message(
         f"This needs {what}, which takes a loss that is a negative log-likelihood of that kind.",
         f"{loss!r}, which defines none.",
@@ -183,7 +193,7 @@ def _no_likelihood(loss: Loss, what: str, outputs: Tensor, targets: Any) -> str:
         else f"a loss given as a plain function; its values here are those of upweight.{same!r}.",
         ("" if same is None else f"Task(model, upweight.{type(same).__name__}()); or ")
         + "use measure=Loss(), a measure of your own (outputs, targets) -> [q], or a curvature "
-        "that draws no labels: GGN() or EKFAC(labels=Observed()).",
+        f"that draws no labels: {curvature}.",
     )
 
 
@@ -199,122 +209,6 @@ def _same_losses(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:
         except Exception:
             continue
     return None
-
-
-def _require_tensor(name: str, targets: Any) -> None:
-    if isinstance(targets, Tensor):
-        return
-    kind = type(targets).__name__
-    cause = "several targets for each example, or targets that are left out (None)."
-    way = (
-        "say what their loss is: Task(model, loss=lambda outputs, targets: ...), one value "
-        "per example; Weighted(...) takes targets (y, v)."
-    )
-    if isinstance(targets, list | tuple) and targets and isinstance(targets[0], str):
-        cause = f"names of classes, such as {targets[0]!r}, in place of their numbers."
-        way = "give classes.index(name), with classes in the order of the model's outputs."
-    if isinstance(targets, dict):
-        kind += f" of {', '.join(map(repr, targets))}"
-    elif isinstance(targets, tuple | list):
-        kind += f" of {len(targets)}"
-    raise ShapeError(
-        message(
-            f"{name} needs its targets in one tensor.",
-            f"targets of type {kind}.",
-            cause,
-            way,
-        )
-    )
-
-
-def _require_same_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
-    _require_tensor(name, targets)
-    if targets.shape == outputs.shape:
-        return
-    few, many = sorted((targets.shape, outputs.shape), key=len)
-    if (*few, 1) == tuple(many):
-        cause = (
-            "a last axis of size 1: outputs [b, 1] beside targets [b]; broadcasting them would "
-            "pair every example with every other."
-        )
-        way = "reshape the targets to [b, 1], or squeeze the model's output."
-        if len(targets.shape) == len(many):
-            way = "reshape the targets to [b], or keep the last axis of the model's output."
-    elif targets.shape == outputs.shape[:-1]:
-        cause = f"{outputs.shape[-1]} outputs for each target."
-        way = "use CrossEntropy() for classes, or a model with one output for each target."
-    else:
-        cause = "targets of another size than what the model gives for them."
-        way = "give one target for each output, in the outputs' shape."
-    raise ShapeError(
-        message(
-            f"{name} needs targets of the same shape as the model's outputs.",
-            f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
-            cause,
-            way,
-        )
-    )
-
-
-def _require_probabilities(outputs: Tensor, targets: Tensor) -> None:
-    """Refuse targets of CrossEntropy that are floats but no probabilities of all classes."""
-    if targets.shape == outputs.shape:
-        return
-    column = outputs.ndim > 1 and targets.shape == (*outputs.shape[:-1], 1)
-    if column or (outputs.ndim > 1 and targets.shape == outputs.shape[:-1]):
-        whole = bool((targets == targets.round()).all())
-        cause = "class labels that are stored as floats."
-        way = f"convert them: y{'.squeeze(-1)' if column else ''}.long() of a tensor, " + (
-            "y.astype('int64')" + ("[:, 0]" if column else "") + " of an array."
-        )
-        if bool(targets.isnan().any()):
-            cause, way = "missing labels (NaN).", "leave these examples out."
-        elif not whole:
-            cause = "one number for each example that is no class: a regression's target."
-            way = "use SquaredError() with a model of one output, or probabilities of all classes."
-    elif outputs.numel() == targets.numel():
-        cause, way = "one output for each example.", "use Bernoulli() for one logit per example."
-    else:
-        cause = "probabilities of other classes than the model has."
-        way = "give one probability for each of the model's outputs."
-    values = ", ".join(f"{x:g}" for x in targets.flatten()[:3].tolist())
-    raise ShapeError(
-        message(
-            "CrossEntropy needs classes as integers [b, ...], or class probabilities as floats of "
-            "the outputs' shape.",
-            f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)} of {targets.dtype}: "
-            f"{values}, ...",
-            cause,
-            way,
-        )
-    )
-
-
-def _axes(outputs: Tensor, targets: Tensor, is_second: bool = False) -> str:
-    where = "have them on axis 1" if is_second else "may be on axis 1 or on the last"
-    return message(
-        "CrossEntropy needs to know which axis of the outputs holds the classes.",
-        f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}, which {where}.",
-        "a segmentation model, whose outputs are [b, c, h, w] as in PyTorch."
-        if outputs.ndim > 3 or is_second
-        else "sequences as long as there are classes.",
-        "CrossEntropy(axis=1) for outputs [b, c, ...]"
-        + ("." if is_second else ", CrossEntropy(axis=-1) for outputs [b, ..., c]."),
-    )
-
-
-def _require_range(name: str, targets: Tensor, valid: Tensor, required: str) -> None:
-    if not bool(valid.all()):
-        bad = targets[~valid].flatten()[:5].tolist()
-        raise DataError(
-            message(
-                f"{name} needs targets {required}.",
-                f"{int((~valid).sum())} targets outside of it, for example {bad}.",
-                "labels counted from 1, a missing-value code, or another loss's label convention.",
-                "recode the targets, or choose the loss that was trained with; where a code stands "
-                "for what does not count, CrossEntropy(ignore_index=...) leaves it out.",
-            )
-        )
 
 
 @dataclass(frozen=True)
@@ -341,12 +235,10 @@ class CrossEntropy(Loss):
     def __post_init__(self) -> None:
         if self.axis == 0:
             raise SpecError(
-                message(
-                    "CrossEntropy needs the axis of the classes.",
-                    "axis=0, where the examples are.",
-                    "axes counted without that of the examples.",
-                    "use axis=1 for outputs [b, c, ...], axis=-1 for [b, ..., c].",
-                )
+                "CrossEntropy needs the axis of the classes.",
+                "axis=0, where the examples are.",
+                "axes counted without that of the examples.",
+                "use axis=1 for outputs [b, c, ...], axis=-1 for [b, ..., c].",
             )
 
     def _last(self, outputs: Tensor) -> Tensor:
@@ -354,7 +246,11 @@ class CrossEntropy(Loss):
         return outputs if self.axis is None else outputs.movedim(self.axis, -1)
 
     def ambiguity(self, outputs: Tensor, targets: Any) -> str | None:
-        return _axes(outputs, targets) if self._fits(outputs, targets) == (True, True) else None
+        return (
+            axes_of_classes(outputs, targets)
+            if self._fits(outputs, targets) == (True, True)
+            else None
+        )
 
     def _fits(self, outputs: Tensor, targets: Tensor) -> tuple[bool, bool]:
         """Whether the classes may be on axis 1, and on the last; of two axes those are one."""
@@ -369,21 +265,19 @@ class CrossEntropy(Loss):
         return second, last or not second
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        _require_tensor("CrossEntropy", targets)
+        require_tensor("CrossEntropy", targets)
         if outputs.ndim > 1 and self._last(outputs).shape[-1] == 1:
             raise ShapeError(
-                message(
-                    "CrossEntropy needs a logit for each of two or more classes.",
-                    f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
-                    "a model with one logit for yes or no.",
-                    "use Bernoulli() with targets as floats in the outputs' shape: "
-                    "y.to(outputs.dtype).reshape(outputs.shape).",
-                )
+                "CrossEntropy needs a logit for each of two or more classes.",
+                f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
+                "a model with one logit for yes or no.",
+                "use Bernoulli() with targets as floats in the outputs' shape: "
+                "y.to(outputs.dtype).reshape(outputs.shape).",
             )
         if targets.is_floating_point():
-            _require_probabilities(self._last(outputs), self._last(targets))
+            require_probabilities(self._last(outputs), self._last(targets))
         if self._fits(outputs, targets) == (True, False):
-            raise ShapeError(_axes(outputs, targets, is_second=True))
+            raise ShapeError(axes_of_classes(outputs, targets, is_second=True))
         if targets.is_floating_point():
             return
         outputs = self._last(outputs)
@@ -397,18 +291,16 @@ class CrossEntropy(Loss):
             elif outputs.ndim < 2:
                 cause, way = "one output per example.", "use Bernoulli() for one logit per example."
             raise ShapeError(
-                message(
-                    "CrossEntropy needs outputs [b, ..., c] with classes last, and targets [b, ...]"
-                    " of class indices.",
-                    f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
-                    cause,
-                    way,
-                )
+                "CrossEntropy needs outputs [b, ..., c] with classes last, and targets [b, ...]"
+                " of class indices.",
+                f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
+                cause,
+                way,
             )
         c = outputs.shape[-1]
         kept, index = self._counted(targets)
         valid = ((index >= 0) & (index < c)) | ~kept
-        _require_range("CrossEntropy", targets, valid, f"in 0…{c - 1} for {c} classes")
+        require_range("CrossEntropy", targets, valid, f"in 0…{c - 1} for {c} classes")
 
     def _counted(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Which targets count, and their classes, 0 where they do not.
@@ -501,8 +393,8 @@ class Bernoulli(Loss):
     convex = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        _require_same_shape("Bernoulli", outputs, targets)
-        _require_range("Bernoulli", targets, (targets >= 0) & (targets <= 1), "in [0, 1]")
+        require_same_shape("Bernoulli", outputs, targets)
+        require_range("Bernoulli", targets, (targets >= 0) & (targets <= 1), "in [0, 1]")
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         # By default softplus has a slope of exactly 1 from 20 on, where 1 − σ is still 2e-9.
@@ -544,15 +436,13 @@ class SquaredError(Loss):
     convex = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        _require_same_shape("SquaredError", outputs, targets)
+        require_same_shape("SquaredError", outputs, targets)
         if not targets.is_floating_point():
             raise DtypeError(
-                message(
-                    "SquaredError needs floating-point targets.",
-                    f"targets of dtype {targets.dtype}.",
-                    "integer labels given to a regression.",
-                    "convert them (y.double()), or use CrossEntropy() for classes.",
-                )
+                "SquaredError needs floating-point targets.",
+                f"targets of dtype {targets.dtype}.",
+                "integer labels given to a regression.",
+                "convert them (y.double()), or use CrossEntropy() for classes.",
             )
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
@@ -571,14 +461,12 @@ class SquaredError(Loss):
         lost = torch.finfo(outputs.dtype).eps * outputs.abs().max() if outputs.numel() else 0.0
         if float(lost) > MOST_LOST:
             raise DtypeError(
-                message(
-                    "A label f + ε with ε ~ N(0, 1) must be a number of the outputs' dtype.",
-                    f"outputs of up to {float(outputs.abs().max()):.3g} in {outputs.dtype}, which "
-                    "loses the noise.",
-                    "targets far from zero (times, prices) that were not centred or scaled.",
-                    "draw in float64 (outputs.double()), or ask for residual(...), which needs no "
-                    "label.",
-                )
+                "A label f + ε with ε ~ N(0, 1) must be a number of the outputs' dtype.",
+                f"outputs of up to {float(outputs.abs().max()):.3g} in {outputs.dtype}, which "
+                "loses the noise.",
+                "targets far from zero (times, prices) that were not centred or scaled.",
+                "draw in float64 (outputs.double()), or ask for residual(...), which needs no "
+                "label.",
             )
         noise = Draws.by(generator, len(outputs)).normal(outputs.shape[1:])
         return outputs + noise.to(outputs.dtype)
@@ -595,8 +483,8 @@ class Poisson(Loss):
     convex = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        _require_same_shape("Poisson", outputs, targets)
-        _require_range("Poisson", targets, targets >= 0, "that are counts, at least 0")
+        require_same_shape("Poisson", outputs, targets)
+        require_range("Poisson", targets, targets >= 0, "that are counts, at least 0")
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         return _per_example(outputs.exp() - targets * outputs)
@@ -647,18 +535,16 @@ class SmoothHinge(Loss):
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise SpecError(
-                message(
-                    "SmoothHinge needs a temperature above 0.",
-                    f"temperature={self.temperature!r}.",
-                    "0 meant as the hinge itself, which has no second derivative.",
-                    "use a small temperature, 0.001 as in Koh & Liang (2017).",
-                )
+                "SmoothHinge needs a temperature above 0.",
+                f"temperature={self.temperature!r}.",
+                "0 meant as the hinge itself, which has no second derivative.",
+                "use a small temperature, 0.001 as in Koh & Liang (2017).",
             )
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        _require_same_shape("SmoothHinge", outputs, targets)
+        require_same_shape("SmoothHinge", outputs, targets)
         signs = targets.to(outputs.dtype).abs() == 1
-        _require_range("SmoothHinge", targets, signs, "in {−1, +1}")
+        require_range("SmoothHinge", targets, signs, "in {−1, +1}")
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         excess = (1 - targets * outputs) / self.temperature
@@ -694,35 +580,29 @@ class Weighted(Loss):
     def check(self, outputs: Tensor, targets: Any) -> None:
         if not isinstance(targets, tuple | list) or len(targets) != 2:
             raise DataError(
-                message(
-                    "Weighted needs targets (y, v): the target and the weight of each example.",
-                    f"targets of type {type(targets).__name__}.",
-                    "data given as (X, y) without weights.",
-                    "give the data as (X, (y, v)) with v of shape [n].",
-                )
+                "Weighted needs targets (y, v): the target and the weight of each example.",
+                f"targets of type {type(targets).__name__}.",
+                "data given as (X, y) without weights.",
+                "give the data as (X, (y, v)) with v of shape [n].",
             )
         y, v = targets
         self.base.check(outputs, y)
         if v.ndim > 1 and getattr(self.base, "axis", None) not in (None, -1):
             raise ShapeError(
-                message(
-                    "Weights per position need outputs with classes last.",
-                    f"{self.base!r}, weights {tuple(v.shape)}.",
-                    "outputs [b, c, h, w] as in PyTorch.",
-                    "move the axis: Task(forward=lambda model, batch: "
-                    "(model(batch[0]).movedim(1, -1), batch[1])), with CrossEntropy(axis=-1).",
-                )
+                "Weights per position need outputs with classes last.",
+                f"{self.base!r}, weights {tuple(v.shape)}.",
+                "outputs [b, c, h, w] as in PyTorch.",
+                "move the axis: Task(forward=lambda model, batch: "
+                "(model(batch[0]).movedim(1, -1), batch[1])), with CrossEntropy(axis=-1).",
             )
         if v.shape != outputs.shape[: v.ndim] or v.ndim < 1:
             raise ShapeError(
-                message(
-                    "Weighted needs a weight per example, [b], or per position, [b, t].",
-                    f"weights {tuple(v.shape)} for outputs {tuple(outputs.shape)}.",
-                    "a last axis of size 1, or weights of another batch.",
-                    "reshape the weights to the first axes of the outputs.",
-                )
+                "Weighted needs a weight per example, [b], or per position, [b, t].",
+                f"weights {tuple(v.shape)} for outputs {tuple(outputs.shape)}.",
+                "a last axis of size 1, or weights of another batch.",
+                "reshape the weights to the first axes of the outputs.",
             )
-        _require_range("Weighted", v, v >= 0, "(y, v) with weights v ≥ 0")
+        require_range("Weighted", v, v >= 0, "(y, v) with weights v ≥ 0")
 
     def ambiguity(self, outputs: Tensor, targets: Any) -> str | None:
         return self.base.ambiguity(outputs, targets[0])
@@ -790,12 +670,10 @@ def as_loss(loss: Loss | Callable[[Tensor, Any], Tensor]) -> Loss:
     """
     if isinstance(loss, type) or not callable(loss):
         raise SpecError(
-            message(
-                "A loss is an object such as upweight.CrossEntropy(), or a function (outputs, "
-                "targets) -> [b].",
-                f"{loss!r}.",
-                "a class that was not called." if isinstance(loss, type) else "a name.",
-                "CrossEntropy(), Bernoulli(), SquaredError(), Poisson() or Weighted(...).",
-            )
+            "A loss is an object such as upweight.CrossEntropy(), or a function (outputs, "
+            "targets) -> [b].",
+            f"{loss!r}.",
+            "a class that was not called." if isinstance(loss, type) else "a name.",
+            "CrossEntropy(), Bernoulli(), SquaredError(), Poisson() or Weighted(...).",
         )
     return loss if isinstance(loss, Loss) else CustomLoss(loss)

@@ -70,12 +70,10 @@ class Logit(Measure):
         count = flat.shape[1]
         if self.index is not None and not 0 <= self.index < count:
             raise ShapeError(
-                message(
-                    f"Logit's index must name one of the model's {count} outputs: 0…{count - 1}.",
-                    f"index={self.index}.",
-                    "a class counted from 1, or from the end.",
-                    "count from 0, over all outputs of one query in order.",
-                )
+                f"Logit's index must name one of the model's {count} outputs: 0…{count - 1}.",
+                f"index={self.index}.",
+                "a class counted from 1, or from the end.",
+                "count from 0, over all outputs of one query in order.",
             )
         if self.index is not None or count == 1:
             return flat[:, self.index or 0]
@@ -83,13 +81,10 @@ class Logit(Measure):
         y = targets[0] if isinstance(targets, tuple | list) else targets
         if y.is_floating_point() or y.shape != (len(flat),):
             raise ShapeError(
-                message(
-                    f"Logit() needs a class per query as its target: integers ({len(flat)},).",
-                    f"targets {tuple(y.shape)} of {y.dtype}.",
-                    "a regression, class probabilities or one class per position.",
-                    "name the output, Logit(index=0), or pass a function (outputs, targets) -> "
-                    "[q].",
-                )
+                f"Logit() needs a class per query as its target: integers ({len(flat)},).",
+                f"targets {tuple(y.shape)} of {y.dtype}.",
+                "a regression, class probabilities or one class per position.",
+                "name the output, Logit(index=0), or pass a function (outputs, targets) -> [q].",
             )
         return flat.gather(1, y[:, None].long())[:, 0]
 
@@ -120,14 +115,12 @@ def as_measure(measure: Measure | Callable[..., Tensor]) -> Callable[..., Tensor
         return measure
     if isinstance(measure, type) or not callable(measure):
         raise SpecError(
-            message(
-                "A measure is an object such as upweight.Margin(), or a function (outputs, "
-                "targets) -> [q].",
-                f"{measure!r}.",
-                "a class that was not called." if isinstance(measure, type) else "a name.",
-                "Loss(), Margin(), LogProb() (of the target's class) or Logit(index); of anything "
-                "else a function, such as lambda outputs, targets: outputs.softmax(1)[:, 1].",
-            )
+            "A measure is an object such as upweight.Margin(), or a function (outputs, "
+            "targets) -> [q].",
+            f"{measure!r}.",
+            "a class that was not called." if isinstance(measure, type) else "a name.",
+            "Loss(), Margin(), LogProb() (of the target's class) or Logit(index); of anything "
+            "else a function, such as lambda outputs, targets: outputs.softmax(1)[:, 1].",
         )
     try:
         signature = inspect.signature(measure)

@@ -109,12 +109,10 @@ def _copied_notes(
     given = "targets that are the inputs themselves, position by position"
     if task.forward is call_model and shifts_labels(task.model):
         raise SpecError(
-            message(
-                "A causal language model must be scored for the token that follows.",
-                f"{given}, for {type(task.model).__name__}.",
-                "input_ids given as labels, which the model shifts only where it is given them.",
-                "Task(..., forward=uw.next_token).",
-            )
+            "A causal language model must be scored for the token that follows.",
+            f"{given}, for {type(task.model).__name__}.",
+            "input_ids given as labels, which the model shifts only where it is given them.",
+            "Task(..., forward=uw.next_token).",
         )
     return (
         f"{given}: a model that predicts the next one is scored for what it has just read; "

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from upweight.errors import UnsupportedModel, message
+from upweight.errors import UnsupportedModel, listed
 
 
 def acting_in_training(model: nn.Module) -> list[str]:
@@ -29,27 +29,39 @@ def require_modules(model: nn.Module) -> None:
     """Refuse a model that cannot be looked into: its attributes, its layers.
 
     Raises:
-        UnsupportedModel: A TorchScript module, or DataParallel over several devices.
+        UnsupportedModel: A TorchScript module, DataParallel over several devices, or parameters of
+            which each process has a part.
     """
+    sharded = [k for k, p in model.named_parameters() if type(p).__name__ == "DTensor"]
+    sharded += [
+        name or "the model"
+        for name, module in model.named_modules()
+        if type(module).__name__ == "FullyShardedDataParallel"
+    ]
+    if sharded:
+        raise UnsupportedModel(
+            "Every process must have the whole of each parameter.",
+            f"{listed(sharded)}, split over processes.",
+            "fully_shard, FullyShardedDataParallel or parallelize_module, used in training.",
+            "make the model again without it and load the whole weights: "
+            "plain.load_state_dict(get_model_state_dict(model, options=StateDictOptions("
+            "full_state_dict=True))), from torch.distributed.checkpoint.state_dict.",
+        )
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModel(
-                message(
-                    "The model must be made of Python modules: they are watched at work.",
-                    f"{name or 'the model'}, a torch.jit script.",
-                    "a model exported with torch.jit.script or torch.jit.trace.",
-                    "use the module that was exported, with its weights loaded "
-                    "(module.load_state_dict(script.state_dict())).",
-                )
+                "The model must be made of Python modules: they are watched at work.",
+                f"{name or 'the model'}, a torch.jit script.",
+                "a model exported with torch.jit.script or torch.jit.trace.",
+                "use the module that was exported, with its weights loaded "
+                "(module.load_state_dict(script.state_dict())).",
             )
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             raise UnsupportedModel(
-                message(
-                    "The examples of a batch must stay together on one device.",
-                    f"{name or 'the model'}, a DataParallel over {len(module.device_ids)} devices.",
-                    "the wrapper that was used in training.",
-                    "pass the module inside of it, model.module.",
-                )
+                "The examples of a batch must stay together on one device.",
+                f"{name or 'the model'}, a DataParallel over {len(module.device_ids)} devices.",
+                "the wrapper that was used in training.",
+                "pass the module inside of it, model.module.",
             )
 
 

@@ -60,33 +60,27 @@ class Layout:
         dtypes = {p.dtype for p in chosen.values()}
         if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
             raise DtypeError(
-                message(
-                    "The chosen parameters must share one floating-point dtype.",
-                    ", ".join(f"{name}: {p.dtype}" for name, p in chosen.items()),
-                    "a model loaded in mixed precision or partly quantized.",
-                    "convert the model (model.float() or model.double()), or choose fewer "
-                    'parameters with Task(params="pattern").',
-                )
+                "The chosen parameters must share one floating-point dtype.",
+                ", ".join(f"{name}: {p.dtype}" for name, p in chosen.items()),
+                "a model loaded in mixed precision or partly quantized.",
+                "convert the model (model.float() or model.double()), or choose fewer "
+                'parameters with Task(params="pattern").',
             )
         lazy = [name for name, p in chosen.items() if is_lazy(p)]
         if lazy:
             raise UnsupportedModel(
-                message(
-                    "Parameters must have their shapes.",
-                    f"{listed(lazy)}, which the first call of the model gives one.",
-                    "lazy layers of a model that was not called yet.",
-                    "call the model once on a batch, model(x), before making the Task.",
-                )
+                "Parameters must have their shapes.",
+                f"{listed(lazy)}, which the first call of the model gives one.",
+                "lazy layers of a model that was not called yet.",
+                "call the model once on a batch, model(x), before making the Task.",
             )
         devices = {p.device for p in chosen.values()}
         if len(devices) > 1:
             raise ShapeError(
-                message(
-                    "The chosen parameters must be on one device.",
-                    ", ".join(sorted(map(str, devices))),
-                    "a model split over several devices.",
-                    'choose the parameters of one device with Task(params="pattern").',
-                )
+                "The chosen parameters must be on one device.",
+                ", ".join(sorted(map(str, devices))),
+                "a model split over several devices.",
+                'choose the parameters of one device with Task(params="pattern").',
             )
         _require_own_memory(model, set(chosen))
         shapes = tuple(tuple(p.shape) for p in chosen.values())
@@ -123,12 +117,10 @@ class Layout:
         """
         if vector.shape[-1] != self.size:
             raise ShapeError(
-                message(
-                    f"A vector over the chosen parameters has {self.size} entries.",
-                    f"a tensor of shape {tuple(vector.shape)}.",
-                    "a vector made for another model or another choice of parameters.",
-                    "build it with layout.flatten(...).",
-                )
+                f"A vector over the chosen parameters has {self.size} entries.",
+                f"a tensor of shape {tuple(vector.shape)}.",
+                "a vector made for another model or another choice of parameters.",
+                "build it with layout.flatten(...).",
             )
         lead = vector.shape[:-1]
         return {

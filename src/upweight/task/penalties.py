@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Params
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 from upweight.linalg.matrices import Dense, DiagonalMatrix, LowRank
 from upweight.linalg.operator import LinearOperator, Tag
 from upweight.runtime.fingerprint import described
@@ -75,12 +75,10 @@ class L2(Penalty):
             object.__setattr__(self, "exclude", (self.exclude,))
         if not self.strength >= 0:
             raise SpecError(
-                message(
-                    "L2 needs a strength of at least 0.",
-                    f"strength={self.strength!r}.",
-                    "a sign slip, or a strength computed from a NaN.",
-                    "use the weight decay that was trained with; 0 means none.",
-                )
+                "L2 needs a strength of at least 0.",
+                f"strength={self.strength!r}.",
+                "a sign slip, or a strength computed from a NaN.",
+                "use the weight decay that was trained with; 0 means none.",
             )
 
     def _diagonal(self, layout: Layout) -> Float[Tensor, " p"]:
@@ -114,24 +112,20 @@ class SumToZero(Penalty):
     def __post_init__(self) -> None:
         if not self.strength >= 0:
             raise SpecError(
-                message(
-                    "SumToZero needs a strength of at least 0.",
-                    f"strength={self.strength!r}.",
-                    "a sign slip, or a strength computed from a NaN.",
-                    "keep the default of 1.0: shift-invariant scores do not depend on it.",
-                )
+                "SumToZero needs a strength of at least 0.",
+                f"strength={self.strength!r}.",
+                "a sign slip, or a strength computed from a NaN.",
+                "keep the default of 1.0: shift-invariant scores do not depend on it.",
             )
 
     def _direction(self, layout: Layout) -> Float[Tensor, " p"]:
         mask = layout.mask((self.pattern,)).to(layout.dtype)
         if not bool(mask.any()):
             raise SpecError(
-                message(
-                    "SumToZero's pattern must match a chosen parameter.",
-                    f"pattern={self.pattern!r}; the parameters are {', '.join(layout.names)}.",
-                    "the name of another model, or a parameter that is frozen or not chosen.",
-                    "name the biases as model.named_parameters() does.",
-                )
+                "SumToZero's pattern must match a chosen parameter.",
+                f"pattern={self.pattern!r}; the parameters are {', '.join(layout.names)}.",
+                "the name of another model, or a parameter that is frozen or not chosen.",
+                "name the biases as model.named_parameters() does.",
             )
         return mask / mask.sum().sqrt()
 

@@ -68,14 +68,12 @@ def read_twice(data: Data, at: Sequence[int], role: str) -> Batch:
     same = len(found) == len(expected) and all(map(_equal, found, expected))
     if not same:
         raise NonDeterministic(
-            message(
-                "Example i must be the same example each time it is asked for.",
-                f"{_name(data)} ({role}), which gives {_unlike(expected, found)} when the same "
-                f"{len(at)} examples are read a second time.",
-                "random augmentation, masking or cropping in the data set or its collate function.",
-                "pass the data without the random step; or keep one draw of it, "
-                "[dataset[i] for i in range(len(dataset))], and attribute to that.",
-            )
+            "Example i must be the same example each time it is asked for.",
+            f"{_name(data)} ({role}), which gives {_unlike(expected, found)} when the same "
+            f"{len(at)} examples are read a second time.",
+            "random augmentation, masking or cropping in the data set or its collate function.",
+            "pass the data without the random step; or keep one draw of it, "
+            "[dataset[i] for i in range(len(dataset))], and attribute to that.",
         )
     return batch
 
@@ -170,16 +168,14 @@ def require_same_losses(
 
         if _differs(task, theta, alone, losses[i].to(alone), value, terms):
             raise NonDeterministic(
-                message(
-                    "The loss of an example must not depend on the other examples of its batch, "
-                    "or on how far it is padded.",
-                    f"example {i} of the {role}: {float(alone):.6g} alone, {float(losses[i]):.6g} "
-                    "beside its neighbours.",
-                    "a model, loss or collate function that looks at the batch as a whole: its "
-                    "size, its longest sequence or its counts.",
-                    "treat examples one by one: mask padded positions, and divide by numbers that "
-                    "do not change with the batch.",
-                )
+                "The loss of an example must not depend on the other examples of its batch, "
+                "or on how far it is padded.",
+                f"example {i} of the {role}: {float(alone):.6g} alone, {float(losses[i]):.6g} "
+                "beside its neighbours.",
+                "a model, loss or collate function that looks at the batch as a whole: its "
+                "size, its longest sequence or its counts.",
+                "treat examples one by one: mask padded positions, and divide by numbers that "
+                "do not change with the batch.",
             )
 
 
@@ -213,25 +209,21 @@ def require_own_measurements(
         alone = value(theta)
         if alone.shape != (1,):
             raise ScalarLoss(
-                message(
-                    "A measure must return one value for each query of the batch that it is given.",
-                    f"shape {tuple(alone.shape)} from {measure!r} for query {i} alone; "
-                    f"{len(values)} values for all {len(values)} queries.",
-                    "a measure that ignores its batch, such as one that returns parameters.",
-                    "return one number and ask it of one query: lambda task, params, batch: "
-                    "params[name].reshape(-1)[k : k + 1].",
-                )
+                "A measure must return one value for each query of the batch that it is given.",
+                f"shape {tuple(alone.shape)} from {measure!r} for query {i} alone; "
+                f"{len(values)} values for all {len(values)} queries.",
+                "a measure that ignores its batch, such as one that returns parameters.",
+                "return one number and ask it of one query: lambda task, params, batch: "
+                "params[name].reshape(-1)[k : k + 1].",
             )
         again = value(theta)
         if not _repeats(task, alone, again):
             raise NonDeterministic(
-                message(
-                    "A measure must give the same value each time.",
-                    f"{float(alone[0]):.6g}, then {float(again[0]):.6g} for query {i} under "
-                    f"{measure!r}, where the model's outputs are the same.",
-                    "random numbers in the measure.",
-                    "take the random step out of the measure.",
-                )
+                "A measure must give the same value each time.",
+                f"{float(alone[0]):.6g}, then {float(again[0]):.6g} for query {i} under "
+                f"{measure!r}, where the model's outputs are the same.",
+                "random numbers in the measure.",
+                "take the random step out of the measure.",
             )
 
         def terms(single: Batch = single) -> float:
@@ -239,14 +231,12 @@ def require_own_measurements(
 
         if _differs(task, theta, alone[0], values[i].to(alone), lambda t: value(t)[0], terms):
             raise NonDeterministic(
-                message(
-                    "A measurement must not depend on the other queries of its batch.",
-                    f"{float(alone[0]):.6g} for query {i} alone, {float(values[i]):.6g} beside "
-                    f"others, under {measure!r}; the losses of the queries do not depend on it.",
-                    "a measure that takes a mean, a maximum or a count over the queries, or looks "
-                    "at the first of them only.",
-                    "let the value of each query depend on its own row of outputs and targets.",
-                )
+                "A measurement must not depend on the other queries of its batch.",
+                f"{float(alone[0]):.6g} for query {i} alone, {float(values[i]):.6g} beside "
+                f"others, under {measure!r}; the losses of the queries do not depend on it.",
+                "a measure that takes a mean, a maximum or a count over the queries, or looks "
+                "at the first of them only.",
+                "let the value of each query depend on its own row of outputs and targets.",
             )
 
 
@@ -339,12 +329,10 @@ def _require_repeated(
     if not _repeats(task, outputs, again):
         gap = _gap(outputs, again)
         raise NonDeterministic(
-            message(
-                "The model must give the same outputs for the same inputs.",
-                f"outputs that differ by up to {gap:.2e} between two calls.",
-                "randomness inside forward (functional dropout, sampling, random augmentation).",
-                "call model.eval(), and take random steps out of forward.",
-            )
+            "The model must give the same outputs for the same inputs.",
+            f"outputs that differ by up to {gap:.2e} between two calls.",
+            "randomness inside forward (functional dropout, sampling, random augmentation).",
+            "call model.eval(), and take random steps out of forward.",
         )
     if len(outputs) == 0:
         return
@@ -352,13 +340,11 @@ def _require_repeated(
     once, twice = (task.losses_of(outputs, targets) for _ in range(2))
     if not _repeats(task, once, twice):
         raise NonDeterministic(
-            message(
-                "The loss must give the same values for the same outputs and targets.",
-                f"losses that differ by up to {_gap(once, twice):.2e} between two calls of "
-                f"{task.loss!r}.",
-                "random numbers in the loss.",
-                "take the random step out of the loss.",
-            )
+            "The loss must give the same values for the same outputs and targets.",
+            f"losses that differ by up to {_gap(once, twice):.2e} between two calls of "
+            f"{task.loss!r}.",
+            "random numbers in the loss.",
+            "take the random step out of the loss.",
         )
 
 

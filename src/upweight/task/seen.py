@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from upweight.errors import DataChanged, message
+from upweight.errors import DataChanged
 from upweight.runtime.fingerprint import COMBINE, row_checksums
 
 
@@ -32,13 +32,11 @@ class Seen:
         """
         if n != len(self.sums):
             raise DataChanged(
-                message(
-                    f"The training data must still be the {len(self.sums)} examples that the "
-                    "method was fitted to.",
-                    f"{n} examples.",
-                    "a data set that was appended to, or filtered, after fit.",
-                    "fit again, or fit to a copy of the data.",
-                )
+                f"The training data must still be the {len(self.sums)} examples that the "
+                "method was fitted to.",
+                f"{n} examples.",
+                "a data set that was appended to, or filtered, after fit.",
+                "fit again, or fit to a copy of the data.",
             )
         return n
 
@@ -60,15 +58,13 @@ class Seen:
         if bool(changed.any()):
             which = sorted(set(indices[changed].tolist()))
             raise DataChanged(
-                message(
-                    "Each training example must be the same whenever it is read, from fit on.",
-                    f"training example {which[0]} is another"
-                    + (f", and so are {len(which) - 1} more of its batch." if which[1:] else "."),
-                    "arrays written to in place after fit (X.mul_(…), X[i] = …, a NumPy array that "
-                    "the tensor shares), or a data set that gives another example each time it is "
-                    "asked (random augmentation).",
-                    "fit again after the change, fit to a copy (X.clone(), X.copy()), or pass the "
-                    "data set without its random transform.",
-                )
+                "Each training example must be the same whenever it is read, from fit on.",
+                f"training example {which[0]} is another"
+                + (f", and so are {len(which) - 1} more of its batch." if which[1:] else "."),
+                "arrays written to in place after fit (X.mul_(…), X[i] = …, a NumPy array that "
+                "the tensor shares), or a data set that gives another example each time it is "
+                "asked (random augmentation).",
+                "fit again after the change, fit to a copy (X.clone(), X.copy()), or pass the "
+                "data set without its random transform.",
             )
         self.sums[indices], self.known[indices] = sums, True

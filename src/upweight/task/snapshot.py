@@ -7,21 +7,24 @@ the task: what runs on disk hash is here compared by name.
 import argparse
 import dataclasses
 import enum
+import re
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from upweight._typing import Batch
-from upweight.errors import ModelChanged, SpecError, message
+from upweight.errors import ModelChanged, SpecError
 from upweight.runtime.fingerprint import checksum
 from upweight.task.data import Data
 from upweight.task.identity import described
+from upweight.task.reads import reads
 from upweight.task.task import Task
 
 ENTRIES = 1000
@@ -29,6 +32,9 @@ ENTRIES = 1000
 
 DEPTH = 4
 """Objects and containers inside of each other that are read; what is deeper is compared as one."""
+
+CHECKED_AT_ONCE = 256
+"""Examples per forward pass where losses are compared."""
 
 SHOWN = 4
 """Changes that a message names."""
@@ -46,10 +52,14 @@ class Snapshot:
     Args:
         parts: A text for what can be read; another object stands for itself.
         moving: Parts that the model's own forward writes, which say nothing.
+        losses: Of the training examples; None: not known.
+        notes: On what has changed since, and was seen to be harmless.
     """
 
-    parts: Mapping[str, Any]
+    parts: dict[str, Any]
     moving: frozenset[str] = frozenset()
+    losses: Float[Tensor, " n"] | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
     def of(cls, task: Task) -> "Snapshot":
@@ -62,16 +72,21 @@ class Snapshot:
                 parts |= {f"{name}: {k}": v for k, v in _of_module(held, frozenset())}
             else:
                 parts[name] = _spec(value)
+                function = held if isinstance(held, types.FunctionType) else type(held).__call__
+                parts |= _read(function, type(held))
         return cls(parts)
 
-    def settled(self, before: "Snapshot", written: frozenset[str]) -> "Snapshot":
+    def settled(
+        self, before: "Snapshot", written: frozenset[str], losses: Float[Tensor, " n"]
+    ) -> "Snapshot":
         """This one, without what passes alone changed since an earlier one, and what they write.
 
         Args:
             before: What the task was before any pass.
             written: From `written`, of what `lent` puts back after each pass.
+            losses: Of the training examples.
         """
-        return Snapshot(self.parts, written | frozenset(self._differing(before)))
+        return Snapshot(self.parts, written | frozenset(self._differing(before)), losses)
 
     def _differing(self, other: "Snapshot") -> set[str]:
         return {k for k in {*self.parts, *other.parts} if not self._same(other, k)}
@@ -81,12 +96,18 @@ class Snapshot:
         ends = [k for k, c in enumerate(name) if c in ".["]
         return name in self.moving or any(name[:k] in self.moving for k in ends)
 
-    def require_same(self, now: "Snapshot") -> None:
+    def require_same(self, task: Task, train: Data) -> None:
         """Refuse a task that has changed.
+
+        A cache may have grown, as by an input that is longer than any before, where the training
+        losses did not move. It is noted.
 
         Raises:
             ModelChanged: With the names of what changed.
+
+        Cost: of a cache that has grown, one forward pass over the training data.
         """
+        now = Snapshot.of(task)
         names = [*self.parts, *(k for k in now.parts if k not in self.parts)]
         changed = [
             name
@@ -96,7 +117,13 @@ class Snapshot:
             # A new attribute is something noted down beside the model.
             and not (name not in self.parts and name.startswith("attribute "))
         ]
-        if changed:
+        if changed and self._only_grew(task, train, now, changed):
+            self.parts.update({name: now.parts[name] for name in changed})
+            self.notes.append(
+                f"{', '.join(changed)} grew after fit; the losses of all training examples are as "
+                "they were"
+            )
+        elif changed:
             words = [self._words(now, name) for name in changed]
             flags = [name for name in changed if name.startswith("training of ")]
             if len(flags) > 1:  # one call sets them all
@@ -108,19 +135,32 @@ class Snapshot:
             if len(hooked) < len(changed):
                 causes.append(
                     "training or calls of the model in training mode went on, weights were "
-                    "loaded, or an attribute was set after fit"
+                    "loaded, or an attribute or a global was set after fit"
                 )
             undo = " (a hook: handle.remove())" if hooked else ""
             more = f", and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
             raise ModelChanged(
-                message(
-                    "The model and its objective must still be what the method was fitted to.",
-                    f"{'; '.join(words[:SHOWN])}{more}.",
-                    f"{'; '.join(causes)}.",
-                    f"put it back as it was{undo}, fit again, or fit to a copy: "
-                    "copy.deepcopy(model).",
-                )
+                "The model and its objective must still be what the method was fitted to.",
+                f"{'; '.join(words[:SHOWN])}{more}.",
+                f"{'; '.join(causes)}.",
+                f"put it back as it was{undo}, fit again, or fit to a copy: copy.deepcopy(model).",
             )
+
+    def _only_grew(self, task: Task, train: Data, now: "Snapshot", names: Sequence[str]) -> bool:
+        """Whether they hold what they held and more, and the training losses have not moved."""
+        held = _held(task.model)
+        if self.losses is None or not all(
+            name in held and _is_longer(self.parts.get(name), held[name], now.parts.get(name))
+            for name in names
+        ):
+            return False
+        with torch.no_grad():
+            losses = [
+                task.losses_of(*task.call(task.theta(), task.to_device(batch)))
+                for _, _, batch in train.batches(CHECKED_AT_ONCE)
+            ]
+        gap = (torch.cat(losses) - self.losses).abs().max()
+        return bool(gap <= torch.finfo(gap.dtype).eps ** 0.5 * self.losses.abs().max())
 
     def _same(self, other: "Snapshot", name: str) -> bool:
         a, b = (s.parts.get(name, _Absent) for s in (self, other))
@@ -180,6 +220,26 @@ def _held(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def _is_longer(then: Any, held: Any, now: Any) -> bool:
+    """Whether what is held begins with what was there then, as it was told; none is the least."""
+    if then == "None":
+        return isinstance(held, Tensor | list | dict)
+    if not isinstance(then, str) or not isinstance(now, str):
+        return False
+    if isinstance(held, Tensor):
+        shape = re.match(r"tensor \S+ \(([\d, ]*)\)", then)
+        sizes = [int(size) for size in shape[1].split(",") if size.strip()] if shape else []
+        if shape is None or len(sizes) != held.ndim:
+            return False
+        return bool(_tensor(held[tuple(map(slice, sizes))]) == then)
+    if isinstance(held, list | dict):
+        kind = type(held).__qualname__
+        if then.startswith(f"{kind} of "):  # entries are parts of their own
+            return now.startswith(f"{kind} of ")
+        return now.startswith(f"{kind}(" if then == f"{kind}()" else f"{then[:-1]}, ")
+    return isinstance(held, int) and then.isdigit() and held > int(then)
+
+
 def _is_short(part: Any) -> bool:
     return isinstance(part, str) and len(part) <= 40 and not part.startswith("tensor ")
 
@@ -191,6 +251,7 @@ def _of_module(model: nn.Module, free: frozenset[str]) -> Iterator[tuple[str, An
         yield f"module {name or 'model'}", type(module).__qualname__
         # Not a method of the instance: reading that makes a new object.
         yield f"forward of {type(module).__qualname__}", type(module).forward
+        yield from _read(type(module).forward, type(module)).items()
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         yield f"hooks of {name or 'model'}", hooks
         for key, value in vars(module).items():
@@ -203,6 +264,15 @@ def _of_module(model: nn.Module, free: frozenset[str]) -> Iterator[tuple[str, An
     for name, parameter in model.named_parameters():
         if name not in free:
             yield f"frozen parameter {name}", _tensor(parameter)
+
+
+def _read(function: Any, owner: type) -> dict[str, Any]:
+    """What a function reads besides its arguments."""
+    found = reads(function, owner).items()
+    return {
+        f"global {name}": (_spec if isinstance(value, types.CodeType) else _told)(value)
+        for name, value in found
+    }
 
 
 def _spec(value: Any) -> Any:
@@ -254,7 +324,9 @@ def _is_container(value: Any) -> bool:
 
 def _told(value: Any) -> Any:
     """An attribute's value as a text where that says all of it; else the object."""
-    if value is None or isinstance(value, bool | int | float | complex | str | enum.Enum):
+    if value is None or isinstance(
+        value, bool | int | float | complex | str | bytes | enum.Enum | np.generic
+    ):
         return repr(value)
     if isinstance(value, torch.dtype | torch.device | torch.Size):
         return repr(value)

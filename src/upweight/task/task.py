@@ -66,13 +66,11 @@ def _called(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
         keys = [key for key in TARGET_KEYS if key in batch]
         if len(keys) != 1:
             raise DataError(
-                message(
-                    f"A dict batch must hold its targets under exactly one of {TARGET_KEYS}.",
-                    f"the keys {sorted(batch)}.",
-                    "another name for the targets.",
-                    "rename the key, or say how to call the model with "
-                    "Task(forward=lambda model, batch: (outputs, targets)).",
-                )
+                f"A dict batch must hold its targets under exactly one of {TARGET_KEYS}.",
+                f"the keys {sorted(batch)}.",
+                "another name for the targets.",
+                "rename the key, or say how to call the model with "
+                "Task(forward=lambda model, batch: (outputs, targets)).",
             )
         inputs = {key: value for key, value in batch.items() if key != keys[0]}
         outputs, targets = model(**inputs), batch[keys[0]]
@@ -80,12 +78,10 @@ def _called(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
         outputs, targets = model(*batch[:-1]), batch[-1]
     else:
         raise DataError(
-            message(
-                "A batch must be (inputs..., targets) or a dict.",
-                f"a {type(batch).__name__}{_length(batch)}.",
-                "inputs without targets.",
-                "give the data as (X, y), or say how to call the model with Task(forward=...).",
-            )
+            "A batch must be (inputs..., targets) or a dict.",
+            f"a {type(batch).__name__}{_length(batch)}.",
+            "inputs without targets.",
+            "give the data as (X, y), or say how to call the model with Task(forward=...).",
         )
     return getattr(outputs, "logits", outputs), targets
 
@@ -248,13 +244,11 @@ class Task:
             is_tensor = isinstance(losses, Tensor)
             shape = f"shape {tuple(losses.shape)}" if is_tensor else type(losses).__name__
             raise ScalarLoss(
-                message(
-                    f"A loss must return one value per example: shape ({size},).",
-                    f"{self.loss!r} returned {shape}.",
-                    "a loss that takes the mean or sum over the batch.",
-                    'use upweight.CrossEntropy() and its kin, or reduction="none" and a sum over '
-                    "every axis but the first.",
-                )
+                f"A loss must return one value per example: shape ({size},).",
+                f"{self.loss!r} returned {shape}.",
+                "a loss that takes the mean or sum over the batch.",
+                'use upweight.CrossEntropy() and its kin, or reduction="none" and a sum over '
+                "every axis but the first.",
             )
         return losses
 
@@ -299,12 +293,10 @@ def require_task(task: Any) -> None:
         )
     if not isinstance(task, Task):
         raise UnsupportedModel(
-            message(
-                "What was trained is said by an upweight.Task.",
-                f"an object of type {type(task).__name__}.",
-                "the model itself in place of its task.",
-                _way_to_a_task(task),
-            )
+            "What was trained is said by an upweight.Task.",
+            f"an object of type {type(task).__name__}.",
+            "the model itself in place of its task.",
+            _way_to_a_task(task),
         )
 
 

@@ -55,12 +55,10 @@ class Newton:
     def __post_init__(self) -> None:
         if not (self.tol > 0 and self.max_steps >= 1 and self.memory >= 1):
             raise SpecError(
-                message(
-                    "Newton needs tol > 0, max_steps ≥ 1 and memory ≥ 1.",
-                    f"{self!r}.",
-                    "0 meant as 'as far as it goes', which rounding never reaches.",
-                    "use tol=1e-12 for the last digits of float64.",
-                )
+                "Newton needs tol > 0, max_steps ≥ 1 and memory ≥ 1.",
+                f"{self!r}.",
+                "0 meant as 'as far as it goes', which rounding never reaches.",
+                "use tol=1e-12 for the last digits of float64.",
             )
 
     def prepare(self, task: Task, train: Data) -> "NewtonTrainer":
@@ -166,12 +164,10 @@ def _require_precision(tol: float, task: Task) -> None:
     eps = torch.finfo(task.layout.dtype).eps
     if tol < eps:
         raise DtypeError(
-            message(
-                f"Training to a gradient norm of {tol:.1e} needs parameters of that precision.",
-                f"{task.layout.dtype} parameters, whose precision is {eps:.1e}.",
-                "a float32 model: the effect of one example would drown in its rounding.",
-                "convert model and data to float64, or raise Newton(tol=...).",
-            )
+            f"Training to a gradient norm of {tol:.1e} needs parameters of that precision.",
+            f"{task.layout.dtype} parameters, whose precision is {eps:.1e}.",
+            "a float32 model: the effect of one example would drown in its rounding.",
+            "convert model and data to float64, or raise Newton(tol=...).",
         )
 
 
