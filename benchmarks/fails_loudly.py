@@ -1048,7 +1048,7 @@ def received(folder: Path, **changes: str) -> Run:
     texts = {"directory": ".", "method": "Influence()", "measure": "Loss()", **names, **changes}
     none: dict[str, str] = {}
     Record(
-        **texts, tolerance=0.0, memory_bytes=0, threads=1, n=1, q=1, p=1, fingerprints=none,
+        **texts, memory_bytes=0, threads=1, n=1, q=1, p=1, fingerprints=none,
         sources=none, versions=none,
     ).write(folder / "run.toml")  # fmt: skip
     return Run(folder)
@@ -1249,8 +1249,8 @@ def removals_from_separable_classes_without_much_penalty() -> Any:
 
 
 @case
-def a_removal_asked_of_a_curvature_by_layers() -> Any:
-    method = uw.Influence(uw.EKFAC(), damping=0.1)
+def a_removal_asked_of_a_similarity() -> Any:
+    method = uw.GradientDot()
     return method.fit(uw.Task(linear(), uw.CrossEntropy(), uw.L2(0.1)), rows()).removal(rows(4))
 
 

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import upweight as uw
-from tests.fitted import at
 
 WORDS, LENGTH, WIDTH, PASSAGES, QUERIES, EPOCHS, TOP = 2000, 64, 64, 3000, 200, 8, 10
 

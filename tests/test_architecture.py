@@ -46,7 +46,7 @@ MAY_IMPORT = {
     },
     "report": {
         "errors", "_typing", "_text", "notation", "verdict", "runtime", "task", "scores",
-        "applications",
+        "methods", "applications",
     },
     "runs": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",

@@ -19,6 +19,7 @@ from upweight.linalg.damping import Absolute, Evidence, Relative
 from upweight.linalg.minres import MINRES
 from upweight.linalg.solve import Auto
 from upweight.methods.influence import Influence
+from upweight.methods.method import Method
 from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
 from upweight.methods.similarity import GradientCosine, GradientDot
 from upweight.runtime.resources import Resources
@@ -84,6 +85,7 @@ __all__ = [
     "Margin",
     "Matrix",
     "Measure",
+    "Method",
     "Newton",
     "NoPenalty",
     "Observed",

@@ -615,7 +615,7 @@ def test_the_command_of_a_page_makes_the_run_again_from_wherever_it_was_made(
     (tmp_path / "reader").mkdir()
     shutil.copy(made / "project.py", tmp_path / "owner")
     monkeypatch.chdir(tmp_path / "owner")
-    options = ["--memory", "1MB", "--show", "project.py:shown", "--tolerance", "0.0123456789"]
+    options = ["--memory", "1MB", "--show", "project.py:shown"]
     answer(*attribute(*options, out="runs/one"))
     monkeypatch.chdir(tmp_path / "reader")
     run = Run(tmp_path / "owner/runs/one")

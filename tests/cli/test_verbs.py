@@ -119,7 +119,7 @@ def test_attribute_writes_the_scores_that_the_library_gives(project):
 def test_run_toml_says_all_and_is_read_back(finished):
     written = tomllib.loads((finished / "run" / "run.toml").read_text())
     assert parse(written["method"]) == METHOD
-    assert (written["measure"], written["tolerance"]) == ("Loss()", 0.01)
+    assert written["measure"] == "Loss()" and "tolerance=0.01" in written["method"]
     assert written["directory"] == ".."
     assert set(written["fingerprints"]) == {
         "model",
@@ -146,7 +146,7 @@ def test_a_finished_run_is_left_as_it_is(finished, monkeypatch):
     [
         (["--measure", "Margin()"], "measure is Margin()"),
         (["--method", "Influence(KFAC(), damping=Relative(0.1))"], "method is Influence"),
-        (["--tolerance", "0.1"], "tolerance is 0.1"),
+        (["--memory", "3GB"], "memory_bytes is 3000000000"),
         (["--queries", "project.py:train"], "the set of queries is not what it was"),
     ],
 )
@@ -287,14 +287,14 @@ def test_an_interrupted_run_is_not_finished_by_other_versions(finished):
     assert "an upgrade in between" in refusal(*attribute())
 
 
-def test_methods_that_hold_their_scores_in_memory_have_runs_too(project):
+def test_exact_methods_have_runs_too(project):
     method = ["--method", "Influence(Hessian(), damping=0.01)"]
     assert answer(*attribute(*method))["did"] == "computed"
     assert uw.Scores.load("run/scores").values.shape == (10, 100)
     assert answer(*rerun("run", "--out", "again"))["bit_identical"] is True
-    assert "--tolerance and --memory are for" in refusal(
-        *attribute(*method, "--tolerance", "0.1", out="other")
-    )
+    small = answer(*attribute(*method, "--memory", "20kB", out="small"))
+    assert small["did"] == "computed"
+    assert_close(uw.Scores.load("small/scores").values, uw.Scores.load("run/scores").values)
 
 
 def test_methods_and_measures_may_be_the_users_own(project):
@@ -316,11 +316,11 @@ def test_a_method_of_the_users_own_kind_is_told_from_another(project):
     code = PROJECT + (
         "from dataclasses import dataclass\n"
         "@dataclass(frozen=True)\n"
-        "class Mine:\n"
+        "class Mine(uw.Method):\n"
         "    damping: float\n"
         "    unit = uw.Unit.DERIVATIVE\n"
-        "    def fit(self, task, train):\n"
-        "        return uw.Influence(uw.Diagonal(), damping=self.damping).fit(task, train)\n"
+        "    def prepare(self, fitting):\n"
+        "        return uw.Influence(uw.Diagonal(), damping=self.damping).prepare(fitting)\n"
         "method = Mine(0.1)\n"
     )
     (project / "project.py").write_text(code)
@@ -470,7 +470,7 @@ def test_every_verb_shows_an_example(verb):
 
 def test_usage_errors_exit_with_2(project):
     assert call("attribute", "project.py:task").exit_code == 2
-    for option in (["--memory", "much"], ["--memory", "0"], ["--tolerance", "1"]):
+    for option in (["--memory", "much"], ["--memory", "0"]):
         assert call(*attribute(*option)).exit_code == 2
     assert call("report", "nowhere").exit_code == 2
     assert "A run is a directory with a run.toml" in refusal("report", project)

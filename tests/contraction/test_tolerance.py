@@ -132,7 +132,7 @@ def test_a_wide_layer_at_few_positions_is_multiplied_in_pairs(tolerance):
         optimizer.step()
     method = uw.Influence(uw.EKFAC(), damping=uw.Absolute(1e-3))
     fitted = method.fit(uw.Task(model.eval(), uw.CrossEntropy()), (X, y))
-    assert fitted.curvature.cost.positions == (2, 1)
+    assert fitted.scorer.curvature.cost.positions == (2, 1)
     scores, exact = (at(fitted, t).attribute((x, wanted)) for t in (tolerance, 0))
     error = (scores.values - exact.values).norm(dim=1) / exact.values.norm(dim=1)
     assert float(error.square().mean().sqrt()) <= RMS * tolerance

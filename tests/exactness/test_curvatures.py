@@ -100,5 +100,5 @@ def test_relative_damping_is_in_units_of_the_mean_eigenvalue():
     mean = float(torch.linalg.eigvalsh(dense.ggn(p.task, p.train)).mean())
     relative = uw.Influence(uw.GGN(), uw.Cholesky(), uw.Relative(0.2)).fit(p.task, p.train)
     absolute = uw.Influence(uw.GGN(), uw.Cholesky(), uw.Absolute(0.2 * mean)).fit(p.task, p.train)
-    assert relative.damping == pytest.approx(0.2 * mean, rel=1e-12)
+    assert relative.scorer.damping == pytest.approx(0.2 * mean, rel=1e-12)
     assert_same(relative.attribute(p.queries).values, absolute.attribute(p.queries).values, 1e-12)

@@ -428,7 +428,7 @@ def test_layerwise_scores_are_those_of_their_own_curvature(name):
     task, train = built(name)
     fitted = uw.Influence(uw.EKFAC(uw.Observed()), damping=0.1).fit(task, train)
     found = at(fitted, 0).attribute(as_data(train).subset(QUERIES)).values
-    H = fitted.curvature.operator().dense() + 0.1 * torch.eye(task.layout.size).double()
+    H = fitted.scorer.curvature.operator().dense() + 0.1 * torch.eye(task.layout.size).double()
     assert_same(found, scores_with(name, H), 1e-10)
 
 

@@ -8,7 +8,9 @@ too.
 
 import pytest
 
+import upweight as uw
 import upweight.task.data
+from tests.fitted import at
 from tests.laws.subjects import (
     DIRECT,
     ITERATIVE,
@@ -100,7 +102,7 @@ def by_layer(method, p, train, budget):
     numbers = {
         "scores": scores.values,
         "outputs": attributed(fitted, p.queries, first_output).values,
-        "curvature": fitted.curvature.operator().dense(),
+        "curvature": fitted.scorer.curvature.operator().dense(),
         "self-influence": fitted.self_influence(),
         "groups": at(fitted, 0).attribute(p.queries, into=uw.GroupSums(labels)).values,
         "highest": at(fitted, 0).attribute(p.queries, into=uw.Top(3)).raises_by,

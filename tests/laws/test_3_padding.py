@@ -268,7 +268,7 @@ def layered(name):
 @pytest.mark.parametrize("name, method", [(n, m) for n in MARKET for m in layered(n)])
 def test_curvatures_by_layer(name, method, monkeypatch):
     task, make = built(name)
-    spec = uw.Influence(LAYERED[method], damping=0.1)
+    spec = uw.Influence(LAYERED[method], damping=0.1, tolerance=0)
     queries = Padded(make, to=6)
     found = {}
     for kind, data in padded(name, make).items():
@@ -278,7 +278,7 @@ def test_curvatures_by_layer(name, method, monkeypatch):
         )
         fitted = spec.fit(task, data)
         scores = attributed(fitted, queries).values
-        found[kind] = fitted.curvature.operator().dense(), scores
+        found[kind] = fitted.scorer.curvature.operator().dense(), scores
     curvature, scores = found["common"]
     assert bool((scores != 0).any())
     for other_curvature, other_scores in found.values():
@@ -344,9 +344,9 @@ def test_images_padded_in_two_directions(labels, kind):
     for right, below in ((0, 0), (2, 0), (2, 2)):
         sides = (0, right, 0, below)
         data = F.pad(x, sides), F.pad(y, sides, value=-100)
-        spec = uw.Influence(kind(LABELS[labels]), damping=0.1)
+        spec = uw.Influence(kind(LABELS[labels]), damping=0.1, tolerance=0)
         fitted = spec.fit(uw.Task(model, uw.CrossEntropy(axis=1)), data)
-        found.append((fitted.curvature.operator().dense(), attributed(fitted, data).values))
+        found.append((fitted.scorer.curvature.operator().dense(), attributed(fitted, data).values))
     for curvature, scores in found[1:]:
         assert_same(curvature, found[0][0], 1e-10)
         assert_same(scores, found[0][1], 1e-10)

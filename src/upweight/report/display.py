@@ -36,7 +36,7 @@ class Display:
         token_scores: (query, examples) → shares `[k, t]` and what has no position, `[k]`; they must
             add up to the scores. By default asked of the fitted method, where scores carry it, with
             their own measure; else `lambda q, some:
-            fitted.by_token(uw.as_data(queries).subset([q]), some, measure)`.
+            fitted.attribute(uw.as_data(queries).subset([q]), measure, into=PerToken(some))`.
         render: ("train" or "query", index) → what to show of an example: a text, a mapping of names
             to values, an image array, or a list of these. Markup is shown as text: nothing that a
             renderer returns can run script.

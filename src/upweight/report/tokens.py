@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upweight.errors import DataError, ShapeError, message
+from upweight.methods.reduce import PerToken
 from upweight.notation import short
 from upweight.report.display import Display
 from upweight.report.strongest import effects
@@ -63,13 +64,13 @@ def tokens_of(scores: Scores, queries: Data | None, display: Display) -> Tokens 
         ShapeError: There is only one of the two.
     """
     words, shares, context = display.train_tokens, display.token_scores, scores.context
-    by_token = getattr(getattr(context, "fitted", None), "by_token", None)
-    if shares is None and words is not None and by_token is not None:
+    fitted = None if context is None else context.fitted
+    if shares is None and words is not None and fitted is not None:
         assert context is not None
         asked, measure = context.queries if queries is None else queries, context.measure
 
         def live(q: int, some: list[int]) -> Any:
-            return by_token(asked.subset([q]), some, measure)
+            return fitted.attribute(asked.subset([q]), measure, into=PerToken(some))
 
         shares = live
 
@@ -78,8 +79,7 @@ def tokens_of(scores: Scores, queries: Data | None, display: Display) -> Tokens 
             message(
                 "Colouring tokens takes train_tokens and token_scores, both.",
                 f"only {'train_tokens' if shares is None else 'token_scores'}.",
-                "scores without a live method of curvatures by layer, whose by_token is asked "
-                "where token_scores is left out.",
+                "scores without their live method, which is asked where token_scores is left out.",
                 "give both, or train_texts alone.",
             )
         )
@@ -87,7 +87,7 @@ def tokens_of(scores: Scores, queries: Data | None, display: Display) -> Tokens 
 
 
 def _shares_and_rest(found: Any, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What `by_token` of one query returns, with or without the axis of that query."""
+    """`TokenScores` of one query, with or without the axis of that query."""
     given = f"a {type(found).__name__}"
     if isinstance(found, tuple | list) and len(found) == 2:
         parts = [np.asarray(x, dtype=np.float64) for x in found]
@@ -100,7 +100,8 @@ def _shares_and_rest(found: Any, k: int) -> tuple[NDArray[np.float64], NDArray[n
             f"token_scores must return shares [{k}, t] and what has no position, [{k}].",
             f"{given}.",
             "the shares alone, or those of all queries at once.",
-            "return fitted.by_token(queries.subset([q]), examples, measure), both parts.",
+            "return fitted.attribute(queries.subset([q]), measure, into=PerToken(examples)), both "
+            "parts.",
         )
     )
 
@@ -117,9 +118,9 @@ def _require_sum(total: NDArray[np.float64], scores: Scores, q: int, some: Seque
                 "The shares of an example's positions and the rest must add up to its score.",
                 f"query {q}, example {some[0]}: {total[0]:.3g} in all, score {mine[0]:.3g} of "
                 f"{scores.provenance.measure}.",
-                "by_token asked with another measure than the scores, or of another fit.",
-                "pass the measure to by_token too, as its third argument; or leave token_scores "
-                "out where the scores carry their method.",
+                "PerToken(...) asked with another measure than the scores, or of another fit.",
+                "pass the measure to attribute(...) too; or leave token_scores out where the "
+                "scores carry their method.",
             )
         )
 

@@ -10,7 +10,7 @@ import abc
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,11 +25,9 @@ from upweight.task.task import Task
 from upweight.training.optimizers import OptimizerState
 from upweight.training.steps import Step, TrainingState, step_seed
 
-if TYPE_CHECKING:
-    from upweight.training.training import Training
-
 TOGETHER = 64
 """Models trained at once at most."""
+
 
 CACHE_BYTES = 32 * 2**20
 """What their parameters, gradients and the optimizer's memory may take: with more, every step waits
@@ -57,7 +55,7 @@ class WeightedLosses(Terms):
 
 
 def trainer_for(
-    spec: "Training", start: Task, train: Data, center: Float[Tensor, " p"], terms: Terms
+    spec: Any, start: Task, train: Data, center: Float[Tensor, " p"], terms: Terms
 ) -> "TrainingTrainer":
     """The trainer, and whether it can train many at once.
 
@@ -85,7 +83,7 @@ class TrainingTrainer:
         alone_because: Why it is only one, if `torch.func.vmap` cannot run the model.
     """
 
-    spec: "Training"
+    spec: Any
     task: Task
     train: Data
     center: Float[Tensor, " p"]
@@ -357,7 +355,7 @@ def _forked() -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
 
 
-def _together(spec: "Training", task: Task) -> int:
+def _together(spec: Any, task: Task) -> int:
     """How many models are fastest: as many as the cache holds."""
     numbers = 2 + len(spec.optimizer.memories)
     each = numbers * task.layout.size * task.layout.dtype.itemsize

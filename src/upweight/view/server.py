@@ -92,6 +92,11 @@ def application(answers: Answers, token: str, command: str | None = None) -> Any
     def ids(request: Request, most: int) -> list[int]:
         return wanted(request.query_params.get("ids"), most, answers.n)
 
+    def examples(request: Request) -> Any:
+        if not (some := ids(request, MOST_EXAMPLES)):
+            raise KeyError("ids")
+        return answers.examples(some)
+
     def query(request: Request) -> dict[str, Any]:
         found = answers.query(number(request, "q", answers.q))
         listed = [i for side in SIDES for i in found[side]["ids"]]
@@ -113,7 +118,7 @@ def application(answers: Answers, token: str, command: str | None = None) -> Any
         "/": lambda _: HTMLResponse(page, headers={"Cache-Control": "no-store"}),
         "/query/{q}": query,
         "/ranking/{q}/{side:str}": ranking,
-        "/examples": lambda request: answers.examples(ids(request, MOST_EXAMPLES)),
+        "/examples": examples,
         "/drop": lambda request: answers.drop(ids(request, MOST_DROPPED)),
         "/training": lambda _: answers.training,
         "/browse/{order:str}": lambda request: answers.browse(
