@@ -594,3 +594,15 @@ def test_examples_whose_gradients_are_their_own_are_answered(name, dtype):
     model = Between(OWN[name]).to(dtype)
     data = torch.randn(30, 3).to(dtype), torch.arange(30) % 2
     require_answerable(uw.Task(model, uw.CrossEntropy()), as_data(data), "training data")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("width", [1, 40])
+def test_gradients_of_a_perfect_fit_are_rounding_and_no_coupling(width, dtype):
+    """Residuals of 0 but for rounding, which differs between a batch and an example alone."""
+    torch.manual_seed(0)
+    model = Between(torch.tanh).to(dtype) if width == 1 else nn.Linear(width, 2).to(dtype)
+    x = torch.randn(30, 3 if width == 1 else width).to(dtype)
+    with torch.no_grad():
+        data = x, model(x)
+    require_answerable(uw.Task(model, uw.SquaredError()), as_data(data), "training data")

@@ -18,7 +18,7 @@ from upweight.errors import (
 from upweight.runtime.progress import progress
 from upweight.task.data import Data
 from upweight.task.precision import coarsest, dtypes_in
-from upweight.task.probe import PROBE_EXAMPLES
+from upweight.task.probe import MARGIN, PROBE_EXAMPLES, nudged
 from upweight.task.task import Task
 
 WITH_GRADIENT = 8
@@ -110,13 +110,16 @@ def require_own_gradients(
     """
     weights = [float(k % WITH_GRADIENT == 0) for k in range(len(at))]
 
-    def gradients(batch: Batch, weights: Sequence[float]) -> list[Tensor]:
-        found = _weighted_gradients(task, theta, batch, weights)[1].values()
+    def gradients(t: Tensor, batch: Batch, weights: Sequence[float]) -> list[Tensor]:
+        found = _weighted_gradients(task, t, batch, weights)[1].values()
         return [torch.zeros(()) if g is None else g.to_dense().double() for g in found]
 
-    together = gradients(batch, weights)
+    def each(t: Tensor) -> list[list[Tensor]]:
+        return [gradients(t, task.to_device(data.batch(i, i + 1)), [1.0]) for i in chosen]
+
+    together = gradients(theta, batch, weights)
     chosen = [i for i, weight in zip(at, weights, strict=True) if weight]
-    alone = [gradients(task.to_device(data.batch(i, i + 1)), [1.0]) for i in chosen]
+    alone = each(theta)
     gaps = torch.tensor(
         [float((a - sum(b)).norm()) for a, *b in zip(together, *alone, strict=True)]
     )
@@ -129,6 +132,16 @@ def require_own_gradients(
     with torch.no_grad():
         eps = coarsest(dtypes_in(lambda: task.call(theta, batch)))
     apart = gaps > eps**0.5 * (sizes + sizes.norm())
+    if not bool(apart.any()):
+        return
+    # At a perfect fit residuals are rounding, and so are gradients: what does one rounding of θ do?
+    eps = max(eps, torch.finfo(theta.dtype).eps)
+    for near in nudged(theta, eps):
+        moved = [
+            [float((g - h).norm()) for g, h in zip(*pair, strict=True)]
+            for pair in zip(each(near), alone, strict=True)
+        ]
+        apart &= gaps > min(MARGIN, eps**-0.5) * torch.tensor(moved).sum(dim=0)
     if bool(apart.any()):
         worst = int((gaps / sizes.clamp_min(floor)).argmax())
         raise NonDeterministic(

@@ -7,7 +7,7 @@ evaluated alone and together.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -282,13 +282,19 @@ def _differs(
     eps = max(eps, coarsest(dtypes_in(lambda: value(theta))))
     if gap <= 10 * eps * max(size_of(a), terms()):
         return False
-    generator = torch.Generator(device=theta.device).manual_seed(0)
     moved = 0.0
+    for near in nudged(theta, eps):
+        again = value(near)
+        moved = max(moved, _gap(again, a.reshape(again.shape)))
+    return gap > MARGIN * moved
+
+
+def nudged(theta: Float[Tensor, " p"], eps: float) -> Iterator[Float[Tensor, " p"]]:
+    """θ with every parameter changed by one rounding, up or down, a few times."""
+    generator = torch.Generator(device=theta.device).manual_seed(0)
     for _ in range(NUDGES):
         signs = torch.randint(0, 2, theta.shape, generator=generator, device=theta.device)
-        nudged = value(theta * (1 + eps * (2 * signs - 1).to(theta)))
-        moved = max(moved, _gap(nudged, a.reshape(nudged.shape)))
-    return gap > MARGIN * moved
+        yield theta * (1 + eps * (2 * signs - 1).to(theta))
 
 
 def _terms(task: Task, outputs: Tensor, targets: Any) -> float:
