@@ -64,10 +64,6 @@ def kept(tmp_path_factory):
         patched.setattr(stream, "TOGETHER", 32)
         answer(*attribute())
         answer(*attribute("--method", "Influence(Hessian(), damping=0.01)", out="exact"))
-        whole = Run(folder / "exact")
-        scores = whole.load()
-        shutil.rmtree(whole.scores)
-        scores.save(whole.scores)  # as a folder of scores may be, too
         answer("report", "run")
     return folder
 
@@ -164,30 +160,6 @@ def test_a_damaged_header_of_shards_ends_with_their_folder(run):
     removed(run.scores)
     assert told("rerun", "run/run.toml")["did"] == "continued"
     assert digests(run) == before
-
-
-@pytest.mark.parametrize("damage", ["empty", "an edited score"])
-def test_damaged_saved_scores_are_computed_again(run, damage):
-    exact = Run(run.path.with_name("exact"))
-    before = digests(exact)
-    if damage in HEADERS:
-        HEADERS[damage](exact.scores / "scores.json")
-    else:
-        DAMAGES[damage](exact.scores / "scores.safetensors")
-    for verb in (["rerun", "exact"], ["report", "exact"], ["view", "exact"]):
-        assert f"delete {exact.scores / 'scores.json'} and compute" in refusal(*verb)
-    removed(exact.scores / "scores.json")
-    assert told("rerun", "exact")["did"] in ("continued", "computed")
-    assert digests(exact) == before
-    answer("report", "exact")
-
-
-def test_saved_scores_without_their_numbers_are_computed_again(run):
-    exact = Run(run.path.with_name("exact"))
-    before = digests(exact)
-    removed(exact.scores / "scores.safetensors")
-    told("view", "exact")
-    assert digests(exact) == before
 
 
 def test_a_damaged_curvature_is_learned_again(run):
@@ -447,14 +419,14 @@ def test_scores_of_another_question_are_refused_and_computed_again(run, name, op
     for verb in alone + live:
         said = refusal(*verb)
         assert f"is of another {says} than" in said
-        assert "manifest.json" in said or "scores.json" in said
+        assert "manifest.json" in said
     removed(mine.scores)
     (command,) = re.findall(r"compute them again: upweight (.*)", said)
     assert answer(*shlex.split(command))["did"] in ("computed", "continued")
     assert digests(mine) == before
 
 
-def test_saved_scores_of_other_data_are_refused_and_computed_again(run):
+def test_exact_scores_of_other_data_are_refused_and_computed_again(run):
     """Nothing but the fingerprints tells these apart."""
     exact = Run(run.path.with_name("exact"))
     before = digests(exact)
@@ -462,7 +434,8 @@ def test_saved_scores_of_other_data_are_refused_and_computed_again(run):
         file.write("fewer = (X[100:].flip(0), y[100:].flip(0))\n")
     answer("attribute", "project.py:task", "--train", "project.py:train", "--queries",
            "project.py:fewer", *EXACT, "--out", "other")  # fmt: skip
-    shutil.copytree("other/scores", exact.scores, dirs_exist_ok=True)
+    removed(exact.scores)
+    shutil.copytree("other/scores", exact.scores)
     for verb in (["report", "exact"], ["rerun", "exact"], rerun("exact")):
         said = refusal(*verb)
         assert "is of another queries than" in said
