@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from upweight.errors import DataError, ShapeError, message
 from upweight.notation import short
 from upweight.report.display import Display
-from upweight.report.strongest import effects
+from upweight.report.strongest import numbers
 from upweight.scores import Scores
 from upweight.task.data import Data
 
@@ -106,7 +106,7 @@ def _shares_and_rest(found: Any, k: int) -> tuple[NDArray[np.float64], NDArray[n
 
 
 def _require_sum(total: NDArray[np.float64], scores: Scores, q: int, some: Sequence[int]) -> None:
-    row = effects(scores, q)
+    row = numbers(scores, q)
     mine = row[list(some)]
     tolerance = float(scores.provenance.health.get("tolerance", 0.0))
     error = float(np.linalg.norm(total - mine))
