@@ -1009,7 +1009,7 @@ def a_file_of_scores_that_is_shorter_than_its_name() -> Any:
 @case
 def another_unit_in_the_header() -> Any:
     def change(path: Path) -> None:
-        path.write_text(path.read_text().replace("DERIVATIVE", "DIFFERENCE"))
+        path.write_text(path.read_text().replace("DERIVATIVE", "RANK"))
 
     return altered(change, "finished.json")
 

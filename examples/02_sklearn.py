@@ -30,7 +30,6 @@ print(f"gradient norm {fitted.stationarity['gradient_norm']:.1e}")
 unsure = clf.decision_function(X_test)
 hardest = abs(unsure).argmin()
 query = sk.data(clf, X_test[hardest : hardest + 1], y_test[hardest : hardest + 1])
-scores = fitted.attribute(query)
 effects = fitted.removal(query)
 
 order = effects.values[0].abs().argsort(descending=True)[:30].tolist()
@@ -40,6 +39,6 @@ for i in order[:5]:
     print(f"  patient {X.index[i]:3d} ({y.iloc[i]}) changes its loss by {change:+.4f}")
 
 print("\nand really leaving out each of the 30 that matter most:")
-found = uw.evaluation.loo(scores, sk.recipe(clf), examples=order, removal=effects)
+found = uw.evaluation.loo(effects, sk.recipe(clf), examples=order)
 print(found)
 assert found.pearson.value > 0.99

@@ -31,28 +31,32 @@ MAY_IMPORT = {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature",
     },
     "plot": {"errors", "_typing", "_text", "runtime"},
-    "scores": {"errors", "_typing", "_text", "facts", "runtime", "task", "plot"},
+    "provenance": {"errors", "facts", "task"},
+    "effects": {"errors", "notation", "provenance", "runtime"},
+    "scores": {
+        "errors", "_typing", "_text", "notation", "runtime", "plot", "provenance", "effects",
+    },
     "methods": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
-        "scores", "training", "facts", "notation",
+        "scores", "effects", "provenance", "training", "facts", "notation",
     },
     "training": {"errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature"},
     "evaluation": {
-        "errors", "_typing", "verdict", "runtime", "task", "plot", "scores", "training",
+        "errors", "_typing", "verdict", "runtime", "task", "plot", "scores", "effects", "training",
     },
     "applications": {
         "errors", "_typing", "runtime", "linalg", "task", "scores", "methods",
         "evaluation",
     },
     "report": {
-        "errors", "_typing", "_text", "notation", "verdict", "runtime", "task", "scores",
+        "errors", "_typing", "_text", "notation", "verdict", "runtime", "task", "scores", "effects",
         "methods", "applications",
     },
     "runs": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
         "scores", "methods", "evaluation",
     },
-    "view": {"errors", "_typing", "runtime", "task", "scores", "report"},
+    "view": {"errors", "_typing", "runtime", "task", "scores", "effects", "report"},
 }  # fmt: skip
 SHORT_FORMS = {"methods/fitted.py": {"evaluation"}}  # `fitted.check` calls `upweight.check`
 LEAVES = {"adapters", "cli", "testing"}  # may import everything but each other

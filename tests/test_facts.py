@@ -8,8 +8,9 @@ import torch
 
 from upweight.facts import Fact
 from upweight.methods.facts import stated
+from upweight.provenance import Provenance
 from upweight.report import html, summary
-from upweight.scores import Provenance, Scores, Unit
+from upweight.scores import Scores, Unit
 
 MINE = Fact("Agreement of members", "0.31", 0.2, "their scores differ by that share", 0.31)
 

@@ -21,8 +21,10 @@ from upweight.errors import (
     StaleStore,
     UpweightError,
 )
+from upweight.facts import Fact
+from upweight.provenance import Context, Provenance
 from upweight.report import summary
-from upweight.scores import Context, Provenance, Scores, TopScores, Unit
+from upweight.scores import Scores, TopScores, Unit
 
 VALUES = torch.tensor([[3.0, -1.0, 0.0, 2.0, -4.0], [0.0, 0.0, 0.0, 1e-9, 0.0]]).double()
 SOURCE = Provenance("Influence()", "loss", "Loss()", 5, 2, 3, "float64", "cpu", {"x": 1.5})
@@ -41,6 +43,12 @@ def test_top_lists_what_raises_and_what_lowers():
     assert (top.raises, top.raises_by) == ((0, 3), (3.0, 2.0))
     assert (top.lowers, top.lowers_by) == ((4, 1), (-4.0, -1.0))
     assert top.query == 0 and "raises m" in str(top) and "+3.0000e+00" in str(top)
+
+
+def test_top_has_defaults():
+    assert scores().top() == scores().top(10, 0) == scores().top(query=0)
+    kept = TopScores(*KEPT, *KEPT, Unit.DERIVATIVE, SOURCE)
+    assert kept.top(query=1) == kept.top(1, 1)
 
 
 def test_top_never_lists_the_other_sign():
@@ -94,12 +102,57 @@ def test_dropping_is_the_weight_zero():
     )
 
 
-def test_removal_changes_sign_and_unit_and_not_the_prediction():
+def test_removal_is_the_prediction_of_each_group():
     removed = scores().removal()
-    assert removed.unit is Unit.DIFFERENCE
     torch.testing.assert_close(removed.values, -VALUES)
-    torch.testing.assert_close(removed.predict(drop=[0, 3]), scores().predict(drop=[0, 3]))
-    assert removed.removal() is removed
+    assert removed.how == "first order" and removed.groups == ((0,), (1,), (2,), (3,), (4,))
+    together = scores().removal([[0, 3], 1, [False, False, True, False, True]])
+    assert together.groups == ((0, 3), (1,), (2, 4))
+    for k, group in enumerate(together.groups):
+        torch.testing.assert_close(together.values[:, k], scores().predict(drop=group))
+
+
+def test_effects_of_some_groups_in_any_order():
+    removed = scores().removal([[0, 3], 1])
+    assert torch.equal(removed.of([1, (3, 0)]).values, removed.values[:, [1, 0]])
+    assert removed.of([1]).groups == ((1,),)
+    with pytest.raises(ShapeError, match=r"asked for \[\(2,\)\]"):
+        removed.of([1, 2])
+
+
+def test_effects_are_a_finite_matrix_with_a_column_for_each_group():
+    good = scores().removal()
+    for change in ({"groups": ((0,),)}, {"values": -VALUES[0]}, {"linear": -VALUES[:1]}):
+        with pytest.raises(ShapeError, match=r"\[q, e\]"):
+            dataclasses.replace(good, **change)
+    for name in ("values", "linear"):
+        with pytest.raises(NonFinite, match="query 0, group 1"):
+            dataclasses.replace(good, **{name: torch.where(VALUES == -1.0, math.inf, VALUES)})
+    with pytest.raises(MissingContext, match="attach"):
+        good.require_context()
+
+
+def test_groups_have_no_removals_of_examples():
+    with pytest.raises(ShapeError, match="in order"):
+        scores().group("abbbb").removal()
+
+
+# -- at a prompt ----------------------------------------------------------------------------------
+
+
+def test_scores_introduce_themselves_in_two_lines():
+    facts = (Fact("Solver", "bad", 1.0, "m", 2.0), Fact("Damping", "0"), Fact("Fine", "", 1, "", 0))
+    made = dataclasses.replace(SOURCE, facts=facts, notes=("a",), measure="<m>")
+    for shown, unit in (
+        (Scores(VALUES, Unit.DERIVATIVE, made), "2 queries × 5 training examples, ∂m/∂w"),
+        (Scores(VALUES, Unit.DERIVATIVE, made).removal([0]), "2 queries × 1 removal, Δm, first"),
+    ):
+        first, second = repr(shown).splitlines()
+        assert unit in first and "Influence()" in first and "<m>" in first
+        assert second.split() == "health: past its limit: solver; 1 in provenance.notes".split()
+        table = shown._repr_html_()
+        assert table.count("<tr>") == 5 and "&lt;m&gt;" in table and "<m>" not in table
+    assert "health: not told" in repr(scores())
 
 
 def test_a_mask_drops_where_it_is_true():
@@ -145,12 +198,13 @@ def test_weights_of_another_length():
         scores().predict(weights=torch.ones(4))
 
 
-def test_ranks_predict_nothing():
-    ranks = scores(unit=Unit.RANK)
-    for act in (ranks.predict, ranks.removal):
-        with pytest.raises(UpweightError, match="only rank"):
-            act()
-    assert ranks.top(1, 0).raises == (0,)
+def test_ranks_and_values_predict_nothing():
+    for unit, words in ((Unit.RANK, "only rank"), (Unit.VALUE, "share out a total")):
+        ranks = scores(unit=unit)
+        for act in (ranks.predict, ranks.removal):
+            with pytest.raises(UpweightError, match=words):
+                act()
+        assert ranks.top(1, 0).raises == (0,)
 
 
 # -- group --------------------------------------------------------------------------------------
@@ -317,7 +371,7 @@ def test_damaged_tensors_are_stale(saved, damage):
 @pytest.mark.parametrize(
     "change",
     [
-        {"unit": "DIFFERENCE"},
+        {"unit": "RANK"},
         {"columns": list("abcdz")},
         {"schema": 99},
         {"digest": "0"},

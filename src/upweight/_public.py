@@ -11,6 +11,7 @@ from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
 from upweight.curvature.kfac import KFAC
 from upweight.curvature.labels import Expected, Observed, Sampled
+from upweight.effects import Effects
 from upweight.evaluation.check import check
 from upweight.linalg.block_cg import BlockCG
 from upweight.linalg.cg import CG
@@ -22,8 +23,9 @@ from upweight.methods.influence import Influence
 from upweight.methods.method import Method
 from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
 from upweight.methods.similarity import GradientCosine, GradientDot
+from upweight.provenance import Context, Provenance
 from upweight.runtime.resources import Resources
-from upweight.scores import Context, Provenance, Ranking, Scores, TopScores, Unit
+from upweight.scores import Ranking, Scores, TopScores, Unit
 from upweight.task.data import Data, as_data
 from upweight.task.losses import (
     Bernoulli,
@@ -66,6 +68,7 @@ __all__ = [
     "CrossEntropy",
     "Data",
     "Diagonal",
+    "Effects",
     "EmpiricalFisher",
     "Evidence",
     "Expand",

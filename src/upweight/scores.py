@@ -6,11 +6,11 @@ Upweighting example i raises m_q where S > 0. Removing it is wᵢ = 0, so Δm_q 
 """
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping, ValuesView
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, ValuesView
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight._text import readable
+from upweight.effects import FIRST_ORDER, Effects, as_groups, first_order, without
 from upweight.errors import (
-    MissingContext,
     NonFinite,
     ShapeError,
     SpecError,
@@ -27,15 +27,14 @@ from upweight.errors import (
     UpweightError,
     message,
 )
-from upweight.facts import Fact
+from upweight.notation import count
 from upweight.plot import Plot
+from upweight.provenance import Answered, Context, Provenance
 from upweight.runtime.headers import Misfit, fitting, own_digest, read_json, write_json
 from upweight.runtime.selection import is_row, labels_by_place, places, row_of
 from upweight.runtime.shards import AGAIN, RERUN, ScoreShards, require_one_kind
 from upweight.runtime.tensors import read_plain, tensors_digest, write_plain
 from upweight.runtime.whole import make_folder
-from upweight.task.data import Data
-from upweight.task.task import Task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,66 +49,8 @@ class Unit(enum.Enum):
     """What one entry of the scores means."""
 
     DERIVATIVE = "∂m/∂w: change of the measurement per unit weight of a training example"
-    DIFFERENCE = "Δm: change of the measurement when the column's examples are removed"
+    VALUE = "value: a share of a total, as Shapley values are; the columns of a row add up"
     RANK = "rank: only the order within a row means anything"
-
-
-RESIDUAL_LIMIT = 1e-3
-"""Relative residual of a solve that would change the third digit of a score."""
-ROW_SUM_LIMIT = 1e-2
-"""Row-sum excess over the sum of |scores|: past it the scores miss an effect they should have."""
-DECREMENT_LIMIT = 1e-4
-"""What a Newton step would still gain, over the mean loss: past it θ̂ is not yet the minimum."""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """How scores came about: enough to repeat them and to judge them. All of it is JSON.
-
-    Args:
-        method: `repr` of the method's spec.
-        task: The loss, penalty and parameters of the task.
-        measure: `repr` of the measure.
-        n, q, p: Training examples, queries, parameters.
-        dtype, device: Of the parameters.
-        health: Numbers to judge the computation by (residuals, damping, stationarity, row sums).
-        seconds: Time spent, by stage; "fit: pass 1" is a part of "fit".
-        versions: Of the libraries used.
-        notes: Choices made on the user's behalf, and warnings.
-        fingerprints: Of what the run asked that keeps them; empty elsewhere.
-        threads: Of PyTorch: sums round by how they are shared out. 0: not told.
-        facts: What the method says of the computation, in words and against limits.
-    """
-
-    method: str
-    task: str
-    measure: str
-    n: int
-    q: int
-    p: int
-    dtype: str
-    device: str
-    health: Mapping[str, Any] = field(default_factory=dict)
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
-    threads: int = 0
-    facts: tuple[Fact, ...] = ()
-
-
-@dataclass(frozen=True)
-class Context:
-    """The live objects behind scores; needed to retrain, never saved.
-
-    `queries` are `Data`, or None where a `Functional` was asked of none.
-    """
-
-    task: Task
-    train: Data
-    queries: Any
-    measure: Any
-    fitted: Any = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +70,13 @@ class Ranking:
     raises_by: tuple[float, ...]
     lowers: tuple[int, ...]
     lowers_by: tuple[float, ...]
+
+    @classmethod
+    def of(cls, query: int, high: Tensor, high_by: Tensor, low: Tensor, low_by: Tensor) -> Self:
+        """From both ends of an order, without what has no effect or one of the other sign."""
+        above, below = int((high_by > 0).sum()), int((low_by < 0).sum())
+        ends = (high[:above], high_by[:above], low[:below], low_by[:below])
+        return cls(query, *(tuple(end.tolist()) for end in ends))
 
     def __str__(self) -> str:
         lines = [f"query {self.query}"]
@@ -163,13 +111,14 @@ class TopScores:
     def __len__(self) -> int:
         return len(self.raises)
 
-    def top(self, k: int, query: int) -> Ranking:
-        """As `Scores.top`, for k up to the number that was kept.
+    def top(self, k: int | None = None, query: int = 0) -> Ranking:
+        """As `Scores.top`, for k up to the number that was kept, which is the default.
 
         Raises:
             ShapeError: There is no such query, or fewer were kept.
             SpecError: k is not a number of examples.
         """
+        k = self.raises.shape[1] if k is None else k
         _require_count(k)
         if not is_row(query, len(self)) or k > self.raises.shape[1]:
             raise ShapeError(
@@ -177,25 +126,16 @@ class TopScores:
                     f"Kept are {self.raises.shape[1]} examples for each of {len(self)} queries.",
                     f"k={k}, query={query}.",
                     "an index into the full data set, or a larger k than was asked for.",
-                    f"use a query in 0…{len(self) - 1}, or call top(queries, k={k}) again.",
+                    f"use a query in 0…{len(self) - 1}, or attribute(..., into=Top({k})).",
                 )
             )
         query = row_of(query, len(self))
-        up, up_by = self.raises[query, :k].tolist(), self.raises_by[query, :k].tolist()
-        down, down_by = self.lowers[query, :k].tolist(), self.lowers_by[query, :k].tolist()
-        above = sum(value > 0 for value in up_by)
-        below = sum(value < 0 for value in down_by)
-        return Ranking(
-            query,
-            tuple(up[:above]),
-            tuple(up_by[:above]),
-            tuple(down[:below]),
-            tuple(down_by[:below]),
-        )
+        kept = (self.raises, self.raises_by, self.lowers, self.lowers_by)
+        return Ranking.of(query, *(each[query, :k] for each in kept))
 
 
-@dataclass(frozen=True, eq=False)
-class Scores:
+@dataclass(frozen=True, eq=False, repr=False)
+class Scores(Answered):
     """S[q, i] with its unit, standard error and provenance.
 
     Args:
@@ -216,7 +156,7 @@ class Scores:
     provenance: Provenance
     error: Float[Tensor, "q n"] | None = None
     columns: tuple[str, ...] | None = None
-    context: Context | None = field(default=None, repr=False)
+    context: Context | None = None
 
     def __post_init__(self) -> None:
         error_fits = self.error is None or self.error.shape == self.values.shape
@@ -247,7 +187,12 @@ class Scores:
     def __len__(self) -> int:
         return len(self.values)
 
-    def top(self, k: int, query: int) -> Ranking:
+    def _shape_and_unit(self) -> tuple[str, str]:
+        what = "training example" if self.columns is None else "group"
+        shape = f"{count(len(self), 'query')} × {count(self.values.shape[1], what)}"
+        return shape, self.unit.value.split(":")[0]
+
+    def top(self, k: int = 10, query: int = 0) -> Ranking:
         """The k examples that raise and the k that lower measurement `query` when upweighted.
 
         Examples with a score of zero or of the other sign are never listed.
@@ -260,15 +205,8 @@ class Scores:
         query = row_of(query, len(self))
         row = self.values[query]
         order = row.argsort(descending=True, stable=True)
-        up = [int(i) for i in order[:k] if row[i] > 0]
-        down = [int(i) for i in order.flip(0)[:k] if row[i] < 0]
-        return Ranking(
-            query,
-            tuple(up),
-            tuple(float(row[i]) for i in up),
-            tuple(down),
-            tuple(float(row[i]) for i in down),
-        )
+        up, down = order[:k], order.flip(0)[:k]
+        return Ranking.of(query, up, row[up], down, row[down])
 
     def predict(
         self, drop: Iterable[int] = (), weights: Iterable[float] | None = None
@@ -277,24 +215,16 @@ class Scores:
 
             Δm_q ≈ Σᵢ S[q, i] (wᵢ − 1)
 
-        First order in w: effects add up. Scores in Δm already are removals, and add up too.
+        First order in w: effects add up.
         `drop` holds indices, or is a mask that is True where an example is removed.
 
         Raises:
-            UpweightError: The unit is RANK, which predicts nothing.
+            UpweightError: The unit is not ∂m/∂w.
             ShapeError: An index is out of range or repeated, a mask or `weights` is not `[n]`.
             NonFinite: A weight is NaN or infinite.
             SpecError: Both `drop` and `weights` are given.
         """
-        if self.unit is Unit.RANK:
-            raise UpweightError(
-                message(
-                    "A prediction needs scores in ∂m/∂w or Δm.",
-                    "scores that only rank.",
-                    "a similarity or an uncalibrated projection method.",
-                    "use Influence(...), or only compare the order of these scores.",
-                )
-            )
+        self.require_derivatives()
         n = self.values.shape[1]
         if weights is not None and not (isinstance(drop, tuple) and not drop):
             raise SpecError(
@@ -306,49 +236,90 @@ class Scores:
                 )
             )
         if weights is None:
-            change = self.values.new_zeros(n)
-            change[places(drop, n, "Columns to drop")] = -1.0
-        else:
-            w: Any = weights
-            if not isinstance(w, Tensor):
-                w = np.asarray(list(w) if isinstance(w, Iterator | ValuesView) else w)
-            is_number = isinstance(w, Tensor) or w.dtype.kind in "biuf"
-            w = torch.as_tensor(w if is_number else 0)
-            if tuple(w.shape) != (n,):
-                raise ShapeError(
-                    message(
-                        f"Data weights have one entry per column: shape ({n},).",
-                        f"shape {tuple(w.shape)}." if is_number else "weights that are no numbers.",
-                        "weights of another data set.",
-                        "start from torch.ones(n) and change entries.",
-                    )
+            dropped = self.values[:, places(drop, n, "Columns to drop")]
+            return without(dropped.sum(dim=1))
+        w: Any = weights
+        if not isinstance(w, Tensor):
+            w = np.asarray(list(w) if isinstance(w, Iterator | ValuesView) else w)
+        is_number = isinstance(w, Tensor) or w.dtype.kind in "biuf"
+        w = torch.as_tensor(w if is_number else 0)
+        if tuple(w.shape) != (n,):
+            raise ShapeError(
+                message(
+                    f"Data weights have one entry per column: shape ({n},).",
+                    f"shape {tuple(w.shape)}." if is_number else "weights that are no numbers.",
+                    "weights of another data set.",
+                    "start from torch.ones(n) and change entries.",
                 )
-            if not bool(w.isfinite().all()):
-                first = int((~w.isfinite()).nonzero()[0])
-                raise NonFinite(
-                    message(
-                        "Data weights must be finite.",
-                        f"{float(w[first])} for column {first}.",
-                        "a weight computed by a division by 0, or missing in a table.",
-                        "give 0 to what is left out and 1 to what stays as it is.",
-                    )
+            )
+        if not bool(w.isfinite().all()):
+            first = int((~w.isfinite()).nonzero()[0])
+            raise NonFinite(
+                message(
+                    "Data weights must be finite.",
+                    f"{float(w[first])} for column {first}.",
+                    "a weight computed by a division by 0, or missing in a table.",
+                    "give 0 to what is left out and 1 to what stays as it is.",
                 )
-            change = w.to(self.values) - 1.0
-        sign = -1.0 if self.unit is Unit.DIFFERENCE else 1.0
-        return sign * (self.values @ change)
+            )
+        return self.values @ (w.to(self.values) - 1.0)
 
-    def removal(self) -> "Scores":
-        """The first-order change Δm of removing each example: −S, in unit DIFFERENCE."""
-        if self.unit is Unit.DIFFERENCE:
-            return self
-        if self.unit is Unit.RANK:
-            self.predict()  # raises, with the reason
-        return replace(self, values=-self.values, unit=Unit.DIFFERENCE)
+    def removal(self, groups: Iterable[Any] | None = None) -> Effects:
+        """Δm of removing each group of training examples, to first order: −Σ S[q, i].
+
+        Args:
+            groups: What each column removes, as for `Fitted.removal`. None: each example by itself.
+
+        Raises:
+            UpweightError: The unit is not ∂m/∂w.
+            ShapeError: The columns are not the training examples, or a group names others.
+        """
+        self.require_derivatives()
+        self.require_examples()
+        chosen = as_groups(groups, self.values.shape[1])
+        values = first_order(self.values, chosen)
+        return Effects(values, chosen, FIRST_ORDER, self.provenance, context=self.context)
+
+    def require_derivatives(self) -> None:
+        """Refuse scores that predict nothing.
+
+        Raises:
+            UpweightError: The unit is not ∂m/∂w.
+        """
+        if self.unit is not Unit.DERIVATIVE:
+            ranks = self.unit is Unit.RANK
+            raise UpweightError(
+                message(
+                    "A prediction needs scores in ∂m/∂w.",
+                    "scores that only rank." if ranks else "values, which share out a total.",
+                    "a similarity or an uncalibrated projection method."
+                    if ranks
+                    else "Shapley values, which are means over many data sets.",
+                    "use Influence(...), or only compare the order of these scores; where their "
+                    "sums should rank subsets, pass (weights - 1) @ scores.values.T as a matrix.",
+                )
+            )
+
+    def require_examples(self) -> None:
+        """Refuse scores whose columns are not the training examples in order.
+
+        Raises:
+            ShapeError: They are groups.
+        """
+        if self.columns is not None:
+            raise ShapeError(
+                message(
+                    "This needs one column per training example, in order.",
+                    f"columns {list(self.columns[:5])}.",
+                    "scores of groups.",
+                    "use attribute(...) as it comes, over all training examples.",
+                )
+            )
 
     def group(self, labels: Iterable[Any]) -> "Scores":
         """Scores of groups: the sum over the examples that share a label.
 
-        Exact for derivatives; for Δm it is the first-order sum of single removals.
+        Exact for ∂m/∂w and for values.
 
         Raises:
             ShapeError: There is not one label per column.
@@ -362,23 +333,6 @@ class Scores:
             squares = total.new_zeros(total.shape).index_add(1, where, self.error**2)
             error = squares.sqrt()
         return replace(self, values=total, error=error, columns=names)
-
-    def require_context(self) -> Context:
-        """The live task and data behind these scores.
-
-        Raises:
-            MissingContext: The scores were loaded from disk.
-        """
-        if self.context is None:
-            raise MissingContext(
-                message(
-                    "This needs the model and data that the scores were made from.",
-                    "scores without them.",
-                    "scores loaded from disk, which keeps numbers only.",
-                    "use scores.attach(Context(task, train, queries, measure)).",
-                )
-            )
-        return self.context
 
     def attach(self, context: Context) -> "Scores":
         """The same scores with a live task and data."""

@@ -211,10 +211,7 @@ def test_ridge_removal_equals_refitting():
     influence = uw.Influence(solver=uw.Cholesky()).fit(task, train)
     queries = sk.data(ridge, X[:7], y[:7])
     prediction = influence.removal(queries, measure=lambda f, _: f[:, 0])
-    scores = influence.attribute(queries, measure=lambda f, _: f[:, 0])
-    found = uw.evaluation.loo(
-        scores, sk.recipe(ridge), examples=range(0, N, 6), removal=prediction, **LOO
-    )
+    found = uw.evaluation.loo(prediction, sk.recipe(ridge), examples=range(0, N, 6), **LOO)
     assert_close(found.predicted, found.actual, rtol=1e-8, atol=1e-10)
     # Against scikit-learn on the rows that are left: Ridge's α does not know n.
     kept = np.arange(N) != 6
@@ -236,11 +233,8 @@ def test_predicted_removals_match_refitting(name):
     task, train = sk.task(estimator, X, y, weights)
     influence = uw.Influence(solver=uw.Cholesky()).fit(task, train)
     queries = sk.data(estimator, X[::10], y[::10])
-    scores = influence.attribute(queries)
-    found = uw.evaluation.loo(
-        scores, sk.recipe(estimator), examples=range(0, N, 5), removal=influence.removal(queries),
-        **LOO,
-    )  # fmt: skip
+    removal = influence.removal(queries)
+    found = uw.evaluation.loo(removal, sk.recipe(estimator), examples=range(0, N, 5), **LOO)
     assert found.pearson.value >= 0.99
     assert abs(found.slope.value - 1) < 0.2
 

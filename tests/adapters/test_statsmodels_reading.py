@@ -122,10 +122,9 @@ def test_a_task_with_an_offset_measures_eta_and_removes_as_dfbeta(case):
     with pytest.raises(DataError, match=r"smx\.data"):
         fitted.attribute((X[rows], y[rows]))
     loo = uw.evaluation.loo(
-        fitted.attribute(queries, uw.Logit(0)),
+        fitted.removal(queries, uw.Logit(0), groups=range(0, 30, 3)),
         smx.recipe(results),
         range(0, 30, 3),
-        removal=fitted.removal(queries, uw.Logit(0), groups=range(0, 30, 3)),
         progress=False,
     )
     error = (loo.predicted - loo.actual).norm() / loo.actual.norm()

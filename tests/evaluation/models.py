@@ -2,7 +2,9 @@
 
 import torch
 
-from upweight.scores import Provenance, Scores, Unit
+from upweight.effects import Effects
+from upweight.provenance import Provenance
+from upweight.scores import Scores, Unit
 from upweight.training import Retrained
 
 
@@ -18,6 +20,12 @@ def scored(values, unit=Unit.DERIVATIVE, columns=None):
     q, n = values.shape
     about = Provenance("by hand", "", "", n, q, 1, "float64", "cpu")
     return Scores(values, unit, about, columns=columns)
+
+
+def effects(scores):
+    """The same predictions, as effects of single removals."""
+    groups = tuple((i,) for i in range(scores.values.shape[1]))
+    return Effects(-scores.values, groups, "by hand", scores.provenance)
 
 
 def additive(scores, weights, baseline=None):

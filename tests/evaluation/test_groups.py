@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import upweight as uw
-from tests.evaluation.models import scored
+from tests.evaluation.models import effects, scored
 from tests.market import problem
 from upweight.errors import ShapeError
 from upweight.evaluation import (
@@ -45,16 +45,17 @@ def test_class_groups_are_of_one_class():
     assert set(every) == {(0, 4, 8), *itertools.combinations((1, 3, 5, 6), 3)}
 
 
-@pytest.mark.parametrize("unit", [Unit.DERIVATIVE, Unit.DIFFERENCE])
-def test_influential_groups_are_the_extremes_among_all(unit):
+@pytest.mark.parametrize("as_effects", [False, True])
+def test_influential_groups_are_the_extremes_among_all(as_effects):
     """Brute force over every group of three."""
-    scores = scored(torch.randn(2, 9), unit)
+    scores = scored(torch.randn(2, 9))
+    given = effects(scores) if as_effects else scores
     for query in (0, 1, -1):
-        lowers, raises = influential_groups(scores, query, [3])
+        lowers, raises = influential_groups(given, query, [3])
         every = list(itertools.combinations(range(9), 3))
-        effects = predicted_removals(scores, every)[:, query]
-        assert tuple(sorted(lowers)) == every[int(effects.argmin())]
-        assert tuple(sorted(raises)) == every[int(effects.argmax())]
+        found = predicted_removals(scores, every)[:, query]
+        assert tuple(sorted(lowers)) == every[int(found.argmin())]
+        assert tuple(sorted(raises)) == every[int(found.argmax())]
 
 
 def test_removal_order_puts_first_what_lowers_m():
@@ -62,7 +63,7 @@ def test_removal_order_puts_first_what_lowers_m():
     expected = torch.tensor([[2, 0, 3, 1], [2, 0, 1, 3]])
     assert torch.equal(removal_order(scored(values)), expected)
     assert torch.equal(removal_order(scored(values, Unit.RANK)), expected)
-    assert torch.equal(removal_order(scored(-values, Unit.DIFFERENCE)), expected)
+    assert torch.equal(removal_order(effects(scored(values))), expected)
 
 
 def test_ranks_have_ends_but_no_sign():

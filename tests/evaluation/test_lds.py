@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 
 import upweight as uw
-from tests.evaluation.models import additive, retrained, scored
+from tests.evaluation.models import additive, effects, retrained, scored
 from tests.market import problem
 from tests.reference import closed_form
 from upweight.errors import DataError, NonFinite, ShapeError, UpweightError
@@ -37,7 +37,7 @@ def noisy(seeds, s=60, q=4, noise=1.0, seed=0):
 def test_scores_of_an_additive_world_are_perfect_and_their_negation_is_the_opposite():
     S, weights = torch.randn(5, 30), subset_weights(30, 40)
     truth = additive(S, weights)
-    for scores in (scored(S), scored(-S, Unit.DIFFERENCE)):
+    for scores in (scored(S), effects(scored(S))):
         assert lds(scores, weights, truth).spearman.value == pytest.approx(1.0, rel=1e-12)
     opposite = lds(scored(-S), weights, truth)
     assert opposite.spearman.value == pytest.approx(-1.0, rel=1e-12)
@@ -159,17 +159,16 @@ def test_summary_and_text():
     assert "1 against 3 seeds" in str(lds(signal, torch.randn(30, 7), truth[1:], truth[:1]))
 
 
-@pytest.mark.parametrize("unit", [Unit.DERIVATIVE, Unit.DIFFERENCE])
-def test_predicted_changes_are_the_sum(unit):
-    S, weights = torch.randn(3, 6), torch.rand(4, 6)
-    sign = 1 if unit is Unit.DERIVATIVE else -1
+@pytest.mark.parametrize("given", [lambda scores: scores, effects], ids=["scores", "effects"])
+def test_predicted_changes_are_the_sum(given):
+    S, weights = torch.randn(3, 6).double(), torch.rand(4, 6).double()
     expected = torch.tensor(
         [
-            [sum(sign * S[q, i] * (w[i] - 1) for i in range(6)) for q in range(3)]
+            [sum(S[q, i] * (w[i] - 1) for i in range(6)) for q in range(3)]
             for w in weights
         ]
     )  # fmt: skip
-    torch.testing.assert_close(predicted_changes(scored(S, unit), weights), expected)
+    torch.testing.assert_close(predicted_changes(given(scored(S)), weights), expected)
 
 
 S3, W5, T5 = torch.randn(3, 8), torch.rand(5, 8), retrained(torch.randn(5, 3))
@@ -197,6 +196,8 @@ BROKEN = retrained(torch.full((5, 3), torch.nan))
         ((scored(S3), W5, BROKEN), NonFinite, r"15 of 15 are not, in seeds \[0\]"),
         ((torch.full((5, 3), torch.nan), W5, T5), NonFinite, "15 of 15 predicted"),
         ((scored(S3, Unit.RANK), W5, T5), UpweightError, "only rank"),
+        ((scored(S3, Unit.VALUE), W5, T5), UpweightError, "share out a total"),
+        ((effects(scored(S3)).of([0, 1]), W5, T5), ShapeError, r"asked for \[\(2,\)"),
         ((scored(S3, columns=tuple("abcdefgh")), W5, T5), ShapeError, "in order"),
     ],
 )

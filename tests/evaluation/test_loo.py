@@ -42,9 +42,9 @@ def test_actual_is_the_closed_form(ridge):
 
 def test_leverage_correction_is_exact_on_ridge(ridge):
     p, fitted = ridge
-    scores = fitted.attribute(p.queries, prediction)
     removal = fitted.removal(p.queries, prediction, groups=range(p.n))
-    result = loo(scores, Newton(tol=1e-12), range(p.n), removal=removal, progress=False)
+    result = loo(removal, Newton(tol=1e-12), range(p.n), progress=False)
+    assert result.label == "Newton step"
     torch.testing.assert_close(result.predicted, result.actual, rtol=1e-10, atol=1e-10)
     assert result.pearson.value == pytest.approx(1.0, abs=1e-10)
     assert result.slope.value == pytest.approx(1.0, abs=1e-9)
@@ -85,15 +85,14 @@ def test_one_retraining_serves_several_predictions(ridge):
     assert (first.predicted - first.actual).abs().max() > 1e-3
 
 
-def test_columns_are_found_by_their_labels(ridge):
+def test_effects_are_found_by_their_groups(ridge):
     p, fitted = ridge
-    every = fitted.removal(p.queries, prediction, groups=[4, 2, 8])
-    torch.testing.assert_close(
-        predicted_removals(every, [8, 4]), every.values[:, [2, 0]].T, rtol=0, atol=0
-    )
-    with pytest.raises(ShapeError, match=r"fitted\.removal"):
+    every = fitted.removal(p.queries, prediction, groups=[4, [2, 1], 8])
+    found = predicted_removals(every, [8, [1, 2]])
+    torch.testing.assert_close(found, every.values[:, [2, 1]].T, rtol=0, atol=0)
+    with pytest.raises(ShapeError, match=r"asked for \[\(3,\)(.|\n)*fitted\.removal"):
         predicted_removals(every, [3])
-    with pytest.raises(ShapeError, match="unit DERIVATIVE"):
+    with pytest.raises(ShapeError, match="scores of groups"):
         predicted_removals(fitted.attribute(p.queries).group([0] * 5 + [1] * 6), [0, 1])
 
 

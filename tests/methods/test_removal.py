@@ -76,16 +76,30 @@ def test_leverage_close_to_one_is_not():
     torch.testing.assert_close(found, torch.tensor([[1e9]]).double(), rtol=1e-6, atol=0)
 
 
-def test_removals_are_differences_with_their_groups_for_columns():
+def test_effects_hold_their_groups():
     p = problem("softmax")
     fitted = uw.Influence(uw.Hessian(), uw.Cholesky()).fit(p.task, p.train)
     removed = fitted.removal(p.queries, uw.Margin(), groups=[[0, 2], 5])
-    assert removed.unit is uw.Unit.DIFFERENCE and removed.columns == ("0,2", "5")
+    assert removed.groups == ((0, 2), (5,))
+    assert removed.how == "Newton step" and removed.linear is None
     assert removed.provenance.measure == repr(uw.Margin())
     assert "row_sum_excess" not in removed.provenance.health
-    torch.testing.assert_close(removed.predict(drop=[1]), removed.values[:, 1])
+    assert torch.equal(removed.of([5]).values, removed.values[:, 1:])
     one = fitted.removal(p.queries, uw.Margin()).values[:, 5]
     torch.testing.assert_close(removed.values[:, 1], one, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "curvature, how", [(uw.Hessian(), "Newton step"), (uw.EKFAC(), "first order")]
+)
+def test_effects_say_how_they_were_predicted(curvature, how):
+    p = problem("softmax")
+    fitted = uw.Influence(curvature, damping=0.1).fit(p.task, p.train)
+    linear = fitted.removal(p.queries, groups=[[0, 2], 5])
+    plugin = fitted.removal(p.queries, groups=[[0, 2], 5], evaluate="plugin")
+    assert (linear.how, plugin.how) == (how, "plug-in")
+    assert torch.equal(plugin.linear, linear.values)
+    assert plugin.groups == linear.groups and not torch.equal(plugin.values, linear.values)
 
 
 def test_small_steps_agree_with_the_first_order():
@@ -115,4 +129,4 @@ def test_a_group_may_be_a_mask():
     mask = torch.zeros(p.n, dtype=torch.bool)
     mask[[0, 2]] = True
     found, expected = (fitted.removal(p.queries, groups=g) for g in ([mask], [[0, 2]]))
-    assert torch.equal(found.values, expected.values) and found.columns == expected.columns
+    assert torch.equal(found.values, expected.values) and found.groups == expected.groups

@@ -14,8 +14,9 @@ import torch
 
 from upweight.evaluation import Estimate
 from upweight.methods.facts import stated
+from upweight.provenance import Provenance
 from upweight.report import Display, html
-from upweight.scores import Provenance, Scores, Unit
+from upweight.scores import Scores, Unit
 
 HEALTH = {
     "mean_loss": 0.3,

@@ -185,10 +185,7 @@ def test_everything_can_be_reached_by_keyboard(run, opened):
     assert outline != "none"
 
 
-@pytest.mark.parametrize("unit", ["DERIVATIVE", "DIFFERENCE"])
-def test_what_if_is_what_predict_says_for_every_query(facts, unit, opened):
-    if unit == "DIFFERENCE":
-        facts.scores = facts.scores.removal()
+def test_what_if_is_what_predict_says_for_every_query(facts, opened):
     facts.options |= {"k": 2}
     facts.write()
     page = opened(facts.path, "#queries/1")

@@ -273,9 +273,12 @@ def test_checks_of_examples_that_are_not_there_are_refused(run, make_check):
         run.write()
 
 
-def test_removals_of_another_shape_or_unit_are_refused(run):
-    run.options = {"removal": run.scores}
-    with pytest.raises(ShapeError, match="unit DERIVATIVE"):
+def test_removals_of_other_examples_are_refused(run):
+    run.options = {"removal": run.scores.removal([0, 1])}
+    with pytest.raises(ShapeError, match=r"shape \(3, 2\), groups \[\(0,\), \(1,\)\] first"):
+        run.write()
+    run.options = {"removal": run.scores.removal([*range(9, -1, -1)])}
+    with pytest.raises(ShapeError, match=r"groups \[\(9,\), \(8,\)"):
         run.write()
 
 

@@ -16,19 +16,18 @@ from upweight.report import Display, html, totals, whatif
 from upweight.report.duplicates import duplicates
 from upweight.report.live import TrainFacts
 from upweight.report.shown import content
-from upweight.report.strongest import effects, ranked
+from upweight.report.strongest import numbers, ranked
 from upweight.report.totals import Grouping, grouping
 from upweight.report.training import LISTED, classes, training
 
 
 @pytest.mark.parametrize("block", [1, 7, 10, 25, 10**6])
-@pytest.mark.parametrize("unit", ["DERIVATIVE", "DIFFERENCE"])
-def test_totals_are_the_sums_whatever_the_blocks(run, monkeypatch, block, unit):
+def test_totals_are_the_sums_whatever_the_blocks(run, monkeypatch, block):
     monkeypatch.setattr(totals, "BLOCK", block)
-    scores = run.scores if unit == "DERIVATIVE" else run.scores.removal()
+    scores = run.scores
     parts = {"a": Grouping(("x", "empty", "y"), np.array([0, 2] * 5))}
     found = totals.totals(scores, parts)
-    effect = np.stack([effects(scores, q) for q in range(3)])
+    effect = np.stack([numbers(scores, q) for q in range(3)])
     np.testing.assert_allclose(found.signed, effect.sum(axis=0), rtol=1e-12)
     np.testing.assert_allclose(found.absolute, np.abs(effect).sum(axis=0), rtol=1e-12)
     expected = np.stack([effect[:, ::2].sum(axis=1), np.zeros(3), effect[:, 1::2].sum(axis=1)], 1)
@@ -53,9 +52,9 @@ def test_groups_of_few_values_of_many_and_of_numbers():
     assert len(many.names) == totals.MOST_GROUPS
     assert many.names[-1] == "101 others"
     assert many.sizes.sum() == 301
-    numbers = grouping([*np.arange(1000.0), np.nan], 1001, "length")
-    assert len(numbers.names) == totals.BINS + 1
-    assert numbers.sizes.tolist() == [100] * totals.BINS + [1]
+    binned = grouping([*np.arange(1000.0), np.nan], 1001, "length")
+    assert len(binned.names) == totals.BINS + 1
+    assert binned.sizes.tolist() == [100] * totals.BINS + [1]
 
 
 def test_metadata_of_another_length_are_refused(run):
@@ -64,9 +63,7 @@ def test_metadata_of_another_length_are_refused(run):
         run.write()
 
 
-@pytest.mark.parametrize("unit", ["DERIVATIVE", "DIFFERENCE"])
-def test_embedded_columns_are_what_predict_says(run, unit):
-    run.scores = run.scores if unit == "DERIVATIVE" else run.scores.removal()
+def test_embedded_columns_are_what_predict_says(run):
     page = run.write()
     text = re.search(r'id="columns">(.*?)</script>', page)[1]
     whole = run.data()["whole"]
@@ -81,7 +78,7 @@ def test_columns_that_do_not_fit_are_those_of_examples_that_many_queries_show(ru
     values = torch.zeros(3, 10)
     values[:, 4], values[:2, 6], values[2, 8], values[0, 1] = 1.0, 2.0, 5.0, 4.0
     scores = replace(run.scores, values=values)
-    effect = [effects(scores, q) for q in range(3)]
+    effect = [numbers(scores, q) for q in range(3)]
     ends = [i for row in effect for i in (*ranked(row, 10), *ranked(-row, 10))]
     absolute = values.abs().sum(dim=0).numpy()
     monkeypatch.setattr(whatif, "BUDGET_BYTES", 4 * 3 * 3)

@@ -56,7 +56,6 @@ def test_an_exact_method_at_the_minimum_of_a_convex_objective_supports_sizes(run
     found = trusted(run.scores)
     assert found.has_sizes and found.level == "unchecked"
     assert found.title == "Not checked against retraining"
-    assert trusted(replace(run.scores, unit=Unit.DIFFERENCE)).has_sizes
 
 
 @pytest.mark.parametrize(
@@ -125,35 +124,30 @@ def test_removals_that_say_they_miss_take_the_sizes(removed, tmp_path):
     """Each page against its opposite: the same problem with a penalty under which none misses."""
     misses, scores, removal, train, queries = removed
     assert any(note.startswith("removal:") for note in removal.provenance.notes) == misses
-    for shown, better in ((removal, None), (scores, removal)):
-        display = Display(train, queries)
-        page = uw.report.html(shown, tmp_path / "page.html", display, removal=better)
-        text = html.unescape(page.read_text(encoding="utf-8"))
-        assert ("sizes are good to first order" in text) != misses
-        assert ("the removals' own note says: for " in text) == misses
-        assert ('"caution":""' in text) != misses
-        for note in removal.provenance.notes:
-            assert text.count(f"<li>{note}</li>") == 1
-    assert ("sizes are good" in summary(removal)) != misses
+    display = Display(train, queries)
+    page = uw.report.html(scores, tmp_path / "page.html", display, removal=removal)
+    text = html.unescape(page.read_text(encoding="utf-8"))
+    assert ("sizes are good to first order" in text) != misses
+    assert ("the removals' own note says: for " in text) == misses
+    assert ('"caution":""' in text) != misses
+    for note in removal.provenance.notes:
+        assert text.count(f"<li>{note}</li>") == 1
 
 
 def test_no_retraining_makes_sizes_of_removals_that_say_they_miss(run, make_provenance):
     note = "removal: what was measured is no line over the step. More. And more."
-    removal = replace(run.scores, provenance=make_provenance(notes=(note,)), unit=Unit.DIFFERENCE)
+    removal = replace(run.scores.removal(), provenance=make_provenance(notes=(note,)))
     for evidence in (Found(Verdict.SIZE, notes=("n",)), removals()):
         assert trusted(run.scores, evidence).has_sizes
-        for found in (
-            trusted(run.scores, evidence, removal=removal),
-            trusted(removal, evidence),
-        ):
-            assert (found.title, found.level, found.has_sizes) == ("Order only", "order", False)
-            assert found.reason.endswith("note says: what was measured is no line over the step")
-            assert found.notes == (("n",) if isinstance(evidence, Found) else ())
+        found = trusted(run.scores, evidence, removal=removal)
+        assert (found.title, found.level, found.has_sizes) == ("Order only", "order", False)
+        assert found.reason.endswith("note says: what was measured is no line over the step")
+        assert found.notes == (("n",) if isinstance(evidence, Found) else ())
 
 
 def test_better_predictions_of_a_method_that_is_not_exact_have_no_sizes(run, make_provenance):
     damped = replace(run.scores, provenance=make_provenance(method="Influence(curvature=EKFAC())"))
-    found = trusted(run.scores, removal=replace(damped, unit=Unit.DIFFERENCE))
+    found = trusted(run.scores, removal=damped.removal())
     assert not found.has_sizes and "not known to be exact" in found.reason
 
 

@@ -210,7 +210,7 @@ def test_a_file_of_another_name_is_refused_and_may_be_removed(written, name):
     assert torch.equal(ScoreShards.load(written).values(), SCORES)
 
 
-@pytest.mark.parametrize("change", [{"unit": "DIFFERENCE"}, {"more": 1}])
+@pytest.mark.parametrize("change", [{"unit": "RANK"}, {"more": 1}])
 def test_another_unit_is_noticed_and_the_header_may_be_deleted(written, change):
     path = written / "finished.json"
     told = json.loads(path.read_text())

@@ -8,7 +8,7 @@ import socket
 import urllib.error
 import urllib.request
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -143,10 +143,10 @@ def test_totals_are_kept_for_the_same_scores_and_groups(values, tmp_path, monkey
 
 
 def test_saved_scores_open_too(values, tmp_path):
-    Scores(values, Unit.DIFFERENCE, provenance(n=N, q=Q)).save(tmp_path)
+    Scores(values, Unit.VALUE, provenance(n=N, q=Q)).save(tmp_path)
     found = opened(tmp_path)
     assert torch.equal(found.values, values)
-    assert found.unit is Unit.DIFFERENCE
+    assert found.unit is Unit.VALUE
 
 
 def test_no_scores_and_an_unfinished_pass_are_refused_and_leave_nothing(values, tmp_path):
@@ -360,8 +360,9 @@ def test_what_retraining_said_is_drawn_and_removals_are_named(folder, data, brow
         "first order", ((2,), (50,), (7,)), actual * 0.9, actual, Estimate(1, 1, 1),
         Estimate(1, 1, 1), Estimate(1.1, 1, 1.2), queries=(2,),
     )  # fmt: skip
-    better = Scores(-2 * opened(folder).values, Unit.DIFFERENCE, provenance(n=N, q=Q))
-    with Server(opened(folder), Display(*data, k=30), evidence=[made], removal=better) as running:
+    scores = opened(folder)
+    better = replace(scores.removal(), values=-2 * scores.values)
+    with Server(scores, Display(*data, k=30), evidence=[made], removal=better) as running:
         page = browser.new_page()
         page.set_default_timeout(10_000)
         page.goto(running.address)
@@ -465,12 +466,13 @@ def test_without_data_examples_are_numbers(folder):
     assert answers.range is None
 
 
-def test_removals_keep_their_sign_and_ranks_predict_nothing(values):
+def test_dropping_is_what_scores_predict_and_of_other_units_nothing(values):
     scores = Scores(values, Unit.DERIVATIVE, provenance())
-    removals = Answers(scores.removal())
-    np.testing.assert_allclose(removals.drop([1, 2]), scores.predict(drop=[1, 2]), rtol=1e-6)
-    with pytest.raises(UpweightError, match="only rank"):
-        Answers(Scores(values, Unit.RANK, provenance())).drop([1])
+    found = Answers(scores).drop([1, 2])
+    np.testing.assert_allclose(found, scores.predict(drop=[1, 2]), rtol=1e-6)
+    for unit, words in ((Unit.RANK, "only rank"), (Unit.VALUE, "share out a total")):
+        with pytest.raises(UpweightError, match=words):
+            Answers(Scores(values, unit, provenance())).drop([1])
 
 
 def test_rows_of_tables_say_where_they_differ(folder):

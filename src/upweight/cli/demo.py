@@ -77,7 +77,7 @@ class Found:
     facts: dict[str, Any]
     evidence: list[LOO]
     text: str = ""
-    removal: uw.Scores | None = None
+    removal: uw.Effects | None = None
 
 
 def run(out: Path, model: str) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def one_by_one(fitted: Any, scores: uw.Scores, recipe: Any) -> Found:
         )
         done(f"each retrained to a gradient of {actual.gradient_norms.max():.0e}")
     first = compare(scores, actual, chosen, query=0)
-    corrected = compare(removal, actual, chosen, query=0, label="leverage-corrected")
+    corrected = compare(removal, actual, chosen, query=0)
     facts = {"first_order": first.summary(), "leverage_corrected": corrected.summary()}
     return Found({"loo": facts}, [first, corrected], removal=removal)
 

@@ -8,13 +8,14 @@ from typing import Any
 from upweight.cli.project import Project
 from upweight.cli.screen import say
 from upweight.errors import NotWritten, SpecError, StaleStore, message
+from upweight.provenance import Context
 from upweight.report import Display
 from upweight.report.kept import kept, reopened
 from upweight.runs import shown
 from upweight.runs.directory import Run
 from upweight.runs.question import Question
 from upweight.runs.record import Record
-from upweight.scores import Context, Scores
+from upweight.scores import Scores
 from upweight.view import opened
 
 LIVE = {"evidence", "removal"}

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Folder
+from upweight.effects import Effects
 from upweight.errors import SpecError, message
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
@@ -144,7 +145,7 @@ class Check:
 
 
 def check(
-    scores: Scores,
+    scores: Scores | Effects,
     recipe: Recipe,
     budget: str | float | None = None,
     *,
@@ -214,7 +215,7 @@ def check(
 
 def _retrained(
     seeds: Sequence[Recipe],
-    scores: Scores,
+    scores: Scores | Effects,
     weights: Float[Tensor, "s n"],
     jobs: int | None,
     cache: Folder | None,

@@ -10,14 +10,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from upweight.effects import Effects, Groups
 from upweight.errors import ShapeError, message
-from upweight.evaluation.prediction import query_index, require_examples
+from upweight.evaluation.prediction import query_index, single_removals
 from upweight.scores import Scores, Unit
-
-Groups = tuple[tuple[int, ...], ...]
 
 
 def random_groups(n: int, sizes: Sequence[int], seed: int = 0) -> Groups:
@@ -37,7 +36,7 @@ def class_groups(labels: Sequence[int] | Tensor, sizes: Sequence[int], seed: int
     return _drawn(pools, len(classes), sizes, seed)
 
 
-def influential_groups(scores: Scores, query: int, sizes: Sequence[int]) -> Groups:
+def influential_groups(scores: Scores | Effects, query: int, sizes: Sequence[int]) -> Groups:
     """Two groups per size: whose removal lowers one query's m most, and whose removal raises it.
 
     To first order these are the k examples with the largest and with the smallest S[q, i], the
@@ -47,15 +46,16 @@ def influential_groups(scores: Scores, query: int, sizes: Sequence[int]) -> Grou
         ShapeError: Also where fewer than k examples have an effect of that sign. Scores of unit
             RANK have no sign; there the ends of the order are taken.
     """
-    require_sizes(sizes, scores.values.shape[1])
     row = query_index(query, len(scores))
-    order = removal_order(scores)[row]
-    effects = _effects(scores)[row]
+    effects = single_removals(scores)[row]
+    require_sizes(sizes, len(effects))
+    order = effects.argsort(stable=True)
+    has_signs = isinstance(scores, Effects) or scores.unit is not Unit.RANK
     groups = []
     for size in sizes:
         for ends, sign, word in ((order, -1, "lowers"), (order.flip(0), 1, "raises")):
             usable = int((sign * effects > 0).sum())
-            if scores.unit is not Unit.RANK and usable < size:
+            if has_signs and usable < size:
                 raise ShapeError(
                     message(
                         f"A group of {size} whose removal {word} m needs {size} examples that do.",
@@ -68,7 +68,7 @@ def influential_groups(scores: Scores, query: int, sizes: Sequence[int]) -> Grou
     return tuple(groups)
 
 
-def removal_order(scores: Scores) -> Int[Tensor, "q n"]:
+def removal_order(scores: Scores | Effects) -> Int[Tensor, "q n"]:
     """Training examples by the predicted effect of removing each: what lowers m most comes first.
 
     With Δm = −S this is the order of falling S; equal scores keep the order of the data. What
@@ -77,14 +77,7 @@ def removal_order(scores: Scores) -> Int[Tensor, "q n"]:
     Raises:
         ShapeError: The columns of the scores are not the training examples in order.
     """
-    return _effects(scores).argsort(dim=1, stable=True)
-
-
-def _effects(scores: Scores) -> Float[Tensor, "q n"]:
-    """Δm of removing each example; for RANK, a number of the same order."""
-    require_examples(scores)
-    values = scores.values.detach().cpu().double()
-    return values if scores.unit is Unit.DIFFERENCE else -values
+    return single_removals(scores).argsort(dim=1, stable=True)
 
 
 def require_sizes(sizes: Sequence[int], n: int) -> None:

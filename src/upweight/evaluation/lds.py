@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight.effects import Effects
 from upweight.errors import ShapeError, message
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import FEW, Bootstrap, Estimate, centered_estimate, summarized
@@ -158,7 +159,7 @@ class LDS:
 
 
 def lds(
-    predicted: Scores | Float[Tensor, "..."],
+    predicted: Scores | Effects | Float[Tensor, "..."],
     weights: Float[Tensor, "..."],
     truth: Truth,
     again: Truth | None = None,
@@ -168,7 +169,8 @@ def lds(
     """The linear datamodeling score of predictions, with its noise ceiling.
 
     Args:
-        predicted: Scores, or Δm of each subset and query as a matrix `[s, q]`.
+        predicted: Scores or effects of single examples, which are summed, or Δm of each subset
+            and query as a matrix `[s, q]`.
         weights: The subsets `[s, n]`, as from `subset_weights`.
         truth: What `retrain` returned for these weights; one, or one per seed. Values of several
             seeds are averaged.
@@ -179,7 +181,7 @@ def lds(
         ShapeError: Sizes disagree, there are fewer than three subsets, or one comes twice.
         DataError: Predictions or measurements of a query are constant, or models are listed twice.
         NonFinite: A prediction or measurement is NaN or infinite.
-        UpweightError: The scores only rank.
+        UpweightError: The scores are not ∂m/∂w.
 
     Cost: resamples × s × q numbers ranked; Kendall's τ takes s times as many multiply-adds.
     """
@@ -191,7 +193,7 @@ def lds(
         by_seed((*seeds, *further))
         repeated = values_by_seed(further)
     _require_distinct(weights)
-    if isinstance(predicted, Scores):
+    if isinstance(predicted, Scores | Effects):
         predicted = predicted_changes(predicted, weights)
     s, q = values.shape[1:]
     if tuple(predicted.shape) != (s, q) or len(weights) != s:

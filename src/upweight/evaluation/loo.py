@@ -3,8 +3,8 @@
     predicted[e, q] ≈ actual[e, q] = m_q(θ(w_e)) − m_q(θ(1))          w_e: 1, but 0 on removal e
 
 The three steps are separate: `leave_one_out` retrains, `predicted_removals` reads predictions off
-scores, `compare` holds one against the other. Several predictions of the same removals thus share
-one round of retraining. `loo` is their composition.
+scores or effects, `compare` holds one against the other. Several predictions of the same removals
+thus share one round of retraining. `loo` is their composition.
 
 The objective keeps its 1/n and its penalty (wᵢ = 0).
 """
@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight.effects import FIRST_ORDER, Effects
 from upweight.errors import ShapeError, message
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import FEW, Bootstrap, Estimate, summarized
@@ -27,7 +28,7 @@ from upweight.evaluation.prediction import (
     query_index,
     removals,
 )
-from upweight.scores import Scores, Unit
+from upweight.scores import Scores
 from upweight.task.measures import Loss
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task, require_task
@@ -168,7 +169,7 @@ def leave_one_out(
 
 
 def compare(
-    predicted: Scores | Float[Tensor, "..."],
+    predicted: Scores | Effects | Float[Tensor, "..."],
     actual: Retrained | Sequence[Retrained] | Float[Tensor, "..."],
     examples: Iterable[Removal],
     *,
@@ -180,21 +181,21 @@ def compare(
     """Hold predictions against retraining.
 
     Args:
-        predicted: Scores, or Δm as a matrix.
+        predicted: Scores, which predict −S, effects, or Δm as a matrix.
         actual: What `leave_one_out` returned for the same examples, or Δm as a matrix. Of several
             rounds, as from several seeds, the mean is compared, and its standard error kept.
         examples: The removals, in that order.
         query: Which row of the scores, where only one query was retrained for.
         bootstrap: How the intervals are made.
-        label: What predicted, in words; by default that of the scores' unit.
+        label: What predicted, in words; by default what made the effects: "first order".
         names: What each removal is, in words.
 
     Raises:
         ShapeError: The two do not fit.
     """
     groups = tuple(tuple(torch.as_tensor(g).reshape(-1).tolist()) for g in examples)
-    if isinstance(predicted, Scores):
-        label = label or ("removal" if predicted.unit is Unit.DIFFERENCE else "first order")
+    if isinstance(predicted, Scores | Effects):
+        label = label or (predicted.how if isinstance(predicted, Effects) else FIRST_ORDER)
         queries = None if query is None else (query_index(query, len(predicted)),)
         predicted = predicted_removals(predicted, groups, query)
     else:
@@ -234,11 +235,10 @@ def compare(
 
 
 def loo(
-    scores: Scores,
+    predicted: Scores | Effects,
     recipe: Recipe,
     examples: Iterable[Removal],
     *,
-    removal: Scores | None = None,
     query: int | None = None,
     jobs: int | None = None,
     cache: str | Path | None = None,
@@ -247,20 +247,20 @@ def loo(
 ) -> LOO:
     """Predicted against actual effect of removing each example, by really retraining.
 
-    The scores say the task, data, queries and measure, and predict Δm ≈ −S. `removal` are other
-    predictions to compare in its place, as of `fitted.removal(queries, measure, groups=examples)`;
-    `query` compares one query only; the rest is as for `leave_one_out` and `compare`.
+    Scores or effects say the task, data, queries and measure; scores predict Δm ≈ −S, effects, as
+    of `fitted.removal(queries, measure, groups=examples)`, what they are. `query` compares one
+    query only; the rest is as for `leave_one_out` and `compare`.
 
     Raises:
-        MissingContext: The scores were loaded from disk, without their task and data.
+        MissingContext: Scores were loaded from disk, without their task and data.
         UpweightError: See `leave_one_out` and `compare`.
 
     Example:
         >>> print(loo(scores, Newton(), examples=range(20)))
     """
-    context = scores.require_context()
+    context = predicted.require_context()
     groups = removals(examples, len(context.train))
-    prediction = predicted_removals(scores if removal is None else removal, groups, query)
+    predicted_removals(predicted, groups)  # refused before anything is retrained
     queries = context.queries
     if query is not None:
         queries = queries.subset([query_index(query, len(queries))])
@@ -275,6 +275,4 @@ def loo(
         cache=cache,
         progress=progress,
     )
-    label = "first order" if removal is None else "removal"
-    rows = None if query is None else query_index(query, len(context.queries))
-    return compare(prediction, retrained, groups, query=rows, bootstrap=bootstrap, label=label)
+    return compare(predicted, retrained, groups, query=query, bootstrap=bootstrap)

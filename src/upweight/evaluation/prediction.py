@@ -1,7 +1,7 @@
-"""Δm as scores predict it, for removals and for any data weights.
+"""Δm as scores or effects predict it, for removals and for any data weights.
 
-predicted[e, q] = −Σ_{i ∈ e} S[q, i]          or, for scores of removals, Δm as it stands
-predicted[s, q] = Σᵢ S[q, i] (w[s, i] − 1)
+predicted[e, q] = −Σ_{i ∈ e} S[q, i]          or, of effects, Δm as it stands
+predicted[s, q] = Σᵢ S[q, i] (w[s, i] − 1)    or, of effects of single examples, Σᵢ Δm (1 − w[s, i])
 """
 
 from collections.abc import Iterable
@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import ShapeError, UpweightError, message
+from upweight.effects import Effects, Groups, without
+from upweight.errors import ShapeError, message
 from upweight.scores import Scores, Unit
 from upweight.training.weights import Removal, members
 
 
-def removals(examples: Iterable[Removal], n: int) -> tuple[tuple[int, ...], ...]:
+def removals(examples: Iterable[Removal], n: int) -> Groups:
     """Each removal as the indices it takes out: some, in range, none of them twice."""
     groups = tuple(members(group, n) for group in examples)
     seen = [tuple(sorted(group)) for group in groups]
@@ -33,88 +34,63 @@ def removals(examples: Iterable[Removal], n: int) -> tuple[tuple[int, ...], ...]
 
 
 def predicted_removals(
-    scores: Scores, examples: Iterable[Removal], query: int | None = None
+    predicted: Scores | Effects, examples: Iterable[Removal], query: int | None = None
 ) -> Float[Tensor, "e q"]:
-    """Δm that scores predict for each removal.
-
-    Scores over training examples predict −Σ S (or, in Δm, the sum of single removals). Scores whose
-    columns are removals, as from `fitted.removal(queries, groups=examples)`, are taken as they are.
+    """Δm that is predicted for each removal: of scores to first order, of effects as they are.
 
     Raises:
-        ShapeError: A removal is not among the columns.
-        UpweightError: The scores only rank.
+        ShapeError: The scores are of groups, or a removal is not among the effects.
+        UpweightError: The scores are not ∂m/∂w.
     """
-    groups = [tuple(torch.as_tensor(g).reshape(-1).tolist()) for g in examples]
-    if scores.columns is None:
-        predicted = torch.stack([scores.predict(drop=group) for group in groups])
+    groups = [torch.as_tensor(g).reshape(-1) for g in examples]
+    if isinstance(predicted, Effects):
+        found = predicted.of(groups)
     else:
-        labels = [",".join(map(str, group)) for group in groups]
-        missing = [label for label in labels if label not in scores.columns]
-        if scores.unit is not Unit.DIFFERENCE or missing:
-            raise ShapeError(
-                message(
-                    "Scores with labeled columns must be removals in Δm, labeled by the examples "
-                    "they take out.",
-                    f"unit {scores.unit.name}, columns {list(scores.columns[:5])}, "
-                    f"asked for {missing[:5] or labels[:5]}.",
-                    "scores of groups by class, or removals of other examples.",
-                    "use fitted.removal(queries, measure, groups=examples), or scores over "
-                    "training examples.",
-                )
-            )
-        place = {label: k for k, label in enumerate(scores.columns)}
-        predicted = scores.values[:, [place[label] for label in labels]].T
-    predicted = predicted.detach().cpu().double()
+        found = predicted.removal(groups)
+    values = found.values.T.detach().cpu().double()
     if query is None:
-        return predicted
-    row = query_index(query, len(scores))
-    return predicted[:, row : row + 1]
+        return values
+    row = query_index(query, len(predicted))
+    return values[:, row : row + 1]
 
 
-def predicted_changes(scores: Scores, weights: Float[Tensor, "..."]) -> Float[Tensor, "s q"]:
-    """Δm that scores predict for each row of data weights, Σᵢ S[q, i] (w[s, i] − 1).
+def single_removals(predicted: Scores | Effects) -> Float[Tensor, "q n"]:
+    """Δm of removing each training example; of scores that are no derivatives, a like order.
 
     Raises:
-        ShapeError: The columns of the scores are not the training examples in order, or the
-            weights are not `[s, n]`.
-        UpweightError: The scores only rank: sums of them mean nothing by themselves.
+        ShapeError: The columns of the scores are groups, or an example is not among the effects.
     """
-    require_examples(scores)
-    n = scores.values.shape[1]
+    if isinstance(predicted, Effects):
+        return predicted.of().values.detach().cpu().double()
+    predicted.require_examples()
+    return without(predicted.values.detach().cpu().double())
+
+
+def predicted_changes(
+    predicted: Scores | Effects, weights: Float[Tensor, "..."]
+) -> Float[Tensor, "s q"]:
+    """Δm that is predicted for each row of data weights: effects of single examples add up.
+
+    Raises:
+        ShapeError: See `single_removals`; or the weights are not `[s, n]`.
+        NonFinite: A weight is NaN or infinite.
+        UpweightError: The scores are not ∂m/∂w: sums of them mean nothing by themselves.
+    """
+    if isinstance(predicted, Scores):
+        predicted.require_derivatives()
+    changes = single_removals(predicted)
+    n = changes.shape[1]
     if weights.ndim != 2 or weights.shape[1] != n or len(weights) == 0:
         raise ShapeError(
             message(
                 f"Data weights have one row per model and one column per score: [s, {n}].",
-                f"weights {tuple(weights.shape)}, scores {tuple(scores.values.shape)}.",
+                f"weights {tuple(weights.shape)}, scores {tuple(changes.shape)}.",
                 "weights of another data set, or scores of a part of it.",
                 "use the weights that the models were retrained with.",
             )
         )
-    if scores.unit is Unit.RANK:
-        raise UpweightError(
-            message(
-                "The effect of many weights at once is a sum of scores in ∂m/∂w or Δm.",
-                "scores that only rank.",
-                "a similarity or an uncalibrated projection method.",
-                "where the method claims that its scores add up, pass the sums as a matrix: "
-                "(weights - 1) @ scores.values.T.",
-            )
-        )
-    return torch.stack([scores.predict(weights=row) for row in weights]).detach().cpu().double()
-
-
-def require_examples(scores: Scores) -> None:
-    """Refuse scores whose columns are not the training examples in order."""
-    in_order = tuple(map(str, range(scores.values.shape[1])))
-    if scores.columns is not None and scores.columns != in_order:
-        raise ShapeError(
-            message(
-                "This needs one column per training example, in order.",
-                f"columns {list(scores.columns[:5])}.",
-                "scores of groups, or removals of chosen examples.",
-                "use attribute(...) as it comes, over all training examples.",
-            )
-        )
+    added = Scores(without(changes), Unit.DERIVATIVE, predicted.provenance)
+    return torch.stack([added.predict(weights=row) for row in weights])
 
 
 def query_index(index: int, q: int) -> int:

@@ -9,7 +9,13 @@ from typing import Any
 
 from upweight.facts import Fact
 from upweight.notation import count, percent, readable
-from upweight.scores import DECREMENT_LIMIT, RESIDUAL_LIMIT, ROW_SUM_LIMIT
+
+RESIDUAL_LIMIT = 1e-3
+"""Relative residual of a solve that would change the third digit of a score."""
+ROW_SUM_LIMIT = 1e-2
+"""Row-sum excess over the sum of |scores|: past it the scores miss an effect they should have."""
+DECREMENT_LIMIT = 1e-4
+"""What a Newton step would still gain, over the mean loss: past it θ̂ is not yet the minimum."""
 
 
 def stated(health: Mapping[str, Any]) -> tuple[Fact, ...]:

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.errors import ModelChanged, ShapeError, SpecError, message
+from upweight.effects import NEWTON, PLUGIN, Effects, as_groups
+from upweight.errors import ModelChanged, SpecError, message
 from upweight.methods import health, removal
 from upweight.methods.dense import DenseScorer
 from upweight.methods.facts import stated
@@ -24,12 +25,13 @@ from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep
 from upweight.methods.removal import Place, Without
 from upweight.methods.scorer import Asked, Scorer, not_offered
+from upweight.provenance import Context, Provenance
 from upweight.runtime.memory import require_room
 from upweight.runtime.progress import progress
 from upweight.runtime.resources import Resources
 from upweight.runtime.selection import places
 from upweight.runtime.versions import library_versions
-from upweight.scores import Context, Provenance, Scores, Unit
+from upweight.scores import Unit
 from upweight.task.check import checked_losses, checked_measurements, require_answerable
 from upweight.task.data import Data
 from upweight.task.identity import contents, described, subject
@@ -196,7 +198,7 @@ class Fitted:
         groups: Sequence[int | Sequence[int]] | None = None,
         *,
         evaluate: Literal["linear", "plugin"] = "linear",
-    ) -> Scores:
+    ) -> Effects:
         """Δm of removing examples.
 
         With a curvature of all of θ, by one Newton step of the objective without them:
@@ -212,10 +214,11 @@ class Fitted:
             measure: As for `attribute`.
             groups: What each column removes: an example or several together. None: every example
                 by itself.
-            evaluate: "linear" gives ∇m_qᵀ Δθ; "plugin" the difference itself, m_q(θ̂ + Δθ) − m_q(θ̂).
+            evaluate: "linear" gives ∇m_qᵀ Δθ; "plugin" the difference itself, m_q(θ̂ + Δθ) − m_q(θ̂),
+                beside it.
 
         Returns:
-            Δm, one column per group, in unit DIFFERENCE.
+            Δm, one column per group.
 
         Raises:
             ShapeError: An index is out of range or repeated within its group.
@@ -234,19 +237,16 @@ class Fitted:
         self._require_movement("removal(...)")
         if evaluate not in ("linear", "plugin"):
             raise SpecError(_no_evaluation(evaluate))
-        named = None if groups is None else [self._group(group) for group in groups]
-        if named is not None and not named:
-            raise ShapeError(_no_group())
-        every = [[i] for i in range(len(self.train))] if named is None else named
-        columns = None if named is None else tuple(",".join(map(str, g)) for g in named)
+        chosen = as_groups(groups, len(self.train))
+        every = [[*group] for group in chosen]
         scorer = self.scorer
         if not isinstance(scorer, DenseScorer):
-            scores: Scores = self.attribute(queries, measure, into=Without(every, columns))
+            found: Effects = self.attribute(queries, measure, into=Without(chosen))
             if evaluate == "linear":
-                return scores
+                return found
             values = removal.plugin(self._place, self._asked(queries, measure), every)
-            made = replace(scores.provenance, notes=(*scores.provenance.notes, removal.PLUGIN))
-            return replace(scores, values=values, provenance=made)
+            made = replace(found.provenance, notes=(*found.provenance.notes, removal.MEASURED))
+            return replace(found, values=values, how=PLUGIN, provenance=made, linear=found.values)
         count = 1
         if not isinstance(measure, Functional):
             queries = self.task.queries(queries)
@@ -258,8 +258,10 @@ class Fitted:
         asked = self._asked(queries, measure)
         values, records, doubts = removal.by_newton_step(scorer, asked, every)
         said: list[str] = []
+        how, linear = NEWTON, None
         if evaluate == "plugin":
-            values, said = removal.plugin(self._place, asked, every), [removal.PLUGIN]
+            how, linear, said = PLUGIN, values, [removal.MEASURED]
+            values = removal.plugin(self._place, asked, every)
             doubts = [note for note in doubts if "is not linear over the step" not in note]
         seconds = {**self.seconds, "attribute": time.perf_counter() - started}
         judged, told = self._judged(records, None, None)
@@ -269,7 +271,7 @@ class Fitted:
         notes = [*warned, *noted, *told, *said, *health.zero_columns(values)]
         provenance = self._provenance(asked, judged, notes, seconds)
         context = self._context(asked)
-        return Scores(values, Unit.DIFFERENCE, provenance, columns=columns, context=context)
+        return Effects(values, chosen, how, provenance, linear, context)
 
     def removal_step(self, examples: Sequence[int]) -> Mapping[str, Tensor]:
         """Δθ of removing the examples together, by parameter name; as for `removal`.
@@ -455,9 +457,9 @@ class Fitted:
         self.snapshot.require_same(self.task, self.train)
 
     def _require_movement(self, what: str) -> None:
-        """Refuse a question about where θ moves to, where scores only rank."""
+        """Refuse a question about where θ moves to, where scores are no derivatives."""
         self._require_same_model()
-        if self.spec.unit is Unit.RANK:
+        if self.spec.unit is not Unit.DERIVATIVE:
             raise not_offered(what, "a method that says where θ̂ moves to")
 
     def _example(self, index: int) -> Batch:
@@ -507,7 +509,7 @@ class Fitted:
         sums, sizes = seen
         denied: list[str] = []
         noted: list[str] = []
-        if expected is not None and self.spec.unit is not Unit.RANK:
+        if expected is not None and self.spec.unit is Unit.DERIVATIVE:
             judged |= health.row_sum_excess(sums, sizes, expected.to(sums))
             denied, noted = self._minimum_denied(judged)
         denied += [*health.solved(judged), *health.zero_rows(sizes, self.losses)]
@@ -562,13 +564,4 @@ def _no_evaluation(given: Any) -> str:
         f"evaluate={given!r}.",
         "another word for one of them.",
         '"linear" gives ∇m · Δθ; "plugin" gives m(θ̂ + Δθ) − m(θ̂).',
-    )
-
-
-def _no_group() -> str:
-    return message(
-        "A removal needs something to remove.",
-        "groups=[], no group at all.",
-        "a filter that matched nothing.",
-        "leave groups out to remove each example by itself, or pass groups=[[0, 1]].",
     )

@@ -22,8 +22,8 @@ from upweight.linalg.damping import Damping, Relative
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solver import Solver
+from upweight.methods.facts import DECREMENT_LIMIT, RESIDUAL_LIMIT, ROW_SUM_LIMIT
 from upweight.runtime.progress import progress
-from upweight.scores import DECREMENT_LIMIT, RESIDUAL_LIMIT, ROW_SUM_LIMIT
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, SquaredError
 from upweight.task.precision import dtypes_in

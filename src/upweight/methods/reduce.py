@@ -26,10 +26,11 @@ from upweight._typing import Folder
 from upweight.errors import NonFinite, SpecError, message
 from upweight.methods.health import zero_columns
 from upweight.methods.scorer import Job
+from upweight.provenance import Context, Provenance
 from upweight.runtime.memory import require_room
 from upweight.runtime.selection import labels_by_place, places
 from upweight.runtime.shards import ScoreShards
-from upweight.scores import Context, Provenance, Scores, TopScores, Unit
+from upweight.scores import Scores, TopScores, Unit
 
 SHARD_BYTES = 64 * 2**20
 """Scores in one file: few enough files for a million examples, little to lose when interrupted."""

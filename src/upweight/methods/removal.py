@@ -6,13 +6,14 @@ evaluated       m(θ̂ + Δθ) − m(θ̂), whatever Δθ
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight.effects import FIRST_ORDER, Effects, Groups, first_order, without
 from upweight.gradients.autograd import total_gradient
 from upweight.methods import remainder
 from upweight.methods.dense import DenseScorer
@@ -22,15 +23,12 @@ from upweight.methods.reduce import Answer, Reducer, Sink, Sweep
 from upweight.methods.scorer import Asked, Job, Scorer
 from upweight.runtime.memory import require_room
 from upweight.runtime.progress import progress
-from upweight.scores import Scores, Unit
 from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
 
-PLUGIN = "removal: measured at θ̂ + Δθ, m(θ̂ + Δθ) − m(θ̂)"
+MEASURED = "removal: measured at θ̂ + Δθ, m(θ̂ + Δθ) − m(θ̂)"
 
-FIRST_ORDER = (
-    "removal: to first order, minus the sum of the scores, with the curvature of all the data"
-)
+SUMMED = "removal: to first order, minus the sum of the scores, with the curvature of all the data"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +61,7 @@ def by_newton_step(
         else:
             part = torch.stack([linear.together(job.vectors(), g) for g in every], dim=1)
         if job.direct is not None:
-            part = part - torch.stack([job.direct[:, g].sum(dim=1) for g in every], dim=1)
+            part = part + first_order(job.direct, every)
         parts.append(part)
         records.append(job.record)
     values = torch.cat(parts)
@@ -157,8 +155,7 @@ def _ranges(at: Place) -> Iterator[tuple[int, int, None]]:
 class Without(Reducer):
     """−Σ_U S[q, i] of every group, as the scores stream by."""
 
-    groups: Sequence[Sequence[int]]
-    columns: tuple[str, ...] | None
+    groups: Groups
 
     def require_room(self, sweep: Sweep) -> None:
         way_out = "ask some queries or groups at a time."
@@ -169,7 +166,7 @@ class Without(Reducer):
         pairs = pairs[pairs[:, 0].argsort(stable=True)].to(sweep.device)
         shape = (sweep.q, len(self.groups))
         total = torch.zeros(shape, dtype=sweep.dtype, device=sweep.device)
-        return _Removed(pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), total, self.columns)
+        return _Removed(pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), total, self.groups)
 
 
 @dataclass(eq=False)
@@ -177,15 +174,15 @@ class _Removed(Sink):
     examples: Tensor
     columns: Tensor
     total: Float[Tensor, "q e"]
-    names: tuple[str, ...] | None
+    groups: Groups
 
     def see(self, job: Job, start: int, part: Float[Tensor, "q b"]) -> None:
         edges = torch.tensor([start, start + part.shape[1]], device=self.examples.device)
         first, last = torch.searchsorted(self.examples, edges).tolist()
         rows = self.total[job.first : job.first + len(job)]
         chosen = part[:, self.examples[first:last] - start]
-        rows.index_add_(1, self.columns[first:last], -chosen)
+        rows.index_add_(1, self.columns[first:last], without(chosen))
 
-    def result(self, answer: Answer) -> Scores:
-        scores = answer.scores(self.total, self.names, (FIRST_ORDER,))
-        return replace(scores, unit=Unit.DIFFERENCE)
+    def result(self, answer: Answer) -> Effects:
+        made = answer.provenance((SUMMED,))
+        return Effects(self.total, self.groups, FIRST_ORDER, made, context=answer.context)

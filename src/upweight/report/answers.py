@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from upweight.effects import Effects, as_groups, without
 from upweight.errors import ShapeError, message
 from upweight.notation import short
 from upweight.report.display import Display
@@ -27,7 +28,7 @@ from upweight.report.examples import (
 )
 from upweight.report.live import noun_of, query_facts, train_facts
 from upweight.report.sprite import display_range, sprite
-from upweight.report.strongest import effects, histogram, ranked, require_scores
+from upweight.report.strongest import histogram, numbers, ranked, require_scores
 from upweight.report.tokens import MOST, tokens_of
 from upweight.report.totals import Grouping, Totals, totals
 from upweight.report.training import numbers_of, training_set
@@ -48,12 +49,12 @@ class Answers:
     """Scores, and what their columns and rows are, ready to be asked.
 
     Args:
-        scores: S, Δm or ranks, in memory or memory-mapped. With a context, what the model says of
+        scores: In memory or memory-mapped. With a context, what the model says of
             the queries is asked of it.
         display: How examples and queries are shown.
         evidence: What retraining said: results of evaluation, at most one of `fitted.check`.
         removal: Better predictions of Δm for the same columns, as from `fitted.removal(queries)`;
-            by default removal is predicted as minus the derivative.
+            by default removal is predicted to first order.
         ask: Whether a live model and method are asked for losses and self-influence of all training
             examples: of a million that would take its time.
         summed: Takes the sums over all scores, or has kept them.
@@ -72,7 +73,7 @@ class Answers:
         scores: Scores,
         display: Display = Display(),  # noqa: B008  frozen
         evidence: Any = (),
-        removal: Scores | None = None,
+        removal: Effects | None = None,
         *,
         ask: bool = True,
         summed: Summed = totals,
@@ -86,7 +87,7 @@ class Answers:
         self._tokens = tokens_of(scores, self.data["query"], display)
         # Datasets of the user's need not bear two readers at once.
         self._reading = threading.Lock()
-        self._effects = lru_cache(maxsize=8)(lambda query: effects(scores, query))
+        self._effects = lru_cache(maxsize=8)(lambda query: numbers(scores, query))
         self._ends = lru_cache(maxsize=4096)(self._ranked)
         self._order = lru_cache(maxsize=None)(
             lambda name: np.argsort(-self._numbers[name], kind="stable")
@@ -123,7 +124,7 @@ class Answers:
             "comparison": self.evidence.subsets,
             "features": self._features(),
             "newton": self.removal is not None,
-            "predicts": self.scores.unit is not Unit.RANK,
+            "predicts": self.scores.unit is Unit.DERIVATIVE,
             "n": self.n,
             "groups": self.scores.columns is not None,
             "noun": noun_of(self.scores),
@@ -148,7 +149,7 @@ class Answers:
         effect = self._effects(query)
         told = {"ids": ids, "scores": [short(effect[i]) for i in ids], "more": len(chosen) > stop}
         if self.removal is not None:
-            told["changes"] = [short(-v) for v in effects(self.removal, (query, ids))]
+            told["changes"] = [short(v) for v in numbers(self.removal, (query, ids))]
         if self._spread is not None and ids:
             told["differs"] = self._differs(query, ids, self._spread)
         if self._tokens is not None:
@@ -172,12 +173,11 @@ class Answers:
         """The predicted change of every query without some examples, as `scores.predict` says.
 
         Raises:
-            UpweightError: The scores only rank.
+            UpweightError: The scores are not ∂m/∂w.
         """
-        if self.scores.unit is Unit.RANK:
-            self.scores.predict()  # raises, with the reason
+        self.scores.require_derivatives()
         # predict multiplies whole rows; of a memory-mapped matrix only these columns are read.
-        sums = -effects(self.scores, (slice(None), list(columns))).sum(axis=1)
+        sums = without(numbers(self.scores, (slice(None), list(columns))).sum(axis=1))
         return [short(v, 9) for v in sums.tolist()]
 
     @property
@@ -318,12 +318,14 @@ class Answers:
             )
         better = self.removal
         if better is not None and (
-            better.unit is not Unit.DIFFERENCE or better.values.shape != self.scores.values.shape
+            better.values.shape != self.scores.values.shape
+            or (self.scores.columns is None and better.groups != as_groups(None, self.n))
         ):
             raise ShapeError(
                 message(
-                    f"removal must hold Δm of shape ({self.q}, {self.n}), as the scores.",
-                    f"unit {better.unit.name}, shape {tuple(better.values.shape)}.",
+                    f"removal must hold Δm of shape ({self.q}, {self.n}), column by column as the "
+                    "scores.",
+                    f"shape {tuple(better.values.shape)}, groups {list(better.groups[:5])} first.",
                     "removals of some examples or groups only.",
                     "pass fitted.removal(queries) for all training examples, or leave it out.",
                 )

@@ -7,6 +7,7 @@ scores and our own style and script. The bytes depend on the arguments alone.
 from pathlib import Path
 from typing import Any
 
+from upweight.effects import Effects
 from upweight.report.answers import Answers
 from upweight.report.display import Display
 from upweight.report.rendering import render_page
@@ -25,20 +26,20 @@ def html(
     display: Display = Display(),  # noqa: B008  frozen
     *,
     evidence: Any = (),
-    removal: Scores | None = None,
+    removal: Effects | None = None,
     command: str | None = None,
 ) -> Path:
     """Write a report: can it be trusted, what moved each query, what the training set is worth.
 
     Args:
-        scores: S, Δm or ranks, `[q, n]` or `[q, groups]`.
+        scores: `[q, n]` or `[q, groups]`.
         path: The file to write; it is replaced whole or not at all.
         display: How examples and queries are shown.
         evidence: What retraining said, which the page says first: results of evaluation as they
             are, what `fitted.check(recipe, budget)` found and any number of comparisons of
             removals, as from `evaluation.loo`.
         removal: Better predictions of Δm for the same columns, as from `fitted.removal(queries)`;
-            by default removal is predicted as minus the derivative.
+            by default removal is predicted to first order.
         command: The command that makes this page again, for its footer.
 
     Returns:

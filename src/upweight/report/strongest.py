@@ -1,9 +1,6 @@
 """Which examples raised and lowered one measurement most, and how all its scores are spread.
 
-    effect[q, i] = S[q, i] for derivatives, −Δm[q, i] for removals:   > 0 raised m, < 0 lowered it
-
-Both conventions give one order: what its presence did to the measurement. The predicted change
-without the example is −effect; its sum over several is the change without them all.
+S[q, i] > 0: its presence raised m, < 0: lowered it
 """
 
 import math
@@ -12,17 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from upweight.effects import Effects
 from upweight.errors import DataError, message
-from upweight.scores import Scores, Unit
+from upweight.scores import Scores
 
 BINS = 40
 """Bars of a histogram, about; one edge is always at zero."""
 
 
-def effects(scores: Scores, part: Any) -> NDArray[np.float64]:
-    """A row or another part of the scores, signed so that positive means: it raised m."""
-    values = np.asarray(scores.values[part].detach().double().cpu().numpy())
-    return -values if scores.unit is Unit.DIFFERENCE else values
+def numbers(scores: Scores | Effects, part: Any) -> NDArray[np.float64]:
+    """A row or another part of the values."""
+    return np.asarray(scores.values[part].detach().double().cpu().numpy())
 
 
 def require_scores(scores: Scores) -> None:

@@ -8,7 +8,7 @@ from upweight.report.display import Display
 from upweight.report.evidence import Evidence, evidence_of
 from upweight.report.examples import class_name
 from upweight.report.live import noun_of
-from upweight.report.strongest import effects, ranked, require_scores
+from upweight.report.strongest import numbers, ranked, require_scores
 from upweight.report.trust import trust
 from upweight.report.words import health
 from upweight.runtime.selection import row_of
@@ -18,17 +18,17 @@ from upweight.scores import Scores
 def summary(
     scores: Scores,
     *,
-    query: int = 0,
     k: int = 3,
+    query: int = 0,
     display: Display = Display(),  # noqa: B008  frozen
     evidence: Any = (),
 ) -> str:
     """What raised and lowered one measurement, how that compares with retraining, and concerns.
 
     Args:
-        scores: S, Δm or ranks.
-        query: Which row to tell of.
+        scores: Of any unit.
         k: Examples at each end.
+        query: Which row to tell of.
         display: Its `train_labels` and `names` are printed beside indices.
         evidence: What retraining said, as for `html`.
 
@@ -49,7 +49,7 @@ def summary(
         f"of the {noun}",
         f"query {query}",
     ]
-    effect = effects(scores, query)
+    effect = numbers(scores, query)
     for word, signed in (("raised", effect), ("lowered", -effect)):
         told = [
             _name(scores, i, display)

@@ -11,7 +11,7 @@ from upweight.errors import DataError, ShapeError, message
 from upweight.methods.reduce import PerToken
 from upweight.notation import short
 from upweight.report.display import Display
-from upweight.report.strongest import effects
+from upweight.report.strongest import numbers
 from upweight.scores import Scores
 from upweight.task.data import Data
 
@@ -107,7 +107,7 @@ def _shares_and_rest(found: Any, k: int) -> tuple[NDArray[np.float64], NDArray[n
 
 
 def _require_sum(total: NDArray[np.float64], scores: Scores, q: int, some: Sequence[int]) -> None:
-    row = effects(scores, q)
+    row = numbers(scores, q)
     mine = row[list(some)]
     tolerance = float(scores.provenance.health.get("tolerance", 0.0))
     error = float(np.linalg.norm(total - mine))

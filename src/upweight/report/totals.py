@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upweight.report.display import require_one_each
-from upweight.report.strongest import effects
+from upweight.report.strongest import numbers
 from upweight.scores import Scores
 
 BLOCK = 4_000_000
@@ -70,11 +70,11 @@ def totals(scores: Scores, groupings: Mapping[str, Grouping]) -> Totals:
 
 
 def blocks(scores: Scores) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """(first query, effects [b, n]) of some queries at a time."""
+    """(first query, scores [b, n]) of some queries at a time."""
     q, n = scores.values.shape
     size = max(1, BLOCK // n)
     for start in range(0, q, size):
-        yield start, effects(scores, slice(start, start + size))
+        yield start, numbers(scores, slice(start, start + size))
 
 
 def grouping(values: Sequence[Any], n: int, name: str) -> Grouping:

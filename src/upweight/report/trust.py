@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from upweight.effects import Effects
 from upweight.report.evidence import Evidence
 from upweight.scores import Scores, Unit
 from upweight.verdict import Verdict, worst
@@ -51,11 +52,11 @@ class Trust:
         return not self.caution
 
 
-def trust(scores: Scores, evidence: Evidence, removal: Scores | None = None) -> Trust:
+def trust(scores: Scores, evidence: Evidence, removal: Effects | None = None) -> Trust:
     """What is known of these scores, and of the better predictions that are shown beside them."""
-    shown = [scores] if removal is None else [scores, removal]
+    shown: list[Scores | Effects] = [scores] if removal is None else [scores, removal]
     notes = dict.fromkeys(note for each in evidence.series for note in each.of.notes)
-    found = _trust(shown, evidence)
+    found = _trust(scores, shown, evidence)
     found = replace(found, notes=(*found.notes, *(n for n in notes if n not in found.notes)))
     missed = _missed(shown)
     if missed is None or not found.has_sizes:
@@ -64,8 +65,8 @@ def trust(scores: Scores, evidence: Evidence, removal: Scores | None = None) -> 
     return _found(Verdict.ORDER, f"{found.reason}; but {missed}", found.notes)
 
 
-def _trust(shown: Sequence[Scores], evidence: Evidence) -> Trust:
-    scores, comparison = shown[0], evidence.comparison
+def _trust(scores: Scores, shown: Sequence[Scores | Effects], evidence: Evidence) -> Trust:
+    comparison = evidence.comparison
     if comparison is not None:
         notes = tuple(note for note in comparison.notes if note not in comparison.reason)
         return _found(comparison.verdict, comparison.reason, notes)
@@ -94,7 +95,7 @@ def _found(verdict: Verdict, reason: str, notes: tuple[str, ...] = ()) -> Trust:
     return Trust(verdict.value, reason, LEVELS[verdict], caution, notes)
 
 
-def _missed(shown: Sequence[Scores]) -> str | None:
+def _missed(shown: Sequence[Scores | Effects]) -> str | None:
     """What removals say of themselves, in the first sentence of their note; None: nothing."""
     for scores in shown:
         for note in scores.provenance.notes:
@@ -104,7 +105,7 @@ def _missed(shown: Sequence[Scores]) -> str | None:
     return None
 
 
-def _against_sizes(scores: Scores) -> str | None:
+def _against_sizes(scores: Scores | Effects) -> str | None:
     """Why nothing that the computation says of itself supports sizes; None where something does."""
     known = scores.provenance.health
     if not EXACT.match(scores.provenance.method):

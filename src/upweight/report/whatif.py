@@ -1,6 +1,6 @@
 """What if I drop these? The predicted changes of single examples, which the page adds up.
 
-    Δm_q = Σᵢ change[i, q],    change[i] = scores.predict(drop=[i]) = −effect[:, i]
+    Δm_q = Σᵢ change[i, q],    change[i] = scores.predict(drop=[i])
 
 They are first-order predictions, the only ones that add up. A file cannot hold all q·n of them: it
 holds whole columns of the examples that matter most, and of all examples where they are few.
@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from upweight.report.strongest import effects
+from upweight.effects import without
+from upweight.report.strongest import numbers
 from upweight.scores import Scores, Unit
 
 BUDGET_BYTES = 1_500_000
@@ -28,7 +29,7 @@ def columns(
     These are little-endian float32 in base64, example after example.
 
     Args:
-        scores: S, Δm or ranks.
+        scores: Of those that are not ∂m/∂w no column is taken.
         shown: What queries show; an example that many of them show comes before one of few.
         first: Examples that come before all others, as those of the page on the training set.
         absolute: Σ_q |S[q, i]| of each example, which decides between equals.
@@ -36,11 +37,11 @@ def columns(
     q, n = scores.values.shape
     room = max(1, BUDGET_BYTES // (4 * q))
     chosen: list[int] = []
-    if scores.unit is not Unit.RANK and n <= room:
+    if scores.unit is Unit.DERIVATIVE and n <= room:
         chosen = list(range(n))
-    elif scores.unit is not Unit.RANK:
+    elif scores.unit is Unit.DERIVATIVE:
         times = Counter(shown)
         others = sorted(times, key=lambda i: (-times[i], -absolute[i], i))
         chosen = sorted(list(dict.fromkeys([*first, *others]))[:room])
-    changes = -effects(scores, (slice(None), chosen)).T
+    changes = without(numbers(scores, (slice(None), chosen)).T)
     return chosen, base64.b64encode(changes.astype("<f4").tobytes()).decode("ascii")

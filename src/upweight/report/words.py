@@ -64,11 +64,10 @@ def convention(scores: Scores, has_sizes: bool = True) -> str:
             "Removing the example sets its weight from 1 to 0, so the score predicts a change "
             + ("of minus itself." if has_sizes else "the other way; its size is not supported.")
         )
-    if scores.unit is Unit.DIFFERENCE:
+    if scores.unit is Unit.VALUE:
         return (
-            f"A score is minus the predicted change of the {m} when the example is removed from "
-            f"(1/n) Σ wᵢ ℓᵢ + R (its weight goes from 1 to 0): positive raised the {m}, negative "
-            "lowered it."
+            f"A score is the example's share of the {m}: the scores of one query add up, and "
+            "predict no change without one example."
         )
     return "Only the order of scores within one query means anything; they predict no change."
 

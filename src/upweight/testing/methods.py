@@ -57,7 +57,7 @@ def check_method(
         )
         yield f"rows follow the queries: {problem.name}", partial(suite.query_subset, problem)
         yield f"self-influence is the diagonal: {problem.name}", partial(suite.diagonal, problem)
-        if method.unit is not Unit.RANK:
+        if method.unit is Unit.DERIVATIVE:
             yield f"linear in the measurement: {problem.name}", partial(suite.linear, problem)
         if symmetric:
             yield (
@@ -67,7 +67,7 @@ def check_method(
         if deterministic:
             yield f"columns follow the examples: {problem.name}", partial(suite.order, problem)
             yield f"batches do not matter: {problem.name}", partial(suite.batches, problem)
-            if method.unit is not Unit.RANK:
+            if method.unit is Unit.DERIVATIVE:
                 yield (
                     f"duplicates halve the scores: {problem.name}",
                     partial(suite.duplicates, problem),

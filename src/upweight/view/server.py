@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from upweight.effects import Effects
 from upweight.errors import SpecError, UpweightError, message
 from upweight.report.answers import SIDES, Answers
 from upweight.report.display import Display
@@ -178,7 +179,7 @@ class Server:
         display: Display = Display(),  # noqa: B008  frozen
         *,
         evidence: Any = (),
-        removal: Scores | None = None,
+        removal: Effects | None = None,
         command: str | None = None,
         keep: Path | None = None,
         port: int = 0,
