@@ -1248,8 +1248,8 @@ def removals_from_separable_classes_without_much_penalty() -> Any:
 
 
 @case
-def a_removal_asked_of_a_curvature_by_layers() -> Any:
-    method = uw.Influence(uw.EKFAC(), damping=0.1)
+def a_removal_asked_of_a_similarity() -> Any:
+    method = uw.GradientDot()
     return method.fit(uw.Task(linear(), uw.CrossEntropy(), uw.L2(0.1)), rows()).removal(rows(4))
 
 

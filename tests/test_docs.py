@@ -7,7 +7,6 @@ that needs what no test has says so in the line before: `<!-- not run: why -->`.
 import re
 import sys
 import types
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +41,10 @@ class Net(nn.Sequential):
         self.double()
 
 
-def network():
+def network(n=40):
     """What the pages on networks start with."""
-    train, queries = images(40, 0), images(8, 1)
-    recipe = uw.Training(Net, uw.SGD(0.1), epochs=2, batch=10)
+    train, queries = images(n, 0), images(8, 1)
+    recipe = uw.Training(Net, uw.SGD(0.1), epochs=2, batch=n // 4)
     task = uw.Task(recipe.trained(uw.Task(Net(), uw.CrossEntropy()), train), uw.CrossEntropy())
     fitted = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, train)
     return {
@@ -65,27 +64,126 @@ def network():
         "labels": train[1].tolist(),
         "X_test": queries[0],
         "y_test": queries[1],
-        "n": 40,
+        "n": n,
     }
 
 
 def training():
-    """The network, and the direction of an adjoint."""
-    return network() | {"direction": torch.ones(Net()[0].weight.numel() * 2)}
+    """The network, and what an adjoint starts from."""
+    from dataclasses import replace
+
+    from upweight.training.optimizers import OptimizerState
+    from upweight.training.steps import TrainingState
+
+    names = network(1600)  # 25 batches of 64
+    size = names["task"].layout.size
+    return names | {
+        "direction": torch.ones(size, dtype=torch.float64),
+        "replace": replace,
+        "OptimizerState": OptimizerState,
+        "TrainingState": TrainingState,
+    }
 
 
-def estimators():
-    """Arrays for an estimator of other libraries: counts, and two classes."""
+def evaluation():
+    """The network, with three groups of 20 in each class, and labels that are wrong."""
+    names = network(600)
+    s = -names["fitted"].self_influence()
+    wrong = torch.arange(600) % 8 == 0
+    losses = names["fitted"].losses
+    return names | {"upweight": uw, "s": s, "losses": losses, "mislabeled": wrong}
+
+
+def report():
+    """Ids of tokens, people, and a server that need not stay."""
+    words = types.SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"t{i}" for i in ids])
+    person = types.SimpleNamespace(age=40, city="Riga")
+    ids, y = torch.arange(60).reshape(12, 5) % 9, torch.arange(12) % 2
+
+    def reader():
+        return nn.Sequential(nn.Embedding(9, 4), Mean(), nn.Linear(4, 2)).double()
+
+    recipe = uw.Training(reader, uw.SGD(0.1), epochs=2, batch=4)
+    task = uw.Task(
+        recipe.trained(uw.Task(reader(), uw.CrossEntropy()), (ids, y)), uw.CrossEntropy()
+    )
+    fitted = uw.Influence(uw.EKFAC(), damping=0.1).fit(task, (ids, y))
+    queries = (ids[:3], y[:3])
+    return network() | {
+        "recipe": recipe,
+        "fitted": fitted,
+        "scores": fitted.attribute(queries),
+        "train": (ids, y),
+        "queries": queries,
+        "input_ids": ids.tolist(),
+        "tokenizer": words,
+        "people": [person] * 12,
+    }
+
+
+class Mean(nn.Module):
+    """Over positions."""
+
+    def forward(self, x):
+        return x.mean(dim=1)
+
+
+def command_line():
+    """The user's own training, beside `project.py`."""
+    mine = types.ModuleType("my_training")
+    mine.Net, mine.weights = Net, lambda name: Net().state_dict()
+    mine.train_set, mine.test_set = (lambda: images(40, 0)), (lambda: images(8, 1))
+    return {"modules": [mine]}
+
+
+def classes():
+    """Two classes for scikit-learn."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    draw = np.random.default_rng(0)
+    X, X_test = draw.normal(size=(60, 3)), draw.normal(size=(5, 3))
+    labels = {"y": (X[:, 0] > draw.normal(size=60)), "y_test": X_test[:, 0] > 0}
+    of = {name: value.astype(int) for name, value in labels.items()}
+    return {"X": X, "X_test": X_test, "LogisticRegression": linear_model.LogisticRegression} | of
+
+
+def counts():
+    """Deaths in some years, and what a regression is asked about."""
+    pytest.importorskip("statsmodels")
+    sm = pytest.importorskip("statsmodels.api")
+    draw = np.random.default_rng(0)
+    X, years = draw.normal(size=(60, 3)), draw.uniform(1, 2, size=60)
+    deaths = draw.poisson(years * np.exp(X @ [0.3, -0.2, 0.1]))
+    new = {"exog": sm.add_constant(X)[:5], "endog": deaths[:5], "years_new": years[:5]}
+    return {"X": X, "years": years, "deaths": deaths} | new
+
+
+def rows():
+    """A least squares fit, and a likelihood."""
+    pytest.importorskip("statsmodels")
+    sm = pytest.importorskip("statsmodels.api")
     draw = np.random.default_rng(0)
     X = draw.normal(size=(60, 3))
-    eta = X @ [0.3, -0.2, 0.1]
+    counted = draw.poisson(np.exp(X @ [0.3, -0.2, 0.1])).astype(float)
+    beta = sm.GLM(counted, X, family=sm.families.Poisson()).fit(tol=1e-12).params
     return {
-        "uw": uw,
         "X": X,
-        "X_test": X[:5] + 0.1,
-        "years": np.ones(60),
-        "deaths": draw.poisson(np.exp(eta)),
+        "y": counted,
+        "beta": beta,
+        "X_test": sm.add_constant(X)[:5],
+        "y_test": counted[:5],
     }
+
+
+NAMES = {
+    "training.md": training,
+    "evaluation.md": evaluation,
+    "report.md": report,
+    "cli.md": command_line,
+    "sklearn.md": classes,
+    "statsmodels.md": counts,
+    "regression.md": rows,
+}
+"""What a page starts with; others with `network`."""
 
 
 @pytest.fixture
@@ -95,7 +193,8 @@ def read(tmp_path, monkeypatch):
 
     def run(page, names):
         module = types.ModuleType("page_of_the_docs")
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+        for each in (module, *names.pop("modules", [])):
+            monkeypatch.setitem(sys.modules, each.__name__, each)
         vars(module).update(names)
         text = page.read_text(encoding="utf-8")
         blocks = list(BLOCK.finditer(text))
@@ -103,7 +202,8 @@ def read(tmp_path, monkeypatch):
         for block in blocks:
             if not block[1]:
                 line = text.count("\n", 0, block.start(2))
-                exec(compile("\n" * line + block[2], page, "exec"), vars(module))
+                code = block[2].replace('"2 min"', '"1 s"')
+                exec(compile("\n" * line + code, page, "exec"), vars(module))
         return vars(module)
 
     return run
@@ -112,4 +212,4 @@ def read(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_the_blocks_of_a_page_run(page, read):
-    read(page, network())
+    read(page, NAMES.get(page.name, network)())
