@@ -81,9 +81,16 @@ def recipe_of(problem: Problem, plan: str, seed: int) -> Any:
     return replace(recipe, seed=seed, skip_absent=plan != "removals")
 
 
+LATER = (", dampening=0.0, weight_decay=0.0", ", weight_decay=0.0, amsgrad=False")
+"""Arguments that optimizers got after the truths were made, at values that change nothing."""
+
+
 def said(recipe: Any) -> str:
-    """A recipe in words, without a function's address."""
-    return re.sub(r"<function ([^ ]+) at 0x[0-9a-f]+>", r"\1", repr(recipe))
+    """A recipe in words, without a function's address and without `LATER`."""
+    text = re.sub(r"<function ([^ ]+) at 0x[0-9a-f]+>", r"\1", repr(recipe))
+    for argument in LATER:
+        text = text.replace(f"{argument})", ")")
+    return text
 
 
 def fingerprint(problem: Problem) -> str:
