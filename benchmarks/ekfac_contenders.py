@@ -79,14 +79,14 @@ class Upweight(Method):
         method = uw.Influence(
             curvature=uw.EKFAC(labels=uw.Sampled(seed=self.seed)),
             damping=uw.Absolute(p.workload.damping),
+            tolerance=self.settings["tolerance"],
         )
         self.fitted = method.fit(task, (p.X, p.y))
 
     def scores(self, progress: Progress) -> Tensor:
         import upweight as uw
 
-        queries, tolerance = (self.problem.Xq, self.problem.yq), self.settings["tolerance"]
-        scores = at(self.fitted, tolerance).attribute(queries, measure=uw.Loss())
+        scores = self.fitted.attribute((self.problem.Xq, self.problem.yq), measure=uw.Loss())
         self.provenance = scores.provenance
         values: Tensor = scores.values
         return values
@@ -376,7 +376,7 @@ CONTENDERS = (
         make=Upweight,
         modules=("upweight", "torch"),
         distribution="upweight",
-        description="Influence(curvature=EKFAC(), damping=Absolute(λ)), tolerance=0.02",
+        description="Influence(curvature=EKFAC(), damping=Absolute(λ), tolerance=0.02)",
         mapping="S itself",
         factor=_exactly,
         settings=_tolerance(0.02),
@@ -387,7 +387,7 @@ CONTENDERS = (
         make=Upweight,
         modules=("upweight", "torch"),
         distribution="upweight",
-        description="Influence(curvature=EKFAC(), damping=Absolute(λ)), tolerance=0.001",
+        description="Influence(curvature=EKFAC(), damping=Absolute(λ), tolerance=0.001)",
         mapping="S itself",
         factor=_exactly,
         settings=_tolerance(0.001),

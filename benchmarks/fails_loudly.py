@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import upweight as uw
-from tests.fitted import at
 from upweight.cli.named import named
 from upweight.cli.pages import alone
 from upweight.cli.question import reopened
@@ -951,13 +950,13 @@ def collinear_columns_of_statsmodels() -> Any:
 def altered(change: Callable[[Path], None], name: str = "scores-*", saved: bool = False) -> Any:
     """Scores read from a folder of which one file was altered."""
     model, train = linear(), rows()
-    method = uw.Influence(uw.EKFAC(uw.Observed()), damping=0.1)
+    method = uw.Influence(uw.EKFAC(uw.Observed()), damping=0.1, tolerance=0.0)
     with tempfile.TemporaryDirectory() as folder:
         fitted = method.fit(uw.Task(model, uw.CrossEntropy(), uw.L2(0.1)), train)
         if saved:
-            at(fitted, 0.0).attribute(train).save(folder)
+            fitted.attribute(train).save(folder)
         else:
-            at(fitted, 0.0).attribute(train, into=uw.Shards(folder))
+            fitted.attribute(train, into=uw.Shards(folder))
         (path,) = Path(folder).glob(name)
         change(path)
         return uw.Scores.load(folder)

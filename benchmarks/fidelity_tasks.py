@@ -181,7 +181,8 @@ def trained(name: str, X: Tensor, y: Tensor) -> tuple[list[dict[str, Tensor]], l
         return [dict(task.layout.unflatten(center))], [1.0]
     torch.manual_seed(recipe.seed)
     model = recipe.init()
-    optimizer = recipe.optimizer.start(list(model.parameters()))
+    rule = recipe.optimizer  # of the same name and with the same arguments as PyTorch's own
+    optimizer = getattr(torch.optim, type(rule).__name__)(model.parameters(), **vars(rule))
     steps = recipe.epochs * -(-len(X) // recipe.batch)
     every, step = recipe.epochs // CHECKPOINTS, 0
     states, rates = [], []
@@ -190,7 +191,7 @@ def trained(name: str, X: Tensor, y: Tensor) -> tuple[list[dict[str, Tensor]], l
         for rows in torch.randperm(len(X), generator=generator).split(recipe.batch):
             mean = losses(network.kind, model(X[rows]), y[rows]).mean()
             square = sum(p.square().sum() for p in model.parameters())
-            optimizer.param_groups[0]["lr"] = recipe.optimizer.lr * recipe.schedule(step, steps)
+            optimizer.param_groups[0]["lr"] = rule.lr * recipe.schedule(step, steps)
             optimizer.zero_grad()
             (mean + 0.5 * spec.penalty * square).backward()
             optimizer.step()
@@ -199,7 +200,7 @@ def trained(name: str, X: Tensor, y: Tensor) -> tuple[list[dict[str, Tensor]], l
             states.append({k: v.detach().clone() for k, v in model.state_dict().items()})
             # In the middle of what it stands for: at its end a cosine's rate is zero.
             middle = round((epoch + 1 - every / 2) / recipe.epochs * steps)
-            rates.append(recipe.optimizer.lr * recipe.schedule(middle, steps))
+            rates.append(rule.lr * recipe.schedule(middle, steps))
     return states, rates
 
 

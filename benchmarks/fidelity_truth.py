@@ -81,9 +81,16 @@ def recipe_of(problem: Problem, plan: str, seed: int) -> Any:
     return replace(recipe, seed=seed, skip_absent=plan != "removals")
 
 
-def said(recipe: Any) -> str:
-    """A recipe in words, without a function's address."""
-    return re.sub(r"<function ([^ ]+) at 0x[0-9a-f]+>", r"\1", repr(recipe))
+LATER = (", dampening=0.0, weight_decay=0.0", ", weight_decay=0.0, amsgrad=False", ", axis=None")
+"""Arguments that specs got after the truths were made, at values that change nothing."""
+
+
+def said(spec: Any) -> str:
+    """A recipe or loss in words, without a function's address and without `LATER`."""
+    text = re.sub(r"<function ([^ ]+) at 0x[0-9a-f]+>", r"\1", repr(spec))
+    for argument in LATER:
+        text = text.replace(f"{argument})", ")")
+    return text
 
 
 def fingerprint(problem: Problem) -> str:
@@ -91,7 +98,7 @@ def fingerprint(problem: Problem) -> str:
     plan = plans(problem)
     recipes = [said(recipe_of(problem, name, 0)) for name in plan]
     spec, shapes = SPECS[problem.name], [tuple(p.shape) for p in problem.model.parameters()]
-    about = f"{problem.name} {spec.loss!r} {spec.penalty} {spec.seeds} {problem.measures}"
+    about = f"{problem.name} {said(spec.loss)} {spec.penalty} {spec.seeds} {problem.measures}"
     data = [problem.X, problem.y, problem.Xq, problem.yq]
     return digest(about, repr(recipes), repr(shapes), *data, *plan.values())[:32]
 

@@ -122,17 +122,20 @@ def mean(share: Tensor) -> str:
     return f"{float(share.mean()):.1%} ± {float(share.std()) / QUERIES**0.5:.1%}"
 
 
-def attributed(method: uw.Influence) -> tuple[Tensor, Tensor]:
-    """The top ten by score, and by score over √|S[i, i]|, which no passage wins by size alone."""
-    fitted = method.fit(task, (X, y))
-    lowers = -at(fitted, 3e-2).attribute((Xq, yq)).values
-    sizes = (-fitted.self_influence()).sqrt()
-    return lowers.topk(TOP).indices, (lowers / sizes).topk(TOP).indices
+method = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1), tolerance=3e-2)
+fitted = method.fit(task, (X, y))
+lowers = -fitted.attribute((Xq, yq)).values
+influence = lowers.topk(TOP).indices
+# Over √|S[i, i]|, so that no passage wins by size alone.
+relative = (lowers / (-fitted.self_influence()).sqrt()).topk(TOP).indices
 
 
-# With λ far above every eigenvalue, influence is the gradient dot product (over λ), whatever H.
-dot, cosine = attributed(uw.Influence(uw.EKFAC(examples=100), damping=uw.Absolute(1e6)))
-influence, relative = attributed(uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)))
+def similar(method: uw.GradientDot | uw.GradientCosine) -> Tensor:
+    """The top ten by similarity of gradients: no curvature."""
+    return (-method.fit(task, (X, y)).attribute((Xq, yq)).values).topk(TOP).indices
+
+
+dot, cosine = similar(uw.GradientDot()), similar(uw.GradientCosine())
 chance = float((genre[None] == asked[:, None]).double().mean())
 print(f"of the {TOP} passages that lower the loss of a passage most, as many share its genre:")
 print(f"  EK-FAC influence             {mean(same_genre(influence))}")

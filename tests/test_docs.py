@@ -1,0 +1,232 @@
+"""Every Python block of the docs runs, page by page, in the order of the page.
+
+A page starts with the names below, as its reader has them: a model, data, scores of it. A block
+that needs what no test has says so in the line before: `<!-- not run: why -->`.
+"""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import upweight as uw
+from upweight.view import Server
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCK = re.compile(r"(<!-- not run: .+ -->\n)?```python\n(.*?)```", re.DOTALL)
+PAGES = [
+    page
+    for page in sorted(DOCS.rglob("*.md"))
+    if page.parent.name != "decisions" and "```python\n" in page.read_text(encoding="utf-8")
+]
+NOT_RUN = {"training.md": 1}  # a Dask cluster
+SHORTER = {
+    '"2 min"': "subsets=8",
+    "subsets=50": "subsets=8",
+    "subset_weights(n, 100)": "subset_weights(n, 10)",
+    "[20] * 30": "[20] * 10",
+}
+"""The same with fewer models."""
+
+
+def images(count, seed):
+    """Inputs of 10 classes."""
+    draw = torch.Generator().manual_seed(seed)
+    y = torch.arange(count) % 10
+    return torch.randn(count, 6, generator=draw).double() + 4 * torch.eye(10, 6).double()[y], y
+
+
+class Net(nn.Sequential):
+    """A small network."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 10))
+        self.double()
+
+
+def network(n=40, epochs=2):
+    """What the pages on networks start with."""
+    train, queries = images(n, 0), images(8, 1)
+    recipe = uw.Training(Net, uw.SGD(0.1, momentum=0.9), epochs, batch=n // 4)
+    task = uw.Task(recipe.trained(uw.Task(Net(), uw.CrossEntropy()), train), uw.CrossEntropy())
+    fitted = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, train)
+    return {
+        "uw": uw,
+        "torch": torch,
+        "Net": Net,
+        "model": task.model,
+        "task": task,
+        "recipe": recipe,
+        "fitted": fitted,
+        "scores": fitted.attribute(queries),
+        "train": train,
+        "queries": queries,
+        "measure": uw.Loss(),
+        "X": train[0],
+        "y": train[1],
+        "labels": train[1].tolist(),
+        "X_test": queries[0],
+        "y_test": queries[1],
+        "n": n,
+    }
+
+
+def training():
+    """The network, and what an adjoint starts from."""
+    from dataclasses import replace
+
+    from upweight.training.optimizers import OptimizerState
+    from upweight.training.steps import TrainingState
+
+    names = network(1664)  # 26 batches of 64, ten epochs of which are 260 steps
+    size = names["task"].layout.size
+    return names | {
+        "direction": torch.ones(size, dtype=torch.float64),
+        "replace": replace,
+        "OptimizerState": OptimizerState,
+        "TrainingState": TrainingState,
+    }
+
+
+def evaluation():
+    """A network that is right about some, three groups of 20 of each class, wrong labels."""
+    names = network(600, epochs=6)
+    s = -names["fitted"].self_influence()
+    wrong = torch.arange(600) % 8 == 0
+    losses = names["fitted"].losses
+    return names | {"upweight": uw, "s": s, "losses": losses, "mislabeled": wrong}
+
+
+def report():
+    """Ids of tokens, people, and a server that need not stay."""
+    words = types.SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"t{i}" for i in ids])
+    person = types.SimpleNamespace(age=40, city="Riga")
+    ids, y = torch.arange(60).reshape(12, 5) % 9, torch.arange(12) % 2
+
+    def reader():
+        return nn.Sequential(nn.Embedding(9, 4), Mean(), nn.Linear(4, 2)).double()
+
+    recipe = uw.Training(reader, uw.SGD(0.1), epochs=2, batch=4)
+    task = uw.Task(
+        recipe.trained(uw.Task(reader(), uw.CrossEntropy()), (ids, y)), uw.CrossEntropy()
+    )
+    fitted = uw.Influence(uw.EKFAC(), damping=0.1).fit(task, (ids, y))
+    queries = (ids[:3], y[:3])
+    return network() | {
+        "recipe": recipe,
+        "fitted": fitted,
+        "scores": fitted.attribute(queries),
+        "train": (ids, y),
+        "queries": queries,
+        "input_ids": ids.tolist(),
+        "tokenizer": words,
+        "people": [person] * 12,
+    }
+
+
+class Mean(nn.Module):
+    """Over positions."""
+
+    def forward(self, x):
+        return x.mean(dim=1)
+
+
+def command_line():
+    """The user's own training, beside `project.py`."""
+    mine = types.ModuleType("my_training")
+    mine.Net, mine.weights = Net, lambda name: Net().state_dict()
+    mine.train_set, mine.test_set = (lambda: images(40, 0)), (lambda: images(8, 1))
+    return {"modules": [mine]}
+
+
+def classes():
+    """Two classes for scikit-learn."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    draw = np.random.default_rng(0)
+    X, X_test = draw.normal(size=(60, 3)), draw.normal(size=(5, 3))
+    labels = {"y": (X[:, 0] > draw.normal(size=60)), "y_test": X_test[:, 0] > 0}
+    of = {name: value.astype(int) for name, value in labels.items()}
+    return {"X": X, "X_test": X_test, "LogisticRegression": linear_model.LogisticRegression} | of
+
+
+def counts():
+    """Deaths in some years, and what a regression is asked about."""
+    pytest.importorskip("statsmodels")
+    sm = pytest.importorskip("statsmodels.api")
+    draw = np.random.default_rng(0)
+    X, years = draw.normal(size=(60, 3)), draw.uniform(1, 2, size=60)
+    deaths = draw.poisson(years * np.exp(X @ [0.3, -0.2, 0.1]))
+    new = {"exog": sm.add_constant(X)[:5], "endog": deaths[:5], "years_new": years[:5]}
+    return {"X": X, "years": years, "deaths": deaths} | new
+
+
+def rows():
+    """A least squares fit, and a likelihood."""
+    pytest.importorskip("statsmodels")
+    sm = pytest.importorskip("statsmodels.api")
+    draw = np.random.default_rng(0)
+    X = draw.normal(size=(60, 3))
+    counted = draw.poisson(np.exp(X @ [0.3, -0.2, 0.1])).astype(float)
+    beta = sm.GLM(counted, X, family=sm.families.Poisson()).fit(tol=1e-12).params
+    return {
+        "X": X,
+        "y": counted,
+        "beta": beta,
+        "X_test": sm.add_constant(X)[:5],
+        "y_test": counted[:5],
+    }
+
+
+NAMES = {
+    "training.md": training,
+    "evaluation.md": evaluation,
+    "report.md": report,
+    "cli.md": command_line,
+    "sklearn.md": classes,
+    "statsmodels.md": counts,
+    "regression.md": rows,
+}
+"""What a page starts with; others with `network`."""
+
+
+def served(scores, display):
+    """Begin and end at once what `serve` does until it is interrupted."""
+    with Server(scores, display):
+        pass
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """Run the blocks of a page in an empty folder; its namespace."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("upweight.view.serve", served)
+
+    def run(page, names):
+        module = types.ModuleType("page_of_the_docs")
+        for each in (module, *names.pop("modules", [])):
+            monkeypatch.setitem(sys.modules, each.__name__, each)
+        vars(module).update(names)
+        text = page.read_text(encoding="utf-8")
+        blocks = list(BLOCK.finditer(text))
+        assert sum(bool(b[1]) for b in blocks) == NOT_RUN.get(page.name, 0)
+        for block in blocks:
+            if not block[1]:
+                line = text.count("\n", 0, block.start(2))
+                code = block[2]
+                for long, short in SHORTER.items():
+                    code = code.replace(long, short)
+                exec(compile("\n" * line + code, page, "exec"), vars(module))
+        return vars(module)
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_the_blocks_of_a_page_run(page, read):
+    read(page, NAMES.get(page.name, network)())
