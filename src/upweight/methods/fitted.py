@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.errors import ModelChanged, ShapeError, SpecError, message
+from upweight.errors import ModelChanged, NotOffered, ShapeError, SpecError, message
 from upweight.methods import health, removal
 from upweight.methods.dense import DenseScorer
 from upweight.methods.facts import stated
@@ -23,7 +23,7 @@ from upweight.methods.functionals import derivatives
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep
 from upweight.methods.removal import Place, Without
-from upweight.methods.scorer import Asked, Scorer, not_offered
+from upweight.methods.scorer import DIRECT, Asked, Scorer, jobs_of, not_offered
 from upweight.runtime.memory import require_room
 from upweight.runtime.progress import progress
 from upweight.runtime.resources import Resources
@@ -135,7 +135,7 @@ class Fitted:
                     memory_bytes=sink.settings["memory_bytes"],
                     together=sink.settings["queries_together"],
                 )
-            for job in scorer.jobs(asked):
+            for job in jobs_of(scorer, asked):
                 with job:
                     for begin, end in sink.missing(job, n):
                         size = max(1, job.at_once)
@@ -244,7 +244,8 @@ class Fitted:
             scores: Scores = self.attribute(queries, measure, into=Without(every, columns))
             if evaluate == "linear":
                 return scores
-            values = removal.plugin(self._place, self._asked(queries, measure), every)
+            steps = map(scorer.step, every)
+            values = removal.plugin(self._place, self._asked(queries, measure), every, steps)
             made = replace(scores.provenance, notes=(*scores.provenance.notes, removal.PLUGIN))
             return replace(scores, values=values, provenance=made)
         count = 1
@@ -256,11 +257,9 @@ class Fitted:
             "ask some queries at a time, as_data(queries).subset(range(100)), or some groups.",
         )  # fmt: skip
         asked = self._asked(queries, measure)
-        values, records, doubts = removal.by_newton_step(scorer, asked, every)
-        said: list[str] = []
-        if evaluate == "plugin":
-            values, said = removal.plugin(self._place, asked, every), [removal.PLUGIN]
-            doubts = [note for note in doubts if "is not linear over the step" not in note]
+        is_measured = evaluate == "plugin"
+        said = [removal.PLUGIN] if is_measured else []
+        values, records, doubts = removal.by_newton_step(self._place, asked, every, is_measured)
         seconds = {**self.seconds, "attribute": time.perf_counter() - started}
         judged, told = self._judged(records, None, None)
         denied, noted = self._minimum_denied(judged)
@@ -324,7 +323,7 @@ class Fitted:
         Raises:
             DtypeError: The input is not floating point.
         """
-        asked = self._asked(queries, measure)
+        asked = self._through_theta(queries, measure, "input_influence(...)")
         exact = replace(asked, exact=True)
         vectors = torch.cat([job.vectors() for job in self.scorer.jobs(exact)])
         batch = self._example(example)
@@ -349,7 +348,7 @@ class Fitted:
             UpweightError: The label does not fit the loss: out of range, or of another shape; or
                 is none that an adapter's estimator knows.
         """
-        asked = self._asked(queries, measure)
+        asked = self._through_theta(queries, measure, "relabel_influence(...)")
         old = self._example(example)
         reads = self.task.reads
         new = relabeled(old, label) if reads is None else reads.relabeled(old, label)
@@ -415,13 +414,39 @@ class Fitted:
             data = None if queries is None else self.task.queries(queries)
             batch = None if data is None else self.task.to_device(data.batch(0, len(data)))
             found = derivatives(measure, self.task, self.theta, batch, len(self.train))
-            return Asked(data, measure, memory, functional=found)
+            asked = Asked(data, measure, memory, functional=found)
+            if asked.direct is not None and self.spec.unit is Unit.RANK:
+                raise not_offered(
+                    "A Functional that depends on the weights by itself",
+                    "a method that says where θ̂ moves to, to add ∂φ/∂w to",
+                )
+            return asked
         data, measure = self.task.queries(queries), as_measure(measure)
         probe = require_answerable(self.task, data, "queries")
         checked_losses(self.task, data, "queries", probe)
         data = data.noted(probe.notes)
         checked_measurements(self.task, measure, data)
         return Asked(data, measure, memory)
+
+    def _through_theta(self, queries: Any, measure: Any, what: str) -> Asked:
+        """A question of which all goes through θ̂.
+
+        Raises:
+            NotOffered: A `Functional` has ∂φ/∂w too: how it changes with an example's input or
+                label is in the function alone.
+        """
+        asked = self._asked(queries, measure)
+        if asked.direct is not None:
+            raise NotOffered(
+                message(
+                    f"{what} knows a measure by its derivative in θ.",
+                    f"{measure!r}, which also depends on the training data by itself.",
+                    "a standard error, which reads inputs and labels besides θ.",
+                    "ask a measure of θ and the queries alone, such as Coefficient(0); or change "
+                    "the example, fit again and compare.",
+                )
+            )
+        return asked
 
     def _sweep(self, asked: Asked) -> Sweep:
         layout = self.task.layout
@@ -431,7 +456,7 @@ class Fitted:
             dtype=torch.promote_types(layout.dtype, self._dtype),
             device=layout.device,
             unit=self.spec.unit,
-            layers=lambda: self.scorer.layers,
+            layers=lambda: (*self.scorer.layers, *(() if asked.direct is None else (DIRECT,))),
             description=lambda: self._description(asked),
             settings=self.scorer.settings(asked),
         )
