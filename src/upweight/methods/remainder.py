@@ -177,10 +177,8 @@ def _linear_gradients(
     """∇J₋U(θ̂ + Δθ) of each group: f(θ̂ + Δθ) = f(θ̂) + ΔW z takes no other pass."""
     task, form, matrices = source.task, source.form, source.form.matrix(steps)
     totals = torch.zeros_like(matrices)
-    place: dict[int, list[int]] = {}
-    for row, group in enumerate(groups):
-        for i in group:
-            place.setdefault(i, []).append(row)
+    gone = torch.tensor([(row, i) for row, group in enumerate(groups) for i in group]).mT
+    gone = gone.to(steps.device)
     width = form.width + form.outputs * len(groups)
     for start, stop, some in train.batches(batch_size(width, steps.itemsize)):
         batch = task.to_device(some)
@@ -188,8 +186,8 @@ def _linear_gradients(
             outputs, targets = task.outputs(source.theta, batch)
         z = form.features(task, batch)
         kept = steps.new_ones(len(groups), stop - start)
-        for i in range(start, stop):
-            kept[place.get(i, []), i - start] = 0.0
+        rows, places = gone[:, (gone[1] >= start) & (gone[1] < stop)]
+        kept[rows, places - start] = 0.0
         for k, matrix in enumerate(matrices):
             moved = outputs + (z @ matrix.T).reshape(outputs.shape)
             slope = task.output_gradient(moved, targets).reshape(len(z), -1)
