@@ -579,6 +579,48 @@ def a_measure_that_ignores_its_batch() -> Any:
 
 
 @case
+def a_measure_that_repeats_a_parameter() -> Any:
+    def repeated(task: Any, params: Any, batch: Any) -> Tensor:
+        value: Tensor = params["weight"][0, 0].expand(len(batch[0]))
+        return value
+
+    return attribute(measure=repeated)
+
+
+@case
+def a_functional_that_returns_a_matrix() -> Any:
+    return attribute(measure=uw.Functional(lambda task, params, queries, w: params["weight"]))
+
+
+@case
+def a_functional_of_nothing() -> Any:
+    return attribute(measure=uw.Functional(lambda task, params, queries, w: torch.ones(2)))
+
+
+@case
+def a_functional_that_draws() -> Any:
+    def drawn(task: Any, params: Any, queries: Any, weights: Tensor) -> Tensor:
+        value: Tensor = (params["weight"] * torch.rand(2, 3)).sum()
+        return value
+
+    return attribute(measure=uw.Functional(drawn))
+
+
+@case
+def a_functional_with_an_infinite_derivative() -> Any:
+    def rooted(task: Any, params: Any, queries: Any, weights: Tensor) -> Tensor:
+        w = params["weight"]
+        return (w - w.detach()).square().sum().sqrt()
+
+    return attribute(measure=uw.Functional(rooted))
+
+
+@case
+def a_coefficient_of_no_parameter() -> Any:
+    return attribute(measure=uw.Coefficient("slope"))
+
+
+@case
 def a_measure_of_the_first_query_only() -> Any:
     return attribute(measure=lambda outputs, targets: outputs[0].sum().expand(len(outputs)))
 

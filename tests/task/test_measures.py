@@ -71,14 +71,18 @@ def test_any_function_of_outputs_and_targets():
 
 
 def test_a_function_of_three_is_a_measure_already():
-    def norm(task, params, batch):
-        return sum(p.square().sum() for p in params.values()).expand(len(batch[0]))
+    def penalized(task, params, batch):
+        return task.losses(params, batch) + sum(p.square().sum() for p in params.values())
 
-    assert as_measure(norm) is norm
+    assert as_measure(penalized) is penalized
     p = problem("softmax")
-    scores = uw.Influence().fit(p.task, p.train).attribute(p.queries, norm)
-    # Every query asks the same, ‖θ‖², so every row is the same.
-    torch.testing.assert_close(scores.values, scores.values[:1].expand_as(scores.values))
+    fitted = uw.Influence().fit(p.task, p.train)
+    scores = fitted.attribute(p.queries, penalized).values
+    norm = uw.Functional(
+        lambda task, params, queries, w: task.layout.flatten(params).square().sum()
+    )
+    expected = fitted.attribute(p.queries).values + fitted.attribute(None, norm).values
+    torch.testing.assert_close(scores, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_reduced_measure_is_refused():

@@ -62,7 +62,6 @@ class DenseJob(Job):
     scorer: "DenseScorer"
     first: int
     solution: Solution
-    direct: Float[Tensor, "q n"] | None = None
 
     @property
     def at_once(self) -> int:  # type: ignore[override]
@@ -75,7 +74,7 @@ class DenseJob(Job):
         scorer, vectors = self.scorer, self.solution.value
         part = scorer.source.inner(vectors, scorer.batch(start, stop), stop - start)
         part *= -scorer.share
-        return part if self.direct is None else part + self.direct[:, start:stop]
+        return part
 
     def by_layer(self, start: int, stop: int) -> Mapping[str, Float[Tensor, "q b"]]:
         scorer = self.scorer
@@ -108,8 +107,7 @@ class DenseJob(Job):
     @property
     def row_sums(self) -> Float[Tensor, " q"] | None:
         penalty = self.scorer.task.penalty.gradient(self.scorer.theta, self.scorer.task.layout)
-        found = self.solution.value @ penalty
-        return found if self.direct is None else found + self.direct.sum(dim=1)
+        return self.solution.value @ penalty
 
     @property
     def record(self) -> SolverStats:
@@ -188,8 +186,7 @@ class DenseScorer(Scorer):
 
     def jobs(self, asked: Asked) -> Iterator[DenseJob]:
         if asked.functional is not None:
-            found = asked.functional
-            yield DenseJob(self, 0, self._solved(found.by_theta), found.by_weights)
+            yield DenseJob(self, 0, self._solved(asked.functional.by_theta))
             return
         assert asked.queries is not None
         together = asked.together or self.settings(asked)["queries_together"]
@@ -276,6 +273,21 @@ class DenseScorer(Scorer):
     def step(self, group: list[int]) -> Float[Tensor, " p"]:
         linear = self.linear_removals
         return self.newton_step(group) if linear is None else linear.step(group)
+
+    def steps(self, groups: Sequence[list[int]]) -> Float[Tensor, "e p"]:
+        """Δθ of removing each group.
+
+        Raises:
+            SpecError: They do not fit into memory.
+        """
+        what, each = "steps of the parameters", self.theta.nbytes
+        require_bytes(
+            len(groups) * each,
+            f"{len(groups)} {what} of {len(self.theta)} numbers",
+            self.theta.device,
+            "ask some groups at a time.",
+        )
+        return torch.stack([self.step(group) for group in groups])
 
     def leverages(self, start: int, stop: int) -> Float[Tensor, "b c c"]:
         if self._linear is not None:

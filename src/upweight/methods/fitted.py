@@ -16,7 +16,7 @@ from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.effects import NEWTON, PLUGIN, Effects, as_groups
-from upweight.errors import ModelChanged, SpecError, message
+from upweight.errors import ModelChanged, NotOffered, SpecError, message
 from upweight.methods import health, removal
 from upweight.methods.dense import DenseScorer
 from upweight.methods.facts import stated
@@ -24,7 +24,7 @@ from upweight.methods.functionals import derivatives
 from upweight.methods.perturbation import gradient_products_by_input, relabeled
 from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep
 from upweight.methods.removal import Place, Without
-from upweight.methods.scorer import Asked, Scorer, not_offered
+from upweight.methods.scorer import DIRECT, Asked, Scorer, jobs_of, not_offered
 from upweight.provenance import Context, Provenance
 from upweight.runtime.memory import require_room
 from upweight.runtime.progress import progress
@@ -137,7 +137,7 @@ class Fitted:
                     memory_bytes=sink.settings["memory_bytes"],
                     together=sink.settings["queries_together"],
                 )
-            for job in scorer.jobs(asked):
+            for job in jobs_of(scorer, asked):
                 with job:
                     for begin, end in sink.missing(job, n):
                         size = max(1, job.at_once)
@@ -244,7 +244,8 @@ class Fitted:
             found: Effects = self.attribute(queries, measure, into=Without(chosen))
             if evaluate == "linear":
                 return found
-            values = removal.plugin(self._place, self._asked(queries, measure), every)
+            steps = map(scorer.step, every)
+            values = removal.plugin(self._place, self._asked(queries, measure), every, steps)
             made = replace(found.provenance, notes=(*found.provenance.notes, removal.MEASURED))
             return replace(found, values=values, how=PLUGIN, provenance=made, linear=found.values)
         count = 1
@@ -256,13 +257,12 @@ class Fitted:
             "ask some queries at a time, as_data(queries).subset(range(100)), or some groups.",
         )  # fmt: skip
         asked = self._asked(queries, measure)
-        values, records, doubts = removal.by_newton_step(scorer, asked, every)
-        said: list[str] = []
-        how, linear = NEWTON, None
-        if evaluate == "plugin":
-            how, linear, said = PLUGIN, values, [removal.MEASURED]
-            values = removal.plugin(self._place, asked, every)
-            doubts = [note for note in doubts if "is not linear over the step" not in note]
+        is_measured = evaluate == "plugin"
+        said = [removal.MEASURED] if is_measured else []
+        linear, measured, records, doubts = removal.by_newton_step(
+            self._place, asked, every, is_measured
+        )
+        values, how = (linear, NEWTON) if measured is None else (measured, PLUGIN)
         seconds = {**self.seconds, "attribute": time.perf_counter() - started}
         judged, told = self._judged(records, None, None)
         denied, noted = self._minimum_denied(judged)
@@ -271,7 +271,8 @@ class Fitted:
         notes = [*warned, *noted, *told, *said, *health.zero_columns(values)]
         provenance = self._provenance(asked, judged, notes, seconds)
         context = self._context(asked)
-        return Effects(values, chosen, how, provenance, linear, context)
+        beside = None if measured is None else linear
+        return Effects(values, chosen, how, provenance, beside, context)
 
     def removal_step(self, examples: Sequence[int]) -> Mapping[str, Tensor]:
         """Δθ of removing the examples together, by parameter name; as for `removal`.
@@ -326,7 +327,7 @@ class Fitted:
         Raises:
             DtypeError: The input is not floating point.
         """
-        asked = self._asked(queries, measure)
+        asked = self._through_theta(queries, measure, "input_influence(...)")
         exact = replace(asked, exact=True)
         vectors = torch.cat([job.vectors() for job in self.scorer.jobs(exact)])
         batch = self._example(example)
@@ -351,7 +352,7 @@ class Fitted:
             UpweightError: The label does not fit the loss: out of range, or of another shape; or
                 is none that an adapter's estimator knows.
         """
-        asked = self._asked(queries, measure)
+        asked = self._through_theta(queries, measure, "relabel_influence(...)")
         old = self._example(example)
         reads = self.task.reads
         new = relabeled(old, label) if reads is None else reads.relabeled(old, label)
@@ -405,7 +406,8 @@ class Fitted:
             n = len(self.train)
             count = min(n, QUERIES)
             queries = self.train.subset([k * n // count for k in range(count)])
-        return check(self.attribute(queries, measure), recipe, budget, **limits)
+        ours = {"jobs": self.resources.jobs, "progress": self.resources.progress}
+        return check(self.attribute(queries, measure), recipe, budget, **ours | limits)
 
     # -- shared steps -----------------------------------------------------------------------------
 
@@ -417,13 +419,39 @@ class Fitted:
             data = None if queries is None else self.task.queries(queries)
             batch = None if data is None else self.task.to_device(data.batch(0, len(data)))
             found = derivatives(measure, self.task, self.theta, batch, len(self.train))
-            return Asked(data, measure, memory, functional=found)
+            asked = Asked(data, measure, memory, functional=found)
+            if asked.direct is not None and self.spec.unit is Unit.RANK:
+                raise not_offered(
+                    "A Functional that depends on the weights by itself",
+                    "a method that says where θ̂ moves to, to add ∂φ/∂w to",
+                )
+            return asked
         data, measure = self.task.queries(queries), as_measure(measure)
         probe = require_answerable(self.task, data, "queries")
         checked_losses(self.task, data, "queries", probe)
         data = data.noted(probe.notes)
         checked_measurements(self.task, measure, data)
         return Asked(data, measure, memory)
+
+    def _through_theta(self, queries: Any, measure: Any, what: str) -> Asked:
+        """A question of which all goes through θ̂.
+
+        Raises:
+            NotOffered: A `Functional` has ∂φ/∂w too: how it changes with an example's input or
+                label is in the function alone.
+        """
+        asked = self._asked(queries, measure)
+        if asked.direct is not None:
+            raise NotOffered(
+                message(
+                    f"{what} knows a measure by its derivative in θ.",
+                    f"{measure!r}, which also depends on the training data by itself.",
+                    "a standard error, which reads inputs and labels besides θ.",
+                    "ask a measure of θ and the queries alone, such as Coefficient(0); or change "
+                    "the example, fit again and compare.",
+                )
+            )
+        return asked
 
     def _sweep(self, asked: Asked) -> Sweep:
         layout = self.task.layout
@@ -433,7 +461,7 @@ class Fitted:
             dtype=torch.promote_types(layout.dtype, self._dtype),
             device=layout.device,
             unit=self.spec.unit,
-            layers=lambda: self.scorer.layers,
+            layers=lambda: (*self.scorer.layers, *(() if asked.direct is None else (DIRECT,))),
             description=lambda: self._description(asked),
             settings=self.scorer.settings(asked),
         )

@@ -77,11 +77,14 @@ def derivatives(
     value = value.reshape(-1)
     _require_finite(functional, "value", value)
     again = evaluated(functional, task, theta, queries, theta.new_ones(n))
-    if not torch.equal(again, value.detach()):
+    # Some devices add in any order.
+    rounding = 1e3 * torch.finfo(theta.dtype).eps * float(value.detach().abs().max())
+    gap = float((again - value.detach()).abs().max())
+    if not gap <= rounding:
         raise NonDeterministic(
             message(
                 "A Functional gives the same numbers each time.",
-                f"{functional!r}, off by {float((again - value).abs().max()):.2g} the second time.",
+                f"{functional!r}, off by {gap:.2g} the second time.",
                 "a random draw in it.",
                 "draw with a generator that it seeds itself.",
             )

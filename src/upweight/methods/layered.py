@@ -65,7 +65,6 @@ class LayeredJob(Job):
 
     scorer: "LayeredScorer"
     contraction: Contraction
-    direct: Float[Tensor, "q n"] | None = None
 
     @property
     def first(self) -> int:  # type: ignore[override]
@@ -89,7 +88,7 @@ class LayeredJob(Job):
     def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
         part = self.contraction.block(self._passes, start, stop)
         part *= self.scorer.factor
-        return part if self.direct is None else part + self.direct[:, start:stop].to(part)
+        return part
 
     def by_layer(self, start: int, stop: int) -> Mapping[str, Float[Tensor, "q b"]]:
         parts = self.contraction.by_block(self._passes, start, stop)
@@ -134,8 +133,7 @@ class LayeredJob(Job):
     def row_sums(self) -> Float[Tensor, " q"] | None:
         penalties = self.scorer.penalty_gradients()
         shares = [inner(q, r) for q, r in zip(self.contraction.queries, penalties, strict=True)]
-        found = torch.stack(shares).sum(dim=0)
-        return found if self.direct is None else found + self.direct.sum(dim=1)
+        return torch.stack(shares).sum(dim=0)
 
     @property
     def record(self) -> Choice:
@@ -192,7 +190,7 @@ class LayeredScorer(Scorer):
         if asked.functional is not None:
             rows = asked.functional.by_theta
             found = of_vectors(self.curvature, self.train, rows, asked.memory_bytes)
-            yield LayeredJob(self, found, asked.functional.by_weights)
+            yield LayeredJob(self, found)
             return
         assert asked.queries is not None
         for found in contractions(

@@ -138,14 +138,6 @@ class LinearRemovals:
             lengths.append(torch.einsum("ea,eab,eb->e", u, leverage, u))
         return self.share * torch.cat(values, dim=1), torch.cat(lengths)
 
-    def together(self, solved: Float[Tensor, "q p"], group: list[int]) -> Float[Tensor, " q"]:
-        """Δm_q of removing one group together."""
-        if self._is_larger_than_theta(group):
-            # v_q = (H + λI)⁻¹ ∇m_q, so that ∇m_qᵀ Δθ = v_qᵀ (H + λI) Δθ.
-            return solved @ self.operator.mv(self.step(group))
-        u, z = self._group_factors(group)
-        return self.share * contract(self.source.form.matrix(solved), u, z).sum(dim=1)
-
     def step(self, group: list[int]) -> Float[Tensor, " p"]:
         """Δθ of removing one group together."""
         if self._is_larger_than_theta(group):

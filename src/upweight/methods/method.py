@@ -3,8 +3,9 @@
 import abc
 import time
 import warnings
-from typing import Any, final
+from typing import Any, ClassVar, final
 
+from upweight.errors import SpecError, message
 from upweight.methods import health
 from upweight.methods.fitted import Fitted
 from upweight.methods.fitting import Fitting
@@ -21,8 +22,11 @@ class Method(abc.ABC):
     """Hyperparameters only: a frozen dataclass whose repr is Python for an equal one.
 
     A method supplies its unit and `prepare`; checks of model and data, streaming, memory, progress,
-    provenance, health and resuming are written once, here and in `Fitted`.
+    provenance, health and resuming are written once, here and in `Fitted`. One that needs to know
+    how the model was trained sets `takes_history`, and says so where it is given none.
     """
+
+    takes_history: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
@@ -66,6 +70,15 @@ class Method(abc.ABC):
             warnings.warn(note, UserWarning, stacklevel=2)
         data = data.watched()
         used = Resources() if resources is None else resources
+        if history is not None and not self.takes_history:
+            raise SpecError(
+                message(
+                    "A history is for methods that look at how the model was trained.",
+                    f"history={type(history).__name__} for {self!r}, which looks at θ̂ alone.",
+                    "an argument left from another method.",
+                    "leave it out.",
+                )
+            )
         fitting = Fitting(task, data, task.theta(), probe, used, history)
         scorer = self.prepare(fitting)
         losses = fitting.checked_losses()

@@ -365,6 +365,8 @@ class _GroupSums(Sink):
 class PerLayer(Reducer):
     """Each layer's share of every score, by the layer's name; they add up to the score.
 
+    Of a `Functional` that depends on the weights by itself, ∂φ/∂w stands under "∂φ/∂w".
+
     A tolerance is relative to the whole score, not to the share. Memory: q·n per layer.
     """
 

@@ -120,8 +120,8 @@ def missed(
 
 def curved(
     fitted: "DenseScorer",
-    queries: Data,
-    measure: Callable[..., Tensor],
+    name: str,
+    measured: Callable[[Float[Tensor, " p"], list[int]], Float[Tensor, " q"]],
     values: Float[Tensor, "q k"],
     groups: Sequence[list[int]],
     steps: Float[Tensor, "k p"],
@@ -134,8 +134,8 @@ def curved(
 
     Args:
         fitted: (H + λI)⁻¹ at θ̂.
-        queries: What was asked of.
-        measure: m.
+        name: What m is called.
+        measured: (θ, what is gone) ↦ m of every query.
         values: ∇m_qᵀ Δθ of each query and removal that is looked at.
         groups: What each takes out.
         steps: Δθ of each.
@@ -143,26 +143,20 @@ def curved(
 
     Cost: one measurement of all queries per removal, for `FEWEST` at least of the longest steps.
     """
-    task = fitted.task
-    few = max(FEWEST, WORK // (len(queries) * len(fitted.theta)))
+    few = max(FEWEST, WORK // (len(values) * len(fitted.theta)))
     at = steps.norm(dim=1).topk(min(few, len(steps))).indices.tolist()
-    size = batch_size(fitted.source.values_per_example, steps.itemsize)
-    moved = values.new_zeros(len(queries), len(at))
-    for start, stop, some in queries.batches(size):
-        batch = task.to_device(some)
-        with torch.no_grad():
-            before = measure(task, task.named(fitted.theta), batch)
-            for column, k in enumerate(at):
-                after = measure(task, task.named(fitted.theta + steps[k]), batch)
-                moved[start:stop, column] = after - before
+    before = measured(fitted.theta, [])
+    found = [measured(fitted.theta + steps[k], groups[k]) - before for k in at]
+    moved = torch.stack(found, dim=1).to(values)
     off, whole = (moved - values[:, at]).norm(dim=0), moved.norm(dim=0)
     # What moves nothing beside the others leaves only rounding.
     moves = torch.maximum(whole, values[:, at].norm(dim=0))
     counts = moves > torch.finfo(moves.dtype).eps ** 0.5 * moves.max()
     return _notes(
-        f"{measure!r} is not linear over the step, and Δm is its first order. How far it is from "
+        f"{name} is not linear over the step, and Δm is its first order. How far it is from "
         "m(θ̂ + Δθ) − m(θ̂), over that",
         torch.where(counts, off / whole, 0.0), [groups[k] for k in at], count,
+        'Pass evaluate="plugin", which measures there; or refit',
     )  # fmt: skip
 
 
@@ -183,10 +177,8 @@ def _linear_gradients(
     """∇J₋U(θ̂ + Δθ) of each group: f(θ̂ + Δθ) = f(θ̂) + ΔW z takes no other pass."""
     task, form, matrices = source.task, source.form, source.form.matrix(steps)
     totals = torch.zeros_like(matrices)
-    place: dict[int, list[int]] = {}
-    for row, group in enumerate(groups):
-        for i in group:
-            place.setdefault(i, []).append(row)
+    gone = torch.tensor([(row, i) for row, group in enumerate(groups) for i in group]).mT
+    gone = gone.to(steps.device)
     width = form.width + form.outputs * len(groups)
     for start, stop, some in train.batches(batch_size(width, steps.itemsize)):
         batch = task.to_device(some)
@@ -194,8 +186,8 @@ def _linear_gradients(
             outputs, targets = task.outputs(source.theta, batch)
         z = form.features(task, batch)
         kept = steps.new_ones(len(groups), stop - start)
-        for i in range(start, stop):
-            kept[place.get(i, []), i - start] = 0.0
+        rows, places = gone[:, (gone[1] >= start) & (gone[1] < stop)]
+        kept[rows, places - start] = 0.0
         for k, matrix in enumerate(matrices):
             moved = outputs + (z @ matrix.T).reshape(outputs.shape)
             slope = task.output_gradient(moved, targets).reshape(len(z), -1)
@@ -243,7 +235,11 @@ def remainders(
 
 
 def _notes(
-    what: str, ratios: Float[Tensor, " k"], groups: Sequence[Sequence[int]], count: int
+    what: str,
+    ratios: Float[Tensor, " k"],
+    groups: Sequence[Sequence[int]],
+    count: int,
+    way_out: str = "Refit",
 ) -> list[str]:
     """Which of the removals that were looked at, out of `count`, are further off than the limit."""
     bad = [int(k) for k in ratios.argsort(descending=True) if not ratios[k] <= LIMIT]
@@ -258,5 +254,6 @@ def _notes(
     return [
         f"removal: for {len(bad)} of {of} {what} (limit {LIMIT:g}): "
         f"{named}{', …' if len(bad) > SHOWN else ''}. "
-        "Refit without these: evaluation.leave_one_out(Newton(), task, train, examples, queries)"
+        f"{way_out} without these: "
+        "evaluation.leave_one_out(Newton(), task, train, examples, queries)"
     ]

@@ -5,8 +5,9 @@ by layer        to first order, −Σ_U S[q, i]
 evaluated       m(θ̂ + Δθ) − m(θ̂), whatever Δθ
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,53 +43,71 @@ class Place:
 
 
 def by_newton_step(
-    scorer: DenseScorer, asked: Asked, every: Sequence[list[int]]
-) -> tuple[Float[Tensor, "q e"], list[Any], list[str]]:
-    """∇m_qᵀ Δθ of every removal, the records of the solves, and what is to be doubted."""
-    linear, records, parts = scorer.linear_removals, [], []
+    at: Place, asked: Asked, every: Sequence[list[int]], is_measured: bool = False
+) -> tuple[Float[Tensor, "q e"], Float[Tensor, "q e"] | None, list[Any], list[str]]:
+    """∇m_qᵀ Δθ of every removal, m(θ̂ + Δθ) − m(θ̂), the records of the solves, and the doubts.
+
+    Args:
+        at: Where, by a `DenseScorer`.
+        asked: The question.
+        every: What each removal takes out.
+        is_measured: Whether m(θ̂ + Δθ) − m(θ̂) is asked for too.
+    """
+    scorer = at.scorer
+    assert isinstance(scorer, DenseScorer)
+    linear = scorer.linear_removals
+    singles = linear is not None and all(len(group) == 1 for group in every)
     steps: Float[Tensor, "e p"] | None = None
     lengths: Float[Tensor, " e"] | None = None
-    if linear is None:
-        steps = torch.stack([scorer.newton_step(group) for group in every])
-    singles = all(len(group) == 1 for group in every)
+    records, parts = [], []
+    if not singles:
+        steps = scorer.steps(every)
+    elif is_measured:
+        assert linear is not None
+        steps = linear.steps([group[0] for group in every])
     for job in scorer.jobs(asked):
-        if linear is None:
-            assert steps is not None
-            # ∇m_q = (H + λI) v_q.
-            part = scorer.operator.mv(job.vectors()) @ steps.T
-        elif singles:
+        if steps is None:
+            assert linear is not None
             part, lengths = linear.each(job.vectors(), [group[0] for group in every])
         else:
-            part = torch.stack([linear.together(job.vectors(), g) for g in every], dim=1)
-        if job.direct is not None:
-            part = part + first_order(job.direct, every)
+            # ∇m_q = (H + λI) v_q.
+            part = scorer.operator.mv(job.vectors()) @ steps.T
         parts.append(part)
         records.append(job.record)
     values = torch.cat(parts)
-    at, moves = remainder.looked_at(scorer, every, steps, lengths)
-    some = [every[k] for k in at]
+    if (direct := asked.direct) is not None:
+        values = values + first_order(direct, every)
+    measured = None
+    if is_measured:
+        assert steps is not None
+        measured = plugin(at, asked, every, steps)
+    places, moves = remainder.looked_at(scorer, every, steps, lengths)
+    some = [every[k] for k in places]
     doubts = remainder.missed(scorer, some, moves, len(every))
-    if asked.queries is not None and asked.functional is None:
+    if not is_measured:
+        of = partial(_measured, at, asked)
         doubts += remainder.curved(
-            scorer, asked.queries, asked.measure, values[:, at], some, moves, len(every)
+            scorer, repr(asked.measure), of, values[:, places], some, moves, len(every)
         )
-    return values, records, doubts
+    return values, measured, records, doubts
 
 
-def plugin(at: Place, asked: Asked, every: Sequence[list[int]]) -> Float[Tensor, "q e"]:
-    """m(θ̂ + Δθ) − m(θ̂) of every removal."""
+def plugin(
+    at: Place, asked: Asked, every: Sequence[list[int]], steps: Iterable[Float[Tensor, " p"]]
+) -> Float[Tensor, "q e"]:
+    """m(θ̂ + Δθ) − m(θ̂) of every removal, from Δθ of each."""
     columns = []
     before = _measured(at, asked, at.theta, [])
-    groups = ((k, k + 1, group) for k, group in enumerate(every))
-    for _, _, group in progress(groups, len(every), "removals"):
-        after = _measured(at, asked, at.theta + at.scorer.step(group), group)
-        columns.append(after - before)
+    moved = ((k, k + 1, step) for k, step in enumerate(steps))
+    for k, _, step in progress(moved, len(every), "removals"):
+        columns.append(_measured(at, asked, at.theta + step, every[k]) - before)
     return torch.stack(columns, dim=1)
 
 
 def _measured(
     at: Place, asked: Asked, theta: Float[Tensor, " p"], gone: list[int]
 ) -> Float[Tensor, " q"]:
+    """m(θ), or φ(θ, w) with w = 0 for what is gone."""
     task, measure, queries = at.task, asked.measure, asked.queries
     if asked.functional is not None:
         weights = theta.new_ones(len(at.train))

@@ -55,6 +55,13 @@ class Asked:
         assert self.queries is not None
         return len(self.queries)
 
+    @property
+    def direct(self) -> Float[Tensor, "k n"] | None:
+        """∂φ/∂w, where a `Functional` depends on the weights by itself."""
+        if self.functional is None or not bool(self.functional.by_weights.any()):
+            return None
+        return self.functional.by_weights
+
     def groups(self, together: int) -> Iterator[tuple[int, Data]]:
         """(first, queries), so many of them at a time."""
         assert self.queries is not None
@@ -204,6 +211,63 @@ class Scorer(abc.ABC):
     def stationarity(self) -> Mapping[str, float]:
         """‖∇J(θ̂)‖, and what a Newton step would gain."""
         raise not_offered("stationarity", "a curvature at θ̂")
+
+
+DIRECT = "∂φ/∂w"
+"""The share of a score that acts through no layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class _WithDirect(Job):
+    """The scores of a `Functional` through θ̂, and ∂φ/∂w, which goes through no parameter."""
+
+    job: Job
+    direct: Float[Tensor, "k n"]
+
+    @property
+    def first(self) -> int:  # type: ignore[override]
+        return self.job.first
+
+    @property
+    def at_once(self) -> int:  # type: ignore[override]
+        return self.job.at_once
+
+    def __enter__(self) -> "_WithDirect":
+        self.job.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.job.__exit__(*error)
+
+    def __len__(self) -> int:
+        return len(self.job)
+
+    def block(self, start: int, stop: int) -> Float[Tensor, "k b"]:
+        part = self.job.block(start, stop)
+        return part + self.direct[:, start:stop].to(part)
+
+    def by_layer(self, start: int, stop: int) -> Mapping[str, Float[Tensor, "k b"]]:
+        return {**self.job.by_layer(start, stop), DIRECT: self.direct[:, start:stop]}
+
+    def tokens(self, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        shares, rest = self.job.tokens(examples)
+        return shares, rest + self.direct[:, list(examples)].to(rest)
+
+    @property
+    def row_sums(self) -> Float[Tensor, " k"] | None:
+        through = self.job.row_sums
+        return None if through is None else through + self.direct.sum(dim=1).to(through)
+
+    @property
+    def record(self) -> Any:
+        return self.job.record
+
+
+def jobs_of(scorer: "Scorer", asked: Asked) -> Iterator[Job]:
+    """The jobs of a scorer, with ∂φ/∂w where a `Functional` has one."""
+    for job in scorer.jobs(asked):
+        direct = asked.direct
+        yield job if direct is None else _WithDirect(job, direct)
 
 
 def not_offered(what: str, needs: str, here: str = "attribute(queries, measure)") -> NotOffered:

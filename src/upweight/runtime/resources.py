@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from upweight._typing import Folder
+from upweight.errors import SpecError, message
 from upweight.runtime.group import Group, SingleProcess
 
 
@@ -13,11 +14,14 @@ class Resources:
     Args:
         memory_bytes: What one batch may take, and solved queries as much again; None: a share of
             what is free.
-        jobs: Processes for retraining; None: as many as there are cores.
-        folder: Where to keep what takes long to compute (a curvature while it grows, retrained
-            models), so that an interrupted run resumes from it; None: nowhere.
-        group: The processes that share the work.
-        progress: Whether to draw progress bars, on a terminal or in a notebook.
+        jobs: Processes for retraining, in `fitted.check`; None: this one.
+        folder: Where to keep what takes long to fit (a curvature while it grows), so that an
+            interrupted fit resumes from it; None: nowhere.
+        group: The processes that share the work: one, for now.
+        progress: Whether retraining, in `fitted.check`, draws a progress bar.
+
+    Raises:
+        SpecError: The group has several processes.
     """
 
     memory_bytes: int | None = None
@@ -25,3 +29,15 @@ class Resources:
     folder: Folder | None = None
     group: Group = field(default_factory=SingleProcess)
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.group.size != 1:
+            raise SpecError(
+                message(
+                    "Scores are computed by one process.",
+                    f"a group of {self.group.size}.",
+                    "a group of several processes, which no method shares its work with yet.",
+                    "leave the group out; or let each process ask about some of the queries, "
+                    "as_data(queries).subset(...).",
+                )
+            )

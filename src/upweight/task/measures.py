@@ -7,7 +7,7 @@ its place.
 import abc
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
@@ -162,7 +162,46 @@ class Functional:
         return self.function(task, params, queries, weights)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
+class _Entries:
+    """θ[which], as the function of a `Coefficient`."""
+
+    which: int | str
+
+    def __call__(self, task: Task, params: Params, queries: Any, weights: Tensor) -> Tensor:
+        flat, layout = task.layout.flatten(params), task.layout
+        if not isinstance(self.which, str):
+            if -len(flat) <= self.which < len(flat):
+                return flat[self.which]
+            raise SpecError(self._unknown(f"{len(flat)} entries", params))
+        name, _, place = self.which.partition("[")
+        known = {} if task.reads is None else getattr(task.reads, "coefficients", {})
+        if self.which in known:
+            return flat[known[self.which]]
+        if name not in layout.names:
+            raise SpecError(self._unknown("no parameter of that name", params, tuple(known)))
+        value = params[name]
+        if not place:
+            return value.reshape(-1)
+        try:
+            at = tuple(int(part) for part in place.removesuffix("]").split(","))
+            return value[at].reshape(-1)
+        except (ValueError, IndexError) as error:
+            given = f"{name} of shape {tuple(value.shape)}"
+            raise SpecError(self._unknown(given, params)) from error
+
+    def _unknown(self, given: str, params: Params, known: tuple[str, ...] = ()) -> str:
+        names, (first, value) = [*known, *params], next(iter(params.items()))
+        entry = f"{first}[{', '.join('0' * value.ndim)}]" if value.ndim else first
+        return message(
+            "A coefficient is named by a parameter, an entry of one, or a place in θ.",
+            f"Coefficient({self.which!r}) of a task with {given}.",
+            "a name of another model, or a place counted from 1.",
+            f"one of {', '.join(map(repr, names[:8]))}{', …' if len(names) > 8 else ''}, such as "
+            f"Coefficient({entry!r}).",
+        )
+
+
 class Coefficient(Functional):
     """φ = θ[which]: an entry of θ, by its place, or all entries of a parameter by its name.
 
@@ -173,43 +212,8 @@ class Coefficient(Functional):
         SpecError: There is no such parameter or entry.
     """
 
-    function: Callable[..., Tensor] = field(init=False, compare=False)
-    which: int | str = 0
-
     def __init__(self, which: int | str) -> None:
-        object.__setattr__(self, "which", which)
-        object.__setattr__(self, "function", self._entries)
+        super().__init__(_Entries(which))
 
     def __repr__(self) -> str:
-        return f"Coefficient({self.which!r})"
-
-    def _entries(self, task: Task, params: Params, queries: Any, weights: Tensor) -> Tensor:
-        flat, layout = task.layout.flatten(params), task.layout
-        if not isinstance(self.which, str):
-            if -len(flat) <= self.which < len(flat):
-                return flat[self.which]
-            raise SpecError(self._unknown(f"{len(flat)} entries", list(layout.names)))
-        name, _, place = self.which.partition("[")
-        known = {} if task.reads is None else getattr(task.reads, "coefficients", {})
-        if self.which in known:
-            return flat[known[self.which]]
-        if name not in layout.names:
-            raise SpecError(self._unknown("no parameter of that name", [*known, *layout.names]))
-        value = params[name]
-        if not place:
-            return value.reshape(-1)
-        try:
-            at = tuple(int(part) for part in place.removesuffix("]").split(","))
-            return value[at].reshape(-1)
-        except (ValueError, IndexError) as error:
-            given = f"{name} of shape {tuple(value.shape)}"
-            raise SpecError(self._unknown(given, list(layout.names))) from error
-
-    def _unknown(self, given: str, names: list[str]) -> str:
-        return message(
-            "A coefficient is named by a parameter, an entry of one, or a place in θ.",
-            f"{self!r} of a task with {given}.",
-            "a name of another model, or a place counted from 1.",
-            f"one of {', '.join(map(repr, names[:8]))}{', …' if len(names) > 8 else ''}, such as "
-            f"Coefficient({names[0] + '[0, 0]' if names else 0!r}).",
-        )
+        return f"Coefficient({self.function.which!r})"  # type: ignore[attr-defined]

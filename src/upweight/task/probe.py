@@ -7,6 +7,7 @@ evaluated alone and together.
 """
 
 import math
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -196,9 +197,10 @@ def require_own_measurements(
         values: m_q of all of them.
 
     Raises:
-        ScalarLoss: One query alone does not have one value.
+        ScalarLoss: One query alone does not have one value, or all have that of the model.
         NonDeterministic: A value depends on the other queries of its batch, or is random.
     """
+    singles: list[tuple[Batch, Tensor]] = []
     for i in evenly_spaced(len(data)):
         single = task.to_device(data.batch(i, i + 1))
 
@@ -213,8 +215,7 @@ def require_own_measurements(
                 f"shape {tuple(alone.shape)} from {measure!r} for query {i} alone; "
                 f"{len(values)} values for all {len(values)} queries.",
                 "a measure that ignores its batch, such as one that returns parameters.",
-                "return one number and ask it of one query: lambda task, params, batch: "
-                "params[name].reshape(-1)[k : k + 1].",
+                OF_THE_MODEL,
             )
         again = value(theta)
         if not _repeats(task, alone, again):
@@ -238,6 +239,55 @@ def require_own_measurements(
                 "at the first of them only.",
                 "let the value of each query depend on its own row of outputs and targets.",
             )
+        singles.append((single, alone))
+    if isinstance(measure, types.FunctionType):
+        _require_of_the_queries(task, theta, measure, singles)
+
+
+OF_THE_MODEL = (
+    "ask for a number of the model as such: Coefficient(name); or Functional(lambda task, params, "
+    "queries, weights: params[name].reshape(-1)), queries=None."
+)
+
+
+def _require_of_the_queries(
+    task: Task,
+    theta: Float[Tensor, " p"],
+    measure: Callable[..., Tensor],
+    singles: Sequence[tuple[Batch, Tensor]],
+) -> None:
+    """Refuse a measure that gives queries with other outputs one value with one gradient.
+
+    Not at any θ and query would a function of the outputs do that: it reads the parameters alone.
+    """
+    first, value = singles[0]
+    with torch.no_grad():
+        outputs = task.call(theta, first)[0]
+        others = [b for b, v in singles[1:] if not torch.equal(task.call(theta, b)[0], outputs)]
+    if not others or not all(torch.equal(v, value) for _, v in singles):
+        return
+
+    def gradient(batch: Batch) -> Tensor | None:
+        flat = theta.clone().requires_grad_()
+        with torch.enable_grad():
+            found = measure(task, task.named(flat), batch)
+        if not found.requires_grad:
+            return None
+        return torch.autograd.grad(found.sum(), flat, allow_unused=True)[0]
+
+    own = gradient(first)
+    if own is None or not bool(own.any()):  # said of all queries where gradients are taken
+        return
+    found = (gradient(batch) for batch in others)
+    if all(g is not None and torch.equal(g, own) for g in found):
+        raise ScalarLoss(
+            "A measure must measure each query.",
+            f"{float(value[0]):.6g} from {measure!r}, with one gradient, for each of "
+            f"{len(singles)} queries whose outputs differ.",
+            "a measure that ignores its batch, such as one that returns a parameter: every row of "
+            "scores would be the same.",
+            OF_THE_MODEL,
+        )
 
 
 # -- is it rounding? -------------------------------------------------------------------------------

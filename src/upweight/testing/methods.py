@@ -9,7 +9,8 @@ the method's own tests.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 
 import upweight
 from upweight.methods.method import Method
+from upweight.methods.reduce import GroupSums, Top
 from upweight.scores import Scores, Unit
 from upweight.task.data import as_data
 from upweight.task.losses import SquaredError, Weighted
 from upweight.task.task import Task
-from upweight.testing.problems import ClosedForm, closed_forms, first_output, ridge
+from upweight.testing.problems import ClosedForm, Problem, closed_forms, first_output, ridge
 
 Check = Callable[[], None]
 
@@ -31,6 +33,7 @@ Check = Callable[[], None]
 def check_method(
     method: Method,
     *,
+    problems: Sequence[Problem] | None = None,
     exact: bool = False,
     damped: bool = False,
     symmetric: bool = True,
@@ -41,6 +44,7 @@ def check_method(
 
     Args:
         method: The spec to hold to the laws.
+        problems: Tasks to ask about; None: the closed forms.
         exact: Whether it promises ∂m/∂w itself where f is linear in θ and θ̂ a minimum.
         damped: Whether it damps, so that even without a penalty its rows need not sum to zero.
         symmetric: Whether S is symmetric for m = ℓ on the training set, as with any symmetric H.
@@ -50,7 +54,7 @@ def check_method(
             solver's own rtol.
     """
     suite = _Suite(method, rtol)
-    for problem in closed_forms():
+    for problem in closed_forms() if problems is None else problems:
         yield (
             f"scores have a unit, a shape and a source: {problem.name}",
             partial(suite.labelled, problem),
@@ -72,7 +76,8 @@ def check_method(
                     f"duplicates halve the scores: {problem.name}",
                     partial(suite.duplicates, problem),
                 )
-        if exact:
+        yield f"reducers keep what the matrix has: {problem.name}", partial(suite.reduced, problem)
+        if exact and isinstance(problem, ClosedForm):
             yield f"is the derivative: {problem.name}", partial(suite.exact, problem)
     yield "an example without a gradient has score zero", suite.zero
     if exact and not damped:
@@ -91,7 +96,7 @@ class _Suite:
     def scores(self, task: Task, train: Any, queries: Any, *measure: Any) -> Tensor:
         return self.method.fit(task, train).attribute(queries, *measure).values
 
-    def of(self, problem: ClosedForm, *measure: Any) -> Tensor:
+    def of(self, problem: Problem, *measure: Any) -> Tensor:
         return self.scores(problem.task, problem.train, problem.queries, *measure)
 
     def same(self, actual: Tensor, expected: Tensor, what: str, rtol: float | None = None) -> None:
@@ -105,10 +110,10 @@ class _Suite:
             msg=lambda text: f"{self.method!r}: {what}\n{text}",
         )
 
-    def labelled(self, problem: ClosedForm) -> None:
+    def labelled(self, problem: Problem) -> None:
         scores = self.method.fit(problem.task, problem.train).attribute(problem.queries)
         assert isinstance(scores, Scores)
-        n, q = len(problem.train[0]), len(problem.queries[0])
+        n, q = len(as_data(problem.train)), len(as_data(problem.queries))
         assert scores.values.shape == (q, n), f"{self.method!r}: {tuple(scores.values.shape)}"
         assert scores.unit is self.method.unit, f"{self.method!r}: {scores.unit}"
         found = scores.provenance
@@ -116,18 +121,18 @@ class _Suite:
         assert found.method == repr(self.method), f"{self.method!r} is called {found.method}"
         assert scores.context is not None and scores.context.task is problem.task
 
-    def query_subset(self, problem: ClosedForm) -> None:
+    def query_subset(self, problem: Problem) -> None:
         rows = self.of(problem)
         subset = as_data(problem.queries).subset([1, 0])
         found = self.scores(problem.task, problem.train, subset)
         self.same(found, rows[[1, 0]], "a query's scores depend on the other queries")
 
-    def diagonal(self, problem: ClosedForm) -> None:
+    def diagonal(self, problem: Problem) -> None:
         fitted = self.method.fit(problem.task, problem.train)
         expected = fitted.attribute(problem.train).values.diagonal()
         self.same(fitted.self_influence(), expected, "self_influence() is not the diagonal of S")
 
-    def linear(self, problem: ClosedForm) -> None:
+    def linear(self, problem: Problem) -> None:
         def second(outputs: Tensor, targets: Tensor) -> Tensor:
             return outputs.reshape(len(outputs), -1).square().sum(dim=1)
 
@@ -141,18 +146,21 @@ class _Suite:
         gap = float((found - (2.0 * one - 3.0 * two)).abs().max())
         assert gap <= self.rtol * scale, f"{self.method!r}: not linear in m, by {gap:.1e}"
 
-    def symmetric(self, problem: ClosedForm) -> None:
+    def symmetric(self, problem: Problem) -> None:
         values = self.scores(problem.task, problem.train, problem.train)
         self.same(values, values.T.contiguous(), "S is not symmetric on the training set")
+        if self.method.unit is Unit.DERIVATIVE:
+            rising = values.diagonal() > 0
+            assert not bool(rising.any()), f"{self.method!r}: more weight raises an own loss"
 
-    def order(self, problem: ClosedForm) -> None:
-        n = len(problem.train[0])
+    def order(self, problem: Problem) -> None:
+        n = len(as_data(problem.train))
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
         shuffled = as_data(problem.train).subset(order.tolist())
         found = self.scores(problem.task, shuffled, problem.queries)
         self.same(found, self.of(problem)[:, order], "columns do not follow the examples")
 
-    def batches(self, problem: ClosedForm) -> None:
+    def batches(self, problem: Problem) -> None:
         expected = self.of(problem)
         # The memory that one pass may use: enough for one example, and for a few.
         for budget in (1, 150):
@@ -162,12 +170,29 @@ class _Suite:
             ):
                 self.same(self.of(problem), expected, f"batches matter ({budget} bytes)")
 
-    def duplicates(self, problem: ClosedForm) -> None:
+    def duplicates(self, problem: Problem) -> None:
         once = self.of(problem)
         n = once.shape[1]
         twice = as_data(problem.train).subset([*range(n), *range(n)])
         found = self.scores(problem.task, twice, problem.queries)
         self.same(found, torch.cat([once, once], dim=1) / 2, "two copies do not share a score")
+
+    def reduced(self, problem: Problem) -> None:
+        fitted = self.method.fit(problem.task, problem.train)
+        values = fitted.attribute(problem.queries).values
+        n = values.shape[1]
+        k = min(3, n)
+        top = fitted.attribute(problem.queries, into=Top(k))
+        for found, largest in ((top.raises_by, True), (top.lowers_by, False)):
+            expected = values.topk(k, dim=1, largest=largest).values
+            self.same(found, expected, "Top keeps other scores than the extremes")
+        labels = [i % 3 for i in range(n)]
+        sums = fitted.attribute(problem.queries, into=GroupSums(labels))
+        by_hand = [values[:, label::3].sum(dim=1) for label in range(min(3, n))]
+        # Scores of a group may cancel.
+        gap = float((sums.values - torch.stack(by_hand, dim=1)).abs().max())
+        largest_sum = float(values.abs().sum(dim=1).max())
+        assert gap <= self.rtol * largest_sum, f"{self.method!r}: groups do not add up, by {gap}"
 
     def exact(self, problem: ClosedForm) -> None:
         found = self.of(problem, first_output)
@@ -217,7 +242,15 @@ class _Suite:
 
     def spec(self) -> None:
         names = {name: getattr(upweight, name) for name in upweight.__all__}
-        names[type(self.method).__name__] = type(self.method)
+        names |= {type(part).__name__: type(part) for part in _parts(self.method)}
         again = eval(repr(self.method), names)
         assert again == self.method, f"repr is not Python for an equal spec: {self.method!r}"
         assert hash(again) == hash(self.method)
+
+
+def _parts(spec: Any) -> Iterator[Any]:
+    """A spec and the specs in its fields: somebody else's may be among them."""
+    yield spec
+    if dataclasses.is_dataclass(spec):
+        for field in dataclasses.fields(spec):
+            yield from _parts(getattr(spec, field.name))

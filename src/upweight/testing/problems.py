@@ -11,6 +11,7 @@ or solvers.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,20 +25,33 @@ NEWTON_STEPS = 30
 
 
 @dataclass(frozen=True, eq=False)
-class ClosedForm:
-    """A trained task with the exact derivatives of its first output.
+class Problem:
+    """A trained task.
 
     Args:
         name: What it is.
         task: The model at its minimum.
-        train, queries: Data as a user would pass them, `(X, y)`.
+        train, queries: Data as a user would pass them; two queries or more.
+    """
+
+    name: str
+    task: Task
+    train: Any
+    queries: Any
+
+
+@dataclass(frozen=True, eq=False)
+class ClosedForm(Problem):
+    """A trained task with the exact derivatives of its first output.
+
+    Args:
+        name, task: See `Problem`.
+        train, queries: `(X, y)`.
         output_scores: ∂f_q/∂wᵢ at w = 1, for the first output f of each query.
         removals: The exact change of f_q when example i is left out (wᵢ = 0), or None where it has
             no closed form.
     """
 
-    name: str
-    task: Task
     train: tuple[Tensor, Tensor]
     queries: tuple[Tensor, Tensor]
     output_scores: Float[Tensor, "q n"]
