@@ -15,7 +15,7 @@ from upweight.cli.pages import Shown, is_kept, keep, loaded, shown_of
 from upweight.cli.project import Project, opened
 from upweight.cli.question import Asked, question_options, relative, reopened, require_same
 from upweight.cli.screen import Answer, continued_by, duration, say, verb
-from upweight.errors import StaleStore, message
+from upweight.errors import StaleStore
 from upweight.runs import work
 from upweight.runs.directory import Run
 from upweight.runs.environment import environment
@@ -210,12 +210,10 @@ def finished(
     began = run.has_work
     if began and record.versions != library_versions():
         raise StaleStore(
-            message(
-                "An interrupted run is finished with the versions that it was begun with.",
-                f"{dict(record.versions)}, now {library_versions()}.",
-                "an upgrade in between: the scores of two versions would be mixed.",
-                f"go back to those, or start anew: {to_go_on.partition(' --out ')[0]} --out OTHER",
-            )
+            "An interrupted run is finished with the versions that it was begun with.",
+            f"{dict(record.versions)}, now {library_versions()}.",
+            "an upgrade in between: the scores of two versions would be mixed.",
+            f"go back to those, or start anew: {to_go_on.partition(' --out ')[0]} --out OTHER",
         )
     record.write(run.toml)
     word = "resuming" if began else "starting"

@@ -284,12 +284,10 @@ def require_task(task: Any) -> None:
     """
     if isinstance(task, tuple) and any(isinstance(each, Task) for each in task):
         raise UnsupportedModel(
-            message(
-                "What was trained is said by an upweight.Task.",
-                f"a tuple of {' and '.join(type(each).__name__ for each in task)}.",
-                "what task(…) of an adapter returns, as one argument.",
-                "task, train = sk.task(…); then fit(task, train).",
-            )
+            "What was trained is said by an upweight.Task.",
+            f"a tuple of {' and '.join(type(each).__name__ for each in task)}.",
+            "what task(…) of an adapter returns, as one argument.",
+            "task, train = sk.task(…); then fit(task, train).",
         )
     if not isinstance(task, Task):
         raise UnsupportedModel(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch, Params
-from upweight.errors import UnsupportedModel, message
+from upweight.errors import UnsupportedModel
 from upweight.task.data import Data
 from upweight.task.recipe import Trained
 from upweight.task.task import Task
@@ -372,12 +372,10 @@ def _refuse_running_statistics(model: nn.Module) -> None:
     ]
     if named:
         raise UnsupportedModel(
-            message(
-                "Training is a function of the data weights to θ; a layer that keeps statistics of "
-                "its batches trains something besides.",
-                f"{', '.join(named[:4])} in training mode.",
-                "batch normalization, whose running mean and variance are no parameters.",
-                "use GroupNorm or LayerNorm, freeze the statistics (init=lambda: net().eval()), or "
-                "write the training loop yourself: FromFunction(train).",
-            )
+            "Training is a function of the data weights to θ; a layer that keeps statistics of "
+            "its batches trains something besides.",
+            f"{', '.join(named[:4])} in training mode.",
+            "batch normalization, whose running mean and variance are no parameters.",
+            "use GroupNorm or LayerNorm, freeze the statistics (init=lambda: net().eval()), or "
+            "write the training loop yourself: FromFunction(train).",
         )
