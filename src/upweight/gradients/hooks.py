@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch, Params
-from upweight.errors import UnsupportedModel, message
+from upweight.errors import UnsupportedModel
 from upweight.task.gradients import require_recording
 from upweight.task.lent import lent, without_fast_path
 from upweight.task.task import Task
@@ -228,7 +228,14 @@ class Capture:
                 return output
             if not torch.is_grad_enabled():
                 # A layer that autograd does not see would lose its share without a word.
-                raise UnsupportedModel(_unrecorded(name))
+                raise UnsupportedModel(
+                    "Layers with chosen parameters must run where autograd records.",
+                    f"{name or 'the model'} runs under torch.no_grad() or inference_mode().",
+                    "gradient checkpointing with use_reentrant=True, or a forward that switches "
+                    "gradients off.",
+                    "use checkpoint(..., use_reentrant=False), or leave these parameters out with "
+                    'Task(params="pattern").',
+                )
             tensor, rest = _first(output)
             if tensor is None or not tensor.is_floating_point():
                 return output
@@ -317,13 +324,3 @@ def _first(output: Any) -> tuple[Tensor | None, tuple[Any, ...] | None]:
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
         return output[0], output[1:]
     return None, None
-
-
-def _unrecorded(name: str) -> str:
-    return message(
-        "Layers with chosen parameters must run where autograd records.",
-        f"{name or 'the model'} runs under torch.no_grad() or inference_mode().",
-        "gradient checkpointing with use_reentrant=True, or a forward that switches gradients off.",
-        "use checkpoint(..., use_reentrant=False), or leave these parameters out with "
-        'Task(params="pattern").',
-    )
