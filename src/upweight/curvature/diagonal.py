@@ -12,10 +12,7 @@ from upweight.gradients.blocks import Block
 
 @dataclass(frozen=True)
 class Diagonal(LayerwiseCurvature):
-    """H ≈ diag(E[g²]) + ∇²R: one number per parameter.
-
-    Args:
-        labels, examples: As for `EKFAC`.
+    """H ≈ diag(E[g²]) + ∇²R: one number per parameter; set as `EKFAC`.
 
     Exact when: the Fisher is diagonal, as for one linear layer with squared loss whose inputs are
     uncorrelated and one-hot.

@@ -89,13 +89,7 @@ class Reduce(Sharing):
 
 
 class Estimator(abc.ABC):
-    """Learns one block. Gradients come in passes over the data; `finish` closes a pass.
-
-    Args:
-        name: The block, for messages.
-        dtype: What the result is kept in.
-        device: Where.
-    """
+    """Learns one block. Gradients come in passes over the data; `finish` closes a pass."""
 
     passes: int = 1
 

@@ -120,13 +120,7 @@ class BlockCurvature:
 
 
 def examples_at_once(spent: Cost, device: torch.device, memory_bytes: int | None) -> int:
-    """Examples whose gradients are taken together.
-
-    Args:
-        spent: What an example costs.
-        device: Where.
-        memory_bytes: What a batch may take; None: a share of what is free.
-    """
+    """Examples whose gradients are taken together."""
     allowed = working_bytes(device, memory_bytes)
     return examples_within(allowed, spent.bytes_per_example, MOST_EXAMPLES)
 

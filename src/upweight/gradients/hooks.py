@@ -142,11 +142,9 @@ class Capture:
         return self.watch(lambda params: self.task.call(params, batch), size)
 
     def watch(self, function: Callable[[Any], Any], size: int | None = None) -> Any:
-        """function(θ) for any function that calls the model, ready for `backward`.
+        """function(θ), θ by name, for any function that calls the model, ready for `backward`.
 
-        Args:
-            function: Takes the chosen parameters by name.
-            size: The number of examples, needed where there are `repeated` layers.
+        With `repeated` layers it needs the number of examples.
         """
         self._forget()
         self._size = size or 0

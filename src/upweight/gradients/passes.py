@@ -37,12 +37,7 @@ Function = Callable[[Params, Any], Tensor]
 
 
 class GradientPass:
-    """Gradients of batches as factors, block by block, while in its context.
-
-    Args:
-        plan: How to obtain them.
-        theta: θ, where they are taken.
-    """
+    """Gradients of batches as factors, block by block, while in its context."""
 
     def __init__(self, plan: Plan, theta: Float[Tensor, " p"]) -> None:
         self.plan = plan

@@ -38,12 +38,7 @@ _Shapes = tuple[torch.Size, ...]
 
 
 def plan(task: Task, theta: Float[Tensor, " p"], data: Data) -> Plan:
-    """Assign every chosen parameter to a block, and check the gradients that come of it.
-
-    Args:
-        task: What was trained.
-        theta: θ at which that is tried. The plan holds at others too.
-        data: Training data; a few examples of them are run.
+    """Assign every chosen parameter to a block, for any θ; check the gradients that come of it.
 
     Raises:
         UnsupportedModel: The model cannot be watched (a script, a model split over devices), or a

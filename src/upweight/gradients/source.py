@@ -60,13 +60,7 @@ Values = Callable[[Params, Any], Float[Tensor, " b"]]
 
 @dataclass(frozen=True, eq=False)
 class Direct(GradientSource):
-    """gᵢ formed by `vmap(grad)`, for any model that it can run.
-
-    Args:
-        task: Whose parameters.
-        theta: θ.
-        function: Whose gradients; None: the losses'.
-    """
+    """gᵢ formed by `vmap(grad)`, for any model that it can run."""
 
     task: Task
     theta: Float[Tensor, " p"]
@@ -91,15 +85,7 @@ class Direct(GradientSource):
 
 @dataclass(frozen=True, eq=False)
 class ByLayer(GradientSource):
-    """gᵢ by the rules of the layers, and one example at a time where there is none.
-
-    Args:
-        task: Whose parameters.
-        theta: θ.
-        plan: How.
-        function: Whose gradients; None: the losses'.
-        notes: Why.
-    """
+    """gᵢ by the rules of the layers, and one example at a time where there is none."""
 
     task: Task
     theta: Float[Tensor, " p"]

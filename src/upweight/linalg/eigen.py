@@ -19,11 +19,9 @@ from upweight.linalg.operator import LinearOperator, Tag
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Eigen(LinearOperator):
-    """Q diag(values) Qᵀ with Q a Kronecker product of orthogonal bases.
+    """Q diag(values) Qᵀ with Q a Kronecker product of orthogonal bases, one for each axis of values.
 
-    Args:
-        bases: Qₖ [dₖ, dₖ] for each axis, eigenvectors in columns; None stands for the identity.
-        values: The eigenvalues, an array [d₁, d₂, …].
+    A basis has its eigenvectors in columns; None stands for the identity.
 
     Raises:
         ShapeError: The bases do not fit the array of eigenvalues.

@@ -33,13 +33,7 @@ NAMES = {**WORDS, dict: "a table", list: "a list", type(None): "null"}
 
 
 class Misfit(ValueError):
-    """A value that is not what is asked for.
-
-    Args:
-        key: Where, such as `provenance.n`.
-        required: What is asked for, in words.
-        given: What is there, in words.
-    """
+    """A value that is not what is asked for."""
 
     def __init__(self, key: str, required: str, given: str) -> None:
         super().__init__(f"{key}: {required}, not {given}")

@@ -44,13 +44,7 @@ def evenly_spaced(n: int, most: int = PROBE_EXAMPLES) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Probe:
-    """A few examples, each by itself.
-
-    Args:
-        at: Their places in the data.
-        losses: ℓᵢ of each, from a batch that holds it alone.
-        notes: What was noticed on the way.
-    """
+    """A few examples, each by itself."""
 
     at: tuple[int, ...]
     losses: Float[Tensor, " k"]
@@ -89,16 +83,6 @@ def own_losses(
     role: str,
 ) -> Float[Tensor, " k"]:
     """ℓᵢ of each of these examples alone, after asking that it is the same beside the others.
-
-    Args:
-        task: What was trained.
-        theta: θ̂.
-        data: The examples.
-        at: Which of them to ask about.
-        batch: Those, together.
-        answer: Their outputs and targets.
-        evaluate: The model.
-        role: What the data are called in messages.
 
     Raises:
         NonDeterministic: A loss changes from call to call, with the other examples of the batch, or
@@ -187,13 +171,6 @@ def require_own_measurements(
     values: Float[Tensor, " q"],
 ) -> None:
     """Ask that the measurements of some queries are the same for each of them alone.
-
-    Args:
-        task: What was trained.
-        theta: θ̂.
-        measure: m.
-        data: The queries, whose losses are their own.
-        values: m_q of all of them.
 
     Raises:
         ScalarLoss: One query alone does not have one value.
