@@ -22,9 +22,5 @@ class Diagonal(LayerwiseCurvature):
     labels: Labels = Sampled()  # noqa: RUF009  a frozen spec
     examples: int | None = None
 
-    @property
-    def which(self) -> Labels:
-        return self.labels
-
     def estimator(self, block: Block, dtype: torch.dtype, device: torch.device) -> Estimator:
         return DiagonalBlock(block.name, dtype, device, block.shape)

@@ -27,10 +27,6 @@ class KFAC(LayerwiseCurvature):
     sharing: Sharing = Expand()  # noqa: RUF009  a frozen spec
     examples: int | None = None
 
-    @property
-    def which(self) -> Labels:
-        return self.labels
-
     def estimator(self, block: Block, dtype: torch.dtype, device: torch.device) -> Estimator:
         if isinstance(block, MatrixBlock):
             return KFACBlock(block.name, dtype, device, block.shape, self.sharing)

@@ -128,19 +128,15 @@ def examples_at_once(spent: Cost, device: torch.device, memory_bytes: int | None
 class LayerwiseCurvature(abc.ABC):
     """A spec that makes one estimator per block: `KFAC`, `EKFAC`, `Diagonal`, `Blockwise`."""
 
+    labels: Labels
+    """Whose labels the gradients are taken with."""
+
+    examples: int | None
+    """How many training examples to learn from; None: all of them."""
+
     @abc.abstractmethod
     def estimator(self, block: Block, dtype: torch.dtype, device: torch.device) -> Estimator:
         """What learns this block."""
-
-    @property
-    @abc.abstractmethod
-    def which(self) -> Labels:
-        """Whose labels the gradients are taken with."""
-
-    @property
-    def examples(self) -> int | None:
-        """How many training examples to learn from; None: all of them."""
-        return None
 
     def fit(
         self, task: Task, data: Data, theta: Float[Tensor, " p"], *, n: int | None = None
@@ -207,7 +203,7 @@ class LayerwiseCurvature(abc.ABC):
         passes = _Passes(
             made,
             theta,
-            self.which,
+            self.labels,
             seen,
             is_part,
             estimators,
@@ -219,7 +215,7 @@ class LayerwiseCurvature(abc.ABC):
         )
         seconds = passes.run()
         size = len(seen) if n is None else len(seen) * n / len(data)
-        count = size * self.which.per_example
+        count = size * self.labels.per_example
         eigens = [estimator.result(count) for estimator in estimators]
         eigens, penalty_notes = _with_penalty(made, theta, eigens)
         errors = spread.relative_errors(len(data))

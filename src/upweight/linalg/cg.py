@@ -201,7 +201,4 @@ class _Run:
         return fresh.keep(~solved & ~stuck)
 
     def end(self, rows: _Rows, mask: Bool[Tensor, " r"], result: Result) -> None:
-        if result is Result.NON_FINITE:
-            self.columns.close_without_answer(rows.index[mask], result)
-        else:
-            self.columns.close(rows.index[mask], rows.x[mask], result)
+        self.columns.close(rows.index[mask], rows.x[mask], result)

@@ -19,7 +19,7 @@ from upweight.linalg.operator import LinearOperator, Tag
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Eigen(LinearOperator):
-    """Q diag(values) Qᵀ with Q a Kronecker product of orthogonal bases, one for each axis of values.
+    """Q diag(values) Qᵀ with Q a Kronecker product of orthogonal bases, one for each axis.
 
     A basis has its eigenvectors in columns; None stands for the identity.
 
