@@ -184,14 +184,6 @@ def finished(
 ) -> str:
     """Do what is left of a run; what was done, in a word.
 
-    Args:
-        run: The run.
-        record: What it is asked.
-        question: The live objects.
-        to_go_on: The command that goes on where this one is interrupted.
-        project: Where the user's objects are loaded from.
-        show: What to show beside the data from now on; None: as before.
-
     Raises:
         StaleStore: An interrupted run was begun with other versions, or scores were altered.
     """
@@ -234,14 +226,7 @@ def finished(
 
 
 def answer(run: Run, shown: Path, did: str, project: Project | None = None) -> Answer:
-    """Where the scores are, what they say of themselves, and what to do next.
-
-    Args:
-        run: Finished.
-        shown: Its name, as the user says it.
-        did: What was done, in a word.
-        project: Whose code ran; None: none did.
-    """
+    """Where the scores are, what they say of themselves, and what to do next."""
     record = run.record
     facts = {
         "run": str(run.path),

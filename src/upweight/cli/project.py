@@ -120,9 +120,6 @@ class Project:
 def opened(only: Mapping[str, str] | None = None) -> Iterator[Project]:
     """A project for the time of one command. What its code prints goes to standard error.
 
-    Args:
-        only: As for `Project`.
-
     Raises:
         ProjectError: An error came out of the user's code, at any time: says where.
     """

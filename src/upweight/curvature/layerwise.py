@@ -94,16 +94,7 @@ class FittedBlock:
 
 @dataclass(frozen=True, eq=False)
 class BlockCurvature:
-    """⊕ₗ Qₗ Λₗ Qₗᵀ. Made by `fit` of a layerwise spec.
-
-    Args:
-        plan: How gradients are obtained, block by block.
-        theta: θ, where they were taken.
-        cost: What an example costs.
-        blocks: One per block of the plan, in its order.
-        notes: What was approximated on the way.
-        seconds: Time spent, by stage.
-    """
+    """⊕ₗ Qₗ Λₗ Qₗᵀ. Made by `fit` of a layerwise spec."""
 
     plan: Plan
     theta: Float[Tensor, " p"]
@@ -261,20 +252,7 @@ class _Place:
 
 @dataclass(eq=False)
 class _Passes:
-    """The passes of one fit over the data, from where an earlier run left off.
-
-    Args:
-        plan: How gradients are obtained.
-        theta: θ, where they are taken.
-        labels: Whose labels they are taken with.
-        data: The examples to learn from.
-        is_part: Whether there are others.
-        estimators: What learns, block by block.
-        spread: What tells how much it matters that there are others.
-        kept: Gradients that a later pass will read.
-        place: How far it has come.
-        checkpoint, watch: As for `fit_blocks`.
-    """
+    """The passes of one fit over the data, from where an earlier run left off."""
 
     plan: Plan
     theta: Float[Tensor, " p"]

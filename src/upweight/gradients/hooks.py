@@ -159,10 +159,6 @@ class Capture:
     def backward(self, values: Tensor, cotangents: Tensor | None = None) -> list[Call]:
         """Each use of each watched layer with its δ = ∂⟨cotangents, values⟩/∂(its output).
 
-        Args:
-            values: What `forward` or `watch` returned, or anything made from it.
-            cotangents: Of the shape of `values`; None stands for ones.
-
         The graph is kept, so that other cotangents may follow. Uses that do not affect `values` are
         left out: their gradient is zero.
         """

@@ -58,11 +58,6 @@ class GradientPass:
     ) -> list[Factors]:
         """∇θ function(θ, batch)ᵢ for each example, in the order of the plan's blocks.
 
-        Args:
-            function: One value per example: losses, or a measure.
-            batch: As data give it, on the parameters' device.
-            size: How many examples it holds.
-
         Raises:
             NotDifferentiable: No gradient reaches the layers.
             ScalarLoss: The function does not give one value per example.

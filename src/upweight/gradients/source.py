@@ -191,13 +191,6 @@ def value_source(
 ) -> GradientSource:
     """The gradients of any value per example: by `torch.func` where it can run the model.
 
-    Args:
-        task: Whose parameters.
-        theta: θ.
-        data: The examples to differentiate at.
-        function: The value; None: the loss.
-        train: The training data, to plan with; None: `data`.
-
     Raises:
         UnsupportedModel: There is neither a layer rule nor a gradient by autograd.
 

@@ -118,21 +118,7 @@ class DenseJob(Job):
 
 @dataclass(frozen=True, eq=False)
 class DenseScorer(Scorer):
-    """(H + λI)⁻¹ at a point.
-
-    Args:
-        curvature, chosen: H and the solver, as they were asked for.
-        damped_by: λ, as it was asked for.
-        task, train: What it was fitted to.
-        point: θ, and the weight a of this point.
-        operator: H + λI.
-        solver, state: How it is inverted.
-        source: Where training gradients come from.
-        damping: λ.
-        mean_loss: (1/n) Σ ℓᵢ(θ).
-        memory_bytes: What a batch may take.
-        notes: Of the fit.
-    """
+    """(H + λI)⁻¹ at a point."""
 
     curvature: Curvature
     chosen: Solver[Any]

@@ -145,18 +145,7 @@ class LayeredJob(Job):
 
 @dataclass(frozen=True, eq=False)
 class LayeredScorer(Scorer):
-    """(Hₗ + λₗ)⁻¹ of every block at a point.
-
-    Args:
-        task, train: What it was fitted to.
-        curvature: The blocks, with their damping.
-        point: θ, and the weight a of this point.
-        losses: ℓᵢ(θ).
-        tolerance: Relative error that the contraction may have.
-        memory_bytes: What a batch may take where a question does not say.
-        gradients: What is done to gradients first.
-        notes, seconds: Of the fit.
-    """
+    """(Hₗ + λₗ)⁻¹ of every block at a point."""
 
     task: Task
     train: Data
@@ -355,15 +344,7 @@ def token_shares(
     examples: Sequence[int],
     vectors: Sequence[Float[Tensor, "q ..."]],
 ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
-    """⟨V_q, gᵢ⟩ of some training examples, position by position, and what has no position.
-
-    Args:
-        made: How gradients are obtained.
-        theta: Where.
-        train: The training data.
-        examples: Which of them.
-        vectors: V_q of each block.
-    """
+    """⟨V_q, gᵢ⟩ of some training examples, position by position, and what has no position."""
     task = made.task
     with GradientPass(made, theta) as passes:
         parts = [

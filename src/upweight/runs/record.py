@@ -112,12 +112,7 @@ class Record:
         return found + self.changed(other.fingerprints, seen)
 
     def changed(self, fingerprints: Mapping[str, str], but: Collection[str] = ()) -> list[str]:
-        """Which of the objects are no longer those of the record, in words.
-
-        Args:
-            fingerprints: Of the objects now.
-            but: Which of them not to ask about.
-        """
+        """Which of the objects are no longer those of the record, in words."""
         return [
             f"{words} not what it was"
             for name, words in CONTENTS.items()

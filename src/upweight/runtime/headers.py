@@ -55,12 +55,6 @@ def write_json(path: Path, schema: int, fields: Mapping[str, Any]) -> None:
 def read_json(path: Path, schema: int, kind: type[T], way_out: str) -> T:
     """What `write_json` wrote, without its schema and its hash.
 
-    Args:
-        path: The file.
-        schema: Of what this version writes.
-        kind: What it holds: a dataclass, or a type such as `dict[str, int]`.
-        way_out: For a file that cannot be used.
-
     Raises:
         FileNotFoundError: There is none.
         StaleStore: It is not what was written, or of another version.

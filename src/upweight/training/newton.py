@@ -100,14 +100,7 @@ class Newton:
 
 @dataclass(frozen=True, eq=False)
 class NewtonTrainer:
-    """w ↦ argmin J(θ, w), ready. Made by `Newton.prepare`.
-
-    Args:
-        spec: Tolerance and limits.
-        objective: J and ∇J for many models at once.
-        center: θ(1), where every model starts.
-        factor: L with L Lᵀ = H at or near θ(1).
-    """
+    """w ↦ argmin J(θ, w), ready. Made by `Newton.prepare`."""
 
     spec: Newton
     objective: WeightedObjective

@@ -28,12 +28,7 @@ from upweight.errors import SpecError
 
 @dataclass(frozen=True, eq=False)
 class OptimizerState:
-    """What an optimizer remembers of the steps before.
-
-    Args:
-        steps: How many there were.
-        memories: Averages of gradients by name, each of the shape of θ.
-    """
+    """What an optimizer remembers of the steps before."""
 
     steps: int = 0
     memories: Mapping[str, Tensor] = field(default_factory=dict)
@@ -73,16 +68,7 @@ class Optimizer(abc.ABC):
         lr: float,
         models: int = 1,
     ) -> None:
-        """The same in place, to rounding, of parts of θ that are each contiguous.
-
-        Args:
-            theta: The parts.
-            grads: Their gradients.
-            memories: What is remembered of each.
-            steps: How many steps there were before.
-            lr: η.
-            models: How many models each part holds, on its leading axis.
-        """
+        """The same in place, to rounding, of parts of θ that are each contiguous."""
         fused = [_may_be_fused(x, models) for x in theta]
         for kind in set(fused):
             places = [k for k, f in enumerate(fused) if f is kind]

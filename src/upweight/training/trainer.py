@@ -73,17 +73,7 @@ def trainer_for(
 
 @dataclass(frozen=True, eq=False)
 class TrainingTrainer:
-    """w ↦ θ(w). Made by `Training.prepare`.
-
-    Args:
-        spec: The recipe.
-        task: With the model as it starts.
-        train: The data.
-        center: θ̂, which `proximity` refers to.
-        terms: What each example adds to the objective.
-        at_once: How many models train together.
-        alone_because: Why it is only one, if `torch.func.vmap` cannot run the model.
-    """
+    """w ↦ θ(w). Made by `Training.prepare`."""
 
     spec: "Training"
     task: Task
@@ -143,13 +133,7 @@ class TrainingTrainer:
         wanted: Collection[int],
         begin: TrainingState | None = None,
     ) -> Iterator[TrainingState]:
-        """The wanted ones of the states of the run with these weights, in order.
-
-        Args:
-            weights: The data weights.
-            wanted: Which, by t.
-            begin: A state to go on from; None: the first.
-        """
+        """The wanted ones of the states of the run with these weights, in order."""
         with _forked():
             run = _Run(self, begin or self.start(*weights.shape[:-1]))
         if run.steps in wanted:

@@ -87,10 +87,6 @@ class Training:
     def trained(self, task: Task, train: Any) -> nn.Module:
         """The task's model as this recipe trains it on all of the data: a copy, in eval mode.
 
-        Args:
-            task: Says the model, loss and penalty. Not changed.
-            train: As for `as_data`.
-
         Raises:
             NotConverged: Its parameters became NaN or infinite.
             UpweightError: As for `prepare`.
