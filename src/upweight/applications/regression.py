@@ -39,7 +39,6 @@ from upweight.errors import (
     NotStationary,
     ShapeError,
     SpecError,
-    message,
 )
 from upweight.task.losses import Bernoulli, Loss, Poisson, SquaredError
 
@@ -404,13 +403,11 @@ def _factor(weighted: Float[Tensor, "n p"]) -> tuple[Tensor, Tensor]:
         zero = (lengths == 0).nonzero()[:, 0].tolist()
         given = f"{n} rows, {p} columns" + (f", columns {zero[:5]} are zero." if zero else ".")
     raise NotPositiveDefinite(
-        message(
-            "The design must have full column rank, or β̂ is not determined.",
-            given,
-            "dummy columns for every level beside an intercept, duplicated columns, or more "
-            "columns than rows.",
-            "drop the dependent columns, or use Influence with a penalty.",
-        )
+        "The design must have full column rank, or β̂ is not determined.",
+        given,
+        "dummy columns for every level beside an intercept, duplicated columns, or more "
+        "columns than rows.",
+        "drop the dependent columns, or use Influence with a penalty.",
     )
 
 

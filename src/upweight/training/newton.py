@@ -84,7 +84,7 @@ class Newton:
             if bool(center.gradient_norms[0] <= self.tol):
                 return NewtonTrainer(self, objective, here, trainer.factor)
             if bool(center.stuck[0]) or taken >= self.max_steps:
-                raise NotConverged(_unconverged(self, center), center)
+                raise NotConverged(_unconverged(self, center), solution=center)
 
     def _approach(
         self, objective: WeightedObjective, ones: Float[Tensor, "1 n"], theta: Float[Tensor, " p"]

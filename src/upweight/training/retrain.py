@@ -126,7 +126,7 @@ def retrain(
             failures.update(finished.failures)
     retrained = _collected(bench, names, rows, reused, time.perf_counter() - started)
     if failures:
-        raise NotConverged(_failed(failures, unique, names), retrained)
+        raise NotConverged(_failed(failures, unique, names), solution=retrained)
     return retrained
 
 

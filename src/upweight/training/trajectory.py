@@ -32,7 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Folder
-from upweight.errors import NotConverged, ShapeError, SpecError, StaleStore, message
+from upweight.errors import NotConverged, ShapeError, SpecError, StaleStore
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.headers import read_json, write_json
 from upweight.runtime.tensors import read_tensors, stale, write_tensors
@@ -200,13 +200,11 @@ def recorded(
     found = Trajectory(trainer, w, states)
     if not bool(found.theta.isfinite().all()):
         raise NotConverged(
-            message(
-                "Training must end in finite parameters.",
-                f"{trainer.spec!r}, whose parameters became NaN or infinite.",
-                "a learning rate that is too large, or NaN in the data.",
-                "lower the learning rate.",
-            ),
-            found,
+            "Training must end in finite parameters.",
+            f"{trainer.spec!r}, whose parameters became NaN or infinite.",
+            "a learning rate that is too large, or NaN in the data.",
+            "lower the learning rate.",
+            solution=found,
         )
     return found
 
