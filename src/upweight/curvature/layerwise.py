@@ -236,11 +236,6 @@ class LayerwiseCurvature(abc.ABC):
         return data.subset(chosen), (note,)
 
 
-def _ranges(first: int, n: int, size: int) -> Iterator[tuple[int, int, None]]:
-    for start in range(first, n, size):
-        yield start, min(start + size, n), None
-
-
 @dataclass(frozen=True)
 class _Place:
     """How far a fit has come: the pass, the example in it, and the size of its batches."""
@@ -280,8 +275,9 @@ class _Passes:
         learning = {k: e for k, e in enumerate(self.estimators) if stage < e.passes}
         first, size = self.place.example, self.place.batch
         with GradientPass(self.plan, self.theta) as passes:
-            ranges = _ranges(first, len(self.data), size)
-            for start, stop, _ in progress(ranges, len(self.data), what, first):
+            n = len(self.data)
+            ranges = ((k, min(k + size, n), None) for k in range(first, n, size))
+            for start, stop, _ in progress(ranges, n, what, first):
                 for parts in self._learned_from(passes, stage, start, stop):
                     for k, estimator in learning.items():
                         estimator.see(stage, parts[k])

@@ -447,11 +447,8 @@ def _shapes(tree: Any) -> list[tuple[int, ...]]:
 def _equal(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a, b) or (a.is_floating_point() and _equal_but_nan(a, b))
-
-
-def _equal_but_nan(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+    same_nans = a.is_floating_point() and torch.equal(a.isnan(), b.isnan())
+    return torch.equal(a, b) or (same_nans and torch.equal(a.nan_to_num(), b.nan_to_num()))
 
 
 def _unlike(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str:
