@@ -99,16 +99,16 @@ class DataChanged(UpweightError, RuntimeError):
 class NotPositiveDefinite(UpweightError, ValueError):
     """A factorization needs a positive definite matrix and was given another."""
 
-    def __init__(self, text: str, smallest: float | None = None) -> None:
-        super().__init__(text)
+    def __init__(self, *parts: str, smallest: float | None = None) -> None:
+        super().__init__(*parts)
         self.smallest = smallest
 
 
 class NotConverged(UpweightError, RuntimeError):
     """An iterative solver stopped before its tolerance; `.solution` holds what it reached."""
 
-    def __init__(self, text: str, solution: Any = None) -> None:
-        super().__init__(text)
+    def __init__(self, *parts: str, solution: Any = None) -> None:
+        super().__init__(*parts)
         self.solution = solution
 
 

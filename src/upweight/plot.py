@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from upweight._text import readable
-from upweight.errors import DataError, ShapeError, message
+from upweight.errors import DataError, ShapeError
 from upweight.runtime.selection import row_of
 
 if TYPE_CHECKING:
@@ -65,12 +65,10 @@ class Plot:
         """
         if len(predicted) != len(actual):
             raise ShapeError(
-                message(
-                    "Each predicted change stands against one actual change.",
-                    f"{len(predicted)} predicted, {len(actual)} actual.",
-                    "changes of other removals.",
-                    "pass both for the same removals, in one order.",
-                )
+                "Each predicted change stands against one actual change.",
+                f"{len(predicted)} predicted, {len(actual)} actual.",
+                "changes of other removals.",
+                "pass both for the same removals, in one order.",
             )
         ax = axes(ax)
         x, y = [float(v) for v in actual], [float(v) for v in predicted]
@@ -107,12 +105,10 @@ class Plot:
         q, n = self.scores.values.shape
         if (len(queries), len(train)) != (q, n):
             raise ShapeError(
-                message(
-                    f"Classes need one label per query and training example: {q} and {n}.",
-                    f"{len(queries)} and {len(train)} labels.",
-                    "labels of another split.",
-                    "pass the labels of the attributed queries and of the training set.",
-                )
+                f"Classes need one label per query and training example: {q} and {n}.",
+                f"{len(queries)} and {len(train)} labels.",
+                "labels of another split.",
+                "pass the labels of the attributed queries and of the training set.",
             )
         told = [readable(str(getattr(v, "item", lambda v=v: v)())) for v in train]
         asked = [readable(str(getattr(v, "item", lambda v=v: v)())) for v in queries]
@@ -143,12 +139,10 @@ class Plot:
         blocks = self.scores.provenance.health.get("blocks")
         if not isinstance(blocks, Mapping) or not blocks:
             raise DataError(
-                message(
-                    "The spectrum is drawn of curvatures a block at a time.",
-                    "scores whose provenance has no blocks.",
-                    "another curvature than EKFAC(), KFAC() or Blockwise(…).",
-                    "read provenance.health, which has what is known.",
-                )
+                "The spectrum is drawn of curvatures a block at a time.",
+                "scores whose provenance has no blocks.",
+                "another curvature than EKFAC(), KFAC() or Blockwise(…).",
+                "read provenance.health, which has what is known.",
             )
         ax = axes(ax)
         places = range(len(blocks))

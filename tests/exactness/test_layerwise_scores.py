@@ -166,7 +166,7 @@ def test_any_other_penalty_adds_its_diagonal_in_the_basis(name, spec):
 def test_a_part_of_the_data_may_keep_the_n_of_all(spec, kept):
     """(1/n) Σ over the kept, also where the curvature is learned from some of them."""
     p = problem("mlp_gelu")
-    spec = type(spec)(spec.which, examples=kept)
+    spec = type(spec)(spec.labels, examples=kept)
     part = uw.as_data(p.train).subset(range(2, p.n))
     R = dense.penalty_hessian(p.task)
     whole, own = (spec.fit(p.task, part, p.task.theta(), n=n).dense() - R for n in (None, p.n))

@@ -39,7 +39,6 @@ from upweight.errors import (
     NotStationary,
     ShapeError,
     SpecError,
-    message,
 )
 from upweight.task.losses import Bernoulli, Loss, Poisson, SquaredError
 
@@ -295,12 +294,10 @@ def _float64(name: str, values: Any) -> Tensor:
         return torch.from_numpy(np.array(values, dtype=np.float64, order="C"))
     except (TypeError, ValueError) as error:
         raise DtypeError(
-            message(
-                "A regression needs arrays of real numbers.",
-                f"{name} of type {type(values).__name__}: {error}.",
-                "text or categories that were not encoded, or rows of different lengths.",
-                "encode categories as columns of 0 and 1 first.",
-            )
+            "A regression needs arrays of real numbers.",
+            f"{name} of type {type(values).__name__}: {error}.",
+            "text or categories that were not encoded, or rows of different lengths.",
+            "encode categories as columns of 0 and 1 first.",
         ) from error
 
 
@@ -324,37 +321,31 @@ def _require_numbers(name: str, array: Tensor, *, positive: bool = False) -> Non
     rows = bad.reshape(len(array), -1).any(dim=1)
     if bool(rows.any()):
         raise NonFinite(
-            message(
-                f"{name} must be finite{' and at least 0' if positive else ''}.",
-                f"{name} has {float(array[bad][0])} at rows {_listed(rows)}.",
-                "missing values, or a transformation such as log(0).",
-                "drop or impute these rows before fitting.",
-            )
+            f"{name} must be finite{' and at least 0' if positive else ''}.",
+            f"{name} has {float(array[bad][0])} at rows {_listed(rows)}.",
+            "missing values, or a transformation such as log(0).",
+            "drop or impute these rows before fitting.",
         )
 
 
 def _require_shape(fits: bool, given: str) -> None:
     if not fits:
         raise ShapeError(
-            message(
-                "A regression needs X [n, p], y [n], weights [n] and beta [p], with n ≥ 1.",
-                given,
-                "a response stored as a column, or arrays of different samples.",
-                "pass y.reshape(-1) and the rows that were fitted.",
-            )
+            "A regression needs X [n, p], y [n], weights [n] and beta [p], with n ≥ 1.",
+            given,
+            "a response stored as a column, or arrays of different samples.",
+            "pass y.reshape(-1) and the rows that were fitted.",
         )
 
 
 def _require_loss(loss: Any) -> None:
     if loss not in LOSSES:
         raise SpecError(
-            message(
-                "loss must be SquaredError(), Bernoulli() or Poisson(), of one output.",
-                f"{loss!r}.",
-                "a name or a class in place of an object, or a family of statsmodels.",
-                "use upweight.Bernoulli() and its like; for statsmodels results use "
-                "upweight.adapters.statsmodels.diagnostics(results).",
-            )
+            "loss must be SquaredError(), Bernoulli() or Poisson(), of one output.",
+            f"{loss!r}.",
+            "a name or a class in place of an object, or a family of statsmodels.",
+            "use upweight.Bernoulli() and its like; for statsmodels results use "
+            "upweight.adapters.statsmodels.diagnostics(results).",
         )
 
 
@@ -363,12 +354,10 @@ def _require_range(loss: Loss, response: Float[Tensor, " n"]) -> None:
     bad = torch.zeros_like(response) if highest is None else (response < 0) | (response > highest)
     if bool(bad.any()):
         raise DataError(
-            message(
-                f"Responses must be possible for {loss!r}: between 0 and {highest}.",
-                f"y = {float(response[bad][0])} at rows {_listed(bad)}.",
-                "counts of successes in place of proportions, or another loss.",
-                "for Bernoulli pass y = successes/trials and weights = trials.",
-            )
+            f"Responses must be possible for {loss!r}: between 0 and {highest}.",
+            f"y = {float(response[bad][0])} at rows {_listed(bad)}.",
+            "counts of successes in place of proportions, or another loss.",
+            "for Bernoulli pass y = successes/trials and weights = trials.",
         )
 
 
@@ -376,13 +365,11 @@ def _require_variance(variance: Float[Tensor, " n"], eta: Float[Tensor, " n"]) -
     bad = ~((variance >= torch.finfo(torch.float64).tiny) & variance.isfinite())
     if bool(bad.any()):
         raise NonFinite(
-            message(
-                "Every row needs a variance V = dμ/dη that float64 can hold.",
-                f"V = {float(variance[bad][0]):.1e} at η = {float(eta[bad][0]):.4g}, "
-                f"rows {_listed(bad)}.",
-                "coefficients on their way to infinity, or of another design.",
-                "check that the fit converged, and that X has the columns beta belongs to.",
-            )
+            "Every row needs a variance V = dμ/dη that float64 can hold.",
+            f"V = {float(variance[bad][0]):.1e} at η = {float(eta[bad][0]):.4g}, "
+            f"rows {_listed(bad)}.",
+            "coefficients on their way to infinity, or of another design.",
+            "check that the fit converged, and that X has the columns beta belongs to.",
         )
 
 
@@ -390,12 +377,10 @@ def _require_finite(found: Diagnostics) -> None:
     for name, value in vars(found).items():
         if isinstance(value, Tensor) and not bool(value.isfinite().all()):
             raise NonFinite(
-                message(
-                    "Diagnostics must be finite.",
-                    f"{name} overflows at rows {_listed(~value.isfinite())}.",
-                    "variances or columns of extreme size.",
-                    "scale the columns, and leave out rows far outside of the others.",
-                )
+                "Diagnostics must be finite.",
+                f"{name} overflows at rows {_listed(~value.isfinite())}.",
+                "variances or columns of extreme size.",
+                "scale the columns, and leave out rows far outside of the others.",
             )
 
 
@@ -418,13 +403,11 @@ def _factor(weighted: Float[Tensor, "n p"]) -> tuple[Tensor, Tensor]:
         zero = (lengths == 0).nonzero()[:, 0].tolist()
         given = f"{n} rows, {p} columns" + (f", columns {zero[:5]} are zero." if zero else ".")
     raise NotPositiveDefinite(
-        message(
-            "The design must have full column rank, or β̂ is not determined.",
-            given,
-            "dummy columns for every level beside an intercept, duplicated columns, or more "
-            "columns than rows.",
-            "drop the dependent columns, or use Influence with a penalty.",
-        )
+        "The design must have full column rank, or β̂ is not determined.",
+        given,
+        "dummy columns for every level beside an intercept, duplicated columns, or more "
+        "columns than rows.",
+        "drop the dependent columns, or use Influence with a penalty.",
     )
 
 
@@ -432,12 +415,10 @@ def _require_leverage_below_one(leverage: Float[Tensor, " n"]) -> None:
     full = leverage > 1 - 1e-10
     if bool(full.any()):
         raise NonFinite(
-            message(
-                "Removal diagnostics need leverage below 1 for every row.",
-                f"leverage 1 for rows {_listed(full)}.",
-                "a row that alone determines a coefficient: the only one of its category.",
-                "drop that row together with its column, or add a penalty and use Influence.",
-            )
+            "Removal diagnostics need leverage below 1 for every row.",
+            f"leverage 1 for rows {_listed(full)}.",
+            "a row that alone determines a coefficient: the only one of its category.",
+            "drop that row together with its column, or add a penalty and use Influence.",
         )
 
 
@@ -448,36 +429,29 @@ def _scales(
     n = len(pearson)
     if n < p + 2:
         raise DataError(
-            message(
-                "A variance estimated with a row left out needs n ≥ p + 2.",
-                f"n = {n} rows and p = {p} columns.",
-                "as many coefficients as rows.",
-                "use fewer columns, or pass scale= to glm_diagnostics.",
-            )
+            "A variance estimated with a row left out needs n ≥ p + 2.",
+            f"n = {n} rows and p = {p} columns.",
+            "as many coefficients as rows.",
+            "use fewer columns, or pass scale= to glm_diagnostics.",
         )
     eps = torch.finfo(torch.float64).eps
     rounding = (10 * n**0.5 * eps) ** 2 * size
     total = float(pearson.square().sum())
     if total <= rounding:
         raise DataError(
-            message(
-                "Standardized diagnostics need residuals: their variance is the unit.",
-                f"a residual sum of squares of {total:.1e}, zero to rounding.",
-                "a response that is a linear function of the columns.",
-                "leave out the column that holds the response, or pass scale= to glm_diagnostics.",
-            )
+            "Standardized diagnostics need residuals: their variance is the unit.",
+            f"a residual sum of squares of {total:.1e}, zero to rounding.",
+            "a response that is a linear function of the columns.",
+            "leave out the column that holds the response, or pass scale= to glm_diagnostics.",
         )
     rest = total - pearson.square() / kept
     perfect = rest <= rounding + 100 * eps * total
     if bool(perfect.any()):
         raise NonFinite(
-            message(
-                "The fit without any one row must leave residuals to measure that row by.",
-                f"the fit is perfect without row {_listed(perfect)}.",
-                "a response that is a linear function of the columns but for that row.",
-                "look at that row: it is the only one that departs; or pass scale= to "
-                "glm_diagnostics.",
-            )
+            "The fit without any one row must leave residuals to measure that row by.",
+            f"the fit is perfect without row {_listed(perfect)}.",
+            "a response that is a linear function of the columns but for that row.",
+            "look at that row: it is the only one that departs; or pass scale= to glm_diagnostics.",
         )
     return total / (n - p), rest / (n - p - 1)
 
@@ -486,12 +460,10 @@ def _given_scale(scale: float | None) -> float:
     phi = 1.0 if scale is None else float(scale)
     if not (phi > 0 and np.isfinite(phi)):
         raise DataError(
-            message(
-                "The scale φ must be positive and finite.",
-                f"scale = {phi}.",
-                "a dispersion estimated from a perfect fit.",
-                "pass scale=None for the family's own.",
-            )
+            "The scale φ must be positive and finite.",
+            f"scale = {phi}.",
+            "a dispersion estimated from a perfect fit.",
+            "pass scale=None for the family's own.",
         )
     return phi
 
@@ -506,12 +478,10 @@ def _require_stationary(
     moved = 0.0 if quadratic else float((design @ step).abs().max())
     if not (errors <= STATIONARY and moved <= ASTRAY):
         raise NotStationary(
-            message(
-                "β̂ must solve the likelihood equations Xᵀ v (y − μ) = 0.",
-                f"a Newton step of {errors:.1e} standard errors that remains"
-                + (f", and moves η by {moved:.1e}." if moved else "."),
-                "a fit that stopped early, was penalized, or used another offset or link; or "
-                "classes that a hyperplane separates, for which there is no solution.",
-                "fit with a smaller tolerance, and pass the weights that were used.",
-            )
+            "β̂ must solve the likelihood equations Xᵀ v (y − μ) = 0.",
+            f"a Newton step of {errors:.1e} standard errors that remains"
+            + (f", and moves η by {moved:.1e}." if moved else "."),
+            "a fit that stopped early, was penalized, or used another offset or link; or "
+            "classes that a hyperplane separates, for which there is no solution.",
+            "fit with a smaller tolerance, and pass the weights that were used.",
         )

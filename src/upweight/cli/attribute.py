@@ -15,7 +15,7 @@ from upweight.cli.pages import Shown, is_kept, keep, loaded, shown_of
 from upweight.cli.project import Project, opened
 from upweight.cli.question import Asked, question_options, relative, reopened, require_same
 from upweight.cli.screen import Answer, continued_by, duration, say, verb
-from upweight.errors import StaleStore, message
+from upweight.errors import StaleStore
 from upweight.runs import work
 from upweight.runs.directory import Run
 from upweight.runs.environment import environment
@@ -184,14 +184,6 @@ def finished(
 ) -> str:
     """Do what is left of a run; what was done, in a word.
 
-    Args:
-        run: The run.
-        record: What it is asked.
-        question: The live objects.
-        to_go_on: The command that goes on where this one is interrupted.
-        project: Where the user's objects are loaded from.
-        show: What to show beside the data from now on; None: as before.
-
     Raises:
         StaleStore: An interrupted run was begun with other versions, or scores were altered.
     """
@@ -210,12 +202,10 @@ def finished(
     began = run.has_work
     if began and record.versions != library_versions():
         raise StaleStore(
-            message(
-                "An interrupted run is finished with the versions that it was begun with.",
-                f"{dict(record.versions)}, now {library_versions()}.",
-                "an upgrade in between: the scores of two versions would be mixed.",
-                f"go back to those, or start anew: {to_go_on.partition(' --out ')[0]} --out OTHER",
-            )
+            "An interrupted run is finished with the versions that it was begun with.",
+            f"{dict(record.versions)}, now {library_versions()}.",
+            "an upgrade in between: the scores of two versions would be mixed.",
+            f"go back to those, or start anew: {to_go_on.partition(' --out ')[0]} --out OTHER",
         )
     record.write(run.toml)
     word = "resuming" if began else "starting"
@@ -236,14 +226,7 @@ def finished(
 
 
 def answer(run: Run, shown: Path, did: str, project: Project | None = None) -> Answer:
-    """Where the scores are, what they say of themselves, and what to do next.
-
-    Args:
-        run: Finished.
-        shown: Its name, as the user says it.
-        did: What was done, in a word.
-        project: Whose code ran; None: none did.
-    """
+    """Where the scores are, what they say of themselves, and what to do next."""
     record = run.record
     facts = {
         "run": str(run.path),

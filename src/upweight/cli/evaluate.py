@@ -16,7 +16,7 @@ from upweight.cli.project import Project
 from upweight.cli.question import relative, reopened
 from upweight.cli.screen import Answer, continued_by, size, verb
 from upweight.cli.spec import parse
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 from upweight.evaluation import LDS, Check, check
 from upweight.runs.directory import Run
 from upweight.runs.record import Record, is_reference
@@ -158,12 +158,10 @@ def recipe_of(project: Project, text: str) -> Recipe:
         value = FromFunction(value)
     if not isinstance(value, Recipe):
         raise SpecError(
-            message(
-                "A recipe says how the model was trained.",
-                f"{text}, an object of type {type(value).__name__}.",
-                "a trained model, or another object of that name.",
-                "name an upweight.Training(...), or a function: data weights to trained model.",
-            )
+            "A recipe says how the model was trained.",
+            f"{text}, an object of type {type(value).__name__}.",
+            "a trained model, or another object of that name.",
+            "name an upweight.Training(...), or a function: data weights to trained model.",
         )
     return value
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from upweight.cli.project import Project
 from upweight.cli.screen import say
-from upweight.errors import NotWritten, SpecError, StaleStore, message
+from upweight.errors import NotWritten, SpecError, StaleStore
 from upweight.provenance import Context
 from upweight.report import Display
 from upweight.report.kept import kept, reopened
@@ -121,12 +121,10 @@ def shown_of(project: Project, reference: str) -> Shown:
     if not isinstance(value, dict) or not set(value) <= known | LIVE:
         given = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
         raise SpecError(
-            message(
-                "--show names a upweight.report.Display, or a dict of its arguments.",
-                f"{reference}: {given}.",
-                "a misspelled key, or another object.",
-                f"its keys are among {', '.join(sorted(known | LIVE))}.",
-            )
+            "--show names a upweight.report.Display, or a dict of its arguments.",
+            f"{reference}: {given}.",
+            "a misspelled key, or another object.",
+            f"its keys are among {', '.join(sorted(known | LIVE))}.",
         )
     shown = {name: each for name, each in value.items() if name in known}
     live = {name: value[name] for name in sorted(LIVE & set(value)) if value[name] is not None}

@@ -65,12 +65,10 @@ class Project:
         source, colon, name = reference.rpartition(":")
         if not colon or not source or not name.isidentifier():
             raise SpecError(
-                message(
-                    "An object of yours is named as file.py:name or package.module:name.",
-                    f"{reference!r}.",
-                    "a file without the name of the object in it.",
-                    f"for example {source or reference or 'project.py'}:task",
-                )
+                "An object of yours is named as file.py:name or package.module:name.",
+                f"{reference!r}.",
+                "a file without the name of the object in it.",
+                f"for example {source or reference or 'project.py'}:task",
             )
         if self.only is not None:
             source = self.only[source]
@@ -122,9 +120,6 @@ class Project:
 def opened(only: Mapping[str, str] | None = None) -> Iterator[Project]:
     """A project for the time of one command. What its code prints goes to standard error.
 
-    Args:
-        only: As for `Project`.
-
     Raises:
         ProjectError: An error came out of the user's code, at any time: says where.
     """
@@ -163,12 +158,10 @@ def _imported(name: str) -> types.ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # found, but it imports something that is not
         raise ProjectError(
-            message(
-                "The module must be installed, or lie in the current folder.",
-                f"{name}; there is no module {error.name}.",
-                "another current folder, or a file named without its .py.",
-                "name the file: project.py:task.",
-            )
+            "The module must be installed, or lie in the current folder.",
+            f"{name}; there is no module {error.name}.",
+            "another current folder, or a file named without its .py.",
+            "name the file: project.py:task.",
         ) from error
 
 
@@ -207,12 +200,10 @@ def _located(what: str, folders: list[Path]) -> Iterator[None]:
             raise
         name = "sys.exit" if isinstance(error, SystemExit) else name
         raise ProjectError(
-            message(
-                f"{what}.",
-                "\n    at ".join([f"{name}: {text}", *places[-MOST_FRAMES:]]),
-                "an error in that code, or data it does not find.",
-                "correct it there and run the same command again; --traceback shows everything.",
-            )
+            f"{what}.",
+            "\n    at ".join([f"{name}: {text}", *places[-MOST_FRAMES:]]),
+            "an error in that code, or data it does not find.",
+            "correct it there and run the same command again; --traceback shows everything.",
         ) from error
 
 

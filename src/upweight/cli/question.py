@@ -139,15 +139,13 @@ def require_same(run: Run, differences: list[str], record: Record, project: Proj
         ]
         changed = [*differences, *(f"{name} was edited since" for name in edited), *upgraded]
         raise StaleStore(
-            message(
-                "A run directory belongs to one question about one model.",
-                "\n    ".join([f"{run.path}, where", *changed]),
-                "the same --out for two questions; training that went on, or that starts anew "
-                "without a seed whenever the file is loaded.",
-                "put back what this run was asked of, or ask anew: `upweight attribute` with "
-                "another --out; a file that trains should keep the weights, and load them when "
-                "there are some.",
-            )
+            "A run directory belongs to one question about one model.",
+            "\n    ".join([f"{run.path}, where", *changed]),
+            "the same --out for two questions; training that went on, or that starts anew "
+            "without a seed whenever the file is loaded.",
+            "put back what this run was asked of, or ask anew: `upweight attribute` with "
+            "another --out; a file that trains should keep the weights, and load them when "
+            "there are some.",
         )
     if edited:
         say(f"note: {', '.join(edited)} changed since; model, data and measure are the same")

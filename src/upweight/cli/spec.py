@@ -18,7 +18,7 @@ import typing
 from typing import Any
 
 import upweight
-from upweight.errors import SpecError, UpweightError, message
+from upweight.errors import SpecError, UpweightError
 
 WORDS = {
     "method": "Influence GradientDot GradientCosine",
@@ -95,12 +95,10 @@ def _tree(text: str) -> ast.expr:
             place = error.lineno or 1, max(0, (error.offset or 1) - 1), 1
             given = f"{error.msg}, {_pointer(text, *place)}"
         raise SpecError(
-            message(
-                "A spec is written as in Python: Name(argument, keyword=value).",
-                given,
-                "a parenthesis or a quote that is missing, or that the shell removed.",
-                f"put the whole text in double quotes: --method {EXAMPLE}.",
-            )
+            "A spec is written as in Python: Name(argument, keyword=value).",
+            given,
+            "a parenthesis or a quote that is missing, or that the shell removed.",
+            f"put the whole text in double quotes: --method {EXAMPLE}.",
         ) from None
 
 
@@ -184,7 +182,7 @@ def _refused(
     text: str, node: ast.expr, required: str, given: str, cause: str, way_out: str
 ) -> SpecError:
     where = f"{given}, {_pointer(text, *_place(text, node))}"
-    return SpecError(message(required, where, cause, way_out))
+    return SpecError(required, where, cause, way_out)
 
 
 def _place(text: str, node: ast.expr) -> tuple[int, int, int]:

@@ -34,13 +34,7 @@ def in_pairs(shape: torch.Size | tuple[int, ...], s: int, t: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class FactoredQueries:
-    """∇m_q = Σ_τ δ_qτ ⊗ a_qτ over few positions, rotated: δ̃ [q, s, o] and ã [q, s, i].
-
-    Args:
-        eigen: The block's curvature.
-        inverse: M = 1/(Λ + λ).
-        left, right: δ̃ and ã.
-    """
+    """∇m_q = Σ_τ δ_qτ ⊗ a_qτ over few positions, rotated: δ̃ [q, s, o] and ã [q, s, i]."""
 
     eigen: Eigen
     inverse: Float[Tensor, "o i"]
@@ -93,12 +87,7 @@ def self_products(inverse: Eigen, factors: Factors) -> Float[Tensor, " b"]:
 
 @dataclass(frozen=True, eq=False)
 class SolvedQueries:
-    """V_q = (H + λ)⁻¹ ∇m_q in θ's own coordinates.
-
-    Args:
-        vectors: [q, o, i] or [q, d], in the precision of the product.
-        reference: Those of the reference queries, in full precision.
-    """
+    """V_q = (H + λ)⁻¹ ∇m_q in θ's own coordinates."""
 
     vectors: Float[Tensor, "q ..."]
     reference: Float[Tensor, "k ..."]

@@ -87,17 +87,7 @@ def normalized(factors: list[Factors]) -> list[Factors]:
 
 @dataclass(frozen=True, eq=False)
 class Contraction:
-    """Some queries, solved and ready for the training set.
-
-    Args:
-        curvature: With the damping of each block.
-        train: The training set.
-        first: The place of the first of these queries among all.
-        queries: By block.
-        choice: The kernels, and their measured error.
-        memory_bytes: What a batch may take.
-        gradients: What is done to training gradients first.
-    """
+    """Some queries, solved and ready for the training set."""
 
     curvature: BlockCurvature
     train: Data
@@ -129,13 +119,7 @@ class Contraction:
         return working_bytes(self.curvature.plan.task.layout.device, self.memory_bytes)
 
     def block(self, passes: GradientPass, start: int, stop: int) -> Float[Tensor, "q b"]:
-        """Σₗ ⟨V_q, gᵢ⟩ for i from start to stop − 1.
-
-        Args:
-            passes: Open, over this curvature's plan.
-            start: The first training example.
-            stop: The one behind the last.
-        """
+        """Σₗ ⟨V_q, gᵢ⟩ for i from start to stop − 1."""
         return self.scores(list(self.factors(passes, start, stop)))
 
     def by_block(self, passes: GradientPass, start: int, stop: int) -> list[Float[Tensor, "q b"]]:
@@ -172,14 +156,7 @@ def of_vectors(
     rows: Float[Tensor, "k p"],
     memory_bytes: int | None = None,
 ) -> Contraction:
-    """A contraction with given gradients in the place of the queries', exactly.
-
-    Args:
-        curvature: With the damping of each block.
-        train: The training data.
-        rows: ∇φ, one per row.
-        memory_bytes: What a batch may take.
-    """
+    """A contraction with given gradients in the place of the queries', exactly."""
     layout = curvature.plan.task.layout
     queries, kernels = [], []
     for block in curvature.blocks:
@@ -307,17 +284,7 @@ def _chosen(
     check: Sample,
     tolerance: float,
 ) -> tuple[list[BlockQueries], Choice]:
-    """Kernels chosen on one sample that keep the tolerance on another, and their queries.
-
-    Args:
-        curvature: With the damping of each block.
-        solved: The queries, each block in a dtype.
-        q: How many there are.
-        rows: Which of them are compared.
-        sample: Examples to choose with.
-        check: Examples to check with.
-        tolerance: Relative error.
-    """
+    """Kernels chosen on one sample that keep the tolerance on another, and their queries."""
     plan = curvature.plan
     moments = [block.eigen.values for block in curvature.blocks]
     short = tolerance > 0 and has_fast_bfloat16(plan.task.layout.device)

@@ -26,7 +26,7 @@ class Blockwise(LayerwiseCurvature):
     choices: tuple[tuple[str, LayerwiseCurvature], ...]
 
     def __post_init__(self) -> None:
-        shared = {(spec.which, spec.examples) for _, spec in self.choices}
+        shared = {(spec.labels, spec.examples) for _, spec in self.choices}
         if len(shared) != 1:
             raise SpecError(
                 "Blockwise needs choices that see the same labels of the same examples.",
@@ -36,11 +36,11 @@ class Blockwise(LayerwiseCurvature):
             )
 
     @property
-    def which(self) -> Labels:
-        return self.choices[0][1].which
+    def labels(self) -> Labels:  # type: ignore[override]
+        return self.choices[0][1].labels
 
     @property
-    def examples(self) -> int | None:
+    def examples(self) -> int | None:  # type: ignore[override]
         return self.choices[0][1].examples
 
     def estimator(self, block: Block, dtype: torch.dtype, device: torch.device) -> Estimator:

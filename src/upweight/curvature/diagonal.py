@@ -12,10 +12,7 @@ from upweight.gradients.blocks import Block
 
 @dataclass(frozen=True)
 class Diagonal(LayerwiseCurvature):
-    """H ≈ diag(E[g²]) + ∇²R: one number per parameter.
-
-    Args:
-        labels, examples: As for `EKFAC`.
+    """H ≈ diag(E[g²]) + ∇²R: one number per parameter; set as `EKFAC`.
 
     Exact when: the Fisher is diagonal, as for one linear layer with squared loss whose inputs are
     uncorrelated and one-hot.
@@ -24,10 +21,6 @@ class Diagonal(LayerwiseCurvature):
 
     labels: Labels = Sampled()  # noqa: RUF009  a frozen spec
     examples: int | None = None
-
-    @property
-    def which(self) -> Labels:
-        return self.labels
 
     def estimator(self, block: Block, dtype: torch.dtype, device: torch.device) -> Estimator:
         return DiagonalBlock(block.name, dtype, device, block.shape)

@@ -54,10 +54,6 @@ class EKFAC(LayerwiseCurvature):
     sharing: Sharing = Expand()  # noqa: RUF009  a frozen spec
     examples: int | None = None
 
-    @property
-    def which(self) -> Labels:
-        return self.labels
-
     def estimator(self, block: Block, dtype: torch.dtype, device: torch.device) -> Estimator:
         if isinstance(block, MatrixBlock):
             return EKFACBlock(block.name, dtype, device, block.shape, self.sharing)

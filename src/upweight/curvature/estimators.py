@@ -89,37 +89,28 @@ class Reduce(Sharing):
 
 
 class Estimator(abc.ABC):
-    """Learns one block. Gradients come in passes over the data; `finish` closes a pass.
-
-    Args:
-        name: The block, for messages.
-        dtype: What the result is kept in.
-        device: Where.
-    """
+    """Learns one block. Gradients come in passes over the data; `finish` closes a pass."""
 
     passes: int = 1
 
     damping: Damping | None = None
     """What the inverse will be damped with, where that is known; set before the first pass."""
 
-    def __init__(self, name: str, dtype: torch.dtype, device: torch.device) -> None:
-        self.name, self.dtype, self.device = name, dtype, device
+    may_round: bool = False
+    """Whether a pass after the first may turn out to take gradients in bfloat16."""
+
+    rounds: bool = False
+    """Whether it takes them in bfloat16 from here on."""
+
+    rounding: float = 0.0
+    """The relative change of scores that this was measured to make; 0 where none is made."""
+
+    def __init__(
+        self, name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]
+    ) -> None:
+        self.name, self.dtype, self.device, self.shape = name, dtype, device, shape
         self.has_bfloat16 = has_fast_bfloat16(device)
-
-    @property
-    def may_round(self) -> bool:
-        """Whether a pass after the first may turn out to take gradients in bfloat16."""
-        return False
-
-    @property
-    def rounds(self) -> bool:
-        """Whether it takes them in bfloat16 from here on."""
-        return False
-
-    @property
-    def rounding(self) -> float:
-        """The relative change of scores that this was measured to make; 0 where none is made."""
-        return 0.0
+        self.sums: dict[str, LongSum] = {}
 
     @abc.abstractmethod
     def see(self, stage: int, factors: Factors) -> None:
@@ -132,13 +123,14 @@ class Estimator(abc.ABC):
     def result(self, count: int | float) -> Eigen:
         """The curvature, with sums over gradients divided by their number."""
 
-    @abc.abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """What was learned so far, to go on from later."""
+        return {k: v for name, total in self.sums.items() for k, v in named(name, total).items()}
 
-    @abc.abstractmethod
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `tensors` gave."""
+        for name, total in self.sums.items():
+            restore_named(name, total, tensors)
 
     def _sum(self, *shape: int) -> LongSum:
         require_bytes(
@@ -176,30 +168,6 @@ def restore_named(name: str, sum_: LongSum, tensors: Mapping[str, Tensor]) -> No
     sum_.restore({key: tensors[f"{name}.{key}"] for key in ("total", "recent", "count")})
 
 
-class _Covariances:
-    """Σ a aᵀ and Σ δ δᵀ, and over how many rows the former."""
-
-    def __init__(self, estimator: Estimator, shape: tuple[int, int], sharing: Sharing) -> None:
-        o, i = shape
-        self.left, self.right = estimator._sum(o, o), estimator._sum(i, i)
-        self.rows, self.sharing = 0, sharing
-
-    def see(self, tokens: Tokens) -> None:
-        a, delta = self.sharing.pairs(tokens)
-        self.right.add_gram(a)
-        self.left.add_gram(delta)
-        self.rows += len(a)
-
-    def tensors(self) -> dict[str, Tensor]:
-        rows = torch.tensor(self.rows)
-        return {**named("left", self.left), **named("right", self.right), "rows": rows}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        restore_named("left", self.left, tensors)
-        restore_named("right", self.right, tensors)
-        self.rows = int(tensors["rows"])
-
-
 class KFACBlock(Estimator):
     """G ⊗ A as an eigendecomposition: Q_G ⊗ Q_A with the products of their eigenvalues."""
 
@@ -211,28 +179,34 @@ class KFACBlock(Estimator):
         shape: tuple[int, int],
         sharing: Sharing,
     ) -> None:
-        super().__init__(name, dtype, device)
-        self._covariances = _Covariances(self, shape, sharing)
+        super().__init__(name, dtype, device, shape)
+        o, i = shape
+        self.sums = {"left": self._sum(o, o), "right": self._sum(i, i)}
+        self.rows, self.sharing = 0, sharing
 
     def see(self, stage: int, factors: Factors) -> None:
         assert isinstance(factors, Tokens)
-        self._covariances.see(factors)
+        a, delta = self.sharing.pairs(factors)
+        self.sums["right"].add_gram(a)
+        self.sums["left"].add_gram(delta)
+        self.rows += len(a)
 
     def result(self, count: int | float) -> Eigen:
-        c = self._covariances
-        alpha, right = eigenbasis(self._finite(mean_of(c.right.gram, max(1, c.rows))))
-        gamma, left = eigenbasis(self._finite(mean_of(c.left.gram, count)))
+        right, left = self.sums["right"].gram, self.sums["left"].gram
+        alpha, right = eigenbasis(self._finite(mean_of(right, max(1, self.rows))))
+        gamma, left = eigenbasis(self._finite(mean_of(left, count)))
         values = self._without_rounding(gamma)[:, None] * self._without_rounding(alpha)
         return Eigen((left.to(self.dtype), right.to(self.dtype)), values.to(self.dtype))
 
     def tensors(self) -> dict[str, Tensor]:
-        return self._covariances.tensors()
+        return {**super().tensors(), "rows": torch.tensor(self.rows)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        self._covariances.restore(tensors)
+        super().restore(tensors)
+        self.rows = int(tensors["rows"])
 
 
-class EKFACBlock(Estimator):
+class EKFACBlock(KFACBlock):
     """K-FAC's eigenbases, and the second moments of the gradients in them."""
 
     passes = 2
@@ -245,20 +219,16 @@ class EKFACBlock(Estimator):
         shape: tuple[int, int],
         sharing: Sharing,
     ) -> None:
-        super().__init__(name, dtype, device)
-        self._covariances: _Covariances | None = _Covariances(self, shape, sharing)
-        self._shape = shape
+        super().__init__(name, dtype, device, shape, sharing)
         self._bases: tuple[Tensor, Tensor] | None = None
         self._moments = self._sum(*shape)
         self._trial = _ShortTrial(self, shape)
 
     def see(self, stage: int, factors: Factors) -> None:
-        assert isinstance(factors, Tokens)
         if stage == 0:
-            assert self._covariances is not None
-            self._covariances.see(factors)
+            super().see(stage, factors)
             return
-        assert self._bases is not None
+        assert isinstance(factors, Tokens) and self._bases is not None
         factors = factors.compact()
         if self._trial.passed:
             add_second_moments(self._moments, factors.rounded(torch.bfloat16), *self._short_bases)
@@ -276,26 +246,28 @@ class EKFACBlock(Estimator):
         return left.to(torch.bfloat16), right.to(torch.bfloat16)
 
     @property
-    def may_round(self) -> bool:
+    def may_round(self) -> bool:  # type: ignore[override]
         return self._trial.able
 
     @property
-    def rounds(self) -> bool:
+    def rounds(self) -> bool:  # type: ignore[override]
         return self._trial.passed
 
     @property
-    def rounding(self) -> float:
+    def rounding(self) -> float:  # type: ignore[override]
         return (self._trial.change or 0.0) if self._trial.passed else 0.0
 
     def finish(self, stage: int) -> None:
         if stage > 0:
             return
-        assert self._covariances is not None
         # The scale of a covariance does not change its eigenbasis.
-        _, left = eigenbasis(self._finite(self._covariances.left.gram))
-        _, right = eigenbasis(self._finite(self._covariances.right.gram))
-        self._bases = (left.to(self.dtype), right.to(self.dtype))
-        self._covariances = None
+        _, left = eigenbasis(self._finite(self.sums["left"].gram))
+        _, right = eigenbasis(self._finite(self.sums["right"].gram))
+        self._rotate(left.to(self.dtype), right.to(self.dtype))
+
+    def _rotate(self, left: Tensor, right: Tensor) -> None:
+        """The second moments take the place of the covariances."""
+        self._bases, self.sums = (left, right), {"moments": self._moments}
 
     def result(self, count: int | float) -> Eigen:
         assert self._bases is not None
@@ -303,25 +275,17 @@ class EKFACBlock(Estimator):
         return Eigen(self._bases, values.to(self.dtype))
 
     def tensors(self) -> dict[str, Tensor]:
-        if self._covariances is not None:
-            return self._covariances.tensors()
-        assert self._bases is not None
-        left, right = self._bases
-        return {
-            "left_basis": left,
-            "right_basis": right,
-            **named("moments", self._moments),
-            **self._trial.tensors(),
-        }
+        if self._bases is None:
+            return super().tensors()
+        bases = dict(zip(("left_basis", "right_basis"), self._bases, strict=True))
+        return {**bases, **Estimator.tensors(self), **self._trial.tensors()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         if "left_basis" not in tensors:
-            assert self._covariances is not None
-            self._covariances.restore(tensors)
+            super().restore(tensors)
             return
-        self._covariances = None
-        self._bases = (tensors["left_basis"], tensors["right_basis"])
-        restore_named("moments", self._moments, tensors)
+        self._rotate(tensors["left_basis"], tensors["right_basis"])
+        Estimator.restore(self, tensors)
         self._trial.restore(tensors)
 
 
@@ -432,23 +396,17 @@ class DenseBlock(Estimator):
     def __init__(
         self, name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]
     ) -> None:
-        super().__init__(name, dtype, device)
-        size = torch.Size(shape).numel()
-        self._shape = shape
-        self._gram = self._sum(size, size)
+        super().__init__(name, dtype, device, shape)
+        size = math.prod(shape)
+        self.sums["gram"] = self._sum(size, size)
 
     def see(self, stage: int, factors: Factors) -> None:
-        self._gram.add_gram(_rows(factors))
+        rows = factors.values if isinstance(factors, Rows) else factors.matrices().flatten(1)
+        self.sums["gram"].add_gram(rows)
 
     def result(self, count: int | float) -> Eigen:
-        values, basis = eigenbasis(self._finite(mean_of(self._gram.gram, count)))
+        values, basis = eigenbasis(self._finite(mean_of(self.sums["gram"].gram, count)))
         return Eigen((basis.to(self.dtype),), self._without_rounding(values).to(self.dtype))
-
-    def tensors(self) -> dict[str, Tensor]:
-        return named("gram", self._gram)
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        restore_named("gram", self._gram, tensors)
 
 
 class DiagonalBlock(Estimator):
@@ -457,32 +415,21 @@ class DiagonalBlock(Estimator):
     def __init__(
         self, name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]
     ) -> None:
-        super().__init__(name, dtype, device)
-        self._squares = self._sum(*shape)
-        self._shape = shape
+        super().__init__(name, dtype, device, shape)
+        self.sums["squares"] = self._sum(*shape)
 
     def see(self, stage: int, factors: Factors) -> None:
+        squares = self.sums["squares"]
         if isinstance(factors, Rows):
-            self._squares.add(factors.values.square().sum(dim=0))
+            squares.add(factors.values.square().sum(dim=0))
         elif factors.positions == 1:
-            self._squares.add_product(factors.left[:, 0].square(), factors.right[:, 0].square())
+            squares.add_product(factors.left[:, 0].square(), factors.right[:, 0].square())
         else:
-            o, i = self._shape
-            size = max(1, CHUNK_BYTES // (o * i * factors.left.element_size()))
+            size = max(1, CHUNK_BYTES // (math.prod(self.shape) * factors.left.element_size()))
             for start in range(0, len(factors), size):
                 part = factors.take(slice(start, start + size))
-                self._squares.add(part.matrices().square_().sum(dim=0))
+                squares.add(part.matrices().square_().sum(dim=0))
 
     def result(self, count: int | float) -> Eigen:
-        values = mean_of(self._finite(self._squares.total), count)
+        values = mean_of(self._finite(self.sums["squares"].total), count)
         return Eigen((None,) * values.ndim, values.to(self.dtype))
-
-    def tensors(self) -> dict[str, Tensor]:
-        return named("squares", self._squares)
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        restore_named("squares", self._squares, tensors)
-
-
-def _rows(factors: Factors) -> Float[Tensor, "b d"]:
-    return factors.values if isinstance(factors, Rows) else factors.matrices().flatten(1)

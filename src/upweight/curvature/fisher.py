@@ -26,10 +26,6 @@ class Fisher:
     equals the GGN. The labels are those of `Sampled(samples, seed)`: the same for every product,
     whatever the batches.
 
-    Args:
-        samples: s, labels drawn per example.
-        seed: Seed of the draws.
-
     Cost: s times the empirical Fisher's.
 
     Exact when: in expectation over seeds, or samples → ∞. Amari (1998); Martens (2020), §5.

@@ -131,13 +131,6 @@ def way(
 ) -> Way:
     """The fastest way that runs and agrees with plain autograd on a few examples.
 
-    Args:
-        task: What was trained.
-        theta: θ.
-        data: Its examples.
-        outputs: c.
-        make: The term of a batch, in a given way.
-
     Raises:
         UnsupportedModel: There is neither a layer rule nor a gradient by autograd.
 

@@ -13,13 +13,10 @@ from upweight.gradients.blocks import Block, MatrixBlock
 
 @dataclass(frozen=True)
 class KFAC(LayerwiseCurvature):
-    """H ≈ ⊕ₗ Gₗ ⊗ Aₗ + ∇²R, with A = E[a aᵀ] and G = E[δ δᵀ] on each weight.
+    """H ≈ ⊕ₗ Gₗ ⊗ Aₗ + ∇²R, with A = E[a aᵀ] and G = E[δ δᵀ] on each weight; set as `EKFAC`.
 
     Martens & Grosse (2015); for weights used at many positions Eschenhagen et al. (2023). Damping
     is added to the eigenvalues of the product, not to those of the factors.
-
-    Args:
-        labels, sharing, examples: As for `EKFAC`.
 
     Exact when: deep linear networks with squared loss and independent inputs; one linear layer with
     squared loss, whatever its inputs.
@@ -29,10 +26,6 @@ class KFAC(LayerwiseCurvature):
     labels: Labels = Sampled()  # noqa: RUF009  a frozen spec
     sharing: Sharing = Expand()  # noqa: RUF009  a frozen spec
     examples: int | None = None
-
-    @property
-    def which(self) -> Labels:
-        return self.labels
 
     def estimator(self, block: Block, dtype: torch.dtype, device: torch.device) -> Estimator:
         if isinstance(block, MatrixBlock):

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from upweight.errors import NotPositiveDefinite, SpecError, UnsupportedModel, message
+from upweight.errors import NotPositiveDefinite, SpecError, UnsupportedModel
 from upweight.task.draws import Draws
 from upweight.task.losses import Loss, residual
 
@@ -129,13 +129,11 @@ class Expected(Labels):
         values, vectors = torch.linalg.eigh(blocks)
         if float(values.min()) < -1e-6 * float(values.abs().max()):
             raise NotPositiveDefinite(
-                message(
-                    "Expected() needs a loss that is convex in the model's outputs.",
-                    f"∂²ℓ/∂f² with eigenvalue {float(values.min()):.3g} under {loss!r}.",
-                    "a robust or bounded loss.",
-                    "use Observed() or Sampled().",
-                ),
-                float(values.min()),
+                "Expected() needs a loss that is convex in the model's outputs.",
+                f"∂²ℓ/∂f² with eigenvalue {float(values.min()):.3g} under {loss!r}.",
+                "a robust or bounded loss.",
+                "use Observed() or Sampled().",
+                smallest=float(values.min()),
             )
         # What is rounding, of either sign, becomes a gradient of exactly 0.
         eps = torch.finfo(precise.dtype).eps

@@ -94,16 +94,7 @@ class FittedBlock:
 
 @dataclass(frozen=True, eq=False)
 class BlockCurvature:
-    """⊕ₗ Qₗ Λₗ Qₗᵀ. Made by `fit` of a layerwise spec.
-
-    Args:
-        plan: How gradients are obtained, block by block.
-        theta: θ, where they were taken.
-        cost: What an example costs.
-        blocks: One per block of the plan, in its order.
-        notes: What was approximated on the way.
-        seconds: Time spent, by stage.
-    """
+    """⊕ₗ Qₗ Λₗ Qₗᵀ. Made by `fit` of a layerwise spec."""
 
     plan: Plan
     theta: Float[Tensor, " p"]
@@ -120,13 +111,7 @@ class BlockCurvature:
 
 
 def examples_at_once(spent: Cost, device: torch.device, memory_bytes: int | None) -> int:
-    """Examples whose gradients are taken together.
-
-    Args:
-        spent: What an example costs.
-        device: Where.
-        memory_bytes: What a batch may take; None: a share of what is free.
-    """
+    """Examples whose gradients are taken together."""
     allowed = working_bytes(device, memory_bytes)
     return examples_within(allowed, spent.bytes_per_example, MOST_EXAMPLES)
 
@@ -134,19 +119,15 @@ def examples_at_once(spent: Cost, device: torch.device, memory_bytes: int | None
 class LayerwiseCurvature(abc.ABC):
     """A spec that makes one estimator per block: `KFAC`, `EKFAC`, `Diagonal`, `Blockwise`."""
 
+    labels: Labels
+    """Whose labels the gradients are taken with."""
+
+    examples: int | None
+    """How many training examples to learn from; None: all of them."""
+
     @abc.abstractmethod
     def estimator(self, block: Block, dtype: torch.dtype, device: torch.device) -> Estimator:
         """What learns this block."""
-
-    @property
-    @abc.abstractmethod
-    def which(self) -> Labels:
-        """Whose labels the gradients are taken with."""
-
-    @property
-    def examples(self) -> int | None:
-        """How many training examples to learn from; None: all of them."""
-        return None
 
     def fit(
         self, task: Task, data: Data, theta: Float[Tensor, " p"], *, n: int | None = None
@@ -213,7 +194,7 @@ class LayerwiseCurvature(abc.ABC):
         passes = _Passes(
             made,
             theta,
-            self.which,
+            self.labels,
             seen,
             is_part,
             estimators,
@@ -225,7 +206,7 @@ class LayerwiseCurvature(abc.ABC):
         )
         seconds = passes.run()
         size = len(seen) if n is None else len(seen) * n / len(data)
-        count = size * self.which.per_example
+        count = size * self.labels.per_example
         eigens = [estimator.result(count) for estimator in estimators]
         eigens, penalty_notes = _with_penalty(made, theta, eigens)
         errors = spread.relative_errors(len(data))
@@ -255,11 +236,6 @@ class LayerwiseCurvature(abc.ABC):
         return data.subset(chosen), (note,)
 
 
-def _ranges(first: int, n: int, size: int) -> Iterator[tuple[int, int, None]]:
-    for start in range(first, n, size):
-        yield start, min(start + size, n), None
-
-
 @dataclass(frozen=True)
 class _Place:
     """How far a fit has come: the pass, the example in it, and the size of its batches."""
@@ -271,20 +247,7 @@ class _Place:
 
 @dataclass(eq=False)
 class _Passes:
-    """The passes of one fit over the data, from where an earlier run left off.
-
-    Args:
-        plan: How gradients are obtained.
-        theta: θ, where they are taken.
-        labels: Whose labels they are taken with.
-        data: The examples to learn from.
-        is_part: Whether there are others.
-        estimators: What learns, block by block.
-        spread: What tells how much it matters that there are others.
-        kept: Gradients that a later pass will read.
-        place: How far it has come.
-        checkpoint, watch: As for `fit_blocks`.
-    """
+    """The passes of one fit over the data, from where an earlier run left off."""
 
     plan: Plan
     theta: Float[Tensor, " p"]
@@ -312,8 +275,9 @@ class _Passes:
         learning = {k: e for k, e in enumerate(self.estimators) if stage < e.passes}
         first, size = self.place.example, self.place.batch
         with GradientPass(self.plan, self.theta) as passes:
-            ranges = _ranges(first, len(self.data), size)
-            for start, stop, _ in progress(ranges, len(self.data), what, first):
+            n = len(self.data)
+            ranges = ((k, min(k + size, n), None) for k in range(first, n, size))
+            for start, stop, _ in progress(ranges, n, what, first):
                 for parts in self._learned_from(passes, stage, start, stop):
                     for k, estimator in learning.items():
                         estimator.see(stage, parts[k])

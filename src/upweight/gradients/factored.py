@@ -164,12 +164,7 @@ class Formed(Tokens):
 
 
 class Extendable(Tokens):
-    """Tokens whose right has the 1 behind it in memory already: extending them copies nothing.
-
-    Args:
-        left: As for `Tokens`.
-        extended: `[b, t, i + 1]`, the last of ones.
-    """
+    """Tokens whose right has the 1 behind it in memory already: extending them copies nothing."""
 
     def __init__(self, left: Float[Tensor, "b t o"], extended: Float[Tensor, "b t j"]) -> None:
         object.__setattr__(self, "left", left)

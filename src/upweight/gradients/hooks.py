@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch, Params
-from upweight.errors import UnsupportedModel, message
+from upweight.errors import UnsupportedModel
 from upweight.task.gradients import require_recording
 from upweight.task.lent import lent, without_fast_path
 from upweight.task.task import Task
@@ -142,11 +142,9 @@ class Capture:
         return self.watch(lambda params: self.task.call(params, batch), size)
 
     def watch(self, function: Callable[[Any], Any], size: int | None = None) -> Any:
-        """function(θ) for any function that calls the model, ready for `backward`.
+        """function(θ), θ by name, for any function that calls the model, ready for `backward`.
 
-        Args:
-            function: Takes the chosen parameters by name.
-            size: The number of examples, needed where there are `repeated` layers.
+        With `repeated` layers it needs the number of examples.
         """
         self._forget()
         self._size = size or 0
@@ -160,10 +158,6 @@ class Capture:
 
     def backward(self, values: Tensor, cotangents: Tensor | None = None) -> list[Call]:
         """Each use of each watched layer with its δ = ∂⟨cotangents, values⟩/∂(its output).
-
-        Args:
-            values: What `forward` or `watch` returned, or anything made from it.
-            cotangents: Of the shape of `values`; None stands for ones.
 
         The graph is kept, so that other cotangents may follow. Uses that do not affect `values` are
         left out: their gradient is zero.
@@ -228,7 +222,14 @@ class Capture:
                 return output
             if not torch.is_grad_enabled():
                 # A layer that autograd does not see would lose its share without a word.
-                raise UnsupportedModel(_unrecorded(name))
+                raise UnsupportedModel(
+                    "Layers with chosen parameters must run where autograd records.",
+                    f"{name or 'the model'} runs under torch.no_grad() or inference_mode().",
+                    "gradient checkpointing with use_reentrant=True, or a forward that switches "
+                    "gradients off.",
+                    "use checkpoint(..., use_reentrant=False), or leave these parameters out with "
+                    'Task(params="pattern").',
+                )
             tensor, rest = _first(output)
             if tensor is None or not tensor.is_floating_point():
                 return output
@@ -317,13 +318,3 @@ def _first(output: Any) -> tuple[Tensor | None, tuple[Any, ...] | None]:
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
         return output[0], output[1:]
     return None, None
-
-
-def _unrecorded(name: str) -> str:
-    return message(
-        "Layers with chosen parameters must run where autograd records.",
-        f"{name or 'the model'} runs under torch.no_grad() or inference_mode().",
-        "gradient checkpointing with use_reentrant=True, or a forward that switches gradients off.",
-        "use checkpoint(..., use_reentrant=False), or leave these parameters out with "
-        'Task(params="pattern").',
-    )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upweight._typing import Batch, Params
-from upweight.errors import NotDifferentiable, ScalarLoss, UnsupportedModel, message
+from upweight.errors import NotDifferentiable, ScalarLoss, UnsupportedModel
 from upweight.gradients.autograd import first_line
 from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source
 from upweight.gradients.factored import Factors, Rows, Tokens, stacked
@@ -37,12 +37,7 @@ Function = Callable[[Params, Any], Tensor]
 
 
 class GradientPass:
-    """Gradients of batches as factors, block by block, while in its context.
-
-    Args:
-        plan: How to obtain them.
-        theta: θ, where they are taken.
-    """
+    """Gradients of batches as factors, block by block, while in its context."""
 
     def __init__(self, plan: Plan, theta: Float[Tensor, " p"]) -> None:
         self.plan = plan
@@ -62,11 +57,6 @@ class GradientPass:
         self, function: Callable[[Params, Batch], Float[Tensor, " b"]], batch: Batch, size: int
     ) -> list[Factors]:
         """∇θ function(θ, batch)ᵢ for each example, in the order of the plan's blocks.
-
-        Args:
-            function: One value per example: losses, or a measure.
-            batch: As data give it, on the parameters' device.
-            size: How many examples it holds.
 
         Raises:
             NotDifferentiable: No gradient reaches the layers.
@@ -121,7 +111,14 @@ class GradientPass:
         self._require_graph(values)
         calls = self._capture.backward(values)
         if self._capture.bypassed:
-            raise UnsupportedModel(_used_elsewhere(self._capture.bypassed))
+            raise UnsupportedModel(
+                "A parameter must be used through the layers that hold it.",
+                f"{', '.join(self._capture.bypassed[:5])}, which something else uses too.",
+                "a measure or loss that reads parameters themselves, or a forward that uses a "
+                "layer's weight outside of it for some examples only.",
+                "let the measure depend on parameters through the model's outputs, or leave these "
+                'parameters out with Task(params="pattern").',
+            )
         lost = self._misplaced(values, calls)
         if lost:
             self._warn(f"the examples of a batch cannot be told apart in {', '.join(lost[:3])}")
@@ -341,14 +338,3 @@ def _require_one_value_each(values: Tensor, size: int) -> None:
             "a loss or measure that takes the mean over the batch, or has a value per output.",
             "sum over every axis but the first.",
         )
-
-
-def _used_elsewhere(names: Sequence[str]) -> str:
-    return message(
-        "A parameter must be used through the layers that hold it.",
-        f"{', '.join(names[:5])}, which something else uses too.",
-        "a measure or loss that reads parameters themselves, or a forward that uses a layer's "
-        "weight outside of it for some examples only.",
-        "let the measure depend on parameters through the model's outputs, or leave these "
-        'parameters out with Task(params="pattern").',
-    )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch, Params
-from upweight.errors import NonFinite, UnsupportedModel, UpweightError, listed, message
+from upweight.errors import NonFinite, UnsupportedModel, UpweightError, listed
 from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source, VectorBlock
 from upweight.gradients.functional import as_dense
 from upweight.gradients.hooks import Capture, as_written, inside
@@ -38,12 +38,7 @@ _Shapes = tuple[torch.Size, ...]
 
 
 def plan(task: Task, theta: Float[Tensor, " p"], data: Data) -> Plan:
-    """Assign every chosen parameter to a block, and check the gradients that come of it.
-
-    Args:
-        task: What was trained.
-        theta: θ at which that is tried. The plan holds at others too.
-        data: Training data; a few examples of them are run.
+    """Assign every chosen parameter to a block, for any θ; check the gradients that come of it.
 
     Raises:
         UnsupportedModel: The model cannot be watched (a script, a model split over devices), or a
@@ -74,7 +69,10 @@ class _Planning:
         self._find_axes()
         if self.data.form.uncut is not None:
             return self._planned_alone()
-        self._leave_without_axis()
+        self._leave_where(lambda s: s.layer not in self.ran, "did not run on the examples tried")
+        self._leave_where(
+            lambda s: s.layer not in self.axes, "does not see the examples on one of its first axes"
+        )
         for name, sources in list(self.owners.items()):
             if len(_orientations(self.task.model, sources)) > 1:
                 self._leave(name, "one layer keeps it as [o, i] and another as [i, o]")
@@ -90,16 +88,27 @@ class _Planning:
             self.owners, self.left = whole
             self.notes.append(f"examples are taken one at a time, because {reason}")
             made = self._made(one_by_one=True)
+        return self._matched(made)
+
+    def _matched(self, made: Plan) -> Plan:
+        """The plan without the layers whose gradients are not autograd's."""
         wrong = self._mismatches(made)
-        if wrong:
-            for name in wrong:
-                self._leave(name, "its layers' gradients differ from autograd's")
-            made = self._made(made.one_by_one)
-            if not made.one_by_one and self._no_batching_rule(made) is not None:
-                made = self._made(one_by_one=True)
-            left = self._mismatches(made)
-            if left:
-                raise UnsupportedModel(_unmatched(left))
+        if not wrong:
+            return made
+        for name in wrong:
+            self._leave(name, "its layers' gradients differ from autograd's")
+        made = self._made(made.one_by_one)
+        if not made.one_by_one and self._no_batching_rule(made) is not None:
+            made = self._made(one_by_one=True)
+        left = self._mismatches(made)
+        if left:
+            raise UnsupportedModel(
+                "Per-example gradients must add up to the gradient of the total.",
+                f"gradients of {', '.join(left[:5])} that do not.",
+                "a model whose examples depend on each other, or that answers differently each "
+                "time.",
+                'call model.eval(), or leave these parameters out with Task(params="pattern").',
+            )
         return made
 
     def _planned_alone(self) -> Plan:
@@ -109,26 +118,11 @@ class _Planning:
         self.axes = {layer: self.axes.get(layer, 0) for layer in self.ran}
         for name in self._watched()[0]:
             self._leave(name, "it is also used outside of its layers")
-        made = self._made(one_by_one=True)
-        wrong = self._mismatches(made)
-        if wrong:
-            for name in wrong:
-                self._leave(name, "its layers' gradients differ from autograd's")
-            made = self._made(one_by_one=True)
-            left = self._mismatches(made)
-            if left:
-                raise UnsupportedModel(_unmatched(left))
-        return made
+        return self._matched(self._made(one_by_one=True))
 
     def _leave(self, name: str, why: str) -> None:
         if self.owners.pop(name, None) is not None:
             self.left[name] = why
-
-    def _leave_without_axis(self) -> None:
-        self._leave_where(lambda s: s.layer not in self.ran, "did not run on the examples tried")
-        self._leave_where(
-            lambda s: s.layer not in self.axes, "does not see the examples on one of its first axes"
-        )
 
     def _leave_where(self, condition: Callable[[Source], bool], why: str) -> None:
         for name, sources in list(self.owners.items()):
@@ -231,10 +225,6 @@ class _Planning:
                 found[s.layer] = (*found.get(s.layer, ()), s.role)
         return found
 
-    def _dtypes(self, batch: Batch) -> set[torch.dtype]:
-        """What the model computes in, autocast inside of forward included."""
-        return dtypes_in(lambda: self.task.call(self.theta, batch))
-
     def _watched(self) -> tuple[tuple[str, ...], list[str]]:
         """Parameters used outside of their layers; layers whose rows are not the examples'."""
         made = self._made()
@@ -242,7 +232,7 @@ class _Planning:
         with Capture(self.task, self.theta, roles(made), made.repeated) as capture:
             for batch, size in self._probe():
                 values = capture.watch(partial(_checked, self.task, batch=batch), size)
-                self.dtypes |= self._dtypes(batch)
+                self.dtypes |= dtypes_in(partial(self.task.call, self.theta, batch))
                 calls = capture.backward(values)
                 bypassed |= dict.fromkeys(capture.bypassed)
                 self.dtypes |= {values.dtype, *(c.delta.dtype for c in calls)}
@@ -503,13 +493,4 @@ def _notes(left: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(
         f"{listed(names)}: per-example gradients by torch.func, because {why}"
         for why, names in reasons.items()
-    )
-
-
-def _unmatched(names: Sequence[str]) -> str:
-    return message(
-        "Per-example gradients must add up to the gradient of the total.",
-        f"gradients of {', '.join(names[:5])} that do not.",
-        "a model whose examples depend on each other, or that answers differently each time.",
-        'call model.eval(), or leave these parameters out with Task(params="pattern").',
     )

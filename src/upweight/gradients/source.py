@@ -1,8 +1,8 @@
 """How a method obtains gᵢ: what it may ask of a batch of training gradients.
 
 A method needs inner products ⟨v, gᵢ⟩, sums Σ cᵢ gᵢ and, where it insists, the rows themselves.
-`Direct` forms the rows by `torch.func`; `ByLayer` as EK-FAC has them, where `torch.func` cannot run
-the model on a batch; `FactoredLinear` never forms them.
+`Direct` forms the rows: by `torch.func`, or as EK-FAC has them where `torch.func` cannot run the
+model on a batch. `FactoredLinear` never forms them.
 """
 
 import abc
@@ -60,51 +60,15 @@ Values = Callable[[Params, Any], Float[Tensor, " b"]]
 
 @dataclass(frozen=True, eq=False)
 class Direct(GradientSource):
-    """gᵢ formed by `vmap(grad)`, for any model that it can run.
+    """gᵢ formed in full: by `vmap(grad)`, or by the rules of the layers where there is a plan.
 
-    Args:
-        task: Whose parameters.
-        theta: θ.
-        function: Whose gradients; None: the losses'.
+    The values are those of `function`; None: the losses.
     """
 
     task: Task
     theta: Float[Tensor, " p"]
     function: Values | None = None
-
-    @property
-    def values_per_example(self) -> int:
-        return self.task.layout.size
-
-    def rows(self, batch: Batch, size: int) -> Float[Tensor, "b p"]:
-        return value_gradients(self._values, self.theta, batch, size)
-
-    def inner(self, vectors: Float[Tensor, "q p"], batch: Batch, size: int) -> Float[Tensor, "q b"]:
-        return vectors @ self.rows(batch, size).T
-
-    def total(self, batch: Batch) -> Float[Tensor, " p"]:
-        return torch.func.grad(lambda t: self._values(t, batch).sum())(self.theta)
-
-    def _values(self, theta: Tensor, batch: Any) -> Tensor:
-        return (self.function or self.task.losses)(self.task.named(theta), batch)
-
-
-@dataclass(frozen=True, eq=False)
-class ByLayer(GradientSource):
-    """gᵢ by the rules of the layers, and one example at a time where there is none.
-
-    Args:
-        task: Whose parameters.
-        theta: θ.
-        plan: How.
-        function: Whose gradients; None: the losses'.
-        notes: Why.
-    """
-
-    task: Task
-    theta: Float[Tensor, " p"]
-    plan: Plan
-    function: Values | None = None
+    plan: Plan | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -112,15 +76,21 @@ class ByLayer(GradientSource):
         return self.task.layout.size
 
     def rows(self, batch: Batch, size: int) -> Float[Tensor, "b p"]:
-        function = self.function or self.task.losses
-        return planned_rows(self.plan, self.theta, function, batch, size)
+        if self.plan is not None:
+            function = self.function or self.task.losses
+            return planned_rows(self.plan, self.theta, function, batch, size)
+        return value_gradients(self._values, self.theta, batch, size)
 
     def inner(self, vectors: Float[Tensor, "q p"], batch: Batch, size: int) -> Float[Tensor, "q b"]:
         return vectors @ self.rows(batch, size).T
 
     def total(self, batch: Batch) -> Float[Tensor, " p"]:
-        function = self.function or self.task.losses
-        return total_gradient(self.task, self.theta, lambda params: function(params, batch))
+        if self.plan is not None:
+            return total_gradient(self.task, self.theta, lambda params: self._values(params, batch))
+        return torch.func.grad(lambda t: self._values(t, batch).sum())(self.theta)
+
+    def _values(self, theta: Any, batch: Any) -> Tensor:
+        return (self.function or self.task.losses)(self.task.named(theta), batch)
 
 
 def planned_rows(
@@ -221,13 +191,6 @@ def value_source(
 ) -> GradientSource:
     """The gradients of any value per example: by `torch.func` where it can run the model.
 
-    Args:
-        task: Whose parameters.
-        theta: θ.
-        data: The examples to differentiate at.
-        function: The value; None: the loss.
-        train: The training data, to plan with; None: `data`.
-
     Raises:
         UnsupportedModel: There is neither a layer rule nor a gradient by autograd.
 
@@ -254,4 +217,4 @@ def value_source(
         return direct
     note = f"per-example gradients by layer, because {why}"
     made = plan(task, theta, data if train is None else train)
-    return ByLayer(task, theta, made, function, (note,))
+    return Direct(task, theta, function, made, (note,))

@@ -22,14 +22,7 @@ LOST = 0.1
 
 
 def underflowing(plan: Plan, theta: Float[Tensor, " p"], batch: Batch, size: int) -> dict[str, int]:
-    """Blocks in which some examples lose more than a tenth of their gradient: of how many.
-
-    Args:
-        plan: How gradients are obtained.
-        theta: θ, where they are taken.
-        batch: The examples, on the parameters' device.
-        size: How many.
-    """
+    """Blocks in which some examples lose more than a tenth of their gradient: of how many."""
 
     def multiple(scale: float) -> Callable[[Tensor, Any, Any], Tensor]:
         return lambda outputs, targets, _: scale * plan.task.loss(outputs, targets)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from upweight.linalg.cg import require_preconditioner
@@ -98,7 +98,7 @@ class _Run:
             if failure is None and failures >= RESTARTS:
                 failure = Result.STAGNATED
             if failure is not None:
-                self.end(rows, x, failure)
+                self.columns.close(rows, x, failure)
                 break
         return self.columns.solution(self.steps, repr(self.solver))
 
@@ -152,12 +152,6 @@ class _Run:
             self.columns.extra["curvature"] = float(ritz[0])
             return Result.NEGATIVE_CURVATURE
         return Result.SINGULAR if float(ritz[0]) <= rounding else None
-
-    def end(self, rows: Int[Tensor, " r"], x: Float[Tensor, "r p"], failure: Result) -> None:
-        if failure is Result.NON_FINITE:
-            self.columns.close_without_answer(rows, failure)
-        else:
-            self.columns.close(rows, x, failure)
 
 
 def orthonormal(V: Float[Tensor, "p k"]) -> tuple[Float[Tensor, "p r"], Float[Tensor, "r k"]]:

@@ -16,10 +16,6 @@ from upweight.linalg.operator import LinearOperator, Tag, closed
 class BlockDiagonal(LinearOperator):
     """v[indexₖ] ↦ Aₖ v[indexₖ] for every block k.
 
-    Args:
-        blocks: Square operators.
-        indices: Which entries of the vector belong to each; together all entries, each once.
-
     Raises:
         ShapeError: A block and its entries disagree, or the entries do not cover the vector.
     """

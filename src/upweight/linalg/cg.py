@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 from upweight.linalg.columns import Columns
 from upweight.linalg.operator import LinearOperator, square
 from upweight.linalg.solution import Result, Solution
@@ -72,13 +72,11 @@ def require_preconditioner(given: Any) -> None:
     """
     if given is not None and not isinstance(given, LinearOperator):
         raise SpecError(
-            message(
-                "A preconditioner is an operator M ≈ A⁻¹.",
-                f"{given!r}.",
-                "a curvature as it is specified, given to a solver outside of a method.",
-                "Influence(GGN(), solver=CG(preconditioner=EKFAC())), which fits it; or an "
-                "operator such as inverse(DiagonalMatrix(d), Cholesky()).",
-            )
+            "A preconditioner is an operator M ≈ A⁻¹.",
+            f"{given!r}.",
+            "a curvature as it is specified, given to a solver outside of a method.",
+            "Influence(GGN(), solver=CG(preconditioner=EKFAC())), which fits it; or an "
+            "operator such as inverse(DiagonalMatrix(d), Cholesky()).",
         )
 
 
@@ -203,7 +201,4 @@ class _Run:
         return fresh.keep(~solved & ~stuck)
 
     def end(self, rows: _Rows, mask: Bool[Tensor, " r"], result: Result) -> None:
-        if result is Result.NON_FINITE:
-            self.columns.close_without_answer(rows.index[mask], result)
-        else:
-            self.columns.close(rows.index[mask], rows.x[mask], result)
+        self.columns.close(rows.index[mask], rows.x[mask], result)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import NotPositiveDefinite, message
+from upweight.errors import NotPositiveDefinite
 from upweight.linalg.columns import Columns
 from upweight.linalg.lanczos import extreme_eigenvalues
 from upweight.linalg.operator import LinearOperator, square
@@ -152,12 +152,10 @@ def _inspect(matrix: Float[Tensor, "p p"], A: LinearOperator) -> _Scales:
     eps = torch.finfo(A.dtype).eps
     if asymmetry > math.sqrt(eps):
         raise NotPositiveDefinite(
-            message(
-                "Cholesky needs a symmetric operator.",
-                f"{A!r} with max|A − Aᵀ| = {difference:.1e}, where max|A| = {largest:.1e}.",
-                "a product of operators, or only one triangle of a symmetric matrix.",
-                "symmetrize it if that is what is meant, 0.5 * (A + A.T).",
-            )
+            "Cholesky needs a symmetric operator.",
+            f"{A!r} with max|A − Aᵀ| = {difference:.1e}, where max|A| = {largest:.1e}.",
+            "a product of operators, or only one triangle of a symmetric matrix.",
+            "symmetrize it if that is what is meant, 0.5 * (A + A.T).",
         )
     p = len(matrix)
     rounding = p * torch.finfo(torch.float64).eps

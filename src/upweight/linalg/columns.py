@@ -46,8 +46,8 @@ class Columns:
 
     def close(self, rows: Int[Tensor, " r"], x: Float[Tensor, "r p"], result: Result) -> None:
         """End these rows at x, a solution for `units`; converged only if its residual says so."""
-        if len(rows) == 0:
-            return
+        if len(rows) == 0 or result is Result.NON_FINITE:
+            return self.close_without_answer(rows, result)
         r = self.units[rows] - self.A.mv(x)
         residuals = torch.linalg.vector_norm(r, dim=1)
         self._keep(rows, x, residuals)

@@ -17,7 +17,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import NonFinite, NotPositiveDefinite, SpecError, message
+from upweight.errors import NonFinite, NotPositiveDefinite, SpecError
 from upweight.linalg.eigen import Eigen
 from upweight.linalg.matrices import Identity
 from upweight.linalg.operator import LinearOperator, Scaled, Sum, square
@@ -95,14 +95,12 @@ class Relative(Damping):
             )
         if mean <= 0:
             raise NotPositiveDefinite(
-                message(
-                    "Relative damping needs a positive mean eigenvalue tr(A)/p.",
-                    f"tr(A)/p = {mean:.3e} for {operator!r}.",
-                    "a Hessian far from a minimum, or a curvature that is zero because the data "
-                    "do not reach these parameters (a unit that never fires).",
-                    "use a positive semi-definite curvature, GGN(), or Absolute(value); or leave "
-                    "these parameters out with Task(params=...).",
-                )
+                "Relative damping needs a positive mean eigenvalue tr(A)/p.",
+                f"tr(A)/p = {mean:.3e} for {operator!r}.",
+                "a Hessian far from a minimum, or a curvature that is zero because the data "
+                "do not reach these parameters (a unit that never fires).",
+                "use a positive semi-definite curvature, GGN(), or Absolute(value); or leave "
+                "these parameters out with Task(params=...).",
             )
         return self.factor * mean
 

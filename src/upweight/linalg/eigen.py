@@ -13,17 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import NotPositiveDefinite, ShapeError, message
+from upweight.errors import NotPositiveDefinite, ShapeError
 from upweight.linalg.operator import LinearOperator, Tag
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Eigen(LinearOperator):
-    """Q diag(values) Qᵀ with Q a Kronecker product of orthogonal bases.
+    """Q diag(values) Qᵀ with Q a Kronecker product of orthogonal bases, one for each axis.
 
-    Args:
-        bases: Qₖ [dₖ, dₖ] for each axis, eigenvectors in columns; None stands for the identity.
-        values: The eigenvalues, an array [d₁, d₂, …].
+    A basis has its eigenvectors in columns; None stands for the identity.
 
     Raises:
         ShapeError: The bases do not fit the array of eigenvalues.
@@ -106,16 +104,14 @@ class Eigen(LinearOperator):
         if not smallest > floor:
             zeros = int((self.values + damping <= floor).sum())
             raise NotPositiveDefinite(
-                message(
-                    "The inverse needs every eigenvalue of A + λI above zero.",
-                    f"{zeros} of {math.prod(self.values.shape)} eigenvalues that are not; the "
-                    f"smallest is {smallest:.3g} (λ = {damping:.3g}).",
-                    "directions in which the training data say nothing (an input that is always "
-                    "zero, a unit that never fires), with no damping and no penalty.",
-                    "set damping: Relative(0.1) is the usual choice, Absolute(λ) the λ of an "
-                    "L2 penalty that was trained with.",
-                ),
-                smallest,
+                "The inverse needs every eigenvalue of A + λI above zero.",
+                f"{zeros} of {math.prod(self.values.shape)} eigenvalues that are not; the "
+                f"smallest is {smallest:.3g} (λ = {damping:.3g}).",
+                "directions in which the training data say nothing (an input that is always "
+                "zero, a unit that never fires), with no damping and no penalty.",
+                "set damping: Relative(0.1) is the usual choice, Absolute(λ) the λ of an "
+                "L2 penalty that was trained with.",
+                smallest=smallest,
             )
         return self.function(lambda values: 1.0 / (values + damping))
 

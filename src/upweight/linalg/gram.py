@@ -20,12 +20,7 @@ BATCHES = 16
 
 
 class LongSum:
-    """Σ of many matrices of one shape, totalled in float64.
-
-    Args:
-        shape: Of each term.
-        dtype, device: Of the terms.
-    """
+    """Σ of many matrices of one shape, totalled in float64."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self._total = torch.zeros(shape, dtype=torch.float64, device=device)

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import DtypeError, NonFinite, ShapeError, message
+from upweight.errors import DtypeError, NonFinite, ShapeError
 
 
 class Tag(enum.Enum):
@@ -226,12 +226,10 @@ class Sum(LinearOperator):
             flat.extend(term.terms if isinstance(term, Sum) else (term,))
         if not flat:
             raise ShapeError(
-                message(
-                    "A sum needs at least one operator.",
-                    "none.",
-                    "an empty list of terms.",
-                    "use 0.0 * Identity(p) for a zero operator.",
-                )
+                "A sum needs at least one operator.",
+                "none.",
+                "an empty list of terms.",
+                "use 0.0 * Identity(p) for a zero operator.",
             )
         for term in flat[1:]:
             agree(flat[0], term, "A sum")
@@ -284,12 +282,10 @@ class Scaled(LinearOperator):
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise NonFinite(
-                message(
-                    "An operator is scaled by a finite number.",
-                    f"{self.scale} * {self.operator!r}.",
-                    "a division by zero, or a loss that diverged.",
-                    "find where the scale was computed and check its inputs.",
-                )
+                "An operator is scaled by a finite number.",
+                f"{self.scale} * {self.operator!r}.",
+                "a division by zero, or a loss that diverged.",
+                "find where the scale was computed and check its inputs.",
             )
 
     @property
@@ -335,12 +331,10 @@ class Product(LinearOperator):
     def __post_init__(self) -> None:
         if self.left.shape[1] != self.right.shape[0]:
             raise ShapeError(
-                message(
-                    "A product A @ B needs as many columns in A as rows in B.",
-                    f"{self.left!r} @ {self.right!r}.",
-                    "factors in the wrong order, or one that should be transposed.",
-                    "swap them, or use .T on one of them.",
-                )
+                "A product A @ B needs as many columns in A as rows in B.",
+                f"{self.left!r} @ {self.right!r}.",
+                "factors in the wrong order, or one that should be transposed.",
+                "swap them, or use .T on one of them.",
             )
         if self.left.dtype != self.right.dtype:
             agree(self.left, self.right, "A product")
@@ -379,19 +373,15 @@ def agree(first: LinearOperator, other: LinearOperator, what: str) -> None:
     given = f"{first!r} and {other!r}."
     if first.dtype != other.dtype:
         raise DtypeError(
-            message(
-                f"{what} needs operators of one dtype.",
-                given,
-                "a float64 penalty or damping added to a float32 curvature.",
-                f"build both in one dtype, for example {first.dtype}.",
-            )
+            f"{what} needs operators of one dtype.",
+            given,
+            "a float64 penalty or damping added to a float32 curvature.",
+            f"build both in one dtype, for example {first.dtype}.",
         )
     if first.shape != other.shape:
         raise ShapeError(
-            message(
-                f"{what} needs operators of one shape.",
-                given,
-                "operators built for different parameters of the model.",
-                "choose the same parameters for both.",
-            )
+            f"{what} needs operators of one shape.",
+            given,
+            "operators built for different parameters of the model.",
+            "choose the same parameters for both.",
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import NonFinite, NotConverged, NotPositiveDefinite, UpweightError, message
+from upweight.errors import NonFinite, NotConverged, NotPositiveDefinite, UpweightError
 
 
 class Result(enum.Enum):
@@ -90,13 +90,15 @@ class Solution:
     def error(self) -> UpweightError:
         """The error that `throw` raises, for callers that would add to it."""
         assert not self.converged
-        text = message(*_EXPLAIN[self.result](self.stats))
+        parts = _EXPLAIN[self.result](self.stats)
         if self.result is Result.NON_FINITE:
-            error: UpweightError = NonFinite(text)
+            error: UpweightError = NonFinite(*parts)
         elif self.result in (Result.MAX_STEPS, Result.STAGNATED):
-            return NotConverged(text, self)
+            return NotConverged(*parts, solution=self)
         else:
-            error = NotPositiveDefinite(text, self.stats.extra.get("smallest_eigenvalue"))
+            error = NotPositiveDefinite(
+                *parts, smallest=self.stats.extra.get("smallest_eigenvalue")
+            )
         error.solution = self  # type: ignore[attr-defined]
         return error
 

@@ -71,13 +71,9 @@ def solve(
     *,
     throw: bool = True,
 ) -> Solution:
-    """Solve A x = b for each right-hand side along the leading axes of b.
+    """Solve A x = b for each right-hand side along the leading axes of b; damping is part of A.
 
-    Args:
-        A: A square operator [p p], damping included.
-        b: Right-hand sides, vectors along the last axis.
-        solver: How.
-        throw: Whether a failure is raised. If not, look at `result` before `value`.
+    Without `throw`, look at `result` before `value`.
 
     Raises:
         NotPositiveDefinite, NotConverged, NonFinite: As `Solution.throw`, if `throw`.

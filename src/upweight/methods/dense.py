@@ -21,7 +21,7 @@ from upweight.curvature.curvature import Curvature
 from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
 from upweight.curvature.layerwise import LayerwiseCurvature
-from upweight.errors import DtypeError, NotDifferentiable, ShapeError, message
+from upweight.errors import DtypeError, NotDifferentiable, ShapeError
 from upweight.gradients.blocks import Plan
 from upweight.gradients.planning import plan
 from upweight.gradients.source import (
@@ -116,21 +116,7 @@ class DenseJob(Job):
 
 @dataclass(frozen=True, eq=False)
 class DenseScorer(Scorer):
-    """(H + λI)⁻¹ at a point.
-
-    Args:
-        curvature, chosen: H and the solver, as they were asked for.
-        damped_by: λ, as it was asked for.
-        task, train: What it was fitted to.
-        point: θ, and the weight a of this point.
-        operator: H + λI.
-        solver, state: How it is inverted.
-        source: Where training gradients come from.
-        damping: λ.
-        mean_loss: (1/n) Σ ℓᵢ(θ).
-        memory_bytes: What a batch may take.
-        notes: Of the fit.
-    """
+    """(H + λI)⁻¹ at a point."""
 
     curvature: Curvature
     chosen: Solver[Any]
@@ -302,12 +288,10 @@ class DenseScorer(Scorer):
         n, gone = len(self.train), set(group)
         if len(gone) == n:
             raise ShapeError(
-                message(
-                    "Something must be left of the training set.",
-                    f"a removal of all {n} examples.",
-                    "a group that holds the whole data set.",
-                    "remove fewer.",
-                )
+                "Something must be left of the training set.",
+                f"a removal of all {n} examples.",
+                "a group that holds the whole data set.",
+                "remove fewer.",
             )
         kept = self.train.subset([i for i in range(n) if i not in gone])
         operator = damped(self.curvature.fit(self.task, kept, self.theta, n=n), self.damping)
@@ -382,13 +366,11 @@ def inverse(
     fitting.checked_losses()
     if isinstance(curvature, LayerwiseCurvature) and task.layout.dtype.itemsize < 4:
         raise DtypeError(
-            message(
-                "A named solver needs curvature and gradients of one dtype.",
-                f"{curvature!r} with {chosen!r} on parameters of {task.layout.dtype}: a curvature "
-                "by layer is kept in torch.float32.",
-                "a solver left from another curvature, on a model in half precision.",
-                "leave the solver out: Auto() inverts each block in float32; or use model.float().",
-            )
+            "A named solver needs curvature and gradients of one dtype.",
+            f"{curvature!r} with {chosen!r} on parameters of {task.layout.dtype}: a curvature "
+            "by layer is kept in torch.float32.",
+            "a solver left from another curvature, on a model in half precision.",
+            "leave the solver out: Auto() inverts each block in float32; or use model.float().",
         )
     made = curvature.fit(task, data, point.theta)
     lam = as_damping(damping).of(made, point.theta, len(data))

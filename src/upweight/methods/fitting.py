@@ -16,17 +16,7 @@ from upweight.task.task import Task
 
 @dataclass(eq=False)
 class Fitting:
-    """A fit on its way.
-
-    Args:
-        task: What was trained.
-        data: Its training set.
-        theta: θ̂.
-        probe: What was found of a few of the data.
-        resources: What the fit may use.
-        history: How it was trained, for methods that need it: a `Trajectory`, a recipe, or models.
-        losses: ℓᵢ(θ̂), once they are known.
-    """
+    """A fit on its way."""
 
     task: Task
     data: Data

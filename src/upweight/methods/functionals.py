@@ -67,12 +67,10 @@ def derivatives(
     if not isinstance(value, Tensor) or value.ndim > 1 or value.numel() == 0:
         shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ScalarLoss(
-            message(
-                "A Functional returns one number, or several as a vector.",
-                f"{functional!r} returned {shape}.",
-                "a matrix, or a number of Python's that autograd cannot follow.",
-                "return a tensor of shape [k], made from params by operations of PyTorch.",
-            )
+            "A Functional returns one number, or several as a vector.",
+            f"{functional!r} returned {shape}.",
+            "a matrix, or a number of Python's that autograd cannot follow.",
+            "return a tensor of shape [k], made from params by operations of PyTorch.",
         )
     value = value.reshape(-1)
     _require_finite(functional, "value", value)
@@ -82,12 +80,10 @@ def derivatives(
     gap = float((again - value.detach()).abs().max())
     if not gap <= rounding:
         raise NonDeterministic(
-            message(
-                "A Functional gives the same numbers each time.",
-                f"{functional!r}, off by {gap:.2g} the second time.",
-                "a random draw in it.",
-                "draw with a generator that it seeds itself.",
-            )
+            "A Functional gives the same numbers each time.",
+            f"{functional!r}, off by {gap:.2g} the second time.",
+            "a random draw in it.",
+            "draw with a generator that it seeds itself.",
         )
     if not value.requires_grad:
         raise NotDifferentiable(_constant(functional))
@@ -109,12 +105,10 @@ def derivatives(
 def _require_finite(functional: Functional, what: str, values: Tensor) -> None:
     if not bool(values.isfinite().all()):
         raise NonFinite(
-            message(
-                "A Functional and its derivatives must be finite.",
-                f"{functional!r}, whose {what} is not.",
-                "a division by 0, or a square root or logarithm of 0.",
-                "write it so that it is finite at these parameters.",
-            )
+            "A Functional and its derivatives must be finite.",
+            f"{functional!r}, whose {what} is not.",
+            "a division by 0, or a square root or logarithm of 0.",
+            "write it so that it is finite at these parameters.",
         )
 
 

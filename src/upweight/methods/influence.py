@@ -13,7 +13,7 @@ from torch import Tensor
 
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.hessian import Hessian
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 from upweight.linalg.damping import Damping, as_damping
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solve import Auto
@@ -94,12 +94,10 @@ class Influence(PointMethod):
         as_damping(self.damping)
         if not 0 <= self.tolerance < 1:
             raise SpecError(
-                message(
-                    "A tolerance is a relative error from 0 (exact) to below 1.",
-                    f"tolerance={self.tolerance!r}.",
-                    "a percentage, or a number of digits.",
-                    "0.01 allows an error of one per cent of a query's scores.",
-                )
+                "A tolerance is a relative error from 0 (exact) to below 1.",
+                f"tolerance={self.tolerance!r}.",
+                "a percentage, or a number of digits.",
+                "0.01 allows an error of one per cent of a query's scores.",
             )
 
     @property
@@ -114,16 +112,14 @@ def _require_kind(name: str, given: Any, kind: type, known: Sequence[str]) -> No
     called = given.__name__ if isinstance(given, type) else str(given)
     meant = [word for word in known if word.lower() == called.lower()]
     raise SpecError(
-        message(
-            f"Influence takes its {name} as an object.",
-            f"{name}={given!r}.",
-            "a class that was not called."
-            if isinstance(given, type)
-            else "a name in its place."
-            if isinstance(given, str)
-            else "an argument in another's place.",
-            f"Influence({name}=upweight.{meant[0]}())."
-            if meant
-            else f"Influence({name}=...) with one of {', '.join(f'{word}()' for word in known)}.",
-        )
+        f"Influence takes its {name} as an object.",
+        f"{name}={given!r}.",
+        "a class that was not called."
+        if isinstance(given, type)
+        else "a name in its place."
+        if isinstance(given, str)
+        else "an argument in another's place.",
+        f"Influence({name}=upweight.{meant[0]}())."
+        if meant
+        else f"Influence({name}=...) with one of {', '.join(f'{word}()' for word in known)}.",
     )

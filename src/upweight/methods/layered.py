@@ -31,7 +31,7 @@ from upweight.curvature.layerwise import (
     LayerwiseCurvature,
     examples_at_once,
 )
-from upweight.errors import NonFinite, ShapeError, UpweightError, message
+from upweight.errors import NonFinite, ShapeError, UpweightError
 from upweight.gradients.autograd import total_gradient
 from upweight.gradients.blocks import Block, Plan
 from upweight.gradients.cost import cost
@@ -143,18 +143,7 @@ class LayeredJob(Job):
 
 @dataclass(frozen=True, eq=False)
 class LayeredScorer(Scorer):
-    """(Hₗ + λₗ)⁻¹ of every block at a point.
-
-    Args:
-        task, train: What it was fitted to.
-        curvature: The blocks, with their damping.
-        point: θ, and the weight a of this point.
-        losses: ℓᵢ(θ).
-        tolerance: Relative error that the contraction may have.
-        memory_bytes: What a batch may take where a question does not say.
-        gradients: What is done to gradients first.
-        notes, seconds: Of the fit.
-    """
+    """(Hₗ + λₗ)⁻¹ of every block at a point."""
 
     task: Task
     train: Data
@@ -223,12 +212,10 @@ class LayeredScorer(Scorer):
             if not bool(total.isfinite().all()):
                 bad = int((~total.isfinite()).nonzero()[0])
                 raise NonFinite(
-                    message(
-                        "Scores must be finite.",
-                        f"{float(total[bad])} for training example {start + bad}.",
-                        "a gradient that overflows in this dtype, or a square root or norm of 0.",
-                        "use a float64 model, or look at the gradient of that example.",
-                    )
+                    "Scores must be finite.",
+                    f"{float(total[bad])} for training example {start + bad}.",
+                    "a gradient that overflows in this dtype, or a square root or norm of 0.",
+                    "use a float64 model, or look at the gradient of that example.",
                 )
             parts.append(total)
         return torch.cat(parts)
@@ -355,15 +342,7 @@ def token_shares(
     examples: Sequence[int],
     vectors: Sequence[Float[Tensor, "q ..."]],
 ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
-    """⟨V_q, gᵢ⟩ of some training examples, position by position, and what has no position.
-
-    Args:
-        made: How gradients are obtained.
-        theta: Where.
-        train: The training data.
-        examples: Which of them.
-        vectors: V_q of each block.
-    """
+    """⟨V_q, gᵢ⟩ of some training examples, position by position, and what has no position."""
     task = made.task
     with GradientPass(made, theta) as passes:
         parts = [
@@ -374,12 +353,10 @@ def token_shares(
     tokens = [f.positions for f in factors if isinstance(f, Tokens) and f.positions > 1]
     if not tokens:
         raise ShapeError(
-            message(
-                "Per-token scores need weights that are used at several positions.",
-                "a model that uses every weight once per example.",
-                "a model of images or rows, not of sequences.",
-                "leave into out for whole scores, or pass into=PerLayer() for other shares.",
-            )
+            "Per-token scores need weights that are used at several positions.",
+            "a model that uses every weight once per example.",
+            "a model of images or rows, not of sequences.",
+            "leave into out for whole scores, or pass into=PerLayer() for other shares.",
         )
     t, q = min(tokens), len(vectors[0])
     shares = vectors[0].new_zeros(q, len(examples), t, dtype=made.dtype)

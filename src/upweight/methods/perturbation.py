@@ -49,23 +49,18 @@ def gradient_products_by_input(
         named = sorted(example) if isinstance(example, dict) else list(range(len(example)))
     if key not in named:
         raise ShapeError(
-            message(
-                "The input to perturb must be part of the example.",
-                f"input={key!r}; the example has {named}.",
-                "another name or place for the input.",
-                "name the place in the tuple, counted from 0, or the key in the dict.",
-            )
+            "The input to perturb must be part of the example.",
+            f"input={key!r}; the example has {named}.",
+            "another name or place for the input.",
+            "name the place in the tuple, counted from 0, or the key in the dict.",
         )
     x = example[key]  # type: ignore[index]
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise DtypeError(
-            message(
-                "A perturbation needs a floating-point input.",
-                f"{getattr(x, 'dtype', type(x).__name__)}.",
-                "token ids or raw bytes, between which there is no derivative.",
-                "perturb what the model computes from them (embeddings), or use relabeling or "
-                "removal.",
-            )
+            "A perturbation needs a floating-point input.",
+            f"{getattr(x, 'dtype', type(x).__name__)}.",
+            "token ids or raw bytes, between which there is no derivative.",
+            "perturb what the model computes from them (embeddings), or use relabeling or removal.",
         )
 
     def product(value: Tensor, v: Tensor) -> Tensor:
@@ -136,22 +131,18 @@ def relabeled(example: Batch, label: object) -> Batch:
         key = next((k for k in TARGET_KEYS if k in example), "")
         if not key:
             raise DataError(
-                message(
-                    f"Relabeling needs the targets of a dict under one of {TARGET_KEYS}.",
-                    f"the keys {sorted(example)}.",
-                    "a forward of one's own that knows them under another name.",
-                    "rename the key in the data and in forward.",
-                )
+                f"Relabeling needs the targets of a dict under one of {TARGET_KEYS}.",
+                f"the keys {sorted(example)}.",
+                "a forward of one's own that knows them under another name.",
+                "rename the key in the data and in forward.",
             )
         old = example[key]
     elif not isinstance(example, tuple):
         raise DataError(
-            message(
-                "Relabeling needs a tuple (inputs..., targets) or a dict.",
-                f"a batch of type {type(example).__name__}.",
-                "a collate function that makes an object of its own.",
-                "let it return a tuple or a dict for this question.",
-            )
+            "Relabeling needs a tuple (inputs..., targets) or a dict.",
+            f"a batch of type {type(example).__name__}.",
+            "a collate function that makes an object of its own.",
+            "let it return a tuple or a dict for this question.",
         )
     else:
         key, old = len(example) - 1, example[-1]
@@ -161,21 +152,17 @@ def relabeled(example: Batch, label: object) -> Batch:
     exact = torch.as_tensor(label, dtype=torch.float64, device=y.device)
     if not y.is_floating_point() and bool((new != exact).any()):
         raise DtypeError(
-            message(
-                f"A new target must be of the old one's kind: {y.dtype}.",
-                f"{label!r}.",
-                "a probability or a score where the training data hold classes.",
-                "pass the index of a class.",
-            )
+            f"A new target must be of the old one's kind: {y.dtype}.",
+            f"{label!r}.",
+            "a probability or a score where the training data hold classes.",
+            "pass the index of a class.",
         )
     if new.numel() != y[0].numel():
         raise ShapeError(
-            message(
-                f"A new target must have the shape of the old one: {tuple(y.shape[1:])}.",
-                f"shape {tuple(new.shape)}.",
-                "several labels at once, or a class index where probabilities were trained on.",
-                "pass the target of one example.",
-            )
+            f"A new target must have the shape of the old one: {tuple(y.shape[1:])}.",
+            f"shape {tuple(new.shape)}.",
+            "several labels at once, or a class index where probabilities were trained on.",
+            "pass the target of one example.",
         )
     new = new.reshape(y.shape)
     return _with(example, key, (new, *old[1:]) if isinstance(old, tuple | list) else new)

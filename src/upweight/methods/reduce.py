@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Folder
-from upweight.errors import NonFinite, SpecError, message
+from upweight.errors import NonFinite, SpecError
 from upweight.methods.health import zero_columns
 from upweight.methods.scorer import Job
 from upweight.provenance import Context, Provenance
@@ -281,12 +281,10 @@ class Top(Reducer):
     def __post_init__(self) -> None:
         if not isinstance(self.k, Integral) or isinstance(self.k, bool) or self.k < 1:
             raise SpecError(
-                message(
-                    "Top keeps at least one example of each kind per query.",
-                    f"k={self.k!r}.",
-                    "a count that came out as zero, or as a fraction or a yes-or-no answer.",
-                    "ask for Top(1) or more; leave into out for all scores.",
-                )
+                "Top keeps at least one example of each kind per query.",
+                f"k={self.k!r}.",
+                "a count that came out as zero, or as a fraction or a yes-or-no answer.",
+                "ask for Top(1) or more; leave into out for all scores.",
             )
 
     def begin(self, sweep: Sweep) -> Sink:
@@ -454,12 +452,10 @@ def _finite(part: Float[Tensor, "q b"], start: int, first: int) -> Float[Tensor,
     if len(bad):
         query, column = bad[0].tolist()
         raise NonFinite(
-            message(
-                "Scores must be finite.",
-                f"{float(part[query, column])} for training example {start + column} and query "
-                f"{first + query}.",
-                "a gradient that overflows in this dtype, or a square root or norm of 0.",
-                "use a float64 model, or look at the gradient of that example and query.",
-            )
+            "Scores must be finite.",
+            f"{float(part[query, column])} for training example {start + column} and query "
+            f"{first + query}.",
+            "a gradient that overflows in this dtype, or a square root or norm of 0.",
+            "use a float64 model, or look at the gradient of that example and query.",
         )
     return part

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.errors import NotOffered, message
+from upweight.errors import NotOffered
 from upweight.gradients.blocks import Plan
 from upweight.methods.functionals import Derivatives
 from upweight.runtime.memory import working_bytes
@@ -273,12 +273,10 @@ def jobs_of(scorer: "Scorer", asked: Asked) -> Iterator[Job]:
 def not_offered(what: str, needs: str, here: str = "attribute(queries, measure)") -> NotOffered:
     """The error for a question that a method has no answer to."""
     return NotOffered(
-        message(
-            f"{what} needs {needs}.",
-            "a method without.",
-            "a question of influence functions, asked of another kind of method.",
-            f"use {here} here; or fit Influence(GGN(), damping=…), or Influence(EKFAC(), …).",
-        )
+        f"{what} needs {needs}.",
+        "a method without.",
+        "a question of influence functions, asked of another kind of method.",
+        f"use {here} here; or fit Influence(GGN(), damping=…), or Influence(EKFAC(), …).",
     )
 
 

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from upweight.errors import StaleStore, message
+from upweight.errors import StaleStore
 from upweight.runs.question import fingerprints_of
 from upweight.runs.record import CONTENTS, Record, is_reference
 from upweight.runtime.headers import read_json, write_json
@@ -66,12 +66,10 @@ class Run:
         run = cls(path.parent if path.name == "run.toml" else path, tuple(projects))
         if not run.toml.exists():
             raise StaleStore(
-                message(
-                    "A run is a directory with a run.toml in it.",
-                    f"{path}, which {'has none' if path.exists() else 'does not exist'}.",
-                    "another directory, or an attribute that was stopped before it began.",
-                    "name the --out of an `upweight attribute …`.",
-                )
+                "A run is a directory with a run.toml in it.",
+                f"{path}, which {'has none' if path.exists() else 'does not exist'}.",
+                "another directory, or an attribute that was stopped before it began.",
+                "name the --out of an `upweight attribute …`.",
             )
         require_own(run.path)
         return run
@@ -105,12 +103,10 @@ class Run:
         others = [p.name for p in self.path.iterdir() if p.name not in own and p.suffix != ".part"]
         if others and not self.toml.exists():
             raise StaleStore(
-                message(
-                    "A run has a directory of its own.",
-                    f"{self.path}, which holds {', '.join(sorted(others)[:5])}.",
-                    "--out that names the directory of the project.",
-                    f"name a new one, for example --out {self.path / 'run'}",
-                )
+                "A run has a directory of its own.",
+                f"{self.path}, which holds {', '.join(sorted(others)[:5])}.",
+                "--out that names the directory of the project.",
+                f"name a new one, for example --out {self.path / 'run'}",
             )
         require_own(self.path)
         with locked(self.path, purpose):
@@ -137,12 +133,10 @@ class Run:
         """Raise StaleStore where scores are missing, or not of what run.toml asks."""
         if not self.is_finished:
             raise StaleStore(
-                message(
-                    "This needs a finished run.",
-                    f"{self.path}, whose scores are not all there.",
-                    "an attribute that was interrupted, or files of scores that were removed.",
-                    f"finish it, if you trust its files: {self.command('rerun')}",
-                )
+                "This needs a finished run.",
+                f"{self.path}, whose scores are not all there.",
+                "an attribute that was interrupted, or files of scores that were removed.",
+                f"finish it, if you trust its files: {self.command('rerun')}",
             )
         self._require_own_scores()
 
@@ -178,7 +172,7 @@ class Run:
             cause = "a run.toml edited by hand: the scores are of the same model, data and method."
             way_out = "write that in run.toml again; or start a new run with another --out."
         required = "The scores of a run are of what its run.toml asks."
-        raise StaleStore(message(required, f"{given}.", cause, way_out))
+        raise StaleStore(required, f"{given}.", cause, way_out)
 
     def naming(self, record: Record) -> list[str]:
         """The options that name the project of this run, as seen from the current folder."""
@@ -218,12 +212,10 @@ class Run:
         kept = read_json(self.evaluation, SCHEMA, dict[str, Any], WAY_OUT)
         if kept.pop("of", None) != Scores.digest_in(self.scores):
             raise StaleStore(
-                message(
-                    "A comparison is of the scores that a run holds.",
-                    f"{self.evaluation}, which is of others, or does not say of which.",
-                    "a file copied from another run, or scores computed again since.",
-                    WAY_OUT,
-                )
+                "A comparison is of the scores that a run holds.",
+                f"{self.evaluation}, which is of others, or does not say of which.",
+                "a file copied from another run, or scores computed again since.",
+                WAY_OUT,
             )
         return kept
 

@@ -30,11 +30,7 @@ def version_of(package: str) -> str | None:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Libraries that are imported, and the machine, without its name.
-
-    Args:
-        device: Where the model is.
-    """
+    """Libraries that are imported, and the machine, without its name."""
     found = dict(library_versions())
     for module, package in LIBRARIES.items():
         if module in sys.modules:

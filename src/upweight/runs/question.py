@@ -14,11 +14,7 @@ from upweight.task.task import Task
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """The live objects of a run.
-
-    Args:
-        task, train, queries, method, measure: As for `method.fit` and `attribute`.
-    """
+    """The live objects of a run."""
 
     task: Task
     train: Data

@@ -11,7 +11,7 @@ from typing import Any
 
 import tomli_w
 
-from upweight.errors import StaleStore, message
+from upweight.errors import StaleStore
 from upweight.runtime.headers import read_toml
 from upweight.runtime.whole import write_whole
 
@@ -91,12 +91,10 @@ class Record:
         for name, (words, fits) in RANGES.items():
             if not fits(getattr(record, name)):
                 raise StaleStore(
-                    message(
-                        f"`{name}` in run.toml must be {words}.",
-                        f"{path}, where it is {getattr(record, name)!r:.80}.",
-                        "a file edited by hand.",
-                        WAY_OUT,
-                    )
+                    f"`{name}` in run.toml must be {words}.",
+                    f"{path}, where it is {getattr(record, name)!r:.80}.",
+                    "a file edited by hand.",
+                    WAY_OUT,
                 )
         return record
 
@@ -114,12 +112,7 @@ class Record:
         return found + self.changed(other.fingerprints, seen)
 
     def changed(self, fingerprints: Mapping[str, str], but: Collection[str] = ()) -> list[str]:
-        """Which of the objects are no longer those of the record, in words.
-
-        Args:
-            fingerprints: Of the objects now.
-            but: Which of them not to ask about.
-        """
+        """Which of the objects are no longer those of the record, in words."""
         return [
             f"{words} not what it was"
             for name, words in CONTENTS.items()

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from upweight.errors import StaleStore, message
+from upweight.errors import StaleStore
 from upweight.runs.directory import Run
 from upweight.runtime.headers import read_json, write_json
 from upweight.runtime.whole import make_folder, write_whole
@@ -65,7 +65,7 @@ def read(run: Run) -> tuple[Facts, Arrays]:
 
     def refused(given: str, cause: str) -> StaleStore:
         required = "A page of a run alone is made of what attribute kept to show."
-        return StaleStore(message(required, f"{given}.", cause, way_out))
+        return StaleStore(required, f"{given}.", cause, way_out)
 
     try:
         header = read_json(run.shown / "shown.json", SCHEMA, _Shown, way_out)

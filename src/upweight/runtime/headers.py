@@ -33,13 +33,7 @@ NAMES = {**WORDS, dict: "a table", list: "a list", type(None): "null"}
 
 
 class Misfit(ValueError):
-    """A value that is not what is asked for.
-
-    Args:
-        key: Where, such as `provenance.n`.
-        required: What is asked for, in words.
-        given: What is there, in words.
-    """
+    """A value that is not what is asked for."""
 
     def __init__(self, key: str, required: str, given: str) -> None:
         super().__init__(f"{key}: {required}, not {given}")
@@ -60,12 +54,6 @@ def write_json(path: Path, schema: int, fields: Mapping[str, Any]) -> None:
 
 def read_json(path: Path, schema: int, kind: type[T], way_out: str) -> T:
     """What `write_json` wrote, without its schema and its hash.
-
-    Args:
-        path: The file.
-        schema: Of what this version writes.
-        kind: What it holds: a dataclass, or a type such as `dict[str, int]`.
-        way_out: For a file that cannot be used.
 
     Raises:
         FileNotFoundError: There is none.

@@ -26,10 +26,6 @@ WAY_OUT = "free space, or copy the folder to another disk and work there."
 def locked(folder: Path, purpose: str) -> Iterator[None]:
     """Hold a folder.
 
-    Args:
-        folder: Exists.
-        purpose: What for, as the refused process will be told.
-
     Raises:
         InUse: Another process holds it.
         StaleStore: What should be locked is a link, or no file.

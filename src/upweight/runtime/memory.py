@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 
 SHARE = 0.25
 """Of the memory that is free, how much a pass may take when the user sets no budget."""
@@ -36,12 +36,10 @@ def working_bytes(device: torch.device, budget: int | None) -> int:
         return min(int(SHARE * free_bytes(device)), ENOUGH)
     if budget <= 0:
         raise SpecError(
-            message(
-                "A memory budget is a positive number of bytes.",
-                f"memory_bytes={budget!r}.",
-                "gigabytes given as a plain number, or a subtraction that went below zero.",
-                "memory_bytes=2 * 2**30 allows 2 GiB; None takes a share of what is free.",
-            )
+            "A memory budget is a positive number of bytes.",
+            f"memory_bytes={budget!r}.",
+            "gigabytes given as a plain number, or a subtraction that went below zero.",
+            "memory_bytes=2 * 2**30 allows 2 GiB; None takes a share of what is free.",
         )
     return budget
 
@@ -133,11 +131,9 @@ def require_bytes(needed: int, what: str, device: torch.device, way_out: str) ->
     free = free_bytes(device)
     if needed > free:
         raise SpecError(
-            message(
-                "What is held at once must fit into memory.",
-                f"{what}, {needed / 1e9:.1f} GB, with {free / 1e9:.1f} GB free.",
-                "large data or a large model for a method that holds all of this, or a limit of "
-                "the container or the process.",
-                way_out,
-            )
+            "What is held at once must fit into memory.",
+            f"{what}, {needed / 1e9:.1f} GB, with {free / 1e9:.1f} GB free.",
+            "large data or a large model for a method that holds all of this, or a limit of "
+            "the container or the process.",
+            way_out,
         )

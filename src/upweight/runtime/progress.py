@@ -14,14 +14,7 @@ T = TypeVar("T")
 def progress(
     steps: Iterable[tuple[int, int, T]], total: int, what: str, done: int = 0
 ) -> Iterator[tuple[int, int, T]]:
-    """The steps `(start, stop, …)`, with a bar that counts the examples they cover.
-
-    Args:
-        steps: What to iterate over.
-        total: Examples in all.
-        what: A few words: "scores", "covariances".
-        done: Examples that an earlier run has covered.
-    """
+    """The steps `(start, stop, …)`, with a bar that counts the examples they cover."""
     # disable=None: only where somebody is watching. unit_scale writes 60.0k for 60 000.
     bar = tqdm(
         total=total, desc=what, unit=" examples", unit_scale=True, initial=done, disable=None,

@@ -36,12 +36,6 @@ def write_tensors(
 ) -> str:
     """Write a file whole or not at all. Its tensors are not copied.
 
-    Args:
-        path: The file.
-        tensors: By name.
-        about: What they are about, in texts.
-        way_out: Where it cannot be written.
-
     Returns:
         The hash of tensors and texts.
 

@@ -43,10 +43,6 @@ ELSEWHERE = "free space, or name a folder on another disk."
 def replacing(target: Path, way_out: str = ELSEWHERE) -> Iterator[BinaryIO]:
     """A new file, open for writing and reading; it takes its place where the block ends well.
 
-    Args:
-        target: Its place.
-        way_out: Where it cannot be written.
-
     Raises:
         NotWritten: The disk is full or not writable. What stood there before is as it was.
     """

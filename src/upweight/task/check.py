@@ -96,14 +96,7 @@ def checked_batch(
 ) -> Float[Tensor, " b"]:
     """ℓᵢ(θ̂) of a batch from the model's outputs, after asking that they are as they should be.
 
-    Args:
-        task: What was trained.
-        data: Where the batch is from.
-        places: Start and stop: the batch holds the examples from start to stop − 1.
-        batch: The examples.
-        outputs: Of the model.
-        targets: Of the examples.
-        role: What they are called in messages.
+    The batch holds the examples from places[0] to places[1] − 1.
 
     Raises:
         DataError: Targets are out of range.
@@ -122,11 +115,6 @@ def checked_batch(
 
 def require_answerable(task: Task, data: Data, role: str) -> Probe:
     """Refuse, by a few examples, what no pass over the data could answer.
-
-    Args:
-        task: What was trained.
-        data: The examples.
-        role: What they are called in messages.
 
     Raises:
         DataError: There are no examples.

@@ -48,7 +48,12 @@ def call_error(
         if text is not None:
             return DataError(text)
     elif not _binds(inspect.signature(task.forward), task.model, batch):
-        return SpecError(_other_forward(task.forward))
+        return SpecError(
+            "Task(forward=...) must be a function of the model and a batch.",
+            f"one that takes {inspect.signature(task.forward)}.",
+            "a function of the batch alone, or of its entries.",
+            "Task(model, loss, forward=lambda model, batch: (model(batch[0]), batch[1])).",
+        )
     if not isinstance(error, COMPLAINTS) or _is_users_own(error):
         return None
     dtype = _taken_dtype(task, theta, batch)
@@ -86,13 +91,11 @@ def loss_error(error: Exception, task: Task, outputs: Tensor, targets: Any) -> U
             way = f"convert the targets: with {words} the loss takes them."
             break
     return kind(
-        message(
-            "The loss must accept the model's outputs and the targets.",
-            f"outputs {_shape(outputs)}, targets {_shapes(targets)} for {task.loss!r}. PyTorch "
-            f"says: {_first_line(error)}",
-            cause,
-            way,
-        )
+        "The loss must accept the model's outputs and the targets.",
+        f"outputs {_shape(outputs)}, targets {_shapes(targets)} for {task.loss!r}. PyTorch "
+        f"says: {_first_line(error)}",
+        cause,
+        way,
     )
 
 
@@ -110,15 +113,6 @@ def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _other_forward(forward: Callable[..., Any]) -> str:
-    return message(
-        "Task(forward=...) must be a function of the model and a batch.",
-        f"one that takes {inspect.signature(forward)}.",
-        "a function of the batch alone, or of its entries.",
-        "Task(model, loss, forward=lambda model, batch: (model(batch[0]), batch[1])).",
-    )
 
 
 def _not_bound(model: nn.Module, batch: Batch) -> str | None:

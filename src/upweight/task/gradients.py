@@ -13,7 +13,6 @@ from upweight.errors import (
     NotDifferentiable,
     UnsupportedModel,
     listed,
-    message,
 )
 from upweight.runtime.progress import progress
 from upweight.task.data import Data
@@ -97,7 +96,14 @@ def _weighted_gradients(
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
-            raise UnsupportedModel(_reentrant(error)) from error
+            raise UnsupportedModel(
+                "Gradients must be had for chosen tensors, which a reentrant checkpoint does not "
+                "allow.",
+                f"PyTorch says: {str(error).splitlines()[0]}",
+                "gradient checkpointing with use_reentrant=True.",
+                "use checkpoint(..., use_reentrant=False), or switch checkpointing off: gradients "
+                "here take no more memory than a batch allows.",
+            ) from error
     return losses.detach(), dict(zip(params, found, strict=True))
 
 
@@ -187,13 +193,3 @@ def require_finite_gradients(task: Task, data: Data) -> None:
                 "make the step smooth (sqrt(x + 1e-12)), use model.float(), or leave the "
                 "example out.",
             )
-
-
-def _reentrant(error: RuntimeError) -> str:
-    return message(
-        "Gradients must be had for chosen tensors, which a reentrant checkpoint does not allow.",
-        f"PyTorch says: {str(error).splitlines()[0]}",
-        "gradient checkpointing with use_reentrant=True.",
-        "use checkpoint(..., use_reentrant=False), or switch checkpointing off: gradients here "
-        "take no more memory than a batch allows.",
-    )

@@ -36,13 +36,6 @@ def loss_notes(
 ) -> tuple[str, ...]:
     """A note where the model's own loss is another and `forward` is the user's.
 
-    Args:
-        task: What was trained.
-        theta: θ̂.
-        data: The examples.
-        at: Some of them.
-        losses: ℓᵢ of those.
-
     Raises:
         SpecError: The model's own loss is another, and nobody said how to call the model.
     """

@@ -45,13 +45,7 @@ def evenly_spaced(n: int, most: int = PROBE_EXAMPLES) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Probe:
-    """A few examples, each by itself.
-
-    Args:
-        at: Their places in the data.
-        losses: ℓᵢ of each, from a batch that holds it alone.
-        notes: What was noticed on the way.
-    """
+    """A few examples, each by itself."""
 
     at: tuple[int, ...]
     losses: Float[Tensor, " k"]
@@ -90,16 +84,6 @@ def own_losses(
     role: str,
 ) -> Float[Tensor, " k"]:
     """ℓᵢ of each of these examples alone, after asking that it is the same beside the others.
-
-    Args:
-        task: What was trained.
-        theta: θ̂.
-        data: The examples.
-        at: Which of them to ask about.
-        batch: Those, together.
-        answer: Their outputs and targets.
-        evaluate: The model.
-        role: What the data are called in messages.
 
     Raises:
         NonDeterministic: A loss changes from call to call, with the other examples of the batch, or
@@ -188,13 +172,6 @@ def require_own_measurements(
     values: Float[Tensor, " q"],
 ) -> None:
     """Ask that the measurements of some queries are the same for each of them alone.
-
-    Args:
-        task: What was trained.
-        theta: θ̂.
-        measure: m.
-        data: The queries, whose losses are their own.
-        values: m_q of all of them.
 
     Raises:
         ScalarLoss: One query alone does not have one value, or all have that of the model.
@@ -526,11 +503,8 @@ def _shapes(tree: Any) -> list[tuple[int, ...]]:
 def _equal(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a, b) or (a.is_floating_point() and _equal_but_nan(a, b))
-
-
-def _equal_but_nan(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+    same_nans = a.is_floating_point() and torch.equal(a.isnan(), b.isnan())
+    return torch.equal(a, b) or (same_nans and torch.equal(a.nan_to_num(), b.nan_to_num()))
 
 
 def _unlike(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str:

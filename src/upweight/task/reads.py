@@ -28,10 +28,6 @@ def reads(function: Any, owner: type | None = None) -> dict[str, Any]:
     """Plain values by name, and the code of functions that are called, as they are now.
 
     What the code assigns to a global itself is left out: a counter says nothing of the model.
-
-    Args:
-        function: A function; of anything else nothing is known.
-        owner: The class that it is a method of.
     """
     found: dict[str, Any] = {}
     left, seen, assigned = [function], set(), set()

@@ -79,13 +79,7 @@ class Snapshot:
     def settled(
         self, before: "Snapshot", written: frozenset[str], losses: Float[Tensor, " n"]
     ) -> "Snapshot":
-        """This one, without what passes alone changed since an earlier one, and what they write.
-
-        Args:
-            before: What the task was before any pass.
-            written: From `written`, of what `lent` puts back after each pass.
-            losses: Of the training examples.
-        """
+        """This one, without what passes alone changed since an earlier one, and what they write."""
         return Snapshot(self.parts, written | frozenset(self._differing(before)), losses)
 
     def _differing(self, other: "Snapshot") -> set[str]:

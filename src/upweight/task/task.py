@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from upweight._typing import Batch, Forward, Params
-from upweight.errors import DataError, ScalarLoss, UnsupportedModel, message
+from upweight.errors import DataError, ScalarLoss, UnsupportedModel
 from upweight.task.arrays import TARGET_KEYS
 from upweight.task.batches import mapped
 from upweight.task.data import Data, as_data
@@ -148,7 +148,12 @@ class Task:
         reads: Reader | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise UnsupportedModel(_not_a_module(model))
+            raise UnsupportedModel(
+                "The model of a Task must be a PyTorch module.",
+                f"an object of type {type(model).__name__}.",
+                "a fitted estimator or a results object of another library, or a function.",
+                _way_to_a_task(model),
+            )
         patterns = (params,) if isinstance(params, str) else tuple(params)
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "loss", as_loss(loss))
@@ -284,12 +289,10 @@ def require_task(task: Any) -> None:
     """
     if isinstance(task, tuple) and any(isinstance(each, Task) for each in task):
         raise UnsupportedModel(
-            message(
-                "What was trained is said by an upweight.Task.",
-                f"a tuple of {' and '.join(type(each).__name__ for each in task)}.",
-                "what task(…) of an adapter returns, as one argument.",
-                "task, train = sk.task(…); then fit(task, train).",
-            )
+            "What was trained is said by an upweight.Task.",
+            f"a tuple of {' and '.join(type(each).__name__ for each in task)}.",
+            "what task(…) of an adapter returns, as one argument.",
+            "task, train = sk.task(…); then fit(task, train).",
         )
     if not isinstance(task, Task):
         raise UnsupportedModel(
@@ -298,15 +301,6 @@ def require_task(task: Any) -> None:
             "the model itself in place of its task.",
             _way_to_a_task(task),
         )
-
-
-def _not_a_module(model: Any) -> str:
-    return message(
-        "The model of a Task must be a PyTorch module.",
-        f"an object of type {type(model).__name__}.",
-        "a fitted estimator or a results object of another library, or a function.",
-        _way_to_a_task(model),
-    )
 
 
 def _way_to_a_task(model: Any) -> str:

@@ -24,10 +24,6 @@ def check_operator(A: LinearOperator, seed: int = 0) -> Iterator[tuple[str, Chec
     """Yield (name, check) pairs; a check raises `AssertionError` where A breaks its contract.
 
     Written out in full, so for operators of at most a few hundred rows.
-
-    Args:
-        A: The operator.
-        seed: Of the random vectors.
     """
     suite = _Suite(A, seed)
     yield "is linear", suite.linear

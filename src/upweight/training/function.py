@@ -49,15 +49,13 @@ class FromFunction:
             if not torch.equal(first, second):
                 apart = float((first - second).abs().max())
                 raise SpecError(
-                    message(
-                        "A recipe gives the same model for the same weights, bit for bit.",
-                        f"two runs of {self.train!r} on the full data whose parameters differ by "
-                        f"up to {apart:.2e}.",
-                        "a random initialization, shuffling or dropout without a fixed seed, or "
-                        "kernels that add in no fixed order.",
-                        "seed everything inside the function (torch.manual_seed, the loader's "
-                        "generator), and call torch.use_deterministic_algorithms(True).",
-                    )
+                    "A recipe gives the same model for the same weights, bit for bit.",
+                    f"two runs of {self.train!r} on the full data whose parameters differ by "
+                    f"up to {apart:.2e}.",
+                    "a random initialization, shuffling or dropout without a fixed seed, or "
+                    "kernels that add in no fixed order.",
+                    "seed everything inside the function (torch.manual_seed, the loader's "
+                    "generator), and call torch.use_deterministic_algorithms(True).",
                 )
         return trainer
 

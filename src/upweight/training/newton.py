@@ -84,7 +84,7 @@ class Newton:
             if bool(center.gradient_norms[0] <= self.tol):
                 return NewtonTrainer(self, objective, here, trainer.factor)
             if bool(center.stuck[0]) or taken >= self.max_steps:
-                raise NotConverged(_unconverged(self, center), center)
+                raise NotConverged(_unconverged(self, center), solution=center)
 
     def _approach(
         self, objective: WeightedObjective, ones: Float[Tensor, "1 n"], theta: Float[Tensor, " p"]
@@ -100,14 +100,7 @@ class Newton:
 
 @dataclass(frozen=True, eq=False)
 class NewtonTrainer:
-    """w ↦ argmin J(θ, w), ready. Made by `Newton.prepare`.
-
-    Args:
-        spec: Tolerance and limits.
-        objective: J and ∇J for many models at once.
-        center: θ(1), where every model starts.
-        factor: L with L Lᵀ = H at or near θ(1).
-    """
+    """w ↦ argmin J(θ, w), ready. Made by `Newton.prepare`."""
 
     spec: Newton
     objective: WeightedObjective

@@ -43,14 +43,7 @@ class WeightedObjective(abc.ABC):
 
 @dataclass(frozen=True, eq=False)
 class GeneralObjective(WeightedObjective):
-    """J of any model, by `vmap` over models where `torch.func` can run it, else one by one.
-
-    Args:
-        task: What is trained.
-        batches: The training set: one batch, or one for each example.
-        size: n.
-        by_func: Whether `torch.func` can run the model.
-    """
+    """J of any model, by `vmap` over models where `torch.func` can run it, else one by one."""
 
     task: Task
     batches: tuple[tuple[range, Batch], ...]

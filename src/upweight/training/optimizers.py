@@ -23,17 +23,12 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 
 
 @dataclass(frozen=True, eq=False)
 class OptimizerState:
-    """What an optimizer remembers of the steps before.
-
-    Args:
-        steps: How many there were.
-        memories: Averages of gradients by name, each of the shape of θ.
-    """
+    """What an optimizer remembers of the steps before."""
 
     steps: int = 0
     memories: Mapping[str, Tensor] = field(default_factory=dict)
@@ -73,16 +68,7 @@ class Optimizer(abc.ABC):
         lr: float,
         models: int = 1,
     ) -> None:
-        """The same in place, to rounding, of parts of θ that are each contiguous.
-
-        Args:
-            theta: The parts.
-            grads: Their gradients.
-            memories: What is remembered of each.
-            steps: How many steps there were before.
-            lr: η.
-            models: How many models each part holds, on its leading axis.
-        """
+        """The same in place, to rounding, of parts of θ that are each contiguous."""
         fused = [_may_be_fused(x, models) for x in theta]
         for kind in set(fused):
             places = [k for k, f in enumerate(fused) if f is kind]
@@ -129,13 +115,11 @@ class SGD(Optimizer):
         plain = self.momentum > 0 and self.dampening == 0
         if not (0 <= self.momentum < 1 and 0 <= self.dampening <= 1 and plain >= self.nesterov):
             raise SpecError(
-                message(
-                    "SGD needs 0 ≤ momentum < 1 and 0 ≤ dampening ≤ 1; Nesterov's needs "
-                    "momentum > 0 and no dampening.",
-                    f"{self!r}.",
-                    "a percentage, or nesterov=True with the default momentum of 0.",
-                    "SGD(lr=0.1, momentum=0.9, nesterov=True).",
-                )
+                "SGD needs 0 ≤ momentum < 1 and 0 ≤ dampening ≤ 1; Nesterov's needs "
+                "momentum > 0 and no dampening.",
+                f"{self!r}.",
+                "a percentage, or nesterov=True with the default momentum of 0.",
+                "SGD(lr=0.1, momentum=0.9, nesterov=True).",
             )
 
     @property
@@ -200,12 +184,10 @@ class Adam(Optimizer):
         _require_numbers(self, self.lr, self.weight_decay)
         if not (all(0 <= beta < 1 for beta in self.betas) and self.eps > 0):
             raise SpecError(
-                message(
-                    "Adam needs betas in [0, 1) and eps > 0.",
-                    f"{self!r}.",
-                    "1 − β given for β.",
-                    "betas=(0.9, 0.999).",
-                )
+                "Adam needs betas in [0, 1) and eps > 0.",
+                f"{self!r}.",
+                "1 − β given for β.",
+                "betas=(0.9, 0.999).",
             )
 
     @property
@@ -299,10 +281,8 @@ def _root(square: Tensor) -> Tensor:
 def _require_numbers(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
     if not (0 < lr < math.inf and 0 <= weight_decay < math.inf):
         raise SpecError(
-            message(
-                "A learning rate is a positive number, and a weight decay not a negative one.",
-                f"{optimizer!r}.",
-                "0 meant as no training.",
-                "give the rate that the model was trained with.",
-            )
+            "A learning rate is a positive number, and a weight decay not a negative one.",
+            f"{optimizer!r}.",
+            "0 meant as no training.",
+            "give the rate that the model was trained with.",
         )

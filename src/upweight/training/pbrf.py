@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch, Params
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 from upweight.task.data import Data
 from upweight.task.params import Layout
 from upweight.task.penalties import Penalty
@@ -59,12 +59,10 @@ class PBRF:
     def __post_init__(self) -> None:
         if not self.damping > 0:
             raise SpecError(
-                message(
-                    "PBRF needs a damping λ > 0.",
-                    f"damping={self.damping!r}.",
-                    "an undamped influence: without a proximity the objective may have no minimum.",
-                    "use the damping of the scores it is compared with.",
-                )
+                "PBRF needs a damping λ > 0.",
+                f"damping={self.damping!r}.",
+                "an undamped influence: without a proximity the objective may have no minimum.",
+                "use the damping of the scores it is compared with.",
             )
         self._training  # noqa: B018  it checks the other numbers
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import ShapeError, SpecError, message
+from upweight.errors import ShapeError, SpecError
 from upweight.runtime.rows import RowStore
 from upweight.task.data import Data
 from upweight.task.recipe import Recipe, Trained, Trainer
@@ -94,12 +94,10 @@ def _workers(jobs: int) -> int:
 
     if jobs == 0:
         raise SpecError(
-            message(
-                "jobs counts processes.",
-                "jobs=0.",
-                "0 meant as 'in this process'.",
-                "use jobs=None for this process, or jobs=-1 for one process per core.",
-            )
+            "jobs counts processes.",
+            "jobs=0.",
+            "0 meant as 'in this process'.",
+            "use jobs=None for this process, or jobs=-1 for one process per core.",
         )
     return int(joblib.effective_n_jobs(jobs))
 
@@ -152,14 +150,12 @@ def _require_rows(bench: Bench, trained: Trained, s: int) -> None:
     p = bench.task.layout.size
     if tuple(trained.theta.shape) != (s, p) or tuple(trained.gradient_norms.shape) != (s,):
         raise ShapeError(
-            message(
-                f"A trainer returns one model per row of weights: theta [{s}, {p}] and "
-                f"gradient_norms [{s}].",
-                f"theta {tuple(trained.theta.shape)}, gradient_norms "
-                f"{tuple(trained.gradient_norms.shape)} from {bench.recipe!r}.",
-                "a recipe that trains one model whatever it is given.",
-                "stack one θ per row, flat in task.layout.",
-            )
+            f"A trainer returns one model per row of weights: theta [{s}, {p}] and "
+            f"gradient_norms [{s}].",
+            f"theta {tuple(trained.theta.shape)}, gradient_norms "
+            f"{tuple(trained.gradient_norms.shape)} from {bench.recipe!r}.",
+            "a recipe that trains one model whatever it is given.",
+            "stack one θ per row, flat in task.layout.",
         )
 
 

@@ -126,7 +126,7 @@ def retrain(
             failures.update(finished.failures)
     retrained = _collected(bench, names, rows, reused, time.perf_counter() - started)
     if failures:
-        raise NotConverged(_failed(failures, unique, names), retrained)
+        raise NotConverged(_failed(failures, unique, names), solution=retrained)
     return retrained
 
 
@@ -172,23 +172,19 @@ def _plan(weights: Float[Tensor, "..."], n: int) -> Float[Tensor, "r n"]:
     """w = 1 and then the rows asked for, checked."""
     if weights.ndim != 2 or weights.shape[1] != n or len(weights) == 0:
         raise ShapeError(
-            message(
-                f"Data weights have one row per model and one column per example: [s, {n}].",
-                f"shape {tuple(weights.shape)}.",
-                "indices in place of weights, or weights of another data set.",
-                "use removal_weights(n, examples), or start from torch.ones(s, n).",
-            )
+            f"Data weights have one row per model and one column per example: [s, {n}].",
+            f"shape {tuple(weights.shape)}.",
+            "indices in place of weights, or weights of another data set.",
+            "use removal_weights(n, examples), or start from torch.ones(s, n).",
         )
     rows = weights.detach().cpu().double()
     if not bool(rows.isfinite().all()):
         row, column = (~rows.isfinite()).nonzero()[0].tolist()
         raise NonFinite(
-            message(
-                "Data weights must be finite.",
-                f"{float(rows[row, column])} for model {row}, example {column}.",
-                "a division by an empty group.",
-                "use 0 to remove an example.",
-            )
+            "Data weights must be finite.",
+            f"{float(rows[row, column])} for model {row}, example {column}.",
+            "a division by an empty group.",
+            "use 0 to remove an example.",
         )
     return torch.cat([rows.new_ones(1, n), rows])
 

@@ -7,7 +7,7 @@ import abc
 import math
 from dataclasses import dataclass
 
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 
 
 class Schedule(abc.ABC):
@@ -41,12 +41,10 @@ class _Decay(Schedule):
     def __post_init__(self) -> None:
         if not (0 <= self.warmup < 1 and 0 <= self.final <= 1):
             raise SpecError(
-                message(
-                    "A schedule needs 0 ≤ warmup < 1 and 0 ≤ final ≤ 1.",
-                    f"{self!r}.",
-                    "steps or epochs given where a share of all steps is meant.",
-                    "divide by their number: warmup=0.05 is a twentieth of the run.",
-                )
+                "A schedule needs 0 ≤ warmup < 1 and 0 ≤ final ≤ 1.",
+                f"{self!r}.",
+                "steps or epochs given where a share of all steps is meant.",
+                "divide by their number: warmup=0.05 is a twentieth of the run.",
             )
 
     def __call__(self, step: int, steps: int) -> float:

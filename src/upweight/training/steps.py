@@ -39,12 +39,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class TrainingState:
-    """Where training stands before a step: all that the rest of the run depends on.
-
-    Args:
-        theta: θ_t, flat in the task's layout; many models on a leading axis.
-        optimizer: What the optimizer remembers.
-    """
+    """Where training stands before a step: all that the rest of the run depends on."""
 
     theta: Float[Tensor, "*s p"]
     optimizer: OptimizerState = field(default_factory=OptimizerState)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch, Params
-from upweight.errors import UnsupportedModel, message
+from upweight.errors import UnsupportedModel
 from upweight.task.data import Data
 from upweight.task.recipe import Trained
 from upweight.task.task import Task
@@ -71,17 +71,7 @@ def trainer_for(
 
 @dataclass(frozen=True, eq=False)
 class TrainingTrainer:
-    """w ↦ θ(w). Made by `Training.prepare`.
-
-    Args:
-        spec: The recipe.
-        task: With the model as it starts.
-        train: The data.
-        center: θ̂, which `proximity` refers to.
-        terms: What each example adds to the objective.
-        at_once: How many models train together.
-        alone_because: Why it is only one, if `torch.func.vmap` cannot run the model.
-    """
+    """w ↦ θ(w). Made by `Training.prepare`."""
 
     spec: Any
     task: Task
@@ -141,13 +131,7 @@ class TrainingTrainer:
         wanted: Collection[int],
         begin: TrainingState | None = None,
     ) -> Iterator[TrainingState]:
-        """The wanted ones of the states of the run with these weights, in order.
-
-        Args:
-            weights: The data weights.
-            wanted: Which, by t.
-            begin: A state to go on from; None: the first.
-        """
+        """The wanted ones of the states of the run with these weights, in order."""
         with _forked():
             run = _Run(self, begin or self.start(*weights.shape[:-1]))
         if run.steps in wanted:
@@ -370,12 +354,10 @@ def _refuse_running_statistics(model: nn.Module) -> None:
     ]
     if named:
         raise UnsupportedModel(
-            message(
-                "Training is a function of the data weights to θ; a layer that keeps statistics of "
-                "its batches trains something besides.",
-                f"{', '.join(named[:4])} in training mode.",
-                "batch normalization, whose running mean and variance are no parameters.",
-                "use GroupNorm or LayerNorm, freeze the statistics (init=lambda: net().eval()), or "
-                "write the training loop yourself: FromFunction(train).",
-            )
+            "Training is a function of the data weights to θ; a layer that keeps statistics of "
+            "its batches trains something besides.",
+            f"{', '.join(named[:4])} in training mode.",
+            "batch normalization, whose running mean and variance are no parameters.",
+            "use GroupNorm or LayerNorm, freeze the statistics (init=lambda: net().eval()), or "
+            "write the training loop yourself: FromFunction(train).",
         )

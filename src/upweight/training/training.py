@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from upweight._typing import Folder
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 from upweight.task.data import Data
 from upweight.task.lent import copied
 from upweight.task.params import Layout
@@ -68,12 +68,10 @@ class Training:
     def __post_init__(self) -> None:
         if not (self.epochs >= 1 and self.batch >= 1 and self.proximity >= 0):
             raise SpecError(
-                message(
-                    "Training needs at least one epoch, one example per batch and proximity ≥ 0.",
-                    f"{self!r}.",
-                    "0 meant as 'all', or a share of the data.",
-                    "batch=len(train) is full-batch training.",
-                )
+                "Training needs at least one epoch, one example per batch and proximity ≥ 0.",
+                f"{self!r}.",
+                "0 meant as 'all', or a share of the data.",
+                "batch=len(train) is full-batch training.",
             )
 
     def prepare(self, task: Task, train: Data) -> TrainingTrainer:
@@ -88,10 +86,6 @@ class Training:
 
     def trained(self, task: Task, train: Any) -> nn.Module:
         """The task's model as this recipe trains it on all of the data: a copy, in eval mode.
-
-        Args:
-            task: Says the model, loss and penalty. Not changed.
-            train: As for `as_data`.
 
         Raises:
             NotConverged: Its parameters became NaN or infinite.
@@ -155,12 +149,10 @@ class Training:
         made = Layout.of(model, task.params)
         if (made.names, made.shapes) != (task.layout.names, task.layout.shapes):
             raise SpecError(
-                message(
-                    "init must make the task's model, untrained.",
-                    f"parameters {_first_difference(made, task.layout)}.",
-                    "another width or depth than the trained model's.",
-                    "pass the function that built it: Training(init=lambda: Net(width=128)).",
-                )
+                "init must make the task's model, untrained.",
+                f"parameters {_first_difference(made, task.layout)}.",
+                "another width or depth than the trained model's.",
+                "pass the function that built it: Training(init=lambda: Net(width=128)).",
             )
         with torch.no_grad():
             theirs = dict(model.named_parameters()) | dict(model.named_buffers())

@@ -32,7 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Folder
-from upweight.errors import NotConverged, ShapeError, SpecError, StaleStore, message
+from upweight.errors import NotConverged, ShapeError, SpecError, StaleStore
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.headers import read_json, write_json
 from upweight.runtime.tensors import read_tensors, stale, write_tensors
@@ -157,13 +157,10 @@ class Trajectory:
         end = len(self) if end is None else end
         if not 0 <= begin <= end <= len(self):
             raise ShapeError(
-                message(
-                    f"Steps of this trajectory are 0 … {len(self) - 1}, and states 0 … "
-                    f"{len(self)}.",
-                    f"{begin} to {end}.",
-                    "epochs in place of steps, or a trajectory of another recipe.",
-                    f"count steps: an epoch has {len(self) // self.recipe.epochs}.",
-                )
+                f"Steps of this trajectory are 0 … {len(self) - 1}, and states 0 … {len(self)}.",
+                f"{begin} to {end}.",
+                "epochs in place of steps, or a trajectory of another recipe.",
+                f"count steps: an epoch has {len(self) // self.recipe.epochs}.",
             )
         return end
 
@@ -184,36 +181,30 @@ def recorded(
     w = torch.ones(n) if weights is None else weights.detach()
     if tuple(w.shape) != (n,) or not bool(w.isfinite().all()):
         raise ShapeError(
-            message(
-                f"A trajectory has one finite weight per training example: [{n}].",
-                f"shape {tuple(w.shape)}.",
-                "one row of many, or weights of another data set.",
-                "start from torch.ones(len(train)).",
-            )
+            f"A trajectory has one finite weight per training example: [{n}].",
+            f"shape {tuple(w.shape)}.",
+            "one row of many, or weights of another data set.",
+            "start from torch.ones(len(train)).",
         )
     w = trainer.placed(w).clone()
     total = trainer.length(w)
     if total == 0:
         raise SpecError(
-            message(
-                "A trajectory needs at least one example with a weight.",
-                "weights that are all 0, of a recipe with skip_absent=True.",
-                "a removal of everything.",
-                "leave weights of some examples above 0, or train with skip_absent=False.",
-            )
+            "A trajectory needs at least one example with a weight.",
+            "weights that are all 0, of a recipe with skip_absent=True.",
+            "a removal of everything.",
+            "leave weights of some examples above 0, or train with skip_absent=False.",
         )
     wanted = _chosen(every, total)
     states = {state.step: state for state in trainer.states(w, wanted)}
     found = Trajectory(trainer, w, states)
     if not bool(found.theta.isfinite().all()):
         raise NotConverged(
-            message(
-                "Training must end in finite parameters.",
-                f"{trainer.spec!r}, whose parameters became NaN or infinite.",
-                "a learning rate that is too large, or NaN in the data.",
-                "lower the learning rate.",
-            ),
-            found,
+            "Training must end in finite parameters.",
+            f"{trainer.spec!r}, whose parameters became NaN or infinite.",
+            "a learning rate that is too large, or NaN in the data.",
+            "lower the learning rate.",
+            solution=found,
         )
     return found
 
@@ -231,13 +222,11 @@ def read(trainer: TrainingTrainer, folder: Folder) -> Trajectory:
     of = fingerprint(trainer, tensors.get("weights", torch.empty(0)))
     if {"of": of} != about or manifest.of != of:
         raise StaleStore(
-            message(
-                "A trajectory must be of this recipe, task and data.",
-                f"{path}, recorded of others.",
-                "another learning rate or seed, data that changed, or a recipe without init whose "
-                "task starts elsewhere.",
-                WAY_OUT,
-            )
+            "A trajectory must be of this recipe, task and data.",
+            f"{path}, recorded of others.",
+            "another learning rate or seed, data that changed, or a recipe without init whose "
+            "task starts elsewhere.",
+            WAY_OUT,
         )
     now = {k: v for k, v in library_versions().items() if k != "python"}
     if manifest.versions != now:
@@ -309,13 +298,11 @@ def _chosen(every: int | Sequence[int] | None, total: int) -> set[int]:
         return {*range(0, total, every), total}
     if isinstance(every, int) or not all(0 <= t <= total for t in whole):
         raise SpecError(
-            message(
-                f"The states to keep are every k-th, k ≥ 1, or a list of numbers in 0 … {total}.",
-                f"every={every!r}.",
-                "epochs in place of steps, or steps of a longer run.",
-                f"every={total} keeps the first and the last, every=None about the square root of "
-                "their number.",
-            )
+            f"The states to keep are every k-th, k ≥ 1, or a list of numbers in 0 … {total}.",
+            f"every={every!r}.",
+            "epochs in place of steps, or steps of a longer run.",
+            f"every={total} keeps the first and the last, every=None about the square root of "
+            "their number.",
         )
     return {0, *whole, total}
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import ShapeError, SpecError, message
+from upweight.errors import ShapeError, SpecError
 
 Removal: TypeAlias = SupportsIndex | Sequence[int]
 """One example, or several that go together."""
@@ -71,12 +71,10 @@ def subset_weights(
     if not 0 < subsets <= possible:
         few = f", of which there are {possible}" if possible < subsets else ""
         raise SpecError(
-            message(
-                "Subsets keep some rows, not all, and no subset comes twice.",
-                f"{subsets} subsets of {kept} of {n} rows (fraction={fraction}){few}.",
-                "a fraction in percent, or more subsets than a small data set has.",
-                "use a fraction near 0.5, and fewer subsets.",
-            )
+            "Subsets keep some rows, not all, and no subset comes twice.",
+            f"{subsets} subsets of {kept} of {n} rows (fraction={fraction}){few}.",
+            "a fraction in percent, or more subsets than a small data set has.",
+            "use a fraction near 0.5, and fewer subsets.",
         )
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[tuple[int, ...], None] = {}  # in the order drawn
@@ -100,15 +98,13 @@ def members(group: Removal, n: int) -> tuple[int, ...]:
     distinct = len(set(indices)) == len(indices)
     if not (whole and distinct and len(indices) < n and all(0 <= i < n for i in indices)):
         raise ShapeError(
-            message(
-                f"A removal names some, not all, of the {n} training examples, each once, by "
-                f"integers in 0…{n - 1}.",
-                f"{list(indices[:10])} of dtype {values.dtype}"
-                + (f", repeated: {_repeated(indices)}." if not distinct else "."),
-                "indices of another data set, a boolean mask, an empty group or an example listed "
-                "twice.",
-                "pass an index, or a list of distinct indices for a group.",
-            )
+            f"A removal names some, not all, of the {n} training examples, each once, by "
+            f"integers in 0…{n - 1}.",
+            f"{list(indices[:10])} of dtype {values.dtype}"
+            + (f", repeated: {_repeated(indices)}." if not distinct else "."),
+            "indices of another data set, a boolean mask, an empty group or an example listed "
+            "twice.",
+            "pass an index, or a list of distinct indices for a group.",
         )
     return indices
 

@@ -72,12 +72,10 @@ def opened(
         if (path / "scores.json").exists():
             return Scores.load(path)
         raise DataError(
-            message(
-                "A view needs a folder with scores.",
-                f"{path}, with neither manifest.json nor scores.json.",
-                "the folder above it, or a run that has not begun.",
-                "give the folder that write(…) or scores.save(…) was given.",
-            )
+            "A view needs a folder with scores.",
+            f"{path}, with neither manifest.json nor scores.json.",
+            "the folder above it, or a run that has not begun.",
+            "give the folder that write(…) or scores.save(…) was given.",
         )
     require_one_kind(path, "scores.json")
     require_no_link(path / "by-query")

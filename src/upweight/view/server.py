@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from upweight.effects import Effects
-from upweight.errors import SpecError, UpweightError, message
+from upweight.errors import SpecError, UpweightError
 from upweight.report.answers import SIDES, Answers
 from upweight.report.display import Display
 from upweight.report.rendering import as_json, render_page
@@ -188,12 +188,10 @@ class Server:
             import uvicorn
         except ImportError as error:
             raise SpecError(
-                message(
-                    "A view is served by starlette and uvicorn.",
-                    f"{error}.",
-                    "an installation without the extra.",
-                    "pip install 'upweight[view]', or write a report instead.",
-                )
+                "A view is served by starlette and uvicorn.",
+                f"{error}.",
+                "an installation without the extra.",
+                "pip install 'upweight[view]', or write a report instead.",
             ) from error
         summed = keeping_totals(keep)
         answers = Answers(scores, display, evidence, removal, ask=False, summed=summed)
@@ -215,12 +213,10 @@ class Server:
             time.sleep(0.01)
         if not self._server.started:
             raise SpecError(
-                message(
-                    "The port must be free.",
-                    f"port {port} on {HOST}.",
-                    "another view, or another program.",
-                    "choose another port, or 0 for any that is free.",
-                )
+                "The port must be free.",
+                f"port {port} on {HOST}.",
+                "another view, or another program.",
+                "choose another port, or 0 for any that is free.",
             )
         (found,) = {s.getsockname()[1] for server in self._server.servers for s in server.sockets}
         self.address = f"http://{HOST}:{found}/?token={token}"
@@ -283,12 +279,10 @@ def wanted(text: str | None, most: int, below: int) -> list[int]:
     found = [int(part) for part in parts if part.isdecimal() and len(part) <= LONGEST_INDEX]
     if not len(parts) == len(found) == len(set(found)) <= most or any(i >= below for i in found):
         raise SpecError(
-            message(
-                f"At most {most} distinct indices below {below}.",
-                f"{(text or '')[:60]!r}.",
-                "an address written by hand.",
-                "go by the page.",
-            )
+            f"At most {most} distinct indices below {below}.",
+            f"{(text or '')[:60]!r}.",
+            "an address written by hand.",
+            "go by the page.",
         )
     return found
 
