@@ -1,7 +1,7 @@
 """One curvature given to both floors: by layer, and as an operator on all of θ to a solver.
 
-    Influence(EKFAC(Expected()), tolerance=0)          block by block, in the eigenbases
-    Influence(EKFAC(Expected()), solver=Cholesky())    its operator written out and factorized
+Influence(EKFAC(Expected()), tolerance=0)          block by block, in the eigenbases
+Influence(EKFAC(Expected()), solver=Cholesky())    its operator written out and factorized
 """
 
 import pytest
