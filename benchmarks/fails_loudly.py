@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import upweight as uw
+from upweight.effects import Effects
 from upweight.cli.named import named
 from upweight.cli.pages import alone
 from upweight.cli.question import reopened
@@ -67,7 +68,7 @@ def outcome(function: Callable[[], Any]) -> Outcome:
             return Outcome("silent", f"not ours: {type(error).__name__}: {error}")
     if isinstance(result, Check) and result.verdict is Verdict.DOUBT:
         return Outcome("warning", str(result))
-    kept = isinstance(result, uw.Scores) and bool(result.provenance.notes)
+    kept = isinstance(result, uw.Scores | Effects) and bool(result.provenance.notes)
     if caught and kept:
         return Outcome("warning", "; ".join(str(w.message) for w in caught))
     return Outcome("silent", "no error")
