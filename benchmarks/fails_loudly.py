@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import upweight as uw
-from upweight.effects import Effects
 from upweight.cli.named import named
 from upweight.cli.pages import alone
 from upweight.cli.question import reopened
+from upweight.effects import Effects
 from upweight.errors import UpweightError
 from upweight.evaluation import Check, check
 from upweight.runs.directory import Run
