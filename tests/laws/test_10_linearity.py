@@ -52,13 +52,8 @@ SCALING = [
 def test_scale_of_the_objective_does_not_matter(curvature, damping, name):
     p, c = problem(name), 7.0
     solver = uw.Cholesky() if isinstance(curvature, uw.Hessian | uw.GGN) else uw.Auto()
-<<<<<<< HEAD
     method = uw.Influence(curvature, solver, damping, tolerance=0)
     other = uw.Influence(curvature, solver, c * damping, tolerance=0)
-=======
-    method = uw.Influence(curvature, solver, damping, 0)
-    other = uw.Influence(curvature, solver, c * damping, 0)
->>>>>>> asked
     expected = scores(method, p.task, p.train, p.queries, first_output)
     found = scores(other, scaled(p.task, c), p.train, p.queries, first_output)
     assert_same(found, expected, 1e-10)
@@ -69,11 +64,7 @@ def test_scale_of_the_objective_does_not_matter(curvature, damping, name):
 def test_relative_damping_follows_the_scale(curvature, name):
     p, c = problem(name), 7.0
     solver = uw.Cholesky() if curvature == uw.GGN() else uw.Auto()
-<<<<<<< HEAD
     method = uw.Influence(curvature, solver, uw.Relative(0.3), tolerance=0)
-=======
-    method = uw.Influence(curvature, solver, uw.Relative(0.3), 0)
->>>>>>> asked
     expected = scores(method, p.task, p.train, p.queries, first_output)
     found = scores(method, scaled(p.task, c), p.train, p.queries, first_output)
     assert_same(found, expected, 1e-10)
