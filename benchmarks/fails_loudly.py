@@ -32,6 +32,7 @@ from upweight.cli.question import reopened
 from upweight.effects import Effects
 from upweight.errors import UpweightError
 from upweight.evaluation import Check, check
+from upweight.linalg import Dense, Tag, solve
 from upweight.runs.directory import Run
 from upweight.runs.record import Record
 from upweight.task.data import as_data
@@ -1368,6 +1369,71 @@ def scores_of_a_model_that_computes_in_bfloat16() -> Any:
 @case
 def a_model_that_runs_in_float32_only() -> Any:
     return attribute(deep(Through(lambda x: x @ torch.eye(4, dtype=torch.float32))))
+
+
+# -- one floor for every method --------------------------------------------------------------------
+
+
+def fitted(method: uw.Method | None = None, **more: Any) -> Any:
+    """A fitted method of the small problem."""
+    task = uw.Task(linear(), uw.CrossEntropy(), uw.L2(0.1))
+    return (method or uw.Influence()).fit(task, rows(), **more)
+
+
+@case
+def a_reducer_that_was_not_called() -> Any:
+    return fitted().attribute(rows(4), into=uw.Top)
+
+
+@case
+def a_number_in_the_place_of_a_reducer() -> Any:
+    return fitted(uw.Influence(uw.GGN())).attribute(rows(4), into=10)
+
+
+@case
+def no_memory_for_an_exact_curvature() -> Any:
+    return fitted(uw.Influence(uw.GGN()), resources=uw.Resources(memory_bytes=0)).attribute(rows(4))
+
+
+@case
+def a_history_for_a_method_that_looks_at_none() -> Any:
+    return fitted(history=[linear(), linear()])
+
+
+@case
+def a_preconditioner_that_nobody_fitted() -> Any:
+    A = Dense(torch.eye(3, dtype=torch.float64), frozenset({Tag.PSD}))
+    return solve(A, torch.ones(3, dtype=torch.float64), uw.CG(preconditioner=uw.EKFAC()))
+
+
+@case
+def outputs_without_each_example_of_a_similarity() -> Any:
+    return fitted(uw.GradientCosine()).loo_outputs()
+
+
+@case
+def a_prediction_from_a_similarity() -> Any:
+    return fitted(uw.GradientDot()).attribute(rows(4)).predict(drop=[1])
+
+
+@case
+def a_removal_in_another_word() -> Any:
+    return fitted().removal(rows(4), evaluate="plug-in")
+
+
+@case
+def positions_of_a_model_without_any() -> Any:
+    return fitted(uw.Influence(uw.EKFAC(), damping=0.1)).attribute(rows(4), into=uw.PerToken([0]))
+
+
+@case
+def a_coefficient_that_does_not_exist() -> Any:
+    return fitted().attribute(None, uw.Coefficient("weight[0, 9]"))
+
+
+@case
+def a_tolerance_given_as_a_percentage() -> Any:
+    return uw.Influence(uw.EKFAC(), tolerance=5)
 
 
 def main() -> int:

@@ -73,6 +73,7 @@ class Fitted:
         losses: ℓᵢ(θ̂) of every training example.
         scorer: What the method knows.
         resources: What it may use.
+        history: How the model was trained, where the method was told.
         seconds: Time spent, by stage; "fit: pass 1" is a part of "fit".
         notes: What was chosen or warned of on the way.
     """
@@ -85,6 +86,7 @@ class Fitted:
     losses: Float[Tensor, " n"]
     scorer: Scorer
     resources: Resources
+    history: Any
     seconds: Mapping[str, float]
     notes: tuple[str, ...]
 
@@ -507,6 +509,7 @@ class Fitted:
             "method": described(self.spec),
             "measure": described(asked.measure),
             "queries": "none" if asked.queries is None else contents(asked.queries),
+            **({} if self.history is None else {"history": described(self.history)}),
             **subject(self.task, self.train),
         }
 

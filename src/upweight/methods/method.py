@@ -91,6 +91,7 @@ class Method(abc.ABC):
             losses=losses,
             scorer=scorer,
             resources=used,
+            history=history,
             seconds={"fit": time.perf_counter() - started, **scorer.seconds},
             notes=(
                 *data.notes,

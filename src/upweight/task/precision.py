@@ -9,19 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from upweight.task.batches import tensors
 
 
-class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the floating dtype of every result."""
+class _Seen(TorchFunctionMode):  # type: ignore[no-untyped-call]
+    """Notes the floating dtype of every result.
+
+    Of functions, not of the operators below them: the mode for those takes a second to import.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.dtypes: set[torch.dtype] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.dtypes |= {x.dtype for x in tensors(result) if x.is_floating_point()}
         return result
