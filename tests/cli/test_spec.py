@@ -13,7 +13,16 @@ from upweight.cli.spec import REGISTRY, SPECS, parse
 from upweight.errors import SpecError
 from upweight.training.schedules import Constant
 
-RESULTS = {"Context", "Effects", "FromFunction", "Provenance", "Ranking", "Scores", "Task", "TopScores"}
+RESULTS = {
+    "Context",
+    "Effects",
+    "FromFunction",
+    "Provenance",
+    "Ranking",
+    "Scores",
+    "Task",
+    "TopScores",
+}
 PYTHON_ONLY = {
     "Coefficient", "Functional", "GroupSums", "Matrix", "PerLayer", "PerToken", "Resources",
     "Shards", "Top",

@@ -21,6 +21,9 @@ from torch import Tensor
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, Tensor, np.ndarray, np.generic)
 """What says by its value all that it is."""
 
+OWN = str(PurePath(__file__).parents[1])
+"""This package."""
+
 _MISSING = object()
 
 
@@ -112,6 +115,6 @@ def _file_of(held: Any) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _is_installed(file: str) -> bool:
-    standard = sysconfig.get_path("stdlib")
-    parts = PurePath(file).parts
-    return file == "<C>" or file.startswith(standard) or "site-packages" in parts
+    # This package too, installed or not: what is kept on disk names its version.
+    known = file.startswith((sysconfig.get_path("stdlib"), OWN))
+    return file == "<C>" or known or "site-packages" in PurePath(file).parts
