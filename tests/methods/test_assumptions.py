@@ -21,6 +21,7 @@ from upweight import (
     Influence,
     Newton,
     Observed,
+    PerLayer,
     Poisson,
     Scores,
     Shards,
@@ -214,6 +215,16 @@ def test_every_way_to_stream_scores_has_the_note(tmp_path: Any) -> None:
             expected = pytest.approx(whole.provenance.health[key], rel=1e-9)
             assert other.provenance.health[key] == expected
         assert any("not at a minimum" in note for note in other.provenance.notes)
+
+
+def test_an_answer_of_several_parts_warns_once() -> None:
+    task = Task(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), CrossEntropy(), L2(0.001))
+    fitted = BY_LAYER.fit(task, data(N))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parts = fitted.attribute(data(Q), into=PerLayer())
+    said = [str(w.message) for w in caught if w.category is AssumptionWarning]
+    assert len(parts) == 2 and len(said) == len(set(said)) > 0
 
 
 @BOTH

@@ -204,6 +204,16 @@ def test_exact_scores_on_disk_go_on(tmp_path, monkeypatch):
     assert torch.equal(shards.values(), whole.values)
 
 
+def test_finished_shards_are_not_read_to_be_returned(tmp_path, monkeypatch):
+    p = problem("conv")
+    fitted = at(METHOD.fit(p.task, p.train), 0.0)
+    written = fitted.attribute(p.queries, into=uw.Shards(tmp_path)).values()
+    with monkeypatch.context() as unread:
+        unread.setattr(ScoreShards, "pieces", lambda self: pytest.fail("the files were read"))
+        again = fitted.attribute(p.queries, into=uw.Shards(tmp_path))
+    assert torch.equal(again.values(), written)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_written_scores_are_those_of_attribute(name, tmp_path):
     p = problem(name)

@@ -4,6 +4,7 @@ What differs between methods is in their `Scorer`; streaming, reducing, memory, 
 provenance, and the questions that follow from scores are here.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -153,10 +154,13 @@ class Fitted:
                 sums.end(job.row_sums)
                 records.append(job.record)
         seconds = {**self.seconds, "attribute": time.perf_counter() - started}
-        seen = sink.row_sums() or sums.seen
+
+        @functools.cache  # a result of several parts is judged and warned of once; of shards, read
+        def judgement() -> tuple[dict[str, Any], list[str]]:
+            return self._judged(records, sink.row_sums() or sums.seen, sums.expected)
 
         def provenance(notes: Sequence[str] = ()) -> Provenance:
-            judged, said = self._judged(records, seen, sums.expected)
+            judged, said = judgement()
             return self._provenance(asked, judged, (*said, *notes), seconds)
 
         return sink.result(Answer(self.spec.unit, provenance, self._context(asked)))
