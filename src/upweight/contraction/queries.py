@@ -118,7 +118,7 @@ def block_queries(
         dtypes: What each block's vectors are solved and stored in; the reference always in full
             precision.
     """
-    inverses = [block.eigen.inverse(block.damping) for block in blocks]
+    inverses = [block.inverse() for block in blocks]
     solvers = [
         _short(inverse) if dtype is torch.bfloat16 else inverse
         for inverse, dtype in zip(inverses, dtypes, strict=True)

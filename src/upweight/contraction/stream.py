@@ -162,7 +162,7 @@ def of_vectors(
     for block in curvature.blocks:
         index = block.block.index(layout).to(rows.device)
         part = rows[:, index].reshape(len(rows), *block.eigen.values.shape).to(block.eigen.values)
-        inverse = block.eigen.inverse(block.damping)
+        inverse = block.inverse()
         vectors = inverse.unrotated(inverse.rotated(part) * inverse.values)
         queries.append(SolvedQueries(vectors, vectors[:0]))
         kernels.append(OfVector(vectors) if vectors.ndim == 2 else Explicit(vectors))

@@ -91,6 +91,14 @@ class FittedBlock:
         """Λ, [o, i] or [d]."""
         return self.eigen.values
 
+    def inverse(self) -> Eigen:
+        """Q (Λ + λ)⁻¹ Qᵀ.
+
+        Raises:
+            NotPositiveDefinite: Some eigenvalue and λ do not add up to more than 0.
+        """
+        return self.eigen.inverse(self.damping)
+
 
 @dataclass(frozen=True, eq=False)
 class BlockCurvature:

@@ -50,6 +50,7 @@ from upweight.task.point import Point
 from upweight.task.task import Task
 
 PRECONDITIONER_DAMPING = 0.1
+"""λ of a preconditioner, of the mean eigenvalue of a layer, where the system has none."""
 
 MOST_EXAMPLES = 2048
 """Examples in a batch at most."""
@@ -129,7 +130,6 @@ class DenseScorer(Scorer):
     state: Any
     source: GradientSource
     damping: float
-    mean_loss: float
     memory_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -300,7 +300,6 @@ class DenseScorer(Scorer):
         return solver.solve(solver.init(operator), total * self.share).throw().value
 
     def total(self, group: Sequence[int]) -> Float[Tensor, " p"]:
-        """Σ gᵢ over a group."""
         batches = self.train.subset(group).batches(min(len(group), self.at_once))
         parts = [self.source.total(self.task.to_device(batch)) for _, _, batch in batches]
         return torch.stack(parts).sum(dim=0)
@@ -402,7 +401,6 @@ def inverse(
         state=state,
         source=source,
         damping=lam,
-        mean_loss=fitting.mean_loss,
         memory_bytes=fitting.resources.memory_bytes,
         notes=(
             *made.notes,

@@ -192,7 +192,7 @@ class Fitted:
             ShapeError: There is no such example.
         """
         self._require_movement("parameter_influence(...)")
-        row = removal.total_gradient_of(self._place, self._group(example))
+        row = self.scorer.total(self._group(example))
         return self.task.layout.unflatten(-self.scorer.solve(row[None])[0])
 
     # -- removals ---------------------------------------------------------------------------------
@@ -505,7 +505,7 @@ class Fitted:
     @property
     def _dtype(self) -> torch.dtype:
         """Of the scores: no less than the products are taken in."""
-        return getattr(self.scorer, "dtype", self.task.layout.dtype)
+        return self.scorer.dtype or self.task.layout.dtype
 
     def _description(self, asked: Asked) -> dict[str, str]:
         """What the scores depend on, for files that keep them."""

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -34,8 +33,3 @@ class Fitting:
         if self.losses is None:
             self.losses = checked_losses(self.task, self.data, "training data", self.probe)
         return self.losses
-
-    @property
-    def mean_loss(self) -> float:
-        """(1/n) Σ ℓᵢ(θ̂)."""
-        return float(self.checked_losses().to(torch.float64).mean())

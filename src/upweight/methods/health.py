@@ -82,16 +82,6 @@ def row_sum_excess(
     }
 
 
-def solve_quality(solver: Solver[Any], solution: Solution) -> dict[str, Any]:
-    """Which solver ran, its steps, its largest true residual and what else it has to say."""
-    return {
-        "solver": repr(solver),
-        "solver_steps": solution.stats.steps,
-        "largest_residual": float(solution.stats.residuals.max()),
-        **{f"solver_{key}": value for key, value in solution.stats.extra.items()},
-    }
-
-
 def mean_eigenvalue(
     damping: Damping | float, lam: float, operator: LinearOperator, source: GradientSource
 ) -> dict[str, float]:

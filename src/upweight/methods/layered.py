@@ -201,7 +201,7 @@ class LayeredScorer(Scorer):
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """S[i, i] = −(1/n) Σₗ gᵢᵀ (Hₗ + λₗ)⁻¹ gᵢ, in one pass."""
-        inverses = [b.eigen.inverse(b.damping) for b in self.curvature.blocks]
+        inverses = [block.inverse() for block in self.curvature.blocks]
         parts = []
         for start, factors in self._pass("self-influence"):
             shares = [
@@ -225,17 +225,19 @@ class LayeredScorer(Scorer):
         layout = self.task.layout
         for block in self.curvature.blocks:
             index = block.block.index(layout).to(vectors.device)
-            inverse = block.eigen.inverse(block.damping)
+            inverse = block.inverse()
             out[:, index] = inverse.mv(vectors[:, index].to(inverse.dtype)).to(out.dtype)
         return out
 
-    def step(self, group: list[int]) -> Float[Tensor, " p"]:
-        task, data = self.task, self.train.subset(group)
-        total = torch.zeros_like(self.point.theta)
-        for _, _, batch in data.batches(self._at_once):
+    def total(self, group: Sequence[int]) -> Float[Tensor, " p"]:
+        task, found = self.task, torch.zeros_like(self.point.theta)
+        for _, _, batch in self.train.subset(group).batches(self._at_once):
             losses = partial(task.losses, batch=task.to_device(batch))
-            total += total_gradient(task, self.point.theta, losses)
-        return self.solve(total[None] / len(self.train))[0]
+            found += total_gradient(task, self.point.theta, losses)
+        return found
+
+    def step(self, group: list[int]) -> Float[Tensor, " p"]:
+        return self.solve(self.total(group)[None] / len(self.train))[0]
 
     def leverages(self, start: int, stop: int) -> Float[Tensor, "b c c"]:
         batch = self.task.to_device(self.train.batch(start, stop))
@@ -247,7 +249,7 @@ class LayeredScorer(Scorer):
         parts = []
         for found, block in zip(rows, self.curvature.blocks, strict=True):
             j = torch.stack(found, dim=1)
-            weights = block.eigen.inverse(block.damping).values.flatten()
+            weights = block.inverse().values.flatten()
             parts.append((j * weights) @ j.mT)
         return torch.stack(parts).sum(dim=0) / len(self.train)
 
@@ -265,7 +267,7 @@ class LayeredScorer(Scorer):
             self.curvature.blocks, totals, self.penalty_gradients(), strict=True
         ):
             gradient = total / len(self.train) + penalty
-            solution = block.eigen.inverse(block.damping).mv(gradient.flatten())
+            solution = block.inverse().mv(gradient.flatten())
             squared += float(gradient.square().sum())
             decrement += 0.5 * float(gradient.flatten() @ solution)
         return {"gradient_norm": squared**0.5, "decrement": decrement}

@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.effects import FIRST_ORDER, Effects, Groups, first_order, without
-from upweight.gradients.autograd import total_gradient
 from upweight.methods import remainder
 from upweight.methods.dense import DenseScorer
 from upweight.methods.functionals import evaluated
@@ -131,12 +130,6 @@ def checked_step(scorer: Scorer, group: list[int]) -> tuple[Float[Tensor, " p"],
     if not isinstance(scorer, DenseScorer):
         return step, []
     return step, remainder.missed(scorer, [group], step[None], 1)
-
-
-def total_gradient_of(at: Place, group: list[int]) -> Float[Tensor, " p"]:
-    """Σ gᵢ of some training examples."""
-    task, batch = at.task, at.task.to_device(at.train.take(group))
-    return total_gradient(task, at.theta, lambda params: task.losses(params, batch))
 
 
 def loo_outputs(at: Place) -> Float[Tensor, "n *c"]:

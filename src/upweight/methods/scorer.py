@@ -188,6 +188,11 @@ class Scorer(abc.ABC):
         return ()
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """What products are taken in; None: that of the parameters."""
+        return None
+
+    @property
     def is_quick_of_itself(self) -> bool:
         """Whether `self_influence` takes about one pass over the training data."""
         return False
@@ -198,6 +203,10 @@ class Scorer(abc.ABC):
 
     def solve(self, vectors: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """P v."""
+        raise not_offered("A movement of the parameters", "one preconditioner at θ̂")
+
+    def total(self, group: Sequence[int]) -> Float[Tensor, " p"]:
+        """Σ gᵢ over a group of training examples."""
         raise not_offered("A movement of the parameters", "one preconditioner at θ̂")
 
     def step(self, group: list[int]) -> Float[Tensor, " p"]:

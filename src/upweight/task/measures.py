@@ -175,11 +175,8 @@ class _Entries:
                 return flat[self.which]
             raise SpecError(self._unknown(f"{len(flat)} entries", params))
         name, _, place = self.which.partition("[")
-        known = {} if task.reads is None else getattr(task.reads, "coefficients", {})
-        if self.which in known:
-            return flat[known[self.which]]
         if name not in layout.names:
-            raise SpecError(self._unknown("no parameter of that name", params, tuple(known)))
+            raise SpecError(self._unknown("no parameter of that name", params))
         value = params[name]
         if not place:
             return value.reshape(-1)
@@ -190,8 +187,8 @@ class _Entries:
             given = f"{name} of shape {tuple(value.shape)}"
             raise SpecError(self._unknown(given, params)) from error
 
-    def _unknown(self, given: str, params: Params, known: tuple[str, ...] = ()) -> str:
-        names, (first, value) = [*known, *params], next(iter(params.items()))
+    def _unknown(self, given: str, params: Params) -> str:
+        names, (first, value) = [*params], next(iter(params.items()))
         entry = f"{first}[{', '.join('0' * value.ndim)}]" if value.ndim else first
         return message(
             "A coefficient is named by a parameter, an entry of one, or a place in θ.",
