@@ -13,7 +13,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.errors import NonFinite, ShapeError, message
+from upweight.errors import NonFinite, ShapeError
 from upweight.notation import count
 from upweight.provenance import Answered, Context, Provenance
 from upweight.runtime.selection import places
@@ -60,24 +60,20 @@ class Effects(Answered):
             linear.shape != self.values.shape
         ):
             raise ShapeError(
-                message(
-                    "Effects are a matrix [q, e] with a column for each group.",
-                    f"values {tuple(self.values.shape)}, linear {tuple(linear.shape)}, "
-                    f"{len(self.groups)} groups.",
-                    "effects put together by hand.",
-                    "use the Effects that removal(...) returns.",
-                )
+                "Effects are a matrix [q, e] with a column for each group.",
+                f"values {tuple(self.values.shape)}, linear {tuple(linear.shape)}, "
+                f"{len(self.groups)} groups.",
+                "effects put together by hand.",
+                "use the Effects that removal(...) returns.",
             )
         bad = (~(self.values.isfinite() & linear.isfinite())).nonzero()
         if len(bad):
             row, column = bad[0].tolist()
             raise NonFinite(
-                message(
-                    "Effects must be finite.",
-                    f"{float(self.values[row, column])} for query {row}, group {column}.",
-                    "a measurement that overflows once the group is gone.",
-                    "use a float64 model, or look at that group by itself.",
-                )
+                "Effects must be finite.",
+                f"{float(self.values[row, column])} for query {row}, group {column}.",
+                "a measurement that overflows once the group is gone.",
+                "use a float64 model, or look at that group by itself.",
             )
 
     def __len__(self) -> int:
@@ -98,13 +94,11 @@ class Effects(Answered):
         missing = [group for group in asked if frozenset(group) not in place]
         if missing:
             raise ShapeError(
-                message(
-                    "Effects are known of the groups that were removed.",
-                    f"asked for {missing[:5]}, not among {len(self.groups)} groups that start with "
-                    f"{list(self.groups[:5])}.",
-                    "removals of other examples.",
-                    "use fitted.removal(queries, measure, groups=...) with these groups.",
-                )
+                "Effects are known of the groups that were removed.",
+                f"asked for {missing[:5]}, not among {len(self.groups)} groups that start with "
+                f"{list(self.groups[:5])}.",
+                "removals of other examples.",
+                "use fitted.removal(queries, measure, groups=...) with these groups.",
             )
         at = [place[frozenset(group)] for group in asked]
         linear = None if self.linear is None else self.linear[:, at]
@@ -122,12 +116,10 @@ def as_groups(groups: Iterable[Any] | None, n: int) -> Groups:
     found = tuple(tuple(places(g, n, "Training examples", least=1)) for g in groups)
     if not found:
         raise ShapeError(
-            message(
-                "A removal needs something to remove.",
-                "groups=[], no group at all.",
-                "a filter that matched nothing.",
-                "leave groups out to remove each example by itself, or pass groups=[[0, 1]].",
-            )
+            "A removal needs something to remove.",
+            "groups=[], no group at all.",
+            "a filter that matched nothing.",
+            "leave groups out to remove each example by itself, or pass groups=[[0, 1]].",
         )
     return found
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from upweight.errors import MissingContext, message
+from upweight.errors import MissingContext
 from upweight.facts import Fact
 from upweight.task.data import Data
 from upweight.task.task import Task
@@ -105,11 +105,9 @@ class Answered:
         """
         if self.context is None:
             raise MissingContext(
-                message(
-                    "This needs the model and data that the scores were made from.",
-                    "scores without them.",
-                    "scores loaded from disk, which keeps numbers only.",
-                    "use scores.attach(Context(task, train, queries, measure)).",
-                )
+                "This needs the model and data that the scores were made from.",
+                "scores without them.",
+                "scores loaded from disk, which keeps numbers only.",
+                "use scores.attach(Context(task, train, queries, measure)).",
             )
         return self.context

@@ -122,12 +122,10 @@ class TopScores:
         _require_count(k)
         if not is_row(query, len(self)) or k > self.raises.shape[1]:
             raise ShapeError(
-                message(
-                    f"Kept are {self.raises.shape[1]} examples for each of {len(self)} queries.",
-                    f"k={k}, query={query}.",
-                    "an index into the full data set, or a larger k than was asked for.",
-                    f"use a query in 0…{len(self) - 1}, or attribute(..., into=Top({k})).",
-                )
+                f"Kept are {self.raises.shape[1]} examples for each of {len(self)} queries.",
+                f"k={k}, query={query}.",
+                "an index into the full data set, or a larger k than was asked for.",
+                f"use a query in 0…{len(self) - 1}, or attribute(..., into=Top({k})).",
             )
         query = row_of(query, len(self))
         kept = (self.raises, self.raises_by, self.lowers, self.lowers_by)
@@ -163,25 +161,21 @@ class Scores(Answered):
         columns_fit = self.columns is None or len(self.columns) == self.values.shape[-1]
         if self.values.ndim != 2 or not error_fits or not columns_fit:
             raise ShapeError(
-                message(
-                    "Scores are a matrix [q, n], with errors of the same shape and one label per "
-                    "column.",
-                    f"values {tuple(self.values.shape)}, "
-                    f"error {None if self.error is None else tuple(self.error.shape)}, "
-                    f"{None if self.columns is None else len(self.columns)} column labels.",
-                    "scores put together by hand.",
-                    "use the Scores that attribute(...) returns.",
-                )
+                "Scores are a matrix [q, n], with errors of the same shape and one label per "
+                "column.",
+                f"values {tuple(self.values.shape)}, "
+                f"error {None if self.error is None else tuple(self.error.shape)}, "
+                f"{None if self.columns is None else len(self.columns)} column labels.",
+                "scores put together by hand.",
+                "use the Scores that attribute(...) returns.",
             )
         if (bad := _first_not_finite(self.values)) is not None:
             row, column = bad
             raise NonFinite(
-                message(
-                    "Scores must be finite.",
-                    f"{float(self.values[row, column])} for query {row}, column {column}.",
-                    "a gradient that overflows in this dtype.",
-                    "use a float64 model, or look at that query's loss.",
-                )
+                "Scores must be finite.",
+                f"{float(self.values[row, column])} for query {row}, column {column}.",
+                "a gradient that overflows in this dtype.",
+                "use a float64 model, or look at that query's loss.",
             )
 
     def __len__(self) -> int:
@@ -228,12 +222,10 @@ class Scores(Answered):
         n = self.values.shape[1]
         if weights is not None and not (isinstance(drop, tuple) and not drop):
             raise SpecError(
-                message(
-                    "A prediction takes either examples to drop or weights.",
-                    "both.",
-                    "weights for some examples and a removal of others.",
-                    "give weights alone, with 0 for what is dropped.",
-                )
+                "A prediction takes either examples to drop or weights.",
+                "both.",
+                "weights for some examples and a removal of others.",
+                "give weights alone, with 0 for what is dropped.",
             )
         if weights is None:
             dropped = self.values[:, places(drop, n, "Columns to drop")]
@@ -245,22 +237,18 @@ class Scores(Answered):
         w = torch.as_tensor(w if is_number else 0)
         if tuple(w.shape) != (n,):
             raise ShapeError(
-                message(
-                    f"Data weights have one entry per column: shape ({n},).",
-                    f"shape {tuple(w.shape)}." if is_number else "weights that are no numbers.",
-                    "weights of another data set.",
-                    "start from torch.ones(n) and change entries.",
-                )
+                f"Data weights have one entry per column: shape ({n},).",
+                f"shape {tuple(w.shape)}." if is_number else "weights that are no numbers.",
+                "weights of another data set.",
+                "start from torch.ones(n) and change entries.",
             )
         if not bool(w.isfinite().all()):
             first = int((~w.isfinite()).nonzero()[0])
             raise NonFinite(
-                message(
-                    "Data weights must be finite.",
-                    f"{float(w[first])} for column {first}.",
-                    "a weight computed by a division by 0, or missing in a table.",
-                    "give 0 to what is left out and 1 to what stays as it is.",
-                )
+                "Data weights must be finite.",
+                f"{float(w[first])} for column {first}.",
+                "a weight computed by a division by 0, or missing in a table.",
+                "give 0 to what is left out and 1 to what stays as it is.",
             )
         return self.values @ (w.to(self.values) - 1.0)
 
@@ -308,12 +296,10 @@ class Scores(Answered):
         """
         if self.columns is not None:
             raise ShapeError(
-                message(
-                    "This needs one column per training example, in order.",
-                    f"columns {list(self.columns[:5])}.",
-                    "scores of groups.",
-                    "use attribute(...) as it comes, over all training examples.",
-                )
+                "This needs one column per training example, in order.",
+                f"columns {list(self.columns[:5])}.",
+                "scores of groups.",
+                "use attribute(...) as it comes, over all training examples.",
             )
 
     def group(self, labels: Iterable[Any]) -> "Scores":
@@ -407,13 +393,11 @@ class Scores(Answered):
         tensors, _ = read_plain(source / "scores.safetensors", _saved_way_out(source))
         if header.tensors != tensors_digest(tensors, {}) or "values" not in tensors:
             raise StaleStore(
-                message(
-                    "scores.json and scores.safetensors must belong together.",
-                    f"{source}, where they do not match.",
-                    "a save that was interrupted, or a file that was edited, damaged or copied "
-                    "from another run.",
-                    _saved_way_out(source),
-                )
+                "scores.json and scores.safetensors must belong together.",
+                f"{source}, where they do not match.",
+                "a save that was interrupted, or a file that was edited, damaged or copied "
+                "from another run.",
+                _saved_way_out(source),
             )
         return cls(
             tensors["values"], header.unit, header.provenance, tensors.get("error"), header.columns
@@ -508,12 +492,10 @@ def told_of(shards: ScoreShards) -> tuple[Unit, Provenance]:
     except Misfit as misfit:
         path = shards.directory / "finished.json"
         raise StaleStore(
-            message(
-                f"`{misfit.key}` in finished.json must be {misfit.required}.",
-                f"{path}, where it is {misfit.given}.",
-                "a file of another version of upweight.",
-                f"delete the file and ask again: {AGAIN}; no scores are computed again.",
-            )
+            f"`{misfit.key}` in finished.json must be {misfit.required}.",
+            f"{path}, where it is {misfit.given}.",
+            "a file of another version of upweight.",
+            f"delete the file and ask again: {AGAIN}; no scores are computed again.",
         ) from misfit
     return told.unit, told.provenance
 
@@ -531,12 +513,10 @@ def _saved_way_out(source: Path) -> str:
 def _require_count(k: Any) -> None:
     if not isinstance(k, Integral) or isinstance(k, bool) or k < 0:
         raise SpecError(
-            message(
-                "A ranking lists a number of examples, 0 or more.",
-                f"k={k!r}.",
-                "a negative count meant as the other end of the ranking, or a share of the data.",
-                "pass k=10 for ten at each end: .raises and .lowers are the two ends.",
-            )
+            "A ranking lists a number of examples, 0 or more.",
+            f"k={k!r}.",
+            "a negative count meant as the other end of the ranking, or a share of the data.",
+            "pass k=10 for ten at each end: .raises and .lowers are the two ends.",
         )
 
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 
 CHUNK = 4_000_000  # numbers per array while resampling
 FEW = 20  # items of a way below which a percentile interval is too narrow
@@ -57,12 +57,10 @@ class Bootstrap:
     def __post_init__(self) -> None:
         if not (0 < self.level < 1 and self.resamples >= 1):
             raise SpecError(
-                message(
-                    "A bootstrap needs a level between 0 and 1 and at least one resample.",
-                    f"{self!r}.",
-                    "a level in percent.",
-                    "use Bootstrap(level=0.95).",
-                )
+                "A bootstrap needs a level between 0 and 1 and at least one resample.",
+                f"{self!r}.",
+                "a level in percent.",
+                "use Bootstrap(level=0.95).",
             )
 
 

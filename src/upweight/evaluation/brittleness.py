@@ -15,7 +15,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import DataError, message
+from upweight.errors import DataError
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, mean
 from upweight.evaluation.removal_curve import own_values
 from upweight.evaluation.seeds import Truth, baselines_by_seed, values_by_seed
@@ -104,12 +104,10 @@ def brittleness(
     margins, baseline = own_values(values_by_seed(truth), sizes), baselines_by_seed(truth)
     if not bool((baseline.mean(dim=0) >= 0).any()):
         raise DataError(
-            message(
-                "A prediction that flips is right before: its margin is not negative.",
-                f"{baseline.shape[1]} queries, the largest mean margin "
-                f"{float(baseline.mean(dim=0).max()):.3g}.",
-                "a measure that is not a margin, such as LogProb().",
-                "retrain with measure=Margin(), for queries that the model gets right.",
-            )
+            "A prediction that flips is right before: its margin is not negative.",
+            f"{baseline.shape[1]} queries, the largest mean margin "
+            f"{float(baseline.mean(dim=0).max()):.3g}.",
+            "a measure that is not a margin, such as LogProb().",
+            "retrain with measure=Margin(), for queries that the model gets right.",
         )
     return Brittleness(tuple(sizes), margins, baseline, bootstrap)

@@ -242,12 +242,10 @@ def _seconds(budget: str | float) -> float:
         value = float(budget)
     if not 0 < value < float("inf"):
         raise SpecError(
-            message(
-                "A budget is a time.",
-                f"budget={budget!r}.",
-                "a number without its unit in a text, or 0.",
-                'say "90 s", "2 min", "1 h", or give seconds as a number.',
-            )
+            "A budget is a time.",
+            f"budget={budget!r}.",
+            "a number without its unit in a text, or 0.",
+            'say "90 s", "2 min", "1 h", or give seconds as a number.',
         )
     return value
 

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import NonFinite, ShapeError, SpecError, message
+from upweight.errors import NonFinite, ShapeError, SpecError
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, mean
 from upweight.evaluation.loo import leave_one_out
@@ -77,22 +77,18 @@ class Gaps:
         shapes = {name: tuple(self.effects[name].shape) for name in STAGES if name in self.effects}
         if len(shapes) != len(STAGES) or len(set(shapes.values())) != 1:
             raise ShapeError(
-                message(
-                    f"The five gaps lie between six matrices of one shape: {', '.join(STAGES)}.",
-                    ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "none.",
-                    "one stage measured on other removals or queries.",
-                    "give all stages the same examples and queries.",
-                )
+                f"The five gaps lie between six matrices of one shape: {', '.join(STAGES)}.",
+                ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "none.",
+                "one stage measured on other removals or queries.",
+                "give all stages the same examples and queries.",
             )
         bad = [name for name in STAGES if not bool(self.effects[name].isfinite().all())]
         if bad:
             raise NonFinite(
-                message(
-                    "Effects of removals must be finite.",
-                    f"NaN or infinity in {', '.join(bad)}.",
-                    "a model that diverged.",
-                    "lower the learning rate of that stage.",
-                )
+                "Effects of removals must be finite.",
+                f"NaN or infinity in {', '.join(bad)}.",
+                "a model that diverged.",
+                "lower the learning rate of that stage.",
             )
 
     @cached_property
@@ -231,12 +227,10 @@ def gaps(
         warm = replace(recipe, init=None, schedule=Cosine())
     if warm.init is not None or len(groups) < 3:
         raise SpecError(
-            message(
-                "The five gaps need a warm start without an init, and at least three removals.",
-                f"warm={warm!r}, {len(groups)} removals.",
-                "the recipe of the cold start given twice, or one example to look into.",
-                "leave warm out, or give Training(init=None, ...); name more examples.",
-            )
+            "The five gaps need a warm start without an init, and at least three removals.",
+            f"warm={warm!r}, {len(groups)} removals.",
+            "the recipe of the cold start given twice, or one example to look into.",
+            "leave warm out, or give Training(init=None, ...); name more examples.",
         )
     warm = replace(warm, skip_absent=False, proximity=0.0)
     response = PBRF(damping, warm.optimizer, warm.epochs, warm.batch, warm.schedule, warm.seed)

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from upweight.effects import Effects, Groups
-from upweight.errors import ShapeError, message
+from upweight.errors import ShapeError
 from upweight.evaluation.prediction import query_index, single_removals
 from upweight.scores import Scores, Unit
 
@@ -57,12 +57,10 @@ def influential_groups(scores: Scores | Effects, query: int, sizes: Sequence[int
             usable = int((sign * effects > 0).sum())
             if has_signs and usable < size:
                 raise ShapeError(
-                    message(
-                        f"A group of {size} whose removal {word} m needs {size} examples that do.",
-                        f"{usable} of {len(order)} for query {row}.",
-                        "a group larger than the examples of one sign.",
-                        f"use sizes up to {usable}.",
-                    )
+                    f"A group of {size} whose removal {word} m needs {size} examples that do.",
+                    f"{usable} of {len(order)} for query {row}.",
+                    "a group larger than the examples of one sign.",
+                    f"use sizes up to {usable}.",
                 )
             groups.append(tuple(ends[:size].tolist()))
     return tuple(groups)
@@ -85,12 +83,10 @@ def require_sizes(sizes: Sequence[int], n: int) -> None:
     wrong = [size for size in sizes if not (float(size).is_integer() and 0 < size < n)]
     if not len(sizes) or wrong:
         raise ShapeError(
-            message(
-                f"A removal takes out some, not all, of the {n} training examples.",
-                f"sizes {wrong[:5] if wrong else list(sizes)}.",
-                "shares in place of counts, or sizes for a larger data set.",
-                f"use whole numbers in 1…{n - 1}.",
-            )
+            f"A removal takes out some, not all, of the {n} training examples.",
+            f"sizes {wrong[:5] if wrong else list(sizes)}.",
+            "shares in place of counts, or sizes for a larger data set.",
+            f"use whole numbers in 1…{n - 1}.",
         )
 
 
@@ -102,13 +98,11 @@ def _drawn(pools: Sequence[Int[Tensor, " k"]], n: int, sizes: Sequence[int], see
         possible = sum(math.comb(len(pool), size) for pool in pools)
         if possible < count:
             raise ShapeError(
-                message(
-                    "There must be as many different groups as are asked for.",
-                    f"{count} groups of {size}, of which there are {possible}; the largest class "
-                    f"or data set has {max(map(len, pools))} examples.",
-                    "groups larger than a class, or many groups from few examples.",
-                    "use other sizes or fewer groups.",
-                )
+                "There must be as many different groups as are asked for.",
+                f"{count} groups of {size}, of which there are {possible}; the largest class "
+                f"or data set has {max(map(len, pools))} examples.",
+                "groups larger than a class, or many groups from few examples.",
+                "use other sizes or fewer groups.",
             )
     generator = torch.Generator().manual_seed(seed)
     groups: dict[tuple[int, ...], None] = {}  # in the order drawn

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.effects import Effects
-from upweight.errors import ShapeError, message
+from upweight.errors import ShapeError
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import FEW, Bootstrap, Estimate, centered_estimate, summarized
 from upweight.evaluation.prediction import predicted_changes
@@ -198,14 +198,12 @@ def lds(
     s, q = values.shape[1:]
     if tuple(predicted.shape) != (s, q) or len(weights) != s:
         raise ShapeError(
-            message(
-                "Weights, predictions and measurements have one row per subset, the last two one "
-                "column per query.",
-                f"weights {tuple(weights.shape)}, predicted {tuple(predicted.shape)}, "
-                f"measured {(s, q)}.",
-                "scores of all queries beside retraining for some, or weights of another run.",
-                "retrain with the same weights, for the queries that were scored.",
-            )
+            "Weights, predictions and measurements have one row per subset, the last two one "
+            "column per query.",
+            f"weights {tuple(weights.shape)}, predicted {tuple(predicted.shape)}, "
+            f"measured {(s, q)}.",
+            "scores of all queries beside retraining for some, or weights of another run.",
+            "retrain with the same weights, for the queries that were scored.",
         )
     checked, _ = metrics.varying(predicted, values.mean(dim=0))
     if repeated is not None:
@@ -217,11 +215,9 @@ def _require_distinct(weights: Float[Tensor, "..."]) -> None:
     distinct = len(torch.unique(weights, dim=0)) if weights.ndim == 2 else 0
     if weights.ndim != 2 or distinct < len(weights):
         raise ShapeError(
-            message(
-                "Subsets are rows of weights [s, n], each of them once.",
-                f"weights {tuple(weights.shape)}, {distinct} distinct rows.",
-                "indices in place of weights, or several seeds as rows in place of a list.",
-                "use subset_weights(n, subsets), and pass one Retrained per seed: repeated rows "
-                "would count twice in every correlation.",
-            )
+            "Subsets are rows of weights [s, n], each of them once.",
+            f"weights {tuple(weights.shape)}, {distinct} distinct rows.",
+            "indices in place of weights, or several seeds as rows in place of a list.",
+            "use subset_weights(n, subsets), and pass one Retrained per seed: repeated rows "
+            "would count twice in every correlation.",
         )

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.effects import FIRST_ORDER, Effects
-from upweight.errors import ShapeError, message
+from upweight.errors import ShapeError
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import FEW, Bootstrap, Estimate, summarized
 from upweight.evaluation.prediction import (
@@ -211,22 +211,18 @@ def compare(
     truth, predicted = truth.detach().cpu().double(), predicted.detach().cpu().double()
     if truth.ndim != 2 or predicted.shape != truth.shape or len(truth) != len(groups):
         raise ShapeError(
-            message(
-                "Predicted and actual effects are matrices [removals, queries] of one shape.",
-                f"predicted {tuple(predicted.shape)}, actual {tuple(truth.shape)}, "
-                f"{len(groups)} removals.",
-                "scores of all queries beside retraining for one of them.",
-                "pass query= to pick the row of the scores, and the same examples to both.",
-            )
+            "Predicted and actual effects are matrices [removals, queries] of one shape.",
+            f"predicted {tuple(predicted.shape)}, actual {tuple(truth.shape)}, "
+            f"{len(groups)} removals.",
+            "scores of all queries beside retraining for one of them.",
+            "pass query= to pick the row of the scores, and the same examples to both.",
         )
     if names is not None and len(names) != len(groups):
         raise ShapeError(
-            message(
-                "Removals have one name each.",
-                f"{len(groups)} removals, {len(names)} names.",
-                "names of other removals.",
-                "give one for each, in the order of the removals, or None.",
-            )
+            "Removals have one name each.",
+            f"{len(groups)} removals, {len(names)} names.",
+            "names of other removals.",
+            "give one for each, in the order of the removals, or None.",
         )
     return LOO(
         groups, predicted, truth, retrained, bootstrap, label or "predicted", queries, errors,

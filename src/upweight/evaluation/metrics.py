@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import DataError, NonFinite, ShapeError, message
+from upweight.errors import DataError, NonFinite, ShapeError
 from upweight.evaluation.bootstrap import (
     Bootstrap,
     Estimate,
@@ -211,12 +211,10 @@ def varying(predicted: Values, actual: Values) -> tuple[Float[Tensor, "s q"], ..
     what = "A rank correlation per query"
     if predicted.ndim != 2 or predicted.shape[1] == 0:
         raise ShapeError(
-            message(
-                f"{what} needs one row per subset and one column per query: [s, q].",
-                f"predicted {tuple(predicted.shape)}.",
-                "one query's values as a vector.",
-                "use values[:, None] for a single query.",
-            )
+            f"{what} needs one row per subset and one column per query: [s, q].",
+            f"predicted {tuple(predicted.shape)}.",
+            "one query's values as a vector.",
+            "use values[:, None] for a single query.",
         )
     return _differing(predicted, actual, what, by_query=True)
 
@@ -227,23 +225,19 @@ def _differing(
     """Both as `[e, q]` in float64: finite, and not all the same, of every query or together."""
     if predicted.shape != actual.shape or predicted.ndim == 0 or len(predicted) < 3:
         raise ShapeError(
-            message(
-                f"{what} needs predicted and actual values of one shape, with at least 3 rows.",
-                f"predicted {tuple(predicted.shape)}, actual {tuple(actual.shape)}.",
-                "too few examples, or one query's predictions beside all queries' truth.",
-                "compare more removals, or pick the query with query=.",
-            )
+            f"{what} needs predicted and actual values of one shape, with at least 3 rows.",
+            f"predicted {tuple(predicted.shape)}, actual {tuple(actual.shape)}.",
+            "too few examples, or one query's predictions beside all queries' truth.",
+            "compare more removals, or pick the query with query=.",
         )
     pair = tuple(v.detach().cpu().double().reshape(len(v), -1) for v in (predicted, actual))
     for name, values in zip(("predicted", "actual"), pair, strict=True):
         if not bool(values.isfinite().all()):
             raise NonFinite(
-                message(
-                    f"{what} needs finite values.",
-                    f"{int((~values.isfinite()).sum())} of {values.numel()} {name} values are not.",
-                    "models that failed to train.",
-                    "leave those removals out, or train them with another recipe.",
-                )
+                f"{what} needs finite values.",
+                f"{int((~values.isfinite()).sum())} of {values.numel()} {name} values are not.",
+                "models that failed to train.",
+                "leave those removals out, or train them with another recipe.",
             )
         columns = values if by_query else values.reshape(-1, 1)
         flat = columns.std(dim=0) <= 1e-14 * columns.abs().amax(dim=0)
@@ -251,16 +245,14 @@ def _differing(
             which = flat.nonzero()[:, 0].tolist()
             first = f"{float(columns[0, which[0]]):.6g}"
             raise DataError(
-                message(
-                    f"{what} needs values that differ between rows.",
-                    f"{name} values of {len(which)} of {len(flat)} queries are constant: "
-                    f"queries {which[:5]}, the first at {first}."
-                    if by_query
-                    else f"{len(columns)} {name} values, all {first}.",
-                    "removals that change nothing: a measure that ignores the model, scores of "
-                    "zero, or an algorithm that ignores its weights.",
-                    "look at the values themselves; choose examples that matter, and leave "
-                    "queries without a change out, saying so.",
-                )
+                f"{what} needs values that differ between rows.",
+                f"{name} values of {len(which)} of {len(flat)} queries are constant: "
+                f"queries {which[:5]}, the first at {first}."
+                if by_query
+                else f"{len(columns)} {name} values, all {first}.",
+                "removals that change nothing: a measure that ignores the model, scores of "
+                "zero, or an algorithm that ignores its weights.",
+                "look at the values themselves; choose examples that matter, and leave "
+                "queries without a change out, saying so.",
             )
     return pair

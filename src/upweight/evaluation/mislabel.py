@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from upweight.errors import DataError, DtypeError, NonFinite, ShapeError, SpecError, message
+from upweight.errors import DataError, DtypeError, NonFinite, ShapeError, SpecError
 from upweight.evaluation import inspection
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate
 from upweight.evaluation.inspection import Levels
@@ -143,12 +143,10 @@ def mislabel_detection(
     """
     if not rankings:
         raise ShapeError(
-            message(
-                "A comparison needs at least one ranking.",
-                "an empty mapping.",
-                "names filtered away.",
-                'pass {"loss": losses}.',
-            )
+            "A comparison needs at least one ranking.",
+            "an empty mapping.",
+            "names filtered away.",
+            'pass {"loss": losses}.',
         )
     for ranking in rankings.values():  # before any of them takes its time
         checked(ranking, mislabeled)
@@ -169,12 +167,10 @@ def _inspected(budget: float, n: int) -> int:
     k = round(budget * n) if 0 < budget <= 1 else 0
     if k == 0:
         raise SpecError(
-            message(
-                "A budget is the share of rows inspected, in (0, 1], and at least one row.",
-                f"budget={budget} of {n} rows.",
-                "a number of rows, or a percentage.",
-                "use budget=0.1 for a tenth of the rows.",
-            )
+            "A budget is the share of rows inspected, in (0, 1], and at least one row.",
+            f"budget={budget} of {n} rows.",
+            "a number of rows, or a percentage.",
+            "use budget=0.1 for a tenth of the rows.",
         )
     return k
 
@@ -196,31 +192,25 @@ def checked(ranking: Tensor, positive: Tensor) -> tuple[Float[Tensor, " n"], Boo
     values, mask = ranking.detach().cpu().double(), positive.detach().cpu()
     if mask.dtype != torch.bool:
         raise DtypeError(
-            message(
-                "Which rows are positive is a boolean mask.",
-                f"{mask.dtype} of shape {tuple(mask.shape)}.",
-                "indices in place of a mask, or a mask of 0 and 1.",
-                "use mask = torch.zeros(n, dtype=torch.bool); mask[indices] = True.",
-            )
+            "Which rows are positive is a boolean mask.",
+            f"{mask.dtype} of shape {tuple(mask.shape)}.",
+            "indices in place of a mask, or a mask of 0 and 1.",
+            "use mask = torch.zeros(n, dtype=torch.bool); mask[indices] = True.",
         )
     if values.ndim != 1 or values.shape != mask.shape:
         raise ShapeError(
-            message(
-                "A ranking and a mask have one entry per row: [n].",
-                f"ranking {tuple(values.shape)}, mask {tuple(mask.shape)}.",
-                "scores [q, n] of queries, or the labels of another split.",
-                "pass one number per training example, such as self-influence.",
-            )
+            "A ranking and a mask have one entry per row: [n].",
+            f"ranking {tuple(values.shape)}, mask {tuple(mask.shape)}.",
+            "scores [q, n] of queries, or the labels of another split.",
+            "pass one number per training example, such as self-influence.",
         )
     require_finite(values)
     if not 0 < int(mask.sum()) < len(mask):
         raise DataError(
-            message(
-                "Finding rows needs some that are positive and some that are not.",
-                f"{int(mask.sum())} of {len(mask)} positive.",
-                "a mask of another split, or of correct labels negated.",
-                "check how the mask was made.",
-            )
+            "Finding rows needs some that are positive and some that are not.",
+            f"{int(mask.sum())} of {len(mask)} positive.",
+            "a mask of another split, or of correct labels negated.",
+            "check how the mask was made.",
         )
     return values, mask
 
@@ -229,11 +219,8 @@ def require_finite(values: Tensor) -> None:
     """Refuse a ranking by NaN or infinity."""
     if not bool(values.isfinite().all()):
         raise NonFinite(
-            message(
-                "A ranking needs finite values.",
-                f"{int((~values.isfinite()).sum())} of {values.numel()} are not.",
-                "a loss of a probability of zero, gradients that overflow, or a model that "
-                "diverged.",
-                "say where those rows belong: give them a number.",
-            )
+            "A ranking needs finite values.",
+            f"{int((~values.isfinite()).sum())} of {values.numel()} are not.",
+            "a loss of a probability of zero, gradients that overflow, or a model that diverged.",
+            "say where those rows belong: give them a number.",
         )

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.effects import Effects, Groups, without
-from upweight.errors import ShapeError, message
+from upweight.errors import ShapeError
 from upweight.scores import Scores, Unit
 from upweight.training.weights import Removal, members
 
@@ -23,12 +23,10 @@ def removals(examples: Iterable[Removal], n: int) -> Groups:
     twice = sorted({group for group in seen if seen.count(group) > 1})
     if not groups or twice:
         raise ShapeError(
-            message(
-                "Leave-one-out needs at least one removal, each asked for once.",
-                f"{len(groups)} removals" + (f", repeated: {twice[:5]}." if twice else "."),
-                "a list of examples put together from several rankings.",
-                "drop duplicates: they would count twice in every correlation.",
-            )
+            "Leave-one-out needs at least one removal, each asked for once.",
+            f"{len(groups)} removals" + (f", repeated: {twice[:5]}." if twice else "."),
+            "a list of examples put together from several rankings.",
+            "drop duplicates: they would count twice in every correlation.",
         )
     return groups
 
@@ -82,12 +80,10 @@ def predicted_changes(
     n = changes.shape[1]
     if weights.ndim != 2 or weights.shape[1] != n or len(weights) == 0:
         raise ShapeError(
-            message(
-                f"Data weights have one row per model and one column per score: [s, {n}].",
-                f"weights {tuple(weights.shape)}, scores {tuple(changes.shape)}.",
-                "weights of another data set, or scores of a part of it.",
-                "use the weights that the models were retrained with.",
-            )
+            f"Data weights have one row per model and one column per score: [s, {n}].",
+            f"weights {tuple(weights.shape)}, scores {tuple(changes.shape)}.",
+            "weights of another data set, or scores of a part of it.",
+            "use the weights that the models were retrained with.",
         )
     added = Scores(without(changes), Unit.DERIVATIVE, predicted.provenance)
     return torch.stack([added.predict(weights=row) for row in weights])
@@ -97,11 +93,9 @@ def query_index(index: int, q: int) -> int:
     """A row of the scores, counted from either end; another is refused."""
     if not -q <= index < q:
         raise ShapeError(
-            message(
-                f"The query must be one of the {q} scored.",
-                f"query={index}.",
-                "an index into the full data set where only some queries were scored.",
-                f"use an index in 0…{q - 1}.",
-            )
+            f"The query must be one of the {q} scored.",
+            f"query={index}.",
+            "an index into the full data set where only some queries were scored.",
+            f"use an index in 0…{q - 1}.",
         )
     return index % q

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight.errors import NonFinite, ShapeError, message
+from upweight.errors import NonFinite, ShapeError
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, weighted_mean
 from upweight.evaluation.groups import require_sizes
 from upweight.evaluation.seeds import Truth, baselines_by_seed, values_by_seed
@@ -41,12 +41,10 @@ def loss_order(losses: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
     """
     if not bool(losses.isfinite().all()):
         raise NonFinite(
-            message(
-                "An order needs finite losses.",
-                f"{int((~losses.isfinite()).sum())} of {losses.numel()} are not.",
-                "a probability of zero, or a model that diverged.",
-                "look at those examples first.",
-            )
+            "An order needs finite losses.",
+            f"{int((~losses.isfinite()).sum())} of {losses.numel()} are not.",
+            "a probability of zero, or a model that diverged.",
+            "look at those examples first.",
         )
     return losses.detach().cpu().argsort(descending=True, stable=True)
 
@@ -73,12 +71,10 @@ def ranked_removal_weights(
         rankings.sort(dim=1).values, torch.arange(n).expand(len(rankings), n)
     ):
         raise ShapeError(
-            message(
-                "A ranking holds the index of every training example once: [n], or [q, n].",
-                f"{order.dtype} of shape {tuple(order.shape)}.",
-                "scores in place of their order, or only the top of it.",
-                "use removal_order(scores), or scores.argsort(descending=True).",
-            )
+            "A ranking holds the index of every training example once: [n], or [q, n].",
+            f"{order.dtype} of shape {tuple(order.shape)}.",
+            "scores in place of their order, or only the top of it.",
+            "use removal_order(scores), or scores.argsort(descending=True).",
         )
     require_growing(sizes)
     require_sizes(sizes, n)
@@ -124,13 +120,11 @@ class RemovalCurve:
         """
         if self.sizes != other.sizes or self.changes.shape != other.changes.shape:
             raise ShapeError(
-                message(
-                    "Curves are subtracted for the same k, seeds and queries.",
-                    f"k {self.sizes} of shape {tuple(self.changes.shape)}, and {other.sizes} of "
-                    f"shape {tuple(other.changes.shape)} (seeds, k, queries).",
-                    "a baseline retrained for fewer seeds.",
-                    "retrain both with the same seeds, sizes and queries.",
-                )
+                "Curves are subtracted for the same k, seeds and queries.",
+                f"k {self.sizes} of shape {tuple(self.changes.shape)}, and {other.sizes} of "
+                f"shape {tuple(other.changes.shape)} (seeds, k, queries).",
+                "a baseline retrained for fewer seeds.",
+                "retrain both with the same seeds, sizes and queries.",
             )
         return RemovalCurve(self.sizes, self.changes - other.changes, self.bootstrap)
 
@@ -176,12 +170,10 @@ def own_values(values: Float[Tensor, "m s q"], sizes: Sequence[int]) -> Float[Te
         return values
     if s != q * steps:
         raise ShapeError(
-            message(
-                f"There is one model per k, {steps}, or one per query and k, {q * steps}.",
-                f"{s} models measured on {q} queries.",
-                "other sizes than the weights were made for, or another choice of queries.",
-                "pass the sizes that ranked_removal_weights was called with.",
-            )
+            f"There is one model per k, {steps}, or one per query and k, {q * steps}.",
+            f"{s} models measured on {q} queries.",
+            "other sizes than the weights were made for, or another choice of queries.",
+            "pass the sizes that ranked_removal_weights was called with.",
         )
     return values.reshape(seeds, q, steps, q).diagonal(dim1=1, dim2=3)
 
@@ -190,10 +182,8 @@ def require_growing(sizes: Sequence[int]) -> None:
     """Refuse sizes that do not rise."""
     if not len(sizes) or any(b <= a for a, b in itertools.pairwise(sizes)):
         raise ShapeError(
-            message(
-                "Removals grow along a ranking: sizes k in rising order.",
-                f"sizes {list(sizes)[:10]}.",
-                "a size listed twice, or sorted the other way.",
-                "use sizes such as (1, 2, 5, 10, 20).",
-            )
+            "Removals grow along a ranking: sizes k in rising order.",
+            f"sizes {list(sizes)[:10]}.",
+            "a size listed twice, or sorted the other way.",
+            "use sizes such as (1, 2, 5, 10, 20).",
         )

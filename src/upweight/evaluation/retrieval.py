@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from upweight.errors import DataError, ShapeError, message
+from upweight.errors import DataError, ShapeError
 from upweight.evaluation import inspection
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, mean, summarized
 from upweight.evaluation.mislabel import checked, require_finite
@@ -51,24 +51,20 @@ def class_retrieval(
     scores = _matrix(values, k)
     if tuple(train.shape) != scores.shape[1:] or tuple(queries.shape) != scores.shape[:1]:
         raise ShapeError(
-            message(
-                "Labels are one per training example, [n], and one per query, [q].",
-                f"values {tuple(scores.shape)}, train labels {tuple(train.shape)}, query labels "
-                f"{tuple(queries.shape)}.",
-                "labels of another split, or one-hot labels.",
-                "pass class indices in the order of the data.",
-            )
+            "Labels are one per training example, [n], and one per query, [q].",
+            f"values {tuple(scores.shape)}, train labels {tuple(train.shape)}, query labels "
+            f"{tuple(queries.shape)}.",
+            "labels of another split, or one-hot labels.",
+            "pass class indices in the order of the data.",
         )
     same = queries[:, None] == train
     absent = (~same.any(dim=1)).nonzero()[:, 0].tolist()
     if absent:
         raise DataError(
-            message(
-                "Every query's label must be among the training examples.",
-                f"{len(absent)} of {len(queries)} queries have another: {absent[:5]}.",
-                "labels coded differently in the two splits.",
-                "leave those queries out.",
-            )
+            "Every query's label must be among the training examples.",
+            f"{len(absent)} of {len(queries)} queries have another: {absent[:5]}.",
+            "labels coded differently in the two splits.",
+            "leave those queries out.",
         )
     once = torch.ones(1, len(train), dtype=torch.float64)
     found = (inspection.levels(*pair, once) for pair in zip(scores, same, strict=True))
@@ -128,12 +124,10 @@ def poison_retrieval(
     masks = poisoned.expand(len(scores), -1) if poisoned.ndim == 1 else poisoned
     if masks.shape != scores.shape:
         raise ShapeError(
-            message(
-                "A mask of poisoned rows is [n], or [q, n] with one per query.",
-                f"values {tuple(scores.shape)}, mask {tuple(poisoned.shape)}.",
-                "a mask of another split.",
-                "use one entry per training example, in the order of the data.",
-            )
+            "A mask of poisoned rows is [n], or [q, n] with one per query.",
+            f"values {tuple(scores.shape)}, mask {tuple(poisoned.shape)}.",
+            "a mask of another split.",
+            "use one entry per training example, in the order of the data.",
         )
     once = torch.ones(1, scores.shape[1], dtype=torch.float64)
     pairs = zip(scores, masks, strict=True)
@@ -148,12 +142,10 @@ def _matrix(values: Float[Tensor, "..."], k: int) -> Float[Tensor, "q n"]:
     n = values.shape[-1] if values.ndim else 0
     if values.ndim != 2 or len(values) == 0 or not 0 < k <= n:
         raise ShapeError(
-            message(
-                "Retrieval needs values [q, n], one row per query, and k in 1…n.",
-                f"values {tuple(values.shape)}, k={k}.",
-                "one query's values as a vector, or more examples asked for than there are.",
-                "use scores.values, and a k of 5 or 10.",
-            )
+            "Retrieval needs values [q, n], one row per query, and k in 1…n.",
+            f"values {tuple(values.shape)}, k={k}.",
+            "one query's values as a vector, or more examples asked for than there are.",
+            "use scores.values, and a k of 5 or 10.",
         )
     require_finite(values)
     return values.detach().cpu().double()

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import DataError, NonFinite, ShapeError, message
+from upweight.errors import DataError, NonFinite, ShapeError
 from upweight.training.retrain import Retrained
 
 Truth: TypeAlias = Retrained | Sequence[Retrained]
@@ -29,21 +29,17 @@ def by_seed(truth: Truth) -> tuple[Retrained, ...]:
     shapes = [tuple(seed.values.shape) for seed in seeds]
     if len(set(shapes)) != 1:
         raise ShapeError(
-            message(
-                "Retraining from several seeds gives measurements [s, q] of one shape.",
-                f"shapes {shapes}.",
-                "seeds retrained for other weights or other queries, or an empty list.",
-                "call retrain with the same weights and queries for every seed.",
-            )
+            "Retraining from several seeds gives measurements [s, q] of one shape.",
+            f"shapes {shapes}.",
+            "seeds retrained for other weights or other queries, or an empty list.",
+            "call retrain with the same weights and queries for every seed.",
         )
     if len({id(seed) for seed in seeds}) < len(seeds):
         raise DataError(
-            message(
-                "Every seed must be models of its own.",
-                f"{len(seeds)} seeds, some of them the same object.",
-                "one result listed twice.",
-                "retrain again with another seed in the recipe.",
-            )
+            "Every seed must be models of its own.",
+            f"{len(seeds)} seeds, some of them the same object.",
+            "one result listed twice.",
+            "retrain again with another seed in the recipe.",
         )
     return seeds
 
@@ -68,12 +64,10 @@ def _stacked(parts: Sequence[Tensor]) -> Float[Tensor, "k ..."]:
     if not bool(stacked.isfinite().all()):
         bad = [k for k, part in enumerate(stacked) if not bool(part.isfinite().all())]
         raise NonFinite(
-            message(
-                "Measurements of retrained models must be finite.",
-                f"{int((~stacked.isfinite()).sum())} of {stacked.numel()} are not, in seeds "
-                f"{bad[:5]} of {len(stacked)}.",
-                "the .solution of an error, which has NaN for models that failed.",
-                "leave those rows of weights out of every seed, or train with another recipe.",
-            )
+            "Measurements of retrained models must be finite.",
+            f"{int((~stacked.isfinite()).sum())} of {stacked.numel()} are not, in seeds "
+            f"{bad[:5]} of {len(stacked)}.",
+            "the .solution of an error, which has NaN for models that failed.",
+            "leave those rows of weights out of every seed, or train with another recipe.",
         )
     return stacked

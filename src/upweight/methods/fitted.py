@@ -449,13 +449,11 @@ class Fitted:
         asked = self._asked(queries, measure)
         if asked.direct is not None:
             raise NotOffered(
-                message(
-                    f"{what} knows a measure by its derivative in θ.",
-                    f"{measure!r}, which also depends on the training data by itself.",
-                    "a standard error, which reads inputs and labels besides θ.",
-                    "ask a measure of θ and the queries alone, such as Coefficient(0); or change "
-                    "the example, fit again and compare.",
-                )
+                f"{what} knows a measure by its derivative in θ.",
+                f"{measure!r}, which also depends on the training data by itself.",
+                "a standard error, which reads inputs and labels besides θ.",
+                "ask a measure of θ and the queries alone, such as Coefficient(0); or change "
+                "the example, fit again and compare.",
             )
         return asked
 

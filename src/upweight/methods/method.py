@@ -5,7 +5,7 @@ import time
 import warnings
 from typing import Any, ClassVar, final
 
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 from upweight.methods import health
 from upweight.methods.fitted import Fitted
 from upweight.methods.fitting import Fitting
@@ -72,12 +72,10 @@ class Method(abc.ABC):
         used = Resources() if resources is None else resources
         if history is not None and not self.takes_history:
             raise SpecError(
-                message(
-                    "A history is for methods that look at how the model was trained.",
-                    f"history={type(history).__name__} for {self!r}, which looks at θ̂ alone.",
-                    "an argument left from another method.",
-                    "leave it out.",
-                )
+                "A history is for methods that look at how the model was trained.",
+                f"history={type(history).__name__} for {self!r}, which looks at θ̂ alone.",
+                "an argument left from another method.",
+                "leave it out.",
             )
         fitting = Fitting(task, data, task.theta(), probe, used, history)
         scorer = self.prepare(fitting)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upweight.effects import Effects, as_groups, without
-from upweight.errors import ShapeError, message
+from upweight.errors import ShapeError
 from upweight.notation import short
 from upweight.report.display import Display
 from upweight.report.evidence import evidence_of
@@ -292,12 +292,10 @@ class Answers:
             return [f"x{c}" for c in range(width)]
         if len(features) != width:
             raise ShapeError(
-                message(
-                    f"features must name each of the {width} columns of the table.",
-                    f"{len(features)} names.",
-                    "the target's column among the names.",
-                    "pass one name per input column, in order.",
-                )
+                f"features must name each of the {width} columns of the table.",
+                f"{len(features)} names.",
+                "the target's column among the names.",
+                "pass one name per input column, in order.",
             )
         return [str(name) for name in features]
 
@@ -308,13 +306,11 @@ class Answers:
         n = None if self.scores.columns is not None else sizes["train"]
         if n not in (None, self.n) or sizes["query"] not in (None, self.q):
             raise ShapeError(
-                message(
-                    "Scores have one row per query and one column per training example.",
-                    f"scores of shape ({self.q}, {self.n}) with {sizes['train']} training examples "
-                    f"and {sizes['query']} queries.",
-                    "train and queries swapped, or data of another split.",
-                    "pass the data that fit(...) and attribute(...) were given.",
-                )
+                "Scores have one row per query and one column per training example.",
+                f"scores of shape ({self.q}, {self.n}) with {sizes['train']} training examples "
+                f"and {sizes['query']} queries.",
+                "train and queries swapped, or data of another split.",
+                "pass the data that fit(...) and attribute(...) were given.",
             )
         better = self.removal
         if better is not None and (
@@ -322,11 +318,9 @@ class Answers:
             or (self.scores.columns is None and better.groups != as_groups(None, self.n))
         ):
             raise ShapeError(
-                message(
-                    f"removal must hold Δm of shape ({self.q}, {self.n}), column by column as the "
-                    "scores.",
-                    f"shape {tuple(better.values.shape)}, groups {list(better.groups[:5])} first.",
-                    "removals of some examples or groups only.",
-                    "pass fitted.removal(queries) for all training examples, or leave it out.",
-                )
+                f"removal must hold Δm of shape ({self.q}, {self.n}), column by column as the "
+                "scores.",
+                f"shape {tuple(better.values.shape)}, groups {list(better.groups[:5])} first.",
+                "removals of some examples or groups only.",
+                "pass fitted.removal(queries) for all training examples, or leave it out.",
             )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from upweight.errors import ShapeError, message
+from upweight.errors import ShapeError
 from upweight.report.shown import Render
 
 PER_SIDE = 12
@@ -94,12 +94,10 @@ class Display:
         """
         if self.k < 1 or (self.start is not None and not 0 <= self.start < q):
             raise ShapeError(
-                message(
-                    f"k must be at least 1 and start one of the queries 0…{q - 1}.",
-                    f"k={self.k}, start={self.start}.",
-                    "an index into the full test set where only some queries were attributed.",
-                    "use a row of the scores.",
-                )
+                f"k must be at least 1 and start one of the queries 0…{q - 1}.",
+                f"k={self.k}, start={self.start}.",
+                "an index into the full test set where only some queries were attributed.",
+                "use a row of the scores.",
             )
 
 
@@ -111,10 +109,8 @@ def require_one_each(name: str, given: Any, n: int, of: str = "example") -> None
     """
     if given is not None and len(given) != n:
         raise ShapeError(
-            message(
-                f"{name} must have one entry per {of}: {n}.",
-                f"{len(given)} entries.",
-                "those of another split, or of only some of it.",
-                "pass those of what the scores are of, all of them, in their order.",
-            )
+            f"{name} must have one entry per {of}: {n}.",
+            f"{len(given)} entries.",
+            "those of another split, or of only some of it.",
+            "pass those of what the scores are of, all of them, in their order.",
         )

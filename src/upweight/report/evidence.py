@@ -149,24 +149,20 @@ def _series(one: Any, rows: int, columns: int) -> Series:
     outside = [i for removal in one.examples for i in removal if not 0 <= i < columns]
     if outside or not 0 <= query < rows:
         raise ShapeError(
-            message(
-                f"Removals are of queries 0…{rows - 1} and examples 0…{columns - 1}.",
-                f"query {query}, examples {outside[:5]} in {one.label!r}.",
-                "indices into another data set.",
-                "use row and column indices of the scores.",
-            )
+            f"Removals are of queries 0…{rows - 1} and examples 0…{columns - 1}.",
+            f"query {query}, examples {outside[:5]} in {one.label!r}.",
+            "indices into another data set.",
+            "use row and column indices of the scores.",
         )
     for name in ("predicted", "actual"):
         values = getattr(one, name)[:, 0]
         if not bool(values.isfinite().all()):
             place = int((~values.isfinite()).nonzero()[0])
             raise NonFinite(
-                message(
-                    f"Every {name} change must be finite.",
-                    f"{float(values[place])} for {one.examples[place]} in {one.label!r}.",
-                    "a retraining that diverged.",
-                    "leave that removal out, or retrain it to convergence.",
-                )
+                f"Every {name} change must be finite.",
+                f"{float(values[place])} for {one.examples[place]} in {one.label!r}.",
+                "a retraining that diverged.",
+                "leave that removal out, or retrain it to convergence.",
             )
     if len(one.examples) < FEWEST_ESTIMATED:
         return Series(one, query, *[(math.nan, math.nan, math.nan)] * 3)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.errors import DataError, message
+from upweight.errors import DataError
 from upweight.notation import short
 from upweight.report.display import Display, require_one_each
 from upweight.report.duplicates import Duplicates
@@ -110,12 +110,10 @@ class KeptExamples(Data):
             DataError: Always.
         """
         raise DataError(
-            message(
-                "A model needs the data themselves.",
-                "what a run keeps to show of them.",
-                "a page made of the run alone.",
-                "name the project: --project project.py.",
-            )
+            "A model needs the data themselves.",
+            "what a run keeps to show of them.",
+            "a page made of the run alone.",
+            "name the project: --project project.py.",
         )
 
     def at(self, indices: Sequence[int]) -> Examples:

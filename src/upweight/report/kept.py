@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.errors import StaleStore, message
+from upweight.errors import StaleStore
 from upweight.report.answers import Answers
 from upweight.report.display import PER_SIDE, Display
 from upweight.report.duplicates import Duplicates
@@ -135,12 +135,10 @@ def reopened(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Di
         return _display(fitting(facts, _Kept, "shown"), arrays)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise StaleStore(
-            message(
-                "What a page shows is read from a run as attribute wrote it.",
-                f"{type(error).__name__}: {error}.",
-                "a file of another version of upweight, or edited by hand.",
-                "name the project, which it is then read from and kept anew: --project project.py.",
-            )
+            "What a page shows is read from a run as attribute wrote it.",
+            f"{type(error).__name__}: {error}.",
+            "a file of another version of upweight, or edited by hand.",
+            "name the project, which it is then read from and kept anew: --project project.py.",
         ) from error
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from upweight.errors import DataError, message
+from upweight.errors import DataError
 from upweight.report.sprite import LARGEST_SIDE, as_images, display_range, picture_of, thumbnails
 
 Render = Callable[[str, int], Any]
@@ -42,12 +42,10 @@ def content(value: Any) -> list[dict[str, Any]]:
     if isinstance(value, Sequence):
         return [part for item in value for part in content(item)]
     raise DataError(
-        message(
-            "A renderer returns a text, a mapping of names to values, an image array or a list.",
-            f"an object of type {type(value).__name__}.",
-            "a figure, or markup wrapped in an object.",
-            "return str(…) of it, or its pixels as an array [h, w] or [h, w, c].",
-        )
+        "A renderer returns a text, a mapping of names to values, an image array or a list.",
+        f"an object of type {type(value).__name__}.",
+        "a figure, or markup wrapped in an object.",
+        "return str(…) of it, or its pixels as an array [h, w] or [h, w, c].",
     )
 
 
@@ -70,12 +68,10 @@ def _picture(value: Any) -> str:
     images = as_images(array[None]) if array.ndim in (2, 3) else None
     if images is None:
         raise DataError(
-            message(
-                "An image is an array [h, w], [h, w, c] or [c, h, w].",
-                f"shape {array.shape}, dtype {array.dtype}.",
-                "a batch of images, or a row of numbers.",
-                "return one image, or a mapping of names to numbers.",
-            )
+            "An image is an array [h, w], [h, w, c] or [c, h, w].",
+            f"shape {array.shape}, dtype {array.dtype}.",
+            "a batch of images, or a row of numbers.",
+            "return one image, or a mapping of names to numbers.",
         )
     buffer = io.BytesIO()
     small = thumbnails(images, *display_range(images), 2 * LARGEST_SIDE)

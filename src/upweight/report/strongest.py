@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upweight.effects import Effects
-from upweight.errors import DataError, message
+from upweight.errors import DataError
 from upweight.scores import Scores
 
 BINS = 40
@@ -31,12 +31,10 @@ def require_scores(scores: Scores) -> None:
     q, n = scores.values.shape
     if not q or not n:
         raise DataError(
-            message(
-                "A report needs at least one query and one training example.",
-                f"scores of shape ({q}, {n}).",
-                "a filter that left nothing.",
-                "attribute at least one query.",
-            )
+            "A report needs at least one query and one training example.",
+            f"scores of shape ({q}, {n}).",
+            "a filter that left nothing.",
+            "attribute at least one query.",
         )
 
 

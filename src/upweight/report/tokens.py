@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from upweight.errors import DataError, ShapeError, message
+from upweight.errors import DataError, ShapeError
 from upweight.methods.reduce import PerToken
 from upweight.notation import short
 from upweight.report.display import Display
@@ -76,12 +76,10 @@ def tokens_of(scores: Scores, queries: Data | None, display: Display) -> Tokens 
 
     if (words is None) != (shares is None):
         raise ShapeError(
-            message(
-                "Colouring tokens takes train_tokens and token_scores, both.",
-                f"only {'train_tokens' if shares is None else 'token_scores'}.",
-                "scores without their live method, which is asked where token_scores is left out.",
-                "give both, or train_texts alone.",
-            )
+            "Colouring tokens takes train_tokens and token_scores, both.",
+            f"only {'train_tokens' if shares is None else 'token_scores'}.",
+            "scores without their live method, which is asked where token_scores is left out.",
+            "give both, or train_texts alone.",
         )
     return None if words is None or shares is None else Tokens(scores, words, shares)
 
@@ -96,13 +94,11 @@ def _shares_and_rest(found: Any, k: int) -> tuple[NDArray[np.float64], NDArray[n
         if shares.ndim == 2 and len(shares) == k and rest.shape == (k,):
             return shares, rest
     raise ShapeError(
-        message(
-            f"token_scores must return shares [{k}, t] and what has no position, [{k}].",
-            f"{given}.",
-            "the shares alone, or those of all queries at once.",
-            "return fitted.attribute(queries.subset([q]), measure, into=PerToken(examples)), both "
-            "parts.",
-        )
+        f"token_scores must return shares [{k}, t] and what has no position, [{k}].",
+        f"{given}.",
+        "the shares alone, or those of all queries at once.",
+        "return fitted.attribute(queries.subset([q]), measure, into=PerToken(examples)), both "
+        "parts.",
     )
 
 
@@ -114,14 +110,12 @@ def _require_sum(total: NDArray[np.float64], scores: Scores, q: int, some: Seque
     # The tolerance is a mean over queries, and relative to the whole row.
     if not error <= 3 * tolerance * np.linalg.norm(row) + 1e-3 * np.linalg.norm(mine):
         raise DataError(
-            message(
-                "The shares of an example's positions and the rest must add up to its score.",
-                f"query {q}, example {some[0]}: {total[0]:.3g} in all, score {mine[0]:.3g} of "
-                f"{scores.provenance.measure}.",
-                "PerToken(...) asked with another measure than the scores, or of another fit.",
-                "pass the measure to attribute(...) too; or leave token_scores out where the "
-                "scores carry their method.",
-            )
+            "The shares of an example's positions and the rest must add up to its score.",
+            f"query {q}, example {some[0]}: {total[0]:.3g} in all, score {mine[0]:.3g} of "
+            f"{scores.provenance.measure}.",
+            "PerToken(...) asked with another measure than the scores, or of another fit.",
+            "pass the measure to attribute(...) too; or leave token_scores out where the "
+            "scores carry their method.",
         )
 
 
@@ -129,12 +123,10 @@ def _require_aligned(i: int, words: int, shares: NDArray[np.float64]) -> None:
     beyond = np.abs(shares[words:]).sum()
     if words > len(shares) or beyond > 1e-6 * np.abs(shares).sum():
         raise ShapeError(
-            message(
-                "train_tokens must name the positions of each training example, in their order.",
-                f"example {i}: {words} tokens for {len(shares)} positions, "
-                f"{int((shares != 0).sum())} of which have a share.",
-                "special tokens or padding on the left that were left out, or positions of a "
-                "coarser grid than tokens.",
-                "give a token for every position of the model's input, padding on the left too.",
-            )
+            "train_tokens must name the positions of each training example, in their order.",
+            f"example {i}: {words} tokens for {len(shares)} positions, "
+            f"{int((shares != 0).sum())} of which have a share.",
+            "special tokens or padding on the left that were left out, or positions of a "
+            "coarser grid than tokens.",
+            "give a token for every position of the model's input, padding on the left too.",
         )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from upweight._typing import Folder
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 from upweight.runtime.group import Group, SingleProcess
 
 
@@ -33,11 +33,9 @@ class Resources:
     def __post_init__(self) -> None:
         if self.group.size != 1:
             raise SpecError(
-                message(
-                    "Scores are computed by one process.",
-                    f"a group of {self.group.size}.",
-                    "a group of several processes, which no method shares its work with yet.",
-                    "leave the group out; or let each process ask about some of the queries, "
-                    "as_data(queries).subset(...).",
-                )
+                "Scores are computed by one process.",
+                f"a group of {self.group.size}.",
+                "a group of several processes, which no method shares its work with yet.",
+                "leave the group out; or let each process ask about some of the queries, "
+                "as_data(queries).subset(...).",
             )
