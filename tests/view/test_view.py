@@ -376,6 +376,7 @@ def test_what_retraining_said_is_drawn_and_removals_are_named(folder, data, brow
         page.get_by_role("link", name="Queries").click()
         page.wait_for_selector("#query-2[aria-selected=true]")
         card = page.locator(".card:has([data-id='50'])")
+        card.wait_for()
         side = "raised" if better.values[2, 50] < 0 else "lowered"
         assert card.locator(f".meter.{side}").count() == 1
         told = dict(
