@@ -77,7 +77,7 @@ class Upweight(Method):
         p = self.problem
         task = uw.Task(p.model, loss=uw.CrossEntropy(), params=p.workload.params)
         method = uw.Influence(
-            curvature=uw.EKFAC(labels=uw.Sampled(seed=self.seed)),
+            curvature=uw.EKFAC(labels=uw.labels.Sampled(seed=self.seed)),
             damping=uw.Absolute(p.workload.damping),
             tolerance=self.settings["tolerance"],
         )

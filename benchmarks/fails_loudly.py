@@ -89,7 +89,7 @@ def linear(d: int = 3, c: int = 2) -> nn.Module:
     X, y = rows(d=d)
     task = uw.Task(nn.Linear(d, c).double(), uw.CrossEntropy(), uw.L2(0.1))
     data = as_data((X, y.clamp(max=c - 1)))
-    return task.moved_to(uw.Newton().prepare(task, data).center).model.eval()
+    return task.moved_to(uw.training.Newton().prepare(task, data).center).model.eval()
 
 
 def attribute(
@@ -387,24 +387,24 @@ def a_model_that_returns_a_tuple() -> Any:
 
 @case
 def an_indefinite_Hessian_under_Cholesky() -> Any:
-    method = uw.Influence(uw.Hessian(), uw.Cholesky())
+    method = uw.Influence(uw.Hessian(), uw.solvers.Cholesky())
     return attribute(deep(), method=method, penalty=uw.L2(1e-3))
 
 
 @case
 def a_singular_Hessian() -> Any:
-    method = uw.Influence(uw.Hessian(), uw.Cholesky())
+    method = uw.Influence(uw.Hessian(), uw.solvers.Cholesky())
     return attribute(method=method, penalty=uw.NoPenalty())
 
 
 @case
 def CG_that_cannot_converge() -> Any:
-    return attribute(method=uw.Influence(uw.Hessian(), uw.CG(rtol=1e-14, max_steps=2)))
+    return attribute(method=uw.Influence(uw.Hessian(), uw.solvers.CG(rtol=1e-14, max_steps=2)))
 
 
 @case
 def CG_on_an_indefinite_Hessian() -> Any:
-    method = uw.Influence(uw.Hessian(), uw.CG())
+    method = uw.Influence(uw.Hessian(), uw.solvers.CG())
     return attribute(deep(), method=method, penalty=uw.NoPenalty())
 
 
@@ -795,7 +795,9 @@ def no_removals() -> Any:
 def a_factor_larger_than_memory() -> Any:
     model = nn.Linear(1_000_000, 4, bias=False)
     train = torch.ones(1, 1_000_000), torch.zeros(1).long()
-    return attribute(model, train=train, queries=train, method=uw.Influence(solver=uw.Cholesky()))
+    return attribute(
+        model, train=train, queries=train, method=uw.Influence(solver=uw.solvers.Cholesky())
+    )
 
 
 @case
@@ -822,12 +824,12 @@ def scores_that_are_noise() -> Any:
     scores = attribute()
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(scores.values.shape, generator=g, dtype=torch.float64)
-    return check(replace(scores, values=noise), uw.Newton(), subsets=20, progress=False)
+    return check(replace(scores, values=noise), uw.training.Newton(), subsets=20, progress=False)
 
 
 @case
 def a_check_of_too_few_models() -> Any:
-    return check(attribute(), uw.Newton(), subsets=3, progress=False)
+    return check(attribute(), uw.training.Newton(), subsets=3, progress=False)
 
 
 # -- adapters: rows before and after a pipeline, columns by name, fits without an end --------------
@@ -994,7 +996,7 @@ def collinear_columns_of_statsmodels() -> Any:
 def altered(change: Callable[[Path], None], name: str = "scores-*", saved: bool = False) -> Any:
     """Scores read from a folder of which one file was altered."""
     model, train = linear(), rows()
-    method = uw.Influence(uw.EKFAC(uw.Observed()), damping=0.1, tolerance=0.0)
+    method = uw.Influence(uw.EKFAC(uw.labels.Observed()), damping=0.1, tolerance=0.0)
     with tempfile.TemporaryDirectory() as folder:
         fitted = method.fit(uw.Task(model, uw.CrossEntropy(), uw.L2(0.1)), train)
         if saved:
@@ -1287,7 +1289,7 @@ def a_query_whose_label_is_ignored() -> Any:
 def removals_from_separable_classes_without_much_penalty() -> Any:
     X, y = rows()
     task = uw.Task(nn.Linear(3, 2).double(), uw.CrossEntropy(), uw.L2(1e-5))
-    task = task.moved_to(uw.Newton().prepare(task, as_data((X, y))).center)
+    task = task.moved_to(uw.training.Newton().prepare(task, as_data((X, y))).center)
     return uw.Influence().fit(task, (X, y)).removal(rows(4))
 
 
@@ -1403,7 +1405,7 @@ def a_history_for_a_method_that_looks_at_none() -> Any:
 @case
 def a_preconditioner_that_nobody_fitted() -> Any:
     A = Dense(torch.eye(3, dtype=torch.float64), frozenset({Tag.PSD}))
-    return solve(A, torch.ones(3, dtype=torch.float64), uw.CG(preconditioner=uw.EKFAC()))
+    return solve(A, torch.ones(3, dtype=torch.float64), uw.solvers.CG(preconditioner=uw.EKFAC()))
 
 
 @case

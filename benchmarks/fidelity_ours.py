@@ -34,7 +34,7 @@ class Ours(Method):
 
     def scores(self, measure: str) -> Tensor:
         Xq, yq = self.problem.Xq, self.problem.yq
-        whole = self.problem.kind != "text" or isinstance(self.method.solver, uw.Auto)
+        whole = self.problem.kind != "text" or isinstance(self.method.solver, uw.solvers.Auto)
         size = len(Xq) if whole else SEQUENCES  # products with all at once take gigabytes
         parts = [
             self.fitted.attribute(part, MEASURES[measure]).values
@@ -79,7 +79,7 @@ def ours(
 
 
 def convex(problem: Problem) -> bool:
-    return isinstance(SPECS[problem.name].recipe, uw.Newton)
+    return isinstance(SPECS[problem.name].recipe, uw.training.Newton)
 
 
 def extra(problem: Problem) -> float:
@@ -150,27 +150,27 @@ def only_large_networks(problem: Problem) -> str | None:
 OURS = (
     ours(
         "Hessian",
-        lambda problem: uw.Influence(uw.Hessian(), solver=uw.Cholesky()),
+        lambda problem: uw.Influence(uw.Hessian(), solver=uw.solvers.Cholesky()),
         "Hessian(), Cholesky()",
         not_convex,
     ),
     ours(
         "Hessian, MINRES",
-        lambda problem: uw.Influence(uw.Hessian(), uw.MINRES(rtol=1e-3), extra(problem)),
+        lambda problem: uw.Influence(uw.Hessian(), uw.solvers.MINRES(rtol=1e-3), extra(problem)),
         "Hessian(), MINRES(rtol=1e-3), λ of the task",
         only_tiny_networks,
         tiny,
     ),
     ours(
         "GGN",
-        lambda problem: uw.Influence(uw.GGN(), uw.Cholesky(), extra(problem)),
+        lambda problem: uw.Influence(uw.GGN(), uw.solvers.Cholesky(), extra(problem)),
         "GGN(), Cholesky(), λ of the task",
         only_small_networks,
         tiny,
     ),
     ours(
         "GGN, CG",
-        lambda problem: uw.Influence(uw.GGN(), uw.BlockCG(rtol=1e-2), extra(problem)),
+        lambda problem: uw.Influence(uw.GGN(), uw.solvers.BlockCG(rtol=1e-2), extra(problem)),
         "GGN(), BlockCG(rtol=1e-2), λ of the task",
         only_large_networks,
         lambda problem: False,
@@ -184,7 +184,7 @@ OURS = (
     ),
     ours(
         "GGN, λ of training",
-        lambda problem: uw.Influence(uw.GGN(), uw.BlockCG(rtol=1e-2), resolved(problem)),
+        lambda problem: uw.Influence(uw.GGN(), uw.solvers.BlockCG(rtol=1e-2), resolved(problem)),
         "GGN(), BlockCG(rtol=1e-2), λ = 1/(step size × steps)",
         trained_by_sgd,
         lambda problem: False,

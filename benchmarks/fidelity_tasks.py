@@ -129,13 +129,13 @@ class Spec:
 
 def sgd(name: str, epochs: int, batch: int, lr: float = 0.05) -> uw.Training:
     optimizer = uw.SGD(lr, momentum=0.9)
-    return uw.Training(NETWORKS[name].make, optimizer, epochs, batch, uw.Cosine())
+    return uw.Training(NETWORKS[name].make, optimizer, epochs, batch, uw.training.Cosine())
 
 
 SPECS: Mapping[str, Spec] = {
     "digits-softmax": Spec(
         digits_in_float64,
-        uw.Newton(tol=1e-8),
+        uw.training.Newton(tol=1e-8),
         uw.CrossEntropy(),
         penalty=0.01,
         fractions=(0.5, 0.75, 0.9),
@@ -158,7 +158,7 @@ SPECS: Mapping[str, Spec] = {
     ),
     "brown-gpt": Spec(
         passages,
-        uw.Training(NETWORKS["brown-gpt"].make, uw.Adam(3e-3), 10, 20, uw.Cosine()),
+        uw.Training(NETWORKS["brown-gpt"].make, uw.Adam(3e-3), 10, 20, uw.training.Cosine()),
         uw.CrossEntropy(), 0.0, (0.5,), 100, 2, 40, 10,
     ),
 }  # fmt: skip
@@ -175,7 +175,7 @@ def trained(name: str, X: Tensor, y: Tensor) -> tuple[list[dict[str, Tensor]], l
     """Parameters on the way and at the end, and the learning rate at each."""
     spec, network = SPECS[name], NETWORKS[name]
     recipe = spec.recipe
-    if isinstance(recipe, uw.Newton):
+    if isinstance(recipe, uw.training.Newton):
         task = uw.Task(network.make(), spec.loss, uw.L2(spec.penalty))
         center = recipe.prepare(task, uw.as_data((X, y))).center
         return [dict(task.layout.unflatten(center))], [1.0]
@@ -221,7 +221,7 @@ def wrong_labels(name: str, arrays: Arrays) -> tuple[Tensor, list[int]]:
 def damping(problem: Problem) -> float:
     """The penalty's λ and, for a network, a tenth of the mean eigenvalue of its Fisher matrix."""
     spec = SPECS[problem.name]
-    if isinstance(spec.recipe, uw.Newton):
+    if isinstance(spec.recipe, uw.training.Newton):
         return spec.penalty
     task = uw.Task(problem.model, spec.loss)
     fisher = uw.Diagonal().fit(task, uw.as_data((problem.X, problem.y)), task.theta())

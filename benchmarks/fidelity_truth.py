@@ -76,7 +76,7 @@ def plans(problem: Problem) -> dict[str, Tensor]:
 def recipe_of(problem: Problem, plan: str, seed: int) -> Any:
     """Subset models close ranks; a removed example leaves its place in its batch empty."""
     recipe = SPECS[problem.name].recipe
-    if isinstance(recipe, uw.Newton):
+    if isinstance(recipe, uw.training.Newton):
         return recipe
     return replace(recipe, seed=seed, skip_absent=plan != "removals")
 

@@ -39,7 +39,7 @@ def measured(C: float = C) -> dict[str, float]:
         found[name] = time.perf_counter() - started
         return result
 
-    fitted = ask("fit", lambda: uw.Influence(uw.Hessian(), uw.Cholesky()).fit(task, train))
+    fitted = ask("fit", lambda: uw.Influence(uw.Hessian(), uw.solvers.Cholesky()).fit(task, train))
     steps = ask("removal_step", lambda: [fitted.removal_step(fold) for fold in folds])
     ask("removal", lambda: fitted.removal(train.subset(range(100)), groups=folds))
     plugin = ask(

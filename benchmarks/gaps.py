@@ -47,12 +47,14 @@ def main() -> None:
     queries = tensors(read.X_test, read.y_test, QUERIES)
     sgd = uw.SGD(0.1, momentum=0.9)
     recipe = uw.Training(network, sgd, EPOCHS, batch=100)
-    warm = uw.Training(None, sgd, EPOCHS_WARM, batch=100, schedule=uw.Cosine())
+    warm = uw.Training(None, sgd, EPOCHS_WARM, batch=100, schedule=uw.training.Cosine())
     untrained = uw.Task(network(), uw.CrossEntropy(), uw.L2(DECAY))
     model = recipe.trained(untrained, train)
     task = uw.Task(model, uw.CrossEntropy(), uw.L2(DECAY))
     damping = uw.Absolute(DAMPING)
-    exact = uw.Influence(uw.GGN(), damping=damping, solver=uw.CG(rtol=1e-6)).fit(task, train)
+    exact = uw.Influence(uw.GGN(), damping=damping, solver=uw.solvers.CG(rtol=1e-6)).fit(
+        task, train
+    )
     approximate = uw.Influence(uw.EKFAC(), damping=damping, tolerance=0.0).fit(task, train)
     linearized = exact.attribute(queries)
     scores = approximate.attribute(queries)

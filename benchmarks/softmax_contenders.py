@@ -87,9 +87,9 @@ def _upweight(solver: str) -> Callable[[Problem], Tensor]:
         import upweight as uw
 
         solvers = {
-            "cholesky": uw.Cholesky(),
-            "cg": uw.CG(rtol=1e-6),
-            "block-cg": uw.BlockCG(rtol=1e-6),
+            "cholesky": uw.solvers.Cholesky(),
+            "cg": uw.solvers.CG(rtol=1e-6),
+            "block-cg": uw.solvers.BlockCG(rtol=1e-6),
         }
         task = uw.Task(problem.model, loss=uw.CrossEntropy(), penalty=uw.L2(problem.strength))
         method = uw.Influence(curvature=uw.Hessian(), solver=solvers[solver], damping=0.0)

@@ -22,7 +22,7 @@ clf = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, tol=1e-8)).fit(X
 print(f"{len(X)} patients; test accuracy {clf.score(X_test, y_test):.2f}")
 
 task, train = sk.task(clf, X, y)
-fitted = uw.Influence(solver=uw.Cholesky()).fit(task, train)
+fitted = uw.Influence(solver=uw.solvers.Cholesky()).fit(task, train)
 for note in train.notes:
     print(f"note: {note}")
 print(f"gradient norm {fitted.stationarity['gradient_norm']:.1e}")

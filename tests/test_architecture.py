@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "task": {"errors", "_typing", "linalg", "runtime"},
     "gradients": {"errors", "_typing", "linalg", "runtime", "task"},
     "curvature": {"errors", "_typing", "linalg", "runtime", "task", "gradients"},
-    "contraction": {
+    "scoring": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature",
     },
     "plot": {"errors", "_typing", "_text", "runtime"},
@@ -37,9 +37,11 @@ MAY_IMPORT = {
         "errors", "_typing", "_text", "notation", "runtime", "plot", "provenance", "effects",
     },
     "methods": {
-        "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
+        "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "scoring",
         "scores", "effects", "provenance", "training", "facts", "notation",
     },
+    "labels": {"curvature"},
+    "solvers": {"linalg"},
     "training": {"errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature"},
     "evaluation": {
         "errors", "_typing", "verdict", "runtime", "task", "plot", "scores", "effects", "training",
@@ -53,15 +55,15 @@ MAY_IMPORT = {
         "methods", "applications",
     },
     "runs": {
-        "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "contraction",
+        "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "scoring",
         "scores", "methods", "evaluation",
     },
     "view": {"errors", "_typing", "runtime", "task", "scores", "effects", "report"},
 }  # fmt: skip
 SHORT_FORMS = {"methods/fitted.py": {"evaluation"}}  # `fitted.check` calls `upweight.check`
 LEAVES = {"adapters", "cli", "testing"}  # may import everything but each other
-MATHS = {"linalg", "curvature", "gradients", "contraction", "methods", "applications"}
-AT_A_POINT = {"linalg", "gradients", "curvature", "contraction"}
+MATHS = {"linalg", "curvature", "gradients", "scoring", "methods", "applications"}
+AT_A_POINT = {"linalg", "gradients", "curvature", "scoring"}
 RECIPES = {"newton.py", "objective.py"}  # start from the model's own parameters, as training does
 NOT_IN_MATHS = {"os", "json", "pathlib", "safetensors", "torch.distributed", "logging"}
 FILE_FORMATS = {"checkpoint", "cover", "headers", "lock", "rows", "shards", "tensors", "whole"}

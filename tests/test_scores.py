@@ -11,6 +11,7 @@ import torch
 
 import upweight as uw
 from tests.market import problem
+from upweight.cli.spec import parse
 from upweight.errors import (
     DataError,
     MissingContext,
@@ -320,7 +321,7 @@ def test_scores_of_a_method_survive(tmp_path):
     loaded = Scores.load(found.save(tmp_path))
     assert torch.equal(loaded.values, found.values)
     assert loaded.provenance == found.provenance
-    assert eval(loaded.provenance.method, vars(uw)) == uw.Influence(damping=0.1)
+    assert parse(loaded.provenance.method) == uw.Influence(damping=0.1)
     assert loaded.provenance.n == p.n and loaded.provenance.q == 5 and loaded.provenance.p == 12
 
 

@@ -177,7 +177,9 @@ def test_logistic_scores_equal_numpy():
     C, v = 0.7, WEIGHTS
     clf = LogisticRegression(C=C, solver="newton-cholesky", **TIGHT).fit(X, y, sample_weight=v)
     task, train = sk.task(clf, X, y, v)
-    scores = uw.Influence(solver=uw.Cholesky()).fit(task, train).attribute(sk.data(clf, X, y))
+    scores = (
+        uw.Influence(solver=uw.solvers.Cholesky()).fit(task, train).attribute(sk.data(clf, X, y))
+    )
     Z = np.hstack([X, np.ones((N, 1))])
     p = clf.predict_proba(X)[:, 1]
     H = (Z * (v * p * (1 - p))[:, None]).T @ Z / N + np.diag([1 / (N * C)] * 8 + [0.0])
@@ -190,7 +192,9 @@ def test_softmax_scores_equal_numpy():
     X, y = wine()
     clf = LogisticRegression(solver="newton-cg", **TIGHT).fit(X, y)
     task, train = sk.task(clf, X, y)
-    scores = uw.Influence(solver=uw.Cholesky()).fit(task, train).attribute(sk.data(clf, X, y))
+    scores = (
+        uw.Influence(solver=uw.solvers.Cholesky()).fit(task, train).attribute(sk.data(clf, X, y))
+    )
     Z = np.hstack([X, np.ones((N, 1))])
     P = clf.predict_proba(X)
     G = ((P - np.eye(3)[y])[:, :, None] * Z[:, None, :]).reshape(N, -1)
@@ -208,7 +212,7 @@ def test_ridge_removal_equals_refitting():
     X, y = diabetes()
     ridge = Ridge(alpha=3.0).fit(X, y, sample_weight=WEIGHTS)
     task, train = sk.task(ridge, X, y, WEIGHTS)
-    influence = uw.Influence(solver=uw.Cholesky()).fit(task, train)
+    influence = uw.Influence(solver=uw.solvers.Cholesky()).fit(task, train)
     queries = sk.data(ridge, X[:7], y[:7])
     prediction = influence.removal(queries, measure=lambda f, _: f[:, 0])
     found = uw.evaluation.loo(prediction, sk.recipe(ridge), examples=range(0, N, 6), **LOO)
@@ -231,7 +235,7 @@ def test_predicted_removals_match_refitting(name):
     weights = WEIGHTS if name in ("logistic balanced", "poisson") else None
     estimator, X, y, _ = fitted(name, weights)
     task, train = sk.task(estimator, X, y, weights)
-    influence = uw.Influence(solver=uw.Cholesky()).fit(task, train)
+    influence = uw.Influence(solver=uw.solvers.Cholesky()).fit(task, train)
     queries = sk.data(estimator, X[::10], y[::10])
     removal = influence.removal(queries)
     found = uw.evaluation.loo(removal, sk.recipe(estimator), examples=range(0, N, 5), **LOO)
@@ -246,7 +250,7 @@ def test_refit_minimizes_the_same_weighted_objective_as_newton():
         estimator, X, y, _ = fitted(name, WEIGHTS)
         task, train = sk.task(estimator, X, y, WEIGHTS)
         trained = sk.recipe(estimator).prepare(task, train)(weights)
-        reference = uw.Newton(tol=1e-9).prepare(task, train)(weights)
+        reference = uw.training.Newton(tol=1e-9).prepare(task, train)(weights)
         assert not trained.failures
         assert float(trained.gradient_norms.max()) < 1e-9
         assert_close(trained.theta, reference.theta, rtol=1e-6, atol=1e-6)
@@ -297,7 +301,11 @@ def test_newton_cholesky_is_multinomial_only_where_scikit_learn_makes_it_so():
 def test_refits_are_recorded_and_shared_among_processes(tmp_path):
     estimator, X, y, _ = fitted("logistic balanced", WEIGHTS)
     task, train = sk.task(estimator, X, y, WEIGHTS)
-    scores = uw.Influence(solver=uw.Cholesky()).fit(task, train).attribute(sk.data(estimator, X, y))
+    scores = (
+        uw.Influence(solver=uw.solvers.Cholesky())
+        .fit(task, train)
+        .attribute(sk.data(estimator, X, y))
+    )
     options = {"examples": range(4), "cache": tmp_path, "progress": False}
     first = uw.evaluation.loo(scores, sk.recipe(estimator), jobs=2, **options)
     again = uw.evaluation.loo(scores, sk.recipe(estimator), **options)
@@ -318,7 +326,7 @@ def test_hinge_is_minimized_smoothly_and_says_how_far_it_moved():
     # A smooth hinge is near the hinge: so are their minima.
     near = task.theta()[:8].numpy() - svc.coef_[0]
     assert 0 < np.linalg.norm(near) < 0.1 * np.linalg.norm(svc.coef_)
-    influence = uw.Influence(solver=uw.Cholesky()).fit(task, train)
+    influence = uw.Influence(solver=uw.solvers.Cholesky()).fit(task, train)
     queries = sk.data(svc, X[:10], y[:10])
     scores = influence.attribute(queries)
     assert set(train.notes) <= set(scores.provenance.notes)
@@ -411,12 +419,16 @@ def test_pipeline_is_attributed_in_the_transformed_space():
     task, train = sk.task(pipe, X, y)
     assert "standardscaler, pca" in train.notes[0]
     assert_close(train.take(range(N))[0], torch.from_numpy(pipe[:-1].transform(X)))
-    influence = uw.Influence(solver=uw.Cholesky()).fit(task, train)
+    influence = uw.Influence(solver=uw.solvers.Cholesky()).fit(task, train)
     scores = influence.attribute(sk.data(pipe, X[:5], y[:5]))
     assert train.notes[0] in scores.provenance.notes
     Z = pipe[:-1].transform(X)
     last = sk.task(pipe[-1], Z, y)
-    alone = uw.Influence(solver=uw.Cholesky()).fit(*last).attribute(sk.data(pipe[-1], Z[:5], y[:5]))
+    alone = (
+        uw.Influence(solver=uw.solvers.Cholesky())
+        .fit(*last)
+        .attribute(sk.data(pipe[-1], Z[:5], y[:5]))
+    )
     assert_close(scores.values, alone.values)
     found = uw.evaluation.loo(scores, sk.recipe(pipe), examples=range(0, N, 10), **LOO)
     assert found.pearson.value > 0.99
@@ -511,7 +523,7 @@ def test_the_documented_path():
     X, y = cancer()
     clf = LogisticRegression(C=1.0, tol=1e-8).fit(X, y)
     task, train = sk.task(clf, X, y)
-    fitted = uw.Influence(curvature=uw.Hessian(), solver=uw.Cholesky(), damping=0.0).fit(
+    fitted = uw.Influence(curvature=uw.Hessian(), solver=uw.solvers.Cholesky(), damping=0.0).fit(
         task, train
     )
     scores = fitted.attribute(sk.data(clf, X[:30], y[:30]))

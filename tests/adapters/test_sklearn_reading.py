@@ -80,7 +80,7 @@ CASES = {
 def made(kind):
     pipe = clone(CASES[kind]).fit(*raw(kind, TRAIN))
     task, train = sk.task(pipe, *raw(kind, TRAIN))
-    return pipe, task, train, uw.Influence(solver=uw.Cholesky()).fit(task, train)
+    return pipe, task, train, uw.Influence(solver=uw.solvers.Cholesky()).fit(task, train)
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -90,14 +90,14 @@ def test_rows_and_labels_are_read_as_the_estimator_reads_them(kind):
     expected = fitted.attribute(sk.data(pipe, X, y))
     assert torch.equal(fitted.attribute((X, y)).values, expected.values)
     assert torch.equal(fitted.removal((X, y)).values, fitted.removal(sk.data(pipe, X, y)).values)
-    again = uw.Influence(solver=uw.Cholesky()).fit(task, raw(kind, TRAIN))
+    again = uw.Influence(solver=uw.solvers.Cholesky()).fit(task, raw(kind, TRAIN))
     assert again.train.arrays is train.arrays  # the fit keeps watch over them
     # By hand: a plain task on features that the steps made, with targets as the loss takes them.
     Z = torch.from_numpy(pipe[:-1].transform(X))
     targets = sk.data(pipe, X, y).take(range(len(X)))[1]
     plain = uw.Task(task.model, task.loss, task.penalty)
     arrays = train.take(range(len(train)))
-    by_hand = uw.Influence(solver=uw.Cholesky()).fit(plain, arrays).attribute((Z, targets))
+    by_hand = uw.Influence(solver=uw.solvers.Cholesky()).fit(plain, arrays).attribute((Z, targets))
     assert_close(by_hand.values, expected.values, rtol=1e-10, atol=1e-14)
 
 
@@ -114,7 +114,7 @@ def test_iris_equals_a_pipeline_written_in_torch():
         model.bias.copy_(torch.from_numpy(pipe[-1].intercept_))
     penalty = uw.L2(1 / len(X), exclude=("bias",)) + uw.SumToZero("bias")
     task = uw.Task(model, uw.CrossEntropy(), penalty)
-    expected = uw.Influence(solver=uw.Cholesky()).fit(task, (features, index))
+    expected = uw.Influence(solver=uw.solvers.Cholesky()).fit(task, (features, index))
     assert_close(
         fitted.attribute((X_test, y_test)).values,
         expected.attribute((test, asked)).values,
@@ -136,7 +136,7 @@ def test_every_way_to_ask_reads_alike(tmp_path):
         ),
         lambda queries: (
             uw.evaluation.leave_one_out(
-                uw.Newton(), task, raw("series", TRAIN), range(2), queries, **few
+                uw.training.Newton(), task, raw("series", TRAIN), range(2), queries, **few
             ).values
         ),
     ):
@@ -155,7 +155,7 @@ def test_a_label_is_given_as_the_estimator_knows_it_with_its_class_weight():
     estimator = LogisticRegression(solver="newton-cg", class_weight=weights, **TIGHT)
     pipe = make_pipeline(StandardScaler(), estimator).fit(X, y)
     task, train = sk.task(pipe, X, y)
-    fitted = uw.Influence(solver=uw.Cholesky()).fit(task, (X, y))
+    fitted = uw.Influence(solver=uw.solvers.Cholesky()).fit(task, (X, y))
     # With the class weights of the objective, which queries have not.
     assert fitted.train.arrays is train.arrays
     queries = raw("series", TEST)

@@ -249,7 +249,7 @@ def test_influence_returns_the_influence_curve(fit):
     results = fit()
     task, train = smx.task(results)
     assert train.notes == ()
-    fitted = uw.Influence(uw.Hessian(), uw.Cholesky()).fit(task, train)
+    fitted = uw.Influence(uw.Hessian(), uw.solvers.Cholesky()).fit(task, train)
     curve = smx.diagnostics(results).influence_curve
     size = curve.abs().amax(dim=0)
     for row in (0, 5, len(curve) - 1):
@@ -261,7 +261,7 @@ def test_influence_returns_the_influence_curve(fit):
 def test_a_removal_step_is_dfbeta(fit):
     results = fit()
     task, train = smx.task(results)
-    fitted = uw.Influence(uw.Hessian(), uw.Cholesky()).fit(task, train)
+    fitted = uw.Influence(uw.Hessian(), uw.solvers.Cholesky()).fit(task, train)
     dfbeta = smx.diagnostics(results).dfbeta
     size = dfbeta.abs().amax(dim=0)
     for row in (0, 3, 9):

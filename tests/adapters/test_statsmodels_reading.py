@@ -96,7 +96,7 @@ def test_a_task_with_an_offset_measures_eta_and_removes_as_dfbeta(case):
     results = fit(case)
     task, train = smx.task(results)
     y, _, _ = CASES[case]
-    fitted = uw.Influence(uw.Hessian(), uw.Cholesky()).fit(task, train)
+    fitted = uw.Influence(uw.Hessian(), uw.solvers.Cholesky()).fit(task, train)
     outputs = task.outputs(task.theta(), train.batch(0, N))[0][:, 0]
     eta = X @ np.asarray(results.params) + sum(
         np.log(v) if k == "exposure" else v for k, v in own(case, slice(None)).items()

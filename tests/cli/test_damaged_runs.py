@@ -17,12 +17,12 @@ import tomli_w
 from tests.cli.test_verbs import OWN, answer, attribute, call, refusal, rerun
 from tests.runs.digests import digests
 from tests.runtime.damage import DAMAGES
-from upweight.contraction import stream
 from upweight.errors import StaleStore
 from upweight.methods import reduce
 from upweight.report import html
 from upweight.runs.directory import Run
 from upweight.runtime import whole
+from upweight.scoring import stream
 from upweight.view import Server
 
 PROJECT = """
@@ -474,7 +474,7 @@ def test_an_edited_question_of_a_finished_run_is_refused_until_it_is_put_back(ru
 
 def test_a_comparison_of_other_scores_is_refused_until_it_is_deleted(run):
     with open("project.py", "a") as file:
-        file.write("recipe = uw.Newton()\n")
+        file.write("recipe = uw.training.Newton()\n")
     other = Run(run.path.with_name("exact"))
     other.keep_evaluation("other", {"a": 1})
     run.keep_evaluation("other", {"a": 1})

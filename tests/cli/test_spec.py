@@ -36,9 +36,11 @@ seed = st.integers(0, 2**31)
 text = st.text(max_size=5)
 
 labels = st.one_of(
-    st.builds(uw.Sampled, count, seed), st.builds(uw.Expected, count), st.just(uw.Observed())
+    st.builds(uw.labels.Sampled, count, seed),
+    st.builds(uw.labels.Expected, count),
+    st.just(uw.labels.Observed()),
 )
-sharing = st.sampled_from([uw.Expand(), uw.Reduce()])
+sharing = st.sampled_from([uw.curvature.Expand(), uw.curvature.Reduce()])
 by_layer = st.one_of(
     st.builds(uw.EKFAC, labels, sharing, st.none() | count),
     st.builds(uw.KFAC, labels, sharing, st.none() | count),
@@ -56,18 +58,19 @@ damping = st.one_of(
 )
 iterative = {"rtol": st.none() | st.floats(1e-12, 0.1), "max_steps": count}
 solver = st.one_of(
-    st.builds(uw.Auto, count), st.builds(uw.Cholesky, st.none() | st.floats(1e-12, 0.1)),
-    st.builds(uw.CG, **iterative), st.builds(uw.BlockCG, **iterative),
-    st.builds(uw.MINRES, **iterative),
+    st.builds(uw.solvers.Auto, count),
+    st.builds(uw.solvers.Cholesky, st.none() | st.floats(1e-12, 0.1)),
+    st.builds(uw.solvers.CG, **iterative), st.builds(uw.solvers.BlockCG, **iterative),
+    st.builds(uw.solvers.MINRES, **iterative),
 )  # fmt: skip
 loss = st.one_of(
     st.builds(uw.CrossEntropy, st.integers(-100, 10)), st.builds(uw.SmoothHinge, positive),
     st.sampled_from([uw.SquaredError(), uw.Bernoulli(), uw.Poisson()]),
 )  # fmt: skip
 schedule = st.one_of(
-    st.just(Constant()), st.builds(uw.Cosine, share, share),
-    st.builds(uw.LinearDecay, share, share),
-    st.builds(uw.Stepwise, st.just((0.25, 0.5)), share),
+    st.just(Constant()), st.builds(uw.training.Cosine, share, share),
+    st.builds(uw.training.LinearDecay, share, share),
+    st.builds(uw.training.Stepwise, st.just((0.25, 0.5)), share),
 )  # fmt: skip
 betas = st.tuples(share, share)
 optimizer = st.one_of(
@@ -83,11 +86,11 @@ every = st.one_of(
     st.sampled_from([uw.Loss(), uw.Margin(), uw.LogProb()]),
     st.builds(uw.Logit, st.none() | st.integers(0, 9)),
     st.builds(uw.Influence, curvature, solver, damping | positive),
-    st.builds(uw.Newton, st.floats(1e-12, 0.1), count, count),
+    st.builds(uw.training.Newton, st.floats(1e-12, 0.1), count, count),
     st.builds(
         uw.Training, st.none(), optimizer, count, count, schedule, seed, st.booleans(), share
     ),
-    st.builds(uw.PBRF, positive, optimizer, count, count, schedule, seed),
+    st.builds(uw.training.PBRF, positive, optimizer, count, count, schedule, seed),
 )  # fmt: skip
 
 
@@ -101,7 +104,7 @@ def test_what_is_printed_is_read_back(spec):
 NEEDED = {
     uw.Absolute: (0.1,), uw.Relative: (0.1,), uw.L2: (0.1,), uw.SumToZero: ("bias",),
     uw.Blockwise: ((("bias", uw.Diagonal()),),), uw.Weighted: (uw.CrossEntropy(),),
-    uw.PBRF: (0.1,),
+    uw.training.PBRF: (0.1,),
 }  # fmt: skip
 """Arguments of the specs that have some without a default."""
 

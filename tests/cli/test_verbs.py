@@ -16,13 +16,13 @@ import upweight as uw
 from tests.runs.digests import digests
 from upweight.cli.main import VERBS, cli
 from upweight.cli.spec import parse
-from upweight.contraction import stream
 from upweight.methods import reduce
 from upweight.methods.fitted import Fitted
 from upweight.runs import work
 from upweight.runs.directory import Run
 from upweight.runtime.rows import RowStore
 from upweight.runtime.shards import ScoreShards
+from upweight.scoring import stream
 from upweight.view import Server
 
 PROJECT = """

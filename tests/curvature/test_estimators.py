@@ -83,10 +83,10 @@ WEIGHTS = {
     "used twice": ("shared", "first.weight", "first.bias", ["first", "again"]),
 }
 WHOSE = {
-    "observed": (uw.Observed(), layerwise.observed),
-    "expected": (uw.Expected(), layerwise.expected),
+    "observed": (uw.labels.Observed(), layerwise.observed),
+    "expected": (uw.labels.Expected(), layerwise.expected),
 }
-SHARING = {"expand": (uw.Expand(), False), "reduce": (uw.Reduce(), True)}
+SHARING = {"expand": (uw.curvature.Expand(), False), "reduce": (uw.curvature.Reduce(), True)}
 SEVERAL = [name for name in WEIGHTS if not name.startswith("linear")]
 
 
@@ -159,7 +159,7 @@ def grouped():
 def test_every_group_of_a_convolution_is_a_block_of_its_own():
     """As two convolutions of half the channels would be."""
     task, data = grouped()
-    found = uw.EKFAC(labels=uw.Observed()).fit_blocks(task, data, task.theta()).blocks[:2]
+    found = uw.EKFAC(labels=uw.labels.Observed()).fit_blocks(task, data, task.theta()).blocks[:2]
     assert [b.name for b in found] == ["0.weight[0:3]", "0.weight[3:6]"]
     g = gradients(task, data)
     for fitted in found:
@@ -176,7 +176,7 @@ def test_corrected_eigenvalues_do_not_depend_on_what_is_formed_at_once(name, chu
     expected = block(name, "EKFAC")[2]
     monkeypatch.setattr(estimators, "CHUNK_BYTES", chunk)
     task, data = built(problem_name)
-    for spec in (uw.EKFAC(labels=uw.Observed()), uw.Diagonal(labels=uw.Observed())):
+    for spec in (uw.EKFAC(labels=uw.labels.Observed()), uw.Diagonal(labels=uw.labels.Observed())):
         found = next(
             b for b in spec.fit_blocks(task, data, task.theta()).blocks if b.weight == weight
         )
@@ -195,7 +195,7 @@ def test_corrected_eigenvalues_do_not_depend_on_what_is_formed_at_once(name, chu
 def test_diagonal_is_the_diagonal(name):
     p = problem(name)
     task, data = unpenalized(p.task), as_data(p.train)
-    found = uw.Diagonal(labels=uw.Observed()).fit(task, data, task.theta()).dense()
+    found = uw.Diagonal(labels=uw.labels.Observed()).fit(task, data, task.theta()).dense()
     expected = gradients(task, data).square().mean(dim=0)
     torch.testing.assert_close(found, torch.diag(expected), **EXACT)
 
@@ -207,7 +207,7 @@ def test_vectors_get_their_whole_second_moment(name, spec):
     p = problem(name)
     task, data = unpenalized(p.task), as_data(p.train)
     g, vectors = gradients(task, data), 0
-    for fitted in spec(labels=uw.Observed()).fit_blocks(task, data, task.theta()).blocks:
+    for fitted in spec(labels=uw.labels.Observed()).fit_blocks(task, data, task.theta()).blocks:
         if isinstance(fitted.block, MatrixBlock):
             continue
         vectors += 1
@@ -221,7 +221,7 @@ def test_long_vectors_get_the_diagonal_alone(monkeypatch):
     monkeypatch.setattr("upweight.curvature.ekfac.DENSE_LIMIT", 3)
     p = problem("layer_norm")
     task, data = unpenalized(p.task), as_data(p.train)
-    fitted = uw.EKFAC(labels=uw.Observed()).fit_blocks(task, data, task.theta()).blocks[1]
+    fitted = uw.EKFAC(labels=uw.labels.Observed()).fit_blocks(task, data, task.theta()).blocks[1]
     assert fitted.name == "1.weight + 1.bias" and fitted.left is None
     rows = gradients(task, data)[:, fitted.block.index(task.layout)]
     torch.testing.assert_close(fitted.eigenvalues, rows.square().mean(dim=0), **EXACT)
@@ -235,7 +235,7 @@ def test_positions_of_padding_are_left_out_of_the_covariances():
     x, y = tokens(g, 6, vocabulary=5), tokens(g, 6)
     more_x = torch.cat([x, torch.zeros(6, 5, dtype=torch.long)], dim=1)
     more_y = torch.cat([y, torch.full((6, 5), -100)], dim=1)
-    for spec in (uw.KFAC(labels=uw.Observed()), uw.EKFAC(labels=uw.Observed())):
+    for spec in (uw.KFAC(labels=uw.labels.Observed()), uw.EKFAC(labels=uw.labels.Observed())):
         short, long = (
             spec.fit(task, as_data(d), task.theta()).dense() for d in ((x, y), (more_x, more_y))
         )

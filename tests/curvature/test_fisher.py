@@ -105,7 +105,7 @@ def test_a_seed_names_one_operator():
 def test_the_same_labels_as_sampled_ones():
     """One dense block by layer is the same matrix, batch for batch."""
     p = problem("bias_only")
-    dense_block = uw.EKFAC(uw.Sampled(3, 5)).fit(p.task, as_data(p.train), p.task.theta())
+    dense_block = uw.EKFAC(uw.labels.Sampled(3, 5)).fit(p.task, as_data(p.train), p.task.theta())
     found = uw.Fisher(3, 5).fit(p.task, as_data(p.train), p.task.theta())
     torch.testing.assert_close(found.dense(), dense_block.dense(), rtol=1e-10, atol=1e-10)
 
@@ -137,7 +137,7 @@ def test_a_loss_that_cannot_be_sampled_is_refused(name):
         uw.Fisher(samples=2),
         uw.EmpiricalFisher(),
         uw.GGN(),
-        uw.Diagonal(uw.Sampled()),
+        uw.Diagonal(uw.labels.Sampled()),
     ],
     ids=repr,
 )

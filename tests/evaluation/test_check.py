@@ -52,7 +52,9 @@ def fitted(digits):
 
 def test_exact_influence_of_a_convex_model_passes(digits, fitted, tmp_path):
     _, _, queries = digits
-    found = fitted.check(uw.Newton(), "20 s", queries=queries, cache=tmp_path, progress=False)
+    found = fitted.check(
+        uw.training.Newton(), "20 s", queries=queries, cache=tmp_path, progress=False
+    )
     assert found.lds.spearman.low > 0.9
     assert found.lds.ceiling is None, "nothing is random"
     assert found.slope.low > 0
@@ -60,7 +62,9 @@ def test_exact_influence_of_a_convex_model_passes(digits, fitted, tmp_path):
     assert "rank correlation with retraining 1.00 ± 0.00; sizes are right" in found.reason
     assert found.notes == (), "the recipe makes this very model"
     assert found.seconds <= 2 * found.budget
-    again = fitted.check(uw.Newton(), "20 s", queries=queries, cache=tmp_path, progress=False)
+    again = fitted.check(
+        uw.training.Newton(), "20 s", queries=queries, cache=tmp_path, progress=False
+    )
     assert len(again.lds.predicted) >= len(found.lds.predicted), "it goes on from what is there"
 
 
@@ -72,7 +76,7 @@ class Noisy:
     noise: float = 0.0
 
     def prepare(self, task, train):
-        trainer = uw.Newton(tol=1e-6).prepare(task, train)
+        trainer = uw.training.Newton(tol=1e-6).prepare(task, train)
 
         class Trainer:
             at_once = 8
@@ -102,7 +106,7 @@ def test_two_seeds_show_the_noise(digits, fitted):
 
 
 def test_without_queries_it_asks_about_training_examples(fitted):
-    found = fitted.check(uw.Newton(), 8, progress=False)
+    found = fitted.check(uw.training.Newton(), 8, progress=False)
     assert found.lds.predicted.shape[1] == 32
     assert found.lds.spearman.low > 0.9
 
@@ -165,7 +169,7 @@ class Elsewhere:
     by: float
 
     def prepare(self, task, train):
-        trainer = uw.Newton(tol=1e-6).prepare(task, train)
+        trainer = uw.training.Newton(tol=1e-6).prepare(task, train)
 
         class Trainer:
             at_once = 8
@@ -238,7 +242,7 @@ def test_budgets_are_times(text, seconds):
 def test_what_is_no_time_is_refused(text, digits, fitted):
     scores = fitted.attribute(digits[2])
     with pytest.raises(SpecError, match="A budget is a time"):
-        check(scores, uw.Newton(), text)
+        check(scores, uw.training.Newton(), text)
 
 
 @pytest.mark.parametrize("slower", [1.0, 3.0])
@@ -256,7 +260,7 @@ def test_a_budget_is_kept_where_the_machine_becomes_slower(digits, fitted, monke
     monkeypatch.setattr(module, "_retrained", timed)
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     scores = fitted.attribute(digits[2])
-    found = check(scores, uw.Newton(), budget, progress=False)
+    found = check(scores, uw.training.Newton(), budget, progress=False)
     assert 0.8 * budget < found.seconds < 1.3 * budget
     assert len(found.lds.predicted) >= 8
 
@@ -283,8 +287,8 @@ def test_a_budget_for_fewer_than_eight_subsets_is_refused_early(digits, fitted):
 
 def test_a_number_of_subsets_in_place_of_a_time(digits, fitted):
     queries = digits[2]
-    short = fitted.check(uw.Newton(), subsets=9, queries=queries, progress=False)
-    whole = uw.check(fitted.attribute(queries), uw.Newton(), subsets=9, progress=False)
+    short = fitted.check(uw.training.Newton(), subsets=9, queries=queries, progress=False)
+    whole = uw.check(fitted.attribute(queries), uw.training.Newton(), subsets=9, progress=False)
     assert len(short.lds.predicted) == 9 and not math.isfinite(short.budget)
     assert torch.equal(short.lds.values, whole.lds.values)
     assert torch.equal(short.lds.predicted, whole.lds.predicted)
@@ -292,5 +296,5 @@ def test_a_number_of_subsets_in_place_of_a_time(digits, fitted):
 
 def test_a_time_and_a_number_of_subsets_exclude_each_other(fitted, digits):
     with pytest.raises(SpecError, match=r"budget='1 h' and subsets=9") as refused:
-        fitted.check(uw.Newton(), "1 h", subsets=9, queries=digits[2])
+        fitted.check(uw.training.Newton(), "1 h", subsets=9, queries=digits[2])
     assert "check(scores, recipe, subsets=9)" in str(refused.value)

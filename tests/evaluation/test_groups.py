@@ -75,7 +75,7 @@ def test_ranks_have_ends_but_no_sign():
 
 def test_groups_are_removals_that_the_comparison_takes():
     p = problem("ridge")
-    fitted = uw.Influence(solver=uw.Cholesky()).fit(p.task, p.train)
+    fitted = uw.Influence(solver=uw.solvers.Cholesky()).fit(p.task, p.train)
 
     def prediction(outputs, targets):
         return outputs[:, 0]

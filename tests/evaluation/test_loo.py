@@ -29,7 +29,7 @@ def prediction(outputs, targets):
 @pytest.fixture
 def ridge():
     p = problem("ridge")
-    return p, uw.Influence(solver=uw.Cholesky()).fit(p.task, p.train)
+    return p, uw.Influence(solver=uw.solvers.Cholesky()).fit(p.task, p.train)
 
 
 def test_actual_is_the_closed_form(ridge):

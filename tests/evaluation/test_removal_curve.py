@@ -51,7 +51,7 @@ def test_where_effects_add_up_the_curve_is_their_running_sum():
 
 def test_one_removal_is_leave_one_out():
     p = problem("logistic")
-    fitted = uw.Influence(solver=uw.Cholesky()).fit(p.task, p.train)
+    fitted = uw.Influence(solver=uw.solvers.Cholesky()).fit(p.task, p.train)
     order = removal_order(fitted.attribute(p.queries, uw.Margin()))
     about = {"task": p.task, "train": p.train, "queries": p.queries, "measure": uw.Margin()}
     weights = ranked_removal_weights(order, [1, 2])

@@ -11,7 +11,7 @@ from tests.reference import closed_form
 from tests.reference.retrain import minimize
 
 STRENGTH = 0.07
-EXACT = uw.Influence(uw.Hessian(), uw.Cholesky())
+EXACT = uw.Influence(uw.Hessian(), uw.solvers.Cholesky())
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def test_the_ggn_is_the_hessian_where_f_is_linear(name):
 def test_scores_do_not_depend_on_whether_the_model_was_recognized(name):
     p = problem(name)
     for curvature in (uw.Hessian(), uw.EmpiricalFisher()):
-        method = uw.Influence(curvature, uw.Cholesky())
+        method = uw.Influence(curvature, uw.solvers.Cholesky())
         known, unknown = method.fit(p.task, p.train), method.fit(opaque(p.task, p.train), p.train)
         assert_same(unknown.attribute(p.queries).values, known.attribute(p.queries).values, 1e-10)
         assert_same(unknown.self_influence(), known.self_influence(), 1e-10)
@@ -76,10 +76,15 @@ def test_the_empirical_fisher_vanishes_at_an_interpolating_solution_and_the_fish
     assert float(uw.GGN().fit(task, as_data(train), task.theta()).trace()) > 0.1
 
 
-@pytest.mark.parametrize("solver", [uw.CG(rtol=1e-9), uw.MINRES(rtol=1e-9), uw.BlockCG(rtol=1e-9)])
+@pytest.mark.parametrize(
+    "solver",
+    [uw.solvers.CG(rtol=1e-9), uw.solvers.MINRES(rtol=1e-9), uw.solvers.BlockCG(rtol=1e-9)],
+)
 def test_krylov_solvers_are_exact_after_as_many_steps_as_parameters(solver):
     p = problem("softmax")
-    exact = uw.Influence(uw.Hessian(), uw.Cholesky()).fit(p.task, p.train).attribute(p.queries)
+    exact = (
+        uw.Influence(uw.Hessian(), uw.solvers.Cholesky()).fit(p.task, p.train).attribute(p.queries)
+    )
     found = uw.Influence(uw.Hessian(), solver).fit(p.task, p.train).attribute(p.queries)
     assert_same(found.values, exact.values, 1e-8)
     steps = found.provenance.health["solver_steps"]
@@ -90,15 +95,17 @@ def test_damping_is_an_extra_ridge_around_the_minimum():
     """(H + λI) is the Hessian of J with L2(λ) more, at the same θ."""
     p = problem("softmax_penalized_bias")
     more = uw.Task(p.task.model, p.task.loss, p.task.penalty + uw.L2(0.3))
-    damped = uw.Influence(uw.Hessian(), uw.Cholesky(), damping=0.3).fit(p.task, p.train)
-    ridged = uw.Influence(uw.Hessian(), uw.Cholesky()).fit(more, p.train)
+    damped = uw.Influence(uw.Hessian(), uw.solvers.Cholesky(), damping=0.3).fit(p.task, p.train)
+    ridged = uw.Influence(uw.Hessian(), uw.solvers.Cholesky()).fit(more, p.train)
     assert_same(damped.attribute(p.queries).values, ridged.attribute(p.queries).values, 1e-12)
 
 
 def test_relative_damping_is_in_units_of_the_mean_eigenvalue():
     p = problem("mlp_tanh")
     mean = float(torch.linalg.eigvalsh(dense.ggn(p.task, p.train)).mean())
-    relative = uw.Influence(uw.GGN(), uw.Cholesky(), uw.Relative(0.2)).fit(p.task, p.train)
-    absolute = uw.Influence(uw.GGN(), uw.Cholesky(), uw.Absolute(0.2 * mean)).fit(p.task, p.train)
+    relative = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), uw.Relative(0.2)).fit(p.task, p.train)
+    absolute = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), uw.Absolute(0.2 * mean)).fit(
+        p.task, p.train
+    )
     assert relative.scorer.damping == pytest.approx(0.2 * mean, rel=1e-12)
     assert_same(relative.attribute(p.queries).values, absolute.attribute(p.queries).values, 1e-12)

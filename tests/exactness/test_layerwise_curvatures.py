@@ -17,7 +17,7 @@ from tests.reference import dense
 from upweight.gradients.blocks import MatrixBlock
 from upweight.task.data import as_data
 
-EXPECTED = uw.Expected()
+EXPECTED = uw.labels.Expected()
 BOTH = {"KFAC": uw.KFAC, "EKFAC": uw.EKFAC}
 
 
@@ -75,7 +75,7 @@ def test_one_linear_layer_with_squared_loss(name, kind):
     assert gap(BOTH[kind](EXPECTED), plain, p.train) < 1e-10
     strength = p.task.penalty.strength
     found = uw.Influence(BOTH[kind](EXPECTED), damping=strength).fit(plain, p.train)
-    exact = uw.Influence(uw.Hessian(), uw.Cholesky()).fit(p.task, p.train)
+    exact = uw.Influence(uw.Hessian(), uw.solvers.Cholesky()).fit(p.task, p.train)
     values = at(found, 0).attribute(p.queries).values
     assert_same(values, exact.attribute(p.queries).values, 1e-10)
 
@@ -91,7 +91,7 @@ def test_not_exact_with_another_loss_or_an_activation(kind):
     """The tests above can fail: observed 0.35, 0.47 and 5.3 for K-FAC, 0.20, 0.38 and 6.3."""
     assert gap(BOTH[kind](EXPECTED), *deep(squares=False)) > 1e-2
     assert gap(BOTH[kind](EXPECTED), *deep(activation=nn.Tanh)) > 1e-2
-    assert gap(BOTH[kind](uw.Observed()), *deep()) > 1e-2
+    assert gap(BOTH[kind](uw.labels.Observed()), *deep()) > 1e-2
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -101,12 +101,12 @@ def test_expand_is_exact_for_deep_linear_networks_with_a_loss_per_position(kind)
     Expected labels have δ at one position each, so that reduce adds up over that one; where δ is
     at all positions at once, it does not give the same.
     """
-    assert gap(BOTH[kind](EXPECTED, uw.Expand()), *per_position()) < 1e-10
-    assert gap(BOTH[kind](EXPECTED, uw.Reduce()), *per_position()) < 1e-10
+    assert gap(BOTH[kind](EXPECTED, uw.curvature.Expand()), *per_position()) < 1e-10
+    assert gap(BOTH[kind](EXPECTED, uw.curvature.Reduce()), *per_position()) < 1e-10
     task, train = per_position()
     both = [
-        uw.KFAC(uw.Observed(), how()).fit(task, as_data(train), task.theta())
-        for how in (uw.Expand, uw.Reduce)
+        uw.KFAC(uw.labels.Observed(), how()).fit(task, as_data(train), task.theta())
+        for how in (uw.curvature.Expand, uw.curvature.Reduce)
     ]
     expand, reduce = (operator.dense() for operator in both)
     assert float((expand - reduce).norm()) > 1e-2 * float(expand.norm())
@@ -115,8 +115,8 @@ def test_expand_is_exact_for_deep_linear_networks_with_a_loss_per_position(kind)
 @pytest.mark.parametrize("kind", BOTH)
 def test_reduce_is_exact_for_deep_linear_networks_that_average_positions(kind):
     """Eschenhagen et al. (2023), Proposition 2; expand is not: 0.35."""
-    assert gap(BOTH[kind](EXPECTED, uw.Reduce()), *sequences(Averaged())) < 1e-10
-    assert gap(uw.KFAC(EXPECTED, uw.Expand()), *sequences(Averaged())) > 1e-2
+    assert gap(BOTH[kind](EXPECTED, uw.curvature.Reduce()), *sequences(Averaged())) < 1e-10
+    assert gap(uw.KFAC(EXPECTED, uw.curvature.Expand()), *sequences(Averaged())) > 1e-2
 
 
 def test_expand_and_reduce_are_one_where_a_weight_is_used_once():
@@ -124,7 +124,8 @@ def test_expand_and_reduce_are_one_where_a_weight_is_used_once():
     data = as_data(train)
     for kind in BOTH.values():
         expand, reduce = (
-            kind(EXPECTED, s).fit(task, data, task.theta()) for s in (uw.Expand(), uw.Reduce())
+            kind(EXPECTED, s).fit(task, data, task.theta())
+            for s in (uw.curvature.Expand(), uw.curvature.Reduce())
         )
         assert_same(expand.dense(), reduce.dense(), 1e-12)
 
@@ -165,7 +166,9 @@ def distances(name, which):
 
 
 MARKET = [(name, EXPECTED) for name in names(without=("float32",)) if name != "bias_only"]
-MARKET += [(name, uw.Observed()) for name in ("softmax", "mlp_tanh", "conv", "tied", "attention")]
+MARKET += [
+    (name, uw.labels.Observed()) for name in ("softmax", "mlp_tanh", "conv", "tied", "attention")
+]
 
 
 @pytest.mark.parametrize("name, which", MARKET)

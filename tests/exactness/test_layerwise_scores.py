@@ -18,8 +18,8 @@ from tests.reference import dense
 MIXED = uw.Blockwise((("*.weight", uw.EKFAC()), ("*", uw.Diagonal())))
 SPECS = {
     "EKFAC": uw.EKFAC(),
-    "EKFAC, reduced, expected": uw.EKFAC(uw.Expected(), uw.Reduce()),
-    "KFAC": uw.KFAC(uw.Observed()),
+    "EKFAC, reduced, expected": uw.EKFAC(uw.labels.Expected(), uw.curvature.Reduce()),
+    "KFAC": uw.KFAC(uw.labels.Observed()),
     "Diagonal": uw.Diagonal(),
     "Blockwise": MIXED,
 }
@@ -35,7 +35,7 @@ def sampled(spec, name):
     """The spec, with labels that the problem's loss has."""
     if "sampled" in BUILDERS[name][1] or spec is MIXED:
         return spec
-    return {uw.EKFAC: uw.EKFAC, uw.Diagonal: uw.Diagonal}[type(spec)](uw.Expected())
+    return {uw.EKFAC: uw.EKFAC, uw.Diagonal: uw.Diagonal}[type(spec)](uw.labels.Expected())
 
 
 def measures(name):
@@ -86,7 +86,7 @@ def test_scores_of_every_measure(name, spec):
 def test_damping_of_each_block(name, damping):
     """λ is the same for all blocks, or a fraction of each block's own mean eigenvalue."""
     p = problem(name)
-    fitted = uw.Influence(uw.Diagonal(uw.Observed()), damping=damping).fit(p.task, p.train)
+    fitted = uw.Influence(uw.Diagonal(uw.labels.Observed()), damping=damping).fit(p.task, p.train)
     H = fitted.scorer.curvature.operator().diagonal()
     lams = set()
     for block in fitted.scorer.curvature.blocks:
@@ -105,7 +105,7 @@ def test_damping_of_each_block(name, damping):
 def test_a_named_solver_gives_the_same_scores(name, spec):
     """The same curvature on flat vectors, factorized; gradients by vmap."""
     p = problem(name)
-    flat = uw.Influence(SPECS[spec], uw.Cholesky(), 0.05).fit(p.task, p.train)
+    flat = uw.Influence(SPECS[spec], uw.solvers.Cholesky(), 0.05).fit(p.task, p.train)
     layered = uw.Influence(SPECS[spec], damping=0.05).fit(p.task, p.train)
     assert_same(at(layered, 0).attribute(p.queries).values, flat.attribute(p.queries).values, 1e-10)
     assert_same(layered.self_influence(), flat.self_influence(), 1e-10)
@@ -161,7 +161,9 @@ def test_any_other_penalty_adds_its_diagonal_in_the_basis(name, spec):
     assert any("penalty's curvature enters through its diagonal" in n for n in notes) == approximate
 
 
-@pytest.mark.parametrize("spec", [uw.EKFAC(), uw.KFAC(uw.Expected()), uw.Diagonal(uw.Observed())])
+@pytest.mark.parametrize(
+    "spec", [uw.EKFAC(), uw.KFAC(uw.labels.Expected()), uw.Diagonal(uw.labels.Observed())]
+)
 @pytest.mark.parametrize("kept", [9, None])
 def test_a_part_of_the_data_may_keep_the_n_of_all(spec, kept):
     """(1/n) Σ over the kept, also where the curvature is learned from some of them."""
@@ -176,8 +178,8 @@ def test_a_part_of_the_data_may_keep_the_n_of_all(spec, kept):
 def test_removal_by_refactorization_takes_the_removed_share_out():
     """A Newton step without a group, with a curvature by layer and a named solver."""
     p = problem("mlp_tanh")
-    spec, group = uw.Diagonal(uw.Observed()), [1, 4]
-    fitted = uw.Influence(spec, uw.Cholesky(), 0.1).fit(p.task, p.train)
+    spec, group = uw.Diagonal(uw.labels.Observed()), [1, 4]
+    fitted = uw.Influence(spec, uw.solvers.Cholesky(), 0.1).fit(p.task, p.train)
     step = p.task.layout.flatten(fitted.removal_step(group))
     g = training_gradients("mlp_tanh")
     kept = [i for i in range(p.n) if i not in group]

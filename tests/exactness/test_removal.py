@@ -19,7 +19,7 @@ from tests.reference import dense
 from tests.reference.retrain import measured, minimize
 from upweight.errors import NonFinite, NotPositiveDefinite, ShapeError
 
-EXACT = uw.Influence(uw.Hessian(), uw.Cholesky())
+EXACT = uw.Influence(uw.Hessian(), uw.solvers.Cholesky())
 QUADRATIC = ["ridge", "ridge_two_outputs", "buffers"]
 LINEAR = names("linear", without=("float32",))
 GROUPS = [[0], [3, 1], [2, 5, 4, 6]]
@@ -95,7 +95,7 @@ def test_one_by_one_is_the_newton_step(name):
 @pytest.mark.parametrize("name", ["logistic", "softmax", "weighted", "custom_loss", "two_inputs"])
 def test_groups_are_the_newton_step(name, damping):
     p = problem(name)
-    method = uw.Influence(uw.Hessian(), uw.Cholesky(), damping)
+    method = uw.Influence(uw.Hessian(), uw.solvers.Cholesky(), damping)
     removed = method.fit(p.task, p.train).removal(p.queries, first_output, GROUPS)
     assert removed.groups == tuple(map(tuple, GROUPS))
     for column, group in enumerate(GROUPS):
@@ -108,7 +108,7 @@ def test_groups_are_the_newton_step(name, damping):
 def test_woodbury_is_the_refactorized_step(name, curvature):
     """Recognized or not, the same change, and of any curvature without the examples' share."""
     p = problem(name)
-    method = uw.Influence(curvature, uw.Cholesky())
+    method = uw.Influence(curvature, uw.solvers.Cholesky())
     known, unknown = method.fit(p.task, p.train), method.fit(opaque(p.task, p.train), p.train)
     for groups in (GROUPS, [0, 4, 2]):
         expected = unknown.removal(p.queries, groups=groups).values
@@ -123,7 +123,7 @@ def test_iterative_solvers_take_the_same_step(name):
     """Without a factor the leverages come from solves, and not from the inverse."""
     p = problem(name)
     direct = EXACT.fit(p.task, p.train)
-    iterative = uw.Influence(uw.Hessian(), uw.CG(rtol=1e-12)).fit(p.task, p.train)
+    iterative = uw.Influence(uw.Hessian(), uw.solvers.CG(rtol=1e-12)).fit(p.task, p.train)
     assert_same(iterative.removal(p.queries).values, direct.removal(p.queries).values, 1e-9)
     assert_same(iterative.self_influence(), direct.self_influence(), 1e-9)
 
@@ -141,7 +141,7 @@ def test_few_examples_by_solves_and_many_by_the_inverse():
 def test_the_newton_step_beats_the_first_order(name):
     """Against refitting, each example in turn: the median error of an output is less than half."""
     p = problem(name)
-    method = uw.Influence(uw.Hessian(), uw.Cholesky())
+    method = uw.Influence(uw.Hessian(), uw.solvers.Cholesky())
     fitted = method.fit(p.task, p.train)
     first = fitted.attribute(p.queries, one_output).removal().values
     examples = [0, 1, 2, 3]

@@ -414,7 +414,7 @@ def test_matrices_products_and_scores_are_those_of_loops(name):
         if curvature in BUILT[name][1]:
             continue
         expected = reference(task, train) + 50.0 * torch.eye(task.layout.size).double()
-        method = uw.Influence(getattr(uw, curvature)(), uw.Cholesky(), damping=50.0)
+        method = uw.Influence(getattr(uw, curvature)(), uw.solvers.Cholesky(), damping=50.0)
         fitted = method.fit(task, train)
         assert_same(fitted.scorer.operator.dense(), expected, 1e-10)
         assert_same(fitted.scorer.operator.mv(v), v @ expected, 1e-10)
@@ -426,7 +426,7 @@ def test_matrices_products_and_scores_are_those_of_loops(name):
 def test_layerwise_scores_are_those_of_their_own_curvature(name):
     """−(1/n) ∇mᵀ (⊕ (H_l + λ_l))⁻¹ g, with gradients by loops."""
     task, train = built(name)
-    fitted = uw.Influence(uw.EKFAC(uw.Observed()), damping=0.1).fit(task, train)
+    fitted = uw.Influence(uw.EKFAC(uw.labels.Observed()), damping=0.1).fit(task, train)
     found = at(fitted, 0).attribute(as_data(train).subset(QUERIES)).values
     H = fitted.scorer.curvature.operator().dense() + 0.1 * torch.eye(task.layout.size).double()
     assert_same(found, scores_with(name, H), 1e-10)
@@ -484,7 +484,7 @@ def test_models_that_torch_func_can_run_stay_with_it(name):
 def test_everything_else_goes_the_second_way_too():
     """Removals, self-influence, measures, changed inputs, and training by Newton's method."""
     task, train = built("lstm")
-    fitted = uw.Influence(uw.Hessian(), uw.Cholesky(), damping=50.0).fit(task, train)
+    fitted = uw.Influence(uw.Hessian(), uw.solvers.Cholesky(), damping=50.0).fit(task, train)
     H = dense.hessian(task, train) + 50.0 * torch.eye(task.layout.size).double()
     g = dense.gradients(task, train)
     assert_same(fitted.self_influence(), -(g @ torch.linalg.inv(H) * g).sum(1) / N, 1e-10)
@@ -513,7 +513,7 @@ def test_everything_else_goes_the_second_way_too():
     assert_same(found, dense.gradients(task, queries) @ change, 1e-8)
 
     strong = uw.Task(task.model, task.loss, uw.L2(3.0))
-    theta = uw.Newton().prepare(strong, as_data(train)).center
+    theta = uw.training.Newton().prepare(strong, as_data(train)).center
     there = dense.Replica(strong, train, theta)
     value = torch.stack([there.loss(i) for i in range(N)]).mean() + there.penalty()
     assert float(there.gradient(value).norm()) < 1e-9
@@ -522,7 +522,7 @@ def test_everything_else_goes_the_second_way_too():
 @pytest.mark.parametrize("name", ["data_in_forward", "old_function"])
 def test_a_change_of_an_input_is_that_of_gradients_of_loops(name):
     task, (x, y) = built(name)
-    fitted = uw.Influence(uw.GGN(), uw.Cholesky(), damping=0.5).fit(task, (x, y))
+    fitted = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), damping=0.5).fit(task, (x, y))
     direction, eps, slopes = draw(torch.Generator().manual_seed(2), 3), 1e-5, []
     for sign in (1, -1):
         moved = x.clone()
@@ -544,7 +544,7 @@ def test_a_change_of_an_input_through_what_is_differentiated_once_is_refused():
 def test_what_a_removal_misses_is_told_by_gradients_of_loops(monkeypatch):
     monkeypatch.setattr(remainder, "LIMIT", -1.0)
     task, train = built("packed_in_forward")
-    fitted = uw.Influence(uw.GGN(), uw.Cholesky(), damping=0.5).fit(task, train)
+    fitted = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), damping=0.5).fit(task, train)
     (note,) = [
         n for n in fitted.removal(train, groups=[[1, 3]]).provenance.notes if "does not end" in n
     ]
@@ -622,7 +622,7 @@ def test_the_hessian_of_weight_norm_is_that_of_its_formula(old):
     values = []
     for one in (model, formula):
         task = uw.Task(one, uw.CrossEntropy())
-        method = uw.Influence(uw.Hessian(), uw.Cholesky(), damping=50.0)
+        method = uw.Influence(uw.Hessian(), uw.solvers.Cholesky(), damping=50.0)
         values.append(method.fit(task, train).attribute(train).values)
     assert_same(values[0], values[1], 1e-10)
 
@@ -640,7 +640,7 @@ def advised(error):
 
 @pytest.mark.parametrize(
     "curvature",
-    [uw.EKFAC(), uw.EKFAC(uw.Expected()), uw.Fisher(), uw.GGN(), uw.Hessian()],
+    [uw.EKFAC(), uw.EKFAC(uw.labels.Expected()), uw.Fisher(), uw.GGN(), uw.Hessian()],
     ids=repr,
 )
 def test_every_curvature_that_is_advised_for_ctc_runs(curvature):

@@ -340,7 +340,7 @@ def test_the_model_is_left_as_it_was(name):
     form(p.task, p.train)
     batch = as_data(p.train).batch(0, p.n)
     value_gradients(p.task.losses, p.task.theta(), batch, p.n)
-    fitted = uw.Influence(uw.GGN(), uw.Cholesky(), damping=3.0).fit(p.task, p.train)
+    fitted = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), damping=3.0).fit(p.task, p.train)
     fitted.attribute(p.queries)
     fitted.self_influence()
     fitted.removal(p.queries, groups=[[0]])

@@ -94,7 +94,7 @@ def test_every_parameter_has_a_rule(build, per_token):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("labels", [uw.Sampled(), uw.Observed()], ids=repr)
+@pytest.mark.parametrize("labels", [uw.labels.Sampled(), uw.labels.Observed()], ids=repr)
 @pytest.mark.parametrize("build", [gpt2, llama])
 def test_padding_changes_no_score(build, labels):
     """One position more, as far as these models go."""
@@ -130,7 +130,7 @@ def test_experts_in_a_dtype_that_their_kernel_lacks():
         **SIZES,
     )
     task, data = language(transformers().MixtralForCausalLM(config), per_token=True)
-    method = uw.Influence(uw.EKFAC(uw.Observed()), damping=0.1)
+    method = uw.Influence(uw.EKFAC(uw.labels.Observed()), damping=0.1)
     with pytest.raises(DtypeError, match=r"in torch.float32 the model runs(.|\n)*'eager'"):
         method.fit(task, data)
     config._experts_implementation = "eager"

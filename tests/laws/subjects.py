@@ -5,35 +5,37 @@ import torch
 import upweight as uw
 
 DIRECT = {
-    "Hessian": uw.Influence(uw.Hessian(), uw.Cholesky()),
-    "GGN": uw.Influence(uw.GGN(), uw.Cholesky()),
-    "EmpiricalFisher": uw.Influence(uw.EmpiricalFisher(), uw.Cholesky()),
-    "damped Hessian": uw.Influence(uw.Hessian(), uw.Cholesky(), damping=0.1),
-    "relatively damped GGN": uw.Influence(uw.GGN(), uw.Cholesky(), damping=uw.Relative(0.2)),
+    "Hessian": uw.Influence(uw.Hessian(), uw.solvers.Cholesky()),
+    "GGN": uw.Influence(uw.GGN(), uw.solvers.Cholesky()),
+    "EmpiricalFisher": uw.Influence(uw.EmpiricalFisher(), uw.solvers.Cholesky()),
+    "damped Hessian": uw.Influence(uw.Hessian(), uw.solvers.Cholesky(), damping=0.1),
+    "relatively damped GGN": uw.Influence(
+        uw.GGN(), uw.solvers.Cholesky(), damping=uw.Relative(0.2)
+    ),
 }
 """Solved by factorization: an error of rounding alone."""
 
 RTOL = 1e-11
 ITERATIVE = {
-    "Hessian, CG": uw.Influence(uw.Hessian(), uw.CG(rtol=RTOL)),
-    "GGN, BlockCG": uw.Influence(uw.GGN(), uw.BlockCG(rtol=RTOL)),
-    "Hessian, MINRES": uw.Influence(uw.Hessian(), uw.MINRES(rtol=RTOL)),
+    "Hessian, CG": uw.Influence(uw.Hessian(), uw.solvers.CG(rtol=RTOL)),
+    "GGN, BlockCG": uw.Influence(uw.GGN(), uw.solvers.BlockCG(rtol=RTOL)),
+    "Hessian, MINRES": uw.Influence(uw.Hessian(), uw.solvers.MINRES(rtol=RTOL)),
 }
 """Solved to a residual: 10 × rtol is asked of the scores."""
 
 LAYERED = {
-    "EKFAC, observed": uw.Influence(uw.EKFAC(uw.Observed()), damping=0.1, tolerance=0),
+    "EKFAC, observed": uw.Influence(uw.EKFAC(uw.labels.Observed()), damping=0.1, tolerance=0),
     "KFAC, expected, reduced": uw.Influence(
-        uw.KFAC(uw.Expected(), uw.Reduce()), damping=uw.Relative(0.2), tolerance=0
+        uw.KFAC(uw.labels.Expected(), uw.curvature.Reduce()), damping=uw.Relative(0.2), tolerance=0
     ),
 }
 """Inverted block by block, in their own eigenbases; asked with tolerance 0."""
 
-SAMPLED = {"Fisher": uw.Influence(uw.Fisher(samples=3, seed=5), uw.Cholesky())}
+SAMPLED = {"Fisher": uw.Influence(uw.Fisher(samples=3, seed=5), uw.solvers.Cholesky())}
 """Draws labels by place, so the order of the data changes it."""
 
 SAMPLED_LAYERED = {
-    "EKFAC, sampled": uw.Influence(uw.EKFAC(uw.Sampled(3, 5)), damping=0.1, tolerance=0)
+    "EKFAC, sampled": uw.Influence(uw.EKFAC(uw.labels.Sampled(3, 5)), damping=0.1, tolerance=0)
 }
 """Draws labels by place, so the order of the data changes it."""
 

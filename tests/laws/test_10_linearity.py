@@ -40,7 +40,12 @@ def scaled(task, c):
 
 SCALING = [
     (curvature, name)
-    for curvature in (uw.Hessian(), uw.GGN(), uw.KFAC(uw.Expected()), uw.EKFAC(uw.Expected()))
+    for curvature in (
+        uw.Hessian(),
+        uw.GGN(),
+        uw.KFAC(uw.labels.Expected()),
+        uw.EKFAC(uw.labels.Expected()),
+    )
     for name in ("softmax", "poisson", "mlp_tanh", "tied")
     # An embedding that is also the head has inputs (of no scale) and δ (of the loss's) in one G.
     if name != "tied" or isinstance(curvature, uw.Hessian | uw.GGN)
@@ -51,7 +56,9 @@ SCALING = [
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 def test_scale_of_the_objective_does_not_matter(curvature, damping, name):
     p, c = problem(name), 7.0
-    solver = uw.Cholesky() if isinstance(curvature, uw.Hessian | uw.GGN) else uw.Auto()
+    solver = (
+        uw.solvers.Cholesky() if isinstance(curvature, uw.Hessian | uw.GGN) else uw.solvers.Auto()
+    )
     method = uw.Influence(curvature, solver, damping, tolerance=0)
     other = uw.Influence(curvature, solver, c * damping, tolerance=0)
     expected = scores(method, p.task, p.train, p.queries, first_output)
@@ -60,10 +67,10 @@ def test_scale_of_the_objective_does_not_matter(curvature, damping, name):
 
 
 @pytest.mark.parametrize("name", ["softmax", "mlp_tanh"])
-@pytest.mark.parametrize("curvature", [uw.GGN(), uw.EKFAC(uw.Expected())], ids=repr)
+@pytest.mark.parametrize("curvature", [uw.GGN(), uw.EKFAC(uw.labels.Expected())], ids=repr)
 def test_relative_damping_follows_the_scale(curvature, name):
     p, c = problem(name), 7.0
-    solver = uw.Cholesky() if curvature == uw.GGN() else uw.Auto()
+    solver = uw.solvers.Cholesky() if curvature == uw.GGN() else uw.solvers.Auto()
     method = uw.Influence(curvature, solver, uw.Relative(0.3), tolerance=0)
     expected = scores(method, p.task, p.train, p.queries, first_output)
     found = scores(method, scaled(p.task, c), p.train, p.queries, first_output)
@@ -88,11 +95,11 @@ def test_the_empirical_fisher_scales_as_the_square(name):
 
 
 def _damped(value):
-    return uw.Influence(uw.EmpiricalFisher(), uw.Cholesky(), value)
+    return uw.Influence(uw.EmpiricalFisher(), uw.solvers.Cholesky(), value)
 
 
 def _damped_by_layer(value):
-    return uw.Influence(uw.EKFAC(uw.Observed()), damping=value, tolerance=0)
+    return uw.Influence(uw.EKFAC(uw.labels.Observed()), damping=value, tolerance=0)
 
 
 def _data(p):

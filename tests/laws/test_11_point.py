@@ -19,10 +19,10 @@ from upweight.task.data import as_data
 
 DENSE = {"Hessian": uw.Hessian(), "GGN": uw.GGN(), "EmpiricalFisher": uw.EmpiricalFisher()}
 LAYERED = {
-    "KFAC, expected": uw.KFAC(uw.Expected()),
-    "EKFAC, observed": uw.EKFAC(uw.Observed(), uw.Reduce()),
-    "EKFAC, sampled": uw.EKFAC(uw.Sampled(2, 5)),
-    "Diagonal, observed": uw.Diagonal(uw.Observed()),
+    "KFAC, expected": uw.KFAC(uw.labels.Expected()),
+    "EKFAC, observed": uw.EKFAC(uw.labels.Observed(), uw.curvature.Reduce()),
+    "EKFAC, sampled": uw.EKFAC(uw.labels.Sampled(2, 5)),
+    "Diagonal, observed": uw.Diagonal(uw.labels.Observed()),
 }
 
 # Said of bilinear layers by PyTorch, which runs them one example at a time under vmap.

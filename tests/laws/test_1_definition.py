@@ -15,9 +15,12 @@ from tests.reference.retrain import measured, minimize, weight_derivative
 
 MEASURES = {"loss": uw.Loss(), "output": first_output}
 SOLVERS = {
-    "CG": (uw.CG(rtol=1e-11), 1e-7),
-    "MINRES": (uw.MINRES(rtol=1e-11), 1e-7),
-    "Auto": (uw.Auto(), 1e-5),  # MINRES with its own rtol of 1e-6, where H is not known to be PSD
+    "CG": (uw.solvers.CG(rtol=1e-11), 1e-7),
+    "MINRES": (uw.solvers.MINRES(rtol=1e-11), 1e-7),
+    "Auto": (
+        uw.solvers.Auto(),
+        1e-5,
+    ),  # MINRES with its own rtol of 1e-6, where H is not known to be PSD
 }
 
 
@@ -35,7 +38,7 @@ def retrained_derivatives(p, example):
 @pytest.mark.parametrize("name", names(without=("float32", "untrained")))
 def test_score_is_the_derivative_in_the_weight(name):
     p = problem(name)
-    fitted = uw.Influence(uw.Hessian(), uw.Cholesky()).fit(p.task, p.train)
+    fitted = uw.Influence(uw.Hessian(), uw.solvers.Cholesky()).fit(p.task, p.train)
     for example in {0, p.n - 1}:
         expected = retrained_derivatives(p, example)
         for key, measure in MEASURES.items():
@@ -55,6 +58,11 @@ def test_whatever_the_solver(name, solver):
 def test_the_generalized_gauss_newton_matrix_does_not_obey_off_linear_models():
     """The test above can fail: where f is not linear in θ the GGN's scores are not derivatives."""
     p = problem("mlp_tanh")
-    values = uw.Influence(uw.GGN(), uw.Cholesky()).fit(p.task, p.train).attribute(p.queries).values
+    values = (
+        uw.Influence(uw.GGN(), uw.solvers.Cholesky())
+        .fit(p.task, p.train)
+        .attribute(p.queries)
+        .values
+    )
     expected = retrained_derivatives(p, 1)["loss"]
     assert float((values[:, 1] - expected).norm() / expected.norm()) > 1e-3

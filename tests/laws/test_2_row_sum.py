@@ -14,7 +14,7 @@ from tests.laws.subjects import assert_same
 from tests.market import draw, names, problem, train_in_place
 from tests.reference import dense
 
-EXACT = uw.Influence(uw.Hessian(), uw.Cholesky())
+EXACT = uw.Influence(uw.Hessian(), uw.solvers.Cholesky())
 
 
 def number(value):

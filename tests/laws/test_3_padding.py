@@ -218,11 +218,15 @@ def padded(name, make):
     return found | {"on the left": Padded(make, 3, on_left=True)}
 
 
-LABELS = {"sampled": uw.Sampled(2, 5), "expected": uw.Expected(most=100), "observed": uw.Observed()}
+LABELS = {
+    "sampled": uw.labels.Sampled(2, 5),
+    "expected": uw.labels.Expected(most=100),
+    "observed": uw.labels.Observed(),
+}
 LAYERED = {"Diagonal, sampled": uw.Diagonal(LABELS["sampled"])}
 for which, labels in LABELS.items():
     LAYERED[f"KFAC, {which}"] = uw.KFAC(labels)
-    LAYERED[f"KFAC, {which}, reduced"] = uw.KFAC(labels, uw.Reduce())
+    LAYERED[f"KFAC, {which}, reduced"] = uw.KFAC(labels, uw.curvature.Reduce())
     LAYERED[f"EKFAC, {which}"] = uw.EKFAC(labels)
 DIRECT = {
     "Hessian": uw.Hessian(),

@@ -17,7 +17,7 @@ from upweight.gradients.linear import linear_form
 from upweight.task.data import as_data
 
 METHODS = {
-    name: uw.Influence(curvature, uw.Cholesky())
+    name: uw.Influence(curvature, uw.solvers.Cholesky())
     for name, curvature in {
         "Hessian": uw.Hessian(),
         "GGN": uw.GGN(),
@@ -86,7 +86,7 @@ def test_other_units_of_the_inputs(method):
 def test_damping_is_not_invariant():
     """The law says λ = 0 because it must: with damping the coordinates matter."""
     p = problem("mlp_tanh")
-    method = uw.Influence(uw.GGN(), uw.Cholesky(), damping=0.5)
+    method = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), damping=0.5)
     expected = scores(method, p.task, p.train, p.queries)
     found = scores(method, reparametrized(p.task), p.train, p.queries)
     assert float((found - expected).norm() / expected.norm()) > 1e-2

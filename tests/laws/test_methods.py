@@ -38,9 +38,13 @@ class Blocks(Method):
 
 METHODS = EVERYONE | {
     "GGN, CG by EK-FAC": uw.Influence(
-        uw.GGN(), uw.CG(rtol=RTOL, preconditioner=uw.EKFAC(uw.Observed())), damping=0.1
+        uw.GGN(),
+        uw.solvers.CG(rtol=RTOL, preconditioner=uw.EKFAC(uw.labels.Observed())),
+        damping=0.1,
     ),
-    "EK-FAC, Cholesky": uw.Influence(uw.EKFAC(uw.Expected()), uw.Cholesky(), damping=0.1),
+    "EK-FAC, Cholesky": uw.Influence(
+        uw.EKFAC(uw.labels.Expected()), uw.solvers.Cholesky(), damping=0.1
+    ),
     "gradient product": uw.GradientDot(),
     "gradient cosine": uw.GradientCosine(),
     "blocks": Blocks(DIRECT["damped Hessian"]),

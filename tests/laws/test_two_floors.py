@@ -12,14 +12,16 @@ from tests.laws.subjects import assert_same, first_output
 from tests.market import names, problem
 from tests.reference import dense
 
-CURVATURE, DAMPING = uw.EKFAC(uw.Observed()), 0.1
+CURVATURE, DAMPING = uw.EKFAC(uw.labels.Observed()), 0.1
 NAMES = names(without=("float32",))
 RTOL = 1e-10
 
 
 def floors(p):
     layered = uw.Influence(CURVATURE, damping=DAMPING, tolerance=0).fit(p.task, p.train)
-    return layered, uw.Influence(CURVATURE, uw.Cholesky(), damping=DAMPING).fit(p.task, p.train)
+    return layered, uw.Influence(CURVATURE, uw.solvers.Cholesky(), damping=DAMPING).fit(
+        p.task, p.train
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

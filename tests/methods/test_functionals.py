@@ -74,8 +74,8 @@ ASKED = {
     "queries": (lambda kind: uw.Functional(on_queries), QUERIES),
 }
 EXACT = {
-    "Hessian": uw.Influence(uw.Hessian(), uw.Cholesky()),
-    "GGN": uw.Influence(uw.GGN(), uw.Cholesky()),
+    "Hessian": uw.Influence(uw.Hessian(), uw.solvers.Cholesky()),
+    "GGN": uw.Influence(uw.GGN(), uw.solvers.Cholesky()),
 }
 KINDS = ["ols", "logistic"]
 
@@ -123,7 +123,7 @@ def test_the_derivative_in_the_weights(method, name, kind):
 def test_by_layer_where_that_is_exact(name):
     """One output and Λ = 1: H = XᵀX/n is the factor of the inputs itself."""
     make, queries = ASKED[name]
-    method = uw.Influence(uw.EKFAC(uw.Expected()), tolerance=0)
+    method = uw.Influence(uw.EKFAC(uw.labels.Expected()), tolerance=0)
     scores = method.fit(task("ols"), data("ols")).attribute(queries, make("ols"))
     close(scores.values, truth(name, "ols"), 1e-7)
 
@@ -140,8 +140,8 @@ def test_the_part_of_the_weights_themselves_is_not_small():
 # -- reducers -------------------------------------------------------------------------------------
 
 FLOORS = {
-    "dense": uw.Influence(uw.GGN(), uw.Cholesky()),
-    "layered": uw.Influence(uw.EKFAC(uw.Expected()), tolerance=0, damping=0.1),
+    "dense": uw.Influence(uw.GGN(), uw.solvers.Cholesky()),
+    "layered": uw.Influence(uw.EKFAC(uw.labels.Expected()), tolerance=0, damping=0.1),
 }
 
 
@@ -218,7 +218,7 @@ def test_removals_of_least_squares_are_exact(name, method):
     make, queries = ASKED[name]
     fitted = FLOORS[method].fit(task("ols"), data("ols")) if method == "dense" else None
     if fitted is None:  # by layer to first order only: far nearer than no removal, and said so
-        fitted = uw.Influence(uw.EKFAC(uw.Expected())).fit(task("ols"), data("ols"))
+        fitted = uw.Influence(uw.EKFAC(uw.labels.Expected())).fit(task("ols"), data("ols"))
     found = fitted.removal(queries, make("ols"), GROUPS, evaluate="plugin")
     expected = torch.stack([without(make("ols"), "ols", g, queries) for g in GROUPS], dim=1)
     assert found.how == "plug-in"
@@ -392,7 +392,7 @@ def test_relabeling_moves_a_coefficient_as_a_refit_does():
 def test_the_model_is_lent():
     p = problem("softmax")
     before = p.task.theta()
-    uw.Influence(uw.GGN(), uw.Cholesky()).fit(p.task, as_data(p.train)).removal(
+    uw.Influence(uw.GGN(), uw.solvers.Cholesky()).fit(p.task, as_data(p.train)).removal(
         None, uw.Coefficient(0), [[0]], evaluate="plugin"
     )
     assert torch.equal(p.task.theta(), before)

@@ -11,11 +11,12 @@ from tests.laws.subjects import assert_same, first_output
 from tests.market import BUILDERS, draw, names, problem
 from tests.reference import dense
 from tests.reference.retrain import minimize, weight_derivative
+from upweight.cli.spec import parse
 from upweight.errors import NotConverged, NotPositiveDefinite, ShapeError, SpecError
 from upweight.linalg import Dense, Identity, Tag, inverse
 from upweight.methods.influence import influence_scores
 
-EXACT = uw.Influence(uw.Hessian(), uw.Cholesky())
+EXACT = uw.Influence(uw.Hessian(), uw.solvers.Cholesky())
 REFERENCES = {
     "Hessian": (uw.Hessian(), dense.hessian),
     "GGN": (uw.GGN(), dense.ggn),
@@ -32,7 +33,7 @@ def test_scores_equal_the_matrix_written_out(curvature, name):
     p = problem(name)
     spec, reference = REFERENCES[curvature]
     damping = 2.0 if {"untrained", "float32"} & p.traits else 0.0
-    fitted = uw.Influence(spec, uw.Cholesky(), damping).fit(p.task, p.train)
+    fitted = uw.Influence(spec, uw.solvers.Cholesky(), damping).fit(p.task, p.train)
     H = reference(p.task, p.train)
     H = H + damping * torch.eye(len(H), dtype=H.dtype)
     for measure, function in ((uw.Loss(), p.task.loss), (first_output, first_output)):
@@ -45,7 +46,7 @@ def test_scores_equal_the_matrix_written_out(curvature, name):
 def test_self_influence_is_the_diagonal(name):
     p = problem(name)
     damping = 2.0 if {"untrained", "float32"} & p.traits else 0.0
-    fitted = uw.Influence(uw.Hessian(), uw.Cholesky(), damping).fit(p.task, p.train)
+    fitted = uw.Influence(uw.Hessian(), uw.solvers.Cholesky(), damping).fit(p.task, p.train)
     expected = fitted.attribute(p.train).values.diagonal()
     assert_same(fitted.self_influence(), expected, 1e-4 if "float32" in p.traits else 1e-10)
 
@@ -55,7 +56,9 @@ def test_influence_scores_is_the_formula():
     m, grads, A = draw(g, 3, 5), draw(g, 4, 5), draw(g, 5, 5)
     H = A @ A.T + torch.eye(5).double()
     expected = -(m @ torch.linalg.inv(H) @ grads.T) / 10
-    found = influence_scores(m, grads, inverse(Dense(H, frozenset({Tag.PSD})), uw.Cholesky()), n=10)
+    found = influence_scores(
+        m, grads, inverse(Dense(H, frozenset({Tag.PSD})), uw.solvers.Cholesky()), n=10
+    )
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     limit = influence_scores(m, grads, Identity(5), n=4)
     torch.testing.assert_close(limit, -(m @ grads.T) / 4)
@@ -101,18 +104,18 @@ def test_an_example_that_is_not_there(example):
 
 def test_provenance_says_what_was_done():
     p = problem("softmax")
-    method = uw.Influence(uw.GGN(), uw.CG(rtol=1e-8), uw.Relative(0.1))
+    method = uw.Influence(uw.GGN(), uw.solvers.CG(rtol=1e-8), uw.Relative(0.1))
     scores = method.fit(p.task, p.train).attribute(p.queries, uw.Margin())
     found = scores.provenance
-    assert eval(found.method, vars(uw)) == method
-    assert eval(found.measure, vars(uw)) == uw.Margin()
+    assert parse(found.method) == method
+    assert parse(found.measure) == uw.Margin()
     assert (found.n, found.q, found.p, found.dtype) == (17, 5, 12, "float64")
     assert "L2(strength=0.03" in found.task and "CrossEntropy" in found.task
     health = found.health
     mean = float(torch.linalg.eigvalsh(dense.ggn(p.task, p.train)).mean())
     assert health["damping"] == pytest.approx(0.1 * mean)
     assert 0 < health["solver_steps"] <= 12 and 0 < health["largest_residual"] <= 1e-8
-    assert eval(health["solver"], vars(uw)) == uw.CG(rtol=1e-8)
+    assert parse(health["solver"]) == uw.solvers.CG(rtol=1e-8)
     losses = nn.functional.cross_entropy(p.task.model(p.train[0]), p.train[1])
     assert health["mean_loss"] == pytest.approx(float(losses.detach()))
     assert set(found.seconds) == {"fit", "attribute"} and found.versions["torch"]
@@ -140,7 +143,7 @@ def test_a_float16_model_is_warned_about_and_noted():
 @pytest.mark.parametrize("name", names("float32"))
 def test_float32_scores_are_close_to_float64(name):
     p = problem(name)
-    method = uw.Influence(uw.GGN(), uw.Cholesky(), 0.1)
+    method = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), 0.1)
     single = method.fit(p.task, p.train).attribute(p.queries).values
     assert single.dtype == torch.float32
     model = dense.Replica(p.task, p.train).model.requires_grad_(True).double()
@@ -159,12 +162,12 @@ def test_float32_scores_are_close_to_float64(name):
 def test_specs_compare_hash_and_print():
     specs = [
         uw.Influence(),
-        uw.Influence(uw.GGN(), uw.CG(rtol=1e-4), 0.1),
-        uw.Influence(uw.Fisher(samples=3, seed=2), uw.MINRES(), uw.Relative(0.1)),
-        uw.Influence(uw.EmpiricalFisher(), uw.BlockCG(), uw.Absolute(1.0)),
+        uw.Influence(uw.GGN(), uw.solvers.CG(rtol=1e-4), 0.1),
+        uw.Influence(uw.Fisher(samples=3, seed=2), uw.solvers.MINRES(), uw.Relative(0.1)),
+        uw.Influence(uw.EmpiricalFisher(), uw.solvers.BlockCG(), uw.Absolute(1.0)),
     ]
     for spec in specs:
-        assert eval(repr(spec), vars(uw)) == spec
+        assert parse(repr(spec)) == spec
         assert spec.unit is uw.Unit.DERIVATIVE
     assert len(set(specs)) == len(specs)
 
@@ -180,13 +183,13 @@ def test_an_indefinite_hessian_says_its_smallest_eigenvalue_at_fit():
         EXACT.fit(p.task, p.train)
     assert caught.value.smallest == pytest.approx(smallest, rel=1e-6)
     with pytest.raises(NotPositiveDefinite, match=r"curvature=GGN\(\)"):
-        uw.Influence(uw.Hessian(), uw.CG()).fit(p.task, p.train).attribute(p.queries)
+        uw.Influence(uw.Hessian(), uw.solvers.CG()).fit(p.task, p.train).attribute(p.queries)
 
 
 def test_an_indefinite_hessian_is_solved_by_minres():
     p = problem("attention")
     H = dense.hessian(p.task, p.train)
-    found = uw.Influence(uw.Hessian(), uw.MINRES(rtol=1e-10)).fit(p.task, p.train)
+    found = uw.Influence(uw.Hessian(), uw.solvers.MINRES(rtol=1e-10)).fit(p.task, p.train)
     expected = dense.scores(p.task, p.train, p.queries, p.task.loss, H)
     assert_same(found.attribute(p.queries).values, expected, 1e-6)
 
@@ -201,7 +204,7 @@ def test_a_singular_hessian_is_refused_and_not_damped():
 
 def test_a_solver_that_runs_out_of_steps_is_refused():
     p = problem("mlp_tanh")
-    method = uw.Influence(uw.GGN(), uw.CG(rtol=1e-10, max_steps=2))
+    method = uw.Influence(uw.GGN(), uw.solvers.CG(rtol=1e-10, max_steps=2))
     with pytest.raises(NotConverged, match="after 2 steps") as caught:
         method.fit(p.task, p.train).attribute(p.queries)
     assert caught.value.solution.value.shape == (4, p.task.layout.size)
@@ -229,7 +232,7 @@ def test_a_factor_that_does_not_fit_is_refused_before_it_is_asked_for(monkeypatc
         uw.Influence(uw.GGN(), damping=0.1).fit(p.task, p.train)
     for way in (
         uw.Influence(uw.EKFAC(), damping=0.1),
-        uw.Influence(uw.GGN(), solver=uw.CG(), damping=0.1),
+        uw.Influence(uw.GGN(), solver=uw.solvers.CG(), damping=0.1),
     ):
         fitted = way.fit(p.task, p.train)
         free(monkeypatch, 10**9)  # what is asked of it is another matter

@@ -308,7 +308,7 @@ def many():
     return uw.Task(model, uw.CrossEntropy()), (X, labels(g, 600, 3))
 
 
-@pytest.mark.parametrize("which", [uw.Observed(), uw.Expected()], ids=repr)
+@pytest.mark.parametrize("which", [uw.labels.Observed(), uw.labels.Expected()], ids=repr)
 def test_the_error_of_a_subsample_is_the_spread_over_subsamples(which):
     """Over 200 random orders of the data, of which every sixth example is seen.
 
@@ -344,11 +344,19 @@ def test_a_subsample_is_noted_and_its_error_reported():
 
 def test_a_subsample_is_those_examples():
     task, (X, y) = many()
-    part = uw.EKFAC(uw.Observed(), examples=7).fit(task, as_data((X, y)), task.theta()).dense()
+    part = (
+        uw.EKFAC(uw.labels.Observed(), examples=7).fit(task, as_data((X, y)), task.theta()).dense()
+    )
     chosen = [0, 85, 171, 257, 342, 428, 514]
-    own = uw.EKFAC(uw.Observed()).fit(task, as_data((X[chosen], y[chosen])), task.theta()).dense()
+    own = (
+        uw.EKFAC(uw.labels.Observed())
+        .fit(task, as_data((X[chosen], y[chosen])), task.theta())
+        .dense()
+    )
     torch.testing.assert_close(part, own, rtol=1e-12, atol=1e-12)
-    more = uw.EKFAC(uw.Observed(), examples=1000).fit_blocks(task, as_data((X, y)), task.theta())
+    more = uw.EKFAC(uw.labels.Observed(), examples=1000).fit_blocks(
+        task, as_data((X, y)), task.theta()
+    )
     assert not any("evenly spaced" in note for note in more.notes)
     with pytest.raises(DataError, match="examples=0"):
         uw.EKFAC(examples=0).fit(task, as_data((X, y)), task.theta())

@@ -16,17 +16,17 @@ from upweight.testing.problems import closed_forms, first_output
 def test_scores_are_derivatives_where_the_curvature_is_the_hessian(name, kind):
     """One linear map, or a parameter by itself, with squared loss."""
     problem = next(p for p in closed_forms() if p.name == name)
-    fitted = uw.Influence(kind(uw.Expected()), tolerance=0).fit(problem.task, problem.train)
+    fitted = uw.Influence(kind(uw.labels.Expected()), tolerance=0).fit(problem.task, problem.train)
     found = fitted.attribute(problem.queries, first_output).values
     assert_same(found, problem.output_scores, 1e-10)
 
 
 @dataclass(frozen=True)
-class ByBatch(uw.Sampled):
+class ByBatch(uw.labels.Sampled):
     """Labels with a seed for each batch, whatever its examples."""
 
     def heads(self, loss, outputs, targets, places, stream):
-        ours = uw.Sampled(self.samples, 1000 * int(places[0]) + self.seed)
+        ours = uw.labels.Sampled(self.samples, 1000 * int(places[0]) + self.seed)
         return ours.heads(loss, outputs, targets, torch.arange(len(places)), stream)
 
 
@@ -40,6 +40,8 @@ def test_the_suite_sees_labels_that_depend_on_batches():
 
 def test_sampled_labels_do_not_depend_on_batches():
     checks = dict(
-        check_method(uw.Influence(uw.EKFAC(uw.Sampled()), damping=0.1, tolerance=0), rtol=1e-10)
+        check_method(
+            uw.Influence(uw.EKFAC(uw.labels.Sampled()), damping=0.1, tolerance=0), rtol=1e-10
+        )
     )
     checks["batches do not matter: ridge"]()

@@ -11,10 +11,11 @@ from tests.fitted import at
 from tests.laws.subjects import assert_same
 from tests.market import draw, initialized, labels, problem
 from tests.reference import dense
+from upweight.cli.spec import parse
 from upweight.gradients.factored import Tokens
 from upweight.task.data import as_data
 
-METHOD = uw.Influence(uw.EKFAC(uw.Expected()), damping=uw.Relative(0.1))
+METHOD = uw.Influence(uw.EKFAC(uw.labels.Expected()), damping=uw.Relative(0.1))
 
 
 def network(g, *more):
@@ -120,7 +121,7 @@ def test_autocast_to_float16_is_asked_as_well():
 def test_a_named_solver_on_half_precision_is_refused_by_its_spec(dtype):
     g = torch.Generator().manual_seed(1)
     X, y = data(g)
-    method = uw.Influence(uw.EKFAC(), uw.Cholesky(), damping=0.1)
+    method = uw.Influence(uw.EKFAC(), uw.solvers.Cholesky(), damping=0.1)
     with pytest.raises(uw.errors.DtypeError, match=r"EKFAC(.|\n)*Cholesky\((.|\n)*Auto\(\)"):
         method.fit(uw.Task(network(g).to(dtype), uw.CrossEntropy()), (X.to(dtype), y))
 
@@ -195,7 +196,7 @@ def test_batch_norm_in_eval_mode():
 @pytest.mark.parametrize("most", [16, 512])
 def test_odd_numbers_of_examples_and_queries(n, q, most, monkeypatch):
     """Also where the batch does not divide them."""
-    for place in ("curvature.layerwise", "contraction.stream"):
+    for place in ("curvature.layerwise", "scoring.stream"):
         monkeypatch.setattr(f"upweight.{place}.MOST_EXAMPLES", most)
     g = torch.Generator().manual_seed(n)
     fitted = METHOD.fit(uw.Task(network(g), uw.CrossEntropy()), data(g, n))
@@ -283,7 +284,7 @@ def test_batches_of_queries_of_different_lengths(asked, tolerance, monkeypatch):
     assert set(fitted.scorer.curvature.cost.positions) == {1}
     queries = DataLoader(Ragged(asked, 1), batch_size=4, collate_fn=padded)
     expected = reference(fitted, queries)
-    monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 1)
+    monkeypatch.setattr("upweight.scoring.stream.MOST_EXAMPLES", 1)
     found = at(fitted, tolerance).attribute(queries).values
     error = (found - expected).norm(dim=1) / expected.norm(dim=1)
     assert float(error.max()) <= 5 * tolerance + 1e-10
@@ -338,17 +339,19 @@ def test_the_model_comes_back_after_an_error_too():
 def test_specs_are_python_and_equal_what_they_print():
     for spec in (
         uw.EKFAC(),
-        uw.KFAC(uw.Expected(3), uw.Reduce(), 5),
-        uw.Diagonal(uw.Sampled(2, 7)),
-        uw.Blockwise((("*.weight", uw.KFAC(uw.Observed())), ("*", uw.Diagonal(uw.Observed())))),
+        uw.KFAC(uw.labels.Expected(3), uw.curvature.Reduce(), 5),
+        uw.Diagonal(uw.labels.Sampled(2, 7)),
+        uw.Blockwise(
+            (("*.weight", uw.KFAC(uw.labels.Observed())), ("*", uw.Diagonal(uw.labels.Observed())))
+        ),
     ):
-        assert eval(repr(spec), vars(uw)) == spec
-        assert hash(eval(repr(spec), vars(uw))) == hash(spec)
+        assert parse(repr(spec)) == spec
+        assert hash(parse(repr(spec))) == hash(spec)
 
 
 def test_blockwise_gives_each_block_the_first_that_matches():
     p = problem("mlp_tanh")
-    which = uw.Observed()
+    which = uw.labels.Observed()
     spec = uw.Blockwise((("0.*", uw.KFAC(which)), ("*", uw.Diagonal(which))))
     first, second = spec.fit_blocks(p.task, as_data(p.train), p.task.theta()).blocks
     kfac, _ = uw.KFAC(which).fit_blocks(p.task, as_data(p.train), p.task.theta()).blocks
@@ -361,7 +364,7 @@ def test_blockwise_gives_each_block_the_first_that_matches():
     "choices, given",
     [
         ((), "0 choices"),
-        ((("0.*", uw.EKFAC()), ("*", uw.KFAC(uw.Observed()))), "2 choices with 2 different"),
+        ((("0.*", uw.EKFAC()), ("*", uw.KFAC(uw.labels.Observed()))), "2 choices with 2 different"),
         ((("0.*", uw.EKFAC(examples=5)), ("*", uw.KFAC())), "2 choices with 2 different"),
     ],
 )
@@ -530,7 +533,7 @@ class Adapted(nn.Module):
 def test_a_block_without_gradients_is_a_block_of_zeros_with_a_note(damping):
     g = torch.Generator().manual_seed(0)
     X, y = torch.randn(20, 3, generator=g).double(), torch.arange(20) % 2
-    method = uw.Influence(uw.EKFAC(labels=uw.Observed()), damping=damping)
+    method = uw.Influence(uw.EKFAC(labels=uw.labels.Observed()), damping=damping)
 
     def fitted(params):
         return method.fit(
@@ -566,7 +569,7 @@ def test_gradients_whose_squares_underflow_are_not_taken_for_none():
 @pytest.mark.parametrize("damping", [uw.Relative(0.1), uw.Evidence()])
 def test_a_layer_that_never_fires_is_a_block_of_zeros(damping):
     task, train = without_a_curvature("dead")
-    method = uw.Influence(uw.EKFAC(labels=uw.Observed()), damping=damping)
+    method = uw.Influence(uw.EKFAC(labels=uw.labels.Observed()), damping=damping)
     found = at(method.fit(task, train), 0).attribute(train)
     assert any(note.startswith("0.weight: curvature and") for note in found.provenance.notes)
     rest = uw.Task(task.model, task.loss, params="2.*")

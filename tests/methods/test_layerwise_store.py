@@ -112,7 +112,7 @@ def scaled_inputs(model, batch):
 
 CHANGES = {
     "damping": lambda m, t: (dataclasses.replace(m, damping=uw.Relative(0.2)), t),
-    "curvature": lambda m, t: (dataclasses.replace(m, curvature=uw.KFAC(uw.Observed())), t),
+    "curvature": lambda m, t: (dataclasses.replace(m, curvature=uw.KFAC(uw.labels.Observed())), t),
     "penalty": lambda m, t: (m, uw.Task(t.model, t.loss, uw.L2(0.02))),
     "parameters": lambda m, t: (m, uw.Task(t.model, t.loss, t.penalty, params="2.*")),
     "forward": lambda m, t: (m, uw.Task(t.model, t.loss, t.penalty, forward=scaled_inputs)),
@@ -145,7 +145,7 @@ def stored():
     g = torch.Generator().manual_seed(0)
     layers = [nn.Linear(2, 3), nn.GELU(), nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False)]
     task = uw.Task(initialized(nn.Sequential(*layers), g).eval(), absolute, uw.L2(0.01))
-    method = uw.Influence(uw.EKFAC(uw.Observed()), damping=uw.Relative(0.1))
+    method = uw.Influence(uw.EKFAC(uw.labels.Observed()), damping=uw.Relative(0.1))
     return method, task, (draw(g, 9, 2), draw(g, 9, 2))
 
 
@@ -241,8 +241,8 @@ def test_interrupted_scores_go_on_where_less_memory_is_free(tmp_path, monkeypatc
     p = problem("conv")
     fitted = METHOD.fit(p.task, p.train)
     monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
-    monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 4)
-    monkeypatch.setattr("upweight.contraction.stream.TOGETHER", 1)
+    monkeypatch.setattr("upweight.scoring.stream.MOST_EXAMPLES", 4)
+    monkeypatch.setattr("upweight.scoring.stream.TOGETHER", 1)
     whole = fitted.attribute(p.queries, into=uw.Shards(tmp_path / "whole")).values()
     with stopped_at_shard(3):
         fitted.attribute(p.queries, into=uw.Shards(tmp_path / "part"))
@@ -257,8 +257,8 @@ def test_interrupted_scores_go_on(tmp_path, monkeypatch):
     p = problem("mlp_tanh")
     fitted = METHOD.fit(p.task, p.train)
     monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
-    monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 4)
-    monkeypatch.setattr("upweight.contraction.stream.TOGETHER", 1)
+    monkeypatch.setattr("upweight.scoring.stream.MOST_EXAMPLES", 4)
+    monkeypatch.setattr("upweight.scoring.stream.TOGETHER", 1)
     whole = at(fitted, 0.0).attribute(p.queries)
     with stopped_at_shard(3):
         at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path))
@@ -303,8 +303,8 @@ def test_scores_on_a_full_disk_go_on_bit_for_bit(files, tmp_path, monkeypatch):
     p = problem("mlp_tanh")
     fitted = METHOD.fit(p.task, p.train)
     monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
-    monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 4)
-    monkeypatch.setattr("upweight.contraction.stream.TOGETHER", 1)
+    monkeypatch.setattr("upweight.scoring.stream.MOST_EXAMPLES", 4)
+    monkeypatch.setattr("upweight.scoring.stream.TOGETHER", 1)
     whole = at(fitted, 0.0).attribute(p.queries)
     end = full_after(files, monkeypatch)
     with pytest.raises(OSError, match="No space left"):
@@ -328,8 +328,8 @@ def test_scores_go_on_with_another_memory(tmp_path, monkeypatch):
     p = problem("mlp_tanh")
     fitted = METHOD.fit(p.task, p.train)
     monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
-    monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 4)
-    monkeypatch.setattr("upweight.contraction.stream.TOGETHER", 1)
+    monkeypatch.setattr("upweight.scoring.stream.MOST_EXAMPLES", 4)
+    monkeypatch.setattr("upweight.scoring.stream.TOGETHER", 1)
     end = full_after(3, monkeypatch)
     with pytest.raises(OSError, match="No space left"):
         at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path))
@@ -387,8 +387,8 @@ def test_a_damaged_file_of_scores_is_named_and_only_it_is_computed_again(k, tmp_
     p = problem("mlp_tanh")
     fitted = METHOD.fit(p.task, p.train)
     monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
-    monkeypatch.setattr("upweight.contraction.stream.MOST_EXAMPLES", 4)
-    monkeypatch.setattr("upweight.contraction.stream.TOGETHER", 1)
+    monkeypatch.setattr("upweight.scoring.stream.MOST_EXAMPLES", 4)
+    monkeypatch.setattr("upweight.scoring.stream.TOGETHER", 1)
     whole = at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path)).values()
     files = sorted(tmp_path.glob("scores-*"))
     assert len(files) > 2

@@ -15,20 +15,25 @@ from upweight.testing.problems import closed_forms, first_output
 DAMPED = {"damped": True, "rtol": 1e-10}
 METHODS = [
     (uw.Influence(), {"exact": True, "rtol": 1e-10}),
-    (uw.Influence(uw.Hessian(), uw.Cholesky()), {"exact": True, "rtol": 1e-10}),
-    (uw.Influence(uw.GGN(), uw.CG(rtol=1e-11)), {"exact": True, "rtol": 1e-10}),
-    (uw.Influence(uw.GGN(), uw.BlockCG(rtol=1e-11)), {"exact": True, "rtol": 1e-10}),
-    (uw.Influence(uw.Hessian(), uw.MINRES(rtol=1e-11)), {"exact": True, "rtol": 1e-10}),
-    (uw.Influence(uw.Hessian(), uw.Cholesky(), 0.3), DAMPED),
-    (uw.Influence(uw.EmpiricalFisher(), uw.Cholesky(), uw.Relative(0.1)), DAMPED),
-    (uw.Influence(uw.Fisher(2, 1), uw.Cholesky(), 0.01), DAMPED | {"deterministic": False}),
-    (uw.Influence(uw.EKFAC(uw.Observed()), damping=0.1, tolerance=0), DAMPED),
-    (uw.Influence(uw.KFAC(uw.Expected(), uw.Reduce()), damping=0.1, tolerance=0), DAMPED),
+    (uw.Influence(uw.Hessian(), uw.solvers.Cholesky()), {"exact": True, "rtol": 1e-10}),
+    (uw.Influence(uw.GGN(), uw.solvers.CG(rtol=1e-11)), {"exact": True, "rtol": 1e-10}),
+    (uw.Influence(uw.GGN(), uw.solvers.BlockCG(rtol=1e-11)), {"exact": True, "rtol": 1e-10}),
+    (uw.Influence(uw.Hessian(), uw.solvers.MINRES(rtol=1e-11)), {"exact": True, "rtol": 1e-10}),
+    (uw.Influence(uw.Hessian(), uw.solvers.Cholesky(), 0.3), DAMPED),
+    (uw.Influence(uw.EmpiricalFisher(), uw.solvers.Cholesky(), uw.Relative(0.1)), DAMPED),
+    (uw.Influence(uw.Fisher(2, 1), uw.solvers.Cholesky(), 0.01), DAMPED | {"deterministic": False}),
+    (uw.Influence(uw.EKFAC(uw.labels.Observed()), damping=0.1, tolerance=0), DAMPED),
     (
-        uw.Influence(uw.EKFAC(uw.Sampled(2, 1)), damping=0.1, tolerance=0),
+        uw.Influence(
+            uw.KFAC(uw.labels.Expected(), uw.curvature.Reduce()), damping=0.1, tolerance=0
+        ),
+        DAMPED,
+    ),
+    (
+        uw.Influence(uw.EKFAC(uw.labels.Sampled(2, 1)), damping=0.1, tolerance=0),
         DAMPED | {"deterministic": False},
     ),
-    (uw.Influence(uw.GGN(), uw.CG(rtol=1e-11, preconditioner=uw.EKFAC()), 0.1), DAMPED),
+    (uw.Influence(uw.GGN(), uw.solvers.CG(rtol=1e-11, preconditioner=uw.EKFAC()), 0.1), DAMPED),
     (uw.GradientDot(), {"rtol": 1e-10}),
     (uw.GradientCosine(), {"rtol": 1e-10}),
 ]
@@ -47,7 +52,7 @@ def test_contract(check):
 @pytest.mark.parametrize("problem", closed_forms(), ids=lambda p: p.name)
 def test_removals_of_the_closed_forms(problem):
     if problem.removals is not None:
-        fitted = uw.Influence(uw.Hessian(), uw.Cholesky()).fit(problem.task, problem.train)
+        fitted = uw.Influence(uw.Hessian(), uw.solvers.Cholesky()).fit(problem.task, problem.train)
         found = fitted.removal(problem.queries, first_output).values
         torch.testing.assert_close(found, problem.removals, rtol=1e-10, atol=1e-12)
 
@@ -64,7 +69,7 @@ class Broken(Method):
             next(fitting.task.model.parameters()).data.add_(1e-3)
         if self.defect == "random":
             torch.rand(1)
-        sound = uw.Influence(uw.Hessian(), uw.Cholesky()).prepare(fitting)
+        sound = uw.Influence(uw.Hessian(), uw.solvers.Cholesky()).prepare(fitting)
         n = len(fitting.data)
 
         def score(queries, measure, start, stop):

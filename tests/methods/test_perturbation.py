@@ -11,7 +11,7 @@ from tests.reference import dense
 from upweight.errors import DataError, DtypeError, ShapeError
 from upweight.methods.perturbation import relabeled
 
-EXACT = uw.Influence(uw.Hessian(), uw.Cholesky())
+EXACT = uw.Influence(uw.Hessian(), uw.solvers.Cholesky())
 
 
 def with_input(train, key, example, value):

@@ -14,7 +14,7 @@ from tests.market import names, problem
 from tests.reference.retrain import measured, minimize
 from upweight.training.newton import Newton
 
-EXACT = uw.Influence(uw.Hessian(), uw.Cholesky())
+EXACT = uw.Influence(uw.Hessian(), uw.solvers.Cholesky())
 # Leaving out an outlier is no small step: each test holds the numbers themselves to refits.
 pytestmark = pytest.mark.filterwarnings("ignore::upweight.errors.AssumptionWarning")
 
@@ -94,8 +94,8 @@ def test_outputs_without_each_example_are_nearer_than_those_with_it(name, limit)
 def test_outputs_by_layer_are_the_same_where_the_layer_is_all_there_is(name):
     """One output: EK-FAC of the expected labels is Σ Λᵢ zᵢzᵢᵀ; with Λ = 1 it is H itself."""
     p = problem(name)
-    by_layer = uw.Influence(uw.EKFAC(uw.Expected()), damping=0.1, tolerance=0)
-    dense = uw.Influence(uw.EKFAC(uw.Expected()), uw.Cholesky(), damping=0.1)
+    by_layer = uw.Influence(uw.EKFAC(uw.labels.Expected()), damping=0.1, tolerance=0)
+    dense = uw.Influence(uw.EKFAC(uw.labels.Expected()), uw.solvers.Cholesky(), damping=0.1)
     found = by_layer.fit(p.task, p.train).loo_outputs()
     expected = dense.fit(p.task, p.train).loo_outputs()
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
@@ -104,7 +104,7 @@ def test_outputs_by_layer_are_the_same_where_the_layer_is_all_there_is(name):
 @pytest.mark.parametrize("name", names(without=("float32",)))
 def test_plug_in_removals_are_measured_where_the_step_ends(name):
     p = problem(name)
-    fitted = uw.Influence(uw.GGN(), uw.Cholesky(), damping=0.5).fit(p.task, p.train)
+    fitted = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), damping=0.5).fit(p.task, p.train)
     groups = [[0], [p.n - 1]] if p.n > 2 else [[0]]
     found = fitted.removal(p.queries, groups=groups, evaluate="plugin")
     before = measured(p.task, p.task.theta(), p.task.loss, p.queries)
@@ -164,7 +164,7 @@ def test_outputs_without_each_example_take_no_memory_of_n_by_n():
     X = torch.randn(n, 6, generator=g, dtype=torch.float64)
     model = torch.nn.Linear(6, 1).double()
     task = uw.Task(model, uw.SquaredError(), uw.L2(0.1))
-    for method in (EXACT, uw.Influence(uw.EKFAC(uw.Expected()), damping=0.1)):
+    for method in (EXACT, uw.Influence(uw.EKFAC(uw.labels.Expected()), damping=0.1)):
         fitted = method.fit(task, (X, X[:, :1]))
         with Largest() as largest:
             fitted.loo_outputs()

@@ -11,11 +11,11 @@ from tests.market import draw, names, problem
 from upweight.errors import SpecError, UpweightError
 
 RTOL = 1e-11
-SOLVERS = {"CG": uw.CG, "BlockCG": uw.BlockCG}
+SOLVERS = {"CG": uw.solvers.CG, "BlockCG": uw.solvers.BlockCG}
 PRECONDITIONERS = {
-    "EKFAC": uw.EKFAC(uw.Observed()),
-    "KFAC": uw.KFAC(uw.Observed(), uw.Reduce()),
-    "Diagonal": uw.Diagonal(uw.Observed()),
+    "EKFAC": uw.EKFAC(uw.labels.Observed()),
+    "KFAC": uw.KFAC(uw.labels.Observed(), uw.curvature.Reduce()),
+    "Diagonal": uw.Diagonal(uw.labels.Observed()),
 }
 
 
@@ -23,7 +23,7 @@ PRECONDITIONERS = {
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_equals_the_factorization(solver, name):
     p = problem(name)
-    exact = uw.Influence(uw.GGN(), uw.Cholesky(), damping=0.05).fit(p.task, p.train)
+    exact = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), damping=0.05).fit(p.task, p.train)
     made = SOLVERS[solver](rtol=RTOL, preconditioner=PRECONDITIONERS["EKFAC"])
     found = uw.Influence(uw.GGN(), made, damping=0.05).fit(p.task, p.train)
     assert_same(found.attribute(p.queries).values, exact.attribute(p.queries).values, 10 * RTOL)
@@ -35,8 +35,8 @@ def test_equals_the_factorization(solver, name):
 @pytest.mark.parametrize("damping", [0.0, 0.05])
 def test_whatever_the_preconditioner(damping, curvature, preconditioner):
     p = problem("mlp_tanh")
-    exact = uw.Influence(curvature, uw.Cholesky(), damping=damping).fit(p.task, p.train)
-    made = uw.CG(rtol=RTOL, preconditioner=PRECONDITIONERS[preconditioner])
+    exact = uw.Influence(curvature, uw.solvers.Cholesky(), damping=damping).fit(p.task, p.train)
+    made = uw.solvers.CG(rtol=RTOL, preconditioner=PRECONDITIONERS[preconditioner])
     fitted = uw.Influence(curvature, made, damping=damping).fit(p.task, p.train)
     expected = exact.attribute(p.queries).values
     assert_same(fitted.attribute(p.queries).values, expected, 1e-8)
@@ -66,12 +66,12 @@ def ill_conditioned(n=60, dtype=torch.float64):
 def test_fewer_steps_where_layers_are_ill_conditioned(solver):
     task, train, queries = ill_conditioned()
     steps, values = {}, {}
-    for name, preconditioner in (("without", None), ("with", uw.EKFAC(uw.Expected()))):
+    for name, preconditioner in (("without", None), ("with", uw.EKFAC(uw.labels.Expected()))):
         made = SOLVERS[solver](rtol=1e-9, max_steps=5000, preconditioner=preconditioner)
         fitted = uw.Influence(uw.GGN(), made, damping=1e-3).fit(task, train)
         scores = fitted.attribute(queries)
         steps[name], values[name] = scores.provenance.health["solver_steps"], scores.values
-    exact = uw.Influence(uw.GGN(), uw.Cholesky(), damping=1e-3).fit(task, train)
+    exact = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), damping=1e-3).fit(task, train)
     expected = exact.attribute(queries).values
     for found in values.values():
         assert_same(found, expected, 1e-5)
@@ -106,7 +106,7 @@ def test_a_large_model_takes_vectors_only(curvature):
     task = uw.Task(model, uw.CrossEntropy())
     p = task.layout.size
     assert p > 190_000
-    solver = uw.CG(rtol=1e-3, preconditioner=uw.EKFAC())
+    solver = uw.solvers.CG(rtol=1e-3, preconditioner=uw.EKFAC())
     with Largest() as largest:
         fitted = uw.Influence(curvature, solver, damping=3.0).fit(task, (X, y))
         moved = fitted.parameter_influence(3)

@@ -78,7 +78,7 @@ def test_leverage_close_to_one_is_not():
 
 def test_effects_hold_their_groups():
     p = problem("softmax")
-    fitted = uw.Influence(uw.Hessian(), uw.Cholesky()).fit(p.task, p.train)
+    fitted = uw.Influence(uw.Hessian(), uw.solvers.Cholesky()).fit(p.task, p.train)
     removed = fitted.removal(p.queries, uw.Margin(), groups=[[0, 2], 5])
     assert removed.groups == ((0, 2), (5,))
     assert removed.how == "Newton step" and removed.linear is None
@@ -106,7 +106,7 @@ def test_small_steps_agree_with_the_first_order():
     """The same example among 40 copies of the others: the correction is of order 1/n."""
     p = problem("logistic")
     many = uw.as_data(p.train).subset(list(range(p.n)) * 40)
-    fitted = uw.Influence(uw.Hessian(), uw.Cholesky()).fit(p.task, many)
+    fitted = uw.Influence(uw.Hessian(), uw.solvers.Cholesky()).fit(p.task, many)
     first = fitted.attribute(p.queries).removal().values
     newton = fitted.removal(p.queries).values
     ratio = newton / first

@@ -267,7 +267,7 @@ def test_a_measurement_that_is_not_linear_over_the_step_is_noted() -> None:
         return model
 
     task, queries = uw.Task(fit(0), uw.SquaredError()), (X[1:6], y[1:6])
-    fitted = uw.Influence(uw.Hessian(), uw.Cholesky()).fit(task, (X, y))
+    fitted = uw.Influence(uw.Hessian(), uw.solvers.Cholesky()).fit(task, (X, y))
     with pytest.warns(AssumptionWarning, match=r"Loss\(\) is not linear over the step"):
         found = fitted.removal(queries, groups=[0])
     assert any("not linear over the step" in note for note in found.provenance.notes)

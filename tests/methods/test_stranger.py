@@ -67,7 +67,7 @@ class MeanSquare:
 METHODS = [
     (LossKernel(), {}),
     (TwoPoints(), {"rtol": 1e-10}),
-    (uw.Influence(MeanSquare(), uw.Cholesky(), 0.1), {"damped": True, "rtol": 1e-10}),
+    (uw.Influence(MeanSquare(), uw.solvers.Cholesky(), 0.1), {"damped": True, "rtol": 1e-10}),
 ]
 
 
@@ -109,7 +109,7 @@ def test_the_curvature_is_what_it_says(name):
     g = dense.gradients(p.task, p.train)
     m = dense.measure_gradients(p.task, p.task.loss, p.queries)
     expected = -(m / (g.square().mean(dim=0) + 0.1)) @ g.T / p.n
-    found = uw.Influence(MeanSquare(), uw.Cholesky(), 0.1).fit(p.task, p.train)
+    found = uw.Influence(MeanSquare(), uw.solvers.Cholesky(), 0.1).fit(p.task, p.train)
     torch.testing.assert_close(found.attribute(p.queries).values, expected, rtol=1e-9, atol=1e-11)
 
 

@@ -186,7 +186,7 @@ def test_loss_and_prediction_come_from_the_live_model(run):
     model = nn.Linear(4, 3).double()
     X, y = torch.randn(12, 4, dtype=torch.float64), torch.arange(12) % 3
     task = uw.Task(model, loss=uw.CrossEntropy(), penalty=uw.L2(0.1))
-    context = uw.Context(task, uw.as_data((X, y)), uw.as_data((X[:3], y[:3])), uw.Loss())
+    context = uw.provenance.Context(task, uw.as_data((X, y)), uw.as_data((X[:3], y[:3])), uw.Loss())
     values = torch.randn(3, 12, dtype=torch.float64)
     run.scores = replace(run.scores, values=values, context=context)
     run.train, run.queries = (X, y), (X[:3], y[:3])
@@ -202,7 +202,7 @@ def test_a_positive_logit_predicts_yes_and_several_logits_no_class(run, outputs)
     model = nn.Linear(4, outputs).double()
     X, y = torch.randn(12, 4, dtype=torch.float64), (torch.arange(12) % 2).double()
     y = y[:, None].expand(-1, outputs)
-    context = uw.Context(
+    context = uw.provenance.Context(
         uw.Task(model, uw.Bernoulli()), uw.as_data((X, y)), uw.as_data((X[:3], y[:3])), uw.Loss()
     )
     values = torch.randn(3, 12, dtype=torch.float64)

@@ -19,11 +19,11 @@ from digests import digests  # beside this script
 
 import upweight as uw
 from upweight.cli.main import cli
-from upweight.contraction import stream
 from upweight.curvature import layerwise as curvature
 from upweight.methods import reduce
 from upweight.runs.directory import Run
 from upweight.runtime import checkpoint
+from upweight.scoring import stream
 
 # Forks have what their parent has read: the digits are unpacked once.
 uw.data.mnist_subset = functools.cache(uw.data.mnist_subset)

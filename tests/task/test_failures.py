@@ -411,7 +411,7 @@ def test_a_plain_function_that_is_a_loss_of_ours(function, ours, targets):
         uw.Influence(uw.EKFAC()).fit(task, data)
     assert "are those of" in str(caught.value)
     for way in (
-        uw.Influence(uw.EKFAC(labels=uw.Observed())).fit(task, data),
+        uw.Influence(uw.EKFAC(labels=uw.labels.Observed())).fit(task, data),
         uw.Influence(uw.EKFAC()).fit(uw.Task(linear(), getattr(uw, ours)(), uw.L2(0.1)), data),
     ):
         assert bool(way.attribute(data).values.isfinite().all())
@@ -497,7 +497,7 @@ def test_a_loss_that_is_none(loss):
         (lambda: uw.Influence(0.1), "another's place"),
         (lambda: uw.Influence(None), "another's place"),
         (lambda: uw.Influence(solver="cg"), r"solver=upweight\.CG\(\)"),
-        (lambda: uw.Influence(solver=uw.CG), r"solver=upweight\.CG\(\)"),
+        (lambda: uw.Influence(solver=uw.solvers.CG), r"solver=upweight\.CG\(\)"),
     ],
 )
 def test_a_curvature_or_solver_that_is_none(given, said):

@@ -362,7 +362,7 @@ def classes_last(model, batch):
     return model(batch[0]).movedim(1, -1), batch[1]
 
 
-LABELS = [uw.Sampled(), uw.Expected(), uw.Observed()]
+LABELS = [uw.labels.Sampled(), uw.labels.Expected(), uw.labels.Observed()]
 
 
 @pytest.mark.parametrize("size", [4, 5])

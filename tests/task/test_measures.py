@@ -5,6 +5,7 @@ import torch
 
 import upweight as uw
 from tests.market import problem
+from upweight.cli.spec import parse
 from upweight.errors import NonFinite, ScalarLoss, UpweightError
 from upweight.task.data import as_data
 from upweight.task.measures import OutputMeasure, as_measure
@@ -104,4 +105,4 @@ def test_a_measure_that_is_not_finite_names_the_query():
 def test_specs_compare_and_print():
     assert uw.Logit(2) == uw.Logit(2) != uw.Logit(1)
     for measure in (uw.Loss(), uw.LogProb(), uw.Margin(), uw.Logit(3)):
-        assert eval(repr(measure), vars(uw)) == measure
+        assert parse(repr(measure)) == measure

@@ -6,6 +6,7 @@ from torch import nn
 
 import upweight as uw
 from tests.market import Tied, draw, labels, log_cosh, train_in_place
+from upweight.cli.spec import parse
 from upweight.errors import SpecError
 from upweight.task.params import Layout
 from upweight.task.penalties import NoPenalty, as_penalty
@@ -92,7 +93,7 @@ MEASURES = {
 def scores(strength, measure, p):
     penalty = uw.L2(0.02, exclude=("bias",)) + uw.SumToZero("bias", strength)
     task = uw.Task(p["model"], uw.CrossEntropy(), penalty)
-    method = uw.Influence(uw.Hessian(), uw.Cholesky())
+    method = uw.Influence(uw.Hessian(), uw.solvers.Cholesky())
     return method.fit(task, p["train"]).attribute(p["queries"], measure).values
 
 
@@ -143,6 +144,6 @@ def test_a_pattern_that_matches_nothing(theta_and_layout):
 
 def test_penalties_compare_and_print():
     for penalty in (uw.L2(0.1), uw.L2(0.1, ("*bias",)), uw.SumToZero("bias"), NoPenalty()):
-        assert eval(repr(penalty), vars(uw)) == penalty
+        assert parse(repr(penalty)) == penalty
     assert uw.L2(0.1, "bias") == uw.L2(0.1, ("bias",))
     assert as_penalty(None) == NoPenalty()

@@ -16,7 +16,7 @@ from upweight.task.probe import PROBE_EXAMPLES, evenly_spaced
 
 G = torch.Generator().manual_seed(0)
 X, Y = draw(G, 40, 3), torch.arange(40) % 2
-CURVATURES = [uw.GGN(), uw.EKFAC(labels=uw.Observed())]
+CURVATURES = [uw.GGN(), uw.EKFAC(labels=uw.labels.Observed())]
 
 
 def fit(model, loss=None, train=(X, Y), curvature=None, **options):
@@ -422,7 +422,7 @@ def test_examples_in_the_order_of_their_domain_have_the_scores_of_any_other_orde
 
     def scores(index):
         task = uw.Task(heads(), uw.CrossEntropy())
-        method = uw.Influence(uw.EKFAC(labels=uw.Observed()), damping=1.0)
+        method = uw.Influence(uw.EKFAC(labels=uw.labels.Observed()), damping=1.0)
         fitted = method.fit(task, (X[index], domain[index], Y[index]))
         return at(fitted, 0).attribute(queries).values
 
@@ -434,7 +434,7 @@ def test_examples_in_the_order_of_their_domain_have_the_scores_of_any_other_orde
 def test_a_head_that_the_training_data_never_reach_counts_as_zero_with_a_note():
     domain = torch.zeros(40, dtype=torch.long)
     task = uw.Task(heads(), uw.CrossEntropy())
-    method = uw.Influence(uw.EKFAC(labels=uw.Observed()), damping=1.0)
+    method = uw.Influence(uw.EKFAC(labels=uw.labels.Observed()), damping=1.0)
     with pytest.warns(UserWarning, match=r"no gradient reaches heads\.1\.weight"):
         fitted = method.fit(task, (X, domain, Y))
     found = at(fitted, 0).attribute((X[:3], domain[:3], Y[:3]))
@@ -508,7 +508,7 @@ def test_autocast_inside_of_forward_rounds(back):
     x, y = torch.randn(37, 16, generator=g), torch.arange(37) % 3
     for curvature in (uw.EKFAC(), uw.GGN()):
         task = uw.Task(Autocast(back).float().eval(), uw.CrossEntropy())
-        fitted = uw.Influence(curvature, uw.Auto(), damping=1.0).fit(task, (x.float(), y))
+        fitted = uw.Influence(curvature, uw.solvers.Auto(), damping=1.0).fit(task, (x.float(), y))
         assert bool(fitted.attribute((x[:2].float(), y[:2])).values.isfinite().all())
 
 

@@ -87,7 +87,7 @@ def test_retraining_takes_them_too():
     for targets in (Y, Y.float()):
         task = uw.Task(model(1, "linear", torch.float32), uw.SquaredError(), uw.L2(0.1))
         retrained = uw.evaluation.leave_one_out(
-            uw.Newton(tol=1e-5),
+            uw.training.Newton(tol=1e-5),
             task,
             (X.float(), targets),
             range(3),

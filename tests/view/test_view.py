@@ -453,7 +453,7 @@ def test_a_live_model_is_asked_about_the_queries(folder):
     X, y = torch.randn(N, 3, dtype=torch.float64), torch.arange(N) % 2
     task = uw.Task(torch.nn.Linear(3, 2).double(), loss=uw.CrossEntropy())
     train, queries = uw.as_data((X, y)), uw.as_data((X[:Q], y[:Q]))
-    scores = opened(folder).attach(uw.Context(task, train, queries, uw.Loss()))
+    scores = opened(folder).attach(uw.provenance.Context(task, train, queries, uw.Loss()))
     answers = Answers(scores, ask=False)
     losses = task.losses(task.theta(), (X[:Q], y[:Q])).tolist()
     np.testing.assert_allclose([q["value"] for q in answers.meta["queries"]], losses, rtol=1e-4)

@@ -53,8 +53,8 @@ class Refit:
     sample weights are those of the task's data: "balanced" is not balanced anew.
 
     LinearSVC(loss="hinge") is refitted with the hinge itself, as Koh & Liang do; its gradient norm
-    is NaN. SGD keeps its noise, the same in every fit; `upweight.Newton()` retrains the same
-    objective without.
+    is NaN. SGD keeps its noise, the same in every fit; `upweight.training.Newton()` retrains the
+    same objective without.
 
     Args:
         estimator: Unfitted; the last step of a Pipeline.

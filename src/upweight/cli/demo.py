@@ -289,7 +289,7 @@ class Subject:
 
 def network(name: str, init: Callable[[], nn.Module], lr: float) -> Subject:
     """Momentum SGD whose rate falls to zero, and EK-FAC."""
-    recipe = uw.Training(init, uw.SGD(lr, momentum=0.9), 10, 100, uw.LinearDecay())
+    recipe = uw.Training(init, uw.SGD(lr, momentum=0.9), 10, 100, uw.training.LinearDecay())
     # In mean eigenvalues of each block: the heuristic of Grosse et al. (2023).
     method = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1))
     return Subject(name, init, uw.L2(1e-3), recipe, method, in_sets)
@@ -297,8 +297,8 @@ def network(name: str, init: Callable[[], nn.Module], lr: float) -> Subject:
 
 MODELS = {
     "softmax": Subject(
-        "softmax regression", linear, uw.L2(0.01), uw.Newton(),
-        uw.Influence(uw.Hessian(), uw.Cholesky()), one_by_one,
+        "softmax regression", linear, uw.L2(0.01), uw.training.Newton(),
+        uw.Influence(uw.Hessian(), uw.solvers.Cholesky()), one_by_one,
     ),
     "mlp": network("a perceptron with two hidden layers", mlp, 0.1),
     # At 0.1 it learns more, but then 20 images at random change its hardest losses by 3.6, root

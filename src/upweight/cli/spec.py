@@ -23,16 +23,16 @@ from upweight.errors import SpecError, UpweightError
 WORDS = {
     "method": "Influence GradientDot GradientCosine",
     "curvature": "Hessian GGN Fisher EmpiricalFisher EKFAC KFAC Diagonal Blockwise",
-    "labels": "Sampled Expected Observed",
-    "sharing": "Expand Reduce",
+    "labels": "labels.Sampled labels.Expected labels.Observed",
+    "sharing": "curvature.Expand curvature.Reduce",
     "damping": "Absolute Relative Evidence",
-    "solver": "Auto Cholesky CG BlockCG MINRES",
+    "solver": "solvers.Auto solvers.Cholesky solvers.CG solvers.BlockCG solvers.MINRES",
     "measure": "Loss Margin LogProb Logit",
     "loss": "CrossEntropy SquaredError Bernoulli Poisson SmoothHinge Weighted",
     "penalty": "L2 NoPenalty SumToZero",
-    "recipe": "Training Newton PBRF",
+    "recipe": "Training training.Newton training.PBRF",
     "optimizer": "SGD Adam AdamW",
-    "schedule": "training.schedules.Constant Cosine LinearDecay Stepwise",
+    "schedule": "training.Constant training.Cosine training.LinearDecay training.Stepwise",
 }
 """Every spec that a text may name, by kind, as a name within `upweight`."""
 

@@ -11,3 +11,7 @@
 Every batch counts by its number of examples. The penalty's own curvature is exact, by
 layer where it is a multiple of the identity on each block.
 """
+
+from upweight.curvature.estimators import Expand, Reduce
+
+__all__ = ["Expand", "Reduce"]

@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.contraction.stream import no_gradient
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
@@ -44,6 +43,7 @@ from upweight.methods.layered import token_shares
 from upweight.methods.leverage import LinearRemovals
 from upweight.methods.scorer import Asked, Job, Scorer, Work
 from upweight.runtime.memory import examples_within, require_bytes, solved_bytes, working_bytes
+from upweight.scoring.stream import no_gradient
 from upweight.task.data import Data, batch_size
 from upweight.task.measures import Loss
 from upweight.task.point import Point

@@ -14,17 +14,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from upweight._typing import Batch
-from upweight.contraction.choose import Choice
-from upweight.contraction.queries import FactoredQueries, in_basis, inner, self_products
-from upweight.contraction.stream import (
-    Contraction,
-    Gradients,
-    contractions,
-    of_vectors,
-    queries_at_once,
-    training_loss,
-    unchanged,
-)
 from upweight.curvature.layerwise import (
     BlockCurvature,
     FittedBlock,
@@ -47,6 +36,17 @@ from upweight.methods.scorer import Asked, Job, Scorer, Work
 from upweight.runtime.checkpoint import Checkpoint
 from upweight.runtime.memory import working_bytes
 from upweight.runtime.progress import progress
+from upweight.scoring.choose import Choice
+from upweight.scoring.queries import FactoredQueries, in_basis, inner, self_products
+from upweight.scoring.stream import (
+    Contraction,
+    Gradients,
+    contractions,
+    of_vectors,
+    queries_at_once,
+    training_loss,
+    unchanged,
+)
 from upweight.task.check import (
     checked_batch,
     checked_losses,

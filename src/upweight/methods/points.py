@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.contraction.stream import normalized, unchanged
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.layerwise import LayerwiseCurvature
 from upweight.linalg.damping import Damping
@@ -25,6 +24,7 @@ from upweight.methods import dense, layered
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
 from upweight.methods.scorer import Asked, Job, Scorer
+from upweight.scoring.stream import normalized, unchanged
 from upweight.task.point import Point
 
 

@@ -12,8 +12,25 @@ training loop of the user's own.
 them, in several processes too).
 """
 
+from upweight.training.function import FromFunction
+from upweight.training.newton import Newton
+from upweight.training.pbrf import PBRF
 from upweight.training.retrain import Retrained, retrain
+from upweight.training.schedules import Constant, Cosine, LinearDecay, Stepwise
 from upweight.training.trajectory import Trajectory
 from upweight.training.weights import removal_weights, subset_weights
 
-__all__ = ["Retrained", "Trajectory", "removal_weights", "retrain", "subset_weights"]
+__all__ = [
+    "PBRF",
+    "Constant",
+    "Cosine",
+    "FromFunction",
+    "LinearDecay",
+    "Newton",
+    "Retrained",
+    "Stepwise",
+    "Trajectory",
+    "removal_weights",
+    "retrain",
+    "subset_weights",
+]

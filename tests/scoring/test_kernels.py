@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from upweight.contraction import kernels
-from upweight.contraction.kernels import Explicit, OfVector, Separable
 from upweight.gradients.factored import Lookups, Rows, Tokens
 from upweight.runtime.hardware import has_fast_bfloat16
+from upweight.scoring import kernels
+from upweight.scoring.kernels import Explicit, OfVector, Separable
 
 Q, B, O, I = 3, 5, 4, 6  # noqa: E741  outputs and inputs
 

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from upweight.contraction.choose import _ranks, _short_terms, choose
-from upweight.contraction.kernels import Explicit, OfVector, Separable
-from upweight.contraction.queries import FactoredQueries, SolvedQueries, in_basis, inner, solved
-from upweight.contraction.reference import Reference, Sample, measured
-from upweight.contraction.reference import reference_scores as reference_of
-from upweight.contraction.separable import expansion
 from upweight.gradients.factored import Rows, Tokens
 from upweight.linalg.eigen import Eigen
+from upweight.scoring.choose import _ranks, _short_terms, choose
+from upweight.scoring.kernels import Explicit, OfVector, Separable
+from upweight.scoring.queries import FactoredQueries, SolvedQueries, in_basis, inner, solved
+from upweight.scoring.reference import Reference, Sample, measured
+from upweight.scoring.reference import reference_scores as reference_of
+from upweight.scoring.separable import expansion
 
 O, I, Q, S = 6, 40, 8, 30  # noqa: E741  outputs and inputs
 

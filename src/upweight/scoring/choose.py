@@ -16,17 +16,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight.contraction.kernels import Explicit, Kernel, OfVector, Separable, add_pairs
-from upweight.contraction.queries import (
+from upweight.gradients.factored import Tokens
+from upweight.scoring.kernels import Explicit, Kernel, OfVector, Separable, add_pairs
+from upweight.scoring.queries import (
     PAIR_OVERHEAD,
     BlockQueries,
     FactoredQueries,
     pair_cost,
     rotated,
 )
-from upweight.contraction.reference import SOLVE_BYTES, Reference, Sample
-from upweight.contraction.separable import Expansion, expansion
-from upweight.gradients.factored import Tokens
+from upweight.scoring.reference import SOLVE_BYTES, Reference, Sample
+from upweight.scoring.separable import Expansion, expansion
 
 TRUNCATION_SHARE = 0.7
 """Of the squared tolerance, how much the truncation may use; the rest is for rounding."""

@@ -88,7 +88,7 @@ def test_a_loose_tolerance_is_made_use_of():
 
 @pytest.mark.parametrize("able", [False, True])
 def test_bfloat16_is_used_only_where_the_hardware_has_it(able, monkeypatch):
-    monkeypatch.setattr("upweight.contraction.stream.has_fast_bfloat16", lambda device: able)
+    monkeypatch.setattr("upweight.scoring.stream.has_fast_bfloat16", lambda device: able)
     method, queries, exact = fitted(torch.float32, 0.0)
     scores = at(method, 0.05).attribute((queries[0][:20], queries[1][:20]))
     words = " ".join(scores.provenance.health["contraction"].values())

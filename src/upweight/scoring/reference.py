@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight.contraction.kernels import Kernel
-from upweight.contraction.queries import BlockQueries, FactoredQueries, rotated
 from upweight.gradients.factored import Factors, Rows, Tokens
+from upweight.scoring.kernels import Kernel
+from upweight.scoring.queries import BlockQueries, FactoredQueries, rotated
 
 SOLVE_BYTES = 64 * 2**20
 

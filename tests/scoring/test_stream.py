@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from upweight.contraction import stream
+from upweight.scoring import stream
 
 
 @pytest.mark.parametrize("most", [2**24, 0])

@@ -20,16 +20,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upweight._typing import Batch, Params
-from upweight.contraction.choose import TRUNCATION_SHARE, Choice, choose
-from upweight.contraction.kernels import Explicit, Kernel, OfVector
-from upweight.contraction.queries import (
-    BlockQueries,
-    SolvedQueries,
-    block_queries,
-    depends_on_parameters,
-    in_pairs,
-)
-from upweight.contraction.reference import Sample, measured, reference_scores
 from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature
 from upweight.errors import NotDifferentiable, message
 from upweight.gradients.factored import Factors, stacked
@@ -37,6 +27,16 @@ from upweight.gradients.passes import GradientPass
 from upweight.runtime.hardware import has_fast_bfloat16
 from upweight.runtime.memory import examples_within, solved_bytes, working_bytes
 from upweight.runtime.progress import progress
+from upweight.scoring.choose import TRUNCATION_SHARE, Choice, choose
+from upweight.scoring.kernels import Explicit, Kernel, OfVector
+from upweight.scoring.queries import (
+    BlockQueries,
+    SolvedQueries,
+    block_queries,
+    depends_on_parameters,
+    in_pairs,
+)
+from upweight.scoring.reference import Sample, measured, reference_scores
 from upweight.task.data import Data
 from upweight.task.measures import Loss
 from upweight.task.task import Task
