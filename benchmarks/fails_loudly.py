@@ -816,7 +816,7 @@ def a_recipe_that_makes_another_model() -> Any:
     early = uw.Training(
         lambda: nn.Linear(3, 2).double(), uw.SGD(lr=0.01), epochs=1, batch=8, seed=0
     )
-    return check(attribute(), early, subsets=20, progress=False)
+    return check(attribute(), early, subsets=20)
 
 
 @case
@@ -824,12 +824,12 @@ def scores_that_are_noise() -> Any:
     scores = attribute()
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(scores.values.shape, generator=g, dtype=torch.float64)
-    return check(replace(scores, values=noise), uw.training.Newton(), subsets=20, progress=False)
+    return check(replace(scores, values=noise), uw.training.Newton(), subsets=20)
 
 
 @case
 def a_check_of_too_few_models() -> Any:
-    return check(attribute(), uw.training.Newton(), subsets=3, progress=False)
+    return check(attribute(), uw.training.Newton(), subsets=3)
 
 
 # -- adapters: rows before and after a pipeline, columns by name, fits without an end --------------

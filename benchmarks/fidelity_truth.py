@@ -26,6 +26,7 @@ from torch import Tensor
 import upweight as uw
 from upweight.evaluation import class_groups
 from upweight.runtime.fingerprint import digest
+from upweight.runtime.resources import Resources
 from upweight.runtime.versions import library_versions
 from upweight.training import removal_weights, retrain, subset_weights
 
@@ -133,7 +134,7 @@ def _made(problem: Problem, cache: Path, file: Path, print_: str) -> tuple[dict[
                     weights,
                     asked(problem),
                     All(problem.kind),
-                    cache=cache / f"fidelity-{problem.name}",
+                    resources=Resources(folder=cache / f"fidelity-{problem.name}"),
                 )
                 values.append(found.values - found.baseline)
                 seconds[name] += found.seconds

@@ -38,8 +38,9 @@ def main() -> None:
     weights = subset_weights(len(X), 40, renormalize=True)
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         with Client(cluster), joblib.parallel_config(backend="dask"):
+            using = uw.Resources(jobs=2)
             truth = [
-                retrain(replace(recipe, seed=seed), task, (X, y), weights, queries, jobs=2)
+                retrain(replace(recipe, seed=seed), task, (X, y), weights, queries, resources=using)
                 for seed in range(2)
             ]
     found = lds(scores, weights, truth)

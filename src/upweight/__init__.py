@@ -22,6 +22,9 @@ else:
             globals().update({each: getattr(public, each) for each in ["__all__", *public.__all__]})
             if name in globals():  # a public name, or a folder of the package
                 return globals()[name]
+            for place in ("solvers", "labels", "training", "curvature"):
+                if name in getattr(globals()[place], "__all__", ()):
+                    raise AttributeError(f"{name} is upweight.{place}.{name}", name=name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:

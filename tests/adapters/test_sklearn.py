@@ -205,9 +205,6 @@ def test_softmax_scores_equal_numpy():
     np.testing.assert_allclose(scores.values.numpy(), expected, rtol=1e-7, atol=1e-10)
 
 
-LOO = {"cache": None, "progress": False}
-
-
 def test_ridge_removal_equals_refitting():
     X, y = diabetes()
     ridge = Ridge(alpha=3.0).fit(X, y, sample_weight=WEIGHTS)
@@ -215,7 +212,7 @@ def test_ridge_removal_equals_refitting():
     influence = uw.Influence(solver=uw.solvers.Cholesky()).fit(task, train)
     queries = sk.data(ridge, X[:7], y[:7])
     prediction = influence.removal(queries, measure=lambda f, _: f[:, 0])
-    found = uw.evaluation.loo(prediction, sk.recipe(ridge), examples=range(0, N, 6), **LOO)
+    found = uw.evaluation.loo(prediction, sk.recipe(ridge), examples=range(0, N, 6))
     assert_close(found.predicted, found.actual, rtol=1e-8, atol=1e-10)
     # Against scikit-learn on the rows that are left: Ridge's α does not know n.
     kept = np.arange(N) != 6
@@ -238,7 +235,7 @@ def test_predicted_removals_match_refitting(name):
     influence = uw.Influence(solver=uw.solvers.Cholesky()).fit(task, train)
     queries = sk.data(estimator, X[::10], y[::10])
     removal = influence.removal(queries)
-    found = uw.evaluation.loo(removal, sk.recipe(estimator), examples=range(0, N, 5), **LOO)
+    found = uw.evaluation.loo(removal, sk.recipe(estimator), examples=range(0, N, 5))
     assert found.pearson.value >= 0.99
     assert abs(found.slope.value - 1) < 0.2
 
@@ -306,9 +303,10 @@ def test_refits_are_recorded_and_shared_among_processes(tmp_path):
         .fit(task, train)
         .attribute(sk.data(estimator, X, y))
     )
-    options = {"examples": range(4), "cache": tmp_path, "progress": False}
-    first = uw.evaluation.loo(scores, sk.recipe(estimator), jobs=2, **options)
-    again = uw.evaluation.loo(scores, sk.recipe(estimator), **options)
+    first, again = (
+        uw.evaluation.loo(scores, sk.recipe(estimator), range(4), resources=using)
+        for using in (uw.Resources(jobs=2, folder=tmp_path), uw.Resources(folder=tmp_path))
+    )
     assert again.retrained.reused == 5
     assert_close(first.actual, again.actual)
     assert repr(sk.recipe(estimator)).startswith("Refit(estimator=LogisticRegression(")
@@ -430,7 +428,7 @@ def test_pipeline_is_attributed_in_the_transformed_space():
         .attribute(sk.data(pipe[-1], Z[:5], y[:5]))
     )
     assert_close(scores.values, alone.values)
-    found = uw.evaluation.loo(scores, sk.recipe(pipe), examples=range(0, N, 10), **LOO)
+    found = uw.evaluation.loo(scores, sk.recipe(pipe), examples=range(0, N, 10))
     assert found.pearson.value > 0.99
     assert sk.supports(pipe)
     with pytest.raises(DataError, match="before its transformations"):

@@ -126,17 +126,16 @@ def test_iris_equals_a_pipeline_written_in_torch():
 def test_every_way_to_ask_reads_alike(tmp_path):
     pipe, task, train, fitted = made("series")
     given, translated = raw("series", TEST), sk.data(pipe, *raw("series", TEST))
-    few = {"progress": False}
     for ask in (
         lambda queries: uw.Influence(uw.EKFAC()).fit(task, train).attribute(queries).values,
         lambda queries: fitted.input_influence(3, queries),
         lambda queries: fitted.relabel_influence(3, "virginica", queries),
         lambda queries: (
-            uw.evaluation.loo(fitted.attribute(queries), sk.recipe(pipe), range(2), **few).actual
+            uw.evaluation.loo(fitted.attribute(queries), sk.recipe(pipe), range(2)).actual
         ),
         lambda queries: (
             uw.evaluation.leave_one_out(
-                uw.training.Newton(), task, raw("series", TRAIN), range(2), queries, **few
+                uw.training.Newton(), task, raw("series", TRAIN), range(2), queries
             ).values
         ),
     ):

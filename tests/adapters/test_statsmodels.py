@@ -279,12 +279,12 @@ def test_refits_confirm_removals(fit):
     task, train = smx.task(results)
     scores = uw.Influence().fit(task, train).attribute(train.subset(range(9)), measure=output)
     removal = scores.context.fitted.removal(train.subset(range(9)), output, groups=range(12))
-    loo = uw.evaluation.loo(removal, smx.recipe(results), range(12), query=2, progress=False)
+    loo = uw.evaluation.loo(removal, smx.recipe(results), range(12), query=2)
     if isinstance(task.loss.base, uw.SquaredError):  # a removal is exact, and so is the refit
         size = loo.actual.abs().max()
         assert_close(loo.predicted / size, loo.actual / size, rtol=1e-7, atol=1e-7)
         return
-    plain = uw.evaluation.loo(scores, smx.recipe(results), range(12), query=2, progress=False)
+    plain = uw.evaluation.loo(scores, smx.recipe(results), range(12), query=2)
     error, first = [(x.predicted - x.actual).norm() / x.actual.norm() for x in (loo, plain)]
     # One Newton step. Observed: 0.1 to 6 %, and 5 to 70 % of the error of the first order, which
     # is what remains where the leverage is forgotten.

@@ -125,7 +125,6 @@ def test_a_task_with_an_offset_measures_eta_and_removes_as_dfbeta(case):
         fitted.removal(queries, uw.Logit(0), groups=range(0, 30, 3)),
         smx.recipe(results),
         range(0, 30, 3),
-        progress=False,
     )
     error = (loo.predicted - loo.actual).norm() / loo.actual.norm()
     assert error < (1e-9 if "gaussian" in case else 0.08)

@@ -126,6 +126,21 @@ def test_every_public_spec_can_be_named():
     assert len(SPECS) == sum(map(len, REGISTRY.values())), "a name twice"
 
 
+def test_a_spec_may_be_written_as_in_a_script():
+    text = "uw.Influence(uw.EKFAC(uw.labels.Observed()), upweight.solvers.CG())"
+    assert parse(text) == uw.Influence(uw.EKFAC(uw.labels.Observed()), uw.solvers.CG())
+    for other in ("os.Influence()", "uw.training.CG()", "uw.cli.EKFAC()"):
+        with pytest.raises(SpecError, match="unknown name"):
+            parse(other)
+
+
+def test_a_name_that_stands_elsewhere_says_where():
+    with pytest.raises(AttributeError, match=r"upweight\.solvers\.CG"):
+        uw.CG  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute"):
+        uw.Nothing  # noqa: B018
+
+
 def refusal(text):
     try:
         parse(text)
@@ -169,7 +184,7 @@ def test_a_name_alone_lists_and_negative_numbers_are_read():
         ),
         ("Relative(factor=1, factor=2)", "Relative(factor=1, factor=2)", ["given twice"]),
         ("Influence(open('x'))", "open", ["unknown name open"]),
-        ("Influence(os.remove('x'))", "os.remove('x')", ["nothing is evaluated"]),
+        ("Influence(os.remove('x'))", "os.remove", ["unknown name os.remove", "another library's"]),
         ("Relative(0.1 + 0.1)", "0.1 + 0.1", ["nothing is evaluated"]),
         ("Influence(*[1])", "*[1]", ["nothing is evaluated"]),
         ("0.1", "0.1", ["starts with a name"]),

@@ -53,7 +53,7 @@ def fitted(digits):
 def test_exact_influence_of_a_convex_model_passes(digits, fitted, tmp_path):
     _, _, queries = digits
     found = fitted.check(
-        uw.training.Newton(), "20 s", queries=queries, cache=tmp_path, progress=False
+        uw.training.Newton(), "20 s", queries=queries, resources=uw.Resources(folder=tmp_path)
     )
     assert found.lds.spearman.low > 0.9
     assert found.lds.ceiling is None, "nothing is random"
@@ -63,7 +63,7 @@ def test_exact_influence_of_a_convex_model_passes(digits, fitted, tmp_path):
     assert found.notes == (), "the recipe makes this very model"
     assert found.seconds <= 2 * found.budget
     again = fitted.check(
-        uw.training.Newton(), "20 s", queries=queries, cache=tmp_path, progress=False
+        uw.training.Newton(), "20 s", queries=queries, resources=uw.Resources(folder=tmp_path)
     )
     assert len(again.lds.predicted) >= len(found.lds.predicted), "it goes on from what is there"
 
@@ -94,10 +94,7 @@ class Noisy:
 
 def test_two_seeds_show_the_noise(digits, fitted):
     _, _, queries = digits
-    quiet, loud = (
-        fitted.check(Noisy(noise=noise), 8, queries=queries, progress=False)
-        for noise in (1e-6, 0.3)
-    )
+    quiet, loud = (fitted.check(Noisy(noise=noise), 8, queries=queries) for noise in (1e-6, 0.3))
     assert len(quiet.lds.values) == 2
     assert quiet.lds.ceiling.value > 0.999
     assert loud.lds.ceiling.value < 0.95
@@ -106,7 +103,7 @@ def test_two_seeds_show_the_noise(digits, fitted):
 
 
 def test_without_queries_it_asks_about_training_examples(fitted):
-    found = fitted.check(uw.training.Newton(), 8, progress=False)
+    found = fitted.check(uw.training.Newton(), 8)
     assert found.lds.predicted.shape[1] == 32
     assert found.lds.spearman.low > 0.9
 
@@ -125,7 +122,7 @@ def test_a_network_is_checked_by_its_own_training(digits):
     for name, value in task.layout.unflatten(theta).items():
         named[name].data.copy_(value)
     method = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, train)
-    found = method.check(recipe, 15, queries=queries, progress=False)
+    found = method.check(recipe, subsets=24, queries=queries)
     assert 0.1 < found.lds.spearman.value < found.lds.ceiling.value
     text = str(found)
     assert text.startswith(f"{found.verdict}: rank correlation with retraining")
@@ -183,7 +180,7 @@ class Elsewhere:
 
 
 def test_a_recipe_that_makes_another_model_is_the_verdict(digits, fitted):
-    found = fitted.check(Elsewhere(1.0), 8, queries=digits[2], progress=False)
+    found = fitted.check(Elsewhere(1.0), 8, queries=digits[2])
     assert found.lds.spearman.low > 0.5, "by the correlation alone it would be believed"
     assert found.verdict == "Do not believe these"
     assert "the recipe makes another model" in found.reason
@@ -193,7 +190,7 @@ def test_a_recipe_that_makes_another_model_is_the_verdict(digits, fitted):
 
 def test_the_seed_that_the_model_was_trained_with_makes_the_model(digits, fitted):
     """Training noise alone is another model: from outside nothing tells it from other settings."""
-    found = fitted.check(Noisy(noise=0.1), 8, queries=digits[2], progress=False)
+    found = fitted.check(Noisy(noise=0.1), 8, queries=digits[2])
     assert found.verdict == "Do not believe these"
     assert f"another seed by {found.reproduction.noise:.1e}" in found.notes[0]
 
@@ -260,7 +257,7 @@ def test_a_budget_is_kept_where_the_machine_becomes_slower(digits, fitted, monke
     monkeypatch.setattr(module, "_retrained", timed)
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     scores = fitted.attribute(digits[2])
-    found = check(scores, uw.training.Newton(), budget, progress=False)
+    found = check(scores, uw.training.Newton(), budget)
     assert 0.8 * budget < found.seconds < 1.3 * budget
     assert len(found.lds.predicted) >= 8
 
@@ -281,14 +278,14 @@ def test_a_budget_for_fewer_than_eight_subsets_is_refused_early(digits, fitted):
 
     begun = time.perf_counter()
     with pytest.raises(SpecError, match=r"8 subsets would take about \d s"):
-        fitted.check(Recipe(), 1.0, queries=digits[2], progress=False)
+        fitted.check(Recipe(), 1.0, queries=digits[2])
     assert time.perf_counter() - begun < 2
 
 
 def test_a_number_of_subsets_in_place_of_a_time(digits, fitted):
     queries = digits[2]
-    short = fitted.check(uw.training.Newton(), subsets=9, queries=queries, progress=False)
-    whole = uw.check(fitted.attribute(queries), uw.training.Newton(), subsets=9, progress=False)
+    short = fitted.check(uw.training.Newton(), subsets=9, queries=queries)
+    whole = uw.check(fitted.attribute(queries), uw.training.Newton(), subsets=9)
     assert len(short.lds.predicted) == 9 and not math.isfinite(short.budget)
     assert torch.equal(short.lds.values, whole.lds.values)
     assert torch.equal(short.lds.predicted, whole.lds.predicted)

@@ -82,9 +82,7 @@ def test_groups_are_removals_that_the_comparison_takes():
 
     scores = fitted.attribute(p.queries, prediction)
     groups = (*random_groups(p.n, [1, 2, 3]), *influential_groups(scores, 0, [3]))
-    truth = leave_one_out(
-        Newton(tol=1e-12), p.task, p.train, groups, p.queries, prediction, progress=False
-    )
+    truth = leave_one_out(Newton(tol=1e-12), p.task, p.train, groups, p.queries, prediction)
     exact = compare(fitted.removal(p.queries, prediction, groups=groups), truth, groups)
     torch.testing.assert_close(exact.predicted, exact.actual, rtol=1e-10, atol=1e-10)
 

@@ -54,7 +54,7 @@ def test_ridge_is_that_of_closed_forms_and_scipy():
         return outputs[:, 0]
 
     weights = subset_weights(p.n, 25, renormalize=True)
-    truth = retrain(Newton(), p.task, p.train, weights, p.queries, prediction, progress=False)
+    truth = retrain(Newton(), p.task, p.train, weights, p.queries, prediction)
     scores = uw.Influence(solver=uw.solvers.Cholesky()).fit(p.task, p.train)
     found = lds(scores.attribute(p.queries, prediction), weights, truth)
 

@@ -35,7 +35,7 @@ def ridge():
 def test_actual_is_the_closed_form(ridge):
     p, fitted = ridge
     X, y = p.train
-    result = loo(fitted.attribute(p.queries, prediction), Newton(), range(p.n), progress=False)
+    result = loo(fitted.attribute(p.queries, prediction), Newton(), range(p.n))
     expected = closed_form.ridge_removals(X, y, p.task.penalty.strength, p.queries[0])
     torch.testing.assert_close(result.actual, expected[:, :, 0].T, rtol=1e-8, atol=1e-9)
 
@@ -43,7 +43,7 @@ def test_actual_is_the_closed_form(ridge):
 def test_leverage_correction_is_exact_on_ridge(ridge):
     p, fitted = ridge
     removal = fitted.removal(p.queries, prediction, groups=range(p.n))
-    result = loo(removal, Newton(tol=1e-12), range(p.n), progress=False)
+    result = loo(removal, Newton(tol=1e-12), range(p.n))
     assert result.label == "Newton step"
     torch.testing.assert_close(result.predicted, result.actual, rtol=1e-10, atol=1e-10)
     assert result.pearson.value == pytest.approx(1.0, abs=1e-10)
@@ -54,7 +54,7 @@ def test_first_order_is_off_by_one_over_one_minus_leverage(ridge):
     p, fitted = ridge
     X, _ = p.train
     scores = fitted.attribute(p.queries, prediction)
-    result = loo(scores, Newton(tol=1e-12), range(p.n), progress=False)
+    result = loo(scores, Newton(tol=1e-12), range(p.n))
     gram = X.T @ X + p.n * p.task.penalty.strength * torch.eye(3, dtype=torch.float64)
     h = (X * torch.linalg.solve(gram, X.T).T).sum(dim=1)
     torch.testing.assert_close(
@@ -67,7 +67,7 @@ def test_groups_are_removed_together(ridge):
     p, fitted = ridge
     groups = [[0, 4], [3], [5, 6, 7]]
     removal = fitted.removal(p.queries, prediction, groups=groups)
-    result = loo(removal, Newton(tol=1e-12), groups, progress=False)
+    result = loo(removal, Newton(tol=1e-12), groups)
     torch.testing.assert_close(result.predicted, result.actual, rtol=1e-10, atol=1e-10)
     assert result.examples == ((0, 4), (3,), (5, 6, 7))
 
@@ -75,9 +75,7 @@ def test_groups_are_removed_together(ridge):
 def test_one_retraining_serves_several_predictions(ridge):
     p, fitted = ridge
     examples = [2, 7, 1, 9]
-    truth = leave_one_out(
-        Newton(), p.task, p.train, examples, p.queries, prediction, progress=False
-    )
+    truth = leave_one_out(Newton(), p.task, p.train, examples, p.queries, prediction)
     first = compare(fitted.attribute(p.queries, prediction), truth, examples)
     second = compare(fitted.removal(p.queries, prediction, groups=examples), truth, examples)
     assert torch.equal(first.actual, second.actual)
@@ -99,13 +97,13 @@ def test_effects_are_found_by_their_groups(ridge):
 def test_one_query_by_index(ridge):
     p, fitted = ridge
     scores = fitted.attribute(p.queries, prediction)
-    everything = loo(scores, Newton(), range(6), progress=False)
-    single = loo(scores, Newton(), range(6), query=-1, progress=False)
+    everything = loo(scores, Newton(), range(6))
+    single = loo(scores, Newton(), range(6), query=-1)
     torch.testing.assert_close(single.actual, everything.actual[:, 3:], rtol=0, atol=1e-12)
     assert single.pearson.value == pytest.approx(everything.query(3).pearson.value, rel=1e-9)
     assert (single.n, everything.n) == (6, 24)
     with pytest.raises(ShapeError, match="query=4"):
-        loo(scores, Newton(), range(6), query=4, progress=False)
+        loo(scores, Newton(), range(6), query=4)
 
 
 def test_renormalized_removal_is_a_refit_of_the_smaller_data_set(ridge):
@@ -113,7 +111,7 @@ def test_renormalized_removal_is_a_refit_of_the_smaller_data_set(ridge):
     X, y = p.train
     strength = p.task.penalty.strength
     weights = removal_weights(p.n, [3, [0, 1]], renormalize=True)
-    truth = retrain(Newton(), p.task, p.train, weights, p.queries, prediction, progress=False)
+    truth = retrain(Newton(), p.task, p.train, weights, p.queries, prediction)
     for row, gone in zip(truth.values, ([3], [0, 1]), strict=True):
         keep = [i for i in range(p.n) if i not in gone]
         theta = closed_form.ridge(X[keep], y[keep], strength)
@@ -126,7 +124,7 @@ def test_renormalized_removal_is_a_refit_of_the_smaller_data_set(ridge):
 
 def test_summary_and_text(ridge):
     p, fitted = ridge
-    result = loo(fitted.attribute(p.queries), Newton(), range(8), query=0, progress=False)
+    result = loo(fitted.attribute(p.queries), Newton(), range(8), query=0)
     summary = json.loads(json.dumps(result.summary()))
     assert summary["n"] == 8
     assert {"pearson", "spearman", "slope", "n"} <= set(summary)
@@ -142,11 +140,11 @@ def test_a_model_the_recipe_would_not_make_is_said():
     p = problem("ridge")
     X, y = p.train
     scores = uw.Influence().fit(p.task, (X, y + 1.0)).attribute(p.queries)  # θ̂ fits another y
-    found = loo(scores, Newton(), range(8), progress=False)
+    found = loo(scores, Newton(), range(8))
     assert str(found).startswith("the model is not what the recipe makes"), "before the numbers"
     assert found.summary()["notes"] == list(found.notes)
     scores = uw.Influence().fit(p.task, p.train).attribute(p.queries)
-    assert "not what" not in str(loo(scores, Newton(), range(8), progress=False))
+    assert "not what" not in str(loo(scores, Newton(), range(8)))
 
 
 @pytest.mark.parametrize(
@@ -167,16 +165,16 @@ def test_bad_examples_are_named(ridge, examples, given):
     p, fitted = ridge
     scores = fitted.attribute(p.queries)
     with pytest.raises(ShapeError, match=given):
-        loo(scores, Newton(), examples, progress=False)
+        loo(scores, Newton(), examples)
 
 
 def test_examples_as_a_ranking_gives_them(ridge):
     p, fitted = ridge
     scores = fitted.attribute(p.queries)
     order = scores.values[0].argsort(descending=True)[:3]
-    by_list = loo(scores, Newton(), order.tolist(), progress=False)
+    by_list = loo(scores, Newton(), order.tolist())
     for examples in (order, order.numpy(), (int(i) for i in order)):
-        result = loo(scores, Newton(), examples, progress=False)
+        result = loo(scores, Newton(), examples)
         assert result.examples == by_list.examples
         assert torch.equal(result.actual, by_list.actual)
 
@@ -185,7 +183,7 @@ def test_loaded_scores_cannot_retrain(ridge, tmp_path):
     p, fitted = ridge
     scores = uw.Scores.load(fitted.attribute(p.queries).save(tmp_path))
     with pytest.raises(MissingContext, match="attach"):
-        loo(scores, Newton(), [0], progress=False)
+        loo(scores, Newton(), [0])
 
 
 def test_compare_refuses_what_does_not_fit(ridge):

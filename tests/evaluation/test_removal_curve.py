@@ -55,10 +55,10 @@ def test_one_removal_is_leave_one_out():
     order = removal_order(fitted.attribute(p.queries, uw.Margin()))
     about = {"task": p.task, "train": p.train, "queries": p.queries, "measure": uw.Margin()}
     weights = ranked_removal_weights(order, [1, 2])
-    truth = retrain(Newton(), weights=weights, **about, progress=False)
+    truth = retrain(Newton(), weights=weights, **about)
     curve = removal_curve(truth, [1, 2])
     firsts = order[:, 0].tolist()
-    alone = leave_one_out(Newton(), examples=sorted(set(firsts)), **about, progress=False)
+    alone = leave_one_out(Newton(), examples=sorted(set(firsts)), **about)
     expected = [
         alone.change[sorted(set(firsts)).index(first), q] for q, first in enumerate(firsts)
     ]  # fmt: skip

@@ -20,6 +20,7 @@ from tests.fitted import at
 from tests.laws.subjects import assert_same
 from tests.market import draw, initialized, labels, names, problem
 from tests.reference import dense
+from upweight.cli.spec import parse
 from upweight.errors import DtypeError, UnsupportedModel
 from upweight.methods import remainder
 from upweight.task.data import as_data
@@ -633,8 +634,7 @@ def test_the_hessian_of_weight_norm_is_that_of_its_formula(old):
 def advised(error):
     """The curvatures that a way out names."""
     way = str(error.value).partition("Way out:")[2]
-    return [eval(f"uw.{word.replace('(Ob', '(uw.Ob').replace('=Ob', '=uw.Ob')}")
-            for word in re.findall(r"\w+\((?:(?:labels=)?Observed\(\))?\)", way)
+    return [parse(word) for word in re.findall(r"\w+\((?:(?:labels=)?Observed\(\))?\)", way)
             if word.startswith(("GGN", "EKFAC", "EmpiricalFisher"))]  # fmt: skip
 
 

@@ -19,8 +19,6 @@ from upweight import (
     GroupSums,
     Hessian,
     Influence,
-    Newton,
-    Observed,
     PerLayer,
     Poisson,
     Scores,
@@ -30,8 +28,10 @@ from upweight import (
     Top,
 )
 from upweight.errors import AssumptionWarning, UpweightError
+from upweight.labels import Observed
 from upweight.methods.health import constant_baseline
 from upweight.task.data import as_data
+from upweight.training import Newton
 
 N, Q = 60, 6
 WHOLE = Influence(Hessian())

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from upweight import EKFAC, GGN, L2, Cholesky, CrossEntropy, Influence, Shards, Task
+from upweight import EKFAC, GGN, L2, CrossEntropy, Influence, Shards, Task
 from upweight.errors import DataChanged, ModelChanged
 from upweight.runtime.fingerprint import checksum, digest, item_checksum, row_checksums
+from upweight.solvers import Cholesky
 from upweight.task.data import as_data
 
 N = 12

@@ -20,7 +20,6 @@ from upweight import (
     CrossEntropy,
     Hessian,
     Influence,
-    Newton,
     Poisson,
     SquaredError,
     Task,
@@ -30,6 +29,7 @@ from upweight.errors import AssumptionWarning
 from upweight.evaluation import leave_one_out
 from upweight.methods import remainder
 from upweight.task.data import as_data
+from upweight.training import Newton
 
 N, D, Q = 60, 5, 10
 DERIVATIVES: dict[type, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
@@ -192,7 +192,6 @@ def test_the_refit_that_a_note_offers_is_right() -> None:
         problem.groups,
         problem.queries,
         output,
-        progress=False,
     )
     assert problem.off(refit.change.T) < 1e-5
 

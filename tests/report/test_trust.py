@@ -182,10 +182,8 @@ def test_results_of_evaluation_are_taken_as_they_are_and_nothing_else(tmp_path):
     task = uw.Task(nn.Linear(2, 1).double(), uw.SquaredError(), uw.L2(0.1))
     train_in_place(task, (x, y))
     scores = uw.Influence(uw.Hessian()).fit(task, (x, y)).attribute((x[:3], y[:3]))
-    found = uw.check(scores, uw.training.Newton(), subsets=8, jobs=1, progress=False)
-    removed = uw.evaluation.loo(
-        scores, uw.training.Newton(), [1, (2, 3), 5], query=2, progress=False
-    )
+    found = uw.check(scores, uw.training.Newton(), subsets=8, resources=uw.Resources(jobs=1))
+    removed = uw.evaluation.loo(scores, uw.training.Newton(), [1, (2, 3), 5], query=2)
 
     def page(evidence):
         path = uw.report.html(scores, tmp_path / "page.html", evidence=evidence)
@@ -201,10 +199,10 @@ def test_results_of_evaluation_are_taken_as_they_are_and_nothing_else(tmp_path):
     shown = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])["checks"]
     assert [check["removed"] for check in shown] == [[[1], [2, 3], [5]]]
     np.testing.assert_allclose(shown[0]["actual"], removed.actual[:, 0], rtol=1e-5)
-    every = uw.evaluation.loo(scores, uw.training.Newton(), [1, 5], progress=False)
+    every = uw.evaluation.loo(scores, uw.training.Newton(), [1, 5])
     assert [each.query for each in evidence_of([every], 3, 30).series] == [0, 1, 2]
     assert page(removed) == page([removed]), "one by itself needs no list"
-    one = uw.evaluation.loo(scores, uw.training.Newton(), [7], query=0, progress=False)
+    one = uw.evaluation.loo(scores, uw.training.Newton(), [7], query=0)
     assert "too little to say" in page([one])[0]
 
 

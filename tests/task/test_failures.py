@@ -496,8 +496,8 @@ def test_a_loss_that_is_none(loss):
         (lambda: uw.Influence(curvature="arnoldi"), r"one of EKFAC\(\)"),
         (lambda: uw.Influence(0.1), "another's place"),
         (lambda: uw.Influence(None), "another's place"),
-        (lambda: uw.Influence(solver="cg"), r"solver=upweight\.CG\(\)"),
-        (lambda: uw.Influence(solver=uw.solvers.CG), r"solver=upweight\.CG\(\)"),
+        (lambda: uw.Influence(solver="cg"), r"solver=upweight\.solvers\.CG\(\)"),
+        (lambda: uw.Influence(solver=uw.solvers.CG), r"solver=upweight\.solvers\.CG\(\)"),
     ],
 )
 def test_a_curvature_or_solver_that_is_none(given, said):

@@ -92,7 +92,6 @@ def test_retraining_takes_them_too():
             (X.float(), targets),
             range(3),
             (X[:2].float(), targets[:2]),
-            progress=False,
         )
         if targets.dtype == torch.float64:
             expected = retrained.change

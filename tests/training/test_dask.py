@@ -32,7 +32,11 @@ def test_a_cluster_trains_what_this_process_trains(tmp_path):
         distributed.Client(cluster),
         joblib.parallel_config(backend="dask"),
     ):
-        found = uw.training.retrain(recipe, task, train, weights, queries, jobs=2, cache=tmp_path)
+        found = uw.training.retrain(
+            recipe, task, train, weights, queries, resources=uw.Resources(jobs=2, folder=tmp_path)
+        )
     torch.testing.assert_close(found.values, expected.values, rtol=1e-10, atol=1e-10)
-    again = uw.training.retrain(recipe, task, train, weights, queries, cache=tmp_path)
+    again = uw.training.retrain(
+        recipe, task, train, weights, queries, resources=uw.Resources(folder=tmp_path)
+    )
     assert again.reused == 7, "the workers recorded what they trained"

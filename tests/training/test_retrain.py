@@ -81,10 +81,13 @@ def setup():
     return p, removal_weights(p.n, range(6))
 
 
-def run(p, weights, recipe=Descent(), **options):
-    options = {"train": p.train, "measure": uw.Loss(), "progress": False} | options
-    train, measure = options.pop("train"), options.pop("measure")
-    return retrain(recipe, p.task, train, weights, p.queries, measure, **options)
+LOSS = uw.Loss()
+
+
+def run(p, weights, recipe=Descent(), train=None, measure=LOSS, cache=None, jobs=None):
+    using = uw.Resources(jobs=jobs, folder=cache)
+    train = p.train if train is None else train
+    return retrain(recipe, p.task, train, weights, p.queries, measure, resources=using)
 
 
 def same(a, b):
@@ -176,10 +179,10 @@ def test_another_recipe_model_data_set_or_question_never_reuses_rows(setup, tmp_
         lambda: run(p, weights, measure=lambda f, y: 3.0 * f[:, 0], cache=tmp_path),
         lambda: run(p, weights, measure=lambda f, y: 4.0 * f[:, 0], cache=tmp_path),
         lambda: retrain(
-            Descent(), changed, p.train, weights, p.queries, cache=tmp_path, progress=False
+            Descent(), changed, p.train, weights, p.queries, resources=uw.Resources(folder=tmp_path)
         ),
         lambda: retrain(
-            Descent(), p.task, p.train, weights, p.train, cache=tmp_path, progress=False
+            Descent(), p.task, p.train, weights, p.train, resources=uw.Resources(folder=tmp_path)
         ),
     ]
     for other in others:

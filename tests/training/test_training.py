@@ -307,8 +307,12 @@ def test_numbers_that_cannot_be_meant_are_refused(wrong):
 def test_through_retrain_an_interrupted_run_goes_on(tmp_path):
     given, train, w = task(), data(), weights()
     recipe = Training(Net, SGD(0.3), 1, 5)
-    first = uw.training.retrain(recipe, given, train, w[:3], data(1), cache=tmp_path)
-    again = uw.training.retrain(recipe, given, train, w, data(1), cache=tmp_path)
+    first = uw.training.retrain(
+        recipe, given, train, w[:3], data(1), resources=uw.Resources(folder=tmp_path)
+    )
+    again = uw.training.retrain(
+        recipe, given, train, w, data(1), resources=uw.Resources(folder=tmp_path)
+    )
     assert again.reused == 4  # the baseline and three rows
     torch.testing.assert_close(again.values[:3], first.values)
     fresh = uw.training.retrain(recipe, given, train, w, data(1))
@@ -329,7 +333,9 @@ def test_a_cache_sees_that_init_makes_another_model(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("UPWEIGHT_TEST_SCALE", scale)
             recipe = Training(made, SGD(0.3), 1, 5)
-            return uw.training.retrain(recipe, given, data(), w, data(1), cache=tmp_path).reused
+            return uw.training.retrain(
+                recipe, given, data(), w, data(1), resources=uw.Resources(folder=tmp_path)
+            ).reused
 
     assert (reused("1.0"), reused("1.0"), reused("0.5")) == (0, 6, 0)
 
@@ -360,7 +366,9 @@ def retrained_in_pairs(cache=None):
     prepare = Training.prepare
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "prepare", in_pairs)
-        return uw.training.retrain(recipe, given, data(), weights(9), data(1), cache=cache)
+        return uw.training.retrain(
+            recipe, given, data(), weights(9), data(1), resources=uw.Resources(folder=cache)
+        )
 
 
 def test_a_killed_run_ends_with_the_same_numbers(tmp_path):

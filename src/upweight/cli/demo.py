@@ -23,6 +23,7 @@ from upweight.evaluation import (
 )  # fmt: skip
 from upweight.methods.facts import stated
 from upweight.notation import readable
+from upweight.runtime.resources import Resources
 from upweight.training import removal_weights, retrain
 
 QUERIES = 100
@@ -190,10 +191,11 @@ def in_sets(fitted: Any, scores: uw.Scores, recipe: uw.Training) -> Found:
     groups = [examples for _, _, examples in chosen]
     weights = removal_weights(len(context.train), groups)
     jobs = min(os.cpu_count() or 1, 8)
+    using = Resources(jobs=jobs if jobs > 1 else None)
     about = (context.task, context.train, weights, queries)
     with step(f"Remove {len(chosen)} sets of images, {SEEDS} seeds each, and retrain") as done:
         seeds = [replace(recipe, seed=seed) for seed in range(SEEDS)]
-        rounds = [retrain(each, *about, jobs=jobs if jobs > 1 else None) for each in seeds]
+        rounds = [retrain(each, *about, resources=using) for each in seeds]
         changes = torch.stack([each.change for each in rounds])
         done(f"{SEEDS * (len(chosen) + 1)} networks")
     asked = replace(scores, values=scores.values[: len(queries)])

@@ -21,6 +21,7 @@ from upweight.evaluation import LDS, Check, check
 from upweight.runs.directory import Run
 from upweight.runs.record import Record, is_reference
 from upweight.runs.work import refit
+from upweight.runtime.resources import Resources
 from upweight.task.recipe import Recipe
 from upweight.training.function import FromFunction
 
@@ -81,7 +82,8 @@ def evaluate(
         how = recipe_of(project, recipe)
         with continued_by(resume):
             place.log(f"retraining by {how!r}")
-            found = check(scores, how, budget, subsets=subsets, jobs=jobs, cache=place.retrained)
+            using = Resources(jobs=jobs, folder=place.retrained)
+            found = check(scores, how, budget, subsets=subsets, resources=using)
             place.keep_evaluation("halves", kept(found, recipe))
             for note in found.notes:
                 place.log(f"note: {note}")

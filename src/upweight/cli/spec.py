@@ -1,6 +1,7 @@
 """Text ↔ spec, in the grammar of `repr`: `parse(repr(spec)) == spec`.
 
     spec     = Name "(" arguments ")"  |  Name            a name alone has no arguments
+    Name     = EKFAC, CG, ...  |  uw.EKFAC, uw.solvers.CG, ...
     argument = [keyword "="] value
     value    = spec | number | "-" number | string | True | False | None | tuple | list
 
@@ -40,6 +41,9 @@ REGISTRY: dict[str, tuple[type, ...]] = {
     kind: tuple(operator.attrgetter(word)(upweight) for word in words.split())
     for kind, words in WORDS.items()
 }
+
+PATHS = {word: word.rpartition(".")[2] for words in WORDS.values() for word in words.split()}
+"""A spec's place within `upweight` → its name: both may be written."""
 
 SPECS = {spec.__name__: spec for specs in REGISTRY.values() for spec in specs}
 
@@ -104,9 +108,9 @@ def _tree(text: str) -> ast.expr:
 
 def _value(text: str, node: ast.expr) -> Any:
     match node:
-        case ast.Name():
+        case ast.Name() | ast.Attribute():
             return _value(text, ast.copy_location(ast.Call(node, [], []), node))
-        case ast.Call(func=ast.Name() as name):
+        case ast.Call(func=ast.Name() | ast.Attribute() as name):
             return _built(text, node, name)
         case ast.Constant(value=bool() | int() | float() | str() | None):
             return node.value
@@ -124,15 +128,16 @@ def _value(text: str, node: ast.expr) -> Any:
     )
 
 
-def _built(text: str, node: ast.Call, name: ast.Name) -> Any:
-    spec = SPECS.get(name.id)
+def _built(text: str, node: ast.Call, name: ast.Name | ast.Attribute) -> Any:
+    said = ast.unparse(name)
+    spec = SPECS.get(PATHS.get(re.sub(r"^(uw|upweight)\.", "", said), said))
     if spec is None:
-        near = difflib.get_close_matches(name.id, SPECS, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(said.rpartition(".")[2], SPECS, n=3, cutoff=0.5)
         raise _refused(
             text,
             name,
             "Every name must be one of upweight's specs.",
-            f"the unknown name {name.id}",
+            f"the unknown name {said}",
             f"a misspelling; the nearest is {' or '.join(near)}."
             if near
             else "another library's name, or a variable of your own.",

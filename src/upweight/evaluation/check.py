@@ -18,19 +18,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, is_dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight._typing import Folder
 from upweight.effects import Effects
 from upweight.errors import SpecError, message
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.evaluation.lds import LDS, lds
 from upweight.evaluation.prediction import predicted_changes
+from upweight.runtime.resources import Resources
 from upweight.scores import Scores
 from upweight.task.recipe import Recipe
 from upweight.training.retrain import Retrained, joined, retrain
@@ -151,9 +150,7 @@ def check(
     *,
     subsets: int | None = None,
     fraction: float = 0.5,
-    jobs: int | None = None,
-    cache: Folder | None = None,
-    progress: bool = True,
+    resources: Resources | None = None,
     bootstrap: Bootstrap = Bootstrap(),
 ) -> Check:
     """Retrain on random subsets for as long as the budget lasts, and compare.
@@ -165,9 +162,7 @@ def check(
         budget: "90 s", "2 min", "1 h", or seconds. What has begun is finished. None: "2 min".
         subsets: How many, in place of a time; they are the first ones of any check.
         fraction: Of the data, what each model keeps. The mean is taken over what is kept.
-        jobs: As for `retrain`.
-        cache: As for `retrain`; a later check with a larger budget goes on from there.
-        progress: As for `retrain`.
+        resources: As for `retrain`; a later check with a larger budget goes on from its folder.
         bootstrap: How the intervals are made.
 
     Raises:
@@ -190,10 +185,11 @@ def check(
     metrics.varying(predicted, predicted)  # before any time is spent
     seeds = _two_seeds(recipe)
     rounds: list[list[Retrained]] = []
+    using = Resources() if resources is None else resources
     done, step, each = 0, 1 if subsets is None else subsets, 0.0
     while step >= 1 and done < most:
         begun, stop = time.perf_counter(), min(most, done + step)
-        rounds.append(_retrained(seeds, scores, weights[done:stop], jobs, cache, progress))
+        rounds.append(_retrained(seeds, scores, weights[done:stop], using))
         models = sum(part.models for part in rounds[-1])
         now = time.perf_counter()
         each = (now - begun) * len(seeds) / models if models else each
@@ -217,17 +213,14 @@ def _retrained(
     seeds: Sequence[Recipe],
     scores: Scores | Effects,
     weights: Float[Tensor, "s n"],
-    jobs: int | None,
-    cache: Folder | None,
-    progress: bool,
+    using: Resources,
 ) -> list[Retrained]:
     """The same subsets by the recipe under each of its seeds."""
     context = scores.require_context()
     return [
         retrain(
             seed, context.task, context.train, weights, context.queries, context.measure,
-            jobs=jobs, cache=None if cache is None else Path(cache) / f"check-{k}",
-            progress=progress,
+            resources=using.within(f"check-{k}"),
         )
         for k, seed in enumerate(seeds)
     ]  # fmt: skip
@@ -272,6 +265,6 @@ def _too_short(budget: str | float | None, needed: float) -> str:
         f"A check needs at least {FEWEST} subsets.",
         f"budget={budget or '2 min'!r}, where {FEWEST} subsets would take about {needed:.0f} s.",
         "a model that takes long to train.",
-        f"allow {needed:.0f} s or more, or check on part of the data; with cache= what was trained "
-        "is kept.",
+        f"allow {needed:.0f} s or more, or check on part of the data; with Resources(folder=...) "
+        "what was trained is kept.",
     )

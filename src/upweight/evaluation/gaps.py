@@ -15,7 +15,6 @@ neighbours, and the five add up to cold start − scores.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +27,7 @@ from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, mean
 from upweight.evaluation.loo import leave_one_out
 from upweight.evaluation.prediction import predicted_removals, removals
 from upweight.plot import NEUTRAL, axes
+from upweight.runtime.resources import Resources
 from upweight.scores import Scores
 from upweight.training.pbrf import PBRF
 from upweight.training.schedules import Cosine
@@ -192,9 +192,7 @@ def gaps(
     *,
     damping: float,
     warm: Training | None = None,
-    jobs: int | None = None,
-    cache: str | Path | None = None,
-    progress: bool = True,
+    resources: Resources | None = None,
     bootstrap: Bootstrap = Bootstrap(),
 ) -> Gaps:
     """Train four times over, and hold each against the next.
@@ -209,9 +207,7 @@ def gaps(
         warm: How to train on from θ̂, without an `init`; None: as `recipe`, with its learning rate
             falling to 0. Gaps 1 to 3 are between stages that share it; absent examples keep their
             places there.
-        jobs: As for `retrain`.
-        cache: As for `retrain`; each of the four stages has a folder in it.
-        progress: As for `retrain`.
+        resources: As for `retrain`; each of the four stages has a folder in the folder.
         bootstrap: Over removals.
 
     Raises:
@@ -237,6 +233,7 @@ def gaps(
     stages: Sequence[Training | PBRF] = (
         recipe, warm, replace(warm, proximity=damping), response,
     )  # fmt: skip
+    using = Resources() if resources is None else resources
     effects: dict[str, Tensor] = {}
     for name, stage in zip(STAGES, stages, strict=False):
         retrained = leave_one_out(
@@ -246,9 +243,7 @@ def gaps(
             groups,
             context.queries,
             context.measure,
-            jobs=jobs,
-            cache=None if cache is None else Path(cache) / name.replace(" ", "-"),
-            progress=progress,
+            resources=using.within(name.replace(" ", "-")),
         )
         effects[name] = retrained.change
     effects["linearized"] = predicted_removals(linearized, groups)

@@ -12,7 +12,6 @@ The objective keeps its 1/n and its penalty (wᵢ = 0).
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from upweight.evaluation.prediction import (
     query_index,
     removals,
 )
+from upweight.runtime.resources import Resources
 from upweight.scores import Scores
 from upweight.task.measures import Loss
 from upweight.task.recipe import Recipe
@@ -149,9 +149,7 @@ def leave_one_out(
     queries: Any,
     measure: Callable[..., Tensor] = Loss(),  # noqa: B008  a frozen spec
     *,
-    jobs: int | None = None,
-    cache: str | Path | None = None,
-    progress: bool = True,
+    resources: Resources | None = None,
 ) -> Retrained:
     """Really remove, really retrain: one model per removal. Arguments as for `retrain`.
 
@@ -163,9 +161,7 @@ def leave_one_out(
     data = task.training(train)
     groups = removals(examples, len(data))
     weights = removal_weights(len(data), groups)
-    return retrain(
-        recipe, task, data, weights, queries, measure, jobs=jobs, cache=cache, progress=progress
-    )
+    return retrain(recipe, task, data, weights, queries, measure, resources=resources)
 
 
 def compare(
@@ -236,9 +232,7 @@ def loo(
     examples: Iterable[Removal],
     *,
     query: int | None = None,
-    jobs: int | None = None,
-    cache: str | Path | None = None,
-    progress: bool = True,
+    resources: Resources | None = None,
     bootstrap: Bootstrap = Bootstrap(),
 ) -> LOO:
     """Predicted against actual effect of removing each example, by really retraining.
@@ -267,8 +261,6 @@ def loo(
         groups,
         queries,
         context.measure,
-        jobs=jobs,
-        cache=cache,
-        progress=progress,
+        resources=resources,
     )
     return compare(predicted, retrained, groups, query=query, bootstrap=bootstrap)

@@ -399,7 +399,7 @@ class Fitted:
             queries: What to ask about, best held-out data. None asks about some training examples;
                 whether each is in a subset itself then makes much of what is compared.
             measure: What to ask.
-            limits: Further arguments of `upweight.check`: subsets, jobs, cache, …
+            limits: Further arguments of `upweight.check`: subsets, resources, …
 
         Raises:
             UpweightError: From `attribute` or `upweight.check`.
@@ -412,8 +412,8 @@ class Fitted:
             n = len(self.train)
             count = min(n, QUERIES)
             queries = self.train.subset([k * n // count for k in range(count)])
-        ours = {"jobs": self.resources.jobs, "progress": self.resources.progress}
-        return check(self.attribute(queries, measure), recipe, budget, **ours | limits)
+        used = {"resources": self.resources.within("retrained")} | limits
+        return check(self.attribute(queries, measure), recipe, budget, **used)
 
     # -- shared steps -----------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from upweight.methods.points import Inverse, PointMethod
 from upweight.scores import Unit
 
 CURVATURES = ("EKFAC", "KFAC", "Diagonal", "GGN", "Hessian", "Fisher", "EmpiricalFisher")
-SOLVERS = ("Auto", "Cholesky", "CG", "MINRES")
+SOLVERS = ("solvers.Auto", "solvers.Cholesky", "solvers.CG", "solvers.MINRES")
 
 TOLERANCE = 1e-2
 """Relative error of a query's scores that the contraction may have: far below what a curvature from
@@ -110,7 +110,7 @@ def _require_kind(name: str, given: Any, kind: type, known: Sequence[str]) -> No
     if isinstance(given, kind) and not isinstance(given, type):
         return
     called = given.__name__ if isinstance(given, type) else str(given)
-    meant = [word for word in known if word.lower() == called.lower()]
+    meant = [word for word in known if word.lower().rpartition(".")[2] == called.lower()]
     raise SpecError(
         f"Influence takes its {name} as an object.",
         f"{name}={given!r}.",

@@ -98,7 +98,7 @@ def described(value: Any) -> str:
             "an object without fields that can be read, so that another run could not tell "
             "whether it is the same.",
             "make it a frozen dataclass of its hyperparameters or a plain function, or leave "
-            "cache= and store= out.",
+            "the folder out of Resources.",
         )
     return f"{type(value).__qualname__} {text}"
 

@@ -97,7 +97,7 @@ def _workers(jobs: int) -> int:
             "jobs counts processes.",
             "jobs=0.",
             "0 meant as 'in this process'.",
-            "use jobs=None for this process, or jobs=-1 for one process per core.",
+            "use Resources(jobs=None) for this process, or jobs=-1 for one process per core.",
         )
     return int(joblib.effective_n_jobs(jobs))
 

@@ -6,9 +6,9 @@ The baseline is retrained too: what changes between w and 1 is then the weights 
 even where the task's own parameters were reached in another way (`drift` says how far off they
 were). The objective keeps its 1/n; see `weights.py` for the other convention.
 
-With a cache, models are recorded as soon as they are measured and are found again by their weights.
-A run that was killed goes on where it was; another recipe, model, data set or question never sees
-these rows.
+With a folder, models are recorded as soon as they are measured and are found again by their
+weights. A run that was killed goes on where it was; another recipe, model, data set or question
+never sees these rows.
 """
 
 import time
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from upweight.errors import NonFinite, NotConverged, ShapeError, message
 from upweight.runtime.fingerprint import digest
+from upweight.runtime.resources import Resources
 from upweight.runtime.rows import RowStore
 from upweight.runtime.versions import library_versions
 from upweight.task.data import Data
@@ -43,7 +44,7 @@ class Retrained:
         given: m_q(θ̂), of the task's own parameters.
         gradient_norms: ‖∇J(θ(w_s), w_s)‖: how well each model was trained.
         baseline_gradient_norm: The same for θ(1).
-        reused: Models that came from the cache, the baseline among them.
+        reused: Models that came from the folder, the baseline among them.
         seconds: Time spent.
     """
 
@@ -57,7 +58,7 @@ class Retrained:
 
     @property
     def models(self) -> int:
-        """How many were trained for it, rather than found in the cache."""
+        """How many were trained for it, rather than found in the folder."""
         return len(self.values) + 1 - self.reused
 
     @property
@@ -79,9 +80,7 @@ def retrain(
     queries: Any,
     measure: Callable[..., Tensor] = Loss(),  # noqa: B008  a frozen spec
     *,
-    jobs: int | None = None,
-    cache: str | Path | None = None,
-    progress: bool = True,
+    resources: Resources | None = None,
 ) -> Retrained:
     """Train one model per row of weights, and measure it on the queries.
 
@@ -92,16 +91,13 @@ def retrain(
         weights: Data weights `[s, n]`, one row a model. Equal rows are trained once.
         queries: What each model is asked about, as for `as_data`.
         measure: What it is asked.
-        jobs: Processes, each on its share of the cores, through `joblib` and its current backend.
-            None trains in this process, which is best for recipes that train many models at once.
-        cache: A directory to record models in and to find them again. No pickle.
-        progress: Whether to show it on stderr, where that is a terminal.
+        resources: `jobs`, the `folder` to record models in and to find them again, and `progress`.
 
     Raises:
         ShapeError, NonFinite: The weights do not fit the data, or are not numbers.
         NotConverged: Some models failed; says which. `.solution` is a `Retrained` of the others,
-            and the cache keeps them.
-        UpweightError, OSError: From the recipe or the cache, with a note on the models in flight.
+            and the folder keeps them.
+        UpweightError, OSError: From the recipe or the folder, with a note on the models in flight.
 
     Cost: s + 1 trainings.
     """
@@ -109,10 +105,10 @@ def retrain(
     require_task(task)
     bench = Bench(recipe, task, task.training(train), task.queries(queries), as_measure(measure))
     plan = _plan(weights, len(bench.train))
-    store = None
-    if cache is not None:
+    store, using = None, Resources() if resources is None else resources
+    if using.folder is not None:
         about = identity(recipe, task, bench.train, bench.queries, bench.measure)
-        store = RowStore.open(cache, about)
+        store = RowStore.open(Path(using.folder), about)
     names = [digest(row) for row in plan]
     rows = {} if store is None else store.read()
     reused = sum(name in rows for name in names)
@@ -120,8 +116,8 @@ def retrain(
     wanted = {name: row for name, row in zip(names, plan, strict=True) if name not in rows}
     if wanted:
         unique = dict(zip(names, plan, strict=True))
-        results = run(bench, unique, set(wanted), jobs, store)
-        for finished in shown(results, len(wanted), progress):
+        results = run(bench, unique, set(wanted), using.jobs, store)
+        for finished in shown(results, len(wanted), using.progress):
             rows.update(finished.rows)
             failures.update(finished.failures)
     retrained = _collected(bench, names, rows, reused, time.perf_counter() - started)
@@ -217,5 +213,5 @@ def _failed(failures: Mapping[str, str], plan: Mapping[str, Tensor], names: Sequ
         "a subset on which the objective has no minimum, a step size that diverges, or too few "
         "steps.",
         "loosen the recipe for these subsets or leave them out; what finished is in "
-        "error.solution and in the cache.",
+        "error.solution and in the folder.",
     )
