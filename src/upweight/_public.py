@@ -22,9 +22,12 @@ from upweight.curvature.kfac import KFAC
 from upweight.effects import Effects
 from upweight.evaluation.check import check
 from upweight.linalg.damping import Absolute, Evidence, Relative
+from upweight.methods.baselines import BM25, Random, TrainingLoss
 from upweight.methods.influence import Influence
 from upweight.methods.method import Method
+from upweight.methods.neighbours import FeatureSimilarity, KNNShapley
 from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
+from upweight.methods.shapley import DataShapley
 from upweight.methods.similarity import GradientCosine, GradientDot
 from upweight.runtime.resources import Resources
 from upweight.scores import Scores, Unit
@@ -44,6 +47,7 @@ from upweight.training.optimizers import SGD, Adam, AdamW
 from upweight.training.training import Training
 
 __all__ = [
+    "BM25",
     "EKFAC",
     "GGN",
     "KFAC",
@@ -57,10 +61,12 @@ __all__ = [
     "Coefficient",
     "CrossEntropy",
     "Data",
+    "DataShapley",
     "Diagonal",
     "Effects",
     "EmpiricalFisher",
     "Evidence",
+    "FeatureSimilarity",
     "Fisher",
     "Functional",
     "GradientCosine",
@@ -68,6 +74,7 @@ __all__ = [
     "GroupSums",
     "Hessian",
     "Influence",
+    "KNNShapley",
     "LogProb",
     "Logit",
     "Loss",
@@ -79,6 +86,7 @@ __all__ = [
     "PerLayer",
     "PerToken",
     "Poisson",
+    "Random",
     "Relative",
     "Resources",
     "Scores",
@@ -89,6 +97,7 @@ __all__ = [
     "Task",
     "Top",
     "Training",
+    "TrainingLoss",
     "Unit",
     "Weighted",
     "applications",
