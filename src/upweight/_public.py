@@ -22,10 +22,13 @@ from upweight.curvature.kfac import KFAC
 from upweight.effects import Effects
 from upweight.evaluation.check import check
 from upweight.linalg.damping import Absolute, Evidence, Relative
+from upweight.methods.datamodels import Datamodels
+from upweight.methods.ensemble import Ensemble
 from upweight.methods.influence import Influence
 from upweight.methods.method import Method
 from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
 from upweight.methods.similarity import GradientCosine, GradientDot
+from upweight.methods.stacked import Stacked
 from upweight.runtime.resources import Resources
 from upweight.scores import Scores, Unit
 from upweight.task.data import Data, as_data
@@ -57,9 +60,11 @@ __all__ = [
     "Coefficient",
     "CrossEntropy",
     "Data",
+    "Datamodels",
     "Diagonal",
     "Effects",
     "EmpiricalFisher",
+    "Ensemble",
     "Evidence",
     "Fisher",
     "Functional",
@@ -85,6 +90,7 @@ __all__ = [
     "Shards",
     "SmoothHinge",
     "SquaredError",
+    "Stacked",
     "SumToZero",
     "Task",
     "Top",
