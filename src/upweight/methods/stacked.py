@@ -42,8 +42,8 @@ class Stacked(Method):
     Δm[s, q] is what retraining on subset s did to measurement q, and Δm_k = Σᵢ S_k[q, i] (w_sᵢ − 1)
     what predictor k said. The coefficients are shared by all queries of a question, so subsets ×
     queries are the evidence; they are fitted anew for every measure and the queries asked. The unit
-    is ∂m/∂w whatever that of the methods: of one method, `Stacked((method,), by_layer=False)` is its
-    calibration, one factor with an interval.
+    is ∂m/∂w whatever that of the methods; `Stacked((method,), by_layer=False)` is the calibration
+    of a method, one factor with an interval.
 
     `fit(..., history=...)` takes a recipe, by which the subset models are trained, or the
     `SubsetModels` of `upweight.training.subset_models`, trained once for several methods. An
@@ -91,8 +91,8 @@ class Stacked(Method):
         enough = self.subsets >= max(FEWEST, 2 * self.seeds) and self.seeds >= 1
         if not (self.methods and enough and 0 < self.fraction < 1):
             raise SpecError(
-                f"Stacked needs a method, and {FEWEST} subsets or more of part of the data, of each "
-                "seed two.",
+                f"Stacked needs a method, and {FEWEST} subsets or more of part of the data, two of "
+                "each seed.",
                 f"{self!r}.",
                 "an empty tuple, a fraction of 1, or a seed for each subset.",
                 "Stacked((method,), subsets=40, fraction=0.5, seeds=10).",
