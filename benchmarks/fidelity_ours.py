@@ -1,6 +1,7 @@
 """upweight's own methods in `fidelity.py`, and the rankings that need no library."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,6 +45,24 @@ class Ours(Method):
 
     def self_scores(self) -> Tensor:
         values: Tensor = -self.fitted.self_influence()
+        return values
+
+
+class Retraining(Method):
+    """A method that is fitted to models of random halves, none of which is among the truth's."""
+
+    def __init__(self, problem: Problem, folder: Path, method: uw.Method) -> None:
+        super().__init__(problem, folder)
+        self.method = method
+
+    def fit(self) -> None:
+        recipe = replace(SPECS[self.problem.name].recipe, skip_absent=True)
+        data = (self.problem.X, self.problem.y)
+        self.fitted = self.method.fit(task_of(self.problem), data, history=recipe)
+
+    def scores(self, measure: str) -> Tensor:
+        queries = (self.problem.Xq, self.problem.yq)
+        values: Tensor = self.fitted.attribute(queries, MEASURES[measure]).values
         return values
 
 
@@ -147,6 +166,46 @@ def only_large_networks(problem: Problem) -> str | None:
     return "its p × p matrix is factorized instead" if size(problem) <= EXACT_SIZE else None
 
 
+MEMBERS = 20
+"""Subset models at which EK-FAC is fitted; the coefficients are fitted to all of them."""
+
+
+def retrained(name: str, method: uw.Method, settings: str) -> Contender:
+    return Contender(
+        f"upweight {name}",
+        lambda problem, folder: Retraining(problem, folder, method),
+        "upweight",
+        settings,
+        lambda problem: "trained to its minimum" if convex(problem) else None,
+        detects=lambda problem: False,
+    )
+
+
+def stacked(halves: int) -> uw.Stacked:
+    """EK-FAC at two dampings and two times of the training of each half, by layer."""
+    methods = tuple(
+        uw.Ensemble(uw.Influence(uw.EKFAC(), damping=uw.Relative(f)), min(halves, MEMBERS), 0.5, at)
+        for f in (0.1, 0.01)
+        for at in (0.3, 1.0)
+    )
+    return uw.Stacked(methods, halves, 0.5, seeds=min(halves // 2, 20))
+
+
+RETRAINED = (
+    retrained(
+        "EK-FAC, 10 seeds",
+        uw.Ensemble(uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)), 10),
+        "Ensemble of 10 models: 10 trainings",
+    ),
+    retrained(
+        "EK-FAC, calibrated",
+        uw.Stacked((uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)),), 40, by_layer=False),
+        "one factor, fitted to 40 halves: 20 trainings",
+    ),
+    retrained("stacked, 10 halves", stacked(10), "EK-FAC of halves by layer: 5 trainings"),
+    retrained("stacked, 40 halves", stacked(40), "EK-FAC of halves by layer: 20 trainings"),
+)
+
 OURS = (
     ours(
         "Hessian",
@@ -197,5 +256,6 @@ OURS = (
     ),
     ours("K-FAC", layered(uw.KFAC()), f"KFAC(), {BY_LAYER}"),
     ours("diagonal", layered(uw.Diagonal()), f"Diagonal(), {BY_LAYER}"),
+    *RETRAINED,
     Contender("loss", Ranking, "none", "the training loss", predicts=False),
 )

@@ -23,12 +23,15 @@ from upweight.effects import Effects
 from upweight.evaluation.check import check
 from upweight.linalg.damping import Absolute, Evidence, Relative
 from upweight.methods.baselines import BM25, Random, TrainingLoss
+from upweight.methods.datamodels import Datamodels
+from upweight.methods.ensemble import Ensemble
 from upweight.methods.influence import Influence
 from upweight.methods.method import Method
 from upweight.methods.neighbours import FeatureSimilarity, KNNShapley
 from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
 from upweight.methods.shapley import DataShapley
 from upweight.methods.similarity import GradientCosine, GradientDot
+from upweight.methods.stacked import Stacked
 from upweight.runtime.resources import Resources
 from upweight.scores import Scores, Unit
 from upweight.task.data import Data, as_data
@@ -62,9 +65,11 @@ __all__ = [
     "CrossEntropy",
     "Data",
     "DataShapley",
+    "Datamodels",
     "Diagonal",
     "Effects",
     "EmpiricalFisher",
+    "Ensemble",
     "Evidence",
     "FeatureSimilarity",
     "Fisher",
@@ -93,6 +98,7 @@ __all__ = [
     "Shards",
     "SmoothHinge",
     "SquaredError",
+    "Stacked",
     "SumToZero",
     "Task",
     "Top",

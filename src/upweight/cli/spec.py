@@ -22,8 +22,8 @@ import upweight
 from upweight.errors import SpecError, UpweightError
 
 WORDS = {
-    "method": "Influence GradientDot GradientCosine "
-    "KNNShapley DataShapley FeatureSimilarity BM25 Random TrainingLoss",
+    "method": "Influence GradientDot GradientCosine KNNShapley DataShapley FeatureSimilarity "
+    "BM25 Random TrainingLoss Ensemble Stacked Datamodels",
     "curvature": "Hessian GGN Fisher EmpiricalFisher EKFAC KFAC Diagonal Blockwise",
     "labels": "labels.Sampled labels.Expected labels.Observed",
     "sharing": "curvature.Expand curvature.Reduce",

@@ -15,7 +15,14 @@ from upweight.task.task import Task
 
 @dataclass(eq=False)
 class Fitting:
-    """A fit on its way."""
+    """A fit on its way.
+
+    Args:
+        task, data, theta, probe, resources, history: As for `Method.fit`.
+        losses: ℓᵢ(θ̂), once they are known.
+        learned: Curvatures that were learned at this θ, for several methods to share; None: each
+            method learns its own.
+    """
 
     task: Task
     data: Data
@@ -24,6 +31,7 @@ class Fitting:
     resources: Resources
     history: Any = None
     losses: Tensor | None = None
+    learned: list[Any] | None = None
 
     def checked_losses(self) -> Float[Tensor, " n"]:
         """ℓᵢ(θ̂) of every training example, each looked at once.

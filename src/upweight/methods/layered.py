@@ -422,45 +422,11 @@ def inverse(
     point: Point,
 ) -> LayeredScorer:
     """P = (Hₗ + λₗ)⁻¹ by block: learn the curvature, and check the training data on the way."""
-    task, data, probe, resources = (
-        fitting.task, fitting.data, fitting.probe, fitting.resources
-    )  # fmt: skip
+    task, data = fitting.task, fitting.data
     damping = as_damping(damping)
-    seen: dict[int, Tensor] = {}
-
-    def watch(start: int, stop: int, batch: Batch, outputs: Tensor, targets: Any) -> None:
-        places = (start, stop)
-        seen[start] = checked_batch(task, data, places, batch, outputs, targets, "training data")
-
-    settings = {"curvature": described(curvature), "damping": described(damping)}
-    folder = resources.folder
-    try:
-        fitted = curvature.fit_blocks(
-            task,
-            data,
-            point.theta,
-            # The evidence is not known before the spectrum is.
-            damping=None if isinstance(damping, Evidence) else damping,
-            memory_bytes=resources.memory_bytes,
-            checkpoint=None
-            if folder is None
-            else Checkpoint.open(folder, repr(settings | subject(task, data))),
-            watch=watch,
-        )
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        # Say which example, if it is the data.
-        if isinstance(error, NonFinite) or not isinstance(error, UpweightError):
-            checked_losses(task, data, "training data", probe)
-        if isinstance(error, NonFinite):
-            require_finite_gradients(task, data)
-        raise
-    # The first pass has seen them all, unless it had only some of the data or resumed. Batches of
-    # other sizes may round otherwise, and an interrupted fit must come to the same numbers.
-    if folder is None and sum(len(x) for x in seen.values()) == len(data):
-        fitting.losses = torch.cat(list(seen.values()))
-        require_own_losses(task, data, probe, fitting.losses, "training data")
+    fitted = _learned(curvature, damping, fitting, point)
     layout = task.layout
-    size = examples_at_once(fitted.cost, layout.device, resources.memory_bytes)
+    size = examples_at_once(fitted.cost, layout.device, fitting.resources.memory_bytes)
     silent = _silent_blocks(fitted, damping, data, size)
     blocks = tuple(
         b
@@ -479,7 +445,7 @@ def inverse(
         point=point,
         losses=fitting.checked_losses(),
         tolerance=tolerance,
-        memory_bytes=resources.memory_bytes,
+        memory_bytes=fitting.resources.memory_bytes,
         seconds={f"fit: {stage}": took for stage, took in fitted.seconds.items()},
         notes=(
             *fitted.notes,
@@ -491,6 +457,55 @@ def inverse(
             *health.underflow_notes(fitted.plan, point.theta, data, size),
         ),
     )
+
+
+def _learned(
+    curvature: LayerwiseCurvature, damping: Damping, fitting: Fitting, point: Point
+) -> BlockCurvature:
+    """The curvature before any damping, from a pass that checks the training data on the way."""
+    task, data, probe, resources = (
+        fitting.task, fitting.data, fitting.probe, fitting.resources
+    )  # fmt: skip
+    shared = fitting.learned
+    for of, at, known in shared or ():
+        if of == curvature and at is point.theta:
+            return known
+    seen: dict[int, Tensor] = {}
+
+    def watch(start: int, stop: int, batch: Batch, outputs: Tensor, targets: Any) -> None:
+        places = (start, stop)
+        seen[start] = checked_batch(task, data, places, batch, outputs, targets, "training data")
+
+    settings = {"curvature": described(curvature), "damping": described(damping)}
+    folder = resources.folder
+    try:
+        fitted = curvature.fit_blocks(
+            task,
+            data,
+            point.theta,
+            # The evidence is not known before the spectrum is, nor what is to be shared.
+            damping=None if isinstance(damping, Evidence) or shared is not None else damping,
+            memory_bytes=resources.memory_bytes,
+            checkpoint=None
+            if folder is None
+            else Checkpoint.open(folder, repr(settings | subject(task, data))),
+            watch=watch,
+        )
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        # Say which example, if it is the data.
+        if isinstance(error, NonFinite) or not isinstance(error, UpweightError):
+            checked_losses(task, data, "training data", probe)
+        if isinstance(error, NonFinite):
+            require_finite_gradients(task, data)
+        raise
+    # The first pass has seen them all, unless it had only some of the data or resumed. Batches of
+    # other sizes may round otherwise, and an interrupted fit must come to the same numbers.
+    if folder is None and sum(len(x) for x in seen.values()) == len(data):
+        fitting.losses = torch.cat(list(seen.values()))
+        require_own_losses(task, data, probe, fitting.losses, "training data")
+    if shared is not None:
+        shared.append((curvature, point.theta, fitted))
+    return fitted
 
 
 def _silent_blocks(

@@ -78,10 +78,11 @@ class Answer:
         values: Float[Tensor, "q m"],
         columns: tuple[str, ...] | None = None,
         notes: Sequence[str] = (),
+        error: Float[Tensor, "q m"] | None = None,
     ) -> Scores:
         """Values with where they came from."""
         made = self.provenance(notes)
-        return Scores(values, self.unit, made, columns=columns, context=self.context)
+        return Scores(values, self.unit, made, error, columns, self.context)
 
 
 class Sink(abc.ABC):
@@ -173,12 +174,19 @@ class Matrix(Reducer):
 @dataclass(eq=False)
 class _Matrix(Sink):
     values: Float[Tensor, "q n"]
+    error: Float[Tensor, "q n"] | None = None
 
-    def see(self, job: Job, start: int, part: Float[Tensor, "q b"]) -> None:
-        self.values[job.first : job.first + len(job), start : start + part.shape[1]] = part
+    def take(self, job: Job, start: int, stop: int) -> Float[Tensor, "q b"]:
+        part, error = job.block_with_error(start, stop)
+        place = slice(job.first, job.first + len(job)), slice(start, stop)
+        self.values[place] = part
+        if error is not None:
+            self.error = torch.empty_like(self.values) if self.error is None else self.error
+            self.error[place] = error
+        return part
 
     def result(self, answer: Answer) -> Scores:
-        return answer.scores(self.values, notes=zero_columns(self.values))
+        return answer.scores(self.values, notes=zero_columns(self.values), error=self.error)
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,12 @@ class Job(abc.ABC):
     def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
         """S[q, i] for i from start to stop − 1."""
 
+    def block_with_error(
+        self, start: int, stop: int
+    ) -> tuple[Float[Tensor, "q b"], Float[Tensor, "q b"] | None]:
+        """The same with the standard error of each score; None where nothing was drawn."""
+        return self.block(start, stop), None
+
     def by_layer(self, start: int, stop: int) -> Mapping[str, Float[Tensor, "q b"]]:
         """The same, as the shares of the layers."""
         raise not_offered("PerLayer()", "scores that are sums over parameters", "Matrix()")

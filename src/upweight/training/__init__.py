@@ -9,7 +9,8 @@ parts of `newton.py`. `pbrf.py` trains on the proximal Bregman objective, and `f
 training loop of the user's own.
 
 `retrain.py` trains many models, one for each row of `weights.py`, and measures them (`pool.py` runs
-them, in several processes too).
+them, in several processes too). `subset_models.py` trains models of random subsets, with their
+parameters, for methods that are fitted to them.
 """
 
 from upweight.training.function import FromFunction
@@ -17,6 +18,7 @@ from upweight.training.newton import Newton
 from upweight.training.pbrf import PBRF
 from upweight.training.retrain import Retrained, retrain
 from upweight.training.schedules import Constant, Cosine, LinearDecay, Stepwise
+from upweight.training.subset_models import SubsetModels, subset_models
 from upweight.training.trajectory import Trajectory
 from upweight.training.weights import removal_weights, subset_weights
 
@@ -29,8 +31,10 @@ __all__ = [
     "Newton",
     "Retrained",
     "Stepwise",
+    "SubsetModels",
     "Trajectory",
     "removal_weights",
     "retrain",
+    "subset_models",
     "subset_weights",
 ]

@@ -1,0 +1,300 @@
+"""S[q, i] = (1/K) Σ_k S_k[q, i]: a method's scores, averaged over models.
+
+A network is one draw of its training, and its scores have the noise of that draw. The mean over
+models of other seeds or of random subsets ranks retrained models far better (Park et al. 2023,
+"TRAK", §3.2; Bae et al. 2024, §5); their spread says how sure the mean is.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from upweight.errors import SpecError, message
+from upweight.methods.fitting import Fitting
+from upweight.methods.method import Method
+from upweight.methods.scorer import Asked, Job, Scorer, not_offered
+from upweight.scores import Unit
+from upweight.task.check import require_answerable
+from upweight.task.measures import Functional
+from upweight.task.recipe import Recipe
+from upweight.training.subset_models import SubsetModels, subset_models
+from upweight.training.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Ensemble(Method):
+    """The mean of a method's scores over models, each with its own θ_k and m at its own θ_k.
+
+        S[q, i] = (1/K) Σ_k S_k[q, i]       error[q, i] = sd_k(S_k[q, i]) / √K
+
+    Which models, `fit(..., history=...)` says: a recipe, from which `members` models are trained
+    with other seeds; the `SubsetModels` of `upweight.training.subset_models`; a list of models,
+    state dicts or vectors θ [p] in `task.layout`; or a `Trajectory`, whose kept states after the
+    first are the members. The scores have their standard error, `scores.error`: of the mean over
+    members, taken as drawn at random.
+
+    Args:
+        method: What is averaged.
+        members: K, where a recipe trains them.
+        fraction: Of the data, what each of these is trained on: 1 for models that differ by their
+            seed, 0.5 for models of random halves, which cost half as much.
+        at: The share of their training at which the members are taken; 1 is its end.
+
+    Raises:
+        SpecError: The method needs a history of its own, or a number that cannot be meant.
+
+    Exact when: the method is, for every member: then the mean is the derivative of the mean of m
+    over members.
+    Cost: `members` trainings of a recipe, and fit and scores of the method once per member.
+    Memory: K copies of the parameters and of what the method learns.
+    """
+
+    method: Method
+    members: int = 10
+    fraction: float = 1.0
+    at: float = 1.0
+
+    takes_history = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method) or self.method.takes_history:
+            raise SpecError(
+                "Ensemble averages a method that looks at one θ.",
+                f"method={self.method!r}.",
+                "a class that was not called, or a method that looks at training itself.",
+                "Ensemble(Influence(EKFAC(), damping=Relative(0.1))), for instance.",
+            )
+        if not (self.members >= 1 and 0 < self.fraction <= 1 and 0 < self.at <= 1):
+            raise SpecError(
+                "An ensemble has one member or more, of a share of the data and of the training "
+                "above 0 and at most 1.",
+                f"members={self.members!r}, fraction={self.fraction!r}, at={self.at!r}.",
+                "a share in percent.",
+                "Ensemble(method, members=10, fraction=0.5).",
+            )
+
+    @property
+    def unit(self) -> Unit:
+        return self.method.unit
+
+    def prepare(self, fitting: Fitting) -> "MeanScorer":
+        task, history = fitting.task, fitting.history
+        if isinstance(history, Recipe):
+            trained = subset_models(
+                history, task, fitting.data, self.members, self.fraction, self.members,
+                at=(self.at,),
+            )  # fmt: skip
+            theta, trainings = list(trained.theta[self.at]), trained.trainings
+        elif isinstance(history, SubsetModels):
+            if self.at not in history.theta:
+                raise SpecError(_no_state(self.at, history))
+            theta = list(history.theta[self.at][: self.members])
+            trainings = len(theta) * history.fraction
+        else:
+            theta, trainings = _given(fitting), 0.0
+        return self.at_members([moved(fitting, row) for row in theta], trainings)
+
+    def at_members(self, fittings: Sequence[Fitting], trainings: float = 0.0) -> "MeanScorer":
+        """The method, prepared at each of some models, and averaged."""
+        return MeanScorer(tuple(self.method.prepare(f) for f in fittings), trainings)
+
+
+def moved(fitting: Fitting, theta: Float[Tensor, " p"], *, shares: bool = False) -> Fitting:
+    """A fit of the same task and data at another θ.
+
+    Args:
+        fitting: At the model that is asked about.
+        theta: Of the other one.
+        shares: Whether several methods are about to be fitted there, which then learn a curvature
+            once.
+    """
+    task = fitting.task.moved_to(theta)
+    probe = require_answerable(task, fitting.data, "training data")
+    learned: list[Any] | None = [] if shares else None
+    # What is kept on disk is of one θ.
+    resources = replace(fitting.resources, folder=None)
+    return Fitting(task, fitting.data, task.theta(), probe, resources, learned=learned)
+
+
+@dataclass(eq=False)
+class _Mean(Job):
+    """The same queries with every member."""
+
+    members: tuple[tuple[Job, ...], ...]
+    first: int
+    size: int
+
+    def __enter__(self) -> "_Mean":
+        self._open = contextlib.ExitStack()
+        for jobs in self.members:
+            for job in jobs:
+                self._open.enter_context(job)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def at_once(self) -> int:  # type: ignore[override]
+        return min(job.at_once for jobs in self.members for job in jobs)
+
+    def each(self, start: int, stop: int) -> Float[Tensor, "k q b"]:
+        """S_k of every member."""
+        return torch.stack(
+            [torch.cat([job.block(start, stop) for job in jobs]) for jobs in self.members]
+        )
+
+    def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
+        return self.each(start, stop).mean(dim=0)
+
+    def block_with_error(
+        self, start: int, stop: int
+    ) -> tuple[Float[Tensor, "q b"], Float[Tensor, "q b"] | None]:
+        found = self.each(start, stop)
+        if len(found) == 1:
+            return found[0], None
+        return found.mean(dim=0), found.std(dim=0) / math.sqrt(len(found))
+
+    def by_layer(self, start: int, stop: int) -> Mapping[str, Float[Tensor, "q b"]]:
+        total: dict[str, Tensor] = {}
+        for jobs in self.members:
+            parts = [job.by_layer(start, stop) for job in jobs]
+            for name in parts[0]:
+                share = torch.cat([part[name] for part in parts]) / len(self.members)
+                total[name] = total[name] + share if name in total else share
+        return total
+
+    def tokens(self, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        found = [[job.tokens(examples) for job in jobs] for jobs in self.members]
+        shares, rest = (
+            torch.stack([torch.cat([part[k] for part in parts]) for parts in found]).mean(dim=0)
+            for k in (0, 1)
+        )
+        return shares, rest
+
+    @property
+    def record(self) -> tuple[tuple[Any, ...], ...]:
+        return tuple(tuple(job.record for job in jobs) for jobs in self.members)
+
+
+@dataclass(frozen=True, eq=False)
+class MeanScorer(Scorer):
+    """(1/K) Σ_k of scorers that each hold a model of their own.
+
+    Args:
+        members: One scorer per model.
+        trainings: What the models cost, in trainings on all of the data.
+    """
+
+    members: tuple[Scorer, ...]
+    trainings: float = 0.0
+    notes: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        every = [note for scorer in self.members for note in scorer.notes]
+        object.__setattr__(self, "notes", tuple(dict.fromkeys(every)))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return self.members[0].layers
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return self.members[0].dtype
+
+    def settings(self, asked: Asked) -> dict[str, int]:
+        found = [scorer.settings(asked) for scorer in self.members]
+        together = min(s["queries_together"] for s in found) // len(self.members)
+        return {**found[0], "queries_together": max(1, together)}
+
+    def jobs(self, asked: Asked) -> Iterator[_Mean]:
+        if asked.functional is not None or isinstance(asked.measure, Functional):
+            raise not_offered("A Functional", "one θ̂, of which it is a function")
+        together = asked.together or self.settings(asked)["queries_together"]
+        for first, queries in asked.groups(together):
+            some = replace(asked, queries=queries, together=len(queries))
+            yield _Mean(tuple(tuple(m.jobs(some)) for m in self.members), first, len(queries))
+
+    def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        told: dict[str, Any] = {}
+        notes: list[str] = []
+        for k, scorer in enumerate(self.members):
+            told, some = scorer.summary([each for record in records for each in record[k]])
+            notes += some
+        return told, tuple(dict.fromkeys(notes))
+
+    def health(self) -> dict[str, Any]:
+        return {"members": len(self.members), "trainings": self.trainings}
+
+    @property
+    def is_quick_of_itself(self) -> bool:
+        return all(scorer.is_quick_of_itself for scorer in self.members)
+
+    def self_influence(self) -> Float[Tensor, " n"]:
+        return torch.stack([scorer.self_influence() for scorer in self.members]).mean(dim=0)
+
+
+def _given(fitting: Fitting) -> list[Tensor]:
+    """θ of the members that were handed over."""
+    history, layout = fitting.history, fitting.task.layout
+    if isinstance(history, Trajectory):
+        given: list[Any] = [history.state(t).theta for t in history.kept[1:]]
+    elif isinstance(history, Tensor) and history.ndim == 2:
+        given = list(history)
+    elif isinstance(history, Sequence) and not isinstance(history, str) and len(history):
+        given = list(history)
+    else:
+        raise SpecError(_no_members(history))
+    return [_theta(each, layout) for each in given]
+
+
+def _theta(given: Any, layout: Any) -> Float[Tensor, " p"]:
+    if isinstance(given, nn.Module):
+        given = dict(given.named_parameters())
+    if isinstance(given, Mapping):
+        shapes = dict(zip(layout.names, layout.shapes, strict=True))
+        missing = [k for k, s in shapes.items() if k not in given or tuple(given[k].shape) != s]
+        if missing:
+            raise SpecError(_another_model(f"no or another {', '.join(missing[:4])}"))
+        given = layout.flatten({name: given[name] for name in layout.names})
+    if not isinstance(given, Tensor) or tuple(given.shape) != (layout.size,):
+        shown = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise SpecError(_another_model(shown))
+    theta: Tensor = given.detach().to(layout.device, layout.dtype)
+    return theta
+
+
+def _no_members(history: Any) -> str:
+    return message(
+        "An ensemble needs its members.",
+        f"history={'None' if history is None else type(history).__name__}.",
+        "history left out, or an empty list.",
+        "pass history=recipe to train them, a list of models or of vectors θ, or a Trajectory.",
+    )
+
+
+def _no_state(at: float, models: SubsetModels) -> str:
+    return message(
+        "Members are taken at a share of training at which their states were kept.",
+        f"at={at:g}, and models with states at {sorted(models.theta)}.",
+        "models that were trained for another method.",
+        f"subset_models(recipe, task, train, …, at=[{at:g}, 1.0]).",
+    )
+
+
+def _another_model(given: str) -> str:
+    return message(
+        "A member is the task's model with other parameters: a module, a state dict, or θ [p].",
+        f"{given}.",
+        "another width or depth, or parameters by another name.",
+        "make it as the task's model was made, and pass it or its state_dict().",
+    )

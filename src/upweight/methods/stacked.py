@@ -1,0 +1,377 @@
+"""S[q, i] = Σ_k c_k S_k[q, i], with c fitted to retrained models of random subsets.
+
+Stacking (Wolpert 1992; Breiman 1996) of attribution scores. `combination.py` has the regression.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.errors import NonFinite, SpecError
+from upweight.methods.combination import LEVEL, Combination, combine
+from upweight.methods.ensemble import Ensemble, moved
+from upweight.methods.fitting import Fitting
+from upweight.methods.method import Method
+from upweight.methods.scorer import Asked, Job, Scorer, not_offered
+from upweight.notation import percent
+from upweight.runtime.memory import require_bytes
+from upweight.scores import Unit
+from upweight.task.data import Data
+from upweight.task.measures import Functional
+from upweight.task.recipe import Recipe
+from upweight.task.task import Task
+from upweight.training.subset_models import SubsetModels, subset_models
+
+FEWEST = 8
+"""Subsets to fit to."""
+
+WHOLE = "all"
+"""What a prediction of all layers together is called."""
+
+
+@dataclass(frozen=True)
+class Stacked(Method):
+    """Scores of several methods, combined as retraining on random subsets says.
+
+        S[q, i] = Σ_k c_k S_k[q, i]        c = argmin over c ≥ 0 of Σ_{s,q} (Δm − Σ_k c_k Δm_k)²
+
+    Δm[s, q] is what retraining on subset s did to measurement q, and Δm_k = Σᵢ S_k[q, i] (w_sᵢ − 1)
+    what predictor k said. The coefficients are shared by all queries of a question, so subsets ×
+    queries are the evidence; they are fitted anew for every measure and the queries asked. The unit
+    is ∂m/∂w whatever that of the methods; `Stacked((method,), by_layer=False)` is the calibration
+    of a method, one factor with an interval.
+
+    `fit(..., history=...)` takes a recipe, by which the subset models are trained, or the
+    `SubsetModels` of `upweight.training.subset_models`, trained once for several methods. An
+    `Ensemble` among the methods averages over these very models if its `fraction` is theirs; a
+    model's own scores are left out where its own subset is predicted.
+
+    Args:
+        methods: What is combined.
+        subsets: Models of random subsets that the coefficients are fitted to.
+        fraction: Of the data, what each keeps.
+        seeds: Of the recipe, from which the subset models are trained.
+        by_layer: Whether each layer's share of a method's scores is a predictor of its own.
+
+    Raises:
+        SpecError: There is no method, one looks at training itself, or there are too few subsets.
+
+    Exact when: the change of m is linear in w and one of the methods' scores is it, up to a factor.
+    Cost: `subsets` trainings on `fraction` of the data, fit and scores of every method once per
+    member, and a forward pass of the queries per subset model.
+    Memory: a q × n matrix per predictor.
+    """
+
+    methods: tuple[Method, ...]
+    subsets: int = 40
+    fraction: float = 0.5
+    seeds: int = 10
+    by_layer: bool = True
+
+    takes_history = True
+    unit = Unit.DERIVATIVE
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "methods", tuple(self.methods))
+        for method in self.methods:
+            if not isinstance(method, Method) or (
+                method.takes_history and not isinstance(method, Ensemble)
+            ):
+                raise SpecError(
+                    "Stacked combines methods that look at one θ, and ensembles of them.",
+                    f"{method!r}.",
+                    "a class that was not called, or a method that looks at training itself.",
+                    "Stacked((Influence(EKFAC(), damping=Relative(0.1)), GradientDot())), for "
+                    "instance.",
+                )
+        enough = self.subsets >= max(FEWEST, 2 * self.seeds) and self.seeds >= 1
+        if not (self.methods and enough and 0 < self.fraction < 1):
+            raise SpecError(
+                f"Stacked needs a method, and {FEWEST} subsets or more of part of the data, two of "
+                "each seed.",
+                f"{self!r}.",
+                "an empty tuple, a fraction of 1, or a seed for each subset.",
+                "Stacked((method,), subsets=40, fraction=0.5, seeds=10).",
+            )
+
+    def prepare(self, fitting: Fitting) -> "StackedScorer":
+        here = [m for m in self.methods if isinstance(m, Ensemble)]
+        models = models_of(self, fitting, {1.0} | {m.at for m in here if self._shares(m)})
+        if fitting.learned is None:
+            fitting.learned = []
+        places: dict[tuple[float, int], Fitting] = {}
+        sources, trainings = [], models.trainings
+        for method in self.methods:
+            if not isinstance(method, Ensemble):
+                sources.append(Source(repr(method), (method.prepare(fitting),), (None,)))
+            elif self._shares(method):
+                own = tuple(range(min(method.members, len(models))))
+                for k in own:
+                    if (method.at, k) not in places:
+                        theta = models.theta[method.at][k]
+                        places[method.at, k] = moved(fitting, theta, shares=True)
+                mean = method.at_members([places[method.at, k] for k in own])
+                sources.append(Source(repr(method), mean.members, own))
+            else:
+                recipe = fitting.history
+                if not isinstance(recipe, Recipe):
+                    raise SpecError(*_no_recipe(method))
+                part = Fitting(
+                    fitting.task, fitting.data, fitting.theta, fitting.probe, fitting.resources,
+                    recipe,
+                )  # fmt: skip
+                found = method.prepare(part)
+                trainings += found.trainings
+                sources.append(Source(repr(method), found.members, (None,) * len(found.members)))
+        return StackedScorer(
+            fitting.task, fitting.data, models, tuple(sources), self.by_layer, trainings
+        )
+
+    def _shares(self, method: Ensemble) -> bool:
+        """Whether the models of the subsets are the members."""
+        return method.fraction == self.fraction
+
+
+def models_of(spec: Any, fitting: Fitting, at: set[float]) -> SubsetModels:
+    """The subset models of a method's history: given, or trained by a recipe.
+
+    Raises:
+        SpecError: There is neither, or the models are not those of the spec.
+    """
+    history = fitting.history
+    if isinstance(history, Recipe):
+        return subset_models(
+            history, fitting.task, fitting.data, spec.subsets, spec.fraction, spec.seeds,
+            at=sorted(at),
+        )  # fmt: skip
+    if not isinstance(history, SubsetModels):
+        raise SpecError(
+            f"{type(spec).__name__} is fitted to models of random subsets.",
+            f"history={'None' if history is None else type(history).__name__}.",
+            "history left out, or models without the subsets they were trained on.",
+            "pass history=recipe to train them, or what subset_models(recipe, …) returned.",
+        )
+    missing = sorted(at - set(history.theta))
+    other = len(history) != spec.subsets or history.fraction != spec.fraction
+    if missing or other or history.weights.shape[1] != len(fitting.data):
+        raise SpecError(
+            "Subset models that are given are those that the method says.",
+            f"{len(history)} of {history.fraction:g} of {history.weights.shape[1]} examples, with "
+            f"states at {sorted(history.theta)}, for {spec!r} on {len(fitting.data)}.",
+            "models that were trained for another method.",
+            f"subset_models(recipe, task, train, {spec.subsets}, {spec.fraction}, {spec.seeds}, "
+            f"at={sorted(at)}).",
+        )
+    return history
+
+
+def outcomes(models: SubsetModels, task: Task, queries: Data, measure: Any) -> Float[Tensor, "s q"]:
+    """m of every query under every subset model, on the CPU in float64.
+
+    Raises:
+        NonFinite: One is NaN or infinite.
+    """
+    layout, rows = task.layout, []
+    with torch.no_grad():
+        for theta in models.theta[1.0]:
+            params = layout.unflatten(theta.to(layout.device))
+            parts = [
+                measure(task, params, task.to_device(batch))
+                for _, _, batch in queries.batches(1024)
+            ]
+            rows.append(torch.cat(parts).detach().cpu().double())
+    found = torch.stack(rows)
+    if not bool(found.isfinite().all()):
+        model, query = (~found.isfinite()).nonzero()[0].tolist()
+        raise NonFinite(
+            "Measurements of the subset models must be finite.",
+            f"{float(found[model, query])} for query {query} with model {model}.",
+            "a measure that overflows with a model of less data.",
+            "leave that query out, or ask another measure.",
+        )
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A method, prepared.
+
+    Args:
+        name: What it is called.
+        members: The scorers whose mean its scores are.
+        own: Of each, the subset that its model was trained on; None: none of them.
+    """
+
+    name: str
+    members: tuple[Scorer, ...]
+    own: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class StackedScorer(Scorer):
+    """Predictors, and the models that say how they combine."""
+
+    task: Task
+    train: Data
+    models: SubsetModels
+    sources: tuple[Source, ...]
+    splits: bool
+    trainings: float
+    notes: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        every = [note for s in self.sources for m in s.members for note in m.notes]
+        object.__setattr__(self, "notes", tuple(dict.fromkeys(every)))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        found = [source.members[0].layers for source in self.sources]
+        return found[0] if self.splits and all(each == found[0] for each in found) else ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        each = [m.dtype or self.task.layout.dtype for s in self.sources for m in s.members[:1]]
+        found = each[0]
+        for other in each[1:]:
+            found = torch.promote_types(found, other)
+        return found
+
+    def health(self) -> dict[str, Any]:
+        return {
+            "subsets": len(self.models),
+            "fraction": self.models.fraction,
+            "seeds": self.models.seeds,
+            "trainings": self.trainings,
+        }
+
+    def jobs(self, asked: Asked) -> Iterator["StackedJob"]:
+        if asked.queries is None or isinstance(asked.measure, Functional):
+            raise not_offered("A Functional", "a measurement of each query")
+        measured = outcomes(self.models, self.task, asked.queries, asked.measure)
+        names, values, predicted = self._predictors(asked)
+        found = combine(predicted, measured, self.models.group)
+        total: dict[str, Tensor] = {}
+        for (_, layer), part, c in zip(names, values, found.coefficients.tolist(), strict=True):
+            total[layer] = total[layer].add_(part, alpha=c) if layer in total else part.mul_(c)
+        yield StackedJob(total, tuple(f"{name} {layer}" for name, layer in names), found)
+
+    def _predictors(
+        self, asked: Asked
+    ) -> tuple[list[tuple[str, str]], list[Float[Tensor, "q n"]], Float[Tensor, "k s q"]]:
+        """S_k of every predictor, and the Δm that it predicts of every subset."""
+        n, q = len(self.train), len(asked)
+        layers = [s.members[0].layers if self.splits else () for s in self.sources]
+        names = [
+            (source.name, layer)
+            for source, some in zip(self.sources, layers, strict=True)
+            for layer in (some or (WHOLE,))
+        ]
+        dtype, device = self.dtype, self.task.layout.device
+        require_bytes(
+            len(names) * q * n * dtype.itemsize,
+            f"{len(names)} predictors of {q} × {n} scores",
+            device,
+            "ask some queries at a time, or combine fewer predictors: by_layer=False.",
+        )
+        change = self.models.weights.to(device) - 1.0
+        values = [torch.zeros(q, n, dtype=dtype, device=device) for _ in names]
+        predicted = torch.zeros(len(names), len(change), q, dtype=torch.float64, device=device)
+        at = 0
+        for source, some in zip(self.sources, layers, strict=True):
+            width = max(1, len(some))
+            times = torch.full((len(change), 1), float(len(source.members)), device=device)
+            for member, own in zip(source.members, source.own, strict=True):
+                heard = torch.ones(len(change), 1, dtype=torch.float64, device=device)
+                if own is not None:
+                    heard[own], times[own] = 0.0, times[own] - 1.0
+                for first, start, parts in _blocks(member, asked, n, bool(some)):
+                    for k, part in enumerate(parts):
+                        rows, columns = (
+                            slice(x, x + size)
+                            for x, size in zip((first, start), part.shape, strict=True)
+                        )
+                        values[at + k][rows, columns] += part / len(source.members)
+                        predicted[at + k, :, rows] += heard * (
+                            change[:, columns] @ part.mT.double()
+                        )
+            # Where the only member is a subset's own there is nothing to predict it with.
+            predicted[at : at + width] /= times.clamp_min(1.0)
+            at += width
+        return names, values, predicted.cpu()
+
+    def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        if not records:
+            return {}, ()
+        ((names, found),) = records
+        bounds = found.intervals.T.tolist()
+        told = {
+            "coefficients": {
+                name: [c, *ends]
+                for name, c, ends in zip(names, found.coefficients.tolist(), bounds, strict=True)
+            },
+            "coefficient_level": LEVEL,
+            "ridge": found.strength,
+            "explained": found.explained,
+            "size": [found.size, *found.size_interval],
+        }
+        seeds = self.models.seeds
+        note = (
+            f"{len(names)} predictors combined as {len(self.models)} models of "
+            f"{percent(self.models.fraction)} of the data from {seeds} seeds say "
+            f"({self.trainings:g} trainings): they explain {percent(max(0.0, found.explained))} of "
+            "how left-out models differ; sizes were fitted to drops of that share of the data, and "
+            "for other ones are an extrapolation"
+        )
+        return told, (note,)
+
+
+def _blocks(
+    scorer: Scorer, asked: Asked, n: int, splits: bool
+) -> Iterator[tuple[int, int, list[Float[Tensor, "q b"]]]]:
+    """(first query, first example, scores) of every block, whole or by layer."""
+    for job in scorer.jobs(asked):
+        with job:
+            for start in range(0, n, max(1, job.at_once)):
+                stop = min(n, start + max(1, job.at_once))
+                if splits:
+                    yield job.first, start, list(job.by_layer(start, stop).values())
+                else:
+                    yield job.first, start, [job.block(start, stop)]
+
+
+@dataclass(eq=False)
+class StackedJob(Job):
+    """All queries, with the combined scores of each layer."""
+
+    parts: Mapping[str, Float[Tensor, "q n"]]
+    names: tuple[str, ...]
+    combination: Combination
+    first: int = 0
+
+    def __len__(self) -> int:
+        return len(next(iter(self.parts.values())))
+
+    def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
+        return torch.stack([part[:, start:stop] for part in self.parts.values()]).sum(dim=0)
+
+    def by_layer(self, start: int, stop: int) -> Mapping[str, Float[Tensor, "q b"]]:
+        if WHOLE in self.parts:
+            return super().by_layer(start, stop)
+        return {name: part[:, start:stop] for name, part in self.parts.items()}
+
+    @property
+    def record(self) -> tuple[tuple[str, ...], Combination]:
+        return self.names, self.combination
+
+
+def _no_recipe(method: Ensemble) -> tuple[str, str, str, str]:
+    return (
+        "Members that are not models of the subsets are trained by a recipe.",
+        f"{method!r}, and models in place of a recipe.",
+        "an Ensemble of another fraction than that of the subsets.",
+        "give the ensemble the fraction of the subsets, or pass history=recipe.",
+    )

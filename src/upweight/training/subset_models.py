@@ -1,0 +1,203 @@
+"""Models of random subsets, or of all of the data, for methods that are fitted to them.
+
+    θ_s = 𝒜(w_s)        w_s: a random subset of the training data; 𝒜: the recipe, of several seeds
+
+`evaluation.check` and `subset_weights` with its default seed draw the subsets that judge. Those of
+here are other ones, drawn from another seed and trained from other seeds of the recipe: what is
+fitted to them may be judged by `check`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from upweight.errors import NotConverged, SpecError, message
+from upweight.task.data import Data
+from upweight.task.recipe import Recipe, Trainer
+from upweight.task.task import Task
+from upweight.training.trainer import TrainingTrainer
+from upweight.training.weights import subset_weights
+
+JUDGES = 256
+"""Subsets of the default seed that no fit uses: as many as `check` draws at most."""
+
+APART = 1_000
+"""Seeds of the recipe from its own seed to the first one used here."""
+
+
+@dataclass(frozen=True, eq=False)
+class SubsetModels:
+    """Trained models.
+
+    Args:
+        weights: w_s, the subsets, of mean 1.
+        theta: Parameters, by the share of the training at which they were taken.
+        group: Which seed of the recipe each was trained from, as 0, 1, …
+        fraction: Of the data, what each was trained on.
+    """
+
+    weights: Float[Tensor, "s n"]
+    theta: dict[float, Float[Tensor, "s p"]]
+    group: Int[Tensor, " s"]
+    fraction: float
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @property
+    def seeds(self) -> int:
+        """From how many seeds of the recipe they were trained."""
+        return int(self.group.max()) + 1
+
+    @property
+    def trainings(self) -> float:
+        """What they cost, in trainings on all of the data."""
+        return len(self) * self.fraction
+
+
+def subset_models(
+    recipe: Recipe,
+    task: Task,
+    train: Data,
+    subsets: int,
+    fraction: float = 0.5,
+    seeds: int = 1,
+    *,
+    at: Sequence[float] = (1.0,),
+    seed: int = 1,
+) -> SubsetModels:
+    """Train a model on each of some random subsets.
+
+    Args:
+        recipe: The learning algorithm.
+        task: What is trained.
+        train: On what.
+        subsets: How many models.
+        fraction: Of the data, what each keeps; 1 is all of it, and then seeds alone differ.
+        seeds: From how many seeds of the recipe, each with as many of the subsets. A recipe
+            without a field `seed` has one.
+        at: Shares of the training at which parameters are taken; 1 is the end.
+        seed: Of the draw of the subsets.
+
+    Raises:
+        SpecError: There are not so many subsets that judge nothing; the recipe has no seed to make
+            models of all of the data differ, or does not hand out states of its training.
+        NotConverged: A model has parameters that are NaN or infinite.
+        UpweightError: From the recipe.
+
+    Cost: `subsets` trainings on `fraction` of the data each.
+    """
+    seeds = min(seeds, subsets) if _has_seed(recipe) else 1
+    if fraction == 1.0:
+        if not _has_seed(recipe):
+            raise SpecError(_no_seed(recipe))
+        weights, seeds = torch.ones(subsets, len(train), dtype=torch.float64), subsets
+    else:
+        weights = fitting_weights(len(train), subsets, fraction, seed)
+    group = torch.arange(subsets) % seeds
+    theta = {share: task.theta().new_empty(subsets, task.layout.size) for share in at}
+    for k in range(seeds):
+        rows = (group == k).nonzero()[:, 0]
+        trainer = _reseeded(recipe, k).prepare(task, train)
+        for chunk in torch.tensor_split(rows, -(-len(rows) // max(1, trainer.at_once))):
+            for share, found in _trained(trainer, recipe, weights[chunk], at):
+                theta[share][chunk] = found.to(theta[share])
+    bad = (~torch.stack([x.isfinite().all(dim=1) for x in theta.values()]).all(dim=0)).nonzero()
+    if len(bad):
+        raise NotConverged(
+            "Every model of a subset must train to finite parameters.",
+            f"{len(bad)} of {subsets} models with NaN or infinite parameters, by {recipe!r}.",
+            "a learning rate at which training diverges without some of the data.",
+            "lower the learning rate, or keep a larger fraction of the data.",
+            solution=SubsetModels(weights, theta, group, fraction),
+        )
+    return SubsetModels(weights, theta, group, fraction)
+
+
+def fitting_weights(n: int, subsets: int, fraction: float, seed: int = 1) -> Float[Tensor, "s n"]:
+    """Random subsets as of `subset_weights(…, renormalize=True)`, of which none judges.
+
+    The first 256 subsets of seed 0, which `check` is made with, are left out.
+
+    Raises:
+        SpecError: There are not so many others.
+    """
+    kept = round(fraction * n) if 0 < fraction < 1 else 0
+    possible = math.comb(n, kept) if 0 < kept < n else 0
+    judging = min(JUDGES, possible)
+    if possible - judging < subsets:
+        raise SpecError(
+            "Subsets to fit to keep some rows, not all, and are other ones than those that judge.",
+            f"{subsets} subsets of {kept} of {n} rows (fraction={fraction}), of which there are "
+            f"{possible} and the first {judging} are for `check`.",
+            "a fraction in percent, or a data set too small for random subsets.",
+            "use a fraction near 0.5; a data set of fewer than 12 examples has too few halves.",
+        )
+    draw = partial(subset_weights, n, fraction=fraction, renormalize=True)
+    judges = {tuple(row) for row in _members(draw(judging))}
+    drawn = draw(min(subsets + judging, possible), seed=seed)
+    fresh = [k for k, row in enumerate(_members(drawn)) if tuple(row) not in judges]
+    return drawn[fresh[:subsets]]
+
+
+def _members(weights: Float[Tensor, "s n"]) -> list[list[int]]:
+    return [row.nonzero()[:, 0].tolist() for row in weights]
+
+
+def _trained(
+    trainer: Trainer, recipe: Recipe, weights: Float[Tensor, "s n"], at: Sequence[float]
+) -> Iterator[tuple[float, Float[Tensor, "s p"]]]:
+    """Parameters of some models at each share of their training."""
+    if list(at) == [1.0]:
+        found = trainer(weights)
+        if found.failures:
+            row, reason = next(iter(found.failures.items()))
+            raise NotConverged(
+                "Every model of a subset must train.",
+                f"{len(found.failures)} that did not, model {row} because {reason}.",
+                "a subset on which the objective has no minimum, or a step size that diverges.",
+                "loosen the recipe, or keep a larger fraction of the data.",
+                solution=found,
+            )
+        yield 1.0, found.theta
+        return
+    if not isinstance(trainer, TrainingTrainer):
+        raise SpecError(
+            "Models on their way are handed out by a `Training`.",
+            f"at={[x for x in at if x != 1.0]} with {recipe!r}.",
+            "a recipe that says what it ends in and nothing else.",
+            "use Training(...) as the recipe, or at=1.",
+        )
+    placed = trainer.placed(weights)
+    placed = placed[0] if len(placed) == 1 else placed
+    total = trainer.length(placed)
+    steps = {share: max(1, round(share * total)) for share in at}
+    states = {s.step: s.theta for s in trainer.states(placed, set(steps.values()))}
+    for share, step in steps.items():
+        theta = states[step]
+        yield share, theta if theta.ndim == 2 else theta[None]
+
+
+def _has_seed(recipe: Recipe) -> bool:
+    return is_dataclass(recipe) and isinstance(getattr(recipe, "seed", None), int)
+
+
+def _reseeded(recipe: Recipe, k: int) -> Recipe:
+    if not _has_seed(recipe):
+        return recipe
+    made: Callable[..., Recipe] = replace  # type: ignore[assignment]
+    return made(recipe, seed=recipe.seed + APART + k)  # type: ignore[attr-defined]
+
+
+def _no_seed(recipe: Recipe) -> str:
+    return message(
+        "Models of all of the data differ by the seed that they are trained from.",
+        f"{recipe!r}, which has none.",
+        "a recipe that minimizes, or a function of its own.",
+        "pass fraction=0.5 for models of random halves, or a list of models as history.",
+    )

@@ -1,0 +1,144 @@
+"""Ensemble: the mean over members, and its standard error."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+
+import upweight as uw
+from upweight.errors import NotOffered, SpecError
+from upweight.methods.method import Method
+from upweight.testing import check_method
+
+DRAW = torch.Generator().manual_seed(0)
+X = torch.randn(13, 3, generator=DRAW, dtype=torch.float64)
+Y = torch.arange(13) % 2
+XQ = torch.randn(4, 3, generator=DRAW, dtype=torch.float64)
+QUERIES = (XQ, torch.tensor([0, 1, 1, 0]))
+EKFAC = uw.Influence(uw.EKFAC(uw.labels.Expected()), damping=0.1, tolerance=0)
+DENSE = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), 0.1)
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+torch.manual_seed(0)
+TASK = uw.Task(net(), uw.CrossEntropy())
+THETA = [TASK.theta() + 0.1 * k for k in range(3)]
+
+
+@dataclass(frozen=True)
+class Around(Method):
+    """The mean over θ̂ and two models near it."""
+
+    method: Method
+
+    @property
+    def unit(self):
+        return self.method.unit
+
+    def prepare(self, fitting):
+        theta = fitting.theta
+        beside = [theta * (1 + 1e-3 * k) for k in range(3)]
+        return uw.Ensemble(self.method).prepare(replace(fitting, history=beside))
+
+
+CASES = [
+    pytest.param(check, id=f"{method!r}: {name}")
+    for method in (EKFAC, DENSE, uw.GradientDot())
+    for name, check in check_method(Around(method), damped=True, rtol=1e-9)
+]
+
+
+@pytest.mark.parametrize("check", CASES)
+def test_contract(check):
+    check()
+
+
+@pytest.mark.parametrize("method", [EKFAC, DENSE, uw.GradientCosine()], ids=repr)
+def test_is_the_mean_over_the_members_each_at_its_own_model(method):
+    fitted = uw.Ensemble(method).fit(TASK, (X, Y), history=THETA)
+    each = [method.fit(TASK.moved_to(theta), (X, Y)) for theta in THETA]
+    every = torch.stack([f.attribute(QUERIES).values for f in each])
+    scores = fitted.attribute(QUERIES)
+    torch.testing.assert_close(scores.values, every.mean(dim=0), rtol=1e-12, atol=1e-14)
+    spread = (every - every.mean(dim=0)).square().sum(dim=0).div(2).sqrt() / 3**0.5
+    torch.testing.assert_close(scores.error, spread, rtol=1e-9, atol=1e-13)
+    selves = torch.stack([f.self_influence() for f in each]).mean(dim=0)
+    torch.testing.assert_close(fitted.self_influence(), selves, rtol=1e-12, atol=1e-14)
+    layers = fitted.attribute(QUERIES, into=uw.PerLayer())
+    total = torch.stack([part.values for part in layers.values()]).sum(dim=0)
+    torch.testing.assert_close(total, scores.values, rtol=1e-10, atol=1e-13)
+
+
+def test_few_queries_at_a_time_are_the_same():
+    whole = uw.Ensemble(EKFAC).fit(TASK, (X, Y), history=THETA)
+    small = uw.Ensemble(EKFAC).fit(
+        TASK, (X, Y), history=THETA, resources=uw.Resources(memory_bytes=2_000)
+    )
+    torch.testing.assert_close(
+        small.attribute(QUERIES).values, whole.attribute(QUERIES).values, rtol=1e-12, atol=1e-14
+    )
+
+
+def test_members_come_as_models_states_or_a_trajectory():
+    models = [TASK.moved_to(theta).model for theta in THETA]
+    expected = uw.Ensemble(DENSE).fit(TASK, (X, Y), history=THETA).attribute(QUERIES).values
+    states = [model.state_dict() for model in models]
+    for history in (models, states, torch.stack(THETA)):
+        found = uw.Ensemble(DENSE).fit(TASK, (X, Y), history=history).attribute(QUERIES)
+        torch.testing.assert_close(found.values, expected, rtol=1e-12, atol=1e-14)
+    recipe = uw.Training(net, uw.SGD(0.1), epochs=2, batch=4)
+    run = recipe.trajectory(TASK, (X, Y), every=3)
+    found = uw.Ensemble(DENSE).fit(TASK, (X, Y), history=run).attribute(QUERIES)
+    kept = [run.state(t).theta for t in run.kept[1:]]
+    by_hand = uw.Ensemble(DENSE).fit(TASK, (X, Y), history=kept).attribute(QUERIES)
+    torch.testing.assert_close(found.values, by_hand.values)
+
+
+def test_a_recipe_trains_them_from_other_seeds():
+    recipe = uw.Training(net, uw.SGD(0.1), epochs=2, batch=4)
+    fitted = uw.Ensemble(DENSE, members=3).fit(TASK, (X, Y), history=recipe)
+    models = uw.training.subset_models(recipe, TASK, uw.as_data((X, Y)), 3, 1.0)
+    by_hand = uw.Ensemble(DENSE).fit(TASK, (X, Y), history=list(models.theta[1.0]))
+    found = fitted.attribute(QUERIES)
+    torch.testing.assert_close(found.values, by_hand.attribute(QUERIES).values)
+    assert (found.provenance.health["members"], found.provenance.health["trainings"]) == (3, 3.0)
+    shared = uw.Ensemble(DENSE, members=2).fit(TASK, (X, Y), history=models)
+    assert shared.attribute(QUERIES).provenance.health["members"] == 2
+
+
+def test_one_member_has_no_error():
+    scores = uw.Ensemble(DENSE).fit(TASK, (X, Y), history=THETA[:1]).attribute(QUERIES)
+    assert scores.error is None
+    alone = DENSE.fit(TASK, (X, Y)).attribute(QUERIES)
+    torch.testing.assert_close(scores.values, alone.values, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("history", "said"),
+    [
+        (None, "needs its members"),
+        ([], "needs its members"),
+        ([torch.zeros(3)], "shape"),
+        ([nn.Linear(3, 2)], "no or another"),
+    ],
+)
+def test_other_members_are_refused(history, said):
+    with pytest.raises(SpecError, match=said):
+        uw.Ensemble(DENSE).fit(TASK, (X, Y), history=history)
+
+
+def test_what_cannot_be_meant_is_refused():
+    for given in ({"members": 0}, {"fraction": 50}, {"at": 0.0}):
+        with pytest.raises(SpecError, match="one member or more"):
+            uw.Ensemble(DENSE, **given)
+    with pytest.raises(SpecError, match="looks at one θ"):
+        uw.Ensemble(uw.Ensemble(DENSE))
+    fitted = uw.Ensemble(DENSE).fit(TASK, (X, Y), history=THETA)
+    with pytest.raises(NotOffered):
+        fitted.parameter_influence(0)
+    with pytest.raises(NotOffered):
+        fitted.attribute(None, uw.Coefficient(0))

@@ -1,0 +1,76 @@
+"""Models of random subsets, trained for what is fitted to them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import upweight as uw
+from upweight.errors import NotConverged, SpecError
+from upweight.training.subset_models import APART, fitting_weights
+
+X = torch.randn(16, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = X[:, :1] - 0.5 * X[:, 1:2]
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+
+TASK = uw.Task(net(), uw.SquaredError())
+RECIPE = uw.Training(net, uw.SGD(0.1), epochs=2, batch=4, seed=5)
+
+
+def models(*given, **named):
+    return uw.training.subset_models(RECIPE, TASK, uw.as_data((X, Y)), *given, **named)
+
+
+@pytest.mark.parametrize("n", [9, 12, 30])
+def test_no_subset_that_judges_is_fitted_to(n):
+    judges = {tuple(row.nonzero()[:, 0].tolist()) for row in subsets_of(n)}
+    size = 20 if n > 10 else 5
+    if n == 9:  # 126 halves, all of them drawn by `check` already
+        with pytest.raises(SpecError, match="other ones than those that judge"):
+            fitting_weights(n, size, 0.5)
+        return
+    drawn = fitting_weights(n, size, 0.5)
+    assert len(torch.unique(drawn, dim=0)) == size
+    assert not judges & {tuple(row.nonzero()[:, 0].tolist()) for row in drawn}
+    torch.testing.assert_close(drawn.mean(dim=1), torch.ones(size, dtype=torch.float64))
+
+
+def subsets_of(n):
+    """Those that `check` draws."""
+    most = min(256, 126 if n == 9 else 256)
+    return uw.training.subset_weights(n, most, 0.5, renormalize=True)
+
+
+def test_each_is_what_the_recipe_makes_from_its_seed():
+    found = models(5, seeds=2, at=(0.5, 1.0))
+    assert found.group.tolist() == [0, 1, 0, 1, 0] and found.seeds == 2 and found.trainings == 2.5
+    for s in range(5):
+        recipe = replace(RECIPE, seed=RECIPE.seed + APART + int(found.group[s]))
+        run = recipe.trajectory(TASK, (X, Y), found.weights[s], every=1)
+        torch.testing.assert_close(found.theta[1.0][s], run.theta, rtol=1e-10, atol=1e-12)
+        half = run.state(len(run) // 2).theta
+        torch.testing.assert_close(found.theta[0.5][s], half, rtol=1e-10, atol=1e-12)
+
+
+def test_models_of_all_of_the_data_differ_by_their_seed():
+    found = models(2, 1.0)
+    assert bool((found.weights == 1).all()) and found.trainings == 2
+    assert not torch.equal(found.theta[1.0][0], found.theta[1.0][1])
+
+
+def test_what_cannot_be_meant_is_refused():
+    newton = uw.training.Newton()
+    data = uw.as_data((X, Y))
+    with pytest.raises(SpecError, match="differ by the seed"):
+        uw.training.subset_models(newton, TASK, data, 2, 1.0)
+    loop = uw.training.FromFunction(lambda w: TASK.theta(), twice=False)
+    with pytest.raises(SpecError, match="on their way"):
+        uw.training.subset_models(loop, TASK, data, 2, at=(0.5, 1.0))
+    diverging = replace(RECIPE, optimizer=uw.SGD(1e200))
+    with pytest.raises(NotConverged):
+        uw.training.subset_models(diverging, TASK, data, 2)
