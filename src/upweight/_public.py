@@ -21,11 +21,13 @@ from upweight.curvature.hessian import Hessian
 from upweight.curvature.kfac import KFAC
 from upweight.effects import Effects
 from upweight.evaluation.check import check
-from upweight.linalg.damping import Absolute, Evidence, Relative
+from upweight.linalg.damping import Absolute, Evidence, FromTraining, Relative
 from upweight.methods.influence import Influence
 from upweight.methods.method import Method
 from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
 from upweight.methods.similarity import GradientCosine, GradientDot
+from upweight.methods.source import SOURCE
+from upweight.methods.tracin import TracIn
 from upweight.runtime.resources import Resources
 from upweight.scores import Scores, Unit
 from upweight.task.data import Data, as_data
@@ -41,6 +43,7 @@ from upweight.task.measures import Coefficient, Functional, Logit, LogProb, Loss
 from upweight.task.penalties import L2, NoPenalty, SumToZero
 from upweight.task.task import Task, next_token
 from upweight.training.optimizers import SGD, Adam, AdamW
+from upweight.training.record import record
 from upweight.training.training import Training
 
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "KFAC",
     "L2",
     "SGD",
+    "SOURCE",
     "Absolute",
     "Adam",
     "AdamW",
@@ -62,6 +66,7 @@ __all__ = [
     "EmpiricalFisher",
     "Evidence",
     "Fisher",
+    "FromTraining",
     "Functional",
     "GradientCosine",
     "GradientDot",
@@ -88,6 +93,7 @@ __all__ = [
     "SumToZero",
     "Task",
     "Top",
+    "TracIn",
     "Training",
     "Unit",
     "Weighted",
@@ -100,6 +106,7 @@ __all__ = [
     "evaluation",
     "labels",
     "next_token",
+    "record",
     "report",
     "solvers",
     "training",

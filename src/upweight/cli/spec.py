@@ -21,11 +21,11 @@ import upweight
 from upweight.errors import SpecError, UpweightError
 
 WORDS = {
-    "method": "Influence GradientDot GradientCosine",
+    "method": "Influence GradientDot GradientCosine TracIn SOURCE",
     "curvature": "Hessian GGN Fisher EmpiricalFisher EKFAC KFAC Diagonal Blockwise",
     "labels": "labels.Sampled labels.Expected labels.Observed",
     "sharing": "curvature.Expand curvature.Reduce",
-    "damping": "Absolute Relative Evidence",
+    "damping": "Absolute Relative Evidence FromTraining",
     "solver": "solvers.Auto solvers.Cholesky solvers.CG solvers.BlockCG solvers.MINRES",
     "measure": "Loss Margin LogProb Logit",
     "loss": "CrossEntropy SquaredError Bernoulli Poisson SmoothHinge Weighted",
