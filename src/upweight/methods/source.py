@@ -54,8 +54,9 @@ class SOURCE(Method):
         D = e^{−τσ}      R = (1 − e^{−τσ})/σ      τ = Σ η_t of the segment
 
     With momentum τ has Σ_{s ≥ t} η_s μ^{s−t} in the place of η_t, which is η/(1 − μ) but at the
-    end. Adam and AdamW have P = diag(1/(√v̂ + ε)): D = e^{−τPH̄} exactly for a curvature of all of
-    θ, by P^{1/2} H̄ P^{1/2}; by layer P enters through its diagonal in the eigenbasis, σ = P_j Λ_j.
+    end. Adam and AdamW have P = M⁻¹, M = diag(√v̂ + ε): D = e^{−τPH̄} exactly for a curvature of all
+    of θ, by P^{1/2} H̄ P^{1/2}; by layer σ = Λ_j/M_j with M_j the diagonal of M in the eigenbasis,
+    the Rayleigh quotient of H̄ v = σ M v at an eigenvector of H̄.
     The optimizer's weight decay is added to Λ (to P Λ for AdamW). No damping is needed or added:
     with one segment R is (H̄ + λ)⁻¹ of influence, as `FromTraining()` nearly has it.
 
@@ -118,7 +119,9 @@ class SOURCE(Method):
     ) -> "tuple[Segment, tuple[str, ...]]":
         thetas = [history.state(t).theta.to(fitting.theta) for t in states]
         scales = [scale_at(history, t, fitting.theta) for t in states]
-        scale = None if scales[0] is None else torch.stack(scales).mean(dim=0)  # type: ignore[arg-type]
+        # Of √v̂ + ε, not of its inverse: an entry that was never reached has 1/ε.
+        known = [1 / scale for scale in scales if scale is not None]
+        divisor = torch.stack(known).mean(dim=0) if known else None
         decay = history.optimizer.weight_decay
         coupled = 0.0 if isinstance(history.optimizer, AdamW) else decay
         apart = decay - coupled
@@ -133,17 +136,17 @@ class SOURCE(Method):
             for block in fitted.blocks:
                 index, eigen = block.block.index(layout).to(layout.device), block.eigen
                 times: Any = 1.0
-                if scale is not None:
-                    entries = scale[index].reshape(eigen.values.shape).to(eigen.values)
-                    times = diagonal_in_basis(eigen, entries)
+                if divisor is not None:
+                    entries = divisor[index].reshape(eigen.values.shape).to(eigen.values)
+                    times = 1 / diagonal_in_basis(eigen, entries)
                 values = times * (eigen.values + coupled) + apart
                 flows.append(self._flow(index, Eigen(eigen.bases, values), times, reached))
         else:
             matrix, notes = self._dense(fitting, thetas)
             matrix.diagonal().add_(coupled)
             root = None
-            if scale is not None:
-                root = scale.double().sqrt()
+            if divisor is not None:
+                root = divisor.double().rsqrt()
                 matrix *= root[:, None] * root
             matrix.diagonal().add_(apart)
             values, basis = eigenbasis(matrix)
