@@ -191,7 +191,7 @@ def test_source_by_step_is_training_unrolled(curvature):
     torch.testing.assert_close(fitted.self_influence(), own, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("segments, states", [(1, 1), (2, 2), (3, 1), (4, 5)])
+@pytest.mark.parametrize("segments, states", [(1, 1), (4, 5)])
 @pytest.mark.parametrize("optimizer", [SGD(0.2), SGD(0.2, weight_decay=0.1)], ids=repr)
 def test_source_from_the_minimum_is_training_unrolled(optimizer, segments, states):
     """Where gradients stand still, whatever the segments; the decay is the penalty or not."""
@@ -226,8 +226,8 @@ def test_the_flow_is_the_limit_of_small_steps():
 def test_source_after_long_training_is_influence():
     """R → (H + λ)⁻¹, and no early segment is left."""
     init, about, train, queries = regression()
-    recipe = uw.Training(init, SGD(0.4), 600, N)
-    history, moved = trained(recipe, about, train, every=100)
+    recipe = uw.Training(init, SGD(0.5), 300, N)
+    history, moved = trained(recipe, about, train, every=50)
     for curvature in (uw.GGN(), uw.EKFAC(uw.labels.Expected())):
         found = scores(uw.SOURCE(3, curvature), moved, train, queries, history)
         influence = uw.Influence(curvature, tolerance=0).fit(moved, train).attribute(queries)
@@ -468,8 +468,8 @@ def test_tied_weights_frozen_layers_and_batch_norm():
 
 
 def test_reducers_have_what_the_matrix_has(tmp_path):
-    recipe = uw.Training(net, SGD(0.3), 2, 5)
-    about, train, queries = task(net()), data(N), data(5, seed=5)
+    recipe = uw.Training(net, SGD(0.3), 1, 3)
+    about, train, queries = task(net()), data(6), data(2, seed=5)
     history, moved = trained(recipe, about, train)
     for method in (uw.TracIn(), uw.TracIn(batches=True), uw.SOURCE(2, uw.EKFAC())):
         fitted = method.fit(moved, train, history=history)

@@ -63,7 +63,7 @@ def test_a_recorded_loop_is_the_trajectory_of_the_same_recipe(tmp_path, optimize
         pairs = zip(a.tensors, b.tensors, strict=True)
         assert all(torch.allclose(x, y, rtol=1e-9, atol=1e-12) for x, y in pairs)
     queries = data(3, seed=5)
-    for method in (uw.TracIn(), uw.SOURCE(2, uw.EKFAC(uw.labels.Expected()))):
+    for method in (uw.TracIn(2), uw.SOURCE(1, uw.EKFAC(uw.labels.Expected()), 1)):
         one = method.fit(task(model), train, history=found).attribute(queries).values
         other = method.fit(about.moved_to(known.theta), train, history=known)
         assert torch.allclose(one, other.attribute(queries).values, rtol=1e-6, atol=1e-10)
