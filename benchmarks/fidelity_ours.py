@@ -23,19 +23,21 @@ TINY_SIZE = 500
 
 
 class Ours(Method):
-    """`uw.Influence`."""
+    """A method of upweight's; one that looks at training is given the recipe, and trains again."""
 
-    def __init__(self, problem: Problem, folder: Path, method: uw.Influence) -> None:
+    def __init__(self, problem: Problem, folder: Path, method: uw.Method) -> None:
         super().__init__(problem, folder)
         self.method = method
         self.data = (problem.X, problem.y)
 
     def fit(self) -> None:
-        self.fitted = self.method.fit(task_of(self.problem), self.data)
+        recipe = SPECS[self.problem.name].recipe if self.method.takes_history else None
+        self.fitted = self.method.fit(task_of(self.problem), self.data, history=recipe)
 
     def scores(self, measure: str) -> Tensor:
         Xq, yq = self.problem.Xq, self.problem.yq
-        whole = self.problem.kind != "text" or isinstance(self.method.solver, uw.solvers.Auto)
+        solver = getattr(self.method, "solver", None)
+        whole = self.problem.kind != "text" or solver in (None, uw.solvers.Auto())
         size = len(Xq) if whole else SEQUENCES  # products with all at once take gigabytes
         parts = [
             self.fitted.attribute(part, MEASURES[measure]).values
@@ -82,7 +84,7 @@ class Ranking(Method):
 
 def ours(
     name: str,
-    method: Callable[[Problem], uw.Influence],
+    method: Callable[[Problem], uw.Method],
     settings: str,
     refusal: Callable[[Problem], str | None] = lambda problem: None,
     detects: Callable[[Problem], bool] = lambda problem: True,
@@ -116,22 +118,15 @@ def layered(curvature: uw.EKFAC | uw.KFAC | uw.Diagonal) -> Callable[[Problem], 
     return made
 
 
-def resolved(problem: Problem) -> float:
-    """λ = 1/(step size × steps), with momentum μ (1 − μ)/Σ η: below it training resolved nothing.
-
-    Gradient descent from 0 on an eigenvalue h goes 1 − exp(−h/λ) of the way.
-    """
-    recipe = SPECS[problem.name].recipe
-    steps = recipe.epochs * -(-len(problem.X) // recipe.batch)
-    total = sum(recipe.optimizer.lr * recipe.schedule(step, steps) for step in range(steps))
-    return (1 - recipe.optimizer.momentum) / total
-
-
 def trained_by_sgd(problem: Problem) -> str | None:
     if convex(problem):
         return "trained to its minimum"
     adam = not isinstance(SPECS[problem.name].recipe.optimizer, uw.SGD)
     return "Adam has no one step size" if adam else None
+
+
+def trained_in_steps(problem: Problem) -> str | None:
+    return "trained to its minimum, by no steps" if convex(problem) else None
 
 
 def size(problem: Problem) -> int:
@@ -243,16 +238,27 @@ OURS = (
     ),
     ours(
         "GGN, λ of training",
-        lambda problem: uw.Influence(uw.GGN(), uw.solvers.BlockCG(rtol=1e-2), resolved(problem)),
+        lambda problem: uw.Influence(uw.GGN(), uw.solvers.BlockCG(rtol=1e-2), uw.FromTraining()),
         "GGN(), BlockCG(rtol=1e-2), λ = 1/(step size × steps)",
         trained_by_sgd,
         lambda problem: False,
     ),
     ours(
         "EK-FAC, λ of training",
-        lambda problem: uw.Influence(uw.EKFAC(), damping=uw.Absolute(resolved(problem))),
+        lambda problem: uw.Influence(uw.EKFAC(), damping=uw.FromTraining()),
         "EKFAC(), λ = 1/(step size × steps)",
         trained_by_sgd,
+    ),
+    ours("gradient dot", lambda problem: uw.GradientDot(), "GradientDot()"),
+    ours("TracIn", lambda problem: uw.TracIn(5), "TracIn(5), of the recipe", trained_in_steps),
+    *(
+        ours(
+            f"SOURCE, {count} segments",
+            lambda problem, count=count: uw.SOURCE(count),
+            f"SOURCE({count}), EKFAC(), of the recipe",
+            trained_in_steps,
+        )
+        for count in (3, 6)
     ),
     ours("K-FAC", layered(uw.KFAC()), f"KFAC(), {BY_LAYER}"),
     ours("diagonal", layered(uw.Diagonal()), f"Diagonal(), {BY_LAYER}"),

@@ -21,7 +21,7 @@ from upweight.curvature.hessian import Hessian
 from upweight.curvature.kfac import KFAC
 from upweight.effects import Effects
 from upweight.evaluation.check import check
-from upweight.linalg.damping import Absolute, Evidence, Relative
+from upweight.linalg.damping import Absolute, Evidence, FromTraining, Relative
 from upweight.methods.baselines import BM25, Random, TrainingLoss
 from upweight.methods.datamodels import Datamodels
 from upweight.methods.ensemble import Ensemble
@@ -31,7 +31,9 @@ from upweight.methods.neighbours import FeatureSimilarity, KNNShapley
 from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
 from upweight.methods.shapley import DataShapley
 from upweight.methods.similarity import GradientCosine, GradientDot
+from upweight.methods.source import SOURCE
 from upweight.methods.stacked import Stacked
+from upweight.methods.tracin import TracIn
 from upweight.runtime.resources import Resources
 from upweight.scores import Scores, Unit
 from upweight.task.data import Data, as_data
@@ -47,6 +49,7 @@ from upweight.task.measures import Coefficient, Functional, Logit, LogProb, Loss
 from upweight.task.penalties import L2, NoPenalty, SumToZero
 from upweight.task.task import Task, next_token
 from upweight.training.optimizers import SGD, Adam, AdamW
+from upweight.training.record import record
 from upweight.training.training import Training
 
 __all__ = [
@@ -56,6 +59,7 @@ __all__ = [
     "KFAC",
     "L2",
     "SGD",
+    "SOURCE",
     "Absolute",
     "Adam",
     "AdamW",
@@ -73,6 +77,7 @@ __all__ = [
     "Evidence",
     "FeatureSimilarity",
     "Fisher",
+    "FromTraining",
     "Functional",
     "GradientCosine",
     "GradientDot",
@@ -102,6 +107,7 @@ __all__ = [
     "SumToZero",
     "Task",
     "Top",
+    "TracIn",
     "Training",
     "TrainingLoss",
     "Unit",
@@ -115,6 +121,7 @@ __all__ = [
     "evaluation",
     "labels",
     "next_token",
+    "record",
     "report",
     "solvers",
     "training",

@@ -13,6 +13,11 @@ from upweight.testing import check_method
 from upweight.testing.problems import closed_forms, first_output
 
 DAMPED = {"damped": True, "rtol": 1e-10}
+# Full batches, and so little of them that they end where they began.
+STEPS = {
+    "history": uw.Training(None, uw.SGD(1e-4), epochs=3, batch=1000),
+    "problems": closed_forms()[:1],
+}
 METHODS = [
     (uw.Influence(), {"exact": True, "rtol": 1e-10}),
     (uw.Influence(uw.Hessian(), uw.solvers.Cholesky()), {"exact": True, "rtol": 1e-10}),
@@ -36,6 +41,8 @@ METHODS = [
     (uw.Influence(uw.GGN(), uw.solvers.CG(rtol=1e-11, preconditioner=uw.EKFAC()), 0.1), DAMPED),
     (uw.GradientDot(), {"rtol": 1e-10}),
     (uw.GradientCosine(), {"rtol": 1e-10}),
+    (uw.TracIn(), {"rtol": 1e-10} | STEPS),
+    (uw.SOURCE(2, uw.GGN(), 1), {"rtol": 1e-10} | STEPS),
 ]
 CASES = [
     pytest.param(check, id=f"{method!r}: {name}")

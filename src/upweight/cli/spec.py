@@ -23,11 +23,11 @@ from upweight.errors import SpecError, UpweightError
 
 WORDS = {
     "method": "Influence GradientDot GradientCosine KNNShapley DataShapley FeatureSimilarity "
-    "BM25 Random TrainingLoss Ensemble Stacked Datamodels",
+    "BM25 Random TrainingLoss Ensemble Stacked Datamodels TracIn SOURCE",
     "curvature": "Hessian GGN Fisher EmpiricalFisher EKFAC KFAC Diagonal Blockwise",
     "labels": "labels.Sampled labels.Expected labels.Observed",
     "sharing": "curvature.Expand curvature.Reduce",
-    "damping": "Absolute Relative Evidence",
+    "damping": "Absolute Relative Evidence FromTraining",
     "solver": "solvers.Auto solvers.Cholesky solvers.CG solvers.BlockCG solvers.MINRES",
     "measure": "Loss Margin LogProb Logit",
     "loss": "CrossEntropy SquaredError Bernoulli Poisson SmoothHinge Weighted",

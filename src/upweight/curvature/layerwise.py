@@ -155,8 +155,9 @@ class LayerwiseCurvature(abc.ABC):
         checkpoint: Checkpoint | None = None,
         watch: Callable[[int, int, Batch, Tensor, Any], None] | None = None,
         plan: Plan | None = None,
+        others: Sequence[Float[Tensor, " p"]] = (),
     ) -> BlockCurvature:
-        """H at θ, block by block.
+        """H at θ, block by block; with `others` the mean over all these θ.
 
         Args:
             task: What was trained.
@@ -171,6 +172,7 @@ class LayerwiseCurvature(abc.ABC):
             watch: Called with (start, stop, batch, outputs, targets) of every batch of the first
                 pass, before anything is made of them.
             plan: That of an earlier fit of the same task at another θ; None: made here.
+            others: Further θ, to take the mean of factors and eigenvalues over.
 
         Raises:
             UnsupportedModel: The labels cannot be drawn, or a gradient cannot be had.
@@ -195,13 +197,16 @@ class LayerwiseCurvature(abc.ABC):
             place = _restore(state, estimators, spread)
             notes = (*notes, "curvature: went on from what an earlier run had kept")
         used = place.batch * spent.bytes_per_example
-        kept = Kept(estimators, len(seen), kept_bytes(task.layout.device, memory_bytes, used))
+        points = (*others, theta)
+        kept = Kept(
+            estimators, len(seen) * len(points), kept_bytes(task.layout.device, memory_bytes, used)
+        )
         if place != _Place(0, 0, place.batch):
             kept.clear()
         is_part = len(seen) < len(data)
         passes = _Passes(
             made,
-            theta,
+            points,
             self.labels,
             seen,
             is_part,
@@ -214,10 +219,10 @@ class LayerwiseCurvature(abc.ABC):
         )
         seconds = passes.run()
         size = len(seen) if n is None else len(seen) * n / len(data)
-        count = size * self.labels.per_example
+        count = size * self.labels.per_example * len(points)
         eigens = [estimator.result(count) for estimator in estimators]
-        eigens, penalty_notes = _with_penalty(made, theta, eigens)
-        errors = spread.relative_errors(len(data))
+        eigens, penalty_notes = _with_penalty(made, points, eigens)
+        errors = spread.relative_errors(len(data) * len(points))
         blocks = tuple(
             FittedBlock(block, eigen, mean_error=error)
             for block, eigen, error in zip(made.blocks, eigens, errors, strict=True)
@@ -255,10 +260,13 @@ class _Place:
 
 @dataclass(eq=False)
 class _Passes:
-    """The passes of one fit over the data, from where an earlier run left off."""
+    """The passes of one fit over the data, from where an earlier run left off.
+
+    At several points a pass goes over the data at one after the other, and counts on.
+    """
 
     plan: Plan
-    theta: Float[Tensor, " p"]
+    points: Sequence[Float[Tensor, " p"]]
     labels: Labels
     data: Data
     is_part: bool
@@ -281,20 +289,24 @@ class _Passes:
 
     def _pass(self, stage: int, what: str) -> None:
         learning = {k: e for k, e in enumerate(self.estimators) if stage < e.passes}
-        first, size = self.place.example, self.place.batch
-        with GradientPass(self.plan, self.theta) as passes:
-            n = len(self.data)
-            ranges = ((k, min(k + size, n), None) for k in range(first, n, size))
-            for start, stop, _ in progress(ranges, n, what, first):
-                for parts in self._learned_from(passes, stage, start, stop):
-                    for k, estimator in learning.items():
-                        estimator.see(stage, parts[k])
-                    if stage == 0 and self.is_part:
-                        self.spread.see(parts.values())
-                self.spread.close()
-                self.place = _Place(stage, stop, size)
-                if self.checkpoint is not None and self.checkpoint.is_due():
-                    self.checkpoint.write(_state(self.place, self.estimators, self.spread))
+        first, size, n = self.place.example, self.place.batch, len(self.data)
+        for number, theta in enumerate(self.points):
+            if first >= (number + 1) * n:
+                continue
+            begin = number * n
+            with GradientPass(self.plan, theta) as passes:
+                at = range(max(first, begin), begin + n, size)
+                ranges = ((k, min(k + size, begin + n), None) for k in at)
+                for start, stop, _ in progress(ranges, len(self.points) * n, what, at.start):
+                    for parts in self._learned_from(passes, stage, start, stop):
+                        for k, estimator in learning.items():
+                            estimator.see(stage, parts[k])
+                        if stage == 0 and self.is_part:
+                            self.spread.see(parts.values())
+                    self.spread.close()
+                    self.place = _Place(stage, stop, size)
+                    if self.checkpoint is not None and self.checkpoint.is_due():
+                        self.checkpoint.write(_state(self.place, self.estimators, self.spread))
         for estimator in learning.values():
             estimator.finish(stage)
         self.place = _Place(stage + 1, 0, size)
@@ -322,7 +334,9 @@ class _Passes:
     def _taken(
         self, passes: GradientPass, stage: int, start: int, stop: int, streams: Sequence[int]
     ) -> Iterator[Parts]:
-        task = self.plan.task
+        task, size = self.plan.task, stop - start
+        start %= len(self.data)
+        stop = start + size
         batch = task.to_device(self.data.batch(start, stop))
         places = self.data.places(start, stop)
 
@@ -332,7 +346,7 @@ class _Passes:
             for stream in streams:
                 yield from self.labels.heads(task.loss, outputs, targets, places, stream)
 
-        for factors in passes.of_heads(batch, stop - start, heads):
+        for factors in passes.of_heads(batch, size, heads):
             yield dict(enumerate(factors))
 
 
@@ -408,15 +422,15 @@ class _Spread:
 
 
 def _with_penalty(
-    made: Plan, theta: Float[Tensor, " p"], eigens: list[Eigen]
+    made: Plan, points: Sequence[Float[Tensor, " p"]], eigens: list[Eigen]
 ) -> tuple[list[Eigen], tuple[str, ...]]:
     """Λₗ + the penalty's curvature on the block, in the block's basis."""
     task = made.task
-    penalty: Any = task.penalty.curvature(theta, task.layout)
-    if penalty is None:
+    penalties: list[Any] = [task.penalty.curvature(theta, task.layout) for theta in points]
+    if penalties[0] is None:
         return eigens, ()
-    diagonal = penalty.diagonal()
-    exact = isinstance(penalty, DiagonalMatrix)
+    diagonal = torch.stack([penalty.diagonal() for penalty in penalties]).mean(dim=0)
+    exact = all(isinstance(penalty, DiagonalMatrix) for penalty in penalties)
     added, approximate = [], []
     for block, eigen in zip(made.blocks, eigens, strict=True):
         entries = diagonal[block.index(task.layout).to(diagonal.device)].reshape(eigen.values.shape)
@@ -425,7 +439,7 @@ def _with_penalty(
         if exact and (uniform or all(basis is None for basis in eigen.bases)):
             share = entries
         else:
-            share = _diagonal_in_basis(eigen, entries)
+            share = diagonal_in_basis(eigen, entries)
             approximate.append(block.name)
         added.append(Eigen(eigen.bases, eigen.values + share))
     if not approximate:
@@ -448,7 +462,7 @@ def _rounding_notes(estimators: Sequence[Estimator]) -> tuple[str, ...]:
     )
 
 
-def _diagonal_in_basis(eigen: Eigen, entries: Tensor) -> Tensor:
+def diagonal_in_basis(eigen: Eigen, entries: Tensor) -> Tensor:
     """diag(Qᵀ D Q) for D = diag(entries): Σ_k Q²_{kj} D_k along each axis."""
     squared = Eigen(tuple(None if q is None else q.square() for q in eigen.bases), eigen.values)
     return squared.rotated(entries)

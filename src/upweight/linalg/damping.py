@@ -3,6 +3,7 @@
     Absolute(value)     λ = value
     Relative(factor)    λ = factor · tr(A)/p, the factor times the mean eigenvalue
     Evidence()          λ = γ/(n ‖θ‖²), the most probable prior precision given the data
+    FromTraining()      λ = 1/(step size × steps), what training had the time to resolve
 
 Damping changes the answer: with λ > 0 influence is that of an objective with an extra (λ/2)‖θ −
 θ̂‖². It is therefore never implied: the default everywhere is none, and λ in use is part of the
@@ -158,6 +159,38 @@ class Evidence(Damping):
         return high
 
 
+@dataclass(frozen=True)
+class FromTraining(Damping):
+    """λ = 1/(Σ_t η_t), of the steps that the model was trained with: of `fit(..., history=)`.
+
+    Gradient descent from 0 goes 1 − exp(−h Σ η) of the way to the minimum along an eigenvalue h, a
+    ridge penalty λ goes h/(h + λ): for λ = 1/Σ η the two are within a factor of 1.3 for every h
+    (Ali, Kolter & Tibshirani 2019, "A continuous-time view of early stopping for least squares").
+    What training had no time to resolve is damped away.
+
+    With momentum μ the steps are η/(1 − μ). The optimizer's own weight decay is added, for it is
+    part of no penalty. One λ for all blocks.
+
+    Raises:
+        SpecError: The method was fitted without a history, or that of Adam, which has a step size
+            for each parameter.
+    """
+
+    def of(
+        self,
+        operator: LinearOperator,
+        theta: Float[Tensor, "..."] | None = None,
+        n: int | None = None,
+    ) -> float:
+        raise SpecError(
+            "Damping from training needs to know the steps of training.",
+            "FromTraining() where no history is asked for.",
+            "a damping of influence functions in another place.",
+            "use it as Influence(..., damping=FromTraining()).fit(task, train, history=recipe), "
+            "or give Absolute(λ).",
+        )
+
+
 def as_damping(damping: Any) -> Damping:
     """A number is an absolute damping.
 
@@ -168,7 +201,7 @@ def as_damping(damping: Any) -> Damping:
         isinstance(damping, Damping) or hasattr(damping, "__float__")
     ):
         raise SpecError(
-            "Damping is a number, Absolute(λ), Relative(factor) or Evidence().",
+            "Damping is a number, Absolute(λ), Relative(factor), Evidence() or FromTraining().",
             f"damping={damping!r}.",
             "a name, or a class that was not called.",
             "damping=Relative(0.1) adds a tenth of the mean eigenvalue; 0.0 adds nothing.",

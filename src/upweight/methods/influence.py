@@ -14,7 +14,7 @@ from torch import Tensor
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.hessian import Hessian
 from upweight.errors import SpecError
-from upweight.linalg.damping import Damping, as_damping
+from upweight.linalg.damping import Damping, FromTraining, as_damping
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solve import Auto
 from upweight.linalg.solver import Solver
@@ -68,7 +68,8 @@ class Influence(PointMethod):
             `KFAC()`, `Diagonal()`, `Blockwise(...)`.
         solver: How (H + λI)⁻¹ is applied. `Auto()` inverts a curvature by layer in its own
             eigenbases, and goes by size and definiteness for any other.
-        damping: λ as a number, `Absolute(λ)` or `Relative(factor)`. 0.0 adds nothing.
+        damping: λ as a number, `Absolute(λ)`, `Relative(factor)`, `Evidence()`, or
+            `FromTraining()`, which takes it from `fit(..., history=)`. 0.0 adds nothing.
         tolerance: Relative error that products of a curvature by layer may have, ‖Ŝ_q − S_q‖/‖S_q‖,
             root mean square over the queries; measured, and recorded in the provenance. 0 is exact,
             and other curvatures always are.
@@ -101,25 +102,40 @@ class Influence(PointMethod):
             )
 
     @property
+    def takes_history(self) -> bool:  # type: ignore[override]
+        return isinstance(self.damping, FromTraining)
+
+    @property
     def preconditioner(self) -> Inverse:
         return Inverse(self.curvature, self.solver, self.damping, self.tolerance)
 
 
-def _require_kind(name: str, given: Any, kind: type, known: Sequence[str]) -> None:
+def require_curvature(spec: Any, given: Any) -> None:
+    """Refuse a name or a class in the place of a curvature.
+
+    Raises:
+        SpecError: It is one.
+    """
+    _require_kind("curvature", given, Curvature, CURVATURES, type(spec).__name__)
+
+
+def _require_kind(
+    name: str, given: Any, kind: type, known: Sequence[str], of: str = "Influence"
+) -> None:
     """Refuse a name, a class or another argument in the place of a curvature or solver."""
     if isinstance(given, kind) and not isinstance(given, type):
         return
     called = given.__name__ if isinstance(given, type) else str(given)
     meant = [word for word in known if word.lower().rpartition(".")[2] == called.lower()]
     raise SpecError(
-        f"Influence takes its {name} as an object.",
+        f"{of} takes its {name} as an object.",
         f"{name}={given!r}.",
         "a class that was not called."
         if isinstance(given, type)
         else "a name in its place."
         if isinstance(given, str)
         else "an argument in another's place.",
-        f"Influence({name}=upweight.{meant[0]}())."
+        f"{of}({name}=upweight.{meant[0]}())."
         if meant
-        else f"Influence({name}=...) with one of {', '.join(f'{word}()' for word in known)}.",
+        else f"{of}({name}=...) with one of {', '.join(f'{word}()' for word in known)}.",
     )

@@ -6,7 +6,7 @@ of its gradients. Grosse et al. (2023), §2.3.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,10 +23,8 @@ from upweight.curvature.layerwise import (
 from upweight.errors import NonFinite, ShapeError, UpweightError
 from upweight.gradients.autograd import total_gradient
 from upweight.gradients.blocks import Block, Plan
-from upweight.gradients.cost import cost
 from upweight.gradients.factored import Tokens, stacked
 from upweight.gradients.passes import GradientPass
-from upweight.gradients.planning import plan
 from upweight.gradients.source import entries
 from upweight.linalg.damping import Absolute, Damping, Evidence, as_damping
 from upweight.linalg.eigen import Eigen
@@ -77,8 +75,12 @@ class LayeredJob(Job):
     def __len__(self) -> int:
         return len(self.contraction)
 
+    @cached_property
+    def _passes(self) -> GradientPass:
+        # One for all entries: what it has checked of a kind of batch it need not check again.
+        return GradientPass(self.scorer.curvature.plan, self.scorer.point.theta)
+
     def __enter__(self) -> "LayeredJob":
-        self._passes = GradientPass(self.scorer.curvature.plan, self.scorer.point.theta)
         self._passes.__enter__()
         return self
 
@@ -385,23 +387,30 @@ def _is_on(made: Plan, block: Block, part: Tokens, t: int) -> bool:
 # -- preparing it ---------------------------------------------------------------------------------
 
 
-def identity(fitting: Fitting, point: Point, gradients: Gradients = unchanged) -> LayeredScorer:
-    """P = I: gradients are multiplied as they are, or as `gradients` makes them."""
+def identity(
+    fitting: Fitting,
+    point: Point,
+    gradients: Gradients = unchanged,
+    scale: Float[Tensor, " p"] | None = None,
+) -> LayeredScorer:
+    """P = I: gradients are multiplied as they are, or as `gradients` makes them.
+
+    With `scale` P = diag(scale), of entries above 0.
+    """
     losses = fitting.checked_losses()
-    made = plan(fitting.task, point.theta, fitting.data)
-    device = fitting.task.layout.device
+    made, layout = fitting.plan, fitting.task.layout
+    values = torch.ones_like(point.theta) if scale is None else 1 / scale
     blocks = tuple(
         FittedBlock(
             block,
             Eigen(
-                (None,) * len(block.shape), torch.ones(block.shape, dtype=made.dtype, device=device)
+                (None,) * len(block.shape),
+                values[block.index(layout).to(layout.device)].reshape(block.shape).to(made.dtype),
             ),
         )
         for block in made.blocks
     )
-    curvature = BlockCurvature(
-        made, point.theta, cost(made, point.theta, fitting.data), blocks, made.notes
-    )
+    curvature = BlockCurvature(made, point.theta, fitting.cost, blocks, made.notes)
     return LayeredScorer(
         task=fitting.task,
         train=fitting.data,

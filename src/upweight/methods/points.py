@@ -6,9 +6,8 @@ Inverse          P = (H + λI)⁻¹, by layer or by a solver on all of θ
 """
 
 import abc
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.layerwise import LayerwiseCurvature
-from upweight.linalg.damping import Damping
+from upweight.linalg.damping import Absolute, Damping, FromTraining
 from upweight.linalg.solve import Auto
 from upweight.linalg.solver import Solver
 from upweight.methods import dense, layered
@@ -26,6 +25,7 @@ from upweight.methods.method import Method
 from upweight.methods.scorer import Asked, Job, Scorer
 from upweight.scoring.stream import normalized, unchanged
 from upweight.task.point import Point
+from upweight.training.history import resolved_damping
 
 
 class Preconditioner(abc.ABC):
@@ -71,9 +71,12 @@ class Inverse(Preconditioner):
     tolerance: float
 
     def prepare(self, fitting: Fitting, point: Point) -> Scorer:
+        damping = self.damping
+        if isinstance(damping, FromTraining):
+            damping = Absolute(resolved_damping(fitting.history, fitting.task, fitting.data))
         if isinstance(self.curvature, LayerwiseCurvature) and isinstance(self.solver, Auto):
-            return layered.inverse(self.curvature, self.damping, self.tolerance, fitting, point)
-        return dense.inverse(self.curvature, self.solver, self.damping, fitting, point)
+            return layered.inverse(self.curvature, damping, self.tolerance, fitting, point)
+        return dense.inverse(self.curvature, self.solver, damping, fitting, point)
 
 
 class PointMethod(Method):
@@ -94,19 +97,10 @@ class PointMethod(Method):
 
 
 @dataclass(eq=False)
-class _Sum(Job):
+class SumOfJobs(Job):
     """The same queries at several points."""
 
     jobs: tuple[Job, ...]
-
-    def __enter__(self) -> "_Sum":
-        self._open = contextlib.ExitStack()
-        for job in self.jobs:
-            self._open.enter_context(job)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._open.__exit__(*error)
 
     @property
     def first(self) -> int:  # type: ignore[override]
@@ -120,10 +114,17 @@ class _Sum(Job):
         return len(self.jobs[0])
 
     def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
-        return torch.stack([job.block(start, stop) for job in self.jobs]).sum(dim=0)
+        parts = []
+        for job in self.jobs:  # one at a time: each watches the layers of the one model
+            with job:
+                parts.append(job.block(start, stop))
+        return torch.stack(parts).sum(dim=0)
 
     def by_layer(self, start: int, stop: int) -> Mapping[str, Float[Tensor, "q b"]]:
-        parts = [job.by_layer(start, stop) for job in self.jobs]
+        parts = []
+        for job in self.jobs:
+            with job:
+                parts.append(job.by_layer(start, stop))
         return {name: torch.stack([p[name] for p in parts]).sum(dim=0) for name in parts[0]}
 
     def tokens(self, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -160,9 +161,12 @@ class SumOfScorers(Scorer):
         together = min(s["queries_together"] for s in found) // len(self.scorers)
         return {**found[0], "queries_together": max(1, together)}
 
-    def jobs(self, asked: Asked) -> Iterator[_Sum]:
+    def jobs(self, asked: Asked) -> Iterator[SumOfJobs]:
+        if asked.together is None and asked.functional is None:
+            # Solved queries of all points are held at once.
+            asked = replace(asked, together=self.settings(asked)["queries_together"])
         for jobs in zip(*(scorer.jobs(asked) for scorer in self.scorers), strict=True):
-            yield _Sum(jobs)
+            yield SumOfJobs(jobs)
 
     def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         told: list[dict[str, Any]] = []

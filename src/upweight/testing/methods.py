@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import upweight
+from upweight.methods.fitted import Fitted
 from upweight.methods.method import Method
 from upweight.methods.reduce import GroupSums, Top
 from upweight.scores import Scores, Unit
@@ -39,6 +40,7 @@ def check_method(
     symmetric: bool = True,
     deterministic: bool = True,
     rtol: float = 1e-8,
+    history: Any = None,
 ) -> Iterator[tuple[str, Check]]:
     """Yield (name, check) pairs; a check raises `AssertionError` where a law is broken.
 
@@ -52,8 +54,9 @@ def check_method(
             False for methods that draw at random by batch, or that model batches.
         rtol: What scores may be off by, relative to the largest of them; 10 × an iterative
             solver's own rtol.
+        history: What `fit` takes as `history=` on every task, such as a recipe with init=None.
     """
-    suite = _Suite(method, rtol)
+    suite = _Suite(method, rtol, history)
     for problem in closed_forms() if problems is None else problems:
         yield (
             f"scores have a unit, a shape and a source: {problem.name}",
@@ -90,11 +93,15 @@ def check_method(
 class _Suite:
     """The checks, with one method."""
 
-    def __init__(self, method: Method, rtol: float) -> None:
-        self.method, self.rtol = method, rtol
+    def __init__(self, method: Method, rtol: float, history: Any) -> None:
+        self.method, self.rtol, self.history = method, rtol, history
+
+    def fitted(self, task: Task, train: Any) -> Fitted:
+        return self.method.fit(task, train, history=self.history)
 
     def scores(self, task: Task, train: Any, queries: Any, *measure: Any) -> Tensor:
-        return self.method.fit(task, train).attribute(queries, *measure).values
+        found: Scores = self.fitted(task, train).attribute(queries, *measure)
+        return found.values
 
     def of(self, problem: Problem, *measure: Any) -> Tensor:
         return self.scores(problem.task, problem.train, problem.queries, *measure)
@@ -111,7 +118,7 @@ class _Suite:
         )
 
     def labelled(self, problem: Problem) -> None:
-        scores = self.method.fit(problem.task, problem.train).attribute(problem.queries)
+        scores = self.fitted(problem.task, problem.train).attribute(problem.queries)
         assert isinstance(scores, Scores)
         n, q = len(as_data(problem.train)), len(as_data(problem.queries))
         assert scores.values.shape == (q, n), f"{self.method!r}: {tuple(scores.values.shape)}"
@@ -128,7 +135,7 @@ class _Suite:
         self.same(found, rows[[1, 0]], "a query's scores depend on the other queries")
 
     def diagonal(self, problem: Problem) -> None:
-        fitted = self.method.fit(problem.task, problem.train)
+        fitted = self.fitted(problem.task, problem.train)
         expected = fitted.attribute(problem.train).values.diagonal()
         self.same(fitted.self_influence(), expected, "self_influence() is not the diagonal of S")
 
@@ -178,7 +185,7 @@ class _Suite:
         self.same(found, torch.cat([once, once], dim=1) / 2, "two copies do not share a score")
 
     def reduced(self, problem: Problem) -> None:
-        fitted = self.method.fit(problem.task, problem.train)
+        fitted = self.fitted(problem.task, problem.train)
         values = fitted.attribute(problem.queries).values
         n = values.shape[1]
         k = min(3, n)

@@ -8,6 +8,9 @@
 parts of `newton.py`. `pbrf.py` trains on the proximal Bregman objective, and `function.py` takes a
 training loop of the user's own.
 
+`record.py` writes a loop of the user's own to disk as it runs; `history.py` is what a method may
+ask of either.
+
 `retrain.py` trains many models, one for each row of `weights.py`, and measures them (`pool.py` runs
 them, in several processes too). `subset_models.py` trains models of random subsets, with their
 parameters, for methods that are fitted to them.
@@ -16,6 +19,7 @@ parameters, for methods that are fitted to them.
 from upweight.training.function import FromFunction
 from upweight.training.newton import Newton
 from upweight.training.pbrf import PBRF
+from upweight.training.record import Recorded, read_record
 from upweight.training.retrain import Retrained, retrain
 from upweight.training.schedules import Constant, Cosine, LinearDecay, Stepwise
 from upweight.training.subset_models import SubsetModels, subset_models
@@ -29,10 +33,12 @@ __all__ = [
     "FromFunction",
     "LinearDecay",
     "Newton",
+    "Recorded",
     "Retrained",
     "Stepwise",
     "SubsetModels",
     "Trajectory",
+    "read_record",
     "removal_weights",
     "retrain",
     "subset_models",

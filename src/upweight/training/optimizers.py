@@ -39,10 +39,12 @@ class Optimizer(abc.ABC):
 
     Attributes:
         lr: η₀, the learning rate that a schedule multiplies.
+        weight_decay: λ of the optimizer's own decay of θ.
         memories: The names of what is remembered per parameter.
     """
 
     lr: float
+    weight_decay: float
     memories: tuple[str, ...]
 
     def init(self, theta: Float[Tensor, "*s p"]) -> OptimizerState:
@@ -58,6 +60,18 @@ class Optimizer(abc.ABC):
         lr: float,
     ) -> tuple[Float[Tensor, "*s p"], OptimizerState]:
         """θ and the state after one step at the learning rate η."""
+
+    def reached(self, rates: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+        """How far the gradient of each step moves θ_T in all, over the scale of `scale`.
+
+        Args:
+            rates: η of all steps, in order.
+        """
+        return rates
+
+    def scale(self, state: OptimizerState) -> Float[Tensor, " p"] | None:
+        """What entries of a gradient are multiplied with beside η; None: 1."""
+        return None
 
     def update_(
         self,
@@ -139,6 +153,13 @@ class SGD(Optimizer):
             grad = torch.add(grad, average, alpha=self.momentum) if self.nesterov else average
         return torch.add(theta, grad, alpha=-lr), OptimizerState(state.steps + 1, memories)
 
+    def reached(self, rates: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+        carried = _carried(rates, self.momentum)
+        if self.nesterov:
+            return rates + self.momentum * carried
+        # The first step has no dampening.
+        return torch.cat([carried[:1], (1 - self.dampening) * carried[1:]])
+
     def _update_(
         self,
         theta: list[Tensor],
@@ -213,6 +234,17 @@ class Adam(Optimizer):
         moved = torch.addcdiv(theta, memories["mean"], root, value=-rate)
         return moved, OptimizerState(t, memories)
 
+    def reached(self, rates: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+        b1 = self.betas[0]
+        corrected = rates / (1 - b1 ** torch.arange(1, len(rates) + 1, dtype=rates.dtype))
+        return (1 - b1) * _carried(corrected, b1)
+
+    def scale(self, state: OptimizerState) -> Float[Tensor, " p"] | None:
+        """1/(√v̂ + ε), after a step at least."""
+        square = state.memories["largest" if self.amsgrad else "square"]
+        corrected = square / (1 - self.betas[1] ** state.steps)
+        return 1 / (corrected.sqrt() + self.eps)
+
     def _update_(
         self,
         theta: list[Tensor],
@@ -253,6 +285,15 @@ class AdamW(Adam):
 
     def _decayed(self, theta: Tensor, grad: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         return (theta * (1 - lr * self.weight_decay) if self.weight_decay else theta), grad
+
+
+def _carried(rates: Float[Tensor, " T"], share: float) -> Float[Tensor, " T"]:
+    """Σ_{s ≥ t} η_s shareˢ⁻ᵗ of each t."""
+    found, sum_ = rates.clone(), 0.0
+    for t in range(len(rates) - 1, -1, -1):
+        sum_ = float(rates[t]) + share * sum_
+        found[t] = sum_
+    return found
 
 
 LINE = 64

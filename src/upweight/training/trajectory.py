@@ -39,7 +39,7 @@ from upweight.runtime.tensors import read_tensors, stale, write_tensors
 from upweight.runtime.versions import library_versions
 from upweight.runtime.whole import make_folder, remove_left_over
 from upweight.task.identity import described, subject
-from upweight.training.optimizers import OptimizerState
+from upweight.training.optimizers import Optimizer, OptimizerState
 from upweight.training.steps import Step, TrainingState
 from upweight.training.trainer import TrainingTrainer
 
@@ -71,6 +71,12 @@ class Trajectory:
     def recipe(self) -> Any:
         """How the model was trained."""
         return self.trainer.spec
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The recipe's update rule."""
+        found: Optimizer = self.recipe.optimizer
+        return found
 
     @property
     def theta(self) -> Float[Tensor, " p"]:

@@ -1,0 +1,229 @@
+"""TracIn: what the steps of training on an example did to a measurement, added up.
+
+    θ_{t+1} = θ_t − η_t (1/|B_t|) Σ_{i ∈ B_t} wᵢ gᵢ(θ_t)
+    S[q, i] = −Σ_t c_t [i ∈ B_t]/|B_t| ⟨∇m_q(θ_t), gᵢ(θ_t)⟩       TracInIdeal, every step
+            ≈ −(1/n) Σ_k a_k ⟨∇m_q(θ_k), gᵢ(θ_k)⟩                 TracInCP, a_k = Σ_{t near k} c_t
+
+An example is in one batch of each epoch: a batch weighs it by 1/|B|, which over the steps is 1/n.
+c_t is how far the gradient of a step moves θ in all: η_t, with momentum η_t/(1 − μ).
+
+Pruthi, Liu, Kale & Sundararajan (2020), Eq. 1 and §3.2.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight._typing import Batch
+from upweight.errors import NotOffered, SpecError
+from upweight.methods import layered
+from upweight.methods.fitting import Fitting
+from upweight.methods.method import Method
+from upweight.methods.points import SumOfScorers
+from upweight.methods.scorer import Asked, Job, Scorer, Work
+from upweight.scores import Unit
+from upweight.task.point import Point
+from upweight.training.history import History, as_history, rates
+from upweight.training.optimizers import Adam
+
+
+@dataclass(frozen=True)
+class TracIn(Method):
+    """S[q, i] = −(1/n) Σ_k a_k ⟨P_k ∇m_q(θ_k), gᵢ(θ_k)⟩ over states θ_k of training.
+
+    Each step counts with the kept state nearest to it: a_k is the sum of their η_t, with momentum
+    of Σ_{s ≥ t} η_s μ^{s−t}. P_k is the identity, for Adam diag(1/(√v̂ + ε)). It takes
+    `fit(..., history=)`: a trajectory, a recorded run, or a recipe, which is then trained.
+
+    Args:
+        states: So many states, in the middles of as many equal parts of training; None: all kept.
+        batches: Whether an example counts only with the steps whose batch held it: TracInIdeal
+            where every state is kept. Else with all of them, each by 1/n.
+
+    Exact when: to first order in the step sizes, with `batches` and every state kept, by SGD with
+    or without momentum; so for one step from any θ_0 and a measure that is linear over it. What
+    later steps do with what an earlier one did is left out: that is `SOURCE`. With Adam the change
+    of v̂ is left out as well.
+    Cost: gradients of queries and a pass over the training data for each state.
+
+    Raises:
+        SpecError: There is no history, it is of another model, or it keeps no such states.
+    """
+
+    states: int | None = None
+    batches: bool = False
+
+    takes_history = True
+    unit = Unit.DERIVATIVE
+
+    def __post_init__(self) -> None:
+        require_count("states", self.states)
+
+    def prepare(self, fitting: Fitting) -> Scorer:
+        history = as_history(fitting.history, fitting.task, fitting.data, fitting.theta)
+        reached = rates(history)
+        scorers: list[Scorer] = []
+        for t, steps in nearest_states(history, self.states):
+            weight = float(reached[steps].sum())
+            point = Point(history.state(t).theta.to(fitting.theta), 1.0 if self.batches else weight)
+            scorer = layered.identity(fitting, point, scale=scale_at(history, t, fitting.theta))
+            if self.batches:
+                columns = _columns(history, steps, reached, len(fitting.data))
+                scorers.append(OfColumns(scorer, columns.to(fitting.theta), scorer.notes))
+            else:
+                scorers.append(scorer)
+        return scorers[0] if len(scorers) == 1 else SumOfScorers(tuple(scorers))
+
+
+def require_count(name: str, count: int | None) -> None:
+    """Refuse what is no number of parts of training.
+
+    Raises:
+        SpecError: It is none.
+    """
+    is_whole = isinstance(count, int) and not isinstance(count, bool)
+    if count is not None and not (is_whole and count >= 1):
+        raise SpecError(
+            f"{name} is a whole number of at least 1.",
+            f"{name}={count!r}.",
+            "a share of training, or a list of steps.",
+            f"{name}=5; which states there are is said where training is recorded: every=.",
+        )
+
+
+def usable_states(history: History) -> list[int]:
+    """The kept states with all that an optimizer divides by: Adam has no v̂ before a step."""
+    return [t for t in history.kept if t > 0 or not isinstance(history.optimizer, Adam)]
+
+
+def nearest_states(history: History, count: int | None) -> list[tuple[int, Tensor]]:
+    """States, each with the steps that it stands for; every step is with one of them."""
+    usable = torch.tensor(usable_states(history))
+    every = torch.arange(len(history))
+    if count is None:
+        where = every.double()
+    else:  # the middle of the part that a step is in
+        part = every * count // len(history)
+        first, last = torch.searchsorted(part, part), torch.searchsorted(part, part, right=True) - 1
+        where = (first + last) / 2
+    # Ties go to the earlier one.
+    chosen = (where[:, None] - usable).abs().argmin(dim=1)
+    return [(int(usable[k]), every[chosen == k]) for k in sorted(set(chosen.tolist()))]
+
+
+def scale_at(history: History, t: int, theta: Float[Tensor, " p"]) -> Float[Tensor, " p"] | None:
+    """What the optimizer multiplies the entries of a gradient with at state t; None: 1."""
+    found = history.optimizer.scale(history.state(t).optimizer)
+    return None if found is None else found.to(theta)
+
+
+def _columns(
+    history: History, steps: Tensor, reached: Float[Tensor, " T"], n: int
+) -> Float[Tensor, " n"]:
+    """n Σ_t c_t [i ∈ B_t]/|B_t| over some steps."""
+    found, wanted = torch.zeros(n, dtype=torch.float64), set(steps.tolist())
+    for step in history.steps(min(wanted), max(wanted) + 1):
+        if step.number in wanted:
+            b = len(step.indices)
+            share = float(reached[step.number]) * step.share * n / b
+            indices = step.indices.cpu()
+            found.index_add_(0, indices, torch.full((b,), share, dtype=torch.float64))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _OfColumns(Job):
+    """The scores of another job, each column times a number."""
+
+    job: Job
+    columns: Float[Tensor, " n"]
+
+    @property
+    def first(self) -> int:  # type: ignore[override]
+        return self.job.first
+
+    @property
+    def at_once(self) -> int:  # type: ignore[override]
+        return self.job.at_once
+
+    def __len__(self) -> int:
+        return len(self.job)
+
+    def __enter__(self) -> "_OfColumns":
+        self.job.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.job.__exit__(*error)
+
+    def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
+        some = self.columns[start:stop]
+        if not bool(some.any()):  # no batch of this state held any of them
+            return some.new_zeros(len(self), stop - start)
+        part = self.job.block(start, stop)
+        return part * some.to(part)
+
+    def by_layer(self, start: int, stop: int) -> Mapping[str, Float[Tensor, "q b"]]:
+        parts = self.job.by_layer(start, stop)
+        return {name: part * self.columns[start:stop].to(part) for name, part in parts.items()}
+
+    def tokens(
+        self, examples: Sequence[int]
+    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+        shares, rest = self.job.tokens(examples)
+        some = self.columns[list(examples)].to(rest)
+        return shares * some[:, None], rest * some
+
+    def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:
+        raise NotOffered(
+            "relabel_influence(...) needs a method that weighs all examples alike.",
+            "TracIn(batches=True), which weighs each by the steps that it was in.",
+            "an example that no step has seen.",
+            "use TracIn(), of the same states.",
+        )
+
+    @property
+    def record(self) -> Any:
+        return self.job.record
+
+
+@dataclass(frozen=True, eq=False)
+class OfColumns(Scorer):
+    """Another scorer's scores, each column times a number: how much training used the example."""
+
+    scorer: Scorer
+    columns: Float[Tensor, " n"]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return self.scorer.layers
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return self.scorer.dtype
+
+    @property
+    def is_quick_of_itself(self) -> bool:
+        return self.scorer.is_quick_of_itself
+
+    def settings(self, asked: Asked) -> dict[str, int]:
+        return self.scorer.settings(asked)
+
+    def jobs(self, asked: Asked) -> Iterator[_OfColumns]:
+        for job in self.scorer.jobs(asked):
+            yield _OfColumns(job, self.columns)
+
+    def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        return self.scorer.summary(records)
+
+    def work(self, q: int, memory_bytes: int | None) -> Work:
+        return self.scorer.work(q, memory_bytes)
+
+    def self_influence(self) -> Float[Tensor, " n"]:
+        found = self.scorer.self_influence()
+        return found * self.columns.to(found)

@@ -1,0 +1,156 @@
+"""What a method asks of a training run, whoever recorded it, and how far each step reached.
+
+    θ_{t+1} = θ_t − η_t · direction(∇J_B(θ_t))          t = 0 … T − 1
+
+A `Trajectory` (of a recipe) and a `Recorded` run (of a loop of the user's own) are histories. A
+recipe stands for the run that it makes, which is then trained for.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.errors import SpecError
+from upweight.task.data import Data
+from upweight.task.task import Task
+from upweight.training.optimizers import SGD, Optimizer
+from upweight.training.steps import Step, TrainingState
+from upweight.training.training import Training
+from upweight.training.trajectory import Trajectory
+
+MOST_APART = 1e-2
+"""‖θ_T − θ̂‖/‖θ̂‖ up to which a history is taken for that of the model: another number of threads
+rounds otherwise, which training amplifies."""
+
+
+@runtime_checkable
+class History(Protocol):
+    """One run of training: its steps, and some of its states."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The update rule."""
+        ...
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Each t of which the state is at hand, in order; T is the last."""
+        ...
+
+    def __len__(self) -> int:
+        """T, the number of steps."""
+        ...
+
+    def steps(self, begin: int = 0, end: int | None = None) -> Iterator[Step]:
+        """Steps begin … end − 1: batches and learning rates."""
+        ...
+
+    def state(self, t: int) -> TrainingState:
+        """The state before step t, for a t that is kept; of T, the end."""
+        ...
+
+
+def as_history(given: Any, task: Task, train: Data, theta: Float[Tensor, " p"]) -> History:
+    """A history of the model with parameters θ; a recipe is trained.
+
+    Raises:
+        SpecError: It is none, of another model or of other data, or of training that no formula
+            of trajectories describes.
+    """
+    history = given
+    if isinstance(given, Training):
+        history = given.trajectory(task, train)
+    if isinstance(history, Trajectory):
+        _require_plain(history)
+    if not isinstance(history, History):
+        raise _no_history(given)
+    _require_examples(history, len(train))
+    end = history.state(len(history)).theta
+    away = float((end.to(theta) - theta).norm()) / max(float(theta.norm()), 1e-300)
+    if not away <= MOST_APART:
+        raise SpecError(
+            "A history must end at the parameters of the task's model.",
+            f"a run whose end is away from them by {away:.2g} of their norm.",
+            "a model that was trained on, averaged or rounded since; a recipe with another seed; "
+            "or a recipe without init=, which starts from the trained model.",
+            "attribute the model that this run ended with: recipe.trained(task, train), or the "
+            "one in the loop that was recorded.",
+        )
+    return history
+
+
+def rates(history: History) -> Float[Tensor, " T"]:
+    """How far the gradient of each step moved θ_T in all, through momentum too.
+
+    η_t;   Σ_{s ≥ t} η_s μ^{s−t} with momentum μ, which is η/(1 − μ) but at the end
+    """
+    return _reached(history.optimizer, history.steps())
+
+
+def resolved_damping(given: Any, task: Task, train: Data) -> float:
+    """λ = 1/(Σ_t η_t), with momentum of rates η/(1 − μ), plus the optimizer's weight decay.
+
+    Raises:
+        SpecError: There is no history, or its optimizer has no one step size.
+    """
+    if isinstance(given, Training):
+        trainer = given.prepare(task, train)
+        optimizer = given.optimizer
+        steps = trainer.steps(trainer.placed(torch.ones(len(train))))
+    elif isinstance(given, History):
+        optimizer, steps = given.optimizer, given.steps()
+    else:
+        raise _no_history(given)
+    if not isinstance(optimizer, SGD):
+        raise SpecError(
+            "λ = 1/(step size × steps) is for training with one step size for all parameters.",
+            f"{optimizer!r}, which has one for each.",
+            "a model trained by Adam.",
+            "use SOURCE(), which takes the step of each parameter; or Relative(0.1).",
+        )
+    total = float(_reached(optimizer, steps).sum())
+    return 1 / total + optimizer.weight_decay
+
+
+def _reached(optimizer: Optimizer, steps: Iterator[Step]) -> Float[Tensor, " T"]:
+    return optimizer.reached(torch.tensor([step.lr for step in steps], dtype=torch.float64))
+
+
+def _require_plain(history: Trajectory) -> None:
+    spec = history.recipe
+    if bool((history.weights != 1).any()) or spec.proximity or not isinstance(spec, Training):
+        raise SpecError(
+            "A history is of plain training on all of the data.",
+            f"a trajectory of {spec!r} with data weights from {float(history.weights.min()):g} to "
+            f"{float(history.weights.max()):g}.",
+            "a run without some examples, or one that is held near θ̂.",
+            "record recipe.trajectory(task, train) with w= left out and proximity=0.",
+        )
+
+
+def _require_examples(history: History, n: int) -> None:
+    largest = max((int(s.indices.max()) for s in history.steps()), default=-1)
+    if largest >= n or (isinstance(history, Trajectory) and len(history.weights) != n):
+        raise SpecError(
+            f"The steps of a history are of these {n} training examples.",
+            f"a step with example {largest}."
+            if largest >= n
+            else f"a run on {len(history.weights)} examples."
+            if isinstance(history, Trajectory)
+            else "another number.",
+            "a history of other data, or indices of a larger data set.",
+            "give the data that the run trained on, in their order.",
+        )
+
+
+def _no_history(given: Any) -> SpecError:
+    return SpecError(
+        "This needs to know how the model was trained.",
+        f"history={given if given is None else type(given).__name__}.",
+        "a fit without history=, or with something that has no steps.",
+        "fit(task, train, history=recipe) with a uw.Training; its trajectory, "
+        "recipe.trajectory(task, train); or run.history(task) of a loop with uw.record(...).",
+    )

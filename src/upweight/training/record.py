@@ -1,0 +1,502 @@
+"""record: a training loop of the user's own, written to disk as it runs.
+
+    with uw.record(model, optimizer, "run", every=100) as run:
+        for x, y, indices in loader:
+            ...                            # forward, backward
+            optimizer.step()
+            run.step(indices)              # after it: which training examples this step used
+
+    folder/manifest.json                  parameters and update rule
+    folder/steps-000000000.safetensors    learning rates and indices from this step to the next file
+    folder/state-000000100.safetensors    θ and the optimizer's memories before this step
+
+What `optimizer.step()` finds is what is recorded: θ_t and the learning rate are read in a hook
+before each step, so schedulers may be called wherever they are. The model and the optimizer are
+never changed, but by `resume=True`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from upweight._typing import Folder
+from upweight.errors import DataError, SpecError, StaleStore, UnsupportedModel, listed
+from upweight.runtime.fingerprint import digest
+from upweight.runtime.headers import read_json, write_json
+from upweight.runtime.tensors import read_tensors, stale, write_tensors
+from upweight.runtime.whole import make_folder, remove_left_over
+from upweight.task.params import Layout
+from upweight.task.task import Task
+from upweight.training.optimizers import SGD, Adam, AdamW, Optimizer, OptimizerState
+from upweight.training.steps import Step, TrainingState
+
+SCHEMA = 1
+
+WAY_OUT = "give another folder, or delete this one and record the training again."
+
+RULES: dict[str, type[Optimizer]] = {"SGD": SGD, "Adam": Adam, "AdamW": AdamW}
+
+MEMORIES = {
+    "momentum": "momentum_buffer",
+    "mean": "exp_avg",
+    "square": "exp_avg_sq",
+    "largest": "max_exp_avg_sq",
+}
+"""What an optimizer remembers, as `torch.optim` calls it."""
+
+
+def record(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: Folder,
+    *,
+    every: int = 100,
+    resume: bool = False,
+) -> "Run":
+    """Write the steps of a training loop to a folder, and some of its states.
+
+    Each step is taken to be one of `optimizer` on the mean loss over the examples that `run.step`
+    is told, and each such example to be what it is in the data that are attributed (no changed
+    copies). Learning rates are read from `optimizer.param_groups` at each step.
+
+    Args:
+        model: What is trained. Every parameter that requires a gradient must be the optimizer's.
+        optimizer: `torch.optim.SGD`, `Adam` or `AdamW`, with one learning rate and the same
+            settings for all of its parameters.
+        folder: Where to; a new one, or with `resume` that of a run that was stopped.
+        every: States to keep: every k-th, besides the first and the last.
+        resume: Go on: put the last state that was kept into the model and the optimizer.
+            `run.taken` then says how many steps were taken; the loop, its data order, its scheduler
+            and its random numbers are the user's to go on with.
+
+    Raises:
+        SpecError: The optimizer is another, or has groups with settings of their own.
+        UnsupportedModel: A parameter is trained by another optimizer.
+        StaleStore: The folder holds a run and `resume` is False, or that of another model.
+        NotWritten: The disk is full or not writable.
+
+    Cost: a file of parameters and the optimizer's memories for each state; 8 bytes per example and
+    step in memory until the next state.
+    """
+    rule = _rule(optimizer)
+    if not (isinstance(every, int) and not isinstance(every, bool) and every >= 1):
+        raise SpecError(
+            "States are kept every k-th step, k ≥ 1.",
+            f"every={every!r}.",
+            "a share of the run, or 0 for none.",
+            "every=100; the first and the last are always kept.",
+        )
+    params = _parameters(model, optimizer)
+    path = Path(folder)
+    there = (path / "manifest.json").exists()
+    if there and not resume:
+        raise StaleStore(
+            "A run is recorded into a folder of its own.",
+            f"{path}, which holds one.",
+            "the same script again, or a run that was stopped.",
+            "resume=True goes on from its last state; or " + WAY_OUT,
+        )
+    make_folder(path)
+    remove_left_over(path)
+    shapes = {name: list(p.shape) for name, p in params.items()}
+    manifest = _Manifest(type(rule).__name__, _settings(rule), shapes)
+    if there:
+        found = _manifest(path)
+        if (found.rule, found.shapes) != (manifest.rule, manifest.shapes):
+            raise StaleStore(
+                "A run goes on with the model and the optimizer that it was recorded of.",
+                f"{path} of {found.rule} with {len(found.shapes)} parameters, for "
+                f"{manifest.rule} with {len(shapes)}.",
+                "another model or optimizer.",
+                WAY_OUT,
+            )
+        manifest = found
+    else:
+        write_json(path / "manifest.json", SCHEMA, asdict(manifest))
+    run = Run(model, optimizer, path, every, manifest, params)
+    if there:
+        run._go_on()
+    return run
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    rule: str
+    settings: dict[str, Any]
+    shapes: dict[str, list[int]]
+
+    @property
+    def of(self) -> str:
+        """What every file of the run says it belongs to."""
+        return digest(self.rule, repr(sorted(self.settings.items())), repr(self.shapes))
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The rule."""
+        fields = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in self.settings.items()
+        }
+        return RULES[self.rule](**fields)
+
+
+@dataclass(eq=False)
+class Run:
+    """A recording on its way. Made by `record`.
+
+    Args:
+        model, optimizer, folder, every: As for `record`.
+        taken: How many steps were taken.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    folder: Path
+    every: int
+    manifest: _Manifest = field(repr=False)
+    params: dict[str, nn.Parameter] = field(repr=False)
+    taken: int = 0
+    _rate: float | None = field(default=None, repr=False)
+    _rates: list[float] = field(default_factory=list, repr=False)
+    _batches: list[Tensor] = field(default_factory=list, repr=False)
+    _written: int | None = field(default=None, repr=False)
+    _hook: Any = field(default=None, repr=False)
+
+    def __enter__(self) -> "Run":
+        self._hook = self.optimizer.register_step_pre_hook(self._before)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        self._hook.remove()
+        if kind is not None:  # what is on disk can be gone on from
+            return
+        if self._rate is not None:
+            raise _unpaired("a step without its run.step(...) at the end of the loop")
+        if self.taken and self._written != self.taken:
+            self._keep()
+
+    def step(self, *indices: Int[Tensor, " b"] | Sequence[int]) -> None:
+        """The examples of the step that `optimizer.step()` has just taken.
+
+        Args:
+            indices: Their places in the training data; of gradients that were accumulated over
+                several backward passes, one argument for each: the loss is the mean over them all.
+
+        Raises:
+            DataError: `optimizer.step()` was not called once since the last time, or these are no
+                indices.
+            NotWritten: The disk is full or not writable.
+        """
+        if self._rate is None:
+            raise _unpaired("run.step(...) without a step of the optimizer before it")
+        parts = [torch.as_tensor(some).detach().cpu().reshape(-1) for some in indices]
+        every = torch.cat(parts) if parts else torch.empty(0)
+        whole = not every.is_floating_point() and every.dtype != torch.bool
+        if not len(every) or not whole or int(every.min()) < 0:
+            raise DataError(
+                "A step has the places of its examples in the training data, from 0.",
+                f"{every!r:.80}.",
+                "a mask, inputs or labels in the place of indices; or an empty batch.",
+                "let the data set hand out (x, y, index), and pass the indices of the batch.",
+            )
+        self._rates.append(self._rate)
+        self._batches.append(every.long())
+        self._rate = None
+        self.taken += 1
+
+    def history(self, task: Task) -> "Recorded":
+        """What was recorded, for `fit(task, train, history=)`; as `read_record`."""
+        return read_record(task, self.folder)
+
+    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._rate is not None:
+            raise _unpaired("two steps of the optimizer without run.step(...) between them")
+        rule = _rule(optimizer)
+        if _settings(rule) != self.manifest.settings:
+            raise SpecError(
+                "Settings of the optimizer but its learning rate stay as they are in a run.",
+                f"{rule!r} where the run began with {self.manifest.optimizer!r}.",
+                "a schedule of momentum or weight decay, such as OneCycleLR's.",
+                "leave momentum as it is (OneCycleLR(cycle_momentum=False)), or record the part "
+                "of training with each setting by itself.",
+            )
+        if self.taken % self.every == 0 and self._written != self.taken:
+            self._keep()
+        self._rate = float(optimizer.param_groups[0]["lr"])
+
+    def _keep(self) -> None:
+        """The steps since the last state, and this one."""
+        about = {"of": self.manifest.of}
+        if self._rates:
+            begin = self.taken - len(self._rates)
+            tensors = {
+                "rates": torch.tensor(self._rates, dtype=torch.float64),
+                "sizes": torch.tensor([len(b) for b in self._batches]),
+                "indices": torch.cat(self._batches),
+            }
+            write_tensors(self.folder / _steps(begin), tensors, about | {"step": str(begin)})
+        tensors = {f"parameter.{name}": p.detach() for name, p in self.params.items()}
+        for memory in self.manifest.optimizer.memories:
+            for name, p in self.params.items():
+                found = self.optimizer.state.get(p, {}).get(MEMORIES[memory])
+                tensors[f"{memory}.{name}"] = torch.zeros_like(p) if found is None else found
+        write_tensors(self.folder / _state(self.taken), tensors, about | {"step": str(self.taken)})
+        self._rates, self._batches, self._written = [], [], self.taken
+
+    def _go_on(self) -> None:
+        """Put the last state into the model and the optimizer."""
+        kept = _kept(self.folder, self.manifest)
+        if not kept:  # stopped before the first step
+            return
+        last = kept[-1]
+        tensors = _tensors(self.folder / _state(last), self.manifest, last)
+        with torch.no_grad():
+            for name, p in self.params.items():
+                p.copy_(tensors[f"parameter.{name}"])
+                if not last:
+                    continue
+                state: dict[str, Any] = {
+                    MEMORIES[memory]: tensors[f"{memory}.{name}"].to(p, copy=True)
+                    for memory in self.manifest.optimizer.memories
+                }
+                if not isinstance(self.manifest.optimizer, SGD):
+                    state["step"] = torch.tensor(float(last))
+                self.optimizer.state[p] = state
+        self.taken = self._written = last
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """A recorded run as a history. Made by `read_record`; states are read when they are asked for.
+
+    Args:
+        folder: Where it is.
+        layout: Which parameters θ has.
+        optimizer: The update rule; its lr is that of the first step.
+        kept: Each t of which there is a state.
+        digest: Of the steps.
+    """
+
+    folder: str
+    layout: Layout
+    optimizer: Optimizer
+    kept: tuple[int, ...]
+    digest: str
+    manifest: _Manifest = field(repr=False)
+
+    def __len__(self) -> int:
+        return self.kept[-1]
+
+    def steps(self, begin: int = 0, end: int | None = None) -> Iterator[Step]:
+        """Steps begin … end − 1."""
+        end = len(self) if end is None else end
+        for first, last in zip(self.kept, self.kept[1:], strict=False):
+            if last <= begin or first >= end:
+                continue
+            found = _tensors(Path(self.folder) / _steps(first), self.manifest, first)
+            batches = torch.split(found["indices"], found["sizes"].tolist())
+            for k, (lr, batch) in enumerate(zip(found["rates"].tolist(), batches, strict=True)):
+                if begin <= first + k < end:
+                    weights = torch.ones(len(batch), dtype=self.layout.dtype)
+                    yield Step(first + k, lr, batch, weights, 1.0, 0)
+
+    def state(self, t: int) -> TrainingState:
+        """The state before step t, one of `kept`.
+
+        Raises:
+            SpecError: It was not kept.
+        """
+        if t not in self.kept:
+            raise SpecError(
+                "Of a recorded run there are the states that were kept.",
+                f"state {t}, with {listed([str(k) for k in self.kept])} kept.",
+                "a state between two of them: a loop of the user's own cannot be run again.",
+                "record with a smaller every=.",
+            )
+        found = _tensors(Path(self.folder) / _state(t), self.manifest, t)
+
+        def flat(kind: str) -> Tensor:
+            vector = self.layout.flatten({n: found[f"{kind}.{n}"] for n in self.layout.names})
+            return vector.to(self.layout.device, self.layout.dtype)
+
+        memories = {memory: flat(memory) for memory in self.optimizer.memories}
+        return TrainingState(flat("parameter"), OptimizerState(t, memories))
+
+    @property
+    def theta(self) -> Tensor:
+        """θ_T."""
+        return self.state(len(self)).theta
+
+
+def read_record(task: Task, folder: Folder) -> Recorded:
+    """What `record` wrote, up to its last state.
+
+    Args:
+        task: The task with the trained model.
+        folder: As for `record`.
+
+    Raises:
+        FileNotFoundError: There is none.
+        StaleStore: It is of a model with other parameters, is damaged, or has no step yet.
+    """
+    path, layout = Path(folder), task.layout
+    manifest = _manifest(path)
+    missing = [
+        name
+        for name, shape in zip(layout.names, layout.shapes, strict=True)
+        if manifest.shapes.get(name) != list(shape)
+    ]
+    if missing:
+        raise StaleStore(
+            "A recorded run must hold the parameters of the task.",
+            f"{path} without {listed(missing)}, or with another shape.",
+            "another model, or one that is wrapped: names then have a prefix.",
+            "give the task the model that was recorded, or record the one of the task.",
+        )
+    kept = _kept(path, manifest)
+    if len(kept) < 2:
+        raise StaleStore(
+            "A history has a step at least.",
+            f"{path} with {len(kept)} states.",
+            "a run that was stopped before its second state.",
+            "record it to the end; or with a smaller every=.",
+        )
+    marks = []
+    for t in kept[:-1]:
+        marks.append(digest(*_tensors(path / _steps(t), manifest, t).values()))
+    return Recorded(str(path), layout, manifest.optimizer, kept, digest(*marks), manifest)
+
+
+def _kept(path: Path, manifest: _Manifest) -> tuple[int, ...]:
+    """The states that steps lead to from the first one, without a gap."""
+    there = sorted(int(each.stem.removeprefix("state-")) for each in path.glob("state-*"))
+    found: list[int] = []
+    for t in there:
+        if found:
+            file = path / _steps(found[-1])
+            if not file.exists():
+                break
+            steps = _tensors(file, manifest, found[-1])
+            if found[-1] + len(steps["rates"]) != t:
+                break
+        elif t != 0:
+            break
+        found.append(t)
+    return tuple(found)
+
+
+def _tensors(path: Path, manifest: _Manifest, step: int) -> dict[str, Tensor]:
+    tensors, about = read_tensors(path, WAY_OUT)
+    if about != {"of": manifest.of, "step": str(step)}:
+        raise StaleStore(stale(path, "what belongs to another run", WAY_OUT))
+    return tensors
+
+
+def _manifest(path: Path) -> _Manifest:
+    found = read_json(path / "manifest.json", SCHEMA, _Manifest, WAY_OUT)
+    if found.rule not in RULES:
+        raise StaleStore(stale(path / "manifest.json", f"the rule {found.rule!r}", WAY_OUT))
+    return found
+
+
+def _settings(rule: Optimizer) -> dict[str, Any]:
+    fields = asdict(rule)  # type: ignore[call-overload]
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+
+def _rule(optimizer: torch.optim.Optimizer) -> Optimizer:
+    """The update rule of an optimizer of `torch.optim`.
+
+    Raises:
+        SpecError: It is another, or its groups differ.
+    """
+    name = type(optimizer).__name__
+    exact = getattr(torch.optim, name, None) is type(optimizer)
+    if name not in RULES or not exact:
+        raise SpecError(
+            "A recorded run has an optimizer whose steps are known.",
+            f"{type(optimizer).__module__}.{name}.",
+            "an optimizer of another library, or one of torch.optim that has no rule here.",
+            "train with torch.optim.SGD, Adam or AdamW; or use Influence(...), which needs no "
+            "history.",
+        )
+    groups = [{k: v for k, v in g.items() if k not in GROUP_ONLY} for g in optimizer.param_groups]
+    differ = sorted({k for g in groups for k in g if g[k] != groups[0].get(k)})
+    if differ:
+        raise SpecError(
+            "A recorded run has the same settings for all parameters.",
+            f"{len(groups)} parameter groups that differ in {listed(differ)}.",
+            "another learning rate for the last layer, or no weight decay for biases.",
+            "give all groups the same settings, and weight decay as a penalty in the loss; or "
+            "choose the parameters of one group with Task(params=...) and train only these.",
+        )
+    group = groups[0]
+    if group.get("maximize") or (name == "Adam" and group.get("decoupled_weight_decay")):
+        raise SpecError(
+            "A recorded run goes down its loss, by a rule of torch.optim as it is.",
+            f"{name} with maximize or decoupled_weight_decay.",
+            "a reward, or AdamW under Adam's name.",
+            "minimize its negative; use torch.optim.AdamW.",
+        )
+    fields = {"lr": 1.0, "weight_decay": float(group["weight_decay"])}  # rates are the steps'
+    if name == "SGD":
+        return SGD(
+            momentum=float(group["momentum"]), nesterov=bool(group["nesterov"]),
+            dampening=float(group["dampening"]), **fields,
+        )  # fmt: skip
+    b1, b2 = group["betas"]
+    return RULES[name](  # type: ignore[call-arg]
+        betas=(float(b1), float(b2)), eps=float(group["eps"]), amsgrad=bool(group["amsgrad"]),
+        **fields,
+    )  # fmt: skip
+
+
+GROUP_ONLY = {"params", "initial_lr", "foreach", "fused", "capturable", "differentiable"}
+"""What groups may differ in: how a step is computed, not which."""
+
+
+def _parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """The parameters of the model that the optimizer trains, by name.
+
+    Raises:
+        UnsupportedModel: Others require a gradient.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    others = [name for name, p in named.items() if p.requires_grad and id(p) not in held]
+    strangers = len(held - {id(p) for p in named.values()})
+    if others or strangers:
+        raise UnsupportedModel(
+            "A recorded run has one model, whose parameters are all the optimizer's.",
+            f"{listed(others)} of the model that the optimizer has not."
+            if others
+            else f"{strangers} parameters of the optimizer that are not the model's.",
+            "two optimizers or two models in one loop, or layers that were to be frozen.",
+            "freeze what is not trained with requires_grad_(False); put several models into one "
+            "nn.ModuleDict.",
+        )
+    return {name: p for name, p in named.items() if id(p) in held}
+
+
+def _unpaired(given: str) -> DataError:
+    return DataError(
+        "Each step of the optimizer is followed by one run.step(indices).",
+        f"{given}.",
+        "gradients accumulated over several backward passes with a run.step(...) for each; or a "
+        "step that a gradient scaler left out.",
+        "call run.step(first, second, …) once after optimizer.step(), with the indices of each "
+        "backward pass; not at all where the step was left out.",
+    )
+
+
+def _steps(begin: int) -> str:
+    return f"steps-{begin:09d}.safetensors"
+
+
+def _state(t: int) -> str:
+    return f"state-{t:09d}.safetensors"

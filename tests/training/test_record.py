@@ -1,0 +1,220 @@
+"""A recorded loop holds what `torch.optim` did, and goes on after a kill."""
+
+import pytest
+import torch
+from torch import nn
+
+import upweight as uw
+from tests.training.loops import batches, data, loop, net, task
+from upweight.errors import DataError, SpecError, StaleStore, UnsupportedModel
+from upweight.training.history import History
+from upweight.training.optimizers import SGD, Adam, AdamW
+from upweight.training.record import read_record
+from upweight.training.schedules import LinearDecay
+
+N = 14
+OPTIMIZERS = {
+    "plain": lambda p: torch.optim.SGD(p, 0.1),
+    "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.8, nesterov=True, weight_decay=0.01),
+    "dampening": lambda p: torch.optim.SGD(p, 0.1, momentum=0.8, dampening=0.3),
+    "adam": lambda p: torch.optim.Adam(p, 0.01, betas=(0.8, 0.99), weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, amsgrad=True),
+}
+
+
+def started(folder, optimizer="momentum", every=3, **options):
+    model = net()
+    rule = OPTIMIZERS[optimizer](model.parameters())
+    return model, rule, uw.record(model, rule, folder, every=every, **options)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_recorded_loop_is_the_trajectory_of_the_same_recipe(tmp_path, optimizer):
+    """The same batches, rates, states and memories; and so the same scores."""
+    model, rule, run = started(tmp_path, optimizer)
+    total = 9
+    kind = {"adam": Adam, "adamw": AdamW}.get(optimizer, SGD)
+    settings = {
+        "plain": {},
+        "momentum": {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01},
+        "dampening": {"momentum": 0.8, "dampening": 0.3},
+        "adam": {"betas": (0.8, 0.99), "weight_decay": 0.01},
+        "adamw": {"amsgrad": True},
+    }[optimizer]
+    lr = rule.param_groups[0]["lr"]
+    recipe = uw.Training(net, kind(lr, **settings), 3, 5, LinearDecay(), seed=0)
+    about, train = task(net()), data(N)
+    known = recipe.trajectory(about, train, every=3)
+    steps = [s.indices for s in known.steps()]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(rule, lambda t: LinearDecay()(t, total))
+    with run:
+        loop(model, rule, train, steps, run, scheduler)
+    found = run.history(task(model))
+    assert isinstance(found, History) and isinstance(known, History)
+    assert (len(found), found.kept) == (9, (0, 3, 6, 9)) == (len(known), known.kept)
+    assert {**vars(found.optimizer), "lr": lr} == vars(known.optimizer)
+    for one, other in zip(found.steps(), known.steps(), strict=True):
+        assert one.number == other.number and torch.equal(one.indices, other.indices)
+        assert one.lr == pytest.approx(other.lr, rel=1e-12)
+    assert [s.number for s in found.steps(2, 7)] == [2, 3, 4, 5, 6]
+    for t in found.kept:
+        a, b = found.state(t), known.state(t)
+        assert a.step == t
+        pairs = zip(a.tensors, b.tensors, strict=True)
+        assert all(torch.allclose(x, y, rtol=1e-9, atol=1e-12) for x, y in pairs)
+    queries = data(3, seed=5)
+    for method in (uw.TracIn(2), uw.SOURCE(1, uw.EKFAC(uw.labels.Expected()), 1)):
+        one = method.fit(task(model), train, history=found).attribute(queries).values
+        other = method.fit(about.moved_to(known.theta), train, history=known)
+        assert torch.allclose(one, other.attribute(queries).values, rtol=1e-6, atol=1e-10)
+    if kind is SGD:
+        spec = uw.Influence(uw.EKFAC(), damping=uw.FromTraining())
+        spec.fit(task(model), train, history=found)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+@pytest.mark.parametrize("stop", [2, 7])
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, optimizer, stop):
+    train, steps = data(N), batches(N, 5, 3)
+    model, rule, run = started(tmp_path / "whole", optimizer)
+    with run:
+        loop(model, rule, train, steps, run)
+    expected = run.history(task(model))
+    killed, rule, run = started(tmp_path / "killed", optimizer)
+    with pytest.raises(KeyboardInterrupt), run:
+        loop(killed, rule, train, steps, run, stop=stop)
+    with pytest.raises(StaleStore, match="of its own"):
+        started(tmp_path / "killed", optimizer)
+    again, rule, run = started(tmp_path / "killed", optimizer, resume=True)
+    assert run.taken == (stop - 1) // 3 * 3  # before step 3 its state is not yet there
+    with run:
+        loop(again, rule, train, steps, run)
+    found = run.history(task(again))
+    assert found.kept == expected.kept and found.digest == expected.digest
+    for t in found.kept:
+        pairs = zip(found.state(t).tensors, expected.state(t).tensors, strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_half_a_run_is_a_history_too(tmp_path):
+    train, steps = data(N), batches(N, 5, 3)
+    model, rule, run = started(tmp_path)
+    with pytest.raises(KeyboardInterrupt), run:
+        loop(model, rule, train, steps, run, stop=8)
+    assert not rule._optimizer_step_pre_hooks
+    found = read_record(task(model), tmp_path)
+    assert found.kept == (0, 3, 6)
+    with pytest.raises(SpecError, match="end at the parameters"):
+        uw.TracIn().fit(task(model), train, history=found)
+    moved = task(model).moved_to(found.theta)
+    uw.TracIn().fit(moved, train, history=found)
+    with pytest.raises(SpecError, match="that were kept"):
+        found.state(4)
+
+
+def test_accumulated_gradients_are_one_step(tmp_path):
+    train, steps = data(N), batches(N, 6, 2)
+    model, rule, run = started(tmp_path, "plain", 1)
+    with run:
+        loop(model, rule, train, steps, run, parts=3)
+    found = [s.indices for s in run.history(task(model)).steps()]
+    assert all(torch.equal(a, b) for a, b in zip(found, steps, strict=True))
+
+
+def test_steps_and_indices_come_in_pairs(tmp_path):
+    train, steps = data(N), batches(N, 5, 1)
+    model, rule, run = started(tmp_path / "a")
+    with pytest.raises(DataError, match="without a step"), run:
+        run.step([0, 1])
+    model, rule, run = started(tmp_path / "b")
+    with pytest.raises(DataError, match="two steps"), run:
+        loop(model, rule, train, steps)
+    model, rule, run = started(tmp_path / "c")
+    with pytest.raises(DataError, match="at the end"), run:
+        loop(model, rule, train, steps[:1])
+    for k, wrong in enumerate(([], [-1], [0.5], [True, False])):
+        model, rule, run = started(tmp_path / str(k))
+        run.__enter__()
+        loop(model, rule, train, steps[:1])
+        with pytest.raises(DataError, match="places of its examples"):
+            run.step(wrong)
+
+
+def test_what_cannot_be_understood(tmp_path):
+    model = net()
+    first, last = model[0].parameters(), model[2].parameters()
+    groups = [{"params": [*first]}, {"params": [*last], "lr": 0.01}]
+    cases = [
+        (torch.optim.RMSprop(model.parameters()), SpecError, "steps are known"),
+        (torch.optim.SGD(groups, 0.1), SpecError, "differ in lr"),
+        (torch.optim.SGD(model[0].parameters(), 0.1), UnsupportedModel, "the optimizer has not"),
+        (torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(1))], 0.1),
+         UnsupportedModel, "not the model's"),
+        (torch.optim.Adam(model.parameters(), maximize=True), SpecError, "goes down"),
+    ]  # fmt: skip
+    for optimizer, error, words in cases:
+        with pytest.raises(error, match=words):
+            uw.record(model, optimizer, tmp_path / "run")
+    rule = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(SpecError, match="k-th"):
+        uw.record(model, rule, tmp_path / "run", every=0)
+    assert not (tmp_path / "run").exists()
+    run = uw.record(model, rule, tmp_path / "run")
+    rule.param_groups[0]["momentum"] = 0.5
+    with pytest.raises(SpecError, match="cycle_momentum"), run:
+        loop(model, rule, data(N), batches(N, 5, 1), run)
+    same = [{"params": [*model[0].parameters()]}, {"params": [*model[2].parameters()]}]
+    uw.record(model, torch.optim.SGD(same, 0.1), tmp_path / "groups")
+
+
+def test_files_that_are_not_the_runs(tmp_path):
+    train, steps = data(N), batches(N, 5, 2)
+    model, rule, run = started(tmp_path)
+    with run:
+        loop(model, rule, train, steps, run)
+    other = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    with pytest.raises(StaleStore, match="parameters of the task"):
+        read_record(task(other), tmp_path)
+    with pytest.raises(StaleStore, match="goes on with the model"):
+        uw.record(other, OPTIMIZERS["momentum"](other.parameters()), tmp_path, resume=True)
+    with pytest.raises(FileNotFoundError):
+        read_record(task(model), tmp_path / "nothing")
+    found = read_record(task(model), tmp_path)
+    file = tmp_path / "state-000000003.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(StaleStore):
+        found.state(3)
+    file.unlink()
+    with pytest.raises(StaleStore, match="step at least"):
+        read_record(task(model), tmp_path)
+    started(tmp_path / "empty")
+    with pytest.raises(StaleStore, match="step at least"):
+        read_record(task(model), tmp_path / "empty")
+
+
+def test_frozen_layers_and_a_part_of_theta(tmp_path):
+    model = net()
+    model[0].requires_grad_(False)
+    chosen = [p for p in model.parameters() if p.requires_grad]
+    rule = torch.optim.SGD(chosen, 0.1)
+    with uw.record(model, rule, tmp_path, every=1) as run:
+        loop(model, rule, data(N), batches(N, 5, 1), run)
+    about = uw.Task(model, uw.CrossEntropy(), params=["2.bias"])
+    history = run.history(about)
+    assert len(history.theta) == 3 and torch.equal(history.theta, model[2].bias.detach())
+    uw.TracIn().fit(about, data(N), history=history)
+
+
+def test_nothing_of_the_users_is_touched(tmp_path):
+    train, steps = data(N), batches(N, 5, 2)
+    plain = net()
+    loop(plain, OPTIMIZERS["momentum"](plain.parameters()), train, steps)
+    model, rule, run = started(tmp_path)
+    state = torch.get_rng_state()
+    with run:
+        loop(model, rule, train, steps, run)
+    assert torch.equal(state, torch.get_rng_state())
+    pairs = zip(plain.parameters(), model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not rule._optimizer_step_pre_hooks
