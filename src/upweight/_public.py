@@ -23,9 +23,11 @@ from upweight.effects import Effects
 from upweight.evaluation.check import check
 from upweight.linalg.damping import Absolute, Evidence, Relative
 from upweight.methods.influence import Influence
+from upweight.methods.logra import LoGra
 from upweight.methods.method import Method
 from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
 from upweight.methods.similarity import GradientCosine, GradientDot
+from upweight.methods.trak import TRAK
 from upweight.runtime.resources import Resources
 from upweight.scores import Scores, Unit
 from upweight.task.data import Data, as_data
@@ -49,6 +51,7 @@ __all__ = [
     "KFAC",
     "L2",
     "SGD",
+    "TRAK",
     "Absolute",
     "Adam",
     "AdamW",
@@ -68,6 +71,7 @@ __all__ = [
     "GroupSums",
     "Hessian",
     "Influence",
+    "LoGra",
     "LogProb",
     "Logit",
     "Loss",

@@ -36,6 +36,11 @@ METHODS = [
     (uw.Influence(uw.GGN(), uw.solvers.CG(rtol=1e-11, preconditioner=uw.EKFAC()), 0.1), DAMPED),
     (uw.GradientDot(), {"rtol": 1e-10}),
     (uw.GradientCosine(), {"rtol": 1e-10}),
+    (uw.LoGra(rank=None, damping=0.1), DAMPED),
+    (uw.LoGra(rank=1, damping=0.1), DAMPED),
+    (uw.LoGra(rank=1, damping=0.1, basis=uw.KFAC(uw.labels.Expected())), DAMPED),
+    (uw.TRAK(dim=None, damping=0.1), DAMPED),
+    (uw.TRAK(dim=2, damping=0.1), DAMPED),
 ]
 CASES = [
     pytest.param(check, id=f"{method!r}: {name}")

@@ -1,0 +1,154 @@
+"""S[q, i] = −(1/n) Σₗ ⟨(Ĝₗ + λₗI)⁻¹ Pₗ∇m_q, Pₗgᵢ⟩: LoGra, influence within a few directions a layer.
+
+Choe et al. (2024), "What is your data worth to GPT?", §3.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.curvature.ekfac import EKFAC
+from upweight.curvature.kfac import KFAC
+from upweight.errors import SpecError
+from upweight.gradients.planning import plan
+from upweight.gradients.projections import TwoSided, two_sided
+from upweight.linalg.damping import Damping, Relative, as_damping
+from upweight.linalg.matrices import DiagonalMatrix
+from upweight.methods.fitting import Fitting
+from upweight.methods.method import Method
+from upweight.methods.projected import ProjectedScorer, member, require_count
+from upweight.runtime.memory import require_bytes
+from upweight.scores import Unit
+from upweight.scoring.stream import training_loss
+
+
+@dataclass(frozen=True)
+class LoGra(Method):
+    """Influence with the empirical Fisher, a layer at a time, of gradients between a few directions.
+
+        S[q, i] = −(1/n) Σₗ ⟨(Ĝₗ + λₗI)⁻¹ Pₗ∇m_q, Pₗgᵢ⟩
+        Ĝₗ = (1/n) Σᵢ Pₗgᵢ (Pₗgᵢ)ᵀ + Pₗ∇²R Pₗᵀ,   Pₗ = (Q_o ⊗ Q_i)ᵀ
+
+    Choe et al. (2024), Eq. 5. Q_o [o, k] and Q_i [i, k] have orthonormal columns, so that λ keeps
+    the unit of the eigenvalues of H.
+
+    Args:
+        rank: k; a side no longer than that is kept whole. None: P = I, for small layers.
+        damping: λ as for `Influence`; of each layer. `Relative(0.1)` as in the paper.
+        basis: `KFAC()` or `EKFAC()`: Q are the leading eigenvectors of its two factors (the paper's
+            PCA). None: random.
+        seed: Of the random Q.
+
+    Unit: `RANK`, since most of what moves θ is projected away; `DERIVATIVE` for `rank=None`.
+    Exact when: P = I and θ is one layer: then it is `Influence(EmpiricalFisher(), ...)`.
+    Cost: one pass over the training data (and those of the basis), n k⁴ products a layer for Ĝₗ and
+    k² numbers an example and layer to keep; then q n k² a layer.
+
+    Raises:
+        SpecError: The rank is no positive number, or the basis has no two factors.
+    """
+
+    rank: int | None = 32
+    damping: Damping | float = field(default_factory=lambda: Relative(0.1))
+    basis: KFAC | EKFAC | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        as_damping(self.damping)
+        if self.rank is not None:
+            require_count("rank", self.rank, "LoGra")
+        if self.basis is not None and not isinstance(self.basis, KFAC | EKFAC):
+            raise SpecError(
+                "LoGra takes its directions from the two factors of K-FAC, or at random.",
+                f"basis={self.basis!r}.",
+                "another curvature, or a class that was not called.",
+                "basis=upweight.KFAC(), or None.",
+            )
+
+    @property
+    def unit(self) -> Unit:  # type: ignore[override]
+        return Unit.DERIVATIVE if self.rank is None else Unit.RANK
+
+    def prepare(self, fitting: Fitting) -> ProjectedScorer:
+        task = fitting.task
+        fitting.checked_losses()
+        projection, notes = self._projection(fitting)
+        names = tuple(block.name for block in projection.plan.blocks)
+        entries = dict(zip(names, projection.parts, strict=True))
+        penalty, said = _penalty(projection, fitting)
+        found, at_once, told = member(
+            fitting,
+            fitting.theta,
+            training_loss(task),
+            projection,
+            as_damping(self.damping),
+            entries,
+            kept_as=f"losses, two sides of {self.rank}, {self.basis!r}, seed {self.seed}",
+            penalty=penalty,
+        )
+        return ProjectedScorer(
+            task=task,
+            train=fitting.data,
+            projection=projection,
+            members=(found,),
+            layers=names,
+            memory_bytes=fitting.resources.memory_bytes,
+            at_once=at_once,
+            notes=(*notes, *said, *told),
+        )
+
+    def _projection(self, fitting: Fitting) -> tuple[TwoSided, tuple[str, ...]]:
+        task, data, theta = fitting.task, fitting.data, fitting.theta
+        if self.basis is None or self.rank is None:
+            made = plan(task, theta, data)
+            return two_sided(made, self.rank, self.seed), made.notes
+        memory = fitting.resources.memory_bytes
+        fitted = self.basis.fit_blocks(task, data, theta, memory_bytes=memory)
+        bases = []
+        for block in fitted.blocks:
+            values, sides = block.eigen.values, list[Tensor | None]()
+            for axis, basis in enumerate(block.eigen.bases):
+                others = [k for k in range(values.ndim) if k != axis]
+                order = (values.sum(dim=others) if others else values).argsort(descending=True)
+                sides.append(None if basis is None else basis[:, order])
+            bases.append(sides)
+        return two_sided(fitted.plan, self.rank, self.seed, bases), fitted.notes
+
+
+def _penalty(
+    projection: TwoSided, fitting: Fitting
+) -> tuple[dict[str, Float[Tensor, "d d"]], tuple[str, ...]]:
+    """Pₗ∇²R Pₗᵀ by the name of the layer; and a note where only its diagonal is in it."""
+    task = fitting.task
+    layout, made = task.layout, projection.plan
+    curvature = task.penalty.curvature(fitting.theta, layout)
+    if curvature is None:
+        return {}, ()
+    diagonal = curvature.diagonal().double()
+    found = {}
+    for block, m, part in zip(made.blocks, projection.maps, projection.parts, strict=True):
+        entries = diagonal[block.index(layout).to(diagonal.device)]
+        d = part.stop - part.start
+        if bool((entries == entries[0]).all()):  # P Pᵀ = I
+            found[block.name] = entries[0] * torch.eye(
+                d, dtype=torch.float64, device=entries.device
+            )
+            continue
+        if m is None:
+            found[block.name] = entries.diag()
+            continue
+        require_bytes(
+            8 * d * len(entries),
+            f"the penalty of {block.name} in {d} directions",
+            layout.device,
+            "use a penalty that is the same for the whole layer, or a smaller rank=.",
+        )
+        rows = torch.zeros(d, projection.width, dtype=torch.float64, device=entries.device)
+        rows[:, part].fill_diagonal_(1.0)
+        q = projection.adjoint(rows)[:, block.index(layout).to(entries.device)]
+        found[block.name] = (q * entries) @ q.mT
+    if isinstance(curvature, DiagonalMatrix):
+        return found, ()
+    return found, ("the penalty's curvature enters through its diagonal",)
