@@ -1,4 +1,4 @@
-"""S[q, i] = −(1/n) Σₗ ⟨(Ĝₗ + λₗI)⁻¹ Pₗ∇m_q, Pₗgᵢ⟩: LoGra, influence within a few directions a layer.
+"""S[q, i] = −(1/n) Σₗ ⟨(Ĝₗ + λₗI)⁻¹ Pₗ∇m_q, Pₗgᵢ⟩: influence in some directions of each layer.
 
 Choe et al. (2024), "What is your data worth to GPT?", §3.
 """
@@ -26,7 +26,7 @@ from upweight.scoring.stream import training_loss
 
 @dataclass(frozen=True)
 class LoGra(Method):
-    """Influence with the empirical Fisher, a layer at a time, of gradients between a few directions.
+    """Influence with the empirical Fisher of each layer, within a few of its directions.
 
         S[q, i] = −(1/n) Σₗ ⟨(Ĝₗ + λₗI)⁻¹ Pₗ∇m_q, Pₗgᵢ⟩
         Ĝₗ = (1/n) Σᵢ Pₗgᵢ (Pₗgᵢ)ᵀ + Pₗ∇²R Pₗᵀ,   Pₗ = (Q_o ⊗ Q_i)ᵀ
@@ -132,9 +132,7 @@ def _penalty(
         entries = diagonal[block.index(layout).to(diagonal.device)]
         d = part.stop - part.start
         if bool((entries == entries[0]).all()):  # P Pᵀ = I
-            found[block.name] = entries[0] * torch.eye(
-                d, dtype=torch.float64, device=entries.device
-            )
+            found[block.name] = entries[:1].expand(d).diag()
             continue
         if m is None:
             found[block.name] = entries.diag()

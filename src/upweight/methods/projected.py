@@ -8,14 +8,14 @@ once, and kept in memory or in `Resources(folder=...)`; where neither holds it, 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight._typing import Batch
+from upweight._typing import Batch, Folder
 from upweight.errors import NotDifferentiable, SpecError, UpweightError
 from upweight.gradients.autograd import total_gradient
 from upweight.gradients.cost import cost
@@ -270,10 +270,8 @@ class ProjectedScorer(Scorer):
         theta = self.members[0].theta
         found = torch.zeros_like(theta)
         for _, _, batch in self.train.subset(group).batches(self.at_once):
-            on_device = self.task.to_device(batch)
-            found += total_gradient(
-                self.task, theta, lambda params, b=on_device: self.task.losses(params, b)
-            )
+            losses = partial(self.task.losses, batch=self.task.to_device(batch))
+            found += total_gradient(self.task, theta, losses)
         return found
 
     def step(self, group: list[int]) -> Float[Tensor, " p"]:
@@ -359,18 +357,17 @@ def member(
     allowed = working_bytes(device, resources.memory_bytes)
     each = spent.bytes_per_example + projection.bytes_per_example
     at_once = data.together(examples_within(allowed, each, MOST_EXAMPLES))
-    gradients: Gradients = Projected(data, theta, function, projection, at_once)
+    source = Projected(data, theta, function, projection, at_once)
+    gradients: Gradients = source
+    if resources.folder is not None:
+        gradients = _stored(resources.folder, source, fitting, kept_as)
     sums = {
         name: LongSum((s.stop - s.start,) * 2, projection.plan.dtype, device)
         for name, s in entries.items()
     }
-    if resources.folder is not None:
-        gradients = _stored(Path(resources.folder), gradients, fitting, kept_as)
     room = kept_bytes(device, resources.memory_bytes, allowed)
     holds = resources.folder is None and n * projection.width * itemsize <= room
-    held = torch.empty(
-        n if holds else 0, projection.width, dtype=projection.plan.dtype, device=device
-    )
+    held = torch.empty(n if holds else 0, source.width, dtype=projection.plan.dtype, device=device)
     places = ((start, min(start + ROWS, n), None) for start in range(0, n, ROWS))
     for start, stop, _ in progress(places, n, "projected gradients"):
         rows = gradients.rows(start, stop).to(device)
@@ -415,7 +412,7 @@ def _part(
     return Part(name, entries, lam, mean, state)
 
 
-def _stored(folder: Path, source: Projected, fitting: Fitting, kept_as: str) -> Stored:
+def _stored(folder: Folder, source: Projected, fitting: Fitting, kept_as: str) -> Stored:
     """The same gradients, read from a folder that is filled where it is not yet."""
     theta = digest(source.theta)
     description = {
@@ -424,7 +421,8 @@ def _stored(folder: Path, source: Projected, fitting: Fitting, kept_as: str) -> 
         **subject(fitting.task, fitting.data),
     }
     store = Stored.open(
-        folder / f"gradients-{theta[:16]}",
+        folder,
+        f"gradients-{theta[:16]}",
         len(source),
         source.width,
         description,

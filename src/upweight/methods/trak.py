@@ -150,7 +150,7 @@ def slopes(fitting: Fitting, theta: Float[Tensor, " p"], output: Output) -> Floa
     """
     task, data = fitting.task, fitting.data
     size, found = data.together(batch_size(1, theta.element_size())), []
-    for start, stop, batch in progress(data.batches(size), len(data), "outputs"):
+    for start, _, batch in progress(data.batches(size), len(data), "outputs"):
         with torch.no_grad():
             outputs, targets = task.call(theta, task.to_device(batch))
         outputs = outputs.detach().requires_grad_()

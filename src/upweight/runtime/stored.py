@@ -55,18 +55,19 @@ class Stored:
     def open(
         cls,
         directory: Folder,
+        name: str,
         n: int,
         width: int,
         description: Mapping[str, str],
         settings: Mapping[str, int],
     ) -> "Stored":
-        """The rows of a folder that belong to a description; none yet in a new folder.
+        """The rows directory/name that belong to a description; none yet in a new folder.
 
         Raises:
             StaleStore: The folder holds rows of something else.
             NotWritten: The folder cannot be written.
         """
-        folder = Path(directory)
+        folder = Path(directory) / name
         make_folder(folder)
         remove_left_over(folder)
         asked = _Manifest(n, width, dict(description), dict(settings))
