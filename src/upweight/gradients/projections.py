@@ -12,6 +12,7 @@ import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
@@ -20,10 +21,6 @@ from torch import Tensor
 from upweight.gradients.blocks import Block, MatrixBlock, Plan
 from upweight.gradients.factored import Factors, Formed, Lookups, Rows, Tokens
 from upweight.runtime.fingerprint import digest
-
-TRANSFORMED = 4.0
-"""How many numbers of a Fourier transform, times log₂ d, take as long as an entry of gᵢ that is
-formed and added to its place: 2 to 8 on one core, for layers of width 128 to 785."""
 
 
 class Projection(abc.ABC):
@@ -42,9 +39,9 @@ class Projection(abc.ABC):
 
     @property
     def bytes_per_example(self) -> int:
-        """What is held while it is taken, besides the factors: a layer's gᵢ twice at most."""
+        """What is held while it is taken, besides the factors: some copies of a layer's gᵢ."""
         largest = max(math.prod(block.shape) for block in self.plan.blocks)
-        return self.plan.dtype.itemsize * (2 * largest + 4 * self.width)
+        return self.plan.dtype.itemsize * (6 * largest + 4 * self.width)
 
     def of_vectors(self, vectors: Float[Tensor, "k p"]) -> Float[Tensor, "k d"]:
         """P v of flat vectors."""
@@ -75,6 +72,11 @@ class Buckets:
     def adjoint(self, y: Float[Tensor, "*b k"]) -> Float[Tensor, "*b j"]:
         """Bᵀ y."""
         return y[..., self.place] * self.weight
+
+    def squared(self, entries: Float[Tensor, " j"]) -> Float[Tensor, " k"]:
+        """diag(B D Bᵀ) for D = diag(entries); no other entry is filled."""
+        squares = Buckets(self.place, self.weight.to(entries).square(), self.width)
+        return squares(entries)
 
 
 # -- two sides of each layer ----------------------------------------------------------------------
@@ -230,14 +232,14 @@ class TensorSketch:
             out = part.right.new_zeros(len(part), d)
             return out.scatter_add_(1, place.flatten(1), values.flatten(1))
         o, i = len(self.left.place), len(self.right.place)
-        transformed = part.positions * d * math.log2(d + 1)
-        if not isinstance(part, Formed) and transformed < TRANSFORMED * o * i:
+        # Where the transforms hold less than gᵢ would, they are faster as well.
+        if not isinstance(part, Formed) and part.positions * d < o * i:
             sides = (torch.fft.rfft(self.left(part.left)), torch.fft.rfft(self.right(part.right)))
             return torch.fft.irfft((sides[0] * sides[1]).sum(dim=1), n=d)
         place = ((self.left.place[:, None] + self.right.place) % d).flatten()
         values = part.matrices() * (self.left.weight[:, None] * self.right.weight)
-        out = values.new_zeros(d, len(part))  # in columns: rows of memory are added
-        return out.index_add_(0, place, values.flatten(1).mT).mT
+        out = values.new_zeros(len(part), d)
+        return out.index_add_(1, place, values.flatten(1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +259,7 @@ class Sketch(Projection):
             m(part.values if isinstance(part, Rows) else part)  # type: ignore[arg-type]
             for part, m in zip(factors, self.maps, strict=True)
         ]
-        return torch.stack(parts).sum(dim=0)
+        return reduce(Tensor.add_, parts)
 
 
 def sketch(plan: Plan, dim: int | None, seed: int = 0) -> Projection:

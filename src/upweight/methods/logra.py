@@ -3,6 +3,7 @@
 Choe et al. (2024), "What is your data worth to GPT?", §3.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,7 @@ from upweight.curvature.ekfac import EKFAC
 from upweight.curvature.kfac import KFAC
 from upweight.errors import SpecError
 from upweight.gradients.planning import plan
-from upweight.gradients.projections import TwoSided, two_sided
+from upweight.gradients.projections import Sides, TwoSided, two_sided
 from upweight.linalg.damping import Damping, Relative, as_damping
 from upweight.linalg.matrices import DiagonalMatrix
 from upweight.methods.fitting import Fitting
@@ -77,7 +78,6 @@ class LoGra(Method):
         projection, notes = self._projection(fitting)
         names = tuple(block.name for block in projection.plan.blocks)
         entries = dict(zip(names, projection.parts, strict=True))
-        penalty, said = _penalty(projection, fitting)
         found, at_once, told = member(
             fitting,
             fitting.theta,
@@ -86,7 +86,7 @@ class LoGra(Method):
             as_damping(self.damping),
             entries,
             kept_as=f"losses, two sides of {self.rank}, {self.basis!r}, seed {self.seed}",
-            penalty=penalty,
+            penalty=_penalty(projection, fitting),
         )
         return ProjectedScorer(
             task=task,
@@ -96,7 +96,7 @@ class LoGra(Method):
             layers=names,
             memory_bytes=fitting.resources.memory_bytes,
             at_once=at_once,
-            notes=(*notes, *said, *told),
+            notes=(*notes, *told),
         )
 
     def _projection(self, fitting: Fitting) -> tuple[TwoSided, tuple[str, ...]]:
@@ -117,36 +117,42 @@ class LoGra(Method):
         return two_sided(fitted.plan, self.rank, self.seed, bases), fitted.notes
 
 
-def _penalty(
-    projection: TwoSided, fitting: Fitting
-) -> tuple[dict[str, Float[Tensor, "d d"]], tuple[str, ...]]:
-    """Pₗ∇²R Pₗᵀ by the name of the layer; and a note where only its diagonal is in it."""
-    task = fitting.task
-    layout, made = task.layout, projection.plan
-    curvature = task.penalty.curvature(fitting.theta, layout)
+def _penalty(projection: TwoSided, fitting: Fitting) -> dict[str, Float[Tensor, "d d"]]:
+    """Pₗ∇²R Pₗᵀ by the name of the layer."""
+    task, made = fitting.task, projection.plan
+    curvature = task.penalty.curvature(fitting.theta, task.layout)
     if curvature is None:
-        return {}, ()
-    diagonal = curvature.diagonal().double()
+        return {}
     found = {}
-    for block, m, part in zip(made.blocks, projection.maps, projection.parts, strict=True):
-        entries = diagonal[block.index(layout).to(diagonal.device)]
-        d = part.stop - part.start
-        if bool((entries == entries[0]).all()):  # P Pᵀ = I
-            found[block.name] = entries[:1].expand(d).diag()
-            continue
-        if m is None:
-            found[block.name] = entries.diag()
-            continue
+    if not isinstance(curvature, DiagonalMatrix):
+        p, d = task.layout.size, projection.width
         require_bytes(
-            8 * d * len(entries),
-            f"the penalty of {block.name} in {d} directions",
-            layout.device,
-            "use a penalty that is the same for the whole layer, or a smaller rank=.",
+            2 * 8 * d * p,
+            f"the penalty of {p} parameters in {d} directions",
+            task.layout.device,
+            "use L2(...), whose curvature is a diagonal; or a smaller rank=.",
         )
-        rows = torch.zeros(d, projection.width, dtype=torch.float64, device=entries.device)
-        rows[:, part].fill_diagonal_(1.0)
-        q = projection.adjoint(rows)[:, block.index(layout).to(entries.device)]
-        found[block.name] = (q * entries) @ q.mT
-    if isinstance(curvature, DiagonalMatrix):
-        return found, ()
-    return found, ("the penalty's curvature enters through its diagonal",)
+        rows = projection.adjoint(torch.eye(d, dtype=fitting.theta.dtype).to(fitting.theta.device))
+        whole = (curvature.mv(rows) @ rows.mT).double()
+        every = zip(made.blocks, projection.parts, strict=True)
+        return {block.name: whole[part, part] for block, part in every}
+    diagonal = curvature.diagonal().double()
+    for block, m, shape in zip(made.blocks, projection.maps, projection.shapes, strict=True):
+        entries = diagonal[block.index(task.layout).to(diagonal.device)]
+        if bool((entries == entries[0]).all()):  # P Pᵀ = I
+            found[block.name] = entries[:1].expand(math.prod(shape)).diag()
+        elif isinstance(m, Sides):
+            left, right = (_products(q.double()) for q in (m.left, m.right))
+            both = left.mT @ entries.reshape(block.shape) @ right  # of two rows, of two columns
+            twice = [kept for kept in shape for _ in range(2)]
+            d = math.prod(shape)
+            found[block.name] = both.reshape(twice).permute(0, 2, 1, 3).reshape(d, d)
+        else:
+            kept = entries if m is None else m.squared(entries)
+            found[block.name] = kept.diag()
+    return found
+
+
+def _products(q: Float[Tensor, "o k"]) -> Float[Tensor, "o kk"]:
+    """The products of two entries of each row."""
+    return (q[:, :, None] * q[:, None, :]).flatten(1)

@@ -4,7 +4,7 @@ Park, Georgiev, Ilyas, Leclerc & Madry (2023), "TRAK: attributing model behavior
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from upweight._typing import Batch, Params
 from upweight.errors import SpecError, UnsupportedModel
 from upweight.gradients.planning import plan
 from upweight.gradients.projections import sketch
-from upweight.linalg.damping import Damping, as_damping
+from upweight.linalg.damping import Damping, Relative, as_damping
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
 from upweight.methods.projected import ProjectedScorer, member, require_count
@@ -25,8 +25,8 @@ from upweight.task.data import batch_size
 from upweight.task.losses import CrossEntropy, Weighted
 from upweight.task.task import Task
 
-PARALLEL = 1e-3
-"""How far ∂ℓ/∂f may be from a multiple of ∂(output)/∂f, relative to it, by rounding in float32."""
+PARALLEL = 1e-6
+"""How far ∂ℓ/∂(outputs) may be from a multiple of ∂f/∂(outputs), relative to it, by rounding."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class TRAK(Method):
 
     Args:
         dim: d; None, and any d from p on: P = I.
-        damping: λ, of the eigenvalues of ΦᵀΦ/n. The paper has none, with d below n.
+        damping: λ, in units of the eigenvalues of ΦᵀΦ/n. The paper has none and d below n; the mean
+            eigenvalue was better on each of four networks that we measured.
         threshold: Scores are moved towards 0 by so much, and are 0 below it (the paper's step 4).
         seed: Of the draws of P.
 
@@ -63,7 +64,7 @@ class TRAK(Method):
     """
 
     dim: int | None = 2048
-    damping: Damping | float = 0.0
+    damping: Damping | float = field(default_factory=lambda: Relative(1.0))
     threshold: float = 0.0
     seed: int = 0
 
@@ -153,7 +154,8 @@ def slopes(fitting: Fitting, theta: Float[Tensor, " p"], output: Output) -> Floa
     for start, _, batch in progress(data.batches(size), len(data), "outputs"):
         with torch.no_grad():
             outputs, targets = task.call(theta, task.to_device(batch))
-        outputs = outputs.detach().requires_grad_()
+        # In float64: 1 − p of an example that the model is sure of is 0 in float32.
+        outputs = outputs.detach().double().requires_grad_()
         by_loss, by_output = (
             torch.autograd.grad(f(outputs, targets).sum(), outputs)[0].flatten(1)
             for f in (task.losses_of, output)
@@ -161,8 +163,11 @@ def slopes(fitting: Fitting, theta: Float[Tensor, " p"], output: Output) -> Floa
         squares = by_output.square().sum(dim=1)
         slope = torch.where(squares > 0, (by_loss * by_output).sum(dim=1) / squares, 0.0)
         rest = (by_loss - slope[:, None] * by_output).norm(dim=1)
-        if bool((rest > PARALLEL * by_loss.norm(dim=1)).any()):
-            raise _no_one_output(task, start + int(rest.argmax()))
+        wrong = rest > PARALLEL * (
+            by_loss.norm(dim=1) + 1e-3
+        )  # where 1 − p is 1e-12, so is rounding
+        if bool(wrong.any()):
+            raise _no_one_output(task, start + int(wrong.nonzero()[0]))
         found.append(slope)
     return torch.cat(found)
 
