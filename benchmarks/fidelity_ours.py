@@ -22,9 +22,9 @@ TINY_SIZE = 500
 
 
 class Ours(Method):
-    """`uw.Influence`."""
+    """A method of upweight."""
 
-    def __init__(self, problem: Problem, folder: Path, method: uw.Influence) -> None:
+    def __init__(self, problem: Problem, folder: Path, method: uw.Method) -> None:
         super().__init__(problem, folder)
         self.method = method
         self.data = (problem.X, problem.y)
@@ -34,7 +34,8 @@ class Ours(Method):
 
     def scores(self, measure: str) -> Tensor:
         Xq, yq = self.problem.Xq, self.problem.yq
-        whole = self.problem.kind != "text" or isinstance(self.method.solver, uw.solvers.Auto)
+        solver = getattr(self.method, "solver", uw.solvers.Auto())
+        whole = self.problem.kind != "text" or isinstance(solver, uw.solvers.Auto)
         size = len(Xq) if whole else SEQUENCES  # products with all at once take gigabytes
         parts = [
             self.fitted.attribute(part, MEASURES[measure]).values
@@ -63,10 +64,11 @@ class Ranking(Method):
 
 def ours(
     name: str,
-    method: Callable[[Problem], uw.Influence],
+    method: Callable[[Problem], uw.Method],
     settings: str,
     refusal: Callable[[Problem], str | None] = lambda problem: None,
     detects: Callable[[Problem], bool] = lambda problem: True,
+    calibrated: bool = True,
 ) -> Contender:
     return Contender(
         f"upweight {name}",
@@ -75,6 +77,7 @@ def ours(
         settings,
         refusal,
         detects=detects,
+        calibrated=calibrated,
     )
 
 
@@ -197,5 +200,29 @@ OURS = (
     ),
     ours("K-FAC", layered(uw.KFAC()), f"KFAC(), {BY_LAYER}"),
     ours("diagonal", layered(uw.Diagonal()), f"Diagonal(), {BY_LAYER}"),
+    ours(
+        "gradient dot",
+        lambda problem: uw.GradientDot(),
+        "GradientDot()",
+        calibrated=False,
+    ),
+    ours(
+        "LoGra",
+        lambda problem: uw.LoGra(rank=64),
+        "LoGra(rank=64), Relative(0.1)",
+        calibrated=False,
+    ),
+    ours(
+        "TRAK",
+        lambda problem: uw.TRAK(dim=2048),
+        "TRAK(dim=2048), Relative(1.0)",
+        calibrated=False,
+    ),
+    ours(
+        "TRAK, λ = 0",
+        lambda problem: uw.TRAK(dim=2048, damping=0.0),
+        "TRAK(dim=2048), no damping",
+        calibrated=False,
+    ),
     Contender("loss", Ranking, "none", "the training loss", predicts=False),
 )

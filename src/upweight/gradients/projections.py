@@ -37,11 +37,13 @@ class Projection(abc.ABC):
     def __call__(self, factors: Sequence[Factors]) -> Float[Tensor, "b d"]:
         """P gᵢ of each example."""
 
-    @property
-    def bytes_per_example(self) -> int:
-        """What is held while it is taken, besides the factors: some copies of a layer's gᵢ."""
-        largest = max(math.prod(block.shape) for block in self.plan.blocks)
-        return self.plan.dtype.itemsize * (6 * largest + 4 * self.width)
+    @abc.abstractmethod
+    def bytes_per_example(self, positions: Sequence[int]) -> int:
+        """What is held while it is taken, besides the factors.
+
+        Args:
+            positions: At how many each block's weight is used; 0 for vectors.
+        """
 
     def of_vectors(self, vectors: Float[Tensor, "k p"]) -> Float[Tensor, "k d"]:
         """P v of flat vectors."""
@@ -125,6 +127,10 @@ class TwoSided(Projection):
             [_between(part, m).flatten(1) for part, m in zip(factors, self.maps, strict=True)],
             dim=1,
         )
+
+    def bytes_per_example(self, positions: Sequence[int]) -> int:
+        sides = [t * sum(shape) for t, shape in zip(positions, self.shapes, strict=True)]
+        return self.plan.dtype.itemsize * (2 * self.width + max(sides))
 
     def adjoint(self, y: Float[Tensor, "k d"]) -> Float[Tensor, "k p"]:
         """Pᵀ y, flat."""
@@ -253,6 +259,11 @@ class Sketch(Projection):
     @property
     def width(self) -> int:
         return self.dim
+
+    def bytes_per_example(self, positions: Sequence[int]) -> int:
+        every = zip(positions, self.plan.blocks, strict=True)
+        held = [min(8 * t * self.dim, 3 * math.prod(block.shape)) for t, block in every]
+        return self.plan.dtype.itemsize * (4 * self.dim + max(held))
 
     def __call__(self, factors: Sequence[Factors]) -> Float[Tensor, "b d"]:
         parts = [

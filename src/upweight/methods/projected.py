@@ -355,7 +355,7 @@ def member(
     )
     spent = cost(projection.plan, theta, data)
     allowed = working_bytes(device, resources.memory_bytes)
-    each = spent.bytes_per_example + projection.bytes_per_example
+    each = spent.bytes_per_example + projection.bytes_per_example(spent.positions)
     at_once = data.together(examples_within(allowed, each, MOST_EXAMPLES))
     source = Projected(data, theta, function, projection, at_once)
     gradients: Gradients = source

@@ -163,9 +163,8 @@ def slopes(fitting: Fitting, theta: Float[Tensor, " p"], output: Output) -> Floa
         squares = by_output.square().sum(dim=1)
         slope = torch.where(squares > 0, (by_loss * by_output).sum(dim=1) / squares, 0.0)
         rest = (by_loss - slope[:, None] * by_output).norm(dim=1)
-        wrong = rest > PARALLEL * (
-            by_loss.norm(dim=1) + 1e-3
-        )  # where 1 − p is 1e-12, so is rounding
+        # Where 1 − p is 1e-12, so is the rounding of what it is the difference of.
+        wrong = rest > PARALLEL * (by_loss.norm(dim=1) + 1e-3)
         if bool(wrong.any()):
             raise _no_one_output(task, start + int(wrong.nonzero()[0]))
         found.append(slope)
