@@ -88,6 +88,7 @@ def ours(
     settings: str,
     refusal: Callable[[Problem], str | None] = lambda problem: None,
     detects: Callable[[Problem], bool] = lambda problem: True,
+    calibrated: bool = True,
 ) -> Contender:
     return Contender(
         f"upweight {name}",
@@ -96,6 +97,7 @@ def ours(
         settings,
         refusal,
         detects=detects,
+        calibrated=calibrated,
     )
 
 
@@ -263,5 +265,23 @@ OURS = (
     ours("K-FAC", layered(uw.KFAC()), f"KFAC(), {BY_LAYER}"),
     ours("diagonal", layered(uw.Diagonal()), f"Diagonal(), {BY_LAYER}"),
     *RETRAINED,
+    ours(
+        "LoGra",
+        lambda problem: uw.LoGra(rank=64),
+        "LoGra(rank=64), Relative(0.1)",
+        calibrated=False,
+    ),
+    ours(
+        "TRAK",
+        lambda problem: uw.TRAK(dim=2048),
+        "TRAK(dim=2048), Relative(1.0)",
+        calibrated=False,
+    ),
+    ours(
+        "TRAK, λ = 0",
+        lambda problem: uw.TRAK(dim=2048, damping=0.0),
+        "TRAK(dim=2048), no damping",
+        calibrated=False,
+    ),
     Contender("loss", Ranking, "none", "the training loss", predicts=False),
 )

@@ -66,7 +66,17 @@ MATHS = {"linalg", "curvature", "gradients", "scoring", "methods", "applications
 AT_A_POINT = {"linalg", "gradients", "curvature", "scoring"}
 RECIPES = {"newton.py", "objective.py"}  # start from the model's own parameters, as training does
 NOT_IN_MATHS = {"os", "json", "pathlib", "safetensors", "torch.distributed", "logging"}
-FILE_FORMATS = {"checkpoint", "cover", "headers", "lock", "rows", "shards", "tensors", "whole"}
+FILE_FORMATS = {
+    "checkpoint",
+    "cover",
+    "headers",
+    "lock",
+    "rows",
+    "shards",
+    "stored",
+    "tensors",
+    "whole",
+}
 ONLY_IN_ADAPTERS = {"sklearn", "statsmodels", "scipy", "transformers"}
 ONLY_WHEN_CALLED = {
     "pandas",
@@ -78,6 +88,7 @@ CIRCLES: set[frozenset[str]] = set()
 MATHS_WITH_FILES = {
     "curvature/layerwise.py": {"upweight.runtime.checkpoint"},
     "methods/layered.py": {"upweight.runtime.checkpoint"},
+    "methods/projected.py": {"upweight.runtime.stored"},
     "methods/reduce.py": {"upweight.runtime.shards"},
 }
 BANNED_NAMES = {"utils", "helpers", "common", "misc", "core", "base"}

@@ -26,6 +26,7 @@ from upweight.methods.baselines import BM25, Random, TrainingLoss
 from upweight.methods.datamodels import Datamodels
 from upweight.methods.ensemble import Ensemble
 from upweight.methods.influence import Influence
+from upweight.methods.logra import LoGra
 from upweight.methods.method import Method
 from upweight.methods.neighbours import FeatureSimilarity, KNNShapley
 from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
@@ -34,6 +35,7 @@ from upweight.methods.similarity import GradientCosine, GradientDot
 from upweight.methods.source import SOURCE
 from upweight.methods.stacked import Stacked
 from upweight.methods.tracin import TracIn
+from upweight.methods.trak import TRAK
 from upweight.runtime.resources import Resources
 from upweight.scores import Scores, Unit
 from upweight.task.data import Data, as_data
@@ -60,6 +62,7 @@ __all__ = [
     "L2",
     "SGD",
     "SOURCE",
+    "TRAK",
     "Absolute",
     "Adam",
     "AdamW",
@@ -85,6 +88,7 @@ __all__ = [
     "Hessian",
     "Influence",
     "KNNShapley",
+    "LoGra",
     "LogProb",
     "Logit",
     "Loss",

@@ -43,6 +43,11 @@ METHODS = [
     (uw.GradientCosine(), {"rtol": 1e-10}),
     (uw.TracIn(), {"rtol": 1e-10} | STEPS),
     (uw.SOURCE(2, uw.GGN(), 1), {"rtol": 1e-10} | STEPS),
+    (uw.LoGra(rank=None, damping=0.1), DAMPED),
+    (uw.LoGra(rank=1, damping=0.1), DAMPED),
+    (uw.LoGra(rank=1, damping=0.1, basis=uw.KFAC(uw.labels.Expected())), DAMPED),
+    (uw.TRAK(dim=None, damping=0.1), DAMPED),
+    (uw.TRAK(dim=2, damping=0.1), DAMPED),
 ]
 CASES = [
     pytest.param(check, id=f"{method!r}: {name}")

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.curvature.layerwise import BlockCurvature
-from upweight.errors import AssumptionWarning, listed, message
+from upweight.errors import AssumptionWarning, NonFinite, listed, message
 from upweight.gradients.blocks import Plan
 from upweight.gradients.linear import linear_form
 from upweight.gradients.passes import GradientPass
@@ -46,6 +46,23 @@ sixteenth of them in between."""
 
 TARGETS_A_CLASS = 10
 """Targets a class below which their entropy says little about that of all."""
+
+
+def require_finite(scores: Float[Tensor, " b"], start: int) -> None:
+    """Refuse scores S[i, i] of training examples from `start` on that are not finite.
+
+    Raises:
+        NonFinite: One is not; says which.
+    """
+    if bool(scores.isfinite().all()):
+        return
+    bad = int((~scores.isfinite()).nonzero()[0])
+    raise NonFinite(
+        "Scores must be finite.",
+        f"{float(scores[bad])} for training example {start + bad}.",
+        "a gradient that overflows in this dtype, or a square root or norm of 0.",
+        "use a float64 model, or look at the gradient of that example.",
+    )
 
 
 def stationarity(gradient: Float[Tensor, " p"], step: Solution) -> dict[str, float]:

@@ -211,14 +211,7 @@ class LayeredScorer(Scorer):
                 for inverse, part in zip(inverses, factors, strict=True)
             ]
             total = torch.stack(shares).sum(dim=0) * self.factor
-            if not bool(total.isfinite().all()):
-                bad = int((~total.isfinite()).nonzero()[0])
-                raise NonFinite(
-                    "Scores must be finite.",
-                    f"{float(total[bad])} for training example {start + bad}.",
-                    "a gradient that overflows in this dtype, or a square root or norm of 0.",
-                    "use a float64 model, or look at the gradient of that example.",
-                )
+            health.require_finite(total, start)
             parts.append(total)
         return torch.cat(parts)
 

@@ -9,7 +9,7 @@ each job takes some of the queries and passes over the training set.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -405,19 +405,28 @@ def _measured_gradients(
         MOST_EXAMPLES,
     )
 
-    def function(params: Params, batch: Any) -> Tensor:
-        return measure(task, params, batch)
-
-    # ∇m = ∇ℓ needs no kernels for derivatives of higher order; what a measure calls has them, and
-    # what a checkpoint runs again in the backward pass must find the same.
-    is_loss = isinstance(measure, Loss)
-    chosen = training_loss(task) if is_loss else function
     with GradientPass(curvature.plan, curvature.theta) as passes:
         batches = queries.batches(size)
         for start, stop, batch in progress(batches, len(queries), "queries"):
-            with nullcontext() if is_loss else sdpa_kernel(SDPBackend.MATH):
-                factors = passes.of(chosen, task.to_device(batch), stop - start)
+            with kernels_for(measure):
+                factors = passes.of(measured_by(task, measure), task.to_device(batch), stop - start)
             yield start, stop, gradients(factors)
+
+
+def measured_by(task: Task, measure: Callable[..., Tensor]) -> Callable[[Params, Any], Tensor]:
+    """m of (θ by name, batch), for gradients; within `kernels_for(measure)`."""
+    if isinstance(measure, Loss):
+        return training_loss(task)
+    return lambda params, batch: measure(task, params, batch)
+
+
+def kernels_for(measure: Callable[..., Tensor]) -> AbstractContextManager[Any]:
+    """Where ∇m is taken.
+
+    ∇m = ∇ℓ needs no kernels for derivatives of higher order; what a measure calls has them, and
+    what a checkpoint runs again in the backward pass must find the same.
+    """
+    return nullcontext() if isinstance(measure, Loss) else sdpa_kernel(SDPBackend.MATH)
 
 
 def no_gradient(measure: Callable[..., Tensor], q: int) -> str:
