@@ -23,6 +23,7 @@ from upweight.effects import Effects
 from upweight.evaluation.check import check
 from upweight.linalg.damping import Absolute, Evidence, Relative
 from upweight.methods.influence import Influence
+from upweight.methods.magic import MAGIC
 from upweight.methods.method import Method
 from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
 from upweight.methods.similarity import GradientCosine, GradientDot
@@ -48,6 +49,7 @@ __all__ = [
     "GGN",
     "KFAC",
     "L2",
+    "MAGIC",
     "SGD",
     "Absolute",
     "Adam",

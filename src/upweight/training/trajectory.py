@@ -122,11 +122,10 @@ class Trajectory:
         deterministic kernels).
         """
         end = self._end(begin, end)
-        state = self.state(begin)
-        for step in self.steps(begin, end):
-            yield step, state
-            if step.number + 1 < end:
-                state = self.advance(step, state)
+        if begin < end:
+            nearest = self.states[max(k for k in self.kept if k <= begin)]
+            states = self.trainer.states(self.weights, range(begin, end), nearest)
+            yield from zip(self.steps(begin, end), states, strict=True)
 
     def advance(self, step: Step, state: TrainingState) -> TrainingState:
         """The state after a step; differentiable, see `TrainingTrainer.advance`."""
