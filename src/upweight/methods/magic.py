@@ -71,7 +71,7 @@ class MAGIC(Method):
         NonFinite: An adjoint became infinite, at a step that is named: training so unstable that it
             has no derivative to speak of.
 
-    Cost: one training again for each 64 queries, and about two (`GGN()`: one and a half) for each
+    Cost: one training again for each 64 queries, and between one and two for each
     query. Memory: √T states of (1 + memories) · p numbers, as many again while a segment is
     replayed, and (1 + memories) · p + n numbers per query.
     """
@@ -293,8 +293,10 @@ def _run(fitting: Fitting) -> tuple[Trajectory, tuple[str, ...]]:
         )
     theta, gap = fitting.theta, history.theta - fitting.theta
     if bool(gap.any()):
-        apart = float(gap.norm() / theta.norm())
-        notes.append(f"replayed training ends ‖θ_T − θ̂‖/‖θ̂‖ = {apart:.1e} from the model")
+        notes.append(
+            f"replayed training ends ‖θ_T − θ̂‖ = {float(gap.norm()):.1e} from the model, with "
+            f"‖θ̂‖ = {float(theta.norm()):.1e}"
+        )
     return history, tuple(notes)
 
 
@@ -332,11 +334,11 @@ def _require_same(fitting: Fitting, run: Trajectory) -> None:
                 f"one task for both: {RECORD}.",
             )
     theta = fitting.theta
-    apart = float((run.theta - theta).norm() / theta.norm())
-    if not apart <= APART:
+    gap, size = float((run.theta - theta).norm()), float(theta.norm())
+    if not gap <= APART * size:
         raise SpecError(
             "The model must be the end of its history.",
-            f"a trajectory that ends ‖θ_T − θ̂‖/‖θ̂‖ = {apart:.1e} from the model.",
+            f"a trajectory that ends ‖θ_T − θ̂‖ = {gap:.1e} from the model, with ‖θ̂‖ = {size:.1e}.",
             "another seed, recipe or number of epochs; a model trained by another program; or a "
             "recipe with init=None, which starts from the trained model.",
             "make the model with the recipe, model = recipe.trained(task, train), or from the run, "

@@ -15,9 +15,8 @@ How estimators use it, for a trajectory h:
                   h.state(t).optimizer.memories has Adam's averages, h.recipe the momentum
     MAGIC     ∂m(θ_T)/∂w by going backwards: λ_t = (∂ state t+1 / ∂ state t)ᵀ λ_{t+1}
                   for begin, end of h.segments() from the last: pairs = list(h.replay(begin, end)),
-                  then backwards through them h.advance(step, state), differentiable in θ_t, the
-                  optimizer's memories and the weights of the batch. Each step is taken three times;
-                  √T states are kept and √T are held while a segment is gone through.
+                  then backwards through them (`adjoint.py`). √T states are kept and √T are held
+                  while a segment is gone through.
 """
 
 import math
