@@ -71,9 +71,9 @@ class MAGIC(Method):
         NonFinite: An adjoint became infinite, at a step that is named: training so unstable that it
             has no derivative to speak of.
 
-    Cost: one training again for each 64 queries, and between one and two for each
-    query. Memory: √T states of (1 + memories) · p numbers, as many again while a segment is
-    replayed, and (1 + memories) · p + n numbers per query.
+    Cost: some four trainings for each 64 queries, and between one and two more for each query.
+    Memory: √T states of (1 + memories) · p numbers, as many again while a segment is replayed,
+    (1 + memories) · p + n numbers per query, and the activations of 16 batches.
     """
 
     curvature: Hessian | GGN = field(default_factory=Hessian)
@@ -176,8 +176,8 @@ class MagicScorer(Scorer):
         longest = max(end - begin for begin, end in self.run.segments())
         runs = -(-q // TOGETHER)
         return Work(
-            f"{runs} × the {self.run.recipe.epochs} epochs of training again, and about twice that "
-            f"for each of {q} queries; {len(self.run.kept)} states kept and {longest} replayed, "
+            f"some {4 * runs} trainings of {self.run.recipe.epochs} epochs, one or two more for "
+            f"each of {q} queries; {len(self.run.kept)} states kept and {longest} replayed, "
             f"{state * (len(self.run.kept) + longest) / 1e6:.0f} MB",
             batch=self.run.recipe.batch,
         )
