@@ -27,6 +27,7 @@ from upweight.methods.datamodels import Datamodels
 from upweight.methods.ensemble import Ensemble
 from upweight.methods.influence import Influence
 from upweight.methods.logra import LoGra
+from upweight.methods.magic import MAGIC
 from upweight.methods.method import Method
 from upweight.methods.neighbours import FeatureSimilarity, KNNShapley
 from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
@@ -60,6 +61,7 @@ __all__ = [
     "GGN",
     "KFAC",
     "L2",
+    "MAGIC",
     "SGD",
     "SOURCE",
     "TRAK",

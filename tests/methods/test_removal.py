@@ -130,3 +130,30 @@ def test_a_group_may_be_a_mask():
     mask[[0, 2]] = True
     found, expected = (fitted.removal(p.queries, groups=g) for g in ([mask], [[0, 2]]))
     assert torch.equal(found.values, expected.values) and found.groups == expected.groups
+
+
+def test_a_newton_step_contains_the_second_order_of_groups():
+    """Basu, You & Feizi (2020): H⁻¹g + H⁻¹ H_U H⁻¹g are the first two terms of its series.
+
+    What they leave out is (H⁻¹ H_U)² of the step itself; on a quadratic J the step is the truth.
+    """
+    p = problem("ridge")
+    fitted = uw.Influence(uw.Hessian(), uw.solvers.Cholesky()).fit(p.task, p.train)
+    group, n = [0, 2, 5], p.n
+    data, theta = uw.as_data(p.train), p.task.theta()
+    some = data.subset(group)
+    whole = uw.Hessian().fit(p.task, data, theta).dense()
+    bare = uw.Task(p.task.model, p.task.loss)
+    of_group = uw.Hessian().fit(bare, some, theta, n=n).dense()
+    total = torch.func.grad(lambda t: p.task.losses(t, some.batch(0, 3)).sum())(theta) / n
+    first = torch.linalg.solve(whole, total)
+    second = first + torch.linalg.solve(whole, of_group @ first)
+    step = p.task.layout.flatten(fitted.removal_step(group))
+    m = torch.linalg.solve(whole, of_group)
+    torch.testing.assert_close(step - second, m @ m @ step, rtol=1e-9, atol=1e-13)
+    weights = torch.ones(1, n, dtype=torch.float64)
+    weights[0, group] = 0.0
+    recipe = uw.training.Newton(tol=1e-12)
+    truth = recipe.prepare(p.task, data)(weights).theta[0] - theta
+    gaps = [float((x - truth).norm() / truth.norm()) for x in (first, second, step)]
+    assert gaps[0] > gaps[1] > 1e-3 and gaps[2] < 1e-8

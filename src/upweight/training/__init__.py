@@ -4,7 +4,8 @@
     θ(w) = argmin_θ J(θ, w)                           for strictly convex J           newton.py
 
 `trainer.py` trains as `training.py` says, by `optimizers.py` and `schedules.py`, one step of
-`steps.py` after the other; `trajectory.py` hands the steps out. `descent.py` and `objective.py` are
+`steps.py` after the other; `trajectory.py` hands the steps out, and
+`adjoint.py` goes backwards over one. `descent.py` and `objective.py` are
 parts of `newton.py`. `pbrf.py` trains on the proximal Bregman objective, and `function.py` takes a
 training loop of the user's own.
 

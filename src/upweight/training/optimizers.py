@@ -35,7 +35,7 @@ class OptimizerState:
 
 
 class Optimizer(abc.ABC):
-    """An update rule: hyperparameters only.
+    """An update rule: hyperparameters only. It works entry by entry, which `adjoint.py` counts on.
 
     Attributes:
         lr: η₀, the learning rate that a schedule multiplies.

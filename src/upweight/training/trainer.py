@@ -8,7 +8,7 @@ of them, and what a step costs besides arithmetic is paid once.
 
 import abc
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -153,7 +153,7 @@ class TrainingTrainer:
                 x.requires_grad for x in (*state.tensors, step.weights)
             ):
                 params = self.task.layout.unflatten(state.theta)
-                parts = self._gradient(step, params, create_graph=True)
+                parts = self.gradient(step, params, create_graph=True)
                 gradient = self.task.layout.flatten(dict(zip(params, parts, strict=True)))
                 rule = self.spec.optimizer.step
                 return TrainingState(*rule(state.theta, gradient, state.optimizer, step.lr))
@@ -224,22 +224,39 @@ class TrainingTrainer:
             few = few.expand(s, -1)
         return Step(0, 1.0, few, ones, 1.0, 0)
 
-    def _gradient(
+    def batch(self, step: Step) -> Batch:
+        """What a step reads, on the device of the parameters."""
+        return self.task.to_device(self.train.take(step.indices.flatten().cpu()))
+
+    @contextmanager
+    def drawing(self, step: Step) -> Iterator[None]:
+        """Draws inside are those of the step; PyTorch's generators come back as they were."""
+        with _forked():
+            _seed_all(step.seed, self.task.layout.device)
+            yield
+
+    def beside(self, params: Params) -> Float[Tensor, ""]:
+        """What the objective has beside the examples: R(θ) and the proximity."""
+        penalty = self.task.penalty(params, self.task.layout)
+        if self.spec.proximity == 0:
+            return penalty
+        away = self.task.layout.flatten(params) - self.center
+        return penalty + 0.5 * self.spec.proximity * away.square().sum()
+
+    def gradient(
         self, step: Step, params: Params, create_graph: bool = False
     ) -> tuple[Tensor, ...]:
-        """∇J_B(θ, w) of each model, by parameter, with 1/|B| times the share that is present."""
-        task, layout = self.task, self.task.layout
-        batch = task.to_device(self.train.take(step.indices.flatten().cpu()))
+        """∇J_B(θ, w) of each model, by parameter, with 1/|B| times the share that is present.
+
+        Draws from PyTorch's generators, which it seeds.
+        """
+        task, batch = self.task, self.batch(step)
 
         def objective(params: Params, batch: Batch, w: Tensor) -> Tensor:
             mean = self.terms(task, params, batch, w).mean()
-            value = step.share * mean + task.penalty(params, layout)
-            if self.spec.proximity == 0:
-                return value
-            away = layout.flatten(params) - self.center
-            return value + 0.5 * self.spec.proximity * away.square().sum()
+            return step.share * mean + self.beside(params)
 
-        _seed_all(step.seed, layout.device)
+        _seed_all(step.seed, task.layout.device)
         with torch.enable_grad():
             if step.weights.ndim == 1:
                 value = objective(params, batch, step.weights)
@@ -270,7 +287,7 @@ class _Run:
             # With the strides of their gradients: steps then read memory in one order.
             self.models = len(state.theta)
             leaves = {name: x.clone().requires_grad_() for name, x in theta.items()}
-            like = trainer._gradient(trainer._first(self.models), leaves)
+            like = trainer.gradient(trainer._first(self.models), leaves)
         self.orders = [_memory_order(x) for x in like]
         self.parts = self._placed(theta)
         self.memories = {
@@ -284,7 +301,7 @@ class _Run:
 
     def advance(self, step: Step) -> None:
         """Take a step."""
-        gradient = self.trainer._gradient(step, self.params)
+        gradient = self.trainer.gradient(step, self.params)
         grads = [g.permute(o).contiguous() for g, o in zip(gradient, self.orders, strict=True)]
         rule = self.trainer.spec.optimizer.update_
         with torch.no_grad():

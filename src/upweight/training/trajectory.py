@@ -15,9 +15,8 @@ How estimators use it, for a trajectory h:
                   h.state(t).optimizer.memories has Adam's averages, h.recipe the momentum
     MAGIC     ∂m(θ_T)/∂w by going backwards: λ_t = (∂ state t+1 / ∂ state t)ᵀ λ_{t+1}
                   for begin, end of h.segments() from the last: pairs = list(h.replay(begin, end)),
-                  then backwards through them h.advance(step, state), differentiable in θ_t, the
-                  optimizer's memories and the weights of the batch. Each step is taken three times;
-                  √T states are kept and √T are held while a segment is gone through.
+                  then backwards through them (`adjoint.py`). √T states are kept and √T are held
+                  while a segment is gone through.
 """
 
 import math
@@ -128,11 +127,10 @@ class Trajectory:
         deterministic kernels).
         """
         end = self._end(begin, end)
-        state = self.state(begin)
-        for step in self.steps(begin, end):
-            yield step, state
-            if step.number + 1 < end:
-                state = self.advance(step, state)
+        if begin < end:
+            nearest = self.states[max(k for k in self.kept if k <= begin)]
+            states = self.trainer.states(self.weights, range(begin, end), nearest)
+            yield from zip(self.steps(begin, end), states, strict=True)
 
     def advance(self, step: Step, state: TrainingState) -> TrainingState:
         """The state after a step; differentiable, see `TrainingTrainer.advance`."""
