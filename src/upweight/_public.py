@@ -22,9 +22,13 @@ from upweight.curvature.kfac import KFAC
 from upweight.effects import Effects
 from upweight.evaluation.check import check
 from upweight.linalg.damping import Absolute, Evidence, Relative
+from upweight.methods.astra import ASTRA
+from upweight.methods.bif import BIF
+from upweight.methods.datainf import DataInf
 from upweight.methods.influence import Influence
 from upweight.methods.method import Method
 from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
+from upweight.methods.representer import RepresenterPoints
 from upweight.methods.similarity import GradientCosine, GradientDot
 from upweight.runtime.resources import Resources
 from upweight.scores import Scores, Unit
@@ -44,6 +48,8 @@ from upweight.training.optimizers import SGD, Adam, AdamW
 from upweight.training.training import Training
 
 __all__ = [
+    "ASTRA",
+    "BIF",
     "EKFAC",
     "GGN",
     "KFAC",
@@ -57,6 +63,7 @@ __all__ = [
     "Coefficient",
     "CrossEntropy",
     "Data",
+    "DataInf",
     "Diagonal",
     "Effects",
     "EmpiricalFisher",
@@ -80,6 +87,7 @@ __all__ = [
     "PerToken",
     "Poisson",
     "Relative",
+    "RepresenterPoints",
     "Resources",
     "Scores",
     "Shards",

@@ -21,7 +21,7 @@ import upweight
 from upweight.errors import SpecError, UpweightError
 
 WORDS = {
-    "method": "Influence GradientDot GradientCosine",
+    "method": "Influence GradientDot GradientCosine DataInf ASTRA BIF RepresenterPoints",
     "curvature": "Hessian GGN Fisher EmpiricalFisher EKFAC KFAC Diagonal Blockwise",
     "labels": "labels.Sampled labels.Expected labels.Observed",
     "sharing": "curvature.Expand curvature.Reduce",
