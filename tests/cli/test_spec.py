@@ -104,7 +104,8 @@ def test_what_is_printed_is_read_back(spec):
 NEEDED = {
     uw.Absolute: (0.1,), uw.Relative: (0.1,), uw.L2: (0.1,), uw.SumToZero: ("bias",),
     uw.Blockwise: ((("bias", uw.Diagonal()),),), uw.Weighted: (uw.CrossEntropy(),),
-    uw.training.PBRF: (0.1,),
+    uw.training.PBRF: (0.1,), uw.DataInf: (uw.Relative(0.1),), uw.BIF: (0.01, 1.0),
+    uw.ASTRA: (0.1, uw.KFAC(), 3, None),
 }  # fmt: skip
 """Arguments of the specs that have some without a default."""
 
