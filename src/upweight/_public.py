@@ -22,7 +22,10 @@ from upweight.curvature.kfac import KFAC
 from upweight.effects import Effects
 from upweight.evaluation.check import check
 from upweight.linalg.damping import Absolute, Evidence, FromTraining, Relative
+from upweight.methods.astra import ASTRA
 from upweight.methods.baselines import BM25, Random, TrainingLoss
+from upweight.methods.bif import BIF
+from upweight.methods.datainf import DataInf
 from upweight.methods.datamodels import Datamodels
 from upweight.methods.ensemble import Ensemble
 from upweight.methods.influence import Influence
@@ -31,6 +34,7 @@ from upweight.methods.magic import MAGIC
 from upweight.methods.method import Method
 from upweight.methods.neighbours import FeatureSimilarity, KNNShapley
 from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
+from upweight.methods.representer import RepresenterPoints
 from upweight.methods.shapley import DataShapley
 from upweight.methods.similarity import GradientCosine, GradientDot
 from upweight.methods.source import SOURCE
@@ -56,6 +60,8 @@ from upweight.training.record import record
 from upweight.training.training import Training
 
 __all__ = [
+    "ASTRA",
+    "BIF",
     "BM25",
     "EKFAC",
     "GGN",
@@ -73,6 +79,7 @@ __all__ = [
     "Coefficient",
     "CrossEntropy",
     "Data",
+    "DataInf",
     "DataShapley",
     "Datamodels",
     "Diagonal",
@@ -104,6 +111,7 @@ __all__ = [
     "Poisson",
     "Random",
     "Relative",
+    "RepresenterPoints",
     "Resources",
     "Scores",
     "Shards",

@@ -12,7 +12,7 @@ one at a time; where an operation has no second derivative, which the product ab
 matrix does not, it is made of the Jacobians themselves.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +35,9 @@ from upweight.gradients.planning import plan
 from upweight.linalg.operator import LinearOperator, Tag
 from upweight.task.data import WORKING_BYTES, Data, batch_size
 from upweight.task.task import Task
+
+TOGETHER = 16
+"""Vectors that share a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,11 @@ class GaussNewtonTerm(BatchTerm):
         theta: θ.
         function: θ ↦ F(θ), `[p] -> [b, c]`; θ flat or by name.
         jacobians: () ↦ J, `[b, c, p]`; called to write the matrix out, or where the way is that.
-        lambdas: Λ, or None for the identity.
+        weigh: u ↦ Λ u for `[k, b, c]`, or None for the identity.
         tags: What is known of it.
         products: How products are taken; see `Way`.
+        parts: () ↦ the same sum in terms of fewer examples, whose Jacobians fit into memory; None:
+            the term itself.
     """
 
     def __init__(
@@ -71,13 +76,15 @@ class GaussNewtonTerm(BatchTerm):
         theta: Float[Tensor, " p"],
         function: Callable[..., Float[Tensor, "b c"]],
         jacobians: Callable[[], Float[Tensor, "b c p"]],
-        lambdas: Float[Tensor, "b c c"] | None,
+        weigh: Callable[[Float[Tensor, "k b c"]], Float[Tensor, "k b c"]] | None,
         tags: frozenset[Tag],
         products: Literal["func", "autograd", "jacobians"] = "func",
+        parts: Callable[[], Iterable["GaussNewtonTerm"]] | None = None,
     ) -> None:
         super().__init__(task, theta, tags)
-        self.function, self.jacobians, self.lambdas = function, jacobians, lambdas
+        self.function, self.jacobians, self.weigh = function, jacobians, weigh
         self.products = products
+        self.parts = (lambda: (self,)) if parts is None else parts
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
@@ -85,10 +92,12 @@ class GaussNewtonTerm(BatchTerm):
             return v.clone()
         flat = v.reshape(-1, v.shape[-1])
         if self.products == "autograd":
-            rows = gauss_newton_products(self.task, self.theta, self.function, self.lambdas, flat)
+            rows = gauss_newton_products(self.task, self.theta, self.function, self.weigh, flat)
         elif self.products == "jacobians":
-            j, weighted = self._factors()
-            rows = torch.einsum("bcp,kbc->kp", j, torch.einsum("bcp,kp->kbc", weighted, flat))
+            rows = torch.zeros_like(flat)
+            for part in self.parts():
+                j, weighted = part._factors()
+                rows += torch.einsum("bcp,kbc->kp", j, torch.einsum("bcp,kp->kbc", weighted, flat))
         else:
             rows = self._by_func(flat)
         return rows.reshape(v.shape)
@@ -100,26 +109,29 @@ class GaussNewtonTerm(BatchTerm):
         # forward pass is shared by all vectors.
         pushforward = torch.func.vjp(lambda u: pullback(u)[0], torch.zeros_like(values))[1]
 
-        def one(direction: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
-            jv = pushforward(direction)[0]
-            if self.lambdas is not None:
-                jv = (self.lambdas @ jv[:, :, None])[:, :, 0]
-            return pullback(jv)[0]
-
-        found: Tensor = torch.func.vmap(one, chunk_size=16)(flat)
-        return found
+        rows = []
+        for some in torch.split(flat, TOGETHER):
+            weighted = torch.func.vmap(lambda v: pushforward(v)[0])(some)
+            if self.weigh is not None:
+                weighted = self.weigh(weighted)
+            rows.append(torch.func.vmap(lambda u: pullback(u)[0])(weighted))
+        return torch.cat(rows)
 
     def add_to(self, out: Float[Tensor, "p p"], scale: float = 1.0) -> None:
-        j, weighted = self._factors()
-        out.addmm_(j.flatten(0, 1).T.to(out), weighted.flatten(0, 1).to(out), alpha=scale)
+        for part in self.parts():
+            j, weighted = part._factors()
+            out.addmm_(j.flatten(0, 1).T.to(out), weighted.flatten(0, 1).to(out), alpha=scale)
 
     def diagonal(self) -> Float[Tensor, " p"]:
-        j, weighted = self._factors()
-        return (j * weighted).sum(dim=(0, 1))
+        total = torch.zeros_like(self.theta)
+        for part in self.parts():
+            j, weighted = part._factors()
+            total += (j * weighted).sum(dim=(0, 1))
+        return total
 
     def _factors(self) -> tuple[Float[Tensor, "b c p"], Float[Tensor, "b c p"]]:
         j = self.jacobians()
-        return j, j if self.lambdas is None else self.lambdas.to(j.dtype) @ j
+        return j, j if self.weigh is None else self.weigh(j.movedim(2, 0)).movedim(0, 2)
 
 
 def way(

@@ -116,10 +116,10 @@ def gauss_newton_products(
     task: Task,
     theta: Float[Tensor, " p"],
     function: Callable[[Params], Float[Tensor, "b c"]],
-    lambdas: Float[Tensor, "b c c"] | None,
+    weigh: Callable[[Float[Tensor, "k b c"]], Float[Tensor, "k b c"]] | None,
     v: Float[Tensor, "k p"],
 ) -> Float[Tensor, "k p"]:
-    """Σᵢ Jᵢᵀ Λᵢ Jᵢ v for each vector, J = ∂F/∂θ at θ.
+    """Σᵢ Jᵢᵀ Λᵢ Jᵢ v for each vector, J = ∂F/∂θ at θ, with u ↦ Λ u or None for the identity.
 
     Raises:
         RuntimeError: As for `hessian_products`.
@@ -135,7 +135,7 @@ def gauss_newton_products(
         (jv,) = torch.autograd.grad(
             pulled, u, row, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        weighted = jv if lambdas is None else (lambdas @ jv[:, :, None])[:, :, 0]
+        weighted = jv if weigh is None else weigh(jv[None])[0]
         rows.append(_pulled_back(task, params, values, weighted))
     return torch.stack(rows)
 

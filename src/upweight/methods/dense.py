@@ -5,11 +5,12 @@ movement of the parameters, removals by a Newton step. Where the model is linear
 keep their two factors and nothing of size p is formed per example.
 """
 
+import abc
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ from upweight._typing import Batch
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
-from upweight.curvature.layerwise import LayerwiseCurvature
+from upweight.curvature.layerwise import BlockCurvature, LayerwiseCurvature
 from upweight.errors import DtypeError, NotDifferentiable, ShapeError
 from upweight.gradients.blocks import Plan
 from upweight.gradients.planning import plan
@@ -57,10 +58,10 @@ MOST_EXAMPLES = 2048
 
 
 @dataclass(eq=False)
-class DenseJob(Job):
-    """Solved queries V = (H + λI)⁻¹ ∇m, one row each."""
+class FlatJob(Job):
+    """Solved queries V = P ∇m, one row each."""
 
-    scorer: "DenseScorer"
+    scorer: "FlatScorer"
     first: int
     solution: Solution
 
@@ -116,22 +117,18 @@ class DenseJob(Job):
 
 
 @dataclass(frozen=True, eq=False)
-class DenseScorer(Scorer):
-    """(H + λI)⁻¹ at a point."""
+class FlatScorer(Scorer):
+    """P at a point, for any P that is applied to vectors of all of θ."""
 
-    curvature: Curvature
-    chosen: Solver[Any]
-    damped_by: Damping
     task: Task
     train: Data
     point: Point
-    operator: LinearOperator
-    solver: Solver[Any]
-    state: Any
     source: GradientSource
-    damping: float
-    memory_bytes: int | None = None
-    notes: tuple[str, ...] = ()
+    memory_bytes: int | None = field(default=None, kw_only=True)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+
+    vectors_per_query: ClassVar[int] = 2
+    """Vectors of length p that solving a query keeps: its gradient, its solution, and others."""
 
     @property
     def theta(self) -> Float[Tensor, " p"]:
@@ -164,21 +161,22 @@ class DenseScorer(Scorer):
         return self.train.together(examples_within(allowed, values * itemsize, MOST_EXAMPLES))
 
     def settings(self, asked: Asked) -> dict[str, int]:
-        device, each = self.theta.device, 2 * len(self.theta) * self.theta.element_size()
+        device = self.theta.device
+        each = self.vectors_per_query * len(self.theta) * self.theta.element_size()
         return {
             "memory_bytes": working_bytes(device, asked.memory_bytes),
             "queries_together": max(1, solved_bytes(device, asked.memory_bytes) // each),
         }
 
-    def jobs(self, asked: Asked) -> Iterator[DenseJob]:
+    def jobs(self, asked: Asked) -> Iterator[FlatJob]:
         if asked.functional is not None:
-            yield DenseJob(self, 0, self._solved(asked.functional.by_theta))
+            yield FlatJob(self, 0, self._solved(asked.functional.by_theta))
             return
         assert asked.queries is not None
         together = asked.together or self.settings(asked)["queries_together"]
         held = min(together, len(asked))
         require_bytes(
-            2 * held * len(self.theta) * self.theta.element_size(),
+            self.vectors_per_query * held * len(self.theta) * self.theta.element_size(),
             f"gradients and solutions of {held} queries in {len(self.theta)} parameters",
             self.theta.device,
             "use curvature=EKFAC(), which keeps the factors of a query's gradient.",
@@ -189,7 +187,7 @@ class DenseScorer(Scorer):
             depends = depends or bool(rows.any())
             if first + len(queries) == len(asked) and not depends:
                 raise NotDifferentiable(no_gradient(asked.measure, len(asked)))
-            yield DenseJob(self, first, self._solved(rows))
+            yield FlatJob(self, first, self._solved(rows))
 
     def gradients(self, source: GradientSource, queries: Data) -> Float[Tensor, "q p"]:
         """∇m of every query, as rows."""
@@ -209,14 +207,8 @@ class DenseScorer(Scorer):
         task = self.task
         return value_source(task, self.theta, queries, lambda p, b: measure(task, p, b), self.train)
 
-    @property
-    def is_quick_of_itself(self) -> bool:
-        return self._linear is not None
-
     def self_influence(self) -> Float[Tensor, " n"]:
-        """S[i, i] = −(1/n) gᵢᵀ (H + λI)⁻¹ gᵢ: n solves, or one inverse where f is linear in θ."""
-        if self._linear is not None:
-            return self._linear.self_influence()
+        """S[i, i] = −(1/n) gᵢᵀ P gᵢ: n solves."""
         parts = []
         for start in range(0, len(self.train), self.at_once):
             stop = min(start + self.at_once, len(self.train))
@@ -227,16 +219,67 @@ class DenseScorer(Scorer):
     def solve(self, vectors: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         return self._solved(vectors).value
 
+    @abc.abstractmethod
+    def _solved(self, vectors: Float[Tensor, "k p"]) -> Solution:
+        """P v.
+
+        Raises:
+            UpweightError: It was not reached.
+        """
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """Training examples on the device of the parameters."""
+        return self.task.to_device(self.train.batch(start, stop))
+
+    def total(self, group: Sequence[int]) -> Float[Tensor, " p"]:
+        batches = self.train.subset(group).batches(min(len(group), self.at_once))
+        parts = [self.source.total(self.task.to_device(batch)) for _, _, batch in batches]
+        return torch.stack(parts).sum(dim=0)
+
+    def step(self, group: list[int]) -> Float[Tensor, " p"]:
+        """Δθ of removing a group, to first order."""
+        return self.solve(self.total(group)[None] * self.share)[0]
+
+    def stationarity(self) -> Mapping[str, float]:
+        found = self._solved(self.gradient[None])
+        return health.stationarity(self.gradient, replace(found, value=found.value[0]))
+
+    @cached_property
+    def gradient(self) -> Float[Tensor, " p"]:
+        """∇J(θ) = (1/n) Σ gᵢ + ∇R."""
+        n = len(self.train)
+        total = torch.zeros_like(self.theta)
+        for start in range(0, n, self.at_once):
+            total += self.source.total(self.batch(start, min(start + self.at_once, n)))
+        return total / n + self.task.penalty.gradient(self.theta, self.task.layout)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseScorer(FlatScorer):
+    """(H + λI)⁻¹ at a point."""
+
+    curvature: Curvature
+    chosen: Solver[Any]
+    damped_by: Damping
+    operator: LinearOperator
+    solver: Solver[Any]
+    state: Any
+    damping: float
+
+    @property
+    def is_quick_of_itself(self) -> bool:
+        return self._linear is not None
+
+    def self_influence(self) -> Float[Tensor, " n"]:
+        # One inverse where f is linear in θ.
+        return super().self_influence() if self._linear is None else self._linear.self_influence()
+
     def _solved(self, vectors: Float[Tensor, "k p"]) -> Solution:
         solution = self.solver.solve(self.state, vectors)
         if not solution.converged:  # training data written to since leave a residual: say so
             for start in range(0, len(self.train), self.at_once):
                 self.train.batch(start, min(start + self.at_once, len(self.train)))
         return solution.throw()
-
-    def batch(self, start: int, stop: int) -> Batch:
-        """Training examples on the device of the parameters."""
-        return self.task.to_device(self.train.batch(start, stop))
 
     # -- removals ---------------------------------------------------------------------------------
 
@@ -299,24 +342,10 @@ class DenseScorer(Scorer):
         solver = self.chosen
         return solver.solve(solver.init(operator), total * self.share).throw().value
 
-    def total(self, group: Sequence[int]) -> Float[Tensor, " p"]:
-        batches = self.train.subset(group).batches(min(len(group), self.at_once))
-        parts = [self.source.total(self.task.to_device(batch)) for _, _, batch in batches]
-        return torch.stack(parts).sum(dim=0)
-
     # -- health -----------------------------------------------------------------------------------
 
     def stationarity(self) -> Mapping[str, float]:
         return health.stationarity(self.gradient, self.solver.solve(self.state, self.gradient))
-
-    @cached_property
-    def gradient(self) -> Float[Tensor, " p"]:
-        """∇J(θ) = (1/n) Σ gᵢ + ∇R."""
-        n = len(self.train)
-        total = torch.zeros_like(self.theta)
-        for start in range(0, n, self.at_once):
-            total += self.source.total(self.batch(start, min(start + self.at_once, n)))
-        return total / n + self.task.penalty.gradient(self.theta, self.task.layout)
 
     @cached_property
     def _health(self) -> dict[str, Any]:
@@ -429,14 +458,19 @@ def preconditioned(
         damping=Absolute(lam) if lam > 0 else None,
         memory_bytes=fitting.resources.memory_bytes,
     )
-    layout = fitting.task.layout
+    operator = inverse_by_layer(fitted, lam)
+    note = f"preconditioner {spec!r}, damped by " + (
+        f"{lam:.3g}" if lam > 0 else f"{PRECONDITIONER_DAMPING:g} of each layer's mean eigenvalue"
+    )
+    return replace(solver, preconditioner=operator), (note,)  # type: ignore[type-var]
+
+
+def inverse_by_layer(fitted: BlockCurvature, lam: float) -> BlockDiagonal:
+    """(Hₗ + λI)⁻¹ of every layer; with a tenth of its mean eigenvalue where λ is 0."""
+    layout = fitted.plan.task.layout
     made, indices = [], []
     for block in fitted.blocks:
         mean = float(block.eigen.values.double().mean())
         made.append(block.eigen.inverse(lam if lam > 0 else PRECONDITIONER_DAMPING * mean or 1.0))
         indices.append(block.block.index(layout).to(layout.device))
-    operator = BlockDiagonal(tuple(made), tuple(indices))
-    note = f"preconditioner {spec!r}, damped by " + (
-        f"{lam:.3g}" if lam > 0 else f"{PRECONDITIONER_DAMPING:g} of each layer's mean eigenvalue"
-    )
-    return replace(solver, preconditioner=operator), (note,)  # type: ignore[type-var]
+    return BlockDiagonal(tuple(made), tuple(indices))

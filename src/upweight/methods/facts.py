@@ -65,6 +65,14 @@ def _solver(health: Mapping[str, Any]) -> Fact | None:
     residual = _number(health, "largest_residual")
     steps = _number(health, "solver_steps")
     value = str(health["solver"]) + (f", {count(int(steps), 'step')}" if steps else "")
+    error = _number(health, "standard_error")
+    if error is not None:
+        left = _number(health, "residual")
+        meaning = (
+            f"standard error of a query's scores from drawn minibatches {readable(error)} of their "
+            f"size, residual over all the data {readable(left or 0.0)}; largest of the queries"
+        )
+        return Fact("Solver", value, meaning=meaning)
     if residual is None:
         return Fact("Solver", value, meaning="the residual was not recorded")
     meaning = f"largest residual ‖Ax − b‖/‖b‖ = {readable(residual)}"

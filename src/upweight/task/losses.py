@@ -84,6 +84,28 @@ class Loss(abc.ABC):
         except (RuntimeError, ValueError):  # no rule for vmap
             return self._double_backward(outputs, targets)
 
+    def hessian_product(
+        self, outputs: Tensor, targets: Any, vectors: Float[Tensor, "k b c"]
+    ) -> Float[Tensor, "k b c"]:
+        """Λ u for k vectors per example, by a backward pass through δ each: Λ is not formed.
+
+        Raises:
+            UnsupportedModel: PyTorch has no second derivative of it.
+        """
+        f, slopes = self._slopes(outputs, targets, create_graph=True)
+        if not slopes.requires_grad:
+            return torch.zeros_like(vectors)
+        try:
+            products = [
+                torch.autograd.grad(
+                    slopes, f, u.reshape(f.shape), retain_graph=True, materialize_grads=True
+                )[0].flatten(1)
+                for u in vectors
+            ]
+        except RuntimeError as error:
+            raise UnsupportedModel(_no_second_derivative(self, error)) from error
+        return torch.stack(products)
+
     def _slopes(self, outputs: Tensor, targets: Any, create_graph: bool) -> tuple[Tensor, Tensor]:
         """Outputs as a leaf, and δ by autograd: the losses of a batch do not know of each other."""
         with torch.enable_grad():
@@ -105,13 +127,7 @@ class Loss(abc.ABC):
                 )
                 columns.append(column.flatten(1))
         except RuntimeError as error:
-            raise UnsupportedModel(
-                "This curvature needs the second derivative of the loss in the outputs.",
-                f"{self!r}. PyTorch says: {str(error).splitlines()[0]}",
-                "a loss whose backward pass PyTorch cannot differentiate (CTC).",
-                "use curvature=EmpiricalFisher() or EKFAC(Observed()), which are made of first "
-                "derivatives.",
-            ) from error
+            raise UnsupportedModel(_no_second_derivative(self, error)) from error
         return torch.stack(columns, dim=2)
 
     def log_prob(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
@@ -209,6 +225,16 @@ def _same_losses(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:
         except Exception:
             continue
     return None
+
+
+def _no_second_derivative(loss: Loss, error: Exception) -> str:
+    return message(
+        "This curvature needs the second derivative of the loss in the outputs.",
+        f"{loss!r}. PyTorch says: {str(error).splitlines()[0]}",
+        "a loss whose backward pass PyTorch cannot differentiate (CTC).",
+        "use curvature=EmpiricalFisher() or EKFAC(Observed()), which are made of first "
+        "derivatives.",
+    )
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,12 @@ class Task:
         """Λ = ∂²ℓ/∂f², in the dtype of the outputs."""
         return self.loss.hessian(outputs, targets).to(outputs.dtype)
 
+    def output_hessian_product(
+        self, outputs: Tensor, targets: Any, vectors: Float[Tensor, "k b c"]
+    ) -> Float[Tensor, "k b c"]:
+        """Λ u without Λ, in the dtype of the outputs."""
+        return self.loss.hessian_product(outputs, targets, vectors).to(outputs.dtype)
+
     def objective(
         self, theta: Float[Tensor, " p"], batch: Batch, weights: Float[Tensor, " b"]
     ) -> Float[Tensor, ""]:
