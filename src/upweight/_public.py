@@ -30,8 +30,10 @@ from upweight.runtime.resources import Resources
 from upweight.scores import Scores, Unit
 from upweight.task.data import Data, as_data
 from upweight.task.losses import (
+    AbsoluteError,
     Bernoulli,
     CrossEntropy,
+    Huber,
     Poisson,
     SmoothHinge,
     SquaredError,
@@ -50,6 +52,7 @@ __all__ = [
     "L2",
     "SGD",
     "Absolute",
+    "AbsoluteError",
     "Adam",
     "AdamW",
     "Bernoulli",
@@ -67,6 +70,7 @@ __all__ = [
     "GradientDot",
     "GroupSums",
     "Hessian",
+    "Huber",
     "Influence",
     "LogProb",
     "Logit",

@@ -11,6 +11,7 @@ import upweight as uw
 from upweight.cli import spec as grammar
 from upweight.cli.spec import REGISTRY, SPECS, parse
 from upweight.errors import SpecError
+from upweight.task.torch_losses import Rescaled
 from upweight.training.schedules import Constant
 
 RESULTS = {
@@ -104,6 +105,7 @@ def test_what_is_printed_is_read_back(spec):
 NEEDED = {
     uw.Absolute: (0.1,), uw.Relative: (0.1,), uw.L2: (0.1,), uw.SumToZero: ("bias",),
     uw.Blockwise: ((("bias", uw.Diagonal()),),), uw.Weighted: (uw.CrossEntropy(),),
+    Rescaled: (uw.SquaredError(), 2.0),
     uw.training.PBRF: (0.1,),
 }  # fmt: skip
 """Arguments of the specs that have some without a default."""
