@@ -21,6 +21,8 @@ from upweight.curvature.hessian import Hessian
 from upweight.curvature.kfac import KFAC
 from upweight.effects import Effects
 from upweight.evaluation.check import check
+from upweight.front.attribute import attribute
+from upweight.front.plan import plan
 from upweight.linalg.damping import Absolute, Evidence, Relative
 from upweight.methods.influence import Influence
 from upweight.methods.method import Method
@@ -97,6 +99,7 @@ __all__ = [
     "Weighted",
     "applications",
     "as_data",
+    "attribute",
     "check",
     "curvature",
     "data",
@@ -104,6 +107,7 @@ __all__ = [
     "evaluation",
     "labels",
     "next_token",
+    "plan",
     "report",
     "solvers",
     "training",

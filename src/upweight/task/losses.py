@@ -368,7 +368,8 @@ class CrossEntropy(Loss):
             counted = None
         else:
             kept, index = self._counted(targets)
-            t = F.one_hot(index, like.shape[-1]).to(like.dtype)
+            classes = torch.arange(like.shape[-1], device=index.device)
+            t = (index[..., None] == classes).to(like.dtype)  # one_hot() reads numbers, under vmap
             counted = kept[..., None]
         if self.label_smoothing:
             t = (1 - self.label_smoothing) * t + self.label_smoothing / like.shape[-1]
