@@ -18,6 +18,7 @@ from upweight.methods.reduce import Reducer
 from upweight.runtime.resources import Resources
 from upweight.task.data import Data
 from upweight.task.measures import Functional
+from upweight.task.task import Task
 from upweight.task.torch_losses import reduction_note
 
 
@@ -169,3 +170,19 @@ def answered(question: Asked, into: Reducer | None = None) -> Any:
     said = (*question.notes,) if question.is_given else (str(choice), *question.notes)
     fitted = replace(fitted, notes=(*said, *fitted.notes))
     return fitted.attribute(question.queries, question.measure, into=into)
+
+
+def solvable(facts: Facts, task: Task, train: Data) -> Choice:
+    """A choice that can solve its systems, for who must name the method before it is fitted.
+
+    Cost: a fit, where a Hessian is not damped.
+    """
+    while True:
+        choice = choose(facts)
+        if getattr(choice.method, "damping", None) != 0.0:
+            return choice
+        try:
+            choice.method.fit(task, train)
+            return choice
+        except NotPositiveDefinite:
+            facts = replace(facts, failed=(*facts.failed, choice.name))

@@ -288,6 +288,13 @@ def choose(facts: Facts) -> Choice:
     return _made(quickest, facts, f"{quickest.why}; {late}")
 
 
+def known_as(method: Method) -> str:
+    """What the standing benchmark calls a method of the table; empty for others."""
+    lam = getattr(getattr(method, "damping", None), "value", None)
+    facts = Facts(1, 1, 1, 1, linear=False, convex=True, resolved=lam)
+    return next((row.measured_as for row in ROWS if row.method(facts) == method), "")
+
+
 def _made(row: Row, facts: Facts, why: str) -> Choice:
     if facts.failed:
         why += f" ({', '.join(facts.failed)}: could not be solved)"

@@ -29,6 +29,16 @@ class Opened:
     """As the user gave it; None where it was known."""
 
 
+def is_model(value: Any) -> bool:
+    """Whether it is what `opened` makes a task of, other than a task."""
+    is_fitted = hasattr(value, "get_params") and hasattr(value, "fit")
+    return isinstance(value, nn.Module) or is_fitted or _is_of_statsmodels(value)
+
+
+def _is_of_statsmodels(value: Any) -> bool:
+    return type(value).__module__.startswith("statsmodels.")
+
+
 def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Opened:
     """A task and its training data.
 
@@ -54,13 +64,13 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
             raise SpecError(_no_loss(train))
         task = Task(model, known, NoPenalty() if penalty is None else penalty)
         return Opened(task, as_data(train), loss)
-    if type(model).__module__.startswith("statsmodels."):
+    if _is_of_statsmodels(model):
         import upweight.adapters.statsmodels as smx
 
         _require_alone(loss, penalty, "statsmodels results know their likelihood")
         task, own = smx.task(model)
         return Opened(task, own if train is None else task.training(train), None)
-    if hasattr(model, "get_params") and hasattr(model, "fit"):
+    if is_model(model):
         import upweight.adapters.sklearn as sk
 
         _require_alone(loss, penalty, "an estimator knows its objective")
