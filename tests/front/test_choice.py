@@ -27,6 +27,10 @@ NETWORK = replace(LINEAR, parameters=2_000_000, examples=50_000, linear=False, e
         (replace(LINEAR, failed=("exact Hessian",)), "exact Hessian, slightly damped"),
         (replace(LINEAR, parameters=60_000, queries=1, examples=500), "exact Hessian by CG"),
         (replace(LINEAR, memory_bytes=10**6, queries=1), "exact Hessian by CG"),
+        (
+            replace(LINEAR, memory_bytes=10**6, queries=1, failed=("exact Hessian by CG",)),
+            "exact Hessian by CG, damped",
+        ),
         (replace(LINEAR, convex=False, likelihood=False), "EK-FAC of the data's labels"),
         (replace(LINEAR, curved=False), "EK-FAC"),
         (SMALL, "GGN"),

@@ -234,6 +234,7 @@ def test_a_mean_over_outputs_is_the_objective_that_was_trained():
         (lambda: uw.Huber(0.0), SpecError),
         (lambda: Rescaled(uw.Huber(), 0.0), SpecError),
         (lambda: uw.CrossEntropy(weight=(1.0, 2.0)).check(F3, Y3), ShapeError),
+        (lambda: as_loss(nn.CrossEntropyLoss()).check(F3, Y3.double()), ShapeError),
         (lambda: uw.Bernoulli(weight=(1.0, 2.0, 3.0)).check(F2, YES), ShapeError),
         (lambda: uw.Bernoulli(weight=(1.0,) * 6).check(F2[:, 0], YES[:, 0]), ShapeError),
     ],
@@ -241,6 +242,11 @@ def test_a_mean_over_outputs_is_the_objective_that_was_trained():
 def test_parameters_that_mean_nothing_are_refused(make, error):
     with pytest.raises(error, match="Way out"):
         make()
+
+
+def test_classes_on_the_last_axis_are_told_from_those_on_the_second():
+    with pytest.raises(ShapeError, match=r"upweight\.CrossEntropy\(\)"):
+        as_loss(nn.CrossEntropyLoss()).check(IMAGES.mT, PIXELS)
 
 
 def test_a_measure_asks_the_likelihood_without_weights():

@@ -311,15 +311,21 @@ class CrossEntropy(Loss):
                 "give as many weights as the model has classes, in the order of its outputs.",
             )
         if targets.is_floating_point():
-            require_probabilities(self._last(outputs), self._last(targets))
+            moved = self._last(targets) if targets.shape == outputs.shape else targets
+            require_probabilities(self._last(outputs), moved)
         if self._fits(outputs, targets) == (True, False):
             raise ShapeError(axes_of_classes(outputs, targets, is_second=True))
         if targets.is_floating_point():
             return
-        outputs = self._last(outputs)
+        given, outputs = outputs, self._last(outputs)
         if outputs.ndim < 2 or targets.shape != outputs.shape[:-1]:
             cause, way = "targets of another shape.", "give one class for each row of outputs."
-            if outputs.shape == targets.shape and outputs.ndim > 1:
+            if given.ndim > 2 and targets.shape == given.shape[:-1]:
+                cause = f"classes on the last axis, where axis={self.axis} was said."
+                way = (
+                    "use upweight.CrossEntropy(), or move the axis: torch.nn has classes on axis 1."
+                )
+            elif outputs.shape == targets.shape and outputs.ndim > 1:
                 cause = "one-hot targets of integer dtype."
                 way = "give probabilities as floats, y.to(outputs.dtype); or classes, y.argmax(-1)."
             elif targets.shape == (*outputs.shape[:-1], 1):
@@ -329,7 +335,7 @@ class CrossEntropy(Loss):
             raise ShapeError(
                 "CrossEntropy needs outputs [b, ..., c] with classes last, and targets [b, ...]"
                 " of class indices.",
-                f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
+                f"outputs {tuple(given.shape)}, targets {tuple(targets.shape)}.",
                 cause,
                 way,
             )
