@@ -277,7 +277,7 @@ def batch_statistics_in_forward() -> Any:
 
 @case
 def a_loss_reduced_to_a_scalar() -> Any:
-    return attribute(loss=nn.CrossEntropyLoss())
+    return attribute(loss=nn.functional.cross_entropy)
 
 
 @case

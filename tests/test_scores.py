@@ -141,19 +141,31 @@ def test_groups_have_no_removals_of_examples():
 # -- at a prompt ----------------------------------------------------------------------------------
 
 
-def test_scores_introduce_themselves_in_two_lines():
+def test_scores_introduce_themselves_in_five_lines_and_effects_in_three():
     facts = (Fact("Solver", "bad", 1.0, "m", 2.0), Fact("Damping", "0"), Fact("Fine", "", 1, "", 0))
     made = dataclasses.replace(SOURCE, facts=facts, notes=("a",), measure="<m>")
-    for shown, unit in (
-        (Scores(VALUES, Unit.DERIVATIVE, made), "2 queries × 5 training examples, ∂m/∂w"),
-        (Scores(VALUES, Unit.DERIVATIVE, made).removal([0]), "2 queries × 1 removal, Δm, first"),
+    for shown, unit, more in (
+        (Scores(VALUES, Unit.DERIVATIVE, made), "2 queries × 5 training examples, ∂m/∂w", 2),
+        (Scores(VALUES, Unit.DERIVATIVE, made).removal([0]), "2 queries × 1 removal, Δm, first", 0),
     ):
-        first, second = repr(shown).splitlines()
-        assert unit in first and "Influence()" in first and "<m>" in first
-        assert second.split() == "health: past its limit: solver; 1 in provenance.notes".split()
+        first, second, third, *others = repr(shown).splitlines()
+        assert unit in first and "<m>" in first and second == "  method: Influence()"
+        assert third.split() == "health: past its limit: solver; 1 in provenance.notes".split()
+        assert len(others) == more
         table = shown._repr_html_()
-        assert table.count("<tr>") == 5 and "&lt;m&gt;" in table and "<m>" not in table
+        assert table.count("<tr>") == 5 + more and "&lt;m&gt;" in table and "<m>" not in table
     assert "health: not told" in repr(scores())
+
+
+def test_scores_name_their_strongest_pair():
+    place = int(VALUES.abs().argmax())
+    q, i = divmod(place, VALUES.shape[1])
+    assert f"training example {i} on query {q}: " in repr(scores())
+    assert ".top(query=0)" in repr(scores())
+    grouped = scores().group("abbbb")
+    assert any(f"group {name} on query" in repr(grouped) for name in "ab")
+    empty = dataclasses.replace(scores(), values=VALUES[:0])
+    assert "strongest: none" in repr(empty)
 
 
 def test_a_mask_drops_where_it_is_true():

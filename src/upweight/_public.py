@@ -21,6 +21,8 @@ from upweight.curvature.hessian import Hessian
 from upweight.curvature.kfac import KFAC
 from upweight.effects import Effects
 from upweight.evaluation.check import check
+from upweight.front.attribute import attribute
+from upweight.front.plan import plan
 from upweight.linalg.damping import Absolute, Evidence, FromTraining, Relative
 from upweight.methods.astra import ASTRA
 from upweight.methods.baselines import BM25, Random, TrainingLoss
@@ -45,8 +47,10 @@ from upweight.runtime.resources import Resources
 from upweight.scores import Scores, Unit
 from upweight.task.data import Data, as_data
 from upweight.task.losses import (
+    AbsoluteError,
     Bernoulli,
     CrossEntropy,
+    Huber,
     Poisson,
     SmoothHinge,
     SquaredError,
@@ -72,6 +76,7 @@ __all__ = [
     "SOURCE",
     "TRAK",
     "Absolute",
+    "AbsoluteError",
     "Adam",
     "AdamW",
     "Bernoulli",
@@ -95,6 +100,7 @@ __all__ = [
     "GradientDot",
     "GroupSums",
     "Hessian",
+    "Huber",
     "Influence",
     "KNNShapley",
     "LoGra",
@@ -128,6 +134,7 @@ __all__ = [
     "Weighted",
     "applications",
     "as_data",
+    "attribute",
     "check",
     "curvature",
     "data",
@@ -135,6 +142,7 @@ __all__ = [
     "evaluation",
     "labels",
     "next_token",
+    "plan",
     "record",
     "report",
     "solvers",

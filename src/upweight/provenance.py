@@ -86,9 +86,10 @@ class Answered:
         }  # fmt: skip
 
     def __repr__(self) -> str:
-        shape, unit, measure, method, health = self._about().values()
-        name = type(self).__name__
-        return f"{name}: {shape}, {unit} of {measure} by {method}\n  health: {health}"
+        about = self._about()
+        shape, unit, measure = (about.pop(name) for name in ("shape", "unit", "measure"))
+        first = f"{type(self).__name__}: {shape}, {unit} of {measure}"
+        return "\n  ".join([first, *(f"{name}: {told}" for name, told in about.items())])
 
     def _repr_html_(self) -> str:
         rows = "".join(

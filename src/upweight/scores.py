@@ -28,6 +28,7 @@ from upweight.errors import (
     message,
 )
 from upweight.notation import count
+from upweight.notation import readable as readable_number
 from upweight.plot import Plot
 from upweight.provenance import Answered, Context, Provenance
 from upweight.runtime.headers import Misfit, fitting, own_digest, read_json, write_json
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 2
+
+NEXT = ".top(query=0), .to_pandas(), .predict(drop=[…]); upweight.report.html(scores, 'page.html')"
 
 LOOKED_AT_ONCE = 4_000_000
 """Numbers looked at together for NaN and infinity."""
@@ -185,6 +188,18 @@ class Scores(Answered):
         what = "training example" if self.columns is None else "group"
         shape = f"{count(len(self), 'query')} × {count(self.values.shape[1], what)}"
         return shape, self.unit.value.split(":")[0]
+
+    def _about(self) -> dict[str, str]:
+        """As of every answer, with the strongest pair and what to ask next."""
+        return super()._about() | {"strongest": self._strongest(), "next": NEXT}
+
+    def _strongest(self) -> str:
+        if not self.values.numel():
+            return "none"
+        place = int(self.values.abs().argmax())
+        q, i = divmod(place, self.values.shape[1])
+        what = f"training example {i}" if self.columns is None else f"group {self.columns[i]}"
+        return f"{what} on query {q}: {readable_number(float(self.values[q, i]), signed=True)}"
 
     def top(self, k: int = 10, query: int = 0) -> Ranking:
         """The k examples that raise and the k that lower measurement `query` when upweighted.

@@ -11,6 +11,7 @@ import upweight as uw
 from upweight.cli import spec as grammar
 from upweight.cli.spec import REGISTRY, SPECS, parse
 from upweight.errors import SpecError
+from upweight.task.torch_losses import Rescaled
 from upweight.training.schedules import Constant
 
 RESULTS = {
@@ -108,6 +109,7 @@ NEEDED = {
     uw.Stacked: ((uw.GradientDot(), uw.Ensemble(uw.Influence(uw.EKFAC()), at=0.5)),),
     uw.DataInf: (uw.Relative(0.1),), uw.BIF: (0.01, 1.0),
     uw.ASTRA: (0.1, uw.KFAC(), 3, None),
+    Rescaled: (uw.SquaredError(), 2.0),
 }  # fmt: skip
 """Arguments of the specs that have some without a default."""
 

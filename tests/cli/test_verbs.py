@@ -76,7 +76,8 @@ def finished(project):
 
 
 def attribute(*options, out="run"):
-    return ["attribute", *NAMES, "--out", out, *options]
+    method = [] if "--method" in options else ["--method", repr(METHOD)]
+    return ["attribute", *NAMES, "--out", out, *method, *options]
 
 
 def rerun(run, *options):
@@ -415,7 +416,7 @@ def test_evaluation_takes_a_training_function_and_refuses_what_is_no_recipe(fini
 
 def test_plan_counts_and_writes_nothing(project):
     before = sorted(project.rglob("*"))
-    found = answer("plan", *NAMES)
+    found = answer("plan", *NAMES, "--method", repr(METHOD))
     assert (found["n"], found["q"], found["p"]) == (100, 10, 990)
     assert found["layers"][0]["layer"] == "Linear"
     assert found["scores_bytes"] == 100 * 10 * 8
@@ -428,7 +429,7 @@ def test_plan_counts_and_writes_nothing(project):
 
 
 def test_the_factors_take_about_the_space_that_plan_expected(finished):
-    expected = answer("plan", *NAMES)["factors_bytes"]
+    expected = answer("plan", *NAMES, "--method", repr(METHOD))["factors_bytes"]
     size = (finished / "run" / "factors" / "state.safetensors").stat().st_size
     assert expected / 3 < size < 3 * expected
 

@@ -14,7 +14,7 @@ import upweight as uw
 from tests.market import train_in_place
 from upweight.data import mnist_subset
 from upweight.errors import SpecError
-from upweight.evaluation.check import Check, _seconds, check
+from upweight.evaluation.check import Check, check, seconds_of
 from upweight.evaluation.lds import LDS
 from upweight.task.recipe import Trained
 from upweight.training.optimizers import SGD
@@ -232,7 +232,7 @@ def test_a_query_far_from_the_others_does_not_make_the_slope():
     [("90 s", 90), ("2 min", 120), ("1.5 minutes", 90), ("1h", 3600), ("2 hours", 7200), (5, 5)],
 )
 def test_budgets_are_times(text, seconds):
-    assert _seconds(text) == seconds
+    assert seconds_of(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "2", "two minutes", "5 days", "0 s", 0, -1.0, float("nan")])

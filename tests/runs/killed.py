@@ -91,7 +91,8 @@ def main(folder):
     names = [f"{project}:task", "--train", f"{project}:train", "--queries", f"{project}:test"]
 
     def attribute(run):
-        return ["attribute", *names, "--out", str(run.path)]
+        method = "Influence(EKFAC(), damping=Relative(0.1))"
+        return ["attribute", *names, "--method", method, "--out", str(run.path)]
 
     reference = Run(folder / "reference")
     with contextlib.redirect_stdout(sys.stderr):

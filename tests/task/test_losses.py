@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_map
 import upweight as uw
 from tests.market import draw, labels, pseudo_huber
 from upweight.errors import DataError, DtypeError, ShapeError, SpecError, UnsupportedModel
-from upweight.task.losses import CustomLoss, as_loss
+from upweight.task.losses import CustomLoss
+from upweight.task.torch_losses import as_loss
 
 
 def g(seed=0):

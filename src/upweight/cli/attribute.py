@@ -20,7 +20,7 @@ from upweight.runs import work
 from upweight.runs.directory import Run
 from upweight.runs.environment import environment
 from upweight.runs.question import Question
-from upweight.runs.record import Record
+from upweight.runs.record import Record, is_reference
 from upweight.runs.work import refit
 from upweight.runtime.versions import library_versions
 
@@ -57,12 +57,14 @@ def attribute(
 ) -> Answer:
     """Score every training example for every query.
 
-    Writes a run directory. TASK names an upweight.Task in a file of yours, or a function that makes
-    it. If interrupted, the same command resumes. A directory of another question is refused; a
-    finished one is left as it is.
+    Writes a run directory. TASK names an upweight.Task in a file of yours, a model, or a function
+    that makes one; of a file alone, task or model in it, with loss, train and queries or test. If
+    interrupted, the same command resumes. A directory of another question is refused; a finished
+    one is left as it is.
 
     \b
     Examples:
+        upweight attribute project.py --out run
         upweight attribute project.py:task --train project.py:train --queries project.py:test \\
             --method "Influence(EKFAC(), damping=Relative(0.1))" --measure "Margin()" --out run
         upweight attribute project.py:task --train project.py:train --queries project.py:test \\
@@ -73,6 +75,7 @@ def attribute(
         exists = run.path.exists()
         if exists:  # refused before anything is loaded
             stack.enter_context(run.held("upweight attribute"))
+            asked = as_begun(asked, run)
         project = stack.enter_context(opened())
         question = asked.question(project)
         new = asked.record(project, question, run)
@@ -172,6 +175,14 @@ def audited(run: Run, shown: Path) -> Answer:
         *(f"    {line}" for line in to_ask_for(record)),
     ]
     return Answer("\n".join(lines), done.facts)
+
+
+def as_begun(asked: Asked, run: Run) -> Asked:
+    """With the method that a run was begun with, where none is asked for: none is chosen anew."""
+    if asked.method is not None or not (run.has_work and run.toml.exists()):
+        return asked
+    method = run.record.method
+    return asked if is_reference(method) else replace(asked, method=method)
 
 
 def finished(

@@ -10,6 +10,8 @@ import click
 from upweight.cli.project import opened
 from upweight.cli.question import Asked, question_options
 from upweight.cli.screen import Answer, duration, size, table, verb
+from upweight.front.choice import known_as
+from upweight.front.fidelity import fidelity_of
 from upweight.runs.directory import Run
 from upweight.runs.forecast import forecast
 
@@ -25,10 +27,12 @@ def plan(out: str | None, top: str | None, query: Any, show: str | None, **optio
     """Show what attribute would do, and what it would cost.
 
     Takes the same arguments and writes nothing. Shows which rule computes each layer's gradients,
-    memory for a batch, passes over the data, and the expected time, from timing a few examples.
+    memory for a batch, passes over the data, the expected time, from timing a few examples, and how
+    near to retraining the method came on the standing benchmark.
 
     \b
-    Example:
+    Examples:
+        upweight plan project.py
         upweight plan project.py:task --train project.py:train --queries project.py:test \\
             --method "Influence(EKFAC(), damping=Relative(0.1))"
     """
@@ -53,8 +57,13 @@ def plan(out: str | None, top: str | None, query: Any, show: str | None, **optio
         ("on disk", f"scores {size(made.scores_bytes)}{factors}"),
     ]
     title = f"{record.method} of {record.measure}"
-    text = "\n".join(filter(None, [title, table(rows), layer_table(made.layers, made.notes)]))
-    return Answer(text, facts)
+    fidelity = fidelity_of(known_as(question.method))
+    facts["fidelity"] = [asdict(each) for each in fidelity]
+    measured = [f"    {each}" for each in fidelity]
+    if measured:
+        measured.insert(0, "  on the standing benchmark, against retraining on random halves:")
+    parts = [title, table(rows), *measured, layer_table(made.layers, made.notes)]
+    return Answer("\n".join(filter(None, parts)), facts)
 
 
 def layer_table(layers: Sequence[Mapping[str, Any]], notes: tuple[str, ...]) -> str:

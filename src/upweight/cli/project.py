@@ -18,7 +18,7 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,15 +70,39 @@ class Project:
                 "a file without the name of the object in it.",
                 f"for example {source or reference or 'project.py'}:task",
             )
+        defined, source = self._defined(source)
+        if name not in defined:
+            raise ProjectError(_no_such_name(source, name, defined))
+        return defined[name]
+
+    def reference(self, source: str, names: Sequence[str]) -> str:
+        """The first of these names that a file defines, as `file.py:name`.
+
+        Raises:
+            ProjectError: It defines none of them.
+        """
+        with reading(self.seen):
+            defined, path = self._defined(source)
+        for name in names:
+            if name in defined:
+                return f"{source}:{name}"
+        raise ProjectError(_no_such_name(path, names[0], defined))
+
+    def beside(self, reference: str, name: str) -> Any:
+        """The object of that name in the file of another one; None where there is none."""
+        source = reference.rpartition(":")[0]
+        with reading(self.seen):
+            defined, _ = self._defined(source)
+        return self.load(f"{source}:{name}") if name in defined else None
+
+    def _defined(self, source: str) -> tuple[dict[str, Any], str]:
+        """What a source defines, and the file or module that stands for it."""
         if self.only is not None:
             source = self.only[source]
         key = str(Path(source).resolve())  # ./project.py is project.py
         if key not in self.modules:
             self.modules[key] = self._module(source)
-        defined = vars(self.modules[key])
-        if name not in defined:
-            raise ProjectError(_no_such_name(source, name, defined))
-        return defined[name]
+        return vars(self.modules[key]), source
 
     def sources(self) -> dict[str, str]:
         """The hash of every file of the user's that was run, neighbors included."""

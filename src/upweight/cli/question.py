@@ -7,7 +7,7 @@ spec, or an object of the user's.
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,31 @@ from upweight.cli.project import Project, opened
 from upweight.cli.screen import say
 from upweight.cli.spec import SPECS, parse
 from upweight.errors import SpecError, StaleStore, message
+from upweight.evaluation.check import seconds_of
+from upweight.front.attribute import solvable
+from upweight.front.choice import PATIENCE
+from upweight.front.facts import facts_of
+from upweight.front.opened import is_model
+from upweight.front.opened import opened as task_of
 from upweight.methods.method import Method
 from upweight.runs.directory import Run
 from upweight.runs.environment import environment
 from upweight.runs.question import Question
 from upweight.runs.record import Record, is_reference
 from upweight.runtime.versions import library_versions
+from upweight.task.data import Data
 from upweight.task.measures import as_measure
+from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 
 UNITS = ("", "K", "M", "G", "T")
-METHOD = "Influence(curvature=EKFAC(), damping=Relative(0.1))"
+
+NAMES = {
+    "task": ("task", "model"),
+    "train": ("train", "train_set", "training_data"),
+    "queries": ("queries", "test", "test_set"),
+}
+"""What objects are called in a file that is named without them, the first that is there."""
 
 
 @dataclass(frozen=True)
@@ -37,52 +51,88 @@ class Asked:
     """A question in texts.
 
     Args:
-        task, train, queries: As `file.py:name`.
-        method, measure: A spec, or as `file.py:name`.
+        task: As `file.py:name`, or `file.py` alone: then `task` in it, or `model`. Of a model that
+            is no task, `loss` and `penalty` in the same file are its own.
+        train: As `file.py:name`. None: `train` in the file of the task.
+        queries: The same; None: `queries`, or `test`.
+        method: A spec, or as `file.py:name`. None: chosen from what is known.
+        measure: A spec, or as `file.py:name`.
         memory_bytes: What a batch may take; None: a share of what is free.
+        budget: What the answer may take, where the method is chosen.
     """
 
     task: str
-    train: str
-    queries: str
-    method: str
+    train: str | None
+    queries: str | None
+    method: str | None
     measure: str
     memory_bytes: int | None = None
+    budget: str | None = None
 
     def __post_init__(self) -> None:
         for text, kind in ((self.method, "method"), (self.measure, "measure")):
-            if not is_reference(text):
+            if text is not None and not is_reference(text):
                 parse(text, kind)  # an error in it is told before anything is loaded
 
+    def found(self, project: Project) -> "Asked":
+        """The same with every object named, as the file has them.
+
+        Raises:
+            SpecError, ProjectError: There is none of the usual names.
+        """
+        source, colon, _ = self.task.rpartition(":")
+        names = {"train": self.train, "queries": self.queries}
+        if not colon:
+            source, names = self.task, {"task": None, **names}
+        missing: dict[str, Any] = {
+            part: project.reference(source, NAMES[part])
+            for part, name in names.items()
+            if name is None
+        }
+        return replace(self, **missing)
+
     def question(self, project: Project) -> Question:
-        """The live objects.
+        """The live objects; the method is chosen where none is given, and said.
 
         Raises:
             UpweightError: One of them is not what it should be.
         """
-        method = spec_or_object(project, self.method, "method")
-        if not isinstance(method, Method):
-            raise SpecError(_not_a("method", self.method, method, "Influence(...)"))
+        named = self.found(project)
+        assert named.train is not None and named.queries is not None
         measure = spec_or_object(project, self.measure, "measure")
         if not callable(measure):
             raise SpecError(_not_a("measure", self.measure, measure, "a function"))
-        task = loaded_task(project, self.task)
-        return Question(
-            task,
-            task.training(project.load(self.train)),
-            task.queries(project.load(self.queries)),
-            method,
-            as_measure(measure),
-        )
+        task, train = with_training_data(project, named.task, named.train)
+        queries = task.queries(project.load(named.queries))
+        if self.method is None:
+            method = self._chosen(project, named.task, task, train, queries)
+        else:
+            method = spec_or_object(project, self.method, "method")
+        if not isinstance(method, Method):
+            raise SpecError(_not_a("method", self.method or "", method, "Influence(...)"))
+        return Question(task, train, queries, method, as_measure(measure))
+
+    def _chosen(
+        self, project: Project, reference: str, task: Task, train: Data, queries: Data
+    ) -> Method:
+        recipe = project.beside(reference, "recipe")
+        recipe = recipe if isinstance(recipe, Recipe) else None
+        budget = PATIENCE if self.budget is None else seconds_of(self.budget)
+        facts = facts_of(task, train, len(queries), recipe, None, budget, self.memory_bytes)
+        choice = solvable(facts, task, train)
+        say(str(choice))
+        return choice.method
 
     def record(self, project: Project, question: Question, run: Run) -> Record:
         """What run.toml is to say."""
+        named = self.found(project)
+        assert named.train is not None and named.queries is not None
         return Record(
             directory=relative(Path.cwd(), run.path),
-            task=self.task,
-            train=self.train,
-            queries=self.queries,
-            method=_text(question.method, self.method),
+            task=named.task,
+            train=named.train,
+            queries=named.queries,
+            method=_text(question.method, self.method or ""),
             measure=_text(question.measure, self.measure),
             memory_bytes=self.memory_bytes or 0,
             threads=torch.get_num_threads(),
@@ -159,6 +209,21 @@ def loaded_task(project: Project, reference: str) -> Task:
     return task
 
 
+def with_training_data(project: Project, reference: str, train: str) -> tuple[Task, Data]:
+    """A task of the user's and its training data; of a model, with the loss beside it.
+
+    Raises:
+        SpecError: It is neither, or the loss of a network is missing.
+    """
+    found = project.load(reference)
+    if not is_model(found):
+        task = loaded_task(project, reference)
+        return task, task.training(project.load(train))
+    loss, penalty = (project.beside(reference, name) for name in ("loss", "penalty"))
+    made = task_of(found, project.load(train), loss, penalty)
+    return made.task, made.train
+
+
 def spec_or_object(project: Project, text: str, kind: str) -> Any:
     """What a text says, or the object that it names."""
     return project.load(text) if is_reference(text) else parse(text, kind)
@@ -167,12 +232,23 @@ def spec_or_object(project: Project, text: str, kind: str) -> Any:
 def question_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of `attribute` and `plan`."""
     options = [
-        click.argument("task", metavar="FILE.py:TASK"),
-        click.option("--train", required=True, metavar="FILE.py:NAME", help="The training set."),
-        click.option("--queries", required=True, metavar="FILE.py:NAME", help="What to ask about."),
+        click.argument("task", metavar="FILE.py[:TASK]"),
         click.option(
-            "--method", default=METHOD, show_default=True, metavar="SPEC",
-            help="How to attribute: a spec, or an object of yours.",
+            "--train", metavar="FILE.py:NAME",
+            help="The training set.  [default: train in the same file]",
+        ),
+        click.option(
+            "--queries", metavar="FILE.py:NAME",
+            help="What to ask about.  [default: queries, or test, in the same file]",
+        ),
+        click.option(
+            "--method", metavar="SPEC",
+            help="How to attribute: a spec, or an object of yours.  [default: chosen from what is "
+            "known of the model, and said]",
+        ),
+        click.option(
+            "--budget", metavar="TIME",
+            help="What a chosen method may take, roughly, such as '2 min'.  [default: 10 s]",
         ),
         click.option(
             "--measure", default="Loss()", show_default=True, metavar="SPEC",

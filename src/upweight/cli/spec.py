@@ -31,7 +31,8 @@ WORDS = {
     "damping": "Absolute Relative Evidence FromTraining",
     "solver": "solvers.Auto solvers.Cholesky solvers.CG solvers.BlockCG solvers.MINRES",
     "measure": "Loss Margin LogProb Logit",
-    "loss": "CrossEntropy SquaredError Bernoulli Poisson SmoothHinge Weighted",
+    "loss": "CrossEntropy SquaredError AbsoluteError Huber Bernoulli Poisson SmoothHinge Weighted "
+    "task.torch_losses.Rescaled task.torch_losses.LogProbabilities",
     "penalty": "L2 NoPenalty SumToZero",
     "recipe": "Training training.Newton training.PBRF",
     "optimizer": "SGD Adam AdamW",
@@ -224,8 +225,10 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
     if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
         each = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
-        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
+        return len(value) == len(each) and all(map(_fits, value, each))
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     if getattr(hint, "_is_protocol", False):  # a method has a `fit` as a curvature has

@@ -175,7 +175,7 @@ def check(
     """
     if budget is not None and subsets is not None:
         raise SpecError(_both(budget, subsets))
-    seconds = _seconds("2 min" if budget is None else budget) if subsets is None else math.inf
+    seconds = seconds_of("2 min" if budget is None else budget) if subsets is None else math.inf
     started = time.perf_counter()
     context = scores.require_context()
     n = len(context.train)
@@ -226,7 +226,12 @@ def _retrained(
     ]  # fmt: skip
 
 
-def _seconds(budget: str | float) -> float:
+def seconds_of(budget: str | float) -> float:
+    """A time, "90 s", "2 min", "1 h" or a number, in seconds.
+
+    Raises:
+        SpecError: It is no time.
+    """
     if isinstance(budget, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", budget.lower())
         unit = UNITS.get(match[2], UNITS.get(match[2].removesuffix("s"), 0.0)) if match else 0.0

@@ -16,6 +16,7 @@ from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Loss, Weighted
 from upweight.task.measures import Functional
+from upweight.task.torch_losses import Rescaled
 
 _NOUNS = {"Loss": "loss", "Margin": "margin", "LogProb": "log-probability", "Logit": "logit"}
 
@@ -118,7 +119,7 @@ def _asked(
 
 def _classes(loss: Loss, outputs: Callable[[], Tensor]) -> Tensor:
     """The class with the largest output, or yes for a positive logit; none for several answers."""
-    base = loss.base if isinstance(loss, Weighted) else loss
+    base = loss.base if isinstance(loss, Weighted | Rescaled) else loss
     if isinstance(base, CrossEntropy) and (found := outputs()).ndim == 2:
         return found.argmax(dim=1)
     if isinstance(base, Bernoulli) and (found := outputs()).numel() == len(found):

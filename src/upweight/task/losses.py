@@ -6,8 +6,9 @@ no longer be told apart.
 """
 
 import abc
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -191,6 +192,17 @@ def _real(targets: Tensor, outputs: Tensor) -> Tensor:
     return targets if targets.is_floating_point() else targets.to(outputs.dtype)
 
 
+def _require_weights(name: str, weights: tuple[float, ...] | None) -> None:
+    if weights is None or (weights and all(0 <= w < math.inf for w in weights)):
+        return
+    raise SpecError(
+        f"{name} takes weights that are numbers of at least 0, as a tuple.",
+        f"{weights!r:.80}.",
+        "a weight that was computed by a division by 0, or a sign.",
+        f"{name}(weight=tuple(weights.tolist())).",
+    )
+
+
 def _per_example(values: Tensor) -> Float[Tensor, " b"]:
     return values.reshape(len(values), -1).sum(dim=1)
 
@@ -245,20 +257,36 @@ class CrossEntropy(Loss):
     their positions, leaving out targets equal to `ignore_index`. Targets may also be probabilities
     of the outputs' shape.
 
+    With weights and smoothing, as in `torch.nn.CrossEntropyLoss`, each target is spread over the
+    classes first: ℓ = −Σ_c t_c log softmax(f)_c with t = w ∘ ((1 − ε) e_y + ε/C). Λ is then that of
+    the plain loss times Σ_c t_c; the weights are part of the objective, not of the likelihood.
+
     Args:
         ignore_index: The target that does not count.
         axis: Where the classes are in the outputs: 1 for images `[b, c, h, w]` as PyTorch's own
             loss has them, −1 for the last. None: the last, unless 1 would fit as well.
+        weight: w, one per class, at least 0. None: 1 each.
+        label_smoothing: ε, the share of each target that is spread over all C classes.
 
     Raises:
-        SpecError: The axis is that of the examples.
+        SpecError: The axis is that of the examples; a weight or the smoothing is out of range.
     """
 
     ignore_index: int = -100
     axis: int | None = None
+    weight: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
     convex = True
 
     def __post_init__(self) -> None:
+        _require_weights("CrossEntropy", self.weight)
+        if not 0 <= self.label_smoothing <= 1:
+            raise SpecError(
+                "CrossEntropy smooths labels by a share ε from 0 to 1.",
+                f"label_smoothing={self.label_smoothing!r}.",
+                "a percentage.",
+                "label_smoothing=0.1 spreads a tenth of each target over all classes.",
+            )
         if self.axis == 0:
             raise SpecError(
                 "CrossEntropy needs the axis of the classes.",
@@ -300,16 +328,30 @@ class CrossEntropy(Loss):
                 "use Bernoulli() with targets as floats in the outputs' shape: "
                 "y.to(outputs.dtype).reshape(outputs.shape).",
             )
+        classes = self._last(outputs).shape[-1] if outputs.ndim > 1 else 1
+        if self.weight is not None and len(self.weight) != classes:
+            raise ShapeError(
+                "CrossEntropy needs one weight per class.",
+                f"{len(self.weight)} weights, outputs {tuple(outputs.shape)}.",
+                "weights of another model, or classes on another axis.",
+                "give as many weights as the model has classes, in the order of its outputs.",
+            )
         if targets.is_floating_point():
-            require_probabilities(self._last(outputs), self._last(targets))
+            moved = self._last(targets) if targets.shape == outputs.shape else targets
+            require_probabilities(self._last(outputs), moved)
         if self._fits(outputs, targets) == (True, False):
             raise ShapeError(axes_of_classes(outputs, targets, is_second=True))
         if targets.is_floating_point():
             return
-        outputs = self._last(outputs)
+        given, outputs = outputs, self._last(outputs)
         if outputs.ndim < 2 or targets.shape != outputs.shape[:-1]:
             cause, way = "targets of another shape.", "give one class for each row of outputs."
-            if outputs.shape == targets.shape and outputs.ndim > 1:
+            if given.ndim > 2 and targets.shape == given.shape[:-1]:
+                cause = f"classes on the last axis, where axis={self.axis} was said."
+                way = (
+                    "use upweight.CrossEntropy(), or move the axis: torch.nn has classes on axis 1."
+                )
+            elif outputs.shape == targets.shape and outputs.ndim > 1:
                 cause = "one-hot targets of integer dtype."
                 way = "give probabilities as floats, y.to(outputs.dtype); or classes, y.argmax(-1)."
             elif targets.shape == (*outputs.shape[:-1], 1):
@@ -319,7 +361,7 @@ class CrossEntropy(Loss):
             raise ShapeError(
                 "CrossEntropy needs outputs [b, ..., c] with classes last, and targets [b, ...]"
                 " of class indices.",
-                f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}.",
+                f"outputs {tuple(given.shape)}, targets {tuple(targets.shape)}.",
                 cause,
                 way,
             )
@@ -342,20 +384,37 @@ class CrossEntropy(Loss):
 
     def _token_log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
         log_p = F.log_softmax(self._last(outputs), dim=-1)
-        if targets.is_floating_point():
-            return (self._last(targets) * log_p).sum(dim=-1)
+        if targets.is_floating_point() or self.label_smoothing:
+            return (self._spread(log_p, targets) * log_p).sum(dim=-1)
         kept, index = self._counted(targets)
-        return log_p.gather(-1, index[..., None])[..., 0] * kept
+        found = log_p.gather(-1, index[..., None])[..., 0] * kept
+        return found if self.weight is None else found * self._weights(log_p)[index]
+
+    def _weights(self, like: Tensor) -> Float[Tensor, " c"]:
+        return torch.tensor(self.weight, dtype=like.dtype, device=like.device)
+
+    def _spread(self, like: Tensor, targets: Tensor) -> Tensor:
+        """t, the targets as shares of the classes, which are last; 0 where one does not count."""
+        if targets.is_floating_point():
+            t = self._last(targets)
+            counted = None
+        else:
+            kept, index = self._counted(targets)
+            classes = torch.arange(like.shape[-1], device=index.device)
+            t = (index[..., None] == classes).to(like.dtype)  # one_hot() reads numbers, under vmap
+            counted = kept[..., None]
+        if self.label_smoothing:
+            t = (1 - self.label_smoothing) * t + self.label_smoothing / like.shape[-1]
+        if self.weight is not None:
+            t = t * self._weights(like)
+        return t if counted is None else t * counted
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c"]:
         if outputs.ndim != 2:
             return super().gradient(outputs, targets)
         p = outputs.softmax(dim=-1)
-        if targets.is_floating_point():
-            return p * targets.sum(dim=-1, keepdim=True) - targets
-        kept, index = self._counted(targets)
-        one_hot = F.one_hot(index, outputs.shape[-1])
-        return (p - one_hot) * kept[:, None]
+        t = self._spread(p, targets)
+        return p * t.sum(dim=-1, keepdim=True) - t
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c c"]:
         if outputs.ndim != 2:
@@ -365,7 +424,7 @@ class CrossEntropy(Loss):
         return mass[:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
-        return -self(outputs, targets)
+        return -replace(self, weight=None, label_smoothing=0.0)(outputs, targets)
 
     def margin(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         if targets.is_floating_point():
@@ -380,10 +439,17 @@ class CrossEntropy(Loss):
         return _per_example(torch.where(kept, right - others, 0.0))
 
     def _mass(self, targets: Tensor) -> Tensor:
-        """What each position weighs: 1 for a class, else the sum of its probabilities, or 0."""
+        """What each position weighs: Σ_c t_c, which is 1 for a class, or 0."""
         if targets.is_floating_point():
-            return self._last(targets).sum(dim=-1)
-        return self._counted(targets)[0]
+            plain = self.weight is None and not self.label_smoothing
+            t = self._last(targets)
+            return t.sum(dim=-1) if plain else self._spread(t, targets).sum(dim=-1)
+        kept, index = self._counted(targets)
+        if self.weight is None:
+            return kept
+        weights = self._weights(torch.zeros((), dtype=torch.float64, device=targets.device))
+        own = (1 - self.label_smoothing) * weights[index]
+        return (own + self.label_smoothing * weights.mean()) * kept
 
     def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
         _, drawn = self._drawn(self._last(outputs), targets, Draws.by(generator, len(outputs)))
@@ -414,30 +480,75 @@ class CrossEntropy(Loss):
 
 @dataclass(frozen=True)
 class Bernoulli(Loss):
-    """ℓ = log(1 + eᶠ) − y f: one logit f per yes-no answer y ∈ [0, 1], summed over outputs."""
+    """ℓ = log(1 + eᶠ) − y f: one logit f per yes-no answer y ∈ [0, 1], summed over outputs.
 
+    With weights, as in `torch.nn.BCEWithLogitsLoss`: ℓ = −w [q y log σ(f) + (1 − y) log σ(−f)].
+
+    Args:
+        weight: w, one per output on the last axis, or one for all; at least 0. None: 1.
+        pos_weight: q, what a yes counts beside a no; as `weight`.
+
+    Raises:
+        SpecError: A weight is negative or no number.
+    """
+
+    weight: tuple[float, ...] | None = None
+    pos_weight: tuple[float, ...] | None = None
     convex = True
+
+    def __post_init__(self) -> None:
+        _require_weights("Bernoulli", self.weight)
+        _require_weights("Bernoulli", self.pos_weight)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         require_same_shape("Bernoulli", outputs, targets)
         require_range("Bernoulli", targets, (targets >= 0) & (targets <= 1), "in [0, 1]")
+        last = outputs.shape[-1] if outputs.ndim > 1 else 1
+        for weights in (self.weight, self.pos_weight):
+            if weights is not None and len(weights) not in (1, last):
+                raise ShapeError(
+                    "Bernoulli needs one weight for all outputs, or one for each on the last axis.",
+                    f"{len(weights)} weights, outputs {tuple(outputs.shape)}.",
+                    "a weight per example, or weights of another model.",
+                    "weigh examples by Weighted(Bernoulli()) with targets (y, v).",
+                )
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         # By default softplus has a slope of exactly 1 from 20 on, where 1 − σ is still 2e-9.
-        return _per_example(F.softplus(outputs, threshold=80.0) - targets * outputs)
+        if self.weight is None and self.pos_weight is None:
+            return _per_example(F.softplus(outputs, threshold=80.0) - targets * outputs)
+        no, yes = self._weights(outputs)
+        y = _real(targets, outputs)
+        losses = no * (1 - y) * F.softplus(outputs, threshold=80.0)
+        return _per_example(losses + yes * y * F.softplus(-outputs, threshold=80.0))
+
+    def _weights(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """What a no and a yes count, for each output."""
+        no, more = (
+            torch.tensor((1.0,) if w is None else w, dtype=like.dtype, device=like.device)
+            for w in (self.weight, self.pos_weight)
+        )
+        return no, no * more
+
+    def _mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """What each output weighs: w (1 − y + q y)."""
+        no, yes = self._weights(outputs)
+        y = _real(targets, outputs)
+        return (no * (1 - y) + yes * y).expand_as(outputs)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c"]:
+        no, yes = self._weights(outputs)
         y = _real(targets, outputs)  # σ(f) − y, without cancellation where σ is near 1
-        slope = (1 - y) * outputs.sigmoid() - y * (-outputs).sigmoid()
+        slope = no * (1 - y) * outputs.sigmoid() - yes * y * (-outputs).sigmoid()
         return slope.reshape(len(outputs), -1)
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c c"]:
-        f = outputs.reshape(len(outputs), -1)
         # 1 − σ is 0 from f = 37 on; σ(−f) keeps its digits up to f = 700.
-        return torch.diag_embed(f.sigmoid() * (-f).sigmoid())
+        diagonal = self._mass(outputs, targets) * outputs.sigmoid() * (-outputs).sigmoid()
+        return torch.diag_embed(diagonal.reshape(len(outputs), -1))
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
-        return -self(outputs, targets)
+        return -Bernoulli()(outputs, targets)
 
     def margin(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         return _per_example((2 * _real(targets, outputs) - 1) * outputs)
@@ -448,7 +559,10 @@ class Bernoulli(Loss):
 
     def residual(self, outputs: Tensor, targets: Any, draws: Draws) -> Tensor:
         p, drawn = self._drawn(outputs, draws)
-        return (p - drawn.to(p.dtype)).to(outputs.dtype)
+        delta = p - drawn.to(p.dtype)
+        if self.weight is not None or self.pos_weight is not None:
+            delta = delta * self._mass(outputs, targets).to(p.dtype).sqrt()
+        return delta.to(outputs.dtype)
 
     def _drawn(self, outputs: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         p = outputs.to(_precise(outputs)).sigmoid()
@@ -504,8 +618,14 @@ class SquaredError(Loss):
 
 @dataclass(frozen=True)
 class Poisson(Loss):
-    """ℓ = eᶠ − y f: counts y ≥ 0 with a log link, less the constant log y!."""
+    """ℓ = eᶠ − y f: counts y ≥ 0 with a log link, less the constant log y!.
 
+    Args:
+        full: Whether Stirling's approximation of that constant is added for counts above 1, as
+            `torch.nn.PoissonNLLLoss(full=True)` does. No score depends on it.
+    """
+
+    full: bool = False
     convex = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
@@ -513,7 +633,12 @@ class Poisson(Loss):
         require_range("Poisson", targets, targets >= 0, "that are counts, at least 0")
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
-        return _per_example(outputs.exp() - targets * outputs)
+        losses = outputs.exp() - targets * outputs
+        if self.full:
+            y = targets.to(outputs.dtype).clamp(min=1.0)
+            constant = y * y.log() - y + 0.5 * (2 * math.pi * y).log()
+            losses = losses + torch.where(targets > 1, constant, 0.0)
+        return _per_example(losses)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c"]:
         return (outputs.exp() - targets.to(outputs.dtype)).reshape(len(outputs), -1)
@@ -522,7 +647,7 @@ class Poisson(Loss):
         return torch.diag_embed(outputs.reshape(len(outputs), -1).exp())
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
-        return -self(outputs, targets) - _per_example(torch.lgamma(targets.to(outputs) + 1))
+        return -Poisson()(outputs, targets) - _per_example(torch.lgamma(targets.to(outputs) + 1))
 
     def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
         rate, left = self._drawn(outputs, Draws.by(generator, len(outputs)))
@@ -586,6 +711,104 @@ class SmoothHinge(Loss):
 
     def margin(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         return _per_example(targets * outputs)
+
+
+@dataclass(frozen=True)
+class Huber(Loss):
+    """ℓ = Σ ½ r² where |r| ≤ δ, and δ (|r| − δ/2) beyond, with r = f − y: outliers pull no harder.
+
+    Huber (1964). Its density ∝ e^{−ℓ} is a normal one with exponential tails; ŷ is drawn from it,
+    so the Fisher information is the mean of Λ = 1 where |r| ≤ δ, 0 beyond.
+
+    Args:
+        delta: δ > 0.
+
+    Raises:
+        SpecError: δ is not positive.
+    """
+
+    delta: float = 1.0
+    convex = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.delta < math.inf:
+            raise SpecError(
+                "Huber needs a δ above 0, in units of the targets.",
+                f"delta={self.delta!r}.",
+                "0 meant as the absolute error.",
+                "use AbsoluteError() for δ → 0 and SquaredError() for δ → ∞.",
+            )
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        SquaredError().check(outputs, targets)
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
+        size = (outputs - targets).abs()
+        near = size.clamp(max=self.delta)
+        return _per_example(near * (size - 0.5 * near))
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c"]:
+        return (outputs - targets).clamp(-self.delta, self.delta).reshape(len(outputs), -1)
+
+    def hessian(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c c"]:
+        near = (outputs - targets).abs() <= self.delta
+        return torch.diag_embed(near.to(outputs.dtype).reshape(len(outputs), -1))
+
+    def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
+        noise = self._noise(Draws.by(generator, len(outputs)).uniform(outputs.shape[1:]))
+        return outputs + noise.to(outputs.dtype)
+
+    def residual(self, outputs: Tensor, targets: Any, draws: Draws) -> Tensor:
+        noise = self._noise(draws.uniform(outputs.shape[1:]))
+        return (-noise).clamp(-self.delta, self.delta).to(outputs.dtype)
+
+    def _noise(self, u: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        """y − f, where its distribution function passes u."""
+        d, root = self.delta, math.sqrt(2 * math.pi)
+        tail = math.exp(-0.5 * d * d) / d  # mass beyond δ on one side, before normalizing
+        below = 0.5 * math.erfc(d / math.sqrt(2))  # of the normal distribution
+        whole = root * (1 - 2 * below) + 2 * tail
+        # The lower half, and the upper half turned around.
+        low = torch.minimum(u, 1 - u) * whole
+        beyond = ((low * d).log() - 0.5 * d * d) / d
+        within = torch.special.ndtri(((low - tail) / root + below).clamp(min=below))
+        noise = torch.where(low < tail, beyond, within)
+        return torch.where(u < 0.5, noise, -noise)
+
+
+@dataclass(frozen=True)
+class AbsoluteError(Loss):
+    """ℓ = Σ |f − y|: the negative log-likelihood of a Laplace distribution, less a constant.
+
+    Λ = 0 wherever it is defined, so `Hessian()` and `GGN()` have nothing to invert; the Fisher
+    information is 1 per output, E[sign²], which `Fisher(...)` and `EKFAC()` see by drawn labels.
+    """
+
+    convex = True
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        SquaredError().check(outputs, targets)
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
+        return _per_example((outputs - targets).abs())
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c"]:
+        return (outputs - targets).sign().reshape(len(outputs), -1)
+
+    def hessian(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "b c c"]:
+        return torch.diag_embed(torch.zeros_like(outputs.reshape(len(outputs), -1)))
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
+        return -self(outputs, targets)
+
+    def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
+        u = Draws.by(generator, len(outputs)).uniform(outputs.shape[1:])
+        noise = torch.where(u < 0.5, (2 * u).log(), -(2 - 2 * u).log())
+        return outputs + noise.to(outputs.dtype)
+
+    def residual(self, outputs: Tensor, targets: Any, draws: Draws) -> Tensor:
+        u = draws.uniform(outputs.shape[1:])
+        return torch.where(u < 0.5, 1.0, -1.0).to(outputs.dtype)
 
 
 @dataclass(frozen=True)
@@ -686,20 +909,3 @@ class CustomLoss(Loss):
 
     def __call__(self, outputs: Tensor, targets: Any) -> Tensor:
         return self.function(outputs, targets)  # its shape is checked where it is used
-
-
-def as_loss(loss: Loss | Callable[[Tensor, Any], Tensor]) -> Loss:
-    """A loss from what the user holds: ours, or any unreduced `(outputs, targets) -> [b]`.
-
-    Raises:
-        SpecError: It is a name or a class, not a loss.
-    """
-    if isinstance(loss, type) or not callable(loss):
-        raise SpecError(
-            "A loss is an object such as upweight.CrossEntropy(), or a function (outputs, "
-            "targets) -> [b].",
-            f"{loss!r}.",
-            "a class that was not called." if isinstance(loss, type) else "a name.",
-            "CrossEntropy(), Bernoulli(), SquaredError(), Poisson() or Weighted(...).",
-        )
-    return loss if isinstance(loss, Loss) else CustomLoss(loss)

@@ -20,9 +20,10 @@ from upweight.task.arrays import TARGET_KEYS
 from upweight.task.batches import mapped
 from upweight.task.data import Data, as_data
 from upweight.task.lent import copied, differentiable, lent, with_backward_pass
-from upweight.task.losses import Loss, as_loss
+from upweight.task.losses import Loss
 from upweight.task.params import Layout
 from upweight.task.penalties import Penalty, as_penalty
+from upweight.task.torch_losses import as_loss
 
 
 def call_model(model: nn.Module, batch: Batch) -> tuple[Any, Any]:

@@ -1,0 +1,188 @@
+"""From a trained model to scores in one call."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from upweight.errors import NotConverged, NotPositiveDefinite, SpecError
+from upweight.evaluation.check import seconds_of
+from upweight.front.choice import PATIENCE, Choice, Facts, choose
+from upweight.front.facts import facts_of
+from upweight.front.opened import Opened, opened
+from upweight.methods.fitted import LOSS
+from upweight.methods.method import Method
+from upweight.methods.reduce import Reducer
+from upweight.runtime.resources import Resources
+from upweight.task.data import Data
+from upweight.task.measures import Functional
+from upweight.task.task import Task
+from upweight.task.torch_losses import reduction_note
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A question in live objects, with the method for it.
+
+    Args:
+        opened: What was trained, and on what.
+        queries: As data, or None for a `Functional`.
+        measure: What is asked of them.
+        facts: What is known; None where the method was given.
+        choice: The method, and why.
+        history: For methods that look at how the model was trained.
+        resources: What may be used.
+        notes: What a loss's reduction means.
+    """
+
+    opened: Opened
+    queries: Data | None
+    measure: Any
+    facts: Facts
+    choice: Choice
+    history: Any
+    resources: Resources
+    notes: tuple[str, ...] = ()
+    is_given: bool = False
+
+    def otherwise(self) -> "Asked":
+        """The same with the next method, where this one could not solve its systems."""
+        facts = replace(self.facts, failed=(*self.facts.failed, self.choice.name))
+        return replace(self, facts=facts, choice=choose(facts))
+
+
+def asked(
+    model: Any,
+    train: Any,
+    queries: Any,
+    loss: Any = None,
+    *,
+    penalty: Any = None,
+    measure: Any = None,
+    recipe: Any = None,
+    trajectory: Any = None,
+    budget: str | float | None = None,
+    method: Method | None = None,
+    resources: Resources | None = None,
+) -> Asked:
+    """The live objects of a question, and the method chosen for it. As for `attribute`."""
+    if method is not None and not isinstance(method, Method):
+        raise SpecError(
+            "A method is an object such as upweight.Influence(upweight.EKFAC(), damping=0.1).",
+            f"method={method!r}.",
+            "a name, a class that was not called, or a curvature in its place.",
+            "leave it out, and it is chosen; or pass upweight.Influence(...).",
+        )
+    seconds = PATIENCE if budget is None else seconds_of(budget)
+    found = opened(model, train, loss, penalty)
+    task, data = found.task, found.train
+    measure = LOSS if measure is None else measure
+    chosen = None if isinstance(measure, Functional) and queries is None else task.queries(queries)
+    resources = Resources() if resources is None else resources
+    count = 1 if chosen is None or isinstance(measure, Functional) else len(chosen)
+    facts = facts_of(task, data, count, recipe, trajectory, seconds, resources.memory_bytes)
+    choice = (
+        choose(facts) if method is None else Choice(type(method).__name__, method, "it was given")
+    )
+    history = trajectory if trajectory is not None else recipe
+    batch = task.to_device(data.batch(0, min(2, len(data))))
+    with torch.no_grad():
+        said = reduction_note(found.loss, *task.call(task.theta(), batch))
+    notes = (said,) if said else ()
+    return Asked(
+        found, chosen, measure, facts, choice, history, resources, notes, method is not None
+    )
+
+
+def attribute(
+    model: Any,
+    train: Any,
+    queries: Any,
+    loss: Any = None,
+    *,
+    penalty: Any = None,
+    measure: Callable[..., Any] | None = None,
+    recipe: Any = None,
+    trajectory: Any = None,
+    budget: str | float | None = None,
+    into: Reducer | None = None,
+    method: Method | None = None,
+    resources: Resources | None = None,
+) -> Any:
+    """S[q, i] = ∂m_q/∂wᵢ for every query and training example, with the method chosen for you.
+
+    What was chosen and why is one line on standard error, and a note of the scores.
+
+    Args:
+        model: What was trained: a `torch.nn.Module` in eval mode, a fitted scikit-learn estimator
+            or Pipeline, statsmodels results, or a `Task`.
+        train: The training set: (X, y), a data set, or a `DataLoader`. For scikit-learn (X, y) as
+            given to `fit`; of statsmodels results None.
+        queries: What to ask about, in the same form.
+        loss: What a module was trained with: a loss of `torch.nn`, one of ours, or any function
+            (outputs, targets) -> [b].
+        penalty: What a module was trained with beside it: `L2(λ)` for weight decay λ.
+        measure: m, as for `Fitted.attribute`. None: the loss of each query.
+        recipe: How the model was trained, a `Training`: more is known, so a better method may be
+            chosen.
+        trajectory: Its steps, from `Training.trajectory`.
+        budget: What the answer may take, roughly: "30 s", "2 min", or seconds. None: 10 s.
+        into: What to keep of the scores, as for `Fitted.attribute`: `Top(10)` for large data.
+        method: Choose yourself; nothing else is tried then.
+        resources: What may be used.
+
+    Returns:
+        `Scores`, or what the reducer makes.
+
+    Raises:
+        SpecError: The loss is missing, or an argument is none of its kind.
+        UnsupportedModel: The model has no translation, with what can be done instead.
+        UpweightError: As for `Method.fit` and `Fitted.attribute`.
+
+    Example:
+        >>> scores = attribute(model, (X, y), (X_test, y_test), nn.CrossEntropyLoss())
+        >>> scores.top(query=0)
+    """
+    question = asked(
+        model, train, queries, loss, penalty=penalty, measure=measure, recipe=recipe,
+        trajectory=trajectory, budget=budget, method=method, resources=resources,
+    )  # fmt: skip
+    while True:
+        if not question.is_given:
+            print(f"upweight: {question.choice}", file=sys.stderr)
+        try:
+            return answered(question, into)
+        except (NotPositiveDefinite, NotConverged):
+            if question.is_given:
+                raise
+            question = question.otherwise()
+
+
+def answered(question: Asked, into: Reducer | None = None) -> Any:
+    """The scores of a question by its method, with a note of what was chosen."""
+    choice, found = question.choice, question.opened
+    history = question.history if choice.method.takes_history else None
+    fitted = choice.method.fit(
+        found.task, found.train, history=history, resources=question.resources
+    )
+    said = (*question.notes,) if question.is_given else (str(choice), *question.notes)
+    fitted = replace(fitted, notes=(*said, *fitted.notes))
+    return fitted.attribute(question.queries, question.measure, into=into)
+
+
+def solvable(facts: Facts, task: Task, train: Data) -> Choice:
+    """A choice that can solve its systems, for who must name the method before it is fitted.
+
+    Cost: a fit, where a Hessian is not damped.
+    """
+    while True:
+        choice = choose(facts)
+        if getattr(choice.method, "damping", None) != 0.0:
+            return choice
+        try:
+            choice.method.fit(task, train)
+            return choice
+        except NotPositiveDefinite:
+            facts = replace(facts, failed=(*facts.failed, choice.name))

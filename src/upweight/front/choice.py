@@ -1,0 +1,309 @@
+"""Which method? A pure function of what is known, over a table.
+
+    choose(facts) -> Choice(method, why, …)
+
+The table is in order of preference: the first row that applies, fits into memory and is expected to
+end within the budget is chosen. Where none ends in time the quickest is, and the choice says so. A
+method for a recipe or a trajectory is entered by one row.
+
+Networks are never given their Hessian: away from a minimum it is indefinite, and the solver for
+that, MINRES, may take as many products as there are parameters.
+"""
+
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any
+
+from upweight.curvature.ekfac import EKFAC
+from upweight.curvature.ggn import GGN
+from upweight.curvature.hessian import Hessian
+from upweight.errors import UnsupportedModel
+from upweight.labels import Expected, Observed
+from upweight.linalg.cg import CG
+from upweight.linalg.cholesky import Cholesky
+from upweight.linalg.damping import Absolute, Relative
+from upweight.methods.influence import Influence
+from upweight.methods.method import Method
+
+PATIENCE = 10.0
+"""Seconds that a choice may take where no budget is given."""
+
+MOST_OUTPUTS = 16
+"""Backward passes per example that the expectation over labels may take."""
+
+SLIGHT = Relative(1e-5)
+"""For a singular Hessian of a convex objective: at its minimum no gradient lies in the flat
+directions, so that a slight damping changes no score; in float32 rounding forbids a smaller one."""
+
+USUAL = Relative(0.1)
+"""The custom for EK-FAC (Grosse et al. 2023)."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known before a method is chosen.
+
+    Args:
+        parameters: p.
+        outputs: Numbers in the model's output for one example.
+        examples: n.
+        queries: q.
+        linear: Whether f is linear in θ.
+        convex: Whether ℓ is known to be convex in f.
+        curved: Whether ℓ has a second derivative in f that is not 0 everywhere.
+        likelihood: Whether labels can be drawn from the model.
+        epoch_seconds: A forward and backward pass over the training data.
+        products_per_second: Multiply-adds of a matrix product in float64.
+        memory_bytes: What a matrix may take.
+        budget_seconds: What the answer may take.
+        recipe: Whether it is known how to train the model again.
+        trajectory: Whether the steps of its training are known.
+        resolved: λ = 1/(step size × steps) of its training, below which it resolved no eigenvalue;
+            None: not known.
+        failed: Names of rows that were tried and could not solve their systems.
+    """
+
+    parameters: int
+    outputs: int
+    examples: int
+    queries: int
+    linear: bool
+    convex: bool
+    curved: bool = True
+    likelihood: bool = True
+    epoch_seconds: float = 0.01
+    products_per_second: float = 2e10
+    memory_bytes: int = 2**32
+    budget_seconds: float = PATIENCE
+    recipe: bool = False
+    trajectory: bool = False
+    resolved: float | None = None
+    failed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method, and when to take it.
+
+    Args:
+        name: In words.
+        method: The spec.
+        applies: To which models and losses, and with what of their training.
+        why: A clause for who asks.
+        seconds: Expected, roughly: it is held against the budget, and never shown as a promise.
+        bytes: Of what is formed in memory at once.
+        measured_as: Its name in the standing benchmark, `benchmarks/fidelity.py`; empty: none.
+    """
+
+    name: str
+    method: Callable[[Facts], Method]
+    applies: Callable[[Facts], bool]
+    why: str
+    seconds: Callable[[Facts], float]
+    bytes: Callable[[Facts], float] = lambda f: 0.0
+    measured_as: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method, and why.
+
+    Args:
+        name: Of the row.
+        method: The spec.
+        why: A clause.
+        seconds: Expected, roughly.
+        measured_as: Its name in the standing benchmark.
+    """
+
+    name: str
+    method: Method
+    why: str
+    seconds: float = 0.0
+    measured_as: str = ""
+
+    def __str__(self) -> str:
+        return f"chose {in_short(self.method)}: {self.why}"
+
+
+def in_short(spec: Any) -> str:
+    """A spec as a person writes it: what is as by default is left out. `parse` reads it back."""
+    if not is_dataclass(spec):
+        return repr(spec)
+    parts: list[str] = []
+    for place, field in enumerate(fields(spec)):
+        value = getattr(spec, field.name)
+        made = field.default_factory() if field.default_factory is not MISSING else field.default
+        if value != made:
+            is_next = place == len(parts)
+            parts.append(in_short(value) if is_next else f"{field.name}={in_short(value)}")
+    return f"{type(spec).__name__}({', '.join(parts)})"
+
+
+def _dense_seconds(f: Facts) -> float:
+    """p² per example, of a linear map or per output; a factorization; a solve per query.
+
+    Gradients of single examples of a network take some hundred times a pass that sums them.
+    """
+    per_example = f.parameters**2 * (1 if f.linear else f.outputs)
+    work = f.examples * per_example + f.parameters**3 / 3 + f.queries * f.parameters**2
+    single = 0.0 if f.linear else (300 + 20 * f.outputs) * f.epoch_seconds
+    return 0.5 + work / f.products_per_second + single
+
+
+def _cg_seconds(f: Facts) -> float:
+    """Some 30 products with the GGN for each query, each about two passes."""
+    return _ekfac_seconds(f) + 60 * f.queries * f.epoch_seconds
+
+
+def _linear_cg_seconds(f: Facts) -> float:
+    """Some 200 products with the Hessian of a linear map for each query."""
+    return 1 + 400 * f.examples * f.parameters * f.queries / f.products_per_second
+
+
+def _ekfac_seconds(f: Facts) -> float:
+    return 0.5 + 20 * f.epoch_seconds
+
+
+def _matrix(f: Facts) -> float:
+    """H in float64, and its factor."""
+    return 16.0 * f.parameters**2
+
+
+def _is_convex(f: Facts) -> bool:
+    return f.linear and f.convex and f.curved
+
+
+def _ggn(f: Facts) -> bool:
+    return f.convex and f.curved and not f.linear
+
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        "exact Hessian",
+        lambda f: Influence(Hessian(), Cholesky()),
+        _is_convex,
+        "the model is linear in its parameters and its loss convex, so the Hessian is exact",
+        _dense_seconds,
+        _matrix,
+        "upweight Hessian",
+    ),
+    Row(
+        "exact Hessian, slightly damped",
+        lambda f: Influence(Hessian(), Cholesky(), SLIGHT),
+        lambda f: _is_convex(f) and "exact Hessian" in f.failed,
+        "the model is linear and its loss convex, but its Hessian is singular; so slight a damping "
+        "changes no score of a model at its minimum",
+        _dense_seconds,
+        _matrix,
+        "upweight Hessian",
+    ),
+    Row(
+        "exact Hessian by CG",
+        lambda f: Influence(Hessian(), CG()),
+        _is_convex,
+        "the model is linear and its loss convex, so products with its Hessian are exact",
+        _linear_cg_seconds,
+    ),
+    Row(
+        "exact Hessian by CG, damped",
+        lambda f: Influence(Hessian(), CG(), Relative(1e-3)),
+        lambda f: _is_convex(f) and "exact Hessian by CG" in f.failed,
+        "the model is linear and its loss convex, but its Hessian is singular, so a thousandth of "
+        "its mean eigenvalue is added",
+        _linear_cg_seconds,
+    ),
+    Row(
+        "GGN by CG, λ of training",
+        lambda f: Influence(
+            GGN(), CG(rtol=1e-2, preconditioner=EKFAC()), Absolute(f.resolved or 0.0)
+        ),
+        lambda f: _ggn(f) and f.likelihood and f.resolved is not None,
+        "a network whose training by SGD is known: λ = 1/(step size × steps), below which it "
+        "resolved nothing; the best single-model answer of the benchmark",
+        _cg_seconds,
+        lambda f: 40.0 * f.parameters * f.queries,
+        "upweight GGN, λ of training",
+    ),
+    Row(
+        "GGN",
+        lambda f: Influence(GGN(), Cholesky(), USUAL),
+        lambda f: _ggn(f) and f.resolved is None,
+        "a network with few enough parameters for its GGN as a matrix",
+        _dense_seconds,
+        _matrix,
+        "upweight GGN",
+    ),
+    Row(
+        "EK-FAC, λ of training",
+        lambda f: Influence(EKFAC(), damping=Absolute(f.resolved or 0.0)),
+        lambda f: f.likelihood and f.resolved is not None,
+        "a network whose training by SGD is known: λ = 1/(step size × steps)",
+        _ekfac_seconds,
+        measured_as="upweight EK-FAC, λ of training",
+    ),
+    Row(
+        "EK-FAC",
+        lambda f: Influence(EKFAC(), damping=USUAL),
+        lambda f: f.likelihood,
+        "a network: a block of curvature per layer, and one pass over the data for all queries",
+        _ekfac_seconds,
+        measured_as="upweight EK-FAC",
+    ),
+    Row(
+        "EK-FAC in expectation",
+        lambda f: Influence(EKFAC(Expected()), damping=USUAL),
+        lambda f: f.convex and f.curved and f.outputs <= MOST_OUTPUTS,
+        "a loss that is convex but of which no labels can be drawn: a pass per output in their "
+        "place",
+        lambda f: _ekfac_seconds(f) * f.outputs,
+    ),
+    Row(
+        "EK-FAC of the data's labels",
+        lambda f: Influence(EKFAC(Observed()), damping=USUAL),
+        lambda f: True,
+        "a loss of which nothing is known but its gradient, so the curvature is the empirical "
+        "Fisher of the data's own labels",
+        _ekfac_seconds,
+    ),
+)
+"""In order of preference."""
+
+
+def choose(facts: Facts) -> Choice:
+    """The first row of the table that applies, fits into memory and ends within the budget.
+
+    Raises:
+        UnsupportedModel: Every row that applies was tried and failed.
+    """
+    able = [row for row in ROWS if row.applies(facts) and row.name not in facts.failed]
+    if not able:
+        raise UnsupportedModel(
+            "Some method must be able to solve its systems for this model.",
+            f"all of these failed: {', '.join(facts.failed)}.",
+            "gradients that are 0 or not finite, or parameters that no example reaches.",
+            "look at the losses; or choose by hand, attribute(..., method=Influence(EKFAC(), "
+            "damping=...)) with a larger damping.",
+        )
+    for row in able:
+        is_small = row.bytes(facts) <= facts.memory_bytes
+        if is_small and row.seconds(facts) <= facts.budget_seconds:
+            return _made(row, facts, row.why)
+    quickest = min(
+        able, key=lambda row: (row.bytes(facts) > facts.memory_bytes, row.seconds(facts))
+    )
+    late = f"nothing ends within {facts.budget_seconds:.3g} s, and this is the quickest"
+    return _made(quickest, facts, f"{quickest.why}; {late}")
+
+
+def known_as(method: Method) -> str:
+    """What the standing benchmark calls a method of the table; empty for others."""
+    lam = getattr(getattr(method, "damping", None), "value", None)
+    facts = Facts(1, 1, 1, 1, linear=False, convex=True, resolved=lam)
+    return next((row.measured_as for row in ROWS if row.method(facts) == method), "")
+
+
+def _made(row: Row, facts: Facts, why: str) -> Choice:
+    if facts.failed:
+        why += f" ({', '.join(facts.failed)}: could not be solved)"
+    return Choice(row.name, row.method(facts), why, row.seconds(facts), row.measured_as)

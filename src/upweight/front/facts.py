@@ -1,0 +1,114 @@
+"""What is there to know of a task before a method is chosen; timed on a few examples."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upweight.front.choice import PATIENCE, Facts
+from upweight.gradients.linear import linear_form
+from upweight.runtime.memory import free_bytes
+from upweight.task.check import require_answerable
+from upweight.task.data import Data
+from upweight.task.losses import AbsoluteError, Loss, Weighted
+from upweight.task.task import Task
+from upweight.task.torch_losses import Rescaled, draws_labels
+from upweight.training.optimizers import SGD
+from upweight.training.training import Training
+
+TIMED = 32
+"""Examples in a timed pass."""
+
+SHARE = 0.5
+"""Of the free memory, what a matrix and its factor may take."""
+
+SIZE = 384
+"""Of the matrices whose product is timed."""
+
+
+def facts_of(
+    task: Task,
+    train: Data,
+    queries: int,
+    recipe: Any = None,
+    trajectory: Any = None,
+    budget_seconds: float = PATIENCE,
+    memory_bytes: int | None = None,
+) -> Facts:
+    """What `choose` asks for.
+
+    Raises:
+        UpweightError: The task cannot be answered on these data; see `upweight.task.check`.
+
+    Cost: some forward and backward passes over up to 32 examples, and a small matrix product.
+    """
+    require_answerable(task, train, "training data")
+    theta = task.theta()
+    few = task.to_device(train.batch(0, min(4, len(train))))
+    with torch.no_grad():
+        outputs, _ = task.call(theta, few)
+    free = free_bytes(task.layout.device) if memory_bytes is None else memory_bytes
+    return Facts(
+        parameters=task.layout.size,
+        outputs=outputs[0].numel(),
+        examples=len(train),
+        queries=queries,
+        linear=linear_form(task, theta, few) is not None,
+        convex=task.loss.convex,
+        curved=not isinstance(_base(task.loss), AbsoluteError),
+        likelihood=draws_labels(task.loss),
+        epoch_seconds=epoch_seconds(task, theta, train),
+        products_per_second=_products_per_second(),
+        memory_bytes=int(SHARE * free),
+        budget_seconds=budget_seconds,
+        recipe=recipe is not None,
+        trajectory=trajectory is not None,
+        resolved=resolved(recipe if trajectory is None else trajectory.recipe, len(train)),
+    )
+
+
+def resolved(recipe: Any, n: int) -> float | None:
+    """λ = (1 − μ)/Σ_t η_t of training by SGD with momentum μ; None for any other.
+
+    Gradient descent from 0 on an eigenvalue h goes about 1 − exp(−h/λ) of the way: below λ it
+    resolves nothing.
+    """
+    is_plain = isinstance(recipe, Training) and isinstance(recipe.optimizer, SGD)
+    if not is_plain or recipe.init is None:
+        return None
+    steps = recipe.epochs * -(-n // recipe.batch)
+    total = sum(recipe.optimizer.lr * recipe.schedule(t, steps) for t in range(steps))
+    optimizer = recipe.optimizer
+    return (1 - optimizer.momentum) / (1 - optimizer.dampening) / total
+
+
+def epoch_seconds(task: Task, theta: Tensor, train: Data) -> float:
+    """A plain forward and backward pass over the training data, from a few of them."""
+    m = min(TIMED, len(train))
+    batch = task.to_device(train.batch(0, m))
+    taken = []
+    for _ in range(3):  # the first is slower
+        started = time.perf_counter()
+        point = theta.detach().requires_grad_()
+        losses = task.losses_of(*task.call(point, batch))
+        float(torch.autograd.grad(losses.sum(), point)[0].norm())
+        taken.append(time.perf_counter() - started)
+        if sum(taken) > 1.0:
+            break
+    return min(taken) * len(train) / m
+
+
+def _products_per_second() -> float:
+    """Multiply-adds of float64 on this machine's processor."""
+    a = torch.ones(SIZE, SIZE, dtype=torch.float64)
+    taken = []
+    for _ in range(4):  # others may be at work on the machine
+        started = time.perf_counter()
+        a @ a
+        taken.append(time.perf_counter() - started)
+    return SIZE**3 / max(min(taken), 1e-6)
+
+
+def _base(loss: Loss) -> Loss:
+    return _base(loss.base) if isinstance(loss, Weighted | Rescaled) else loss

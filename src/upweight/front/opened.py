@@ -1,0 +1,126 @@
+"""A task of whatever was trained: a PyTorch module, an estimator, regression results, or a task."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from upweight.errors import SpecError, UnsupportedModel, message
+from upweight.task.data import Data, as_data
+from upweight.task.losses import CrossEntropy
+from upweight.task.penalties import NoPenalty
+from upweight.task.task import Task, require_task, shifts_labels
+
+OWN_CLASSES = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForImageClassification",
+)
+"""Models of `transformers` that say by their name what they predict."""
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """What was trained, and on what."""
+
+    task: Task
+    train: Data
+    loss: Any
+    """As the user gave it; None where it was known."""
+
+
+def is_model(value: Any) -> bool:
+    """Whether it is what `opened` makes a task of, other than a task."""
+    is_fitted = hasattr(value, "get_params") and hasattr(value, "fit")
+    return isinstance(value, nn.Module) or is_fitted or _is_of_statsmodels(value)
+
+
+def _is_of_statsmodels(value: Any) -> bool:
+    return type(value).__module__.startswith("statsmodels.")
+
+
+def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Opened:
+    """A task and its training data.
+
+    Args:
+        model: A `torch.nn.Module`, a fitted scikit-learn estimator or Pipeline, statsmodels
+            results, or a `Task`.
+        train: The training set, as for `as_data`; for scikit-learn (X, y) or (X, y, sample_weight)
+            as given to `fit`; of statsmodels results None, or what they were fitted on.
+        loss: For a module: as for `Task`.
+        penalty: For a module: as for `Task`.
+
+    Raises:
+        SpecError: The loss is missing or said twice.
+        UnsupportedModel: There is no way to make a task of it.
+        UpweightError: From the adapter.
+    """
+    if isinstance(model, Task):
+        _require_alone(loss, penalty, "a Task has its loss and penalty")
+        return Opened(model, model.training(train), None)
+    if isinstance(model, nn.Module):
+        known = _own_loss(model) if loss is None else loss
+        if known is None:
+            raise SpecError(_no_loss(train))
+        task = Task(model, known, NoPenalty() if penalty is None else penalty)
+        return Opened(task, as_data(train), loss)
+    if _is_of_statsmodels(model):
+        import upweight.adapters.statsmodels as smx
+
+        _require_alone(loss, penalty, "statsmodels results know their likelihood")
+        task, own = smx.task(model)
+        return Opened(task, own if train is None else task.training(train), None)
+    if is_model(model):
+        import upweight.adapters.sklearn as sk
+
+        _require_alone(loss, penalty, "an estimator knows its objective")
+        if not isinstance(train, tuple | list) or len(train) not in (2, 3):
+            raise SpecError(
+                "The training data of an estimator are (X, y), or (X, y, sample_weight).",
+                f"a {type(train).__name__}.",
+                "X alone, or a Dataset.",
+                "attribute(estimator, (X, y), (X_test, y_test)), as they were given to fit.",
+            )
+        task, own = sk.task(model, *train)
+        return Opened(task, own, None)
+    require_task(model)
+    raise UnsupportedModel("unreachable")  # pragma: no cover
+
+
+def _require_alone(loss: Any, penalty: Any, why: str) -> None:
+    if loss is None and penalty is None:
+        return
+    name, given = ("loss", loss) if loss is not None else ("penalty", penalty)
+    raise SpecError(
+        "A loss and a penalty are said of a torch.nn.Module only.",
+        f"{name}={given!r}, where {why}.",
+        "an argument left from a network.",
+        f"leave {name}= out.",
+    )
+
+
+def _own_loss(model: nn.Module) -> Any:
+    """The loss of a model whose kind says it; that it is the model's own is checked at fit."""
+    if shifts_labels(model):
+        return CrossEntropy()
+    config = getattr(model, "config", None)
+    kind = getattr(config, "problem_type", None) or "single_label_classification"
+    labels = getattr(config, "num_labels", 0)
+    named = any(type(model).__name__.endswith(name) for name in OWN_CLASSES)
+    is_known = named and kind == "single_label_classification" and labels and labels > 1
+    return CrossEntropy() if is_known else None
+
+
+def _no_loss(train: Any) -> str:
+    targets = train[-1] if isinstance(train, tuple) and train else None
+    dtype = str(getattr(targets, "dtype", ""))
+    seen = f", with targets of {dtype}" if dtype else ""
+    return message(
+        "The loss that a network was trained with must be said: its scores are derivatives of "
+        "where that loss is least.",
+        f"no loss{seen}.",
+        "a module, which does not hold the loss that it was trained with.",
+        "attribute(model, train, queries, loss): nn.CrossEntropyLoss() for classes, "
+        "nn.BCEWithLogitsLoss() for yes or no, nn.MSELoss() for numbers, with the weights and the "
+        "smoothing of training; or any function (outputs, targets) -> [b].",
+    )

@@ -1,0 +1,328 @@
+"""Losses as users hold them: ours, those of `torch.nn` translated, or any function.
+
+    torch.nn                        ℓᵢ                                      ours
+    CrossEntropyLoss                −Σ_c t_c log softmax(f)_c               CrossEntropy(…)
+    NLLLoss                         the same of f that are log p            LogProbabilities(…)
+    BCEWithLogitsLoss               −w [q y log σ(f) + (1 − y) log σ(−f)]   Bernoulli(…)
+    MultiLabelSoftMarginLoss        the same, mean over classes             Bernoulli(…)
+    MSELoss                         (f − y)², with no ½                     2 · SquaredError()
+    L1Loss                          |f − y|                                 AbsoluteError()
+    HuberLoss(δ), SmoothL1Loss(β)   Huber; Huber with δ = β, over β         Huber(δ)
+    PoissonNLLLoss                  eᶠ − y f, + Stirling's term if full     Poisson(…)
+
+`reduction` says how losses became one number, which here is the affair of the objective: J is a
+mean over examples. What the reduction leaves of that is the loss of one example with several
+outputs: their mean for "mean" (but positions of classes are summed, see `reduction_note`), their
+sum otherwise.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+
+from upweight.errors import DataError, SpecError, UnsupportedModel
+from upweight.task.draws import Draws
+from upweight.task.losses import (
+    AbsoluteError,
+    Bernoulli,
+    CrossEntropy,
+    CustomLoss,
+    Huber,
+    Loss,
+    Poisson,
+    SquaredError,
+    Weighted,
+    residual,
+)
+
+NORMALIZED = 1e-2
+"""How far Σ_c e^f of log-probabilities may be from 1: rounding of half precision."""
+
+
+def as_loss(loss: Loss | Callable[[Tensor, Any], Tensor]) -> Loss:
+    """A loss from what the user holds: ours, one of `torch.nn`, or any `(outputs, targets) -> [b]`.
+
+    A loss of `torch.nn` has the values of its `reduction="none"`, one for each example; see
+    `translated`.
+
+    Raises:
+        SpecError: It is a name or a class, not a loss.
+        UnsupportedModel: It is a loss of `torch.nn` without a translation, with the way out.
+    """
+    if isinstance(loss, type) or not callable(loss):
+        raise SpecError(
+            "A loss is an object such as upweight.CrossEntropy() or torch.nn.CrossEntropyLoss(), "
+            "or a function (outputs, targets) -> [b].",
+            f"{loss!r}.",
+            "a class that was not called." if isinstance(loss, type) else "a name.",
+            "CrossEntropy(), Bernoulli(), SquaredError(), Poisson() or Weighted(...).",
+        )
+    if isinstance(loss, Loss):
+        return loss
+    kind = type(loss)
+    is_known = kind in TRANSLATIONS or kind in REFUSED
+    by_hand = kind in BY_HAND and getattr(loss, "reduction", "") != "none"
+    return translated(loss) if is_known or by_hand else CustomLoss(loss)
+
+
+def translated(loss: Any) -> Loss:
+    """One of ours with the values, derivatives and likelihood of a loss of `torch.nn`.
+
+    Raises:
+        UnsupportedModel: It has no translation, with the way out.
+    """
+    if type(loss) not in TRANSLATIONS:
+        given, cause, way_out = REFUSED.get(type(loss)) or (
+            f"which is not, and reduces over the batch by {loss.reduction!r}",
+            "a loss of pairs, ranks, distributions or paths.",
+            "write it for one example each: Task(model, loss=lambda outputs, targets: "
+            f"F.{BY_HAND[type(loss)]}(…, reduction='none').flatten(1).sum(1)).",
+        )
+        raise UnsupportedModel(
+            "A loss of torch.nn is translated where it is a function of logits, means or log-rates "
+            "and of targets.",
+            f"{loss!r}, {given}.",
+            cause,
+            way_out,
+        )
+    return TRANSLATIONS[type(loss)](loss)
+
+
+def reduction_note(given: Any, outputs: Tensor, targets: Any) -> str:
+    """What `reduction` of a loss of `torch.nn` means for J; empty where nothing needs to be said.
+
+    Args:
+        given: The loss as the user holds it.
+        outputs: Of a batch: they tell how many an example has.
+        targets: Of the same batch.
+    """
+    if not isinstance(given, _Loss) or type(given) not in TRANSLATIONS:
+        return ""
+    per_class = isinstance(given, nn.CrossEntropyLoss | nn.NLLLoss)
+    several = outputs.ndim > 2 if per_class else outputs[:1].numel() > 1
+    mean = "J here is the mean over the n examples"
+    if given.reduction == "sum":
+        return (
+            f"reduction='sum': {mean}, yours their sum; a weight decay λ beside it is L2(λ/b) for "
+            "batches of b examples"
+        )
+    if given.reduction == "none":
+        return f"reduction='none': an example's loss is the sum over its outputs; {mean}" * several
+    if per_class and several:
+        return (
+            f"reduction='mean' over positions: an example's loss is the sum over its positions; "
+            f"{mean}. Yours is that divided by the mean number of positions that count, so a "
+            "weight decay λ beside it is L2(λ × that number)"
+        )
+    if per_class and given.weight is not None:
+        return (
+            f"reduction='mean' with class weights: {mean}, yours that divided by the mean weight "
+            "of a label, so a weight decay λ beside it is L2(λ × that weight)"
+        )
+    if several and not isinstance(given, nn.MultiLabelSoftMarginLoss):
+        return f"reduction='mean': an example's loss is the mean over its outputs; {mean}"
+    return ""
+
+
+def draws_labels(loss: Loss) -> bool:
+    """Whether labels ŷ ~ p(· | f) can be drawn for a loss."""
+    if isinstance(loss, Weighted | Rescaled):
+        return draws_labels(loss.base)
+    kind = type(loss)
+    return kind.sample is not Loss.sample or kind.residual is not Loss.residual
+
+
+@dataclass(frozen=True)
+class Rescaled(Loss):
+    """ℓ = factor · base(f, y), divided by the number of outputs of an example where `mean` says so.
+
+    Λ is as many times that of the base, and the gradients of drawn labels are √ of that times those
+    of the base, so that E[δ δᵀ] = Λ stays true; log p(y | f) is that of the base.
+
+    Args:
+        base: ℓ without the factor.
+        factor: Above 0.
+        mean: Whether it is a mean over outputs.
+
+    Raises:
+        SpecError: The factor is not positive.
+    """
+
+    base: Loss
+    factor: float = 1.0
+    mean: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.factor < float("inf"):
+            raise SpecError(
+                "A loss is rescaled by a factor above 0.",
+                f"factor={self.factor!r}.",
+                "a sign, or a loss that was meant to be left out.",
+                "Rescaled(SquaredError(), 2.0) is the squared error without its ½.",
+            )
+
+    @property
+    def convex(self) -> bool:  # type: ignore[override]
+        return self.base.convex
+
+    def _scale(self, outputs: Tensor) -> float:
+        return self.factor / (outputs[0].numel() if self.mean and len(outputs) else 1)
+
+    def check(self, outputs: Tensor, targets: Any) -> None:
+        self.base.check(outputs, targets)
+
+    def ambiguity(self, outputs: Tensor, targets: Any) -> str | None:
+        return self.base.ambiguity(outputs, targets)
+
+    def __call__(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
+        return self.base(outputs, targets) * self._scale(outputs)
+
+    def gradient(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c"]:
+        return self.base.gradient(outputs, targets) * self._scale(outputs)
+
+    def hessian(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c c"]:
+        return self.base.hessian(outputs, targets) * self._scale(outputs)
+
+    def log_prob(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
+        return self.base.log_prob(outputs, targets)
+
+    def margin(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
+        return self.base.margin(outputs, targets)
+
+    def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Any:
+        return self.base.sample(outputs, targets, generator)
+
+    def residual(self, outputs: Tensor, targets: Any, draws: Draws) -> Tensor:
+        return residual(self.base, outputs, targets, draws) * self._scale(outputs) ** 0.5
+
+
+@dataclass(frozen=True)
+class LogProbabilities(CrossEntropy):
+    """ℓ = −f[y] of outputs that are log-probabilities: those of a model that ends in log softmax.
+
+    log softmax leaves log-probabilities as they are, so this is `CrossEntropy`, the same function
+    of θ. Its Λ is that of logits, diag(p) − p pᵀ, with which JᵀΛJ is the GGN in the logits; −f[y]
+    itself is linear in f and has none.
+
+    Raises:
+        DataError: The outputs of an example are no log-probabilities.
+    """
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        super().check(outputs, targets)
+        sums = self._last(outputs).double().logsumexp(dim=-1)
+        low, high = float(sums.min()), float(sums.max())
+        if max(-low, high) > NORMALIZED:
+            raise DataError(
+                "NLLLoss needs outputs that are log-probabilities: Σ_c e^f_c = 1.",
+                f"outputs with log Σ_c e^f_c from {low:.3g} to {high:.3g}.",
+                "a model that returns logits, or probabilities.",
+                "use CrossEntropyLoss() for logits; for probabilities take the logarithm on the "
+                "way: Task(..., forward=lambda model, batch: (model(batch[0]).log(), batch[1])).",
+            )
+
+
+def _row(weights: Tensor | None, loss: Any) -> tuple[float, ...] | None:
+    """Weights of classes or outputs as a tuple."""
+    if weights is None:
+        return None
+    if weights.ndim > 1:
+        raise UnsupportedModel(
+            "Weights of a loss are one number, or one for each output on the last axis.",
+            f"{loss!r} with weights of shape {tuple(weights.shape)}.",
+            "a weight for each example of a batch, which has no place in a data set.",
+            "give each example its weight beside its target: Task(model, Weighted(Bernoulli())) "
+            "with data (X, (y, v)).",
+        )
+    return tuple(weights.flatten().tolist())
+
+
+def _of_classes(kind: type[CrossEntropy]) -> Callable[[Any], Loss]:
+    def translate(loss: Any) -> Loss:
+        smoothing = float(getattr(loss, "label_smoothing", 0.0))
+        return kind(loss.ignore_index, 1, _row(loss.weight, loss), smoothing)
+
+    return translate
+
+
+def _of_answers(loss: Any) -> Loss:
+    pos_weight = getattr(loss, "pos_weight", None)
+    return Bernoulli(_row(loss.weight, loss), _row(pos_weight, loss))
+
+
+def _scaled(base: Loss, factor: float, mean: bool) -> Loss:
+    return Rescaled(base, factor, mean) if mean or factor != 1 else base
+
+
+def _poisson(loss: nn.PoissonNLLLoss) -> Loss:
+    if not loss.log_input:
+        raise UnsupportedModel(
+            "A Poisson loss is translated for outputs that are logarithms of the rate.",
+            f"{loss!r} with log_input=False.",
+            "a model that ends in exp or softplus and returns the rate itself.",
+            "take the logarithm on the way: Task(model, upweight.Poisson(), forward=lambda model, "
+            "batch: (model(batch[0]).log(), batch[1])); it is the same function of θ, up to eps.",
+        )
+    return Poisson(full=loss.full)
+
+
+def _smooth(loss: nn.SmoothL1Loss) -> Loss:
+    mean = _averages(loss)
+    if loss.beta == 0:
+        return _scaled(AbsoluteError(), 1.0, mean)
+    return _scaled(Huber(loss.beta), 1.0 / loss.beta, mean)
+
+
+def _averages(loss: Any) -> bool:
+    return loss.reduction == "mean"
+
+
+TRANSLATIONS: dict[type, Callable[[Any], Loss]] = {
+    nn.CrossEntropyLoss: _of_classes(CrossEntropy),
+    nn.NLLLoss: _of_classes(LogProbabilities),
+    nn.BCEWithLogitsLoss: lambda loss: _scaled(_of_answers(loss), 1.0, _averages(loss)),
+    nn.MultiLabelSoftMarginLoss: lambda loss: _scaled(_of_answers(loss), 1.0, True),
+    nn.MSELoss: lambda loss: _scaled(SquaredError(), 2.0, _averages(loss)),
+    nn.L1Loss: lambda loss: _scaled(AbsoluteError(), 1.0, _averages(loss)),
+    nn.HuberLoss: lambda loss: _scaled(Huber(loss.delta), 1.0, _averages(loss)),
+    nn.SmoothL1Loss: _smooth,
+    nn.PoissonNLLLoss: lambda loss: _scaled(_poisson(loss), 1.0, _averages(loss)),
+}
+"""What is made of each loss of `torch.nn`; of exactly that class, since a subclass may differ."""
+
+REFUSED: dict[type, tuple[str, str, str]] = {
+    nn.BCELoss: (
+        "whose outputs are probabilities",
+        "a model that ends in a sigmoid, which saturates: no curvature is left of an example "
+        "whose probability is rounded to 1.",
+        "leave the sigmoid out and use BCEWithLogitsLoss(), or undo it: Task(model, "
+        "upweight.Bernoulli(), forward=lambda model, batch: (model(batch[0]).logit(), batch[1])).",
+    ),
+    nn.GaussianNLLLoss: (
+        "which takes a variance beside the outputs",
+        "a model that returns a mean and a variance.",
+        "put both on one axis and write the loss: Task(model, loss=lambda f, y: "
+        "F.gaussian_nll_loss(f[..., 0], y, f[..., 1], reduction='none').flatten(1).sum(1), "
+        "forward=lambda model, batch: (torch.stack(model(batch[0]), dim=-1), batch[1])); with a "
+        "constant variance it is MSELoss().",
+    ),
+}
+"""What each loss that is always refused is, why, and the way out."""
+
+BY_HAND: dict[type, str] = {
+    nn.KLDivLoss: "kl_div",
+    nn.CTCLoss: "ctc_loss",
+    nn.SoftMarginLoss: "soft_margin_loss",
+    nn.MultiMarginLoss: "multi_margin_loss",
+    nn.MultiLabelMarginLoss: "multilabel_margin_loss",
+    nn.HingeEmbeddingLoss: "hinge_embedding_loss",
+    nn.CosineEmbeddingLoss: "cosine_embedding_loss",
+    nn.MarginRankingLoss: "margin_ranking_loss",
+    nn.TripletMarginLoss: "triplet_margin_loss",
+}
+"""Those that are taken as plain functions with reduction="none", and their functional names."""

@@ -1,0 +1,312 @@
+"""The front door: any trained model in, scores out, with the method chosen and said."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import upweight as uw
+from tests.market import draw, labels
+from upweight.errors import NotPositiveDefinite, SpecError, UnsupportedModel
+from upweight.front.facts import facts_of, resolved
+from upweight.front.fidelity import fidelity_of
+from upweight.front.opened import opened
+from upweight.task.data import as_data
+
+N = 40
+
+
+def g(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+X, Y = draw(g(0), N, 4), labels(g(1), N, 3)
+TRAIN, QUERIES = (X, Y), (X[:5] + 0.1, Y[:5])
+SMOOTH = nn.CrossEntropyLoss(label_smoothing=0.1)
+
+
+def network(dtype=torch.float64):
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype).eval()
+
+
+def fitted_linear(penalty=0.1):
+    """Softmax regression at its minimum."""
+    model = nn.Linear(4, 3).double()
+    task = uw.Task(model, SMOOTH, uw.L2(penalty) if penalty else None)
+    return uw.training.Newton().prepare(task, as_data(TRAIN)), task
+
+
+def trained(penalty=0.1):
+    trainer, task = fitted_linear(penalty)
+    theta = trainer(torch.ones(1, N).double()).theta[0]
+    return task.moved_to(theta).model
+
+
+def test_a_linear_model_has_the_exact_scores(capsys):
+    model = trained()
+    scores = uw.attribute(model, TRAIN, QUERIES, SMOOTH, penalty=uw.L2(0.1))
+    line = capsys.readouterr().err
+    assert line.startswith("upweight: chose Influence(") and line.count("\n") == 1
+    assert line.removeprefix("upweight: ").strip() in scores.provenance.notes
+    # By hand: −(1/n) ∇mᵀ H⁻¹ g, all by autograd.
+    task = uw.Task(model, SMOOTH, uw.L2(0.1))
+    theta, ones = task.theta(), torch.ones(N).double()
+
+    def gradients(data):
+        rows = [
+            torch.func.grad(lambda t, i=i: SMOOTH(*_out(task, t, data, i)))(theta)
+            for i in range(len(data[0]))
+        ]
+        return torch.stack(rows)
+
+    H = torch.func.jacrev(torch.func.jacrev(lambda t: task.objective(t, TRAIN, ones)))(theta)
+    expected = -gradients(QUERIES) @ torch.linalg.solve(H, gradients(TRAIN).T) / N
+    assert_close(scores.values, expected, rtol=1e-8, atol=1e-10)
+
+
+def _out(task, theta, data, i):
+    return task.outputs(theta, (data[0][i : i + 1], data[1][i : i + 1]))
+
+
+def test_a_singular_hessian_is_damped_slightly_and_that_is_said(capsys):
+    """Without a penalty the classes' biases shift together; least-norm scores are the truth."""
+    rows = draw(g(5), 200, 4)
+    y = (rows[:, :3] + 2 * draw(g(6), 200, 3)).argmax(dim=1)
+    task = uw.Task(nn.Linear(4, 3).double(), uw.CrossEntropy(), uw.L2(1e-10))
+    theta = uw.training.Newton().prepare(task, as_data((rows, y)))(torch.ones(1, 200).double())
+    model = task.moved_to(theta.theta[0]).model
+    scores = uw.attribute(model, (rows, y), (rows[:3], y[:3]), nn.CrossEntropyLoss())
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "singular" in lines[1]
+    plain = uw.Task(model, uw.CrossEntropy())
+    exact = uw.Influence(solver=uw.solvers.MINRES(rtol=1e-10)).fit(plain, (rows, y))
+    truth = exact.attribute((rows[:3], y[:3])).values
+    assert float((scores.values - truth).norm() / truth.norm()) < 1e-3
+    with pytest.raises(NotPositiveDefinite):  # a method that was given is taken at its word
+        uw.attribute(plain, (rows, y), (rows[:3], y[:3]), method=uw.Influence())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_networks_answer_within_seconds_and_never_by_their_hessian(dtype, capsys):
+    image = nn.Sequential(
+        nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(3, 3)
+    ).to(dtype).eval()  # fmt: skip
+    pictures = X.reshape(N, 1, 2, 2).to(dtype)
+    for model, inputs in ((network(dtype), X.to(dtype)), (image, pictures)):
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        scores = uw.attribute(model, (inputs, Y), (inputs[:5], Y[:5]), SMOOTH, budget="1 min")
+        assert scores.values.shape == (5, N) and scores.values.dtype == dtype
+        assert "Hessian" not in scores.provenance.method and "GGN" in scores.provenance.method
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+        quick = uw.attribute(model, (inputs, Y), (inputs[:5], Y[:5]), SMOOTH, budget=1e-6)
+        assert "EKFAC" in quick.provenance.method
+    assert "nothing ends within" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", [nn.L1Loss(), nn.HuberLoss(), nn.MSELoss(reduction="sum")])
+def test_regressions_by_networks(loss):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double().eval()
+    targets = draw(g(3), N, 2)
+    scores = uw.attribute(model, (X, targets), (X[:2], targets[:2]), loss)
+    assert bool(scores.values.isfinite().all())
+    assert isinstance(loss, nn.L1Loss) == ("EKFAC" in scores.provenance.method)
+    said = [note for note in scores.provenance.notes if note.startswith("reduction=")]
+    assert len(said) == 1
+
+
+def test_a_function_of_the_users_own_needs_no_likelihood():
+    def cubed(f, y):
+        return (f[:, 0] - y).abs() ** 3
+
+    scores = uw.attribute(network(), (X, X[:, 0]), (X[:3], X[:3, 0]), cubed)
+    assert "Observed" in scores.provenance.method
+    scores = uw.attribute(network(), TRAIN, QUERIES, uw.CrossEntropy(), into=uw.Top(3))
+    assert scores.top(query=1).query == 1
+    assert "chose" in scores.provenance.notes[0]
+
+
+def test_a_recipe_chooses_the_damping_of_its_training(capsys):
+    recipe = uw.Training(network, uw.SGD(lr=0.1, momentum=0.9), epochs=4, batch=10, seed=0)
+    task = uw.Task(network(), uw.CrossEntropy())
+    model = recipe.trained(task, TRAIN)
+    lam = (1 - 0.9) / (16 * 0.1)
+    assert resolved(recipe, N) == pytest.approx(lam, rel=1e-12)
+    scores = uw.attribute(
+        model, TRAIN, (X[:1], Y[:1]), uw.CrossEntropy(), recipe=recipe, budget="1 min"
+    )
+    assert "GGN" in scores.provenance.method and "CG(" in scores.provenance.method
+    assert scores.provenance.health["damping"] == pytest.approx(lam, rel=1e-9)
+    exact = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), lam)
+    truth = exact.fit(uw.Task(model, uw.CrossEntropy()), TRAIN).attribute((X[:1], Y[:1])).values
+    assert float((scores.values - truth).norm() / truth.norm()) < 3e-2  # its rtol is 1e-2
+    history = recipe.trajectory(task, TRAIN)
+    facts = facts_of(task, as_data(TRAIN), 5, trajectory=history)
+    assert facts.trajectory and facts.resolved == pytest.approx(lam)
+    for other in (uw.Training(None, uw.SGD()), uw.Training(network, uw.Adam()), None, lambda w: w):
+        assert resolved(other, N) is None
+
+
+def test_scikit_learn_and_statsmodels():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    pipeline = pytest.importorskip("sklearn.pipeline")
+    scaler = pytest.importorskip("sklearn.preprocessing").StandardScaler()
+    sm = pytest.importorskip("statsmodels.api")
+    import upweight.adapters.sklearn as sk
+    import upweight.adapters.statsmodels as smx
+
+    rows, words = 3 * X.numpy() + 1, np.array(["a", "b"])[(Y > 0).int().numpy()]
+    model = pipeline.make_pipeline(scaler, linear_model.LogisticRegression(tol=1e-10))
+    model.fit(rows, words)
+    scores = uw.attribute(model, (rows, words), rows[:3])
+    task, train = sk.task(model, rows, words)
+    expected = uw.Influence().fit(task, train).attribute(rows[:3])
+    assert_close(scores.values, expected.values, rtol=1e-9, atol=1e-12)
+    weighted = linear_model.Ridge().fit(rows, X[:, 0].numpy(), sample_weight=np.arange(N))
+    uw.attribute(weighted, (rows, X[:, 0].numpy(), np.arange(N)), (rows[:2], X[:2, 0].numpy()))
+
+    exog = sm.add_constant(X[:, :2].numpy())
+    yes = (X[:, 0] + draw(g(4), N) > 0).double().numpy()
+    for fit in (sm.OLS(X[:, 3].numpy(), exog).fit(), sm.Logit(yes, exog).fit(disp=0, tol=1e-12)):
+        asked = (exog[:3], fit.model.endog[:3])
+        scores = uw.attribute(fit, None, asked)
+        again = uw.attribute(fit, (exog, fit.model.endog), asked)
+        task, train = smx.task(fit)
+        expected = uw.Influence().fit(task, train).attribute(asked)
+        assert_close(scores.values, expected.values, rtol=1e-9, atol=1e-12)
+        assert torch.equal(scores.values, again.values)
+    with pytest.raises(SpecError, match="sample_weight"):
+        uw.attribute(model, rows, rows[:3])
+    with pytest.raises(SpecError, match="an estimator knows its objective"):
+        uw.attribute(model, (rows, words), rows[:3], nn.CrossEntropyLoss())
+    tree = pytest.importorskip("sklearn.tree").DecisionTreeClassifier().fit(rows, words)
+    with pytest.raises(UnsupportedModel, match="no translation"):
+        uw.attribute(tree, (rows, words), rows[:3])
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "words"),
+    [
+        (lambda: uw.attribute(network(), TRAIN, QUERIES), SpecError, r"targets of torch\.int64"),
+        (lambda: uw.attribute("model", TRAIN, QUERIES), UnsupportedModel, "type str"),
+        (
+            lambda: uw.attribute(uw.Task(network(), SMOOTH), TRAIN, QUERIES, SMOOTH),
+            SpecError,
+            "a Task has its loss",
+        ),
+        (
+            lambda: uw.attribute(network(), TRAIN, QUERIES, SMOOTH, method="ekfac"),
+            SpecError,
+            "A method is an object",
+        ),
+        (
+            lambda: uw.attribute(network(), TRAIN, QUERIES, SMOOTH, budget="soon"),
+            SpecError,
+            "A budget is a time",
+        ),
+        (
+            lambda: uw.plan(network(), TRAIN, None, SMOOTH, measure=uw.Coefficient(0)),
+            SpecError,
+            "single queries",
+        ),
+        (
+            lambda: uw.attribute(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double().train(),
+                                 TRAIN, QUERIES, SMOOTH),
+            RuntimeError,
+            r"model\.eval\(\)",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_answered_has_a_way_out(ask, error, words):
+    with pytest.raises(error, match=words) as caught:
+        ask()
+    assert "Way out" in str(caught.value)
+
+
+def test_models_of_transformers_that_say_what_they_predict():
+    class TinyForSequenceClassification(nn.Module):
+        def __init__(self, **config):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.config = type("Config", (), config)()
+
+    for config, known in (
+        ({"num_labels": 3}, True),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, False),
+        ({"num_labels": 1}, False),
+    ):
+        model = TinyForSequenceClassification(**config)
+        if known:
+            assert opened(model, TRAIN).task.loss == uw.CrossEntropy()
+        else:
+            with pytest.raises(SpecError, match="must be said"):
+                opened(model, TRAIN)
+
+
+def test_a_functional_needs_no_queries():
+    model = trained()
+    found = uw.attribute(
+        model, TRAIN, None, SMOOTH, penalty=uw.L2(0.1), measure=uw.Coefficient("weight[0, 0]")
+    )
+    assert found.values.shape == (1, N)
+
+
+def test_one_example_duplicates_frozen_layers_and_tied_weights():
+    model = network()
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    scores = uw.attribute(model, TRAIN, QUERIES, SMOOTH, penalty=uw.L2(0.1))
+    assert scores.provenance.p == 21 and "Hessian" in scores.provenance.method
+    twice = torch.cat([X, X[:1]]), torch.cat([Y, Y[:1]])
+    scores = uw.attribute(network(), twice, QUERIES, SMOOTH)
+    assert_close(scores.values[:, 0], scores.values[:, -1], rtol=1e-8, atol=1e-12)
+    one = uw.attribute(network(), (X[:1], Y[:1]), (X[:1], Y[:1]), SMOOTH)
+    assert one.values.shape == (1, 1)
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    tied[2].weight = tied[0].weight
+    assert uw.attribute(tied, TRAIN, QUERIES, SMOOTH).values.shape == (5, N)
+
+
+def test_a_plan_says_what_and_how_long_and_how_good(capsys):
+    model = network()
+    plan = uw.plan(model, TRAIN, QUERIES, SMOOTH)
+    assert plan.seconds > 0 and plan.epochs > 0 and plan.bytes > 0
+    shown = str(plan)
+    assert "chose Influence(GGN()" in shown and "plain epochs" in shown and "LDS" in shown
+    assert shown == repr(plan) and capsys.readouterr().err == ""
+    assert plan.fidelity == fidelity_of("upweight GGN") and len(plan.fidelity) > 1
+    scores = uw.attribute(model, TRAIN, QUERIES, SMOOTH, method=plan.method)
+    chosen = uw.attribute(model, TRAIN, QUERIES, SMOOTH)
+    assert_close(scores.values, chosen.values)
+    given = uw.plan(model, TRAIN, QUERIES, SMOOTH, method=uw.GradientDot())
+    assert "not measured" in str(given) and given.fidelity == ()
+
+
+def test_the_table_that_is_quoted_is_that_of_the_benchmark():
+    import importlib.util
+    import json
+    from pathlib import Path
+
+    folder = Path(__file__).parents[2] / "benchmarks"
+    spec = importlib.util.spec_from_file_location("fidelity_table", folder / "fidelity_table.py")
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    results = json.loads(table.RESULTS.read_text())
+    assert table.TABLE.read_text() == table.text(results)
+    from upweight.front.choice import ROWS
+
+    for row in ROWS:
+        found = fidelity_of(row.measured_as)
+        assert bool(found) == bool(row.measured_as)
+    first = {each.task: each for each in fidelity_of("upweight EK-FAC")}["digits-mlp"]
+    truth = results["tasks"]["digits-mlp"]["methods"]["upweight EK-FAC"]["subsets-0.5"]["loss"]
+    assert first.lds[0] == pytest.approx(truth["lds"][0], abs=5e-4)
+    assert first.ceiling[0] == pytest.approx(truth["ceiling"][0], abs=5e-4)
+
+
+def test_notes_do_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        uw.attribute(trained(), TRAIN, QUERIES, SMOOTH, penalty=uw.L2(0.1))

@@ -1,0 +1,88 @@
+"""What is chosen from what is known: a pure function over a table."""
+
+from dataclasses import replace
+
+import pytest
+
+import upweight as uw
+from upweight.cli.spec import parse
+from upweight.curvature.hessian import Hessian
+from upweight.errors import UnsupportedModel
+from upweight.front.choice import ROWS, Facts, choose, in_short
+from upweight.linalg.minres import MINRES
+from upweight.linalg.solve import Auto
+
+LINEAR = Facts(
+    parameters=650, outputs=10, examples=1500, queries=100, linear=True, convex=True,
+    epoch_seconds=0.005,
+)  # fmt: skip
+SMALL = replace(LINEAR, parameters=1_000, linear=False)
+NETWORK = replace(LINEAR, parameters=2_000_000, examples=50_000, linear=False, epoch_seconds=20.0)
+
+
+@pytest.mark.parametrize(
+    ("facts", "name"),
+    [
+        (LINEAR, "exact Hessian"),
+        (replace(LINEAR, failed=("exact Hessian",)), "exact Hessian, slightly damped"),
+        (replace(LINEAR, parameters=60_000, queries=1, examples=500), "exact Hessian by CG"),
+        (replace(LINEAR, memory_bytes=10**6, queries=1), "exact Hessian by CG"),
+        (
+            replace(LINEAR, memory_bytes=10**6, queries=1, failed=("exact Hessian by CG",)),
+            "exact Hessian by CG, damped",
+        ),
+        (replace(LINEAR, convex=False, likelihood=False), "EK-FAC of the data's labels"),
+        (replace(LINEAR, curved=False), "EK-FAC"),
+        (SMALL, "GGN"),
+        (replace(SMALL, budget_seconds=1.0), "EK-FAC"),
+        (replace(SMALL, likelihood=False, parameters=10**6), "EK-FAC in expectation"),
+        (replace(SMALL, likelihood=False, parameters=10**6, outputs=500), "EK-FAC of the data's"),
+        (replace(SMALL, resolved=1e-3, queries=5), "GGN by CG, λ of training"),
+        (replace(SMALL, resolved=1e-3, queries=5_000), "EK-FAC, λ of training"),
+        (replace(SMALL, resolved=1e-3, queries=5_000, budget_seconds=1e4), "GGN by CG, λ of tr"),
+        (NETWORK, "EK-FAC"),
+    ],
+)
+def test_the_table(facts, name):
+    assert choose(facts).name.startswith(name)
+    assert choose(facts) == choose(facts)
+
+
+def test_a_network_is_never_given_its_hessian_whatever_is_known_of_it():
+    for p in (10, 1_000, 10**5, 10**8):
+        for budget in (0.1, 10.0, 1e9):
+            for resolved in (None, 1e-3):
+                for convex in (True, False):
+                    facts = replace(
+                        SMALL, parameters=p, budget_seconds=budget, resolved=resolved, convex=convex
+                    )
+                    method = choose(facts).method
+                    assert not isinstance(method.curvature, Hessian)
+                    assert not isinstance(method.solver, MINRES)
+                    is_by_layer = isinstance(method.curvature, uw.EKFAC)
+                    assert is_by_layer or not isinstance(method.solver, Auto)
+                    assert float(getattr(method.damping, "factor", 1.0)) > 0
+
+
+def test_what_takes_longer_than_the_budget_is_said():
+    choice = choose(replace(NETWORK, budget_seconds=1.0))
+    assert choice.name == "EK-FAC" and "nothing ends within 1 s" in str(choice)
+
+
+def test_what_failed_is_not_tried_again_and_is_said():
+    failed = []
+    facts = replace(SMALL, resolved=1e-3, queries=5)
+    for _ in range(5):
+        choice = choose(replace(facts, failed=tuple(failed)))
+        assert choice.name not in failed and all(name in choice.why for name in failed)
+        failed.append(choice.name)
+    with pytest.raises(UnsupportedModel, match=f"(?s){failed[0]}.*Way out"):
+        choose(replace(facts, failed=tuple(failed)))
+
+
+def test_every_row_has_a_method_that_is_read_back():
+    for row in ROWS:
+        method = row.method(replace(SMALL, resolved=1e-3))
+        assert parse(in_short(method)) == method == parse(repr(method))
+    method = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1))
+    assert in_short(method) == "Influence(EKFAC(), damping=Relative(0.1))"

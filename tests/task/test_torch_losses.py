@@ -1,0 +1,258 @@
+"""Losses of torch.nn, translated: values, gradients and curvatures are PyTorch's own."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import jacrev
+from torch.testing import assert_close
+
+import upweight as uw
+from tests.market import draw, labels
+from upweight.cli.spec import parse
+from upweight.errors import DataError, ShapeError, SpecError, UnsupportedModel
+from upweight.task.draws import Draws
+from upweight.task.losses import CustomLoss, Loss
+from upweight.task.torch_losses import Rescaled, as_loss, draws_labels, reduction_note
+
+
+def hessian(f):
+    return jacrev(jacrev(f))
+
+
+def g(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+F3, Y3 = 2 * draw(g(0), 6, 3), labels(g(1), 6, 3)
+IGNORED = torch.where(torch.arange(6) == 2, -100, Y3)
+SOFT = draw(g(2), 6, 3).softmax(dim=1)
+IMAGES, PIXELS = draw(g(3), 4, 3, 5), labels(g(4), 20, 3).reshape(4, 5)
+F2 = 2 * draw(g(5), 6, 2)
+YES = labels(g(6), 12, 2).double().reshape(6, 2)
+Y2 = F2 + 1.5 * draw(g(7), 6, 2)  # on both sides of every δ
+COUNTS = torch.poisson(2 * torch.ones(6, 2).double(), generator=g(8))
+W3 = torch.tensor([0.5, 2.0, 1.2]).double()
+W2 = torch.tensor([0.3, 1.7]).double()
+
+
+CASES = {
+    "classes": (nn.CrossEntropyLoss, {}, F3, Y3),
+    "ignored": (nn.CrossEntropyLoss, {}, F3, IGNORED),
+    "class weights": (nn.CrossEntropyLoss, {"weight": W3, "ignore_index": 1}, F3, Y3),
+    "smoothing": (nn.CrossEntropyLoss, {"label_smoothing": 0.1}, F3, IGNORED),
+    "both": (nn.CrossEntropyLoss, {"weight": W3, "label_smoothing": 0.3}, F3, IGNORED),
+    "soft": (nn.CrossEntropyLoss, {"weight": W3, "label_smoothing": 0.3}, F3, SOFT),
+    "images": (nn.CrossEntropyLoss, {"weight": W3, "label_smoothing": 0.1}, IMAGES, PIXELS),
+    "yes or no": (nn.BCEWithLogitsLoss, {}, F2, YES),
+    "weighted yes": (nn.BCEWithLogitsLoss, {"weight": W2, "pos_weight": 3 * W2}, F2, YES),
+    "one logit": (nn.BCEWithLogitsLoss, {"pos_weight": W2[:1]}, F2[:, 0], YES[:, 0]),
+    "multilabel": (nn.MultiLabelSoftMarginLoss, {"weight": W2}, F2, YES),
+    "squares": (nn.MSELoss, {}, F2, Y2),
+    "absolute": (nn.L1Loss, {}, F2, Y2),
+    "huber": (nn.HuberLoss, {"delta": 0.7}, F2, Y2),
+    "smooth": (nn.SmoothL1Loss, {"beta": 0.4}, F2, Y2),
+    "smooth of 0": (nn.SmoothL1Loss, {"beta": 0.0}, F2, Y2),
+    "poisson": (nn.PoissonNLLLoss, {}, F2, COUNTS),
+    "poisson, full": (nn.PoissonNLLLoss, {"full": True}, F2, COUNTS),
+}
+OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
+
+
+def per_example(kind, options, reduction):
+    """ℓ of each example as PyTorch has it, one at a time."""
+    loss = kind(**options, reduction="none")
+
+    def one(f, y):
+        values = loss(f[None], y[None])
+        # Of classes the positions are summed; other losses are a mean over outputs where asked.
+        is_mean = reduction == "mean" and kind not in OF_CLASSES
+        return values.mean() if is_mean else values.sum()
+
+    return one
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("name", CASES)
+def test_values_gradients_and_curvatures_are_those_of_pytorch(name, reduction):
+    kind, options, f, y = CASES[name]
+    ours, one = as_loss(kind(**options, reduction=reduction)), per_example(kind, options, reduction)
+    ours.check(f, y)
+    rows = [(one(a, b), jacrev(one)(a, b), hessian(one)(a, b)) for a, b in zip(f, y, strict=True)]
+    value, gradient, curvature = (torch.stack(column) for column in zip(*rows, strict=True))
+    assert_close(ours(f, y), value, rtol=1e-12, atol=1e-12)
+    assert_close(ours.gradient(f, y), gradient.reshape(len(f), -1), rtol=1e-10, atol=1e-12)
+    c = f[0].numel()
+    assert_close(ours.hessian(f, y), curvature.reshape(-1, c, c), rtol=1e-10, atol=1e-12)
+    assert ours.convex and parse(repr(ours)) == ours
+    task = uw.Task(nn.Linear(2, 2), kind(**options, reduction=reduction))
+    assert task.loss == ours
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_drawn_labels_have_the_curvature_as_their_second_moment(name):
+    """E[δ δᵀ] over ŷ ~ p is Λ; of the absolute error, whose Λ is 0, the Fisher information 1."""
+    kind, options, f, y = CASES[name]
+    ours = as_loss(kind(**options, reduction="mean"))
+    some = int(ours.hessian(f, y).flatten(1).any(dim=1).int().argmax())  # which counts
+    f, y, count = f[some : some + 1], y[some : some + 1], 4000
+    many, repeated = (x.expand(count, *x.shape[1:]) for x in (f, y))
+    deltas = ours.residual(many, repeated, Draws.of(0, 0, torch.arange(count))).reshape(count, -1)
+    outer = deltas[:, :, None] * deltas[:, None, :]
+    if ours.hessian(f, y).any():
+        # Λ of location families varies with y: its mean over ŷ is what is meant.
+        base = ours.base if isinstance(ours, Rescaled) else ours
+        if isinstance(base, uw.Huber):
+            drawn = base.sample(many, repeated, g(11))
+            expected = ours.hessian(many, drawn).mean(dim=0)
+        else:
+            expected = ours.hessian(f, y)[0]
+    else:
+        expected = torch.eye(deltas.shape[1]).double() / f[0].numel()
+    error = outer.std(dim=0) / count**0.5
+    assert bool(((outer.mean(dim=0) - expected).abs() <= 4 * error + 0.05 * expected.abs()).all())
+    assert draws_labels(ours)
+
+
+def test_samples_of_huber_and_laplace_follow_their_densities():
+    f = torch.zeros(20_000, 1).double()
+    for loss, density in (
+        (uw.Huber(0.7), lambda r: torch.exp(-uw.Huber(0.7)(r[:, None], torch.zeros(len(r), 1)))),
+        (uw.AbsoluteError(), lambda r: torch.exp(-r.abs())),
+    ):
+        drawn = loss.sample(f, f, g(3))[:, 0]
+        grid = torch.linspace(-40, 40, 80_001).double()
+        cdf = density(grid).cumsum(0)
+        cdf /= cdf[-1].clone()
+        for at in (-2.0, -0.6, 0.0, 0.3, 1.5):
+            p = float(cdf[(grid <= at).sum() - 1])
+            assert abs(float((drawn <= at).double().mean()) - p) < 4 * (p * (1 - p) / 20_000) ** 0.5
+        assert_close(loss.sample(f, f, g(3)), loss.sample(f, f, g(3)), rtol=0, atol=0)
+
+
+def test_log_probabilities_are_cross_entropy_of_the_logits():
+    weights = {"weight": W3, "ignore_index": 1}
+    ours = as_loss(nn.NLLLoss(**weights))
+    theirs = nn.NLLLoss(**weights, reduction="none")
+    log_p = F3.log_softmax(dim=1)
+    ours.check(log_p, Y3)
+    assert_close(ours(log_p, Y3), theirs(log_p, Y3), rtol=1e-12, atol=1e-12)
+
+    def one(f, y, loss):  # as a function of the logits, which the model's last layer hides
+        return loss(f.log_softmax(dim=0)[None], y[None])[0]
+
+    for f, y in zip(F3, Y3, strict=True):
+        for derivative in (jacrev, hessian):
+            found, expected = (derivative(one)(f, y, loss) for loss in (ours, theirs))
+            assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    curvature = uw.CrossEntropy(weight=tuple(W3.tolist()), ignore_index=1).hessian(F3, Y3)
+    assert_close(ours.hessian(log_p, Y3), curvature, rtol=1e-12, atol=1e-12)
+    assert parse(repr(ours)) == ours
+    with pytest.raises(DataError, match="log-probabilities"):
+        ours.check(F3, Y3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "way_out"),
+    [
+        (nn.BCELoss(), "BCEWithLogitsLoss"),
+        (nn.BCELoss(reduction="none"), r"\.logit\(\)"),
+        (nn.GaussianNLLLoss(), "gaussian_nll_loss"),
+        (nn.PoissonNLLLoss(log_input=False), r"\.log\(\)"),
+        (nn.KLDivLoss(), "F.kl_div"),
+        (nn.CTCLoss(reduction="sum"), "F.ctc_loss"),
+        (nn.BCEWithLogitsLoss(weight=torch.ones(3, 2)), "Weighted"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else "",
+)
+def test_what_has_no_translation_is_refused_with_a_way_out(loss, way_out):
+    with pytest.raises(UnsupportedModel, match=way_out):
+        uw.Task(nn.Linear(2, 2), loss)
+
+
+def test_the_ways_out_of_probabilities_rates_and_variances_are_the_same_functions():
+    x, y = draw(g(1), 5, 2), YES[:5]
+    inner = nn.Linear(2, 2).double()
+    sigmoid = nn.Sequential(inner, nn.Sigmoid())
+    way = uw.Task(sigmoid, uw.Bernoulli(), forward=lambda m, b: (m(b[0]).logit(), b[1]))
+    theirs = nn.BCELoss(reduction="none")(sigmoid(x), y).sum(dim=1)
+    assert_close(way.losses(way.theta(), (x, y)), theirs, rtol=1e-10, atol=1e-12)
+    rate = lambda m, b: (m(b[0]).exp().log(), b[1])  # noqa: E731
+    way = uw.Task(inner, uw.Poisson(), forward=rate)
+    own = nn.PoissonNLLLoss(log_input=False, reduction="none")(inner(x).exp(), y).sum(dim=1)
+    assert_close(way.losses(way.theta(), (x, y)), own, rtol=1e-6, atol=1e-6)
+
+
+def test_subclasses_and_unreduced_losses_without_a_translation_stay_functions():
+    class Mine(nn.CrossEntropyLoss):
+        def forward(self, f, y):
+            return 2 * super().forward(f, y)
+
+    mine = as_loss(Mine(reduction="none"))
+    assert isinstance(mine, CustomLoss)
+    theirs = nn.CrossEntropyLoss(reduction="none")(F3, Y3)
+    assert_close(mine(F3, Y3), 2 * theirs)
+    assert isinstance(as_loss(nn.MultiMarginLoss(reduction="none")), CustomLoss)
+    assert not draws_labels(mine) and not draws_labels(uw.Weighted(mine))
+    assert not draws_labels(uw.SmoothHinge()) and draws_labels(uw.Weighted(uw.Bernoulli()))
+
+
+def test_what_a_reduction_means_is_said_where_it_means_something():
+    said = [
+        (nn.CrossEntropyLoss(), F3, Y3, ""),
+        (nn.CrossEntropyLoss(), IMAGES, PIXELS, "over positions"),
+        (nn.CrossEntropyLoss(weight=W3), F3, Y3, "mean weight"),
+        (nn.CrossEntropyLoss(reduction="sum"), F3, Y3, "yours their sum"),
+        (nn.MSELoss(), F2, Y2, "mean over its outputs"),
+        (nn.MSELoss(), F2[:, :1], Y2[:, :1], ""),
+        (nn.MSELoss(reduction="none"), F2, Y2, "sum over its outputs"),
+        (uw.SquaredError(), F2, Y2, ""),
+    ]
+    for loss, f, y, words in said:
+        found = reduction_note(loss, f, y)
+        assert words in found and bool(words) == bool(found)
+
+
+def test_a_mean_over_outputs_is_the_objective_that_was_trained():
+    """J with L2(λ) is what MSELoss() with weight decay λ minimizes: its gradient is the same."""
+    x, model = draw(g(9), 6, 3), nn.Linear(3, 2).double()
+    task = uw.Task(model, nn.MSELoss(), uw.L2(0.3))
+    theta = task.theta()
+    ours = torch.func.grad(task.objective)(theta, (x, Y2), torch.ones(6).double())
+    (
+        nn.MSELoss()(model(x), Y2) + 0.15 * sum(p.square().sum() for p in model.parameters())
+    ).backward()
+    assert_close(ours, task.layout.flatten({n: p.grad for n, p in model.named_parameters()}))
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda: uw.CrossEntropy(weight=(1.0, -1.0)), SpecError),
+        (lambda: uw.CrossEntropy(weight=()), SpecError),
+        (lambda: uw.CrossEntropy(label_smoothing=10), SpecError),
+        (lambda: uw.Bernoulli(pos_weight=(float("nan"),)), SpecError),
+        (lambda: uw.Huber(0.0), SpecError),
+        (lambda: Rescaled(uw.Huber(), 0.0), SpecError),
+        (lambda: uw.CrossEntropy(weight=(1.0, 2.0)).check(F3, Y3), ShapeError),
+        (lambda: as_loss(nn.CrossEntropyLoss()).check(F3, Y3.double()), ShapeError),
+        (lambda: uw.Bernoulli(weight=(1.0, 2.0, 3.0)).check(F2, YES), ShapeError),
+        (lambda: uw.Bernoulli(weight=(1.0,) * 6).check(F2[:, 0], YES[:, 0]), ShapeError),
+    ],
+)
+def test_parameters_that_mean_nothing_are_refused(make, error):
+    with pytest.raises(error, match="Way out"):
+        make()
+
+
+def test_classes_on_the_last_axis_are_told_from_those_on_the_second():
+    with pytest.raises(ShapeError, match=r"upweight\.CrossEntropy\(\)"):
+        as_loss(nn.CrossEntropyLoss()).check(IMAGES.mT, PIXELS)
+
+
+def test_a_measure_asks_the_likelihood_without_weights():
+    plain = uw.CrossEntropy().log_prob(F3, Y3)
+    for options in ({"weight": W3}, {"label_smoothing": 0.2}):
+        loss: Loss = as_loss(nn.CrossEntropyLoss(**options))
+        assert_close(loss.log_prob(F3, Y3), plain)
+        assert_close(loss.margin(F3, Y3), uw.CrossEntropy().margin(F3, Y3))
+    assert_close(as_loss(nn.MSELoss()).log_prob(F2, Y2), uw.SquaredError().log_prob(F2, Y2))
