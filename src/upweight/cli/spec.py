@@ -26,7 +26,8 @@ WORDS = {
     "labels": "labels.Sampled labels.Expected labels.Observed",
     "sharing": "curvature.Expand curvature.Reduce",
     "damping": "Absolute Relative Evidence",
-    "solver": "solvers.Auto solvers.Cholesky solvers.CG solvers.BlockCG solvers.MINRES",
+    "solver": "solvers.Auto solvers.Cholesky solvers.CG solvers.BlockCG solvers.MINRES "
+    "solvers.Neumann solvers.LiSSA solvers.Nystrom solvers.Lanczos",
     "measure": "Loss Margin LogProb Logit",
     "loss": "CrossEntropy SquaredError Bernoulli Poisson SmoothHinge Weighted",
     "penalty": "L2 NoPenalty SumToZero",

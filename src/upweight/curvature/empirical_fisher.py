@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight._typing import Batch
@@ -57,7 +57,7 @@ class EmpiricalFisher:
         """F̂ at θ; see `Curvature.fit`."""
         size = batch_size(task.layout.size, task.layout.dtype.itemsize)
 
-        def term_of(how: Way, places: range, batch: Batch) -> LinearOperator:
+        def term_of(how: Way, places: Int[Tensor, " b"], batch: Batch) -> LinearOperator:
             return outer_products(task, theta, how, batch, len(places))
 
         how = way(task, theta, data, 1, term_of)

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from upweight._typing import Batch
@@ -46,11 +46,10 @@ class Fisher:
         size = batch_size(task.layout.size, task.layout.dtype.itemsize)
         labels = Sampled(self.samples, self.seed)
 
-        def term_of(how: Way, places: range, batch: Batch) -> LinearOperator:
+        def term_of(how: Way, places: Int[Tensor, " b"], batch: Batch) -> LinearOperator:
             with torch.no_grad():
                 outputs, targets = task.outputs(theta, batch)
-            at = data.places(places.start, places.stop)
-            heads = labels.heads(task.loss, outputs, targets, at, 0)
+            heads = labels.heads(task.loss, outputs, targets, places, 0)
             first, *others = [
                 _relabeled(task, theta, how, batch, len(places), *head) for head in heads
             ]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight._typing import Batch
@@ -127,7 +127,7 @@ def way(
     theta: Float[Tensor, " p"],
     data: Data,
     outputs: int,
-    make: Callable[[Way, range, Batch], LinearOperator],
+    make: Callable[[Way, Int[Tensor, " b"], Batch], LinearOperator],
 ) -> Way:
     """The fastest way that runs and agrees with plain autograd on a few examples.
 
@@ -143,13 +143,16 @@ def way(
     # No more examples than a batch of the curvature itself may hold.
     values = outputs * (task.layout.size + outputs)
     count = min(PROBE, batch_size(values, task.layout.dtype.itemsize))
-    for places, batch in few(task, data, count):
+    for taken, batch in few(task, data, count):
+        places = torch.tensor(taken)
         chosen = _compared(task, theta, data, chosen, v, outputs, places, _on(make, places, batch))
     return chosen
 
 
 def _on(
-    make: Callable[[Way, range, Batch], LinearOperator], places: range, batch: Batch
+    make: Callable[[Way, Int[Tensor, " b"], Batch], LinearOperator],
+    places: Int[Tensor, " b"],
+    batch: Batch,
 ) -> Callable[[Way], LinearOperator]:
     return lambda how: make(how, places, batch)
 
@@ -161,7 +164,7 @@ def _compared(
     chosen: Way,
     v: Float[Tensor, "2 p"],
     outputs: int,
-    places: range,
+    places: Int[Tensor, " b"],
     make: Callable[[Way], LinearOperator],
 ) -> Way:
     """What is left of the way chosen so far after another batch."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight._typing import Batch
@@ -51,7 +51,7 @@ class GGN:
         outputs, _ = task.outputs(theta, probe)
         tags = frozenset({Tag.SYMMETRIC, Tag.PSD} if task.loss.convex else {Tag.SYMMETRIC})
 
-        def term_of(how: Way, places: range, batch: Batch) -> GaussNewtonTerm:
+        def term_of(how: Way, places: Int[Tensor, " b"], batch: Batch) -> GaussNewtonTerm:
             with torch.no_grad():
                 f, targets = task.outputs(theta, batch)
 

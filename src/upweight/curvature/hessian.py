@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight._typing import Batch
@@ -99,7 +99,7 @@ class Hessian:
         size = batch_size(task.layout.size, task.layout.dtype.itemsize)
         by_func, notes = _way(task, theta, data)
 
-        def term_of(_: range, batch: Batch) -> HessianTerm:
+        def term_of(_: Int[Tensor, " b"], batch: Batch) -> HessianTerm:
             return HessianTerm(task, theta, batch, by_func)
 
         terms = BatchTerms(task, data, size, term_of)
