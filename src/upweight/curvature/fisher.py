@@ -13,8 +13,9 @@ from upweight.curvature.curvature import BatchTerms, mean_plus_penalty
 from upweight.curvature.empirical_fisher import PSD, outer_products
 from upweight.curvature.gauss_newton import Way, way
 from upweight.curvature.labels import Sampled
+from upweight.gradients.autograd import product_batch
 from upweight.linalg.operator import LinearOperator
-from upweight.task.data import Data, batch_size
+from upweight.task.data import Data
 from upweight.task.task import Task
 
 
@@ -43,7 +44,6 @@ class Fisher:
             SpecError: Not at least one sample.
             UnsupportedModel: The loss is not a negative log-likelihood one can sample from.
         """
-        size = batch_size(task.layout.size, task.layout.dtype.itemsize)
         labels = Sampled(self.samples, self.seed)
 
         def term_of(how: Way, places: Int[Tensor, " b"], batch: Batch) -> LinearOperator:
@@ -56,7 +56,7 @@ class Fisher:
             return (1.0 / self.samples) * sum(others, start=first)
 
         how = way(task, theta, data, 1, term_of)
-        terms = BatchTerms(task, data, size, partial(term_of, how))
+        terms = BatchTerms(task, data, product_batch(how.saved), partial(term_of, how))
         n = len(data) if n is None else n
         return mean_plus_penalty(task, theta, terms, n, PSD, how.notes)
 

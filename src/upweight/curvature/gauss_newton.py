@@ -7,14 +7,16 @@ For a map F(θ) with one row per example, Jᵢ = ∂Fᵢ/∂θ and a small symme
 costs two reverse-mode passes per vector. The GGN takes F = f and Λ = ∂²ℓ/∂f²; the Fishers take F =
 ℓ and Λ = 1, which is Σ gᵢ gᵢᵀ.
 
-`torch.func` takes many vectors at a time. Where it cannot run the model, plain autograd takes them
-one at a time; where an operation has no second derivative, which the product above needs though the
-matrix does not, it is made of the Jacobians themselves.
+`torch.func` takes many vectors at a time, and plain autograd one at a time from a graph that they
+share: whichever is faster. Where the former cannot run the model it is always the latter; where an
+operation has no second derivative, which the product above needs though the matrix does not, it is
+made of the Jacobians themselves.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -29,10 +31,13 @@ from upweight.gradients.autograd import (
     few,
     first_line,
     gauss_newton_products,
+    one_by_one,
+    saved_bytes,
 )
 from upweight.gradients.blocks import Plan
 from upweight.gradients.planning import plan
 from upweight.linalg.operator import LinearOperator, Tag
+from upweight.task.batches import Listed, has_examples, mapped
 from upweight.task.data import WORKING_BYTES, Data, batch_size
 from upweight.task.task import Task
 
@@ -45,11 +50,22 @@ class Way:
         products: By `torch.func`, by plain autograd, or from the Jacobians.
         plan: How Jacobians are had by the layers' rules; None: by `torch.func`.
         notes: Why, where it is not `torch.func`.
+        is_plain: Whether plain autograd gives the same as `torch.func`.
+        saved: Bytes that autograd keeps of an example.
     """
 
     products: Literal["func", "autograd", "jacobians"] = "func"
     plan: Plan | None = None
     notes: tuple[str, ...] = ()
+    is_plain: bool = True
+    saved: int = 0
+
+    def takes(
+        self, theta: Float[Tensor, " p"], vectors: int, examples: int
+    ) -> Literal["func", "autograd", "jacobians"]:
+        """How so many products of a batch are taken: of two ways, the faster."""
+        plain = self.is_plain and one_by_one(theta, vectors, self.saved * examples)
+        return "autograd" if self.products == "func" and plain else self.products
 
 
 class GaussNewtonTerm(BatchTerm):
@@ -59,10 +75,12 @@ class GaussNewtonTerm(BatchTerm):
         task: What was trained.
         theta: θ.
         function: θ ↦ F(θ), `[p] -> [b, c]`; θ flat or by name.
-        jacobians: () ↦ J, `[b, c, p]`; called to write the matrix out, or where the way is that.
+        jacobians: () ↦ J in pieces `[m, c, p]`, some examples each, in their order; called to write
+            the matrix out, or where the way is that.
         lambdas: Λ, or None for the identity.
         tags: What is known of it.
-        products: How products are taken; see `Way`.
+        how: How products are taken.
+        examples: b.
     """
 
     def __init__(
@@ -70,25 +88,29 @@ class GaussNewtonTerm(BatchTerm):
         task: Task,
         theta: Float[Tensor, " p"],
         function: Callable[..., Float[Tensor, "b c"]],
-        jacobians: Callable[[], Float[Tensor, "b c p"]],
+        jacobians: Callable[[], Iterator[Float[Tensor, "m c p"]]],
         lambdas: Float[Tensor, "b c c"] | None,
         tags: frozenset[Tag],
-        products: Literal["func", "autograd", "jacobians"] = "func",
+        how: Way,
+        examples: int,
     ) -> None:
         super().__init__(task, theta, tags)
         self.function, self.jacobians, self.lambdas = function, jacobians, lambdas
-        self.products = products
+        self.how, self.examples_in = how, examples
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
         if v.numel() == 0:  # vmap needs at least one vector
             return v.clone()
         flat = v.reshape(-1, v.shape[-1])
-        if self.products == "autograd":
+        products = self.how.takes(self.theta, len(flat), self.examples_in)
+        if products == "autograd":
             rows = gauss_newton_products(self.task, self.theta, self.function, self.lambdas, flat)
-        elif self.products == "jacobians":
-            j, weighted = self._factors()
-            rows = torch.einsum("bcp,kbc->kp", j, torch.einsum("bcp,kp->kbc", weighted, flat))
+        elif products == "jacobians":
+            rows = torch.zeros_like(flat)
+            for j, weighted in self._factors():
+                along = torch.einsum("bcp,kp->kbc", weighted, flat)
+                rows += torch.einsum("bcp,kbc->kp", j, along)
         else:
             rows = self._by_func(flat)
         return rows.reshape(v.shape)
@@ -110,16 +132,39 @@ class GaussNewtonTerm(BatchTerm):
         return found
 
     def add_to(self, out: Float[Tensor, "p p"], scale: float = 1.0) -> None:
-        j, weighted = self._factors()
-        out.addmm_(j.flatten(0, 1).T.to(out), weighted.flatten(0, 1).to(out), alpha=scale)
+        for j, weighted in self._factors():
+            out.addmm_(j.flatten(0, 1).T.to(out), weighted.flatten(0, 1).to(out), alpha=scale)
 
     def diagonal(self) -> Float[Tensor, " p"]:
-        j, weighted = self._factors()
-        return (j * weighted).sum(dim=(0, 1))
+        total = torch.zeros_like(self.theta)
+        for j, weighted in self._factors():
+            total += (j * weighted).sum(dim=(0, 1))
+        return total
 
-    def _factors(self) -> tuple[Float[Tensor, "b c p"], Float[Tensor, "b c p"]]:
-        j = self.jacobians()
-        return j, j if self.lambdas is None else self.lambdas.to(j.dtype) @ j
+    def _factors(self) -> Iterator[tuple[Float[Tensor, "m c p"], Float[Tensor, "m c p"]]]:
+        """J and Λ J of some examples at a time."""
+        start = 0
+        for j in self.jacobians():
+            stop = start + len(j)
+            yield j, j if self.lambdas is None else self.lambdas[start:stop].to(j.dtype) @ j
+            start = stop
+
+
+def pieces(batch: Any, size: int, at_once: int) -> Iterator[tuple[Any, int]]:
+    """A batch of `size` examples cut into some at a time, and how many each has."""
+    if size <= at_once:
+        yield batch, size
+        return
+    for start in range(0, size, at_once):
+        stop = min(start + at_once, size)
+        yield mapped(partial(_cut, places=slice(start, stop)), batch), stop - start
+
+
+def _cut(leaf: Any, places: slice) -> Any:
+    """Some examples of a part of a batch."""
+    if isinstance(leaf, Listed):
+        return Listed(leaf[places])
+    return leaf[places] if has_examples(leaf) else leaf
 
 
 def way(
@@ -139,7 +184,7 @@ def way(
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(2, task.layout.size, generator=generator, dtype=torch.float64)
     v = v.to(task.layout.device, task.layout.dtype)
-    chosen = Way()
+    chosen = Way(saved=saved_bytes(task, theta, data))
     # No more examples than a batch of the curvature itself may hold.
     values = outputs * (task.layout.size + outputs)
     count = min(PROBE, batch_size(values, task.layout.dtype.itemsize))
@@ -194,7 +239,7 @@ def _compared(
             notes.append(f"Jacobians by layer, because {_reason(formed, refused)}")
     assert expected is not None
     if products == "func":
-        found, refused = attempted(by(Way()))
+        found, refused = attempted(by(Way(is_plain=False)))
         if not agrees(found, expected):
             products = "autograd"
             reason = _reason(found, refused)
@@ -206,7 +251,8 @@ def _compared(
         reason = "it gives others" if missing is None else first_line(missing)
         notes = [note for note in notes if not note.startswith("products")]
         notes.append(f"products from Jacobians, because of double backward: {reason}")
-    return Way(products, made, tuple(notes))
+    is_plain = chosen.is_plain and agrees(plain, expected)
+    return Way(products, made, tuple(notes), is_plain, chosen.saved)
 
 
 def _reason(found: Tensor | None, error: Exception | None) -> str:

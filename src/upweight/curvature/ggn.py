@@ -1,5 +1,6 @@
 """E[Jᵀ ∇²_f ℓ J]: the generalized Gauss–Newton matrix."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.curvature.curvature import BatchTerms, mean_plus_penalty
-from upweight.curvature.gauss_newton import GaussNewtonTerm, Way, way
+from upweight.curvature.gauss_newton import GaussNewtonTerm, Way, pieces, way
 from upweight.curvature.linear import linear_term
+from upweight.gradients.autograd import product_batch
 from upweight.gradients.functional import output_jacobians
 from upweight.gradients.linear import linear_form
 from upweight.gradients.source import planned_jacobians
@@ -55,10 +57,12 @@ class GGN:
             with torch.no_grad():
                 f, targets = task.outputs(theta, batch)
 
-            def jacobians() -> Tensor:
-                if how.plan is not None:
-                    return planned_jacobians(how.plan, theta, batch, len(places))
-                return output_jacobians(task, theta, batch, len(places))
+            def jacobians() -> Iterator[Tensor]:
+                for part, count in pieces(batch, len(places), at_once):
+                    if how.plan is not None:
+                        yield planned_jacobians(how.plan, theta, part, count)
+                    else:
+                        yield output_jacobians(task, theta, part, count)
 
             return GaussNewtonTerm(
                 task,
@@ -67,11 +71,12 @@ class GGN:
                 jacobians,
                 task.output_hessian(f, targets),
                 tags,
-                how.products,
+                how,
+                len(places),
             )
 
         width = outputs[0].numel()
-        size = batch_size(width * (task.layout.size + width), task.layout.dtype.itemsize)
+        at_once = batch_size(width * (task.layout.size + width), task.layout.dtype.itemsize)
         how = way(task, theta, data, width, term_of)
-        terms = BatchTerms(task, data, size, partial(term_of, how))
+        terms = BatchTerms(task, data, product_batch(how.saved), partial(term_of, how))
         return mean_plus_penalty(task, theta, terms, n, tags, how.notes)

@@ -168,7 +168,7 @@ def trace(A: LinearOperator, products: int = 60, seed: int = 0) -> Estimate:
             "trace(A, products=60); A.trace() is exact, for p products.",
         )
     m = min(products // 3, p)
-    S, G = _signs(A, seed, 2 * m).split(m)
+    S, G = _signs(A, seed, 2 * m).reshape(2, m, p)
     Q = torch.linalg.qr(_finite(A, A.mv(S)).mT)[0].mT
     caught = float((Q * A.mv(Q)).sum())
     G = G - (G @ Q.mT) @ Q
