@@ -44,12 +44,3 @@ def test_products_without_the_matrix(loss, monkeypatch):
     assert_same(found.mv(v), v @ expected, 1e-12)
     assert_same(found.dense(), expected, 1e-12)
     assert_same(found.diagonal(), expected.diagonal(), 1e-12)
-
-
-def test_sums_over_a_part():
-    task, data = made(uw.CrossEntropy)
-    sums, _, _ = uw.GGN().sums(task, data, task.theta())
-    part = data.subset([1, 4, 6])
-    v = torch.randn(task.layout.size, dtype=torch.float64)
-    total = sum(term.mv(v) for term in sums(part))
-    assert_same(total, 3 * uw.GGN().fit(task, part, task.theta()).mv(v), 1e-12)

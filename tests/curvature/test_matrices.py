@@ -91,11 +91,36 @@ def test_nothing_is_summed_twice_where_batches_are_uneven(monkeypatch):
     """n is not divisible by the batch: 13 = 4 + 4 + 4 + 1."""
     p = problem("mlp_gelu")
     expected = dense.hessian(p.task, p.train)
-    monkeypatch.setattr("upweight.task.data.WORKING_BYTES", 4 * 8 * p.task.layout.size)
+    monkeypatch.setattr("upweight.curvature.hessian.product_batch", lambda _: 4)
     A = uw.Hessian().fit(p.task, as_data(p.train), p.task.theta())
     mean, _penalty = A.terms
     assert [len(term.batch[0]) for term in mean.terms] == [4, 4, 4, 1]
     torch.testing.assert_close(A.dense(), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("at_once", [1, 5])
+def test_jacobians_come_some_examples_at_a_time(at_once, monkeypatch):
+    p = problem("mlp_gelu")
+    for spec, module in ((uw.GGN(), "ggn"), (uw.EmpiricalFisher(), "empirical_fisher")):
+        whole = spec.fit(p.task, as_data(p.train), p.task.theta())
+        expected, diagonal = whole.dense(), whole.diagonal()
+        with monkeypatch.context() as patch:
+            patch.setattr(f"upweight.curvature.{module}.batch_size", lambda *_: at_once)
+            A = spec.fit(p.task, as_data(p.train), p.task.theta())
+            torch.testing.assert_close(A.dense(), expected, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(A.diagonal(), diagonal, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("spec", [uw.Hessian(), uw.GGN(), uw.EmpiricalFisher()], ids=repr)
+def test_products_are_the_same_one_by_one_and_together(spec, monkeypatch):
+    p = problem("mlp_gelu")
+    A = spec.fit(p.task, as_data(p.train), p.task.theta())
+    v = torch.randn(3, p.task.layout.size, dtype=torch.float64)
+    together = A.mv(v)
+    monkeypatch.setattr("upweight.gradients.autograd.LARGE_BYTES", 0)
+    for products in (A.mv(v), torch.stack([A.mv(row) for row in v])):
+        torch.testing.assert_close(products, together, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(together, v @ A.dense(), rtol=1e-10, atol=1e-12)
 
 
 def test_a_wide_linear_model_is_summed_by_panels(monkeypatch):

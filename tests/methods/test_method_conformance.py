@@ -39,6 +39,8 @@ METHODS = [
         DAMPED | {"deterministic": False},
     ),
     (uw.Influence(uw.GGN(), uw.solvers.CG(rtol=1e-11, preconditioner=uw.EKFAC()), 0.1), DAMPED),
+    (uw.Influence(uw.GGN(), uw.solvers.Nystrom(200), 0.1), DAMPED),
+    (uw.Influence(uw.Hessian(), uw.solvers.Lanczos(200), 0.1), DAMPED),
     (uw.GradientDot(), {"rtol": 1e-10}),
     (uw.GradientCosine(), {"rtol": 1e-10}),
     (uw.TracIn(), {"rtol": 1e-10} | STEPS),

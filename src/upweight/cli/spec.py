@@ -29,7 +29,8 @@ WORDS = {
     "labels": "labels.Sampled labels.Expected labels.Observed",
     "sharing": "curvature.Expand curvature.Reduce",
     "damping": "Absolute Relative Evidence FromTraining",
-    "solver": "solvers.Auto solvers.Cholesky solvers.CG solvers.BlockCG solvers.MINRES",
+    "solver": "solvers.Auto solvers.Cholesky solvers.CG solvers.BlockCG solvers.MINRES "
+    "solvers.Neumann solvers.LiSSA solvers.Nystrom solvers.Lanczos",
     "measure": "Loss Margin LogProb Logit",
     "loss": "CrossEntropy SquaredError AbsoluteError Huber Bernoulli Poisson SmoothHinge Weighted "
     "task.torch_losses.Rescaled task.torch_losses.LogProbabilities",

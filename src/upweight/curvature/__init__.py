@@ -10,8 +10,11 @@
 
 Every batch counts by its number of examples. The penalty's own curvature is exact, by
 layer where it is a multiple of the identity on each block.
+
+`spectrum(operator)` and `trace(operator)` estimate what a curvature's eigenvalues are, with errors.
 """
 
 from upweight.curvature.estimators import Expand, Reduce
+from upweight.linalg.spectrum import spectrum, trace
 
-__all__ = ["Expand", "Reduce"]
+__all__ = ["Expand", "Reduce", "spectrum", "trace"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight._typing import Batch
@@ -68,12 +68,19 @@ class BatchTerm(LinearOperator):
 
 @dataclass(frozen=True)
 class BatchTerms(Sequence[LinearOperator]):
-    """The terms A_b of a finite sum, each made when it is asked for and then forgotten."""
+    """The terms A_b of a finite sum, each made when it is asked for and then forgotten.
+
+    Args:
+        task: What was trained.
+        data: The examples.
+        size: Of them in a batch at most.
+        make: (where the examples of a batch are in the whole data, the batch) ↦ A_b.
+    """
 
     task: Task
     data: Data
     size: int
-    make: Callable[[range, Batch], LinearOperator]
+    make: Callable[[Int[Tensor, " b"], Batch], LinearOperator]
     first: LinearOperator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,9 +98,18 @@ class BatchTerms(Sequence[LinearOperator]):
 
     def _term(self, index: int) -> LinearOperator:
         start = index * self.size
-        places = range(start, min(start + self.size, len(self.data)))
-        batch = self.data.batch(places.start, places.stop)
-        return self.make(places, self.task.to_device(batch))
+        stop = min(start + self.size, len(self.data))
+        batch = self.task.to_device(self.data.batch(start, stop))
+        return self.make(self.data.places(start, stop), batch)
+
+    @property
+    def examples(self) -> int:
+        """How many there are in all batches."""
+        return len(self.data)
+
+    def some(self, indices: Int[Tensor, " m"]) -> "BatchTerms":
+        """The terms of these examples alone."""
+        return BatchTerms(self.task, self.data.subset(indices.tolist()), self.size, self.make)
 
     def __iter__(self) -> Iterator[LinearOperator]:
         return (self[index] for index in range(len(self)))

@@ -5,16 +5,18 @@ only where the model is right about the label distribution; near an interpolatin
 and the empirical Fisher vanishes while the Fisher need not (Kunstner, Balles & Hennig 2019, §3).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.curvature.curvature import BatchTerms, mean_plus_penalty
-from upweight.curvature.gauss_newton import GaussNewtonTerm, Way, way
+from upweight.curvature.gauss_newton import GaussNewtonTerm, Way, pieces, way
+from upweight.gradients.autograd import product_batch
 from upweight.gradients.functional import value_gradients
 from upweight.gradients.source import planned_rows
 from upweight.linalg.operator import LinearOperator, Tag
@@ -28,14 +30,17 @@ def outer_products(
     task: Task, theta: Float[Tensor, " p"], how: Way, batch: Any, size: int
 ) -> GaussNewtonTerm:
     """Σᵢ gᵢ gᵢᵀ over one batch of `size` examples, with the gradients of its own targets."""
+    at_once = batch_size(task.layout.size, task.layout.dtype.itemsize)
 
-    def rows() -> Tensor:
-        if how.plan is not None:
-            return planned_rows(how.plan, theta, task.losses, batch, size)[:, None]
-        return value_gradients(task.losses, theta, batch, size)[:, None]
+    def rows() -> Iterator[Tensor]:
+        for part, count in pieces(batch, size, at_once):
+            if how.plan is not None:
+                yield planned_rows(how.plan, theta, task.losses, part, count)[:, None]
+            else:
+                yield value_gradients(task.losses, theta, part, count)[:, None]
 
     return GaussNewtonTerm(
-        task, theta, lambda t: task.losses(t, batch)[:, None], rows, None, PSD, how.products
+        task, theta, lambda t: task.losses(t, batch)[:, None], rows, None, PSD, how, size
     )
 
 
@@ -55,12 +60,11 @@ class EmpiricalFisher:
         self, task: Task, data: Data, theta: Float[Tensor, " p"], *, n: int | None = None
     ) -> LinearOperator:
         """F̂ at θ; see `Curvature.fit`."""
-        size = batch_size(task.layout.size, task.layout.dtype.itemsize)
 
-        def term_of(how: Way, places: range, batch: Batch) -> LinearOperator:
+        def term_of(how: Way, places: Int[Tensor, " b"], batch: Batch) -> LinearOperator:
             return outer_products(task, theta, how, batch, len(places))
 
         how = way(task, theta, data, 1, term_of)
-        terms = BatchTerms(task, data, size, partial(term_of, how))
+        terms = BatchTerms(task, data, product_batch(how.saved), partial(term_of, how))
         n = len(data) if n is None else n
         return mean_plus_penalty(task, theta, terms, n, PSD, how.notes)

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from upweight._typing import Batch
@@ -13,8 +13,9 @@ from upweight.curvature.curvature import BatchTerms, mean_plus_penalty
 from upweight.curvature.empirical_fisher import PSD, outer_products
 from upweight.curvature.gauss_newton import Way, way
 from upweight.curvature.labels import Sampled
+from upweight.gradients.autograd import product_batch
 from upweight.linalg.operator import LinearOperator
-from upweight.task.data import Data, batch_size
+from upweight.task.data import Data
 from upweight.task.task import Task
 
 
@@ -43,21 +44,19 @@ class Fisher:
             SpecError: Not at least one sample.
             UnsupportedModel: The loss is not a negative log-likelihood one can sample from.
         """
-        size = batch_size(task.layout.size, task.layout.dtype.itemsize)
         labels = Sampled(self.samples, self.seed)
 
-        def term_of(how: Way, places: range, batch: Batch) -> LinearOperator:
+        def term_of(how: Way, places: Int[Tensor, " b"], batch: Batch) -> LinearOperator:
             with torch.no_grad():
                 outputs, targets = task.outputs(theta, batch)
-            at = data.places(places.start, places.stop)
-            heads = labels.heads(task.loss, outputs, targets, at, 0)
+            heads = labels.heads(task.loss, outputs, targets, places, 0)
             first, *others = [
                 _relabeled(task, theta, how, batch, len(places), *head) for head in heads
             ]
             return (1.0 / self.samples) * sum(others, start=first)
 
         how = way(task, theta, data, 1, term_of)
-        terms = BatchTerms(task, data, size, partial(term_of, how))
+        terms = BatchTerms(task, data, product_batch(how.saved), partial(term_of, how))
         n = len(data) if n is None else n
         return mean_plus_penalty(task, theta, terms, n, PSD, how.notes)
 

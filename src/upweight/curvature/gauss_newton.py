@@ -7,17 +7,18 @@ For a map F(θ) with one row per example, Jᵢ = ∂Fᵢ/∂θ and a small symme
 costs two reverse-mode passes per vector. The GGN takes F = f and Λ = ∂²ℓ/∂f²; the Fishers take F =
 ℓ and Λ = 1, which is Σ gᵢ gᵢᵀ.
 
-`torch.func` takes many vectors at a time. Where it cannot run the model, plain autograd takes them
-one at a time; where an operation has no second derivative, which the product above needs though the
-matrix does not, it is made of the Jacobians themselves.
+`torch.func` takes many vectors at a time, and plain autograd one at a time from a graph that they
+share: whichever is faster. Where the former cannot run the model it is always the latter; where an
+operation has no second derivative, which the product above needs though the matrix does not, it is
+made of the Jacobians themselves.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight._typing import Batch
@@ -29,15 +30,20 @@ from upweight.gradients.autograd import (
     few,
     first_line,
     gauss_newton_products,
+    one_by_one,
+    saved_bytes,
 )
 from upweight.gradients.blocks import Plan
 from upweight.gradients.planning import plan
 from upweight.linalg.operator import LinearOperator, Tag
+from upweight.task.batches import cut
 from upweight.task.data import WORKING_BYTES, Data, batch_size
 from upweight.task.task import Task
 
 TOGETHER = 16
 """Vectors that share a backward pass."""
+
+Weigh: TypeAlias = Callable[[Float[Tensor, "k m c"], slice], Float[Tensor, "k m c"]]
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,22 @@ class Way:
         products: By `torch.func`, by plain autograd, or from the Jacobians.
         plan: How Jacobians are had by the layers' rules; None: by `torch.func`.
         notes: Why, where it is not `torch.func`.
+        is_plain: Whether plain autograd gives the same as `torch.func`.
+        saved: Bytes that autograd keeps of an example.
     """
 
     products: Literal["func", "autograd", "jacobians"] = "func"
     plan: Plan | None = None
     notes: tuple[str, ...] = ()
+    is_plain: bool = True
+    saved: int = 0
+
+    def takes(
+        self, theta: Float[Tensor, " p"], vectors: int, examples: int
+    ) -> Literal["func", "autograd", "jacobians"]:
+        """How so many products of a batch are taken: of two ways, the faster."""
+        plain = self.is_plain and one_by_one(theta, vectors, self.saved * examples)
+        return "autograd" if self.products == "func" and plain else self.products
 
 
 class GaussNewtonTerm(BatchTerm):
@@ -62,12 +79,12 @@ class GaussNewtonTerm(BatchTerm):
         task: What was trained.
         theta: θ.
         function: θ ↦ F(θ), `[p] -> [b, c]`; θ flat or by name.
-        jacobians: () ↦ J, `[b, c, p]`; called to write the matrix out, or where the way is that.
-        weigh: u ↦ Λ u for `[k, b, c]`, or None for the identity.
+        jacobians: () ↦ J in pieces `[m, c, p]`, some examples each, in their order; called to write
+            the matrix out, or where the way is that.
+        weigh: (u, some) ↦ Λ u for some of the examples and `[k, m, c]`, or None for the identity.
         tags: What is known of it.
-        products: How products are taken; see `Way`.
-        parts: () ↦ the same sum in terms of fewer examples, whose Jacobians fit into memory; None:
-            the term itself.
+        how: How products are taken.
+        examples: b.
     """
 
     def __init__(
@@ -75,29 +92,29 @@ class GaussNewtonTerm(BatchTerm):
         task: Task,
         theta: Float[Tensor, " p"],
         function: Callable[..., Float[Tensor, "b c"]],
-        jacobians: Callable[[], Float[Tensor, "b c p"]],
-        weigh: Callable[[Float[Tensor, "k b c"]], Float[Tensor, "k b c"]] | None,
+        jacobians: Callable[[], Iterator[Float[Tensor, "m c p"]]],
+        weigh: Weigh | None,
         tags: frozenset[Tag],
-        products: Literal["func", "autograd", "jacobians"] = "func",
-        parts: Callable[[], Iterable["GaussNewtonTerm"]] | None = None,
+        how: Way,
+        examples: int,
     ) -> None:
         super().__init__(task, theta, tags)
         self.function, self.jacobians, self.weigh = function, jacobians, weigh
-        self.products = products
-        self.parts = (lambda: (self,)) if parts is None else parts
+        self.how, self.examples_in = how, examples
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
         if v.numel() == 0:  # vmap needs at least one vector
             return v.clone()
         flat = v.reshape(-1, v.shape[-1])
-        if self.products == "autograd":
-            rows = gauss_newton_products(self.task, self.theta, self.function, self.weigh, flat)
-        elif self.products == "jacobians":
+        products = self.how.takes(self.theta, len(flat), self.examples_in)
+        if products == "autograd":
+            rows = gauss_newton_products(self.task, self.theta, self.function, self._weighed, flat)
+        elif products == "jacobians":
             rows = torch.zeros_like(flat)
-            for part in self.parts():
-                j, weighted = part._factors()
-                rows += torch.einsum("bcp,kbc->kp", j, torch.einsum("bcp,kp->kbc", weighted, flat))
+            for j, weighted in self._factors():
+                along = torch.einsum("bcp,kp->kbc", weighted, flat)
+                rows += torch.einsum("bcp,kbc->kp", j, along)
         else:
             rows = self._by_func(flat)
         return rows.reshape(v.shape)
@@ -111,27 +128,44 @@ class GaussNewtonTerm(BatchTerm):
 
         rows = []
         for some in torch.split(flat, TOGETHER):
-            weighted = torch.func.vmap(lambda v: pushforward(v)[0])(some)
-            if self.weigh is not None:
-                weighted = self.weigh(weighted)
-            rows.append(torch.func.vmap(lambda u: pullback(u)[0])(weighted))
+            along = torch.func.vmap(lambda v: pushforward(v)[0])(some)
+            rows.append(torch.func.vmap(lambda u: pullback(u)[0])(self._weighed(along)))
         return torch.cat(rows)
 
+    def _weighed(self, u: Float[Tensor, "k b c"]) -> Float[Tensor, "k b c"]:
+        """Λ u of all the examples."""
+        return u if self.weigh is None else self.weigh(u, slice(0, u.shape[1]))
+
     def add_to(self, out: Float[Tensor, "p p"], scale: float = 1.0) -> None:
-        for part in self.parts():
-            j, weighted = part._factors()
+        for j, weighted in self._factors():
             out.addmm_(j.flatten(0, 1).T.to(out), weighted.flatten(0, 1).to(out), alpha=scale)
 
     def diagonal(self) -> Float[Tensor, " p"]:
         total = torch.zeros_like(self.theta)
-        for part in self.parts():
-            j, weighted = part._factors()
+        for j, weighted in self._factors():
             total += (j * weighted).sum(dim=(0, 1))
         return total
 
-    def _factors(self) -> tuple[Float[Tensor, "b c p"], Float[Tensor, "b c p"]]:
-        j = self.jacobians()
-        return j, j if self.weigh is None else self.weigh(j.movedim(2, 0)).movedim(0, 2)
+    def _factors(self) -> Iterator[tuple[Float[Tensor, "m c p"], Float[Tensor, "m c p"]]]:
+        """J and Λ J of some examples at a time."""
+        start = 0
+        for j in self.jacobians():
+            stop = start + len(j)
+            if self.weigh is None:
+                yield j, j
+            else:
+                yield j, self.weigh(j.movedim(2, 0), slice(start, stop)).movedim(0, 2)
+            start = stop
+
+
+def pieces(batch: Any, size: int, at_once: int) -> Iterator[tuple[Any, int]]:
+    """A batch of `size` examples cut into some at a time, and how many each has."""
+    if size <= at_once:
+        yield batch, size
+        return
+    for start in range(0, size, at_once):
+        stop = min(start + at_once, size)
+        yield cut(batch, slice(start, stop), size), stop - start
 
 
 def way(
@@ -139,7 +173,7 @@ def way(
     theta: Float[Tensor, " p"],
     data: Data,
     outputs: int,
-    make: Callable[[Way, range, Batch], LinearOperator],
+    make: Callable[[Way, Int[Tensor, " b"], Batch], LinearOperator],
 ) -> Way:
     """The fastest way that runs and agrees with plain autograd on a few examples.
 
@@ -151,17 +185,20 @@ def way(
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(2, task.layout.size, generator=generator, dtype=torch.float64)
     v = v.to(task.layout.device, task.layout.dtype)
-    chosen = Way()
+    chosen = Way(saved=saved_bytes(task, theta, data))
     # No more examples than a batch of the curvature itself may hold.
     values = outputs * (task.layout.size + outputs)
     count = min(PROBE, batch_size(values, task.layout.dtype.itemsize))
-    for places, batch in few(task, data, count):
+    for taken, batch in few(task, data, count):
+        places = torch.tensor(taken)
         chosen = _compared(task, theta, data, chosen, v, outputs, places, _on(make, places, batch))
     return chosen
 
 
 def _on(
-    make: Callable[[Way, range, Batch], LinearOperator], places: range, batch: Batch
+    make: Callable[[Way, Int[Tensor, " b"], Batch], LinearOperator],
+    places: Int[Tensor, " b"],
+    batch: Batch,
 ) -> Callable[[Way], LinearOperator]:
     return lambda how: make(how, places, batch)
 
@@ -173,7 +210,7 @@ def _compared(
     chosen: Way,
     v: Float[Tensor, "2 p"],
     outputs: int,
-    places: range,
+    places: Int[Tensor, " b"],
     make: Callable[[Way], LinearOperator],
 ) -> Way:
     """What is left of the way chosen so far after another batch."""
@@ -203,7 +240,7 @@ def _compared(
             notes.append(f"Jacobians by layer, because {_reason(formed, refused)}")
     assert expected is not None
     if products == "func":
-        found, refused = attempted(by(Way()))
+        found, refused = attempted(by(Way(is_plain=False)))
         if not agrees(found, expected):
             products = "autograd"
             reason = _reason(found, refused)
@@ -215,7 +252,8 @@ def _compared(
         reason = "it gives others" if missing is None else first_line(missing)
         notes = [note for note in notes if not note.startswith("products")]
         notes.append(f"products from Jacobians, because of double backward: {reason}")
-    return Way(products, made, tuple(notes))
+    is_plain = chosen.is_plain and agrees(plain, expected)
+    return Way(products, made, tuple(notes), is_plain, chosen.saved)
 
 
 def _reason(found: Tensor | None, error: Exception | None) -> str:

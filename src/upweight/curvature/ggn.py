@@ -1,18 +1,19 @@
 """E[Jᵀ ∇²_f ℓ J]: the generalized Gauss–Newton matrix."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.curvature.curvature import BatchTerms, mean_plus_penalty
-from upweight.curvature.gauss_newton import TOGETHER, GaussNewtonTerm, Way, way
+from upweight.curvature.gauss_newton import GaussNewtonTerm, Way, Weigh, pieces, way
 from upweight.curvature.linear import linear_term
+from upweight.gradients.autograd import product_batch
 from upweight.gradients.functional import output_jacobians
 from upweight.gradients.linear import linear_form
 from upweight.gradients.source import planned_jacobians
@@ -49,45 +50,24 @@ class GGN:
             UnsupportedModel: The loss has no second derivative, or the model no first one.
         """
         n = len(data) if n is None else n
-        total, tags, notes = self.sums(task, data, theta)
-        return mean_plus_penalty(task, theta, total(data), n, tags, notes)
-
-    def sums(
-        self, task: Task, data: Data, theta: Float[Tensor, " p"]
-    ) -> tuple[Callable[[Data], Sequence[LinearOperator]], frozenset[Tag], tuple[str, ...]]:
-        """Σᵢ Jᵢᵀ Λᵢ Jᵢ over any part of the data, as terms that are made when they are asked for.
-
-        How products are taken is found out once, so that minibatches cost their products only.
-
-        Returns:
-            The function from a part of the data to its terms; what is known of them; and notes.
-
-        Raises:
-            UnsupportedModel: As for `fit`.
-        """
         probe = task.to_device(data.batch(0, data.together(min(4, len(data)))))
         form = linear_form(task, theta, probe)
         if form is not None:
-            known = frozenset({Tag.SYMMETRIC, Tag.PSD} if task.loss.convex else {Tag.SYMMETRIC})
-            return lambda part: (linear_term(task, theta, form, part),), known, ()
+            term = linear_term(task, theta, form, data)
+            return mean_plus_penalty(task, theta, (term,), n, term.tags)
         outputs, _ = task.outputs(theta, probe)
-        width = outputs[0].numel()
         tags = frozenset({Tag.SYMMETRIC, Tag.PSD} if task.loss.convex else {Tag.SYMMETRIC})
-        whole = batch_size(width * (task.layout.size + width), task.layout.dtype.itemsize)
 
-        def term_of(how: Way, places: range, batch: Batch) -> GaussNewtonTerm:
+        def term_of(how: Way, places: Int[Tensor, " b"], batch: Batch) -> GaussNewtonTerm:
             with torch.no_grad():
                 f, targets = task.outputs(theta, batch)
 
-            def jacobians() -> Tensor:
-                if how.plan is not None:
-                    return planned_jacobians(how.plan, theta, batch, len(places))
-                return output_jacobians(task, theta, batch, len(places))
-
-            def parts() -> Iterator[GaussNewtonTerm]:
-                for start in range(0, len(places), whole):
-                    some = slice(start, start + whole)
-                    yield term_of(how, places[some], cut(batch, some, len(places)))
+            def jacobians() -> Iterator[Tensor]:
+                for part, count in pieces(batch, len(places), at_once):
+                    if how.plan is not None:
+                        yield planned_jacobians(how.plan, theta, part, count)
+                    else:
+                        yield output_jacobians(task, theta, part, count)
 
             return GaussNewtonTerm(
                 task,
@@ -96,23 +76,25 @@ class GGN:
                 jacobians,
                 _output_curvature(task, f, targets, width),
                 tags,
-                how.products,
-                parts if len(places) > whole else None,
+                how,
+                len(places),
             )
 
+        width = outputs[0].numel()
+        at_once = batch_size(width * (task.layout.size + width), task.layout.dtype.itemsize)
         how = way(task, theta, data, width, term_of)
-        # What a product keeps per vector: outputs, and activations by a guess from p.
-        values = TOGETHER * (task.layout.size + 4 * width)
-        size = batch_size(values, task.layout.dtype.itemsize)
-        made = partial(term_of, how)
-        return lambda part: BatchTerms(task, part, size, made), tags, how.notes
+        terms = BatchTerms(task, data, product_batch(how.saved), partial(term_of, how))
+        return mean_plus_penalty(task, theta, terms, n, tags, how.notes)
 
 
-def _output_curvature(
-    task: Task, outputs: Tensor, targets: Any, width: int
-) -> Callable[[Float[Tensor, "k b c"]], Float[Tensor, "k b c"]]:
-    """u ↦ Λ u. With as many outputs as a language model has, Λ is not formed."""
-    if width > FORMED:
-        return partial(task.output_hessian_product, outputs, targets)
-    lambdas = task.output_hessian(outputs, targets)
-    return lambda u: (lambdas @ u[..., None])[..., 0]
+def _output_curvature(task: Task, outputs: Tensor, targets: Any, width: int) -> Weigh:
+    """(u, some) ↦ Λ u. With as many outputs as a language model has, Λ is not formed."""
+    if width <= FORMED:
+        lambdas = task.output_hessian(outputs, targets)
+        return lambda u, some: (lambdas[some].to(u) @ u[..., None])[..., 0]
+
+    def product(u: Float[Tensor, "k m c"], some: slice) -> Float[Tensor, "k m c"]:
+        part = cut(targets, some, len(outputs))
+        return task.output_hessian_product(outputs[some], part, u)
+
+    return product

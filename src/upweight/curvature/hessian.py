@@ -1,8 +1,9 @@
 """∇²J: the Hessian of the mean loss plus the penalty.
 
-Products are taken by `torch.func`, many vectors at a time. Where that cannot run the model, or
+Products are taken by `torch.func`, many vectors at a time, or by double backward, one vector at a
+time from a graph that they share, whichever is faster. Where `torch.func` cannot run the model, or
 disagrees with plain autograd on a few examples (it differentiates through `.data`, where autograd
-does not), they are taken by double backward, one vector at a time.
+does not), it is always the latter.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight._typing import Batch
@@ -29,10 +30,13 @@ from upweight.gradients.autograd import (
     first_line,
     hessian_products,
     is_cut,
+    one_by_one,
+    product_batch,
+    saved_bytes,
 )
 from upweight.gradients.linear import linear_form
 from upweight.linalg.operator import LinearOperator, Tag
-from upweight.task.data import Data, batch_size
+from upweight.task.data import Data
 from upweight.task.precision import dtypes_in
 from upweight.task.task import Task
 
@@ -42,18 +46,34 @@ class HessianTerm(BatchTerm):
 
     A Hessian is symmetric, so the pullback of v through ∇ℓ is H v; unlike forward over reverse this
     needs only operations that have a backward pass.
+
+    Args:
+        task: What was trained.
+        theta: θ.
+        batch: The examples.
+        by_func: Whether `torch.func` takes the products.
+        saved: Bytes that autograd keeps of the batch, where double backward would take them as
+            well; None: it would not.
     """
 
     def __init__(
-        self, task: Task, theta: Float[Tensor, " p"], batch: Batch, by_func: bool = True
+        self,
+        task: Task,
+        theta: Float[Tensor, " p"],
+        batch: Batch,
+        by_func: bool = True,
+        saved: int | None = None,
     ) -> None:
         super().__init__(task, theta, frozenset({Tag.SYMMETRIC}))
-        self.batch, self.by_func = batch, by_func
+        self.batch, self.by_func, self.saved = batch, by_func, saved
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
-        if not self.by_func and v.numel() > 0:
-            rows = v.reshape(-1, v.shape[-1])
+        rows = v.reshape(-1, v.shape[-1])
+        plain = not self.by_func
+        if self.saved is not None:
+            plain = plain or one_by_one(self.theta, len(rows), self.saved)
+        if plain and v.numel() > 0:
             losses = partial(self.task.losses, batch=self.batch)
             found = hessian_products(self.task, self.theta, losses, rows)
             return found.reshape(v.shape)
@@ -61,8 +81,7 @@ class HessianTerm(BatchTerm):
         pullback = torch.func.vjp(gradient, self.theta)[1]
         if v.numel() == 0:  # vmap needs at least one vector
             return v.clone()
-        flat = v.reshape(-1, v.shape[-1])
-        rows = torch.func.vmap(lambda u: pullback(u)[0], chunk_size=16)(flat)
+        rows = torch.func.vmap(lambda u: pullback(u)[0], chunk_size=16)(rows)
         return rows.reshape(v.shape)
 
 
@@ -96,13 +115,14 @@ class Hessian:
         if form is not None:
             term = linear_term(task, theta, form, data)
             return mean_plus_penalty(task, theta, (term,), n, term.tags)
-        size = batch_size(task.layout.size, task.layout.dtype.itemsize)
-        by_func, notes = _way(task, theta, data)
+        by_func, plain, notes = _way(task, theta, data)
+        saved = saved_bytes(task, theta, data)
 
-        def term_of(_: range, batch: Batch) -> HessianTerm:
-            return HessianTerm(task, theta, batch, by_func)
+        def term_of(places: Int[Tensor, " b"], batch: Batch) -> HessianTerm:
+            known = saved * len(places) if plain else None
+            return HessianTerm(task, theta, batch, by_func, known)
 
-        terms = BatchTerms(task, data, size, term_of)
+        terms = BatchTerms(task, data, product_batch(saved), term_of)
         return mean_plus_penalty(task, theta, terms, n, frozenset({Tag.SYMMETRIC}), notes)
 
 
@@ -113,8 +133,8 @@ _FIRST_ORDER = (
 )
 
 
-def _way(task: Task, theta: Float[Tensor, " p"], data: Data) -> tuple[bool, tuple[str, ...]]:
-    """Whether `torch.func` takes the products, and a note if it does not.
+def _way(task: Task, theta: Float[Tensor, " p"], data: Data) -> tuple[bool, bool, tuple[str, ...]]:
+    """Whether `torch.func` takes the products, whether double backward does, and a note.
 
     Raises:
         UnsupportedModel: As for `Hessian.fit`.
@@ -122,7 +142,7 @@ def _way(task: Task, theta: Float[Tensor, " p"], data: Data) -> tuple[bool, tupl
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(2, task.layout.size, generator=generator, dtype=torch.float64)
     v = v.to(task.layout.device, task.layout.dtype)
-    why = None
+    why, is_plain = None, True
     for _, batch in few(task, data):
         ways = [HessianTerm(task, theta, batch, by_func) for by_func in (True, False)]
         fast, refused = attempted(partial(ways[0].mv, v))
@@ -130,6 +150,7 @@ def _way(task: Task, theta: Float[Tensor, " p"], data: Data) -> tuple[bool, tupl
         if plain is None:
             assert missing is not None
             if fast is not None:  # nothing to compare it with
+                is_plain = False
                 continue
             if not isinstance(missing, RuntimeError):
                 raise missing
@@ -150,8 +171,8 @@ def _way(task: Task, theta: Float[Tensor, " p"], data: Data) -> tuple[bool, tupl
         elif not agrees(fast, plain):
             why = "torch.func gives others than autograd does for the model (.data in forward)"
     if why is None:
-        return True, ()
-    return False, (f"products with the Hessian by double backward, because {why}",)
+        return True, is_plain, ()
+    return False, True, (f"products with the Hessian by double backward, because {why}",)
 
 
 def _require_symmetric(

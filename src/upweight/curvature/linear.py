@@ -9,7 +9,7 @@ so at most c(c+1)/2 matrix products assemble it exactly; no backward pass is tak
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.curvature.curvature import BatchTerm
@@ -48,6 +48,16 @@ class LinearTerm(BatchTerm):
         projected = torch.einsum("...ci,ni->...nc", matrix, self.z)
         weighted = torch.einsum("...nc,ncd->...nd", projected, self.lambdas)
         return self.form.flatten(weighted.transpose(-1, -2) @ self.z)
+
+    @property
+    def examples(self) -> int:
+        """How many are summed."""
+        return len(self.z)
+
+    def some(self, indices: Int[Tensor, " m"]) -> "LinearTerm":
+        """The sum over these examples alone."""
+        z, lambdas = self.z[indices], self.lambdas[indices]
+        return LinearTerm(self.task, self.theta, self.form, z, lambdas)
 
     def add_to(self, out: Float[Tensor, "p p"], scale: float = 1.0) -> None:
         """Blocks go straight to their places, some of a row at once: small ones cost their calls.

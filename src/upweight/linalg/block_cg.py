@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.linalg.cg import require_preconditioner
 from upweight.linalg.columns import Columns
 from upweight.linalg.operator import LinearOperator, square
+from upweight.linalg.preconditioner import Preconditioned
 from upweight.linalg.solution import Result, Solution
 from upweight.linalg.solver import Solver
 
@@ -28,7 +28,7 @@ RESTARTS = 3  # restarts from the true residuals, none of which halved them, bef
 
 
 @dataclass(frozen=True)
-class BlockCG(Solver[LinearOperator]):
+class BlockCG(Solver[Preconditioned]):
     """Conjugate gradients in the Krylov space that all right-hand sides share.
 
     Args:
@@ -36,8 +36,8 @@ class BlockCG(Solver[LinearOperator]):
             1e-6 in float64, 1e-4 in float32 and 1e-2 below, which rounding leaves within reach.
         max_steps: Most products with A, each for the whole block.
         preconditioner: M ≈ A⁻¹, an `Eigen` or a `BlockDiagonal` of them with positive eigenvalues,
-            whose square root splits it: M½ A M½ y = M½ b, x = M½ y. In a method the spec of a
-            curvature by layer, `EKFAC()`, which it makes into one.
+            whose square root splits it: M½ A M½ y = M½ b, x = M½ y; or `Nystrom(rank)`. In a method
+            also the spec of a curvature by layer, `EKFAC()`.
 
     The error falls at least as fast as CG's with κ replaced by the ratio of the largest to the k-th
     smallest eigenvalue, k independent right-hand sides (O'Leary 1980).
@@ -50,25 +50,24 @@ class BlockCG(Solver[LinearOperator]):
     max_steps: int = 1000
     preconditioner: Any = None
 
-    def init(self, A: LinearOperator) -> LinearOperator:
+    def init(self, A: LinearOperator) -> Preconditioned:
         square(A, "BlockCG")
-        require_preconditioner(self.preconditioner)
-        return A
+        return Preconditioned.of(A, self.preconditioner)
 
-    def solve(self, state: LinearOperator, b: Float[Tensor, "*k p"]) -> Solution:
-        columns = Columns(state, b, self.rtol)
+    def solve(self, state: Preconditioned, b: Float[Tensor, "*k p"]) -> Solution:
+        columns = Columns(state.A, b, self.rtol)
         return _Run(self, state, columns).solution()
 
 
 class _Run:
     """One solve: rows leave through `columns` at each restart, all of them at the end."""
 
-    def __init__(self, solver: BlockCG, A: LinearOperator, columns: Columns) -> None:
-        self.solver, self.A, self.columns = solver, A, columns
-        self.eps = torch.finfo(A.dtype).eps
+    def __init__(self, solver: BlockCG, state: Preconditioned, columns: Columns) -> None:
+        self.solver, self.A, self.columns = solver, state.A, columns
+        self.eps = torch.finfo(state.A.dtype).eps
         self.norm_A = 0.0  # largest Ritz value seen: a lower bound on ‖A‖
         self.steps = 0
-        M = solver.preconditioner
+        M: Any = state.M  # one that has functions
         self.root = None if M is None else M.function(torch.sqrt)
         self.inverse_root = None if M is None else M.function(torch.rsqrt)
 

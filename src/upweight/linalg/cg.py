@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from upweight.errors import SpecError
 from upweight.linalg.columns import Columns
 from upweight.linalg.operator import LinearOperator, square
+from upweight.linalg.preconditioner import Preconditioned
 from upweight.linalg.solution import Result, Solution
 from upweight.linalg.solver import Solver
 
@@ -27,15 +27,16 @@ STALLS = 10
 
 
 @dataclass(frozen=True)
-class CG(Solver[LinearOperator]):
+class CG(Solver[Preconditioned]):
     """Conjugate gradients, for many right-hand sides side by side.
 
     Args:
         rtol: Tolerance on the true residual ‖Ax − b‖/‖b‖ of each right-hand side. None stands for
             1e-6 in float64, 1e-4 in float32 and 1e-2 below, which rounding leaves within reach.
         max_steps: Most products with A; each is for all unsolved right-hand sides at once.
-        preconditioner: M ≈ A⁻¹, positive definite; as `inverse(DiagonalMatrix(d), Cholesky())`.
-            In a method also the spec of a curvature by layer, `EKFAC()`, which it makes into one.
+        preconditioner: M ≈ A⁻¹, positive definite: an operator as `inverse(DiagonalMatrix(d),
+            Cholesky())`, or `Nystrom(rank)`, which makes one from A. In a method also the spec of a
+            curvature by layer, `EKFAC()`.
         refresh: Steps between residuals computed from x rather than by recurrence.
 
     The error in the A-norm falls at least as fast as 2((√κ − 1)/(√κ + 1))^steps, κ the ratio of
@@ -54,30 +55,13 @@ class CG(Solver[LinearOperator]):
     preconditioner: Any = None
     refresh: int = 50
 
-    def init(self, A: LinearOperator) -> LinearOperator:
+    def init(self, A: LinearOperator) -> Preconditioned:
         square(A, "CG")
-        require_preconditioner(self.preconditioner)
-        return A
+        return Preconditioned.of(A, self.preconditioner)
 
-    def solve(self, state: LinearOperator, b: Float[Tensor, "*k p"]) -> Solution:
-        columns = Columns(state, b, self.rtol)
+    def solve(self, state: Preconditioned, b: Float[Tensor, "*k p"]) -> Solution:
+        columns = Columns(state.A, b, self.rtol)
         return _Run(self, state, columns).solution()
-
-
-def require_preconditioner(given: Any) -> None:
-    """Refuse what cannot be applied to a vector.
-
-    Raises:
-        SpecError: It is no operator.
-    """
-    if given is not None and not isinstance(given, LinearOperator):
-        raise SpecError(
-            "A preconditioner is an operator M ≈ A⁻¹.",
-            f"{given!r}.",
-            "a curvature as it is specified, given to a solver outside of a method.",
-            "Influence(GGN(), solver=CG(preconditioner=EKFAC())), which fits it; or an "
-            "operator such as inverse(DiagonalMatrix(d), Cholesky()).",
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +84,13 @@ class _Rows:
 class _Run:
     """One solve: rows leave through `columns` as they end."""
 
-    def __init__(self, solver: CG, A: LinearOperator, columns: Columns) -> None:
-        self.solver, self.A, self.columns = solver, A, columns
-        self.eps = torch.finfo(A.dtype).eps
+    def __init__(self, solver: CG, state: Preconditioned, columns: Columns) -> None:
+        self.solver, self.A, self.M, self.columns = solver, state.A, state.M, columns
+        self.eps = torch.finfo(state.A.dtype).eps
         self.norm_A = 0.0  # largest ‖Av‖/‖v‖ seen: a lower bound on ‖A‖
 
     def precondition(self, r: Tensor) -> Tensor:
-        M = self.solver.preconditioner
-        return r if M is None else M.mv(r)
+        return r if self.M is None else self.M.mv(r)
 
     def solution(self) -> Solution:
         index = self.columns.rows
@@ -163,7 +146,7 @@ class _Run:
 
     def check_preconditioner(self, rows: _Rows) -> _Rows:
         """End the rows on which M is not positive definite."""
-        if self.solver.preconditioner is None:
+        if self.M is None:
             return rows
         size = torch.linalg.vector_norm(rows.residual, dim=1)
         bad = (rows.rz <= 0) & (size > 0)

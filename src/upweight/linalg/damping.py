@@ -15,12 +15,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import NonFinite, NotPositiveDefinite, SpecError
 from upweight.linalg.eigen import Eigen
-from upweight.linalg.matrices import Identity
+from upweight.linalg.matrices import DiagonalMatrix, Identity
 from upweight.linalg.operator import LinearOperator, Scaled, Sum, square
 
 
@@ -216,6 +217,28 @@ def damped(A: LinearOperator, lam: float) -> LinearOperator:
     if lam == 0:
         return A
     return Sum((A, Scaled(float(lam), Identity(p, A.dtype, A.device))))
+
+
+def undamped(A: LinearOperator) -> tuple[LinearOperator, float]:
+    """B and μ ≥ 0 with A = B + μI: what of A is seen to be a multiple of the identity.
+
+    Seen are the terms of a sum that are diagonal: λI, and the least strength of an L2 penalty.
+    """
+    shift, rest = 0.0, list[LinearOperator]()
+    for term in A.terms if isinstance(A, Sum) else (A,):
+        scale, inner = (term.scale, term.operator) if isinstance(term, Scaled) else (1.0, term)
+        low = 0.0
+        if isinstance(inner, Identity | DiagonalMatrix):
+            entries = scale * inner.diagonal()
+            low = max(0.0, float(entries.min()))
+            left = entries - low
+            term = DiagonalMatrix(left)
+        shift += low
+        if low == 0.0 or bool(left.any()):
+            rest.append(term)
+    if not rest:
+        rest.append(DiagonalMatrix(torch.zeros(A.shape[1], dtype=A.dtype, device=A.device)))
+    return (Sum(tuple(rest)) if len(rest) > 1 else rest[0]), shift
 
 
 def _not_negative(value: float, name: str) -> None:

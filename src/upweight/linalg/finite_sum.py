@@ -8,13 +8,14 @@ of different sizes need no weights, and any partition of the examples gives the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.errors import ShapeError
-from upweight.linalg.operator import LinearOperator, Tag, agree, closed
+from upweight.linalg.operator import LinearOperator, Scaled, Sum, Tag, agree, closed
 
 
 def mean_of(total: Tensor, n: int | float) -> Tensor:
@@ -91,6 +92,30 @@ class FiniteSum(LinearOperator):
         assert total is not None  # there is at least one term
         return total / self.n
 
+    @property
+    def examples(self) -> int:
+        """How many examples can be told apart: terms, where they are all that is known."""
+        of = self._of_examples
+        return len(self.terms) if of is None else of.examples
+
+    def minibatch(self, size: int, generator: torch.Generator) -> LinearOperator:
+        """(N/m)(1/n) Σ_{i ∈ m} Aᵢ for m = `size` of all N examples, drawn without replacement."""
+        count = self.examples
+        if size >= count:
+            return self
+        chosen = torch.randperm(count, generator=generator)[:size]
+        of = self._of_examples
+        part: Any = [self.terms[int(k)] for k in chosen] if of is None else of.some(chosen)
+        terms = part if isinstance(part, Sequence) else (part,)
+        return Scaled(count / size, FiniteSum(terms, self.n, self.declared))
+
+    @property
+    def _of_examples(self) -> "OfExamples | None":
+        if isinstance(self.terms, OfExamples):
+            return self.terms
+        first = self.terms[0] if len(self.terms) == 1 else None
+        return first if isinstance(first, OfExamples) else None
+
     def transpose(self) -> LinearOperator:
         if self.is_symmetric:
             return self
@@ -105,6 +130,41 @@ class FiniteSum(LinearOperator):
         for term in self.terms:
             total = total + term.diagonal()
         return total / self.n
+
+
+@runtime_checkable
+class OfExamples(Protocol):
+    """Terms, or one term, that can be had of some of the examples."""
+
+    @property
+    def examples(self) -> int:
+        """How many there are."""
+        ...
+
+    def some(self, indices: Int[Tensor, " m"]) -> Any:
+        """The same of these examples alone: terms of terms, a term of a term."""
+        ...
+
+
+def examples_of(A: LinearOperator) -> int:
+    """How many examples minibatches of A are drawn from; 0 where A is no sum over any."""
+    return max((sum_.examples for sum_ in _sums(A)), default=0)
+
+
+def minibatch(A: LinearOperator, size: int, generator: torch.Generator) -> LinearOperator:
+    """Â with E[Â] = A: the means over examples by those over `size` of them, drawn at random.
+
+    Without replacement. Terms of A that are no mean over examples, as damping and penalties, stay.
+    """
+    terms = A.terms if isinstance(A, Sum) else (A,)
+    return Sum(
+        tuple(t.minibatch(size, generator) if isinstance(t, FiniteSum) else t for t in terms)
+    )
+
+
+def _sums(A: LinearOperator) -> list[FiniteSum]:
+    terms = A.terms if isinstance(A, Sum) else (A,)
+    return [term for term in terms if isinstance(term, FiniteSum)]
 
 
 class _Transposed(Sequence[LinearOperator]):

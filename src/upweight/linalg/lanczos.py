@@ -6,6 +6,7 @@ Each value comes with a residual bound. Golub & Van Loan (2013), Section 10.1.
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import NonFinite
@@ -28,9 +29,13 @@ class ExtremeEigenvalues:
 
 
 def extreme_eigenvalues(
-    A: LinearOperator, max_steps: int = 100, rtol: float = 1e-3, seed: int = 0
+    A: LinearOperator,
+    max_steps: int = 100,
+    rtol: float = 1e-3,
+    seed: int = 0,
+    preconditioner: LinearOperator | None = None,
 ) -> ExtremeEigenvalues:
-    """The smallest and largest eigenvalue of a symmetric A, by Lanczos.
+    """The smallest and largest eigenvalue of a symmetric A, or of M A, by Lanczos.
 
     Every new vector is orthogonalized against all earlier ones, twice (Giraud et al., 2005):
     without it, copies of converged eigenvalues appear.
@@ -40,42 +45,54 @@ def extreme_eigenvalues(
         max_steps: Most products with A; the basis of `max_steps` vectors is kept.
         rtol: Stop when both errors are below rtol · max|eigenvalue|.
         seed: Of the start vector.
+        preconditioner: M, positive definite: the eigenvalues are then those of M A, which are
+            M½ A M½'s, and lengths are √(vᵀMv).
 
     Raises:
         NonFinite: A v has a NaN or an infinity.
 
     Exact when: max_steps ≥ the number of distinct eigenvalues (to rounding).
-    Cost: at most `max_steps` products with A, O(p · max_steps²) and p · max_steps numbers.
+    Cost: at most `max_steps` products with A, O(p · max_steps²) and p · max_steps numbers, twice
+    with a preconditioner.
     """
     p = square(A, "Eigenvalues")
     steps = min(max_steps, p)
+    M = preconditioner
     basis = torch.empty(steps, p, dtype=A.dtype, device=A.device)
-    start = _normal(A, seed)
-    basis[0] = start / torch.linalg.vector_norm(start)
+    dual = basis if M is None else torch.empty_like(basis)  # M v of each: vᵢᵀ M vⱼ = δᵢⱼ
+    w = normal(A, seed)
     alphas: list[float] = []
     betas: list[float] = []
     for step in range(steps):
-        w = A.mv(basis[step])
-        alphas.append(float(w @ basis[step]))
-        known = basis[: step + 1]
+        z = w if M is None else M.mv(w)
+        length = float((w @ z).clamp_min(0.0).sqrt())
+        if step > 0:
+            betas.append(length)
+            ends = _ritz(alphas, betas)
+            scale = max(abs(ends.smallest), abs(ends.largest))
+            invariant = betas[-1] <= 10 * torch.finfo(A.dtype).eps * scale
+            if invariant or max(ends.smallest_error, ends.largest_error) <= rtol * scale:
+                return ends
+        basis[step] = w / length
+        if M is not None:
+            dual[step] = z / length
+        w = A.mv(dual[step])
+        _require_finite(A, w)
+        alphas.append(float(w @ dual[step]))
         for _ in range(2):
-            w = w - (known @ w) @ known
-        betas.append(float(torch.linalg.vector_norm(w)))
-        if not (torch.isfinite(w).all()):
-            raise NonFinite(
-                "Eigenvalues need a finite operator.",
-                f"{A!r} gave a NaN or an infinity for a finite vector.",
-                "a loss or an activation that overflowed.",
-                "check the gradients of the examples one at a time, or use float64.",
-            )
-        ends = _ritz(alphas, betas)
-        scale = max(abs(ends.smallest), abs(ends.largest))
-        invariant = betas[-1] <= 10 * torch.finfo(A.dtype).eps * scale
-        if invariant or max(ends.smallest_error, ends.largest_error) <= rtol * scale:
-            break
-        if step + 1 < steps:
-            basis[step + 1] = w / betas[-1]
-    return ends
+            w = w - (dual[: step + 1] @ w) @ basis[: step + 1]
+    z = w if M is None else M.mv(w)
+    return _ritz(alphas, [*betas, float((w @ z).clamp_min(0.0).sqrt())])
+
+
+def _require_finite(A: LinearOperator, w: Tensor) -> None:
+    if not bool(w.isfinite().all()):
+        raise NonFinite(
+            "Eigenvalues need a finite operator.",
+            f"{A!r} gave a NaN or an infinity for a finite vector.",
+            "a loss or an activation that overflowed.",
+            "check the gradients of the examples one at a time, or use float64.",
+        )
 
 
 def _ritz(alphas: list[float], betas: list[float]) -> ExtremeEigenvalues:
@@ -90,8 +107,9 @@ def _ritz(alphas: list[float], betas: list[float]) -> ExtremeEigenvalues:
     )
 
 
-def _normal(A: LinearOperator, seed: int) -> Tensor:
+def normal(A: LinearOperator, seed: int, *leading: int) -> Float[Tensor, "*k p"]:
+    """Standard normal vectors that A can take."""
     # Drawn on the CPU in float64, so that the numbers are the same on every device.
     generator = torch.Generator().manual_seed(seed)
-    draw = torch.randn(A.shape[1], generator=generator, dtype=torch.float64)
+    draw = torch.randn(*leading, A.shape[1], generator=generator, dtype=torch.float64)
     return draw.to(dtype=A.dtype, device=A.device)

@@ -6,6 +6,10 @@ A numerical failure is a value first: `Solution.result` names it, and the member
 the messages. `Solution.throw()` turns it into an error that carries the solution; `solve` does so
 unless told otherwise. Where there is no answer at all the value is NaN, so that nothing can be
 mistaken for one; an iterative solver that stopped early returns what it had reached.
+
+Some solvers promise no tolerance: a low-rank inverse, a series cut off after so many terms, an
+average over minibatches. Where their residual is above what other solvers reach, the result is
+APPROXIMATE: an answer, with the residual that it leaves.
 """
 
 import enum
@@ -22,11 +26,13 @@ class Result(enum.Enum):
     """How a solve ended, from best to worst: of many right-hand sides the worst is reported."""
 
     CONVERGED = "The residual is within tolerance."
+    APPROXIMATE = "An approximation by design: its residual is stated, and not promised."
     MAX_STEPS = "The solver used all its steps before the residual was within tolerance."
     STAGNATED = "The residual stopped falling above the tolerance: rounding dominates."
     SINGULAR = "The operator is numerically singular: A x = b has no unique solution."
     NEGATIVE_CURVATURE = "A direction v with vᵀAv < 0 was met: the operator is indefinite."
     NOT_POSITIVE_DEFINITE = "The factorization needs a positive definite operator."
+    DIVERGED = "The iteration moved away from the solution: ‖b − Ax‖ grew."
     NON_FINITE = "The operator or the right-hand side has a NaN or an infinity."
 
     @property
@@ -63,37 +69,44 @@ class Solution:
         value: x, in the shape and dtype of b. NaN where there is no answer.
         result: How the solve ended; the worst over all right-hand sides.
         stats: What it cost, and the true residuals.
+        standard_error: Of each entry of x, where x is a mean over random repeats.
     """
 
     value: Float[Tensor, "*k p"]
     result: Result
     stats: SolverStats
+    standard_error: Float[Tensor, "*k p"] | None = None
 
     @property
     def converged(self) -> bool:
         """Whether every right-hand side was solved to tolerance."""
         return self.result is Result.CONVERGED
 
+    @property
+    def is_answer(self) -> bool:
+        """Whether every right-hand side has one: to tolerance, or by a stated approximation."""
+        return self.result in (Result.CONVERGED, Result.APPROXIMATE)
+
     def throw(self) -> "Solution":
         """This solution, if it is one.
 
         Raises:
             NotPositiveDefinite: NOT_POSITIVE_DEFINITE, NEGATIVE_CURVATURE or SINGULAR.
-            NotConverged: MAX_STEPS or STAGNATED.
+            NotConverged: MAX_STEPS, STAGNATED or DIVERGED.
             NonFinite: NON_FINITE.
             All three carry this solution as `.solution`.
         """
-        if self.converged:
+        if self.is_answer:
             return self
         raise self.error()
 
     def error(self) -> UpweightError:
         """The error that `throw` raises, for callers that would add to it."""
-        assert not self.converged
+        assert not self.is_answer
         parts = _EXPLAIN[self.result](self.stats)
         if self.result is Result.NON_FINITE:
             error: UpweightError = NonFinite(*parts)
-        elif self.result in (Result.MAX_STEPS, Result.STAGNATED):
+        elif self.result in (Result.MAX_STEPS, Result.STAGNATED, Result.DIVERGED):
             return NotConverged(*parts, solution=self)
         else:
             error = NotPositiveDefinite(
@@ -132,6 +145,25 @@ def _stagnated(stats: SolverStats) -> tuple[str, str, str, str]:
         "a tolerance below what this precision can reach at this condition number, or an operator "
         "that gives another answer each time.",
         "loosen rtol above the residual reached, compute in float64, or add damping.",
+    )
+
+
+def _diverged(stats: SolverStats) -> tuple[str, str, str, str]:
+    radius, smallest = stats.extra.get("spectral_radius"), stats.extra.get("smallest_eigenvalue")
+    said = "" if radius is None else f" The spectral radius of I − ωPA is {radius:.4g} or more."
+    if smallest is not None and smallest < 0:
+        cause, way_out = _indefinite(stats, f"above {abs(smallest):.1e} (at least)")
+    else:
+        cause = "a step too long for the largest eigenvalue of PA, or of a minibatch."
+        way_out = (
+            "leave the step or scale out, so that it is chosen from the spectrum; or use CG(), "
+            "which chooses every step."
+        )
+    return (
+        "x ← x + ωP(b − Ax) converges where the spectral radius of I − ωPA is below 1.",
+        _worst(stats) + said,
+        cause,
+        way_out,
     )
 
 
@@ -228,5 +260,6 @@ _EXPLAIN = {
     Result.SINGULAR: _singular,
     Result.NEGATIVE_CURVATURE: _negative_curvature,
     Result.NOT_POSITIVE_DEFINITE: _not_positive_definite,
+    Result.DIVERGED: _diverged,
     Result.NON_FINITE: _non_finite,
 }

@@ -276,7 +276,7 @@ class DenseScorer(FlatScorer):
 
     def _solved(self, vectors: Float[Tensor, "k p"]) -> Solution:
         solution = self.solver.solve(self.state, vectors)
-        if not solution.converged:  # training data written to since leave a residual: say so
+        if not solution.is_answer:  # training data written to since leave a residual: say so
             for start in range(0, len(self.train), self.at_once):
                 self.train.batch(start, min(start + self.at_once, len(self.train)))
         return solution.throw()
@@ -339,7 +339,7 @@ class DenseScorer(FlatScorer):
         kept = self.train.subset([i for i in range(n) if i not in gone])
         operator = damped(self.curvature.fit(self.task, kept, self.theta, n=n), self.damping)
         total = self.total(group)
-        solver = self.chosen
+        solver = self.solver  # with its preconditioner, which what was removed hardly changes
         return solver.solve(solver.init(operator), total * self.share).throw().value
 
     # -- health -----------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def stationarity(gradient: Float[Tensor, " p"], step: Solution) -> dict[str, flo
     would still lower J, or NaN where the solver could not tell.
     """
     gradient = gradient.double()  # whose squares may underflow
-    decrement = 0.5 * float(gradient @ step.value.double()) if step.converged else math.nan
+    decrement = 0.5 * float(gradient @ step.value.double()) if step.is_answer else math.nan
     return {"gradient_norm": float(gradient.norm()), "decrement": decrement}
 
 
@@ -302,7 +302,8 @@ def solved(judged: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"a solve was left with a residual of {judged['largest_residual']:.1e} of its right "
-        "side: a smaller tolerance of the solver makes the scores exact"
+        "side: a smaller tolerance of the solver, or more of its steps or a higher rank, makes the "
+        "scores exact"
     ]
 
 
