@@ -993,7 +993,7 @@ def collinear_columns_of_statsmodels() -> Any:
 # -- files of a run --------------------------------------------------------------------------------
 
 
-def altered(change: Callable[[Path], None], name: str = "scores-*", saved: bool = False) -> Any:
+def altered(change: Callable[[Path], None], name: str = "tile-*", saved: bool = False) -> Any:
     """Scores read from a folder of which one file was altered."""
     model, train = linear(), rows()
     method = uw.Influence(uw.EKFAC(uw.labels.Observed()), damping=0.1, tolerance=0.0)

@@ -1,7 +1,7 @@
 """Does `upweight view` answer any page of a million training examples × 1 000 queries in 100 ms?
 
 A test of size: the scores are drawn at random (Student's t with 3 degrees of freedom, heavy-tailed
-as scores are), written as `ScoreShards` as a pass would, and served by `upweight.view`. Each page
+as scores are), written as `StoredMatrix` as a pass would, and served by `upweight.view`. Each page
 is asked over HTTP from this machine, at places drawn at random, after the file has been read once:
 how long it takes from a disk is the disk's. Takes twice the size of the scores on the disk.
 """
@@ -20,13 +20,13 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 from environment import environment
+from upweight.runtime.matrix import StoredMatrix
+from upweight.view.kept import keeping_totals
+from upweight.view.matrix import keeping
 
 from upweight.report import Display
 from upweight.report.answers import Answers
-from upweight.runtime.shards import ScoreShards
 from upweight.view import Server, opened
-from upweight.view.kept import keeping_totals
-from upweight.view.matrix import keeping
 
 HERE = Path(__file__).resolve().parent
 SHARD = 10_000
@@ -101,8 +101,8 @@ def main() -> None:
 
 def written(folder: Path, n: int, q: int) -> None:
     """Generated scores, as a pass would leave them."""
-    shards = ScoreShards.open(folder, n, q, {"task": "generated", "method": "none: a size test"})
-    if len(list(folder.glob("scores-*.safetensors"))) == -(-n // SHARD):
+    shards = StoredMatrix.open(folder, n, q, {"task": "generated", "method": "none: a size test"})
+    if len(list(folder.glob("tile-*.safetensors"))) == -(-n // SHARD):
         return  # of an earlier run
     for start in range(0, n, SHARD):
         draw = np.random.default_rng(start)

@@ -24,10 +24,11 @@ from upweight.evaluation.check import check
 from upweight.linalg.damping import Absolute, Evidence, Relative
 from upweight.methods.influence import Influence
 from upweight.methods.method import Method
-from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
+from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Top
 from upweight.methods.similarity import GradientCosine, GradientDot
 from upweight.runtime.resources import Resources
 from upweight.scores import Scores, Unit
+from upweight.shards import Shards
 from upweight.task.data import Data, as_data
 from upweight.task.losses import (
     Bernoulli,

@@ -336,7 +336,7 @@ def test_a_run_of_an_older_version_says_what_to_do_and_it_works(made, tmp_path, 
 
 def test_what_is_kept_is_refused_where_it_is_damaged(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    whole = json.loads((made / "rendered/shown/shown.json").read_text())
+    whole = json.loads((made / "rendered/shown/finished.json").read_text())
     numbers = (made / "rendered/shown/shown.safetensors").read_bytes()
     (tmp_path / "evil.py").write_text("")
 
@@ -375,13 +375,13 @@ def test_what_is_kept_is_refused_where_it_is_damaged(made, tmp_path, monkeypatch
     ]  # fmt: skip
     shutil.copytree(made / "rendered", tmp_path / "run")
     for k, text in enumerate(damaged):
-        (tmp_path / "run/shown/shown.json").write_text(text)
+        (tmp_path / "run/shown/finished.json").write_text(text)
         with pytest.raises(StaleStore, match=r"--project"):  # noqa: PT012
             alone(Run(tmp_path / "run"))
             pytest.fail(f"{k}: {text[:200]}")
-    (tmp_path / "run/shown/shown.json").write_text(facts())
+    (tmp_path / "run/shown/finished.json").write_text(facts())
     alone(Run(tmp_path / "run"))  # so each of these is refused for what was changed in it
-    (tmp_path / "run/shown/shown.json").write_text(json.dumps(whole))
+    (tmp_path / "run/shown/finished.json").write_text(json.dumps(whole))
     for contents in (b"", numbers[:100], numbers[:-1] + b"\7", b"\x80\x04K\x01."):
         (tmp_path / "run/shown/shown.safetensors").write_bytes(contents)
         assert refusal("report", "run").startswith("StaleStore")
@@ -398,11 +398,11 @@ def test_what_was_to_be_shown_is_kept_by_whatever_finishes_the_run(made, tmp_pat
     shutil.copytree(made / "texts", tmp_path / "texts")
     shutil.copy(made / "project.py", tmp_path)
     monkeypatch.chdir(tmp_path)
-    before = (tmp_path / "texts/shown/shown.json").read_bytes()
+    before = (tmp_path / "texts/shown/finished.json").read_bytes()
     for verb in (rerun("texts"), attribute(out="texts"), ["report", "texts", *OWN]):
         shutil.rmtree("texts/shown")
         answer(*verb)
-        assert (tmp_path / "texts/shown/shown.json").read_bytes() == before, verb
+        assert (tmp_path / "texts/shown/finished.json").read_bytes() == before, verb
 
 
 def test_what_no_page_can_show_is_attributed_all_the_same(made, tmp_path, monkeypatch):
@@ -425,7 +425,7 @@ def test_scores_too_many_for_memory_are_shown_from_the_copy_of_a_view(made, tmp_
     shutil.copytree(made / "run", tmp_path / "run")
     shutil.copy(made / "project.py", tmp_path)
     monkeypatch.chdir(tmp_path)
-    before = (tmp_path / "run/shown/shown.json").read_bytes()
+    before = (tmp_path / "run/shown/finished.json").read_bytes()
     shutil.rmtree("run/shown")
 
     def too_many(_):
@@ -434,7 +434,7 @@ def test_scores_too_many_for_memory_are_shown_from_the_copy_of_a_view(made, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(Run, "load", too_many)
         answer(*rerun("run"))
-    told = json.loads((tmp_path / "run/shown/shown.json").read_bytes())
+    told = json.loads((tmp_path / "run/shown/finished.json").read_bytes())
     assert told == json.loads(before)
     assert (tmp_path / "run/scores/by-query/values.npy").exists()
 

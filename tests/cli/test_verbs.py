@@ -11,6 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch.testing import assert_close
+from upweight.runtime.rows import RowStore
+from upweight.runtime.matrix import StoredMatrix
 
 import upweight as uw
 from tests.runs.digests import digests
@@ -20,8 +22,6 @@ from upweight.methods import reduce
 from upweight.methods.fitted import Fitted
 from upweight.runs import work
 from upweight.runs.directory import Run
-from upweight.runtime.rows import RowStore
-from upweight.runtime.shards import ScoreShards
 from upweight.scoring import stream
 from upweight.view import Server
 
@@ -246,7 +246,7 @@ def test_a_full_disk_is_an_error_that_leaves_what_was_there(project, monkeypatch
     )
     kept = digests(Run(project / "run"))
     assert 0 < len(kept) < len(expected)
-    assert ScoreShards.load(project / "run/scores").done(0, 10) > 0
+    assert StoredMatrix.load(project / "run/scores").done(0, 10) > 0
     assert "needs a finished run" in refusal("report", "run")
     left = 10**6
     assert answer(*rerun("run/run.toml"))["did"] == "continued"

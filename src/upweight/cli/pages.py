@@ -16,7 +16,6 @@ from upweight.runs.directory import Run
 from upweight.runs.question import Question
 from upweight.runs.record import Record
 from upweight.scores import Scores
-from upweight.view import opened
 
 LIVE = {"evidence", "removal"}
 """What is shown beside a display, and not kept in a run."""
@@ -36,7 +35,7 @@ def context_of(question: Question, fitted: Any = None) -> Context:
 
 
 def loaded(run: Run) -> Scores:
-    """The finished scores; where they are too many for memory, the copy that a view reads.
+    """The finished scores; where they are too many for memory, as a view reads them.
 
     Raises:
         StaleStore: They are not finished, or damaged.
@@ -44,7 +43,7 @@ def loaded(run: Run) -> Scores:
     try:
         return run.load()
     except SpecError:
-        return opened(run.scores)
+        return Scores.open(run.scores)
 
 
 def keep(run: Run, question: Question, fitted: Any, shown_beside: Shown) -> None:

@@ -15,7 +15,8 @@ from upweight.cli.question import reopened
 from upweight.cli.screen import Answer, say, verb
 from upweight.runs.directory import Run
 from upweight.runs.work import refit
-from upweight.view import keeping, opened, serve
+from upweight.scores import Scores
+from upweight.view import serve
 
 
 @click.command()
@@ -31,7 +32,7 @@ def view(
     """Serve a run to the browser of this machine, until Ctrl-C.
 
     The page of `upweight report`, for scores that are too many for one file. It listens on this
-    machine only, and its address carries a token. The first view copies the scores within the run.
+    machine only, and its address carries a token. Of the scores it reads what is looked at.
     It shows what the run holds, and runs no code but that of files you name by --show or --project.
 
     \b
@@ -65,8 +66,7 @@ def view(
                 }
                 beside = replace(beside, display=replace(display, **asked))
             context = context_of(question)
-        # Held while it copies; others may work while it serves.
-        scores = opened(place.scores, lambda: place.held("upweight view"))
+        scores = Scores.open(place.scores)
         scores = scores if context is None else scores.attach(context)
         serve(
             scores,
@@ -76,7 +76,7 @@ def view(
             evidence=[*beside.live.get("evidence", ()), *checked],
             removal=beside.live.get("removal"),
             command=command(place, record if show is None else replace(record, show=show)),
-            keep=keeping(place.scores),
+            keep=place.scores,
             port=port,
         )
     return Answer("", {"run": str(place.path)})

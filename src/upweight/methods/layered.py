@@ -33,7 +33,6 @@ from upweight.linalg.eigen import Eigen
 from upweight.methods import health
 from upweight.methods.fitting import Fitting
 from upweight.methods.scorer import Asked, Job, Scorer, Work
-from upweight.runtime.checkpoint import Checkpoint
 from upweight.runtime.memory import working_bytes
 from upweight.runtime.progress import progress
 from upweight.scoring.choose import Choice
@@ -433,7 +432,6 @@ def inverse(
         seen[start] = checked_batch(task, data, places, batch, outputs, targets, "training data")
 
     settings = {"curvature": described(curvature), "damping": described(damping)}
-    folder = resources.folder
     try:
         fitted = curvature.fit_blocks(
             task,
@@ -442,9 +440,7 @@ def inverse(
             # The evidence is not known before the spectrum is.
             damping=None if isinstance(damping, Evidence) else damping,
             memory_bytes=resources.memory_bytes,
-            checkpoint=None
-            if folder is None
-            else Checkpoint.open(folder, repr(settings | subject(task, data))),
+            checkpoint=resources.checkpoint(lambda: settings | subject(task, data)),
             watch=watch,
         )
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -456,7 +452,7 @@ def inverse(
         raise
     # The first pass has seen them all, unless it had only some of the data or resumed. Batches of
     # other sizes may round otherwise, and an interrupted fit must come to the same numbers.
-    if folder is None and sum(len(x) for x in seen.values()) == len(data):
+    if resources.folder is None and sum(len(x) for x in seen.values()) == len(data):
         fitting.losses = torch.cat(list(seen.values()))
         require_own_losses(task, data, probe, fitting.losses, "training data")
     layout = task.layout

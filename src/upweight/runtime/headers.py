@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from upweight.errors import StaleStore, message
+from upweight.runtime.atomic import contents, write_whole
 from upweight.runtime.fingerprint import digest
-from upweight.runtime.whole import contents, write_whole
 
 T = TypeVar("T")
 

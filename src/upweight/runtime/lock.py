@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from upweight.errors import InUse, NotWritten, StaleStore, message
-from upweight.runtime.whole import contents, write_whole
+from upweight.runtime.atomic import contents, write_whole
 
 FILES = (".lock", ".holder")
 

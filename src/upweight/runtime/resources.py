@@ -1,10 +1,47 @@
 """Resources: where a method works and with what. None of it changes an answer but by rounding."""
 
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from upweight._typing import Folder
 from upweight.errors import SpecError
 from upweight.runtime.group import Group, SingleProcess
+from upweight.runtime.store import Store
+
+EVERY_SECONDS = 30.0
+"""How much work an interruption may cost; writing takes a small share of it."""
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """The state of a long computation in a folder: a kill at any instant leaves that of before."""
+
+    store: Store
+    written: float = field(default_factory=time.monotonic)
+
+    def read(self) -> Mapping[str, Tensor] | None:
+        """The state, or None where none was written yet.
+
+        Raises:
+            StaleStore: It is damaged.
+        """
+        return self.store.read("state") if self.store.names() else None
+
+    def is_due(self) -> bool:
+        """Whether it is time to write again."""
+        return time.monotonic() - self.written >= EVERY_SECONDS
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a state in place of the one before.
+
+        Raises:
+            NotWritten: The disk is full or not writable. The state of before stays readable.
+        """
+        self.store.write("state", tensors)
+        self.written = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -39,3 +76,17 @@ class Resources:
                 "leave the group out; or let each process ask about some of the queries, "
                 "as_data(queries).subset(...).",
             )
+
+    def checkpoint(self, description: Callable[[], Mapping[str, str]]) -> Checkpoint | None:
+        """Where to keep the state of what is described; None where there is no folder.
+
+        Args:
+            description: () -> what the state depends on.
+
+        Raises:
+            StaleStore: The folder holds that of something else.
+            NotWritten: The folder cannot be written.
+        """
+        if self.folder is None:
+            return None
+        return Checkpoint(Store.open(self.folder, description(), again="the same fit"))

@@ -152,16 +152,6 @@ def require_own(folder: Path) -> None:
                 raise StaleStore(_not_own(path, "a link" if path.is_symlink() else "no file"))
 
 
-def require_no_link(folder: Path) -> None:
-    """Refuse a folder that is only a link to one.
-
-    Raises:
-        StaleStore: It is.
-    """
-    if folder.is_symlink():
-        raise StaleStore(_not_own(folder, "a link"))
-
-
 def _made(target: Path) -> tuple[Path, BinaryIO]:
     """A file beside its place that no other process has, locked until it is closed."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _never_through_links()
