@@ -25,14 +25,13 @@ from upweight.errors import (
     NonFinite,
     ShapeError,
     SpecError,
-    StaleStore,
     UpweightError,
     message,
 )
 from upweight.notation import count
 from upweight.plot import Plot
 from upweight.provenance import Answered, Context, Provenance
-from upweight.runtime.headers import Misfit, fitting, own_digest
+from upweight.runtime.headers import Misfit, fitting, own_digest, stale
 from upweight.runtime.matrix import StoredMatrix, Tile
 from upweight.runtime.selection import is_row, labels_by_place, places, row_of
 from upweight.runtime.store import FINISHED
@@ -480,13 +479,8 @@ def _stored(directory: Folder) -> tuple[StoredMatrix, _Told]:
     try:
         told: _Told = fitting(facts, _Told, "facts")
     except Misfit as misfit:
-        path = found.directory / FINISHED
-        raise StaleStore(
-            f"`{misfit.key}` in {path.name} must be {misfit.required}.",
-            f"{path}, where it is {misfit.given}.",
-            "a file of another version of upweight.",
-            f"delete the file and ask again: {AGAIN}; nothing is computed again.",
-        ) from misfit
+        way_out = f"delete the file and ask again: {AGAIN}; nothing is computed again."
+        raise stale(found.directory / FINISHED, misfit, way_out) from misfit
     return found, told
 
 

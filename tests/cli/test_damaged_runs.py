@@ -17,8 +17,8 @@ import tomli_w
 from tests.cli.test_verbs import OWN, answer, attribute, call, refusal, rerun
 from tests.runs.digests import digests
 from tests.runtime.damage import DAMAGES
+from upweight import shards
 from upweight.errors import StaleStore
-from upweight.methods import reduce
 from upweight.report import html
 from upweight.runs.directory import Run
 from upweight.runtime import atomic
@@ -124,7 +124,7 @@ HEADERS = {
     "nothing in it": written("{}"),
     "nested": written("[" * 100_000),
     "binary": lambda path: path.write_bytes(bytes(range(256))),
-    "another type": changed(header=5, n="3", provenance=[]),
+    "another type": changed(facts=5, n="3", provenance=[]),
     "edited": changed(more=1),
 }
 
@@ -339,7 +339,7 @@ def test_what_is_shown_beside_a_run_on_a_read_only_disk_is_not_kept_and_is_shown
     page = tmp_path / "page.html"
     for name in ("run", "exact"):
         show = [name, "--show", "other.py:shown", *OWN]
-        call("view", name)  # which makes the copy
+        call("view", name)  # which keeps the totals
         before = state_of(run.path.with_name(name))
         with monkeypatch.context() as patched:
             read_only(patched)
@@ -355,19 +355,12 @@ def test_what_is_shown_beside_a_run_on_a_read_only_disk_is_not_kept_and_is_shown
 
 
 @pytest.mark.parametrize("disk", [full, read_only])
-def test_a_view_needs_room_only_for_its_copy(run, disk, monkeypatch, tmp_path):
+def test_a_view_needs_no_room(run, disk, monkeypatch):
     monkeypatch.setattr(Server, "wait", lambda server: None)
     with monkeypatch.context() as patched:
         disk(patched)
-        said = refusal("view", "run")
-        assert "to a disk with room" in said or "to another disk" in said
-    assert not list(run.path.rglob("*.part")) and not list(run.path.rglob("*.npy"))
-    shutil.copytree(run.path.parent, tmp_path / "room")  # the way out
-    assert call("view", tmp_path / "room" / "run").exit_code == 0
-    assert call("view", "run").exit_code == 0
-    with monkeypatch.context() as patched:
-        disk(patched)
         assert call("view", "run").exit_code == 0
+    assert not list(run.path.rglob("*.part")) and not list(run.path.rglob("totals.safetensors"))
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next_that_holds_the_run(run):
@@ -451,7 +444,7 @@ EDITS = {
     "p": ("p = 24", "p = 25"),
     "threads": ("threads = ", "threads = 1"),
     "memory_bytes": ("memory_bytes = 0", "memory_bytes = 99"),
-    "versions.torch": (f'[versions]\nupweight = "{VERSIONS["upweight"]}"\ntorch = "2', '[versions]\nupweight = "1"\ntorch = "1'),
+    "versions.python": ('python = "3.', 'python = "2.'),
     "environment.BLAS": ('BLAS = "', 'BLAS = "another '),
     "measure": ('measure = "Loss()"', 'measure = "Margin()"'),
     "method": ("Relative(factor=0.1)", "Relative(factor=0.9)"),
@@ -461,8 +454,8 @@ EDITS = {
 @pytest.mark.parametrize("key", EDITS)
 def test_an_edited_question_of_a_finished_run_is_refused_until_it_is_put_back(run, key):
     text = run.toml.read_text()
-    assert text.count(EDITS[key][0]) == 1
-    run.toml.write_text(text.replace(*EDITS[key]))
+    assert EDITS[key][0] in text
+    run.toml.write_text(text.replace(*EDITS[key], 1))
     for verb in (["report", "run"], ["view", "run"], ["rerun", "run"]):
         said = refusal(*verb)
         assert "run.toml, which says otherwise" in said
@@ -470,7 +463,9 @@ def test_an_edited_question_of_a_finished_run_is_refused_until_it_is_put_back(ru
     assert re.search(
         rf"{key} is .*, and run.toml says|otherwise|{key} is not", refusal(*rerun("run"))
     )
-    fields = tomllib.loads(run.toml.read_text()) | tomllib.loads(line)
+    fields = tomllib.loads(run.toml.read_text())
+    for name, value in tomllib.loads(line).items():
+        fields[name] = fields[name] | value if isinstance(value, dict) else value
     run.toml.write_text(tomli_w.dumps(fields))
     assert answer("rerun", "run")["did"] == answer(*rerun("run"))["did"] == "nothing"
 

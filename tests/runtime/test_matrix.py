@@ -93,7 +93,7 @@ def test_a_row_that_is_not_finished_is_refused(tmp_path):
 
 
 def test_scores_of_something_else_are_refused(tmp_path):
-    matrix_in(tmp_path)
+    add(matrix_in(tmp_path), 0, 5, 0, 2)
     with pytest.raises(StaleStore, match=r"(?s)of another method\..*give another folder, or del"):
         matrix_in(tmp_path, method="b")
     with pytest.raises(StaleStore, match=r"of another shape\."):

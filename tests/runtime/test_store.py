@@ -78,7 +78,9 @@ def test_a_damaged_manifest_is_refused_and_names_the_ways_out(tmp_path, told):
 
 
 def test_what_differs_in_another_description_is_named(tmp_path):
-    Store.open(tmp_path, {"recipe": "a", "data": "x", "seed": "1"})
+    first = Store.open(tmp_path, {"recipe": "a", "data": "x", "seed": "2"})
+    assert first != Store.open(tmp_path, {"recipe": "a", "data": "x", "seed": "1"}), "no work yet"
+    first.load(tmp_path).write("rows", {"values": torch.eye(1)})
     with pytest.raises(StaleStore, match=r"which is of another recipe, seed\."):
         Store.open(tmp_path, {"recipe": "b", "data": "x"})
 

@@ -35,20 +35,16 @@ def read(run: Run) -> tuple[Facts, Arrays]:
     Raises:
         StaleStore: It is not there, damaged, or of another model or data.
     """
+    again = f"{run.command('report')}, if you trust its project: its code then runs"
     try:
-        store = Store.load(run.shown)
+        store = Store.load(run.shown, again)
         store.require(run.record.fingerprints)
-        facts, tensors = store.facts, store.read("shown")
-    except (FileNotFoundError, StaleStore) as error:
-        is_there = isinstance(error, StaleStore)
-        told = str(error).splitlines()
+        tensors = store.read("shown")
+    except FileNotFoundError as error:
         raise StaleStore(
             "A page of a run alone is made of what attribute kept to show.",
-            told[1].removeprefix("  Given: ") if is_there else "a run that holds no such thing.",
-            told[2].removeprefix("  Usual cause: ")
-            if is_there
-            else "its attribute was stopped after the scores.",
-            "name the project, if you trust it: its code then runs, and what it shows is kept for "
-            f"the next time: {run.command('report')}",
+            "a run that holds no such thing.",
+            "its attribute was stopped after the scores.",
+            f"have it kept: {again}.",
         ) from error
-    return facts or {}, {name: each.numpy() for name, each in tensors.items()}
+    return store.facts or {}, {name: each.numpy() for name, each in tensors.items()}

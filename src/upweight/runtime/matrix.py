@@ -78,7 +78,7 @@ class StoredMatrix(Store):
         """Some rows, `[row]` or `[first:last]`, or some columns of them, `[rows, columns]`.
 
         Args:
-            part: Rows are a number or a slice of step 1; columns a slice of step 1 or a list.
+            part: Rows are a number or a slice of step 1; columns the same, or a list.
 
         Raises:
             IndexError: There is no such row.
@@ -89,6 +89,8 @@ class StoredMatrix(Store):
         Cost: reads what is asked for, and the first time all of the tiles that it is in.
         """
         rows, columns = part if isinstance(part, tuple) else (part, slice(None))
+        if isinstance(columns, int):
+            return self[rows, [columns]][..., 0]
         if not isinstance(rows, slice):
             if not 0 <= rows < len(self):
                 raise IndexError(rows)

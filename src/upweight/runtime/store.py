@@ -107,7 +107,11 @@ class Store:
         folder = Path(directory)
         make_folder(folder)
         remove_left_over(folder)
-        if not (folder / MANIFEST).exists():
+        begins = not (folder / MANIFEST).exists()
+        if not begins and not any(folder.glob(f"*{SUFFIX}")):
+            # A question that failed before any work may be mended.
+            begins = bool(cls.load(folder, again)._others(description, shape))
+        if begins:
             cls(folder, description, shape, begun or {})._begin()
         found = cls.load(folder, again)
         found.require(description, shape)
@@ -164,16 +168,13 @@ class Store:
         Raises:
             StaleStore: It is, and says of what.
         """
-        names = {*description, *self.description}
-        others = sorted(k for k in names if description.get(k) != self.description.get(k))
-        others += ["shape"] if shape != self.shape else []
-        if others:
+        if others := self._others(description, shape):
             raise StaleStore(
                 "A folder belongs to one model, data set, method and question.",
                 f"{self.directory / MANIFEST}, which is of another {', '.join(others)}.",
                 "training went on, the data changed, or something else was asked with the same "
                 "folder.",
-                "give another folder, or delete this one.",
+                f"give another folder, or delete this one and ask again: {self.again}.",
             )
 
     def path(self, name: str) -> Path:
@@ -256,6 +257,12 @@ class Store:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "known": {}}  # maps of files stay in their process
+
+    def _others(self, description: Mapping[str, str], shape: tuple[int, ...]) -> list[str]:
+        """What is another in a description."""
+        names = sorted({*description, *self.description})
+        found = [k for k in names if description.get(k) != self.description.get(k)]
+        return found + (["shape"] if shape != self.shape else [])
 
     def _about(self, name: str) -> dict[str, str]:
         """What a shard says of itself: of what it is, and which."""
