@@ -35,7 +35,7 @@ def read(run: Run) -> tuple[Facts, Arrays]:
     Raises:
         StaleStore: It is not there, damaged, or of another model or data.
     """
-    again = f"{run.command('report')}, if you trust its project: its code then runs"
+    again = run.command("report")
     try:
         store = Store.load(run.shown, again)
         store.require(run.record.fingerprints)
@@ -45,6 +45,7 @@ def read(run: Run) -> tuple[Facts, Arrays]:
             "A page of a run alone is made of what attribute kept to show.",
             "a run that holds no such thing.",
             "its attribute was stopped after the scores.",
-            f"have it kept: {again}.",
+            "name the project, if you trust it: its code then runs, and what it shows is kept for "
+            f"the next time: {again}",
         ) from error
     return store.facts or {}, {name: each.numpy() for name, each in tensors.items()}
