@@ -26,7 +26,7 @@ from upweight.facts import Fact
 from upweight.provenance import Context, Provenance
 from upweight.report import summary
 from upweight.runtime.store import Store
-from upweight.scores import Scores, TopScores, Unit
+from upweight.scores import Scores, TopScores, Unit, stored_in
 
 VALUES = torch.tensor([[3.0, -1.0, 0.0, 2.0, -4.0], [0.0, 0.0, 0.0, 1e-9, 0.0]]).double()
 SOURCE = Provenance("Influence()", "loss", "Loss()", 5, 2, 3, "float64", "cpu", {"x": 1.5})
@@ -426,12 +426,10 @@ def test_scores_that_are_opened_are_those_that_are_loaded(saved):
     assert torch.equal(opened.group("abbbb").values, plain.group("abbbb").values)
 
 
-@pytest.mark.parametrize("read", [Scores.load, Scores.open, Scores.provenance_in])
+@pytest.mark.parametrize("read", [Scores.load, Scores.open, stored_in])
 def test_scores_that_nobody_finished_are_refused(saved, read):
-    assert Scores.are_all_in(saved)
     (saved / "finished.json").unlink()
-    assert not Scores.are_all_in(saved)
-    with pytest.raises(ShapeError, match=r"(?s)some are missing.*attribute\(…, into=Shards"):
+    with pytest.raises(ShapeError, match=r"(?s)some of it is missing.*attribute\(…, into=Shards"):
         read(saved)
 
 

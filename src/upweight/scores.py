@@ -31,7 +31,7 @@ from upweight.errors import (
 from upweight.notation import count
 from upweight.plot import Plot
 from upweight.provenance import Answered, Context, Provenance
-from upweight.runtime.headers import Misfit, fitting, own_digest, stale
+from upweight.runtime.headers import Misfit, fitting, stale
 from upweight.runtime.matrix import StoredMatrix, Tile
 from upweight.runtime.selection import is_row, labels_by_place, places, row_of
 from upweight.runtime.store import FINISHED
@@ -365,16 +365,14 @@ class Scores(Answered):
         with contextlib.suppress(FileNotFoundError):
             found = StoredMatrix.load(directory, AGAIN)
             found.require(SAVED, found.shape)
-        tensors = {"values": self.values[:]}
-        if self.error is not None:
-            tensors["error"] = self.error
         q, n = self.values.shape
-        facts = {"unit": self.unit.name, "provenance": asdict(self.provenance)}
+        tensors = {"values": self.values[:]} | ({} if self.error is None else {"error": self.error})
+        told = ToldOfScores(self.unit, self.provenance, self.columns)
         StoredMatrix.replace(
             directory,
             SAVED,
             {Tile(0, q, 0, n).name: tensors},
-            {**facts, "columns": self.columns},
+            asdict(told) | {"unit": self.unit.name},
             shape=(q, n),
             way_out="free space or save elsewhere; the scores are still in memory, and what was "
             "saved before is as it was.",
@@ -391,7 +389,7 @@ class Scores(Answered):
             ShapeError: Some are missing.
             StaleStore: They are damaged, or of another version.
         """
-        found, told = _stored(directory)
+        found, told = stored_in(directory)
         error = None
         if "error" in found.read(found.names()[0]):
             error = found.part("error", range(len(found)))
@@ -409,40 +407,9 @@ class Scores(Answered):
 
         Cost: one reading of all files, to see that they are what was written.
         """
-        found, told = _stored(directory)
+        found, told = stored_in(directory)
         found.verify()
         return StoredScores(found, told.unit, told.provenance, columns=told.columns)
-
-    @classmethod
-    def are_all_in(cls, directory: Folder) -> bool:
-        """Whether a directory holds all of its scores, by their headers and the names of files.
-
-        Raises:
-            StaleStore: A header is damaged.
-        """
-        try:
-            found = StoredMatrix.load(directory, AGAIN)
-        except FileNotFoundError:
-            return False
-        return found.facts is not None and found.is_whole
-
-    @classmethod
-    def provenance_in(cls, directory: Folder) -> Provenance:
-        """How the scores of a directory came about, without reading them.
-
-        Raises:
-            FileNotFoundError, ShapeError, StaleStore: As for `load`.
-        """
-        return _stored(directory)[1].provenance
-
-    @classmethod
-    def digest_in(cls, directory: Folder) -> str:
-        """The hash of the scores of a directory, as their headers tell it.
-
-        Raises:
-            FileNotFoundError, StaleStore: As for `load`.
-        """
-        return own_digest(StoredMatrix.load(directory, AGAIN).digests())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -456,7 +423,7 @@ class StoredScores(Scores):
 
 
 @dataclass(frozen=True)
-class _Told:
+class ToldOfScores:
     """What finished.json says of scores."""
 
     unit: Unit
@@ -464,20 +431,16 @@ class _Told:
     columns: tuple[str, ...] | None = None
 
 
-def _stored(directory: Folder) -> tuple[StoredMatrix, _Told]:
-    """The scores of a directory, all of which are there, and what is said of them."""
+def stored_in(directory: Folder) -> tuple[StoredMatrix, ToldOfScores]:
+    """The scores of a directory, and what is said of them; they are not read.
+
+    Raises:
+        FileNotFoundError, ShapeError, StaleStore: As for `Scores.load`.
+    """
     found = StoredMatrix.load(directory, AGAIN)
-    facts = found.facts
-    if facts is None or not found.is_whole:
-        raise ShapeError(
-            f"Scores are those of {found.shape[0]} queries with all {found.shape[-1]} training "
-            "examples.",
-            f"{found.directory}, where some are missing, or how they came about.",
-            "a pass that was interrupted, or files that were removed.",
-            f"ask again to finish it: {AGAIN}.",
-        )
+    facts = found.require_finished()
     try:
-        told: _Told = fitting(facts, _Told, "facts")
+        told: ToldOfScores = fitting(facts, ToldOfScores, "facts")
     except Misfit as misfit:
         way_out = f"delete the file and ask again: {AGAIN}; nothing is computed again."
         raise stale(found.directory / FINISHED, misfit, way_out) from misfit

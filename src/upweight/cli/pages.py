@@ -15,7 +15,6 @@ from upweight.runs import shown
 from upweight.runs.directory import Run
 from upweight.runs.question import Question
 from upweight.runs.record import Record
-from upweight.scores import Scores
 
 LIVE = {"evidence", "removal"}
 """What is shown beside a display, and not kept in a run."""
@@ -34,18 +33,6 @@ def context_of(question: Question, fitted: Any = None) -> Context:
     return Context(question.task, question.train, question.queries, question.measure, fitted)
 
 
-def loaded(run: Run) -> Scores:
-    """The finished scores; where they are too many for memory, as a view reads them.
-
-    Raises:
-        StaleStore: They are not finished, or damaged.
-    """
-    try:
-        return run.load()
-    except SpecError:
-        return Scores.open(run.scores)
-
-
 def keep(run: Run, question: Question, fitted: Any, shown_beside: Shown) -> None:
     """Keep in a finished run what its page shows, with what the user shows beside the data.
 
@@ -53,7 +40,7 @@ def keep(run: Run, question: Question, fitted: Any, shown_beside: Shown) -> None
         OSError: The disk is full or not writable.
     """
     try:
-        scores = loaded(run).attach(context_of(question, fitted))
+        scores = run.open().attach(context_of(question, fitted))
         found = kept(scores, shown_beside.display, tuple(shown_beside.live))
     except OSError:
         raise

@@ -15,7 +15,6 @@ from upweight.cli.question import reopened
 from upweight.cli.screen import Answer, say, verb
 from upweight.runs.directory import Run
 from upweight.runs.work import refit
-from upweight.scores import Scores
 from upweight.view import serve
 
 
@@ -41,7 +40,7 @@ def view(
         upweight view runs/mails --show project.py:shown --port 8765 --browser
     """
     place = Run.named(run.absolute(), projects)
-    place.require_finished()
+    scores = place.open()
     record = place.record
     found = found_in(place)
     checked = [] if found is None else [found]
@@ -66,7 +65,6 @@ def view(
                 }
                 beside = replace(beside, display=replace(display, **asked))
             context = context_of(question)
-        scores = Scores.open(place.scores)
         scores = scores if context is None else scores.attach(context)
         serve(
             scores,

@@ -13,16 +13,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from upweight.errors import StaleStore
+from upweight.errors import ShapeError, StaleStore
 from upweight.runs.question import fingerprints_of
 from upweight.runs.record import CONTENTS, Record, is_reference
 from upweight.runtime.atomic import append, make_folder, remove_left_over, require_own
 from upweight.runtime.headers import read_json, write_json
 from upweight.runtime.lock import FILES as LOCKS
 from upweight.runtime.lock import locked
-from upweight.runtime.matrix import StoredMatrix
 from upweight.runtime.store import MANIFEST
-from upweight.scores import AGAIN, Scores
+from upweight.scores import Scores, stored_in
 
 SCHEMA = 1
 """Of evaluation.json."""
@@ -88,7 +87,10 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether all scores are there."""
-        return Scores.are_all_in(self.scores)
+        with contextlib.suppress(FileNotFoundError, ShapeError):
+            stored_in(self.scores)
+            return True
+        return False
 
     @contextlib.contextmanager
     def held(self, purpose: str) -> Iterator[None]:
@@ -123,12 +125,17 @@ class Run:
     @property
     def provenance(self) -> dict[str, Any]:
         """How the finished scores came about, without reading them."""
-        return asdict(Scores.provenance_in(self.scores))
+        return asdict(stored_in(self.scores)[1].provenance)
 
     def load(self) -> Scores:
         """The finished scores, without their live task and data. Raises as `require_finished`."""
         self.require_finished()
         return Scores.load(self.scores)
+
+    def open(self) -> Scores:
+        """The same, each compared with its hash, and read when it is asked for."""
+        self.require_finished()
+        return Scores.open(self.scores)
 
     def require_finished(self) -> None:
         """Raise StaleStore where scores are missing, or not of what run.toml asks."""
@@ -142,14 +149,13 @@ class Run:
         self._require_own_scores()
 
     def _require_own_scores(self) -> None:
-        record, found = self.record, Scores.provenance_in(self.scores)
-        begun = StoredMatrix.load(self.scores, AGAIN)
-        file = self.scores / MANIFEST
+        record, (scores, told) = self.record, stored_in(self.scores)
+        found, file = told.provenance, self.scores / MANIFEST
         try:
-            of = fingerprints_of(begun.description)
+            of = fingerprints_of(scores.description)
         except KeyError:
             of = dict.fromkeys(CONTENTS, "not recorded")
-        stored = {name: begun.begun.get(name, "nothing") for name in record.begun}
+        stored = {name: scores.begun.get(name, "nothing") for name in record.begun}
         if not is_reference(record.method):  # what a method of the user's says is its own matter
             stored |= {name: getattr(found, name) for name in ("n", "q", "p", "method")}
         if not is_reference(record.measure):
@@ -208,7 +214,7 @@ class Run:
         if not self.evaluation.exists():
             return {}
         kept = read_json(self.evaluation, SCHEMA, dict[str, Any], WAY_OUT)
-        if kept.pop("of", None) != Scores.digest_in(self.scores):
+        if kept.pop("of", None) != stored_in(self.scores)[0].digest:
             raise StaleStore(
                 "A comparison is of the scores that a run holds.",
                 f"{self.evaluation}, which is of others, or does not say of which.",
@@ -220,7 +226,7 @@ class Run:
     def keep_evaluation(self, name: str, facts: dict[str, Any]) -> None:
         """Keep what a comparison found, in place of an earlier one of its name."""
         kept = {k: v for k, v in self.evaluations().items() if k != name} | {name: facts}
-        write_json(self.evaluation, SCHEMA, {**kept, "of": Scores.digest_in(self.scores)})
+        write_json(self.evaluation, SCHEMA, {**kept, "of": stored_in(self.scores)[0].digest})
 
 
 def _differences(stored: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from upweight.errors import StaleStore
+from upweight.errors import ShapeError, StaleStore
 from upweight.runs.directory import Run
 from upweight.runtime.store import Store
 
@@ -39,13 +39,13 @@ def read(run: Run) -> tuple[Facts, Arrays]:
     try:
         store = Store.load(run.shown, again)
         store.require(run.record.fingerprints)
-        tensors = store.read("shown")
-    except FileNotFoundError as error:
+        facts, tensors = store.require_finished(), store.read("shown")
+    except (FileNotFoundError, ShapeError) as error:
         raise StaleStore(
             "A page of a run alone is made of what attribute kept to show.",
-            "a run that holds no such thing.",
+            "a run that holds no such thing, or not all of it.",
             "its attribute was stopped after the scores.",
             "name the project, if you trust it: its code then runs, and what it shows is kept for "
             f"the next time: {again}",
         ) from error
-    return store.facts or {}, {name: each.numpy() for name, each in tensors.items()}
+    return facts, {name: each.numpy() for name, each in tensors.items()}

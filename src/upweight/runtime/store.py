@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from upweight._typing import Folder
-from upweight.errors import StaleStore
+from upweight.errors import ShapeError, StaleStore
 from upweight.runtime.atomic import ELSEWHERE, make_folder, remove_left_over, replacing
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.headers import own_digest, read_json, write_json
@@ -34,17 +34,10 @@ SCHEMA = 3
 MANIFEST, FINISHED, SUFFIX = "manifest.json", "finished.json", ".safetensors"
 
 DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError)
 """What safetensors and PyTorch raise for hostile bytes, RuntimeError for 2⁴⁰ × 0 numbers."""
@@ -152,7 +145,7 @@ class Store:
         make_folder(made.directory, way_out)
         remove_left_over(made.directory)
         try:
-            old = set(cls.load(directory).digests())
+            old = set(cls.load(directory).names())
         except (FileNotFoundError, StaleStore):
             old = set()
         told = {name: made._write(name, tensors, way_out) for name, tensors in shards.items()}
@@ -231,6 +224,21 @@ class Store:
             return None
         return dict(finished.facts)
 
+    def require_finished(self) -> dict[str, Any]:
+        """What `finish` was told.
+
+        Raises:
+            ShapeError: It was not, or a shard is no longer there.
+        """
+        if (facts := self.facts) is None:
+            raise ShapeError(
+                "What is read is all there, with how it came about.",
+                f"{self.directory}, where some of it is missing.",
+                "a pass that was interrupted, or files that were removed.",
+                f"ask again to finish it: {self.again}.",
+            )
+        return facts
+
     def verify(self) -> None:
         """See that every shard is what was written.
 
@@ -242,16 +250,12 @@ class Store:
         for name in self.names():
             self._compared(name)
 
-    def digests(self) -> dict[str, str]:
-        """The hash of every shard, by its name.
-
-        Raises:
-            StaleStore: One is not what was written.
-        """
-        finished = self._finished
-        if finished is not None:
-            return dict(finished.shards)
-        return {name: self._compared(name)[0] for name in self.names()}
+    @property
+    def digest(self) -> str:
+        """The hash of a finished store, as its header tells it."""
+        self.require_finished()
+        assert self._finished is not None
+        return own_digest(self._finished.shards)
 
     # -- files ------------------------------------------------------------------------------------
 
@@ -298,11 +302,8 @@ class Store:
         for key in order:
             each = whole[key]
             begin, end = end, end + each.nbytes
-            fields[key] = {
-                "dtype": DTYPES[each.dtype],
-                "shape": list(each.shape),
-                "data_offsets": [begin, end],
-            }
+            place = {"shape": list(each.shape), "data_offsets": [begin, end]}
+            fields[key] = {"dtype": DTYPES[each.dtype], **place}
         header = json.dumps(fields, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         with replacing(self.path(name), way_out) as file:

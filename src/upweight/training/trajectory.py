@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Folder
-from upweight.errors import NotConverged, ShapeError, SpecError, StaleStore
+from upweight.errors import NotConverged, ShapeError, SpecError
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.store import Store
 from upweight.runtime.versions import library_versions
@@ -205,19 +205,12 @@ def read(trainer: TrainingTrainer, folder: Folder) -> Trajectory:
     Raises:
         FileNotFoundError: There is none.
         StaleStore: It is of another recipe, task or data, or damaged.
+        ShapeError: Some of it is missing.
     """
     store = Store.load(folder, AGAIN)
     weights = store.read("weights")["weights"]
     store.require(identity(trainer, weights))
-    facts = store.facts
-    if facts is None:
-        raise StaleStore(
-            "A trajectory is read once all of it is kept.",
-            f"{folder}, where states are missing.",
-            "a save that was interrupted, or files that were removed.",
-            f"ask again: {AGAIN}.",
-        )
-    then, now = facts["versions"], _versions()
+    then, now = store.require_finished()["versions"], _versions()
     if then != now:
         warnings.warn(
             f"the trajectory in {folder} was recorded with {then}, and these are {now}: "

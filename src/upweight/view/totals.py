@@ -2,22 +2,21 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from upweight._typing import Folder
 from upweight.errors import NotWritten, StaleStore
+from upweight.report.answers import Summed
 from upweight.report.totals import Grouping, Totals, totals
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.store import Store
-from upweight.scores import Scores
+from upweight.scores import Scores, stored_in
 
 
-def keeping_totals(
-    folder: Folder | None,
-) -> Callable[[Scores, Mapping[str, Grouping]], Totals]:
+def keeping_totals(folder: Folder | None) -> Summed:
     """`totals`, from where they were kept for the same scores and groups.
 
     Args:
@@ -32,7 +31,7 @@ def keeping_totals(
     def summed(scores: Scores, groupings: Mapping[str, Grouping]) -> Totals:
         told = json.dumps([scores.unit.name, *([name, *g.names] for name, g in groupings.items())])
         codes = [torch.from_numpy(g.codes) for g in groupings.values()]
-        about = {"scores": Scores.digest_in(folder), "groups": digest(told, *codes)}
+        about = {"scores": stored_in(folder)[0].digest, "groups": digest(told, *codes)}
         with contextlib.suppress(FileNotFoundError, StaleStore):
             store = Store.load(place)
             store.require(about)
@@ -42,9 +41,9 @@ def keeping_totals(
         found = totals(scores, groupings)
         kept = {"signed": found.signed, "absolute": found.absolute}
         kept |= {f"group-{k}": found.groups[name] for k, name in enumerate(groupings)}
-        tensors = {name: torch.from_numpy(each) for name, each in kept.items()}
-        if not place.is_symlink():
-            with contextlib.suppress(NotWritten):
+        with contextlib.suppress(NotWritten):
+            if not place.is_symlink():
+                tensors = {name: torch.from_numpy(each) for name, each in kept.items()}
                 Store.replace(place, about, {"totals": tensors}, {})
         return found
 
