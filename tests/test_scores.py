@@ -433,6 +433,12 @@ def test_scores_that_nobody_finished_are_refused(saved, read):
         read(saved)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_scores_of_nothing_survive(shape, tmp_path):
+    scores(torch.zeros(shape)).save(tmp_path)
+    assert Scores.load(tmp_path).values.shape == Scores.open(tmp_path).values.shape == shape
+
+
 def test_nothing_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         Scores.load(tmp_path)

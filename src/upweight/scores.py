@@ -390,9 +390,8 @@ class Scores(Answered):
             StaleStore: They are damaged, or of another version.
         """
         found, told = stored_in(directory)
-        error = None
-        if "error" in found.read(found.names()[0]):
-            error = found.part("error", range(len(found)))
+        has_error = "error" in found.read(found.names()[0])
+        error = found.part("error", range(len(found))) if has_error else None
         return cls(found.values(), told.unit, told.provenance, error, told.columns)
 
     @classmethod

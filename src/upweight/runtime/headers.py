@@ -172,10 +172,7 @@ def _parsed(path: Path, parse: Callable[[bytes], Any], way_out: str) -> Any:
         return parse(contents(path))
     except FileNotFoundError:
         raise
-    except RecursionError as error:
-        misfit = Misfit("", "what upweight writes", "tables within tables without an end")
-        raise stale(path, misfit, way_out) from error
-    except (ValueError, OSError) as error:  # of JSON, TOML and UTF-8, and of what is no file
+    except (RecursionError, ValueError, OSError) as error:  # of what cannot be parsed, or read
         empty = isinstance(error, ValueError) and path.stat().st_size == 0
         misfit = Misfit("", "what upweight writes", "nothing" if empty else f"{error}")
         raise stale(path, misfit, way_out) from error

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import ShapeError, StaleStore
+from upweight.errors import ShapeError
 from upweight.runtime.memory import require_room
 from upweight.runtime.store import Store, stale
 
@@ -38,8 +38,7 @@ class Tile:
     @property
     def name(self) -> str:
         """Of its shard."""
-        places = (self.first, self.last, self.start, self.stop)
-        return "-".join(("tile", *(f"{place:010}" for place in places)))
+        return f"tile-{self.first:010}-{self.last:010}-{self.start:010}-{self.stop:010}"
 
 
 @dataclass(frozen=True)
@@ -149,18 +148,18 @@ class StoredMatrix(Store):
             StaleStore: A file is damaged.
         """
         if not 0 <= query < len(self):
-            raise ShapeError(*self._unfinished(f"row {query}"))
+            raise self._unfinished(f"row {query}")
         return self[query]
 
     def _tiles(self) -> list[Tile]:
         found, (rows, columns) = [], self.shape
         for name in self.names():
             match = NAME.fullmatch(name)
-            tile = Tile(*map(int, match.groups())) if match else Tile(0, 0, 0, 0)
-            if not (tile.first < tile.last <= rows and tile.start < tile.stop <= columns):
+            tile = Tile(*map(int, match.groups())) if match else Tile(1, 0, 1, 0)
+            if not (tile.first <= tile.last <= rows and tile.start <= tile.stop <= columns):
                 given = f"a name that is none for {rows} rows and {columns} columns"
                 way_out = "remove it: it is not one of the files that were written here."
-                raise StaleStore(*stale(self.path(name), given, way_out))
+                raise stale(self.path(name), given, way_out)
             found.append(tile)
         return found
 
@@ -176,15 +175,15 @@ class StoredMatrix(Store):
         while start < stop:
             further = [t for t in mine if t.start <= start < t.stop]
             if not further:
-                raise ShapeError(*self._unfinished(f"row {first} without column {start}"))
+                raise self._unfinished(f"row {first} without column {start}")
             tile = max(further, key=lambda t: t.stop)
             end = min(stop, tile.stop)
             yield tile, start, end
             start = end
 
-    def _unfinished(self, given: str) -> tuple[str, str, str, str]:
+    def _unfinished(self, given: str) -> ShapeError:
         rows, columns = self.shape
-        return (
+        return ShapeError(
             f"What is read is among {rows} rows and {columns} columns that are on disk.",
             f"{given}, in {self.directory}.",
             "a pass that was interrupted, or an index into another data set.",

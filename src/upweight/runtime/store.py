@@ -339,8 +339,7 @@ class Store:
         return told, tensors
 
     def _altered(self, path: Path, given: str) -> StaleStore:
-        way_out = f"delete the file and ask again: {self.again}."
-        return StaleStore(*stale(path, given, way_out))
+        return stale(path, given, f"delete the file and ask again: {self.again}.")
 
     def _once(self, path: Path, read: Callable[[], Any]) -> Any:
         """What a file says, read again only where it has changed."""
@@ -351,14 +350,11 @@ class Store:
         return self.known[path.name][1]
 
 
-def stale(path: Path, given: str, way_out: str) -> tuple[str, str, str, str]:
-    """The message about a file that is not what was written."""
-    return (
-        "A file of numbers must be what was written.",
-        f"{path} with {given}.",
-        "a file edited, copied from elsewhere, or damaged by the disk or on its way.",
-        way_out,
-    )
+def stale(path: Path, given: str, way_out: str) -> StaleStore:
+    """The error about a file that is not what was written."""
+    required = "A file of numbers must be what was written."
+    cause = "a file edited, copied from elsewhere, or damaged by the disk or on its way."
+    return StaleStore(required, f"{path} with {given}.", cause, way_out)
 
 
 def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:

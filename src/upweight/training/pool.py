@@ -139,17 +139,10 @@ def _train_chunk(
         else:
             failures[name] = f"{int((~values.isfinite()).sum())} measurements are not finite"
     if store is not None and rows:
-        _record(store, rows)
+        kept = {key: torch.stack([r[key] for r in rows.values()]) for key in rows[next(iter(rows))]}
+        kept["names"] = torch.tensor([list(bytes.fromhex(n)) for n in rows], dtype=torch.uint8)
+        store.write(digest(*rows)[:32], kept)
     return Finished(rows, failures)
-
-
-def _record(store: Store, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Keep models that were measured together, all or none of them."""
-    columns = {
-        key: torch.stack([row[key] for row in rows.values()]) for key in ("values", "gradient_norm")
-    }
-    names = torch.tensor([list(bytes.fromhex(name)) for name in rows], dtype=torch.uint8)
-    store.write(digest(*rows)[:32], {**columns, "names": names})
 
 
 def recorded(store: Store) -> dict[str, dict[str, Tensor]]:

@@ -248,14 +248,11 @@ def identity(trainer: TrainingTrainer, weights: Float[Tensor, " n"]) -> dict[str
     Raises:
         SpecError: A part cannot be told from another of its kind.
     """
-    center = {"center": digest(trainer.center)} if trainer.spec.proximity else {}
-    return {
-        **subject(trainer.task, trainer.train),
-        "recipe": described(trainer.spec),
-        "terms": described(trainer.terms),
-        "weights": digest(weights.cpu().double()),
-        **center,
-    }
+    about = {"recipe": described(trainer.spec), "terms": described(trainer.terms)}
+    if trainer.spec.proximity:
+        about["center"] = digest(trainer.center)
+    about["weights"] = digest(weights.cpu().double())
+    return {**subject(trainer.task, trainer.train), **about}
 
 
 def _chosen(every: int | Sequence[int] | None, total: int) -> set[int]:
