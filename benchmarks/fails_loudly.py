@@ -8,7 +8,6 @@ in the verdict "Do not believe these".
 The process exits with 1 if any case passes silently. The same cases are a test.
 """
 
-import shutil
 import sys
 import tempfile
 import warnings
@@ -33,8 +32,10 @@ from upweight.effects import Effects
 from upweight.errors import UpweightError
 from upweight.evaluation import Check, check
 from upweight.linalg import Dense, Tag, solve
+from upweight.provenance import Provenance
 from upweight.runs.directory import Run
 from upweight.runs.record import Record
+from upweight.scores import Scores, Unit
 from upweight.task.data import as_data
 from upweight.verdict import Verdict
 
@@ -993,7 +994,7 @@ def collinear_columns_of_statsmodels() -> Any:
 # -- files of a run --------------------------------------------------------------------------------
 
 
-def altered(change: Callable[[Path], None], name: str = "scores-*", saved: bool = False) -> Any:
+def altered(change: Callable[[Path], None], name: str = "tile-*", saved: bool = False) -> Any:
     """Scores read from a folder of which one file was altered."""
     model, train = linear(), rows()
     method = uw.Influence(uw.EKFAC(uw.labels.Observed()), damping=0.1, tolerance=0.0)
@@ -1033,7 +1034,7 @@ def one_edited_score_in_shards() -> Any:
 
 @case
 def one_edited_score_that_was_saved() -> Any:
-    return altered(edited(one_score_of_99), "scores.safetensors", saved=True)
+    return altered(edited(one_score_of_99), saved=True)
 
 
 @case
@@ -1068,19 +1069,26 @@ def a_header_that_was_cut() -> Any:
 
 
 @case
-def a_copy_of_a_file_of_scores_beside_it() -> Any:
+def a_file_of_scores_under_another_name() -> Any:
     def change(path: Path) -> None:
-        shutil.copy(path, path.with_stem(f"{path.stem} (1)"))
+        path.rename(path.with_stem(f"{path.stem} (1)"))
 
     return altered(change)
 
 
 @case
-def two_kinds_of_scores_in_one_folder() -> Any:
+def scores_saved_over_those_of_a_pass() -> Any:
     def change(path: Path) -> None:
-        path.with_name("scores.json").write_text("{}")
+        Scores(torch.ones(2, 3), Unit.DERIVATIVE, Provenance(*"abc", 3, 2, 1, "d", "e")).save(
+            path.parent
+        )
 
     return altered(change)
+
+
+@case
+def a_pass_over_the_data_that_was_not_finished() -> Any:
+    return altered(Path.unlink, "finished.json")
 
 
 # -- runs of strangers ---------------------------------------------------------------------------

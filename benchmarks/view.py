@@ -1,9 +1,9 @@
 """Does `upweight view` answer any page of a million training examples × 1 000 queries in 100 ms?
 
 A test of size: the scores are drawn at random (Student's t with 3 degrees of freedom, heavy-tailed
-as scores are), written as `ScoreShards` as a pass would, and served by `upweight.view`. Each page
+as scores are), written in shards as a pass would, and served by `upweight.view`. Each page
 is asked over HTTP from this machine, at places drawn at random, after the file has been read once:
-how long it takes from a disk is the disk's. Takes twice the size of the scores on the disk.
+how long it takes from a disk is the disk's.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 import urllib.request
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,12 +22,13 @@ import numpy as np
 import torch
 from environment import environment
 
+from upweight.provenance import Provenance
 from upweight.report import Display
 from upweight.report.answers import Answers
-from upweight.runtime.shards import ScoreShards
-from upweight.view import Server, opened
-from upweight.view.kept import keeping_totals
-from upweight.view.matrix import keeping
+from upweight.runtime.matrix import StoredMatrix
+from upweight.scores import Scores
+from upweight.view import Server
+from upweight.view.totals import keeping_totals
 
 HERE = Path(__file__).resolve().parent
 SHARD = 10_000
@@ -59,11 +61,8 @@ def main() -> None:
         folder = given.folder or Path(temporary)
         written(folder, given.n, given.queries)
         started = time.perf_counter()
-        scores = opened(folder)
-        turned = time.perf_counter() - started
-        started = time.perf_counter()
-        scores = opened(folder)
-        again = time.perf_counter() - started
+        scores = Scores.open(folder)
+        compared = time.perf_counter() - started
         draw = np.random.default_rng(0)
         labels = draw.integers(0, 10, given.n)
         started = time.perf_counter()
@@ -72,13 +71,13 @@ def main() -> None:
             train_losses=draw.exponential(size=given.n),
             metadata={"source": draw.integers(0, 50, given.n)},
         )
-        summed = keeping_totals(keeping(folder))
+        summed = keeping_totals(folder)
         Answers(scores, display, ask=False, summed=summed)
         prepared = time.perf_counter() - started
         started = time.perf_counter()
         Answers(scores, display, ask=False, summed=summed)
         kept = time.perf_counter() - started
-        with Server(scores, display, keep=keeping(folder)) as server:
+        with Server(scores, display, keep=folder) as server:
             pages = {
                 name: timed(server.address, paths)
                 for name, paths in addresses(draw, given.n, given.queries, given.asked).items()
@@ -86,8 +85,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "n": given.n,
         "queries": given.queries,
-        "seconds_first_open": turned,
-        "seconds_open": again,
+        "seconds_open": compared,
         "seconds_totals": prepared,
         "seconds_kept_totals": kept,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -101,14 +99,17 @@ def main() -> None:
 
 def written(folder: Path, n: int, q: int) -> None:
     """Generated scores, as a pass would leave them."""
-    shards = ScoreShards.open(folder, n, q, {"task": "generated", "method": "none: a size test"})
-    if len(list(folder.glob("scores-*.safetensors"))) == -(-n // SHARD):
+    about = {"task": "generated", "method": "none: a size test"}
+    shards = StoredMatrix.open(folder, about, shape=(q, n))
+    if len(list(folder.glob("tile-*.safetensors"))) == -(-n // SHARD):
         return  # of an earlier run
     for start in range(0, n, SHARD):
         draw = np.random.default_rng(start)
         size = min(SHARD, n - start)
-        values = draw.standard_t(3, (size, q)).astype(np.float32) / n
+        values = draw.standard_t(3, (q, size)).astype(np.float32) / n
         shards.append(0, start, torch.from_numpy(values))
+    made = Provenance("none", "generated", "none", n, q, 0, "float32", "cpu")
+    shards.finish({"unit": "DERIVATIVE", "provenance": asdict(made)})
 
 
 def addresses(draw: np.random.Generator, n: int, q: int, times: int) -> dict[str, list[str]]:

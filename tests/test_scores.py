@@ -25,7 +25,8 @@ from upweight.errors import (
 from upweight.facts import Fact
 from upweight.provenance import Context, Provenance
 from upweight.report import summary
-from upweight.scores import Scores, TopScores, Unit
+from upweight.runtime.store import Store
+from upweight.scores import Scores, TopScores, Unit, stored_in
 
 VALUES = torch.tensor([[3.0, -1.0, 0.0, 2.0, -4.0], [0.0, 0.0, 0.0, 1e-9, 0.0]]).double()
 SOURCE = Provenance("Influence()", "loss", "Loss()", 5, 2, 3, "float64", "cpu", {"x": 1.5})
@@ -340,7 +341,10 @@ def test_scores_of_a_method_survive(tmp_path):
 def test_a_second_save_replaces_the_first(saved):
     scores(2 * VALUES).save(saved)
     assert torch.equal(Scores.load(saved).values, 2 * VALUES)
-    assert sorted(path.name for path in saved.iterdir()) == ["scores.json", "scores.safetensors"]
+    assert len(list(saved.iterdir())) == 3
+    scores(VALUES[:1]).save(saved)  # of another shape
+    assert torch.equal(Scores.load(saved).values, VALUES[:1])
+    assert len(list(saved.iterdir())) == 3
 
 
 def test_float32_and_sliced_values_survive(tmp_path):
@@ -350,12 +354,18 @@ def test_float32_and_sliced_values_survive(tmp_path):
 
 def test_no_pickle_is_written(saved):
     """Each file is what it says it is, to the last byte: JSON, and a safetensors table."""
-    contents = (saved / "scores.safetensors").read_bytes()
+    contents = tile(saved).read_bytes()
     length = int.from_bytes(contents[:8], "little")
     header = json.loads(contents[8 : 8 + length])
-    assert sorted(header) == ["error", "values"]
+    assert sorted(header) == ["__metadata__", "error", "values"]
     assert len(contents) == 8 + length + 2 * VALUES.numel() * 8
-    json.loads((saved / "scores.json").read_text(encoding="utf-8"))
+    for name in ("manifest.json", "finished.json"):
+        json.loads((saved / name).read_text(encoding="utf-8"))
+
+
+def tile(folder):
+    (found,) = folder.glob("tile-*.safetensors")
+    return found
 
 
 def flip_last_byte(path):
@@ -376,23 +386,23 @@ def spoil_header(path):
 
 @pytest.mark.parametrize("damage", [flip_last_byte, cut, spoil_header])
 def test_damaged_tensors_are_stale(saved, damage):
-    damage(saved / "scores.safetensors")
-    with pytest.raises(StaleStore, match=r"belong together|must be what was written"):
+    damage(tile(saved))
+    with pytest.raises(StaleStore, match="must be what was written"):
         Scores.load(saved)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"unit": "RANK"},
-        {"columns": list("abcdz")},
+        {"facts": {}},
+        {"shards": {}},
         {"schema": 99},
         {"digest": "0"},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_a_changed_header_is_stale(saved, change):
-    path = saved / "scores.json"
+    path = saved / "finished.json"
     header = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(header | change), encoding="utf-8")
     with pytest.raises(StaleStore):
@@ -401,9 +411,44 @@ def test_a_changed_header_is_stale(saved, change):
 
 def test_a_header_of_another_run_is_stale(saved, tmp_path):
     other = scores(3 * VALUES).save(tmp_path / "other")
-    (saved / "scores.json").write_bytes((other / "scores.json").read_bytes())
-    with pytest.raises(StaleStore, match="do not match"):
+    (saved / "finished.json").write_bytes((other / "finished.json").read_bytes())
+    with pytest.raises(StaleStore, match="other numbers than finished"):
         Scores.load(saved)
+
+
+def test_scores_are_not_saved_over_something_else(saved, tmp_path):
+    Store.open(tmp_path / "other", {"model": "m"}).write("state", {"x": torch.zeros(1)})
+    with pytest.raises(StaleStore, match=r"(?s)another model, scores.*give another folder"):
+        scores().save(tmp_path / "other")
+    with pytest.raises(StaleStore, match=r"another model, scores, shape\."):
+        Store.open(saved, {"model": "m"})
+
+
+def test_scores_that_are_opened_are_those_that_are_loaded(saved):
+    held, opened = Scores.load(saved), Scores.open(saved)
+    assert len(opened) == 2 and repr(opened) == f"Stored{held!r}"
+    assert opened.top(3, 1) == held.top(3, 1)
+    assert torch.equal(opened.predict(drop=[1, 3]), held.predict(drop=[1, 3]))
+    w = torch.tensor([1.0, 0.5, 0, 1, 2])
+    assert torch.equal(opened.predict(weights=w), held.predict(weights=w))
+    plain = scores()
+    plain.save(saved)
+    opened = Scores.open(saved)
+    assert torch.equal(opened.removal().values, plain.removal().values)
+    assert torch.equal(opened.group("abbbb").values, plain.group("abbbb").values)
+
+
+@pytest.mark.parametrize("read", [Scores.load, Scores.open, stored_in])
+def test_scores_that_nobody_finished_are_refused(saved, read):
+    (saved / "finished.json").unlink()
+    with pytest.raises(ShapeError, match=r"(?s)some of it is missing.*attribute\(…, into=Shards"):
+        read(saved)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_scores_of_nothing_survive(shape, tmp_path):
+    scores(torch.zeros(shape)).save(tmp_path)
+    assert Scores.load(tmp_path).values.shape == Scores.open(tmp_path).values.shape == shape
 
 
 def test_nothing_there(tmp_path):
@@ -433,7 +478,7 @@ def test_a_full_disk_leaves_what_was_saved(saved, tmp_path, monkeypatch):
     found = scores(2 * VALUES)
     with monkeypatch.context() as patched:
         patched.setattr("os.fsync", full)
-        with pytest.raises(NotWritten, match=r"(?s)scores\.safetensors: No space.*still in memory"):
+        with pytest.raises(NotWritten, match=r"(?s)safetensors: No space.*still in memory"):
             found.save(saved)
     assert torch.equal(Scores.load(saved).values, before.values)
     assert not list(saved.glob("*.part"))

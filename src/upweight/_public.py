@@ -35,7 +35,7 @@ from upweight.methods.logra import LoGra
 from upweight.methods.magic import MAGIC
 from upweight.methods.method import Method
 from upweight.methods.neighbours import FeatureSimilarity, KNNShapley
-from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Shards, Top
+from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Top
 from upweight.methods.representer import RepresenterPoints
 from upweight.methods.shapley import DataShapley
 from upweight.methods.similarity import GradientCosine, GradientDot
@@ -45,6 +45,7 @@ from upweight.methods.tracin import TracIn
 from upweight.methods.trak import TRAK
 from upweight.runtime.resources import Resources
 from upweight.scores import Scores, Unit
+from upweight.shards import Shards
 from upweight.task.data import Data, as_data
 from upweight.task.losses import (
     AbsoluteError,

@@ -28,7 +28,6 @@ class Provenance:
         seconds: Time spent, by stage; "fit: pass 1" is a part of "fit".
         versions: Of the libraries used.
         notes: Choices made on the user's behalf, and warnings.
-        fingerprints: Of what the run asked that keeps them; empty elsewhere.
         threads: Of PyTorch: sums round by how they are shared out. 0: not told.
         facts: What the method says of the computation, in words and against limits.
     """
@@ -45,7 +44,6 @@ class Provenance:
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
     threads: int = 0
     facts: tuple[Fact, ...] = ()
 

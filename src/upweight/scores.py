@@ -5,6 +5,7 @@
 Upweighting example i raises m_q where S > 0. Removing it is wᵢ = 0, so Δm_q ≈ −S[q, i].
 """
 
+import contextlib
 import enum
 from collections.abc import Iterable, Iterator, ValuesView
 from dataclasses import asdict, dataclass, replace
@@ -18,12 +19,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight._text import readable
+from upweight._typing import Folder
 from upweight.effects import FIRST_ORDER, Effects, as_groups, first_order, without
 from upweight.errors import (
     NonFinite,
     ShapeError,
     SpecError,
-    StaleStore,
     UpweightError,
     message,
 )
@@ -31,16 +32,22 @@ from upweight.notation import count
 from upweight.notation import readable as readable_number
 from upweight.plot import Plot
 from upweight.provenance import Answered, Context, Provenance
-from upweight.runtime.headers import Misfit, fitting, own_digest, read_json, write_json
+from upweight.runtime.headers import Misfit, fitting, stale
+from upweight.runtime.matrix import StoredMatrix, Tile
 from upweight.runtime.selection import is_row, labels_by_place, places, row_of
-from upweight.runtime.shards import AGAIN, RERUN, ScoreShards, require_one_kind
-from upweight.runtime.tensors import read_plain, tensors_digest, write_plain
-from upweight.runtime.whole import make_folder
+from upweight.runtime.store import FINISHED
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA = 2
+SAVED = {"scores": "saved from memory"}
+"""What scores on disk depend on that say nothing of it."""
+
+AGAIN = (
+    "the same attribute(…, into=Shards(folder)), or of a run `upweight rerun RUN --project "
+    "FILE.py`, which compute only what is missing; or scores.save(folder)"
+)
+"""How scores on disk are made again."""
 
 NEXT = ".top(query=0), .to_pandas(), .predict(drop=[…]); upweight.report.html(scores, 'page.html')"
 
@@ -265,7 +272,8 @@ class Scores(Answered):
                 "a weight computed by a division by 0, or missing in a table.",
                 "give 0 to what is left out and 1 to what stays as it is.",
             )
-        return self.values @ (w.to(self.values) - 1.0)
+        values = self.values[:]
+        return values @ (w.to(values) - 1.0)
 
     def removal(self, groups: Iterable[Any] | None = None) -> Effects:
         """Δm of removing each group of training examples, to first order: −Σ S[q, i].
@@ -280,7 +288,7 @@ class Scores(Answered):
         self.require_derivatives()
         self.require_examples()
         chosen = as_groups(groups, self.values.shape[1])
-        values = first_order(self.values, chosen)
+        values = first_order(self.values[:], chosen)
         return Effects(values, chosen, FIRST_ORDER, self.provenance, context=self.context)
 
     def require_derivatives(self) -> None:
@@ -327,8 +335,9 @@ class Scores(Answered):
             DataError: Labels that differ have one text, such as 1 and "1".
         """
         names, at = labels_by_place(labels, self.values.shape[1], "column")
-        where = torch.tensor(at, device=self.values.device)
-        total = self.values.new_zeros(len(self), len(names)).index_add(1, where, self.values)
+        values = self.values[:]
+        where = torch.tensor(at, device=values.device)
+        total = values.new_zeros(len(self), len(names)).index_add(1, where, values)
         error = None
         if self.error is not None:
             squares = total.new_zeros(total.shape).index_add(1, where, self.error**2)
@@ -355,174 +364,101 @@ class Scores(Answered):
         import pandas as pd
 
         columns = [*map(readable, self.columns)] if self.columns else range(self.values.shape[1])
-        frame = pd.DataFrame(self.values.cpu().numpy(), columns=columns)
+        frame = pd.DataFrame(self.values[:].cpu().numpy(), columns=columns)
         frame.index.name, frame.columns.name = "query", "example" if not self.columns else "group"
         return frame
 
-    def save(self, directory: str | Path) -> Path:
-        """Write `scores.safetensors` and `scores.json` into a directory; no pickle.
+    def save(self, directory: Folder) -> Path:
+        """Write the scores into a directory, in place of scores saved there before; no pickle.
 
-        Each file is whole or not there, the JSON last: an interrupted save leaves either the old
-        scores or none that load. The JSON holds the hash of the numbers, and of itself.
+        An interrupted save leaves either the old scores or none that load.
 
         Raises:
             NotWritten: The disk is full or not writable.
-            StaleStore: The directory holds scores that `LayerwiseInfluence.write` wrote.
+            StaleStore: The directory holds something else, as what `Shards(folder)` wrote.
         """
-        target = Path(directory)
-        way_out = (
-            "free space or save elsewhere; the scores are still in memory, and what was saved "
-            "before is as it was."
+        with contextlib.suppress(FileNotFoundError):
+            found = StoredMatrix.load(directory, AGAIN)
+            found.require(SAVED, found.shape)
+        q, n = self.values.shape
+        tensors = {"values": self.values[:]} | ({} if self.error is None else {"error": self.error})
+        told = ToldOfScores(self.unit, self.provenance, self.columns)
+        StoredMatrix.replace(
+            directory,
+            SAVED,
+            {Tile(0, q, 0, n).name: tensors},
+            asdict(told) | {"unit": self.unit.name},
+            shape=(q, n),
+            way_out="free space or save elsewhere; the scores are still in memory, and what was "
+            "saved before is as it was.",
         )
-        make_folder(target, way_out)
-        require_one_kind(target, "manifest.json")
-        tensors = {"values": self.values.detach().cpu().contiguous()}
-        if self.error is not None:
-            tensors["error"] = self.error.detach().cpu().contiguous()
-        header = {
-            "unit": self.unit.name,
-            "columns": self.columns,
-            "tensors": tensors_digest(tensors, {}),
-            "provenance": asdict(self.provenance),
-        }
-        write_plain(target / "scores.safetensors", tensors, {}, way_out)
-        write_json(target / "scores.json", SCHEMA, header)
-        return target
+        return Path(directory)
 
     @classmethod
-    def load(cls, directory: str | Path) -> "Scores":
-        """Read what `save` or `LayerwiseInfluence.write` wrote. The live context is not part of it.
+    def load(cls, directory: Folder) -> "Scores":
+        """Read what `save` or `Shards(folder)` wrote. The live context is not part of it.
 
         Raises:
-            FileNotFoundError: There are no scores in the directory, or not all of them.
-            SpecError: They do not fit into memory.
-            StaleStore: The files do not belong together, are damaged, or are of another version.
+            FileNotFoundError: There are no scores in the directory.
+            SpecError: They do not fit into memory; see `open`.
+            ShapeError: Some are missing.
+            StaleStore: They are damaged, or of another version.
         """
-        source = Path(directory)
-        if (source / "finished.json").exists():
-            require_one_kind(source, "scores.json")
-            shards = ScoreShards.load(source)
-            unit, provenance = told_of(shards)
-            return cls(shards.values(), unit, provenance)
-        header = _saved_header(source)
-        tensors, _ = read_plain(source / "scores.safetensors", _saved_way_out(source))
-        if header.tensors != tensors_digest(tensors, {}) or "values" not in tensors:
-            raise StaleStore(
-                "scores.json and scores.safetensors must belong together.",
-                f"{source}, where they do not match.",
-                "a save that was interrupted, or a file that was edited, damaged or copied "
-                "from another run.",
-                _saved_way_out(source),
-            )
-        return cls(
-            tensors["values"], header.unit, header.provenance, tensors.get("error"), header.columns
-        )
+        found, told = stored_in(directory)
+        has_error = "error" in found.read(found.names()[0])
+        error = found.part("error", range(len(found))) if has_error else None
+        return cls(found.values(), told.unit, told.provenance, error, told.columns)
 
     @classmethod
-    def are_all_in(cls, directory: str | Path) -> bool:
-        """Whether a directory holds all of its scores, by their headers and the names of files.
+    def open(cls, directory: Folder) -> "Scores":
+        """The same without reading them, for scores that do not fit into memory.
+
+        Its `values[query]`, `values[first:last]` and `values[:, columns]` are read from the disk
+        when they are asked for; `values[:]` is all of them.
 
         Raises:
-            StaleStore: A header is damaged.
+            FileNotFoundError, ShapeError, StaleStore: As for `load`.
+
+        Cost: one reading of all files, to see that they are what was written.
         """
-        source = Path(directory)
-        if (source / "finished.json").exists():
-            shards = ScoreShards.load(source)
-            return shards.header is not None and shards.is_whole
-        return (source / "scores.json").exists() and (source / "scores.safetensors").exists()
+        found, told = stored_in(directory)
+        found.verify()
+        return StoredScores(found, told.unit, told.provenance, columns=told.columns)
 
-    @classmethod
-    def provenance_in(cls, directory: str | Path) -> Provenance:
-        """How the scores of a directory came about, without reading them.
 
-        Raises:
-            FileNotFoundError, StaleStore: As for `load`.
-        """
-        source = Path(directory)
-        if (source / "finished.json").exists():
-            return told_of(ScoreShards.load(source))[1]
-        return _saved_header(source).provenance
+@dataclass(frozen=True, eq=False, repr=False)
+class StoredScores(Scores):
+    """Scores of which only what is asked for is read."""
 
-    @classmethod
-    def digest_in(cls, directory: str | Path) -> str:
-        """The hash of the scores of a directory, as their headers tell it.
+    values: Any
 
-        Raises:
-            FileNotFoundError, StaleStore: As for `load`.
-        """
-        source = Path(directory)
-        if (source / "finished.json").exists():
-            return own_digest(ScoreShards.load(source).digests())
-        return _saved_header(source).tensors
-
-    @classmethod
-    def verify(cls, directory: str | Path) -> None:
-        """See that the scores of a directory are those that were written.
-
-        Raises:
-            FileNotFoundError, StaleStore: As for `load`.
-
-        Cost: reads all of them, of shards one at a time.
-        """
-        if (Path(directory) / "finished.json").exists():
-            ScoreShards.load(directory).verify()
-        else:
-            cls.load(directory)
+    def __post_init__(self) -> None:
+        """They are finite: they were when they were written, and have not changed."""
 
 
 @dataclass(frozen=True)
-class _Saved:
-    """What scores.json holds."""
-
-    unit: Unit
-    columns: tuple[str, ...] | None
-    tensors: str
-    provenance: Provenance
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What `LayerwiseInfluence.write` says of its scores."""
+class ToldOfScores:
+    """What finished.json says of scores."""
 
     unit: Unit
     provenance: Provenance
+    columns: tuple[str, ...] | None = None
 
 
-def told_of(shards: ScoreShards) -> tuple[Unit, Provenance]:
-    """The unit and provenance of scores in shards; of those that nobody finished, what is known.
+def stored_in(directory: Folder) -> tuple[StoredMatrix, ToldOfScores]:
+    """The scores of a directory, and what is said of them; they are not read.
 
     Raises:
-        StaleStore: finished.json says something else.
+        FileNotFoundError, ShapeError, StaleStore: As for `Scores.load`.
     """
-    header = shards.header
-    if header is None:
-        method, task, measure = (
-            shards.description.get(name, "not recorded") for name in ("method", "task", "measure")
-        )
-        unknown = "not recorded"
-        known = Provenance(method, task, measure, shards.n, shards.q, 0, unknown, unknown)
-        return Unit.DERIVATIVE, known
+    found = StoredMatrix.load(directory, AGAIN)
+    facts = found.require_finished()
     try:
-        told: _Told = fitting(header, _Told, "header")
+        told: ToldOfScores = fitting(facts, ToldOfScores, "facts")
     except Misfit as misfit:
-        path = shards.directory / "finished.json"
-        raise StaleStore(
-            f"`{misfit.key}` in finished.json must be {misfit.required}.",
-            f"{path}, where it is {misfit.given}.",
-            "a file of another version of upweight.",
-            f"delete the file and ask again: {AGAIN}; no scores are computed again.",
-        ) from misfit
-    return told.unit, told.provenance
-
-
-def _saved_header(source: Path) -> _Saved:
-    return read_json(source / "scores.json", SCHEMA, _Saved, _saved_way_out(source))
-
-
-def _saved_way_out(source: Path) -> str:
-    return (
-        f"delete {source / 'scores.json'} and compute the scores again: scores.save(…), or {RERUN}."
-    )
+        way_out = f"delete the file and ask again: {AGAIN}; nothing is computed again."
+        raise stale(found.directory / FINISHED, misfit, way_out) from misfit
+    return found, told
 
 
 def _require_count(k: Any) -> None:

@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import urllib.request
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from upweight.report.examples import Examples, KeptExamples
 from upweight.runs import shown
 from upweight.runs.directory import Run
 from upweight.runtime.headers import own_digest
+from upweight.runtime.matrix import StoredMatrix
 from upweight.view import Server
 
 EVIL = "import pathlib\npathlib.Path(MARKER).touch()\n" + PROJECT
@@ -195,8 +195,7 @@ def test_an_edited_score_is_noticed_by_every_verb(made, tmp_path, monkeypatch):
     shutil.copytree(made / "run", tmp_path / "run")
     shutil.copy(made / "project.py", tmp_path)
     monkeypatch.chdir(tmp_path)
-    changed(tmp_path / "run", None)  # as methods that hold their scores in memory write them
-    path = tmp_path / "run" / "scores" / "scores.safetensors"
+    (path,) = (tmp_path / "run" / "scores").glob("tile-*")
     contents = bytearray(path.read_bytes())
     contents[-3] ^= 1
     path.write_bytes(contents)
@@ -320,7 +319,7 @@ def test_a_run_of_an_older_version_says_what_to_do_and_it_works(made, tmp_path, 
     monkeypatch.chdir(tmp_path)
     shutil.rmtree("run/shown")
     toml = tmp_path / "run" / "run.toml"
-    old = re.sub(r"(?ms)^show = .*?$|^\[(environment|files)\].*?(?=^\[|\Z)", "", toml.read_text())
+    old = re.sub(r"(?ms)^show = .*?$|^\[files\].*?(?=^\[|\Z)", "", toml.read_text())
     toml.write_text(old)
     commands = [re.findall("upweight (report .*)", refusal(verb, "run")) for verb in VIEWS]
     assert commands[0] == commands[1] and len(commands[0]) == 1
@@ -331,12 +330,13 @@ def test_a_run_of_an_older_version_says_what_to_do_and_it_works(made, tmp_path, 
     (tmp_path / "project.py").write_text(project)
     shutil.rmtree("run/shown")
     assert answer(*attribute())["did"] == "nothing"
-    assert (tmp_path / "run" / "shown" / "shown.json").exists(), "kept by the same command"
+    assert (tmp_path / "run" / "shown" / "finished.json").exists(), "kept by the same command"
 
 
 def test_what_is_kept_is_refused_where_it_is_damaged(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    whole = json.loads((made / "rendered/shown/shown.json").read_text())
+    whole = json.loads((made / "rendered/shown/finished.json").read_text())
+    about = json.loads((made / "rendered/shown/manifest.json").read_text())
     numbers = (made / "rendered/shown/shown.safetensors").read_bytes()
     (tmp_path / "evil.py").write_text("")
 
@@ -356,7 +356,7 @@ def test_what_is_kept_is_refused_where_it_is_damaged(made, tmp_path, monkeypatch
         "", "{}", "[]", "null", "7", "\0", json.dumps(whole)[:200], "[" * 10**5,
         json.dumps(whole | {"digest": "0"}), signed(more=1),
         json.dumps(whole | {"facts": whole["facts"] | {"options": {"title": "edited"}}}),
-        signed(schema=3), signed(numbers="0"), signed(of={}), signed(facts=[]),
+        signed(schema=2), signed(shards={"shown": "0"}), signed(facts=[]), signed(facts={}),
         facts(n=99), facts(n="x"), facts(n=100.7), facts(left_out=5),
         facts(left_out=[5]), facts(whole=True), facts(labels=["a"]), facts(labels=7),
         facts(train=None), facts(train=whole["facts"]["train"] | {"labels": ["a"]}),
@@ -375,13 +375,18 @@ def test_what_is_kept_is_refused_where_it_is_damaged(made, tmp_path, monkeypatch
     ]  # fmt: skip
     shutil.copytree(made / "rendered", tmp_path / "run")
     for k, text in enumerate(damaged):
-        (tmp_path / "run/shown/shown.json").write_text(text)
+        (tmp_path / "run/shown/finished.json").write_text(text)
         with pytest.raises(StaleStore, match=r"--project"):  # noqa: PT012
             alone(Run(tmp_path / "run"))
             pytest.fail(f"{k}: {text[:200]}")
-    (tmp_path / "run/shown/shown.json").write_text(facts())
+    (tmp_path / "run/shown/finished.json").write_text(facts())
     alone(Run(tmp_path / "run"))  # so each of these is refused for what was changed in it
-    (tmp_path / "run/shown/shown.json").write_text(json.dumps(whole))
+    (tmp_path / "run/shown/finished.json").write_text(json.dumps(whole))
+    of = {k: v for k, v in about.items() if k != "digest"} | {"description": {}}
+    for told in ("", json.dumps(of | {"digest": own_digest(of)})):
+        (tmp_path / "run/shown/manifest.json").write_text(told)
+        assert refusal("report", "run").startswith("StaleStore")
+    (tmp_path / "run/shown/manifest.json").write_text(json.dumps(about))
     for contents in (b"", numbers[:100], numbers[:-1] + b"\7", b"\x80\x04K\x01."):
         (tmp_path / "run/shown/shown.safetensors").write_bytes(contents)
         assert refusal("report", "run").startswith("StaleStore")
@@ -398,11 +403,11 @@ def test_what_was_to_be_shown_is_kept_by_whatever_finishes_the_run(made, tmp_pat
     shutil.copytree(made / "texts", tmp_path / "texts")
     shutil.copy(made / "project.py", tmp_path)
     monkeypatch.chdir(tmp_path)
-    before = (tmp_path / "texts/shown/shown.json").read_bytes()
+    before = (tmp_path / "texts/shown/finished.json").read_bytes()
     for verb in (rerun("texts"), attribute(out="texts"), ["report", "texts", *OWN]):
         shutil.rmtree("texts/shown")
         answer(*verb)
-        assert (tmp_path / "texts/shown/shown.json").read_bytes() == before, verb
+        assert (tmp_path / "texts/shown/finished.json").read_bytes() == before, verb
 
 
 def test_what_no_page_can_show_is_attributed_all_the_same(made, tmp_path, monkeypatch):
@@ -421,11 +426,11 @@ def test_what_no_page_can_show_is_attributed_all_the_same(made, tmp_path, monkey
     answer("report", "run")
 
 
-def test_scores_too_many_for_memory_are_shown_from_the_copy_of_a_view(made, tmp_path, monkeypatch):
+def test_scores_too_many_for_memory_are_shown_as_a_view_reads_them(made, tmp_path, monkeypatch):
     shutil.copytree(made / "run", tmp_path / "run")
     shutil.copy(made / "project.py", tmp_path)
     monkeypatch.chdir(tmp_path)
-    before = (tmp_path / "run/shown/shown.json").read_bytes()
+    before = (tmp_path / "run/shown/finished.json").read_bytes()
     shutil.rmtree("run/shown")
 
     def too_many(_):
@@ -434,9 +439,8 @@ def test_scores_too_many_for_memory_are_shown_from_the_copy_of_a_view(made, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(Run, "load", too_many)
         answer(*rerun("run"))
-    told = json.loads((tmp_path / "run/shown/shown.json").read_bytes())
+    told = json.loads((tmp_path / "run/shown/finished.json").read_bytes())
     assert told == json.loads(before)
-    assert (tmp_path / "run/scores/by-query/values.npy").exists()
 
 
 def test_what_is_kept_is_not_written_through_a_link(made, tmp_path, monkeypatch):
@@ -458,7 +462,7 @@ def test_what_is_kept_is_not_written_through_a_link(made, tmp_path, monkeypatch)
     (tmp_path / "run" / "shown").unlink()  # the way out
     answer("report", "run", *OWN)
     assert list((tmp_path / "elsewhere").iterdir()) == []
-    assert (tmp_path / "run" / "shown" / "shown.json").exists()
+    assert (tmp_path / "run" / "shown" / "finished.json").exists()
 
 
 def test_words_of_a_run_cannot_drive_the_terminal(gift):
@@ -472,9 +476,10 @@ def test_words_of_a_run_cannot_drive_the_terminal(gift):
 
 def changed(run, by):
     """The same run with other scores, written as the library writes them."""
-    scores = uw.Scores.load(run / "scores")
-    shutil.rmtree(run / "scores")
-    (scores if by is None else replace(scores, values=by(scores.values))).save(run / "scores")
+    stored = StoredMatrix.load(run / "scores")
+    facts = stored.facts
+    stored.append(0, 0, stored.values() if by is None else by(stored.values()))
+    stored.finish(facts)
 
 
 SAID = {"bits": "the same bits", "rounding": ("the same to rounding", "not the same bits"),

@@ -14,14 +14,14 @@ from torch.testing import assert_close
 
 import upweight as uw
 from tests.runs.digests import digests
+from upweight import shards
 from upweight.cli.main import VERBS, cli
 from upweight.cli.spec import parse
-from upweight.methods import reduce
 from upweight.methods.fitted import Fitted
 from upweight.runs import work
 from upweight.runs.directory import Run
-from upweight.runtime.rows import RowStore
-from upweight.runtime.shards import ScoreShards
+from upweight.runtime.matrix import StoredMatrix
+from upweight.runtime.store import Store
 from upweight.scoring import stream
 from upweight.view import Server
 
@@ -223,13 +223,13 @@ def test_ctrl_c_says_how_to_go_on_and_the_command_does(project, monkeypatch):
 
 
 def test_a_full_disk_is_an_error_that_leaves_what_was_there(project, monkeypatch):
-    monkeypatch.setattr(reduce, "SHARD_BYTES", 1)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)
     for name in ("MOST_EXAMPLES", "TOGETHER"):
         monkeypatch.setattr(stream, name, 16)
     answer(*attribute(out="whole"))
     expected = digests(Run(project / "whole"))
     assert len(expected) > 2
-    sync, left = os.fsync, 6
+    sync, left = os.fsync, 8
 
     def fills(descriptor):
         nonlocal left
@@ -247,7 +247,7 @@ def test_a_full_disk_is_an_error_that_leaves_what_was_there(project, monkeypatch
     )
     kept = digests(Run(project / "run"))
     assert 0 < len(kept) < len(expected)
-    assert ScoreShards.load(project / "run/scores").done(0, 10) > 0
+    assert StoredMatrix.load(project / "run/scores").missing(0, 10) != [(0, 100)]
     assert "needs a finished run" in refusal("report", "run")
     left = 10**6
     assert answer(*rerun("run/run.toml"))["did"] == "continued"
@@ -256,10 +256,11 @@ def test_a_full_disk_is_an_error_that_leaves_what_was_there(project, monkeypatch
 
 def test_repeating_from_nothing_says_whether_the_bits_are_the_same(finished):
     assert answer(*rerun("run/run.toml", "--out", "again"))["bit_identical"] is True
-    scores = uw.Scores.load("again/scores")
-    scores.values[-1, -1] = 1.0
-    shutil.rmtree("again/scores")
-    scores.save("again/scores")
+    stored = StoredMatrix.load("again/scores")
+    values, facts = stored.values(), stored.facts
+    values[-1, -1] = 1.0
+    stored.append(0, 0, values)
+    stored.finish(facts)
     result = call(*rerun("run", "--out", "again"), "--json")
     assert result.exit_code == 1, "an answer, and a failure"
     found = json.loads(result.stdout)
@@ -385,16 +386,16 @@ def test_an_evaluation_of_an_earlier_version_is_refused_and_the_way_out_works(fi
 
 def test_an_interrupted_evaluation_goes_on(finished, monkeypatch):
     command = ["evaluate", "run", "--recipe", "project.py:recipe", "--lds", "8"]
-    original, count = RowStore.record, 0
+    original, count = Store.write, 0
 
-    def record(self, names, columns):
+    def write(self, name, tensors):
         nonlocal count
-        original(self, names, columns)
+        original(self, name, tensors)
         count += 1
         if count == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(RowStore, "record", record)
+    monkeypatch.setattr(Store, "write", write)
     said = refusal(*command, code=130)
     assert f"To resume: upweight {' '.join(command)}" in said
     assert answer(*command)["subsets"] == 8

@@ -18,8 +18,8 @@ from tests.fitted import at
 from tests.market import draw, initialized, problem
 from tests.runtime.damage import DAMAGES
 from upweight.errors import SpecError, StaleStore
-from upweight.runtime import checkpoint
-from upweight.runtime.shards import ScoreShards
+from upweight.runtime import resources
+from upweight.runtime.matrix import StoredMatrix
 
 METHOD = uw.Influence(curvature=uw.EKFAC(), damping=uw.Relative(0.1))
 NAMES = ("mlp_tanh", "conv", "tied", "layer_norm", "mlp_float32")
@@ -32,7 +32,7 @@ class _Killed(BaseException):
 @contextlib.contextmanager
 def stopped_at_shard(number):
     """A pass over scores that is stopped when it comes to write that many files."""
-    original, count = ScoreShards.append, 0
+    original, count = StoredMatrix.append, 0
 
     def append(self, first, start, values):
         nonlocal count
@@ -42,7 +42,7 @@ def stopped_at_shard(number):
         original(self, first, start, values)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ScoreShards, "append", append)
+        patch.setattr(StoredMatrix, "append", append)
         with pytest.raises(_Killed):
             yield
 
@@ -50,13 +50,13 @@ def stopped_at_shard(number):
 @pytest.fixture
 def small_batches(monkeypatch):
     """A checkpoint after every batch, of two examples."""
-    monkeypatch.setattr(checkpoint, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(resources, "EVERY_SECONDS", 0.0)
     monkeypatch.setattr("upweight.curvature.layerwise.MOST_EXAMPLES", 2)
 
 
 def killed_after(writes, monkeypatch):
     """Let that many checkpoints be written, then die; returns what ends the spell."""
-    original, count = checkpoint.Checkpoint.write, 0
+    original, count = resources.Checkpoint.write, 0
 
     def write(self, tensors):
         nonlocal count
@@ -65,8 +65,8 @@ def killed_after(writes, monkeypatch):
         if count == writes:
             raise _Killed
 
-    monkeypatch.setattr(checkpoint.Checkpoint, "write", write)
-    return lambda: monkeypatch.setattr(checkpoint.Checkpoint, "write", original)
+    monkeypatch.setattr(resources.Checkpoint, "write", write)
+    return lambda: monkeypatch.setattr(resources.Checkpoint, "write", original)
 
 
 @pytest.mark.parametrize("writes", [1, 3, 6, 8])
@@ -160,9 +160,9 @@ def test_a_folder_of_something_else_is_refused(change, tmp_path):
         X[0, 0] += 1e-9
     else:
         method, task = CHANGES[change](method, task)
-    with pytest.raises(StaleStore, match="other parameters, data or settings"):
+    with pytest.raises(StaleStore, match="is of another"):
         method.fit(task, (X, y), resources=uw.Resources(folder=tmp_path / "fit"))
-    with pytest.raises(StaleStore, match="which describes others"):
+    with pytest.raises(StaleStore, match="is of another"):
         method.fit(task, (X, y)).attribute((X[:2], y[:2]), into=uw.Shards(tmp_path / "scores"))
 
 
@@ -177,7 +177,7 @@ def test_scores_of_another_question_are_refused(tmp_path):
         ((X[:2], y[:2]), lambda f, y: f[:, 1]),
         ((X[1:3], y[1:3]), lambda f, y: f[:, 0]),
     ):
-        with pytest.raises(StaleStore, match="which describes others"):
+        with pytest.raises(StaleStore, match="is of another"):
             fitted.attribute(queries, measure, into=uw.Shards(tmp_path / "scores"))
 
 
@@ -196,7 +196,7 @@ def test_exact_scores_on_disk_go_on(tmp_path, monkeypatch):
     p = problem("mlp_tanh")
     few = uw.Resources(memory_bytes=16 * p.task.layout.size)
     fitted = uw.Influence(uw.GGN(), damping=0.1).fit(p.task, p.train, resources=few)
-    monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
+    monkeypatch.setattr("upweight.shards.SHARD_BYTES", 1)
     whole = fitted.attribute(p.queries)
     with stopped_at_shard(3):
         fitted.attribute(p.queries, into=uw.Shards(tmp_path))
@@ -209,7 +209,7 @@ def test_finished_shards_are_not_read_to_be_returned(tmp_path, monkeypatch):
     fitted = at(METHOD.fit(p.task, p.train), 0.0)
     written = fitted.attribute(p.queries, into=uw.Shards(tmp_path)).values()
     with monkeypatch.context() as unread:
-        unread.setattr(ScoreShards, "pieces", lambda self: pytest.fail("the files were read"))
+        unread.setattr(StoredMatrix, "blocks", lambda self: pytest.fail("the files were read"))
         again = fitted.attribute(p.queries, into=uw.Shards(tmp_path))
     assert torch.equal(again.values(), written)
 
@@ -240,7 +240,7 @@ def test_written_scores_load_with_their_provenance(tmp_path):
 def test_interrupted_scores_go_on_where_less_memory_is_free(tmp_path, monkeypatch):
     p = problem("conv")
     fitted = METHOD.fit(p.task, p.train)
-    monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
+    monkeypatch.setattr("upweight.shards.SHARD_BYTES", 1)
     monkeypatch.setattr("upweight.scoring.stream.MOST_EXAMPLES", 4)
     monkeypatch.setattr("upweight.scoring.stream.TOGETHER", 1)
     whole = fitted.attribute(p.queries, into=uw.Shards(tmp_path / "whole")).values()
@@ -256,13 +256,13 @@ def test_interrupted_scores_go_on_where_less_memory_is_free(tmp_path, monkeypatc
 def test_interrupted_scores_go_on(tmp_path, monkeypatch):
     p = problem("mlp_tanh")
     fitted = METHOD.fit(p.task, p.train)
-    monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
+    monkeypatch.setattr("upweight.shards.SHARD_BYTES", 1)
     monkeypatch.setattr("upweight.scoring.stream.MOST_EXAMPLES", 4)
     monkeypatch.setattr("upweight.scoring.stream.TOGETHER", 1)
     whole = at(fitted, 0.0).attribute(p.queries)
     with stopped_at_shard(3):
         at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path))
-    assert ScoreShards.load(tmp_path).done(0, len(p.queries[0])) == 8
+    assert StoredMatrix.load(tmp_path).missing(0, len(p.queries[0])) == [(8, p.n)]
     shards = at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path))
     assert torch.equal(shards.row(1), whole.values[1])
 
@@ -291,7 +291,8 @@ def test_a_fit_on_a_full_disk_goes_on_bit_for_bit(files, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left") as caught:
         METHOD.fit(p.task, p.train, resources=uw.Resources(folder=tmp_path))
     assert "what" in caught.value.__notes__[0] and "is whole" in caught.value.__notes__[0]
-    assert [f.name for f in tmp_path.iterdir()] == ["state.safetensors"] * (files > 0)
+    names = ["manifest.json", "state.safetensors"][:files]
+    assert sorted(f.name for f in tmp_path.iterdir()) == names
     end()
     resumed = METHOD.fit(p.task, p.train, resources=uw.Resources(folder=tmp_path))
     for a, b in zip(resumed.scorer.curvature.blocks, whole.scorer.curvature.blocks, strict=True):
@@ -302,7 +303,7 @@ def test_a_fit_on_a_full_disk_goes_on_bit_for_bit(files, tmp_path, monkeypatch):
 def test_scores_on_a_full_disk_go_on_bit_for_bit(files, tmp_path, monkeypatch):
     p = problem("mlp_tanh")
     fitted = METHOD.fit(p.task, p.train)
-    monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
+    monkeypatch.setattr("upweight.shards.SHARD_BYTES", 1)
     monkeypatch.setattr("upweight.scoring.stream.MOST_EXAMPLES", 4)
     monkeypatch.setattr("upweight.scoring.stream.TOGETHER", 1)
     whole = at(fitted, 0.0).attribute(p.queries)
@@ -327,7 +328,7 @@ def test_scores_go_on_with_another_memory(tmp_path, monkeypatch):
     """Killed with all queries in one group; the next run has room for one query at a time."""
     p = problem("mlp_tanh")
     fitted = METHOD.fit(p.task, p.train)
-    monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
+    monkeypatch.setattr("upweight.shards.SHARD_BYTES", 1)
     monkeypatch.setattr("upweight.scoring.stream.MOST_EXAMPLES", 4)
     monkeypatch.setattr("upweight.scoring.stream.TOGETHER", 1)
     end = full_after(3, monkeypatch)
@@ -345,8 +346,8 @@ def test_two_processes_may_share_a_store(tmp_path):
     """Both at once; afterwards the folder holds a curvature that either would have made."""
     script = (
         "import sys, torch, upweight as uw\n"
-        "from upweight.runtime import checkpoint\n"
-        "checkpoint.EVERY_SECONDS = 0.0\n"
+        "from upweight.runtime import resources\n"
+        "resources.EVERY_SECONDS = 0.0\n"
         "g = torch.Generator().manual_seed(0)\n"
         "X, y = torch.randn(3000, 4, generator=g), torch.randint(3, (3000,), generator=g)\n"
         "model = torch.nn.Linear(4, 3)\n"
@@ -363,7 +364,7 @@ def test_two_processes_may_share_a_store(tmp_path):
     assert [process.returncode for process in both] == [0, 0]
     assert said[0] == said[1] != ""
     assert not list(tmp_path.rglob("*.part"))
-    assert ScoreShards.load(tmp_path / "scores").is_whole
+    assert StoredMatrix.load(tmp_path / "scores").is_whole
 
 
 def test_more_scores_than_memory_are_refused_before_any_work(monkeypatch):
@@ -386,11 +387,11 @@ def test_a_damaged_file_of_scores_is_named_and_only_it_is_computed_again(k, tmp_
     """The first, one in the middle and the last; the others are not touched."""
     p = problem("mlp_tanh")
     fitted = METHOD.fit(p.task, p.train)
-    monkeypatch.setattr("upweight.methods.reduce.SHARD_BYTES", 1)
+    monkeypatch.setattr("upweight.shards.SHARD_BYTES", 1)
     monkeypatch.setattr("upweight.scoring.stream.MOST_EXAMPLES", 4)
     monkeypatch.setattr("upweight.scoring.stream.TOGETHER", 1)
     whole = at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path)).values()
-    files = sorted(tmp_path.glob("scores-*"))
+    files = sorted(tmp_path.glob("tile-*"))
     assert len(files) > 2
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
     DAMAGES["doubled"](files[k])

@@ -18,11 +18,11 @@ import torch
 from digests import digests  # beside this script
 
 import upweight as uw
+from upweight import shards
 from upweight.cli.main import cli
 from upweight.curvature import layerwise as curvature
-from upweight.methods import reduce
 from upweight.runs.directory import Run
-from upweight.runtime import checkpoint
+from upweight.runtime import resources
 from upweight.scoring import stream
 
 # Forks have what their parent has read: the digits are unpacked once.
@@ -32,9 +32,9 @@ uw.data.mnist_subset = functools.cache(uw.data.mnist_subset)
 torch.set_num_threads(1)
 
 # Many small batches and files, so that there is always one to be killed in.
-reduce.SHARD_BYTES = 1_000
+shards.SHARD_BYTES = 1_000
 curvature.MOST_EXAMPLES = stream.MOST_EXAMPLES = 16
-checkpoint.EVERY_SECONDS = 0.0
+resources.EVERY_SECONDS = 0.0
 
 
 def attempt(arguments, before=lambda: None):

@@ -208,7 +208,7 @@ def test_a_damaged_cache_is_an_error(setup, tmp_path):
     path = next(tmp_path.glob("*/*.safetensors"))
     contents = path.read_bytes()
     path.write_bytes(contents[:-4])
-    with pytest.raises(StaleStore, match=r"delete that file") as caught:
+    with pytest.raises(StaleStore, match=r"delete the file") as caught:
         run(p, weights, cache=tmp_path)
     assert str(path) in str(caught.value)
     path.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))

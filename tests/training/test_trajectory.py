@@ -228,7 +228,7 @@ def test_it_is_read_as_it_was_saved(dtype, tmp_path):
     found.save(tmp_path)
     names = [f"state-{t:09d}.safetensors" for t in found.kept]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        ["manifest.json", "weights.safetensors", *names]
+        ["finished.json", "manifest.json", "weights.safetensors", *names]
     )
     again = recipe(Adam(0.02)).read_trajectory(about, train, tmp_path)
     assert again.kept == found.kept and torch.equal(again.weights, found.weights)
@@ -243,13 +243,13 @@ def test_a_trajectory_of_something_else_is_refused(tmp_path):
     how.trajectory(about, train).save(tmp_path)
     x, y = train
     others = [
-        (replace(how, optimizer=SGD(0.1)), about, train),
-        (replace(how, seed=9), about, train),
-        (how, replace_penalty(about), train),
-        (how, about, (x + 1e-9, y)),
+        (replace(how, optimizer=SGD(0.1)), about, train, "recipe"),
+        (replace(how, seed=9), about, train, "recipe"),
+        (how, replace_penalty(about), train, "penalty"),
+        (how, about, (x + 1e-9, y), "train"),
     ]
-    for each, what, on in others:
-        with pytest.raises(StaleStore, match="must be of this recipe, task and data"):
+    for each, what, on, name in others:
+        with pytest.raises(StaleStore, match=rf"is of another (model, )?{name}\."):
             each.read_trajectory(what, on, tmp_path)
     # A task that has moved on says the same about the run, which starts from init.
     moved = about.moved_to(how.trajectory(about, train).theta)
@@ -272,7 +272,7 @@ def test_a_folder_of_two_runs_is_refused(tmp_path):
     with pytest.raises(StaleStore, match="something else"):
         other.theta  # noqa: B018
     mixed("weights.safetensors")
-    with pytest.raises(StaleStore, match="must be of this recipe"):
+    with pytest.raises(StaleStore, match="something else"):
         how.read_trajectory(about, train, tmp_path / "other")
 
 
@@ -283,7 +283,12 @@ def replace_penalty(about):
 def test_a_damaged_trajectory_is_refused(tmp_path):
     how, (about, train) = recipe(), given()
     found = how.trajectory(about, train, every=15)
-    for name in ("manifest.json", "weights.safetensors", "state-000000015.safetensors"):
+    for name in (
+        "manifest.json",
+        "finished.json",
+        "weights.safetensors",
+        "state-000000015.safetensors",
+    ):
         found.save(tmp_path)
         path = tmp_path / name
         raw = bytearray(path.read_bytes())

@@ -11,7 +11,7 @@ import click
 
 from upweight.cli.compared import compared
 from upweight.cli.named import named, project_option, to_ask_for
-from upweight.cli.pages import Shown, is_kept, keep, loaded, shown_of
+from upweight.cli.pages import Shown, is_kept, keep, shown_of
 from upweight.cli.project import Project, opened
 from upweight.cli.question import Asked, question_options, relative, reopened, require_same
 from upweight.cli.screen import Answer, continued_by, duration, say, verb
@@ -134,7 +134,7 @@ def rerun(run: Path, projects: tuple[str, ...], out: Path | None) -> Answer:
             did = finished(first, record, question, to_go_on, project)
         return answer(first, _short(first.path), did, project)
     if first.is_finished:
-        loaded(first)  # scores that are damaged are told before hours of work, not after
+        first.open()  # scores that are damaged are told before hours of work, not after
     second = Run(out.absolute(), projects)
     with (
         reopened(first, code) as (project, record, question),
@@ -162,7 +162,7 @@ def rerun(run: Path, projects: tuple[str, ...], out: Path | None) -> Answer:
 
 def audited(run: Run, shown: Path) -> Answer:
     """A finished run by itself: its scores are read, its verdict is said again, nothing is run."""
-    loaded(run)  # which raises where they are damaged
+    run.open()  # which raises where they are damaged
     record = run.record
     done = answer(run, shown, "nothing")
     again = shlex.join(["upweight", "rerun", str(shown), *run.naming(record), "--out", "OTHER"])
@@ -199,7 +199,7 @@ def finished(
         StaleStore: An interrupted run was begun with other versions, or scores were altered.
     """
     if run.is_finished:
-        loaded(run)  # which raises where they are damaged: then nothing is finished
+        run.open()  # which raises where they are damaged: then nothing is finished
     if run.is_finished and is_kept(run) and show is None:
         return "nothing"
     record = record if show is None else replace(record, show=show)

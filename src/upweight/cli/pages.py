@@ -15,8 +15,6 @@ from upweight.runs import shown
 from upweight.runs.directory import Run
 from upweight.runs.question import Question
 from upweight.runs.record import Record
-from upweight.scores import Scores
-from upweight.view import opened
 
 LIVE = {"evidence", "removal"}
 """What is shown beside a display, and not kept in a run."""
@@ -35,18 +33,6 @@ def context_of(question: Question, fitted: Any = None) -> Context:
     return Context(question.task, question.train, question.queries, question.measure, fitted)
 
 
-def loaded(run: Run) -> Scores:
-    """The finished scores; where they are too many for memory, the copy that a view reads.
-
-    Raises:
-        StaleStore: They are not finished, or damaged.
-    """
-    try:
-        return run.load()
-    except SpecError:
-        return opened(run.scores)
-
-
 def keep(run: Run, question: Question, fitted: Any, shown_beside: Shown) -> None:
     """Keep in a finished run what its page shows, with what the user shows beside the data.
 
@@ -54,7 +40,7 @@ def keep(run: Run, question: Question, fitted: Any, shown_beside: Shown) -> None
         OSError: The disk is full or not writable.
     """
     try:
-        scores = loaded(run).attach(context_of(question, fitted))
+        scores = run.open().attach(context_of(question, fitted))
         found = kept(scores, shown_beside.display, tuple(shown_beside.live))
     except OSError:
         raise

@@ -15,7 +15,7 @@ from upweight.cli.question import reopened
 from upweight.cli.screen import Answer, say, verb
 from upweight.runs.directory import Run
 from upweight.runs.work import refit
-from upweight.view import keeping, opened, serve
+from upweight.view import serve
 
 
 @click.command()
@@ -31,7 +31,7 @@ def view(
     """Serve a run to the browser of this machine, until Ctrl-C.
 
     The page of `upweight report`, for scores that are too many for one file. It listens on this
-    machine only, and its address carries a token. The first view copies the scores within the run.
+    machine only, and its address carries a token. Of the scores it reads what is looked at.
     It shows what the run holds, and runs no code but that of files you name by --show or --project.
 
     \b
@@ -40,7 +40,7 @@ def view(
         upweight view runs/mails --show project.py:shown --port 8765 --browser
     """
     place = Run.named(run.absolute(), projects)
-    place.require_finished()
+    scores = place.open()
     record = place.record
     found = found_in(place)
     checked = [] if found is None else [found]
@@ -65,8 +65,6 @@ def view(
                 }
                 beside = replace(beside, display=replace(display, **asked))
             context = context_of(question)
-        # Held while it copies; others may work while it serves.
-        scores = opened(place.scores, lambda: place.held("upweight view"))
         scores = scores if context is None else scores.attach(context)
         serve(
             scores,
@@ -76,7 +74,7 @@ def view(
             evidence=[*beside.live.get("evidence", ()), *checked],
             removal=beside.live.get("removal"),
             command=command(place, record if show is None else replace(record, show=show)),
-            keep=keeping(place.scores),
+            keep=place.scores,
             port=port,
         )
     return Answer("", {"run": str(place.path)})

@@ -34,9 +34,9 @@ from upweight.linalg.damping import Damping
 from upweight.linalg.eigen import Eigen
 from upweight.linalg.matrices import DiagonalMatrix
 from upweight.linalg.operator import LinearOperator
-from upweight.runtime.checkpoint import Checkpoint
 from upweight.runtime.memory import examples_within, kept_bytes, working_bytes
 from upweight.runtime.progress import progress
+from upweight.runtime.resources import Checkpoint
 from upweight.task.data import Data
 from upweight.task.task import Task
 

@@ -1,7 +1,7 @@
 """Gradients by place: rows [start, stop) of the gradients of a data set, wherever they come from.
 
     Projected    taken when they are asked for
-    Stored       read from a folder (`upweight.runtime.stored`)
+    Stored       read from a folder: a matrix that `Resources.matrix` keeps
 
 A source that is told places, not batches, may be a store: it knows which rows are asked.
 """

@@ -31,7 +31,7 @@ from upweight.linalg.eigen import Eigen
 from upweight.methods import health
 from upweight.methods.fitting import Fitting
 from upweight.methods.scorer import Asked, Job, Scorer, Work
-from upweight.runtime.checkpoint import Checkpoint
+from upweight.runtime.fingerprint import digest
 from upweight.runtime.memory import working_bytes
 from upweight.runtime.progress import progress
 from upweight.scoring.choose import Choice
@@ -473,13 +473,16 @@ def _learned(
         if of == curvature and at is point.theta:
             return known
     seen: dict[int, Tensor] = {}
+    is_own = torch.equal(point.theta, fitting.theta)  # losses are those of the trained model
 
     def watch(start: int, stop: int, batch: Batch, outputs: Tensor, targets: Any) -> None:
         places = (start, stop)
         seen[start] = checked_batch(task, data, places, batch, outputs, targets, "training data")
 
     settings = {"curvature": described(curvature), "damping": described(damping)}
-    folder = resources.folder
+    if not is_own:
+        settings["theta"] = digest(point.theta)
+        resources = resources.within(settings["theta"][:16])
     try:
         fitted = curvature.fit_blocks(
             task,
@@ -488,10 +491,8 @@ def _learned(
             # The evidence is not known before the spectrum is, nor what is to be shared.
             damping=None if isinstance(damping, Evidence) or shared is not None else damping,
             memory_bytes=resources.memory_bytes,
-            checkpoint=None
-            if folder is None
-            else Checkpoint.open(folder, repr(settings | subject(task, data))),
-            watch=watch,
+            checkpoint=resources.checkpoint(lambda: settings | subject(task, data)),
+            watch=watch if is_own else None,
         )
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         # Say which example, if it is the data.
@@ -502,7 +503,7 @@ def _learned(
         raise
     # The first pass has seen them all, unless it had only some of the data or resumed. Batches of
     # other sizes may round otherwise, and an interrupted fit must come to the same numbers.
-    if folder is None and sum(len(x) for x in seen.values()) == len(data):
+    if is_own and resources.folder is None and sum(len(x) for x in seen.values()) == len(data):
         fitting.losses = torch.cat(list(seen.values()))
         require_own_losses(task, data, probe, fitting.losses, "training data")
     if shared is not None:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight._typing import Batch, Folder
+from upweight._typing import Batch
 from upweight.errors import NotDifferentiable, SpecError, UpweightError
 from upweight.gradients.autograd import total_gradient
 from upweight.gradients.cost import cost
@@ -39,7 +39,7 @@ from upweight.runtime.memory import (
     working_bytes,
 )
 from upweight.runtime.progress import progress
-from upweight.runtime.stored import Stored
+from upweight.runtime.resources import Resources
 from upweight.scoring.stream import kernels_for, measured_by, no_gradient, training_loss
 from upweight.task.data import Data
 from upweight.task.identity import subject
@@ -47,6 +47,9 @@ from upweight.task.task import Task
 
 MOST_EXAMPLES = 512
 """Examples in a batch of gradients at most."""
+
+FILE_NUMBERS = 2**23
+"""Of projected gradients in a file at most, if it is not one row."""
 
 ROWS = 1024
 """Projected gradients that are multiplied at once."""
@@ -296,7 +299,7 @@ class ProjectedScorer(Scorer):
 
     def work(self, q: int, memory_bytes: int | None) -> Work:
         each = self.projection.width * self.dtype.itemsize
-        stored = [m for m in self.members if isinstance(m.gradients, Stored)]
+        stored = [m for m in self.members if not isinstance(m.gradients, Held | Projected)]
         return Work(
             passes=f"{len(self.members)} for the projected gradients",
             plan=self.projection.plan,
@@ -358,9 +361,7 @@ def member(
     each = spent.bytes_per_example + projection.bytes_per_example(spent.positions)
     at_once = data.together(examples_within(allowed, each, MOST_EXAMPLES))
     source = Projected(data, theta, function, projection, at_once)
-    gradients: Gradients = source
-    if resources.folder is not None:
-        gradients = _stored(resources.folder, source, fitting, kept_as)
+    gradients = _stored(resources, source, fitting, kept_as)
     sums = {
         name: LongSum((s.stop - s.start,) * 2, projection.plan.dtype, device)
         for name, s in entries.items()
@@ -412,25 +413,28 @@ def _part(
     return Part(name, entries, lam, mean, state)
 
 
-def _stored(folder: Folder, source: Projected, fitting: Fitting, kept_as: str) -> Stored:
+def _stored(resources: Resources, source: Projected, fitting: Fitting, kept_as: str) -> Gradients:
     """The same gradients, read from a folder that is filled where it is not yet."""
     theta = digest(source.theta)
-    description = {
-        "gradients": kept_as,
-        "theta": theta,
-        **subject(fitting.task, fitting.data),
-    }
-    store = Stored.open(
-        folder,
+    kept = resources.matrix(
         f"gradients-{theta[:16]}",
-        len(source),
-        source.width,
-        description,
+        (len(source), source.width),
+        lambda: {"gradients": kept_as, "theta": theta, **subject(fitting.task, fitting.data)},
         {"at_once": source.at_once},
     )
-    source.at_once = store.settings["at_once"]  # batches of other sizes round otherwise
-    store.fill(source.rows)
-    return store
+    if kept is None:
+        return source
+    source.at_once = kept.begun["at_once"]  # batches of other sizes round otherwise
+    size = max(1, FILE_NUMBERS // source.width)
+    missing = [
+        (start, min(start + size, end), None)
+        for begin, end in kept.missing_rows()
+        for start in range(begin, end, size)
+    ]
+    if missing:
+        for start, stop, _ in progress(iter(missing), len(source), "gradients", missing[0][0]):
+            kept.append(start, 0, source.rows(start, stop).cpu())
+    return kept
 
 
 def require_count(name: str, value: object, method: str) -> None:

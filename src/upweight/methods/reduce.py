@@ -5,7 +5,7 @@
     Matrix()             all of them in memory                    Scores
     Top(k)               the k largest and smallest of each query TopScores
     GroupSums(labels)    sums over training examples of a label   Scores, a column per label
-    Shards(folder)       all of them on disk, resumable           ScoreShards
+    Shards(folder)       all of them on disk, resumable           StoredMatrix; in upweight.shards
     PerLayer()           the share of each layer                  a mapping of Scores
     PerToken(examples)   the shares of the positions of a few     TokenScores
 
@@ -14,7 +14,7 @@ A reducer is a spec; `begin` makes its sink, which sees every block of scores on
 
 import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,18 +22,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight._typing import Folder
 from upweight.errors import NonFinite, SpecError
 from upweight.methods.health import zero_columns
 from upweight.methods.scorer import Job
 from upweight.provenance import Context, Provenance
 from upweight.runtime.memory import require_room
 from upweight.runtime.selection import labels_by_place, places
-from upweight.runtime.shards import ScoreShards
 from upweight.scores import Scores, TopScores, Unit
-
-SHARD_BYTES = 64 * 2**20
-"""Scores in one file: few enough files for a million examples, little to lose when interrupted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,86 +184,6 @@ class _Matrix(Sink):
         return answer.scores(self.values, notes=zero_columns(self.values), error=self.error)
 
 
-@dataclass(frozen=True)
-class Shards(Reducer):
-    """All scores on disk as they are computed, for scores that do not fit into memory.
-
-    Interrupted, the same call solves the queries again and computes what is not there yet; what
-    was written is read and compared with its hash. `ScoreShards.row(query)` of what comes back
-    reads the scores of one query, `Scores.load(folder)` all of them with their provenance.
-
-    Args:
-        folder: Where to; one folder for each question.
-
-    Raises:
-        StaleStore: The folder holds the scores of something else, or a damaged file.
-        SpecError: A loss or measure is an object that says nothing but its address.
-        NotWritten: The disk is full or not writable; what was written stays readable.
-        NonFinite: A score is NaN or infinite; it is not written.
-    """
-
-    folder: Folder
-
-    def begin(self, sweep: Sweep) -> Sink:
-        shards = ScoreShards.open(
-            self.folder, sweep.n, sweep.q, sweep.description(), sweep.settings
-        )
-        shards.verify()
-        return _Shards(shards)
-
-
-@dataclass(eq=False)
-class _Shards(Sink):
-    shards: ScoreShards
-    begin: int = 0
-    stop: int = 0
-    held: list[Tensor] = field(default_factory=list)
-
-    @property
-    def settings(self) -> Mapping[str, int]:  # type: ignore[override]
-        return self.shards.settings
-
-    @property
-    def is_done(self) -> bool:
-        return self.shards.header is not None and self.shards.is_whole
-
-    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
-        return self.shards.missing(job.first, job.first + len(job))
-
-    def see(self, job: Job, start: int, part: Float[Tensor, "q b"]) -> None:
-        if start != self.stop:
-            self.flush(job)
-        if not self.held:
-            self.begin = start
-        self.held.append(_finite(part, start, job.first).mT)
-        self.stop = start + part.shape[1]
-        if sum(x.nbytes for x in self.held) >= SHARD_BYTES:
-            self.flush(job)
-
-    def end(self, job: Job) -> None:
-        self.flush(job)
-
-    def flush(self, job: Job) -> None:
-        """Write what is held."""
-        if self.held:
-            self.shards.append(job.first, self.begin, torch.cat(self.held))
-            self.held = []
-
-    def row_sums(self) -> tuple[Tensor, Tensor]:
-        sums = torch.zeros(self.shards.q, dtype=torch.float64)
-        sizes = torch.zeros_like(sums)
-        for first, _, part in self.shards.pieces():
-            sums[first : first + part.shape[1]] += part.sum(dim=0)
-            sizes[first : first + part.shape[1]] += part.abs_().sum(dim=0)
-        return sums, sizes
-
-    def result(self, answer: Answer) -> ScoreShards:
-        if not self.is_done:
-            made = answer.provenance(())
-            self.shards.finish({"unit": answer.unit.name, "provenance": asdict(made)})
-        return self.shards
-
-
 # -- less than all --------------------------------------------------------------------------------
 
 
@@ -307,7 +222,7 @@ class _Top(Sink):
     low: tuple[Tensor, Tensor] | None = None
 
     def see(self, job: Job, start: int, part: Float[Tensor, "q b"]) -> None:
-        _finite(part, start, job.first)
+        finite(part, start, job.first)
         index = torch.arange(start, start + part.shape[1], device=part.device).expand_as(part)
         self.high = self._best(self.high, part, index, largest=True)
         self.low = self._best(self.low, part, index, largest=False)
@@ -454,7 +369,7 @@ class _PerToken(Sink):
 # -- shared ---------------------------------------------------------------------------------------
 
 
-def _finite(part: Float[Tensor, "q b"], start: int, first: int) -> Float[Tensor, "q b"]:
+def finite(part: Float[Tensor, "q b"], start: int, first: int) -> Float[Tensor, "q b"]:
     """The scores of some queries with some examples, refused where one is not finite."""
     bad = (~part.isfinite()).nonzero()
     if len(bad):

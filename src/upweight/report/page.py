@@ -14,7 +14,7 @@ from upweight.report.rendering import render_page
 from upweight.report.sprite import geometry, sheets
 from upweight.report.whatif import columns
 from upweight.report.words import words_of
-from upweight.runtime.whole import make_folder, write_whole
+from upweight.runtime.atomic import make_folder, write_whole
 from upweight.scores import Scores
 
 WAY_OUT = "free space, or write it elsewhere: path=, or --out FILE of `upweight report`."

@@ -7,21 +7,21 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from upweight.errors import StaleStore
+from upweight.errors import ShapeError, StaleStore
 from upweight.runs.question import fingerprints_of
 from upweight.runs.record import CONTENTS, Record, is_reference
+from upweight.runtime.atomic import append, make_folder, remove_left_over, require_own
 from upweight.runtime.headers import read_json, write_json
 from upweight.runtime.lock import FILES as LOCKS
 from upweight.runtime.lock import locked
-from upweight.runtime.shards import ScoreShards
-from upweight.runtime.whole import append, make_folder, remove_left_over, require_own
-from upweight.scores import Scores
+from upweight.runtime.store import MANIFEST
+from upweight.scores import Scores, stored_in
 
 SCHEMA = 1
 """Of evaluation.json."""
@@ -87,7 +87,10 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether all scores are there."""
-        return Scores.are_all_in(self.scores)
+        with contextlib.suppress(FileNotFoundError, ShapeError):
+            stored_in(self.scores)
+            return True
+        return False
 
     @contextlib.contextmanager
     def held(self, purpose: str) -> Iterator[None]:
@@ -122,12 +125,17 @@ class Run:
     @property
     def provenance(self) -> dict[str, Any]:
         """How the finished scores came about, without reading them."""
-        return asdict(Scores.provenance_in(self.scores))
+        return asdict(stored_in(self.scores)[1].provenance)
 
     def load(self) -> Scores:
         """The finished scores, without their live task and data. Raises as `require_finished`."""
         self.require_finished()
         return Scores.load(self.scores)
+
+    def open(self) -> Scores:
+        """The same, each compared with its hash, and read when it is asked for."""
+        self.require_finished()
+        return Scores.open(self.scores)
 
     def require_finished(self) -> None:
         """Raise StaleStore where scores are missing, or not of what run.toml asks."""
@@ -141,34 +149,30 @@ class Run:
         self._require_own_scores()
 
     def _require_own_scores(self) -> None:
-        record, found = self.record, Scores.provenance_in(self.scores)
-        file, of = self.scores / "scores.json", found.fingerprints
-        stored: dict[str, Any] = {}
-        if (self.scores / "finished.json").exists():
-            file = self.scores / "manifest.json"
-            about = ScoreShards.load(self.scores).description
-            try:
-                of = fingerprints_of(about)
-            except KeyError:
-                of = dict.fromkeys(CONTENTS, "not recorded")
+        record, (scores, told) = self.record, stored_in(self.scores)
+        found, file = told.provenance, self.scores / MANIFEST
+        try:
+            of = fingerprints_of(scores.description)
+        except KeyError:
+            of = dict.fromkeys(CONTENTS, "not recorded")
+        stored = {name: scores.begun.get(name, "nothing") for name in record.begun}
         if not is_reference(record.method):  # what a method of the user's says is its own matter
-            stored |= {name: getattr(found, name) for name in ("n", "q", "p", "method", "threads")}
+            stored |= {name: getattr(found, name) for name in ("n", "q", "p", "method")}
         if not is_reference(record.measure):
             stored["measure"] = found.measure
         others = [name for name in of if of[name] != record.fingerprints.get(name)]
-        edited = {k: v for k, v in stored.items() if v != getattr(record, k)}
+        edited = _differences(stored, asdict(record))
         if not others and not edited:
             return
-        if others or not of:
-            given = f"{file}, which is of another {', '.join(others or edited)} than {self.toml}"
+        if others:
+            given = f"{file}, which is of another {', '.join(others)} than {self.toml}"
             cause = "scores copied from another run, or a run.toml edited by hand."
             way_out = (
                 "put back the one that was changed; or delete the folder "
                 f"{self.scores} and compute them again: {self.command('rerun')}"
             )
         else:
-            lines = [f"{k} = {json.dumps(v)}, not {getattr(record, k)}" for k, v in edited.items()]
-            given = f"{self.toml}, which says otherwise: {file} has {'; '.join(lines)}"
+            given = f"{self.toml}, which says otherwise: {file} has {'; '.join(edited)}"
             cause = "a run.toml edited by hand: the scores are of the same model, data and method."
             way_out = "write that in run.toml again; or start a new run with another --out."
         required = "The scores of a run are of what its run.toml asks."
@@ -210,7 +214,7 @@ class Run:
         if not self.evaluation.exists():
             return {}
         kept = read_json(self.evaluation, SCHEMA, dict[str, Any], WAY_OUT)
-        if kept.pop("of", None) != Scores.digest_in(self.scores):
+        if kept.pop("of", None) != stored_in(self.scores)[0].digest:
             raise StaleStore(
                 "A comparison is of the scores that a run holds.",
                 f"{self.evaluation}, which is of others, or does not say of which.",
@@ -222,4 +226,17 @@ class Run:
     def keep_evaluation(self, name: str, facts: dict[str, Any]) -> None:
         """Keep what a comparison found, in place of an earlier one of its name."""
         kept = {k: v for k, v in self.evaluations().items() if k != name} | {name: facts}
-        write_json(self.evaluation, SCHEMA, {**kept, "of": Scores.digest_in(self.scores)})
+        write_json(self.evaluation, SCHEMA, {**kept, "of": stored_in(self.scores)[0].digest})
+
+
+def _differences(stored: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
+    """What was stored of a record, as it would stand in run.toml, where that says otherwise."""
+    found = []
+    for name, value in stored.items():
+        other = told.get(name)
+        if isinstance(value, Mapping):
+            inside = _differences(value, other if isinstance(other, Mapping) else {})
+            found += [f"{name}.{line}" for line in inside]
+        elif value != other:
+            found.append(f"{name} = {json.dumps(value)}, not {other}")
+    return found

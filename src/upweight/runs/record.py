@@ -12,8 +12,8 @@ from typing import Any
 import tomli_w
 
 from upweight.errors import StaleStore
+from upweight.runtime.atomic import write_whole
 from upweight.runtime.headers import read_toml
-from upweight.runtime.whole import write_whole
 
 SCHEMA = 1
 
@@ -69,6 +69,12 @@ class Record:
             source, _, name = text.rpartition(":")
             found.setdefault(source, []).append(name)
         return found
+
+    @property
+    def begun(self) -> dict[str, Any]:
+        """With what it is computed, as the manifest of its scores has it too."""
+        names = ("memory_bytes", "threads", "versions", "environment")
+        return {name: asdict(self)[name] for name in names}
 
     def write(self, path: Path) -> None:
         """Whole or not at all.

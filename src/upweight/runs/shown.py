@@ -1,38 +1,22 @@
 """RUN/shown: what a page shows of the data, so that a run can be looked at without its project.
 
-    shown.safetensors    numbers: thumbnails, rows, losses
-    shown.json           texts, the hash of the other, and of which model and data they are; last
-
-Written after the scores. Neither file can run anything.
+A store of numbers (thumbnails, rows, losses) and of what is said of them, of one model and data.
+Written after the scores. Nothing in it can run anything.
 """
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
+import torch
 from numpy.typing import NDArray
 
-from upweight.errors import StaleStore
+from upweight.errors import ShapeError, StaleStore
 from upweight.runs.directory import Run
-from upweight.runtime.headers import read_json, write_json
-from upweight.runtime.whole import make_folder, write_whole
-
-SCHEMA = 2
+from upweight.runtime.store import Store
 
 Facts = Mapping[str, Any]
 Arrays = Mapping[str, NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """What shown.json holds."""
-
-    numbers: str  # the hash of the other file
-    of: Mapping[str, str]  # which model and data
-    facts: Mapping[str, Any]
 
 
 def write(run: Run, facts: Facts, arrays: Arrays) -> None:
@@ -41,15 +25,8 @@ def write(run: Run, facts: Facts, arrays: Arrays) -> None:
     Raises:
         OSError: The disk is full or not writable.
     """
-    make_folder(run.shown)
-    numbers = safetensors.numpy.save({k: np.ascontiguousarray(x) for k, x in arrays.items()})
-    header = {
-        "numbers": hashlib.sha256(numbers).hexdigest(),
-        "of": run.record.fingerprints,
-        "facts": facts,
-    }
-    write_whole(run.shown / "shown.safetensors", numbers)
-    write_json(run.shown / "shown.json", SCHEMA, header)
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in arrays.items()}
+    Store.replace(run.shown, run.record.fingerprints, {"shown": tensors}, facts)
 
 
 def read(run: Run) -> tuple[Facts, Arrays]:
@@ -58,29 +35,17 @@ def read(run: Run) -> tuple[Facts, Arrays]:
     Raises:
         StaleStore: It is not there, damaged, or of another model or data.
     """
-    way_out = (
-        "name the project, if you trust it: its code then runs, and what it shows is kept for the "
-        f"next time: {run.command('report')}"
-    )
-
-    def refused(given: str, cause: str) -> StaleStore:
-        required = "A page of a run alone is made of what attribute kept to show."
-        return StaleStore(required, f"{given}.", cause, way_out)
-
+    again = run.command("report")
     try:
-        header = read_json(run.shown / "shown.json", SCHEMA, _Shown, way_out)
-        numbers = (run.shown / "shown.safetensors").read_bytes()
-        arrays = safetensors.numpy.load(numbers)
-    except FileNotFoundError as error:
-        cause = "it was made by upweight 0.1.0, or its attribute was stopped after the scores."
-        raise refused("a run that holds no such thing", cause) from error
-    except StaleStore:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        given = f"{run.shown}: {type(error).__name__}: {error}"
-        raise refused(given, "a file that was cut or edited.") from error
-    if header.numbers != hashlib.sha256(numbers).hexdigest():
-        raise refused(f"{run.shown}, whose files are not of each other", "an edited file.")
-    if header.of != run.record.fingerprints:
-        raise refused(f"{run.shown}, of another model or other data", "a copied folder.")
-    return header.facts, arrays
+        store = Store.load(run.shown, again)
+        store.require(run.record.fingerprints)
+        facts, tensors = store.require_finished(), store.read("shown")
+    except (FileNotFoundError, ShapeError) as error:
+        raise StaleStore(
+            "A page of a run alone is made of what attribute kept to show.",
+            "a run that holds no such thing, or not all of it.",
+            "its attribute was stopped after the scores.",
+            "name the project, if you trust it: its code then runs, and what it shows is kept for "
+            f"the next time: {again}",
+        ) from error
+    return facts, {name: each.numpy() for name, each in tensors.items()}

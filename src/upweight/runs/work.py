@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import torch
 
 from upweight.methods.fitted import Fitted
-from upweight.methods.reduce import Shards
 from upweight.runs.directory import Run
 from upweight.runs.question import Question
 from upweight.runs.record import Record
 from upweight.runtime.resources import Resources
+from upweight.shards import Shards
 
 
 def attribute(run: Run, record: Record, question: Question) -> Fitted:
@@ -25,7 +25,7 @@ def attribute(run: Run, record: Record, question: Question) -> Fitted:
     """
     with _threads(record.threads):
         fitted = refit(run, record, question)
-        fitted.attribute(question.queries, question.measure, into=Shards(run.scores))
+        fitted.attribute(question.queries, question.measure, into=Shards(run.scores, record.begun))
     return fitted
 
 

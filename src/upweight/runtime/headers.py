@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from upweight.errors import StaleStore, message
+from upweight.errors import StaleStore
+from upweight.runtime.atomic import contents, write_whole
 from upweight.runtime.fingerprint import digest
-from upweight.runtime.whole import contents, write_whole
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ def read_json(path: Path, schema: int, kind: type[T], way_out: str) -> T:
         if found != own_digest(told):
             raise Misfit("digest", "the hash of what the file says", "another")
     except Misfit as misfit:
-        raise StaleStore(_stale(path, misfit, way_out)) from misfit
+        raise stale(path, misfit, way_out) from misfit
     return result
 
 
@@ -86,7 +86,7 @@ def read_toml(path: Path, schema: int, kind: type[T], way_out: str) -> T:
     try:
         return _of_schema(fields, schema, kind)
     except Misfit as misfit:
-        raise StaleStore(_stale(path, misfit, way_out)) from misfit
+        raise stale(path, misfit, way_out) from misfit
 
 
 def fitting(value: Any, kind: Any, key: str) -> Any:
@@ -172,13 +172,10 @@ def _parsed(path: Path, parse: Callable[[bytes], Any], way_out: str) -> Any:
         return parse(contents(path))
     except FileNotFoundError:
         raise
-    except RecursionError as error:
-        misfit = Misfit("", "what upweight writes", "tables within tables without an end")
-        raise StaleStore(_stale(path, misfit, way_out)) from error
-    except (ValueError, OSError) as error:  # of JSON, TOML and UTF-8, and of what is no file
+    except (RecursionError, ValueError, OSError) as error:  # of what cannot be parsed, or read
         empty = isinstance(error, ValueError) and path.stat().st_size == 0
         misfit = Misfit("", "what upweight writes", "nothing" if empty else f"{error}")
-        raise StaleStore(_stale(path, misfit, way_out)) from error
+        raise stale(path, misfit, way_out) from error
 
 
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -199,9 +196,10 @@ def _inside(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
-def _stale(path: Path, misfit: Misfit, way_out: str) -> str:
+def stale(path: Path, misfit: Misfit, way_out: str) -> StaleStore:
+    """The error about a value of a file that is not what is asked for."""
     where = f"`{misfit.key}` in {path.name}" if misfit.key else path.name
-    return message(
+    return StaleStore(
         f"{where} must be {misfit.required}.",
         f"{path}, where it is {misfit.given}." if misfit.key else f"{path}: {misfit.given}.",
         "a file edited by hand, damaged, cut off, copied from elsewhere, or of another version of "

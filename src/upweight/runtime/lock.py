@@ -14,8 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from upweight.errors import InUse, NotWritten, StaleStore, message
-from upweight.runtime.whole import contents, write_whole
+from upweight.errors import InUse, StaleStore
+from upweight.runtime.atomic import contents, not_written, write_whole
 
 FILES = (".lock", ".holder")
 
@@ -46,14 +46,7 @@ def locked(folder: Path, purpose: str) -> Iterator[None]:
             "wait for it or stop it; a process that was killed holds nothing.",
         ) from error
     except OSError as error:
-        raise NotWritten(
-            message(
-                "A folder that is worked in must be writable.",
-                f"{folder / FILES[0]}: {error.strerror or error}.",
-                "a full disk, or one that is mounted for reading only.",
-                WAY_OUT,
-            )
-        ) from error
+        raise not_written(folder / FILES[0], error, WAY_OUT) from error
     try:
         since = datetime.now().isoformat(" ", "seconds")
         who = f"process {os.getpid()} on {socket.gethostname()} since {since}: {purpose}"

@@ -1,11 +1,49 @@
 """Resources: where a method works and with what. None of it changes an answer but by rounding."""
 
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from torch import Tensor
 
 from upweight._typing import Folder
 from upweight.errors import SpecError
 from upweight.runtime.group import Group, SingleProcess
+from upweight.runtime.matrix import StoredMatrix
+from upweight.runtime.store import Store
+
+EVERY_SECONDS = 30.0
+"""How much work an interruption may cost; writing takes a small share of it."""
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """The state of a long computation in a folder: a kill at any instant leaves that of before."""
+
+    store: Store
+    written: float = field(default_factory=time.monotonic)
+
+    def read(self) -> Mapping[str, Tensor] | None:
+        """The state, or None where none was written yet.
+
+        Raises:
+            StaleStore: It is damaged.
+        """
+        return self.store.read("state") if self.store.names() else None
+
+    def is_due(self) -> bool:
+        """Whether it is time to write again."""
+        return time.monotonic() - self.written >= EVERY_SECONDS
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a state in place of the one before.
+
+        Raises:
+            NotWritten: The disk is full or not writable. The state of before stays readable.
+        """
+        self.store.write("state", tensors)
+        self.written = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -46,3 +84,42 @@ class Resources:
     def within(self, name: str) -> "Resources":
         """The same, with a folder of its own in the folder."""
         return self if self.folder is None else replace(self, folder=Path(self.folder) / name)
+
+    def checkpoint(self, description: Callable[[], Mapping[str, str]]) -> Checkpoint | None:
+        """Where to keep the state of what is described; None where there is no folder.
+
+        Args:
+            description: () -> what the state depends on.
+
+        Raises:
+            StaleStore: The folder holds that of something else.
+            NotWritten: The folder cannot be written.
+        """
+        if self.folder is None:
+            return None
+        return Checkpoint(Store.open(self.folder, description(), again="the same fit"))
+
+    def matrix(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        description: Callable[[], Mapping[str, str]],
+        begun: Mapping[str, int],
+    ) -> StoredMatrix | None:
+        """A matrix that grows in a folder of its own in the folder; None where there is none.
+
+        Args:
+            name: Of its folder.
+            shape: Of the whole.
+            description: () -> what its numbers depend on.
+            begun: How they are made, which whoever goes on does as well.
+
+        Raises:
+            StaleStore: The folder holds that of something else.
+            NotWritten: The folder cannot be written.
+        """
+        if self.folder is None:
+            return None
+        return StoredMatrix.open(
+            Path(self.folder) / name, description(), shape=shape, begun=begun, again="the same fit"
+        )

@@ -101,8 +101,11 @@ def _names(
             stored.add(step.argval)
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
-            for mine, its in zip((loaded, of, attributes, stored), _names(inner), strict=True):
-                mine |= its  # type: ignore[arg-type]
+            its = _names(inner)
+            loaded |= its[0]
+            of |= its[1]
+            attributes |= its[2]
+            stored |= its[3]
     return frozenset(loaded), frozenset(of), frozenset(attributes), frozenset(stored)
 
 

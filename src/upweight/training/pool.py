@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import ShapeError, SpecError
-from upweight.runtime.rows import RowStore
+from upweight.runtime.fingerprint import digest
+from upweight.runtime.store import Store
 from upweight.task.data import Data
 from upweight.task.recipe import Recipe, Trained, Trainer
 from upweight.task.task import Task
@@ -59,7 +60,7 @@ def run(
     plan: Mapping[str, Tensor],
     wanted: set[str],
     jobs: int | None,
-    store: RowStore | None,
+    store: Store | None,
 ) -> Iterator[Finished]:
     """Train what is wanted, chunk by chunk.
 
@@ -105,7 +106,7 @@ def _workers(jobs: int) -> int:
 def _train_share(
     bench: Bench,
     chunks: Sequence[Mapping[str, Tensor]],
-    store: RowStore | None,
+    store: Store | None,
     parent: int,
     threads: int,
 ) -> list[Finished]:
@@ -117,7 +118,7 @@ def _train_share(
 
 
 def _train_chunk(
-    bench: Bench, trainer: Trainer, chunk: Mapping[str, Tensor], store: RowStore | None
+    bench: Bench, trainer: Trainer, chunk: Mapping[str, Tensor], store: Store | None
 ) -> Finished:
     names, weights = list(chunk), torch.stack(list(chunk.values()))
     try:
@@ -138,12 +139,24 @@ def _train_chunk(
         else:
             failures[name] = f"{int((~values.isfinite()).sum())} measurements are not finite"
     if store is not None and rows:
-        columns = {
-            key: torch.stack([row[key] for row in rows.values()])
-            for key in ("values", "gradient_norm")
-        }
-        store.record(list(rows), columns)
+        kept = {key: torch.stack([r[key] for r in rows.values()]) for key in rows[next(iter(rows))]}
+        kept["names"] = torch.tensor([list(bytes.fromhex(n)) for n in rows], dtype=torch.uint8)
+        store.write(digest(*rows)[:32], kept)
     return Finished(rows, failures)
+
+
+def recorded(store: Store) -> dict[str, dict[str, Tensor]]:
+    """What is kept of every model, by the hash of its weights.
+
+    Raises:
+        StaleStore: A file is damaged.
+    """
+    rows: dict[str, dict[str, Tensor]] = {}
+    for shard in store.names():
+        columns = dict(store.read(shard))
+        for k, name in enumerate(columns.pop("names")):
+            rows[bytes(name.tolist()).hex()] = {key: c[k] for key, c in columns.items()}
+    return rows
 
 
 def _require_rows(bench: Bench, trained: Trained, s: int) -> None:

@@ -6,15 +6,16 @@
             optimizer.step()
             run.step(indices)              # after it: which training examples this step used
 
-    folder/manifest.json                  parameters and update rule
-    folder/steps-000000000.safetensors    learning rates and indices from this step to the next file
-    folder/state-000000100.safetensors    θ and the optimizer's memories before this step
+    steps-000000000    learning rates and indices from this step to the next shard
+    state-000000100    θ and the optimizer's memories before this step
 
+are the shards of a store (`upweight.runtime.store`), described by parameters and update rule.
 What `optimizer.step()` finds is what is recorded: θ_t and the learning rate are read in a hook
 before each step, so schedulers may be called wherever they are. The model and the optimizer are
 never changed, but by `resume=True`.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,15 +28,13 @@ from torch import Tensor, nn
 from upweight._typing import Folder
 from upweight.errors import DataError, SpecError, StaleStore, UnsupportedModel, listed
 from upweight.runtime.fingerprint import digest
-from upweight.runtime.headers import read_json, write_json
-from upweight.runtime.tensors import read_tensors, stale, write_tensors
-from upweight.runtime.whole import make_folder, remove_left_over
+from upweight.runtime.store import MANIFEST, Store, stale
 from upweight.task.params import Layout
 from upweight.task.task import Task
 from upweight.training.optimizers import SGD, Adam, AdamW, Optimizer, OptimizerState
 from upweight.training.steps import Step, TrainingState
 
-SCHEMA = 1
+AGAIN = "record(...), in another folder"
 
 WAY_OUT = "give another folder, or delete this one and record the training again."
 
@@ -93,7 +92,7 @@ def record(
         )
     params = _parameters(model, optimizer)
     path = Path(folder)
-    there = (path / "manifest.json").exists()
+    there = (path / MANIFEST).exists()
     if there and not resume:
         raise StaleStore(
             "A run is recorded into a folder of its own.",
@@ -101,12 +100,11 @@ def record(
             "the same script again, or a run that was stopped.",
             "resume=True goes on from its last state; or " + WAY_OUT,
         )
-    make_folder(path)
-    remove_left_over(path)
     shapes = {name: list(p.shape) for name, p in params.items()}
     manifest = _Manifest(type(rule).__name__, _settings(rule), shapes)
     if there:
-        found = _manifest(path)
+        store = Store.load(path, AGAIN)
+        found = _Manifest.of(store)
         if (found.rule, found.shapes) != (manifest.rule, manifest.shapes):
             raise StaleStore(
                 "A run goes on with the model and the optimizer that it was recorded of.",
@@ -117,8 +115,8 @@ def record(
             )
         manifest = found
     else:
-        write_json(path / "manifest.json", SCHEMA, asdict(manifest))
-    run = Run(model, optimizer, path, every, manifest, params)
+        store = Store.open(path, manifest.description, again=AGAIN)
+    run = Run(model, optimizer, store, every, manifest, params)
     if there:
         run._go_on()
     return run
@@ -131,9 +129,24 @@ class _Manifest:
     shapes: dict[str, list[int]]
 
     @property
-    def of(self) -> str:
-        """What every file of the run says it belongs to."""
-        return digest(self.rule, repr(sorted(self.settings.items())), repr(self.shapes))
+    def description(self) -> dict[str, str]:
+        """What every shard of the run belongs to."""
+        return {name: json.dumps(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def of(cls, store: Store) -> "_Manifest":
+        """That of a store.
+
+        Raises:
+            StaleStore: It holds no run.
+        """
+        try:
+            found = cls(**{name: json.loads(text) for name, text in store.description.items()})
+            if found.rule in RULES:
+                return found
+        except (TypeError, ValueError):
+            pass
+        raise stale(store.directory / MANIFEST, "no recorded run", WAY_OUT)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -150,13 +163,14 @@ class Run:
     """A recording on its way. Made by `record`.
 
     Args:
-        model, optimizer, folder, every: As for `record`.
+        model, optimizer, every: As for `record`.
+        store: What is written.
         taken: How many steps were taken.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    folder: Path
+    store: Store = field(repr=False)
     every: int
     manifest: _Manifest = field(repr=False)
     params: dict[str, nn.Parameter] = field(repr=False)
@@ -211,7 +225,7 @@ class Run:
 
     def history(self, task: Task) -> "Recorded":
         """What was recorded, for `fit(task, train, history=)`; as `read_record`."""
-        return read_record(task, self.folder)
+        return read_record(task, self.store.directory)
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._rate is not None:
@@ -231,7 +245,6 @@ class Run:
 
     def _keep(self) -> None:
         """The steps since the last state, and this one."""
-        about = {"of": self.manifest.of}
         if self._rates:
             begin = self.taken - len(self._rates)
             tensors = {
@@ -239,22 +252,22 @@ class Run:
                 "sizes": torch.tensor([len(b) for b in self._batches]),
                 "indices": torch.cat(self._batches),
             }
-            write_tensors(self.folder / _steps(begin), tensors, about | {"step": str(begin)})
+            self.store.write(_steps(begin), tensors)
         tensors = {f"parameter.{name}": p.detach() for name, p in self.params.items()}
         for memory in self.manifest.optimizer.memories:
             for name, p in self.params.items():
                 found = self.optimizer.state.get(p, {}).get(MEMORIES[memory])
                 tensors[f"{memory}.{name}"] = torch.zeros_like(p) if found is None else found
-        write_tensors(self.folder / _state(self.taken), tensors, about | {"step": str(self.taken)})
+        self.store.write(_state(self.taken), tensors)
         self._rates, self._batches, self._written = [], [], self.taken
 
     def _go_on(self) -> None:
         """Put the last state into the model and the optimizer."""
-        kept = _kept(self.folder, self.manifest)
+        kept = _kept(self.store)
         if not kept:  # stopped before the first step
             return
         last = kept[-1]
-        tensors = _tensors(self.folder / _state(last), self.manifest, last)
+        tensors = self.store.read(_state(last))
         with torch.no_grad():
             for name, p in self.params.items():
                 p.copy_(tensors[f"parameter.{name}"])
@@ -275,19 +288,18 @@ class Recorded:
     """A recorded run as a history. Made by `read_record`; states are read when they are asked for.
 
     Args:
-        folder: Where it is.
+        store: Where it is.
         layout: Which parameters θ has.
         optimizer: The update rule; its lr is that of the first step.
         kept: Each t of which there is a state.
         digest: Of the steps.
     """
 
-    folder: str
+    store: Store
     layout: Layout
     optimizer: Optimizer
     kept: tuple[int, ...]
     digest: str
-    manifest: _Manifest = field(repr=False)
 
     def __len__(self) -> int:
         return self.kept[-1]
@@ -298,7 +310,7 @@ class Recorded:
         for first, last in zip(self.kept, self.kept[1:], strict=False):
             if last <= begin or first >= end:
                 continue
-            found = _tensors(Path(self.folder) / _steps(first), self.manifest, first)
+            found = self.store.read(_steps(first))
             batches = torch.split(found["indices"], found["sizes"].tolist())
             for k, (lr, batch) in enumerate(zip(found["rates"].tolist(), batches, strict=True)):
                 if begin <= first + k < end:
@@ -318,7 +330,7 @@ class Recorded:
                 "a state between two of them: a loop of the user's own cannot be run again.",
                 "record with a smaller every=.",
             )
-        found = _tensors(Path(self.folder) / _state(t), self.manifest, t)
+        found = self.store.read(_state(t))
 
         def flat(kind: str) -> Tensor:
             vector = self.layout.flatten({n: found[f"{kind}.{n}"] for n in self.layout.names})
@@ -345,7 +357,8 @@ def read_record(task: Task, folder: Folder) -> Recorded:
         StaleStore: It is of a model with other parameters, is damaged, or has no step yet.
     """
     path, layout = Path(folder), task.layout
-    manifest = _manifest(path)
+    store = Store.load(path, AGAIN)
+    manifest = _Manifest.of(store)
     missing = [
         name
         for name, shape in zip(layout.names, layout.shapes, strict=True)
@@ -358,7 +371,7 @@ def read_record(task: Task, folder: Folder) -> Recorded:
             "another model, or one that is wrapped: names then have a prefix.",
             "give the task the model that was recorded, or record the one of the task.",
         )
-    kept = _kept(path, manifest)
+    kept = _kept(store)
     if len(kept) < 2:
         raise StaleStore(
             "A history has a step at least.",
@@ -368,40 +381,24 @@ def read_record(task: Task, folder: Folder) -> Recorded:
         )
     marks = []
     for t in kept[:-1]:
-        marks.append(digest(*_tensors(path / _steps(t), manifest, t).values()))
-    return Recorded(str(path), layout, manifest.optimizer, kept, digest(*marks), manifest)
+        marks.append(digest(*store.read(_steps(t)).values()))
+    return Recorded(store, layout, manifest.optimizer, kept, digest(*marks))
 
 
-def _kept(path: Path, manifest: _Manifest) -> tuple[int, ...]:
+def _kept(store: Store) -> tuple[int, ...]:
     """The states that steps lead to from the first one, without a gap."""
-    there = sorted(int(each.stem.removeprefix("state-")) for each in path.glob("state-*"))
+    names = set(store.names())
+    there = sorted(int(name.removeprefix("state-")) for name in names if name.startswith("state-"))
     found: list[int] = []
     for t in there:
         if found:
-            file = path / _steps(found[-1])
-            if not file.exists():
-                break
-            steps = _tensors(file, manifest, found[-1])
-            if found[-1] + len(steps["rates"]) != t:
+            last = found[-1]
+            if _steps(last) not in names or last + len(store.read(_steps(last))["rates"]) != t:
                 break
         elif t != 0:
             break
         found.append(t)
     return tuple(found)
-
-
-def _tensors(path: Path, manifest: _Manifest, step: int) -> dict[str, Tensor]:
-    tensors, about = read_tensors(path, WAY_OUT)
-    if about != {"of": manifest.of, "step": str(step)}:
-        raise StaleStore(stale(path, "what belongs to another run", WAY_OUT))
-    return tensors
-
-
-def _manifest(path: Path) -> _Manifest:
-    found = read_json(path / "manifest.json", SCHEMA, _Manifest, WAY_OUT)
-    if found.rule not in RULES:
-        raise StaleStore(stale(path / "manifest.json", f"the rule {found.rule!r}", WAY_OUT))
-    return found
 
 
 def _settings(rule: Optimizer) -> dict[str, Any]:
@@ -495,8 +492,8 @@ def _unpaired(given: str) -> DataError:
 
 
 def _steps(begin: int) -> str:
-    return f"steps-{begin:09d}.safetensors"
+    return f"steps-{begin:09d}"
 
 
 def _state(t: int) -> str:
-    return f"state-{t:09d}.safetensors"
+    return f"state-{t:09d}"

@@ -23,15 +23,16 @@ from torch import Tensor
 
 from upweight.errors import NonFinite, NotConverged, ShapeError, message
 from upweight.runtime.fingerprint import digest
+from upweight.runtime.headers import own_digest
 from upweight.runtime.resources import Resources
-from upweight.runtime.rows import RowStore
+from upweight.runtime.store import Store
 from upweight.runtime.versions import library_versions
 from upweight.task.data import Data
 from upweight.task.identity import contents, described, subject
 from upweight.task.measures import Loss, as_measure
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task, require_task
-from upweight.training.pool import Bench, in_words, run, shown
+from upweight.training.pool import Bench, in_words, recorded, run, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +109,10 @@ def retrain(
     store, using = None, Resources() if resources is None else resources
     if using.folder is not None:
         about = identity(recipe, task, bench.train, bench.queries, bench.measure)
-        store = RowStore.open(Path(using.folder), about)
+        folder = Path(using.folder) / own_digest(about)[:32]  # others lie beside it
+        store = Store.open(folder, about, again="the same retraining; other models are kept")
     names = [digest(row) for row in plan]
-    rows = {} if store is None else store.read()
+    rows = {} if store is None else recorded(store)
     reused = sum(name in rows for name in names)
     failures: dict[str, str] = {}
     wanted = {name: row for name, row in zip(names, plan, strict=True) if name not in rows}

@@ -23,7 +23,6 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,20 +30,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Folder
-from upweight.errors import NotConverged, ShapeError, SpecError, StaleStore
+from upweight.errors import NotConverged, ShapeError, SpecError
 from upweight.runtime.fingerprint import digest
-from upweight.runtime.headers import read_json, write_json
-from upweight.runtime.tensors import read_tensors, stale, write_tensors
+from upweight.runtime.store import Store
 from upweight.runtime.versions import library_versions
-from upweight.runtime.whole import make_folder, remove_left_over
 from upweight.task.identity import described, subject
 from upweight.training.optimizers import Optimizer, OptimizerState
 from upweight.training.steps import Step, TrainingState
 from upweight.training.trainer import TrainingTrainer
 
-SCHEMA = 1
+STATE = "state-"
 
-WAY_OUT = "give another folder, or delete this one and record the training again."
+AGAIN = "recipe.trajectory(task, train).save(folder)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,19 +140,12 @@ class Trajectory:
             NotWritten: The disk is full or not writable.
             SpecError: The recipe, the model or the data do not say what they are.
         """
-        path, of = Path(folder), fingerprint(self.trainer, self.weights)
-        make_folder(path)
-        remove_left_over(path)
-        write_tensors(path / "weights.safetensors", {"weights": self.weights}, {"of": of})
-        digests = {}
+        shards = {"weights": {"weights": self.weights}}
         for t in self.kept:
             state = self.states[t]
-            tensors = {"theta": state.theta, **_named(state.optimizer.memories)}
-            about = {"of": of, "step": str(t)}
-            digests[str(t)] = write_tensors(path / _file(t), tensors, about)
-        versions = {k: v for k, v in library_versions().items() if k != "python"}
-        manifest = {"of": of, "steps": len(self), "versions": versions, "states": digests}
-        write_json(path / "manifest.json", SCHEMA, manifest)
+            shards[_name(t)] = {"theta": state.theta, **_named(state.optimizer.memories)}
+        about = identity(self.trainer, self.weights)
+        Store.replace(folder, about, shards, {"steps": len(self), "versions": _versions()})
 
     def _end(self, begin: int, end: int | None) -> int:
         end = len(self) if end is None else end
@@ -219,78 +209,54 @@ def read(trainer: TrainingTrainer, folder: Folder) -> Trajectory:
     Raises:
         FileNotFoundError: There is none.
         StaleStore: It is of another recipe, task or data, or damaged.
+        ShapeError: Some of it is missing.
     """
-    path = Path(folder)
-    manifest = read_json(path / "manifest.json", SCHEMA, _Manifest, WAY_OUT)
-    tensors, about = read_tensors(path / "weights.safetensors", WAY_OUT)
-    of = fingerprint(trainer, tensors.get("weights", torch.empty(0)))
-    if {"of": of} != about or manifest.of != of:
-        raise StaleStore(
-            "A trajectory must be of this recipe, task and data.",
-            f"{path}, recorded of others.",
-            "another learning rate or seed, data that changed, or a recipe without init whose "
-            "task starts elsewhere.",
-            WAY_OUT,
-        )
-    now = {k: v for k, v in library_versions().items() if k != "python"}
-    if manifest.versions != now:
+    store = Store.load(folder, AGAIN)
+    weights = store.read("weights")["weights"]
+    store.require(identity(trainer, weights))
+    then, now = store.require_finished()["versions"], _versions()
+    if then != now:
         warnings.warn(
-            f"the trajectory in {path} was recorded with {manifest.versions}, and these are {now}: "
+            f"the trajectory in {folder} was recorded with {then}, and these are {now}: "
             "what is replayed agrees to rounding, not to the bit",
             UserWarning,
             stacklevel=3,
         )
-    weights = trainer.placed(tensors["weights"])
-    kept = tuple(sorted(int(t) for t in manifest.states))
-    return Trajectory(trainer, weights, _OnDisk(path, of, kept, trainer))
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    of: str
-    steps: int
-    versions: dict[str, str]
-    states: dict[str, str]
+    return Trajectory(trainer, trainer.placed(weights), _OnDisk(store, trainer))
 
 
 @dataclass(frozen=True)
 class _OnDisk(Mapping[int, TrainingState]):
-    """States in files, each read and checked when it is asked for."""
+    """States in a store, each read and compared when it is asked for."""
 
-    folder: Path
-    of: str
-    kept: tuple[int, ...]
+    store: Store
     trainer: TrainingTrainer
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.kept)
+        return iter(sorted(int(n[len(STATE) :]) for n in self.store.names() if n.startswith(STATE)))
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(list(iter(self)))
 
     def __getitem__(self, t: int) -> TrainingState:
-        if t not in self.kept:
+        if t not in list(self):
             raise KeyError(t)
-        path = self.folder / _file(t)
-        tensors, about = read_tensors(path, WAY_OUT)
-        names = {"theta", *_named(dict.fromkeys(self.trainer.spec.optimizer.memories))}
-        if about != {"of": self.of, "step": str(t)} or set(tensors) != names:
-            raise StaleStore(stale(path, "the state of something else", WAY_OUT))
-        placed = {name: self.trainer.placed(x) for name, x in tensors.items()}
+        placed = {name: self.trainer.placed(x) for name, x in self.store.read(_name(t)).items()}
         memories = {name: placed[f"memory.{name}"] for name in self.trainer.spec.optimizer.memories}
         return TrainingState(placed["theta"], OptimizerState(t, memories))
 
 
-def fingerprint(trainer: TrainingTrainer, weights: Float[Tensor, " n"]) -> str:
-    """The hash of what a run of training depends on.
+def identity(trainer: TrainingTrainer, weights: Float[Tensor, " n"]) -> dict[str, str]:
+    """What a run of training depends on.
 
     Raises:
         SpecError: A part cannot be told from another of its kind.
     """
-    about = {**subject(trainer.task, trainer.train), "recipe": described(trainer.spec)}
-    parts = [f"{name}: {text}" for name, text in sorted(about.items())]
-    center = trainer.center if trainer.spec.proximity else trainer.center[:0]
-    return digest(str(SCHEMA), *parts, described(trainer.terms), center, weights.cpu().double())
+    about = {"recipe": described(trainer.spec), "terms": described(trainer.terms)}
+    if trainer.spec.proximity:
+        about["center"] = digest(trainer.center)
+    about["weights"] = digest(weights.cpu().double())
+    return {**subject(trainer.task, trainer.train), **about}
 
 
 def _chosen(every: int | Sequence[int] | None, total: int) -> set[int]:
@@ -315,5 +281,9 @@ def _named(memories: Mapping[str, Any]) -> dict[str, Any]:
     return {f"memory.{name}": x for name, x in memories.items()}
 
 
-def _file(t: int) -> str:
-    return f"state-{t:09d}.safetensors"
+def _name(t: int) -> str:
+    return f"{STATE}{t:09d}"
+
+
+def _versions() -> dict[str, str]:
+    return {k: v for k, v in library_versions().items() if k != "python"}

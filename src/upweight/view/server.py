@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from upweight._typing import Folder
 from upweight.effects import Effects
 from upweight.errors import SpecError, UpweightError
 from upweight.report.answers import SIDES, Answers
@@ -24,7 +25,7 @@ from upweight.report.rendering import as_json, render_page
 from upweight.report.sprite import geometry, sprite
 from upweight.report.words import words_of
 from upweight.scores import Scores
-from upweight.view.kept import keeping_totals
+from upweight.view.totals import keeping_totals
 
 HOST = "127.0.0.1"
 """Nobody else's machine can ask."""
@@ -161,11 +162,11 @@ class Server:
     """A view being served in a thread of this process, until it is closed.
 
     Args:
-        scores: From `opened(folder)`, or in memory; attached to a live context, also the
+        scores: From `Scores.open(folder)`, or in memory; attached to a live context, also the
             measurement and the prediction of each query are shown.
         display, evidence, removal, command: As for `upweight.report.html`. Without data examples
             are numbers. A live model is asked for nothing about all of the training data.
-        keep: Where totals may be kept for the next time: `keeping(folder)`.
+        keep: The folder of the scores, where totals may be kept for the next time.
         port: Where; 0: any that is free.
 
     Raises:
@@ -181,7 +182,7 @@ class Server:
         evidence: Any = (),
         removal: Effects | None = None,
         command: str | None = None,
-        keep: Path | None = None,
+        keep: Folder | None = None,
         port: int = 0,
     ) -> None:
         try:

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from upweight.errors import NotWritten, StaleStore
-from upweight.runtime import whole
-from upweight.runtime.whole import append, contents, remove_left_over, replacing, write_whole
+from upweight.runtime import atomic
+from upweight.runtime.atomic import append, contents, remove_left_over, replacing, write_whole
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -72,12 +72,12 @@ def test_an_error_of_what_is_written_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(whole.fcntl is None, reason="no locks on files")
+@pytest.mark.skipif(atomic.fcntl is None, reason="no locks on files")
 def test_what_killed_processes_left_is_removed_but_not_what_others_are_writing(tmp_path):
     """Whatever the clocks say: a file that has stood for days may still be written."""
     script = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from upweight.runtime.whole import replacing\n"
+        "from upweight.runtime.atomic import replacing\n"
         "with replacing(Path(sys.argv[1]) / 'state') as file:\n"
         "    print('open', flush=True)\n"
         "    time.sleep(60)\n"
@@ -96,9 +96,9 @@ def test_what_killed_processes_left_is_removed_but_not_what_others_are_writing(t
     assert [path.name for path in tmp_path.iterdir()] == ["notes.part"]
 
 
-@pytest.mark.skipif(whole.fcntl is None, reason="no locks on files")
+@pytest.mark.skipif(atomic.fcntl is None, reason="no locks on files")
 def test_a_file_that_was_removed_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
-    lock, removed = whole.fcntl.flock, []
+    lock, removed = atomic.fcntl.flock, []
 
     def late(file, how):
         if not removed:
@@ -106,7 +106,7 @@ def test_a_file_that_was_removed_before_it_was_locked_is_made_again(tmp_path, mo
             removed[0].unlink()
         lock(file, how)
 
-    monkeypatch.setattr(whole.fcntl, "flock", late)
+    monkeypatch.setattr(atomic.fcntl, "flock", late)
     write_whole(tmp_path / "state", b"contents")
     assert removed and (tmp_path / "state").read_bytes() == b"contents"
 
@@ -140,12 +140,12 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 def test_a_folder_with_links_in_it_is_refused(tmp_path):
     (tmp_path / "scores" / "deep").mkdir(parents=True)
-    whole.require_own(tmp_path)
+    atomic.require_own(tmp_path)
     (tmp_path / "scores" / "deep" / "link").symlink_to(tmp_path)
     with pytest.raises(StaleStore, match="link, which is a link"):
-        whole.require_own(tmp_path)
+        atomic.require_own(tmp_path)
     (tmp_path / "scores" / "deep" / "link").unlink()
-    whole.require_own(tmp_path)
+    atomic.require_own(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StaleStore, match="pipe, which is no file"):
-        whole.require_own(tmp_path)
+        atomic.require_own(tmp_path)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from upweight.errors import NotWritten, StaleStore, message
+from upweight.errors import NotWritten, StaleStore
 
 try:
     import fcntl
@@ -62,7 +62,7 @@ def replacing(target: Path, way_out: str = ELSEWHERE) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):  # of a disk where nothing can be removed either
                 staged.unlink()
         if isinstance(error, OSError) and not isinstance(error, NotWritten):
-            raise _not_written(target, error, way_out) from error
+            raise not_written(target, error, way_out) from error
         raise
 
 
@@ -85,7 +85,7 @@ def make_folder(folder: Path, way_out: str = ELSEWHERE) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _not_written(folder, error, way_out) from error
+        raise not_written(folder, error, way_out) from error
 
 
 def append(target: Path, text: str) -> None:
@@ -97,7 +97,7 @@ def append(target: Path, text: str) -> None:
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _never_through_links()
     if target.is_symlink():
-        raise StaleStore(_not_own(target, "a link"))
+        raise _not_own(target, "a link")
     try:
         with open(os.open(target, flags, 0o666), "ab") as file:
             found = os.fstat(file.fileno())
@@ -105,7 +105,7 @@ def append(target: Path, text: str) -> None:
                 file.write(text.encode("utf-8", "replace"))
                 return
     except OSError as error:
-        raise _not_written(target, error, ELSEWHERE) from error
+        raise not_written(target, error, ELSEWHERE) from error
     # Under another name it may be a file of somebody else's, or of a backup made by such names.
     write_whole(target, contents(target) + text.encode("utf-8", "replace"))
 
@@ -149,17 +149,7 @@ def require_own(folder: Path) -> None:
             path = Path(place, name)
             mode = path.lstat().st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                raise StaleStore(_not_own(path, "a link" if path.is_symlink() else "no file"))
-
-
-def require_no_link(folder: Path) -> None:
-    """Refuse a folder that is only a link to one.
-
-    Raises:
-        StaleStore: It is.
-    """
-    if folder.is_symlink():
-        raise StaleStore(_not_own(folder, "a link"))
+                raise _not_own(path, "a link" if path.is_symlink() else "no file")
 
 
 def _made(target: Path) -> tuple[Path, BinaryIO]:
@@ -182,22 +172,21 @@ def _never_through_links() -> int:
     return sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 
 
-def _not_written(target: Path, error: OSError, way_out: str) -> NotWritten:
+def not_written(target: Path, error: OSError, way_out: str) -> NotWritten:
+    """The error about a file that the system refused to write."""
     found = NotWritten(
-        message(
-            "A file must be written whole.",
-            f"{target}: {error.strerror or str(error) or type(error).__name__}.",
-            f"{CAUSES.get(error.errno or 0, 'a disk or folder that takes no new files')}.",
-            way_out,
-        )
+        "A file must be written whole.",
+        f"{target}: {error.strerror or str(error) or type(error).__name__}.",
+        f"{CAUSES.get(error.errno or 0, 'a disk or folder that takes no new files')}.",
+        way_out,
     )
     found.errno = error.errno
     found.add_note(f"{target} was not written; what {target.parent} held before is whole.")
     return found
 
 
-def _not_own(path: Path, given: str) -> str:
-    return message(
+def _not_own(path: Path, given: str) -> StaleStore:
+    return StaleStore(
         "A folder that upweight writes holds files and folders of its own, and no links.",
         f"{path}, which is {given}.",
         "a folder received from somebody, or a part of it that was moved and linked to.",
