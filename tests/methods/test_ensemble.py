@@ -120,10 +120,10 @@ def test_one_member_has_no_error():
 @pytest.mark.parametrize(
     ("history", "said"),
     [
-        (None, "needs its members"),
-        ([], "needs its members"),
+        (None, "several models"),
+        ([], "several models"),
         ([torch.zeros(3)], "shape"),
-        ([nn.Linear(3, 2)], "no or another"),
+        ([nn.Linear(3, 2)], "without '0.weight'"),
     ],
 )
 def test_other_members_are_refused(history, said):
@@ -142,3 +142,37 @@ def test_what_cannot_be_meant_is_refused():
         fitted.parameter_influence(0)
     with pytest.raises(NotOffered):
         fitted.attribute(None, uw.Coefficient(0))
+
+
+def test_members_differ_in_theta_alone():
+    def made(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double().eval()
+
+    task, other = uw.Task(made(0), uw.SquaredError()), made(1)
+    spec = uw.Ensemble(uw.GradientDot(), 2)
+    spec.fit(task, (X, Y), history=[other, other])
+    other[1].running_mean += 1.0  # θ at which the task's own statistics say nothing
+    for history in ([other], [other.state_dict()]):
+        with pytest.raises(SpecError, match="running_mean.*no part of θ"):
+            spec.fit(task, (X, Y), history=history)
+
+
+def test_members_with_a_tied_weight():
+    class Tied(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.a, self.b = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x).tanh()).sum(dim=1, keepdim=True)
+
+    task, other = uw.Task(Tied(0), uw.SquaredError()), Tied(1)
+    spec = uw.Ensemble(uw.GradientDot(), 1)
+    theta = uw.Task(other, uw.SquaredError()).theta()
+    expected = spec.fit(task, (X, Y), history=[theta]).attribute((X, Y)).values
+    for history in ([other], [other.state_dict()]):
+        found = spec.fit(task, (X, Y), history=history).attribute((X, Y)).values
+        assert torch.equal(found, expected)

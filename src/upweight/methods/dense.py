@@ -170,7 +170,7 @@ class FlatScorer(Scorer):
 
     def jobs(self, asked: Asked) -> Iterator[FlatJob]:
         if asked.functional is not None:
-            yield FlatJob(self, 0, self._solved(asked.functional.by_theta))
+            yield FlatJob(self, 0, self._solved(asked.functional.at(self.theta)))
             return
         assert asked.queries is not None
         together = asked.together or self.settings(asked)["queries_together"]

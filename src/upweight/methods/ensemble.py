@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from upweight.errors import SpecError, message
 from upweight.methods.fitting import Fitting
+from upweight.methods.members import members_given
 from upweight.methods.method import Method
 from upweight.methods.scorer import Asked, Job, Scorer, not_offered
 from upweight.scores import Unit
@@ -24,7 +25,6 @@ from upweight.task.check import require_answerable
 from upweight.task.measures import Functional
 from upweight.task.recipe import Recipe
 from upweight.training.subset_models import SubsetModels, subset_models
-from upweight.training.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Ensemble(Method):
             theta = list(history.theta[self.at][: self.members])
             trainings = len(theta) * history.fraction
         else:
-            theta, trainings = _given(fitting), 0.0
+            theta, trainings = members_given(task, history), 0.0
         return self.at_members([moved(fitting, row) for row in theta], trainings)
 
     def at_members(self, fittings: Sequence[Fitting], trainings: float = 0.0) -> "MeanScorer":
@@ -243,58 +243,10 @@ class MeanScorer(Scorer):
         return torch.stack([scorer.self_influence() for scorer in self.members]).mean(dim=0)
 
 
-def _given(fitting: Fitting) -> list[Tensor]:
-    """θ of the members that were handed over."""
-    history, layout = fitting.history, fitting.task.layout
-    if isinstance(history, Trajectory):
-        given: list[Any] = [history.state(t).theta for t in history.kept[1:]]
-    elif isinstance(history, Tensor) and history.ndim == 2:
-        given = list(history)
-    elif isinstance(history, Sequence) and not isinstance(history, str) and len(history):
-        given = list(history)
-    else:
-        raise SpecError(_no_members(history))
-    return [_theta(each, layout) for each in given]
-
-
-def _theta(given: Any, layout: Any) -> Float[Tensor, " p"]:
-    if isinstance(given, nn.Module):
-        given = dict(given.named_parameters())
-    if isinstance(given, Mapping):
-        shapes = dict(zip(layout.names, layout.shapes, strict=True))
-        missing = [k for k, s in shapes.items() if k not in given or tuple(given[k].shape) != s]
-        if missing:
-            raise SpecError(_another_model(f"no or another {', '.join(missing[:4])}"))
-        given = layout.flatten({name: given[name] for name in layout.names})
-    if not isinstance(given, Tensor) or tuple(given.shape) != (layout.size,):
-        shown = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
-        raise SpecError(_another_model(shown))
-    theta: Tensor = given.detach().to(layout.device, layout.dtype)
-    return theta
-
-
-def _no_members(history: Any) -> str:
-    return message(
-        "An ensemble needs its members.",
-        f"history={'None' if history is None else type(history).__name__}.",
-        "history left out, or an empty list.",
-        "pass history=recipe to train them, a list of models or of vectors θ, or a Trajectory.",
-    )
-
-
 def _no_state(at: float, models: SubsetModels) -> str:
     return message(
         "Members are taken at a share of training at which their states were kept.",
         f"at={at:g}, and models with states at {sorted(models.theta)}.",
         "models that were trained for another method.",
         f"subset_models(recipe, task, train, …, at=[{at:g}, 1.0]).",
-    )
-
-
-def _another_model(given: str) -> str:
-    return message(
-        "A member is the task's model with other parameters: a module, a state dict, or θ [p].",
-        f"{given}.",
-        "another width or depth, or parameters by another name.",
-        "make it as the task's model was made, and pass it or its state_dict().",
     )

@@ -426,7 +426,7 @@ class Fitted:
             batch = None if data is None else self.task.to_device(data.batch(0, len(data)))
             found = derivatives(measure, self.task, self.theta, batch, len(self.train))
             asked = Asked(data, measure, memory, functional=found)
-            if asked.direct is not None and self.spec.unit is Unit.RANK:
+            if asked.direct is not None and self.spec.unit is not Unit.DERIVATIVE:
                 raise not_offered(
                     "A Functional that depends on the weights by itself",
                     "a method that says where θ̂ moves to, to add ∂φ/∂w to",

@@ -1,5 +1,6 @@
 """Both parts of dφ/dw of a `Functional` φ(θ(w), w), before θ moves: ∂φ/∂θ and ∂φ/∂w."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,17 @@ class Derivatives:
         value: φ.
         by_theta: ∂φ/∂θ.
         by_weights: ∂φ/∂w.
+        elsewhere: θ -> ∂φ/∂θ there; None: `by_theta`, wherever that was taken.
     """
 
     value: Float[Tensor, " k"]
     by_theta: Float[Tensor, "k p"]
     by_weights: Float[Tensor, "k n"]
+    elsewhere: Callable[[Tensor], Tensor] | None = None
+
+    def at(self, theta: Float[Tensor, " p"]) -> Float[Tensor, "k p"]:
+        """∂φ/∂θ at the point of a method, which need not be θ̂."""
+        return self.by_theta if self.elsewhere is None else self.elsewhere(theta)
 
 
 def evaluated(
@@ -94,7 +101,13 @@ def derivatives(
         )
         by_theta.append(rows[0])
         by_weights.append(rows[1])
-    found = Derivatives(value.detach(), torch.stack(by_theta), torch.stack(by_weights))
+
+    def elsewhere(other: Tensor) -> Tensor:
+        if torch.equal(other, theta):
+            return found.by_theta
+        return derivatives(functional, task, other, queries, n).by_theta
+
+    found = Derivatives(value.detach(), torch.stack(by_theta), torch.stack(by_weights), elsewhere)
     for what, part in (("derivative in θ", found.by_theta), ("one in w", found.by_weights)):
         _require_finite(functional, what, part)
     if not bool(found.by_theta.any()) and not bool(found.by_weights.any()):

@@ -30,7 +30,7 @@ from upweight.linalg.damping import Absolute, Damping, Evidence, as_damping
 from upweight.linalg.eigen import Eigen
 from upweight.methods import health
 from upweight.methods.fitting import Fitting
-from upweight.methods.scorer import Asked, Job, Scorer, Work
+from upweight.methods.scorer import Asked, Job, Scorer, Work, not_offered
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.memory import working_bytes
 from upweight.runtime.progress import progress
@@ -107,7 +107,9 @@ class LayeredJob(Job):
             for q in self.contraction.queries
         ]
         made, theta = self.scorer.curvature.plan, self.scorer.point.theta
-        shares, rest = token_shares(made, theta, self.scorer.train, examples, vectors)
+        shares, rest = token_shares(
+            made, theta, self.scorer.train, examples, vectors, self.scorer.gradients
+        )
         return shares * self.scorer.factor, rest * self.scorer.factor
 
     def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:
@@ -116,6 +118,10 @@ class LayeredJob(Job):
         return self.contraction.scores([factors]) * self.scorer.factor
 
     def vectors(self) -> Float[Tensor, "q p"]:
+        if self.scorer.gradients is not unchanged:  # a norm changes with the example too
+            raise not_offered(
+                "input_influence(...)", "gradients that are not divided by their norm"
+            )
         layout, found = self.scorer.task.layout, None
         for block, queries in zip(
             self.scorer.curvature.blocks, self.contraction.queries, strict=True
@@ -179,8 +185,9 @@ class LayeredScorer(Scorer):
 
     def jobs(self, asked: Asked) -> Iterator[LayeredJob]:
         if asked.functional is not None:
-            rows = asked.functional.by_theta
-            found = of_vectors(self.curvature, self.train, rows, asked.memory_bytes)
+            rows = asked.functional.at(self.point.theta)
+            memory, gradients = asked.memory_bytes, self.gradients
+            found = of_vectors(self.curvature, self.train, rows, memory, gradients)
             yield LayeredJob(self, found)
             return
         assert asked.queries is not None
@@ -338,6 +345,7 @@ def token_shares(
     train: Data,
     examples: Sequence[int],
     vectors: Sequence[Float[Tensor, "q ..."]],
+    gradients: Gradients = unchanged,
 ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
     """⟨V_q, gᵢ⟩ of some training examples, position by position, and what has no position."""
     task = made.task
@@ -346,7 +354,7 @@ def token_shares(
             passes.of(training_loss(task), task.to_device(batch), stop - start)
             for start, stop, batch in train.subset(examples).batches(len(examples))
         ]
-    factors = [stacked(block) for block in zip(*parts, strict=True)]
+    factors = gradients([stacked(block) for block in zip(*parts, strict=True)])
     tokens = [f.positions for f in factors if isinstance(f, Tokens) and f.positions > 1]
     if not tokens:
         raise ShapeError(

@@ -138,7 +138,7 @@ class MagicScorer(Scorer):
 
     def jobs(self, asked: Asked) -> Iterator["MagicJob"]:
         if asked.functional is not None:
-            yield MagicJob(self, 0, asked.functional.by_theta)
+            yield MagicJob(self, 0, asked.functional.at(self.run.theta))
             return
         assert asked.queries is not None
         together, depends = asked.together or self.settings(asked)["queries_together"], False

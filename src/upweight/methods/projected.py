@@ -223,8 +223,9 @@ class ProjectedScorer(Scorer):
         if asked.functional is not None:
             if len(self.members) > 1:
                 raise not_offered("A Functional", "one preconditioner at θ̂")
-            rows = self.projection.of_vectors(asked.functional.by_theta)
-            yield ProjectedJob(self, 0, (self.members[0].solve(rows),))
+            (member,) = self.members
+            rows = self.projection.of_vectors(asked.functional.at(member.theta))
+            yield ProjectedJob(self, 0, (member.solve(rows),))
             return
         together = asked.together or self.settings(asked)["queries_together"]
         depends = False

@@ -10,6 +10,7 @@ Yeh, Kim, Yen & Ravikumar (2018), Theorem 3.1. For a measurement m each example 
 so it is influence on the last layer with the penalty alone for a curvature.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,10 @@ from upweight.gradients.source import gradient_source
 from upweight.linalg.matrices import DiagonalMatrix
 from upweight.linalg.solution import Result, Solution, SolverStats
 from upweight.methods import health
-from upweight.methods.dense import FlatScorer
+from upweight.methods.dense import FlatJob, FlatScorer
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
-from upweight.methods.scorer import Scorer
+from upweight.methods.scorer import Asked, Scorer, not_offered
 from upweight.scores import Unit
 from upweight.task.data import Data
 from upweight.task.point import Point
@@ -164,6 +165,11 @@ class LastLayerScorer(FlatScorer):
     """P = I/λ on the last layer."""
 
     strength: float
+
+    def jobs(self, asked: Asked) -> Iterator[FlatJob]:
+        if asked.functional is not None and asked.functional.by_theta.shape[1] != len(self.theta):
+            raise not_offered("A Functional", "a movement of all parameters, not the last layer's")
+        return super().jobs(asked)
 
     def _solved(self, vectors: Float[Tensor, "k p"]) -> Solution:
         stats = SolverStats(0, vectors.new_zeros(len(vectors)))

@@ -3,13 +3,13 @@
 Park, Georgiev, Ilyas, Leclerc & Madry (2023), "TRAK: attributing model behavior at scale", §3.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from upweight._typing import Batch, Params
 from upweight.errors import SpecError, UnsupportedModel
@@ -17,6 +17,7 @@ from upweight.gradients.planning import plan
 from upweight.gradients.projections import sketch
 from upweight.linalg.damping import Damping, Relative, as_damping
 from upweight.methods.fitting import Fitting
+from upweight.methods.members import members_given
 from upweight.methods.method import Method
 from upweight.methods.projected import ProjectedScorer, member, require_count
 from upweight.runtime.progress import progress
@@ -69,6 +70,7 @@ class TRAK(Method):
     seed: int = 0
 
     takes_history = True
+    history_is_optional = True
     unit = Unit.RANK
 
     def __post_init__(self) -> None:
@@ -185,39 +187,8 @@ def members(fitting: Fitting) -> list[Float[Tensor, " p"]]:
     """θ of every member: those of the history, or θ̂ alone.
 
     Raises:
-        SpecError: The history is no list of models, state dicts or flat θ of the task's kind.
+        SpecError: The history is none of several models of the task's kind.
     """
-    history = fitting.history
-    if history is None:
+    if fitting.history is None:
         return [fitting.theta]
-    if isinstance(history, Sequence) and len(history) > 0:
-        return [_theta(fitting.task, given) for given in history]
-    raise _no_member(fitting.task, f"history={type(history).__name__}, no list or an empty one")
-
-
-def _theta(task: Task, given: Any) -> Float[Tensor, " p"]:
-    layout = task.layout
-    if isinstance(given, Tensor) and given.shape == (layout.size,):
-        return given.detach().to(layout.device, layout.dtype)
-    state = given.state_dict() if isinstance(given, nn.Module) else given
-    if not isinstance(state, Mapping):
-        raise _no_member(task, f"a {type(given).__name__}")
-    for name, mine in task.model.state_dict().items():
-        other = state.get(name)
-        if other is None or other.shape != mine.shape:
-            raise _no_member(task, f"a member without {name!r} of shape {tuple(mine.shape)}")
-        if name not in layout.names and not torch.equal(other.to(mine), mine):
-            raise _no_member(task, f"a member with another {name!r}, which is no part of θ")
-    params = {name: state[name].detach() for name in layout.names}
-    return layout.flatten(params).to(layout.device, layout.dtype).clone()
-
-
-def _no_member(task: Task, given: str) -> SpecError:
-    return SpecError(
-        "A history of TRAK is a list of models that differ from the task's in θ alone.",
-        f"{given}.",
-        "models of another architecture, with running statistics of their own, or with other "
-        "frozen layers; or one model that is not in a list.",
-        "history=[model, …], their state dicts, or flat θ of "
-        f"{task.layout.size} numbers; average the scores of models that differ in more.",
-    )
+    return members_given(fitting.task, fitting.history)

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from upweight._typing import Batch, Params
 from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature
 from upweight.errors import NotDifferentiable, message
-from upweight.gradients.factored import Factors, stacked
+from upweight.gradients.factored import Factors, Rows, stacked
 from upweight.gradients.passes import GradientPass
 from upweight.runtime.hardware import has_fast_bfloat16
 from upweight.runtime.memory import examples_within, solved_bytes, working_bytes
@@ -155,9 +155,13 @@ def of_vectors(
     train: Data,
     rows: Float[Tensor, "k p"],
     memory_bytes: int | None = None,
+    gradients: Gradients = unchanged,
 ) -> Contraction:
     """A contraction with given gradients in the place of the queries', exactly."""
     layout = curvature.plan.task.layout
+    (whole,) = gradients([Rows(rows)])
+    assert isinstance(whole, Rows)
+    rows = whole.values
     queries, kernels = [], []
     for block in curvature.blocks:
         index = block.block.index(layout).to(rows.device)
@@ -168,7 +172,7 @@ def of_vectors(
         kernels.append(OfVector(vectors) if vectors.ndim == 2 else Explicit(vectors))
     words = ("in full",) * len(kernels)
     choice = Choice(tuple(kernels), 0.0, 0.0, words)
-    return Contraction(curvature, train, 0, tuple(queries), choice, memory_bytes)
+    return Contraction(curvature, train, 0, tuple(queries), choice, memory_bytes, gradients)
 
 
 def training_loss(task: Task) -> Callable[[Params, Batch], Tensor]:
