@@ -106,6 +106,45 @@ def test_a_recipe_beside_the_task_says_the_damping_of_its_training(folder):
     assert given["fidelity"] == []
 
 
+def test_a_method_that_looks_at_training_is_told_the_recipe_beside_the_task(folder):
+    write(folder, TASK, RECIPE)
+    asked = ("attribute", "project.py", "--method", "TracIn()", "--out", "run")
+    answer(*asked)
+    assert written()["recipe"] == "project.py:recipe" and "history" in written()["fingerprints"]
+    names = {}
+    exec(TASK + RECIPE, names)
+    expected = uw.TracIn().fit(names["task"], names["train"], history=names["recipe"])
+    scores = uw.Scores.load("run/scores")
+    assert torch.equal(scores.values, expected.attribute(names["test"]).values)
+    again, _ = answer(*asked)
+    assert again["did"] == "nothing"
+    repeated, _ = answer("rerun", "run/run.toml", "--project", "project.py", "--out", "other")
+    assert repeated["bit_identical"] is True
+    # Another recipe for the same model is another question.
+    with (folder / "project.py").open("a") as file:
+        file.write("other = uw.Training(net, uw.SGD(lr=0.1), epochs=2, batch=10, seed=1)\n")
+    refused = call(*asked, "--recipe", "project.py:other")
+    assert refused.exit_code != 0 and "recipe is project.py:other" in refused.stderr
+    assert "what is known of training" in refused.stderr
+
+
+def test_a_method_that_looks_at_training_without_a_recipe_says_where_to_name_one(folder):
+    write(folder, TASK, NETWORK)
+    refused = call("attribute", "project.py", "--method", "TracIn()", "--out", "run")
+    assert refused.exit_code != 0 and "--recipe FILE.py:NAME" in refused.stderr
+    assert not (folder / "run").exists()
+    needless = call(
+        "attribute", "project.py", "--method", "GradientDot()", "--recipe", "Training()",
+        "--out", "run",
+    )  # fmt: skip
+    assert needless.exit_code != 0 and "looks at θ̂ alone" in needless.stderr
+    write(folder, TASK, RECIPE)
+    planned = call("plan", "project.py", "--method", "TracIn()")
+    assert planned.exit_code != 0 and "looks at how the model was trained" in planned.stderr
+    answer("attribute", "project.py", "--method", "TRAK(dim=8)", "--out", "run")  # θ̂ will do
+    assert written()["recipe"] == ""
+
+
 def test_an_estimator_of_scikit_learn(folder):
     pytest.importorskip("sklearn")
     write(

@@ -181,8 +181,8 @@ def as_begun(asked: Asked, run: Run) -> Asked:
     """With the method that a run was begun with, where none is asked for: none is chosen anew."""
     if asked.method is not None or not (run.has_work and run.toml.exists()):
         return asked
-    method = run.record.method
-    return asked if is_reference(method) else replace(asked, method=method)
+    method, recipe = run.record.method, run.record.recipe
+    return asked if is_reference(method) else replace(asked, method=method, recipe=recipe or None)
 
 
 def finished(

@@ -208,6 +208,8 @@ def command(run: Run, record: Record) -> str:
         "upweight", "attribute", record.task, "--train", record.train, "--queries", record.queries,
         "--method", record.method, "--measure", record.measure, "--out", out,
     ]  # fmt: skip
+    if record.recipe:
+        parts += ["--recipe", record.recipe]
     if record.memory_bytes:
         parts += ["--memory", str(record.memory_bytes)]
     if record.show:

@@ -88,12 +88,16 @@ class Project:
                 return f"{source}:{name}"
         raise ProjectError(_no_such_name(path, names[0], defined))
 
+    def defines(self, source: str, name: str) -> bool:
+        """Whether a file defines an object of that name."""
+        with reading(self.seen):
+            defined, _ = self._defined(source)
+        return name in defined
+
     def beside(self, reference: str, name: str) -> Any:
         """The object of that name in the file of another one; None where there is none."""
         source = reference.rpartition(":")[0]
-        with reading(self.seen):
-            defined, _ = self._defined(source)
-        return self.load(f"{source}:{name}") if name in defined else None
+        return self.load(f"{source}:{name}") if self.defines(source, name) else None
 
     def _defined(self, source: str) -> tuple[dict[str, Any], str]:
         """What a source defines, and the file or module that stands for it."""

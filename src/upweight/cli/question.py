@@ -59,6 +59,8 @@ class Asked:
         measure: A spec, or as `file.py:name`.
         memory_bytes: What a batch may take; None: a share of what is free.
         budget: What the answer may take, where the method is chosen.
+        recipe: How the model was trained, a spec or as `file.py:name`. None: `recipe` in the file
+            of the task, if there is one, for a method that needs it.
     """
 
     task: str
@@ -68,9 +70,11 @@ class Asked:
     measure: str
     memory_bytes: int | None = None
     budget: str | None = None
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
-        for text, kind in ((self.method, "method"), (self.measure, "measure")):
+        texts = {"method": self.method, "measure": self.measure, "recipe": self.recipe}
+        for kind, text in texts.items():
             if text is not None and not is_reference(text):
                 parse(text, kind)  # an error in it is told before anything is loaded
 
@@ -110,12 +114,40 @@ class Asked:
             method = spec_or_object(project, self.method, "method")
         if not isinstance(method, Method):
             raise SpecError(_not_a("method", self.method or "", method, "Influence(...)"))
-        return Question(task, train, queries, method, as_measure(measure))
+        how = self.known_training(project, method)
+        history = spec_or_object(project, how, "recipe") if how else None
+        return Question(task, train, queries, method, as_measure(measure), history)
+
+    def known_training(self, project: Project, method: Method) -> str:
+        """What names the recipe, for a method that looks at training; empty: it is told nothing.
+
+        A method that was asked for and has no use for a `--recipe` refuses it.
+
+        Raises:
+            SpecError: The method needs one, and there is none.
+        """
+        if self.method is None and not method.takes_history:  # it was chosen by the recipe
+            return ""
+        if self.recipe is not None or not method.takes_history or method.history_is_optional:
+            return self.recipe or ""
+        source = self.found(project).task.rpartition(":")[0]
+        if not project.defines(source, "recipe"):
+            raise SpecError(
+                "This method looks at how the model was trained.",
+                f"{method!r}, no --recipe, and no `recipe` in {source}.",
+                "a recipe that is in another file, or is called otherwise.",
+                "--recipe FILE.py:NAME, or write recipe = upweight.Training(...) beside the task, "
+                "by which its model was trained; other methods look at the model alone.",
+            )
+        return f"{source}:recipe"
 
     def _chosen(
         self, project: Project, reference: str, task: Task, train: Data, queries: Data
     ) -> Method:
-        recipe = project.beside(reference, "recipe")
+        if self.recipe is None:
+            recipe = project.beside(reference, "recipe")
+        else:
+            recipe = spec_or_object(project, self.recipe, "recipe")
         recipe = recipe if isinstance(recipe, Recipe) else None
         budget = PATIENCE if self.budget is None else seconds_of(self.budget)
         facts = facts_of(task, train, len(queries), recipe, None, budget, self.memory_bytes)
@@ -144,6 +176,7 @@ class Asked:
             versions=library_versions(),
             environment=environment(question.task.layout.device),
             files=project.files(),
+            recipe=self.known_training(project, question.method),
         )
 
 
@@ -157,7 +190,7 @@ def reopened(run: Run, code: Named) -> Iterator[tuple[Project, Record, Question]
     record = run.record
     with contextlib.chdir(code.folder), opened(only=code.files) as project:
         names = (record.task, record.train, record.queries, record.method, record.measure)
-        question = Asked(*names).question(project)
+        question = Asked(*names, recipe=record.recipe or None).question(project)
         now = {
             "n": len(question.train),
             "q": len(question.queries),
@@ -245,6 +278,11 @@ def question_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--method", metavar="SPEC",
             help="How to attribute: a spec, or an object of yours.  [default: chosen from what is "
             "known of the model, and said]",
+        ),
+        click.option(
+            "--recipe", metavar="SPEC",
+            help="How the model was trained, for a method that looks at it, such as SOURCE(): a "
+            "spec, or an object of yours.  [default: recipe in the file of the task]",
         ),
         click.option(
             "--budget", metavar="TIME",

@@ -160,7 +160,7 @@ class Run:
             stored |= {name: getattr(found, name) for name in ("n", "q", "p", "method")}
         if not is_reference(record.measure):
             stored["measure"] = found.measure
-        others = [name for name in of if of[name] != record.fingerprints.get(name)]
+        others = [name for name in CONTENTS if of.get(name) != record.fingerprints.get(name)]
         edited = _differences(stored, asdict(record))
         if not others and not edited:
             return

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from upweight.errors import NotConverged, NotPositiveDefinite
+from upweight.errors import NotConverged, NotOffered, NotPositiveDefinite
 from upweight.gradients.uses import layer_uses
 from upweight.linalg.damping import Absolute
 from upweight.methods.fitted import Fitted
@@ -63,9 +63,18 @@ def forecast(question: Question, memory_bytes: int | None) -> Forecast:
 
     Raises:
         UpweightError: The model cannot be attributed; says why.
+        NotOffered: The method looks at training, which a few examples say nothing of.
 
     Cost: a few seconds, or several hundred examples' worth of each stage.
     """
+    if question.history is not None:
+        raise NotOffered(
+            "A run is planned by timing its method on a few of the examples.",
+            f"{question.method!r}, which looks at how the model was trained on all of them.",
+            "a method that needs a recipe.",
+            "its page in the docs says its cost in trainings; `upweight attribute` runs it, and "
+            "goes on where it was interrupted.",
+        )
     task, train, queries = question.task, question.train, question.queries
     n, q = len(train), len(queries)
     asked = queries.subset(range(min(q, MOST_QUERIES)))

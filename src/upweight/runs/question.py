@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ class Question:
     queries: Data
     method: Method
     measure: Callable[..., Tensor]
+    history: Any = None
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of each thing that the scores depend on.
@@ -36,6 +38,7 @@ class Question:
                 "measure": described(self.measure),
                 "queries": contents(self.queries),
                 **subject(self.task, self.train),
+                **({} if self.history is None else {"history": described(self.history)}),
             }
         )
 
@@ -54,4 +57,5 @@ def fingerprints_of(about: Mapping[str, str]) -> dict[str, str]:
         "queries": about["queries"],
         "method": digest(about["method"]),
         "measure": digest(about["measure"]),
+        **({"history": digest(about["history"])} if "history" in about else {}),
     }

@@ -40,6 +40,8 @@ class Record:
         environment: Libraries and machine that the bits depend on; empty in runs of upweight 0.1.0.
         files: Hashes, or sizes, of the files of weights and data that the user's files read.
         show: What the page shows beside the data, as `file.py:name`; empty: nothing.
+        recipe: How the model was trained, for a method that looks at it: a spec, or an object as
+            `file.py:name`; empty: the method was told nothing.
     """
 
     directory: str
@@ -59,12 +61,13 @@ class Record:
     environment: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     show: str = ""
+    recipe: str = ""
 
     @property
     def asked(self) -> dict[str, list[str]]:
         """The files and modules that it names, each with the objects in it."""
         found: dict[str, list[str]] = {}
-        others = filter(is_reference, (self.method, self.measure, self.show))
+        others = filter(is_reference, (self.method, self.measure, self.recipe, self.show))
         for text in (self.task, self.train, self.queries, *others):
             source, _, name = text.rpartition(":")
             found.setdefault(source, []).append(name)
@@ -110,7 +113,7 @@ class Record:
         Names of files and objects may differ; what they hold may not.
         """
         found, seen = [], set()
-        for name in ("method", "measure", "memory_bytes"):
+        for name in ("method", "recipe", "measure", "memory_bytes"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 seen.add(name)
@@ -122,7 +125,7 @@ class Record:
         return [
             f"{words} not what it was"
             for name, words in CONTENTS.items()
-            if name not in but and self.fingerprints.get(name) != fingerprints[name]
+            if name not in but and self.fingerprints.get(name) != fingerprints.get(name)
         ]
 
 
@@ -151,7 +154,7 @@ RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         ("task", "train", "queries"), ("an object by name", lambda text: is_path(_source(text)))
     ),
     **dict.fromkeys(
-        ("method", "measure", "show"),
+        ("method", "measure", "recipe", "show"),
         ("a spec, or an object by name", lambda text: is_path(_source(text))),
     ),
 }
@@ -164,5 +167,6 @@ CONTENTS = {
     "queries": "the set of queries is",
     "method": "the method is",
     "measure": "the measure is",
+    "history": "what is known of training is",
 }
 """What is fingerprinted, and how to say that it changed."""

@@ -35,7 +35,9 @@ def refit(run: Run, record: Record, question: Question) -> Fitted:
     Cost: of a curvature that is kept, a forward pass over the training data, which are checked.
     """
     resources = Resources(memory_bytes=record.memory_bytes or None, folder=run.factors)
-    return question.method.fit(question.task, question.train, resources=resources)
+    return question.method.fit(
+        question.task, question.train, history=question.history, resources=resources
+    )
 
 
 @contextlib.contextmanager
