@@ -1446,6 +1446,75 @@ def a_tolerance_given_as_a_percentage() -> Any:
     return uw.Influence(uw.EKFAC(), tolerance=5)
 
 
+# -- estimators ------------------------------------------------------------------------------------
+
+
+def trained(recipe: uw.Training) -> uw.Task:
+    """A network at the end of a recipe."""
+    task = uw.Task(deep(), uw.CrossEntropy(), uw.L2(0.1))
+    return task.moved_to(recipe.trajectory(task, rows()).theta)
+
+
+@case
+def a_step_at_which_lissa_diverges() -> Any:
+    return attribute(method=uw.Influence(uw.GGN(), uw.solvers.LiSSA(scale=1e-3), 0.01))
+
+
+@case
+def magic_of_a_model_whose_training_is_unknown() -> Any:
+    return fitted(uw.MAGIC())
+
+
+@case
+def magic_of_a_model_that_another_recipe_trained() -> Any:
+    task = trained(uw.Training(deep, uw.SGD(0.1), epochs=2, batch=5))
+    other = uw.Training(deep, uw.SGD(0.2), epochs=2, batch=5)
+    return uw.MAGIC().fit(task, rows(), history=other)
+
+
+@case
+def a_sampler_whose_steps_are_too_long() -> Any:
+    return fitted(uw.BIF(step=50.0, localization=1.0, draws=10)).attribute(rows(4))
+
+
+@case
+def stacking_without_a_recipe() -> Any:
+    return fitted(uw.Stacked((uw.GradientDot(),)))
+
+
+@case
+def shapley_values_of_neighbours_for_a_regression() -> Any:
+    X, _ = rows()
+    task = uw.Task(nn.Linear(3, 1).double(), uw.SquaredError())
+    return uw.KNNShapley().fit(task, (X, X[:, :1]))
+
+
+@case
+def the_steps_of_a_recipe_that_has_none() -> Any:
+    return fitted(uw.TracIn(), history=uw.training.Newton())
+
+
+@case
+def a_history_of_other_data() -> Any:
+    recipe = uw.Training(deep, uw.SGD(0.1), epochs=2, batch=5)
+    task = trained(recipe)
+    return uw.TracIn().fit(task, rows(20), history=recipe.trajectory(task, rows()))
+
+
+@case
+def members_with_running_statistics_of_their_own() -> Any:
+    task = uw.Task(deep(nn.BatchNorm1d(4)), uw.CrossEntropy())
+    other = deep(nn.BatchNorm1d(4))
+    with torch.no_grad():
+        other[2].running_mean += 1.0
+    return uw.Ensemble(uw.GradientDot()).fit(task, rows(), history=[other])
+
+
+@case
+def a_network_without_the_loss_it_was_trained_with() -> Any:
+    return uw.attribute(deep(), rows(), rows(4))
+
+
 def main() -> int:
     """Print the table; 1 if any case passed silently."""
     silent = 0

@@ -206,6 +206,12 @@ def test_divergence_is_a_result_and_no_nan(values, solver):
     assert bool(solution.stats.residuals.isfinite().all())
 
 
+def test_lissa_diverges_at_a_scale_below_every_eigenvalue():
+    A, b = spectrum(torch.linspace(1.0, 2.0, p).double()), draw(3, p)
+    solution = solve(A, b, LiSSA(scale=0.01), throw=False)  # one step would be b/s, far off
+    assert solution.result is Result.DIVERGED
+
+
 def test_extreme_eigenvalues_of_a_preconditioned_operator():
     A, d = spectrum(torch.linspace(0.5, 2.0, p).double()), torch.linspace(1.0, 3.0, p).double()
     ends = extreme_eigenvalues(A, rtol=1e-10, preconditioner=DiagonalMatrix(d))

@@ -128,7 +128,7 @@ class LiSSA(Solver[LiSSAState]):
         depth = self.depth
         if depth is None:
             depth = MOST_STEPS
-            if smallest >= scale:
+            if smallest >= scale >= largest:
                 depth = 1
             elif decay < 0:
                 depth = min(MOST_STEPS, math.ceil(math.log(BIAS) / decay))
