@@ -120,8 +120,9 @@ def answer(ask):
     try:
         return ask()
     except UpweightError as error:
-        assert "Way out:" in str(error)
-        return None
+        refused = str(error)
+    assert "Way out:" in refused
+    return None
 
 
 def close(found, expected, rtol=1e-8):
@@ -251,10 +252,7 @@ def with_batch_norm():
 @each_method
 def test_models(spec, case):
     of = {"frozen": frozen, "batch norm": with_batch_norm, "tied": Tied}.get(case, network)
-    if (
-        answer(lambda: fitted_of(spec)) is not None
-        and not fitted_of(spec)[2][0].is_floating_point()
-    ):
+    if not fitted_of(spec)[2][0].is_floating_point():
         of = Tokens  # what it is for
     dtype = torch.bfloat16 if case == "bfloat16" else torch.float64
     task, train, queries, recipe = problem(of, 1 if case == "one example" else N, dtype)

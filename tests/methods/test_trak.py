@@ -213,7 +213,7 @@ def test_what_it_cannot_do_is_an_error():
     frozen = classifier(1)
     histories = [model, [], "models", [other], [3], [{}], [torch.zeros(3)]]
     for history in histories:
-        with pytest.raises(SpecError, match="several models|another θ"):
+        with pytest.raises(SpecError, match=r"several models|another θ"):
             uw.TRAK().fit(task, TRAIN, history=history)
     head = uw.Task(model, uw.CrossEntropy(), params="2.*")
     with pytest.raises(SpecError, match="no part of θ"):

@@ -119,9 +119,7 @@ class LayeredJob(Job):
 
     def vectors(self) -> Float[Tensor, "q p"]:
         if self.scorer.gradients is not unchanged:  # a norm changes with the example too
-            raise not_offered(
-                "input_influence(...)", "gradients that are not divided by their norm"
-            )
+            raise not_offered("input_influence(...)", "gradients not divided by their norm")
         layout, found = self.scorer.task.layout, None
         for block, queries in zip(
             self.scorer.curvature.blocks, self.contraction.queries, strict=True

@@ -23,8 +23,8 @@ class Method(abc.ABC):
 
     A method supplies its unit and `prepare`; checks of model and data, streaming, memory, progress,
     provenance, health and resuming are written once, here and in `Fitted`. One that needs to know
-    how the model was trained sets `takes_history`, and says so where it is given none; one that can do
-    without sets `history_is_optional` as well.
+    how the model was trained sets `takes_history`, and says so where it is given none; one that
+    can do without sets `history_is_optional` as well.
     """
 
     takes_history: ClassVar[bool] = False

@@ -56,7 +56,8 @@ class SOURCE(Method):
     With momentum τ has Σ_{s ≥ t} η_s μ^{s−t} in the place of η_t, which is η/(1 − μ) but at the
     end. Adam and AdamW have P = M⁻¹, M = diag(√v̂ + ε): D = e^{−τPH̄} exactly for a curvature of all
     of θ, by P^{1/2} H̄ P^{1/2}; by layer σ = Λ_j/M_j with M_j the diagonal of M in the eigenbasis,
-    the Rayleigh quotient of H̄ v = σ M v at an eigenvector of H̄.
+    the Rayleigh quotient of H̄ v = σ M v at an eigenvector of H̄. What is said of Adam is our own
+    derivation, not the paper's.
     The optimizer's weight decay is added to Λ (to P Λ for AdamW). No damping is needed or added:
     with one segment R is (H̄ + λ)⁻¹ of influence, as `FromTraining()` nearly has it.
 
