@@ -278,6 +278,10 @@ WORDS: Mapping[str, Words] = {
 }
 
 INTRO = """\
+---
+hide: [toc]
+---
+
 # Every method
 
 <!-- Written by benchmarks/method_table.py: change that, and run it. -->
@@ -321,6 +325,7 @@ def page(results: Mapping[str, Any]) -> str:
             [linked[name], w.looks_at, w.needs, unit_of(classes[name], w), w.exact, w.fails]
         )
         price.append([linked[name], w.cost, w.memory])
+    others = ", ".join(linked[name] for name, w in WORDS.items() if not w.measured)
     return "\n".join(
         (
             INTRO,
@@ -329,6 +334,7 @@ def page(results: Mapping[str, Any]) -> str:
             in_lines(price),
             f"\n{MEASURED}",
             in_lines(fidelity_rows(results, linked)),
+            f"\nNot among the contenders: {others}. Their pages say what else was measured.",
             f"\n{DRAWN}",
         )
     )
@@ -341,7 +347,7 @@ def unit_of(cls: type, words: Words) -> str:
 
 
 def fidelity_rows(results: Mapping[str, Any], linked: Mapping[str, str]) -> list[Sequence[str]]:
-    """A row for each method of ours in the benchmark, and for each that is not in it."""
+    """A row for each contender of ours, under its method."""
     tasks = results["tasks"]
     ceilings = [ceiling(task["methods"], LOSS, with_interval=True) for task in tasks.values()]
     lines: list[Sequence[str]] = [
@@ -350,7 +356,7 @@ def fidelity_rows(results: Mapping[str, Any], linked: Mapping[str, str]) -> list
         ["*retraining again*", "", *ceilings],
     ]
     for name, words in WORDS.items():
-        for label in words.measured or ("",):
+        for label in words.measured:
             rows = (task["methods"].get(OURS + label) for task in tasks.values())
             cells = ["–" if row is None else cell_of(row, LOSS, True) or "–" for row in rows]
             lines.append([linked[name], label, *cells])
