@@ -37,6 +37,7 @@ from fidelity_methods import Contender
 from fidelity_networks import Problem, losses
 from fidelity_ours import OURS
 from fidelity_peers import PEERS
+from fidelity_table import markdown
 from fidelity_tasks import SPECS, problem
 from fidelity_truth import plans, removed, truth
 from safetensors.torch import load_file
@@ -234,58 +235,6 @@ def written(report: Row) -> str:
     return re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
 
 
-SHORT = {"does not run": "–", "timed out": "time", "not installed": "?"}
-"""Why a cell of the table has no number; `failed` is memory or an error of the library."""
-
-
-def cell_of(name: str, row: Row | None, column: str) -> str:
-    """One number of a method on a task, or why there is none."""
-    if row is None:
-        return "not run"
-    if row.get("status", "ok") != "ok":
-        no_memory = "allocate memory" in row.get("why", "")
-        return "memory" if no_memory else SHORT.get(row["status"], row["status"])
-    if column == "AUROC":
-        area = row.get("mislabeled", {}).get("auroc")
-        return "" if area is None else f"{area[0]:.3f}"
-    measure, what = column.split()
-    plan = "removals" if what != "lds" else f"subsets-{SPECS[name].fractions[0]:g}"
-    values = row.get(plan, {})
-    found = values.get(measure) if measure == "loss" else other_of(values)
-    value = (found or {}).get(what)
-    return "" if value is None else f"{value[0]:.2f}"
-
-
-def other_of(values: Row) -> Row | None:
-    """Of the measurement beside the loss."""
-    return next((value for key, value in values.items() if key != "loss"), None)
-
-
-def ceiling(report: Row, name: str, column: str) -> str:
-    """What retraining from other seeds gets: the same for every method."""
-    for row in report["tasks"][name]["methods"].values():
-        values = row.get(f"subsets-{SPECS[name].fractions[0]:g}", {})
-        found = values.get("loss") if column == "loss lds" else other_of(values)
-        if found is not None:
-            top = found["ceiling"]
-            return "1" if top is None else f"{top[0]:.2f}"
-    return ""
-
-
-def markdown(report: Row, column: str) -> str:
-    """Methods down, tasks across."""
-    tasks = [name for name in SPECS if name in report["tasks"]]
-    lines = [["method", *tasks], ["---"] * (len(tasks) + 1)]
-    if column.endswith("lds"):
-        lines.append(["*retraining again*", *(ceiling(report, name, column) for name in tasks)])
-    for label in CONTENDERS:
-        rows = [report["tasks"][name]["methods"].get(label) for name in tasks]
-        cells = [cell_of(name, row, column) for name, row in zip(tasks, rows, strict=True)]
-        if any(cell not in ("", "–", "not run") for cell in cells):
-            lines.append([label, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def main() -> None:
     """Each task and contender asked for; their rows are replaced in the result, others stay."""
     parser = argparse.ArgumentParser(
@@ -308,7 +257,7 @@ def main() -> None:
     given = parser.parse_args()
     report = json.loads(given.out.read_text()) if given.out.exists() else {"tasks": {}}
     if given.markdown:
-        print(markdown(report, given.markdown))
+        print(markdown(report, given.markdown, list(CONTENDERS)))
         return
     for name in given.task:
         file = problem(name, given.data, given.cache)

@@ -11,6 +11,7 @@ from fidelity_tasks import SPECS, task_of
 from torch import Tensor
 
 import upweight as uw
+from upweight.front.choice import stacked
 
 MEASURES = {"loss": uw.Loss(), "margin": uw.Margin(), "output": uw.Logit(0)}
 BY_LAYER = "Relative(0.1); softmax regression: Absolute(1e-6) beside its penalty"
@@ -164,10 +165,6 @@ def only_large_networks(problem: Problem) -> str | None:
     return "its p × p matrix is factorized instead" if size(problem) <= EXACT_SIZE else None
 
 
-MEMBERS = 20
-"""Subset models at which EK-FAC is fitted; the coefficients are fitted to all of them."""
-
-
 def retrained(name: str, method: uw.Method, settings: str) -> Contender:
     return Contender(
         f"upweight {name}",
@@ -177,16 +174,6 @@ def retrained(name: str, method: uw.Method, settings: str) -> Contender:
         lambda problem: "trained to its minimum" if convex(problem) else None,
         detects=lambda problem: False,
     )
-
-
-def stacked(halves: int) -> uw.Stacked:
-    """EK-FAC at two dampings and two times of the training of each half, by layer."""
-    methods = tuple(
-        uw.Ensemble(uw.Influence(uw.EKFAC(), damping=uw.Relative(f)), min(halves, MEMBERS), 0.5, at)
-        for f in (0.1, 0.01)
-        for at in (0.3, 1.0)
-    )
-    return uw.Stacked(methods, halves, 0.5, seeds=min(halves // 2, 20))
 
 
 RETRAINED = (

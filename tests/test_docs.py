@@ -200,6 +200,16 @@ def served(scores, display):
         pass
 
 
+def test_every_page_is_in_the_navigation_once_and_every_decision_in_its_list():
+    nav = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = re.findall(r"^ +- (?:.+: )?(\S+\.md)$", nav, re.MULTILINE)
+    assert sorted(listed) == sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md"))
+    table = (DOCS / "decisions" / "index.md").read_text(encoding="utf-8")
+    for page in sorted((DOCS / "decisions").glob("0*.md")):
+        title = page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        assert f"- [{title}]({page.name})" in table
+
+
 @pytest.fixture
 def read(tmp_path, monkeypatch):
     """Run the blocks of a page in an empty folder; its namespace."""

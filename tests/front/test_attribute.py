@@ -11,7 +11,9 @@ from torch.testing import assert_close
 import upweight as uw
 from tests.market import draw, labels
 from upweight.errors import NotPositiveDefinite, SpecError, UnsupportedModel
-from upweight.front.facts import facts_of, resolved
+from upweight.front import choice
+from upweight.front.attribute import asked
+from upweight.front.facts import facts_of, resolved, training_seconds
 from upweight.front.fidelity import fidelity_of
 from upweight.front.opened import opened
 from upweight.task.data import as_data
@@ -128,25 +130,110 @@ def test_a_function_of_the_users_own_needs_no_likelihood():
     assert "chose" in scores.provenance.notes[0]
 
 
-def test_a_recipe_chooses_the_damping_of_its_training(capsys):
-    recipe = uw.Training(network, uw.SGD(lr=0.1, momentum=0.9), epochs=4, batch=10, seed=0)
-    task = uw.Task(network(), uw.CrossEntropy())
-    model = recipe.trained(task, TRAIN)
-    lam = (1 - 0.9) / (16 * 0.1)
-    assert resolved(recipe, N) == pytest.approx(lam, rel=1e-12)
-    scores = uw.attribute(
-        model, TRAIN, (X[:1], Y[:1]), uw.CrossEntropy(), recipe=recipe, budget="1 min"
-    )
-    assert "GGN" in scores.provenance.method and "CG(" in scores.provenance.method
-    assert scores.provenance.health["damping"] == pytest.approx(lam, rel=1e-9)
-    exact = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), lam)
-    truth = exact.fit(uw.Task(model, uw.CrossEntropy()), TRAIN).attribute((X[:1], Y[:1])).values
-    assert float((scores.values - truth).norm() / truth.norm()) < 3e-2  # its rtol is 1e-2
-    history = recipe.trajectory(task, TRAIN)
+RECIPE = uw.Training(network, uw.SGD(lr=0.1, momentum=0.9), epochs=4, batch=10, seed=0)
+LAM = (1 - 0.9) / (16 * 0.1)
+
+
+def of_recipe(recipe=RECIPE, made=network):
+    task = uw.Task(made(), uw.CrossEntropy())
+    return recipe.trained(task, TRAIN), task
+
+
+def recorded(folder, model):
+    """A loop of the user's own."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with uw.record(model, optimizer, folder, every=2) as run:
+        for _ in range(4):
+            for rows in torch.arange(N).split(10):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(X[rows]), Y[rows]).backward()
+                optimizer.step()
+                run.step(rows)
+    return run.history(uw.Task(model.eval(), uw.CrossEntropy()))
+
+
+def test_a_recipe_chooses_source_and_the_damping_of_its_training(capsys):
+    model, task = of_recipe()
+    assert resolved(RECIPE, N) == pytest.approx(LAM, rel=1e-12)
+    history = RECIPE.trajectory(task, TRAIN)
+    expected = uw.SOURCE().fit(uw.Task(model, uw.CrossEntropy()), TRAIN, history=history)
+    expected = expected.attribute(QUERIES).values
+    for known in ({"recipe": RECIPE}, {"trajectory": history}):
+        scores = uw.attribute(model, TRAIN, QUERIES, uw.CrossEntropy(), **known)
+        assert "chose SOURCE(): the steps of its training" in capsys.readouterr().err
+        assert_close(scores.values, expected)
     facts = facts_of(task, as_data(TRAIN), 5, trajectory=history)
-    assert facts.trajectory and facts.resolved == pytest.approx(lam)
+    assert facts.trajectory and facts.recipe and facts.resolved == pytest.approx(LAM)
+    assert facts.layers == 2 and 0 < facts.training_seconds < 10
     for other in (uw.Training(None, uw.SGD()), uw.Training(network, uw.Adam()), None, lambda w: w):
         assert resolved(other, N) is None
+
+
+def test_a_recorded_loop_chooses_source(tmp_path, capsys):
+    model = network().train()
+    history = recorded(tmp_path / "run", model)
+    facts = facts_of(uw.Task(model, uw.CrossEntropy()), as_data(TRAIN), 5, trajectory=history)
+    assert facts.trajectory and not facts.recipe and facts.resolved == pytest.approx(LAM)
+    scores = uw.attribute(model, TRAIN, QUERIES, uw.CrossEntropy(), trajectory=history, budget=60)
+    assert scores.provenance.method.startswith("SOURCE(segments=3")
+
+
+def test_a_recipe_that_does_not_lead_to_the_model_is_not_taken_for_its_training(capsys):
+    model, _ = of_recipe(uw.Training(network, uw.SGD(lr=0.1), epochs=4, batch=10, seed=5))
+    scores = uw.attribute(
+        model, TRAIN, (X[:1], Y[:1]), uw.CrossEntropy(), recipe=RECIPE, budget="9 s"
+    )
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "chose SOURCE" in lines[0] and "SOURCE: could not be" in lines[1]
+    assert any("must end at the parameters" in note for note in scores.provenance.notes)
+    assert "GGN" in scores.provenance.method and "CG(" in scores.provenance.method
+    assert scores.provenance.health["damping"] == pytest.approx(LAM, rel=1e-9)
+    exact = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), LAM)
+    truth = exact.fit(uw.Task(model, uw.CrossEntropy()), TRAIN).attribute((X[:1], Y[:1])).values
+    assert float((scores.values - truth).norm() / truth.norm()) < 3e-2  # its rtol is 1e-2
+    with pytest.raises(SpecError, match="must end at the parameters"):  # given: taken at its word
+        uw.attribute(model, TRAIN, QUERIES, uw.CrossEntropy(), recipe=RECIPE, method=uw.SOURCE())
+
+
+def test_a_recipe_that_cannot_train_the_model_is_no_reason_to_fail():
+    def normed():
+        return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)).double()
+
+    recipe = uw.Training(normed, uw.SGD(0.1), epochs=2, batch=10)
+    task = uw.Task(normed().eval(), uw.CrossEntropy())
+    assert training_seconds(recipe, task, as_data(TRAIN)) == float("inf")
+    scores = uw.attribute(
+        normed().eval(), TRAIN, QUERIES, uw.CrossEntropy(), recipe=recipe, budget="2 min"
+    )
+    assert "GGN" in scores.provenance.method
+
+
+def test_a_budget_for_retraining_is_spent_on_halves(capsys, monkeypatch):
+    """Sizes are then fitted; what is fitted with is the recipe, also beside a trajectory."""
+    full, ekfac = choice.stacked(40), uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1))
+    assert full.subsets == 40 and full.methods[0] == uw.Ensemble(ekfac, 20, 0.5, 0.3)
+    fewer = uw.Stacked((uw.Ensemble(ekfac, 2, 0.5),), 8, seeds=2)
+    monkeypatch.setattr(choice, "stacked", lambda halves: fewer)
+    model, task = of_recipe()
+    history = RECIPE.trajectory(task, TRAIN)
+    scores = uw.attribute(
+        model, TRAIN, QUERIES, uw.CrossEntropy(), recipe=RECIPE, trajectory=history, budget="1 h"
+    )
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "chose Stacked((Ensemble(Influence(EKFAC(), damping=" in line
+    assert scores.unit is uw.Unit.DERIVATIVE and scores.provenance.health["subsets"] == 8
+    assert "40 trainings on halves" in scores.provenance.notes[0]
+    of_model = asked(
+        model, TRAIN, None, uw.CrossEntropy(), recipe=RECIPE, budget="1 h",
+        measure=uw.Coefficient(0),
+    )  # fmt: skip
+    assert isinstance(of_model.choice.method, uw.SOURCE)
+    adam = uw.Training(network, uw.Adam(1e-2), epochs=2, batch=10)
+    for given, of in ((adam, uw.Stacked), (uw.Training(None, uw.SGD()), uw.Influence)):
+        found = asked(model, TRAIN, QUERIES, uw.CrossEntropy(), recipe=given, budget="1 h")
+        assert isinstance(found.choice.method, of)
+    plan = uw.plan(model, TRAIN, QUERIES, uw.CrossEntropy(), recipe=RECIPE, budget="1 h")
+    assert isinstance(plan.method, uw.Stacked) and 1 < plan.seconds < 3600
 
 
 def test_scikit_learn_and_statsmodels():
@@ -282,28 +369,6 @@ def test_a_plan_says_what_and_how_long_and_how_good(capsys):
     assert_close(scores.values, chosen.values)
     given = uw.plan(model, TRAIN, QUERIES, SMOOTH, method=uw.GradientDot())
     assert "not measured" in str(given) and given.fidelity == ()
-
-
-def test_the_table_that_is_quoted_is_that_of_the_benchmark():
-    import importlib.util
-    import json
-    from pathlib import Path
-
-    folder = Path(__file__).parents[2] / "benchmarks"
-    spec = importlib.util.spec_from_file_location("fidelity_table", folder / "fidelity_table.py")
-    table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
-    results = json.loads(table.RESULTS.read_text())
-    assert table.TABLE.read_text() == table.text(results)
-    from upweight.front.choice import ROWS
-
-    for row in ROWS:
-        found = fidelity_of(row.measured_as)
-        assert bool(found) == bool(row.measured_as)
-    first = {each.task: each for each in fidelity_of("upweight EK-FAC")}["digits-mlp"]
-    truth = results["tasks"]["digits-mlp"]["methods"]["upweight EK-FAC"]["subsets-0.5"]["loss"]
-    assert first.lds[0] == pytest.approx(truth["lds"][0], abs=5e-4)
-    assert first.ceiling[0] == pytest.approx(truth["ceiling"][0], abs=5e-4)
 
 
 def test_notes_do_not_warn():

@@ -17,6 +17,9 @@ LINEAR = Facts(
     epoch_seconds=0.005,
 )  # fmt: skip
 SMALL = replace(LINEAR, parameters=1_000, linear=False)
+KNOWN = replace(
+    SMALL, resolved=1e-3, queries=5_000, recipe=True, training_seconds=2.0, half_seconds=1.0
+)
 NETWORK = replace(LINEAR, parameters=2_000_000, examples=50_000, linear=False, epoch_seconds=20.0)
 
 
@@ -41,6 +44,19 @@ NETWORK = replace(LINEAR, parameters=2_000_000, examples=50_000, linear=False, e
         (replace(SMALL, resolved=1e-3, queries=5_000), "EK-FAC, λ of training"),
         (replace(SMALL, resolved=1e-3, queries=5_000, budget_seconds=1e4), "GGN by CG, λ of tr"),
         (NETWORK, "EK-FAC"),
+        (KNOWN, "SOURCE"),
+        (replace(KNOWN, training_seconds=60.0), "EK-FAC, λ of training"),
+        (replace(KNOWN, recipe=False, trajectory=True, training_seconds=0.0), "SOURCE"),
+        (replace(KNOWN, training_seconds=float("inf"), half_seconds=float("inf")), "EK-FAC, λ of"),
+        (replace(KNOWN, resolved=None), "GGN"),  # Adam
+        (replace(KNOWN, likelihood=False), "EK-FAC in expectation"),
+        (replace(KNOWN, budget_seconds=20.0), "SOURCE"),
+        (replace(KNOWN, budget_seconds=60.0), "SOURCE"),
+        (replace(KNOWN, budget_seconds=120.0), "stacked over halves"),
+        (replace(KNOWN, budget_seconds=120.0, memory_bytes=10**6), "SOURCE"),
+        (replace(KNOWN, budget_seconds=120.0, by_query=False), "SOURCE"),
+        (replace(KNOWN, budget_seconds=120.0, resolved=None), "stacked over halves"),
+        (replace(KNOWN, budget_seconds=120.0, linear=True), "exact Hessian"),
     ],
 )
 def test_the_table(facts, name):
@@ -82,7 +98,9 @@ def test_what_failed_is_not_tried_again_and_is_said():
 
 def test_every_row_has_a_method_that_is_read_back():
     for row in ROWS:
-        method = row.method(replace(SMALL, resolved=1e-3))
+        method = row.method(KNOWN)
         assert parse(in_short(method)) == method == parse(repr(method))
+    one = uw.Stacked((uw.GradientDot(),))
+    assert in_short(one) == "Stacked((GradientDot(),))" and parse(in_short(one)) == one
     method = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1))
     assert in_short(method) == "Influence(EKFAC(), damping=Relative(0.1))"

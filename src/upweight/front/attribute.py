@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from upweight.errors import NotConverged, NotPositiveDefinite, SpecError
+from upweight.errors import NotConverged, NotPositiveDefinite, SpecError, UpweightError
 from upweight.evaluation.check import seconds_of
 from upweight.front.choice import PATIENCE, Choice, Facts, choose
 from upweight.front.facts import facts_of
@@ -15,6 +15,7 @@ from upweight.front.opened import Opened, opened
 from upweight.methods.fitted import LOSS
 from upweight.methods.method import Method
 from upweight.methods.reduce import Reducer
+from upweight.methods.stacked import Stacked
 from upweight.runtime.resources import Resources
 from upweight.task.data import Data
 from upweight.task.measures import Functional
@@ -32,7 +33,8 @@ class Asked:
         measure: What is asked of them.
         facts: What is known; None where the method was given.
         choice: The method, and why.
-        history: For methods that look at how the model was trained.
+        recipe: How the model was trained, for methods that train it again.
+        trajectory: The steps of that, for methods that look at them.
         resources: What may be used.
         notes: What a loss's reduction means.
     """
@@ -42,15 +44,26 @@ class Asked:
     measure: Any
     facts: Facts
     choice: Choice
-    history: Any
+    recipe: Any
+    trajectory: Any
     resources: Resources
     notes: tuple[str, ...] = ()
     is_given: bool = False
 
-    def otherwise(self) -> "Asked":
-        """The same with the next method, where this one could not solve its systems."""
+    @property
+    def history(self) -> Any:
+        """What the method is fitted with: a trajectory is of one model, a recipe of any."""
+        if not self.choice.method.takes_history:
+            return None
+        is_of_many = isinstance(self.choice.method, Stacked) and self.recipe is not None
+        return self.recipe if is_of_many or self.trajectory is None else self.trajectory
+
+    def otherwise(self, error: UpweightError) -> "Asked":
+        """The same with the next method, where this one could not be used."""
         facts = replace(self.facts, failed=(*self.facts.failed, self.choice.name))
-        return replace(self, facts=facts, choice=choose(facts))
+        first = str(error).partition("\n\n")[0]
+        notes = (*self.notes, f"{self.choice.name} could not be used: {first}")
+        return replace(self, facts=facts, choice=choose(facts), notes=notes)
 
 
 def asked(
@@ -82,18 +95,23 @@ def asked(
     chosen = None if isinstance(measure, Functional) and queries is None else task.queries(queries)
     resources = Resources() if resources is None else resources
     count = 1 if chosen is None or isinstance(measure, Functional) else len(chosen)
-    facts = facts_of(task, data, count, recipe, trajectory, seconds, resources.memory_bytes)
+    facts = facts_of(
+        task, data, count, recipe, trajectory, seconds, resources.memory_bytes,
+        by_query=not isinstance(measure, Functional),
+    )  # fmt: skip
     choice = (
         choose(facts) if method is None else Choice(type(method).__name__, method, "it was given")
     )
-    history = trajectory if trajectory is not None else recipe
+    if recipe is None:
+        recipe = getattr(trajectory, "recipe", None)
     batch = task.to_device(data.batch(0, min(2, len(data))))
     with torch.no_grad():
         said = reduction_note(found.loss, *task.call(task.theta(), batch))
     notes = (said,) if said else ()
     return Asked(
-        found, chosen, measure, facts, choice, history, resources, notes, method is not None
-    )
+        found, chosen, measure, facts, choice, recipe, trajectory, resources, notes,
+        method is not None,
+    )  # fmt: skip
 
 
 def attribute(
@@ -126,9 +144,11 @@ def attribute(
         penalty: What a module was trained with beside it: `L2(λ)` for weight decay λ.
         measure: m, as for `Fitted.attribute`. None: the loss of each query.
         recipe: How the model was trained, a `Training`: more is known, so a better method may be
-            chosen.
-        trajectory: Its steps, from `Training.trajectory`.
-        budget: What the answer may take, roughly: "30 s", "2 min", or seconds. None: 10 s.
+            chosen. Where it does not lead to this model, the next method is taken, and a note says
+            why.
+        trajectory: Its steps, from `Training.trajectory` or a loop with `upweight.record`.
+        budget: What the answer may take, roughly: "30 s", "2 min", or seconds. None: 10 s. With a
+            longer one and a recipe, models of halves of the data are trained where it suffices.
         into: What to keep of the scores, as for `Fitted.attribute`: `Top(10)` for large data.
         method: Choose yourself; nothing else is tried then.
         resources: What may be used.
@@ -154,18 +174,18 @@ def attribute(
             print(f"upweight: {question.choice}", file=sys.stderr)
         try:
             return answered(question, into)
-        except (NotPositiveDefinite, NotConverged):
-            if question.is_given:
+        except UpweightError as error:
+            is_unsolved = isinstance(error, NotPositiveDefinite | NotConverged)
+            if question.is_given or not (is_unsolved or question.choice.method.takes_history):
                 raise
-            question = question.otherwise()
+            question = question.otherwise(error)
 
 
 def answered(question: Asked, into: Reducer | None = None) -> Any:
     """The scores of a question by its method, with a note of what was chosen."""
     choice, found = question.choice, question.opened
-    history = question.history if choice.method.takes_history else None
     fitted = choice.method.fit(
-        found.task, found.train, history=history, resources=question.resources
+        found.task, found.train, history=question.history, resources=question.resources
     )
     said = (*question.notes,) if question.is_given else (str(choice), *question.notes)
     fitted = replace(fitted, notes=(*said, *fitted.notes))
@@ -175,8 +195,11 @@ def answered(question: Asked, into: Reducer | None = None) -> Any:
 def solvable(facts: Facts, task: Task, train: Data) -> Choice:
     """A choice that can solve its systems, for who must name the method before it is fitted.
 
+    Such a run keeps no history, so methods that are fitted with one are left out.
+
     Cost: a fit, where a Hessian is not damped.
     """
+    facts = replace(facts, recipe=False, trajectory=False)
     while True:
         choice = choose(facts)
         if getattr(choice.method, "damping", None) != 0.0:

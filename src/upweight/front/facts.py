@@ -1,11 +1,15 @@
 """What is there to know of a task before a method is chosen; timed on a few examples."""
 
+import itertools
+import math
+import statistics
 import time
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from upweight.errors import UpweightError
 from upweight.front.choice import PATIENCE, Facts
 from upweight.gradients.linear import linear_form
 from upweight.runtime.memory import free_bytes
@@ -14,11 +18,15 @@ from upweight.task.data import Data
 from upweight.task.losses import AbsoluteError, Loss, Weighted
 from upweight.task.task import Task
 from upweight.task.torch_losses import Rescaled, draws_labels
+from upweight.training.history import History
 from upweight.training.optimizers import SGD
 from upweight.training.training import Training
 
 TIMED = 32
 """Examples in a timed pass."""
+
+STEPS = 8
+"""Of training that are timed."""
 
 SHARE = 0.5
 """Of the free memory, what a matrix and its factor may take."""
@@ -35,13 +43,15 @@ def facts_of(
     trajectory: Any = None,
     budget_seconds: float = PATIENCE,
     memory_bytes: int | None = None,
+    by_query: bool = True,
 ) -> Facts:
     """What `choose` asks for.
 
     Raises:
         UpweightError: The task cannot be answered on these data; see `upweight.task.check`.
 
-    Cost: some forward and backward passes over up to 32 examples, and a small matrix product.
+    Cost: some forward and backward passes over up to 32 examples, eight steps of a recipe, and a
+    small matrix product.
     """
     require_answerable(task, train, "training data")
     theta = task.theta()
@@ -49,6 +59,11 @@ def facts_of(
     with torch.no_grad():
         outputs, _ = task.call(theta, few)
     free = free_bytes(task.layout.device) if memory_bytes is None else memory_bytes
+    epoch = epoch_seconds(task, theta, train)
+    # A trajectory of ours knows the recipe that it is of; a recorded loop has none.
+    known = recipe if recipe is not None else getattr(trajectory, "recipe", None)
+    again = known if _trains_anew(known) else None
+    full = 0.0 if again is None else training_seconds(again, task, train)
     return Facts(
         parameters=task.layout.size,
         outputs=outputs[0].numel(),
@@ -58,29 +73,62 @@ def facts_of(
         convex=task.loss.convex,
         curved=not isinstance(_base(task.loss), AbsoluteError),
         likelihood=draws_labels(task.loss),
-        epoch_seconds=epoch_seconds(task, theta, train),
+        epoch_seconds=epoch,
         products_per_second=_products_per_second(),
         memory_bytes=int(SHARE * free),
         budget_seconds=budget_seconds,
-        recipe=recipe is not None,
+        recipe=again is not None,
         trajectory=trajectory is not None,
-        resolved=resolved(recipe if trajectory is None else trajectory.recipe, len(train)),
+        training_seconds=full,
+        half_seconds=full / 2 if again is not None and again.skip_absent else full,
+        layers=len({name.rpartition(".")[0] for name in task.layout.names}),
+        by_query=by_query,
+        resolved=resolved(known if trajectory is None else trajectory, len(train)),
     )
 
 
-def resolved(recipe: Any, n: int) -> float | None:
+def _trains_anew(recipe: Any) -> TypeGuard[Training]:
+    """Whether a recipe says how to get from an initialization to the model."""
+    return isinstance(recipe, Training) and recipe.init is not None and recipe.proximity == 0
+
+
+def training_seconds(recipe: Training, task: Task, train: Data) -> float:
+    """Of one training, from some steps of it; infinite where the recipe cannot train this model."""
+    try:
+        trainer = recipe.prepare(task, train)
+        weights = trainer.placed(torch.ones(len(train)))
+        total = trainer.length(weights)
+        ends = [time.perf_counter()]
+        for _ in trainer.states(weights, range(1, min(STEPS, total) + 1)):
+            ends.append(time.perf_counter())
+    except UpweightError:
+        return math.inf
+    return total * statistics.median(b - a for a, b in itertools.pairwise(ends))
+
+
+def resolved(training: Any, n: int) -> float | None:
     """λ = (1 − μ)/Σ_t η_t of training by SGD with momentum μ; None for any other.
 
     Gradient descent from 0 on an eigenvalue h goes about 1 − exp(−h/λ) of the way: below λ it
     resolves nothing.
+
+    Args:
+        training: A recipe, or a history of its steps.
+        n: Training examples.
     """
-    is_plain = isinstance(recipe, Training) and isinstance(recipe.optimizer, SGD)
-    if not is_plain or recipe.init is None:
+    if isinstance(training, Training):
+        if not _trains_anew(training):
+            return None
+        count = training.epochs * -(-n // training.batch)
+        rates = [training.optimizer.lr * training.schedule(t, count) for t in range(count)]
+    elif isinstance(training, History):
+        rates = [step.lr for step in training.steps()]
+    else:
         return None
-    steps = recipe.epochs * -(-n // recipe.batch)
-    total = sum(recipe.optimizer.lr * recipe.schedule(t, steps) for t in range(steps))
-    optimizer = recipe.optimizer
-    return (1 - optimizer.momentum) / (1 - optimizer.dampening) / total
+    optimizer = training.optimizer
+    if not isinstance(optimizer, SGD) or not sum(rates) > 0:
+        return None
+    return (1 - optimizer.momentum) / (1 - optimizer.dampening) / sum(rates)
 
 
 def epoch_seconds(task: Task, theta: Tensor, train: Data) -> float:
