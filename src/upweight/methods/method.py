@@ -27,6 +27,8 @@ class Method(abc.ABC):
     """
 
     takes_history: ClassVar[bool] = False
+    takes_run: ClassVar[bool] = False
+    """Whether its history is one run of training that ended at the model."""
 
     @property
     @abc.abstractmethod
