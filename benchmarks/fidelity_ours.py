@@ -189,6 +189,14 @@ def stacked(halves: int) -> uw.Stacked:
     return uw.Stacked(methods, halves, 0.5, seeds=min(halves // 2, 20))
 
 
+def by_segment(halves: int) -> uw.Stacked:
+    """Each third of each half's training, seen from its end by SOURCE, by layer."""
+    methods = tuple(
+        uw.Ensemble(uw.SOURCE(3, states=1, segment=k), min(halves, MEMBERS), 0.5) for k in range(3)
+    )
+    return uw.Stacked(methods, halves, 0.5, seeds=min(halves // 2, 20))
+
+
 RETRAINED = (
     retrained(
         "EK-FAC, 10 seeds",
@@ -202,6 +210,12 @@ RETRAINED = (
     ),
     retrained("stacked, 10 halves", stacked(10), "EK-FAC of halves by layer: 5 trainings"),
     retrained("stacked, 40 halves", stacked(40), "EK-FAC of halves by layer: 20 trainings"),
+    retrained(
+        "stacked SOURCE, 10 halves", by_segment(10), "SOURCE of halves by third: 5 trainings"
+    ),
+    retrained(
+        "stacked SOURCE, 40 halves", by_segment(40), "SOURCE of halves by third: 20 trainings"
+    ),
 )
 BEST: Mapping[str, float] = {
     "digits-mlp": 0.01,
