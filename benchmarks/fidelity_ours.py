@@ -11,7 +11,7 @@ from fidelity_tasks import SPECS, task_of
 from torch import Tensor
 
 import upweight as uw
-from upweight.front.choice import stacked
+from upweight.front.choice import MEMBERS, stacked
 
 MEASURES = {"loss": uw.Loss(), "margin": uw.Margin(), "output": uw.Logit(0)}
 BY_LAYER = "Relative(0.1); softmax regression: Absolute(1e-6) beside its penalty"
@@ -32,7 +32,9 @@ class Ours(Method):
         self.data = (problem.X, problem.y)
 
     def fit(self) -> None:
-        recipe = SPECS[self.problem.name].recipe if self.method.takes_history else None
+        method = self.method
+        looks = method.takes_history and not method.history_is_optional
+        recipe = SPECS[self.problem.name].recipe if looks else None
         self.fitted = self.method.fit(task_of(self.problem), self.data, history=recipe)
 
     def scores(self, measure: str) -> Tensor:
@@ -176,6 +178,14 @@ def retrained(name: str, method: uw.Method, settings: str) -> Contender:
     )
 
 
+def by_segment(halves: int) -> uw.Stacked:
+    """Each third of each half's training, seen from its end by SOURCE, by layer."""
+    methods = tuple(
+        uw.Ensemble(uw.SOURCE(3, states=1, segment=k), min(halves, MEMBERS), 0.5) for k in range(3)
+    )
+    return uw.Stacked(methods, halves, 0.5, seeds=min(halves // 2, 20))
+
+
 RETRAINED = (
     retrained(
         "EK-FAC, 10 seeds",
@@ -189,6 +199,12 @@ RETRAINED = (
     ),
     retrained("stacked, 10 halves", stacked(10), "EK-FAC of halves by layer: 5 trainings"),
     retrained("stacked, 40 halves", stacked(40), "EK-FAC of halves by layer: 20 trainings"),
+    retrained(
+        "stacked SOURCE, 10 halves", by_segment(10), "SOURCE of halves by third: 5 trainings"
+    ),
+    retrained(
+        "stacked SOURCE, 40 halves", by_segment(40), "SOURCE of halves by third: 20 trainings"
+    ),
 )
 BEST: Mapping[str, float] = {
     "digits-mlp": 0.01,

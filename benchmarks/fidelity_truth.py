@@ -82,7 +82,11 @@ def recipe_of(problem: Problem, plan: str, seed: int) -> Any:
     return replace(recipe, seed=seed, skip_absent=plan != "removals")
 
 
-LATER = (", dampening=0.0, weight_decay=0.0", ", weight_decay=0.0, amsgrad=False", ", axis=None")
+LATER = (
+    ", dampening=0.0, weight_decay=0.0",
+    ", weight_decay=0.0, amsgrad=False",
+    ", axis=None, weight=None, label_smoothing=0.0",
+)
 """Arguments that specs got after the truths were made, at values that change nothing."""
 
 

@@ -110,6 +110,66 @@ def test_a_recipe_trains_them_from_other_seeds():
     assert shared.attribute(QUERIES).provenance.health["members"] == 2
 
 
+@pytest.mark.parametrize("method", [uw.TracIn(2), uw.SOURCE(2, uw.GGN())], ids=repr)
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_each_member_has_its_own_run(method, fraction):
+    recipe = uw.Training(net, uw.SGD(0.1), epochs=2, batch=4, skip_absent=True)
+    fitted = uw.Ensemble(method, 3, fraction).fit(TASK, (X, Y), history=recipe)
+    found = fitted.attribute(QUERIES)
+    assert found.provenance.health["trainings"] == 3 * fraction
+    models = uw.training.subset_models(recipe, TASK, uw.as_data((X, Y)), 3, fraction, 3)
+    rows = []
+    for k in range(3):
+        seeded = replace(recipe, seed=1_000 + k)
+        run = seeded.trajectory(TASK, (X, Y), models.weights[k])
+        torch.testing.assert_close(run.theta, models.theta[1.0][k], rtol=1e-12, atol=1e-14)
+        member = method.fit(TASK.moved_to(run.theta), (X, Y), history=run)
+        rows.append(member.attribute(QUERIES).values)
+    torch.testing.assert_close(found.values, torch.stack(rows).mean(dim=0), rtol=1e-12, atol=1e-14)
+    kept = uw.training.subset_models(
+        recipe, TASK, uw.as_data((X, Y)), 3, fraction, 3, at=(0.5, 1.0), runs=True
+    )
+    torch.testing.assert_close(kept.theta[1.0], models.theta[1.0], rtol=1e-12, atol=1e-14)
+    halfway = uw.training.subset_models(
+        recipe, TASK, uw.as_data((X, Y)), 3, fraction, 3, at=(0.5,)
+    ).theta[0.5]
+    torch.testing.assert_close(kept.theta[0.5], halfway, rtol=1e-12, atol=1e-14)
+    for history in (kept, list(kept.runs)):
+        given = uw.Ensemble(method).fit(TASK, (X, Y), history=history)
+        torch.testing.assert_close(given.attribute(QUERIES).values, found.values)
+
+
+def test_stacked_weighs_runs_of_the_subset_models():
+    """One predictor has one coefficient: scores are a multiple of the mean over the members."""
+    recipe = uw.Training(net, uw.SGD(0.1), epochs=2, batch=4, skip_absent=True)
+    method = uw.Ensemble(uw.SOURCE(2, uw.GGN()), 8, 0.5)
+    stacked = uw.Stacked((method,), subsets=8, seeds=2, by_layer=False)
+    found = stacked.fit(TASK, (X, Y), history=recipe).attribute(QUERIES)
+    models = uw.training.subset_models(recipe, TASK, uw.as_data((X, Y)), 8, 0.5, 2, runs=True)
+    mean = method.fit(TASK, (X, Y), history=models).attribute(QUERIES)
+    ((factor, *_),) = found.provenance.health["coefficients"].values()
+    torch.testing.assert_close(found.values, factor * mean.values, rtol=1e-10, atol=1e-14)
+    assert found.provenance.health["trainings"] == 4
+    without = uw.training.subset_models(recipe, TASK, uw.as_data((X, Y)), 8, 0.5, 2)
+    with pytest.raises(SpecError, match="runs=True"):
+        stacked.fit(TASK, (X, Y), history=without)
+
+
+def test_members_without_their_run_are_refused():
+    recipe = uw.Training(net, uw.SGD(0.1), epochs=2, batch=4)
+    models = uw.training.subset_models(recipe, TASK, uw.as_data((X, Y)), 2, 1.0)
+    with pytest.raises(SpecError, match="runs=True"):
+        uw.Ensemble(uw.TracIn()).fit(TASK, (X, Y), history=models)
+    for history in (THETA, models.theta[1.0], None, []):
+        with pytest.raises(SpecError, match="the run of each member"):
+            uw.Ensemble(uw.TracIn()).fit(TASK, (X, Y), history=history)
+    with pytest.raises(SpecError, match="where training ends"):
+        uw.Ensemble(uw.SOURCE(), at=0.5)
+    newton = uw.training.Newton(tol=1e-8)
+    with pytest.raises(SpecError, match="says its steps"):
+        uw.training.subset_models(newton, TASK, uw.as_data((X, Y)), 2, 0.5, runs=True)
+
+
 def test_one_member_has_no_error():
     scores = uw.Ensemble(DENSE).fit(TASK, (X, Y), history=THETA[:1]).attribute(QUERIES)
     assert scores.error is None

@@ -39,7 +39,7 @@ def trained(recipe, about, train, every=1):
 
 def unrolled(history, about, train, queries, outputs=False):
     """dm(θ_T)/dw by autograd through every step, with torch.optim's rules written out."""
-    w = torch.ones(len(train[0]), dtype=torch.float64, requires_grad=True)
+    w = history.weights.double().clone().requires_grad_()
     rule, state = history.optimizer, history.state(0)
     theta, memory = state.theta.clone().requires_grad_(), state.optimizer
     for step in history.steps():
@@ -207,6 +207,32 @@ def test_source_from_the_minimum_is_training_unrolled(optimizer, segments, state
         method = uw.SOURCE(segments, curvature, states, discrete=True)
         found = scores(method, moved, train, queries, history)
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_source_of_a_subset_is_its_training_unrolled():
+    """Gradients of all examples, curvature of those with a weight."""
+    init, about, train, queries = regression()
+    w = uw.training.subset_weights(N, 1, 0.5, renormalize=True)[0]
+    recipe = uw.Training(init, SGD(0.1), 7, N, Cosine())  # absent examples keep their places
+    history = recipe.trajectory(about, train, w, every=1)
+    moved = about.moved_to(history.theta)
+    expected = unrolled(history, moved, train, queries)
+    for curvature in (uw.GGN(), uw.Hessian()):
+        method = uw.SOURCE(7, curvature, 1, discrete=True)
+        found = scores(method, moved, train, queries, history)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("curvature", [uw.GGN(), uw.EKFAC(uw.labels.Expected())], ids=repr)
+def test_segments_of_source_add_up(curvature):
+    about, train, queries = task(net()), data(N), data(3, seed=5)
+    history, moved = trained(uw.Training(net, SGD(0.3, momentum=0.5), 3, 5), about, train)
+    parts = [
+        scores(uw.SOURCE(3, curvature, segment=k), moved, train, queries, history) for k in range(3)
+    ]
+    whole = scores(uw.SOURCE(3, curvature), moved, train, queries, history)
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-8, atol=1e-12)
+    assert float((parts[0] - whole).norm()) > 0.1 * float(whole.norm())
 
 
 def test_the_flow_is_the_limit_of_small_steps():
@@ -377,7 +403,7 @@ def test_a_recipe_is_trained_and_no_other_model_taken():
             method.fit(about, train, history=history)
         with pytest.raises(SpecError, match="how the model was trained"):
             method.fit(moved, train, history="a folder")
-        half = recipe.trajectory(about, train, torch.arange(N) % 2)
+        half = recipe.trajectory(about, train, torch.arange(N) % 2)  # of mean 1/2
         with pytest.raises(SpecError, match="plain training"):
             method.fit(about.moved_to(half.theta), train, history=half)
         with pytest.raises(SpecError, match="training examples"):
@@ -400,6 +426,8 @@ def test_what_source_refuses():
             uw.TracIn(wrong)
         with pytest.raises(SpecError, match="whole number"):
             uw.SOURCE(states=wrong)
+    with pytest.raises(SpecError, match="from 0 to 2"):
+        uw.SOURCE(3, segment=3)
     init, about, train, _ = regression()
     history, moved = trained(uw.Training(init, SGD(0.1), 100, N), about, train, 50)
     with pytest.raises(NonFinite, match="segment"):

@@ -89,10 +89,8 @@ class Datamodels(Method):
 
     def prepare(self, fitting: Fitting) -> "DatamodelScorer":
         prior = self.prior
-        at = {1.0}
-        if isinstance(prior, Stacked):
-            at |= {m.at for m in prior.methods if isinstance(m, Ensemble)}
-        models = models_of(self, fitting, at)
+        combined = prior.methods if isinstance(prior, Stacked) else ()
+        models = models_of(self, fitting, [m for m in combined if isinstance(m, Ensemble)])
         scorer = None
         if prior is not None:
             part = Fitting(

@@ -24,6 +24,7 @@ from upweight.scores import Unit
 from upweight.task.check import require_answerable
 from upweight.task.measures import Functional
 from upweight.task.recipe import Recipe
+from upweight.training.history import History
 from upweight.training.subset_models import SubsetModels, subset_models
 
 
@@ -36,8 +37,9 @@ class Ensemble(Method):
     Which models, `fit(..., history=...)` says: a recipe, from which `members` models are trained
     with other seeds; the `SubsetModels` of `upweight.training.subset_models`; a list of models,
     state dicts or vectors θ [p] in `task.layout`; or a `Trajectory`, whose kept states after the
-    first are the members. The scores have their standard error, `scores.error`: of the mean over
-    members, taken as drawn at random.
+    first are the members. Of a method that looks at training itself (`TracIn`, `SOURCE`) each
+    member has its own run: of a recipe, or a list of runs. The scores have their standard error,
+    `scores.error`: of the mean over members, taken as drawn at random.
 
     Args:
         method: What is averaged.
@@ -63,11 +65,12 @@ class Ensemble(Method):
     takes_history = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, Method) or self.method.takes_history:
+        is_method = isinstance(self.method, Method)
+        if not is_method or (self.method.takes_history and not self.method.takes_run):
             raise SpecError(
-                "Ensemble averages a method that looks at one θ.",
+                "Ensemble averages a method that looks at one θ, or at the training of one.",
                 f"method={self.method!r}.",
-                "a class that was not called, or a method that looks at training itself.",
+                "a class that was not called, or a method that looks at several models itself.",
                 "Ensemble(Influence(EKFAC(), damping=Relative(0.1))), for instance.",
             )
         if not (self.members >= 1 and 0 < self.fraction <= 1 and 0 < self.at <= 1):
@@ -77,6 +80,13 @@ class Ensemble(Method):
                 f"members={self.members!r}, fraction={self.fraction!r}, at={self.at!r}.",
                 "a share in percent.",
                 "Ensemble(method, members=10, fraction=0.5).",
+            )
+        if self.method.takes_run and self.at != 1:
+            raise SpecError(
+                "A method that looks at training is fitted where training ends.",
+                f"at={self.at!r} for {self.method!r}.",
+                "a time of training at which another method was better.",
+                "leave at out; SOURCE(segment=0) has the early part of training.",
             )
 
     @property
@@ -88,29 +98,50 @@ class Ensemble(Method):
         if isinstance(history, Recipe):
             trained = subset_models(
                 history, task, fitting.data, self.members, self.fraction, self.members,
-                at=(self.at,),
+                at=(self.at,), runs=self.method.takes_run,
             )  # fmt: skip
-            theta, trainings = list(trained.theta[self.at]), trained.trainings
-        elif isinstance(history, SubsetModels):
+            fittings = [self.fitting_of(fitting, trained, k) for k in range(len(trained))]
+            return self.at_members(fittings, trained.trainings)
+        if isinstance(history, SubsetModels):
             if self.at not in history.theta:
                 raise SpecError(_no_state(self.at, history))
-            theta = list(history.theta[self.at][: self.members])
-            trainings = len(theta) * history.fraction
-        else:
-            theta, trainings = members_given(task, history), 0.0
-        return self.at_members([moved(fitting, row) for row in theta], trainings)
+            count = min(self.members, len(history))
+            fittings = [self.fitting_of(fitting, history, k) for k in range(count)]
+            return self.at_members(fittings, count * history.fraction)
+        if self.method.takes_run:
+            runs = _runs(history)
+            return self.at_members([moved(fitting, r.state(len(r)).theta, r) for r in runs])
+        return self.at_members([moved(fitting, row) for row in members_given(task, history)])
+
+    def fitting_of(
+        self, fitting: Fitting, models: SubsetModels, k: int, *, shares: bool = False
+    ) -> Fitting:
+        """A fit at one of the models, with its run where the method looks at it."""
+        if not self.method.takes_run:
+            return moved(fitting, models.theta[self.at][k], shares=shares)
+        if not models.runs:
+            raise SpecError(
+                f"{self.method!r} looks at the run of each member.",
+                "models without their runs.",
+                "subset_models(...), which keeps ends of training unless told otherwise.",
+                "subset_models(..., runs=True), or pass history=recipe.",
+            )
+        return moved(fitting, models.theta[1.0][k], models.runs[k], shares=shares)
 
     def at_members(self, fittings: Sequence[Fitting], trainings: float = 0.0) -> "MeanScorer":
         """The method, prepared at each of some models, and averaged."""
         return MeanScorer(tuple(self.method.prepare(f) for f in fittings), trainings)
 
 
-def moved(fitting: Fitting, theta: Float[Tensor, " p"], *, shares: bool = False) -> Fitting:
+def moved(
+    fitting: Fitting, theta: Float[Tensor, " p"], run: Any = None, *, shares: bool = False
+) -> Fitting:
     """A fit of the same task and data at another θ.
 
     Args:
         fitting: At the model that is asked about.
         theta: Of the other one.
+        run: Its training, for a method that looks at it.
         shares: Whether several methods are about to be fitted there, which then learn a curvature
             once.
     """
@@ -119,7 +150,7 @@ def moved(fitting: Fitting, theta: Float[Tensor, " p"], *, shares: bool = False)
     learned: list[Any] | None = [] if shares else None
     # What is kept on disk is of one θ.
     resources = replace(fitting.resources, folder=None)
-    return Fitting(task, fitting.data, task.theta(), probe, resources, learned=learned)
+    return Fitting(task, fitting.data, task.theta(), probe, resources, run, learned=learned)
 
 
 @dataclass(eq=False)
@@ -241,6 +272,18 @@ class MeanScorer(Scorer):
 
     def self_influence(self) -> Float[Tensor, " n"]:
         return torch.stack([scorer.self_influence() for scorer in self.members]).mean(dim=0)
+
+
+def _runs(history: Any) -> list[History]:
+    """The runs of members that were handed over."""
+    if isinstance(history, Sequence) and history and all(isinstance(h, History) for h in history):
+        return list(history)
+    raise SpecError(
+        "An ensemble of a method that looks at training needs the run of each member.",
+        f"history={'None' if history is None else type(history).__name__}.",
+        "ends of training, or one run.",
+        "pass history=recipe to train them, or a list of trajectories or recorded runs.",
+    )
 
 
 def _no_state(at: float, models: SubsetModels) -> str:

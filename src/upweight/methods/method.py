@@ -29,6 +29,9 @@ class Method(abc.ABC):
 
     takes_history: ClassVar[bool] = False
     history_is_optional: ClassVar[bool] = False
+    """Whether it can do without one."""
+    takes_run: ClassVar[bool] = False
+    """Whether its history is one run of training that ended at the model."""
 
     @property
     @abc.abstractmethod

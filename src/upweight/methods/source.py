@@ -34,9 +34,10 @@ from upweight.methods.scorer import Asked, Scorer
 from upweight.methods.tracin import require_count, scale_at, usable_states
 from upweight.runtime.memory import require_bytes
 from upweight.scores import Unit
+from upweight.task.data import Data
 from upweight.task.measures import Loss
 from upweight.task.point import Point
-from upweight.training.history import History, as_history, rates
+from upweight.training.history import History, as_history, rates, trained_on
 from upweight.training.optimizers import SGD, AdamW
 
 SMALL = 1e-6
@@ -68,6 +69,8 @@ class SOURCE(Method):
         states: States in each segment at most, in the middles of as many equal parts of it.
         discrete: Take gradient descent by its steps, D = Π_t (1 − η_t σ), in place of the flow: for
             `SGD` without momentum.
+        segment: Only what examples did in this one, counted from 0: a term of the sum over k; None:
+            the sum. Its terms are predictors for `Stacked`.
 
     Exact when: J is quadratic, with `discrete`, its own curvature, SGD without momentum and all
     examples in each batch: with a segment for each step, or with any number of them where gradients
@@ -75,9 +78,12 @@ class SOURCE(Method):
     Cost: a fit of the curvature and a pass over the training data for each state, and q·p numbers
     for each segment. Not kept in `Resources(folder=)`.
 
+    A history of a subset's training, weights 0 or n/(its size), has S at these weights: H̄ is the
+    subset's, and examples outside of it count as if they were in the batches.
+
     Raises:
-        SpecError: There is no history; a segment has no kept state; or `discrete` with another
-            optimizer.
+        SpecError: There is no history; a segment has no kept state or is none of them; or
+            `discrete` with another optimizer.
         NonFinite: A negative eigenvalue or a step that is too large for the largest one, which
             grows over a segment beyond all numbers.
     """
@@ -86,13 +92,22 @@ class SOURCE(Method):
     curvature: Curvature = field(default_factory=EKFAC)
     states: int = 2
     discrete: bool = False
+    segment: int | None = None
 
     takes_history = True
+    takes_run = True
     unit = Unit.DERIVATIVE
 
     def __post_init__(self) -> None:
         require_count("segments", self.segments)
         require_count("states", self.states)
+        if self.segment is not None and self.segment not in range(self.segments):
+            raise SpecError(
+                f"Segments are counted from 0 to {self.segments - 1}.",
+                f"segment={self.segment!r}.",
+                "segments counted from 1.",
+                "leave it out for the sum over all of them.",
+            )
         require_curvature(self, self.curvature)
 
     def prepare(self, fitting: Fitting) -> Scorer:
@@ -108,12 +123,14 @@ class SOURCE(Method):
         fitting.checked_losses()
         reached, parts = rates(history), []
         notes: list[str] = []
-        for steps, states in segments_of(history, self.segments, self.states):
+        first = self.segment or 0  # those before it change nothing in it
+        for steps, states in segments_of(history, self.segments, self.states)[first:]:
             made, told = self._segment(fitting, history, states, reached[steps])
             parts.append(made)
             notes += told
         final = layered.identity(fitting, Point(fitting.theta))
-        return SourceScorer(tuple(parts), final, (*final.notes, *dict.fromkeys(notes)))
+        notes = [*final.notes, *dict.fromkeys(notes)]
+        return SourceScorer(tuple(parts), final, self.segment is not None, tuple(notes))
 
     def _segment(
         self, fitting: Fitting, history: History, states: Sequence[int], reached: Tensor
@@ -126,7 +143,7 @@ class SOURCE(Method):
         decay = history.optimizer.weight_decay
         coupled = 0.0 if isinstance(history.optimizer, AdamW) else decay
         apart = decay - coupled
-        layout, data = fitting.task.layout, fitting.data
+        layout, data = fitting.task.layout, _trained_on(fitting, history)
         flows: list[Flow] = []
         if isinstance(self.curvature, LayerwiseCurvature):
             fitted = self.curvature.fit_blocks(
@@ -143,7 +160,7 @@ class SOURCE(Method):
                 values = times * (eigen.values + coupled) + apart
                 flows.append(self._flow(index, Eigen(eigen.bases, values), times, reached))
         else:
-            matrix, notes = self._dense(fitting, thetas)
+            matrix, notes = self._dense(fitting, data, thetas)
             matrix.diagonal().add_(coupled)
             root = None
             if divisor is not None:
@@ -173,7 +190,7 @@ class SOURCE(Method):
         return Flow(index, replace(eigen, values=decay), replace(eigen, values=times * response))
 
     def _dense(
-        self, fitting: Fitting, thetas: Sequence[Tensor]
+        self, fitting: Fitting, data: Data, thetas: Sequence[Tensor]
     ) -> tuple[Float[Tensor, "p p"], tuple[str, ...]]:
         """The mean curvature over some states as a matrix."""
         layout = fitting.task.layout
@@ -186,10 +203,16 @@ class SOURCE(Method):
         matrix = torch.zeros(layout.size, layout.size, dtype=torch.float64, device=layout.device)
         notes: tuple[str, ...] = ()
         for theta in thetas:
-            made = self.curvature.fit(fitting.task, fitting.data, theta)
+            made = self.curvature.fit(fitting.task, data, theta)
             made.add_to(matrix, 1 / len(thetas))
             notes = (*notes, *made.notes)
         return (matrix + matrix.mT) / 2, notes
+
+
+def _trained_on(fitting: Fitting, history: History) -> Data:
+    """The examples whose mean loss was minimized: H̄ is theirs."""
+    present = trained_on(history)
+    return fitting.data if present is None else fitting.data.subset(present)
 
 
 def functions(
@@ -290,10 +313,17 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class SourceScorer(Scorer):
-    """The segments in order, and P = I at θ_T, for the gradients of queries."""
+    """The segments in order, and P = I at θ_T, for the gradients of queries.
+
+    Args:
+        segments: Each with its D and R.
+        final: P = I at θ_T.
+        first_alone: Whether S is what examples did in the first of them, and not in later ones.
+    """
 
     segments: tuple[Segment, ...]
     final: LayeredScorer
+    first_alone: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -314,12 +344,16 @@ class SourceScorer(Scorer):
             asked = replace(asked, together=self.settings(asked)["queries_together"])
         for job in self.final.jobs(asked):
             rows, first, jobs = job.vectors(), job.first, []
-            for segment in reversed(self.segments):
+            for k, segment in reversed(list(enumerate(self.segments))):
+                if self.first_alone and k > 0:
+                    rows = segment.decayed(rows)
+                    continue
                 vectors = segment.responded(rows)
                 for scorer in segment.scorers:
                     jobs += [replace(each, contraction=replace(each.contraction, first=first))
                              for each in scorer.jobs(_of_vectors(asked, vectors))]  # fmt: skip
-                rows = segment.decayed(rows)
+                if k > 0:  # nothing is before the first
+                    rows = segment.decayed(rows)
             yield SumOfJobs(tuple(jobs))
 
     def health(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from upweight.errors import NonFinite, SpecError
 from upweight.methods.combination import LEVEL, Combination, combine
-from upweight.methods.ensemble import Ensemble, moved
+from upweight.methods.ensemble import Ensemble
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
 from upweight.methods.scorer import Asked, Job, Scorer, not_offered
@@ -100,21 +100,21 @@ class Stacked(Method):
 
     def prepare(self, fitting: Fitting) -> "StackedScorer":
         here = [m for m in self.methods if isinstance(m, Ensemble)]
-        models = models_of(self, fitting, {1.0} | {m.at for m in here if self._shares(m)})
+        models = models_of(self, fitting, [m for m in here if self._shares(m)])
         if fitting.learned is None:
             fitting.learned = []
-        places: dict[tuple[float, int], Fitting] = {}
+        places: dict[tuple[float, bool, int], Fitting] = {}
         sources, trainings = [], models.trainings
         for method in self.methods:
             if not isinstance(method, Ensemble):
                 sources.append(Source(repr(method), (method.prepare(fitting),), (None,)))
             elif self._shares(method):
                 own = tuple(range(min(method.members, len(models))))
-                for k in own:
-                    if (method.at, k) not in places:
-                        theta = models.theta[method.at][k]
-                        places[method.at, k] = moved(fitting, theta, shares=True)
-                mean = method.at_members([places[method.at, k] for k in own])
+                keys = [(method.at, method.method.takes_run, k) for k in own]
+                for key in keys:
+                    if key not in places:
+                        places[key] = method.fitting_of(fitting, models, key[-1], shares=True)
+                mean = method.at_members([places[key] for key in keys])
                 sources.append(Source(repr(method), mean.members, own))
             else:
                 recipe = fitting.history
@@ -136,17 +136,23 @@ class Stacked(Method):
         return method.fraction == self.fraction
 
 
-def models_of(spec: Any, fitting: Fitting, at: set[float]) -> SubsetModels:
+def models_of(spec: Any, fitting: Fitting, ensembles: Sequence[Ensemble]) -> SubsetModels:
     """The subset models of a method's history: given, or trained by a recipe.
+
+    Args:
+        spec: What says how many there are.
+        fitting: With the history.
+        ensembles: Whose members they are.
 
     Raises:
         SpecError: There is neither, or the models are not those of the spec.
     """
-    history = fitting.history
+    history, at = fitting.history, {1.0} | {m.at for m in ensembles}
+    runs = any(m.method.takes_run for m in ensembles)
     if isinstance(history, Recipe):
         return subset_models(
             history, fitting.task, fitting.data, spec.subsets, spec.fraction, spec.seeds,
-            at=sorted(at),
+            at=sorted(at), runs=runs,
         )  # fmt: skip
     if not isinstance(history, SubsetModels):
         raise SpecError(

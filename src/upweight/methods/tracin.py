@@ -58,6 +58,7 @@ class TracIn(Method):
     batches: bool = False
 
     takes_history = True
+    takes_run = True
     unit = Unit.DERIVATIVE
 
     def __post_init__(self) -> None:

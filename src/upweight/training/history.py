@@ -82,6 +82,14 @@ def as_history(given: Any, task: Task, train: Data, theta: Float[Tensor, " p"]) 
     return history
 
 
+def trained_on(history: History) -> list[int] | None:
+    """The examples that training was on, where these are not all: those with a weight."""
+    if not isinstance(history, Trajectory):
+        return None
+    present = history.weights != 0
+    return None if bool(present.all()) else present.nonzero()[:, 0].tolist()
+
+
 def rates(history: History) -> Float[Tensor, " T"]:
     """How far the gradient of each step moved θ_T in all, through momentum too.
 
@@ -120,14 +128,18 @@ def _reached(optimizer: Optimizer, steps: Iterator[Step]) -> Float[Tensor, " T"]
 
 
 def _require_plain(history: Trajectory) -> None:
-    spec = history.recipe
-    if bool((history.weights != 1).any()) or spec.proximity or not isinstance(spec, Training):
+    spec, w = history.recipe, history.weights.double()
+    # A subset's mean loss: weights that are all the same on it, and 1 on the average.
+    present = w[w != 0]
+    is_mean = torch.allclose(present, torch.full_like(present, len(w) / len(present)), rtol=1e-5)
+    if not is_mean or spec.proximity or not isinstance(spec, Training):
         raise SpecError(
-            "A history is of plain training on all of the data.",
+            "A history is of plain training on all of the data, or on the mean loss of a subset.",
             f"a trajectory of {spec!r} with data weights from {float(history.weights.min()):g} to "
             f"{float(history.weights.max()):g}.",
-            "a run without some examples, or one that is held near θ̂.",
-            "record recipe.trajectory(task, train) with w= left out and proximity=0.",
+            "weights of a subset that are not n/(its size), or a run that is held near θ̂.",
+            "record recipe.trajectory(task, train) with w= left out, or a row of "
+            "subset_weights(..., renormalize=True), and proximity=0.",
         )
 
 

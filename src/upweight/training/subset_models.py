@@ -21,6 +21,8 @@ from upweight.task.data import Data
 from upweight.task.recipe import Recipe, Trainer
 from upweight.task.task import Task
 from upweight.training.trainer import TrainingTrainer
+from upweight.training.training import Training
+from upweight.training.trajectory import Trajectory
 from upweight.training.weights import subset_weights
 
 JUDGES = 256
@@ -39,12 +41,14 @@ class SubsetModels:
         theta: Parameters, by the share of the training at which they were taken.
         group: Which seed of the recipe each was trained from, as 0, 1, …
         fraction: Of the data, what each was trained on.
+        runs: The training of each, where it was kept.
     """
 
     weights: Float[Tensor, "s n"]
     theta: dict[float, Float[Tensor, "s p"]]
     group: Int[Tensor, " s"]
     fraction: float
+    runs: tuple[Trajectory, ...] = ()
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -70,6 +74,7 @@ def subset_models(
     *,
     at: Sequence[float] = (1.0,),
     seed: int = 1,
+    runs: bool = False,
 ) -> SubsetModels:
     """Train a model on each of some random subsets.
 
@@ -83,6 +88,8 @@ def subset_models(
             without a field `seed` has one.
         at: Shares of the training at which parameters are taken; 1 is the end.
         seed: Of the draw of the subsets.
+        runs: Whether to keep the runs, √T states of each, for methods that look at training. Models
+            are then trained one at a time.
 
     Raises:
         SpecError: There are not so many subsets that judge nothing; the recipe has no seed to make
@@ -101,9 +108,18 @@ def subset_models(
         weights = fitting_weights(len(train), subsets, fraction, seed)
     group = torch.arange(subsets) % seeds
     theta = {share: task.theta().new_empty(subsets, task.layout.size) for share in at}
+    kept: dict[int, Trajectory] = {}
     for k in range(seeds):
         rows = (group == k).nonzero()[:, 0]
-        trainer = _reseeded(recipe, k).prepare(task, train)
+        own = _reseeded(recipe, k)
+        if runs:
+            for row in rows.tolist():
+                run = kept[row] = _run(own, task, train, weights[row])
+                for share in at:
+                    found = run.state(max(1, round(share * len(run)))).theta
+                    theta[share][row] = found.to(theta[share])
+            continue
+        trainer = own.prepare(task, train)
         for chunk in torch.tensor_split(rows, -(-len(rows) // max(1, trainer.at_once))):
             for share, found in _trained(trainer, recipe, weights[chunk], at):
                 theta[share][chunk] = found.to(theta[share])
@@ -116,7 +132,18 @@ def subset_models(
             "lower the learning rate, or keep a larger fraction of the data.",
             solution=SubsetModels(weights, theta, group, fraction),
         )
-    return SubsetModels(weights, theta, group, fraction)
+    return SubsetModels(weights, theta, group, fraction, tuple(kept[k] for k in sorted(kept)))
+
+
+def _run(recipe: Recipe, task: Task, train: Data, weights: Float[Tensor, " n"]) -> Trajectory:
+    if not isinstance(recipe, Training):
+        raise SpecError(
+            "A run is of a recipe that says its steps.",
+            f"runs=True with {recipe!r}.",
+            "a recipe that says what it ends in and nothing else.",
+            "use Training(...) as the recipe, or a method that looks at one θ.",
+        )
+    return recipe.trajectory(task, train, weights)
 
 
 def fitting_weights(n: int, subsets: int, fraction: float, seed: int = 1) -> Float[Tensor, "s n"]:
