@@ -1,10 +1,13 @@
-"""What holds for every test: float64, one thread, one seed, and shapes checked at every call."""
+"""What holds for every test: float64, one thread, one seed, and where shapes are checked."""
 
+import gc
 import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -14,6 +17,10 @@ from tests.annotations import once
 # These folders check the types and shapes written in their annotations whenever a test calls them.
 # The others meet users: there a wrong argument must reach an error of our own, which tests ask for.
 CHECKED = ("linalg", "gradients", "curvature")
+
+# Tests of these call them with every kind of model, layer, loss and solver. The rest of the suite
+# would check the same calls again, for a fifth of its time.
+CHECKING = {*CHECKED, "exactness", "methods", "test_annotations.py"}
 assert "upweight" not in sys.modules, "imported too early for its annotations to be checked"
 install_import_hook(
     [f"upweight.{folder}" for folder in CHECKED], f"{once.__module__}.{once.__name__}"
@@ -35,6 +42,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         expected = pytest.mark.filterwarnings("ignore::upweight.errors.AssumptionWarning")
         item.add_marker(expected, append=False)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays to the end: not to be searched for garbage each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Annotations are checked in the tests that are there for it, and their fixtures."""
+    first = item.path.relative_to(Path(__file__).parent).parts[0]
+    jaxtyping.config.update("jaxtyping_disable", first not in CHECKING)
 
 
 @pytest.fixture(autouse=True)
