@@ -31,7 +31,8 @@ ARGUMENTS = {
 
 CHEAP = {
     "members": 2, "subsets": 8, "seeds": 2, "permutations": 2, "epochs": 3, "draws": 5,
-    "chains": 2, "burn_in": 1, "thinning": 1, "dim": 8, "rank": 2,
+    "chains": 2, "burn_in": 1, "thinning": 1, "dim": 8, "rank": 2, "states": 2,
+    "segments": 1,
 }  # fmt: skip
 """Small values for what a method does many times."""
 
@@ -77,21 +78,21 @@ def network():
     return nn.Sequential(nn.Linear(3, 4, **DOUBLE), nn.Tanh(), nn.Linear(4, 2, **DOUBLE))
 
 
-def data(of, n, dtype=torch.float64):
+def data(of, n):
     generator = torch.Generator().manual_seed(0)
-    X = torch.randn(n + Q, 3, generator=generator, **DOUBLE).to(dtype)
+    X = torch.randn(n + Q, 3, generator=generator, **DOUBLE)
     if of is Tokens:
         X = torch.randint(5, (n + Q, 4), generator=generator)
     y = torch.arange(n + Q) % 2
     return (X[:n], y[:n]), (X[n:], y[n:])
 
 
-def problem(of=network, n=N, dtype=torch.float64):
+def problem(of=network, n=N):
     """(task, train, queries, recipe): a model that the recipe made."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = of().to(dtype)
-    train, queries = data(of, n, dtype)
+        model = of()
+    train, queries = data(of, n)
     recipe = uw.Training(partial(copy.deepcopy, model), uw.SGD(0.1), epochs=2, batch=4)
     task = uw.Task(model, uw.CrossEntropy(), uw.L2(1e-2))
     return task.moved_to(recipe.trajectory(task, train).theta), train, queries, recipe
@@ -237,25 +238,20 @@ def test_no_history_or_something_else(spec):
         assert answer(lambda h=history: spec.fit(fitted.task, train, history=h)) is None
 
 
-def frozen():
-    model = network()
-    model[0].requires_grad_(False)
-    return model
-
-
 def with_batch_norm():
+    """Frozen up to there."""
     parts = (nn.Linear(3, 4, **DOUBLE), nn.BatchNorm1d(4, **DOUBLE), nn.Linear(4, 2, **DOUBLE))
+    parts[0].requires_grad_(False)
     return nn.Sequential(*parts).eval()
 
 
-@pytest.mark.parametrize("case", ["one example", "frozen", "batch norm", "tied", "bfloat16"])
+@pytest.mark.parametrize("case", ["one example", "batch norm", "tied"])
 @each_method
 def test_models(spec, case):
-    of = {"frozen": frozen, "batch norm": with_batch_norm, "tied": Tied}.get(case, network)
-    if not fitted_of(spec)[2][0].is_floating_point():
+    of = {"batch norm": with_batch_norm, "tied": Tied}.get(case, network)
+    if isinstance(spec, uw.BM25):
         of = Tokens  # what it is for
-    dtype = torch.bfloat16 if case == "bfloat16" else torch.float64
-    task, train, queries, recipe = problem(of, 1 if case == "one example" else N, dtype)
+    task, train, queries, recipe = problem(of, 1 if case == "one example" else N)
     history = history_of(spec, recipe)
     found = answer(lambda: spec.fit(task, train, history=history).attribute(queries).values)
     assert found is None or bool(found.isfinite().all())
