@@ -210,7 +210,13 @@ WORDS: Mapping[str, Words] = {
         "q·n numbers per method and layer",
         "m is linear in w and one of the methods has its change",
         "poor predictors; sizes are of drops of half of the data",
-        ("EK-FAC, calibrated", "stacked, 10 halves", "stacked, 40 halves"),
+        (
+            "EK-FAC, calibrated",
+            "stacked, 10 halves",
+            "stacked, 40 halves",
+            "stacked SOURCE, 10 halves",
+            "stacked SOURCE, 40 halves",
+        ),
     ),
     "Datamodels": Words(
         "ensemble.md#datamodels",
