@@ -320,7 +320,18 @@ class Tuned:
         return nn.functional.cross_entropy(outputs, targets, self.weight, reduction="none")
 
 
-@pytest.mark.parametrize("of_loss", [nn.CrossEntropyLoss(torch.ones(2), reduction="none"), Tuned()])
+class Module(Tuned, nn.Module):
+    """A loss whose parts show."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.register_buffer("weight", torch.ones(2))
+
+    forward = Tuned.__call__
+    __call__ = nn.Module.__call__
+
+
+@pytest.mark.parametrize("of_loss", [Module(), Tuned()], ids=["module", "object"])
 def test_losses_are_compared_as_far_as_they_say_what_they_are(of_loss: Any) -> None:
     task = Task(model(), of_loss, params="4.*")
     of, queries = Influence(GGN(), damping=0.1).fit(task, arrays()), arrays(2)
@@ -329,6 +340,14 @@ def test_losses_are_compared_as_far_as_they_say_what_they_are(of_loss: Any) -> N
         of_loss.weight[0] = 3.0
         with pytest.raises(ModelChanged, match="loss: buffer weight"):
             of.attribute(queries)
+
+
+def test_a_loss_of_torch_is_copied_and_does_not_change_with_the_original() -> None:
+    of_loss = nn.CrossEntropyLoss(torch.ones(2), reduction="none")
+    of = Influence(GGN(), damping=0.1).fit(Task(model(), of_loss, params="4.*"), arrays())
+    before = of.attribute(arrays(2)).values
+    of_loss.weight[0] = 3.0
+    assert torch.equal(of.attribute(arrays(2)).values, before)
 
 
 @BOTH
