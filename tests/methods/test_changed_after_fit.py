@@ -345,9 +345,10 @@ def test_losses_are_compared_as_far_as_they_say_what_they_are(of_loss: Any) -> N
 def test_a_loss_of_torch_is_copied_and_does_not_change_with_the_original() -> None:
     of_loss = nn.CrossEntropyLoss(torch.ones(2), reduction="none")
     of = Influence(GGN(), damping=0.1).fit(Task(model(), of_loss, params="4.*"), arrays())
-    before = of.attribute(arrays(2)).values
+    queries = arrays(2)
+    before = of.attribute(queries).values
     of_loss.weight[0] = 3.0
-    assert torch.equal(of.attribute(arrays(2)).values, before)
+    assert torch.equal(of.attribute(queries).values, before)
 
 
 @BOTH
