@@ -435,6 +435,9 @@ class StoredScores(Scores):
     def __post_init__(self) -> None:
         """They are finite: they were when they were written, and have not changed."""
 
+    def _strongest(self) -> str:
+        return "not read; .top(query=0) reads one row"
+
 
 @dataclass(frozen=True)
 class ToldOfScores:
