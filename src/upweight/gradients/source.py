@@ -24,7 +24,7 @@ from upweight.gradients.linear import LinearForm, linear_form
 from upweight.gradients.passes import GradientPass
 from upweight.gradients.planning import plan
 from upweight.task.batches import cut
-from upweight.task.data import Data
+from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
 
 
@@ -52,6 +52,17 @@ class GradientSource(abc.ABC):
     @abc.abstractmethod
     def total(self, batch: Batch) -> Float[Tensor, " p"]:
         """Σᵢ gᵢ over the batch."""
+
+    def rows_of(self, data: Data) -> Float[Tensor, "n p"]:
+        """gᵢ of all of the data, as rows."""
+        layout = self.task.layout
+        size = batch_size(layout.size, layout.dtype.itemsize)
+        return torch.cat(
+            [
+                self.rows(self.task.to_device(batch), stop - start)
+                for start, stop, batch in data.batches(size)
+            ]
+        )
 
 
 Values = Callable[[Params, Any], Float[Tensor, " b"]]

@@ -21,7 +21,7 @@ from upweight.curvature.curvature import Curvature
 from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
 from upweight.curvature.layerwise import BlockCurvature, LayerwiseCurvature
-from upweight.errors import DtypeError, NotDifferentiable, ShapeError
+from upweight.errors import DtypeError, ShapeError
 from upweight.gradients.blocks import Plan
 from upweight.gradients.planning import plan
 from upweight.gradients.source import (
@@ -42,9 +42,8 @@ from upweight.methods import health
 from upweight.methods.fitting import Fitting
 from upweight.methods.layered import token_shares
 from upweight.methods.leverage import LinearRemovals
-from upweight.methods.scorer import Asked, Job, Scorer, Work
+from upweight.methods.scorer import Asked, Job, Scorer, Work, gradients_in_groups
 from upweight.runtime.memory import examples_within, require_bytes, solved_bytes, working_bytes
-from upweight.scoring.stream import no_gradient
 from upweight.task.data import Data, batch_size
 from upweight.task.measures import Loss
 from upweight.task.point import Point
@@ -181,24 +180,9 @@ class FlatScorer(Scorer):
             self.theta.device,
             "use curvature=EKFAC(), which keeps the factors of a query's gradient.",
         )
-        source, depends = self._measure_source(asked.measure, asked.queries), False
-        for first, queries in asked.groups(together):
-            rows = self.gradients(source, queries)
-            depends = depends or bool(rows.any())
-            if first + len(queries) == len(asked) and not depends:
-                raise NotDifferentiable(no_gradient(asked.measure, len(asked)))
+        source = self._measure_source(asked.measure, asked.queries)
+        for first, (rows,) in gradients_in_groups(asked, together, lambda q: (source.rows_of(q),)):
             yield FlatJob(self, first, self._solved(rows))
-
-    def gradients(self, source: GradientSource, queries: Data) -> Float[Tensor, "q p"]:
-        """∇m of every query, as rows."""
-        layout = self.task.layout
-        size = batch_size(layout.size, layout.dtype.itemsize)
-        return torch.cat(
-            [
-                source.rows(self.task.to_device(batch), stop - start)
-                for start, stop, batch in queries.batches(size)
-            ]
-        )
 
     def _measure_source(self, measure: Any, queries: Data) -> GradientSource:
         # ∇m = ∇ℓ, for which the source may have a closed form.

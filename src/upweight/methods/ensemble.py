@@ -8,7 +8,7 @@ models of other seeds or of random subsets ranks retrained models far better (Pa
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from upweight.errors import SpecError, message
 from upweight.methods.fitting import Fitting
 from upweight.methods.members import members_given
 from upweight.methods.method import Method
-from upweight.methods.scorer import Asked, Job, Scorer, not_offered
+from upweight.methods.points import SeveralScorers
+from upweight.methods.scorer import Asked, Job, not_offered
 from upweight.scores import Unit
 from upweight.task.check import require_answerable
 from upweight.task.measures import Functional
@@ -218,34 +219,18 @@ class _Mean(Job):
 
 
 @dataclass(frozen=True, eq=False)
-class MeanScorer(Scorer):
+class MeanScorer(SeveralScorers):
     """(1/K) Σ_k of scorers that each hold a model of their own.
 
     Args:
-        members: One scorer per model.
         trainings: What the models cost, in trainings on all of the data.
     """
 
-    members: tuple[Scorer, ...]
     trainings: float = 0.0
-    notes: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        every = [note for scorer in self.members for note in scorer.notes]
-        object.__setattr__(self, "notes", tuple(dict.fromkeys(every)))
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        return self.members[0].layers
 
     @property
     def dtype(self) -> torch.dtype | None:
-        return self.members[0].dtype
-
-    def settings(self, asked: Asked) -> dict[str, int]:
-        found = [scorer.settings(asked) for scorer in self.members]
-        together = min(s["queries_together"] for s in found) // len(self.members)
-        return {**found[0], "queries_together": max(1, together)}
+        return self.scorers[0].dtype
 
     def jobs(self, asked: Asked) -> Iterator[_Mean]:
         if asked.functional is not None or isinstance(asked.measure, Functional):
@@ -253,25 +238,21 @@ class MeanScorer(Scorer):
         together = asked.together or self.settings(asked)["queries_together"]
         for first, queries in asked.groups(together):
             some = replace(asked, queries=queries, together=len(queries))
-            yield _Mean(tuple(tuple(m.jobs(some)) for m in self.members), first, len(queries))
+            yield _Mean(tuple(tuple(m.jobs(some)) for m in self.scorers), first, len(queries))
 
     def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         told: dict[str, Any] = {}
         notes: list[str] = []
-        for k, scorer in enumerate(self.members):
+        for k, scorer in enumerate(self.scorers):
             told, some = scorer.summary([each for record in records for each in record[k]])
             notes += some
         return told, tuple(dict.fromkeys(notes))
 
     def health(self) -> dict[str, Any]:
-        return {"members": len(self.members), "trainings": self.trainings}
-
-    @property
-    def is_quick_of_itself(self) -> bool:
-        return all(scorer.is_quick_of_itself for scorer in self.members)
+        return {"members": len(self.scorers), "trainings": self.trainings}
 
     def self_influence(self) -> Float[Tensor, " n"]:
-        return torch.stack([scorer.self_influence() for scorer in self.members]).mean(dim=0)
+        return torch.stack([scorer.self_influence() for scorer in self.scorers]).mean(dim=0)
 
 
 def _runs(history: Any) -> list[History]:

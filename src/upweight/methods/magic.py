@@ -19,16 +19,15 @@ from torch import Tensor
 
 from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
-from upweight.errors import DtypeError, NonFinite, NotDifferentiable, NotOffered, SpecError
+from upweight.errors import DtypeError, NonFinite, NotOffered, SpecError
 from upweight.gradients.source import value_source
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
-from upweight.methods.scorer import Asked, Job, Scorer, Work
+from upweight.methods.scorer import Asked, Job, Scorer, Work, gradients_in_groups
 from upweight.runtime.memory import require_bytes, solved_bytes, working_bytes
 from upweight.runtime.progress import progress
 from upweight.scores import Unit
-from upweight.scoring.stream import no_gradient
-from upweight.task.data import Data, batch_size
+from upweight.task.data import Data
 from upweight.task.identity import contents, described
 from upweight.task.task import Task
 from upweight.training.adjoint import back_over, goes_together
@@ -141,22 +140,12 @@ class MagicScorer(Scorer):
             yield MagicJob(self, 0, asked.functional.at(self.run.theta))
             return
         assert asked.queries is not None
-        together, depends = asked.together or self.settings(asked)["queries_together"], False
+        together = asked.together or self.settings(asked)["queries_together"]
         task, theta, measure = self.task, self.run.theta, asked.measure
         source = value_source(
             task, theta, asked.queries, lambda p, b: measure(task, p, b), self.train
         )
-        size = batch_size(task.layout.size, task.layout.dtype.itemsize)
-        for first, queries in asked.groups(together):
-            rows = torch.cat(
-                [
-                    source.rows(task.to_device(batch), stop - start)
-                    for start, stop, batch in queries.batches(size)
-                ]
-            )
-            depends = depends or bool(rows.any())
-            if first + len(queries) == len(asked) and not depends:
-                raise NotDifferentiable(no_gradient(measure, len(asked)))
+        for first, (rows,) in gradients_in_groups(asked, together, lambda q: (source.rows_of(q),)):
             yield MagicJob(self, first, rows)
 
     def self_influence(self) -> Float[Tensor, " n"]:

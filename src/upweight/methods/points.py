@@ -138,11 +138,11 @@ class SumOfJobs(Job):
 
 
 @dataclass(frozen=True, eq=False)
-class SumOfScorers(Scorer):
-    """Σ_k of scorers that each hold their own point and weight.
+class SeveralScorers(Scorer):
+    """Scorers that answer the same question, whose answers become one.
 
     Args:
-        scorers: One per point.
+        scorers: One per point or model.
     """
 
     scorers: tuple[Scorer, ...]
@@ -160,6 +160,15 @@ class SumOfScorers(Scorer):
         found = [scorer.settings(asked) for scorer in self.scorers]
         together = min(s["queries_together"] for s in found) // len(self.scorers)
         return {**found[0], "queries_together": max(1, together)}
+
+    @property
+    def is_quick_of_itself(self) -> bool:
+        return all(scorer.is_quick_of_itself for scorer in self.scorers)
+
+
+@dataclass(frozen=True, eq=False)
+class SumOfScorers(SeveralScorers):
+    """Σ_k of scorers that each hold their own point and weight."""
 
     def jobs(self, asked: Asked) -> Iterator[SumOfJobs]:
         if asked.together is None and asked.functional is None:
@@ -179,10 +188,6 @@ class SumOfScorers(Scorer):
 
     def health(self) -> dict[str, Any]:
         return {"points": len(self.scorers)}
-
-    @property
-    def is_quick_of_itself(self) -> bool:
-        return all(scorer.is_quick_of_itself for scorer in self.scorers)
 
     def self_influence(self) -> Float[Tensor, " n"]:
         return torch.stack([scorer.self_influence() for scorer in self.scorers]).sum(dim=0)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.errors import NotDifferentiable, SpecError, UpweightError
+from upweight.errors import SpecError, UpweightError
 from upweight.gradients.autograd import total_gradient
 from upweight.gradients.cost import cost
 from upweight.gradients.passes import Function, GradientPass
@@ -29,7 +29,14 @@ from upweight.linalg.matrices import Dense
 from upweight.linalg.operator import Tag
 from upweight.methods import health
 from upweight.methods.fitting import Fitting
-from upweight.methods.scorer import Asked, Job, Scorer, Work, not_offered
+from upweight.methods.scorer import (
+    Asked,
+    Job,
+    Scorer,
+    Work,
+    gradients_in_groups,
+    not_offered,
+)
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.memory import (
     examples_within,
@@ -40,7 +47,7 @@ from upweight.runtime.memory import (
 )
 from upweight.runtime.progress import progress
 from upweight.runtime.resources import Resources
-from upweight.scoring.stream import kernels_for, measured_by, no_gradient, training_loss
+from upweight.scoring.stream import kernels_for, measured_by, training_loss
 from upweight.task.data import Data
 from upweight.task.identity import subject
 from upweight.task.task import Task
@@ -228,13 +235,12 @@ class ProjectedScorer(Scorer):
             yield ProjectedJob(self, 0, (member.solve(rows),))
             return
         together = asked.together or self.settings(asked)["queries_together"]
-        depends = False
-        for first, queries in asked.groups(together):
-            rows_of = [self._measured(m, queries, asked.measure) for m in self.members]
-            depends = depends or any(bool(rows.any()) for rows in rows_of)
-            if first + len(queries) == len(asked) and not depends:
-                raise NotDifferentiable(no_gradient(asked.measure, len(asked)))
-            solved = (m.solve(rows) for m, rows in zip(self.members, rows_of, strict=True))
+
+        def gradients(queries: Data) -> list[Tensor]:
+            return [self._measured(m, queries, asked.measure) for m in self.members]
+
+        for first, every in gradients_in_groups(asked, together, gradients):
+            solved = (m.solve(rows) for m, rows in zip(self.members, every, strict=True))
             yield ProjectedJob(self, first, tuple(solved))
 
     def _measured(self, member: Member, queries: Data, measure: Any) -> Float[Tensor, "q d"]:

@@ -10,17 +10,18 @@ preconditioner (`points.py`); any other supplies blocks of scores: `BlockScorer`
 import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.errors import NotOffered
+from upweight.errors import NotDifferentiable, NotOffered
 from upweight.gradients.blocks import Plan
 from upweight.methods.functionals import Derivatives
 from upweight.runtime.memory import working_bytes
+from upweight.scoring.stream import no_gradient
 from upweight.task.data import Data
 from upweight.task.measures import Functional
 
@@ -104,7 +105,7 @@ class Job(abc.ABC):
     first: int
     at_once: int = AT_ONCE
 
-    def __enter__(self) -> "Job":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -233,11 +234,10 @@ DIRECT = "∂φ/∂w"
 
 
 @dataclass(frozen=True, eq=False)
-class _WithDirect(Job):
-    """The scores of a `Functional` through θ̂, and ∂φ/∂w, which goes through no parameter."""
+class JobOf(Job):
+    """A job that asks another one, and does something to its answers."""
 
     job: Job
-    direct: Float[Tensor, "k n"]
 
     @property
     def first(self) -> int:  # type: ignore[override]
@@ -247,7 +247,7 @@ class _WithDirect(Job):
     def at_once(self) -> int:  # type: ignore[override]
         return self.job.at_once
 
-    def __enter__(self) -> "_WithDirect":
+    def __enter__(self) -> Self:
         self.job.__enter__()
         return self
 
@@ -256,6 +256,17 @@ class _WithDirect(Job):
 
     def __len__(self) -> int:
         return len(self.job)
+
+    @property
+    def record(self) -> Any:
+        return self.job.record
+
+
+@dataclass(frozen=True, eq=False)
+class _WithDirect(JobOf):
+    """The scores of a `Functional` through θ̂, and ∂φ/∂w, which goes through no parameter."""
+
+    direct: Float[Tensor, "k n"]
 
     def block(self, start: int, stop: int) -> Float[Tensor, "k b"]:
         part = self.job.block(start, stop)
@@ -273,16 +284,32 @@ class _WithDirect(Job):
         through = self.job.row_sums
         return None if through is None else through + self.direct.sum(dim=1).to(through)
 
-    @property
-    def record(self) -> Any:
-        return self.job.record
-
 
 def jobs_of(scorer: "Scorer", asked: Asked) -> Iterator[Job]:
     """The jobs of a scorer, with ∂φ/∂w where a `Functional` has one."""
     for job in scorer.jobs(asked):
         direct = asked.direct
         yield job if direct is None else _WithDirect(job, direct)
+
+
+Rows = TypeVar("Rows", bound=Sequence[Tensor])
+
+
+def gradients_in_groups(
+    asked: Asked, together: int, gradients: Callable[[Data], Rows]
+) -> Iterator[tuple[int, Rows]]:
+    """(first, ∇m of some queries at one or several points), so many queries at a time.
+
+    Raises:
+        NotDifferentiable: No query's measurement depends on θ.
+    """
+    depends = False
+    for first, queries in asked.groups(together):
+        rows = gradients(queries)
+        depends = depends or any(bool(part.any()) for part in rows)
+        if first + len(queries) == len(asked) and not depends:
+            raise NotDifferentiable(no_gradient(asked.measure, len(asked)))
+        yield first, rows
 
 
 def not_offered(what: str, needs: str, here: str = "attribute(queries, measure)") -> NotOffered:

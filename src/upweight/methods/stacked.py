@@ -115,7 +115,7 @@ class Stacked(Method):
                     if key not in places:
                         places[key] = method.fitting_of(fitting, models, key[-1], shares=True)
                 mean = method.at_members([places[key] for key in keys])
-                sources.append(Source(repr(method), mean.members, own))
+                sources.append(Source(repr(method), mean.scorers, own))
             else:
                 recipe = fitting.history
                 if not isinstance(recipe, Recipe):
@@ -126,7 +126,7 @@ class Stacked(Method):
                 )  # fmt: skip
                 found = method.prepare(part)
                 trainings += found.trainings
-                sources.append(Source(repr(method), found.members, (None,) * len(found.members)))
+                sources.append(Source(repr(method), found.scorers, (None,) * len(found.scorers)))
         return StackedScorer(
             fitting.task, fitting.data, models, tuple(sources), self.by_layer, trainings
         )

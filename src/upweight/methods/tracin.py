@@ -24,7 +24,7 @@ from upweight.methods import layered
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
 from upweight.methods.points import SumOfScorers
-from upweight.methods.scorer import Asked, Job, Scorer, Work
+from upweight.methods.scorer import Asked, JobOf, Scorer, Work
 from upweight.scores import Unit
 from upweight.task.point import Point
 from upweight.training.history import History, as_history, rates
@@ -137,29 +137,10 @@ def _columns(
 
 
 @dataclass(frozen=True, eq=False)
-class _OfColumns(Job):
+class _OfColumns(JobOf):
     """The scores of another job, each column times a number."""
 
-    job: Job
     columns: Float[Tensor, " n"]
-
-    @property
-    def first(self) -> int:  # type: ignore[override]
-        return self.job.first
-
-    @property
-    def at_once(self) -> int:  # type: ignore[override]
-        return self.job.at_once
-
-    def __len__(self) -> int:
-        return len(self.job)
-
-    def __enter__(self) -> "_OfColumns":
-        self.job.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.job.__exit__(*error)
 
     def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
         some = self.columns[start:stop]
@@ -186,10 +167,6 @@ class _OfColumns(Job):
             "an example that no step has seen.",
             "use TracIn(), of the same states.",
         )
-
-    @property
-    def record(self) -> Any:
-        return self.job.record
 
 
 @dataclass(frozen=True, eq=False)
