@@ -195,7 +195,7 @@ def answered(question: Asked, into: Reducer | None = None) -> Any:
 def solvable(facts: Facts, task: Task, train: Data) -> Choice:
     """A choice that can solve its systems, for who must name the method before it is fitted.
 
-    Such a run keeps no history, so methods that are fitted with one are left out.
+    Methods that are fitted with a history are left out: there they are taken by name alone.
 
     Cost: a fit, where a Hessian is not damped.
     """
