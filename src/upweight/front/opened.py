@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from upweight.errors import SpecError, UnsupportedModel, message
+from upweight.errors import SpecError, message
 from upweight.task.data import Data, as_data
 from upweight.task.losses import CrossEntropy
 from upweight.task.penalties import NoPenalty
@@ -55,6 +55,8 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
         UnsupportedModel: There is no way to make a task of it.
         UpweightError: From the adapter.
     """
+    if not is_model(model):
+        require_task(model)
     if isinstance(model, Task):
         _require_alone(loss, penalty, "a Task has its loss and penalty")
         return Opened(model, model.training(train), None)
@@ -70,21 +72,18 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
         _require_alone(loss, penalty, "statsmodels results know their likelihood")
         task, own = smx.task(model)
         return Opened(task, own if train is None else task.training(train), None)
-    if is_model(model):
-        import upweight.adapters.sklearn as sk
+    import upweight.adapters.sklearn as sk
 
-        _require_alone(loss, penalty, "an estimator knows its objective")
-        if not isinstance(train, tuple | list) or len(train) not in (2, 3):
-            raise SpecError(
-                "The training data of an estimator are (X, y), or (X, y, sample_weight).",
-                f"a {type(train).__name__}.",
-                "X alone, or a Dataset.",
-                "attribute(estimator, (X, y), (X_test, y_test)), as they were given to fit.",
-            )
-        task, own = sk.task(model, *train)
-        return Opened(task, own, None)
-    require_task(model)
-    raise UnsupportedModel("unreachable")  # pragma: no cover
+    _require_alone(loss, penalty, "an estimator knows its objective")
+    if not isinstance(train, tuple | list) or len(train) not in (2, 3):
+        raise SpecError(
+            "The training data of an estimator are (X, y), or (X, y, sample_weight).",
+            f"a {type(train).__name__}.",
+            "X alone, or a Dataset.",
+            "attribute(estimator, (X, y), (X_test, y_test)), as they were given to fit.",
+        )
+    task, own = sk.task(model, *train)
+    return Opened(task, own, None)
 
 
 def _require_alone(loss: Any, penalty: Any, why: str) -> None:

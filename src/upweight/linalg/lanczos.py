@@ -77,7 +77,7 @@ def extreme_eigenvalues(
         if M is not None:
             dual[step] = z / length
         w = A.mv(dual[step])
-        _require_finite(A, w)
+        require_finite(A, w)
         alphas.append(float(w @ dual[step]))
         for _ in range(2):
             w = w - (dual[: step + 1] @ w) @ basis[: step + 1]
@@ -85,7 +85,12 @@ def extreme_eigenvalues(
     return _ritz(alphas, [*betas, float((w @ z).clamp_min(0.0).sqrt())])
 
 
-def _require_finite(A: LinearOperator, w: Tensor) -> None:
+def require_finite(A: LinearOperator, w: Tensor) -> None:
+    """Refuse a product A v that is not finite.
+
+    Raises:
+        NonFinite: It has a NaN or an infinity.
+    """
     if not bool(w.isfinite().all()):
         raise NonFinite(
             "Eigenvalues need a finite operator.",

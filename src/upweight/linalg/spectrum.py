@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import NonFinite, SpecError
-from upweight.linalg.lanczos import normal
+from upweight.errors import SpecError
+from upweight.linalg.lanczos import normal, require_finite
 from upweight.linalg.operator import LinearOperator, square
 
 
@@ -187,13 +187,7 @@ def _mean(values: list[float]) -> Estimate:
 
 
 def _finite(A: LinearOperator, product: Tensor) -> Tensor:
-    if not bool(product.isfinite().all()):
-        raise NonFinite(
-            "A spectrum needs a finite operator.",
-            f"{A!r} gave a NaN or an infinity for a finite vector.",
-            "a loss or an activation that overflowed.",
-            "check the gradients of the examples one at a time, or use float64.",
-        )
+    require_finite(A, product)
     return product
 
 

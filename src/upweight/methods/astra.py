@@ -126,14 +126,13 @@ class ASTRA(Method):
                 "Influence(EmpiricalFisher(), damping=…).",
             )
         fitted = self.preconditioner.fit_blocks(
-            task, data, point.theta, memory_bytes=fitting.resources.memory_bytes
+            task, data, point.theta, memory_bytes=fitting.resources.memory_bytes, plan=fitting.plan
         )
         lam = as_damping(self.damping).of(fitted.operator(), point.theta, len(data))
         G = GGN().fit(task, data, point.theta)
         notes = getattr(G, "notes", ())
         source = gradient_source(task, point.theta, data)
-        # Every block's own λ: `inverse` refuses a zero eigenvalue where λ is 0.
-        inverse = inverse_by_layer(fitted, lam) if lam > 0 else _undamped(fitted)
+        inverse = inverse_by_layer(fitted, [lam] * len(fitted.blocks))
         made = AstraScorer(
             task,
             data,
@@ -149,13 +148,6 @@ class ASTRA(Method):
         )
         made.choose_step()
         return made
-
-
-def _undamped(fitted: Any) -> BlockDiagonal:
-    """EK-FAC's own inverse, where the penalty makes one."""
-    layout = fitted.plan.task.layout
-    indices = tuple(b.block.index(layout).to(layout.device) for b in fitted.blocks)
-    return BlockDiagonal(tuple(b.eigen.inverse(0.0) for b in fitted.blocks), indices)
 
 
 @dataclass(frozen=True, eq=False)

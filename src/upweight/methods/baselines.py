@@ -16,6 +16,7 @@ from torch import Tensor
 from upweight.errors import DataError, SpecError
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
+from upweight.methods.neighbours import inputs
 from upweight.methods.scorer import BlockScorer, Scorer
 from upweight.runtime.fingerprint import digest
 from upweight.scores import Unit
@@ -160,7 +161,7 @@ def _counted(documents: list[Tensor]) -> tuple[Tensor, Tensor, Float[Tensor, " m
 def _sequences(data: Data) -> list[Int[Tensor, " t"]]:
     found: list[Tensor] = []
     for _, _, batch in data.batches(data.together(4096)):
-        first = batch.get("input_ids") if isinstance(batch, dict) else _first(batch)
+        first = batch.get("input_ids") if isinstance(batch, dict) else inputs(batch)
         if not isinstance(first, Tensor) or first.ndim != 2 or first.is_floating_point():
             given = type(first).__name__
             if isinstance(first, Tensor):
@@ -173,10 +174,6 @@ def _sequences(data: Data) -> list[Int[Tensor, " t"]]:
             )
         found += list(first.cpu())
     return found
-
-
-def _first(batch: Any) -> Any:
-    return batch[0] if isinstance(batch, tuple | list) else batch
 
 
 def _tensors(batch: Any) -> list[Tensor]:

@@ -34,8 +34,10 @@ from upweight.runtime.memory import require_bytes
 from upweight.runtime.progress import progress
 from upweight.scores import Unit
 from upweight.task.data import Data
-from upweight.task.measures import Functional
+from upweight.task.measures import Functional, Loss, measured
 from upweight.task.task import Task
+
+LOSS = Loss()
 
 MOST_LOST = 100.0
 """B (L(θ) − L(θ̂)) over p at most: of draws from a Gaussian it is ½ in the mean."""
@@ -126,7 +128,7 @@ class BIF(Method):
         start = float(losses.double().mean())
         for chain in range(self.chains):
             for theta_t in self._chain(task, data, theta, inverse, chain):
-                seen = _losses(task, data, theta_t)
+                seen = measured(task, theta_t, data, LOSS)
                 excess = inverse * (float(seen.mean()) - start)
                 if not excess <= MOST_LOST * len(theta):
                     raise self._diverged(chain, excess, len(theta))
@@ -185,18 +187,6 @@ def _slope(task: Task, part: Data, theta: Float[Tensor, " p"]) -> Float[Tensor, 
     return total / len(part) + task.penalty.gradient(theta, task.layout)
 
 
-def _losses(task: Task, data: Data, theta: Float[Tensor, " p"]) -> Float[Tensor, " n"]:
-    return _measured(task, data, theta, task.losses)
-
-
-def _measured(task: Task, data: Data, theta: Tensor, measure: Any) -> Float[Tensor, " n"]:
-    params, parts = task.named(theta), []
-    with torch.no_grad():
-        for _, _, batch in data.batches(data.together(AT_ONCE)):
-            parts.append(measure(params, task.to_device(batch)).double())
-    return torch.cat(parts)
-
-
 @dataclass(frozen=True, eq=False)
 class DrawsScorer(Scorer):
     """θ and ℓᵢ at every draw."""
@@ -222,8 +212,7 @@ class DrawsScorer(Scorer):
     def jobs(self, asked: Asked) -> Iterator[Job]:
         if isinstance(asked.measure, Functional) or asked.queries is None:
             raise not_offered("A Functional", "gradients of the model's parameters")
-        measure = partial(asked.measure, self.task)
-        values = [_measured(self.task, asked.queries, state, measure) for state in self.states]
+        values = [measured(self.task, state, asked.queries, asked.measure) for state in self.states]
         yield DrawsJob(self, torch.stack(values))
 
     def self_influence(self) -> Float[Tensor, " n"]:

@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import DtypeError, NonFinite, NotPositiveDefinite, UnsupportedModel
-from upweight.gradients.planning import plan
 from upweight.gradients.source import gradient_source
 from upweight.linalg.damping import Damping, as_damping
 from upweight.linalg.matrices import DiagonalMatrix
@@ -84,7 +83,7 @@ class MeanOfInverses(Preconditioner):
                 "a model in half precision.",
                 "use model.float(), or EKFAC(), whose sums are in float32.",
             )
-        made = plan(task, point.theta, data)
+        made = fitting.plan
         source = gradient_source(task, point.theta, data)
         scorer = MeanOfInversesScorer(
             task,

@@ -6,7 +6,7 @@ what S₀ leaves unexplained, so that β = S₀ where the retrained models do no
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from upweight.methods.ensemble import Ensemble
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
 from upweight.methods.scorer import AT_ONCE, Asked, Job, Scorer, not_offered
-from upweight.methods.stacked import Stacked, models_of, outcomes
+from upweight.methods.stacked import Stacked, blocks, models_of, outcomes
 from upweight.notation import percent
 from upweight.scores import Unit
 from upweight.task.data import Data
@@ -93,16 +93,12 @@ class Datamodels(Method):
         models = models_of(self, fitting, [m for m in combined if isinstance(m, Ensemble)])
         scorer = None
         if prior is not None:
-            part = Fitting(
-                fitting.task, fitting.data, fitting.theta, fitting.probe, fitting.resources
+            shared = isinstance(prior, Stacked) and (
+                (prior.subsets, prior.fraction, prior.seeds)
+                == (self.subsets, self.fraction, self.seeds)
             )
-            if prior.takes_history:
-                shared = isinstance(prior, Stacked) and (
-                    (prior.subsets, prior.fraction, prior.seeds)
-                    == (self.subsets, self.fraction, self.seeds)
-                )
-                part.history = models if shared else fitting.history
-            scorer = prior.prepare(part)
+            known = models if shared else fitting.history
+            scorer = prior.prepare(replace(fitting, history=known if prior.takes_history else None))
         return DatamodelScorer(fitting.task, fitting.data, models, scorer)
 
 
@@ -153,13 +149,9 @@ class DatamodelScorer(Scorer):
                 "ask another measure.",
             )
         if self.prior is not None:
-            for job in self.prior.jobs(asked):
-                rows = slice(job.first, job.first + len(job))
-                with job:
-                    for start in range(0, n, max(1, job.at_once)):
-                        stop = min(n, start + max(1, job.at_once))
-                        part = job.block(start, stop).cpu().double()
-                        rest[:, rows] -= change[:, start:stop] @ part.mT
+            for first, start, (part,) in blocks(self.prior, asked, n, splits=False):
+                rows, columns = slice(first, first + len(part)), slice(start, start + part.shape[1])
+                rest[:, rows] -= change[:, columns] @ part.cpu().double().mT
         dual, told = _ridge(change @ change.mT, rest, size, models.group)
         if self.prior is None:
             yield DatamodelJob(None, dual, change, told)

@@ -441,20 +441,25 @@ def preconditioned(
         point.theta,
         damping=Absolute(lam) if lam > 0 else None,
         memory_bytes=fitting.resources.memory_bytes,
+        plan=fitting.plan,
     )
-    operator = inverse_by_layer(fitted, lam)
+    means = [float(block.eigen.values.double().mean()) for block in fitted.blocks]
+    lams = [lam if lam > 0 else PRECONDITIONER_DAMPING * mean or 1.0 for mean in means]
+    operator = inverse_by_layer(fitted, lams)
     note = f"preconditioner {spec!r}, damped by " + (
         f"{lam:.3g}" if lam > 0 else f"{PRECONDITIONER_DAMPING:g} of each layer's mean eigenvalue"
     )
     return replace(solver, preconditioner=operator), (note,)  # type: ignore[type-var]
 
 
-def inverse_by_layer(fitted: BlockCurvature, lam: float) -> BlockDiagonal:
-    """(Hₗ + λI)⁻¹ of every layer; with a tenth of its mean eigenvalue where λ is 0."""
+def inverse_by_layer(fitted: BlockCurvature, lams: Sequence[float]) -> BlockDiagonal:
+    """(Hₗ + λₗI)⁻¹ of every layer, in place of the damping that it was fitted with.
+
+    Raises:
+        NotPositiveDefinite: An eigenvalue and λₗ do not add up to more than 0.
+    """
     layout = fitted.plan.task.layout
-    made, indices = [], []
-    for block in fitted.blocks:
-        mean = float(block.eigen.values.double().mean())
-        made.append(block.eigen.inverse(lam if lam > 0 else PRECONDITIONER_DAMPING * mean or 1.0))
-        indices.append(block.block.index(layout).to(layout.device))
-    return BlockDiagonal(tuple(made), tuple(indices))
+    made = tuple(b.eigen.inverse(lam) for b, lam in zip(fitted.blocks, lams, strict=True))
+    return BlockDiagonal(
+        made, tuple(b.block.index(layout).to(layout.device) for b in fitted.blocks)
+    )

@@ -499,6 +499,7 @@ def _learned(
             memory_bytes=resources.memory_bytes,
             checkpoint=resources.checkpoint(lambda: settings | subject(task, data)),
             watch=watch if is_own else None,
+            plan=fitting.plan,
         )
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         # Say which example, if it is the data.

@@ -13,7 +13,6 @@ from torch import Tensor
 from upweight.curvature.ekfac import EKFAC
 from upweight.curvature.kfac import KFAC
 from upweight.errors import SpecError
-from upweight.gradients.planning import plan
 from upweight.gradients.projections import Sides, TwoSided, two_sided
 from upweight.linalg.damping import Damping, Relative, as_damping
 from upweight.linalg.matrices import DiagonalMatrix
@@ -102,10 +101,10 @@ class LoGra(Method):
     def _projection(self, fitting: Fitting) -> tuple[TwoSided, tuple[str, ...]]:
         task, data, theta = fitting.task, fitting.data, fitting.theta
         if self.basis is None or self.rank is None:
-            made = plan(task, theta, data)
+            made = fitting.plan
             return two_sided(made, self.rank, self.seed), made.notes
         memory = fitting.resources.memory_bytes
-        fitted = self.basis.fit_blocks(task, data, theta, memory_bytes=memory)
+        fitted = self.basis.fit_blocks(task, data, theta, memory_bytes=memory, plan=fitting.plan)
         bases = []
         for block in fitted.blocks:
             values, sides = block.eigen.values, list[Tensor | None]()

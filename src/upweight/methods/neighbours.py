@@ -198,8 +198,8 @@ def features_of(
     """
     parts = []
     for _, _, batch in data.batches(data.together(1024)):
-        found = _inputs(batch) if layer is None else _outputs(task, theta, batch, layer)
-        if not isinstance(found, Tensor) or len(found) != len(_inputs(batch)):
+        found = inputs(batch) if layer is None else _outputs(task, theta, batch, layer)
+        if not isinstance(found, Tensor) or len(found) != len(inputs(batch)):
             raise DataError(
                 "Features are one tensor with a row for each example.",
                 f"{type(found).__name__} from {'the inputs' if layer is None else layer!r}.",
@@ -219,7 +219,8 @@ def features_of(
     return every
 
 
-def _inputs(batch: Any) -> Any:
+def inputs(batch: Any) -> Any:
+    """What a model is given first."""
     return batch[0] if isinstance(batch, tuple | list) else batch
 
 

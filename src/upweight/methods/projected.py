@@ -18,7 +18,6 @@ from torch import Tensor
 from upweight._typing import Batch
 from upweight.errors import SpecError, UpweightError
 from upweight.gradients.autograd import total_gradient
-from upweight.gradients.cost import cost
 from upweight.gradients.passes import Function, GradientPass
 from upweight.gradients.places import Gradients, Projected
 from upweight.gradients.projections import Projection, TwoSided
@@ -363,7 +362,7 @@ def member(
         device,
         "project on fewer: a smaller rank= or dim=.",
     )
-    spent = cost(projection.plan, theta, data)
+    spent = fitting.cost
     allowed = working_bytes(device, resources.memory_bytes)
     each = spent.bytes_per_example + projection.bytes_per_example(spent.positions)
     at_once = data.together(examples_within(allowed, each, MOST_EXAMPLES))

@@ -21,7 +21,7 @@ from upweight.methods.scorer import BlockScorer, Scorer
 from upweight.runtime.memory import solved_bytes
 from upweight.scores import Unit
 from upweight.task.data import Data
-from upweight.task.measures import as_measure
+from upweight.task.measures import as_measure, measured
 from upweight.task.recipe import Recipe
 
 ALL = 40_320
@@ -108,7 +108,9 @@ class DataShapley(Method):
         weights = self.weights(n)
 
         def score(queries: Data, measure: Any, start: int, stop: int) -> Tensor:
-            values = _measured(fitting, thetas, queries, as_measure(measure))
+            asked = as_measure(measure)
+            each = [measured(fitting.task, theta, queries, asked) for theta in thetas]
+            values = torch.stack(each).cpu()
             steps = values[places[:, 1:]] - values[places[:, :-1]]  # [r n q]
             steps = steps * weights[None, :, None].to(steps)
             found = torch.zeros(n, steps.shape[2], dtype=steps.dtype)
@@ -188,17 +190,3 @@ def _trained(recipe: Recipe, fitting: Fitting, weights: Float[Tensor, "c n"]) ->
             )
         parts.append(found.theta)
     return torch.cat(parts)
-
-
-def _measured(
-    fitting: Fitting, thetas: Float[Tensor, "c p"], queries: Data, measure: Any
-) -> Float[Tensor, "c q"]:
-    """m_q of every model."""
-    task = fitting.task
-    batches = [task.to_device(batch) for _, _, batch in queries.batches(queries.together(1024))]
-    rows = []
-    with torch.no_grad():
-        for theta in thetas:
-            params = task.named(theta.to(task.layout.device, task.layout.dtype))
-            rows.append(torch.cat([measure(task, params, batch) for batch in batches]))
-    return torch.stack(rows).cpu().double()

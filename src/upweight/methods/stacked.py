@@ -4,7 +4,7 @@ Stacking (Wolpert 1992; Breiman 1996) of attribution scores. `combination.py` ha
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from upweight.notation import percent
 from upweight.runtime.memory import require_bytes
 from upweight.scores import Unit
 from upweight.task.data import Data
-from upweight.task.measures import Functional
+from upweight.task.measures import Functional, measured
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.subset_models import SubsetModels, subset_models
@@ -120,11 +120,7 @@ class Stacked(Method):
                 recipe = fitting.history
                 if not isinstance(recipe, Recipe):
                     raise SpecError(*_no_recipe(method))
-                part = Fitting(
-                    fitting.task, fitting.data, fitting.theta, fitting.probe, fitting.resources,
-                    recipe,
-                )  # fmt: skip
-                found = method.prepare(part)
+                found = method.prepare(replace(fitting, history=recipe))
                 trainings += found.trainings
                 sources.append(Source(repr(method), found.scorers, (None,) * len(found.scorers)))
         return StackedScorer(
@@ -181,16 +177,8 @@ def outcomes(models: SubsetModels, task: Task, queries: Data, measure: Any) -> F
     Raises:
         NonFinite: One is NaN or infinite.
     """
-    layout, rows = task.layout, []
-    with torch.no_grad():
-        for theta in models.theta[1.0]:
-            params = layout.unflatten(theta.to(layout.device))
-            parts = [
-                measure(task, params, task.to_device(batch))
-                for _, _, batch in queries.batches(1024)
-            ]
-            rows.append(torch.cat(parts).detach().cpu().double())
-    found = torch.stack(rows)
+    rows = [measured(task, theta, queries, measure) for theta in models.theta[1.0]]
+    found = torch.stack(rows).cpu()
     if not bool(found.isfinite().all()):
         model, query = (~found.isfinite()).nonzero()[0].tolist()
         raise NonFinite(
@@ -294,7 +282,7 @@ class StackedScorer(Scorer):
                 heard = torch.ones(len(change), 1, dtype=torch.float64, device=device)
                 if own is not None:
                     heard[own], times[own] = 0.0, times[own] - 1.0
-                for first, start, parts in _blocks(member, asked, n, bool(some)):
+                for first, start, parts in blocks(member, asked, n, bool(some)):
                     for k, part in enumerate(parts):
                         rows, columns = (
                             slice(x, x + size)
@@ -335,7 +323,7 @@ class StackedScorer(Scorer):
         return told, (note,)
 
 
-def _blocks(
+def blocks(
     scorer: Scorer, asked: Asked, n: int, splits: bool
 ) -> Iterator[tuple[int, int, list[Float[Tensor, "q b"]]]]:
     """(first query, first example, scores) of every block, whole or by layer."""

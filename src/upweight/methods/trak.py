@@ -13,7 +13,6 @@ from torch import Tensor
 
 from upweight._typing import Batch, Params
 from upweight.errors import SpecError, UnsupportedModel
-from upweight.gradients.planning import plan
 from upweight.gradients.projections import sketch
 from upweight.linalg.damping import Damping, Relative, as_damping
 from upweight.methods.fitting import Fitting
@@ -90,7 +89,7 @@ class TRAK(Method):
         task, data = fitting.task, fitting.data
         fitting.checked_losses()
         thetas = members(fitting)
-        made = plan(task, fitting.theta, data)
+        made = fitting.plan
         projection = sketch(made, self.dim, self.seed)
         output, called = model_output(fitting)
 

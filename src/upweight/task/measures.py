@@ -10,13 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch, Params
 from upweight.errors import ShapeError, SpecError, message
 from upweight.runtime.fingerprint import described
+from upweight.task.data import Data
 from upweight.task.task import Task
+
+AT_ONCE = 1024
+"""Queries in a forward pass."""
 
 
 class Measure(abc.ABC):
@@ -25,6 +30,19 @@ class Measure(abc.ABC):
     @abc.abstractmethod
     def __call__(self, task: Task, params: Params, batch: Batch) -> Float[Tensor, " q"]:
         """The measurement of each query."""
+
+
+def measured(
+    task: Task, theta: Float[Tensor, " p"], queries: Data, measure: Callable[..., Tensor]
+) -> Float[Tensor, " q"]:
+    """m_q(θ) of every query, in float64 on the device of the model. Nothing is checked."""
+    params = task.named(theta.to(task.layout.device, task.layout.dtype))
+    with torch.no_grad():
+        parts = [
+            measure(task, params, task.to_device(batch)).double()
+            for _, _, batch in queries.batches(AT_ONCE)
+        ]
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)

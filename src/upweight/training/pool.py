@@ -19,6 +19,7 @@ from upweight.errors import ShapeError, SpecError
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.store import Store
 from upweight.task.data import Data
+from upweight.task.measures import measured
 from upweight.task.recipe import Recipe, Trained, Trainer
 from upweight.task.task import Task
 
@@ -38,13 +39,7 @@ class Bench:
 
     def measured(self, theta: Float[Tensor, " p"]) -> Float[Tensor, " q"]:
         """m_q(θ) of every query, on the CPU in float64."""
-        params = self.task.named(theta.to(self.task.layout.device, self.task.layout.dtype))
-        with torch.no_grad():
-            parts = [
-                self.measure(self.task, params, self.task.to_device(batch))
-                for _, _, batch in self.queries.batches(1024)
-            ]
-        return torch.cat(parts).detach().cpu().double()
+        return measured(self.task, theta, self.queries, self.measure).cpu()
 
 
 @dataclass(frozen=True, eq=False)
