@@ -51,7 +51,7 @@ def provenance(**changes: Any) -> Provenance:
     return replace(made, facts=stated(made.health))
 
 
-NOT_DISPLAYED = {"evidence", "removal", "command"}
+NOT_DISPLAYED = {"evidence", "outcomes", "removal", "command"}
 
 
 @dataclass

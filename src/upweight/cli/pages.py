@@ -16,7 +16,7 @@ from upweight.runs.directory import Run
 from upweight.runs.question import Question
 from upweight.runs.record import Record
 
-LIVE = {"evidence", "removal"}
+LIVE = {"evidence", "outcomes", "removal"}
 """What is shown beside a display, and not kept in a run."""
 
 

@@ -73,6 +73,7 @@ def view(
             told=say,
             evidence=[*beside.live.get("evidence", ()), *checked],
             removal=beside.live.get("removal"),
+            outcomes=beside.live.get("outcomes", ()),
             command=command(place, record if show is None else replace(record, show=show)),
             keep=place.scores,
             port=port,

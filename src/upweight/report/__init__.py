@@ -1,6 +1,7 @@
 """Scores → something to look at: one self-contained HTML page, and a few lines of text.
 
     html(scores, "report.html", Display(names=…), evidence=[check])     summary(scores)
+    outcomes([amip, loo], "follows.html")                               what applications returned
 
 Both show first how far the scores can be trusted (unit, agreement with retraining, health of the
 computation), then what raised and lowered each measurement; the page also says what dropping
@@ -9,7 +10,8 @@ know no method; agreement with retraining comes in as results of `upweight.evalu
 """
 
 from upweight.report.display import Display
+from upweight.report.outcomes import outcomes
 from upweight.report.page import html
 from upweight.report.text import summary
 
-__all__ = ["Display", "html", "summary"]
+__all__ = ["Display", "html", "outcomes", "summary"]

@@ -4,9 +4,11 @@ The file is the answers of a view, asked in advance: data (JSON), sheets of thum
 scores and our own style and script. The bytes depend on the arguments alone.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from upweight.applications.outcome import Outcome
 from upweight.effects import Effects
 from upweight.report.answers import Answers
 from upweight.report.display import Display
@@ -27,6 +29,7 @@ def html(
     *,
     evidence: Any = (),
     removal: Effects | None = None,
+    outcomes: Outcome | Iterable[Outcome] = (),
     command: str | None = None,
 ) -> Path:
     """Write a report: can it be trusted, what moved each query, what the training set is worth.
@@ -40,6 +43,7 @@ def html(
             removals, as from `evaluation.loo`.
         removal: Better predictions of Δm for the same columns, as from `fitted.removal(queries)`;
             by default removal is predicted to first order.
+        outcomes: What applications returned: a section each.
         command: The command that makes this page again, for its footer.
 
     Returns:
@@ -66,7 +70,7 @@ def html(
         [*answers.page.listed, *answers.evidence.removed],
         answers.totals.absolute,
     )
-    words = words_of(answers, command)
+    words = words_of(answers, command, outcomes)
     data = answers.meta | {
         "answers": [answers.query(q) for q in range(answers.q)],
         "examples": answers.examples(answers.listed),

@@ -37,23 +37,19 @@ def render_page(
         source: The part of the script that answers for the data; by default from the file itself.
         connects: Whether it may load from where it was served.
     """
-    from jinja2 import Environment, StrictUndefined  # only the report needs it
-    from markupsafe import Markup
+    from markupsafe import Markup  # only the report needs it
 
     style = _own("template.css")
     first, *rest = (_own(f"script/{name}.js") for name in SCRIPTS)
     answering = _own("script/embedded.js") if source is None else source
     script = '"use strict";\n(() => {\n' + "\n".join([first, answering, *rest]) + "\n})();"
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     own = " 'self'" if connects else ""
     policy = (
         f"default-src 'none'; img-src data: blob:{own}; style-src '{_hash(style)}'; "
         f"script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
         + (f"; connect-src{own}" if connects else "")
     )
-    page = environment.from_string(_own("template.html")).render(
+    page = _template("template.html").render(
         **words,
         # These are ours or escaped already; the engine escapes everything else.
         style=Markup(style),
@@ -63,6 +59,29 @@ def render_page(
         parts=parts,
     )
     return readable(page)
+
+
+def render_static(template: str, words: Mapping[str, Any]) -> str:
+    """A page without script: one of our templates, in our style."""
+    from markupsafe import Markup
+
+    style = _own("template.css")
+    policy = f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; base-uri 'none'"
+    marked = {"style": Markup(style), "policy": Markup(policy)}
+    return readable(_template(template).render(**words, **marked))
+
+
+def _template(name: str) -> Any:
+    """One of our templates; it may include others of them."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    return Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(_own),
+    ).get_template(name)
 
 
 def _own(name: str) -> str:

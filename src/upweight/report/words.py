@@ -2,20 +2,24 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from upweight.applications.outcome import Outcome
 from upweight.notation import count, interval, readable
 from upweight.report.answers import Answers
 from upweight.report.evidence import Evidence, Series
 from upweight.report.live import noun_of
+from upweight.report.outcomes import sections_of
 from upweight.report.spectrum import spectrum
 from upweight.report.trust import trust
 from upweight.scores import Scores, Unit
 
 
-def words_of(answers: Answers, command: str | None) -> dict[str, Any]:
-    """What the template says; `command` makes the page again."""
+def words_of(
+    answers: Answers, command: str | None, outcomes: Outcome | Iterable[Outcome] = ()
+) -> dict[str, Any]:
+    """What the template says; `command` makes the page again, `outcomes` are of applications."""
     scores, evidence, removal = answers.scores, answers.evidence, answers.removal
     provenance, series = scores.provenance, evidence.series
     noun, kind = answers.meta["noun"], answers.meta["kind"]
@@ -42,6 +46,7 @@ def words_of(answers: Answers, command: str | None) -> dict[str, Any]:
         "notes": [_clean(note) for note in dict.fromkeys(notes)],
         "checks": [each.row for each in series],
         "provenance": _provenance(scores),
+        "outcomes": sections_of(outcomes),
     }
 
 

@@ -48,7 +48,9 @@ LONGEST_INDEX = 18
 """Digits of an index."""
 
 
-def application(answers: Answers, token: str, command: str | None = None) -> Any:
+def application(
+    answers: Answers, token: str, command: str | None = None, outcomes: Any = ()
+) -> Any:
     """The view as an ASGI application, of which an address must carry `?token=`."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -58,7 +60,7 @@ def application(answers: Answers, token: str, command: str | None = None) -> Any
     from starlette.responses import HTMLResponse, PlainTextResponse, Response
     from starlette.routing import Route
 
-    words = words_of(answers, command)
+    words = words_of(answers, command, outcomes)
     pictured = {"train": answers.some.images, "query": answers.queries.images}
     meta = answers.meta | {
         "removed": answers.examples(answers.evidence.removed),
@@ -164,8 +166,8 @@ class Server:
     Args:
         scores: From `Scores.open(folder)`, or in memory; attached to a live context, also the
             measurement and the prediction of each query are shown.
-        display, evidence, removal, command: As for `upweight.report.html`. Without data examples
-            are numbers. A live model is asked for nothing about all of the training data.
+        display, evidence, removal, outcomes, command: As for `upweight.report.html`. Without data
+            examples are numbers. A live model is asked for nothing about all of the training data.
         keep: The folder of the scores, where totals may be kept for the next time.
         port: Where; 0: any that is free.
 
@@ -181,6 +183,7 @@ class Server:
         *,
         evidence: Any = (),
         removal: Effects | None = None,
+        outcomes: Any = (),
         command: str | None = None,
         keep: Folder | None = None,
         port: int = 0,
@@ -198,7 +201,7 @@ class Server:
         answers = Answers(scores, display, evidence, removal, ask=False, summed=summed)
         token = secrets.token_urlsafe(24)
         config = uvicorn.Config(
-            application(answers, token, command),
+            application(answers, token, command, outcomes),
             host=HOST,
             port=port,
             log_level="error",

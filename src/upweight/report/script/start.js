@@ -1,5 +1,6 @@
-// -- pages and their addresses: #trust, #queries/17, #training ------------------------------------
+// -- pages and their addresses: #trust, #queries/17, #training, #outcomes --------------------------
 
+const PAGES = ["trust", "queries", "training", "outcomes"].filter(name => byId(`page-${name}`));
 let page = null;
 function goTo(address, replace) {
   if (location.hash === address) return;
@@ -7,11 +8,12 @@ function goTo(address, replace) {
   route();
 }
 function route(event) {
-  const [, name, query] = /^#(trust|queries|training)(?:\/(\d+))?$/.exec(location.hash) ?? [];
+  const [, asked, query] = /^#(trust|queries|training|outcomes)(?:\/(\d+))?$/.exec(location.hash) ?? [];
+  const name = PAGES.includes(asked) ? asked : undefined;
   if (!name && page && location.hash) return; // an anchor within the page
   const before = page;
   page = name ?? "trust";
-  for (const each of ["trust", "queries", "training"]) byId(`page-${each}`).hidden = each !== page;
+  for (const each of PAGES) byId(`page-${each}`).hidden = each !== page;
   for (const link of byId("pages").querySelectorAll("a")) {
     if (link.hash === `#${page}`) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
   }
