@@ -12,7 +12,7 @@ model in the cache as it finishes, so that a run that was stopped goes on.
 import json
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,20 +82,25 @@ def recipe_of(problem: Problem, plan: str, seed: int) -> Any:
     return replace(recipe, seed=seed, skip_absent=plan != "removals")
 
 
-LATER = (
-    ", dampening=0.0, weight_decay=0.0",
-    ", weight_decay=0.0, amsgrad=False",
-    ", axis=None, weight=None, label_smoothing=0.0",
-)
-"""Arguments that specs got after the truths were made, at values that change nothing."""
+NOTHING = (None, False, 0, ())
+"""Defaults that switch something off."""
 
 
 def said(spec: Any) -> str:
-    """A recipe or loss in words, without a function's address and without `LATER`."""
-    text = re.sub(r"<function ([^ ]+) at 0x[0-9a-f]+>", r"\1", repr(spec))
-    for argument in LATER:
-        text = text.replace(f"{argument})", ")")
-    return text
+    """A recipe or loss in words, functions by their name, without what its defaults switch off.
+
+    What specs learn to do later, and do not do by default, leaves these words as they were.
+    """
+    if not is_dataclass(spec) or isinstance(spec, type):
+        return re.sub(r"<function ([^ ]+) at 0x[0-9a-f]+>", r"\1", repr(spec))
+    given = {each.name: getattr(spec, each.name) for each in fields(spec) if each.repr}
+    off = {each.name for each in fields(spec) if each.default in NOTHING}
+    told = [
+        f"{name}={said(value)}"
+        for name, value in given.items()
+        if not (name in off and value in NOTHING)
+    ]
+    return f"{type(spec).__name__}({', '.join(told)})"
 
 
 def fingerprint(problem: Problem) -> str:
@@ -109,16 +114,25 @@ def fingerprint(problem: Problem) -> str:
 
 
 def truth(problem: Problem, cache: Path, *, anew: bool = False) -> tuple[dict[str, Tensor], dict]:
-    """Measurements by `PLAN/MEASURE/first` and `/again`, `[s, q]`; from the file if it fits."""
+    """Measurements by `PLAN/MEASURE/first` and `/again`, `[s, q]`: from the file, or made `anew`.
+
+    A file of another truth is an error: retraining takes hours, and results judged by the file
+    would be of another task.
+    """
     if anew:
         shutil.rmtree(cache / f"fidelity-{problem.name}", ignore_errors=True)
     file, print_ = TRUTHS / f"{problem.name}.safetensors", fingerprint(problem)
-    if file.exists() and not anew:
-        with safe_open(file, "pt") as opened:
-            facts = json.loads(opened.metadata()["facts"])
-        if facts["fingerprint"] == print_:
-            return load_file(file), facts
-    return _made(problem, cache, file, print_)
+    if anew or not file.exists():
+        return _made(problem, cache, file, print_)
+    with safe_open(file, "pt") as opened:
+        facts = json.loads(opened.metadata()["facts"])
+    if facts["fingerprint"] != print_:
+        raise SystemExit(
+            f"{file.name} is the truth of other data, another recipe or another plan (of "
+            f"{facts['recipe']}; now {said(SPECS[problem.name].recipe)}): put back what it was "
+            "made with, or retrain with --truth-anew"
+        )
+    return load_file(file), facts
 
 
 def _made(problem: Problem, cache: Path, file: Path, print_: str) -> tuple[dict[str, Tensor], dict]:
