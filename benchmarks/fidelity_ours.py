@@ -205,6 +205,11 @@ RETRAINED = (
     retrained(
         "stacked SOURCE, 40 halves", by_segment(40), "SOURCE of halves by third: 20 trainings"
     ),
+    retrained(
+        "datamodels on stacked SOURCE, 160 halves",
+        uw.Datamodels(160, 0.5, 20, prior=by_segment(160)),
+        "ridge on what stacked SOURCE leaves: 80 trainings",
+    ),
 )
 BEST: Mapping[str, float] = {
     "digits-mlp": 0.01,
