@@ -235,7 +235,7 @@ def test_the_bound_really_bounds_the_gradient_of_the_perturbed_objective():
     made = Certificate(1.0, 1e-4, 10.0).train(task_of(0.1), (X, y), seed=0)
     b, draw = made.problem.b, torch.Generator().manual_seed(1)
     for order in (torch.randperm(300, generator=draw)[:30].tolist() for _ in range(3)):
-        now = made
+        now, before = made, made.began
         for i in order:
             now = now.remove(i)
             # By autograd of the formula of the paper, on the rows that are left.
@@ -247,10 +247,22 @@ def test_the_bound_really_bounds_the_gradient_of_the_perturbed_objective():
             (gradient,) = torch.autograd.grad(value, theta)
             residual = float(gradient.norm())
             assert residual == pytest.approx(now.residual, abs=1e-12)
-            assert residual <= now.spent + 1e-12
+            assert residual <= before + now.removals[-1].bound + 1e-12
+            assert now.spent == pytest.approx(made.began + sum(r.bound for r in now.removals))
+            before = residual
         assert now.spent <= now.budget
     together = made.remove(order)
     assert together.residual <= together.spent and together.spent > now.spent
+
+
+def test_the_bound_is_near_where_it_must_be():
+    """Equal rows where |σ''| is largest: nothing is lost but 1/4 for 1/(6√3), and a half."""
+    X, y = torch.ones(100, 1).double(), (torch.arange(100) % 5 > 0).double()[:, None]
+    task = uw.Task(nn.Linear(1, 1, bias=False).double(), uw.Bernoulli(), uw.L2(1e-6))
+    made = Certificate(sigma=1e-3).train(task, (X, y), seed=0)
+    made = dataclasses.replace(made, certificate=Certificate(sigma=100.0))
+    step = made.remove([0, 1]).removals[0]
+    assert 1 < step.bound / step.residual < 8
 
 
 def test_delta_is_what_the_gaussian_mechanism_has_at_the_budget():

@@ -133,20 +133,23 @@ class Unlearned(Outcome):
     @property
     def verdict(self) -> str:
         left_out = f"Without {len(self.examples)} of {self.n} examples, {self.how}"
+        many = "" if self.how.endswith("steps") else "s"
         if self.distance is None or self.moved is None:
             return (
-                f"{left_out} moves the parameters by {float(self.predicted.norm()):.3g} and "
-                f"leaves a gradient of {self.gradients[-1]:.2g} of {self.gradients[0]:.2g}; "
+                f"{left_out} move{many} the parameters by {float(self.predicted.norm()):.3g} and "
+                f"leave{many} a gradient of {self.gradients[-1]:.2g} of {self.gradients[0]:.2g}; "
                 "nothing was fitted again to hold it against."
             )
         if self.remaining is None:
-            return f"{left_out} ends {self.distance:.2g} from the refit, which did not move."
-        worse = ": no nearer than the model as it was" if self.remaining >= 1 else ""
+            return f"{left_out} end{many} {self.distance:.2g} from the refit, which did not move."
         outputs = self.remaining_outputs
+        worse = ""
+        if self.remaining >= 1 or (outputs is not None and outputs >= 1):
+            worse = ": no nearer than the model as it was"
         said = "" if outputs is None else f", and {_percent(outputs)} of the change in outputs"
         return (
-            f"{left_out} leaves {_percent(self.remaining)} of the way to the refitted parameters "
-            f"({self.distance:.2g} of {self.moved:.2g}){said}{worse}."
+            f"{left_out} leave{many} {_percent(self.remaining)} of the way to the refitted "
+            f"parameters ({self.distance:.2g} of {self.moved:.2g}){said}{worse}."
         )
 
     @property
@@ -406,4 +409,4 @@ def _ratio(distance: float | None, moved: float | None) -> float | None:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
