@@ -384,6 +384,16 @@ def test_other_models_are_refused_with_a_way_out():
     ):
         with pytest.raises(UnsupportedModel, match=given):
             spec.train(task, (X, y if given != "2 outputs" else y[:, 0].long()))
+    cubed = uw.Task(
+        nn.Linear(30, 1).double(),
+        uw.Bernoulli(),
+        uw.L2(0.1),
+        forward=lambda model, batch: (model(batch[0]) ** 3, batch[1]),
+    )
+    with pytest.raises(UnsupportedModel, match=r"W x \+ b"):
+        spec.train(cubed, (X, y))
+    with pytest.raises(UnsupportedModel, match="at least one row"):
+        spec.train(task_of(), (X[:0], y[:0]))
     estimator, A, labels = logistic()
     with pytest.raises(UnsupportedModel, match="fit_intercept=False"):
         spec.train(estimator, (A, labels))

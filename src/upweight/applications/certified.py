@@ -484,9 +484,12 @@ def _linear(task: Task, train: Data) -> tuple[Tensor, Tensor, Loss, float]:
         against = f"the penalty {penalty!r}"
     elif bool(task.layout.mask(penalty.exclude).any()):
         against = f"the penalty {penalty!r}, which leaves out a parameter"
-    batch = train.batch(0, len(train))
-    if not against and not (isinstance(batch, tuple) and len(batch) == 2):
-        against = "data other than (X, y)"
+    batch = train.batch(0, len(train)) if len(train) else None
+    is_pair = isinstance(batch, tuple) and len(batch) == 2
+    if not against and not (is_pair and batch is not None and batch[0].ndim == 2):
+        against = "data other than (X, y) of at least one row, with X of shape [n, d]"
+    elif not against and not _is_as_called(task, batch):
+        against = "outputs other than W x + b"
     if against:
         raise UnsupportedModel(
             "Certified removal is for binary logistic regression and least squares with an L2 "
@@ -499,7 +502,7 @@ def _linear(task: Task, train: Data) -> tuple[Tensor, Tensor, Loss, float]:
             "unlearning.without(...), which promises nothing.",
         )
     assert isinstance(batch, tuple) and isinstance(penalty, L2)
-    X, y = (part.double().cpu() for part in batch)
+    X, y = (part.double().cpu().clone() for part in batch)
     ones = X.new_ones(len(X), 1)
     # In the order of θ.
     X = torch.cat([X if name == "weight" else ones for name in task.layout.names], dim=1)
@@ -513,3 +516,14 @@ def _linear(task: Task, train: Data) -> tuple[Tensor, Tensor, Loss, float]:
             "leave those rows out, or fill them in, before training.",
         )
     return X, y.reshape(-1), loss, penalty.strength
+
+
+def _is_as_called(task: Task, batch: Any) -> bool:
+    """Whether the task's outputs are the module's own on its inputs: no other forward, no hook."""
+    few = task.to_device(tuple(part[:8] for part in batch))
+    model = task.model
+    assert isinstance(model, nn.Linear)
+    with torch.no_grad():
+        outputs, targets = task.outputs(task.theta(), few)
+        plain = nn.functional.linear(few[0], model.weight, model.bias)
+    return torch.equal(targets, few[1]) and torch.allclose(outputs, plain, equal_nan=True)
