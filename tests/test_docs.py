@@ -182,6 +182,11 @@ def rows():
     }
 
 
+def unlearning():
+    """Two classes for scikit-learn, and what a task is made of."""
+    return classes() | {"torch": torch}
+
+
 NAMES = {
     "training.md": training,
     "evaluation.md": evaluation,
@@ -190,6 +195,7 @@ NAMES = {
     "sklearn.md": classes,
     "statsmodels.md": counts,
     "regression.md": rows,
+    "unlearning.md": unlearning,
 }
 """What a page starts with; others with `network`."""
 

@@ -13,15 +13,17 @@ have a translation in `upweight.adapters.sklearn_rules`. A fitted estimator is c
 minimum of the objective it was translated to.
 """
 
+import copy
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
-from upweight._typing import Batch
+from upweight._typing import Batch, Params
 from upweight.adapters.sklearn_arrays import encoded, example_weights, features, require_rows
 from upweight.adapters.sklearn_objectives import Objective, coefficients, final_step
 from upweight.adapters.sklearn_reader import Reader, translated
@@ -34,7 +36,7 @@ from upweight.task.data import Data
 from upweight.task.losses import Weighted
 from upweight.task.task import Task
 
-__all__ = ["Refit", "Support", "data", "recipe", "supports", "task"]
+__all__ = ["Refit", "Support", "data", "recipe", "supports", "task", "with_parameters"]
 
 
 def supports(estimator: Any) -> Support:
@@ -158,6 +160,36 @@ def recipe(estimator: Any) -> Refit:
     """
     _require_support(estimator)
     return Refit(clone(final_step(estimator)))
+
+
+def with_parameters(estimator: Any, params: Params) -> Any:
+    """A copy of the estimator with other coefficients: the way back from its translation.
+
+    coef_ = W and intercept_ = b, in their shapes and dtypes; of a Pipeline those of its last step.
+    Whatever else it keeps of its fit (scalers, paths, iterations) is copied as it is, and still
+    knows every training example.
+
+    Args:
+        estimator: Fitted, and supported. It is not changed.
+        params: "weight" `[c, d]`, and "bias" `[c]` where it has an intercept.
+
+    Raises:
+        UnsupportedModel: No translation, for the reason that `supports` gives.
+    """
+    _require_support(estimator)
+    changed = copy.deepcopy(estimator)
+    final = final_step(changed)
+    final.coef_ = _as(params["weight"], final.coef_)
+    if final.fit_intercept:
+        final.intercept_ = _as(params["bias"], final.intercept_)
+    return changed
+
+
+def _as(values: Tensor, like: Any) -> Any:
+    """An array in the shape and dtype of another; a number where that is one."""
+    held = np.asarray(like)
+    found = values.detach().cpu().numpy().astype(held.dtype).reshape(held.shape)
+    return found if isinstance(like, np.ndarray) else held.dtype.type(found)
 
 
 def unit_weights(model: nn.Module, batch: Batch) -> tuple[Any, Any]:

@@ -3,6 +3,8 @@
 outcome.py        what every answer has: predicted, actual, a verdict, a table, a figure
 subject.py        what is asked about, and how it is fitted again
 regression.py     what does each row do to a (generalized) linear regression?
+unlearning.py     the model without some examples, and how far it is from a refit
+certified.py      models that promise something of removals, for `unlearning`
 
 Imported by adapters, reports and the command line, and by nothing below them. Each is loaded when
 it is first named: adapters import `regression`, and need none of the others.
@@ -13,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from upweight.applications import regression as regression
+    from upweight.applications import unlearning as unlearning
 
 __all__ = [
     "regression",
+    "unlearning",
 ]
 
 

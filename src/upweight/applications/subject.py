@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from upweight.curvature.hessian import Hessian
 from upweight.errors import SpecError
 from upweight.front.opened import is_model, opened
@@ -10,6 +13,7 @@ from upweight.linalg.cholesky import Cholesky
 from upweight.methods.fitted import Fitted
 from upweight.methods.influence import Influence
 from upweight.task.recipe import Recipe
+from upweight.task.task import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,3 +88,15 @@ def _own_recipe(model: Any) -> Recipe:
     import upweight.adapters.sklearn as sk
 
     return sk.recipe(model)
+
+
+def with_parameters(asked: Any, task: Task, theta: Float[Tensor, " p"]) -> Any:
+    """A copy of what was asked about, at other parameters; what was lent is not touched.
+
+    Of a scikit-learn estimator a copy with these coefficients; else the task's module at θ.
+    """
+    if hasattr(asked, "get_params"):
+        import upweight.adapters.sklearn as sk
+
+        return sk.with_parameters(asked, task.named(theta))
+    return task.moved_to(theta).model
