@@ -3,6 +3,7 @@
 outcome.py        what every answer has: predicted, actual, a verdict, a table, a figure
 subject.py        what is asked about, and how it is fitted again
 regression.py     what does each row do to a (generalized) linear regression?
+cross_validation.py  what is the loss on examples that the model never saw, from one fit?
 
 Imported by adapters, reports and the command line, and by nothing below them. Each is loaded when
 it is first named: adapters import `regression`, and need none of the others.
@@ -12,9 +13,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from upweight.applications import cross_validation as cross_validation
     from upweight.applications import regression as regression
 
 __all__ = [
+    "cross_validation",
     "regression",
 ]
 
