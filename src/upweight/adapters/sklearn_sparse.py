@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 import torch
 from jaxtyping import Bool, Float
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression
@@ -31,6 +32,9 @@ from upweight.task.losses import Bernoulli, CrossEntropy, SquaredError, Weighted
 from upweight.task.params import Layout
 from upweight.task.penalties import L2, Penalty, SumToZero
 from upweight.task.task import Task
+
+DEPENDENT = 1e-9
+"""A pivot of columns of length 1, relative to the largest, below which one is dependent."""
 
 
 def is_sparse(estimator: Any) -> bool:
@@ -73,10 +77,16 @@ def task(
     if weights is not None and type(final) is not LogisticRegression:
         weights = weights * n / weights.sum()  # as Lasso scales them
     weight, bias = coefficients(final, objective)
-    kept = weight != 0
+    if bias is not None and _is_liblinear(final) and not bool(bias.any()):
+        bias = None  # which it penalizes too, and took out
+    kept, count = weight != 0, int((weight != 0).sum())
     by_l1, by_l2 = _strengths(final, n)
+    if by_l2 == 0 and len(weight) == 1 and count > 1:
+        weight, bias, kept, signs = _independent(weight, bias, kept, Z)
+    else:
+        signs = weight.sign()
     inner, Z = _model(weight, bias, kept, Z)
-    slopes = {"weight": by_l1 * weight[kept].sign()}
+    slopes = {"weight": by_l1 * signs[kept]}
     if bias is not None:
         # liblinear penalizes its intercept b = s β as it does β.
         scaled = by_l1 / float(final.intercept_scaling) if _is_liblinear(final) else 0.0
@@ -97,9 +107,14 @@ def task(
     name = type(final).__name__
     notes = judged(made, train, tolerance, name)
     notes.append(
-        f"{name} is held to its support, {int(kept.sum())} of {kept.numel()} coefficients: that "
+        f"{name} is held to its support, {count} of {kept.numel()} coefficients: that "
         "another may enter or leave without an example is seen by refits only"
     )
+    if int(kept.sum()) < count:
+        notes.append(
+            f"{count - int(kept.sum())} columns of the support depend on the others, and their "
+            "coefficients were moved to those, which changes no output"
+        )
     return made, train, tuple(notes)
 
 
@@ -183,6 +198,36 @@ def _model(
         if bias is not None:
             model.bias.copy_(bias)
     return model, Z
+
+
+def _independent(
+    weight: Float[Tensor, "1 i"],
+    bias: Float[Tensor, " 1"] | None,
+    kept: Bool[Tensor, "1 i"],
+    Z: Float[Tensor, "n i"],
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The same outputs by columns of the support that do not depend on each other; and the signs.
+
+    Where columns depend on each other θ̂ is one of many minima, J is constant along the way from one
+    to the next as long as no sign changes, and any of the columns may carry what they share.
+    """
+    columns, signs = kept[0].nonzero()[:, 0], weight.sign()
+    chosen = Z[:, columns]
+    centred = chosen if bias is None else chosen - chosen.mean(dim=0)
+    lengths = centred.norm(dim=0).clamp_min(torch.finfo(Z.dtype).tiny)
+    _, r, order = scipy.linalg.qr((centred / lengths).numpy(), mode="economic", pivoting=True)
+    pivots = np.abs(np.diagonal(r))
+    rank = int((pivots > DEPENDENT * pivots[0]).sum())
+    if rank == len(columns):
+        return weight, bias, kept, signs
+    left = columns[torch.from_numpy(np.sort(order[:rank]).astype(np.int64))]
+    ones = [] if bias is None else [torch.ones(len(Z), 1, dtype=Z.dtype)]
+    outputs = chosen @ weight[0, columns] + (0.0 if bias is None else bias)
+    design = torch.cat([Z[:, left], *ones], dim=1)
+    found = torch.from_numpy(scipy.linalg.lstsq(design.numpy(), outputs.numpy())[0])
+    moved, fewer = torch.zeros_like(weight), torch.zeros_like(kept)
+    moved[0, left], fewer[0, left] = found[: len(left)], True
+    return moved, None if bias is None else found[len(left) :], fewer, signs
 
 
 def _share(final: Any) -> float:

@@ -5,13 +5,13 @@
 
 with Kᵢ = (1/n) Jᵢ H⁻¹ Jᵢᵀ, δ and Λ the first and second derivative of ℓ in f: exact for least
 squares (Allen 1974), one Newton step otherwise (Pregibon 1981; Rad & Maleki 2020; "NS" in
-Stephenson & Broderick 2020). The infinitesimal jackknife leaves (I − KΛ)⁻¹ out, and is too low where
-examples have leverage (Giordano et al. 2019). Where leverage is near 1 neither is to be trusted:
-those few examples are fitted again.
+Stephenson & Broderick 2020). The infinitesimal jackknife leaves (I − KΛ)⁻¹ out, and is too low
+where examples have leverage (Giordano et al. 2019). Where leverage is near 1 neither is to be
+trusted: those few examples are fitted again.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.applications.cross_validated import CrossValidated, Difference, difference
-from upweight.applications.left_out import ByRecipe, Refits, left_out, losses_of
+from upweight.applications.left_out import ByRecipe, Refits, is_followed, left_out, losses_of
 from upweight.applications.penalty_path import Path
 from upweight.applications.subject import subject_of
 from upweight.curvature.hessian import Hessian
@@ -35,6 +35,10 @@ __all__ = ["CrossValidated", "Difference", "Path", "difference", "grouped", "kfo
 
 UNSAFE = 0.5
 """‖∇‖ left of a group's removal, as a share, from which it is refitted."""
+
+FOLLOWED = 32
+"""Examples of leave-one-out that one step is not left to decide, where the model is linear in θ:
+two or three examples of some hundred carry most of what a step is wrong by."""
 
 STOPPED = (
     "the model is not convex: this is the loss at the minimum near θ̂ without the examples, and not "
@@ -73,6 +77,9 @@ def loo(
         SpecError: A limit or count makes no sense; or `confirm` without a way to fit again.
         NonFinite: A loss is not finite, or without an example the minimum is not determined.
         UpweightError: From the adapter or the fit.
+
+    Where the model is linear in θ, the 32 examples whose step matters most are followed to the
+    minimum without them, with the same inverse; see `upweight.applications.left_out`.
 
     Exact when: J is quadratic in θ and f linear in it. The objective keeps its 1/n: for `C` that is
     leave-one-out itself; where `alpha` multiplies the mean, it is but for a change of alpha by
@@ -279,6 +286,26 @@ def _place(asked: Any, train: Any, recipe: Recipe | None) -> _Place:
         refits = ByRecipe(fitted.task, fitted.train, subject.recipe)
     convex = health.is_convex(fitted.task, fitted.theta, fitted.train)
     return _Place(fitted, refits, notes=() if convex else (STOPPED,))
+
+
+def _followed(
+    place: _Place,
+    outputs: Float[Tensor, "n *c"],
+    leverage: Float[Tensor, " n"],
+    loss: Callable[..., Tensor] | None,
+) -> Iterator[tuple[int, Float[Tensor, " *c"], float]]:
+    """Where the steps end that go farthest: (example, its output there, what is left of ‖∇‖)."""
+    fitted = place.fitted
+    moved = (_losses(fitted, outputs, loss) - _at_theta(fitted, loss)).abs()
+    second = moved.nan_to_num(nan=0.0, posinf=1e300) * leverage.clamp(0.0, 1.0)
+    chosen = second.topk(min(FOLLOWED, len(second)))
+    farthest = chosen.indices[chosen.values > 0].tolist()
+    if not farthest or not is_followed(fitted):
+        return
+    found = left_out(fitted, [[i] for i in farthest], place.renormalize)
+    assert found.remainders is not None
+    for i, part, left in zip(farthest, found.outputs, found.remainders.tolist(), strict=True):
+        yield i, part[0], left
 
 
 def _is_of_sklearn(asked: Any) -> bool:

@@ -51,6 +51,12 @@ class LeftOut:
     remainders: Float[Tensor, " g"] | None
 
 
+def is_followed(fitted: Fitted) -> bool:
+    """Whether steps go on to the minimum: of a model that is linear in θ, with its Hessian."""
+    scorer = fitted.scorer
+    return isinstance(scorer, DenseScorer) and scorer.linear_removals is not None
+
+
 def left_out(fitted: Fitted, groups: Sequence[list[int]], renormalize: bool) -> LeftOut:
     """Outputs of each group without it, from one fit.
 
@@ -63,13 +69,14 @@ def left_out(fitted: Fitted, groups: Sequence[list[int]], renormalize: bool) -> 
     together; otherwise a removal step of each group.
     """
     task, train, theta, scorer = fitted.task, fitted.train, fitted.theta, fitted.scorer
-    if not (isinstance(scorer, DenseScorer) and scorer.linear_removals is not None):
+    if not is_followed(fitted):
         steps = (task.layout.flatten(fitted.removal_step(group)) for group in groups)
         moved = [
             outputs_of(task, theta + step, train, group)
             for step, group in zip(steps, groups, strict=True)
         ]
         return LeftOut(moved, None)
+    assert isinstance(scorer, DenseScorer)
     objective = _Tilted(weighted_objective(task, train), scorer)
     penalty = task.penalty.gradient(theta, task.layout)
     outputs, remainders = [], []
