@@ -99,12 +99,14 @@ def loo(
     outputs, leverage = fitted.loo_outputs(), fitted.leverage().double().cpu()
     # `not <=`: a NaN is unsafe as well.
     unsafe = [i for i in range(n) if not float(leverage[i]) <= refit_above]
-    groups = [[i] for i in range(n)]
-    parts = [outputs[i : i + 1] for i in range(n)]
+    options = _Options(loss, confirm, seed, started)
+    for i, found, left in list(_followed(place, outputs, leverage, loss)):
+        outputs[i] = found
+        unsafe += [i] if not left <= UNSAFE and i not in unsafe else []
+    groups, parts = [[i] for i in range(n)], [outputs[i : i + 1] for i in range(n)]
     return _answer(
-        "leave-one-out", place, groups, parts, unsafe, _Options(loss, confirm, seed, started),
-        leverage=leverage,
-    )  # fmt: skip
+        "leave-one-out", place, groups, parts, sorted(unsafe), options, leverage=leverage
+    )
 
 
 def kfold(
