@@ -228,11 +228,11 @@ class CrossValidated(Outcome):
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Held-out against training loss of each example; what was refitted is marked."""
         ax = axes(ax)
-        rows = self._is_refitted
-        ax.scatter(self.train_losses, self.per_example, s=8, label="example")
-        if bool(rows.any()):
+        rows, before = self._is_refitted.numpy(), self.train_losses.numpy()
+        ax.scatter(before, self.per_example.numpy(), s=8, label="example")
+        if rows.any():
             ax.scatter(
-                self.train_losses[rows], self.exact[rows], s=24, facecolors="none",
+                before[rows], self.exact[rows], s=24, facecolors="none",
                 edgecolors="C3", label="refitted",
             )  # fmt: skip
             ax.legend()
@@ -362,7 +362,7 @@ class Difference(Outcome):
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The differences from the smallest to the largest."""
         ax = axes(ax)
-        ax.plot(self.per_example.sort().values)
+        ax.plot(self.per_example.sort().values.numpy())
         ax.axhline(self.mean, color="C3", label="mean")
         ax.axhline(0.0, color="0.6", linewidth=0.8)
         ax.legend()

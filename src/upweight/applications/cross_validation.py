@@ -298,7 +298,7 @@ def _followed(
 ) -> Iterator[tuple[int, Float[Tensor, " *c"], float]]:
     """Where the steps end that go farthest: (example, its output there, what is left of ‖∇‖)."""
     fitted = place.fitted
-    moved = (_losses(fitted, outputs, loss) - _at_theta(fitted, loss)).abs()
+    moved = (losses_of(fitted, outputs, loss) - _at_theta(fitted, loss)).abs()
     second = moved.nan_to_num(nan=0.0, posinf=1e300) * leverage.clamp(0.0, 1.0)
     chosen = second.topk(min(FOLLOWED, len(second)))
     farthest = chosen.indices[chosen.values > 0].tolist()
@@ -350,7 +350,7 @@ def _answer(
     outputs = torch.cat(list(parts))
     order = torch.tensor([i for group in groups for i in group])
     outputs = outputs[order.argsort().to(outputs.device)]
-    approximate = _losses(fitted, outputs, options.loss)
+    approximate = losses_of(fitted, outputs, options.loss)
     at_theta = _at_theta(fitted, options.loss)
     sampled, chances = _drawn(options, groups, approximate - at_theta, leverage)
     wanted = sorted({*unsafe, *sampled}) if place.refits is not None else []
@@ -366,7 +366,7 @@ def _answer(
                 continue
             exact[groups[k]] = found.to(exact).reshape(len(groups[k]), *exact.shape[1:])
             refitted.append(k)
-    losses = _losses(fitted, exact, options.loss)
+    losses = losses_of(fitted, exact, options.loss)
     _require_finite(losses)
     done = set(refitted)
     return CrossValidated(
@@ -395,21 +395,7 @@ def _at_theta(fitted: Fitted, loss: Callable[..., Tensor] | None) -> Float[Tenso
     for _, _, batch in fitted.train.batches(1024):
         with torch.no_grad():
             parts.append(task.outputs(fitted.theta, task.to_device(batch))[0])
-    return _losses(fitted, torch.cat(parts), loss)
-
-
-def _losses(
-    fitted: Fitted, outputs: Float[Tensor, "n *c"], loss: Callable[..., Tensor] | None
-) -> Float[Tensor, " n"]:
-    found = losses_of(fitted, outputs, loss)
-    if found.shape != (len(fitted.train),):
-        raise ShapeError(
-            "A loss gives one value per example, (outputs, targets) -> [b].",
-            f"shape {tuple(found.shape)} for {len(fitted.train)} examples.",
-            "a mean over the batch, or a value per output.",
-            "reduce over the outputs alone: .mean(dim=1), or reduction='none'.",
-        )
-    return found
+    return losses_of(fitted, torch.cat(parts), loss)
 
 
 def _require_finite(losses: Float[Tensor, " n"]) -> None:

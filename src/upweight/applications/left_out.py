@@ -18,9 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight.errors import ShapeError
 from upweight.methods.dense import DenseScorer
 from upweight.methods.fitted import Fitted
 from upweight.task.data import Data
+from upweight.task.losses import SquaredError
 from upweight.task.recipe import Recipe, Trainer
 from upweight.task.task import Task
 from upweight.training.descent import descend
@@ -89,7 +91,7 @@ def left_out(fitted: Fitted, groups: Sequence[list[int]], renormalize: bool) -> 
         before = (scale - 1) * (scorer.gradient - penalty) - scale * gone
         norms = before.norm(dim=1)
         found = descend(
-            objective, weights, theta - scorer.solve(before), scorer.solve,
+            objective, weights, _starts(scorer, some, before), scorer.solve,
             tol=TOLERANCE * float(norms.min()), max_steps=STEPS, memory=MEMORY,
         )  # fmt: skip
         # Examples without a gradient leave nothing to do.
@@ -100,6 +102,20 @@ def left_out(fitted: Fitted, groups: Sequence[list[int]], renormalize: bool) -> 
             for each, group in zip(found.theta, some, strict=True)
         ]
     return LeftOut(outputs, torch.cat(remainders))
+
+
+def _starts(
+    scorer: DenseScorer, groups: Sequence[list[int]], before: Float[Tensor, "g p"]
+) -> Float[Tensor, "g p"]:
+    """The end of a Newton step without each group where that is cheap or exact, else with all."""
+    linear, loss = scorer.linear_removals, scorer.task.loss
+    assert linear is not None
+    is_parabola = isinstance(getattr(loss, "base", loss), SquaredError)
+    if all(len(group) == 1 for group in groups):
+        return scorer.theta + linear.steps([group[0] for group in groups])
+    if is_parabola:
+        return scorer.theta + scorer.steps(groups)
+    return scorer.theta - scorer.solve(before)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,11 +185,23 @@ class ByRecipe:
 def losses_of(
     fitted: Fitted, outputs: Float[Tensor, "n *c"], loss: Callable[..., Tensor] | None
 ) -> Float[Tensor, " n"]:
-    """ℓ(fᵢ, yᵢ) of every training example at given outputs, in float64 on the CPU."""
+    """ℓ(fᵢ, yᵢ) of every training example at given outputs, in float64 on the CPU.
+
+    Raises:
+        ShapeError: The loss does not give one value per example.
+    """
     task, train, parts = fitted.task, fitted.train, []
     of = task.loss if loss is None else loss
     for start, stop, batch in train.batches(1024):
         with torch.no_grad():
             targets = task.outputs(fitted.theta, task.to_device(batch))[1]
-            parts.append(of(outputs[start:stop], targets).double().cpu())
+            found = of(outputs[start:stop], targets)
+        if found.shape != (stop - start,):
+            raise ShapeError(
+                "A loss gives one value per example, (outputs, targets) -> [b].",
+                f"shape {tuple(found.shape)} for {stop - start} examples.",
+                "a mean over the batch, or a value per output.",
+                "reduce over the outputs alone: .mean(dim=1), or reduction='none'.",
+            )
+        parts.append(found.double().cpu())
     return torch.cat(parts)

@@ -1,5 +1,6 @@
 """The cross-validated loss along a parameter, and which value to choose."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -151,13 +152,14 @@ class Path(Outcome):
         ax = axes(ax)
         numbers = all(isinstance(v, int | float) for v in self.values)
         x = list(self.values) if numbers else list(range(len(self.values)))
-        ax.errorbar(x, self.mean, yerr=NORMAL * self.standard_error, label="held out", capsize=2)
-        train = self._each(lambda at: float(at.train_losses.mean()))
+        mean, spread = self.mean.numpy(), NORMAL * self.standard_error.numpy()
+        ax.errorbar(x, mean, yerr=spread, label="held out", capsize=2)
+        train = self._each(lambda at: float(at.train_losses.mean())).numpy()
         ax.plot(x, train, color="0.6", label="training")
         unsafe = [k for k, count in enumerate(self.unsafe) if count]
         if unsafe:
             ax.scatter(
-                [x[k] for k in unsafe], self.mean[unsafe], marker="x", color="C3", zorder=3,
+                [x[k] for k in unsafe], mean[unsafe], marker="x", color="C3", zorder=3,
                 label="unsafe for some",
             )  # fmt: skip
         ax.axvline(x[self.best], color="C0", linewidth=0.8)
@@ -196,4 +198,6 @@ def _numbers(values: Float[Tensor, " v"]) -> list[float | None]:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
+    """As JSON would hold it, which knows neither NumPy's numbers nor infinity."""
+    plain = value.item() if hasattr(value, "item") else value
+    return str(plain) if isinstance(plain, float) and not math.isfinite(plain) else plain
