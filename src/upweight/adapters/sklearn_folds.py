@@ -7,7 +7,7 @@ which then is one over fewer rows.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,7 @@ class Translated:
         refits: Clones fitted on what is left.
         renormalizes: Whether its objective is a mean over the rows that are left.
         notes: What to know.
+        holds: Of an ℓ1 penalty, whether θ without a group is a minimum with all columns.
     """
 
     task: Task
@@ -54,6 +55,7 @@ class Translated:
     refits: "Clones"
     renormalizes: bool
     notes: tuple[str, ...] = ()
+    holds: Callable[[Tensor, list[int]], bool] | None = None
 
 
 def translated(
@@ -73,8 +75,9 @@ def translated(
     """
     final = final_step(estimator)
     notes: list[str] = []
+    holds: Callable[[Tensor, list[int]], bool] | None = None
     if sklearn_sparse.is_sparse(estimator):
-        task, train, said = sklearn_sparse.task(estimator, X, y, sample_weight)
+        task, train, holds, said = sklearn_sparse.task(estimator, X, y, sample_weight)
         notes += said
         objective = sklearn_sparse.objective_of(estimator)
     else:
@@ -93,7 +96,7 @@ def translated(
             "rows leave: the mean is over what is left"
         )
     refits = Clones(_unfitted(estimator), X, y, sample_weight, objective, _outputs(task, train))
-    return Translated(task, train, refits, renormalizes, tuple(notes))
+    return Translated(task, train, refits, renormalizes, tuple(notes), holds)
 
 
 @dataclass(frozen=True, eq=False)

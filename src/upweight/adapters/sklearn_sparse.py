@@ -11,6 +11,7 @@ does to the support itself is not seen: fits by scikit-learn are what tells.
     C Σ vᵢ ℓᵢ + ρ ‖W‖₁ + ½ (1 − ρ) ‖W‖²   (LogisticRegression)           divided by nC
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,10 @@ from upweight.task.task import Task
 DEPENDENT = 1e-9
 """A pivot of columns of length 1, relative to the largest, below which one is dependent."""
 
+SLACK = 0.05
+"""How much harder than the penalty a column that was left out may pull before it counts: one that
+only just enters changes little."""
+
 
 def is_sparse(estimator: Any) -> bool:
     """Whether it is a linear model with an ℓ1 part, of those translated here."""
@@ -57,8 +62,11 @@ def objective_of(estimator: Any) -> Objective:
 
 def task(
     estimator: Any, X: Any, y: Any, sample_weight: Any = None, *, tolerance: float = 1.0
-) -> tuple[Task, Data, tuple[str, ...]]:
-    """A fitted ℓ1-penalized estimator on its support, with its training data, and notes.
+) -> tuple[Task, Data, Callable[[Tensor, list[int]], bool], tuple[str, ...]]:
+    """A fitted ℓ1-penalized estimator on its support: task, training data, `holds`, and notes.
+
+    `holds(θ, group)` says whether θ, fitted on the support without the group, is a minimum with all
+    columns: no sign has changed, and no column left out pulls harder than the penalty.
 
     Arguments as for `upweight.adapters.sklearn.task`; the examples of the task are the kept columns
     of X, transformed by a Pipeline's earlier steps.
@@ -81,10 +89,12 @@ def task(
         bias = None  # which it penalizes too, and took out
     kept, count = weight != 0, int((weight != 0).sum())
     by_l1, by_l2 = _strengths(final, n)
+    support = kept
     if by_l2 == 0 and len(weight) == 1 and count > 1:
         weight, bias, kept, signs = _independent(weight, bias, kept, Z)
     else:
         signs = weight.sign()
+    whole = Z
     inner, Z = _model(weight, bias, kept, Z)
     slopes = {"weight": by_l1 * signs[kept]}
     if bias is not None:
@@ -115,7 +125,18 @@ def task(
             f"{count - int(kept.sum())} columns of the support depend on the others, and their "
             "coefficients were moved to those, which changes no output"
         )
-    return made, train, tuple(notes)
+
+    def holds(theta: Float[Tensor, " p"], group: list[int]) -> bool:
+        with torch.no_grad():
+            outputs, given = made.outputs(theta, train.batch(0, n))
+        slope = made.output_gradient(outputs, given).reshape(n, -1)
+        slope[group] = 0.0
+        pulls = (slope.T @ whole / n)[~support].abs()
+        signs = made.layout.unflatten(theta)["weight"] if int(kept.sum()) else theta.new_zeros(0)
+        same = torch.equal(signs.reshape(-1).sign(), weight[kept].sign())
+        return same and not bool((pulls > (1 + SLACK) * by_l1).any())
+
+    return made, train, holds, tuple(notes)
 
 
 @dataclass(frozen=True)

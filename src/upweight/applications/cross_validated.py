@@ -191,10 +191,9 @@ class CrossValidated(Outcome):
         left = [k for k in self.unsafe if k not in self.refitted]
         if left:
             named = ", ".join(self._named(k) for k in left[:SHOWN])
-            what = "have leverage too near 1" if self.leverage is not None else "move too far"
             found.append(
-                f"{len(left)} of {len(self.groups)} {what} for one step and were not refitted: "
-                f"{named}{', …' if len(left) > SHOWN else ''}"
+                f"one fit says too little of {len(left)} of {len(self.groups)}, which were not "
+                f"refitted: {named}{', …' if len(left) > SHOWN else ''}"
             )
         if self.failures:
             k, reason = next(iter(self.failures.items()))

@@ -10,6 +10,7 @@ where examples have leverage (Giordano et al. 2019). Where leverage is near 1 ne
 trusted: those few examples are fitted again.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -234,7 +235,7 @@ def path(
     for k, (_, fit) in enumerate(fits):
         try:
             known = sk.translated(fit, X, y, sample_weight, minimize=True)
-            place = _Place(_exact(known), known.refits, known.renormalizes, known.notes)
+            place = _of_sklearn(known)
             at = (
                 loo(place, refit_above=refit_above, **chosen)
                 if folds is None
@@ -262,6 +263,7 @@ class _Place:
     refits: Refits | None
     renormalize: bool = False
     notes: tuple[str, ...] = ()
+    holds: Callable[[Tensor, list[int]], bool] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,7 +282,7 @@ def _place(asked: Any, train: Any, recipe: Recipe | None) -> _Place:
 
         if len(train) in (2, 3):
             known = sk.translated(asked, *train)
-            return _Place(_exact(known), known.refits, known.renormalizes, known.notes)
+            return _of_sklearn(known)
     subject = subject_of(asked, train, recipe)
     fitted = subject.fitted
     refits = None
@@ -305,17 +307,20 @@ def _followed(
     if not farthest or not is_followed(fitted):
         return
     found = left_out(fitted, [[i] for i in farthest], place.renormalize)
-    assert found.remainders is not None
-    for i, part, left in zip(farthest, found.outputs, found.remainders.tolist(), strict=True):
-        yield i, part[0], left
+    assert found.theta is not None and found.remainders is not None
+    ends = zip(farthest, found.outputs, found.theta, found.remainders.tolist(), strict=True)
+    for i, part, theta, left in ends:
+        is_minimum = place.holds is None or place.holds(theta, [i])
+        yield i, part[0], left if is_minimum else math.inf
 
 
 def _is_of_sklearn(asked: Any) -> bool:
     return type(asked).__module__.startswith("sklearn.")
 
 
-def _exact(known: Any) -> Fitted:
-    return Influence(Hessian(), Cholesky()).fit(known.task, known.train)
+def _of_sklearn(known: Any) -> _Place:
+    fitted = Influence(Hessian(), Cholesky()).fit(known.task, known.train)
+    return _Place(fitted, known.refits, known.renormalizes, known.notes, known.holds)
 
 
 def _by_groups(

@@ -45,12 +45,14 @@ class LeftOut:
 
     Args:
         outputs: `[e, c]` of each group, in the order of its members.
+        theta: Where the steps ended, one row per group; None where they were not followed up.
         remainders: ‖∇‖ that is left, as a share of what it was at θ̂, of each group; None where the
             step was not followed up.
     """
 
     outputs: list[Float[Tensor, "e *c"]]
-    remainders: Float[Tensor, " g"] | None
+    theta: Float[Tensor, "g p"] | None = None
+    remainders: Float[Tensor, " g"] | None = None
 
 
 def is_followed(fitted: Fitted) -> bool:
@@ -77,11 +79,11 @@ def left_out(fitted: Fitted, groups: Sequence[list[int]], renormalize: bool) -> 
             outputs_of(task, theta + step, train, group)
             for step, group in zip(steps, groups, strict=True)
         ]
-        return LeftOut(moved, None)
+        return LeftOut(moved)
     assert isinstance(scorer, DenseScorer)
     objective = _Tilted(weighted_objective(task, train), scorer)
     penalty = task.penalty.gradient(theta, task.layout)
-    outputs, remainders = [], []
+    outputs, remainders, ends = [], [], []
     for start in range(0, len(groups), objective.at_once):
         some = groups[start : start + objective.at_once]
         weights = removal_weights(len(train), some, renormalize=renormalize).to(theta)
@@ -97,11 +99,12 @@ def left_out(fitted: Fitted, groups: Sequence[list[int]], renormalize: bool) -> 
         # Examples without a gradient leave nothing to do.
         left = torch.where(norms > 0, found.gradient_norms / norms, 0.0)
         remainders.append(left)
+        ends.append(found.theta)
         outputs += [
             outputs_of(task, each, train, group)
             for each, group in zip(found.theta, some, strict=True)
         ]
-    return LeftOut(outputs, torch.cat(remainders))
+    return LeftOut(outputs, torch.cat(ends), torch.cat(remainders))
 
 
 def _starts(
