@@ -157,7 +157,7 @@ def _sparse() -> Iterator[Goal]:
         yield _near(f"{name}{alpha:g}", found.mean, exact.mean, seconds)
     X, y = load_breast_cancer(return_X_y=True)
     X = StandardScaler().fit_transform(X)
-    for C in (0.01, 0.1, 1.0):
+    for C in (0.1, 1.0):
         fit = LogisticRegression(C=C, l1_ratio=1.0, solver="liblinear", tol=1e-10, max_iter=10_000)
         fit.fit(X, y)
         found, seconds = _timed(lambda fit=fit: cv.loo(fit, (X, y)))
