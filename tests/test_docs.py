@@ -154,6 +154,12 @@ def classes():
     return {"X": X, "X_test": X_test, "LogisticRegression": linear_model.LogisticRegression} | of
 
 
+def groups():
+    """Two classes, and which of six groups each row is of."""
+    names = classes()
+    return names | {"labels": np.arange(len(names["y"])) % 6}
+
+
 def counts():
     """Deaths in some years, and what a regression is asked about."""
     pytest.importorskip("statsmodels")
@@ -196,6 +202,7 @@ NAMES = {
     "statsmodels.md": counts,
     "regression.md": rows,
     "unlearning.md": unlearning,
+    "cross_validation.md": groups,
 }
 """What a page starts with; others with `network`."""
 

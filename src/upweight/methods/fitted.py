@@ -305,7 +305,23 @@ class Fitted:
         Cost: c solves (by layer, c backward passes) per example.
         """
         self._require_movement("loo_outputs()")
-        return removal.loo_outputs(self._place)
+        return self._without_each[0].clone()
+
+    def leverage(self) -> Float[Tensor, " n"]:
+        """hᵢ of every training example: the share of its own outputs that it determines.
+
+            hᵢ = λ_max(Λᵢ Kᵢ),    Kᵢ = (1/n) Jᵢ (H + λI)⁻¹ Jᵢᵀ,   Λᵢ = ∂²ℓᵢ/∂f²
+
+        The diagonal of the hat matrix where f has one output (Pregibon 1981). Its removal is
+        corrected by 1/(1 − hᵢ): the nearer to 1, the less a Newton step says of it.
+
+        Raises:
+            NonFinite: One of them is 1: see `loo_outputs`.
+
+        Cost: none beyond `loo_outputs`, with which it is had.
+        """
+        self._require_movement("leverage()")
+        return self._without_each[1].clone()
 
     # -- changed inputs and labels ----------------------------------------------------------------
 
@@ -469,6 +485,10 @@ class Fitted:
             description=lambda: self._description(asked),
             settings=self.scorer.settings(asked),
         )
+
+    @cached_property
+    def _without_each(self) -> tuple[Float[Tensor, "n *c"], Float[Tensor, " n"]]:
+        return removal.without_each(self._place)
 
     @property
     def _place(self) -> Place:

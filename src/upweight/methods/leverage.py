@@ -61,6 +61,17 @@ def group_output_gradients(
     return solve_removal(weighted.reshape(1, e * c, e * c), delta.reshape(1, -1)).reshape(e, c)
 
 
+def largest_share(
+    lambdas: Float[Tensor, "k c c"], leverage: Float[Tensor, "k c c"]
+) -> Float[Tensor, " k"]:
+    """h, the largest eigenvalue of Λ K of each example, which are real where K ≻ 0 or c = 1."""
+    hat = torch.bmm(lambdas, leverage)
+    if hat.shape[-1] == 1:
+        return hat[:, 0, 0]
+    working = torch.promote_types(hat.dtype, torch.float32)
+    return torch.linalg.eigvals(hat.to(working)).real.amax(dim=1).to(hat.dtype)
+
+
 def solve_removal(hat: Float[Tensor, "k m m"], delta: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
     """(I − hat)⁻¹ δ, refusing a singular system.
 

@@ -18,7 +18,7 @@ from upweight.effects import FIRST_ORDER, Effects, Groups, first_order, without
 from upweight.methods import remainder
 from upweight.methods.dense import DenseScorer
 from upweight.methods.functionals import evaluated
-from upweight.methods.leverage import corrected_output_gradients
+from upweight.methods.leverage import corrected_output_gradients, largest_share
 from upweight.methods.reduce import Answer, Reducer, Sink, Sweep
 from upweight.methods.scorer import Asked, Job, Scorer
 from upweight.runtime.memory import require_room
@@ -132,10 +132,10 @@ def checked_step(scorer: Scorer, group: list[int]) -> tuple[Float[Tensor, " p"],
     return step, remainder.missed(scorer, [group], step[None], 1)
 
 
-def loo_outputs(at: Place) -> Float[Tensor, "n *c"]:
-    """See `Fitted.loo_outputs`."""
+def without_each(at: Place) -> tuple[Float[Tensor, "n *c"], Float[Tensor, " n"]]:
+    """See `Fitted.loo_outputs` and `Fitted.leverage`: the two share their Jacobians."""
     task, n = at.task, len(at.train)
-    found = []
+    found, shares = [], []
     for start, stop, _ in progress(_ranges(at), n, "outputs without each example"):
         batch = task.to_device(at.train.batch(start, stop))
         leverage = at.scorer.leverages(start, stop)
@@ -147,7 +147,8 @@ def loo_outputs(at: Place) -> Float[Tensor, "n *c"]:
         u = corrected_output_gradients(delta, lambdas, leverage.to(delta))
         moved = (leverage.to(delta) @ u[:, :, None])[:, :, 0]
         found.append(outputs + moved.reshape(outputs.shape))
-    return torch.cat(found)
+        shares.append(largest_share(lambdas, leverage.to(delta)))
+    return torch.cat(found), torch.cat(shares)
 
 
 def _ranges(at: Place) -> Iterator[tuple[int, int, None]]:

@@ -1,0 +1,442 @@
+"""What cross-validation answers: the loss on examples that were left out, and how far to trust it.
+
+    CV = (1/n) Σᵢ ℓ(f₋ᵢ(xᵢ), yᵢ)          one standard error: the spread of the n losses over √n
+
+The n losses are not independent, since any two fits share most of their data; that standard error
+is the usual one, and on the small side (Bengio & Grandvalet 2004 show that none is unbiased). Where
+examples leave by cluster, the sums of the clusters are what varies.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.applications.outcome import Outcome
+from upweight.errors import ShapeError
+from upweight.plot import axes
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+NORMAL = 1.959963984540054
+"""Standard errors on either side of a 95 % interval."""
+
+SHOWN = 3
+
+
+@dataclass(frozen=True, eq=False)
+class CrossValidated(Outcome):
+    """The held-out loss of every example. Made by `loo`, `kfold` and `grouped`.
+
+    `predicted` and `actual` are the mean losses of the groups that were refitted, `[r]`: from one
+    fit, and from fits without them. Units are those of the loss.
+
+    Args:
+        kind: "leave-one-out", "10-fold", or what else, in words.
+        approximate: ℓ(f₋ᵢ(xᵢ), yᵢ) of each example from one fit, `[n]`.
+        exact: The same by a refit, where there is one; else approximate.
+        train_losses: ℓ(f(xᵢ), yᵢ) of the fit on all data.
+        outputs: f₋ᵢ(xᵢ), `[n, c]`.
+        leverage: hᵢ; None where examples leave in groups.
+        groups: Which examples leave together.
+        unsafe: Places of the groups that a step from one fit says too little of.
+        refitted: Places of the groups that were fitted again, in order.
+        sampled: Groups that were drawn at random to check the others, as often as drawn.
+        chances: Of each group, to be the one in a draw.
+        failures: Why there is no refit of a group, by its place.
+        is_clustered: Whether the standard error is over groups.
+        said: Notes.
+        seconds: Time spent, refits included.
+    """
+
+    kind: str
+    approximate: Float[Tensor, " n"]
+    exact: Float[Tensor, " n"]
+    train_losses: Float[Tensor, " n"]
+    outputs: Float[Tensor, "n *c"]
+    leverage: Float[Tensor, " n"] | None
+    groups: tuple[tuple[int, ...], ...] = field(repr=False)
+    unsafe: tuple[int, ...] = ()
+    refitted: tuple[int, ...] = ()
+    sampled: tuple[int, ...] = ()
+    chances: Float[Tensor, " g"] | None = field(default=None, repr=False)
+    failures: Mapping[int, str] = field(default_factory=dict)
+    is_clustered: bool = False
+    said: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    # -- the numbers ------------------------------------------------------------------------------
+
+    @cached_property
+    def per_example(self) -> Float[Tensor, " n"]:
+        """The held-out loss of each: from one fit, and by refits where that is unsafe.
+
+        Random refits check the others and do not enter, unless all were refitted: the errors that
+        they would take out are not those that are left.
+        """
+        whole = len(self.refitted) == len(self.groups)
+        found = self.approximate.clone()
+        rows = [i for k in self.refitted if whole or k in self.unsafe for i in self.groups[k]]
+        found[rows] = self.exact[rows]
+        return found
+
+    @cached_property
+    def mean(self) -> float:
+        """CV, the mean held-out loss."""
+        return float(self.per_example.mean())
+
+    @cached_property
+    def standard_error(self) -> float:
+        """Of the mean. NaN for one example or group."""
+        return standard_error(self.per_example, self.groups if self.is_clustered else None)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The mean ± 1.96 standard errors."""
+        return _around(self.mean, self.standard_error)
+
+    @cached_property
+    def predicted(self) -> Float[Tensor, " r"]:  # type: ignore[override]
+        """Mean loss of each refitted group, from one fit."""
+        return self._of_groups(self.approximate, self.refitted)
+
+    @cached_property
+    def actual(self) -> Float[Tensor, " r"] | None:  # type: ignore[override]
+        """The same from fits without the group; None where nothing was refitted."""
+        return self._of_groups(self.exact, self.refitted) if self.refitted else None
+
+    @cached_property
+    def missed(self) -> float | None:
+        """What refits of all groups would change of the mean, from those drawn; None without any.
+
+            (1/d) Σ_draws (1/n) Σ_{i∈g} (ℓᵢ refitted − ℓᵢ) / π_g        (Hansen & Hurwitz 1943)
+
+        Unbiased. π_g is larger where leaving out changes more, since that is where the error is; a
+        group that is unsafe is refitted anyway, and misses nothing.
+        """
+        found = self._misses
+        return None if found is None else float(found.mean())
+
+    @cached_property
+    def missed_standard_error(self) -> float | None:
+        """Of `missed`, by the spread of the draws."""
+        found = self._misses
+        return None if found is None else standard_error(found)
+
+    @cached_property
+    def _misses(self) -> Float[Tensor, " d"] | None:
+        if not self.sampled or self.chances is None:
+            return None
+        moved, unsafe, n = self.exact - self.approximate, set(self.unsafe), len(self.groups)
+        total = [0.0 if k in unsafe else float(moved[list(self.groups[k])].sum()) for k in range(n)]
+        each = [total[k] / float(self.chances[k]) / len(moved) for k in self.sampled]
+        return torch.tensor(each, dtype=torch.float64)
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether refits of random groups move the mean by less than its standard error."""
+        if len(self.refitted) == len(self.groups):
+            return True
+        return self.missed is not None and abs(self.missed) <= self.standard_error
+
+    def worst(self, k: int = 10) -> list[int]:
+        """The k examples with the largest held-out losses, the largest first."""
+        count = min(k, len(self.per_example))
+        return self.per_example.topk(count).indices.tolist()
+
+    @property
+    def _is_refitted(self) -> Tensor:
+        found = torch.zeros(len(self.approximate), dtype=torch.bool)
+        found[[i for k in self.refitted for i in self.groups[k]]] = True
+        return found
+
+    def _of_groups(self, values: Tensor, places: Sequence[int]) -> Float[Tensor, " r"]:
+        parts = [values[list(self.groups[k])].mean() for k in places]
+        return torch.stack(parts) if parts else values.new_zeros(0)
+
+    # -- the outcome ------------------------------------------------------------------------------
+
+    @property
+    def title(self) -> str:
+        return f"Cross-validation, {self.kind}"
+
+    @property
+    def verdict(self) -> str:
+        n, low_high = len(self.per_example), _interval(self.interval)
+        said = (
+            f"The {self.kind} loss of {n} examples is {self.mean:.4g} (95 % interval {low_high}; "
+            f"training loss {float(self.train_losses.mean()):.4g})"
+        )
+        if len(self.refitted) == len(self.groups):
+            return f"{said}, by fits without each."
+        unsafe = [k for k in self.unsafe if k in self.refitted]
+        said += f", from one fit{f' and {len(unsafe)} refits where it is unsafe' if unsafe else ''}"
+        if self.missed is None:
+            return f"{said}; no random refit checks it."
+        off = f"{self.missed:+.2g} (± {self.missed_standard_error:.1g})"
+        drawn = len(set(self.sampled))
+        checked = f"by {drawn} random {'refit' if drawn == 1 else 'refits'} it is off by {off}"
+        doubt = "" if self.is_confirmed else ", more than a standard error: it is not confirmed"
+        return f"{said}; {checked}{doubt}."
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        found = list(self.said)
+        left = [k for k in self.unsafe if k not in self.refitted]
+        if left:
+            named = ", ".join(self._named(k) for k in left[:SHOWN])
+            found.append(
+                f"one fit says too little of {len(left)} of {len(self.groups)}, which were not "
+                f"refitted: {named}{', …' if len(left) > SHOWN else ''}"
+            )
+        if self.failures:
+            k, reason = next(iter(self.failures.items()))
+            found.append(
+                f"{len(self.failures)} refits failed and keep the approximation; "
+                f"the first, without {self._named(k)}: {reason.rstrip('.')}"
+            )
+        return tuple(found)
+
+    def _named(self, place: int) -> str:
+        group = self.groups[place]
+        return "+".join(map(str, group[:2])) + ("+…" if len(group) > 2 else "")
+
+    def frame(self) -> "pd.DataFrame":
+        """One row per example."""
+        import pandas as pd
+
+        place = {i: k for k, group in enumerate(self.groups) for i in group}
+        order = [place[i] for i in range(len(self.per_example))]
+        columns = {
+            "loss": self.per_example.numpy(),
+            "approximate": self.approximate.numpy(),
+            "exact": self.exact.where(self._is_refitted, torch.nan).numpy(),
+            "train_loss": self.train_losses.numpy(),
+            "group": order,
+        }
+        if self.leverage is not None:
+            columns["leverage"] = self.leverage.numpy()
+        return pd.DataFrame(columns).rename_axis("example")
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Held-out against training loss of each example; what was refitted is marked."""
+        ax = axes(ax)
+        rows, before = self._is_refitted.numpy(), self.train_losses.numpy()
+        ax.scatter(before, self.per_example.numpy(), s=8, label="example")
+        if rows.any():
+            ax.scatter(
+                before[rows], self.exact[rows], s=24, facecolors="none",
+                edgecolors="C3", label="refitted",
+            )  # fmt: skip
+            ax.legend()
+        ax.axline((0.0, 0.0), slope=1.0, color="0.6", linewidth=0.8)
+        ax.set(xlabel="training loss", ylabel="held-out loss", title=self.title)
+        return ax
+
+    def summary(self) -> dict[str, Any]:
+        low, high = self.interval
+        return {
+            "verdict": self.verdict,
+            "kind": self.kind,
+            "n": len(self.per_example),
+            "mean": self.mean,
+            "standard_error": _finite(self.standard_error),
+            "interval": [_finite(low), _finite(high)],
+            "train_loss": float(self.train_losses.mean()),
+            "unsafe": list(self.unsafe),
+            "refitted": list(self.refitted),
+            "predicted": self.predicted.tolist(),
+            "actual": None if self.actual is None else self.actual.tolist(),
+            "missed": self.missed,
+            "missed_standard_error": (
+                None if self.missed is None else _finite(self.missed_standard_error or 0.0)
+            ),
+            "is_confirmed": self.is_confirmed,
+            "largest_leverage": None if self.leverage is None else float(self.leverage.max()),
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Difference(Outcome):
+    """How much lower or higher the held-out loss of one model is than that of another, paired.
+
+    `predicted` and `actual` are the mean difference over the groups that both refitted.
+
+    Args:
+        first, second: On the same examples, in the same order.
+        names: What the two are called.
+    """
+
+    first: CrossValidated
+    second: CrossValidated
+    names: tuple[str, str] = ("the first model", "the second")
+
+    @cached_property
+    def per_example(self) -> Float[Tensor, " n"]:
+        """ℓ of the first minus ℓ of the second."""
+        return self.first.per_example - self.second.per_example
+
+    @property
+    def mean(self) -> float:
+        """Of the differences."""
+        return float(self.per_example.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean, by example; by cluster where either was."""
+        by = next((x.groups for x in (self.first, self.second) if x.is_clustered), None)
+        return standard_error(self.per_example, by)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The mean ± 1.96 standard errors."""
+        return _around(self.mean, self.standard_error)
+
+    @property
+    def _both(self) -> list[int]:
+        """Examples that both refitted."""
+        rows = [
+            {i for k in model.refitted for i in model.groups[k]}
+            for model in (self.first, self.second)
+        ]
+        return sorted(rows[0] & rows[1])
+
+    @property
+    def predicted(self) -> float | None:  # type: ignore[override]
+        """Mean difference over what both refitted, each from one fit."""
+        rows, (a, b) = self._both, (self.first, self.second)
+        return float((a.approximate - b.approximate)[rows].mean()) if rows else None
+
+    @property
+    def actual(self) -> float | None:  # type: ignore[override]
+        """The same by refits."""
+        rows = self._both
+        return float((self.first.exact - self.second.exact)[rows].mean()) if rows else None
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether both models are, by refits of some of the same examples."""
+        both = self.first.is_confirmed and self.second.is_confirmed
+        return both and self.actual is not None
+
+    @property
+    def title(self) -> str:
+        return f"Difference in cross-validated loss, {self.first.kind}"
+
+    @property
+    def verdict(self) -> str:
+        lower = self.mean < 0
+        low, high = self.interval
+        said = (
+            f"The {self.first.kind} loss of {self.names[0]} is {abs(self.mean):.3g} "
+            f"{'lower' if lower else 'higher'} than that of {self.names[1]} (95 % interval of the "
+            f"difference {_interval(self.interval)})"
+        )
+        tells = ", which does not tell them apart" if low <= 0 <= high else ""
+        return f"{said}{tells}{'' if self.is_confirmed else '; not confirmed by refits of both'}."
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.first.notes, *self.second.notes)))
+
+    def frame(self) -> "pd.DataFrame":
+        """One row per example."""
+        import pandas as pd
+
+        columns = {
+            "first": self.first.per_example.numpy(),
+            "second": self.second.per_example.numpy(),
+            "difference": self.per_example.numpy(),
+        }
+        return pd.DataFrame(columns).rename_axis("example")
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """The differences from the smallest to the largest."""
+        ax = axes(ax)
+        ax.plot(self.per_example.sort().values.numpy())
+        ax.axhline(self.mean, color="C3", label="mean")
+        ax.axhline(0.0, color="0.6", linewidth=0.8)
+        ax.legend()
+        ax.set(xlabel="examples, sorted", ylabel="difference in loss", title=self.title)
+        return ax
+
+    def summary(self) -> dict[str, Any]:
+        low, high = self.interval
+        return {
+            "verdict": self.verdict,
+            "mean": self.mean,
+            "standard_error": _finite(self.standard_error),
+            "interval": [_finite(low), _finite(high)],
+            "predicted": self.predicted,
+            "actual": self.actual,
+            "is_confirmed": self.is_confirmed,
+            "notes": list(self.notes),
+        }
+
+
+def difference(
+    first: CrossValidated,
+    second: CrossValidated,
+    names: tuple[str, str] = ("the first model", "the second"),
+) -> Difference:
+    """The paired difference between two models, with its standard error.
+
+        d̄ = (1/n) Σᵢ (ℓᵢᵃ − ℓᵢᵇ)        standard error: the spread of the n differences over √n
+
+    Losses of the same example go together, so the difference is told far better than either loss.
+
+    Args:
+        first: Of `loo`, `kfold` or `grouped`.
+        second: Of the same examples in the same order, left out in the same way.
+        names: What the models are called in the verdict.
+
+    Raises:
+        ShapeError: They are not of the same examples, or left out differently.
+    """
+    if len(first.per_example) != len(second.per_example) or first.groups != second.groups:
+        raise ShapeError(
+            "A paired difference is between losses of the same examples, left out alike.",
+            f"{len(first.per_example)} examples in {len(first.groups)} groups, and "
+            f"{len(second.per_example)} in {len(second.groups)}.",
+            "models of other rows, or folds from another seed.",
+            "cross-validate both on the same rows, with the same folds=, such as an array of one "
+            "label per example.",
+        )
+    return Difference(first, second, names)
+
+
+def standard_error(
+    values: Float[Tensor, " n"], groups: Sequence[Sequence[int]] | None = None
+) -> float:
+    """Of the mean of n values; of clusters, by the sums of their deviations. NaN for one.
+
+    s/√n,    or  √(G/(G − 1) Σ_g (Σ_{i∈g} (vᵢ − v̄))²) / n
+    """
+    centred = (values - values.mean()).double()
+    parts = centred if groups is None else torch.stack([centred[list(g)].sum() for g in groups])
+    g, n = len(parts), len(values)
+    if g < 2:
+        return float("nan")
+    return float((g / (g - 1) * parts.square().sum()).sqrt()) / n
+
+
+def _around(mean: float, error: float) -> tuple[float, float]:
+    return mean - NORMAL * error, mean + NORMAL * error
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{low:.4g} to {high:.4g}" if low == low else "unknown"
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if abs(value) < float("inf") else None

@@ -1,0 +1,488 @@
+"""Cross-validation from one fit: what would the loss be on examples that the model never saw?
+
+    f₋ᵢ(xᵢ) ≈ f(xᵢ) + (I − KᵢΛᵢ)⁻¹ Kᵢ δᵢ           approximate leave-one-out, ALO
+    CV = (1/n) Σᵢ ℓ(f₋ᵢ(xᵢ), yᵢ)                    evaluated there, not linearised
+
+with Kᵢ = (1/n) Jᵢ H⁻¹ Jᵢᵀ, δ and Λ the first and second derivative of ℓ in f: exact for least
+squares (Allen 1974), one Newton step otherwise (Pregibon 1981; Rad & Maleki 2020; "NS" in
+Stephenson & Broderick 2020). The infinitesimal jackknife leaves (I − KΛ)⁻¹ out, and is too low
+where examples have leverage (Giordano et al. 2019). Where leverage is near 1 neither is to be
+trusted: those few examples are fitted again.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.applications.cross_validated import CrossValidated, Difference, difference
+from upweight.applications.left_out import ByRecipe, Refits, is_followed, left_out, losses_of
+from upweight.applications.penalty_path import Path
+from upweight.applications.subject import subject_of
+from upweight.curvature.hessian import Hessian
+from upweight.errors import NonFinite, ShapeError, SpecError, UpweightError
+from upweight.linalg.cholesky import Cholesky
+from upweight.methods import health
+from upweight.methods.fitted import Fitted
+from upweight.methods.influence import Influence
+from upweight.task.recipe import Recipe
+
+__all__ = ["CrossValidated", "Difference", "Path", "difference", "grouped", "kfold", "loo", "path"]
+
+UNSAFE = 0.5
+"""‖∇‖ left of a group's removal, as a share, from which it is refitted."""
+
+FOLLOWED = 32
+"""Examples of leave-one-out that one step is not left to decide, where the model is linear in θ:
+two or three examples of some hundred carry most of what a step is wrong by."""
+
+STOPPED = (
+    "the model is not convex: this is the loss at the minimum near θ̂ without the examples, and not "
+    "that of another run of training, which may stop early or end elsewhere; with recipe= and "
+    "confirm= runs tell"
+)
+
+
+def loo(
+    asked: Any,
+    train: Any = None,
+    *,
+    loss: Callable[..., Tensor] | None = None,
+    recipe: Recipe | None = None,
+    refit_above: float = 0.9,
+    confirm: int = 0,
+    seed: int = 0,
+) -> CrossValidated:
+    """Leave-one-out loss of every example, from one fit and few refits.
+
+    Args:
+        asked: A fitted method; a fitted scikit-learn estimator or Pipeline, ℓ1-penalized ones too
+            (on their support); or statsmodels results.
+        train: Of an estimator (X, y) or (X, y, sample_weight), as given to its `fit`.
+        loss: `(outputs, targets) -> [b]`, as the task has them. None: ℓ of the objective, weights
+            included, penalty not.
+        recipe: How to fit again. None: the library's own fit where it is its model.
+        refit_above: Examples of a leverage above it are fitted again, where the model knows how.
+        confirm: How many random examples to fit again, to check the others by.
+        seed: Of that draw.
+
+    Returns:
+        The losses, their mean with its standard error, and what was refitted.
+
+    Raises:
+        SpecError: A limit or count makes no sense; or `confirm` without a way to fit again.
+        NonFinite: A loss is not finite, or without an example the minimum is not determined.
+        UpweightError: From the adapter or the fit.
+
+    Where the model is linear in θ, the 32 examples whose step matters most are followed to the
+    minimum without them, with the same inverse; see `upweight.applications.left_out`.
+
+    Exact when: J is quadratic in θ and f linear in it. The objective keeps its 1/n: for `C` that is
+    leave-one-out itself; where `alpha` multiplies the mean, it is but for a change of alpha by
+    1/n of itself.
+    Cost: one Hessian and its factor, c solves per example, and the refits.
+    """
+    started = time.perf_counter()
+    if not (isinstance(refit_above, int | float) and refit_above >= 0):
+        raise SpecError(
+            "refit_above is a leverage, at least 0.",
+            f"refit_above={refit_above!r}.",
+            "a number of examples in its place, or a NaN.",
+            "0.9; 0 refits all, 1 or more none of a convex model.",
+        )
+    place = _place(asked, train, recipe)
+    fitted, n = place.fitted, len(place.fitted.train)
+    outputs, leverage = fitted.loo_outputs(), fitted.leverage().double().cpu()
+    # `not <=`: a NaN is unsafe as well.
+    unsafe = [i for i in range(n) if not float(leverage[i]) <= refit_above]
+    options = _Options(loss, confirm, seed, started)
+    for i, found, left in list(_followed(place, outputs, leverage, loss)):
+        outputs[i] = found
+        unsafe += [i] if not left <= UNSAFE and i not in unsafe else []
+    groups, parts = [[i] for i in range(n)], [outputs[i : i + 1] for i in range(n)]
+    return _answer(
+        "leave-one-out", place, groups, parts, sorted(unsafe), options, leverage=leverage
+    )
+
+
+def kfold(
+    asked: Any,
+    train: Any = None,
+    folds: int | Sequence[Any] | Any = 10,
+    *,
+    loss: Callable[..., Tensor] | None = None,
+    recipe: Recipe | None = None,
+    confirm: int = 0,
+    seed: int = 0,
+) -> CrossValidated:
+    """K-fold cross-validation from one fit.
+
+    Where the model is linear in θ all folds descend together from θ̂, with the inverse Hessian of
+    all the data, until 1 % of the gradient is left; otherwise a removal step of each fold. With a
+    curvature by layer that is to first order.
+
+    Args:
+        asked: As for `loo`.
+        train: As for `loo`.
+        folds: How many, drawn at random in equal parts; or one label per example.
+        loss: As for `loo`.
+        recipe: As for `loo`.
+        confirm: How many random folds to fit again.
+        seed: Of that draw, and of the folds.
+
+    Raises:
+        ShapeError: There are fewer than two folds, or not one label per example.
+        UpweightError: As for `loo`.
+
+    Cost: one Hessian and its factor, and for linear models some 3 gradients per fold.
+    """
+    started = time.perf_counter()
+    place = _place(asked, train, recipe)
+    n = len(place.fitted.train)
+    groups = _random_folds(folds, n, seed) if isinstance(folds, int) else _by_label(folds, n)
+    options = _Options(loss, confirm, seed, started)
+    return _by_groups(f"{len(groups)}-fold", place, groups, options)
+
+
+def grouped(
+    asked: Any,
+    labels: Sequence[Any] | Any,
+    train: Any = None,
+    *,
+    loss: Callable[..., Tensor] | None = None,
+    recipe: Recipe | None = None,
+    confirm: int = 0,
+    seed: int = 0,
+) -> CrossValidated:
+    """Leave-one-group-out: patients, villages, documents, whose rows are not independent.
+
+    As `kfold` with the groups as folds, and with a standard error over groups.
+
+    Args:
+        asked: As for `loo`.
+        labels: Of each example, which group it is of.
+        train: As for `loo`.
+        loss: As for `loo`.
+        recipe: As for `loo`.
+        confirm: How many random groups to fit again.
+        seed: Of that draw.
+    """
+    started = time.perf_counter()
+    place = _place(asked, train, recipe)
+    groups = _by_label(labels, len(place.fitted.train))
+    options = _Options(loss, confirm, seed, started)
+    kind = f"leave-one-group-out ({len(groups)} groups)"
+    return _by_groups(kind, place, groups, options, is_clustered=True)
+
+
+def path(
+    estimator: Any,
+    X: Any,
+    y: Any,
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    sample_weight: Any = None,
+    folds: int | Sequence[Any] | Any | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    refit_above: float = 0.9,
+    confirm: int = 0,
+    seed: int = 0,
+) -> Path:
+    """The cross-validated loss along one parameter of a scikit-learn estimator.
+
+    Args:
+        estimator: Fitted or not; a clone is fitted for each value, to a tight tolerance.
+        X: All rows.
+        y: Their labels or targets.
+        grid: One parameter and its values: {"C": [0.1, 1, 10]}; of a Pipeline with the name of the
+            step, {"logisticregression__C": [...]}.
+        sample_weight: Their weights.
+        folds: None: leave-one-out; otherwise as for `kfold`, the same for every value.
+        loss: As for `loo`, at every value.
+        refit_above: As for `loo`.
+        confirm: As for `loo`.
+        seed: As for `loo`.
+
+    Returns:
+        The curve; a value that has no minimum, or no translation, says why and takes no part.
+
+    Raises:
+        SpecError: Not one parameter, no such parameter, or no values.
+        UpweightError: No value could be cross-validated: the error of the first.
+
+    Cost: one fit and one `loo` or `kfold` per value.
+    """
+    import upweight.adapters.sklearn_folds as sk
+
+    if not isinstance(grid, Mapping) or len(grid) != 1 or not len(next(iter(grid.values()))):
+        raise SpecError(
+            "A path is along one parameter, with at least one value.",
+            f"grid={grid!r:.80}.",
+            "values without their name, or a product of parameters as for GridSearchCV.",
+            'grid={"C": [0.1, 1.0, 10.0]}; one path per combination of the others.',
+        )
+    ((parameter, values),) = grid.items()
+    along: list[CrossValidated | None] = []
+    reasons: dict[int, str] = {}
+    first: UpweightError | None = None
+    chosen: dict[str, Any] = {"loss": loss, "confirm": confirm, "seed": seed}
+    fits = sk.along(estimator, X, y, parameter, list(values), sample_weight)
+    for k, (_, fit) in enumerate(fits):
+        try:
+            known = sk.translated(fit, X, y, sample_weight, minimize=True)
+            place = _of_sklearn(known)
+            at = (
+                loo(place, refit_above=refit_above, **chosen)
+                if folds is None
+                else kfold(place, folds=folds, **chosen)
+            )
+        except (NonFinite, UpweightError) as error:
+            first = error if first is None else first
+            along.append(None)
+            reasons[k] = " ".join(str(error).split())[:200]
+            continue
+        along.append(at)
+    if first is not None and len(reasons) == len(along):
+        raise first
+    return Path(parameter, tuple(values), tuple(along), reasons)
+
+
+# -- shared steps ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """A fitted method, and how its examples are left out for real."""
+
+    fitted: Fitted
+    refits: Refits | None
+    renormalize: bool = False
+    notes: tuple[str, ...] = ()
+    holds: Callable[[Tensor, list[int]], bool] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Options:
+    loss: Callable[..., Tensor] | None
+    confirm: int
+    seed: int
+    started: float
+
+
+def _place(asked: Any, train: Any, recipe: Recipe | None) -> _Place:
+    if isinstance(asked, _Place):
+        return asked
+    if recipe is None and _is_of_sklearn(asked) and isinstance(train, tuple | list):
+        import upweight.adapters.sklearn_folds as sk
+
+        if len(train) in (2, 3):
+            known = sk.translated(asked, *train)
+            return _of_sklearn(known)
+    subject = subject_of(asked, train, recipe)
+    fitted = subject.fitted
+    refits = None
+    if subject.recipe is not None:
+        refits = ByRecipe(fitted.task, fitted.train, subject.recipe)
+    convex = health.is_convex(fitted.task, fitted.theta, fitted.train)
+    return _Place(fitted, refits, notes=() if convex else (STOPPED,))
+
+
+def _followed(
+    place: _Place,
+    outputs: Float[Tensor, "n *c"],
+    leverage: Float[Tensor, " n"],
+    loss: Callable[..., Tensor] | None,
+) -> Iterator[tuple[int, Float[Tensor, " *c"], float]]:
+    """Where the steps end that go farthest: (example, its output there, what is left of ‖∇‖)."""
+    fitted = place.fitted
+    moved = (losses_of(fitted, outputs, loss) - _at_theta(fitted, loss)).abs()
+    second = moved.nan_to_num(nan=0.0, posinf=1e300) * leverage.clamp(0.0, 1.0)
+    chosen = second.topk(min(FOLLOWED, len(second)))
+    farthest = chosen.indices[chosen.values > 0].tolist()
+    if not farthest or not is_followed(fitted):
+        return
+    found = left_out(fitted, [[i] for i in farthest], place.renormalize)
+    assert found.theta is not None and found.remainders is not None
+    ends = zip(farthest, found.outputs, found.theta, found.remainders.tolist(), strict=True)
+    for i, part, theta, left in ends:
+        is_minimum = place.holds is None or place.holds(theta, [i])
+        yield i, part[0], left if is_minimum else math.inf
+
+
+def _is_of_sklearn(asked: Any) -> bool:
+    return type(asked).__module__.startswith("sklearn.")
+
+
+def _of_sklearn(known: Any) -> _Place:
+    fitted = Influence(Hessian(), Cholesky()).fit(known.task, known.train)
+    return _Place(fitted, known.refits, known.renormalizes, known.notes, known.holds)
+
+
+def _by_groups(
+    kind: str,
+    place: _Place,
+    groups: list[list[int]],
+    options: _Options,
+    is_clustered: bool = False,
+) -> CrossValidated:
+    found = left_out(place.fitted, groups, place.renormalize)
+    unsafe = []
+    if found.remainders is not None:
+        unsafe = [k for k, left in enumerate(found.remainders.tolist()) if not left <= UNSAFE]
+    return _answer(
+        kind, place, groups, found.outputs, unsafe, options, is_clustered=is_clustered
+    )  # fmt: skip
+
+
+def _answer(
+    kind: str,
+    place: _Place,
+    groups: list[list[int]],
+    parts: Sequence[Float[Tensor, "e *c"]],
+    unsafe: list[int],
+    options: _Options,
+    leverage: Float[Tensor, " n"] | None = None,
+    is_clustered: bool = False,
+) -> CrossValidated:
+    """Refit what is unsafe and what is drawn, and evaluate the loss everywhere."""
+    fitted = place.fitted
+    _require_options(options, place)
+    outputs = torch.cat(list(parts))
+    order = torch.tensor([i for group in groups for i in group])
+    outputs = outputs[order.argsort().to(outputs.device)]
+    approximate = losses_of(fitted, outputs, options.loss)
+    at_theta = _at_theta(fitted, options.loss)
+    sampled, chances = _drawn(options, groups, approximate - at_theta, leverage)
+    wanted = sorted({*unsafe, *sampled}) if place.refits is not None else []
+    refitted, failures = [], {}
+    exact = outputs.clone()
+    if wanted:
+        assert place.refits is not None
+        for k, (found, reason) in zip(
+            wanted, place.refits([groups[k] for k in wanted]), strict=True
+        ):
+            if found is None:
+                failures[k] = reason
+                continue
+            exact[groups[k]] = found.to(exact).reshape(len(groups[k]), *exact.shape[1:])
+            refitted.append(k)
+    losses = losses_of(fitted, exact, options.loss)
+    _require_finite(losses)
+    done = set(refitted)
+    return CrossValidated(
+        kind=kind,
+        approximate=approximate,
+        exact=losses,
+        train_losses=at_theta,
+        outputs=exact.cpu(),
+        leverage=leverage,
+        groups=tuple(tuple(group) for group in groups),
+        unsafe=tuple(unsafe),
+        refitted=tuple(refitted),
+        sampled=tuple(k for k in sampled if k in done),
+        chances=chances,
+        failures=failures,
+        is_clustered=is_clustered,
+        said=place.notes,
+        seconds=time.perf_counter() - options.started,
+    )
+
+
+def _at_theta(fitted: Fitted, loss: Callable[..., Tensor] | None) -> Float[Tensor, " n"]:
+    if loss is None:
+        return fitted.losses.double().cpu()
+    task, parts = fitted.task, []
+    for _, _, batch in fitted.train.batches(1024):
+        with torch.no_grad():
+            parts.append(task.outputs(fitted.theta, task.to_device(batch))[0])
+    return losses_of(fitted, torch.cat(parts), loss)
+
+
+def _require_finite(losses: Float[Tensor, " n"]) -> None:
+    bad = (~losses.isfinite()).nonzero()[:, 0].tolist()
+    if bad:
+        raise NonFinite(
+            "Every held-out loss must be finite.",
+            f"{float(losses[bad[0]])} for examples {bad[:5]}{' and more' if bad[5:] else ''}.",
+            "a step so long that exp() overflows, or a loss with a logarithm of 0.",
+            "lower refit_above, so that these examples are refitted, or use a bounded loss=.",
+        )
+
+
+def _require_options(options: _Options, place: _Place) -> None:
+    confirm = options.confirm
+    if isinstance(confirm, bool) or not isinstance(confirm, int) or confirm < 0:
+        raise SpecError(
+            "confirm is how many groups to fit again: a whole number, at least 0.",
+            f"confirm={confirm!r}.",
+            "yes or no in place of a number.",
+            "confirm=20.",
+        )
+    if confirm and place.refits is None:
+        raise SpecError(
+            "confirm= fits the model again, and must know how.",
+            "a fitted method and no recipe.",
+            "a network, which does not say how it was trained.",
+            "recipe=uw.Training(...), or uw.training.Newton() for a convex objective.",
+        )
+
+
+def _drawn(
+    options: _Options,
+    groups: list[list[int]],
+    moved: Float[Tensor, " n"],
+    leverage: Float[Tensor, " n"] | None,
+) -> tuple[list[int], Float[Tensor, " g"]]:
+    """Random groups to fit again, and the chance of each.
+
+    A part of it is the same for all, a part goes by how far leaving the group out moves its loss,
+    and of single examples a part by that times their leverage: a step is wrong in second order of
+    its length, and few examples carry most of it.
+    """
+    moved = moved.abs().nan_to_num(nan=0.0, posinf=0.0)
+    parts = [torch.ones_like(moved), moved]
+    if leverage is not None:
+        parts.append(moved * leverage.clamp(0.0, 1.0))
+    shares = [torch.stack([part[group].sum() for group in groups]) for part in parts]
+    shares = [share / share.sum() for share in shares if float(share.sum()) > 0]
+    chances = torch.stack(shares).mean(dim=0)
+    if options.confirm >= len(groups):
+        return list(range(len(groups))), chances
+    if not options.confirm:
+        return [], chances
+    generator = torch.Generator().manual_seed(options.seed)
+    drawn = torch.multinomial(chances, options.confirm, replacement=True, generator=generator)
+    return sorted(drawn.tolist()), chances
+
+
+def _random_folds(folds: int, n: int, seed: int) -> list[list[int]]:
+    if isinstance(folds, bool) or not 2 <= folds <= n:
+        raise ShapeError(
+            f"There are from 2 folds to one for each of the {n} examples.",
+            f"folds={folds!r}.",
+            "more folds than examples, or a single one.",
+            "folds=10, or one label per example.",
+        )
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return [sorted(order[k::folds].tolist()) for k in range(folds)]
+
+
+def _by_label(labels: Any, n: int) -> list[list[int]]:
+    """Places by label, in the order in which labels first come."""
+    entries = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    found: dict[Any, list[int]] = {}
+    for place, label in enumerate(entries):
+        found.setdefault(label, []).append(place)
+    if len(entries) != n or len(found) < 2:
+        raise ShapeError(
+            f"Every one of the {n} examples has one label, and there are at least two labels.",
+            f"{len(entries)} labels, {len(found)} of them different.",
+            "labels of another split, or rows that were dropped for missing values.",
+            "pass one label per row that was fitted, in its order.",
+        )
+    return list(found.values())
