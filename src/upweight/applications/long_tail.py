@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.applications.outcome import Outcome
-from upweight.applications.right_answers import Correct, by_seed
+from upweight.applications.right_answers import Correct, by_row, by_seed
 from upweight.errors import NonFinite, ShapeError, SpecError
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, mean
 from upweight.plot import LOWERED, NEUTRAL, axes
@@ -181,7 +181,7 @@ def removal_experiment(
     """
     data = task.training(train)
     n = len(data)
-    values = torch.as_tensor(getattr(order, "values", order)).double()
+    values = by_row(order)
     if values.shape != (n,):
         raise ShapeError(
             "An order of removal has one value per training row.",

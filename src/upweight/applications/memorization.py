@@ -202,6 +202,8 @@ def scores(
 
     f₋ᵢ(xᵢ) are the outputs of `fitted.loo_outputs()`: one Newton step of the objective without the
     row, taken through the outputs and not linearized in p, so that every value is between −1 and 1.
+    A curvature by layer is taken for that of the other rows, f₋ᵢ = f + K δ with K = J Ĥ⁻¹ Jᵀ/n: a
+    block approximation does not hold the row's own leverage below 1, and correcting by it fails.
 
     Args:
         asked: A fitted method that offers `loo_outputs`, or a fitted scikit-learn classifier or
@@ -237,7 +239,8 @@ def scores(
             "a share in place of a number, or a small data set.",
             f"confirm={min(60, n)}, or 0 for none.",
         )
-    outputs = fitted.loo_outputs()
+    exact = isinstance(fitted.scorer, DenseScorer)
+    outputs = fitted.loo_outputs("all" if exact else "others")
     inside, without = _probabilities(fitted, outputs)
     values = inside - without
     sets = equal_examples(fitted.train)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from upweight._typing import Batch, Params
+from upweight.applications.outcome import Outcome
 from upweight.errors import SpecError
 from upweight.runtime.fingerprint import digest
 from upweight.task.data import Data
@@ -128,6 +129,12 @@ def equal_examples(data: Data) -> list[list[int]]:
             name = digest(*(x if isinstance(x, Tensor) else repr(x) for x in held))
             places[name].append(i)
     return [rows for rows in places.values() if len(rows) > 1]
+
+
+def by_row(given: Any) -> Float[Tensor, "..."]:
+    """The values of an outcome, or values as they are, in float64."""
+    values = getattr(given, "values", None) if isinstance(given, Outcome) else given
+    return torch.as_tensor(values).detach().cpu().double()
 
 
 def by_seed(recipe: Recipe, seeds: int) -> list[Recipe]:

@@ -19,6 +19,7 @@ from upweight.applications.outcome import Outcome
 from upweight.applications.right_answers import (
     Asked,
     Joined,
+    by_row,
     by_seed,
     equal_examples,
     measure_of,
@@ -46,6 +47,9 @@ significant."""
 
 SPLITS = 10
 """Ways of halving the models that the ceiling is a mean of."""
+
+PAIRED = 10_000
+"""Pairs whose answers by every model are held at once."""
 
 LEAST_EACH = 2
 """Models with a row, and without it, that a standard error needs."""
@@ -135,7 +139,7 @@ class SubsetMemorization(Outcome):
         Raises:
             ShapeError: There is not one value per training row.
         """
-        values = torch.as_tensor(getattr(predicted, "values", predicted)).double()
+        values = by_row(predicted)
         if values.shape != self.actual.shape:
             raise ShapeError(
                 "A prediction has one value per training row.",
@@ -348,12 +352,11 @@ class Pairs(Outcome):
         standard_error: Of each.
         memorization: mem(i) of the training row of each.
         least: What infl(i, j) was to reach.
+        errors: How many standard errors it was to reach as well.
         rows: How many training rows are memorized.
-        opposite: How many pairs of memorized rows have infl(i, j) ≤ −least: mostly noise, and about
-            as many of `actual` are.
-        chosen: infl(i, j) by one half of the models, of the pairs that this half chooses.
-        predicted: The same as `actual`, as one half of the models says it: always above the truth,
-            because it chose.
+        opposite: How many pairs are that far below 0: if that is noise, so are as many of `actual`.
+        predicted: infl(i, j) by one half of the models, of the pairs that this half chooses: above
+            the truth, because it chose.
         repeated: infl(i, j) of those pairs by the other half, which did not choose.
     """
 
@@ -363,6 +366,7 @@ class Pairs(Outcome):
     standard_error: Float[Tensor, " k"]
     memorization: Float[Tensor, " k"]
     least: float
+    errors: float
     rows: int
     opposite: int
     predicted: Float[Tensor, " h"]
@@ -383,19 +387,20 @@ class Pairs(Outcome):
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether the half of the models that did not choose the pairs sees influence too."""
-        return self.again is not None and self.again.low > 0
+        """Whether the models that did not choose the pairs see half of what was asked, or more."""
+        return self.again is not None and self.again.low >= self.least / 2
 
     @property
     def verdict(self) -> str:
         if not len(self):
             return (
                 f"No pair of a memorized training row ({self.rows} of them) and a test row has "
-                f"an influence of {self.least} or more."
+                f"an influence of {self.least} or more by {self.errors:g} standard errors."
             )
         said = (
             f"{len(self)} pairs of a memorized training row and a test row have an influence of "
-            f"{self.least} or more, and {self.opposite} have −{self.least} or less"
+            f"{self.least} or more by {self.errors:g} standard errors, and {self.opposite} have one "
+            f"of −{self.least} or less"
         )
         if self.again is None:
             return f"{said}; too few to hold one half of the models against the other."
@@ -408,8 +413,8 @@ class Pairs(Outcome):
     @property
     def notes(self) -> tuple[str, ...]:
         return (
-            "the largest of many noisy values are too large: a pair is sure only where its "
-            "influence is several standard errors",
+            "the largest of many noisy values are too large: believe what the models say that did "
+            "not choose the pairs",
             "the interval takes pairs for independent, and those of one test row are not",
         )
 
@@ -444,6 +449,7 @@ class Pairs(Outcome):
             "pairs": len(self),
             "opposite": self.opposite,
             "least": self.least,
+            "errors": self.errors,
             "memorized_rows": self.rows,
             "chosen_mean": float(self.predicted.mean()) if len(self.predicted) else None,
             "repeated_mean": None if again is None else [again.value, again.low, again.high],
@@ -452,12 +458,22 @@ class Pairs(Outcome):
 
 
 def pairs(
-    outcome: SubsetMemorization, least: float = INFLUENTIAL, memorized: float = MEMORIZED
+    outcome: SubsetMemorization,
+    least: float = INFLUENTIAL,
+    memorized: float = MEMORIZED,
+    errors: float = 5.0,
 ) -> Pairs:
     """Pairs of a training row with mem(i) ≥ memorized and a query with infl(i, j) ≥ least.
 
     Feldman & Zhang (2020), §3.2. The pairs are chosen again by each half of the models, and
     measured by the other half.
+
+    Args:
+        outcome: Of `by_subsets`, with queries.
+        least: What the influence is to reach.
+        memorized: What the memorization of the training row is to reach.
+        errors: How many standard errors the influence is to reach as well. Among millions of pairs
+            noise alone reaches four; with thousands of models, as in the paper, 0 will do.
 
     Raises:
         SpecError: The outcome has no queries.
@@ -471,29 +487,27 @@ def pairs(
             "fitted.removal(queries, measure, groups) tells what each removal does.",
         )
     right, inside = outcome._require_queries(), outcome.inside
-    rows, columns, values, opposite = _above(outcome.actual, right, inside, least, memorized)
+    at = (least, memorized, errors)
+    rows, columns, values, opposite = _above(outcome.actual, right, inside, *at)
     chosen, repeated = [], []
     first, second = outcome._split(0)
     for a, b in ((first, second), (second, first)):
         mem = _difference(outcome.right[a], inside[a])
-        i, j, there, _ = _above(mem, right[a], inside[a], least, memorized)
-        other = _of_pairs(right[b], inside[b], i, j)
+        i, j, there, _ = _above(mem, right[a], inside[a], *at)
+        other, _ = _of_pairs(right[b], inside[b], i, j)
         known = other.isfinite()
         chosen.append(there[known])
         repeated.append(other[known])
     order = values.argsort(descending=True, stable=True)
     rows, columns = rows[order], columns[order]
-    errors = [
-        _standard_error(right[:, j, None], inside[:, i, None])[0]
-        for i, j in zip(rows.tolist(), columns.tolist(), strict=True)
-    ]
     return Pairs(
         rows,
         columns,
         values[order],
-        torch.stack(errors) if errors else values.new_zeros(0),
+        _of_pairs(right, inside, rows, columns)[1],
         outcome.actual[rows],
         least,
+        errors,
         int((outcome.actual >= memorized).sum()),
         opposite,
         torch.cat(chosen),
@@ -579,20 +593,24 @@ def _above(
     inside: Bool[Tensor, "s n"],
     least: float,
     memorized: float,
+    errors: float,
 ) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"], Float[Tensor, " k"], int]:
-    """Pairs at or above `least`, their influence, and how many are at or below −least."""
+    """Pairs at or above `least` by so many errors, their influence, and how many are opposite."""
     high = (mem >= memorized).nonzero()[:, 0]
-    found, opposite = [], 0
+    rows, columns, values = [], [], []
     for some in torch.split(high, SHOWN):
         infl = _contrast(inside[:, some]) @ right
-        opposite += int((infl <= -least).sum())
-        i, j = (infl >= least).nonzero(as_tuple=True)
-        found.append((some[i], j, infl[i, j]))
-    if not found:
+        i, j = (infl.abs() >= least).nonzero(as_tuple=True)
+        rows.append(some[i])
+        columns.append(j)
+        values.append(infl[i, j])
+    if not values:
         none = torch.zeros(0, dtype=torch.long)
         return none, none, right.new_zeros(0), 0
-    rows, columns, values = (torch.cat(part) for part in zip(*found, strict=True))
-    return rows, columns, values, opposite
+    i, j, infl = torch.cat(rows), torch.cat(columns), torch.cat(values)
+    sure = infl.abs() >= errors * _of_pairs(right, inside, i, j)[1]
+    up = sure & (infl > 0)
+    return i[up], j[up], infl[up], int((sure & ~up).sum())
 
 
 def _of_pairs(
@@ -600,9 +618,10 @@ def _of_pairs(
     inside: Bool[Tensor, "s n"],
     i: Int[Tensor, " k"],
     j: Int[Tensor, " k"],
-) -> Float[Tensor, " k"]:
-    parts = [
-        (_contrast(inside[:, a]) * right[:, b].T).sum(dim=1)
-        for a, b in zip(torch.split(i, 10_000), torch.split(j, 10_000), strict=True)
-    ]
-    return torch.cat(parts) if parts else right.new_zeros(0)
+) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+    """infl(i, j) of some pairs, and its standard error."""
+    values, errors = [right.new_zeros(0)], [right.new_zeros(0)]
+    for a, b in zip(torch.split(i, PAIRED), torch.split(j, PAIRED), strict=True):
+        values.append(_difference(right[:, b], inside[:, a]))
+        errors.append(_standard_error(right[:, b], inside[:, a]))
+    return torch.cat(values), torch.cat(errors)

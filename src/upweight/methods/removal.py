@@ -132,8 +132,8 @@ def checked_step(scorer: Scorer, group: list[int]) -> tuple[Float[Tensor, " p"],
     return step, remainder.missed(scorer, [group], step[None], 1)
 
 
-def loo_outputs(at: Place) -> Float[Tensor, "n *c"]:
-    """See `Fitted.loo_outputs`."""
+def loo_outputs(at: Place, with_own: bool = True) -> Float[Tensor, "n *c"]:
+    """See `Fitted.loo_outputs`; `with_own`: whether H has the example's own curvature in it."""
     task, n = at.task, len(at.train)
     found = []
     for start, stop, _ in progress(_ranges(at), n, "outputs without each example"):
@@ -142,9 +142,10 @@ def loo_outputs(at: Place) -> Float[Tensor, "n *c"]:
         with torch.no_grad():
             outputs, targets = task.outputs(at.theta, batch)
         delta = task.output_gradient(outputs, targets).reshape(stop - start, -1)
-        c = delta.shape[1]
-        lambdas = task.output_hessian(outputs, targets).reshape(stop - start, c, c)
-        u = corrected_output_gradients(delta, lambdas, leverage.to(delta))
+        c, u = delta.shape[1], delta
+        if with_own:
+            lambdas = task.output_hessian(outputs, targets).reshape(stop - start, c, c)
+            u = corrected_output_gradients(delta, lambdas, leverage.to(delta))
         moved = (leverage.to(delta) @ u[:, :, None])[:, :, 0]
         found.append(outputs + moved.reshape(outputs.shape))
     return torch.cat(found)
