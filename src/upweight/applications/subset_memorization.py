@@ -399,8 +399,8 @@ class Pairs(Outcome):
             )
         said = (
             f"{len(self)} pairs of a memorized training row and a test row have an influence of "
-            f"{self.least} or more by {self.errors:g} standard errors, and {self.opposite} have one "
-            f"of −{self.least} or less"
+            f"{self.least} or more by {self.errors:g} standard errors, and {self.opposite} "
+            f"one of −{self.least} or less"
         )
         if self.again is None:
             return f"{said}; too few to hold one half of the models against the other."
