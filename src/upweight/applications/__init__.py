@@ -2,6 +2,7 @@
 
 outcome.py        what every answer has: predicted, actual, a verdict, a table, a figure
 subject.py        what is asked about, and how it is fitted again
+memorization.py   which rows are known by heart, and does that help on others?
 regression.py     what does each row do to a (generalized) linear regression?
 unlearning.py     the model without some examples, and how far it is from a refit
 certified.py      models that promise something of removals, for `unlearning`
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from upweight.applications import cross_validation as cross_validation
+    from upweight.applications import memorization as memorization
     from upweight.applications import regression as regression
     from upweight.applications import unlearning as unlearning
 
 __all__ = [
     "cross_validation",
+    "memorization",
     "regression",
     "unlearning",
 ]

@@ -290,7 +290,7 @@ class Fitted:
         health.warned(doubts)
         return self.task.layout.unflatten(step)
 
-    def loo_outputs(self) -> Float[Tensor, "n *c"]:
+    def loo_outputs(self, curvature: Literal["all", "others"] = "all") -> Float[Tensor, "n *c"]:
         """f(xᵢ) of every training example under its own removal, to first order in Δθ.
 
             f₋ᵢ(xᵢ) ≈ f(xᵢ) + K u,   u = (I − Λ K)⁻¹ δ,   K = (1/n) Jᵢ (H + λI)⁻¹ Jᵢᵀ
@@ -298,13 +298,29 @@ class Fitted:
         with δ = ∂ℓ/∂f and Λ = ∂²ℓ/∂f²: approximate leave-one-out (Pregibon 1981; Rad & Maleki
         2020). Nothing of size n × n is built.
 
+        Args:
+            curvature: Of which examples H is. "others": of all but i, and u = δ. With H₋ᵢ for H
+                both are the same number. An approximation by layer that is taken for "all" can
+                give an example more than all of its leverage, and then u has the wrong sign; taken
+                for "others" it cannot.
+
         Raises:
             NonFinite: Without one of them the minimum is not determined (leverage 1).
+            SpecError: `curvature` is neither.
 
         Exact when: J is quadratic in θ and f linear in it.
         Cost: c solves (by layer, c backward passes) per example.
         """
         self._require_movement("loo_outputs()")
+        if curvature not in ("all", "others"):
+            raise SpecError(
+                "The curvature is that of all examples, or of all but the one left out.",
+                f"curvature={curvature!r}.",
+                "a curvature such as EKFAC(), which the method was fitted with.",
+                "loo_outputs(), or loo_outputs('others') for a curvature by layer.",
+            )
+        if curvature == "others":
+            return removal.without_each(self._place, with_own=False)[0]
         return self._without_each[0].clone()
 
     def leverage(self) -> Float[Tensor, " n"]:

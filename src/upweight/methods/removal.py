@@ -132,8 +132,13 @@ def checked_step(scorer: Scorer, group: list[int]) -> tuple[Float[Tensor, " p"],
     return step, remainder.missed(scorer, [group], step[None], 1)
 
 
-def without_each(at: Place) -> tuple[Float[Tensor, "n *c"], Float[Tensor, " n"]]:
-    """See `Fitted.loo_outputs` and `Fitted.leverage`: the two share their Jacobians."""
+def without_each(
+    at: Place, with_own: bool = True
+) -> tuple[Float[Tensor, "n *c"], Float[Tensor, " n"]]:
+    """See `Fitted.loo_outputs` and `Fitted.leverage`: the two share their Jacobians.
+
+    `with_own`: whether H has the example's own curvature in it.
+    """
     task, n = at.task, len(at.train)
     found, shares = [], []
     for start, stop, _ in progress(_ranges(at), n, "outputs without each example"):
@@ -144,7 +149,9 @@ def without_each(at: Place) -> tuple[Float[Tensor, "n *c"], Float[Tensor, " n"]]
         delta = task.output_gradient(outputs, targets).reshape(stop - start, -1)
         c = delta.shape[1]
         lambdas = task.output_hessian(outputs, targets).reshape(stop - start, c, c)
-        u = corrected_output_gradients(delta, lambdas, leverage.to(delta))
+        u = delta
+        if with_own:
+            u = corrected_output_gradients(delta, lambdas, leverage.to(delta))
         moved = (leverage.to(delta) @ u[:, :, None])[:, :, 0]
         found.append(outputs + moved.reshape(outputs.shape))
         shares.append(largest_share(lambdas, leverage.to(delta)))

@@ -111,7 +111,7 @@ def subset_models(
     kept: dict[int, Trajectory] = {}
     for k in range(seeds):
         rows = (group == k).nonzero()[:, 0]
-        own = _reseeded(recipe, k)
+        own = reseeded(recipe, k)
         if runs:
             for row in rows.tolist():
                 run = kept[row] = _run(own, task, train, weights[row])
@@ -214,7 +214,8 @@ def _has_seed(recipe: Recipe) -> bool:
     return is_dataclass(recipe) and isinstance(getattr(recipe, "seed", None), int)
 
 
-def _reseeded(recipe: Recipe, k: int) -> Recipe:
+def reseeded(recipe: Recipe, k: int) -> Recipe:
+    """The recipe from its k-th seed for fitting; itself where it has none."""
     if not _has_seed(recipe):
         return recipe
     made: Callable[..., Recipe] = replace  # type: ignore[assignment]
