@@ -1,0 +1,300 @@
+"""Few rows, or groups of rows, whose removal takes a reported number across a value.
+
+    gap(S) = ± (φ(θ̂(w_S), w_S) − value)       w_S: 0 for the rows of S, else 1; crossed where > 0
+
+`along` sorts once by dφ/dw (Broderick, Giordano & Meager 2020, Eq. 6) and looks for the shortest
+prefix that crosses. `adaptive` fits again after every removal and linearizes there, since what a
+row does depends on who has left (Kuschnig, Zens & Crespo Cuaresma 2021; Hu et al. 2024). `smaller`
+exchanges members of a set. All are searches: a set they give crosses, and one that they do not give
+may exist.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from upweight.applications.inference import Inference, Reported
+
+SHORTLIST = 16
+"""Units whose removal is evaluated by itself at each step: the best by first order."""
+
+STEPS = 200
+"""About how many steps a search takes; where more units must leave, several leave in a step."""
+
+ROUNDS = 12
+"""Exchanges tried before a size is given up."""
+
+ENTRIES = 4_000_000
+"""Numbers in a matrix at a time."""
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """What is to happen: the estimate (0) or an end (±1) of its interval passes a value.
+
+    Args:
+        side: Which.
+        upward: From below to above.
+        value: What it passes.
+    """
+
+    side: int
+    upward: bool
+    value: float
+
+    def gap(self, reported: Reported) -> Float[Tensor, " m"]:
+        """How far past it is; −∞ where there is no number."""
+        past = reported.end(self.side) - self.value
+        return torch.nan_to_num(past if self.upward else -past, nan=-torch.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """What may leave: rows one by one, or groups of them.
+
+    Args:
+        codes: The unit of each row, from 0.
+        count: How many units.
+    """
+
+    codes: Int[Tensor, " n"]
+    count: int
+
+    @property
+    def are_rows(self) -> bool:
+        """Whether each row is a unit."""
+        return self.count == len(self.codes)
+
+    def weights(self, sets: Sequence[Sequence[int]]) -> Float[Tensor, "m n"]:
+        """w_S of each set of units."""
+        kept = torch.ones(len(sets), self.count, dtype=torch.float64)
+        for row, members in zip(kept, sets, strict=True):
+            row[list(members)] = 0
+        return kept[:, self.codes]
+
+    def sums(self, values: Float[Tensor, "n *k"]) -> Float[Tensor, "g *k"]:
+        """Sums over the rows of each unit."""
+        empty = torch.zeros(self.count, *values.shape[1:], dtype=values.dtype)
+        return empty.index_add(0, self.codes, values)
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """One linearization at w = 1.
+
+    Args:
+        order: Units, the most effective first.
+        effects: dφ/dw summed over each unit, for the estimate and the ends of its interval.
+        predicted: Units of `order` that must leave by first order; None if none of them do.
+    """
+
+    order: list[int]
+    effects: dict[int, Float[Tensor, " g"]]
+    predicted: int | None
+
+
+@dataclass(eq=False)
+class Search:
+    """A search that can be stopped: what it has is kept.
+
+    Args:
+        inference: What is reported.
+        crossing: What is to happen.
+        units: What may leave.
+        gamma: γ̂ of all rows.
+        most: The largest set to look for.
+        deadline: When to stop, by `time.monotonic`.
+    """
+
+    inference: Inference
+    crossing: Crossing
+    units: Units
+    gamma: Float[Tensor, " p"]
+    most: int
+    deadline: float = float("inf")
+    best: list[int] | None = None
+    """The smallest set so far that crosses, in the order in which it left."""
+    tried: int = 0
+    """The largest set that the adaptive search reached."""
+    lost: int = field(default=0)
+    """Units that could not leave: without them β is not determined, or infinite."""
+
+    def linear(self) -> Linear:
+        """One linearization of everything reported."""
+        w = self._ones()
+        moves, _ = self.inference.movements(self.gamma, w)
+        effects = {}
+        for side in (-1, 0, 1):
+            by_gamma, by_w = self.inference.derivatives(self.gamma, w, side)
+            effects[side] = self.units.sums(moves @ by_gamma + by_w)
+        sign = 1.0 if self.crossing.upward else -1.0
+        helps = -sign * effects[self.crossing.side]
+        order = helps.argsort(descending=True, stable=True)
+        start = self.crossing.gap(self.inference.reported(self.gamma[None], w[None]))
+        hit = (start + helps[order].cumsum(0) > 0).nonzero()
+        predicted = int(hit[0]) + 1 if len(hit) else None
+        return Linear(order.tolist(), effects, predicted)
+
+    def gaps(self, sets: Sequence[Sequence[int]]) -> Float[Tensor, " m"]:
+        """The gap of each set, fitted again."""
+        found = []
+        for begin in range(0, len(sets), self._at_once()):
+            w = self.units.weights(sets[begin : begin + self._at_once()])
+            gamma = self.inference.solved(w, self.gamma.expand(len(w), -1))
+            found.append(self.crossing.gap(self.inference.reported(gamma, w)))
+        return torch.cat(found)
+
+    def along(self, order: Sequence[int], first: int | None) -> int | None:
+        """The fewest units of an order that cross, by bisection below a prefix that does."""
+        most = min(self.most, len(order))
+        high = min(most, max(1, first or most))
+        while not float(self.gaps([order[:high]])) > 0:
+            if high == most:
+                return None
+            high = min(most, high + max(1, high // 2))
+        self._keep(order[:high])
+        low = 0
+        while high - low > 1:
+            self._pause()
+            between = sorted({low + (high - low) * part // 4 for part in (1, 2, 3)} - {low, high})
+            inside = between or [(low + high) // 2]
+            crossed = (self.gaps([order[:k] for k in inside]) > 0).tolist()
+            for k, past in zip(inside, crossed, strict=True):
+                if past:
+                    high = k
+                    break
+                low = k
+            self._keep(order[:high])
+        return high
+
+    def adaptive(self, expected: int) -> None:
+        """Leave out the best unit, fit again, and so on until the value is crossed."""
+        chosen: list[int] = []
+        gamma, w = self.gamma, self._ones()
+        together = max(1, expected // STEPS)
+        limit = self.most if self.best is None else min(self.most, len(self.best) - 1)
+        while len(chosen) < limit:
+            self._pause()
+            found = self._next(gamma, w, set(chosen), min(together, limit - len(chosen)))
+            if found is None:
+                return
+            added, gamma, w, gap = found
+            chosen += added
+            self.tried = max(self.tried, len(chosen))
+            if gap > 0:
+                self._keep(chosen)
+                self._shorten(chosen, len(chosen) - len(added))
+                return
+
+    def smaller(self) -> None:
+        """Look for a set one smaller by leaving one member in, and by exchanges; while it finds."""
+        while self.best is not None and len(self.best) > 1:
+            size = len(self.best) - 1
+            members = self._without_one(self.best)
+            seen: set[frozenset[int]] = set()
+            for _ in range(ROUNDS):
+                self._pause()
+                value, current = members
+                if value > 0:
+                    break
+                if frozenset(current) in seen:
+                    return
+                seen.add(frozenset(current))
+                w = self.units.weights([current])
+                gamma = self.inference.solved(w, self.gamma[None])[0]
+                found = self._next(gamma, w[0], set(current), 1)
+                if found is None:
+                    return
+                longer = current + found[0]
+                if found[3] > 0:
+                    self._keep(longer)
+                members = self._without_one(longer)
+                if not members[0] > value:
+                    return
+            if not members[0] > 0:
+                return
+            assert len(members[1]) == size
+            self._keep(members[1])
+
+    def _next(
+        self, gamma: Tensor, w: Tensor, gone: set[int], together: int
+    ) -> tuple[list[int], Tensor, Tensor, float] | None:
+        """Units to leave next: the best of those whose removal was evaluated by itself."""
+        steps, direct = self._steps(gamma, w)
+        by_gamma, by_w = self.inference.derivatives(gamma, w, self.crossing.side)
+        sign = 1.0 if self.crossing.upward else -1.0
+        helps = sign * (steps @ by_gamma - self.units.sums(by_w * direct))
+        helps = torch.nan_to_num(helps, nan=-torch.inf)
+        helps[list(gone)] = -torch.inf
+        count = min(max(SHORTLIST, together), self.units.count - len(gone))
+        listed = helps.topk(count).indices
+        listed = listed[helps[listed] > -torch.inf]
+        scores, after = [], []
+        for part in listed.split(self._at_once()):
+            weights = w * self._kept(part)
+            moved = self.inference.solved(weights, gamma + steps[part], steps=1)
+            scores.append(self.crossing.gap(self.inference.reported(moved, weights)))
+            after.append(moved)
+        if not scores:
+            return None
+        gaps, starts = torch.cat(scores), torch.cat(after)
+        self.lost += int((gaps == -torch.inf).sum())
+        for at in gaps.argsort(descending=True, stable=True).tolist():
+            if gaps[at] == -torch.inf:
+                return None
+            added = [int(listed[at])]
+            if together > 1:
+                best = gaps.argsort(descending=True, stable=True)[:together]
+                added = [int(listed[k]) for k in best.tolist()]
+            weights = w * self._kept(torch.tensor(added)).prod(dim=0)
+            moved = self.inference.solved(weights[None], starts[at][None])
+            gap = float(self.crossing.gap(self.inference.reported(moved, weights[None])))
+            if gap > -torch.inf:
+                return added, moved[0], weights, gap
+            self.lost += 1
+            together = 1
+        return None
+
+    def _steps(self, gamma: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Δγ of each unit's removal, and what its direct part is multiplied by."""
+        if not self.units.are_rows:
+            found = self.inference.group_steps(gamma, w, self.units.codes, self.units.count)
+            return found, torch.ones_like(w)
+        moves, leverage = self.inference.movements(gamma, w)
+        kept = torch.where((leverage < 1 - 1e-9) | (w == 0), 1 - leverage, torch.nan)
+        return (-moves / kept[:, None])[self.units.codes.argsort()], 1 / kept
+
+    def _kept(self, units: Int[Tensor, " m"]) -> Float[Tensor, "m n"]:
+        return (self.units.codes != units[:, None]).to(torch.float64)
+
+    def _without_one(self, members: Sequence[int]) -> tuple[float, list[int]]:
+        """The best of the sets that leave one member in."""
+        sets = [[*members[:k], *members[k + 1 :]] for k in range(len(members))]
+        gaps = self.gaps(sets)
+        at = int(gaps.argmax())
+        return float(gaps[at]), sets[at]
+
+    def _shorten(self, chosen: Sequence[int], low: int) -> None:
+        """Within the last step, where several left at once."""
+        for k in range(low + 1, len(chosen)):
+            if float(self.gaps([chosen[:k]])) > 0:
+                self._keep(chosen[:k])
+                return
+
+    def _keep(self, members: Sequence[int]) -> None:
+        if self.best is None or len(members) < len(self.best):
+            self.best = list(members)
+
+    def _ones(self) -> Float[Tensor, " n"]:
+        return torch.ones(len(self.units.codes), dtype=torch.float64)
+
+    def _at_once(self) -> int:
+        return max(1, ENTRIES // self.inference.X.numel())
+
+    def _pause(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise TimeoutError
