@@ -70,6 +70,7 @@ SHORT_FORMS = {
     "methods/fitted.py": {"evaluation"},  # `fitted.check` calls `upweight.check`
     "front/opened.py": {"adapters"},  # loaded for a model of the library that they translate
     "applications/subject.py": {"adapters"},  # the same, for its own fit
+    "applications/robustness.py": {"adapters"},  # for the standard errors that it reports
 }
 LEAVES = {"adapters", "cli", "testing"}  # may import everything but each other
 MATHS = {"linalg", "curvature", "gradients", "scoring", "methods", "applications"}

@@ -10,6 +10,7 @@ What is translated is held to what the results say: `bse` and `conf_int` of the 
 
 import copy
 import warnings
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,15 @@ from upweight.adapters.statsmodels_regression import (
 )
 from upweight.applications.inference import Covariance, Inference, Kind
 from upweight.applications.regression import require_full_rank
-from upweight.errors import NotStationary, SpecError, UnsupportedModel, listed, message
+from upweight.errors import (
+    DataError,
+    NotStationary,
+    ShapeError,
+    SpecError,
+    UnsupportedModel,
+    listed,
+    message,
+)
 
 REPRODUCED = 1e-6
 """Largest relative difference between `bse` and its translation."""
@@ -54,7 +63,6 @@ class ReportedInference:
         inference: Its standard error as a function of weights.
         rows: Labels of the rows.
         estimate: As reported.
-        clusters: Of the first grouping, as given; None without one.
         notes: What to know.
     """
 
@@ -135,6 +143,49 @@ def inference_of(results: Any, coefficient: str | int, level: float) -> Reported
     if left_out:
         notes.append(f"statsmodels left out {len(left_out)} rows with missing values")
     return ReportedInference(results, place, name, inference, found.rows, estimate, tuple(notes))
+
+
+def labels_of(results: Any, groups: Any, rows: Sequence[Hashable]) -> list[Hashable]:
+    """The group of every row of the fit.
+
+    Args:
+        results: As fitted.
+        groups: A label per row; a Series, paired by its index; or a column of a formula's frame.
+        rows: Labels of the rows.
+
+    Raises:
+        DataError: A label is missing, or there is no such column.
+        ShapeError: There are more or fewer labels than rows.
+    """
+    if isinstance(groups, str):
+        frame = getattr(results.model.data, "frame", None)
+        if frame is None or groups not in frame.columns:
+            raise DataError(
+                "groups by name is a column of the data frame that the formula was given.",
+                f"{groups!r}, of " + ("arrays." if frame is None else "a frame without it."),
+                "a fit of arrays, or a column of another frame.",
+                "pass the labels themselves: groups=frame['village'].",
+            )
+        groups = frame[groups]
+    if hasattr(groups, "reindex") and groups.index.is_unique and set(rows) <= set(groups.index):
+        groups = groups.loc[list(rows)]
+    labels = [*np.asarray(groups, dtype=object).reshape(-1)]
+    if len(labels) != len(rows):
+        raise ShapeError(
+            f"groups has a label for each of the {len(rows)} rows of the fit.",
+            f"{len(labels)} labels.",
+            "rows that statsmodels left out for missing values.",
+            "pass a Series with the index of the data frame.",
+        )
+    missing = [row for row, label in zip(rows, labels, strict=True) if label != label]
+    if missing or any(label is None for label in labels):
+        raise DataError(
+            "Every row belongs to a group.",
+            f"no label at rows {missing[:5]}.",
+            "missing values in the column.",
+            "fill them, groups.fillna('none'), or leave these rows out of the fit.",
+        )
+    return [label.item() if isinstance(label, np.generic) else label for label in labels]
 
 
 def _place(found: Regression, coefficient: str | int) -> int:
@@ -224,7 +275,9 @@ def _reproduced(results: Any, inference: Inference, found: Regression, name: str
     error = float(np.asarray(results.bse)[inference.place])
     ends = np.asarray(results.conf_int(alpha=1 - inference.level))[inference.place]
     apart = abs(float(ours.error) / error - 1)
-    apart = max(apart, *(abs(float(ours.end(s)) - e) / error for s, e in zip((-1, 1), ends)))
+    apart = max(
+        apart, *(abs(float(ours.end(s)) - e) / error for s, e in ((-1, ends[0]), (1, ends[1])))
+    )
     if not apart <= REPRODUCED:
         raise UnsupportedModel(
             f"The standard error of {name} must be reproduced before it is differentiated.",

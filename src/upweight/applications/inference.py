@@ -266,9 +266,7 @@ class Inference:
     ) -> Float[Tensor, "g p"]:
         """Δγ of leaving out all rows of a group: −(M − M_g)⁻¹ Σ_g xᵢ uᵢ; NaN where none is."""
         residual, variance = self.moments(gamma[None])
-        curvature, pull = (
-            (weights * self.v * part)[0] for part in (variance, residual)
-        )
+        curvature, pull = ((weights * self.v * part)[0] for part in (variance, residual))
         p, q = self.X.shape[1], self.design
         inside = torch.zeros(count, p, p, dtype=q.dtype)
         for begin in range(0, len(q), 4096):

@@ -10,7 +10,7 @@ may exist.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -116,12 +116,17 @@ class Search:
     gamma: Float[Tensor, " p"]
     most: int
     deadline: float = float("inf")
-    best: list[int] | None = None
-    """The smallest set so far that crosses, in the order in which it left."""
+    kept: list[list[int]] = field(default_factory=list)
+    """Sets that cross, each smaller than the one before, in the order in which they left."""
     tried: int = 0
     """The largest set that the adaptive search reached."""
     lost: int = field(default=0)
     """Units that could not leave: without them β is not determined, or infinite."""
+
+    @property
+    def best(self) -> list[int] | None:
+        """The smallest so far."""
+        return self.kept[-1] if self.kept else None
 
     def linear(self) -> Linear:
         """One linearization of everything reported."""
@@ -141,12 +146,18 @@ class Search:
 
     def gaps(self, sets: Sequence[Sequence[int]]) -> Float[Tensor, " m"]:
         """The gap of each set, fitted again."""
-        found = []
+        return torch.cat([self.crossing.gap(found) for found in self._refitted(sets)])
+
+    def findings(self, sets: Sequence[Sequence[int]]) -> Float[Tensor, "m 3"]:
+        """The estimate and the ends of its interval without each set."""
+        parts = [[found.end(side) for side in (0, -1, 1)] for found in self._refitted(sets)]
+        return torch.cat([torch.stack(part, dim=1) for part in parts])
+
+    def _refitted(self, sets: Sequence[Sequence[int]]) -> Iterator[Reported]:
         for begin in range(0, len(sets), self._at_once()):
             w = self.units.weights(sets[begin : begin + self._at_once()])
             gamma = self.inference.solved(w, self.gamma.expand(len(w), -1))
-            found.append(self.crossing.gap(self.inference.reported(gamma, w)))
-        return torch.cat(found)
+            yield self.inference.reported(gamma, w)
 
     def along(self, order: Sequence[int], first: int | None) -> int | None:
         """The fewest units of an order that cross, by bisection below a prefix that does."""
@@ -234,7 +245,7 @@ class Search:
         listed = helps.topk(count).indices
         listed = listed[helps[listed] > -torch.inf]
         scores, after = [], []
-        for part in listed.split(self._at_once()):
+        for part in torch.split(listed, self._at_once()):
             weights = w * self._kept(part)
             moved = self.inference.solved(weights, gamma + steps[part], steps=1)
             scores.append(self.crossing.gap(self.inference.reported(moved, weights)))
@@ -287,7 +298,7 @@ class Search:
 
     def _keep(self, members: Sequence[int]) -> None:
         if self.best is None or len(members) < len(self.best):
-            self.best = list(members)
+            self.kept.append(list(members))
 
     def _ones(self) -> Float[Tensor, " n"]:
         return torch.ones(len(self.units.codes), dtype=torch.float64)
