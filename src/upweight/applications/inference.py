@@ -32,6 +32,9 @@ Kind = Literal["model", "HC0", "HC1", "HC2", "HC3", "cluster"]
 SINGULAR = 1e-10
 """Squared ratio of pivots of M below which the rows that are left do not determine β."""
 
+PRODUCTS = 10_000_000
+"""n p² up to which products of columns are kept: M is then one product of matrices."""
+
 SOLVED = 1e-9
 """Newton step, in units of M^(-1/2), at which β̂(w) is reached."""
 
@@ -133,10 +136,21 @@ class Inference:
         mean = eta.exp()
         return self.y - mean, mean
 
+    @cached_property
+    def _products(self) -> Float[Tensor, "n t"]:
+        """Products of columns of the design, of the upper triangle."""
+        i, j = torch.triu_indices(self.X.shape[1], self.X.shape[1])
+        return self.design[:, i] * self.design[:, j]
+
     def information(self, curvature: Float[Tensor, "m n"]) -> Float[Tensor, "m p p"]:
         """Qᵀ diag(c) Q, for each row of c."""
-        q = self.design
-        return (q.T * curvature[:, None, :]) @ q
+        q, p = self.design, self.X.shape[1]
+        if self.X.numel() * p > PRODUCTS:
+            return (q.T * curvature[:, None, :]) @ q
+        i, j = torch.triu_indices(p, p)
+        place = torch.empty(p, p, dtype=torch.long)
+        place[i, j] = place[j, i] = torch.arange(len(i))
+        return (curvature @ self._products)[:, place]
 
     def solved(
         self, weights: Float[Tensor, "m n"], start: Float[Tensor, "m p"], steps: int = 30

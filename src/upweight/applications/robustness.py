@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upweight.applications.robustness_fitted import flip
+from upweight.applications.robustness_fitted import Lead, flip
 from upweight.applications.robustness_result import (
     Finding,
     OneShot,
@@ -29,10 +29,10 @@ from upweight.applications.subject import subject_of
 from upweight.errors import DataError, SpecError
 from upweight.notation import count
 from upweight.runtime.resources import Resources
-from upweight.task.measures import Functional, Margin
+from upweight.task.measures import Functional
 from upweight.task.recipe import Recipe
 
-__all__ = ["Robustness", "RobustnessTable", "amip", "table"]
+__all__ = ["Lead", "Robustness", "RobustnessTable", "amip", "table"]
 
 Target = Literal["sign", "significance", "both"]
 
@@ -80,7 +80,7 @@ def amip(
         most: The largest set to look for, in rows or groups. None: a tenth of them, at least 100.
         budget: Seconds after which to stop searching, and keep what was found.
         queries: Of a fitted method: one query; its measurement passes `value`.
-        measure: What is measured of it: `Margin()` unless given, which passes 0 where the
+        measure: What is measured of it: `Lead()` unless given, which passes 0 where the
             prediction flips.
         train: Of an estimator, (X, y).
         recipe: How a fitted method's model is fitted again.
@@ -151,7 +151,7 @@ def amip(
         return flip(
             subject,
             queries,
-            Margin() if chosen is None else chosen,
+            Lead() if chosen is None else chosen,
             float(value),
             search,
             None if groups is None else np.asarray(groups),

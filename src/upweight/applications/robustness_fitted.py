@@ -3,7 +3,7 @@
     m(θ̂(w_S)) ≈ m(θ̂) − Σ_{i ∈ S} S[q, i]
 
 Examples are sorted once by their scores; prefixes of that order are left out and the model trained
-again by its recipe, until the shortest that does it is known. With `Margin()` and the value 0 the
+again by its recipe, until the shortest that does it is known. With `Lead()` and the value 0 the
 prediction of a classifier flips.
 """
 
@@ -25,13 +25,42 @@ from upweight.methods.functionals import evaluated
 from upweight.runtime.resources import Resources
 from upweight.scores import Unit
 from upweight.task.data import Data
-from upweight.task.measures import Functional, Measure, as_measure, measured
+from upweight.task.measures import Functional, Margin, Measure, as_measure, measured
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.retrain import retrain
 
 FIRST = 8
 """Examples left out at first where scores are ranks, and predict no number."""
+
+
+@dataclass(frozen=True)
+class Lead(Measure):
+    """m = f_y − max_{k ≠ y} f_k: positive where the target's class is predicted.
+
+    Of several classes `Margin()` is positive where the class has more than half of the probability,
+    which is another thing. Of one output it is `Margin()`.
+
+    Raises:
+        ShapeError: The targets are not one class per query.
+    """
+
+    def __call__(self, task: Task, params: Params, batch: Batch) -> Tensor:
+        outputs, targets = task.outputs(params, batch)
+        flat = outputs.reshape(len(outputs), -1)
+        if flat.shape[1] == 1:
+            return Margin()(task, params, batch)
+        y = targets[0] if isinstance(targets, tuple | list) else targets  # (y, v) of weighted ones
+        if y.is_floating_point() or y.shape != (len(flat),):
+            raise ShapeError(
+                "A prediction that flips is one class of several.",
+                f"targets {tuple(y.shape)} of {y.dtype}.",
+                "a regression, class probabilities or one class per position.",
+                "say what passes which value: measure=uw.Logit(index=0), value=1.5.",
+            )
+        chosen = torch.nn.functional.one_hot(y.long(), flat.shape[1]).bool()
+        others = flat.masked_fill(chosen, -torch.inf)
+        return flat.gather(1, y[:, None].long())[:, 0] - others.amax(dim=1)
 
 
 @dataclass(frozen=True)

@@ -204,44 +204,47 @@ class Search:
     def smaller(self) -> None:
         """Look for a set one smaller by leaving one member in, and by exchanges; while it finds."""
         while self.best is not None and len(self.best) > 1:
-            size = len(self.best) - 1
-            members = self._without_one(self.best)
+            value, current = self._without_one(self.best)
             seen: set[frozenset[int]] = set()
             for _ in range(ROUNDS):
-                self._pause()
-                value, current = members
-                if value > 0:
+                if value > 0 or frozenset(current) in seen:
                     break
-                if frozenset(current) in seen:
-                    return
+                self._pause()
                 seen.add(frozenset(current))
                 w = self.units.weights([current])
                 gamma = self.inference.solved(w, self.gamma[None])[0]
                 found = self._next(gamma, w[0], set(current), 1)
                 if found is None:
-                    return
-                longer = current + found[0]
-                if found[3] > 0:
-                    self._keep(longer)
-                members = self._without_one(longer)
-                if not members[0] > value:
-                    return
-            if not members[0] > 0:
+                    break
+                better, exchanged = self._without_one(current + found[0])
+                if not better > value:
+                    break
+                value, current = better, exchanged
+            if not value > 0:
                 return
-            assert len(members[1]) == size
-            self._keep(members[1])
+            self._keep(current)
 
     def _next(
         self, gamma: Tensor, w: Tensor, gone: set[int], together: int
     ) -> tuple[list[int], Tensor, Tensor, float] | None:
-        """Units to leave next: the best of those whose removal was evaluated by itself."""
+        """Units to leave next: the best of those whose removal was evaluated by itself.
+
+        Where several leave together they are the best by first order.
+        """
         steps, direct = self._steps(gamma, w)
         by_gamma, by_w = self.inference.derivatives(gamma, w, self.crossing.side)
         sign = 1.0 if self.crossing.upward else -1.0
         helps = sign * (steps @ by_gamma - self.units.sums(by_w * direct))
         helps = torch.nan_to_num(helps, nan=-torch.inf)
         helps[list(gone)] = -torch.inf
-        count = min(max(SHORTLIST, together), self.units.count - len(gone))
+        if together > 1:
+            added = helps.topk(together).indices
+            weights = w * self._kept(added).prod(dim=0)
+            moved = self.inference.solved(weights[None], gamma[None])
+            gap = float(self.crossing.gap(self.inference.reported(moved, weights[None])))
+            if gap > -torch.inf:
+                return added.tolist(), moved[0], weights, gap
+        count = min(SHORTLIST, self.units.count - len(gone))
         listed = helps.topk(count).indices
         listed = listed[helps[listed] > -torch.inf]
         scores, after = [], []
@@ -257,17 +260,12 @@ class Search:
         for at in gaps.argsort(descending=True, stable=True).tolist():
             if gaps[at] == -torch.inf:
                 return None
-            added = [int(listed[at])]
-            if together > 1:
-                best = gaps.argsort(descending=True, stable=True)[:together]
-                added = [int(listed[k]) for k in best.tolist()]
-            weights = w * self._kept(torch.tensor(added)).prod(dim=0)
+            weights = w * self._kept(listed[at : at + 1])[0]
             moved = self.inference.solved(weights[None], starts[at][None])
             gap = float(self.crossing.gap(self.inference.reported(moved, weights[None])))
             if gap > -torch.inf:
-                return added, moved[0], weights, gap
+                return [int(listed[at])], moved[0], weights, gap
             self.lost += 1
-            together = 1
         return None
 
     def _steps(self, gamma: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,14 +275,23 @@ class Search:
             return found, torch.ones_like(w)
         moves, leverage = self.inference.movements(gamma, w)
         kept = torch.where((leverage < 1 - 1e-9) | (w == 0), 1 - leverage, torch.nan)
-        return (-moves / kept[:, None])[self.units.codes.argsort()], 1 / kept
+        return -moves / kept[:, None], 1 / kept
 
     def _kept(self, units: Int[Tensor, " m"]) -> Float[Tensor, "m n"]:
         return (self.units.codes != units[:, None]).to(torch.float64)
 
     def _without_one(self, members: Sequence[int]) -> tuple[float, list[int]]:
-        """The best of the sets that leave one member in."""
-        sets = [[*members[:k], *members[k + 1 :]] for k in range(len(members))]
+        """The best of the sets that leave one member in: those that cost least by first order."""
+        places = torch.arange(len(members))
+        if len(members) > 2 * SHORTLIST:
+            w = self.units.weights([members])
+            gamma = self.inference.solved(w, self.gamma[None])[0]
+            moves, _ = self.inference.movements(gamma, w[0])
+            by_gamma, by_w = self.inference.derivatives(gamma, w[0], self.crossing.side)
+            sign = 1.0 if self.crossing.upward else -1.0
+            gains = sign * self.units.sums(moves @ by_gamma + by_w)[list(members)]
+            places = gains.topk(SHORTLIST).indices
+        sets = [[*members[:k], *members[k + 1 :]] for k in places.tolist()]
         gaps = self.gaps(sets)
         at = int(gaps.argmax())
         return float(gaps[at]), sets[at]
