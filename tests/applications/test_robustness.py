@@ -74,6 +74,10 @@ def models():
 MODELS = models()
 
 
+def given(asked):
+    return {"cov_kwds": dict(asked)} if asked else {}
+
+
 def least_squares(n=60, **fit):
     return sm.OLS(Y["Gaussian"][:n], X[:n]).fit(**fit)
 
@@ -81,13 +85,14 @@ def least_squares(n=60, **fit):
 # -- what is reported, as a function of weights ---------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:cov_type not fully supported with var_weights")
 @pytest.mark.parametrize("covariance", COVARIANCES)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_reported_interval_without_rows_is_that_of_statsmodels(name, covariance):
     model, fit = MODELS[name]
     kind, asked = COVARIANCES[covariance]
     for use_t in (None, True):
-        results = model.fit(cov_type=kind, cov_kwds=dict(asked), use_t=use_t, **fit)
+        results = model.fit(cov_type=kind, use_t=use_t, **given(asked), **fit)
         before = results.params.copy()
         found = inference_of(results, "a", 0.9)
         keep = np.arange(N) > 6
@@ -129,16 +134,18 @@ def test_both_parts_of_the_derivative_are_those_of_small_changes_of_weights(fami
         for side in S:
             by_gamma, by_w = inference.derivatives(gamma, ones, side)
             ours.append(float(moves[i] @ by_gamma + by_w[i]))
-        np.testing.assert_allclose(ours, numeric, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(ours, numeric, rtol=1e-3, atol=1e-7)
 
 
 def test_one_linearization_is_the_formula_by_hand():
     results = least_squares()
-    found = amip(results, "a", search="one-shot")
+    found = amip(results, "a", value=0.4, search="one-shot")
     design = np.asarray(results.model.exog)
-    psi = np.linalg.inv(design.T @ design)[1] @ design.T * results.resid
+    psi = np.linalg.inv(design.T @ design)[1] @ design.T * results.resid.to_numpy()
     order = np.argsort(-psi)
-    k = int(np.argmax(results.params["a"] - np.cumsum(psi[order]) < 0)) + 1
+    past = results.params["a"] - np.cumsum(psi[order]) < 0.4
+    assert past.any()
+    k = int(np.argmax(past)) + 1
     assert found.predicted == k
     assert set(found.left_out) <= set(order[:k])
     reached = results.params["a"] - psi[order[:k]].sum()
@@ -150,15 +157,17 @@ def test_one_linearization_is_the_formula_by_hand():
 
 @pytest.mark.parametrize("target", ["sign", "significance", "both"])
 def test_no_smaller_set_exists_where_all_can_be_tried(target):
-    n = 22
-    results = sm.OLS(Y["Gaussian"][:n], X[["const", "a"]][:n]).fit()
+    n, draw = 18, np.random.default_rng(33)
+    x = draw.normal(size=n)
+    y, design = 0.25 * x + draw.normal(size=n), pd.DataFrame({"const": 1.0, "a": x})
+    results = sm.OLS(y, design).fit()
     found = holds(amip(results, "a", target=target), figure=False)
-    assert found.k is not None and found.k <= 5
+    assert found.k is not None and found.k <= 4
     smallest = None
     for k in range(1, found.k + 1):
         for gone in itertools.combinations(range(n), k):
             keep = np.setdiff1d(np.arange(n), gone)
-            if happened(found.asked, results, refitted(keep)):
+            if happened(found.asked, results, refitted(design, y, keep)):
                 smallest = k
                 break
         if smallest is not None:
@@ -166,8 +175,8 @@ def test_no_smaller_set_exists_where_all_can_be_tried(target):
     assert found.k == smallest
 
 
-def refitted(keep):
-    design, y = X[["const", "a"]].to_numpy()[keep], Y["Gaussian"][keep]
+def refitted(design, y, keep):
+    design, y = design.to_numpy()[keep], y[keep]
     inverse = np.linalg.inv(design.T @ design)
     beta = inverse @ design.T @ y
     freedom = len(keep) - 2
@@ -195,7 +204,7 @@ def happened(asked, results, after):
 def test_every_claim_holds_when_statsmodels_fits_from_nothing(name, covariance):
     model, fit = MODELS[name]
     kind, asked = COVARIANCES[covariance]
-    results = model.fit(cov_type=kind, cov_kwds=dict(asked), **fit)
+    results = model.fit(cov_type=kind, **given(asked), **fit)
     for target in ("sign", "significance", "both"):
         found = holds(amip(results, "b", target=target, most=40), figure=False)
         if found.k is None:
@@ -251,10 +260,12 @@ def test_what_separates_the_classes_is_set_aside_and_said():
     x = np.r_[np.linspace(-2, -0.5, 12), np.linspace(0.5, 2, 12), -0.4, 0.4]
     y = np.r_[np.zeros(12), np.ones(12), 1, 0]
     results = sm.Logit(y, sm.add_constant(x)).fit(disp=0)
-    found = holds(amip(results, 1, target="sign"))
-    assert found.k is None or found.end.value < 0
-    assert any("hyperplane" in note for note in found.notes)
-    assert "hyperplane" in str(found) or found.k
+    assert inference_of(results, 1, 0.95).refit(np.arange(26) < 24).reason.count("hyperplane")
+    found = [holds(amip(results, 1, target=target)) for target in ("sign", "significance", "both")]
+    for one in found:
+        keep = np.setdiff1d(np.arange(26), list(one.rows))
+        assert one.k is None or x[keep][y[keep] == 0].max() > x[keep][y[keep] == 1].min()
+    assert any("hyperplane" in note for one in found for note in one.notes)
 
 
 def test_nothing_found_is_never_nothing_there():

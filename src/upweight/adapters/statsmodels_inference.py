@@ -25,7 +25,7 @@ from upweight.adapters.statsmodels_regression import (
     regression_of,
 )
 from upweight.applications.inference import Covariance, Inference, Kind
-from upweight.applications.regression import require_full_rank
+from upweight.applications.regression import ASTRAY, require_full_rank
 from upweight.errors import (
     DataError,
     NotStationary,
@@ -39,7 +39,7 @@ from upweight.errors import (
 REPRODUCED = 1e-6
 """Largest relative difference between `bse` and its translation."""
 
-ASTRAY = 1e-3
+REMAINS = 1e-3
 """Largest Newton step, in standard errors, that the user's fit or a refit may leave."""
 
 
@@ -87,7 +87,7 @@ class ReportedInference:
                 # Convergence is judged below, and separation by it.
                 warnings.simplefilter("ignore")
                 found = _fitted(self.results, model, exog, keep)
-                step = _remaining(found)
+                step, moved = _remaining(found)
                 ends = np.asarray(found.conf_int(alpha=1 - self.inference.level))[self.place]
         except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
@@ -95,8 +95,13 @@ class ReportedInference:
         except Exception as error:
             if type(error).__name__ != "PerfectSeparationError":
                 raise
-            return Estimate(*_numbers(lost), "the classes of the rows that are left are separated")
-        if not step <= ASTRAY:
+            return Estimate(
+                *_numbers(lost), "a hyperplane separates the classes of the rows that are left"
+            )
+        if not moved <= ASTRAY:
+            reason = "no finite estimate: a hyperplane separates the rows that are left"
+            return Estimate(*_numbers(lost), reason)
+        if not step <= REMAINS:
             reason = f"statsmodels' fit did not arrive: {step:.1e} standard errors remain"
             return Estimate(*_numbers(lost), reason)
         value = float(np.asarray(found.params)[self.place])
@@ -288,7 +293,7 @@ def _reproduced(results: Any, inference: Inference, found: Regression, name: str
         )
     moved = inference.solved(ones, gamma)
     step = abs(float((moved - gamma)[0] @ inference.contrast)) / error
-    if not step <= ASTRAY:
+    if not step <= REMAINS:
         raise NotStationary(
             message(
                 "The estimate must be at its maximum.",
@@ -320,7 +325,8 @@ def _fitted(results: Any, model: Any, exog: np.ndarray, keep: np.ndarray) -> Any
         own["family"] = copy.copy(own["family"])  # a binomial one keeps the trials of its model
     again = type(model)(endog[keep], exog, **own)
     given = dict(getattr(results, "cov_kwds", None) or {})
-    kind, asked = str(results.cov_type), {}
+    kind = str(results.cov_type)
+    asked: dict[str, Any] = {}
     if kind == "cluster":
         asked = {
             "groups": np.asarray(given["groups"])[keep],
@@ -331,24 +337,23 @@ def _fitted(results: Any, model: Any, exog: np.ndarray, keep: np.ndarray) -> Any
         asked = {"scale": float(results.scale)}
     if given.get("scaling_factor") is not None:
         asked["scaling_factor"] = given["scaling_factor"]
-    fit = {"cov_type": kind, "cov_kwds": asked or None, "use_t": bool(results.use_t)}
+    fit = {"cov_type": kind, "use_t": bool(results.use_t)} | ({"cov_kwds": asked} if asked else {})
     if type(model).__name__ in ("OLS", "WLS"):
-        fit["cov_kwds"] = asked
         return again.fit(**fit)
     start = np.asarray(results.params)
     if type(model).__name__ == "GLM":
         return again.fit(start_params=start, maxiter=100, tol=1e-12, scale=model.scaletype, **fit)
-    fit["cov_kwds"] = asked
     return again.fit(start_params=start, method="newton", maxiter=100, disp=0, **fit)
 
 
-def _remaining(found: Any) -> float:
-    """The Newton step that a likelihood fit left, in standard errors."""
+def _remaining(found: Any) -> tuple[float, float]:
+    """The Newton step that a likelihood fit left, in standard errors, and how far it moves η."""
     model = found.model
     if type(model).__name__ in ("OLS", "WLS"):
-        return 0.0
+        return 0.0, 0.0
     params = np.asarray(found.params)
     scaled = {"scale": 1.0} if type(model).__name__ == "GLM" else {}
     inverse = np.linalg.inv(-model.hessian(params, **scaled))
     step = inverse @ model.score(params, **scaled)
-    return float(np.max(np.abs(step) / np.sqrt(inverse.diagonal())))
+    errors = np.abs(step) / np.sqrt(inverse.diagonal())
+    return float(np.max(errors)), float(np.max(np.abs(model.exog @ step)))

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from upweight.applications.regression import ASTRAY
 from upweight.task.losses import Bernoulli, Loss, SquaredError
 
 Kind = Literal["model", "HC0", "HC1", "HC2", "HC3", "cluster"]
@@ -160,7 +161,7 @@ class Inference:
         One step from the leverage-corrected prediction, `steps=1`, is taken as it is: exact for
         least squares, and quadratically close otherwise.
         """
-        gamma = start
+        gamma = step = start
         size = torch.full((len(weights),), torch.inf, dtype=start.dtype)
         for _ in range(1 if isinstance(self.loss, SquaredError) else steps):
             residual, variance = self.moments(gamma)
@@ -173,7 +174,10 @@ class Inference:
                 break
         if steps == 1 or isinstance(self.loss, SquaredError):
             return gamma
-        return torch.where((size <= 1e3 * SOLVED)[:, None], gamma, torch.nan)
+        # Where classes are separated M vanishes, and η goes on by about 1 in each step.
+        moved = ((step @ self.design.T).abs() * (weights > 0)).amax(dim=1)
+        arrived = (size <= 1e3 * SOLVED) & (moved <= ASTRAY)
+        return torch.where(arrived[:, None], gamma, torch.nan)
 
     def reported(self, gamma: Float[Tensor, "m p"], weights: Float[Tensor, "m n"]) -> Reported:
         """The coefficient and its standard error at γ and w; differentiable in both."""
