@@ -182,6 +182,16 @@ def rows():
     }
 
 
+def survey():
+    """A survey in villages, with a recipe for the network that the page ends with."""
+    pytest.importorskip("statsmodels")
+    pd = pytest.importorskip("pandas")
+    draw = np.random.default_rng(0)
+    X = pd.DataFrame(draw.normal(size=(200, 2)), columns=["schooling", "age"])
+    y = (draw.uniform(size=200) < 1 / (1 + np.exp(-0.4 * X.schooling))).astype(float)
+    return network() | {"X": X, "y": y, "village": np.arange(200) // 10}
+
+
 NAMES = {
     "training.md": training,
     "evaluation.md": evaluation,
@@ -190,6 +200,7 @@ NAMES = {
     "sklearn.md": classes,
     "statsmodels.md": counts,
     "regression.md": rows,
+    "robustness.md": survey,
 }
 """What a page starts with; others with `network`."""
 

@@ -198,7 +198,8 @@ class Robustness(Outcome):
         """
         import pandas as pd
 
-        columns: dict[str, Any] = {"left_out": self.path.left, "label": self.path.labels}
+        labels = pd.Series(self.path.labels, dtype=object)
+        columns: dict[str, Any] = {"left_out": self.path.left, "label": labels}
         ends = ("", "_low", "_high") if self.has_interval else ("",)
         for name, values in (("predicted", self.path.predicted), ("refitted", self.path.refitted)):
             for k, end in enumerate(ends):
