@@ -121,7 +121,7 @@ def panel(data: Path) -> Iterator[Goal]:
 
 
 def network() -> Iterator[Goal]:
-    """A small network for digits: what flips the predictions that it is least sure of."""
+    """A small network for digits: what flips right predictions, from the least sure on."""
     import torch
     from sklearn.datasets import load_digits
 
@@ -138,7 +138,7 @@ def network() -> Iterator[Goal]:
     sure = right.clone()
     sure[right <= 0] = torch.inf
     begun, flipped, true = time.perf_counter(), [], True
-    for query in sure.argsort()[:5].tolist():
+    for query in sure.argsort()[:25:6].tolist():
         one = (test[0][query : query + 1], test[1][query : query + 1])
         found = robustness.amip(fitted, queries=one, recipe=recipe, most=100)
         if found.k is None:
@@ -152,7 +152,7 @@ def network() -> Iterator[Goal]:
         true = true and int(logits.argmax()) != int(one[1])
     seconds = time.perf_counter() - begun
     yield Goal(
-        "digits, network, the five least sure right predictions flip",
+        "digits, network, five of the 25 least sure right predictions flip",
         "every claim holds when trained again",
         f"{len(flipped)} of 5 flipped without {flipped} of 600 images; "
         f"claims {'hold' if true else 'FAIL'}",

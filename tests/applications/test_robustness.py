@@ -152,6 +152,30 @@ def test_one_linearization_is_the_formula_by_hand():
     assert found.path.predicted[-1, 0] == pytest.approx(reached)
 
 
+def test_one_linearization_has_the_part_of_the_standard_error_too():
+    from scipy import stats
+
+    results = least_squares()
+    found = amip(results, "a", target="significance", search="one-shot")
+    design, y = np.asarray(results.model.exog), results.model.endog
+
+    def low(w):
+        inverse = np.linalg.inv(design.T * w @ design)
+        beta = inverse @ design.T @ (w * y)
+        freedom = w.sum() - 4
+        error = np.sqrt((w * (y - design @ beta) ** 2).sum() / freedom * inverse[1, 1])
+        return beta[1] - stats.t.ppf(0.975, freedom) * error
+
+    assert found.asked == "lose significance"
+    numeric = [low(1 + 1e-5 * e) - low(1 - 1e-5 * e) for e in np.eye(60)]
+    psi = np.array(numeric) / 2e-5
+    order = np.argsort(-psi)
+    assert found.left_out == tuple(order[: len(found.left_out)])
+    path = found.start.low - np.r_[0, np.cumsum(psi[order])]
+    assert found.predicted == int(np.argmax(path < 0))
+    np.testing.assert_allclose(found.path.predicted[:, 1], path[: found.predicted + 1], rtol=1e-5)
+
+
 # -- the search -----------------------------------------------------------------------------------
 
 
@@ -254,6 +278,14 @@ def test_rows_are_named_as_in_the_frame_and_missing_ones_are_left_out():
     assert smf.ols("y ~ a + b + c", frame[~gone]).fit().pvalues["a"] > 0.05
     series = amip(results, "a", target="significance", groups=frame.village)
     assert series.left_out == by_village.left_out
+
+
+def test_rows_that_share_a_label_are_named_by_their_place():
+    design = X.set_index(np.arange(N) % 40)
+    results = sm.OLS(pd.Series(Y["Gaussian"], design.index), design).fit()
+    found = amip(results, "b")
+    assert found.rows == amip(sm.OLS(Y["Gaussian"], X).fit(), "b").rows
+    assert any("same label" in note for note in found.notes)
 
 
 def test_what_separates_the_classes_is_set_aside_and_said():

@@ -96,8 +96,8 @@ def amip(
     Cost: about k regressions and a shortlist of 16 in each, for n·p² of a few hundred thousand well
     below a second; of a fitted method one question, and about 2 log₂ k trainings.
 
-    Broderick, Giordano & Meager (2020), An automatic finite-sample robustness metric, Eq. 6 and
-    §2.2; re-linearization as Kuschnig, Zens & Crespo Cuaresma (2021).
+    Broderick, Giordano & Meager (2020), An automatic finite-sample robustness metric, §2;
+    re-linearization as Kuschnig, Zens & Crespo Cuaresma (2021).
     """
     _require(
         search in ("adaptive", "one-shot"),
@@ -238,8 +238,15 @@ def _of_results(
     from upweight.adapters.statsmodels_inference import inference_of, labels_of
 
     reported = inference_of(results, coefficient, level)
-    inference, n = reported.inference, len(reported.rows)
-    labels: Sequence[Hashable] = reported.rows
+    inference, n, notes = reported.inference, len(reported.rows), list(reported.notes)
+    names: Sequence[Hashable] = reported.rows
+    if len(set(names)) < n:
+        names = range(n)
+        notes.append(
+            "several rows of the frame have the same label: rows are named by their place in "
+            "model.exog"
+        )
+    labels = names
     units = Units(torch.arange(n), n)
     if groups is not None:
         labels, units = _grouped(labels_of(results, groups, reported.rows))
@@ -258,7 +265,7 @@ def _of_results(
         number = (estimate.low, estimate.value, estimate.high)[crossing.side + 1]
         return bool(number > value if crossing.upward else number < value)
 
-    notes, end, before, fewest, k = list(reported.notes), None, None, None, None
+    end, before, fewest, k = None, None, None, None
     members: list[int] = []
     first = None if linear.predicted is None else linear.order[: linear.predicted]
     own = None if first is None else refit(first)
@@ -308,7 +315,7 @@ def _of_results(
         start=start,
         one_shot=OneShot(linear.predicted, holds, fewest),
         k=k,
-        rows=tuple(label for label, out in zip(reported.rows, gone.tolist(), strict=True) if out),
+        rows=tuple(label for label, out in zip(names, gone.tolist(), strict=True) if out),
         left_out=tuple(labels[u] for u in members),
         end=Finding(end.value, end.low, end.high) if end is not None and usable else None,
         before=before,

@@ -2,7 +2,7 @@
 
     gap(S) = ± (φ(θ̂(w_S), w_S) − value)       w_S: 0 for the rows of S, else 1; crossed where > 0
 
-`along` sorts once by dφ/dw (Broderick, Giordano & Meager 2020, Eq. 6) and looks for the shortest
+`along` sorts once by dφ/dw (Broderick, Giordano & Meager 2020, §2) and looks for the shortest
 prefix that crosses. `adaptive` fits again after every removal and linearizes there, since what a
 row does depends on who has left (Kuschnig, Zens & Crespo Cuaresma 2021; Hu et al. 2024). `smaller`
 exchanges members of a set. All are searches: a set they give crosses, and one that they do not give
