@@ -309,7 +309,7 @@ def test_nothing_found_is_never_nothing_there():
 def test_a_search_that_is_stopped_keeps_its_best_set(monkeypatch):
     results = MODELS["Logit"][0].fit(disp=0)
 
-    def interrupted(self, expected):
+    def interrupted(self):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Search, "adaptive", interrupted)
@@ -355,6 +355,8 @@ def test_results_without_a_formula_here_are_refused_with_a_way_out():
     early = sm.Poisson(Y["Poisson"], X).fit(disp=0, method="newton", maxiter=1, warn_convergence=0)
     with pytest.raises((NotStationary, UnsupportedModel)):
         amip(early, "a")
+    with pytest.raises(DataError, match="residuals"):
+        amip(sm.OLS(X.to_numpy() @ [1, 2, 3, 4], X).fit(), "a")
     changed = least_squares()
     changed._results.cov_params_default = 2 * changed.cov_params()
     with pytest.raises(UnsupportedModel, match="reproduced"):

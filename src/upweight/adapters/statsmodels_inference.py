@@ -278,6 +278,13 @@ def _reproduced(results: Any, inference: Inference, found: Regression, name: str
     ones = torch.ones(1, len(found.y), dtype=torch.float64)
     ours = inference.reported(gamma, ones)
     error = float(np.asarray(results.bse)[inference.place])
+    if not (np.isfinite(error) and error > 1e-12 * np.abs(found.beta).max()):
+        raise DataError(
+            "A standard error needs residuals, and more rows than columns.",
+            f"{error:.2g} for {name}, of {len(found.y)} rows and {len(found.beta)} columns.",
+            "a response that is a linear function of the columns, or too few rows.",
+            "leave out the column that holds the response, or fit fewer columns.",
+        )
     ends = np.asarray(results.conf_int(alpha=1 - inference.level))[inference.place]
     apart = abs(float(ours.error) / error - 1)
     apart = max(

@@ -153,6 +153,14 @@ class Inference:
         place[i, j] = place[j, i] = torch.arange(len(i))
         return (curvature @ self._products)[:, place]
 
+    def _quadratic(self, matrices: Float[Tensor, "m p p"]) -> Float[Tensor, "m n"]:
+        """qᵢᵀ A qᵢ of every row, for each symmetric A."""
+        q, p = self.design, self.X.shape[1]
+        if self.X.numel() * p > PRODUCTS:
+            return ((q @ matrices) * q).sum(dim=2)
+        i, j = torch.triu_indices(p, p)
+        return (matrices[:, i, j] * (2 - (i == j).to(q.dtype))) @ self._products.T
+
     def solved(
         self, weights: Float[Tensor, "m n"], start: Float[Tensor, "m p"], steps: int = 30
     ) -> Float[Tensor, "m p"]:
@@ -181,7 +189,7 @@ class Inference:
 
     def reported(self, gamma: Float[Tensor, "m p"], weights: Float[Tensor, "m n"]) -> Reported:
         """The coefficient and its standard error at γ and w; differentiable in both."""
-        kind, n, p = self.covariance.kind, *self.X.shape
+        kind, p = self.covariance.kind, self.X.shape[1]
         residual, variance = self.moments(gamma)
         known = gamma.isfinite().all(dim=1)
         curvature = self.v * variance
@@ -206,8 +214,7 @@ class Inference:
                 squared, groups = self._clustered(weights * pulls, weights, rows)
             else:
                 if kind in ("HC2", "HC3"):
-                    hat = torch.cholesky_solve(self.design.T.expand(len(gamma), p, n), root)
-                    leverage = curvature * (hat.transpose(1, 2) * self.design).sum(dim=2)
+                    leverage = curvature * self._quadratic(torch.cholesky_inverse(root))
                     kept = torch.where(weights > 0, 1 - leverage, 1.0)
                     pulls = pulls / (kept.sqrt() if kind == "HC2" else kept)
                 squared = (weights * pulls.square()).sum(dim=1)

@@ -279,7 +279,7 @@ def _of_results(
     else:
         try:
             fewest = look.along(linear.order, linear.predicted)
-            look.adaptive(linear.predicted or limit)
+            look.adaptive()
             look.smaller()
         except KeyboardInterrupt:
             notes.append("the search was interrupted: a longer one may find a smaller set")

@@ -22,8 +22,8 @@ from upweight.applications.inference import Inference, Reported
 SHORTLIST = 16
 """Units whose removal is evaluated by itself at each step: the best by first order."""
 
-STEPS = 200
-"""About how many steps a search takes; where more units must leave, several leave in a step."""
+STEPS = 100
+"""Steps a search takes before several units leave in each: from twice as many units on."""
 
 ROUNDS = 12
 """Exchanges tried before a size is given up."""
@@ -182,12 +182,12 @@ class Search:
             self._keep(order[:high])
         return high
 
-    def adaptive(self, expected: int) -> None:
+    def adaptive(self) -> None:
         """Leave out the best unit, fit again, and so on until the value is crossed."""
         chosen: list[int] = []
         gamma, w = self.gamma, self._ones()
-        together = max(1, expected // STEPS)
         limit = self.most if self.best is None else min(self.most, len(self.best) - 1)
+        together = max(1, (limit + 1) // STEPS)
         while len(chosen) < limit:
             self._pause()
             found = self._next(gamma, w, set(chosen), min(together, limit - len(chosen)))
