@@ -191,6 +191,14 @@ def rows():
 def unlearning():
     """Two classes for scikit-learn, and what a task is made of."""
     return classes() | {"torch": torch}
+def survey():
+    """A survey in villages, with a recipe for the network that the page ends with."""
+    pytest.importorskip("statsmodels")
+    pd = pytest.importorskip("pandas")
+    draw = np.random.default_rng(0)
+    X = pd.DataFrame(draw.normal(size=(200, 2)), columns=["schooling", "age"])
+    y = (draw.uniform(size=200) < 1 / (1 + np.exp(-0.4 * X.schooling))).astype(float)
+    return network() | {"X": X, "y": y, "village": np.arange(200) // 10}
 
 
 NAMES = {
@@ -203,6 +211,7 @@ NAMES = {
     "regression.md": rows,
     "unlearning.md": unlearning,
     "cross_validation.md": groups,
+    "robustness.md": survey,
 }
 """What a page starts with; others with `network`."""
 

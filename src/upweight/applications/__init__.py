@@ -7,6 +7,7 @@ regression.py     what does each row do to a (generalized) linear regression?
 unlearning.py     the model without some examples, and how far it is from a refit
 certified.py      models that promise something of removals, for `unlearning`
 cross_validation.py  what is the loss on examples that the model never saw, from one fit?
+robustness.py     which few rows carry a coefficient or a prediction?
 
 Imported by adapters, reports and the command line, and by nothing below them. Each is loaded when
 it is first named: adapters import `regression`, and need none of the others.
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from upweight.applications import cross_validation as cross_validation
     from upweight.applications import memorization as memorization
     from upweight.applications import regression as regression
+    from upweight.applications import robustness as robustness
     from upweight.applications import unlearning as unlearning
 
 __all__ = [
     "cross_validation",
     "memorization",
     "regression",
+    "robustness",
     "unlearning",
 ]
 

@@ -1,0 +1,318 @@
+"""Few rows, or groups of rows, whose removal takes a reported number across a value.
+
+    gap(S) = ± (φ(θ̂(w_S), w_S) − value)       w_S: 0 for the rows of S, else 1; crossed where > 0
+
+`along` sorts once by dφ/dw (Broderick, Giordano & Meager 2020, §2) and looks for the shortest
+prefix that crosses. `adaptive` fits again after every removal and linearizes there, since what a
+row does depends on who has left (Kuschnig, Zens & Crespo Cuaresma 2021; Hu et al. 2024). `smaller`
+exchanges members of a set. All are searches: a set they give crosses, and one that they do not give
+may exist.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from upweight.applications.inference import Inference, Reported
+
+SHORTLIST = 16
+"""Units whose removal is evaluated by itself at each step: the best by first order."""
+
+STEPS = 100
+"""Steps a search takes before several units leave in each: from twice as many units on."""
+
+ROUNDS = 12
+"""Exchanges tried before a size is given up."""
+
+ENTRIES = 4_000_000
+"""Numbers in a matrix at a time."""
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """What is to happen: the estimate (0) or an end (±1) of its interval passes a value.
+
+    Args:
+        side: Which.
+        upward: From below to above.
+        value: What it passes.
+    """
+
+    side: int
+    upward: bool
+    value: float
+
+    def gap(self, reported: Reported) -> Float[Tensor, " m"]:
+        """How far past it is; −∞ where there is no number."""
+        past = reported.end(self.side) - self.value
+        return torch.nan_to_num(past if self.upward else -past, nan=-torch.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """What may leave: rows one by one, or groups of them.
+
+    Args:
+        codes: The unit of each row, from 0.
+        count: How many units.
+    """
+
+    codes: Int[Tensor, " n"]
+    count: int
+
+    @property
+    def are_rows(self) -> bool:
+        """Whether each row is a unit."""
+        return self.count == len(self.codes)
+
+    def weights(self, sets: Sequence[Sequence[int]]) -> Float[Tensor, "m n"]:
+        """w_S of each set of units."""
+        kept = torch.ones(len(sets), self.count, dtype=torch.float64)
+        for row, members in zip(kept, sets, strict=True):
+            row[list(members)] = 0
+        return kept[:, self.codes]
+
+    def sums(self, values: Float[Tensor, "n *k"]) -> Float[Tensor, "g *k"]:
+        """Sums over the rows of each unit."""
+        empty = torch.zeros(self.count, *values.shape[1:], dtype=values.dtype)
+        return empty.index_add(0, self.codes, values)
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """One linearization at w = 1.
+
+    Args:
+        order: Units, the most effective first.
+        effects: dφ/dw summed over each unit, for the estimate and the ends of its interval.
+        predicted: Units of `order` that must leave by first order; None if none of them do.
+    """
+
+    order: list[int]
+    effects: dict[int, Float[Tensor, " g"]]
+    predicted: int | None
+
+
+@dataclass(eq=False)
+class Search:
+    """A search that can be stopped: what it has is kept.
+
+    Args:
+        inference: What is reported.
+        crossing: What is to happen.
+        units: What may leave.
+        gamma: γ̂ of all rows.
+        most: The largest set to look for.
+        deadline: When to stop, by `time.monotonic`.
+    """
+
+    inference: Inference
+    crossing: Crossing
+    units: Units
+    gamma: Float[Tensor, " p"]
+    most: int
+    deadline: float = float("inf")
+    kept: list[list[int]] = field(default_factory=list)
+    """Sets that cross, each smaller than the one before, in the order in which they left."""
+    tried: int = 0
+    """The largest set that the adaptive search reached."""
+    lost: int = field(default=0)
+    """Units that could not leave: without them β is not determined, or infinite."""
+
+    @property
+    def best(self) -> list[int] | None:
+        """The smallest so far."""
+        return self.kept[-1] if self.kept else None
+
+    def linear(self) -> Linear:
+        """One linearization of everything reported."""
+        w = self._ones()
+        moves, _ = self.inference.movements(self.gamma, w)
+        effects = {}
+        for side in (-1, 0, 1):
+            by_gamma, by_w = self.inference.derivatives(self.gamma, w, side)
+            effects[side] = self.units.sums(moves @ by_gamma + by_w)
+        sign = 1.0 if self.crossing.upward else -1.0
+        helps = -sign * effects[self.crossing.side]
+        order = helps.argsort(descending=True, stable=True)
+        start = self.crossing.gap(self.inference.reported(self.gamma[None], w[None]))
+        hit = (start + helps[order].cumsum(0) > 0).nonzero()
+        predicted = int(hit[0]) + 1 if len(hit) else None
+        return Linear(order.tolist(), effects, predicted)
+
+    def gaps(self, sets: Sequence[Sequence[int]]) -> Float[Tensor, " m"]:
+        """The gap of each set, fitted again."""
+        return torch.cat([self.crossing.gap(found) for found in self._refitted(sets)])
+
+    def findings(self, sets: Sequence[Sequence[int]]) -> Float[Tensor, "m 3"]:
+        """The estimate and the ends of its interval without each set."""
+        parts = [[found.end(side) for side in (0, -1, 1)] for found in self._refitted(sets)]
+        return torch.cat([torch.stack(part, dim=1) for part in parts])
+
+    def _refitted(self, sets: Sequence[Sequence[int]]) -> Iterator[Reported]:
+        for begin in range(0, len(sets), self._at_once()):
+            w = self.units.weights(sets[begin : begin + self._at_once()])
+            gamma = self.inference.solved(w, self.gamma.expand(len(w), -1))
+            yield self.inference.reported(gamma, w)
+
+    def along(self, order: Sequence[int], first: int | None) -> int | None:
+        """The fewest units of an order that cross, by bisection below a prefix that does."""
+        most = min(self.most, len(order))
+        high = min(most, max(1, first or most))
+        while not float(self.gaps([order[:high]])) > 0:
+            if high == most:
+                return None
+            high = min(most, high + max(1, high // 2))
+        self._keep(order[:high])
+        low = 0
+        while high - low > 1:
+            self._pause()
+            between = sorted({low + (high - low) * part // 4 for part in (1, 2, 3)} - {low, high})
+            inside = between or [(low + high) // 2]
+            crossed = (self.gaps([order[:k] for k in inside]) > 0).tolist()
+            for k, past in zip(inside, crossed, strict=True):
+                if past:
+                    high = k
+                    break
+                low = k
+            self._keep(order[:high])
+        return high
+
+    def adaptive(self) -> None:
+        """Leave out the best unit, fit again, and so on until the value is crossed."""
+        chosen: list[int] = []
+        gamma, w = self.gamma, self._ones()
+        limit = self.most if self.best is None else min(self.most, len(self.best) - 1)
+        together = max(1, (limit + 1) // STEPS)
+        while len(chosen) < limit:
+            self._pause()
+            found = self._next(gamma, w, set(chosen), min(together, limit - len(chosen)))
+            if found is None:
+                return
+            added, gamma, w, gap = found
+            chosen += added
+            self.tried = max(self.tried, len(chosen))
+            if gap > 0:
+                self._keep(chosen)
+                self._shorten(chosen, len(chosen) - len(added))
+                return
+
+    def smaller(self) -> None:
+        """Look for a set one smaller by leaving one member in, and by exchanges; while it finds."""
+        while self.best is not None and len(self.best) > 1:
+            value, current = self._without_one(self.best)
+            seen: set[frozenset[int]] = set()
+            for _ in range(ROUNDS):
+                if value > 0 or frozenset(current) in seen:
+                    break
+                self._pause()
+                seen.add(frozenset(current))
+                w = self.units.weights([current])
+                gamma = self.inference.solved(w, self.gamma[None])[0]
+                found = self._next(gamma, w[0], set(current), 1)
+                if found is None:
+                    break
+                better, exchanged = self._without_one(current + found[0])
+                if not better > value:
+                    break
+                value, current = better, exchanged
+            if not value > 0:
+                return
+            self._keep(current)
+
+    def _next(
+        self, gamma: Tensor, w: Tensor, gone: set[int], together: int
+    ) -> tuple[list[int], Tensor, Tensor, float] | None:
+        """Units to leave next: the best of those whose removal was evaluated by itself.
+
+        Where several leave together they are the best by first order.
+        """
+        steps, direct = self._steps(gamma, w)
+        by_gamma, by_w = self.inference.derivatives(gamma, w, self.crossing.side)
+        sign = 1.0 if self.crossing.upward else -1.0
+        helps = sign * (steps @ by_gamma - self.units.sums(by_w * direct))
+        helps = torch.nan_to_num(helps, nan=-torch.inf)
+        helps[list(gone)] = -torch.inf
+        if together > 1:
+            added = helps.topk(together).indices
+            weights = w * self._kept(added).prod(dim=0)
+            moved = self.inference.solved(weights[None], gamma[None])
+            gap = float(self.crossing.gap(self.inference.reported(moved, weights[None])))
+            if gap > -torch.inf:
+                return added.tolist(), moved[0], weights, gap
+        count = min(SHORTLIST, self.units.count - len(gone))
+        listed = helps.topk(count).indices
+        listed = listed[helps[listed] > -torch.inf]
+        scores, after = [], []
+        for part in torch.split(listed, self._at_once()):
+            weights = w * self._kept(part)
+            moved = self.inference.solved(weights, gamma + steps[part], steps=1)
+            scores.append(self.crossing.gap(self.inference.reported(moved, weights)))
+            after.append(moved)
+        if not scores:
+            return None
+        gaps, starts = torch.cat(scores), torch.cat(after)
+        self.lost += int((gaps == -torch.inf).sum())
+        for at in gaps.argsort(descending=True, stable=True).tolist():
+            if gaps[at] == -torch.inf:
+                return None
+            weights = w * self._kept(listed[at : at + 1])[0]
+            moved = self.inference.solved(weights[None], starts[at][None])
+            gap = float(self.crossing.gap(self.inference.reported(moved, weights[None])))
+            if gap > -torch.inf:
+                return [int(listed[at])], moved[0], weights, gap
+            self.lost += 1
+        return None
+
+    def _steps(self, gamma: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Δγ of each unit's removal, and what its direct part is multiplied by."""
+        if not self.units.are_rows:
+            found = self.inference.group_steps(gamma, w, self.units.codes, self.units.count)
+            return found, torch.ones_like(w)
+        moves, leverage = self.inference.movements(gamma, w)
+        kept = torch.where((leverage < 1 - 1e-9) | (w == 0), 1 - leverage, torch.nan)
+        return -moves / kept[:, None], 1 / kept
+
+    def _kept(self, units: Int[Tensor, " m"]) -> Float[Tensor, "m n"]:
+        return (self.units.codes != units[:, None]).to(torch.float64)
+
+    def _without_one(self, members: Sequence[int]) -> tuple[float, list[int]]:
+        """The best of the sets that leave one member in: those that cost least by first order."""
+        places = torch.arange(len(members))
+        if len(members) > 2 * SHORTLIST:
+            w = self.units.weights([members])
+            gamma = self.inference.solved(w, self.gamma[None])[0]
+            moves, _ = self.inference.movements(gamma, w[0])
+            by_gamma, by_w = self.inference.derivatives(gamma, w[0], self.crossing.side)
+            sign = 1.0 if self.crossing.upward else -1.0
+            gains = sign * self.units.sums(moves @ by_gamma + by_w)[list(members)]
+            places = gains.topk(SHORTLIST).indices
+        sets = [[*members[:k], *members[k + 1 :]] for k in places.tolist()]
+        gaps = self.gaps(sets)
+        at = int(gaps.argmax())
+        return float(gaps[at]), sets[at]
+
+    def _shorten(self, chosen: Sequence[int], low: int) -> None:
+        """Within the last step, where several left at once."""
+        for k in range(low + 1, len(chosen)):
+            if float(self.gaps([chosen[:k]])) > 0:
+                self._keep(chosen[:k])
+                return
+
+    def _keep(self, members: Sequence[int]) -> None:
+        if self.best is None or len(members) < len(self.best):
+            self.kept.append(list(members))
+
+    def _ones(self) -> Float[Tensor, " n"]:
+        return torch.ones(len(self.units.codes), dtype=torch.float64)
+
+    def _at_once(self) -> int:
+        return max(1, ENTRIES // self.inference.X.numel())
+
+    def _pause(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise TimeoutError
