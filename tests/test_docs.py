@@ -191,6 +191,8 @@ def rows():
 def unlearning():
     """Two classes for scikit-learn, and what a task is made of."""
     return classes() | {"torch": torch}
+
+
 def survey():
     """A survey in villages, with a recipe for the network that the page ends with."""
     pytest.importorskip("statsmodels")
