@@ -111,6 +111,12 @@ class Reader(AdapterReader):
         """The same with notes on the training data."""
         return dataclasses.replace(self, train=dataclasses.replace(self.train, notes=tuple(notes)))
 
+    @property
+    def classes(self) -> tuple[Any, ...] | None:
+        """Those of a classifier."""
+        final = final_step(self.estimator)
+        return tuple(final.classes_.tolist()) if is_classifier(final) else None
+
     def translate(self, given: Any) -> TranslatedData:
         X, y = _parts(given)
         through = isinstance(self.estimator, Pipeline) and len(self.estimator.steps) > 1

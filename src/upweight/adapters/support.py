@@ -62,6 +62,11 @@ class AdapterReader(abc.ABC):
     train: TranslatedData
     call: str
 
+    @property
+    def classes(self) -> tuple[Any, ...] | None:
+        """The labels, as the user knows them; None where they are no names."""
+        return None
+
     @abc.abstractmethod
     def translate(self, given: Any) -> TranslatedData:
         """Examples from what the user holds."""

@@ -2,16 +2,19 @@
 
     html(scores, "report.html", Display(names=…), evidence=[check])     summary(scores)
     outcomes([amip, loo], "follows.html")                               what applications returned
+    suspects(found, "suspects.html", Display(train_images=…))           decisions(path, found)
 
 Both show first how far the scores can be trusted (unit, agreement with retraining, health of the
 computation), then what raised and lowered each measurement; the page also says what dropping
 examples would do, and what the training set is worth. They read `Scores` and its provenance and
-know no method; agreement with retraining comes in as results of `upweight.evaluation`.
+know no method; agreement with retraining comes in as results of `upweight.evaluation`. The page of
+suspects is to click through: its decisions come back as JSON.
 """
 
 from upweight.report.display import Display
 from upweight.report.outcomes import outcomes
 from upweight.report.page import html
+from upweight.report.suspects import decisions, suspects
 from upweight.report.text import summary
 
-__all__ = ["Display", "html", "outcomes", "summary"]
+__all__ = ["Display", "decisions", "html", "outcomes", "summary", "suspects"]

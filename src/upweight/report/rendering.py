@@ -8,7 +8,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -37,26 +37,48 @@ def render_page(
         source: The part of the script that answers for the data; by default from the file itself.
         connects: Whether it may load from where it was served.
     """
+    first, *rest = map(script_of, SCRIPTS)
+    answering = script_of("embedded") if source is None else source
+    script = "\n".join([first, answering, *rest])
+    words = {**words, "parts": parts}
+    return filled("template.html", ["template.css"], script, data, words, connects)
+
+
+def filled(
+    template: str,
+    styles: Sequence[str],
+    script: str,
+    data: Any,
+    words: Mapping[str, Any],
+    connects: bool = False,
+) -> str:
+    """A template of ours with our styles and script, and with nothing else that runs.
+
+    Args:
+        template: Its file.
+        styles: The files of the style, in order.
+        script: The text of the script.
+        data: What the script reads, as JSON.
+        words: What the template says.
+        connects: Whether it may load from where it was served.
+    """
     from markupsafe import Markup  # only the report needs it
 
-    style = _own("template.css")
-    first, *rest = (_own(f"script/{name}.js") for name in SCRIPTS)
-    answering = _own("script/embedded.js") if source is None else source
-    script = '"use strict";\n(() => {\n' + "\n".join([first, answering, *rest]) + "\n})();"
+    style = "\n".join(map(_own, styles))
+    script = '"use strict";\n(() => {\n' + script + "\n})();"
     own = " 'self'" if connects else ""
     policy = (
         f"default-src 'none'; img-src data: blob:{own}; style-src '{_hash(style)}'; "
         f"script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
         + (f"; connect-src{own}" if connects else "")
     )
-    page = _template("template.html").render(
+    page = _template(template).render(
         **words,
         # These are ours or escaped already; the engine escapes everything else.
         style=Markup(style),
         script=Markup(script),
         policy=Markup(policy),
         data=Markup(as_json(data)),
-        parts=parts,
     )
     return readable(page)
 
@@ -82,6 +104,11 @@ def _template(name: str) -> Any:
         lstrip_blocks=True,
         loader=FunctionLoader(_own),
     ).get_template(name)
+
+
+def script_of(name: str) -> str:
+    """A part of our script, by its name."""
+    return _own(f"script/{name}.js")
 
 
 def _own(name: str) -> str:

@@ -98,6 +98,11 @@ class Reader(Protocol):
     pipeline's transformations, classes by name. Whatever reaches its task is read in that way.
     """
 
+    @property
+    def classes(self) -> tuple[Any, ...] | None:
+        """The labels, as the user knows them; None where they are no names."""
+        ...
+
     def training(self, given: Any) -> Data:
         """The training data, with the weights they have in the objective."""
         ...

@@ -1,0 +1,497 @@
+"""Which labels are wrong, what they should be, and what correcting them would gain.
+
+With ℓ(f, c) the loss of label c, and f₋ᵢ the outputs of the model that never saw row i,
+
+    mᵢ = ℓ(f₋ᵢ(xᵢ), yᵢ) − min_{c≠yᵢ} ℓ(f₋ᵢ(xᵢ), c)         > 0: it favours another label
+
+is taken again and again. f₋ᵢ is `Fitted.loo_outputs` at first. Wrong labels stand together, and a
+model that has learned many of them confirms each: so all rows U with mᵢ > 0 are then left out at
+once, by one Newton step Δθ_U, and the outputs of the model without all of them,
+
+    f̃(xᵢ) = f(xᵢ; θ̂ + Δθ_U)                      for i in U
+    f̃(xᵢ) = f(xᵢ; θ̂ + Δθ_U) + (f₋ᵢ − f)(xᵢ)      for the others,
+
+give mᵢ and U anew, three times at most; the last are the suspicion mᵢ and the proposed label
+argmin_c ℓ(f̃(xᵢ), c). A step that does not lower the loss of the rows that stay is not taken.
+
+With validation data rows may be ranked by harm instead: S[q, i] > 0 of the mean validation loss.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from upweight._typing import Batch, Params
+from upweight.applications.labels import Classes, IsRight, outputs_at, with_labels
+from upweight.applications.misprediction import Misprediction, explain_error
+from upweight.applications.outcome import Outcome
+from upweight.applications.repair import (
+    DROP,
+    KEEP,
+    Repaired,
+    changed_gradient,
+    decided,
+    movement,
+    repaired,
+)
+from upweight.applications.subject import Subject, subject_of
+from upweight.errors import NonFinite, SpecError
+from upweight.evaluation.bootstrap import Bootstrap
+from upweight.methods.fitted import Fitted
+from upweight.methods.functionals import derivatives
+from upweight.methods.scorer import Asked
+from upweight.plot import axes
+from upweight.task.data import Data
+from upweight.task.identity import contents
+from upweight.task.measures import Functional, Loss, as_measure, measured
+from upweight.task.recipe import Recipe
+from upweight.task.task import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+__all__ = [
+    "DROP",
+    "KEEP",
+    "Misprediction",
+    "Path",
+    "Repaired",
+    "Suspects",
+    "explain_error",
+    "suspects",
+]
+
+LOSS = Loss()
+
+ROUNDS = 3
+"""How often the rows whose labels the model does not favour are left out anew, at most."""
+
+STEPS = 12
+"""Points on the path of predicted gains."""
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """What the validation data are predicted to say once the first k suspects are corrected.
+
+    Args:
+        counts: k, from 0 up.
+        values: Mean measure (loss) at θ̂ + Δθ of each.
+        accuracies: Share of validation rows that are right there.
+    """
+
+    counts: tuple[int, ...]
+    values: tuple[float, ...]
+    accuracies: tuple[float, ...]
+
+    @property
+    def best(self) -> int:
+        """The place where the mean measure is lowest; 0 where nothing lowers it."""
+        return min(range(len(self.values)), key=self.values.__getitem__)
+
+
+@dataclass(frozen=True, eq=False)
+class Suspects(Outcome):
+    """Training rows in the order in which to look at their labels. Made by `suspects`.
+
+    Args:
+        subject: The fitted method, and how to fit again.
+        classes: The labels that there are.
+        by: "label" or "harm", which the rows are ranked by.
+        order: Rows, the most suspicious first.
+        suspicion: Of every row, larger for more suspicious; in the unit of the loss for "label", of
+            the measure per weight for "harm".
+        labels: Class of every row, as its place in `classes.names`.
+        proposals: The class that is proposed; that of the label where none is.
+        relabelling: Predicted change of the mean validation measure by giving each row, alone, its
+            proposed label; 0 where there is none; None without validation data.
+        removing: The same by removing the row: −S.
+        predicted: The path of corrections in order, on the validation data.
+        validation: Those data.
+        noted: Notes.
+    """
+
+    subject: Subject
+    classes: Classes
+    by: Literal["label", "harm"]
+    order: Int[Tensor, " n"]
+    suspicion: Float[Tensor, " n"]
+    labels: Int[Tensor, " n"]
+    proposals: Int[Tensor, " n"]
+    relabelling: Float[Tensor, " n"] | None
+    removing: Float[Tensor, " n"] | None
+    predicted: Path | None
+    validation: Data | None
+    noted: tuple[str, ...] = ()
+    actual: None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    # -- decisions --------------------------------------------------------------------------------
+
+    def proposed(self, k: int) -> dict[int, Any]:
+        """The proposed label of each of the first k suspects that has one, by row.
+
+        A proposal is a guess: accepted unseen it also gives rows that are merely hard a wrong
+        label. `Path.best` says how many the validation data are predicted to bear.
+        """
+        return {
+            i: self.classes.names[int(self.proposals[i])]
+            for i in self.order[:k].tolist()
+            if self.proposals[i] != self.labels[i]
+        }
+
+    def label(self, row: int) -> Any:
+        """The label of a row, as the user knows it."""
+        return self.classes.names[int(self.labels[row])]
+
+    def data(self, decisions: Mapping[int, Any]) -> Data:
+        """The training data with the decisions: new labels, and without the rows dropped.
+
+        Raises:
+            UpweightError: As for `apply`.
+        """
+        fitted, made = self.subject.fitted, decided(decisions, self.classes, self.labels)
+        task, train = fitted.task, fitted.train
+        data = with_labels(task, train, made.labels) if made.labels else train
+        if not made.dropped:
+            return data
+        gone = set(made.dropped)
+        return data.subset([i for i in range(len(train)) if i not in gone])
+
+    def predict(self, decisions: Mapping[int, Any], queries: Any) -> tuple[float, float]:
+        """(mean loss, accuracy) on some data that the decisions are predicted to give, at θ̂ + Δθ.
+
+        Raises:
+            UpweightError: As for `apply`.
+        """
+        fitted, made = self.subject.fitted, decided(decisions, self.classes, self.labels)
+        data, theta = fitted.task.queries(queries), fitted.theta + movement(fitted, made)
+        values = (measured(fitted.task, theta, data, m).mean() for m in (LOSS, self._is_right))
+        loss, accuracy = map(float, values)
+        return loss, accuracy
+
+    def apply(
+        self,
+        decisions: Mapping[int, Any],
+        test: Any,
+        recipe: Recipe | None = None,
+        *,
+        bootstrap: Bootstrap = Bootstrap(),
+    ) -> Repaired:
+        """Fit again with the decisions, and compare loss and accuracy on test data.
+
+        A dropped row has wᵢ = 0 and the objective keeps its 1/n. The model before is refitted by
+        the same recipe, so that nothing but the decisions differs.
+
+        Args:
+            decisions: By row a label as the fit was given it, "keep" or "drop"; as from `proposed`,
+                or from `upweight.report.decisions`.
+            test: Data that chose nothing: neither trained on nor the validation data.
+            recipe: How to fit. None: as was said to `suspects`, or the library's own fit.
+            bootstrap: Of the intervals, over test rows.
+
+        Raises:
+            DataError: A row or a label does not exist, or nothing changes.
+            SpecError: There is no recipe, or it holds data of its own.
+            NotConverged: The recipe failed.
+
+        Cost: two fits, and one solve.
+        """
+        subject = self.subject if recipe is None else Subject(self.subject.fitted, recipe)
+        made = decided(decisions, self.classes, self.labels)
+        data, notes = subject.fitted.task.queries(test), tuple[str, ...]()
+        if self.validation is not None and contents(data) == contents(self.validation):
+            notes = (
+                "the test data are those that ranked or predicted: the gain is likely to be less "
+                "on others",
+            )
+        return repaired(subject, self.classes, made, data, bootstrap, notes)
+
+    # -- the answer -------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """Rows for which another label is proposed."""
+        return int((self.proposals != self.labels).sum())
+
+    @property
+    def title(self) -> str:
+        return "Which labels to look at first"
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Never: `apply` refits."""
+        return False
+
+    @property
+    def verdict(self) -> str:
+        n = len(self)
+        start = (
+            f"For {self.count} of {n} rows ({self.count / n:.1%}) a model without them favours "
+            "another label"
+        )
+        path = self.predicted
+        if path is None:
+            return f"{start}; which of them are wrong is not known, and nothing was fitted again."
+        best = path.best
+        if best == 0:
+            return (
+                f"{start}; accepting the proposals is not predicted to lower the validation loss "
+                f"of {path.values[0]:.4f} at any of {len(path.counts) - 1} numbers of rows."
+            )
+        return (
+            f"{start}; correcting the first {path.counts[best]} as proposed is predicted to take "
+            f"the validation loss from {path.values[0]:.4f} to {path.values[best]:.4f} and the "
+            f"accuracy from {path.accuracies[0]:.4f} to {path.accuracies[best]:.4f}; nothing was "
+            "fitted again."
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.noted
+
+    def frame(self) -> "pd.DataFrame":
+        """A row per training row in order: its label, the proposal, suspicion, predicted changes.
+
+        `relabelling` and `removing` are predicted changes of the mean validation measure.
+        """
+        import pandas as pd
+
+        order, names = self.order.tolist(), self.classes.names
+        columns: dict[str, Any] = {
+            "label": [names[int(self.labels[i])] for i in order],
+            "proposed": [names[int(self.proposals[i])] for i in order],
+            "suspicion": self.suspicion[self.order].cpu().numpy(),
+        }
+        for name in ("relabelling", "removing"):
+            values = getattr(self, name)
+            if values is not None:
+                columns[name] = values[self.order].cpu().numpy()
+        return pd.DataFrame(columns, index=pd.Index(order, name="row"))
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Predicted validation accuracy as suspects are corrected; without: the suspicion."""
+        ax = axes(ax)
+        if self.predicted is None:
+            ax.plot(self.suspicion[self.order].cpu().numpy())
+            ax.axhline(0, color="0.6", linewidth=0.8)
+            ax.set(xlabel="rows, most suspicious first", ylabel="suspicion")
+            return ax
+        path = self.predicted
+        ax.plot(path.counts, path.accuracies, marker="o")
+        ax.set(xlabel="suspects corrected as proposed", ylabel="predicted validation accuracy")
+        return ax
+
+    def summary(self) -> dict[str, Any]:
+        path = self.predicted
+        return {
+            "verdict": self.verdict,
+            "rows": len(self),
+            "by": self.by,
+            "proposals": self.count,
+            "order": self.order.tolist(),
+            "predicted": None
+            if path is None
+            else {
+                "corrected": list(path.counts),
+                "loss": list(path.values),
+                "accuracy": list(path.accuracies),
+            },
+            "notes": list(self.notes),
+        }
+
+    @property
+    def _is_right(self) -> IsRight:
+        return IsRight(self.classes)
+
+
+def suspects(
+    asked: Any,
+    train: Any = None,
+    validation: Any = None,
+    *,
+    measure: Callable[..., Tensor] = LOSS,
+    by: Literal["label", "harm"] | None = None,
+    recipe: Recipe | None = None,
+) -> Suspects:
+    """Rank training rows by how likely their label is wrong, or by the harm that they do.
+
+    Args:
+        asked: A fitted method, or a fitted scikit-learn classifier, or statsmodels results.
+        train: Of an estimator (X, y), as given to its `fit`.
+        validation: Held-out rows that you trust. With them each row has the change of the
+            validation measure that correcting or removing it is predicted to cause.
+        measure: What is asked of the validation rows, one number of each; the less the better.
+        by: "label": by the model without the row; see the top of this file. "harm": by S[q, i],
+            what weight on the row adds to the mean validation measure. None: "harm" with
+            validation data, else "label".
+        recipe: How the model is fitted, for `Suspects.apply`. None: the library's own fit.
+
+    Returns:
+        All rows in order; nothing was fitted again.
+
+    Raises:
+        UnsupportedModel: The targets are no classes.
+        DataError: A label is none of the classes.
+        NonFinite: Without a row the minimum is not determined.
+        SpecError: `by` is another word, or "harm" without validation data.
+        NotOffered: The method has no outputs without a row, or no movement of θ.
+
+    Exact when: J is quadratic in θ; otherwise Newton steps, by layer first-order ones.
+    Cost: `loo_outputs`, a group removal (p³/3 where it is larger than θ); with validation data one
+    `attribute` of their mean, a pass over relabelled rows and some solves.
+
+    Koh & Liang (2017), §5.4, rank by self-influence; Pregibon (1981) and Rad & Maleki (2020) are
+    the outputs without a row; the proposal follows Brodley & Friedl (1999), who filter by the votes
+    of models that did not see the row.
+    """
+    if by not in (None, "label", "harm") or (by == "harm" and validation is None):
+        raise SpecError(
+            'Rows are ranked by "label", or with validation data by "harm".',
+            f"by={by!r}, {'no validation data' if validation is None else 'validation data'}.",
+            "another word, or harm to data that were not given.",
+            "suspects(fitted, validation=(X, y)) ranks by harm, suspects(fitted) by label.",
+        )
+    subject = subject_of(asked, train, recipe)
+    fitted = subject.fitted
+    task = fitted.task
+    classes = Classes.of(task, fitted.train)
+    outputs, targets = outputs_at(task, fitted.theta, fitted.train)
+    labels = torch.cat([classes.indices(each) for each in targets])
+    losses, notes = _without(fitted, classes, outputs, labels)
+    proposals = losses.argmin(dim=1)
+    suspicion, held = _margins(losses, labels), None
+    harm = relabelling = removing = None
+    if validation is not None:
+        held, measure = task.queries(validation), as_measure(measure)
+        harm, relabelling = _changes(fitted, classes, held, measure, labels, proposals)
+        removing = -harm
+    chosen: Literal["label", "harm"] = by or ("label" if held is None else "harm")
+    if chosen == "harm":
+        assert harm is not None
+        suspicion = harm
+    order = suspicion.argsort(descending=True, stable=True)
+    path = None
+    if held is not None:
+        path = _path(fitted, classes, held, measure, order, labels, proposals)
+        notes += ("the path is predicted on the data that may have ranked it: test on others",)
+    return Suspects(
+        subject, classes, chosen, order, suspicion, labels, proposals, relabelling, removing,
+        path, held, notes,
+    )  # fmt: skip
+
+
+def _without(
+    fitted: Fitted, classes: Classes, outputs: Float[Tensor, "n *o"], labels: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, "n c"], tuple[str, ...]]:
+    """ℓ(f̃(xᵢ), c), and notes; see the top of this file."""
+    alone, n, left_out = fitted.loo_outputs(), len(labels), -1
+    losses = classes.losses(alone)
+    given = classes.losses(outputs).gather(1, labels[:, None])[:, 0]
+    for _ in range(ROUNDS):
+        against = _margins(losses, labels) > 0
+        rows = against.nonzero()[:, 0].tolist()
+        if not rows or len(rows) == left_out:
+            break
+        if len(rows) > n // 2:
+            return losses, (
+                f"the model favours another label for {len(rows)} of {n} rows, too many to leave "
+                "out together: each was judged without itself alone",
+            )
+        left_out = len(rows)
+        try:
+            # Not `removal_step`: where the step falls short it orders rows all the same.
+            step = fitted.scorer.step(rows)
+        except NonFinite:
+            return losses, (
+                f"without the {len(rows)} rows whose label the model does not favour, θ is not "
+                "determined: each was judged without itself alone",
+            )
+        moved, _ = outputs_at(fitted.task, fitted.theta + step.to(fitted.theta), fitted.train)
+        stay = classes.losses(moved).gather(1, labels[:, None])[:, 0][~against].mean()
+        if not bool(stay < given[~against].mean()):
+            return losses, (
+                f"a step without the {len(rows)} rows whose label the model does not favour does "
+                "not lower the loss of the others: each was judged without itself alone",
+            )
+        own = torch.where(against.reshape(-1, *[1] * (alone.ndim - 1)), 0.0, alone - outputs)
+        losses = classes.losses(moved + own)
+    return losses, ()
+
+
+def _margins(losses: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """ℓ of the label less the least of the others."""
+    given = losses.gather(1, labels[:, None])
+    others = losses.scatter(1, labels[:, None], torch.inf)
+    return given[:, 0] - others.min(dim=1).values
+
+
+def _changes(
+    fitted: Fitted,
+    classes: Classes,
+    held: Data,
+    measure: Callable[..., Tensor],
+    labels: Int[Tensor, " n"],
+    proposals: Int[Tensor, " n"],
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """S of the mean measure for every row, and its change by giving each its proposed label."""
+    task, train, n = fitted.task, fitted.train, len(fitted.train)
+
+    def mean(task: Task, params: Params, queries: Batch, weights: Tensor) -> Tensor:
+        return measure(task, params, queries).mean()
+
+    functional = Functional(mean)
+    harm = fitted.attribute(held, functional).values[0]
+    places = (proposals != labels).nonzero()[:, 0].tolist()
+    relabelling = torch.zeros_like(harm)
+    if not places:
+        return harm, relabelling
+    new = {i: classes.names[int(proposals[i])] for i in places}
+    data = with_labels(task, train, new).subset(places)
+    batch = task.to_device(held.batch(0, len(held)))
+    found = derivatives(functional, task, fitted.theta, batch, n)
+    asked = Asked(held, functional, fitted.resources.memory_bytes, functional=found, exact=True)
+    parts = []
+    for job in fitted.scorer.jobs(asked):
+        with job:
+            for start, stop, each in data.batches(job.at_once):
+                parts.append(job.scores_of(task.to_device(each), stop - start)[0])
+    relabelling[places] = torch.cat(parts).to(harm) - harm[places]
+    return harm, relabelling
+
+
+def _path(
+    fitted: Fitted,
+    classes: Classes,
+    held: Data,
+    measure: Callable[..., Tensor],
+    order: Int[Tensor, " n"],
+    labels: Int[Tensor, " n"],
+    proposals: Int[Tensor, " n"],
+) -> Path:
+    """The mean measure and the accuracy at θ̂ + Δθ of correcting the first k, for some k."""
+    last = int((proposals != labels).sum())
+    counts = sorted({round(k * last / STEPS) for k in range(STEPS + 1)})
+    total, totals = torch.zeros_like(fitted.theta), []
+    for begin, end in pairwise(counts):
+        some = [i for i in order[begin:end].tolist() if proposals[i] != labels[i]]
+        new = {i: classes.names[int(proposals[i])] for i in some}
+        total = total + changed_gradient(fitted, new)
+        totals.append(total)
+    thetas = [fitted.theta]
+    if totals:
+        steps = fitted.scorer.solve(torch.stack(totals) / len(fitted.train))
+        thetas += [fitted.theta - step.to(fitted.theta) for step in steps]
+    values, right = [], []
+    for theta in thetas:
+        values.append(float(measured(fitted.task, theta, held, measure).mean()))
+        right.append(float(measured(fitted.task, theta, held, IsRight(classes)).mean()))
+    return Path(tuple(counts), tuple(values), tuple(right))

@@ -1,0 +1,219 @@
+"""Classes as labels: which there are, what each costs a row, and data in which some are changed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from upweight._typing import Batch, Params
+from upweight.errors import DataError, UnsupportedModel
+from upweight.methods.perturbation import relabeled
+from upweight.task.arrays import TARGET_KEYS
+from upweight.task.data import ArrayData, Data
+from upweight.task.losses import Bernoulli, CrossEntropy, Loss, Weighted
+from upweight.task.measures import Measure
+from upweight.task.task import Task
+
+AT_ONCE = 1024
+"""Examples in a forward pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class Classes:
+    """The labels that a row can have.
+
+    Args:
+        names: As the user knows them.
+        targets: As the loss takes them, one row per class.
+        loss: ℓ(f, y) of a label alone: without weights of examples or classes, not smoothed.
+    """
+
+    names: tuple[Any, ...]
+    targets: Tensor
+    loss: Loss
+
+    @classmethod
+    def of(cls, task: Task, train: Data) -> "Classes":
+        """Those of a task.
+
+        Raises:
+            UnsupportedModel: Its targets are no classes.
+        """
+        example = train.take([0])
+        with torch.no_grad():
+            outputs, given = task.outputs(task.theta(), task.to_device(example))
+        y, loss = _unweighted(given), _plain(task.loss)
+        known = None if task.reads is None else task.reads.classes
+        if known is not None:
+            assert task.reads is not None
+            rows = [task.reads.relabeled(example, name) for name in known]
+            with torch.no_grad():
+                found = [task.outputs(task.theta(), task.to_device(row))[1] for row in rows]
+            return cls(tuple(known), torch.cat([_unweighted(each) for each in found]), loss)
+        if isinstance(y, Tensor) and not y.is_floating_point() and outputs.ndim == 2 == y.ndim + 1:
+            count = outputs.shape[1]
+            return cls(tuple(range(count)), torch.arange(count, device=y.device).to(y), loss)
+        if isinstance(loss, Bernoulli) and outputs[0].numel() == 1:
+            return cls((0, 1), y.new_tensor([0.0, 1.0]).reshape(2, *y.shape[1:]), loss)
+        raise UnsupportedModel(
+            "Labels that may be wrong are classes: one integer per row, or one yes or no.",
+            f"targets {tuple(getattr(y, 'shape', ()))} of {getattr(y, 'dtype', type(y).__name__)} "
+            f"for outputs {tuple(outputs.shape)}, {task.loss!r}.",
+            "a regression, a label per position, or several labels per row.",
+            "for a regression rank rows by fitted.self_influence(), or by their residuals without "
+            "them from fitted.loo_outputs().",
+        )
+
+    def losses(self, outputs: Float[Tensor, "b *o"]) -> Float[Tensor, "b c"]:
+        """ℓ(fᵢ, c) of every label."""
+        b = len(outputs)
+        columns = [
+            self.loss(outputs, y.expand(b, *y.shape)) for y in self.targets.to(outputs.device)
+        ]
+        return torch.stack(columns, dim=1)
+
+    def indices(self, targets: Any) -> Int[Tensor, " b"]:
+        """Which class each target is.
+
+        Raises:
+            DataError: One is none of them: a label that is ignored, or shared between classes.
+        """
+        y = _unweighted(targets)
+        table = self.targets.to(y.device)
+        same = (y.reshape(len(y), 1, -1) == table.reshape(1, len(table), -1)).all(dim=2)
+        if not bool(same.any(dim=1).all()):
+            row = int((~same.any(dim=1)).nonzero()[0, 0])
+            raise DataError(
+                f"Every row must have one of the {len(self.names)} labels.",
+                f"row {row} of a batch has the target {y[row].tolist()}.",
+                "targets that are left out (ignore_index), or probabilities of several classes.",
+                "leave such rows out of the data.",
+            )
+        return same.int().argmax(dim=1)
+
+    def index(self, label: Any) -> int:
+        """The class that the user calls `label`.
+
+        Raises:
+            DataError: There is none.
+        """
+        plain = label.item() if hasattr(label, "item") else label  # a scalar of NumPy or PyTorch
+        if plain not in self.names:
+            raise DataError(
+                "A new label must be one of the classes.",
+                f"{label!r}, where the classes are {list(self.names[:10])!r}.",
+                "a class that the model has never seen, or its number in place of its name.",
+                "pass a label as it was given to the fit.",
+            )
+        return self.names.index(plain)
+
+
+@dataclass(frozen=True, eq=False)
+class IsRight(Measure):
+    """m = 1 where the label has the least loss of all labels, else 0."""
+
+    classes: Classes
+
+    def __call__(self, task: Task, params: Params, batch: Batch) -> Float[Tensor, " q"]:
+        outputs, targets = task.outputs(params, batch)
+        best = self.classes.losses(outputs).argmin(dim=1)
+        return (best == self.classes.indices(targets)).to(outputs.dtype)
+
+
+def outputs_at(
+    task: Task, theta: Float[Tensor, " p"], data: Data
+) -> tuple[Float[Tensor, "n *o"], list[Any]]:
+    """f(xᵢ) of every example, and the targets of each batch."""
+    outputs, targets = [], []
+    with torch.no_grad():
+        for _, _, batch in data.batches(AT_ONCE):
+            f, y = task.outputs(theta, task.to_device(batch))
+            outputs.append(f)
+            targets.append(y)
+    return torch.cat(outputs), targets
+
+
+def relabeled_rows(task: Task, data: Data, labels: Mapping[int, Any]) -> dict[int, Batch]:
+    """Examples with other labels, as batches of one; weights of classes go with the label."""
+    reads = task.reads
+    change = relabeled if reads is None else reads.relabeled
+    return {i: change(data.take([i]), label) for i, label in labels.items()}
+
+
+def with_labels(task: Task, data: Data, labels: Mapping[int, Any]) -> Data:
+    """The same data, in which some rows have other labels.
+
+    Args:
+        task: Says how labels are written.
+        data: Training data of the task.
+        labels: The new label by row, as the user knows labels.
+    """
+    rows = relabeled_rows(task, data, labels)
+    if isinstance(data, ArrayData):
+        places = [*rows]
+        return replace(data, arrays=_put(data.arrays, places, [rows[i] for i in places]))
+    return Relabeled(data, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Relabeled(Data):
+    """Other data, in which some rows have other labels.
+
+    Args:
+        data: As they were.
+        rows: The changed rows, as batches of one.
+    """
+
+    data: Data
+    rows: Mapping[int, Batch]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def form(self) -> Any:
+        return self.data.form
+
+    def take(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
+        batch, at = self.data.take(indices), [int(i) for i in indices]
+        places = [k for k, i in enumerate(at) if i in self.rows]
+        return _put(batch, places, [self.rows[at[k]] for k in places]) if places else batch
+
+    def places(self, start: int, stop: int) -> Int[Tensor, " b"]:
+        return self.data.places(start, stop)
+
+
+def _put(batch: Any, places: Sequence[int], rows: Sequence[Any]) -> Any:
+    """A batch with the targets of some rows replaced by those of batches of one."""
+    key: Any = len(batch) - 1
+    if isinstance(batch, dict):
+        key = next(k for k in TARGET_KEYS if k in batch)
+    leaves, structure = tree_flatten(batch[key])
+    leaves = [leaf.clone() for leaf in leaves]
+    for place, row in zip(places, rows, strict=True):
+        for leaf, value in zip(leaves, tree_leaves(row[key]), strict=True):
+            leaf[place] = value[0]
+    targets = tree_unflatten(leaves, structure)
+    if isinstance(batch, dict):
+        return {**batch, key: targets}
+    parts = (*batch[:-1], targets)
+    return type(batch)._make(parts) if hasattr(batch, "_make") else parts
+
+
+def _unweighted(targets: Any) -> Any:
+    """y of targets y or (y, v)."""
+    return targets[0] if isinstance(targets, tuple | list) else targets
+
+
+def _plain(loss: Loss) -> Loss:
+    if isinstance(loss, Weighted):
+        return _plain(loss.base)
+    if isinstance(loss, CrossEntropy):
+        return replace(loss, weight=None, label_smoothing=0.0)
+    if isinstance(loss, Bernoulli):
+        return Bernoulli()
+    return loss
