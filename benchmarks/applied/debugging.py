@@ -170,7 +170,7 @@ def network(kind: str, seed: int, data: Path) -> Run:
     every = np.arange(len(labels))
     task = trained(every, labels)
     started = time.perf_counter()
-    fitted = uw.Influence(uw.EKFAC(), damping=uw.Relative(1.0)).fit(task, (X, torch.tensor(labels)))
+    fitted = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, (X, torch.tensor(labels)))
     as_tensors = [
         (torch.tensor(x, dtype=torch.float32), torch.tensor(y)) for x, y in (s.validation, s.test)
     ]

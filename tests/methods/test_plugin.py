@@ -169,3 +169,19 @@ def test_outputs_without_each_example_take_no_memory_of_n_by_n():
         with Largest() as largest:
             fitted.loo_outputs()
         assert largest.numbers < n * n / 50
+
+
+def test_leverage_of_the_others_curvature_is_below_one_and_the_same_where_it_is_theirs():
+    X = torch.linspace(-1, 1, 7, dtype=torch.float64)[:, None] ** torch.arange(3)
+    y = X[:, 1:2] + 0.1 * X[:, 2:]
+    task = uw.Task(torch.nn.Linear(3, 1, bias=False).double(), uw.SquaredError(), uw.L2(0.1))
+    own = uw.Influence(uw.Hessian()).fit(task, (X, y))
+    H = X.T @ X / 7 + 0.1 * torch.eye(3, dtype=torch.float64)
+    for i in range(7):
+        x = X[i]
+        h = x @ torch.linalg.solve(H, x) / 7
+        torch.testing.assert_close(own.leverage()[i], h)
+        without = x @ torch.linalg.solve(H - torch.outer(x, x) / 7, x) / 7
+        torch.testing.assert_close(without / (1 + without), h)
+    taken = x @ torch.linalg.solve(H, x) / 7
+    torch.testing.assert_close(own.leverage("others")[6], taken / (1 + taken))

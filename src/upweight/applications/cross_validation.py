@@ -23,7 +23,7 @@ from torch import Tensor
 from upweight.applications.cross_validated import CrossValidated, Difference, difference
 from upweight.applications.left_out import ByRecipe, Refits, is_followed, left_out, losses_of
 from upweight.applications.penalty_path import Path
-from upweight.applications.subject import subject_of
+from upweight.applications.subject import curvature_left_out, subject_of
 from upweight.curvature.hessian import Hessian
 from upweight.errors import NonFinite, ShapeError, SpecError, UpweightError
 from upweight.linalg.cholesky import Cholesky
@@ -97,7 +97,8 @@ def loo(
         )
     place = _place(asked, train, recipe)
     fitted, n = place.fitted, len(place.fitted.train)
-    outputs, leverage = fitted.loo_outputs(), fitted.leverage().double().cpu()
+    curvature = curvature_left_out(fitted)
+    outputs, leverage = fitted.loo_outputs(curvature), fitted.leverage(curvature).double().cpu()
     # `not <=`: a NaN is unsafe as well.
     unsafe = [i for i in range(n) if not float(leverage[i]) <= refit_above]
     options = _Options(loss, confirm, seed, started)

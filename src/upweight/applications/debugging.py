@@ -39,7 +39,7 @@ from upweight.applications.repair import (
     movement,
     repaired,
 )
-from upweight.applications.subject import Subject, subject_of
+from upweight.applications.subject import Subject, curvature_left_out, subject_of
 from upweight.errors import NonFinite, SpecError
 from upweight.evaluation.bootstrap import Bootstrap
 from upweight.methods.fitted import Fitted
@@ -393,7 +393,8 @@ def _without(
     fitted: Fitted, classes: Classes, outputs: Float[Tensor, "n *o"], labels: Int[Tensor, " n"]
 ) -> tuple[Float[Tensor, "n c"], tuple[str, ...]]:
     """ℓ(f̃(xᵢ), c), and notes; see the top of this file."""
-    alone, n, left_out = fitted.loo_outputs(), len(labels), -1
+    alone = fitted.loo_outputs(curvature_left_out(fitted))
+    n, left_out = len(labels), -1
     losses = classes.losses(alone)
     given = classes.losses(outputs).gather(1, labels[:, None])[:, 0]
     for _ in range(ROUNDS):

@@ -24,7 +24,7 @@ from upweight.applications.right_answers import (
     require_duplicates,
     told_duplicates,
 )
-from upweight.applications.subject import subject_of
+from upweight.applications.subject import curvature_left_out, subject_of
 from upweight.applications.subset_memorization import (
     MEMORIZED,
     Pairs,
@@ -36,7 +36,6 @@ from upweight.applications.subset_memorization import (
 from upweight.errors import DataError, SpecError
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
-from upweight.methods.dense import DenseScorer
 from upweight.methods.fitted import Fitted
 from upweight.task.recipe import Recipe
 from upweight.training.retrain import Retrained, retrain
@@ -239,8 +238,7 @@ def scores(
             "a share in place of a number, or a small data set.",
             f"confirm={min(60, n)}, or 0 for none.",
         )
-    exact = isinstance(fitted.scorer, DenseScorer)
-    outputs = fitted.loo_outputs("all" if exact else "others")
+    outputs = fitted.loo_outputs(curvature_left_out(fitted))
     inside, without = _probabilities(fitted, outputs)
     values = inside - without
     sets = equal_examples(fitted.train)
@@ -322,7 +320,7 @@ def _notes(fitted: Fitted, sets: list[list[int]], together: bool) -> tuple[str, 
     notes = []
     if sets:
         notes.append(told_duplicates(sets, together))
-    if not isinstance(fitted.scorer, DenseScorer):
+    if curvature_left_out(fitted) == "others":
         notes.append(
             "by layer: one step with the curvature of a block at a time, which orders rows better "
             "than it sizes them; hold it against by_subsets(...)"

@@ -1,7 +1,7 @@
 """What an application is asked about: a fitted method or a library's model, and its own fit."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -10,6 +10,7 @@ from upweight.curvature.hessian import Hessian
 from upweight.errors import SpecError
 from upweight.front.opened import is_model, opened
 from upweight.linalg.cholesky import Cholesky
+from upweight.methods.dense import DenseScorer
 from upweight.methods.fitted import Fitted
 from upweight.methods.influence import Influence
 from upweight.task.recipe import Recipe
@@ -100,3 +101,12 @@ def with_parameters(asked: Any, task: Task, theta: Float[Tensor, " p"]) -> Any:
 
         return sk.with_parameters(asked, task.named(theta))
     return task.moved_to(theta).model
+
+
+def curvature_left_out(fitted: Fitted) -> Literal["all", "others"]:
+    """Of which examples H is taken when each is left out: for `Fitted.loo_outputs`.
+
+    By layer H may give an example more than all of its leverage; taken for the curvature of the
+    others it cannot.
+    """
+    return "all" if isinstance(fitted.scorer, DenseScorer) else "others"

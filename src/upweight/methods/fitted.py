@@ -312,18 +312,9 @@ class Fitted:
         Cost: c solves (by layer, c backward passes) per example.
         """
         self._require_movement("loo_outputs()")
-        if curvature not in ("all", "others"):
-            raise SpecError(
-                "The curvature is that of all examples, or of all but the one left out.",
-                f"curvature={curvature!r}.",
-                "a curvature such as EKFAC(), which the method was fitted with.",
-                "loo_outputs(), or loo_outputs('others') for a curvature by layer.",
-            )
-        if curvature == "others":
-            return removal.without_each(self._place, with_own=False)[0]
-        return self._without_each[0].clone()
+        return self._left_out(curvature)[0].clone()
 
-    def leverage(self) -> Float[Tensor, " n"]:
+    def leverage(self, curvature: Literal["all", "others"] = "all") -> Float[Tensor, " n"]:
         """hᵢ of every training example: the share of its own outputs that it determines.
 
             hᵢ = λ_max(Λᵢ Kᵢ),    Kᵢ = (1/n) Jᵢ (H + λI)⁻¹ Jᵢᵀ,   Λᵢ = ∂²ℓᵢ/∂f²
@@ -331,13 +322,18 @@ class Fitted:
         The diagonal of the hat matrix where f has one output (Pregibon 1981). Its removal is
         corrected by 1/(1 − hᵢ): the nearer to 1, the less a Newton step says of it.
 
+        Args:
+            curvature: As for `loo_outputs`. "others": λ/(1 + λ) of λ = λ_max(Λᵢ Kᵢ), which with H₋ᵢ
+                for H is the same number, and is below 1 whatever H is.
+
         Raises:
             NonFinite: One of them is 1: see `loo_outputs`.
+            SpecError: `curvature` is neither.
 
         Cost: none beyond `loo_outputs`, with which it is had.
         """
         self._require_movement("leverage()")
-        return self._without_each[1].clone()
+        return self._left_out(curvature)[1].clone()
 
     # -- changed inputs and labels ----------------------------------------------------------------
 
@@ -502,9 +498,23 @@ class Fitted:
             settings=self.scorer.settings(asked),
         )
 
+    def _left_out(self, curvature: str) -> tuple[Float[Tensor, "n *c"], Float[Tensor, " n"]]:
+        if curvature not in ("all", "others"):
+            raise SpecError(
+                "The curvature is that of all examples, or of all but the one left out.",
+                f"curvature={curvature!r}.",
+                "a curvature such as EKFAC(), which the method was fitted with.",
+                "loo_outputs(), or loo_outputs('others') for a curvature by layer.",
+            )
+        return self._with_own if curvature == "all" else self._without_own
+
     @cached_property
-    def _without_each(self) -> tuple[Float[Tensor, "n *c"], Float[Tensor, " n"]]:
+    def _with_own(self) -> tuple[Float[Tensor, "n *c"], Float[Tensor, " n"]]:
         return removal.without_each(self._place)
+
+    @cached_property
+    def _without_own(self) -> tuple[Float[Tensor, "n *c"], Float[Tensor, " n"]]:
+        return removal.without_each(self._place, with_own=False)
 
     @property
     def _place(self) -> Place:

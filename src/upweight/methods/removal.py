@@ -154,7 +154,8 @@ def without_each(
             u = corrected_output_gradients(delta, lambdas, leverage.to(delta))
         moved = (leverage.to(delta) @ u[:, :, None])[:, :, 0]
         found.append(outputs + moved.reshape(outputs.shape))
-        shares.append(largest_share(lambdas, leverage.to(delta)))
+        share = largest_share(lambdas, leverage.to(delta))
+        shares.append(share if with_own else share / (1 + share))
     return torch.cat(found), torch.cat(shares)
 
 
