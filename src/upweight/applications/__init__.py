@@ -2,6 +2,7 @@
 
 outcome.py        what every answer has: predicted, actual, a verdict, a table, a figure
 subject.py        what is asked about, and how it is fitted again
+fairness.py       why does a classifier treat groups differently, and what does a repair cost?
 regression.py     what does each row do to a (generalized) linear regression?
 
 Imported by adapters, reports and the command line, and by nothing below them. Each is loaded when
@@ -12,9 +13,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from upweight.applications import fairness as fairness
     from upweight.applications import regression as regression
 
 __all__ = [
+    "fairness",
     "regression",
 ]
 
