@@ -16,23 +16,23 @@ from upweight.applications import fairness
 from upweight.applications.gap_causes import fewest
 from upweight.applications.least_change import cheapest_change, least_change
 from upweight.applications.other_labels import relabel_factor
-from upweight.errors import DataError, NotConverged, ShapeError, SpecError, UnsupportedModel
+from upweight.errors import DataError, NotConverged, ShapeError, SpecError, UnsupportedModel, UpweightError
 
 
-def people(count, seed):
-    """Two groups with equal skill; the labels of one of them are held back now and then."""
+def people(count, seed, share=0.0):
+    """Two groups with equal skill; a share of the good labels of one of them is held back."""
     draw = np.random.default_rng(seed)
     group = np.where(draw.random(count) < 0.4, "b", "a")
     skill = draw.normal(size=count)
-    proxy = (group == "b") + 0.7 * draw.normal(size=count)
+    proxy = (group == "b") + 0.5 * draw.normal(size=count)
     y = (skill + 0.7 * draw.normal(size=count) > 0).astype(int)
-    held = (group == "b") & (y == 1) & (draw.random(count) < 0.35)
+    held = (group == "b") & (y == 1) & (draw.random(count) < share)
     source = np.where(held, "held", np.where(draw.random(count) < 0.5, "one", "two"))
     X = np.c_[skill + 0.2 * draw.normal(size=count), proxy, draw.normal(size=count)]
     return X, np.where(held, 0, y), group, source
 
 
-X, Y, GROUP, SOURCE = people(600, 0)
+X, Y, GROUP, SOURCE = people(600, 0, 0.6)
 XV, YV, GV, _ = people(1500, 1)
 XT, YT, GT, _ = people(1500, 2)
 CLF = LogisticRegression(C=1.0, tol=1e-10).fit(X, Y)
@@ -262,7 +262,8 @@ def test_a_gap_that_the_label_itself_has_is_infeasible_at_no_loss():
     )  # fmt: skip
     holds(got)
     assert got.is_infeasible and not got.is_repaired
-    assert got.verdict.startswith("Infeasible at no loss") and "points of test accuracy" in got.verdict
+    assert got.verdict.startswith("Infeasible at no loss")
+    assert "points of test accuracy" in got.verdict
     assert not got.point.within and got.frontier[got.chosen].within
     assert got.point.price.value < -0.02
 
@@ -312,8 +313,8 @@ def test_intervals_of_shares_agree_with_drawing_validation_rows_again(fitted):
 
 def test_a_network_by_layer_and_a_dense_one_answer_alike():
     data = (torch.tensor(X).float(), torch.tensor(Y))
-    task = uw.Task(nn.Linear(3, 2), uw.CrossEntropy(), uw.L2(0.01))
-    recipe = uw.Training(lambda: nn.Linear(3, 2), uw.SGD(0.5), 30, batch=100)
+    task = uw.Task(nn.Linear(3, 2).float(), uw.CrossEntropy(), uw.L2(0.01))
+    recipe = uw.Training(lambda: nn.Linear(3, 2).float(), uw.SGD(0.5), 30, batch=100)
     task = uw.Task(recipe.trained(task, data), uw.CrossEntropy(), uw.L2(0.01))
     gap = fairness.gap("demographic_parity", GV)
     seen = []
@@ -349,7 +350,7 @@ def test_refits_that_fail_are_said_and_the_others_kept(fitted):
         test=(XT, YT), test_groups=GT,
     )  # fmt: skip
     holds(got)
-    assert any("failed: A." in note for note in got.notes)
+    assert any("failed: A" in note for note in got.notes)
     assert len(got.frontier) > 1
 
     class Stopped(Fragile):
@@ -379,7 +380,7 @@ def test_what_is_refused_has_a_way_out(fitted):
     with pytest.raises(ShapeError, match="1499 groups for 1500 rows"):
         fitted.attribute((XV, YV), fairness.gap("demographic_parity", GV[1:]))
     one = np.where(GV == "b", 0, YV)
-    with pytest.raises(DataError, match="'b' has no row with a positive label.*demographic_parity"):
+    with pytest.raises(DataError, match="'b' has no row with a positive label"):
         fairness.causes(fitted, (XV, one), fairness.gap("equal_opportunity", GV))
     # The way out works.
     assert fairness.causes(fitted, (XV, one), fairness.gap("demographic_parity", GV)).rows
@@ -404,7 +405,7 @@ def test_what_is_refused_has_a_way_out(fitted):
     rows = (torch.tensor(X), torch.tensor(X[:, :1]))
     with pytest.raises(UnsupportedModel, match="needs a classifier"):
         uw.Influence().fit(task, rows).attribute(rows, fairness.gap("demographic_parity", GROUP))
-    with pytest.raises(uw.UpweightError, match="rank"):
+    with pytest.raises(UpweightError, match="rank"):
         fairness.causes(uw.GradientDot().fit(fitted.task, fitted.train), (XV, YV), gap)
 
 

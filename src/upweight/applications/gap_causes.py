@@ -490,10 +490,11 @@ def _without(
         try:
             trained = trainer(w[None])
         except UpweightError as error:
-            found.append(str(error).partition("\n")[0])
+            found.append(str(error).partition("\n")[0].rstrip("."))
             continue
         if trained.failures or not bool(trained.theta.isfinite().all()):
-            found.append(next(iter(trained.failures.values()), "parameters that are not finite"))
+            why = next(iter(trained.failures.values()), "parameters that are not finite")
+            found.append(why.partition("\n")[0].rstrip("."))
             continue
         said = readings(task, trained.theta[0], rows, gap.positive)
         soft = float(differences(gap, said.scores, said.positive)[place])

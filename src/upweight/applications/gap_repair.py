@@ -61,6 +61,9 @@ STEP = 0.2
 FARTHEST = 3.0
 """Shares of the soft gap that the search takes away at most."""
 
+FAILURES = 3
+"""Refits that fail before the search gives up: farther changes of the data fare no better."""
+
 HALVINGS = 4
 """Refits between the last point on one side of a closed gap and the first on the other."""
 
@@ -547,7 +550,7 @@ class _Search:
         several = len(self.soft) > 1
         end = 1.0 if several else FARTHEST
         sign = points[0].validation.value
-        below, above, share = 0.0, None, 0.0
+        below, above, share, failed = 0.0, None, 0.0, 0
         while share < end - 1e-9 and above is None:
             share = min(share + STEP, end)
             point = self._at(share, effects, notes)
@@ -555,6 +558,9 @@ class _Search:
                 return
             if isinstance(point, str):
                 notes.append(point)
+                failed += 1
+                if failed == FAILURES:
+                    return
                 continue
             points.append(point)
             value = point.validation.value
@@ -653,9 +659,9 @@ class _Search:
                 trainer = self.trainer
             trained = trainer(weights[None])
         except UpweightError as error:
-            return str(error).partition("\n")[0]
+            return str(error).partition("\n")[0].rstrip(".")
         if trained.failures:
-            return next(iter(trained.failures.values()))
+            return next(iter(trained.failures.values())).partition("\n")[0].rstrip(".")
         theta = trained.theta[0]
         return theta if bool(theta.isfinite().all()) else "parameters that are not finite"
 
