@@ -16,7 +16,14 @@ from upweight.applications import fairness
 from upweight.applications.gap_causes import fewest
 from upweight.applications.least_change import cheapest_change, least_change
 from upweight.applications.other_labels import relabel_factor
-from upweight.errors import DataError, NotConverged, ShapeError, SpecError, UnsupportedModel, UpweightError
+from upweight.errors import (
+    DataError,
+    NotConverged,
+    ShapeError,
+    SpecError,
+    UnsupportedModel,
+    UpweightError,
+)
 
 
 def people(count, seed, share=0.0):
@@ -254,7 +261,7 @@ def test_a_gap_that_the_label_itself_has_is_infeasible_at_no_loss():
         x = group + 0.3 * draw.normal(size=n)
         return np.c_[x, draw.normal(size=n)], (x > 0.5).astype(int), group
 
-    (x, y, g), (xv, yv, gv), (xt, yt, gt) = split(300), split(600), split(600)
+    (x, y, _), (xv, yv, gv), (xt, yt, gt) = split(300), split(600), split(600)
     clf = LogisticRegression(C=0.1, tol=1e-10).fit(x, y)
     got = fairness.repair(
         clf, (xv, yv), fairness.gap("demographic_parity", gv), train=(x, y), test=(xt, yt),
@@ -318,7 +325,10 @@ def test_a_network_by_layer_and_a_dense_one_answer_alike():
     task = uw.Task(recipe.trained(task, data), uw.CrossEntropy(), uw.L2(0.01))
     gap = fairness.gap("demographic_parity", GV)
     seen = []
-    for method in (uw.Influence(uw.Hessian(), damping=0.01), uw.Influence(uw.EKFAC(), damping=0.01)):
+    for method in (
+        uw.Influence(uw.Hessian(), damping=0.01),
+        uw.Influence(uw.EKFAC(), damping=0.01),
+    ):
         made = method.fit(task, data)
         validation = (torch.tensor(XV).float(), torch.tensor(YV))
         got = fairness.repair(

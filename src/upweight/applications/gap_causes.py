@@ -28,7 +28,7 @@ from upweight.applications.group_gaps import (
 )
 from upweight.applications.outcome import Outcome
 from upweight.applications.subject import Subject, subject_of
-from upweight.errors import ShapeError, SpecError, UpweightError
+from upweight.errors import DataError, ShapeError, SpecError, UpweightError
 from upweight.evaluation.bootstrap import Estimate
 from upweight.methods.reduce import GroupSums
 from upweight.notation import percent
@@ -285,6 +285,13 @@ class Causes(Outcome):
         Cost: scores of every validation row (with a curvature of all of θ a matrix product); one
         refit per group asked for, and one of all rows.
         """
+        if self.soft == 0:
+            raise DataError(
+                "A share is one of a gap.",
+                f"a {self.gap.words} of exactly 0.",
+                "groups that the model cannot tell apart.",
+                "look at causes.scores, which need no gap.",
+            )
         fitted = self.subject.fitted
         n = len(fitted.train)
         labels = column if hasattr(column, "__len__") else list(column)
@@ -493,8 +500,8 @@ def _without(
             found.append(str(error).partition("\n")[0].rstrip("."))
             continue
         if trained.failures or not bool(trained.theta.isfinite().all()):
-            why = next(iter(trained.failures.values()), "parameters that are not finite")
-            found.append(why.partition("\n")[0].rstrip("."))
+            reason = next(iter(trained.failures.values()), "parameters that are not finite")
+            found.append(reason.partition("\n")[0].rstrip("."))
             continue
         said = readings(task, trained.theta[0], rows, gap.positive)
         soft = float(differences(gap, said.scores, said.positive)[place])

@@ -209,13 +209,14 @@ class Repair(Outcome):
             )
         if self.is_infeasible:
             no = "at no loss" if self.budget == 0 else f"at {100 * self.budget:g} points"
+            kept = self.frontier[self.chosen].test
             reached = abs(point.validation.value) <= self.target
             what = "the refit that closes it" if reached else "the refit that comes closest"
             return (
-                f"Infeasible {no}: no refit that keeps the accuracy closes the {words} by "
-                f"{_MEANS[self.how]}; {what} costs {_points(point.price, -1)} points of test "
-                f"accuracy, with {percent(point.moved)} changed and the test gap "
-                f"{base.test.value:+.3f} → "
+                f"Infeasible {no} by {_MEANS[self.how]}: refits that keep the accuracy leave a "
+                f"{words} ({base.test.pair}) of {kept.value:+.3f} on test rows, from "
+                f"{base.test.value:+.3f}; {what} costs {_points(point.price, -1)} points of test "
+                f"accuracy, with {percent(point.moved)} changed, and leaves "
                 f"{_interval(point.test.value, point.test.low, point.test.high)}."
             )
         if point is base:

@@ -331,7 +331,14 @@ def difference_error(
     pair = pairs(made.kind, len(made.names))[place]
     parts = pair.rows(torch.tensor(made.places), positive)
     rest = [values[rows].double() for rows in parts]
-    return sum(float(v.var(correction=0)) / max(1, len(v) - 1) for v in rest) ** 0.5
+    if min(map(len, rest)) < 2:
+        raise DataError(
+            "An interval needs at least two rows of each group to compare.",
+            f"{len(rest[0])} and {len(rest[1])} for {pair_in_words(made.names, pair, made.kind)}.",
+            "a rare group, or few rows with its label.",
+            "use more rows of that group, or leave its rows out.",
+        )
+    return sum(float(v.var()) / len(v) for v in rest) ** 0.5
 
 
 def z(level: float = LEVEL) -> float:
