@@ -100,7 +100,8 @@ def of_adult(data: Path) -> Iterator[Goal]:
         f"{name}: gap on test rows, mean of {SPLITS} splits",
         "|gap| ≤ .03",
         f"{after.mean():+.3f} ± {1.96 * error:.3f} from {before.mean():+.3f} (single splits "
-        f"{', '.join(f'{v:+.3f}' for v in after)}, each with s.e. {points[0].test.error:.3f})",
+        f"{', '.join(f'{v:+.3f}' for v in after)}, mean size "
+        f"{np.abs(after).mean():.3f}, each with s.e. {points[0].test.error:.3f})",
         bool(abs(after.mean()) <= 0.03),
         seconds,
     )
@@ -137,7 +138,8 @@ def of_compas(data: Path) -> Iterator[Goal]:
         "'infeasible at no loss', price ≥ 6 points",
         f"said in {said} of {SPLITS} splits; price {prices.mean():.1f} points (single splits "
         f"{prices.min():.1f} to {prices.max():.1f}, lowest end of an interval {lows.min():.1f}); "
-        f"gap {before:+.3f}, at no loss {kept:+.3f}, at that price {after:+.3f}",
+        f"gap {before:+.3f}, at no loss {kept:+.3f}, at that price {after:+.3f} with "
+        f"{100 * np.mean([r.point.moved for r in found]):.0f} % of the weight moved",
         bool(said == SPLITS and prices.mean() >= 6),
         seconds,
     )

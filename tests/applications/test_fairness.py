@@ -231,6 +231,14 @@ def test_the_choice_does_not_look_at_the_test_rows(found):
     assert [p.share for p in other.frontier] == [p.share for p in found.frontier]
     assert other.chosen == found.chosen
     assert other.frontier[-1].test.value != found.frontier[-1].test.value
+    # Here the test rows would have chosen another point.
+    got = fairness.repair(CLF, (XV, YV), fairness.gap("equal_opportunity", GV), **SPLITS)
+    closed = {
+        name: [p for p in got.frontier if p.within and abs(getattr(p, name).value) <= got.target]
+        for name in ("validation", "test")
+    }
+    first, misled = (min(points, key=lambda p: p.moved) for points in closed.values())
+    assert got.point is first and first is not misled
 
 
 @pytest.mark.parametrize("how", ["remove", "relabel"])

@@ -175,8 +175,10 @@ class Repair(Outcome):
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether the test rows say the same after refitting: the interval of the change is < 0."""
-        return self.point is not self.frontier[0] and self.point.closed.high < 0
+        """Whether the test rows say the same after refitting: smaller, with an interval below 0."""
+        base, point = self.frontier[0], self.point
+        smaller = abs(point.test.value) < abs(base.test.value)  # also where another pair is largest
+        return point is not base and smaller and point.closed.high < 0
 
     @property
     def is_repaired(self) -> bool:
@@ -196,9 +198,10 @@ class Repair(Outcome):
     @property
     def verdict(self) -> str:
         base, point, words = self.frontier[0], self.point, self.gap.words
+        other = "" if point.test.pair == base.test.pair else f" (now {point.test.pair})"
         numbers = (
             f"on test rows the {words} ({base.test.pair}) went from {base.test.value:+.3f} to "
-            f"{_interval(point.test.value, point.test.low, point.test.high)} and accuracy by "
+            f"{_interval(point.test)}{other} and accuracy by "
             f"{_points(point.price)} points, refitted with {percent(point.moved)} "
             f"{'of the labels changed' if self.how == 'relabel' else 'of the weight moved'}"
         )
@@ -217,7 +220,7 @@ class Repair(Outcome):
                 f"{words} ({base.test.pair}) of {kept.value:+.3f} on test rows, from "
                 f"{base.test.value:+.3f}; {what} costs {_points(point.price, -1)} points of test "
                 f"accuracy, with {percent(point.moved)} changed, and leaves "
-                f"{_interval(point.test.value, point.test.low, point.test.high)}."
+                f"{_interval(point.test)}{other}."
             )
         if point is base:
             return (
@@ -241,6 +244,11 @@ class Repair(Outcome):
             )
         if self.is_infeasible:
             found.append("the price is that of the changes tried here; other changes may cost less")
+        elif self.point.price.high < -self.budget:
+            found.append(
+                f"on test rows accuracy changed by {_points(self.point.price)} points: more than "
+                "the validation rows could tell"
+            )
         if base.test.error > 0.02:
             found.append(
                 f"the gap on test rows has a standard error of {base.test.error:.3f} "
@@ -733,8 +741,8 @@ def _error(values: Tensor) -> float:
     return float(values.var(correction=0) / max(1, len(values) - 1)) ** 0.5
 
 
-def _interval(value: float, low: float, high: float) -> str:
-    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+def _interval(gap: HardGap) -> str:
+    return f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
 
 
 def _points(estimate: Estimate, sign: int = 1) -> str:
