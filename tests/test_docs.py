@@ -158,6 +158,18 @@ def groups():
     """Two classes, and which of six groups each row is of."""
     names = classes()
     return names | {"labels": np.arange(len(names["y"])) % 6}
+    """Two classes of two groups each, in three splits, with labels held back in one of them."""
+    names, draw = classes(), np.random.default_rng(1)
+    for split, count in (("", 400), ("_validation", 600), ("_test", 600)):
+        group = np.where(draw.random(count) < 0.4, "b", "a")
+        skill = draw.normal(size=count)
+        y = skill + 0.5 * draw.normal(size=count) > 0
+        held = (group == "b") & y & (draw.random(count) < (0 if split else 0.6))
+        names[f"X{split}"] = np.c_[skill, (group == "b") + 0.5 * draw.normal(size=count)]
+        names[f"y{split}"] = (y & ~held).astype(int)
+        names[f"groups{split or '_train'}"] = group
+        names["source"] = names.get("source", np.where(draw.random(count) < 0.5, "one", "two"))
+    return names
 
 
 def counts():
@@ -232,6 +244,7 @@ NAMES = {
     "cli.md": command_line,
     "sklearn.md": classes,
     "statsmodels.md": counts,
+    "fairness.md": groups,
     "regression.md": rows,
     "unlearning.md": unlearning,
     "cross_validation.md": groups,

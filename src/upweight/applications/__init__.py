@@ -4,6 +4,7 @@ outcome.py        what every answer has: predicted, actual, a verdict, a table, 
 subject.py        what is asked about, and how it is fitted again
 memorization.py   which rows are known by heart, and does that help on others?
 debugging.py      which labels are wrong, what they should be, what correcting them gains
+fairness.py       why does a classifier treat groups differently, and what does a repair cost?
 regression.py     what does each row do to a (generalized) linear regression?
 unlearning.py     the model without some examples, and how far it is from a refit
 certified.py      models that promise something of removals, for `unlearning`
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from upweight.applications import cross_validation as cross_validation
     from upweight.applications import debugging as debugging
     from upweight.applications import memorization as memorization
+    from upweight.applications import fairness as fairness
     from upweight.applications import regression as regression
     from upweight.applications import robustness as robustness
     from upweight.applications import unlearning as unlearning
@@ -29,6 +31,7 @@ __all__ = [
     "cross_validation",
     "debugging",
     "memorization",
+    "fairness",
     "regression",
     "robustness",
     "unlearning",

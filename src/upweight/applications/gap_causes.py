@@ -1,0 +1,521 @@
+"""Which training rows a gap between groups comes from.
+
+    S_i = ∂m/∂wᵢ           what row i does to the soft gap m on validation rows
+    share_g = Σ_{i ∈ g} Sᵢ / m      what the rows of a group do to it, to first order
+
+A share of .4 says: without these rows the gap is predicted to be smaller by 40 % of itself. Shares
+do not add up to 1. At a minimum of the objective upweighting every row alike changes nothing but
+the penalty's part, so that all shares together are near 0: rows that widen a gap stand against
+rows that narrow it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from upweight.applications.group_gaps import (
+    Gap,
+    counted,
+    difference_error,
+    differences,
+    read,
+    readings,
+    z,
+)
+from upweight.applications.outcome import Outcome
+from upweight.applications.subject import Subject, subject_of
+from upweight.errors import DataError, ShapeError, SpecError, UpweightError
+from upweight.evaluation.bootstrap import Estimate
+from upweight.methods.reduce import GroupSums
+from upweight.notation import percent
+from upweight.plot import axes
+from upweight.runtime.selection import labels_by_place
+from upweight.scores import Scores
+from upweight.task.data import Data
+from upweight.task.recipe import Recipe
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, eq=False)
+class Cause:
+    """The rows of one group.
+
+    Args:
+        name: Its label.
+        rows: How many there are.
+        share: Σ S/m over them, with an interval over validation rows.
+        predicted: Change of the soft gap without them: by `fitted.removal`.
+        actual: The same after refitting; None where it was not.
+        hard: Change of the gap in decisions after refitting.
+    """
+
+    name: str
+    rows: int
+    share: Estimate
+    predicted: float | None
+    actual: float | None
+    hard: float | None
+    failed: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class GroupCauses(Outcome):
+    """Which groups of training rows a gap comes from. Made by `Causes.by`.
+
+    Args:
+        gap: On the validation rows.
+        soft: The soft gap of the model as it was.
+        pair: Which groups are compared, in words.
+        column: What the training rows were grouped by.
+        causes: By share, the largest first.
+    """
+
+    gap: Gap
+    soft: float
+    pair: str
+    column: str
+    causes: tuple[Cause, ...]
+
+    @property
+    def title(self) -> str:
+        return f"The {self.gap.words} by {self.column} of training rows"
+
+    @property
+    def top(self) -> Cause:
+        """The group with the largest share."""
+        return self.causes[0]
+
+    @property
+    def predicted(self) -> float | None:  # type: ignore[override]
+        """Change of the soft gap without the top group."""
+        return self.top.predicted
+
+    @property
+    def actual(self) -> float | None:  # type: ignore[override]
+        """The same after refitting."""
+        return self.top.actual
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether the gap is smaller without the top group, refitted, by at least half as much."""
+        predicted, actual = self.predicted, self.actual
+        if predicted is None or actual is None or predicted * self.soft >= 0:
+            return False
+        return actual * predicted > 0 and abs(actual) >= abs(predicted) / 2
+
+    @property
+    def verdict(self) -> str:
+        top = self.top
+        who = f"{top.rows:,} rows with {self.column} = {top.name}"
+        share = (
+            f"{_percent(top.share.value)} [{_percent(top.share.low)}, {_percent(top.share.high)}] "
+            f"of the {self.gap.words} ({self.pair}, soft {self.soft:+.3f})"
+        )
+        if top.share.value <= 0:
+            return f"No group by {self.column} widens the gap: the largest share is {share}."
+        if top.actual is None or top.predicted is None:
+            why = f": the refit failed, {top.failed}" if top.failed else ""
+            return f"The {who} are predicted to carry {share}; not refitted{why}."
+        numbers = f"{top.actual:+.3f} (predicted {top.predicted:+.3f})"
+        changed = f"refitted without them it changes by {numbers}"
+        if self.is_confirmed:
+            return f"The {who} carry {share}: {changed}."
+        return f"The {who} are predicted to carry {share}, which is not confirmed: {changed}."
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            "shares are of first order, and those of all rows add up to about 0, not to 1: rows "
+            "that widen the gap stand against rows that narrow it",
+            f"intervals are over the {len(self.gap.places):,} validation rows",
+        )
+
+    def frame(self) -> "pd.DataFrame":
+        """One row per group."""
+        import pandas as pd
+
+        table = pd.DataFrame(
+            {
+                "rows": [c.rows for c in self.causes],
+                "share": [c.share.value for c in self.causes],
+                "low": [c.share.low for c in self.causes],
+                "high": [c.share.high for c in self.causes],
+                "predicted": [c.predicted for c in self.causes],
+                "actual": [c.actual for c in self.causes],
+                "hard": [c.hard for c in self.causes],
+            },
+            index=[c.name for c in self.causes],
+        )
+        table.index.name = self.column
+        return table
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Shares with their intervals, and what refits gave."""
+        ax = axes(ax)
+        shown = self.causes[:12]
+        y = range(len(shown))
+        x = [c.share.value for c in shown]
+        spread = [
+            [c.share.value - c.share.low for c in shown],
+            [c.share.high - c.share.value for c in shown],
+        ]
+        ax.errorbar(x, y, xerr=spread, fmt="o", color="#0072b2", label="predicted, first order")
+        refitted = [(k, -c.actual / self.soft) for k, c in enumerate(shown) if c.actual is not None]
+        ax.scatter(
+            [v for _, v in refitted], [k for k, _ in refitted], marker="s", color="#b8480a",
+            label="refitted",
+        )  # fmt: skip
+        ax.axvline(0, color="0.4", linewidth=1)
+        ax.set_yticks(list(y), [f"{c.name} ({c.rows:,})" for c in shown])
+        ax.invert_yaxis()
+        ax.set(xlabel=f"share of the {self.gap.words}", ylabel=self.column)
+        ax.legend()
+        return ax
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "verdict": self.verdict,
+            "confirmed": self.is_confirmed,
+            "soft": self.soft,
+            "pair": self.pair,
+            "predicted": self.predicted,
+            "actual": self.actual,
+            "causes": [
+                vars(c) | {"share": [c.share.value, c.share.low, c.share.high]} for c in self.causes
+            ],
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Causes(Outcome):
+    """Which training rows widen a gap. Made by `causes`.
+
+    Args:
+        gap: On the validation rows.
+        scores: S of the largest difference, `[1, n]`.
+        soft: That difference at θ̂.
+        pair: Which groups, in words.
+        place: Which entry of the gap.
+        rows: The fewest rows whose scores alone add up to the gap, by score.
+        predicted: Change of the soft gap without them, by `fitted.removal`.
+        actual: The same after refitting; None without a recipe.
+        subject: What was asked about.
+        validation: The validation rows.
+        positive: Which of them have the positive label.
+        failed: Why a refit gave nothing.
+    """
+
+    gap: Gap
+    scores: Scores
+    soft: float
+    pair: str
+    place: int
+    rows: tuple[int, ...]
+    predicted: float | None
+    actual: float | None
+    subject: Subject
+    validation: Data
+    positive: Bool[Tensor, " q"]
+    failed: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"Training rows that the {self.gap.words} comes from"
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether the gap is smaller without these rows, refitted, by at least half as much."""
+        if self.actual is None or self.predicted is None or not self.predicted * self.soft < 0:
+            return False
+        return self.actual * self.predicted > 0 and abs(self.actual) >= abs(self.predicted) / 2
+
+    @property
+    def verdict(self) -> str:
+        n = self.scores.values.shape[1]
+        what = f"the {self.gap.words} ({self.pair}, soft {self.soft:+.3f})"
+        if not self.rows:
+            return f"No training row is predicted to widen {what}."
+        who = f"{len(self.rows):,} of {n:,} training rows ({percent(len(self.rows) / n)})"
+        predicted = "" if self.predicted is None else f", predicted {self.predicted:+.3f}"
+        if self.actual is None:
+            why = f": the refit failed, {self.failed}" if self.failed else ""
+            return (
+                f"The {who} with the largest scores are predicted to account for {what}"
+                f"{predicted}; not refitted{why}."
+            )
+        said = (
+            "account for" if self.is_confirmed else "are predicted, not confirmed, to account for"
+        )
+        return (
+            f"The {who} with the largest scores {said} {what}: refitted without them it changes by "
+            f"{self.actual:+.3f}{predicted}."
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("a row that widens the gap need not be wrong: these are rows to look at",)
+
+    def by(self, column: Iterable[Any], name: str | None = None, *, refits: int = 1) -> GroupCauses:
+        """How much of the gap the rows of each group carry: of an occupation, a source, a label.
+
+            share_g = Σ_{i ∈ g} Sᵢ / m
+
+        Its interval is over validation rows, by the standard error of a ratio of differences of
+        means (the delta method): the training data are taken as given.
+
+        Args:
+            column: One label per training row.
+            name: What they are; by default the name of a pandas column.
+            refits: Without how many of the groups to fit again, where there is a recipe: those with
+                the largest shares.
+
+        Raises:
+            ShapeError: There is not one label per training row, or only one group.
+            SpecError: `refits` is no number of groups.
+
+        Cost: scores of every validation row (with a curvature of all of θ a matrix product); one
+        refit per group asked for, and one of all rows.
+        """
+        if self.soft == 0:
+            raise DataError(
+                "A share is one of a gap.",
+                f"a {self.gap.words} of exactly 0.",
+                "groups that the model cannot tell apart.",
+                "look at causes.scores, which need no gap.",
+            )
+        fitted = self.subject.fitted
+        n = len(fitted.train)
+        labels = column if hasattr(column, "__len__") else list(column)
+        names, at = labels_by_place(labels, n, "training example")
+        if len(names) < 2:
+            raise ShapeError(
+                "Training rows are told apart by at least two groups.",
+                f"one label for all {n} rows: {names[0]!r}.",
+                "a column of one value.",
+                "group by another column.",
+            )
+        if refits < 0:
+            raise SpecError(
+                "refits counts groups, 0 or more.", f"refits={refits}.", "a sign slip.", "refits=1."
+            )
+        measure = _Score(self.gap.positive)
+        sums = fitted.attribute(self.validation, measure, into=GroupSums(labels))
+        sums.require_derivatives()
+        T = sums.values[:].detach().cpu().double()  # [q, g]
+        found = readings(fitted.task, fitted.theta, self.validation, self.gap.positive)
+        where = torch.tensor(at)
+        members = [(where == k).nonzero()[:, 0].tolist() for k in range(len(names))]
+        shares = []
+        for k in range(len(names)):
+            value = float(differences(self.gap, T[:, k], self.positive)[self.place]) / self.soft
+            residual = (T[:, k] - value * found.scores) / self.soft
+            error = difference_error(self.gap, self.place, residual, self.positive)
+            shares.append(Estimate(value, value - z() * error, value + z() * error))
+        order = sorted(range(len(names)), key=lambda k: -shares[k].value)
+        chosen = order[:refits] if self.subject.recipe is not None else []
+        refitted = _without(
+            self.subject, self.validation, self.gap, self.place, [members[k] for k in chosen]
+        )
+        actual = dict(zip(chosen, refitted, strict=True))
+        causes = []
+        for k in order:
+            soft, hard, why = actual.get(k, (None, None, ""))
+            predicted = -shares[k].value * self.soft
+            if k in actual:
+                predicted = _removal(
+                    self.subject, self.validation, self.gap, self.place, members[k]
+                )
+            causes.append(Cause(names[k], len(members[k]), shares[k], predicted, soft, hard, why))
+        column_name = name or str(getattr(column, "name", None) or "group")
+        return GroupCauses(self.gap, self.soft, self.pair, column_name, tuple(causes))
+
+    def frame(self) -> "pd.DataFrame":
+        """One row per training row, by what it does to the size of the gap."""
+        import pandas as pd
+
+        size = self.scores.values[0].detach().cpu().double() * (1 if self.soft > 0 else -1)
+        order = size.argsort(descending=True, stable=True)
+        table = pd.DataFrame({"widens": size[order].numpy()}, index=order.numpy())
+        table["share"] = table.widens / abs(self.soft)
+        table.index.name = "example"
+        return table
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """All scores, sorted: how few rows hold how much."""
+        ax = axes(ax)
+        shares = self.frame()["share"].cumsum().to_numpy()
+        ax.plot(range(1, len(shares) + 1), shares, color="#0072b2")
+        ax.axhline(0, color="0.4", linewidth=1)
+        ax.set(xlabel="training rows, by score", ylabel=f"sum of shares of the {self.gap.words}")
+        return ax
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "verdict": self.verdict,
+            "confirmed": self.is_confirmed,
+            "soft": self.soft,
+            "pair": self.pair,
+            "predicted": self.predicted,
+            "actual": self.actual,
+            "rows": list(self.rows),
+            "notes": list(self.notes),
+        }
+
+
+def causes(
+    asked: Any,
+    validation: Any,
+    gap: Gap,
+    *,
+    train: Any = None,
+    recipe: Recipe | None = None,
+) -> Causes:
+    """Which training rows does the gap come from?
+
+        Sᵢ = ∂m/∂wᵢ,    m the soft gap on the validation rows
+
+    Of several differences (more than two groups, or equalized odds) it is the largest. Where there
+    is a recipe the model is fitted again without the fewest rows whose scores add up to the gap.
+
+    Args:
+        asked: A fitted method whose scores are ∂m/∂w; or a fitted scikit-learn estimator or
+            statsmodels results, with `train`.
+        validation: Rows that the model was not fitted to, as for `as_data`.
+        gap: With the groups of these rows.
+        train: Of an estimator, (X, y) as given to its `fit`.
+        recipe: How to fit again; an estimator fits itself.
+
+    Raises:
+        SpecError: No validation rows.
+        DataError, ShapeError: As for `gap`.
+        UpweightError: From the method: scores that only rank predict nothing.
+
+    Cost: one `attribute` with k rows; two refits where there is a recipe.
+    """
+    if not isinstance(gap, Gap):
+        raise SpecError(
+            "Causes are those of a gap between groups.",
+            f"{gap!r}.",
+            "the name of a kind, or another functional.",
+            "pass fairness.gap('equal_opportunity', groups_of_the_validation_rows).",
+        )
+    subject = subject_of(asked, train, recipe)
+    fitted = subject.fitted
+    if validation is None:
+        raise SpecError(
+            "A gap is measured on rows that the model was not fitted to.",
+            "no validation rows.",
+            "a model that was fitted to all data.",
+            "keep a part of the data aside and pass validation=(X, y).",
+        )
+    rows = fitted.task.queries(validation)
+    every = fitted.attribute(rows, gap)
+    every.require_derivatives()
+    found = readings(fitted.task, fitted.theta, rows, gap.positive)
+    soft = differences(gap, found.scores, found.positive)
+    place = int(soft.abs().argmax())
+    size = float(soft[place])
+    scores = Scores(
+        every.values[place : place + 1],
+        every.unit,
+        every.provenance,
+        None if every.error is None else every.error[place : place + 1],
+        None,
+        every.context,
+    )
+    chosen = fewest(scores.values[0].detach().cpu().double(), size)
+    predicted = actual = None
+    failed = ""
+    if chosen:
+        predicted = _removal(subject, rows, gap, place, list(chosen))
+        if subject.recipe is not None:
+            actual, _, failed = _without(subject, rows, gap, place, [list(chosen)])[0]
+    return Causes(
+        gap=gap,
+        scores=scores,
+        soft=size,
+        pair=gap.pair(place),
+        place=place,
+        rows=chosen,
+        predicted=predicted,
+        actual=actual,
+        subject=subject,
+        validation=rows,
+        positive=found.positive,
+        failed=failed,
+    )
+
+
+def fewest(scores: Float[Tensor, " n"], size: float) -> tuple[int, ...]:
+    """The fewest rows whose scores add up to `size`; all of its sign where none do."""
+    signed = scores * (1 if size > 0 else -1)
+    order = signed.argsort(descending=True, stable=True)
+    widening = order[signed[order] > 0]
+    sums = signed[widening].cumsum(0)
+    count = int((sums < abs(size)).sum()) + 1
+    return tuple(widening[:count].tolist()[: len(scores) - 1])
+
+
+@dataclass(frozen=True)
+class _Score:
+    """s of each row, as a measure."""
+
+    positive: Any
+
+    def __call__(self, task: Any, params: Any, batch: Any) -> Tensor:
+        return read(task, params, batch, self.positive)[0]
+
+
+def _removal(subject: Subject, rows: Data, gap: Gap, place: int, group: list[int]) -> float:
+    effects = subject.fitted.removal(rows, gap, [group], evaluate="plugin")
+    return float(effects.values[place, 0])
+
+
+def _without(
+    subject: Subject, rows: Data, gap: Gap, place: int, groups: list[list[int]]
+) -> list[tuple[float | None, float | None, str]]:
+    """Change of the soft and of the hard gap without each group, refitted, or why there is none."""
+    if not groups:
+        return []
+    task, train = subject.fitted.task, subject.fitted.train
+    trainer = subject.require_recipe("Confirming a cause").prepare(task, train)
+    weights = torch.ones(1 + len(groups), len(train), dtype=torch.float64)
+    for k, group in enumerate(groups):
+        weights[1 + k, group] = 0.0
+    found: list[tuple[float, float] | str] = []
+    for w in weights:
+        try:
+            trained = trainer(w[None])
+        except UpweightError as error:
+            found.append(str(error).partition("\n")[0].rstrip("."))
+            continue
+        if trained.failures or not bool(trained.theta.isfinite().all()):
+            reason = next(iter(trained.failures.values()), "parameters that are not finite")
+            found.append(reason.partition("\n")[0].rstrip("."))
+            continue
+        said = readings(task, trained.theta[0], rows, gap.positive)
+        soft = float(differences(gap, said.scores, said.positive)[place])
+        found.append((soft, counted(gap, said.decided, said.positive, at=place).value))
+    base = found[0]
+    answers: list[tuple[float | None, float | None, str]] = []
+    for each in found[1:]:
+        why = base if isinstance(base, str) else each
+        if isinstance(base, str) or isinstance(each, str):
+            answers.append((None, None, str(why)))
+        else:
+            answers.append((each[0] - base[0], each[1] - base[1], ""))
+    return answers
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %".replace("-", "−")

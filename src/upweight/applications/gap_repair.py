@@ -1,0 +1,779 @@
+"""The least change of the training data that closes a gap, by a linear program, refitted.
+
+    min Σⱼ xⱼ    subject to   E_gap x closes a share β of the soft gap
+                              E_loss x ≤ 0                         0 ≤ x ≤ 1
+
+x is how much each training row is changed, and E what a whole change of it is predicted to do: with
+weights ±S[·, i] (up to 2, down to 0: Li & Liu 2022, Eq. 5), with removals −S[·, i], with other
+labels the relabel influence of Koh & Liang (2017, §2.2). β is then searched by refitting, because
+the soft gap that scores know closes at another place than the hard one that is reported, and
+because a loss that is predicted to stay may rise: whether a point keeps accuracy, its refit says.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.applications.group_gaps import (
+    Gap,
+    HardGap,
+    Readings,
+    counted,
+    difference_error,
+    differences,
+    read,
+    readings,
+    z,
+)
+from upweight.applications.least_change import cheapest_change, least_change
+from upweight.applications.other_labels import Relabeled, relabel_factor
+from upweight.applications.outcome import Outcome
+from upweight.applications.subject import subject_of
+from upweight.errors import (
+    NotConverged,
+    SpecError,
+    UpweightError,
+)
+from upweight.evaluation.bootstrap import Estimate
+from upweight.methods.fitted import Fitted
+from upweight.notation import percent
+from upweight.plot import axes
+from upweight.runtime.selection import labels_by_place
+from upweight.task.data import Data
+from upweight.task.identity import contents
+from upweight.task.measures import AT_ONCE, Functional
+from upweight.task.recipe import Recipe
+from upweight.task.task import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+How = Literal["weights", "remove", "relabel"]
+
+STEP = 0.2
+"""Of the soft gap, between two refits of the search."""
+
+FARTHEST = 3.0
+"""Shares of the soft gap that the search takes away at most."""
+
+FAILURES = 3
+"""Refits that fail before the search gives up: farther changes of the data fare no better."""
+
+HALVINGS = 4
+"""Refits between the last point on one side of a closed gap and the first on the other."""
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One change of the training data, refitted.
+
+    Args:
+        share: β, the share of the soft gap that the linear program took away.
+        weights: Of the training rows; all 1 where labels were changed.
+        changed: Rows whose weight or label differs.
+        moved: Σ|w − 1|/n; where labels were changed their share of the rows.
+        feasible: Whether the linear program keeps the predicted validation loss.
+        within: Whether the refit keeps the accuracy: its paired change on validation, with the
+            upper end of its interval, is at least −budget.
+        predicted: The soft gap on the validation rows, by the scores.
+        actual: The same after refitting.
+        loss_predicted: Change of the mean validation loss, by the scores.
+        loss_actual: The same after refitting.
+        validation: The hard gap there, which the choice looks at.
+        validation_accuracy: Accuracy there.
+        test: The hard gap on rows that no choice has seen.
+        accuracy: Accuracy there.
+        price: Change of that accuracy against the model as it was, paired.
+        closed: Change of the size of the test gap against the model as it was, paired; below 0
+            where it became smaller.
+    """
+
+    share: float
+    weights: Float[Tensor, " n"]
+    changed: tuple[int, ...]
+    moved: float
+    feasible: bool
+    within: bool
+    predicted: float
+    actual: float
+    loss_predicted: float
+    loss_actual: float
+    validation: HardGap
+    validation_accuracy: float
+    test: HardGap
+    accuracy: float
+    price: Estimate
+    closed: Estimate
+
+
+@dataclass(frozen=True, eq=False)
+class Repair(Outcome):
+    """What closing a gap costs: gap × accuracy × weight moved, each point refitted.
+
+    Args:
+        gap: The gap on the validation rows.
+        how: What was changed.
+        budget: Largest loss of accuracy, as a share, that a point within it may have.
+        target: Size of the hard gap on validation that counts as closed.
+        frontier: Points by share; the first is the model as it was, refitted.
+        chosen: The place of the point within the budget that validation chose; 0 where none is
+            better than the model as it was.
+        cheapest: The place of the point with the smallest validation gap at any price.
+        rows: Who is changed: group and label of each training row.
+        told: What was met on the way.
+    """
+
+    gap: Gap
+    how: str
+    budget: float
+    target: float
+    frontier: tuple[Point, ...]
+    chosen: int
+    cheapest: int
+    rows: tuple[str, ...]
+    told: tuple[str, ...] = ()
+
+    @property
+    def point(self) -> Point:
+        """The point that the verdict is about: within the budget if one closes the gap."""
+        return self.frontier[self.cheapest if self.is_infeasible else self.chosen]
+
+    @property
+    def weights(self) -> Float[Tensor, " n"]:
+        """Of the training rows at the chosen point."""
+        return self.frontier[self.chosen].weights
+
+    @property
+    def predicted(self) -> float:  # type: ignore[override]
+        """The soft gap on validation at the point of the verdict, by the scores."""
+        return self.point.predicted
+
+    @property
+    def actual(self) -> float:  # type: ignore[override]
+        """The same after refitting."""
+        return self.point.actual
+
+    @property
+    def title(self) -> str:
+        how = {"weights": "weights", "remove": "removals", "relabel": "other labels"}[self.how]
+        return f"Closing the {self.gap.words} by {how} of training rows"
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the chosen point has |hard gap| ≤ target on validation."""
+        return abs(self.frontier[self.chosen].validation.value) <= self.target
+
+    @property
+    def is_infeasible(self) -> bool:
+        """Whether no change within the budget closes the gap, and one beyond it comes closer."""
+        return not self.is_closed and not self.frontier[self.cheapest].within
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether the test rows say the same after refitting: smaller, with an interval below 0."""
+        base, point = self.frontier[0], self.point
+        smaller = abs(point.test.value) < abs(base.test.value)  # also where another pair is largest
+        return point is not base and smaller and point.closed.high < 0
+
+    @property
+    def is_repaired(self) -> bool:
+        """Closed on validation, smaller on test beyond noise, and there not distinct from 0."""
+        test = self.point.test
+        small = test.holds_zero or abs(test.value) <= self.target
+        return self.is_confirmed and self.is_closed and small
+
+    @property
+    def correlation(self) -> float | None:
+        """Pearson's r of predicted and refitted soft gap along the path; None for two points."""
+        if len(self.frontier) < 3:
+            return None
+        pair = torch.tensor([[p.predicted, p.actual] for p in self.frontier]).T
+        return float(torch.corrcoef(pair)[0, 1]) if bool((pair.std(dim=1) > 0).all()) else None
+
+    @property
+    def verdict(self) -> str:
+        base, point, words = self.frontier[0], self.point, self.gap.words
+        other = "" if point.test.pair == base.test.pair else f" (now {point.test.pair})"
+        numbers = (
+            f"on test rows the {words} ({base.test.pair}) went from {base.test.value:+.3f} to "
+            f"{_interval(point.test)}{other} and accuracy by "
+            f"{_points(point.price)} points, refitted with {percent(point.moved)} "
+            f"{'of the labels changed' if self.how == 'relabel' else 'of the weight moved'}"
+        )
+        if self.is_closed and self.chosen == 0:
+            return (
+                f"Nothing to do: on validation rows the {words} is "
+                f"{base.validation.value:+.3f}, no more than {self.target:g}."
+            )
+        if self.is_infeasible:
+            no = "at no loss" if self.budget == 0 else f"at {100 * self.budget:g} points"
+            kept = self.frontier[self.chosen].test
+            reached = abs(point.validation.value) <= self.target
+            what = "the refit that closes it" if reached else "the refit that comes closest"
+            return (
+                f"Infeasible {no} by {_MEANS[self.how]}: refits that keep the accuracy leave a "
+                f"{words} ({base.test.pair}) of {kept.value:+.3f} on test rows, from "
+                f"{base.test.value:+.3f}; {what} costs {_points(point.price, -1)} points of test "
+                f"accuracy, with {percent(point.moved)} changed, and leaves "
+                f"{_interval(point.test)}{other}."
+            )
+        if point is base:
+            return (
+                f"Not repaired: no change within the budget gave a smaller {words} on validation "
+                f"rows than {base.validation.value:+.3f} after refitting."
+            )
+        if self.is_repaired:
+            return f"Repaired: {numbers}."
+        if self.is_confirmed:
+            return f"Made smaller, not repaired: {numbers}."
+        return f"Not repaired beyond the noise of the test rows: {numbers}."
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        base = self.frontier[0]
+        found = list(self.told)
+        if base.validation.holds_zero:
+            found.append(
+                f"the gap on validation rows, {base.validation}, is not distinct from 0 to begin "
+                "with"
+            )
+        if self.is_infeasible:
+            found.append("the price is that of the changes tried here; other changes may cost less")
+        elif self.point.price.high < -self.budget:
+            found.append(
+                f"on test rows accuracy changed by {_points(self.point.price)} points: more than "
+                "the validation rows could tell"
+            )
+        if base.test.error > 0.02:
+            found.append(
+                f"the gap on test rows has a standard error of {base.test.error:.3f} "
+                f"({base.test.sizes[0]:,} and {base.test.sizes[1]:,} rows): a single split says "
+                "little about its last hundredths"
+            )
+        found.append(
+            "accuracy is measured on the labels as they are; where they are themselves biased it "
+            "is not the goal"
+        )
+        return tuple(found)
+
+    def frame(self) -> "pd.DataFrame":
+        """One row per point of the frontier."""
+        import pandas as pd
+
+        table = pd.DataFrame(
+            {
+                "share": [p.share for p in self.frontier],
+                "moved": [p.moved for p in self.frontier],
+                "changed": [len(p.changed) for p in self.frontier],
+                "feasible": [p.feasible for p in self.frontier],
+                "within": [p.within for p in self.frontier],
+                "predicted": [p.predicted for p in self.frontier],
+                "actual": [p.actual for p in self.frontier],
+                "loss_predicted": [p.loss_predicted for p in self.frontier],
+                "loss_actual": [p.loss_actual for p in self.frontier],
+                "validation_gap": [p.validation.value for p in self.frontier],
+                "validation_accuracy": [p.validation_accuracy for p in self.frontier],
+                "test_gap": [p.test.value for p in self.frontier],
+                "test_low": [p.test.low for p in self.frontier],
+                "test_high": [p.test.high for p in self.frontier],
+                "accuracy": [p.accuracy for p in self.frontier],
+                "price": [p.price.value for p in self.frontier],
+                "chosen": [k == self.chosen for k in range(len(self.frontier))],
+            }
+        )
+        table.index.name = "point"
+        return table
+
+    def who(self) -> "pd.DataFrame":
+        """Who is changed at the point of the verdict: a row per group and label."""
+        import pandas as pd
+
+        change = self.point.weights - 1
+        changed = torch.zeros(len(change), dtype=torch.bool)
+        changed[list(self.point.changed)] = True
+        table = pd.DataFrame(
+            {
+                "who": self.rows,
+                "rows": 1,
+                "changed": changed.numpy(),
+                "removed": (change == -1).numpy(),
+                "down": (change < 0).numpy(),
+                "up": (change > 0).numpy(),
+                "weight": change.numpy(),
+            }
+        )
+        return table.groupby("who").sum()
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Accuracy against the size of the gap on test rows, each point refitted."""
+        ax = axes(ax)
+        x = [abs(p.test.value) for p in self.frontier]
+        y = [p.accuracy for p in self.frontier]
+        ax.plot(x, y, color="0.7", linewidth=1)
+        for within, color, label in ((True, "#0072b2", "within budget"), (False, "#b8480a", "not")):
+            kept = [k for k, p in enumerate(self.frontier) if p.within == within]
+            if kept:
+                ax.scatter([x[k] for k in kept], [y[k] for k in kept], color=color, label=label)
+        at = self.frontier.index(self.point)
+        ax.errorbar(
+            x[at], y[at], xerr=z() * self.point.test.error, color="0.2", marker="s",
+            label="chosen on validation",
+        )  # fmt: skip
+        ax.set(xlabel=f"|{self.gap.words}|, test rows", ylabel="accuracy, test rows")
+        ax.legend()
+        return ax
+
+    def summary(self) -> dict[str, Any]:
+        base, point = self.frontier[0], self.point
+        return {
+            "title": self.title,
+            "verdict": self.verdict,
+            "confirmed": self.is_confirmed,
+            "repaired": self.is_repaired,
+            "infeasible": self.is_infeasible,
+            "how": self.how,
+            "budget": self.budget,
+            "target": self.target,
+            "predicted": self.predicted,
+            "actual": self.actual,
+            "gap_before": _told(base.test),
+            "gap": _told(point.test),
+            "accuracy_before": base.accuracy,
+            "accuracy": point.accuracy,
+            "price": [point.price.value, point.price.low, point.price.high],
+            "moved": point.moved,
+            "correlation": self.correlation,
+            "frontier": [
+                {
+                    "share": p.share,
+                    "moved": p.moved,
+                    "feasible": p.feasible,
+                    "within": p.within,
+                    "predicted": p.predicted,
+                    "actual": p.actual,
+                    "validation": p.validation.value,
+                    "test": _told(p.test),
+                    "accuracy": p.accuracy,
+                }
+                for p in self.frontier
+            ],
+            "notes": list(self.notes),
+        }
+
+
+_MEANS = {
+    "weights": "training weights in [0, 2]",
+    "remove": "removing training rows",
+    "relabel": "changing training labels",
+}
+
+
+def repair(
+    asked: Any,
+    validation: Any,
+    gap: Gap,
+    *,
+    test: Any,
+    test_groups: Any,
+    train: Any = None,
+    train_groups: Any = None,
+    recipe: Recipe | None = None,
+    how: How = "weights",
+    budget: float = 0.0,
+    target: float = 0.01,
+) -> Repair:
+    """Close a gap by the least change of the training data, and say what that costs.
+
+        min Σᵢ |wᵢ − 1|    s.t.  S_gap·(w − 1) ≤ −β · gap,  S_loss·(w − 1) ≤ 0,  0 ≤ w ≤ 2
+
+    (Li & Liu 2022; signs for a positive gap.) Scores are taken once, at θ̂ and on the validation
+    rows. For β = 0.2, 0.4, … the program is solved and the model fitted again, until the *hard* gap
+    on validation is closed or changes its sign; β is then halved between the two. Where nothing
+    keeps the predicted loss, the change that raises it least is refitted instead. Of the refits
+    whose accuracy on validation falls by no more than the budget (beyond noise) the one with the
+    least change that has |hard gap| ≤ target there is chosen, or else the smallest gap. If only a
+    refit beyond the budget closes the gap the verdict is "infeasible", with what that one costs.
+    The test rows are measured and choose nothing.
+
+    With several differences (more than two groups, or equalized odds) all of them are bounded by
+    (1 − β) times the largest, and β ends at 1.
+
+    Args:
+        asked: A fitted method whose scores are ∂m/∂w; or a fitted scikit-learn estimator or
+            statsmodels results, with `train`.
+        validation: Rows that the model was not fitted to, as for `as_data`.
+        gap: What to close, with the groups of the validation rows.
+        test: Other such rows, for the report.
+        test_groups: Their groups.
+        train: Of an estimator, (X, y) as given to its `fit`.
+        train_groups: The groups of the training rows: who is changed, by group and label.
+        recipe: How to fit again; an estimator fits itself.
+        how: "weights", "remove" or "relabel" (two classes).
+        budget: Largest loss of accuracy on validation, as a share: .003 is .3 points. 0: none
+            beyond the noise of a paired comparison.
+        target: Size of the hard gap on validation that counts as closed.
+
+    Raises:
+        SpecError: No validation or test rows, the same for both, no recipe, or another `how`.
+        DataError, ShapeError: As for `gap`, for either split.
+        NotConverged: The model as it was cannot be fitted again.
+        UpweightError: From the method or the recipe.
+
+    Cost: one `attribute` of k + 1 rows; then up to 20 linear programs of 2n variables and refits.
+    Where the search is interrupted (Ctrl-C) what was refitted so far is returned, with a note.
+    """
+    _require_choices(gap, how, budget, target)
+    subject = subject_of(asked, train, recipe)
+    how_to_fit = subject.require_recipe("repair(...)")
+    task = subject.fitted.task
+    for name, rows in (("validation", validation), ("test", test)):
+        if rows is None:
+            raise SpecError(
+                "A repair is chosen on validation rows and reported on test rows.",
+                f"no {name} rows.",
+                "a data set that was split into two.",
+                f"keep a third part of the data aside and pass {name}=(X, y).",
+            )
+    splits = Splits(task, task.queries(validation), task.queries(test), gap, gap.of(test_groups))
+    splits.require_apart()
+    return _Search(subject.fitted, how_to_fit, splits, how, budget, target).run(train_groups)
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """Validation rows, which choose, and test rows, which do not."""
+
+    task: Task
+    validation: Data
+    test: Data
+    gap: Gap
+    test_gap: Gap
+
+    def require_apart(self) -> None:
+        """Refuse one split in the place of both."""
+        if len(self.validation) == len(self.test) and contents(self.validation) == contents(
+            self.test
+        ):
+            raise SpecError(
+                "Test rows must be others than the validation rows, which choose the point.",
+                "the same rows for both.",
+                "a data set that was split into two.",
+                "keep a third part of the data aside for test=.",
+            )
+
+    def at(self, theta: Float[Tensor, " p"]) -> tuple[Readings, Readings]:
+        """What the model at θ says of both."""
+        positive = self.gap.positive
+        return (
+            readings(self.task, theta, self.validation, positive),
+            readings(self.task, theta, self.test, positive),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Effects:
+    """What changing each candidate wholly is predicted to do, and to which rows.
+
+    Args:
+        gaps: One row per pair.
+        loss: On the mean validation loss.
+        rows: The training row of each candidate.
+        direction: +1 where its weight rises, −1 where it falls or its label changes.
+    """
+
+    gaps: Float[Tensor, "k m"]
+    loss: Float[Tensor, " m"]
+    rows: Tensor
+    direction: Tensor
+
+
+@dataclass(eq=False)
+class _Search:
+    """Of β, by refitting."""
+
+    fitted: Fitted
+    recipe: Recipe
+    splits: Splits
+    how: How
+    budget: float
+    target: float
+
+    def run(self, train_groups: Any) -> Repair:
+        task, train = self.fitted.task, self.fitted.train
+        who = _who(task, train, self.splits.gap, train_groups)
+        effects, notes = self._effects()
+        first = self._fit(torch.ones(len(train), dtype=torch.float64), ())
+        if isinstance(first, str):
+            raise NotConverged(
+                "A repair is held against the model as it was, fitted again by the same recipe.",
+                f"the recipe did not train it: {first}",
+                "a step size that diverges, or another recipe than the model's.",
+                "recipe.trained(task, train) shows the same failure by itself.",
+            )
+        self.base = self.splits.at(first)
+        # Predictions start from the model of the scores, which the recipe's may differ from.
+        mine = readings(task, self.fitted.theta, self.splits.validation, self.splits.gap.positive)
+        self.soft = differences(self.splits.gap, mine.scores, mine.positive)
+        self.pair = int(self.soft.abs().argmax())
+        base = self._point(0.0, first, torch.zeros(len(effects.rows)), effects, True)
+        points = [base]
+        drift = abs(base.actual - float(self.soft[self.pair]))
+        if drift > 0.1 * abs(float(self.soft[self.pair])):
+            notes.append(
+                f"the recipe makes another model than the one scored: its soft gap is "
+                f"{base.actual:+.3f}, not {float(self.soft[self.pair]):+.3f}"
+            )
+        try:
+            if abs(base.validation.value) > self.target:
+                self._walk(points, effects, notes)
+        except KeyboardInterrupt:
+            notes.append("the search was stopped: points that it did not reach are missing")
+        points.sort(key=lambda p: p.share)
+        chosen = self._best([k for k, p in enumerate(points) if p.within], points)
+        cheapest = self._best(range(len(points)), points)
+        return Repair(
+            gap=self.splits.gap,
+            how=self.how,
+            budget=self.budget,
+            target=self.target,
+            frontier=tuple(points),
+            chosen=chosen,
+            cheapest=cheapest,
+            rows=who,
+            told=tuple(dict.fromkeys(notes)),
+        )
+
+    def _best(self, places: Sequence[int] | range, points: Sequence[Point]) -> int:
+        closed = [k for k in places if abs(points[k].validation.value) <= self.target]
+        if closed:
+            return min(closed, key=lambda k: points[k].moved)
+        return min(places, key=lambda k: abs(points[k].validation.value))
+
+    def _walk(self, points: list[Point], effects: _Effects, notes: list[str]) -> None:
+        """Along β until the gap is closed or beyond, then halves between."""
+        several = len(self.soft) > 1
+        end = 1.0 if several else FARTHEST
+        sign = points[0].validation.value
+        below, above, share, failed = 0.0, None, 0.0, 0
+        while share < end - 1e-9 and above is None:
+            share = min(share + STEP, end)
+            point = self._at(share, effects, notes)
+            if point is None:
+                return
+            if isinstance(point, str):
+                notes.append(point)
+                failed += 1
+                if failed == FAILURES:
+                    return
+                continue
+            points.append(point)
+            value = point.validation.value
+            if abs(value) <= self.target:
+                return
+            if several or value * sign > 0:
+                below = share
+            else:
+                above = share
+        for _ in range(HALVINGS if above is not None and not several else 0):
+            assert above is not None
+            middle = (below + above) / 2
+            point = self._at(middle, effects, notes)
+            if point is None or isinstance(point, str):
+                return
+            points.append(point)
+            value = point.validation.value
+            if abs(value) <= self.target:
+                return
+            below, above = (middle, above) if value * sign > 0 else (below, middle)
+
+    def _at(self, share: float, effects: _Effects, notes: list[str]) -> Point | str | None:
+        """The refit of the least change for β; why it failed; None where there is no change."""
+        found = least_change(effects.gaps, effects.loss, self.soft, share, 0.0)
+        feasible = found is not None
+        if found is None:
+            found = cheapest_change(effects.gaps, effects.loss, self.soft, share)
+        if found is None:
+            notes.append(
+                f"no change of these rows is predicted to take away {share:.0%} of the soft gap, "
+                "at any loss"
+            )
+            return None
+        if self.how != "weights":
+            found = (found >= 0.5).double()  # a basic solution: all but a few are 0 or 1
+        change = torch.zeros(len(self.fitted.train), dtype=torch.float64)
+        change.index_add_(0, effects.rows, found * effects.direction)
+        flips = tuple(effects.rows[found > 0].tolist()) if self.how == "relabel" else ()
+        weights = torch.ones_like(change) if flips else 1 + change
+        if not float(weights.sum()) > 0:
+            notes.append(f"taking away {share:.0%} of the soft gap would leave no training row")
+            return None
+        theta = self._fit(weights, flips)
+        if isinstance(theta, str):
+            return f"the refit for {share:.0%} of the soft gap failed: {theta}"
+        return self._point(share, theta, found, effects, feasible)
+
+    def _point(
+        self, share: float, theta: Tensor, x: Tensor, effects: _Effects, feasible: bool
+    ) -> Point:
+        splits, (before, shown) = self.splits, self.base
+        here, there = splits.at(theta)
+        x = x.to(effects.gaps)
+        change = torch.zeros(len(self.fitted.train), dtype=torch.float64)
+        change.index_add_(0, effects.rows, x * effects.direction)
+        kept = self.how == "relabel"
+        held = counted(splits.gap, here.decided, here.positive)
+        first = counted(splits.test_gap, shown.decided, shown.positive)
+        test = counted(splits.test_gap, there.decided, there.positive)
+        # The two models decide on the same rows: what differs is measured pair by pair.
+        again = counted(splits.test_gap, there.decided, there.positive, at=first.place)
+        difference = there.decided.double() - shown.decided.double()
+        error = difference_error(splits.test_gap, first.place, difference, there.positive)
+        right = there.correct.double() - shown.correct.double()
+        kept_here = here.correct.double() - before.correct.double()
+        soft = differences(splits.gap, here.scores, here.positive)[self.pair]
+        return Point(
+            share=share,
+            weights=torch.ones_like(change) if kept else 1 + change,
+            changed=tuple((change != 0).nonzero()[:, 0].tolist()),
+            moved=float(change.abs().mean()),
+            feasible=feasible,
+            within=float(kept_here.mean()) + z() * _error(kept_here) >= -self.budget,
+            predicted=float(self.soft[self.pair] + effects.gaps[self.pair] @ x),
+            actual=float(soft),
+            loss_predicted=float(effects.loss @ x),
+            loss_actual=float((here.losses - before.losses).mean()),
+            validation=held,
+            validation_accuracy=here.accuracy,
+            test=test,
+            accuracy=there.accuracy,
+            price=_around(float(right.mean()), _error(right)),
+            closed=_around(abs(again.value) - abs(first.value), error),
+        )
+
+    def _fit(self, weights: Float[Tensor, " n"], flips: tuple[int, ...]) -> Tensor | str:
+        """θ of the changed data, or why there is none."""
+        task, train = self.fitted.task, self.fitted.train
+        data = Relabeled(train, frozenset(flips)) if flips else train
+        try:
+            if flips or not hasattr(self, "trainer"):
+                trainer = self.recipe.prepare(task, data)
+                if not flips:
+                    self.trainer = trainer
+            else:
+                trainer = self.trainer
+            trained = trainer(weights[None])
+        except UpweightError as error:
+            return str(error).partition("\n")[0].rstrip(".")
+        if trained.failures:
+            return next(iter(trained.failures.values())).partition("\n")[0].rstrip(".")
+        theta = trained.theta[0]
+        return theta if bool(theta.isfinite().all()) else "parameters that are not finite"
+
+    def _effects(self) -> tuple[_Effects, list[str]]:
+        """E of every candidate, from one pass over the training data."""
+        fitted, splits, notes = self.fitted, self.splits, list[str]()
+        both = Functional(_GapsAndLoss(splits.gap))
+        scores = fitted.attribute(splits.validation, both)
+        scores.require_derivatives()
+        values = scores.values[:].detach().cpu().double()
+        gaps, loss = values[:-1], values[-1]
+        rows = torch.arange(len(fitted.train))
+        ones = torch.ones(len(rows), dtype=torch.float64)
+        if self.how == "weights":
+            return _Effects(
+                torch.cat([gaps, -gaps], dim=1),
+                torch.cat([loss, -loss]),
+                rows.repeat(2),
+                torch.cat([ones, -ones]),
+            ), notes
+        if self.how == "remove":
+            return _Effects(-gaps, -loss, rows, -ones), notes
+        factor = relabel_factor(fitted.task, fitted.theta, fitted.train)
+        known = factor.isfinite()
+        if not bool(known.all()):
+            notes.append(
+                f"{int((~known).sum())} training rows without a loss gradient keep their label"
+            )
+        rows, factor = rows[known], factor[known]
+        return _Effects(gaps[:, known] * factor, loss[known] * factor, rows, -ones[known]), notes
+
+
+@dataclass(frozen=True)
+class _GapsAndLoss:
+    """Every soft gap and the mean loss, as one function of θ."""
+
+    gap: Gap
+
+    def __call__(self, task: Task, params: Any, queries: Any, weights: Tensor) -> Tensor:
+        gaps = self.gap(task, params, queries, weights)
+        return torch.cat([gaps, task.losses(params, queries).mean()[None]])
+
+
+# -- in words -------------------------------------------------------------------------------------
+
+
+def _who(task: Task, train: Data, gap: Gap, groups: Any) -> tuple[str, ...]:
+    """Group and label of each training row."""
+    labels = []
+    with torch.no_grad():
+        for _, _, batch in train.batches(AT_ONCE):
+            moved = task.to_device(batch)
+            labels.append(read(task, task.named(task.theta()), moved, gap.positive)[2].cpu())
+    positive = torch.cat(labels).tolist()
+    told = ["positive" if label else "negative" for label in positive]
+    if groups is None:
+        return tuple(told)
+    names, at = labels_by_place(groups, len(told), "training example")
+    return tuple(f"{names[k]}, {label}" for k, label in zip(at, told, strict=True))
+
+
+def _around(value: float, error: float) -> Estimate:
+    return Estimate(value, value - z() * error, value + z() * error)
+
+
+def _error(values: Tensor) -> float:
+    """Standard error of a mean."""
+    return float(values.var(correction=0) / max(1, len(values) - 1)) ** 0.5
+
+
+def _interval(gap: HardGap) -> str:
+    return f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+
+
+def _points(estimate: Estimate, sign: int = 1) -> str:
+    low, high = sorted((sign * estimate.low, sign * estimate.high))
+    return f"{100 * sign * estimate.value:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+
+
+def _told(gap: HardGap) -> dict[str, Any]:
+    found: Mapping[str, Any] = vars(gap)
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
+
+
+def _require_choices(gap: Any, how: str, budget: float, target: float) -> None:
+    if not isinstance(gap, Gap):
+        raise SpecError(
+            "A repair closes a gap between groups.",
+            f"{gap!r}.",
+            "the name of a kind, or another functional.",
+            "pass fairness.gap('equal_opportunity', groups_of_the_validation_rows).",
+        )
+    if how not in _MEANS:
+        raise SpecError(
+            'A repair changes "weights", removes rows ("remove") or changes labels ("relabel").',
+            f"how={how!r}.",
+            "another word for one of them.",
+            'how="weights".',
+        )
+    if not (0 <= budget < 1 and 0 <= target < 1):
+        raise SpecError(
+            "The budget is a share of accuracy in [0, 1), the target a gap in [0, 1).",
+            f"budget={budget!r}, target={target!r}.",
+            "percent, or points of accuracy.",
+            "budget=0.003 for three tenths of a point, target=0.01 for one point.",
+        )
