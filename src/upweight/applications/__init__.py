@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from upweight.applications import cross_validation as cross_validation
     from upweight.applications import debugging as debugging
-    from upweight.applications import memorization as memorization
     from upweight.applications import fairness as fairness
+    from upweight.applications import memorization as memorization
     from upweight.applications import regression as regression
     from upweight.applications import robustness as robustness
     from upweight.applications import unlearning as unlearning
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 __all__ = [
     "cross_validation",
     "debugging",
-    "memorization",
     "fairness",
+    "memorization",
     "regression",
     "robustness",
     "unlearning",
