@@ -226,6 +226,7 @@ WORDS: Mapping[str, Words] = {
         "subsets², and q·n numbers",
         "m is linear in w and as many subsets as examples, or an exact prior",
         "with fewer subsets than examples hardly better than its prior",
+        ("datamodels on stacked SOURCE, 160 halves",),
     ),
     "KNNShapley": Words(
         "values.md",
