@@ -3,6 +3,7 @@
 outcome.py        what every answer has: predicted, actual, a verdict, a table, a figure
 subject.py        what is asked about, and how it is fitted again
 regression.py     what does each row do to a (generalized) linear regression?
+selection.py      which training rows to keep, and with which weights?
 
 Imported by adapters, reports and the command line, and by nothing below them. Each is loaded when
 it is first named: adapters import `regression`, and need none of the others.
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from upweight.applications import regression as regression
+    from upweight.applications import selection as selection
 
 __all__ = [
     "regression",
+    "selection",
 ]
 
 
