@@ -267,13 +267,6 @@ class Refits:
         theta = trained.theta[0]
         return theta if bool(theta.isfinite().all()) else "parameters that are not finite"
 
-    def on_rows(self, theta: Float[Tensor, " p"], rows: Int[Tensor, " m"]) -> Fitted:
-        """The method, fitted to the model θ of some rows alone."""
-        task = self.fitted.task.moved_to(theta)
-        return self._method().fit(
-            task, self.fitted.train.subset(rows.tolist()), resources=self.fitted.resources
-        )
-
     def at_weights(
         self, theta: Float[Tensor, " p"], weights: Float[Tensor, " n"], method: Method | None
     ) -> Fitted:
@@ -334,3 +327,8 @@ class _Weighed(Data):
 def weighed(data: Data, weights: Float[Tensor, " n"]) -> Data:
     """Examples beside their weights."""
     return _Weighed(data, weights)
+
+
+def ones(fitted: Fitted, count: int) -> Float[Tensor, " q"]:
+    """Weights of queries for a method fitted by `Refits.at_weights`."""
+    return torch.ones(count, dtype=fitted.task.layout.dtype)

@@ -28,13 +28,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.applications.held_out import (
-    MEAN_LOSS,
     Held,
     Refits,
     classes_of,
     columns,
     held,
     in_points,
+    mean_loss_scores,
+    ones,
     signed,
     splits,
     weighed,
@@ -142,9 +143,12 @@ class Weights(Outcome):
                 f"loss by {signed(self.beyond)}"
             )
         else:
+            tried = f"{signed(self.beyond)} predicted"
+            if self.beyond.value == 0:  # the start itself was the best point of the path
+                tried = "no step lowers the cross-fitted loss"
             said = (
-                f"No gain expected from reweighting beyond {self.start} "
-                f"({signed(self.beyond)} predicted): {self.start} are returned"
+                f"No gain expected from reweighting beyond {self.start} ({tried}): {self.start} "
+                "are returned"
             )
         said += f"; {self.effective_n:.0f} effective rows of {len(self.w)}"
         if self.actual is None:
@@ -364,9 +368,8 @@ class Walk:
         """The weights after a step; None where no direction leads down."""
         method = None if self.rule == "exact" else GradientDot()
         here = self.refits.at_weights(theta, w, method)
-        ones = torch.ones(len(guide), dtype=here.task.layout.dtype)
-        by_log = here.attribute(weighed(guide, ones), MEAN_LOSS).values[0]
-        slope = by_log.detach().cpu().double() / w  # of wᵢ ℓᵢ in a factor: wᵢ ∂L/∂wᵢ
+        by_log = mean_loss_scores(here, weighed(guide, ones(here, len(guide))))
+        slope = by_log / w  # of wᵢ ℓᵢ in a factor: wᵢ ∂L/∂wᵢ
         if self.rule == "exact":
             return entropic_step(w, slope, self.radius)
         return lookahead_step(w, slope, self.radius)

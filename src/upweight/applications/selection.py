@@ -34,8 +34,10 @@ from upweight.applications.held_out import (
     held,
     in_points,
     mean_loss_scores,
+    ones,
     signed,
     splits,
+    weighed,
 )
 from upweight.applications.outcome import Outcome
 from upweight.applications.reweighting import Weights as Weights
@@ -50,7 +52,6 @@ from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.measures import Loss, measured
 from upweight.task.recipe import Recipe
-from upweight.training.weights import removal_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -202,7 +203,7 @@ def subset(
     with Δθ a Newton step (`fitted.removal(evaluate="plugin")`); of `iterated` the change up to the
     refitted model of its last round but one, and such a step from there. The interval draws
     validation examples. The rows themselves are chosen on all of the validation set. The refit
-    deletes the rows: J = (1/m) Σ_kept ℓ + R.
+    has wᵢ = 0 for the rows that leave: the objective keeps its 1/n and its penalty, as everywhere.
 
     Args:
         asked: What `Method.fit` gave; a fitted scikit-learn estimator or statsmodels results; or
@@ -289,7 +290,7 @@ class Choice:
     Args:
         rows: In order.
         before: The method at the model from which the last rows left.
-        left: Which these were, counted in the data of `before`.
+        left: Which these were.
     """
 
     rows: Int[Tensor, " m"]
@@ -314,12 +315,13 @@ class Trial:
         """Δℓ of the queries for the rows that the guide chooses."""
         fitted, choice = self.refits.fitted, self.chosen(rule, guide)
         before = choice.before
-        steps = before.removal(queries, Loss(), [choice.left], evaluate="plugin")
-        change = steps.values[:, 0].cpu().double()
-        if before is fitted:
-            return change
-        here = measured(before.task, before.theta, queries, Loss()).cpu()
-        return change + here - measured(fitted.task, fitted.theta, queries, Loss()).cpu()
+        asked = queries if before is fitted else weighed(queries, ones(before, len(queries)))
+        steps = before.removal(asked, Loss(), [choice.left], evaluate="plugin")
+        here, start = (
+            measured(fitted.task, theta, queries, Loss()).cpu()
+            for theta in (before.theta, fitted.theta)
+        )
+        return steps.values[:, 0].cpu().double() + here - start
 
     def chosen(self, rule: Rule, guide: Data) -> Choice:
         """The rows that a rule keeps for a validation set."""
@@ -345,14 +347,14 @@ class Trial:
 
     def _iterated(self, guide: Data) -> Choice:
         here, n = self.refits.fitted, len(self.refits.fitted.train)
-        rows = torch.arange(n)
+        rows, asked = torch.arange(n), guide
         for k in range(1, ROUNDS + 1):
-            phi = mean_loss_scores(here, guide)
-            order = phi.argsort(stable=True)
+            # wᵢ is 1 for the rows that are left: wᵢ ∂L/∂wᵢ is φᵢ.
+            order = rows[mean_loss_scores(here, asked)[rows].argsort(stable=True)]
             kept = order[: round(n * (self.m / n) ** (k / ROUNDS))].sort().values
             if k == ROUNDS or len(kept) == self.m:
                 break
-            weights = _subset_weights(n, rows[kept])
+            weights = _only(n, kept)
             theta = self.refits.attempted(weights)
             if isinstance(theta, str):
                 self.notes.append(
@@ -360,15 +362,15 @@ class Trial:
                     "chosen by the scores of the round before"
                 )
                 break
-            here, rows = self.refits.on_rows(theta, rows[kept]), rows[kept]
+            here, rows = self.refits.at_weights(theta, weights, None), kept
+            asked = weighed(guide, ones(here, len(guide)))
         return _choice(here, rows, order[: self.m])
 
 
 def _choice(before: Fitted, rows: Int[Tensor, " r"], kept: Int[Tensor, " m"]) -> Choice:
-    """`kept` counts in `rows`, which are the data of `before`."""
-    stays = torch.zeros(len(rows), dtype=torch.bool)
-    stays[kept] = True
-    return Choice(rows[stays], before, (~stays).nonzero()[:, 0].tolist())
+    """`kept` are some of `rows`, which are what `before` was fitted to."""
+    left = _only(len(before.train), rows) - _only(len(before.train), kept)
+    return Choice(kept.sort().values, before, left.nonzero()[:, 0].tolist())
 
 
 def _of_scores(scores: Scores, validation: Any) -> tuple[Fitted, Any]:
@@ -406,10 +408,9 @@ def _count(keep: float, n: int, rule: Any) -> int:
 # -- fitting again --------------------------------------------------------------------------------
 
 
-def _subset_weights(n: int, rows: Int[Tensor, " m"]) -> Float[Tensor, " n"]:
-    gone = torch.ones(n, dtype=torch.bool)
-    gone[rows] = False
-    return removal_weights(n, [gone.nonzero()[:, 0].tolist()], renormalize=True)[0]
+def _only(n: int, rows: Int[Tensor, " m"]) -> Float[Tensor, " n"]:
+    """w = 1 for these rows and 0 for others: the objective keeps its 1/n and its penalty."""
+    return torch.zeros(n, dtype=torch.float64).index_fill_(0, rows, 1.0)
 
 
 def _confirmed(
@@ -420,8 +421,8 @@ def _confirmed(
     drawn = torch.randperm(n, generator=draws("random rows", seed))[:m]
     plans = {
         "all rows": torch.ones(n, dtype=torch.float64),
-        "the kept rows": _subset_weights(n, found.rows),
-        "the random rows": _subset_weights(n, drawn),
+        "the kept rows": _only(n, found.rows),
+        "the random rows": _only(n, drawn),
     }
     models: list[Held | None] = []
     notes = list(found.notes)
