@@ -13,8 +13,9 @@ from torch import nn
 import upweight as uw
 from tests.applications.outcomes import holds
 from upweight.applications import selection
-from upweight.applications.held_out import Refits, mean_loss_scores, ones, splits, weighed
+from upweight.applications.held_out import Refits, mean_loss_scores, splits
 from upweight.applications.reweighting import (
+    Walk,
     divergence,
     effective_n,
     entropic_step,
@@ -25,6 +26,7 @@ from upweight.applications.subject import Subject
 from upweight.errors import (
     DataError,
     MissingContext,
+    NonFinite,
     NotConverged,
     NotOffered,
     SpecError,
@@ -290,9 +292,8 @@ def test_slopes_at_weights_are_derivatives_of_refitted_losses():
     draw = torch.Generator().manual_seed(3)
     w = 0.2 + torch.rand(86, generator=draw).double()
     w = w * 86 / w.sum()
-    here = refits.at_weights(refits.attempted(w), w, None)
     data = fitted.task.queries(guide)
-    slope = mean_loss_scores(here, weighed(data, ones(here, len(data)))) / w
+    slope = Walk(refits, "exact", 0.1, 1).slope(data, w, refits.attempted(w))
     for i in (0, 40, 85):
         e = torch.zeros(86).double()
         e[i] = 1e-3
@@ -334,9 +335,8 @@ def test_the_look_ahead_follows_gradient_products_that_are_positive():
     fitted = softmax((X, y), 2)
     refits = Refits(Subject(fitted, NEWTON), "A test")
     w = torch.ones(86).double()
-    here = refits.at_weights(fitted.theta, w, uw.GradientDot())
     data = fitted.task.queries((V, u))
-    slope = mean_loss_scores(here, weighed(data, ones(here, len(data))))
+    slope = Walk(refits, "lookahead", 0.1, 1).slope(data, w, fitted.theta)
 
     def gradient(A, b):
         parts = torch.autograd.grad(
@@ -418,6 +418,8 @@ def test_what_cannot_be_selected_is_refused_and_the_way_out_works(noisy):
     subset, reweight = selection.subset, selection.reweight
     ranking = uw.GradientDot().fit(fitted.task, train)
     few = (guide[0][:3], guide[1][:3])
+    missing = (test[0].clone(), test[1])
+    missing[0][2, 0] = torch.nan
     bad = [
         (lambda: subset(fitted, 0.7, "best", validation=guide), SpecError, "'best'"),
         (lambda: subset(fitted, 70, "drop", validation=guide), SpecError, "keep=70"),
@@ -428,6 +430,10 @@ def test_what_cannot_be_selected_is_refused_and_the_way_out_works(noisy):
         (
             lambda: subset(fitted, 0.7, "drop", validation=guide, test=guide, recipe=NEWTON),
             DataError, "as validation and as test",
+        ),
+        (
+            lambda: subset(fitted, 0.7, "drop", validation=guide, test=missing, recipe=NEWTON),
+            NonFinite, "nan for example 2",
         ),
         (lambda: subset(ranking, 0.7, "drop", validation=guide), NotOffered, "θ̂ moves to"),
         (lambda: reweight(fitted, None, guide), SpecError, "no recipe"),

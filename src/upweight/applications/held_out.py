@@ -16,7 +16,7 @@ from torch import Tensor
 
 from upweight._typing import Batch, Params
 from upweight.applications.subject import Subject
-from upweight.errors import DataError, NotOffered, UnsupportedModel
+from upweight.errors import DataError, NonFinite, NotOffered, UnsupportedModel
 from upweight.evaluation import bootstrap as intervals
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.methods.fitted import Fitted
@@ -181,8 +181,20 @@ def classes_of(task: Task, data: Data) -> Int[Tensor, " n"] | None:
 
 
 def held(task: Task, theta: Float[Tensor, " p"], data: Data, bootstrap: Bootstrap) -> Held:
-    """A model of the task on held-out data."""
+    """A model of the task on held-out data.
+
+    Raises:
+        NonFinite: A loss is NaN or infinite.
+    """
     losses = measured(task, theta, data, LossMeasure()).cpu()
+    if not bool(losses.isfinite().all()):
+        bad = (~losses.isfinite()).nonzero()[:, 0].tolist()
+        raise NonFinite(
+            "A mean loss on held-out data needs finite losses.",
+            f"{float(losses[bad[0]])} for example {bad[0]}, and {len(bad) - 1} more.",
+            "a missing value in an input, or a target that the model gives no probability.",
+            "leave these examples out of the test data, or fill their missing values.",
+        )
     try:
         right = measured(task, theta, data, IsRight()).cpu()
     except UnsupportedModel:

@@ -33,7 +33,6 @@ from upweight.applications.held_out import (
     classes_of,
     columns,
     held,
-    in_points,
     mean_loss_scores,
     ones,
     signed,
@@ -160,15 +159,6 @@ class Weights(Outcome):
         if mine and equal and mine.accuracy and equal.accuracy:
             text.append(f"error {1 - mine.accuracy.value:.3f} from {1 - equal.accuracy.value:.3f}")
         return said + "; " + ", ".join(text) + "."
-
-    @property
-    def accuracy_beyond(self) -> str | None:
-        """Change of test accuracy against the start in points, with its interval."""
-        if "these" not in self.models or self.start not in self.models:
-            return None
-        boot = Bootstrap(level=self.level)
-        found = self.models["these"].change_of_accuracy(self.models[self.start], boot)
-        return None if found is None else in_points(found)
 
     def frame(self) -> "pd.DataFrame":
         """One row per point of the path, the start first; `chosen` marks the one returned."""
@@ -366,13 +356,17 @@ class Walk:
         self, guide: Data, w: Float[Tensor, " n"], theta: Float[Tensor, " p"]
     ) -> Float[Tensor, " n"] | None:
         """The weights after a step; None where no direction leads down."""
+        step = entropic_step if self.rule == "exact" else lookahead_step
+        return step(w, self.slope(guide, w, theta), self.radius)
+
+    def slope(
+        self, guide: Data, w: Float[Tensor, " n"], theta: Float[Tensor, " p"]
+    ) -> Float[Tensor, " n"]:
+        """∂L/∂wᵢ at w, or with η in place of H⁻¹."""
         method = None if self.rule == "exact" else GradientDot()
         here = self.refits.at_weights(theta, w, method)
         by_log = mean_loss_scores(here, weighed(guide, ones(here, len(guide))))
-        slope = by_log / w  # of wᵢ ℓᵢ in a factor: wᵢ ∂L/∂wᵢ
-        if self.rule == "exact":
-            return entropic_step(w, slope, self.radius)
-        return lookahead_step(w, slope, self.radius)
+        return by_log / w  # scores of wᵢ ℓᵢ in a factor are wᵢ ∂L/∂wᵢ
 
 
 def entropic_step(

@@ -242,20 +242,8 @@ def subset(
         refits.subject.require_recipe(refits.what)
 
     trial = Trial(refits, m, seed)
-    used: Rule
     if rule is None:
-        tried = trial.cross_fitted("iterated", split)
-        gain = intervals.mean(tried, bootstrap)
-        if gain.high < 0:
-            used, predicted = "iterated", gain
-            why = f"'iterated' is predicted to change the validation loss by {signed(gain)}"
-        else:
-            used = "redundant"
-            predicted = intervals.mean(trial.cross_fitted(used, split), bootstrap)
-            why = (
-                f"'iterated' is predicted to change the validation loss by {signed(gain)}, which "
-                "is no gain; rows that the others explain leave"
-            )
+        used, predicted, why = _picked(trial, split, bootstrap)
     else:
         used, why = rule, "as asked"
         predicted = intervals.mean(trial.cross_fitted(rule, split), bootstrap)
@@ -281,6 +269,16 @@ def subset(
 
 
 # -- choosing -------------------------------------------------------------------------------------
+
+
+def _picked(trial: "Trial", split: Splits, bootstrap: Bootstrap) -> tuple[Rule, Estimate, str]:
+    """The rule of the library's own, what is predicted of it, and why it was picked."""
+    iterated = intervals.mean(trial.cross_fitted("iterated", split), bootstrap)
+    told = f"'iterated' is predicted to change the validation loss by {signed(iterated)}"
+    if iterated.high < 0:
+        return "iterated", iterated, told
+    redundant = intervals.mean(trial.cross_fitted("redundant", split), bootstrap)
+    return "redundant", redundant, f"{told}, which is no gain; rows that the others explain leave"
 
 
 @dataclass(frozen=True, eq=False)
