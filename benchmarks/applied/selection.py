@@ -89,9 +89,7 @@ def _pairs(images: dict[str, np.ndarray]) -> Iterator[Goal]:
             for seed in PAIRS:
                 train, validation, test = _pair(images, ratio, clean, seed)
                 fitted = _fitted(train, 2)
-                found.append(
-                    selection.reweight(fitted, RECIPE, validation, test=test, steps=8, seed=seed)
-                )
+                found.append(selection.reweight(fitted, RECIPE, validation, test=test, seed=seed))
             seconds = (time.perf_counter() - started) / len(found)
             mine, classes, equal = (
                 [1 - w.models[name].accuracy.value for w in found]

@@ -1,6 +1,7 @@
 """Subsets and weights: the defining equations, refits by scikit-learn, and what is refused."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from upweight.errors import (
     SpecError,
     UpweightError,
 )
-from upweight.evaluation.bootstrap import Bootstrap
+from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.task.recipe import Trained
 
 # Steps over a third of the rows are far: that they warn is tested where removals are.
@@ -234,6 +235,12 @@ def test_by_layer_and_in_single_precision_the_model_stays_as_it_was(noisy):
     )
     holds(weights, figure=False)
     assert torch.equal(fitted.task.theta(), before)
+
+
+def test_a_gain_that_the_refit_does_not_show_is_not_confirmed(picked):
+    worse = replace(picked, actual=Estimate(0.01, -0.02, 0.04))
+    assert not holds(worse).is_confirmed and "does not agree" in worse.verdict
+    assert "no refit has tried it" in replace(picked, actual=None).verdict
 
 
 class Failing:
@@ -447,8 +454,6 @@ def test_what_cannot_be_selected_is_refused_and_the_way_out_works(noisy):
             call()
         assert isinstance(caught.value, UpweightError)
         assert str(caught.value).count("\n  ") == 3
-    from dataclasses import replace
-
     scores = fitted.attribute(guide)
     with pytest.raises(MissingContext, match="without it"):
         subset(replace(scores, context=None), 0.7, "drop")

@@ -39,16 +39,14 @@ LEAST = 4
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Three splits: for training, for choosing, for reporting.
+    """What chooses, and what reports.
 
     Args:
-        train: What the model was fitted to.
         validation: What chooses.
         halves: The two halves of `validation`.
         test: What reports; None where nobody asked.
     """
 
-    train: Data
     validation: Data
     halves: tuple[Data, Data]
     test: Data | None
@@ -94,7 +92,7 @@ def splits(fitted: Fitted, validation: Any, test: Any, seed: int) -> Splits:
             )
     order = torch.randperm(len(guide), generator=draws("halves", seed)).tolist()
     half = len(order) // 2
-    return Splits(train, guide, (guide.subset(order[:half]), guide.subset(order[half:])), judge)
+    return Splits(guide, (guide.subset(order[:half]), guide.subset(order[half:])), judge)
 
 
 def draws(what: str, seed: int) -> torch.Generator:

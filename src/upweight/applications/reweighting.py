@@ -132,13 +132,16 @@ class Weights(Outcome):
 
     @property
     def is_confirmed(self) -> bool:
-        return self.actual is not None
+        """Whether the refit gains on the test data against the start, where that was predicted."""
+        if self.actual is None or self.actual_beyond is None:
+            return False
+        return self.actual_beyond.high < 0 or not self.expects_gain
 
     @property
     def verdict(self) -> str:
         if self.expects_gain:
             said = (
-                f"{self.steps} steps of reweighting from {self.start} are predicted to change the "
+                f"Reweighting from {self.start} (steps: {self.steps}) is predicted to change the "
                 f"loss by {signed(self.beyond)}"
             )
         else:
@@ -152,7 +155,8 @@ class Weights(Outcome):
         said += f"; {self.effective_n:.0f} effective rows of {len(self.w)}"
         if self.actual is None:
             return said + "; not tried on test data."
-        text = [f"on test data the loss changes by {signed(self.actual)} against {EQUAL}"]
+        agrees = "" if self.is_confirmed else "the refit does not agree: "
+        text = [f"{agrees}on test data the loss changes by {signed(self.actual)} against {EQUAL}"]
         if self.expects_gain and self.start == CLASSES and self.actual_beyond is not None:
             text.append(f"by {signed(self.actual_beyond)} against {CLASSES}")
         mine, equal = self.models.get("these"), self.models.get(EQUAL)
@@ -220,7 +224,7 @@ def reweight(
     train: Any = None,
     test: Any = None,
     steps: int = 10,
-    radius: float = 0.05,
+    radius: float = 0.02,
     rule: Rule = "exact",
     seed: int = 0,
     bootstrap: Bootstrap = Bootstrap(),
@@ -477,5 +481,5 @@ def _require_meant(steps: Any, radius: Any, rule: Any) -> None:
             "A path has at least one step, and each step a radius above 0.",
             f"steps={steps}, radius={radius}.",
             "0 meant as no limit.",
-            "steps=10, radius=0.05; the number of steps is chosen by cross-fitting.",
+            "steps=10, radius=0.02; the number of steps is chosen by cross-fitting.",
         )

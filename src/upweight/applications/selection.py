@@ -75,7 +75,7 @@ class Subset(Outcome):
         why: Why by this rule, in words.
         scores: φᵢ of every row at θ̂, on all of the validation set.
         predicted: Change of the mean validation loss, kept rows less all, each half predicted by
-            what the other chose. None: the method has no movement of θ to predict with.
+            what the other chose.
         actual: Change of the mean test loss after fitting again; None where nothing was.
         everything, kept, random: All rows, these, and as many at random, on the test data.
         change_of_accuracy: On the test data, kept rows less all.
@@ -108,7 +108,8 @@ class Subset(Outcome):
 
     @property
     def is_confirmed(self) -> bool:
-        return self.actual is not None
+        """Whether the refit gains on the test data where a gain was predicted, and nowhere else."""
+        return self.actual is not None and (self.actual.high < 0) == self.expects_gain
 
     @property
     def verdict(self) -> str:
@@ -126,11 +127,8 @@ class Subset(Outcome):
         if self.random is not None and self.kept is not None:
             beside = f"; as many at random have {self.random.loss.value:.3f}"
             beside += f" against {self.kept.loss.value:.3f}"
-        return (
-            said
-            + f". After refitting the test loss changes by {signed(self.actual)}{points}"
-            + (beside + ".")
-        )
+        agrees = "After refitting" if self.is_confirmed else "The refit does not agree:"
+        return f"{said}. {agrees} the test loss changes by {signed(self.actual)}{points}{beside}."
 
     def frame(self) -> "pd.DataFrame":
         """One row per model: all rows, the rows kept, as many at random; on the test data."""
@@ -227,7 +225,8 @@ def subset(
         UpweightError: From the adapter, the method or the recipe.
 
     Cost: "drop", "sigmoid": 3 solves and 2 factorizations; "redundant": one `self_influence` and 2
-    factorizations; "iterated": 12 trainings and fits of the method. With a test set 3 trainings.
+    factorizations; "iterated" and None: 12 trainings and fits of the method. With a test set 3
+    trainings.
 
     Wang, Huang & Chang (2020), Less is better: unweighted data subsampling via influence function.
     """
@@ -297,7 +296,7 @@ class Choice:
 
 
 class Trial:
-    """Choices of m rows, by rule and by validation set; each is made once."""
+    """Choices of m rows, by rule and by validation set, and what is predicted of them."""
 
     def __init__(self, refits: Refits, m: int, seed: int) -> None:
         self.refits, self.m, self.seed = refits, m, seed
