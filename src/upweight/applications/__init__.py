@@ -10,6 +10,7 @@ unlearning.py     the model without some examples, and how far it is from a refi
 certified.py      models that promise something of removals, for `unlearning`
 cross_validation.py  what is the loss on examples that the model never saw, from one fit?
 robustness.py     which few rows carry a coefficient or a prediction?
+selection.py      which training rows to keep, and with which weights?
 
 Imported by adapters, reports and the command line, and by nothing below them. Each is loaded when
 it is first named: adapters import `regression`, and need none of the others.
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from upweight.applications import regression as regression
     from upweight.applications import robustness as robustness
     from upweight.applications import unlearning as unlearning
+    from upweight.applications import selection as selection
 
 __all__ = [
     "cross_validation",
@@ -35,6 +37,7 @@ __all__ = [
     "regression",
     "robustness",
     "unlearning",
+    "selection",
 ]
 
 
