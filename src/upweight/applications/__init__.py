@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from upweight.applications import memorization as memorization
     from upweight.applications import regression as regression
     from upweight.applications import robustness as robustness
-    from upweight.applications import unlearning as unlearning
     from upweight.applications import selection as selection
+    from upweight.applications import unlearning as unlearning
 
 __all__ = [
     "cross_validation",
@@ -36,8 +36,8 @@ __all__ = [
     "memorization",
     "regression",
     "robustness",
-    "unlearning",
     "selection",
+    "unlearning",
 ]
 
 
