@@ -288,7 +288,7 @@ class Causes(Outcome):
         if self.soft == 0:
             raise DataError(
                 "A share is one of a gap.",
-                f"a {self.gap.words} of exactly 0.",
+                f"one of exactly 0: the {self.gap.words}.",
                 "groups that the model cannot tell apart.",
                 "look at causes.scores, which need no gap.",
             )

@@ -216,8 +216,8 @@ class Repair(Outcome):
             reached = abs(point.validation.value) <= self.target
             what = "the refit that closes it" if reached else "the refit that comes closest"
             return (
-                f"Infeasible {no} by {_MEANS[self.how]}: refits that keep the accuracy leave a "
-                f"{words} ({base.test.pair}) of {kept.value:+.3f} on test rows, from "
+                f"Infeasible {no} by {_MEANS[self.how]}: refits that keep the accuracy leave the "
+                f"{words} ({base.test.pair}) at {kept.value:+.3f} on test rows, from "
                 f"{base.test.value:+.3f}; {what} costs {_points(point.price, -1)} points of test "
                 f"accuracy, with {percent(point.moved)} changed, and leaves "
                 f"{_interval(point.test)}{other}."
