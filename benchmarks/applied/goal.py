@@ -13,7 +13,7 @@ class Goal:
 
     Args:
         name: What was measured, and on which data.
-        asked: In words.
+        asked: In words; "stated" where the number is told and nothing asked of it.
         reached: In words, with its interval where there is one.
         holds: Whether it is reached.
         seconds: What the library took for it.

@@ -131,7 +131,7 @@ def _network(mnist: np.lib.npyio.NpzFile) -> Iterator[Goal]:
     yield Goal(
         f"MNIST network 784-64-10, n = {NETWORK_EXAMPLES}, {NETWORK_REMOVED} sevens removed by one "
         f"first-order EK-FAC step, {NETWORK_SEEDS} seeds",
-        "the share of the refit's movement that is captured, whatever it is; no certificate",
+        "stated",
         f"parameters {_listed(shares)}; test outputs {_listed(outputs)}, correlation of their "
         f"changes {_listed(correlations)}; mean loss of the removed {before:.3f} → {after:.3f}, "
         f"refitted {really:.3f}",
