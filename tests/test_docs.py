@@ -158,6 +158,9 @@ def groups():
     """Two classes, and which of six groups each row is of."""
     names = classes()
     return names | {"labels": np.arange(len(names["y"])) % 6}
+
+
+def gaps():
     """Two classes of two groups each, in three splits, with labels held back in one of them."""
     names, draw = classes(), np.random.default_rng(1)
     for split, count in (("", 400), ("_validation", 600), ("_test", 600)):
@@ -244,7 +247,7 @@ NAMES = {
     "cli.md": command_line,
     "sklearn.md": classes,
     "statsmodels.md": counts,
-    "fairness.md": groups,
+    "fairness.md": gaps,
     "regression.md": rows,
     "unlearning.md": unlearning,
     "cross_validation.md": groups,
