@@ -101,23 +101,28 @@ def goals(data: Path) -> Iterator[Goal]:
             seconds,
         )
     X, y, Xt, yt = components(data, 50)
+    draws = np.random.default_rng(0)  # the validation points of the study
+    draws.permutation(60_000)
+    chosen = torch.tensor(draws.permutation(10_000)[:1000])
     draw = torch.Generator().manual_seed(0)
     bad = torch.rand(len(y), generator=draw) < 0.1
     noisy = torch.where(bad, (y + torch.randint(1, 10, y.shape, generator=draw)) % 10, y)
     task = uw.Task(nn.Linear(50, 10).float(), uw.CrossEntropy())
-    started = time.perf_counter()
-    scores = uw.KNNShapley(10).fit(task, (X, noisy)).attribute((Xt[:1000], yt[:1000]))
-    seconds = time.perf_counter() - started
-    found = valuation.values(scores, bootstrap=Bootstrap(resamples=500))
-    order = found.predicted.argsort()
-    shares = [float(bad[order[:m]].double().sum() / bad.sum()) for m in (6000, 12_000)]
-    yield Goal(
-        "MNIST 60,000 with 10 % wrong labels: share of them in the lowest 10 % and 20 % of values",
-        "≥ .82 and ≥ .99",
-        f"{shares[0]:.3f} and {shares[1]:.3f}",
-        shares[0] >= 0.82 and shares[1] >= 0.99,
-        seconds,
-    )
+    for said, places in (("the study's draw", chosen), ("the first", torch.arange(1000))):
+        started = time.perf_counter()
+        scores = uw.KNNShapley(10).fit(task, (X, noisy)).attribute((Xt[places], yt[places]))
+        seconds = time.perf_counter() - started
+        found = valuation.values(scores, bootstrap=Bootstrap(resamples=500))
+        order = found.predicted.argsort()
+        shares = [float(bad[order[:m]].double().sum() / bad.sum()) for m in (6000, 12_000)]
+        yield Goal(
+            "MNIST 60,000, 10 % wrong labels: share of them in the lowest 10 % and 20 % of values, "
+            f"by 1,000 validation images, {said} of 10,000",
+            "≥ .82 and ≥ .99",
+            f"{shares[0]:.3f} and {shares[1]:.3f}",
+            shares[0] >= 0.82 and shares[1] >= 0.99,
+            seconds,
+        )
     off = abs(found.total.value - found.owed)
     yield Goal(
         "the values add up to the accuracy of the neighbours",

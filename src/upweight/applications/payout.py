@@ -58,6 +58,10 @@ if TYPE_CHECKING:
 
 Money = int | float | str | Decimal
 
+AGREES = 0.5
+"""The low end of r with refits from which a statement counts as confirmed: a quarter of how the
+refits differ is then explained, beyond chance."""
+
 
 @dataclass(frozen=True, eq=False)
 class Statement(Outcome):
@@ -183,8 +187,8 @@ class Statement(Outcome):
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether the correlation with refits is above 0 beyond its interval."""
-        return self.agreement is not None and self.agreement.low > 0
+        """Whether all of the interval of the correlation with refits is above `AGREES`."""
+        return self.agreement is not None and self.agreement.low > AGREES
 
     @property
     def verdict(self) -> str:
