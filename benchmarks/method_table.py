@@ -231,10 +231,10 @@ WORDS: Mapping[str, Words] = {
     "KNNShapley": Words(
         "values.md",
         "distances of inputs or features, labels",
-        "class labels",
+        "class labels or numbers",
         "q·n·(d + log n)",
         "q·n distances, in parts",
-        "always, of the nearest-neighbour classifier",
+        "always, of the nearest neighbours",
         "values examples for a classifier that is not the model",
     ),
     "DataShapley": Words(

@@ -10,6 +10,7 @@ from torch import nn
 
 import upweight as uw
 from upweight.errors import DataError, NotConverged, SpecError, UpweightError
+from upweight.methods.neighbours import ordered
 from upweight.testing import check_method
 
 
@@ -46,25 +47,48 @@ def by_definition(n, value, omega=None):
 
 
 @pytest.mark.parametrize("k", [1, 3, 9])
-def test_values_of_neighbours_are_shapley_values(k):
+@pytest.mark.parametrize("bandwidth", [None, 0.8])
+@pytest.mark.parametrize("target", ["class", "number"])
+def test_values_of_neighbours_are_shapley_values(k, bandwidth, target):
     (X, y), (Xq, yq) = data(), data(3, seed=1)
+    given = task()
+    if target == "number":
+        given = uw.Task(nn.Linear(3, 1).double(), uw.SquaredError())
+        y, yq = (2 * X[:, :1] + 1), Xq[:, 1:2]
 
-    def share(q):
-        distance = (X - Xq[q]).square().sum(dim=1).tolist()
+    def utility(q):
+        squares = (X - Xq[q]).square().sum(dim=1)
+        vote = [1.0] * 7 if bandwidth is None else (-squares / (2 * bandwidth**2)).exp().tolist()
 
         def value(C):
-            nearest = sorted(C, key=lambda j: distance[j])[:k]
-            return sum(int(y[j] == yq[q]) for j in nearest) / k
+            nearest = sorted(C, key=squares.tolist().__getitem__)[:k]
+            if target == "class":
+                return sum(vote[j] * int(y[j] == yq[q]) for j in nearest) / k
+            return -((sum(vote[j] * float(y[j]) for j in nearest) / k - float(yq[q])) ** 2)
 
         return value
 
-    found = uw.KNNShapley(k).fit(task(), (X, y)).attribute((Xq, yq))
+    method = uw.KNNShapley(k, target=target, bandwidth=bandwidth)
+    found = method.fit(given, (X, y)).attribute((Xq, yq))
     for q in range(3):
-        expected = -by_definition(7, share(q))
+        expected = -by_definition(7, utility(q))
         torch.testing.assert_close(found.values[q], expected, rtol=0, atol=1e-12)
-        total = torch.tensor(-share(q)(range(7)), dtype=torch.float64)
+        total = torch.tensor(utility(q)(()) - utility(q)(range(7)), dtype=torch.float64)
         torch.testing.assert_close(found.values[q].sum(), total, rtol=0, atol=1e-12)
+    told = found.provenance.health["row_sum_expected"]
+    assert told == pytest.approx(float(found.values.sum(dim=1).mean()), abs=1e-12)
     assert found.unit is uw.Unit.VALUE
+
+
+def test_places_are_ordered_as_a_stable_sort_orders_them():
+    g = torch.Generator().manual_seed(0)
+    some = torch.randn(5, 400, generator=g)
+    some[0] = some[0].round()  # many ties
+    some[1, ::3], some[1, 1::3] = 0.0, -0.0
+    some[2] *= 1e30
+    some[3] *= 1e-42  # subnormal
+    for values in (some, some.double()):
+        assert torch.equal(ordered(values), values.argsort(dim=1, stable=True))
 
 
 def test_neighbours_may_be_sought_in_a_layer():
@@ -100,7 +124,8 @@ def test_data_shapley_over_all_orders_is_its_definition(alpha, beta):
     train, queries = data(4), data(2, seed=1)
     given, recipe = softmax(train), uw.training.Newton()
     method = uw.DataShapley(None, alpha, beta)
-    found = method.fit(given, train, history=recipe).attribute(queries).values
+    answer = method.fit(given, train, history=recipe).attribute(queries)
+    found = answer.values
     trainer = recipe.prepare(given, uw.as_data(train))
 
     @functools.cache
@@ -116,6 +141,7 @@ def test_data_shapley_over_all_orders_is_its_definition(alpha, beta):
     for q in range(2):
         expected = by_definition(4, lambda C: float(value(tuple(sorted(C)))[q]), omega)  # noqa: B023
         torch.testing.assert_close(found[q], expected, rtol=0, atol=1e-7)
+    assert ("row_sum_expected" in answer.provenance.health) == (alpha == beta)
     if alpha == beta:
         total = value((0, 1, 2, 3)) - value(())
         torch.testing.assert_close(found.sum(dim=1), total, rtol=0, atol=1e-7)
@@ -162,8 +188,16 @@ def test_shapley_values_that_cannot_be_had_say_why():
     with pytest.raises(SpecError, match="leave the measure out"):
         uw.KNNShapley().fit(task(), train).attribute(train, uw.Margin())
     numbers = uw.Task(nn.Linear(3, 1).double(), uw.SquaredError())
+    pairs = train[0], torch.randn(9, 1).double()
     with pytest.raises(DataError, match="one class an example"):
-        uw.KNNShapley().fit(numbers, (train[0], torch.randn(9, 1).double()))
+        uw.KNNShapley().fit(numbers, pairs)
+    uw.KNNShapley(target="number").fit(numbers, pairs).attribute(pairs)
+    two = uw.Task(nn.Linear(3, 2).double(), uw.SquaredError())
+    with pytest.raises(DataError, match="one finite number"):
+        uw.KNNShapley(target="number").fit(two, (train[0], torch.randn(9, 2).double()))
+    for wrong in ({"target": "probability"}, {"bandwidth": 0.0}):
+        with pytest.raises(SpecError):
+            uw.KNNShapley(**wrong)
 
 
 def test_one_example_has_the_whole_value():

@@ -11,6 +11,8 @@ certified.py      models that promise something of removals, for `unlearning`
 cross_validation.py  what is the loss on examples that the model never saw, from one fit?
 robustness.py     which few rows carry a coefficient or a prediction?
 selection.py      which training rows to keep, and with which weights?
+valuation.py      what are examples worth, and what would dropping or buying some do?
+payout.py         what is each contributor of data paid?
 
 Imported by adapters, reports and the command line, and by nothing below them. Each is loaded when
 it is first named: adapters import `regression`, and need none of the others.
@@ -38,6 +40,14 @@ __all__ = [
     "robustness",
     "selection",
     "unlearning",
+    from upweight.applications import payout as payout
+    from upweight.applications import regression as regression
+    from upweight.applications import valuation as valuation
+
+__all__ = [
+    "payout",
+    "regression",
+    "valuation",
 ]
 
 

@@ -105,6 +105,44 @@ def mean(values: Float[Tensor, " q"], bootstrap: Bootstrap) -> Estimate:
     return estimate(lambda counts: weighted_mean(values, counts), [len(values)], bootstrap)
 
 
+def estimates(
+    statistic: Callable[[Float[Tensor, "r q"]], Float[Tensor, "r k"]],
+    size: int,
+    bootstrap: Bootstrap,
+    width: int = 0,
+) -> tuple[Estimate, ...]:
+    """As `estimate` for k numbers that share their resamples, of one way with `size` items.
+
+    Args:
+        statistic: Counts `[r, size]` to `[r, k]`.
+        size: Items that are drawn.
+        bootstrap: How many draws, from which seed, to which level.
+        width: k, where it is more than the size.
+    """
+    every = statistic(torch.ones(1, size, dtype=torch.float64))[0]
+    drawn = torch.full((1, len(every)), torch.nan, dtype=torch.float64)
+    if size > 1:
+        generator = torch.Generator().manual_seed(bootstrap.seed)
+        chunk = max(1, CHUNK // max(size, width))
+        starts = range(0, bootstrap.resamples, chunk)
+        counts = (min(chunk, bootstrap.resamples - start) for start in starts)
+        drawn = torch.cat([statistic(_counts(count, size, generator)) for count in counts])
+    tails = torch.tensor([(1.0 - bootstrap.level) / 2, (1.0 + bootstrap.level) / 2]).double()
+    low, high = drawn.nanquantile(tails, dim=0)
+    ends = zip(every.tolist(), low.tolist(), high.tolist(), strict=True)
+    return tuple(Estimate(*each) for each in ends)
+
+
+def means(values: Float[Tensor, "q k"], bootstrap: Bootstrap) -> tuple[Estimate, ...]:
+    """The mean of every column, over rows that are drawn with replacement."""
+    values = values.double()
+
+    def statistic(counts: Float[Tensor, "r q"]) -> Float[Tensor, "r k"]:
+        return counts @ values / len(values)
+
+    return estimates(statistic, len(values), bootstrap, values.shape[1])
+
+
 def _resampled(
     statistic: Callable[..., Float[Tensor, " r"]],
     sizes: Sequence[int],

@@ -588,6 +588,8 @@ class Fitted:
         sums, sizes = seen
         denied: list[str] = []
         noted: list[str] = []
+        if expected is not None:
+            judged["row_sum_expected"] = float(expected.double().mean())
         if expected is not None and self.spec.unit is Unit.DERIVATIVE:
             judged |= health.row_sum_excess(sums, sizes, expected.to(sums))
             denied, noted = self._minimum_denied(judged)

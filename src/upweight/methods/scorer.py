@@ -328,12 +328,17 @@ class _Blocks(Job):
     size: int
     at_once: int
     first: int = 0
+    total: Float[Tensor, " q"] | None = None
 
     def __len__(self) -> int:
         return self.size
 
     def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
         return self.score(start, stop)
+
+    @property
+    def row_sums(self) -> Float[Tensor, " q"] | None:
+        return self.total
 
 
 @dataclass(frozen=True, eq=False)
@@ -345,6 +350,7 @@ class BlockScorer(Scorer):
         at_once: Training examples in a block.
         diagonal: () -> S[i, i] with m = ℓ, or None.
         notes: What was chosen on the way.
+        owed: (queries, measure) -> what Σᵢ S[q, i] must be, or None where nothing is known of it.
     """
 
     score: Callable[[Data, Any, int, int], Tensor]
@@ -352,6 +358,7 @@ class BlockScorer(Scorer):
     diagonal: Callable[[], Tensor] | None = None
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    owed: Callable[[Data, Any], Tensor] | None = None
 
     def jobs(self, asked: Asked) -> Iterator[Job]:
         queries, measure = asked.queries, asked.measure
@@ -361,6 +368,7 @@ class BlockScorer(Scorer):
             lambda start, stop: self.score(queries, measure, start, stop),
             len(queries),
             self.at_once,
+            total=None if self.owed is None else self.owed(queries, measure),
         )
 
     def self_influence(self) -> Float[Tensor, " n"]:

@@ -118,8 +118,16 @@ class DataShapley(Method):
                 found[order] += step
             return (found / len(orders)).T[:, start:stop].to(fitting.theta)
 
+        def total(queries: Data, measure: Any) -> Tensor:
+            """m_q(D) − m_q(∅)."""
+            asked = as_measure(measure)
+            ends = (thetas[places[0, -1]], thetas[places[0, 0]])
+            whole, none = (measured(fitting.task, end, queries, asked) for end in ends)
+            return whole - none
+
         models = f"{len(coalitions)} models of coalitions were trained, {len(orders)} orders"
-        return BlockScorer(score, at_once=n, notes=(models,))
+        adds_up = self.alpha == self.beta == 1
+        return BlockScorer(score, at_once=n, notes=(models,), owed=total if adds_up else None)
 
     def orders(self, n: int) -> Int[Tensor, "r n"]:
         """The orders that are walked through."""
