@@ -26,27 +26,23 @@ if TYPE_CHECKING:
     from upweight.applications import debugging as debugging
     from upweight.applications import fairness as fairness
     from upweight.applications import memorization as memorization
+    from upweight.applications import payout as payout
     from upweight.applications import regression as regression
     from upweight.applications import robustness as robustness
     from upweight.applications import selection as selection
     from upweight.applications import unlearning as unlearning
+    from upweight.applications import valuation as valuation
 
 __all__ = [
     "cross_validation",
     "debugging",
     "fairness",
     "memorization",
+    "payout",
     "regression",
     "robustness",
     "selection",
     "unlearning",
-    from upweight.applications import payout as payout
-    from upweight.applications import regression as regression
-    from upweight.applications import valuation as valuation
-
-__all__ = [
-    "payout",
-    "regression",
     "valuation",
 ]
 
