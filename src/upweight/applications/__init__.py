@@ -2,6 +2,8 @@
 
 outcome.py        what every answer has: predicted, actual, a verdict, a table, a figure
 subject.py        what is asked about, and how it is fitted again
+poisoning.py      which training rows taught an attack, and a fit without them
+privacy.py        what explanations that show training rows tell of who was trained on
 regression.py     what does each row do to a (generalized) linear regression?
 unlearning.py     the model without some examples, and how far it is from a refit
 certified.py      models that promise something of removals, for `unlearning`
@@ -14,10 +16,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from upweight.applications import poisoning as poisoning
+    from upweight.applications import privacy as privacy
     from upweight.applications import regression as regression
     from upweight.applications import unlearning as unlearning
 
 __all__ = [
+    "poisoning",
+    "privacy",
     "regression",
     "unlearning",
 ]
