@@ -28,14 +28,15 @@ def net():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
-recipe = uw.Training(net, uw.SGD(0.1, momentum=0.9), epochs=30, batch=60)
+recipe = uw.Training(net, uw.SGD(0.1, momentum=0.9), epochs=20, batch=60)
 task = uw.Task(net(), uw.CrossEntropy(), uw.L2(1e-4))
 task = uw.Task(recipe.trained(task, train), uw.CrossEntropy(), uw.L2(1e-4))
 
 # Five images on which the model misbehaves, and what they looked like without the corner.
 other = (test[1] != 0).nonzero()[:5, 0]
 seen = [(a[other], b[other]) for a, b in (triggered, test)]
-found = poisoning.suspects(uw.GradientCosine().fit(task, train), *seen)
+fitted = uw.GradientCosine().fit(task, train)
+found = poisoning.suspects(fitted, *seen, history=[net() for _ in range(3)])
 print(found)
 detected = found.against(attack.poisoned)  # which nobody knows outside of a study
 print(detected)
@@ -43,7 +44,7 @@ print(detected)
 left = torch.ones(len(test[0]), dtype=torch.bool)
 left[other] = False
 fresh = [(a[left], b[left]) for a, b in (triggered, test)]
-cleansed = poisoning.cleanse(recipe, found, *fresh)
+cleansed = poisoning.cleanse(recipe, found, *fresh, counts=[6, 12, 24, 48])
 print(cleansed)
 print(cleansed.frame()[["method", "removed", "success", "accuracy"]].to_string(index=False))
 print(f"\nAUROC {detected.auroc.value:.3f}; attack success {cleansed.before.success.value:.3f} → "

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch, Params
 from upweight.applications.outcome import Outcome
@@ -32,6 +33,7 @@ from upweight.errors import DataError, NotConverged, ShapeError, SpecError
 from upweight.evaluation import bootstrap, mislabel
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.methods.fitted import Fitted
+from upweight.methods.members import members_given
 from upweight.runtime.fingerprint import described, digest
 from upweight.runtime.selection import places
 from upweight.scores import Unit
@@ -76,7 +78,7 @@ class _Question:
     clean: Batch | None
 
     def __repr__(self) -> str:
-        leaves = torch.utils._pytree.tree_leaves(self.clean)
+        leaves = tree_leaves(self.clean)
         told = digest(*[leaf if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves])
         return f"_Question({described(self.measure)}, target={self.target}, clean={told[:12]})"
 
@@ -129,6 +131,7 @@ class Suspects(Outcome):
         value: m at θ̂: 0 where the trigger changes nothing.
         hits: How many of the queries the model assigns to t.
         paired: Whether their clean originals were given.
+        states: Other states of the model over which the scores are averaged, besides θ̂.
     """
 
     fitted: Fitted = field(repr=False)
@@ -140,6 +143,7 @@ class Suspects(Outcome):
     value: float
     hits: int
     paired: bool
+    states: int = 0
     actual: None = None
 
     @property
@@ -150,7 +154,8 @@ class Suspects(Outcome):
     @property
     def method(self) -> str:
         """The method that scored, as Python."""
-        return described(self.fitted.spec)
+        states = f" at θ̂ and {self.states} other states" if self.states else ""
+        return f"{described(self.fitted.spec)}{states}"
 
     @property
     def asked(self) -> str:
@@ -275,6 +280,7 @@ def suspects(
     measure: Any = Contrast(),  # noqa: B008  a frozen spec
     *,
     target: int | None = None,
+    history: Any = None,
 ) -> Suspects:
     """Rank training rows by what raises the attack's output on queries that misbehave.
 
@@ -285,6 +291,9 @@ def suspects(
         clean: The same inputs without the trigger, in the same order, where they are known.
         measure: `Contrast()`; or any measure, of which the mean over `triggered` is asked.
         target: The class that the attack asks for. None: what the model answers most often.
+        history: Other states of the model, such as those of its training: a `Trajectory`, or a list
+            of models, state dicts or vectors θ. The method is fitted at each of them too, and the
+            ranking is by the mean of S_k/‖S_k‖ over these states and θ̂.
 
     Returns:
         The ranking. Its rows are suspects, not poison: see `cleanse`.
@@ -295,7 +304,8 @@ def suspects(
         UpweightError: From the method.
 
     Cost: one gradient, one solve and one pass over the training data, whatever the number of
-    queries; one forward pass over the training data.
+    queries; one forward pass over the training data. As much again, and a fit, for each state of
+    the history.
     """
     task = fitted.task
     queries = task.queries(triggered)
@@ -314,6 +324,15 @@ def suspects(
     batch = None if beside is None else task.to_device(beside.batch(0, len(beside)))
     question = Functional(_Question(measure, target, batch))
     values = fitted.attribute(queries, question).values[0]
+    states = 0
+    if history is not None:
+        thetas = members_given(task, history)
+        spec: Any = fitted.spec
+        parts = [values]
+        for theta in thetas:
+            at = spec.fit(task.moved_to(theta.to(fitted.theta)), fitted.train)
+            parts.append(at.attribute(queries, question).values[0])
+        values, states = torch.stack([_unit(part) for part in parts]).mean(dim=0), len(parts) - 1
     labels = _answers(task, fitted.theta, fitted.train)[1]
     return Suspects(
         fitted=fitted,
@@ -325,7 +344,14 @@ def suspects(
         value=_value(task, fitted.theta, queries, question),
         hits=int((answers == target).sum()),
         paired=beside is not None,
+        states=states,
     )
+
+
+def _unit(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """S/‖S‖; scores that are all 0 stay as they are."""
+    norm = values.norm()
+    return values / norm if float(norm) else values
 
 
 @dataclass(frozen=True)
@@ -557,7 +583,7 @@ def cleanse(
         at = _value(task, theta, ranking.queries, ranking.question)
         was = _value(task, start, ranking.queries, ranking.question)
         predicted = None
-        if ranking.fitted.spec.unit is Unit.DERIVATIVE:
+        if ranking.fitted.spec.unit is Unit.DERIVATIVE and not ranking.states:
             predicted = -float(ranking.predicted[list(rows)].sum())
         lost = _mean(right - now, bootstrap)
         clean_accuracy = float(now.mean())
@@ -646,7 +672,7 @@ def _success(task: Task, theta: Float[Tensor, " p"], data: Data, target: int) ->
 def wilson(hits: int, count: int) -> Estimate:
     """A share and its 95 % score interval (Wilson 1927), which is no point at 0 and 1.
 
-        (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n)
+    (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n)
     """
     share, slack = hits / count, Z * Z / count
     middle = (share + slack / 2) / (1 + slack)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from upweight.applications.outcome import Outcome
 from upweight.errors import DataError, NonFinite, SpecError
@@ -153,7 +154,10 @@ class Leakage(Outcome):
     actual: None = None
 
     def worst(self, redaction: str) -> Attack:
-        """The attack with the largest AUC on a redaction.
+        """The attack whose AUC is farthest from ½ on a redaction.
+
+        Below ½ it tells members by the smaller statistic: their scores are small where their loss
+        is.
 
         Raises:
             SpecError: There is no such redaction.
@@ -166,7 +170,7 @@ class Leakage(Outcome):
                 "another spelling.",
                 f"one of {', '.join(map(repr, self.revealed))}.",
             )
-        return max(found, key=lambda each: each.auc.value)
+        return max(found, key=lambda each: abs(each.auc.value - 0.5))
 
     @property
     def title(self) -> str:
@@ -179,12 +183,12 @@ class Leakage(Outcome):
     @property
     def verdict(self) -> str:
         names = [*self.revealed]
-        first, last = names[0], min(names, key=lambda name: self.worst(name).auc.value)
+        first, last = names[0], min(names, key=lambda name: abs(self.worst(name).auc.value - 0.5))
         worst, least = self.worst(first), self.worst(last)
         members, outsiders = (100 * share for share in self.shown[first])
         seen = (
             f"{members:.0f} % of members and {outsiders:.0f} % of outsiders see themselves, "
-            if self.k and first in self.shown
+            if members or outsiders
             else ""
         )
         beside = "" if last == first else f"; least by “{last}”: {least.auc.value:.3f}"
@@ -508,7 +512,7 @@ def _inputs(data: Data, chosen: Callable[[Any], Tensor] | None) -> Float[Tensor,
         if chosen is not None:
             found = chosen(batch)
         else:
-            leaves = torch.utils._pytree.tree_leaves(batch)
+            leaves = tree_leaves(batch)
             found = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
         if not isinstance(found, Tensor) or found.is_complex() or found.ndim < 1:
             raise DataError(
@@ -650,9 +654,8 @@ def _checksums(data: Data) -> list[int]:
     """Of inputs and labels of each example."""
     sums = []
     for _, _, batch in data.batches(batch_size(1, 8)):
-        leaves = [x for x in torch.utils._pytree.tree_leaves(batch) if isinstance(x, Tensor)]
+        leaves = [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
         count = len(leaves[0]) if leaves else 0
         rows = [leaf.detach().cpu() for leaf in leaves if len(leaf) == count]
         sums += [item_checksum(tuple(leaf[i] for leaf in rows)) for i in range(count)]
     return sums
-
