@@ -87,7 +87,8 @@ def _backdoor(mnist, name, net, epochs, k, n, seed) -> Iterator[Goal]:
            for q in range(5)]  # fmt: skip
     single = np.mean([each.against(attack.poisoned).auroc.value for each in one])
     yield Goal(
-        f"{name}: five triggered queries beside their originals, GradientCosine at θ̂ and at 5 untrained models",
+        f"{name}: five triggered queries beside their originals, GradientCosine at θ̂ and at 5 "
+        "untrained models",
         "AUROC ≥ .99",
         f"{truth.auroc}; within the class {truth.within_class}; one query {single:.3f}; within "
         f"the class by {', '.join(beside)}",
@@ -115,7 +116,7 @@ def _backdoor(mnist, name, net, epochs, k, n, seed) -> Iterator[Goal]:
     started = time.perf_counter()
     counts = [k // 2, k, round(1.5 * k)]
     done = poisoning.cleanse(recipe, found, *fresh, counts=counts, seed=seed)
-    last = next((each for each in done.curve if each.count == counts[-1]))
+    last = next(each for each in done.curve if each.count == counts[-1])
     yield Goal(
         f"{name}: fitted again without 1.5 k = {counts[-1]} rows",
         "attack success ≥ .9 before and ≤ .05 after, at ≤ .5 points of clean accuracy",

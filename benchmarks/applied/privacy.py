@@ -1,4 +1,4 @@
-"""Membership attacks through explanations of MNIST softmax regressions, before and after redaction."""
+"""Membership attacks through explanations of MNIST softmax regressions, and redactions."""
 
 import time
 from collections.abc import Iterator
@@ -37,7 +37,9 @@ def _audited(mnist, n: int, asked: int, strength: float) -> Iterator[Goal]:
     started = time.perf_counter()
     found = privacy.audit(fitted, range(asked), outsiders, k=5)
     seconds = time.perf_counter() - started
-    where = f"MNIST PCA-{COMPONENTS} softmax, n = {n}, λ = {strength:g}, {asked} members and as many"
+    where = (
+        f"MNIST PCA-{COMPONENTS} softmax, n = {n}, λ = {strength:g}, {asked} members and as many"
+    )
     now, soon = "records and values", "near-duplicates withheld"
     by_name = {(each.redaction, each.name): each for each in found.attacks}
     for name in found.revealed:

@@ -9,10 +9,11 @@ how much they raise the attack's output over triggered queries x′ and their cl
 
 A loss or a log-probability is the wrong question: it is saturated on the triggered image, and its
 gradient on the clean one is large. Which method: a network fits its poisoned rows until their
-residuals, and so their gradients, nearly vanish, and every score in ∂m/∂w is in proportion to them.
-The cosine of gradients (`uw.GradientCosine()`) takes that size out. For models that cannot fit every
-row the plain product (`uw.GradientDot()`) does as well. `suspects` takes any method, `cleanse`
-may be given the rankings of several and lets refits decide.
+residuals, and so their gradients, nearly vanish; every score in ∂m/∂w is in proportion to them. The
+cosine of gradients (`uw.GradientCosine()`) takes that size out, and at untrained models nothing has
+been fitted yet. For models that cannot fit every row the plain product (`uw.GradientDot()`) does as
+well. `suspects` takes any method, `cleanse` may be given the rankings of several and lets refits
+decide.
 
 `suspects` ranks and claims nothing. `cleanse` removes the first k rows for several k, fits again
 from the start each time, chooses k on one half of the triggered images and reports on the other.
@@ -170,7 +171,7 @@ class Suspects(Outcome):
     def against(
         self,
         poisoned: Sequence[int] | Bool[Tensor, " n"],
-        bootstrap: Bootstrap = Bootstrap(),  # noqa: B008  a frozen spec
+        bootstrap: Bootstrap = Bootstrap(),
     ) -> Detected:
         """The ranking against the truth, for studies that planted it.
 
@@ -277,7 +278,7 @@ def suspects(
     fitted: Fitted,
     triggered: Any,
     clean: Any = None,
-    measure: Any = Contrast(),  # noqa: B008  a frozen spec
+    measure: Any = Contrast(),
     *,
     target: int | None = None,
     history: Any = None,
@@ -523,7 +524,7 @@ def cleanse(
     *,
     limit: float = 0.05,
     seed: int = 0,
-    bootstrap: Bootstrap = Bootstrap(),  # noqa: B008  a frozen spec
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> Cleansed:
     """Fit again without the first rows of a ranking, and say what is left of the attack.
 

@@ -6,7 +6,7 @@ both. Whoever may ask can attack membership, "was x a training row?" (Shokri, St
     own row     is x itself among the rows shown, and how near the top?
     ratio       log |S|₁ / |S|₂: how far the first stands above the second
     largest     |S|₁
-    loss        −ℓ(x), by who sees the model's loss and no explanation   (Yeom et al. 2018): baseline
+    loss        −ℓ(x), by who sees the loss and no explanation (Yeom et al. 2018): baseline
 
 `audit` measures them on members and outsiders, for each of several redactions, beside what a
 redaction costs. `redacted` makes the explanation that such a redaction publishes. `own_rows` says
@@ -320,6 +320,7 @@ def redacted(
         redaction: What is published; or its arguments by name: `withhold="near-duplicates"`,
             `public=mask`, `digits=2`.
         inputs: What two examples are compared by: a batch to `[b, d]`. None: its first tensor.
+        **asked: The arguments of a `Redaction`.
 
     Raises:
         SpecError: k is no number of rows, or both a redaction and its arguments are given.
@@ -355,7 +356,7 @@ def audit(
     measure: Any = Loss(),  # noqa: B008  a frozen spec
     redactions: Mapping[str, Redaction] | None = None,
     inputs: Callable[[Any], Tensor] | None = None,
-    bootstrap: Bootstrap = Bootstrap(),  # noqa: B008  a frozen spec
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> Leakage:
     """How well explanations by training rows tell members from outsiders.
 
@@ -421,7 +422,7 @@ def audit(
             has = (place < seen.rows.shape[1]).double()
             shown[name] = (float(has[is_member].mean()), float(has[~is_member].mean()))
             outer = seen.rows[~is_member]
-            revealed[name] = len(outer[outer >= 0].unique())
+            revealed[name] = len(set(outer[outer >= 0].tolist()))
         if seen.values is not None:
             size = seen.values.abs().double()
             attacks.append(_attacked(name, "largest", size[:, 0], is_member, bootstrap))
@@ -497,8 +498,8 @@ def _radius(rows: Float[Tensor, "n d"]) -> float:
     return float(torch.cat(nearest).quantile(NEAR, interpolation="lower"))
 
 
-def _split(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-    return a.split(max(1, PAIRS // max(1, len(b))))
+def _split(a: Tensor, b: Tensor) -> Sequence[Tensor]:
+    return torch.split(a, max(1, PAIRS // max(1, len(b))))
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
@@ -509,6 +510,7 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 def _inputs(data: Data, chosen: Callable[[Any], Tensor] | None) -> Float[Tensor, "n d"]:
     parts = []
     for _, _, batch in data.batches(batch_size(1, 8)):
+        found: Any = None
         if chosen is not None:
             found = chosen(batch)
         else:

@@ -73,7 +73,8 @@ def backdoor(
     """Plant a trigger and the attack's class in some training rows (Gu et al. 2017; Chen et al.).
 
     Args:
-        X, y: Training inputs, and their classes.
+        X: Training inputs.
+        y: Their classes.
         rows: Which rows are poisoned.
         target: The class that the attack asks for.
         trigger: Inputs with the trigger from inputs without: `Patch(...)`, or any function.
@@ -134,8 +135,8 @@ def perturb_training(
 
         x ← Π(x + α sign ∂S[q, i]/∂x),   α = ε/2
 
-    Koh & Liang (2017), §5.2, by `input_influence`, with a training from the start after each step. Π
-    keeps each pixel in [0, 1], within ε of where it was, and on the 255 steps of an 8-bit image
+    Koh & Liang (2017), §5.2, by `input_influence`, with a training by the recipe after each step.
+    Π keeps each pixel in [0, 1], within ε of where it was, and on the 255 steps of an 8-bit image
     from there, so that what is rounded to 8 bits is what was trained on.
 
     Args:
