@@ -241,6 +241,19 @@ def wrong_labels():
 
 NAMES = {
     "debugging.md": wrong_labels,
+def poisoned():
+    """The network, and inputs with a trigger beside their originals."""
+    names = network()
+    X, y = images(60, 2)
+    triggered = X.clone()
+    triggered[:, 0] += 4
+    half = {"originals": (X[:5], y[:5]), "triggered": (triggered[:5], y[:5])}
+    fresh = {"test": (X[5:], y[5:]), "fresh_triggered": (triggered[5:], y[5:])}
+    return names | half | fresh
+
+
+NAMES = {
+    "poisoning.md": poisoned,
     "training.md": training,
     "evaluation.md": evaluation,
     "report.md": report,

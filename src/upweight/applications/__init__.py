@@ -5,6 +5,8 @@ subject.py        what is asked about, and how it is fitted again
 memorization.py   which rows are known by heart, and does that help on others?
 debugging.py      which labels are wrong, what they should be, what correcting them gains
 fairness.py       why does a classifier treat groups differently, and what does a repair cost?
+poisoning.py      which training rows taught an attack, and a fit without them
+privacy.py        what explanations that show training rows tell of who was trained on
 regression.py     what does each row do to a (generalized) linear regression?
 unlearning.py     the model without some examples, and how far it is from a refit
 certified.py      models that promise something of removals, for `unlearning`
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from upweight.applications import fairness as fairness
     from upweight.applications import memorization as memorization
     from upweight.applications import payout as payout
+    from upweight.applications import poisoning as poisoning
+    from upweight.applications import privacy as privacy
     from upweight.applications import regression as regression
     from upweight.applications import robustness as robustness
     from upweight.applications import selection as selection
@@ -39,6 +43,8 @@ __all__ = [
     "fairness",
     "memorization",
     "payout",
+    "poisoning",
+    "privacy",
     "regression",
     "robustness",
     "selection",

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from upweight.applications.outcome import Outcome
+from upweight.applications.privacy import own_rows
 from upweight.notation import count, interval, readable
 from upweight.report.answers import Answers
 from upweight.report.evidence import Evidence, Series
@@ -26,6 +27,13 @@ def words_of(
     columns = "group" if scores.columns is not None else kind
     found = trust(scores, evidence, removal)
     notes = [*provenance.notes, *(() if removal is None else removal.provenance.notes)]
+    own = own_rows(scores)
+    if own:
+        are = "query is a training example" if len(own) == 1 else "queries are training examples"
+        notes.append(
+            f"{len(own)} {are}: who sees this page learns that they were trained on; before "
+            "publishing it leave them out, and see upweight.applications.privacy.audit"
+        )
     scale = [count(answers.n, f"training {columns}"), count(answers.q, "query")]
     if provenance.p:  # 0: not recorded
         scale.append(count(provenance.p, "parameter"))
