@@ -239,8 +239,6 @@ def wrong_labels():
     }
 
 
-NAMES = {
-    "debugging.md": wrong_labels,
 def poisoned():
     """The network, and inputs with a trigger beside their originals."""
     names = network()
@@ -253,6 +251,7 @@ def poisoned():
 
 
 NAMES = {
+    "debugging.md": wrong_labels,
     "poisoning.md": poisoned,
     "training.md": training,
     "evaluation.md": evaluation,
