@@ -5,6 +5,13 @@ subject.py        what is asked about, and how it is fitted again
 regression.py     what does each row do to a (generalized) linear regression?
 unlearning.py     the model without some examples, and how far it is from a refit
 certified.py      models that promise something of removals, for `unlearning`
+saliency.py       where does the model look, and which training examples made it look there?
+explained.py      the number that a map explains, as a function of an input
+attributions.py   methods that map a number on an input
+packaged.py       those of captum, shap and lime
+maps.py           maps of an output or a score
+mass.py           the mass of a map in a region, as a measure
+views.py          the maps of a query beside those of training examples
 cross_validation.py  what is the loss on examples that the model never saw, from one fit?
 
 Imported by adapters, reports and the command line, and by nothing below them. Each is loaded when
@@ -17,11 +24,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from upweight.applications import cross_validation as cross_validation
     from upweight.applications import regression as regression
+    from upweight.applications import saliency as saliency
     from upweight.applications import unlearning as unlearning
 
 __all__ = [
     "cross_validation",
     "regression",
+    "saliency",
     "unlearning",
 ]
 

@@ -2,6 +2,7 @@
 
     html(scores, "report.html", Display(names=…), evidence=[check])     summary(scores)
     outcomes([amip, loo], "follows.html")                               what applications returned
+    explain(saliency.views(fitted, query), "maps.html")                 where the model looks
 
 Both show first how far the scores can be trusted (unit, agreement with retraining, health of the
 computation), then what raised and lowered each measurement; the page also says what dropping
@@ -10,8 +11,9 @@ know no method; agreement with retraining comes in as results of `upweight.evalu
 """
 
 from upweight.report.display import Display
+from upweight.report.explain import explain
 from upweight.report.outcomes import outcomes
 from upweight.report.page import html
 from upweight.report.text import summary
 
-__all__ = ["Display", "html", "outcomes", "summary"]
+__all__ = ["Display", "explain", "html", "outcomes", "summary"]
