@@ -145,18 +145,23 @@ class Map(Outcome):
     @property
     def verdict(self) -> str:
         q = len(self.values)
-        many = "the map" if q == 1 else f"the maps of {q} inputs"
-        said = f"{self.method.name} of {self.about}: {many}"
+        maps, they, add = ("map", "its", "adds") if q == 1 else ("maps", "their", "add")
+        said = f"The {self.method.name} {maps} of {self.about}"
         if not self.method.adds_up:
-            return f"{said} with a sum that means nothing by itself."
+            at = torch.unravel_index(self.values[0].abs().argmax(), self.values.shape[1:])
+            first = "" if q == 1 else " of the first"
+            return (
+                f"{said}: the largest entry{first} is at {_place(at)}; {they} entries need not add "
+                "up."
+            )
         worst = self.errors.nan_to_num(-1.0)
-        at = int(worst.argmax())
-        if worst[at] < 0:
-            return f"{said} with nothing to add up to: no change from the baseline."
-        off = percent(float(worst[at]))
+        k = int(worst.argmax())
+        if worst[k] < 0:
+            return f"{said} {'has' if q == 1 else 'have'} nothing to add up to."
         return (
-            f"{said} {'adds' if q == 1 else 'add'} up to {readable(float(self.sums[at]))} of "
-            f"{readable(float(self.totals[at]))}{'' if q == 1 else ' for the worst'}: {off} off."
+            f"{said} {add} up to {readable(float(self.sums[k]))} of "
+            f"{readable(float(self.totals[k]))}{'' if q == 1 else f' for the worst of {q}'}: "
+            f"{percent(float(worst[k]))} off."
         )
 
     @property
@@ -203,12 +208,10 @@ class Map(Outcome):
         import pandas as pd
 
         where = self.values.flatten(1).abs().argmax(dim=1)
-        largest = [
-            tuple(int(i) for i in torch.unravel_index(at, self.values.shape[1:])) for at in where
-        ]
+        largest = [_place(torch.unravel_index(at, self.values.shape[1:])) for at in where]
         columns = {"sum": self.sums, "total": self.totals, "error": self.errors}
         data: dict[str, Any] = {k: v.cpu().numpy() for k, v in columns.items()}
-        return pd.DataFrame({**data, "largest_at": [str(at) for at in largest]})
+        return pd.DataFrame({**data, "largest_at": largest})
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The map of the first query: an image in red (raises) and blue, or a bar per feature."""
@@ -552,3 +555,8 @@ def _ranks(values: Tensor) -> Tensor:
     _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
     ends = counts.cumsum(dim=0).double()
     return (ends - (counts - 1) / 2)[inverse]
+
+
+def _place(at: Iterable[Tensor]) -> str:
+    """An index of an entry."""
+    return "[" + ", ".join(str(int(i)) for i in at) + "]"
