@@ -12,6 +12,7 @@ from torch import nn
 import upweight as uw
 from applied.goal import Goal
 from upweight.applications import saliency
+from upweight.methods.fitted import Fitted
 
 TRAIN = 1500
 COMPLETE = ("integrated-gradients", "deeplift", "shap")
@@ -82,7 +83,7 @@ def goals(data: Path) -> Iterator[Goal]:
     yield _mass()
 
 
-def _fitted(activation: type[nn.Module], train: tuple[torch.Tensor, torch.Tensor]) -> uw.Fitted:
+def _fitted(activation: type[nn.Module], train: tuple[torch.Tensor, torch.Tensor]) -> Fitted:
     def network() -> nn.Module:
         return nn.Sequential(
             nn.Conv2d(1, 16, 5, 2, 2), activation(), nn.Conv2d(16, 32, 3, 2, 1), activation(),
@@ -102,7 +103,7 @@ def _fitted(activation: type[nn.Module], train: tuple[torch.Tensor, torch.Tensor
     return uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, train)
 
 
-def _against_autograd(fitted: uw.Fitted, queries: tuple[torch.Tensor, torch.Tensor]) -> Goal:
+def _against_autograd(fitted: Fitted, queries: tuple[torch.Tensor, torch.Tensor]) -> Goal:
     """Gradients and integrated gradients of x ↦ ⟨∇ℓ(x), u⟩ by double backward in float64."""
     i, worst = 3, {}
     model = fitted.task.moved_to(fitted.theta).model.double()
@@ -116,7 +117,7 @@ def _against_autograd(fitted: uw.Fitted, queries: tuple[torch.Tensor, torch.Tens
         total = sum((g * u[k]).sum() for k, g in zip(named, slopes, strict=True))
         return torch.autograd.grad(total, x)[0]
 
-    places, weights = (torch.tensor(v) for v in np.polynomial.legendre.leggauss(100))
+    places, weights = (torch.tensor(v) for v in np.polynomial.legendre.leggauss(300))
     maps = [saliency.score(fitted, queries, i, m) for m in ("gradient", "integrated-gradients")]
     for k in range(len(queries[0])):
         x, y = queries[0][k : k + 1].double(), queries[1][k : k + 1]
@@ -159,20 +160,22 @@ def _mass() -> Goal:
     started = time.perf_counter()
     for share in (False, True):
         mass = saliency.Mass("integrated-gradients", upper.flatten(), share)
-        predicted = fitted.attribute(queries, mass).removal(groups).values
         actual = uw.training.retrain(newton, task, (X, y), weights, queries, mass).change.T
-        rs = [
-            float(torch.corrcoef(torch.stack(both))[0, 1])
-            for both in zip(predicted, actual, strict=True)
-        ]
-        least = min(least, *rs)
-        said.append(
-            f"{'share' if share else 'sum'} median {np.median(rs):.4f}, least {min(rs):.4f}"
-        )
+        for how, predicted in (
+            ("first order", fitted.attribute(queries, mass).removal(groups).values),
+            ("a Newton step", fitted.removal(queries, mass, groups, evaluate="plugin").values),
+        ):
+            rs = [
+                float(torch.corrcoef(torch.stack(both))[0, 1])
+                for both in zip(predicted, actual, strict=True)
+            ]
+            what = "share" if share else "sum"
+            said.append(f"{what} by {how}: median {np.median(rs):.4f}, least {min(rs):.4f}")
+        least = min(least, *rs)  # of the step
     return Goal(
         f"softmax on bundled digits (n = {len(X)}, p = 1 970): mass of integrated gradients in the "
         f"upper half of {len(Q)} queries, {GROUPS} groups of 20 left out, predicted against refits",
-        "r ≥ .95",
+        "r ≥ .95 by the Newton step, for every query",
         "; ".join(said),
         least >= 0.95,
         time.perf_counter() - started,

@@ -18,6 +18,9 @@ PLAIN = [
     if kind.__module__.endswith("attributions") and name != "tcav"
 ]
 
+IMPORTING = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+"""shap and lime use what Matplotlib is about to deprecate as they are imported."""
+
 
 def rows(n, p=4, seed=0):
     draw = torch.Generator().manual_seed(seed)
@@ -319,6 +322,7 @@ def test_rectifiers_out_of_sight_are_refused_not_ignored(name):
     saliency.output(task, rows(1), "integrated-gradients")
 
 
+@IMPORTING
 def test_shapley_values_are_those_by_enumeration():
     pytest.importorskip("shap")
     model, (X, y) = smooth(), rows(1)
@@ -339,6 +343,7 @@ def test_shapley_values_are_those_by_enumeration():
     assert float((got.values[0] - want).abs().max()) < 0.03 * float(want.abs().max())
 
 
+@IMPORTING
 def test_lime_of_a_linear_model_is_nearly_its_terms():
     pytest.importorskip("lime")
     model, (X, y) = nn.Linear(4, 2).double(), rows(1)
@@ -389,6 +394,7 @@ def test_a_method_without_a_movement_of_theta_says_so():
         saliency.score(fit, rows(1), 0)
 
 
+@IMPORTING
 def test_both_views_are_one_page_that_says_what_it_cannot(fitted, convolutional, tmp_path):
     views = saliency.views(fitted, rows(1, seed=1), ["gradient", "cam"], top=3)
     assert set(views.unanswered) == {"cam"}

@@ -99,7 +99,7 @@ class IntegratedGradients(Attribution):
         steps: Nodes of the integral (Gauss-Legendre).
     """
 
-    steps: int = 100
+    steps: int = 300
     name = "integrated-gradients"
     adds_up = True
     follows = True
