@@ -10,7 +10,14 @@ from torch import nn
 import upweight as uw
 from tests.applications.outcomes import holds
 from upweight.applications import saliency
-from upweight.errors import DtypeError, NotOffered, ShapeError, SpecError, UnsupportedModel
+from upweight.errors import (
+    DtypeError,
+    NotOffered,
+    ShapeError,
+    SpecError,
+    UnsupportedModel,
+    UpweightError,
+)
 
 PLAIN = [
     name
@@ -225,6 +232,24 @@ def test_the_influence_on_a_mass_is_the_mass_of_the_map_of_a_score(name, fitted)
     scores = fitted.attribute(queries, mass).values
     got = saliency.score(fitted, queries, 5, name).mass(region)
     torch.testing.assert_close(scores[:, 5], got, rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["gradient", "integrated-gradients", "deletion"])
+def test_by_layer_a_mass_is_asked_as_a_functional_and_never_wrong(name):
+    task = uw.Task(smooth(), uw.CrossEntropy())
+    fit = uw.Influence(uw.EKFAC(), damping=1.0).fit(task, rows(30))
+    queries, region = rows(2, seed=1), torch.tensor([True, False, True, False])
+    mass = saliency.Mass(name, region, target=uw.Loss())
+    if name == "deletion":  # values alone: the layers see them, one query at a time
+        with pytest.warns(UserWarning, match="one at a time"):
+            direct = fit.attribute(queries, mass).values
+        torch.testing.assert_close(direct, fit.attribute(queries, mass.functional).values)
+    else:
+        with pytest.raises(UpweightError):
+            fit.attribute(queries, mass)
+    got = fit.attribute(queries, mass.functional).values[:, 5]
+    want = saliency.score(fit, queries, 5, name).mass(region)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-10)
 
 
 @pytest.mark.parametrize("share", [False, True])

@@ -17,7 +17,7 @@ from upweight.errors import SpecError
 from upweight.methods.perturbation import input_of
 from upweight.runtime.fingerprint import checksum, described
 from upweight.task.batches import mapped
-from upweight.task.measures import Logit, Measure, as_measure
+from upweight.task.measures import Functional, Logit, Measure, as_measure
 from upweight.task.task import Task
 
 
@@ -37,6 +37,8 @@ class Mass(Measure):
     Raises:
         SpecError: The method sets hooks or fits a model, of which no derivative in θ is taken.
         ShapeError: The region is not of the input's shape.
+
+    By layer (EK-FAC, K-FAC): ask its `.functional`.
 
     Exact when: as any measure; a map by gradients of a network of rectifiers is piecewise, and its
     derivative leaves the kinks out.
@@ -75,6 +77,15 @@ class Mass(Measure):
     def _chosen(self) -> Attribution:
         return attribution(self.method)
 
+    @property
+    def functional(self) -> Functional:
+        """The same of all queries together, for methods by layer such as EK-FAC.
+
+        Their gradients are taken at the layers in one backward pass, which a map by gradients is
+        not: `fitted.attribute(queries, mass.functional)` takes them of all of θ, q × p numbers.
+        """
+        return Functional(_OfAll(self))
+
     def __call__(self, task: Task, params: Params, batch: Batch) -> Float[Tensor, " q"]:
         target, method = self.target, self._chosen
         measure = as_measure(target) if callable(target) else Logit(target)
@@ -91,6 +102,16 @@ class Mass(Measure):
             else:
                 found.append((a * region).sum())
         return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class _OfAll:
+    """The function of a `Functional`."""
+
+    mass: Mass
+
+    def __call__(self, task: Task, params: Params, queries: Batch, weights: Tensor) -> Tensor:
+        return self.mass(task, params, queries)
 
 
 def _one(value: Any, k: int) -> Any:
