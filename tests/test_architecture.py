@@ -82,6 +82,9 @@ FILE_FORMATS = {"atomic", "headers", "lock", "matrix", "store"}
 ONLY_IN_ADAPTERS = {"sklearn", "statsmodels", "transformers"}
 SCIPY_WHEN_CALLED = {"adapters", "applications"}
 ONLY_WHEN_CALLED = {
+    "captum",
+    "lime",
+    "shap",
     "pandas",
     "matplotlib",
     "scipy",

@@ -10,6 +10,13 @@ privacy.py        what explanations that show training rows tell of who was trai
 regression.py     what does each row do to a (generalized) linear regression?
 unlearning.py     the model without some examples, and how far it is from a refit
 certified.py      models that promise something of removals, for `unlearning`
+saliency.py       where does the model look, and which training examples made it look there?
+explained.py      the number that a map explains, as a function of an input
+attributions.py   methods that map a number on an input
+packaged.py       those of captum, shap and lime
+maps.py           maps of an output or a score
+mass.py           the mass of a map in a region, as a measure
+views.py          the maps of a query beside those of training examples
 cross_validation.py  what is the loss on examples that the model never saw, from one fit?
 robustness.py     which few rows carry a coefficient or a prediction?
 selection.py      which training rows to keep, and with which weights?
@@ -33,6 +40,7 @@ if TYPE_CHECKING:
     from upweight.applications import privacy as privacy
     from upweight.applications import regression as regression
     from upweight.applications import robustness as robustness
+    from upweight.applications import saliency as saliency
     from upweight.applications import selection as selection
     from upweight.applications import unlearning as unlearning
     from upweight.applications import valuation as valuation
@@ -47,6 +55,7 @@ __all__ = [
     "privacy",
     "regression",
     "robustness",
+    "saliency",
     "selection",
     "unlearning",
     "valuation",

@@ -23,6 +23,38 @@ from upweight.task.arrays import TARGET_KEYS
 from upweight.task.task import Task
 
 
+def input_of(example: Batch, key: int | str) -> Tensor:
+    """One floating-point input of an example.
+
+    Args:
+        example: A batch of one.
+        key: Which part: its place in the tuple from 0, or its name in the dict.
+
+    Raises:
+        DtypeError: That input is not floating point, so it has no derivative.
+        ShapeError: There is no such input.
+    """
+    named: list[Any] = []  # parts of other batches have neither a place nor a name here
+    if isinstance(example, dict | tuple):
+        named = sorted(example) if isinstance(example, dict) else list(range(len(example)))
+    if key not in named:
+        raise ShapeError(
+            "The input to perturb must be part of the example.",
+            f"input={key!r}; the example has {named}.",
+            "another name or place for the input.",
+            "name the place in the tuple, counted from 0, or the key in the dict.",
+        )
+    x = example[key]  # type: ignore[index]
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise DtypeError(
+            "A perturbation needs a floating-point input.",
+            f"{getattr(x, 'dtype', type(x).__name__)}.",
+            "token ids or raw bytes, between which there is no derivative.",
+            "perturb what the model computes from them (embeddings), or use relabeling or removal.",
+        )
+    return x
+
+
 def gradient_products_by_input(
     task: Task,
     theta: Float[Tensor, " p"],
@@ -44,27 +76,10 @@ def gradient_products_by_input(
         ShapeError: There is no such input.
         UnsupportedModel: An operation has no second derivative.
     """
-    named: list[Any] = []  # parts of other batches have neither a place nor a name here
-    if isinstance(example, dict | tuple):
-        named = sorted(example) if isinstance(example, dict) else list(range(len(example)))
-    if key not in named:
-        raise ShapeError(
-            "The input to perturb must be part of the example.",
-            f"input={key!r}; the example has {named}.",
-            "another name or place for the input.",
-            "name the place in the tuple, counted from 0, or the key in the dict.",
-        )
-    x = example[key]  # type: ignore[index]
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise DtypeError(
-            "A perturbation needs a floating-point input.",
-            f"{getattr(x, 'dtype', type(x).__name__)}.",
-            "token ids or raw bytes, between which there is no derivative.",
-            "perturb what the model computes from them (embeddings), or use relabeling or removal.",
-        )
+    x = input_of(example, key)
 
     def product(value: Tensor, v: Tensor) -> Tensor:
-        batch = _with(example, key, value)
+        batch = with_part(example, key, value)
         gradient = torch.func.grad(lambda t: task.losses(t, batch)[0])(theta)
         return gradient @ v
 
@@ -86,7 +101,7 @@ def _by_double_backward(
     value = x.detach().clone().requires_grad_()
     params = {k: p.clone().requires_grad_() for k, p in task.named(theta).items()}
     with torch.enable_grad():
-        loss = task.losses(params, _with(example, key, value))[0]
+        loss = task.losses(params, with_part(example, key, value))[0]
         parts = torch.autograd.grad(
             loss, list(params.values()), create_graph=True, materialize_grads=True
         )
@@ -165,10 +180,11 @@ def relabeled(example: Batch, label: object) -> Batch:
             "pass the target of one example.",
         )
     new = new.reshape(y.shape)
-    return _with(example, key, (new, *old[1:]) if isinstance(old, tuple | list) else new)
+    return with_part(example, key, (new, *old[1:]) if isinstance(old, tuple | list) else new)
 
 
-def _with(example: Batch, key: int | str, value: object) -> Batch:
+def with_part(example: Batch, key: int | str, value: object) -> Batch:
+    """The example with another value for one of its parts."""
     if isinstance(example, dict):
         return {**example, key: value}  # type: ignore[dict-item]
     place = int(key)

@@ -2,6 +2,7 @@
 
     html(scores, "report.html", Display(names=…), evidence=[check])     summary(scores)
     outcomes([amip, loo], "follows.html")                               what applications returned
+    explain(views, "explain.html")                                      where a model looks, and why
     suspects(found, "suspects.html", Display(train_images=…))           decisions(path, found)
 
 Both show first how far the scores can be trusted (unit, agreement with retraining, health of the
@@ -12,9 +13,10 @@ suspects is to click through: its decisions come back as JSON.
 """
 
 from upweight.report.display import Display
+from upweight.report.explain import explain
 from upweight.report.outcomes import outcomes
 from upweight.report.page import html
 from upweight.report.suspects import decisions, suspects
 from upweight.report.text import summary
 
-__all__ = ["Display", "decisions", "html", "outcomes", "summary", "suspects"]
+__all__ = ["Display", "decisions", "explain", "html", "outcomes", "summary", "suspects"]
