@@ -19,7 +19,7 @@ from upweight.applications.acquisition import Acquired
 
 from .goal import Goal
 
-STARTS = 5
+STARTS = 3
 RARE = 0.02
 GAIN = "expected gain"
 OTHERS = ("pseudo-label gain", "random", "entropy", "class-balanced random")
@@ -43,7 +43,7 @@ def goals(data: Path) -> Iterator[Goal]:
         "; ".join(f"{other} {biased.difference(GAIN, other)}" for other in OTHERS),
         all(biased.difference(GAIN, other).low > 0 for other in OTHERS),
     )
-    yield joint(biased, f"{name}, 500 validation images")
+    yield joint(biased, f"{name}, 500 validation images (all of the pool labelled: {full(data)})")
     yield joint(run(data, rare=RARE, validation=50), f"{name}, 50 validation images")
     yield Goal(
         f"{name}: all trained with the validation images, choices by expected gain against others",
@@ -51,14 +51,15 @@ def goals(data: Path) -> Iterator[Goal]:
         "; ".join(f"{other} {both(biased, other)}" for other in OTHERS),
         all(both(biased, other).low > 0 for other in OTHERS),
     )
-    diverse = biased.difference("diverse expected gain", GAIN)
-    yield Goal(
-        f"{name}: diverse batches against plain ones",
-        "better, or off by default",
-        f"{diverse}; off by default",
-        True,
-    )
     balanced = run(data, rare=1.0, validation=500)
+    plain = "plain expected gain"
+    leads = [found.difference(GAIN, plain) for found in (biased, balanced)]
+    yield Goal(
+        "diverse batches, the default, against plain ones, pool 50:1 and balanced",
+        "better, or off by default",
+        f"{leads[0]}, {leads[1]}",
+        all(lead.low > 0 for lead in leads),
+    )
     lag = balanced.difference(GAIN, "entropy")
     yield Goal(
         "balanced pool: expected gain against entropy",
@@ -83,6 +84,16 @@ def joint(found: Acquired, name: str) -> Goal:
     )
 
 
+def full(data: Path) -> str:
+    """Test accuracy with every label of the pool: no choice of 200 can be expected to beat it."""
+    X, y, X_rest, y_rest = images(data, RARE)
+    task = uw.Task(linear(), uw.CrossEntropy(), uw.L2(0.01))
+    theta = uw.training.Newton(tol=1e-7).prepare(task, task.training((X, y))).center
+    with torch.no_grad():
+        right = task.moved_to(theta).model(X_rest[500:]).argmax(dim=1) == y_rest[500:]
+    return f"{float(right.double().mean()):.4f}"
+
+
 def both(found: Acquired, other: str) -> Any:
     """Accuracy of choices by expected gain − those of another, both trained with validation."""
     right = found.right_with_validation.double()
@@ -97,7 +108,7 @@ def run(data: Path, rare: float, validation: int) -> Acquired:
         recipe, task,
         (X[:50], y[:50]), X[50:], y[50:],
         (X_rest[:validation], y_rest[:validation]), (X_rest[500:], y_rest[500:]),
-        strategies=(GAIN, *OTHERS, "diverse expected gain"), repeats=STARTS,
+        strategies=(GAIN, *OTHERS, "plain expected gain"), repeats=STARTS,
     )  # fmt: skip
 
 

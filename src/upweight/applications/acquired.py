@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GUIDED = {
-    "expected gain": {"labels": "expected", "diverse": False},
-    "diverse expected gain": {"labels": "expected", "diverse": True},
+    "expected gain": {"labels": "expected", "diverse": True},
+    "plain expected gain": {"labels": "expected", "diverse": False},
     "pseudo-label gain": {"labels": "pseudo", "diverse": False},
 }
 """Strategies that read the validation examples, as arguments of `rank`."""
@@ -105,9 +105,7 @@ class Acquired(Outcome):
         d = self._against(self.rival, False)
         return d is not None and (d.low > 0 or d.high < 0)
 
-    def accuracy(
-        self, strategy: str, step: int = -1, *, with_validation: bool = False
-    ) -> Estimate:
+    def accuracy(self, strategy: str, step: int = -1, *, with_validation: bool = False) -> Estimate:
         """Mean test accuracy over starts.
 
         Args:
@@ -297,7 +295,8 @@ def curve(
     over what is labelled. Starts after the first are drawn from labelled and pool together, of the
     same size: results are for a start at random.
 
-        "expected gain", "diverse expected gain", "pseudo-label gain"   see `rank`
+        "expected gain", "plain expected gain", "pseudo-label gain"    see `rank`
+                                  the first with a diverse batch, the others without
         "random"                  uniform
         "entropy"                 largest −Σ_c p_c log p_c (Settles 2009, §3.1)
         "class-balanced random"   at random of the predicted class that has the fewest labels yet
@@ -456,7 +455,9 @@ class _World:
         return as_data(batch)
 
     def _fitted(self, train: Data) -> Float[Tensor, " p"]:
-        found = self.recipe.prepare(self.task, train)(torch.ones(1, len(train), dtype=torch.float64))
+        found = self.recipe.prepare(self.task, train)(
+            torch.ones(1, len(train), dtype=torch.float64)
+        )
         if found.failures:
             raise NotConverged(
                 "Every model of a simulation must train to the recipe's tolerance.",
@@ -479,7 +480,9 @@ class _World:
         is_open[rows] = False
         pool = is_open.nonzero()[:, 0]
         if name == "random":
-            return pool[torch.randperm(len(pool), generator=generator)[: self.batch]].tolist(), math.nan
+            return pool[
+                torch.randperm(len(pool), generator=generator)[: self.batch]
+            ].tolist(), math.nan
         data = self.everything.subset(pool.tolist())
         if name in GUIDED:
             fitted = self.method.fit(self.task.moved_to(theta), train)

@@ -5,7 +5,7 @@
     pseudo-label    −S_ŷ(x),  ŷ = argmax_c p_c(x)           (Gudovskiy et al. 2020)
 
 Where ℓ is the negative log-likelihood itself, Σ_c p_c S_c = 0: by the model's own belief no label
-is expected to help. What a label brings is then half of what it is expected to move, ½ Σ_c p_c|S_c|.
+is expected to help. The expected gain is then half of the expected size, ½ Σ_c p_c |S_c|.
 """
 
 from collections.abc import Sequence
@@ -107,7 +107,9 @@ class Ranking(Outcome):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        found = ["to first order, each example by itself: copies of one example all rank high"]
+        found = ["to first order, each example by itself: gains of a batch do not add up"]
+        if not self.diverse:
+            found.append("copies of one example all rank high")
         if self.labels == "pseudo":
             found.append(
                 "the predicted label is wrong most often for classes that the model has not seen"
@@ -168,7 +170,7 @@ def rank(
     labels: Labels = "expected",
     batch: int = 25,
     *,
-    diverse: bool = False,
+    diverse: bool = True,
     train: Any = None,
 ) -> Ranking:
     """Which examples of an unlabelled pool to label next.
@@ -293,7 +295,7 @@ def probabilities(
         UnsupportedModel: The loss is none of classes.
         NonFinite: One of them is NaN.
     """
-    parts = []
+    parts: list[Tensor] = []
     with torch.no_grad():
         for start, stop, batch in data.batches(ROWS):
             new = every_label(task.to_device(batch), stop - start, classes)

@@ -428,9 +428,10 @@ class Fitted:
         Cost: one solve per query, whatever the number of examples and labels; then k c gradients.
         """
         asked = self._through_theta(queries, measure, "label_influence(...)")
-        data, parts = self.task.queries(examples), []
+        data = self.task.queries(examples)
+        parts: list[Tensor] = []
         for job in self.scorer.jobs(replace(asked, exact=True)):
-            blocks = []
+            blocks: list[Tensor] = []
             with job:
                 for start, stop, batch in data.batches(max(1, job.at_once // len(labels))):
                     new = every_label(self.task.to_device(batch), stop - start, labels)
