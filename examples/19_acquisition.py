@@ -37,7 +37,9 @@ fitted = uw.Influence(uw.Hessian(), uw.solvers.Cholesky()).fit(start, labelled)
 first = acquisition.rank(fitted, pool, validation, batch=20)
 print(first)
 rare = float((oracle[first.chosen] < 5).double().mean())
-print(f"rare digits: {rare:.0%} of the choice, {float((oracle < 5).double().mean()):.0%} of the pool")
+print(
+    f"rare digits: {rare:.0%} of the choice, {float((oracle < 5).double().mean()):.0%} of the pool"
+)
 
 found = acquisition.curve(
     recipe, task, labelled, pool, oracle, validation, test_data, batch=20, rounds=4, repeats=2

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GUIDED = {
-    "expected gain": {"labels": "expected", "diverse": True},
-    "plain expected gain": {"labels": "expected", "diverse": False},
+    "expected gain": {"labels": "expected", "diverse": False},
+    "diverse expected gain": {"labels": "expected", "diverse": True},
     "pseudo-label gain": {"labels": "pseudo", "diverse": False},
 }
 """Strategies that read the validation examples, as arguments of `rank`."""
@@ -295,8 +295,7 @@ def curve(
     over what is labelled. Starts after the first are drawn from labelled and pool together, of the
     same size: results are for a start at random.
 
-        "expected gain", "plain expected gain", "pseudo-label gain"    see `rank`
-                                  the first with a diverse batch, the others without
+        "expected gain", "diverse expected gain", "pseudo-label gain"   see `rank`
         "random"                  uniform
         "entropy"                 largest −Σ_c p_c log p_c (Settles 2009, §3.1)
         "class-balanced random"   at random of the predicted class that has the fewest labels yet

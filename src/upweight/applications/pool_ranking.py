@@ -170,7 +170,7 @@ def rank(
     labels: Labels = "expected",
     batch: int = 25,
     *,
-    diverse: bool = True,
+    diverse: bool = False,
     train: Any = None,
 ) -> Ranking:
     """Which examples of an unlabelled pool to label next.
