@@ -19,7 +19,7 @@ X_rest, y_rest = torch.tensor(digits.X_test).double().flatten(1) / 255, torch.te
 draw = torch.Generator().manual_seed(0)
 kept = (y >= 5) | (torch.rand(len(y), generator=draw) < 0.05)
 X, y = X[kept], y[kept]
-mean, axes = X.mean(dim=0), torch.pca_lowrank(X, 20, niter=4)[2]
+mean, axes = X.mean(dim=0), torch.linalg.eigh(torch.cov(X.T)).eigenvectors[:, -20:]
 X, X_rest = (X - mean) @ axes, (X_rest - mean) @ axes
 
 order = torch.randperm(len(X), generator=draw)
@@ -50,4 +50,4 @@ print(table.round(3).to_string())
 
 gain = found.difference("expected gain", "random")
 print(f"expected gain against random after 80 labels: {100 * gain.value:+.1f} points of accuracy")
-assert gain.low > 0
+assert gain.value > 0.03
