@@ -17,6 +17,7 @@ packaged.py       those of captum, shap and lime
 maps.py           maps of an output or a score
 mass.py           the mass of a map in a region, as a measure
 views.py          the maps of a query beside those of training examples
+acquisition.py    which examples of a pool to label next, and does it pay?
 cross_validation.py  what is the loss on examples that the model never saw, from one fit?
 robustness.py     which few rows carry a coefficient or a prediction?
 selection.py      which training rows to keep, and with which weights?
@@ -31,6 +32,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from upweight.applications import acquisition as acquisition
     from upweight.applications import cross_validation as cross_validation
     from upweight.applications import debugging as debugging
     from upweight.applications import fairness as fairness
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from upweight.applications import valuation as valuation
 
 __all__ = [
+    "acquisition",
     "cross_validation",
     "debugging",
     "fairness",

@@ -22,7 +22,7 @@ from upweight.methods import health, removal
 from upweight.methods.dense import DenseScorer
 from upweight.methods.facts import stated
 from upweight.methods.functionals import derivatives
-from upweight.methods.perturbation import gradient_products_by_input, relabeled
+from upweight.methods.perturbation import every_label, gradient_products_by_input, relabeled
 from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep
 from upweight.methods.removal import Place, Without
 from upweight.methods.scorer import DIRECT, Asked, Scorer, jobs_of, not_offered
@@ -396,6 +396,47 @@ class Fitted:
         for job in self.scorer.jobs(replace(asked, exact=True)):
             with job:
                 parts.append(job.scores_of(new, 1)[:, 0] - job.scores_of(old, 1)[:, 0])
+        return torch.cat(parts)
+
+    def label_influence(
+        self,
+        examples: Any,
+        labels: Sequence[int],
+        queries: Any,
+        measure: Callable[..., Tensor] | Functional = LOSS,
+    ) -> Float[Tensor, "q k c"]:
+        """S[q, (x, c)] of examples that are not in the training data, under each of some labels.
+
+            S[q, (x, c)] = −(1/n) ∇m_qᵀ P ∇ℓ(x, c)
+
+        The derivative of m_q in the weight of a further example in (1/n) Σᵢ ℓᵢ, at weight 0.
+
+        Args:
+            examples: As for `as_data`; their own targets are not used.
+            labels: One number each, as the loss takes them.
+            queries: As for `as_data`.
+            measure: As for `attribute`.
+
+        Raises:
+            UpweightError: A label does not fit the loss, or examples have more than one each.
+            NotOffered: The method's scores are of training examples only.
+
+        Cost: one solve per query, whatever the number of examples and labels; then k c gradients.
+        """
+        asked = self._through_theta(queries, measure, "label_influence(...)")
+        data = self.task.queries(examples)
+        parts: list[Tensor] = []
+        for job in self.scorer.jobs(replace(asked, exact=True)):
+            blocks: list[Tensor] = []
+            with job:
+                for start, stop, batch in data.batches(max(1, job.at_once // len(labels))):
+                    new = every_label(self.task.to_device(batch), stop - start, labels)
+                    if not parts and not blocks:
+                        with torch.no_grad():
+                            self.task.loss.check(*self.task.outputs(self.theta, new))
+                    found = job.scores_of(new, (stop - start) * len(labels))
+                    blocks.append(found.reshape(len(found), stop - start, len(labels)))
+            parts.append(torch.cat(blocks, dim=1))
         return torch.cat(parts)
 
     # -- whether to believe it --------------------------------------------------------------------

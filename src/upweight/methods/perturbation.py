@@ -9,11 +9,13 @@ and for a small change of the input x the derivative is (their Eq. 5, here with 
     ∂S[q, i]/∂xᵢ = −(1/n) ∂/∂x ⟨(H + λI)⁻¹ ∇m_q, ∇θ ℓ(θ; x, yᵢ)⟩
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch
 from upweight.errors import DataError, DtypeError, ShapeError, UnsupportedModel, message
@@ -141,26 +143,7 @@ def relabeled(example: Batch, label: object) -> Batch:
         DtypeError: The new target is a fraction and the old one an integer.
         DataError: A dict has no key that is known to hold targets.
     """
-    key: int | str
-    if isinstance(example, dict):
-        key = next((k for k in TARGET_KEYS if k in example), "")
-        if not key:
-            raise DataError(
-                f"Relabeling needs the targets of a dict under one of {TARGET_KEYS}.",
-                f"the keys {sorted(example)}.",
-                "a forward of one's own that knows them under another name.",
-                "rename the key in the data and in forward.",
-            )
-        old = example[key]
-    elif not isinstance(example, tuple):
-        raise DataError(
-            "Relabeling needs a tuple (inputs..., targets) or a dict.",
-            f"a batch of type {type(example).__name__}.",
-            "a collate function that makes an object of its own.",
-            "let it return a tuple or a dict for this question.",
-        )
-    else:
-        key, old = len(example) - 1, example[-1]
+    key, old = _targets(example)
     # A weighted example keeps its weight: only y of (y, v) changes.
     y = old[0] if isinstance(old, tuple | list) else old
     new = torch.as_tensor(label, dtype=y.dtype, device=y.device)
@@ -181,6 +164,72 @@ def relabeled(example: Batch, label: object) -> Batch:
         )
     new = new.reshape(y.shape)
     return with_part(example, key, (new, *old[1:]) if isinstance(old, tuple | list) else new)
+
+
+def with_targets(batch: Batch, targets: Tensor) -> Batch:
+    """A batch with other targets, in the dtype and shape of the old ones; weights stay.
+
+    Raises:
+        ShapeError: There is not one target of the old shape per example.
+        DataError: As for `relabeled`.
+    """
+    key, old = _targets(batch)
+    y = old[0] if isinstance(old, tuple | list) else old
+    if targets.numel() != y.numel():
+        raise ShapeError(
+            f"New targets must have the shape of the old ones: {tuple(y.shape)}.",
+            f"shape {tuple(targets.shape)}.",
+            "one class per example where each has several targets, such as probabilities or yes "
+            "and no for each of several labels.",
+            "give each example one class: integers for CrossEntropy(), 0 or 1 for one logit.",
+        )
+    new = targets.to(y.device, y.dtype).reshape(y.shape)
+    return with_part(batch, key, (new, *old[1:]) if isinstance(old, tuple | list) else new)
+
+
+def every_label(batch: Batch, size: int, labels: Sequence[int]) -> Batch:
+    """Each example of a batch under each label: example i with label c at place i C + c.
+
+    Raises:
+        ShapeError, DataError: As for `with_targets`; or an input has no axis of examples.
+    """
+
+    def repeated(x: Any) -> Any:
+        if x is None:
+            return None
+        if not isinstance(x, Tensor) or x.shape[:1] != (size,):
+            raise DataError(
+                "Examples under several labels need inputs with the examples on their first axis.",
+                f"a {type(x).__name__} in a batch of {size}.",
+                "a collate function that makes an object of its own.",
+                "let it return tensors [b, ...].",
+            )
+        return x.repeat_interleave(len(labels), dim=0)
+
+    several: Batch = tree_map(repeated, batch)
+    return with_targets(several, torch.tensor(labels).repeat(size))
+
+
+def _targets(example: Batch) -> tuple[int | str, Any]:
+    """Where the targets of a batch are, and what they are."""
+    if isinstance(example, dict):
+        key = next((k for k in TARGET_KEYS if k in example), "")
+        if not key:
+            raise DataError(
+                f"Relabeling needs the targets of a dict under one of {TARGET_KEYS}.",
+                f"the keys {sorted(example)}.",
+                "a forward of one's own that knows them under another name.",
+                "rename the key in the data and in forward.",
+            )
+        return key, example[key]
+    if not isinstance(example, tuple):
+        raise DataError(
+            "Relabeling needs a tuple (inputs..., targets) or a dict.",
+            f"a batch of type {type(example).__name__}.",
+            "a collate function that makes an object of its own.",
+            "let it return a tuple or a dict for this question.",
+        )
+    return len(example) - 1, example[-1]
 
 
 def with_part(example: Batch, key: int | str, value: object) -> Batch:

@@ -1,0 +1,539 @@
+"""Does a way of choosing whom to label pay? Buy labels, fit again, test; at the same budget.
+
+    accuracy(strategy, number of labels)         every model is fitted from the start
+    with validation                              the same, trained on the validation examples too
+
+The validation examples guide some strategies. Who has them could as well train on them, which is
+the comparison that decides whether the guidance was worth it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from upweight.applications.outcome import Outcome
+from upweight.applications.pool_ranking import classes_of, pool_data, probabilities, rank
+from upweight.applications.right_answers import Correct
+from upweight.curvature.hessian import Hessian
+from upweight.errors import (
+    NonFinite,
+    NotConverged,
+    NotPositiveDefinite,
+    SpecError,
+    UnsupportedModel,
+    message,
+)
+from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate
+from upweight.linalg.cholesky import Cholesky
+from upweight.methods.influence import Influence
+from upweight.methods.method import Method
+from upweight.methods.perturbation import with_targets
+from upweight.plot import axes
+from upweight.task.data import Data, as_data
+from upweight.task.measures import Loss, measured
+from upweight.task.recipe import Recipe
+from upweight.task.task import Task, require_task
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+GUIDED = {
+    "expected gain": {"labels": "expected", "diverse": False},
+    "diverse expected gain": {"labels": "expected", "diverse": True},
+    "pseudo-label gain": {"labels": "pseudo", "diverse": False},
+}
+"""Strategies that read the validation examples, as arguments of `rank`."""
+
+STRATEGIES = (*GUIDED, "random", "entropy", "class-balanced random")
+"""All that `curve` knows."""
+
+COMPARED = ("expected gain", "pseudo-label gain", "random", "entropy", "class-balanced random")
+
+FEW = 20
+"""Starts below which a percentile interval is too narrow."""
+
+
+@dataclass(frozen=True, eq=False)
+class Acquired(Outcome):
+    """Test accuracy by number of labels, of every strategy.
+
+    Args:
+        strategies: Their names; the first is the one that the verdict is about.
+        labels: How many labels were bought before each fit.
+        right: Right or wrong on each test example: by strategy, start, fit.
+        right_with_validation: The same of models that are trained on the validation examples too.
+        predicted: Change of the mean validation loss that each batch was predicted to bring, the
+            sum of its ranking; NaN for strategies that predict nothing.
+        actual: The same after fitting again.
+        bought: Which examples of labelled + pool, in that order, were bought.
+        initial: How many were labelled before.
+        validation: How many validation examples there are.
+        bootstrap: How the intervals are made; starts and test examples are drawn with replacement.
+        told: What to know before the numbers.
+    """
+
+    strategies: tuple[str, ...]
+    labels: Int[Tensor, " r"]
+    right: Bool[Tensor, "s k r t"]
+    right_with_validation: Bool[Tensor, "s k r t"]
+    predicted: Float[Tensor, "s k b"]
+    actual: Float[Tensor, "s k b"]
+    bought: Int[Tensor, "s k m"]
+    initial: int
+    validation: int
+    bootstrap: Bootstrap = field(default_factory=lambda: Bootstrap(resamples=1000))
+    told: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        return f"Test accuracy by labels bought, up to {int(self.labels[-1])}"
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether the first strategy's lead on the best other, or its lag, leaves 0 out.
+
+        Every model here is fitted again.
+        """
+        d = self._against(self.rival, False)
+        return d is not None and (d.low > 0 or d.high < 0)
+
+    def accuracy(self, strategy: str, step: int = -1, *, with_validation: bool = False) -> Estimate:
+        """Mean test accuracy over starts.
+
+        Args:
+            strategy: Its name.
+            step: Which fit: 0 before anything is bought, −1 the last.
+            with_validation: Of the models that are trained on the validation examples too.
+
+        Raises:
+            SpecError: The strategy was not run.
+        """
+        return self._mean(self._of(strategy, step, with_validation))
+
+    def difference(
+        self, first: str, second: str, step: int = -1, *, with_validation: bool = False
+    ) -> Estimate:
+        """Accuracy of `first` − accuracy of `second`, paired by start and test example.
+
+        Args:
+            first: Trained without the validation examples.
+            second: What it is compared with.
+            step: Which fit.
+            with_validation: Whether `second` is trained on the validation examples too.
+
+        Raises:
+            SpecError: A strategy was not run.
+        """
+        own, other = self._of(first, step, False), self._of(second, step, with_validation)
+        return self._mean(own - other)
+
+    def labels_to(self, strategy: str, other: str) -> int | None:
+        """After how many labels a strategy has the accuracy that another has in the end.
+
+        None: never. A point estimate of the means over starts.
+        """
+        level = float(self._of(other, -1, False).mean())
+        curve = self.right[self._place(strategy)].double().mean(dim=(0, 2))
+        passed = (curve >= level).nonzero()[:, 0].tolist()
+        return int(self.labels[passed[0]]) if passed else None
+
+    @cached_property
+    def rival(self) -> str:
+        """The best of the other strategies by its last accuracy; the first where it is alone."""
+        others = self.strategies[1:] or self.strategies
+        return max(others, key=lambda name: float(self._of(name, -1, False).mean()))
+
+    @cached_property
+    def rival_with_validation(self) -> str:
+        """The best strategy of all where the validation examples are trained on too."""
+        return max(self.strategies, key=lambda name: float(self._of(name, -1, True).mean()))
+
+    @property
+    def verdict(self) -> str:
+        own, rival, joint = self.strategies[0], self.rival, self.rival_with_validation
+        a = self.accuracy(own)
+        said = f"With {int(self.labels[-1])} labels bought by {own} test accuracy is {a.value:.1%}"
+        d = self._against(rival, False)
+        if d is not None:
+            when = self.labels_to(own, rival)
+            other = float(self._of(rival, -1, False).mean())
+            lead = (
+                "more" if d.low > 0 else "less" if d.high < 0 else "no difference that can be told"
+            )
+            passed = "" if when is None or d.high < 0 else f", passed after {when} labels"
+            said += f", by {rival} {other:.1%}: {lead}, {_points(d)}{passed}"
+        b = self.accuracy(joint, with_validation=True)
+        g = self.difference(own, joint, with_validation=True)
+        side = "more" if g.low > 0 else "less" if g.high < 0 else "neither more nor less"
+        return (
+            f"{said}; training on the {self.validation} validation examples too gives "
+            f"{b.value:.1%} ({joint}), and guidance alone has {side}, {_points(g)}; "
+            f"{self.right.shape[1]} start{'s' if self.right.shape[1] > 1 else ''}."
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        found = list(self.told)
+        k = self.right.shape[1]
+        if k == 1:
+            found.append("one start: the intervals are of the test examples alone")
+        elif k < FEW:
+            found.append(f"{k} starts: the intervals are somewhat too narrow")
+        for s, name in enumerate(self.strategies):
+            if bool(self.predicted[s].isfinite().all()) and self.predicted.shape[2]:
+                said, was = float(self.predicted[s].mean()), float(self.actual[s].mean())
+                found.append(
+                    f"a batch of {name} was predicted to change the validation loss by "
+                    f"{said:+.3g}, and changed it by {was:+.3g}"
+                )
+        return tuple(found)
+
+    def frame(self) -> "pd.DataFrame":
+        """One row per strategy and number of labels, with intervals over starts and tests."""
+        import pandas as pd
+
+        lines = []
+        for name in self.strategies:
+            for r, count in enumerate(self.labels.tolist()):
+                a = self.accuracy(name, r)
+                b = self._of(name, r, True).mean()
+                s = self._place(name)
+                change = (
+                    (torch.nan, torch.nan)
+                    if r == 0
+                    else (float(self.predicted[s, :, r - 1].mean()),
+                          float(self.actual[s, :, r - 1].mean()))
+                )  # fmt: skip
+                lines.append((name, count, a.value, a.low, a.high, float(b), *change))
+        names = ["strategy", "labels", "accuracy", "low", "high", "accuracy_with_validation"]
+        return pd.DataFrame(lines, columns=[*names, "predicted", "actual"])
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Accuracy by number of labels; dotted where the validation examples are trained on too."""
+        ax = axes(ax)
+        for s, name in enumerate(self.strategies):
+            (line,) = ax.plot(
+                self.labels.numpy(), self.right[s].double().mean(dim=(0, 2)).numpy(),
+                marker="o", markersize=3, label=name,
+            )  # fmt: skip
+            joint = self.right_with_validation[s].double().mean(dim=(0, 2)).numpy()
+            ax.plot(self.labels.numpy(), joint, linestyle=":", color=line.get_color())
+        ax.set(xlabel="labels bought", ylabel="test accuracy (dotted: with validation)")
+        ax.legend(frameon=False)
+        return ax
+
+    def summary(self) -> dict[str, Any]:
+        own = self.strategies[0]
+        return {
+            "verdict": self.verdict,
+            "labels": self.labels.tolist(),
+            "accuracy": {
+                name: self.right[s].double().mean(dim=(0, 2)).tolist()
+                for s, name in enumerate(self.strategies)
+            },
+            "accuracy_with_validation": {
+                name: self.right_with_validation[s].double().mean(dim=(0, 2)).tolist()
+                for s, name in enumerate(self.strategies)
+            },
+            "labels_to_final_of": {name: self.labels_to(own, name) for name in self.strategies[1:]},
+            "starts": self.right.shape[1],
+            "initial": self.initial,
+            "validation": self.validation,
+            "confirmed": self.is_confirmed,
+            "notes": list(self.notes),
+        }
+
+    def _place(self, strategy: str) -> int:
+        if strategy not in self.strategies:
+            raise SpecError(_no_strategy(strategy, self.strategies))
+        return self.strategies.index(strategy)
+
+    def _of(self, strategy: str, step: int, with_validation: bool) -> Float[Tensor, "k t"]:
+        found = self.right_with_validation if with_validation else self.right
+        return found[self._place(strategy), :, step].double()
+
+    def _against(self, other: str, with_validation: bool) -> Estimate | None:
+        if other == self.strategies[0]:
+            return None
+        return self.difference(self.strategies[0], other, with_validation=with_validation)
+
+    def _mean(self, values: Float[Tensor, "k t"]) -> Estimate:
+        def statistic(starts: Tensor, rows: Tensor) -> Float[Tensor, " r"]:
+            by_start = rows @ values.mT / rows.sum(dim=1, keepdim=True)
+            return (by_start * starts).sum(dim=1) / starts.sum(dim=1)
+
+        return estimate(statistic, list(values.shape), self.bootstrap)
+
+
+def curve(
+    recipe: Recipe,
+    task: Task,
+    labelled: Any,
+    pool: Any,
+    oracle: Any,
+    validation: Any,
+    test: Any,
+    strategies: Sequence[str] = COMPARED,
+    batch: int = 25,
+    rounds: int = 8,
+    *,
+    repeats: int = 3,
+    method: Method | None = None,
+    seed: int = 0,
+) -> Acquired:
+    """Buy labels by several strategies, fit again after every batch, and test.
+
+    Every fit starts from the task and the recipe, never from the model before, with the mean taken
+    over what is labelled. Starts after the first are drawn from labelled and pool together, of the
+    same size: results are for a start at random.
+
+        "expected gain", "diverse expected gain", "pseudo-label gain"   see `rank`
+        "random"                  uniform
+        "entropy"                 largest −Σ_c p_c log p_c (Settles 2009, §3.1)
+        "class-balanced random"   at random of the predicted class that has the fewest labels yet
+
+    Each is run once more with the validation examples in the training data. Strategies that are not
+    guided then choose by that model. Guided ones keep their choices: on its own training data the
+    mean loss has no gradient that a label could follow.
+
+    Args:
+        recipe: The learning algorithm.
+        task: What is trained.
+        labelled: What is labelled to begin with.
+        pool: One array of inputs; or data as for `as_data`.
+        oracle: The label of every pool example, as the loss takes it.
+        validation: What guides; nothing is reported on it but `predicted` and `actual`.
+        test: What accuracy is measured on.
+        strategies: Which; the first is the one that the verdict is about.
+        batch: Labels bought at a time.
+        rounds: How many batches.
+        repeats: From how many starts.
+        method: What is fitted for guided strategies. None: the exact Hessian, by Cholesky.
+        seed: Of starts and random strategies.
+
+    Raises:
+        SpecError: There is no such strategy, the pool is too small, or there are no repeats.
+        UnsupportedModel: A model of scikit-learn or statsmodels, whose task has its own data only.
+        NotConverged: Fits failed from every start. Starts with a failed fit are left out of all
+            strategies, and noted.
+
+    Cost: 2 (`rounds` + 1) × `repeats` × strategies fits, and `rounds` × `repeats` rankings for each
+    guided strategy.
+    """
+    require_task(task)
+    if task.reads is not None:
+        raise UnsupportedModel(
+            "A simulation fits the task to data that grow.",
+            "the task of a scikit-learn or statsmodels model, which is of its own data only.",
+            "a task from an adapter.",
+            "uw.Task(torch.nn.Linear(d, classes), uw.CrossEntropy(), uw.L2(...)) with "
+            "uw.training.Newton(); rank(...) itself takes the estimator.",
+        )
+    names = tuple(strategies)
+    for name in names:
+        if name not in STRATEGIES:
+            raise SpecError(_no_strategy(name, STRATEGIES))
+    known, held, tested = (task.queries(part) for part in (labelled, validation, test))
+    unlabelled = pool_data(task, pool, known)
+    if (
+        not names or min(batch, rounds, repeats, len(known), len(held), len(tested)) < 1
+        or batch * rounds > len(unlabelled)
+    ):  # fmt: skip
+        raise SpecError(
+            "A simulation needs a strategy, a batch, a round, a start, some examples of each kind, "
+            "and a pool that lasts.",
+            f"{len(names)} strategies, {rounds} rounds of {batch} from a pool of "
+            f"{len(unlabelled)}, repeats={repeats}; {len(known)} labelled, {len(held)} validation "
+            f"and {len(tested)} test examples.",
+            "a pool that is smaller than the budget.",
+            f"rounds={max(1, len(unlabelled) // max(1, batch))}, or a smaller batch.",
+        )
+    everything = _joined(known, unlabelled, torch.as_tensor(oracle))
+    world = _World(
+        recipe, task, everything, held, tested, batch, rounds,
+        Influence(Hessian(), Cholesky()) if method is None else method,
+    )  # fmt: skip
+    runs, failed = [], []
+    for k in range(repeats):
+        draw = torch.Generator().manual_seed(seed + k)
+        start = torch.arange(len(everything))
+        if k:
+            start = torch.randperm(len(everything), generator=draw)
+        begin = start[: len(known)].tolist()
+        try:
+            runs.append([world.run(name, begin, seed + k) for name in names])
+        except (NotConverged, NotPositiveDefinite, NonFinite) as error:
+            failed.append(error)
+    if not runs:
+        raise failed[0]
+    told: tuple[str, ...] = ()
+    if failed:
+        told = (f"{len(failed)} of {repeats} starts had a fit that failed, and are left out",)
+    parts = [torch.stack([torch.stack(part) for part in zip(*(
+        [getattr(run, what) for run in row] for row in runs
+    ), strict=True)]) for what in ("right", "joint", "predicted", "actual", "bought")]  # fmt: skip
+    right, joint, predicted, actual, bought = parts
+    counts = torch.arange(rounds + 1) * batch
+    return Acquired(
+        names, counts, right, joint, predicted, actual, bought, len(known), len(held), told=told
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One strategy from one start."""
+
+    right: Bool[Tensor, "r t"]
+    joint: Bool[Tensor, "r t"]
+    predicted: Float[Tensor, " b"]
+    actual: Float[Tensor, " b"]
+    bought: Int[Tensor, " m"]
+
+
+@dataclass(frozen=True, eq=False)
+class _World:
+    """What stays the same in every run."""
+
+    recipe: Recipe
+    task: Task
+    everything: Data
+    held: Data
+    test: Data
+    batch: int
+    rounds: int
+    method: Method
+
+    def run(self, name: str, start: list[int], seed: int) -> _Run:
+        """Buy by a strategy, alone and with the validation examples in the training data."""
+        alone = self._bought(name, start, seed, joint=False)
+        # What a guided strategy buys does not change where the guides are trained on.
+        again = self._bought(name, start, seed, joint=True, bought=alone[3])
+        right, losses, predicted, bought = alone
+        changes = torch.tensor(losses).diff()
+        return _Run(
+            torch.stack(right), torch.stack(again[0]), torch.tensor(predicted), changes,
+            torch.tensor(bought),
+        )  # fmt: skip
+
+    def _bought(
+        self, name: str, start: list[int], seed: int, joint: bool, bought: list[int] | None = None
+    ) -> tuple[list[Tensor], list[float], list[float], list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        plan = bought if name in GUIDED else None
+        taken: list[int] = []
+        right, losses, predicted = [], [], []
+        for r in range(self.rounds + 1):
+            rows = start + taken
+            train = self._training(rows, joint)
+            theta = self._fitted(train)
+            right.append(measured(self.task, theta, self.test, Correct()).bool().cpu())
+            losses.append(float(measured(self.task, theta, self.held, Loss()).mean()))
+            if r == self.rounds:
+                break
+            if plan is not None:
+                taken = plan[: len(taken) + self.batch]
+                continue
+            chosen, gain = self._chosen(name, theta, train, rows, generator)
+            taken = taken + chosen
+            predicted.append(gain)
+        return right, losses, predicted, taken
+
+    def _training(self, rows: list[int], joint: bool) -> Data:
+        batch = self.everything.take(rows)
+        if joint:
+            both = self.held.take(range(len(self.held)))
+            batch = tree_map(lambda a, b: torch.cat([a, b.to(a)]), batch, both)
+        return as_data(batch)
+
+    def _fitted(self, train: Data) -> Float[Tensor, " p"]:
+        found = self.recipe.prepare(self.task, train)(
+            torch.ones(1, len(train), dtype=torch.float64)
+        )
+        if found.failures:
+            raise NotConverged(
+                "Every model of a simulation must train to the recipe's tolerance.",
+                f"{len(train)} examples: {found.failures[0]}",
+                "few examples and no penalty: a minimum at infinity.",
+                "give the task a penalty, uw.L2(1e-2), or loosen the recipe.",
+            )
+        return found.theta[0]
+
+    def _chosen(
+        self,
+        name: str,
+        theta: Float[Tensor, " p"],
+        train: Data,
+        rows: list[int],
+        generator: torch.Generator,
+    ) -> tuple[list[int], float]:
+        """The next batch, and the change of the validation loss that it was predicted to bring."""
+        is_open = torch.ones(len(self.everything), dtype=torch.bool)
+        is_open[rows] = False
+        pool = is_open.nonzero()[:, 0]
+        if name == "random":
+            return pool[
+                torch.randperm(len(pool), generator=generator)[: self.batch]
+            ].tolist(), math.nan
+        data = self.everything.subset(pool.tolist())
+        if name in GUIDED:
+            fitted = self.method.fit(self.task.moved_to(theta), train)
+            found = rank(fitted, data, self.held, batch=self.batch, **GUIDED[name])  # type: ignore[arg-type]
+            return pool[found.chosen].tolist(), float(found.predicted[found.chosen].sum())
+        classes = classes_of(self.task, theta, data)
+        p = probabilities(self.task, theta, data, classes)
+        if name == "entropy":
+            entropy = torch.special.entr(p).sum(dim=1)
+            order = entropy.argsort(descending=True, stable=True)
+            return pool[order[: self.batch]].tolist(), math.nan
+        own = self._labels(rows, len(classes))
+        return pool[_balanced(p.argmax(dim=1), own, self.batch, generator)].tolist(), math.nan
+
+    def _labels(self, rows: list[int], classes: int) -> Int[Tensor, " c"]:
+        """How many labels each class has."""
+        batch = self.everything.take(rows)
+        _, y = self.task.outputs(self.task.theta(), self.task.to_device(batch))
+        y = y[0] if isinstance(y, tuple | list) else y
+        return torch.bincount(y.reshape(-1).long().cpu(), minlength=classes)
+
+
+def _balanced(
+    predicted: Int[Tensor, " k"], counts: Int[Tensor, " c"], batch: int, generator: torch.Generator
+) -> Int[Tensor, " b"]:
+    """At random from the predicted class with the fewest labels, one after the other."""
+    order = torch.randperm(len(predicted), generator=generator)
+    queues = [order[predicted[order] == c].tolist() for c in range(len(counts))]
+    counts, chosen = counts.double(), []
+    for _ in range(batch):
+        left = torch.tensor([bool(queue) for queue in queues])
+        c = int(torch.where(left, counts, torch.inf).argmin())
+        chosen.append(queues[c].pop())
+        counts[c] += 1
+    return torch.tensor(chosen)
+
+
+def _joined(known: Data, unlabelled: Data, oracle: Tensor) -> Data:
+    """Labelled examples, then those of the pool with their labels."""
+    pool = with_targets(unlabelled.take(range(len(unlabelled))), oracle)
+    first = known.take(range(len(known)))
+    return as_data(tree_map(lambda a, b: torch.cat([a, b.to(a)]), first, pool))
+
+
+def _points(found: Estimate) -> str:
+    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] points"
+
+
+def _no_strategy(given: Any, known: Sequence[str]) -> str:
+    return message(
+        "A strategy is named.",
+        f"{given!r}.",
+        "another word for it, or a strategy that was not run.",
+        f"one of {', '.join(map(repr, known))}.",
+    )
