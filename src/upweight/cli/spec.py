@@ -225,6 +225,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
+    if origin is typing.Literal:
+        return value in inner
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
