@@ -1,28 +1,23 @@
 """Questions about data and models that scores or closed forms answer: one file per question.
 
-outcome.py        what every answer has: predicted, actual, a verdict, a table, a figure
-subject.py        what is asked about, and how it is fitted again
-memorization.py   which rows are known by heart, and does that help on others?
-debugging.py      which labels are wrong, what they should be, what correcting them gains
-fairness.py       why does a classifier treat groups differently, and what does a repair cost?
-poisoning.py      which training rows taught an attack, and a fit without them
-privacy.py        what explanations that show training rows tell of who was trained on
-regression.py     what does each row do to a (generalized) linear regression?
-unlearning.py     the model without some examples, and how far it is from a refit
-certified.py      models that promise something of removals, for `unlearning`
-saliency.py       where does the model look, and which training examples made it look there?
-explained.py      the number that a map explains, as a function of an input
-attributions.py   methods that map a number on an input
-packaged.py       those of captum, shap and lime
-maps.py           maps of an output or a score
-mass.py           the mass of a map in a region, as a measure
-views.py          the maps of a query beside those of training examples
-acquisition.py    which examples of a pool to label next, and does it pay?
+outcome.py           what every answer has: predicted, actual, a verdict, a table, a figure
+subject.py           what is asked about, and how it is fitted again
+robustness.py        which few rows carry a coefficient or a prediction?
 cross_validation.py  what is the loss on examples that the model never saw, from one fit?
-robustness.py     which few rows carry a coefficient or a prediction?
-selection.py      which training rows to keep, and with which weights?
-valuation.py      what are examples worth, and what would dropping or buying some do?
-payout.py         what is each contributor of data paid?
+debugging.py         which labels are wrong, what they should be, what correcting them gains
+selection.py         which training rows to keep, and with which weights?
+fairness.py          why does a classifier treat groups differently, and what does a repair cost?
+memorization.py      which rows are known by heart, and does that help on others?
+poisoning.py         which training rows taught an attack, and a fit without them
+privacy.py           what explanations that show training rows tell of who was trained on
+valuation.py         what are examples worth, and what would dropping or buying some do?
+payout.py            what is each contributor of data paid?
+acquisition.py       which examples of a pool to label next, and does it pay?
+saliency.py          where does the model look, and which training examples made it look there?
+unlearning.py        the model without some examples, and how far it is from a refit
+regression.py        what does each row do to a (generalized) linear regression?
+
+The other files are parts of these, named by their subject.
 
 Imported by adapters, reports and the command line, and by nothing below them. Each is loaded when
 it is first named: adapters import `regression`, and need none of the others.
