@@ -32,13 +32,15 @@ from upweight.adapters.statsmodels_regression import (
     supports,
 )
 from upweight.adapters.support import Support, TranslatedData
-from upweight.applications.regression import Diagnostics, glm_diagnostics, require_full_rank
+from upweight.applications.regression import glm_diagnostics, require_full_rank
+from upweight.applications.regression_result import Diagnostics
+from upweight.applications.robustness_coefficient import fragile
 from upweight.errors import UnsupportedModel
 from upweight.task.data import Data
 from upweight.task.losses import Weighted
 from upweight.task.task import Task, call_model
 
-__all__ = ["Refit", "Support", "data", "diagnostics", "recipe", "supports", "task"]
+__all__ = ["Refit", "Support", "data", "diagnostics", "fragile", "recipe", "supports", "task"]
 
 
 def diagnostics(results: Any) -> Diagnostics:

@@ -26,13 +26,12 @@ from upweight.adapters.statsmodels_regression import (
 )
 from upweight.applications.inference import Covariance, Inference, Kind
 from upweight.applications.regression import ASTRAY, require_full_rank
+from upweight.applications.regression_result import place as place_of
 from upweight.errors import (
     DataError,
     NotStationary,
     ShapeError,
-    SpecError,
     UnsupportedModel,
-    listed,
     message,
 )
 
@@ -132,7 +131,7 @@ def inference_of(results: Any, coefficient: str | int, level: float) -> Reported
             "repeat the rows, frame.loc[frame.index.repeat(counts)], and fit again; or use "
             "var_weights if that is what was meant.",
         )
-    place = _place(found, coefficient)
+    place = place_of(found.names, coefficient)
     require_full_rank(found.X, found.weights)
     notes: list[str] = []
     covariance = _covariance(results, notes)
@@ -191,21 +190,6 @@ def labels_of(results: Any, groups: Any, rows: Sequence[Hashable]) -> list[Hasha
             "fill them, groups.fillna('none'), or leave these rows out of the fit.",
         )
     return [label.item() if isinstance(label, np.generic) else label for label in labels]
-
-
-def _place(found: Regression, coefficient: str | int) -> int:
-    names = found.names
-    if isinstance(coefficient, str) and names.count(coefficient) == 1:
-        return names.index(coefficient)
-    if isinstance(coefficient, int) and not isinstance(coefficient, bool):
-        if -len(names) <= coefficient < len(names):
-            return coefficient % len(names)
-    raise SpecError(
-        "coefficient names one column of the fit, or gives its place.",
-        f"{coefficient!r}, of a fit with {listed(names, 12)}.",
-        "a column that was renamed, transformed or dummy-coded by the formula, or left out.",
-        f"coefficient={names[-1]!r}; all names are in results.model.exog_names.",
-    )
 
 
 def _covariance(results: Any, notes: list[str]) -> Covariance:

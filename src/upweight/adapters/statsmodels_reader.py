@@ -1,6 +1,7 @@
 """How the task of statsmodels results reads rows: by the names of the columns, or by a formula."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,11 @@ class Reader(AdapterReader):
     """Reads by the names and the formula of the results."""
 
     results: Any
+
+    @property
+    def coefficients(self) -> Mapping[str, tuple[str, int]]:
+        names = [str(name) for name in self.results.model.exog_names]
+        return {name: ("weight", k) for k, name in enumerate(names) if names.count(name) == 1}
 
     def translate(self, given: Any) -> TranslatedData:
         if isinstance(given, tuple | list) and len(given) == 2:

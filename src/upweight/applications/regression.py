@@ -23,14 +23,14 @@ that do not solve the likelihood equations. No entry of a result is NaN or infin
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight.applications.regression_result import Diagnostics
 from upweight.errors import (
     DataError,
     DtypeError,
@@ -42,9 +42,6 @@ from upweight.errors import (
 )
 from upweight.task.losses import Bernoulli, Loss, Poisson, SquaredError
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 STATIONARY = 1e-4
 """Largest Newton step that remains, in standard errors: β̂ is then good to four digits of them."""
 
@@ -55,69 +52,6 @@ long the fit went on, and standard errors grow so fast that `STATIONARY` alone w
 
 LOSSES = (SquaredError(), Bernoulli(), Poisson())
 """Negative log-likelihoods with a canonical link, as functions of η: ∂ℓ/∂η = μ − y, ∂²ℓ/∂η² = V."""
-
-
-@dataclass(frozen=True, eq=False)
-class Diagnostics:
-    """What each row does to a regression. One entry (or row) per observation.
-
-    Args:
-        beta, names: β̂ `[p]`, and what its entries are called.
-        rows: Labels of the observations; their positions unless given.
-        scale: φ: the residual variance for `SquaredError`, 1 otherwise, or what was given.
-        leverage: hᵢ, between 0 and 1; they sum to p.
-        residuals: yᵢ − μᵢ.
-        pearson: Pearson residuals.
-        studentized: Internally studentized residuals.
-        studentized_external: With the variance of the others; None where φ is not estimated.
-        loo_residuals: (yᵢ − μᵢ) / (Vᵢ (1 − hᵢ)), on the scale of η: for least squares yᵢ less its
-            prediction without row i (PRESS), otherwise the same for the working response.
-        cooks_distance: Dᵢ.
-        dffits, dffits_internal: Change of the row's own η in its standard errors, t √(h/(1 − h)),
-            by the external residual where there is one, and by the internal.
-        dfbeta: β̂ − β̂₋ᵢ, `[n, p]`.
-        dfbetas: The same in standard errors of β̂ (without row i where φ is estimated).
-        covariance_ratio: det cov(β̂₋ᵢ)/det cov(β̂); None where φ is not estimated.
-        influence_curve: ICᵢ = dβ̂/dε, `[n, p]`.
-        covariance: φ M⁻¹, the model's own covariance of β̂.
-        covariance_jackknife: V_IJ, which does not trust the model's variance.
-        notes: What was warned of.
-    """
-
-    beta: Float[Tensor, " p"]
-    names: tuple[str, ...]
-    rows: tuple[Hashable, ...]
-    scale: float
-    leverage: Float[Tensor, " n"]
-    residuals: Float[Tensor, " n"]
-    pearson: Float[Tensor, " n"]
-    studentized: Float[Tensor, " n"]
-    studentized_external: Float[Tensor, " n"] | None
-    loo_residuals: Float[Tensor, " n"]
-    cooks_distance: Float[Tensor, " n"]
-    dffits: Float[Tensor, " n"]
-    dffits_internal: Float[Tensor, " n"]
-    dfbeta: Float[Tensor, "n p"]
-    dfbetas: Float[Tensor, "n p"]
-    covariance_ratio: Float[Tensor, " n"] | None
-    influence_curve: Float[Tensor, "n p"]
-    covariance: Float[Tensor, "p p"]
-    covariance_jackknife: Float[Tensor, "p p"]
-    notes: tuple[str, ...] = ()
-
-    def to_pandas(self) -> "pd.DataFrame":
-        """A table with a row per observation, by its label; DFBETAS in columns `dfbetas_NAME`."""
-        import pandas as pd
-
-        columns = {
-            name: value.numpy()
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor) and value.ndim == 1 and name != "beta"
-        }
-        for k, name in enumerate(self.names):
-            columns[f"dfbetas_{name}"] = self.dfbetas[:, k].numpy()
-        # tupleize_cols: labels that are tuples stay one label each.
-        return pd.DataFrame(columns, index=pd.Index(self.rows, name="row", tupleize_cols=False))
 
 
 def linear_diagnostics(
