@@ -325,7 +325,7 @@ def _fitted(results: Any, model: Any, exog: np.ndarray, keep: np.ndarray) -> Any
     own = {
         key: np.asarray(value)[keep] if np.ndim(value) and len(value) == n else value
         for key, value in model._get_init_kwds().items()
-        if value is not None and key not in ("missing", "hasconst", "freq_weights")
+        if value is not None and key not in ("missing", "hasconst", "freq_weights", "cholsigmainv")
     }
     for key in ("offset", "exposure"):
         if key not in offsets_of(model):

@@ -146,7 +146,10 @@ def glm_diagnostics(
 
     # M⁻¹ xᵢ vᵢ uᵢ = ICᵢ/n: each row's pull on β̂.
     pulls = design * (prior * score)[:, None] @ inverse
-    pearson = prior.sqrt() * score / expected.sqrt()
+    residuals = score if canonical else response - _mean(loss, eta)
+    root = prior.sqrt() * score / expected.sqrt()
+    # The same but for its sign, where μ falls as η grows.
+    pearson = root if canonical else root.abs() * residuals.sign()
     external, covariances, spread = None, None, None
     quadratic = isinstance(loss, SquaredError)
     if scale is None and quadratic:
@@ -161,10 +164,9 @@ def glm_diagnostics(
     odds = reach.sqrt() / kept.sqrt()
     # Δη in its standard errors, √(x cov x): those of M⁻¹, or of the expected information.
     own = reach.sqrt() if information == "observed" else q.square().sum(dim=1).sqrt()
-    dffits = studentized * odds * torch.where(own > 0, reach.sqrt() / own, 1.0)
+    dffits = root / (phi * kept).sqrt() * odds * torch.where(own > 0, reach.sqrt() / own, 1.0)
     dfbeta = pulls / kept[:, None]
     spreads = torch.full_like(leverage, phi) if spread is None else spread
-    residuals = score if canonical else response - _mean(loss, eta)
     found = Diagnostics(
         beta=estimate,
         names=labels,

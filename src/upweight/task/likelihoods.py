@@ -135,7 +135,7 @@ class Likelihood(Loss):
     def _logarithms(self, eta: Tensor) -> tuple[Tensor, Tensor]:
         """log μ and log (1 − μ)."""
         if self.link == "probit":
-            return torch.special.log_ndtr(eta), torch.special.log_ndtr(-eta)
+            return _log_ndtr(eta), _log_ndtr(-eta)
         if self.link == "log":
             return eta, torch.log(-torch.expm1(eta))
         return torch.log(-torch.expm1(-eta.exp())), -eta.exp()
@@ -168,8 +168,7 @@ class Likelihood(Loss):
         """First and second derivatives of log μ and log (1 − μ); products of neither underflow."""
         if self.link == "probit":
             log_density = -0.5 * eta**2 - 0.9189385332046727
-            a = (log_density - torch.special.log_ndtr(eta)).exp()
-            b = (log_density - torch.special.log_ndtr(-eta)).exp()
+            a, b = ((log_density - _log_ndtr(x)).exp() for x in (eta, -eta))
             return (a, -a * (eta + a)), (-b, -b * (b - eta))
         if self.link == "log":
             b = -torch.exp(eta) / -torch.expm1(eta)
@@ -246,6 +245,13 @@ class DispersedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         eta = x @ self.weight.T
         return torch.cat([eta, self.alpha.expand_as(eta)], dim=1)
+
+
+def _log_ndtr(x: Tensor) -> Tensor:
+    """log Φ; torch.special.log_ndtr has no rule for vmap."""
+    below, above = x.clamp(max=0) * -(0.5**0.5), x.clamp(min=0) * 0.5**0.5
+    tail = torch.log(torch.special.erfcx(below) / 2) - below**2
+    return torch.where(x < 0, tail, torch.log1p(-torch.special.erfc(above) / 2))
 
 
 def moments(loss: Loss, eta: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
