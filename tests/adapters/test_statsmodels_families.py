@@ -92,7 +92,9 @@ def test_the_loss_and_its_derivatives_are_those_of_the_likelihood(case):
     assert_close(by_autograd(at[:, None], y), loss.base.gradient(at[:, None], y))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["Gamma, log", "Gamma, inverse", "inverse Gaussian, log", "probit", "negative binomial"]
+)
 def test_diagnostics_are_one_newton_step_of_the_model_without_the_row(case):
     results = fit(case)
     ours, beta = smx.diagnostics(results), np.array(results.params)
@@ -127,7 +129,7 @@ def test_diagnostics_are_one_newton_step_of_the_model_without_the_row(case):
     np.testing.assert_allclose(ours.covariance_jackknife, robust.cov_params(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["Gamma, inverse", "Tweedie", "probit", "negative binomial"])
+@pytest.mark.parametrize("case", ["Gamma, inverse", "probit", "Tweedie"])
 def test_refits_confirm_removals(case):
     results = fit(case)
     task, train = smx.task(results)
