@@ -1,6 +1,6 @@
 """Draw the figures of docs/adapters/statsmodels.md, of data that statsmodels ships.
 
-    python scripts/draw_statsmodels.py
+python scripts/draw_statsmodels.py
 """
 
 from pathlib import Path

@@ -410,14 +410,15 @@ def _named(
     for i in np.argsort(-size, kind="stable")[:most]:
         if size[i] < 0:
             break
-        off = 3 + (0.0 if away is None else 0.7 * float(away[i]))
+        off = 3 + (0.0 if away is None else float(away[i]))
+        up = 0.0 if away is not None else off if y[i] >= 0 else -off
         left = float(x[i]) > middle
         ax.annotate(
             str(found.rows[i]),
             (float(x[i]), float(y[i])),
-            xytext=(-off if left else off, off if y[i] >= 0 else -off),
+            xytext=(-off if left else off, up),
             textcoords="offset points",
             ha="right" if left else "left",
-            va="bottom" if y[i] >= 0 else "top",
+            va="center" if away is not None else "bottom" if y[i] >= 0 else "top",
             fontsize=8,
         )
