@@ -125,7 +125,7 @@ def test_one_state_carries_a_finding(murder):
     answer = holds(smx.fragile(murder, "hs_grad"))
     sign, significance, both = answer.findings
     assert sign.rows == significance.rows == (DC,) and sign.k == 1
-    assert f"without 1 of 51 rows ({DC}) it becomes −0.0164" in answer.verdict
+    assert f"without 1 of 51 rows ({DC}) it goes to −0.0164" in answer.verdict
     assert f"1 of 51 rows (2.0 %; {DC})" in sign.verdict
     again = smf.ols(murder.model.formula, STATES.drop(index=DC)).fit()
     interval = [again.params["hs_grad"], *again.conf_int().loc["hs_grad"]]

@@ -40,6 +40,10 @@ NAMED = 3
 """Rows or groups that a verdict names; of more it gives the number."""
 
 
+READABLE = 80
+"""Characters of names that a verdict holds."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """A number and the ends of its interval; NaN where it has none."""
@@ -270,7 +274,8 @@ class Robustness(Outcome):
     def names(self) -> str:
         """Who leaves, where it is few: "District of Columbia"; else empty."""
         few = 0 < len(self.left_out) <= NAMED
-        return ", ".join(str(label)[:40] for label in self.left_out) if few else ""
+        text = ", ".join(map(str, self.left_out)) if few else ""
+        return text if len(text) <= READABLE else ""
 
     def _counted(self, k: int) -> str:
         who = f"; {self.names}" if self.names and self.left_out and len(self.left_out) == k else ""
@@ -457,7 +462,7 @@ class Fragility(Outcome):
         for same in sorted(held.values(), key=lambda found: found[0].k or 0):
             one = same[0]
             who = f" ({one.names})" if one.names else ""
-            end = "" if one.end is None else f" becomes {one.end} and"
+            end = "" if one.end is None else f" goes to {one.end} and"
             parts.append(
                 f"without {one.k:,} of {count(one.units, one.unit)}{who} it{end} "
                 + ", and ".join(
