@@ -142,8 +142,10 @@ def test_refits_confirm_removals(case):
     trained = smx.recipe(results).prepare(task, train)(weights)
     assert not trained.failures
     actual = trained.theta[:, 1] - results.params.iloc[1]
-    # One Newton step. Observed: 0.2 to 7 %; with the leverage forgotten 6 to 30 %.
-    assert float((predicted - actual).norm() / actual.norm()) < 0.1
+    # One Newton step. Observed over all cases: 0 to 2.5 %; by the influence curve 1 to 21 %.
+    first = -smx.diagnostics(results).influence_curve[:10, 1] / len(train)
+    error, plain = (float((x - actual).norm() / actual.norm()) for x in (predicted, first))
+    assert error < 0.03 and error < 0.3 * plain
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         again = model_of(case, np.arange(len(train)) != 3).fit(tol=1e-13, maxiter=500)
