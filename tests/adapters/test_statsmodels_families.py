@@ -93,7 +93,7 @@ def test_the_loss_and_its_derivatives_are_those_of_the_likelihood(case):
 
 
 @pytest.mark.parametrize(
-    "case", ["Gamma, log", "Gamma, inverse", "inverse Gaussian, log", "probit", "negative binomial"]
+    "case", ["Gamma, inverse", "inverse Gaussian, log", "probit", "negative binomial"]
 )
 def test_diagnostics_are_one_newton_step_of_the_model_without_the_row(case):
     results = fit(case)
@@ -129,7 +129,7 @@ def test_diagnostics_are_one_newton_step_of_the_model_without_the_row(case):
     np.testing.assert_allclose(ours.covariance_jackknife, robust.cov_params(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["Gamma, inverse", "probit", "Tweedie"])
+@pytest.mark.parametrize("case", ["Gamma, inverse", "probit"])
 def test_refits_confirm_removals(case):
     results = fit(case)
     task, train = smx.task(results)
@@ -152,7 +152,7 @@ def test_refits_confirm_removals(case):
     assert abs(trained.theta[3].numpy() - again.params.to_numpy()).max() < 1e-4 * again.bse.max()
 
 
-@pytest.mark.parametrize("case", ["Gamma, log", "probit", "negative binomial"])
+@pytest.mark.parametrize("case", ["Gamma, log", "probit"])
 @pytest.mark.parametrize("kind", ["nonrobust", "HC0"])
 def test_which_rows_carry_a_finding_is_asked_of_them_too(case, kind):
     results = model_of(case).fit(tol=1e-13, maxiter=500, cov_type=kind)
