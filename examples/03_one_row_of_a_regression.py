@@ -13,9 +13,9 @@ loaded = sm.datasets.stackloss.load_pandas()
 y, X = loaded.endog, sm.add_constant(loaded.exog)
 results = sm.OLS(y, X).fit()
 table = smx.diagnostics(results)
-print(table.to_pandas()[["leverage", "studentized_external", "cooks_distance"]].nlargest(
-    3, "cooks_distance"
-))  # fmt: skip
+print(table)  # the rows of the largest Cook's distance; table.plot("influence") draws them
+print()
+print(smx.fragile(results, "ACIDCONC", targets=["sign"]))
 
 row = int(table.cooks_distance.argmax())
 name = table.names.index("AIRFLOW")

@@ -71,7 +71,9 @@ SHORT_FORMS = {
     "front/opened.py": {"adapters"},  # loaded for a model of the library that they translate
     "applications/subject.py": {"adapters"},  # the same, for its own fit
     "applications/cross_validation.py": {"adapters"},  # fits on the rows that are left
-    "applications/robustness.py": {"adapters"},  # for the standard errors that it reports
+    "applications/robustness_coefficient.py": {
+        "adapters"
+    },  # for the standard errors that it reports
 }
 LEAVES = {"adapters", "cli", "testing"}  # may import everything but each other
 MATHS = {"linalg", "curvature", "gradients", "scoring", "methods", "applications"}

@@ -350,8 +350,10 @@ def test_results_without_a_formula_here_are_refused_with_a_way_out():
         amip(weighted, "a")
     repeated = np.repeat(np.arange(N), TRIALS)
     assert amip(sm.GLM(Y["Gaussian"][repeated], X.iloc[repeated]).fit(), "a").k
-    with pytest.raises(UnsupportedModel, match="Probit"):
-        amip(sm.Probit(Y["Binomial"], X).fit(disp=0), "a")
+    with pytest.raises(UnsupportedModel, match="alpha=") as caught:
+        amip(sm.NegativeBinomial(Y["Poisson"], X).fit(disp=0), "a")
+    held = sm.GLM(Y["Poisson"], X, family=sm.families.NegativeBinomial(alpha=0.1)).fit()
+    assert amip(held, "a").k
     early = sm.Poisson(Y["Poisson"], X).fit(disp=0, method="newton", maxiter=1, warn_convergence=0)
     with pytest.raises((NotStationary, UnsupportedModel)):
         amip(early, "a")

@@ -6,6 +6,7 @@ X, (X,)    without labels: those that the estimator predicts
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,12 @@ class Reader(AdapterReader):
         final = final_step(self.estimator)
         return tuple(final.classes_.tolist()) if is_classifier(final) else None
 
+    @property
+    def coefficients(self) -> Mapping[str, tuple[str, int]]:
+        """By the features that reach the last step, as scikit-learn names them."""
+        names = _feature_names(self.estimator)
+        return {name: ("weight", k) for k, name in enumerate(names) if names.count(name) == 1}
+
     def translate(self, given: Any) -> TranslatedData:
         X, y = _parts(given)
         through = isinstance(self.estimator, Pipeline) and len(self.estimator.steps) > 1
@@ -162,6 +169,18 @@ class Reader(AdapterReader):
                 "leave those examples out of the training data and fit again.",
             )
         return X, (new.to(y), v * (after / before))
+
+
+def _feature_names(estimator: Any) -> list[str]:
+    """Of what reaches the last step; none where the data had no names, or a step tells none."""
+    if not hasattr(estimator, "feature_names_in_"):
+        return []
+    if isinstance(estimator, Pipeline) and len(estimator.steps) > 1:
+        try:
+            return [str(name) for name in estimator[:-1].get_feature_names_out()]
+        except (AttributeError, ValueError):  # a step without names of its own
+            return []
+    return [str(name) for name in estimator.feature_names_in_]
 
 
 def _parts(given: Any) -> tuple[Any, Any]:

@@ -1,13 +1,20 @@
 """statsmodels results as upweight tasks, and their diagnostics.
 
-    results                                   loss                 weights v
-    OLS, WLS, GLM Gaussian (identity)         SquaredError         prior weights
-    Logit, GLM Binomial (logit)               Bernoulli            trials × prior weights
-    Poisson, GLM Poisson (log)                Poisson              prior weights
+    results                                   loss                      weights v
+    OLS, WLS, GLM Gaussian (identity)         SquaredError              prior weights
+    GLS                                       SquaredError              1/σ², or whitened rows
+    Logit, GLM Binomial (logit)               Bernoulli                 trials × prior weights
+    Poisson, GLM Poisson (log)                Poisson                   prior weights
+    Probit, GLM Binomial (probit, cloglog)    Likelihood                trials × prior weights
+    GLM Gamma, inverse Gaussian, Tweedie,     Likelihood                prior weights
+      negative binomial (α fixed)
+    NegativeBinomial (nb2, α estimated)       DispersedCounts           1
 
 η = X β + o, where o is the offset plus the logarithm of the exposure of the fit, if it had them.
 The intercept is a column of exog, as statsmodels keeps it; nothing is penalized. H is that of
-the mean loss: the covariance that statsmodels reports is φ/n times its inverse.
+the mean loss, by the observed information: the covariance that statsmodels reports is φ/n times its
+inverse, or that of the expected information where a GLM with another link was fitted by iteratively
+reweighted least squares.
 
 A row is an example, however many observations its trials or freq_weights say it stands for. The
 task reads queries as `data` does: `(exog, endog)`, or the data frame of a formula.
@@ -18,6 +25,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from upweight._typing import Batch
@@ -30,15 +38,19 @@ from upweight.adapters.statsmodels_regression import (
     regression_of,
     robust_notes,
     supports,
+    whitened_notes,
 )
 from upweight.adapters.support import Support, TranslatedData
-from upweight.applications.regression import Diagnostics, glm_diagnostics, require_full_rank
+from upweight.applications.regression import glm_diagnostics, require_full_rank
+from upweight.applications.regression_result import Diagnostics
+from upweight.applications.robustness_coefficient import fragile
 from upweight.errors import UnsupportedModel
 from upweight.task.data import Data
+from upweight.task.likelihoods import DispersedLinear
 from upweight.task.losses import Weighted
 from upweight.task.task import Task, call_model
 
-__all__ = ["Refit", "Support", "data", "diagnostics", "recipe", "supports", "task"]
+__all__ = ["Refit", "Support", "data", "diagnostics", "fragile", "recipe", "supports", "task"]
 
 
 def diagnostics(results: Any) -> Diagnostics:
@@ -63,7 +75,15 @@ def diagnostics(results: Any) -> Diagnostics:
             "repeat the rows and fit again; or use var_weights if that is what was meant; or "
             "task(results), for which removing a row removes all it stands for.",
         )
-    notes = robust_notes(results, "standard errors")
+    if found.alpha is not None:
+        raise UnsupportedModel(
+            "Diagnostics are of one linear predictor with a dispersion that is given.",
+            "NegativeBinomial, whose α is estimated with the coefficients.",
+            "a row moves α as well: its leverage is a matrix.",
+            f"sm.GLM(endog, exog, family=sm.families.NegativeBinomial(alpha={found.alpha:.4g})), "
+            "which holds α; or task(results) with fitted.removal, where α moves too.",
+        )
+    notes = whitened_notes(found) + robust_notes(results, "standard errors")
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     computed = glm_diagnostics(
@@ -76,6 +96,7 @@ def diagnostics(results: Any) -> Diagnostics:
         found.scale,
         found.rows,
         found.offset,
+        "expected" if found.expected else "observed",
     )
     return dataclasses.replace(computed, notes=notes)
 
@@ -97,9 +118,13 @@ def task(results: Any, *, tolerance: float = 1.0) -> tuple[Task, Data]:
     """
     found = regression_of(results)
     require_full_rank(found.X, found.weights)
-    model = nn.Linear(found.X.shape[1], 1, bias=False, dtype=torch.float64).eval()
+    model: Any = nn.Linear(found.X.shape[1], 1, bias=False, dtype=torch.float64).eval()
+    if found.alpha is not None:
+        model = DispersedLinear(found.X.shape[1]).eval()
     with torch.no_grad():
         model.weight.copy_(torch.from_numpy(found.beta)[None])
+        if found.alpha is not None:
+            model.alpha.fill_(found.alpha)
     arrays = arrays_of(found.X, found.y, found.weights, found.offset)
     forward = call_model if found.offset is None else shifted
     loss = Weighted(found.loss)
@@ -114,17 +139,18 @@ def task(results: Any, *, tolerance: float = 1.0) -> tuple[Task, Data]:
         )
     if found.repeated:
         notes.append("a row with freq_weights is one example: removing it removes all its copies")
-    notes += robust_notes(results, "scores")
+    notes += [*whitened_notes(found), *robust_notes(results, "scores")]
     train = dataclasses.replace(train, notes=tuple(notes))
     reader = Reader(train, "smx.data(results, exog, endog)", results)
     return Task(model, loss, forward=forward, reads=reader), train
 
 
 def shifted(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
-    """η = Xβ + o and the targets."""
+    """η = Xβ + o and the targets; what the model gives beside η is left as it is."""
     assert isinstance(batch, tuple)
     X, offset, targets = batch
-    return model(X) + offset[:, None], targets
+    outputs = model(X)
+    return outputs + F.pad(offset[:, None], (0, outputs.shape[1] - 1)), targets
 
 
 def data(

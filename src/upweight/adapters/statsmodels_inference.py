@@ -1,6 +1,6 @@
 """The standard errors that statsmodels results report, and statsmodels' own fit of fewer rows.
 
-    cov_type                 OLS, WLS                 GLM, Logit, Poisson
+    cov_type                 OLS, WLS, GLS            GLM, Logit, Probit, Poisson
     nonrobust, fixed scale   φ M⁻¹                    φ M⁻¹
     HC0 … HC3                as named                 all four are HC0 in statsmodels
     cluster                  one or two groupings, with the corrections of cov_kwds
@@ -19,25 +19,29 @@ import torch
 
 from upweight.adapters.statsmodels_regression import (
     KINDS,
+    LINEAR,
     Regression,
+    by_expected,
     dropped,
     offsets_of,
     regression_of,
 )
 from upweight.applications.inference import Covariance, Inference, Kind
 from upweight.applications.regression import ASTRAY, require_full_rank
+from upweight.applications.regression_result import place as place_of
 from upweight.errors import (
     DataError,
     NotStationary,
     ShapeError,
-    SpecError,
     UnsupportedModel,
-    listed,
     message,
 )
 
 REPRODUCED = 1e-6
 """Largest relative difference between `bse` and its translation."""
+
+UNIT_SCALE = ("Binomial", "Poisson", "NegativeBinomial")
+"""Families whose scale is 1 unless asked."""
 
 REMAINS = 1e-3
 """Largest Newton step, in standard errors, that the user's fit or a refit may leave."""
@@ -132,7 +136,19 @@ def inference_of(results: Any, coefficient: str | int, level: float) -> Reported
             "repeat the rows, frame.loc[frame.index.repeat(counts)], and fit again; or use "
             "var_weights if that is what was meant.",
         )
-    place = _place(found, coefficient)
+    if found.whitened or found.alpha is not None:
+        raise UnsupportedModel(
+            "Which rows carry a finding is asked of rows that leave one by one, of one linear "
+            "predictor.",
+            "GLS with correlated rows." if found.whitened else "NegativeBinomial with α estimated.",
+            "a covariance or a dispersion of all rows together.",
+            "ask of sm.OLS(model.endog, model.exog).fit(cov_type='cluster', cov_kwds={'groups': "
+            "...}), with groups=."
+            if found.whitened
+            else "ask of the same by sm.GLM(..., family=sm.families.NegativeBinomial("
+            f"alpha={found.alpha:.4g})).",
+        )
+    place = place_of(found.names, coefficient)
     require_full_rank(found.X, found.weights)
     notes: list[str] = []
     covariance = _covariance(results, notes)
@@ -193,30 +209,16 @@ def labels_of(results: Any, groups: Any, rows: Sequence[Hashable]) -> list[Hasha
     return [label.item() if isinstance(label, np.generic) else label for label in labels]
 
 
-def _place(found: Regression, coefficient: str | int) -> int:
-    names = found.names
-    if isinstance(coefficient, str) and names.count(coefficient) == 1:
-        return names.index(coefficient)
-    if isinstance(coefficient, int) and not isinstance(coefficient, bool):
-        if -len(names) <= coefficient < len(names):
-            return coefficient % len(names)
-    raise SpecError(
-        "coefficient names one column of the fit, or gives its place.",
-        f"{coefficient!r}, of a fit with {listed(names, 12)}.",
-        "a column that was renamed, transformed or dummy-coded by the formula, or left out.",
-        f"coefficient={names[-1]!r}; all names are in results.model.exog_names.",
-    )
-
-
 def _covariance(results: Any, notes: list[str]) -> Covariance:
     model = results.model
-    linear = type(model).__name__ in ("OLS", "WLS")
+    linear = type(model).__name__ in LINEAR
     kind, given = str(results.cov_type), dict(getattr(results, "cov_kwds", None) or {})
     factor = given.get("scaling_factor")
     factor = 1.0 if factor is None else float(factor)
     t = bool(results.use_t)
     if kind in ("nonrobust", "fixed scale", "fixed_scale"):
-        return Covariance("model", _scale(results, linear, kind), t=t)
+        expected = not linear and type(model).__name__ == "GLM" and by_expected(results)
+        return Covariance("model", _scale(results, linear, kind), t=t, expected=expected)
     if kind.upper() in ("HC0", "HC1", "HC2", "HC3"):
         formula: Kind = kind.upper()  # type: ignore[assignment]
         if not linear and formula != "HC0":
@@ -259,7 +261,7 @@ def _scale(results: Any, linear: bool, kind: str) -> float | None:
         return None
     if asked is not None:
         return float(asked)
-    return None if type(results.model.family).__name__ == "Gaussian" else 1.0
+    return 1.0 if type(results.model.family).__name__ in UNIT_SCALE else None
 
 
 def _codes(groups: np.ndarray) -> tuple[torch.Tensor, ...]:
@@ -323,7 +325,7 @@ def _fitted(results: Any, model: Any, exog: np.ndarray, keep: np.ndarray) -> Any
     own = {
         key: np.asarray(value)[keep] if np.ndim(value) and len(value) == n else value
         for key, value in model._get_init_kwds().items()
-        if value is not None and key not in ("missing", "hasconst", "freq_weights")
+        if value is not None and key not in ("missing", "hasconst", "freq_weights", "cholsigmainv")
     }
     for key in ("offset", "exposure"):
         if key not in offsets_of(model):
@@ -345,10 +347,12 @@ def _fitted(results: Any, model: Any, exog: np.ndarray, keep: np.ndarray) -> Any
     if given.get("scaling_factor") is not None:
         asked["scaling_factor"] = given["scaling_factor"]
     fit = {"cov_type": kind, "use_t": bool(results.use_t)} | ({"cov_kwds": asked} if asked else {})
-    if type(model).__name__ in ("OLS", "WLS"):
+    if type(model).__name__ in LINEAR:
         return again.fit(**fit)
     start = np.asarray(results.params)
     if type(model).__name__ == "GLM":
+        if not by_expected(results):
+            fit |= {"method": results.method, "disp": 0}
         return again.fit(start_params=start, maxiter=100, tol=1e-12, scale=model.scaletype, **fit)
     return again.fit(start_params=start, method="newton", maxiter=100, disp=0, **fit)
 
@@ -356,7 +360,7 @@ def _fitted(results: Any, model: Any, exog: np.ndarray, keep: np.ndarray) -> Any
 def _remaining(found: Any) -> tuple[float, float]:
     """The Newton step that a likelihood fit left, in standard errors, and how far it moves η."""
     model = found.model
-    if type(model).__name__ in ("OLS", "WLS"):
+    if type(model).__name__ in LINEAR:
         return 0.0, 0.0
     params = np.asarray(found.params)
     scaled = {"scale": 1.0} if type(model).__name__ == "GLM" else {}

@@ -1,6 +1,7 @@
 """How the task of statsmodels results reads rows: by the names of the columns, or by a formula."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +9,11 @@ import numpy as np
 import torch
 
 from upweight._typing import Batch
-from upweight.adapters.statsmodels_regression import loss_of, offsets_of
+from upweight.adapters.statsmodels_regression import columns_of, loss_of, offsets_of
 from upweight.adapters.support import AdapterReader, TranslatedData, numbers, require_same_index
 from upweight.errors import DataError, ShapeError, message
 from upweight.runtime.fingerprint import digest
+from upweight.task.likelihoods import Likelihood
 from upweight.task.losses import Bernoulli
 
 NAMELESS = "exog came without names: its columns were taken in the order of the fit"
@@ -21,7 +23,7 @@ def translated(
     results: Any, exog: Any, endog: Any = None, offset: Any = None, exposure: Any = None
 ) -> TranslatedData:
     """Examples for the task of supported results; see `upweight.adapters.statsmodels.data`."""
-    loss, names = loss_of(results), [str(name) for name in results.model.exog_names]
+    loss, names = loss_of(results), list(columns_of(results.model))
     if endog is None:
         endog = _response(results, exog)
     _require_left_side(results, endog)
@@ -37,7 +39,8 @@ def translated(
         notes = (NAMELESS,)
     X, y = _numbers("exog", exog), _numbers("endog", endog)
     y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
-    counted = y.ndim == 2 and y.shape[1] == 2 and loss == Bernoulli()
+    binomial = loss == Bernoulli() or (isinstance(loss, Likelihood) and loss.variance == "binomial")
+    counted = y.ndim == 2 and y.shape[1] == 2 and binomial
     if X.ndim != 2 or X.shape[1] != len(names) or len(y) != len(X) or not (counted or y.ndim == 1):
         raise ShapeError(
             f"Queries need exog [q, {len(names)}] and endog [q] (binomial counts: [q, 2]).",
@@ -71,8 +74,7 @@ def arrays_of(X: np.ndarray, y: np.ndarray, weights: np.ndarray, offset: np.ndar
 def origin_of(results: Any) -> str:
     """A hash of the model's kind, columns and coefficients."""
     model = results.model
-    link = getattr(getattr(model, "family", None), "link", None)
-    kind = f"{type(model).__qualname__} {type(link).__qualname__} {sorted(offsets_of(model))}"
+    kind = f"{type(model).__qualname__} {loss_of(results)!r} {sorted(offsets_of(model))}"
     beta = np.array(results.params, dtype=np.float64)
     return digest(kind, repr(list(map(str, model.exog_names))), torch.from_numpy(beta))
 
@@ -82,6 +84,11 @@ class Reader(AdapterReader):
     """Reads by the names and the formula of the results."""
 
     results: Any
+
+    @property
+    def coefficients(self) -> Mapping[str, tuple[str, int]]:
+        names = list(columns_of(self.results.model))
+        return {name: ("weight", k) for k, name in enumerate(names) if names.count(name) == 1}
 
     def translate(self, given: Any) -> TranslatedData:
         if isinstance(given, tuple | list) and len(given) == 2:
@@ -129,7 +136,7 @@ def _has_formula(results: Any) -> bool:
 
 def _by_formula(results: Any, frame: Any) -> Any:
     """exog of a data frame, with the categories and transformations of the fit."""
-    names = list(map(str, results.model.exog_names))
+    names = list(columns_of(results.model))
     if set(names) == set(_names(frame) or ()):
         _require_columns(_names(frame) or [], names)
     try:

@@ -14,6 +14,7 @@ from upweight.adapters.statsmodels_regression import KINDS
 from upweight.adapters.support import RefitTrainer
 from upweight.errors import UnsupportedModel
 from upweight.task.data import Data
+from upweight.task.likelihoods import DispersedCounts, Likelihood
 from upweight.task.losses import Bernoulli, Loss, SquaredError
 from upweight.task.task import Task
 from upweight.training.objective import weighted_objective
@@ -28,7 +29,9 @@ class Refit:
 
         β̂(w) = argmin Σᵢ wᵢ vᵢ ℓᵢ(β)
 
-    by WLS, or by GLM with var_weights = w v from β̂ on. A row of weight zero is really left out of
+    by WLS, or by GLM with var_weights = w v from β̂ on; with another link than the canonical one by
+    Newton steps of statsmodels' own score and Hessian after that. `NegativeBinomial` takes no
+    weights: whole numbers of copies only. A row of weight zero is really left out of
     the arrays. No unit of the columns enters: exog need not be scaled.
 
     Args:
@@ -47,8 +50,9 @@ class Refit:
         """
         batch: Any = train.batch(0, len(train))
         loss: Any = getattr(task.loss, "base", None)
+        known = loss in KINDS.values() or isinstance(loss, Likelihood)
         ours = isinstance(batch, tuple) and len(batch) in (2, 3) and len(batch[-1]) == 2
-        if loss not in KINDS.values() or not ours:
+        if not known or not ours:
             raise UnsupportedModel(
                 "Refitting statsmodels results needs the task and data of their translation.",
                 f"loss {task.loss!r} and a batch of type {type(batch).__name__}.",
@@ -87,9 +91,11 @@ class Refit:
                 warnings.simplefilter("ignore")
                 if loss == SquaredError():
                     return np.array(sm.WLS(y - offset, X, weights=weights).fit().params), ""
-                binomial = loss == Bernoulli()
-                family = sm.families.Binomial() if binomial else sm.families.Poisson()
-                model = sm.GLM(y, X, family=family, var_weights=weights, offset=offset)
+                if isinstance(loss, DispersedCounts):
+                    return _dispersed(X, y, weights, offset, start)
+                model = sm.GLM(y, X, family=family_of(loss), var_weights=weights, offset=offset)
+                if isinstance(loss, Likelihood):
+                    return _other_link(model, start, self.max_steps)
                 near = model.fit(start_params=start, maxiter=self.max_steps)
                 # The deviance no longer falls where the step is √ε; two more square that twice.
                 last = model.fit(start_params=near.params, maxiter=2, tol=0.0)
@@ -100,3 +106,62 @@ class Refit:
         if float(errors.max()) <= REFIT_TOLERANCE:
             return np.array(last.params), ""
         return None, f"a step of {float(errors.max()):.1e} standard errors remains"
+
+
+def family_of(loss: Loss) -> Any:
+    """The family and link of statsmodels whose likelihood a loss is."""
+    families, links = sm.families, sm.families.links
+    if not isinstance(loss, Likelihood):
+        return families.Binomial() if loss == Bernoulli() else families.Poisson()
+    link = {
+        "identity": links.Identity,
+        "log": links.Log,
+        "inverse": links.InversePower,
+        "inverse squared": links.InverseSquared,
+        "sqrt": links.Sqrt,
+        "probit": links.Probit,
+        "cloglog": links.CLogLog,
+    }[loss.link]()
+    if loss.variance == "binomial":
+        return families.Binomial(link)
+    if loss.variance == "negative binomial":
+        return families.NegativeBinomial(link, alpha=loss.parameter)
+    named = {0: families.Gaussian, 1: families.Poisson, 2: families.Gamma}
+    named |= {3: families.InverseGaussian}
+    if loss.parameter in named:
+        return named[int(loss.parameter)](link)
+    return families.Tweedie(link, var_power=loss.parameter)
+
+
+def _other_link(model: Any, start: np.ndarray, steps: int) -> tuple[np.ndarray | None, str]:
+    """Its fit, and Newton steps from there: scoring alone converges slowly near the maximum."""
+    beta = np.array(model.fit(start_params=start, maxiter=steps, tol=1e-10).params)
+    return _polished(model, beta, {"scale": 1.0})
+
+
+def _dispersed(
+    X: np.ndarray, y: np.ndarray, weights: np.ndarray, offset: np.ndarray, start: np.ndarray
+) -> tuple[np.ndarray | None, str]:
+    copies = np.round(weights).astype(int)
+    if np.any(copies != weights):
+        return None, "statsmodels fits a negative binomial with estimated α without weights"
+    X, y, offset = (np.repeat(part, copies, axis=0) for part in (X, y, offset))
+    model = sm.NegativeBinomial(y, X, offset=offset)
+    near = model.fit(start_params=start, method="bfgs", maxiter=200, disp=0)
+    return _polished(model, np.array(near.params), {})
+
+
+def _polished(
+    model: Any, params: np.ndarray, scaled: dict[str, float]
+) -> tuple[np.ndarray | None, str]:
+    largest = np.inf
+    for _ in range(10):
+        inverse = np.linalg.inv(-model.hessian(params, **scaled))
+        step = inverse @ model.score(params, **scaled)
+        largest = float(np.max(np.abs(step) / np.sqrt(inverse.diagonal())))
+        if not np.isfinite(largest):
+            break
+        params = params + step
+        if largest <= REFIT_TOLERANCE:
+            return params, ""
+    return None, f"a step of {largest:.1e} standard errors remains"

@@ -6,7 +6,7 @@ somebody else made look like rows, and are refused wherever they can be told fro
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,11 @@ class AdapterReader(abc.ABC):
     def classes(self) -> tuple[Any, ...] | None:
         """The labels, as the user knows them; None where they are no names."""
         return None
+
+    @property
+    def coefficients(self) -> Mapping[str, tuple[str, int]]:
+        """Parameters and places by the names of the columns; empty where they have none."""
+        return {}
 
     @abc.abstractmethod
     def translate(self, given: Any) -> TranslatedData:

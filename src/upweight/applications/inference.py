@@ -1,13 +1,15 @@
 """A coefficient, its standard error and interval, as functions of the data weights.
 
-For a generalized linear model with its canonical link, η = Xβ + o, prior weights v and data
-weights w, with N = Σ w and
+For a generalized linear model, η = Xβ + o, prior weights v and data weights w, with the score u and
+the observed and expected information O and I of each row (`upweight.task.likelihoods`; with a
+canonical link u = y − μ and O = I = V), N = Σ w and
 
-    uᵢ = vᵢ (yᵢ − μᵢ)      M(w) = Xᵀ diag(w v V) X      z = X M⁻¹ ℓ      (ℓ: the coefficient)
+    M(w) = Xᵀ diag(w v O) X      z = X M⁻¹ ℓ      (ℓ: the coefficient)      u below: v u
 
 β̂(w) solves Σ wᵢ uᵢ xᵢ = 0, and the squared standard error of ℓᵀβ̂ is
 
-    model      φ ℓᵀM⁻¹ℓ,  φ = Σ w v (y − μ)²/V / (N − p), or a number that the fit was given
+    model      φ ℓᵀM⁻¹ℓ,  φ = Σ w v u²/I / (N − p), or a number that the fit was given; with I in
+               place of O in M where the fit was by iteratively reweighted least squares
     HC0        Σ w z² u²                     HC1   · N/(N − p)
     HC2, HC3   Σ w z² u² / (1 − h)^(1 or 2)
     cluster    Σ_g (Σ_{i ∈ g} w z u)²   · G/(G − 1) · (N − 1)/(N − p)   (with its correction)
@@ -26,7 +28,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.applications.regression import ASTRAY
-from upweight.task.losses import Bernoulli, Loss, SquaredError
+from upweight.task.likelihoods import moments
+from upweight.task.losses import Loss, SquaredError
 
 Kind = Literal["model", "HC0", "HC1", "HC2", "HC3", "cluster"]
 
@@ -52,6 +55,7 @@ class Covariance:
         factor: A number that the covariance is multiplied by.
         t: Whether the interval is that of Student's t.
         by_clusters: Whether its degrees of freedom are G − 1, in place of N − p.
+        expected: Whether M is the expected information. Of `kind` "model" only.
     """
 
     kind: Kind
@@ -61,6 +65,7 @@ class Covariance:
     factor: float = 1.0
     t: bool = False
     by_clusters: bool = False
+    expected: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +93,7 @@ class Inference:
     Args:
         X: Design `[n, p]`.
         y, v, offset: Response, prior weights and o `[n]`.
-        loss: `SquaredError()`, `Bernoulli()` or `Poisson()`.
+        loss: `SquaredError()`, `Bernoulli()`, `Poisson()` or a `Likelihood`.
         place: Which coefficient.
         covariance: Which standard error.
         level: Of the interval.
@@ -126,16 +131,9 @@ class Inference:
         """γ of β."""
         return self._factors[1] @ beta
 
-    def moments(self, gamma: Float[Tensor, "m p"]) -> tuple[Tensor, Tensor]:
-        """y − μ and V of every row `[m, n]`."""
-        eta = gamma @ self.design.T + self.offset
-        if isinstance(self.loss, SquaredError):
-            return self.y - eta, torch.ones_like(eta)
-        if isinstance(self.loss, Bernoulli):
-            mean = torch.sigmoid(eta)
-            return self.y - mean, mean * (1 - mean)
-        mean = eta.exp()
-        return self.y - mean, mean
+    def moments(self, gamma: Float[Tensor, "m p"]) -> tuple[Tensor, Tensor, Tensor]:
+        """u, O and I of every row `[m, n]`."""
+        return moments(self.loss, gamma @ self.design.T + self.offset, self.y)
 
     @cached_property
     def _products(self) -> Float[Tensor, "n t"]:
@@ -172,7 +170,7 @@ class Inference:
         gamma = step = start
         size = torch.full((len(weights),), torch.inf, dtype=start.dtype)
         for _ in range(1 if isinstance(self.loss, SquaredError) else steps):
-            residual, variance = self.moments(gamma)
+            residual, variance, _ = self.moments(gamma)
             root, fine = _cholesky(self.information(weights * self.v * variance))
             pull = (weights * self.v * residual) @ self.design
             step = torch.cholesky_solve(pull[:, :, None], root)[:, :, 0]
@@ -190,9 +188,9 @@ class Inference:
     def reported(self, gamma: Float[Tensor, "m p"], weights: Float[Tensor, "m n"]) -> Reported:
         """The coefficient and its standard error at γ and w; differentiable in both."""
         kind, p = self.covariance.kind, self.X.shape[1]
-        residual, variance = self.moments(gamma)
+        residual, observed, expected = self.moments(gamma)
         known = gamma.isfinite().all(dim=1)
-        curvature = self.v * variance
+        curvature = self.v * (expected if self.covariance.expected else observed)
         root, fine = _cholesky(
             self.information(torch.where(known[:, None], weights * curvature, 1.0))
         )
@@ -205,7 +203,7 @@ class Inference:
             if self.covariance.scale is not None:
                 squared = squared * self.covariance.scale
             else:
-                chi = (weights * self.v * residual.square() / variance).sum(dim=1)
+                chi = (weights * self.v * residual.square() / expected).sum(dim=1)
                 squared = squared * chi / freedom
         else:
             z = solved[:, :, 0] @ self.design.T
@@ -275,7 +273,7 @@ class Inference:
         self, gamma: Float[Tensor, " p"], weights: Float[Tensor, " n"]
     ) -> tuple[Float[Tensor, "n p"], Float[Tensor, " n"]]:
         """dγ̂/dwᵢ = M⁻¹ xᵢ uᵢ of every row, and its leverage hᵢ."""
-        residual, variance = self.moments(gamma[None])
+        residual, variance, _ = self.moments(gamma[None])
         curvature = self.v * variance
         root, _ = _cholesky(self.information(weights * curvature))
         spread = torch.cholesky_solve(self.design.T, root[0]).T
@@ -290,7 +288,7 @@ class Inference:
         count: int,
     ) -> Float[Tensor, "g p"]:
         """Δγ of leaving out all rows of a group: −(M − M_g)⁻¹ Σ_g xᵢ uᵢ; NaN where none is."""
-        residual, variance = self.moments(gamma[None])
+        residual, variance, _ = self.moments(gamma[None])
         curvature, pull = ((weights * self.v * part)[0] for part in (variance, residual))
         p, q = self.X.shape[1], self.design
         inside = torch.zeros(count, p, p, dtype=q.dtype)

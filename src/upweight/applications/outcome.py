@@ -8,6 +8,7 @@ an outcome that is not confirmed speaks of what is predicted.
 """
 
 import abc
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,3 +61,10 @@ class Outcome(abc.ABC):
 
     def __str__(self) -> str:
         return "\n".join([self.verdict, *(f"  note: {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        """The sentence, the notes and the table, for notebooks."""
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
+        listed = f"<ul>{notes}</ul>" if notes else ""
+        table = self.frame().to_html(max_rows=20, index=False)
+        return f"<p><b>{escape(self.verdict)}</b></p>{listed}{table}"

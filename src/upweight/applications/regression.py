@@ -1,17 +1,20 @@
 """Leverage, Cook's distance and their kin: influence for regressions, in closed form.
 
-For a generalized linear model with its canonical link, η = Xβ (plus an offset), μ = μ(η),
-V = dμ/dη and prior weights v, the estimate solves Xᵀ v (y − μ) = 0. With W = diag(v V) and M = XᵀWX
+For a generalized linear model η = Xβ (plus an offset), μ = μ(η), prior weights v, with the score
+u = −∂ℓ/∂η, the observed information O = ∂²ℓ/∂η² and the expected one I = E[O] (equal for a
+canonical link, where u = y − μ and O = I = V(μ)), the estimate solves Xᵀ v u = 0. With
+M = Xᵀ diag(v O) X
 
-    hᵢ       = Wᵢ xᵢᵀ M⁻¹ xᵢ                           leverage, the diagonal of the hat matrix
-    rᵢ       = √vᵢ (yᵢ − μᵢ) / √Vᵢ                      Pearson residual
+    hᵢ       = vᵢ Oᵢ xᵢᵀ M⁻¹ xᵢ                         leverage
+    rᵢ       = √vᵢ uᵢ / √Iᵢ = √vᵢ (yᵢ − μᵢ)/√V(μᵢ)      Pearson residual
     tᵢ       = rᵢ / √(φ (1 − hᵢ))                       internally studentized residual
-    β̂ − β̂₋ᵢ  = M⁻¹ xᵢ vᵢ (yᵢ − μᵢ) / (1 − hᵢ)            DFBETA: exact for least squares,
+    β̂ − β̂₋ᵢ  = M⁻¹ xᵢ vᵢ uᵢ / (1 − hᵢ)                  DFBETA: exact for least squares,
                                                         one Newton step otherwise (Pregibon 1981)
-    Dᵢ       = tᵢ² hᵢ / ((1 − hᵢ) p)                    Cook's distance (Cook 1977)
-    ICᵢ      = n M⁻¹ xᵢ vᵢ (yᵢ − μᵢ)                    influence curve at zᵢ (Hampel 1974)
-    V_IJ     = M⁻¹ (Σ vᵢ² (yᵢ − μᵢ)² xᵢ xᵢᵀ) M⁻¹         infinitesimal jackknife (Jaeckel 1972)
+    Dᵢ       = (β̂ − β̂₋ᵢ)ᵀ M (β̂ − β̂₋ᵢ) / (φ p)           Cook's distance (Cook 1977)
+    ICᵢ      = n M⁻¹ xᵢ vᵢ uᵢ                           influence curve at zᵢ (Hampel 1974)
+    V_IJ     = M⁻¹ (Σ vᵢ² uᵢ² xᵢ xᵢᵀ) M⁻¹                infinitesimal jackknife (Jaeckel 1972)
 
+For a canonical link Dᵢ = tᵢ² hᵢ / ((1 − hᵢ) p).
 ICᵢ is dβ̂/dε, and ICᵢ/n is ∂β̂/∂wᵢ: what `Influence` returns for the same model. V_IJ is the sum
 of their outer products, known as the sandwich or HC0. Belsley, Kuh & Welsch (1980) is the reference
 for the diagnostics that leave the row out of the variance too (external studentization, DFFITS,
@@ -23,14 +26,14 @@ that do not solve the likelihood equations. No entry of a result is NaN or infin
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight.applications.regression_result import Diagnostics
 from upweight.errors import (
     DataError,
     DtypeError,
@@ -40,10 +43,8 @@ from upweight.errors import (
     ShapeError,
     SpecError,
 )
+from upweight.task.likelihoods import Likelihood, moments
 from upweight.task.losses import Bernoulli, Loss, Poisson, SquaredError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 STATIONARY = 1e-4
 """Largest Newton step that remains, in standard errors: β̂ is then good to four digits of them."""
@@ -54,70 +55,7 @@ long the fit went on, and standard errors grow so fast that `STATIONARY` alone w
 
 
 LOSSES = (SquaredError(), Bernoulli(), Poisson())
-"""Negative log-likelihoods with a canonical link, as functions of η: ∂ℓ/∂η = μ − y, ∂²ℓ/∂η² = V."""
-
-
-@dataclass(frozen=True, eq=False)
-class Diagnostics:
-    """What each row does to a regression. One entry (or row) per observation.
-
-    Args:
-        beta, names: β̂ `[p]`, and what its entries are called.
-        rows: Labels of the observations; their positions unless given.
-        scale: φ: the residual variance for `SquaredError`, 1 otherwise, or what was given.
-        leverage: hᵢ, between 0 and 1; they sum to p.
-        residuals: yᵢ − μᵢ.
-        pearson: Pearson residuals.
-        studentized: Internally studentized residuals.
-        studentized_external: With the variance of the others; None where φ is not estimated.
-        loo_residuals: (yᵢ − μᵢ) / (Vᵢ (1 − hᵢ)), on the scale of η: for least squares yᵢ less its
-            prediction without row i (PRESS), otherwise the same for the working response.
-        cooks_distance: Dᵢ.
-        dffits, dffits_internal: Change of the row's own η in its standard errors, t √(h/(1 − h)),
-            by the external residual where there is one, and by the internal.
-        dfbeta: β̂ − β̂₋ᵢ, `[n, p]`.
-        dfbetas: The same in standard errors of β̂ (without row i where φ is estimated).
-        covariance_ratio: det cov(β̂₋ᵢ)/det cov(β̂); None where φ is not estimated.
-        influence_curve: ICᵢ = dβ̂/dε, `[n, p]`.
-        covariance: φ M⁻¹, the model's own covariance of β̂.
-        covariance_jackknife: V_IJ, which does not trust the model's variance.
-        notes: What was warned of.
-    """
-
-    beta: Float[Tensor, " p"]
-    names: tuple[str, ...]
-    rows: tuple[Hashable, ...]
-    scale: float
-    leverage: Float[Tensor, " n"]
-    residuals: Float[Tensor, " n"]
-    pearson: Float[Tensor, " n"]
-    studentized: Float[Tensor, " n"]
-    studentized_external: Float[Tensor, " n"] | None
-    loo_residuals: Float[Tensor, " n"]
-    cooks_distance: Float[Tensor, " n"]
-    dffits: Float[Tensor, " n"]
-    dffits_internal: Float[Tensor, " n"]
-    dfbeta: Float[Tensor, "n p"]
-    dfbetas: Float[Tensor, "n p"]
-    covariance_ratio: Float[Tensor, " n"] | None
-    influence_curve: Float[Tensor, "n p"]
-    covariance: Float[Tensor, "p p"]
-    covariance_jackknife: Float[Tensor, "p p"]
-    notes: tuple[str, ...] = ()
-
-    def to_pandas(self) -> "pd.DataFrame":
-        """A table with a row per observation, by its label; DFBETAS in columns `dfbetas_NAME`."""
-        import pandas as pd
-
-        columns = {
-            name: value.numpy()
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor) and value.ndim == 1 and name != "beta"
-        }
-        for k, name in enumerate(self.names):
-            columns[f"dfbetas_{name}"] = self.dfbetas[:, k].numpy()
-        # tupleize_cols: labels that are tuples stay one label each.
-        return pd.DataFrame(columns, index=pd.Index(self.rows, name="row", tupleize_cols=False))
+"""Negative log-likelihoods with a canonical link; others are `Likelihood`."""
 
 
 def linear_diagnostics(
@@ -147,6 +85,7 @@ def glm_diagnostics(
     scale: float | None = None,
     rows: Sequence[Hashable] | None = None,
     offset: Any = None,
+    information: Literal["observed", "expected"] = "observed",
 ) -> Diagnostics:
     """Diagnostics of a generalized linear model at its maximum-likelihood estimate.
 
@@ -154,7 +93,8 @@ def glm_diagnostics(
         X: Design `[n, p]`: a tensor, array or data frame; computed in float64 on the CPU.
         y: Response `[n]`; proportions for `Bernoulli` with trials as weights.
         beta: β̂ `[p]`, the solution of Xᵀ v (y − μ) = 0.
-        loss: ℓ, as a function of η: `SquaredError()`, `Bernoulli()` or `Poisson()`.
+        loss: ℓ, as a function of η: `SquaredError()`, `Bernoulli()`, `Poisson()` or a `Likelihood`
+            of another variance or link.
         weights: v, prior weights; 1 by default. They divide the variance of a row; they do not say
             how many rows it stands for.
         names: Of the columns.
@@ -162,6 +102,9 @@ def glm_diagnostics(
             variance for `SquaredError`, 1 otherwise.
         rows: Labels of the observations, for the table; their positions by default.
         offset: o `[n]`, where η = Xβ + o, such as the logarithm of an exposure; 0 by default.
+        information: Whose inverse the covariance is, and the standard errors of DFBETAS and DFFITS:
+            "expected" of a fit by iteratively reweighted least squares. They differ where the link
+            is not canonical; removals are by the observed one.
 
     Raises:
         ShapeError: The arrays do not fit.
@@ -169,7 +112,7 @@ def glm_diagnostics(
         SpecError: `loss` is another.
         NonFinite: An entry is NaN or infinite, a weight is negative, a variance V underflows, a row
             has leverage 1, or the fit is perfect without it.
-        NotPositiveDefinite: X has no full column rank.
+        NotPositiveDefinite: X has no full column rank, or M is not positive definite.
         NotStationary: β̂ does not solve the likelihood equations.
         DataError: The loss knows no such response, or there is no residual variance.
 
@@ -187,31 +130,41 @@ def glm_diagnostics(
     _require_shape(shift.shape == (n,), f"offset {tuple(shift.shape)} for {n} rows.")
     _require_numbers("offset", shift)
     eta = design @ estimate + shift
-    outputs, targets = eta[:, None], response[:, None]
-    variance = loss.hessian(outputs, targets)[:, 0, 0]
-    residuals = -loss.gradient(outputs, targets)[:, 0]
-    _require_variance(variance, eta)
-    q, r = _factor(design * (prior * variance).sqrt()[:, None])
-    leverage = q.square().sum(dim=1)
+    score, observed, expected = moments(loss, eta, response)
+    _require_variance(expected, eta)
+    q, r = _factor(design * (prior * expected).sqrt()[:, None])
+    # By the observed information: M = Rᵀ (Qᵀ diag(O/I) Q) R.
+    ratio = observed / expected
+    canonical = loss in LOSSES
+    q2, r2 = (q, r) if canonical else _observed(q, r, ratio)
+    reach = q2.square().sum(dim=1)  # v I xᵀ M⁻¹ x
+    leverage = ratio * reach
     _require_leverage_below_one(leverage)
     kept = 1 - leverage
-    inverse = torch.cholesky_inverse(r.T)  # M⁻¹ = (RᵀR)⁻¹
+    inverse = torch.cholesky_inverse(r2.T)  # M⁻¹ = (RᵀR)⁻¹
+    unscaled = inverse if information == "observed" else torch.cholesky_inverse(r.T)
 
-    # M⁻¹ xᵢ vᵢ (yᵢ − μᵢ) = ICᵢ/n: each row's pull on β̂.
-    pulls = design * (prior * residuals)[:, None] @ inverse
-    pearson = prior.sqrt() * residuals / variance.sqrt()
-    external, ratio, spread = None, None, None
+    # M⁻¹ xᵢ vᵢ uᵢ = ICᵢ/n: each row's pull on β̂.
+    pulls = design * (prior * score)[:, None] @ inverse
+    residuals = score if canonical else response - _mean(loss, eta)
+    root = prior.sqrt() * score / expected.sqrt()
+    # The same but for its sign, where μ falls as η grows.
+    pearson = root if canonical else root.abs() * residuals.sign()
+    external, covariances, spread = None, None, None
     quadratic = isinstance(loss, SquaredError)
     if scale is None and quadratic:
         size = float((prior * (response.square() + shift.square())).sum())
         scale, spread = _scales(pearson, kept, p, size)
-        external, ratio = pearson / (spread * kept).sqrt(), (spread / scale) ** p / kept
+        external, covariances = pearson / (spread * kept).sqrt(), (spread / scale) ** p / kept
     phi = _given_scale(scale)
     step = pulls.sum(dim=0)
     _require_stationary(step, phi * inverse.diagonal(), design, quadratic)
 
     studentized = pearson / (phi * kept).sqrt()
-    odds = (leverage / kept).sqrt()
+    odds = reach.sqrt() / kept.sqrt()
+    # Δη in its standard errors, √(x cov x): those of M⁻¹, or of the expected information.
+    own = reach.sqrt() if information == "observed" else q.square().sum(dim=1).sqrt()
+    dffits = root / (phi * kept).sqrt() * odds * torch.where(own > 0, reach.sqrt() / own, 1.0)
     dfbeta = pulls / kept[:, None]
     spreads = torch.full_like(leverage, phi) if spread is None else spread
     found = Diagnostics(
@@ -224,15 +177,15 @@ def glm_diagnostics(
         pearson=pearson,
         studentized=studentized,
         studentized_external=external,
-        loo_residuals=residuals / (variance * kept),
+        loo_residuals=score / (expected * kept),
         cooks_distance=studentized.square() * odds.square() / p,
-        dffits=(studentized if external is None else external) * odds,
-        dffits_internal=studentized * odds,
+        dffits=dffits if external is None else external * odds,
+        dffits_internal=dffits,
         dfbeta=dfbeta,
-        dfbetas=dfbeta / (spreads[:, None] * inverse.diagonal()).sqrt(),
-        covariance_ratio=ratio,
+        dfbetas=dfbeta / (spreads[:, None] * unscaled.diagonal()).sqrt(),
+        covariance_ratio=covariances,
         influence_curve=n * pulls,
-        covariance=phi * inverse,
+        covariance=phi * unscaled,
         covariance_jackknife=pulls.T @ pulls,
     )
     _require_finite(found)
@@ -339,9 +292,9 @@ def _require_shape(fits: bool, given: str) -> None:
 
 
 def _require_loss(loss: Any) -> None:
-    if loss not in LOSSES:
+    if loss not in LOSSES and not isinstance(loss, Likelihood):
         raise SpecError(
-            "loss must be SquaredError(), Bernoulli() or Poisson(), of one output.",
+            "loss must be SquaredError(), Bernoulli(), Poisson() or a Likelihood, of one output.",
             f"{loss!r}.",
             "a name or a class in place of an object, or a family of statsmodels.",
             "use upweight.Bernoulli() and its like; for statsmodels results use "
@@ -350,6 +303,9 @@ def _require_loss(loss: Any) -> None:
 
 
 def _require_range(loss: Loss, response: Float[Tensor, " n"]) -> None:
+    if isinstance(loss, Likelihood):
+        loss.possible(response)
+        return
     highest = {Bernoulli(): 1.0, Poisson(): torch.inf}.get(loss)
     bad = torch.zeros_like(response) if highest is None else (response < 0) | (response > highest)
     if bool(bad.any()):
@@ -409,6 +365,27 @@ def _factor(weighted: Float[Tensor, "n p"]) -> tuple[Tensor, Tensor]:
         "columns than rows.",
         "drop the dependent columns, or use Influence with a penalty.",
     )
+
+
+def _observed(
+    q: Float[Tensor, "n p"], r: Float[Tensor, "p p"], ratio: Float[Tensor, " n"]
+) -> tuple[Tensor, Tensor]:
+    """Q L⁻ᵀ and Lᵀ R with L Lᵀ = Qᵀ diag(O/I) Q: M = (LᵀR)ᵀ(LᵀR)."""
+    root, info = torch.linalg.cholesky_ex((q * ratio[:, None]).T @ q)
+    if int(info) != 0:
+        raise NotPositiveDefinite(
+            "The observed information must be positive definite at an estimate.",
+            "one with a direction along which the likelihood does not fall.",
+            "a fit that stopped at a saddle of a likelihood that is not concave.",
+            "fit again from other start_params, or with method='newton'.",
+        )
+    return torch.linalg.solve_triangular(root, q.T, upper=False).T, root.T @ r
+
+
+def _mean(loss: Loss, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """μ(η) of a `Likelihood`."""
+    assert isinstance(loss, Likelihood)
+    return loss.mean(eta)
 
 
 def _require_leverage_below_one(leverage: Float[Tensor, " n"]) -> None:

@@ -36,6 +36,14 @@ ASKED = {
 """What was looked for, by question."""
 
 
+NAMED = 3
+"""Rows or groups that a verdict names; of more it gives the number."""
+
+
+READABLE = 80
+"""Characters of names that a verdict holds."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """A number and the ends of its interval; NaN where it has none."""
@@ -252,11 +260,29 @@ class Robustness(Outcome):
             "notes": list(self.notes),
         }
 
+    @property
+    def change(self) -> str:
+        """What the removal does, such as "its sign changes"."""
+        return self._words(HAPPENS)
+
+    @property
+    def sought(self) -> str:
+        """The same of a set, such as "changes its sign"."""
+        return self._words(ASKED)
+
+    @property
+    def names(self) -> str:
+        """Who leaves, where it is few: "District of Columbia"; else empty."""
+        few = 0 < len(self.left_out) <= NAMED
+        text = ", ".join(map(str, self.left_out)) if few else ""
+        return text if len(text) <= READABLE else ""
+
     def _counted(self, k: int) -> str:
+        who = f"; {self.names}" if self.names and self.left_out and len(self.left_out) == k else ""
         if self.unit == "row":
-            return f"{k:,} of {count(self.n, 'row')} ({percent(k / self.n)})"
+            return f"{k:,} of {count(self.n, 'row')} ({percent(k / self.n)}{who})"
         rows = f"; {len(self.rows):,} of {self.n:,} rows" if self.k == k else ""
-        return f"{k:,} of {count(self.units, self.unit)} ({percent(k / self.units)}{rows})"
+        return f"{k:,} of {count(self.units, self.unit)} ({percent(k / self.units)}{rows}{who})"
 
     def _words(self, of: Mapping[str, str]) -> str:
         level = f"{100 * (1 - self.level):g} %"
@@ -384,6 +410,127 @@ class RobustnessTable(Outcome):
                 {"model": model, "coefficient": name} | found.summary()
                 for model, name, found in self.lines
             ],
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Fragility(Outcome):
+    """How few rows carry one coefficient: its sign, its significance, both together.
+
+    Args:
+        findings: One `Robustness` for each question, of the same coefficient.
+    """
+
+    findings: tuple[Robustness, ...]
+
+    @property
+    def predicted(self) -> tuple[int | None, ...]:
+        """How many must leave by one linearization, question by question."""
+        return tuple(found.predicted for found in self.findings)
+
+    @property
+    def actual(self) -> tuple[int | None, ...] | None:
+        """How many left in the refits that confirm it; None where there is none."""
+        found = tuple(found.actual for found in self.findings)
+        return found if any(k is not None for k in found) else None
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether a refit stands behind at least one answer; the others say that none does."""
+        return self.actual is not None
+
+    @property
+    def title(self) -> str:
+        return f"How few rows carry the {self.findings[0].about}"
+
+    @property
+    def verdict(self) -> str:
+        first = self.findings[0]
+        held: dict[tuple[Hashable, ...], list[Robustness]] = {}
+        for found in self.findings:
+            if found.k is not None:
+                held.setdefault(found.left_out, []).append(found)
+        if not held:
+            return (
+                f"No set of at most {max(f.tried for f in self.findings):,} of "
+                f"{count(first.units, first.unit)} was found whose removal changes the sign or the "
+                f"significance of the {first.about}, {first.start}; this does not show that none "
+                "exists."
+            )
+        parts = []
+        for same in sorted(held.values(), key=lambda found: found[0].k or 0):
+            one = same[0]
+            who = f" ({one.names})" if one.names else ""
+            end = "" if one.end is None else f" goes to {one.end} and"
+            parts.append(
+                f"without {one.k:,} of {count(one.units, one.unit)}{who} it{end} "
+                + ", and ".join(
+                    found.change.removeprefix("it ").replace("its sign changes", "changes its sign")
+                    for found in same
+                )
+            )
+        said = f"The {first.about} is {first.start}: " + "; ".join(parts)
+        return f"{said} (refitted by {first.by})."
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        missing = [
+            f"no set of at most {found.tried:,} was found that {found.sought}; this does not show "
+            "that none exists"
+            for found in self.findings
+            if found.k is None
+        ]
+        every = [note for found in self.findings for note in found.said]
+        return tuple(dict.fromkeys([*missing, *every]))
+
+    def frame(self) -> "pd.DataFrame":
+        """A line per question, as of `RobustnessTable`, and `rows`: the labels of all that leave.
+
+        The first line is the coefficient with all rows.
+        """
+        import pandas as pd
+
+        first = self.findings[0]
+        lines: list[dict[str, Any]] = [
+            {"change": "none", "k": 0, "share": 0.0, "estimate": first.start.value}
+            | {"low": first.start.low, "high": first.start.high, "rows": ()}
+        ]
+        for found in self.findings:
+            held = found.k is not None and found.end is not None
+            end = found.end if held and found.end is not None else Finding(math.nan)
+            lines.append(
+                {"change": found.asked, "k": found.k, "share": found.share, "estimate": end.value}
+                | {"low": end.low, "high": end.high, "rows": found.rows if held else ()}
+            )
+        return pd.DataFrame(lines).astype({"k": "Int64"})
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """The coefficient and its interval with all rows, and refitted without each set."""
+        ax = axes(ax)
+        first = self.findings[0]
+        lines = [(f"all {count(first.n, 'row')}", first.start)]
+        for found in self.findings:
+            if found.k is not None and found.end is not None:
+                who = found.names or count(found.k, found.unit)
+                lines.append((f"without {who}\n({found.asked})", found.end))
+        for at, (_, end) in enumerate(lines):
+            color = NEUTRAL if at == 0 else RAISED
+            ax.plot([end.low, end.high], [at, at], color=color, linewidth=2)
+            ax.plot([end.value], [at], "o", color=color)
+        ax.axvline(first.value, color="0.4", linewidth=1)
+        ax.set_yticks(range(len(lines)), [name for name, _ in lines])
+        ax.invert_yaxis()
+        ax.margins(y=0.25)
+        ax.set(xlabel=f"{first.about}, {100 * first.level:g} % interval")
+        return ax
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "verdict": self.verdict,
+            "confirmed": self.is_confirmed,
+            "findings": [found.summary() for found in self.findings],
             "notes": list(self.notes),
         }
 

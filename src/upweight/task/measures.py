@@ -6,7 +6,7 @@ its place.
 
 import abc
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch, Params
-from upweight.errors import ShapeError, SpecError, message
+from upweight.errors import ShapeError, SpecError, listed, message
 from upweight.runtime.fingerprint import described
 from upweight.task.data import Data
 from upweight.task.task import Task
@@ -192,9 +192,15 @@ class _Entries:
             if -len(flat) <= self.which < len(flat):
                 return flat[self.which]
             raise SpecError(self._unknown(f"{len(flat)} entries", params))
+        known = {} if task.reads is None else task.reads.coefficients
+        if self.which in known:
+            if self.which in layout.names:
+                raise SpecError(self._twice(known))
+            owner, column = known[self.which]
+            return params[owner][..., column].reshape(-1)
         name, _, place = self.which.partition("[")
         if name not in layout.names:
-            raise SpecError(self._unknown("no parameter of that name", params))
+            raise SpecError(self._unknown("no parameter of that name", params, list(known)))
         value = params[name]
         if not place:
             return value.reshape(-1)
@@ -205,7 +211,24 @@ class _Entries:
             given = f"{name} of shape {tuple(value.shape)}"
             raise SpecError(self._unknown(given, params)) from error
 
-    def _unknown(self, given: str, params: Params) -> str:
+    def _twice(self, known: Mapping[str, tuple[str, int]]) -> str:
+        name = str(self.which)
+        owner, column = known[name]
+        return message(
+            "A coefficient is named by one thing.",
+            f"Coefficient({name!r}), a column of the data and a parameter of the model.",
+            "a column that is called as a parameter is.",
+            f"for the column Coefficient('{owner}[0, {column}]').",
+        )
+
+    def _unknown(self, given: str, params: Params, columns: Sequence[str] = ()) -> str:
+        if columns:
+            return message(
+                "A coefficient of this model is named by a column.",
+                f"Coefficient({self.which!r}) of a task with {given}.",
+                "a column that was renamed or transformed.",
+                f"one of {listed(columns, 12)}, such as Coefficient({columns[-1]!r}).",
+            )
         names, (first, value) = [*params], next(iter(params.items()))
         entry = f"{first}[{', '.join('0' * value.ndim)}]" if value.ndim else first
         return message(
@@ -220,11 +243,16 @@ class _Entries:
 class Coefficient(Functional):
     """φ = θ[which]: an entry of θ, by its place, or all entries of a parameter by its name.
 
+    Of a model that was translated from statsmodels or scikit-learn also by the name of its column,
+    as a frame or formula gave it: one entry for each output.
+
     Args:
-        which: A place in θ, or a name such as "weight", or "weight[0, 2]" for one of its entries.
+        which: A place in θ, or a name such as "weight", or "weight[0, 2]" for one of its entries;
+            or the name of a column.
 
     Raises:
-        SpecError: There is no such parameter or entry.
+        SpecError: There is no such parameter, entry or column; or a column and a parameter have
+            that name.
     """
 
     def __init__(self, which: int | str) -> None:

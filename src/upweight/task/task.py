@@ -6,7 +6,7 @@ A `Task` binds the model f, the loss ℓ, the penalty R and the choice of parame
 and the model is only ever called functionally: it comes back exactly as it was lent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -101,6 +101,11 @@ class Reader(Protocol):
     @property
     def classes(self) -> tuple[Any, ...] | None:
         """The labels, as the user knows them; None where they are no names."""
+        ...
+
+    @property
+    def coefficients(self) -> Mapping[str, tuple[str, int]]:
+        """By the names that the user knows: the parameter, and the place on its last axis."""
         ...
 
     def training(self, given: Any) -> Data:
