@@ -10,6 +10,7 @@ any format, the columns of a tokenizer, lists of texts, examples of different le
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,7 +71,7 @@ def _row(example: Mapping[str, Any]) -> dict[str, Any]:
             "leave it out: dataset.filter(lambda row: len(row['input_ids'])).",
         )
     row.setdefault("attention_mask", torch.ones_like(ids))
-    return row
+    return dict(sorted(row.items()))  # whatever their order was, the same data are the same
 
 
 def _numbers(value: Any) -> Any:
@@ -112,10 +113,15 @@ class Columns:
         return row
 
 
-def own_labels(ids: Tensor, mask: Any) -> Tensor:
-    """The tokens as labels, those of padding left out."""
+def own_labels(ids: Any, mask: Any) -> Tensor:
+    """The tokens as labels, but those of padding, and the first after it: nothing predicts that."""
     ids = torch.as_tensor(ids)
-    return ids if mask is None else ids.masked_fill(torch.as_tensor(mask) == 0, IGNORED)
+    if mask is None:
+        return ids
+    padding = torch.as_tensor(mask) == 0
+    after = torch.zeros_like(padding)
+    after[..., 1:] = padding[..., :-1]
+    return ids.masked_fill(padding | after, IGNORED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,7 +325,7 @@ def _of_columns(
     if next_token and ids is not None and not any(key in arrays for key in LABELS):
         arrays["labels"] = own_labels(ids, arrays.get("attention_mask"))
     names = _names(arrays, taken)
-    return as_data({name: arrays[key] for name, key in names.items()})
+    return as_data({name: arrays[key] for name, key in sorted(names.items())})
 
 
 def _names(first: Mapping[str, Any], taken: Sequence[str] | None) -> dict[str, str]:
@@ -477,7 +483,7 @@ def _answered(tokenizer: Any, messages: list[Any], i: int) -> tuple[list[int], l
             "a prompt without its answer, or another name for the role.",
             "leave it out, or call the role assistant.",
         )
-    if "generation" in str(tokenizer.chat_template):
+    if re.search(r"{%-?\s*generation\b", str(tokenizer.chat_template)):
         made = tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
