@@ -6,6 +6,7 @@ their loss most: how often are these from the description of the same data set? 
 influence stand the similarity of gradients and BM25, the words in common.
 """
 
+import math
 import re
 import warnings
 from pathlib import Path
@@ -31,9 +32,10 @@ words = ByteLevelBPETokenizer()
 texts = [p["text"] for p in train]
 words.train_from_iterator(texts, 700, show_progress=False, special_tokens=["<pad>"])
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=words._tokenizer, pad_token="<pad>")
-data, queries = (hf.text(part, tokenizer, length=96) for part in (train, held))
+data, queries = (hf.text(part, tokenizer, length=64) for part in (train, held))
 
-sizes = {"n_positions": 96, "n_embd": 48, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
+sizes = {"n_positions": 64, "n_embd": 48, "n_layer": 2, "n_head": 4}
+sizes |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes))
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
 for _ in range(12):
@@ -44,7 +46,7 @@ for _ in range(12):
 
 task = hf.causal_lm(model.eval(), params="transformer.h.*")
 loss = float(model(**queries.batch(0, len(queries))).loss)
-print(f"{len(train)} passages; held-out loss {loss:.2f} per token, of chance {6.55:.2f}")
+print(f"{len(train)} passages; held-out loss {loss:.2f} per token, of guessing {math.log(700):.2f}")
 page, asked = ([p["page"] for p in part] for part in (train, held))
 methods = {
     "EK-FAC influence": uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1), tolerance=3e-2),
@@ -55,5 +57,4 @@ for name, method in methods.items():
     best = method.fit(task, data).attribute(queries).values.topk(5, largest=False).indices
     same = [sum(page[i] == asked[q] for i in row) / 5 for q, row in enumerate(best.tolist())]
     print(f"  {name:17s} {sum(same) / len(same):.0%} of the five strongest are of the same page")
-chance = sum(page.count(p) for p in asked) / len(page) / len(asked)
-print(f"  {'chance':17s} {chance:.0%}")
+print(f"  {'chance':17s} {sum(page.count(p) for p in asked) / len(page) / len(asked):.0%}")
