@@ -250,7 +250,36 @@ def poisoned():
     return names | half | fresh
 
 
+def language_model():
+    """A random GPT-2, a tokenizer of whole words, and texts."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    datasets = pytest.importorskip("datasets")
+    texts = ["the iris is a flower", "a flower is not a tree", "what is a tree", "the tree is old"]
+    special = ["<pad>", "<unk>", "user", "assistant", "<end>"]
+    vocabulary = [*special, *sorted({word for text in texts for word in text.split()})]
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(vocabulary)}, "<unk>")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    config = transformers.GPT2Config(vocab_size=len(vocabulary), **sizes)
+    return {
+        "model": transformers.GPT2LMHeadModel(config).eval(),
+        "tokenizer": tokenizer,
+        "dataset": datasets.Dataset.from_dict({"text": texts}),
+    }
+
+
 NAMES = {
+    "transformers.md": language_model,
     "debugging.md": wrong_labels,
     "poisoning.md": poisoned,
     "training.md": training,

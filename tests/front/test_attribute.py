@@ -17,6 +17,7 @@ from upweight.front.facts import facts_of, resolved, training_seconds
 from upweight.front.fidelity import fidelity_of
 from upweight.front.opened import opened
 from upweight.task.data import as_data
+from upweight.task.torch_losses import Rescaled
 
 N = 40
 
@@ -319,17 +320,15 @@ def test_models_of_transformers_that_say_what_they_predict():
             self.layer = nn.Linear(4, 3)
             self.config = type("Config", (), config)()
 
-    for config, known in (
-        ({"num_labels": 3}, True),
-        ({"num_labels": 3, "problem_type": "multi_label_classification"}, False),
-        ({"num_labels": 1}, False),
+    several = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    for config, loss in (
+        ({"num_labels": 3}, uw.CrossEntropy()),
+        (several, Rescaled(uw.Bernoulli(), mean=True)),
+        ({"num_labels": 1}, Rescaled(uw.SquaredError(), 2.0, mean=True)),
     ):
-        model = TinyForSequenceClassification(**config)
-        if known:
-            assert opened(model, TRAIN).task.loss == uw.CrossEntropy()
-        else:
-            with pytest.raises(SpecError, match="must be said"):
-                opened(model, TRAIN)
+        assert opened(TinyForSequenceClassification(**config), TRAIN).task.loss == loss
+    with pytest.raises(SpecError, match="must be said"):
+        opened(nn.Linear(4, 3), TRAIN)
 
 
 def test_a_functional_needs_no_queries():

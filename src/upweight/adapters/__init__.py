@@ -1,1 +1,1 @@
-"""Models of other libraries as upweight tasks: scikit-learn and statsmodels."""
+"""Models of other libraries as upweight tasks: scikit-learn, statsmodels and transformers."""

@@ -62,6 +62,9 @@ class AdapterReader(abc.ABC):
     train: TranslatedData
     call: str
 
+    fits_own_data = True
+    has_own_loss = False
+
     @property
     def classes(self) -> tuple[Any, ...] | None:
         """The labels, as the user knows them; None where they are no names."""

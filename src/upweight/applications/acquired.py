@@ -329,7 +329,7 @@ def curve(
     guided strategy.
     """
     require_task(task)
-    if task.reads is not None:
+    if task.reads is not None and task.reads.fits_own_data:
         raise UnsupportedModel(
             "A simulation fits the task to data that grow.",
             "the task of a scikit-learn or statsmodels model, which is of its own data only.",

@@ -429,7 +429,8 @@ def _index(task: Task, batch: Batch, positive: Any) -> int:
     if isinstance(one, tuple) and isinstance(one[-1], Tensor):
         # Readers relabel training examples, which may carry a weight; queries carry none.
         one = (*one[:-1], (one[-1], torch.ones(1, dtype=torch.float64)))
-    target = task.reads.relabeled(one, positive)[-1]
+    row = task.reads.relabeled(one, positive)
+    target = row["labels"] if isinstance(row, dict) else row[-1]
     y = target[0] if isinstance(target, tuple | list) else target
     return int(y.reshape(-1)[0]) if not y.is_floating_point() else int(float(y.reshape(-1)[0]) > 0)
 

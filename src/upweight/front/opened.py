@@ -7,16 +7,8 @@ from torch import nn
 
 from upweight.errors import SpecError, message
 from upweight.task.data import Data, as_data
-from upweight.task.losses import CrossEntropy
 from upweight.task.penalties import NoPenalty
-from upweight.task.task import Task, require_task, shifts_labels
-
-OWN_CLASSES = (
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForImageClassification",
-)
-"""Models of `transformers` that say by their name what they predict."""
+from upweight.task.task import Task, require_task
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +53,16 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
         _require_alone(loss, penalty, "a Task has its loss and penalty")
         return Opened(model, model.training(train), None)
     if isinstance(model, nn.Module):
-        known = _own_loss(model) if loss is None else loss
-        if known is None:
+        given = NoPenalty() if penalty is None else penalty
+        if loss is not None:
+            return Opened(Task(model, loss, given), as_data(train), loss)
+        import upweight.adapters.transformers as hf
+
+        if hf.kind(model) is None:
+            hf.require_own_examples(model)
             raise SpecError(_no_loss(train))
-        task = Task(model, known, NoPenalty() if penalty is None else penalty)
-        return Opened(task, as_data(train), loss)
+        task = hf.task(model, penalty=given)
+        return Opened(task, task.training(train), loss)
     if _is_of_statsmodels(model):
         import upweight.adapters.statsmodels as smx
 
@@ -96,18 +93,6 @@ def _require_alone(loss: Any, penalty: Any, why: str) -> None:
         "an argument left from a network.",
         f"leave {name}= out.",
     )
-
-
-def _own_loss(model: nn.Module) -> Any:
-    """The loss of a model whose kind says it; that it is the model's own is checked at fit."""
-    if shifts_labels(model):
-        return CrossEntropy()
-    config = getattr(model, "config", None)
-    kind = getattr(config, "problem_type", None) or "single_label_classification"
-    labels = getattr(config, "num_labels", 0)
-    named = any(type(model).__name__.endswith(name) for name in OWN_CLASSES)
-    is_known = named and kind == "single_label_classification" and labels and labels > 1
-    return CrossEntropy() if is_known else None
 
 
 def _no_loss(train: Any) -> str:

@@ -6,7 +6,7 @@
 
 A linear layer has left = δ and right = a (extended by a 1 where the bias goes with the weight); a
 convolution has a position per patch; a weight used several times has the positions of all uses.
-Where δ = 0 (padding) left = 0 too, whichever side δ is on: `alive` asks there.
+Where δ = 0 (padding) left = 0 too, whichever side δ is on: `alive` asks there, up to rounding.
 Nothing of size o·i is formed per example until somebody asks for it.
 """
 
@@ -30,11 +30,24 @@ def extended(x: Float[Tensor, "b t i"]) -> Float[Tensor, "b t j"]:
     return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
 
 
+ROUNDING = 8
+"""How many ε of the largest δ of an example a δ may be that is 0 but for rounding: 0.5 was seen."""
+
+
 def any_nonzero(x: Float[Tensor, "b t i"]) -> Bool[Tensor, "b t"]:
-    """Which rows hold anything but zeros; NaN counts."""
+    """Which rows hold more than zeros and what rounding makes of them; NaN counts.
+
+    The first token of a sequence attends to itself alone, so that nothing depends on its query. Its
+    δ is 0 or a rounding error, as it happens: by how a batch is padded, for one.
+    """
     # As a product with ones: any() over short rows takes several times as long.
     sizes = x.abs()
-    return ~(sizes @ sizes.new_ones(sizes.shape[-1]) == 0)
+    sizes = sizes @ sizes.new_ones(sizes.shape[-1])
+    if not sizes.numel():
+        return sizes != 0
+    # In half precision ε is no longer small.
+    eps = torch.finfo(x.dtype).eps if x.dtype in (torch.float32, torch.float64) else 0.0
+    return ~(sizes <= ROUNDING * eps * sizes.amax(dim=-1, keepdim=True))
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,9 @@
 layer by layer, with gᵢ the layer's part of the gradient. Kwon, Wu, Wu & Zou (2024), §3, Eq. 4–5.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,8 +96,7 @@ class MeanOfInverses(Preconditioner):
             memory_bytes=fitting.resources.memory_bytes,
             notes=(*made.notes, *source.notes),
         )
-        scorer.choose(self.damping)
-        return scorer
+        return replace(scorer, notes=(*scorer.notes, *scorer.choose(self.damping)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +106,14 @@ class MeanOfInversesScorer(FlatScorer):
     blocks: tuple[tuple[str, Tensor], ...]
     lambdas: dict[str, float]
 
-    def choose(self, damping: Damping) -> None:
+    def choose(self, damping: Damping) -> tuple[str, ...]:
         """λ_l of every layer, the penalty's curvature included.
+
+        A layer whose gradients are 0 for every example (a fresh adapter) has λ = ∞: its share of
+        every score is 0 whatever λ is.
+
+        Returns:
+            A note for each such layer.
 
         Cost: a pass over the training gradients, if λ is relative to them or not.
         """
@@ -135,6 +141,9 @@ class MeanOfInversesScorer(FlatScorer):
                     "use Influence(EmpiricalFisher(), damping=…) or Influence(EKFAC(), …).",
                 )
             mean = DiagonalMatrix(squares[index] + strengths)
+            if not bool(mean.diagonal().any()):
+                self.lambdas[name] = math.inf
+                continue
             lam = damping.of(mean, self.theta[index], len(self.train)) + float(strengths[0])
             if not lam > 0:
                 raise NotPositiveDefinite(
@@ -144,6 +153,11 @@ class MeanOfInversesScorer(FlatScorer):
                     "DataInf(damping=Relative(0.1)), as in the paper.",
                 )
             self.lambdas[name] = lam
+        return tuple(
+            f"{name}: gradients are 0 for all examples, and so is its share of scores"
+            for name, lam in self.lambdas.items()
+            if lam == math.inf
+        )
 
     def _rows(self) -> Iterator[tuple[int, Float[Tensor, "b p"]]]:
         for start in range(0, len(self.train), self.at_once):
@@ -165,4 +179,7 @@ class MeanOfInversesScorer(FlatScorer):
         return Solution(out, Result.CONVERGED, SolverStats(0, vectors.new_zeros(len(vectors))))
 
     def health(self) -> dict[str, Any]:
-        return {**self.stationarity(), "dampings": dict(self.lambdas)}
+        return {
+            **self.stationarity(),
+            "dampings": {k: lam for k, lam in self.lambdas.items() if lam < math.inf},
+        }

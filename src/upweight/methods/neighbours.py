@@ -307,9 +307,9 @@ def features_of(
         DataError: They are not one tensor with a row an example, or hold NaN.
     """
     parts = []
-    for _, _, batch in data.batches(data.together(1024)):
+    for start, stop, batch in data.batches(data.together(1024)):
         found = inputs(batch) if layer is None else _outputs(task, theta, batch, layer)
-        if not isinstance(found, Tensor) or len(found) != len(inputs(batch)):
+        if not isinstance(found, Tensor) or len(found) != stop - start:
             raise DataError(
                 "Features are one tensor with a row for each example.",
                 f"{type(found).__name__} from {'the inputs' if layer is None else layer!r}.",

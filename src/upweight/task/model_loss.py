@@ -37,7 +37,8 @@ def loss_notes(
     """A note where the model's own loss is another and `forward` is the user's.
 
     Raises:
-        SpecError: The model's own loss is another, and nobody said how to call the model.
+        SpecError: The model's own loss is another, and nobody said how to call the model, or an
+            adapter did.
     """
     found = []
     for i, loss in zip(at[:EXAMPLES], losses.tolist(), strict=False):
@@ -49,7 +50,8 @@ def loss_notes(
     told = [(i, loss, own, count) for i, loss, own, count in found if own and 0 < own < math.inf]
     if not told:
         return _copied_notes(task, theta, data, at)
-    is_ours = isinstance(task.loss, CrossEntropy | SquaredError | Bernoulli)
+    own_loss = task.reads is not None and task.reads.has_own_loss
+    is_ours = own_loss or isinstance(task.loss, CrossEntropy | SquaredError | Bernoulli)
     halves = 2.0 if isinstance(task.loss, SquaredError) else 1.0
     ways = (
         [halves * loss / own for _, loss, own, _ in told],
@@ -71,7 +73,7 @@ def loss_notes(
     # A loss of the user's may be scaled as they like; labels that are off by one are no scale.
     if not is_ours and not is_shift:
         return ()
-    if task.forward is not call_model:
+    if task.forward is not call_model and not own_loss:
         return (f"the model's own loss is another than the task's ({seen})",)
     raise SpecError(_unlike(seen, moved[0] if is_shift and moved else None))
 
@@ -127,11 +129,18 @@ def _own_loss(task: Task, theta: Float[Tensor, " p"], batch: Batch) -> float | N
     asked = Task(
         task.model, task.loss, task.penalty, task.params, lambda model, b: (model(**dict(b)), None)
     )
+    settings = getattr(task.model, "config", None)
+    before = dict(vars(settings)) if hasattr(settings, "__dict__") else {}
     try:
         with torch.no_grad():
             output, _ = asked.call(theta, whole)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError):
         return None  # a model that wants its labels otherwise says nothing of ours
+    finally:
+        # Classifiers of transformers write into it what kind of labels they have seen.
+        for name, value in before.items():
+            if getattr(settings, name, value) is not value:
+                setattr(settings, name, value)
     # As an attribute, or as the one number among what is returned.
     parts = output if isinstance(output, tuple | list) else (getattr(output, "loss", output),)
     numbers = [x for x in parts if isinstance(x, Tensor) and x.ndim == 0]

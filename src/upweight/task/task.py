@@ -48,14 +48,19 @@ def next_token(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
     return outputs[:, :-1], targets[:, 1:]
 
 
-def shifts_labels(model: nn.Module) -> bool:
-    """By the names that `transformers` and `peft` give; what they compute is checked as well."""
-    # What wraps a model in parallel or compiles it calls it as it is.
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside of what compiles it, runs it in parallel or adds adapters to it."""
     for name in ("module", "_orig_mod"):
         inner = model._modules.get(name)
         if inner is not None and len(model._modules) == 1:
-            return shifts_labels(inner)
-    names = [kind.__name__ for kind in type(model).__mro__]
+            return bare(inner)
+    own = getattr(model, "get_base_model", None)  # of peft
+    return bare(own()) if callable(own) else model
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """By the names that `transformers` gives; what they compute is checked as well."""
+    names = [kind.__name__ for kind in type(bare(model)).__mro__]
     return any(
         name.endswith(("ForCausalLM", "LMHeadModel")) and not name.endswith("WithLMHeadModel")
         for name in names
@@ -97,6 +102,12 @@ class Reader(Protocol):
     Such a model is known to its user by other rows and labels than it computes with: rows before a
     pipeline's transformations, classes by name. Whatever reaches its task is read in that way.
     """
+
+    fits_own_data: bool
+    """Whether the task is of its own training data only."""
+
+    has_own_loss: bool
+    """Whether the model computes the loss by itself: another one is an error."""
 
     @property
     def classes(self) -> tuple[Any, ...] | None:

@@ -1,0 +1,501 @@
+"""Models of transformers and peft as upweight tasks: the loss that the model computes itself.
+
+    causal_lm     ℓᵢ = −Σ_t log p(y_{t+1} | x_{≤t})           labels = input_ids
+    masked_lm     ℓᵢ = −Σ_t log p(y_t | x)                    labels of what is masked
+    seq2seq       ℓᵢ = −Σ_t log p(y_t | y_{<t}, x)            labels are what is written
+    classifier    ℓᵢ = −log p(yᵢ | xᵢ)                        labels are classes
+                  ℓᵢ = −(1/c) Σ_k log p(y_k | xᵢ)             labels are yes or no, c of them
+                  ℓᵢ = (1/c) Σ_k (f_k − y_k)²                 labels are numbers
+
+Sums are over the positions whose label is not −100. A model's own loss is a mean over the batch, so
+ℓ of a batch adds up to `model(**batch).loss` times the number of labels that count.
+
+The module does not import transformers: models are told by the names of their classes.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upweight._typing import Batch, Forward, Params
+from upweight.adapters.transformers_data import (
+    LABELS,
+    Padding,
+    TextData,
+    chat,
+    rows_padded_on_the_left,
+    text,
+    token_data,
+)
+from upweight.errors import DataError, SpecError, UnsupportedModel
+from upweight.task.data import Data
+from upweight.task.losses import Bernoulli, CrossEntropy, Loss, SquaredError
+from upweight.task.penalties import Penalty
+from upweight.task.task import Task, bare, call_model, next_token, shifts_labels
+from upweight.task.torch_losses import Rescaled
+
+__all__ = [
+    "Padding",
+    "TextData",
+    "causal_lm",
+    "chat",
+    "classifier",
+    "kind",
+    "masked_lm",
+    "seq2seq",
+    "task",
+    "text",
+]
+
+NAMES = {
+    "classifier": (
+        "ForSequenceClassification",
+        "ForTokenClassification",
+        "ForImageClassification",
+        "ForAudioClassification",
+        "ForVideoClassification",
+        "ForMultipleChoice",
+        "ForNextSentencePrediction",
+    ),
+    "masked_lm": ("ForMaskedLM",),
+    "seq2seq": ("ForConditionalGeneration", "ForSeq2SeqLM", "EncoderDecoderModel"),
+}
+"""How the classes of models are called whose loss an adapter knows."""
+
+COUPLES = (
+    "SentenceTransformer",
+    "SparseEncoder",
+    "DPRQuestionEncoder",
+    "DPRContextEncoder",
+    "Wav2Vec2ForPreTraining",
+)
+"""Models that are trained to tell the examples of a batch from each other."""
+
+MOVED = 1e-2
+"""Relative change of outputs that is no rounding of half precision."""
+
+Adapter = Callable[..., Task]
+
+
+def causal_lm(
+    model: nn.Module,
+    tokenizer: Any = None,
+    penalty: Penalty | Callable[[Params], Tensor] | None = None,
+    params: str | tuple[str, ...] = "*",
+) -> Task:
+    """The task of a model that predicts the next token: GPT-2, LLaMA and their kin, with LoRA too.
+
+    ℓᵢ = −Σ_t log p(y_{t+1} | x_{≤t}), summed over the labels that are not −100. The labels lie at
+    the places of their own tokens, as in transformers; data without labels get their tokens.
+
+    Args:
+        model: In eval mode. Frozen parameters are never part of θ: of a PEFT model the adapters
+            are.
+        tokenizer: For training data and queries that are texts or conversations.
+        penalty: As for `Task`.
+        params: As for `Task`.
+
+    Raises:
+        UnsupportedModel: It is another kind of model, or trained by a loss that couples examples.
+
+    Example:
+        >>> task = causal_lm(model, tokenizer)
+        >>> fitted = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, texts)
+        >>> fitted.attribute(["The capital of France is Paris."])
+    """
+    _require_kind(model, "causal_lm")
+    loss = CrossEntropy(axis=-1)
+    return _task(model, loss, next_token, "causal_lm", tokenizer, penalty, params)
+
+
+def masked_lm(
+    model: nn.Module,
+    tokenizer: Any = None,
+    penalty: Penalty | Callable[[Params], Tensor] | None = None,
+    params: str | tuple[str, ...] = "*",
+) -> Task:
+    """The task of a model that predicts the tokens that were masked: BERT and its kin.
+
+    ℓᵢ = −Σ_t log p(y_t | x), summed over the labels that are not −100. An example keeps its masks:
+    `text(..., masked=0.15)` draws them once.
+
+    Args:
+        model: As for `causal_lm`.
+        tokenizer: As for `causal_lm`.
+        penalty: As for `Task`.
+        params: As for `Task`.
+
+    Raises:
+        UnsupportedModel: It is another kind of model, or trained by a loss that couples examples.
+    """
+    _require_kind(model, "masked_lm")
+    loss = CrossEntropy(axis=-1)
+    return _task(model, loss, call_model, "masked_lm", tokenizer, penalty, params)
+
+
+def seq2seq(
+    model: nn.Module,
+    tokenizer: Any = None,
+    penalty: Penalty | Callable[[Params], Tensor] | None = None,
+    params: str | tuple[str, ...] = "*",
+) -> Task:
+    """The task of an encoder with a decoder: T5, BART and their kin.
+
+    ℓᵢ = −Σ_t log p(y_t | y_{<t}, x), summed over the labels that are not −100. The decoder's inputs
+    are the labels, moved by one by the model itself.
+
+    Args:
+        model: As for `causal_lm`.
+        tokenizer: As for `causal_lm`.
+        penalty: As for `Task`.
+        params: As for `Task`.
+
+    Raises:
+        UnsupportedModel: It is another kind of model, or trained by a loss that couples examples.
+    """
+    _require_kind(model, "seq2seq")
+    loss = CrossEntropy(axis=-1)
+    return _task(model, loss, decoded, "seq2seq", tokenizer, penalty, params)
+
+
+def classifier(
+    model: nn.Module,
+    tokenizer: Any = None,
+    penalty: Penalty | Callable[[Params], Tensor] | None = None,
+    params: str | tuple[str, ...] = "*",
+) -> Task:
+    """The task of a model that classifies texts, tokens, images or sounds, or predicts numbers.
+
+    As `config.problem_type` says; where that is None, a model of one output predicts a number, and
+    one of several a class.
+
+        single_label_classification   ℓ = −log p(y | x), summed over tokens where they are labelled
+        multi_label_classification    ℓ = −(1/c) Σ_k log p(y_k | x)
+        regression                    ℓ = (1/c) Σ_k (f_k − y_k)²
+
+    Args:
+        model: As for `causal_lm`.
+        tokenizer: As for `causal_lm`.
+        penalty: As for `Task`.
+        params: As for `Task`.
+
+    Raises:
+        UnsupportedModel: It is another kind of model, or trained by a loss that couples examples.
+        SpecError: It reads its answer at the last token and has no padding token to find it.
+    """
+    _require_kind(model, "classifier")
+    inner = bare(model)
+    config = getattr(inner, "config", None)
+    if hasattr(inner, "score") and getattr(config, "pad_token_id", 0) is None:
+        raise SpecError(
+            "A classifier that reads its answer at the last token must know what padding is.",
+            f"{type(inner).__name__} with config.pad_token_id=None.",
+            "a decoder's tokenizer, which has no padding token.",
+            "model.config.pad_token_id = tokenizer.pad_token_id, as in training (a tokenizer "
+            "without one: its eos_token_id).",
+        )
+    problem = getattr(config, "problem_type", None)
+    is_number = problem == "regression" or (
+        problem is None and getattr(config, "num_labels", 2) == 1 and not _per_token(inner)
+    )
+    loss: Loss = CrossEntropy(axis=-1) if _per_token(inner) else CrossEntropy()
+    forward: Forward = call_model
+    if is_number:
+        loss, forward = Rescaled(SquaredError(), 2.0, mean=True), numbers
+    elif problem == "multi_label_classification":
+        loss, forward = Rescaled(Bernoulli(), 1.0, mean=True), numbers
+    return _task(model, loss, forward, "classifier", tokenizer, penalty, params)
+
+
+def task(
+    model: nn.Module,
+    tokenizer: Any = None,
+    penalty: Penalty | Callable[[Params], Tensor] | None = None,
+    params: str | tuple[str, ...] = "*",
+) -> Task:
+    """The task of a model whose class says which of the others it is.
+
+    Args:
+        model: As for `causal_lm`.
+        tokenizer: As for `causal_lm`.
+        penalty: As for `Task`.
+        params: As for `Task`.
+
+    Raises:
+        UnsupportedModel: It does not say so, or is trained by a loss that couples examples.
+    """
+    found = kind(model)
+    if found is None:
+        require_own_examples(model)
+        raise UnsupportedModel(
+            "The class of a model must say by which loss it was trained.",
+            f"a {type(bare(model)).__name__}.",
+            "a head of your own, or one of several outputs.",
+            "say it: causal_lm(model), masked_lm(model), seq2seq(model) or classifier(model); of "
+            "another loss uw.Task(model, loss, forward=lambda model, batch: (outputs, targets)).",
+        )
+    return ADAPTERS[found](model, tokenizer, penalty, params)
+
+
+ADAPTERS: dict[str, Adapter] = {
+    "causal_lm": causal_lm,
+    "masked_lm": masked_lm,
+    "seq2seq": seq2seq,
+    "classifier": classifier,
+}
+
+
+def kind(model: nn.Module) -> str | None:
+    """Which adapter a model belongs to, by the name of its class; None where that says nothing."""
+    if shifts_labels(model):
+        return "causal_lm"
+    classes = [each.__name__ for each in type(bare(model)).__mro__]
+    for name, endings in NAMES.items():
+        if any(each.endswith(endings) for each in classes):
+            return name
+    return None
+
+
+def require_own_examples(model: nn.Module) -> None:
+    """Refuse models whose loss of an example depends on the other examples of its batch.
+
+    Raises:
+        UnsupportedModel: With what may be asked instead.
+    """
+    inner = bare(model)
+    name, arguments = type(inner).__name__, _arguments(inner) or ()
+    config = getattr(inner, "config", None)
+    if getattr(config, "output_router_logits", False):
+        raise UnsupportedModel(
+            "The loss of an example must not depend on the other examples of its batch.",
+            f"{name} with config.output_router_logits=True, whose loss has a term that balances "
+            "the experts over all tokens of a batch.",
+            "training of a mixture of experts.",
+            "model.config.output_router_logits = False attributes the loss of the labels; the "
+            "balancing term is then no part of the objective.",
+        )
+    is_trained_so = name in COUPLES or "return_loss" in arguments
+    is_headless = config is not None and name.endswith("Model") and "labels" not in arguments
+    if not is_trained_so and (not is_headless or kind(model) is not None):
+        return
+    raise UnsupportedModel(
+        "A task needs a loss of one example at a time: ℓᵢ that does not change with the others.",
+        f"{name}, {'trained by contrast' if is_trained_so else 'which has no loss'}: it makes "
+        "embeddings.",
+        "an encoder of sentences or images that was trained to tell the pairs of a batch apart, so "
+        "that every example is in the loss of every other.",
+        "for which examples are embedded alike, uw.FeatureSimilarity(layer); for influence, make "
+        "each pair an example with negatives of its own, uw.Task(model, loss, forward=lambda "
+        "model, batch: (outputs, targets)), of which a number of all queries together may be asked "
+        "by uw.Functional(...); or attribute a classifier on top of the embeddings.",
+    )
+
+
+def decoded(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
+    """Outputs and labels of an encoder with a decoder, which reads the labels before each."""
+    inputs = {key: value for key, value in batch.items() if key not in LABELS}
+    labels = batch[next(key for key in LABELS if key in batch)]
+    shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if "decoder_input_ids" in inputs or shifted is None:
+        return model(**inputs, labels=labels).logits, labels
+    return model(**inputs, decoder_input_ids=shifted(labels=labels)).logits, labels
+
+
+def numbers(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
+    """As `call_model`, with targets in the shape and dtype of the outputs."""
+    outputs, targets = call_model(model, batch)
+    return outputs, targets.reshape(outputs.shape).to(outputs.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """How data become examples of a model of transformers: `Task.reads`.
+
+    Args:
+        model: Which takes them.
+        kind: Which adapter it belongs to.
+        tokenizer: For texts, if there is one.
+    """
+
+    model: nn.Module = field(repr=False)
+    kind: str
+    tokenizer: Any = field(repr=False, default=None)
+
+    fits_own_data = False
+    has_own_loss = True
+
+    @property
+    def classes(self) -> tuple[Any, ...] | None:
+        """The names of the classes; None where there are none but numbers."""
+        if self.kind != "classifier":
+            return None
+        names = getattr(getattr(bare(self.model), "config", None), "id2label", None) or {}
+        found = tuple(names[k] for k in sorted(names))
+        is_numbered = all(str(name) == f"LABEL_{k}" for k, name in enumerate(found))
+        return None if is_numbered or len(set(found)) < len(found) else found
+
+    def training(self, given: Any) -> Data:
+        """Training data: texts, tokens in any form, or what `as_data` takes."""
+        return self._read(given)
+
+    def queries(self, given: Any) -> Data:
+        """Queries: as training data."""
+        return self._read(given)
+
+    def relabeled(self, example: Batch, label: Any) -> Batch:
+        """A batch of one training example with another label: a class by its name or number."""
+        names = self.classes
+        if names is not None and label in names:
+            label = names.index(label)
+        old = example["labels"]
+        new = torch.as_tensor(label, dtype=old.dtype, device=old.device).reshape(old.shape)
+        return {**example, "labels": new}
+
+    def _read(self, given: Any) -> Data:
+        inner = bare(self.model)
+        tokens = (getattr(getattr(inner, "config", None), "pad_token_id", None),
+                  getattr(self.tokenizer, "pad_token_id", None), 0)  # fmt: skip
+        token = next(x for x in tokens if isinstance(x, int) and x >= 0)
+        needs = self.kind == "causal_lm"
+        data = token_data(given, _arguments(inner), token, needs, self._encode)
+        self._require_labels(data)
+        self._require_unmoved(data)
+        return data
+
+    def _encode(self, given: Any, column: str) -> Data:
+        if self.tokenizer is None:
+            raise DataError(
+                "Texts need the tokenizer that the model was trained with.",
+                f"texts, for {self.kind}(model) without one.",
+                "a tokenizer that was not passed.",
+                f"{self.kind}(model, tokenizer); or give tokens.",
+            )
+        if column == "messages":
+            return chat(given, self.tokenizer)
+        if self.kind != "causal_lm":
+            raise DataError(
+                f"The examples of {self.kind} are texts and their labels.",
+                "texts alone.",
+                "labels that are in another place.",
+                {
+                    "masked_lm": "text(dataset, tokenizer, masked=0.15).",
+                    "classifier": "text(dataset, tokenizer, labels='label').",
+                    "seq2seq": "text(dataset, tokenizer, labels='target').",
+                }[self.kind],
+            )
+        most = getattr(getattr(bare(self.model), "config", None), "max_position_embeddings", None)
+        return text(given, self.tokenizer, length=min(512, most or 512))
+
+    def _require_labels(self, data: Data) -> None:
+        """Refuse a masked model's examples in which nothing is masked.
+
+        Raises:
+            DataError: Their labels are their inputs.
+        """
+        if self.kind != "masked_lm" or not len(data):
+            return
+        for i in range(min(4, len(data))):
+            batch = data.take([i])
+            if not isinstance(batch, dict) or {"labels", "input_ids"} - set(batch):
+                return
+            kept = batch["labels"] != -100
+            if not bool(kept.all()) or not torch.equal(batch["labels"], batch["input_ids"]):
+                return
+        raise DataError(
+            "The labels of a masked language model are the tokens that its inputs lack.",
+            "labels that are the inputs, at every place.",
+            "a data set for a model that predicts the next token, or a collate function that masks "
+            "at random, which was left out.",
+            "text(dataset, tokenizer, masked=0.15), which masks each example once.",
+        )
+
+    def _require_unmoved(self, data: Data) -> None:
+        """Refuse padding on the left that changes what the model says.
+
+        Raises:
+            DataError: The outputs are others than without it.
+        """
+        row = next(iter(rows_padded_on_the_left(data)), None)
+        if row is None:
+            return
+        at, count = row
+        batch = data.take([at])
+        batch = batch if isinstance(batch, dict) else {}
+        width = batch["attention_mask"].shape[1]
+        count = int((batch["attention_mask"] != 0).long().argmax(dim=1)[0])
+        inputs = {k: v.to(next(self.model.parameters()).device) for k, v in batch.items()
+                  if k not in LABELS and isinstance(v, Tensor)}  # fmt: skip
+        cut = {k: v[:, count:] if v.ndim > 1 and v.shape[1] == width else v
+               for k, v in inputs.items()}  # fmt: skip
+        if not count or self.kind == "seq2seq":
+            return
+        asked = Task(self.model, CrossEntropy(), forward=_logits)
+        with torch.no_grad():
+            long, short = (asked.call(asked.theta(), x)[0] for x in (inputs, cut))
+        long = long if long.shape == short.shape else long[:, count:]
+        moved = float((long - short).norm() / (short - short.mean()).norm())
+        if not moved > MOVED:
+            return
+        raise DataError(
+            "Padding must not change what the model says of an example.",
+            f"{type(bare(self.model)).__name__}, whose outputs for example {at} move by "
+            f"{moved:.0%} with {count} positions of padding on its left.",
+            "tokenizer.padding_side = 'left' and a model that counts its positions from the first "
+            "one, padding or not.",
+            "give the examples without padding, or tokenizer.padding_side = 'right'; or say where "
+            "each token is: position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0). Where the "
+            "model was trained on such batches, uw.Task(model, uw.CrossEntropy()) takes them as "
+            "they are.",
+        )
+
+
+def _logits(model: nn.Module, inputs: Batch) -> tuple[Any, Any]:
+    outputs = model(**inputs)
+    return getattr(outputs, "logits", outputs), None
+
+
+def _task(
+    model: nn.Module,
+    loss: Loss,
+    forward: Forward,
+    name: str,
+    tokenizer: Any,
+    penalty: Penalty | Callable[[Params], Tensor] | None,
+    params: str | tuple[str, ...],
+) -> Task:
+    return Task(model, loss, penalty, params, forward, Reader(model, name, tokenizer))
+
+
+def _require_kind(model: nn.Module, asked: str) -> None:
+    """Refuse a model that is known to be of another kind.
+
+    Raises:
+        UnsupportedModel: With the adapter that it belongs to.
+    """
+    if not isinstance(model, nn.Module):
+        return  # Task says so
+    require_own_examples(model)
+    found = kind(model)
+    if found not in (None, asked):
+        raise UnsupportedModel(
+            f"{asked} takes the models whose loss it is.",
+            f"a {type(bare(model)).__name__}, whose own loss is that of {found}.",
+            "an adapter for another kind of model.",
+            f"{found}(model).",
+        )
+
+
+def _per_token(model: nn.Module) -> bool:
+    return any(each.__name__.endswith("ForTokenClassification") for each in type(model).__mro__)
+
+
+def _arguments(model: nn.Module) -> Sequence[str] | None:
+    """What a model takes by name; None where it takes anything."""
+    signature = inspect.signature(model.forward).parameters
+    named = [name for name, p in signature.items() if p.kind is not p.VAR_KEYWORD]
+    named = [name for name in named if signature[name].kind is not inspect.Parameter.VAR_POSITIONAL]
+    return named or None
