@@ -1,9 +1,10 @@
 """Which rule gives which parameter's gradient? Assigned by running the model, then checked.
 
 A few examples show which layers run and on which axis each sees the examples. The check: Σᵢ cᵢ gᵢ
-with unequal cᵢ, from the factors, must be the gradient that autograd gives for Σᵢ cᵢ ℓᵢ. A
-parameter that fails, or whose layer has no rule, is left to `torch.func`, and the plan says so;
-where `torch.func` cannot run the model on a batch, examples are taken one at a time.
+with unequal cᵢ, from the factors, must be the gradient that autograd gives for Σᵢ cᵢ ℓᵢ. A parameter
+that no layer's rule accounts for is looked for where it meets the examples (`broadcast.py`). What
+fails is left to `torch.func`, and the plan says so; where `torch.func` cannot run the model on a
+batch, examples are taken one at a time.
 """
 
 import dataclasses
@@ -63,10 +64,12 @@ class _Planning:
         self.repeated: dict[str, bool] = {}
         self.dtypes = frozenset({task.layout.dtype})
         self.left = {name: f"{where} has no layer rule for it" for name, where in unruled.items()}
+        self.broadcast: tuple[str, ...] = ()
         self.notes: list[str] = []
 
     def plan(self) -> Plan:
         self._find_axes()
+        self._drop_unused_twins()
         if self.data.form.uncut is not None:
             return self._planned_alone()
         self._leave_where(lambda s: s.layer not in self.ran, "did not run on the examples tried")
@@ -82,10 +85,13 @@ class _Planning:
         whole = dict(self.owners), dict(self.left)
         self._leave_where(lambda s: s.layer in lost, "does not keep the examples in their order")
         made = self._made()
+        self._find_broadcast()
+        made = self._made()
         reason = self._no_batching_rule(made)
         if reason is not None:
             # One example at a time, every row of a layer is that example's.
             self.owners, self.left = whole
+            self.broadcast = ()
             self.notes.append(f"examples are taken one at a time, because {reason}")
             made = self._made(one_by_one=True)
         return self._matched(made)
@@ -120,7 +126,42 @@ class _Planning:
             self._leave(name, "it is also used outside of its layers")
         return self._matched(self._made(one_by_one=True))
 
+    def _drop_unused_twins(self) -> None:
+        """Of layers that hold the same parameter, those that run account for it."""
+        for name, sources in self.owners.items():
+            ran = tuple(s for s in sources if s.layer in self.ran)
+            self.owners[name] = ran or sources
+
+    def _find_broadcast(self) -> None:
+        """Of what is left, the parameters that meet the examples by broadcasting and only so."""
+        candidates = tuple(self.left)
+        while candidates:
+            found = self._met(candidates)
+            if found == candidates:
+                break
+            candidates = found
+        self.broadcast = candidates
+
+    def _met(self, candidates: tuple[str, ...]) -> tuple[str, ...]:
+        """Those that a capture finds so, on each of the examples tried."""
+        seen, wrong = set[str](), set[str]()
+        made = self._made()
+        try:
+            with Capture(self.task, self.theta, roles(made), made.repeated, candidates) as capture:
+                for batch, size in self._probe():
+                    values = capture.watch(partial(_checked, self.task, batch=batch), size)
+                    calls = capture.backward(values)
+                    seen |= {call.layer for call in capture.met}
+                    wrong |= {name for name in candidates if name in capture.bypassed}
+                    wrong |= set(misplaced(capture, values, calls, made.layers))
+        except (RuntimeError, ValueError, IndexError, TypeError, UpweightError):
+            return ()
+        return tuple(name for name in candidates if name in seen - wrong)
+
     def _leave(self, name: str, why: str) -> None:
+        if name in self.broadcast:
+            self.broadcast = tuple(k for k in self.broadcast if k != name)
+            self.left[name] = why
         if self.owners.pop(name, None) is not None:
             self.left[name] = why
 
@@ -153,7 +194,10 @@ class _Planning:
     def _made(self, one_by_one: bool = False) -> Plan:
         axes = {s.layer: self.axes[s.layer] for o in self.owners.values() for s in o}
         repeated = {layer: on_axis for layer, on_axis in self.repeated.items() if layer in axes}
-        made = _planned(self.task, self.owners, axes, (*_notes(self.left), *self.notes))
+        left = {name: why for name, why in self.left.items() if name not in self.broadcast}
+        made = _planned(
+            self.task, self.owners, axes, (*_notes(left), *self.notes), self.broadcast
+        )
         return dataclasses.replace(
             made, repeated=repeated, one_by_one=one_by_one, computes_in=self.dtypes
         )
@@ -241,7 +285,7 @@ class _Planning:
 
 
 def _owners(task: Task) -> tuple[dict[str, tuple[Source, ...]], dict[str, str]]:
-    """The layers that use each chosen parameter; and parameters that some use has no rule for."""
+    """The layers that use each chosen parameter; and the parameters that no layer has a rule for."""
     model = task.model
     names = {id(p): name for name, p in model.named_parameters() if name in task.layout.names}
     owners: dict[str, list[Source]] = {}
@@ -261,9 +305,10 @@ def _owners(task: Task) -> tuple[dict[str, tuple[Source, ...]], dict[str, str]]:
         for role, parameter in module._parameters.items():
             if parameter is None or (id(module), role) in claimed or id(parameter) not in names:
                 continue
+            if names[id(parameter)] in owners:
+                continue  # held twice; whether it is used here as well is found out
             unruled[names[id(parameter)]] = f"{type(module).__name__} ({layer or 'the model'})"
-    kept = {name: tuple(s) for name, s in owners.items() if name not in unruled}
-    return _without_double_claims(kept), unruled
+    return _without_double_claims({name: tuple(s) for name, s in owners.items()}), unruled
 
 
 def _without_double_claims(
@@ -315,6 +360,7 @@ def _planned(
     owners: Mapping[str, tuple[Source, ...]],
     axes: Mapping[str, int],
     notes: tuple[str, ...],
+    broadcast: tuple[str, ...],
 ) -> Plan:
     """Blocks for the parameters whose layers have rules, and for the rest."""
     layout = task.layout
@@ -353,8 +399,9 @@ def _planned(
         tuple(blocks),
         dict(axes),
         sources,
-        tuple(name for name in layout.names if name not in owners),
+        tuple(name for name in layout.names if name not in owners and name not in broadcast),
         notes,
+        broadcast=broadcast,
     )
 
 
@@ -429,7 +476,7 @@ def _no_batching_rule(
 ) -> str | None:
     with GradientPass(made, theta) as gradients:
         try:
-            gradients.by_function(lambda p, b: _checked(made.task, p, b), batch, size)
+            gradients.require_batching(lambda p, b: _checked(made.task, p, b), batch, size)
         except NoBatchingRule as error:
             return f"torch.func.vmap cannot run the model: {error}"
     return None
