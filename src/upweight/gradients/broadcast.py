@@ -180,5 +180,3 @@ def _pulled_back(
         None if parts[0] is None else torch.stack([p for p in parts if p is not None])
         for parts in zip(*each, strict=True)
     ]
-
-

@@ -119,7 +119,8 @@ class Capture:
         }
         """θ by name: leaves where they are watched or of interest, constants elsewhere."""
         self._size = 0
-        self._met: list[Met] = []
+        self.met: list[Met] = []
+        """Where broadcast parameters met the examples."""
         self._looking_up: list[tuple[str, nn.Module]] = []
         self._uses: list[_Use] = []
         self._anchors: list[Tensor] = []
@@ -136,9 +137,7 @@ class Capture:
         for name, roles in self.layers.items():
             module = self.task.model.get_submodule(name)
             if looks_up_inside(module):
-                self._context.callback(
-                    module.register_forward_pre_hook(self._enters(name)).remove
-                )
+                self._context.callback(module.register_forward_pre_hook(self._enters(name)).remove)
                 self._context.callback(
                     module.register_forward_hook(self._leaves, always_call=True).remove
                 )
@@ -176,7 +175,7 @@ class Capture:
         self._size = size or 0
         self._listening = True
         try:
-            with torch.enable_grad(), self._inside_calls(self._met):
+            with torch.enable_grad(), self._inside_calls(self.met):
                 return function(self.params)
         finally:
             self._listening = False
@@ -202,11 +201,11 @@ class Capture:
         """
         for use in self._uses:
             use.delta = None
-        for each in self._met:
+        for each in self.met:
             each.delta = None
         self.bypassed, self.plain = (), {}
         leaves = {name: p for name, p in self.params.items() if p.requires_grad}
-        sources = [*self._anchors, *(m.leaf for m in self._met), *leaves.values()]
+        sources = [*self._anchors, *(m.leaf for m in self.met), *leaves.values()]
         if sources and values.requires_grad:
             ones = torch.ones_like(values) if cotangents is None else cotangents
             self._replaying = True
@@ -224,9 +223,9 @@ class Capture:
                 self._taken.clear()
                 self._looking_up.clear()
             found = found[len(self._anchors) :]
-            for each, delta in zip(self._met, found[: len(self._met)], strict=True):
+            for each, delta in zip(self.met, found[: len(self.met)], strict=True):
                 each.delta = delta
-            direct = zip(leaves, found[len(self._met) :], strict=True)
+            direct = zip(leaves, found[len(self.met) :], strict=True)
             self.plain = {name: as_dense(g) for name, g in direct if g is not None}
             fine = self._broadcast if self._size == 1 else ()
             self.bypassed = tuple(
@@ -239,11 +238,11 @@ class Capture:
         ]
 
     @property
-    def met(self) -> list[Call]:
-        """Where broadcast parameters met the examples: each as a call of its name, `[b·k, d]`."""
+    def met_calls(self) -> list[Call]:
+        """What was met, each as a call of the parameter's name with δ `[b·k, d]`."""
         return [
             Call(m.names[0], (), {}, m.delta.flatten(1) if m.delta.ndim > 1 else m.delta[:, None])
-            for m in self._met
+            for m in self.met
             if m.delta is not None
         ]
 
@@ -252,10 +251,10 @@ class Capture:
         leaves = {name: self.params[name] for name in self._broadcast}
         if self._size == 1:
             return {k: self.plain.get(k, torch.zeros_like(p))[None] for k, p in leaves.items()}
-        return parameter_rows(self._met, leaves, self._size)
+        return parameter_rows(self.met, leaves, self._size)
 
     def _forget(self) -> None:
-        self._uses, self._anchors, self._met = [], [], []
+        self._uses, self._anchors, self.met = [], [], []
 
     def _enters(self, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, _: Any) -> None:

@@ -233,11 +233,15 @@ class GradientPass:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError) as error:
-                raise NoBatchingRule(first_line(error)) from error
+                raise NoBatchingRule(tuple(chosen), first_line(error)) from error
 
 
 class NoBatchingRule(Exception):
-    """`torch.func.vmap` cannot run this model."""
+    """`torch.func.vmap` cannot run this model, which these parameters need."""
+
+    def __init__(self, names: tuple[str, ...], why: str) -> None:
+        super().__init__(why)
+        self.names = names
 
 
 def roles(plan: Plan) -> dict[str, tuple[str, ...]]:
@@ -265,15 +269,15 @@ def misplaced(
 ) -> list[str]:
     """Layers, or broadcast parameters, with rows that are not those of their examples."""
     size = len(values)
-    calls = [*calls, *capture.met]
-    axes = {**axes, **dict.fromkeys((call.layer for call in capture.met), 0)}
+    met = capture.met_calls
+    calls, axes = [*calls, *met], {**axes, **dict.fromkeys((call.layer for call in met), 0)}
     found = [c.layer for c in calls if not _has_axis(c, axes[c.layer], size)]
     if found or size == 1 or not calls:
         return list(dict.fromkeys(found))
     # By the golden ratio, so that neighbours differ and no period of the batch is met.
     steps = (torch.arange(size, dtype=torch.float64) * 0.6180339887498949 % 1.0 * 8).floor() - 4
     weights = torch.exp2(steps).to(values)
-    again = [*capture.backward(values, weights), *capture.met]
+    again = [*capture.backward(values, weights), *capture.met_calls]
     for call, other in zip(calls, again, strict=True):
         examples = Examples(
             size, axes[call.layer], torch.promote_types(call.delta.dtype, torch.float32)

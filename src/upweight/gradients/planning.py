@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ from upweight.task.task import Task
 
 PROBE = 3
 """Examples to plan with: in batches of two sizes, to see their axis; with weights, to check."""
+
+TOGETHER = 16
+"""Examples to measure with what it costs to take them one at a time."""
 
 _Shapes = tuple[torch.Size, ...]
 """Of a call's output and of its input."""
@@ -87,14 +91,38 @@ class _Planning:
         made = self._made()
         self._find_broadcast()
         made = self._made()
-        reason = self._no_batching_rule(made)
-        if reason is not None:
+        alone = self._no_batching_rule(made)
+        if alone:
             # One example at a time, every row of a layer is that example's.
-            self.owners, self.left = whole
-            self.broadcast = ()
-            self.notes.append(f"examples are taken one at a time, because {reason}")
+            self.owners = {k: s for k, s in whole[0].items() if k not in self.broadcast}
+            self.left = {k: why for k, why in self.left.items() if k not in self.owners}
+            self._note_alone(made, alone)
             made = self._made(one_by_one=True)
         return self._matched(made)
+
+    def _note_alone(self, made: Plan, names: Sequence[str]) -> None:
+        its, them = ("their", "them") if len(names) > 1 else ("its", "it")
+        self.notes.append(
+            f"examples are taken one at a time, about {self._times_slower(made)} times slower, "
+            f"because of {listed(names)}: there is no layer rule for {its} use, and torch.func "
+            f'cannot run the model; Task(params="pattern") can leave {them} out'
+        )
+
+    def _times_slower(self, made: Plan) -> int:
+        """What examples take alone, over what they take together, forwards and backwards."""
+        seconds = {}
+        with Capture(self.task, self.theta, roles(made), made.repeated) as capture:
+            for size in (TOGETHER, 1):
+                batch = self.task.to_device(self.data.take([0] * size))
+                took = []
+                for _ in range(3):
+                    start = perf_counter()
+                    values = capture.watch(partial(_checked, self.task, batch=batch), size)
+                    capture.backward(values)
+                    values.sum().item()  # waits for a device
+                    took.append(perf_counter() - start)
+                seconds[size] = min(took)
+        return max(1, round(TOGETHER * seconds[1] / seconds[TOGETHER]))
 
     def _matched(self, made: Plan) -> Plan:
         """The plan without the layers whose gradients are not autograd's."""
@@ -104,7 +132,8 @@ class _Planning:
         for name in wrong:
             self._leave(name, "its layers' gradients differ from autograd's")
         made = self._made(made.one_by_one)
-        if not made.one_by_one and self._no_batching_rule(made) is not None:
+        if not made.one_by_one and (alone := self._no_batching_rule(made)):
+            self._note_alone(made, alone)
             made = self._made(one_by_one=True)
         left = self._mismatches(made)
         if left:
@@ -151,7 +180,7 @@ class _Planning:
                 for batch, size in self._probe():
                     values = capture.watch(partial(_checked, self.task, batch=batch), size)
                     calls = capture.backward(values)
-                    seen |= {call.layer for call in capture.met}
+                    seen |= {name for m in capture.met if m.delta is not None for name in m.names}
                     wrong |= {name for name in candidates if name in capture.bypassed}
                     wrong |= set(misplaced(capture, values, calls, made.layers))
         except (RuntimeError, ValueError, IndexError, TypeError, UpweightError):
@@ -180,11 +209,10 @@ class _Planning:
             for start, stop, batch in self.data.subset(few).batches(len(few))
         ]
 
-    def _no_batching_rule(self, made: Plan) -> str | None:
-        """Why `torch.func` cannot run what was left to it on a batch, if so."""
-        return next(
-            (why for p in self._probe() if (why := _no_batching_rule(made, self.theta, *p))), None
-        )
+    def _no_batching_rule(self, made: Plan) -> tuple[str, ...]:
+        """The parameters left to `torch.func`, if it cannot run the model on a batch."""
+        found = (_no_batching_rule(made, self.theta, *p) for p in self._probe())
+        return next((names for names in found if names), ())
 
     def _mismatches(self, made: Plan) -> list[str]:
         """Parameters whose gradients by the plan are not autograd's."""
@@ -195,9 +223,9 @@ class _Planning:
         axes = {s.layer: self.axes[s.layer] for o in self.owners.values() for s in o}
         repeated = {layer: on_axis for layer, on_axis in self.repeated.items() if layer in axes}
         left = {name: why for name, why in self.left.items() if name not in self.broadcast}
-        made = _planned(
-            self.task, self.owners, axes, (*_notes(left), *self.notes), self.broadcast
-        )
+        # Alone, an example's gradient in them is that of the batch.
+        notes = () if one_by_one else _notes(left)
+        made = _planned(self.task, self.owners, axes, (*notes, *self.notes), self.broadcast)
         return dataclasses.replace(
             made, repeated=repeated, one_by_one=one_by_one, computes_in=self.dtypes
         )
@@ -442,10 +470,18 @@ def _matrix_blocks(
     where: tuple[Source, ...],
     is_transposed: bool,
 ) -> tuple[list[Block], dict[str, tuple[Source, ...]]]:
-    """A block for a weight, or one for each group of a convolution."""
-    groups = getattr(model.get_submodule(where[0].layer), "groups", 1)
-    first, rest = shape[0], math.prod(shape[1:])
-    outputs, inputs = (rest, first) if is_transposed else (first, rest)
+    """A block for a weight, or one for each group of a convolution or each expert."""
+    module = model.get_submodule(where[0].layer)
+    rule = rule_for(module)
+    if rule is not None and rule.is_stacked and len(shape) == 3:
+        groups, *rest = shape
+        size, inputs = reversed(rest) if is_transposed else rest
+        outputs = groups * size
+    else:
+        groups = 1 if rule is not None and rule.is_stacked else getattr(module, "groups", 1)
+        first, width = shape[0], math.prod(shape[1:])
+        is_transposed = is_transposed and not (rule is not None and rule.is_stacked)
+        outputs, inputs = (width, first) if is_transposed else (first, width)
     width = inputs + (bias is not None)
     if groups == 1:
         rows = (0, outputs)
@@ -456,7 +492,9 @@ def _matrix_blocks(
     sources = {}
     for k in range(groups):
         rows = (k * size, (k + 1) * size)
-        made = MatrixBlock(f"{name}[{rows[0]}:{rows[1]}]", name, bias, (size, width), rows)
+        made = MatrixBlock(
+            f"{name}[{rows[0]}:{rows[1]}]", name, bias, (size, width), rows, is_transposed
+        )
         blocks.append(made)
         sources[made.name] = tuple(Source(s.layer, f"{s.role}[{k}]") for s in where)
     return blocks, sources
@@ -473,13 +511,13 @@ def _checked(task: Task, params: Params, batch: Batch) -> Tensor:
 
 def _no_batching_rule(
     made: Plan, theta: Float[Tensor, " p"], batch: Batch, size: int
-) -> str | None:
+) -> tuple[str, ...]:
     with GradientPass(made, theta) as gradients:
         try:
             gradients.require_batching(lambda p, b: _checked(made.task, p, b), batch, size)
         except NoBatchingRule as error:
-            return f"torch.func.vmap cannot run the model: {error}"
-    return None
+            return error.names
+    return ()
 
 
 def _eps(dtypes: Iterable[torch.dtype]) -> float:
