@@ -10,7 +10,7 @@ No layer has to speak for p, wherever it is kept. Where p is used in another way
 matrix made of it), the plain gradient reaches p itself, which tells that gᵢ lacks something.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +76,7 @@ class Broadcasting(TorchFunctionMode):
             return func(*args, **kwargs)
         kind = getattr(func, "__name__", "").strip("_")
         if kind.removeprefix("r") in _ELEMENTWISE or kind.removeprefix("i") in _ELEMENTWISE:
-            whole, own = (torch.broadcast_shapes(*(x.shape for x in xs)) for xs in (tensors, free))
+            whole, own = _broadcast(tensors), _broadcast(free)
             if whole != own and whole[0] % self.size == 0:
                 return self._with_axes(func, args, kwargs, free, whole[0], len(whole))
         elif func is F.scaled_dot_product_attention and not any(x is args[0] for x in free):
@@ -122,6 +122,11 @@ class Broadcasting(TorchFunctionMode):
         if out.shape == (self.size * x.shape[0], *x.shape[1:]):
             return self._with_axis(x, self.size, x.ndim + 1).reshape(out.shape)
         return None
+
+
+def _broadcast(tensors: Iterable[Tensor]) -> torch.Size:
+    shapes = [x.shape for x in tensors]
+    return torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _tensors(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Iterable[Tensor]:

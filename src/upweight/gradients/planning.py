@@ -1,10 +1,10 @@
 """Which rule gives which parameter's gradient? Assigned by running the model, then checked.
 
 A few examples show which layers run and on which axis each sees the examples. The check: Σᵢ cᵢ gᵢ
-with unequal cᵢ, from the factors, must be the gradient that autograd gives for Σᵢ cᵢ ℓᵢ. A parameter
-that no layer's rule accounts for is looked for where it meets the examples (`broadcast.py`). What
-fails is left to `torch.func`, and the plan says so; where `torch.func` cannot run the model on a
-batch, examples are taken one at a time.
+with unequal cᵢ, from the factors, must be the gradient that autograd gives for Σᵢ cᵢ ℓᵢ. What no
+layer's rule accounts for is looked for where it meets the examples (`broadcast.py`). What fails is
+left to `torch.func`, and the plan says so; where `torch.func` cannot run the model on a batch,
+examples are taken one at a time.
 """
 
 import dataclasses
@@ -313,7 +313,7 @@ class _Planning:
 
 
 def _owners(task: Task) -> tuple[dict[str, tuple[Source, ...]], dict[str, str]]:
-    """The layers that use each chosen parameter; and the parameters that no layer has a rule for."""
+    """The layers that use each chosen parameter; and parameters that none has a rule for."""
     model = task.model
     names = {id(p): name for name, p in model.named_parameters() if name in task.layout.names}
     owners: dict[str, list[Source]] = {}
