@@ -725,6 +725,23 @@ def flattened(g):
     return task, (draw(g, 5, 4, 3), labels(g, 5, 2))
 
 
+class GainedPositionsFirst(nn.Module):
+    """A scale that meets the examples on their second axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.head = nn.Parameter(torch.ones(3)), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head((x.movedim(1, 0) * self.gain).tanh().sum(dim=0))
+
+
+@case_named("gained_positions_first", by_function=["gain"])
+def gained_positions_first(g):
+    task = uw.Task(initialized(GainedPositionsFirst(), g), uw.CrossEntropy())
+    return task, (draw(g, 5, 4, 3), labels(g, 5, 2))
+
+
 @case_named("flattened_positions_first", by_function=["body.*"])
 def flattened_positions_first(g):
     task = uw.Task(initialized(Flattened(True), g), uw.CrossEntropy())

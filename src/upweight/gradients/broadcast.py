@@ -79,6 +79,8 @@ class Broadcasting(TorchFunctionMode):
             whole, own = _broadcast(tensors), _broadcast(free)
             if whole != own and whole[0] % self.size == 0:
                 return self._with_axes(func, args, kwargs, free, whole[0], len(whole))
+            if any(x.requires_grad and id(x) not in self._free for x in tensors):
+                return func(*args, **kwargs)  # no function of parameters alone
         elif func is F.scaled_dot_product_attention and not any(x is args[0] for x in free):
             query = args[0]
             return self._with_axes(func, args, kwargs, free, len(query), query.ndim)

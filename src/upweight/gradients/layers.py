@@ -423,7 +423,8 @@ def _experts(module: Any, call: Call, examples: Examples) -> Contributions:
     found: dict[str, Factors] = {}
     biases: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for k in range(module.num_experts):
-        rows, slots = torch.where(chosen == k)
+        is_chosen = chosen == k
+        (rows,) = torch.where(is_chosen.any(dim=1))
         if len(rows) == 0:
             continue
         up, up_bias = _expert_map(module, first, k, examples.dtype)
@@ -431,7 +432,7 @@ def _experts(module: Any, call: Call, examples: Examples) -> Contributions:
         with torch.enable_grad():
             hidden = F.linear(x[rows], up, up_bias).requires_grad_()
             inner = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-        outer = delta[rows] * weights[rows, slots, None]
+        outer = delta[rows] * (weights * is_chosen)[rows].sum(dim=1, keepdim=True)
         (back,) = torch.autograd.grad(inner, hidden, outer @ down)
         places = _places(rows, len(x) // examples.size, examples.size)
         for name, left, right in ((first, back, x[rows]), ("down_proj", outer, inner.detach())):
