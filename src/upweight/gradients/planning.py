@@ -104,7 +104,7 @@ class _Planning:
         its, them = ("their", "them") if len(names) > 1 else ("its", "it")
         self.notes.append(
             f"examples are taken one at a time, about {self._times_slower(made)} times slower, "
-            f"because of {listed(names)}: there is no layer rule for {its} use, and torch.func "
+            f"because of {listed(names, 2)}: there is no layer rule for {its} use, and torch.func "
             f'cannot run the model; Task(params="pattern") can leave {them} out'
         )
 
