@@ -250,7 +250,7 @@ def test_checkpointing_beside_parameters_without_a_rule():
 
     task, batch = chain(Gained())
     made = plan(task, task.theta(), as_data(batch))
-    assert made.broadcast == ("gain",)
+    assert made.by_function == ("gain",)
     torch.testing.assert_close(gradient_rows(made, batch), dense.gradients(task, batch), **EXACT)
 
 
