@@ -650,12 +650,12 @@ USES = {
     "tied_throughout": (TiedThroughout, []),
     "registered_twice": (Registered, []),
     "by_keyword": (ByKeyword, []),
-    "gained": (Gained, ["gain"]),
+    "gained": (Gained, []),
     "used_bare": (UsedBare, ["body.weight"]),
     "subclass_that_changes_forward": (WithDoubling, []),
     "own_layer": (WithGain, []),
     "own_layer_hooked": (WithGainHooked, []),
-    "own_layer_of_two_inputs": (WithTwoInputs, ["mix.*"]),
+    "own_layer_of_two_inputs": (WithTwoInputs, []),
     "own_layer_that_vmap_cannot_run": (WithBranch, []),
     "own_layer_used_twice": (WithGainTwice, []),
     "subclass_that_does_not": (WithNamed, []),
@@ -722,6 +722,23 @@ class Flattened(nn.Module):
 @case_named("flattened")
 def flattened(g):
     task = uw.Task(initialized(Flattened(False), g), uw.CrossEntropy())
+    return task, (draw(g, 5, 4, 3), labels(g, 5, 2))
+
+
+class GainedPositionsFirst(nn.Module):
+    """A scale that meets the examples on their second axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.head = nn.Parameter(torch.ones(3)), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head((x.movedim(1, 0) * self.gain).tanh().sum(dim=0))
+
+
+@case_named("gained_positions_first", by_function=["gain"])
+def gained_positions_first(g):
+    task = uw.Task(initialized(GainedPositionsFirst(), g), uw.CrossEntropy())
     return task, (draw(g, 5, 4, 3), labels(g, 5, 2))
 
 

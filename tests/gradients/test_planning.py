@@ -93,11 +93,10 @@ def test_attention_is_two_matrices():
 # -- notes ----------------------------------------------------------------------------------------
 
 NOTES = {
-    "gained": r"gain: .* by torch.func, because Gained \(the model\) has no layer rule for it",
     "weight_norm": r"weight.original0, .*weight.original1: .* because ParametrizationList",
     "used_bare": r"body.weight: .* because it is also used outside of its layers",
     "flattened_positions_first": r"weight, body.bias: .* does not keep the examples in their order",
-    "lstm": r"examples are taken one at a time, because torch.func.vmap cannot run the model: ",
+    "lstm": r"one at a time, about \d+ times slower, because of layer.weight_ih_l0, .*params=",
 }
 
 
@@ -196,10 +195,10 @@ def test_layers_after_repeated_positions_need_no_repeating():
     torch.testing.assert_close(gradient_rows(made, data.batch(0, 6)), expected, **EXACT)
 
 
-def test_positions_that_cannot_be_repeated_are_left_to_torch_func():
+def test_positions_that_cannot_be_repeated_are_told_apart_where_they_are_added():
     task, data = language(Unsqueezed())
     made = plan(task, task.theta(), data)
-    assert made.by_function == ("positions.embed.weight",)
+    assert (made.by_function, made.broadcast) == ((), ("positions.embed.weight",))
     expected = dense.gradients(task, data)
     torch.testing.assert_close(gradient_rows(made, data.batch(0, 6)), expected, **EXACT)
 

@@ -138,6 +138,117 @@ def test_experts_in_a_dtype_that_their_kernel_lacks():
     config._experts_implementation = "grouped_mm"
     task = uw.Task(task.model.float(), uw.CrossEntropy())
     found = at(method.fit(task, data), 0).attribute(data).values
+    # An expert sees a few tokens of these: eigenvalues of its covariances lie close, and rounding
+    # turns their eigenvectors.
     torch.testing.assert_close(
-        found.double(), exact, rtol=1e-3, atol=1e-4 * float(exact.abs().max())
+        found.double(), exact, rtol=1e-3, atol=5e-3 * float(exact.abs().max())
     )
+
+
+def opt():
+    return transformers().OPTForCausalLM(
+        transformers().OPTConfig(
+            hidden_size=8,
+            word_embed_proj_dim=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            ffn_dim=12,
+            max_position_embeddings=7,
+            **SIZES,
+        )
+    )
+
+
+def sized(**more):
+    return {
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 12,
+        "max_position_embeddings": 7,
+        "pad_token_id": 0,
+        **SIZES,
+        **more,
+    }
+
+
+def tied_bias():
+    config = sized()
+    config.pop("num_key_value_heads")
+    return transformers().BertForMaskedLM(transformers().BertConfig(**config))
+
+
+def gemma2():
+    return transformers().Gemma2ForCausalLM(transformers().Gemma2Config(**sized(head_dim=4)))
+
+
+def mixtral():
+    config = sized(num_local_experts=3, experts_implementation="eager")
+    return transformers().MixtralForCausalLM(transformers().MixtralConfig(**config))
+
+
+def gpt_oss():
+    """Experts with biases, kept as [E, i, o]."""
+    config = sized(
+        head_dim=4, num_local_experts=3, num_experts_per_tok=2, experts_implementation="eager"
+    )
+    return transformers().GptOssForCausalLM(transformers().GptOssConfig(**config))
+
+
+def adapted(kind):
+    def build():
+        peft = pytest.importorskip("peft")
+        maps = ["v_proj", "down_proj"]
+        config = {
+            "dora": lambda: peft.LoraConfig(r=2, use_dora=True, target_modules=maps),
+            "ia3": lambda: peft.IA3Config(target_modules=maps, feedforward_modules=maps[1:]),
+        }[kind]()
+        return peft.get_peft_model(llama(), config)
+
+    return build
+
+
+FAMILIES = {
+    "shifted positions": opt,
+    "tied bias": tied_bias,
+    "scaled embedding": gemma2,
+    "experts": mixtral,
+    "experts with biases": gpt_oss,
+    "DoRA": adapted("dora"),
+    "IA3": adapted("ia3"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_example_is_taken_alone_for_the_sake_of(name):
+    """Batches of a size that the plan did not see give each example's own gradient by autograd."""
+    torch.manual_seed(0)
+    task, data = language(FAMILIES[name](), per_token=True)
+    made = plan(task, task.theta(), data)
+    assert (made.notes, made.by_function) == ((), ())
+    found, expected = gradient_rows(made, data.batch(0, 5)), dense.gradients(task, data)
+    assert bool(expected.any(dim=0).any())
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_encoder_and_a_decoder_with_one_table_of_positions_between_tokens():
+    """T5: `shared` is held three times, positions are looked up once and added to the scores."""
+    torch.manual_seed(0)
+    config = transformers().T5Config(
+        d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2, decoder_start_token_id=0, **SIZES
+    )
+    model, data = language(transformers().T5ForConditionalGeneration(config), per_token=True)
+
+    def forward(model, batch):
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        return model(**inputs, decoder_input_ids=batch["input_ids"]).logits, batch["labels"]
+
+    task = uw.Task(model.model, uw.CrossEntropy(), forward=forward)
+    made = plan(task, task.theta(), data)
+    assert (made.notes, made.by_function) == ((), ())
+    assert all("relative_attention_bias" in name for name in made.broadcast)
+    found, expected = gradient_rows(made, data.batch(0, 5)), dense.gradients(task, data)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

@@ -100,6 +100,7 @@ class Plan:
         layers: The layers to watch, with the axis on which each sees the examples.
         sources: By block name and parameter: where its gradient comes from.
         by_function: Parameters left to `torch.func`.
+        broadcast: Parameters that meet the examples by broadcasting, without a layer's rule.
         notes: What fell back and why.
         repeated: The layers whose output is the same for every example and is copied for each, and
             whether it has an axis of size 1 for that.
@@ -116,6 +117,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     repeated: Mapping[str, bool] = field(default_factory=dict)
     one_by_one: bool = False
+    broadcast: tuple[str, ...] = ()
     computes_in: frozenset[torch.dtype] = frozenset()
 
     @property

@@ -9,23 +9,30 @@ backward pass through the activations alone: about two thirds of what training c
 multiplies out every weight's gradient. Whatever else uses those parameters (a measure of the
 weights, `x @ layer.weight`) is noticed and named in `bypassed`: no layer would account for it.
 
+An embedding of another class (of shifted places, or scaled afterwards) is watched inside, where it
+looks up its weight. Parameters without a layer may be watched by themselves (`broadcast.py`).
+
 The hooks live inside the context: model, parameters and hooks come back as they were.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch, Params
 from upweight.errors import UnsupportedModel
+from upweight.gradients.broadcast import Broadcasting, Met, parameter_rows
+from upweight.gradients.functional import as_dense
 from upweight.task.gradients import require_recording
 from upweight.task.lent import lent, without_fast_path
 from upweight.task.task import Task
@@ -79,6 +86,8 @@ class Capture:
         repeated: Watched layers whose output is the same for every example (embedded positions):
             here they give one copy per example, each with its own δ. The value says whether the
             output has an axis of size 1 for the copies; otherwise they get a new first axis.
+        broadcast: Parameters to watch where they meet the examples by broadcasting.
+        others: Parameters whose plain gradient is of interest, see `plain`.
 
     Raises:
         NotDifferentiable: Entered inside `torch.inference_mode()`.
@@ -92,17 +101,27 @@ class Capture:
         theta: Float[Tensor, " p"],
         layers: Mapping[str, Sequence[str]],
         repeated: Mapping[str, bool] | None = None,
+        broadcast: Sequence[str] = (),
+        others: Sequence[str] = (),
     ) -> None:
         self.task, self.layers = task, dict(layers)
         self.bypassed: tuple[str, ...] = ()
-        """Parameters of watched layers that the last `backward` found in use elsewhere."""
+        """Watched parameters that the last `backward` found in use elsewhere."""
+        self.plain: dict[str, Tensor] = {}
+        """The gradients that the last `backward` found for parameters themselves: of all that is
+        watched none, but for broadcast ones in a batch of one example, which are that example's."""
         self._repeated = dict(repeated or {})
-        names = _accounted(task, self.layers)
+        self._broadcast = tuple(broadcast)
+        self._watched = {*_accounted(task, self.layers), *self._broadcast}
+        names = {*self._watched, *others}
         self.params = {
             k: v.detach().requires_grad_(k in names) for k, v in task.named(theta).items()
         }
-        """θ by name: leaves where layers account for them, constants elsewhere."""
+        """θ by name: leaves where they are watched or of interest, constants elsewhere."""
         self._size = 0
+        self.met: list[Met] = []
+        """Where broadcast parameters met the examples."""
+        self._looking_up: list[tuple[str, nn.Module]] = []
         self._uses: list[_Use] = []
         self._anchors: list[Tensor] = []
         self._taken: list[tuple[nn.Module, list[tuple[nn.Module, str, Any]]]] = []
@@ -117,6 +136,12 @@ class Capture:
         self._context.enter_context(without_fast_path())
         for name, roles in self.layers.items():
             module = self.task.model.get_submodule(name)
+            if looks_up_inside(module):
+                self._context.callback(module.register_forward_pre_hook(self._enters(name)).remove)
+                self._context.callback(
+                    module.register_forward_hook(self._leaves, always_call=True).remove
+                )
+                continue
             # Around the layer itself, within hooks of the user's own: what it was called with and
             # what it returned.
             for handle in (
@@ -144,17 +169,29 @@ class Capture:
     def watch(self, function: Callable[[Any], Any], size: int | None = None) -> Any:
         """function(θ), θ by name, for any function that calls the model, ready for `backward`.
 
-        With `repeated` layers it needs the number of examples.
+        With `repeated` layers or `broadcast` parameters it needs the number of examples.
         """
         self._forget()
         self._size = size or 0
         self._listening = True
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), self._inside_calls(self.met):
                 return function(self.params)
         finally:
             self._listening = False
             self._taken.clear()
+            self._looking_up.clear()
+
+    @contextmanager
+    def _inside_calls(self, met: list[Met] | None) -> Iterator[None]:
+        """What no hook sees, watched by mode: lookups inside of layers, and broadcasting."""
+        with ExitStack() as stack:
+            if any(looks_up_inside(self.task.model.get_submodule(k)) for k in self.layers):
+                stack.enter_context(_Lookups(self))
+            if self._broadcast and self._size > 1:
+                leaves = {name: self.params[name] for name in self._broadcast}
+                stack.enter_context(Broadcasting(leaves, self._size, met))
+            yield
 
     def backward(self, values: Tensor, cotangents: Tensor | None = None) -> list[Call]:
         """Each use of each watched layer with its δ = ∂⟨cotangents, values⟩/∂(its output).
@@ -164,26 +201,35 @@ class Capture:
         """
         for use in self._uses:
             use.delta = None
-        self.bypassed = ()
+        for each in self.met:
+            each.delta = None
+        self.bypassed, self.plain = (), {}
         leaves = {name: p for name, p in self.params.items() if p.requires_grad}
-        sources = [*self._anchors, *leaves.values()]
+        sources = [*self._anchors, *(m.leaf for m in self.met), *leaves.values()]
         if sources and values.requires_grad:
             ones = torch.ones_like(values) if cotangents is None else cotangents
             self._replaying = True
             try:
-                found = inside(
-                    self.task,
-                    self.params,
-                    lambda: torch.autograd.grad(
-                        values, sources, ones, retain_graph=True, allow_unused=True
-                    ),
-                )
+                with self._inside_calls(None):
+                    found = inside(
+                        self.task,
+                        self.params,
+                        lambda: torch.autograd.grad(
+                            values, sources, ones, retain_graph=True, allow_unused=True
+                        ),
+                    )
             finally:
                 self._replaying = False
                 self._taken.clear()
-            direct = found[len(self._anchors) :]
+                self._looking_up.clear()
+            found = found[len(self._anchors) :]
+            for each, delta in zip(self.met, found[: len(self.met)], strict=True):
+                each.delta = delta
+            direct = zip(leaves, found[len(self.met) :], strict=True)
+            self.plain = {name: as_dense(g) for name, g in direct if g is not None}
+            fine = self._broadcast if self._size == 1 else ()
             self.bypassed = tuple(
-                name for name, g in zip(leaves, direct, strict=True) if g is not None
+                name for name in self.plain if name in self._watched and name not in fine
             )
         return [
             Call(use.layer, use.args, use.kwargs, use.delta, use.made)
@@ -191,8 +237,43 @@ class Capture:
             if use.delta is not None
         ]
 
+    @property
+    def met_calls(self) -> list[Call]:
+        """What was met, each as a call of the parameter's name with δ `[b·k, d]`."""
+        return [
+            Call(m.names[0], (), {}, m.delta.flatten(1) if m.delta.ndim > 1 else m.delta[:, None])
+            for m in self.met
+            if m.delta is not None
+        ]
+
+    def broadcast_rows(self) -> dict[str, Tensor]:
+        """gᵢ of each broadcast parameter, `[b, *p]`, after `backward`."""
+        leaves = {name: self.params[name] for name in self._broadcast}
+        if self._size == 1:
+            return {k: self.plain.get(k, torch.zeros_like(p))[None] for k, p in leaves.items()}
+        return parameter_rows(self.met, leaves, self._size)
+
     def _forget(self) -> None:
-        self._uses, self._anchors = [], []
+        self._uses, self._anchors, self.met = [], [], []
+
+    def _enters(self, name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, _: Any) -> None:
+            self._looking_up.append((name, module))
+
+        return hook
+
+    def _leaves(self, module: nn.Module, *_: Any) -> None:
+        if self._looking_up and self._looking_up[-1][1] is module:
+            self._looking_up.pop()
+
+    def looks_up(self, weight: Any = None, **_: Any) -> bool:
+        """Whether a weight is that of the layer that runs."""
+        return bool(self._looking_up) and weight is self._looking_up[-1][1]._parameters["weight"]
+
+    def lookup(self, input: Tensor, weight: Tensor, *rest: Any, **more: Any) -> Tensor:
+        """A lookup in the weight of the layer that runs: the layer's use."""
+        out = F.embedding(input, weight.detach(), *rest, **more)
+        return self._watched_output(self._looking_up[-1][0], (input,), {}, out)
 
     def _before(self, roles: Sequence[str]) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, _: Any) -> None:
@@ -233,25 +314,53 @@ class Capture:
             tensor, rest = _first(output)
             if tensor is None or not tensor.is_floating_point():
                 return output
-            if name in self._repeated:
-                on_axis = self._repeated[name]
-                tensor = _copies(tensor, self._size, on_axis)
-                args, kwargs = tree_map(lambda x: _copies(x, self._size, on_axis), (args, kwargs))
-            if not tensor.requires_grad:
-                # The first layers of the graph: from here on autograd has something to record. The
-                # copy lets an in-place activation follow, which a leaf would not allow.
-                leaf = tensor.detach().requires_grad_()
-                tensor = leaf.clone()
-                if self._listening:
-                    self._anchors.append(leaf)
-            if self._listening:
-                # Not copied: a model that wrote over a layer's input could not have been trained.
-                use = _Use(name, *tree_map(_detached, (args, kwargs)))
-                self._uses.append(use)
-                tensor.register_hook(lambda delta: _record(use, delta))  # type: ignore[no-untyped-call]
+            tensor = self._watched_output(name, args, kwargs, tensor)
             return tensor if rest is None else (tensor, *rest)
 
         return hook
+
+    def _watched_output(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor
+    ) -> Tensor:
+        """The output of a layer, whose δ will be recorded."""
+        if name in self._repeated:
+            on_axis = self._repeated[name]
+            tensor = _copies(tensor, self._size, on_axis)
+            args, kwargs = tree_map(lambda x: _copies(x, self._size, on_axis), (args, kwargs))
+        if not tensor.requires_grad:
+            # The first layers of the graph: from here on autograd has something to record. The
+            # copy lets an in-place activation follow, which a leaf would not allow.
+            leaf = tensor.detach().requires_grad_()
+            tensor = leaf.clone()
+            if self._listening:
+                self._anchors.append(leaf)
+        if self._listening:
+            # Not copied: a model that wrote over a layer's input could not have been trained.
+            use = _Use(name, *tree_map(_detached, (args, kwargs)))
+            self._uses.append(use)
+            tensor.register_hook(lambda delta: _record(use, delta))  # type: ignore[no-untyped-call]
+        return tensor
+
+
+class _Lookups(TorchFunctionMode):
+    """Tells a capture when the layer that runs looks up its own weight."""
+
+    def __init__(self, capture: Capture) -> None:
+        super().__init__()
+        self._capture = capture
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.embedding and self._capture.looks_up(*args[1:2], **kwargs):
+            return self._capture.lookup(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def looks_up_inside(module: nn.Module) -> bool:
+    """Whether an embedding does more than that: shifts its places, scales what it looked up."""
+    return isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward
 
 
 def as_written() -> AbstractContextManager[Any]:

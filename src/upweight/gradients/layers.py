@@ -6,11 +6,13 @@
     Embedding       g_W = Σ_t e(token_t) ⊗ δ_t
     *Norm           g_γ = Σ_t δ_t ∘ x̂_t                      g_β = Σ_t δ_t
     attention       its projections, each as a Linear
+    experts         each as a Linear of the tokens that are routed to it
     any other       of one input and without parts: vmap(grad) of ⟨δ, layer(a)⟩, the layer alone
 
 A rule says which parameters of its module it accounts for. Parameters of modules that have layers
-inside of them, layers of several inputs, and parameters from which a module computes its weight
-(weight norm) are left to `torch.func` on the whole model. A new layer type is one function here and
+inside of them, of layers of several inputs, and parameters from which a module computes its weight
+are found where they meet the examples (`broadcast.py`), or else (weight norm) left to `torch.func`
+on the whole model. A new layer type is one function here and
 one line in `RULES`.
 """
 
@@ -89,6 +91,7 @@ class Rule:
         has_factors: Whether weights get `Tokens`, or `Rows` like biases.
         has_one_input: Whether it takes calls with one tensor only.
         is_transposed: Whether weights are kept as [i, o]; factors are those of [o, i].
+        is_stacked: Whether weights are [k, o, i] (or [k, i, o]): `weight[j]` for each of k.
     """
 
     parameters: Callable[[Any], tuple[str, ...]]
@@ -97,6 +100,7 @@ class Rule:
     has_factors: bool = True
     has_one_input: bool = False
     is_transposed: bool = False
+    is_stacked: bool = False
 
 
 def _own(*names: str) -> Callable[[nn.Module], tuple[str, ...]]:
@@ -385,6 +389,95 @@ def _same(x: Tensor, y: Tensor) -> bool:
     return (x.data_ptr(), x.shape, x.stride()) == (y.data_ptr(), y.shape, y.stride())
 
 
+# -- experts --------------------------------------------------------------------------------------
+
+
+def _expert_parameters(module: nn.Module) -> tuple[str, ...]:
+    return _own(*(f"{name}{end}" for name in _EXPERT_MAPS for end in ("", "_bias")))(module)
+
+
+_EXPERT_MAPS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether a module holds all experts of a layer as [E, …], as those of transformers do."""
+    said = ("num_experts", "has_gate", "has_bias", "is_transposed")
+    return (
+        all(hasattr(module, name) for name in said)
+        and not getattr(module, "has_post_expert_norm", False)
+        and all(name in _expert_parameters(module) for name in module._parameters)
+        and "down_proj" in module._parameters
+    )
+
+
+def _experts(module: Any, call: Call, examples: Examples) -> Contributions:
+    """Each expert's tokens, by example; y = Σ_k w_k D(gate(U x)) over the k experts of a token.
+
+    The step between the two maps runs again, as δ is of the sum over experts only.
+    """
+    given = (*call.args, *call.kwargs.values())
+    x, chosen, weights = (each.reshape(-1, each.shape[-1]) for each in given[:3])
+    x, weights, delta = (each.to(examples.dtype) for each in (x, weights, call.delta))
+    delta = delta.reshape(len(x), -1)
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    found: dict[str, Factors] = {}
+    biases: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for k in range(module.num_experts):
+        is_chosen = chosen == k
+        (rows,) = torch.where(is_chosen.any(dim=1))
+        if len(rows) == 0:
+            continue
+        up, up_bias = _expert_map(module, first, k, examples.dtype)
+        down, _ = _expert_map(module, "down_proj", k, examples.dtype)
+        with torch.enable_grad():
+            hidden = F.linear(x[rows], up, up_bias).requires_grad_()
+            inner = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+        outer = delta[rows] * (weights * is_chosen)[rows].sum(dim=1, keepdim=True)
+        (back,) = torch.autograd.grad(inner, hidden, outer @ down)
+        places = _places(rows, len(x) // examples.size, examples.size)
+        for name, left, right in ((first, back, x[rows]), ("down_proj", outer, inner.detach())):
+            found[f"{name}[{k}]"] = Tokens(*(_placed(y, places) for y in (left, right)))
+            biases.setdefault(f"{name}_bias", []).append((rows, torch.full_like(rows, k), left))
+    if module.has_bias:
+        for name, parts in biases.items():
+            rows, index, left = (torch.cat(each) for each in zip(*parts, strict=True))
+            places = _places(rows, len(x) // examples.size, examples.size)
+            at = _placed(index[:, None], places)[..., 0]
+            found[name] = Lookups(at, module.num_experts, _placed(left, places))
+    return found
+
+
+def _expert_map(module: Any, name: str, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """An expert's [o, i] and its bias."""
+    weight = getattr(module, name)[k].detach().to(dtype)
+    bias = getattr(module, f"{name}_bias")[k].detach().to(dtype) if module.has_bias else None
+    return (weight.mT if module.is_transposed else weight), bias
+
+
+_Places = tuple[Tensor, int, int]
+"""Where each row goes, among b·m places, m of each example; b; m."""
+
+
+def _places(rows: Tensor, per_example: int, size: int) -> _Places:
+    """Rows of an example next to each other: as many places as the example with the most has."""
+    example = rows // per_example
+    order = example.argsort(stable=True)
+    counts = torch.bincount(example, minlength=size)
+    before = counts.cumsum(0) - counts
+    rank = torch.empty_like(rows)
+    rank[order] = torch.arange(len(rows), device=rows.device)
+    most = int(counts.max())
+    return example * most + rank - before[example], size, most
+
+
+def _placed(x: Tensor, places: _Places) -> Tensor:
+    """`[b, m, i]`, 0 where an example has fewer."""
+    where, size, most = places
+    out = x.new_zeros(size * most, x.shape[1])
+    out[where] = x
+    return out.reshape(size, most, -1)
+
+
 # -- any other layer ---------------------------------------------------------------------------
 
 
@@ -488,13 +581,20 @@ _BY_NAME = {
 }
 
 
+_EXPERTS = Rule(_expert_parameters, _experts, is_stacked=True)
+
+
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of a layer, or None where there is none."""
+    if _is_experts(module):
+        return dataclasses.replace(_EXPERTS, is_transposed=bool(module.is_transposed))
     kind = type(module)
     named = _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
     if named is not None:
         return named
     for known, rule in RULES.items():
+        if known is nn.Embedding and isinstance(module, nn.Embedding):
+            return rule  # whatever it does besides looking up, see `hooks.py`
         same = kind.forward is known.forward or kind is known
         if isinstance(module, known) and (same or isinstance(module, _BatchNorm | _InstanceNorm)):
             return rule

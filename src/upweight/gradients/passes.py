@@ -3,8 +3,9 @@
     with GradientPass(plan, theta) as gradients:
         for factors, block in zip(gradients.of(task.losses, batch), plan.blocks): ...
 
-What the layers saw goes through their rules (`layers.py`); parameters without one get per-example
-gradients from `torch.func`.
+What the layers saw goes through their rules (`layers.py`); parameters that meet the examples by
+broadcasting have theirs from that (`broadcast.py`); what is left gets per-example gradients from
+`torch.func`, in batches whose plain gradient reaches it.
 
 Each kind of batch (its size, and the shapes that layers saw in it) is held once to what the rules
 rest on: that row t of a layer's output belongs to the example it is counted for. If so, doubling
@@ -27,7 +28,7 @@ from upweight.errors import NotDifferentiable, ScalarLoss, UnsupportedModel
 from upweight.gradients.autograd import first_line
 from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source
 from upweight.gradients.factored import Factors, Rows, Tokens, stacked
-from upweight.gradients.functional import as_dense, over_examples
+from upweight.gradients.functional import over_examples
 from upweight.gradients.hooks import Call, Capture, inside
 from upweight.gradients.layers import Examples, rule_for
 from upweight.task.batches import cut
@@ -41,7 +42,9 @@ class GradientPass:
 
     def __init__(self, plan: Plan, theta: Float[Tensor, " p"]) -> None:
         self.plan = plan
-        self._capture = Capture(plan.task, theta, roles(plan), plan.repeated)
+        self._capture = Capture(
+            plan.task, theta, roles(plan), plan.repeated, plan.broadcast, plan.by_function
+        )
         self._placed: set[Any] = set()
         self._has_warned = False
         self._is_alone = False
@@ -119,6 +122,7 @@ class GradientPass:
                 "let the measure depend on parameters through the model's outputs, or leave these "
                 'parameters out with Task(params="pattern").',
             )
+        rows = self._capture.broadcast_rows()
         lost = self._misplaced(values, calls)
         if lost:
             self._warn(f"the examples of a batch cannot be told apart in {', '.join(lost[:3])}")
@@ -131,7 +135,7 @@ class GradientPass:
                 lambda: _contributions(plan.task.model, calls, plan.layers, size, plan.dtype),
             )
         try:
-            rows = self.by_function(function, batch, size)
+            rows |= self._by_function(function, batch, size)
         except NoBatchingRule as error:
             self._warn(f"torch.func.vmap cannot run the model on a batch ({error})")
             return self._one_by_one(function, batch, size)
@@ -153,7 +157,7 @@ class GradientPass:
         self._has_warned = True
 
     def _require_graph(self, values: Tensor) -> None:
-        if not self.plan.layers or values.requires_grad:
+        if not (self.plan.layers or self.plan.broadcast) or values.requires_grad:
             return
         raise NotDifferentiable(
             "The value must depend on the chosen layers through differentiable steps.",
@@ -199,43 +203,51 @@ class GradientPass:
             pieces.append(sum((p.values for p in parts if isinstance(p, Rows)), zero))
         return Rows(torch.cat(pieces, dim=1))
 
-    def by_function(self, function: Function, batch: Any, size: int) -> dict[str, Tensor]:
-        """Per-example gradients of the parameters that no layer accounts for."""
-        names = self.plan.by_function
-        if not names:
-            return {}
-        params = {name: p.detach() for name, p in self._capture.params.items()}
-        chosen = {name: params.pop(name) for name in names}
+    def require_batching(self, function: Function, batch: Any, size: int) -> None:
+        """Ask that `torch.func` can run a batch, if it has to.
 
-        def value(some: Params, one: Any) -> Tensor:
-            return function({**params, **some}, one)[0]
+        Raises:
+            NoBatchingRule: It cannot.
+        """
+        self._capture.backward(self._watched(function, batch, size))
+        self._by_function(function, batch, size)
+
+    def _by_function(self, function: Function, batch: Any, size: int) -> dict[str, Tensor]:
+        """Per-example gradients of the parameters that no layer accounts for, after `backward`."""
+        params = {name: p.detach() for name, p in self._capture.params.items()}
+        plain, names = self._capture.plain, self.plan.by_function
+        if size == 1:
+            return {k: plain.get(k, torch.zeros_like(params[k]))[None] for k in names}
+        found = {k: torch.zeros_like(params[k]).expand(size, *params[k].shape) for k in names}
+        chosen = {name: params.pop(name) for name in names if name in plain}
+        if not chosen:
+            return found
+
+        def one(example: Any) -> dict[str, Tensor]:
+            return torch.func.grad(lambda some: function({**params, **some}, example)[0])(chosen)
 
         # Fused attention has no rule for vmap; its formula has.
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            if size == 1:
-                leaves = {name: p.clone().requires_grad_() for name, p in chosen.items()}
-                alone = value(leaves, batch)
-                task = self.plan.task
-                return inside(task, {**params, **leaves}, lambda: _gradients(alone, leaves))
-
-            def one(example: Any) -> dict[str, Tensor]:
-                return torch.func.grad(lambda some: value(some, example))(chosen)
-
             try:
-                return over_examples(one, batch, size)
+                return found | over_examples(one, batch, size)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError) as error:
-                raise NoBatchingRule(first_line(error)) from error
+                raise NoBatchingRule(tuple(chosen), first_line(error)) from error
 
 
 class NoBatchingRule(Exception):
-    """`torch.func.vmap` cannot run this model."""
+    """`torch.func.vmap` cannot run this model, which these parameters need."""
+
+    def __init__(self, names: tuple[str, ...], why: str) -> None:
+        super().__init__(why)
+        self.names = names
 
 
 def roles(plan: Plan) -> dict[str, tuple[str, ...]]:
     """The layers to watch, and the parameters that each accounts for."""
-    model, covered = plan.task.model, set(plan.task.layout.names) - set(plan.by_function)
+    model = plan.task.model
+    covered = set(plan.task.layout.names) - {*plan.by_function, *plan.broadcast}
     names = {id(p): name for name, p in model.named_parameters() if name in covered}
     found = {}
     for layer in plan.layers:
@@ -255,15 +267,17 @@ def _parameter(module: nn.Module, role: str) -> Tensor | None:
 def misplaced(
     capture: Capture, values: Tensor, calls: Sequence[Call], axes: Mapping[str, int]
 ) -> list[str]:
-    """Layers in which rows are not those of the examples they would be counted for."""
+    """Layers, or broadcast parameters, with rows that are not those of their examples."""
     size = len(values)
+    met = capture.met_calls
+    calls, axes = [*calls, *met], {**axes, **dict.fromkeys((call.layer for call in met), 0)}
     found = [c.layer for c in calls if not _has_axis(c, axes[c.layer], size)]
     if found or size == 1 or not calls:
         return list(dict.fromkeys(found))
     # By the golden ratio, so that neighbours differ and no period of the batch is met.
     steps = (torch.arange(size, dtype=torch.float64) * 0.6180339887498949 % 1.0 * 8).floor() - 4
     weights = torch.exp2(steps).to(values)
-    again = capture.backward(values, weights)
+    again = [*capture.backward(values, weights), *capture.met_calls]
     for call, other in zip(calls, again, strict=True):
         examples = Examples(
             size, axes[call.layer], torch.promote_types(call.delta.dtype, torch.float32)
@@ -318,16 +332,6 @@ def _joined_tokens(parts: Sequence[Factors], block: MatrixBlock, size: int, plan
         return tokens[0]
     left, right = ([getattr(t, side) for t in tokens] for side in ("left", "right"))
     return Tokens(torch.cat(left, dim=1), torch.cat(right, dim=1))
-
-
-def _gradients(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if not value.requires_grad:
-        return {name: torch.zeros_like(p)[None] for name, p in leaves.items()}
-    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    return {
-        name: (torch.zeros_like(p) if g is None else as_dense(g))[None]
-        for (name, p), g in zip(leaves.items(), found, strict=True)
-    }
 
 
 def _require_one_value_each(values: Tensor, size: int) -> None:

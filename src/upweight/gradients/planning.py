@@ -1,15 +1,17 @@
 """Which rule gives which parameter's gradient? Assigned by running the model, then checked.
 
 A few examples show which layers run and on which axis each sees the examples. The check: Σᵢ cᵢ gᵢ
-with unequal cᵢ, from the factors, must be the gradient that autograd gives for Σᵢ cᵢ ℓᵢ. A
-parameter that fails, or whose layer has no rule, is left to `torch.func`, and the plan says so;
-where `torch.func` cannot run the model on a batch, examples are taken one at a time.
+with unequal cᵢ, from the factors, must be the gradient that autograd gives for Σᵢ cᵢ ℓᵢ. What no
+layer's rule accounts for is looked for where it meets the examples (`broadcast.py`). What fails is
+left to `torch.func`, and the plan says so; where `torch.func` cannot run the model on a batch,
+examples are taken one at a time.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -32,6 +34,9 @@ from upweight.task.task import Task
 
 PROBE = 3
 """Examples to plan with: in batches of two sizes, to see their axis; with weights, to check."""
+
+TOGETHER = 16
+"""Examples to measure with what it costs to take them one at a time."""
 
 _Shapes = tuple[torch.Size, ...]
 """Of a call's output and of its input."""
@@ -63,10 +68,12 @@ class _Planning:
         self.repeated: dict[str, bool] = {}
         self.dtypes = frozenset({task.layout.dtype})
         self.left = {name: f"{where} has no layer rule for it" for name, where in unruled.items()}
+        self.broadcast: tuple[str, ...] = ()
         self.notes: list[str] = []
 
     def plan(self) -> Plan:
         self._find_axes()
+        self._drop_unused_twins()
         if self.data.form.uncut is not None:
             return self._planned_alone()
         self._leave_where(lambda s: s.layer not in self.ran, "did not run on the examples tried")
@@ -82,13 +89,40 @@ class _Planning:
         whole = dict(self.owners), dict(self.left)
         self._leave_where(lambda s: s.layer in lost, "does not keep the examples in their order")
         made = self._made()
-        reason = self._no_batching_rule(made)
-        if reason is not None:
+        self._find_broadcast()
+        made = self._made()
+        alone = self._no_batching_rule(made)
+        if alone:
             # One example at a time, every row of a layer is that example's.
-            self.owners, self.left = whole
-            self.notes.append(f"examples are taken one at a time, because {reason}")
+            self.owners = {k: s for k, s in whole[0].items() if k not in self.broadcast}
+            self.left = {k: why for k, why in self.left.items() if k not in self.owners}
+            self._note_alone(made, alone)
             made = self._made(one_by_one=True)
         return self._matched(made)
+
+    def _note_alone(self, made: Plan, names: Sequence[str]) -> None:
+        its, them = ("their", "them") if len(names) > 1 else ("its", "it")
+        self.notes.append(
+            f"examples are taken one at a time, about {self._times_slower(made)} times slower, "
+            f"because of {listed(names, 2)}: there is no layer rule for {its} use, and torch.func "
+            f'cannot run the model; Task(params="pattern") can leave {them} out'
+        )
+
+    def _times_slower(self, made: Plan) -> int:
+        """What examples take alone, over what they take together, forwards and backwards."""
+        seconds = {}
+        with Capture(self.task, self.theta, roles(made), made.repeated) as capture:
+            for size in (TOGETHER, 1):
+                batch = self.task.to_device(self.data.take([0] * size))
+                took = []
+                for _ in range(3):
+                    start = perf_counter()
+                    values = capture.watch(partial(_checked, self.task, batch=batch), size)
+                    capture.backward(values)
+                    values.sum().item()  # waits for a device
+                    took.append(perf_counter() - start)
+                seconds[size] = min(took)
+        return max(1, round(TOGETHER * seconds[1] / seconds[TOGETHER]))
 
     def _matched(self, made: Plan) -> Plan:
         """The plan without the layers whose gradients are not autograd's."""
@@ -98,7 +132,8 @@ class _Planning:
         for name in wrong:
             self._leave(name, "its layers' gradients differ from autograd's")
         made = self._made(made.one_by_one)
-        if not made.one_by_one and self._no_batching_rule(made) is not None:
+        if not made.one_by_one and (alone := self._no_batching_rule(made)):
+            self._note_alone(made, alone)
             made = self._made(one_by_one=True)
         left = self._mismatches(made)
         if left:
@@ -120,7 +155,42 @@ class _Planning:
             self._leave(name, "it is also used outside of its layers")
         return self._matched(self._made(one_by_one=True))
 
+    def _drop_unused_twins(self) -> None:
+        """Of layers that hold the same parameter, those that run account for it."""
+        for name, sources in self.owners.items():
+            ran = tuple(s for s in sources if s.layer in self.ran)
+            self.owners[name] = ran or sources
+
+    def _find_broadcast(self) -> None:
+        """Of what is left, the parameters that meet the examples by broadcasting and only so."""
+        candidates = tuple(self.left)
+        while candidates:
+            found = self._met(candidates)
+            if found == candidates:
+                break
+            candidates = found
+        self.broadcast = candidates
+
+    def _met(self, candidates: tuple[str, ...]) -> tuple[str, ...]:
+        """Those that a capture finds so, on each of the examples tried."""
+        seen, wrong = set[str](), set[str]()
+        made = self._made()
+        try:
+            with Capture(self.task, self.theta, roles(made), made.repeated, candidates) as capture:
+                for batch, size in self._probe():
+                    values = capture.watch(partial(_checked, self.task, batch=batch), size)
+                    calls = capture.backward(values)
+                    seen |= {name for m in capture.met if m.delta is not None for name in m.names}
+                    wrong |= {name for name in candidates if name in capture.bypassed}
+                    wrong |= set(misplaced(capture, values, calls, made.layers))
+        except (RuntimeError, ValueError, IndexError, TypeError, UpweightError):
+            return ()
+        return tuple(name for name in candidates if name in seen - wrong)
+
     def _leave(self, name: str, why: str) -> None:
+        if name in self.broadcast:
+            self.broadcast = tuple(k for k in self.broadcast if k != name)
+            self.left[name] = why
         if self.owners.pop(name, None) is not None:
             self.left[name] = why
 
@@ -139,11 +209,10 @@ class _Planning:
             for start, stop, batch in self.data.subset(few).batches(len(few))
         ]
 
-    def _no_batching_rule(self, made: Plan) -> str | None:
-        """Why `torch.func` cannot run what was left to it on a batch, if so."""
-        return next(
-            (why for p in self._probe() if (why := _no_batching_rule(made, self.theta, *p))), None
-        )
+    def _no_batching_rule(self, made: Plan) -> tuple[str, ...]:
+        """The parameters left to `torch.func`, if it cannot run the model on a batch."""
+        found = (_no_batching_rule(made, self.theta, *p) for p in self._probe())
+        return next((names for names in found if names), ())
 
     def _mismatches(self, made: Plan) -> list[str]:
         """Parameters whose gradients by the plan are not autograd's."""
@@ -153,7 +222,10 @@ class _Planning:
     def _made(self, one_by_one: bool = False) -> Plan:
         axes = {s.layer: self.axes[s.layer] for o in self.owners.values() for s in o}
         repeated = {layer: on_axis for layer, on_axis in self.repeated.items() if layer in axes}
-        made = _planned(self.task, self.owners, axes, (*_notes(self.left), *self.notes))
+        left = {name: why for name, why in self.left.items() if name not in self.broadcast}
+        # Alone, an example's gradient in them is that of the batch.
+        notes = () if one_by_one else _notes(left)
+        made = _planned(self.task, self.owners, axes, (*notes, *self.notes), self.broadcast)
         return dataclasses.replace(
             made, repeated=repeated, one_by_one=one_by_one, computes_in=self.dtypes
         )
@@ -241,7 +313,7 @@ class _Planning:
 
 
 def _owners(task: Task) -> tuple[dict[str, tuple[Source, ...]], dict[str, str]]:
-    """The layers that use each chosen parameter; and parameters that some use has no rule for."""
+    """The layers that use each chosen parameter; and parameters that none has a rule for."""
     model = task.model
     names = {id(p): name for name, p in model.named_parameters() if name in task.layout.names}
     owners: dict[str, list[Source]] = {}
@@ -261,9 +333,10 @@ def _owners(task: Task) -> tuple[dict[str, tuple[Source, ...]], dict[str, str]]:
         for role, parameter in module._parameters.items():
             if parameter is None or (id(module), role) in claimed or id(parameter) not in names:
                 continue
+            if names[id(parameter)] in owners:
+                continue  # held twice; whether it is used here as well is found out
             unruled[names[id(parameter)]] = f"{type(module).__name__} ({layer or 'the model'})"
-    kept = {name: tuple(s) for name, s in owners.items() if name not in unruled}
-    return _without_double_claims(kept), unruled
+    return _without_double_claims({name: tuple(s) for name, s in owners.items()}), unruled
 
 
 def _without_double_claims(
@@ -315,6 +388,7 @@ def _planned(
     owners: Mapping[str, tuple[Source, ...]],
     axes: Mapping[str, int],
     notes: tuple[str, ...],
+    broadcast: tuple[str, ...],
 ) -> Plan:
     """Blocks for the parameters whose layers have rules, and for the rest."""
     layout = task.layout
@@ -353,8 +427,9 @@ def _planned(
         tuple(blocks),
         dict(axes),
         sources,
-        tuple(name for name in layout.names if name not in owners),
+        tuple(name for name in layout.names if name not in owners and name not in broadcast),
         notes,
+        broadcast=broadcast,
     )
 
 
@@ -395,10 +470,18 @@ def _matrix_blocks(
     where: tuple[Source, ...],
     is_transposed: bool,
 ) -> tuple[list[Block], dict[str, tuple[Source, ...]]]:
-    """A block for a weight, or one for each group of a convolution."""
-    groups = getattr(model.get_submodule(where[0].layer), "groups", 1)
-    first, rest = shape[0], math.prod(shape[1:])
-    outputs, inputs = (rest, first) if is_transposed else (first, rest)
+    """A block for a weight, or one for each group of a convolution or each expert."""
+    module = model.get_submodule(where[0].layer)
+    rule = rule_for(module)
+    if rule is not None and rule.is_stacked and len(shape) == 3:
+        groups, *rest = shape
+        size, inputs = reversed(rest) if is_transposed else rest
+        outputs = groups * size
+    else:
+        groups = 1 if rule is not None and rule.is_stacked else getattr(module, "groups", 1)
+        first, width = shape[0], math.prod(shape[1:])
+        is_transposed = is_transposed and not (rule is not None and rule.is_stacked)
+        outputs, inputs = (width, first) if is_transposed else (first, width)
     width = inputs + (bias is not None)
     if groups == 1:
         rows = (0, outputs)
@@ -409,7 +492,9 @@ def _matrix_blocks(
     sources = {}
     for k in range(groups):
         rows = (k * size, (k + 1) * size)
-        made = MatrixBlock(f"{name}[{rows[0]}:{rows[1]}]", name, bias, (size, width), rows)
+        made = MatrixBlock(
+            f"{name}[{rows[0]}:{rows[1]}]", name, bias, (size, width), rows, is_transposed
+        )
         blocks.append(made)
         sources[made.name] = tuple(Source(s.layer, f"{s.role}[{k}]") for s in where)
     return blocks, sources
@@ -426,13 +511,13 @@ def _checked(task: Task, params: Params, batch: Batch) -> Tensor:
 
 def _no_batching_rule(
     made: Plan, theta: Float[Tensor, " p"], batch: Batch, size: int
-) -> str | None:
+) -> tuple[str, ...]:
     with GradientPass(made, theta) as gradients:
         try:
-            gradients.by_function(lambda p, b: _checked(made.task, p, b), batch, size)
+            gradients.require_batching(lambda p, b: _checked(made.task, p, b), batch, size)
         except NoBatchingRule as error:
-            return f"torch.func.vmap cannot run the model: {error}"
-    return None
+            return error.names
+    return ()
 
 
 def _eps(dtypes: Iterable[torch.dtype]) -> float:

@@ -11,6 +11,8 @@ def layer_uses(plan: Plan) -> list[dict[str, Any]]:
     for block in plan.blocks:
         if set(block.parameters) & set(plan.by_function):
             rule = "torch.func, a gradient per example"
+        elif set(block.parameters) & set(plan.broadcast):
+            rule = "broadcast over the examples, a vector per example"
         elif isinstance(block, MatrixBlock):
             rule = "layer rule, outer products δ aᵀ"
         else:

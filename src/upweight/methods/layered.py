@@ -24,6 +24,7 @@ from upweight.errors import NonFinite, ShapeError, UpweightError
 from upweight.gradients.autograd import total_gradient
 from upweight.gradients.blocks import Block, Plan
 from upweight.gradients.factored import Tokens, stacked
+from upweight.gradients.layers import rule_for
 from upweight.gradients.passes import GradientPass
 from upweight.gradients.source import entries
 from upweight.linalg.damping import Absolute, Damping, Evidence, as_damping
@@ -353,7 +354,11 @@ def token_shares(
             for start, stop, batch in train.subset(examples).batches(len(examples))
         ]
     factors = gradients([stacked(block) for block in zip(*parts, strict=True)])
-    tokens = [f.positions for f in factors if isinstance(f, Tokens) and f.positions > 1]
+    tokens = [
+        f.positions
+        for f, block in zip(factors, made.blocks, strict=True)
+        if isinstance(f, Tokens) and f.positions > 1 and not _is_routed(made, block)
+    ]
     if not tokens:
         raise ShapeError(
             "Per-token scores need weights that are used at several positions.",
@@ -375,8 +380,17 @@ def token_shares(
     return shares, rest
 
 
+def _is_routed(made: Plan, block: Block) -> bool:
+    """Whether a block is of experts, whose positions are those of the tokens routed to them."""
+    layers = {s.layer for s in made.sources.get(block.name, ())}
+    rules = [rule_for(made.task.model.get_submodule(layer)) for layer in layers]
+    return any(rule is not None and rule.is_stacked for rule in rules)
+
+
 def _is_on(made: Plan, block: Block, part: Tokens, t: int) -> bool:
     """Whether a weight was used once or several times at each of t positions."""
+    if _is_routed(made, block):
+        return False
     layers = [made.task.model.get_submodule(s.layer) for s in made.sources[block.name]]
     # More positions of a convolution are those of a finer grid.
     is_grid = any(isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) for layer in layers)
