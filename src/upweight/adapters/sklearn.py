@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from upweight._typing import Batch, Params
 from upweight.adapters.sklearn_arrays import encoded, example_weights, features, require_rows
+from upweight.adapters.sklearn_leaves import LeafInfluence, leaf_weights
 from upweight.adapters.sklearn_objectives import Objective, coefficients, final_step
+from upweight.adapters.sklearn_outputs import Outputs, by_features, outputs
 from upweight.adapters.sklearn_reader import Reader, translated
 from upweight.adapters.sklearn_refit import Refit
 from upweight.adapters.sklearn_rules import objective_of, support
@@ -36,7 +38,20 @@ from upweight.task.data import Data
 from upweight.task.losses import Weighted
 from upweight.task.task import Task
 
-__all__ = ["Refit", "Support", "data", "recipe", "supports", "task", "with_parameters"]
+__all__ = [
+    "LeafInfluence",
+    "Outputs",
+    "Refit",
+    "Support",
+    "by_features",
+    "data",
+    "leaf_weights",
+    "outputs",
+    "recipe",
+    "supports",
+    "task",
+    "with_parameters",
+]
 
 
 def supports(estimator: Any) -> Support:
@@ -209,7 +224,8 @@ def _require_support(estimator: Any) -> None:
             "The estimator must be a fitted linear model with a twice differentiable loss.",
             f"{type(estimator).__name__}.",
             found.reason + ".",
-            "as said above; supports(estimator) tells the same without an error.",
+            "uw.attribute(estimator, (X, y), queries), which fits any estimator again without some "
+            "rows; or what the cause names. sk.supports(estimator) says it without an error.",
         )
 
 
