@@ -71,6 +71,7 @@ SHORT_FORMS = {
     "front/opened.py": {"adapters"},  # loaded for a model of the library that they translate
     "front/refits.py": {"adapters"},  # the same, for an estimator that is fitted again
     "applications/subject.py": {"adapters"},  # the same, for its own fit
+    "applications/confident.py": {"adapters"},  # for probabilities by cross-validation
     "applications/cross_validation.py": {"adapters"},  # fits on the rows that are left
     "applications/robustness.py": {"adapters"},  # for the standard errors that it reports
 }

@@ -21,6 +21,7 @@ from sklearn.ensemble import (
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.naive_bayes import GaussianNB
+from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR
@@ -28,6 +29,7 @@ from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 import upweight as uw
 import upweight.adapters.sklearn as sk
+from upweight.applications.debugging import flagged_labels, suspects
 from upweight.errors import DataError, NotConverged, SpecError, UnsupportedModel
 from upweight.methods.refits import subsampled
 
@@ -102,10 +104,10 @@ def test_subsets_estimate_what_they_say_with_the_error_they_say(monkeypatch):
         assert float(error[0, i]) == pytest.approx(float(expected))
     assert float(((found - effects) / error).abs().max()) < 3
 
-    forest = RandomForestClassifier(3).fit(FLOWERS, NAMES)  # without random_state
+    forest = RandomForestClassifier(2).fit(FLOWERS, NAMES)  # without random_state
     monkeypatch.setattr(sk.Outputs, "tried", lambda self: (0.1, 0.3, 0.2))
-    scores = uw.attribute(forest, (FLOWERS, NAMES), ASKED, budget=4)
-    assert scores.context.fitted.spec.subsets == 40
+    scores = uw.attribute(forest, (FLOWERS, NAMES), ASKED, budget=3)
+    assert scores.context.fitted.spec.subsets == 30
     assert scores.error.shape == scores.values.shape and bool((scores.error >= 0).all())
     assert isinstance(scores.context.fitted.spec, uw.SubsampledInfluence)
     assert any("no random_state" in note for note in scores.provenance.notes)
@@ -233,8 +235,7 @@ def refused():
 @pytest.mark.parametrize("case", range(16))
 def test_refusals_name_what_can_be_done_instead(case):
     model, train, queries, options, error, words = refused()[case]
-    with pytest.raises(error, match=f"(?s){words}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.raises(error, match=f"(?s){words}"):
         uw.attribute(model, train, queries, **options)
 
 
@@ -248,3 +249,97 @@ def test_ways_out_of_refusals_work():
     torch.testing.assert_close(alone.removal().values, exact.values)
     plan = uw.plan(SVR().fit(X, Y), (X, Y), (XQ, YQ))
     assert "31 fits" in str(plan)
+
+
+MLPS = [
+    (
+        MLPClassifier((4, 3), activation="tanh", solver="lbfgs", alpha=0.1, max_iter=2000),
+        NAMES,
+    ),
+    (MLPClassifier((4,), activation="logistic", batch_size=10, max_iter=20), NAMES == "setosa"),
+    (
+        MLPRegressor(hidden_layer_sizes=(4,), activation="tanh", solver="lbfgs", max_iter=2000),
+        FLOWERS.to_numpy()[:, 0],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_networks_of_scikit_learn_are_tasks(case):
+    unfitted, y = MLPS[case]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = clone(unfitted).set_params(random_state=0).fit(FLOWERS, y)
+    task, train = sk.task(model, FLOWERS, y)
+    f = task.outputs(task.theta(), train.batch(0, N))[0].detach()
+    if isinstance(model, MLPRegressor):
+        np.testing.assert_allclose(f[:, 0], model.predict(FLOWERS), atol=1e-12)
+    else:
+        p = torch.softmax(f, dim=1) if f.shape[1] > 1 else torch.sigmoid(f)
+        expected = model.predict_proba(FLOWERS)[:, -f.shape[1] :]
+        np.testing.assert_allclose(p, expected, atol=1e-12)
+    # Penalty and 1/n: sklearn's own gradient of its own objective, on a batch of B of the n.
+    B = 10 if model.batch_size == 10 else N
+    weight = sum(float((W**2).sum()) for W in model.coefs_)
+    assert float(task.penalty(task.named(task.theta()), task.layout)) == pytest.approx(
+        model.alpha / (2 * B) * weight
+    )
+    if model.solver == "lbfgs":
+        ones = torch.ones(N, dtype=torch.float64)
+        J = float(task.objective(task.theta(), train.batch(0, N), ones))
+        assert J == pytest.approx(model.loss_, rel=1e-9)
+        with pytest.raises(DataError, match="trained on"):
+            sk.task(model, FLOWERS, np.roll(y, 9))
+    scores = uw.attribute(model, (FLOWERS, y), (FLOWERS[:2], y[:2]))
+    assert "GGN" in scores.provenance.method
+    assert any("‖∇J‖" in note for note in scores.provenance.notes)
+    again = sk.recipe(model).prepare(task, train)(torch.ones(1, N, dtype=torch.float64))
+    torch.testing.assert_close(again.theta[0], task.theta(), rtol=1e-6, atol=1e-8)
+    moved = task.theta() + 1.0
+    changed = sk.with_parameters(model, task.named(moved))
+    torch.testing.assert_close(
+        sk.networks.network(changed)[0].weight, task.named(moved)["0.weight"]
+    )
+    early = clone(unfitted).set_params(solver="adam", early_stopping=True)
+    assert "early_stopping=False" in sk.supports(early).reason
+
+
+def test_flagged_labels_are_the_off_diagonal_of_the_confident_joint():
+    wrong = NAMES.copy()
+    changed = [2, 13, 28]
+    wrong.iloc[changed] = ["virginica", "setosa", "setosa"]
+    model = make_pipeline(StandardScaler(), RandomForestClassifier(10, random_state=0))
+    found = flagged_labels(model.fit(FLOWERS, wrong), (FLOWERS, wrong))
+    assert set(changed) <= set(found.flagged) and len(found.flagged) < 8
+    assert {i: found.proposed()[i] for i in changed} == NAMES.iloc[changed].set_axis(
+        changed
+    ).to_dict()
+    # By hand, from the definition.
+    p, classes = found.probabilities.numpy(), model.classes_.tolist()
+    y = np.array([classes.index(each) for each in wrong])
+    t = [p[y == c, c].mean() for c in range(3)]
+    rows = []
+    for i in range(N):
+        above = [c for c in range(3) if p[i, c] >= t[c]]
+        if above and max(above, key=lambda c: p[i, c]) != y[i]:
+            rows.append(i)
+    assert sorted(found.flagged) == rows
+    # No probability is of a fit that saw the row: a model that knows its rows by heart is no judge.
+    known = DecisionTreeClassifier(random_state=0).fit(FLOWERS, wrong)
+    assert set(changed) & set(flagged_labels(known, (FLOWERS, wrong)).flagged)
+    frame = found.frame()
+    assert frame["flagged"].sum() == len(rows) and frame.index[0] == found.flagged[0]
+    assert frame.loc[2, "proposed"] == "setosa" and not found.is_confirmed
+    with pytest.raises(UnsupportedModel, match="CalibratedClassifierCV"):
+        flagged_labels(SVC().fit(FLOWERS, wrong), (FLOWERS, wrong))
+    with pytest.raises(DataError, match="folds=3"):
+        flagged_labels(known, (FLOWERS[:23], wrong[:23]))
+
+
+def test_other_verbs_refuse_with_what_can_be_done():
+    tree = DecisionTreeClassifier(random_state=0).fit(FLOWERS, NAMES)
+    with pytest.raises(UnsupportedModel, match=r"(?s)uw\.attribute\(.*flagged_labels"):
+        suspects(tree, (FLOWERS, NAMES))
+    network = MLPRegressor(hidden_layer_sizes=(2,), solver="lbfgs", max_iter=500).fit(X, Y)
+    with pytest.raises(UnsupportedModel, match="minimum of a convex"):
+        sk.task(network, X, Y, minimize=True)

@@ -81,7 +81,7 @@ def _require_columns(final: Any, X: Any) -> None:
 def encoded(estimator: Any, objective: Objective, y: Any) -> Tensor:
     """y as the loss takes it."""
     final = final_step(estimator)
-    outputs = len(np.atleast_2d(final.coef_))
+    outputs = final.n_outputs_ if hasattr(final, "coefs_") else len(np.atleast_2d(final.coef_))
     if objective.encoding is Encoding.REAL:
         real = numbers(
             y,

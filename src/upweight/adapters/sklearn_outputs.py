@@ -168,6 +168,10 @@ class EstimatorRefit:
         parts = [outputs_of(fitted, rows, self.estimator) for rows in (self.X, self.rows)]
         return torch.cat(parts)
 
+    def some(self, places: Any) -> Any:
+        """Some of the training rows."""
+        return _rows(self.X, places)
+
     def fitted(self, weights: Any = None) -> Any:
         """The estimator, fitted again with weights of the training rows."""
         fresh = seeded(clone(self.estimator), self.seed)

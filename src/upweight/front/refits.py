@@ -122,7 +122,8 @@ def refit_choice(found: Any, budget: str | float | None) -> tuple[Choice, Facts,
     print(f"upweight: {choice}", file=sys.stderr)
     size, q = found.task.layout.size, len(found.queries)
     facts = Facts(
-        parameters=size, outputs=size // (n + q), examples=n, queries=q, linear=False, convex=False, curved=False, likelihood=False,
+        parameters=size, outputs=size // (n + q), examples=n, queries=q,
+        linear=False, convex=False, curved=False, likelihood=False,
         epoch_seconds=seconds, budget_seconds=allowed, recipe=True, training_seconds=seconds,
         half_seconds=seconds,
     )  # fmt: skip
