@@ -306,8 +306,8 @@ def test_networks_of_scikit_learn_are_tasks(case):
 
 def test_flagged_labels_are_the_off_diagonal_of_the_confident_joint():
     wrong = NAMES.copy()
-    changed = [2, 13, 28]
-    wrong.iloc[changed] = ["virginica", "setosa", "setosa"]
+    changed = [2, 28]
+    wrong.iloc[changed] = ["virginica", "setosa"]
     model = make_pipeline(StandardScaler(), RandomForestClassifier(10, random_state=0))
     found = flagged_labels(model.fit(FLOWERS, wrong), (FLOWERS, wrong))
     assert set(changed) <= set(found.flagged) and len(found.flagged) < 8
