@@ -211,7 +211,6 @@ def refused():
     one[0] = "rare"
     rare = SVC().fit(FLOWERS, one)
     boosted = HistGradientBoostingClassifier(max_iter=2).fit(FLOWERS, NAMES)
-    words = FLOWERS.assign(word="a")
     return [
         (tree, rolled, ASKED, {}, DataError, "give the model again"),
         (tree, other, ASKED, {}, DataError, "one order"),
@@ -228,11 +227,12 @@ def refused():
         (boosted, data, (ASKED[0], ["x"] * len(ASKED[1])), {}, DataError, "classes"),
         (rare, (FLOWERS, one), (ASKED[0], ASKED[1]), {}, NotConverged, "class is missing"),
         (SVR().fit(X, Y), (X, Y), XQ, {}, DataError, "Logit"),
-        (words, None, None, {}, UnsupportedModel, "Task"),
+        (boosted, data, (ASKED[0].iloc[:, :2], ASKED[1]), {}, DataError, "as they were given"),
+        (boosted, data, (ASKED[0][:0], ASKED[1][:0]), {}, DataError, "one row or more"),
     ]
 
 
-@pytest.mark.parametrize("case", range(16))
+@pytest.mark.parametrize("case", range(17))
 def test_refusals_name_what_can_be_done_instead(case):
     model, train, queries, options, error, words = refused()[case]
     with pytest.raises(error, match=f"(?s){words}"):
@@ -247,6 +247,13 @@ def test_ways_out_of_refusals_work():
     alone = uw.attribute(line, (X, Y), (XQ, YQ), method=uw.LeaveOneOut())
     exact = uw.Influence().fit(*sk.task(line, X, Y)).removal((XQ, YQ), evaluate="plugin")
     torch.testing.assert_close(alone.removal().values, exact.values)
+    task, train = sk.task(line, X, Y)
+    by_newton = uw.attribute(
+        task, train, (XQ, YQ), method=uw.LeaveOneOut(), recipe=uw.training.Newton()
+    )
+    torch.testing.assert_close(by_newton.values, alone.values)
+    with pytest.raises(SpecError, match="recipe=recipe"):
+        uw.attribute(task, train, (XQ, YQ), method=uw.LeaveOneOut())
     plan = uw.plan(SVR().fit(X, Y), (X, Y), (XQ, YQ))
     assert "31 fits" in str(plan)
 

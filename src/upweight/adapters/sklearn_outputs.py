@@ -15,6 +15,7 @@ import copy
 import numbers
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,8 +23,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sklearn.base import clone, is_classifier
+from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import Pipeline
-from sklearn.utils.validation import has_fit_parameter
+from sklearn.utils.validation import check_is_fitted, has_fit_parameter
 from torch import Tensor, nn
 
 from upweight._typing import Batch
@@ -292,6 +294,14 @@ def outputs(estimator: Any, train: Any, queries: Any) -> Outputs:
             "X and y of different splits.",
             "pass the pair that belongs together.",
         )
+    for rows, what in ((X, "training data"), (asked, "queries")):
+        if _length(rows) == 0:
+            raise DataError(
+                f"There must be {what}.",
+                "none.",
+                "a filter that matched nothing.",
+                "pass one row or more.",
+            )
     notes: tuple[str, ...] = ()
     if labels is None:
         if not is_classifier(estimator):
@@ -302,10 +312,13 @@ def outputs(estimator: Any, train: Any, queries: Any) -> Outputs:
                 "to ask about the predictions themselves, give any y, such as zeros, and "
                 "measure=upweight.Logit(0), which does not look at it.",
             )
-        labels, notes = _predicted(estimator, asked), (UNLABELED,)
+        labels, notes = _known(estimator, asked, estimator.predict), (UNLABELED,)
     else:
         require_same_index(asked, labels, "X", "y")
-    fixed, table = (outputs_of(estimator, rows, estimator) for rows in (X, asked))
+    fixed, table = (
+        _known(estimator, rows, lambda some: outputs_of(estimator, some, estimator))
+        for rows in (X, asked)
+    )
     loss, names = _loss(estimator), _classes(estimator)
     targets, wanted = (_targets(estimator, each, fixed) for each in (y, labels))
     if len(wanted) != len(table):
@@ -349,13 +362,15 @@ def require_fitted(estimator: Any) -> None:
             "a transformer, or a clusterer that labels nothing else.",
             "pass the estimator or Pipeline that makes the predictions.",
         )
-    if not any(key.endswith("_") and not key.startswith("_") for key in vars(final)):
+    try:
+        check_is_fitted(final)
+    except NotFittedError as error:
         raise UnsupportedModel(
             "The estimator must be fitted.",
             f"{name}, which has learned nothing yet.",
             "a clone, or a new object.",
             "call .fit(X, y) first.",
-        )
+        ) from error
     if is_classifier(estimator) and isinstance(getattr(final, "classes_", None), list):
         raise UnsupportedModel(
             "A classifier must have one label an example.",
@@ -497,14 +512,28 @@ def _targets(estimator: Any, y: Any, like: Tensor) -> Tensor:
     return torch.from_numpy(real)
 
 
-def _predicted(estimator: Any, X: Any) -> Any:
-    return np.asarray(estimator.predict(X))
+def _known(estimator: Any, X: Any, predict: Callable[[Any], Any]) -> Any:
+    """What it predicts, or in our words why it does not."""
+    try:
+        return predict(X)
+    except (ValueError, TypeError, KeyError) as error:
+        name = type(final_step(estimator)).__name__
+        raise DataError(
+            f"X must be rows as {name} was fitted on.",
+            f"{type(X).__name__} of shape {np.shape(X)}. It says: {error}",
+            "columns missing, renamed or reordered, or a single row without its first axis.",
+            "pass rows as they were given to fit; a single one as X[None] or frame[i : i + 1].",
+        ) from error
 
 
 def _parts(given: Any, what: str, least: int) -> tuple[Any, ...]:
-    if isinstance(given, tuple | list) and least <= len(given) <= 3:
-        return tuple(given)
-    if least == 1 and len(getattr(given, "shape", ())) == 2:
+    # A list may be one of texts, which are rows.
+    of_arrays = isinstance(given, list) and all(hasattr(each, "__len__") for each in given)
+    of_texts = of_arrays and any(isinstance(each, str) for each in given)
+    if isinstance(given, tuple) or (of_arrays and not of_texts):
+        if least <= len(given) <= 3:
+            return tuple(given)
+    elif least == 1 and (of_texts or len(getattr(given, "shape", ())) == 2):
         return (given,)
     raise SpecError(
         f"{what} of an estimator are (X, y)"
