@@ -339,8 +339,9 @@ def test_flagged_labels_are_the_off_diagonal_of_the_confident_joint():
     assert frame.loc[2, "proposed"] == "setosa" and not found.is_confirmed
     with pytest.raises(UnsupportedModel, match="CalibratedClassifierCV"):
         flagged_labels(SVC().fit(FLOWERS, wrong), (FLOWERS, wrong))
-    with pytest.raises(DataError, match="folds=3"):
+    with pytest.raises(DataError, match="folds=4"):
         flagged_labels(known, (FLOWERS[:23], wrong[:23]))
+    assert len(flagged_labels(known, (FLOWERS[:23], wrong[:23]), folds=4)) == 23
 
 
 def test_other_verbs_refuse_with_what_can_be_done():
