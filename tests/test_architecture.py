@@ -69,7 +69,9 @@ MAY_IMPORT = {
 SHORT_FORMS = {
     "methods/fitted.py": {"evaluation"},  # `fitted.check` calls `upweight.check`
     "front/opened.py": {"adapters"},  # loaded for a model of the library that they translate
+    "front/refits.py": {"adapters"},  # the same, for an estimator that is fitted again
     "applications/subject.py": {"adapters"},  # the same, for its own fit
+    "applications/confident.py": {"adapters"},  # for probabilities by cross-validation
     "applications/cross_validation.py": {"adapters"},  # fits on the rows that are left
     "applications/robustness_coefficient.py": {
         "adapters"

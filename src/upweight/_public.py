@@ -36,6 +36,7 @@ from upweight.methods.magic import MAGIC
 from upweight.methods.method import Method
 from upweight.methods.neighbours import FeatureSimilarity, KNNShapley
 from upweight.methods.reduce import GroupSums, Matrix, PerLayer, PerToken, Top
+from upweight.methods.refits import LeaveOneOut, SubsampledInfluence
 from upweight.methods.representer import RepresenterPoints
 from upweight.methods.shapley import DataShapley
 from upweight.methods.similarity import GradientCosine, GradientDot
@@ -104,6 +105,7 @@ __all__ = [
     "Huber",
     "Influence",
     "KNNShapley",
+    "LeaveOneOut",
     "LoGra",
     "LogProb",
     "Logit",
@@ -125,6 +127,7 @@ __all__ = [
     "SmoothHinge",
     "SquaredError",
     "Stacked",
+    "SubsampledInfluence",
     "SumToZero",
     "Task",
     "Top",

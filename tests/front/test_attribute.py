@@ -269,9 +269,6 @@ def test_scikit_learn_and_statsmodels():
         uw.attribute(model, rows, rows[:3])
     with pytest.raises(SpecError, match="an estimator knows its objective"):
         uw.attribute(model, (rows, words), rows[:3], nn.CrossEntropyLoss())
-    tree = pytest.importorskip("sklearn.tree").DecisionTreeClassifier().fit(rows, words)
-    with pytest.raises(UnsupportedModel, match="no translation"):
-        uw.attribute(tree, (rows, words), rows[:3])
 
 
 @pytest.mark.parametrize(

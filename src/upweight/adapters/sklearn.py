@@ -24,19 +24,43 @@ from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
 from upweight._typing import Batch, Params
+from upweight.adapters import sklearn_networks as networks
 from upweight.adapters.sklearn_arrays import encoded, example_weights, features, require_rows
+from upweight.adapters.sklearn_labels import OutOfFold, out_of_fold
+from upweight.adapters.sklearn_leaves import LeafInfluence, leaf_weights
 from upweight.adapters.sklearn_objectives import Objective, coefficients, final_step
+from upweight.adapters.sklearn_outputs import Outputs, by_features, outputs
 from upweight.adapters.sklearn_reader import Reader, translated
 from upweight.adapters.sklearn_refit import Refit
 from upweight.adapters.sklearn_rules import objective_of, support
 from upweight.adapters.stationarity import judged, minimized
 from upweight.adapters.support import Support
-from upweight.errors import UnsupportedModel
+from upweight.errors import DataError, UnsupportedModel
 from upweight.task.data import Data
-from upweight.task.losses import Weighted
+from upweight.task.losses import SquaredError, Weighted
 from upweight.task.task import Task
+from upweight.training.objective import weighted_objective
 
-__all__ = ["Refit", "Support", "data", "recipe", "supports", "task", "with_parameters"]
+__all__ = [
+    "LeafInfluence",
+    "OutOfFold",
+    "Outputs",
+    "Refit",
+    "Support",
+    "by_features",
+    "data",
+    "leaf_weights",
+    "out_of_fold",
+    "outputs",
+    "recipe",
+    "supports",
+    "task",
+    "with_parameters",
+]
+
+
+SAME_LOSS = 1e-3
+"""Relative difference of an objective from the loss that a network recorded, that is rounding."""
 
 
 def supports(estimator: Any) -> Support:
@@ -98,10 +122,10 @@ def task(
     Z, targets = features(estimator, X), encoded(estimator, objective, y)
     require_rows(Z, targets)
     weights, by_class = example_weights(final, y, sample_weight, len(Z))
-    model, notes = _model(final, objective), []
+    model, notes = _model(final, objective), list[str]()
     n = len(Z)
     total = float(n) if weights is None else float(weights.sum())
-    penalty = objective.penalty(n, total, model.bias is not None)
+    penalty = objective.penalty(n, total, any("bias" in k for k, _ in model.named_parameters()))
     arrays: tuple[Any, Any] = (Z, targets)
     made = Task(model, objective.loss, penalty)
     if weights is not None:
@@ -117,7 +141,9 @@ def task(
     if hinge:
         notes.append(f"the hinge was replaced by {objective.loss!r}, whose minimum θ was moved to")
     train = reader.train
-    if hinge or minimize:
+    if isinstance(final, networks.NETWORKS):
+        notes.append(_trained(final, made, train, total, minimize))
+    elif hinge or minimize:
         made, moved = minimized(made, train)
         notes.append(moved)
     else:
@@ -179,6 +205,9 @@ def with_parameters(estimator: Any, params: Params) -> Any:
     _require_support(estimator)
     changed = copy.deepcopy(estimator)
     final = final_step(changed)
+    if isinstance(final, networks.NETWORKS):
+        networks.put(final, params)
+        return changed
     final.coef_ = _as(params["weight"], final.coef_)
     if final.fit_intercept:
         final.intercept_ = _as(params["bias"], final.intercept_)
@@ -206,15 +235,47 @@ def _require_support(estimator: Any) -> None:
     found = support(estimator)
     if not found:
         raise UnsupportedModel(
-            "The estimator must be a fitted linear model with a twice differentiable loss.",
+            "The estimator must be a fitted linear model or network with a smooth loss.",
             f"{type(estimator).__name__}.",
             found.reason + ".",
-            "as said above; supports(estimator) tells the same without an error.",
+            "what the cause names; or uw.attribute(estimator, (X, y), queries), which fits any "
+            "estimator again without some rows, and for labels "
+            "applications.debugging.flagged_labels(estimator, (X, y)).",
         )
 
 
-def _model(final: Any, objective: Objective) -> nn.Linear:
-    """W x + b with the estimator's coefficients."""
+def _trained(final: Any, made: Task, train: Data, total: float, minimize: bool) -> str:
+    """Where the training of a network ended, after asking that it was on these data."""
+    if minimize:
+        raise UnsupportedModel(
+            "Newton's method moves θ to the minimum of a convex objective.",
+            f"{type(final).__name__}, with minimize=True.",
+            "a network, whose objective has many minima.",
+            "leave minimize out; or train longer: a smaller tol and a larger max_iter.",
+        )
+    name, theta = type(final).__name__, made.theta()
+    J, gradient = weighted_objective(made, train)(theta[None], theta.new_ones(1, len(train)))
+    value, told = float(J) * len(train) / total, float(final.loss_)
+    one = not isinstance(made.loss, SquaredError) or final.n_outputs_ == 1
+    # Of lbfgs loss_ is J at its end; of the other solvers a mean over the last epoch.
+    if final.solver == "lbfgs" and one and not abs(value - told) <= SAME_LOSS * abs(told):
+        raise DataError(
+            "The training data must be those that the network was trained on.",
+            f"{name} whose objective is {value:.6g} on them, and whose loss_ is {told:.6g}.",
+            "other data, labels or sample weights than it was fitted on.",
+            "pass (X, y) and sample_weight as they were given to fit.",
+        )
+    beside = f" (its loss_: {told:.3g})" if one else ""
+    return (
+        f"{name} is a network, whose training ended at J = {value:.3g}{beside} with ‖∇J‖ = "
+        f"{float(gradient.norm()):.2g}: how near a minimum that is depends on max_iter and tol"
+    )
+
+
+def _model(final: Any, objective: Objective) -> nn.Module:
+    """W x + b with the estimator's coefficients, or its network."""
+    if isinstance(final, networks.NETWORKS):
+        return networks.network(final)
     weight, bias = coefficients(final, objective)
     outputs, inputs = weight.shape
     model = nn.Linear(inputs, outputs, bias=bias is not None, dtype=torch.float64).eval()

@@ -81,7 +81,7 @@ def _require_columns(final: Any, X: Any) -> None:
 def encoded(estimator: Any, objective: Objective, y: Any) -> Tensor:
     """y as the loss takes it."""
     final = final_step(estimator)
-    outputs = len(np.atleast_2d(final.coef_))
+    outputs = final.n_outputs_ if hasattr(final, "coefs_") else len(np.atleast_2d(final.coef_))
     if objective.encoding is Encoding.REAL:
         real = numbers(
             y,
@@ -98,7 +98,7 @@ def encoded(estimator: Any, objective: Objective, y: Any) -> Tensor:
                 "pass the y that it was fitted on.",
             )
         return torch.from_numpy(real)
-    index = _indices(final.classes_, y)
+    index = indices(final.classes_, y)
     if objective.encoding is Encoding.INDEX:
         return torch.from_numpy(index)
     hot = index[:, None] if outputs == 1 else index[:, None] == np.arange(outputs)
@@ -113,7 +113,12 @@ def class_index(objective: Objective, target: Tensor) -> int:
     return int(target.argmax()) if len(target) > 1 else int(target > 0)
 
 
-def _indices(classes: Any, y: Any) -> Any:
+def indices(classes: Any, y: Any) -> Any:
+    """The place of each label among the classes.
+
+    Raises:
+        DataError: A label is none of them.
+    """
     labels = np.asarray(y)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -175,5 +180,5 @@ def example_weights(
         options["sample_weight"] = given.numpy()
     by_class = compute_class_weight(final.class_weight, classes=final.classes_, y=labels, **options)
     weights = torch.from_numpy(np.array(by_class, np.float64))
-    each = weights[torch.from_numpy(_indices(final.classes_, y))]
+    each = weights[torch.from_numpy(indices(final.classes_, y))]
     return each if given is None else each * given, weights

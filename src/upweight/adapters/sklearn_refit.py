@@ -24,6 +24,7 @@ from sklearn.linear_model import (
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
+from upweight.adapters import sklearn_networks as networks
 from upweight.adapters.sklearn_objectives import coefficients
 from upweight.adapters.sklearn_rules import objective_of
 from upweight.adapters.support import RefitTrainer
@@ -51,6 +52,8 @@ class Refit:
     random_state is set to 0, so that the same weights give the same model. L-BFGS, which cannot
     reach the last digits, gives way to Newton's method on the same objective. Class weights and
     sample weights are those of the task's data: "balanced" is not balanced anew.
+
+    A network is left as it is told to train: its rows of weight 0 stay in their batches.
 
     LinearSVC(loss="hinge") is refitted with the hinge itself, as Koh & Liang do; its gradient norm
     is NaN. SGD keeps its noise, the same in every fit; `upweight.training.Newton()` retrains the
@@ -115,10 +118,15 @@ def _fitted(
             fresh.fit(X, y, sample_weight=weights.numpy())
     except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
         return None, f"{type(fresh).__name__} says: {error}"
-    weight, bias = coefficients(fresh, objective_of(fresh))
-    params = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    if not all(params[k].shape == v.shape for k, v in task.model.named_parameters()):
-        return None, f"coefficients of shape {tuple(weight.shape)}: a class is missing"
+    if isinstance(fresh, networks.NETWORKS):
+        params = networks.parameters(fresh)
+    else:
+        weight, bias = coefficients(fresh, objective_of(fresh))
+        params = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    named = [*task.model.named_parameters()]
+    if not all(params[k].shape == v.shape for k, v in named):
+        shape = tuple(params[named[-1][0]].shape)
+        return None, f"coefficients of shape {shape}: a class is missing"
     theta = task.layout.flatten(params)
     return (theta, "") if bool(theta.isfinite().all()) else (None, "coefficients not finite")
 
@@ -139,6 +147,9 @@ def tightened(estimator: Any, features: int) -> Any:
         changes["max_iter"] = max(params["max_iter"], ITERATIONS)
     if not isinstance(params.get("random_state", 0), numbers.Integral):
         changes["random_state"] = 0
+    if isinstance(fresh, networks.NETWORKS):
+        # What it is depends on when it stopped; the same weights give the same steps.
+        changes.pop("tol"), changes.pop("max_iter")
     if "class_weight" in params:
         changes["class_weight"] = None
     if type(fresh) in (SGDClassifier, SGDRegressor):

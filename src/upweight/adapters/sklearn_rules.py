@@ -15,9 +15,11 @@ from sklearn.linear_model import (
     SGDClassifier,
     SGDRegressor,
 )
+from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import Pipeline
 from sklearn.svm import LinearSVC
 
+from upweight.adapters import sklearn_networks as networks
 from upweight.adapters.sklearn_objectives import Encoding, Objective, SquaredHinge, final_step
 from upweight.adapters.support import Support
 from upweight.task.losses import Bernoulli, CrossEntropy, Loss, Poisson, SmoothHinge, SquaredError
@@ -51,14 +53,18 @@ def support(estimator: Any) -> Support:
         known = ", ".join(sorted(kind.__name__ for kind in RULES))
         return Support(
             False,
-            f"{name} has no translation into a linear map with a smooth loss; use one of {known}, "
+            f"{name} has no translation into a map with a smooth loss; use one of {known}, "
             "or write its model and objective as upweight.Task(model, loss, penalty)",
         )
     reason = RULES[type(final)].refusal(final)
     if reason is not None:
         return Support(False, reason)
-    if not hasattr(final, "coef_"):
+    if not hasattr(final, "coef_") and not hasattr(final, "coefs_"):
         return Support(False, f"{name} is not fitted: call .fit(X, y) first")
+    if isinstance(final, networks.NETWORKS):
+        sizes = " × ".join(str(len(W)) for W in final.coefs_)
+        loss = objective_of(estimator).loss
+        return Support(True, f"{name} is a network of {sizes} units with loss {loss!r}")
     if not hasattr(final.coef_, "__array__"):
         return Support(False, f"{name} holds sparse coefficients: call .densify() first")
     reason = _fitted_refusal(final)
@@ -224,6 +230,8 @@ RULES: dict[type, Rule] = {
     LinearRegression: Rule(_squares_refusal, _linear_regression),
     LinearSVC: Rule(_svc_refusal, _svc),
     LogisticRegression: Rule(_logistic_refusal, _logistic),
+    MLPClassifier: Rule(networks.refusal, networks.objective),
+    MLPRegressor: Rule(networks.refusal, networks.objective),
     PoissonRegressor: Rule(_never, _poisson),
     Ridge: Rule(_squares_refusal, _ridge),
     RidgeClassifier: Rule(_squares_refusal, _ridge),

@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight._typing import Batch, Params
+from upweight.applications.confident import FlaggedLabels, flagged_labels
 from upweight.applications.labels import Classes, IsRight, outputs_at, with_labels
 from upweight.applications.misprediction import Misprediction, explain_error
 from upweight.applications.outcome import Outcome
@@ -59,11 +60,13 @@ if TYPE_CHECKING:
 __all__ = [
     "DROP",
     "KEEP",
+    "FlaggedLabels",
     "Misprediction",
     "Path",
     "Repaired",
     "Suspects",
     "explain_error",
+    "flagged_labels",
     "suspects",
 ]
 

@@ -11,7 +11,8 @@ from upweight.errors import NotConverged, NotPositiveDefinite, SpecError, Upweig
 from upweight.evaluation.check import seconds_of
 from upweight.front.choice import PATIENCE, Choice, Facts, choose
 from upweight.front.facts import facts_of
-from upweight.front.opened import Opened, opened
+from upweight.front.opened import Opened, opened, require_alone
+from upweight.front.refits import is_refitted, opened_by_outputs, refit_choice
 from upweight.methods.fitted import LOSS
 from upweight.methods.method import Method
 from upweight.methods.reduce import Reducer
@@ -88,6 +89,9 @@ def asked(
             "a name, a class that was not called, or a curvature in its place.",
             "leave it out, and it is chosen; or pass upweight.Influence(...).",
         )
+    if is_refitted(model, method):
+        return _by_refits(model, train, queries, loss, penalty, measure, recipe or trajectory,
+                          budget, method, resources)  # fmt: skip
     seconds = PATIENCE if budget is None else seconds_of(budget)
     found = opened(model, train, loss, penalty)
     task, data = found.task, found.train
@@ -111,6 +115,33 @@ def asked(
     return Asked(
         found, chosen, measure, facts, choice, recipe, trajectory, resources, notes,
         method is not None,
+    )  # fmt: skip
+
+
+def _by_refits(
+    model: Any, train: Any, queries: Any, loss: Any, penalty: Any, measure: Any, recipe: Any,
+    budget: Any, method: Method | None, resources: Resources | None,
+) -> Asked:  # fmt: skip
+    """The question to an estimator that is fitted again."""
+    require_alone(loss, penalty, "an estimator knows its objective")
+    if recipe is not None:
+        raise SpecError(
+            "An estimator is fitted again by its own fit.",
+            f"a {type(recipe).__name__}.",
+            "a recipe or trajectory left from a network.",
+            "leave it out.",
+        )
+    found = opened_by_outputs(model, train, queries, measure, method)
+    made = Opened(found.task, found.train, None)
+    measure = LOSS if measure is None else measure
+    used = Resources() if resources is None else resources
+    if method is None:
+        choice, facts, notes = refit_choice(found, budget)
+    else:
+        choice, notes = Choice(type(method).__name__, method, "it was given"), ()
+        facts = Facts(found.task.layout.size, 1, len(found.train), len(found.queries), False, False)
+    return Asked(
+        made, found.queries, measure, facts, choice, found.recipe, None, used, notes, True
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
     if not is_model(model):
         require_task(model)
     if isinstance(model, Task):
-        _require_alone(loss, penalty, "a Task has its loss and penalty")
+        require_alone(loss, penalty, "a Task has its loss and penalty")
         return Opened(model, model.training(train), None)
     if isinstance(model, nn.Module):
         given = NoPenalty() if penalty is None else penalty
@@ -66,12 +66,12 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
     if _is_of_statsmodels(model):
         import upweight.adapters.statsmodels as smx
 
-        _require_alone(loss, penalty, "statsmodels results know their likelihood")
+        require_alone(loss, penalty, "statsmodels results know their likelihood")
         task, own = smx.task(model)
         return Opened(task, own if train is None else task.training(train), None)
     import upweight.adapters.sklearn as sk
 
-    _require_alone(loss, penalty, "an estimator knows its objective")
+    require_alone(loss, penalty, "an estimator knows its objective")
     if not isinstance(train, tuple | list) or len(train) not in (2, 3):
         raise SpecError(
             "The training data of an estimator are (X, y), or (X, y, sample_weight).",
@@ -83,7 +83,12 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
     return Opened(task, own, None)
 
 
-def _require_alone(loss: Any, penalty: Any, why: str) -> None:
+def require_alone(loss: Any, penalty: Any, why: str) -> None:
+    """Refuse a loss or penalty of a model that has its own.
+
+    Raises:
+        SpecError: One is given.
+    """
     if loss is None and penalty is None:
         return
     name, given = ("loss", loss) if loss is not None else ("penalty", penalty)

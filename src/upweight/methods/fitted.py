@@ -634,7 +634,9 @@ class Fitted:
         if expected is not None and self.spec.unit is Unit.DERIVATIVE:
             judged |= health.row_sum_excess(sums, sizes, expected.to(sums))
             denied, noted = self._minimum_denied(judged)
-        denied += [*health.solved(judged), *health.zero_rows(sizes, self.losses)]
+        denied += [*health.solved(judged), *health.zero_rows(
+            sizes, self.losses, self.scorer.by_refits
+        )]  # fmt: skip
         return judged, [*health.warned(denied), *noted, *notes]
 
     def _minimum_denied(self, judged: Mapping[str, Any]) -> tuple[list[str], list[str]]:

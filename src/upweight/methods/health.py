@@ -367,16 +367,22 @@ def _best_constant(
     return logits.reshape([classes if k == axis % ndim else 1 for k in range(ndim)])
 
 
-def zero_rows(sizes: Float[Tensor, " q"], losses: Float[Tensor, " n"] | float) -> list[str]:
+def zero_rows(
+    sizes: Float[Tensor, " q"], losses: Float[Tensor, " n"] | float, by_refits: bool = False
+) -> list[str]:
     """Which queries have no score but 0, and so no ranking.
 
     Args:
         sizes: Σᵢ |S[q, i]|.
         losses: Of the training examples, or their mean.
+        by_refits: Whether scores are differences between trained models.
     """
     none = (sizes == 0).nonzero()[:, 0].tolist()
     if not none:
         return []
+    if by_refits:
+        which = "" if len(none) == len(sizes) else f" of {_named('query', none, len(sizes))}"
+        return [f"all scores{which} are exactly 0: no refit changed what is measured"]
     if len(none) < len(sizes):
         return [
             f"all scores of {_named('query', none, len(sizes))} are exactly 0, which is no "
@@ -402,7 +408,7 @@ def zero_columns(values: Float[Tensor, "q n"]) -> list[str]:
     return [
         f"all scores of {_named('training example', none, len(any_effect))} are exactly 0: no "
         "gradient, as where all targets of an example are ignored by the loss or its loss is "
-        "saturated"
+        "saturated; or, of refits and neighbours, it changes no measurement"
     ]
 
 

@@ -10,7 +10,7 @@ preconditioner (`points.py`); any other supplies blocks of scores: `BlockScorer`
 import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -160,10 +160,12 @@ class Scorer(abc.ABC):
     Args:
         notes: What was chosen or warned of on the way.
         seconds: Time spent, by stage of the fit.
+        by_refits: Whether scores are differences between trained models, and no gradients.
     """
 
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = {}
+    by_refits: ClassVar[bool] = False
 
     @abc.abstractmethod
     def jobs(self, asked: Asked) -> Iterator[Job]:

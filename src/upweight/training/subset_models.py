@@ -216,10 +216,15 @@ def _has_seed(recipe: Recipe) -> bool:
 
 def reseeded(recipe: Recipe, k: int) -> Recipe:
     """The recipe from its k-th seed for fitting; itself where it has none."""
+    return reseeded_from(recipe, APART + k)
+
+
+def reseeded_from(recipe: Recipe, k: int) -> Recipe:
+    """The recipe from k seeds after its own; itself where it has none."""
     if not _has_seed(recipe):
         return recipe
     made: Callable[..., Recipe] = replace  # type: ignore[assignment]
-    return made(recipe, seed=recipe.seed + APART + k)  # type: ignore[attr-defined]
+    return made(recipe, seed=recipe.seed + k)  # type: ignore[attr-defined]
 
 
 def _no_seed(recipe: Recipe) -> str:

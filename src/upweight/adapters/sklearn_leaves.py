@@ -1,0 +1,242 @@
+"""Leaf influence: what a training row does to a tree ensemble whose splits stay as they are.
+
+Trees that average, or that fit residuals by least squares, predict weighted means of training
+labels. With the splits held that is all there is to know of them; see `upweight.methods.leaves`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from sklearn.base import is_classifier
+from sklearn.ensemble import (
+    ExtraTreesClassifier,
+    ExtraTreesRegressor,
+    GradientBoostingRegressor,
+    HistGradientBoostingRegressor,
+    RandomForestClassifier,
+    RandomForestRegressor,
+)
+from sklearn.tree import (
+    DecisionTreeClassifier,
+    DecisionTreeRegressor,
+    ExtraTreeClassifier,
+    ExtraTreeRegressor,
+)
+from sklearn.utils.class_weight import compute_sample_weight
+from torch import Tensor
+
+from upweight.adapters.sklearn_objectives import final_step
+from upweight.adapters.sklearn_outputs import EstimatorRefit, outputs
+from upweight.errors import SpecError, UnsupportedModel
+from upweight.methods.fitting import Fitting
+from upweight.methods.leaves import Leaves
+from upweight.methods.method import Method
+from upweight.methods.scorer import BlockScorer, Scorer
+from upweight.scores import Unit
+from upweight.task.data import Data
+from upweight.task.measures import as_measure
+
+TREES = (DecisionTreeClassifier, DecisionTreeRegressor, ExtraTreeClassifier, ExtraTreeRegressor)
+FORESTS = (
+    RandomForestClassifier,
+    RandomForestRegressor,
+    ExtraTreesClassifier,
+    ExtraTreesRegressor,
+)
+
+AGREES = 1e-5
+"""Relative difference between a prediction and its sum over leaves that is rounding: histogram
+boosting keeps its sums in float32."""
+
+
+@dataclass(frozen=True)
+class LeafInfluence(Method):
+    """S[q, i] = ∂m_q/∂wᵢ of a tree ensemble with its splits held.
+
+        S[q, i] = Σ_c ∂m_q/∂f_c(x_q) · ∂f_c(x_q)/∂wᵢ,      f(x) = Σᵢ Wᵢ(x) yᵢ
+
+    A row that gains weight pulls the means of its leaves; where a tree splits does not change. For
+    boosting with squared error this is LeafInfluence of Sharchilev et al. (2018, "AllPoints"),
+    which follows the residuals through all later trees; for forests W are the weights of Lin & Jeon
+    (2006) and Meinshausen (2006, Eq. 4). See `leaf_weights` for W itself.
+
+    Trees and forests of scikit-learn (a classifier's outputs are the shares of its leaves' labels),
+    `GradientBoostingRegressor` and `HistGradientBoostingRegressor` with squared error.
+
+    Needs: `history=` the recipe of `sk.outputs`, which `uw.attribute` hands on.
+
+    Raises:
+        SpecError: The history is another one.
+        UnsupportedModel: Its predictions are not such sums: another loss, rows drawn at random
+            while boosting, a validation set held back; or no tree ensemble.
+
+    Exact when: splits do not change; held against refits with weights 1 ± ε. Known failure: a refit
+    chooses its splits anew, and for single rows that is most of what it does.
+    Cost: T q n; boosting T n (n + q) and n² numbers of memory.
+    """
+
+    takes_history = True
+    unit = Unit.DERIVATIVE
+
+    def prepare(self, fitting: Fitting) -> Scorer:
+        recipe = fitting.history
+        if not isinstance(recipe, EstimatorRefit):
+            raise SpecError(
+                "Leaf influence is of a fitted tree ensemble.",
+                f"history={type(recipe).__name__}.",
+                "a task that was not made of an estimator.",
+                "uw.attribute(forest, (X, y), (X_test, y_test), method=sk.LeafInfluence()).",
+            )
+        leaves, y = _checked_leaves(recipe, fitting.theta)
+        held: list[Any] = [None, None]
+
+        def score(queries: Data, measure: Any, start: int, stop: int) -> Tensor:
+            if held[0] is not queries:
+                rows, slopes = _slopes(fitting, queries, as_measure(measure))
+                held[:] = [queries, leaves.weight_derivatives(rows, y, slopes)]
+            found: Tensor = held[1][:, start:stop]
+            return found
+
+        return BlockScorer(score, notes=("the splits of the trees are held as they are",))
+
+
+def leaf_weights(estimator: Any, X: Any, y: Any, queries: Any) -> Float[Tensor, "q n"]:
+    """W with f(x_q) = Σᵢ W[q, i] yᵢ: how much of each training label is in each prediction.
+
+    ∂f(x_q)/∂yᵢ with the splits held. Rows sum to 1 for trees and forests; of a classifier the same
+    weights make up each probability, Σᵢ W[q, i] 1[yᵢ = c].
+
+    Args:
+        estimator: As for `LeafInfluence`.
+        X: What it was fitted on.
+        y: Its targets.
+        queries: Rows.
+
+    Raises:
+        UnsupportedModel: As for `LeafInfluence`.
+    """
+    first = np.asarray(y)[:1]
+    asked = (queries, np.repeat(first, len(queries), axis=0))
+    found = outputs(estimator, (X, y), asked)
+    leaves, _ = _checked_leaves(found.recipe, found.task.theta())
+    rows: Tensor = found.queries.arrays[0]
+    return leaves.label_weights(rows)
+
+
+def _slopes(
+    fitting: Fitting, queries: Data, measure: Callable[..., Tensor]
+) -> tuple[Int[Tensor, " q"], Float[Tensor, "q c"]]:
+    """The rows of the table that are asked about, and ∂m_q/∂f(x_q)."""
+    rows, targets = queries.batch(0, len(queries))  # type: ignore[misc]
+    table = fitting.task.named(fitting.theta)["outputs"][rows].detach().requires_grad_()
+    # Each query at a row of its own, so that a row that is asked twice counts for each alone.
+    values = measure(fitting.task, {"outputs": table}, (torch.arange(len(rows)), targets))
+    (slopes,) = torch.autograd.grad(values.sum(), table)
+    return rows, slopes
+
+
+def _checked_leaves(
+    recipe: EstimatorRefit, theta: Float[Tensor, " p"]
+) -> tuple[Leaves, Float[Tensor, "n c"]]:
+    """Leaves and targets, after asking that their sums are the predictions.
+
+    Raises:
+        UnsupportedModel: They are not.
+    """
+    estimator, final = recipe.estimator, final_step(recipe.estimator)
+    steps = estimator[:-1] if estimator is not final and len(estimator.steps) > 1 else None
+    parts = [
+        steps.transform(rows) if steps is not None else rows for rows in (recipe.X, recipe.rows)
+    ]
+    n = len(recipe.y)
+    b = np.ones(n) if recipe.sample_weight is None else np.asarray(recipe.sample_weight, float)
+    if getattr(final, "class_weight", None) is not None:
+        b = b * compute_sample_weight(final.class_weight, recipe.y)
+    name = type(final).__name__
+    if is_classifier(final):
+        classes = np.asarray(final.classes_)
+        y = torch.from_numpy((np.asarray(recipe.y).reshape(n, 1) == classes).astype(np.float64))
+    else:
+        y = torch.from_numpy(np.asarray(recipe.y, np.float64).reshape(n, -1).copy())
+    table = theta.reshape(-1, y.shape[1])
+    some = torch.linspace(0, len(table) - 1, min(len(table), 64)).long()
+    allowed = AGREES * float(y.abs().max())
+    far = torch.inf
+    # Forests draw their rows by their weights or multiply by them, as the version of scikit-learn.
+    for weights in (b, np.ones(n)) if isinstance(final, FORESTS) else (b,):
+        try:
+            leaves = _leaves(final, parts, weights)
+        except AttributeError as error:  # of another version of scikit-learn
+            raise UnsupportedModel(*_refusal(name, f"{error}")) from error
+        far = min(far, float((leaves.label_weights(some) @ y - table[some]).abs().max()))
+        if far <= allowed:
+            return leaves, y
+    raise UnsupportedModel(*_refusal(name, f"they differ by up to {far:.2g}"))
+
+
+def _refusal(name: str, given: str) -> tuple[str, str, str, str]:
+    return (
+        "Predictions must be the means of training labels by leaf.",
+        f"{name}: {given}.",
+        "a loss other than the squared error, subsample below 1, early stopping on rows held back, "
+        "class weights balanced by bootstrap, or no tree ensemble.",
+        "leave method= out, and it is fitted again without rows.",
+    )
+
+
+def _leaves(final: Any, parts: list[Any], b: Any) -> Leaves:
+    name, n = type(final).__name__, len(b)
+    weight = torch.from_numpy(b)
+    if isinstance(final, TREES):
+        return Leaves([_numbered(_applied(final, parts))], [weight])
+    if isinstance(final, FORESTS):
+        places = _applied(final, parts)
+        drawn = [weight] * places.shape[1]
+        if final.bootstrap:
+            drawn = [
+                weight * torch.from_numpy(np.bincount(rows, minlength=n).astype(np.float64))
+                for rows in final.estimators_samples_
+            ]
+        return Leaves([_numbered(column) for column in places.T], drawn)
+    squares = getattr(final, "loss", None) == "squared_error"
+    if isinstance(final, GradientBoostingRegressor) and squares and final.init in (None, "zero"):
+        columns = [_numbered(column) for column in _applied(final, parts).T]
+        return Leaves(
+            columns, [weight] * len(columns), final.learning_rate, centred=final.init is None
+        )
+    if isinstance(final, HistGradientBoostingRegressor) and squares:
+        columns = _histogram_leaves(final, parts)
+        ridge = float(final.l2_regularization)
+        return Leaves(columns, [weight] * len(columns), final.learning_rate, ridge)
+    raise UnsupportedModel(*_refusal(name, "no sums over leaves are known of it"))
+
+
+def _applied(final: Any, parts: list[Any]) -> Any:
+    """The leaf of each row in each tree, by scikit-learn's own numbers."""
+    found = np.concatenate([np.asarray(final.apply(part)) for part in parts])
+    return found.astype(np.int64)
+
+
+def _numbered(column: Any) -> Int[Tensor, " r"]:
+    return torch.from_numpy(np.unique(column, return_inverse=True)[1].reshape(-1).astype(np.int64))
+
+
+def _histogram_leaves(final: Any, parts: list[Any]) -> list[Int[Tensor, " r"]]:
+    """Histogram boosting has no `apply`: its trees predict the number of the node in its place."""
+    known, index = final._bin_mapper.make_known_categories_bitsets()
+    read = [
+        np.ascontiguousarray(final._preprocess_X(part, reset=False), dtype=np.float64)
+        for part in parts
+    ]
+    columns = []
+    for (tree,) in final._predictors:
+        nodes = tree.nodes.copy()
+        nodes["value"] = np.arange(len(nodes))
+        numbered = type(tree)(nodes, tree.binned_left_cat_bitsets, tree.raw_left_cat_bitsets)
+        found = [numbered.predict(X, known, index, 1) for X in read]
+        columns.append(_numbered(np.concatenate(found)))
+    return columns

@@ -1,0 +1,139 @@
+"""What answers for an estimator that has no translation? It is fitted again, as the budget allows.
+
+    each row left out           where n + 1 fits end within the budget; of a fit that draws random
+                                numbers from `SEEDS` seeds or more
+    random subsets              as many as end within it, `FEWEST` or more
+
+Two fits say beforehand what one takes, whether it gives the model again, and whether it is random.
+"""
+
+import sys
+from typing import Any
+
+from upweight.errors import SpecError, UnsupportedModel
+from upweight.evaluation.check import seconds_of
+from upweight.front.choice import PATIENCE, Choice, Facts, in_short
+from upweight.methods.method import Method
+from upweight.methods.neighbours import FeatureSimilarity, KNNShapley
+from upweight.methods.refits import LeaveOneOut, SubsampledInfluence
+from upweight.task.measures import Functional
+
+FEWEST = 30
+"""Subsets: each example is in some 15, and in fewer than 2 with a probability of 3e-8."""
+
+SEEDS = 5
+"""For a standard error of a random fit without each row."""
+
+MOST_SEEDS = 20
+
+FEW_ROWS = 12
+"""Fewer have too few halves."""
+
+REFITS = (LeaveOneOut, SubsampledInfluence)
+NEIGHBOURS = (KNNShapley, FeatureSimilarity)
+
+
+def is_refitted(model: Any, method: Method | None) -> bool:
+    """Whether an estimator is asked by refits: it has no translation, or the method says so."""
+    if not (hasattr(model, "get_params") and hasattr(model, "fit")):
+        return False
+    import upweight.adapters.sklearn as sk
+
+    return isinstance(method, REFITS) or not sk.supports(model)
+
+
+def opened_by_outputs(
+    model: Any, train: Any, queries: Any, measure: Any, method: Method | None
+) -> Any:
+    """Its `Outputs`, or those by features where the method looks at neighbours.
+
+    Raises:
+        UnsupportedModel: The method needs gradients of the model.
+        SpecError: A number of the whole model is asked for, or nothing.
+        UpweightError: From the adapter.
+    """
+    import upweight.adapters.sklearn as sk
+
+    name = type(model).__name__
+    if isinstance(measure, Functional) or queries is None:
+        raise SpecError(
+            f"{name} is asked for a number of each query.",
+            f"measure={measure!r}, {'no queries' if queries is None else 'queries'}.",
+            "a Functional, which is a number of all parameters.",
+            "attribute(estimator, (X, y), (X_test, y_test)).",
+        )
+    if method is not None and not (method.takes_history or isinstance(method, NEIGHBOURS)):
+        raise UnsupportedModel(
+            f"{type(method).__name__} needs gradients of the model.",
+            f"{name}. {sk.supports(model).reason}.",
+            "a model of which outputs alone are known.",
+            "leave method= out, and it is fitted again without rows; or LeaveOneOut(), "
+            "SubsampledInfluence(subsets=100), or KNNShapley(), which looks at no model.",
+        )
+    by = sk.by_features if isinstance(method, NEIGHBOURS) else sk.outputs
+    return by(model, train, queries)
+
+
+def refit_choice(found: Any, budget: str | float | None) -> tuple[Choice, Facts, tuple[str, ...]]:
+    """Which refits the budget allows; says so on standard error before they begin.
+
+    Raises:
+        DataError: A fit on the data does not give the model again, though every seed is a number.
+        SpecError: The budget allows too few.
+
+    Cost: two fits.
+    """
+    recipe, n = found.recipe, len(found.train)
+    seconds, noise, drift = found.tried()
+    allowed = PATIENCE if budget is None else seconds_of(budget)
+    notes: tuple[str, ...] = ()
+    if drift > 0:
+        notes = (
+            "the fit is random and has no random_state: scores are of its model from seed 0 on, "
+            f"whose outputs differ from this one's by up to {drift:.2g}",
+        )
+    name, rounds = recipe.name, int(allowed / ((n + 1) * seconds))
+    seeds = min(max(rounds, SEEDS), MOST_SEEDS) if noise > 0 else 1
+    alone, count = LeaveOneOut(seeds), (n + 1) * seeds
+    method: Method
+    by_row = f"{count:,} fits, about {_told(count * seconds)}"
+    random = " from random seeds" if noise > 0 else ""
+    if count * seconds <= allowed or n < FEW_ROWS:
+        method, why = alone, f"{name} is fitted again without each row{random}: {by_row}"
+    else:
+        subsets = int(allowed / seconds)
+        if subsets < FEWEST:
+            raise SpecError(
+                f"The budget must allow {FEWEST} refits.",
+                f"{_told(allowed)}, where a fit of {name} takes {_told(seconds)}.",
+                "a slow fit." if budget is not None else "a slow fit, and no budget=.",
+                f"budget={_said(FEWEST * seconds)!r} or more: {_said(count * seconds)!r} is enough "
+                "for each row by itself; or method=uw.KNNShapley(), which looks at neighbours and "
+                "fits nothing.",
+            )
+        method = SubsampledInfluence(subsets)
+        why = (
+            f"{name} is fitted again on {subsets:,} random halves, up to "
+            f"{_told(subsets * seconds)}; without each row{random} it would be {by_row}: budget="
+            f"{_said(count * seconds)!r}"
+        )
+        count = subsets
+    choice = Choice(in_short(method), method, why, count * seconds)
+    print(f"upweight: {choice}", file=sys.stderr)
+    size, q = found.task.layout.size, len(found.queries)
+    facts = Facts(
+        parameters=size, outputs=size // (n + q), examples=n, queries=q,
+        linear=False, convex=False, curved=False, likelihood=False,
+        epoch_seconds=seconds, budget_seconds=allowed, recipe=True, training_seconds=seconds,
+        half_seconds=seconds,
+    )  # fmt: skip
+    return choice, facts, (str(choice), found.says, *notes)
+
+
+def _told(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _said(seconds: float) -> str:
+    """A budget that allows it, rounded up."""
+    return f"{int(1.1 * seconds) + 1} s" if seconds < 90 else f"{int(1.1 * seconds / 60) + 1} min"
