@@ -9,7 +9,14 @@ from types import ModuleType
 from upweight import _public
 
 PAGES = Path(__file__).parents[1] / "docs" / "reference"
-FOLDERS = ("adapters.sklearn", "adapters.statsmodels", "applications", "testing", "view")
+FOLDERS = (
+    "adapters.sklearn",
+    "adapters.statsmodels",
+    "adapters.transformers",
+    "applications",
+    "testing",
+    "view",
+)
 
 
 def public(module):

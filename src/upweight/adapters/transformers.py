@@ -14,7 +14,7 @@ The module does not import transformers: models are told by the names of their c
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -327,6 +327,11 @@ class Reader:
 
     fits_own_data = False
     has_own_loss = True
+
+    @property
+    def coefficients(self) -> Mapping[str, tuple[str, int]]:
+        """None: no column of a network has a name."""
+        return {}
 
     @property
     def classes(self) -> tuple[Any, ...] | None:
