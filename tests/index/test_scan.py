@@ -56,13 +56,10 @@ def test_sums_of_whole_numbers_are_exact_in_every_kernel(bits):
     v = codes.levels(c).long()
     exact = (queries @ v.mT).double() / 2
     whole = scan._whole(queries.double())
-    assert torch.equal(whole.numbers, queries)
-    torch.testing.assert_close(
-        scan._by_bytes(whole, shard, codes).double(),
-        exact,
-        rtol=3e-7,
-        atol=exact.abs().max() * 1e-7,
-    )
+    assert torch.equal(whole.numbers.long(), queries)
+    if scan._has_int8_products():
+        found = scan._by_bytes(whole, shard, codes).double()
+        torch.testing.assert_close(found, exact, rtol=3e-7, atol=exact.abs().max() * 1e-7)
     if dot(bits) is not None:
         torch.testing.assert_close(scan._one_by_one(whole, shard, codes), exact, rtol=1e-14, atol=0)
 

@@ -5,7 +5,7 @@
 A vector of 16 words of 16 bits holds 256/bits numbers c. And-ing it with a mask leaves one of them
 in every word, multiplied by a power of two that is taken out of the sum at its end, so that one
 shift serves all. Products of 16 bits are summed in pairs into 32 bits by one instruction of AVX2
-(vpmaddwd) or VNNI (vpdpwssd), which LLVM chooses for the machine. Two rows share the loads of q̂, and
+(vpmaddwd) or VNNI (vpdpwssd), which LLVM chooses for the machine. Two rows share loads of q̂, and
 the memory 8 kB ahead is asked for. No sum overflows, so S is exact, and the same on every machine.
 """
 
