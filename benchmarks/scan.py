@@ -318,7 +318,8 @@ def main() -> None:
         found["memory"] = larger_than_memory(asked.limit, asked.K, asked.rounds)
         print(json.dumps(found["memory"], indent=1))
     if asked.write:
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps({**known, **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, Int8, Int16, UInt8
+from jaxtyping import Float, Int8, Int16, UInt8
 from torch import Tensor
 
 from upweight.errors import NonFinite, ShapeError
