@@ -6,7 +6,7 @@ A vector of 16 words of 16 bits holds 256/bits numbers c. And-ing it with a mask
 in every word, multiplied by a power of two that is taken out of the sum at its end, so that one
 shift serves all. Products of 16 bits are summed in pairs into 32 bits by one instruction of AVX2
 (vpmaddwd) or VNNI (vpdpwssd), which LLVM chooses for the machine. Two rows share loads of q̂, and
-the memory 16 kB ahead is asked for. No sum overflows, so S is exact, and the same on every machine.
+the memory 8 kB ahead is asked for. No sum overflows, so S is exact, and the same on every machine.
 """
 
 import functools
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 LANES = 16
 """Words in a vector: 256 bits, for AVX2; as fast as 512 bits where memory is the limit."""
 
-AHEAD = 16_384
+AHEAD = 8192
 
 LARGEST = 127 * 256 + 127
 """Of |q̂|, so that it is 256 times a number of 8 bits and another one."""

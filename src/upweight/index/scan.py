@@ -60,8 +60,8 @@ def products(
         ShapeError: Queries and rows are not of one length.
         NonFinite: NaN or infinity in a query.
 
-    Cost: one reading of the codes for up to three queries with the extra `index`, at most of the
-    read bandwidth. More queries are multiplied faster than float32 rows where the processor has
+    Cost: one reading of the codes for up to three queries with the extra `index`, at about half
+    of the read bandwidth. More queries are multiplied faster than float32 rows where the processor has
     VNNI or AMX. Memory beside the result: some MB.
     """
     rows = shard["codes"]
