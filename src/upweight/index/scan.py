@@ -61,8 +61,8 @@ def products(
         NonFinite: NaN or infinity in a query.
 
     Cost: one reading of the codes for up to three queries with the extra `index`, at about half
-    of the read bandwidth. More queries are multiplied faster than float32 rows where the processor has
-    VNNI or AMX. Memory beside the result: some MB.
+    of the read bandwidth. More queries are multiplied faster than float32 rows where the processor
+    has VNNI or AMX. Memory beside the result: some MB.
     """
     rows = shard["codes"]
     _require_products(queries, rows, codes)
