@@ -1,0 +1,226 @@
+"""Scan: exact products of queries with coded rows, as fast as the codes can be read.
+
+    products[q, i] = Σₖ q̂ₖ decode(rᵢ)ₖ,    q̂ = δ · round(q/δ),    δ = maxₖ |qₖ| / 32 639
+
+Queries are rounded to whole numbers of 16 bits. What follows is whole numbers, and exact, up to the
+multiplication with δ and the row's scale: all kernels give the same numbers. The rounding is
+
+    |products − Σₖ qₖ decode(rᵢ)ₖ| ≤ δ/2 Σₖ |decode(rᵢ)ₖ|
+
+at most, and δ/√12 ‖decode(rᵢ)‖ in root mean square, which is below 9e-6 ‖q‖ ‖decode(rᵢ)‖ whatever
+the query. The error of 2 bits is a thousand times that and more.
+
+    one to three queries   the compiled kernel (`upweight.index.kernel`; the extra `index`)
+    more, or without it    bytes unpacked in cache, times 256·high + low bytes of q̂ (torch._int_mm)
+    neither, or floats     a float32 product with q itself, of rows unpacked in cache
+"""
+
+import functools
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int8, Int16, UInt8
+from torch import Tensor
+
+from upweight.errors import NonFinite, ShapeError
+from upweight.index.codes import FLOATS, Codes
+from upweight.index.kernel import LARGEST, arranged, dot
+
+FEW = 3
+"""Queries up to which the kernel, which takes one at a time, is faster than unpacking."""
+
+CACHED, WIDE = 2**20, 4096
+"""Bytes that are unpacked at once, to stay in a core's cache, and how many of a row."""
+
+PIECE = 2**19
+"""Bytes of codes that all of a few queries meet before the next."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """Queries as δ times whole numbers of 16 bits."""
+
+    numbers: Int16[Tensor, "q K"]
+    step: Float[Tensor, " q"]
+
+
+def products(
+    queries: Float[Tensor, "q K"], shard: Mapping[str, Tensor], codes: Codes
+) -> Float[Tensor, "q b"]:
+    """Products of queries with every row of a shard, in the dtype of the queries or float32.
+
+    Args:
+        queries: On the shard's device.
+        shard: What `codes.encode` gave, also memory-mapped, and more of it is not read.
+        codes: How the rows are kept.
+
+    Raises:
+        ShapeError: Queries and rows are not of one length.
+        NonFinite: NaN or infinity in a query.
+
+    Cost: one reading of the codes for up to three queries with the extra `index`, at about half
+    of the read bandwidth. More queries are multiplied faster than float32 rows where the processor
+    has VNNI or AMX. Memory beside the result: some MB.
+    """
+    rows = shard["codes"]
+    _require_products(queries, rows, codes)
+    kind = torch.promote_types(queries.dtype, torch.float32)
+    if not (len(queries) and len(rows) and queries.shape[1]):
+        return queries.new_zeros(len(queries), len(rows), dtype=kind)
+    if codes.bits == 32:
+        return (queries.float() @ rows.mT).to(kind)
+    if codes.bits in FLOATS or rows.device.type != "cpu":
+        return _as_floats(queries, shard, codes).to(kind)
+    kernel = dot(codes.bits)
+    if kernel is not None and len(queries) <= FEW:
+        return _one_by_one(_whole(queries), shard, codes).to(kind)
+    largest = 256 * min(128, 2**codes.bits) * queries.shape[1]
+    # oneDNN's products over a single number are wrong.
+    if _has_int8_products() and largest < 2**31 and rows.shape[1] % WIDE != 1:
+        return _by_bytes(_whole(queries), shard, codes).to(kind)
+    return _as_floats(queries, shard, codes).to(kind)
+
+
+def _one_by_one(queries: _Whole, shard: Mapping[str, Tensor], codes: Codes) -> Float[Tensor, "q b"]:
+    """By the compiled kernel, each thread some of the rows."""
+    rows, scales = shard["codes"], shard["scales"]
+    kernel = dot(codes.bits)
+    assert kernel is not None
+    told = [arranged(each.numpy(), codes.bits) for each in queries.numbers]
+    sums = torch.empty(len(told), len(rows), dtype=torch.int64)
+
+    def some(first: int, last: int) -> None:
+        size = max(PIECE // rows.shape[1], 1) if len(told) > 1 else max(last - first, 1)
+        for start in range(first, last, size):
+            stop = min(start + size, last)
+            piece = rows[start:stop].contiguous().numpy()
+            for query, out in zip(told, sums, strict=True):
+                kernel(piece, query, out[start:stop].numpy())
+
+    threads = min(torch.get_num_threads(), -(-len(rows) * rows.shape[1] // PIECE))
+    if threads == 1:
+        some(0, len(rows))
+    else:
+        ends = [len(rows) * i // threads for i in range(threads + 1)]
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(some, ends[:-1], ends[1:]))
+    top = 2**codes.bits - 1
+    centred = sums.mul_(2).sub_(top * queries.numbers.sum(dim=1, keepdim=True, dtype=torch.int64))
+    return centred.double().mul_(queries.step[:, None]).mul_(scales.double())
+
+
+def _by_bytes(queries: _Whole, shard: Mapping[str, Tensor], codes: Codes) -> Float[Tensor, "q b"]:
+    """By products of 8-bit numbers, summed in 32 bits: q̂ = 256·high + low."""
+    rows, scales, bits = shard["codes"], shard["scales"], codes.bits
+    low = queries.numbers.to(torch.int8)  # the lower byte, signed
+    high = ((queries.numbers - low) >> 8).to(torch.int8)
+    halves = torch.cat([high, low])
+    # 8 bits are unsigned in the codes and signed here: c − 128.
+    top = 2**bits - 1 - (256 if bits == 8 else 0)
+    offset = top * halves.sum(dim=1, dtype=torch.int64)[:, None].int()
+    width = rows.shape[1]
+    pieces = [slice(a, min(a + WIDE, width)) for a in range(0, width, WIDE)]
+    fields = halves.view(len(halves), 8 // bits, width)
+    told = [[fields[:, s, piece].contiguous() for s in range(8 // bits)] for piece in pieces]
+    size = max(CACHED // min(WIDE, width), 1)
+    spaces = torch.empty(2, min(size, len(rows)) * min(WIDE, width), dtype=torch.uint8)
+    found = torch.empty(len(queries.step), len(rows), dtype=torch.float32)
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size]
+        sums = torch.zeros(len(halves), len(block), dtype=torch.int32)
+        for piece, parts in zip(pieces, told, strict=True):
+            for s, part in enumerate(parts):
+                c, shift = _field(block[:, piece], s, bits, spaces)
+                found_here = torch._int_mm(part, c.mT)
+                sums += found_here.bitwise_right_shift_(shift) if shift else found_here
+        upper, lower = sums.mul_(2).sub_(offset).float().chunk(2)
+        torch.add(lower, upper, alpha=256, out=found[:, start : start + size])
+    return found.mul_(queries.step.float()[:, None]).mul_(scales)
+
+
+def _field(
+    codes: UInt8[Tensor, "b B"], s: int, bits: int, spaces: UInt8[Tensor, "2 c"]
+) -> tuple[Int8[Tensor, "b B"], int]:
+    """The numbers in field s of every byte times 2^shift, and shift; of 8 bits, c − 128."""
+    whole = codes.shape[1] % 8 == codes.stride(0) % 8 == codes.storage_offset() % 8 == 0
+    shifted, out = (space[: codes.numel()].view(codes.shape) for space in spaces)
+    signed, ones = out.view(torch.int8), 1
+    if whole and codes.stride(1) == 1:
+        # Eight bytes at once: shifts of single bytes are not vectorized.
+        codes, shifted, out = (each.view(torch.int64) for each in (codes, shifted, out))
+        ones = 0x0101010101010101
+    if bits == 8:
+        torch.bitwise_xor(codes, _signed(128 * ones, ones), out=out)
+        return signed, 0
+    mask, shift = 2**bits - 1, bits * s
+    if mask << shift < 128:  # fits where it is
+        torch.bitwise_and(codes, (mask << shift) * ones, out=out)
+        return signed, shift
+    torch.bitwise_right_shift(codes, shift, out=shifted)
+    torch.bitwise_and(shifted, mask * ones, out=out)
+    return signed, 0
+
+
+def _signed(number: int, ones: int) -> int:
+    return number - 2**64 if ones > 1 and number >= 2**63 else number
+
+
+def _as_floats(
+    queries: Float[Tensor, "q K"], shard: Mapping[str, Tensor], codes: Codes
+) -> Float[Tensor, "q b"]:
+    """By float32 products with the queries as they are."""
+    rows, scales = shard["codes"], shard["scales"]
+    q = queries.float()
+    size = max(CACHED // (4 * q.shape[1]), 1)
+    parts = [q @ codes.levels(rows[i : i + size]).mT for i in range(0, len(rows), size)]
+    return torch.cat(parts, dim=1).mul_(scales)
+
+
+def _whole(queries: Float[Tensor, "q K"]) -> _Whole:
+    queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
+    step = _most(queries) / LARGEST
+    numbers = (queries / torch.where(step > 0, step, 1.0)[:, None]).round_().short()
+    return _Whole(numbers, step.double())
+
+
+def _most(queries: Float[Tensor, "q K"]) -> Float[Tensor, " q"]:
+    """maxₖ |qₖ|, and NaN where there is one."""
+    most: Tensor = torch.linalg.vector_norm(queries, torch.inf, dim=1)
+    return most
+
+
+@functools.cache
+def _has_int8_products() -> bool:
+    """Whether torch has the private product of 8-bit numbers, here, with exact sums.
+
+    Without VNNI oneDNN adds pairs in 16 bits, where large ones are cut off.
+    """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    a = torch.arange(-128, 128).view(4, 64).to(torch.int8)
+    try:
+        found = torch._int_mm(a, a.mT)
+    except (AttributeError, RuntimeError):
+        return False
+    return bool((found == a.int() @ a.int().mT).all())
+
+
+def _require_products(queries: Float[Tensor, "q K"], rows: Tensor, codes: Codes) -> None:
+    K = rows.shape[1] if codes.bits in FLOATS else rows.shape[1] * 8 // codes.bits
+    if queries.shape[1] != K:
+        raise ShapeError(
+            "Queries have as many coordinates as rows.",
+            f"queries of {queries.shape[1]}, rows of {K} in {codes.bits} bits.",
+            "codes read with another number of bits, or queries of another transform.",
+            f"use Codes(bits) with the bits that the rows were encoded with, and queries of {K}.",
+        )
+    wrong = (~_most(queries).isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        raise NonFinite(
+            "Queries are finite numbers.",
+            f"NaN or infinity in query {', '.join(map(str, wrong[:6]))}.",
+            "a measure that overflows, or an input with NaN.",
+            "leave these queries out: products(queries[queries.isfinite().all(dim=1)], …).",
+        )
