@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "data": set(),
     "verdict": set(),
     "notation": set(),
+    "_html": set(),
     "facts": {"notation"},
     "linalg": {"errors", "_typing"},
     "runtime": {"errors", "_typing"},
@@ -31,24 +32,27 @@ MAY_IMPORT = {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature",
     },
     "plot": {"errors", "_typing", "_text", "runtime"},
-    "provenance": {"errors", "facts", "task"},
+    "provenance": {"errors", "facts", "task", "_html", "notation"},
     "effects": {"errors", "notation", "provenance", "runtime"},
     "scores": {
-        "errors", "_typing", "_text", "notation", "runtime", "plot", "provenance", "effects",
+        "errors", "_typing", "_text", "_html", "notation", "runtime", "plot", "provenance",
+        "effects",
     },
     "methods": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "scoring",
-        "scores", "effects", "provenance", "training", "facts", "notation",
+        "scores", "effects", "provenance", "training", "facts", "notation", "_html",
     },
     "shards": {"_typing", "runtime", "methods", "scores"},
     "labels": {"curvature"},
     "solvers": {"linalg"},
     "training": {"errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature"},
     "evaluation": {
-        "errors", "_typing", "verdict", "runtime", "task", "plot", "scores", "effects", "training",
+        "errors", "_typing", "_html", "verdict", "runtime", "task", "plot", "scores", "effects",
+        "training",
     },
     "applications": {
-        "errors", "_typing", "_text", "notation", "verdict", "plot", "runtime", "linalg", "task",
+        "errors", "_typing", "_text", "_html", "notation", "verdict", "plot", "runtime", "linalg",
+        "task",
         "gradients", "curvature", "scores", "effects", "provenance", "methods", "training",
         "evaluation", "front",
     },
@@ -62,12 +66,13 @@ MAY_IMPORT = {
     },
     "front": {
         "errors", "_typing", "notation", "runtime", "linalg", "task", "gradients", "curvature",
-        "labels", "methods", "training", "evaluation", "runs",
+        "labels", "methods", "training", "evaluation", "runs", "scores", "provenance", "_html",
     },
     "view": {"errors", "_typing", "runtime", "task", "scores", "effects", "report"},
 }  # fmt: skip
 SHORT_FORMS = {
     "methods/fitted.py": {"evaluation"},  # `fitted.check` calls `upweight.check`
+    "front/answer.py": {"applications", "report"},  # verbs of scores that need them
     "front/opened.py": {"adapters"},  # loaded for a model of the library that they translate
     "applications/subject.py": {"adapters"},  # the same, for its own fit
     "applications/cross_validation.py": {"adapters"},  # fits on the rows that are left

@@ -566,7 +566,7 @@ def test_a_finished_run_says_its_verdict_and_what_to_ask_for(made, tmp_path, mon
 def test_rankings_are_printed_of_few_queries_and_of_those_asked_for(made, monkeypatch):
     monkeypatch.chdir(made)
     printed = call(*attribute("--top", "1")).stdout
-    assert printed.count("raises m") == 5 and "and 5 other queries" in printed
+    assert printed.count("raises the ") == 5 and "and 5 other queries" in printed
     printed = call(*attribute("--top", "1", "--query", "7", "--query", "2")).stdout
     assert re.findall(r"(?m)^query (\d+)$", printed) == ["7", "2"]
     assert call(*attribute("--top", "1", "--query", "10")).exit_code == 2

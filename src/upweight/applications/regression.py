@@ -31,6 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._html import card
 from upweight.errors import (
     DataError,
     DtypeError,
@@ -40,6 +41,7 @@ from upweight.errors import (
     ShapeError,
     SpecError,
 )
+from upweight.notation import count, readable
 from upweight.task.losses import Bernoulli, Loss, Poisson, SquaredError
 
 if TYPE_CHECKING:
@@ -57,7 +59,11 @@ LOSSES = (SquaredError(), Bernoulli(), Poisson())
 """Negative log-likelihoods with a canonical link, as functions of η: ∂ℓ/∂η = μ − y, ∂²ℓ/∂η² = V."""
 
 
-@dataclass(frozen=True, eq=False)
+LISTED = 4
+"""Coefficients that are named at a prompt."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Diagnostics:
     """What each row does to a regression. One entry (or row) per observation.
 
@@ -104,6 +110,35 @@ class Diagnostics:
     covariance: Float[Tensor, "p p"]
     covariance_jackknife: Float[Tensor, "p p"]
     notes: tuple[str, ...] = ()
+
+    def _told(self) -> tuple[str, dict[str, str]]:
+        """What it is in a line, and the rows that stand out."""
+        n, p = count(len(self.rows), "observation"), count(len(self.names), "coefficient")
+        most = self.dfbetas.abs().max(dim=0)
+        pulls = [
+            f"{name} by {self.rows[int(i)]} ({readable(float(self.dfbetas[i, k]), signed=True)})"
+            for k, (name, i) in enumerate(zip(self.names, most.indices, strict=True))
+        ]
+        about = {
+            "largest leverage": self._largest(self.leverage),
+            "largest Cook's distance": self._largest(self.cooks_distance),
+            "moved most, in standard errors": ", ".join(pulls[:LISTED])
+            + (f" and {len(pulls) - LISTED} others" if len(pulls) > LISTED else ""),
+            **({"note": "; ".join(self.notes)} if self.notes else {}),
+            "next": ".to_pandas(), .cooks_distance, .dfbetas",
+        }
+        return f"Diagnostics: {n}, {p}, φ = {readable(self.scale)}", about
+
+    def _largest(self, values: Tensor) -> str:
+        order = values.argsort(descending=True, stable=True)[:3].tolist()
+        return ", ".join(f"{self.rows[i]} {readable(float(values[i]))}" for i in order)
+
+    def __repr__(self) -> str:
+        first, about = self._told()
+        return "\n  ".join([first, *(f"{name}: {told}" for name, told in about.items())])
+
+    def _repr_html_(self) -> str:
+        return card(*self._told())
 
     def to_pandas(self) -> "pd.DataFrame":
         """A table with a row per observation, by its label; DFBETAS in columns `dfbetas_NAME`."""

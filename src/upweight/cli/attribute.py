@@ -273,7 +273,7 @@ def with_rankings(done: Answer, run: Run, top: int, asked_of: tuple[int, ...]) -
     lines = [*map(str, rankings if asked_of else rankings[:SHOWN_QUERIES])]
     if len(lines) < len(rankings):
         lines.append(f"and {q - len(lines)} other queries: --query Q, or `upweight report`")
-    facts = done.facts | {"top": [vars(ranking) for ranking in rankings]}
+    facts = done.facts | {"top": [ranking.facts for ranking in rankings]}
     return Answer("\n".join([done.text, "", *lines]), facts)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._html import card
 from upweight.effects import Effects
 from upweight.errors import SpecError, message
 from upweight.evaluation import metrics
@@ -127,6 +128,13 @@ class Check:
             "seconds": self.seconds,
             "budget": self.budget if math.isfinite(self.budget) else None,
         }
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        first, *lines = str(self).splitlines()
+        return card(first, {}, note="; ".join(line.strip() for line in lines))
 
     def __str__(self) -> str:
         halves, seeds = len(self.lds.predicted), len(self.lds.values)

@@ -9,6 +9,7 @@ import torch
 
 from upweight.errors import NotConverged, NotPositiveDefinite, SpecError, UpweightError
 from upweight.evaluation.check import seconds_of
+from upweight.front.answer import Attribution
 from upweight.front.choice import PATIENCE, Choice, Facts, choose
 from upweight.front.facts import facts_of
 from upweight.front.opened import Opened, opened
@@ -17,6 +18,7 @@ from upweight.methods.method import Method
 from upweight.methods.reduce import Reducer
 from upweight.methods.stacked import Stacked
 from upweight.runtime.resources import Resources
+from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.measures import Functional
 from upweight.task.task import Task
@@ -154,7 +156,9 @@ def attribute(
         resources: What may be used.
 
     Returns:
-        `Scores`, or what the reducer makes.
+        `Scores` that can also be checked against retraining, looked through for wrong labels, and
+        shown: `.top()`, `.table()`, `.suspects()`, `.check(recipe)`, `.report(path)`. Or what the
+        reducer makes.
 
     Raises:
         SpecError: The loss is missing, or an argument is none of its kind.
@@ -189,7 +193,11 @@ def answered(question: Asked, into: Reducer | None = None) -> Any:
     )
     said = (*question.notes,) if question.is_given else (str(choice), *question.notes)
     fitted = replace(fitted, notes=(*said, *fitted.notes))
-    return fitted.attribute(question.queries, question.measure, into=into)
+    found = fitted.attribute(question.queries, question.measure, into=into)
+    if type(found) is not Scores:
+        return found
+    why = "" if question.is_given else choice.why
+    return Attribution.of(found, why, question.recipe, question.opened.model)
 
 
 def solvable(facts: Facts, task: Task, train: Data) -> Choice:

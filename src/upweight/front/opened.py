@@ -9,6 +9,7 @@ from upweight.errors import SpecError, message
 from upweight.task.data import Data, as_data
 from upweight.task.losses import CrossEntropy
 from upweight.task.penalties import NoPenalty
+from upweight.task.recipe import Recipe
 from upweight.task.task import Task, require_task, shifts_labels
 
 OWN_CLASSES = (
@@ -28,11 +29,27 @@ class Opened:
     loss: Any
     """As the user gave it; None where it was known."""
 
+    model: Any = None
+    """What was trained, as the user gave it."""
+
 
 def is_model(value: Any) -> bool:
     """Whether it is what `opened` makes a task of, other than a task."""
     is_fitted = hasattr(value, "get_params") and hasattr(value, "fit")
     return isinstance(value, nn.Module) or is_fitted or _is_of_statsmodels(value)
+
+
+def own_recipe(model: Any) -> Recipe | None:
+    """The library's own fit of an estimator or of results; None for what has none, a network."""
+    if _is_of_statsmodels(model):
+        import upweight.adapters.statsmodels as smx
+
+        return smx.recipe(model)
+    if not is_model(model) or isinstance(model, nn.Module):
+        return None
+    import upweight.adapters.sklearn as sk
+
+    return sk.recipe(model)
 
 
 def _is_of_statsmodels(value: Any) -> bool:
@@ -59,19 +76,19 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
         require_task(model)
     if isinstance(model, Task):
         _require_alone(loss, penalty, "a Task has its loss and penalty")
-        return Opened(model, model.training(train), None)
+        return Opened(model, model.training(train), None, model)
     if isinstance(model, nn.Module):
         known = _own_loss(model) if loss is None else loss
         if known is None:
             raise SpecError(_no_loss(train))
         task = Task(model, known, NoPenalty() if penalty is None else penalty)
-        return Opened(task, as_data(train), loss)
+        return Opened(task, as_data(train), loss, model)
     if _is_of_statsmodels(model):
         import upweight.adapters.statsmodels as smx
 
         _require_alone(loss, penalty, "statsmodels results know their likelihood")
         task, own = smx.task(model)
-        return Opened(task, own if train is None else task.training(train), None)
+        return Opened(task, own if train is None else task.training(train), None, model)
     import upweight.adapters.sklearn as sk
 
     _require_alone(loss, penalty, "an estimator knows its objective")
@@ -83,7 +100,7 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
             "attribute(estimator, (X, y), (X_test, y_test)), as they were given to fit.",
         )
     task, own = sk.task(model, *train)
-    return Opened(task, own, None)
+    return Opened(task, own, None, model)
 
 
 def _require_alone(loss: Any, penalty: Any, why: str) -> None:
