@@ -16,6 +16,7 @@ VERBS = {
     "attribute": ("attribute", "Score every training example for every query."),
     "evaluate": ("evaluate", "Compare the scores with retraining."),
     "report": ("evaluate", "Write the page of a run: one HTML file that opens offline."),
+    "show": ("show", "Print the verdict, settings and strongest examples of a run."),
     "view": ("view", "Serve a run to the browser of this machine, until Ctrl-C."),
     "rerun": ("attribute", "Finish an interrupted run, or repeat a finished one."),
 }

@@ -12,7 +12,7 @@ from upweight.evaluation.check import seconds_of
 from upweight.front.answer import Attribution
 from upweight.front.choice import PATIENCE, Choice, Facts, choose
 from upweight.front.facts import facts_of
-from upweight.front.opened import Opened, opened
+from upweight.front.opened import Opened, opened, queries_of
 from upweight.methods.fitted import LOSS
 from upweight.methods.method import Method
 from upweight.methods.reduce import Reducer
@@ -94,7 +94,9 @@ def asked(
     found = opened(model, train, loss, penalty)
     task, data = found.task, found.train
     measure = LOSS if measure is None else measure
-    chosen = None if isinstance(measure, Functional) and queries is None else task.queries(queries)
+    chosen = (
+        None if isinstance(measure, Functional) and queries is None else queries_of(task, queries)
+    )
     resources = Resources() if resources is None else resources
     count = 1 if chosen is None or isinstance(measure, Functional) else len(chosen)
     facts = facts_of(
@@ -140,7 +142,8 @@ def attribute(
             or Pipeline, statsmodels results, or a `Task`.
         train: The training set: (X, y), a data set, or a `DataLoader`. For scikit-learn (X, y) as
             given to `fit`; of statsmodels results None.
-        queries: What to ask about, in the same form.
+        queries: What to ask about, in the same form; of a classifier also inputs alone: the class
+            that it predicts then stands for each.
         loss: What a module was trained with: a loss of `torch.nn`, one of ours, or any function
             (outputs, targets) -> [b].
         penalty: What a module was trained with beside it: `L2(λ)` for weight decay λ.

@@ -3,14 +3,20 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
-from upweight.errors import SpecError, message
+from upweight.errors import DataError, SpecError, message
+from upweight.task.arrays import is_array
 from upweight.task.data import Data, as_data
 from upweight.task.losses import CrossEntropy
 from upweight.task.penalties import NoPenalty
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task, require_task, shifts_labels
+from upweight.task.torch_losses import Rescaled
+
+PREDICTED = "queries without labels: the class that the network predicts stands for each"
 
 OWN_CLASSES = (
     "ForSequenceClassification",
@@ -101,6 +107,36 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
         )
     task, own = sk.task(model, *train)
     return Opened(task, own, None, model)
+
+
+def queries_of(task: Task, queries: Any) -> Data:
+    """Queries of a task; of inputs alone the classes that a network predicts stand for each.
+
+    Raises:
+        DataError: There are no labels, and the loss is of no classes.
+        UpweightError: As from `Task.queries`.
+    """
+    is_alone = isinstance(queries, Tensor | np.ndarray)
+    is_single = isinstance(queries, tuple | list) and len(queries) == 1 and is_array(queries[0])
+    if task.reads is not None or not (is_alone or is_single):
+        return task.queries(queries)
+    inputs = torch.as_tensor(queries if is_alone else queries[0])
+    loss = task.loss.base if isinstance(task.loss, Rescaled) else task.loss
+    parameter = next(task.model.parameters())
+    outputs = None
+    if isinstance(loss, CrossEntropy):
+        with torch.no_grad():
+            outputs = task.model(inputs.to(parameter.device))
+        outputs = getattr(outputs, "logits", outputs)
+    if outputs is None or outputs.ndim != 2:
+        raise DataError(
+            f"Queries of a network with {loss!r} need their targets.",
+            f"inputs alone, of shape {tuple(inputs.shape)}.",
+            "predictions for which no target is known yet.",
+            "pass (X, y); to ask about the predictions themselves any y, such as zeros, with "
+            "measure=upweight.Logit(0), which does not look at it.",
+        )
+    return as_data((inputs, outputs.argmax(dim=1).cpu())).noted((PREDICTED,))
 
 
 def _require_alone(loss: Any, penalty: Any, why: str) -> None:
