@@ -349,7 +349,10 @@ class Scores(Answered):
         order = row.argsort(descending=True, stable=True)
         up, down = order[:k], order.flip(0)[:k]
         found = Ranking.of(query, up, row[up], down, row[down])
-        return found.named(self.provenance.measure, None if self.columns else self.context)
+        if self.columns is None:
+            return found.named(self.provenance.measure, self.context)
+        names = {i: (self.columns[i], "") for i in (*found.raises, *found.lowers)}
+        return replace(found.named(self.provenance.measure, None), names=names)
 
     def table(self, query: Any = 0, k: int = 10) -> "pd.DataFrame":
         """The k examples at each end of the ranking of one query, with what the user knows of them.
@@ -381,10 +384,12 @@ class Scores(Answered):
             if labels is not None:
                 columns["label"] = labels
             if rows is not None:
-                ids = list(rows.take(at).ids or ())
-                for column in [*rows.columns] if rows.columns and rows.values is not None else []:
-                    told = [rows.pairs(i)[column] for i in at]
-                    columns[column if column not in columns else f"{column} (given)"] = told
+                taken = rows.take(at)
+                ids = list(taken.ids or ())
+                for column, values in taken.by_column():
+                    while column in columns:
+                        column += " (given)"
+                    columns[column] = values
         # tupleize_cols: ids that are tuples stay one id each.
         return pd.DataFrame(columns, index=pd.Index(ids, name=name, tupleize_cols=False))
 

@@ -238,6 +238,11 @@ class Suspects(Outcome):
             f"For {self.count} of {n} rows ({self.count / n:.1%}) a model without them favours "
             "another label"
         )
+        if 2 * self.count > n:
+            start = (
+                f"There is no cut-off: {start[0].lower()}{start[1:]}, more than can be wrong, so "
+                "that the method does not know what the model is without a row"
+            )
         path = self.predicted
         if path is None:
             return f"{start}; which of them are wrong is not known, and nothing was fitted again."

@@ -80,6 +80,13 @@ class Rows:
                 return None
         return array if array.dtype.kind in "biuf" else None
 
+    def by_column(self) -> list[tuple[str, list[Any]]]:
+        """The values of each column, with its name; columns may share one."""
+        if self.values is None or self.columns is None:
+            return []
+        by_place = self.values.iloc if hasattr(self.values, "iloc") else self.values
+        return [(name, by_place[:, j].tolist()) for j, name in enumerate(self.columns)]
+
     def pairs(self, index: int) -> dict[str, Any]:
         """A row as values by column."""
         if self.values is None or self.columns is None:
