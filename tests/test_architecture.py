@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "notation": set(),
     "_html": set(),
     "facts": {"notation"},
-    "linalg": {"errors", "_typing"},
+    "linalg": {"errors", "_typing", "runtime"},
     "runtime": {"errors", "_typing"},
     "task": {"errors", "_typing", "linalg", "runtime"},
     "gradients": {"errors", "_typing", "linalg", "runtime", "task"},
