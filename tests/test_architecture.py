@@ -21,8 +21,9 @@ MAY_IMPORT = {
     "data": set(),
     "verdict": set(),
     "notation": set(),
+    "_html": set(),
     "facts": {"notation"},
-    "linalg": {"errors", "_typing"},
+    "linalg": {"errors", "_typing", "runtime"},
     "runtime": {"errors", "_typing"},
     "task": {"errors", "_typing", "linalg", "runtime"},
     "gradients": {"errors", "_typing", "linalg", "runtime", "task"},
@@ -31,14 +32,15 @@ MAY_IMPORT = {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature",
     },
     "plot": {"errors", "_typing", "_text", "runtime"},
-    "provenance": {"errors", "facts", "task"},
+    "provenance": {"errors", "facts", "task", "_html", "notation"},
     "effects": {"errors", "notation", "provenance", "runtime"},
     "scores": {
-        "errors", "_typing", "_text", "notation", "runtime", "plot", "provenance", "effects",
+        "errors", "_typing", "_text", "_html", "notation", "runtime", "plot", "provenance",
+        "effects",
     },
     "methods": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "scoring",
-        "scores", "effects", "provenance", "training", "facts", "notation",
+        "scores", "effects", "provenance", "training", "facts", "notation", "_html",
     },
     "shards": {"_typing", "runtime", "methods", "scores"},
     "index": {
@@ -49,16 +51,18 @@ MAY_IMPORT = {
     "solvers": {"linalg"},
     "training": {"errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature"},
     "evaluation": {
-        "errors", "_typing", "verdict", "runtime", "task", "plot", "scores", "effects", "training",
+        "errors", "_typing", "_html", "verdict", "runtime", "task", "plot", "scores", "effects",
+        "training",
     },
     "applications": {
-        "errors", "_typing", "_text", "notation", "verdict", "plot", "runtime", "linalg", "task",
+        "errors", "_typing", "_text", "_html", "notation", "verdict", "plot", "runtime", "linalg",
+        "task",
         "gradients", "curvature", "scores", "effects", "provenance", "methods", "training",
         "evaluation", "front",
     },
     "report": {
-        "errors", "_typing", "_text", "notation", "verdict", "runtime", "task", "scores", "effects",
-        "methods", "applications",
+        "errors", "_typing", "_text", "notation", "provenance", "verdict", "runtime", "task",
+        "scores", "effects", "methods", "applications",
     },
     "runs": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "scoring",
@@ -66,12 +70,13 @@ MAY_IMPORT = {
     },
     "front": {
         "errors", "_typing", "notation", "runtime", "linalg", "task", "gradients", "curvature",
-        "labels", "methods", "training", "evaluation", "runs",
+        "labels", "methods", "training", "evaluation", "runs", "scores", "provenance", "_html",
     },
     "view": {"errors", "_typing", "runtime", "task", "scores", "effects", "report"},
 }  # fmt: skip
 SHORT_FORMS = {
     "methods/fitted.py": {"evaluation"},  # `fitted.check` calls `upweight.check`
+    "front/answer.py": {"applications", "report"},  # verbs of scores that need them
     "front/opened.py": {"adapters"},  # loaded for a model of the library that they translate
     "front/refits.py": {"adapters"},  # the same, for an estimator that is fitted again
     "applications/subject.py": {"adapters"},  # the same, for its own fit

@@ -1,6 +1,13 @@
-"""Numbers as people read them: three digits, a true minus sign, powers of ten spelled out."""
+"""Numbers as people read them: three digits, a true minus sign, powers of ten spelled out.
+
+Also specs, and what a measure is called.
+"""
 
 import math
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+NOUNS = {"Loss": "loss", "Margin": "margin", "LogProb": "log-probability", "Logit": "logit"}
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -67,3 +74,24 @@ def percent(share: float) -> str:
 def short(value: float, digits: int = 6) -> float:
     """Six digits: more than a reader or a pixel can tell apart, at a third of the bytes."""
     return float(f"{value:.{digits}g}")
+
+
+def noun_of(measure: str) -> str:
+    """What was measured, in a word: "loss", "margin", …; "measurement" for a user's function."""
+    return NOUNS.get(measure.split("(")[0], "measurement")
+
+
+def in_short(spec: Any) -> str:
+    """A spec as a person writes it: what is as by default is left out. `parse` reads it back."""
+    if isinstance(spec, tuple):
+        return f"({', '.join(map(in_short, spec))}{',' * (len(spec) == 1)})"
+    if not is_dataclass(spec):
+        return repr(spec)
+    parts: list[str] = []
+    for place, field in enumerate(fields(spec)):
+        value = getattr(spec, field.name)
+        made = field.default_factory() if field.default_factory is not MISSING else field.default
+        if value != made:
+            is_next = place == len(parts)
+            parts.append(in_short(value) if is_next else f"{field.name}={in_short(value)}")
+    return f"{type(spec).__name__}({', '.join(parts)})"

@@ -3,15 +3,19 @@
 Also how an answer introduces itself at a prompt and in a notebook.
 """
 
-import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from upweight._html import card
 from upweight.errors import MissingContext
 from upweight.facts import Fact
+from upweight.notation import in_short
 from upweight.task.data import Data
+from upweight.task.rows import Rows, class_names, labels_in
 from upweight.task.task import Task
+
+Role = Literal["train", "query"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,36 @@ class Context:
     measure: Any
     fitted: Any = None
 
+    def data(self, role: Role) -> Any:
+        """The training data or the queries."""
+        return self.train if role == "train" else self.queries
+
+    def rows(self, role: Role) -> Rows | None:
+        """What the user calls the examples; None where their places are all that is known."""
+        return getattr(self.data(role), "given", None)
+
+    @property
+    def classes(self) -> tuple[Any, ...] | None:
+        """The classes as the user knows them, by number; None where they have no names."""
+        reads = self.task.reads
+        return class_names(self.task.model) if reads is None else reads.classes
+
+    def name(self, role: Role, index: int) -> str:
+        """The id of an example, or its place."""
+        rows = self.rows(role)
+        return str(index if rows is None or rows.ids is None else rows.ids[index])
+
+    def labels(self, role: Role, indices: Sequence[int]) -> list[Any] | None:
+        """The labels of some examples as the user knows them; None where they have none.
+
+        Cost: a reading of these examples.
+        """
+        data = self.data(role)
+        if data is None or not len(indices):
+            return None
+        known = getattr(self.task.reads, "label", None)
+        return labels_in(data.take(list(indices)), self.classes, known)
+
 
 class Answered:
     """What scores and effects share: how they introduce themselves, and their live objects."""
@@ -79,22 +113,30 @@ class Answered:
         notes = f"; {len(made.notes)} in provenance.notes" if made.notes else ""
         told = (health if made.facts else "not told") + notes
         return {
-            "shape": shape, "unit": unit, "measure": made.measure, "method": made.method,
+            "shape": shape, "unit": unit, "measure": made.measure, "method": self._method(),
             "health": told,
         }  # fmt: skip
 
+    def _method(self) -> str:
+        """As a person writes it, with its λ."""
+        made = self.provenance
+        spec = getattr(getattr(self.context, "fitted", None), "spec", None)
+        told = made.method if spec is None else in_short(spec)
+        lam = [f.value for f in made.facts if f.name == "Damping" and f.value.startswith("λ")]
+        return ", ".join([told, *lam])
+
     def __repr__(self) -> str:
-        about = self._about()
-        shape, unit, measure = (about.pop(name) for name in ("shape", "unit", "measure"))
-        first = f"{type(self).__name__}: {shape}, {unit} of {measure}"
+        first, about = self._told()
         return "\n  ".join([first, *(f"{name}: {told}" for name, told in about.items())])
 
+    def _told(self) -> tuple[str, dict[str, str]]:
+        """What it is in a line, and the rest of what is said of it."""
+        about = self._about()
+        shape, unit, measure = (about.pop(name) for name in ("shape", "unit", "measure"))
+        return f"{type(self).__name__}: {shape}, {unit} of {measure}", about
+
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{name}</th><td>{html.escape(told)}</td></tr>"
-            for name, told in self._about().items()
-        )
-        return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
+        return card(*self._told())
 
     def require_context(self) -> Context:
         """The live task and data behind this answer.

@@ -7,8 +7,8 @@ Upweighting example i raises m_q where S > 0. Removing it is wᵢ = 0, so Δm_q 
 
 import contextlib
 import enum
-from collections.abc import Iterable, Iterator, ValuesView
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, ValuesView
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from upweight._html import card
 from upweight._text import readable
 from upweight._typing import Folder
 from upweight.effects import FIRST_ORDER, Effects, as_groups, first_order, without
@@ -28,10 +29,10 @@ from upweight.errors import (
     UpweightError,
     message,
 )
-from upweight.notation import count
+from upweight.notation import count, noun_of
 from upweight.notation import readable as readable_number
 from upweight.plot import Plot
-from upweight.provenance import Answered, Context, Provenance
+from upweight.provenance import Answered, Context, Provenance, Role
 from upweight.runtime.headers import Misfit, fitting, stale
 from upweight.runtime.matrix import StoredMatrix, Tile
 from upweight.runtime.selection import is_row, labels_by_place, places, row_of
@@ -49,7 +50,15 @@ AGAIN = (
 )
 """How scores on disk are made again."""
 
-NEXT = ".top(query=0), .to_pandas(), .predict(drop=[…]); upweight.report.html(scores, 'page.html')"
+NEXT = (
+    ".top(query=0), .table(query=0), .predict(drop=[…]); upweight.report.html(scores, 'page.html')"
+)
+
+BRIEF = 3
+"""Examples at each end of the ranking on a card in a notebook."""
+
+HEADER = ("when upweighted", "training example", "label", "score")
+"""Of a ranking in a notebook."""
 
 LOOKED_AT_ONCE = 4_000_000
 """Numbers looked at together for NaN and infinity."""
@@ -73,6 +82,9 @@ class Ranking:
         raises_by: Their scores.
         lowers: Indices with the most negative scores, most negative first.
         lowers_by: Their scores.
+        noun: What was measured, in a word.
+        asked: What the query is called, with its label.
+        names: What the user calls each of the examples, and its label as text.
     """
 
     query: int
@@ -80,26 +92,80 @@ class Ranking:
     raises_by: tuple[float, ...]
     lowers: tuple[int, ...]
     lowers_by: tuple[float, ...]
+    noun: str = field(default="measurement", repr=False, compare=False)
+    asked: str = field(default="", repr=False, compare=False)
+    names: Mapping[int, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, query: int, high: Tensor, high_by: Tensor, low: Tensor, low_by: Tensor) -> Self:
         """From both ends of an order, without what has no effect or one of the other sign."""
         above, below = int((high_by > 0).sum()), int((low_by < 0).sum())
         ends = (high[:above], high_by[:above], low[:below], low_by[:below])
-        return cls(query, *(tuple(end.tolist()) for end in ends))
+        raises, raises_by, lowers, lowers_by = (tuple(end.tolist()) for end in ends)
+        return cls(query, raises, raises_by, lowers, lowers_by)
 
-    def __str__(self) -> str:
-        lines = [f"query {self.query}"]
+    def named(self, measure: str, context: Context | None) -> Self:
+        """The same with what the user calls the query and the examples."""
+        noun = noun_of(measure)
+        if context is None:
+            return replace(self, noun=noun)
+        at = [*self.raises, *self.lowers]
+        labels = context.labels("train", at) or [""] * len(at)
+        names = {
+            i: (context.name("train", i), _label(label))
+            for i, label in zip(at, labels, strict=True)
+        }
+        asked = ""
+        if context.queries is not None:
+            own = context.labels("query", [self.query])
+            ids = getattr(context.rows("query"), "ids", None)
+            parts = ([] if ids is None else [str(ids[self.query])]) + list(map(_label, own or []))
+            asked = ", ".join(parts)
+        return replace(self, noun=noun, asked=asked, names=names)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The numbers as JSON would hold them."""
+        ends = ("query", "raises", "raises_by", "lowers", "lowers_by")
+        return {name: getattr(self, name) for name in ends}
+
+    @property
+    def _title(self) -> str:
+        return f"query {self.query}" + (f": {self.asked}" if self.asked else "")
+
+    def _lines(self) -> list[tuple[str, str, str, str]]:
+        """What an example does, its name, its label and its score."""
+        found = []
         for word, indices, values in (
             ("raises", self.raises, self.raises_by),
             ("lowers", self.lowers, self.lowers_by),
         ):
-            lines += [f"  {word} m  {i:>8}  {v:+.4e}" for i, v in zip(indices, values, strict=True)]
-        return "\n".join(lines)
+            for i, value in zip(indices, values, strict=True):
+                name, label = self.names.get(i, (str(i), ""))
+                told = readable_number(value, signed=True)
+                found.append((f"{word} the {self.noun}", name, label, told))
+        return found
+
+    def __str__(self) -> str:
+        lines = self._lines()
+        if not lines:
+            return f"{self._title}\n  no example moves the {self.noun}"
+        wide = [max(len(line[k]) for line in lines) for k in (1, 2)]
+        rows = (
+            f"  {word}  {name:>{wide[0]}}  {label:<{wide[1]}}  {value}"
+            for word, name, label, value in lines
+        )
+        return "\n".join([self._title, *rows])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return card(self._title, {}, HEADER, self._lines())
 
 
-@dataclass(frozen=True, eq=False)
-class TopScores:
+@dataclass(frozen=True, eq=False, repr=False)
+class TopScores(Answered):
     """The extreme scores of each query, for training sets whose scores are too many to hold.
 
     Args:
@@ -109,6 +175,7 @@ class TopScores:
         lowers_by: Those scores.
         unit: What a score means.
         provenance: How they were made.
+        context: The live task and data.
     """
 
     raises: Int[Tensor, "q k"]
@@ -117,9 +184,21 @@ class TopScores:
     lowers_by: Float[Tensor, "q k"]
     unit: Unit
     provenance: Provenance
+    context: Context | None = None
 
     def __len__(self) -> int:
         return len(self.raises)
+
+    def _shape_and_unit(self) -> tuple[str, str]:
+        kept, n = self.raises.shape[1], self.provenance.n
+        shape = (
+            f"{count(len(self), 'query')} × the {kept} highest and the {kept} lowest scores of "
+            f"{count(n, 'training example')}"
+        )
+        return shape, self.unit.value.split(":")[0]
+
+    def _about(self) -> dict[str, str]:
+        return super()._about() | {"next": ".top(query=0)"}
 
     def top(self, k: int | None = None, query: int = 0) -> Ranking:
         """As `Scores.top`, for k up to the number that was kept, which is the default.
@@ -139,7 +218,8 @@ class TopScores:
             )
         query = row_of(query, len(self))
         kept = (self.raises, self.raises_by, self.lowers, self.lowers_by)
-        return Ranking.of(query, *(each[query, :k] for each in kept))
+        found = Ranking.of(query, *(each[query, :k] for each in kept))
+        return found.named(self.provenance.measure, self.context)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -191,6 +271,32 @@ class Scores(Answered):
     def __len__(self) -> int:
         return len(self.values)
 
+    def __getitem__(self, query: Any) -> Float[Tensor, " n"]:
+        """S[q, ·] of one query, by its place or by its id in the index that it came with.
+
+        Raises:
+            ShapeError: There is no such query.
+        """
+        found: Tensor = self.values[self.place(query)]
+        return found
+
+    def __iter__(self) -> Iterator[Float[Tensor, " n"]]:
+        """The rows in order."""
+        return (self[query] for query in range(len(self)))
+
+    def place(self, query: Any) -> int:
+        """The row of a query, from its place or from its id; a whole number is a place.
+
+        Raises:
+            ShapeError: There is no such query.
+        """
+        rows = None if self.context is None else self.context.rows("query")
+        if isinstance(query, str | tuple) and rows is not None:
+            found = rows.place(query)
+            if found is not None:
+                return found
+        return row_of(query, len(self))
+
     def _shape_and_unit(self) -> tuple[str, str]:
         what = "training example" if self.columns is None else "group"
         shape = f"{count(len(self), 'query')} × {count(self.values.shape[1], what)}"
@@ -205,24 +311,87 @@ class Scores(Answered):
             return "none"
         place = int(self.values.abs().argmax())
         q, i = divmod(place, self.values.shape[1])
-        what = f"training example {i}" if self.columns is None else f"group {self.columns[i]}"
-        return f"{what} on query {q}: {readable_number(float(self.values[q, i]), signed=True)}"
+        value = readable_number(float(self.values[q, i]), signed=True)
+        if self.columns is not None:
+            return f"group {self.columns[i]} on query {q}: {value}"
+        mine, asked = (self._in_words(*each) for each in (("train", i), ("query", q)))
+        return f"training example {mine} on query {asked}: {value}"
 
-    def top(self, k: int = 10, query: int = 0) -> Ranking:
+    def _in_words(self, role: Role, index: int) -> str:
+        """An example by its name, with its label."""
+        context = self.context
+        if context is None or context.data(role) is None:
+            return str(index)
+        labels = context.labels(role, [index])
+        return context.name(role, index) + (f" ({_label(labels[0])})" if labels else "")
+
+    def _repr_html_(self) -> str:
+        title, about = self._told()
+        if not self.values.numel() or self.columns is not None or isinstance(self, StoredScores):
+            return card(title, about)
+        query = int(self.values.abs().argmax()) // self.values.shape[1]
+        found = self.top(BRIEF, query)
+        return card(title, about, (found._title, *HEADER[1:]), found._lines())
+
+    def top(self, k: int = 10, query: Any = 0) -> Ranking:
         """The k examples that raise and the k that lower measurement `query` when upweighted.
 
-        Examples with a score of zero or of the other sign are never listed.
+        Examples with a score of zero or of the other sign are never listed. The query is named by
+        its row, or by its id in the index that it came with.
 
         Raises:
             ShapeError: There is no such query.
             SpecError: k is not a number of examples.
         """
         _require_count(k)
-        query = row_of(query, len(self))
+        query = self.place(query)
         row = self.values[query]
         order = row.argsort(descending=True, stable=True)
         up, down = order[:k], order.flip(0)[:k]
-        return Ranking.of(query, up, row[up], down, row[down])
+        found = Ranking.of(query, up, row[up], down, row[down])
+        if self.columns is None:
+            return found.named(self.provenance.measure, self.context)
+        names = {i: (self.columns[i], "") for i in (*found.raises, *found.lowers)}
+        return replace(found.named(self.provenance.measure, None), names=names)
+
+    def table(self, query: Any = 0, k: int = 10) -> "pd.DataFrame":
+        """The k examples at each end of the ranking of one query, with what the user knows of them.
+
+        A row per example: `example`, its id in the index of the training data or else its place;
+        `place`; what it does when upweighted (`effect`) and its `score`; its `label`; and, where
+        the data came as a table, its values as they were given, before a Pipeline's
+        transformations, in columns of that table's names. Scores of groups have neither.
+
+        Raises:
+            ShapeError: There is no such query.
+            SpecError: k is not a number of examples.
+        """
+        import pandas as pd
+
+        found = self.top(k, query)
+        at = [*found.raises, *found.lowers]
+        columns: dict[str, Any] = {
+            "place": at,
+            "effect": ["raises"] * len(found.raises) + ["lowers"] * len(found.lowers),
+            "score": [*found.raises_by, *found.lowers_by],
+        }
+        context, name = (None if self.columns else self.context), "group"
+        ids: list[Any] = [self.columns[i] for i in at] if self.columns else list(at)
+        if self.columns is None:
+            name = "example"
+        if context is not None:
+            labels, rows = context.labels("train", at), context.rows("train")
+            if labels is not None:
+                columns["label"] = labels
+            if rows is not None:
+                taken = rows.take(at)
+                ids = list(taken.ids or ())
+                for column, values in taken.by_column():
+                    while column in columns:
+                        column += " (given)"
+                    columns[column] = values
+        # tupleize_cols: ids that are tuples stay one id each.
+        return pd.DataFrame(columns, index=pd.Index(ids, name=name, tupleize_cols=False))
 
     def predict(
         self, drop: Iterable[int] = (), weights: Iterable[float] | None = None
@@ -356,6 +525,8 @@ class Scores(Answered):
     def to_pandas(self) -> "pd.DataFrame":
         """A table with a row per query and a column per training example or group.
 
+        Examples and queries that came in a frame have the labels of its index.
+
         Names of groups are those that were given. A spreadsheet that opens a CSV file of them takes
         a name that starts with =, +, - or @ for a formula, which may be somebody else's text:
 
@@ -363,10 +534,19 @@ class Scores(Answered):
         """
         import pandas as pd
 
-        columns = [*map(readable, self.columns)] if self.columns else range(self.values.shape[1])
-        frame = pd.DataFrame(self.values[:].cpu().numpy(), columns=columns)
+        ids = None if self.columns else self._ids("train")
+        columns: Any = range(self.values.shape[1]) if ids is None else ids
+        columns = [*map(readable, self.columns)] if self.columns else columns
+        frame = pd.DataFrame(self.values[:].cpu().numpy(), self._ids("query"), columns)
         frame.index.name, frame.columns.name = "query", "example" if not self.columns else "group"
         return frame
+
+    def _ids(self, role: Role) -> Any:
+        """The labels of an index; None where there is none."""
+        import pandas as pd
+
+        ids = None if self.context is None else getattr(self.context.rows(role), "ids", None)
+        return None if ids is None else pd.Index(ids, tupleize_cols=False)
 
     def save(self, directory: Folder) -> Path:
         """Write the scores into a directory, in place of scores saved there before; no pickle.
@@ -462,6 +642,11 @@ def stored_in(directory: Folder) -> tuple[StoredMatrix, ToldOfScores]:
         way_out = f"delete the file and ask again: {AGAIN}; nothing is computed again."
         raise stale(found.directory / FINISHED, misfit, way_out) from misfit
     return found, told
+
+
+def _label(label: Any) -> str:
+    """A label as text; numbers with four digits."""
+    return f"{label:.4g}" if isinstance(label, float) else str(label)
 
 
 def _require_count(k: Any) -> None:

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import urllib.request
+import zipfile
 
 import numpy as np
 import pytest
@@ -566,10 +567,78 @@ def test_a_finished_run_says_its_verdict_and_what_to_ask_for(made, tmp_path, mon
 def test_rankings_are_printed_of_few_queries_and_of_those_asked_for(made, monkeypatch):
     monkeypatch.chdir(made)
     printed = call(*attribute("--top", "1")).stdout
-    assert printed.count("raises m") == 5 and "and 5 other queries" in printed
+    assert printed.count("raises the ") == 5 and "and 5 other queries" in printed
     printed = call(*attribute("--top", "1", "--query", "7", "--query", "2")).stdout
-    assert re.findall(r"(?m)^query (\d+)$", printed) == ["7", "2"]
+    assert re.findall(r"(?m)^query (\d+): ", printed) == ["7", "2"]
     assert call(*attribute("--top", "1", "--query", "10")).exit_code == 2
+
+
+def test_a_run_is_shown_in_twenty_lines_by_its_names_without_its_project(made, monkeypatch):
+    monkeypatch.chdir(made)
+    said = call("show", "texts").stdout
+    assert len(said.splitlines()) <= 20
+    for words in ("nobody has compared", "Loss() of 10 queries", "Influence(EKFAC(), damping=",
+                  "ask its owner for project.py", "where the model does worst"):  # fmt: skip
+        assert words in said
+    facts = answer("show", "texts", "--top", "1")
+    scores, display = uw.Scores.load("texts/scores"), alone(Run(made / "texts"))
+    hardest = int(np.argmax(display.values))  # of Loss()
+    (top,) = facts["top"]
+    assert top == json.loads(json.dumps(scores.top(1, hardest).facts)) and facts["ask_for"]
+    label = display.train.all_labels[top["lowers"][0]]
+    assert re.search(rf"lowers the loss +{top['lowers'][0]}  {label} ", said)
+    asked = call("show", "run", "--query", "3", "--query", "1").stdout
+    assert re.findall(r"(?m)^query (\d+)", asked) == ["3", "1"]
+    assert call("show", "run", "--query", "10").exit_code == 2
+
+
+def test_looking_and_packing_run_nothing_and_pack_only_what_the_run_was_made_of(gift):
+    folder, marker = gift
+    assert call("show", "gift").exit_code == 0
+    rewrite(folder, task=str(folder.parent / "other" / "secret.py:task"))
+    packed = answer("pack", "gift")
+    assert packed["files"] == [] and not marker.exists()
+    unfinish(folder)
+    assert "unfinished" in call("show", "gift").stdout and not marker.exists()
+    assert "needs a finished run" in refusal("pack", "gift")
+
+
+def test_a_packed_run_is_computed_again_from_the_zip_alone(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(made / "project.py", tmp_path)
+    shutil.copytree(made / "run", "run")
+    assert answer("pack", "run", *OWN)["files"] == ["project.py"]
+    first = (tmp_path / "run.zip").read_bytes()
+    call("pack", "run", *OWN)
+    assert (tmp_path / "run.zip").read_bytes() == first
+    with zipfile.ZipFile("run.zip") as archive:
+        archive.extractall("auditor")
+    monkeypatch.chdir(tmp_path / "auditor")
+    assert "<title>" in (tmp_path / "auditor/run/report.html").read_text()
+    same = answer("rerun", "run", "--project", "run/project/project.py", "--out", "again")
+    assert same["bit_identical"]
+    (tmp_path / "project.py").write_text("task = 1")
+    monkeypatch.chdir(tmp_path)
+    assert "changed since" in answer("pack", "run", *OWN)["missing"]["project.py"]
+
+
+def test_ids_of_a_frame_are_kept_in_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "table.py").write_text(
+        "import pandas as pd\nfrom sklearn.datasets import load_iris\n"
+        "from sklearn.linear_model import LogisticRegression\n"
+        "X, y = load_iris(as_frame=True, return_X_y=True)\n"
+        "X.index = y.index = [f'flower-{i}' for i in range(150)]\n"
+        "model = LogisticRegression(tol=1e-8, max_iter=1000).fit(X, y)\n"
+        "train, test = (X, y), (X[70:80], y[70:80])\n"
+    )
+    printed = call("attribute", "table.py", "--out", "run", "--top", "1").stdout
+    assert re.search(r"query \d: flower-7\d, 1\n  raises the loss  flower-\d+  [012] ", printed)
+    os.remove("table.py")
+    assert re.search(r"lowers the loss +flower-\d+", call("show", "run").stdout)
+    call("report", "run")
+    page = (tmp_path / "run/report.html").read_text()
+    assert '"name":"flower-73"' in page and "petal width (cm)" in page
 
 
 def test_the_next_commands_are_complete_and_work(made, tmp_path, monkeypatch):

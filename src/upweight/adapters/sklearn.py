@@ -30,7 +30,7 @@ from upweight.adapters.sklearn_labels import OutOfFold, out_of_fold
 from upweight.adapters.sklearn_leaves import LeafInfluence, leaf_weights
 from upweight.adapters.sklearn_objectives import Objective, coefficients, final_step
 from upweight.adapters.sklearn_outputs import Outputs, by_features, outputs
-from upweight.adapters.sklearn_reader import Reader, translated
+from upweight.adapters.sklearn_reader import Reader, rows_of, translated
 from upweight.adapters.sklearn_refit import Refit
 from upweight.adapters.sklearn_rules import objective_of, support
 from upweight.adapters.stationarity import judged, minimized
@@ -131,7 +131,7 @@ def task(
     if weights is not None:
         arrays = (Z, (targets, weights))
         made = Task(model, Weighted(objective.loss), penalty, forward=unit_weights)
-    reader = Reader.of(estimator, objective, arrays, by_class)
+    reader = Reader.of(estimator, objective, arrays, by_class, rows_of(estimator, X, y))
     if isinstance(estimator, Pipeline) and len(estimator.steps) > 1:
         notes.append(
             "inputs are the features after the Pipeline's steps "

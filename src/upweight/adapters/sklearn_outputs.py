@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from upweight._typing import Batch
 from upweight.adapters.sklearn_arrays import indices, weights_of
 from upweight.adapters.sklearn_objectives import final_step
-from upweight.adapters.sklearn_reader import UNLABELED
+from upweight.adapters.sklearn_reader import UNLABELED, rows_of
 from upweight.adapters.support import (
     AdapterReader,
     RefitTrainer,
@@ -331,12 +331,13 @@ def outputs(estimator: Any, train: Any, queries: Any) -> Outputs:
     told = f"{type(estimator).__qualname__} {estimator.get_params(deep=True)}"
     origin = digest(told, [fixed, table, targets])
     n, q = len(fixed), len(table)
-    data = TranslatedData((torch.arange(n), targets), (), origin)
-    found = TranslatedData((torch.arange(n, n + q), wanted), notes, origin)
+    own, rows = rows_of(estimator, X, y), rows_of(estimator, asked, labels)
+    data = TranslatedData((torch.arange(n), targets), (), own, origin)
+    found = TranslatedData((torch.arange(n, n + q), wanted), notes, rows, origin)
     reader = TableReader(data, "sk.outputs(estimator, (X, y), queries)", names)
     task = Task(OutputTable(torch.cat([fixed, table])).eval(), loss, NoPenalty(), reads=reader)
-    own = copy.deepcopy(estimator)  # which a later fit of the user's does not change
-    recipe = EstimatorRefit(own, X, np.asarray(y), weight, asked, origin)
+    kept = copy.deepcopy(estimator)  # which a later fit of the user's does not change
+    recipe = EstimatorRefit(kept, X, np.asarray(y), weight, asked, origin)
     return Outputs(task, data, found, recipe)
 
 
@@ -452,8 +453,8 @@ def by_features(estimator: Any, train: Any, queries: Any) -> Outputs:
     ]
     origin = found.train.origin
     said = ("distances are Euclidean, of columns in units of their standard deviation",)
-    train_data = TranslatedData(arrays[0], said, origin)
-    asked = TranslatedData(arrays[1], found.queries.notes, origin)
+    train_data = TranslatedData(arrays[0], said, found.train.given, origin)
+    asked = TranslatedData(arrays[1], found.queries.notes, found.queries.given, origin)
     width = 1 if found.task.loss == SquaredError() else len(_classes(estimator) or ())
     model = nn.Linear(own.shape[1], width, dtype=torch.float64).eval()
     with torch.no_grad():

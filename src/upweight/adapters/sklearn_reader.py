@@ -30,6 +30,7 @@ from upweight.errors import DataError, UnsupportedModel
 from upweight.runtime.fingerprint import digest
 from upweight.task.data import Data
 from upweight.task.identity import described
+from upweight.task.rows import Rows
 
 UNLABELED = "queries without labels: the class that the estimator predicts stands for each"
 
@@ -38,7 +39,7 @@ def translated(
     estimator: Any, X: Any, y: Any = None, sample_weight: Any = None, objective: Any = None
 ) -> TranslatedData:
     """Examples for the task of a supported estimator; see `upweight.adapters.sklearn.data`."""
-    Z = features(estimator, X)
+    Z, labels = features(estimator, X), y
     notes: tuple[str, ...] = ()
     if y is None:
         y, notes = _predicted(final_step(estimator), Z), (UNLABELED,)
@@ -50,7 +51,12 @@ def translated(
     if sample_weight is not None:
         require_same_index(X, sample_weight, "X", "sample_weight")
         arrays = (Z, (targets, weights_of(sample_weight, len(Z))))
-    return TranslatedData(arrays, notes, origin_of(estimator))
+    return TranslatedData(arrays, notes, rows_of(estimator, X, labels), origin_of(estimator))
+
+
+def rows_of(estimator: Any, X: Any, y: Any = None) -> Rows | None:
+    """What X and y call the rows and columns; of an array what the estimator calls its columns."""
+    return Rows.of(X, y, getattr(estimator, "feature_names_in_", None))
 
 
 def origin_of(estimator: Any) -> str:
@@ -92,7 +98,9 @@ class Reader(AdapterReader):
     by_class: Any
 
     @staticmethod
-    def of(estimator: Any, objective: Objective, arrays: Any, by_class: Any) -> "Reader":
+    def of(
+        estimator: Any, objective: Objective, arrays: Any, by_class: Any, rows: Rows | None = None
+    ) -> "Reader":
         """The reader of a task with these training arrays; its Pipeline must be one to copy."""
         try:
             own = copy.deepcopy(estimator)
@@ -105,7 +113,7 @@ class Reader(AdapterReader):
                 "transform X by the earlier steps yourself, and pass the last step: "
                 "sk.task(pipeline[-1], pipeline[:-1].transform(X), y).",
             ) from error
-        train = TranslatedData(arrays, (), origin_of(own))
+        train = TranslatedData(arrays, (), rows, origin_of(own))
         return Reader(train, "sk.data(estimator, X, y)", own, objective, by_class)
 
     def noting(self, notes: list[str]) -> "Reader":
@@ -123,6 +131,11 @@ class Reader(AdapterReader):
         """By the features that reach the last step, as scikit-learn names them."""
         names = _feature_names(self.estimator)
         return {name: ("weight", k) for k, name in enumerate(names) if names.count(name) == 1}
+
+    def label(self, target: Tensor) -> Any:
+        """The class of a target, by name; of a regression None."""
+        names = self.classes
+        return None if names is None else names[class_index(self.objective, target)]
 
     def translate(self, given: Any) -> TranslatedData:
         X, y = _parts(given)

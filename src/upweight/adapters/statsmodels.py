@@ -30,7 +30,13 @@ from torch import nn
 
 from upweight._typing import Batch
 from upweight.adapters.stationarity import judged
-from upweight.adapters.statsmodels_reader import Reader, arrays_of, origin_of, translated
+from upweight.adapters.statsmodels_reader import (
+    Reader,
+    arrays_of,
+    fitted_rows,
+    origin_of,
+    translated,
+)
 from upweight.adapters.statsmodels_refit import Refit
 from upweight.adapters.statsmodels_regression import (
     dropped,
@@ -128,7 +134,7 @@ def task(results: Any, *, tolerance: float = 1.0) -> tuple[Task, Data]:
     arrays = arrays_of(found.X, found.y, found.weights, found.offset)
     forward = call_model if found.offset is None else shifted
     loss = Weighted(found.loss)
-    train = TranslatedData(arrays, (), origin_of(results))
+    train = TranslatedData(arrays, (), fitted_rows(results), origin_of(results))
     name = f"this {type(results.model).__name__} fit"
     notes = judged(Task(model, loss, forward=forward), train, tolerance, name)
     left_out = dropped(results.model)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,13 @@ import torch
 
 from upweight._typing import Batch
 from upweight.adapters.statsmodels_regression import columns_of, loss_of, offsets_of
+from upweight.adapters.statsmodels_regression import rows_of as labels_of
 from upweight.adapters.support import AdapterReader, TranslatedData, numbers, require_same_index
 from upweight.errors import DataError, ShapeError, message
 from upweight.runtime.fingerprint import digest
 from upweight.task.likelihoods import Likelihood
 from upweight.task.losses import Bernoulli
+from upweight.task.rows import Rows
 
 NAMELESS = "exog came without names: its columns were taken in the order of the fit"
 
@@ -29,7 +31,7 @@ def translated(
     _require_left_side(results, endog)
     for name, part in (("endog", endog), ("offset", offset), ("exposure", exposure)):
         require_same_index(exog, part, "exog", name)
-    columns = _names(exog)
+    columns, given = _names(exog), exog
     notes: tuple[str, ...] = ()
     if columns is not None and columns != names and _has_formula(results):
         exog = _by_formula(results, exog)
@@ -60,7 +62,34 @@ def translated(
                 "leave them out.",
             )
         y = y[:, 0] / weights
-    return TranslatedData(arrays_of(X, y, weights, shift), notes, origin_of(results))
+    rows = rows_of(results, given if len(given) == len(X) else exog, endog)
+    return TranslatedData(arrays_of(X, y, weights, shift), notes, rows, origin_of(results))
+
+
+def rows_of(results: Any, exog: Any, endog: Any = None) -> Rows | None:
+    """What a frame calls its rows and columns; of an array what the fit calls its columns."""
+    names = list(map(str, results.model.exog_names)) if _has_names(results.model) else None
+    if _has_formula(results) and _names(exog) is not None:
+        exog = exog[[c for c in exog.columns if _reads(results.model.formula, str(c))]]
+    return Rows.of(exog, endog, names)
+
+
+def fitted_rows(results: Any) -> Rows | None:
+    """The rows of the fit: of a formula as in its data frame, in the units of that."""
+    model = results.model
+    labels, n = labels_of(model), len(model.exog)
+    frame = getattr(model.data, "frame", None)
+    if frame is None or not frame.index.is_unique or not set(labels) <= set(frame.index):
+        frame = model.data.orig_exog if _has_names(model) else model.exog
+    else:
+        frame = frame.loc[list(labels)]
+    found = None if len(frame) != n else rows_of(results, frame)
+    ids = None if labels == tuple(range(n)) else labels
+    return Rows(ids) if found is None else replace(found, ids=ids)
+
+
+def _reads(formula: str, column: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(column)}(?!\w)", formula) is not None
 
 
 def arrays_of(X: np.ndarray, y: np.ndarray, weights: np.ndarray, offset: np.ndarray | None) -> Any:

@@ -20,6 +20,7 @@ from upweight._typing import Batch
 from upweight.errors import DataError
 from upweight.task.data import ArrayData, Data, Subset
 from upweight.task.recipe import Trained
+from upweight.task.rows import Rows
 from upweight.task.task import Task
 
 
@@ -47,6 +48,7 @@ class TranslatedData(ArrayData):
     """
 
     notes: tuple[str, ...] = field(default=())
+    given: Rows | None = field(default=None, repr=False)
     origin: str = ""
 
 
@@ -74,6 +76,10 @@ class AdapterReader(abc.ABC):
     def coefficients(self) -> Mapping[str, tuple[str, int]]:
         """Parameters and places by the names of the columns; empty where they have none."""
         return {}
+
+    def label(self, target: Tensor) -> Any:
+        """The target of one example, as the user knows it; None: it is what the loss takes."""
+        return None
 
     @abc.abstractmethod
     def translate(self, given: Any) -> TranslatedData:

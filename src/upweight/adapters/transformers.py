@@ -35,6 +35,7 @@ from upweight.errors import DataError, SpecError, UnsupportedModel
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Loss, SquaredError
 from upweight.task.penalties import Penalty
+from upweight.task.rows import class_names
 from upweight.task.task import Task, bare, call_model, next_token, shifts_labels
 from upweight.task.torch_losses import Rescaled
 
@@ -338,10 +339,7 @@ class Reader:
         """The names of the classes; None where there are none but numbers."""
         if self.kind != "classifier":
             return None
-        names = getattr(getattr(bare(self.model), "config", None), "id2label", None) or {}
-        found = tuple(names[k] for k in sorted(names))
-        is_numbered = all(str(name) == f"LABEL_{k}" for k, name in enumerate(found))
-        return None if is_numbered or len(set(found)) < len(found) else found
+        return class_names(bare(self.model))
 
     def training(self, given: Any) -> Data:
         """Training data: texts, tokens in any form, or what `as_data` takes."""

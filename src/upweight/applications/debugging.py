@@ -30,7 +30,7 @@ from upweight._typing import Batch, Params
 from upweight.applications.confident import FlaggedLabels, flagged_labels
 from upweight.applications.labels import Classes, IsRight, outputs_at, with_labels
 from upweight.applications.misprediction import Misprediction, explain_error
-from upweight.applications.outcome import Outcome
+from upweight.applications.outcome import SHOWN, Outcome
 from upweight.applications.repair import (
     DROP,
     KEEP,
@@ -241,6 +241,11 @@ class Suspects(Outcome):
             f"For {self.count} of {n} rows ({self.count / n:.1%}) a model without them favours "
             "another label"
         )
+        if 2 * self.count > n:
+            start = (
+                f"There is no cut-off: {start[0].lower()}{start[1:]}, more than can be wrong, so "
+                "that the method does not know what the model is without a row"
+            )
         path = self.predicted
         if path is None:
             return f"{start}; which of them are wrong is not known, and nothing was fitted again."
@@ -264,7 +269,9 @@ class Suspects(Outcome):
     def frame(self) -> "pd.DataFrame":
         """A row per training row in order: its label, the proposal, suspicion, predicted changes.
 
-        `relabelling` and `removing` are predicted changes of the mean validation measure.
+        `suspected` says for which a model without the row favours another label: the cut-off.
+        `id` is the row's label in the index of the data, where they have one. `relabelling` and
+        `removing` are predicted changes of the mean validation measure.
         """
         import pandas as pd
 
@@ -273,12 +280,20 @@ class Suspects(Outcome):
             "label": [names[int(self.labels[i])] for i in order],
             "proposed": [names[int(self.proposals[i])] for i in order],
             "suspicion": self.suspicion[self.order].cpu().numpy(),
+            "suspected": (self.proposals != self.labels)[self.order].cpu().numpy(),
         }
+        rows = self.subject.fitted.train.given
+        if rows is not None and rows.ids is not None:
+            columns = {"id": [rows.ids[i] for i in order], **columns}
         for name in ("relabelling", "removing"):
             values = getattr(self, name)
             if values is not None:
                 columns[name] = values[self.order].cpu().numpy()
         return pd.DataFrame(columns, index=pd.Index(order, name="row"))
+
+    def __repr__(self) -> str:
+        some = self.frame().head(min(SHOWN, max(1, self.count))).to_string()
+        return f"{super().__repr__()}\n{some}"
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Predicted validation accuracy as suspects are corrected; without: the suspicion."""

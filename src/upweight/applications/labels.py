@@ -16,6 +16,7 @@ from upweight.task.arrays import TARGET_KEYS
 from upweight.task.data import ArrayData, Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Loss, Weighted
 from upweight.task.measures import Measure
+from upweight.task.rows import Rows
 from upweight.task.task import Task
 
 AT_ONCE = 1024
@@ -182,6 +183,10 @@ class Relabeled(Data):
         batch, at = self.data.take(indices), [int(i) for i in indices]
         places = [k for k, i in enumerate(at) if i in self.rows]
         return _put(batch, places, [self.rows[at[k]] for k in places]) if places else batch
+
+    @property
+    def given(self) -> Rows | None:  # type: ignore[override]
+        return self.data.given
 
     def places(self, start: int, stop: int) -> Int[Tensor, " b"]:
         return self.data.places(start, stop)

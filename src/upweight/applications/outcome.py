@@ -8,12 +8,20 @@ an outcome that is not confirmed speaks of what is predicted.
 """
 
 import abc
-from html import escape
 from typing import TYPE_CHECKING, Any
+
+from upweight._html import card
+from upweight.notation import readable
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+
+NEXT = ".frame(), .plot(), .summary()"
+
+SHOWN = 10
+"""Rows of its table on a card in a notebook."""
 
 
 class Outcome(abc.ABC):
@@ -26,6 +34,11 @@ class Outcome(abc.ABC):
 
     predicted: Any
     actual: Any
+
+    def __init_subclass__(cls) -> None:
+        # A dataclass that has none would write out its fields: tensors, models, data.
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Outcome.__repr__  # type: ignore[method-assign]
 
     @property
     @abc.abstractmethod
@@ -62,9 +75,22 @@ class Outcome(abc.ABC):
     def __str__(self) -> str:
         return "\n".join([self.verdict, *(f"  note: {note}" for note in self.notes)])
 
+    def __repr__(self) -> str:
+        lines = [f"{self.title}: {self.verdict}", *(f"note: {note}" for note in self.notes)]
+        return "\n  ".join([*lines, f"next: {NEXT}"])
+
     def _repr_html_(self) -> str:
-        """The sentence, the notes and the table, for notebooks."""
-        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
-        listed = f"<ul>{notes}</ul>" if notes else ""
-        table = self.frame().to_html(max_rows=20, index=False)
-        return f"<p><b>{escape(self.verdict)}</b></p>{listed}{table}"
+        header, rows = _head(self.frame())
+        facts = {"note": "; ".join(self.notes)} if self.notes else {}
+        return card(f"{self.title}: {self.verdict}", facts, header, rows, NEXT)
+
+
+def _head(frame: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
+    """The first rows of a table as text, with its index in front."""
+    some = frame.head(SHOWN)
+    header = [str(some.index.name or ""), *map(str, some.columns)]
+    rows = [
+        [str(name), *(readable(v) if isinstance(v, float) else str(v) for v in row)]
+        for name, row in zip(some.index.tolist(), some.to_numpy(dtype=object).tolist(), strict=True)
+    ]
+    return header, rows

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from upweight.curvature.hessian import Hessian
 from upweight.errors import SpecError
-from upweight.front.opened import is_model, opened
+from upweight.front.opened import is_model, opened, own_recipe
 from upweight.linalg.cholesky import Cholesky
 from upweight.methods.dense import DenseScorer
 from upweight.methods.fitted import Fitted
@@ -77,18 +77,7 @@ def subject_of(asked: Any, train: Any = None, recipe: Recipe | None = None) -> S
         )
     found = opened(asked, train)
     fitted = Influence(Hessian(), Cholesky()).fit(found.task, found.train)
-    return Subject(fitted, _own_recipe(asked) if recipe is None else recipe)
-
-
-def _own_recipe(model: Any) -> Recipe:
-    """The library's own fit."""
-    if type(model).__module__.startswith("statsmodels."):
-        import upweight.adapters.statsmodels as smx
-
-        return smx.recipe(model)
-    import upweight.adapters.sklearn as sk
-
-    return sk.recipe(model)
+    return Subject(fitted, own_recipe(asked) if recipe is None else recipe)
 
 
 def with_parameters(asked: Any, task: Task, theta: Float[Tensor, " p"]) -> Any:

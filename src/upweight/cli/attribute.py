@@ -14,6 +14,7 @@ from upweight.cli.named import named, project_option, to_ask_for
 from upweight.cli.pages import Shown, is_kept, keep, shown_of
 from upweight.cli.project import Project, opened
 from upweight.cli.question import Asked, question_options, relative, reopened, require_same
+from upweight.cli.rankings import display_of, hardest, rankings
 from upweight.cli.screen import Answer, continued_by, duration, say, verb
 from upweight.errors import StaleStore
 from upweight.runs import work
@@ -37,14 +38,19 @@ SHOWN_QUERIES = 5
     type=click.Path(file_okay=False, path_type=Path),
     help="The run directory; made if it does not exist.",
 )
-@click.option("--top", type=click.IntRange(1), metavar="K", help="Print the K strongest examples.")
+@click.option(
+    "--top",
+    type=click.IntRange(1),
+    metavar="K",
+    help="Print the K strongest examples of the hardest queries.",
+)
 @click.option(
     "--query",
     "asked_of",
     type=click.IntRange(0),
     multiple=True,
     metavar="Q",
-    help=f"With --top: of which queries.  [default: the first {SHOWN_QUERIES}]",
+    help=f"With --top: of which queries.  [default: the {SHOWN_QUERIES} hardest]",
 )
 @click.option(
     "--show",
@@ -266,14 +272,16 @@ def answer(run: Run, shown: Path, did: str, project: Project | None = None) -> A
 
 
 def with_rankings(done: Answer, run: Run, top: int, asked_of: tuple[int, ...]) -> Answer:
-    """An answer with the strongest examples of some queries; as JSON of all where none is named."""
-    scores = run.load()
-    q = len(scores.values)
-    rankings = [scores.top(top, query) for query in asked_of or range(q)]
-    lines = [*map(str, rankings if asked_of else rankings[:SHOWN_QUERIES])]
-    if len(lines) < len(rankings):
-        lines.append(f"and {q - len(lines)} other queries: --query Q, or `upweight report`")
-    facts = done.facts | {"top": [vars(ranking) for ranking in rankings]}
+    """An answer with the strongest examples of the hardest queries; as JSON of all queries."""
+    scores, display = run.load(), display_of(run)
+    q = len(scores)
+    some = list(asked_of) or hardest(scores, display, SHOWN_QUERIES)
+    lines = [*map(str, rankings(scores, display, top, some))]
+    if not asked_of and len(some) < q:
+        lines.insert(0, f"the {len(some)} queries on which the model does worst:")
+        lines.append(f"and {q - len(some)} other queries: --query Q, or `upweight report`")
+    found = rankings(scores, display, top, asked_of or range(q))
+    facts = done.facts | {"top": [ranking.facts for ranking in found]}
     return Answer("\n".join([done.text, "", *lines]), facts)
 
 

@@ -16,7 +16,9 @@ VERBS = {
     "attribute": ("attribute", "Score every training example for every query."),
     "evaluate": ("evaluate", "Compare the scores with retraining."),
     "report": ("evaluate", "Write the page of a run: one HTML file that opens offline."),
+    "show": ("show", "Print the verdict, settings and strongest examples of a run."),
     "view": ("view", "Serve a run to the browser of this machine, until Ctrl-C."),
+    "pack": ("pack", "Put a run, its page and its project into one zip file."),
     "rerun": ("attribute", "Finish an interrupted run, or repeat a finished one."),
 }
 """Verbs in the order of use: in which module each is, and the first line of its help."""

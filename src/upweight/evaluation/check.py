@@ -23,6 +23,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._html import card
 from upweight.effects import Effects
 from upweight.errors import SpecError, message
 from upweight.evaluation import metrics
@@ -39,6 +40,9 @@ from upweight.verdict import FEWEST, Judgement, Reproduction, Verdict, judged
 UNITS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
 MOST = 256
 """Halves: with more, the intervals are narrow enough."""
+
+LEAST = 3
+"""Halves that a rank correlation can be taken of; with fewer than `FEWEST` none is believed."""
 
 HOPELESS = 4.0
 """How much less than the first model, which pays for preparations, others may take."""
@@ -59,6 +63,7 @@ class Check:
         budget: Seconds that were allowed; infinite where the number of subsets was given instead.
         drift: Of each query, m of the recipe's model on all of the data − m of the model that was
             scored; None: not recorded.
+        each: Seconds that a further subset would take; NaN: not known.
     """
 
     lds: LDS
@@ -67,6 +72,7 @@ class Check:
     seconds: float
     budget: float
     drift: Float[Tensor, " q"] | None = None
+    each: float = math.nan
 
     @cached_property
     def slope(self) -> Estimate:
@@ -106,6 +112,20 @@ class Check:
         return self.judgement.reason
 
     @property
+    def more(self) -> str:
+        """How much longer would make it say more; empty where it says enough, or no time is known.
+
+        Intervals become narrower with the square root of the number of subsets.
+        """
+        halves = len(self.lds.predicted)
+        if not math.isfinite(self.each) or self.verdict is Verdict.SIZE or halves >= MOST:
+            return ""
+        if halves < FEWEST:
+            return f"{_time(self.each * (FEWEST - halves))} more would make it {FEWEST} subsets, " \
+                "the fewest that say whether to believe scores"  # fmt: skip
+        return f"{_time(self.each * 3 * halves)} more would make its intervals half as wide"
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What to know before the numbers."""
         found = self.reproduction
@@ -121,12 +141,20 @@ class Check:
             "reason": self.reason,
             "notes": list(self.notes),
             **self.lds.summary(),
+            "more": self.more,
             "slope": [slope.value, slope.low, slope.high],
             "fraction": self.fraction,
             "models": self.models,
             "seconds": self.seconds,
             "budget": self.budget if math.isfinite(self.budget) else None,
         }
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        first, *lines = str(self).splitlines()
+        return card(first, {}, note="; ".join(line.strip() for line in lines))
 
     def __str__(self) -> str:
         halves, seeds = len(self.lds.predicted), len(self.lds.values)
@@ -139,7 +167,7 @@ class Check:
             f"{seeds} {'seed' if seeds == 1 else 'seeds'} each: {self.models} models in "
             f"{self.seconds:.0f} s{allowed}\n"
             f"  slope {self.slope.value:.2f} [{self.slope.low:.2f}, {self.slope.high:.2f}] of "
-            "measured against predicted change"
+            "measured against predicted change" + (f"\n  {self.more}" if self.more else "")
         )
 
 
@@ -194,19 +222,21 @@ def check(
         now = time.perf_counter()
         each = (now - begun) * len(seeds) / models if models else each
         done, left = stop, SPENDS * seconds - (now - started)
-        needed = each * (FEWEST - done)
         # The first models alone say little of what many together take each.
-        if needed > (left if done > 1 else HOPELESS * left):
-            raise SpecError(_too_short(budget, now - started + needed))
+        most_left = left if done > 1 else HOPELESS * left
+        if each * (LEAST - done) > most_left:
+            raise SpecError(_too_short(budget, *(now - started + each * (k - done)
+                                                 for k in (LEAST, FEWEST))))  # fmt: skip
         affordable = int(min(left / each, most)) if each else done
         # Half of it, then half of the rest: the machine may become slower meanwhile.
         some = (affordable + 1) // 2
-        step = min(some if done >= FEWEST else max(1, some), done)
+        is_open = done < FEWEST and each <= most_left
+        step = min(max(1, some) if is_open else some, done)
     truth = [joined(parts) for parts in zip(*rounds, strict=True)]
     found = lds(predicted[:done], weights[:done], truth, bootstrap=bootstrap)
     models = len(seeds) * (done + 1)
     took = time.perf_counter() - started
-    return Check(found, fraction, models, took, seconds, truth[0].drift)
+    return Check(found, fraction, models, took, seconds, truth[0].drift, each or math.nan)
 
 
 def _retrained(
@@ -248,6 +278,12 @@ def seconds_of(budget: str | float) -> float:
     return value
 
 
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"about {max(seconds, 1):.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+
+
 def _two_seeds(recipe: Recipe) -> list[Recipe]:
     """The recipe under two seeds, or by itself where it has none."""
     seed = getattr(recipe, "seed", None)
@@ -265,11 +301,12 @@ def _both(budget: str | float, subsets: int) -> str:
     )
 
 
-def _too_short(budget: str | float | None, needed: float) -> str:
+def _too_short(budget: str | float | None, least: float, needed: float) -> str:
     return message(
-        f"A check needs at least {FEWEST} subsets.",
-        f"budget={budget or '2 min'!r}, where {FEWEST} subsets would take about {needed:.0f} s.",
+        f"A check needs at least {LEAST} subsets, and {FEWEST} to say whether to believe scores.",
+        f"budget={budget or '2 min'!r}, where {LEAST} subsets would take about {least:.0f} s and "
+        f"{FEWEST} subsets would take about {needed:.0f} s.",
         "a model that takes long to train.",
-        f"allow {needed:.0f} s or more, or check on part of the data; with Resources(folder=...) "
-        "what was trained is kept.",
+        f"allow {needed:.0f} s or more, or check on part of the data; what was trained is kept in "
+        "Resources(folder=...), and in a run, so that a later check goes on from there.",
     )

@@ -9,15 +9,17 @@ import torch
 
 from upweight.errors import NotConverged, NotPositiveDefinite, SpecError, UpweightError
 from upweight.evaluation.check import seconds_of
+from upweight.front.answer import Attribution
 from upweight.front.choice import PATIENCE, Choice, Facts, choose
 from upweight.front.facts import facts_of
-from upweight.front.opened import Opened, opened, require_alone
+from upweight.front.opened import Opened, opened, queries_of, require_alone
 from upweight.front.refits import is_refitted, opened_by_outputs, refit_choice
 from upweight.methods.fitted import LOSS
 from upweight.methods.method import Method
 from upweight.methods.reduce import Reducer
 from upweight.methods.stacked import Stacked
 from upweight.runtime.resources import Resources
+from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.measures import Functional
 from upweight.task.task import Task
@@ -96,7 +98,9 @@ def asked(
     found = opened(model, train, loss, penalty)
     task, data = found.task, found.train
     measure = LOSS if measure is None else measure
-    chosen = None if isinstance(measure, Functional) and queries is None else task.queries(queries)
+    chosen = (
+        None if isinstance(measure, Functional) and queries is None else queries_of(task, queries)
+    )
     resources = Resources() if resources is None else resources
     count = 1 if chosen is None or isinstance(measure, Functional) else len(chosen)
     facts = facts_of(
@@ -169,7 +173,8 @@ def attribute(
             or Pipeline, statsmodels results, or a `Task`.
         train: The training set: (X, y), a data set, or a `DataLoader`. For scikit-learn (X, y) as
             given to `fit`; of statsmodels results None.
-        queries: What to ask about, in the same form.
+        queries: What to ask about, in the same form; of a classifier also inputs alone: the class
+            that it predicts then stands for each.
         loss: What a module was trained with: a loss of `torch.nn`, one of ours, or any function
             (outputs, targets) -> [b].
         penalty: What a module was trained with beside it: `L2(λ)` for weight decay λ.
@@ -185,7 +190,9 @@ def attribute(
         resources: What may be used.
 
     Returns:
-        `Scores`, or what the reducer makes.
+        `Scores` that can also be checked against retraining, looked through for wrong labels, and
+        shown: `.top()`, `.table()`, `.suspects()`, `.check(recipe)`, `.report(path)`. Or what the
+        reducer makes.
 
     Raises:
         SpecError: The loss is missing, or an argument is none of its kind.
@@ -220,7 +227,11 @@ def answered(question: Asked, into: Reducer | None = None) -> Any:
     )
     said = (*question.notes,) if question.is_given else (str(choice), *question.notes)
     fitted = replace(fitted, notes=(*said, *fitted.notes))
-    return fitted.attribute(question.queries, question.measure, into=into)
+    found = fitted.attribute(question.queries, question.measure, into=into)
+    if type(found) is not Scores:
+        return found
+    why = "" if question.is_given else choice.why
+    return Attribution.of(found, why, question.recipe, question.opened.model)
 
 
 def solvable(facts: Facts, task: Task, train: Data) -> Choice:

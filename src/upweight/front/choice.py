@@ -11,8 +11,7 @@ that, MINRES, may take as many products as there are parameters.
 """
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from upweight.curvature.ekfac import EKFAC
 from upweight.curvature.ggn import GGN
@@ -27,6 +26,7 @@ from upweight.methods.influence import Influence
 from upweight.methods.method import Method
 from upweight.methods.source import SOURCE
 from upweight.methods.stacked import Stacked
+from upweight.notation import in_short
 
 PATIENCE = 10.0
 """Seconds that a choice may take where no budget is given."""
@@ -155,22 +155,6 @@ class Choice:
 
     def __str__(self) -> str:
         return f"chose {in_short(self.method)}: {self.why}"
-
-
-def in_short(spec: Any) -> str:
-    """A spec as a person writes it: what is as by default is left out. `parse` reads it back."""
-    if isinstance(spec, tuple):
-        return f"({', '.join(map(in_short, spec))}{',' * (len(spec) == 1)})"
-    if not is_dataclass(spec):
-        return repr(spec)
-    parts: list[str] = []
-    for place, field in enumerate(fields(spec)):
-        value = getattr(spec, field.name)
-        made = field.default_factory() if field.default_factory is not MISSING else field.default
-        if value != made:
-            is_next = place == len(parts)
-            parts.append(in_short(value) if is_next else f"{field.name}={in_short(value)}")
-    return f"{type(spec).__name__}({', '.join(parts)})"
 
 
 def _dense_seconds(f: Facts) -> float:

@@ -3,12 +3,20 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
-from upweight.errors import SpecError, message
+from upweight.errors import DataError, SpecError, message
+from upweight.task.arrays import is_array
 from upweight.task.data import Data, as_data
+from upweight.task.losses import CrossEntropy
 from upweight.task.penalties import NoPenalty
+from upweight.task.recipe import Recipe
 from upweight.task.task import Task, require_task
+from upweight.task.torch_losses import Rescaled
+
+PREDICTED = "queries without labels: the class that the network predicts stands for each"
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,11 +28,27 @@ class Opened:
     loss: Any
     """As the user gave it; None where it was known."""
 
+    model: Any = None
+    """What was trained, as the user gave it."""
+
 
 def is_model(value: Any) -> bool:
     """Whether it is what `opened` makes a task of, other than a task."""
     is_fitted = hasattr(value, "get_params") and hasattr(value, "fit")
     return isinstance(value, nn.Module) or is_fitted or _is_of_statsmodels(value)
+
+
+def own_recipe(model: Any) -> Recipe | None:
+    """The library's own fit of an estimator or of results; None for what has none, a network."""
+    if _is_of_statsmodels(model):
+        import upweight.adapters.statsmodels as smx
+
+        return smx.recipe(model)
+    if not is_model(model) or isinstance(model, nn.Module):
+        return None
+    import upweight.adapters.sklearn as sk
+
+    return sk.recipe(model)
 
 
 def _is_of_statsmodels(value: Any) -> bool:
@@ -51,24 +75,24 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
         require_task(model)
     if isinstance(model, Task):
         require_alone(loss, penalty, "a Task has its loss and penalty")
-        return Opened(model, model.training(train), None)
+        return Opened(model, model.training(train), None, model)
     if isinstance(model, nn.Module):
         given = NoPenalty() if penalty is None else penalty
         if loss is not None:
-            return Opened(Task(model, loss, given), as_data(train), loss)
+            return Opened(Task(model, loss, given), as_data(train), loss, model)
         import upweight.adapters.transformers as hf
 
         if hf.kind(model) is None:
             hf.require_own_examples(model)
             raise SpecError(_no_loss(train))
         task = hf.task(model, penalty=given)
-        return Opened(task, task.training(train), loss)
+        return Opened(task, task.training(train), loss, model)
     if _is_of_statsmodels(model):
         import upweight.adapters.statsmodels as smx
 
         require_alone(loss, penalty, "statsmodels results know their likelihood")
         task, own = smx.task(model)
-        return Opened(task, own if train is None else task.training(train), None)
+        return Opened(task, own if train is None else task.training(train), None, model)
     import upweight.adapters.sklearn as sk
 
     require_alone(loss, penalty, "an estimator knows its objective")
@@ -80,7 +104,37 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
             "attribute(estimator, (X, y), (X_test, y_test)), as they were given to fit.",
         )
     task, own = sk.task(model, *train)
-    return Opened(task, own, None)
+    return Opened(task, own, None, model)
+
+
+def queries_of(task: Task, queries: Any) -> Data:
+    """Queries of a task; of inputs alone the classes that a network predicts stand for each.
+
+    Raises:
+        DataError: There are no labels, and the loss is of no classes.
+        UpweightError: As from `Task.queries`.
+    """
+    is_alone = isinstance(queries, Tensor | np.ndarray)
+    is_single = isinstance(queries, tuple | list) and len(queries) == 1 and is_array(queries[0])
+    if task.reads is not None or not (is_alone or is_single):
+        return task.queries(queries)
+    inputs = torch.as_tensor(queries if is_alone else queries[0])
+    loss = task.loss.base if isinstance(task.loss, Rescaled) else task.loss
+    parameter = next(task.model.parameters())
+    outputs = None
+    if isinstance(loss, CrossEntropy):
+        with torch.no_grad():
+            outputs = task.model(inputs.to(parameter.device))
+        outputs = getattr(outputs, "logits", outputs)
+    if outputs is None or outputs.ndim != 2:
+        raise DataError(
+            f"Queries of a network with {loss!r} need their targets.",
+            f"inputs alone, of shape {tuple(inputs.shape)}.",
+            "predictions for which no target is known yet.",
+            "pass (X, y); to ask about the predictions themselves any y, such as zeros, with "
+            "measure=upweight.Logit(0), which does not look at it.",
+        )
+    return as_data((inputs, outputs.argmax(dim=1).cpu())).noted((PREDICTED,))
 
 
 def require_alone(loss: Any, penalty: Any, why: str) -> None:

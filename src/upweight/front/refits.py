@@ -12,10 +12,11 @@ from typing import Any
 
 from upweight.errors import SpecError, UnsupportedModel
 from upweight.evaluation.check import seconds_of
-from upweight.front.choice import PATIENCE, Choice, Facts, in_short
+from upweight.front.choice import PATIENCE, Choice, Facts
 from upweight.methods.method import Method
 from upweight.methods.neighbours import FeatureSimilarity, KNNShapley
 from upweight.methods.refits import LeaveOneOut, SubsampledInfluence
+from upweight.notation import in_short
 from upweight.task.measures import Functional
 
 FEWEST = 30

@@ -20,6 +20,7 @@ from upweight.linalg.operator import LinearOperator, square
 from upweight.linalg.preconditioner import Preconditioned
 from upweight.linalg.solution import Result, Solution
 from upweight.linalg.solver import Solver
+from upweight.runtime.progress import Lines
 
 # Looks at the true residual in a row, none with progress, after which a right-hand side has
 # stagnated.
@@ -100,9 +101,10 @@ class _Run:
         x, rz = torch.zeros_like(r), (r * z).sum(1)
         rows = _Rows(index, x, r, z, rz, zero + torch.inf, zero, zero.long())
         rows = self.check_preconditioner(rows)
-        steps = 0
-        while len(rows.index) and steps < self.solver.max_steps:
+        steps, most, lines = 0, self.solver.max_steps, Lines("CG", "products at most")
+        while len(rows.index) and steps < most:
             rows, steps = self.step(rows), steps + 1
+            lines.tell(steps, most, self.columns.left(rows.index))
             norms = torch.linalg.vector_norm(rows.residual, dim=1)
             due = norms <= self.columns.rtol  # ‖b‖ = 1
             if steps % self.solver.refresh == 0:

@@ -44,6 +44,10 @@ class Columns:
         self.close_without_answer(bad.nonzero().flatten(), Result.NON_FINITE)
         self.rows = solvable.flatten().nonzero().flatten()
 
+    def left(self, rows: Int[Tensor, " r"]) -> str:
+        """How many right-hand sides are not solved yet, in words."""
+        return f"{len(rows)} of {len(self.units)} right-hand sides are not solved yet"
+
     def close(self, rows: Int[Tensor, " r"], x: Float[Tensor, "r p"], result: Result) -> None:
         """End these rows at x, a solution for `units`; converged only if its residual says so."""
         if len(rows) == 0 or result is Result.NON_FINITE:

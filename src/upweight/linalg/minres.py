@@ -21,6 +21,7 @@ from upweight.linalg.columns import Columns
 from upweight.linalg.operator import LinearOperator, square
 from upweight.linalg.solution import Result, Solution
 from upweight.linalg.solver import Solver
+from upweight.runtime.progress import Lines
 
 RESTARTS = 3  # restarts from the true residual, none of which halved it, before giving up
 
@@ -127,10 +128,11 @@ class _Run:
         index = self.columns.rows
         r = self.columns.units[index]
         rows = _Rows.start(index, torch.zeros_like(r), r, torch.zeros_like(index))
-        steps = 0
-        while len(rows.index) and steps < self.solver.max_steps:
+        steps, most, lines = 0, self.solver.max_steps, Lines("MINRES", "products at most")
+        while len(rows.index) and steps < most:
             rows, exhausted, hopeless, broken = self.step(rows)
             steps += 1
+            lines.tell(steps, most, self.columns.left(rows.index))
             self.columns.close_without_answer(rows.index[broken], Result.NON_FINITE)
             due = ((rows.phi <= self.columns.rtol) | exhausted) & ~broken
             again = self.verify(rows.keep(due), hopeless[due]) if bool(due.any()) else None

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._html import card
 from upweight._typing import Batch
 from upweight.effects import NEWTON, PLUGIN, Effects, as_groups
 from upweight.errors import ModelChanged, NotOffered, SpecError, message
@@ -26,6 +27,7 @@ from upweight.methods.perturbation import every_label, gradient_products_by_inpu
 from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep
 from upweight.methods.removal import Place, Without
 from upweight.methods.scorer import DIRECT, Asked, Scorer, jobs_of, not_offered
+from upweight.notation import count, in_short, readable
 from upweight.provenance import Context, Provenance
 from upweight.runtime.memory import require_room
 from upweight.runtime.progress import progress
@@ -60,7 +62,7 @@ class Spec(Protocol):
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Fitted:
     """A method at θ̂, ready for queries. Made by `Method.fit`; immutable.
 
@@ -90,6 +92,30 @@ class Fitted:
     history: Any
     seconds: Mapping[str, float]
     notes: tuple[str, ...]
+
+    # -- at a prompt ------------------------------------------------------------------------------
+
+    def _told(self) -> tuple[str, dict[str, str]]:
+        """What it is in a line, and what else is known of it."""
+        n, p = count(len(self.train), "training example"), count(self.task.layout.size, "parameter")
+        took = f"{self.seconds['fit']:.2g} s" if "fit" in self.seconds else "not told"
+        verbs = ".attribute(queries), .removal(queries), .self_influence(), .check(recipe)"
+        derives = self.spec.unit is Unit.DERIVATIVE
+        about = {
+            "method": in_short(self.spec),
+            "task": f"{in_short(self.task.loss)}, {in_short(self.task.penalty)}; mean training "
+            f"loss {readable(float(self.losses.double().mean()))}",
+            "fit": took + (f"; {count(len(self.notes), 'note')} in .notes" if self.notes else ""),
+            "next": verbs if derives else ".attribute(queries), .self_influence()",
+        }
+        return f"Fitted: {n}, {p}, {self.task.layout.dtype}".replace("torch.", ""), about
+
+    def __repr__(self) -> str:
+        first, about = self._told()
+        return "\n  ".join([first, *(f"{name}: {told}" for name, told in about.items())])
+
+    def _repr_html_(self) -> str:
+        return card(*self._told())
 
     # -- scores -----------------------------------------------------------------------------------
 

@@ -242,7 +242,9 @@ class _Top(Sink):
 
     def result(self, answer: Answer) -> TopScores:
         high_at, high, low_at, low = map(torch.cat, zip(*self.done, strict=True))
-        return TopScores(high_at, high, low_at, low, answer.unit, answer.provenance(()))
+        return TopScores(
+            high_at, high, low_at, low, answer.unit, answer.provenance(()), answer.context
+        )
 
 
 @dataclass(frozen=True)

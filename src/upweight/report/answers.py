@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from upweight.effects import Effects, as_groups, without
 from upweight.errors import ShapeError
 from upweight.notation import short
-from upweight.report.display import Display
+from upweight.report.display import Display, require_display, require_one_each
 from upweight.report.evidence import evidence_of
 from upweight.report.examples import (
     Examples,
@@ -79,6 +79,7 @@ class Answers:
         summed: Summed = totals,
     ) -> None:
         require_scores(scores)
+        display = require_display(display).named(scores.context)
         self.scores, self.display, self.removal = scores, display, removal
         self.q, self.n = scores.values.shape
         self.evidence = evidence_of(evidence, self.q, self.n)
@@ -164,6 +165,8 @@ class Answers:
             one = {"id": i, "label": label or ("" if self.labels is None else self.labels[i])}
             if self.scores.columns is not None:
                 one["name"] = self.scores.columns[i]
+            elif self.display.train_ids is not None:
+                one["name"] = str(self.display.train_ids[i])
             if self._tokens is not None:
                 one["tokens"] = [str(token) for token in self._tokens.words[i][:MOST]]
             found.append(one | content)
@@ -275,6 +278,8 @@ class Answers:
     def _known(self, q: int, label: str) -> dict[str, Any]:
         """What the model says of a query."""
         known: dict[str, Any] = {}
+        if self.display.query_ids is not None:
+            known["name"] = str(self.display.query_ids[q])
         if self.values is not None and np.isfinite(self.values[q]):
             known["value"] = short(self.values[q])
         if self.predictions is not None:
@@ -304,6 +309,9 @@ class Answers:
         self.display.require_fit(self.q)
         sizes = {role: None if data is None else len(data) for role, data in self.data.items()}
         n = None if self.scores.columns is not None else sizes["train"]
+        if self.scores.columns is None:
+            require_one_each("train_ids", self.display.train_ids, self.n)
+        require_one_each("query_ids", self.display.query_ids, self.q, "query")
         if n not in (None, self.n) or sizes["query"] not in (None, self.q):
             raise ShapeError(
                 "Scores have one row per query and one column per training example.",

@@ -1,12 +1,18 @@
 """How the examples and queries of some scores are shown; nothing of it changes a score."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from upweight.errors import ShapeError
+from torch import Tensor
+
+from upweight.errors import ShapeError, SpecError
+from upweight.provenance import Context
 from upweight.report.shown import Render
+from upweight.task.rows import Rows
+
+ROLES = ("train", "query")
 
 PER_SIDE = 12
 """Examples shown at each end of a query's ranking."""
@@ -22,8 +28,15 @@ class Display:
             for labels and duplicates; of a Dataset only the examples shown are read.
         queries: The queries, in the order of the rows; by default as for `train`.
         title: What the page is about: the data and the model.
-        names: Of the classes, by index.
-        features: Names of the columns, where inputs are tables `[n, f]`.
+        names: Of the classes, by index. By default as the estimator or the model's configuration
+            calls them.
+        features: Names of the columns, where inputs are tables `[n, f]`. By default those of the
+            frame that was given, whose values are then shown in place of transformed ones.
+        train_ids: What each training example is called. By default the label of its row in the
+            index of the frame that was given.
+        query_ids: The same for the queries.
+        label: What the target of one example is called, where it is no index of a class. By default
+            as the adapter of another library says.
         values: m of each query as trained. By default asked of the model, where scores carry it.
         predictions: The predicted class of each query, as index or name; by default as `values`.
         train_images: What to show in place of the training inputs, one per example: images where
@@ -65,12 +78,51 @@ class Display:
     train_tokens: Sequence[Sequence[str]] | None = None
     token_scores: Callable[[int, list[int]], Any] | None = None
     render: Render | None = None
+    train_ids: Sequence[Any] | None = None
+    query_ids: Sequence[Any] | None = None
+    label: Callable[[Tensor], Any] | None = None
     metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     train_labels: Sequence[Any] | None = None
     train_losses: Sequence[float] | None = None
     self_influence: Sequence[float] | None = None
     k: int = PER_SIDE
     start: int | None = None
+
+    def named(self, context: Context | None) -> "Display":
+        """With the names, ids and values that the data came with, where none are said."""
+        if context is None:
+            return self
+        found: dict[str, Any] = {}
+        rows = {"train": context.rows("train"), "query": context.rows("query")}
+        for role in ROLES:
+            held, whole = rows[role], (self.train if role == "train" else self.queries)
+            if whole is not None:  # other data were named, which rows of these say nothing of
+                rows[role] = None
+            elif held is not None and held.ids is not None:
+                found[f"{role}_ids"] = list(held.ids)
+        if context.classes is not None:
+            found["names"] = [str(name) for name in context.classes]
+        reads = context.task.reads
+        if reads is not None and reads.classes is not None:
+            found["label"] = getattr(reads, "label", None)
+        found |= self._table(rows["train"], rows["query"])
+        return replace(self, **{k: v for k, v in found.items() if getattr(self, k) is None})
+
+    def _table(self, train: Rows | None, queries: Rows | None) -> dict[str, Any]:
+        """The values as they were given, where both came as tables of the same columns."""
+        shown = (self.render, self.train_images, self.query_images, self.train_texts,
+                 self.query_texts, self.train_tokens, self.features)  # fmt: skip
+        if train is None or queries is None or any(each is not None for each in shown):
+            return {}
+        if not train.columns or train.columns != queries.columns or train.values is None:
+            return {}
+        mine, theirs = train.numbers, queries.numbers
+        if mine is not None and theirs is not None:
+            return {"features": train.columns, "train_images": mine, "query_images": theirs}
+        if queries.values is None:
+            return {}
+        held = {"train": train, "query": queries}
+        return {"render": lambda role, index: held[role].pairs(index)}
 
     def images(self, role: str) -> Any:
         """Images or rows in place of the inputs, of "train" or "query"."""
@@ -114,3 +166,20 @@ def require_one_each(name: str, given: Any, n: int, of: str = "example") -> None
             "those of another split, or of only some of it.",
             "pass those of what the scores are of, all of them, in their order.",
         )
+
+
+def require_display(given: Any) -> Display:
+    """Refuse data, or names, in the place of a display.
+
+    Raises:
+        SpecError: It is one.
+    """
+    if isinstance(given, Display):
+        return given
+    raise SpecError(
+        "How examples are shown is said by an upweight.report.Display.",
+        f"a {type(given).__name__}.",
+        "the data, or names of classes, by themselves: scores carry the data that they were made "
+        "of.",
+        "leave it out, or html(scores, path, Display(names=[...])).",
+    )

@@ -163,7 +163,7 @@ def examples(data: Data, indices: Sequence[int], role: str, display: Display) ->
     source: Any
     # Of examples that cannot be told apart in a batch there is nothing to show by itself.
     source, target = _parts(batch) if data.form.uncut is None else (None, None)
-    labels = tuple(_labels(target, len(indices), display.names))
+    labels = tuple(_labels(target, len(indices), display))
     if render is not None:
         return Examples(labels, custom=tuple(content(render(role, int(i))) for i in indices))
     if texts is not None or _is_texts(source):
@@ -229,7 +229,12 @@ def all_labels(data: Data | None, display: Display) -> list[str] | None:
     if target is None or _array(target[:1]).size != 1:
         return None
     values, codes = np.unique(_array(target).reshape(-1), return_inverse=True)
-    words = [class_name(value, names) for value in values]
+    known = display.label
+    shape = target.shape[1:]
+    words = [
+        class_name(v, names) if known is None else str(known(target.new_tensor(v).reshape(shape)))
+        for v in values.tolist()
+    ]
     return [words[code] for code in codes]
 
 
@@ -267,9 +272,12 @@ def _array(value: Any) -> NDArray[np.generic]:
     return np.asarray(value)
 
 
-def _labels(target: Any, k: int, names: Sequence[str] | None) -> list[str]:
+def _labels(target: Any, k: int, display: Display) -> list[str]:
+    names = display.names
     if target is None:
         return [""] * k
+    if display.label is not None:
+        return [str(display.label(each)) for each in target]
     values = _array(target).reshape(k, -1)
     if values.shape[1] == 1:
         return [class_name(row[0], names) for row in values]

@@ -68,6 +68,8 @@ class _Kept:
     metadata: Mapping[str, list[Any]]
     options: _Options
     left_out: tuple[str, ...]
+    train_ids: tuple[str, ...] | None = None
+    query_ids: tuple[str, ...] | None = None
 
 
 def kept(
@@ -89,6 +91,7 @@ def kept(
     Cost: that of `html`, and reading the training data once where all of it is kept.
     """
     answers = Answers(scores, display)
+    display = answers.display
     data, n = answers.data["train"], answers.n
     assert data is not None
     first = dict.fromkeys([*answers.page.listed, *answers.listed])
@@ -112,6 +115,8 @@ def kept(
         options=_Options(display.title, _texts(display.names), _texts(display.features),
                          display.k, display.start),
         left_out=(*left_out, *(() if display.token_scores is None else ("token_scores",))),
+        train_ids=_texts(display.train_ids),
+        query_ids=_texts(display.query_ids),
     )  # fmt: skip
     numbers = {
         "train.images": mine.images, "train.table": mine.table,
@@ -154,6 +159,7 @@ def _display(told: _Kept, arrays: Mapping[str, NDArray[Any]]) -> Display:
         raise ValueError("predictions are class indices or names")
     there = n if columns is None else len(columns)
     lengths = [(told.train.labels, there), (told.labels, n), (losses, n), (own, n)]
+    lengths += [(told.train_ids, n), (told.query_ids, q)]
     lengths += [(values, q), (told.predictions, q), *((x, n) for x in told.metadata.values())]
     for given, expected in lengths:
         if given is not None and len(given) != expected:
@@ -169,6 +175,8 @@ def _display(told: _Kept, arrays: Mapping[str, NDArray[Any]]) -> Display:
         train_losses=losses or (),
         self_influence=() if own is None else [-x for x in own],
         metadata=told.metadata,
+        train_ids=told.train_ids,
+        query_ids=told.query_ids,
         **{name: getattr(told.options, name) for name in _Options.__dataclass_fields__},
     )
 

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from upweight import notation
 from upweight.errors import NotOffered
 from upweight.report.display import Display, require_one_each
 from upweight.scores import Scores
@@ -17,8 +18,6 @@ from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Loss, Weighted
 from upweight.task.measures import Functional
 from upweight.task.torch_losses import Rescaled
-
-_NOUNS = {"Loss": "loss", "Margin": "margin", "LogProb": "log-probability", "Logit": "logit"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +30,7 @@ class TrainFacts:
 
 def noun_of(scores: Scores) -> str:
     """What was measured, in a word: "loss", "margin", …; "measurement" for a user's function."""
-    return _NOUNS.get(scores.provenance.measure.split("(")[0], "measurement")
+    return notation.noun_of(scores.provenance.measure)
 
 
 def train_facts(scores: Scores, display: Display, ask: bool = True) -> TrainFacts:

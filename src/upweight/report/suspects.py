@@ -11,6 +11,7 @@ from typing import Any
 from upweight.applications.debugging import DROP, KEEP, Suspects
 from upweight.errors import DataError, ShapeError
 from upweight.notation import readable
+from upweight.provenance import Context
 from upweight.report.display import Display
 from upweight.report.examples import Examples, examples
 from upweight.report.rendering import filled, script_of
@@ -53,7 +54,8 @@ def suspects(
             "an empty selection.",
             "k=100 for the first hundred.",
         )
-    rows = found.order[:k].tolist()
+    rows, fitted = found.order[:k].tolist(), found.subject.fitted
+    display = display.named(Context(fitted.task, fitted.train, fitted.train, None))
     held = examples(found.subject.fitted.train, rows, "train", display)
     names = [_named(name) for name in found.classes.names]
     cards = [_card(found, row, place, held, display) for place, row in enumerate(rows)]

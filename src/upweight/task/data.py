@@ -28,6 +28,7 @@ from upweight.runtime.selection import places
 from upweight.task.arrays import arrays_of, is_array, require_columns, signed
 from upweight.task.batches import Form, form
 from upweight.task.collate import collate
+from upweight.task.rows import Rows
 from upweight.task.seen import Seen
 
 _D = TypeVar("_D", bound="Data")
@@ -41,6 +42,9 @@ class Data(abc.ABC):
 
     seen: Seen | None = None
     """What each example was when it was first read; None: nobody asks."""
+
+    given: Rows | None = None
+    """What the user calls the examples, and their values as they were given; None: not known."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -126,6 +130,7 @@ class ArrayData(Data):
 
     arrays: Any
     notes: tuple[str, ...] = ()
+    given: Rows | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         n = next(len(leaf) for leaf in tree_leaves(self.arrays) if leaf is not None)
@@ -202,6 +207,12 @@ class Subset(Data):
     def form(self) -> Form:  # type: ignore[override]
         return self.data.form
 
+    @property
+    def given(self) -> Rows | None:  # type: ignore[override]
+        """Those of the whole at these indices: without names of their own, their places in it."""
+        whole = self.data.given
+        return None if whole is None else whole.take(self.indices)
+
     def take(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
         return self.data.take([self.indices[int(i)] for i in indices])
 
@@ -257,7 +268,9 @@ def _from_arrays(arrays: Any) -> ArrayData:
     tensors, notes = arrays_of(arrays)
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=4)
-    return ArrayData(tensors, notes)
+    parts = arrays if isinstance(arrays, tuple) else ()
+    rows = Rows.of(parts[0], parts[-1] if len(parts) > 1 else None) if parts else None
+    return ArrayData(tensors, notes, rows)
 
 
 def _from_loader(loader: DataLoader) -> IndexedData:  # type: ignore[type-arg]

@@ -79,7 +79,7 @@ function option(q) {
   const node = element("div", { class: "option", role: "option", id: `query-${q}`, "aria-selected": String(q === current), "aria-label": queryWord(q) },
     tile("query", query.tile, 44),
     element("span", { class: "lines" },
-      element("span", { class: "word" }, own(query.label || `Query ${q}`), query.label ? element("small", {}, ` #${q}`) : ""),
+      element("span", { class: "word" }, own(query.label || `Query ${q}`), query.label || query.name ? element("small", {}, " ", own(query.name ?? `#${q}`)) : ""),
       query.text ? element("span", { class: "snippet", dir: "auto" }, query.text.slice(0, 90)) : "",
       element("span", { class: query.wrong ? "under no" : "under" }, ...facts)));
   node.dataset.query = q;
@@ -108,7 +108,7 @@ function filter() {
   const least = bound("least", -Infinity), most = bound("most", Infinity), bounded = least > -Infinity || most < Infinity;
   found = source.queries.map((_, q) => q).filter(q => {
     const query = source.queries[q];
-    const matches = !words || `#${q}` === words || String(q) === words || query.label.toLowerCase().includes(words)
+    const matches = !words || `#${q}` === words || String(q) === words || (query.name ?? "").toLowerCase().includes(words) || query.label.toLowerCase().includes(words)
       || String(query.prediction ?? "").toLowerCase().includes(words) || query.text.toLowerCase().includes(words);
     return matches && (!label || query.label === label) && (!byId("wrong").checked || query.wrong)
       && (!bounded || (query.value >= least && query.value <= most));

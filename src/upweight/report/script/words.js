@@ -25,8 +25,8 @@ const percent = share => `${number(100 * share)} %`;
 const thing = data.groups ? "group" : `training ${kind}`;
 const percentOf = (part, all) => all ? percent(part / all) : "–";
 function queryWord(q) {
-  const { label, prediction, value } = source.queries[q];
-  return [`Query ${q}`, label && `label ${label}`, prediction !== undefined && `predicted ${prediction}`,
+  const { label, name, prediction, value } = source.queries[q];
+  return [name ?? `Query ${q}`, label && `label ${label}`, prediction !== undefined && `predicted ${prediction}`,
     value !== undefined && `${noun} ${number(value)}`].filter(Boolean).join(" · ");
 }
 

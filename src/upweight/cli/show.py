@@ -1,0 +1,113 @@
+"""`upweight show`: what a run says, in twenty lines, from the run alone."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from upweight.cli.named import to_ask_for
+from upweight.cli.rankings import display_of, hardest, rankings
+from upweight.cli.screen import Answer, verb
+from upweight.cli.spec import parse
+from upweight.facts import Fact
+from upweight.notation import count, in_short
+from upweight.runs.directory import Run
+from upweight.runs.record import is_reference
+
+NOTES, FILES = 2, 3
+"""Notes, and files of its owner, that are listed; of more their number is said."""
+
+
+@click.command()
+@click.argument("run", metavar="RUN", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--top",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    metavar="K",
+    help="Examples at each end of a query's ranking.",
+)
+@click.option(
+    "--query",
+    "asked_of",
+    type=click.IntRange(0),
+    multiple=True,
+    metavar="Q",
+    help="Of which queries.  [default: the hardest]",
+)
+@verb
+def show(run: Path, top: int, asked_of: tuple[int, ...]) -> Answer:
+    """Print the verdict, settings and strongest examples of a run.
+
+    It needs the run alone, and runs no code: for a run that somebody else made.
+
+    \b
+    Examples:
+        upweight show runs/digits
+        upweight show received --query 17 --top 5
+    """
+    place = Run.named(run.absolute())
+    record = place.record
+    lines, facts = settings(place, run)
+    if not place.is_finished:
+        lines.append(f"  to finish it, if you trust its files: {place.command('rerun')}")
+        return Answer("\n".join(lines), facts)
+    scores, display = place.open(), display_of(place)
+    outside = [query for query in asked_of if query >= record.q]
+    if outside:
+        raise click.UsageError(f"--query {outside[0]}: there are queries 0 to {record.q - 1}")
+    found = rankings(scores, display, top, asked_of or hardest(scores, display, 1))
+    ranked = ([] if asked_of else ["where the model does worst:"]) + list(map(str, found))
+    said = shlex.quote(str(run))
+    lines += ["", *ranked, "", f"next: upweight report {said}; upweight show {said} --query Q"]
+    return Answer("\n".join(lines), facts | {"top": [ranking.facts for ranking in found]})
+
+
+def settings(place: Run, shown: Path) -> tuple[list[str], dict[str, Any]]:
+    """The verdict and what was asked of what by which method, in lines and as facts."""
+    record = place.record
+    is_finished = place.is_finished
+    halves = place.evaluations().get("halves", {}) if is_finished else {}
+    verdict, reason = halves.get("verdict"), halves.get("reason", "")
+    made = place.provenance if is_finished else {}
+    told = f"{verdict}: {reason}" if verdict else "nobody has compared these with retraining"
+    lines = [
+        f"{shown}: {'finished' if is_finished else 'unfinished'}",
+        f"  verdict: {told}",
+        f"  asked: {record.measure} of {count(record.q, 'query')} ({record.queries}), on "
+        f"{count(record.n, 'training example')} ({record.train})",
+        f"  method: {_in_short(record.method)}, {count(record.p, 'parameter')}"
+        + (f", trained as {record.recipe}" if record.recipe else ""),
+    ]
+    past = [fact for fact in map(_fact, made.get("facts", ())) if fact.concern]
+    health = "; ".join(map(str, past)) or "nothing past its limit"
+    lines += [f"  health: {health}"] if is_finished else []
+    notes = list(made.get("notes", ()))
+    lines += [f"  note: {note}" for note in notes[:NOTES]]
+    lines += [f"  {len(notes) - NOTES} more notes: --json"] if len(notes) > NOTES else []
+    asked = to_ask_for(record)
+    files, machine = [line.split("  ")[0] for line in asked[:-1]], asked[-1]
+    others = f" and {len(files) - FILES} others" if len(files) > FILES else ""
+    rerun = shlex.join(["upweight", "rerun", str(shown)])
+    lines += [
+        f"  {machine}",
+        f"  to compute it again, ask its owner for {', '.join(files[:FILES])}{others}: {rerun}",
+    ]
+    facts = {
+        "run": str(place.path), "finished": is_finished, "verdict": verdict, "reason": reason,
+        "method": record.method, "measure": record.measure, "recipe": record.recipe,
+        "n": record.n, "q": record.q, "p": record.p, "train": record.train,
+        "queries": record.queries, "notes": notes, "provenance": made, "ask_for": asked,
+    }  # fmt: skip
+    return lines, facts
+
+
+def _in_short(method: str) -> str:
+    """A spec without what is as by default; an object of the user's by its name."""
+    return method if is_reference(method) else in_short(parse(method, "method"))
+
+
+def _fact(told: Any) -> Fact:
+    return told if isinstance(told, Fact) else Fact(**told)
