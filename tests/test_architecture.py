@@ -41,6 +41,10 @@ MAY_IMPORT = {
         "scores", "effects", "provenance", "training", "facts", "notation",
     },
     "shards": {"_typing", "runtime", "methods", "scores"},
+    "index": {
+        "errors", "_typing", "runtime", "task", "gradients", "curvature", "scoring", "methods",
+        "scores", "provenance", "evaluation",
+    },
     "labels": {"curvature"},
     "solvers": {"linalg"},
     "training": {"errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature"},
