@@ -71,9 +71,10 @@ class Index:
     Of a method by layer, such as `Influence(EKFAC(), damping=…)`, v_i are the K coordinates of most
     energy of the whitened gradient, in few bits each:
 
-        v_i = (Λ + λ)^−½ ∘ (Q_Gᵀ gᵢ Q_A)        u_q = −(1/n) (Λ + λ)^½ ∘ (Q_Gᵀ V_q Q_A)
+        v_i = σ⁻¹ ∘ (Λ + λ)^−½ ∘ (Q_Gᵀ gᵢ Q_A)    u_q = −(1/n) σ ∘ (Λ + λ)^½ ∘ (Q_Gᵀ V_q Q_A)
 
-    with V_q = (H + λ)⁻¹ ∇m_q as the method solves it; of `LoGra` and `TRAK`, v_i = P gᵢ. n is
+    with V_q = (H + λ)⁻¹ ∇m_q as the method solves it, and σ² the energies; of `LoGra` and `TRAK`,
+    v_i = σ⁻¹ ∘ P gᵢ. The energy of a coordinate is the mean square of what stands behind σ⁻¹. n is
     that of the fit, also for rows of other examples: their S is the derivative in the weight of a
     further example, at weight 0.
 

@@ -122,13 +122,12 @@ class Rows:
         folder = self.store.directory
         with claimed(folder, INDEX, wait=True):
             told = self.store.facts
-            if told is not None and told["n"] >= n:
-                return True
-            self.store.finish(facts, names)
-            for name in self.store.unnamed():
-                match = NAME.fullmatch(name)
-                if match and int(match[2]) <= n:  # not one of rows that are being appended
-                    self.store.path(name).unlink(missing_ok=True)
+            if told is None or told["n"] < n:
+                self.store.finish(facts, names)
+                for name in self.store.unnamed():
+                    match = NAME.fullmatch(name)
+                    if match and int(match[2]) <= n:  # not one of rows that are being appended
+                        self.store.path(name).unlink(missing_ok=True)
             for path in folder.glob(f".rows-*{CLAIM}"):
                 path.unlink(missing_ok=True)
         return True

@@ -1,7 +1,10 @@
 """What a row is: T gᵢ of K numbers, and u_q of a solved query, with S[q, i] = u_q · T gᵢ.
 
-    Coordinates   of methods by layer: T g = (Λ + λ)^−½ ∘ (Q_Gᵀ g Q_A), the K of most energy
-    Projected     of LoGra and TRAK: T g = P g
+    Coordinates   of methods by layer: T g = σ⁻¹ ∘ (Λ + λ)^−½ ∘ (Q_Gᵀ g Q_A), the K of most energy
+    Projected     of LoGra and TRAK: T g = σ⁻¹ ∘ P g
+
+σ is the root mean square of a number over training examples, so that all numbers of a row are of
+one size when they are put into few bits, and what is lost of one weighs as it does in the score.
 
 A score is −(1/n) ⟨V_q, gᵢ⟩ with V_q = P ∇m_q, whatever P is. So u_q is taken from V_q, which the
 method has solved, and not from ∇m_q: where all coordinates are kept, the product is the score of
@@ -10,7 +13,7 @@ any P.
 
 import abc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +25,7 @@ from upweight.gradients.blocks import Plan
 from upweight.gradients.factored import Factors, Formed, Lookups, Tokens
 from upweight.gradients.passes import GradientPass
 from upweight.methods.fitted import Fitted
-from upweight.methods.layered import LayeredScorer
+from upweight.methods.layered import LayeredJob, LayeredScorer
 from upweight.methods.projected import ProjectedJob, ProjectedScorer
 from upweight.methods.scorer import Job
 from upweight.runtime.fingerprint import digest
@@ -44,6 +47,7 @@ class Transform(abc.ABC):
         plan, theta: How gradients are obtained, and where.
         factor: −1/n of the training data of the fit, which is in u_q.
         at_once: Examples in a batch.
+        spread: σ of each number.
     """
 
     kind: ClassVar[str]
@@ -51,6 +55,7 @@ class Transform(abc.ABC):
     theta: Float[Tensor, " p"]
     factor: float
     at_once: int
+    spread: Float[Tensor, " K"]
 
     @property
     @abc.abstractmethod
@@ -66,7 +71,7 @@ class Transform(abc.ABC):
         """u_q of each query that a job of the method has solved.
 
         Raises:
-            NotOffered: The method has no vectors V_q.
+            NotOffered: The measure also depends on the weights of the training data by itself.
         """
 
     @abc.abstractmethod
@@ -130,7 +135,7 @@ class BlockCoordinates:
 
 @dataclass(frozen=True, eq=False)
 class Coordinates(Transform):
-    """T g = (Λ + λ)^−½ ∘ (Q_Gᵀ g Q_A), of the K coordinates of most energy, largest first.
+    """T g = σ⁻¹ ∘ (Λ + λ)^−½ ∘ (Q_Gᵀ g Q_A), of the K coordinates of most energy, largest first.
 
     Args:
         blocks: The coordinates of each block of the plan; None where it has none.
@@ -141,6 +146,7 @@ class Coordinates(Transform):
     theta: Float[Tensor, " p"]
     factor: float
     at_once: int
+    spread: Float[Tensor, " K"]
     blocks: tuple[BlockCoordinates | None, ...]
     order: Int[Tensor, " K"]
 
@@ -153,18 +159,17 @@ class Coordinates(Transform):
     def of_example(self, factors: Sequence[Factors]) -> Float[Tensor, "b K"]:
         every = zip(self.blocks, factors, strict=True)
         found = [block(part) for block, part in every if block is not None]
-        return torch.cat(found, dim=1)[:, self.order]
+        return torch.cat(found, dim=1)[:, self.order] / self.spread
 
     def of_query(self, job: Job) -> Float[Tensor, "q K"]:
-        vectors, layout, found = job.vectors(), self.plan.task.layout, []
-        for block, coordinates in zip(self.plan.blocks, self.blocks, strict=True):
-            if coordinates is not None:
-                index = block.index(layout).to(vectors.device)
-                found.append(coordinates.of_solved(vectors[:, index].to(self.plan.dtype)))
-        return torch.cat(found, dim=1)[:, self.order] * self.factor
+        if not isinstance(job, LayeredJob):
+            raise _with_weights()
+        every = zip(self.blocks, job.solved(), strict=True)
+        found = [block.of_solved(vectors) for block, vectors in every if block is not None]
+        return torch.cat(found, dim=1)[:, self.order] * (self.factor * self.spread)
 
     def tensors(self) -> Mapping[str, Tensor]:
-        found = {"order": self.order}
+        found = {"order": self.order, "spread": self.spread}
         for k, block in enumerate(self.blocks):
             if block is not None:
                 found |= {f"{k}.place": block.place, f"{k}.scale": block.scale}
@@ -180,7 +185,7 @@ def _coordinates(fitted: Fitted, most: int, queries: Data | None, sample: int) -
     adds to E[S²] by itself.
     """
     scorer = _layered(fitted)
-    energy = _energies(scorer, scorer.train, sample)
+    own = energy = _energies(scorer, scorer.train, sample)
     if queries is not None:
         energy = [a * b for a, b in zip(energy, _energies(scorer, queries, sample), strict=True)]
     flat = torch.cat([each.flatten() for each in energy])
@@ -206,7 +211,14 @@ def _coordinates(fitted: Fitted, most: int, queries: Data | None, sample: int) -
             place = place * size + at
         shape = tuple(inverse.values.shape)
         blocks.append(BlockCoordinates(tuple(bases), place, scale, shape))
-    return _made_of(scorer, tuple(blocks), inside.indices.argsort())
+    spread = _spread(torch.cat([each.flatten() for each in own])[order])
+    dtype = scorer.curvature.plan.dtype
+    return _made_of(scorer, tuple(blocks), inside.indices.argsort(), spread.to(dtype))
+
+
+def _spread(energies: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+    """Their roots; 1 where a number is always 0."""
+    return torch.where(energies > 0, energies.sqrt(), 1.0)
 
 
 def _energies(scorer: LayeredScorer, data: Data, sample: int) -> list[Tensor]:
@@ -238,14 +250,17 @@ def _restored(fitted: Fitted, tensors: Mapping[str, Tensor]) -> Coordinates:
         bases = tuple(held.get(f"{k}.basis.{axis}") for axis in range(len(shape)))
         found = BlockCoordinates(bases, held[f"{k}.place"], held[f"{k}.scale"], shape)
         blocks.append(found)
-    return _made_of(scorer, tuple(blocks), held["order"])
+    return _made_of(scorer, tuple(blocks), held["order"], held["spread"])
 
 
 def _made_of(
-    scorer: LayeredScorer, blocks: tuple[BlockCoordinates | None, ...], order: Tensor
+    scorer: LayeredScorer,
+    blocks: tuple[BlockCoordinates | None, ...],
+    order: Tensor,
+    spread: Tensor,
 ) -> Coordinates:
     made, size = scorer.curvature.plan, _at_once(scorer, len(order))
-    return Coordinates(made, scorer.point.theta, scorer.factor, size, blocks, order)
+    return Coordinates(made, scorer.point.theta, scorer.factor, size, spread, blocks, order)
 
 
 def _at_once(scorer: LayeredScorer, width: int = 0) -> int:
@@ -262,12 +277,13 @@ def _at_once(scorer: LayeredScorer, width: int = 0) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Projected(Transform):
-    """T g = P g, and u_q = −(1/n) (Ĝ + λI)⁻¹ P ∇m_q."""
+    """T g = σ⁻¹ ∘ P g, and u_q = −(1/n) σ ∘ (Ĝ + λI)⁻¹ P ∇m_q."""
 
     plan: Plan
     theta: Float[Tensor, " p"]
     factor: float
     at_once: int
+    spread: Float[Tensor, " K"]
     scorer: ProjectedScorer
 
     kind = "projections"
@@ -277,19 +293,21 @@ class Projected(Transform):
         return self.scorer.projection.width
 
     def of_example(self, factors: Sequence[Factors]) -> Float[Tensor, "b K"]:
-        return self.scorer.projection(factors)
+        return self.scorer.projection(factors) / self.spread
 
     def of_query(self, job: Job) -> Float[Tensor, "q K"]:
-        assert isinstance(job, ProjectedJob)
-        return job.solved[0] * self.factor
+        if not isinstance(job, ProjectedJob):
+            raise _with_weights()
+        return job.solved[0] * (self.factor * self.spread)
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """A hash: P is drawn from a seed, and made again by the same fit."""
+        """σ, and a hash: P is drawn from a seed, and made again by the same fit."""
         told = digest(described(tuple(self.scorer.projection.maps)))  # type: ignore[attr-defined]
-        return {"hash": torch.frombuffer(bytearray.fromhex(told), dtype=torch.uint8)}
+        told_by = torch.frombuffer(bytearray.fromhex(told), dtype=torch.uint8)
+        return {"hash": told_by, "spread": self.spread}
 
 
-def _projected(fitted: Fitted) -> Projected:
+def _projected(fitted: Fitted, sample: int) -> Projected:
     scorer = fitted.scorer
     assert isinstance(scorer, ProjectedScorer)
     if len(scorer.members) > 1 or scorer.threshold > 0:
@@ -302,7 +320,12 @@ def _projected(fitted: Fitted) -> Projected:
         )
     (member,), made = scorer.members, scorer.projection.plan
     at_once = min(scorer.at_once, MOST_EXAMPLES)
-    return Projected(made, member.theta, scorer.factor, at_once, scorer)
+    count = min(len(scorer.train), sample)
+    rows = member.gradients.rows(0, count).double()
+    if member.slopes is not None:
+        rows = rows * member.slopes[:count, None].to(rows)
+    spread = _spread(rows.square().mean(dim=0)).to(made.dtype)
+    return Projected(made, member.theta, scorer.factor, at_once, spread, scorer)
 
 
 # -- which ----------------------------------------------------------------------------------------
@@ -317,7 +340,7 @@ def transform(fitted: Fitted, most: int, queries: Data | None, sample: int) -> T
     """
     if not isinstance(fitted.scorer, ProjectedScorer):
         return _coordinates(fitted, most, queries, sample)
-    found = _projected(fitted)
+    found = _projected(fitted, sample)
     if found.width > most:
         raise SpecError(
             "A row must fit into the bytes of an example.",
@@ -336,7 +359,7 @@ def restored(fitted: Fitted, tensors: Mapping[str, Tensor], folder: Any) -> Tran
     """
     if not isinstance(fitted.scorer, ProjectedScorer):
         return _restored(fitted, tensors)
-    found = _projected(fitted)
+    found = replace(_projected(fitted, 1), spread=tensors["spread"].clone())
     if not torch.equal(found.tensors()["hash"], tensors["hash"]):
         raise StaleStore(
             "An index is asked with the projection that it was built with.",
@@ -354,8 +377,17 @@ def width_of(fitted: Fitted) -> int:
         NotOffered: The method has no rows.
     """
     if isinstance(fitted.scorer, ProjectedScorer):
-        return _projected(fitted).width
+        return _projected(fitted, 1).width
     return sum(block.eigen.values.numel() for block in _layered(fitted).curvature.blocks)
+
+
+def _with_weights() -> NotOffered:
+    return NotOffered(
+        "An index knows a measure by its derivative in θ.",
+        "a Functional that also depends on the weights of the training data by itself.",
+        "a standard error, which reads inputs and labels besides θ.",
+        "ask a measure of θ and the queries alone, such as Coefficient(0); or fitted.attribute(…).",
+    )
 
 
 def _layered(fitted: Fitted) -> LayeredScorer:
