@@ -67,9 +67,7 @@ def plain_epoch(model: torch.nn.Module, X: Tensor, y: Tensor) -> None:
     model.zero_grad()
 
 
-def compared(
-    index: uw.Index, queries: Any, S: Tensor, epoch: float, build: float
-) -> dict[str, Any]:
+def compared(index: uw.Index, queries: Any, S: Tensor) -> dict[str, Any]:
     """A row of the table."""
     found = index.scores(queries).values
     told = asdict(verification(found, S, 10, len(index)))

@@ -26,6 +26,7 @@ from upweight.runtime.lock import claimed
 from upweight.runtime.selection import places
 from upweight.runtime.store import FINISHED, Store
 from upweight.scores import TopScores
+from upweight.task.check import require_answerable
 from upweight.task.data import Data
 from upweight.task.identity import contents, described
 from upweight.task.measures import Loss
@@ -94,6 +95,7 @@ class Index:
         self._rows = rows
         self._transform = transform
         self._held = held
+        self._end = 0  # rows that were there when it was built, loaded or extended here
         self.fitted = fitted
         """The method that answers."""
         self.seconds = dict(seconds or {})
@@ -175,6 +177,7 @@ class Index:
         index = cls._opened(store, fitted, [(0, examples)])
         chose = time.perf_counter()
         index._add(examples, 0, source, share)
+        index._end = len(examples)
         ended = time.perf_counter()
         index.seconds = {"coordinates": chose - started, "rows": ended - chose}
         return index
@@ -205,10 +208,11 @@ class Index:
             held.append((start, examples))
             start += len(examples)
         index = cls._opened(store, fitted, held)
-        if start > len(index):
+        index._end = len(index)
+        if start > index._end:
             raise ShapeError(
                 "An index has a row of each example.",
-                f"{len(index)} rows in {store.directory} for {start} examples.",
+                f"{index._end} rows in {store.directory} for {start} examples.",
                 "data that were appended to since.",
                 "index.extend(…) with the new ones, or Index.build(…) with all of them, which "
                 "makes only the new rows.",
@@ -228,7 +232,8 @@ class Index:
 
         They are that bit for bit, with as many threads, where a batch has one shape whatever is in
         it; examples that are padded to the longest of a batch may round otherwise. What is asked
-        meanwhile sees the index as it was. Interrupted, the same call on the same index goes on.
+        meanwhile sees the index as it was. Interrupted, the same call goes on; processes that had
+        loaded the index before and make the same call share the work.
 
         Args:
             data: The new examples only.
@@ -242,11 +247,12 @@ class Index:
         """
         share = _share(shards)
         self.fitted._require_same_model()
-        examples, n = _data(self.fitted, data), len(self)
+        examples, n = _data(self.fitted, data), self._end
         started = time.perf_counter()
+        self._add(examples, n, source, share)
         if sum(len(each) for _, each in self._held) == n:
             self._held.append((n, examples))
-        self._add(examples, n, source, share)
+        self._end = n + len(examples)
         self.seconds["rows"] = time.perf_counter() - started
 
     def _add(self, data: Data, offset: int, source: str | None, share: tuple[int, int]) -> None:
@@ -530,7 +536,11 @@ def _of_fit(fitted: Fitted) -> dict[str, str]:
 
 
 def _data(fitted: Fitted, data: Any) -> Data:
-    return fitted.train if data is None else fitted.task.training(data).watched()
+    if data is None:
+        return fitted.train
+    found = fitted.task.training(data)
+    require_answerable(fitted.task, found, "examples of an index")
+    return found.watched()
 
 
 def _numbers(codes: Codes, bytes_per_example: int, width: int) -> int:

@@ -50,7 +50,7 @@ def verification(
     x, y = products.double(), scores.double()
     q, m = y.shape
     once, k = torch.ones(1, m, dtype=torch.float64), min(k, m)
-    spread = y.std(dim=1) > 0
+    spread = y.amax(dim=1) > y.amin(dim=1)
     ranks = [rank_correlation(a, b, once)[0] for a, b in zip(x[spread], y[spread], strict=True)]
     a, b = (z[spread] - z[spread].mean(dim=1, keepdim=True) for z in (x, y))
     linear = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
