@@ -39,7 +39,7 @@ BITS = 8
 SHARD = 2048
 """Rows in a file: what an interruption may cost, and what several processes share out."""
 
-SAMPLE = 1024
+SAMPLE = 512
 """Training examples over which the energy of coordinates is taken."""
 
 CANDIDATES = 20
