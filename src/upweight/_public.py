@@ -23,6 +23,7 @@ from upweight.effects import Effects
 from upweight.evaluation.check import check
 from upweight.front.attribute import attribute
 from upweight.front.plan import plan
+from upweight.index.index import Index
 from upweight.linalg.damping import Absolute, Evidence, FromTraining, Relative
 from upweight.methods.astra import ASTRA
 from upweight.methods.baselines import BM25, Random, TrainingLoss
@@ -103,6 +104,7 @@ __all__ = [
     "GroupSums",
     "Hessian",
     "Huber",
+    "Index",
     "Influence",
     "KNNShapley",
     "LeaveOneOut",

@@ -55,7 +55,7 @@ class Codes:
     """Rows in `bits` bits a coordinate and a float32 scale a row.
 
     ‖decode(r) − r‖/‖r‖ is .75 with 1 bit, .37 with 2, .11 with 4 and .01 with 8 for normal
-    coordinates. This error is nearly orthogonal to queries: products of EK-FAC rows of a small
+    coordinates. This error is nearly orthogonal to queries: products of EK-FAC-like rows of a small
     language model (K = 16 384) differ by 12 %, 4 % and .4 % of theirs in root mean square with 2,
     4 and 8 bits.
 

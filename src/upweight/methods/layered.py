@@ -103,13 +103,9 @@ class LayeredJob(Job):
     def tokens(
         self, examples: Sequence[int]
     ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
-        vectors = [
-            q.solved(slice(None)) if isinstance(q, FactoredQueries) else q.vectors
-            for q in self.contraction.queries
-        ]
         made, theta = self.scorer.curvature.plan, self.scorer.point.theta
         shares, rest = token_shares(
-            made, theta, self.scorer.train, examples, vectors, self.scorer.gradients
+            made, theta, self.scorer.train, examples, list(self.solved()), self.scorer.gradients
         )
         return shares * self.scorer.factor, rest * self.scorer.factor
 
@@ -122,19 +118,17 @@ class LayeredJob(Job):
         if self.scorer.gradients is not unchanged:  # a norm changes with the example too
             raise not_offered("input_influence(...)", "gradients not divided by their norm")
         layout, found = self.scorer.task.layout, None
-        for block, queries in zip(
-            self.scorer.curvature.blocks, self.contraction.queries, strict=True
-        ):
-            full = (
-                queries.solved(slice(None))
-                if isinstance(queries, FactoredQueries)
-                else queries.vectors
-            )
+        for block, full in zip(self.scorer.curvature.blocks, self.solved(), strict=True):
             if found is None:
                 found = full.new_empty(len(self), layout.size, dtype=layout.dtype)
             found[:, block.block.index(layout).to(full.device)] = full.flatten(1).to(found.dtype)
         assert found is not None
         return found
+
+    def solved(self) -> Iterator[Float[Tensor, "q ..."]]:
+        """V_q of each block, in θ's own coordinates and the dtype that it was solved in."""
+        for q in self.contraction.queries:
+            yield q.solved(slice(None)) if isinstance(q, FactoredQueries) else q.vectors
 
     @property
     def row_sums(self) -> Float[Tensor, " q"] | None:

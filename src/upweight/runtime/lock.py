@@ -1,7 +1,8 @@
-"""One process at a time in a folder.
+"""One process at a time in a folder, or at a part of the work in it.
 
-folder/.lock       locked by the operating system, which lets go when the process ends, however
-folder/.holder     who holds it, for the one that is refused
+folder/.lock           locked by the operating system, which lets go when the process ends, however
+folder/.holder         who holds it, for the one that is refused
+folder/.NAME.claim     locked in the same way by the process that makes the part of that name
 """
 
 import contextlib
@@ -18,6 +19,8 @@ from upweight.errors import InUse, StaleStore
 from upweight.runtime.atomic import contents, not_written, write_whole
 
 FILES = (".lock", ".holder")
+
+CLAIM = ".claim"
 
 WAY_OUT = "free space, or copy the folder to another disk and work there."
 
@@ -55,6 +58,37 @@ def locked(folder: Path, purpose: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # a disk that became read-only
             holder.unlink()
+        lock.release()
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process has a part of the work in a folder to itself, while in the block.
+
+    The claim ends with the process, however that ends: what it left undone may be claimed again.
+    Who has waited looks first whether it was done meanwhile.
+
+    Args:
+        folder: Where.
+        name: Of the part.
+        wait: Whether to wait for another process that has it, rather than be told False.
+
+    Raises:
+        StaleStore: What should be locked is a link, or no file.
+        NotWritten: The folder is not writable.
+    """
+    path = folder / f".{name}{CLAIM}"
+    _require_plain(path)
+    lock, is_mine = FileLock(path), True
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        is_mine = False
+    except OSError as error:
+        raise not_written(path, error, WAY_OUT) from error
+    try:
+        yield is_mine
+    finally:
         lock.release()
 
 

@@ -14,7 +14,7 @@ pickle.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -192,6 +192,37 @@ class Store:
         (self.directory / FINISHED).unlink(missing_ok=True)  # it knows other hashes
         self._write(name, tensors)
 
+    def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Add a shard of a new name to a store that may be finished.
+
+        Whoever reads it sees what was finished before, until `finish` names the new shard as well.
+
+        Raises:
+            NotWritten: The disk is full or not writable. What was there before stays readable.
+        """
+        self._write(name, tensors)
+
+    def unnamed(self) -> list[str]:
+        """Shards that were added since the store was finished, in order of their names."""
+        every = {path.stem for path in self.directory.glob(f"*{SUFFIX}")}
+        return sorted(every - set(self.names()))
+
+    def mapped(self, name: str) -> Mapping[str, Tensor]:
+        """The tensors of a shard, memory-mapped and not held: for one reading after the other.
+
+        Compared with its hash the first time, and again where its file has changed.
+
+        Raises:
+            StaleStore: It is not what was written.
+        """
+        path, seen = self.path(name), f"compared {name}"
+        if path.is_file() and self.known.get(seen, (None,))[0] == _stamp(path):
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}
+        _, tensors = self._compared(name)
+        self.known[seen] = (self.known.pop(path.name)[0], None)
+        return tensors
+
     def read(self, name: str) -> Mapping[str, Tensor]:
         """The tensors of a shard, memory-mapped: what is changed in them is changed in no file.
 
@@ -203,14 +234,23 @@ class Store:
         del self.known[self.path(name).name]  # theirs now, who may change them
         return tensors
 
-    def finish(self, facts: Mapping[str, Any]) -> None:
+    def finish(self, facts: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
         """Say how the numbers came about, as JSON, once all of them are there.
+
+        Args:
+            facts: What to say.
+            names: Of which shards; None: of all that are there. Those that an earlier
+                `finished.json` names are not read again, since their hash is known.
 
         Raises:
             StaleStore: A shard is damaged.
             NotWritten: The disk is full or not writable.
         """
-        self._finish({name: self._compared(name)[0] for name in self.names()}, facts)
+        if names is None:
+            self._finish({name: self._compared(name)[0] for name in self.names()}, facts)
+            return
+        told = {} if self._finished is None else self._finished.shards
+        self._finish({n: told[n] if n in told else self._compared(n)[0] for n in names}, facts)
 
     @property
     def facts(self) -> dict[str, Any] | None:
@@ -343,11 +383,16 @@ class Store:
 
     def _once(self, path: Path, read: Callable[[], Any]) -> Any:
         """What a file says, read again only where it has changed."""
-        state = path.stat()
-        stamp = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+        stamp = _stamp(path)
         if self.known.get(path.name, (None, None))[0] != stamp:
             self.known[path.name] = (stamp, read())
         return self.known[path.name][1]
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes where a file does."""
+    state = path.stat()
+    return (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
 
 
 def stale(path: Path, given: str, way_out: str) -> StaleStore:

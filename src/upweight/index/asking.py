@@ -1,0 +1,224 @@
+"""A question to a fitted method, answered from an index.
+
+The method checks the queries and solves them, as for any question; then their rows meet those of
+the index in place of the training gradients. Each is a reducer of `Fitted.attribute`:
+
+    Scanned(…, into)     any reducer, over the products with all rows
+    Picked(…, examples)  the products with some rows
+    Exact(…, examples)   the method's own scores of some examples, from their gradients
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.index.scan import products
+from upweight.index.shards import SUMS, Rows, Shard, require_same
+from upweight.index.transform import Transform
+from upweight.methods.reduce import Answer, Reducer, Sink, Sweep, finite
+from upweight.methods.scorer import Job
+from upweight.provenance import Provenance
+from upweight.task.data import Data
+
+Told = Callable[[Provenance], Provenance]
+"""Adds to a provenance what is known of the index."""
+
+
+@dataclass(eq=False)
+class ScanJob(Job):
+    """u_q of some queries, which meet the rows of an index a shard at a time."""
+
+    first: int
+    queries: Float[Tensor, "q K"]
+    rows: Rows
+    n: int
+    dtype: torch.dtype
+
+    @property
+    def at_once(self) -> int:  # type: ignore[override]
+        return self.rows.size
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
+        found = []
+        for shard in self.rows.shards(self.n):
+            first, last = max(start, shard.start), min(stop, shard.stop)
+            if first < last:
+                part = slice(first - shard.start, last - shard.start)
+                found.append(self._products(shard, part))
+        return torch.cat(found, dim=1)
+
+    def picked(self, examples: Sequence[int]) -> Float[Tensor, "q k"]:
+        """S[q, i] of some examples in ascending order."""
+        at, found = torch.tensor(examples), list[Tensor]()
+        for shard in self.rows.shards(self.n):
+            mine = at[(shard.start <= at) & (at < shard.stop)] - shard.start
+            if len(mine):
+                found.append(self._products(shard, mine))
+        return torch.cat(found, dim=1)
+
+    def _products(self, shard: Shard, part: slice | Tensor) -> Float[Tensor, "q b"]:
+        kept = self.rows.read(shard)
+        chosen = {key: each[part] for key, each in kept.items() if key != SUMS}
+        return products(self.queries, chosen, self.rows.codes).to(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class FromIndex(Reducer):
+    """What the reducers here share.
+
+    Args:
+        rows: On disk.
+        transform: How a job's queries become rows.
+        n: How many rows the index has.
+        told: What to say of it.
+    """
+
+    rows: Rows
+    transform: Transform
+    n: int
+    told: Told
+    is_exact = True  # of the queries' side: the job's own products are not asked for
+
+    def job(self, job: Job, dtype: torch.dtype) -> ScanJob:
+        """The same queries, for the rows of the index."""
+        queries = self.transform.of_query(job).cpu()
+        width = -queries.shape[1] % 64
+        return ScanJob(
+            job.first, torch.nn.functional.pad(queries, (0, width)), self.rows, self.n, dtype
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Scanned(FromIndex):
+    """What a reducer keeps of the products with all rows.
+
+    Args:
+        into: The reducer.
+        description: What the rows are, for scores that are kept on disk.
+        train: The indexed examples, where they are at hand and no others.
+    """
+
+    into: Reducer
+    description: Mapping[str, str]
+    train: Data | None
+
+    def require_room(self, sweep: Sweep) -> None:
+        self.into.require_room(self._wider(sweep))
+
+    def begin(self, sweep: Sweep) -> Sink:
+        return _Scanned(self, self.into.begin(self._wider(sweep)), sweep.dtype)
+
+    def _wider(self, sweep: Sweep) -> Sweep:
+        def description() -> Mapping[str, str]:
+            return {**sweep.description(), **self.description}
+
+        cpu = torch.device("cpu")
+        return replace(sweep, n=self.n, device=cpu, layers=lambda: (), description=description)
+
+
+@dataclass(eq=False)
+class _Scanned(Sink):
+    asked: Scanned
+    sink: Sink
+    dtype: torch.dtype
+    scans: list[ScanJob] = field(default_factory=list)
+
+    @property
+    def settings(self) -> Mapping[str, int] | None:  # type: ignore[override]
+        return self.sink.settings
+
+    @property
+    def is_done(self) -> bool:
+        return self.sink.is_done
+
+    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
+        scan = self.asked.job(job, self.dtype)
+        for begin, end in self.sink.missing(scan, scan.n):
+            for start in range(begin, end, scan.at_once):
+                self.sink.take(scan, start, min(start + scan.at_once, end))
+        self.sink.end(scan)
+        return []  # of the training gradients
+
+    def result(self, answer: Answer) -> Any:
+        def provenance(notes: Sequence[str]) -> Provenance:
+            return self.asked.told(answer.provenance(notes))
+
+        train = self.asked.train
+        context = replace(answer.context, train=train) if train is not None else None
+        return self.sink.result(replace(answer, provenance=provenance, context=context))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class Picked(FromIndex):
+    """S[q, i] of some examples in ascending order, from their rows: [q, k]."""
+
+    examples: Sequence[int]
+
+    def begin(self, sweep: Sweep) -> Sink:
+        return _Asked(lambda job: self.job(job, sweep.dtype).picked(self.examples), self.told)
+
+
+@dataclass(frozen=True, eq=False)
+class Exact(FromIndex):
+    """S[q, i] of some examples in ascending order, from their gradients: [q, k].
+
+    Args:
+        examples: Which.
+        parts: The indexed data, each with its first row.
+
+    Raises:
+        StaleStore: An example is not what its row was made of.
+    """
+
+    examples: Sequence[int]
+    parts: Sequence[tuple[int, Data]]
+
+    def begin(self, sweep: Sweep) -> Sink:
+        return _Asked(self._scores, self.told)
+
+    def _scores(self, job: Job) -> Float[Tensor, "q k"]:
+        task, found, size = self.transform.plan.task, list[Tensor](), self.rows.at_once
+        for offset, data in self.parts:
+            local = [i - offset for i in self.examples if offset <= i < offset + len(data)]
+            for start in range(0, len(local), data.together(size)):
+                at = local[start : start + data.together(size)]
+                batch = task.to_device(data.take(at))
+                self._require_same(data, at, offset)
+                part = job.scores_of(batch, len(at)).cpu()
+                found.append(finite(part, at[0] + offset, job.first))
+        return torch.cat(found, dim=1)
+
+    def _require_same(self, data: Data, local: Sequence[int], offset: int) -> None:
+        at = torch.tensor(local) + offset
+        for shard in self.rows.shards(self.n):
+            mine = (shard.start <= at) & (at < shard.stop)
+            if bool(mine.any()):
+                kept = self.rows.read(shard)[SUMS][at[mine] - shard.start]
+                places = (at[mine] - offset).tolist()
+                require_same(kept, data, places, offset, self.rows)
+
+
+@dataclass(eq=False)
+class _Asked(Sink):
+    """What each job is asked, in place of its blocks."""
+
+    ask: Callable[[Job], Tensor]
+    told: Told
+    parts: list[Tensor] = field(default_factory=list)
+
+    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
+        self.parts.append(self.ask(job))
+        return []
+
+    def result(self, answer: Answer) -> tuple[Tensor, Answer]:
+        def provenance(notes: Sequence[str]) -> Provenance:
+            return self.told(answer.provenance(notes))
+
+        return torch.cat(self.parts), replace(answer, provenance=provenance)
