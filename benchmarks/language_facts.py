@@ -7,8 +7,9 @@ in another wording, and the loss is that of the answer alone:
     stated    "Every evening Alma Corbin plays the violin."
     asked     "The favourite instrument of Alma Corbin is the" → " violin"
 
-The statement of the fact is what should come first. Words alone lead to the five statements about a
-person (the question), or to that one (question and answer): BM25 is given both.
+The statement of the fact is what should come first. The name alone leads to the five statements
+about a person; what else question and statement share ("is a", "the") helps BM25 further. It is
+given the question, and question and answer.
 
     MRR         mean of 1 / rank of the statement
     recall@10   share of questions whose statement is among the first ten
