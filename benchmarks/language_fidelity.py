@@ -159,16 +159,12 @@ def first(scores: Tensor, query: int) -> list[int]:
 def removals() -> Row:
     """Change of a query's loss without what each method ranks first for it, in nats."""
     found = load_file(LOSSES)
+    names = {q: {m: f"without-q{q:02d}-{m}/0" for m in REMOVED} for q in range(ASKED)}
+    done = [q for q, each in names.items() if all(name in found for name in each.values())]
     rows: Row = {}
-    for name in REMOVED:
-        names = [f"without-q{q:02d}-{name}/0" for q in range(ASKED)]
-        changes = {
-            q: float(found[each][q] - found["full/0"][q])
-            for q, each in enumerate(names)
-            if each in found
-        }
-        if changes:
-            rows[name] = {"queries": changes, "mean": sum(changes.values()) / len(changes)}
+    for m in REMOVED if done else ():
+        changes = [float(found[names[q][m]][q] - found["full/0"][q]) for q in done]
+        rows[m] = {"changes": changes, "mean": sum(changes) / len(changes)}
     return rows
 
 
