@@ -15,6 +15,7 @@ What is asked of the two sides, each number with a confidence interval (`bootstr
     brittleness.py     how few removals flip a prediction?
     mislabel.py        are known wrong labels ranked first?      (no retraining)
     retrieval.py       is what is ranked first for a query akin to it?     (no retraining)
+    tail_patch.py      does one more step on what is ranked first help?    (no retraining)
 """
 
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
@@ -55,6 +56,7 @@ from upweight.evaluation.removal_curve import (
     removal_curve,
 )
 from upweight.evaluation.retrieval import Retrieval, class_retrieval, poison_retrieval
+from upweight.evaluation.tail_patch import TailPatch, tail_patch
 
 __all__ = [
     "LDS",
@@ -68,6 +70,7 @@ __all__ = [
     "Gaps",
     "RemovalCurve",
     "Retrieval",
+    "TailPatch",
     "auroc",
     "average_precision",
     "brittleness",
@@ -99,4 +102,5 @@ __all__ = [
     "slope",
     "slope_within",
     "spearman",
+    "tail_patch",
 ]

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, is_dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 from jaxtyping import Float
 from torch import Tensor
@@ -30,9 +30,11 @@ from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.evaluation.lds import LDS, lds
 from upweight.evaluation.prediction import predicted_changes
+from upweight.evaluation.tail_patch import TailPatch, tail_patch
 from upweight.runtime.resources import Resources
 from upweight.scores import Scores
 from upweight.task.recipe import Recipe
+from upweight.training.optimizers import Optimizer
 from upweight.training.retrain import Retrained, joined, retrain
 from upweight.training.weights import subset_weights
 from upweight.verdict import FEWEST, Judgement, Reproduction, Verdict, judged
@@ -43,6 +45,9 @@ MOST = 256
 
 LEAST = 3
 """Halves that a rank correlation can be taken of; with fewer than `FEWEST` none is believed."""
+
+TRIED = 10
+"""Examples of each query that a tail-patch steps on."""
 
 HOPELESS = 4.0
 """How much less than the first model, which pays for preparations, others may take."""
@@ -171,6 +176,7 @@ class Check:
         )
 
 
+@overload
 def check(
     scores: Scores | Effects,
     recipe: Recipe,
@@ -180,13 +186,39 @@ def check(
     fraction: float = 0.5,
     resources: Resources | None = None,
     bootstrap: Bootstrap = Bootstrap(),
-) -> Check:
+) -> Check: ...
+
+
+@overload
+def check(
+    scores: Scores,
+    recipe: Optimizer,
+    *,
+    resources: Resources | None = None,
+    bootstrap: Bootstrap = Bootstrap(),
+) -> TailPatch: ...
+
+
+def check(
+    scores: Scores | Effects,
+    recipe: Recipe | Optimizer,
+    budget: str | float | None = None,
+    *,
+    subsets: int | None = None,
+    fraction: float = 0.5,
+    resources: Resources | None = None,
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Check | TailPatch:
     """Retrain on random subsets for as long as the budget lasts, and compare.
+
+    Where nobody can retrain, an optimizer in place of the recipe asks for the cheap check: one more
+    step on each of the ten examples that each query's ranking puts first; see `tail_patch`.
 
     Args:
         scores: What is judged; says the task, data, queries and measure.
         recipe: How the model was trained. With a field `seed` each subset is trained from two
-            seeds; without one the recipe has no noise, and the comparison no ceiling.
+            seeds; without one the recipe has no noise, and the comparison no ceiling. An optimizer,
+            such as `SGD(1e-3)`: a tail-patch by its step.
         budget: "90 s", "2 min", "1 h", or seconds. What has begun is finished. None: "2 min".
         subsets: How many, in place of a time; they are the first ones of any check.
         fraction: Of the data, what each model keeps. The mean is taken over what is kept.
@@ -195,12 +227,20 @@ def check(
 
     Raises:
         SpecError: The budget is no time, or too short for eight subsets; or there are both a
-            budget and a number of subsets.
+            budget and a number of subsets; or either of them beside an optimizer.
         MissingContext: The scores were loaded from disk, without their task and data.
         UpweightError: See `retrain` and `lds`.
 
     Cost: the budget; or subsets + 1 trainings per seed.
     """
+    if isinstance(recipe, Optimizer):
+        if budget is not None or subsets is not None or isinstance(scores, Effects):
+            raise SpecError(_steps_only(recipe, budget, subsets))
+        asked, k = scores.require_context(), min(TRIED, scores.values.shape[1])
+        return tail_patch(
+            asked.task, asked.train, asked.queries, scores, recipe, k, asked.measure,
+            control=k, bootstrap=bootstrap,
+        )  # fmt: skip
     if budget is not None and subsets is not None:
         raise SpecError(_both(budget, subsets))
     seconds = seconds_of("2 min" if budget is None else budget) if subsets is None else math.inf
@@ -298,6 +338,17 @@ def _both(budget: str | float, subsets: int) -> str:
         f"budget={budget!r} and subsets={subsets!r}.",
         "both, where one limits the other.",
         f"check(scores, recipe, {budget!r}), or check(scores, recipe, subsets={subsets!r}).",
+    )
+
+
+def _steps_only(optimizer: Optimizer, budget: str | float | None, subsets: int | None) -> str:
+    return message(
+        "An optimizer asks for one step on each example that scores rank first: there is nothing "
+        "to retrain, and effects of removals do not rank examples.",
+        f"recipe={optimizer!r}, budget={budget!r}, subsets={subsets!r}.",
+        "the optimizer in place of the recipe that it is part of.",
+        "check(scores, optimizer); or a recipe such as Training(init, optimizer, epochs, batch) "
+        "with a budget.",
     )
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol, final
+from typing import TYPE_CHECKING, Any, Literal, Protocol, final, overload
 
 import torch
 from jaxtyping import Float
@@ -44,7 +44,9 @@ from upweight.task.task import Task
 
 if TYPE_CHECKING:
     from upweight.evaluation.check import Check
+    from upweight.evaluation.tail_patch import TailPatch
     from upweight.task.recipe import Recipe
+    from upweight.training.optimizers import Optimizer
 
 QUERIES = 32
 """Training examples that stand in for queries where `check` is given none."""
@@ -477,6 +479,7 @@ class Fitted:
         self._require_movement("stationarity")
         return self.scorer.stationarity()
 
+    @overload
     def check(
         self,
         recipe: "Recipe",
@@ -485,11 +488,32 @@ class Fitted:
         queries: Any = None,
         measure: Callable[..., Tensor] = LOSS,
         **limits: Any,
-    ) -> "Check":
+    ) -> "Check": ...
+
+    @overload
+    def check(
+        self,
+        recipe: "Optimizer",
+        *,
+        queries: Any = None,
+        measure: Callable[..., Tensor] = LOSS,
+        **limits: Any,
+    ) -> "TailPatch": ...
+
+    def check(
+        self,
+        recipe: "Recipe | Optimizer",
+        budget: str | float | None = None,
+        *,
+        queries: Any = None,
+        measure: Callable[..., Tensor] = LOSS,
+        **limits: Any,
+    ) -> "Check | TailPatch":
         """Hold the scores of some queries against retraining: short for `upweight.check`.
 
         Args:
-            recipe: How the model was trained.
+            recipe: How the model was trained; or an optimizer, for one step of it on each example
+                that is ranked first, where retraining is out of the question.
             budget: As for `upweight.check`.
             queries: What to ask about, best held-out data. None asks about some training examples;
                 whether each is in a subset itself then makes much of what is compared.
@@ -508,7 +532,8 @@ class Fitted:
             count = min(n, QUERIES)
             queries = self.train.subset([k * n // count for k in range(count)])
         used = {"resources": self.resources.within("retrained")} | limits
-        return check(self.attribute(queries, measure), recipe, budget, **used)
+        given: Any = recipe  # which of its two answers `check` gives is said above
+        return check(self.attribute(queries, measure), given, budget, **used)
 
     # -- shared steps -----------------------------------------------------------------------------
 
