@@ -17,6 +17,7 @@ VERBS = {
     "evaluate": ("evaluate", "Compare the scores with retraining."),
     "report": ("evaluate", "Write the page of a run: one HTML file that opens offline."),
     "show": ("show", "Print the verdict, settings and strongest examples of a run."),
+    "ask": ("ask", "Ask what scores are for (robustness, labels, …), confirmed by a refit."),
     "view": ("view", "Serve a run to the browser of this machine, until Ctrl-C."),
     "pack": ("pack", "Put a run, its page and its project into one zip file."),
     "rerun": ("attribute", "Finish an interrupted run, or repeat a finished one."),
