@@ -56,7 +56,7 @@ def test_seeds_are_averaged_and_queries_resampled():
     right = list(found.smallest)
     assert 20 < len(right) < 60
     generator, draws = np.random.default_rng(0), []
-    for _ in range(2000):
+    for _ in range(400):
         q = generator.choice(right, size=len(right))
         sizes = list(looped(margins[:, :, q], baseline[:, q], (1, 2, 3)).values())
         draws.append(np.mean([s is not None and s <= 2 for s in sizes]))

@@ -51,14 +51,14 @@ def test_interval_is_that_of_resampling_row_by_row(metric):
     estimate = metric(x, y, Bootstrap(resamples=4000))
     generator = np.random.default_rng(1)
     values = []
-    for _ in range(4000):
+    for _ in range(1000):
         rows = generator.integers(25, size=25)
         values.append(SCIPY[metric](x[rows, 0].numpy(), y[rows, 0].numpy()))
     low, high = np.quantile(values, [0.025, 0.975])
     spread = np.std(values)
-    # A quantile of 4000 draws has a standard error of about 0.045 spreads; 4 of them, two runs.
-    assert abs(estimate.low - low) < 0.25 * spread
-    assert abs(estimate.high - high) < 0.25 * spread
+    # A quantile of 1000 draws has a standard error of about 0.085 spreads, of 4000 half of it.
+    assert abs(estimate.low - low) < 0.4 * spread
+    assert abs(estimate.high - high) < 0.4 * spread
 
 
 def test_interval_of_the_slope_covers_the_truth():
@@ -197,7 +197,7 @@ def test_mean_interval_is_that_of_drawing_rows_and_queries(metric):
     generator = np.random.default_rng(1)
     values, rows_only = [], []
     one = SCIPY[BY_QUERY[metric]]
-    for _ in range(1500):
+    for _ in range(600):
         rows = generator.integers(30, size=30)
         each = np.array([one(x[rows, j].numpy(), y[rows, j].numpy()) for j in range(5)])
         values.append(each[generator.integers(5, size=5)].mean())
@@ -207,9 +207,9 @@ def test_mean_interval_is_that_of_drawing_rows_and_queries(metric):
         values -= values.mean() - metric(x, y).value  # ties of rows drawn twice take something off
     low, high = np.quantile(values, [0.025, 0.975])
     spread = np.std(values)
-    # A quantile of 1500 draws has a standard error of about 0.07 spreads; two runs, 4 of them.
-    assert abs(estimate.low - low) < 0.4 * spread
-    assert abs(estimate.high - high) < 0.4 * spread
+    # A quantile of 600 draws has a standard error of about 0.15 spreads in the long tail; 4 of them.
+    assert abs(estimate.low - low) < 0.6 * spread
+    assert abs(estimate.high - high) < 0.6 * spread
     low_rows, high_rows = np.quantile(rows_only, [0.025, 0.975])
     assert high_rows - low_rows < 0.75 * (high - low)
 

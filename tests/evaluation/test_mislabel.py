@@ -79,13 +79,13 @@ def test_interval_is_that_of_resampling_row_by_row(metric, loop):
     ranking, mask = rows(ties=True)
     found = metric(ranking, mask)
     generator, values = np.random.default_rng(0), []
-    for _ in range(2000):
+    for _ in range(500):
         drawn = generator.integers(80, size=80)
         values.append(loop(mask.numpy()[drawn], ranking.numpy()[drawn]))
     low, high = np.quantile(values, [0.025, 0.975])
-    # A quantile of 2000 draws has a standard error of about 0.06 spreads; 4 of them, two runs.
-    assert abs(found.low - low) < 0.35 * np.std(values)
-    assert abs(found.high - high) < 0.35 * np.std(values)
+    # A quantile of 500 draws has a standard error of about 0.12 spreads; 4 of them.
+    assert abs(found.low - low) < 0.5 * np.std(values)
+    assert abs(found.high - high) < 0.5 * np.std(values)
     assert found.low < found.value < found.high
 
 
