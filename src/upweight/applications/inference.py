@@ -267,7 +267,7 @@ class Inference:
         found: tuple[Tensor, ...] = torch.autograd.grad(
             value, (at, under), allow_unused=True, materialize_grads=True
         )
-        return found[0], found[1]
+        return found[0].detach(), found[1].detach()  # zeros of PyTorch 2.6 record a graph
 
     def movements(
         self, gamma: Float[Tensor, " p"], weights: Float[Tensor, " n"]
