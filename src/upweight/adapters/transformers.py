@@ -31,6 +31,7 @@ from upweight.adapters.transformers_data import (
     text,
     token_data,
 )
+from upweight.adapters.transformers_trainer import FromTrainer, Recorder, from_trainer
 from upweight.errors import DataError, SpecError, UnsupportedModel
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Loss, SquaredError
@@ -40,11 +41,14 @@ from upweight.task.task import Task, bare, call_model, next_token, shifts_labels
 from upweight.task.torch_losses import Rescaled
 
 __all__ = [
+    "FromTrainer",
     "Padding",
+    "Recorder",
     "TextData",
     "causal_lm",
     "chat",
     "classifier",
+    "from_trainer",
     "kind",
     "masked_lm",
     "seq2seq",
@@ -201,9 +205,9 @@ def classifier(
         )
     problem = getattr(config, "problem_type", None)
     is_number = problem == "regression" or (
-        problem is None and getattr(config, "num_labels", 2) == 1 and not _per_token(inner)
+        problem is None and getattr(config, "num_labels", 2) == 1 and not per_token(inner)
     )
-    loss: Loss = CrossEntropy(axis=-1) if _per_token(inner) else CrossEntropy()
+    loss: Loss = CrossEntropy(axis=-1) if per_token(inner) else CrossEntropy()
     forward: Forward = call_model
     if is_number:
         loss, forward = Rescaled(SquaredError(), 2.0, mean=True), numbers
@@ -492,7 +496,8 @@ def _require_kind(model: nn.Module, asked: str) -> None:
         )
 
 
-def _per_token(model: nn.Module) -> bool:
+def per_token(model: nn.Module) -> bool:
+    """Whether each token has its own class."""
     return any(each.__name__.endswith("ForTokenClassification") for each in type(model).__mro__)
 
 
