@@ -84,7 +84,10 @@ class Clipped:
         trained = [p for p in params if p.requires_grad]
         self._watched = [p for p in trained if p.ndim <= 1] or trained
         self._before: dict[nn.Parameter, Tensor] = {}
-        self._hooks = [p.register_post_accumulate_grad_hook(self._seen) for p in self._watched]
+        self._hooks: list[Any] = [
+            p.register_post_accumulate_grad_hook(self._seen)  # type: ignore[no-untyped-call]
+            for p in self._watched
+        ]
         self._hooks.append(optimizer.register_step_pre_hook(self._step))
         self.factor = 1.0
         """Of the last step."""

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from upweight._typing import Folder
 from upweight.adapters.loops import Clipped, Order, require_one_process
 from upweight.adapters.transformers_data import Collated
-from upweight.errors import DataError, SpecError, StaleStore
+from upweight.adapters.transformers_kinds import kind, per_token
+from upweight.errors import DataError, SpecError, StaleStore, message
 from upweight.task.data import Data, IndexedData
 from upweight.task.lent import copied
 from upweight.task.losses import CrossEntropy
@@ -40,10 +41,10 @@ SUMS_TOKENS = ("causal_lm", "masked_lm", "seq2seq")
 
 
 @functools.cache
-def _callback(kind: type) -> type:
+def _callback() -> Any:
     from transformers import TrainerCallback
 
-    return type(kind.__name__, (kind, TrainerCallback), {})
+    return type("Recorder", (Recorder, TrainerCallback), {})
 
 
 class Recorder:
@@ -82,7 +83,7 @@ class Recorder:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Recorder":
         """An instance that is a `TrainerCallback` as well: transformers is imported here."""
-        return object.__new__(_callback(cls) if cls is Recorder else cls)
+        return object.__new__(_callback() if cls is Recorder else cls)
 
     def __init__(self, folder: Folder, every: int | None = None) -> None:
         self.folder, self.every = Path(folder), every
@@ -91,7 +92,6 @@ class Recorder:
         self._run: Run | None = None
         self._closing: list[Callable[[], None]] = []
         self._indices: list[Tensor] = []
-        self._scales: list[float] = []
 
     def history(self, task: Task) -> Recorded:
         """The run, for `fit(task, train, history=)`: up to the state of the model.
@@ -148,7 +148,7 @@ class Recorder:
             self.close()
             raise
         self._order, self._clipped, self._run, self.end = order, clipped, run, None
-        self._indices, self._scales = [], []
+        self._indices = []
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """A batch of a step that has several."""
@@ -213,8 +213,6 @@ class _Passes:
     """What the loss of each batch is divided by, and multiplied with."""
 
     def __init__(self, model: nn.Module) -> None:
-        from upweight.adapters.transformers import kind, per_token
-
         self._kind = kind(model)
         self._sums = self._kind in SUMS_TOKENS or (
             self._kind == "classifier" and per_token(bare(model))
@@ -250,7 +248,7 @@ class _Passes:
         def scaled(gradient: Tensor) -> None:
             found.scale = gradient.detach()
 
-        loss.register_hook(scaled)
+        loss.register_hook(scaled)  # type: ignore[no-untyped-call]
         self._batches[-1].append(found)
 
     def batch_ends(self) -> None:
@@ -290,8 +288,8 @@ CLOSE = 1e-2
 """Relative difference of losses that rounding of half precision may make."""
 
 
-def _own_loss(batches: int, sums: bool) -> tuple[str, str, str, str]:
-    return (
+def _own_loss(batches: int, sums: bool) -> str:
+    return message(
         "What each example has in the loss of a step must be seen: the model's own loss, or of one "
         "batch a mean over its examples.",
         f"a loss that is not the model's own, in a step of {batches} batches"
@@ -325,30 +323,8 @@ class FromTrainer:
     notes: tuple[str, ...] = ()
 
 
-def from_trainer(trainer: Any, init: Callable[[], nn.Module] | None = None) -> FromTrainer:
-    """The task, the data, the history and the recipe of a `transformers.Trainer`.
-
-        >>> own = hf.from_trainer(trainer)
-        >>> fitted = uw.SOURCE().fit(own.task, own.data, history=own.history)
-        >>> fitted.check(own.recipe, "10 min", queries=queries)
-
-    The loss is the model's own, with Trainer's label smoothing for classes. The recipe takes
-    w = 0 for an example that is left out, and one other weight for those that stay: Trainer takes
-    the mean over what is there.
-
-    Args:
-        trainer: After `train()`, its model in eval mode.
-        init: Makes the untrained model, for the recipe. None: `model_init` of the Trainer, or the
-            first state of its `Recorder`.
-
-    Raises:
-        DataError: There are no training data, they are streamed, or masks are drawn anew in each
-            batch.
-        SpecError: The loss is a function of the user's own.
-        UpweightError: As for `upweight.adapters.transformers.task`.
-    """
-    from upweight.adapters.transformers import task as task_of
-
+def parts_of(trainer: Any, task: Task, init: Callable[[], nn.Module] | None) -> FromTrainer:
+    """As `from_trainer`, with the task of the model."""
     if trainer.train_dataset is None:
         raise DataError(
             "Scores are of the training data.",
@@ -364,8 +340,7 @@ def from_trainer(trainer: Any, init: Callable[[], nn.Module] | None = None) -> F
             "say the loss: uw.Task(trainer.model, uw.CrossEntropy(weight=...)), with "
             "trainer.train_dataset; a Recorder's history(task) takes that task.",
         )
-    model, tokenizer = trainer.model, getattr(trainer, "processing_class", None)
-    task, smoothing = task_of(model, tokenizer), trainer.args.label_smoothing_factor
+    model, smoothing = trainer.model, trainer.args.label_smoothing_factor
     notes = []
     if smoothing:
         if not isinstance(task.loss, CrossEntropy):
@@ -379,8 +354,8 @@ def from_trainer(trainer: Any, init: Callable[[], nn.Module] | None = None) -> F
         task = Task(model, loss, task.penalty, task.params, task.forward)
     if trainer.args.weight_decay:
         notes.append(
-            f"weight decay {trainer.args.weight_decay:g} is the optimizer's own (AdamW), no penalty "
-            "of the objective: SOURCE takes it from a recorded run, other methods leave it out"
+            f"weight decay {trainer.args.weight_decay:g} is the optimizer's own (AdamW), no "
+            "penalty: SOURCE takes it from a recorded run, other methods leave it out"
         )
     recorders = [c for c in trainer.callback_handler.callbacks if isinstance(c, Recorder)]
     recorder = recorders[-1] if recorders else None
@@ -493,13 +468,13 @@ def _own_random_numbers() -> Iterator[None]:
 
     import numpy as np
 
-    python, numpy = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
         random.setstate(python)
-        np.random.set_state(numpy)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _quiet(args: Any, folder: str) -> Any:
