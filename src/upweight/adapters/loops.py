@@ -72,7 +72,7 @@ class Order:
 class Clipped:
     """What clipping leaves of the gradient of each step, told from parameters that are vectors.
 
-    Their norm is taken after the backward passes and again before the step: all gradients are
+    Their norm is taken after the backward passes and again after the step: all gradients were
     multiplied with the same number. Of a model without vectors (biases, scales), all are looked at.
 
     Args:
@@ -88,7 +88,8 @@ class Clipped:
             p.register_post_accumulate_grad_hook(self._seen)  # type: ignore[no-untyped-call]
             for p in self._watched
         ]
-        self._hooks.append(optimizer.register_step_pre_hook(self._step))
+        # After the step: a loop may take its backward pass within it, as a closure.
+        self._hooks.append(optimizer.register_step_post_hook(self._step))
         self.factor = 1.0
         """Of the last step."""
 

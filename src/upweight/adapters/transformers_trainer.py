@@ -141,7 +141,7 @@ class Recorder:
                 self._closing.append(clipped.close)
             self._passes = _Passes(model)
             self._closing.append(self._passes.close)
-            run = recording(model, rule, self.folder, every, taken)
+            run = recording(model, rule, self.folder, every, taken, AGAIN)
             run.__enter__()
             self._closing.append(lambda: run.__exit__(KeyboardInterrupt))
         except BaseException:
@@ -283,6 +283,8 @@ class _Passes:
             found.append(float(one.scale) / divisor if divisor else 0.0)
         return found
 
+
+AGAIN = "trainer.train(resume_from_checkpoint=True) goes on from a checkpoint of Trainer"
 
 CLOSE = 1e-2
 """Relative difference of losses that rounding of half precision may make."""

@@ -96,6 +96,7 @@ def recording(
     folder: Folder,
     every: int,
     taken: int,
+    again: str,
 ) -> "Run":
     """As `record`, for a loop of another library, that puts its own states back.
 
@@ -106,13 +107,14 @@ def recording(
         every: As for `record`.
         taken: How many steps the loop has taken: 0 begins a run, more go on with that of the
             folder. What it holds of later steps is removed.
+        again: How the user goes on with a run that was stopped.
 
     Raises:
         StaleStore: The folder has no state of that step, or it is another than the model's.
         UpweightError: As for `record`.
     """
     if taken == 0:
-        return _run(model, optimizer, Path(folder), every, False)[0]
+        return _run(model, optimizer, Path(folder), every, False, again)[0]
     if not (Path(folder) / MANIFEST).exists():
         raise StaleStore(
             "A recorded run begins with its first step.",
@@ -126,8 +128,9 @@ def recording(
 
 
 def _run(
-    model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, every: int, resume: bool
-) -> "tuple[Run, bool]":
+    model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, every: int, resume: bool,
+    again: str = "resume=True goes on from its last state",
+) -> "tuple[Run, bool]":  # fmt: skip
     """A run, and whether the folder held it."""
     rule = _rule(optimizer)
     if not (isinstance(every, int) and not isinstance(every, bool) and every >= 1):
@@ -144,7 +147,7 @@ def _run(
             "A run is recorded into a folder of its own.",
             f"{path}, which holds one.",
             "the same script again, or a run that was stopped.",
-            "resume=True goes on from its last state; or " + WAY_OUT,
+            f"{again}; or " + WAY_OUT,
         )
     shapes = {name: list(p.shape) for name, p in params.items()}
     manifest = _Manifest(type(rule).__name__, _settings(rule), shapes, _decays(optimizer, params))
@@ -242,6 +245,11 @@ class Run:
             raise _unpaired("a step without its run.step(...) at the end of the loop")
         if self.taken:
             self.keep()
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the optimizer has stepped since the last `step`."""
+        return self._rate is not None
 
     def keep(self) -> None:
         """Keep the state after the steps that were taken, besides every k-th.
