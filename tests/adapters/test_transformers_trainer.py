@@ -3,8 +3,6 @@
 Random and tiny, offline. Where transformers is absent, nothing here runs.
 """
 
-import dataclasses
-
 import pytest
 import torch
 from torch.utils.data import IterableDataset
@@ -39,7 +37,7 @@ def trainer(
         "learning_rate": 0.01, "report_to": [], "save_strategy": "no", "logging_strategy": "no",
         "disable_tqdm": True, "use_cpu": True,
     }  # fmt: skip
-    model = built(name) if model is None else model
+    model = built(name)
     for module in model.modules():  # a draw of dropout cannot be replayed
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -65,7 +63,7 @@ def trainer(
 )  # fmt: skip
 def test_a_replay_of_the_recorded_steps_is_what_trainer_did(tmp_path, name, settings, steps):
     """Accumulation, short batches, clipping, decay by parameter, schedules, means over tokens."""
-    made, recorder = trainer(tmp_path, name, **settings)
+    made, _ = trainer(tmp_path, name, **settings)
     first = {k: x.clone() for k, x in made.model.state_dict().items()}
     made.train()
     made.model.eval()
@@ -81,15 +79,11 @@ def test_a_replay_of_the_recorded_steps_is_what_trainer_did(tmp_path, name, sett
     assert bool((counts == 2).all()) or settings.get("dataloader_drop_last")
     hooks = [p._post_accumulate_grad_hooks for p in made.model.parameters()]
     assert not any(hooks) and not made.model._forward_hooks
-    queries = own.data.subset([0, 1])
-    for method in (uw.TracIn(batches=True), uw.SOURCE(1, states=1)):
-        values = method.fit(own.task, own.data, history=history).attribute(queries).values
-        assert bool(values.isfinite().all())
 
 
 def test_scores_are_those_of_the_same_loop_by_hand(tmp_path):
     """`uw.record` around the same steps, clipped and with a decay for each group of parameters."""
-    made, _ = trainer(tmp_path, max_grad_norm=0.1, weight_decay=0.2)
+    made, _ = trainer(tmp_path, every=4, max_grad_norm=0.1, weight_decay=0.2)
     by_hand = built("classes")
     made.train()
     made.model.eval()
@@ -101,7 +95,7 @@ def test_scores_are_those_of_the_same_loop_by_hand(tmp_path):
         for is_in in (True, False)
     ]  # fmt: skip
     rule = torch.optim.AdamW(groups, 0.01)
-    with uw.record(by_hand, rule, tmp_path / "hand", every=1) as run:
+    with uw.record(by_hand, rule, tmp_path / "hand", every=4) as run:
         for step in own.history.steps():
             rule.param_groups[0]["lr"] = rule.param_groups[1]["lr"] = step.lr
             rule.zero_grad()
@@ -110,33 +104,16 @@ def test_scores_are_those_of_the_same_loop_by_hand(tmp_path):
             rule.step()
             run.step(step.indices, factors=min(1.0, 0.1 / float(norm + 1e-6)))
     task = hf.task(by_hand)
-    expected, queries = run.history(task), own.data.subset([0, 1, 2])
+    expected, queries = run.history(task), own.data.subset([0, 1])
     assert torch.allclose(expected.theta, own.history.theta, rtol=1e-6, atol=1e-9)
-    for method in (uw.TracIn(), uw.TracIn(batches=True), uw.SOURCE(2, states=1)):
-        one = method.fit(own.task, own.data, history=own.history).attribute(queries).values
-        other = method.fit(task, own.data, history=expected).attribute(queries).values
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
-    plain = uw.TracIn(batches=True).fit(own.task, own.data, history=expected)
-    whole = [dataclasses.replace(s, factors=None) for s in expected.steps()]
+    method = uw.TracIn(1, batches=True)
+    one, other = (
+        method.fit(about, own.data, history=history).attribute(queries).values
+        for about, history in ((own.task, own.history), (task, expected))
+    )
+    assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
     assert all(0.01 < float(s.factors.mean()) < 0.5 for s in expected.steps())
-    unclipped = _Unclipped(expected, whole)
-    other = uw.TracIn(batches=True).fit(own.task, own.data, history=unclipped)
-    one, other = plain.attribute(queries).values, other.attribute(queries).values
-    assert float((one - other).norm() / other.norm()) > 0.3  # clipping matters
-
-
-class _Unclipped:
-    """A history whose steps say nothing of clipping."""
-
-    def __init__(self, history, steps):
-        self.optimizer, self.kept, self.state = history.optimizer, history.kept, history.state
-        self._steps = steps
-
-    def __len__(self):
-        return len(self._steps)
-
-    def steps(self, begin=0, end=None):
-        return iter(self._steps[begin:end])
+    uw.SOURCE(1, states=1).fit(own.task, own.data, history=own.history)
 
 
 def test_a_killed_run_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path):
@@ -174,7 +151,7 @@ def test_a_killed_run_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path):
 
 
 def test_a_recipe_trains_again_without_some_examples(tmp_path):
-    made, _ = trainer(tmp_path, num_train_epochs=1, every=4)
+    made, _ = trainer(tmp_path, max_steps=2, every=4)
     made.train()
     with pytest.raises(Exception, match=r"model\.eval\(\)"):
         uw.attribute(made, None, labelled("classes")[:2])
