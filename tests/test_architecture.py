@@ -92,7 +92,7 @@ AT_A_POINT = {"linalg", "gradients", "curvature", "scoring"}
 RECIPES = {"newton.py", "objective.py"}  # start from the model's own parameters, as training does
 NOT_IN_MATHS = {"os", "json", "pathlib", "safetensors", "torch.distributed", "logging"}
 FILE_FORMATS = {"atomic", "headers", "lock", "matrix", "store"}
-ONLY_IN_ADAPTERS = {"sklearn", "statsmodels", "transformers"}
+ONLY_IN_ADAPTERS = {"lightning", "pytorch_lightning", "sklearn", "statsmodels", "transformers"}
 SCIPY_WHEN_CALLED = {"adapters", "applications"}
 ONLY_WHEN_CALLED = {
     "captum",

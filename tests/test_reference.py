@@ -10,6 +10,7 @@ from upweight import _public
 
 PAGES = Path(__file__).parents[1] / "docs" / "reference"
 FOLDERS = (
+    "adapters.lightning",
     "adapters.sklearn",
     "adapters.statsmodels",
     "adapters.transformers",

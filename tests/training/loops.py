@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import upweight as uw
+from upweight.training.steps import TrainingState
 
 
 def data(n=14, seed=0):
@@ -42,3 +43,21 @@ def loop(model, optimizer, train, steps, run=None, scheduler=None, stop=None, pa
 
 def task(model):
     return uw.Task(model, uw.CrossEntropy())
+
+
+def replayed(about, train, history):
+    """How far the kept states are from taking the recorded steps again, from the first one."""
+    state, away = history.state(0), 0.0
+    for step in history.steps():
+        params = {k: x.requires_grad_() for k, x in about.layout.unflatten(state.theta).items()}
+        factors = 1.0 if step.factors is None else step.factors
+        losses = about.losses(params, uw.as_data(train).take(step.indices))
+        leaves = list(params.values())
+        parts = torch.autograd.grad((factors * losses).mean(), leaves, materialize_grads=True)
+        gradient = about.layout.flatten(dict(zip(params, parts, strict=True)))
+        state = TrainingState(
+            *history.optimizer.step(state.theta.detach(), gradient, state.optimizer, step.lr)
+        )
+        if state.step in history.kept:
+            away = max(away, float((state.theta - history.state(state.step).theta).abs().max()))
+    return away

@@ -1,11 +1,13 @@
 """A recorded loop holds what `torch.optim` did, and goes on after a kill."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 import upweight as uw
-from tests.training.loops import batches, data, loop, net, task
+from tests.training.loops import batches, data, loop, net, replayed, task
 from upweight.errors import DataError, SpecError, StaleStore, UnsupportedModel
 from upweight.training.history import History
 from upweight.training.optimizers import SGD, Adam, AdamW
@@ -218,3 +220,79 @@ def test_nothing_of_the_users_is_touched(tmp_path):
     pairs = zip(plain.parameters(), model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not rule._optimizer_step_pre_hooks
+
+
+class _Scaled:
+    """A history with other factors of its steps and another optimizer."""
+
+    def __init__(self, history, optimizer, factor):
+        self.optimizer, self.kept, self.state = optimizer, history.kept, history.state
+        self._steps = [
+            dataclasses.replace(s, factors=torch.full((len(s.indices),), factor).double())
+            for s in history.steps()
+        ]
+
+    def __len__(self):
+        return len(self._steps)
+
+    def steps(self, begin=0, end=None):
+        return iter(self._steps[begin:end])
+
+
+def test_factors_and_decays_are_read_by_the_methods(tmp_path):
+    """η(s H + λ) is ηs(H + λ/s); a decay for each entry, all the same, is the number."""
+    train, steps = data(N), batches(N, 5, 2)
+    model, rule, run = started(tmp_path, "plain")
+    with run:
+        loop(model, rule, train, steps, run)
+    about, history, queries = task(model), run.history(task(model)), data(3, seed=5)
+    p = about.layout.size
+
+    def values(method, of):
+        return method.fit(about, train, history=of).attribute(queries).values
+
+    shrunk = _Scaled(history, SGD(1.0, weight_decay=0.02), 0.25)
+    slower = _Scaled(history, SGD(1.0, weight_decay=0.08), 1.0)
+    slower._steps = [dataclasses.replace(s, lr=s.lr / 4, factors=None) for s in slower._steps]
+    each = _Scaled(history, SGD(1.0, weight_decay=torch.full((p,), 0.02).double()), 0.25)
+    source = [uw.SOURCE(1, c, 1) for c in (uw.GGN(), uw.EKFAC(uw.labels.Expected()))]
+    for method in (uw.TracIn(batches=True), *source):
+        expected = values(method, slower)
+        assert torch.allclose(values(method, shrunk), expected, rtol=1e-9)
+        assert torch.allclose(values(method, each), expected, rtol=1e-9)
+    spec = uw.Influence(uw.EKFAC(), damping=uw.FromTraining())
+    assert torch.allclose(values(spec, shrunk), values(spec, slower), rtol=1e-6)
+    with pytest.raises(SpecError, match="one weight decay"):
+        spec.fit(about, train, history=each)
+    with pytest.raises(SpecError, match="one weight decay"):
+        uw.Training(net, each.optimizer, 1, 5).trained(about, train)
+    uneven = SGD(1.0, weight_decay=torch.linspace(0, 0.5, p).double())
+    moved = values(source[0], _Scaled(history, uneven, 0.25))
+    assert not torch.allclose(moved, values(source[0], shrunk), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_groups_may_differ_in_weight_decay(tmp_path, kind):
+    train, steps = data(N), batches(N, 5, 2)
+    model = net()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.5},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    rule = getattr(torch.optim, kind)(groups, 0.05)
+    with uw.record(model, rule, tmp_path, every=2) as run:
+        loop(model, rule, train, steps, run)
+    assert replayed(task(model), train, run.history(task(model))) < 1e-12
+    frozen = uw.Task(model, uw.CrossEntropy(), params=["0.bias", "2.bias"])
+    assert not bool(run.history(frozen).optimizer.weight_decay.any())
+    rule.param_groups[1]["weight_decay"] = 0.1
+    again = uw.record(model, rule, tmp_path / "b")
+    rule.param_groups[1]["weight_decay"] = 0.0
+    with pytest.raises(SpecError, match="stay as they are"), again:
+        loop(model, rule, train, steps, again)
+    again = uw.record(model, rule, tmp_path / "c")
+    again.__enter__()
+    loop(model, rule, train, steps[:1])
+    for wrong in (float("nan"), [1.0, 2.0]):
+        with pytest.raises(DataError, match="one finite factor"):
+            again.step(steps[0], factors=torch.tensor(wrong))

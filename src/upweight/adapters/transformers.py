@@ -31,41 +31,31 @@ from upweight.adapters.transformers_data import (
     text,
     token_data,
 )
+from upweight.adapters.transformers_kinds import kind, per_token
+from upweight.adapters.transformers_trainer import FromTrainer, Recorder, parts_of
 from upweight.errors import DataError, SpecError, UnsupportedModel
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Loss, SquaredError
 from upweight.task.penalties import Penalty
 from upweight.task.rows import class_names
-from upweight.task.task import Task, bare, call_model, next_token, shifts_labels
+from upweight.task.task import Task, bare, call_model, next_token
 from upweight.task.torch_losses import Rescaled
 
 __all__ = [
+    "FromTrainer",
     "Padding",
+    "Recorder",
     "TextData",
     "causal_lm",
     "chat",
     "classifier",
+    "from_trainer",
     "kind",
     "masked_lm",
     "seq2seq",
     "task",
     "text",
 ]
-
-NAMES = {
-    "classifier": (
-        "ForSequenceClassification",
-        "ForTokenClassification",
-        "ForImageClassification",
-        "ForAudioClassification",
-        "ForVideoClassification",
-        "ForMultipleChoice",
-        "ForNextSentencePrediction",
-    ),
-    "masked_lm": ("ForMaskedLM",),
-    "seq2seq": ("ForConditionalGeneration", "ForSeq2SeqLM", "EncoderDecoderModel"),
-}
-"""How the classes of models are called whose loss an adapter knows."""
 
 COUPLES = (
     "SentenceTransformer",
@@ -201,9 +191,9 @@ def classifier(
         )
     problem = getattr(config, "problem_type", None)
     is_number = problem == "regression" or (
-        problem is None and getattr(config, "num_labels", 2) == 1 and not _per_token(inner)
+        problem is None and getattr(config, "num_labels", 2) == 1 and not per_token(inner)
     )
-    loss: Loss = CrossEntropy(axis=-1) if _per_token(inner) else CrossEntropy()
+    loss: Loss = CrossEntropy(axis=-1) if per_token(inner) else CrossEntropy()
     forward: Forward = call_model
     if is_number:
         loss, forward = Rescaled(SquaredError(), 2.0, mean=True), numbers
@@ -242,23 +232,38 @@ def task(
     return ADAPTERS[found](model, tokenizer, penalty, params)
 
 
+def from_trainer(trainer: Any, init: Callable[[], nn.Module] | None = None) -> FromTrainer:
+    """The task, the data, the history and the recipe of a `transformers.Trainer`.
+
+    The loss is the model's own, with Trainer's label smoothing for classes. Weight decay is the
+    optimizer's own, not the penalty `L2`. The recipe takes w = 0 for an example that is left out,
+    and one other weight for those that stay: Trainer takes the mean over what is there.
+
+    Args:
+        trainer: After `train()`, its model in eval mode.
+        init: Makes the untrained model, for the recipe. None: `model_init` of the Trainer, or the
+            first state of its `Recorder`.
+
+    Raises:
+        DataError: There are no training data, they are streamed, or masks are drawn anew in each
+            batch.
+        SpecError: The loss is a function of the user's own.
+        UpweightError: As for `task`.
+
+    Example:
+        >>> own = from_trainer(trainer)
+        >>> fitted = uw.SOURCE().fit(own.task, own.data, history=own.history)
+        >>> fitted.check(own.recipe, "10 min", queries=queries)
+    """
+    return parts_of(trainer, task(trainer.model, getattr(trainer, "processing_class", None)), init)
+
+
 ADAPTERS: dict[str, Adapter] = {
     "causal_lm": causal_lm,
     "masked_lm": masked_lm,
     "seq2seq": seq2seq,
     "classifier": classifier,
 }
-
-
-def kind(model: nn.Module) -> str | None:
-    """Which adapter a model belongs to, by the name of its class; None where that says nothing."""
-    if shifts_labels(model):
-        return "causal_lm"
-    classes = [each.__name__ for each in type(bare(model)).__mro__]
-    for name, endings in NAMES.items():
-        if any(each.endswith(endings) for each in classes):
-            return name
-    return None
 
 
 def require_own_examples(model: nn.Module) -> None:
@@ -490,10 +495,6 @@ def _require_kind(model: nn.Module, asked: str) -> None:
             "an adapter for another kind of model.",
             f"{found}(model).",
         )
-
-
-def _per_token(model: nn.Module) -> bool:
-    return any(each.__name__.endswith("ForTokenClassification") for each in type(model).__mro__)
 
 
 def _arguments(model: nn.Module) -> Sequence[str] | None:

@@ -58,6 +58,21 @@ class Padding:
         return collate(rows)
 
 
+@dataclass(frozen=True)
+class Collated:
+    """Batches of a collate function of transformers, as a dict.
+
+    Args:
+        collate: As Trainer has it.
+    """
+
+    collate: Callable[[list[Any]], Any]
+
+    def __call__(self, examples: list[Any]) -> Any:
+        batch = self.collate(examples)
+        return dict(batch) if isinstance(batch, Mapping) else batch
+
+
 def _row(example: Mapping[str, Any]) -> dict[str, Any]:
     row = {key: _numbers(value) for key, value in example.items()}
     ids = row.get("input_ids")

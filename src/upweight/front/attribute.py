@@ -170,9 +170,9 @@ def attribute(
 
     Args:
         model: What was trained: a `torch.nn.Module` in eval mode, a fitted scikit-learn estimator
-            or Pipeline, statsmodels results, or a `Task`.
+            or Pipeline, statsmodels results, a `transformers.Trainer`, or a `Task`.
         train: The training set: (X, y), a data set, or a `DataLoader`. For scikit-learn (X, y) as
-            given to `fit`; of statsmodels results None.
+            given to `fit`; of statsmodels results or a Trainer None.
         queries: What to ask about, in the same form; of a classifier also inputs alone: the class
             that it predicts then stands for each.
         loss: What a module was trained with: a loss of `torch.nn`, one of ours, or any function

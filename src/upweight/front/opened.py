@@ -35,7 +35,8 @@ class Opened:
 def is_model(value: Any) -> bool:
     """Whether it is what `opened` makes a task of, other than a task."""
     is_fitted = hasattr(value, "get_params") and hasattr(value, "fit")
-    return isinstance(value, nn.Module) or is_fitted or _is_of_statsmodels(value)
+    is_other = _is_of_statsmodels(value) or is_trainer(value)
+    return isinstance(value, nn.Module) or is_fitted or is_other
 
 
 def own_recipe(model: Any) -> Recipe | None:
@@ -44,6 +45,10 @@ def own_recipe(model: Any) -> Recipe | None:
         import upweight.adapters.statsmodels as smx
 
         return smx.recipe(model)
+    if is_trainer(model):
+        import upweight.adapters.transformers as hf
+
+        return hf.from_trainer(model).recipe
     if not is_model(model) or isinstance(model, nn.Module):
         return None
     import upweight.adapters.sklearn as sk
@@ -55,14 +60,23 @@ def _is_of_statsmodels(value: Any) -> bool:
     return type(value).__module__.startswith("statsmodels.")
 
 
+def is_trainer(value: Any) -> bool:
+    """Whether it is a `transformers.Trainer`."""
+    return any(
+        each.__name__ == "Trainer" and each.__module__.startswith("transformers.")
+        for each in type(value).__mro__
+    )
+
+
 def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Opened:
     """A task and its training data.
 
     Args:
         model: A `torch.nn.Module`, a fitted scikit-learn estimator or Pipeline, statsmodels
-            results, or a `Task`.
+            results, a `transformers.Trainer`, or a `Task`.
         train: The training set, as for `as_data`; for scikit-learn (X, y) or (X, y, sample_weight)
-            as given to `fit`; of statsmodels results None, or what they were fitted on.
+            as given to `fit`; of statsmodels results or a Trainer None, or what they were fitted
+            on.
         loss: For a module: as for `Task`.
         penalty: For a module: as for `Task`.
 
@@ -87,6 +101,13 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
             raise SpecError(_no_loss(train))
         task = hf.task(model, penalty=given)
         return Opened(task, task.training(train), loss, model)
+    if is_trainer(model):
+        import upweight.adapters.transformers as hf
+
+        require_alone(loss, penalty, "a Trainer's model has its own loss")
+        found = hf.from_trainer(model)
+        made = found.data.noted(found.notes) if train is None else found.task.training(train)
+        return Opened(found.task, made, None, model)
     if _is_of_statsmodels(model):
         import upweight.adapters.statsmodels as smx
 

@@ -37,7 +37,7 @@ from upweight.scores import Unit
 from upweight.task.data import Data
 from upweight.task.measures import Loss
 from upweight.task.point import Point
-from upweight.training.history import History, as_history, rates, trained_on
+from upweight.training.history import History, as_history, factors, rates, trained_on
 from upweight.training.optimizers import SGD, AdamW
 
 SMALL = 1e-6
@@ -59,8 +59,11 @@ class SOURCE(Method):
     of θ, by P^{1/2} H̄ P^{1/2}; by layer σ = Λ_j/M_j with M_j the diagonal of M in the eigenbasis,
     the Rayleigh quotient of H̄ v = σ M v at an eigenvector of H̄. What is said of Adam is our own
     derivation, not the paper's.
-    The optimizer's weight decay is added to Λ (to P Λ for AdamW). No damping is needed or added:
-    with one segment R is (H̄ + λ)⁻¹ of influence, as `FromTraining()` nearly has it.
+    The optimizer's weight decay is added to Λ (to P Λ for AdamW); where groups of parameters have
+    their own, by its diagonal in the eigenbasis. Steps that were clipped, or whose loss is a mean
+    over tokens, count by the mean factor of their losses, as they were recorded.
+    No damping is needed or added: with one segment R is (H̄ + λ)⁻¹ of influence, as
+    `FromTraining()` nearly has it.
 
     Args:
         segments: K.
@@ -122,10 +125,13 @@ class SOURCE(Method):
             )
         fitting.checked_losses()
         reached, parts = rates(history), []
+        moved = reached * factors(history)
         notes: list[str] = []
         first = self.segment or 0  # those before it change nothing in it
         for steps, states in segments_of(history, self.segments, self.states)[first:]:
-            made, told = self._segment(fitting, history, states, reached[steps])
+            # Clipping shrinks gradients and not the decay: η (s H + λ) = ηs (H + λ/s).
+            shrunk = float(moved[steps].sum() / reached[steps].sum())
+            made, told = self._segment(fitting, history, states, moved[steps], shrunk)
             parts.append(made)
             notes += told
         final = layered.identity(fitting, Point(fitting.theta))
@@ -133,16 +139,18 @@ class SOURCE(Method):
         return SourceScorer(tuple(parts), final, self.segment is not None, tuple(notes))
 
     def _segment(
-        self, fitting: Fitting, history: History, states: Sequence[int], reached: Tensor
-    ) -> "tuple[Segment, tuple[str, ...]]":
+        self, fitting: Fitting, history: History, states: Sequence[int], reached: Tensor,
+        shrunk: float,
+    ) -> "tuple[Segment, tuple[str, ...]]":  # fmt: skip
         thetas = [history.state(t).theta.to(fitting.theta) for t in states]
         scales = [scale_at(history, t, fitting.theta) for t in states]
         # Of √v̂ + ε, not of its inverse: an entry that was never reached has 1/ε.
         known = [1 / scale for scale in scales if scale is not None]
         divisor = torch.stack(known).mean(dim=0) if known else None
-        decay = history.optimizer.weight_decay
-        coupled = 0.0 if isinstance(history.optimizer, AdamW) else decay
-        apart = decay - coupled
+        decay = torch.as_tensor(history.optimizer.weight_decay).to(fitting.theta) / shrunk
+        none = torch.zeros_like(decay)
+        is_apart = isinstance(history.optimizer, AdamW)
+        coupled, apart = (none, decay) if is_apart else (decay, none)
         layout, data = fitting.task.layout, _trained_on(fitting, history)
         flows: list[Flow] = []
         if isinstance(self.curvature, LayerwiseCurvature):
@@ -155,18 +163,18 @@ class SOURCE(Method):
                 index, eigen = block.block.index(layout).to(layout.device), block.eigen
                 times: Any = 1.0
                 if divisor is not None:
-                    entries = divisor[index].reshape(eigen.values.shape).to(eigen.values)
-                    times = 1 / diagonal_in_basis(eigen, entries)
-                values = times * (eigen.values + coupled) + apart
+                    times = 1 / _in_basis(eigen, divisor, index)
+                added = _in_basis(eigen, coupled, index)
+                values = times * (eigen.values + added) + _in_basis(eigen, apart, index)
                 flows.append(self._flow(index, Eigen(eigen.bases, values), times, reached))
         else:
             matrix, notes = self._dense(fitting, data, thetas)
-            matrix.diagonal().add_(coupled)
+            matrix.diagonal().add_(coupled.double())
             root = None
             if divisor is not None:
                 root = divisor.double().rsqrt()
                 matrix *= root[:, None] * root
-            matrix.diagonal().add_(apart)
+            matrix.diagonal().add_(apart.double())
             values, basis = eigenbasis(matrix)
             index = torch.arange(layout.size, device=layout.device)
             flow = self._flow(index, Eigen((basis,), values), 1.0, reached)
@@ -213,6 +221,13 @@ def _trained_on(fitting: Fitting, history: History) -> Data:
     """The examples whose mean loss was minimized: H̄ is theirs."""
     present = trained_on(history)
     return fitting.data if present is None else fitting.data.subset(present)
+
+
+def _in_basis(eigen: Eigen, entries: Tensor, index: Tensor) -> Tensor:
+    """A diagonal matrix by its own diagonal in the basis of a block: exact where it is λI."""
+    if not entries.ndim:
+        return entries.to(eigen.values)
+    return diagonal_in_basis(eigen, entries[index].reshape(eigen.values.shape).to(eigen.values))
 
 
 def functions(

@@ -27,7 +27,7 @@ from upweight.methods.points import SumOfScorers
 from upweight.methods.scorer import Asked, JobOf, Scorer, Work
 from upweight.scores import Unit
 from upweight.task.point import Point
-from upweight.training.history import History, as_history, rates
+from upweight.training.history import History, as_history, factors, rates
 from upweight.training.optimizers import Adam
 
 
@@ -36,7 +36,8 @@ class TracIn(Method):
     """S[q, i] = −(1/n) Σ_k a_k ⟨P_k ∇m_q(θ_k), gᵢ(θ_k)⟩ over states θ_k of training.
 
     Each step counts with the kept state nearest to it: a_k is the sum of their η_t, with momentum
-    of Σ_{s ≥ t} η_s μ^{s−t}. P_k is the identity, for Adam diag(1/(√v̂ + ε)). It takes
+    of Σ_{s ≥ t} η_s μ^{s−t}, each times what clipping left of its gradient where that was recorded.
+    P_k is the identity, for Adam diag(1/(√v̂ + ε)). It takes
     `fit(..., history=)`: a trajectory, a recorded run, or a recipe, which is then trained.
 
     Args:
@@ -67,9 +68,10 @@ class TracIn(Method):
     def prepare(self, fitting: Fitting) -> Scorer:
         history = as_history(fitting.history, fitting.task, fitting.data, fitting.theta)
         reached = rates(history)
+        moved = reached * factors(history)
         scorers: list[Scorer] = []
         for t, steps in nearest_states(history, self.states):
-            weight = float(reached[steps].sum())
+            weight = float(moved[steps].sum())
             point = Point(history.state(t).theta.to(fitting.theta), 1.0 if self.batches else weight)
             scorer = layered.identity(fitting, point, scale=scale_at(history, t, fitting.theta))
             if self.batches:
@@ -131,8 +133,10 @@ def _columns(
         if step.number in wanted:
             b = len(step.indices)
             share = float(reached[step.number]) * step.share * n / b
-            indices = step.indices.cpu()
-            found.index_add_(0, indices, torch.full((b,), share, dtype=torch.float64))
+            each = torch.full((b,), share, dtype=torch.float64)
+            if step.factors is not None:
+                each *= step.factors
+            found.index_add_(0, step.indices.cpu(), each)
     return found
 
 

@@ -94,8 +94,16 @@ def rates(history: History) -> Float[Tensor, " T"]:
     """How far the gradient of each step moved θ_T in all, through momentum too.
 
     η_t;   Σ_{s ≥ t} η_s μ^{s−t} with momentum μ, which is η/(1 − μ) but at the end
+
+    Without the factors of `factors`.
     """
     return _reached(history.optimizer, history.steps())
+
+
+def factors(history: History) -> Float[Tensor, " T"]:
+    """The mean over each step of what its losses are multiplied with: of clipping, of tokens."""
+    found = [1.0 if s.factors is None else float(s.factors.mean()) for s in history.steps()]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def resolved_damping(given: Any, task: Task, train: Data) -> float:
@@ -106,10 +114,10 @@ def resolved_damping(given: Any, task: Task, train: Data) -> float:
     """
     if isinstance(given, Training):
         trainer = given.prepare(task, train)
-        optimizer = given.optimizer
+        optimizer, shrunk = given.optimizer, torch.ones((), dtype=torch.float64)
         steps = trainer.steps(trainer.placed(torch.ones(len(train))))
     elif isinstance(given, History):
-        optimizer, steps = given.optimizer, given.steps()
+        optimizer, steps, shrunk = given.optimizer, given.steps(), factors(given)
     else:
         raise _no_history(given)
     if not isinstance(optimizer, SGD):
@@ -119,8 +127,16 @@ def resolved_damping(given: Any, task: Task, train: Data) -> float:
             "a model trained by Adam.",
             "use SOURCE(), which takes the step of each parameter; or Relative(0.1).",
         )
-    total = float(_reached(optimizer, steps).sum())
-    return 1 / total + optimizer.weight_decay
+    if isinstance(optimizer.weight_decay, Tensor):
+        raise SpecError(
+            "One λ for all parameters needs one weight decay of them.",
+            "a run with a weight decay for each group of parameters.",
+            "no weight decay for biases.",
+            "use SOURCE(), which takes the decay of each parameter; or Relative(0.1).",
+        )
+    reached = _reached(optimizer, steps)
+    # Of decay λ beside steps that were shrunk by s, η (s H + λ), there is λ/s beside H.
+    return (1 + float(reached.sum()) * optimizer.weight_decay) / float((reached * shrunk).sum())
 
 
 def _reached(optimizer: Optimizer, steps: Iterator[Step]) -> Float[Tensor, " T"]:

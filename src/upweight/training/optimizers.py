@@ -39,12 +39,13 @@ class Optimizer(abc.ABC):
 
     Attributes:
         lr: η₀, the learning rate that a schedule multiplies.
-        weight_decay: λ of the optimizer's own decay of θ.
+        weight_decay: λ of the optimizer's own decay of θ: a number; of a recorded run whose groups
+            of parameters differ, one for each entry of θ.
         memories: The names of what is remembered per parameter.
     """
 
     lr: float
-    weight_decay: float
+    weight_decay: float | Float[Tensor, " p"]
     memories: tuple[str, ...]
 
     def init(self, theta: Float[Tensor, "*s p"]) -> OptimizerState:
@@ -82,7 +83,18 @@ class Optimizer(abc.ABC):
         lr: float,
         models: int = 1,
     ) -> None:
-        """The same in place, to rounding, of parts of θ that are each contiguous."""
+        """The same in place, to rounding, of parts of θ that are each contiguous.
+
+        Raises:
+            SpecError: The weight decay is no number.
+        """
+        if isinstance(self.weight_decay, Tensor):
+            raise SpecError(
+                "Training has one weight decay for all parameters.",
+                f"one for each of {self.weight_decay.numel()} numbers.",
+                "the optimizer of a recorded run, whose groups of parameters differ.",
+                "weight_decay=0.01; or FromFunction(train) with the loop that was recorded.",
+            )
         fused = [_may_be_fused(x, models) for x in theta]
         for kind in set(fused):
             places = [k for k, f in enumerate(fused) if f is kind]
@@ -122,7 +134,7 @@ class SGD(Optimizer):
     momentum: float = 0.0
     nesterov: bool = False
     dampening: float = 0.0
-    weight_decay: float = 0.0
+    weight_decay: float | Float[Tensor, " p"] = 0.0
 
     def __post_init__(self) -> None:
         _require_numbers(self, self.lr, self.weight_decay)
@@ -143,8 +155,7 @@ class SGD(Optimizer):
     def step(
         self, theta: Tensor, grad: Tensor, state: OptimizerState, lr: float
     ) -> tuple[Tensor, OptimizerState]:
-        if self.weight_decay:
-            grad = torch.add(grad, theta, alpha=self.weight_decay)
+        grad = _with_decay(grad, theta, self.weight_decay)
         memories = {}
         if self.momentum:
             share = 1 - self.dampening if state.steps else 1.0
@@ -174,7 +185,7 @@ class SGD(Optimizer):
         averages: list[Tensor | None] = [*kept] if kept and steps else [None] * len(theta)
         sgd(
             theta, grads, averages, lr=lr, momentum=self.momentum, nesterov=self.nesterov,
-            dampening=self.dampening, weight_decay=self.weight_decay, maximize=False,
+            dampening=self.dampening, weight_decay=float(self.weight_decay), maximize=False,
             foreach=False, fused=fused,
         )  # fmt: skip
         if not steps:
@@ -198,7 +209,7 @@ class Adam(Optimizer):
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: float | Float[Tensor, " p"] = 0.0
     amsgrad: bool = False
 
     def __post_init__(self) -> None:
@@ -259,14 +270,12 @@ class Adam(Optimizer):
             theta, grads, memories["mean"], memories["square"], memories.get("largest", []),
             [torch.tensor(float(steps)) for _ in theta],
             lr=lr, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
-            weight_decay=self.weight_decay, amsgrad=self.amsgrad, maximize=False,
+            weight_decay=float(self.weight_decay), amsgrad=self.amsgrad, maximize=False,
             foreach=False, fused=fused,
         )  # fmt: skip
 
     def _decayed(self, theta: Tensor, grad: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        if self.weight_decay:
-            grad = torch.add(grad, theta, alpha=self.weight_decay)
-        return theta, grad
+        return theta, _with_decay(grad, theta, self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -281,10 +290,10 @@ class AdamW(Adam):
         amsgrad: As for `Adam`.
     """
 
-    weight_decay: float = 0.01
+    weight_decay: float | Float[Tensor, " p"] = 0.01
 
     def _decayed(self, theta: Tensor, grad: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        return (theta * (1 - lr * self.weight_decay) if self.weight_decay else theta), grad
+        return (theta * (1 - lr * self.weight_decay) if _is_any(self.weight_decay) else theta), grad
 
 
 def _carried(rates: Float[Tensor, " T"], share: float) -> Float[Tensor, " T"]:
@@ -319,8 +328,22 @@ def _root(square: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
 
 
-def _require_numbers(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
-    if not (0 < lr < math.inf and 0 <= weight_decay < math.inf):
+def _is_any(decay: float | Tensor) -> bool:
+    return isinstance(decay, Tensor) or decay > 0
+
+
+def _with_decay(grad: Tensor, theta: Tensor, decay: float | Tensor) -> Tensor:
+    """g + λθ."""
+    if isinstance(decay, Tensor):
+        return grad + decay * theta
+    return torch.add(grad, theta, alpha=decay) if decay else grad
+
+
+def _require_numbers(optimizer: Optimizer, lr: float, weight_decay: float | Tensor) -> None:
+    least, most = weight_decay, weight_decay
+    if isinstance(weight_decay, Tensor):
+        least, most = float(weight_decay.min()), float(weight_decay.max())
+    if not (0 < lr < math.inf and 0 <= least and most < math.inf):
         raise SpecError(
             "A learning rate is a positive number, and a weight decay not a negative one.",
             f"{optimizer!r}.",

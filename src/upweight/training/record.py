@@ -6,7 +6,7 @@
             optimizer.step()
             run.step(indices)              # after it: which training examples this step used
 
-    steps-000000000    learning rates and indices from this step to the next shard
+    steps-000000000    learning rates, indices and factors from this step to the next shard
     state-000000100    θ and the optimizer's memories before this step
 
 are the shards of a store (`upweight.runtime.store`), described by parameters and update rule.
@@ -16,13 +16,13 @@ never changed, but by `resume=True`.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from upweight._typing import Folder
@@ -60,13 +60,14 @@ def record(
     """Write the steps of a training loop to a folder, and some of its states.
 
     Each step is taken to be one of `optimizer` on the mean loss over the examples that `run.step`
-    is told, and each such example to be what it is in the data that are attributed (no changed
-    copies). Learning rates are read from `optimizer.param_groups` at each step.
+    is told, times the factors that it is told, and each such example to be what it is in the data
+    that are attributed (no changed copies). Learning rates are read from `optimizer.param_groups`
+    at each step.
 
     Args:
         model: What is trained. Every parameter that requires a gradient must be the optimizer's.
         optimizer: `torch.optim.SGD`, `Adam` or `AdamW`, with one learning rate and the same
-            settings for all of its parameters.
+            settings for all of its parameters but for weight decay.
         folder: Where to; a new one, or with `resume` that of a run that was stopped.
         every: States to keep: every k-th, besides the first and the last.
         resume: Go on: put the last state that was kept into the model and the optimizer.
@@ -74,7 +75,8 @@ def record(
             and its random numbers are the user's to go on with.
 
     Raises:
-        SpecError: The optimizer is another, or has groups with settings of their own.
+        SpecError: The optimizer is another, or has groups with settings of their own but for weight
+            decay.
         UnsupportedModel: A parameter is trained by another optimizer.
         StaleStore: The folder holds a run and `resume` is False, or that of another model.
         NotWritten: The disk is full or not writable.
@@ -82,6 +84,54 @@ def record(
     Cost: a file of parameters and the optimizer's memories for each state; 8 bytes per example and
     step in memory until the next state.
     """
+    run, there = _run(model, optimizer, Path(folder), every, resume)
+    if there:
+        run._go_on()
+    return run
+
+
+def recording(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: Folder,
+    every: int,
+    taken: int,
+    again: str,
+) -> "Run":
+    """As `record`, for a loop of another library, that puts its own states back.
+
+    Args:
+        model: As for `record`.
+        optimizer: As for `record`.
+        folder: As for `record`.
+        every: As for `record`.
+        taken: How many steps the loop has taken: 0 begins a run, more go on with that of the
+            folder. What it holds of later steps is removed.
+        again: How the user goes on with a run that was stopped.
+
+    Raises:
+        StaleStore: The folder has no state of that step, or it is another than the model's.
+        UpweightError: As for `record`.
+    """
+    if taken == 0:
+        return _run(model, optimizer, Path(folder), every, False, again)[0]
+    if not (Path(folder) / MANIFEST).exists():
+        raise StaleStore(
+            "A recorded run begins with its first step.",
+            f"{folder}, which holds none, for training that goes on from step {taken}.",
+            "training that was begun without the recording, or another folder.",
+            "give the folder of the run that was stopped, or train from the beginning.",
+        )
+    run, _ = _run(model, optimizer, Path(folder), every, True)
+    run._rewind(taken)
+    return run
+
+
+def _run(
+    model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, every: int, resume: bool,
+    again: str = "resume=True goes on from its last state",
+) -> "tuple[Run, bool]":  # fmt: skip
+    """A run, and whether the folder held it."""
     rule = _rule(optimizer)
     if not (isinstance(every, int) and not isinstance(every, bool) and every >= 1):
         raise SpecError(
@@ -91,17 +141,16 @@ def record(
             "every=100; the first and the last are always kept.",
         )
     params = _parameters(model, optimizer)
-    path = Path(folder)
     there = (path / MANIFEST).exists()
     if there and not resume:
         raise StaleStore(
             "A run is recorded into a folder of its own.",
             f"{path}, which holds one.",
             "the same script again, or a run that was stopped.",
-            "resume=True goes on from its last state; or " + WAY_OUT,
+            f"{again}; or " + WAY_OUT,
         )
     shapes = {name: list(p.shape) for name, p in params.items()}
-    manifest = _Manifest(type(rule).__name__, _settings(rule), shapes)
+    manifest = _Manifest(type(rule).__name__, _settings(rule), shapes, _decays(optimizer, params))
     if there:
         store = Store.load(path, AGAIN)
         found = _Manifest.of(store)
@@ -116,10 +165,7 @@ def record(
         manifest = found
     else:
         store = Store.open(path, manifest.description, again=AGAIN)
-    run = Run(model, optimizer, store, every, manifest, params)
-    if there:
-        run._go_on()
-    return run
+    return Run(model, optimizer, store, every, manifest, params), there
 
 
 @dataclass(frozen=True)
@@ -127,6 +173,8 @@ class _Manifest:
     rule: str
     settings: dict[str, Any]
     shapes: dict[str, list[int]]
+    decays: dict[str, float] = field(default_factory=dict)
+    """The weight decay of each parameter, where they differ."""
 
     @property
     def description(self) -> dict[str, str]:
@@ -148,13 +196,16 @@ class _Manifest:
             pass
         raise stale(store.directory / MANIFEST, "no recorded run", WAY_OUT)
 
-    @property
-    def optimizer(self) -> Optimizer:
-        """The rule."""
+    def optimizer(self, layout: Layout | None = None) -> Optimizer:
+        """The rule; with the layout of θ, a weight decay for each entry where they differ."""
         fields = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in self.settings.items()
         }
+        if self.decays and layout is not None:
+            each = zip(layout.names, layout.shapes, strict=True)
+            full = {name: torch.full(shape, self.decays[name]) for name, shape in each}
+            fields["weight_decay"] = layout.flatten(full).to(layout.device, layout.dtype)
         return RULES[self.rule](**fields)
 
 
@@ -178,6 +229,7 @@ class Run:
     _rate: float | None = field(default=None, repr=False)
     _rates: list[float] = field(default_factory=list, repr=False)
     _batches: list[Tensor] = field(default_factory=list, repr=False)
+    _factors: list[Tensor] = field(default_factory=list, repr=False)
     _written: int | None = field(default=None, repr=False)
     _hook: Any = field(default=None, repr=False)
 
@@ -191,19 +243,40 @@ class Run:
             return
         if self._rate is not None:
             raise _unpaired("a step without its run.step(...) at the end of the loop")
-        if self.taken and self._written != self.taken:
+        if self.taken:
+            self.keep()
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the optimizer has stepped since the last `step`."""
+        return self._rate is not None
+
+    def keep(self) -> None:
+        """Keep the state after the steps that were taken, besides every k-th.
+
+        Raises:
+            NotWritten: The disk is full or not writable.
+        """
+        if self._written != self.taken:
             self._keep()
 
-    def step(self, *indices: Int[Tensor, " b"] | Sequence[int]) -> None:
+    def step(
+        self,
+        *indices: Int[Tensor, " b"] | Sequence[int],
+        factors: float | Float[Tensor, " b"] = 1.0,
+    ) -> None:
         """The examples of the step that `optimizer.step()` has just taken.
 
         Args:
             indices: Their places in the training data; of gradients that were accumulated over
                 several backward passes, one argument for each: the loss is the mean over them all.
+            factors: What the loss of each is multiplied with in that mean, one number or one for
+                each: of clipped gradients min(1, c/‖g‖); of a mean over tokens where ℓᵢ is their
+                sum, |B|/(number of tokens).
 
         Raises:
             DataError: `optimizer.step()` was not called once since the last time, or these are no
-                indices.
+                indices or factors.
             NotWritten: The disk is full or not writable.
         """
         if self._rate is None:
@@ -218,8 +291,18 @@ class Run:
                 "a mask, inputs or labels in the place of indices; or an empty batch.",
                 "let the data set hand out (x, y, index), and pass the indices of the batch.",
             )
+        each = torch.as_tensor(factors, dtype=torch.float64).detach().cpu()
+        each = each.expand(len(every)) if not each.ndim else each
+        if each.shape != every.shape or not bool(each.isfinite().all()):
+            raise DataError(
+                "The loss of each example is multiplied with one finite factor.",
+                f"factors of shape {list(each.shape)} for {len(every)} examples.",
+                "NaN in the norm of a gradient, or factors of another batch.",
+                "factors=min(1.0, c / float(norm)), with the norm that clip_grad_norm_ returns.",
+            )
         self._rates.append(self._rate)
         self._batches.append(every.long())
+        self._factors.append(each)
         self._rate = None
         self.taken += 1
 
@@ -231,17 +314,18 @@ class Run:
         if self._rate is not None:
             raise _unpaired("two steps of the optimizer without run.step(...) between them")
         rule = _rule(optimizer)
-        if _settings(rule) != self.manifest.settings:
+        decays = _decays(optimizer, self.params)
+        if (_settings(rule), decays) != (self.manifest.settings, self.manifest.decays):
             raise SpecError(
                 "Settings of the optimizer but its learning rate stay as they are in a run.",
-                f"{rule!r} where the run began with {self.manifest.optimizer!r}.",
+                f"{rule!r} where the run began with {self.manifest.optimizer()!r}.",
                 "a schedule of momentum or weight decay, such as OneCycleLR's.",
                 "leave momentum as it is (OneCycleLR(cycle_momentum=False)), or record the part "
                 "of training with each setting by itself.",
             )
-        if self.taken % self.every == 0 and self._written != self.taken:
-            self._keep()
-        self._rate = float(optimizer.param_groups[0]["lr"])
+        if self.taken % self.every == 0:
+            self.keep()
+        self._rate = float(_groups(optimizer)[0]["lr"])
 
     def _keep(self) -> None:
         """The steps since the last state, and this one."""
@@ -252,14 +336,38 @@ class Run:
                 "sizes": torch.tensor([len(b) for b in self._batches]),
                 "indices": torch.cat(self._batches),
             }
+            if bool((torch.cat(self._factors) != 1).any()):
+                tensors["factors"] = torch.cat(self._factors)
             self.store.write(_steps(begin), tensors)
         tensors = {f"parameter.{name}": p.detach() for name, p in self.params.items()}
-        for memory in self.manifest.optimizer.memories:
+        for memory in self.manifest.optimizer().memories:
             for name, p in self.params.items():
                 found = self.optimizer.state.get(p, {}).get(MEMORIES[memory])
                 tensors[f"{memory}.{name}"] = torch.zeros_like(p) if found is None else found
         self.store.write(_state(self.taken), tensors)
-        self._rates, self._batches, self._written = [], [], self.taken
+        self._rates, self._batches, self._factors, self._written = [], [], [], self.taken
+
+    def _rewind(self, taken: int) -> None:
+        """Go on from a state that the user's loop has put into the model."""
+        kept = _kept(self.store)
+        tensors = self.store.read(_state(taken)) if taken in kept else None
+        if tensors is None or not all(
+            torch.equal(p.detach().cpu(), tensors[f"parameter.{name}"])
+            for name, p in self.params.items()
+        ):
+            raise StaleStore(
+                "A run goes on from a state that was kept of it.",
+                f"training that goes on from step {taken}, with "
+                f"{listed([str(k) for k in kept])} kept in {self.store.directory}"
+                f"{' and other parameters there' if taken in kept else ''}.",
+                "a checkpoint that was written before the recording, or of another run.",
+                "go on from a checkpoint of the recorded run, or " + WAY_OUT,
+            )
+        for name in self.store.names():
+            kind, _, number = name.partition("-")
+            if int(number) > taken or (kind == "steps" and int(number) == taken):
+                self.store.path(name).unlink()
+        self.taken = self._written = taken
 
     def _go_on(self) -> None:
         """Put the last state into the model and the optimizer."""
@@ -275,9 +383,9 @@ class Run:
                     continue
                 state: dict[str, Any] = {
                     MEMORIES[memory]: tensors[f"{memory}.{name}"].to(p, copy=True)
-                    for memory in self.manifest.optimizer.memories
+                    for memory in self.manifest.optimizer().memories
                 }
-                if not isinstance(self.manifest.optimizer, SGD):
+                if not isinstance(self.manifest.optimizer(), SGD):
                     state["step"] = torch.tensor(float(last))
                 self.optimizer.state[p] = state
         self.taken = self._written = last
@@ -311,11 +419,14 @@ class Recorded:
             if last <= begin or first >= end:
                 continue
             found = self.store.read(_steps(first))
-            batches = torch.split(found["indices"], found["sizes"].tolist())
+            sizes = found["sizes"].tolist()
+            batches = torch.split(found["indices"], sizes)
+            factors = torch.split(found["factors"], sizes) if "factors" in found else None
             for k, (lr, batch) in enumerate(zip(found["rates"].tolist(), batches, strict=True)):
                 if begin <= first + k < end:
                     weights = torch.ones(len(batch), dtype=self.layout.dtype)
-                    yield Step(first + k, lr, batch, weights, 1.0, 0)
+                    each = None if factors is None else factors[k]
+                    yield Step(first + k, lr, batch, weights, 1.0, 0, each)
 
     def state(self, t: int) -> TrainingState:
         """The state before step t, one of `kept`.
@@ -345,12 +456,13 @@ class Recorded:
         return self.state(len(self)).theta
 
 
-def read_record(task: Task, folder: Folder) -> Recorded:
+def read_record(task: Task, folder: Folder, end: int | None = None) -> Recorded:
     """What `record` wrote, up to its last state.
 
     Args:
         task: The task with the trained model.
         folder: As for `record`.
+        end: The state to end with, one that was kept: of a model that was put back to it.
 
     Raises:
         FileNotFoundError: There is none.
@@ -372,6 +484,14 @@ def read_record(task: Task, folder: Folder) -> Recorded:
             "give the task the model that was recorded, or record the one of the task.",
         )
     kept = _kept(store)
+    if end is not None and end not in kept[1:]:
+        raise SpecError(
+            "A recorded run ends with a state that was kept.",
+            f"end={end}, with {listed([str(k) for k in kept])} kept.",
+            "a checkpoint between two of them.",
+            "record with a smaller every=.",
+        )
+    kept = kept if end is None else kept[: kept.index(end) + 1]
     if len(kept) < 2:
         raise StaleStore(
             "A history has a step at least.",
@@ -382,7 +502,7 @@ def read_record(task: Task, folder: Folder) -> Recorded:
     marks = []
     for t in kept[:-1]:
         marks.append(digest(*store.read(_steps(t)).values()))
-    return Recorded(store, layout, manifest.optimizer, kept, digest(*marks))
+    return Recorded(store, layout, manifest.optimizer(layout), kept, digest(*marks))
 
 
 def _kept(store: Store) -> tuple[int, ...]:
@@ -422,15 +542,15 @@ def _rule(optimizer: torch.optim.Optimizer) -> Optimizer:
             "train with torch.optim.SGD, Adam or AdamW; or use Influence(...), which needs no "
             "history.",
         )
-    groups = [{k: v for k, v in g.items() if k not in GROUP_ONLY} for g in optimizer.param_groups]
-    differ = sorted({k for g in groups for k in g if g[k] != groups[0].get(k)})
+    groups = [{k: v for k, v in g.items() if k not in GROUP_ONLY} for g in _groups(optimizer)]
+    differ = sorted({k for g in groups for k in g if g[k] != groups[0].get(k)} - {"weight_decay"})
     if differ:
         raise SpecError(
-            "A recorded run has the same settings for all parameters.",
+            "A recorded run has the same settings for all parameters, but for weight decay.",
             f"{len(groups)} parameter groups that differ in {listed(differ)}.",
-            "another learning rate for the last layer, or no weight decay for biases.",
-            "give all groups the same settings, and weight decay as a penalty in the loss; or "
-            "choose the parameters of one group with Task(params=...) and train only these.",
+            "another learning rate for the last layer.",
+            "give all groups the same settings; or choose the parameters of one group with "
+            "Task(params=...) and train only these.",
         )
     group = groups[0]
     if group.get("maximize") or (name == "Adam" and group.get("decoupled_weight_decay")):
@@ -440,7 +560,8 @@ def _rule(optimizer: torch.optim.Optimizer) -> Optimizer:
             "a reward, or AdamW under Adam's name.",
             "minimize its negative; use torch.optim.AdamW.",
         )
-    fields = {"lr": 1.0, "weight_decay": float(group["weight_decay"])}  # rates are the steps'
+    most = max(float(g["weight_decay"]) for g in groups)
+    fields = {"lr": 1.0, "weight_decay": most}  # rates are the steps'
     if name == "SGD":
         return SGD(
             momentum=float(group["momentum"]), nesterov=bool(group["nesterov"]),
@@ -455,6 +576,20 @@ def _rule(optimizer: torch.optim.Optimizer) -> Optimizer:
 
 GROUP_ONLY = {"params", "initial_lr", "foreach", "fused", "capturable", "differentiable"}
 """What groups may differ in: how a step is computed, not which."""
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Those that hold parameters."""
+    return [g for g in optimizer.param_groups if g["params"]]
+
+
+def _decays(
+    optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter]
+) -> dict[str, float]:
+    """The weight decay of each parameter, where they differ."""
+    of = {id(p): float(g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    found = {name: of[id(p)] for name, p in params.items()}
+    return found if len(set(found.values())) > 1 else {}
 
 
 def _parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:

@@ -27,6 +27,8 @@ class Step:
         weights: w_i of the batch.
         share: What multiplies the mean over the batch: the share of the data that is present.
         seed: Of what is drawn in this step.
+        factors: What each loss is multiplied with besides, of a run that was recorded: of clipped
+            gradients min(1, c/‖g‖), of a mean over tokens |B|/(their number). None: 1.
     """
 
     number: int
@@ -35,6 +37,7 @@ class Step:
     weights: Float[Tensor, "*s b"]
     share: float
     seed: int
+    factors: Float[Tensor, " b"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
