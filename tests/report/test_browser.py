@@ -73,7 +73,8 @@ def test_three_pages_and_the_way_back(run, make_check, opened):
     run.options = {"evidence": [make_check(), make_check(label="corrected", scale=1.4)], "k": 2}
     run.write()
     page = opened(run.path)
-    assert page.locator("#page-trust").is_visible()
+    assert page.locator("#query-title").inner_text() == "Query 0", "the answer comes first"
+    page.get_by_role("link", name="Can I trust this?").click()
     assert page.locator("#scatter .dot[data-removal]").count() == 2 * 3
     assert "#2" in page.locator("#readout").inner_text()
     page.get_by_role("link", name="Queries").click()
@@ -89,6 +90,8 @@ def test_three_pages_and_the_way_back(run, make_check, opened):
     assert page.locator("#query-title").inner_text() == "Query 0"
     page.go_back()
     assert page.locator("#page-trust").is_visible()
+    page.go_back()
+    assert page.locator("#query-title").inner_text() == "Query 0"
 
 
 def test_the_cards_are_the_ends_of_the_scores(run, opened):
@@ -473,7 +476,7 @@ def test_one_query_needs_no_list(run, opened):
 def test_sets_with_errors_draw_and_are_named(run, make_sets, opened):
     run.options = {"evidence": [make_sets(), make_sets(query=1)]}
     run.write()
-    page = opened(run.path)
+    page = opened(run.path, "#trust")
     assert page.locator("#scatter .error").count() == 3
     assert "the 2 that lowered it" in page.locator("#readout").inner_text()
     assert "+1.20 ± 0.10" in page.locator("#readout").inner_text()
@@ -490,7 +493,7 @@ def test_a_comparison_on_subsets_is_drawn(run, opened):
     found = SimpleNamespace(verdict=Verdict.SIZE, reason="so", notes=(), models=18, lds=lds)
     run.options = {"evidence": [found]}
     run.write()
-    page = opened(run.path)
+    page = opened(run.path, "#trust")
     name = re.compile("on 8 random subsets of the data")
     assert page.get_by_role("img", name=name).is_visible()
     assert page.locator("#subsets .cloud").get_attribute("d").count("M") == 24
@@ -503,6 +506,6 @@ def test_a_comparison_on_subsets_is_drawn(run, opened):
 
 def test_the_spectrum_draws_without_a_complaint(layerwise, opened):
     layerwise.write()
-    page = opened(layerwise.path)
+    page = opened(layerwise.path, "#trust")
     # Each in the legend; the second block has no positive eigenvalue to place.
     assert [page.locator(f"svg .{mark}").count() for mark in ("mean", "lambda")] == [2, 3]

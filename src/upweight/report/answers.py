@@ -278,8 +278,8 @@ class Answers:
     ) -> tuple[list[list[list[float]]], list[list[list[float]]]]:
         """[column, value of the query, of the example] where they differ most, and are most alike.
 
-        With z = (value − mean) / standard deviation they differ by |z_q − z_i|, and are alike where
-        z_q z_i is large: both far from the mean on the same side.
+        With z = (value − mean) / standard deviation they differ by |z_q − z_i|. Where that is at
+        most 1 they are alike, and most where z_q z_i is large: far from the mean on the same side.
         """
         shown, theirs = self._shown("train", ids), self.queries.table
         assert shown.table is not None
@@ -289,8 +289,9 @@ class Answers:
         alike: list[list[list[float]]] = []
         for place, mine in enumerate(shown.table):
             known = shown.known is None or shown.known[place]
-            together = (mine - mean) * (other - mean) / spread**2
-            for found, measure in ((differs, np.abs(mine - other) / spread), (alike, together)):
+            apart = np.abs(mine - other) / spread
+            together = np.where(apart <= 1, (mine - mean) * (other - mean) / spread**2, 0)
+            for found, measure in ((differs, apart), (alike, together)):
                 most = np.argsort(-measure, kind="stable")[: COLUMNS_SHOWN if known else 0].tolist()
                 found.append([
                     [int(c), short(other[c]), short(mine[c])] for c in most if measure[c] > 0
