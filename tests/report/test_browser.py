@@ -1,5 +1,6 @@
 """The page in a real browser: what a person does with it, and that data cannot do anything."""
 
+import csv
 import io
 import re
 from dataclasses import replace
@@ -462,6 +463,43 @@ def test_tables_groups_and_zeros_draw(run, opened):
             opened(run.path, route)
     page = opened(run.path, "#queries")
     assert page.locator("#raised-hint").inner_text() == "No training row raised it."
+
+
+def test_ticked_rows_leave_the_page(run, opened):
+    images, labels = run.train
+    run.train = (images.reshape(10, 30)[:, :3] / 255.0, labels)
+    run.queries = (run.queries[0].reshape(3, 30)[:, :3] / 255.0, run.queries[1])
+    ids = ["=1+1", "a,b", *(f"p{i}" for i in range(2, 10))]
+    predicted = [(int(label) + 1) % 3 for label in labels]
+    run.options = {
+        "train_ids": ids, "features": ["one", "-two", "three"], "train_predictions": predicted,
+        "train_losses": range(10), "self_influence": [-float(i) for i in range(10)],
+    }  # fmt: skip
+    run.write()
+    page = opened(run.path, "#training", width=390, scheme="dark")
+    page.locator("#suspicious-title").wait_for()
+    assert "proposed" in page.locator(".labels").first.inner_text()
+    assert page.locator(".card dl.row:visible").count() == 4, "the rows of the first suspects"
+    page.evaluate(
+        "() => document.querySelectorAll('#training [hidden]').forEach(e => e.hidden = 0)"
+    )
+    dropping(page, 0, 1)
+    assert page.locator("#drop-python").inner_text() == "scores.predict(drop=[0, 1])"
+    with page.expect_download() as saved:
+        page.locator("#drop-save").click()
+    head, *rows = csv.reader(saved.value.path().read_text().splitlines())
+    assert head == ["row", "id", "label", "predicted", "one", "'-two", "three"]
+    assert [row[:4] for row in rows] == [
+        [str(i), name, str(labels[i]), str(predicted[i])] for i, name in enumerate(["'=1+1", "a,b"])
+    ]
+    np.testing.assert_allclose([float(row[4]) for row in rows], run.train[0][:2, 0], rtol=1e-4)
+    page.keyboard.press("?")
+    assert page.locator("#keys").is_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "search"
+    assert page.locator("#spots .spot").count() == 10
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_one_query_needs_no_list(run, opened):

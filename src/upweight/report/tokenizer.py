@@ -61,9 +61,12 @@ def words_in(batch: Any, tokenizer: Any) -> list[Words] | None:
         places = kept.nonzero().flatten().tolist()
         numbers = row[places].tolist()
         names = [str(name) for name in tokenizer.convert_ids_to_tokens(numbers)]
-        text = str(tokenizer.decode(numbers, skip_special_tokens=True)).strip()
         is_special = tuple(number in special for number in numbers)
         pieces = _pieces(names, tokenizer)
+        text = str(tokenizer.decode(numbers, skip_special_tokens=True)).strip()
+        if "##" in text:  # a tokenizer that was saved without its decoder
+            own = (p for p, hidden in zip(pieces, is_special, strict=True) if not hidden)
+            text = "".join(own).strip()
         found.append(Words(text, pieces, is_special, tuple(places), ids.shape[1]))
     return found
 
