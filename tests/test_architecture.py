@@ -61,8 +61,8 @@ MAY_IMPORT = {
         "evaluation", "front",
     },
     "report": {
-        "errors", "_typing", "_text", "notation", "provenance", "verdict", "runtime", "task",
-        "scores", "effects", "methods", "applications",
+        "errors", "_typing", "_text", "notation", "facts", "provenance", "verdict", "runtime",
+        "task", "scores", "effects", "methods", "applications",
     },
     "runs": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "scoring",

@@ -104,7 +104,10 @@ def evaluation():
 
 def report():
     """Ids of tokens, people, and a server that need not stay."""
-    words = types.SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"t{i}" for i in ids])
+    words = types.SimpleNamespace(
+        convert_ids_to_tokens=lambda ids: [f"t{i}" for i in ids],
+        decode=lambda ids, skip_special_tokens: " ".join(f"t{i}" for i in ids),
+    )
     person = types.SimpleNamespace(age=40, city="Riga")
     ids, y = torch.arange(60).reshape(12, 5) % 9, torch.arange(12) % 2
 

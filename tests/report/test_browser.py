@@ -1,5 +1,6 @@
 """The page in a real browser: what a person does with it, and that data cannot do anything."""
 
+import csv
 import io
 import re
 from dataclasses import replace
@@ -73,7 +74,8 @@ def test_three_pages_and_the_way_back(run, make_check, opened):
     run.options = {"evidence": [make_check(), make_check(label="corrected", scale=1.4)], "k": 2}
     run.write()
     page = opened(run.path)
-    assert page.locator("#page-trust").is_visible()
+    assert page.locator("#query-title").inner_text() == "Query 0", "the answer comes first"
+    page.get_by_role("link", name="Can I trust this?").click()
     assert page.locator("#scatter .dot[data-removal]").count() == 2 * 3
     assert "#2" in page.locator("#readout").inner_text()
     page.get_by_role("link", name="Queries").click()
@@ -89,6 +91,8 @@ def test_three_pages_and_the_way_back(run, make_check, opened):
     assert page.locator("#query-title").inner_text() == "Query 0"
     page.go_back()
     assert page.locator("#page-trust").is_visible()
+    page.go_back()
+    assert page.locator("#query-title").inner_text() == "Query 0"
 
 
 def test_the_cards_are_the_ends_of_the_scores(run, opened):
@@ -461,6 +465,43 @@ def test_tables_groups_and_zeros_draw(run, opened):
     assert page.locator("#raised-hint").inner_text() == "No training row raised it."
 
 
+def test_ticked_rows_leave_the_page(run, opened):
+    images, labels = run.train
+    run.train = (images.reshape(10, 30)[:, :3] / 255.0, labels)
+    run.queries = (run.queries[0].reshape(3, 30)[:, :3] / 255.0, run.queries[1])
+    ids = ["=1+1", "a,b", *(f"p{i}" for i in range(2, 10))]
+    predicted = [(int(label) + 1) % 3 for label in labels]
+    run.options = {
+        "train_ids": ids, "features": ["one", "-two", "three"], "train_predictions": predicted,
+        "train_losses": range(10), "self_influence": [-float(i) for i in range(10)],
+    }  # fmt: skip
+    run.write()
+    page = opened(run.path, "#training", width=390, scheme="dark")
+    page.locator("#suspicious-title").wait_for()
+    assert "proposed" in page.locator(".labels").first.inner_text()
+    assert page.locator(".card dl.row:visible").count() == 4, "the rows of the first suspects"
+    page.evaluate(
+        "() => document.querySelectorAll('#training [hidden]').forEach(e => e.hidden = 0)"
+    )
+    dropping(page, 0, 1)
+    assert page.locator("#drop-python").inner_text() == "scores.predict(drop=[0, 1])"
+    with page.expect_download() as saved:
+        page.locator("#drop-save").click()
+    head, *rows = csv.reader(saved.value.path().read_text().splitlines())
+    assert head == ["row", "id", "label", "predicted", "one", "'-two", "three"]
+    assert [row[:4] for row in rows] == [
+        [str(i), name, str(labels[i]), str(predicted[i])] for i, name in enumerate(["'=1+1", "a,b"])
+    ]
+    np.testing.assert_allclose([float(row[4]) for row in rows], run.train[0][:2, 0], rtol=1e-4)
+    page.keyboard.press("?")
+    assert page.locator("#keys").is_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "search"
+    assert page.locator("#spots .spot").count() == 10
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 def test_one_query_needs_no_list(run, opened):
     run.scores = replace(run.scores, values=run.scores.values[:1])
     run.queries = (run.queries[0][:1], run.queries[1][:1])
@@ -473,7 +514,7 @@ def test_one_query_needs_no_list(run, opened):
 def test_sets_with_errors_draw_and_are_named(run, make_sets, opened):
     run.options = {"evidence": [make_sets(), make_sets(query=1)]}
     run.write()
-    page = opened(run.path)
+    page = opened(run.path, "#trust")
     assert page.locator("#scatter .error").count() == 3
     assert "the 2 that lowered it" in page.locator("#readout").inner_text()
     assert "+1.20 ± 0.10" in page.locator("#readout").inner_text()
@@ -490,7 +531,7 @@ def test_a_comparison_on_subsets_is_drawn(run, opened):
     found = SimpleNamespace(verdict=Verdict.SIZE, reason="so", notes=(), models=18, lds=lds)
     run.options = {"evidence": [found]}
     run.write()
-    page = opened(run.path)
+    page = opened(run.path, "#trust")
     name = re.compile("on 8 random subsets of the data")
     assert page.get_by_role("img", name=name).is_visible()
     assert page.locator("#subsets .cloud").get_attribute("d").count("M") == 24
@@ -503,6 +544,6 @@ def test_a_comparison_on_subsets_is_drawn(run, opened):
 
 def test_the_spectrum_draws_without_a_complaint(layerwise, opened):
     layerwise.write()
-    page = opened(layerwise.path)
+    page = opened(layerwise.path, "#trust")
     # Each in the legend; the second block has no positive eigenvalue to place.
     assert [page.locator(f"svg .{mark}").count() for mark in ("mean", "lambda")] == [2, 3]

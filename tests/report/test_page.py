@@ -43,17 +43,18 @@ def test_the_page_has_its_parts_in_order(run, make_check):
     page = run.write()
     parts = [
         "Which training images moved the loss",
+        "Raised its loss",
+        "Lowered its loss",
         '<h2 id="trust-title" tabindex="-1">Can I trust this?',
         "3 training images were really removed",
         "The leverage-corrected prediction",
-        "<b>Unit.</b> A score is ∂loss/∂w",
+        "<b>What a score is.</b> A score says how the loss of a query changes",
         "1.010<small>[1.000, 1.020]",
+        "S[q, i] = ∂loss/∂wᵢ",
         "Row-sum excess",
         "How this was made",
         "upweight demo --out here",
         "Influence(curvature=Hessian()",
-        "Raised its loss",
-        "Lowered its loss",
         "What if I drop these?",
     ]
     places = [page.index(part) for part in parts]

@@ -11,7 +11,7 @@ import torch
 
 import upweight as uw
 from tests.fitted import at
-from upweight.errors import DataError, ShapeError
+from upweight.errors import DataError, ShapeError, SpecError
 from upweight.report import Display, html, totals, whatif
 from upweight.report.duplicates import duplicates
 from upweight.report.live import TrainFacts
@@ -315,3 +315,80 @@ def test_shares_of_tokens_are_those_of_the_scores(run, measure):
     run.options["train_tokens"] = [row[1:] for row in run.options["train_tokens"]]
     with pytest.raises(ShapeError, match="4 tokens for 5 positions, 5 of which"):
         run.data()
+
+
+class Spoken:
+    """A tokenizer of seven words: 0 fills up, 1 begins a text."""
+
+    pad_token_id, eos_token_id, all_special_ids = 0, None, [0, 1]
+
+    def convert_ids_to_tokens(self, numbers):
+        return [["[PAD]", "[CLS]", "good", "##ish", "bad", "film", "end"][i] for i in numbers]
+
+    def decode(self, numbers, skip_special_tokens):
+        assert skip_special_tokens
+        words = self.convert_ids_to_tokens([i for i in numbers if i > 1])
+        return " ".join(words).replace(" ##", "")
+
+
+def test_a_tokenizer_says_texts_and_both_sides_of_a_score_are_shared_out(run):
+    torch.manual_seed(0)
+    embed, out = torch.nn.Embedding(7, 4).double(), torch.nn.Linear(4, 2).double()
+
+    class Reader(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = embed, out
+
+        def forward(self, input_ids, attention_mask):
+            mask = attention_mask[..., None].double()
+            return (self.out(torch.tanh(self.embed(input_ids))) * mask).sum(dim=1)
+
+    ids = torch.tensor([[1, 2, 3, 5, 0], [1, 4, 5, 6, 0], [1, 2, 5, 0, 0], [1, 4, 4, 3, 6]] * 3)
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": torch.arange(12) % 2}
+    train, queries = uw.as_data(batch), uw.as_data({k: v[:3] for k, v in batch.items()})
+    task = uw.Task(Reader(), uw.CrossEntropy())
+    fitted = at(uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, train), 0.0)
+    run.scores = fitted.attribute(queries, uw.Margin())
+    run.train, run.queries = train, queries
+    run.options = {"tokenizer": Spoken(), "k": 2, "self_influence": ()}
+    data = run.data()
+    assert [query["text"] for query in data["queries"]] == [
+        "goodish film",
+        "bad film end",
+        "good film",
+    ]
+    example = next(each for each in data["examples"] if each["tokens"][-1] == " film")
+    assert example["tokens"][1:] in ([" good", "ish", " film"], [" good", " film"])
+    assert example["special"] == [0] and "predicted" in example
+    assert data["answers"][1]["query"]["tokens"] == [" [CLS]", " bad", " film", " end"]
+    side = data["answers"][1]["raised"]
+    shown = side["ids"]
+    # By the tokens of the query: the score is linear in the query's gradient, so the share of a
+    # token is what is left of the score where every other use of the weights is a constant.
+    found = fitted.query_tokens(queries, uw.Margin(), shown)
+    whole = run.scores.values[:, shown]
+    np.testing.assert_allclose(found.shares.sum(dim=2) + found.rest, whole, rtol=1e-8)
+    np.testing.assert_allclose(side["theirs"], found.shares[1][:, :4], rtol=6e-3, atol=1e-12)
+    token = 2
+
+    class OfOneToken(uw.Measure):
+        def __call__(self, task, params, batch):
+            one = torch.zeros(5, 1, dtype=torch.float64)
+            one[token] = 1
+
+            def mixed(name, x):
+                value = torch.func.functional_call(
+                    getattr(task.model, name),
+                    {k.split(".", 1)[1]: v for k, v in params.items() if k.startswith(name)}, (x,),
+                )  # fmt: skip
+                return one * value + (1 - one) * value.detach()
+
+            mask = batch["attention_mask"][..., None].double()
+            outputs = mixed("out", torch.tanh(mixed("embed", batch["input_ids"])))
+            return task.loss.margin((outputs * mask).sum(dim=1), batch["labels"])
+
+    alone = fitted.attribute(queries, OfOneToken()).values[:, shown]
+    np.testing.assert_allclose(found.shares[:, :, token], alone, rtol=1e-8, atol=1e-12)
+    with pytest.raises(SpecError, match="takes a tokenizer of transformers"):
+        html(run.scores, run.path, Display(tokenizer=str.split))

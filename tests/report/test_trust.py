@@ -18,7 +18,7 @@ from upweight.errors import SpecError
 from upweight.evaluation import Estimate
 from upweight.report import Display, summary
 from upweight.report.evidence import evidence_of
-from upweight.report.trust import trust
+from upweight.report.trust import CAUTIONS, trust
 from upweight.scores import Unit
 from upweight.verdict import Verdict
 
@@ -260,8 +260,10 @@ def test_the_verdict_is_on_every_page(run, opened, verdict):
         banner = page.get_by_role("complementary", name="Verdict")
         assert banner.inner_text().startswith(f"{verdict.value}: because.")
         assert "Note: the note." in banner.inner_text()
-        assert page.locator(".pill").inner_text() == verdict.value
+        assert page.locator("#pages .pill").inner_text() == verdict.value
     page.get_by_role("link", name="Queries").click()
+    on_cards = set(page.locator("#raised .pill").all_inner_texts())
+    assert on_cards == {CAUTIONS[verdict] or verdict.value}
     removed = page.locator(".card dt", has_text="removed").count()
     assert bool(removed) == (verdict is Verdict.SIZE)
     marked = page.locator(".health .concern dt").all_text_contents()

@@ -1,6 +1,7 @@
 """The health panel and the summary for a terminal."""
 
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 
 from upweight.report import Display, summary
 from upweight.report.evidence import evidence_of
+from upweight.report.plain import plainly
 from upweight.report.trust import trust
 from upweight.report.words import convention, health, verdict
 from upweight.scores import Unit
@@ -173,3 +175,14 @@ def test_removals_of_several_queries_are_counted_once(run, make_sets):
     fact = by_name(run.scores, [make_sets(), make_sets(query=1)])["Retraining"]
     assert fact.value == "3 removals, 2 queries"
     assert "mean of 3 retrainings" in fact.told
+
+
+def test_each_concern_says_what_to_do_in_plain_words(layerwise, make_provenance):
+    worse = {"gradient_norm": 0.1, "decrement": 0.03, "row_sum_excess_relative": 0.49,
+             "solver": "CG()", "largest_residual": 0.01}  # fmt: skip
+    made = make_provenance(health={**layerwise.scores.provenance.health, **worse})
+    found = plainly(replace(layerwise.scores, provenance=made), said(layerwise.scores))
+    assert [bool(each.todo) for each in found] == [True] * 4 + [False] * 3
+    told = " ".join(each.said + each.todo for each in found)
+    assert "off by 49 % of their size" in told and "along 50 % of all directions" in told
+    assert not re.search("[λ∇‖∂]|residual|eigenvalue|decrement", told)

@@ -352,7 +352,7 @@ def test_what_retraining_said_is_drawn_and_removals_are_named(folder, data, brow
     with Server(scores, Display(*data, k=30), evidence=[made], removal=better) as running:
         page = browser.new_page()
         page.set_default_timeout(10_000)
-        page.goto(running.address)
+        page.goto(running.address + "#trust")
         page.wait_for_selector("#scatter .dot[data-removal='50']")
         assert page.locator("#scatter .dot[data-removal]").count() == 3
         page.locator("#scatter .dot[data-removal='50']").click()

@@ -39,6 +39,7 @@ def view(
         upweight view runs/pile
         upweight view runs/mails --show project.py:shown --port 8765 --browser
     """
+    say(f"loading {run} ...")
     place = Run.named(run.absolute(), projects)
     scores = place.open()
     record = place.record
@@ -60,7 +61,7 @@ def view(
                 had, display = alone(place), beside.display
                 asked = {
                     name: getattr(had, name)
-                    for name in ("train_losses", "self_influence")
+                    for name in ("train_losses", "self_influence", "train_predictions")
                     if getattr(display, name) is None
                 }
                 beside = replace(beside, display=replace(display, **asked))

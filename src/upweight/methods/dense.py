@@ -7,7 +7,7 @@ keep their two factors and nothing of size p is formed per example.
 
 import abc
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight._typing import Batch
+from upweight._typing import Batch, Params
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
@@ -90,13 +90,18 @@ class FlatJob(Job):
     def tokens(
         self, examples: Sequence[int]
     ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+        return self.tokens_of(self.scorer.train.subset(examples), None)
+
+    def tokens_of(
+        self, data: Data, function: Callable[[Params, Batch], Float[Tensor, " b"]] | None
+    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
         scorer = self.scorer
         layout, rows = scorer.task.layout, self.solution.value
         vectors = [
             rows[:, block.index(layout).to(rows.device)].reshape(len(rows), *block.shape)
             for block in scorer.plan.blocks
         ]
-        shares, rest = token_shares(scorer.plan, scorer.theta, scorer.train, examples, vectors)
+        shares, rest = token_shares(scorer.plan, scorer.theta, data, vectors, function)
         return shares * -scorer.share, rest * -scorer.share
 
     def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:

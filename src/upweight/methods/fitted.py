@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._html import card
-from upweight._typing import Batch
+from upweight._typing import Batch, Params
 from upweight.effects import NEWTON, PLUGIN, Effects, as_groups
 from upweight.errors import ModelChanged, NotOffered, SpecError, message
 from upweight.methods import health, removal
@@ -24,7 +24,7 @@ from upweight.methods.dense import DenseScorer
 from upweight.methods.facts import stated
 from upweight.methods.functionals import derivatives
 from upweight.methods.perturbation import every_label, gradient_products_by_input, relabeled
-from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep
+from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep, TokenScores
 from upweight.methods.removal import Place, Without
 from upweight.methods.scorer import DIRECT, Asked, Scorer, jobs_of, not_offered
 from upweight.notation import count, in_short, readable
@@ -192,6 +192,42 @@ class Fitted:
             return self._provenance(asked, judged, (*said, *notes), seconds)
 
         return sink.result(Answer(self.spec.unit, provenance, self._context(asked)))
+
+    def query_tokens(
+        self, queries: Any, measure: Callable[..., Tensor], examples: Sequence[int]
+    ) -> TokenScores:
+        """S[q, i] of some training examples by the positions of the *query*, and what has none.
+
+            share[q, i, t] = −(1/n) Σₗ d_tᵀ [(Hₗ + λₗ)⁻¹ ∇ℓᵢ] a_t,   ∇m_q = Σ_t d_t a_tᵀ
+
+        The counterpart of `PerToken(examples)`, which goes by the positions of the example; P is
+        symmetric, so both add up to the same score. Exact.
+
+        Args:
+            queries: As for `attribute`, of one length or padded together.
+            measure: As for `attribute`, of single queries.
+            examples: Which training examples.
+
+        Raises:
+            NotOffered: The method has no one preconditioner at θ̂.
+            ShapeError: An example is out of range, or nothing is used at several positions.
+
+        Cost: a gradient and a solve for each of the examples, a gradient for each query.
+        """
+        self._require_same_model()
+        chosen = places(examples, len(self.train), "Training examples", least=1, repeats=True)
+        data, m = self.task.queries(queries), as_measure(measure)
+
+        def of_query(params: Params, batch: Batch) -> Tensor:
+            return m(self.task, params, batch)
+
+        asked = replace(self._asked(self.train.subset(chosen), LOSS), exact=True)
+        parts = []
+        for job in self.scorer.jobs(asked):
+            with job:
+                parts.append(job.tokens_of(data, of_query))
+        shares, rest = (torch.cat(column) for column in zip(*parts, strict=True))
+        return TokenScores(shares.transpose(0, 1), rest.T)
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """S[i, i] = ∂ℓᵢ/∂wᵢ of every training example: how much its own weight lowers its loss.

@@ -4,7 +4,7 @@ Queries are solved once; the training set then streams past all of them in one p
 of its gradients. Grosse et al. (2023), §2.3.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from upweight._typing import Batch
+from upweight._typing import Batch, Params
 from upweight.curvature.layerwise import (
     BlockCurvature,
     FittedBlock,
@@ -104,9 +104,19 @@ class LayeredJob(Job):
         self, examples: Sequence[int]
     ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
         made, theta = self.scorer.curvature.plan, self.scorer.point.theta
+        some = self.scorer.train.subset(examples)
         shares, rest = token_shares(
-            made, theta, self.scorer.train, examples, list(self.solved()), self.scorer.gradients
+            made, theta, some, list(self.solved()), gradients=self.scorer.gradients
         )
+        return shares * self.scorer.factor, rest * self.scorer.factor
+
+    def tokens_of(
+        self, data: Data, function: Callable[[Params, Batch], Float[Tensor, " b"]] | None
+    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+        if self.scorer.gradients is not unchanged:
+            raise not_offered("query_tokens(...)", "gradients not divided by their norm")
+        made, theta = self.scorer.curvature.plan, self.scorer.point.theta
+        shares, rest = token_shares(made, theta, data, list(self.solved()), function)
         return shares * self.scorer.factor, rest * self.scorer.factor
 
     def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:
@@ -335,17 +345,21 @@ class LayeredScorer(Scorer):
 def token_shares(
     made: Plan,
     theta: Float[Tensor, " p"],
-    train: Data,
-    examples: Sequence[int],
+    some: Data,
     vectors: Sequence[Float[Tensor, "q ..."]],
+    function: Callable[[Params, Batch], Float[Tensor, " b"]] | None = None,
     gradients: Gradients = unchanged,
 ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
-    """⟨V_q, gᵢ⟩ of some training examples, position by position, and what has no position."""
-    task = made.task
+    """⟨V_q, gᵢ⟩ of some examples, position by position, and what has no position.
+
+    gᵢ is the gradient of the training loss, or of another `function`.
+    """
+    task, examples = made.task, range(len(some))
+    function = training_loss(task) if function is None else function
     with GradientPass(made, theta) as passes:
         parts = [
-            passes.of(training_loss(task), task.to_device(batch), stop - start)
-            for start, stop, batch in train.subset(examples).batches(len(examples))
+            passes.of(function, task.to_device(batch), stop - start)
+            for start, stop, batch in some.batches(len(examples))
         ]
     factors = gradients([stacked(block) for block in zip(*parts, strict=True)])
     tokens = [

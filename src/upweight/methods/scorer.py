@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight._typing import Batch
+from upweight._typing import Batch, Params
 from upweight.errors import NotDifferentiable, NotOffered
 from upweight.gradients.blocks import Plan
 from upweight.methods.functionals import Derivatives
@@ -134,6 +134,15 @@ class Job(abc.ABC):
     ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
         """S[q, i] of some examples, position by position, and what has no position."""
         raise not_offered("PerToken(...)", "scores that are sums over parameters", "Matrix()")
+
+    def tokens_of(
+        self, data: Data, function: Callable[[Params, Batch], Float[Tensor, " b"]] | None
+    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+        """−(1/n) ⟨P ∇m_q, ∇ function⟩ of some data, position by position, and what has none.
+
+        Without a function it is the training loss.
+        """
+        raise not_offered("query_tokens(...)", "one preconditioner at θ̂")
 
     def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:
         """S[q, z] of examples that need not be training examples."""

@@ -29,15 +29,20 @@ from upweight.report.examples import (
 from upweight.report.live import noun_of, query_facts, train_facts
 from upweight.report.sprite import display_range, sprite
 from upweight.report.strongest import histogram, numbers, ranked, require_scores
-from upweight.report.tokens import MOST, tokens_of
+from upweight.report.tokenizer import require_tokenizer
+from upweight.report.tokens import tokens_of
 from upweight.report.totals import Grouping, Totals, totals
 from upweight.report.training import numbers_of, training_set
 from upweight.scores import Scores, Unit
 
 SIDES = ("raised", "lowered")
 
-COLUMNS_SHOWN = 5
-"""Columns of a table row on a card: those in which the example and the query differ most."""
+COLUMNS_SHOWN = 3
+"""Columns of a table row on a card: those in which the example and the query differ most, and as
+many in which they are most alike."""
+
+COLOURED = 64
+"""Queries of a file whose tokens are coloured where nobody asked for it: each takes two solves."""
 
 SAMPLED = 256
 """Training examples that say what is drawn black and white, and how far columns spread."""
@@ -80,12 +85,13 @@ class Answers:
     ) -> None:
         require_scores(scores)
         display = require_display(display).named(scores.context)
+        require_tokenizer(display.tokenizer)
         self.scores, self.display, self.removal = scores, display, removal
         self.q, self.n = scores.values.shape
         self.evidence = evidence_of(evidence, self.q, self.n)
         self.data = {role: data_of(scores, display, role) for role in ("train", "query")}
         self._require_fit()
-        self._tokens = tokens_of(scores, self.data["query"], display)
+        self._tokens = tokens_of(scores, self.data, display, COLOURED if ask else None)
         # Datasets of the user's need not bear two readers at once.
         self._reading = threading.Lock()
         self._effects = lru_cache(maxsize=8)(lambda query: numbers(scores, query))
@@ -140,7 +146,9 @@ class Answers:
         ends = {"low": short(float(effect.min())), "high": short(float(effect.max()))}
         bars = {"start": short(start), "width": short(width), "counts": counts, **ends}
         bars["positive"] = int((effect > 0).sum())
-        return {**{side: self.ranking(query, side) for side in SIDES}, "histogram": bars}
+        told = {side: self.ranking(query, side) for side in SIDES}
+        spoken = {} if self._tokens is None else self._tokens.told_query(query)
+        return {**told, "histogram": bars, **({"query": spoken} if spoken else {})}
 
     def ranking(self, query: int, side: str, start: int = 0) -> dict[str, Any]:
         """A page of the examples that raised or lowered one measurement, strongest first."""
@@ -152,7 +160,7 @@ class Answers:
         if self.removal is not None:
             told["changes"] = [short(v) for v in numbers(self.removal, (query, ids))]
         if self._spread is not None and ids:
-            told["differs"] = self._differs(query, ids, self._spread)
+            told["differs"], told["alike"] = self._compared(query, ids, *self._spread)
         if self._tokens is not None:
             told |= self._tokens.shares(query, ids)
         return told
@@ -161,15 +169,19 @@ class Answers:
         """What some columns are."""
         shown = self._shown("train", columns)
         found = []
-        for i, label, content in zip(columns, shown.labels, shown.contents, strict=True):
+        is_told = self._tokens is not None and len(columns)
+        tokens = self._tokens.told(columns) if self._tokens and is_told else [{}] * len(columns)
+        for i, label, content, spoken in zip(
+            columns, shown.labels, shown.contents, tokens, strict=True
+        ):
             one = {"id": i, "label": label or ("" if self.labels is None else self.labels[i])}
             if self.scores.columns is not None:
                 one["name"] = self.scores.columns[i]
             elif self.display.train_ids is not None:
                 one["name"] = str(self.display.train_ids[i])
-            if self._tokens is not None:
-                one["tokens"] = [str(token) for token in self._tokens.words[i][:MOST]]
-            found.append(one | content)
+            if self.train_facts.predictions is not None:
+                one["predicted"] = self._class(self.train_facts.predictions[i])
+            found.append(one | content | spoken)
         return found
 
     def drop(self, columns: Sequence[int]) -> list[float]:
@@ -242,7 +254,7 @@ class Answers:
         return display_range(*found) if found else None
 
     @cached_property
-    def _spread(self) -> NDArray[np.float64] | None:
+    def _spread(self) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
         return spread_of(self.some, self.queries)
 
     def _shown(self, role: str, indices: Sequence[int]) -> Examples:
@@ -257,23 +269,34 @@ class Answers:
         effect = self._effects(query)
         return ranked(effect if side == "raised" else -effect, most)
 
-    def _differs(
-        self, query: int, ids: Sequence[int], spread: NDArray[np.float64]
-    ) -> list[list[list[float]]]:
-        """[column, value of the query, of the example] where an example differs most from it."""
+    def _compared(
+        self,
+        query: int,
+        ids: Sequence[int],
+        mean: NDArray[np.float64],
+        spread: NDArray[np.float64],
+    ) -> tuple[list[list[list[float]]], list[list[list[float]]]]:
+        """[column, value of the query, of the example] where they differ most, and are most alike.
+
+        With z = (value − mean) / standard deviation they differ by |z_q − z_i|. Where that is at
+        most 1 they are alike, and most where z_q z_i is large: far from the mean on the same side.
+        """
         shown, theirs = self._shown("train", ids), self.queries.table
         assert shown.table is not None
         assert theirs is not None
-        found: list[list[list[float]]] = []
+        other = theirs[query]
+        differs: list[list[list[float]]] = []
+        alike: list[list[list[float]]] = []
         for place, mine in enumerate(shown.table):
-            if shown.known is not None and not shown.known[place]:
-                found.append([])
-                continue
-            most = np.argsort(-np.abs(mine - theirs[query]) / spread, kind="stable")
-            found.append(
-                [[int(c), short(theirs[query][c]), short(mine[c])] for c in most[:COLUMNS_SHOWN]]
-            )
-        return found
+            known = shown.known is None or shown.known[place]
+            apart = np.abs(mine - other) / spread
+            together = np.where(apart <= 1, (mine - mean) * (other - mean) / spread**2, 0)
+            for found, measure in ((differs, apart), (alike, together)):
+                most = np.argsort(-measure, kind="stable")[: COLUMNS_SHOWN if known else 0].tolist()
+                found.append([
+                    [int(c), short(other[c]), short(mine[c])] for c in most if measure[c] > 0
+                ])  # fmt: skip
+        return differs, alike
 
     def _known(self, q: int, label: str) -> dict[str, Any]:
         """What the model says of a query."""
@@ -283,10 +306,12 @@ class Answers:
         if self.values is not None and np.isfinite(self.values[q]):
             known["value"] = short(self.values[q])
         if self.predictions is not None:
-            value = self.predictions[q]
-            told = value if isinstance(value, str) else class_name(value, self.display.names)
+            told = self._class(self.predictions[q])
             known |= {"prediction": told, "wrong": told != label}
         return known
+
+    def _class(self, value: int | str) -> str:
+        return value if isinstance(value, str) else class_name(value, self.display.names)
 
     def _features(self) -> list[str]:
         table = self.some.table if self.some.table is not None else self.queries.table

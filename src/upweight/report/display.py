@@ -27,6 +27,9 @@ class Display:
             and for scores loaded from disk none: examples are then numbers. Arrays are read once
             for labels and duplicates; of a Dataset only the examples shown are read.
         queries: The queries, in the order of the rows; by default as for `train`.
+        tokenizer: Of `transformers`, as the model was trained with: inputs that are token numbers
+            are shown as texts, and their tokens coloured by their shares of each score. By default
+            the one that the task was given.
         title: What the page is about: the data and the model.
         names: Of the classes, by index. By default as the estimator or the model's configuration
             calls them.
@@ -56,6 +59,8 @@ class Display:
         metadata: Columns of facts about the training examples, by name. The page sums scores over
             their values; numbers of more than 200 values are binned.
         train_labels: The label of every training example, where the data are no arrays.
+        train_predictions: The predicted class of every training example, as index or name; by
+            default as `train_losses`, () leaves them out.
         train_losses: ℓ of every training example. By default asked of the model, where scores
             carry it; () leaves them out.
         self_influence: S[i, i], as from `fitted.self_influence()`; by default asked of the fitted
@@ -66,6 +71,7 @@ class Display:
 
     train: Any = None
     queries: Any = None
+    tokenizer: Any = None
     title: str | None = None
     names: Sequence[str] | None = None
     features: Sequence[str] | None = None
@@ -83,6 +89,7 @@ class Display:
     label: Callable[[Tensor], Any] | None = None
     metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     train_labels: Sequence[Any] | None = None
+    train_predictions: Sequence[Any] | None = None
     train_losses: Sequence[float] | None = None
     self_influence: Sequence[float] | None = None
     k: int = PER_SIDE
@@ -103,6 +110,7 @@ class Display:
         if context.classes is not None:
             found["names"] = [str(name) for name in context.classes]
         reads = context.task.reads
+        found["tokenizer"] = getattr(reads, "tokenizer", None)
         if reads is not None and reads.classes is not None:
             found["label"] = getattr(reads, "label", None)
         found |= self._table(rows["train"], rows["query"])

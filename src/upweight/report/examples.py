@@ -15,6 +15,7 @@ from upweight.report.display import Display, require_one_each
 from upweight.report.duplicates import Duplicates
 from upweight.report.shown import clipped, content, length
 from upweight.report.sprite import as_images
+from upweight.report.tokenizer import ids_in, words_in
 from upweight.scores import Scores
 from upweight.task.batches import has_examples, leaves
 from upweight.task.data import ArrayData, Data, as_data
@@ -169,6 +170,13 @@ def examples(data: Data, indices: Sequence[int], role: str, display: Display) ->
     if texts is not None or _is_texts(source):
         mine = source if texts is None else [texts[int(i)] for i in indices]
         return Examples(labels, texts=tuple(str(text) for text in mine))
+    if instead is None and display.tokenizer is not None and data.form.uncut is None:
+        words = words_in(batch, display.tokenizer)
+        if words is not None:
+            ids = ids_in(batch)
+            if target is not None and ids is not None and target.shape == ids.shape:
+                labels = ("",) * len(indices)  # the tokens themselves
+            return Examples(labels, texts=tuple(each.text for each in words))
     shown = source if instead is None else instead[list(indices)]
     if shown is None:
         return Examples(labels)
@@ -255,13 +263,18 @@ def inputs_of(data: Data | None, display: Display) -> Tensor | Sequence[str] | D
     return inputs if isinstance(inputs, Tensor) and inputs.ndim > 1 else None
 
 
-def spread_of(train: Examples, queries: Examples) -> NDArray[np.float64] | None:
-    """Per column the standard deviation over what is shown, so that columns can be compared."""
+def spread_of(
+    train: Examples, queries: Examples
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Per column the mean and the standard deviation over what is shown, to compare columns by."""
     if train.table is None or queries.table is None:
         return None
     there = train.table if train.known is None else train.table[list(train.known)]
-    spread = np.concatenate([there, queries.table]).std(axis=0)
-    return np.where(spread > 0, spread, 1.0)
+    if there.shape[1:] != queries.table.shape[1:]:  # padded to other lengths: no columns
+        return None
+    both = np.concatenate([there, queries.table])
+    spread = both.std(axis=0)
+    return both.mean(axis=0), np.where(spread > 0, spread, 1.0)
 
 
 def _array(value: Any) -> NDArray[np.generic]:

@@ -70,6 +70,7 @@ class _Kept:
     left_out: tuple[str, ...]
     train_ids: tuple[str, ...] | None = None
     query_ids: tuple[str, ...] | None = None
+    train_predictions: tuple[Any, ...] | None = None
 
 
 def kept(
@@ -117,6 +118,7 @@ def kept(
         left_out=(*left_out, *(() if display.token_scores is None else ("token_scores",))),
         train_ids=_texts(display.train_ids),
         query_ids=_texts(display.query_ids),
+        train_predictions=answers.train_facts.predictions,
     )  # fmt: skip
     numbers = {
         "train.images": mine.images, "train.table": mine.table,
@@ -155,11 +157,12 @@ def _display(told: _Kept, arrays: Mapping[str, NDArray[Any]]) -> Display:
     ):
         raise ValueError("columns that are not ascending indices")
     values, losses, own = (_listed(arrays, name) for name in ("values", "losses", "self"))
-    if told.predictions is not None and not all(type(x) in (int, str) for x in told.predictions):
-        raise ValueError("predictions are class indices or names")
+    for classes in (told.predictions, told.train_predictions):
+        if classes is not None and not all(type(x) in (int, str) for x in classes):
+            raise ValueError("predictions are class indices or names")
     there = n if columns is None else len(columns)
     lengths = [(told.train.labels, there), (told.labels, n), (losses, n), (own, n)]
-    lengths += [(told.train_ids, n), (told.query_ids, q)]
+    lengths += [(told.train_predictions, n), (told.train_ids, n), (told.query_ids, q)]
     lengths += [(values, q), (told.predictions, q), *((x, n) for x in told.metadata.values())]
     for given, expected in lengths:
         if given is not None and len(given) != expected:
@@ -172,6 +175,7 @@ def _display(told: _Kept, arrays: Mapping[str, NDArray[Any]]) -> Display:
         queries=KeptExamples(q, _shown(told.queries, arrays, "query")),
         values=values,
         predictions=told.predictions,
+        train_predictions=told.train_predictions or (),
         train_losses=losses or (),
         self_influence=() if own is None else [-x for x in own],
         metadata=told.metadata,

@@ -17,15 +17,17 @@ from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Loss, Weighted
 from upweight.task.measures import Functional
+from upweight.task.task import Task
 from upweight.task.torch_losses import Rescaled
 
 
 @dataclass(frozen=True, eq=False)
 class TrainFacts:
-    """ℓᵢ and −S[i, i] of every training example, or None where they are not known."""
+    """ℓᵢ, −S[i, i] and the predicted class of every training example; None: not known."""
 
     losses: NDArray[np.float64] | None = None
     self_influence: NDArray[np.float64] | None = None
+    predictions: tuple[int | str, ...] | None = None
 
 
 def noun_of(scores: Scores) -> str:
@@ -43,18 +45,23 @@ def train_facts(scores: Scores, display: Display, ask: bool = True) -> TrainFact
     """
     if scores.columns is not None:  # the numbers are of examples, the columns are groups
         return TrainFacts()
-    losses, own = display.train_losses, display.self_influence
-    for name, given in (("train_losses", losses), ("self_influence", own)):
+    losses, own, classes = (
+        display.train_losses, display.self_influence, display.train_predictions,
+    )  # fmt: skip
+    named = {"train_losses": losses, "self_influence": own, "train_predictions": classes}
+    for name, given in named.items():
         if given is not None and len(given):
             require_one_each(name, given, scores.values.shape[1])
     context = scores.context if ask else None
     if losses is None and context is not None:
         task = context.task
-        (losses,) = _asked(scores, context.train, [task.losses])
+        asked = [task.losses, _predicted(task)] if classes is None else [task.losses]
+        losses, *found = _asked(scores, context.train, asked)
+        classes = found[0] if found else classes
     if own is None and context is not None and context.fitted is not None:
         with contextlib.suppress(NotOffered):
             own = context.fitted.self_influence().tolist()
-    return TrainFacts(_numbers(losses), _numbers(own, -1.0))
+    return TrainFacts(_numbers(losses), _numbers(own, -1.0), _named(classes))
 
 
 def _numbers(given: Sequence[float] | None, sign: float = 1.0) -> NDArray[np.float64] | None:
@@ -88,18 +95,22 @@ def query_facts(
         def measured(theta: Tensor, batch: Any) -> Tensor:
             return measure(task, theta, batch)
 
-        def predicted(theta: Tensor, batch: Any) -> Tensor:
-            return _classes(task.loss, lambda: task.outputs(theta, batch)[0])
-
-        found, classes = _asked(scores, context.queries, [measured, predicted])
+        found, classes = _asked(scores, context.queries, [measured, _predicted(task)])
         values = found if values is None else values
         predictions = (classes or None) if predictions is None else predictions
-    return (
-        None if values is None else tuple(map(float, values)),
-        None
-        if predictions is None
-        else tuple(p if isinstance(p, str) else int(p) for p in predictions),
-    )
+    return None if values is None else tuple(map(float, values)), _named(predictions)
+
+
+def _named(classes: Sequence[Any] | None) -> tuple[int | str, ...] | None:
+    """Predicted classes, by index or name; None where there are none."""
+    if classes is None or not len(classes):
+        return None
+    return tuple(each if isinstance(each, str) else int(each) for each in classes)
+
+
+def _predicted(task: Task) -> Callable[[Tensor, Any], Tensor]:
+    """(θ, batch) → the predicted class of each example."""
+    return lambda theta, batch: _classes(task.loss, lambda: task.outputs(theta, batch)[0])
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ def html(
         "training": answers.training,
         "sprites": {role: geometry(found) for role, found in sprites.items()},
         "whole": whole,
-        "caution": words["trust"].caution,
+        **words["trust"].data,
     }
     parts = {"columns": text}
     for role, found in sprites.items():

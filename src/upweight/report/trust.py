@@ -13,6 +13,7 @@ predicted change there is a number nobody has looked at.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from upweight.effects import Effects
 from upweight.report.evidence import Evidence
@@ -45,6 +46,11 @@ class Trust:
     level: str
     caution: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What every card says of it."""
+        return {"caution": self.caution, "verdict": {"title": self.title, "level": self.level}}
 
     @property
     def has_sizes(self) -> bool:

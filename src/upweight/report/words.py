@@ -12,6 +12,7 @@ from upweight.report.answers import Answers
 from upweight.report.evidence import Evidence, Series
 from upweight.report.live import noun_of
 from upweight.report.outcomes import sections_of
+from upweight.report.plain import plainly
 from upweight.report.spectrum import spectrum
 from upweight.report.trust import trust
 from upweight.scores import Scores, Unit
@@ -28,9 +29,10 @@ def words_of(
     found = trust(scores, evidence, removal)
     notes = [*provenance.notes, *(() if removal is None else removal.provenance.notes)]
     own = own_rows(scores)
+    own_told = []
     if own:
         are = "query is a training example" if len(own) == 1 else "queries are training examples"
-        notes.append(
+        own_told.append(
             f"{len(own)} {are}: who sees this page learns that they were trained on; before "
             "publishing it leave them out, and see upweight.applications.privacy.audit"
         )
@@ -48,6 +50,10 @@ def words_of(
         "trust": found,
         "removals": verdict(series, kind) if series else None,
         "convention": convention(scores, found.has_sizes),
+        "formula": formula(scores),
+        "plain": plainly(scores, evidence),
+        "check": _how_to_check(scores),
+        "warnings": [*own_told],
         "health": health(scores, evidence),
         "sets": any(len(removal) > 1 for each in series for removal in each.removed),
         "spectrum": spectrum(provenance.health),
@@ -71,11 +77,13 @@ def convention(scores: Scores, has_sizes: bool = True) -> str:
     """The unit and its sign, and whether sizes are supported, in a sentence or two."""
     m = noun_of(scores)
     if scores.unit is Unit.DERIVATIVE:
+        without = (
+            "by about minus the score." if has_sizes else "the other way; by how much is not known."
+        )
         return (
-            f"A score is ∂{m}/∂w, the change of the {m} per unit of weight on one training "
-            f"example in (1/n) Σ wᵢ ℓᵢ + R: positive raised the {m}, negative lowered it. "
-            "Removing the example sets its weight from 1 to 0, so the score predicts a change "
-            + ("of minus itself." if has_sizes else "the other way; its size is not supported.")
+            f"A score says how the {m} of a query changes with the weight of one training example: "
+            f"positive, its presence raised the {m}; negative, it lowered it. Without the example "
+            f"the {m} is predicted to change {without}"
         )
     if scores.unit is Unit.VALUE:
         return (
@@ -83,6 +91,20 @@ def convention(scores: Scores, has_sizes: bool = True) -> str:
             "predict no change without one example."
         )
     return "Only the order of scores within one query means anything; they predict no change."
+
+
+def formula(scores: Scores) -> str | None:
+    """The definition of a score; None where it is none of a derivative."""
+    if scores.unit is not Unit.DERIVATIVE:
+        return None
+    return f"S[q, i] = ∂{noun_of(scores)}/∂wᵢ at the minimum of (1/n) Σ wᵢ ℓᵢ + R, at w = 1"
+
+
+def _how_to_check(scores: Scores) -> str:
+    """A line of Python that retrains."""
+    reads = None if scores.context is None else scores.context.task.reads
+    given = 'budget="2 min"' if getattr(reads, "fits_own_data", False) else 'recipe, "10 min"'
+    return f"{'scores' if hasattr(scores, 'check') else 'fitted'}.check({given})"
 
 
 def verdict(series: Sequence[Series], noun: str) -> str:

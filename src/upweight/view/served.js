@@ -20,9 +20,9 @@ const source = (() => {
     queries: askedQueries,
     shown: id => seen.get(id),
     async query(q) {
-      const { raised, lowered, histogram, examples } = await ask(`query/${q}`);
+      const { raised, lowered, histogram, query, examples } = await ask(`query/${q}`);
       see(examples);
-      return { raised: sideSeen(raised), lowered: sideSeen(lowered), histogram };
+      return { raised: sideSeen(raised), lowered: sideSeen(lowered), histogram, query };
     },
     async ranking(q, side, start) {
       const { examples, ...found } = await ask(`ranking/${q}/${side}`, { start });

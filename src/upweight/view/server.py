@@ -71,7 +71,7 @@ def application(
             for role, images in pictured.items()
             if images is not None and answers.range is not None
         },
-        "caution": words["trust"].caution,
+        **words["trust"].data,
     }
     source = (resources.files("upweight.view") / "served.js").read_text(encoding="utf-8")
     page = render_page(meta, words, {}, source, connects=True)

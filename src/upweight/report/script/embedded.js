@@ -25,8 +25,8 @@ const source = (() => {
     queries: askedQueries,
     shown: example,
     async query(q) {
-      const { raised, lowered, histogram } = data.answers[q], all = side => ({ ...sideOf(side, example), more: false });
-      return { raised: all(raised), lowered: all(lowered), histogram };
+      const { raised, lowered, histogram, query } = data.answers[q], all = side => ({ ...sideOf(side, example), more: false });
+      return { raised: all(raised), lowered: all(lowered), histogram, query };
     },
     async examples(ids) { return ids.map(example); },
     hasAll: id => rowOf.has(id),

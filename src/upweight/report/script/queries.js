@@ -6,7 +6,7 @@ async function showQuery(q) {
   if (!source.queries[q]) return;
   const ticket = ++asking, query = source.queries[q];
   current = q;
-  byId("query-title").textContent = `Query ${q}`;
+  byId("query-title").replaceChildren(`Query ${q}`, query.name === undefined ? "" : element("small", {}, " ", own(query.name)));
   byId("query-image").replaceChildren(tile("query", query.tile, 148, `the ${kind} of query ${q}`));
   const facts = [];
   if (query.label) facts.push(["label", query.label]);
@@ -21,26 +21,44 @@ async function showQuery(q) {
   const answer = await source.query(q);
   if (ticket !== asking) return; // another was asked for meanwhile
   const largest = Math.max(0, ...answer.raised.entries.map(e => e.score), ...answer.lowered.entries.map(e => -e.score));
-  for (const side of ["raised", "lowered"]) fillSide(q, side, answer[side], largest);
+  const asked = { text: query.text || undefined, ...answer.query };
+  for (const side of ["raised", "lowered"]) fillSide(q, side, answer[side], largest, asked);
+  document.querySelector(".sides").classList.toggle("one", !answer.raised.entries.length || !answer.lowered.entries.length);
   drawHistogram(answer);
+  drawSpots(query, answer);
+  byId("terms").replaceChildren(...termsOf(answer));
   byId("told").textContent = queryWord(q);
   if (dropped.size) await tellDropped();
 }
 
-function fillSide(q, side, { entries, more }, largest) {
+const FOLDED = 6; // cards of many lines that are shown before the reader asks for the others
+function fillSide(q, side, { entries, more }, largest, asked) {
   const list = byId(side), rich = entries.some(e => e.differs || e.tokens || e.example.contents.text !== undefined || e.example.contents.custom);
   list.classList.toggle("wide", rich && !data.sprites.train);
-  list.replaceChildren(...entries.map((entry, e) => scoredCard(entry, q, side, largest, e + 1)));
+  list.replaceChildren(...entries.map((entry, e) => scoredCard(entry, q, side, largest, e + 1, asked)));
   byId(`${side}-hint`).textContent = entries.length
     ? `${several(entries.length, thing)}, strongest first` : `No ${thing} ${side} it.`;
+  const first = onPhone() ? 4 : data.sprites.train ? entries.length : FOLDED, rest = [...list.children].slice(first);
+  if (rest.length > 1) {
+    rest.forEach(node => { node.hidden = true; });
+    const unfold = element("button", { type: "button", class: "plain unfold" }, `Show ${rest.length} more`), last = element("li", { class: "fold" }, unfold);
+    unfold.addEventListener("click", () => {
+      rest.forEach(node => { node.hidden = false; });
+      rest[0].querySelector("input, button, summary")?.focus();
+      list.querySelector(".further")?.removeAttribute("hidden");
+      last.remove();
+    });
+    list.append(last);
+  }
   if (!more) return;
   const button = element("button", { type: "button", class: "plain" }, "Show more");
-  const item = element("li", { class: "card" }, button);
+  const item = element("li", { class: "card further" }, button);
+  item.hidden = rest.length > 1;
   button.addEventListener("click", async () => {
     button.setAttribute("aria-disabled", "true");
     const before = list.children.length - 1, next = await source.ranking(q, side, before);
     if (current !== q) return;
-    item.before(...next.entries.map((entry, e) => scoredCard(entry, q, side, largest, before + e + 1)));
+    item.before(...next.entries.map((entry, e) => scoredCard(entry, q, side, largest, before + e + 1, asked)));
     byId(`${side}-hint`).textContent = `${several(list.children.length - 1, thing)}, strongest first`;
     button.removeAttribute("aria-disabled");
     if (!next.more) item.remove();
@@ -48,19 +66,75 @@ function fillSide(q, side, { entries, more }, largest) {
   list.append(item);
 }
 
-function scoredCard(entry, q, side, largest, rank) {
+function scoredCard(entry, q, side, largest, rank, asked) {
   const actual = measured.get(`${q}:${entry.example.id}`);
   const rows = [caution ? ["rank", whole(rank)] : ["score", number(entry.score, true)]];
   if (!caution && entry.change !== undefined) rows.push(["removed", number(entry.change, true)]);
   if (actual !== undefined) rows.push(["retrained", number(actual, true)]);
-  return card(entry.example, { rows, meter: largest ? Math.abs(entry.score) / largest : 0, side, differs: entry.differs, tokens: entry.tokens, rest: entry.rest });
+  return card(entry.example, { rows, meter: largest ? Math.abs(entry.score) / largest : 0, side, ...entry, asked, first: rank === 1 });
+}
+function termsOf(answer) {
+  const told = Object.entries(MEANING).filter(([term]) => SHOWN[term]).map(([term, meaning]) => `${term}: ${meaning}`);
+  const entries = [...answer.raised.entries, ...answer.lowered.entries], uncoloured = answer.raised.uncoloured ?? answer.lowered.uncoloured;
+  if (entries.some(e => e.alike?.length)) told.push("alike: both far from the mean on the same side, and near each other");
+  if (entries.some(e => e.example.contents.text !== undefined)) told.push(`underlined: ${RUN} words or more in a row that the query has too`);
+  if (entries.some(e => e.tokens)) told.push(`coloured: its share of the score, orange raised the ${noun}, blue lowered it`);
+  if (uncoloured) told.push(uncoloured);
+  return [told.join(" · ")];
 }
 
-function wholeRow(row, words, open) {
+// -- where the strongest lie ----------------------------------------------------------------------
+
+let across = null, upward = null; // columns that the reader chose
+function drawSpots(query, answer) {
+  const host = byId("spots"), mine = query.contents.row;
+  const dots = ["raised", "lowered"].flatMap(side => answer[side].entries.map(({ example, differs }) => ({ side, example, differs, row: example.contents.row })))
+    .filter(dot => dot.row && dot.row.length === mine?.length);
+  host.hidden = dots.length < 2 || mine.length < 2;
+  if (host.hidden) { host.replaceChildren(); return; }
+  const often = new Map();
+  for (const { differs } of dots) differs?.forEach(([column], k) => { if (column < mine.length) often.set(column, (often.get(column) ?? 0) + 3 - k); });
+  const [one, two] = [...often.entries()].sort((a, b) => b[1] - a[1] || a[0] - b[0]).map(([column]) => column), far = [one ?? 0, two ?? (one === 1 ? 0 : 1)];
+  const choose = (now, words, set) => {
+    const select = element("select", { "aria-label": words }, ...mine.map((_, c) => element("option", { value: c }, data.features[c])));
+    select.value = now;
+    select.addEventListener("input", () => { set(Number(select.value)); draw(); });
+    return element("label", {}, `${words} `, select);
+  };
+  const plot = element("div", { class: "plot" });
+  function draw() {
+    const cx = across ?? far[0], cy = upward ?? far[1], padded = values => {
+      const low = Math.min(...values), high = Math.max(...values), pad = (high - low || Math.abs(high) || 1) * 0.08;
+      return [low - pad, high + pad];
+    };
+    const { svg, x, y } = axes(plot, { x: padded([mine[cx], ...dots.map(dot => dot.row[cx])]), y: padded([mine[cy], ...dots.map(dot => dot.row[cy])]),
+      height: 300, xName: data.features[cx], yName: data.features[cy], label: `The ${several(dots.length, thing)} of the cards in ${data.features[cx]} and ${data.features[cy]}, with the query as a cross.` });
+    for (const { side, example, row } of dots) {
+      const [a, b, r] = [x(row[cx]), y(row[cy]), 5.5];
+      const dot = side === "raised" ? shape("circle", { cx: a, cy: b, r, class: "raised spot" })
+        : shape("path", { d: `M${a} ${b - r}L${a + r} ${b}L${a} ${b + r}L${a - r} ${b}Z`, class: "lowered spot" });
+      dot.append(shape("title", {}, `${example.name}${example.label ? `, ${example.label}` : ""}`));
+      dot.addEventListener("click", () => document.querySelector(`#${side} [data-example="${example.id}"]:not([hidden])`)?.scrollIntoView({ block: "center" }));
+      svg.append(dot);
+    }
+    const [a, b, r] = [x(mine[cx]), y(mine[cy]), 8];
+    svg.append(shape("path", { d: `M${a - r} ${b}H${a + r}M${a} ${b - r}V${b + r}`, class: "asked-spot" }));
+    plot.replaceChildren(svg);
+  }
+  const details = folded("Where they lie", element("div", { class: "filters more" },
+    choose(across ?? far[0], "across", c => { across = c; }), choose(upward ?? far[1], "upward", c => { upward = c; })),
+    element("p", { class: "hint" }, element("span", { class: "swatch up" }), ` raised (circles), `, element("span", { class: "swatch down" }), " lowered (diamonds), + the query. At first the two columns in which they differ from it most."), plot);
+  details.open = host.querySelector("details")?.open ?? !onPhone();
+  details.addEventListener("toggle", () => { if (details.open) draw(); });
+  host.replaceChildren(details);
+  draw();
+}
+
+function wholeRow(row, words, open, small = false) {
   const rows = row.map((value, c) => [data.features[c], number(value)]);
   const more = data.features.length > row.length ? ` (the first ${row.length} of ${data.features.length} columns)` : "";
   const grid = pairs(element("dl", { class: "facts row" }), rows);
-  const details = folded(`${words}${more}`, grid);
+  const details = folded(`${words}${more}`, small ? scrolling(words, grid) : grid);
   details.open = open;
   return details;
 }
@@ -157,8 +231,18 @@ function prepareFilters() {
   }, { passive: true });
 }
 addEventListener("keydown", event => {
+  if (event.altKey || event.ctrlKey || event.metaKey || event.target.closest("input, select, textarea, dialog")) return;
+  if (event.key === "?") { event.preventDefault(); byId("keys").showModal(); }
+  if (event.key === "/" && source.queries.length > 1) {
+    event.preventDefault();
+    if (page !== "queries") goTo("#queries");
+    byId("search").focus();
+  }
+});
+byId("keys-open").addEventListener("click", () => byId("keys").showModal());
+addEventListener("keydown", event => {
   if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return; // the browser's own
-  if (page !== "queries" || event.target.closest("input, select, textarea, .scroll")) return;
+  if (page !== "queries" || event.target.closest("input, select, textarea, dialog, .scroll")) return;
   const inList = event.target.id === "list" ? { ArrowDown: 1, ArrowUp: -1 } : {};
   const by = { ArrowRight: 1, ArrowLeft: -1, j: 1, k: -1, ...inList }[event.key];
   if (by) { event.preventDefault(); step(by, true); }

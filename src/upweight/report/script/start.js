@@ -1,6 +1,6 @@
 // -- pages and their addresses: #trust, #queries/17, #training, #outcomes --------------------------
 
-const PAGES = ["trust", "queries", "training", "outcomes"].filter(name => byId(`page-${name}`));
+const PAGES = ["queries", "trust", "training", "outcomes"].filter(name => byId(`page-${name}`));
 let page = null;
 function goTo(address, replace) {
   if (location.hash === address) return;
@@ -12,7 +12,7 @@ function route(event) {
   const name = PAGES.includes(asked) ? asked : undefined;
   if (!name && page && location.hash) return; // an anchor within the page
   const before = page;
-  page = name ?? "trust";
+  page = name ?? "queries";
   for (const each of PAGES) byId(`page-${each}`).hidden = each !== page;
   for (const link of byId("pages").querySelectorAll("a")) {
     if (link.hash === `#${page}`) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
@@ -23,7 +23,7 @@ function route(event) {
   }
   if (page === "queries") {
     const asked = query !== undefined && source.queries[Number(query)] ? Number(query) : current >= 0 ? current : data.start;
-    if (query === undefined) history.replaceState(null, "", `#queries/${asked}`); // for the way back
+    if (query === undefined && location.hash) history.replaceState(null, "", `#queries/${asked}`); // for the way back
     if (asked !== current || before !== page) showQuery(asked);
   }
   if (page === "training") showTraining();
@@ -39,8 +39,6 @@ function drawPage() {
 byId("pages").hidden = false;
 prepareFilters();
 prepareDrop();
-byId("terms").textContent = Object.entries(MEANING).filter(([term]) => SHOWN[term])
-  .map(([term, meaning]) => `${term}: ${meaning}`).join(" · ");
 if (checkedQueries.includes(data.start)) checkedQuery = data.start;
 if (checks.length) focused = checks[0].query === checkedQuery ? checks[0].keys[0] : null;
 if (together && byId("scatter-table")) byId("scatter-table").open = true; // few and each of them named: worth reading at once
@@ -54,6 +52,6 @@ addEventListener("resize", () => { // figures are drawn to the width there is, s
   if (innerWidth === drawnAt) return;
   drawnAt = innerWidth;
   drawPage();
-  if (page === "queries") source.query(current).then(drawHistogram);
+  if (page === "queries") source.query(current).then(answer => { drawHistogram(answer); drawSpots(source.queries[current], answer); });
 });
 root.dataset.ready = "yes";

@@ -4,7 +4,9 @@ let trainingDrawn = false;
 async function showTraining() {
   if (trainingDrawn) return;
   trainingDrawn = true;
-  const found = await source.training(), host = byId("training");
+  const host = byId("training");
+  host.replaceChildren(element("p", { class: "hint", role: "status" }, "Loading …"));
+  const found = await source.training();
   host.replaceChildren(await drawValue(found.value));
   if (found.suspicious) host.append(await drawSuspicious(found));
   if (found.classes) host.append(drawClasses(found.classes));
@@ -20,12 +22,12 @@ function figure(draw) { // drawn when it has its place and width, and again when
   redraws.push(() => { if (host.isConnected) host.replaceChildren(draw(host)); });
   return host;
 }
-async function cards(rows, numbers, first = 0) {
+async function cards(rows, numbers, first = 0, { labels = false, open = 0 } = {}) {
   const examples = await source.examples(rows.map(row => row.id));
   const list = element("ol", { class: "cards" });
   list.classList.toggle("half", !data.sprites.train && examples.some(e => Object.keys(e.contents).length));
-  list.append(...examples.map((example, k) => card(example, { rows: numbers(rows[k], first + k + 1), tickable: "whole",
-    notes: example.contents.row ? [wholeRow(example.contents.row, "Its row", false)] : [] })));
+  list.append(...examples.map((example, k) => card(example, { rows: numbers(rows[k], first + k + 1), tickable: "whole", labels,
+    notes: example.contents.row ? [wholeRow(example.contents.row, "Its row", k < open, true)] : [] })));
   return list;
 }
 const numbersOf = (row, rank) => [
@@ -33,8 +35,12 @@ const numbersOf = (row, rank) => [
   ...(row.loss === undefined ? [] : [["loss", number(row.loss)]]),
   ...(row.self === undefined || caution ? [] : [["self-influence", number(row.self)]])];
 
+// A sentence for each number of the cards below it.
+const terms = rows => element("p", { class: "hint" }, explained(rows.length ? numbersOf(rows[0], 1).map(([term]) => term).filter(term => TERMS[term]) : []));
+
 // The first rows are shown; a click shows the others.
 function capped(list, most) {
+  if (onPhone()) most = Math.min(most, 4);
   const rest = [...list.children].slice(most);
   if (!rest.length) return [list];
   rest.forEach(node => { node.hidden = true; });
@@ -67,7 +73,7 @@ async function drawValue(value) {
       element("div", {}, element("h3", {}, "Scores, summed over queries"), figure(draw("signed")))),
     caution ? "" : folded("The curves as a table", scrolling("The curves as a table", table("Sorted sums over all queries", ["rank", "sum of |score|", "sum of scores"],
       rows.map(place => [whole(place + 1), number(value.absolute[at(place)]), number(value.signed[at(place)], true)])))),
-    element("h3", { class: "sub" }, "Largest absolute scores"),
+    element("h3", { class: "sub" }, "Largest absolute scores"), terms(value.top),
     ...capped(await cards(value.top, numbersOf), 8));
 }
 
@@ -93,7 +99,7 @@ async function drawSuspicious({ suspicious, ranked_by: by, scatter }) {
   }));
   if (scatter) parts.push(element("p", { class: "hint" }, "Both axes are logarithmic; what is more than a million times below the largest is drawn on the edge."));
   if (scatter && scatter.id.length < scatter.n) parts.push(element("p", { class: "hint" }, `${whole(scatter.id.length)} of ${whole(scatter.n)} are drawn: the 1,000 of largest self-influence, and the others evenly thinned.`));
-  parts.push(element("h3", { class: "sub" }, `The ${suspicious.length} most suspicious`), ...capped(await cards(suspicious, numbersOf), 12));
+  parts.push(element("h3", { class: "sub" }, `The ${suspicious.length} most suspicious`), terms(suspicious), ...capped(await cards(suspicious, numbersOf, 0, { labels: true, open: 4 }), 12));
   return panel("Suspicious labels", "suspicious-title", ...parts);
 }
 

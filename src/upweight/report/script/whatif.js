@@ -54,6 +54,8 @@ async function tellDropped() {
   if (source.queries.length > 1 && order.length) words.push(element("span", { class: "hint" }, `Largest of all queries: ${caution ? "" : `${number(changes[order[0]], true)}, `}query ${order[0]}.`));
   byId("drop-words").replaceChildren(...words);
   byId("drop-all").hidden = source.queries.length < 2;
+  byId("drop-python").textContent = `scores.predict(drop=[${[...dropped.keys()].join(", ")}])`;
+  byId("drop-done").textContent = "";
   if (!byId("drop-panel").hidden) drawDropped();
 }
 const directionOf = change => change > 0 ? "rise" : change < 0 ? "fall" : "stay";
@@ -105,7 +107,42 @@ function addByNumber() {
   });
   return form;
 }
+// -- taking them along ----------------------------------------------------------------------------
+
+async function copy(text, what) {
+  try { await navigator.clipboard.writeText(text); } catch { // not allowed here: the older way
+    const area = element("textarea", { "aria-label": what });
+    area.value = text;
+    byId("whatif").append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  byId("drop-done").textContent = `${what} copied.`;
+}
+// A spreadsheet takes a text that starts so for a formula; the apostrophe makes it a text.
+const cell = value => {
+  const text = String(value ?? ""), safe = typeof value !== "number" && /^[=+\-@\t\r]/.test(text) && !Number.isFinite(Number(text)) ? `'${text}` : text;
+  return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+};
+function asCsv() {
+  const rows = [...dropped.values()], columns = rows.find(one => one.contents.row)?.contents.row.map((_, c) => data.features[c]) ?? [];
+  const has = name => rows.some(one => one[name] !== undefined && one[name] !== ""), texts = rows.some(one => one.contents.text !== undefined);
+  const head = ["row", ...(has("given") ? ["id"] : []), ...(has("label") ? ["label"] : []), ...(has("predicted") ? ["predicted"] : []), ...(texts ? ["text"] : []), ...columns];
+  const lines = rows.map(one => [one.id, ...(has("given") ? [one.given] : []), ...(has("label") ? [one.label] : []), ...(has("predicted") ? [one.predicted] : []),
+    ...(texts ? [one.contents.text] : []), ...columns.map((_, c) => one.contents.row?.[c])]);
+  return [head, ...lines].map(line => line.map(cell).join(",")).join("\r\n") + "\r\n";
+}
+function download(text, name) {
+  const link = element("a", { download: name });
+  link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
 function prepareDrop() {
+  byId("drop-copy").addEventListener("click", () => copy([...dropped.values()].map(one => one.given ?? one.id).join("\n"), "Ids"));
+  byId("drop-save").addEventListener("click", () => { download(asCsv(), "rows.csv"); byId("drop-done").textContent = "rows.csv downloaded."; });
+  byId("drop-code").addEventListener("click", () => copy(byId("drop-python").textContent, "Python"));
   byId("drop-none").addEventListener("click", async () => { dropped.clear(); markTicks(); await tellDropped(); byId("main").focus({ preventScroll: true }); });
   byId("drop-all").addEventListener("click", () => {
     const shown = byId("drop-panel").hidden;

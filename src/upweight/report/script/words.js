@@ -34,12 +34,13 @@ function queryWord(q) {
 
 const askedQueries = data.queries.map((query, q) => ({ ...query, tile: data.sprites.query ? q : undefined,
   contents: query, text: query.text ?? "" }));
-function exampleOf({ id, name, label = "", bare, tokens, ...contents }, place = id) {
-  return { id, name: name ?? `#${id}`, label, tokens, contents, words: `${thing} ${name ?? id}${label ? `, label ${label}` : ""}`,
+function exampleOf({ id, name, label = "", predicted, bare, tokens, special, ...contents }, place = id) {
+  return { id, name: name ?? `#${id}`, given: name, label, predicted, tokens, special, contents, words: `${thing} ${name ?? id}${label ? `, label ${label}` : ""}`,
     tile: data.sprites.train && !bare ? place : undefined };
 }
-const sideOf = ({ ids, scores, changes, more, differs, tokens, rest }, example) => ({ more,
-  entries: ids.map((id, e) => ({ example: example(id), score: scores[e], differs: differs?.[e], tokens: tokens?.[e], rest: rest?.[e],
+const sideOf = ({ ids, scores, changes, more, differs, alike, tokens, rest, theirs, theirs_rest, uncoloured }, example) => ({ more, uncoloured,
+  entries: ids.map((id, e) => ({ example: example(id), score: scores[e], differs: differs?.[e], alike: alike?.[e],
+    tokens: tokens?.[e], rest: rest?.[e], theirs: theirs?.[e], theirsRest: theirs_rest?.[e],
     change: changes ? changes[e] : data.predicts ? -scores[e] : undefined })) });
 
 // -- elements -------------------------------------------------------------------------------------
@@ -77,6 +78,8 @@ function folded(summary, ...children) {
 function panel(title, id, ...children) {
   return element("section", { class: "panel", "aria-labelledby": id }, element("h2", { id }, title), ...children);
 }
+
+const onPhone = () => matchMedia("(max-width: 520px)").matches;
 
 // Sheets hold the thumbnails of a set: a tile is a window on one, moved by its background. A sheet
 // gets its rule, and is decoded, when the first of its tiles is made.
