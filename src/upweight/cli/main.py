@@ -4,6 +4,7 @@ A verb's module is imported when the verb is asked for: help and completion need
 """
 
 import importlib
+import os
 import sys
 
 import click
@@ -24,6 +25,10 @@ VERBS = {
 """Verbs in the order of use: in which module each is, and the first line of its help."""
 
 
+BY_RANKS = {"attribute"}
+"""Verbs that several processes of torchrun share."""
+
+
 class Verbs(click.Group):
     """The verbs of the table."""
 
@@ -33,6 +38,11 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
+        if cmd_name not in BY_RANKS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise click.UsageError(
+                f"{cmd_name} is the work of one process; torchrun starts several, which only "
+                f"{', '.join(sorted(BY_RANKS))} shares out"
+            )
         found = getattr(importlib.import_module(f"upweight.cli.{VERBS[cmd_name][0]}"), cmd_name)
         assert isinstance(found, click.Command)
         return found
