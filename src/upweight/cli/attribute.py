@@ -238,7 +238,6 @@ def share_in(asked: Asked, run: Run, ranks: Ranks, shards: str) -> None:
         question = asked.question(project)
         require_same(run, record.changed(question.fingerprints()), record, project)
         work.attribute(run, record, question, ranks, shards)
-    ranks.number(DONE)
 
 
 def finished(
@@ -287,7 +286,6 @@ def finished(
         try:
             ranks.number(TO_DO)
             fitted = work.attribute(run, record, question, ranks, shards)
-            ranks.number(DONE)
             if shards != ALL and not run.is_finished:
                 return "a part"
             with run.together() if shards != ALL else contextlib.nullcontext():

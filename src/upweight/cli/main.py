@@ -4,7 +4,6 @@ A verb's module is imported when the verb is asked for: help and completion need
 """
 
 import importlib
-import os
 import sys
 
 import click
@@ -38,12 +37,8 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        if cmd_name not in BY_RANKS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise click.UsageError(
-                f"{cmd_name} is the work of one process; torchrun starts several, which only "
-                f"{', '.join(sorted(BY_RANKS))} shares out"
-            )
         found = getattr(importlib.import_module(f"upweight.cli.{VERBS[cmd_name][0]}"), cmd_name)
+        _require_shared(cmd_name)
         assert isinstance(found, click.Command)
         return found
 
@@ -55,6 +50,16 @@ class Verbs(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in VERBS.items()])
+
+
+def _require_shared(name: str) -> None:
+    """Refuse to do the work of one process in each process of a launcher."""
+    ranks = importlib.import_module("upweight.runtime.ranks")  # loaded with the verb
+    if name not in BY_RANKS and ranks.launched_as()[1] > 1:
+        raise click.UsageError(
+            f"{name} is the work of one process; torchrun started several, which share "
+            f"{', '.join(sorted(BY_RANKS))} only"
+        )
 
 
 @click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})

@@ -24,6 +24,7 @@ import click
 
 from upweight._text import readable
 from upweight.errors import UpweightError
+from upweight.runtime.ranks import launched_as
 
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control characters but for the tab and the end of a line, and those that reorder a line."""
@@ -58,7 +59,7 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
     @click.option("--traceback", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(function)
     def shown(*arguments: Any, as_json: bool, traceback: bool, **options: Any) -> None:
-        is_silent = int(os.environ.get("RANK", "0")) > 0  # rank 0 of torchrun speaks for all
+        is_silent = launched_as()[0] > 0  # rank 0 of torchrun speaks for all
         try:
             # With --json, standard output belongs to the machine.
             out = sys.stderr if as_json else sys.stdout

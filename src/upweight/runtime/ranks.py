@@ -190,7 +190,7 @@ def launched() -> Iterator[Ranks]:
     """
     import torch.distributed as dist
 
-    if not dist.is_available() or not all(name in os.environ for name in LAUNCHED):
+    if not dist.is_available() or launched_as()[1] == 1:
         yield ALONE
         return
     if dist.is_initialized():
@@ -205,9 +205,11 @@ def launched() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def launched_rank() -> int:
-    """Which of a launcher's processes this is; 0 where there is none."""
-    return int(os.environ["RANK"]) if all(name in os.environ for name in LAUNCHED) else 0
+def launched_as() -> tuple[int, int]:
+    """Which of how many processes of a launcher this is; (0, 1) where there is none."""
+    if not all(name in os.environ for name in LAUNCHED):
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def owners(sizes: Sequence[float], ranks: int) -> list[int]:
