@@ -18,7 +18,7 @@ import upweight as uw
 from upweight.view import Server
 
 DOCS = Path(__file__).parents[1] / "docs"
-BLOCK = re.compile(r"(<!-- not run: .+ -->\n)?```python\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?```python\n(.*?)```", re.DOTALL)
 PAGES = [
     page
     for page in sorted(DOCS.rglob("*.md"))
