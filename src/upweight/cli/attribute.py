@@ -23,7 +23,11 @@ from upweight.runs.environment import environment
 from upweight.runs.question import Question
 from upweight.runs.record import Record, is_reference
 from upweight.runs.work import refit
+from upweight.runtime.ranks import ALL, ALONE, Ranks, launched, share_of
 from upweight.runtime.versions import library_versions
+
+TO_DO, DONE = 1, 0
+"""What rank 0 tells the others."""
 
 SHOWN_QUERIES = 5
 """Queries whose strongest examples are printed, unless others are asked for."""
@@ -57,16 +61,28 @@ SHOWN_QUERIES = 5
     metavar="FILE.py:NAME",
     help="A dict of what the page shows beside the data; kept in the run.",
 )
+@click.option(
+    "--shards",
+    default=ALL,
+    metavar="I/M",
+    help="Score only every M-th part, from the I-th on: for M processes that do not talk to each "
+    "other, such as the jobs of an array. The last to end finishes the run.",
+)
 @verb
 def attribute(
-    out: Path, top: int | None, asked_of: tuple[int, ...], show: str | None, **options: Any
+    out: Path,
+    top: int | None,
+    asked_of: tuple[int, ...],
+    show: str | None,
+    shards: str,
+    **options: Any,
 ) -> Answer:
     """Score every training example for every query.
 
     Writes a run directory. TASK names an upweight.Task in a file of yours, a model, or a function
     that makes one; of a file alone, task or model in it, with loss, train and queries or test. If
     interrupted, the same command resumes. A directory of another question is refused; a finished
-    one is left as it is.
+    one is left as it is. Under torchrun all processes share the work; the files are the same.
 
     \b
     Examples:
@@ -75,12 +91,20 @@ def attribute(
             --method "Influence(EKFAC(), damping=Relative(0.1))" --measure "Margin()" --out run
         upweight attribute project.py:task --train project.py:train --queries project.py:test \\
             --method "Influence(Hessian())" --top 3 --out run
+        torchrun --nproc-per-node 4 -m upweight attribute project.py --out run
     """
     asked, run, shown = Asked(**options), Run(out.absolute()), out
-    with contextlib.ExitStack() as stack:
+    is_part = share_of(shards)[1] > 1
+    if is_part and asked.method is None:
+        raise click.UsageError("--shards needs --method: all processes must ask the same")
+    with launched() as ranks, contextlib.ExitStack() as stack:
+        if ranks.rank > 0:
+            share_in(asked, run, ranks, shards)
+            return Answer("", {})
         exists = run.path.exists()
         if exists:  # refused before anything is loaded
-            stack.enter_context(run.held("upweight attribute"))
+            if not is_part:
+                stack.enter_context(run.held("upweight attribute"))
             asked = as_begun(asked, run)
         project = stack.enter_context(opened())
         question = asked.question(project)
@@ -88,14 +112,20 @@ def attribute(
         outside = [query for query in asked_of if query >= new.q]
         if outside:
             raise click.UsageError(f"--query {outside[0]}: there are queries 0 to {new.q - 1}")
-        if not exists:  # only now: a mistake in the options leaves no directory behind
+        if not exists and not is_part:  # only now: a mistake in the options leaves no directory
             stack.enter_context(run.held("upweight attribute"))
-        old = run.record if run.has_work and run.toml.exists() else None
-        if old is not None:
-            require_same(run, old.differences(new), old, project)
+        with run.together() if is_part else contextlib.nullcontext():
+            old = run.record if (run.has_work or is_part) and run.toml.exists() else None
+            if old is not None:
+                require_same(run, old.differences(new), old, project)
+            elif is_part:
+                new.write(run.toml)
         files = run.naming(replace(new, show=show or ""))
         to_go_on = shlex.join(["upweight", "rerun", str(shown / "run.toml"), *files])
-        did = finished(run, old or new, question, to_go_on, project, show)
+        did = finished(run, old or new, question, to_go_on, project, show, ranks, shards)
+        if not run.is_finished:
+            text = f"{shown}: part {shards} is done; the run is finished when all parts are"
+            return Answer(text, {"run": str(run.path), "did": did, "shards": shards})
     done = answer(run, shown, did, project)
     return done if top is None else with_rankings(done, run, top, asked_of)
 
@@ -191,6 +221,25 @@ def as_begun(asked: Asked, run: Run) -> Asked:
     return asked if is_reference(method) else replace(asked, method=method, recipe=recipe or None)
 
 
+def share_in(asked: Asked, run: Run, ranks: Ranks, shards: str) -> None:
+    """What a rank other than 0 does: its share of the work that rank 0 has begun.
+
+    It loads the project after rank 0 has: a mistake in it is said once.
+
+    Raises:
+        StaleStore: The project gives this rank another model or data.
+    """
+    if ranks.number(TO_DO) == DONE:
+        return
+    record = run.record
+    if asked.method is None:
+        asked = replace(asked, method=record.method, recipe=record.recipe or None)
+    with opened() as project:
+        question = asked.question(project)
+        require_same(run, record.changed(question.fingerprints()), record, project)
+        work.attribute(run, record, question, ranks, shards)
+
+
 def finished(
     run: Run,
     record: Record,
@@ -198,8 +247,10 @@ def finished(
     to_go_on: str,
     project: Project,
     show: str | None = None,
+    ranks: Ranks = ALONE,
+    shards: str = ALL,
 ) -> str:
-    """Do what is left of a run; what was done, in a word.
+    """Do what is left of a run, or this process's part; what was done, in a word.
 
     Raises:
         StaleStore: An interrupted run was begun with other versions, or scores were altered.
@@ -207,10 +258,12 @@ def finished(
     if run.is_finished:
         run.open()  # which raises where they are damaged: then nothing is finished
     if run.is_finished and is_kept(run) and show is None:
+        ranks.number(DONE)
         return "nothing"
     record = record if show is None else replace(record, show=show)
     beside = shown_of(project, record.show) if record.show else Shown()
     if run.is_finished:
+        ranks.number(DONE)
         fitted = refit(run, record, question) if run.factors.exists() else None
         with continued_by(to_go_on):
             record.write(run.toml)
@@ -231,8 +284,12 @@ def finished(
     with continued_by(to_go_on):
         run.log(f"{word}: {record.method}, {record.measure}, {record.n} × {record.q}")
         try:
-            fitted = work.attribute(run, record, question)
-            keep(run, question, fitted if fitted.scorer.is_quick_of_itself else None, beside)
+            ranks.number(TO_DO)
+            fitted = work.attribute(run, record, question, ranks, shards)
+            if shards != ALL and not run.is_finished:
+                return "a part"
+            with run.together() if shards != ALL else contextlib.nullcontext():
+                keep(run, question, fitted if fitted.scorer.is_quick_of_itself else None, beside)
         except BaseException as error:
             with contextlib.suppress(OSError):  # the disk may be full
                 run.log(f"stopped by {type(error).__name__}: {error}")

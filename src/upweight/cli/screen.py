@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import re
 import sys
 import traceback as tracebacks
@@ -23,6 +24,7 @@ import click
 
 from upweight._text import readable
 from upweight.errors import UpweightError
+from upweight.runtime.ranks import launched_as
 
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control characters but for the tab and the end of a line, and those that reorder a line."""
@@ -57,10 +59,11 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
     @click.option("--traceback", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(function)
     def shown(*arguments: Any, as_json: bool, traceback: bool, **options: Any) -> None:
+        is_silent = launched_as()[0] > 0  # rank 0 of torchrun speaks for all
         try:
             # With --json, standard output belongs to the machine.
             out = sys.stderr if as_json else sys.stdout
-            with contextlib.redirect_stdout(out), warnings.catch_warnings():
+            with _nothing_said(is_silent, out), warnings.catch_warnings():
                 warnings.showwarning = _warned
                 answer = function(*arguments, **options)
         except (Exception, KeyboardInterrupt) as error:
@@ -69,12 +72,14 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
             if traceback:
                 tracebacks.print_exception(error)
             text = _in_words(error)
-            if as_json:
+            if as_json and not is_silent:
                 facts = {"error": type(error).__name__, "message": text}
                 click.echo(json.dumps(facts))
             failed = Failed(text)
             failed.exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1  # type: ignore[misc]
             raise failed from error
+        if is_silent:
+            return
         if as_json:
             click.echo(json.dumps(_strict(answer.facts), indent=1))
         elif answer.text:
@@ -83,6 +88,17 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
             raise click.exceptions.Exit(1)
 
     return shown
+
+
+@contextlib.contextmanager
+def _nothing_said(is_silent: bool, out: TextIO) -> Iterator[None]:
+    """What is printed goes to `out`, or nowhere."""
+    with contextlib.ExitStack() as stack:
+        if is_silent:
+            out = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stderr(out))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        yield
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from upweight.gradients.factored import Factors, Rows, Tokens
 from upweight.linalg.damping import Damping
 from upweight.linalg.eigen import Eigen, eigenbasis
 from upweight.linalg.finite_sum import mean_of
-from upweight.linalg.gram import LongSum
+from upweight.linalg.gram import WHEN_CLOSED, LongSum
 from upweight.runtime.hardware import has_fast_bfloat16
 from upweight.runtime.memory import require_bytes
 
@@ -89,7 +89,11 @@ class Reduce(Sharing):
 
 
 class Estimator(abc.ABC):
-    """Learns one block. Gradients come in passes over the data; `finish` closes a pass."""
+    """Learns one block. Gradients come in passes over the data; `finish` closes a pass.
+
+    Everything that is learned in a pass is in `sums`. Several processes may each see some of the
+    gradients: one of them, which owns the block, has the totals, and finishes.
+    """
 
     passes: int = 1
 
@@ -98,6 +102,9 @@ class Estimator(abc.ABC):
 
     may_round: bool = False
     """Whether a pass after the first may turn out to take gradients in bfloat16."""
+
+    is_trying: bool = False
+    """Whether that is still to be found out, from the first examples of that pass."""
 
     rounds: bool = False
     """Whether it takes them in bfloat16 from here on."""
@@ -118,6 +125,13 @@ class Estimator(abc.ABC):
 
     def finish(self, stage: int) -> None:  # noqa: B027  most have nothing to do
         """All batches of a pass have been seen."""
+
+    def learned(self, stage: int) -> tuple[Tensor, ...]:
+        """What the next pass needs of `finish`, for the processes that do not own the block."""
+        return ()
+
+    def adopt(self, stage: int, learned: tuple[Tensor, ...]) -> None:  # noqa: B027
+        """Take what the owner's `learned` gave, in place of `finish`."""
 
     @abc.abstractmethod
     def result(self, count: int | float) -> Eigen:
@@ -140,7 +154,7 @@ class Estimator(abc.ABC):
             "use curvature=Diagonal(), which keeps a number per parameter; or leave this layer "
             "out with Task(params=…).",
         )
-        return LongSum(shape, self.dtype, self.device)
+        return LongSum(shape, self.dtype, self.device, WHEN_CLOSED)
 
     def _without_rounding(self, values: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
         """Eigenvalues of a covariance, with those that rounding moved off zero back at zero."""
@@ -181,29 +195,24 @@ class KFACBlock(Estimator):
     ) -> None:
         super().__init__(name, dtype, device, shape)
         o, i = shape
-        self.sums = {"left": self._sum(o, o), "right": self._sum(i, i)}
-        self.rows, self.sharing = 0, sharing
+        count = LongSum((), torch.float64, device, WHEN_CLOSED)
+        self.sums = {"left": self._sum(o, o), "right": self._sum(i, i), "rows": count}
+        self.sharing = sharing
 
     def see(self, stage: int, factors: Factors) -> None:
         assert isinstance(factors, Tokens)
         a, delta = self.sharing.pairs(factors)
         self.sums["right"].add_gram(a)
         self.sums["left"].add_gram(delta)
-        self.rows += len(a)
+        self.sums["rows"].add(torch.tensor(len(a)))
 
     def result(self, count: int | float) -> Eigen:
         right, left = self.sums["right"].gram, self.sums["left"].gram
-        alpha, right = eigenbasis(self._finite(mean_of(right, max(1, self.rows))))
+        rows = int(self.sums["rows"].total)
+        alpha, right = eigenbasis(self._finite(mean_of(right, max(1, rows))))
         gamma, left = eigenbasis(self._finite(mean_of(left, count)))
         values = self._without_rounding(gamma)[:, None] * self._without_rounding(alpha)
         return Eigen((left.to(self.dtype), right.to(self.dtype)), values.to(self.dtype))
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {**super().tensors(), "rows": torch.tensor(self.rows)}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        super().restore(tensors)
-        self.rows = int(tensors["rows"])
 
 
 class EKFACBlock(KFACBlock):
@@ -237,7 +246,7 @@ class EKFACBlock(KFACBlock):
         if self._trial.open:
             short = factors.rounded(torch.bfloat16)
             add_second_moments(self._trial.moments, short, *self._short_bases)
-            self._trial.judge(self._moments.total, len(factors))
+            self._trial.judge(self._moments.now, len(factors))
 
     @property
     def _short_bases(self) -> tuple[Tensor, Tensor]:
@@ -248,6 +257,10 @@ class EKFACBlock(KFACBlock):
     @property
     def may_round(self) -> bool:  # type: ignore[override]
         return self._trial.able
+
+    @property
+    def is_trying(self) -> bool:  # type: ignore[override]
+        return self._trial.open
 
     @property
     def rounds(self) -> bool:  # type: ignore[override]
@@ -264,6 +277,13 @@ class EKFACBlock(KFACBlock):
         _, left = eigenbasis(self._finite(self.sums["left"].gram))
         _, right = eigenbasis(self._finite(self.sums["right"].gram))
         self._rotate(left.to(self.dtype), right.to(self.dtype))
+
+    def learned(self, stage: int) -> tuple[Tensor, ...]:
+        return (self._bases or ()) if stage == 0 else ()
+
+    def adopt(self, stage: int, learned: tuple[Tensor, ...]) -> None:
+        if stage == 0:
+            self._rotate(*learned)
 
     def _rotate(self, left: Tensor, right: Tensor) -> None:
         """The second moments take the place of the covariances."""
@@ -332,7 +352,7 @@ class _ShortTrial:
         self.seen += examples
         if self.seen < TRIAL:
             return
-        exact, rounded = mean_of(full, self.seen), mean_of(self.moments.total, self.seen)
+        exact, rounded = mean_of(full, self.seen), mean_of(self.moments.now, self.seen)
         damping = self.estimator.damping
         assert damping is not None
         lam = damping.of(Eigen((None,) * exact.ndim, exact)) if bool(exact.any()) else 0.0

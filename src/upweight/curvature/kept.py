@@ -26,6 +26,7 @@ class _Batch:
     """One batch's gradients, under each of its labels."""
 
     is_short: bool
+    size: int
     groups: list[Parts] = field(default_factory=list)
 
 
@@ -52,12 +53,13 @@ class Kept:
         if not self.is_open:
             return
         if start not in self._batches and len(self._batches) == 1:
-            self._choose(start)
+            self._choose(next(iter(self._batches.values())).size)
         if not self.is_open:
             return
         # The trial whether rounding does any harm needs the first ones as they are.
         is_short = self._is_short and self._gradients >= TRIAL
-        batch = self._batches.setdefault(start, _Batch(is_short))
+        size = len(next(iter(factors.values())))
+        batch = self._batches.setdefault(start, _Batch(is_short, size))
         parts = {}
         for k in self._readers:
             part = factors[k]

@@ -3,6 +3,9 @@
     LayerwiseCurvature.fit      stream the data past one estimator per block (K-FAC, EK-FAC, …)
     BlockCurvature              what came of it: blocks, their eigenvalues and bases
 
+Sums are taken over blocks of a fixed number of examples, and these are added in order: several
+processes (`upweight.runtime.ranks`), each with some of the blocks, come to the same bits as one.
+
 Nothing of size p × p is formed, and nothing of size p per example where a weight is used once per
 example. The penalty's own curvature is added to the eigenvalues: exactly where it is a multiple of
 the identity on a block (`L2`), else its diagonal in the block's basis.
@@ -12,6 +15,7 @@ import abc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -20,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.curvature.estimators import Estimator
+from upweight.curvature.estimators import Estimator, named, restore_named
 from upweight.curvature.kept import Kept, Parts
 from upweight.curvature.labels import Head, Labels
 from upweight.errors import DataError, listed
@@ -32,10 +36,12 @@ from upweight.gradients.passes import GradientPass
 from upweight.linalg.blockdiag import BlockDiagonal
 from upweight.linalg.damping import Damping
 from upweight.linalg.eigen import Eigen
+from upweight.linalg.gram import BATCHES, WHEN_CLOSED, LongSum
 from upweight.linalg.matrices import DiagonalMatrix
 from upweight.linalg.operator import LinearOperator
 from upweight.runtime.memory import examples_within, kept_bytes, working_bytes
 from upweight.runtime.progress import progress
+from upweight.runtime.ranks import ALONE, Ranks, owners
 from upweight.runtime.resources import Checkpoint
 from upweight.task.data import Data
 from upweight.task.task import Task
@@ -156,6 +162,7 @@ class LayerwiseCurvature(abc.ABC):
         watch: Callable[[int, int, Batch, Tensor, Any], None] | None = None,
         plan: Plan | None = None,
         others: Sequence[Float[Tensor, " p"]] = (),
+        ranks: Ranks = ALONE,
     ) -> BlockCurvature:
         """H at θ, block by block; with `others` the mean over all these θ.
 
@@ -173,8 +180,11 @@ class LayerwiseCurvature(abc.ABC):
                 pass, before anything is made of them.
             plan: That of an earlier fit of the same task at another θ; None: made here.
             others: Further θ, to take the mean of factors and eigenvalues over.
+            ranks: The processes that make this call together, each on some of the examples; each
+                block is decomposed by one of them. `watch` sees this process's examples only.
 
         Raises:
+            SpecError: The ranks find other states in the folder.
             UnsupportedModel: The labels cannot be drawn, or a gradient cannot be had.
             NonFinite: A gradient is NaN or infinite.
 
@@ -190,16 +200,23 @@ class LayerwiseCurvature(abc.ABC):
         ]
         for estimator in estimators:
             estimator.damping = damping
-        batch = data.together(examples_at_once(spent, task.layout.device, memory_bytes))
+        batch = ranks.least(
+            data.together(examples_at_once(spent, task.layout.device, memory_bytes))
+        )
         spread = _Spread(len(estimators))
         place = _Place(0, 0, batch)
         if checkpoint is not None and (state := checkpoint.read()) is not None:
             place = _restore(state, estimators, spread)
             notes = (*notes, "curvature: went on from what an earlier run had kept")
+        bits = [estimator.may_round for estimator in estimators]
+        ranks.require_same((place.stage, place.example, place.batch), "how far a fit has come")
+        ranks.require_same(bits, "how they multiply")
         used = place.batch * spent.bytes_per_example
         points = (*others, theta)
         kept = Kept(
-            estimators, len(seen) * len(points), kept_bytes(task.layout.device, memory_bytes, used)
+            estimators,
+            -(-len(seen) * len(points) // ranks.size),
+            kept_bytes(task.layout.device, memory_bytes, used),
         )
         if place != _Place(0, 0, place.batch):
             kept.clear()
@@ -216,13 +233,14 @@ class LayerwiseCurvature(abc.ABC):
             place,
             checkpoint,
             watch,
+            ranks,
         )
         seconds = passes.run()
         size = len(seen) if n is None else len(seen) * n / len(data)
         count = size * self.labels.per_example * len(points)
-        eigens = [estimator.result(count) for estimator in estimators]
+        eigens = passes.results(count)
         eigens, penalty_notes = _with_penalty(made, points, eigens)
-        errors = spread.relative_errors(len(data) * len(points))
+        errors = spread.relative_errors(len(data) * len(points), ranks)
         blocks = tuple(
             FittedBlock(block, eigen, mean_error=error)
             for block, eigen, error in zip(made.blocks, eigens, errors, strict=True)
@@ -258,6 +276,14 @@ class _Place:
     batch: int
 
 
+@dataclass(frozen=True)
+class _Round:
+    """How many blocks of examples end together, and the example behind them."""
+
+    blocks: int
+    stop: int
+
+
 @dataclass(eq=False)
 class _Passes:
     """The passes of one fit over the data, from where an earlier run left off.
@@ -276,6 +302,13 @@ class _Passes:
     place: _Place
     checkpoint: Checkpoint | None
     watch: Callable[[int, int, Batch, Tensor, Any], None] | None
+    ranks: Ranks
+
+    @cached_property
+    def owners(self) -> list[int]:
+        """The rank that has the totals of each block and decomposes it, at a cost of d³."""
+        costs = [float(sum(d**3 for d in block.shape)) for block in self.plan.blocks]
+        return owners(costs, self.ranks.size)
 
     def run(self) -> dict[str, float]:
         """Every pass that is left; how long each took."""
@@ -290,28 +323,122 @@ class _Passes:
     def _pass(self, stage: int, what: str) -> None:
         learning = {k: e for k, e in enumerate(self.estimators) if stage < e.passes}
         first, size, n = self.place.example, self.place.batch, len(self.data)
+        if self.ranks.rank > 0:
+            self._follow(stage, learning)
         for number, theta in enumerate(self.points):
             if first >= (number + 1) * n:
                 continue
             begin = number * n
             with GradientPass(self.plan, theta) as passes:
                 at = range(max(first, begin), begin + n, size)
-                ranges = ((k, min(k + size, begin + n), None) for k in at)
-                for start, stop, _ in progress(ranges, len(self.points) * n, what, at.start):
-                    for parts in self._learned_from(passes, stage, start, stop):
-                        for k, estimator in learning.items():
-                            estimator.see(stage, parts[k])
-                        if stage == 0 and self.is_part:
-                            self.spread.see(parts.values())
-                    self.spread.close()
-                    self.place = _Place(stage, stop, size)
-                    if self.checkpoint is not None and self.checkpoint.is_due():
-                        self.checkpoint.write(_state(self.place, self.estimators, self.spread))
-        for estimator in learning.values():
-            estimator.finish(stage)
+                steps = self._steps(max(first, begin), begin, begin + n)
+                for start, stop, ends in progress(steps, len(self.points) * n, what, at.start):
+                    if start < stop:
+                        for parts in self._learned_from(passes, stage, start, stop):
+                            for k, estimator in learning.items():
+                                estimator.see(stage, parts[k])
+                            if stage == 0 and self.is_part:
+                                self.spread.see(parts.values())
+                        self.spread.close()
+                    if ends is not None:
+                        self._move(learning, ends.blocks)
+                    place = stop if ends is None else ends.stop
+                    self.place = _Place(stage, place, size)
+                    if ends is not None or self.ranks.size == 1:
+                        self._keep(only_if_due=True)
+        for k, estimator in learning.items():
+            if self.owners[k] == self.ranks.rank:
+                estimator.finish(stage)
+        for k, estimator in learning.items():
+            is_mine = self.owners[k] == self.ranks.rank
+            learned = self._told(k, estimator.learned(stage) if is_mine else None)
+            if not is_mine:
+                estimator.adopt(stage, learned)
         self.place = _Place(stage + 1, 0, size)
-        if self.checkpoint is not None:
+        self._keep()
+
+    def _follow(self, stage: int, learning: Mapping[int, Estimator]) -> None:
+        """Try what rank 0 tries on its first examples, and forget all sums that are its own."""
+        first, size, n = self.place.example, self.place.batch, len(self.data)
+        trying = {k: e for k, e in learning.items() if stage > 0 and e.is_trying}
+        if trying:
+            begin = first // n * n
+            with GradientPass(self.plan, self.points[first // n]) as passes:
+                for start in range(first, begin + n, size):
+                    stop = min(start + size, begin + n)
+                    for parts in self._taken(passes, stage, start, stop, (stage,)):
+                        for k, estimator in trying.items():
+                            estimator.see(stage, parts[k])
+                    if not any(e.is_trying for e in trying.values()):
+                        break
+        for total in (self.spread.sums, *(s for e in self.estimators for s in e.sums.values())):
+            total.drop()
+
+    def _steps(
+        self, first: int, begin: int, end: int
+    ) -> Iterator[tuple[int, int, "_Round | None"]]:
+        """This rank's batches of the examples first … end − 1, of those from `begin` on.
+
+        Each rank takes one block of a round; the last batch of it ends the round, or an empty one.
+        """
+        size, ranks = self.place.batch, self.ranks
+        examples = max(1, BATCHES // self.labels.per_example) * size
+        blocks = [
+            range(max(start, first), min(start + examples, end), size)
+            for start in range(begin, end, examples)
+            if start + examples > first
+        ]
+        for k in range(0, len(blocks), ranks.size):
+            together = blocks[k : k + ranks.size]
+            ends = _Round(len(together), together[-1].stop)
+            if ranks.rank >= len(together):
+                yield ends.stop, ends.stop, ends
+                continue
+            mine = together[ranks.rank]
+            for start in mine:
+                stop = min(start + size, mine.stop)
+                yield start, stop, ends if stop == mine.stop else None
+
+    def _move(self, learning: Mapping[int, Estimator], blocks: int) -> None:
+        """Add to the totals what the ranks have summed, each over a block."""
+        self.spread.sums.close(self.ranks, 0, blocks)
+        for k, estimator in learning.items():
+            for total in estimator.sums.values():
+                total.close(self.ranks, self.owners[k], blocks)
+
+    def _keep(self, only_if_due: bool = False) -> None:
+        """Write what is known so far to the folder, if there is one."""
+        if self.checkpoint is None:
+            return
+        if only_if_due and not self.ranks.number(self.checkpoint.is_due()):
+            return
+        if self.ranks.size > 1:
+            for k, estimator in enumerate(self.estimators):
+                for total in estimator.sums.values():
+                    total.fetch(self.ranks, self.owners[k])
+        if self.ranks.rank == 0:
             self.checkpoint.write(_state(self.place, self.estimators, self.spread))
+
+    def _told(self, k: int, tensors: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+        dtype, device = self.plan.dtype, self.plan.task.layout.device
+        return self.ranks.told(tensors, self.owners[k], dtype, device)
+
+    def results(self, count: int | float) -> list[Eigen]:
+        """What came of it, block by block."""
+        mine = {
+            k: estimator.result(count)
+            for k, estimator in enumerate(self.estimators)
+            if self.owners[k] == self.ranks.rank
+        }
+        if self.ranks.size == 1:
+            return list(mine.values())
+        found = []
+        for k in range(len(self.estimators)):
+            own = mine.get(k)
+            bases = None if own is None else [q for q in own.bases if q is not None]
+            values, *rest = self._told(k, None if own is None else [own.values, *(bases or ())])
+            found.append(Eigen(tuple(rest) or (None,) * values.ndim, values))
+        return found
 
     def _learned_from(
         self, passes: GradientPass, stage: int, start: int, stop: int
@@ -354,7 +481,7 @@ def _state(place: _Place, estimators: list[Estimator], spread: "_Spread") -> dic
     """All that a fit knows so far: going on from it gives the same numbers, bit for bit."""
     state = {
         "place": torch.tensor([place.stage, place.example, place.batch]),
-        "spread": spread.tensor(),
+        **named("spread", spread.sums),
     }
     for k, estimator in enumerate(estimators):
         state |= {f"{k}.{name}": value for name, value in estimator.tensors().items()}
@@ -373,7 +500,7 @@ def _restore(kept: Mapping[str, Tensor], estimators: list[Estimator], spread: "_
             if name.startswith(prefix)
         }
         estimator.restore(own)
-    spread.restore(kept["spread"])
+    restore_named("spread", spread.sums, kept)
     return _Place(*kept["place"].tolist())
 
 
@@ -381,7 +508,8 @@ class _Spread:
     """How much Σ ‖gᵢ‖², over an example's labels, varies over the examples, block by block."""
 
     def __init__(self, blocks: int) -> None:
-        self._sums = [(0, 0.0, 0.0)] * blocks
+        self.sums = LongSum((blocks, 3), torch.float64, torch.device("cpu"), WHEN_CLOSED)
+        """Of each block the number of examples, Σ ‖gᵢ‖² and Σ ‖gᵢ‖⁴."""
         self._open: list[Tensor] = []
 
     def see(self, factors: Iterable[Factors]) -> None:
@@ -391,27 +519,16 @@ class _Spread:
 
     def close(self) -> None:
         """All labels of the batch have been seen."""
-        for k, norms in enumerate(self._open):
-            m, first, second = self._sums[k]
-            self._sums[k] = (
-                m + len(norms),
-                first + float(norms.sum()),
-                second + float(norms.square().sum()),
-            )
+        if self._open:
+            rows = [(len(x), float(x.sum()), float(x.square().sum())) for x in self._open]
+            self.sums.add(torch.tensor(rows, dtype=torch.float64))
         self._open = []
 
-    def tensor(self) -> Float[Tensor, "k 3"]:
-        """To go on from later."""
-        return torch.tensor(self._sums, dtype=torch.float64)
-
-    def restore(self, sums: Float[Tensor, "k 3"]) -> None:
-        """Go on from what `tensor` gave."""
-        self._sums = [(int(m), first, second) for m, first, second in sums.tolist()]
-
-    def relative_errors(self, n: int) -> list[float]:
+    def relative_errors(self, n: int, ranks: Ranks) -> list[float]:
         """Standard error of the mean of ‖gᵢ‖², over it: what having seen m of n leaves open."""
         errors = []
-        for m, first, second in self._sums:
+        self.sums.fetch(ranks, 0)
+        for m, first, second in self.sums.total.tolist():
             if m < 2 or first == 0:
                 errors.append(0.0)
                 continue

@@ -23,6 +23,7 @@ from upweight.provenance import Provenance
 from upweight.runtime.atomic import make_folder
 from upweight.runtime.headers import Misfit, fitting, stale
 from upweight.runtime.lock import claimed
+from upweight.runtime.ranks import share_of
 from upweight.runtime.selection import places
 from upweight.runtime.store import FINISHED, Store
 from upweight.scores import TopScores
@@ -153,7 +154,7 @@ class Index:
         of its bases, besides the gradients of `sample` training examples.
         """
         started = time.perf_counter()
-        share, codes = _share(shards), Codes(bits)
+        share, codes = share_of(shards), Codes(bits)
         _require_counts(bytes_per_example=bytes_per_example, sample=sample, shard=shard)
         fitted._require_same_model()
         known = None if queries is None else fitted.task.queries(queries)
@@ -245,7 +246,7 @@ class Index:
 
         Cost: one pass over the new examples.
         """
-        share = _share(shards)
+        share = share_of(shards)
         self.fitted._require_same_model()
         examples, n = _data(self.fitted, data), self._end
         started = time.perf_counter()
@@ -560,19 +561,6 @@ def _numbers(codes: Codes, bytes_per_example: int, width: int) -> int:
             f"bytes_per_example={codes.bytes(MULTIPLE)} or more; 4096 is the default.",
         )
     return min(low * MULTIPLE, width)
-
-
-def _share(shards: str) -> tuple[int, int]:
-    """(i − 1, m) of "i/m"."""
-    first, _, of = shards.partition("/") if isinstance(shards, str) else ("", "", "")
-    if not (first.isdigit() and of.isdigit() and 1 <= int(first) <= int(of)):
-        raise SpecError(
-            'A share of the work is "i/m", with i from 1 to m.',
-            f"shards={shards!r}.",
-            "a count from 0, or one of the two numbers alone.",
-            'shards="1/4" to "4/4" for four jobs; leave it out where one folder is shared.',
-        )
-    return int(first) - 1, int(of)
 
 
 def _require_counts(**counts: Any) -> None:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight.runtime.ranks import ALONE, Ranks
+
 PANEL = 128
 """Columns per product. A Gram matrix is symmetric: only panels on or above its diagonal are
 multiplied, which saves up to half, and products this wide still run at full speed."""
@@ -18,11 +20,26 @@ multiplied, which saves up to half, and products this wide still run at full spe
 BATCHES = 16
 """Products added in float32 before they move to the total."""
 
+WHEN_CLOSED = 2**62
+"""Of a sum that moves what was added by `close` only."""
+
 
 class LongSum:
-    """Σ of many matrices of one shape, totalled in float64."""
+    """Σ of many matrices of one shape, totalled in float64.
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    Args:
+        every: Terms that are added in `dtype` before they move to the total; WHEN_CLOSED: those up
+            to a `close`, which may then move other processes' terms of the same size as well.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        every: int = BATCHES,
+    ) -> None:
+        self._every = every
         self._total = torch.zeros(shape, dtype=torch.float64, device=device)
         self._recent = torch.zeros(shape, dtype=dtype, device=device)
         self._count = 0
@@ -47,19 +64,37 @@ class LongSum:
 
     def _moved(self) -> None:
         self._count += 1
-        if self._count == BATCHES:
+        if self._count == self._every:
             self._move()
 
     def _move(self) -> None:
         self._total += self._recent
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget what was added since the last move."""
         self._recent.zero_()
         self._count = 0
+
+    def close(self, ranks: Ranks = ALONE, owner: int = 0, count: int = 1) -> None:
+        """Move to the owner's total what ranks 0 … count − 1 added since, in that order."""
+        ranks.collect(self._recent, owner, count, self._total.add_)
+        self.drop()
+
+    def fetch(self, ranks: Ranks, owner: int) -> None:
+        """Let everybody have the owner's total."""
+        ranks.broadcast(self._total, owner)
 
     @property
     def total(self) -> Float[Tensor, "..."]:
         """The sum so far, in float64."""
         self._move()
         return self._total
+
+    @property
+    def now(self) -> Float[Tensor, "..."]:
+        """The same, without moving anything."""
+        return self._total + self._recent
 
     @property
     def gram(self) -> Float[Tensor, "d d"]:

@@ -169,15 +169,15 @@ class Fitted:
                     together=sink.settings["queries_together"],
                 )
             for job in jobs_of(scorer, asked):
+                size = max(1, job.at_once)
                 with job:
-                    for begin, end in sink.missing(job, n):
-                        size = max(1, job.at_once)
-                        blocks = (
-                            (start, min(start + size, end), None)
-                            for start in range(begin, end, size)
-                        )
-                        for start, stop, _ in progress(blocks, n, "scores", begin):
-                            sums.see(sink.take(job, start, stop))
+                    blocks = (
+                        (start, min(start + size, end), None)
+                        for begin, end in sink.missing(job, n)
+                        for start in range(begin, end, size)
+                    )
+                    for start, stop, _ in progress(blocks, n, "scores"):
+                        sums.see(sink.take(job, start, stop))
                 sink.end(job)
                 sums.end(job.row_sums)
                 records.append(job.record)

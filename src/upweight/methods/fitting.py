@@ -53,5 +53,7 @@ class Fitting:
         Cost: a forward pass over the training data, unless a pass of the method's saw them.
         """
         if self.losses is None:
-            self.losses = checked_losses(self.task, self.data, "training data", self.probe)
+            self.losses = checked_losses(
+                self.task, self.data, "training data", self.probe, self.resources.ranks
+            )
         return self.losses

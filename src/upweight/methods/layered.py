@@ -522,6 +522,7 @@ def _learned(
             checkpoint=resources.checkpoint(lambda: settings | subject(task, data)),
             watch=watch if is_own else None,
             plan=fitting.plan,
+            ranks=resources.ranks,
         )
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         # Say which example, if it is the data.
@@ -532,8 +533,9 @@ def _learned(
         raise
     # The first pass has seen them all, unless it had only some of the data or resumed. Batches of
     # other sizes may round otherwise, and an interrupted fit must come to the same numbers.
-    if is_own and resources.folder is None and sum(len(x) for x in seen.values()) == len(data):
-        fitting.losses = torch.cat(list(seen.values()))
+    is_all = curvature.examples is None or curvature.examples >= len(data)
+    if is_own and resources.folder is None and is_all:
+        fitting.losses = resources.ranks.joined(seen, len(data), task.layout.device)
         require_own_losses(task, data, probe, fitting.losses, "training data")
     if shared is not None:
         shared.append((curvature, point.theta, fitted))

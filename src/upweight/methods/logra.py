@@ -103,8 +103,10 @@ class LoGra(Method):
         if self.basis is None or self.rank is None:
             made = fitting.plan
             return two_sided(made, self.rank, self.seed), made.notes
-        memory = fitting.resources.memory_bytes
-        fitted = self.basis.fit_blocks(task, data, theta, memory_bytes=memory, plan=fitting.plan)
+        memory, ranks = fitting.resources.memory_bytes, fitting.resources.ranks
+        fitted = self.basis.fit_blocks(
+            task, data, theta, memory_bytes=memory, plan=fitting.plan, ranks=ranks
+        )
         bases = []
         for block in fitted.blocks:
             values, sides = block.eigen.values, list[Tensor | None]()

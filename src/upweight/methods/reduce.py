@@ -89,8 +89,8 @@ class Sink(abc.ABC):
 
     settings: Mapping[str, int] | None = None
 
-    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
-        """Ranges of training examples that this job has still to score."""
+    def missing(self, job: Job, n: int) -> Iterable[tuple[int, int]]:
+        """Ranges of training examples that this job has still to score, asked for one by one."""
         return [(0, n)]
 
     def take(self, job: Job, start: int, stop: int) -> Float[Tensor, "q b"]:

@@ -18,8 +18,8 @@ from upweight.runs.question import fingerprints_of
 from upweight.runs.record import CONTENTS, Record, is_reference
 from upweight.runtime.atomic import append, make_folder, remove_left_over, require_own
 from upweight.runtime.headers import read_json, write_json
+from upweight.runtime.lock import CLAIM, claimed, locked
 from upweight.runtime.lock import FILES as LOCKS
-from upweight.runtime.lock import locked
 from upweight.runtime.store import MANIFEST
 from upweight.scores import Scores, stored_in
 
@@ -101,9 +101,31 @@ class Run:
             StaleStore: The directory holds things that are not a run's, or links.
             NotWritten: The directory cannot be made.
         """
+        self._require_own_folder()
+        with locked(self.path, purpose):
+            for folder, _, _ in os.walk(self.path):
+                remove_left_over(Path(folder))
+            yield
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """One after the other of several processes that write here at the same time.
+
+        Raises:
+            StaleStore: As for `held`.
+            NotWritten: The directory cannot be made.
+        """
+        self._require_own_folder()
+        with claimed(self.path, "together", wait=True):
+            yield
+
+    def _require_own_folder(self) -> None:
         make_folder(self.path)
         own = {*OWN, *LOCKS}
-        others = [p.name for p in self.path.iterdir() if p.name not in own and p.suffix != ".part"]
+        passing = {".part", CLAIM}
+        others = [
+            p.name for p in self.path.iterdir() if p.name not in own and p.suffix not in passing
+        ]
         if others and not self.toml.exists():
             raise StaleStore(
                 "A run has a directory of its own.",
@@ -112,10 +134,6 @@ class Run:
                 f"name a new one, for example --out {self.path / 'run'}",
             )
         require_own(self.path)
-        with locked(self.path, purpose):
-            for folder, _, _ in os.walk(self.path):
-                remove_left_over(Path(folder))
-            yield
 
     def log(self, text: str) -> None:
         """Add a line to log.txt."""

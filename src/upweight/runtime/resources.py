@@ -3,15 +3,19 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from upweight._typing import Folder
-from upweight.errors import SpecError
-from upweight.runtime.group import Group, SingleProcess
 from upweight.runtime.matrix import StoredMatrix
+from upweight.runtime.ranks import Ranks
 from upweight.runtime.store import Store
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 EVERY_SECONDS = 30.0
 """How much work an interruption may cost; writing takes a small share of it."""
@@ -58,28 +62,22 @@ class Resources:
             many models at once.
         folder: Where to keep what takes long (a curvature while it grows, retrained models), so
             that what was interrupted goes on from it; None: nowhere. No pickle.
-        group: The processes that share the work: one, for now.
+        group: The processes that share the work, `torch.distributed.group.WORLD` under torchrun.
+            All of them make the same calls, with the same model, data and folder. None: this one
+            alone, also where others exist.
         progress: Whether retraining draws a progress bar on stderr, where that is a terminal.
-
-    Raises:
-        SpecError: The group has several processes.
     """
 
     memory_bytes: int | None = None
     jobs: int | None = None
     folder: Folder | None = None
-    group: Group = field(default_factory=SingleProcess)
+    group: "ProcessGroup | None" = None
     progress: bool = True
 
-    def __post_init__(self) -> None:
-        if self.group.size != 1:
-            raise SpecError(
-                "Scores are computed by one process.",
-                f"a group of {self.group.size}.",
-                "a group of several processes, which no method shares its work with yet.",
-                "leave the group out; or let each process ask about some of the queries, "
-                "as_data(queries).subset(...).",
-            )
+    @cached_property
+    def ranks(self) -> Ranks:
+        """The group, and which of it this process is."""
+        return Ranks(self.group)
 
     def within(self, name: str) -> "Resources":
         """The same, with a folder of its own in the folder."""

@@ -23,6 +23,7 @@ from upweight.errors import (
     UpweightError,
 )
 from upweight.runtime.progress import progress
+from upweight.runtime.ranks import ALONE, Ranks
 from upweight.task.batches import tensors
 from upweight.task.data import Data, batch_size
 from upweight.task.failures import call_error, called_with, loss_error, require_no_places
@@ -46,7 +47,7 @@ CHECKED_AT_ONCE = 256
 
 
 def checked_losses(
-    task: Task, data: Data, role: str, probe: Probe | None = None
+    task: Task, data: Data, role: str, probe: Probe | None = None, ranks: Ranks = ALONE
 ) -> Float[Tensor, " n"]:
     """ℓᵢ(θ̂) of every example, after the checks above.
 
@@ -55,6 +56,7 @@ def checked_losses(
         data: The examples.
         role: What they are called in messages: "training data" or "queries".
         probe: What `require_answerable` found of them, where it was asked already.
+        ranks: The processes that make this call together, each on some of the batches.
 
     Raises:
         DataError: Targets are out of range.
@@ -64,12 +66,15 @@ def checked_losses(
     probe = probe or require_answerable(task, data, role)
     theta = task.theta()
     size = _at_once(data)
-    losses, evaluate = [], _evaluate(task, role)
-    for start, stop, batch in progress(data.batches(size), len(data), f"checking {role}"):
-        batch = task.to_device(batch)
+    size = data.together(size)
+    losses, evaluate = dict[int, Tensor](), _evaluate(task, role)
+    mine = range(ranks.rank * size, len(data), ranks.size * size)
+    batches = ((k, min(k + size, len(data)), None) for k in mine)
+    for start, stop, _ in progress(batches, len(mine) * size, f"checking {role}"):
+        batch = task.to_device(data.batch(start, stop))
         outputs, targets = evaluate(theta, batch)
-        losses.append(checked_batch(task, data, (start, stop), batch, outputs, targets, role))
-    found = torch.cat(losses)
+        losses[start] = checked_batch(task, data, (start, stop), batch, outputs, targets, role)
+    found = ranks.joined(losses, len(data), task.layout.device)
     require_own_losses(task, data, probe, found, role)
     return found
 
