@@ -207,7 +207,7 @@ def test_mean_interval_is_that_of_drawing_rows_and_queries(metric):
         values -= values.mean() - metric(x, y).value  # ties of rows drawn twice take something off
     low, high = np.quantile(values, [0.025, 0.975])
     spread = np.std(values)
-    # A quantile of 600 draws has a standard error of about 0.15 spreads in the long tail; 4 of them.
+    # In the long tail a quantile of 600 draws has a standard error of about 0.15 spreads.
     assert abs(estimate.low - low) < 0.6 * spread
     assert abs(estimate.high - high) < 0.6 * spread
     low_rows, high_rows = np.quantile(rows_only, [0.025, 0.975])
