@@ -103,9 +103,14 @@ class LayeredJob(Job):
     def tokens(
         self, examples: Sequence[int]
     ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+        return self.tokens_of(self.scorer.train, examples)
+
+    def tokens_of(
+        self, data: Data, examples: Sequence[int]
+    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
         made, theta = self.scorer.curvature.plan, self.scorer.point.theta
         shares, rest = token_shares(
-            made, theta, self.scorer.train, examples, list(self.solved()), self.scorer.gradients
+            made, theta, data, examples, list(self.solved()), self.scorer.gradients
         )
         return shares * self.scorer.factor, rest * self.scorer.factor
 
@@ -335,17 +340,17 @@ class LayeredScorer(Scorer):
 def token_shares(
     made: Plan,
     theta: Float[Tensor, " p"],
-    train: Data,
+    data: Data,
     examples: Sequence[int],
     vectors: Sequence[Float[Tensor, "q ..."]],
     gradients: Gradients = unchanged,
 ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
-    """⟨V_q, gᵢ⟩ of some training examples, position by position, and what has no position."""
+    """⟨V_q, gᵢ⟩ of some examples, position by position, and what has no position."""
     task = made.task
     with GradientPass(made, theta) as passes:
         parts = [
             passes.of(training_loss(task), task.to_device(batch), stop - start)
-            for start, stop, batch in train.subset(examples).batches(len(examples))
+            for start, stop, batch in data.subset(examples).batches(len(examples))
         ]
     factors = gradients([stacked(block) for block in zip(*parts, strict=True)])
     tokens = [

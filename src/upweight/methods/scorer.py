@@ -135,6 +135,12 @@ class Job(abc.ABC):
         """S[q, i] of some examples, position by position, and what has no position."""
         raise not_offered("PerToken(...)", "scores that are sums over parameters", "Matrix()")
 
+    def tokens_of(
+        self, data: Data, examples: Sequence[int]
+    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+        """The same of some examples of other data."""
+        raise not_offered("Index.tokens(...)", "scores that are sums over layers", "Index.top(...)")
+
     def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:
         """S[q, z] of examples that need not be training examples."""
         raise not_offered("relabel_influence(...)", "scores that are sums over parameters")
