@@ -58,7 +58,7 @@ MAY_IMPORT = {
         "errors", "_typing", "_text", "_html", "notation", "verdict", "plot", "runtime", "linalg",
         "task",
         "gradients", "curvature", "scores", "effects", "provenance", "methods", "training",
-        "evaluation", "front",
+        "evaluation", "front", "index",
     },
     "report": {
         "errors", "_typing", "_text", "notation", "provenance", "verdict", "runtime", "task",

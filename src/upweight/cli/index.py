@@ -381,8 +381,10 @@ def _ranked(found: OpenedIndex, ids: Tensor, values: Tensor) -> list[dict[str, A
 
 
 def _queries(found: OpenedIndex, texts: Sequence[str], queries: str | None) -> Data:
-    given = found.model.texts(list(texts)) if texts else found.model.examples(queries or "")
-    return found.model.task.queries(given)
+    model = found.model
+    if queries is not None and is_object(queries):
+        return model.task.queries(model.examples(queries))
+    return model.queries(list(texts) if queries is None else Path(queries))
 
 
 def _own_queries(found: OpenedIndex, examples: int) -> tuple[Data, list[int]]:

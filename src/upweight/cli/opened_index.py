@@ -19,7 +19,7 @@ import click
 from upweight.cli.project import Project, opened
 from upweight.cli.question import spec_or_object, with_training_data
 from upweight.cli.spec import parse
-from upweight.errors import ProjectError, SpecError, StaleStore
+from upweight.errors import DataError, ProjectError, SpecError, StaleStore
 from upweight.index.index import Index
 from upweight.methods.method import Method
 from upweight.runs.indexed import FACTORS, IndexRecord, Source, file_source, sha256
@@ -76,6 +76,25 @@ class Model:
                 return adapter.chat(rows, self.tokenizer, self.column, self.length)
             given = rows
         return adapter.text(given, self.tokenizer, self.column, self.length)
+
+    def queries(self, given: Any) -> Data:
+        """Texts to ask about, as queries.
+
+        Raises:
+            DataError: One has no token that is predicted.
+            UpweightError: As for `texts`.
+        """
+        asked = self.texts(given)
+        for q in range(len(asked)):
+            ids = tokens_of(asked, q) or ()
+            if len(ids) < 2:
+                raise DataError(
+                    "A text that is asked about has a token that others predict.",
+                    f"{text_of(asked, q, self.tokenizer)!r}, {len(ids)} token.",
+                    "a single word, whose loss is 0 whatever the model.",
+                    "ask about a sentence with the word in it.",
+                )
+        return self.task.queries(asked)
 
     def examples(self, given: str) -> Data:
         """Examples from what a command line names: `file.py:name`, or a file of texts."""

@@ -135,7 +135,7 @@ def _index(
             found.index,
             found.data,
             model.tokenizer,
-            lambda texts: model.task.queries(model.texts(texts)),
+            model.queries,
             lambda i: found.example(i)[0],
         )
         with SearchServer(search, port) as server:

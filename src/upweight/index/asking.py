@@ -7,6 +7,7 @@ the index in place of the training gradients. Each is a reducer of `Fitted.attri
     Picked(…, examples)  the products with some rows
     Exact(…, examples)   the method's own scores of some examples, from their gradients
     ByToken(…, examples) the same, position by position
+    Nearest(…, count)    the same, of the examples that the scan puts first for one query
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -244,6 +245,48 @@ class _Asked(Sink):
             return self.told(answer.provenance(notes))
 
         return torch.cat(self.parts), replace(answer, provenance=provenance)
+
+
+@dataclass(frozen=True, eq=False)
+class Nearest(ByToken):
+    """The same, of the first examples of one query's scan, at one end: with their places.
+
+    Args:
+        count: How many.
+        raises: Whether those with the largest products, in place of the smallest.
+    """
+
+    count: int = 1
+    raises: bool = False
+
+    def begin(self, sweep: Sweep) -> Sink:
+        return _Nearest(self, sweep.dtype)
+
+    def chosen(self, job: Job, dtype: torch.dtype) -> list[int]:
+        """Their places, in ascending order."""
+        scan = self.job(job, dtype)
+        starts = range(0, self.n, scan.at_once)
+        rows = [scan.block(start, min(start + scan.at_once, self.n)) for start in starts]
+        (row,) = finite(torch.cat(rows, dim=1), 0, job.first)
+        best = row.topk(min(self.count, self.n), largest=self.raises)
+        return sorted(best.indices.tolist())
+
+
+@dataclass(eq=False)
+class _Nearest(Sink):
+    asked: Nearest
+    dtype: torch.dtype
+    examples: list[int] = field(default_factory=list)
+    parts: tuple[Tensor, Tensor] | None = None
+
+    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
+        self.examples = self.asked.chosen(job, self.dtype)
+        self.parts = replace(self.asked, examples=self.examples).shares(job)
+        return []
+
+    def result(self, answer: Answer) -> tuple[list[int], TokenScores]:
+        assert self.parts is not None
+        return self.examples, TokenScores(*self.parts)
 
 
 @dataclass(eq=False)

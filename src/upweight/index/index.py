@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upweight._typing import Folder
 from upweight.errors import MissingContext, ShapeError, SpecError
-from upweight.index.asking import ByToken, Exact, Picked, ScanJob, Scanned
+from upweight.index.asking import ByToken, Exact, Nearest, Picked, ScanJob, Scanned
 from upweight.index.codes import Codes
 from upweight.index.shards import INDEX, MULTIPLE, TRANSFORM, Rows
 from upweight.index.transform import Transform, restored, transform, width_of
@@ -452,6 +452,48 @@ class Index:
         found: TokenScores = self.fitted.attribute(queries, measure, into=asked)
         order = [ascending.index(i) for i in chosen]
         return TokenScores(found.shares[:, order], found.rest[:, order])
+
+    def nearest(
+        self,
+        query: Any,
+        count: int = 40,
+        measure: Callable[..., Tensor] = LOSS,
+        *,
+        raises: bool = False,
+    ) -> tuple[list[int], TokenScores]:
+        """The first examples of the scan for one query, with their scores position by position.
+
+        `scores` and `tokens` in one question, for who waits for the answer: the query is checked
+        and solved once.
+
+        Args:
+            query: One query.
+            count: How many examples.
+            measure: As for `Fitted.attribute`.
+            raises: Whether those that raise the measurement most, in place of lower it.
+
+        Returns:
+            Their places in ascending order, and the shares of their scores.
+
+        Raises:
+            ShapeError: There are several queries.
+            UpweightError: As for `tokens`.
+
+        Cost: a solve, one reading of the index, and the gradients of the examples, at once.
+        """
+        _require_counts(count=count)
+        asked = self.fitted.task.queries(query)
+        if len(asked) != 1:
+            raise ShapeError(
+                "The first examples of a scan are those of one query.",
+                f"{len(asked)} queries.",
+                "a whole set of queries.",
+                "ask for one after the other; or top(queries, k) for the scores alone.",
+            )
+        self._at_hand([len(self) - 1])
+        nearest = Nearest(*self._asked(), (), self._held, count, raises)
+        found: tuple[list[int], TokenScores] = self.fitted.attribute(asked, measure, into=nearest)
+        return found
 
     def scan_seconds(self) -> float:
         """How long a scan of all rows takes for one query, measured now.

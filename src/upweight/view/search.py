@@ -19,7 +19,7 @@ from torch import Tensor
 from upweight.errors import SpecError
 from upweight.index.index import Index
 from upweight.methods.baselines import BM25, token_sequences
-from upweight.methods.reduce import Top
+from upweight.methods.reduce import TokenScores
 from upweight.report.rendering import as_json, filled, script_of
 from upweight.task.data import Data
 from upweight.view.overlap import copied
@@ -94,8 +94,8 @@ class Search:
             asked = self._queries([text])
             (tokens,) = token_sequences(asked)
             lexical = self._bm25(tokens)
-            ids = self._candidates(asked, lexical, min(k, len(self._passages)), order)
-            shares, rest = (part[0].double() for part in self.index.tokens(asked, ids))
+            ids, found = self._candidates(asked, lexical, min(k, len(self._passages)), order)
+            shares, rest = (part[0].double() for part in found)
             scores = shares.sum(dim=1) + rest
         if order != "bm25":
             best = scores.argsort(descending=order == "raises", stable=True)[:k]
@@ -132,13 +132,14 @@ class Search:
             "seconds": time.perf_counter() - started,
         }
 
-    def _candidates(self, asked: Data, lexical: Tensor, k: int, order: str) -> list[int]:
+    def _candidates(
+        self, asked: Data, lexical: Tensor, k: int, order: str
+    ) -> tuple[list[int], TokenScores]:
         if order == "bm25":
-            found: list[int] = lexical.topk(k).indices.tolist()
-            return found
-        near = self.index.scores(asked, into=Top(min(CANDIDATES * k, len(self._passages))))
-        ids: list[int] = getattr(near, order)[0].tolist()
-        return ids
+            ids: list[int] = lexical.topk(k).indices.tolist()
+            return ids, self.index.tokens(asked, ids)
+        count = min(CANDIDATES * k, len(self._passages))
+        return self.index.nearest(asked, count, raises=order == "raises")
 
     def _words(self, ids: Sequence[int]) -> list[str]:
         """Each token by itself; half a character is the sign for it."""
