@@ -234,7 +234,7 @@ def for_target(
         except DataError as error:
             if against is not None:
                 raise
-            notes.append(f"{name} is left out: {str(error).splitlines()[0]}")
+            notes.append(f"{name} is left out: {str(error).splitlines()[0].rstrip('.')}")
             continue
         choices[name] = [_smallest(other.mean(dim=0).cpu().double(), m)] * len(runs)
     choices[ALL] = [torch.arange(n)] * len(runs)
