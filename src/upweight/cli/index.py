@@ -14,6 +14,7 @@ from upweight.cli.opened_index import (
     Model,
     OpenedIndex,
     fitted_in,
+    is_object,
     method_of,
     model_of_folder,
     model_of_task,
