@@ -123,7 +123,9 @@ class Target(Outcome):
                 "low": None if found is None else found.low,
                 "high": None if found is None else found.high,
             })  # fmt: skip
-        return pd.DataFrame(table, index=pd.Index(list(self.losses), name="trained on"))
+        names = ["examples", "test_loss", "chosen_less_it", "low", "high"]
+        index = pd.Index(list(self.losses), name="trained on")
+        return pd.DataFrame(table, index=index, columns=names)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The change of the test loss against each other choice, with intervals."""
