@@ -58,7 +58,7 @@ MAY_IMPORT = {
         "errors", "_typing", "_text", "_html", "notation", "verdict", "plot", "runtime", "linalg",
         "task",
         "gradients", "curvature", "scores", "effects", "provenance", "methods", "training",
-        "evaluation", "front",
+        "evaluation", "front", "index",
     },
     "report": {
         "errors", "_typing", "_text", "notation", "facts", "provenance", "verdict", "runtime",
@@ -66,18 +66,21 @@ MAY_IMPORT = {
     },
     "runs": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "scoring",
-        "scores", "methods", "evaluation", "shards",
+        "scores", "methods", "evaluation", "shards", "index",
     },
     "front": {
         "errors", "_typing", "notation", "runtime", "linalg", "task", "gradients", "curvature",
         "labels", "methods", "training", "evaluation", "runs", "scores", "provenance", "_html",
     },
-    "view": {"errors", "_typing", "runtime", "task", "scores", "effects", "report"},
+    "view": {
+        "errors", "_typing", "runtime", "task", "scores", "effects", "report", "methods", "index",
+    },
 }  # fmt: skip
 SHORT_FORMS = {
     "methods/fitted.py": {"evaluation"},  # `fitted.check` calls `upweight.check`
     "front/answer.py": {"applications", "report"},  # verbs of scores that need them
     "front/opened.py": {"adapters"},  # loaded for a model of the library that they translate
+    "cli/opened_index.py": {"adapters"},  # the same, for the folder of a model of transformers
     "front/refits.py": {"adapters"},  # the same, for an estimator that is fitted again
     "applications/subject.py": {"adapters"},  # the same, for its own fit
     "applications/confident.py": {"adapters"},  # for probabilities by cross-validation

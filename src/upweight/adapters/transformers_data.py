@@ -379,7 +379,7 @@ def _entries(dataset: Any, column: str, kind: type = str) -> tuple[Any, list[Any
     Raises:
         DataError: There is none, or an entry is of another kind.
     """
-    rows = _lines(Path(dataset)) if isinstance(dataset, str | Path) else dataset
+    rows = lines_of(Path(dataset)) if isinstance(dataset, str | Path) else dataset
     if not hasattr(rows, "__len__") or not len(rows):
         raise DataError(
             "Texts must be given as a data set, a list, or the path of a file of lines.",
@@ -413,8 +413,12 @@ def _entries(dataset: Any, column: str, kind: type = str) -> tuple[Any, list[Any
     return rows, found
 
 
-def _lines(path: Path) -> list[Any]:
-    """The objects of a file with one a line."""
+def lines_of(path: Path) -> list[Any]:
+    """The objects of a file with one a line.
+
+    Raises:
+        DataError: There is no such file, or a line is no JSON.
+    """
     if not path.is_file():
         raise DataError(
             "Texts may be given as the path of a file with a JSON object or text a line.",

@@ -15,7 +15,9 @@ The choice overfits the validation set, and `drop` the most. So a gain is stated
 cross-fitting predicts one: rows are chosen on one half of the validation set, and the change of the
 loss is predicted on the other, and the other way round.
 
-`reweight` gives every row a weight instead; see `upweight.applications.reweighting`.
+`reweight` gives every row a weight instead; see `upweight.applications.reweighting`. `for_target`
+chooses a small share for a target, and trains on it beside other choices; see
+`upweight.applications.targeting`.
 """
 
 from dataclasses import dataclass, replace
@@ -43,6 +45,8 @@ from upweight.applications.outcome import Outcome
 from upweight.applications.reweighting import Weights as Weights
 from upweight.applications.reweighting import reweight as reweight
 from upweight.applications.subject import subject_of
+from upweight.applications.targeting import Target as Target
+from upweight.applications.targeting import for_target as for_target
 from upweight.errors import MissingContext, SpecError
 from upweight.evaluation import bootstrap as intervals
 from upweight.evaluation.bootstrap import Bootstrap, Estimate

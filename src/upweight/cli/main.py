@@ -20,6 +20,7 @@ VERBS = {
     "ask": ("ask", "Ask what scores are for (robustness, labels, …), confirmed by a refit."),
     "view": ("view", "Serve a run to the browser of this machine, until Ctrl-C."),
     "pack": ("pack", "Put a run, its page and its project into one zip file."),
+    "index": ("index", "Keep a row of every example on disk, and ask for those behind a text."),
     "rerun": ("attribute", "Finish an interrupted run, or repeat a finished one."),
 }
 """Verbs in the order of use: in which module each is, and the first line of its help."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,13 +10,18 @@ from pathlib import Path
 import click
 
 from upweight.cli.evaluate import command, found_in
-from upweight.cli.named import named, project_option
+from upweight.cli.named import named
+from upweight.cli.opened_index import model_options, opened_index
 from upweight.cli.pages import Shown, alone, context_of, is_kept, refreshed
 from upweight.cli.question import reopened
 from upweight.cli.screen import Answer, say, verb
+from upweight.errors import NotOffered
 from upweight.runs.directory import Run
+from upweight.runs.indexed import NAME as INDEX
 from upweight.runs.work import refit
 from upweight.view import serve
+from upweight.view.search import Search, SearchServer
+from upweight.view.server import until_interrupted
 
 
 @click.command()
@@ -23,22 +29,40 @@ from upweight.view import serve
 @click.option("--show", metavar="FILE.py:NAME", help="A dict of what to show beside the data.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="0: any that is free.")
 @click.option("--browser", is_flag=True, help="Open the address in the browser.")
-@project_option
+@model_options
 @verb
 def view(
-    run: Path, show: str | None, port: int, browser: bool, projects: tuple[str, ...]
+    run: Path,
+    show: str | None,
+    port: int,
+    browser: bool,
+    projects: tuple[str, ...],
+    hf: Path | None,
+    given: tuple[Path, ...],
+    device: str,
 ) -> Answer:
-    """Serve a run to the browser of this machine, until Ctrl-C.
+    """Serve a run, or an index, to the browser of this machine, until Ctrl-C.
 
     The page of `upweight report`, for scores that are too many for one file. It listens on this
     machine only, and its address carries a token. Of the scores it reads what is looked at.
     It shows what the run holds, and runs no code but that of files you name by --show or --project.
 
+    Of an index it is a box for a text: the training passages behind it, with coloured tokens, what
+    they share with it verbatim, and BM25. It asks the live model, named by --hf or --project.
+
     \b
     Examples:
+        upweight view index --hf model
         upweight view runs/pile
         upweight view runs/mails --show project.py:shown --port 8765 --browser
     """
+    if (run / INDEX).exists():
+        if show is not None:
+            raise click.UsageError("--show is for runs; an index shows its texts")
+        typed = shlex.join(["upweight", "view", str(run)])
+        return _index(run, projects, hf, given, device, typed, port, browser)
+    if hf is not None or given:
+        raise click.UsageError("--hf and --data are for an index; a run takes --project")
     say(f"loading {run} ...")
     place = Run.named(run.absolute(), projects)
     scores = place.open()
@@ -49,9 +73,16 @@ def view(
         if show is None and not projects:
             beside, context = Shown(alone(place)), None
         else:
-            given = [*(("--show", show) if show else ()), *(("--port", str(port)) if port else ())]
-            typed = ["upweight", "view", str(run), *given, *(["--browser"] if browser else ())]
-            code = named(place, projects, filter(None, [show]), shlex.join(typed))
+            options = [*(("--show", show) if show else ())]
+            options += ("--port", str(port)) if port else ()
+            command_line = [
+                "upweight",
+                "view",
+                str(run),
+                *options,
+                *(["--browser"] if browser else ()),
+            ]
+            code = named(place, projects, filter(None, [show]), shlex.join(command_line))
             project, record, question = stack.enter_context(reopened(place, code))
             of = partial(refit, place, record, question)
             fitted = of if place.factors.exists() else (lambda: None)
@@ -80,3 +111,34 @@ def view(
             port=port,
         )
     return Answer("", {"run": str(place.path)})
+
+
+def _index(
+    folder: Path,
+    projects: Sequence[str],
+    hf: Path | None,
+    given: Sequence[Path],
+    device: str,
+    typed: str,
+    port: int,
+    browser: bool,
+) -> Answer:
+    with opened_index(folder, projects, hf, given, device, typed) as found:
+        model = found.model
+        if model.tokenizer is None:
+            raise NotOffered(
+                "The page of an index asks about texts.",
+                f"an index of {found.record.task}, which has no tokenizer.",
+                "a model of images or rows.",
+                "`upweight index top INDEX --queries project.py:test`.",
+            )
+        search = Search(
+            found.index,
+            found.data,
+            model.tokenizer,
+            model.queries,
+            lambda i: found.example(i)[0],
+        )
+        with SearchServer(search, port) as server:
+            until_interrupted(server, browser, say)
+    return Answer("", {"index": str(folder)})

@@ -6,6 +6,8 @@ the index in place of the training gradients. Each is a reducer of `Fitted.attri
     Scanned(…, into)     any reducer, over the products with all rows
     Picked(…, examples)  the products with some rows
     Exact(…, examples)   the method's own scores of some examples, from their gradients
+    ByToken(…, examples) the same, position by position
+    Nearest(…, count)    the same, of the examples that the scan puts first for one query
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +15,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from upweight.index.scan import products
 from upweight.index.shards import SUMS, Rows, Shard, require_same
 from upweight.index.transform import Transform
-from upweight.methods.reduce import Answer, Reducer, Sink, Sweep, finite
+from upweight.methods.reduce import Answer, Reducer, Sink, Sweep, TokenScores, finite
 from upweight.methods.scorer import Job
 from upweight.provenance import Provenance
 from upweight.task.data import Data
@@ -90,9 +93,7 @@ class FromIndex(Reducer):
         """The same queries, for the rows of the index."""
         queries = self.transform.of_query(job).cpu()
         width = -queries.shape[1] % 64
-        return ScanJob(
-            job.first, torch.nn.functional.pad(queries, (0, width)), self.rows, self.n, dtype
-        )
+        return ScanJob(job.first, F.pad(queries, (0, width)), self.rows, self.n, dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,6 +206,28 @@ class Exact(FromIndex):
                 require_same(kept, data, places, offset, self.rows)
 
 
+@dataclass(frozen=True, eq=False)
+class ByToken(Exact):
+    """The same, position by position: `TokenScores`."""
+
+    def begin(self, sweep: Sweep) -> Sink:
+        return _ByToken(self)
+
+    def shares(self, job: Job) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+        """Of one job's queries."""
+        shares, rests = list[Tensor](), list[Tensor]()
+        for offset, data in self.parts:
+            local = [i - offset for i in self.examples if offset <= i < offset + len(data)]
+            if local:
+                part, rest = job.tokens_of(data.subset(local), None)
+                self._require_same(data, local, offset)
+                whole = part.sum(dim=2) + rest
+                finite(whole.cpu(), local[0] + offset, job.first)
+                shares.append(part.cpu())
+                rests.append(rest.cpu())
+        return _side_by_side(shares), torch.cat(rests, dim=1)
+
+
 @dataclass(eq=False)
 class _Asked(Sink):
     """What each job is asked, in place of its blocks."""
@@ -222,3 +245,65 @@ class _Asked(Sink):
             return self.told(answer.provenance(notes))
 
         return torch.cat(self.parts), replace(answer, provenance=provenance)
+
+
+@dataclass(frozen=True, eq=False)
+class Nearest(ByToken):
+    """The same, of the first examples of one query's scan, at one end: with their places.
+
+    Args:
+        count: How many.
+        raises: Whether those with the largest products, in place of the smallest.
+    """
+
+    count: int = 1
+    raises: bool = False
+
+    def begin(self, sweep: Sweep) -> Sink:
+        return _Nearest(self, sweep.dtype)
+
+    def chosen(self, job: Job, dtype: torch.dtype) -> list[int]:
+        """Their places, in ascending order."""
+        scan = self.job(job, dtype)
+        starts = range(0, self.n, scan.at_once)
+        rows = [scan.block(start, min(start + scan.at_once, self.n)) for start in starts]
+        (row,) = finite(torch.cat(rows, dim=1), 0, job.first)
+        best = row.topk(min(self.count, self.n), largest=self.raises)
+        return sorted(best.indices.tolist())
+
+
+@dataclass(eq=False)
+class _Nearest(Sink):
+    asked: Nearest
+    dtype: torch.dtype
+    examples: list[int] = field(default_factory=list)
+    parts: tuple[Tensor, Tensor] | None = None
+
+    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
+        self.examples = self.asked.chosen(job, self.dtype)
+        self.parts = replace(self.asked, examples=self.examples).shares(job)
+        return []
+
+    def result(self, answer: Answer) -> tuple[list[int], TokenScores]:
+        assert self.parts is not None
+        return self.examples, TokenScores(*self.parts)
+
+
+@dataclass(eq=False)
+class _ByToken(Sink):
+    asked: ByToken
+    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
+        self.parts.append(self.asked.shares(job))
+        return []
+
+    def result(self, answer: Answer) -> TokenScores:
+        shares, rest = (torch.cat(column) for column in zip(*self.parts, strict=True))
+        return TokenScores(shares, rest)
+
+
+def _side_by_side(parts: Sequence[Float[Tensor, "q k t"]]) -> Float[Tensor, "q k t"]:
+    """Shares of several data, each padded to its own longest."""
+    longest = max(part.shape[2] for part in parts)
+    return torch.cat([F.pad(part, (0, longest - part.shape[2])) for part in parts], dim=1)

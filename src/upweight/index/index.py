@@ -12,13 +12,13 @@ from torch import Tensor
 
 from upweight._typing import Folder
 from upweight.errors import MissingContext, ShapeError, SpecError
-from upweight.index.asking import Exact, Picked, Scanned
+from upweight.index.asking import ByToken, Exact, Nearest, Picked, ScanJob, Scanned
 from upweight.index.codes import Codes
 from upweight.index.shards import INDEX, MULTIPLE, TRANSFORM, Rows
 from upweight.index.transform import Transform, restored, transform, width_of
 from upweight.index.verification import Verification, verification
 from upweight.methods.fitted import Fitted
-from upweight.methods.reduce import Answer, Matrix, Reducer, Top
+from upweight.methods.reduce import Answer, Matrix, Reducer, TokenScores, Top
 from upweight.provenance import Provenance
 from upweight.runtime.atomic import make_folder
 from upweight.runtime.headers import Misfit, fitting, stale
@@ -424,6 +424,96 @@ class Index:
             answer.unit, answer.provenance((note,)),
         )  # fmt: skip
 
+    def tokens(
+        self, queries: Any, examples: Sequence[int], measure: Callable[..., Tensor] = LOSS
+    ) -> TokenScores:
+        """The scores of some indexed examples from their gradients, position by position.
+
+        As `PerToken(examples)` of `Fitted.attribute`, also of examples that the method was not
+        fitted to.
+
+        Args:
+            queries: As for `Fitted.attribute`.
+            examples: Which.
+            measure: The same.
+
+        Returns:
+            Shares `[q, k, t]` and what has no position `[q, k]`, of the examples in their order.
+
+        Raises:
+            MissingContext: Their data are not at hand.
+            NotOffered: The method is not by layer.
+            UpweightError: As for `scores`, or nothing is used at several positions.
+
+        Cost: that of the queries' solves, and a gradient of each of the examples, at once.
+        """
+        chosen = places(examples, len(self), "Examples", least=1)
+        ascending = self._at_hand(sorted(chosen))
+        asked = ByToken(*self._asked(), ascending, self._held)
+        found: TokenScores = self.fitted.attribute(queries, measure, into=asked)
+        order = [ascending.index(i) for i in chosen]
+        return TokenScores(found.shares[:, order], found.rest[:, order])
+
+    def nearest(
+        self,
+        query: Any,
+        count: int = 40,
+        measure: Callable[..., Tensor] = LOSS,
+        *,
+        raises: bool = False,
+    ) -> tuple[list[int], TokenScores]:
+        """The first examples of the scan for one query, with their scores position by position.
+
+        `scores` and `tokens` in one question, for who waits for the answer: the query is checked
+        and solved once.
+
+        Args:
+            query: One query.
+            count: How many examples.
+            measure: As for `Fitted.attribute`.
+            raises: Whether those that raise the measurement most, in place of lower it.
+
+        Returns:
+            Their places in ascending order, and the shares of their scores.
+
+        Raises:
+            ShapeError: There are several queries.
+            UpweightError: As for `tokens`.
+
+        Cost: a solve, one reading of the index, and the gradients of the examples, at once.
+        """
+        _require_counts(count=count)
+        asked = self.fitted.task.queries(query)
+        if len(asked) != 1:
+            raise ShapeError(
+                "The first examples of a scan are those of one query.",
+                f"{len(asked)} queries.",
+                "a whole set of queries.",
+                "ask for one after the other; or top(queries, k) for the scores alone.",
+            )
+        self._at_hand([len(self) - 1])
+        nearest = Nearest(*self._asked(), (), self._held, count, raises)
+        found: tuple[list[int], TokenScores] = self.fitted.attribute(asked, measure, into=nearest)
+        return found
+
+    def scan_seconds(self) -> float:
+        """How long a scan of all rows takes for one query, measured now.
+
+        The first reading, which compares the files with their hashes, is not timed.
+
+        Raises:
+            StaleStore: A file is damaged.
+        """
+        query = torch.ones(1, self.numbers + -self.numbers % MULTIPLE)
+        scan = ScanJob(0, query, self._rows, len(self), torch.float32)
+        taken = 0.0
+        for _ in range(2):
+            started = time.perf_counter()
+            for start in range(0, len(self), scan.at_once):
+                scan.block(start, min(start + scan.at_once, len(self)))
+            taken = time.perf_counter() - started
+        return taken
+
     def verify(
         self,
         queries: Any,
@@ -469,6 +559,16 @@ class Index:
     def _exact(
         self, queries: Any, measure: Callable[..., Tensor], chosen: Sequence[int]
     ) -> tuple[Tensor, Answer]:
+        asked = Exact(*self._asked(), self._at_hand(chosen), self._held)
+        found: tuple[Tensor, Answer] = self.fitted.attribute(queries, measure, into=asked)
+        return found
+
+    def _at_hand(self, chosen: Sequence[int]) -> Sequence[int]:
+        """The same examples, whose data are held; in ascending order.
+
+        Raises:
+            MissingContext: They are not.
+        """
         last, data = self._held[-1]
         if chosen and chosen[-1] >= last + len(data):
             raise MissingContext(
@@ -478,10 +578,7 @@ class Index:
                 "Index.load(folder, fitted, data, more, …) with all of them in order; or "
                 "top(..., rerank=False), which needs none.",
             )
-        found: tuple[Tensor, Answer] = self.fitted.attribute(
-            queries, measure, into=Exact(*self._asked(), chosen, self._held)
-        )
-        return found
+        return chosen
 
     def _asked(self) -> tuple[Rows, Transform, int, Callable[[Provenance], Provenance]]:
         return self._rows, self._transform, len(self), self._told_of

@@ -6,6 +6,7 @@ BM25          words in common, for models of token sequences
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,7 @@ class BM25(Method):
     Args:
         k1: How soon further occurrences stop counting.
         b: How much length is taken out, from 0 to 1.
-        ignore: Tokens that are none, as padding.
+        ignore: Tokens that are none, as padding that no attention_mask leaves out.
 
     Raises:
         DataError: Inputs are not one integer tensor of tokens `[b, t]`.
@@ -111,7 +112,20 @@ class BM25(Method):
             )
 
     def prepare(self, fitting: Fitting) -> Scorer:
-        documents = [self._tokens(row) for row in _sequences(fitting.data)]
+        row = self.ranking(token_sequences(fitting.data))
+        n = len(fitting.data)
+
+        def score(queries: Data, measure: Any, start: int, stop: int) -> Tensor:
+            rows = torch.stack([-row(sequence) for sequence in token_sequences(queries)])
+            return rows[:, start:stop].to(fitting.theta)
+
+        return BlockScorer(score, at_once=n)
+
+    def ranking(
+        self, sequences: Sequence[Int[Tensor, " t"]]
+    ) -> Callable[[Int[Tensor, " t"]], Float[Tensor, " n"]]:
+        """A function from a query's tokens to BM25 of each of these examples."""
+        documents = [self._tokens(row) for row in sequences]
         n = len(documents)
         lengths = torch.tensor([len(document) for document in documents], dtype=torch.float64)
         terms, which, counts = _counted(documents)
@@ -125,19 +139,15 @@ class BM25(Method):
             if e > s
         }
 
-        def row(sequence: Int[Tensor, " t"]) -> Tensor:
+        def row(sequence: Int[Tensor, " t"]) -> Float[Tensor, " n"]:
             found = torch.zeros(n, dtype=torch.float64)
             for token in self._tokens(sequence).tolist():
                 if token in postings:
                     where, much = postings[token]
-                    found[where] -= much
+                    found[where] += much
             return found
 
-        def score(queries: Data, measure: Any, start: int, stop: int) -> Tensor:
-            rows = torch.stack([row(sequence) for sequence in _sequences(queries)])
-            return rows[:, start:stop].to(fitting.theta)
-
-        return BlockScorer(score, at_once=n)
+        return row
 
     def _tokens(self, sequence: Int[Tensor, " t"]) -> Int[Tensor, " s"]:
         if not self.ignore:
@@ -151,14 +161,19 @@ def _idf(n: int, holding: int) -> float:
 
 def _counted(documents: list[Tensor]) -> tuple[Tensor, Tensor, Float[Tensor, " m"]]:
     """(token, document, how often), ordered by token."""
-    which = torch.cat([torch.full((len(d),), i) for i, d in enumerate(documents)])
-    pairs, counts = torch.stack([torch.cat(documents).long(), which]).unique(  # type: ignore[no-untyped-call]
-        dim=1, return_counts=True
-    )
-    return pairs[0], pairs[1], counts.double()
+    n = max(1, len(documents))
+    pairs = [document.long() * n + i for i, document in enumerate(documents)]  # sorts as one number
+    keys, counts = torch.cat(pairs).unique(return_counts=True)  # type: ignore[no-untyped-call]
+    token = keys.div(n, rounding_mode="floor")
+    return token, keys - token * n, counts.double()
 
 
-def _sequences(data: Data) -> list[Int[Tensor, " t"]]:
+def token_sequences(data: Data) -> list[Int[Tensor, " t"]]:
+    """The tokens of every example, without those that its attention mask leaves out.
+
+    Raises:
+        DataError: Inputs are not one integer tensor of tokens `[b, t]`.
+    """
     found: list[Tensor] = []
     for _, _, batch in data.batches(data.together(4096)):
         first = batch.get("input_ids") if isinstance(batch, dict) else inputs(batch)
@@ -172,7 +187,12 @@ def _sequences(data: Data) -> list[Int[Tensor, " t"]]:
                 "images or features, where nothing is a word.",
                 "FeatureSimilarity() or GradientCosine() for such data.",
             )
-        found += list(first.cpu())
+        mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+        if isinstance(mask, Tensor) and mask.shape == first.shape:
+            pairs = zip(first.cpu(), mask.cpu().bool(), strict=True)
+            found += [row[kept] for row, kept in pairs]
+        else:
+            found += list(first.cpu())
     return found
 
 

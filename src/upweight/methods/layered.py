@@ -103,20 +103,16 @@ class LayeredJob(Job):
     def tokens(
         self, examples: Sequence[int]
     ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
-        made, theta = self.scorer.curvature.plan, self.scorer.point.theta
-        some = self.scorer.train.subset(examples)
-        shares, rest = token_shares(
-            made, theta, some, list(self.solved()), gradients=self.scorer.gradients
-        )
-        return shares * self.scorer.factor, rest * self.scorer.factor
+        return self.tokens_of(self.scorer.train.subset(examples), None)
 
     def tokens_of(
         self, data: Data, function: Callable[[Params, Batch], Float[Tensor, " b"]] | None
     ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
-        if self.scorer.gradients is not unchanged:
+        gradients = self.scorer.gradients
+        if function is not None and gradients is not unchanged:
             raise not_offered("query_tokens(...)", "gradients not divided by their norm")
         made, theta = self.scorer.curvature.plan, self.scorer.point.theta
-        shares, rest = token_shares(made, theta, data, list(self.solved()), function)
+        shares, rest = token_shares(made, theta, data, list(self.solved()), function, gradients)
         return shares * self.scorer.factor, rest * self.scorer.factor
 
     def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:

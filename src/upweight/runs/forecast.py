@@ -6,8 +6,9 @@ Every stage is linear in the number of training examples beyond a constant: the 
 decompositions are the constant. m doubles until both together take long enough to be timed.
 """
 
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +16,14 @@ import torch
 
 from upweight.errors import NotConverged, NotOffered, NotPositiveDefinite
 from upweight.gradients.uses import layer_uses
+from upweight.index.index import SAMPLE, Index
 from upweight.linalg.damping import Absolute
 from upweight.methods.fitted import Fitted
+from upweight.methods.method import Method
 from upweight.runs.question import Question
 from upweight.runtime.resources import Resources
+from upweight.task.data import Data
+from upweight.task.task import Task
 
 FEWEST = 32
 LONG_ENOUGH = 1.0
@@ -97,7 +102,7 @@ def forecast(question: Question, memory_bytes: int | None) -> Forecast:
             raise
         method = replace(method, damping=Absolute(DAMPING))
         small, *_ = stages(few)
-    fit_seconds, attribute_seconds = _expected(lambda m: stages(m)[1:], few, n)
+    (fit_seconds, attribute_seconds), _ = _expected(lambda m: stages(m)[1:], few, n, (n, n))
     work = small.scorer.work(q, memory_bytes)
     return Forecast(
         [] if work.plan is None else list(layer_uses(work.plan)),
@@ -112,13 +117,82 @@ def forecast(question: Question, memory_bytes: int | None) -> Forecast:
     )
 
 
-def _expected(stages: Callable[[int], tuple[float, float]], few: int, n: int) -> list[float]:
-    """Seconds of each stage for n examples, from few and then twice as many."""
-    m, before, taken = few, (0.0, 0.0), stages(few)
-    while m < n and (before == (0.0, 0.0) or sum(taken) < LONG_ENOUGH):
+@dataclass(frozen=True)
+class IndexForecast:
+    """What an index would take.
+
+    Args:
+        n: Its examples.
+        numbers: Coordinates of a row.
+        bytes_per_example: Of the codes of a row.
+        rows_bytes: On disk.
+        factors_bytes: On disk, about: of the fit and of the coordinates' bases.
+        seconds: Expected, by stage: "fit", "coordinates", "rows".
+        timed: From how many examples.
+    """
+
+    n: int
+    numbers: int
+    bytes_per_example: int
+    rows_bytes: int
+    factors_bytes: int
+    seconds: dict[str, float]
+    timed: int
+
+
+def index_forecast(
+    task: Task, train: Data, method: Method, bytes_per_example: int, bits: int
+) -> IndexForecast:
+    """Build an index of a few examples in a temporary folder, and count.
+
+    Raises:
+        UpweightError: The model cannot be attributed, or the method has no rows; says why.
+
+    Cost: a second or two, or a few hundred examples' worth of each stage.
+    """
+    n, last = len(train), list[tuple[Index, int]]()
+
+    def stages(m: int) -> tuple[float, ...]:
+        started = time.perf_counter()
+        fitted = method.fit(task, train.subset(range(m)))
+        fit = time.perf_counter() - started
+        with tempfile.TemporaryDirectory(prefix="upweight-") as folder:
+            index = Index.build(fitted, None, folder, bytes_per_example, bits=bits)
+            last[:] = [(index, fitted.scorer.work(1, None).kept_bytes)]
+        return fit, index.seconds["coordinates"], index.seconds["rows"]
+
+    stages(min(n, FEWEST))  # what is done once is done, and not timed
+    seconds, timed = _expected(stages, min(n, FEWEST), n, (n, min(n, SAMPLE), n))
+    ((index, kept),) = last
+    return IndexForecast(
+        n,
+        index.numbers,
+        index.bytes_per_example,
+        n * index.bytes_per_example,
+        2 * kept,
+        dict(zip(("fit", "coordinates", "rows"), seconds, strict=True)),
+        timed,
+    )
+
+
+def _expected(
+    stages: Callable[[int], Sequence[float]], few: int, n: int, counts: Sequence[int]
+) -> tuple[list[float], int]:
+    """Seconds of each stage for its count of examples, from few and then twice as many; how many.
+
+    Args:
+        stages: Seconds of each stage for so many examples.
+        few: How many at first.
+        n: How many there are.
+        counts: For how many examples each stage is done.
+    """
+    m, before, taken = few, None, stages(few)
+    while m < n and (before is None or sum(taken) < LONG_ENOUGH):
         m, before = min(n, 2 * m), taken
         taken = stages(m)
-    if m == n:
-        return list(taken)
-    pairs = zip(before, taken, strict=True)
-    return [now + max(0.0, now - then) / (m / 2) * (n - m) for then, now in pairs]
+    if m == n or before is None:
+        return list(taken), m
+    pairs = zip(before, taken, counts, strict=True)
+    return [
+        now + max(0.0, now - then) / (m / 2) * max(0, count - m) for then, now, count in pairs
+    ], m

@@ -14,7 +14,7 @@ import webbrowser
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from upweight._typing import Folder
 from upweight.effects import Effects
@@ -52,13 +52,8 @@ def application(
     answers: Answers, token: str, command: str | None = None, outcomes: Any = ()
 ) -> Any:
     """The view as an ASGI application, of which an address must carry `?token=`."""
-    from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import Request
-    from starlette.responses import HTMLResponse, PlainTextResponse, Response
-    from starlette.routing import Route
+    from starlette.responses import Response
 
     words = words_of(answers, command, outcomes)
     pictured = {"train": answers.some.images, "query": answers.queries.images}
@@ -75,12 +70,6 @@ def application(
     }
     source = (resources.files("upweight.view") / "served.js").read_text(encoding="utf-8")
     page = render_page(meta, words, {}, source, connects=True)
-    headers = {
-        "Cache-Control": "private, max-age=3600",
-        "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
-        "X-Frame-Options": "DENY",
-    }
 
     def number(request: Request, name: str, below: int) -> int:
         try:
@@ -119,7 +108,6 @@ def application(
         return Response(answers.picture(role, place), media_type="image/png")
 
     asked: dict[str, Callable[[Request], Any]] = {
-        "/": lambda _: HTMLResponse(page, headers={"Cache-Control": "no-store"}),
         "/query/{q}": query,
         "/ranking/{q}/{side:str}": ranking,
         "/examples": examples,
@@ -129,6 +117,35 @@ def application(
             request.path_params["order"], begin(request), BROWSED
         ),
         "/picture/{role:str}/{place}": picture,
+    }
+
+    return answering(page, asked, token)
+
+
+def answering(page: str, asked: dict[str, Callable[[Any], Any]], token: str) -> Any:
+    """An ASGI application: a page, and what it asks for by GET, for who has the token.
+
+    Args:
+        page: At "/".
+        asked: From a path to what answers a request: a response, or what becomes JSON. It may raise
+            `UpweightError`, or `KeyError` and `IndexError` where there is no such thing.
+        token: That every address must carry as `?token=`.
+    """
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+
+    never = {"Cache-Control": "no-store"}
+    asked = {"/": lambda _: HTMLResponse(page, headers=never), **asked}
+    headers = {
+        "Cache-Control": "private, max-age=3600",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
     }
 
     def answered(path: str, request: Request) -> Response:
@@ -160,34 +177,18 @@ def application(
     return Starlette(routes=routes, middleware=[hosts])
 
 
-class Server:
-    """A view being served in a thread of this process, until it is closed.
+class Loopback:
+    """An application being served in a thread of this process, until it is closed.
 
     Args:
-        scores: From `Scores.open(folder)`, or in memory; attached to a live context, also the
-            measurement and the prediction of each query are shown.
-        display, evidence, removal, outcomes, command: As for `upweight.report.html`. Without data
-            examples are numbers. A live model is asked for nothing about all of the training data.
-        keep: The folder of the scores, where totals may be kept for the next time.
+        application: From the token that its addresses carry to what is served.
         port: Where; 0: any that is free.
 
     Raises:
         SpecError: The port is taken, or starlette and uvicorn are not installed.
-        UpweightError: See `Answers`.
     """
 
-    def __init__(
-        self,
-        scores: Scores,
-        display: Display = Display(),  # noqa: B008  frozen
-        *,
-        evidence: Any = (),
-        removal: Effects | None = None,
-        outcomes: Any = (),
-        command: str | None = None,
-        keep: Folder | None = None,
-        port: int = 0,
-    ) -> None:
+    def __init__(self, application: Callable[[str], Any], port: int = 0) -> None:
         try:
             import uvicorn
         except ImportError as error:
@@ -197,11 +198,9 @@ class Server:
                 "an installation without the extra.",
                 "pip install 'upweight[view]', or write a report instead.",
             ) from error
-        summed = keeping_totals(keep)
-        answers = Answers(scores, display, evidence, removal, ask=False, summed=summed)
         token = secrets.token_urlsafe(24)
         config = uvicorn.Config(
-            application(answers, token, command, outcomes),
+            application(token),
             host=HOST,
             port=port,
             log_level="error",
@@ -229,7 +228,7 @@ class Server:
         with contextlib.suppress(SystemExit):  # how uvicorn says that the port is taken
             self._server.run()
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -244,6 +243,39 @@ class Server:
         """Stop serving."""
         self._server.should_exit = True
         self._thread.join(STARTS_WITHIN_S)
+
+
+class Server(Loopback):
+    """A view of scores.
+
+    Args:
+        scores: From `Scores.open(folder)`, or in memory; attached to a live context, also the
+            measurement and the prediction of each query are shown.
+        display, evidence, removal, outcomes, command: As for `upweight.report.html`. Without data
+            examples are numbers. A live model is asked for nothing about all of the training data.
+        keep: The folder of the scores, where totals may be kept for the next time.
+        port: Where; 0: any that is free.
+
+    Raises:
+        SpecError: The port is taken, or starlette and uvicorn are not installed.
+        UpweightError: See `Answers`.
+    """
+
+    def __init__(
+        self,
+        scores: Scores,
+        display: Display = Display(),  # noqa: B008  frozen
+        *,
+        evidence: Any = (),
+        removal: Effects | None = None,
+        outcomes: Any = (),
+        command: str | None = None,
+        keep: Folder | None = None,
+        port: int = 0,
+    ) -> None:
+        summed = keeping_totals(keep)
+        answers = Answers(scores, display, evidence, removal, ask=False, summed=summed)
+        super().__init__(lambda token: application(answers, token, command, outcomes), port)
 
 
 def serve(
@@ -262,14 +294,19 @@ def serve(
         UpweightError: See `Server`.
     """
     with Server(scores, display, **served) as server:
-        told(server.address)
-        with contextlib.ExitStack() as opened:
-            if open_browser:
-                webbrowser.open(opened.enter_context(_forwarding(server.address)))
-            try:
-                server.wait()
-            except KeyboardInterrupt:
-                told("stopped")
+        until_interrupted(server, open_browser, told)
+
+
+def until_interrupted(server: Loopback, open_browser: bool, told: Callable[[str], None]) -> None:
+    """Tell the address of a server, and wait for Ctrl-C."""
+    told(server.address)
+    with contextlib.ExitStack() as opened:
+        if open_browser:
+            webbrowser.open(opened.enter_context(_forwarding(server.address)))
+        try:
+            server.wait()
+        except KeyboardInterrupt:
+            told("stopped")
 
 
 def wanted(text: str | None, most: int, below: int) -> list[int]:
