@@ -39,7 +39,7 @@ BITS = 2
 SHARD = 2048
 """Rows in a file: what an interruption may cost, and what several processes share out."""
 
-SAMPLE = 512
+SAMPLE = 128
 """Training examples over which the energy of coordinates is taken."""
 
 CANDIDATES = 20
@@ -75,7 +75,9 @@ class Index:
         v_i = σ⁻¹ ∘ (Λ + λ)^−½ ∘ (Q_Gᵀ gᵢ Q_A)    u_q = −(1/n) σ ∘ (Λ + λ)^½ ∘ (Q_Gᵀ V_q Q_A)
 
     with V_q = (H + λ)⁻¹ ∇m_q as the method solves it, and σ² the energies; of `LoGra` and `TRAK`,
-    v_i = σ⁻¹ ∘ P gᵢ. The energy of a coordinate is the mean square of what stands behind σ⁻¹. n is
+    v_i = σ⁻¹ ∘ P gᵢ. The energy of a coordinate is the mean square of what stands behind σ⁻¹. Of a
+    matrix much longer than wide only the coordinates of as many leading columns are kept as it is
+    wide, as long as there are enough to choose from. n is
     that of the fit, also for rows of other examples: their S is the derivative in the weight of a
     further example, at weight 0.
 
@@ -150,7 +152,8 @@ class Index:
             ModelChanged: The model is not what the method was fitted to.
 
         Cost: one pass over the data, (o + i) k multiply-adds per position of a layer for k columns
-        of its bases, besides the gradients of `sample` training examples.
+        of its bases, k ≤ min(o, i) where that leaves a choice of coordinates; and the same for
+        `sample` training examples.
         """
         started = time.perf_counter()
         share, codes = _share(shards), Codes(bits)
