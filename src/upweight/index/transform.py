@@ -1,6 +1,6 @@
 """What a row is: T gᵢ of K numbers, and u_q of a solved query, with S[q, i] = u_q · T gᵢ.
 
-    Coordinates   of methods by layer: T g = σ⁻¹ ∘ (Λ + λ)^−½ ∘ (Q_Gᵀ g Q_A), the K of most energy
+    Coordinates   of methods by layer: T g = σ⁻¹ ∘ (Λ + λ)^−½ ∘ (Q_Gᵀ g Q_A), the K largest
     Projected     of LoGra and TRAK: T g = σ⁻¹ ∘ P g
 
 σ is the root mean square of a number over training examples, so that all numbers of a row are of
@@ -40,7 +40,7 @@ MOST_EXAMPLES = 64
 """Examples in a batch of gradients at most."""
 
 OFFERED = 4
-"""Coordinates whose energy is measured, for each one that is kept, at least."""
+"""Coordinates whose size is measured, for each one that is kept, at least."""
 
 
 class Transform(abc.ABC):
@@ -168,11 +168,11 @@ def _products(factors: Tokens, k: int, m: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Coordinates(Transform):
-    """T g = σ⁻¹ ∘ (Λ + λ)^−½ ∘ (Q_Gᵀ g Q_A), of the K coordinates of most energy, largest first.
+    """T g = σ⁻¹ ∘ (Λ + λ)^−½ ∘ (Q_Gᵀ g Q_A), of the K coordinates of largest E|v|.
 
     Args:
         blocks: The coordinates of each block of the plan; None where it has none.
-        order: Of the coordinates of all blocks, one block after the other, by energy.
+        order: Of the coordinates of all blocks, one block after the other, by E|v|.
     """
 
     plan: Plan
@@ -212,27 +212,25 @@ class Coordinates(Transform):
 
 
 def _coordinates(fitted: Fitted, most: int, queries: Data | None, sample: int) -> Coordinates:
-    """The coordinates of most energy, over some training examples, of those that are offered.
+    """The coordinates of largest mean size E|v|, over some training examples, of those offered.
 
-    With `queries` by the product of the energies over both: E[u_qj²] E[v_ij²] is what coordinate j
-    adds to E[S²] by itself.
+    Not by E[v²]: coordinates of rare words are large in one example and 0 in all others, and so
+    say little of most scores. With `queries` by the product of the mean sizes over both.
     """
     scorer = _layered(fitted)
     offered = _offered(scorer, most)
-    own = energy = _energies(scorer, offered, scorer.train, sample)
+    own, sizes = _energies(scorer, offered, scorer.train, sample)
     if queries is not None:
-        over = _energies(scorer, offered, queries, sample)
-        energy = [a * b for a, b in zip(energy, over, strict=True)]
-    flat = torch.cat(energy)
-    # Of equal energies the first: the same coordinates in every process.
-    order = flat.argsort(descending=True, stable=True)[:most]
-    inside, ends = order.sort(), torch.tensor([len(each) for each in energy]).cumsum(0)
+        sizes = sizes * _energies(scorer, offered, queries, sample)[1]
+    # Of equal sizes the first: the same coordinates in every process.
+    order = sizes.argsort(descending=True, stable=True)[:most]
+    inside, ends = order.sort(), torch.tensor([len(block.place) for block in offered]).cumsum(0)
     blocks, start = list[BlockCoordinates | None](), 0
     for block, end in zip(offered, ends.tolist(), strict=True):
         mine = inside.values[(start <= inside.values) & (inside.values < end)] - start
         blocks.append(block.some(mine) if len(mine) else None)
         start = end
-    spread = _spread(torch.cat(own)[order])
+    spread = _spread(own[order])
     dtype = scorer.curvature.plan.dtype
     return _made_of(scorer, tuple(blocks), inside.indices.argsort(), spread.to(dtype))
 
@@ -278,19 +276,22 @@ def _spread(energies: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
 
 def _energies(
     scorer: LayeredScorer, blocks: Sequence[BlockCoordinates], data: Data, sample: int
-) -> list[Tensor]:
-    """E[(Qᵀ g)²]/(Λ + λ) of some coordinates of each block, over some examples."""
+) -> tuple[Tensor, Tensor]:
+    """E[v²] and E|v| of some coordinates v of each block, over some examples."""
     task, n = scorer.task, len(data)
     count = min(n, sample)
     chosen = data.subset([k * n // count for k in range(count)])
-    totals = [torch.zeros_like(block.scale, dtype=torch.float64) for block in blocks]
+    totals = [block.scale.new_zeros(2, len(block.scale), dtype=torch.float64) for block in blocks]
     size = _at_once(scorer, blocks)
     with GradientPass(scorer.curvature.plan, scorer.point.theta) as passes:
         for start, stop, batch in progress(chosen.batches(size), count, "energies"):
             factors = passes.of(training_loss(task), task.to_device(batch), stop - start)
             for total, block, part in zip(totals, blocks, factors, strict=True):
-                total += block(part).square_().sum(dim=0)
-    return [total / count for total in totals]
+                values = block(part)
+                total[1] += values.abs().sum(dim=0)
+                total[0] += values.square_().sum(dim=0)
+    energies, sizes = (torch.cat(totals, dim=1) / count).unbind()
+    return energies, sizes
 
 
 def _restored(fitted: Fitted, tensors: Mapping[str, Tensor]) -> Coordinates:
