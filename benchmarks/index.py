@@ -1,15 +1,21 @@
 """What does an index keep of EK-FAC's order, per byte, and what does it cost to build?
 
-A language model of bytes (`GPT` of `ekfac_networks.py`, 875 264 parameters) is trained for a while
-on the Brown corpus. Truth: the scores of `Influence(EKFAC(), damping=Relative(0.1))` of some
-training passages on passages of held-out documents, without tolerance. Against it, for each size of
-a row, the products of an index, before any candidate is scored again:
+The fine-tuned model of `language_model.py` (2 049 440 parameters), its 1 024 passages and 64 others
+of the same documents. Truth: the scores of `Influence(EKFAC(), damping=Relative(0.1))` without
+tolerance. Against it, for each size of a row, the products of rows, before any candidate is scored
+again:
 
     spearman, pearson   mean over the queries
     slope               ⟨Ŝ, S⟩/⟨S, S⟩; only of rows in the unit of EK-FAC
     recall@10           of the ten largest |S|, how many are among the ten largest |Ŝ|
     candidates          of the ten largest S, how many are among the 100 largest Ŝ
-    build               CPU seconds for the rows, in plain epochs: forward and backward, batch 64
+    lds                 of `language_fidelity.py`: by products, and with the 100 largest |Ŝ| of each
+                        query replaced by S
+
+Rows of all sizes are the first numbers of one index in 32 bits, put into codes: numbers are kept
+in the order of their energy, so this is what an index of that size holds. What a build and an
+`extend` by a tenth cost is measured on some of the passages, in plain epochs of as many: forward
+and backward, batch 64, processor seconds.
 
 LoGra has another inverse than EK-FAC, so a part of its distance is another method and no loss.
 Writes results/index.json.
@@ -20,7 +26,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,27 +35,42 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from ekfac_networks import GPT, sequences, token_losses, train  # noqa: E402
 from environment import DATA, environment  # noqa: E402
+from language_fidelity import row, task  # noqa: E402
+from language_model import passages  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import upweight as uw  # noqa: E402
+from upweight.index.asking import FromIndex, _Asked  # noqa: E402
 from upweight.index.codes import Codes  # noqa: E402
+from upweight.index.scan import products  # noqa: E402
 from upweight.index.verification import verification  # noqa: E402
 
 BATCH = 64
 CANDIDATES = 100
 
-ROWS: tuple[tuple[int, int], ...] = ((2048, 2), (4352, 2), (544, 2), (4352, 8))
-"""Bytes of a row, bits of a number."""
+WIDE = 34_752
+"""Numbers of the index whose first ones are judged."""
 
-RANKS = (13, 9)
-"""Of LoGra: 4.2 and 2.1 kB in 8 bits, with what it keeps of embeddings and vectors."""
+ROWS: tuple[tuple[int, int], ...] = (
+    (17_344, 2),
+    (8128, 2),
+    (34_752, 1),
+    (4288, 8),
+    (8640, 4),
+    (2112, 2),
+    (4288, 2),
+    (16_192, 1),
+    (1984, 8),
+    (4032, 4),
+)
+"""Numbers of a row, and bits of each: 4.3 kB, 2 kB, and .5 and 1 kB of 2 bits."""
 
+RANKS = (16, 8)
+"""Of LoGra."""
 
-def passage_losses(outputs: Tensor, y: Tensor) -> Tensor:
-    """Summed over the bytes of a passage."""
-    return token_losses(outputs, y).sum(dim=1)
+TIMED = 640
+"""Passages of the timed build, and a tenth of it appended."""
 
 
 def cpu_seconds(run: Callable[[], Any]) -> tuple[Any, float]:
@@ -63,83 +84,94 @@ def plain_epoch(model: torch.nn.Module, X: Tensor, y: Tensor) -> None:
     for start in range(0, len(X), BATCH):
         model.zero_grad()
         rows = slice(start, start + BATCH)
-        passage_losses(model(X[rows]), y[rows]).mean().backward()
+        logits = model(input_ids=X[rows], use_cache=False).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), y[rows].flatten(), reduction="sum"
+        )
+        losses.backward()
     model.zero_grad()
 
 
-def compared(index: uw.Index, queries: Any, S: Tensor) -> dict[str, Any]:
-    """A row of the table."""
-    found = index.scores(queries).values
-    told = asdict(verification(found, S, 10, len(index)))
-    best, near = S.topk(10).indices, found.topk(min(CANDIDATES, S.shape[1])).indices
+class Asked(FromIndex):
+    """u_q of an index."""
+
+    def begin(self, sweep: Any) -> Any:
+        return _Asked(lambda job: self.transform.of_query(job).cpu(), lambda known: known)
+
+
+def judged(found: Tensor, S: Tensor) -> dict[str, Any]:
+    """What is left of EK-FAC in these scores, and what retraining says of them."""
+    told = asdict(verification(found, S, 10, S.shape[1]))
+    best, near = S.topk(10).indices, found.topk(CANDIDATES).indices
     told["candidates"] = float((best[:, :, None] == near[:, None, :]).any(dim=2).double().mean())
-    told |= {"bytes": index.bytes_per_example, "bits": index.bits, "numbers": index.numbers}
+    first = found.abs().topk(CANDIDATES).indices
+    told["lds"] = row(found)["lds"]
+    told["lds_reranked"] = row(found.scatter(1, first, S.gather(1, first)))["lds"]
     return told
 
 
+def by_bytes(
+    rows: Tensor, u: Tensor, S: Tensor, sizes: Sequence[tuple[int, int]] = ROWS
+) -> dict[str, Any]:
+    """A row of the table for each number of numbers and bits."""
+    table = {}
+    for numbers, bits in sizes:
+        codes = Codes(bits)
+        found = products(u[:, :numbers], codes.encode(rows[:, :numbers]), codes)
+        name = f"EK-FAC coordinates, {codes.bytes(numbers)} bytes, {bits} bits"
+        table[name] = judged(found, S) | {"bytes": codes.bytes(numbers), "bits": bits}
+        shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in table[name].items()}
+        print(name, shown, flush=True)
+    return table
+
+
+def timed(fitted: Any, X: Tensor, y: Tensor, epoch: float) -> dict[str, float]:
+    """A build of some passages and an `extend` by a tenth, in plain epochs of all passages."""
+    more = TIMED + TIMED // 10
+    with tempfile.TemporaryDirectory() as folder:
+        build = lambda: uw.Index.build(fitted, (X[:TIMED], y[:TIMED]), folder, 4352)  # noqa: E731
+        index, spent = cpu_seconds(build)
+        rows = spent * index.seconds["rows"] / sum(index.seconds.values())
+        _, added = cpu_seconds(lambda: index.extend((X[TIMED:more], y[TIMED:more])))
+    share = TIMED / len(X) * epoch
+    return {
+        "rows_epochs": rows / share,
+        "coordinates_epochs_of_128": (spent - rows) / (128 / len(X) * epoch),
+        "extend_of_a_tenth": added / spent,
+    }
+
+
 def main() -> None:
-    """Train, score, build, compare."""
+    """Fit, score, build, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of brown.jsonl.gz")
-    parser.add_argument("--n", type=int, default=2000, help="training passages that are attributed")
-    parser.add_argument("--queries", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=400, help="of training, each of 64 passages")
     parser.add_argument("--out", type=Path, help="where to write; None: results/index.json")
     given = parser.parse_args()
-    torch.manual_seed(0)
-    model = GPT()
-    data = sequences(given.data / "brown.jsonl.gz", given.steps * BATCH, given.queries)
-    _, training = cpu_seconds(lambda: train("gpt", model, data, BATCH, 1, 2e-3))
-    model.eval()
-    long = {key: value.long() for key, value in data.items()}
-    attributed = (long["X"][: given.n], long["y"][: given.n])
-    queries = (long["Xq"], long["yq"])
-    with torch.no_grad():
-        per_byte = float(passage_losses(model(queries[0]), queries[1]).mean() / queries[1].shape[1])
-    print(f"trained: {training:.0f} s, {per_byte:.3f} nats per byte of held-out text", flush=True)
-    epoch = min(cpu_seconds(lambda: plain_epoch(model, *attributed))[1] for _ in range(2))
-    task = uw.Task(model, uw.CrossEntropy())
+    texts, subject = passages(given.data), task()
+    (X, y), queries = texts.split(texts.train), texts.split(texts.queries)
+    epoch = min(cpu_seconds(lambda: plain_epoch(subject.model, X, y))[1] for _ in range(2))
     method = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1), tolerance=0.0)
-    fitted, fit = cpu_seconds(lambda: method.fit(task, attributed))
+    fitted, fit = cpu_seconds(lambda: method.fit(subject, (X, y)))
     scores, asked = cpu_seconds(lambda: fitted.attribute(queries))
     S = scores.values
-    print(
-        f"epoch {epoch:.1f} s; fit {fit / epoch:.2f}, scores {asked / epoch:.2f} epochs", flush=True
-    )
-    table: dict[str, Any] = {}
-
-    def add(name: str, told: dict[str, Any]) -> None:
-        table[name] = told
-        shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in told.items()}
-        print(name, shown, flush=True)
-
-    def built(of: Any, limit: int, bits: int) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as folder:
-            index, spent = cpu_seconds(lambda: uw.Index.build(of, None, folder, limit, bits=bits))
-            chosen = index.seconds["coordinates"] / sum(index.seconds.values())
-            costs = {"build_epochs": (1 - chosen) * spent / epoch}
-            costs["coordinates_epochs"] = chosen * spent / epoch
-            return compared(index, queries, S) | costs
-
-    for limit, bits in ROWS:
-        try:
-            Codes(bits)
-        except uw.errors.SpecError:
-            continue  # a checkout without codes of so few bits
-        add(f"EK-FAC coordinates, {limit} bytes, {bits} bits", built(fitted, limit, bits))
-    for rank in RANKS:
-        logra, fit_logra = cpu_seconds(lambda rank=rank: uw.LoGra(rank=rank).fit(task, attributed))
-        add(f"LoGra({rank}), 8 bits", built(logra, 2**20, 8) | {"fit_epochs": fit_logra / epoch})
-    dot = uw.GradientDot().fit(task, attributed).attribute(queries).values
-    add("gradient products, in full", asdict(verification(dot, S, 10, given.n)))
-    result = {
+    result: dict[str, Any] = {
         "environment": environment(),
-        "settings": {**vars(given), "data": given.data.name, "out": None},
-        "model": {"parameters": task.layout.size, "nats_per_byte": per_byte},
+        "model": {"parameters": subject.layout.size},
         "epoch_cpu_seconds": epoch,
-        "ekfac": {"fit_epochs": fit / epoch, "scores_epochs": asked / epoch},
-        "rows": table,
+        "ekfac": {"fit_epochs": fit / epoch, "scores_epochs": asked / epoch, "lds": row(S)["lds"]},
     }
+    with tempfile.TemporaryDirectory() as folder:
+        index = uw.Index.build(fitted, None, folder, 4 * WIDE, bits=32)
+        kept = index._rows
+        u, _ = fitted.attribute(queries, into=Asked(kept, index._transform, len(X), lambda k: k))
+        rows = torch.cat([kept.read(each)["codes"] for each in kept.shards(len(X))])
+    result["rows"] = by_bytes(rows, u, S)
+    for rank in RANKS:
+        logra, spent = cpu_seconds(lambda rank=rank: uw.LoGra(rank=rank).fit(subject, (X, y)))
+        found, numbers = logra.attribute(queries).values, logra.scorer.projection.width
+        told = judged(found, S) | {"bytes": 2 * numbers, "bits": 16, "fit_epochs": spent / epoch}
+        result["rows"][f"LoGra({rank}), as float16"] = told
+    result["build"] = timed(fitted, X, y, epoch)
     out = given.out or ROOT / "benchmarks" / "results" / "index.json"
     out.write_text(json.dumps(result, indent=1, default=str) + "\n")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.market import draw
-from upweight.gradients.factored import Extendable, Formed, Lookups, Rows, Tokens, stacked
+from upweight.gradients.factored import Extendable, Formed, Joined, Lookups, Rows, Tokens, stacked
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -34,7 +34,16 @@ def extendable():
     return Extendable(draw(g, 5, 2, 7), extended)
 
 
-OTHERS = {"lookups": lambda: lookups(9), "formed": formed, "extendable": extendable}
+def joined():
+    return Joined([lookups(4), tokens((5, 6, 3))])
+
+
+OTHERS = {
+    "lookups": lambda: lookups(9),
+    "formed": formed,
+    "extendable": extendable,
+    "joined": joined,
+}
 
 
 @pytest.fixture(params=[*SHAPES, *OTHERS])

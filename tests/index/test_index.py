@@ -131,8 +131,8 @@ def test_the_product_of_two_rows_is_the_score(method, name):
     torch.testing.assert_close(u @ v.mT, S, rtol=1e-10, atol=1e-12 * float(S.abs().max()))
 
 
-def test_the_coordinates_of_most_energy_are_kept():
-    """By brute force over all of them; with queries, by the product of the two energies."""
+def test_the_largest_coordinates_are_kept():
+    """By brute force over all of them; with queries, by the product of the two mean sizes."""
     p = problem("tied")
     fitted = METHOD.fit(p.task, p.train)
     every = transform(fitted, ALL, None, ALL)
@@ -143,14 +143,34 @@ def test_the_coordinates_of_most_energy_are_kept():
             return made.of_example(passes.of(training_loss(p.task), batch, len(data)))
 
     whole, queries = rows(every, fitted.train) * every.spread, p.task.queries(p.queries)
-    own = whole.square().mean(dim=0)
+    own = whole.abs().mean(dim=0)
     assert bool((own[:-1] >= own[1:] - 1e-12).all())  # largest first
-    others = (rows(every, queries) * every.spread).square().mean(dim=0)
+    others = (rows(every, queries) * every.spread).abs().mean(dim=0)
     for known, by in ((None, own), (queries, own * others)):
         made, best = transform(fitted, 7, known, ALL), by.argsort(descending=True)[:7]
         few = rows(made, fitted.train)
         torch.testing.assert_close(few * made.spread, whole[:, best])
         torch.testing.assert_close(few.square().mean(dim=0), torch.ones(7).double())
+
+
+def test_of_long_matrices_leading_columns_are_offered():
+    """As many as the short side is long, by Σ Λ/(Λ + λ); more where more numbers are to be kept."""
+    g = torch.Generator().manual_seed(0)
+    X, y = torch.randn(30, 3, generator=g).double(), torch.randint(40, (30,), generator=g)
+    fitted = METHOD.fit(uw.Task(nn.Linear(3, 40).double(), uw.CrossEntropy()), (X, y))
+    (block,) = fitted.scorer.curvature.blocks  # [40, 3 + 1]
+    Q, _ = block.inverse().bases
+    best = (block.eigen.values * block.inverse().values).sum(dim=1).argsort(descending=True)
+    for most, columns in ((4, 4), (8, 8), (9, 16), (160, 40)):
+        (offered,) = transforms._offered(fitted.scorer, most)
+        assert offered.columns == (columns, 4)
+        assert offered.bases[0].equal(Q[:, best[:columns].sort().values])
+        assert len(offered.place) == columns * 4
+        seen = (
+            offered.scale.square()
+            * (1 / block.inverse().values)[best[:columns].sort().values].flatten()
+        )
+        torch.testing.assert_close(seen, torch.ones(columns * 4).double())
 
 
 def test_an_index_answers_as_the_method_does(fitted, tmp_path):

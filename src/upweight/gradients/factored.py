@@ -12,6 +12,7 @@ Nothing of size o·i is formed per example until somebody asks for it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -259,6 +260,68 @@ class Lookups(Tokens):
 
     def compact(self) -> "Lookups":
         return self
+
+
+class Joined(Tokens):
+    """gᵢ = Σ over several uses of one weight, each as it is: of a tied weight lookups and products.
+
+    `left` and `right` have the positions of all uses, one use after the other. A rotation of it
+    need not write lookups as products with rows of zeros and a one.
+
+    Args:
+        parts: The uses.
+    """
+
+    def __init__(self, parts: Sequence[Tokens]) -> None:
+        object.__setattr__(self, "parts", tuple(parts))
+
+    parts: tuple[Tokens, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(x for part in self.parts for x in part.tensors)
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    @property
+    def positions(self) -> int:
+        return sum(part.positions for part in self.parts)
+
+    @cached_property
+    def left(self) -> Float[Tensor, "b t o"]:  # type: ignore[override]
+        """Of all uses."""
+        return torch.cat([part.left for part in self.parts], dim=1)
+
+    @cached_property
+    def right(self) -> Float[Tensor, "b t i"]:  # type: ignore[override]
+        """Of all uses."""
+        return torch.cat([part.right for part in self.parts], dim=1)
+
+    @property
+    def alive(self) -> Bool[Tensor, "b t"]:
+        return torch.cat([part.alive for part in self.parts], dim=1)
+
+    def matrices(self) -> Float[Tensor, "b o i"]:
+        first, *rest = (part.matrices() for part in self.parts)
+        for each in rest:
+            first = first + each
+        return first
+
+    def projected(self, left: Float[Tensor, "o k"], right: Float[Tensor, "i l"]) -> Tokens:
+        turned = [part.projected(left, right) for part in self.parts]
+        return Tokens(
+            torch.cat([p.left for p in turned], 1), torch.cat([p.right for p in turned], 1)
+        )
+
+    def take(self, index: Int[Tensor, " k"] | slice) -> "Joined":
+        return Joined([part.take(index) for part in self.parts])
+
+    def scaled(self, by: Float[Tensor, " b"]) -> "Joined":
+        return Joined([part.scaled(by) for part in self.parts])
+
+    def to(self, dtype: torch.dtype) -> "Joined":
+        return Joined([part.to(dtype) for part in self.parts])
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from upweight._typing import Batch, Params
 from upweight.errors import NotDifferentiable, ScalarLoss, UnsupportedModel
 from upweight.gradients.autograd import first_line
 from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source
-from upweight.gradients.factored import Factors, Rows, Tokens, stacked
+from upweight.gradients.factored import Factors, Joined, Rows, Tokens, stacked
 from upweight.gradients.functional import over_examples
 from upweight.gradients.hooks import Call, Capture, inside
 from upweight.gradients.layers import Examples, rule_for
@@ -330,8 +330,7 @@ def _joined_tokens(parts: Sequence[Factors], block: MatrixBlock, size: int, plan
         tokens = [t.with_ones() for t in tokens]
     if len(tokens) == 1:
         return tokens[0]
-    left, right = ([getattr(t, side) for t in tokens] for side in ("left", "right"))
-    return Tokens(torch.cat(left, dim=1), torch.cat(right, dim=1))
+    return Joined(tokens)
 
 
 def _require_one_value_each(values: Tensor, size: int) -> None:

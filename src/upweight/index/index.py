@@ -40,8 +40,8 @@ BITS = 2
 SHARD = 2048
 """Rows in a file: what an interruption may cost, and what several processes share out."""
 
-SAMPLE = 512
-"""Training examples over which the energy of coordinates is taken."""
+SAMPLE = 128
+"""Training examples over which the mean size of coordinates is taken."""
 
 CANDIDATES = 20
 """How many times k examples of a scan are looked at again from their gradients, at each end."""
@@ -70,13 +70,15 @@ class _Facts:
 class Index:
     """Rows v_i on disk with S[q, i] = −(1/n) ⟨V_q, gᵢ⟩ ≈ u_q · v_i, in the unit of the method.
 
-    Of a method by layer, such as `Influence(EKFAC(), damping=…)`, v_i are the K coordinates of most
-    energy of the whitened gradient, in few bits each:
+    Of a method by layer, such as `Influence(EKFAC(), damping=…)`, v_i are K coordinates of the
+    whitened gradient, those of the largest mean size, in few bits each:
 
         v_i = σ⁻¹ ∘ (Λ + λ)^−½ ∘ (Q_Gᵀ gᵢ Q_A)    u_q = −(1/n) σ ∘ (Λ + λ)^½ ∘ (Q_Gᵀ V_q Q_A)
 
-    with V_q = (H + λ)⁻¹ ∇m_q as the method solves it, and σ² the energies; of `LoGra` and `TRAK`,
-    v_i = σ⁻¹ ∘ P gᵢ. The energy of a coordinate is the mean square of what stands behind σ⁻¹. n is
+    with V_q = (H + λ)⁻¹ ∇m_q as the method solves it, and σ the root mean squares of what
+    stands behind σ⁻¹; of `LoGra` and `TRAK`, v_i = σ⁻¹ ∘ P gᵢ. Of a
+    matrix much longer than wide only the coordinates of as many leading columns are kept as it is
+    wide, as long as there are enough to choose from. n is
     that of the fit, also for rows of other examples: their S is the derivative in the weight of a
     further example, at weight 0.
 
@@ -133,8 +135,8 @@ class Index:
                 all are kept.
             bits: Of each number; 32 keeps float32.
             queries: Some like those to come, for the choice of coordinates: by the product of their
-                energies with those of the training examples. None: by the latter alone.
-            sample: Over how many training examples energies are taken.
+                mean sizes with those of the training examples. None: by the latter alone.
+            sample: Over how many training examples these are taken.
             shard: Rows in a file.
             source: What the data are, to be read later: a file, a data set's name.
             shards: "i/m": only every m-th shard, from the i-th on, for schedulers that start m jobs
@@ -151,7 +153,8 @@ class Index:
             ModelChanged: The model is not what the method was fitted to.
 
         Cost: one pass over the data, (o + i) k multiply-adds per position of a layer for k columns
-        of its bases, besides the gradients of `sample` training examples.
+        of its bases, k ≤ min(o, i) where that leaves a choice of coordinates; and the same for
+        `sample` training examples.
         """
         started = time.perf_counter()
         share, codes = share_of(shards), Codes(bits)
@@ -162,7 +165,7 @@ class Index:
         chosen = "training" if known is None else f"training and queries {contents(known)}"
         description = {
             **_of_fit(fitted),
-            "rows": f"at most {most} numbers by energies of {sample}, {chosen}",
+            "rows": f"at most {most} numbers by mean sizes over {sample}, {chosen}",
             "codes": described(codes),
         }
         examples, place = _data(fitted, data), Path(folder)

@@ -1,6 +1,6 @@
 """What a row is: T gᵢ of K numbers, and u_q of a solved query, with S[q, i] = u_q · T gᵢ.
 
-    Coordinates   of methods by layer: T g = σ⁻¹ ∘ (Λ + λ)^−½ ∘ (Q_Gᵀ g Q_A), the K of most energy
+    Coordinates   of methods by layer: T g = σ⁻¹ ∘ (Λ + λ)^−½ ∘ (Q_Gᵀ g Q_A), the K largest
     Projected     of LoGra and TRAK: T g = σ⁻¹ ∘ P g
 
 σ is the root mean square of a number over training examples, so that all numbers of a row are of
@@ -12,6 +12,7 @@ any P.
 """
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from upweight.errors import NotOffered, SpecError, StaleStore
 from upweight.gradients.blocks import Plan
-from upweight.gradients.factored import Factors, Formed, Lookups, Tokens
+from upweight.gradients.factored import Factors, Formed, Joined, Lookups, Tokens
 from upweight.gradients.passes import GradientPass
 from upweight.methods.fitted import Fitted
 from upweight.methods.layered import LayeredJob, LayeredScorer
@@ -31,13 +32,15 @@ from upweight.methods.scorer import Job
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.memory import examples_within, working_bytes
 from upweight.runtime.progress import progress
-from upweight.scoring.queries import in_basis
 from upweight.scoring.stream import training_loss, unchanged
 from upweight.task.data import Data
 from upweight.task.identity import described
 
 MOST_EXAMPLES = 64
 """Examples in a batch of gradients at most."""
+
+OFFERED = 4
+"""Coordinates whose size is measured, for each one that is kept, at least."""
 
 
 class Transform(abc.ABC):
@@ -99,6 +102,24 @@ class BlockCoordinates:
     scale: Float[Tensor, " k"]
     shape: tuple[int, ...]
 
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Of the bases: numbers of an example before the choice."""
+        each = zip(self.shape, self.bases, strict=True)
+        return tuple(size if q is None else q.shape[1] for size, q in each)
+
+    def some(self, which: Int[Tensor, " l"]) -> "BlockCoordinates":
+        """Some of the coordinates, and of the bases the columns that they need."""
+        axes = torch.unravel_index(self.place[which], self.columns)
+        bases, place = list[Tensor | None](), torch.zeros_like(which)
+        for basis, at, size in zip(self.bases, axes, self.columns, strict=True):
+            if basis is not None:
+                columns, at = torch.unique(at, return_inverse=True)
+                basis, size = basis[:, columns].contiguous(), len(columns)
+            bases.append(basis)
+            place = place * size + at
+        return BlockCoordinates(tuple(bases), place, self.scale[which], self.shape)
+
     def __call__(self, factors: Factors) -> Float[Tensor, "b k"]:
         """(Λ + λ)^−½ ∘ Qᵀ g."""
         return self._rotated(factors).flatten(1)[:, self.place] * self.scale
@@ -109,21 +130,25 @@ class BlockCoordinates:
 
     def _rotated(self, factors: Factors) -> Tensor:
         if isinstance(factors, Tokens) and len(self.shape) == 2:
-            left, right = self.bases
-            (o, i), t = self.shape, factors.positions
-            k, m = (n if q is None else q.shape[1] for n, q in zip((o, i), self.bases, strict=True))
-            by_position, in_full = t * (o * k + i * m + k * m), t * o * i + k * o * i + k * i * m
-            if isinstance(factors, Lookups) and left is None:
-                turned = factors.right if right is None else factors.right @ right
-                return Lookups(factors.index, factors.rows, turned).matrices()
-            if isinstance(factors, Lookups) and left is not None:
-                right = factors.right if right is None else factors.right @ right
-                return Tokens(left[factors.index], right).matrices()
+            (o, i), (k, m) = self.shape, self.columns
+            by_position = _products(factors, k, m) + factors.positions * k * m
+            in_full = factors.positions * o * i + k * o * i + k * i * m
             if not isinstance(factors, Formed) and by_position <= in_full:
-                sides = (factors.left, left), (factors.right, right)
-                return Tokens(*(x if q is None else x @ q for x, q in sides)).matrices()
+                return self._turned(factors).matrices()
         values = factors.matrices() if isinstance(factors, Tokens) else factors.values
         return self._along(values.reshape(len(values), *self.shape))
+
+    def _turned(self, factors: Tokens) -> Tokens:
+        """Each position by itself: (Q_Gᵀ δ_t) ⊗ (Q_Aᵀ a_t)."""
+        left, right = self.bases
+        if isinstance(factors, Joined):
+            return Joined([self._turned(part) for part in factors.parts])
+        turned = factors.right if right is None else factors.right @ right
+        if isinstance(factors, Lookups):
+            if left is None:
+                return Lookups(factors.index, factors.rows, turned)
+            return Tokens(left[factors.index], turned)
+        return Tokens(factors.left if left is None else factors.left @ left, turned)
 
     def _along(self, array: Tensor) -> Tensor:
         for axis, q in enumerate(self.bases):
@@ -133,13 +158,21 @@ class BlockCoordinates:
         return array
 
 
+def _products(factors: Tokens, k: int, m: int) -> int:
+    """Multiply-adds of an example that turn its factors onto k and m columns."""
+    if isinstance(factors, Joined):
+        return sum(_products(part, k, m) for part in factors.parts)
+    t, i = factors.positions, factors.right.shape[2]
+    return t * i * m + (0 if isinstance(factors, Lookups) else t * factors.left.shape[2] * k)
+
+
 @dataclass(frozen=True, eq=False)
 class Coordinates(Transform):
-    """T g = σ⁻¹ ∘ (Λ + λ)^−½ ∘ (Q_Gᵀ g Q_A), of the K coordinates of most energy, largest first.
+    """T g = σ⁻¹ ∘ (Λ + λ)^−½ ∘ (Q_Gᵀ g Q_A), of the K coordinates of largest E|v|.
 
     Args:
         blocks: The coordinates of each block of the plan; None where it has none.
-        order: Of the coordinates of all blocks, one block after the other, by energy.
+        order: Of the coordinates of all blocks, one block after the other, by E|v|.
     """
 
     plan: Plan
@@ -179,41 +212,61 @@ class Coordinates(Transform):
 
 
 def _coordinates(fitted: Fitted, most: int, queries: Data | None, sample: int) -> Coordinates:
-    """The coordinates of most energy, over some training examples.
+    """The coordinates of largest mean size E|v|, over some training examples, of those offered.
 
-    With `queries` by the product of the energies over both: E[u_qj²] E[v_ij²] is what coordinate j
-    adds to E[S²] by itself.
+    Not by E[v²]: coordinates of rare words are large in one example and 0 in all others, and so
+    say little of most scores. With `queries` by the product of the mean sizes over both.
     """
     scorer = _layered(fitted)
-    own = energy = _energies(scorer, scorer.train, sample)
+    offered = _offered(scorer, most)
+    own, sizes = _energies(scorer, offered, scorer.train, sample)
     if queries is not None:
-        energy = [a * b for a, b in zip(energy, _energies(scorer, queries, sample), strict=True)]
-    flat = torch.cat([each.flatten() for each in energy])
-    # Of equal energies the first: the same coordinates in every process.
-    order = flat.argsort(descending=True, stable=True)[:most]
-    inside, ends = order.sort(), torch.tensor([each.numel() for each in energy]).cumsum(0)
+        sizes = sizes * _energies(scorer, offered, queries, sample)[1]
+    # Of equal sizes the first: the same coordinates in every process.
+    order = sizes.argsort(descending=True, stable=True)[:most]
+    inside, ends = order.sort(), torch.tensor([len(block.place) for block in offered]).cumsum(0)
     blocks, start = list[BlockCoordinates | None](), 0
-    for fitted_block, end in zip(scorer.curvature.blocks, ends.tolist(), strict=True):
+    for block, end in zip(offered, ends.tolist(), strict=True):
         mine = inside.values[(start <= inside.values) & (inside.values < end)] - start
+        blocks.append(block.some(mine) if len(mine) else None)
         start = end
-        if not len(mine):
-            blocks.append(None)
-            continue
-        inverse = fitted_block.inverse()
-        scale = inverse.values.flatten()[mine].sqrt()
-        axes = torch.unravel_index(mine, inverse.values.shape)
-        bases, place = list[Tensor | None](), torch.zeros_like(mine)
-        for basis, at, size in zip(inverse.bases, axes, inverse.values.shape, strict=True):
-            if basis is not None:
-                columns, at = torch.unique(at, return_inverse=True)
-                basis, size = basis[:, columns].contiguous(), len(columns)
-            bases.append(basis)
-            place = place * size + at
-        shape = tuple(inverse.values.shape)
-        blocks.append(BlockCoordinates(tuple(bases), place, scale, shape))
-    spread = _spread(torch.cat([each.flatten() for each in own])[order])
+    spread = _spread(own[order])
     dtype = scorer.curvature.plan.dtype
     return _made_of(scorer, tuple(blocks), inside.indices.argsort(), spread.to(dtype))
+
+
+def _offered(scorer: LayeredScorer, most: int) -> list[BlockCoordinates]:
+    """Coordinates to choose `most` from: of each matrix those of some columns of its bases.
+
+    Turning δ onto k of the columns of Q_G takes o k multiply-adds per position, and the layer
+    itself o i. So there are as many columns on each side as the shorter side is long, or a multiple
+    of it where that offers fewer than `OFFERED` coordinates for each one that is kept: those with
+    the largest sums of Λ/(Λ + λ), which is the energy that the fit saw.
+    """
+    inverses = [block.inverse() for block in scorer.curvature.blocks]
+    sizes = [inverse.values.shape for inverse in inverses]
+    wanted, times = OFFERED * most, 1
+    while times * min(map(min, sizes)) < max(map(max, sizes)):
+        if sum(math.prod(min(n, times * min(size)) for n in size) for size in sizes) >= wanted:
+            break
+        times *= 2
+    found = []
+    for block, inverse, size in zip(scorer.curvature.blocks, inverses, sizes, strict=True):
+        seen, kept = block.eigen.values * inverse.values, torch.ones(size, dtype=torch.bool)
+        for axis, (basis, n) in enumerate(zip(inverse.bases, size, strict=True)):
+            if basis is not None and times * min(size) < n:
+                sums = seen.movedim(axis, 0).flatten(1).sum(dim=1)
+                best = sums.argsort(descending=True, stable=True)[: times * min(size)]
+                mask = torch.zeros(n, dtype=torch.bool).index_fill_(0, best.cpu(), True)
+                kept &= mask.reshape([-1 if k == axis else 1 for k in range(len(size))])
+        every = BlockCoordinates(
+            tuple(inverse.bases),
+            torch.arange(inverse.values.numel(), device=inverse.values.device),
+            inverse.values.flatten().sqrt(),
+            tuple(size),
+        )
+        found.append(every.some(kept.flatten().nonzero()[:, 0].to(every.place.device)))
+    return found
 
 
 def _spread(energies: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
@@ -221,20 +274,24 @@ def _spread(energies: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
     return torch.where(energies > 0, energies.sqrt(), 1.0)
 
 
-def _energies(scorer: LayeredScorer, data: Data, sample: int) -> list[Tensor]:
-    """(Λ + λ)⁻¹ E[(Qᵀ g)²] of every coordinate of each block, over some examples."""
-    curvature, task, n = scorer.curvature, scorer.task, len(data)
+def _energies(
+    scorer: LayeredScorer, blocks: Sequence[BlockCoordinates], data: Data, sample: int
+) -> tuple[Tensor, Tensor]:
+    """E[v²] and E|v| of some coordinates v of each block, over some examples."""
+    task, n = scorer.task, len(data)
     count = min(n, sample)
     chosen = data.subset([k * n // count for k in range(count)])
-    inverses = [block.inverse() for block in curvature.blocks]
-    totals = [torch.zeros_like(inverse.values, dtype=torch.float64) for inverse in inverses]
-    size = _at_once(scorer)
-    with GradientPass(curvature.plan, scorer.point.theta) as passes:
+    totals = [block.scale.new_zeros(2, len(block.scale), dtype=torch.float64) for block in blocks]
+    size = _at_once(scorer, blocks)
+    with GradientPass(scorer.curvature.plan, scorer.point.theta) as passes:
         for start, stop, batch in progress(chosen.batches(size), count, "energies"):
             factors = passes.of(training_loss(task), task.to_device(batch), stop - start)
-            for total, inverse, part in zip(totals, inverses, factors, strict=True):
-                total += in_basis(inverse, part).square_().sum(dim=0)
-    return [total / count * inverse.values for total, inverse in zip(totals, inverses, strict=True)]
+            for total, block, part in zip(totals, blocks, factors, strict=True):
+                values = block(part)
+                total[1] += values.abs().sum(dim=0)
+                total[0] += values.square_().sum(dim=0)
+    energies, sizes = (torch.cat(totals, dim=1) / count).unbind()
+    return energies, sizes
 
 
 def _restored(fitted: Fitted, tensors: Mapping[str, Tensor]) -> Coordinates:
@@ -259,13 +316,15 @@ def _made_of(
     order: Tensor,
     spread: Tensor,
 ) -> Coordinates:
-    made, size = scorer.curvature.plan, _at_once(scorer, len(order))
+    some = [block for block in blocks if block is not None]
+    made, size = scorer.curvature.plan, _at_once(scorer, some, len(order))
     return Coordinates(made, scorer.point.theta, scorer.factor, size, spread, blocks, order)
 
 
-def _at_once(scorer: LayeredScorer, width: int = 0) -> int:
+def _at_once(scorer: LayeredScorer, blocks: Sequence[BlockCoordinates], width: int = 0) -> int:
     """Examples whose gradients are taken and turned together."""
-    largest = max(block.eigen.values.numel() for block in scorer.curvature.blocks)
+    # Gradients are formed in full only where that takes less than their factors do.
+    largest = max((math.prod(block.columns) for block in blocks), default=0)
     each = scorer.curvature.cost.bytes_per_example
     each += (3 * largest + 2 * width) * scorer.dtype.itemsize
     allowed = working_bytes(scorer.point.theta.device, scorer.memory_bytes)
