@@ -30,7 +30,7 @@ SHORTER = {
     "subsets=50": "subsets=8",
     "subset_weights(n, 100)": "subset_weights(n, 10)",
     "[20] * 30": "[20] * 10",
-    'budget="5 s"': "subsets=8",
+    "subsets=40": "subsets=8",
     "range(20):": "range(3):",
     "check(recipe, subsets=20)": "check(recipe, subsets=8)",
     "epochs=8, batch=16": "epochs=1, batch=64",
