@@ -28,8 +28,7 @@ PICTURES = {
 INTRODUCTION = """\
 # Gallery
 
-Every program of the folder `examples/`: what it asks, and what it prints.
-All run on real data, and end with a model that was trained again where they claim something. Numbers were printed on one
+Every program of the folder `examples/`: what it asks and, for the quick ones, what it prints. All run on real data, and end with a model that was trained again where they claim something. Numbers were printed on one
 machine; another may differ in the last digits.
 
 """
@@ -49,12 +48,13 @@ def entry(example: Path, printed: str) -> str:
     """A section of the page."""
     told = ast.get_docstring(ast.parse(example.read_text(encoding="utf-8"))) or ""
     title, *rest = told.split("\n\n")
-    title = " ".join(title.split()).rstrip(".")
+    title, _, asks = " ".join(title.split()).rstrip(".").partition(": ")
     about = "\n".join(part for part in rest if not re.search(r"^ {4}|--data", part, re.MULTILINE))
     lines = [line[:WIDE] for line in printed.rstrip().splitlines()]
     if len(lines) > LINES:
         lines = [*lines[:LINES], "…"]
-    parts = [f"## {title}", f"`examples/{example.name}`", about]
+    asks = f"**{asks[:1].upper()}{asks[1:]}**" if asks else ""
+    parts = [f"## {title}", asks, f"`examples/{example.name}`", about]
     if lines:
         parts.append("\n".join(["```", *lines, "```"]))
     if example.stem in PICTURES:
