@@ -63,7 +63,7 @@ def photograph(page: str, name: str, script: str = "", height: int = 640) -> Non
         browser.close()
 
 
-QUERIES = "[...document.querySelectorAll('nav a, nav button, button')].find(t => t.textContent.trim() == 'Queries')"
+QUERIES = "[...document.querySelectorAll('nav a')].find(t => t.textContent == 'Queries')"
 """The tab of a page that shows queries."""
 
 

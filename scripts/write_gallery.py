@@ -24,12 +24,13 @@ PICTURES = {
     "22_hugging_face": "tutorial-text",
     "02_sklearn": "tutorial-table",
 }
-"""Figures of the same question, drawn by scripts/draw_tutorials.py and scripts/draw_statsmodels.py."""
+"""Figures of the same question, by draw_tutorials.py and draw_statsmodels.py beside this."""
 INTRODUCTION = """\
 # Gallery
 
-Every program of the folder `examples/`: what it asks and, for the quick ones, what it prints. All run on real data, and end with a model that was trained again where they claim something. Numbers were printed on one
-machine; another may differ in the last digits.
+Every program of the folder `examples/`: what it asks and, for the quick ones, what it prints. All
+run on real data, and end with a model that was trained again where they claim something. Numbers
+were printed on one machine; another may differ in the last digits.
 
 """
 
