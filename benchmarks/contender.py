@@ -2,7 +2,7 @@
 
 `exact.py` starts it; by hand: `python benchmarks/contender.py NAME WORKLOAD.npz FOLDER`. It writes
 `report.json` and, if all went well, `scores.npy` (mapped to S) into the folder. NAME may be
-`yardstick`.
+`plain_epoch`.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from measure import peak_memory_bytes, timed, version
-from softmax_contenders import CONTENDERS, Problem, yardstick
+from softmax_contenders import CONTENDERS, Problem, plain_epoch
 
-YARDSTICK_RUNS = 7
+PLAIN_EPOCH_RUNS = 7
 
 
 def report_of(name: str, workload: Path, folder: Path) -> dict[str, Any]:
@@ -32,8 +32,8 @@ def report_of(name: str, workload: Path, folder: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "peak_memory_bytes_before": peak_memory_bytes(),
     }
-    if name == "yardstick":
-        _, seconds, peak = timed(lambda: yardstick(problem), YARDSTICK_RUNS)
+    if name == "plain_epoch":
+        _, seconds, peak = timed(lambda: plain_epoch(problem), PLAIN_EPOCH_RUNS)
         return {"status": "ok", "seconds": seconds, "peak_memory_bytes": peak, **common}
     contender = next(c for c in CONTENDERS if c.name == name)
     missing = [m for m in contender.modules if importlib.util.find_spec(m) is None]

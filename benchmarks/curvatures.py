@@ -7,7 +7,7 @@ curvature and with no damping but the penalty, beside that of the Hessian and of
 
     pearson     correlation over the training images: mean over the queries, and lowest query
     slope       ⟨S, T⟩/⟨T, T⟩ over all scores: 1 where the size is right
-    yardsticks  seconds for fit and scores, in plain forward and backward epochs at batch 512
+    plain_epochs  seconds for fit and scores, in plain forward and backward epochs at batch 512
 
 The same network is then stopped early, where the Hessian need not be positive definite. Writes
 results/curvatures.json.
@@ -95,7 +95,7 @@ def trained(X: Tensor, y: Tensor, steps: int) -> nn.Module:
     return model.eval()
 
 
-def yardstick(model: nn.Module, X: Tensor, y: Tensor) -> float:
+def plain_epoch(model: nn.Module, X: Tensor, y: Tensor) -> float:
     """Seconds of one plain forward and backward epoch at batch 512, the fastest of nine."""
     times = []
     for _ in range(9):
@@ -136,7 +136,7 @@ def main() -> None:
     task = uw.Task(model, uw.CrossEntropy(), uw.L2(PENALTY))
     hardest = task.losses(task.theta(), (X_test, y_test)).argsort(descending=True)[:QUERIES]
     queries = (X_test[hardest], y_test[hardest])
-    unit = yardstick(model, X, y)
+    unit = plain_epoch(model, X, y)
     scores, rows = {}, {}
     for name, curvature in CURVATURES.items():
         seconds = []
@@ -149,13 +149,13 @@ def main() -> None:
             "hessian": against(scores[name], scores["Hessian()"]),
             "ggn": against(scores[name], scores["GGN()"]) if "GGN()" in scores else None,
             "seconds": min(seconds),
-            "yardsticks": min(seconds) / unit,
+            "plain_epochs": min(seconds) / unit,
         }
-        found, cost = rows[name]["hessian"], rows[name]["yardsticks"]
+        found, cost = rows[name]["hessian"], rows[name]["plain_epochs"]
         print(
             f"{name:<28} against the Hessian: Pearson {found['pearson_mean']:.3f} "
             f"(lowest {found['pearson_lowest']:.3f}), slope {found['slope']:.2f}; "
-            f"{cost:,.0f} yardsticks",
+            f"{cost:,.0f} epochs",
             flush=True,
         )
     early = uw.Task(trained(X, y, EARLY), uw.CrossEntropy(), uw.L2(PENALTY))
@@ -166,7 +166,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "accuracy": float((model(X_test).argmax(dim=1) == y_test).double().mean()),
         "gradient_norm": uw.Influence().fit(task, (X, y)).stationarity["gradient_norm"],
-        "yardstick_seconds": unit,
+        "epoch_seconds": unit,
         "curvatures": rows,
         "eigenvalues": {
             place: {

@@ -3,7 +3,7 @@
 Three trained networks (an MLP and a CNN on MNIST, a byte-level language model on the Brown corpus)
 and all scores of the loss of some queries with respect to all training examples. Each contender
 runs in a process of its own, with the same absolute damping; the time of its factors and that of
-its scores are told apart, in seconds and in yardsticks: plain forward and backward epochs over the
+its scores are told apart, in seconds and in epochs: plain forward and backward epochs over the
 same data at the same batch size. Its scores are compared with float64 scores from its own factors,
 and with those of the others.
 
@@ -158,7 +158,7 @@ class Contest:
         *options: Any,
     ) -> Report:
         """A process of its own; its report, whatever came of it."""
-        ours = name == "yardstick" or name.startswith(OURS)
+        ours = name == "plain_epoch" or name.startswith(OURS)
         python = sys.executable if ours else self.given.peers_python
         folder.mkdir(parents=True)
         words = [python, HERE / "ekfac_contender.py", name, self.file, folder]
@@ -170,11 +170,11 @@ class Contest:
             report |= failure
         return report
 
-    def yardstick(self) -> Report:
+    def plain_epoch(self) -> Report:
         """Seconds of a plain epoch."""
-        measured = self.run("yardstick", self.folder / "yardstick", (self.n, self.queries))
+        measured = self.run("plain_epoch", self.folder / "plain_epoch", (self.n, self.queries))
         if measured["status"] != "ok":
-            refusal = f"the yardstick failed: {measured['why']}"
+            refusal = f"the plain epoch failed: {measured['why']}"
             raise SystemExit(refusal)
         self.epoch = min(measured["seconds"])
         return {"batch": self.workload.batch, **measured}
@@ -219,9 +219,9 @@ class Contest:
         }
         if report["status"] == "ok":
             epoch = self.epoch * size[0] / self.n
-            report["yardsticks"] = total(report) / epoch
-            report["fit_yardsticks"] = min(report["fit_seconds"]) / epoch
-            report["score_yardsticks"] = min(report["score_seconds"]) / epoch
+            report["plain_epochs"] = total(report) / epoch
+            report["fit_plain_epochs"] = min(report["fit_seconds"]) / epoch
+            report["score_plain_epochs"] = min(report["score_seconds"]) / epoch
             report["against_float64"] = self.truth(folder, size)
             if size == (self.n, self.queries):
                 self.kept[contender.name] = folder / "scores.npy"
@@ -311,7 +311,7 @@ COLUMNS = (
     "factors s",
     "scores s",
     "total s",
-    "yardsticks",
+    "plain_epochs",
     "peak MB",
     "rel. error",
     "median query",
@@ -368,7 +368,7 @@ def _cells(name: str, report: Report, correlation: Report | None) -> tuple[str, 
         f"{min(report['fit_seconds']):.2f}",
         f"{min(report['score_seconds']):.2f}",
         f"{total(report):.2f}",
-        f"{report['yardsticks']:.1f}",
+        f"{report['plain_epochs']:.1f}",
         f"{report['peak_memory_bytes'] / 1e6:.0f}",
         f"{errors['relative_error']:.1e}",
         f"{errors['median_query']:.1e}",
@@ -407,7 +407,7 @@ def measure(given: argparse.Namespace, workload: Workload, folder: Path) -> Repo
             "training": training(contest.file),
         },
         "environment": environment(),
-        "yardstick": contest.yardstick(),
+        "plain_epoch": contest.plain_epoch(),
         "contenders": {},
         "correlations": {},
     }
@@ -427,11 +427,11 @@ def main() -> None:
     for name in given.workload:
         with tempfile.TemporaryDirectory() as folder:
             result = measure(given, WORKLOADS[name], Path(folder))
-        yardstick = result["yardstick"]
+        plain_epoch = result["plain_epoch"]
         described = result["workload"]
         print(f"\n{name}: {described['n']} x {described['queries']}, {described['data']}")
-        seconds, threads = min(yardstick["seconds"]), yardstick["threads"]
-        print(f"yardstick: {seconds:.4f} s at batch {yardstick['batch']}, {threads} threads")
+        seconds, threads = min(plain_epoch["seconds"]), plain_epoch["threads"]
+        print(f"plain epoch: {seconds:.4f} s at batch {plain_epoch['batch']}, {threads} threads")
         print(table(result))
 
 

@@ -2,7 +2,7 @@
 
 `ekfac.py` starts it; by hand: `python benchmarks/ekfac_contender.py NAME WORKLOAD.safetensors
 FOLDER --n N --queries Q`. It writes `report.json` into the folder, anew after each stage, and if
-all went well `scores.npy` (mapped to S) and `factors.safetensors`. NAME may be `yardstick`.
+all went well `scores.npy` (mapped to S) and `factors.safetensors`. NAME may be `plain_epoch`.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from ekfac_contenders import CONTENDERS, Contender, Method
-from ekfac_workloads import Problem, yardstick
+from ekfac_workloads import Problem, plain_epoch
 from measure import peak_memory_bytes, timed, version
 from safetensors.torch import save_file
 
-YARDSTICK_RUNS = 5
+PLAIN_EPOCH_RUNS = 5
 
 
 class Report:
@@ -88,8 +88,8 @@ def run(given: argparse.Namespace, report: Report) -> None:
         python=platform.python_version(),
         peak_memory_bytes_before=peak_memory_bytes(),
     )
-    if given.name == "yardstick":
-        _, seconds, peak = timed(lambda: yardstick(problem), YARDSTICK_RUNS)
+    if given.name == "plain_epoch":
+        _, seconds, peak = timed(lambda: plain_epoch(problem), PLAIN_EPOCH_RUNS)
         report.add(status="ok", seconds=seconds, peak_memory_bytes=peak)
         return
     contender = next(c for c in CONTENDERS if c.name == given.name)

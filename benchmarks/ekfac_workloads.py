@@ -23,7 +23,7 @@ class Workload:
     n: int
     queries: int
     batch: int
-    """Of the yardstick, and of ours where a batch size is asked for."""
+    """Of a plain epoch, and of ours where a batch size is asked for."""
     damping: float
     """Absolute: added to the eigenvalues of the mean loss's curvature."""
     params: tuple[str, ...]
@@ -127,7 +127,7 @@ class Problem:
         return cls(workload, model, inputs(X), y.long(), inputs(Xq), yq.long())
 
 
-def yardstick(problem: Problem) -> Tensor:
+def plain_epoch(problem: Problem) -> Tensor:
     """One plain forward and backward pass of the mean loss over the training data."""
     parameters = list(problem.model.parameters())
     batch, last = problem.workload.batch, torch.zeros(())

@@ -3,7 +3,7 @@
 MNIST softmax regression: the first 10 000 training images, 7 850 parameters, penalty λ/2 ‖θ‖² with
 λ = 0.01, trained in float64 to a gradient norm of 1e-10; scores of the loss of 100 test images.
 Each contender runs in a process of its own and is compared with a truth computed in closed form by
-NumPy alone. The cost is also given in yardsticks: one plain forward and backward epoch over the
+NumPy alone. The cost is also given in epochs: one plain forward and backward epoch over the
 same data at batch 512.
 
 The data are mnist.npz with X [60000, 28, 28] uint8, y, Xt [10000, 28, 28] and yt. It can be made
@@ -22,14 +22,14 @@ import numpy as np
 from agreement import agreement
 from contest import aligned, failure_of, made
 from environment import DATA, environment
-from softmax_contenders import CONTENDERS, YARDSTICK_BATCH
+from softmax_contenders import CONTENDERS, PLAIN_EPOCH_BATCH
 from softmax_workload import STRENGTH
 
 HERE = Path(__file__).resolve().parent
 NAMES = [contender.name for contender in CONTENDERS]
 FULL = (10_000, 100, NAMES)
 OURS = "upweight"
-YARDSTICK = "yardstick"
+PLAIN_EPOCH = "plain_epoch"
 
 
 def arguments() -> argparse.Namespace:
@@ -111,7 +111,7 @@ def workload_and_truth(given: argparse.Namespace) -> tuple[Path, Path]:
 
 def row(given: argparse.Namespace, name: str, workload: Path, truth: Path) -> dict[str, Any]:
     """One contender's report, with its agreement with the truth if it finished."""
-    ours = name == YARDSTICK or name.startswith(OURS)
+    ours = name == PLAIN_EPOCH or name.startswith(OURS)
     python = sys.executable if ours else given.peers_python
     print(f"running {name}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -132,7 +132,7 @@ COLUMNS = (
     "contender",
     "seconds",
     "runs",
-    "yardsticks",
+    "plain_epochs",
     "peak MB",
     "max rel. error",
     "Pearson",
@@ -165,7 +165,7 @@ def _cells(name: str, report: dict[str, Any]) -> tuple[str, ...]:
         name,
         f"{min(report['seconds']):.2f}",
         f"{len(report['seconds'])}",
-        f"{report['yardsticks']:.0f}",
+        f"{report['plain_epochs']:.0f}",
         f"{report['peak_memory_bytes'] / 1e6:.0f}",
         *(f"{a[key]:{form}}" if key in a else "not finite" for key, form in forms.items()),
     )
@@ -188,22 +188,22 @@ def main() -> None:
     }
     workload, truth = workload_and_truth(given)
     result["truth"] = json.loads(truth.with_suffix(".json").read_text())
-    measured = row(given, YARDSTICK, workload, truth)
+    measured = row(given, PLAIN_EPOCH, workload, truth)
     if measured["status"] != "ok":
-        refusal = f"the yardstick failed: {measured['why']}"
+        refusal = f"the plain epoch failed: {measured['why']}"
         raise SystemExit(refusal)
-    result["yardstick"] = {"batch": YARDSTICK_BATCH, **measured}
+    result["plain_epoch"] = {"batch": PLAIN_EPOCH_BATCH, **measured}
     result["contenders"] = {}
     for contender in (c for c in CONTENDERS if c.name in given.only):
         report = row(given, contender.name, workload, truth)
         if report["status"] == "ok":
-            report["yardsticks"] = min(report["seconds"]) / min(measured["seconds"])
+            report["plain_epochs"] = min(report["seconds"]) / min(measured["seconds"])
         stated = {"settings": contender.settings, "mapping": contender.mapping}
         result["contenders"][contender.name] = {**stated, **report}
         if given.out:
             given.out.parent.mkdir(parents=True, exist_ok=True)
             given.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    print(f"yardstick: {min(measured['seconds']):.4f} s, {measured['threads']} threads")
+    print(f"plain epoch: {min(measured['seconds']):.4f} s, {measured['threads']} threads")
     print(table(result["contenders"]))
 
 

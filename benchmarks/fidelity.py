@@ -14,7 +14,7 @@ same trained model, and here scores and truth meet:
     LDS          rank correlation over 100 models of random halves of the data, mean over queries
     removals     Pearson correlation and slope of Δm without one example, or a group of one class
     AUROC        of a tenth of the labels made wrong in a second copy, by self-influence
-    yardsticks   seconds of fit and scores in plain forward and backward epochs
+    plain_epochs   seconds of fit and scores in plain forward and backward epochs
     peak MB      of the contender's process
 
 The data are mnist.npz, spamassassin.jsonl.gz and brown.jsonl.gz in `--data`.
@@ -130,7 +130,7 @@ def row_of(
     made: Problem,
     files: tuple[Path, Path | None],
     known: Mapping[str, Tensor],
-    yardstick: float,
+    plain_epoch: float,
     given: argparse.Namespace,
 ) -> Row:
     """Everything about one method on one task."""
@@ -149,7 +149,7 @@ def row_of(
         if said["status"] == "ok":
             if c.library == "upweight" or said.get("imported"):
                 seconds = {"fit": said["fit_seconds"], "scores": said["score_seconds"]["loss"]}
-                row |= {"seconds": seconds, "yardsticks": sum(seconds.values()) / yardstick}
+                row |= {"seconds": seconds, "plain_epochs": sum(seconds.values()) / plain_epoch}
             row["peak_memory_mb"] = said["peak_memory"] / 2**20
             scores = load_file(folder / "queries" / "scores.safetensors")
             row |= held(scores, made, known, c)
@@ -201,7 +201,9 @@ def noise(made: Problem, known: Mapping[str, Tensor]) -> Row:
 def shown(name: str, found: Row) -> str:
     """The rows of a task, side by side."""
     main = f"subsets-{SPECS[name].fractions[0]:g}"
-    lines = [["", "LDS loss", "LDS other", "removals r", "slope", "AUROC", "yardsticks", "peak MB"]]
+    lines = [
+        ["", "LDS loss", "LDS other", "removals r", "slope", "AUROC", "plain_epochs", "peak MB"]
+    ]
 
     def cell(value: Any) -> str:
         return "" if value is None else f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
@@ -222,7 +224,7 @@ def shown(name: str, found: Row) -> str:
                 cell(gone.get("pearson")),
                 "" if slope is None else f"{slope[0]:.2f}",
                 "" if area is None else f"{area[0]:.3f}",
-                f"{row['yardsticks']:.1f}" if "yardsticks" in row else "",
+                f"{row['plain_epochs']:.1f}" if "plain_epochs" in row else "",
                 f"{row['peak_memory_mb']:.0f}" if "peak_memory_mb" in row else "",
             ]
         )
@@ -265,8 +267,8 @@ def main() -> None:
         labeled = made.kind != "text"
         flipped = problem(name, given.data, given.cache, flipped=True) if labeled else None
         known, facts = truth(made, given.cache, anew=given.truth_anew)
-        folder = given.cache / "fidelity-scores" / name / "yardstick"
-        yardstick = process("yardstick", file, folder, sys.executable, given)
+        folder = given.cache / "fidelity-scores" / name / "plain_epoch"
+        plain_epoch = process("plain_epoch", file, folder, sys.executable, given)
         found = report["tasks"].setdefault(name, {"methods": {}})
         found |= {
             "parameters": sum(p.numel() for p in made.model.parameters()),
@@ -275,13 +277,13 @@ def main() -> None:
             **quality(made),
             "damping": made.damping,
             "truth": facts | {"removals_repeat": noise(made, known)},
-            "yardstick_seconds": yardstick["seconds"],
+            "epoch_seconds": plain_epoch["seconds"],
             "environment": environment(),
         }
         for label in given.method:
             print(f"{name}: {label}", file=sys.stderr, flush=True)
             found["methods"][label] = row_of(
-                CONTENDERS[label], made, (file, flipped), known, yardstick["seconds"], given
+                CONTENDERS[label], made, (file, flipped), known, plain_epoch["seconds"], given
             )
             order = [label for label in CONTENDERS if label in found["methods"]]
             found["methods"] = {label: found["methods"][label] for label in order}

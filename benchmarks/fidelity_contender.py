@@ -1,7 +1,7 @@
 """Run one contender of `fidelity.py` in this process: its time, memory and failures are its own.
 
 By hand: `python benchmarks/fidelity_contender.py NAME PROBLEM.safetensors FOLDER`. It writes
-`report.json` and, as far as it got, `scores.safetensors`. NAME may be `yardstick`.
+`report.json` and, as far as it got, `scores.safetensors`. NAME may be `plain_epoch`.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from ekfac_contender import Report
 from fidelity_methods import Contender
-from fidelity_networks import Problem, yardstick
+from fidelity_networks import Problem, plain_epoch
 from measure import peak_memory_bytes, timed, version
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-YARDSTICK_RUNS = 5
+PLAIN_EPOCH_RUNS = 5
 MODULES = {
     "upweight": "upweight",
     "kronfluence": "kronfluence.analyzer",
@@ -54,8 +54,8 @@ def run(given: argparse.Namespace, report: Report) -> None:
     """Everything that `report.json` says."""
     problem = Problem.load(given.problem)
     report.add(status="running", threads=torch.get_num_threads(), memory_before=peak_memory_bytes())
-    if given.name == "yardstick":
-        _, seconds, _ = timed(lambda: yardstick(problem), YARDSTICK_RUNS)
+    if given.name == "plain_epoch":
+        _, seconds, _ = timed(lambda: plain_epoch(problem), PLAIN_EPOCH_RUNS)
         report.add(status="ok", seconds=min(seconds))
         return
     contender = contenders(given.name)[given.name]

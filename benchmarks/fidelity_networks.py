@@ -177,7 +177,7 @@ class Problem:
         unfinished.replace(file)
 
 
-def yardstick(problem: Problem) -> None:
+def plain_epoch(problem: Problem) -> None:
     """One plain forward and backward epoch over the training data at batch 512."""
     for start in range(0, len(problem.X), 512):
         rows = slice(start, start + 512)

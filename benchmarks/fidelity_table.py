@@ -109,7 +109,7 @@ def table(results: Row) -> dict[str, Any]:
                 "lds": rounded(row[HALVES]["loss"]["lds"]),
                 "ceiling": rounded(row[HALVES]["loss"]["ceiling"]),
                 "slope": rounded(row.get("removals", {}).get("loss", {}).get("slope")),
-                "epochs": float(f"{row['yardsticks']:.3g}"),
+                "epochs": float(f"{row['plain_epochs']:.3g}"),
             }
             for task, row in rows.items()
         }

@@ -410,10 +410,10 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
     for (task, facts), panel in zip(results["tasks"].items(), panels.flat, strict=True):
         points = []
         for method, of in rows.items():
-            if "yardsticks" not in of.get(task, {}):
+            if "plain_epochs" not in of.get(task, {}):
                 continue
             lds, low, high = of[task][HALVES]["loss"]["lds"]
-            cost, ours = of[task]["yardsticks"], method.startswith(OURS)
+            cost, ours = of[task]["plain_epochs"], method.startswith(OURS)
             panel.errorbar(
                 cost, lds, [[max(0.0, lds - low)], [max(0.0, high - lds)]],
                 fmt="o" if ours else "s", color="tab:blue" if ours else "tab:orange",

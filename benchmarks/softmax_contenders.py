@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
-YARDSTICK_BATCH = 512
+PLAIN_EPOCH_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class Contender:
     scores: Callable[[Problem], Tensor]
 
 
-def yardstick(problem: Problem) -> Tensor:
+def plain_epoch(problem: Problem) -> Tensor:
     """One plain forward and backward pass over the training data at batch 512."""
     parameters = list(problem.model.parameters())
     last = torch.zeros(())
-    for start in range(0, len(problem.X), YARDSTICK_BATCH):
-        stop = start + YARDSTICK_BATCH
+    for start in range(0, len(problem.X), PLAIN_EPOCH_BATCH):
+        stop = start + PLAIN_EPOCH_BATCH
         loss = F.cross_entropy(problem.model(problem.X[start:stop]), problem.y[start:stop])
         last = torch.autograd.grad(loss, parameters)[-1]
     return last

@@ -30,8 +30,16 @@ SHORTER = {
     "subsets=50": "subsets=8",
     "subset_weights(n, 100)": "subset_weights(n, 10)",
     "[20] * 30": "[20] * 10",
+    "subsets=40": "subsets=8",
+    "range(20):": "range(3):",
+    "check(recipe, subsets=20)": "check(recipe, subsets=8)",
+    "epochs=8, batch=16": "epochs=1, batch=64",
+    "[s for i, s in enumerate(sentences) if i % 12]": "sentences[1::6]",
+    "held_out, texts = sentences[::12]": "held_out, texts = sentences[::48]",
+    "range(3, 203, 20)": "range(3, 43, 4)",
+    "examples=range(1, 17)": "examples=range(1, 4)",
 }
-"""The same with fewer models."""
+"""The same with fewer or shorter trainings."""
 
 
 def images(count, seed):
@@ -281,7 +289,24 @@ def language_model():
     }
 
 
+def nothing(*libraries):
+    """An empty folder, as a tutorial begins, where these libraries are."""
+
+    def names():
+        for library in libraries:
+            pytest.importorskip(library)
+        torch.set_default_dtype(torch.float32)  # as a reader has it; `read` sets it back
+        return {}
+
+    return names
+
+
 NAMES = {
+    "tutorials/table.md": nothing("sklearn", "pandas"),
+    "tutorials/results.md": nothing("statsmodels", "matplotlib"),
+    "tutorials/checkpoint.md": nothing("sklearn", "pandas"),
+    "tutorials/text.md": nothing("sklearn", "pandas", "transformers", "tokenizers"),
+    "tutorials/audit.md": nothing("sklearn", "pandas"),
     "transformers.md": language_model,
     "debugging.md": wrong_labels,
     "poisoning.md": poisoned,
@@ -297,7 +322,7 @@ NAMES = {
     "cross_validation.md": groups,
     "robustness.md": survey,
 }
-"""What a page starts with; others with `network`."""
+"""What a page starts with, by its name or its path; others with `network`."""
 
 
 def served(scores, display):
@@ -321,6 +346,7 @@ def read(tmp_path, monkeypatch):
     """Run the blocks of a page in an empty folder; its namespace."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("upweight.view.serve", served)
+    own = torch.get_default_dtype()
 
     def run(page, names):
         module = types.ModuleType("page_of_the_docs")
@@ -339,10 +365,12 @@ def read(tmp_path, monkeypatch):
                 exec(compile("\n" * line + code, page, "exec"), vars(module))
         return vars(module)
 
-    return run
+    yield run
+    torch.set_default_dtype(own)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_the_blocks_of_a_page_run(page, read):
-    read(page, NAMES.get(page.name, network)())
+    inside = page.relative_to(DOCS).as_posix()
+    read(page, NAMES.get(inside, NAMES.get(page.name, network))())

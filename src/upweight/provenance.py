@@ -5,6 +5,7 @@ Also how an answer introduces itself at a prompt and in a notebook.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any, Literal
 
 from upweight._html import card
@@ -16,6 +17,9 @@ from upweight.task.rows import Rows, class_names, labels_in
 from upweight.task.task import Task
 
 Role = Literal["train", "query"]
+
+BEGINNING = 60
+"""Characters of a text that stand for it in a line."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,13 @@ class Context:
         """The id of an example, or its place."""
         rows = self.rows(role)
         return str(index if rows is None or rows.ids is None else rows.ids[index])
+
+    def beginnings(self, role: Role, indices: Sequence[int]) -> list[str] | None:
+        """How some texts begin, in quotes; None where the examples are no texts."""
+        rows = self.rows(role)
+        if rows is None or rows.texts is None:
+            return None
+        return [f"“{shorten(rows.texts[i], BEGINNING, placeholder=' …')}”" for i in indices]
 
     def labels(self, role: Role, indices: Sequence[int]) -> list[Any] | None:
         """The labels of some examples as the user knows them; None where they have none.

@@ -110,14 +110,15 @@ class Ranking:
         if context is None:
             return replace(self, noun=noun)
         at = [*self.raises, *self.lowers]
-        labels = context.labels("train", at) or [""] * len(at)
+        labels = context.labels("train", at) or context.beginnings("train", at) or [""] * len(at)
         names = {
             i: (context.name("train", i), _label(label))
             for i, label in zip(at, labels, strict=True)
         }
         asked = ""
         if context.queries is not None:
-            own = context.labels("query", [self.query])
+            asks = (context.labels, context.beginnings)
+            own = next((found for ask in asks if (found := ask("query", [self.query]))), None)
             ids = getattr(context.rows("query"), "ids", None)
             parts = ([] if ids is None else [str(ids[self.query])]) + list(map(_label, own or []))
             asked = ", ".join(parts)
@@ -322,7 +323,7 @@ class Scores(Answered):
         context = self.context
         if context is None or context.data(role) is None:
             return str(index)
-        labels = context.labels(role, [index])
+        labels = context.labels(role, [index]) or context.beginnings(role, [index])
         return context.name(role, index) + (f" ({_label(labels[0])})" if labels else "")
 
     def _repr_html_(self) -> str:

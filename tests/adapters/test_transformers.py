@@ -252,6 +252,11 @@ def test_scores_of_texts():
     fitted = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, TEXTS)
     scores = fitted.attribute(["the dog sat on a cat and a mat"])
     assert int(scores.values[0].argmin()) == 2 and float(scores.values[0, 3]) == 0
+    first = str(scores.top(1)).splitlines()
+    assert first[0].endswith("“the dog sat on a cat and a mat”")
+    assert f"lowers the loss  2  “{TEXTS[2]}”" in first[-1]
+    table = scores.table(k=1)
+    assert table.text.tolist() == [TEXTS[i] for i in table.place]
     again = uw.attribute(
         built("GPT-2"),
         hf.text(TEXTS, words()),

@@ -634,6 +634,9 @@ def test_ids_of_a_frame_are_kept_in_a_run(tmp_path, monkeypatch):
     )
     printed = call("attribute", "table.py", "--out", "run", "--top", "1").stdout
     assert re.search(r"query \d: flower-7\d, 1\n  raises the loss  flower-\d+  [012] ", printed)
+    (own,) = re.findall(r"upweight (evaluate .*)", printed)
+    assert "--recipe" not in own  # scikit-learn's own fit
+    assert answer(*shlex.split(own), "--lds", "3")["subsets"] == 3
     os.remove("table.py")
     assert re.search(r"lowers the loss +flower-\d+", call("show", "run").stdout)
     call("report", "run")

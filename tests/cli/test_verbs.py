@@ -411,6 +411,7 @@ def test_evaluation_takes_a_training_function_and_refuses_what_is_no_recipe(fini
     found = answer("evaluate", "run", "--recipe", "project.py:fit", "--lds", "8")
     assert found["seeds"] == 1
     assert "A recipe says how" in refusal("evaluate", "run", "--recipe", "project.py:test")
+    assert "must know how" in refusal("evaluate", "run", "--project", "project.py")
     said = refusal("evaluate", "run", "--recipe", "x.py:y", "--lds", 8, "--budget", "1 s", code=2)
     assert "exclude each other" in said
 

@@ -26,6 +26,7 @@ from upweight.task.arrays import is_array
 from upweight.task.collate import collate
 from upweight.task.data import ArrayData, Data, IndexedData, as_data
 from upweight.task.draws import Draws
+from upweight.task.rows import Rows
 
 IGNORED = -100
 LABELS = ("labels", "label", "label_ids")
@@ -176,6 +177,7 @@ class TextData(IndexedData):
     """Tokenized texts, padded to the longest of each batch. Made by `text` and `chat`."""
 
     collate: Callable[[list[Any]], Any] = field(default_factory=Padding)
+    given: Rows | None = field(default=None, repr=False, kw_only=True)
 
 
 def text(
@@ -227,7 +229,10 @@ def text(
         silent = sum(len(row) < 2 for row in ids)
         if silent:
             notes += (f"{silent} of {len(ids)} texts have one token, which nothing predicts",)
-    return TextData(Tokenized(columns, len(ids)), Padding(_pad(tokenizer)), notes)
+    # A column of a `datasets.Dataset` is read from disk when it is asked for.
+    said = rows[column] if isinstance(getattr(rows, "column_names", None), list) else texts
+    held = Tokenized(columns, len(ids))
+    return TextData(held, Padding(_pad(tokenizer)), notes, given=Rows(texts=said))
 
 
 def chat(dataset: Any, tokenizer: Any, column: str = "messages", length: int = 2048) -> TextData:

@@ -17,6 +17,7 @@ from upweight.cli.question import Asked, question_options, relative, reopened, r
 from upweight.cli.rankings import display_of, hardest, rankings
 from upweight.cli.screen import Answer, continued_by, duration, say, verb
 from upweight.errors import StaleStore
+from upweight.front.opened import own_recipe
 from upweight.runs import work
 from upweight.runs.directory import Run
 from upweight.runs.environment import environment
@@ -322,7 +323,7 @@ def answer(run: Run, shown: Path, did: str, project: Project | None = None) -> A
         f"  next: upweight report {shlex.quote(str(shown))}",
     ]
     if project is not None:
-        recipe = ["evaluate", str(shown), "--recipe", *_recipe(project, run, record)]
+        recipe = ["evaluate", str(shown), *_recipe(project, run, record)]
         again = ["rerun", str(shown), *_naming(project, run, record), "--out", f"{shown}-again"]
         lines += [f"        upweight {shlex.join(each)}" for each in (recipe, again)]
     return Answer("\n".join(lines), facts)
@@ -352,6 +353,8 @@ def _naming(project: Project, run: Run, record: Record) -> list[str]:
 
 def _recipe(project: Project, run: Run, record: Record) -> list[str]:
     """The recipe of the user's file under its usual name, with the other files of the run."""
+    if own_recipe(project.named(record.task)) is not None:
+        return _naming(project, run, record)
     file, name = "FILE.py", "NAME"
     for module in project.modules.values():
         if "recipe" in vars(module) and isinstance(module.__file__, str):
@@ -359,7 +362,11 @@ def _recipe(project: Project, run: Run, record: Record) -> list[str]:
             break
     files = _naming(project, run, record)[1::2]
     others = [each for each in files if Path(each).absolute() != Path(file).absolute()]
-    return [f"{file}:{name}", *(part for each in others for part in ("--project", each))]
+    return [
+        "--recipe",
+        f"{file}:{name}",
+        *(part for each in others for part in ("--project", each)),
+    ]
 
 
 def _short(path: Path) -> Path:

@@ -18,6 +18,7 @@ from upweight.cli.screen import Answer, continued_by, size, verb
 from upweight.cli.spec import parse
 from upweight.errors import SpecError
 from upweight.evaluation import LDS, Check, check
+from upweight.front.opened import own_recipe
 from upweight.runs.directory import Run
 from upweight.runs.record import Record, is_reference
 from upweight.runs.work import refit
@@ -30,9 +31,9 @@ from upweight.training.function import FromFunction
 @click.argument("run", metavar="RUN", type=click.Path(exists=True, path_type=Path))
 @click.option(
     "--recipe",
-    required=True,
     metavar="FILE.py:NAME",
-    help="How the model was trained: a spec, an object of yours, or a function of data weights.",
+    help="How the model was trained: a spec, an object of yours, or a function of data weights.  "
+    "[default: as `attribute` was told; scikit-learn and statsmodels fit again]",
 )
 @click.option("--budget", metavar="TIME", help='How long to retrain.  [default: "2 min"]')
 @click.option(
@@ -47,7 +48,7 @@ from upweight.training.function import FromFunction
 @verb
 def evaluate(
     run: Path,
-    recipe: str,
+    recipe: str | None,
     budget: str | None,
     subsets: int | None,
     jobs: int | None,
@@ -61,30 +62,32 @@ def evaluate(
 
     \b
     Examples:
+        upweight evaluate runs/patients --project project.py
         upweight evaluate runs/digits --recipe project.py:recipe
         upweight evaluate runs/digits --recipe project.py:recipe --budget "10 min"
         upweight evaluate runs/digits --recipe "Newton()" --lds 50 --project project.py
     """
     if budget is not None and subsets is not None:
         raise click.UsageError("--budget and --lds exclude each other")
-    if not is_reference(recipe):
+    if recipe is not None and not is_reference(recipe):
         parse(recipe, "recipe")  # an error in it is reported before anything is loaded
     place, shown = Run.named(run.absolute(), projects), run
     options = {"--recipe": recipe, "--budget": budget, "--lds": subsets, "--jobs": jobs}
     given = [str(x) for pair in options.items() if pair[1] is not None for x in pair]
     typed = ["upweight", "evaluate", str(shown), *given]
-    code = named(place, projects, filter(is_reference, [recipe]), shlex.join(typed))
+    told = recipe or place.record.recipe
+    code = named(place, projects, filter(is_reference, filter(None, [told])), shlex.join(typed))
     files = [part for each in projects for part in ("--project", each)]
     resume = shlex.join([*typed, *files])
-    with place.held("upweight evaluate"), reopened(place, code) as (project, _, question):
+    with place.held("upweight evaluate"), reopened(place, code) as (project, record, question):
         place.evaluations()  # a damaged one is reported before retraining
         scores = place.load().attach(context_of(question))
-        how = recipe_of(project, recipe)
+        how = recipe_of(project, told) if told else fit_of(project, record)
         with continued_by(resume):
             place.log(f"retraining by {how!r}")
             using = Resources(jobs=jobs, folder=place.retrained)
             found = check(scores, how, budget, subsets=subsets, resources=using)
-            place.keep_evaluation("halves", kept(found, recipe))
+            place.keep_evaluation("halves", kept(found, told or repr(how)))
             for note in found.notes:
                 place.log(f"note: {note}")
             place.log(f"{found.verdict}: {found.reason}")
@@ -166,6 +169,24 @@ def recipe_of(project: Project, text: str) -> Recipe:
             "name an upweight.Training(...), or a function: data weights to trained model.",
         )
     return value
+
+
+def fit_of(project: Project, record: Record) -> Recipe:
+    """The fit of scikit-learn or statsmodels, where the run is of an estimator or of results.
+
+    Raises:
+        SpecError: It is of a network or a task, which do not say how they were trained.
+    """
+    found = own_recipe(project.load(record.task))
+    if found is None:
+        raise SpecError(
+            "A check trains the model again, and must know how.",
+            f"{record.task}, and no recipe.",
+            "a network, which does not say how it was trained.",
+            "--recipe project.py:recipe, an upweight.Training(...) or a function from data weights "
+            "to a trained model.",
+        )
+    return found
 
 
 def kept(found: Check, recipe: str) -> dict[str, Any]:

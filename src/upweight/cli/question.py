@@ -276,8 +276,8 @@ def question_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--method", metavar="SPEC",
-            help="How to attribute: a spec, or an object of yours.  [default: chosen from what is "
-            "known of the model, and said]",
+            help="How to attribute: a spec, or an object of yours.  [default: chosen for the "
+            "model; the choice and its reason are printed]",
         ),
         click.option(
             "--recipe", metavar="SPEC",
@@ -286,7 +286,7 @@ def question_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--budget", metavar="TIME",
-            help="What a chosen method may take, roughly, such as '2 min'.  [default: 10 s]",
+            help="Time that the chosen method may take, roughly: '2 min'.  [default: 10 s]",
         ),
         click.option(
             "--measure", default="Loss()", show_default=True, metavar="SPEC",
@@ -294,7 +294,7 @@ def question_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--memory", "memory_bytes", type=Bytes(), metavar="SIZE",
-            help="What a batch may take, such as 2GB.  [default: a share of what is free]",
+            help="Memory for a batch, such as 2GB.  [default: a share of what is free]",
         ),
     ]  # fmt: skip
     for option in reversed(options):

@@ -26,11 +26,13 @@ class Rows:
         ids: The label of each row in its index; None where they are 0…n − 1.
         columns: Names of the columns of `values`.
         values: `[n, f]`, a frame or an array, in the units of the user; None: no table was given.
+        texts: What each example says, where examples are texts.
     """
 
     ids: tuple[Any, ...] | None = None
     columns: tuple[str, ...] | None = None
     values: Any = field(default=None, repr=False)
+    texts: Sequence[str] | None = field(default=None, repr=False)
 
     @staticmethod
     def of(X: Any, y: Any = None, columns: Sequence[Any] | None = None) -> "Rows | None":
@@ -59,7 +61,8 @@ class Rows:
         values = self.values
         if values is not None:
             values = values.iloc[at] if hasattr(values, "iloc") else values[at]
-        return replace(self, ids=ids, values=values)
+        texts = None if self.texts is None else [self.texts[i] for i in at]
+        return replace(self, ids=ids, values=values, texts=texts)
 
     def place(self, name: Any) -> int | None:
         """Where the row of this id is; None where no row, or more than one, has it."""
@@ -81,7 +84,9 @@ class Rows:
         return array if array.dtype.kind in "biuf" else None
 
     def by_column(self) -> list[tuple[str, list[Any]]]:
-        """The values of each column, with its name; columns may share one."""
+        """The values of each column, with its name; columns may share one. Texts are a column."""
+        if self.texts is not None:
+            return [("text", list(self.texts))]
         if self.values is None or self.columns is None:
             return []
         by_place = self.values.iloc if hasattr(self.values, "iloc") else self.values
