@@ -507,6 +507,7 @@ def test_every_pass_over_the_data_is_announced(monkeypatch, tmp_path):
             announced[self.desc] = announced.get(self.desc, 0) + count
 
     monkeypatch.setattr("upweight.runtime.progress.tqdm", Bar)
+    monkeypatch.setattr("upweight.runtime.progress._has_bars", lambda: True)
     train = Read(as_data((draw(g, n, 2), labels(g, n, 3))))
     queries = (draw(g, 2, 2), labels(g, 2, 3))
     model = initialized(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3)), g)

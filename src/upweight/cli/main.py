@@ -17,9 +17,9 @@ VERBS = {
     "evaluate": ("evaluate", "Compare the scores with retraining."),
     "report": ("evaluate", "Write the page of a run: one HTML file that opens offline."),
     "show": ("show", "Print the verdict, settings and strongest examples of a run."),
-    "ask": ("ask", "Ask what scores are for (robustness, labels, …), confirmed by a refit."),
-    "view": ("view", "Serve a run to the browser of this machine, until Ctrl-C."),
-    "pack": ("pack", "Put a run, its page and its project into one zip file."),
+    "ask": ("ask", "Ask what scores are for, and confirm it by a refit."),
+    "view": ("view", "Serve a run, or an index, to the browser of this machine, until Ctrl-C."),
+    "pack": ("pack", "Put a run, its page and the files of its project into one zip file."),
     "index": ("index", "Keep a row of every example on disk, and ask for those behind a text."),
     "rerun": ("attribute", "Finish an interrupted run, or repeat a finished one."),
 }
