@@ -199,6 +199,19 @@ def test_an_index_answers_as_the_method_does(fitted, tmp_path):
     assert any("candidates" in note for note in top.provenance.notes)
 
 
+def test_products_of_some_coordinates_have_no_size_until_verify_finds_it(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    X, y = torch.randn(40, 12, generator=draw), torch.arange(40) % 3
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3))  # 259 parameters
+    task = uw.Task(model, uw.CrossEntropy())
+    fitted = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, (X, y))
+    index, queries = build(fitted, None, tmp_path, 68), (X[:3], y[:3])
+    assert index.numbers == 64 and index.scores(queries).unit is uw.Unit.RANK
+    assert index.top(queries, 2).unit is uw.Unit.DERIVATIVE  # from gradients
+    slope = index.verify(queries, examples=40).slope
+    assert slope < 0.9 and index.scores(queries).unit is uw.Unit.RANK
+
+
 def test_what_verify_says_is_so_and_is_kept(fitted, tmp_path):
     queries, data = asked(), corpus()
     index = build(fitted, data, tmp_path)

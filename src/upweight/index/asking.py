@@ -25,6 +25,7 @@ from upweight.index.transform import Transform
 from upweight.methods.reduce import Answer, Reducer, Sink, Sweep, TokenScores, finite
 from upweight.methods.scorer import Job
 from upweight.provenance import Provenance
+from upweight.scores import Unit
 from upweight.task.data import Data
 
 Told = Callable[[Provenance], Provenance]
@@ -104,11 +105,13 @@ class Scanned(FromIndex):
         into: The reducer.
         description: What the rows are, for scores that are kept on disk.
         train: The indexed examples, where they are at hand and no others.
+        unit: What a product means.
     """
 
     into: Reducer
     description: Mapping[str, str]
     train: Data | None
+    unit: Unit
 
     def require_room(self, sweep: Sweep) -> None:
         self.into.require_room(self._wider(sweep))
@@ -153,7 +156,9 @@ class _Scanned(Sink):
 
         train = self.asked.train
         context = replace(answer.context, train=train) if train is not None else None
-        return self.sink.result(replace(answer, provenance=provenance, context=context))  # type: ignore[arg-type]
+        return self.sink.result(
+            replace(answer, unit=self.asked.unit, provenance=provenance, context=context)  # type: ignore[arg-type]
+        )
 
 
 @dataclass(frozen=True, eq=False)

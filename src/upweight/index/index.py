@@ -26,7 +26,7 @@ from upweight.runtime.lock import claimed
 from upweight.runtime.ranks import share_of
 from upweight.runtime.selection import places
 from upweight.runtime.store import FINISHED, Store
-from upweight.scores import TopScores
+from upweight.scores import TopScores, Unit
 from upweight.task.check import require_answerable
 from upweight.task.data import Data
 from upweight.task.identity import contents, described
@@ -36,6 +36,9 @@ AGAIN = "the same Index.build(…) or index.extend(…), which makes only what i
 
 BITS = 2
 """Of a number of a row, unless told otherwise."""
+
+SIZE = 0.1
+"""By how much the slope of `verify` may differ from 1 for products to have the size of scores."""
 
 SHARD = 2048
 """Rows in a file: what an interruption may cost, and what several processes share out."""
@@ -83,6 +86,9 @@ class Index:
     further example, at weight 0.
 
     Made by `build` and `load`. Changed by `extend` only, on disk and here.
+
+    Products of some of the coordinates may be much smaller than scores: see `unit`. `top` takes the
+    scores that it shows from gradients.
 
     Exact when: all coordinates are kept, in 32 bits.
     """
@@ -310,6 +316,18 @@ class Index:
         return self._told.verified
 
     @property
+    def unit(self) -> Unit:
+        """What a product of rows means: the unit of the method where it is known to have its size.
+
+        That is where all coordinates are kept, or `verify` found a slope within a tenth of 1;
+        otherwise only the order within a row means anything.
+        """
+        found = self.verified
+        has_size = found is not None and abs(found.slope - 1) <= SIZE
+        is_whole = self.numbers == width_of(self.fitted)
+        return self.fitted.spec.unit if is_whole or has_size else Unit.RANK
+
+    @property
     def folder(self) -> Path:
         """Where it is."""
         return self._rows.store.directory
@@ -355,7 +373,7 @@ class Index:
             into: The same.
 
         Returns:
-            As there: `Scores` for `Matrix()`, the default.
+            As there: `Scores` for `Matrix()`, the default. Their unit is `Index.unit`.
 
         Raises:
             UpweightError: As there, or what is to be kept does not fit into memory.
@@ -369,7 +387,7 @@ class Index:
         _, train = self._held[0]
         only = train if len(self._held) == 1 and len(train) == len(self) else None
         digest = {"index": self._rows.store.digest}
-        scanned = Scanned(*self._asked(), into, digest, only)
+        scanned = Scanned(*self._asked(), into, digest, only, self.unit)
         return self.fitted.attribute(queries, measure, into=scanned)
 
     def top(
