@@ -26,6 +26,46 @@ install_import_hook(
     [f"upweight.{folder}" for folder in CHECKED], f"{once.__module__}.{once.__name__}"
 )
 
+# The same laws over every model, method and way in, kills, processes, and the blocks of the docs:
+# half of the suite's time. `pytest` alone leaves them out, `pytest -m breadth` runs them, and
+# .ci/run both.
+BREADTH = {
+    "adapters/test_lightning.py",
+    "adapters/test_transformers_trainer.py",
+    "applications/test_selection.py",
+    "cli/test_chosen.py",
+    "cli/test_damaged_runs.py",
+    "cli/test_stranger.py",
+    "cli/test_verbs.py",
+    "distributed/test_ranks.py",
+    "exactness/test_layerwise_scores.py",
+    "exactness/test_removal.py",
+    "exactness/test_second_way.py",
+    "examples/test_projects.py",
+    "gradients/test_transformers.py",
+    "laws/test_11_point.py",
+    "laws/test_3_batch_invariance.py",
+    "laws/test_3_padding.py",
+    "laws/test_9_large_damping.py",
+    "laws/test_two_floors.py",
+    "linalg/test_iterative.py",
+    "methods/test_assumptions.py",
+    "methods/test_changed_after_fit.py",
+    "methods/test_ensemble.py",
+    "methods/test_every_verb.py",
+    "methods/test_layerwise_models.py",
+    "methods/test_layerwise_store.py",
+    "methods/test_method_conformance.py",
+    "methods/test_plugin.py",
+    "methods/test_preconditioned.py",
+    "methods/test_tracin.py",
+    "runs/test_kill.py",
+    "scoring/test_tolerance.py",
+    "task/test_target_dtypes.py",
+    "test_docs.py",
+    "training/test_pbrf.py",
+}
+
 # At import, not in a fixture: tensors are also made while tests are collected.
 torch.set_default_dtype(torch.float64)
 
@@ -33,6 +73,7 @@ torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Models of tests are random where training would change nothing that is tested.
 
@@ -40,6 +81,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     in pyproject.toml: there the name of the class would import the package before the hook above.
     """
     for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix() in BREADTH:
+            item.add_marker(pytest.mark.breadth)
         expected = pytest.mark.filterwarnings("ignore::upweight.errors.AssumptionWarning")
         item.add_marker(expected, append=False)
 

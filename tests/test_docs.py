@@ -24,7 +24,9 @@ PAGES = [
     for page in sorted(DOCS.rglob("*.md"))
     if page.parent.name != "decisions" and "```python\n" in page.read_text(encoding="utf-8")
 ]
-NOT_RUN = {"training.md": 1, "debugging.md": 1, "several-machines.md": 3}  # a cluster; a download
+NOT_RUN = {"training.md": 1, "transformers.md": 1, "debugging.md": 1, "several-machines.md": 3}
+"""Blocks that need a cluster, a training, or a download."""
+
 SHORTER = {
     '"2 min"': "subsets=8",
     "subsets=50": "subsets=8",

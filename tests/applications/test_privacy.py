@@ -108,7 +108,7 @@ def test_pages_note_queries_that_were_trained_on(fitted):
     outside = fitted.attribute(examples(3, 1))
     assert own_rows(own) == (0, 1) and own_rows(outside) == ()
     for scores, says in ((own, True), (outside, False)):
-        notes = words_of(Answers(scores, Display()), None)["notes"]
+        notes = words_of(Answers(scores, Display()), None)["warnings"]
         assert any("2 queries are training examples" in note for note in notes) is says
 
 

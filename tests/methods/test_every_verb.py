@@ -42,7 +42,10 @@ FITTED_TO_QUERIES = (uw.Stacked,)
 
 def spec_of(method):
     fields = inspect.signature(method).parameters
-    return method(**{k: v for k, v in (ARGUMENTS | CHEAP).items() if k in fields})
+    small = CHEAP | (
+        {"subsets": 20} if method is uw.SubsampledInfluence else {}
+    )  # in two, out of two
+    return method(**{k: v for k, v in (ARGUMENTS | small).items() if k in fields})
 
 
 METHODS = [spec_of(method) for method in REGISTRY["method"]]

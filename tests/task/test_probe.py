@@ -415,6 +415,7 @@ def heads(seed=0):
     return Heads().double().eval()
 
 
+@pytest.mark.filterwarnings("ignore:examples are taken one at a time")
 def test_examples_in_the_order_of_their_domain_have_the_scores_of_any_other_order():
     domain = (torch.arange(40) >= 20).long()
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
