@@ -3,11 +3,11 @@
 The method checks the queries and solves them, as for any question; then their rows meet those of
 the index in place of the training gradients. Each is a reducer of `Fitted.attribute`:
 
-    Scanned(…, into)     any reducer, over the products with all rows
-    Picked(…, examples)  the products with some rows
-    Exact(…, examples)   the method's own scores of some examples, from their gradients
-    ByToken(…, examples) the same, position by position
-    Nearest(…, count)    the same, of the examples that the scan puts first for one query
+    Scanned(…, into)       any reducer, over the products with all rows
+    Exact(…, examples)     the method's own scores of some examples, from their gradients
+    Compared(…, examples)  beside them the products of their rows
+    ByToken(…, examples)   the scores from gradients, position by position
+    Nearest(…, count)      the same, of the examples that the scan puts first for one query
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -162,16 +162,6 @@ class _Scanned(Sink):
 
 
 @dataclass(frozen=True, eq=False)
-class Picked(FromIndex):
-    """S[q, i] of some examples in ascending order, from their rows: [q, k]."""
-
-    examples: Sequence[int]
-
-    def begin(self, sweep: Sweep) -> Sink:
-        return _Asked(lambda job: self.job(job, sweep.dtype).picked(self.examples), self.told)
-
-
-@dataclass(frozen=True, eq=False)
 class Exact(FromIndex):
     """S[q, i] of some examples in ascending order, from their gradients: [q, k].
 
@@ -212,8 +202,21 @@ class Exact(FromIndex):
 
 
 @dataclass(frozen=True, eq=False)
+class Compared(Exact):
+    """The scores from gradients, and the products of the rows: [q, k, 2]."""
+
+    def begin(self, sweep: Sweep) -> Sink:
+        def both(job: Job) -> Float[Tensor, "q k two"]:
+            scores = self._scores(job)
+            products = self.job(job, sweep.dtype).picked(self.examples)
+            return torch.stack([scores, products.to(scores)], dim=2)
+
+        return _Asked(both, self.told)
+
+
+@dataclass(frozen=True, eq=False)
 class ByToken(Exact):
-    """The same, position by position: `TokenScores`."""
+    """The scores from gradients, position by position: `TokenScores`."""
 
     def begin(self, sweep: Sweep) -> Sink:
         return _ByToken(self)

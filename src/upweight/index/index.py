@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upweight._typing import Folder
 from upweight.errors import MissingContext, ShapeError, SpecError
-from upweight.index.asking import ByToken, Exact, Nearest, Picked, ScanJob, Scanned
+from upweight.index.asking import ByToken, Compared, Exact, Nearest, ScanJob, Scanned
 from upweight.index.codes import Codes
 from upweight.index.shards import INDEX, MULTIPLE, TRANSFORM, Rows
 from upweight.index.transform import Transform, restored, transform, width_of
@@ -71,7 +71,7 @@ class _Facts:
 
 
 class Index:
-    """Rows v_i on disk with S[q, i] = −(1/n) ⟨V_q, gᵢ⟩ ≈ u_q · v_i, in the unit of the method.
+    """Rows v_i on disk with S[q, i] = −(1/n) ⟨V_q, gᵢ⟩ ≈ u_q · v_i.
 
     Of a method by layer, such as `Influence(EKFAC(), damping=…)`, v_i are K coordinates of the
     whitened gradient, those of the largest mean size, in few bits each:
@@ -567,10 +567,9 @@ class Index:
         else:
             chosen = sorted(places(examples, n, "Examples", least=1))
         _require_counts(k=k)
-        values, _ = self._exact(queries, measure, chosen)
-        picked = Picked(*self._asked(), chosen)
-        products, _ = self.fitted.attribute(queries, measure, into=picked)
-        found = verification(products, values, k, n)
+        compared = Compared(*self._asked(), self._at_hand(chosen), self._held)
+        both, _ = self.fitted.attribute(queries, measure, into=compared)
+        found = verification(both[..., 1], both[..., 0], k, n)
         store = self._rows.store
         with claimed(store.directory, INDEX, wait=True):
             told = replace(self._told, verified=found)
