@@ -42,8 +42,8 @@ class Told(Outcome):
         ax.plot([0, 1], [1, 0])
         return ax
 
-    def summary(self):
-        return {"verdict": self.verdict}
+    def numbers(self):
+        return {}
 
 
 def test_a_page_of_outcomes_says_the_verdict_and_whether_a_refit_confirms_it(tmp_path):

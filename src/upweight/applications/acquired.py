@@ -230,10 +230,9 @@ class Acquired(Outcome):
         ax.legend(frameon=False)
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         own = self.strategies[0]
         return {
-            "verdict": self.verdict,
             "labels": self.labels.tolist(),
             "accuracy": {
                 name: self.right[s].double().mean(dim=(0, 2)).tolist()
@@ -247,8 +246,6 @@ class Acquired(Outcome):
             "starts": self.right.shape[1],
             "initial": self.initial,
             "validation": self.validation,
-            "confirmed": self.is_confirmed,
-            "notes": list(self.notes),
         }
 
     def _place(self, strategy: str) -> int:

@@ -436,10 +436,9 @@ class Certified(Outcome):
         ax.legend()
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         made = self.certificate
         return {
-            "verdict": self.verdict,
             "epsilon": made.epsilon,
             "delta": made.delta,
             "sigma": made.sigma,

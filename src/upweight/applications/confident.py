@@ -144,13 +144,11 @@ class FlaggedLabels(Outcome):
         ax.set(xlabel="rows, flagged first", ylabel="p(another class) − p(label)")
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "verdict": self.verdict,
             "rows": len(self),
             "flagged": list(self.flagged),
             "proposed": list(self.proposed().values()),
-            "notes": list(self.notes),
         }
 
 

@@ -239,10 +239,9 @@ class CrossValidated(Outcome):
         ax.set(xlabel="training loss", ylabel="held-out loss", title=self.title)
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         low, high = self.interval
         return {
-            "verdict": self.verdict,
             "kind": self.kind,
             "n": len(self.per_example),
             "mean": self.mean,
@@ -260,7 +259,6 @@ class CrossValidated(Outcome):
             "is_confirmed": self.is_confirmed,
             "largest_leverage": None if self.leverage is None else float(self.leverage.max()),
             "seconds": self.seconds,
-            "notes": list(self.notes),
         }
 
 
@@ -368,17 +366,15 @@ class Difference(Outcome):
         ax.set(xlabel="examples, sorted", ylabel="difference in loss", title=self.title)
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         low, high = self.interval
         return {
-            "verdict": self.verdict,
             "mean": self.mean,
             "standard_error": _finite(self.standard_error),
             "interval": [_finite(low), _finite(high)],
             "predicted": self.predicted,
             "actual": self.actual,
             "is_confirmed": self.is_confirmed,
-            "notes": list(self.notes),
         }
 
 

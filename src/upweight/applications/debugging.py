@@ -308,10 +308,9 @@ class Suspects(Outcome):
         ax.set(xlabel="suspects corrected as proposed", ylabel="predicted validation accuracy")
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         path = self.predicted
         return {
-            "verdict": self.verdict,
             "rows": len(self),
             "by": self.by,
             "proposals": self.count,
@@ -323,7 +322,6 @@ class Suspects(Outcome):
                 "loss": list(path.values),
                 "accuracy": list(path.accuracies),
             },
-            "notes": list(self.notes),
         }
 
     @property

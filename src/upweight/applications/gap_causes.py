@@ -179,11 +179,8 @@ class GroupCauses(Outcome):
         ax.legend()
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "title": self.title,
-            "verdict": self.verdict,
-            "confirmed": self.is_confirmed,
             "soft": self.soft,
             "pair": self.pair,
             "predicted": self.predicted,
@@ -191,7 +188,6 @@ class GroupCauses(Outcome):
             "causes": [
                 vars(c) | {"share": [c.share.value, c.share.low, c.share.high]} for c in self.causes
             ],
-            "notes": list(self.notes),
         }
 
 
@@ -358,17 +354,13 @@ class Causes(Outcome):
         ax.set(xlabel="training rows, by score", ylabel=f"sum of shares of the {self.gap.words}")
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "title": self.title,
-            "verdict": self.verdict,
-            "confirmed": self.is_confirmed,
             "soft": self.soft,
             "pair": self.pair,
             "predicted": self.predicted,
             "actual": self.actual,
             "rows": list(self.rows),
-            "notes": list(self.notes),
         }
 
 

@@ -328,12 +328,9 @@ class Repair(Outcome):
         ax.legend()
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         base, point = self.frontier[0], self.point
         return {
-            "title": self.title,
-            "verdict": self.verdict,
-            "confirmed": self.is_confirmed,
             "repaired": self.is_repaired,
             "infeasible": self.is_infeasible,
             "how": self.how,
@@ -362,7 +359,6 @@ class Repair(Outcome):
                 }
                 for p in self.frontier
             ],
-            "notes": list(self.notes),
         }
 
 

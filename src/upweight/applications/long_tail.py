@@ -129,17 +129,15 @@ class RemovalExperiment(Outcome):
         ax.legend(frameon=False)
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         names = ("all rows", "without the first", "at random")
         c = self.cost
         return {
-            "verdict": self.verdict,
             "removed": len(self.rows),
             "accuracy": {name: self.accuracy(name).value for name in names},
             "cost": [c.value, _number(c.low), _number(c.high)],
             "draws": self.random.shape[1],
             "seeds": len(self.full),
-            "notes": list(self.notes),
         }
 
 

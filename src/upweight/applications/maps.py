@@ -230,9 +230,8 @@ class Map(Outcome):
         ax.set_title(self.title)
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "verdict": self.verdict,
             "method": repr(self.method),
             "about": self.about,
             "shape": list(self.values.shape),

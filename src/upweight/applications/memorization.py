@@ -172,10 +172,9 @@ class Memorization(Outcome):
             ax.legend(frameon=False)
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         r, b = self.pearson, self.slope
         return {
-            "verdict": self.verdict,
             "rows": len(self.predicted),
             "memorized": int((self.predicted >= MEMORIZED).sum()),
             "share": self.share,
@@ -183,8 +182,6 @@ class Memorization(Outcome):
             "pearson": None if r is None else [r.value, r.low, r.high],
             "slope": None if b is None else [b.value, b.low, b.high],
             "duplicate_sets": len(self.duplicates),
-            "confirmed": self.is_confirmed,
-            "notes": list(self.notes),
         }
 
 

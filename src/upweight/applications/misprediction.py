@@ -125,10 +125,8 @@ class Misprediction(Outcome):
         ax.legend()
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "verdict": self.verdict,
-            "confirmed": self.is_confirmed,
             "query": self.query,
             "label": self.label,
             "taken_for": self.taken_for,
@@ -138,7 +136,6 @@ class Misprediction(Outcome):
             "removed": list(self.counts),
             "predicted": list(self.predicted),
             "actual": None if self.actual is None else list(self.actual),
-            "notes": list(self.notes),
         }
 
 

@@ -69,8 +69,13 @@ class Outcome(abc.ABC):
         """The figure, on the Axes given or on new ones; nothing is shown or saved."""
 
     @abc.abstractmethod
+    def numbers(self) -> dict[str, Any]:
+        """What `summary` has beside its sentences, as JSON would hold it."""
+
     def summary(self) -> dict[str, Any]:
-        """The numbers as JSON would hold them."""
+        """The answer as JSON would hold it: its sentences, whether it is confirmed, its numbers."""
+        asked = {"title": self.title, "verdict": self.verdict, "confirmed": self.is_confirmed}
+        return asked | self.numbers() | {"notes": list(self.notes)}
 
     def __str__(self) -> str:
         return "\n".join([self.verdict, *(f"  note: {note}" for note in self.notes)])

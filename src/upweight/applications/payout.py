@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
     from upweight.task.recipe import Recipe
 
+__all__ = ["Copied", "Statement", "if_copied", "statement"]
+
 Money = int | float | str | Decimal
 
 AGREES = 0.5
@@ -287,12 +289,9 @@ class Statement(Outcome):
         ax.set_xlabel("payout")
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         worst = float(self.moved_by_point.max()) if len(self._by_point) > 1 else math.nan
         return {
-            "verdict": self.verdict,
-            "confirmed": self.is_confirmed,
-            "notes": list(self.notes),
             "budget": str(self._money(self.budget)),
             "payouts": {name: str(paid) for name, paid in self.payouts.items()},
             "intervals": dict(zip(self.contributors, map(plain, self.intervals), strict=True)),
@@ -559,11 +558,8 @@ class Copied(Outcome):
         ax.set(xlabel="payout without the copy", ylabel="payout with it")
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "verdict": self.verdict,
-            "confirmed": True,
-            "notes": list(self.notes),
             "before": {name: str(paid) for name, paid in self.before.payouts.items()},
             "after": {name: str(paid) for name, paid in self.after.payouts.items()},
         }

@@ -170,9 +170,8 @@ class Path(Outcome):
         ax.set(xlabel=self.parameter, ylabel="loss", title=self.title)
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "verdict": self.verdict,
             "parameter": self.parameter,
             "values": [_plain(value) for value in self.values],
             "loss": _numbers(self.mean),
@@ -183,7 +182,6 @@ class Path(Outcome):
             "predicted": _numbers(self.predicted),
             "actual": None if self.actual is None else _numbers(self.actual),
             "is_confirmed": self.is_confirmed,
-            "notes": list(self.notes),
         }
 
     def _each(self, of: Any) -> Float[Tensor, " v"]:

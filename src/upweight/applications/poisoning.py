@@ -260,9 +260,8 @@ class Suspects(Outcome):
         ax.legend()
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "verdict": self.verdict,
             "target": self.target,
             "method": self.method,
             "measure": self.asked,
@@ -500,9 +499,8 @@ class Cleansed(Outcome):
         ax.legend()
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "verdict": self.verdict,
             "target": self.target,
             "limit": self.limit,
             "before": _flat(self.before),

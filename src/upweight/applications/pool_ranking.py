@@ -150,16 +150,14 @@ class Ranking(Outcome):
         ax.legend(frameon=False)
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "verdict": self.verdict,
             "pool": len(self.predicted),
             "chosen": self.chosen.tolist(),
             "predicted": self.predicted[self.chosen].tolist(),
             "labels": self.labels,
             "diverse": self.diverse,
             "validation_loss": self.loss,
-            "notes": list(self.notes),
         }
 
 

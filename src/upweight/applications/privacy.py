@@ -260,9 +260,8 @@ class Leakage(Outcome):
         ax.set(xlabel="AUC of the membership attack")
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "verdict": self.verdict,
             "k": self.k,
             "members": self.sizes[0],
             "outsiders": self.sizes[1],

@@ -46,6 +46,8 @@ from upweight.errors import (
 from upweight.task.likelihoods import Likelihood, moments
 from upweight.task.losses import Bernoulli, Loss, Poisson, SquaredError
 
+__all__ = ["Diagnostics", "glm_diagnostics", "linear_diagnostics", "ridge_loo_residuals"]
+
 STATIONARY = 1e-4
 """Largest Newton step that remains, in standard errors: β̂ is then good to four digits of them."""
 

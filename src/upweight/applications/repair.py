@@ -239,10 +239,8 @@ class Repaired(Outcome):
         ax.set(xlim=(-0.6, 1.6), ylabel="change of test accuracy")
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "verdict": self.verdict,
-            "confirmed": self.is_confirmed,
             "rows": self.rows,
             "tested": self.tested,
             "relabelled": len(self.decisions.labels),
@@ -252,7 +250,6 @@ class Repaired(Outcome):
             "predicted": self.predicted.summary(),
             "actual": self.actual.summary(),
             "level": self.level,
-            "notes": list(self.notes),
         }
 
 

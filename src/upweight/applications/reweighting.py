@@ -192,7 +192,7 @@ class Weights(Outcome):
         ax.legend(frameon=False)
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         found = {
             "predicted": self.predicted,
             "beyond": self.beyond,
@@ -202,7 +202,6 @@ class Weights(Outcome):
         for name, model in self.models.items():
             found |= {f"{name}: loss": model.loss, f"{name}: accuracy": model.accuracy}
         return {
-            "verdict": self.verdict,
             "start": self.start,
             "steps": self.steps,
             "rule": self.rule,
@@ -212,7 +211,6 @@ class Weights(Outcome):
             "w": self.w.tolist(),
             "path": [vars(point) for point in self.path],
             **intervals.summarized(found, self.level),
-            "notes": list(self.notes),
         }
 
 

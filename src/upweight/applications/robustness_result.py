@@ -241,11 +241,8 @@ class Robustness(Outcome):
         ax.legend()
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "title": self.title,
-            "verdict": self.verdict,
-            "confirmed": self.is_confirmed,
             "asked": self.asked,
             "start": self.start.summary(),
             "end": None if self.end is None else self.end.summary(),
@@ -257,7 +254,6 @@ class Robustness(Outcome):
             "tried": self.tried,
             "left_out": [_plain(label) for label in self.left_out],
             "rows": [_plain(label) for label in self.rows],
-            "notes": list(self.notes),
         }
 
     @property
@@ -402,15 +398,12 @@ class RobustnessTable(Outcome):
         ax.invert_yaxis()
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "title": self.title,
-            "verdict": self.verdict,
             "lines": [
                 {"model": model, "coefficient": name} | found.summary()
                 for model, name, found in self.lines
             ],
-            "notes": list(self.notes),
         }
 
 
@@ -525,13 +518,9 @@ class Fragility(Outcome):
         ax.set(xlabel=f"{first.about}, {100 * first.level:g} % interval")
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "title": self.title,
-            "verdict": self.verdict,
-            "confirmed": self.is_confirmed,
             "findings": [found.summary() for found in self.findings],
-            "notes": list(self.notes),
         }
 
 

@@ -42,11 +42,9 @@ from upweight.applications.held_out import (
     weighed,
 )
 from upweight.applications.outcome import Outcome
-from upweight.applications.reweighting import Weights as Weights
-from upweight.applications.reweighting import reweight as reweight
+from upweight.applications.reweighting import Weights, reweight
 from upweight.applications.subject import subject_of
-from upweight.applications.targeting import Target as Target
-from upweight.applications.targeting import for_target as for_target
+from upweight.applications.targeting import Target, for_target
 from upweight.errors import MissingContext, SpecError
 from upweight.evaluation import bootstrap as intervals
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
@@ -60,6 +58,8 @@ from upweight.task.recipe import Recipe
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+__all__ = ["Choice", "Subset", "Target", "Trial", "Weights", "for_target", "reweight", "subset"]
 
 Rule: TypeAlias = Literal["sigmoid", "drop", "iterated", "redundant"]
 """How rows are chosen."""
@@ -164,7 +164,7 @@ class Subset(Outcome):
         ax.set_title(self.title)
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         found = {"predicted": self.predicted, "actual": self.actual}
         found["change_of_accuracy"] = self.change_of_accuracy
         for name in ("everything", "kept", "random"):
@@ -172,14 +172,12 @@ class Subset(Outcome):
             found[f"{name}_loss"] = None if model is None else model.loss
             found[f"{name}_accuracy"] = None if model is None else model.accuracy
         return {
-            "verdict": self.verdict,
             "rule": self.rule,
             "why": self.why,
             "n": self.n,
             "rows": self.rows.tolist(),
             "expects_gain": self.expects_gain,
             **intervals.summarized(found, self.level),
-            "notes": list(self.notes),
         }
 
 

@@ -208,10 +208,9 @@ class SubsetMemorization(Outcome):
         """The long tail: mem(i) sorted, with two standard errors."""
         return sorted_values(self.actual, ax, self.standard_error)
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         top, r = self.ceiling, self.agreement
         return {
-            "verdict": self.verdict,
             "rows": len(self.actual),
             "models": len(self.inside),
             "seeds": self.seeds,
@@ -222,7 +221,6 @@ class SubsetMemorization(Outcome):
             "ceiling": None if top is None else [top.value, top.low, top.high],
             "spearman_of_predicted": None if r is None else [r.value, r.low, r.high],
             "duplicate_sets": len(self.duplicates),
-            "notes": list(self.notes),
         }
 
     def _halves(self, seed: int) -> tuple[Tensor, Tensor] | None:
@@ -442,10 +440,9 @@ class Pairs(Outcome):
         ax.set(xlabel="memorization of the training row", ylabel="influence on the test row")
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         again = self.again
         return {
-            "verdict": self.verdict,
             "pairs": len(self),
             "opposite": self.opposite,
             "least": self.least,
@@ -453,7 +450,6 @@ class Pairs(Outcome):
             "memorized_rows": self.rows,
             "chosen_mean": float(self.predicted.mean()) if len(self.predicted) else None,
             "repeated_mean": None if again is None else [again.value, again.low, again.high],
-            "notes": list(self.notes),
         }
 
 

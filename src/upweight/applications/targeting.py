@@ -140,16 +140,14 @@ class Target(Outcome):
         ax.set_title(self.title)
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "verdict": self.verdict,
             "n": self.n,
             "rows": self.rows.tolist(),
             "predicted": self.predicted,
             "test_losses": {name: float(each.mean()) for name, each in self.losses.items()},
             "is_confirmed": self.is_confirmed,
             **intervals.summarized(dict(self.differences), self.level),
-            "notes": list(self.notes),
         }
 
 

@@ -198,10 +198,9 @@ class Unlearned(Outcome):
         ax.set(xlabel="change of output by the refit", ylabel="change of output by unlearning")
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         change = self.change
         return {
-            "verdict": self.verdict,
             "how": self.how,
             "examples": list(self.examples),
             "n": self.n,

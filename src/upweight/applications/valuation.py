@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
     from upweight.task.recipe import Recipe
 
+__all__ = ["Comparison", "Correct", "Values", "Worth", "compare", "values", "worth"]
+
 LOWER = ("Loss()",)
 HIGHER = ("LogProb()", "Margin()", "Logit(", "Correct()")
 """Measures, as provenance writes them, of which it is known which way is better."""
@@ -212,12 +214,9 @@ class Values(Outcome):
         ax.set(xlabel="examples, most valuable first", ylabel="worth")
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         shown = self.frame().head(SHOWN)
         return {
-            "verdict": self.verdict,
-            "confirmed": False,
-            "notes": list(self.notes),
             "total": plain(self.total),
             "owed": self.owed,
             "above": self.above,
@@ -443,12 +442,9 @@ class Worth(Outcome):
             f"change of {self.measure}",
         )
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         actual = self.actual_means
         return {
-            "verdict": self.verdict,
-            "confirmed": self.is_confirmed,
-            "notes": list(self.notes),
             "action": self.action,
             "before": float(self.before.mean()),
             "predicted": dict(zip(self.names, map(plain, self.predicted_means), strict=True)),
@@ -729,11 +725,8 @@ class Comparison(Outcome):
         ax.legend()
         return ax
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
-            "verdict": self.verdict,
-            "confirmed": self.is_confirmed,
-            "notes": list(self.notes),
             "spearman": {f"{a} – {b}": plain(e) for (a, b), e in self.orders.items()},
             "pearson with refits": {
                 name: None if e is None else plain(e) for name, e in self.agreement.items()

@@ -11,6 +11,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +113,7 @@ class Question:
         if application not in applications.__all__:
             raise SpecError(*_unknown("application", application, applications.__all__))
         module = importlib.import_module(f"upweight.applications.{application}")
-        public = getattr(module, "__all__", None) or [
-            each for each, value in vars(module).items()
-            if getattr(value, "__module__", "") == module.__name__ and not each.startswith("_")
-        ]  # fmt: skip
-        functions = [
-            each for each in public
-            if callable(getattr(module, each)) and not isinstance(getattr(module, each), type)
-        ]  # fmt: skip
+        functions = [each for each in module.__all__ if isfunction(getattr(module, each))]
         if name not in functions:
             raise SpecError(*_unknown(f"question of {application}", name, functions))
         function: Callable[..., Any] = getattr(module, name)
