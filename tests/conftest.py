@@ -65,6 +65,7 @@ BREADTH = {
     "test_docs.py",
     "training/test_pbrf.py",
 }
+assert all((Path(__file__).parent / name).is_file() for name in BREADTH), "one was renamed"
 
 # At import, not in a fixture: tensors are also made while tests are collected.
 torch.set_default_dtype(torch.float64)
