@@ -351,3 +351,26 @@ def test_other_verbs_refuse_with_what_can_be_done():
     network = MLPRegressor(hidden_layer_sizes=(2,), solver="lbfgs", max_iter=500).fit(X, Y)
     with pytest.raises(UnsupportedModel, match="minimum of a convex"):
         sk.task(network, X, Y, minimize=True)
+
+
+def test_a_pipeline_of_one_step_is_weighed_by_the_name_of_its_step():
+    X, y, weight = FLOWERS[::3], NAMES[::3], np.linspace(1, 2, len(NAMES[::3]))
+    model = make_pipeline(DecisionTreeClassifier(max_depth=2, random_state=0))
+    model.fit(X, y, decisiontreeclassifier__sample_weight=weight)
+    found = sk.outputs(model, (X, y, weight), (X[:2], y[:2]))
+    scores = uw.LeaveOneOut().fit(found.task, found.train, history=found.recipe)
+    values = scores.attribute(found.queries).values
+    without = clone(model).fit(X[1:], y[1:], decisiontreeclassifier__sample_weight=weight[1:])
+    before, after = (-np.log(m.predict_proba(X[:1])[0, 0]) for m in (model, without))
+    assert y[0] == model.classes_[0]
+    assert float(values[0, 0]) == pytest.approx(before - after, abs=1e-9)
+
+
+def test_training_without_a_seed_is_not_repeated():
+    X = torch.linspace(-1, 1, 7, dtype=torch.float64)[:, None]
+    task = uw.Task(torch.nn.Linear(1, 1).double(), uw.SquaredError(), uw.L2(0.1))
+    recipe = uw.training.Newton()
+    fitted = uw.LeaveOneOut(seeds=3).fit(task, (X, X), history=recipe)
+    scores = fitted.attribute((X[:2], X[:2]))
+    assert scores.provenance.health["trainings"] == 7
+    assert scores.error is None  # of equal trainings there is none

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import clone
-from sklearn.pipeline import Pipeline
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ from upweight.adapters import sklearn_networks as networks
 from upweight.adapters.sklearn_arrays import encoded, example_weights, features, require_rows
 from upweight.adapters.sklearn_labels import OutOfFold, out_of_fold
 from upweight.adapters.sklearn_leaves import LeafInfluence, leaf_weights
-from upweight.adapters.sklearn_objectives import Objective, coefficients, final_step
+from upweight.adapters.sklearn_objectives import Objective, coefficients, final_step, has_steps
 from upweight.adapters.sklearn_outputs import Outputs, by_features, outputs
 from upweight.adapters.sklearn_reader import Reader, rows_of, translated
 from upweight.adapters.sklearn_refit import Refit
@@ -132,7 +131,7 @@ def task(
         arrays = (Z, (targets, weights))
         made = Task(model, Weighted(objective.loss), penalty, forward=unit_weights)
     reader = Reader.of(estimator, objective, arrays, by_class, rows_of(estimator, X, y))
-    if isinstance(estimator, Pipeline) and len(estimator.steps) > 1:
+    if has_steps(estimator):
         notes.append(
             "inputs are the features after the Pipeline's steps "
             f"{', '.join(name for name, _ in estimator.steps[:-1])}, which stay as fitted"

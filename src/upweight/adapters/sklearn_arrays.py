@@ -8,12 +8,11 @@ import torch
 from jaxtyping import Float
 from sklearn.compose import ColumnTransformer
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline
 from sklearn.svm import LinearSVC
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
-from upweight.adapters.sklearn_objectives import Encoding, Objective, final_step
+from upweight.adapters.sklearn_objectives import Encoding, Objective, final_step, has_steps
 from upweight.adapters.support import numbers
 from upweight.errors import DataError, ShapeError
 
@@ -21,7 +20,7 @@ from upweight.errors import DataError, ShapeError
 def features(estimator: Any, X: Any) -> Float[Tensor, "n i"]:
     """X after the earlier steps of a Pipeline, as the final estimator takes it."""
     final = final_step(estimator)
-    if isinstance(estimator, Pipeline) and len(estimator.steps) > 1:
+    if has_steps(estimator):
         # A ColumnTransformer picks columns by name; other steps may go by place without a word.
         if not isinstance(estimator.steps[0][1], ColumnTransformer):
             _require_columns(estimator, X)

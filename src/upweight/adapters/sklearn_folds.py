@@ -27,7 +27,7 @@ from torch import Tensor
 from upweight.adapters import sklearn_sparse
 from upweight.adapters.sklearn import task as smooth_task
 from upweight.adapters.sklearn_arrays import features
-from upweight.adapters.sklearn_objectives import coefficients, final_step
+from upweight.adapters.sklearn_objectives import coefficients, final_step, has_steps
 from upweight.adapters.sklearn_refit import tightened
 from upweight.adapters.sklearn_rules import objective_of
 from upweight.errors import SpecError
@@ -83,7 +83,7 @@ def translated(
     else:
         task, train = smooth_task(estimator, X, y, sample_weight, minimize=minimize)
         objective = objective_of(estimator)
-    if isinstance(estimator, Pipeline) and len(estimator.steps) > 1:
+    if has_steps(estimator):
         names = ", ".join(name for name, _ in estimator.steps[:-1])
         notes.append(
             f"{names} stays as fitted on all rows, those left out among them: what that leaks is "

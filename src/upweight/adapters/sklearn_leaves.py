@@ -29,7 +29,7 @@ from sklearn.tree import (
 from sklearn.utils.class_weight import compute_sample_weight
 from torch import Tensor
 
-from upweight.adapters.sklearn_objectives import final_step
+from upweight.adapters.sklearn_objectives import final_step, has_steps
 from upweight.adapters.sklearn_outputs import EstimatorRefit, outputs
 from upweight.errors import SpecError, UnsupportedModel
 from upweight.methods.fitting import Fitting
@@ -148,7 +148,7 @@ def _checked_leaves(
         UnsupportedModel: They are not.
     """
     estimator, final = recipe.estimator, final_step(recipe.estimator)
-    steps = estimator[:-1] if estimator is not final and len(estimator.steps) > 1 else None
+    steps = estimator[:-1] if has_steps(estimator) else None
     parts = [
         steps.transform(rows) if steps is not None else rows for rows in (recipe.X, recipe.rows)
     ]

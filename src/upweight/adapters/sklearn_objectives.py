@@ -111,6 +111,11 @@ class ColumnsSumToZero(Penalty):
         return 0.5 * weight.sum(dim=0).square().sum() / len(weight)
 
 
+def has_steps(estimator: Any) -> bool:
+    """Whether it is a Pipeline with steps before the last."""
+    return isinstance(estimator, Pipeline) and len(estimator.steps) > 1
+
+
 def final_step(estimator: Any) -> Any:
     """The estimator, or the last step of a Pipeline."""
     return estimator.steps[-1][1] if isinstance(estimator, Pipeline) else estimator

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from upweight._typing import Batch
 from upweight.adapters.sklearn_arrays import indices, weights_of
-from upweight.adapters.sklearn_objectives import final_step
+from upweight.adapters.sklearn_objectives import final_step, has_steps
 from upweight.adapters.sklearn_reader import UNLABELED, rows_of
 from upweight.adapters.support import (
     AdapterReader,
@@ -467,7 +467,7 @@ def by_features(estimator: Any, train: Any, queries: Any) -> Outputs:
 
 
 def _features(estimator: Any, X: Any) -> Float[Tensor, "n d"]:
-    raw = estimator[:-1].transform(X) if _has_steps(estimator) else X
+    raw = estimator[:-1].transform(X) if has_steps(estimator) else X
     raw = raw.toarray() if hasattr(raw, "toarray") else raw
     found = as_numbers(
         raw,
@@ -476,10 +476,6 @@ def _features(estimator: Any, X: Any) -> Float[Tensor, "n d"]:
         "encode them in the Pipeline that is fitted.",
     )
     return torch.from_numpy(found)
-
-
-def _has_steps(estimator: Any) -> bool:
-    return isinstance(estimator, Pipeline) and len(estimator.steps) > 1
 
 
 def _loss(estimator: Any) -> Loss:
@@ -562,4 +558,5 @@ def _weight_name(estimator: Any) -> str:
     final = final_step(estimator)
     if not has_fit_parameter(final, "sample_weight"):
         raise ValueError("its fit takes no sample_weight, so rows can be left out but not weighed")
-    return f"{estimator.steps[-1][0]}__sample_weight" if _has_steps(estimator) else "sample_weight"
+    is_pipeline = isinstance(estimator, Pipeline)  # which takes no bare name, whatever its length
+    return f"{estimator.steps[-1][0]}__sample_weight" if is_pipeline else "sample_weight"

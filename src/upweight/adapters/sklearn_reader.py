@@ -23,7 +23,7 @@ from upweight.adapters.sklearn_arrays import (
     require_rows,
     weights_of,
 )
-from upweight.adapters.sklearn_objectives import Objective, final_step
+from upweight.adapters.sklearn_objectives import Objective, final_step, has_steps
 from upweight.adapters.sklearn_rules import objective_of
 from upweight.adapters.support import AdapterReader, TranslatedData, require_same_index
 from upweight.errors import DataError, UnsupportedModel
@@ -139,7 +139,7 @@ class Reader(AdapterReader):
 
     def translate(self, given: Any) -> TranslatedData:
         X, y = _parts(given)
-        through = isinstance(self.estimator, Pipeline) and len(self.estimator.steps) > 1
+        through = has_steps(self.estimator)
         if through and isinstance(X, Tensor):
             raise DataError(
                 "Data for the task of a Pipeline are rows before its transformations.",
@@ -188,7 +188,7 @@ def _feature_names(estimator: Any) -> list[str]:
     """Of what reaches the last step; none where the data had no names, or a step tells none."""
     if not hasattr(estimator, "feature_names_in_"):
         return []
-    if isinstance(estimator, Pipeline) and len(estimator.steps) > 1:
+    if has_steps(estimator):
         try:
             return [str(name) for name in estimator[:-1].get_feature_names_out()]
         except (AttributeError, ValueError):  # a step without names of its own

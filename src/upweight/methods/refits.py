@@ -25,7 +25,7 @@ from upweight.scores import Unit
 from upweight.task.measures import Functional, as_measure, measured
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
-from upweight.training.subset_models import fitting_weights, reseeded_from
+from upweight.training.subset_models import fitting_weights, has_seed, reseeded_from
 
 FEWEST = 8
 """Subsets, of which about half hold an example: a variance over fewer than 4 says nothing."""
@@ -73,14 +73,15 @@ class LeaveOneOut(Method):
 
     def prepare(self, fitting: Fitting) -> Scorer:
         recipe, n = _recipe(self, fitting), len(fitting.data)
+        seeds = self.seeds if has_seed(recipe) else 1
         weights = torch.ones(n + 1, n, dtype=torch.float64)
         weights[1:].fill_diagonal_(0.0)
-        _require_room(self, fitting, (n + 1) * self.seeds)
+        _require_room(self, fitting, (n + 1) * seeds)
         runs = [
             _trained(reseeded_from(recipe, k), fitting, weights, f"refits, seed {k}")
-            for k in range(self.seeds)
+            for k in range(seeds)
         ]
-        return _RefitScorer(self, fitting.task, torch.stack(runs), weights[1:], n * self.seeds)
+        return _RefitScorer(self, fitting.task, torch.stack(runs), weights[1:], n * seeds)
 
 
 @dataclass(frozen=True)

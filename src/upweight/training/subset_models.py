@@ -99,9 +99,9 @@ def subset_models(
 
     Cost: `subsets` trainings on `fraction` of the data each.
     """
-    seeds = min(seeds, subsets) if _has_seed(recipe) else 1
+    seeds = min(seeds, subsets) if has_seed(recipe) else 1
     if fraction == 1.0:
-        if not _has_seed(recipe):
+        if not has_seed(recipe):
             raise SpecError(_no_seed(recipe))
         weights, seeds = torch.ones(subsets, len(train), dtype=torch.float64), subsets
     else:
@@ -210,7 +210,8 @@ def _trained(
         yield share, theta if theta.ndim == 2 else theta[None]
 
 
-def _has_seed(recipe: Recipe) -> bool:
+def has_seed(recipe: Recipe) -> bool:
+    """Whether it can be trained from other seeds: by a field `seed`."""
     return is_dataclass(recipe) and isinstance(getattr(recipe, "seed", None), int)
 
 
@@ -221,7 +222,7 @@ def reseeded(recipe: Recipe, k: int) -> Recipe:
 
 def reseeded_from(recipe: Recipe, k: int) -> Recipe:
     """The recipe from k seeds after its own; itself where it has none."""
-    if not _has_seed(recipe):
+    if not has_seed(recipe):
         return recipe
     made: Callable[..., Recipe] = replace  # type: ignore[assignment]
     return made(recipe, seed=recipe.seed + k)  # type: ignore[attr-defined]
