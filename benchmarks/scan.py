@@ -55,7 +55,6 @@ def shard(K: int, bits: int, size: int = SIZE) -> dict[str, torch.Tensor]:
 
 def ours(K: int, bits: int) -> Callable[[torch.Tensor], Any]:
     kept, codes = shard(K, bits), Codes(bits)
-    kept = {"codes": kept["codes"], "scales": kept["scales"]}
 
     def run(queries: torch.Tensor, n: int) -> None:
         some = {key: each[:n] for key, each in kept.items()}

@@ -376,10 +376,8 @@ class Scores(Answered):
             "effect": ["raises"] * len(found.raises) + ["lowers"] * len(found.lowers),
             "score": [*found.raises_by, *found.lowers_by],
         }
-        context, name = (None if self.columns else self.context), "group"
+        context, name = (None, "group") if self.columns else (self.context, "example")
         ids: list[Any] = [self.columns[i] for i in at] if self.columns else list(at)
-        if self.columns is None:
-            name = "example"
         if context is not None:
             labels, rows = context.labels("train", at), context.rows("train")
             if labels is not None:

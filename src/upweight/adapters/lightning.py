@@ -10,12 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from upweight._typing import Folder
-from upweight.adapters.loops import Clipped, Order, require_one_process
+from upweight.adapters.loops import Clipped, Order, require_one_process, spread
 from upweight.errors import SpecError
 from upweight.task.task import Task
 from upweight.training.record import Recorded, Run, read_record, recording
@@ -146,10 +145,7 @@ class Recorder:
             return
         b, k = sum(map(len, self._indices)), trainer.accumulate_grad_batches
         left = self._clipped.factor if self._clipped else 1.0
-        factors = torch.cat([
-            torch.full((len(some),), left * b / (k * len(some)), dtype=torch.float64)
-            for some in self._indices
-        ])  # fmt: skip
+        factors = spread(self._indices, [left * b / (k * len(some)) for some in self._indices])
         self._run.step(*self._indices, factors=factors)
         self._indices = []
 

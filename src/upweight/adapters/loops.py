@@ -6,7 +6,7 @@
 Both only look: the loader and the gradients are what they would have been.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -140,3 +140,9 @@ def _no_order(given: str) -> str:
         "a data set with __getitem__ (list(stream), Dataset.from_generator); or uw.record(...) in "
         "a loop of your own, which tells run.step(indices).",
     )
+
+
+def spread(batches: Sequence[Tensor], values: Sequence[float]) -> Tensor:
+    """The value of each batch, for each of its examples."""
+    sizes = [len(batch) for batch in batches]
+    return torch.tensor(values, dtype=torch.float64).repeat_interleave(torch.tensor(sizes))

@@ -28,7 +28,7 @@ from upweight.adapters.transformers_data import (
     TextData,
     chat,
     lines_of,
-    rows_padded_on_the_left,
+    padded_on_the_left,
     text,
     token_data,
 )
@@ -429,10 +429,9 @@ class Reader:
         Raises:
             DataError: The outputs are others than without it.
         """
-        row = next(iter(rows_padded_on_the_left(data)), None)
-        if row is None:
+        at = None if self.kind == "seq2seq" else padded_on_the_left(data)
+        if at is None:
             return
-        at, count = row
         batch = data.take([at])
         batch = batch if isinstance(batch, dict) else {}
         width = batch["attention_mask"].shape[1]
@@ -441,7 +440,7 @@ class Reader:
                   if k not in LABELS and isinstance(v, Tensor)}  # fmt: skip
         cut = {k: v[:, count:] if v.ndim > 1 and v.shape[1] == width else v
                for k, v in inputs.items()}  # fmt: skip
-        if not count or self.kind == "seq2seq":
+        if not count:
             return
         asked = Task(self.model, CrossEntropy(), forward=_logits)
         with torch.no_grad():

@@ -11,7 +11,7 @@ any format, the columns of a tokenizer, lists of texts, examples of different le
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -557,8 +557,8 @@ def _pad(tokenizer: Any) -> int:
     return 0 if token is None else int(token)
 
 
-def rows_padded_on_the_left(data: Data, most: int = 64) -> Iterable[tuple[int, int]]:
-    """Places of examples whose mask begins with zeros, and how many: of all arrays, or of some."""
+def padded_on_the_left(data: Data, most: int = 64) -> int | None:
+    """The first example whose mask begins with zeros: of all arrays, or of some; None: none."""
     n = len(data)
     if isinstance(data, ArrayData):
         arrays = data.arrays
@@ -569,7 +569,6 @@ def rows_padded_on_the_left(data: Data, most: int = 64) -> Iterable[tuple[int, i
         batch = data.take(at) if at and data.form.uncut is None else None
         mask = batch.get("attention_mask") if isinstance(batch, dict) else None
     if not isinstance(mask, Tensor) or mask.ndim != 2 or not mask.shape[1]:
-        return
-    zeros = (mask != 0).long().argmax(dim=1)
-    for k in zeros.nonzero().flatten().tolist():
-        yield at[k], int(zeros[k])
+        return None
+    found = (mask != 0).long().argmax(dim=1).nonzero().flatten().tolist()
+    return at[found[0]] if found else None

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from upweight._typing import Folder
-from upweight.adapters.loops import Clipped, Order, require_one_process
+from upweight.adapters.loops import Clipped, Order, require_one_process, spread
 from upweight.adapters.transformers_data import Collated
 from upweight.adapters.transformers_kinds import kind, per_token
 from upweight.errors import DataError, SpecError, StaleStore, message
@@ -162,10 +162,7 @@ class Recorder:
         self._batch()
         found = self._passes.scales([len(some) for some in self._indices])
         b, left = sum(map(len, self._indices)), self._clipped.factor if self._clipped else 1.0
-        factors = torch.cat([
-            torch.full((len(some),), b * scale * left, dtype=torch.float64)
-            for some, scale in zip(self._indices, found, strict=True)
-        ])  # fmt: skip
+        factors = spread(self._indices, [b * scale * left for scale in found])
         self._run.step(*self._indices, factors=factors)
         self._indices = []
 

@@ -412,10 +412,9 @@ class _Passes:
             return
         if only_if_due and not self.ranks.number(self.checkpoint.is_due()):
             return
-        if self.ranks.size > 1:
-            for k, estimator in enumerate(self.estimators):
-                for total in estimator.sums.values():
-                    total.fetch(self.ranks, self.owners[k])
+        for k, estimator in enumerate(self.estimators):
+            for total in estimator.sums.values():
+                total.fetch(self.ranks, self.owners[k])
         if self.ranks.rank == 0:
             self.checkpoint.write(_state(self.place, self.estimators, self.spread))
 

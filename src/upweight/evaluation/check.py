@@ -31,6 +31,7 @@ from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.evaluation.lds import LDS, lds
 from upweight.evaluation.prediction import predicted_changes
 from upweight.evaluation.tail_patch import TailPatch, tail_patch
+from upweight.runtime.progress import duration
 from upweight.runtime.resources import Resources
 from upweight.scores import Scores
 from upweight.task.recipe import Recipe
@@ -319,9 +320,7 @@ def seconds_of(budget: str | float) -> float:
 
 
 def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"about {max(seconds, 1):.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+    return f"about {duration(max(seconds, 1))}"
 
 
 def _two_seeds(recipe: Recipe) -> list[Recipe]:

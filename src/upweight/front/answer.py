@@ -98,8 +98,9 @@ class Attribution(Scores):
         """
         from upweight.applications.debugging import suspects
 
-        known = {"recipe": self._recipe()} | options
-        return suspects(self._fitted(), None, validation, **known)
+        if "recipe" not in options:
+            options["recipe"] = self._recipe()
+        return suspects(self._fitted(), None, validation, **options)
 
     def _recipe(self) -> Any:
         """How the model was trained, as was told or as its library fits it; None: not known."""

@@ -125,6 +125,7 @@ class Capture:
         self._uses: list[_Use] = []
         self._anchors: list[Tensor] = []
         self._taken: list[tuple[nn.Module, list[tuple[nn.Module, str, Any]]]] = []
+        self._looks_up_inside = False
         self._listening = False
         self._replaying = False
         self._context = ExitStack()
@@ -137,6 +138,7 @@ class Capture:
         for name, roles in self.layers.items():
             module = self.task.model.get_submodule(name)
             if looks_up_inside(module):
+                self._looks_up_inside = True
                 self._context.callback(module.register_forward_pre_hook(self._enters(name)).remove)
                 self._context.callback(
                     module.register_forward_hook(self._leaves, always_call=True).remove
@@ -186,7 +188,7 @@ class Capture:
     def _inside_calls(self, met: list[Met] | None) -> Iterator[None]:
         """What no hook sees, watched by mode: lookups inside of layers, and broadcasting."""
         with ExitStack() as stack:
-            if any(looks_up_inside(self.task.model.get_submodule(k)) for k in self.layers):
+            if self._looks_up_inside:
                 stack.enter_context(_Lookups(self))
             if self._broadcast and self._size > 1:
                 leaves = {name: self.params[name] for name in self._broadcast}

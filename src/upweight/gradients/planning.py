@@ -88,7 +88,6 @@ class _Planning:
             self._leave(name, "it is also used outside of its layers")
         whole = dict(self.owners), dict(self.left)
         self._leave_where(lambda s: s.layer in lost, "does not keep the examples in their order")
-        made = self._made()
         self._find_broadcast()
         made = self._made()
         alone = self._no_batching_rule(made)

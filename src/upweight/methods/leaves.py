@@ -35,8 +35,7 @@ class Leaves:
     def label_weights(self, rows: Int[Tensor, " q"]) -> Float[Tensor, "q n"]:
         """Wᵢ(x) of some rows: ∂f(x)/∂yᵢ with the splits held."""
         if self.rate is None:
-            parts = (shares for shares, _ in self._trees(rows))
-            return sum(parts, torch.zeros(())) / len(self.places)
+            return sum(self._trees(rows), torch.zeros(())) / len(self.places)
         n, b = len(self.weights[0]), self.weights[0]
         first = b / b.sum() if self.centred else torch.zeros_like(b)
         A, of = first.repeat(n, 1), first.repeat(len(rows), 1)
@@ -63,18 +62,18 @@ class Leaves:
             return slopes * self._boosted(rows, y[:, 0], self.rate)
         found = torch.zeros(len(rows), len(y), dtype=y.dtype)
         pulls = slopes @ y.T
-        for shares, _ in self._trees(rows):
+        for shares in self._trees(rows):
             here = (slopes * (shares @ y)).sum(dim=1, keepdim=True)
             found += shares * (pulls - here)
         return found / len(self.places)
 
-    def _trees(self, rows: Int[Tensor, " q"]) -> Iterator[tuple[Float[Tensor, "q n"], Tensor]]:
+    def _trees(self, rows: Int[Tensor, " q"]) -> Iterator[Float[Tensor, "q n"]]:
         """bᵢ 1[same leaf] / Σ b of each tree."""
         for place, b in zip(self.places, self.weights, strict=True):
             n = len(b)
             total = self._total(place[:n], b)
             same = place[rows][:, None] == place[:n]
-            yield same * b / total[place[rows]][:, None], total
+            yield same * b / total[place[rows]][:, None]
 
     def _boosted(
         self, rows: Int[Tensor, " q"], y: Float[Tensor, " n"], rate: float

@@ -169,8 +169,7 @@ class Answers:
         """What some columns are."""
         shown = self._shown("train", columns)
         found = []
-        is_told = self._tokens is not None and len(columns)
-        tokens = self._tokens.told(columns) if self._tokens and is_told else [{}] * len(columns)
+        tokens = [{}] * len(columns) if self._tokens is None else self._tokens.told(columns)
         for i, label, content, spoken in zip(
             columns, shown.labels, shown.contents, tokens, strict=True
         ):

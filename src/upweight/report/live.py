@@ -17,7 +17,6 @@ from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Loss, Weighted
 from upweight.task.measures import Functional
-from upweight.task.task import Task
 from upweight.task.torch_losses import Rescaled
 
 
@@ -55,9 +54,13 @@ def train_facts(scores: Scores, display: Display, ask: bool = True) -> TrainFact
     context = scores.context if ask else None
     if losses is None and context is not None:
         task = context.task
-        asked = [task.losses, _predicted(task)] if classes is None else [task.losses]
-        losses, *found = _asked(scores, context.train, asked)
-        classes = found[0] if found else classes
+
+        def told(theta: Any, batch: Any) -> tuple[Tensor, Tensor]:
+            outputs, targets = task.outputs(theta, batch)
+            return task.losses_of(outputs, targets), _classes(task.loss, lambda: outputs)
+
+        losses, found = _asked(scores, context.train, told)
+        classes = found if classes is None else classes
     if own is None and context is not None and context.fitted is not None:
         with contextlib.suppress(NotOffered):
             own = context.fitted.self_influence().tolist()
@@ -92,10 +95,11 @@ def query_facts(
     if context is not None and (values is None or predictions is None):
         task, measure = context.task, context.measure
 
-        def measured(theta: Tensor, batch: Any) -> Tensor:
-            return measure(task, theta, batch)
+        def told(theta: Any, batch: Any) -> tuple[Tensor, Tensor]:
+            classes = _classes(task.loss, lambda: task.outputs(theta, batch)[0])
+            return measure(task, theta, batch), classes
 
-        found, classes = _asked(scores, context.queries, [measured, _predicted(task)])
+        found, classes = _asked(scores, context.queries, told)
         values = found if values is None else values
         predictions = (classes or None) if predictions is None else predictions
     return None if values is None else tuple(map(float, values)), _named(predictions)
@@ -108,22 +112,16 @@ def _named(classes: Sequence[Any] | None) -> tuple[int | str, ...] | None:
     return tuple(each if isinstance(each, str) else int(each) for each in classes)
 
 
-def _predicted(task: Task) -> Callable[[Tensor, Any], Tensor]:
-    """(θ, batch) → the predicted class of each example."""
-    return lambda theta, batch: _classes(task.loss, lambda: task.outputs(theta, batch)[0])
-
-
 @torch.no_grad()
 def _asked(
-    scores: Scores, data: Data, questions: Sequence[Callable[[Tensor, Any], Tensor]]
-) -> list[list[Any]]:
-    """What (θ, batch) → values say of all data; of no value per example nothing."""
+    scores: Scores, data: Data, question: Callable[[Any, Any], tuple[Tensor, Tensor]]
+) -> tuple[list[Any], list[Any]]:
+    """What (θ, batch) → two values of each example says of all data; of no value nothing."""
     task = scores.require_context().task
-    theta, found = task.theta(), [list[Any]() for _ in questions]
+    theta, found = task.theta(), (list[Any](), list[Any]())
     for _, _, batch in data.batches(256):
-        batch = task.to_device(batch)
-        for values, question in zip(found, questions, strict=True):
-            values += question(theta, batch).tolist()
+        for values, more in zip(found, question(theta, task.to_device(batch)), strict=True):
+            values += more.tolist()
     return found
 
 

@@ -53,7 +53,7 @@ def words_of(
         "formula": formula(scores),
         "plain": plainly(scores, evidence),
         "check": _how_to_check(scores),
-        "warnings": [*own_told],
+        "warnings": own_told,
         "health": health(scores, evidence),
         "sets": any(len(removal) > 1 for each in series for removal in each.removed),
         "spectrum": spectrum(provenance.health),

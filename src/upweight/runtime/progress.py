@@ -70,8 +70,8 @@ class Lines:
         left = took / max(done - self.before, 1) * (total - done)
         also = f"; {more}" if more else ""
         print(
-            f"upweight: {self.what}: {done:,} of {total:,} {self.unit} after {_time(took)}, "
-            f"about {_time(left)} to go{also}",
+            f"upweight: {self.what}: {done:,} of {total:,} {self.unit} after {duration(took)}, "
+            f"about {duration(left)} to go{also}",
             file=sys.stderr,
             flush=True,
         )
@@ -83,7 +83,8 @@ def _has_bars() -> bool:
     return is_terminal or "ipykernel" in sys.modules
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in words."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
