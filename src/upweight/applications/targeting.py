@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight.applications.held_out import MEAN_LOSS, Refits, draws, held, signed, splits
+from upweight.applications.held_out import MEAN_LOSS, draws, held, signed, splits
 from upweight.applications.outcome import Outcome
 from upweight.applications.subject import subject_of
 from upweight.errors import DataError, SpecError
@@ -97,17 +97,12 @@ class Target(Outcome):
             else f"Training on the chosen {what} is not shown to help the target: {told}"
         )
         others = [name for name in self.differences if name != RANDOM]
-        parts = []
-        for words, names in (
-            ("better than", [x for x in others if x in self.helps]),
-            ("worse than", [x for x in others if self.differences[x].low > 0]),
-        ):
-            if names:
-                parts.append(f"{words} {', '.join(names)}")
-        rest = [x for x in others if not any(x in part for part in parts)]
-        if rest:
-            parts.append(f"not told apart from {', '.join(rest)}")
-        return f"{begin}{''.join(f'; {part}' for part in parts)}."
+        better = [x for x in others if x in self.helps]
+        worse = [x for x in others if self.differences[x].low > 0]
+        rest = [x for x in others if x not in (*better, *worse)]
+        every = (("better than", better), ("worse than", worse), ("not told apart from", rest))
+        parts = "".join(f"; {words} {', '.join(names)}" for words, names in every if names)
+        return f"{begin}{parts}."
 
     def frame(self) -> "pd.DataFrame":
         """One row per choice: examples, mean test loss, and chosen less it with its interval."""
@@ -218,8 +213,7 @@ def for_target(
     if split.test is None:
         return Target(rows, n, phi, predicted, {}, {}, bootstrap.level)
 
-    refits = Refits(subject, "A choice for a target")
-    how, notes = subject.require_recipe(refits.what), list[str]()
+    how, notes = subject.require_recipe("A choice for a target"), list[str]()
     runs = [reseeded_from(how, k) for k in range(seeds)]
     runs = runs[:1] if len({repr(run) for run in runs}) == 1 else runs
     if len(runs) < seeds:

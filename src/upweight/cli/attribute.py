@@ -334,11 +334,12 @@ def with_rankings(done: Answer, run: Run, top: int, asked_of: tuple[int, ...]) -
     scores, display = run.load(), display_of(run)
     q = len(scores)
     some = list(asked_of) or hardest(scores, display, SHOWN_QUERIES)
-    lines = [*map(str, rankings(scores, display, top, some))]
+    found = rankings(scores, display, top, asked_of or range(q))
+    of = {ranking.query: ranking for ranking in found}
+    lines = [str(of[query]) for query in some]
     if not asked_of and len(some) < q:
         lines.insert(0, f"the {len(some)} queries on which the model does worst:")
         lines.append(f"and {q - len(some)} other queries: --query Q, or `upweight report`")
-    found = rankings(scores, display, top, asked_of or range(q))
     facts = done.facts | {"top": [ranking.facts for ranking in found]}
     return Answer("\n".join([done.text, "", *lines]), facts)
 

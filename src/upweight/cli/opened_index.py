@@ -293,8 +293,9 @@ def _files(record: IndexRecord, folder: Path, given: Sequence[Path], typed: str)
         if not source.sha256:
             found.append(source.name)
             continue
-        path = moved.get(source.sha256, folder / source.name)
-        if not path.is_file() or sha256(path) != source.sha256:
+        path = moved.get(source.sha256) or folder / source.name
+        is_known = source.sha256 in moved  # hashed above
+        if not is_known and (not path.is_file() or sha256(path) != source.sha256):
             state = "which is not there" if not path.is_file() else "which is another file now"
             raise StaleStore(
                 "The scores of an index are taken from the texts that it was built on.",

@@ -4,7 +4,6 @@ What is packed of the project is what run.toml names, as it was then: found besi
 user names, and of the hash that the run keeps. No code is run, and no other file can get in.
 """
 
-import hashlib
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from upweight.cli.named import project_option
 from upweight.cli.pages import alone
 from upweight.cli.screen import Answer, size, verb
 from upweight.runs.directory import OWN, Run
+from upweight.runs.indexed import sha256
 from upweight.runtime.atomic import replacing
 
 PROJECT = "project"
@@ -87,7 +87,7 @@ def project_files(place: Run, projects: Iterable[str]) -> tuple[dict[str, Path],
     for name, told in {**known, **record.files}.items():
         inside = [(f / name).resolve() for f in folders if (f / name).resolve().is_relative_to(f)]
         there = [path for path in inside if path.is_file()]
-        same = [path for path in there if told.startswith(f"sha256 {_hash(path)}")]
+        same = [path for path in there if told.startswith(f"sha256 {sha256(path)}")]
         if same:
             found[name] = same[0]
         elif there:
@@ -97,11 +97,6 @@ def project_files(place: Run, projects: Iterable[str]) -> tuple[dict[str, Path],
         else:
             missing[name] = "--project FILE.py says where it is"
     return found, missing
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _add(archive: zipfile.ZipFile, path: Path, name: str) -> None:

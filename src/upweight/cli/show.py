@@ -81,7 +81,7 @@ def settings(place: Run, shown: Path) -> tuple[list[str], dict[str, Any]]:
         f"  method: {_in_short(record.method)}, {count(record.p, 'parameter')}"
         + (f", trained as {record.recipe}" if record.recipe else ""),
     ]
-    past = [fact for fact in map(_fact, made.get("facts", ())) if fact.concern]
+    past = [fact for fact in (Fact(**each) for each in made.get("facts", ())) if fact.concern]
     health = "; ".join(map(str, past)) or "nothing past its limit"
     lines += [f"  health: {health}"] if is_finished else []
     notes = list(made.get("notes", ()))
@@ -107,7 +107,3 @@ def settings(place: Run, shown: Path) -> tuple[list[str], dict[str, Any]]:
 def _in_short(method: str) -> str:
     """A spec without what is as by default; an object of the user's by its name."""
     return method if is_reference(method) else in_short(parse(method, "method"))
-
-
-def _fact(told: Any) -> Fact:
-    return told if isinstance(told, Fact) else Fact(**told)

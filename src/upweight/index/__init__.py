@@ -6,5 +6,5 @@ scan        products of queries with a shard of rows
 kernel      the compiled part of it
 shards      rows on disk: built by one process or several, resumed, appended to
 asking      a question to a fitted method, answered from the rows
-index       all of it behind five verbs
+index       all of it behind one class
 """

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.index.scan import products
-from upweight.index.shards import SUMS, Rows, Shard, require_same
+from upweight.index.shards import SUMS, Rows, Shard, filled, require_same
 from upweight.index.transform import Transform
 from upweight.methods.reduce import Answer, Reducer, Sink, Sweep, TokenScores, finite
 from upweight.methods.scorer import Job
@@ -51,21 +51,15 @@ class ScanJob(Job):
 
     def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
         found = []
-        for shard in self.rows.shards(self.n):
-            first, last = max(start, shard.start), min(stop, shard.stop)
-            if first < last:
-                part = slice(first - shard.start, last - shard.start)
-                found.append(self._products(shard, part))
+        for shard in self.rows.shards(self.n, start, stop):
+            part = slice(max(start, shard.start) - shard.start, min(stop, shard.stop) - shard.start)
+            found.append(self._products(shard, part))
         return torch.cat(found, dim=1)
 
     def picked(self, examples: Sequence[int]) -> Float[Tensor, "q k"]:
         """S[q, i] of some examples in ascending order."""
-        at, found = torch.tensor(examples), list[Tensor]()
-        for shard in self.rows.shards(self.n):
-            mine = at[(shard.start <= at) & (at < shard.stop)] - shard.start
-            if len(mine):
-                found.append(self._products(shard, mine))
-        return torch.cat(found, dim=1)
+        every = self.rows.holding(examples, self.n)
+        return torch.cat([self._products(shard, at - shard.start) for shard, at in every], dim=1)
 
     def _products(self, shard: Shard, part: slice | Tensor) -> Float[Tensor, "q b"]:
         kept = self.rows.read(shard)
@@ -92,9 +86,8 @@ class FromIndex(Reducer):
 
     def job(self, job: Job, dtype: torch.dtype) -> ScanJob:
         """The same queries, for the rows of the index."""
-        queries = self.transform.of_query(job).cpu()
-        width = -queries.shape[1] % 64
-        return ScanJob(job.first, F.pad(queries, (0, width)), self.rows, self.n, dtype)
+        queries = filled(self.transform.of_query(job).cpu())
+        return ScanJob(job.first, queries, self.rows, self.n, dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,13 +185,9 @@ class Exact(FromIndex):
         return torch.cat(found, dim=1)
 
     def _require_same(self, data: Data, local: Sequence[int], offset: int) -> None:
-        at = torch.tensor(local) + offset
-        for shard in self.rows.shards(self.n):
-            mine = (shard.start <= at) & (at < shard.stop)
-            if bool(mine.any()):
-                kept = self.rows.read(shard)[SUMS][at[mine] - shard.start]
-                places = (at[mine] - offset).tolist()
-                require_same(kept, data, places, offset, self.rows)
+        for shard, at in self.rows.holding([i + offset for i in local], self.n):
+            kept = self.rows.read(shard)[SUMS][at - shard.start]
+            require_same(kept, data, (at - offset).tolist(), offset, self.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,9 +262,7 @@ class Nearest(ByToken):
     def chosen(self, job: Job, dtype: torch.dtype) -> list[int]:
         """Their places, in ascending order."""
         scan = self.job(job, dtype)
-        starts = range(0, self.n, scan.at_once)
-        rows = [scan.block(start, min(start + scan.at_once, self.n)) for start in starts]
-        (row,) = finite(torch.cat(rows, dim=1), 0, job.first)
+        (row,) = finite(scan.block(0, self.n), 0, job.first)
         best = row.topk(min(self.count, self.n), largest=self.raises)
         return sorted(best.indices.tolist())
 

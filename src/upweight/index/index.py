@@ -14,7 +14,7 @@ from upweight._typing import Folder
 from upweight.errors import MissingContext, ShapeError, SpecError
 from upweight.index.asking import ByToken, Compared, Exact, Nearest, ScanJob, Scanned
 from upweight.index.codes import Codes
-from upweight.index.shards import INDEX, MULTIPLE, TRANSFORM, Rows
+from upweight.index.shards import INDEX, MULTIPLE, TRANSFORM, Rows, filled
 from upweight.index.transform import Transform, restored, transform, width_of
 from upweight.index.verification import Verification, verification
 from upweight.methods.fitted import Fitted
@@ -85,7 +85,7 @@ class Index:
     that of the fit, also for rows of other examples: their S is the derivative in the weight of a
     further example, at weight 0.
 
-    Made by `build` and `load`. Changed by `extend` only, on disk and here.
+    Made by `build` and `load`. Changed by `extend`; `verify` keeps in it what it found.
 
     Products of some of the coordinates may be much smaller than scores: see `unit`. `top` takes the
     scores that it shows from gradients.
@@ -417,7 +417,7 @@ class Index:
             StaleStore: They are not what its row was made of, or a file is damaged.
             UpweightError: As for `scores`.
 
-        Cost: that of `scores`; and a gradient of each candidate of any query.
+        Cost: that of `scores`, the solves once more, and a gradient of each candidate of any query.
         """
         if not rerank:
             found: TopScores = self.scores(queries, measure, into=Top(k))
@@ -525,13 +525,12 @@ class Index:
         Raises:
             StaleStore: A file is damaged.
         """
-        query = torch.ones(1, self.numbers + -self.numbers % MULTIPLE)
-        scan = ScanJob(0, query, self._rows, len(self), torch.float32)
+        n, query = len(self), filled(torch.ones(1, self.numbers))
+        scan = ScanJob(0, query, self._rows, n, torch.float32)
         taken = 0.0
         for _ in range(2):
             started = time.perf_counter()
-            for start in range(0, len(self), scan.at_once):
-                scan.block(start, min(start + scan.at_once, len(self)))
+            scan.block(0, n)
             taken = time.perf_counter() - started
         return taken
 

@@ -11,7 +11,7 @@ files are those of a build in one go; who reads the index sees the old ones unti
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,9 +79,16 @@ class Rows:
         """Codes and checksums, memory-mapped; they are let go with the last use of them."""
         return self.store.mapped(shard.name)
 
-    def shards(self, n: int) -> list[Shard]:
-        """Those of an index of n rows."""
-        return grid(0, n, self.size)
+    def shards(self, n: int, start: int = 0, stop: int | None = None) -> list[Shard]:
+        """Those of an index of n rows that hold its rows start … stop − 1; None: all from start."""
+        firsts = range(start // self.size * self.size, n if stop is None else stop, self.size)
+        return [Shard(first, min(first + self.size, n)) for first in firsts]
+
+    def holding(self, examples: Sequence[int], n: int) -> Iterator[tuple[Shard, Int[Tensor, " k"]]]:
+        """Each shard of an index of n rows that has some of these, in order, and which."""
+        at = torch.tensor(examples)
+        for k in sorted({i // self.size for i in examples}):
+            yield Shard(k * self.size, min((k + 1) * self.size, n)), at[at // self.size == k]
 
     # -- making them ------------------------------------------------------------------------------
 
@@ -114,11 +121,11 @@ class Rows:
                     if is_mine and not self._exists(shard):
                         self._make(shard, transform, passes, data, offset)
 
-    def finish(self, n: int, facts: Mapping[str, Any]) -> bool:
+    def finish(self, n: int, facts: Mapping[str, Any]) -> None:
         """Name the shards of n rows, if all are there, and remove what they replace."""
         names = [TRANSFORM, *(shard.name for shard in self.shards(n))]
         if not all(self.store.path(name).exists() for name in names):
-            return False
+            return
         folder = self.store.directory
         with claimed(folder, INDEX, wait=True):
             told = self.store.facts
@@ -130,7 +137,6 @@ class Rows:
                         self.store.path(name).unlink(missing_ok=True)
             for path in folder.glob(f".rows-*{CLAIM}"):
                 path.unlink(missing_ok=True)
-        return True
 
     def _make(
         self, shard: Shard, transform: Transform, passes: GradientPass, data: Data, offset: int

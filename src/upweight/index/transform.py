@@ -14,7 +14,7 @@ any P.
 import abc
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -366,7 +366,7 @@ class Projected(Transform):
         return {"hash": told_by, "spread": self.spread}
 
 
-def _projected(fitted: Fitted, sample: int) -> Projected:
+def _projecting(fitted: Fitted) -> ProjectedScorer:
     scorer = fitted.scorer
     assert isinstance(scorer, ProjectedScorer)
     if len(scorer.members) > 1 or scorer.threshold > 0:
@@ -377,14 +377,23 @@ def _projected(fitted: Fitted, sample: int) -> Projected:
             "a mean over several models, or scores that are moved towards 0 by a threshold.",
             "fit it to one model with threshold=0.0, or use attribute(..., into=Shards(folder)).",
         )
-    (member,), made = scorer.members, scorer.projection.plan
-    at_once = min(scorer.at_once, MOST_EXAMPLES)
+    return scorer
+
+
+def _projected(fitted: Fitted, sample: int) -> Projected:
+    scorer = _projecting(fitted)
+    (member,) = scorer.members
     count = min(len(scorer.train), sample)
     rows = member.gradients.rows(0, count).double()
     if member.slopes is not None:
         rows = rows * member.slopes[:count, None].to(rows)
-    spread = _spread(rows.square().mean(dim=0)).to(made.dtype)
-    return Projected(made, member.theta, scorer.factor, at_once, spread, scorer)
+    spread = _spread(rows.square().mean(dim=0)).to(scorer.projection.plan.dtype)
+    return _divided(scorer, spread)
+
+
+def _divided(scorer: ProjectedScorer, spread: Float[Tensor, " K"]) -> Projected:
+    (member,), at_once = scorer.members, min(scorer.at_once, MOST_EXAMPLES)
+    return Projected(scorer.projection.plan, member.theta, scorer.factor, at_once, spread, scorer)
 
 
 # -- which ----------------------------------------------------------------------------------------
@@ -418,7 +427,8 @@ def restored(fitted: Fitted, tensors: Mapping[str, Tensor], folder: Any) -> Tran
     """
     if not isinstance(fitted.scorer, ProjectedScorer):
         return _restored(fitted, tensors)
-    found = replace(_projected(fitted, 1), spread=tensors["spread"].clone())
+    spread = tensors["spread"].to(fitted.theta.device, copy=True)
+    found = _divided(_projecting(fitted), spread)
     if not torch.equal(found.tensors()["hash"], tensors["hash"]):
         raise StaleStore(
             "An index is asked with the projection that it was built with.",
@@ -436,7 +446,7 @@ def width_of(fitted: Fitted) -> int:
         NotOffered: The method has no rows.
     """
     if isinstance(fitted.scorer, ProjectedScorer):
-        return _projected(fitted, 1).width
+        return _projecting(fitted).projection.width
     return sum(block.eigen.values.numel() for block in _layered(fitted).curvature.blocks)
 
 
