@@ -11,7 +11,8 @@ from fidelity_tasks import SPECS, task_of
 from torch import Tensor
 
 import upweight as uw
-from upweight.front.choice import MEMBERS, stacked
+from upweight.front.choice import MEMBERS
+from upweight.front.choice import stacked as by_segment
 
 MEASURES = {"loss": uw.Loss(), "margin": uw.Margin(), "output": uw.Logit(0)}
 BY_LAYER = "Relative(0.1); softmax regression: Absolute(1e-6) beside its penalty"
@@ -178,10 +179,14 @@ def retrained(name: str, method: uw.Method, settings: str) -> Contender:
     )
 
 
-def by_segment(halves: int) -> uw.Stacked:
-    """Each third of each half's training, seen from its end by SOURCE, by layer."""
+def stacked(halves: int) -> uw.Stacked:
+    """EK-FAC at two dampings and two times of the training of each half, by layer."""
     methods = tuple(
-        uw.Ensemble(uw.SOURCE(3, states=1, segment=k), min(halves, MEMBERS), 0.5) for k in range(3)
+        uw.Ensemble(
+            uw.Influence(uw.EKFAC(), damping=uw.Relative(f)), min(halves, MEMBERS), 0.5, at
+        )
+        for f in (0.1, 0.01)
+        for at in (0.3, 1.0)
     )
     return uw.Stacked(methods, halves, 0.5, seeds=min(halves // 2, 20))
 
@@ -201,6 +206,9 @@ RETRAINED = (
     retrained("stacked, 40 halves", stacked(40), "EK-FAC of halves by layer: 20 trainings"),
     retrained(
         "stacked SOURCE, 10 halves", by_segment(10), "SOURCE of halves by third: 5 trainings"
+    ),
+    retrained(
+        "stacked SOURCE, 16 halves", by_segment(16), "SOURCE of halves by third: 8 trainings"
     ),
     retrained(
         "stacked SOURCE, 40 halves", by_segment(40), "SOURCE of halves by third: 20 trainings"
