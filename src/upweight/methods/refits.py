@@ -139,6 +139,9 @@ class SubsampledInfluence(Method):
                 "few subsets, or a fraction near 0 or 1.",
                 "more subsets, with fraction=0.5.",
             )
+        if not has_seed(recipe):  # prepared once, and as many at a time as it trains
+            thetas = _trained(recipe, fitting, weights, "refits")
+            return _RefitScorer(self, fitting.task, thetas[None], weights, self.subsets)
         rows = [(reseeded_from(recipe, k), weights[k : k + 1]) for k in range(self.subsets)]
         thetas = torch.cat(
             [
