@@ -5,7 +5,8 @@
     GLS                                       SquaredError              1/σ², or whitened rows
     Logit, GLM Binomial (logit)               Bernoulli                 trials × prior weights
     Poisson, GLM Poisson (log)                Poisson                   prior weights
-    Probit, GLM Binomial (probit, cloglog)    Likelihood                trials × prior weights
+    Probit, GLM Binomial (probit, cloglog,    Likelihood                trials × prior weights
+      log)
     GLM Gamma, inverse Gaussian, Tweedie,     Likelihood                prior weights
       negative binomial (α fixed)
     NegativeBinomial (nb2, α estimated)       DispersedCounts           1
