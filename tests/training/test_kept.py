@@ -16,6 +16,7 @@ from upweight.adapters.sklearn_folds import Clones
 from upweight.adapters.sklearn_outputs import EstimatorRefit
 from upweight.applications import cross_validation, fairness, poisoning, unlearning
 from upweight.errors import StaleStore
+from upweight.front.choice import Facts, named
 from upweight.methods.shapley import DataShapley
 from upweight.task.recipe import Trained
 from upweight.training.kept import Kept
@@ -36,7 +37,7 @@ class Killed(BaseException):
 class Count:
     """Trainings that were made, and how many more may be."""
 
-    made, left = 0, math.inf
+    made, left, prepared = 0, math.inf, 0
 
     @classmethod
     def one(cls):
@@ -50,6 +51,7 @@ class Counted:
     """Some function of weights and labels, whose calls are counted and end where they are told."""
 
     def prepare(self, task, train):
+        Count.prepared += 1
         seed, labels = getattr(self, "seed", 0), train.batch(0, len(train))[-1].double()
 
         class Trainer:
@@ -115,7 +117,9 @@ def test_methods_that_train_go_on_where_they_were(name, tmp_path):
         fitted = method.fit(task, train, history=recipe, resources=using)
         return fitted.attribute((XV[:4], YV[:4]))
 
+    Count.prepared = 0
     whole, resumed = killed_and_resumed(ask, tmp_path, 7)
+    assert Count.prepared == 4 or isinstance(recipe, Seeded)  # without a seed once for each fit
     same(whole.values, resumed.values)
     assert whole.error is None or torch.equal(whole.error, resumed.error)
     with pytest.raises(StaleStore, match="another train") as told:
@@ -186,6 +190,24 @@ def test_a_killed_process_goes_on_with_the_method_that_it_chose(tmp_path, monkey
     first = scores.check(subsets=4)
     assert Count.made == 10 and scores.check(subsets=4).lds.summary() == first.lds.summary()
     assert Count.made == 10
+
+
+def test_the_choice_for_a_network_is_kept(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    using = uw.Resources(folder=tmp_path)
+
+    def ask(**more):
+        found = uw.attribute(model, (X, Y), (XV[:2], YV[:2]), uw.CrossEntropy(), **more)
+        return found.require_context().fitted.spec, found.values
+
+    method, values = ask(resources=using)
+    other = named("EK-FAC of the data's labels", "", Facts(1, 1, 1, 1, False, True))
+    monkeypatch.setattr("upweight.front.attribute.choose", lambda facts: other)
+    again, resumed = ask(resources=using)
+    assert again == method != other.method
+    same(values, resumed)
+    assert ask(resources=using, budget=30)[0] == ask()[0] == other.method  # another question
 
 
 def test_cross_validation_goes_on_where_it_was(tmp_path, monkeypatch):

@@ -489,8 +489,7 @@ class Reader:
                 f"{len(data)} {role} of which no token is predicted"
                 f"{': ' if texts else ''}{', '.join(map(repr, texts))}.",
                 "a text of one token, or labels that are −100 throughout.",
-                "give a text with the word in it, such as a sentence that the model said; or the "
-                "word behind the tokenizer's first special token, if the model was trained so.",
+                "give a text with the word in it, such as a sentence that the model said.",
             )
 
     def _require_unmoved(self, data: Data) -> None:
