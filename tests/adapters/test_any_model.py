@@ -12,6 +12,7 @@ from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.ensemble import (
     ExtraTreesRegressor,
+    GradientBoostingClassifier,
     GradientBoostingRegressor,
     HistGradientBoostingClassifier,
     HistGradientBoostingRegressor,
@@ -158,6 +159,42 @@ def test_leaf_influence_is_the_derivative_of_a_refit_that_keeps_its_splits(model
         np.testing.assert_allclose(W[:, 7], change, atol=1e-6)
 
 
+BOOSTED = [
+    (GradientBoostingClassifier(n_estimators=4, min_samples_leaf=12, random_state=0), 3),
+    (GradientBoostingClassifier(n_estimators=4, min_samples_leaf=12, init="zero"), 2),
+    (HistGradientBoostingClassifier(max_iter=4, min_samples_leaf=4, l2_regularization=0.5), 3),
+    (HistGradientBoostingClassifier(max_iter=4, min_samples_leaf=4, class_weight={0: 2.0}), 2),
+]
+
+
+@pytest.mark.parametrize("model,classes", BOOSTED, ids=lambda x: getattr(x, "init", ""))
+def test_leaf_influence_of_boosted_classifiers_is_that_of_refits_with_their_splits(model, classes):
+    rows, values = DIABETES[0][:60], DIABETES[1][:60]
+    labels = np.digitize(values, np.quantile(values, np.arange(1, classes) / classes))
+    v = 1 + np.random.default_rng(0).random(60)  # so that no two splits are equally good
+    model = clone(model).fit(rows, labels, sample_weight=v)
+    for c in (0, classes - 1):
+        scores = uw.attribute(
+            model, (rows, labels, v), (XQ, np.zeros(len(XQ), int)), method=sk.LeafInfluence(),
+            measure=uw.Logit(c),
+        )  # fmt: skip
+        in_float32 = isinstance(model, HistGradientBoostingClassifier)
+        step, rtol = (3e-3, 5e-3) if in_float32 else (1e-5, 1e-6)
+        size = float(scores.values.abs().max())
+        assert size > 1e-3
+        for row in (0, 7, 20):
+            ends = []
+            for sign in (1, -1):
+                w = v.copy()
+                w[row] *= 1 + sign * step
+                again = clone(model).fit(rows, labels, sample_weight=w)
+                ends.append(again.predict_proba(XQ)[:, c])
+            change = (ends[0] - ends[1]) / (2 * step)
+            np.testing.assert_allclose(scores.values[:, row], change, atol=rtol * size)
+    with pytest.raises(UnsupportedModel, match=r"method=sk.LeafInfluence\(\)"):
+        sk.leaf_weights(model, rows, labels, XQ)
+
+
 def test_leaf_influence_of_bootstrapped_and_weighted_classifiers():
     forest = RandomForestClassifier(4, max_depth=2, random_state=1).fit(FLOWERS, NAMES)
     scores = uw.attribute(
@@ -211,6 +248,7 @@ def refused():
     one[0] = "rare"
     rare = SVC().fit(FLOWERS, one)
     boosted = HistGradientBoostingClassifier(max_iter=2).fit(FLOWERS, NAMES)
+    drawn = GradientBoostingClassifier(n_estimators=2, subsample=0.5).fit(FLOWERS, NAMES)
     return [
         (tree, rolled, ASKED, {}, DataError, "give the model again"),
         (tree, other, ASKED, {}, DataError, "one order"),
@@ -223,7 +261,7 @@ def refused():
         (clone(tree), data, ASKED, {}, UnsupportedModel, "fit"),
         (search, data, ASKED, {}, UnsupportedModel, "best_estimator_"),
         (StandardScaler().fit(FLOWERS), data, ASKED, {}, UnsupportedModel, "predict"),
-        (boosted, data, ASKED, {"method": sk.LeafInfluence()}, UnsupportedModel, "means of"),
+        (drawn, data, ASKED, {"method": sk.LeafInfluence()}, UnsupportedModel, "means of"),
         (boosted, data, (ASKED[0], ["x"] * len(ASKED[1])), {}, DataError, "classes"),
         (rare, (FLOWERS, one), (ASKED[0], ASKED[1]), {}, NotConverged, "class is missing"),
         (SVR().fit(X, Y), (X, Y), XQ, {}, DataError, "Logit"),

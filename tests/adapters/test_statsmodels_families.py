@@ -222,11 +222,20 @@ def test_a_dispersion_that_is_estimated_moves_too():
     assert_close(scores, fitted.attribute(train.subset(range(3))).values)
     assert fitted.attribute(None, uw.Coefficient("physlm")).values.shape == (1, len(train))
     alpha = float(params[-1])
-    for ask in (smx.diagnostics, lambda r: smx.fragile(r, "physlm")):
-        with pytest.raises(UnsupportedModel, match=f"alpha={alpha:.4g}"):
-            ask(results)
-    held = sm.GLM(y, X, family=FAMILIES.NegativeBinomial(alpha=alpha)).fit(tol=1e-13)
-    assert len(smx.diagnostics(held).rows) == len(y)
+    # Diagnostics hold α: those of the GLM, and near to where the coefficients go if α moves too.
+    with pytest.warns(UserWarning, match="α is held"):
+        ours = smx.diagnostics(results)
+    held = sm.GLM(y, X, family=FAMILIES.NegativeBinomial(alpha=alpha))
+    theirs = smx.diagnostics(held.fit(method="newton", tol=1e-13, disp=0))
+    for name in ("dfbeta", "dfbetas", "leverage", "cooks_distance"):
+        assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-9)
+    gone = moved["weight"][0].numpy()
+    assert np.abs(np.asarray(ours.dfbeta)[9] + gone).max() < 0.05 * np.abs(gone).max()
+    assert any("task(results)" in note for note in ours.notes)
+    with pytest.raises(UnsupportedModel, match=f"alpha={alpha:.4g}"):
+        smx.fragile(results, "physlm")
+    said = sm.GLM(y, X, family=FAMILIES.NegativeBinomial(alpha=float(f"{alpha:.4g}"))).fit()
+    assert "physlm" in smx.fragile(said, "physlm", most=2).verdict
 
 
 def test_gls_is_weighted_or_whitened():

@@ -266,6 +266,43 @@ def test_scores_of_texts():
     torch.testing.assert_close(again.values, scores.values)
 
 
+def test_a_query_of_one_token_is_named_and_a_sentence_with_it_is_the_way_out():
+    task = hf.causal_lm(built("GPT-2"), words())
+    fitted = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, TEXTS)
+    with pytest.raises(DataError, match="1 queries of which no token is predicted: 'cat'") as told:
+        fitted.attribute(["cat"])
+    assert str(told.value).count("\n") == 3 and "a sentence" in str(told.value)
+    assert fitted.attribute(["the cat sat"]).values.abs().max() > 0
+    with pytest.raises(DataError, match="2 training examples"):
+        task.training(["cat", "dog"])
+    # One beside others is told of, also where batches are of one text.
+    small = uw.Resources(memory_bytes=1)
+    fitted = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, TEXTS, resources=small)
+    with pytest.warns(uw.errors.AssumptionWarning, match="query 1"):
+        scores = fitted.attribute(["the cat sat", "dog"])
+    assert not scores.values[1].any()
+
+
+def test_a_given_loss_reads_data_as_the_models_own_does():
+    model = built("GPT-2")
+    ids = [{"input_ids": torch.tensor(x)} for x in words()(TEXTS)["input_ids"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        method = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1))
+        own = uw.attribute(model, ids, ids[:2], method=method)
+        given = uw.attribute(model, ids, ids[:2], nn.CrossEntropyLoss(), method=method)
+        smooth = uw.CrossEntropy(label_smoothing=0.1)
+        other = uw.attribute(model, ids, ids[:2], smooth, method=method)
+    torch.testing.assert_close(given.values, own.values, rtol=0, atol=0)
+    assert not torch.allclose(other.values, own.values)
+    # Rows (inputs, targets) are pairs that the user made: nothing is moved.
+    task = hf.with_loss(hf.causal_lm(model), uw.CrossEntropy())
+    assert task.loss == hf.causal_lm(model).loss
+    inputs = torch.tensor([[7, 8, 9]])
+    outputs, targets = task.call(task.theta(), (inputs, inputs))
+    assert outputs.shape[1] == 3 and torch.equal(targets, inputs)
+
+
 def test_conversations_are_scored_for_their_answers():
     talk = [
         [

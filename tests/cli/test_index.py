@@ -122,6 +122,15 @@ def test_the_command_line_gives_the_scores_of_the_library(place, built):
     assert "lower the loss of" in shown.stdout and f"{int(best[0])}" in shown.stdout
     verified, _ = run("index", "verify", built, *named, "--text", SAID)
     assert verified["spearman"] > 0.99 and verified["rows_per_second"] > 0
+    said = ["--text", SAID, "--queries", place / "more.jsonl"]
+    both = CliRunner().invoke(cli, ["index", "verify", str(built), *map(str, [*named, *said])])
+    assert both.exit_code == 2 and "or about --queries FILE" in both.output
+    # The command that a refusal names is the one that was typed.
+    named, asked = ["--hf", str(place / "model")], ["--queries", str(place / "more.jsonl")]
+    refused, _ = run("index", "verify", built, *asked, "--examples", 5, code=1)
+    way_out = next(line for line in refused["message"].splitlines() if "--hf FOLDER" in line)
+    assert " ".join(asked) in way_out and "--examples 5" in way_out
+    run("index", "verify", built, *asked, "--examples", 5, *named)
 
 
 def test_what_an_index_names_is_not_run_and_texts_must_be_those(place, built, tmp_path):

@@ -195,6 +195,8 @@ def test_loss_and_prediction_come_from_the_live_model(run):
     expected = nn.functional.cross_entropy(model(X[:3]), y[:3], reduction="none")
     np.testing.assert_allclose([q["value"] for q in queries], expected.tolist(), rtol=1e-5)
     assert [q["prediction"] for q in queries] == [str(int(c)) for c in model(X[:3]).argmax(dim=1)]
+    page = run.write()  # what the model predicts of a row that it was trained on is no proposal
+    assert "the model predicts " in page and "· proposed" not in page
 
 
 @pytest.mark.parametrize("outputs", [1, 2])

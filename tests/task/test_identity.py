@@ -7,7 +7,9 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse
 import torch
 from sklearn.linear_model import Ridge
 from torch import nn
@@ -166,3 +168,20 @@ def test_what_code_reads_by_name_is_part_of_its_description(value, monkeypatch):
             patch.setattr(ByFactor, "factor", 2.0)
             assert described(value) != before
     assert described(value) == before
+
+
+def test_long_arrays_of_objects_and_frames_are_told_in_full():
+    def frame(middle=0.0, name="x"):
+        values = np.arange(2000.0)
+        values[1000] = middle
+        words = np.array(["a", "b"] * 1000, dtype=object)
+        words[1000] = f"{middle:g}"
+        return pd.DataFrame({name: values, "words": words})
+
+    told = [described(each) for each in (frame(), frame(1.0), frame(0.0, "y"))]
+    assert len(set(told)) == 3 and described(frame()) == told[0]
+    words = [described(frame(x).words.to_numpy(dtype=object)) for x in (0.0, 1.0, 0.0)]
+    assert words[0] == words[2] != words[1]
+    assert described(frame().x) != described(frame(1.0).x)
+    sparse = [scipy.sparse.csr_array(np.eye(60) * x) for x in (1.0, 2.0)]
+    assert described(sparse[0]) != described(sparse[1])

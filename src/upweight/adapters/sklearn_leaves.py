@@ -1,9 +1,11 @@
 """Leaf influence: what a training row does to a tree ensemble whose splits stay as they are.
 
 Trees that average, or that fit residuals by least squares, predict weighted means of training
-labels. With the splits held that is all there is to know of them; see `upweight.methods.leaves`.
+labels. With the splits held that is all there is to know of them. Boosted classifiers take Newton
+steps in their leaves, which are followed as they are; see `upweight.methods.leaves`.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,9 @@ from sklearn.base import is_classifier
 from sklearn.ensemble import (
     ExtraTreesClassifier,
     ExtraTreesRegressor,
+    GradientBoostingClassifier,
     GradientBoostingRegressor,
+    HistGradientBoostingClassifier,
     HistGradientBoostingRegressor,
     RandomForestClassifier,
     RandomForestRegressor,
@@ -33,7 +37,7 @@ from upweight.adapters.sklearn_objectives import final_step, has_steps
 from upweight.adapters.sklearn_outputs import EstimatorRefit, outputs
 from upweight.errors import SpecError, UnsupportedModel
 from upweight.methods.fitting import Fitting
-from upweight.methods.leaves import Leaves
+from upweight.methods.leaves import BoostedClasses, Leaves
 from upweight.methods.method import Method
 from upweight.methods.scorer import BlockScorer, Scorer
 from upweight.scores import Unit
@@ -47,6 +51,8 @@ FORESTS = (
     ExtraTreesClassifier,
     ExtraTreesRegressor,
 )
+CLASSIFIERS = (GradientBoostingClassifier, HistGradientBoostingClassifier)
+"""Boosted, by the log loss."""
 
 AGREES = 1e-5
 """Relative difference between a prediction and its sum over leaves that is rounding: histogram
@@ -62,21 +68,25 @@ class LeafInfluence(Method):
     A row that gains weight pulls the means of its leaves; where a tree splits does not change. For
     boosting with squared error this is LeafInfluence of Sharchilev et al. (2018, "AllPoints"),
     which follows the residuals through all later trees; for forests W are the weights of Lin & Jeon
-    (2006) and Meinshausen (2006, Eq. 4). See `leaf_weights` for W itself.
+    (2006) and Meinshausen (2006, Eq. 4). See `leaf_weights` for W itself. Of boosted classifiers
+    the values of leaves are Newton steps of the log loss, in no W: the derivative goes back through
+    all of them.
 
     Trees and forests of scikit-learn (a classifier's outputs are the shares of its leaves' labels),
-    `GradientBoostingRegressor` and `HistGradientBoostingRegressor` with squared error.
+    `GradientBoostingRegressor` and `HistGradientBoostingRegressor` with squared error,
+    `GradientBoostingClassifier` and `HistGradientBoostingClassifier` with the log loss.
 
     Needs: `history=` the recipe of `sk.outputs`, which `uw.attribute` hands on.
 
     Raises:
         SpecError: The history is another one.
-        UnsupportedModel: Its predictions are not such sums: another loss, rows drawn at random
-            while boosting, a validation set held back; or no tree ensemble.
+        UnsupportedModel: Its predictions are not those of its leaves: another loss, rows drawn at
+            random while boosting, a validation set held back; or no tree ensemble.
 
     Exact when: splits do not change; held against refits with weights 1 ± ε. Known failure: a refit
     chooses its splits anew, and for single rows that is most of what it does.
-    Cost: T q n; boosting T n (n + q) and n² numbers of memory.
+    Cost: T q n; boosting T n (n + q) and n² numbers of memory; of classifiers T (n + q) for each
+    query.
     """
 
     takes_history = True
@@ -91,7 +101,11 @@ class LeafInfluence(Method):
                 "a task that was not made of an estimator.",
                 "uw.attribute(forest, (X, y), (X_test, y_test), method=sk.LeafInfluence()).",
             )
-        leaves, y = _checked_leaves(recipe, fitting.theta)
+        leaves: Leaves | BoostedClasses
+        if isinstance(final_step(recipe.estimator), CLASSIFIERS):
+            leaves, y = _checked_classes(recipe, fitting.theta)
+        else:
+            leaves, y = _checked_leaves(recipe, fitting.theta)
         held: list[Any] = [None, None]
 
         def score(queries: Data, measure: Any, start: int, stop: int) -> Tensor:
@@ -117,8 +131,16 @@ def leaf_weights(estimator: Any, X: Any, y: Any, queries: Any) -> Float[Tensor, 
         queries: Rows.
 
     Raises:
-        UnsupportedModel: As for `LeafInfluence`.
+        UnsupportedModel: As for `LeafInfluence`; or a boosted classifier.
     """
+    if isinstance(final_step(estimator), CLASSIFIERS):
+        raise UnsupportedModel(
+            "Predictions must be the means of training labels by leaf.",
+            f"{type(final_step(estimator)).__name__}.",
+            "a boosted classifier, whose probabilities are no sum over labels.",
+            "uw.attribute(estimator, (X, y), queries, method=sk.LeafInfluence()), which is the "
+            "derivative in the weight of a row.",
+        )
     first = np.asarray(y)[:1]
     asked = (queries, np.repeat(first, len(queries), axis=0))
     found = outputs(estimator, (X, y), asked)
@@ -147,21 +169,8 @@ def _checked_leaves(
     Raises:
         UnsupportedModel: They are not.
     """
-    estimator, final = recipe.estimator, final_step(recipe.estimator)
-    steps = estimator[:-1] if has_steps(estimator) else None
-    parts = [
-        steps.transform(rows) if steps is not None else rows for rows in (recipe.X, recipe.rows)
-    ]
-    n = len(recipe.y)
-    b = np.ones(n) if recipe.sample_weight is None else np.asarray(recipe.sample_weight, float)
-    if getattr(final, "class_weight", None) is not None:
-        b = b * compute_sample_weight(final.class_weight, recipe.y)
-    name = type(final).__name__
-    if is_classifier(final):
-        classes = np.asarray(final.classes_)
-        y = torch.from_numpy((np.asarray(recipe.y).reshape(n, 1) == classes).astype(np.float64))
-    else:
-        y = torch.from_numpy(np.asarray(recipe.y, np.float64).reshape(n, -1).copy())
+    final, parts, b, y = _read(recipe)
+    name, n = type(final).__name__, len(y)
     table = theta.reshape(-1, y.shape[1])
     some = torch.linspace(0, len(table) - 1, min(len(table), 64)).long()
     allowed = AGREES * float(y.abs().max())
@@ -178,12 +187,67 @@ def _checked_leaves(
     raise UnsupportedModel(*_refusal(name, f"they differ by up to {far:.2g}"))
 
 
+def _checked_classes(
+    recipe: EstimatorRefit, theta: Float[Tensor, " p"]
+) -> tuple[BoostedClasses, Float[Tensor, "n c"]]:
+    """The same of a boosted classifier, after boosting it again with its leaves.
+
+    Raises:
+        UnsupportedModel: That gives other probabilities.
+    """
+    final, parts, b, y = _read(recipe)
+    name, weight, n = type(final).__name__, torch.from_numpy(b), len(b)
+    if final.loss != "log_loss":
+        raise UnsupportedModel(*_refusal(name, f"loss={final.loss!r}"))
+    several, rate = y.shape[1] > 2, float(final.learning_rate)
+    try:
+        if isinstance(final, HistGradientBoostingClassifier):
+            ridge = float(final.l2_regularization)
+            leaves = BoostedClasses(_histogram_leaves(final, parts), weight, rate, ridge=ridge)
+        elif final.init in (None, "zero"):
+            factor = (y.shape[1] - 1) / y.shape[1] if several else 1.0
+            places = [[_numbered(k) for k in t.T] for t in _applied(final, parts).swapaxes(0, 1)]
+            centred = final.init is None
+            leaves = BoostedClasses(places, weight, rate, factor, centred=centred)
+        else:
+            raise UnsupportedModel(*_refusal(name, f"init={final.init!r}"))
+    except AttributeError as error:  # of another version of scikit-learn
+        raise UnsupportedModel(*_refusal(name, f"{error}")) from error
+    table = theta.reshape(-1, y.shape[1])
+    found = leaves.outputs(torch.arange(len(table)), y, torch.ones(n, dtype=y.dtype))
+    far = float((found - table).abs().max())
+    if not far <= AGREES:
+        raise UnsupportedModel(*_refusal(name, f"they differ by up to {far:.2g}"))
+    return leaves, y
+
+
+def _read(recipe: EstimatorRefit) -> tuple[Any, list[Any], Any, Float[Tensor, "n c"]]:
+    """The last step, its rows and queries, the weights of rows, and targets or labels as 0 or 1."""
+    estimator, final = recipe.estimator, final_step(recipe.estimator)
+    steps = estimator[:-1] if has_steps(estimator) else None
+    parts = [
+        steps.transform(rows) if steps is not None else rows for rows in (recipe.X, recipe.rows)
+    ]
+    n = len(recipe.y)
+    b = np.ones(n) if recipe.sample_weight is None else np.asarray(recipe.sample_weight, float)
+    if getattr(final, "class_weight", None) is not None:
+        b = b * compute_sample_weight(final.class_weight, recipe.y)
+    if is_classifier(final):
+        classes = np.asarray(final.classes_)
+        y = torch.from_numpy((np.asarray(recipe.y).reshape(n, 1) == classes).astype(np.float64))
+    else:
+        y = torch.from_numpy(np.asarray(recipe.y, np.float64).reshape(n, -1).copy())
+    return final, parts, b, y
+
+
 def _refusal(name: str, given: str) -> tuple[str, str, str, str]:
     return (
-        "Predictions must be the means of training labels by leaf.",
+        "Predictions must be the means of training labels by leaf, or of a boosted classifier its "
+        "Newton steps by leaf.",
         f"{name}: {given}.",
-        "a loss other than the squared error, subsample below 1, early stopping on rows held back, "
-        "class weights balanced by bootstrap, or no tree ensemble.",
+        "a loss other than the squared error (of classes than the log loss), subsample below 1, "
+        "early stopping on rows held back, class weights balanced by bootstrap, or no tree "
+        "ensemble.",
         "leave method= out, and it is fitted again without rows.",
     )
 
@@ -209,7 +273,7 @@ def _leaves(final: Any, parts: list[Any], b: Any) -> Leaves:
             columns, [weight] * len(columns), final.learning_rate, centred=final.init is None
         )
     if isinstance(final, HistGradientBoostingRegressor) and squares:
-        columns = _histogram_leaves(final, parts)
+        columns = [column for (column,) in _histogram_leaves(final, parts)]
         ridge = float(final.l2_regularization)
         return Leaves(columns, [weight] * len(columns), final.learning_rate, ridge)
     raise UnsupportedModel(*_refusal(name, "no sums over leaves are known of it"))
@@ -217,7 +281,9 @@ def _leaves(final: Any, parts: list[Any], b: Any) -> Leaves:
 
 def _applied(final: Any, parts: list[Any]) -> Any:
     """The leaf of each row in each tree, by scikit-learn's own numbers."""
-    found = np.concatenate([np.asarray(final.apply(part)) for part in parts])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of feature names, which its trees were fitted without
+        found = np.concatenate([np.asarray(final.apply(part)) for part in parts])
     return found.astype(np.int64)
 
 
@@ -225,18 +291,21 @@ def _numbered(column: Any) -> Int[Tensor, " r"]:
     return torch.from_numpy(np.unique(column, return_inverse=True)[1].reshape(-1).astype(np.int64))
 
 
-def _histogram_leaves(final: Any, parts: list[Any]) -> list[Int[Tensor, " r"]]:
-    """Histogram boosting has no `apply`: its trees predict the number of the node in its place."""
+def _histogram_leaves(final: Any, parts: list[Any]) -> list[list[Int[Tensor, " r"]]]:
+    """Histogram boosting has no `apply`: its trees predict the number of the node in its place.
+
+    By iteration and class.
+    """
     known, index = final._bin_mapper.make_known_categories_bitsets()
     read = [
         np.ascontiguousarray(final._preprocess_X(part, reset=False), dtype=np.float64)
         for part in parts
     ]
-    columns = []
-    for (tree,) in final._predictors:
+
+    def column(tree: Any) -> Int[Tensor, " r"]:
         nodes = tree.nodes.copy()
         nodes["value"] = np.arange(len(nodes))
         numbered = type(tree)(nodes, tree.binned_left_cat_bitsets, tree.raw_left_cat_bitsets)
-        found = [numbered.predict(X, known, index, 1) for X in read]
-        columns.append(_numbered(np.concatenate(found)))
-    return columns
+        return _numbered(np.concatenate([numbered.predict(X, known, index, 1) for X in read]))
+
+    return [[column(tree) for tree in trees] for trees in final._predictors]

@@ -5,7 +5,8 @@
     GLS                                       SquaredError              1/σ², or whitened rows
     Logit, GLM Binomial (logit)               Bernoulli                 trials × prior weights
     Poisson, GLM Poisson (log)                Poisson                   prior weights
-    Probit, GLM Binomial (probit, cloglog)    Likelihood                trials × prior weights
+    Probit, GLM Binomial (probit, cloglog,    Likelihood                trials × prior weights
+      log)
     GLM Gamma, inverse Gaussian, Tweedie,     Likelihood                prior weights
       negative binomial (α fixed)
     NegativeBinomial (nb2, α estimated)       DispersedCounts           1
@@ -52,7 +53,7 @@ from upweight.applications.regression_result import Diagnostics
 from upweight.applications.robustness_coefficient import fragile
 from upweight.errors import UnsupportedModel
 from upweight.task.data import Data
-from upweight.task.likelihoods import DispersedLinear
+from upweight.task.likelihoods import DispersedLinear, Likelihood
 from upweight.task.losses import Weighted
 from upweight.task.task import Task, call_model
 
@@ -66,7 +67,8 @@ def diagnostics(results: Any) -> Diagnostics:
     before statsmodels left out those with missing values. The scale is that of the fit: estimated
     for least squares, 1 for the others, or what `fit(scale=...)` made of it. An offset or exposure
     is part of η and stays with its row. Of a fit with robust standard errors (cov_type) the
-    diagnostics are those of the plain fit, with a warning that is kept in `notes`.
+    diagnostics are those of the plain fit, with a warning that is kept in `notes`. Where α is
+    estimated (NegativeBinomial) it is held at its estimate, with such a warning.
 
     Raises:
         UnsupportedModel: `supports` says no, with its reason; or the fit had freq_weights.
@@ -81,22 +83,21 @@ def diagnostics(results: Any) -> Diagnostics:
             "repeat the rows and fit again; or use var_weights if that is what was meant; or "
             "task(results), for which removing a row removes all it stands for.",
         )
-    if found.alpha is not None:
-        raise UnsupportedModel(
-            "Diagnostics are of one linear predictor with a dispersion that is given.",
-            "NegativeBinomial, whose α is estimated with the coefficients.",
-            "a row moves α as well: its leverage is a matrix.",
-            f"sm.GLM(endog, exog, family=sm.families.NegativeBinomial(alpha={found.alpha:.4g})), "
-            "which holds α; or task(results) with fitted.removal, where α moves too.",
-        )
     notes = whitened_notes(found) + robust_notes(results, "standard errors")
+    loss = found.loss
+    if found.alpha is not None:
+        loss = Likelihood("negative binomial", "log", found.alpha)
+        notes += (
+            f"α is held at its estimate of {found.alpha:.4g}, as in a GLM of that family: without "
+            "a row it would move too, as it does by task(results) and fitted.removal",
+        )
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     computed = glm_diagnostics(
         found.X,
         found.y,
         found.beta,
-        found.loss,
+        loss,
         found.weights,
         found.names,
         found.scale,

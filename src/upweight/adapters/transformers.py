@@ -15,7 +15,7 @@ The module does not import transformers: models are told by the names of their c
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from upweight.task.losses import Bernoulli, CrossEntropy, Loss, SquaredError
 from upweight.task.penalties import Penalty
 from upweight.task.rows import class_names
 from upweight.task.task import Task, bare, call_model, next_token
-from upweight.task.torch_losses import Rescaled
+from upweight.task.torch_losses import Rescaled, as_loss
 
 __all__ = [
     "FromTrainer",
@@ -57,6 +57,7 @@ __all__ = [
     "seq2seq",
     "task",
     "text",
+    "with_loss",
 ]
 
 COUPLES = (
@@ -234,6 +235,27 @@ def task(
     return ADAPTERS[found](model, tokenizer, penalty, params)
 
 
+def with_loss(made: Task, loss: Loss | Callable[[Tensor, Any], Tensor]) -> Task:
+    """The same task with the loss that the model was trained by in place of its own.
+
+    Data are read as the adapter reads them: padded, with labels of their own and texts by the
+    tokenizer; labels are moved by one where the model moves them. Examples that are tuples
+    (inputs, targets) are taken as they are. Classes are on the model's own axis.
+
+    Args:
+        made: By `task` or one of the others.
+        loss: As for `Task`.
+
+    Raises:
+        UpweightError: The loss is none, as for `Task`.
+    """
+    own = as_loss(loss)
+    if isinstance(own, CrossEntropy) and isinstance(made.loss, CrossEntropy):
+        own = replace(own, axis=made.loss.axis)
+    reads = replace(made.reads, has_own_loss=False) if isinstance(made.reads, Reader) else None
+    return Task(made.model, own, made.penalty, made.params, ByForm(made.forward), reads)
+
+
 def from_trainer(trainer: Any, init: Callable[[], nn.Module] | None = None) -> FromTrainer:
     """The task, the data, the history and the recipe of a `transformers.Trainer`.
 
@@ -319,6 +341,20 @@ def numbers(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
     return outputs, targets.reshape(outputs.shape).to(outputs.dtype)
 
 
+@dataclass(frozen=True)
+class ByForm:
+    """An adapter's way to call a model for batches with names; the usual way for tuples.
+
+    Args:
+        named: That of the adapter.
+    """
+
+    named: Forward
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Any, Any]:
+        return (self.named if isinstance(batch, Mapping) else call_model)(model, batch)
+
+
 @dataclass(frozen=True, eq=False)
 class Reader:
     """How data become examples of a model of transformers: `Task.reads`.
@@ -327,14 +363,15 @@ class Reader:
         model: Which takes them.
         kind: Which adapter it belongs to.
         tokenizer: For texts, if there is one.
+        has_own_loss: Whether it was trained by its own loss.
     """
 
     model: nn.Module = field(repr=False)
     kind: str
     tokenizer: Any = field(repr=False, default=None)
+    has_own_loss: bool = True
 
     fits_own_data = False
-    has_own_loss = True
 
     @property
     def coefficients(self) -> Mapping[str, tuple[str, int]]:
@@ -349,12 +386,16 @@ class Reader:
         return class_names(bare(self.model))
 
     def training(self, given: Any) -> Data:
-        """Training data: texts, tokens in any form, or what `as_data` takes."""
-        return self._read(given)
+        """Training data: texts, tokens in any form, or what `as_data` takes.
+
+        Raises:
+            DataError: Of no example is anything predicted, as of texts of one token.
+        """
+        return self._read(given, "training examples")
 
     def queries(self, given: Any) -> Data:
         """Queries: as training data."""
-        return self._read(given)
+        return self._read(given, "queries")
 
     def relabeled(self, example: Batch, label: Any) -> Batch:
         """A batch of one training example with another label: a class by its name or number."""
@@ -365,7 +406,7 @@ class Reader:
         new = torch.as_tensor(label, dtype=old.dtype, device=old.device).reshape(old.shape)
         return {**example, "labels": new}
 
-    def _read(self, given: Any) -> Data:
+    def _read(self, given: Any, role: str) -> Data:
         inner = bare(self.model)
         tokens = (getattr(getattr(inner, "config", None), "pad_token_id", None),
                   getattr(self.tokenizer, "pad_token_id", None), 0)  # fmt: skip
@@ -373,6 +414,7 @@ class Reader:
         needs = self.kind == "causal_lm"
         data = token_data(given, _arguments(inner), token, needs, self._encode)
         self._require_labels(data)
+        self._require_predicted(data, role)
         self._require_unmoved(data)
         return data
 
@@ -422,6 +464,33 @@ class Reader:
             "at random, which was left out.",
             "text(dataset, tokenizer, masked=0.15), which masks each example once.",
         )
+
+    def _require_predicted(self, data: Data, role: str) -> None:
+        """Refuse texts of which no token is predicted: their loss is 0 whatever the model.
+
+        Read until the first of which one is; a note or a warning tells of the others.
+
+        Raises:
+            DataError: There is none.
+        """
+        if self.kind != "causal_lm":
+            return
+        for i in range(len(data)):
+            batch = data.take([i])
+            labels = batch.get("labels") if isinstance(batch, dict) else None
+            if not isinstance(labels, Tensor) or bool((labels[:, 1:] != -100).any()):
+                return
+        if len(data):
+            rows = getattr(data, "given", None)
+            texts = list(getattr(rows, "texts", None) or ())[:3]
+            raise DataError(
+                "A language model predicts each token from those before it, so an example needs "
+                "two tokens, of which the second counts.",
+                f"{len(data)} {role} of which no token is predicted"
+                f"{': ' if texts else ''}{', '.join(map(repr, texts))}.",
+                "a text of one token, or labels that are −100 throughout.",
+                "give a text with the word in it, such as a sentence that the model said.",
+            )
 
     def _require_unmoved(self, data: Data) -> None:
         """Refuse padding on the left that changes what the model says.

@@ -21,7 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.applications.cross_validated import CrossValidated, Difference, difference
-from upweight.applications.left_out import ByRecipe, Refits, is_followed, left_out, losses_of
+from upweight.applications.left_out import (
+    ByRecipe,
+    KeptRefits,
+    Refits,
+    is_followed,
+    left_out,
+    losses_of,
+)
 from upweight.applications.penalty_path import Path
 from upweight.applications.subject import curvature_left_out, subject_of
 from upweight.curvature.hessian import Hessian
@@ -30,6 +37,7 @@ from upweight.linalg.cholesky import Cholesky
 from upweight.methods import health
 from upweight.methods.fitted import Fitted
 from upweight.methods.influence import Influence
+from upweight.runtime.resources import Resources
 from upweight.task.recipe import Recipe
 
 __all__ = ["CrossValidated", "Difference", "Path", "difference", "grouped", "kfold", "loo", "path"]
@@ -40,6 +48,9 @@ UNSAFE = 0.5
 FOLLOWED = 32
 """Examples of leave-one-out that one step is not left to decide, where the model is linear in θ:
 two or three examples of some hundred carry most of what a step is wrong by."""
+
+REFITS = "cross-validation"
+"""The folder of the refits in that of the resources."""
 
 STOPPED = (
     "the model is not convex: this is the loss at the minimum near θ̂ without the examples, and not "
@@ -57,6 +68,7 @@ def loo(
     refit_above: float = 0.9,
     confirm: int = 0,
     seed: int = 0,
+    resources: Resources | None = None,
 ) -> CrossValidated:
     """Leave-one-out loss of every example, from one fit and few refits.
 
@@ -70,6 +82,8 @@ def loo(
         refit_above: Examples of a leverage above it are fitted again, where the model knows how.
         confirm: How many random examples to fit again, to check the others by.
         seed: Of that draw.
+        resources: With a `folder`, which keeps the refits: a call that was killed goes on. None:
+            those of the fitted method.
 
     Returns:
         The losses, their mean with its standard error, and what was refitted.
@@ -77,6 +91,7 @@ def loo(
     Raises:
         SpecError: A limit or count makes no sense; or `confirm` without a way to fit again.
         NonFinite: A loss is not finite, or without an example the minimum is not determined.
+        StaleStore: The folder holds refits of another model, recipe or training set.
         UpweightError: From the adapter or the fit.
 
     Where the model is linear in θ, the 32 examples whose step matters most are followed to the
@@ -95,7 +110,7 @@ def loo(
             "a number of examples in its place, or a NaN.",
             "0.9; 0 refits all, 1 or more none of a convex model.",
         )
-    place = _place(asked, train, recipe)
+    place = _place(asked, train, recipe, resources)
     fitted, n = place.fitted, len(place.fitted.train)
     curvature = curvature_left_out(fitted)
     outputs, leverage = fitted.loo_outputs(curvature), fitted.leverage(curvature).double().cpu()
@@ -120,6 +135,7 @@ def kfold(
     recipe: Recipe | None = None,
     confirm: int = 0,
     seed: int = 0,
+    resources: Resources | None = None,
 ) -> CrossValidated:
     """K-fold cross-validation from one fit.
 
@@ -135,6 +151,7 @@ def kfold(
         recipe: As for `loo`.
         confirm: How many random folds to fit again.
         seed: Of that draw, and of the folds.
+        resources: As for `loo`.
 
     Raises:
         ShapeError: There are fewer than two folds, or not one label per example.
@@ -143,7 +160,7 @@ def kfold(
     Cost: one Hessian and its factor, and for linear models some 3 gradients per fold.
     """
     started = time.perf_counter()
-    place = _place(asked, train, recipe)
+    place = _place(asked, train, recipe, resources)
     n = len(place.fitted.train)
     groups = _random_folds(folds, n, seed) if isinstance(folds, int) else _by_label(folds, n)
     options = _Options(loss, confirm, seed, started)
@@ -159,6 +176,7 @@ def grouped(
     recipe: Recipe | None = None,
     confirm: int = 0,
     seed: int = 0,
+    resources: Resources | None = None,
 ) -> CrossValidated:
     """Leave-one-group-out: patients, villages, documents, whose rows are not independent.
 
@@ -172,9 +190,10 @@ def grouped(
         recipe: As for `loo`.
         confirm: How many random groups to fit again.
         seed: Of that draw.
+        resources: As for `loo`.
     """
     started = time.perf_counter()
-    place = _place(asked, train, recipe)
+    place = _place(asked, train, recipe, resources)
     groups = _by_label(labels, len(place.fitted.train))
     options = _Options(loss, confirm, seed, started)
     kind = f"leave-one-group-out ({len(groups)} groups)"
@@ -193,6 +212,7 @@ def path(
     refit_above: float = 0.9,
     confirm: int = 0,
     seed: int = 0,
+    resources: Resources | None = None,
 ) -> Path:
     """The cross-validated loss along one parameter of a scikit-learn estimator.
 
@@ -208,6 +228,7 @@ def path(
         refit_above: As for `loo`.
         confirm: As for `loo`.
         seed: As for `loo`.
+        resources: As for `loo`; each value has a folder in the folder.
 
     Returns:
         The curve; a value that has no minimum, or no translation, says why and takes no part.
@@ -232,11 +253,12 @@ def path(
     reasons: dict[int, str] = {}
     first: UpweightError | None = None
     chosen: dict[str, Any] = {"loss": loss, "confirm": confirm, "seed": seed}
+    using = Resources() if resources is None else resources
     fits = sk.along(estimator, X, y, parameter, list(values), sample_weight)
     for k, (_, fit) in enumerate(fits):
         try:
             known = sk.translated(fit, X, y, sample_weight, minimize=True)
-            place = _of_sklearn(known)
+            place = _of_sklearn(known, using.within(f"value-{k}"))
             at = (
                 loo(place, refit_above=refit_above, **chosen)
                 if folds is None
@@ -275,7 +297,7 @@ class _Options:
     started: float
 
 
-def _place(asked: Any, train: Any, recipe: Recipe | None) -> _Place:
+def _place(asked: Any, train: Any, recipe: Recipe | None, resources: Resources | None) -> _Place:
     if isinstance(asked, _Place):
         return asked
     if recipe is None and _is_of_sklearn(asked) and isinstance(train, tuple | list):
@@ -283,12 +305,13 @@ def _place(asked: Any, train: Any, recipe: Recipe | None) -> _Place:
 
         if len(train) in (2, 3):
             known = sk.translated(asked, *train)
-            return _of_sklearn(known)
+            return _of_sklearn(known, Resources() if resources is None else resources)
     subject = subject_of(asked, train, recipe)
     fitted = subject.fitted
     refits = None
     if subject.recipe is not None:
-        refits = ByRecipe(fitted.task, fitted.train, subject.recipe)
+        using = (fitted.resources if resources is None else resources).within(REFITS)
+        refits = ByRecipe(fitted.task, fitted.train, subject.recipe, using)
     convex = health.is_convex(fitted.task, fitted.theta, fitted.train)
     return _Place(fitted, refits, notes=() if convex else (STOPPED,))
 
@@ -319,9 +342,10 @@ def _is_of_sklearn(asked: Any) -> bool:
     return type(asked).__module__.startswith("sklearn.")
 
 
-def _of_sklearn(known: Any) -> _Place:
+def _of_sklearn(known: Any, resources: Resources) -> _Place:
     fitted = Influence(Hessian(), Cholesky()).fit(known.task, known.train)
-    return _Place(fitted, known.refits, known.renormalizes, known.notes, known.holds)
+    refits = KeptRefits(known.refits, resources.within(REFITS))
+    return _Place(fitted, refits, known.renormalizes, known.notes, known.holds)
 
 
 def _by_groups(

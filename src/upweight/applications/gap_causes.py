@@ -10,7 +10,7 @@ rows that narrow it.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,10 +33,12 @@ from upweight.evaluation.bootstrap import Estimate
 from upweight.methods.reduce import GroupSums
 from upweight.notation import percent
 from upweight.plot import axes
+from upweight.runtime.resources import Resources
 from upweight.runtime.selection import labels_by_place
 from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.recipe import Recipe
+from upweight.training.kept import kept_trainer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -208,6 +210,7 @@ class Causes(Outcome):
         validation: The validation rows.
         positive: Which of them have the positive label.
         failed: Why a refit gave nothing.
+        resources: Of refits.
     """
 
     gap: Gap
@@ -222,6 +225,7 @@ class Causes(Outcome):
     validation: Data
     positive: Bool[Tensor, " q"]
     failed: str = ""
+    resources: Resources = field(default_factory=Resources, repr=False)
 
     @property
     def title(self) -> str:
@@ -319,8 +323,9 @@ class Causes(Outcome):
         order = sorted(range(len(names)), key=lambda k: -shares[k].value)
         chosen = order[:refits] if self.subject.recipe is not None else []
         refitted = _without(
-            self.subject, self.validation, self.gap, self.place, [members[k] for k in chosen]
-        )
+            self.subject, self.validation, self.gap, self.place, [members[k] for k in chosen],
+            self.resources,
+        )  # fmt: skip
         actual = dict(zip(chosen, refitted, strict=True))
         causes = []
         for k in order:
@@ -371,6 +376,7 @@ def causes(
     *,
     train: Any = None,
     recipe: Recipe | None = None,
+    resources: Resources | None = None,
 ) -> Causes:
     """Which training rows does the gap come from?
 
@@ -386,10 +392,13 @@ def causes(
         gap: With the groups of these rows.
         train: Of an estimator, (X, y) as given to its `fit`.
         recipe: How to fit again; an estimator fits itself.
+        resources: With a `folder`, which keeps the refits, those of `by_group` as well: a call that
+            was killed goes on. None: those of the fitted method.
 
     Raises:
         SpecError: No validation rows.
         DataError, ShapeError: As for `gap`.
+        StaleStore: The folder holds refits of another model, recipe or training set.
         UpweightError: From the method: scores that only rank predict nothing.
 
     Cost: one `attribute` with k rows; two refits where there is a recipe.
@@ -403,6 +412,7 @@ def causes(
         )
     subject = subject_of(asked, train, recipe)
     fitted = subject.fitted
+    using = fitted.resources if resources is None else resources
     if validation is None:
         raise SpecError(
             "A gap is measured on rows that the model was not fitted to.",
@@ -431,7 +441,7 @@ def causes(
     if chosen:
         predicted = _removal(subject, rows, gap, place, list(chosen))
         if subject.recipe is not None:
-            actual, _, failed = _without(subject, rows, gap, place, [list(chosen)])[0]
+            actual, _, failed = _without(subject, rows, gap, place, [list(chosen)], using)[0]
     return Causes(
         gap=gap,
         scores=scores,
@@ -445,6 +455,7 @@ def causes(
         validation=rows,
         positive=found.positive,
         failed=failed,
+        resources=using,
     )
 
 
@@ -474,13 +485,19 @@ def _removal(subject: Subject, rows: Data, gap: Gap, place: int, group: list[int
 
 
 def _without(
-    subject: Subject, rows: Data, gap: Gap, place: int, groups: list[list[int]]
+    subject: Subject,
+    rows: Data,
+    gap: Gap,
+    place: int,
+    groups: list[list[int]],
+    resources: Resources,
 ) -> list[tuple[float | None, float | None, str]]:
     """Change of the soft and of the hard gap without each group, refitted, or why there is none."""
     if not groups:
         return []
     task, train = subject.fitted.task, subject.fitted.train
-    trainer = subject.require_recipe("Confirming a cause").prepare(task, train)
+    how_to_fit = subject.require_recipe("Confirming a cause")
+    trainer = kept_trainer(how_to_fit, task, train, resources.within("causes"))
     weights = torch.ones(1 + len(groups), len(train), dtype=torch.float64)
     for k, group in enumerate(groups):
         weights[1 + k, group] = 0.0

@@ -42,12 +42,14 @@ from upweight.evaluation.bootstrap import Estimate
 from upweight.methods.fitted import Fitted
 from upweight.notation import percent
 from upweight.plot import axes
+from upweight.runtime.resources import Resources
 from upweight.runtime.selection import labels_by_place
 from upweight.task.data import Data
 from upweight.task.identity import contents
 from upweight.task.measures import AT_ONCE, Functional
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
+from upweight.training.kept import Kept, training_identity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -382,6 +384,7 @@ def repair(
     how: How = "weights",
     budget: float = 0.0,
     target: float = 0.01,
+    resources: Resources | None = None,
 ) -> Repair:
     """Close a gap by the least change of the training data, and say what that costs.
 
@@ -413,11 +416,14 @@ def repair(
         budget: Largest loss of accuracy on validation, as a share: .003 is .3 points. 0: none
             beyond the noise of a paired comparison.
         target: Size of the hard gap on validation that counts as closed.
+        resources: With a `folder`, which keeps the refits: a search that was killed goes on. None:
+            those of the fitted method.
 
     Raises:
         SpecError: No validation or test rows, the same for both, no recipe, or another `how`.
         DataError, ShapeError: As for `gap`, for either split.
         NotConverged: The model as it was cannot be fitted again.
+        StaleStore: The folder holds refits of another model, recipe or training set.
         UpweightError: From the method or the recipe.
 
     Cost: one `attribute` of k + 1 rows; then up to 20 linear programs of 2n variables and refits.
@@ -437,7 +443,10 @@ def repair(
             )
     splits = Splits(task, task.queries(validation), task.queries(test), gap, gap.of(test_groups))
     splits.require_apart()
-    return _Search(subject.fitted, how_to_fit, splits, how, budget, target).run(train_groups)
+    fitted = subject.fitted
+    using = (fitted.resources if resources is None else resources).within("repair")
+    kept = Kept.of(using, lambda: training_identity(how_to_fit, task, fitted.train))
+    return _Search(fitted, how_to_fit, splits, how, budget, target, kept).run(train_groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -498,6 +507,7 @@ class _Search:
     how: How
     budget: float
     target: float
+    kept: Kept
 
     def run(self, train_groups: Any) -> Repair:
         task, train = self.fitted.task, self.fitted.train
@@ -657,7 +667,9 @@ class _Search:
         data = Relabeled(train, frozenset(flips)) if flips else train
         try:
             if flips or not hasattr(self, "trainer"):
-                trainer = self.recipe.prepare(task, data)
+                made = self.recipe.prepare(task, data)
+                key = f"labels changed of {sorted(flips)}"
+                trainer = self.kept.trainer(made, task, key)
                 if not flips:
                     self.trainer = trainer
             else:

@@ -10,8 +10,9 @@ differ by the fold's leverage, so a step with H leaves that share of the error, 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from typing import Protocol
 
 import torch
@@ -21,11 +22,14 @@ from torch import Tensor
 from upweight.errors import ShapeError
 from upweight.methods.dense import DenseScorer
 from upweight.methods.fitted import Fitted
+from upweight.runtime.resources import Resources
 from upweight.task.data import Data
+from upweight.task.identity import described
 from upweight.task.losses import SquaredError
 from upweight.task.recipe import Recipe, Trainer
 from upweight.task.task import Task
 from upweight.training.descent import descend
+from upweight.training.kept import Kept, as_bytes, as_text, kept_trainer
 from upweight.training.objective import WeightedObjective, weighted_objective
 from upweight.training.weights import removal_weights
 
@@ -163,16 +167,20 @@ class Refits(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ByRecipe:
-    """Refits by a learning algorithm; the objective keeps its 1/n."""
+    """Refits by a learning algorithm; the objective keeps its 1/n.
+
+    With a folder in the resources its models are kept there.
+    """
 
     task: Task
     train: Data
     recipe: Recipe
+    resources: Resources = field(default_factory=Resources)
 
     @cached_property
     def trainer(self) -> Trainer:
         """Prepared once."""
-        return self.recipe.prepare(self.task, self.train)
+        return kept_trainer(self.recipe, self.task, self.train, self.resources)
 
     def __call__(self, groups: Sequence[list[int]]) -> Iterator[Refit]:
         for start in range(0, len(groups), self.trainer.at_once):
@@ -183,6 +191,39 @@ class ByRecipe:
                     yield None, trained.failures[row]
                 else:
                     yield outputs_of(self.task, trained.theta[row], self.train, group), ""
+
+
+@dataclass(frozen=True, eq=False)
+class KeptRefits:
+    """Refits of scikit-learn, one group after the other, whose outputs are kept in a folder.
+
+    Args:
+        refits: Which say in their fields all that their answers depend on.
+        resources: With the folder; without one nothing is kept.
+    """
+
+    refits: Refits
+    resources: Resources
+
+    @cached_property
+    def kept(self) -> Kept:
+        """Opened once, when the first group is asked for."""
+
+        def about() -> dict[str, str]:
+            versions = {name: version(name) for name in ("scikit-learn", "numpy")}
+            return {"refits": described(self.refits), "versions": repr(versions)}
+
+        return Kept.of(self.resources, about)
+
+    def __call__(self, groups: Sequence[list[int]]) -> Iterator[Refit]:
+        for group in groups:
+
+            def make(group: list[int] = group) -> dict[str, Tensor]:
+                outputs, reason = next(iter(self.refits([group])))
+                return {"reason": as_bytes(reason)} if outputs is None else {"outputs": outputs}
+
+            made = self.kept.once("without", torch.tensor(group), make)
+            yield made.get("outputs"), as_text(made["reason"]) if "reason" in made else ""
 
 
 def losses_of(

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch, Params
+from upweight.applications.held_out import draws
 from upweight.applications.outcome import Outcome
 from upweight.errors import DataError, NotConverged, ShapeError, SpecError
 from upweight.evaluation import bootstrap, mislabel
@@ -36,12 +37,14 @@ from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.methods.fitted import Fitted
 from upweight.methods.members import members_given
 from upweight.runtime.fingerprint import described, digest
+from upweight.runtime.resources import Resources
 from upweight.runtime.selection import places
 from upweight.scores import Unit
 from upweight.task.data import Data, batch_size
 from upweight.task.measures import Functional, as_measure
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
+from upweight.training.kept import kept_trainer
 from upweight.training.weights import removal_weights
 
 if TYPE_CHECKING:
@@ -523,6 +526,7 @@ def cleanse(
     limit: float = 0.05,
     seed: int = 0,
     bootstrap: Bootstrap = Bootstrap(),
+    resources: Resources | None = None,
 ) -> Cleansed:
     """Fit again without the first rows of a ranking, and say what is left of the attack.
 
@@ -541,6 +545,8 @@ def cleanse(
             the class is answered by mistake.
         seed: Of the halves, and of the control.
         bootstrap: How the interval of the lost accuracy is made.
+        resources: With a `folder`, which keeps the refits: a call that was killed goes on. None:
+            those of the fitted method.
 
     Returns:
         The curve, and the fit that was chosen. It is called cleansed only if the interval of its
@@ -551,6 +557,7 @@ def cleanse(
             rankings are of several attacks.
         DataError: Fewer than two triggered images are of another class.
         NotConverged: The fit with all rows, or every other, failed.
+        StaleStore: The folder holds refits of another model, recipe or training set.
 
     Cost: a training for each ranking and count, one with all rows, and one for the control.
     """
@@ -560,7 +567,8 @@ def cleanse(
     tried = _counts(counts, n, limit)
     halves = _halves(task, fitted.theta, task.queries(triggered), target, seed)
     tests = task.queries(clean)
-    trainer = recipe.prepare(task, train)
+    using = (fitted.resources if resources is None else resources).within("cleanse")
+    trainer = kept_trainer(recipe, task, train, using)
     failed: list[str] = []
 
     def fit(name: str, rows: Sequence[int]) -> Float[Tensor, " p"] | None:
@@ -607,7 +615,7 @@ def cleanse(
     chosen = curve[place]
     rows = (first.labels == target).nonzero()[:, 0].cpu()
     rows = rows if len(rows) > chosen.count else torch.arange(n)
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randperm(len(rows), generator=draws("cleanse control", seed))
     random = sorted(rows[drawn[: chosen.count]].tolist())
     name = "random rows of the class" if len(rows) < n else "random rows"
     theta = fit(name, random)
@@ -698,7 +706,7 @@ def _halves(
             "triggered images that carry the attack's label in place of their true one.",
             "pass triggered=(x′, y) with the true classes y, some hundred of them.",
         )
-    order = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))]
+    order = others[torch.randperm(len(others), generator=draws("triggered halves", seed))]
     middle = len(order) // 2
     return data.subset(order[:middle].tolist()), data.subset(order[middle:].tolist())
 

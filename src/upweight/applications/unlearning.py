@@ -29,11 +29,13 @@ from upweight.errors import AssumptionWarning, NonFinite, NotConverged, NotOffer
 from upweight.linalg.damping import damped
 from upweight.methods.dense import DenseScorer
 from upweight.methods.fitted import Fitted
+from upweight.runtime.resources import Resources
 from upweight.runtime.selection import places
 from upweight.task.data import Data, batch_size
 from upweight.task.params import Layout
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
+from upweight.training.kept import kept_trainer
 from upweight.training.objective import weighted_objective
 from upweight.training.weights import removal_weights
 
@@ -226,6 +228,7 @@ def without(
     steps: int = 1,
     recipe: Recipe | None = None,
     confirm: bool = True,
+    resources: Resources | None = None,
 ) -> Unlearned:
     """The model without some training examples, and how far it is from a refit.
 
@@ -241,6 +244,8 @@ def without(
         recipe: How to fit again. None: the library's own fit where it is its model; a fitted
             method is then not held against a refit.
         confirm: Whether to fit again at all where the recipe is known.
+        resources: With a `folder`, which keeps the refits: a call that was killed goes on. None:
+            those of the fitted method.
 
     Returns:
         The model and what was measured. What was lent is unchanged.
@@ -250,6 +255,7 @@ def without(
         ShapeError: An example is out of range or named twice, or nothing would be left.
         NotOffered: The method has no movement of θ; or more steps of a curvature by layer.
         NotConverged: The refit failed; `.solution` is the outcome without it.
+        StaleStore: The folder holds refits of another model, recipe or training set.
         UpweightError: From the fit, the adapter or the queries.
 
     Exact when: J is quadratic in θ, in one step; at the minimum of a convex J after a few.
@@ -292,7 +298,8 @@ def without(
     if subject.recipe is None or not confirm:
         return outcome(None, None, None)
     both = torch.cat([torch.ones_like(weights), weights])
-    trainer = subject.recipe.prepare(task, data)
+    using = (fitted.resources if resources is None else resources).within("unlearning")
+    trainer = kept_trainer(subject.recipe, task, data, using)
     made = [trainer(both[k : k + 1]) for k in range(2)]
     failed = [made[k].failures[0] for k in range(2) if made[k].failures]
     if failed:

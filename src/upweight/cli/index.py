@@ -40,6 +40,8 @@ METHOD = "Influence(EKFAC(), damping=Relative(0.1))"
 LINE = 72
 """Characters of a text in a table."""
 
+ONE_KIND = "ask about --text TEXT (once or more), or about --queries FILE"
+
 OWN_QUERIES, COMPARED = 8, 64
 """Of `verify`: examples that are asked about where nothing else is given, and those compared."""
 
@@ -260,10 +262,9 @@ def top(
         upweight index top index --hf model --text "The capital of France is Paris." -k 20
         upweight index top index --hf model --queries said.jsonl --json
     """
-    given = [*(("--text", each) for each in texts), *([("--queries", queries)] if queries else [])]
-    words = [part for pair in given for part in pair]
-    if not given or (texts and queries):
-        raise click.UsageError("ask about --text TEXT (once or more), or about --queries FILE")
+    words = _asking(texts, queries)
+    if not words:
+        raise click.UsageError(ONE_KIND)
     with _asked("top", folder, named, words) as found:
         asked = _queries(found, texts, queries)
         best = found.index.top(asked, k, rerank=not rows_only)
@@ -312,11 +313,11 @@ def verify(
     Examples:
         upweight index verify index --hf model --queries said.jsonl
     """
-    words = [part for each in texts for part in ("--text", each)]
+    words = [*_asking(texts, queries), "--examples", str(examples)]
     with _asked("verify", folder, named, words) as found:
         n, made = len(found.index), found.index
         compared: int | list[int] = examples
-        if texts or queries:
+        if texts or queries is not None:
             asked = _queries(found, texts, queries)
         else:
             asked, compared = _own_queries(found, examples)
@@ -379,6 +380,18 @@ def _ranked(found: OpenedIndex, ids: Tensor, values: Tensor) -> list[dict[str, A
         source, text = found.example(i)
         ranked.append({"rank": rank, "id": i, "score": score, "source": source, "text": text})
     return ranked
+
+
+def _asking(texts: Sequence[str], queries: str | None) -> list[str]:
+    """The options that say what is asked about, as they were typed.
+
+    Raises:
+        click.UsageError: There are both texts and a file.
+    """
+    if texts and queries is not None:
+        raise click.UsageError(ONE_KIND)
+    told = [part for each in texts for part in ("--text", each)]
+    return told if queries is None else ["--queries", queries]
 
 
 def _queries(found: OpenedIndex, texts: Sequence[str], queries: str | None) -> Data:

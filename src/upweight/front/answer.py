@@ -114,7 +114,8 @@ class Attribution(Scores):
             recipe: How the model was trained. None: as `attribute` was told; a scikit-learn
                 estimator and statsmodels results have their own `fit`.
             budget: As for `upweight.check`.
-            limits: Further arguments of it.
+            limits: Further arguments of it. Without `resources` those of `attribute`: its folder
+                keeps the refits.
 
         Raises:
             SpecError: Nobody said how the model was trained.
@@ -129,6 +130,9 @@ class Attribution(Scores):
                 "check(recipe): an upweight.Training(...), or a function of data weights that "
                 "returns a trained model, by upweight.training.FromFunction(...).",
             )
+        fitted = self.require_context().fitted
+        if isinstance(fitted, Fitted):
+            limits = {"resources": fitted.resources.within("retrained")} | limits
         found = check(self, known, budget, **limits)
         self.checks.append(found)
         return found

@@ -10,8 +10,9 @@ import torch
 from upweight.errors import NotConverged, NotPositiveDefinite, SpecError, UpweightError
 from upweight.evaluation.check import seconds_of
 from upweight.front.answer import Attribution
-from upweight.front.choice import PATIENCE, Choice, Facts, choose
+from upweight.front.choice import PATIENCE, Choice, Facts, choose, named
 from upweight.front.facts import facts_of
+from upweight.front.kept import kept_choice
 from upweight.front.opened import Opened, opened, queries_of, require_alone
 from upweight.front.refits import is_refitted, opened_by_outputs, refit_choice
 from upweight.methods.fitted import LOSS
@@ -24,6 +25,7 @@ from upweight.task.data import Data
 from upweight.task.measures import Functional
 from upweight.task.task import Task
 from upweight.task.torch_losses import reduction_note
+from upweight.training.kept import training_identity
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,11 +109,12 @@ def asked(
         task, data, count, recipe, trajectory, seconds, resources.memory_bytes,
         by_query=not isinstance(measure, Functional),
     )  # fmt: skip
-    choice = (
-        choose(facts) if method is None else Choice(type(method).__name__, method, "it was given")
-    )
     if recipe is None:
         recipe = getattr(trajectory, "recipe", None)
+    if method is None:
+        choice = _kept(choose(facts), facts, task, data, recipe, resources)
+    else:
+        choice = Choice(type(method).__name__, method, "it was given")
     batch = task.to_device(data.batch(0, min(2, len(data))))
     with torch.no_grad():
         said = reduction_note(found.loss, *task.call(task.theta(), batch))
@@ -120,6 +123,20 @@ def asked(
         found, chosen, measure, facts, choice, recipe, trajectory, resources, notes,
         method is not None,
     )  # fmt: skip
+
+
+def _kept(
+    choice: Choice, facts: Facts, task: Task, data: Data, recipe: Any, resources: Resources
+) -> Choice:
+    """The choice of the first call with the folder of the resources, where there is one."""
+
+    def about() -> dict[str, str]:
+        known = {"recipe": facts.recipe, "trajectory": facts.trajectory, "rows": facts.by_query}
+        told = {"known": repr(known), "budget": f"{facts.budget_seconds:g} s"}
+        return {**training_identity(recipe, task, data), **told}
+
+    told = kept_choice(resources, about, lambda: {"row": choice.name, "why": choice.why})
+    return choice if told["row"] == choice.name else named(told["row"], told["why"], facts)
 
 
 def _by_refits(
@@ -140,7 +157,7 @@ def _by_refits(
     measure = LOSS if measure is None else measure
     used = Resources() if resources is None else resources
     if method is None:
-        choice, facts, notes = refit_choice(found, budget)
+        choice, facts, notes = refit_choice(found, budget, used)
     else:
         choice, notes = Choice(type(method).__name__, method, "it was given"), ()
         facts = Facts(found.task.layout.size, 1, len(found.train), len(found.queries), False, False)
@@ -187,7 +204,8 @@ def attribute(
             longer one and a recipe, models of halves of the data are trained where it suffices.
         into: What to keep of the scores, as for `Fitted.attribute`: `Top(10)` for large data.
         method: Choose yourself; nothing else is tried then.
-        resources: What may be used.
+        resources: What may be used. With a `folder` the choice and whatever is trained again are
+            kept in it, and a call that was killed goes on.
 
     Returns:
         `Scores` that can also be checked against retraining, looked through for wrong labels, and

@@ -77,7 +77,8 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
         train: The training set, as for `as_data`; for scikit-learn (X, y) or (X, y, sample_weight)
             as given to `fit`; of statsmodels results or a Trainer None, or what they were fitted
             on.
-        loss: For a module: as for `Task`.
+        loss: For a module: as for `Task`. A model of transformers whose class says by which loss it
+            is trained needs none; with one, its data are read as without.
         penalty: For a module: as for `Task`.
 
     Raises:
@@ -91,16 +92,17 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
         require_alone(loss, penalty, "a Task has its loss and penalty")
         return Opened(model, model.training(train), None, model)
     if isinstance(model, nn.Module):
-        given = NoPenalty() if penalty is None else penalty
-        if loss is not None:
-            return Opened(Task(model, loss, given), as_data(train), loss, model)
         import upweight.adapters.transformers as hf
 
-        if hf.kind(model) is None:
-            hf.require_own_examples(model)
-            raise SpecError(_no_loss(train))
-        task = hf.task(model, penalty=given)
-        return Opened(task, task.training(train), loss, model)
+        given = NoPenalty() if penalty is None else penalty
+        if hf.kind(model) is not None:
+            task = hf.task(model, penalty=given)
+            task = task if loss is None else hf.with_loss(task, loss)
+            return Opened(task, task.training(train), loss, model)
+        if loss is not None:
+            return Opened(Task(model, loss, given), as_data(train), loss, model)
+        hf.require_own_examples(model)
+        raise SpecError(_no_loss(train))
     if is_trainer(model):
         import upweight.adapters.transformers as hf
 

@@ -13,11 +13,14 @@ from typing import Any
 from upweight.errors import SpecError, UnsupportedModel
 from upweight.evaluation.check import seconds_of
 from upweight.front.choice import PATIENCE, Choice, Facts
+from upweight.front.kept import kept_choice
 from upweight.methods.method import Method
 from upweight.methods.neighbours import FeatureSimilarity, KNNShapley
 from upweight.methods.refits import LeaveOneOut, SubsampledInfluence
 from upweight.notation import in_short
+from upweight.runtime.resources import Resources
 from upweight.task.measures import Functional
+from upweight.training.kept import training_identity
 
 FEWEST = 30
 """Subsets: each example is in some 15, and in fewer than 2 with a probability of 3e-8."""
@@ -75,8 +78,12 @@ def opened_by_outputs(
     return by(model, train, queries)
 
 
-def refit_choice(found: Any, budget: str | float | None) -> tuple[Choice, Facts, tuple[str, ...]]:
+def refit_choice(
+    found: Any, budget: str | float | None, resources: Resources
+) -> tuple[Choice, Facts, tuple[str, ...]]:
     """Which refits the budget allows; says so on standard error before they begin.
+
+    With a folder in the resources the choice is kept in it: what was interrupted goes on with it.
 
     Raises:
         DataError: A fit on the data does not give the model again, though every seed is a number.
@@ -85,8 +92,30 @@ def refit_choice(found: Any, budget: str | float | None) -> tuple[Choice, Facts,
     Cost: two fits.
     """
     recipe, n = found.recipe, len(found.train)
-    seconds, noise, drift = found.tried()
     allowed = PATIENCE if budget is None else seconds_of(budget)
+
+    def about() -> dict[str, str]:
+        return {**training_identity(recipe, found.task, found.train), "budget": f"{allowed:g} s"}
+
+    told = kept_choice(resources, about, lambda: _chosen(found, budget, allowed))
+    alone, why, seconds = told["alone"], told["why"], told["each"]
+    method: Method = LeaveOneOut(told["count"]) if alone else SubsampledInfluence(told["count"])
+    choice = Choice(in_short(method), method, why, told["seconds"])
+    print(f"upweight: {choice}", file=sys.stderr)
+    size, q = found.task.layout.size, len(found.queries)
+    facts = Facts(
+        parameters=size, outputs=size // (n + q), examples=n, queries=q,
+        linear=False, convex=False, curved=False, likelihood=False,
+        epoch_seconds=seconds, budget_seconds=allowed, recipe=True, training_seconds=seconds,
+        half_seconds=seconds,
+    )  # fmt: skip
+    return choice, facts, (str(choice), found.says, *told["notes"])
+
+
+def _chosen(found: Any, budget: str | float | None, allowed: float) -> dict[str, Any]:
+    """The choice as JSON."""
+    recipe, n = found.recipe, len(found.train)
+    seconds, noise, drift = found.tried()
     notes: tuple[str, ...] = ()
     if drift > 0:
         notes = (
@@ -95,12 +124,12 @@ def refit_choice(found: Any, budget: str | float | None) -> tuple[Choice, Facts,
         )
     name, rounds = recipe.name, int(allowed / ((n + 1) * seconds))
     seeds = min(max(rounds, SEEDS), MOST_SEEDS) if noise > 0 else 1
-    alone, count = LeaveOneOut(seeds), (n + 1) * seeds
-    method: Method
+    count = (n + 1) * seeds
     by_row = f"{count:,} fits, about {_told(count * seconds)}"
     random = " from random seeds" if noise > 0 else ""
-    if count * seconds <= allowed or n < FEW_ROWS:
-        method, why = alone, f"{name} is fitted again without each row{random}: {by_row}"
+    alone = count * seconds <= allowed or n < FEW_ROWS
+    if alone:
+        why, told = f"{name} is fitted again without each row{random}: {by_row}", seeds
     else:
         subsets = int(allowed / seconds)
         if subsets < FEWEST:
@@ -112,23 +141,16 @@ def refit_choice(found: Any, budget: str | float | None) -> tuple[Choice, Facts,
                 "for each row by itself; or method=uw.KNNShapley(), which looks at neighbours and "
                 "fits nothing.",
             )
-        method = SubsampledInfluence(subsets)
         why = (
             f"{name} is fitted again on {subsets:,} random halves, up to "
             f"{_told(subsets * seconds)}; without each row{random} it would be {by_row}: budget="
             f"{_said(count * seconds)!r}"
         )
-        count = subsets
-    choice = Choice(in_short(method), method, why, count * seconds)
-    print(f"upweight: {choice}", file=sys.stderr)
-    size, q = found.task.layout.size, len(found.queries)
-    facts = Facts(
-        parameters=size, outputs=size // (n + q), examples=n, queries=q,
-        linear=False, convex=False, curved=False, likelihood=False,
-        epoch_seconds=seconds, budget_seconds=allowed, recipe=True, training_seconds=seconds,
-        half_seconds=seconds,
-    )  # fmt: skip
-    return choice, facts, (str(choice), found.says, *notes)
+        count = told = subsets
+    return {
+        "alone": alone, "count": told, "why": why, "seconds": count * seconds, "each": seconds,
+        "notes": list(notes),
+    }  # fmt: skip
 
 
 def _told(seconds: float) -> str:

@@ -100,6 +100,7 @@ class Ensemble(Method):
             trained = subset_models(
                 history, task, fitting.data, self.members, self.fraction, self.members,
                 at=(self.at,), runs=self.method.takes_run,
+                resources=fitting.resources.within("subset-models"),
             )  # fmt: skip
             fittings = [self.fitting_of(fitting, trained, k) for k in range(len(trained))]
             return self.at_members(fittings, trained.trainings)

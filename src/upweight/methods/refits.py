@@ -25,6 +25,7 @@ from upweight.scores import Unit
 from upweight.task.measures import Functional, as_measure, measured
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
+from upweight.training.kept import Kept, training_identity
 from upweight.training.subset_models import fitting_weights, has_seed, reseeded_from
 
 FEWEST = 8
@@ -54,7 +55,8 @@ class LeaveOneOut(Method):
 
     Exact: always, for the recipe, where training repeats itself. Known failure: noise of training
     that is larger than what one example does; then the errors say so.
-    Cost: (n + 1) K trainings; all θ are held.
+    Cost: (n + 1) K trainings; all θ are held. With `Resources(folder=…)` they are kept on disk, and
+    what was interrupted goes on.
     """
 
     seeds: int = 1
@@ -77,8 +79,9 @@ class LeaveOneOut(Method):
         weights = torch.ones(n + 1, n, dtype=torch.float64)
         weights[1:].fill_diagonal_(0.0)
         _require_room(self, fitting, (n + 1) * seeds)
+        kept = _kept(recipe, fitting)
         runs = [
-            _trained(reseeded_from(recipe, k), fitting, weights, f"refits, seed {k}")
+            _trained(reseeded_from(recipe, k), fitting, weights, f"refits, seed {k}", kept, k)
             for k in range(seeds)
         ]
         return _RefitScorer(self, fitting.task, torch.stack(runs), weights[1:], n * seeds)
@@ -108,7 +111,7 @@ class SubsampledInfluence(Method):
         NotConverged: The recipe did not train on some subset.
 
     Exact: in expectation. Known failure: fewer subsets than examples rank little but the strongest.
-    Cost: s trainings on `fraction` of the data; all θ are held.
+    Cost: s trainings on `fraction` of the data; all θ are held, with `Resources(folder=…)` on disk.
     """
 
     subsets: int = 100
@@ -139,11 +142,15 @@ class SubsampledInfluence(Method):
                 "few subsets, or a fraction near 0 or 1.",
                 "more subsets, with fraction=0.5.",
             )
+        kept = _kept(recipe, fitting)
+        if not has_seed(recipe):  # prepared once, and as many at a time as it trains
+            thetas = _trained(recipe, fitting, weights, "refits", kept)
+            return _RefitScorer(self, fitting.task, thetas[None], weights, self.subsets)
         rows = [(reseeded_from(recipe, k), weights[k : k + 1]) for k in range(self.subsets)]
         thetas = torch.cat(
             [
-                _trained(own, fitting, row, None)
-                for _, _, (own, row) in progress(
+                _trained(own, fitting, row, None, kept, k)
+                for k, _, (own, row) in progress(
                     ((k, k + 1, each) for k, each in enumerate(rows)), len(rows), "refits"
                 )
             ]
@@ -277,11 +284,20 @@ def _require_room(spec: Method, fitting: Fitting, models: int) -> None:
         )
 
 
+def _kept(recipe: Recipe, fitting: Fitting) -> Kept:
+    """The models that were trained before, in a folder of the resources."""
+    task, data = fitting.task, fitting.data
+    resources = fitting.resources.within("refits")
+    return Kept.of(resources, lambda: training_identity(recipe, task, data))
+
+
 def _trained(
-    recipe: Recipe, fitting: Fitting, weights: Float[Tensor, "r n"], what: str | None
-) -> Float[Tensor, "r p"]:
+    recipe: Recipe, fitting: Fitting, weights: Float[Tensor, "r n"], what: str | None, kept: Kept,
+    seed: int = 0,
+) -> Float[Tensor, "r p"]:  # fmt: skip
     """θ of each row of weights; a bar where `what` is said."""
     trainer = recipe.prepare(fitting.task, fitting.data)
+    trainer = kept.trainer(trainer, fitting.task, f"seed {seed}")
     size = max(1, trainer.at_once)
     chunks = ((k, min(k + size, len(weights)), None) for k in range(0, len(weights), size))
     parts: list[Tensor] = []

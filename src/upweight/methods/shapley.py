@@ -23,6 +23,7 @@ from upweight.scores import Unit
 from upweight.task.data import Data
 from upweight.task.measures import as_measure, measured
 from upweight.task.recipe import Recipe
+from upweight.training.kept import kept_trainer
 
 ALL = 40_320
 """Permutations of eight examples: more are never walked through one by one."""
@@ -183,7 +184,9 @@ def _prefixes(orders: Int[Tensor, "r n"]) -> tuple[Float[Tensor, "c n"], Int[Ten
 
 
 def _trained(recipe: Recipe, fitting: Fitting, weights: Float[Tensor, "c n"]) -> Tensor:
-    trainer = recipe.prepare(fitting.task, fitting.data)
+    trainer = kept_trainer(
+        recipe, fitting.task, fitting.data, fitting.resources.within("coalitions")
+    )
     parts: list[Tensor] = []
     for start in range(0, len(weights), trainer.at_once):
         found = trainer(weights[start : start + trainer.at_once])

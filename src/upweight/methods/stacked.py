@@ -148,7 +148,7 @@ def models_of(spec: Any, fitting: Fitting, ensembles: Sequence[Ensemble]) -> Sub
     if isinstance(history, Recipe):
         return subset_models(
             history, fitting.task, fitting.data, spec.subsets, spec.fraction, spec.seeds,
-            at=sorted(at), runs=runs,
+            at=sorted(at), runs=runs, resources=fitting.resources.within("subset-models"),
         )  # fmt: skip
     if not isinstance(history, SubsetModels):
         raise SpecError(

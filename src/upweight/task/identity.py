@@ -65,8 +65,20 @@ def described(value: Any) -> str:
     """
     if isinstance(value, Tensor):
         return digest(value)
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return digest(torch.as_tensor(np.ascontiguousarray(value)), str(value.dtype))
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        given = np.ascontiguousarray(value)
+        given = given if given.flags.writeable else given.copy()
+        return digest(torch.as_tensor(given), str(value.dtype))
+    if isinstance(value, np.ndarray):  # of texts or objects: its repr is cut short
+        return f"array{value.shape} {digest(described(value.tolist()))}"
+    if hasattr(value, "iloc") and hasattr(value, "columns"):  # of pandas, cut short as well
+        columns = [np.asarray(value.iloc[:, k]) for k in range(value.shape[1])]
+        return f"{type(value).__name__} {described([*value.columns])} {described(columns)}"
+    if hasattr(value, "iloc"):
+        return f"{type(value).__name__} {described(np.asarray(value))}"
+    if hasattr(value, "tocoo"):  # of SciPy
+        found = value.tocoo()
+        return f"sparse{found.shape} {described((*found.coords, found.data))}"
     if isinstance(value, type | enum.Enum):
         return f"{value.__module__}.{value}"
     if isinstance(value, nn.Module):

@@ -106,8 +106,10 @@ class Reader(Protocol):
     fits_own_data: bool
     """Whether the task is of its own training data only."""
 
-    has_own_loss: bool
-    """Whether the model computes the loss by itself: another one is an error."""
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether the model computes the loss by itself: another one is an error."""
+        ...
 
     @property
     def classes(self) -> tuple[Any, ...] | None:

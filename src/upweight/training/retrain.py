@@ -26,12 +26,12 @@ from upweight.runtime.fingerprint import digest
 from upweight.runtime.headers import own_digest
 from upweight.runtime.resources import Resources
 from upweight.runtime.store import Store
-from upweight.runtime.versions import library_versions
 from upweight.task.data import Data
-from upweight.task.identity import contents, described, subject
+from upweight.task.identity import contents, described
 from upweight.task.measures import Loss, as_measure
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task, require_task
+from upweight.training.kept import training_identity
 from upweight.training.pool import Bench, in_words, recorded, run, shown
 
 
@@ -150,19 +150,10 @@ def identity(
     Raises:
         SpecError: A part cannot be told from another of its kind.
     """
-    # A class or function that makes a model is told by its name and code, but not by what it calls:
-    # what it makes says the rest.
-    untrained = getattr(recipe, "untrained", None)
-    start = {} if untrained is None else {"untrained": described(untrained(task).model)}
-    about = subject(task, train)
     return {
-        **start,
-        **about,
-        "recipe": described(recipe),
+        **training_identity(recipe, task, train),
         "measure": described(measure),
-        "train": f"{len(train)} examples {about['train']}",
         "queries": f"{len(queries)} examples {contents(queries)}",
-        "versions": repr({k: v for k, v in library_versions().items() if k != "python"}),
     }
 
 

@@ -17,9 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.errors import NotConverged, SpecError, message
+from upweight.runtime.resources import Resources
 from upweight.task.data import Data
 from upweight.task.recipe import Recipe, Trainer
 from upweight.task.task import Task
+from upweight.training.kept import Kept, training_identity
 from upweight.training.trainer import TrainingTrainer
 from upweight.training.training import Training
 from upweight.training.trajectory import Trajectory
@@ -75,6 +77,7 @@ def subset_models(
     at: Sequence[float] = (1.0,),
     seed: int = 1,
     runs: bool = False,
+    resources: Resources | None = None,
 ) -> SubsetModels:
     """Train a model on each of some random subsets.
 
@@ -90,10 +93,13 @@ def subset_models(
         seed: Of the draw of the subsets.
         runs: Whether to keep the runs, √T states of each, for methods that look at training. Models
             are then trained one at a time.
+        resources: With a folder the models are kept in it, but not with their runs, and a call that
+            was interrupted goes on.
 
     Raises:
         SpecError: There are not so many subsets that judge nothing; the recipe has no seed to make
             models of all of the data differ, or does not hand out states of its training.
+        StaleStore: The folder holds models of another recipe, task or training set.
         NotConverged: A model has parameters that are NaN or infinite.
         UpweightError: From the recipe.
 
@@ -109,6 +115,8 @@ def subset_models(
     group = torch.arange(subsets) % seeds
     theta = {share: task.theta().new_empty(subsets, task.layout.size) for share in at}
     kept: dict[int, Trajectory] = {}
+    using = Resources() if resources is None or runs else resources
+    models = Kept.of(using, lambda: training_identity(recipe, task, train))
     for k in range(seeds):
         rows = (group == k).nonzero()[:, 0]
         own = reseeded(recipe, k)
@@ -121,8 +129,14 @@ def subset_models(
             continue
         trainer = own.prepare(task, train)
         for chunk in torch.tensor_split(rows, -(-len(rows) // max(1, trainer.at_once))):
-            for share, found in _trained(trainer, recipe, weights[chunk], at):
-                theta[share][chunk] = found.to(theta[share])
+
+            def make(chunk: Tensor = chunk, trainer: Trainer = trainer) -> dict[str, Tensor]:
+                found = _trained(trainer, recipe, weights[chunk], at)
+                return {str(share): states.cpu() for share, states in found}
+
+            made = models.once(f"seed {APART + k} at {list(at)}", weights[chunk], make)
+            for share in at:
+                theta[share][chunk] = made[str(share)].to(theta[share])
     bad = (~torch.stack([x.isfinite().all(dim=1) for x in theta.values()]).all(dim=0)).nonzero()
     if len(bad):
         raise NotConverged(

@@ -127,10 +127,10 @@ function card(example, { rows, meter, side, differs, alike, tokens, rest, theirs
   if (data.predicts) node.append(tickOf(example, tickable));
   return node;
 }
-// The label that was given beside what the model says, and what is proposed.
+// The label that was given beside what the model predicts. No proposal: the model was trained on the label.
 function labelsOf({ label, predicted }) {
-  if (predicted === label) return element("p", { class: "labels" }, "given ", element("b", {}, label), " · the model says so too");
-  return element("p", { class: "labels" }, "given ", element("b", {}, label), " · the model says ", element("b", { class: "no" }, predicted), " · proposed: ", element("b", {}, predicted));
+  if (predicted === label) return element("p", { class: "labels" }, "given ", element("b", {}, label), " · the model predicts it too");
+  return element("p", { class: "labels" }, "given ", element("b", {}, label), " · the model predicts ", element("b", { class: "no" }, predicted));
 }
 
 function compared(what, rows) {

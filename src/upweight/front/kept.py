@@ -1,0 +1,43 @@
+"""Which method was chosen when the question was first asked? What goes on goes on with it.
+
+A choice depends on how fast the machine was just then. With a folder it is kept there, by what was
+asked, so that a call that was killed goes on with the same method.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from upweight.runtime.headers import own_digest
+from upweight.runtime.resources import Resources
+from upweight.runtime.store import Store
+
+FOLDER = "choice"
+
+
+def kept_choice(
+    resources: Resources,
+    about: Callable[[], Mapping[str, str]],
+    choose: Callable[[], Mapping[str, Any]],
+) -> Mapping[str, Any]:
+    """What was chosen before, or is now, as JSON.
+
+    Args:
+        resources: With the folder; without one nothing is kept.
+        about: () -> what the choice is for. Choices for other questions lie beside it.
+        choose: () -> the choice.
+
+    Raises:
+        StaleStore: The file is damaged.
+        NotWritten: The folder cannot be written.
+    """
+    if resources.folder is None:
+        return choose()
+    told = dict(about())
+    folder = Path(resources.folder) / FOLDER / own_digest(told)[:32]
+    try:
+        store = Store.load(folder, "the same question")
+    except FileNotFoundError:
+        store = Store.open(folder, told, begun=choose(), again="the same question")
+    store.require(told)
+    return store.begun

@@ -1,0 +1,311 @@
+"""Whatever is trained again goes on after a kill, bit for bit; the folder of another is refused."""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+
+import upweight as uw
+from tests.killing import kill_once_kept
+from upweight.adapters.sklearn_folds import Clones
+from upweight.adapters.sklearn_outputs import EstimatorRefit
+from upweight.applications import cross_validation, fairness, poisoning, unlearning
+from upweight.errors import StaleStore
+from upweight.front.choice import Facts, named
+from upweight.methods.shapley import DataShapley
+from upweight.task.recipe import Trained
+from upweight.training.kept import Kept
+from upweight.training.newton import Newton
+from upweight.training.subset_models import subset_models
+
+draw = torch.Generator().manual_seed(0)
+X = torch.randn(24, 3, generator=draw).double()
+Y = (X[:, 0] + 0.3 * torch.randn(24, generator=draw).double() > 0).long()
+XV, YV = X + 0.2, Y
+GROUPS = ["a", "b"] * 12
+
+
+class Killed(BaseException):
+    """As a kill: nothing may catch it."""
+
+
+class Count:
+    """Trainings that were made, and how many more may be."""
+
+    made, left, prepared = 0, math.inf, 0
+
+    @classmethod
+    def one(cls):
+        if cls.left == 0:
+            raise Killed
+        cls.made, cls.left = cls.made + 1, cls.left - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """Some function of weights and labels, whose calls are counted and end where they are told."""
+
+    def prepare(self, task, train):
+        Count.prepared += 1
+        seed, labels = getattr(self, "seed", 0), train.batch(0, len(train))[-1].double()
+
+        class Trainer:
+            at_once = 1
+
+            def __call__(self, weights):
+                Count.one()
+                to = torch.randn(24, 8, generator=torch.Generator().manual_seed(seed)).double()
+                theta = task.theta() + 0.1 * ((1 - weights.double() * labels) @ to).tanh()
+                return Trained(theta, torch.ones(len(weights)).double())
+
+        return Trainer()
+
+
+@dataclasses.dataclass(frozen=True)
+class Seeded(Counted):
+    seed: int = 0
+
+
+@functools.cache
+def task_of():
+    torch.manual_seed(0)
+    blank = uw.Task(nn.Linear(3, 2).double(), uw.CrossEntropy(), uw.L2(0.1))
+    return blank.moved_to(
+        Newton().prepare(blank, blank.training((X, Y)))(torch.ones(1, 24)).theta[0]
+    )
+
+
+def killed_and_resumed(ask, folder, after):
+    """What was asked without a folder, and what a call says that goes on after a kill."""
+    Count.made, Count.left = 0, math.inf
+    whole, total = ask(None), Count.made
+    assert total > after
+    Count.left = after
+    with pytest.raises(Killed):
+        ask(uw.Resources(folder=folder))
+    Count.made, Count.left = 0, math.inf
+    resumed = ask(uw.Resources(folder=folder))
+    assert 0 < Count.made <= total - after  # some were wanted twice
+    Count.made = 0
+    ask(uw.Resources(folder=folder))
+    assert Count.made == 0
+    return whole, resumed
+
+
+def same(a, b):
+    assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+METHODS = {
+    "leave-one-out": (uw.LeaveOneOut(2), Seeded()),
+    "subsets of one seed": (uw.SubsampledInfluence(12), Counted()),
+    "subsets of their own seeds": (uw.SubsampledInfluence(12), Seeded()),
+    "coalitions": (DataShapley(1), Counted()),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_that_train_go_on_where_they_were(name, tmp_path):
+    (method, recipe), task = METHODS[name], task_of()
+
+    def ask(resources, train=(X, Y)):
+        using = uw.Resources() if resources is None else resources
+        fitted = method.fit(task, train, history=recipe, resources=using)
+        return fitted.attribute((XV[:4], YV[:4]))
+
+    Count.prepared = 0
+    whole, resumed = killed_and_resumed(ask, tmp_path, 7)
+    assert Count.prepared == 4 or isinstance(recipe, Seeded)  # without a seed once for each fit
+    same(whole.values, resumed.values)
+    assert whole.error is None or torch.equal(whole.error, resumed.error)
+    with pytest.raises(StaleStore, match="another train") as told:
+        ask(uw.Resources(folder=tmp_path), (X + 1e-3, Y))
+    assert "give another folder" in str(told.value)
+    assert ask(uw.Resources(folder=tmp_path / "another"), (X + 1e-3, Y)).values.shape == (4, 24)
+
+
+def test_models_of_subsets_go_on_where_they_were(tmp_path):
+    task = task_of()
+
+    def ask(resources):
+        data = task.training((X, Y))
+        return subset_models(Seeded(), task, data, 12, 0.5, 2, resources=resources)
+
+    whole, resumed = killed_and_resumed(ask, tmp_path, 5)
+    same(whole.theta[1.0], resumed.theta[1.0])
+    # The methods of such models hand the folder on.
+    Count.made, using = 0, uw.Resources(folder=tmp_path / "fit")
+    for _ in range(2):
+        uw.Ensemble(uw.GradientDot(), 2, 0.5).fit(task, (X, Y), history=Seeded(), resources=using)
+    assert Count.made == 2
+
+
+def test_a_killed_process_goes_on_with_the_method_that_it_chose(tmp_path, monkeypatch):
+    script = f"""
+        import time
+        import numpy as np
+        from sklearn.neighbors import KNeighborsClassifier
+        import upweight as uw
+        from upweight.adapters.sklearn_outputs import EstimatorRefit
+
+        fitted = EstimatorRefit.fitted
+        def slow(self, weights=None):
+            time.sleep(0.03)
+            return fitted(self, weights)
+        EstimatorRefit.fitted = slow
+        draw = np.random.default_rng(0)
+        X = draw.normal(size=(200, 1))
+        y = (X[:, 0] + draw.normal(size=200) > 0).astype(int)
+        knn, using = KNeighborsClassifier(9).fit(X, y), uw.Resources(folder={str(tmp_path)!r})
+        uw.attribute(knn, (X, y), X[:3], budget="3 s", resources=using)
+    """
+    kill_once_kept(script, tmp_path, 9)
+    kept = len(list((tmp_path / "refits").glob("*.safetensors")))
+    draw = np.random.default_rng(0)
+    rows = draw.normal(size=(200, 1))
+    y = (rows[:, 0] + draw.normal(size=200) > 0).astype(int)
+    knn, fitted = KNeighborsClassifier(9).fit(rows, y), EstimatorRefit.fitted
+
+    def counted(self, weights=None):
+        Count.one()
+        return fitted(self, weights)
+
+    monkeypatch.setattr(EstimatorRefit, "fitted", counted)
+    Count.made, Count.left = 0, math.inf
+    using = uw.Resources(folder=tmp_path)
+    scores = uw.attribute(knn, (rows, y), rows[:3], budget="3 s", resources=using)
+    # Here a fit is quicker, and each row by itself would have been chosen: no fit tries it.
+    method = scores.require_context().fitted.spec
+    assert isinstance(method, uw.SubsampledInfluence) and 9 <= kept
+    assert Count.made == method.subsets - kept
+    whole = uw.attribute(knn, (rows, y), rows[:3], method=method)
+    same(scores.values, whole.values)
+    same(scores.error, whole.error)
+    # What `check` trains is kept as well, without a word.
+    Count.made = 0
+    first = scores.check(subsets=4)
+    assert Count.made == 10 and scores.check(subsets=4).lds.summary() == first.lds.summary()
+    assert Count.made == 10
+
+
+def test_the_choice_for_a_network_is_kept(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    using = uw.Resources(folder=tmp_path)
+
+    def ask(**more):
+        found = uw.attribute(model, (X, Y), (XV[:2], YV[:2]), uw.CrossEntropy(), **more)
+        return found.require_context().fitted.spec, found.values
+
+    method, values = ask(resources=using)
+    other = named("EK-FAC of the data's labels", "", Facts(1, 1, 1, 1, False, True))
+    monkeypatch.setattr("upweight.front.attribute.choose", lambda facts: other)
+    again, resumed = ask(resources=using)
+    assert again == method != other.method
+    same(values, resumed)
+    assert ask(resources=using, budget=30)[0] == ask()[0] == other.method  # another question
+
+
+def test_cross_validation_goes_on_where_it_was(tmp_path, monkeypatch):
+    fitted = uw.Influence(uw.Hessian()).fit(task_of(), (X, Y))
+
+    def by_recipe(resources):
+        return cross_validation.kfold(
+            fitted, folds=6, recipe=Counted(), confirm=99, resources=resources
+        )
+
+    whole, resumed = killed_and_resumed(by_recipe, tmp_path / "recipe", 3)
+    same(whole.exact, resumed.exact)
+
+    without, clf = Clones._without, LogisticRegression(C=2.0).fit(X.numpy(), Y.numpy())
+
+    def counted(self, group):
+        Count.one()
+        return without(self, group)
+
+    monkeypatch.setattr(Clones, "_without", counted)
+
+    def by_library(resources, C=2.0):
+        grid = {"C": [0.5, C]}
+        return cross_validation.path(
+            clf, X.numpy(), Y.numpy(), grid, folds=6, confirm=99, resources=resources
+        )
+
+    whole, resumed = killed_and_resumed(by_library, tmp_path / "library", 8)
+    for one, other in zip(whole.along, resumed.along, strict=True):
+        same(one.exact, other.exact)
+    # A value whose folder is of another one is not answered with its refits.
+    with pytest.raises(StaleStore, match="another refits"):
+        cross_validation.kfold(
+            clf, (X.numpy() + 1e-3, Y.numpy()), 6, confirm=99,
+            resources=uw.Resources(folder=tmp_path / "library" / "value-1"),
+        )  # fmt: skip
+
+
+def test_unlearning_and_fairness_go_on_where_they_were(tmp_path):
+    fitted = uw.Influence(uw.Hessian()).fit(task_of(), (X, Y))
+    gap = fairness.gap("demographic_parity", GROUPS)
+
+    def unlearned(resources):
+        return unlearning.without(fitted, [1, 2], recipe=Counted(), resources=resources)
+
+    whole, resumed = killed_and_resumed(unlearned, tmp_path / "unlearning", 1)
+    same(whole.actual, resumed.actual)
+
+    def causes(resources):
+        found = fairness.causes(fitted, (XV, YV), gap, recipe=Counted(), resources=resources)
+        return found, found.by(GROUPS, refits=2)
+
+    (whole, groups), (resumed, again) = killed_and_resumed(causes, tmp_path / "causes", 2)
+    same(whole.actual, resumed.actual)
+    assert repr(groups.causes) == repr(again.causes)
+
+    for how in ("weights", "relabel"):
+
+        def repair(resources, how=how):
+            return fairness.repair(
+                fitted, (XV, YV), gap, test=(X - 0.2, Y), test_groups=GROUPS, recipe=Counted(),
+                how=how, budget=0.5, target=0.0, resources=resources,
+            )  # fmt: skip
+
+        whole, resumed = killed_and_resumed(repair, tmp_path / how, 2)
+        assert whole.numbers() == resumed.numbers()
+
+
+def test_cleansing_goes_on_where_it_was(tmp_path):
+    task = task_of()
+    fitted = uw.GradientDot().fit(task, (X, Y))
+    other = Y != 0
+    triggered = X[other] - torch.tensor([5.0, 0.0, 0.0])
+    found = poisoning.suspects(fitted, (triggered[:4], Y[other][:4]), (X[other][:4], Y[other][:4]))
+
+    def cleanse(resources):
+        return poisoning.cleanse(
+            Counted(), found, (triggered[4:], Y[other][4:]), (XV, YV), [2, 4], resources=resources
+        )
+
+    whole, resumed = killed_and_resumed(cleanse, tmp_path, 2)
+    assert whole.numbers() == resumed.numbers()
+    same(whole.theta, resumed.theta)
+
+
+def test_models_that_fail_are_not_tried_again(tmp_path):
+    class Trainer:
+        at_once = 2
+
+        def __call__(self, weights):
+            Count.one()
+            return Trained(torch.zeros(2, 8).double(), torch.ones(2), {1: "diverged"})
+
+    task, kept = task_of(), Kept.of(uw.Resources(folder=tmp_path), lambda: {"of": "this"})
+    Count.made = 0
+    told = [kept.trainer(Trainer(), task)(torch.eye(2)) for _ in range(2)]
+    assert Count.made == 1 and told[0].failures == told[1].failures == {1: "diverged"}
+    kept.trainer(Trainer(), task, "of another seed")(torch.eye(2))
+    assert Count.made == 2
