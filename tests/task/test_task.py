@@ -312,4 +312,4 @@ def test_a_checkpoint_is_no_model():
     for given, said in ((weights, "a dict of bias, weight"), ("best.pt", "the path 'best.pt'")):
         with pytest.raises(UnsupportedModel, match=said) as caught:
             uw.attribute(given, (torch.ones(4, 2), torch.arange(4)), None, nn.CrossEntropyLoss())
-        assert "model.load_state_dict(torch.load('best.pt', weights_only=True))" in str(caught.value)
+        assert "model.load_state_dict(torch.load('best.pt'" in str(caught.value)
