@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from upweight._typing import Batch
@@ -23,6 +23,7 @@ from upweight.errors import NotOffered, SpecError, listed
 from upweight.gradients.autograd import total_gradient
 from upweight.methods import layered
 from upweight.methods.fitting import Fitting
+from upweight.methods.layered import LayeredScorer
 from upweight.methods.method import Method
 from upweight.methods.points import SumOfScorers
 from upweight.methods.scorer import Asked, JobOf, Scorer, Work
@@ -77,22 +78,28 @@ class TracIn(Method):
         history = as_history(fitting.history, fitting.task, fitting.data, fitting.theta)
         reached = rates(history)
         moved = reached * factors(history)
-        scorers: list[Scorer] = []
+        left_out = torch.zeros_like(fitting.theta, dtype=torch.bool)
+        scorers: list[LayeredScorer] = []
+        columns: list[Tensor] = []
         for t, steps in nearest_states(history, self.states):
             weight = float(moved[steps].sum())
             point = Point(history.state(t).theta.to(fitting.theta), 1.0 if self.batches else weight)
             scale = scale_at(history, t, fitting.theta)
-            notes: tuple[str, ...] = ()
             if scale is not None:
-                scale, notes = seen_scale(fitting, history, point.theta, scale)
+                unseen = never_seen(fitting, history, point.theta, scale)
+                scale, left_out = torch.where(unseen, 0, scale), left_out | unseen
             scorer = layered.identity(fitting, point, scale=scale)
-            scorer = replace(scorer, notes=scorer.notes + notes)
+            scorers.append(scorer)
             if self.batches:
-                columns = _columns(history, steps, reached, len(fitting.data))
-                scorers.append(OfColumns(scorer, columns.to(fitting.theta), scorer.notes))
-            else:
-                scorers.append(scorer)
-        return scorers[0] if len(scorers) == 1 else SumOfScorers(tuple(scorers))
+                held = _columns(history, steps, reached, len(fitting.data))
+                columns.append(held.to(fitting.theta))
+        notes = _left_out(fitting, left_out)
+        scorers[-1] = replace(scorers[-1], notes=scorers[-1].notes + notes)
+        parts: list[Scorer] = [*scorers]
+        if self.batches:
+            pairs = zip(scorers, columns, strict=True)
+            parts = [OfColumns(scorer, held, scorer.notes) for scorer, held in pairs]
+        return parts[0] if len(parts) == 1 else SumOfScorers(tuple(parts))
 
 
 def require_count(name: str, count: int | None) -> None:
@@ -137,10 +144,10 @@ def scale_at(history: History, t: int, theta: Float[Tensor, " p"]) -> Float[Tens
     return None if found is None else found.to(theta)
 
 
-def seen_scale(
+def never_seen(
     fitting: Fitting, history: History, theta: Float[Tensor, " p"], scale: Float[Tensor, " p"]
-) -> tuple[Float[Tensor, " p"], tuple[str, ...]]:
-    """The scale, 0 where the data have gradients that the optimizer has never seen, and a note.
+) -> Bool[Tensor, " p"]:
+    """Where the data have gradients that the optimizer has never seen.
 
     Cost: a forward and a backward pass over the training data, in batches of the size of training.
     """
@@ -153,14 +160,17 @@ def seen_scale(
             lambda p, b=on_device: task.losses_of(*task.call(p, b)),  # type: ignore[misc]
         )
         largest = torch.maximum(largest, total.abs() / (stop - start))
-    unseen = largest * scale > NEVER_SEEN
-    count = int(unseen.sum())
-    if not count:
-        return scale, ()
-    parts = [name for name, x in task.layout.unflatten(unseen).items() if bool(x.any())]
-    return torch.where(unseen, 0, scale), (
-        f"{count} of {len(theta)} parameters are left out at a state, in {listed(parts)}: Adam has "
-        "seen no gradients there as large as those of the data, in eval mode (a bias before batch "
+    return largest * scale > NEVER_SEEN
+
+
+def _left_out(fitting: Fitting, unseen: Bool[Tensor, " p"]) -> tuple[str, ...]:
+    if not bool(unseen.any()):
+        return ()
+    names = fitting.task.layout.unflatten(unseen)
+    return (
+        f"{int(unseen.sum())} of {len(unseen)} parameters are left out at one state or more, in "
+        f"{listed([name for name, x in names.items() if bool(x.any())])}: Adam had seen no "
+        "gradients there as large as those of the data, in eval mode (a bias before batch "
         "normalization, a token that no step had met)",
     )
 

@@ -275,8 +275,9 @@ class Task:
                 f"A loss must return one value per example: shape ({size},).",
                 f"{self.loss!r} returned {shape}.",
                 "a loss that takes the mean or sum over the batch.",
-                'use upweight.CrossEntropy() and its kin, or reduction="none" and a sum over '
-                "every axis but the first.",
+                "pass a loss of torch.nn itself, such as torch.nn.CrossEntropyLoss(), or one of "
+                'upweight; or in the function reduction="none", and a sum over every axis but the '
+                "first.",
             )
         return losses
 
