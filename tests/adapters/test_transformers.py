@@ -324,6 +324,10 @@ def test_conversations_are_scored_for_their_answers():
         hf.chat([talk[0][:1]], tokenizer)
     task = hf.causal_lm(built("GPT-2"), tokenizer)
     assert same(task.queries([{"messages": talk[0]}]).batch(0, 1), batch)
+    assert same(task.queries(talk).batch(0, 1), batch)  # two messages look like (X, y) as well
+    assert "user: the cat" in hf.chat(talk, tokenizer).given.texts[0]
+    with pytest.raises(DataError, match="one conversation in place of a list"):
+        task.queries(talk[0])
 
 
 def test_masks_belong_to_the_example():
@@ -351,6 +355,32 @@ def test_texts_with_labels():
     assert classes.batch(0, 5)["labels"].tolist() == [0, 1, 2, 0, 1]
     answers = hf.text(rows, tokenizer, labels="answer").batch(0, 2)
     assert tokenizer.convert_ids_to_tokens(answers["labels"][0].tolist()) == ["a", "cat"]
+    with pytest.raises(DataError, match="labels='label'"):
+        hf.text(rows, tokenizer, labels="class")
+    with pytest.raises(DataError, match="None in row 1"):
+        hf.text([rows[0], rows[1] | {"label": None}], tokenizer, labels="label")
+    task = hf.classifier(built("classes"), tokenizer)
+    for given, cause in (("answer", "classes by name"), (None, "in another place")):
+        with pytest.raises(DataError, match=cause):
+            task.training(hf.text(rows, tokenizer, labels=given))
+
+
+def test_texts_alone_are_asked_about_by_the_class_that_is_predicted():
+    model, tokenizer = built("classes"), words()
+    found = hf.classifier(model, tokenizer).queries(TEXTS)
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    expected = model(**inputs).logits.argmax(dim=1)
+    assert found.batch(0, len(TEXTS))["labels"].tolist() == expected.tolist()
+    assert any("class that the network predicts" in note for note in found.notes)
+    with pytest.raises(DataError, match="labels='label'"):
+        hf.classifier(built("several labels"), tokenizer).queries(TEXTS)
+
+
+def test_more_tokens_than_positions_are_told_from_another_vocabulary():
+    long = [" ".join(["cat"] * 40)]
+    with pytest.raises(DataError, match="more tokens than the model has positions") as caught:
+        uw.attribute(built("GPT-2"), hf.text(long * 4, words()), hf.text(long, words()))
+    assert "length=32" in str(caught.value)
 
 
 def test_padding_on_the_left_that_changes_the_model_is_refused_and_the_ways_out_work():

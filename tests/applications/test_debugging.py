@@ -57,6 +57,10 @@ def test_wrong_labels_come_first_and_are_proposed_right(kind):
     assert np.mean([proposed.get(i) == truth[i] for i in first[wrong[first]]]) > 0.95
     assert ours.frame().index[0] == first[0]
     assert ours.frame()["label"].iloc[0] == labels[first[0]]
+    row = first[0]
+    log_p = model.predict_log_proba(X[row : row + 1])[0]
+    own = float(-log_p[model.classes_.tolist().index(labels[row])])
+    assert ours.frame()["loss"].iloc[0] == pytest.approx(own)
 
 
 def test_margins_are_those_of_refits_where_the_objective_is_quadratic():

@@ -444,6 +444,10 @@ def test_doctor_tells_of_the_machine_and_of_the_model(project):
     found = answer("doctor", "project.py:task", "--train", "project.py:train")
     assert found["n"] == 100
     assert [use["parameters"] for use in found["layers"]] == ["weight + bias"]
+    assert answer("doctor", "project.py")["layers"] == found["layers"]  # found by name
+    path = project / "project.py"
+    path.write_text(PROJECT + "model, loss = task.model, nn.CrossEntropyLoss()\ndel task\n")
+    assert answer("doctor", "project.py")["n"] == 100
 
 
 def test_doctor_says_why_a_model_cannot_be_attributed(project):

@@ -10,6 +10,7 @@ import upweight as uw
 from tests.training.loops import data, net, task
 from upweight.errors import NonFinite, NotOffered, SpecError
 from upweight.methods.source import functions
+from upweight.methods.tracin import nearest_states
 from upweight.training.history import rates, resolved_damping
 from upweight.training.optimizers import SGD, Adam, AdamW
 from upweight.training.schedules import Cosine
@@ -173,6 +174,49 @@ def test_with_adam_each_entry_has_its_step():
         expected -= weight / N * left @ gradients(about, state.theta, train).T
     found = scores(uw.TracIn(), moved, train, queries, history)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-13)
+
+
+class ThenNormalized(nn.Module):
+    """A bias that batch normalization takes out again, in training."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.b = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x)).tanh())
+
+
+def test_with_adam_what_no_step_has_moved_is_left_out(tmp_path):
+    """In eval mode that bias has a gradient, and of what training saw of it Adam remembers 0."""
+    model, (X, y) = ThenNormalized(), data(N)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with uw.record(model, optimizer, tmp_path / "run", every=2) as run:
+        for indices in torch.arange(N).split(5) * 2:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(X[indices]), y[indices]).backward()
+            optimizer.step()
+            run.step(indices)
+    about, queries = task(model.eval()), data(3, seed=5)
+    history = run.history(about)
+    names = about.layout.unflatten(torch.arange(about.layout.size))
+    expected, c = 0.0, rates(history)
+    for t, steps in nearest_states(history, None):
+        state = history.state(t)
+        v = state.optimizer.memories["square"] / (1 - 0.999**t)
+        P = 1 / (v.sqrt() + 1e-8)
+        P[names["a.bias"]] = 0
+        left = gradients(about, state.theta, queries) * P
+        right = gradients(about, state.theta, (X, y))
+        expected = expected - float(c[steps].sum()) / N * left @ right.T
+    found = uw.TracIn().fit(about, (X, y), history=history).attribute(queries)
+    torch.testing.assert_close(found.values, expected, rtol=1e-8, atol=1e-13)
+    (note,) = (note for note in found.provenance.notes if "left out at one state or more" in note)
+    assert "4 of" in note and "in a.bias:" in note
+    with pytest.raises(SpecError, match="a recorded run of 6 steps"):
+        uw.MAGIC().fit(about, (X, y), history=history)
 
 
 # -- SOURCE ---------------------------------------------------------------------------------------

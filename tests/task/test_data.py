@@ -294,3 +294,19 @@ def test_batch_size_follows_the_budget(monkeypatch):
     assert batch_size(25, 8) == 5
     assert batch_size(10_000, 8) == 1
     assert batch_size(0, 8, most=17) == 17
+
+
+def test_one_example_and_what_is_read_once_are_refused_and_the_ways_out_work():
+    X, y = torch.randn(6, 3), torch.arange(6)
+    examples = [{"x": X[i], "label": int(y[i])} for i in range(6)]
+    for given in ((X[3], y[3]), examples[3]):
+        with pytest.raises((ShapeError, DataError), match="one example") as caught:
+            uw.as_data(given)
+        assert "(X[3:4], y[3:4]); of a data set a list, [dataset[3]]" in str(caught.value)
+    assert len(uw.as_data((X[3:4], y[3:4]))) == len(uw.as_data([examples[3]])) == 1
+    with pytest.raises(DataError, match="can be read once") as caught:
+        uw.as_data(iter([(X[:4], y[:4]), (X[4:], y[4:])]))
+    assert "[x for batch in stream for x in zip(*batch)]" in str(caught.value)
+    stream = iter([(X[:4], y[:4]), (X[4:], y[4:])])
+    again = uw.as_data([x for batch in stream for x in zip(*batch, strict=True)])
+    assert torch.equal(again.batch(0, 6)[0], X)

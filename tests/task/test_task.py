@@ -16,6 +16,7 @@ from upweight.errors import (
     NotDifferentiable,
     ScalarLoss,
     ShapeError,
+    UnsupportedModel,
 )
 from upweight.task.task import call_model
 
@@ -304,3 +305,11 @@ def test_a_model_that_takes_derivatives_itself():
             )
         found = fitted.attribute((X[:3], y[:3])).values
         torch.testing.assert_close(lam * found, -G[:3] @ G.T / 20, rtol=1e-5, atol=1e-8)
+
+
+def test_a_checkpoint_is_no_model():
+    weights = nn.Linear(2, 3).state_dict()
+    for given, said in ((weights, "a dict of bias, weight"), ("best.pt", "the path 'best.pt'")):
+        with pytest.raises(UnsupportedModel, match=said) as caught:
+            uw.attribute(given, (torch.ones(4, 2), torch.arange(4)), None, nn.CrossEntropyLoss())
+        assert "model.load_state_dict(torch.load('best.pt'" in str(caught.value)

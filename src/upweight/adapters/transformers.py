@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from upweight.adapters.transformers_data import (
     LABELS,
     Padding,
     TextData,
+    all_text,
     chat,
     lines_of,
     padded_on_the_left,
@@ -35,7 +37,7 @@ from upweight.adapters.transformers_data import (
 from upweight.adapters.transformers_kinds import kind, per_token
 from upweight.adapters.transformers_trainer import FromTrainer, Recorder, parts_of
 from upweight.errors import DataError, SpecError, UnsupportedModel
-from upweight.task.data import Data
+from upweight.task.data import PREDICTED, Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Loss, SquaredError
 from upweight.task.penalties import Penalty
 from upweight.task.rows import class_names
@@ -71,6 +73,12 @@ COUPLES = (
 
 MOVED = 1e-2
 """Relative change of outputs that is no rounding of half precision."""
+
+PREDICTED_TOGETHER = 32
+"""Texts of which the class is predicted at once."""
+
+NO_CLASS = ("regression", "multi_label_classification")
+"""Problems of a classifier in which an example has no single class."""
 
 Adapter = Callable[..., Task]
 
@@ -394,8 +402,48 @@ class Reader:
         return self._read(given, "training examples")
 
     def queries(self, given: Any) -> Data:
-        """Queries: as training data."""
+        """Queries: as training data; of a classifier also texts alone, by the class it predicts."""
+        if self.kind == "classifier" and isinstance(given, list) and all_text(given):
+            return self._predicted(given)
         return self._read(given, "queries")
+
+    def _predicted(self, texts: list[str]) -> Data:
+        """Texts, each with the class that the model predicts.
+
+        Raises:
+            DataError: There is no tokenizer, or a text has no single class.
+        """
+        inputs = self._tokens(texts)
+        device, found = next(self.model.parameters()).device, []
+        for _, _, batch in inputs.batches(PREDICTED_TOGETHER):
+            asked = {k: v.to(device) for k, v in batch.items() if k not in LABELS}
+            with torch.no_grad():
+                found.append(_logits(self.model, asked)[0])
+        several = getattr(bare(self.model).config, "problem_type", None) in NO_CLASS
+        if several or found[0].ndim != 2 or found[0].shape[1] < 2:
+            raise self._no_labels()
+        classes = torch.cat(found).argmax(dim=1).tolist()
+        columns = {**inputs.dataset.columns, "labels": np.asarray(classes)}
+        data = replace(inputs, dataset=replace(inputs.dataset, columns=columns))
+        return self._read(data, "queries").noted((PREDICTED,))
+
+    def _tokens(self, texts: Any) -> TextData:
+        most = getattr(getattr(bare(self.model), "config", None), "max_position_embeddings", None)
+        self._require_tokenizer()
+        return text(texts, self.tokenizer, length=min(512, most or 512))
+
+    def _no_labels(self) -> DataError:
+        return DataError(
+            f"The examples of {self.kind} are texts and their labels.",
+            "texts alone.",
+            "labels that are in another place.",
+            {
+                "masked_lm": "text(dataset, tokenizer, masked=0.15).",
+                "classifier": "text(dataset, tokenizer, labels='label'), of rows with text and "
+                "label: [{'text': text, 'label': 1}].",
+                "seq2seq": "text(dataset, tokenizer, labels='target').",
+            }[self.kind],
+        )
 
     def relabeled(self, example: Batch, label: Any) -> Batch:
         """A batch of one training example with another label: a class by its name or number."""
@@ -413,34 +461,48 @@ class Reader:
         token = next(x for x in tokens if isinstance(x, int) and x >= 0)
         needs = self.kind == "causal_lm"
         data = token_data(given, _arguments(inner), token, needs, self._encode)
+        self._require_classes(data)
         self._require_labels(data)
         self._require_predicted(data, role)
         self._require_unmoved(data)
         return data
 
     def _encode(self, given: Any, column: str) -> Data:
+        self._require_tokenizer()
+        if column == "messages":
+            return chat(given, self.tokenizer)
+        if self.kind != "causal_lm":
+            raise self._no_labels()
+        return self._tokens(given)
+
+    def _require_tokenizer(self) -> None:
         if self.tokenizer is None:
             raise DataError(
                 "Texts need the tokenizer that the model was trained with.",
                 f"texts, for {self.kind}(model) without one.",
                 "a tokenizer that was not passed.",
-                f"{self.kind}(model, tokenizer); or give tokens.",
+                f"{self.kind}(model, tokenizer), of a Trainer processing_class=tokenizer; or give "
+                "tokens.",
             )
-        if column == "messages":
-            return chat(given, self.tokenizer)
-        if self.kind != "causal_lm":
-            raise DataError(
-                f"The examples of {self.kind} are texts and their labels.",
-                "texts alone.",
-                "labels that are in another place.",
-                {
-                    "masked_lm": "text(dataset, tokenizer, masked=0.15).",
-                    "classifier": "text(dataset, tokenizer, labels='label').",
-                    "seq2seq": "text(dataset, tokenizer, labels='target').",
-                }[self.kind],
-            )
-        most = getattr(getattr(bare(self.model), "config", None), "max_position_embeddings", None)
-        return text(given, self.tokenizer, length=min(512, most or 512))
+
+    def _require_classes(self, data: Data) -> None:
+        """Refuse texts of a classifier whose labels `text` made of tokens.
+
+        Raises:
+            DataError: They are those of the text itself, or the name of its class.
+        """
+        if self.kind != "classifier" or not isinstance(data, TextData) or not data.by_tokens:
+            return
+        if data.dataset.columns["labels"] is data.dataset.columns["input_ids"]:
+            raise self._no_labels()
+        raise DataError(
+            "Labels of a classifier are class numbers.",
+            "labels that are texts.",
+            "classes by name.",
+            "the place of each name in the model's order, row['label'] = names.index(row['label']);"
+            " of a datasets.Dataset, dataset.class_encode_column('label') if that is the order of "
+            "the names.",
+        )
 
     def _require_labels(self, data: Data) -> None:
         """Refuse a masked model's examples in which nothing is masked.

@@ -11,7 +11,7 @@ any format, the columns of a tokenizer, lists of texts, examples of different le
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,16 @@ class TextData(IndexedData):
     collate: Callable[[list[Any]], Any] = field(default_factory=Padding)
     given: Rows | None = field(default=None, repr=False, kw_only=True)
 
+    @property
+    def by_tokens(self) -> bool:
+        """Whether labels are tokens, of texts that `text` or `chat` has tokenized."""
+        made = self.dataset
+        return isinstance(made, Tokenized) and isinstance(made.columns.get("labels"), _Flat)
+
+    def __repr__(self) -> str:
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"{type(self).__name__} of {len(self)} examples{notes}"
+
 
 def text(
     dataset: Any,
@@ -270,7 +280,9 @@ def chat(dataset: Any, tokenizer: Any, column: str = "messages", length: int = 2
     if silent:
         notes += (f"{silent} of {len(kept)} conversations were cut before any answer",)
     columns = {"input_ids": _Flat.of(ids), "labels": _Flat.of(kept)}
-    return TextData(Tokenized(columns, len(ids)), Padding(_pad(tokenizer)), notes)
+    said = ["\n".join(f"{m.get('role')}: {m.get('content')}" for m in x) for x in conversations]
+    held = Tokenized(columns, len(ids))
+    return TextData(held, Padding(_pad(tokenizer)), notes, given=Rows(texts=said))
 
 
 def token_data(
@@ -296,8 +308,17 @@ def token_data(
         return replace(given, collate=Padding(token))
     if isinstance(given, Data):
         return given
-    if isinstance(given, str | Path) or (isinstance(given, list) and _all_text(given)):
+    if isinstance(given, str | Path) or (isinstance(given, list) and all_text(given)):
         return encode(given, "text")
+    if _is_conversation(given):
+        raise DataError(
+            "Conversations must be given as a list of them.",
+            f"{len(given)} messages, with the roles {[each['role'] for each in given]}.",
+            "one conversation in place of a list of them.",
+            "[messages].",
+        )
+    if isinstance(given, list) and given and all(map(_is_conversation, given)):
+        return encode(given, "messages")
     if isinstance(given, Mapping):
         return _of_columns(given, taken, token, next_token)
     if isinstance(given, tuple) or is_array(given):
@@ -371,15 +392,26 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], str | dict)
 
 
-def _all_text(rows: Sequence[Any]) -> bool:
+def _is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(each, Mapping) and {"role", "content"} <= set(each) for each in value)
+    )
+
+
+def all_text(rows: Sequence[Any]) -> bool:
+    """Whether they are texts, and there are some."""
     return bool(rows) and all(isinstance(row, str) for row in rows)
 
 
 # -- from texts to tokens --------------------------------------------------------------------------
 
 
-def _entries(dataset: Any, column: str, kind: type = str) -> tuple[Any, list[Any]]:
-    """The rows of a data set, and the entry of each that is asked for.
+def _entries(
+    dataset: Any, column: str, kind: type = str, argument: str = "column"
+) -> tuple[Any, list[Any]]:
+    """The rows of a data set, and the entry of each that `argument` asked for.
 
     Raises:
         DataError: There is none, or an entry is of another kind.
@@ -396,11 +428,15 @@ def _entries(dataset: Any, column: str, kind: type = str) -> tuple[Any, list[Any
     if not isinstance(first, Mapping):
         found = list(rows)
     elif column not in first:
+        others: Iterator[Any] = (k for k, v in first.items() if isinstance(v, kind))
+        if argument == "labels":  # any kind of object: a number before a text
+            others = iter(sorted(first, key=lambda k: isinstance(first[k], str | list)))
         raise DataError(
-            "The column of the texts must be one of the data set.",
-            f"column={column!r} of {sorted(map(str, first))}.",
+            f"The column of the {'texts' if argument == 'column' else argument} must be one of "
+            "the data set.",
+            f"{argument}={column!r} of {sorted(map(str, first))}.",
             "another name for it.",
-            f"column={next((k for k, v in first.items() if isinstance(v, kind)), '...')!r}.",
+            f"{argument}={next(others, '...')!r}.",
         )
     else:
         # A column of a `datasets.Dataset` is read at once.
@@ -461,7 +497,15 @@ def _require_tokens(ids: Sequence[Sequence[int]], texts: Sequence[str]) -> None:
 
 def _labels(rows: Any, name: str, tokenizer: Any, length: int) -> Any:
     """Class numbers, or the tokens of texts to be written."""
-    _, values = _entries(rows, name, object)
+    _, values = _entries(rows, name, object, "labels")
+    missing = next((i for i, value in enumerate(values) if value is None), None)
+    if missing is not None:
+        raise DataError(
+            "Each text must have its label.",
+            f"None in row {missing} of {name!r}.",
+            "rows that nobody has labelled.",
+            f"leave such rows out: [row for row in rows if row[{name!r}] is not None].",
+        )
     if isinstance(values[0], str):
         found = tokenizer(text_target=values, truncation=True, max_length=length)["input_ids"]
         _require_tokens(found, values)
@@ -504,8 +548,9 @@ def _answered(tokenizer: Any, messages: list[Any], i: int) -> tuple[list[int], l
         raise DataError(
             "A conversation must have an answer of the assistant, whose loss it is.",
             f"the roles {[message.get('role') for message in messages]} in row {i}.",
-            "a prompt without its answer, or another name for the role.",
-            "leave it out, or call the role assistant.",
+            "a prompt without its answer, or another name for the role"
+            + (" (from and value, as of ShareGPT)." if "from" in messages[0] else "."),
+            "leave it out, or call the role assistant: {'role': 'assistant', 'content': text}.",
         )
     if re.search(r"{%-?\s*generation\b", str(tokenizer.chat_template)):
         made = tokenizer.apply_chat_template(

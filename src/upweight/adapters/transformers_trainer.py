@@ -321,6 +321,13 @@ class FromTrainer:
     recipe: FromFunction | None
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return (
+            f"FromTrainer: {type(self.task.model).__name__}, {len(self.data)} training examples\n"
+            f"  history: {self.history!r}\n"
+            f"  recipe: {'training again' if self.recipe is not None else None}"
+        )
+
 
 def parts_of(trainer: Any, task: Task, init: Callable[[], nn.Module] | None) -> FromTrainer:
     """As `from_trainer`, with the task of the model."""

@@ -118,6 +118,7 @@ class Suspects(Outcome):
         predicted: The path of corrections in order, on the validation data.
         validation: Those data.
         noted: Notes.
+        losses: ℓ(f(xᵢ), yᵢ) of every row, of the model as it is: to compare with.
     """
 
     subject: Subject
@@ -133,6 +134,7 @@ class Suspects(Outcome):
     validation: Data | None
     noted: tuple[str, ...] = ()
     actual: None = None
+    losses: Float[Tensor, " n"] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -238,8 +240,8 @@ class Suspects(Outcome):
     def verdict(self) -> str:
         n = len(self)
         start = (
-            f"For {self.count} of {n} rows ({self.count / n:.1%}) a model without them favours "
-            "another label"
+            f"For {self.count} of {n} rows ({self.count / n:.1%}) a model without them is "
+            "predicted to favour another label"
         )
         if 2 * self.count > n:
             start = (
@@ -270,6 +272,8 @@ class Suspects(Outcome):
         """A row per training row in order: its label, the proposal, suspicion, predicted changes.
 
         `suspected` says for which a model without the row favours another label: the cut-off.
+        `loss` is that of the row under the model as it is: another order, which for a network whose
+        predicted sizes are too large may be the better one.
         `id` is the row's label in the index of the data, where they have one. `relabelling` and
         `removing` are predicted changes of the mean validation measure.
         """
@@ -282,6 +286,8 @@ class Suspects(Outcome):
             "suspicion": self.suspicion[self.order].cpu().numpy(),
             "suspected": (self.proposals != self.labels)[self.order].cpu().numpy(),
         }
+        if self.losses is not None:
+            columns["loss"] = self.losses[self.order].cpu().numpy()
         rows = self.subject.fitted.train.given
         if rows is not None and rows.ids is not None:
             columns = {"id": [rows.ids[i] for i in order], **columns}
@@ -382,7 +388,8 @@ def suspects(
     classes = Classes.of(task, fitted.train)
     outputs, targets = outputs_at(task, fitted.theta, fitted.train)
     labels = torch.cat([classes.indices(each) for each in targets])
-    losses, notes = _without(fitted, classes, outputs, labels)
+    given = classes.losses(outputs).gather(1, labels[:, None])[:, 0]
+    losses, notes = _without(fitted, classes, outputs, labels, given)
     proposals = losses.argmin(dim=1)
     suspicion, held = _margins(losses, labels), None
     harm = relabelling = removing = None
@@ -401,18 +408,21 @@ def suspects(
         notes += ("the path is predicted on the data that may have ranked it: test on others",)
     return Suspects(
         subject, classes, chosen, order, suspicion, labels, proposals, relabelling, removing,
-        path, held, notes,
+        path, held, notes, losses=given,
     )  # fmt: skip
 
 
 def _without(
-    fitted: Fitted, classes: Classes, outputs: Float[Tensor, "n *o"], labels: Int[Tensor, " n"]
+    fitted: Fitted,
+    classes: Classes,
+    outputs: Float[Tensor, "n *o"],
+    labels: Int[Tensor, " n"],
+    given: Float[Tensor, " n"],
 ) -> tuple[Float[Tensor, "n c"], tuple[str, ...]]:
     """ℓ(f̃(xᵢ), c), and notes; see the top of this file."""
     alone = fitted.loo_outputs(curvature_left_out(fitted))
     n, left_out = len(labels), -1
     losses = classes.losses(alone)
-    given = classes.losses(outputs).gather(1, labels[:, None])[:, 0]
     for _ in range(ROUNDS):
         against = _margins(losses, labels) > 0
         rows = against.nonzero()[:, 0].tolist()
@@ -437,7 +447,8 @@ def _without(
         if not bool(stay < given[~against].mean()):
             return losses, (
                 f"a step without the {len(rows)} rows whose label the model does not favour does "
-                "not lower the loss of the others: each was judged without itself alone",
+                "not lower the loss of the others: each was judged without itself alone, by sizes "
+                "that are too large; compare the order by .frame().loss, the loss of each row",
             )
         own = torch.where(against.reshape(-1, *[1] * (alone.ndim - 1)), 0.0, alone - outputs)
         losses = classes.losses(moved + own)

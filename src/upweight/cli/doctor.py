@@ -12,7 +12,7 @@ import torch
 
 from upweight.cli.plan import layer_table
 from upweight.cli.project import opened
-from upweight.cli.question import loaded_task
+from upweight.cli.question import NAMES, loaded_task, with_training_data
 from upweight.cli.screen import Answer, size, table, verb
 from upweight.errors import UnsupportedModel, UpweightError
 from upweight.gradients.layers import rule_for
@@ -31,7 +31,7 @@ OPTIONAL = ("scikit-learn", "statsmodels", "pandas", "matplotlib", "transformers
 
 
 @click.command()
-@click.argument("task", required=False, metavar="[FILE.py:TASK]")
+@click.argument("task", required=False, metavar="[FILE.py[:TASK]]")
 @click.option("--train", metavar="FILE.py:NAME", help="The training set, to try the model on.")
 @verb
 def doctor(task: str | None, train: str | None) -> Answer:
@@ -39,18 +39,28 @@ def doctor(task: str | None, train: str | None) -> Answer:
 
     With --train, a few examples are run: the rule that computes each layer's gradients is checked
     against autograd, all targets against the loss; the measures that the loss allows are listed.
+    Of a file alone the task and the training set are found by name, as `upweight attribute` does.
 
     \b
     Examples:
         upweight doctor
+        upweight doctor project.py
         upweight doctor project.py:task --train project.py:train
     """
     facts = machine()
     text = table(_words(facts))
     if task is not None:
         with opened() as project:
-            model = loaded_task(project, task)
-            data = None if train is None else model.training(project.load(train))
+            if ":" not in Path(task).name:
+                source, task = task, project.reference(task, NAMES["task"])
+                found_by_name = (
+                    f"{source}:{n}" for n in NAMES["train"] if project.defines(source, n)
+                )
+                train = train or next(found_by_name, None)
+            if train is None:
+                model, data = loaded_task(project, task), None
+            else:
+                model, data = with_training_data(project, task, train)
             found, said = examined(model, data)
         facts |= found
         text += f"\n\n{task}\n{said}"

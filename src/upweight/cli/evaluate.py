@@ -150,7 +150,7 @@ def report(run: Path, out: Path | None, show: str | None, projects: tuple[str, .
     said = f"{out or run / 'report.html'}: {size(bytes_)}. Open it in a browser."
     if show is None and not projects:
         again = shlex.join(["upweight", "rerun", str(run)])
-        said += f"\n  Made of the run alone. What to ask its owner for: {again}"
+        said += f"\n  Made of the run alone. What computing it again needs: {again}"
     return Answer(
         said, {"run": str(place.path), "report": str(written), "bytes": written.stat().st_size}
     )

@@ -86,10 +86,11 @@ def settings(place: Run, shown: Path) -> tuple[list[str], dict[str, Any]]:
     lines += [f"  health: {health}"] if is_finished else []
     notes = list(made.get("notes", ()))
     lines += [f"  note: {note}" for note in notes[:NOTES]]
-    lines += [f"  {len(notes) - NOTES} more notes: --json"] if len(notes) > NOTES else []
+    more = len(notes) - NOTES
+    lines += [f"  {count(more, 'more note')}: --json"] if more > 0 else []
     asked = to_ask_for(record)
     files, machine = [line.split("  ")[0] for line in asked[:-1]], asked[-1]
-    others = f" and {len(files) - FILES} others" if len(files) > FILES else ""
+    others = f" and {count(len(files) - FILES, 'other')}" if len(files) > FILES else ""
     rerun = shlex.join(["upweight", "rerun", str(shown)])
     lines += [
         f"  {machine}",

@@ -9,14 +9,12 @@ from torch import Tensor, nn
 
 from upweight.errors import DataError, SpecError, message
 from upweight.task.arrays import is_array
-from upweight.task.data import Data, as_data
+from upweight.task.data import PREDICTED, Data, as_data
 from upweight.task.losses import CrossEntropy
 from upweight.task.penalties import NoPenalty
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task, require_task
 from upweight.task.torch_losses import Rescaled
-
-PREDICTED = "queries without labels: the class that the network predicts stands for each"
 
 
 @dataclass(frozen=True, eq=False)

@@ -412,7 +412,7 @@ def identity(
 ) -> LayeredScorer:
     """P = I: gradients are multiplied as they are, or as `gradients` makes them.
 
-    With `scale` P = diag(scale), of entries above 0.
+    With `scale` P = diag(scale), of entries not below 0.
     """
     losses = fitting.checked_losses()
     made, layout = fitting.plan, fitting.task.layout

@@ -31,6 +31,7 @@ from upweight.task.data import Data
 from upweight.task.identity import contents, described
 from upweight.task.task import Task
 from upweight.training.adjoint import back_over, goes_together
+from upweight.training.record import Recorded
 from upweight.training.trainer import WeightedLosses
 from upweight.training.training import Training
 from upweight.training.trajectory import Trajectory, recorded
@@ -265,6 +266,14 @@ def _run(fitting: Fitting) -> tuple[Trajectory, tuple[str, ...]]:
             "with more memory, then history=recipe.read_trajectory(task, train, folder).",
         )
         history = recorded(trainer, None, None)
+    if isinstance(history, Recorded):
+        raise SpecError(
+            "MAGIC is the derivative of a run of training, and takes its steps again.",
+            f"a recorded run of {len(history)} steps, which says what they did and not how.",
+            "a loop of your own: its model, loss and draws cannot be run again.",
+            "write the loop as a recipe, uw.Training(init, optimizer, epochs, batch), and pass "
+            "history=recipe; SOURCE() and TracIn() take recorded runs.",
+        )
     if not isinstance(history, Trajectory) or not isinstance(history.trainer.terms, WeightedLosses):
         raise SpecError(
             "MAGIC is the derivative of a run of training, and needs its steps.",

@@ -11,17 +11,19 @@ Pruthi, Liu, Kale & Sundararajan (2020), Eq. 1 and §3.2.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.errors import NotOffered, SpecError
+from upweight.errors import NotOffered, SpecError, listed
+from upweight.gradients.autograd import total_gradient
 from upweight.methods import layered
 from upweight.methods.fitting import Fitting
+from upweight.methods.layered import LayeredScorer
 from upweight.methods.method import Method
 from upweight.methods.points import SumOfScorers
 from upweight.methods.scorer import Asked, JobOf, Scorer, Work
@@ -30,6 +32,10 @@ from upweight.task.point import Point
 from upweight.training.history import History, as_history, factors, rates
 from upweight.training.optimizers import Adam
 
+NEVER_SEEN = 1e3
+"""|gradient| over √v̂ + ε from which on Adam has not seen such gradients. Of a gradient that it saw
+every few thousand steps alone it remembers 1/400."""
+
 
 @dataclass(frozen=True)
 class TracIn(Method):
@@ -37,7 +43,10 @@ class TracIn(Method):
 
     Each step counts with the kept state nearest to it: a_k is the sum of their η_t, with momentum
     of Σ_{s ≥ t} η_s μ^{s−t}, each times what clipping left of its gradient where that was recorded.
-    P_k is the identity, for Adam diag(1/(√v̂ + ε)). It takes
+    P_k is the identity, for Adam diag(1/(√v̂ + ε)), and 0 where a batch has a gradient of more than
+    1000 (√v̂ + ε): no step has moved θ by such a gradient, and 1/ε would make it the whole score.
+    That is so of a bias before batch normalization, which takes it out again in training and not
+    in eval mode, and of tokens that no step had met; a note says which. It takes
     `fit(..., history=)`: a trajectory, a recorded run, or a recipe, which is then trained.
 
     Args:
@@ -49,7 +58,7 @@ class TracIn(Method):
     or without momentum; so for one step from any θ_0 and a measure that is linear over it. What
     later steps do with what an earlier one did is left out: that is `SOURCE`. With Adam the change
     of v̂ is left out as well.
-    Cost: gradients of queries and a pass over the training data for each state.
+    Cost: gradients of queries and a pass over the training data for each state; with Adam another.
 
     Raises:
         SpecError: There is no history, it is of another model, or it keeps no such states.
@@ -69,17 +78,28 @@ class TracIn(Method):
         history = as_history(fitting.history, fitting.task, fitting.data, fitting.theta)
         reached = rates(history)
         moved = reached * factors(history)
-        scorers: list[Scorer] = []
+        left_out = torch.zeros_like(fitting.theta, dtype=torch.bool)
+        scorers: list[LayeredScorer] = []
+        columns: list[Tensor] = []
         for t, steps in nearest_states(history, self.states):
             weight = float(moved[steps].sum())
             point = Point(history.state(t).theta.to(fitting.theta), 1.0 if self.batches else weight)
-            scorer = layered.identity(fitting, point, scale=scale_at(history, t, fitting.theta))
+            scale = scale_at(history, t, fitting.theta)
+            if scale is not None:
+                unseen = never_seen(fitting, history, point.theta, scale)
+                scale, left_out = torch.where(unseen, 0, scale), left_out | unseen
+            scorer = layered.identity(fitting, point, scale=scale)
+            scorers.append(scorer)
             if self.batches:
-                columns = _columns(history, steps, reached, len(fitting.data))
-                scorers.append(OfColumns(scorer, columns.to(fitting.theta), scorer.notes))
-            else:
-                scorers.append(scorer)
-        return scorers[0] if len(scorers) == 1 else SumOfScorers(tuple(scorers))
+                held = _columns(history, steps, reached, len(fitting.data))
+                columns.append(held.to(fitting.theta))
+        notes = _left_out(fitting, left_out)
+        scorers[-1] = replace(scorers[-1], notes=scorers[-1].notes + notes)
+        parts: list[Scorer] = [*scorers]
+        if self.batches:
+            pairs = zip(scorers, columns, strict=True)
+            parts = [OfColumns(scorer, held, scorer.notes) for scorer, held in pairs]
+        return parts[0] if len(parts) == 1 else SumOfScorers(tuple(parts))
 
 
 def require_count(name: str, count: int | None) -> None:
@@ -122,6 +142,37 @@ def scale_at(history: History, t: int, theta: Float[Tensor, " p"]) -> Float[Tens
     """What the optimizer multiplies the entries of a gradient with at state t; None: 1."""
     found = history.optimizer.scale(history.state(t).optimizer)
     return None if found is None else found.to(theta)
+
+
+def never_seen(
+    fitting: Fitting, history: History, theta: Float[Tensor, " p"], scale: Float[Tensor, " p"]
+) -> Bool[Tensor, " p"]:
+    """Where the data have gradients that the optimizer has never seen.
+
+    Cost: a forward and a backward pass over the training data, in batches of the size of training.
+    """
+    task, largest = fitting.task, torch.zeros_like(theta)
+    for start, stop, batch in fitting.data.batches(len(next(history.steps()).indices)):
+        on_device = task.to_device(batch)
+        total = total_gradient(
+            task,
+            theta,
+            lambda p, b=on_device: task.losses_of(*task.call(p, b)),  # type: ignore[misc]
+        )
+        largest = torch.maximum(largest, total.abs() / (stop - start))
+    return largest * scale > NEVER_SEEN
+
+
+def _left_out(fitting: Fitting, unseen: Bool[Tensor, " p"]) -> tuple[str, ...]:
+    if not bool(unseen.any()):
+        return ()
+    names = fitting.task.layout.unflatten(unseen)
+    return (
+        f"{int(unseen.sum())} of {len(unseen)} parameters are left out at one state or more, in "
+        f"{listed([name for name, x in names.items() if bool(x.any())])}: Adam had seen no "
+        "gradients there as large as those of the data, in eval mode (a bias before batch "
+        "normalization, a token that no step had met)",
+    )
 
 
 def _columns(

@@ -46,6 +46,13 @@ def arrays_of(data: Any) -> tuple[Any, tuple[str, ...]]:
     tensors = _tree(data, "", notes)
     leaves = [leaf for leaf in tree_leaves(tensors) if leaf is not None]
     sizes = [tuple(leaf.shape) for leaf in leaves]
+    if len(leaves) > 1 and any(leaf.ndim == 0 for leaf in leaves):
+        raise ShapeError(
+            "All arrays of the data must have the examples on their first axis.",
+            f"shapes {sizes}.",
+            "one example, without an axis for examples.",
+            ONE,
+        )
     if not leaves or any(leaf.ndim == 0 for leaf in leaves) or len({s[0] for s in sizes}) != 1:
         raise ShapeError(
             "All arrays of the data must have the same number of examples on their first axis.",
@@ -105,9 +112,20 @@ def _tree(value: Any, path: str, notes: list[str]) -> Any:
     return as_tensor(value, path)
 
 
+ONE = "(X[3:4], y[3:4]); of a data set a list, [dataset[3]]."
+"""How one example is given as data."""
+
+
 def _not_an_array(value: Any, path: str) -> str:
     if hasattr(value, "toarray"):
         return _sparse(type(value).__name__, path, "X.toarray()")
+    if isinstance(value, Number) and path.count("[") == 1:
+        return message(
+            "Data given as (X, y) must be arrays or tensors, all of them.",
+            f"{_named(path)} of type {type(value).__name__}.",
+            "one example, in place of a list of examples.",
+            ONE,
+        )
     return message(
         "Data given as (X, y) must be arrays or tensors, all of them.",
         f"{_named(path)} of type {type(value).__name__}.",

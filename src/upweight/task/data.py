@@ -305,7 +305,18 @@ def _from_loader(loader: DataLoader) -> IndexedData:  # type: ignore[type-arg]
     return IndexedData(dataset, loader.collate_fn if own else collate, tuple(notes))
 
 
+PREDICTED = "queries without labels: the class that the network predicts stands for each"
+
+
 def _no_index(data: Any) -> str:
+    if isinstance(data, Iterator):
+        return message(
+            "Data must be indexed: example i must be the same example each time it is asked for.",
+            f"an object of type {type(data).__name__}, which can be read once.",
+            "iter(loader), or a generator.",
+            "the DataLoader or the data set itself; of a stream of examples list(stream), of a "
+            "stream of batches [x for batch in stream for x in zip(*batch)].",
+        )
     return message(
         "Data must be indexed: example i must be the same example each time it is asked for.",
         f"an object of type {type(data).__name__}.",

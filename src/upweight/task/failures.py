@@ -329,11 +329,26 @@ def _other_shape(
     )
 
 
+POSITIONS = ("wpe", "position_embeddings", "embed_positions")
+"""What models of transformers call the embedding of a place in the text."""
+
+
 def _not_embedded(error: Exception, name: str, layer: nn.Embedding, role: str) -> str:
+    given = (
+        f"indices outside of 0…{layer.num_embeddings - 1} for {_layer(name, layer)}. PyTorch says: "
+        f"{_first_line(error)}"
+    )
+    if name.rpartition(".")[2] in POSITIONS:
+        return message(
+            f"The model must accept the {role}.",
+            given,
+            "an example of more tokens than the model has positions.",
+            f"cut them as in training: text(dataset, tokenizer, length={layer.num_embeddings}), or "
+            f"tokenizer(texts, truncation=True, max_length={layer.num_embeddings}).",
+        )
     return message(
         f"The model must accept the {role}.",
-        f"indices outside of 0…{layer.num_embeddings - 1} for {_layer(name, layer)}. PyTorch says: "
-        f"{_first_line(error)}",
+        given,
         "another vocabulary or tokenizer than in training, or padding by −100 or −1 in the inputs.",
         "encode them as in training, with padding by an index that the layer has.",
     )

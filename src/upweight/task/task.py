@@ -8,6 +8,7 @@ and the model is only ever called functionally: it comes back exactly as it was 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, Protocol
 
 import torch
@@ -276,8 +277,9 @@ class Task:
                 f"A loss must return one value per example: shape ({size},).",
                 f"{self.loss!r} returned {shape}.",
                 "a loss that takes the mean or sum over the batch.",
-                'use upweight.CrossEntropy() and its kin, or reduction="none" and a sum over '
-                "every axis but the first.",
+                "pass a loss of torch.nn itself, such as torch.nn.CrossEntropyLoss(), or one of "
+                'upweight; or in the function reduction="none", and a sum over every axis but the '
+                "first.",
             )
         return losses
 
@@ -323,6 +325,17 @@ def require_task(task: Any) -> None:
             f"a tuple of {' and '.join(type(each).__name__ for each in task)}.",
             "what task(…) of an adapter returns, as one argument.",
             "task, train = sk.task(…); then fit(task, train).",
+        )
+    is_checkpoint = isinstance(task, Mapping | str | PathLike)
+    if is_checkpoint:
+        inside = sorted(map(str, task))[:4] if isinstance(task, Mapping) else None
+        raise UnsupportedModel(
+            "What was trained is said by a model: a torch.nn.Module, or an upweight.Task.",
+            f"the path {str(task)!r}." if inside is None else f"a dict of {', '.join(inside)}, ….",
+            "a checkpoint in place of the model whose weights it holds.",
+            "model = Net(); model.load_state_dict(torch.load('best.pt', weights_only=True)); "
+            "model.eval(). Of a checkpoint with more in it the weights are an entry, often "
+            "['model'] or ['state_dict'].",
         )
     if not isinstance(task, Task):
         raise UnsupportedModel(

@@ -409,6 +409,11 @@ class Recorded:
     kept: tuple[int, ...]
     digest: str
 
+    def __repr__(self) -> str:
+        rule = type(self.optimizer).__name__
+        place = self.store.directory
+        return f"Recorded run: {len(self)} steps of {rule}, {len(self.kept)} states kept, {place}"
+
     def __len__(self) -> int:
         return self.kept[-1]
 
