@@ -276,7 +276,7 @@ def test_scikit_learn_and_statsmodels():
     ("ask", "error", "words"),
     [
         (lambda: uw.attribute(network(), TRAIN, QUERIES), SpecError, r"targets of torch\.int64"),
-        (lambda: uw.attribute("model", TRAIN, QUERIES), UnsupportedModel, "type str"),
+        (lambda: uw.attribute("model", TRAIN, QUERIES), UnsupportedModel, "the path .model."),
         (
             lambda: uw.attribute(uw.Task(network(), SMOOTH), TRAIN, QUERIES, SMOOTH),
             SpecError,
