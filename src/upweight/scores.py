@@ -35,9 +35,8 @@ from upweight.plot import Plot
 from upweight.provenance import Answered, Context, Provenance, Role
 from upweight.runtime.headers import Misfit, fitting, stale
 from upweight.runtime.matrix import StoredMatrix, Tile
-from upweight.runtime.selection import is_row, labels_by_place, places, row_of
+from upweight.runtime.selection import is_row, labels_by_place, place_of, places, row_of
 from upweight.runtime.store import FINISHED
-from upweight.task.rows import Rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -295,8 +294,8 @@ class Scores(Answered):
             ShapeError: There is no such query.
         """
         rows = None if self.context is None else self.context.rows("query")
-        if isinstance(query, str | tuple) and rows is not None:
-            return rows.named(query, "query", len(self))
+        if isinstance(query, str | tuple) and rows is not None and rows.ids is not None:
+            return place_of(query, rows.ids, "query")
         return row_of(query, len(self))
 
     def _columns_of(self, given: Any) -> Any:
@@ -305,14 +304,12 @@ class Scores(Answered):
         is_named = isinstance(entries, Iterable) and not isinstance(entries, Tensor)
         if not is_named:
             return entries
-        entries, rows = list(entries), None if self.context is None else self.context.rows("train")
-        if self.columns is not None:
-            rows = Rows(ids=self.columns)
-        if rows is None or rows.ids is None:
-            return entries
-        n, what = self.values.shape[1], "training example" if self.columns is None else "group"
-        names = (str, tuple)
-        return [rows.named(e, what, n) if isinstance(e, names) else e for e in entries]
+        rows = None if self.context is None else self.context.rows("train")
+        ids = self.columns if rows is None or self.columns is not None else rows.ids
+        if ids is None:
+            return list(entries)
+        what, names = "training example" if self.columns is None else "group", (str, tuple)
+        return [place_of(e, ids, what) if isinstance(e, names) else e for e in entries]
 
     def _shape_and_unit(self) -> tuple[str, str]:
         what = "training example" if self.columns is None else "group"

@@ -4,7 +4,6 @@ Taken from what the data came in: the index and the columns of a frame. A Pipeli
 formula's encoding and the conversion to tensors lose both; tables and pages of scores show them.
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from upweight.errors import ShapeError
 from upweight.task.arrays import TARGET_KEYS
 
 UNNAMED = "LABEL_"
@@ -70,29 +68,6 @@ class Rows:
         """Where the row of this id is; None where no row, or more than one, has it."""
         found = [i for i, own in enumerate(self.ids or ()) if own == name]
         return found[0] if len(found) == 1 else None
-
-    def named(self, name: Any, what: str, n: int) -> int:
-        """Where the row of this id is among n.
-
-        Raises:
-            ShapeError: No row, or more than one, has it.
-        """
-        found = self.place(name)
-        if found is not None:
-            return found
-        ids = [str(own) for own in self.ids or ()]
-        times = sum(own == name for own in self.ids or ())
-        near = difflib.get_close_matches(str(name), ids, n=1) or ids[:1]
-        way_out = f"use a place in 0…{n - 1}"
-        if near and not times:
-            way_out += f"; the nearest id is {near[0]}"
-        raise ShapeError(
-            f"A {what} is named by its id in the index of the data, which no other has, or by its "
-            "place.",
-            f"{name!r}, the id of {times} of {n}.",
-            "an index with repeated ids." if times else "a misspelling, or an id of other data.",
-            f"{way_out}.",
-        )
 
     @property
     def numbers(self) -> Any:
