@@ -182,9 +182,7 @@ def retrained(name: str, method: uw.Method, settings: str) -> Contender:
 def stacked(halves: int) -> uw.Stacked:
     """EK-FAC at two dampings and two times of the training of each half, by layer."""
     methods = tuple(
-        uw.Ensemble(
-            uw.Influence(uw.EKFAC(), damping=uw.Relative(f)), min(halves, MEMBERS), 0.5, at
-        )
+        uw.Ensemble(uw.Influence(uw.EKFAC(), damping=uw.Relative(f)), min(halves, MEMBERS), 0.5, at)
         for f in (0.1, 0.01)
         for at in (0.3, 1.0)
     )

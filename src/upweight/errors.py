@@ -25,7 +25,8 @@
 Every message has four parts: what was required, what was given, the usual cause, the way out.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -38,6 +39,15 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     """Names in a row, for a message or note: the first few of many."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def nearest(given: object, names: Iterable[str]) -> str:
+    """The name that is most like what was given, for a way out: it holds it, or is spelled so."""
+    known, said = list(names), str(given).lower()
+    holding = [name for name in known if said and said in name.lower()]
+    lower = {name.lower(): name for name in known}
+    alike = difflib.get_close_matches(said, lower, n=1, cutoff=0.4)
+    return holding[0] if holding else lower[alike[0]] if alike else known[-1]
 
 
 class AssumptionWarning(UserWarning):

@@ -28,6 +28,11 @@ def readable(value: float, digits: int = 3, signed: bool = False) -> str:
     return f"{sign}{mantissa}×{superscript(power)}"
 
 
+def written(value: float) -> str:
+    """A value of the user's data: four digits, or its whole part where that has more."""
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
+
+
 def superscript(power: int) -> str:
     """`10⁻³`."""
     return "10" + str(power).translate(_SUPERSCRIPTS)

@@ -13,6 +13,7 @@ from upweight.errors import MissingContext
 from upweight.facts import Fact
 from upweight.notation import in_short
 from upweight.task.data import Data
+from upweight.task.measures import Functional
 from upweight.task.rows import Rows, class_names, labels_in
 from upweight.task.task import Task
 
@@ -68,6 +69,11 @@ class Context:
     queries: Any
     measure: Any
     fitted: Any = None
+
+    @property
+    def asked_of_all(self) -> str:
+        """The measure, where it is one number of all queries together; empty where it is not."""
+        return repr(self.measure) if isinstance(self.measure, Functional) else ""
 
     def data(self, role: Role) -> Any:
         """The training data or the queries."""

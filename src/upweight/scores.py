@@ -29,13 +29,13 @@ from upweight.errors import (
     UpweightError,
     message,
 )
-from upweight.notation import count, noun_of
+from upweight.notation import count, noun_of, written
 from upweight.notation import readable as readable_number
 from upweight.plot import Plot
 from upweight.provenance import Answered, Context, Provenance, Role
 from upweight.runtime.headers import Misfit, fitting, stale
 from upweight.runtime.matrix import StoredMatrix, Tile
-from upweight.runtime.selection import is_row, labels_by_place, places, row_of
+from upweight.runtime.selection import is_row, labels_by_place, place_of, places, row_of
 from upweight.runtime.store import FINISHED
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class Ranking:
         noun: What was measured, in a word.
         asked: What the query is called, with its label.
         names: What the user calls each of the examples, and its label as text.
+        errors: Standard errors of the scores by index; empty where there are none.
     """
 
     query: int
@@ -95,6 +96,7 @@ class Ranking:
     noun: str = field(default="measurement", repr=False, compare=False)
     asked: str = field(default="", repr=False, compare=False)
     names: Mapping[int, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
+    errors: Mapping[int, float] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, query: int, high: Tensor, high_by: Tensor, low: Tensor, low_by: Tensor) -> Self:
@@ -115,8 +117,8 @@ class Ranking:
             i: (context.name("train", i), _label(label))
             for i, label in zip(at, labels, strict=True)
         }
-        asked = ""
-        if context.queries is not None:
+        asked = context.asked_of_all
+        if context.queries is not None and not asked:
             asks = (context.labels, context.beginnings)
             own = next((found for ask in asks if (found := ask("query", [self.query]))), None)
             ids = getattr(context.rows("query"), "ids", None)
@@ -143,7 +145,7 @@ class Ranking:
         ):
             for i, value in zip(indices, values, strict=True):
                 name, label = self.names.get(i, (str(i), ""))
-                told = readable_number(value, signed=True)
+                told = _with_error(value, self.errors.get(i))
                 found.append((f"{word} the {self.noun}", name, label, told))
         return found
 
@@ -292,11 +294,22 @@ class Scores(Answered):
             ShapeError: There is no such query.
         """
         rows = None if self.context is None else self.context.rows("query")
-        if isinstance(query, str | tuple) and rows is not None:
-            found = rows.place(query)
-            if found is not None:
-                return found
+        if isinstance(query, str | tuple) and rows is not None and rows.ids is not None:
+            return place_of(query, rows.ids, "query")
         return row_of(query, len(self))
+
+    def _columns_of(self, given: Any) -> Any:
+        """The same with ids of training examples, or names of groups, turned into places."""
+        entries = [given] if isinstance(given, str) else given
+        is_named = isinstance(entries, Iterable) and not isinstance(entries, Tensor)
+        if not is_named:
+            return entries
+        rows = None if self.context is None else self.context.rows("train")
+        ids = self.columns if rows is None or self.columns is not None else rows.ids
+        if ids is None:
+            return list(entries)
+        what, names = "training example" if self.columns is None else "group", (str, tuple)
+        return [place_of(e, ids, what) if isinstance(e, names) else e for e in entries]
 
     def _shape_and_unit(self) -> tuple[str, str]:
         what = "training example" if self.columns is None else "group"
@@ -312,10 +325,13 @@ class Scores(Answered):
             return "none"
         place = int(self.values.abs().argmax())
         q, i = divmod(place, self.values.shape[1])
-        value = readable_number(float(self.values[q, i]), signed=True)
+        error = None if self.error is None else float(self.error[q, i])
+        value = _with_error(float(self.values[q, i]), error)
         if self.columns is not None:
             return f"group {self.columns[i]} on query {q}: {value}"
         mine, asked = (self._in_words(*each) for each in (("train", i), ("query", q)))
+        if self.context is not None and self.context.asked_of_all:
+            return f"training example {mine} on {self.context.asked_of_all}: {value}"
         return f"training example {mine} on query {asked}: {value}"
 
     def _in_words(self, role: Role, index: int) -> str:
@@ -350,6 +366,10 @@ class Scores(Answered):
         order = row.argsort(descending=True, stable=True)
         up, down = order[:k], order.flip(0)[:k]
         found = Ranking.of(query, up, row[up], down, row[down])
+        if self.error is not None:
+            shown = [*found.raises, *found.lowers]
+            told = self.error[query, shown].tolist()
+            found = replace(found, errors=dict(zip(shown, told, strict=True)))
         if self.columns is None:
             return found.named(self.provenance.measure, self.context)
         names = {i: (self.columns[i], "") for i in (*found.raises, *found.lowers)}
@@ -359,9 +379,10 @@ class Scores(Answered):
         """The k examples at each end of the ranking of one query, with what the user knows of them.
 
         A row per example: `example`, its id in the index of the training data or else its place;
-        `place`; what it does when upweighted (`effect`) and its `score`; its `label`; and, where
-        the data came as a table, its values as they were given, before a Pipeline's
-        transformations, in columns of that table's names. Scores of groups have neither.
+        `place`; what it does when upweighted (`effect`) and its `score`, with its standard
+        `error` where it has one; its `label`; and, where the data came as a table, its values as
+        they were given, before a Pipeline's transformations, in columns of that table's names.
+        Scores of groups have neither.
 
         Raises:
             ShapeError: There is no such query.
@@ -376,6 +397,8 @@ class Scores(Answered):
             "effect": ["raises"] * len(found.raises) + ["lowers"] * len(found.lowers),
             "score": [*found.raises_by, *found.lowers_by],
         }
+        if found.errors:
+            columns["error"] = [found.errors[i] for i in at]
         context, name = (None, "group") if self.columns else (self.context, "example")
         ids: list[Any] = [self.columns[i] for i in at] if self.columns else list(at)
         if context is not None:
@@ -393,14 +416,15 @@ class Scores(Answered):
         return pd.DataFrame(columns, index=pd.Index(ids, name=name, tupleize_cols=False))
 
     def predict(
-        self, drop: Iterable[int] = (), weights: Iterable[float] | None = None
+        self, drop: Iterable[Any] = (), weights: Iterable[float] | None = None
     ) -> Float[Tensor, " q"]:
         """Δm_q if the examples in `drop` are removed, or the data weights become `weights`.
 
             Δm_q ≈ Σᵢ S[q, i] (wᵢ − 1)
 
         First order in w: effects add up.
-        `drop` holds indices, or is a mask that is True where an example is removed.
+        `drop` holds indices, ids of the index that the training data came with, or names of
+        groups; or it is a mask that is True where an example is removed.
 
         Raises:
             UpweightError: The unit is not ∂m/∂w.
@@ -418,7 +442,7 @@ class Scores(Answered):
                 "give weights alone, with 0 for what is dropped.",
             )
         if weights is None:
-            dropped = self.values[:, places(drop, n, "Columns to drop")]
+            dropped = self.values[:, places(self._columns_of(drop), n, "Columns to drop")]
             return without(dropped.sum(dim=1))
         w: Any = weights
         if not isinstance(w, Tensor):
@@ -645,7 +669,13 @@ def stored_in(directory: Folder) -> tuple[StoredMatrix, ToldOfScores]:
 
 def _label(label: Any) -> str:
     """A label as text; numbers with four digits."""
-    return f"{label:.4g}" if isinstance(label, float) else str(label)
+    return written(label) if isinstance(label, float) else str(label)
+
+
+def _with_error(value: float, error: float | None) -> str:
+    """A score, ± its standard error where there is one."""
+    told = readable_number(value, signed=True)
+    return told if error is None else f"{told} ± {readable_number(error, 2)}"
 
 
 def _require_count(k: Any) -> None:

@@ -31,7 +31,7 @@ from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 import upweight as uw
 import upweight.adapters.sklearn as sk
 from upweight.applications.debugging import flagged_labels, suspects
-from upweight.errors import DataError, NotConverged, SpecError, UnsupportedModel
+from upweight.errors import DataError, NotConverged, NotOffered, SpecError, UnsupportedModel
 from upweight.methods.refits import subsampled
 
 N = 30
@@ -90,7 +90,7 @@ def test_loss_of_an_estimator_is_finite_where_its_probabilities_are_0():
     assert bool((theta[:, 0] == 0).all()) and bool((theta.sum(dim=1) == 1).all())
 
 
-def test_subsets_estimate_what_they_say_with_the_error_they_say(monkeypatch):
+def test_subsets_estimate_what_they_say_with_the_error_they_say(monkeypatch, tmp_path):
     # m linear in membership: the effect is the coefficient, up to others that come and go.
     g = torch.Generator().manual_seed(0)
     effects = torch.randn(6, generator=g, dtype=torch.float64)
@@ -113,6 +113,18 @@ def test_subsets_estimate_what_they_say_with_the_error_they_say(monkeypatch):
     assert isinstance(scores.context.fitted.spec, uw.SubsampledInfluence)
     assert any("no random_state" in note for note in scores.provenance.notes)
     assert any("exceed two standard errors" in note for note in scores.provenance.notes)
+    best, told = scores.top(1), scores.table(k=2)
+    assert told["error"].iloc[0] == float(scores.error[0, best.raises[0]]) and " ± " in str(best)
+    assert ".suspects()" not in repr(scores) and " ± " in repr(scores)
+    (noise,) = (fact for fact in scores.provenance.facts if fact.name == "Noise")
+    share = scores.provenance.health["share_beyond_two_errors"]
+    assert noise.number == min(1, 0.05 / share) and noise.concern == (share < 0.1)
+    page = scores.report(tmp_path / "page.html").read_text()
+    assert all(f'"label":"{name}"' in page for name in set(NAMES)) and '"label":"None"' not in page
+    with pytest.raises(NotOffered, match="the diagonal of attribute"):
+        scores.self_influence()
+    with pytest.raises(NotOffered, match="flagged_labels"):
+        scores.suspects()
     few = (FLOWERS[::3], NAMES[::3])
     tree = DecisionTreeClassifier(splitter="random").fit(*few)
     seeds = uw.attribute(tree, few, ASKED, method=uw.LeaveOneOut(2))

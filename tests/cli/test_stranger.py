@@ -615,10 +615,21 @@ def test_a_packed_run_is_computed_again_from_the_zip_alone(made, tmp_path, monke
         archive.extractall("auditor")
     monkeypatch.chdir(tmp_path / "auditor")
     assert "<title>" in (tmp_path / "auditor/run/report.html").read_text()
+    assert "unzip run.zip" in refusal("show", "../run.zip")
+    said = call("rerun", "run").stdout
+    assert "run/project/project.py is that file" in said
+    assert "rerun run --project run/project/project.py --out OTHER" in said
+    assert "packed with it" in call("show", "run").stdout
+    (tmp_path / "auditor/run/project/project.py").write_text("task = 1")
+    assert "run/project/project.py is another file" in call("rerun", "run").stdout
+    with zipfile.ZipFile("../run.zip") as archive:
+        archive.extractall(".")
     same = answer("rerun", "run", "--project", "run/project/project.py", "--out", "again")
     assert same["bit_identical"]
-    (tmp_path / "project.py").write_text("task = 1")
     monkeypatch.chdir(tmp_path)
+    alone = refusal("attribute", "project.py", "--train", "some", "--out", "other")
+    assert "for example project.py:some" in alone
+    (tmp_path / "project.py").write_text("task = 1")
     assert "changed since" in answer("pack", "run", *OWN)["missing"]["project.py"]
 
 

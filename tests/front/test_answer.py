@@ -1,5 +1,7 @@
 """What attribute returns: names of rows, features and classes, and the verbs of a first look."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 import upweight as uw
 from tests.front.test_attribute import SMOOTH, TRAIN, N, X, Y, network, trained
+from upweight.applications.debugging import explain_error
 from upweight.errors import DataError, ShapeError, SpecError, UnsupportedModel
 from upweight.front.answer import Attribution
 from upweight.report import html
@@ -57,8 +60,33 @@ def test_names_of_a_frame_are_in_every_answer(made, tmp_path):
     assert '"features":["age","weight"]' in page and '"name":"patient-906"' in page
     assert all(f'"name":"{name}"' in page for name in table.index)
     assert f"{frame.iloc[2, 0]:.6g}"[:6] in page and '"label":"sick"' in page
-    with pytest.raises(ShapeError, match="one of the 3 scored"):
+    with pytest.raises(ShapeError, match="the nearest id is patient-915"):
         scores.top(3, "patient-1")
+
+
+def test_ids_stand_for_places_and_a_time_for_a_budget(made):
+    frame, labels, wrong, scores = made
+    assert torch.equal(scores.predict(drop=wrong), scores.predict(drop=frame.index.isin(wrong)))
+    assert torch.equal(
+        scores.predict(drop=wrong[0]), -scores.values[:, frame.index == wrong[0]].T[0]
+    )
+    groups = scores.group(list(labels))
+    assert torch.equal(groups.predict(drop=["sick"]), -groups.values[:, 0])
+    with pytest.raises(ShapeError, match=f"nearest id is {wrong[0]}"):
+        scores.predict(drop=[f"{wrong[0]}0"])
+    model = scores.model
+    asked = uw.attribute(model, (frame, labels), (frame.loc[wrong], labels[wrong]))
+    assert explain_error(asked, wrong[1]).query == 1
+    assert asked.check("1 s").budget == 1
+    with pytest.raises(SpecError, match="A budget is a time"):
+        asked.check("soon")
+    with pytest.raises(SpecError, match="A recipe says how"):
+        asked.check(5)
+    with pytest.raises(DataError, match="one for each row"):
+        uw.attribute(model, (frame, labels), (frame[:1], labels.iloc[0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a few rows have another minimum, which says nothing
+        uw.plan(model, (frame, labels), (frame, labels))
 
 
 def test_data_keep_the_names_they_came_with():
@@ -100,6 +128,18 @@ def test_rows_of_results_have_the_names_of_their_frame():
     assert "state 3" not in scores.to_pandas().columns
     table = scores.table("state 1", k=2)
     assert list(table["x"]) == list(frame.loc[table.index, "x"]) and "other" not in table
+
+
+def test_one_number_of_the_whole_model_is_not_named_after_the_first_query(tmp_path):
+    smf = pytest.importorskip("statsmodels.formula.api")
+    frame = pd.DataFrame({"y": X[:, 0].numpy(), "x": X[:, 1].numpy()})
+    results = smf.ols("y ~ x", frame).fit()
+    scores = uw.attribute(results, None, frame, measure=uw.Coefficient("x"))
+    told = f"query 0: {uw.Coefficient('x')!r}"
+    assert str(scores.top(2)).startswith(told + "\n") and "on Coefficient('x'):" in repr(scores)
+    assert ".suspects()" not in repr(scores) and scores.report(tmp_path / "page.html").exists()
+    with pytest.raises(SpecError, match="measured on single queries"):
+        scores.check(subsets=8)
 
 
 def test_a_network_says_the_classes_of_its_configuration_and_predicts_missing_labels():

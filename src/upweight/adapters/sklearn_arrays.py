@@ -122,6 +122,13 @@ def indices(classes: Any, y: Any) -> Any:
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     place = {label: index for index, label in enumerate(classes.tolist())}
+    if labels.ndim == 0:
+        raise DataError(
+            "Labels are one for each row.",
+            f"{labels.item()!r} by itself.",
+            "the label of a single row, as y.iloc[0].",
+            "pass a list of one, or y[:1].",
+        )
     unknown = [label for label in np.atleast_1d(labels).tolist() if _key(label) not in place]
     if labels.ndim != 1 or unknown:
         raise DataError(

@@ -213,7 +213,8 @@ class TableReader(AdapterReader):
             "Another label of an example is told by a gradient.",
             "an estimator of which outputs alone are known.",
             "a question of influence functions.",
-            "fit the estimator with the other label, and compare.",
+            "rows whose labels may be wrong: upweight.applications.debugging.flagged_labels("
+            "estimator, (X, y)), by cross-validation; or fit with the other label, and compare.",
         )
 
 

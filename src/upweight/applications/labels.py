@@ -65,8 +65,8 @@ class Classes:
             f"targets {tuple(getattr(y, 'shape', ()))} of {getattr(y, 'dtype', type(y).__name__)} "
             f"for outputs {tuple(outputs.shape)}, {task.loss!r}.",
             "a regression, a label per position, or several labels per row.",
-            "for a regression rank rows by fitted.self_influence(), or by their residuals without "
-            "them from fitted.loo_outputs().",
+            "for a regression rank rows by self_influence(), or by their residuals without them "
+            "from loo_outputs() of the fitted method.",
         )
 
     def losses(self, outputs: Float[Tensor, "b *o"]) -> Float[Tensor, "b c"]:

@@ -141,7 +141,7 @@ class Misprediction(Outcome):
 
 def explain_error(
     scores: Scores,
-    query: int,
+    query: Any,
     *,
     counts: Sequence[int] = COUNTS,
     recipe: Recipe | None = None,
@@ -151,7 +151,7 @@ def explain_error(
 
     Args:
         scores: Of any measure, with the fitted method that made them.
-        query: Which of their rows.
+        query: Which of their rows, by its place or by its id.
         counts: How many of the rows that lower the margin most are taken out together.
         recipe: How the model is fitted. None: nothing is fitted again.
         resources: For the refits, as for `retrain`.
@@ -175,6 +175,7 @@ def explain_error(
     fitted = _fitted(scores)
     task, train = fitted.task, fitted.train
     queries = scores.context.queries if scores.context is not None else None
+    query = scores.place(query) if isinstance(query, str | tuple) else query
     if queries is None or not 0 <= query < len(queries):
         raise DataError(
             "A query is a row of the scores.",

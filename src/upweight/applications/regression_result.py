@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import SpecError, listed
+from upweight.errors import SpecError, listed, nearest
 from upweight.notation import count, readable
 from upweight.plot import LOWERED, NEUTRAL, RAISED, axes
 
@@ -192,7 +192,7 @@ def drawn(
             f"kind is one of {listed(list(KINDS), 12)}.",
             f"{kind!r}.",
             "a name of another package.",
-            f"plot({next(iter(KINDS))!r}).",
+            f"plot({nearest(kind, KINDS)!r}).",
         )
     if coefficient is not None and kind != "dfbetas":
         raise SpecError(
@@ -304,7 +304,7 @@ def place(names: Sequence[str], coefficient: str | int) -> int:
         "coefficient names one column of the fit, or gives its place.",
         f"{coefficient!r}, of a fit with {listed(list(names), 12)}.",
         "a column that was renamed, transformed or dummy-coded by the formula, or left out.",
-        f"coefficient={names[-1]!r}.",
+        f"coefficient={nearest(coefficient, names)!r}.",
     )
 
 

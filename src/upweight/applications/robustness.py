@@ -26,6 +26,7 @@ from upweight.applications.robustness_coefficient import (
 from upweight.applications.robustness_fitted import Lead, flip
 from upweight.applications.robustness_result import Fragility, Robustness, RobustnessTable
 from upweight.applications.subject import subject_of
+from upweight.errors import nearest
 from upweight.runtime.resources import Resources
 from upweight.task.measures import Functional
 from upweight.task.recipe import Recipe
@@ -103,7 +104,7 @@ def amip(
         isinstance(target, Functional) or target in QUESTIONS,
         "target is 'sign', 'significance', 'both' or a Functional.",
         f"{target!r}.",
-        "target='sign'.",
+        f"target={nearest(target, QUESTIONS)!r}.",
     )
     require_limits(most, budget, level)
     require(np.isfinite(value), "value is a finite number.", f"{value!r}.", "value=0.0.")

@@ -15,8 +15,12 @@ from upweight.applications.robustness_result import Finding, Fragility, OneShot,
 from upweight.applications.smallest_set import Crossing, Linear, Search, Units
 from upweight.errors import DataError, SpecError
 from upweight.notation import count
+from upweight.runtime.hardware import threads
 
 Target = Literal["sign", "significance", "both"]
+
+SMALL = 100_000
+"""Numbers in a design that one thread has multiplied before several have shared it out."""
 
 QUESTIONS: tuple[Target, ...] = ("sign", "significance", "both")
 
@@ -75,7 +79,18 @@ def fragile(
     return Fragility(found)
 
 
-def of_results(
+def of_results(results: Any, *asked: Any) -> Robustness:
+    """One question of one coefficient; arguments as for `upweight.applications.robustness.amip`.
+
+    Thousands of products of small matrices follow one another. Where other programs use the same
+    cores, threads that wait for each other after each made that a hundred times slower.
+    """
+    size = np.size(getattr(getattr(results, "model", None), "exog", ()))
+    with threads(1 if size <= SMALL else torch.get_num_threads()):
+        return _of_results(results, *asked)
+
+
+def _of_results(
     results: Any,
     coefficient: str | int,
     target: Target,
@@ -86,7 +101,6 @@ def of_results(
     most: int | None,
     deadline: float,
 ) -> Robustness:
-    """One question of one coefficient; arguments as for `upweight.applications.robustness.amip`."""
     from upweight.adapters.statsmodels_inference import inference_of, labels_of
 
     reported = inference_of(results, coefficient, level)

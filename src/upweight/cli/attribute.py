@@ -209,7 +209,7 @@ def audited(run: Run, shown: Path) -> Answer:
         "checked. To compute them again:",
         f"    {again}",
         "  which takes these files of the owner of the run:",
-        *(f"    {line}" for line in to_ask_for(record)),
+        *(f"    {line}" for line in to_ask_for(record, run)),
     ]
     return Answer("\n".join(lines), done.facts)
 

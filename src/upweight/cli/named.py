@@ -77,15 +77,34 @@ def _absolute(source: str) -> str:
     return str(path.absolute()) if path.suffix == ".py" or path.is_file() else source
 
 
-def to_ask_for(record: Record) -> list[str]:
-    """What somebody who has the run alone needs of its owner, a line each."""
+def to_ask_for(record: Record, run: Run | None = None) -> list[str]:
+    """What somebody who has the run alone needs of its owner, a line each.
+
+    With the run, each file that lies packed in it says so.
+    """
     sources = {name: f"sha256 {digest}" for name, digest in record.sources.items()}
     made = record.environment or record.versions
     libraries = ", ".join(f"{name} {version}" for name, version in made.items())
+    files = {**sources, **record.files}
+    if run is not None:
+        files = {name: f"{facts}{_packed(run, record, name)}" for name, facts in files.items()}
     return [
-        *(f"{name}  {facts}" for name, facts in {**sources, **record.files}.items()),
+        *(f"{name}  {facts}" for name, facts in files.items()),
         f"made with {libraries}, {record.threads} threads",
     ]
+
+
+def _packed(run: Run, record: Record, name: str) -> str:
+    path = run.packed(name)
+    if path is None:
+        return ""
+    known = record.files.get(name, "")
+    kept = known.removeprefix("sha256 ")[:64] if known.startswith("sha256 ") else None
+    told = record.sources.get(name, kept)
+    if told is None:
+        return f"; there is {path}, of which run.toml keeps no hash"
+    same = hashlib.sha256(Path(path).read_bytes()).hexdigest() == told
+    return f"; {path} is that file" if same else f"; {path} is another file"
 
 
 def _not_named(

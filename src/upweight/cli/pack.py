@@ -15,12 +15,9 @@ from upweight.cli.evaluate import command, found_in
 from upweight.cli.named import project_option
 from upweight.cli.pages import alone
 from upweight.cli.screen import Answer, size, verb
-from upweight.runs.directory import OWN, Run
+from upweight.runs.directory import OWN, PROJECT, Run
 from upweight.runs.indexed import sha256
 from upweight.runtime.atomic import replacing
-
-PROJECT = "project"
-"""The folder of the project's files in the archive."""
 
 
 @click.command()

@@ -67,8 +67,8 @@ class Project:
             raise SpecError(
                 "An object of yours is named as file.py:name or package.module:name.",
                 f"{reference!r}.",
-                "a file without the name of the object in it.",
-                f"for example {source or reference or 'project.py'}:task",
+                "a file without the name of the object, or a name without its file.",
+                f"for example {_as_reference(reference)}",
             )
         defined, source = self._defined(source)
         if name not in defined:
@@ -233,6 +233,15 @@ def _located(what: str, folders: list[Path]) -> Iterator[None]:
             "an error in that code, or data it does not find.",
             "correct it there and run the same command again; --traceback shows everything.",
         ) from error
+
+
+def _as_reference(given: str) -> str:
+    """What was meant by a file without a name, or by a name without its file."""
+    source, colon, name = given.rpartition(":")
+    if colon and source:
+        return f"{source}:task"
+    is_name = name.isidentifier()
+    return f"project.py:{name}" if is_name else f"{name or 'project.py'}:task"
 
 
 def _no_such_file(path: Path) -> str:

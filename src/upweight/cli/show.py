@@ -90,11 +90,16 @@ def settings(place: Run, shown: Path) -> tuple[list[str], dict[str, Any]]:
     lines += [f"  {count(more, 'more note')}: --json"] if more > 0 else []
     asked = to_ask_for(record)
     files, machine = [line.split("  ")[0] for line in asked[:-1]], asked[-1]
+    lacking = [name for name in files if place.packed(name) is None]
+    is_packed, files = bool(files) and not lacking, lacking
     others = f" and {count(len(files) - FILES, 'other')}" if len(files) > FILES else ""
     rerun = shlex.join(["upweight", "rerun", str(shown)])
     lines += [
         f"  {machine}",
-        f"  to compute it again, ask its owner for {', '.join(files[:FILES])}{others}: {rerun}",
+        f"  to compute it again by the files that are packed with it: {rerun}"
+        if is_packed
+        else f"  to compute it again, ask its owner for {', '.join(files[:FILES])}{others}: "
+        f"{rerun}",
     ]
     facts = {
         "run": str(place.path), "finished": is_finished, "verdict": verdict, "reason": reason,

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, is_dataclass, replace
 from functools import cached_property
+from textwrap import shorten
 from typing import Any, overload
 
 from jaxtyping import Float
@@ -242,6 +243,14 @@ def check(
             asked.task, asked.train, asked.queries, scores, recipe, k, asked.measure,
             control=k, bootstrap=bootstrap,
         )  # fmt: skip
+    if not isinstance(recipe, Recipe):
+        raise SpecError(
+            "A recipe says how the model is trained.",
+            f"a {type(recipe).__name__}: {shorten(repr(recipe), 60)}.",
+            "a training function, or an argument in the place of another.",
+            'check(scores, recipe, budget="2 min"), with an upweight.Training(...), or with '
+            "upweight.training.FromFunction(f) of a function of data weights.",
+        )
     if budget is not None and subsets is not None:
         raise SpecError(_both(budget, subsets))
     seconds = seconds_of("2 min" if budget is None else budget) if subsets is None else math.inf

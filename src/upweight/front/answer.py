@@ -18,7 +18,8 @@ from upweight.methods.fitted import Fitted
 from upweight.notation import count
 from upweight.notation import readable as readable_number
 from upweight.provenance import Context
-from upweight.scores import Scores
+from upweight.scores import Scores, Unit
+from upweight.task.losses import Bernoulli, CrossEntropy, Weighted
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from upweight.applications.debugging import Suspects
     from upweight.report import Display
 
-NEXT = '.top(), .table(), .suspects(), .check({recipe}), .report("page.html")'
+NEXT = '.top(), .table(), {suspects}.check({recipe}), .report("page.html")'
 
 SHOWN = 10
 """Examples of a ranking that is printed."""
@@ -65,8 +66,21 @@ class Attribution(Scores):
         checked = f"{self.checks[-1].verdict}" if self.checks else "not checked against retraining"
         about["health"] += f"; {checked}"
         is_known = self.recipe is not None or not isinstance(self.model, nn.Module | Task)
-        about["next"] = NEXT.format(recipe="" if is_known else "recipe")
+        suspects = ".suspects(), " if self._has_suspects else ""
+        about["next"] = NEXT.format(suspects=suspects, recipe="" if is_known else "recipe")
         return first.replace(type(self).__name__, Scores.__name__, 1), about
+
+    @property
+    def _has_suspects(self) -> bool:
+        """Whether `suspects` has an answer: labels are classes, and the method moves θ."""
+        context = self.context
+        if context is None or not isinstance(context.fitted, Fitted):
+            return False
+        fitted, loss = context.fitted, context.task.loss
+        loss = loss.base if isinstance(loss, Weighted) else loss
+        of_classes = context.classes is not None or isinstance(loss, CrossEntropy | Bernoulli)
+        moves = fitted.spec.unit is Unit.DERIVATIVE and not fitted.scorer.by_refits
+        return of_classes and moves
 
     def _fitted(self) -> Fitted:
         """The fitted method behind the scores.
@@ -106,13 +120,14 @@ class Attribution(Scores):
         """How the model was trained, as was told or as its library fits it; None: not known."""
         return own_recipe(self.model) if self.recipe is None else self.recipe
 
-    def check(self, recipe: Recipe | None = None, budget: str | float | None = None,
+    def check(self, recipe: Recipe | str | None = None, budget: str | float | None = None,
               **limits: Any) -> Check:  # fmt: skip
         """Hold the scores against retraining: short for `upweight.check`.
 
         Args:
             recipe: How the model was trained. None: as `attribute` was told; a scikit-learn
-                estimator and statsmodels results have their own `fit`.
+                estimator and statsmodels results have their own `fit`. A time, as "5 min", is the
+                budget.
             budget: As for `upweight.check`.
             limits: Further arguments of it. Without `resources` those of `attribute`: its folder
                 keeps the refits.
@@ -121,7 +136,9 @@ class Attribution(Scores):
             SpecError: Nobody said how the model was trained.
             UpweightError: From `upweight.check`.
         """
-        known = self._recipe() if recipe is None else recipe
+        if isinstance(recipe, str) and budget is None:
+            recipe, budget = None, recipe
+        known: Any = self._recipe() if recipe is None else recipe
         if known is None:
             raise SpecError(
                 "A check trains the model again, and must know how.",

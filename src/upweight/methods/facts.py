@@ -12,6 +12,10 @@ from upweight.notation import count, percent, readable
 
 RESIDUAL_LIMIT = 1e-3
 """Relative residual of a solve that would change the third digit of a score."""
+NOISE_LIMIT = 0.5
+"""Of the scores beyond two standard errors, the part that chance alone would give."""
+BEYOND_BY_CHANCE = 0.05
+"""Of a normal variable, about what lies beyond two standard errors."""
 ROW_SUM_LIMIT = 1e-2
 """Row-sum excess over the sum of |scores|: past it the scores miss an effect they should have."""
 DECREMENT_LIMIT = 1e-4
@@ -24,7 +28,7 @@ def stated(health: Mapping[str, Any]) -> tuple[Fact, ...]:
     Args:
         health: As in `Provenance.health`.
     """
-    found = (_minimum, _row_sum, _solver, _contraction, _damping, _seen)
+    found = (_minimum, _row_sum, _solver, _contraction, _damping, _seen, _noise)
     return tuple(fact for each in found if (fact := each(health)) is not None)
 
 
@@ -138,3 +142,15 @@ def _seen(health: Mapping[str, Any]) -> Fact | None:
         return None
     meaning = "largest standard error of a block's mean eigenvalue, from seeing a part of the data"
     return Fact("Curvature", f"± {percent(max(errors))}", meaning=meaning)
+
+
+def _noise(health: Mapping[str, Any]) -> Fact | None:
+    share = _number(health, "share_beyond_two_errors")
+    if share is None:
+        return None
+    by_chance = min(1.0, BEYOND_BY_CHANCE / share) if share else 1.0
+    meaning = f"chance alone would give {percent(by_chance)} of them"
+    if by_chance > NOISE_LIMIT:
+        meaning += ": the order is mostly noise, and more trainings make it less"
+    value = f"{percent(share)} of the scores exceed two standard errors"
+    return Fact("Noise", value, NOISE_LIMIT, meaning, by_chance)

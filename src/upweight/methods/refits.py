@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight.errors import NotConverged, SpecError
+from upweight.errors import NotConverged, NotOffered, SpecError
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
 from upweight.methods.scorer import AT_ONCE, Asked, Job, Scorer, not_offered
@@ -172,6 +172,15 @@ class _RefitScorer(Scorer):
 
     def health(self) -> dict[str, Any]:
         return {"trainings": self.trainings}
+
+    def self_influence(self) -> Float[Tensor, " n"]:
+        raise NotOffered(
+            "self_influence() needs scores that are sums over parameters.",
+            f"{type(self.spec).__name__}, whose scores are differences between trained models.",
+            "a question of influence functions, asked of another kind of method.",
+            "ask with the training rows as queries: the diagonal of attribute(model, train, "
+            "train).values is S[i, i].",
+        )
 
     def jobs(self, asked: Asked) -> Iterator[Job]:
         queries, measure = asked.queries, asked.measure

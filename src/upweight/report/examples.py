@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.errors import DataError
-from upweight.notation import short
+from upweight.notation import short, written
 from upweight.report.display import Display, require_one_each
 from upweight.report.duplicates import Duplicates
 from upweight.report.shown import clipped, content, length
@@ -81,6 +81,8 @@ def data_of(scores: Scores, display: Display, role: str) -> Data | None:
     """The data that a display names, else those that scores carry, as the task reads them."""
     given = display.train if role == "train" else display.queries
     context = scores.context
+    if role == "query" and context is not None and context.asked_of_all:
+        return None  # the one row is of all queries, and has no label or values
     if given is None:
         return None if context is None else context.train if role == "train" else context.queries
     if context is None or isinstance(given, KeptExamples):
@@ -194,7 +196,7 @@ def class_name(value: Any, names: Sequence[str] | None) -> str:
     number = float(value)
     if names is not None and number == int(number) and 0 <= int(number) < len(names):
         return str(names[int(number)])
-    return f"{number:.4g}"
+    return written(number)
 
 
 def _parts(batch: Any) -> tuple[Any, Any]:
@@ -289,8 +291,9 @@ def _labels(target: Any, k: int, display: Display) -> list[str]:
     names = display.names
     if target is None:
         return [""] * k
-    if display.label is not None:
-        return [str(display.label(each)) for each in target]
+    known = [] if display.label is None else [display.label(each) for each in target]
+    if known and all(each is not None for each in known):
+        return list(map(str, known))
     values = _array(target).reshape(k, -1)
     if values.shape[1] == 1:
         return [class_name(row[0], names) for row in values]

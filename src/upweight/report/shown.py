@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from upweight.errors import DataError
+from upweight.notation import written
 from upweight.report.sprite import LARGEST_SIDE, as_images, display_range, picture_of, thumbnails
 
 Render = Callable[[str, int], Any]
@@ -60,7 +61,7 @@ def length(examples: int) -> int:
 
 
 def _said(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return written(value) if isinstance(value, float) else str(value)
 
 
 def _picture(value: Any) -> str:

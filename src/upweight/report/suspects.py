@@ -143,6 +143,7 @@ def _card(
     }
     return {
         "row": row,
+        "name": f"#{row}" if display.train_ids is None else str(display.train_ids[row]),
         "place": place + 1,
         "parts": parts,
         "label": int(found.labels[row]),

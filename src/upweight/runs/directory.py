@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shlex
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
@@ -37,6 +38,10 @@ OWN = {
 }  # fmt: skip
 
 
+PROJECT = "project"
+"""The folder of the project's files in a run that was packed."""
+
+
 class Run:
     """A run directory.
 
@@ -65,11 +70,16 @@ class Run:
         """
         run = cls(path.parent if path.name == "run.toml" else path, tuple(projects))
         if not run.toml.exists():
+            is_packed = path.is_file() and zipfile.is_zipfile(path)
             raise StaleStore(
                 "A run is a directory with a run.toml in it.",
                 f"{path}, which {'has none' if path.exists() else 'does not exist'}.",
-                "another directory, or an attribute that was stopped before it began.",
-                "name the --out of an `upweight attribute …`.",
+                "a packed run that was not unpacked."
+                if is_packed
+                else "another directory, or an attribute that was stopped before it began.",
+                f"{shlex.join(['unzip', path.name])}, and name the directory that it makes."
+                if is_packed
+                else "name the --out of an `upweight attribute …`.",
             )
         require_own(run.path)
         return run
@@ -207,6 +217,8 @@ class Run:
         fitting = [each for each in self.projects if Path(each).name == Path(source).name]
         if len(fitting) == 1:
             return fitting[0]
+        if (packed := self.packed(source)) is not None:
+            return packed
         path = self.path / record.directory / source
         is_remote = str(path).startswith(("\\\\", "//"))  # of Windows: asking would tell who asks
         try:
@@ -218,6 +230,22 @@ class Run:
             return os.path.relpath(path.resolve(), Path.cwd())
         except ValueError:  # another drive
             return str(path)
+
+    def packed(self, name: str) -> str | None:
+        """Where `upweight pack` has put a file of the project, from the current folder, if it did.
+
+        The name is one of run.toml, which anybody may have written: only what lies in the folder
+        of the run counts, and no link does.
+        """
+        folder = self.path / PROJECT
+        path = folder / name
+        try:
+            inside = path.resolve().is_relative_to(folder.resolve()) and not folder.is_symlink()
+            if not inside or not path.is_file():
+                return None
+            return os.path.relpath(path, Path.cwd())
+        except (OSError, ValueError):
+            return None
 
     def command(self, verb: str) -> str:
         """A command about this run that names its project."""

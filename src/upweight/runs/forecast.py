@@ -8,13 +8,19 @@ decompositions are the constant. m doubles until both together take long enough 
 
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from upweight.errors import NotConverged, NotOffered, NotPositiveDefinite
+from upweight.errors import (
+    AssumptionWarning,
+    NotConverged,
+    NotOffered,
+    NotPositiveDefinite,
+)
 from upweight.gradients.uses import layer_uses
 from upweight.index.index import SAMPLE, Index
 from upweight.linalg.damping import Absolute
@@ -89,9 +95,12 @@ def forecast(question: Question, memory_bytes: int | None) -> Forecast:
 
     def stages(m: int) -> tuple[Fitted, float, float]:
         started = time.perf_counter()
-        fitted = method.fit(task, train.subset(range(m)), resources=resources)
-        between = time.perf_counter()
-        fitted.attribute(asked, question.measure)
+        with warnings.catch_warnings():
+            # A model is at no minimum of some of its data; of all of them it may well be.
+            warnings.simplefilter("ignore", AssumptionWarning)
+            fitted = method.fit(task, train.subset(range(m)), resources=resources)
+            between = time.perf_counter()
+            fitted.attribute(asked, question.measure)
         return fitted, between - started, time.perf_counter() - between
 
     few = min(n, FEWEST)

@@ -3,15 +3,11 @@
 What a method keeps of its fit is in `factors/`; scores are written in shards as they are computed.
 """
 
-import contextlib
-from collections.abc import Iterator
-
-import torch
-
 from upweight.methods.fitted import Fitted
 from upweight.runs.directory import Run
 from upweight.runs.question import Question
 from upweight.runs.record import Record
+from upweight.runtime.hardware import threads
 from upweight.runtime.lock import claimed
 from upweight.runtime.ranks import ALL, ALONE, Ranks
 from upweight.runtime.resources import Resources
@@ -39,7 +35,7 @@ def attribute(
         UpweightError: From the method.
         OSError: The disk is full or not writable; what was written stays readable.
     """
-    with _threads(record.threads):
+    with threads(record.threads):
         if shards == ALL:
             fitted = refit(run, record, question, ranks)
         else:
@@ -61,14 +57,3 @@ def refit(run: Run, record: Record, question: Question, ranks: Ranks = ALONE) ->
     return question.method.fit(
         question.task, question.train, history=question.history, resources=resources
     )
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """As many threads as the run began with: sums round by how they are shared out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

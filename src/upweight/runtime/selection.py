@@ -1,6 +1,7 @@
 """Which of n things does the user mean, and which of them share a label?"""
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -81,6 +82,26 @@ def row_of(query: Any, q: int) -> int:
         "an index into the full data set where only some queries were scored, or a place "
         "counted from the end.",
         f"use an index in 0…{q - 1}.",
+    )
+
+
+def place_of(name: Any, ids: Sequence[Any], what: str) -> int:
+    """Which of the things with these ids is called `name`.
+
+    Raises:
+        ShapeError: None, or more than one.
+    """
+    found = [i for i, own in enumerate(ids) if own == name]
+    if len(found) == 1:
+        return found[0]
+    n, texts = len(ids), [str(own) for own in ids]
+    near = [] if found else difflib.get_close_matches(str(name), texts, n=1) or texts[:1]
+    raise ShapeError(
+        f"A {what} is named by its id in the index of the data, which no other has, or by its "
+        "place.",
+        f"{name!r}, the id of {len(found)} of {n}.",
+        "an index with repeated ids." if found else "a misspelling, or an id of other data.",
+        f"use a place in 0…{n - 1}" + "".join(f"; the nearest id is {each}" for each in near) + ".",
     )
 
 

@@ -21,14 +21,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import NonFinite, NotConverged, ShapeError, message
+from upweight.errors import NonFinite, NotConverged, ShapeError, SpecError, message
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.headers import own_digest
 from upweight.runtime.resources import Resources
 from upweight.runtime.store import Store
 from upweight.task.data import Data
 from upweight.task.identity import contents, described
-from upweight.task.measures import Loss, as_measure
+from upweight.task.measures import Functional, Loss, as_measure
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task, require_task
 from upweight.training.kept import training_identity
@@ -104,6 +104,15 @@ def retrain(
     """
     started = time.perf_counter()
     require_task(task)
+    if isinstance(measure, Functional):
+        raise SpecError(
+            "Trained models are measured on single queries.",
+            f"measure={measure!r}.",
+            "a Functional or a Coefficient, one number of the whole model.",
+            "ask about a measure of each query, as Loss(); or about this number "
+            "applications.robustness.amip(fitted, target=…, value=…, recipe=recipe), and for a "
+            "coefficient of statsmodels fragile(results, name), which train again.",
+        )
     bench = Bench(recipe, task, task.training(train), task.queries(queries), as_measure(measure))
     plan = _plan(weights, len(bench.train))
     store, using = None, Resources() if resources is None else resources
