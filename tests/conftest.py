@@ -12,7 +12,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-from tests.annotations import once
+from tests.annotations import jaxtyped
 
 # These folders check the types and shapes written in their annotations whenever a test calls them.
 # The others meet users: there a wrong argument must reach an error of our own, which tests ask for.
@@ -22,9 +22,8 @@ CHECKED = ("linalg", "gradients", "curvature")
 # would check the same calls again, for a fifth of its time.
 CHECKING = {*CHECKED, "exactness", "methods", "test_annotations.py"}
 assert "upweight" not in sys.modules, "imported too early for its annotations to be checked"
-install_import_hook(
-    [f"upweight.{folder}" for folder in CHECKED], f"{once.__module__}.{once.__name__}"
-)
+jaxtyping.jaxtyped = jaxtyped  # by this name the hook's code finds its decorator
+install_import_hook([f"upweight.{folder}" for folder in CHECKED], "beartype.beartype")
 
 # The same laws over every model, method and way in, kills, processes, and the blocks of the docs:
 # half of the suite's time. `pytest` alone leaves them out, `pytest -m breadth` runs them, and
@@ -72,6 +71,15 @@ torch.set_default_dtype(torch.float64)
 
 # The suite has a process per core already.
 torch.set_num_threads(1)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Of whole folders, only the files that `-m` will choose are imported: a third of each run."""
+    chosen = {"breadth": True, "not breadth": False}.get(config.getoption("markexpr"))
+    if chosen is None or not collection_path.name.startswith("test_"):
+        return None
+    name = collection_path.relative_to(Path(__file__).parent).as_posix()
+    return True if (name in BREADTH) is not chosen else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

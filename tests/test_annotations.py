@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from jaxtyping import Float, TypeCheckError, jaxtyped
+from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 
-from tests.annotations import once
+from tests.annotations import jaxtyped
 from upweight.linalg.cholesky import Cholesky
 
 
 def defined_again(shape):
-    @jaxtyped(typechecker=once)
+    @jaxtyped()
     def added(x: Float[Tensor, " a"], y: Float[Tensor, shape]) -> Float[Tensor, " a"]:
         return x + y
 
@@ -26,6 +26,20 @@ def test_every_definition_is_held_to_its_own_annotations():
             defined_again(" a")(three, two)
         with pytest.raises(TypeCheckError):
             defined_again(" 1")(three, three)
+
+
+def test_functions_of_one_definition_may_call_each_other():
+    def made(inner):
+        @jaxtyped()
+        def total(x: Float[Tensor, " a"]) -> Float[Tensor, ""]:
+            return x.sum() if inner is None else 2 * inner(x[1:])
+
+        return total
+
+    outer = made(made(made(None)))
+    with pytest.raises(TypeCheckError):
+        outer(torch.ones(4, 4))
+    assert outer(torch.ones(4)) == 8
 
 
 def test_the_mathematics_is_imported_with_its_annotations_checked():

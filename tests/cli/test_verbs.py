@@ -1,5 +1,6 @@
 """The verbs on a small real project: what they answer, what they leave on disk and refuse."""
 
+import functools
 import html
 import json
 import os
@@ -61,17 +62,33 @@ OWN = ["--project", "project.py"]
 METHOD = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1))
 
 
+digits = functools.cache(uw.data.mnist_subset)  # unpacked once, not by each command
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     (tmp_path / "project.py").write_text(PROJECT)
+    monkeypatch.setattr(uw.data, "mnist_subset", digits)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+    """The project with a finished run in `run`: to be copied, not to be written."""
+    folder = tmp_path_factory.mktemp("computed")
+    (folder / "project.py").write_text(PROJECT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uw.data, "mnist_subset", digits)
+        patch.chdir(folder)
+        answer(*attribute())
+    return folder
+
+
 @pytest.fixture
-def finished(project):
+def finished(project, computed):
     """The project with a finished run in `run`."""
-    answer(*attribute())
+    shutil.copytree(computed, project, dirs_exist_ok=True)
     return project
 
 

@@ -83,12 +83,17 @@ def project(tmp_path, monkeypatch):
     sys.modules.pop("project", None)
 
 
+ALONE = {}
+
+
 @pytest.fixture
 def alone(project):
-    """What one process writes, in a folder of its own."""
-    done = CliRunner().invoke(cli, [*ATTRIBUTE[:-1], "alone"])
-    assert done.exit_code == 0, done.output
-    return numbers(project / "alone")
+    """What one process writes, asked once."""
+    if not ALONE:
+        done = CliRunner().invoke(cli, [*ATTRIBUTE[:-1], "alone"])
+        assert done.exit_code == 0, done.output
+        ALONE.update(numbers(project / "alone"))
+    return ALONE
 
 
 def numbers(folder):
@@ -110,6 +115,23 @@ def torchrun(folder, ranks, *command):
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def ranks(folder, count, *command):
+    """Processes that find each other by what torchrun would set, without a launcher."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(count)}
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, *command], cwd=folder,
+                    env=environment(RANK=str(rank), **address),
+                    stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                )
+            )
+            for rank in range(count)
+        ]  # fmt: skip
+
+
 def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -129,8 +151,9 @@ def test_torchrun_writes_the_files_of_one_process(project, alone):
 
 def test_ranks_that_call_from_python_build_one_index(project):
     (project / "index.py").write_text(INDEX)
-    done = torchrun(project, 2, "index.py")
-    assert done.returncode == 0, done.stderr
+    with ranks(project, 2, "index.py") as both:
+        said = [process.communicate(timeout=SECONDS) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
 
     from project import few, method, task, train
 
@@ -144,18 +167,7 @@ def test_ranks_that_call_from_python_build_one_index(project):
 def test_a_rank_that_is_killed_while_scoring_is_taken_over(project, alone):
     """Without a launcher that would stop the others. Rank 0 fits with it and ends without it."""
     chosen = random.Random(time.time_ns()).randint(1, len(alone) - 4)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    with contextlib.ExitStack() as stack:
-        first, second = (
-            stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-m", "upweight", *ATTRIBUTE],
-                    cwd=project, env=environment(RANK=str(rank), **address),
-                    stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                )
-            )
-            for rank in range(2)
-        )  # fmt: skip
+    with ranks(project, 2, "-m", "upweight", *ATTRIBUTE) as (first, second):
         deadline = time.monotonic() + SECONDS
         while len(list((project / "run").glob("scores/tile-*"))) < chosen:
             assert time.monotonic() < deadline and first.poll() is None, first.communicate()
@@ -193,13 +205,12 @@ def test_two_machines_write_the_files_of_one(project, alone):
     try:
         both = [
             subprocess.Popen(
-                [
-                    "ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run",
-                    "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1",
-                    "--master-addr", "10.77.0.1", "--master-port", "29501",
-                    "-m", "upweight", *ATTRIBUTE,
-                ],
-                cwd=project, env=environment(GLOO_SOCKET_IFNAME=name),
+                ["ip", "netns", "exec", name, sys.executable, "-m", "upweight", *ATTRIBUTE],
+                cwd=project,
+                env=environment(
+                    GLOO_SOCKET_IFNAME=name, MASTER_ADDR="10.77.0.1", MASTER_PORT="29501",
+                    RANK=str(node), WORLD_SIZE="2",
+                ),  # what torchrun would set on each
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
             for node, name in enumerate(names)

@@ -43,6 +43,24 @@ DETERMINISTIC = DIRECT | ITERATIVE | LAYERED
 EVERYONE = DETERMINISTIC | SAMPLED | SAMPLED_LAYERED
 
 
+def spread(checks, problems, turn):
+    """Each law of `check_method` on one problem, the next law on the next, from the `turn`-th on.
+
+    With a `turn` per method, every method meets every problem, every law meets every problem, and
+    every method is held to every law. Checks that name no problem are kept.
+    """
+    laws = []
+    for name, check in checks:
+        law, _, of = name.rpartition(": ")
+        if of not in problems:
+            yield name, check
+            continue
+        if law not in laws:
+            laws.append(law)
+        if of == problems[(turn + laws.index(law)) % len(problems)]:
+            yield name, check
+
+
 def tolerance(name):
     """What a method's scores may be off by, relative to the largest of them."""
     return 10 * RTOL if name in ITERATIVE else 1e-10

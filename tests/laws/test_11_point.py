@@ -81,8 +81,15 @@ def test_sources(name):
         assert torch.equal(found.total(batch), expected.total(batch))
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-@pytest.mark.parametrize("curvature", DENSE)
+def turns(curvatures, problems, each):
+    """Of every problem `each` of the curvatures, the next ones for the next problem."""
+    kinds = list(curvatures)
+    return [
+        (kinds[(k + j) % len(kinds)], name) for k, name in enumerate(problems) for j in range(each)
+    ]
+
+
+@pytest.mark.parametrize("curvature, name", turns(DENSE, BUILDERS, 1))
 def test_curvatures_of_all_of_theta(curvature, name):
     p = problem(name)
     same_at_another_point(DENSE[curvature], p)
@@ -101,8 +108,7 @@ def same_at_another_point(spec, p):
         assert torch.equal(of(found), of(expected))
 
 
-@pytest.mark.parametrize("name", names("sampled"))
-@pytest.mark.parametrize("curvature", LAYERED)
+@pytest.mark.parametrize("curvature, name", turns(LAYERED, names("sampled"), 2))
 def test_curvatures_by_layer(curvature, name):
     p = problem(name)
     there, moved = elsewhere(p.task)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 import upweight as uw
-from tests.laws.subjects import DIRECT, EVERYONE, SAMPLED, SAMPLED_LAYERED, tolerance
+from tests.laws.subjects import DIRECT, EVERYONE, SAMPLED, SAMPLED_LAYERED, spread, tolerance
 from tests.market import problem
 from upweight.methods.method import Method
 from upweight.methods.scorer import Asked, BlockScorer
@@ -54,10 +54,11 @@ DRAWN = SAMPLED | SAMPLED_LAYERED
 
 def cases():
     problems = [problem(name) for name in PROBLEMS]
-    for label, method in METHODS.items():
+    for turn, (label, method) in enumerate(METHODS.items()):
         rtol = 10 * RTOL if "CG" in label else tolerance(label)
         promises = {"rtol": rtol, "deterministic": label not in DRAWN}
-        for name, check in check_method(method, problems=problems, **promises):
+        checks = check_method(method, problems=problems, **promises)
+        for name, check in spread(checks, PROBLEMS, turn):
             # The others ask of no problem; batches are law 3, which counts them too.
             if name.endswith(tuple(PROBLEMS)) and not name.startswith("batches"):
                 yield pytest.param(check, id=f"{label}: {name}")

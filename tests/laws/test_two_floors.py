@@ -4,6 +4,8 @@ Influence(EKFAC(Expected()), tolerance=0)          block by block, in the eigenb
 Influence(EKFAC(Expected()), solver=Cholesky())    its operator written out and factorized
 """
 
+import functools
+
 import pytest
 import torch
 
@@ -17,7 +19,9 @@ NAMES = names(without=("float32",))
 RTOL = 1e-10
 
 
-def floors(p):
+@functools.cache
+def floors(name):
+    p = problem(name)
     layered = uw.Influence(CURVATURE, damping=DAMPING, tolerance=0).fit(p.task, p.train)
     return layered, uw.Influence(CURVATURE, uw.solvers.Cholesky(), damping=DAMPING).fit(
         p.task, p.train
@@ -27,7 +31,7 @@ def floors(p):
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_and_what_is_kept_of_them(name):
     p = problem(name)
-    layered, whole = floors(p)
+    layered, whole = floors(name)
     for measure in (uw.Loss(), first_output):
         found, expected = (f.attribute(p.queries, measure) for f in (layered, whole))
         assert_same(found.values, expected.values, RTOL)
@@ -47,7 +51,7 @@ def test_scores_and_what_is_kept_of_them(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_other_verbs(name):
     p = problem(name)
-    layered, whole = floors(p)
+    layered, whole = floors(name)
     flat = p.task.layout.flatten
     assert_same(layered.self_influence(), whole.self_influence(), RTOL)
     moved = [flat(f.parameter_influence(0)) for f in (layered, whole)]
@@ -60,7 +64,7 @@ def test_the_other_verbs(name):
 @pytest.mark.parametrize("name", ["tied", "padded_sequences", "attention"])
 def test_positions(name):
     p = problem(name)
-    layered, whole = floors(p)
+    layered, whole = floors(name)
     found, expected = (f.attribute(p.queries, into=uw.PerToken([1, 0])) for f in (layered, whole))
     assert_same(found.shares, expected.shares, RTOL)
     total = layered.attribute(p.queries).values[:, [1, 0]]
@@ -71,7 +75,7 @@ def test_positions(name):
 @pytest.mark.parametrize("name", ["ridge", "softmax", "mlp_tanh"])
 def test_changed_inputs_and_labels(name):
     p = problem(name)
-    layered, whole = floors(p)
+    layered, whole = floors(name)
     label = p.queries[1][0]
     found, expected = (f.relabel_influence(1, label, p.queries) for f in (layered, whole))
     assert_same(found, expected, RTOL)

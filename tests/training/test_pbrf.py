@@ -59,7 +59,7 @@ def test_small_weights_move_it_as_influence_says(name, moved):
     p = moved(name)
     damping, h, train = 0.5, 1e-4, as_data(p.train)
     w = torch.cat([1 + h * torch.eye(p.n), 1 - h * torch.eye(p.n)]).double()
-    recipe = PBRF(damping, SGD(0.3), 600, p.n)
+    recipe = PBRF(damping, SGD(0.3), 400, p.n)
     theta = recipe.prepare(p.task, train)(w).theta
     found = (theta[: p.n] - theta[p.n :]) / (2 * h)
     operator = uw.GGN().fit(p.task, train, p.task.theta()).dense() + damping * torch.eye(
@@ -77,7 +77,7 @@ def test_on_least_squares_any_weights_have_a_closed_form():
     w = torch.stack([torch.ones(p.n), draw(g, p.n).abs()]).double()
     w[0, 3] = 0.0
     theta = p.task.theta()
-    found = PBRF(0.2, SGD(0.3), 800, p.n).prepare(p.task, train)(w).theta
+    found = PBRF(0.2, SGD(0.3), 400, p.n).prepare(p.task, train)(w).theta
     g = gradients(p.task, p.train)
     unit = 2 * float(uw.SquaredError()(torch.ones(1, 1), torch.zeros(1, 1)))  # ∂²ℓ/∂f²
     penalty = p.task.penalty.curvature(theta, p.task.layout).dense()
@@ -92,8 +92,8 @@ def test_batches_end_where_the_full_batch_does():
     p, train = problem("softmax"), as_data(problem("softmax").train)
     w = torch.ones(1, p.n)
     w[0, 2] = 0.0
-    full = PBRF(0.3, SGD(0.3), 500, p.n).prepare(p.task, train)(w).theta
-    parts = PBRF(0.3, SGD(0.3), 500, 4).prepare(p.task, train)(w).theta
+    full = PBRF(0.3, SGD(0.3), 150, p.n).prepare(p.task, train)(w).theta
+    parts = PBRF(0.3, SGD(0.3), 150, 4).prepare(p.task, train)(w).theta
     change = (full - p.task.theta()).norm()
     assert float((parts - full).norm() / change) < 0.05
 

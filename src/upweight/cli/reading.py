@@ -102,11 +102,17 @@ def data_files(paths: Iterable[str], folders: Sequence[Path]) -> dict[str, str]:
     return names
 
 
+@functools.cache
+def _resolved(file: str) -> str:
+    """Of thousands of modules, asked several times for each command."""
+    return os.path.realpath(file)
+
+
 def folder_of(file: str | None, folders: Sequence[Path]) -> Path | None:
     """The innermost of the user's folders that a file of code is under; None for a library's."""
     if file is None or file.startswith("<"):  # built in, or made at run time
         return None
-    file = os.path.realpath(file)
+    file = _resolved(file)
     found = [folder for folder in folders if file.startswith(os.path.join(folder, ""))]
     is_library = PACKAGES & set(Path(file).parts) if found else True
     if is_library or file.startswith((os.path.join(OURS, ""), os.path.join(STANDARD, ""))):

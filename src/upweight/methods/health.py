@@ -207,7 +207,11 @@ def warned(notes: list[str]) -> list[str]:
     if notes:
         # The line that called the outermost function of this package.
         package = __file__.rpartition("methods")[0]
-        frames = [frame.filename for frame in reversed(inspect.stack(context=0))]
+        frame, frames = inspect.currentframe(), []
+        while frame is not None:  # `inspect.stack` would look for the source of each
+            frames.append(frame.f_code.co_filename)
+            frame = frame.f_back
+        frames.reverse()
         inside = next(k for k, name in enumerate(frames) if name.startswith(package))
         for note in notes:
             warnings.warn(note, AssumptionWarning, stacklevel=len(frames) - inside + 1)

@@ -1,5 +1,6 @@
 """How much memory may a pass use, and how many examples fit into it?"""
 
+import os
 import re
 from pathlib import Path
 
@@ -83,30 +84,38 @@ def _container_bytes() -> list[int]:
         else:
             continue
         # In a container the path may be that of the host, and its own group is mounted at the root.
-        inner = root / path.lstrip("/")
-        for group in (g for g in (inner, *inner.parents) if g.is_relative_to(root)):
-            most, taken = _text(group / limit).strip(), _text(group / used).strip()
-            if most.isdigit() and taken.isdigit() and int(most) < UNLIMITED:
+        names = [name for name in path.split("/") if name]
+        for depth in range(len(names), -1, -1):
+            group = os.path.join(root, *names[:depth])
+            most = _text(f"{group}/{limit}").strip()
+            if not most.isdigit() or int(most) >= UNLIMITED:
+                continue
+            taken = _text(f"{group}/{used}").strip()
+            if taken.isdigit():
                 # Files that were read and are not in use count as taken, and give way.
-                given_back = re.search(rf"^{cache} (\d+)$", _text(group / "memory.stat"), re.M)
+                given_back = re.search(rf"^{cache} (\d+)$", _text(f"{group}/memory.stat"), re.M)
                 free.append(int(most) - int(taken) + int(given_back[1] if given_back else 0))
     return free
 
 
 def _process_bytes() -> list[int]:
     """What the limits of this process leave: of its address space, and of its data."""
-    process = psutil.Process()
-    if not hasattr(process, "rlimit"):  # neither Linux nor FreeBSD
+    if not hasattr(psutil, "RLIMIT_DATA"):  # neither Linux nor FreeBSD
         return []
-    taken = process.memory_info()
-    limits = ((psutil.RLIMIT_AS, taken.vms), (psutil.RLIMIT_DATA, taken.data))
-    most = [(process.rlimit(limit)[0], used) for limit, used in limits]
-    return [limit - used for limit, used in most if limit != psutil.RLIM_INFINITY]
+    import resource  # not on Windows
+
+    space, data = (resource.getrlimit(k)[0] for k in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if space == data == resource.RLIM_INFINITY:  # as nearly always: nothing to read
+        return []
+    taken = psutil.Process().memory_info()
+    limits = ((space, taken.vms), (data, taken.data))
+    return [limit - used for limit, used in limits if limit != resource.RLIM_INFINITY]
 
 
-def _text(path: Path) -> str:
+def _text(path: str | Path) -> str:
     try:
-        return path.read_text(encoding="ascii", errors="replace")
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read()
     except OSError:
         return ""
 
