@@ -542,7 +542,9 @@ def _with_penalty(
 ) -> tuple[list[Eigen], tuple[str, ...]]:
     """Λₗ + the penalty's curvature on the block, in the block's basis."""
     task = made.task
-    penalties: list[Any] = [task.penalty.curvature(theta, task.layout) for theta in points]
+    penalties: list[Any] = [
+        task.penalty.curvature(task.whole(theta), task.layout) for theta in points
+    ]
     if penalties[0] is None:
         return eigens, ()
     diagonal = torch.stack([penalty.diagonal() for penalty in penalties]).mean(dim=0)

@@ -25,6 +25,7 @@ from upweight.runtime.fingerprint import checksum
 from upweight.task.data import Data
 from upweight.task.identity import described
 from upweight.task.reads import reads
+from upweight.task.sharded import own_part, parts_of
 from upweight.task.task import Task
 
 ENTRIES = 1000
@@ -150,7 +151,7 @@ class Snapshot:
             return False
         with torch.no_grad():
             losses = [
-                task.losses_of(*task.call(task.theta(), task.to_device(batch)))
+                task.losses_of(*task.call(task.held_theta(), task.to_device(batch)))
                 for _, _, batch in train.batches(CHECKED_AT_ONCE)
             ]
         gap = (torch.cat(losses) - self.losses).abs().max()
@@ -198,7 +199,7 @@ def written(task: Task, data: Data) -> frozenset[str]:
     watching = Task(task.model, task.loss, task.penalty, task.params, watched, task.reads)
     with torch.no_grad():
         for size in (min(2, len(data)), 1):
-            watching.call(task.theta(), task.to_device(data.batch(0, size)))
+            watching.call(task.held_theta(), task.to_device(data.batch(0, size)))
     return frozenset(found)
 
 
@@ -257,7 +258,9 @@ def _of_module(model: nn.Module, free: frozenset[str]) -> Iterator[tuple[str, An
         yield f"buffer {name}", _tensor(buffer)
     for name, parameter in model.named_parameters():
         if name not in free:
-            yield f"frozen parameter {name}", _tensor(parameter)
+            yield f"frozen parameter {name}", _tensor(own_part(parameter))
+    for name, part in parts_of(model, free):  # the others are compared as θ
+        yield f"parameter {name}", _tensor(part)
 
 
 def _read(function: Any, owner: type) -> dict[str, Any]:
