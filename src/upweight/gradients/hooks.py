@@ -382,8 +382,7 @@ def inside(task: Task, params: Params, function: Callable[[], _T]) -> _T:
     that need gradients as in the forward pass. And for rules of layers that read their parameters.
     """
     names = {id(p): name for name, p in task.model.named_parameters()}
-    keeping = nullcontext() if task.sharded is None else task.sharded.keeping()
-    with lent(task.model), keeping, task.running(params):
+    with lent(task.model), task.backwards(params):
         for module in task.model.modules():
             for last, parameter in module._parameters.items():
                 if parameter is None or (task.sharded is not None and is_split(parameter)):

@@ -92,7 +92,8 @@ def _weighted_gradients(
             return losses, dict.fromkeys(params)
         total = losses @ torch.tensor(list(weights)).to(losses)
         try:
-            found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+            with task.backwards(params):
+                found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
@@ -176,7 +177,8 @@ def require_finite_gradients(task: Task, data: Data) -> None:
         with torch.enable_grad():
             batch = task.to_device(data.batch(start, stop))
             total = task.losses_of(*task.call(params, batch)).sum()
-            found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+            with task.backwards(params):
+                found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
         return all(bool(g.isfinite().all()) for g in found if g is not None)
 
     batches = data.batches(PROBE_EXAMPLES)

@@ -14,7 +14,7 @@ for entries, which take no memory.
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -31,6 +31,9 @@ from upweight.runtime.turns import Turns
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+SPLIT_STATE = "__composable_api_state_key"
+"""How the attributes begin in which `fully_shard` keeps what it is doing."""
 
 ALIGNED = 16
 """Bytes: where each tensor begins in what is sent."""
@@ -232,9 +235,11 @@ class Sharded:
 
     Args:
         model: With units of `fully_shard`.
+        units: What is put together at a time.
     """
 
     model: nn.Module
+    units: tuple[_Unit, ...]
     _out: list[tuple[int, list[Tensor]]] = field(default_factory=list)
     """The units that run, and their weights."""
     _stored: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -242,13 +247,13 @@ class Sharded:
     _keeping: int = 0
     _last: tuple[int, list[Tensor]] | None = None
     _depth: int = 0
+    _seen: Callable[[Tensor], Tensor] = lambda x: x
 
     @classmethod
     def of(cls, model: nn.Module) -> "Sharded | None":
         """None where every process has the whole of each parameter, or none that is known here."""
-        if not any(is_split(p) for p in model.parameters()) or not _units(model):
-            return None
-        return cls(model)
+        units = _units(model) if any(is_split(p) for p in model.parameters()) else ()
+        return cls(model, units) if units else None
 
     def theta(self, size: int, dtype: torch.dtype) -> Float[Tensor, " p"]:
         """What stands in the place of θ."""
@@ -258,9 +263,14 @@ class Sharded:
     # -- putting weights together -----------------------------------------------------------------
 
     @cached_property
-    def units(self) -> tuple[_Unit, ...]:
-        """What is put together at a time."""
-        return _units(self.model)
+    def split(self) -> tuple[tuple[str, Tensor], ...]:
+        """The parameters by name, also while `fully_shard` has whole ones in their place."""
+        found = {}
+        for unit in self.units:
+            for p, ((module, last), *_) in zip(unit.parameters, unit.places, strict=True):
+                path = next(n for n, m in unit.module.named_modules() if m is module)
+                found[id(p)] = (".".join(filter(None, (unit.name, path, last))), p)
+        return tuple(found.values())
 
     @cached_property
     def _places(self) -> dict[int, tuple[int, int]]:
@@ -411,7 +421,7 @@ class Sharded:
     def _leave(self, number: int, *_: Any) -> None:
         if not self._out or self._out[-1][0] != number:  # it raised before it had them
             return
-        _, weights = self._out.pop()
+        weights = self._out.pop()[1]
         unit = self.units[number]
         for p, places in zip(unit.parameters, unit.places, strict=True):
             for owner, last in places:
@@ -429,7 +439,7 @@ class Sharded:
             return x
         found = self._stored.get(x.untyped_storage().data_ptr())
         if found is None:
-            return x
+            return self._seen(x)
         return _Kept(*found, x.shape, x.stride(), int(x.storage_offset()))
 
     def _kept(self, kept: Any) -> Tensor:
@@ -438,6 +448,16 @@ class Sharded:
         with torch.no_grad():
             weight = self._weights(kept.unit, back=True)[kept.parameter]
             return weight.as_strided(kept.shape, kept.stride, kept.offset)
+
+    @contextmanager
+    def saving(self, seen: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """`seen` is shown what autograd keeps: of hooks within hooks only the inner are called."""
+        with torch.autograd.graph.saved_tensors_hooks(seen, lambda x: x):
+            self._seen = seen
+            try:
+                yield
+            finally:
+                self._seen = lambda x: x
 
     # -- processes together -----------------------------------------------------------------------
 
@@ -572,10 +592,3 @@ def require_own_weights(sharded: Sharded | None, what: str, instead: str) -> Non
         "a model that was made for training on several devices.",
         f"{instead}; or {WHOLE}",
     )
-
-
-def parts_of(model: nn.Module, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """What this process has of those parameters that are split."""
-    for name, parameter in model.named_parameters():
-        if name in names and is_split(parameter):
-            yield name, own_part(parameter)

@@ -25,7 +25,7 @@ from upweight.runtime.fingerprint import checksum
 from upweight.task.data import Data
 from upweight.task.identity import described
 from upweight.task.reads import reads
-from upweight.task.sharded import own_part, parts_of
+from upweight.task.sharded import SPLIT_STATE, own_part
 from upweight.task.task import Task
 
 ENTRIES = 1000
@@ -66,6 +66,8 @@ class Snapshot:
     def of(cls, task: Task) -> "Snapshot":
         """The task now. Cost: one reading of buffers and frozen parameters."""
         parts = dict(_of_module(task.model, frozenset(task.layout.names)))
+        if task.sharded is not None:  # parameters that are whole are compared as θ
+            parts |= {f"parameter {k}": _tensor(own_part(p)) for k, p in task.sharded.split}
         for name in ("loss", "penalty", "forward"):
             value = getattr(task, name)
             held = getattr(value, "function", value)  # a function or module of the user's
@@ -252,15 +254,13 @@ def _of_module(model: nn.Module, free: frozenset[str]) -> Iterator[tuple[str, An
         for key, value in vars(module).items():
             if key == "training":
                 yield f"training of {name or 'model'}", repr(value)
-            elif key not in _INHERITED:
+            elif key not in _INHERITED and not key.startswith(SPLIT_STATE):
                 yield from _parts(f"attribute {prefix}{key}", value)
     for name, buffer in model.named_buffers():
         yield f"buffer {name}", _tensor(buffer)
     for name, parameter in model.named_parameters():
         if name not in free:
             yield f"frozen parameter {name}", _tensor(own_part(parameter))
-    for name, part in parts_of(model, free):  # the others are compared as θ
-        yield f"parameter {name}", _tensor(part)
 
 
 def _read(function: Any, owner: type) -> dict[str, Any]:

@@ -7,8 +7,8 @@ and the model is only ever called functionally: it comes back exactly as it was 
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -224,8 +224,11 @@ class Task:
         if self.sharded is None or not stands_in(theta):
             return theta
         named = dict(self.model.named_parameters())
+        found = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
         with self.sharded.keeping():
-            return torch.cat([self.sharded.whole(named[k]).flatten() for k in self.layout.names])
+            for name, where in self.layout.slices.items():
+                found[where] = self.sharded.whole(named[name]).flatten()
+        return found
 
     def leaves(self, params: Params | Float[Tensor, " p"]) -> dict[str, Tensor]:
         """Parameters by name, as leaves to take derivatives by, each of its own."""
@@ -304,6 +307,21 @@ class Task:
     def meanwhile(self) -> Callable[[], None] | None:
         """What to do while another of these processes makes something; None: nothing."""
         return None if self.sharded is None else self.sharded.help
+
+    @contextmanager
+    def backwards(self, params: Params) -> Iterator[None]:
+        """For a backward pass over what `call` gave, which may run parts of the model again."""
+        if self.sharded is None:
+            yield
+            return
+        with lent(self.model), self.sharded.keeping(), self.running(params):
+            yield
+
+    def saving(self, seen: Callable[[Tensor], Tensor]) -> AbstractContextManager[Any]:
+        """Where each tensor that autograd keeps is shown first, weights that are split excepted."""
+        if self.sharded is None:
+            return torch.autograd.graph.saved_tensors_hooks(seen, lambda x: x)
+        return self.sharded.saving(seen)
 
     def in_step(self) -> AbstractContextManager[None]:
         """All processes that the model is split over leave together."""
