@@ -47,9 +47,9 @@ class Turns(Generic[_T]):
         """What a step gives, once it is its turn."""
         while True:
             least, _ = self._agreed(step)
-            found = self._do(least)
             if least == step:
-                return found
+                return self._do(least)
+            self._do(least)
 
     def meet(self) -> None:
         """Take part in the steps of the others until all of them are here."""

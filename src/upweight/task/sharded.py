@@ -14,7 +14,7 @@ for entries, which take no memory.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -62,7 +62,8 @@ def own_part(parameter: Tensor) -> Tensor:
     """What this process has of a parameter."""
     if not is_split(parameter):
         return parameter
-    part: Tensor = parameter.detach().to_local()  # type: ignore[attr-defined]
+    with torch.no_grad():
+        part: Tensor = parameter.to_local()  # type: ignore[attr-defined]
     return part
 
 
@@ -146,6 +147,11 @@ class _Unit:
     module: nn.Module
     parameters: tuple[Any, ...]
     places: tuple[tuple[tuple[nn.Module, str], ...], ...]
+
+    @cached_property
+    def layout(self) -> tuple[list["_Parts"], int]:
+        """How the parameters lie in what each process sends, and how many bytes that is."""
+        return _parts(self.parameters, self.parameters[0].device_mesh.size())
 
 
 def _units(model: nn.Module) -> tuple[_Unit, ...]:
@@ -497,57 +503,61 @@ class Sharded:
         return Ranks(ranks.group, self._turns.meet)
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """How the parts of a parameter lie in what the processes send.
+
+    Args:
+        start: Byte at which each of them begins.
+        shapes: Of the part of each process.
+        dim: The axis that is split.
+    """
+
+    start: int
+    shapes: tuple[tuple[int, ...], ...]
+    dim: int
+
+
+def _parts(parameters: Sequence[Any], size: int) -> tuple[list[_Parts], int]:
+    """Of some parameters and that many processes, and how many bytes each sends."""
+    found, start = [], 0
+    for p in parameters:
+        dim = p.placements[0].dim
+        # Each has as much of the axis as the others, or what is left.
+        most = -(-p.shape[dim] // size)
+        lengths = [max(0, min(most, p.shape[dim] - rank * most)) for rank in range(size)]
+        shapes = [(*p.shape[:dim], length, *p.shape[dim + 1 :]) for length in lengths]
+        found.append(_Parts(start, tuple(shapes), dim))
+        start += -(-math.prod(shapes[0]) * p.itemsize // ALIGNED) * ALIGNED
+    return found, start
+
+
 def _gathered(unit: _Unit) -> list[Tensor]:
     """The whole parameters of a unit, by one `all_gather` of the bytes of all parts."""
     import torch.distributed as dist
 
-    first = unit.parameters[0].device_mesh
-    group = first.get_group()
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    with torch.no_grad():
-        sizes = [[_part_size(p, r, size) for r in range(size)] for p in unit.parameters]
-        widths = [_bytes(p, each[0]) for p, each in zip(unit.parameters, sizes, strict=True)]
-        device = own_part(unit.parameters[0]).device
-        mine = torch.zeros(sum(widths), dtype=torch.uint8, device=device)
-        starts = [sum(widths[:k]) for k in range(len(widths))]
-        for p, each, start in zip(unit.parameters, sizes, starts, strict=True):
-            part = own_part(p).contiguous()
-            count = _numel(p, each[rank]) * p.itemsize
-            mine[start : start + count] = part.reshape(-1).view(torch.uint8)
-        every = [torch.empty_like(mine) for _ in range(size)]
+    group = unit.parameters[0].device_mesh.get_group()
+    layout, count = unit.layout
+    # Whatever is watched in the model: this is none of it.
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        own = [own_part(p) for p in unit.parameters]
+        mine = torch.zeros(count, dtype=torch.uint8, device=own[0].device)
+        for part, at in zip(own, layout, strict=True):
+            held = part.contiguous().reshape(-1).view(torch.uint8)
+            mine[at.start : at.start + len(held)] = held
+        every = [torch.empty_like(mine) for _ in layout[0].shapes]
         dist.all_gather(every, mine, group=group)
-        found = []
-        for p, each, start in zip(unit.parameters, sizes, starts, strict=True):
-            parts = []
-            for buffer, length in zip(every, each, strict=True):
-                count = _numel(p, length) * p.itemsize
-                held = buffer[start : start + count].view(p.dtype)
-                parts.append(held.reshape(_shape(p, length)))
-            found.append(torch.cat(parts, dim=p.placements[0].dim))
+        pairs = zip(own, layout, strict=True)
+        return [torch.cat(_cut(every, part, at), dim=at.dim) for part, at in pairs]
+
+
+def _cut(every: Sequence[Tensor], like: Tensor, at: _Parts) -> list[Tensor]:
+    """The parts of a parameter in what each process sent."""
+    found = []
+    for buffer, shape in zip(every, at.shapes, strict=True):
+        stop = at.start + math.prod(shape) * like.itemsize
+        found.append(buffer[at.start : stop].view(like.dtype).reshape(shape))
     return found
-
-
-def _part_size(parameter: Any, rank: int, size: int) -> int:
-    """How much of the axis that is split a process has: as much as the others, or what is left."""
-    length = parameter.shape[parameter.placements[0].dim]
-    most = -(-length // size)
-    return max(0, min(most, length - rank * most))
-
-
-def _shape(parameter: Any, length: int) -> list[int]:
-    shape = list(parameter.shape)
-    shape[parameter.placements[0].dim] = length
-    return shape
-
-
-def _numel(parameter: Any, length: int) -> int:
-    return math.prod(_shape(parameter, length))
-
-
-def _bytes(parameter: Any, length: int) -> int:
-    """Of the largest part, rounded up."""
-    count = _numel(parameter, length) * parameter.itemsize
-    return int(-(-count // ALIGNED) * ALIGNED)
 
 
 @contextmanager
