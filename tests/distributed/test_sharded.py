@@ -112,6 +112,8 @@ method = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1))
 def answers(model, group, folder):
     task = uw.Task(model, uw.CrossEntropy(), uw.L2(1e-3))
     resources = uw.Resources(memory_bytes=60_000, group=group)
+    with torch.no_grad():
+        model(x[:2])  # fully_shard leaves the weights of the root whole after it
     fitted = method.fit(task, train, resources=resources)
     found = {
         "own": fitted.self_influence(),
@@ -131,7 +133,7 @@ def files(folder):
 
 plain = Model().double().eval()
 model = split(copy.deepcopy(plain))
-before, live, peak = state(model), {}, 0
+live, peak = {}, 0
 gathered = sharded._gathered
 
 
@@ -148,6 +150,9 @@ def counted(unit):  # what there is of whole weights at a time
 
 sharded._gathered = counted
 fitted, found = answers(model, dist.group.WORLD, "split")
+model.reshard()
+before = state(model)
+again = uw.GradientDot().fit(fitted.task, few).attribute(queries)
 sharded._gathered = gathered
 sizes = [sum(p.numel() * 8 for p in u.parameters) for u in fitted.task.sharded.units]
 told = {

@@ -118,7 +118,9 @@ class Capture:
         given = dict(task.named(theta))
         if task.sharded is not None:  # what is looked at by itself must be there
             every = dict(task.model.named_parameters())
-            given |= {k: task.sharded.whole(every[k]).clone() for k in (*self._broadcast, *others)}
+            given |= {
+                k: task.sharded.whole(k, every[k]).clone() for k in (*self._broadcast, *others)
+            }
         self.params = {k: v.detach().requires_grad_(k in names) for k, v in given.items()}
         """θ by name: leaves where they are watched or of interest, constants elsewhere."""
         self._size = 0

@@ -117,7 +117,7 @@ def _named(value: Any, fields: Mapping[str, Any]) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}({inner})"
 
 
-def _module(model: nn.Module, whole: Callable[[Tensor], Tensor] = lambda p: p) -> str:
+def _module(model: nn.Module, whole: Callable[[str, Tensor], Tensor] = lambda _, x: x) -> str:
     """Its layers, what they hold besides parameters, how they are called, and every parameter."""
     parts = []
     for name, module in model.named_modules():
@@ -132,7 +132,7 @@ def _module(model: nn.Module, whole: Callable[[Tensor], Tensor] = lambda p: p) -
             parts.append(described(kind.forward))
             parts.append(described(reads(kind.forward, kind)))
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    told = (f"{described(name)}: {described(whole(x))}" for name, x in state.items())
+    told = (f"{described(name)}: {described(whole(name, x))}" for name, x in state.items())
     return f"{kind_of(model).__qualname__} {digest(*parts, '{' + ', '.join(told) + '}')}"
 
 

@@ -279,6 +279,14 @@ class Sharded:
         return tuple(found.values())
 
     @cached_property
+    def _named(self) -> dict[str, Tensor]:
+        return dict(self.split)
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {id(p): name for name, p in self.split}
+
+    @cached_property
     def _places(self) -> dict[int, tuple[int, int]]:
         """The unit of each parameter, and its place there."""
         return {
@@ -322,10 +330,16 @@ class Sharded:
             self._last = (number, found)
         return found
 
-    def whole(self, parameter: Tensor) -> Tensor:
-        """All of one parameter."""
-        if not is_split(parameter):
-            return parameter.detach()
+    def whole(self, name: str, instead: Tensor) -> Tensor:
+        """All of one parameter; `instead` where it is not split.
+
+        Nothing that `fully_shard` has put together is read: to look at its bytes would keep it from
+        being let go.
+        """
+        parameter = self._named.get(name)
+        return instead.detach() if parameter is None else self._whole(parameter)
+
+    def _whole(self, parameter: Tensor) -> Tensor:
         number, k = self._places[id(parameter)]
         return self._weights(number)[k]
 
@@ -351,7 +365,7 @@ class Sharded:
         ]
         try:
             for each, last, p in taken:
-                each._parameters[last] = self.whole(p)  # type: ignore[assignment,arg-type]
+                each._parameters[last] = self._whole(p)  # type: ignore[assignment,arg-type]
             yield
         finally:
             for each, last, p in taken:
@@ -360,12 +374,11 @@ class Sharded:
     # -- running the model ------------------------------------------------------------------------
 
     @contextmanager
-    def running(self, chosen: Params, names: dict[int, str]) -> Iterator[None]:
+    def running(self, chosen: Params) -> Iterator[None]:
         """The model may be called: each unit with its whole weights.
 
         Args:
             chosen: θ by name: what stands in its place, or weights for some of the parameters.
-            names: Of parameters in θ, by id.
 
         Raises:
             UnsupportedModel: Weights are given for all of them, which no process has; or the model
@@ -376,7 +389,7 @@ class Sharded:
             for module in self.model.modules():
                 stack.enter_context(_without_own_hooks(module))
             for number, unit in enumerate(self.units):
-                enter = partial(self._enter, number, chosen, names)
+                enter = partial(self._enter, number, chosen)
                 for handle in (
                     unit.module.register_forward_pre_hook(enter, prepend=True),
                     unit.module.register_forward_hook(
@@ -410,14 +423,12 @@ class Sharded:
                 WHOLE,
             )
 
-    def _enter(
-        self, number: int, chosen: Params, names: dict[int, str], module: nn.Module, _: Any
-    ) -> None:
+    def _enter(self, number: int, chosen: Params, module: nn.Module, _: Any) -> None:
         unit, weights = self.units[number], self._weights(number)
         self._out.append((number, weights))
         for k, (p, whole) in enumerate(zip(unit.parameters, weights, strict=True)):
             self._stored[whole.untyped_storage().data_ptr()] = (number, k)
-            given = chosen.get(names.get(id(p), ""))
+            given = chosen.get(self._names[id(p)])
             value = whole
             if given is not None:
                 value = _at(given, whole, k) if stands_in(given) else given

@@ -65,9 +65,10 @@ class Snapshot:
     @classmethod
     def of(cls, task: Task) -> "Snapshot":
         """The task now. Cost: one reading of buffers and frozen parameters."""
-        parts = dict(_of_module(task.model, frozenset(task.layout.names)))
-        if task.sharded is not None:  # parameters that are whole are compared as θ
-            parts |= {f"parameter {k}": _tensor(own_part(p)) for k, p in task.sharded.split}
+        split = {} if task.sharded is None else dict(task.sharded.split)
+        parts = dict(_of_module(task.model, frozenset({*task.layout.names, *split})))
+        # Of these θ has nothing.
+        parts |= {f"parameter {name}": _tensor(own_part(p)) for name, p in split.items()}
         for name in ("loss", "penalty", "forward"):
             value = getattr(task, name)
             held = getattr(value, "function", value)  # a function or module of the user's
@@ -260,7 +261,7 @@ def _of_module(model: nn.Module, free: frozenset[str]) -> Iterator[tuple[str, An
         yield f"buffer {name}", _tensor(buffer)
     for name, parameter in model.named_parameters():
         if name not in free:
-            yield f"frozen parameter {name}", _tensor(own_part(parameter))
+            yield f"frozen parameter {name}", _tensor(parameter)
 
 
 def _read(function: Any, owner: type) -> dict[str, Any]:

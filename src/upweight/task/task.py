@@ -227,7 +227,7 @@ class Task:
         found = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
         with self.sharded.keeping():
             for name, where in self.layout.slices.items():
-                found[where] = self.sharded.whole(named[name]).flatten()
+                found[where] = self.sharded.whole(name, named[name]).flatten()
         return found
 
     def leaves(self, params: Params | Float[Tensor, " p"]) -> dict[str, Tensor]:
@@ -329,10 +329,7 @@ class Task:
 
     def running(self, params: Params) -> AbstractContextManager[None]:
         """Where parts of the model are put together from several processes, while it runs."""
-        if self.sharded is None:
-            return nullcontext()
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        return self.sharded.running(params, names)
+        return nullcontext() if self.sharded is None else self.sharded.running(params)
 
     def losses(self, params: Params | Float[Tensor, " p"], batch: Batch) -> Float[Tensor, " b"]:
         """ℓ of each example of a batch, unreduced.
