@@ -37,6 +37,7 @@ BREADTH = {
     "cli/test_stranger.py",
     "cli/test_verbs.py",
     "distributed/test_ranks.py",
+    "distributed/test_sharded.py",
     "exactness/test_layerwise_scores.py",
     "exactness/test_removal.py",
     "exactness/test_second_way.py",

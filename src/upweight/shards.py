@@ -1,6 +1,6 @@
 """Shards: all scores on disk as they are computed, resumable, by one process or several."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ class Shards(Reducer):
         share, folder = share_of(self.shards), Path(self.folder)
         description = sweep.description()
         make_folder(folder)
-        with claimed(folder, "begin", wait=True):  # the first says with which settings
+        # The first says with which settings.
+        with claimed(folder, "begin", wait=True, meanwhile=sweep.meanwhile):
             stored = StoredMatrix.open(
                 folder,
                 description,
@@ -66,7 +67,7 @@ class Shards(Reducer):
                 again=AGAIN,
             )
         stored.verify()
-        return _Shards(stored, share, sweep.dtype.itemsize)
+        return _Shards(stored, share, sweep.dtype.itemsize, sweep.meanwhile)
 
 
 @dataclass(eq=False)
@@ -74,6 +75,7 @@ class _Shards(Sink):
     stored: StoredMatrix
     share: tuple[int, int]
     itemsize: int
+    meanwhile: Callable[[], None] | None = None
     begin: int = 0
     stop: int = 0
     held: list[Tensor] = field(default_factory=list)
@@ -98,7 +100,10 @@ class _Shards(Sink):
                 parts = [(a, b) for a, b in parts if a < b]
                 if not parts or self.stored.path(tile.name).exists():
                     continue
-                with claimed(self.stored.directory, tile.name, wait=wait) as is_mine:
+                claim = claimed(
+                    self.stored.directory, tile.name, wait=wait, meanwhile=self.meanwhile
+                )
+                with claim as is_mine:
                     for a, b in parts if is_mine else ():
                         if not self.stored.path(Tile(first, last, a, b).name).exists():
                             yield a, b
@@ -138,7 +143,7 @@ class _Shards(Sink):
         folder = self.stored.directory
         if not self.stored.is_whole:  # others have shares of it
             return self.stored
-        with claimed(folder, "begin", wait=True):
+        with claimed(folder, "begin", wait=True, meanwhile=self.meanwhile):
             if not self.is_done:
                 made = answer.provenance(())
                 self.stored.finish({"unit": answer.unit.name, "provenance": asdict(made)})

@@ -478,7 +478,7 @@ def test_ticked_rows_leave_the_page(run, opened):
     run.write()
     page = opened(run.path, "#training", width=390, scheme="dark")
     page.locator("#suspicious-title").wait_for()
-    assert "proposed" in page.locator(".labels").first.inner_text()
+    assert "predicts" in page.locator(".labels").first.inner_text()
     assert page.locator(".card dl.row:visible").count() == 4, "the rows of the first suspects"
     page.evaluate(
         "() => document.querySelectorAll('#training [hidden]').forEach(e => e.hidden = 0)"

@@ -575,7 +575,7 @@ class Reader:
             return
         asked = Task(self.model, CrossEntropy(), forward=_logits)
         with torch.no_grad():
-            long, short = (asked.call(asked.theta(), x)[0] for x in (inputs, cut))
+            long, short = (asked.call(asked.held_theta(), x)[0] for x in (inputs, cut))
         long = long if long.shape == short.shape else long[:, count:]
         moved = float((long - short).norm() / (short - short.mean()).norm())
         if not moved > MOVED:

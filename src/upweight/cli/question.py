@@ -34,6 +34,7 @@ from upweight.runtime.versions import library_versions
 from upweight.task.data import Data
 from upweight.task.measures import as_measure
 from upweight.task.recipe import Recipe
+from upweight.task.sharded import require_own_weights
 from upweight.task.task import Task
 
 UNITS = ("", "K", "M", "G", "T")
@@ -107,6 +108,12 @@ class Asked:
         if not callable(measure):
             raise SpecError(_not_a("measure", self.measure, measure, "a function"))
         task, train = with_training_data(project, named.task, named.train)
+        require_own_weights(
+            task.sharded,
+            "A command",
+            "call it from Python, method.fit(task, train, resources=Resources(group=…)).attribute("
+            "queries, into=Shards(folder)), which Scores.load(folder) reads",
+        )
         queries = task.queries(project.load(named.queries))
         if self.method is None:
             method = self._chosen(project, named.task, task, train, queries)

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.curvature.estimators import Estimator, named, restore_named
+from upweight.curvature.estimators import TRIAL, Estimator, named, restore_named
 from upweight.curvature.kept import Kept, Parts
 from upweight.curvature.labels import Head, Labels
 from upweight.errors import DataError, listed
@@ -382,7 +382,9 @@ class _Passes:
         Each rank takes one block of a round; the last batch of it ends the round, or an empty one.
         """
         size, ranks = self.place.batch, self.ranks
-        examples = max(1, BATCHES // self.labels.per_example) * size
+        # Rounding is tried within a block: another process may have the next.
+        batches = max(BATCHES // self.labels.per_example, -(-TRIAL // size))
+        examples = batches * size
         blocks = [
             range(max(start, first), min(start + examples, end), size)
             for start in range(begin, end, examples)
@@ -542,7 +544,9 @@ def _with_penalty(
 ) -> tuple[list[Eigen], tuple[str, ...]]:
     """Λₗ + the penalty's curvature on the block, in the block's basis."""
     task = made.task
-    penalties: list[Any] = [task.penalty.curvature(theta, task.layout) for theta in points]
+    penalties: list[Any] = [
+        task.penalty.curvature(task.whole(theta), task.layout) for theta in points
+    ]
     if penalties[0] is None:
         return eigens, ()
     diagonal = torch.stack([penalty.diagonal() for penalty in penalties]).mean(dim=0)

@@ -193,8 +193,7 @@ def total_gradient(
 
 
 def _leaves(task: Task, theta: Float[Tensor, " p"]) -> dict[str, Tensor]:
-    # One leaf per parameter: a sparse gradient cannot go back through a slice of θ.
-    return {k: v.clone().requires_grad_() for k, v in task.named(theta).items()}
+    return task.leaves(theta)
 
 
 def _pulled_back(

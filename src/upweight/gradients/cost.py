@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -60,7 +59,7 @@ def _held(
         runs += 1
         if runs > 1:  # torch.func, which bears no such hooks, and single examples
             return task.loss(*task.call(params, examples))
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with task.saving(keep):
             return task.loss(*task.call(params, examples))
 
     with GradientPass(plan, theta) as passes:

@@ -35,6 +35,7 @@ from upweight.gradients.broadcast import Broadcasting, Met, parameter_rows
 from upweight.gradients.functional import as_dense
 from upweight.task.gradients import require_recording
 from upweight.task.lent import lent, without_fast_path
+from upweight.task.sharded import is_split
 from upweight.task.task import Task
 
 _T = TypeVar("_T")
@@ -114,9 +115,13 @@ class Capture:
         self._broadcast = tuple(broadcast)
         self._watched = {*_accounted(task, self.layers), *self._broadcast}
         names = {*self._watched, *others}
-        self.params = {
-            k: v.detach().requires_grad_(k in names) for k, v in task.named(theta).items()
-        }
+        given = dict(task.named(theta))
+        if task.sharded is not None:  # what is looked at by itself must be there
+            every = dict(task.model.named_parameters())
+            given |= {
+                k: task.sharded.whole(k, every[k]).clone() for k in (*self._broadcast, *others)
+            }
+        self.params = {k: v.detach().requires_grad_(k in names) for k, v in given.items()}
         """θ by name: leaves where they are watched or of interest, constants elsewhere."""
         self._size = 0
         self.met: list[Met] = []
@@ -379,12 +384,15 @@ def inside(task: Task, params: Params, function: Callable[[], _T]) -> _T:
     that need gradients as in the forward pass. And for rules of layers that read their parameters.
     """
     names = {id(p): name for name, p in task.model.named_parameters()}
-    with lent(task.model):
+    with lent(task.model), task.backwards(params):
         for module in task.model.modules():
             for last, parameter in module._parameters.items():
-                if parameter is not None:
-                    value = params.get(names[id(parameter)], parameter.detach())
-                    module._parameters[last] = value  # type: ignore[assignment]
+                if parameter is None or (task.sharded is not None and is_split(parameter)):
+                    continue
+                value = params.get(names[id(parameter)])
+                if value is None or task.stands_in(value):
+                    value = parameter.detach()
+                module._parameters[last] = value  # type: ignore[assignment]
         return function()
 
 

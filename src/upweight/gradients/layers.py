@@ -41,6 +41,7 @@ from upweight.gradients.factored import (
 )
 from upweight.gradients.hooks import Call
 from upweight.task.lent import with_backward_pass
+from upweight.task.sharded import kind_of
 
 Contributions = Mapping[str, Factors]
 """Gradients by the parameter's name within its module; `weight[k]` for group k of a convolution."""
@@ -92,6 +93,7 @@ class Rule:
         has_one_input: Whether it takes calls with one tensor only.
         is_transposed: Whether weights are kept as [i, o]; factors are those of [o, i].
         is_stacked: Whether weights are [k, o, i] (or [k, i, o]): `weight[j]` for each of k.
+        reads: Whether the values of the module's parameters are read.
     """
 
     parameters: Callable[[Any], tuple[str, ...]]
@@ -101,6 +103,7 @@ class Rule:
     has_one_input: bool = False
     is_transposed: bool = False
     is_stacked: bool = False
+    reads: bool = False
 
 
 def _own(*names: str) -> Callable[[nn.Module], tuple[str, ...]]:
@@ -552,7 +555,7 @@ _CONV_TRANSPOSE = Rule(_own("weight", "bias"), _conv_transpose)
 _LAYER_NORM = Rule(_own("weight", "bias"), _layer_norm, has_factors=False)
 _RUNNING_NORM = Rule(_fixed_statistics, _channel_norm, has_factors=False)
 _CHANNEL_NORM = Rule(_own("weight", "bias"), _channel_norm, has_factors=False)
-_ANY_OTHER = Rule(_direct_parameters, _itself, has_factors=False, has_one_input=True)
+_ANY_OTHER = Rule(_direct_parameters, _itself, has_factors=False, has_one_input=True, reads=True)
 
 RULES: Mapping[type[nn.Module], Rule] = {
     nn.Linear: _LINEAR,
@@ -572,6 +575,7 @@ RULES: Mapping[type[nn.Module], Rule] = {
         _attention_parameters,
         _attention,
         {"in_proj_weight": "in_proj_bias", "out_proj.weight": "out_proj.bias"},
+        reads=True,
     ),
 }
 
@@ -581,14 +585,14 @@ _BY_NAME = {
 }
 
 
-_EXPERTS = Rule(_expert_parameters, _experts, is_stacked=True)
+_EXPERTS = Rule(_expert_parameters, _experts, is_stacked=True, reads=True)
 
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of a layer, or None where there is none."""
     if _is_experts(module):
         return dataclasses.replace(_EXPERTS, is_transposed=bool(module.is_transposed))
-    kind = type(module)
+    kind = kind_of(module)
     named = _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
     if named is not None:
         return named

@@ -16,6 +16,7 @@ in a mixture of experts that routes by value, the batch is taken one example at 
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from upweight.gradients.functional import over_examples
 from upweight.gradients.hooks import Call, Capture, inside
 from upweight.gradients.layers import Examples, rule_for
 from upweight.task.batches import cut
+from upweight.task.task import Task
 
 Function = Callable[[Params, Any], Tensor]
 """(θ by name, batch) to one value per example: losses, or a measure."""
@@ -132,7 +134,7 @@ class GradientPass:
             by_role = inside(  # some rules read the parameters of their layer
                 plan.task,
                 self._capture.params,
-                lambda: _contributions(plan.task.model, calls, plan.layers, size, plan.dtype),
+                lambda: _contributions(plan.task, calls, plan.layers, size, plan.dtype),
             )
         try:
             rows |= self._by_function(function, batch, size)
@@ -301,7 +303,7 @@ def _has_axis(call: Call, axis: int, size: int) -> bool:
 
 
 def _contributions(
-    model: nn.Module,
+    task: Task,
     calls: Sequence[Call],
     axes: Mapping[str, int],
     size: int,
@@ -310,11 +312,14 @@ def _contributions(
     """What each use of each layer adds to each parameter's gradient."""
     found: dict[Source, list[Factors]] = {}
     for call in calls:
-        module = model.get_submodule(call.layer)
+        module = task.model.get_submodule(call.layer)
         rule = rule_for(module)
         assert rule is not None  # only layers with a rule are watched
         examples = Examples(size, axes[call.layer], dtype)
-        for role, factors in rule.gradients(module, call, examples).items():
+        is_split = rule.reads and task.sharded is not None
+        with task.sharded.filled(module) if is_split else nullcontext():  # type: ignore[union-attr]
+            contributions = rule.gradients(module, call, examples)
+        for role, factors in contributions.items():
             found.setdefault(Source(call.layer, role), []).append(factors)
     return found
 

@@ -531,7 +531,7 @@ def _mismatches(made: Plan, theta: Float[Tensor, " p"], batch: Batch, size: int)
     """Parameters whose Σᵢ cᵢ gᵢ is not what autograd gives for Σᵢ cᵢ ℓᵢ, but for rounding."""
     task, eps = made.task, _eps(made.computes_in)
     weights = torch.tensor([1.0, -0.5, 2.25], device=task.layout.device)[:size]
-    params = {k: v.clone().requires_grad_() for k, v in task.named(theta).items()}
+    params = task.leaves(theta)
     with torch.enable_grad():
         values = _checked(task, params, batch)
         parts = inside(

@@ -29,7 +29,7 @@ from upweight.runtime.store import FINISHED, Store
 from upweight.scores import TopScores, Unit
 from upweight.task.check import require_answerable
 from upweight.task.data import Data
-from upweight.task.identity import contents, described
+from upweight.task.identity import contents, described, model_described
 from upweight.task.measures import Loss
 
 AGAIN = "the same Index.build(…) or index.extend(…), which makes only what is missing"
@@ -165,32 +165,35 @@ class Index:
         started = time.perf_counter()
         share, codes = share_of(shards), Codes(bits)
         _require_counts(bytes_per_example=bytes_per_example, sample=sample, shard=shard)
-        fitted._require_same_model()
-        known = None if queries is None else fitted.task.queries(queries)
-        most = _numbers(codes, bytes_per_example, width_of(fitted))
-        chosen = "training" if known is None else f"training and queries {contents(known)}"
-        description = {
-            **_of_fit(fitted),
-            "rows": f"at most {most} numbers by mean sizes over {sample}, {chosen}",
-            "codes": described(codes),
-        }
-        examples, place = _data(fitted, data), Path(folder)
-        make_folder(place)
-        with claimed(place, INDEX, wait=True):  # one process chooses the coordinates
-            store = _of_another(place, description)
-            if store is None:
-                made = transform(fitted, most, known, sample)
-                size = -(-shard // made.at_once) * made.at_once
-                begun = {"at_once": made.at_once, "shard": size, "bits": bits}
-                store = Store.open(place, description, begun=begun, again=AGAIN)
-                store.add(TRANSFORM, made.tensors())
-        index = cls._opened(store, fitted, [(0, examples)])
-        chose = time.perf_counter()
-        index._add(examples, 0, source, share)
-        index._end = len(examples)
-        ended = time.perf_counter()
-        index.seconds = {"coordinates": chose - started, "rows": ended - chose}
-        return index
+        with fitted.task.in_step():
+            fitted._require_same_model()
+            known = None if queries is None else fitted.task.queries(queries)
+            most = _numbers(codes, bytes_per_example, width_of(fitted))
+            chosen = "training" if known is None else f"training and queries {contents(known)}"
+            description = {
+                **_of_fit(fitted),
+                "rows": f"at most {most} numbers by mean sizes over {sample}, {chosen}",
+                "codes": described(codes),
+            }
+            examples, place = _data(fitted, data), Path(folder)
+            make_folder(place)
+            meanwhile = fitted.task.meanwhile
+            # One process chooses the coordinates.
+            with claimed(place, INDEX, wait=True, meanwhile=meanwhile):
+                store = _of_another(place, description)
+                if store is None:
+                    made = transform(fitted, most, known, sample)
+                    size = -(-shard // made.at_once) * made.at_once
+                    begun = {"at_once": made.at_once, "shard": size, "bits": bits}
+                    store = Store.open(place, description, begun=begun, again=AGAIN)
+                    store.add(TRANSFORM, made.tensors())
+            index = cls._opened(store, fitted, [(0, examples)])
+            chose = time.perf_counter()
+            index._add(examples, 0, source, share)
+            index._end = len(examples)
+            ended = time.perf_counter()
+            index.seconds = {"coordinates": chose - started, "rows": ended - chose}
+            return index
 
     @classmethod
     def load(cls, folder: Folder, fitted: Fitted, *data: Any) -> "Index":
@@ -256,14 +259,15 @@ class Index:
         Cost: one pass over the new examples.
         """
         share = share_of(shards)
-        self.fitted._require_same_model()
-        examples, n = _data(self.fitted, data), self._end
-        started = time.perf_counter()
-        self._add(examples, n, source, share)
-        if sum(len(each) for _, each in self._held) == n:
-            self._held.append((n, examples))
-        self._end = n + len(examples)
-        self.seconds["rows"] = time.perf_counter() - started
+        with self.fitted.task.in_step():
+            self.fitted._require_same_model()
+            examples, n = _data(self.fitted, data), self._end
+            started = time.perf_counter()
+            self._add(examples, n, source, share)
+            if sum(len(each) for _, each in self._held) == n:
+                self._held.append((n, examples))
+            self._end = n + len(examples)
+            self.seconds["rows"] = time.perf_counter() - started
 
     def _add(self, data: Data, offset: int, source: str | None, share: tuple[int, int]) -> None:
         rows, n = self._rows, offset + len(data)
@@ -646,7 +650,7 @@ def _of_fit(fitted: Fitted) -> dict[str, str]:
         "penalty": described(task.penalty),
         "parameters": repr(task.layout),
         "forward": described(task.forward),
-        "model": described(task.model),
+        "model": model_described(task),
         "training examples": str(len(fitted.train)),
         **history,
     }

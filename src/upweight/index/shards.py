@@ -117,7 +117,10 @@ class Rows:
             for shard in wanted:
                 if self._exists(shard):
                     continue
-                with claimed(self.store.directory, shard.name, wait=wait) as is_mine:
+                claim = claimed(
+                    self.store.directory, shard.name, wait=wait, meanwhile=transform.meanwhile
+                )
+                with claim as is_mine:
                     if is_mine and not self._exists(shard):
                         self._make(shard, transform, passes, data, offset)
 

@@ -13,7 +13,7 @@ any P.
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -59,6 +59,11 @@ class Transform(abc.ABC):
     factor: float
     at_once: int
     spread: Float[Tensor, " K"]
+
+    @property
+    def meanwhile(self) -> Callable[[], None] | None:
+        """What to do while other processes make rows; None: nothing."""
+        return self.plan.task.meanwhile
 
     @property
     @abc.abstractmethod

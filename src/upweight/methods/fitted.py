@@ -39,8 +39,9 @@ from upweight.task.check import checked_losses, checked_measurements, require_an
 from upweight.task.data import Data
 from upweight.task.identity import contents, described, subject
 from upweight.task.measures import Functional, Loss, as_measure
+from upweight.task.sharded import BY_LAYER, require_own_weights
 from upweight.task.snapshot import Snapshot
-from upweight.task.task import Task
+from upweight.task.task import Task, in_step
 
 if TYPE_CHECKING:
     from upweight.evaluation.check import Check
@@ -121,6 +122,7 @@ class Fitted:
 
     # -- scores -----------------------------------------------------------------------------------
 
+    @in_step
     def attribute(
         self,
         queries: Any,
@@ -193,6 +195,7 @@ class Fitted:
 
         return sink.result(Answer(self.spec.unit, provenance, self._context(asked)))
 
+    @in_step
     def query_tokens(
         self, queries: Any, measure: Callable[..., Tensor], examples: Sequence[int]
     ) -> TokenScores:
@@ -229,6 +232,7 @@ class Fitted:
         shares, rest = (torch.cat(column) for column in zip(*parts, strict=True))
         return TokenScores(shares.transpose(0, 1), rest.T)
 
+    @in_step
     def self_influence(self) -> Float[Tensor, " n"]:
         """S[i, i] = ∂ℓᵢ/∂wᵢ of every training example: how much its own weight lowers its loss.
 
@@ -506,6 +510,7 @@ class Fitted:
     # -- whether to believe it --------------------------------------------------------------------
 
     @cached_property
+    @in_step
     def stationarity(self) -> Mapping[str, float]:
         """How far θ̂ is from a stationary point of J: ‖∇J(θ̂)‖, and what a Newton step would gain.
 
@@ -578,6 +583,7 @@ class Fitted:
         self._require_same_model()
         memory = self.resources.memory_bytes
         if isinstance(measure, Functional):
+            require_own_weights(self.task.sharded, repr(measure), "ask a measure of outputs")
             data = None if queries is None else self.task.queries(queries)
             batch = None if data is None else self.task.to_device(data.batch(0, len(data)))
             found = derivatives(measure, self.task, self.theta, batch, len(self.train))
@@ -602,6 +608,7 @@ class Fitted:
             NotOffered: A `Functional` has ∂φ/∂w too: how it changes with an example's input or
                 label is in the function alone.
         """
+        require_own_weights(self.task.sharded, what, BY_LAYER)
         asked = self._asked(queries, measure)
         if asked.direct is not None:
             raise NotOffered(
@@ -624,6 +631,7 @@ class Fitted:
             layers=lambda: (*self.scorer.layers, *(() if asked.direct is None else (DIRECT,))),
             description=lambda: self._description(asked),
             settings=self.scorer.settings(asked),
+            meanwhile=self.task.meanwhile,
         )
 
     def _left_out(self, curvature: str) -> tuple[Float[Tensor, "n *c"], Float[Tensor, " n"]]:
@@ -646,6 +654,7 @@ class Fitted:
 
     @property
     def _place(self) -> Place:
+        require_own_weights(self.task.sharded, "Leaving examples out", BY_LAYER)
         return Place(self.task, self.train, self.theta, self.scorer)
 
     def _context(self, asked: Asked) -> Context:
@@ -657,13 +666,17 @@ class Fitted:
         Raises:
             ModelChanged: θ̂, or another part of the model or its objective, has changed.
         """
-        now = self.task.theta()
+        now = self.task.held_theta()
+        if self.task.stands_in(now):  # the snapshot has what this process has of it
+            self.snapshot.require_same(self.task, self.train)
+            return
         if now.dtype != self.theta.dtype or not torch.equal(now, self.theta):
             raise ModelChanged(health.moved(now, self.theta))
         self.snapshot.require_same(self.task, self.train)
 
     def _require_movement(self, what: str) -> None:
         """Refuse a question about where θ moves to, where scores are no derivatives."""
+        require_own_weights(self.task.sharded, what, BY_LAYER)
         self._require_same_model()
         if self.spec.unit is not Unit.DERIVATIVE:
             raise not_offered(what, "a method that says where θ̂ moves to")

@@ -220,6 +220,8 @@ def warned(notes: list[str]) -> list[str]:
 
 def is_convex(task: Task, theta: Float[Tensor, " p"], train: Data) -> bool:
     """Whether J is known to be convex: a convex loss of a model that is linear in θ."""
+    if task.stands_in(theta):  # a linear model needs not be split over processes
+        return False
     probe = task.to_device(train.batch(0, min(4, len(train))))
     return task.loss.convex and linear_form(task, theta, probe) is not None
 
@@ -454,7 +456,7 @@ def precision_notes(task: Task, data: Data) -> tuple[str, ...]:
     if not is_short:
         batch = task.to_device(data.batch(0, 1))
         with torch.no_grad():
-            seen = dtypes_in(lambda: task.call(task.theta(), batch))
+            seen = dtypes_in(lambda: task.call(task.held_theta(), batch))
     short = max(seen, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
     if short.itemsize >= 4:
         return ()

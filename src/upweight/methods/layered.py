@@ -276,7 +276,7 @@ class LayeredScorer(Scorer):
     def penalty_gradients(self) -> list[Tensor]:
         """∇R(θ) of each block, in the block's shape."""
         layout = self.task.layout
-        flat = self.task.penalty.gradient(self.point.theta, layout)
+        flat = self.task.penalty.gradient(self.task.whole(self.point.theta), layout)
         return [
             flat[b.block.index(layout).to(flat.device)]
             .reshape(b.eigen.values.shape)
@@ -497,7 +497,8 @@ def _learned(
         if of == curvature and at is point.theta:
             return known
     seen: dict[int, Tensor] = {}
-    is_own = torch.equal(point.theta, fitting.theta)  # losses are those of the trained model
+    # Losses are those of the trained model; what stands in its place has no values.
+    is_own = task.stands_in(point.theta) or torch.equal(point.theta, fitting.theta)
 
     def watch(start: int, stop: int, batch: Batch, outputs: Tensor, targets: Any) -> None:
         places = (start, stop)

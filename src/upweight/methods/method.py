@@ -14,6 +14,7 @@ from upweight.runtime.resources import Resources
 from upweight.scores import Unit
 from upweight.task.check import require_answerable
 from upweight.task.modes import require_modules
+from upweight.task.sharded import BY_LAYER, require_own_weights
 from upweight.task.snapshot import Snapshot, written
 from upweight.task.task import Task, require_task
 
@@ -32,6 +33,9 @@ class Method(abc.ABC):
     """Whether it can do without one."""
     takes_run: ClassVar[bool] = False
     """Whether its history is one run of training that ended at the model."""
+
+    goes_by_layer: bool = False
+    """Whether it needs θ a layer at a time only, so that each process may have a part of it."""
 
     @property
     @abc.abstractmethod
@@ -68,39 +72,44 @@ class Method(abc.ABC):
         started = time.perf_counter()
         require_task(task)
         require_modules(task.model)
-        data, before = task.training(train), Snapshot.of(task)
-        # Of the data as they come, so that a random data set meets a message that knows the cause.
-        probe = require_answerable(task, data, "training data")
-        for note in probe.notes:
-            warnings.warn(note, UserWarning, stacklevel=2)
-        data = data.watched()
         used = Resources() if resources is None else resources
-        if history is not None and not self.takes_history:
-            raise SpecError(
-                "A history is for methods that look at how the model was trained.",
-                f"history={type(history).__name__} for {self!r}, which looks at θ̂ alone.",
-                "an argument left from another method.",
-                "leave it out.",
+        if task.sharded is not None:
+            if not self.goes_by_layer:
+                require_own_weights(task.sharded, repr(self), BY_LAYER)
+            used = used.sharing(task.sharded.shares(used.ranks))
+        with task.in_step():
+            data, before = task.training(train), Snapshot.of(task)
+            # Of the data as they come: a random data set meets a message that knows the cause.
+            probe = require_answerable(task, data, "training data")
+            for note in probe.notes:
+                warnings.warn(note, UserWarning, stacklevel=2)
+            data = data.watched()
+            if history is not None and not self.takes_history:
+                raise SpecError(
+                    "A history is for methods that look at how the model was trained.",
+                    f"history={type(history).__name__} for {self!r}, which looks at θ̂ alone.",
+                    "an argument left from another method.",
+                    "leave it out.",
+                )
+            fitting = Fitting(task, data, task.held_theta(), probe, used, history)
+            scorer = self.prepare(fitting)
+            losses = fitting.checked_losses()
+            return Fitted(
+                spec=self,
+                task=task,
+                train=data,
+                theta=fitting.theta,
+                snapshot=Snapshot.of(task).settled(before, written(task, data), losses),
+                losses=losses,
+                scorer=scorer,
+                resources=used,
+                history=history,
+                seconds={"fit": time.perf_counter() - started, **scorer.seconds},
+                notes=(
+                    *data.notes,
+                    *data.form_notes,
+                    *probe.notes,
+                    *scorer.notes,
+                    *health.precision_notes(task, data),
+                ),
             )
-        fitting = Fitting(task, data, task.theta(), probe, used, history)
-        scorer = self.prepare(fitting)
-        losses = fitting.checked_losses()
-        return Fitted(
-            spec=self,
-            task=task,
-            train=data,
-            theta=fitting.theta,
-            snapshot=Snapshot.of(task).settled(before, written(task, data), losses),
-            losses=losses,
-            scorer=scorer,
-            resources=used,
-            history=history,
-            seconds={"fit": time.perf_counter() - started, **scorer.seconds},
-            notes=(
-                *data.notes,
-                *data.form_notes,
-                *probe.notes,
-                *scorer.notes,
-                *health.precision_notes(task, data),
-            ),
-        )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.layerwise import LayerwiseCurvature
-from upweight.linalg.damping import Absolute, Damping, FromTraining
+from upweight.linalg.damping import Absolute, Damping, Evidence, FromTraining
 from upweight.linalg.solve import Auto
 from upweight.linalg.solver import Solver
 from upweight.methods import dense, layered
@@ -30,6 +30,9 @@ from upweight.training.history import resolved_damping
 
 class Preconditioner(abc.ABC):
     """P: what a query's gradient is multiplied with before it meets the training gradients."""
+
+    goes_by_layer: bool = False
+    """Whether it needs θ a layer at a time only."""
 
     @abc.abstractmethod
     def prepare(self, fitting: Fitting, point: Point) -> Scorer:
@@ -49,6 +52,8 @@ class Identity(Preconditioner):
     """
 
     normalize: bool = False
+
+    goes_by_layer = True
 
     def prepare(self, fitting: Fitting, point: Point) -> Scorer:
         return layered.identity(fitting, point, normalized if self.normalize else unchanged)
@@ -70,6 +75,12 @@ class Inverse(Preconditioner):
     damping: Damping | float
     tolerance: float
 
+    @property
+    def goes_by_layer(self) -> bool:  # type: ignore[override]
+        of_theta = isinstance(self.damping, FromTraining | Evidence)
+        by_layer = isinstance(self.curvature, LayerwiseCurvature) and isinstance(self.solver, Auto)
+        return by_layer and not of_theta
+
     def prepare(self, fitting: Fitting, point: Point) -> Scorer:
         damping = self.damping
         if isinstance(damping, FromTraining):
@@ -86,6 +97,10 @@ class PointMethod(Method):
     @abc.abstractmethod
     def preconditioner(self) -> Preconditioner:
         """P."""
+
+    @property
+    def goes_by_layer(self) -> bool:  # type: ignore[override]
+        return type(self).points is PointMethod.points and self.preconditioner.goes_by_layer
 
     def points(self, fitting: Fitting) -> Sequence[Point]:
         """θ_k and a_k; θ̂ alone unless the method says otherwise."""

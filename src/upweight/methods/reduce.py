@@ -42,6 +42,7 @@ class Sweep:
         layers: () -> names of the parts of `Job.by_layer`.
         description: () -> what the scores depend on, for files; reads all data once.
         settings: What free memory decided.
+        meanwhile: What to do while others make something; None: nothing.
     """
 
     q: int
@@ -52,6 +53,7 @@ class Sweep:
     layers: Callable[[], tuple[str, ...]]
     description: Callable[[], Mapping[str, str]]
     settings: dict[str, int]
+    meanwhile: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)

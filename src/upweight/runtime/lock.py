@@ -9,7 +9,7 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -62,7 +62,13 @@ def locked(folder: Path, purpose: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
+def claimed(
+    folder: Path,
+    name: str,
+    *,
+    wait: bool = False,
+    meanwhile: Callable[[], None] | None = None,
+) -> Iterator[bool]:
     """Whether this process has a part of the work in a folder to itself, while in the block.
 
     The claim ends with the process, however that ends: what it left undone may be claimed again.
@@ -72,6 +78,7 @@ def claimed(folder: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
         folder: Where.
         name: Of the part.
         wait: Whether to wait for another process that has it, rather than be told False.
+        meanwhile: What to do while waiting, again and again.
 
     Raises:
         StaleStore: What should be locked is a link, or no file.
@@ -81,9 +88,15 @@ def claimed(folder: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
     _require_plain(path)
     lock, is_mine = FileLock(path), True
     try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        is_mine = False
+        while True:
+            try:
+                lock.acquire(timeout=-1 if wait and meanwhile is None else 0)
+                break
+            except Timeout:
+                if not wait or meanwhile is None:
+                    is_mine = False
+                    break
+                meanwhile()
     except OSError as error:
         raise not_written(path, error, WAY_OUT) from error
     try:

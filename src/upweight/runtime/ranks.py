@@ -39,10 +39,13 @@ class Ranks:
 
     Args:
         group: As `torch.distributed` knows it; None: this process alone.
+        before: Called before ranks wait for one another.
     """
 
-    def __init__(self, group: "ProcessGroup | None" = None) -> None:
-        self.group = group
+    def __init__(
+        self, group: "ProcessGroup | None" = None, before: Callable[[], None] = lambda: None
+    ) -> None:
+        self.group, self._before = group, before
         self.rank, self.size = 0, 1
         if group is not None:
             import torch.distributed as dist
@@ -61,6 +64,7 @@ class Ranks:
             return
         import torch.distributed as dist
 
+        self._before()
         buffer: Tensor | None = None
         for source in range(count):
             if self.rank == source == owner:
@@ -77,6 +81,7 @@ class Ranks:
         if self.size > 1:
             import torch.distributed as dist
 
+            self._before()
             sent = self._sendable(x)
             dist.broadcast(sent, self._global(owner), group=self.group)
             if sent is not x:
@@ -153,6 +158,7 @@ class Ranks:
         if self.size > 1:
             import torch.distributed as dist
 
+            self._before()
             sent = self._sendable(x)
             dist.all_reduce(sent, group=self.group)
             if sent is not x:
@@ -163,6 +169,7 @@ class Ranks:
         if self.size > 1:
             import torch.distributed as dist
 
+            self._before()
             sent = self._sendable(x.clone())
             dist.all_reduce(sent, op=dist.ReduceOp.MAX, group=self.group)
             return sent.to(x.device)

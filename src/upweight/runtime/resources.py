@@ -79,9 +79,17 @@ class Resources:
         """The group, and which of it this process is."""
         return Ranks(self.group)
 
+    def sharing(self, ranks: Ranks) -> "Resources":
+        """The same, with these ranks of the group."""
+        made = replace(self)
+        made.__dict__["ranks"] = ranks
+        return made
+
     def within(self, name: str) -> "Resources":
         """The same, with a folder of its own in the folder."""
-        return self if self.folder is None else replace(self, folder=Path(self.folder) / name)
+        if self.folder is None:
+            return self
+        return replace(self, folder=Path(self.folder) / name).sharing(self.ranks)
 
     def checkpoint(self, description: Callable[[], Mapping[str, str]]) -> Checkpoint | None:
         """Where to keep the state of what is described; None where there is no folder.

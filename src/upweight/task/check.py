@@ -40,6 +40,7 @@ from upweight.task.probe import (
     require_own_measurements,
     require_same_losses,
 )
+from upweight.task.sharded import own_part
 from upweight.task.task import Task, call_model
 
 CHECKED_AT_ONCE = 256
@@ -64,7 +65,7 @@ def checked_losses(
         UpweightError: As for `require_answerable`.
     """
     probe = probe or require_answerable(task, data, role)
-    theta = task.theta()
+    theta = task.held_theta()
     size = _at_once(data)
     size = data.together(size)
     losses, evaluate = dict[int, Tensor](), _evaluate(task, role)
@@ -87,7 +88,7 @@ def require_own_losses(
     Raises:
         NonDeterministic: It did not.
     """
-    require_same_losses(task, task.theta(), data, probe, losses, _evaluate(task, role), role)
+    require_same_losses(task, task.held_theta(), data, probe, losses, _evaluate(task, role), role)
 
 
 def checked_batch(
@@ -111,7 +112,9 @@ def checked_batch(
     start, stop = places
     if len(outputs) != stop - start:
         at, evaluate = range(start, stop), _evaluate(task, role)
-        raise ShapeError(other_length(task, task.theta(), data, at, len(outputs), evaluate, role))
+        raise ShapeError(
+            other_length(task, task.held_theta(), data, at, len(outputs), evaluate, role)
+        )
     task.loss.check(outputs, targets)
     values = _losses(task, batch, outputs, targets, role)
     _require_finite_losses(values, start, batch, role)
@@ -137,8 +140,8 @@ def require_answerable(task: Task, data: Data, role: str) -> Probe:
     if task.forward is call_model:
         require_no_places(data)
     _require_eval_mode(task.model)
-    theta = task.theta()
-    _require_finite_parameters(task, theta)
+    theta = task.held_theta()
+    _require_finite_parameters(task)
     at = evenly_spaced(len(data))
     batch = task.to_device(read_twice(data, at, role))
     evaluate = _evaluate(task, role)
@@ -172,7 +175,7 @@ def checked_measurements(
         ScalarLoss: The measure does not return one value per query.
         NonFinite: A measurement is NaN or infinite.
     """
-    params, values = task.named(task.theta()), []
+    params, values = task.named(task.held_theta()), []
     for start, stop, batch in data.batches(_at_once(data)):
         with torch.no_grad():
             part = measure(task, params, task.to_device(batch))
@@ -196,7 +199,7 @@ def checked_measurements(
             )
         values.append(part)
     found = torch.cat(values)
-    require_own_measurements(task, task.theta(), measure, data, found)
+    require_own_measurements(task, task.held_theta(), measure, data, found)
     return found
 
 
@@ -242,9 +245,10 @@ def _require_eval_mode(model: nn.Module) -> None:
         )
 
 
-def _require_finite_parameters(task: Task, theta: Float[Tensor, " p"]) -> None:
-    if not bool(theta.isfinite().all()):
-        bad = [k for k, v in task.layout.unflatten(theta).items() if not bool(v.isfinite().all())]
+def _require_finite_parameters(task: Task) -> None:
+    named = dict(task.model.named_parameters())
+    bad = [k for k in task.layout.names if not bool(own_part(named[k]).isfinite().all())]
+    if bad:
         raise NonFinite(
             "The model's parameters must be finite.",
             f"NaN or infinity in {', '.join(bad[:5])}.",

@@ -278,7 +278,7 @@ def _runs_in_float32(task: Task, batch: Batch) -> bool:
     floats = tree_map(
         lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, batch
     )
-    return _runs(single, single.theta(), floats, task.forward)
+    return _runs(single, single.held_theta(), floats, task.forward)
 
 
 def _not_in_dtype(error: Exception, dtype: torch.dtype, layer: tuple[str, nn.Module] | None) -> str:

@@ -83,7 +83,7 @@ def _weighted_gradients(
     task: Task, theta: Float[Tensor, " p"], batch: Batch, weights: Sequence[float]
 ) -> tuple[Float[Tensor, " b"], dict[str, Tensor | None]]:
     """ℓ of each example of a batch, and Σᵢ wᵢ gᵢ by parameter; None where no graph reaches."""
-    params = {k: v.clone().requires_grad_() for k, v in task.layout.unflatten(theta).items()}
+    params = task.leaves(theta)
     with torch.enable_grad():
         # A checkpoint runs its part again in the backward pass, where `outputs` has lifted its
         # choice of kernels.
@@ -92,7 +92,8 @@ def _weighted_gradients(
             return losses, dict.fromkeys(params)
         total = losses @ torch.tensor(list(weights)).to(losses)
         try:
-            found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+            with task.backwards(params):
+                found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
@@ -142,7 +143,7 @@ def require_own_gradients(
         return
     # At a perfect fit residuals are rounding, and so are gradients: what does one rounding of θ do?
     eps = max(eps, torch.finfo(theta.dtype).eps)
-    for near in nudged(theta, eps):
+    for near in nudged(task, theta, eps):
         moved = [
             [float((g - h).norm()) for g, h in zip(*pair, strict=True)]
             for pair in zip(each(near), alone, strict=True)
@@ -172,11 +173,12 @@ def require_finite_gradients(task: Task, data: Data) -> None:
     """
 
     def is_finite(start: int, stop: int) -> bool:
-        params = {k: v.clone().requires_grad_() for k, v in task.named(task.theta()).items()}
+        params = task.leaves(task.held_theta())
         with torch.enable_grad():
             batch = task.to_device(data.batch(start, stop))
             total = task.losses_of(*task.call(params, batch)).sum()
-            found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+            with task.backwards(params):
+                found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
         return all(bool(g.isfinite().all()) for g in found if g is not None)
 
     batches = data.batches(PROBE_EXAMPLES)

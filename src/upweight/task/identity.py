@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from upweight.runtime.fingerprint import digest
 from upweight.runtime.progress import progress
 from upweight.task.data import Data
 from upweight.task.reads import reads
+from upweight.task.sharded import kind_of
 from upweight.task.task import Task
 
 ROWS = 1024  # fixed: the hash of a data set must not depend on anything else
@@ -40,9 +41,17 @@ def subject(task: Task, train: Data) -> dict[str, str]:
         "penalty": described(task.penalty),
         "parameters": repr(task.layout),
         "forward": described(task.forward),
-        "model": described(task.model),
+        "model": model_described(task),
         "train": contents(train),
     }
+
+
+def model_described(task: Task) -> str:
+    """The model in words that hash: the same words where it is split over processes."""
+    if task.sharded is None:
+        return _module(task.model)
+    with task.sharded.keeping():
+        return _module(task.model, task.sharded.whole)
 
 
 def contents(data: Data) -> str:
@@ -120,7 +129,7 @@ def _named(value: Any, fields: Mapping[str, Any]) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}({inner})"
 
 
-def _module(model: nn.Module) -> str:
+def _module(model: nn.Module, whole: Callable[[str, Tensor], Tensor] = lambda _, x: x) -> str:
     """Its layers, what they hold besides parameters, how they are called, and every parameter."""
     parts = []
     for name, module in model.named_modules():
@@ -129,12 +138,14 @@ def _module(model: nn.Module) -> str:
             for key, value in vars(module).items()
             if not key.startswith("_") and isinstance(value, bool | int | float | str | tuple)
         }
-        parts.append(f"{name}: {type(module).__qualname__} {described(plain)}")
-        if not type(module).__module__.startswith("torch."):
-            parts.append(described(type(module).forward))
-            parts.append(described(reads(type(module).forward, type(module))))
+        kind = kind_of(module)
+        parts.append(f"{name}: {kind.__qualname__} {described(plain)}")
+        if not kind.__module__.startswith("torch."):
+            parts.append(described(kind.forward))
+            parts.append(described(reads(kind.forward, kind)))
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return f"{type(model).__qualname__} {digest(*parts, described(state))}"
+    told = (f"{described(name)}: {described(whole(name, x))}" for name, x in state.items())
+    return f"{kind_of(model).__qualname__} {digest(*parts, '{' + ', '.join(told) + '}')}"
 
 
 def _function(function: types.FunctionType) -> str:

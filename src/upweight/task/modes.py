@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from upweight.errors import UnsupportedModel, listed
+from upweight.errors import UnsupportedModel
+from upweight.task.sharded import require_whole
 
 
 def acting_in_training(model: nn.Module) -> list[str]:
@@ -29,24 +30,10 @@ def require_modules(model: nn.Module) -> None:
     """Refuse a model that cannot be looked into: its attributes, its layers.
 
     Raises:
-        UnsupportedModel: A TorchScript module, DataParallel over several devices, or parameters of
-            which each process has a part.
+        UnsupportedModel: A TorchScript module, DataParallel over several devices, or parameters
+            that are split over processes otherwise than by `fully_shard`.
     """
-    sharded = [k for k, p in model.named_parameters() if type(p).__name__ == "DTensor"]
-    sharded += [
-        name or "the model"
-        for name, module in model.named_modules()
-        if type(module).__name__ == "FullyShardedDataParallel"
-    ]
-    if sharded:
-        raise UnsupportedModel(
-            "Every process must have the whole of each parameter.",
-            f"{listed(sharded)}, split over processes.",
-            "fully_shard, FullyShardedDataParallel or parallelize_module, used in training.",
-            "make the model again without it and load the whole weights: "
-            "plain.load_state_dict(get_model_state_dict(model, options=StateDictOptions("
-            "full_state_dict=True))), from torch.distributed.checkpoint.state_dict.",
-        )
+    require_whole(model)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModel(
@@ -80,7 +67,9 @@ def _acts(module: nn.Module) -> bool:
         _reads_training(function)
         for kind in type(module).__mro__
         # What is in torch.nn and not named above leaves it to the modules that it holds.
-        if not kind.__module__.startswith(("torch.nn.modules.", "builtins"))
+        if not kind.__module__.startswith(
+            ("torch.nn.modules.", "torch.distributed.fsdp", "builtins")
+        )
         for name, function in vars(kind).items()
         if name not in ("train", "eval")
     )

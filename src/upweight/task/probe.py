@@ -19,6 +19,7 @@ from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.errors import NonDeterministic, ScalarLoss, ShapeError, UpweightError, message
+from upweight.task import sharded
 from upweight.task.batches import mapped, tensors
 from upweight.task.data import Data, Subset
 from upweight.task.precision import coarsest, dtypes_in, size_of
@@ -312,16 +313,19 @@ def _differs(
     if gap <= 10 * eps * max(size_of(a), terms()):
         return False
     moved = 0.0
-    for near in nudged(theta, eps):
+    for near in nudged(task, theta, eps):
         again = value(near)
         moved = max(moved, _gap(again, a.reshape(again.shape)))
     return gap > MARGIN * moved
 
 
-def nudged(theta: Float[Tensor, " p"], eps: float) -> Iterator[Float[Tensor, " p"]]:
+def nudged(task: Task, theta: Float[Tensor, " p"], eps: float) -> Iterator[Float[Tensor, " p"]]:
     """θ with every parameter changed by one rounding, up or down, a few times."""
     generator = torch.Generator(device=theta.device).manual_seed(0)
-    for _ in range(NUDGES):
+    for k in range(NUDGES):
+        if task.stands_in(theta):
+            yield sharded.nudged(theta, eps, k)
+            continue
         signs = torch.randint(0, 2, theta.shape, generator=generator, device=theta.device)
         yield theta * (1 + eps * (2 * signs - 1).to(theta))
 
@@ -360,7 +364,7 @@ def _require_repeated(
     task: Task, batch: Batch, outputs: Tensor, targets: Any, evaluate: Evaluate
 ) -> None:
     """Refuse a model or a loss that answers otherwise when asked again."""
-    again, _ = evaluate(task.theta(), batch)
+    again, _ = evaluate(task.held_theta(), batch)
     if not _repeats(task, outputs, again):
         gap = _gap(outputs, again)
         raise NonDeterministic(

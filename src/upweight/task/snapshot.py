@@ -25,6 +25,7 @@ from upweight.runtime.fingerprint import checksum
 from upweight.task.data import Data
 from upweight.task.identity import described
 from upweight.task.reads import reads
+from upweight.task.sharded import SPLIT_STATE, own_part
 from upweight.task.task import Task
 
 ENTRIES = 1000
@@ -64,7 +65,10 @@ class Snapshot:
     @classmethod
     def of(cls, task: Task) -> "Snapshot":
         """The task now. Cost: one reading of buffers and frozen parameters."""
-        parts = dict(_of_module(task.model, frozenset(task.layout.names)))
+        split = {} if task.sharded is None else dict(task.sharded.split)
+        parts = dict(_of_module(task.model, frozenset({*task.layout.names, *split})))
+        # Of these θ has nothing.
+        parts |= {f"parameter {name}": _tensor(own_part(p)) for name, p in split.items()}
         for name in ("loss", "penalty", "forward"):
             value = getattr(task, name)
             held = getattr(value, "function", value)  # a function or module of the user's
@@ -150,7 +154,7 @@ class Snapshot:
             return False
         with torch.no_grad():
             losses = [
-                task.losses_of(*task.call(task.theta(), task.to_device(batch)))
+                task.losses_of(*task.call(task.held_theta(), task.to_device(batch)))
                 for _, _, batch in train.batches(CHECKED_AT_ONCE)
             ]
         gap = (torch.cat(losses) - self.losses).abs().max()
@@ -198,7 +202,7 @@ def written(task: Task, data: Data) -> frozenset[str]:
     watching = Task(task.model, task.loss, task.penalty, task.params, watched, task.reads)
     with torch.no_grad():
         for size in (min(2, len(data)), 1):
-            watching.call(task.theta(), task.to_device(data.batch(0, size)))
+            watching.call(task.held_theta(), task.to_device(data.batch(0, size)))
     return frozenset(found)
 
 
@@ -251,7 +255,7 @@ def _of_module(model: nn.Module, free: frozenset[str]) -> Iterator[tuple[str, An
         for key, value in vars(module).items():
             if key == "training":
                 yield f"training of {name or 'model'}", repr(value)
-            elif key not in _INHERITED:
+            elif key not in _INHERITED and not key.startswith(SPLIT_STATE):
                 yield from _parts(f"attribute {prefix}{key}", value)
     for name, buffer in model.named_buffers():
         yield f"buffer {name}", _tensor(buffer)

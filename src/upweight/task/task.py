@@ -6,10 +6,12 @@ A `Task` binds the model f, the loss ℓ, the penalty R and the choice of parame
 and the model is only ever called functionally: it comes back exactly as it was lent.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -24,7 +26,10 @@ from upweight.task.lent import copied, differentiable, lent, with_backward_pass
 from upweight.task.losses import Loss
 from upweight.task.params import Layout
 from upweight.task.penalties import Penalty, as_penalty
+from upweight.task.sharded import BY_LAYER, Sharded, is_split, require_own_weights, stands_in
 from upweight.task.torch_losses import as_loss
+
+_V = TypeVar("_V", bound=Callable[..., Any])
 
 
 def call_model(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
@@ -162,6 +167,7 @@ class Task:
     forward: Forward
     layout: Layout = field(repr=False)
     reads: Reader | None = field(repr=False, compare=False)
+    sharded: Sharded | None = field(repr=False, compare=False)
 
     def __init__(
         self,
@@ -187,6 +193,7 @@ class Task:
         object.__setattr__(self, "forward", forward or call_model)
         object.__setattr__(self, "layout", Layout.of(model, patterns))
         object.__setattr__(self, "reads", reads)
+        object.__setattr__(self, "sharded", Sharded.of(model))
 
     def training(self, given: Any) -> Data:
         """Training data from what the user holds: by `reads`, or see `as_data`."""
@@ -197,9 +204,46 @@ class Task:
         return as_data(given) if self.reads is None else self.reads.queries(given)
 
     def theta(self) -> Float[Tensor, " p"]:
-        """θ̂: a copy of the model's chosen parameters as one flat vector."""
+        """θ̂: a copy of the model's chosen parameters as one flat vector.
+
+        Raises:
+            UnsupportedModel: No process has the whole of it.
+        """
+        require_own_weights(self.sharded, "This question", BY_LAYER)
         named = dict(self.model.named_parameters())
         return self.layout.flatten({name: named[name].detach() for name in self.layout.names})
+
+    def held_theta(self) -> Float[Tensor, " p"]:
+        """θ̂, or what stands in its place where parameters are split over processes.
+
+        See `upweight.task.sharded`.
+        """
+        if self.sharded is None:
+            return self.theta()
+        return self.sharded.theta(self.layout.size, self.layout.dtype)
+
+    def whole(self, theta: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+        """θ, also where it was something in its place: for what is let go at once."""
+        if self.sharded is None or not stands_in(theta):
+            return theta
+        named = dict(self.model.named_parameters())
+        found = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
+        with self.sharded.keeping():
+            for name, where in self.layout.slices.items():
+                found[where] = self.sharded.whole(name, named[name]).flatten()
+        return found
+
+    def leaves(self, params: Params | Float[Tensor, " p"]) -> dict[str, Tensor]:
+        """Parameters by name, as leaves to take derivatives by, each of its own."""
+        # One leaf per parameter: a sparse gradient cannot go back through a slice of θ.
+        return {
+            k: (v.detach() if self.stands_in(v) else v.clone()).requires_grad_()
+            for k, v in self.named(params).items()
+        }
+
+    def stands_in(self, value: Tensor) -> bool:
+        """Whether a tensor stands in the place of θ or a part of it, and has no values."""
+        return self.sharded is not None and stands_in(value)
 
     def moved_to(self, theta: Float[Tensor, " p"]) -> "Task":
         """The same task with a copy of its model at θ."""
@@ -240,19 +284,55 @@ class Task:
         # names to the tensors it was lent, so it must not be left to find the names by itself.
         for path, module in self.model.named_modules(prefix="model"):
             for last, p in module._parameters.items():
-                if p is not None:
-                    values[f"{path}.{last}"] = chosen.get(names[id(p)], p.detach())
+                if p is None or (self.sharded is not None and is_split(p)):
+                    continue  # a unit has its weights while it runs
+                given = chosen.get(names[id(p)])
+                is_own = given is None or self.stands_in(given)
+                values[f"{path}.{last}"] = p.detach() if is_own else given  # type: ignore[assignment]
             for last, b in module._buffers.items():
                 if b is not None:
                     # Copies: a module that updates one in place must not touch the user's.
                     values[f"{path}.{last}"] = b.detach().clone()
         records = torch.is_grad_enabled()
         # Always recorded, for a model that takes derivatives itself (forces from an energy).
-        with lent(self.model), with_backward_pass(self.model), torch.enable_grad():
+        with (
+            lent(self.model),
+            with_backward_pass(self.model),
+            torch.enable_grad(),
+            self.running(chosen),
+        ):
             found: tuple[Any, Any] = torch.func.functional_call(
                 _Call(self.model, self.forward), values, (batch,), tie_weights=False
             )
         return found if records else mapped(_detached, found)
+
+    @property
+    def meanwhile(self) -> Callable[[], None] | None:
+        """What to do while another of these processes makes something; None: nothing."""
+        return None if self.sharded is None else self.sharded.help
+
+    @contextmanager
+    def backwards(self, params: Params) -> Iterator[None]:
+        """For a backward pass over what `call` gave, which may run parts of the model again."""
+        if self.sharded is None:
+            yield
+            return
+        with lent(self.model), self.sharded.keeping(), self.running(params):
+            yield
+
+    def saving(self, seen: Callable[[Tensor], Tensor]) -> AbstractContextManager[Any]:
+        """Where each tensor that autograd keeps is shown first, weights that are split excepted."""
+        if self.sharded is None:
+            return torch.autograd.graph.saved_tensors_hooks(seen, lambda x: x)
+        return self.sharded.saving(seen)
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """All processes that the model is split over leave together."""
+        return nullcontext() if self.sharded is None else self.sharded.in_step()
+
+    def running(self, params: Params) -> AbstractContextManager[None]:
+        """Where parts of the model are put together from several processes, while it runs."""
+        return nullcontext() if self.sharded is None else self.sharded.running(params)
 
     def losses(self, params: Params | Float[Tensor, " p"], batch: Batch) -> Float[Tensor, " b"]:
         """ℓ of each example of a batch, unreduced.
@@ -311,6 +391,17 @@ class Task:
 
 def _detached(x: Any) -> Any:
     return x.detach() if isinstance(x, Tensor) else x
+
+
+def in_step(verb: _V) -> _V:
+    """A verb of what has a task, which all processes that a model is split over leave together."""
+
+    @functools.wraps(verb)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.task.in_step():
+            return verb(self, *args, **kwargs)
+
+    return called  # type: ignore[return-value]
 
 
 def require_task(task: Any) -> None:
