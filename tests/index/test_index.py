@@ -149,15 +149,15 @@ def test_the_largest_coordinates_are_kept_and_the_others_sketched():
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double() / 2**0.5
     H = torch.kron(two, torch.kron(two, two))
     for known, by in ((None, own), (queries, own * other.abs().mean(dim=0))):
-        made, best = transform(fitted, 13, known, ALL, Codes(32)), by.argsort(descending=True)[:5]
+        made, best = transform(fitted, 16, known, ALL, Codes(32)), by.argsort(descending=True)[:8]
         few = rows_of(made, fitted.train)
-        assert (made.width, made.sketched) == (13, 8)
-        torch.testing.assert_close(few[:, :5] * made.spread[:5], whole[:, best])
-        torch.testing.assert_close(few[:, :5].square().mean(dim=0), torch.ones(5).double())
+        assert (made.width, made.sketched) == (16, 8)
+        torch.testing.assert_close(few[:, :8] * made.spread[:8], whole[:, best])
+        torch.testing.assert_close(few[:, :8].square().mean(dim=0), torch.ones(8).double())
         rest = whole.index_fill(1, best, 0.0)[:, every.order.argsort()]  # in the order of blocks
         sums = rest.new_zeros(len(rest), 8)
         sums.index_add_(1, torch.arange(rest.shape[1]) % 8, rest)
-        torch.testing.assert_close(few[:, 5:] * made.spread[5:], sums @ H)
+        torch.testing.assert_close(few[:, 8:] * made.spread[8:], sums @ H)
 
 
 @pytest.mark.parametrize("start", [0, 3])

@@ -76,7 +76,8 @@ class Index:
     Of a method by layer, such as `Influence(EKFAC(), damping=…)`, v_i is a projection T of the
     whitened gradient, in few bits a number:
 
-        v_i = σ⁻¹ ∘ T (Λ + λ)^−½ ∘ (Q_Gᵀ gᵢ Q_A)    u_q = −(1/n) σ ∘ a ∘ T (Λ + λ)^½ ∘ (Q_Gᵀ V_q Q_A)
+        v_i = σ⁻¹ ∘ T ((Λ + λ)^−½ ∘ (Q_Gᵀ gᵢ Q_A))
+        u_q = −(1/n) σ ∘ a ∘ T ((Λ + λ)^½ ∘ (Q_Gᵀ V_q Q_A))
 
     with V_q = (H + λ)⁻¹ ∇m_q as the method solves it, and σ the root mean squares of what
     stands behind σ⁻¹. T keeps the coordinates of largest mean size one by one and a random

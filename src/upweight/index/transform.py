@@ -19,13 +19,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.errors import NotOffered, SpecError, StaleStore
 from upweight.gradients.blocks import Plan
-from upweight.gradients.factored import Factors, Tokens
+from upweight.gradients.factored import Factors, Formed, Joined, Lookups, Tokens
 from upweight.gradients.passes import GradientPass
 from upweight.index.codes import Codes
 from upweight.methods.fitted import Fitted
@@ -43,7 +42,7 @@ from upweight.task.identity import described
 MOST_EXAMPLES = 64
 """Examples in a batch of gradients at most."""
 
-SKETCHED = 0.75
+SKETCHED = 0.5
 """Of the numbers of a row, which stand for all coordinates that are not kept one by one."""
 
 LONG = 4
@@ -110,8 +109,30 @@ class BlockCoordinates:
 
     def __call__(self, factors: Factors) -> Float[Tensor, "b d"]:
         """v = ±(Λ + λ)^−½ ∘ Qᵀ g."""
+        return self._rotated(factors).reshape(len(factors), -1) * self.weights
+
+    def _rotated(self, factors: Factors) -> Tensor:
+        if isinstance(factors, Tokens) and not isinstance(factors, Formed):
+            # Each position by itself, where that takes fewer products.
+            o, i = self.shape
+            sizes = [q.shape[0] ** 2 for q in self.bases if q is not None]
+            in_full = [o * i * q.shape[0] for q in self.bases if q is not None]
+            if factors.positions * sum(sizes) <= sum(in_full):
+                return self._turned(factors).matrices()
         values = factors.matrices() if isinstance(factors, Tokens) else factors.values
-        return self._along(values.reshape(len(values), *self.shape)).flatten(1) * self.weights
+        return self._along(values.reshape(len(values), *self.shape))
+
+    def _turned(self, factors: Tokens) -> Tokens:
+        """Each position by itself: (Q_Gᵀ δ_t) ⊗ (Q_Aᵀ a_t)."""
+        left, right = self.bases
+        if isinstance(factors, Joined):
+            return Joined([self._turned(part) for part in factors.parts])
+        turned = factors.right if right is None else factors.right @ right
+        if isinstance(factors, Lookups):
+            if left is None:
+                return Lookups(factors.index, factors.rows, turned)
+            return Tokens(left[factors.index], turned)
+        return Tokens(factors.left if left is None else factors.left @ left, turned)
 
     def of_solved(self, vectors: Float[Tensor, "q d"]) -> Float[Tensor, "q d"]:
         """±(Λ + λ)^½ ∘ Qᵀ V."""
@@ -119,9 +140,15 @@ class BlockCoordinates:
 
     def _along(self, array: Tensor) -> Tensor:
         for axis, q in enumerate(self.bases):
-            if q is not None:
-                at = axis - len(self.bases)
-                array = (array.movedim(at, -1) @ q.to(array)).movedim(-1, at)
+            if q is None:
+                continue
+            at, q = axis - len(self.bases), q.to(array)
+            if at == -1:
+                array = array @ q
+            elif at == -2:  # nothing is copied
+                array = q.mT @ array
+            else:
+                array = (array.movedim(at, -1) @ q).movedim(-1, at)
         return array
 
 
@@ -198,8 +225,13 @@ class Coordinates(Transform):
 def folded(values: Float[Tensor, "b d"], start: int, size: int) -> Float[Tensor, "b J"]:
     """Sums of the numbers whose places, counted from `start` on, are alike modulo `size`."""
     before = start % size
-    behind = -(before + values.shape[1]) % size
-    return F.pad(values, (before, behind)).view(len(values), -1, size).sum(dim=1)
+    first = min(size - before, values.shape[1])
+    runs = (values.shape[1] - first) // size
+    last = first + runs * size
+    sums = values[:, first:last].reshape(len(values), runs, size).sum(dim=1)
+    sums[:, before : before + first] += values[:, :first]
+    sums[:, : values.shape[1] - last] += values[:, last:]
+    return sums
 
 
 def turned(rows: Float[Tensor, "b J"]) -> Float[Tensor, "b J"]:
