@@ -172,7 +172,7 @@ class Index:
         chosen = "training" if known is None else f"training and queries {contents(known)}"
         description = {
             **_of_fit(fitted),
-            "rows": f"at most {most} numbers by mean sizes over {sample}, {chosen}",
+            "rows": f"at most {most} numbers, by mean sizes over {sample}, {chosen}; and a sketch",
             "codes": described(codes),
         }
         examples, place = _data(fitted, data), Path(folder)
@@ -611,6 +611,7 @@ class Index:
             "index_numbers": self.numbers,
             "index_bits": self.bits,
             "index_bytes_per_example": self.bytes_per_example,
+            **{f"index_{name}": value for name, value in self._transform.facts.items()},
         }
         note = f"an index of {len(self)} rows of {self.bytes_per_example} bytes"
         if checked is None:

@@ -71,6 +71,11 @@ class Transform(abc.ABC):
     def width(self) -> int:
         """K."""
 
+    @property
+    def facts(self) -> Mapping[str, float]:
+        """What an answer's provenance says of it."""
+        return {}
+
     @abc.abstractmethod
     def of_example(self, factors: Sequence[Factors]) -> Float[Tensor, "b K"]:
         """T gᵢ of each example of a batch."""
@@ -187,6 +192,11 @@ class Coordinates(Transform):
     def sketched(self) -> int:
         """J: how many of the numbers are of the sketch."""
         return len(self.spread) - len(self.order)
+
+    @property
+    def facts(self) -> Mapping[str, float]:
+        kept, sketch = self.gains.tolist()
+        return {"sketched": self.sketched, "gain_of_kept": kept, "gain_of_sketch": sketch}
 
     def of_example(self, factors: Sequence[Factors]) -> Float[Tensor, "b K"]:
         every = zip(self.blocks, factors, strict=True)
@@ -404,8 +414,15 @@ class _Both(Sink):
         return torch.cat(self.found)
 
 
-def _restored(fitted: Fitted, tensors: Mapping[str, Tensor]) -> Coordinates:
+def _restored(fitted: Fitted, tensors: Mapping[str, Tensor], folder: Any) -> Coordinates:
     scorer, blocks = _layered(fitted), list[BlockCoordinates]()
+    if "gains" not in tensors:
+        raise StaleStore(
+            "Rows of an index are coordinates and a sketch of all others.",
+            f"{folder}, which has coordinates alone.",
+            "an index that was built before version 0.2.0.",
+            "build it again in another folder.",
+        )
     device = scorer.point.theta.device
     # Copied: products round by where their operands start in memory.
     held = {name: each.to(device, copy=True) for name, each in tensors.items()}
@@ -536,7 +553,7 @@ def restored(fitted: Fitted, tensors: Mapping[str, Tensor], folder: Any) -> Tran
         StaleStore: It cannot be had again.
     """
     if not isinstance(fitted.scorer, ProjectedScorer):
-        return _restored(fitted, tensors)
+        return _restored(fitted, tensors, folder)
     spread = tensors["spread"].to(fitted.theta.device, copy=True)
     found = _divided(_projecting(fitted), spread)
     if not torch.equal(found.tensors()["hash"], tensors["hash"]):
