@@ -1,19 +1,18 @@
 """What does an index keep of EK-FAC's order, per byte, and what does it cost to build?
 
 The fine-tuned model of `language_model.py` (2 049 440 parameters), its 1 024 passages and 64 others
-of the same documents. Truth: the scores of `Influence(EKFAC(), damping=Relative(0.1))` without
-tolerance. Against it, for each size of a row, the products of rows, before any candidate is scored
-again:
+of the same documents. Truth: the scores of `Influence(EKFAC(), damping)` without tolerance, with a
+damping for each layer and with one for all. Against it, for each size of a row, the products of
+rows, before any candidate is scored again:
 
     spearman, pearson   mean over the queries
     slope               ⟨Ŝ, S⟩/⟨S, S⟩; only of rows in the unit of EK-FAC
     recall@10           of the ten largest |S|, how many are among the ten largest |Ŝ|
-    candidates          of the ten largest S, how many are among the 100 largest Ŝ
+    candidates          of the ten largest |S|, how many are among the 100 largest |Ŝ|
     lds                 of `language_fidelity.py`: by products, and with the 100 largest |Ŝ| of each
                         query replaced by S
 
-Rows of all sizes are the first numbers of one index in 32 bits, put into codes: numbers are kept
-in the order of their energy, so this is what an index of that size holds. What a build and an
+Each size is an index of its own. `coordinates alone` are rows without a sketch. What a build and an
 `extend` by a tenth cost is measured on some of the passages, in plain epochs of as many: forward
 and backward, batch 64, processor seconds.
 
@@ -41,30 +40,20 @@ from language_model import passages  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import upweight as uw  # noqa: E402
-from upweight.index.asking import FromIndex, _Asked  # noqa: E402
-from upweight.index.codes import Codes  # noqa: E402
-from upweight.index.scan import products  # noqa: E402
+from upweight.index import transform  # noqa: E402
 from upweight.index.verification import verification  # noqa: E402
 
 BATCH = 64
 CANDIDATES = 100
 
-WIDE = 34_752
-"""Numbers of the index whose first ones are judged."""
+DAMPINGS = {
+    "one for all layers": uw.Absolute(0.03),
+    "one for each layer": uw.Relative(0.1),
+}
+"""λ of all layers: twice the mean eigenvalue, which is .014."""
 
-ROWS: tuple[tuple[int, int], ...] = (
-    (17_344, 2),
-    (8128, 2),
-    (34_752, 1),
-    (4288, 8),
-    (8640, 4),
-    (2112, 2),
-    (4288, 2),
-    (16_192, 1),
-    (1984, 8),
-    (4032, 4),
-)
-"""Numbers of a row, and bits of each: 4.3 kB, 2 kB, and .5 and 1 kB of 2 bits."""
+ROWS: tuple[tuple[int, int], ...] = ((4096, 1), (2048, 1), (4096, 2), (8192, 1), (16_384, 1))
+"""Bytes of a row, and bits of a number."""
 
 RANKS = (16, 8)
 """Of LoGra."""
@@ -92,17 +81,10 @@ def plain_epoch(model: torch.nn.Module, X: Tensor, y: Tensor) -> None:
     model.zero_grad()
 
 
-class Asked(FromIndex):
-    """u_q of an index."""
-
-    def begin(self, sweep: Any) -> Any:
-        return _Asked(lambda job: self.transform.of_query(job).cpu(), lambda known: known)
-
-
 def judged(found: Tensor, S: Tensor) -> dict[str, Any]:
     """What is left of EK-FAC in these scores, and what retraining says of them."""
     told = asdict(verification(found, S, 10, S.shape[1]))
-    best, near = S.topk(10).indices, found.topk(CANDIDATES).indices
+    best, near = S.abs().topk(10).indices, found.abs().topk(CANDIDATES).indices
     told["candidates"] = float((best[:, :, None] == near[:, None, :]).any(dim=2).double().mean())
     first = found.abs().topk(CANDIDATES).indices
     told["lds"] = row(found)["lds"]
@@ -111,17 +93,21 @@ def judged(found: Tensor, S: Tensor) -> dict[str, Any]:
 
 
 def by_bytes(
-    rows: Tensor, u: Tensor, S: Tensor, sizes: Sequence[tuple[int, int]] = ROWS
+    fitted: Any, queries: Any, S: Tensor, sizes: Sequence[tuple[int, int]], sketched: float
 ) -> dict[str, Any]:
-    """A row of the table for each number of numbers and bits."""
-    table = {}
-    for numbers, bits in sizes:
-        codes = Codes(bits)
-        found = products(u[:, :numbers], codes.encode(rows[:, :numbers]), codes)
-        name = f"EK-FAC coordinates, {codes.bytes(numbers)} bytes, {bits} bits"
-        table[name] = judged(found, S) | {"bytes": codes.bytes(numbers), "bits": bits}
+    """A row of the table for each size and number of bits."""
+    table, usual = {}, transform.SKETCHED
+    transform.SKETCHED = sketched
+    for size, bits in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            index = uw.Index.build(fitted, None, folder, size, bits=bits)
+            found = index.scores(queries).values
+        kind = "" if sketched else ", coordinates alone"
+        name = f"{index.bytes_per_example} bytes, {bits} bits{kind}"
+        table[name] = judged(found, S) | {"bytes": index.bytes_per_example, "bits": bits}
         shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in table[name].items()}
         print(name, shown, flush=True)
+    transform.SKETCHED = usual
     return table
 
 
@@ -150,22 +136,20 @@ def main() -> None:
     texts, subject = passages(given.data), task()
     (X, y), queries = texts.split(texts.train), texts.split(texts.queries)
     epoch = min(cpu_seconds(lambda: plain_epoch(subject.model, X, y))[1] for _ in range(2))
-    method = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1), tolerance=0.0)
-    fitted, fit = cpu_seconds(lambda: method.fit(subject, (X, y)))
-    scores, asked = cpu_seconds(lambda: fitted.attribute(queries))
-    S = scores.values
     result: dict[str, Any] = {
         "environment": environment(),
         "model": {"parameters": subject.layout.size},
         "epoch_cpu_seconds": epoch,
-        "ekfac": {"fit_epochs": fit / epoch, "scores_epochs": asked / epoch, "lds": row(S)["lds"]},
+        "rows": {},
     }
-    with tempfile.TemporaryDirectory() as folder:
-        index = uw.Index.build(fitted, None, folder, 4 * WIDE, bits=32)
-        kept = index._rows
-        u, _ = fitted.attribute(queries, into=Asked(kept, index._transform, len(X), lambda k: k))
-        rows = torch.cat([kept.read(each)["codes"] for each in kept.shards(len(X))])
-    result["rows"] = by_bytes(rows, u, S)
+    for name, damping in DAMPINGS.items():
+        method = uw.Influence(uw.EKFAC(), damping=damping, tolerance=0.0)
+        fitted, fit = cpu_seconds(lambda method=method: method.fit(subject, (X, y)))
+        scores, asked = cpu_seconds(lambda fitted=fitted: fitted.attribute(queries))
+        S = scores.values
+        told = {"fit_epochs": fit / epoch, "scores_epochs": asked / epoch, "lds": row(S)["lds"]}
+        told |= by_bytes(fitted, queries, S, ROWS, transform.SKETCHED)
+        result["rows"][name] = told | by_bytes(fitted, queries, S, ROWS[:3], 0.0)
     for rank in RANKS:
         logra, spent = cpu_seconds(lambda rank=rank: uw.LoGra(rank=rank).fit(subject, (X, y)))
         found, numbers = logra.attribute(queries).values, logra.scorer.projection.width

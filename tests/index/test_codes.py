@@ -112,7 +112,7 @@ def test_rows_that_are_not_finite_are_refused_and_the_others_are_not(bits, wrong
 
 
 def test_wrong_sizes_are_refused_with_the_way_out():
-    with pytest.raises(SpecError, match="bits=2"):
+    with pytest.raises(SpecError, match="bits=1"):
         Codes(3)
     r = rows(b=5, K=1023)
     with pytest.raises(ShapeError, match=r"pad\(rows, \(0, 1\)\)"):

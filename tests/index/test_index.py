@@ -28,7 +28,7 @@ from upweight.index import transform as transforms
 from upweight.index.asking import FromIndex
 from upweight.index.codes import Codes
 from upweight.index.index import _numbers
-from upweight.index.transform import restored, transform
+from upweight.index.transform import folded, restored, transform, turned
 from upweight.methods.reduce import Sink
 from upweight.runtime.store import Store
 from upweight.scoring.stream import training_loss
@@ -120,8 +120,12 @@ def test_the_product_of_two_rows_is_the_score(method, name):
     """In float64, of all coordinates, also of a transform that was read back."""
     p = problem(name)
     fitted = METHODS[method].fit(p.task, p.train)
-    made = transform(fitted, ALL, None, 8)
-    made = restored(fitted, made.tensors(), "folder")
+    made = transform(fitted, ALL, None, 8, Codes(32))
+    tensors = dict(made.tensors())
+    made = restored(fitted, tensors, "folder")
+    if tensors.pop("gains", None) is not None:
+        with pytest.raises(StaleStore, match="coordinates alone"):
+            restored(fitted, tensors, "folder")
     u = fitted.attribute(p.queries, into=Asked(None, made, 0, None))
     data = fitted.train
     with GradientPass(made.plan, made.theta) as passes:
@@ -131,46 +135,83 @@ def test_the_product_of_two_rows_is_the_score(method, name):
     torch.testing.assert_close(u @ v.mT, S, rtol=1e-10, atol=1e-12 * float(S.abs().max()))
 
 
-def test_the_largest_coordinates_are_kept():
+def rows_of(made, data):
+    """T g of all of them."""
+    with GradientPass(made.plan, made.theta) as passes:
+        factors = passes.of(training_loss(made.plan.task), data.batch(0, len(data)), len(data))
+        return made.of_example(factors)
+
+
+def test_the_largest_coordinates_are_kept_and_the_others_sketched():
     """By brute force over all of them; with queries, by the product of the two mean sizes."""
     p = problem("tied")
     fitted = METHOD.fit(p.task, p.train)
-    every = transform(fitted, ALL, None, ALL)
-
-    def rows(made, data):
-        with GradientPass(made.plan, made.theta) as passes:
-            batch = data.batch(0, len(data))
-            return made.of_example(passes.of(training_loss(p.task), batch, len(data)))
-
-    whole, queries = rows(every, fitted.train) * every.spread, p.task.queries(p.queries)
+    every, queries = transform(fitted, ALL, None, ALL, Codes(32)), p.task.queries(p.queries)
+    whole, other = (rows_of(every, data) * every.spread for data in (fitted.train, queries))
     own = whole.abs().mean(dim=0)
     assert bool((own[:-1] >= own[1:] - 1e-12).all())  # largest first
-    others = (rows(every, queries) * every.spread).abs().mean(dim=0)
-    for known, by in ((None, own), (queries, own * others)):
-        made, best = transform(fitted, 7, known, ALL), by.argsort(descending=True)[:7]
-        few = rows(made, fitted.train)
-        torch.testing.assert_close(few * made.spread, whole[:, best])
-        torch.testing.assert_close(few.square().mean(dim=0), torch.ones(7).double())
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double() / 2**0.5
+    H = torch.kron(two, torch.kron(two, two))
+    for known, by in ((None, own), (queries, own * other.abs().mean(dim=0))):
+        made, best = transform(fitted, 16, known, ALL, Codes(32)), by.argsort(descending=True)[:8]
+        few = rows_of(made, fitted.train)
+        assert (made.width, made.sketched) == (16, 8)
+        torch.testing.assert_close(few[:, :8] * made.spread[:8], whole[:, best])
+        torch.testing.assert_close(few[:, :8].square().mean(dim=0), torch.ones(8).double())
+        rest = whole.index_fill(1, best, 0.0)[:, every.order.argsort()]  # in the order of blocks
+        sums = rest.new_zeros(len(rest), 8)
+        sums.index_add_(1, torch.arange(rest.shape[1]) % 8, rest)
+        torch.testing.assert_close(few[:, 8:] * made.spread[8:], sums @ H)
 
 
-def test_of_long_matrices_leading_columns_are_offered():
-    """As many as the short side is long, by Σ Λ/(Λ + λ); more where more numbers are to be kept."""
+@pytest.mark.parametrize("start", [0, 3])
+def test_products_of_sketches_are_right_in_the_mean_over_signs(start):
+    """Of all 2⁷ draws; and exact of as many numbers as there are others."""
+    x, y = torch.randn(2, 7, generator=torch.Generator().manual_seed(0)).double()
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 7)
+    a, b = (turned(folded(signs * each, start, 4)) for each in (x, y))
+    torch.testing.assert_close((a * b).sum(dim=1).mean(), x @ y)
+    a, b = (turned(folded(each[None], start, 8)) for each in (x, y))
+    torch.testing.assert_close((a * b).sum(), x @ y)
+
+
+def test_an_axis_much_longer_than_the_other_is_left_as_it_is():
+    """Λ is the second moment of its entries there; products of all coordinates stay exact."""
     g = torch.Generator().manual_seed(0)
     X, y = torch.randn(30, 3, generator=g).double(), torch.randint(40, (30,), generator=g)
     fitted = METHOD.fit(uw.Task(nn.Linear(3, 40).double(), uw.CrossEntropy()), (X, y))
     (block,) = fitted.scorer.curvature.blocks  # [40, 3 + 1]
-    Q, _ = block.inverse().bases
-    best = (block.eigen.values * block.inverse().values).sum(dim=1).argsort(descending=True)
-    for most, columns in ((4, 4), (8, 8), (9, 16), (160, 40)):
-        (offered,) = transforms._offered(fitted.scorer, most)
-        assert offered.columns == (columns, 4)
-        assert offered.bases[0].equal(Q[:, best[:columns].sort().values])
-        assert len(offered.place) == columns * 4
-        seen = (
-            offered.scale.square()
-            * (1 / block.inverse().values)[best[:columns].sort().values].flatten()
-        )
-        torch.testing.assert_close(seen, torch.ones(columns * 4).double())
+    (mine,) = transforms._every(fitted.scorer)
+    Q, R = block.eigen.bases
+    assert mine.bases[0] is None and mine.bases[1].equal(R)
+    H = torch.kron(Q, R) @ torch.diag(block.eigen.values.flatten()) @ torch.kron(Q, R).mT
+    turn = torch.kron(torch.eye(40).double(), R)
+    moments = (turn.mT @ H @ turn).diagonal() + block.damping
+    torch.testing.assert_close(mine.weights.square(), 1 / moments)
+    made = transform(fitted, ALL, None, 8, Codes(32))
+    u = fitted.attribute((X[:2], y[:2]), into=Asked(None, made, 0, None))
+    S = fitted.attribute((X[:2], y[:2])).values
+    torch.testing.assert_close(u @ rows_of(made, fitted.train).mT, S, rtol=1e-9, atol=1e-12)
+
+
+def test_gains_give_products_the_size_of_scores():
+    """Of least squares, then divided by their own slope; by brute force on the same examples."""
+    torch.manual_seed(0)
+    X, y = torch.randn(48, 12).double(), torch.arange(48) % 3
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    fitted = METHOD.fit(uw.Task(model, uw.CrossEntropy()), (X, y))
+    made = transform(fitted, 64, None, ALL, Codes(32))
+    asked, others = list(range(0, 48, 4)), [i for i in range(48) if i % 4]
+    u = fitted.attribute((X[asked], y[asked]), into=Asked(None, made, 0, None))
+    v, k = rows_of(made, fitted.train)[others], len(made.order)
+    S = fitted.attribute((X[asked], y[asked])).values[:, others]
+    products = u @ v.mT
+    assert float((products * S).sum() / S.square().sum()) == pytest.approx(1, rel=1e-6)
+    shares = torch.stack([(u[:, a] @ v[:, a].mT).flatten() for a in (slice(k), slice(k, None))])
+    assert made.gains.min() > 0 and not made.gains.equal(torch.ones(2).double())
+    gram, found = shares @ shares.mT, shares @ S.flatten()
+    best = torch.linalg.solve(gram, found)  # of what has the gains already: the same number twice
+    assert float(best[0]) == pytest.approx(float(best[1]), rel=1e-4)
 
 
 def test_an_index_answers_as_the_method_does(fitted, tmp_path):

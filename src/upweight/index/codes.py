@@ -74,7 +74,7 @@ class Codes:
                 "A coordinate is kept in 1, 2, 4, 8, 16 or 32 bits.",
                 f"bits={self.bits!r}.",
                 "a size for which there is no layout.",
-                "use bits=2: more coordinates of 2 bits beat fewer of 4 or 8.",
+                "use bits=1: more coordinates of fewer bits beat fewer of more bits.",
             )
 
     def encode(self, rows: Float[Tensor, "b K"]) -> dict[str, Tensor]:

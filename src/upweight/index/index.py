@@ -34,7 +34,7 @@ from upweight.task.measures import Loss
 
 AGAIN = "the same Index.build(…) or index.extend(…), which makes only what is missing"
 
-BITS = 2
+BITS = 1
 """Of a number of a row, unless told otherwise."""
 
 SIZE = 0.1
@@ -73,21 +73,22 @@ class _Facts:
 class Index:
     """Rows v_i on disk with S[q, i] = −(1/n) ⟨V_q, gᵢ⟩ ≈ u_q · v_i.
 
-    Of a method by layer, such as `Influence(EKFAC(), damping=…)`, v_i are K coordinates of the
-    whitened gradient, those of the largest mean size, in few bits each:
+    Of a method by layer, such as `Influence(EKFAC(), damping=…)`, v_i is a projection T of the
+    whitened gradient, in few bits a number:
 
-        v_i = σ⁻¹ ∘ (Λ + λ)^−½ ∘ (Q_Gᵀ gᵢ Q_A)    u_q = −(1/n) σ ∘ (Λ + λ)^½ ∘ (Q_Gᵀ V_q Q_A)
+        v_i = σ⁻¹ ∘ T ((Λ + λ)^−½ ∘ (Q_Gᵀ gᵢ Q_A))
+        u_q = −(1/n) σ ∘ a ∘ T ((Λ + λ)^½ ∘ (Q_Gᵀ V_q Q_A))
 
     with V_q = (H + λ)⁻¹ ∇m_q as the method solves it, and σ the root mean squares of what
-    stands behind σ⁻¹; of `LoGra` and `TRAK`, v_i = σ⁻¹ ∘ P gᵢ. Of a
-    matrix much longer than wide only the coordinates of as many leading columns are kept as it is
-    wide, as long as there are enough to choose from. n is
+    stands behind σ⁻¹. T keeps the coordinates of largest mean size one by one and a random
+    projection of all others; a is a number for each of the two, from some training examples.
+    Of `LoGra` and `TRAK`, v_i = σ⁻¹ ∘ P gᵢ. n is
     that of the fit, also for rows of other examples: their S is the derivative in the weight of a
     further example, at weight 0.
 
     Made by `build` and `load`. Changed by `extend`; `verify` keeps in it what it found.
 
-    Products of some of the coordinates may be much smaller than scores: see `unit`. `top` takes the
+    Products of some of the coordinates may not have the size of scores: see `unit`. `top` takes the
     scores that it shows from gradients.
 
     Exact when: all coordinates are kept, in 32 bits.
@@ -158,9 +159,9 @@ class Index:
             NotWritten: The disk is full or not writable. The same.
             ModelChanged: The model is not what the method was fitted to.
 
-        Cost: one pass over the data, (o + i) k multiply-adds per position of a layer for k columns
-        of its bases, k ≤ min(o, i) where that leaves a choice of coordinates; and the same for
-        `sample` training examples.
+        Cost: one pass over the data, in which each gradient is formed and turned: o + i
+        multiply-adds for each number of a layer's. The same for twice `sample` training examples,
+        of which a quarter is asked about the others.
         """
         started = time.perf_counter()
         share, codes = share_of(shards), Codes(bits)
@@ -172,7 +173,8 @@ class Index:
             chosen = "training" if known is None else f"training and queries {contents(known)}"
             description = {
                 **_of_fit(fitted),
-                "rows": f"at most {most} numbers by mean sizes over {sample}, {chosen}",
+                "rows": f"at most {most} numbers, by mean sizes over {sample}, {chosen}; and a "
+                "sketch",
                 "codes": described(codes),
             }
             examples, place = _data(fitted, data), Path(folder)
@@ -182,7 +184,7 @@ class Index:
             with claimed(place, INDEX, wait=True, meanwhile=meanwhile):
                 store = _of_another(place, description)
                 if store is None:
-                    made = transform(fitted, most, known, sample)
+                    made = transform(fitted, most, known, sample, codes)
                     size = -(-shard // made.at_once) * made.at_once
                     begun = {"at_once": made.at_once, "shard": size, "bits": bits}
                     store = Store.open(place, description, begun=begun, again=AGAIN)
@@ -614,6 +616,7 @@ class Index:
             "index_numbers": self.numbers,
             "index_bits": self.bits,
             "index_bytes_per_example": self.bytes_per_example,
+            **{f"index_{name}": value for name, value in self._transform.facts.items()},
         }
         note = f"an index of {len(self)} rows of {self.bytes_per_example} bytes"
         if checked is None:

@@ -1,6 +1,7 @@
 """What a row is: T gᵢ of K numbers, and u_q of a solved query, with S[q, i] = u_q · T gᵢ.
 
-    Coordinates   of methods by layer: T g = σ⁻¹ ∘ (Λ + λ)^−½ ∘ (Q_Gᵀ g Q_A), the K largest
+    Coordinates   of methods by layer: of v = ±(Λ + λ)^−½ ∘ (Q_Gᵀ g Q_A) the numbers of largest
+                  mean size, and a random projection of the others; divided by σ
     Projected     of LoGra and TRAK: T g = σ⁻¹ ∘ P g
 
 σ is the root mean square of a number over training examples, so that all numbers of a row are of
@@ -13,8 +14,8 @@ any P.
 
 import abc
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,9 +26,11 @@ from upweight.errors import NotOffered, SpecError, StaleStore
 from upweight.gradients.blocks import Plan
 from upweight.gradients.factored import Factors, Formed, Joined, Lookups, Tokens
 from upweight.gradients.passes import GradientPass
+from upweight.index.codes import Codes
 from upweight.methods.fitted import Fitted
 from upweight.methods.layered import LayeredJob, LayeredScorer
 from upweight.methods.projected import ProjectedJob, ProjectedScorer
+from upweight.methods.reduce import Answer, Reducer, Sink, Sweep
 from upweight.methods.scorer import Job
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.memory import examples_within, working_bytes
@@ -39,8 +42,11 @@ from upweight.task.identity import described
 MOST_EXAMPLES = 64
 """Examples in a batch of gradients at most."""
 
-OFFERED = 4
-"""Coordinates whose size is measured, for each one that is kept, at least."""
+SKETCHED = 0.5
+"""Of the numbers of a row, which stand for all coordinates that are not kept one by one."""
+
+LONG = 4
+"""Times as long as the other: axes up to that are turned onto eigenvectors."""
 
 
 class Transform(abc.ABC):
@@ -70,6 +76,11 @@ class Transform(abc.ABC):
     def width(self) -> int:
         """K."""
 
+    @property
+    def facts(self) -> Mapping[str, float]:
+        """What an answer's provenance says of it."""
+        return {}
+
     @abc.abstractmethod
     def of_example(self, factors: Sequence[Factors]) -> Float[Tensor, "b K"]:
         """T gᵢ of each example of a batch."""
@@ -92,53 +103,31 @@ class Transform(abc.ABC):
 
 @dataclass(frozen=True, eq=False)
 class BlockCoordinates:
-    """Some coordinates of one block.
+    """v of one block, of which some numbers are kept one by one.
 
     Args:
-        bases: The eigenvectors that they are of, in columns, one matrix per axis of the block; None
-            is the identity.
-        place: Of each coordinate, in an array with an axis per basis, flat.
-        scale: (Λ + λ)^−½ of each.
-        shape: Of the block's array of eigenvalues.
+        bases: Eigenvectors in columns, one matrix per axis of the block; None is the identity.
+        weights: ±(Λ + λ)^−½ of each number, with signs drawn at random.
+        shape: Of the block's array.
+        place: Which are kept one by one.
     """
 
     bases: tuple[Tensor | None, ...]
-    place: Int[Tensor, " k"]
-    scale: Float[Tensor, " k"]
+    weights: Float[Tensor, " d"]
     shape: tuple[int, ...]
+    place: Int[Tensor, " k"]
 
-    @property
-    def columns(self) -> tuple[int, ...]:
-        """Of the bases: numbers of an example before the choice."""
-        each = zip(self.shape, self.bases, strict=True)
-        return tuple(size if q is None else q.shape[1] for size, q in each)
-
-    def some(self, which: Int[Tensor, " l"]) -> "BlockCoordinates":
-        """Some of the coordinates, and of the bases the columns that they need."""
-        axes = torch.unravel_index(self.place[which], self.columns)
-        bases, place = list[Tensor | None](), torch.zeros_like(which)
-        for basis, at, size in zip(self.bases, axes, self.columns, strict=True):
-            if basis is not None:
-                columns, at = torch.unique(at, return_inverse=True)
-                basis, size = basis[:, columns].contiguous(), len(columns)
-            bases.append(basis)
-            place = place * size + at
-        return BlockCoordinates(tuple(bases), place, self.scale[which], self.shape)
-
-    def __call__(self, factors: Factors) -> Float[Tensor, "b k"]:
-        """(Λ + λ)^−½ ∘ Qᵀ g."""
-        return self._rotated(factors).flatten(1)[:, self.place] * self.scale
-
-    def of_solved(self, vectors: Float[Tensor, "q d"]) -> Float[Tensor, "q k"]:
-        """(Λ + λ)^½ ∘ Qᵀ V."""
-        return self._along(vectors.reshape(-1, *self.shape)).flatten(1)[:, self.place] / self.scale
+    def __call__(self, factors: Factors) -> Float[Tensor, "b d"]:
+        """v = ±(Λ + λ)^−½ ∘ Qᵀ g."""
+        return self._rotated(factors).reshape(len(factors), -1) * self.weights
 
     def _rotated(self, factors: Factors) -> Tensor:
-        if isinstance(factors, Tokens) and len(self.shape) == 2:
-            (o, i), (k, m) = self.shape, self.columns
-            by_position = _products(factors, k, m) + factors.positions * k * m
-            in_full = factors.positions * o * i + k * o * i + k * i * m
-            if not isinstance(factors, Formed) and by_position <= in_full:
+        if isinstance(factors, Tokens) and not isinstance(factors, Formed):
+            # Each position by itself, where that takes fewer products.
+            o, i = self.shape
+            sizes = [q.shape[0] ** 2 for q in self.bases if q is not None]
+            in_full = [o * i * q.shape[0] for q in self.bases if q is not None]
+            if factors.positions * sum(sizes) <= sum(in_full):
                 return self._turned(factors).matrices()
         values = factors.matrices() if isinstance(factors, Tokens) else factors.values
         return self._along(values.reshape(len(values), *self.shape))
@@ -155,29 +144,38 @@ class BlockCoordinates:
             return Tokens(left[factors.index], turned)
         return Tokens(factors.left if left is None else factors.left @ left, turned)
 
+    def of_solved(self, vectors: Float[Tensor, "q d"]) -> Float[Tensor, "q d"]:
+        """±(Λ + λ)^½ ∘ Qᵀ V."""
+        return self._along(vectors.reshape(-1, *self.shape)).flatten(1) / self.weights
+
     def _along(self, array: Tensor) -> Tensor:
         for axis, q in enumerate(self.bases):
-            if q is not None:
-                at = axis - len(self.bases)
-                array = (array.movedim(at, -1) @ q.to(array)).movedim(-1, at)
+            if q is None:
+                continue
+            at, q = axis - len(self.bases), q.to(array)
+            if at == -1:
+                array = array @ q
+            elif at == -2:  # nothing is copied
+                array = q.mT @ array
+            else:
+                array = (array.movedim(at, -1) @ q).movedim(-1, at)
         return array
-
-
-def _products(factors: Tokens, k: int, m: int) -> int:
-    """Multiply-adds of an example that turn its factors onto k and m columns."""
-    if isinstance(factors, Joined):
-        return sum(_products(part, k, m) for part in factors.parts)
-    t, i = factors.positions, factors.right.shape[2]
-    return t * i * m + (0 if isinstance(factors, Lookups) else t * factors.left.shape[2] * k)
 
 
 @dataclass(frozen=True, eq=False)
 class Coordinates(Transform):
-    """T g = σ⁻¹ ∘ (Λ + λ)^−½ ∘ (Q_Gᵀ g Q_A), of the K coordinates of largest E|v|.
+    """T g = σ⁻¹ ∘ (v of the coordinates of largest E|v|; C v of all others).
+
+    C adds up numbers that are J places apart, J the size of the sketch, and turns the sums by a
+    Hadamard matrix. The signs of v are random, so that E ⟨C u, C v⟩ = ⟨u, v⟩ with a variance of
+    about ‖u‖²‖v‖²/J, as of a random projection (Ailon & Chazelle 2009; Charikar, Chen &
+    Farach-Colton 2002).
 
     Args:
-        blocks: The coordinates of each block of the plan; None where it has none.
-        order: Of the coordinates of all blocks, one block after the other, by E|v|.
+        blocks: Of the plan.
+        order: Of the coordinates of all blocks that are kept one by one, one block after the other,
+            by E|v|.
+        gains: By what the two parts of a product are multiplied.
     """
 
     plan: Plan
@@ -185,92 +183,142 @@ class Coordinates(Transform):
     factor: float
     at_once: int
     spread: Float[Tensor, " K"]
-    blocks: tuple[BlockCoordinates | None, ...]
-    order: Int[Tensor, " K"]
+    blocks: tuple[BlockCoordinates, ...]
+    order: Int[Tensor, " k"]
+    gains: Float[Tensor, " two"]
 
     kind = "eigen-coordinates"
 
     @property
     def width(self) -> int:
-        return len(self.order)
+        return len(self.spread)
+
+    @property
+    def sketched(self) -> int:
+        """J: how many of the numbers are of the sketch."""
+        return len(self.spread) - len(self.order)
+
+    @property
+    def facts(self) -> Mapping[str, float]:
+        kept, sketch = self.gains.tolist()
+        return {"sketched": self.sketched, "gain_of_kept": kept, "gain_of_sketch": sketch}
 
     def of_example(self, factors: Sequence[Factors]) -> Float[Tensor, "b K"]:
         every = zip(self.blocks, factors, strict=True)
-        found = [block(part) for block, part in every if block is not None]
-        return torch.cat(found, dim=1)[:, self.order] / self.spread
+        return self._rows(block(part) for block, part in every) / self.spread
 
     def of_query(self, job: Job) -> Float[Tensor, "q K"]:
         if not isinstance(job, LayeredJob):
             raise _with_weights()
         every = zip(self.blocks, job.solved(), strict=True)
-        found = [block.of_solved(vectors) for block, vectors in every if block is not None]
-        return torch.cat(found, dim=1)[:, self.order] * (self.factor * self.spread)
+        rows = self._rows(block.of_solved(vectors) for block, vectors in every)
+        rows[:, : len(self.order)] *= self.gains[0]
+        rows[:, len(self.order) :] *= self.gains[1]
+        return rows * (self.factor * self.spread)
+
+    def _rows(self, every: Iterable[Float[Tensor, "b d"]]) -> Float[Tensor, "b K"]:
+        """Of v of each block in turn; changes them."""
+        kept, sums, start = list[Tensor](), None, 0
+        for block, values in zip(self.blocks, every, strict=True):
+            kept.append(values[:, block.place])
+            if self.sketched:
+                part = folded(values.index_fill_(1, block.place, 0.0), start, self.sketched)
+                sums = part if sums is None else sums.add_(part)
+            start += len(block.weights)
+        rows = torch.cat(kept, dim=1)[:, self.order]
+        return rows if sums is None else torch.cat([rows, turned(sums)], dim=1)
 
     def tensors(self) -> Mapping[str, Tensor]:
-        found = {"order": self.order, "spread": self.spread}
+        found = {"order": self.order, "spread": self.spread, "gains": self.gains}
         for k, block in enumerate(self.blocks):
-            if block is not None:
-                found |= {f"{k}.place": block.place, f"{k}.scale": block.scale}
-                bases = enumerate(block.bases)
-                found |= {f"{k}.basis.{axis}": q for axis, q in bases if q is not None}
+            found |= {f"{k}.place": block.place, f"{k}.weights": block.weights}
+            bases = enumerate(block.bases)
+            found |= {f"{k}.basis.{axis}": q for axis, q in bases if q is not None}
         return found
 
 
-def _coordinates(fitted: Fitted, most: int, queries: Data | None, sample: int) -> Coordinates:
-    """The coordinates of largest mean size E|v|, over some training examples, of those offered.
+def folded(values: Float[Tensor, "b d"], start: int, size: int) -> Float[Tensor, "b J"]:
+    """Sums of the numbers whose places, counted from `start` on, are alike modulo `size`."""
+    before = start % size
+    first = min(size - before, values.shape[1])
+    runs = (values.shape[1] - first) // size
+    last = first + runs * size
+    sums = values[:, first:last].reshape(len(values), runs, size).sum(dim=1)
+    sums[:, before : before + first] += values[:, :first]
+    sums[:, : values.shape[1] - last] += values[:, last:]
+    return sums
+
+
+def turned(rows: Float[Tensor, "b J"]) -> Float[Tensor, "b J"]:
+    """By an orthonormal Hadamard matrix for each run of numbers, as long as a power of 2 divides J.
+
+    What was large in one number is then spread over the run, as few bits need it.
+    """
+    size, half = rows.shape[1] & -rows.shape[1], 1
+    out = rows
+    while half < size:
+        a, b = out.view(len(rows), -1, 2, half).unbind(dim=2)
+        out = torch.stack([a + b, a - b], dim=2).view(rows.shape)
+        half *= 2
+    return out / math.sqrt(size)
+
+
+def sketch_size(numbers: int) -> int:
+    """J: about `SKETCHED` of the numbers, 4 to 7 times a power of 2."""
+    wanted = int(SKETCHED * numbers)
+    unit = 2 ** max(wanted.bit_length() - 3, 0)
+    return wanted // unit * unit
+
+
+def _coordinates(
+    fitted: Fitted, most: int, queries: Data | None, sample: int, codes: Codes
+) -> Coordinates:
+    """The coordinates of largest mean size E|v|, over some training examples; the others sketched.
 
     Not by E[v²]: coordinates of rare words are large in one example and 0 in all others, and so
     say little of most scores. With `queries` by the product of the mean sizes over both.
     """
     scorer = _layered(fitted)
-    offered = _offered(scorer, most)
-    own, sizes = _energies(scorer, offered, scorer.train, sample)
+    every = _every(scorer)
+    own, sizes = _energies(scorer, every, scorer.train, sample)
     if queries is not None:
-        sizes = sizes * _energies(scorer, offered, queries, sample)[1]
+        sizes = sizes * _energies(scorer, every, queries, sample)[1]
+    size = 0 if most >= len(own) else sketch_size(most)
     # Of equal sizes the first: the same coordinates in every process.
-    order = sizes.argsort(descending=True, stable=True)[:most]
-    inside, ends = order.sort(), torch.tensor([len(block.place) for block in offered]).cumsum(0)
-    blocks, start = list[BlockCoordinates | None](), 0
-    for block, end in zip(offered, ends.tolist(), strict=True):
+    order = sizes.argsort(descending=True, stable=True)[: most - size]
+    inside, blocks, start = order.sort(), list[BlockCoordinates](), 0
+    for block in every:
+        end = start + len(block.weights)
         mine = inside.values[(start <= inside.values) & (inside.values < end)] - start
-        blocks.append(block.some(mine) if len(mine) else None)
+        blocks.append(replace(block, place=mine))
         start = end
-    spread = _spread(own[order])
-    dtype = scorer.curvature.plan.dtype
-    return _made_of(scorer, tuple(blocks), inside.indices.argsort(), spread.to(dtype))
+    kept = own[order]
+    rest = (own.sum() - kept.sum()).clamp_min(0) / max(size, 1)
+    spread = _spread(torch.cat([kept, rest.expand(size)])).to(scorer.curvature.plan.dtype)
+    made = _made_of(scorer, tuple(blocks), inside.indices.argsort(), spread, None)
+    return replace(made, gains=_gains(fitted, made, sample, codes)) if size else made
 
 
-def _offered(scorer: LayeredScorer, most: int) -> list[BlockCoordinates]:
-    """Coordinates to choose `most` from: of each matrix those of some columns of its bases.
+def _every(scorer: LayeredScorer) -> list[BlockCoordinates]:
+    """All coordinates of each block, none of them kept.
 
-    Turning δ onto k of the columns of Q_G takes o k multiply-adds per position, and the layer
-    itself o i. So there are as many columns on each side as the shorter side is long, or a multiple
-    of it where that offers fewer than `OFFERED` coordinates for each one that is kept: those with
-    the largest sums of Λ/(Λ + λ), which is the energy that the fit saw.
+    Turning an axis of length o takes o multiply-adds for each number of a gradient. An axis that is
+    more than `LONG` times as long as the other, as the vocabulary of a language model, is left as
+    it is; Λ is then the second moment of its entries, (Q ∘ Q) Λ. Any bases and positive weights
+    give products that are right in the mean; those of the eigenvectors vary least.
     """
-    inverses = [block.inverse() for block in scorer.curvature.blocks]
-    sizes = [inverse.values.shape for inverse in inverses]
-    wanted, times = OFFERED * most, 1
-    while times * min(map(min, sizes)) < max(map(max, sizes)):
-        if sum(math.prod(min(n, times * min(size)) for n in size) for size in sizes) >= wanted:
-            break
-        times *= 2
     found = []
-    for block, inverse, size in zip(scorer.curvature.blocks, inverses, sizes, strict=True):
-        seen, kept = block.eigen.values * inverse.values, torch.ones(size, dtype=torch.bool)
-        for axis, (basis, n) in enumerate(zip(inverse.bases, size, strict=True)):
-            if basis is not None and times * min(size) < n:
-                sums = seen.movedim(axis, 0).flatten(1).sum(dim=1)
-                best = sums.argsort(descending=True, stable=True)[: times * min(size)]
-                mask = torch.zeros(n, dtype=torch.bool).index_fill_(0, best.cpu(), True)
-                kept &= mask.reshape([-1 if k == axis else 1 for k in range(len(size))])
-        every = BlockCoordinates(
-            tuple(inverse.bases),
-            torch.arange(inverse.values.numel(), device=inverse.values.device),
-            inverse.values.flatten().sqrt(),
-            tuple(size),
-        )
-        found.append(every.some(kept.flatten().nonzero()[:, 0].to(every.place.device)))
+    for k, block in enumerate(scorer.curvature.blocks):
+        values, bases = block.eigen.values, list(block.eigen.bases)
+        for axis, basis in enumerate(bases):
+            if basis is not None and values.shape[axis] > LONG * min(values.shape):
+                values = (values.movedim(axis, -1) @ basis.square().mT).movedim(-1, axis)
+                bases[axis] = None
+        weights = (1 / (values + block.damping)).sqrt().flatten()
+        draw = torch.Generator().manual_seed(k)
+        signs = torch.randint(2, (len(weights),), generator=draw).mul_(2).sub_(1).to(weights)
+        none = torch.zeros(0, dtype=torch.int64, device=weights.device)
+        found.append(BlockCoordinates(tuple(bases), weights * signs, tuple(values.shape), none))
     return found
 
 
@@ -282,11 +330,12 @@ def _spread(energies: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
 def _energies(
     scorer: LayeredScorer, blocks: Sequence[BlockCoordinates], data: Data, sample: int
 ) -> tuple[Tensor, Tensor]:
-    """E[v²] and E|v| of some coordinates v of each block, over some examples."""
-    task, n = scorer.task, len(data)
-    count = min(n, sample)
-    chosen = data.subset([k * n // count for k in range(count)])
-    totals = [block.scale.new_zeros(2, len(block.scale), dtype=torch.float64) for block in blocks]
+    """E[v²] and E|v| of all coordinates v of each block, over some examples."""
+    task, chosen = scorer.task, data.subset(_spaced(len(data), sample))
+    count = len(chosen)
+    totals = [
+        block.weights.new_zeros(2, len(block.weights), dtype=torch.float64) for block in blocks
+    ]
     size = _at_once(scorer, blocks)
     with GradientPass(scorer.curvature.plan, scorer.point.theta) as passes:
         for start, stop, batch in progress(chosen.batches(size), count, "energies"):
@@ -299,39 +348,115 @@ def _energies(
     return energies, sizes
 
 
-def _restored(fitted: Fitted, tensors: Mapping[str, Tensor]) -> Coordinates:
-    scorer, blocks = _layered(fitted), list[BlockCoordinates | None]()
+def _spaced(n: int, most: int) -> list[int]:
+    """`most` places among n, evenly spaced; or all."""
+    count = min(n, most)
+    return [k * n // count for k in range(count)]
+
+
+# -- what the parts of a product are worth --------------------------------------------------------
+
+
+def _gains(fitted: Fitted, made: Coordinates, sample: int, codes: Codes) -> Float[Tensor, " two"]:
+    """a and b of Ŝ = a Ŝ_kept + b Ŝ_sketch, from some training examples asked about others.
+
+    Ŝ_kept varies little but is too small, Ŝ_sketch is right in the mean but varies. a and b are
+    those of least squares of S, both divided by Σ ŜS/Σ S² of that sum: then S is the mean of Ŝ at
+    a given S, and Ŝ has its unit. 1 and 1, for which it holds too, where they are not positive.
+    """
+    at = _spaced(len(fitted.train), sample)
+    asked, others = at[::4], [i for k, i in enumerate(at) if k % 4]
+    ones = torch.ones_like(made.gains)
+    if not others:
+        return ones
+    parts = fitted.attribute(
+        fitted.train.subset(asked), into=_Parts(made, fitted.train.subset(others), codes)
+    )
+    S, both = parts[..., 0].double().flatten(), parts[..., 1:].double().flatten(0, 1)
+    found = torch.linalg.lstsq(both.cpu(), S.cpu()[:, None], driver="gelsd").solution[:, 0]
+    along = (both.cpu() @ found) @ S.cpu()
+    found = found * (S.cpu() @ S.cpu() / along)
+    is_usable = bool(found.isfinite().all()) and bool((found > 0).all())
+    return found.to(ones) if is_usable else ones
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts(Reducer):
+    """S, Ŝ_kept and Ŝ_sketch of some examples: [q, m, 3]."""
+
+    made: Coordinates
+    examples: Data
+    codes: Codes
+    is_exact = True
+
+    def begin(self, sweep: Sweep) -> Sink:
+        return _Both(self)
+
+
+@dataclass(eq=False)
+class _Both(Sink):
+    asked: _Parts
+    found: list[Tensor] = field(default_factory=list)
+
+    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
+        made, codes, k = self.asked.made, self.asked.codes, len(self.asked.made.order)
+        task, parts = made.plan.task, list[Tensor]()
+        u = made.of_query(job).float()
+        with GradientPass(made.plan, made.theta) as passes:
+            for start, stop, batch in self.asked.examples.batches(made.at_once):
+                batch = task.to_device(batch)
+                rows = made.of_example(passes.of(training_loss(task), batch, stop - start))
+                rows = rows.float()
+                if rows.shape[1] * codes.bits % 8 == 0:
+                    rows = codes.decode(codes.encode(rows))
+                S = job.scores_of(batch, stop - start)
+                each = (u[:, :k] @ rows[:, :k].mT, u[:, k:] @ rows[:, k:].mT)
+                parts.append(torch.stack([S, *(x.to(S) for x in each)], dim=2))
+        self.found.append(torch.cat(parts, dim=1))
+        return []
+
+    def result(self, answer: Answer) -> Tensor:
+        return torch.cat(self.found)
+
+
+def _restored(fitted: Fitted, tensors: Mapping[str, Tensor], folder: Any) -> Coordinates:
+    scorer, blocks = _layered(fitted), list[BlockCoordinates]()
+    if "gains" not in tensors:
+        raise StaleStore(
+            "Rows of an index are coordinates and a sketch of all others.",
+            f"{folder}, which has coordinates alone.",
+            "an index that was built before version 0.2.0.",
+            "build it again in another folder.",
+        )
     device = scorer.point.theta.device
     # Copied: products round by where their operands start in memory.
     held = {name: each.to(device, copy=True) for name, each in tensors.items()}
     for k, block in enumerate(scorer.curvature.blocks):
-        if f"{k}.place" not in held:
-            blocks.append(None)
-            continue
         shape = tuple(block.eigen.values.shape)
         bases = tuple(held.get(f"{k}.basis.{axis}") for axis in range(len(shape)))
-        found = BlockCoordinates(bases, held[f"{k}.place"], held[f"{k}.scale"], shape)
-        blocks.append(found)
-    return _made_of(scorer, tuple(blocks), held["order"], held["spread"])
+        blocks.append(BlockCoordinates(bases, held[f"{k}.weights"], shape, held[f"{k}.place"]))
+    return _made_of(scorer, tuple(blocks), held["order"], held["spread"], held["gains"])
 
 
 def _made_of(
     scorer: LayeredScorer,
-    blocks: tuple[BlockCoordinates | None, ...],
+    blocks: tuple[BlockCoordinates, ...],
     order: Tensor,
     spread: Tensor,
+    gains: Tensor | None,
 ) -> Coordinates:
-    some = [block for block in blocks if block is not None]
-    made, size = scorer.curvature.plan, _at_once(scorer, some, len(order))
-    return Coordinates(made, scorer.point.theta, scorer.factor, size, spread, blocks, order)
+    made, size = scorer.curvature.plan, _at_once(scorer, blocks, len(spread))
+    gains = spread.new_ones(2) if gains is None else gains
+    theta, factor = scorer.point.theta, scorer.factor
+    return Coordinates(made, theta, factor, size, spread, blocks, order, gains)
 
 
 def _at_once(scorer: LayeredScorer, blocks: Sequence[BlockCoordinates], width: int = 0) -> int:
     """Examples whose gradients are taken and turned together."""
-    # Gradients are formed in full only where that takes less than their factors do.
-    largest = max((math.prod(block.columns) for block in blocks), default=0)
+    # Gradients are formed in full, a block at a time.
+    largest = max((len(block.weights) for block in blocks), default=0)
     each = scorer.curvature.cost.bytes_per_example
-    each += (3 * largest + 2 * width) * scorer.dtype.itemsize
+    each += (4 * largest + 4 * width) * scorer.dtype.itemsize
     allowed = working_bytes(scorer.point.theta.device, scorer.memory_bytes)
     return examples_within(allowed, each, MOST_EXAMPLES)
 
@@ -404,15 +529,17 @@ def _divided(scorer: ProjectedScorer, spread: Float[Tensor, " K"]) -> Projected:
 # -- which ----------------------------------------------------------------------------------------
 
 
-def transform(fitted: Fitted, most: int, queries: Data | None, sample: int) -> Transform:
-    """The rows of a fitted method, of `most` numbers at most.
+def transform(
+    fitted: Fitted, most: int, queries: Data | None, sample: int, codes: Codes
+) -> Transform:
+    """The rows of a fitted method, of `most` numbers at most, to be kept in these codes.
 
     Raises:
         NotOffered: It has none.
         SpecError: They have more numbers.
     """
     if not isinstance(fitted.scorer, ProjectedScorer):
-        return _coordinates(fitted, most, queries, sample)
+        return _coordinates(fitted, most, queries, sample, codes)
     found = _projected(fitted, sample)
     if found.width > most:
         raise SpecError(
@@ -431,7 +558,7 @@ def restored(fitted: Fitted, tensors: Mapping[str, Tensor], folder: Any) -> Tran
         StaleStore: It cannot be had again.
     """
     if not isinstance(fitted.scorer, ProjectedScorer):
-        return _restored(fitted, tensors)
+        return _restored(fitted, tensors, folder)
     spread = tensors["spread"].to(fitted.theta.device, copy=True)
     found = _divided(_projecting(fitted), spread)
     if not torch.equal(found.tensors()["hash"], tensors["hash"]):
