@@ -14,12 +14,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from PIL import Image
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 IMAGES = DOCS / "images"
@@ -47,13 +48,20 @@ def ran(page: Path, names: dict[str, Any]) -> dict[str, Any]:
     return names
 
 
-def photograph(page: str, name: str, script: str = "", height: int = 640) -> None:
+def photograph(
+    page: str | Path,
+    name: str,
+    script: str = "",
+    width: int = 1000,
+    height: int = 640,
+    scheme: Literal["light", "dark"] = "light",
+) -> None:
     """A picture of a page of the library, after `script`."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=os.environ.get("CHROMIUM"))
-        tab = browser.new_page(viewport={"width": 1000, "height": height}, color_scheme="light")
+        tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
         tab.goto(Path(page).absolute().as_uri())
         tab.wait_for_timeout(500)
         if script:
@@ -61,6 +69,9 @@ def photograph(page: str, name: str, script: str = "", height: int = 640) -> Non
             tab.wait_for_timeout(500)
         tab.screenshot(path=IMAGES / f"{name}.png")
         browser.close()
+    with Image.open(IMAGES / f"{name}.png") as picture:
+        smaller = picture.convert("RGB").quantize(64)
+    smaller.save(IMAGES / f"{name}.png", optimize=True)
 
 
 QUERIES = "[...document.querySelectorAll('nav a')].find(t => t.textContent == 'Queries')"
@@ -69,7 +80,7 @@ QUERIES = "[...document.querySelectorAll('nav a')].find(t => t.textContent == 'Q
 
 def table(names: dict[str, Any]) -> None:
     """A patient and the training patients behind it."""
-    photograph("patients.html", "tutorial-table", f"{QUERIES}.click()")
+    photograph("patients.html", "tutorial-table", f"{QUERIES}.click()", height=760)
 
 
 def results(names: dict[str, Any]) -> None:

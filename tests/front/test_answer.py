@@ -12,7 +12,7 @@ from tests.front.test_attribute import SMOOTH, TRAIN, N, X, Y, network, trained
 from upweight.applications.debugging import explain_error
 from upweight.errors import DataError, ShapeError, SpecError, UnsupportedModel
 from upweight.front.answer import Attribution
-from upweight.report import html
+from upweight.report import Display, html
 from upweight.task.rows import class_names
 from upweight.verdict import Verdict
 
@@ -60,6 +60,9 @@ def test_names_of_a_frame_are_in_every_answer(made, tmp_path):
     assert '"features":["age","weight"]' in page and '"name":"patient-906"' in page
     assert all(f'"name":"{name}"' in page for name in table.index)
     assert f"{frame.iloc[2, 0]:.6g}"[:6] in page and '"label":"sick"' in page
+    # Names that are said are those of labels and predictions alike.
+    said = html(scores, tmp_path / "page.html", Display(names=["ill", "fit"])).read_text()
+    assert '"label":"ill"' in said and '"sick"' not in said
     with pytest.raises(ShapeError, match="the nearest id is patient-915"):
         scores.top(3, "patient-1")
 

@@ -111,7 +111,7 @@ class Display:
             found["names"] = [str(name) for name in context.classes]
         reads = context.task.reads
         found["tokenizer"] = getattr(reads, "tokenizer", None)
-        if reads is not None and reads.classes is not None:
+        if self.names is None and reads is not None and reads.classes is not None:
             found["label"] = getattr(reads, "label", None)
         found |= self._table(rows["train"], rows["query"])
         return replace(self, **{k: v for k, v in found.items() if getattr(self, k) is None})
