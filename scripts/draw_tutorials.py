@@ -80,7 +80,7 @@ QUERIES = "[...document.querySelectorAll('nav a')].find(t => t.textContent == 'Q
 
 def table(names: dict[str, Any]) -> None:
     """A patient and the training patients behind it."""
-    photograph("patients.html", "tutorial-table", f"{QUERIES}.click()", height=760)
+    photograph("patients.html", "tutorial-table", f"{QUERIES}.click()", height=1080)
 
 
 def results(names: dict[str, Any]) -> None:

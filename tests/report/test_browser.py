@@ -498,6 +498,8 @@ def test_ticked_rows_leave_the_page(run, opened):
     page.keyboard.press("Escape")
     page.keyboard.press("/")
     assert page.evaluate("document.activeElement.id") == "search"
+    page.locator("#spots summary").click()
+    page.locator("#spots .spot").first.wait_for()
     assert page.locator("#spots .spot").count() == 10
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 

@@ -124,10 +124,10 @@ function drawSpots(query, answer) {
   const details = folded("Where they lie", element("div", { class: "filters more" },
     choose(across ?? far[0], "across", c => { across = c; }), choose(upward ?? far[1], "upward", c => { upward = c; })),
     element("p", { class: "hint" }, element("span", { class: "swatch up" }), ` raised (circles), `, element("span", { class: "swatch down" }), " lowered (diamonds), + the query. At first the two columns in which they differ from it most."), plot);
-  details.open = host.querySelector("details")?.open ?? !onPhone();
+  details.open = host.querySelector("details")?.open ?? false; // the cards come first
   details.addEventListener("toggle", () => { if (details.open) draw(); });
   host.replaceChildren(details);
-  draw();
+  if (details.open) draw();
 }
 
 function wholeRow(row, words, open, small = false) {
