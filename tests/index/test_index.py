@@ -142,8 +142,9 @@ def rows_of(made, data):
         return made.of_example(factors)
 
 
-def test_the_largest_coordinates_are_kept_and_the_others_sketched():
+def test_the_largest_coordinates_are_kept_and_the_others_sketched(monkeypatch):
     """By brute force over all of them; with queries, by the product of the two mean sizes."""
+    monkeypatch.setattr(transforms, "SKETCHED", 0.5)
     p = problem("tied")
     fitted = METHOD.fit(p.task, p.train)
     every, queries = transform(fitted, ALL, None, ALL, Codes(32)), p.task.queries(p.queries)
