@@ -38,8 +38,8 @@ SPLIT_STATE = "__composable_api_state_key"
 ALIGNED = 16
 """Bytes: where each tensor begins in what is sent."""
 
-ENTRIES, NUDGED = 7, 11
-"""Numbers in memory of what stands in the place of θ, by which it is known."""
+NUDGE = "upweight_nudge"
+"""The attribute of a storage that says that it is of a placeholder for θ: (eps, seed)."""
 
 BY_LAYER = (
     "ask methods that go by layer, such as Influence(EKFAC(), damping=Relative(0.1)), with "
@@ -208,27 +208,37 @@ class _Whole(torch.autograd.Function):
 
 
 def stands_in(value: Any) -> bool:
-    """Whether a tensor stands in the place of θ, or of a part of it."""
+    """Whether a tensor is a placeholder for θ, or for a part of it."""
+    return _nudge(value) is not None
+
+
+def _nudge(value: Any) -> tuple[float, int] | None:
+    """By how much a placeholder changes the weights, and the seed of the signs; None: a tensor."""
     if not isinstance(value, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
-        return False
-    entries = value.untyped_storage().nbytes() / value.itemsize
-    is_one = value.numel() <= 1 or not any(value.stride())
-    return entries in (ENTRIES, NUDGED) and is_one and value.storage_offset() == 0
+        return None
+    found: tuple[float, int] | None = getattr(value.untyped_storage(), NUDGE, None)
+    return found
+
+
+def _placeholder(
+    size: int, dtype: torch.dtype, device: torch.device, nudge: tuple[float, int] = (0.0, 0)
+) -> Float[Tensor, " p"]:
+    """One NaN in memory, as long as θ. Its views are of the same storage, and so known as well."""
+    one = torch.full((1,), math.nan, dtype=dtype, device=device)
+    setattr(one.untyped_storage(), NUDGE, nudge)
+    return one.expand(size)
 
 
 def nudged(theta: Float[Tensor, " p"], eps: float, seed: int) -> Float[Tensor, " p"]:
-    """What stands in the place of θ with every parameter changed by eps of it, up or down."""
-    found = torch.full((NUDGED,), math.nan, dtype=theta.dtype, device=theta.device)
-    found[1:3] = torch.tensor([eps, seed])
-    return found[0].expand(theta.shape)
+    """A placeholder for θ with every parameter changed by eps of it, up or down."""
+    return _placeholder(len(theta), theta.dtype, theta.device, (eps, seed))
 
 
 def _at(instead: Tensor, whole: Tensor, k: int) -> Tensor:
-    """A whole weight where θ is what something stands in the place of."""
-    held = instead.detach().as_strided((3,), (1,))
-    if instead.untyped_storage().nbytes() == NUDGED * instead.itemsize:
-        _, eps, seed = held.tolist()
-        generator = torch.Generator(device=whole.device).manual_seed(int(seed) << 32 | k)
+    """A whole weight where there is a placeholder for θ."""
+    eps, seed = _nudge(instead) or (0.0, 0)
+    if eps:
+        generator = torch.Generator(device=whole.device).manual_seed(seed << 32 | k)
         signs = torch.randint(0, 2, whole.shape, generator=generator, device=whole.device)
         whole = whole * (1 + eps * (2 * signs - 1).to(whole))
     found: Tensor = _Whole.apply(instead, whole) if instead.requires_grad else whole  # type: ignore[no-untyped-call]
@@ -262,9 +272,8 @@ class Sharded:
         return cls(model, units) if units else None
 
     def theta(self, size: int, dtype: torch.dtype) -> Float[Tensor, " p"]:
-        """What stands in the place of θ."""
-        device = self.units[0].parameters[0].device
-        return torch.full((ENTRIES,), math.nan, dtype=dtype, device=device)[0].expand(size)
+        """A placeholder for θ."""
+        return _placeholder(size, dtype, self.units[0].parameters[0].device)
 
     # -- putting weights together -----------------------------------------------------------------
 
