@@ -376,6 +376,17 @@ def test_texts_alone_are_asked_about_by_the_class_that_is_predicted():
         hf.classifier(built("several labels"), tokenizer).queries(TEXTS)
 
 
+def test_asking_for_classes_leaves_nothing_on_the_model():
+    class Noting(library().BertForSequenceClassification):
+        def forward(self, **inputs):
+            self.seen = getattr(self, "seen", 0) + 1
+            return super().forward(**inputs)
+
+    model = Noting(library().BertConfig(**L, num_labels=3)).double().eval()
+    hf.classifier(model, words()).queries(TEXTS)
+    assert "seen" not in vars(model)
+
+
 def test_more_tokens_than_positions_are_told_from_another_vocabulary():
     long = [" ".join(["cat"] * 40)]
     with pytest.raises(DataError, match="more tokens than the model has positions") as caught:

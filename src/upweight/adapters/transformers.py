@@ -413,12 +413,12 @@ class Reader:
         Raises:
             DataError: There is no tokenizer, or a text has no single class.
         """
-        inputs = self._tokens(texts)
-        device, found = next(self.model.parameters()).device, []
-        for _, _, batch in inputs.batches(PREDICTED_TOGETHER):
-            asked = {k: v.to(device) for k, v in batch.items() if k not in LABELS}
-            with torch.no_grad():
-                found.append(_logits(self.model, asked)[0])
+        inputs, found = self._tokens(texts), []
+        asked = Task(self.model, CrossEntropy(), forward=_logits)
+        with torch.no_grad(), asked.in_step():
+            for _, _, batch in inputs.batches(PREDICTED_TOGETHER):
+                given = asked.to_device({k: v for k, v in batch.items() if k not in LABELS})
+                found.append(asked.call(asked.held_theta(), given)[0])
         several = getattr(bare(self.model).config, "problem_type", None) in NO_CLASS
         if several or found[0].ndim != 2 or found[0].shape[1] < 2:
             raise self._no_labels()

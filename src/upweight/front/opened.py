@@ -141,12 +141,11 @@ def queries_of(task: Task, queries: Any) -> Data:
         return task.queries(queries)
     inputs = torch.as_tensor(queries if is_alone else queries[0])
     loss = task.loss.base if isinstance(task.loss, Rescaled) else task.loss
-    parameter = next(task.model.parameters())
     outputs = None
     if isinstance(loss, CrossEntropy):
-        with torch.no_grad():
-            outputs = task.model(inputs.to(parameter.device))
-        outputs = getattr(outputs, "logits", outputs)
+        alone = Task(task.model, loss, forward=_alone)
+        with torch.no_grad(), alone.in_step():
+            outputs, _ = alone.call(alone.held_theta(), alone.to_device(inputs))
     if outputs is None or outputs.ndim != 2:
         raise DataError(
             f"Queries of a network with {loss!r} need their targets.",
@@ -156,6 +155,11 @@ def queries_of(task: Task, queries: Any) -> Data:
             "measure=upweight.Logit(0), which does not look at it.",
         )
     return as_data((inputs, outputs.argmax(dim=1).cpu())).noted((PREDICTED,))
+
+
+def _alone(model: nn.Module, inputs: Tensor) -> tuple[Any, Any]:
+    outputs = model(inputs)
+    return getattr(outputs, "logits", outputs), None
 
 
 def require_alone(loss: Any, penalty: Any, why: str) -> None:
