@@ -94,8 +94,7 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
 
         given = NoPenalty() if penalty is None else penalty
         if hf.kind(model) is not None:
-            task = hf.task(model, penalty=given)
-            task = task if loss is None else hf.with_loss(task, loss)
+            task = hf.task(model, penalty=given, loss=loss)
             return Opened(task, task.training(train), loss, model)
         if loss is not None:
             return Opened(Task(model, loss, given), as_data(train), loss, model)
