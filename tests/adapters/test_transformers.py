@@ -303,7 +303,7 @@ def test_a_given_loss_reads_data_as_the_models_own_does():
     assert outputs.shape[1] == 3 and torch.equal(targets, inputs)
     # A task of another adapter has data that are read with its own loss; its parts make another.
     made = uw.Task(nn.Linear(2, 2), uw.CrossEntropy(), reads=object())
-    with pytest.raises(UnsupportedModel, match="made.forward"):
+    with pytest.raises(UnsupportedModel, match=r"made\.forward"):
         hf.with_loss(made, uw.CrossEntropy())
     uw.Task(made.model, uw.SquaredError(), made.penalty, made.params, made.forward)
 

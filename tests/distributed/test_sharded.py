@@ -269,7 +269,9 @@ def test_the_model_comes_back_as_it_was_lent(told):
     assert told["lent"]
 
 
-@pytest.mark.parametrize("what", ["GGN", "moves", "functional", "theta", "evidence", "mixed", "chosen"])
+@pytest.mark.parametrize(
+    "what", ["GGN", "moves", "functional", "theta", "evidence", "mixed", "chosen"]
+)
 def test_what_needs_whole_weights_is_refused_by_name(told, what):
     assert "split over processes" in told[what]
 
