@@ -1,16 +1,16 @@
 """A model whose parameters are split over processes by `fully_shard`: whole weights while they run.
 
 Each process keeps its part of every parameter. A part of the model that was given to `fully_shard`
-is a unit: before it runs its weights are put together from all processes, and afterwards they are
-let go. What autograd would keep of them for the backward pass is put together again there. So a
-process has the whole weights of one unit and of those around it at a time.
+is a unit: before it runs its weights are gathered from all processes, and afterwards they are
+freed. What autograd would keep of them for the backward pass is gathered again there. So a process
+has the whole weights of one unit and of those around it at a time.
 
 The hooks of `fully_shard` itself are off meanwhile: they want every process to run forwards and
 backwards equally often, and processes that share out examples do not (`upweight.runtime.turns`).
-The numbers are those of the whole model: weights are put together, and no sum is taken.
+The numbers are those of the whole model: weights are gathered, and no sum is taken.
 
-θ as a flat vector does not exist in any process. What stands in its place has its length, and NaN
-for entries, which take no memory.
+θ as a flat vector does not exist in any process. A placeholder for θ has its length, and NaN for
+entries, which take no memory.
 """
 
 import math
@@ -136,7 +136,7 @@ def _casts(module: nn.Module) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Unit:
-    """A module that was given to `fully_shard`, and the parameters that are put together for it.
+    """A module that was given to `fully_shard`, and the parameters that are gathered for it.
 
     Args:
         name: The module's.
@@ -186,7 +186,7 @@ def _units(model: nn.Module) -> tuple[_Unit, ...]:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """A tensor that autograd keeps, as a part of a weight that is put together again."""
+    """A tensor that autograd keeps, as a part of a weight that is gathered again."""
 
     unit: int
     parameter: int
@@ -196,7 +196,7 @@ class _Kept:
 
 
 class _Whole(torch.autograd.Function):
-    """A whole weight, whose derivative is that of what stands in its place."""
+    """A whole weight, whose derivative is that of its placeholder."""
 
     @staticmethod
     def forward(ctx: Any, instead: Tensor, whole: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ class Sharded:
 
     Args:
         model: With units of `fully_shard`.
-        units: What is put together at a time.
+        units: What is gathered at a time.
     """
 
     model: nn.Module
@@ -275,7 +275,7 @@ class Sharded:
         """A placeholder for θ."""
         return _placeholder(size, dtype, self.units[0].parameters[0].device)
 
-    # -- putting weights together -----------------------------------------------------------------
+    # -- gathering weights ------------------------------------------------------------------------
 
     @cached_property
     def split(self) -> tuple[tuple[str, Tensor], ...]:
@@ -342,8 +342,8 @@ class Sharded:
     def whole(self, name: str, instead: Tensor) -> Tensor:
         """All of one parameter; `instead` where it is not split.
 
-        Nothing that `fully_shard` has put together is read: to look at its bytes would keep it from
-        being let go.
+        Nothing that `fully_shard` has gathered is read: reading it would prevent its memory from
+        being freed.
         """
         parameter = self._named.get(name)
         return instead.detach() if parameter is None else self._whole(parameter)
@@ -354,7 +354,7 @@ class Sharded:
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """The weights of the unit that was put together last stay at hand. They must not change."""
+        """The weights of the unit that was gathered last stay at hand. They must not change."""
         self._keeping += 1
         try:
             yield
@@ -387,7 +387,7 @@ class Sharded:
         """The model may be called: each unit with its whole weights.
 
         Args:
-            chosen: θ by name: what stands in its place, or weights for some of the parameters.
+            chosen: θ by name: placeholders, or weights for some of the parameters.
 
         Raises:
             UnsupportedModel: Weights are given for all of them, which no process has; or the model
