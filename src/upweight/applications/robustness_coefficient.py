@@ -104,7 +104,8 @@ def of_results(
         robust = inference.covariance.kind != "model"
         if robust and target != "sign":
             notes.append(
-                f"the interval is that of the fit, cov_type={results.cov_type!r}, here and in refits"
+                f"the interval is that of the fit, cov_type={results.cov_type!r}, here and in "
+                "refits"
             )
         names: Sequence[Hashable] = reported.rows
         if len(set(names)) < n:
@@ -158,13 +159,13 @@ def of_results(
                     k, members, end = len(candidate), candidate, estimate
                     break
                 notes.append(
-                    f"a set of {len(candidate)} is not given, since statsmodels' refit does not agree"
-                    + (f": {estimate.reason}" if estimate.reason else "")
+                    f"a set of {len(candidate)} is not given, since statsmodels' refit does not "
+                    "agree" + (f": {estimate.reason}" if estimate.reason else "")
                 )
         if look.lost:
             notes.append(
-                f"{count(look.lost, 'removal')} on the way were set aside: without the {_unit(groups)} "
-                "the coefficients are not determined, or a hyperplane separates the classes"
+                f"{count(look.lost, 'removal')} on the way were set aside: without the "
+                f"{_unit(groups)} the coefficients are not determined, or a hyperplane separates the classes"
             )
         if k is not None and k > 1:
             again = refit(members[:-1])
