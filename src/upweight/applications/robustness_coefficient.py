@@ -165,7 +165,8 @@ def of_results(
         if look.lost:
             notes.append(
                 f"{count(look.lost, 'removal')} on the way were set aside: without the "
-                f"{_unit(groups)} the coefficients are not determined, or a hyperplane separates the classes"
+                f"{_unit(groups)} the coefficients are not determined, or a hyperplane separates "
+                "the classes"
             )
         if k is not None and k > 1:
             again = refit(members[:-1])
