@@ -30,8 +30,16 @@ from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 import upweight as uw
 import upweight.adapters.sklearn as sk
+import upweight.adapters.sklearn_leaves as leaves
 from upweight.applications.debugging import flagged_labels, suspects
-from upweight.errors import DataError, NotConverged, NotOffered, SpecError, UnsupportedModel
+from upweight.errors import (
+    AssumptionWarning,
+    DataError,
+    NotConverged,
+    NotOffered,
+    SpecError,
+    UnsupportedModel,
+)
 from upweight.methods.refits import subsampled
 
 N = 30
@@ -229,6 +237,27 @@ def test_leaf_influence_of_bootstrapped_and_weighted_classifiers():
     np.testing.assert_allclose(scores.values[:, row], total, atol=1e-9)
     rows = sk.leaf_weights(forest, FLOWERS, NAMES, ASKED[0]).numpy()
     np.testing.assert_allclose(rows @ is_second, forest.predict_proba(ASKED[0])[:, 1])
+
+
+def test_rounding_of_pure_leaves_is_no_ranking():
+    forest = RandomForestClassifier(7, random_state=0).fit(FLOWERS, NAMES)
+    asked = (FLOWERS[:3], NAMES[:3])
+    with pytest.warns(AssumptionWarning, match="3 of 3 queries are rounding"):
+        scores = uw.attribute(forest, (FLOWERS, NAMES), asked, method=sk.LeafInfluence())
+    assert not scores.values.any()
+    assert any("exactly 0" in note for note in scores.provenance.notes)
+
+
+def test_only_private_names_of_another_scikit_learn_are_refused(monkeypatch):
+    model = HistGradientBoostingRegressor(max_iter=2).fit(X, Y)
+    with monkeypatch.context() as patch:
+        owner = next(k for k in type(model).__mro__ if "_preprocess_X" in vars(k))
+        patch.delattr(owner, "_preprocess_X")
+        with pytest.raises(UnsupportedModel, match="_preprocess_X"):
+            leaves._histogram_leaves(model, [X])
+    monkeypatch.setattr(leaves, "_numbered", lambda column: column.missing)
+    with pytest.raises(AttributeError, match="missing"):
+        sk.leaf_weights(model, X, Y, XQ)
 
 
 def test_neighbours_of_any_estimator_are_those_of_its_scaled_columns():

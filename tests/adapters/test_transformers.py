@@ -301,6 +301,11 @@ def test_a_given_loss_reads_data_as_the_models_own_does():
     inputs = torch.tensor([[7, 8, 9]])
     outputs, targets = task.call(task.theta(), (inputs, inputs))
     assert outputs.shape[1] == 3 and torch.equal(targets, inputs)
+    # A task of another adapter has data that are read with its own loss; its parts make another.
+    made = uw.Task(nn.Linear(2, 2), uw.CrossEntropy(), reads=object())
+    with pytest.raises(UnsupportedModel, match=r"made\.forward"):
+        hf.with_loss(made, uw.CrossEntropy())
+    uw.Task(made.model, uw.SquaredError(), made.penalty, made.params, made.forward)
 
 
 def test_conversations_are_scored_for_their_answers():
@@ -374,6 +379,17 @@ def test_texts_alone_are_asked_about_by_the_class_that_is_predicted():
     assert any("class that the network predicts" in note for note in found.notes)
     with pytest.raises(DataError, match="labels='label'"):
         hf.classifier(built("several labels"), tokenizer).queries(TEXTS)
+
+
+def test_asking_for_classes_leaves_nothing_on_the_model():
+    class Noting(library().BertForSequenceClassification):
+        def forward(self, **inputs):
+            self.seen = getattr(self, "seen", 0) + 1
+            return super().forward(**inputs)
+
+    model = Noting(library().BertConfig(**L, num_labels=3)).double().eval()
+    hf.classifier(model, words()).queries(TEXTS)
+    assert "seen" not in vars(model)
 
 
 def test_more_tokens_than_positions_are_told_from_another_vocabulary():
@@ -462,6 +478,9 @@ def test_losses_that_couple_examples_are_refused_by_name(which):
         with pytest.raises(UnsupportedModel, match=type(model).__name__) as caught:
             refused(model)
     if which == "experts":
+        # Another loss has no term that balances the experts.
+        ids = [{"input_ids": torch.tensor([3, 4, 5])}]
+        assert opened(model, ids, uw.CrossEntropy()).task.loss == uw.CrossEntropy(axis=-1)
         model.config.output_router_logits = False
         hf.task(model)
     else:

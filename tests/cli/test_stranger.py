@@ -8,6 +8,7 @@ import shlex
 import shutil
 import urllib.request
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -615,13 +616,15 @@ def test_a_packed_run_is_computed_again_from_the_zip_alone(made, tmp_path, monke
         archive.extractall("auditor")
     monkeypatch.chdir(tmp_path / "auditor")
     assert "<title>" in (tmp_path / "auditor/run/report.html").read_text()
-    assert "unzip run.zip" in refusal("show", "../run.zip")
+    assert f"unzip {Path('../run.zip').absolute()}, and" in refusal("show", "../run.zip")
     said = call("rerun", "run").stdout
     assert "run/project/project.py is that file" in said
     assert "rerun run --project run/project/project.py --out OTHER" in said
     assert "packed with it" in call("show", "run").stdout
     (tmp_path / "auditor/run/project/project.py").write_text("task = 1")
     assert "run/project/project.py is another file" in call("rerun", "run").stdout
+    shown = call("show", "run").stdout
+    assert "ask its owner for project.py: upweight rerun run" in shown and "packed" not in shown
     with zipfile.ZipFile("../run.zip") as archive:
         archive.extractall(".")
     same = answer("rerun", "run", "--project", "run/project/project.py", "--out", "again")

@@ -155,7 +155,17 @@ before = state(model)
 again = uw.GradientDot().fit(fitted.task, few).attribute(queries)
 sharded._gathered = gathered
 sizes = [sum(p.numel() * 8 for p in u.parameters) for u in fitted.task.sharded.units]
+seven = torch.randn(7)[0].expand(40)  # a real tensor, however it is laid out
+stand = fitted.task.held_theta()
+views = [stand, stand[3:9].view(2, 3), stand.detach().requires_grad_(), sharded.nudged(stand, 1, 2)]
+# With a method the front door asks for nothing else.
+front = uw.attribute(model, train, queries, uw.CrossEntropy(), penalty=uw.L2(1e-3), method=method,
+                     resources=uw.Resources(memory_bytes=60_000, group=dist.group.WORLD)).values
+same = torch.equal(front, fitted.attribute(queries).values)
 told = {
+    "front": same,
+    "places": [sharded.stands_in(x) for x in (*views, seven, stand.clone())],
+    "chosen": refused(lambda: uw.attribute(model, train, queries, uw.CrossEntropy())),
     "peak": peak / (sizes[0] + 2 * max(sizes[1:])),
     "sum": sum(sizes) / (sizes[0] + 2 * max(sizes[1:])),
     "lent": state(model) == before,
@@ -247,11 +257,21 @@ def test_a_process_has_the_whole_weights_of_few_parts_at_a_time(told):
     assert told["left"] == 0
 
 
+def test_a_placeholder_for_theta_is_known_by_its_storage_and_nothing_else_is(told):
+    assert told["places"] == [True] * 4 + [False] * 2
+
+
+def test_the_front_door_takes_a_method_that_goes_by_layer(told):
+    assert told["front"]
+
+
 def test_the_model_comes_back_as_it_was_lent(told):
     assert told["lent"]
 
 
-@pytest.mark.parametrize("what", ["GGN", "moves", "functional", "theta", "evidence", "mixed"])
+@pytest.mark.parametrize(
+    "what", ["GGN", "moves", "functional", "theta", "evidence", "mixed", "chosen"]
+)
 def test_what_needs_whole_weights_is_refused_by_name(told, what):
     assert "split over processes" in told[what]
 

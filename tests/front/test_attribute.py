@@ -15,7 +15,7 @@ from upweight.front import choice
 from upweight.front.attribute import asked
 from upweight.front.facts import facts_of, resolved, training_seconds
 from upweight.front.fidelity import fidelity_of
-from upweight.front.opened import opened
+from upweight.front.opened import opened, queries_of
 from upweight.task.data import as_data
 from upweight.task.torch_losses import Rescaled
 
@@ -372,3 +372,24 @@ def test_notes_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         uw.attribute(trained(), TRAIN, QUERIES, SMOOTH, penalty=uw.L2(0.1))
+
+
+def test_asking_with_a_given_method_takes_nothing_but_that_method(monkeypatch):
+    """As for a model that is split over processes: θ as one vector is not asked for."""
+    model, method = network(), uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1))
+    expected = method.fit(uw.Task(model, nn.CrossEntropyLoss()), TRAIN).attribute(QUERIES)
+    monkeypatch.setattr("upweight.front.attribute.facts_of", None)
+    found = uw.attribute(model, TRAIN, QUERIES, nn.CrossEntropyLoss(), method=method)
+    assert_close(found.values, expected.values, rtol=0, atol=0)
+
+
+def test_the_class_that_stands_for_inputs_alone_leaves_nothing_on_the_model():
+    class Noting(nn.Linear):
+        def forward(self, x):
+            self.seen = x
+            return super().forward(x)
+
+    model = Noting(4, 3).double()
+    queries = queries_of(uw.Task(model, uw.CrossEntropy()), X[:5])
+    assert queries.batch(0, 5)[1].tolist() == nn.Linear.forward(model, X[:5]).argmax(1).tolist()
+    assert "seen" not in vars(model)

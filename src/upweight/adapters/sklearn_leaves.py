@@ -37,6 +37,7 @@ from upweight.adapters.sklearn_objectives import final_step, has_steps
 from upweight.adapters.sklearn_outputs import EstimatorRefit, outputs
 from upweight.errors import SpecError, UnsupportedModel
 from upweight.methods.fitting import Fitting
+from upweight.methods.health import warned
 from upweight.methods.leaves import BoostedClasses, Leaves
 from upweight.methods.method import Method
 from upweight.methods.scorer import BlockScorer, Scorer
@@ -57,6 +58,9 @@ CLASSIFIERS = (GradientBoostingClassifier, HistGradientBoostingClassifier)
 AGREES = 1e-5
 """Relative difference between a prediction and its sum over leaves that is rounding: histogram
 boosting keeps its sums in float32."""
+
+ROUNDING = 1e-12
+"""Of Σ_c |∂m/∂f_c · f_c|, what is no score of a query: no leaf of it has rows of two labels."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,9 @@ class LeafInfluence(Method):
         SpecError: The history is another one.
         UnsupportedModel: Its predictions are not those of its leaves: another loss, rows drawn at
             random while boosting, a validation set held back; or no tree ensemble.
+
+    Of a query all of whose leaves are pure, as of a forest grown to the end, scores are 0, with a
+    warning: their rounding is no ranking.
 
     Exact when: splits do not change; held against refits with weights 1 ± ε. Known failure: a refit
     chooses its splits anew, and for single rows that is most of what it does.
@@ -110,8 +117,9 @@ class LeafInfluence(Method):
 
         def score(queries: Data, measure: Any, start: int, stop: int) -> Tensor:
             if held[0] is not queries:
-                rows, slopes = _slopes(fitting, queries, as_measure(measure))
-                held[:] = [queries, leaves.weight_derivatives(rows, y, slopes)]
+                rows, slopes, scale = _slopes(fitting, queries, as_measure(measure))
+                made = leaves.weight_derivatives(rows, y, slopes)
+                held[:] = [queries, _without_rounding(made, scale)]
             found: Tensor = held[1][:, start:stop]
             return found
 
@@ -151,14 +159,29 @@ def leaf_weights(estimator: Any, X: Any, y: Any, queries: Any) -> Float[Tensor, 
 
 def _slopes(
     fitting: Fitting, queries: Data, measure: Callable[..., Tensor]
-) -> tuple[Int[Tensor, " q"], Float[Tensor, "q c"]]:
-    """The rows of the table that are asked about, and ∂m_q/∂f(x_q)."""
+) -> tuple[Int[Tensor, " q"], Float[Tensor, "q c"], Float[Tensor, " q"]]:
+    """The rows of the table that are asked about, ∂m_q/∂f(x_q), and Σ_c |∂m_q/∂f_c · f_c|."""
     rows, targets = queries.batch(0, len(queries))  # type: ignore[misc]
     table = fitting.task.named(fitting.theta)["outputs"][rows].detach().requires_grad_()
     # Each query at a row of its own, so that a row that is asked twice counts for each alone.
     values = measure(fitting.task, {"outputs": table}, (torch.arange(len(rows)), targets))
     (slopes,) = torch.autograd.grad(values.sum(), table)
-    return rows, slopes
+    return rows, slopes, (slopes * table.detach()).abs().sum(dim=1)
+
+
+def _without_rounding(found: Float[Tensor, "q n"], scale: Float[Tensor, " q"]) -> Tensor:
+    """The scores, 0 for queries of which all are rounding; they are warned of."""
+    sizes = found.abs().amax(dim=1)
+    none = (sizes > 0) & (sizes < ROUNDING * scale)
+    count = int(none.sum())
+    if not count:
+        return found
+    warned([
+        f"the scores of {count} of {len(found)} queries are rounding, below {ROUNDING:g} of their "
+        "outputs, and are given as 0: with the splits held no row moves a leaf whose rows all have "
+        "one label. Leave method= out, and the estimator is fitted again without rows"
+    ])  # fmt: skip
+    return found.masked_fill(none[:, None], 0.0)
 
 
 def _checked_leaves(
@@ -177,10 +200,7 @@ def _checked_leaves(
     far = torch.inf
     # Forests draw their rows by their weights or multiply by them, as the version of scikit-learn.
     for weights in (b, np.ones(n)) if isinstance(final, FORESTS) else (b,):
-        try:
-            leaves = _leaves(final, parts, weights)
-        except AttributeError as error:  # of another version of scikit-learn
-            raise UnsupportedModel(*_refusal(name, f"{error}")) from error
+        leaves = _leaves(final, parts, weights)
         far = min(far, float((leaves.label_weights(some) @ y - table[some]).abs().max()))
         if far <= allowed:
             return leaves, y
@@ -200,19 +220,16 @@ def _checked_classes(
     if final.loss != "log_loss":
         raise UnsupportedModel(*_refusal(name, f"loss={final.loss!r}"))
     several, rate = y.shape[1] > 2, float(final.learning_rate)
-    try:
-        if isinstance(final, HistGradientBoostingClassifier):
-            ridge = float(final.l2_regularization)
-            leaves = BoostedClasses(_histogram_leaves(final, parts), weight, rate, ridge=ridge)
-        elif final.init in (None, "zero"):
-            factor = (y.shape[1] - 1) / y.shape[1] if several else 1.0
-            places = [[_numbered(k) for k in t.T] for t in _applied(final, parts).swapaxes(0, 1)]
-            centred = final.init is None
-            leaves = BoostedClasses(places, weight, rate, factor, centred=centred)
-        else:
-            raise UnsupportedModel(*_refusal(name, f"init={final.init!r}"))
-    except AttributeError as error:  # of another version of scikit-learn
-        raise UnsupportedModel(*_refusal(name, f"{error}")) from error
+    if isinstance(final, HistGradientBoostingClassifier):
+        ridge = float(final.l2_regularization)
+        leaves = BoostedClasses(_histogram_leaves(final, parts), weight, rate, ridge=ridge)
+    elif final.init in (None, "zero"):
+        factor = (y.shape[1] - 1) / y.shape[1] if several else 1.0
+        places = [[_numbered(k) for k in t.T] for t in _applied(final, parts).swapaxes(0, 1)]
+        centred = final.init is None
+        leaves = BoostedClasses(places, weight, rate, factor, centred=centred)
+    else:
+        raise UnsupportedModel(*_refusal(name, f"init={final.init!r}"))
     table = theta.reshape(-1, y.shape[1])
     found = leaves.outputs(torch.arange(len(table)), y, torch.ones(n, dtype=y.dtype))
     far = float((found - table).abs().max())
@@ -282,7 +299,8 @@ def _leaves(final: Any, parts: list[Any], b: Any) -> Leaves:
 def _applied(final: Any, parts: list[Any]) -> Any:
     """The leaf of each row in each tree, by scikit-learn's own numbers."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of feature names, which its trees were fitted without
+        # Trees of an ensemble were fitted without the names of its columns.
+        warnings.filterwarnings("ignore", message="X has feature names")
         found = np.concatenate([np.asarray(final.apply(part)) for part in parts])
     return found.astype(np.int64)
 
@@ -295,17 +313,25 @@ def _histogram_leaves(final: Any, parts: list[Any]) -> list[list[Int[Tensor, " r
     """Histogram boosting has no `apply`: its trees predict the number of the node in its place.
 
     By iteration and class.
-    """
-    known, index = final._bin_mapper.make_known_categories_bitsets()
-    read = [
-        np.ascontiguousarray(final._preprocess_X(part, reset=False), dtype=np.float64)
-        for part in parts
-    ]
 
-    def column(tree: Any) -> Int[Tensor, " r"]:
-        nodes = tree.nodes.copy()
+    Raises:
+        UnsupportedModel: Another version of scikit-learn has other names for its private parts.
+    """
+    try:
+        bitsets, preprocess = final._bin_mapper.make_known_categories_bitsets, final._preprocess_X
+        rounds = [
+            [(type(t), t.nodes, t.binned_left_cat_bitsets, t.raw_left_cat_bitsets) for t in trees]
+            for trees in final._predictors
+        ]
+    except AttributeError as error:
+        raise UnsupportedModel(*_refusal(type(final).__name__, f"{error}")) from error
+    known, index = bitsets()
+    read = [np.ascontiguousarray(preprocess(X, reset=False), dtype=np.float64) for X in parts]
+
+    def column(kind: Any, nodes: Any, binned: Any, raw: Any) -> Int[Tensor, " r"]:
+        nodes = nodes.copy()
         nodes["value"] = np.arange(len(nodes))
-        numbered = type(tree)(nodes, tree.binned_left_cat_bitsets, tree.raw_left_cat_bitsets)
+        numbered = kind(nodes, binned, raw)
         return _numbered(np.concatenate([numbered.predict(X, known, index, 1) for X in read]))
 
-    return [[column(tree) for tree in trees] for trees in final._predictors]
+    return [[column(*tree) for tree in trees] for trees in rounds]

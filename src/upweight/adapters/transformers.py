@@ -110,8 +110,7 @@ def causal_lm(
         >>> fitted.attribute(["The capital of France is Paris."])
     """
     _require_kind(model, "causal_lm")
-    loss = CrossEntropy(axis=-1)
-    return _task(model, loss, next_token, "causal_lm", tokenizer, penalty, params)
+    return _task(model, "causal_lm", tokenizer, penalty, params)
 
 
 def masked_lm(
@@ -135,8 +134,7 @@ def masked_lm(
         UnsupportedModel: It is another kind of model, or trained by a loss that couples examples.
     """
     _require_kind(model, "masked_lm")
-    loss = CrossEntropy(axis=-1)
-    return _task(model, loss, call_model, "masked_lm", tokenizer, penalty, params)
+    return _task(model, "masked_lm", tokenizer, penalty, params)
 
 
 def seq2seq(
@@ -160,8 +158,7 @@ def seq2seq(
         UnsupportedModel: It is another kind of model, or trained by a loss that couples examples.
     """
     _require_kind(model, "seq2seq")
-    loss = CrossEntropy(axis=-1)
-    return _task(model, loss, decoded, "seq2seq", tokenizer, penalty, params)
+    return _task(model, "seq2seq", tokenizer, penalty, params)
 
 
 def classifier(
@@ -190,27 +187,7 @@ def classifier(
         SpecError: It reads its answer at the last token and has no padding token to find it.
     """
     _require_kind(model, "classifier")
-    inner = bare(model)
-    config = getattr(inner, "config", None)
-    if hasattr(inner, "score") and getattr(config, "pad_token_id", 0) is None:
-        raise SpecError(
-            "A classifier that reads its answer at the last token must know what padding is.",
-            f"{type(inner).__name__} with config.pad_token_id=None.",
-            "a decoder's tokenizer, which has no padding token.",
-            "model.config.pad_token_id = tokenizer.pad_token_id, as in training (a tokenizer "
-            "without one: its eos_token_id).",
-        )
-    problem = getattr(config, "problem_type", None)
-    is_number = problem == "regression" or (
-        problem is None and getattr(config, "num_labels", 2) == 1 and not per_token(inner)
-    )
-    loss: Loss = CrossEntropy(axis=-1) if per_token(inner) else CrossEntropy()
-    forward: Forward = call_model
-    if is_number:
-        loss, forward = Rescaled(SquaredError(), 2.0, mean=True), numbers
-    elif problem == "multi_label_classification":
-        loss, forward = Rescaled(Bernoulli(), 1.0, mean=True), numbers
-    return _task(model, loss, forward, "classifier", tokenizer, penalty, params)
+    return _task(model, "classifier", tokenizer, penalty, params)
 
 
 def task(
@@ -218,6 +195,7 @@ def task(
     tokenizer: Any = None,
     penalty: Penalty | Callable[[Params], Tensor] | None = None,
     params: str | tuple[str, ...] = "*",
+    loss: Loss | Callable[[Tensor, Any], Tensor] | None = None,
 ) -> Task:
     """The task of a model whose class says which of the others it is.
 
@@ -226,9 +204,11 @@ def task(
         tokenizer: As for `causal_lm`.
         penalty: As for `Task`.
         params: As for `Task`.
+        loss: What the model was trained by in place of its own; see `with_loss`.
 
     Raises:
-        UnsupportedModel: It does not say so, or is trained by a loss that couples examples.
+        UnsupportedModel: It does not say so, or its own loss couples examples and no other is
+            given.
     """
     found = kind(model)
     if found is None:
@@ -240,6 +220,8 @@ def task(
             "say it: causal_lm(model), masked_lm(model), seq2seq(model) or classifier(model); of "
             "another loss uw.Task(model, loss, forward=lambda model, batch: (outputs, targets)).",
         )
+    if loss is not None:  # nothing is asked of the model's own, such as that it has no other terms
+        return with_loss(_task(model, found, tokenizer, penalty, params), loss)
     return ADAPTERS[found](model, tokenizer, penalty, params)
 
 
@@ -255,9 +237,18 @@ def with_loss(made: Task, loss: Loss | Callable[[Tensor, Any], Tensor]) -> Task:
         loss: As for `Task`.
 
     Raises:
+        UnsupportedModel: Another adapter made the task.
         UpweightError: The loss is none, as for `Task`.
     """
     own = as_loss(loss)
+    if not (made.reads is None or isinstance(made.reads, Reader)):
+        raise UnsupportedModel(
+            "with_loss takes a task of a model of transformers.",
+            f"a task whose data are read by {type(made.reads).__qualname__}.",
+            "the task of another adapter, whose loss belongs to how its data are read.",
+            "uw.Task(made.model, loss, made.penalty, made.params, made.forward), with data as the "
+            "model computes with them.",
+        )
     if isinstance(own, CrossEntropy) and isinstance(made.loss, CrossEntropy):
         own = replace(own, axis=made.loss.axis)
     reads = replace(made.reads, has_own_loss=False) if isinstance(made.reads, Reader) else None
@@ -413,12 +404,12 @@ class Reader:
         Raises:
             DataError: There is no tokenizer, or a text has no single class.
         """
-        inputs = self._tokens(texts)
-        device, found = next(self.model.parameters()).device, []
-        for _, _, batch in inputs.batches(PREDICTED_TOGETHER):
-            asked = {k: v.to(device) for k, v in batch.items() if k not in LABELS}
-            with torch.no_grad():
-                found.append(_logits(self.model, asked)[0])
+        inputs, found = self._tokens(texts), []
+        asked = Task(self.model, CrossEntropy(), forward=_logits)
+        with torch.no_grad(), asked.in_step():
+            for _, _, batch in inputs.batches(PREDICTED_TOGETHER):
+                given = asked.to_device({k: v for k, v in batch.items() if k not in LABELS})
+                found.append(asked.call(asked.held_theta(), given)[0])
         several = getattr(bare(self.model).config, "problem_type", None) in NO_CLASS
         if several or found[0].ndim != 2 or found[0].shape[1] < 2:
             raise self._no_labels()
@@ -598,15 +589,52 @@ def _logits(model: nn.Module, inputs: Batch) -> tuple[Any, Any]:
     return getattr(outputs, "logits", outputs), None
 
 
+def _classified(model: nn.Module) -> tuple[Loss, Forward]:
+    """A classifier's own loss, and how it is called.
+
+    Raises:
+        SpecError: It reads its answer at the last token and has no padding token to find it.
+    """
+    inner = bare(model)
+    config = getattr(inner, "config", None)
+    if hasattr(inner, "score") and getattr(config, "pad_token_id", 0) is None:
+        raise SpecError(
+            "A classifier that reads its answer at the last token must know what padding is.",
+            f"{type(inner).__name__} with config.pad_token_id=None.",
+            "a decoder's tokenizer, which has no padding token.",
+            "model.config.pad_token_id = tokenizer.pad_token_id, as in training (a tokenizer "
+            "without one: its eos_token_id).",
+        )
+    problem = getattr(config, "problem_type", None)
+    is_number = problem == "regression" or (
+        problem is None and getattr(config, "num_labels", 2) == 1 and not per_token(inner)
+    )
+    loss: Loss = CrossEntropy(axis=-1) if per_token(inner) else CrossEntropy()
+    forward: Forward = call_model
+    if is_number:
+        loss, forward = Rescaled(SquaredError(), 2.0, mean=True), numbers
+    elif problem == "multi_label_classification":
+        loss, forward = Rescaled(Bernoulli(), 1.0, mean=True), numbers
+    return loss, forward
+
+
+OWN: dict[str, Callable[[nn.Module], tuple[Loss, Forward]]] = {
+    "causal_lm": lambda model: (CrossEntropy(axis=-1), next_token),
+    "masked_lm": lambda model: (CrossEntropy(axis=-1), call_model),
+    "seq2seq": lambda model: (CrossEntropy(axis=-1), decoded),
+    "classifier": _classified,
+}
+"""The loss of each kind, and how a model of it is called."""
+
+
 def _task(
     model: nn.Module,
-    loss: Loss,
-    forward: Forward,
     name: str,
     tokenizer: Any,
     penalty: Penalty | Callable[[Params], Tensor] | None,
     params: str | tuple[str, ...],
 ) -> Task:
+    loss, forward = OWN[name](model)
     return Task(model, loss, penalty, params, forward, Reader(model, name, tokenizer))
 
 

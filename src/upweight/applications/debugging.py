@@ -28,7 +28,7 @@ from torch import Tensor
 
 from upweight._typing import Batch, Params
 from upweight.applications.confident import FlaggedLabels, flagged_labels
-from upweight.applications.labels import Classes, IsRight, outputs_at, with_labels
+from upweight.applications.labels import Classes, IsRight, outputs_at, plain, with_labels
 from upweight.applications.misprediction import Misprediction, explain_error
 from upweight.applications.outcome import SHOWN, Outcome
 from upweight.applications.repair import (
@@ -45,10 +45,12 @@ from upweight.errors import NonFinite, SpecError
 from upweight.evaluation.bootstrap import Bootstrap
 from upweight.methods.fitted import Fitted
 from upweight.methods.functionals import derivatives
-from upweight.methods.scorer import Asked
+from upweight.methods.scorer import Asked, not_offered
 from upweight.plot import axes
+from upweight.scores import Unit
 from upweight.task.data import Data
 from upweight.task.identity import contents
+from upweight.task.losses import Bernoulli, CrossEntropy
 from upweight.task.measures import Functional, Loss, as_measure, measured
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
@@ -117,8 +119,8 @@ class Suspects(Outcome):
         removing: The same by removing the row: −S.
         predicted: The path of corrections in order, on the validation data.
         validation: Those data.
-        noted: Notes.
         losses: ℓ(f(xᵢ), yᵢ) of every row, of the model as it is: to compare with.
+        noted: Notes.
     """
 
     subject: Subject
@@ -132,9 +134,9 @@ class Suspects(Outcome):
     removing: Float[Tensor, " n"] | None
     predicted: Path | None
     validation: Data | None
+    losses: Float[Tensor, " n"]
     noted: tuple[str, ...] = ()
     actual: None = None
-    losses: Float[Tensor, " n"] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -285,9 +287,8 @@ class Suspects(Outcome):
             "proposed": [names[int(self.proposals[i])] for i in order],
             "suspicion": self.suspicion[self.order].cpu().numpy(),
             "suspected": (self.proposals != self.labels)[self.order].cpu().numpy(),
+            "loss": self.losses[self.order].cpu().numpy(),
         }
-        if self.losses is not None:
-            columns["loss"] = self.losses[self.order].cpu().numpy()
         rows = self.subject.fitted.train.given
         if rows is not None and rows.ids is not None:
             columns = {"id": [rows.ids[i] for i in order], **columns}
@@ -386,6 +387,8 @@ def suspects(
     fitted = subject.fitted
     task = fitted.task
     classes = Classes.of(task, fitted.train)
+    if not _moves(fitted):
+        raise not_offered("suspects(...)", "a method that says where θ̂ moves to")
     outputs, targets = outputs_at(task, fitted.theta, fitted.train)
     labels = torch.cat([classes.indices(each) for each in targets])
     given = classes.losses(outputs).gather(1, labels[:, None])[:, 0]
@@ -408,8 +411,20 @@ def suspects(
         notes += ("the path is predicted on the data that may have ranked it: test on others",)
     return Suspects(
         subject, classes, chosen, order, suspicion, labels, proposals, relabelling, removing,
-        path, held, notes, losses=given,
+        path, held, given, notes,
     )  # fmt: skip
+
+
+def has_suspects(fitted: Fitted) -> bool:
+    """Whether `suspects` has an answer, as far as is known without the model's outputs."""
+    task = fitted.task
+    is_named = task.reads is not None and task.reads.classes is not None
+    return _moves(fitted) and (is_named or isinstance(plain(task.loss), CrossEntropy | Bernoulli))
+
+
+def _moves(fitted: Fitted) -> bool:
+    """Whether the method says where θ moves to."""
+    return fitted.spec.unit is Unit.DERIVATIVE and not fitted.scorer.by_refits
 
 
 def _without(
@@ -447,8 +462,8 @@ def _without(
         if not bool(stay < given[~against].mean()):
             return losses, (
                 f"a step without the {len(rows)} rows whose label the model does not favour does "
-                "not lower the loss of the others: each was judged without itself alone, by sizes "
-                "that are too large; compare the order by .frame().loss, the loss of each row",
+                "not lower the loss of the others: each was judged without itself alone; predicted "
+                "sizes may be too large. Compare with .frame()['loss']",
             )
         own = torch.where(against.reshape(-1, *[1] * (alone.ndim - 1)), 0.0, alone - outputs)
         losses = classes.losses(moved + own)

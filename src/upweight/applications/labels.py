@@ -47,7 +47,7 @@ class Classes:
         example = train.take([0])
         with torch.no_grad():
             outputs, given = task.outputs(task.theta(), task.to_device(example))
-        y, loss = _unweighted(given), _plain(task.loss)
+        y, loss = _unweighted(given), plain(task.loss)
         known = None if task.reads is None else task.reads.classes
         if known is not None:
             assert task.reads is not None
@@ -214,9 +214,10 @@ def _unweighted(targets: Any) -> Any:
     return targets[0] if isinstance(targets, tuple | list) else targets
 
 
-def _plain(loss: Loss) -> Loss:
+def plain(loss: Loss) -> Loss:
+    """The loss of a label alone: without weights of examples or classes, not smoothed."""
     if isinstance(loss, Weighted):
-        return _plain(loss.base)
+        return plain(loss.base)
     if isinstance(loss, CrossEntropy):
         return replace(loss, weight=None, label_smoothing=0.0)
     if isinstance(loss, Bernoulli):

@@ -79,18 +79,7 @@ def fragile(
     return Fragility(found)
 
 
-def of_results(results: Any, *asked: Any) -> Robustness:
-    """One question of one coefficient; arguments as for `upweight.applications.robustness.amip`.
-
-    Thousands of products of small matrices follow one another. Where other programs use the same
-    cores, threads that wait for each other after each made that a hundred times slower.
-    """
-    size = np.size(getattr(getattr(results, "model", None), "exog", ()))
-    with threads(1 if size <= SMALL else torch.get_num_threads()):
-        return _of_results(results, *asked)
-
-
-def _of_results(
+def of_results(
     results: Any,
     coefficient: str | int,
     target: Target,
@@ -101,100 +90,109 @@ def _of_results(
     most: int | None,
     deadline: float,
 ) -> Robustness:
+    """One question of one coefficient; arguments as for `upweight.applications.robustness.amip`.
+
+    Thousands of products of small matrices follow one another. Where other programs use the same
+    cores, threads that wait for each other after each made that a hundred times slower.
+    """
     from upweight.adapters.statsmodels_inference import inference_of, labels_of
 
-    reported = inference_of(results, coefficient, level)
-    inference, n, notes = reported.inference, len(reported.rows), list(reported.notes)
-    robust = inference.covariance.kind != "model"
-    if robust and target != "sign":
-        notes.append(
-            f"the interval is that of the fit, cov_type={results.cov_type!r}, here and in refits"
-        )
-    names: Sequence[Hashable] = reported.rows
-    if len(set(names)) < n:
-        names = range(n)
-        notes.append(
-            "several rows of the frame have the same label: rows are named by their place in "
-            "model.exog"
-        )
-    labels = names
-    units = Units(torch.arange(n), n)
-    if groups is not None:
-        labels, units = _grouped(labels_of(results, groups, reported.rows))
-    start = Finding(reported.estimate.value, reported.estimate.low, reported.estimate.high)
-    asked, crossing = question(target, start, value)
-    gamma = inference.coordinates(torch.from_numpy(np.array(results.params, dtype=np.float64)))
-    gamma = inference.solved(torch.ones(1, n, dtype=torch.float64), gamma[None])[0]
-    limit = _most(most, units.count)
-    look = Search(inference, crossing, units, gamma, limit, deadline)
-    linear = look.linear()
-
-    def refit(members: Sequence[int]) -> Any:
-        return reported.refit(look.units.weights([members])[0].numpy() > 0)
-
-    def crossed(estimate: Any) -> bool:
-        number = (estimate.low, estimate.value, estimate.high)[crossing.side + 1]
-        return bool(number > value if crossing.upward else number < value)
-
-    end, before, fewest, k = None, None, None, None
-    members: list[int] = []
-    first = None if linear.predicted is None else linear.order[: linear.predicted]
-    own = None if first is None else refit(first)
-    holds = None if own is None else crossed(own)
-    if search == "one-shot":
-        if own is not None and first is not None:
-            members, end = first, own
-            k = len(first) if holds else None
-            if own.reason:
-                notes.append(f"of the refit without the {len(first)}: {own.reason}")
-    else:
-        try:
-            fewest = look.along(linear.order, linear.predicted)
-            look.adaptive()
-            look.smaller()
-        except KeyboardInterrupt:
-            notes.append("the search was interrupted: a longer one may find a smaller set")
-        except TimeoutError:
-            notes.append("the budget ran out: a longer search may find a smaller set")
-        for candidate in reversed(look.kept):
-            estimate = refit(candidate)
-            if crossed(estimate):
-                k, members, end = len(candidate), candidate, estimate
-                break
+    size = np.size(getattr(getattr(results, "model", None), "exog", ()))
+    with threads(1 if size <= SMALL else torch.get_num_threads()):
+        reported = inference_of(results, coefficient, level)
+        inference, n, notes = reported.inference, len(reported.rows), list(reported.notes)
+        robust = inference.covariance.kind != "model"
+        if robust and target != "sign":
             notes.append(
-                f"a set of {len(candidate)} is not given, since statsmodels' refit does not agree"
-                + (f": {estimate.reason}" if estimate.reason else "")
+                f"the interval is that of the fit, cov_type={results.cov_type!r}, here and in "
+                "refits"
             )
-    if look.lost:
-        notes.append(
-            f"{count(look.lost, 'removal')} on the way were set aside: without the {_unit(groups)} "
-            "the coefficients are not determined, or a hyperplane separates the classes"
+        names: Sequence[Hashable] = reported.rows
+        if len(set(names)) < n:
+            names = range(n)
+            notes.append(
+                "several rows of the frame have the same label: rows are named by their place in "
+                "model.exog"
+            )
+        labels = names
+        units = Units(torch.arange(n), n)
+        if groups is not None:
+            labels, units = _grouped(labels_of(results, groups, reported.rows))
+        start = Finding(reported.estimate.value, reported.estimate.low, reported.estimate.high)
+        asked, crossing = question(target, start, value)
+        gamma = inference.coordinates(torch.from_numpy(np.array(results.params, dtype=np.float64)))
+        gamma = inference.solved(torch.ones(1, n, dtype=torch.float64), gamma[None])[0]
+        limit = _most(most, units.count)
+        look = Search(inference, crossing, units, gamma, limit, deadline)
+        linear = look.linear()
+
+        def refit(members: Sequence[int]) -> Any:
+            return reported.refit(look.units.weights([members])[0].numpy() > 0)
+
+        def crossed(estimate: Any) -> bool:
+            number = (estimate.low, estimate.value, estimate.high)[crossing.side + 1]
+            return bool(number > value if crossing.upward else number < value)
+
+        end, before, fewest, k = None, None, None, None
+        members: list[int] = []
+        first = None if linear.predicted is None else linear.order[: linear.predicted]
+        own = None if first is None else refit(first)
+        holds = None if own is None else crossed(own)
+        if search == "one-shot":
+            if own is not None and first is not None:
+                members, end = first, own
+                k = len(first) if holds else None
+                if own.reason:
+                    notes.append(f"of the refit without the {len(first)}: {own.reason}")
+        else:
+            try:
+                fewest = look.along(linear.order, linear.predicted)
+                look.adaptive()
+                look.smaller()
+            except KeyboardInterrupt:
+                notes.append("the search was interrupted: a longer one may find a smaller set")
+            except TimeoutError:
+                notes.append("the budget ran out: a longer search may find a smaller set")
+            for candidate in reversed(look.kept):
+                estimate = refit(candidate)
+                if crossed(estimate):
+                    k, members, end = len(candidate), candidate, estimate
+                    break
+                notes.append(
+                    f"a set of {len(candidate)} is not given, since statsmodels' refit does not "
+                    "agree" + (f": {estimate.reason}" if estimate.reason else "")
+                )
+        if look.lost:
+            notes.append(
+                f"{count(look.lost, 'removal')} on the way were set aside: without the "
+                f"{_unit(groups)} the coefficients are not determined, or a hyperplane separates "
+                "the classes"
+            )
+        if k is not None and k > 1:
+            again = refit(members[:-1])
+            before = None if again.reason else Finding(again.value, again.low, again.high)
+        usable = end is not None and not end.reason
+        gone = look.units.weights([members])[0] == 0
+        return Robustness(
+            about=f"coefficient of {reported.name}",
+            asked=asked,
+            value=value,
+            level=level,
+            n=n,
+            units=units.count,
+            unit=_unit(groups),
+            start=start,
+            one_shot=OneShot(linear.predicted, holds, fewest),
+            k=k,
+            rows=tuple(label for label, out in zip(names, gone.tolist(), strict=True) if out),
+            left_out=tuple(labels[u] for u in members),
+            end=Finding(end.value, end.low, end.high) if end is not None and usable else None,
+            before=before,
+            tried=max(look.tried, len(members), 1 if look.best is None else len(look.best)),
+            path=_path(look, linear, members or linear.order[: min(limit, 50)], labels, start),
+            by="statsmodels",
+            said=tuple(dict.fromkeys(notes)),
         )
-    if k is not None and k > 1:
-        again = refit(members[:-1])
-        before = None if again.reason else Finding(again.value, again.low, again.high)
-    usable = end is not None and not end.reason
-    gone = look.units.weights([members])[0] == 0
-    return Robustness(
-        about=f"coefficient of {reported.name}",
-        asked=asked,
-        value=value,
-        level=level,
-        n=n,
-        units=units.count,
-        unit=_unit(groups),
-        start=start,
-        one_shot=OneShot(linear.predicted, holds, fewest),
-        k=k,
-        rows=tuple(label for label, out in zip(names, gone.tolist(), strict=True) if out),
-        left_out=tuple(labels[u] for u in members),
-        end=Finding(end.value, end.low, end.high) if end is not None and usable else None,
-        before=before,
-        tried=max(look.tried, len(members), 1 if look.best is None else len(look.best)),
-        path=_path(look, linear, members or linear.order[: min(limit, 50)], labels, start),
-        by="statsmodels",
-        said=tuple(dict.fromkeys(notes)),
-    )
 
 
 def question(target: Target, start: Finding, value: float) -> tuple[str, Crossing]:

@@ -94,16 +94,27 @@ def to_ask_for(record: Record, run: Run | None = None) -> list[str]:
     ]
 
 
+def has_packed(run: Run, record: Record, name: str) -> bool:
+    """Whether a file with the hash that run.toml keeps lies packed in the run."""
+    path, told = run.packed(name), _hash(record, name)
+    if path is None or told is None:
+        return False
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() == told
+
+
+def _hash(record: Record, name: str) -> str | None:
+    known = record.files.get(name, "")
+    kept = known.removeprefix("sha256 ")[:64] if known.startswith("sha256 ") else None
+    return record.sources.get(name, kept)
+
+
 def _packed(run: Run, record: Record, name: str) -> str:
     path = run.packed(name)
     if path is None:
         return ""
-    known = record.files.get(name, "")
-    kept = known.removeprefix("sha256 ")[:64] if known.startswith("sha256 ") else None
-    told = record.sources.get(name, kept)
-    if told is None:
+    if _hash(record, name) is None:
         return f"; there is {path}, of which run.toml keeps no hash"
-    same = hashlib.sha256(Path(path).read_bytes()).hexdigest() == told
+    same = has_packed(run, record, name)
     return f"; {path} is that file" if same else f"; {path} is another file"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from upweight.cli.named import to_ask_for
+from upweight.cli.named import has_packed, to_ask_for
 from upweight.cli.rankings import display_of, hardest, rankings
 from upweight.cli.screen import Answer, verb
 from upweight.cli.spec import parse
@@ -90,7 +90,7 @@ def settings(place: Run, shown: Path) -> tuple[list[str], dict[str, Any]]:
     lines += [f"  {count(more, 'more note')}: --json"] if more > 0 else []
     asked = to_ask_for(record)
     files, machine = [line.split("  ")[0] for line in asked[:-1]], asked[-1]
-    lacking = [name for name in files if place.packed(name) is None]
+    lacking = [name for name in files if not has_packed(place, record, name)]
     is_packed, files = bool(files) and not lacking, lacking
     others = f" and {count(len(files) - FILES, 'other')}" if len(files) > FILES else ""
     rerun = shlex.join(["upweight", "rerun", str(shown)])

@@ -18,8 +18,7 @@ from upweight.methods.fitted import Fitted
 from upweight.notation import count
 from upweight.notation import readable as readable_number
 from upweight.provenance import Context
-from upweight.scores import Scores, Unit
-from upweight.task.losses import Bernoulli, CrossEntropy, Weighted
+from upweight.scores import Scores
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 
@@ -73,14 +72,10 @@ class Attribution(Scores):
     @property
     def _has_suspects(self) -> bool:
         """Whether `suspects` has an answer: labels are classes, and the method moves θ."""
-        context = self.context
-        if context is None or not isinstance(context.fitted, Fitted):
-            return False
-        fitted, loss = context.fitted, context.task.loss
-        loss = loss.base if isinstance(loss, Weighted) else loss
-        of_classes = context.classes is not None or isinstance(loss, CrossEntropy | Bernoulli)
-        moves = fitted.spec.unit is Unit.DERIVATIVE and not fitted.scorer.by_refits
-        return of_classes and moves
+        from upweight.applications.debugging import has_suspects
+
+        fitted = None if self.context is None else self.context.fitted
+        return isinstance(fitted, Fitted) and has_suspects(fitted)
 
     def _fitted(self) -> Fitted:
         """The fitted method behind the scores.

@@ -21,6 +21,7 @@ from upweight.methods.reduce import Reducer
 from upweight.methods.stacked import Stacked
 from upweight.runtime.resources import Resources
 from upweight.scores import Scores
+from upweight.task.check import require_answerable
 from upweight.task.data import Data
 from upweight.task.measures import Functional
 from upweight.task.task import Task
@@ -47,7 +48,7 @@ class Asked:
     opened: Opened
     queries: Data | None
     measure: Any
-    facts: Facts
+    facts: Facts | None
     choice: Choice
     recipe: Any
     trajectory: Any
@@ -65,6 +66,7 @@ class Asked:
 
     def otherwise(self, error: UpweightError) -> "Asked":
         """The same with the next method, where this one could not be used."""
+        assert self.facts is not None
         facts = replace(self.facts, failed=(*self.facts.failed, self.choice.name))
         first = str(error).partition("\n\n")[0]
         notes = (*self.notes, f"{self.choice.name} could not be used: {first}")
@@ -104,20 +106,23 @@ def asked(
         None if isinstance(measure, Functional) and queries is None else queries_of(task, queries)
     )
     resources = Resources() if resources is None else resources
-    count = 1 if chosen is None or isinstance(measure, Functional) else len(chosen)
-    facts = facts_of(
-        task, data, count, recipe, trajectory, seconds, resources.memory_bytes,
-        by_query=not isinstance(measure, Functional),
-    )  # fmt: skip
     if recipe is None:
         recipe = getattr(trajectory, "recipe", None)
-    if method is None:
-        choice = _kept(choose(facts), facts, task, data, recipe, resources)
-    else:
-        choice = Choice(type(method).__name__, method, "it was given")
-    batch = task.to_device(data.batch(0, min(2, len(data))))
-    with torch.no_grad():
-        said = reduction_note(found.loss, *task.call(task.theta(), batch))
+    facts = None
+    with task.in_step():
+        if method is None:
+            count = 1 if chosen is None or isinstance(measure, Functional) else len(chosen)
+            facts = facts_of(
+                task, data, count, recipe, trajectory, seconds, resources.memory_bytes,
+                by_query=not isinstance(measure, Functional),
+            )  # fmt: skip
+            choice = _kept(choose(facts), facts, task, data, recipe, resources)
+        else:
+            require_answerable(task, data, "training data")
+            choice = Choice(type(method).__name__, method, "it was given")
+        batch = task.to_device(data.batch(0, min(2, len(data))))
+        with torch.no_grad():
+            said = reduction_note(found.loss, *task.call(task.held_theta(), batch))
     notes = (said,) if said else ()
     return Asked(
         found, chosen, measure, facts, choice, recipe, trajectory, resources, notes,

@@ -94,8 +94,7 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
 
         given = NoPenalty() if penalty is None else penalty
         if hf.kind(model) is not None:
-            task = hf.task(model, penalty=given)
-            task = task if loss is None else hf.with_loss(task, loss)
+            task = hf.task(model, penalty=given, loss=loss)
             return Opened(task, task.training(train), loss, model)
         if loss is not None:
             return Opened(Task(model, loss, given), as_data(train), loss, model)
@@ -141,12 +140,11 @@ def queries_of(task: Task, queries: Any) -> Data:
         return task.queries(queries)
     inputs = torch.as_tensor(queries if is_alone else queries[0])
     loss = task.loss.base if isinstance(task.loss, Rescaled) else task.loss
-    parameter = next(task.model.parameters())
     outputs = None
     if isinstance(loss, CrossEntropy):
-        with torch.no_grad():
-            outputs = task.model(inputs.to(parameter.device))
-        outputs = getattr(outputs, "logits", outputs)
+        alone = Task(task.model, loss, forward=_alone)
+        with torch.no_grad(), alone.in_step():
+            outputs, _ = alone.call(alone.held_theta(), alone.to_device(inputs))
     if outputs is None or outputs.ndim != 2:
         raise DataError(
             f"Queries of a network with {loss!r} need their targets.",
@@ -156,6 +154,11 @@ def queries_of(task: Task, queries: Any) -> Data:
             "measure=upweight.Logit(0), which does not look at it.",
         )
     return as_data((inputs, outputs.argmax(dim=1).cpu())).noted((PREDICTED,))
+
+
+def _alone(model: nn.Module, inputs: Tensor) -> tuple[Any, Any]:
+    outputs = model(inputs)
+    return getattr(outputs, "logits", outputs), None
 
 
 def require_alone(loss: Any, penalty: Any, why: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from upweight.errors import SpecError
 from upweight.front.attribute import Asked, asked
 from upweight.front.choice import Choice, Facts
+from upweight.front.facts import facts_of
 from upweight.front.fidelity import Fidelity, fidelity_of
 from upweight.methods.method import Method
 from upweight.runs.forecast import Forecast, forecast
@@ -124,7 +125,13 @@ def plan(
 def planned(question: Asked) -> AttributionPlan:
     """The plan of a question with its method."""
     choice, found = question.choice, question.opened
-    made = None
+    facts, made = question.facts, None
+    if facts is None:  # the method was given
+        assert question.queries is not None
+        facts = facts_of(
+            found.task, found.train, len(question.queries),
+            memory_bytes=question.resources.memory_bytes,
+        )  # fmt: skip
     if not choice.method.takes_history:
         assert question.queries is not None
         live = Question(
@@ -132,4 +139,4 @@ def planned(question: Asked) -> AttributionPlan:
         )
         made = forecast(live, question.resources.memory_bytes)
     fidelity = fidelity_of(choice.measured_as)
-    return AttributionPlan(choice, question.facts, made, fidelity, question.notes)
+    return AttributionPlan(choice, facts, made, fidelity, question.notes)

@@ -220,7 +220,7 @@ def warned(notes: list[str]) -> list[str]:
 
 def is_convex(task: Task, theta: Float[Tensor, " p"], train: Data) -> bool:
     """Whether J is known to be convex: a convex loss of a model that is linear in θ."""
-    if task.stands_in(theta):  # a linear model needs not be split over processes
+    if task.stands_in(theta):  # a linear model need not be split over processes
         return False
     probe = task.to_device(train.batch(0, min(4, len(train))))
     return task.loss.convex and linear_form(task, theta, probe) is not None

@@ -497,7 +497,7 @@ def _learned(
         if of == curvature and at is point.theta:
             return known
     seen: dict[int, Tensor] = {}
-    # Losses are those of the trained model; what stands in its place has no values.
+    # Losses are those of the trained model; a placeholder for θ has no values.
     is_own = task.stands_in(point.theta) or torch.equal(point.theta, fitting.theta)
 
     def watch(start: int, stop: int, batch: Batch, outputs: Tensor, targets: Any) -> None:

@@ -77,7 +77,7 @@ class Run:
                 "a packed run that was not unpacked."
                 if is_packed
                 else "another directory, or an attribute that was stopped before it began.",
-                f"{shlex.join(['unzip', path.name])}, and name the directory that it makes."
+                f"{shlex.join(['unzip', str(path)])}, and name the directory that it makes."
                 if is_packed
                 else "name the --out of an `upweight attribute …`.",
             )

@@ -73,23 +73,24 @@ class Resources:
     folder: Folder | None = None
     group: "ProcessGroup | None" = None
     progress: bool = True
+    _ranks: Ranks | None = field(default=None, repr=False, compare=False)
+    """Of `sharing`: an argument, so that `replace` keeps it."""
 
     @cached_property
     def ranks(self) -> Ranks:
         """The group, and which of it this process is."""
-        return Ranks(self.group)
+        own = self._ranks
+        return Ranks(self.group) if own is None or own.group is not self.group else own
 
     def sharing(self, ranks: Ranks) -> "Resources":
         """The same, with these ranks of the group."""
-        made = replace(self)
-        made.__dict__["ranks"] = ranks
-        return made
+        return replace(self, _ranks=ranks)
 
     def within(self, name: str) -> "Resources":
         """The same, with a folder of its own in the folder."""
         if self.folder is None:
             return self
-        return replace(self, folder=Path(self.folder) / name).sharing(self.ranks)
+        return replace(self, folder=Path(self.folder) / name)
 
     def checkpoint(self, description: Callable[[], Mapping[str, str]]) -> Checkpoint | None:
         """Where to keep the state of what is described; None where there is no folder.

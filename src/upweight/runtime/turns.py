@@ -1,9 +1,9 @@
 """Turns: what is next, where processes of a group must act together but are not at one place?
 
-A weight that is split over processes is put together by all of them (a collective), whoever needs
-it. Processes that each work on other examples need other weights at other times. So before each
-collective all say what they need, and the least of it is done by all. One that needs nothing takes
-part until the others have come where it is.
+A weight that is split over processes is gathered by all of them (a collective), whoever needs it.
+Processes that each work on other examples need other weights at other times. So before each
+collective all say which step they need, and all processes then do the step with the smallest
+number. One that needs nothing takes part until the others have come where it is.
 
     turns.take(k)       until step k was done
     turns.meet()        until all are here

@@ -1,16 +1,16 @@
 """A model whose parameters are split over processes by `fully_shard`: whole weights while they run.
 
 Each process keeps its part of every parameter. A part of the model that was given to `fully_shard`
-is a unit: before it runs its weights are put together from all processes, and afterwards they are
-let go. What autograd would keep of them for the backward pass is put together again there. So a
-process has the whole weights of one unit and of those around it at a time.
+is a unit: before it runs its weights are gathered from all processes, and afterwards they are
+freed. What autograd would keep of them for the backward pass is gathered again there. So a process
+has the whole weights of one unit and of those around it at a time.
 
 The hooks of `fully_shard` itself are off meanwhile: they want every process to run forwards and
 backwards equally often, and processes that share out examples do not (`upweight.runtime.turns`).
-The numbers are those of the whole model: weights are put together, and no sum is taken.
+The numbers are those of the whole model: weights are gathered, and no sum is taken.
 
-θ as a flat vector does not exist in any process. What stands in its place has its length, and NaN
-for entries, which take no memory.
+θ as a flat vector does not exist in any process. A placeholder for θ has its length, and NaN for
+entries, which take no memory.
 """
 
 import math
@@ -38,8 +38,8 @@ SPLIT_STATE = "__composable_api_state_key"
 ALIGNED = 16
 """Bytes: where each tensor begins in what is sent."""
 
-ENTRIES, NUDGED = 7, 11
-"""Numbers in memory of what stands in the place of θ, by which it is known."""
+NUDGE = "upweight_nudge"
+"""The attribute of a storage that says that it is of a placeholder for θ: (eps, seed)."""
 
 BY_LAYER = (
     "ask methods that go by layer, such as Influence(EKFAC(), damping=Relative(0.1)), with "
@@ -136,7 +136,7 @@ def _casts(module: nn.Module) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Unit:
-    """A module that was given to `fully_shard`, and the parameters that are put together for it.
+    """A module that was given to `fully_shard`, and the parameters that are gathered for it.
 
     Args:
         name: The module's.
@@ -186,7 +186,7 @@ def _units(model: nn.Module) -> tuple[_Unit, ...]:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """A tensor that autograd keeps, as a part of a weight that is put together again."""
+    """A tensor that autograd keeps, as a part of a weight that is gathered again."""
 
     unit: int
     parameter: int
@@ -196,7 +196,7 @@ class _Kept:
 
 
 class _Whole(torch.autograd.Function):
-    """A whole weight, whose derivative is that of what stands in its place."""
+    """A whole weight, whose derivative is that of its placeholder."""
 
     @staticmethod
     def forward(ctx: Any, instead: Tensor, whole: Tensor) -> Tensor:
@@ -208,27 +208,37 @@ class _Whole(torch.autograd.Function):
 
 
 def stands_in(value: Any) -> bool:
-    """Whether a tensor stands in the place of θ, or of a part of it."""
+    """Whether a tensor is a placeholder for θ, or for a part of it."""
+    return _nudge(value) is not None
+
+
+def _nudge(value: Any) -> tuple[float, int] | None:
+    """By how much a placeholder changes the weights, and the seed of the signs; None: a tensor."""
     if not isinstance(value, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
-        return False
-    entries = value.untyped_storage().nbytes() / value.itemsize
-    is_one = value.numel() <= 1 or not any(value.stride())
-    return entries in (ENTRIES, NUDGED) and is_one and value.storage_offset() == 0
+        return None
+    found: tuple[float, int] | None = getattr(value.untyped_storage(), NUDGE, None)
+    return found
+
+
+def _placeholder(
+    size: int, dtype: torch.dtype, device: torch.device, nudge: tuple[float, int] = (0.0, 0)
+) -> Float[Tensor, " p"]:
+    """One NaN in memory, as long as θ. Its views are of the same storage, and so known as well."""
+    one = torch.full((1,), math.nan, dtype=dtype, device=device)
+    setattr(one.untyped_storage(), NUDGE, nudge)
+    return one.expand(size)
 
 
 def nudged(theta: Float[Tensor, " p"], eps: float, seed: int) -> Float[Tensor, " p"]:
-    """What stands in the place of θ with every parameter changed by eps of it, up or down."""
-    found = torch.full((NUDGED,), math.nan, dtype=theta.dtype, device=theta.device)
-    found[1:3] = torch.tensor([eps, seed])
-    return found[0].expand(theta.shape)
+    """A placeholder for θ with every parameter changed by eps of it, up or down."""
+    return _placeholder(len(theta), theta.dtype, theta.device, (eps, seed))
 
 
 def _at(instead: Tensor, whole: Tensor, k: int) -> Tensor:
-    """A whole weight where θ is what something stands in the place of."""
-    held = instead.detach().as_strided((3,), (1,))
-    if instead.untyped_storage().nbytes() == NUDGED * instead.itemsize:
-        _, eps, seed = held.tolist()
-        generator = torch.Generator(device=whole.device).manual_seed(int(seed) << 32 | k)
+    """A whole weight where there is a placeholder for θ."""
+    eps, seed = _nudge(instead) or (0.0, 0)
+    if eps:
+        generator = torch.Generator(device=whole.device).manual_seed(seed << 32 | k)
         signs = torch.randint(0, 2, whole.shape, generator=generator, device=whole.device)
         whole = whole * (1 + eps * (2 * signs - 1).to(whole))
     found: Tensor = _Whole.apply(instead, whole) if instead.requires_grad else whole  # type: ignore[no-untyped-call]
@@ -241,7 +251,7 @@ class Sharded:
 
     Args:
         model: With units of `fully_shard`.
-        units: What is put together at a time.
+        units: What is gathered at a time.
     """
 
     model: nn.Module
@@ -262,11 +272,10 @@ class Sharded:
         return cls(model, units) if units else None
 
     def theta(self, size: int, dtype: torch.dtype) -> Float[Tensor, " p"]:
-        """What stands in the place of θ."""
-        device = self.units[0].parameters[0].device
-        return torch.full((ENTRIES,), math.nan, dtype=dtype, device=device)[0].expand(size)
+        """A placeholder for θ."""
+        return _placeholder(size, dtype, self.units[0].parameters[0].device)
 
-    # -- putting weights together -----------------------------------------------------------------
+    # -- gathering weights ------------------------------------------------------------------------
 
     @cached_property
     def split(self) -> tuple[tuple[str, Tensor], ...]:
@@ -333,8 +342,8 @@ class Sharded:
     def whole(self, name: str, instead: Tensor) -> Tensor:
         """All of one parameter; `instead` where it is not split.
 
-        Nothing that `fully_shard` has put together is read: to look at its bytes would keep it from
-        being let go.
+        Nothing that `fully_shard` has gathered is read: reading it would prevent its memory from
+        being freed.
         """
         parameter = self._named.get(name)
         return instead.detach() if parameter is None else self._whole(parameter)
@@ -345,7 +354,7 @@ class Sharded:
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """The weights of the unit that was put together last stay at hand. They must not change."""
+        """The weights of the unit that was gathered last stay at hand. They must not change."""
         self._keeping += 1
         try:
             yield
@@ -378,7 +387,7 @@ class Sharded:
         """The model may be called: each unit with its whole weights.
 
         Args:
-            chosen: θ by name: what stands in its place, or weights for some of the parameters.
+            chosen: θ by name: placeholders, or weights for some of the parameters.
 
         Raises:
             UnsupportedModel: Weights are given for all of them, which no process has; or the model

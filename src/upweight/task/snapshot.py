@@ -67,7 +67,7 @@ class Snapshot:
         """The task now. Cost: one reading of buffers and frozen parameters."""
         split = {} if task.sharded is None else dict(task.sharded.split)
         parts = dict(_of_module(task.model, frozenset({*task.layout.names, *split})))
-        # Of these θ has nothing.
+        # These are not in θ.
         parts |= {f"parameter {name}": _tensor(own_part(p)) for name, p in split.items()}
         for name in ("loss", "penalty", "forward"):
             value = getattr(task, name)

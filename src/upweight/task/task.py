@@ -214,7 +214,7 @@ class Task:
         return self.layout.flatten({name: named[name].detach() for name in self.layout.names})
 
     def held_theta(self) -> Float[Tensor, " p"]:
-        """θ̂, or what stands in its place where parameters are split over processes.
+        """θ̂, or a placeholder for θ where parameters are split over processes.
 
         See `upweight.task.sharded`.
         """
@@ -223,7 +223,7 @@ class Task:
         return self.sharded.theta(self.layout.size, self.layout.dtype)
 
     def whole(self, theta: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
-        """θ, also where it was something in its place: for what is let go at once."""
+        """θ, also where there is a placeholder for it: for what is freed at once."""
         if self.sharded is None or not stands_in(theta):
             return theta
         named = dict(self.model.named_parameters())
@@ -242,7 +242,7 @@ class Task:
         }
 
     def stands_in(self, value: Tensor) -> bool:
-        """Whether a tensor stands in the place of θ or a part of it, and has no values."""
+        """Whether a tensor is a placeholder for θ or a part of it, and has no values."""
         return self.sharded is not None and stands_in(value)
 
     def moved_to(self, theta: Float[Tensor, " p"]) -> "Task":
@@ -331,7 +331,7 @@ class Task:
         return nullcontext() if self.sharded is None else self.sharded.in_step()
 
     def running(self, params: Params) -> AbstractContextManager[None]:
-        """Where parts of the model are put together from several processes, while it runs."""
+        """Where parts of the model are gathered from several processes, while it runs."""
         return nullcontext() if self.sharded is None else self.sharded.running(params)
 
     def losses(self, params: Params | Float[Tensor, " p"], batch: Batch) -> Float[Tensor, " b"]:
