@@ -240,11 +240,19 @@ def test_cross_validation_goes_on_where_it_was(tmp_path, monkeypatch):
     whole, resumed = killed_and_resumed(by_library, tmp_path / "library", 8)
     for one, other in zip(whole.along, resumed.along, strict=True):
         same(one.exact, other.exact)
+    # Values in another order, or among others, have the folders that they had.
+    Count.made, grid = 0, {"C": [2.0, 0.5]}
+    data, using = (X.numpy(), Y.numpy()), uw.Resources(folder=tmp_path / "library")
+    cross_validation.path(clf, *data, grid, folds=6, confirm=99, resources=using)
+    assert Count.made == 0
+    with pytest.raises(StaleStore, match="another refits"):  # and is not of the value
+        cross_validation.path(clf, data[0] + 1e-3, data[1], grid, confirm=99, resources=using)
     # A value whose folder is of another one is not answered with its refits.
+    first = next((tmp_path / "library").iterdir())
     with pytest.raises(StaleStore, match="another refits"):
         cross_validation.kfold(
             clf, (X.numpy() + 1e-3, Y.numpy()), 6, confirm=99,
-            resources=uw.Resources(folder=tmp_path / "library" / "value-1"),
+            resources=uw.Resources(folder=first),
         )  # fmt: skip
 
 
@@ -276,6 +284,15 @@ def test_unlearning_and_fairness_go_on_where_they_were(tmp_path):
 
         whole, resumed = killed_and_resumed(repair, tmp_path / how, 2)
         assert whole.numbers() == resumed.numbers()
+
+    # What is wrong with the folder is no refit that failed.
+    for kept in (tmp_path / "weights", tmp_path / "causes"):
+        for file in kept.glob("*/*.safetensors"):
+            file.write_bytes(b"damaged")
+    with pytest.raises(StaleStore):
+        repair(uw.Resources(folder=tmp_path / "weights"), "weights")
+    with pytest.raises(StaleStore):
+        causes(uw.Resources(folder=tmp_path / "causes"))
 
 
 def test_cleansing_goes_on_where_it_was(tmp_path):
