@@ -23,6 +23,7 @@ from upweight.task.recipe import Trained
 from upweight.training.kept import Kept
 from upweight.training.newton import Newton
 from upweight.training.subset_models import subset_models
+from upweight.training.trainer import TrainingTrainer
 
 draw = torch.Generator().manual_seed(0)
 X = torch.randn(24, 3, generator=draw).double()
@@ -144,6 +145,45 @@ def test_models_of_subsets_go_on_where_they_were(tmp_path):
     for _ in range(2):
         uw.Ensemble(uw.GradientDot(), 2, 0.5).fit(task, (X, Y), history=Seeded(), resources=using)
     assert Count.made == 2
+
+
+def test_runs_of_subsets_go_on_where_they_were(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    init = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    recipe = uw.Training(lambda: init, uw.Adam(0.01), epochs=2, batch=8)
+    task, method = (
+        uw.Task(init, uw.CrossEntropy()),
+        uw.Stacked((uw.Ensemble(uw.SOURCE(1), 2, 0.5),), 8, 0.5, 2),
+    )
+    states = TrainingTrainer.states
+
+    def counted(self, weights, wanted, begin=None):
+        if begin is None:  # a training, and not a replay from a kept state
+            Count.one()
+        return states(self, weights, wanted, begin)
+
+    monkeypatch.setattr(TrainingTrainer, "states", counted)
+
+    def ask(resources):
+        data = task.training((X, Y))
+        return subset_models(
+            recipe, task, data, 4, 0.5, 2, at=(0.5, 1.0), runs=True, resources=resources
+        )
+
+    whole, resumed = killed_and_resumed(ask, tmp_path / "models", 2)
+    for one, other in zip(whole.runs, resumed.runs, strict=True):
+        assert one.kept == other.kept and len(one.kept) > 2
+        for t in range(len(one) + 1):  # replayed from a kept state as well
+            for a, b in zip(one.state(t).tensors, other.state(t).tensors, strict=True):
+                same(a, b)
+    same(whole.theta[0.5], resumed.theta[0.5])
+
+    def attributed(resources):
+        using = uw.Resources() if resources is None else resources
+        return method.fit(task, (X, Y), history=recipe, resources=using).attribute((XV[:3], YV[:3]))
+
+    whole, resumed = killed_and_resumed(attributed, tmp_path / "method", 2)
+    same(whole.values, resumed.values)
 
 
 def test_a_killed_process_goes_on_with_the_method_that_it_chose(tmp_path, monkeypatch):
