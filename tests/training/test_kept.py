@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import math
 
 import numpy as np
@@ -20,7 +21,7 @@ from upweight.errors import StaleStore
 from upweight.front.choice import Facts, named
 from upweight.methods.shapley import DataShapley
 from upweight.task.recipe import Trained
-from upweight.training.kept import Kept
+from upweight.training.kept import Kept, kept_trainer
 from upweight.training.newton import Newton
 from upweight.training.subset_models import subset_models
 from upweight.training.trainer import TrainingTrainer
@@ -294,6 +295,29 @@ def test_cross_validation_goes_on_where_it_was(tmp_path, monkeypatch):
             clf, (X.numpy() + 1e-3, Y.numpy()), 6, confirm=99,
             resources=uw.Resources(folder=first),
         )  # fmt: skip
+
+
+def test_models_of_other_versions_of_what_fits_them_are_refused(tmp_path, monkeypatch):
+    """An estimator may be fitted within a recipe, and outputs are read by this library."""
+    task, was = task_of(), importlib.metadata.version
+    clf, data = LogisticRegression().fit(X.numpy(), Y.numpy()), (X.numpy(), Y.numpy())
+
+    def by_recipe():
+        using = uw.Resources(folder=tmp_path / "recipe")
+        kept_trainer(Counted(), task, task.training((X, Y)), using)(torch.ones(1, 24))
+
+    def by_library():
+        using = uw.Resources(folder=tmp_path / "library")
+        cross_validation.kfold(clf, data, 6, confirm=1, resources=using)
+
+    for ask in (by_recipe, by_library):
+        ask()
+        for package in ("upweight", "scikit-learn", "numpy"):
+            with monkeypatch.context() as patch:
+                other = {package: "9"}
+                patch.setattr(importlib.metadata, "version", lambda p, o=other: o.get(p) or was(p))
+                with pytest.raises(StaleStore, match="another versions"):
+                    ask()
 
 
 def test_unlearning_and_fairness_go_on_where_they_were(tmp_path):
