@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import importlib.metadata
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from upweight.adapters.sklearn_outputs import EstimatorRefit
 from upweight.applications import cross_validation, fairness, poisoning, unlearning
 from upweight.errors import StaleStore
 from upweight.front.choice import Facts, named
+from upweight.front.kept import kept_choice
 from upweight.methods.shapley import DataShapley
 from upweight.task.recipe import Trained
 from upweight.training.kept import Kept, kept_trainer
@@ -240,8 +243,8 @@ def test_the_choice_for_a_network_is_kept(tmp_path, monkeypatch):
     model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
     using = uw.Resources(folder=tmp_path)
 
-    def ask(**more):
-        found = uw.attribute(model, (X, Y), (XV[:2], YV[:2]), uw.CrossEntropy(), **more)
+    def ask(q=2, **more):
+        found = uw.attribute(model, (X, Y), (XV[:q], YV[:q]), uw.CrossEntropy(), **more)
         return found.require_context().fitted.spec, found.values
 
     method, values = ask(resources=using)
@@ -251,6 +254,20 @@ def test_the_choice_for_a_network_is_kept(tmp_path, monkeypatch):
     assert again == method != other.method
     same(values, resumed)
     assert ask(resources=using, budget=30)[0] == ask()[0] == other.method  # another question
+    less = uw.Resources(folder=tmp_path, memory_bytes=2**30)
+    assert ask(3, resources=using)[0] == ask(resources=less)[0] == other.method
+
+
+def test_of_two_processes_one_chooses_for_both(tmp_path):
+    def ask(k):
+        def choose():
+            time.sleep(0.05)  # the other asks meanwhile
+            return {"row": str(k)}
+
+        return kept_choice(uw.Resources(folder=tmp_path), lambda: {"of": "this"}, choose)["row"]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert len(set(pool.map(ask, range(2)))) == 1
 
 
 def test_cross_validation_goes_on_where_it_was(tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ def asked(
     if recipe is None:
         recipe = getattr(trajectory, "recipe", None)
     if method is None:
-        choice = _kept(choose(facts), facts, task, data, recipe, resources)
+        choice = _kept(facts, task, data, recipe, resources)
     else:
         choice = Choice(type(method).__name__, method, "it was given")
     batch = task.to_device(data.batch(0, min(2, len(data))))
@@ -125,18 +125,24 @@ def asked(
     )  # fmt: skip
 
 
-def _kept(
-    choice: Choice, facts: Facts, task: Task, data: Data, recipe: Any, resources: Resources
-) -> Choice:
+def _kept(facts: Facts, task: Task, data: Data, recipe: Any, resources: Resources) -> Choice:
     """The choice of the first call with the folder of the resources, where there is one."""
 
     def about() -> dict[str, str]:
         known = {"recipe": facts.recipe, "trajectory": facts.trajectory, "rows": facts.by_query}
-        told = {"known": repr(known), "budget": f"{facts.budget_seconds:g} s"}
-        return {**training_identity(recipe, task, data), **told}
+        allowed = {
+            "budget": f"{facts.budget_seconds:g} s",
+            "queries": str(facts.queries),
+            "memory": repr(resources.memory_bytes),  # as given: what is free is another each time
+        }
+        return {**training_identity(recipe, task, data), "known": repr(known), **allowed}
 
-    told = kept_choice(resources, about, lambda: {"row": choice.name, "why": choice.why})
-    return choice if told["row"] == choice.name else named(told["row"], told["why"], facts)
+    def chosen() -> dict[str, str]:
+        choice = choose(facts)
+        return {"row": choice.name, "why": choice.why}
+
+    told = kept_choice(resources, about, chosen)
+    return named(told["row"], told["why"], facts)
 
 
 def _by_refits(
