@@ -210,7 +210,7 @@ def test_a_killed_process_goes_on_with_the_method_that_it_chose(tmp_path, monkey
         uw.attribute(knn, (X, y), X[:3], budget="3 s", resources=using)
     """
     kill_once_kept(script, tmp_path, 9)
-    kept = len(list((tmp_path / "refits").glob("*.safetensors")))
+    kept = len(list(tmp_path.glob("queries-*/refits/*.safetensors")))
     draw = np.random.default_rng(0)
     rows = draw.normal(size=(200, 1))
     y = (rows[:, 0] + draw.normal(size=200) > 0).astype(int)
@@ -236,6 +236,18 @@ def test_a_killed_process_goes_on_with_the_method_that_it_chose(tmp_path, monkey
     first = scores.check(subsets=4)
     assert Count.made == 10 and scores.check(subsets=4).lds.summary() == first.lds.summary()
     assert Count.made == 10
+
+
+def test_other_queries_of_an_estimator_have_a_folder_of_their_own(tmp_path):
+    """Its outputs at the queries are what is kept; other training data are refused still."""
+    knn, method = KNeighborsClassifier(3).fit(X, Y), uw.SubsampledInfluence(12)
+    using = uw.Resources(folder=tmp_path)
+    for rows in (XV[:3], XV[2:6]):
+        kept = uw.attribute(knn, (X, Y), rows, method=method, resources=using)
+        same(kept.values, uw.attribute(knn, (X, Y), rows, method=method).values)
+    other = KNeighborsClassifier(3).fit(X + 1.0, Y)
+    with pytest.raises(StaleStore, match="another"):
+        uw.attribute(other, (X + 1.0, Y), XV[:3], method=method, resources=using)
 
 
 def test_the_choice_for_a_network_is_kept(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from upweight.front.choice import PATIENCE, Choice, Facts, choose, named
 from upweight.front.facts import facts_of
 from upweight.front.kept import kept_choice
 from upweight.front.opened import Opened, opened, queries_of, require_alone
-from upweight.front.refits import is_refitted, opened_by_outputs, refit_choice
+from upweight.front.refits import is_refitted, of_queries, opened_by_outputs, refit_choice
 from upweight.methods.fitted import LOSS
 from upweight.methods.method import Method
 from upweight.methods.reduce import Reducer
@@ -167,6 +167,7 @@ def _by_refits(
     else:
         choice, notes = Choice(type(method).__name__, method, "it was given"), ()
         facts = Facts(found.task.layout.size, 1, len(found.train), len(found.queries), False, False)
+    used = of_queries(used, found.recipe.rows)
     return Asked(
         made, found.queries, measure, facts, choice, found.recipe, None, used, notes, True
     )  # fmt: skip
