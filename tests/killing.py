@@ -17,7 +17,7 @@ def kill_once_kept(script, folder, files):
     line = [sys.executable, "-c", textwrap.dedent(script)]
     with subprocess.Popen(line, env=os.environ | {"PYTHONPATH": paths}) as process:
         deadline = time.monotonic() + 60
-        while len(list(folder.glob("*/*.safetensors"))) < files and time.monotonic() < deadline:
+        while len(list(folder.rglob("*.safetensors"))) < files and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()

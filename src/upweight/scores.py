@@ -9,7 +9,7 @@ import contextlib
 import enum
 from collections.abc import Iterable, Iterator, Mapping, ValuesView
 from dataclasses import asdict, dataclass, field, replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -300,7 +300,7 @@ class Scores(Answered):
 
     def _columns_of(self, given: Any) -> Any:
         """The same with ids of training examples, or names of groups, turned into places."""
-        entries = [given] if isinstance(given, str) else given
+        entries = [given] if isinstance(given, str) or _is_number(given) else given
         is_named = isinstance(entries, Iterable) and not isinstance(entries, Tensor)
         if not is_named:
             return entries
@@ -308,6 +308,19 @@ class Scores(Answered):
         ids = self.columns if rows is None or self.columns is not None else rows.ids
         if ids is None:
             return list(entries)
+        entries = list(entries)
+        is_id = self.columns is None and any(map(_is_number, ids))
+        if is_id and (numbers := [e for e in entries if _is_number(e)]):
+            raise ShapeError(
+                "Where ids are numbers other than 0…n − 1, examples are named by a mask, or by a "
+                "tensor of places.",
+                f"{', '.join(map(str, numbers[:5]))} of {len(ids)} examples whose ids begin with "
+                f"{', '.join(map(str, ids[:5]))}.",
+                "an index that was shuffled or cut, as by train_test_split, in which a number may "
+                "be an id or a place.",
+                f"of ids a mask over all rows, drop=X.index.isin({numbers[:5]}); of places, as in "
+                f"scores.top(…).raises, drop=torch.tensor({numbers[:5]}).",
+            )
         what, names = "training example" if self.columns is None else "group", (str, tuple)
         return [place_of(e, ids, what) if isinstance(e, names) else e for e in entries]
 
@@ -423,12 +436,16 @@ class Scores(Answered):
             Δm_q ≈ Σᵢ S[q, i] (wᵢ − 1)
 
         First order in w: effects add up.
-        `drop` holds indices, ids of the index that the training data came with, or names of
-        groups; or it is a mask that is True where an example is removed.
+        `drop` holds places, ids (texts or tuples) of the index that the training data came with, or
+        names of groups; or it is a mask that is True where an example is removed. Where the index
+        holds numbers other than 0…n − 1 a list of numbers could be either: places are then given as
+        a tensor, `drop=torch.tensor(scores.top().raises)`, and ids as a mask,
+        `drop=X.index.isin([15])`.
 
         Raises:
             UpweightError: The unit is not ∂m/∂w.
-            ShapeError: An index is out of range or repeated, a mask or `weights` is not `[n]`.
+            ShapeError: An index is out of range or repeated, could be a place or an id; a mask or
+                `weights` is not `[n]`.
             NonFinite: A weight is NaN or infinite.
             SpecError: Both `drop` and `weights` are given.
         """
@@ -670,6 +687,10 @@ def stored_in(directory: Folder) -> tuple[StoredMatrix, ToldOfScores]:
 def _label(label: Any) -> str:
     """A label as text; numbers with four digits."""
     return written(label) if isinstance(label, float) else str(label)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _with_error(value: float, error: float | None) -> str:

@@ -63,7 +63,7 @@ def test_names_of_a_frame_are_in_every_answer(made, tmp_path):
     # Names that are said are those of labels and predictions alike.
     said = html(scores, tmp_path / "page.html", Display(names=["ill", "fit"])).read_text()
     assert '"label":"ill"' in said and '"sick"' not in said
-    with pytest.raises(ShapeError, match="the nearest id is patient-915"):
+    with pytest.raises(ShapeError, match="the nearest id is 'patient-915'"):
         scores.top(3, "patient-1")
 
 
@@ -75,9 +75,22 @@ def test_ids_stand_for_places_and_a_time_for_a_budget(made):
     )
     groups = scores.group(list(labels))
     assert torch.equal(groups.predict(drop=["sick"]), -groups.values[:, 0])
-    with pytest.raises(ShapeError, match=f"nearest id is {wrong[0]}"):
+    with pytest.raises(ShapeError, match=f"nearest id is '{wrong[0]}'"):
         scores.predict(drop=[f"{wrong[0]}0"])
+    # Of an index of numbers, shuffled or cut, a number could be an id or a place.
     model = scores.model
+    numbered = frame.set_axis(range(N, 0, -1)), labels.set_axis(range(N, 0, -1))
+    asked = uw.attribute(model, numbered, frame.iloc[[5]])
+    for drop in ([15, 2], 15, numbered[0].index[:2]):
+        with pytest.raises(ShapeError, match=r"drop=X\.index\.isin\(\[") as found:
+            asked.predict(drop=drop)
+        assert "drop=torch.tensor([" in str(found.value)
+    places = torch.tensor([N - 15, N - 2])
+    mask = numbered[0].index.isin([15, 2])
+    assert torch.equal(asked.predict(drop=mask), asked.predict(drop=places))
+    with pytest.raises(ShapeError) as found:
+        asked.predict(drop=["15"])
+    assert "nearest" not in str(found.value)
     asked = uw.attribute(model, (frame, labels), (frame.loc[wrong], labels[wrong]))
     assert explain_error(asked, wrong[1]).query == 1
     assert asked.check("1 s").budget == 1
@@ -98,7 +111,7 @@ def test_data_keep_the_names_they_came_with():
     frame.index, frame.columns = ["u", "v", "w"], ["b"]
     assert data.given.ids == ("x", "y", "z") and data.given.pairs(1) == {"a": 1.0}
     part = data.subset([2, 0]).given
-    assert part.ids == ("z", "x") and part.place("x") == 1 and part.place("w") is None
+    assert part.ids == ("z", "x")
     assert uw.as_data((np.ones((3, 1)), np.arange(3))).given is None
 
 

@@ -215,6 +215,10 @@ def test_with_adam_what_no_step_has_moved_is_left_out(tmp_path):
     torch.testing.assert_close(found.values, expected, rtol=1e-8, atol=1e-13)
     (note,) = (note for note in found.provenance.notes if "left out at one state or more" in note)
     assert "4 of" in note and "in a.bias:" in note
+    one = uw.TracIn(states=1).fit(about, (X, y), history=history)
+    index = uw.Index.build(one, None, tmp_path / "index", 10**6, bits=32)
+    values = one.attribute(queries).values
+    torch.testing.assert_close(index.scores(queries).values, values, rtol=1e-5, atol=1e-5)
     with pytest.raises(SpecError, match="a recorded run of 6 steps"):
         uw.MAGIC().fit(about, (X, y), history=history)
 

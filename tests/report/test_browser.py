@@ -484,7 +484,7 @@ def test_ticked_rows_leave_the_page(run, opened):
         "() => document.querySelectorAll('#training [hidden]').forEach(e => e.hidden = 0)"
     )
     dropping(page, 0, 1)
-    assert page.locator("#drop-python").inner_text() == "scores.predict(drop=[0, 1])"
+    assert page.locator("#drop-python").inner_text() == "scores.predict(drop=torch.tensor([0, 1]))"
     with page.expect_download() as saved:
         page.locator("#drop-save").click()
     head, *rows = csv.reader(saved.value.path().read_text().splitlines())

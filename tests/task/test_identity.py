@@ -183,5 +183,17 @@ def test_long_arrays_of_objects_and_frames_are_told_in_full():
     words = [described(frame(x).words.to_numpy(dtype=object)) for x in (0.0, 1.0, 0.0)]
     assert words[0] == words[2] != words[1]
     assert described(frame().x) != described(frame(1.0).x)
+    numbers = [np.arange(2000), np.arange(2000)]
+    numbers[1][1000] = 0
+    assert described(pd.Index(numbers[0])) != described(pd.Index(numbers[1]))
+    assert described(pd.Index(numbers[0])) == described(pd.Index(np.arange(2000)))
+    column = pd.Series(numbers[0])
+    levels = pd.CategoricalDtype([*range(2000)]), pd.CategoricalDtype([*range(2000)], ordered=True)
+    kinds = [column.astype(d).to_frame("x") for d in ("int32", "int64", "Int64", "object", *levels)]
+    assert len({described(each) for each in kinds}) == len(kinds)
+    assert described(kinds[2]) == described(column.astype("Int64").to_frame("x"))
+    for dtype in (">f8", np.longdouble, np.clongdouble, ">i4", "M8[ns]", "U3"):
+        told = [described(np.array([0, 1, k]).astype(dtype)) for k in (2, 2, 3)]
+        assert told[0] == told[1] != told[2]
     sparse = [scipy.sparse.csr_array(np.eye(60) * x) for x in (1.0, 2.0)]
     assert described(sparse[0]) != described(sparse[1])

@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,11 +21,13 @@ from upweight.adapters.sklearn_outputs import EstimatorRefit
 from upweight.applications import cross_validation, fairness, poisoning, unlearning
 from upweight.errors import StaleStore
 from upweight.front.choice import Facts, named
+from upweight.front.kept import kept_choice
 from upweight.methods.shapley import DataShapley
 from upweight.task.recipe import Trained
-from upweight.training.kept import Kept
+from upweight.training.kept import Kept, kept_trainer
 from upweight.training.newton import Newton
 from upweight.training.subset_models import subset_models
+from upweight.training.trainer import TrainingTrainer
 
 draw = torch.Generator().manual_seed(0)
 X = torch.randn(24, 3, generator=draw).double()
@@ -146,6 +151,45 @@ def test_models_of_subsets_go_on_where_they_were(tmp_path):
     assert Count.made == 2
 
 
+def test_runs_of_subsets_go_on_where_they_were(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    init = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    recipe = uw.Training(lambda: init, uw.Adam(0.01), epochs=2, batch=8)
+    task, method = (
+        uw.Task(init, uw.CrossEntropy()),
+        uw.Stacked((uw.Ensemble(uw.SOURCE(1), 2, 0.5),), 8, 0.5, 2),
+    )
+    states = TrainingTrainer.states
+
+    def counted(self, weights, wanted, begin=None):
+        if begin is None:  # a training, and not a replay from a kept state
+            Count.one()
+        return states(self, weights, wanted, begin)
+
+    monkeypatch.setattr(TrainingTrainer, "states", counted)
+
+    def ask(resources):
+        data = task.training((X, Y))
+        return subset_models(
+            recipe, task, data, 4, 0.5, 2, at=(0.5, 1.0), runs=True, resources=resources
+        )
+
+    whole, resumed = killed_and_resumed(ask, tmp_path / "models", 2)
+    for one, other in zip(whole.runs, resumed.runs, strict=True):
+        assert one.kept == other.kept and len(one.kept) > 2
+        for t in range(len(one) + 1):  # replayed from a kept state as well
+            for a, b in zip(one.state(t).tensors, other.state(t).tensors, strict=True):
+                same(a, b)
+    same(whole.theta[0.5], resumed.theta[0.5])
+
+    def attributed(resources):
+        using = uw.Resources() if resources is None else resources
+        return method.fit(task, (X, Y), history=recipe, resources=using).attribute((XV[:3], YV[:3]))
+
+    whole, resumed = killed_and_resumed(attributed, tmp_path / "method", 2)
+    same(whole.values, resumed.values)
+
+
 def test_a_killed_process_goes_on_with_the_method_that_it_chose(tmp_path, monkeypatch):
     script = f"""
         import time
@@ -166,7 +210,7 @@ def test_a_killed_process_goes_on_with_the_method_that_it_chose(tmp_path, monkey
         uw.attribute(knn, (X, y), X[:3], budget="3 s", resources=using)
     """
     kill_once_kept(script, tmp_path, 9)
-    kept = len(list((tmp_path / "refits").glob("*.safetensors")))
+    kept = len(list(tmp_path.glob("queries-*/refits/*.safetensors")))
     draw = np.random.default_rng(0)
     rows = draw.normal(size=(200, 1))
     y = (rows[:, 0] + draw.normal(size=200) > 0).astype(int)
@@ -194,13 +238,25 @@ def test_a_killed_process_goes_on_with_the_method_that_it_chose(tmp_path, monkey
     assert Count.made == 10
 
 
+def test_other_queries_of_an_estimator_have_a_folder_of_their_own(tmp_path):
+    """Its outputs at the queries are what is kept; other training data are refused still."""
+    knn, method = KNeighborsClassifier(3).fit(X, Y), uw.SubsampledInfluence(12)
+    using = uw.Resources(folder=tmp_path)
+    for rows in (XV[:3], XV[2:6]):
+        kept = uw.attribute(knn, (X, Y), rows, method=method, resources=using)
+        same(kept.values, uw.attribute(knn, (X, Y), rows, method=method).values)
+    other = KNeighborsClassifier(3).fit(X + 1.0, Y)
+    with pytest.raises(StaleStore, match="another"):
+        uw.attribute(other, (X + 1.0, Y), XV[:3], method=method, resources=using)
+
+
 def test_the_choice_for_a_network_is_kept(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
     using = uw.Resources(folder=tmp_path)
 
-    def ask(**more):
-        found = uw.attribute(model, (X, Y), (XV[:2], YV[:2]), uw.CrossEntropy(), **more)
+    def ask(q=2, **more):
+        found = uw.attribute(model, (X, Y), (XV[:q], YV[:q]), uw.CrossEntropy(), **more)
         return found.require_context().fitted.spec, found.values
 
     method, values = ask(resources=using)
@@ -210,6 +266,20 @@ def test_the_choice_for_a_network_is_kept(tmp_path, monkeypatch):
     assert again == method != other.method
     same(values, resumed)
     assert ask(resources=using, budget=30)[0] == ask()[0] == other.method  # another question
+    less = uw.Resources(folder=tmp_path, memory_bytes=2**30)
+    assert ask(3, resources=using)[0] == ask(resources=less)[0] == other.method
+
+
+def test_of_two_processes_one_chooses_for_both(tmp_path):
+    def ask(k):
+        def choose():
+            time.sleep(0.05)  # the other asks meanwhile
+            return {"row": str(k)}
+
+        return kept_choice(uw.Resources(folder=tmp_path), lambda: {"of": "this"}, choose)["row"]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert len(set(pool.map(ask, range(2)))) == 1
 
 
 def test_cross_validation_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -240,12 +310,43 @@ def test_cross_validation_goes_on_where_it_was(tmp_path, monkeypatch):
     whole, resumed = killed_and_resumed(by_library, tmp_path / "library", 8)
     for one, other in zip(whole.along, resumed.along, strict=True):
         same(one.exact, other.exact)
+    # Values in another order, or among others, have the folders that they had.
+    Count.made, grid = 0, {"C": [2.0, 0.5]}
+    data, using = (X.numpy(), Y.numpy()), uw.Resources(folder=tmp_path / "library")
+    cross_validation.path(clf, *data, grid, folds=6, confirm=99, resources=using)
+    assert Count.made == 0
+    with pytest.raises(StaleStore, match="another refits"):  # and is not of the value
+        cross_validation.path(clf, data[0] + 1e-3, data[1], grid, confirm=99, resources=using)
     # A value whose folder is of another one is not answered with its refits.
+    first = next((tmp_path / "library").iterdir())
     with pytest.raises(StaleStore, match="another refits"):
         cross_validation.kfold(
             clf, (X.numpy() + 1e-3, Y.numpy()), 6, confirm=99,
-            resources=uw.Resources(folder=tmp_path / "library" / "value-1"),
+            resources=uw.Resources(folder=first),
         )  # fmt: skip
+
+
+def test_models_of_other_versions_of_what_fits_them_are_refused(tmp_path, monkeypatch):
+    """An estimator may be fitted within a recipe, and outputs are read by this library."""
+    task, was = task_of(), importlib.metadata.version
+    clf, data = LogisticRegression().fit(X.numpy(), Y.numpy()), (X.numpy(), Y.numpy())
+
+    def by_recipe():
+        using = uw.Resources(folder=tmp_path / "recipe")
+        kept_trainer(Counted(), task, task.training((X, Y)), using)(torch.ones(1, 24))
+
+    def by_library():
+        using = uw.Resources(folder=tmp_path / "library")
+        cross_validation.kfold(clf, data, 6, confirm=1, resources=using)
+
+    for ask in (by_recipe, by_library):
+        ask()
+        for package in ("upweight", "scikit-learn", "numpy"):
+            with monkeypatch.context() as patch:
+                other = {package: "9"}
+                patch.setattr(importlib.metadata, "version", lambda p, o=other: o.get(p) or was(p))
+                with pytest.raises(StaleStore, match="another versions"):
+                    ask()
 
 
 def test_unlearning_and_fairness_go_on_where_they_were(tmp_path):
@@ -276,6 +377,15 @@ def test_unlearning_and_fairness_go_on_where_they_were(tmp_path):
 
         whole, resumed = killed_and_resumed(repair, tmp_path / how, 2)
         assert whole.numbers() == resumed.numbers()
+
+    # What is wrong with the folder is no refit that failed.
+    for kept in (tmp_path / "weights", tmp_path / "causes"):
+        for file in kept.glob("*/*.safetensors"):
+            file.write_bytes(b"damaged")
+    with pytest.raises(StaleStore):
+        repair(uw.Resources(folder=tmp_path / "weights"), "weights")
+    with pytest.raises(StaleStore):
+        causes(uw.Resources(folder=tmp_path / "causes"))
 
 
 def test_cleansing_goes_on_where_it_was(tmp_path):

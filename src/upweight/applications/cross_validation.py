@@ -32,12 +32,21 @@ from upweight.applications.left_out import (
 from upweight.applications.penalty_path import Path
 from upweight.applications.subject import curvature_left_out, subject_of
 from upweight.curvature.hessian import Hessian
-from upweight.errors import NonFinite, ShapeError, SpecError, UpweightError
+from upweight.errors import (
+    NonFinite,
+    NotWritten,
+    ShapeError,
+    SpecError,
+    StaleStore,
+    UpweightError,
+)
 from upweight.linalg.cholesky import Cholesky
 from upweight.methods import health
 from upweight.methods.fitted import Fitted
 from upweight.methods.influence import Influence
+from upweight.runtime.fingerprint import digest
 from upweight.runtime.resources import Resources
+from upweight.task.identity import described
 from upweight.task.recipe import Recipe
 
 __all__ = ["CrossValidated", "Difference", "Path", "difference", "grouped", "kfold", "loo", "path"]
@@ -228,13 +237,15 @@ def path(
         refit_above: As for `loo`.
         confirm: As for `loo`.
         seed: As for `loo`.
-        resources: As for `loo`; each value has a folder in the folder.
+        resources: As for `loo`; each value has a folder in the folder, named by what it is.
 
     Returns:
         The curve; a value that has no minimum, or no translation, says why and takes no part.
 
     Raises:
         SpecError: Not one parameter, no such parameter, or no values.
+        StaleStore: A folder holds refits of another estimator or other data.
+        NotWritten: The folder cannot be written.
         UpweightError: No value could be cross-validated: the error of the first.
 
     Cost: one fit and one `loo` or `kfold` per value.
@@ -255,16 +266,19 @@ def path(
     chosen: dict[str, Any] = {"loss": loss, "confirm": confirm, "seed": seed}
     using = Resources() if resources is None else resources
     fits = sk.along(estimator, X, y, parameter, list(values), sample_weight)
-    for k, (_, fit) in enumerate(fits):
+    for k, (value, fit) in enumerate(fits):
+        own = using if using.folder is None else using.within(_folder(parameter, value))
         try:
             known = sk.translated(fit, X, y, sample_weight, minimize=True)
-            place = _of_sklearn(known, using.within(f"value-{k}"))
+            place = _of_sklearn(known, own)
             at = (
                 loo(place, refit_above=refit_above, **chosen)
                 if folds is None
                 else kfold(place, folds=folds, **chosen)
             )
-        except (NonFinite, UpweightError) as error:
+        except (StaleStore, NotWritten):  # of the folder, not of the value
+            raise
+        except UpweightError as error:
             first = error if first is None else first
             along.append(None)
             reasons[k] = " ".join(str(error).split())[:200]
@@ -273,6 +287,11 @@ def path(
     if first is not None and len(reasons) == len(along):
         raise first
     return Path(parameter, tuple(values), tuple(along), reasons)
+
+
+def _folder(parameter: str, value: Any) -> str:
+    """A name that is the same in another order of the values, or among others."""
+    return f"value-{digest(parameter, described(value))[:32]}"
 
 
 # -- shared steps ---------------------------------------------------------------------------------

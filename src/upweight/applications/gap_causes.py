@@ -28,7 +28,14 @@ from upweight.applications.group_gaps import (
 )
 from upweight.applications.outcome import Outcome
 from upweight.applications.subject import Subject, subject_of
-from upweight.errors import DataError, ShapeError, SpecError, UpweightError
+from upweight.errors import (
+    DataError,
+    NotWritten,
+    ShapeError,
+    SpecError,
+    StaleStore,
+    UpweightError,
+)
 from upweight.evaluation.bootstrap import Estimate
 from upweight.methods.reduce import GroupSums
 from upweight.notation import percent
@@ -505,6 +512,8 @@ def _without(
     for w in weights:
         try:
             trained = trainer(w[None])
+        except (StaleStore, NotWritten):  # of the folder, not of the group
+            raise
         except UpweightError as error:
             found.append(str(error).partition("\n")[0].rstrip("."))
             continue

@@ -35,7 +35,9 @@ from upweight.applications.outcome import Outcome
 from upweight.applications.subject import subject_of
 from upweight.errors import (
     NotConverged,
+    NotWritten,
     SpecError,
+    StaleStore,
     UpweightError,
 )
 from upweight.evaluation.bootstrap import Estimate
@@ -675,6 +677,8 @@ class _Search:
             else:
                 trainer = self.trainer
             trained = trainer(weights[None])
+        except (StaleStore, NotWritten):  # of the folder, not of the change
+            raise
         except UpweightError as error:
             return str(error).partition("\n")[0].rstrip(".")
         if trained.failures:

@@ -12,7 +12,6 @@ differ by the fold's leverage, so a step with H leaves that share of the error, 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from typing import Protocol
 
 import torch
@@ -23,6 +22,7 @@ from upweight.errors import ShapeError
 from upweight.methods.dense import DenseScorer
 from upweight.methods.fitted import Fitted
 from upweight.runtime.resources import Resources
+from upweight.runtime.versions import numeric_versions
 from upweight.task.data import Data
 from upweight.task.identity import described
 from upweight.task.losses import SquaredError
@@ -210,8 +210,8 @@ class KeptRefits:
         """Opened once, when the first group is asked for."""
 
         def about() -> dict[str, str]:
-            versions = {name: version(name) for name in ("scikit-learn", "numpy")}
-            return {"refits": described(self.refits), "versions": repr(versions)}
+            versions = repr(numeric_versions())
+            return {"refits": described(self.refits), "versions": versions}
 
         return Kept.of(self.resources, about)
 

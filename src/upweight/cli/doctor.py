@@ -18,10 +18,9 @@ from upweight.errors import UnsupportedModel, UpweightError
 from upweight.gradients.layers import rule_for
 from upweight.gradients.planning import plan
 from upweight.gradients.uses import layer_uses
-from upweight.runs.environment import version_of
 from upweight.runtime.hardware import has_fast_bfloat16
 from upweight.runtime.memory import free_bytes
-from upweight.runtime.versions import library_versions
+from upweight.runtime.versions import library_versions, version_of
 from upweight.task.check import checked_losses
 from upweight.task.data import Data
 from upweight.task.measures import Logit, LogProb, Loss, Margin

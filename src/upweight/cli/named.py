@@ -5,7 +5,6 @@ among the files that the user named, by `--project` or in another option, by its
 where the run says that the file lies is never followed.
 """
 
-import hashlib
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import click
 
 from upweight.errors import ProjectError, message
 from upweight.runs.directory import Run
+from upweight.runs.indexed import sha256
 from upweight.runs.record import Record
 
 
@@ -99,7 +99,7 @@ def has_packed(run: Run, record: Record, name: str) -> bool:
     path, told = run.packed(name), _hash(record, name)
     if path is None or told is None:
         return False
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() == told
+    return sha256(Path(path)) == told
 
 
 def _hash(record: Record, name: str) -> str | None:
@@ -158,5 +158,5 @@ def _state(path: Path, known: str | None) -> str:
         return f"not found, {recorded}"
     if known is None:
         return recorded
-    same = hashlib.sha256(path.read_bytes()).hexdigest() == known
+    same = sha256(path) == known
     return "there, and as it was" if same else f"there, but edited since; {recorded}"

@@ -11,7 +11,6 @@ When the command is over, `sys.path` and `sys.modules` are as they were, but for
 import contextlib
 import difflib
 import functools
-import hashlib
 import importlib
 import inspect
 import os
@@ -25,6 +24,7 @@ from typing import Any
 
 from upweight.cli.reading import Seen, data_files, folder_of, named_in, reading
 from upweight.errors import ProjectError, SpecError, UpweightError, message
+from upweight.runs.indexed import sha256
 
 MOST_FRAMES = 4
 """Places in the user's code that an error shows: the innermost ones."""
@@ -111,8 +111,7 @@ class Project:
     def sources(self) -> dict[str, str]:
         """The hash of every file of the user's that was run, neighbors included."""
         found = {
-            path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for _, path, folder in self._own()
+            path.relative_to(folder).as_posix(): sha256(path) for _, path, folder in self._own()
         }
         return dict(sorted(found.items()))
 

@@ -112,7 +112,7 @@ def folder_of(file: str | None, folders: Sequence[Path]) -> Path | None:
     """The innermost of the user's folders that a file of code is under; None for a library's."""
     if file is None or file.startswith("<"):  # built in, or made at run time
         return None
-    file = _resolved(file)
+    file = _resolved(os.path.abspath(file))  # relative to where we are now
     found = [folder for folder in folders if file.startswith(os.path.join(folder, ""))]
     is_library = PACKAGES & set(Path(file).parts) if found else True
     if is_library or file.startswith((os.path.join(OURS, ""), os.path.join(STANDARD, ""))):

@@ -14,7 +14,7 @@ from upweight.front.choice import PATIENCE, Choice, Facts, choose, named
 from upweight.front.facts import facts_of
 from upweight.front.kept import kept_choice
 from upweight.front.opened import Opened, opened, queries_of, require_alone
-from upweight.front.refits import is_refitted, opened_by_outputs, refit_choice
+from upweight.front.refits import is_refitted, of_queries, opened_by_outputs, refit_choice
 from upweight.methods.fitted import LOSS
 from upweight.methods.method import Method
 from upweight.methods.reduce import Reducer
@@ -116,7 +116,7 @@ def asked(
                 task, data, count, recipe, trajectory, seconds, resources.memory_bytes,
                 by_query=not isinstance(measure, Functional),
             )  # fmt: skip
-            choice = _kept(choose(facts), facts, task, data, recipe, resources)
+            choice = _kept(facts, task, data, recipe, resources)
         else:
             require_answerable(task, data, "training data")
             choice = Choice(type(method).__name__, method, "it was given")
@@ -130,18 +130,24 @@ def asked(
     )  # fmt: skip
 
 
-def _kept(
-    choice: Choice, facts: Facts, task: Task, data: Data, recipe: Any, resources: Resources
-) -> Choice:
+def _kept(facts: Facts, task: Task, data: Data, recipe: Any, resources: Resources) -> Choice:
     """The choice of the first call with the folder of the resources, where there is one."""
 
     def about() -> dict[str, str]:
         known = {"recipe": facts.recipe, "trajectory": facts.trajectory, "rows": facts.by_query}
-        told = {"known": repr(known), "budget": f"{facts.budget_seconds:g} s"}
-        return {**training_identity(recipe, task, data), **told}
+        allowed = {
+            "budget": f"{facts.budget_seconds:g} s",
+            "queries": str(facts.queries),
+            "memory": repr(resources.memory_bytes),  # as given: what is free is another each time
+        }
+        return {**training_identity(recipe, task, data), "known": repr(known), **allowed}
 
-    told = kept_choice(resources, about, lambda: {"row": choice.name, "why": choice.why})
-    return choice if told["row"] == choice.name else named(told["row"], told["why"], facts)
+    def chosen() -> dict[str, str]:
+        choice = choose(facts)
+        return {"row": choice.name, "why": choice.why}
+
+    told = kept_choice(resources, about, chosen)
+    return named(told["row"], told["why"], facts)
 
 
 def _by_refits(
@@ -166,6 +172,7 @@ def _by_refits(
     else:
         choice, notes = Choice(type(method).__name__, method, "it was given"), ()
         facts = Facts(found.task.layout.size, 1, len(found.train), len(found.queries), False, False)
+    used = of_queries(used, found.recipe.rows)
     return Asked(
         made, found.queries, measure, facts, choice, found.recipe, None, used, notes, True
     )  # fmt: skip

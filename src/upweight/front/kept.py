@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from upweight.runtime.atomic import make_folder
 from upweight.runtime.headers import own_digest
+from upweight.runtime.lock import claimed
 from upweight.runtime.resources import Resources
 from upweight.runtime.store import Store
 
@@ -33,11 +35,12 @@ def kept_choice(
     """
     if resources.folder is None:
         return choose()
-    told = dict(about())
-    folder = Path(resources.folder) / FOLDER / own_digest(told)[:32]
-    try:
-        store = Store.load(folder, "the same question")
-    except FileNotFoundError:
-        store = Store.open(folder, told, begun=choose(), again="the same question")
-    store.require(told)
+    told, place = dict(about()), Path(resources.folder) / FOLDER
+    folder = place / own_digest(told)[:32]
+    make_folder(place)
+    with claimed(place, FOLDER, wait=True):  # one process chooses for all that share the folder
+        try:
+            store = Store.load(folder, "the same question")
+        except FileNotFoundError:
+            store = Store.open(folder, told, begun=choose(), again="the same question")
     return store.begun

@@ -18,7 +18,9 @@ from upweight.methods.method import Method
 from upweight.methods.neighbours import FeatureSimilarity, KNNShapley
 from upweight.methods.refits import LeaveOneOut, SubsampledInfluence
 from upweight.notation import in_short
+from upweight.runtime.fingerprint import digest
 from upweight.runtime.resources import Resources
+from upweight.task.identity import described
 from upweight.task.measures import Functional
 from upweight.training.kept import training_identity
 
@@ -76,6 +78,17 @@ def opened_by_outputs(
         )
     by = sk.by_features if isinstance(method, NEIGHBOURS) else sk.outputs
     return by(model, train, queries)
+
+
+def of_queries(resources: Resources, rows: Any) -> Resources:
+    """A folder of their own in the folder, where there is one: θ holds the outputs of each query.
+
+    Raises:
+        SpecError: The queries cannot be told from others.
+    """
+    if resources.folder is None:
+        return resources
+    return resources.within(f"queries-{digest(described(rows))[:32]}")
 
 
 def refit_choice(

@@ -83,7 +83,7 @@ def saved_bytes(task: Task, theta: Float[Tensor, " p"], data: Data) -> int:
 
         batch = task.to_device(data.take([k % len(data) for k in range(count)]))
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            graph = task.losses(_leaves(task, theta), batch)
+            graph = task.losses(task.leaves(theta), batch)
         del graph  # what it kept has lived, and so had an address of its own, until here
         return sum(kept.values())
 
@@ -118,7 +118,7 @@ def hessian_products(
     Raises:
         RuntimeError: PyTorch's own, where an operation has no second derivative.
     """
-    params = _leaves(task, theta)
+    params = task.leaves(theta)
     with torch.enable_grad():
         total = function(params).sum()
         gradient = _pulled_back(task, params, total, None, create_graph=True)
@@ -129,7 +129,7 @@ def hessian_products(
 
 def is_cut(task: Task, theta: Float[Tensor, " p"], function: Callable[[Params], Tensor]) -> bool:
     """Whether ∇F at θ lacks a part of its graph, as `lacks_graph` tells."""
-    params = _leaves(task, theta)
+    params = task.leaves(theta)
     with torch.enable_grad():
         total = function(params).sum()
         gradient = _pulled_back(task, params, total, None, create_graph=True)
@@ -166,7 +166,7 @@ def gauss_newton_products(
     Raises:
         RuntimeError: As for `hessian_products`.
     """
-    params = _leaves(task, theta)
+    params = task.leaves(theta)
     with torch.enable_grad():
         values = function(params)
         u = torch.zeros_like(values, requires_grad=True)
@@ -186,14 +186,10 @@ def total_gradient(
     task: Task, theta: Float[Tensor, " p"], function: Callable[[Params], Tensor]
 ) -> Float[Tensor, " p"]:
     """∇F at θ; F the sum of what the function returns."""
-    params = _leaves(task, theta)
+    params = task.leaves(theta)
     with torch.enable_grad():
         total = function(params).sum()
     return _pulled_back(task, params, total, None)
-
-
-def _leaves(task: Task, theta: Float[Tensor, " p"]) -> dict[str, Tensor]:
-    return task.leaves(theta)
 
 
 def _pulled_back(

@@ -147,7 +147,9 @@ class BlockCoordinates:
 
     def of_solved(self, vectors: Float[Tensor, "q d"]) -> Float[Tensor, "q d"]:
         """±(Λ + λ)^½ ∘ Qᵀ V."""
-        return self._along(vectors.reshape(-1, *self.shape)).flatten(1) / self.weights
+        # Where TracIn's P is 0, the weight and V are 0, and so is the product of the two rows.
+        weights = torch.where(self.weights != 0, self.weights, 1)
+        return self._along(vectors.reshape(-1, *self.shape)).flatten(1) / weights
 
     def _along(self, array: Tensor) -> Tensor:
         for axis, q in enumerate(self.bases):

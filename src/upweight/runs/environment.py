@@ -4,7 +4,6 @@ Two runs of one question have the same bits where all of this is the same, and e
 to rounding.
 """
 
-import importlib.metadata
 import platform
 import re
 import sys
@@ -12,21 +11,13 @@ from pathlib import Path
 
 import torch
 
-from upweight.runtime.versions import library_versions
+from upweight.runtime.versions import library_versions, version_of
 
 LIBRARIES = {
     "numpy": "numpy", "scipy": "scipy", "sklearn": "scikit-learn", "statsmodels": "statsmodels",
     "transformers": "transformers", "torchvision": "torchvision",
 }  # fmt: skip
 """Whose version is recorded where they are imported: module, and package."""
-
-
-def version_of(package: str) -> str | None:
-    """The installed version; None where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def environment(device: torch.device) -> dict[str, str]:

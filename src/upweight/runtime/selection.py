@@ -94,14 +94,16 @@ def place_of(name: Any, ids: Sequence[Any], what: str) -> int:
     found = [i for i, own in enumerate(ids) if own == name]
     if len(found) == 1:
         return found[0]
-    n, texts = len(ids), [str(own) for own in ids]
-    near = [] if found else difflib.get_close_matches(str(name), texts, n=1) or texts[:1]
+    n, texts = len(ids), {str(own): own for own in ids if isinstance(own, str | tuple)}
+    near = [] if found else difflib.get_close_matches(str(name), texts, n=1) or [*texts][:1]
     raise ShapeError(
         f"A {what} is named by its id in the index of the data, which no other has, or by its "
         "place.",
         f"{name!r}, the id of {len(found)} of {n}.",
         "an index with repeated ids." if found else "a misspelling, or an id of other data.",
-        f"use a place in 0…{n - 1}" + "".join(f"; the nearest id is {each}" for each in near) + ".",
+        f"use a place in 0…{n - 1}"
+        + "".join(f"; the nearest id is {texts[each]!r}" for each in near)
+        + ".",
     )
 
 

@@ -74,17 +74,17 @@ def described(value: Any) -> str:
     """
     if isinstance(value, Tensor):
         return digest(value)
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        given = np.ascontiguousarray(value)
-        given = given if given.flags.writeable else given.copy()
-        return digest(torch.as_tensor(given), str(value.dtype))
-    if isinstance(value, np.ndarray):  # of texts or objects: its repr is cut short
-        return f"array{value.shape} {digest(described(value.tolist()))}"
-    if hasattr(value, "iloc") and hasattr(value, "columns"):  # of pandas, cut short as well
-        columns = [np.asarray(value.iloc[:, k]) for k in range(value.shape[1])]
+    if isinstance(value, np.ndarray):
+        return _array(value)
+    if hasattr(value, "iloc") and hasattr(value, "columns"):  # of pandas: its repr is cut short
+        columns = [value.iloc[:, k] for k in range(value.shape[1])]
         return f"{type(value).__name__} {described([*value.columns])} {described(columns)}"
-    if hasattr(value, "iloc"):
-        return f"{type(value).__name__} {described(np.asarray(value))}"
+    if hasattr(value, "to_numpy") and hasattr(value, "dtype"):  # a column or an index
+        dtype = value.dtype
+        told = f"{type(value).__name__} {dtype.name if hasattr(dtype, 'name') else dtype}"
+        if hasattr(dtype, "categories"):
+            told += f" {described((dtype.categories, dtype.ordered))}"
+        return f"{told} {described(value.to_numpy())}"
     if hasattr(value, "tocoo"):  # of SciPy
         found = value.tocoo()
         return f"sparse{found.shape} {described((*found.coords, found.data))}"
@@ -122,6 +122,16 @@ def described(value: Any) -> str:
             "the folder out of Resources.",
         )
     return f"{type(value).__qualname__} {text}"
+
+
+def _array(value: np.ndarray) -> str:
+    kind, size = value.dtype.kind, value.dtype.itemsize
+    if (kind in "biuf" and size <= 8) or (kind == "c" and size <= 16):
+        given = np.ascontiguousarray(value, value.dtype.newbyteorder("="))
+        given = given if given.flags.writeable else given.copy()
+        return digest(torch.as_tensor(given), str(value.dtype))
+    # Texts or objects, whose repr is cut short, or extended precision, which PyTorch has not.
+    return f"array{value.shape} {value.dtype} {digest(described(value.tolist()))}"
 
 
 def _named(value: Any, fields: Mapping[str, Any]) -> str:

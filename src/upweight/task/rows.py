@@ -64,11 +64,6 @@ class Rows:
         texts = None if self.texts is None else [self.texts[i] for i in at]
         return replace(self, ids=ids, values=values, texts=texts)
 
-    def place(self, name: Any) -> int | None:
-        """Where the row of this id is; None where no row, or more than one, has it."""
-        found = [i for i, own in enumerate(self.ids or ()) if own == name]
-        return found[0] if len(found) == 1 else None
-
     @property
     def numbers(self) -> Any:
         """The values as an array `[n, f]`; None where there are none, or some are no numbers."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.resources import Resources
 from upweight.runtime.store import Store
-from upweight.runtime.versions import library_versions
+from upweight.runtime.versions import numeric_versions
 from upweight.task.data import Data
 from upweight.task.identity import described, subject
 from upweight.task.recipe import Recipe, Trained, Trainer
@@ -42,7 +42,7 @@ def training_identity(recipe: Any, task: Task, train: Data) -> dict[str, str]:
         **about,
         "recipe": described(recipe),
         "train": f"{len(train)} examples {about['train']}",
-        "versions": repr({k: v for k, v in library_versions().items() if k != "python"}),
+        "versions": repr(numeric_versions()),
     }
 
 

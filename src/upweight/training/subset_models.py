@@ -24,7 +24,7 @@ from upweight.task.task import Task
 from upweight.training.kept import Kept, training_identity
 from upweight.training.trainer import TrainingTrainer
 from upweight.training.training import Training
-from upweight.training.trajectory import Trajectory
+from upweight.training.trajectory import Trajectory, packed, recorded, unpacked
 from upweight.training.weights import subset_weights
 
 JUDGES = 256
@@ -93,8 +93,8 @@ def subset_models(
         seed: Of the draw of the subsets.
         runs: Whether to keep the runs, √T states of each, for methods that look at training. Models
             are then trained one at a time.
-        resources: With a folder the models are kept in it, but not with their runs, and a call that
-            was interrupted goes on.
+        resources: With a folder the models are kept in it, or the states of their runs, and a call
+            that was interrupted goes on.
 
     Raises:
         SpecError: There are not so many subsets that judge nothing; the recipe has no seed to make
@@ -115,14 +115,14 @@ def subset_models(
     group = torch.arange(subsets) % seeds
     theta = {share: task.theta().new_empty(subsets, task.layout.size) for share in at}
     kept: dict[int, Trajectory] = {}
-    using = Resources() if resources is None or runs else resources
+    using = Resources() if resources is None else resources
     models = Kept.of(using, lambda: training_identity(recipe, task, train))
     for k in range(seeds):
         rows = (group == k).nonzero()[:, 0]
         own = reseeded(recipe, k)
         if runs:
             for row in rows.tolist():
-                run = kept[row] = _run(own, task, train, weights[row])
+                run = kept[row] = _run(own, task, train, weights[row], models, f"run of seed {k}")
                 for share in at:
                     found = run.state(max(1, round(share * len(run)))).theta
                     theta[share][row] = found.to(theta[share])
@@ -149,7 +149,10 @@ def subset_models(
     return SubsetModels(weights, theta, group, fraction, tuple(kept[k] for k in sorted(kept)))
 
 
-def _run(recipe: Recipe, task: Task, train: Data, weights: Float[Tensor, " n"]) -> Trajectory:
+def _run(
+    recipe: Recipe, task: Task, train: Data, weights: Float[Tensor, " n"], models: Kept, key: str
+) -> Trajectory:
+    """The run with these weights, from the states that were kept of it or by training."""
     if not isinstance(recipe, Training):
         raise SpecError(
             "A run is of a recipe that says its steps.",
@@ -157,7 +160,13 @@ def _run(recipe: Recipe, task: Task, train: Data, weights: Float[Tensor, " n"]) 
             "a recipe that says what it ends in and nothing else.",
             "use Training(...) as the recipe, or a method that looks at one θ.",
         )
-    return recipe.trajectory(task, train, weights)
+    trainer = recipe.prepare(task, train)
+
+    def make() -> dict[str, Tensor]:
+        return packed(recorded(trainer, weights, None).states)
+
+    states = unpacked(trainer, models.once(key, weights, make))
+    return Trajectory(trainer, trainer.placed(weights).clone(), states)
 
 
 def fitting_weights(n: int, subsets: int, fraction: float, seed: int = 1) -> Float[Tensor, "s n"]:

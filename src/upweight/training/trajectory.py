@@ -142,8 +142,7 @@ class Trajectory:
         """
         shards = {"weights": {"weights": self.weights}}
         for t in self.kept:
-            state = self.states[t]
-            shards[_name(t)] = {"theta": state.theta, **_named(state.optimizer.memories)}
+            shards[_name(t)] = _tensors(self.states[t])
         about = identity(self.trainer, self.weights)
         Store.replace(folder, about, shards, {"steps": len(self), "versions": _versions()})
 
@@ -241,9 +240,22 @@ class _OnDisk(Mapping[int, TrainingState]):
     def __getitem__(self, t: int) -> TrainingState:
         if t not in list(self):
             raise KeyError(t)
-        placed = {name: self.trainer.placed(x) for name, x in self.store.read(_name(t)).items()}
-        memories = {name: placed[f"memory.{name}"] for name in self.trainer.spec.optimizer.memories}
-        return TrainingState(placed["theta"], OptimizerState(t, memories))
+        return _state(self.trainer, t, self.store.read(_name(t)))
+
+
+def packed(states: Mapping[int, TrainingState]) -> dict[str, Tensor]:
+    """States as named tensors on the CPU, for a single file."""
+    every = ((t, name, x) for t, state in states.items() for name, x in _tensors(state).items())
+    return {f"{_name(t)}.{name}": x.detach().cpu() for t, name, x in every}
+
+
+def unpacked(trainer: TrainingTrainer, tensors: Mapping[str, Tensor]) -> dict[int, TrainingState]:
+    """The states again, where the trainer works."""
+    own: dict[int, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        number, _, rest = name.removeprefix(STATE).partition(".")
+        own.setdefault(int(number), {})[rest] = x
+    return {t: _state(trainer, t, own[t]) for t in sorted(own)}
 
 
 def identity(trainer: TrainingTrainer, weights: Float[Tensor, " n"]) -> dict[str, str]:
@@ -277,8 +289,15 @@ def _chosen(every: int | Sequence[int] | None, total: int) -> set[int]:
     return {0, *whole, total}
 
 
-def _named(memories: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"memory.{name}": x for name, x in memories.items()}
+def _tensors(state: TrainingState) -> dict[str, Tensor]:
+    memories = {f"memory.{name}": x for name, x in state.optimizer.memories.items()}
+    return {"theta": state.theta, **memories}
+
+
+def _state(trainer: TrainingTrainer, t: int, tensors: Mapping[str, Tensor]) -> TrainingState:
+    placed = {name: trainer.placed(x) for name, x in tensors.items()}
+    memories = {name: placed[f"memory.{name}"] for name in trainer.spec.optimizer.memories}
+    return TrainingState(placed["theta"], OptimizerState(t, memories))
 
 
 def _name(t: int) -> str:

@@ -54,7 +54,7 @@ async function tellDropped() {
   if (source.queries.length > 1 && order.length) words.push(element("span", { class: "hint" }, `Largest of all queries: ${caution ? "" : `${number(changes[order[0]], true)}, `}query ${order[0]}.`));
   byId("drop-words").replaceChildren(...words);
   byId("drop-all").hidden = source.queries.length < 2;
-  byId("drop-python").textContent = `scores.predict(drop=[${[...dropped.keys()].join(", ")}])`;
+  byId("drop-python").textContent = `scores.predict(drop=torch.tensor([${[...dropped.keys()].join(", ")}]))`;
   byId("drop-done").textContent = "";
   if (!byId("drop-panel").hidden) drawDropped();
 }
