@@ -189,6 +189,12 @@ def stacked(halves: int) -> uw.Stacked:
     return uw.Stacked(methods, halves, 0.5, seeds=min(halves // 2, 20))
 
 
+def of_all(halves: int) -> uw.Stacked:
+    """The same with SOURCE of every half."""
+    methods = tuple(uw.Ensemble(uw.SOURCE(3, states=1, segment=k), halves, 0.5) for k in range(3))
+    return uw.Stacked(methods, halves, 0.5, seeds=min(halves // 2, 20))
+
+
 RETRAINED = (
     retrained(
         "EK-FAC, 10 seeds",
@@ -210,6 +216,9 @@ RETRAINED = (
     ),
     retrained(
         "stacked SOURCE, 40 halves", by_segment(40), "SOURCE of halves by third: 20 trainings"
+    ),
+    retrained(
+        "stacked SOURCE of all, 160 halves", of_all(160), "SOURCE of halves by third: 80 trainings"
     ),
     retrained(
         "datamodels on stacked SOURCE, 160 halves",
