@@ -215,7 +215,9 @@ WORDS: Mapping[str, Words] = {
             "stacked, 10 halves",
             "stacked, 40 halves",
             "stacked SOURCE, 10 halves",
+            "stacked SOURCE, 16 halves",
             "stacked SOURCE, 40 halves",
+            "stacked SOURCE of all, 160 halves",
         ),
     ),
     "Datamodels": Words(

@@ -110,7 +110,7 @@ def test_tables_and_short_forms_have_names(found):
     assert len(text.splitlines()) == 7 and DC in text and "hs_grad" in text
     assert DC in found._repr_html_() and "46 rows" in found._repr_html_()
     for call, way_out in (
-        (lambda: found.plot("cook"), "plot('influence')"),
+        (lambda: found.plot("cook"), "plot('cooks_distance')"),
         (lambda: found.plot("dfbetas", coefficient="grad"), "'hs_grad'"),
         (lambda: found.plot("leverage", coefficient="hs_grad"), "plot('dfbetas'"),
         (lambda: found.plot(label=-1), "label=5"),
