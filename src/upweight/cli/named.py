@@ -14,8 +14,8 @@ import click
 
 from upweight.errors import ProjectError, message
 from upweight.runs.directory import Run
-from upweight.runs.indexed import sha256
 from upweight.runs.record import Record
+from upweight.runtime.fingerprint import sha256
 
 
 @dataclass(frozen=True)

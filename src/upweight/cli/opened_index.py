@@ -22,9 +22,10 @@ from upweight.cli.spec import parse
 from upweight.errors import DataError, ProjectError, SpecError, StaleStore
 from upweight.index.index import Index
 from upweight.methods.method import Method
-from upweight.runs.indexed import FACTORS, IndexRecord, Source, file_source, sha256
+from upweight.runs.indexed import FACTORS, IndexRecord, Source, file_source
 from upweight.runs.record import is_reference
 from upweight.runtime.atomic import make_folder
+from upweight.runtime.fingerprint import sha256
 from upweight.runtime.lock import claimed
 from upweight.runtime.resources import Resources
 from upweight.task.data import Data

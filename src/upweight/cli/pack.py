@@ -16,8 +16,8 @@ from upweight.cli.named import project_option
 from upweight.cli.pages import alone
 from upweight.cli.screen import Answer, size, verb
 from upweight.runs.directory import OWN, PROJECT, Run
-from upweight.runs.indexed import sha256
 from upweight.runtime.atomic import replacing
+from upweight.runtime.fingerprint import sha256
 
 
 @click.command()

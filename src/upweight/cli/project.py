@@ -24,7 +24,7 @@ from typing import Any
 
 from upweight.cli.reading import Seen, data_files, folder_of, named_in, reading
 from upweight.errors import ProjectError, SpecError, UpweightError, message
-from upweight.runs.indexed import sha256
+from upweight.runtime.fingerprint import sha256
 
 MOST_FRAMES = 4
 """Places in the user's code that an error shows: the innermost ones."""

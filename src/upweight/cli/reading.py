@@ -8,13 +8,14 @@ that reads an image when it is asked for it, is missed.
 import ast
 import contextlib
 import functools
-import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from upweight.runtime.fingerprint import sha256
 
 MOST = 50
 """Files that are listed."""
@@ -97,8 +98,7 @@ def data_files(paths: Iterable[str], folders: Sequence[Path]) -> dict[str, str]:
         names[name] = f"{size} bytes"
         if size <= room:
             room -= size
-            with path.open("rb") as file:
-                names[name] = f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+            names[name] = f"sha256 {sha256(path)}"
     return names
 
 

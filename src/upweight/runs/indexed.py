@@ -7,7 +7,6 @@ hash of a file has had it.
 The rows themselves know more: the index refuses another model, method or example.
 """
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ import tomli_w
 
 from upweight.errors import StaleStore
 from upweight.runtime.atomic import require_own, write_whole
+from upweight.runtime.fingerprint import sha256
 from upweight.runtime.headers import read_toml
 
 NAME = "index.toml"
@@ -111,9 +111,3 @@ def relative_to(path: Path, folder: Path) -> str:
         return Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
     except ValueError:  # another drive
         return str(path.absolute())
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

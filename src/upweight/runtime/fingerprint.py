@@ -8,6 +8,7 @@ import functools
 import hashlib
 import zlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,12 @@ def digest(*parts: Tensor | str | Iterable[Tensor]) -> str:
         else:
             state.update(digest(*part).encode())
     return state.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def described(function: Any) -> str:
