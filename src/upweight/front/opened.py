@@ -142,9 +142,9 @@ def queries_of(task: Task, queries: Any) -> Data:
     loss = task.loss.base if isinstance(task.loss, Rescaled) else task.loss
     outputs = None
     if isinstance(loss, CrossEntropy):
-        alone = Task(task.model, loss, forward=_alone)
+        alone = Task(task.model, loss)
         with torch.no_grad(), alone.in_step():
-            outputs, _ = alone.call(alone.held_theta(), alone.to_device(inputs))
+            outputs, _ = alone.call(alone.held_theta(), alone.to_device((inputs, None)))
     if outputs is None or outputs.ndim != 2:
         raise DataError(
             f"Queries of a network with {loss!r} need their targets.",
@@ -154,11 +154,6 @@ def queries_of(task: Task, queries: Any) -> Data:
             "measure=upweight.Logit(0), which does not look at it.",
         )
     return as_data((inputs, outputs.argmax(dim=1).cpu())).noted((PREDICTED,))
-
-
-def _alone(model: nn.Module, inputs: Tensor) -> tuple[Any, Any]:
-    outputs = model(inputs)
-    return getattr(outputs, "logits", outputs), None
 
 
 def require_alone(loss: Any, penalty: Any, why: str) -> None:
