@@ -45,8 +45,8 @@ SEGMENTS = 3
 """Of training, for SOURCE: with more its order is hardly better (docs/methods/source.md)."""
 
 HALVES = (40, 16)
-"""Models of random halves, for stacking; fewer where the budget is shorter. Over 10 of them sizes
-were off by a factor of two on networks that are trained to a loss of 0."""
+"""Models of random halves, for stacking; fewer where the budget is shorter. Of 16 the order was
+better than of 10 on three of four networks of the benchmark (docs/methods/ensemble.md)."""
 
 MEMBERS = 20
 """Subset models whose training SOURCE looks at; the coefficients are fitted to all of them."""
@@ -180,7 +180,7 @@ def _linear_cg_seconds(f: Facts) -> float:
 def _ekfac_seconds(f: Facts, passes: float = 8) -> float:
     """Some passes over the data, and each query's product with each gradient, in float32.
 
-    Between half and twice of what the tasks of the benchmark took.
+    Within a factor of three of what the tasks of the benchmark took.
     """
     products = f.queries * f.examples * f.parameters / (2 * f.products_per_second)
     return 0.5 + passes * f.epoch_seconds + products
@@ -197,9 +197,10 @@ def _stacked_seconds(f: Facts, halves: int) -> float:
     return halves * f.half_seconds + fits * _ekfac_seconds(f, 4)
 
 
-def _predictors(f: Facts) -> float:
-    """A q × n matrix for each layer and segment, and their sums."""
-    return 8.0 * (SEGMENTS + 1) * f.layers * f.queries * f.examples
+def _stacked_bytes(f: Facts, halves: int) -> float:
+    """A q × n matrix for each layer and segment, and their sums; and what each fit holds."""
+    predictors = (SEGMENTS + 1) * f.layers * f.queries * f.examples
+    return 8.0 * (predictors + min(halves, MEMBERS) * SEGMENTS * f.parameters)
 
 
 def _matrix(f: Facts) -> float:
@@ -223,7 +224,7 @@ def _stacked_row(halves: int) -> Row:
         f"the budget allows {halves} trainings on halves of the data, which say how scores combine "
         "and how large they are",
         lambda f: _stacked_seconds(f, halves),
-        _predictors,
+        lambda f: _stacked_bytes(f, halves),
         f"upweight stacked SOURCE, {halves} halves",
     )
 

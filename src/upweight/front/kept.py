@@ -1,4 +1,4 @@
-"""Which method was chosen when the question was first asked? What goes on goes on with it.
+"""Which method was chosen when the question was first asked? A call that goes on takes it again.
 
 A choice depends on how fast the machine was just then. With a folder it is kept there, by what was
 asked, so that a call that was killed goes on with the same method.

@@ -63,7 +63,7 @@ class Stacked(Method):
     Exact when: the change of m is linear in w and one of the methods' scores is it, up to a factor.
     Cost: `subsets` trainings on `fraction` of the data, fit and scores of every method once per
     member, and a forward pass of the queries per subset model.
-    Memory: a q × n matrix per predictor.
+    Memory: a q × n matrix per predictor, and what the fit of each member holds.
     """
 
     methods: tuple[Method, ...]
