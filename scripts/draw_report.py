@@ -12,14 +12,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from draw_tutorials import QUERIES, photograph
+from draw_tutorials import photograph, tab
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = ROOT / "examples" / "projects"
 MAILS = ROOT.parent / "shared" / "data" / "spamassassin.jsonl.gz"
 """Unless the environment variable SPAMASSASSIN names another file."""
-TRUST = QUERIES.replace("Queries", "Can I trust this?")
-TRAINING = QUERIES.replace("Queries", "Training set")
+TRUST, TRAINING = tab("Can I trust this?"), tab("Training set")
 TICKED = "[...document.querySelectorAll('.card input[type=checkbox]')].slice(0, 2)"
 TICKED += ".forEach(box => box.click())"
 WIDTH = 1180
@@ -44,15 +43,15 @@ def main() -> None:
         demo = Path(work) / "demo"
         subprocess.run(["upweight", "demo", "--out", str(demo)], check=True)
         page = demo / "report.html"
-        photograph(page, "report", f"{TRUST}.click()", WIDTH, 1000)
+        photograph(page, "report", TRUST, WIDTH, 1000)
         photograph(page, "report-queries", TICKED, WIDTH, 1080)
-        photograph(page, "report-training", f"{TRAINING}.click()", WIDTH, 1000)
+        photograph(page, "report-training", TRAINING, WIDTH, 1000)
         for name in ("text", "table"):
             page = project(name, Path(work) / name)
             scheme = "dark" if name == "text" else "light"
             photograph(page, f"report-{name}", "", WIDTH, 900, scheme)
-            photograph(page, f"report-{name}-trust", f"{TRUST}.click()", WIDTH, 900)
-            photograph(page, f"report-{name}-training", f"{TRAINING}.click()", WIDTH, 900)
+            photograph(page, f"report-{name}-trust", TRUST, WIDTH, 900)
+            photograph(page, f"report-{name}-training", TRAINING, WIDTH, 900)
 
 
 if __name__ == "__main__":

@@ -74,13 +74,14 @@ def photograph(
     smaller.save(IMAGES / f"{name}.png", optimize=True)
 
 
-QUERIES = "[...document.querySelectorAll('nav a')].find(t => t.textContent == 'Queries')"
-"""The tab of a page that shows queries."""
+def tab(words: str) -> str:
+    """The script that opens a tab of a page."""
+    return f"[...document.querySelectorAll('nav a')].find(t => t.textContent == '{words}').click()"
 
 
 def table(names: dict[str, Any]) -> None:
     """A patient and the training patients behind it."""
-    photograph("patients.html", "tutorial-table", f"{QUERIES}.click()", height=1080)
+    photograph("patients.html", "tutorial-table", tab("Queries"), height=1080)
 
 
 def results(names: dict[str, Any]) -> None:

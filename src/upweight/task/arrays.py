@@ -26,6 +26,9 @@ NUMBERS = "biufc"
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 """What PyTorch can hold but not take rows of."""
 
+ONE = "(X[3:4], y[3:4]); of a data set a list, [dataset[3]]."
+"""How one example is given as data."""
+
 
 def is_array(value: Any) -> bool:
     """Whether this is a tensor, an array or a table."""
@@ -110,10 +113,6 @@ def _tree(value: Any, path: str, notes: list[str]) -> Any:
     if not is_array(value):
         raise DataError(_not_an_array(value, path))
     return as_tensor(value, path)
-
-
-ONE = "(X[3:4], y[3:4]); of a data set a list, [dataset[3]]."
-"""How one example is given as data."""
 
 
 def _not_an_array(value: Any, path: str) -> str:

@@ -33,6 +33,9 @@ from upweight.task.seen import Seen
 
 _D = TypeVar("_D", bound="Data")
 
+PREDICTED = "queries without labels: the class that the network predicts stands for each"
+"""A note of such queries."""
+
 
 class Data(abc.ABC):
     """n examples in a fixed order."""
@@ -303,9 +306,6 @@ def _from_loader(loader: DataLoader) -> IndexedData:  # type: ignore[type-arg]
         warnings.warn(note, UserWarning, stacklevel=4)
     own = loader.collate_fn is not default_collate
     return IndexedData(dataset, loader.collate_fn if own else collate, tuple(notes))
-
-
-PREDICTED = "queries without labels: the class that the network predicts stands for each"
 
 
 def _no_index(data: Any) -> str:
