@@ -75,9 +75,11 @@ class Upweight(Method):
         import upweight as uw
 
         p = self.problem
+        part = self.settings.get("one_in", 1)
+        some = None if part == 1 else len(p.X) // part
         task = uw.Task(p.model, loss=uw.CrossEntropy(), params=p.workload.params)
         method = uw.Influence(
-            curvature=uw.EKFAC(labels=uw.labels.Sampled(seed=self.seed)),
+            curvature=uw.EKFAC(labels=uw.labels.Sampled(seed=self.seed), examples=some),
             damping=uw.Absolute(p.workload.damping),
             tolerance=self.settings["tolerance"],
         )
@@ -380,6 +382,18 @@ CONTENDERS = (
         mapping="S itself",
         factor=_exactly,
         settings=_tolerance(0.02),
+        repeated=True,
+    ),
+    Contender(
+        name="upweight-2%-eighth",
+        make=Upweight,
+        modules=("upweight", "torch"),
+        distribution="upweight",
+        description="Influence(curvature=EKFAC(examples=n // 8), damping=Absolute(λ), "
+        "tolerance=0.02)",
+        mapping="S itself",
+        factor=_exactly,
+        settings=lambda workload: [{"tolerance": 0.02, "one_in": 8}],
         repeated=True,
     ),
     Contender(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from upweight.gradients.factored import Lookups, Rows, Tokens
+from upweight.runtime import hardware
 from upweight.runtime.hardware import has_fast_bfloat16
 from upweight.scoring import kernels
 from upweight.scoring.kernels import Explicit, OfVector, Separable
@@ -113,11 +114,23 @@ def test_bytes_are_those_of_the_tensors():
 
 
 @pytest.mark.parametrize("present", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", None])
-def test_bfloat16_is_asked_of_the_hardware(present, monkeypatch):
+@pytest.mark.parametrize("times", [0.5, 2, 300])
+def test_bfloat16_is_asked_of_the_hardware_and_timed(present, times, monkeypatch):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda name=name: name == present, raising=False)
-    assert has_fast_bfloat16(torch.device("cpu")) == (present is not None)
+    timed = []
+
+    def seconds(x):
+        timed.append(len(x))
+        return len(x) ** 3 * (times if x.dtype == torch.bfloat16 else 1)
+
+    monkeypatch.setattr(hardware, "_seconds", seconds)
+    hardware._is_faster_in_bfloat16.cache_clear()
+    assert has_fast_bfloat16(torch.device("cpu")) == (present is not None and times < 1)
     assert not has_fast_bfloat16(torch.device("meta"))
+    if present is None or times > hardware.EMULATED:  # no large product of hundreds of times as long
+        assert max(timed, default=0) <= hardware.SIZES[0]
+    hardware._is_faster_in_bfloat16.cache_clear()
 
 
 def test_bfloat16_is_not_expected_of_a_torch_that_cannot_tell(monkeypatch):

@@ -13,6 +13,7 @@ import abc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -248,7 +249,7 @@ class EKFACBlock(KFACBlock):
             add_second_moments(self._trial.moments, short, *self._short_bases)
             self._trial.judge(self._moments.now, len(factors))
 
-    @property
+    @cached_property
     def _short_bases(self) -> tuple[Tensor, Tensor]:
         assert self._bases is not None
         left, right = self._bases

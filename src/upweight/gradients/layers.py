@@ -35,6 +35,7 @@ from upweight.gradients.factored import (
     Factors,
     Lookups,
     Rows,
+    Summed,
     Tokens,
     any_nonzero,
     extended,
@@ -123,7 +124,7 @@ def _linear(module: nn.Module, call: Call, examples: Examples) -> Contributions:
     if module.bias is None:
         return {"weight": Tokens(left, examples.tokens(_input(call)))}
     right = call.once("extended", lambda: extended(examples.tokens(_input(call))))
-    return {"weight": Extendable(left, right), "bias": Rows(left.sum(dim=1))}
+    return {"weight": Extendable(left, right), "bias": Summed(left)}
 
 
 def _embedding_parameters(module: nn.Embedding) -> tuple[str, ...]:
@@ -192,7 +193,7 @@ def _conv(module: Any, call: Call, examples: Examples) -> Contributions:
     weight = (
         {"weight": Extendable(left, right)} if has_ones else _groups(left, right, module.groups)
     )
-    return {**weight, "bias": Rows(left.sum(dim=1))}
+    return {**weight, "bias": Summed(left)}
 
 
 def _padded(module: Any, x: Tensor) -> Tensor:

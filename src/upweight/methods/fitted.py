@@ -598,7 +598,8 @@ class Fitted:
         probe = require_answerable(self.task, data, "queries")
         checked_losses(self.task, data, "queries", probe)
         data = data.noted(probe.notes)
-        checked_measurements(self.task, measure, data)
+        if type(measure) is not Loss:  # losses have just been checked
+            checked_measurements(self.task, measure, data)
         return Asked(data, measure, memory)
 
     def _through_theta(self, queries: Any, measure: Any, what: str) -> Asked:

@@ -58,9 +58,10 @@ queries."""
 REFERENCE_BYTES = 256 * 2**20
 """Memory that the reference queries may take in full precision."""
 
-TOGETHER = 64
+TOGETHER = (64, 256)
 """Examples to multiply with the queries at once, where batches are smaller: a product with fewer
-reads the queries from memory for little arithmetic."""
+reads the queries from memory for little arithmetic. A quarter as many as queries, between these
+two: more would leave the processor's cache."""
 
 ATTEMPTS = 4
 """Choices that may fail the check before the scores are computed in full precision."""
@@ -110,8 +111,10 @@ class Contraction:
 
     @cached_property
     def at_once(self) -> int:
-        """Training examples that are multiplied together: whole batches, `TOGETHER` at least."""
-        most = min(TOGETHER, self._allowed // max(1, self.curvature.cost.factor_bytes))
+        """Training examples that are multiplied together: whole batches, `TOGETHER`."""
+        least, greatest = TOGETHER
+        wanted = max(least, min(len(self) // 4, greatest))
+        most = min(wanted, self._allowed // max(1, self.curvature.cost.factor_bytes))
         return self.batch_size * max(1, most // self.batch_size)
 
     @property
