@@ -128,7 +128,9 @@ def test_bfloat16_is_asked_of_the_hardware_and_timed(present, times, monkeypatch
     hardware._is_faster_in_bfloat16.cache_clear()
     assert has_fast_bfloat16(torch.device("cpu")) == (present is not None and times < 1)
     assert not has_fast_bfloat16(torch.device("meta"))
-    if present is None or times > hardware.EMULATED:  # no large product of hundreds of times as long
+    if (
+        present is None or times > hardware.EMULATED
+    ):  # no large product of hundreds of times as long
         assert max(timed, default=0) <= hardware.SIZES[0]
     hardware._is_faster_in_bfloat16.cache_clear()
 
