@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from tests.market import draw
-from upweight.gradients.factored import Extendable, Formed, Joined, Lookups, Rows, Tokens, stacked
+from upweight.gradients.factored import (
+    Extendable,
+    Formed,
+    Joined,
+    Lookups,
+    Rows,
+    Summed,
+    Tokens,
+    any_nonzero,
+    stacked,
+)
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -180,3 +190,32 @@ def test_rows():
     torch.testing.assert_close(stacked([factors, factors]).values, values.repeat(2, 1), **EXACT)
     torch.testing.assert_close(factors.absolute().values, values.abs(), **EXACT)
     assert factors.to(torch.float32).values.dtype == torch.float32
+
+
+def test_positions_that_add_something_are_told_in_every_size():
+    x = torch.zeros(6, 3, 4, dtype=torch.float32)
+    x[:, 0], x[:, 1] = 1.0, 1e-9  # the second is rounding of the first
+    x[1] *= 1e-30  # squares of it are 0
+    x[2] *= 1e30  # and of it ∞
+    x[3] = 0.0
+    x[4, 2, 0] = torch.nan
+    x[5, 1] = 1e-3
+    found = any_nonzero(x)
+    assert found.tolist() == [
+        [True, False, False],
+        [True, False, False],
+        [True, False, False],
+        [False, False, False],
+        [True, True, True],
+        [True, True, False],
+    ]
+    assert any_nonzero(x.double())[1].tolist() == [True, True, False]
+
+
+def test_sums_wait_until_they_are_asked_for():
+    left = draw(torch.Generator().manual_seed(0), 5, 3, 4)
+    waiting, rows = Summed(left), Rows(left.sum(dim=1))
+    assert len(waiting) == 5 and "values" not in vars(waiting)
+    assert torch.equal(waiting.values, rows.values)
+    assert torch.equal(waiting.scaled(left[:, 0, 0]).values, rows.scaled(left[:, 0, 0]).values)
+    assert torch.equal(stacked([waiting, rows]).values, torch.cat([rows.values] * 2))

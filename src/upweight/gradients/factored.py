@@ -45,8 +45,10 @@ def any_nonzero(x: Float[Tensor, "b t i"]) -> Bool[Tensor, "b t"]:
     sizes = torch.linalg.vector_norm(x, dim=-1)
     if not sizes.numel():
         return sizes != 0
-    if not bool(sizes.any()):  # all zeros, or squares that underflow
-        sizes = x.abs().sum(dim=-1)
+    largest = sizes.amax(dim=-1)
+    odd = ~((largest > 0) & (largest < torch.inf))  # zeros, or squares beyond the dtype
+    if bool(odd.any()):
+        sizes[odd] = x[odd].abs().sum(dim=-1)
     # In half precision ε is no longer small.
     eps = torch.finfo(x.dtype).eps if x.dtype in (torch.float32, torch.float64) else 0.0
     return ~(sizes <= ROUNDING * eps * sizes.amax(dim=-1, keepdim=True))
