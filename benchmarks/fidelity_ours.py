@@ -210,13 +210,19 @@ RETRAINED = (
     retrained("stacked, 10 halves", stacked(10), "EK-FAC of halves by layer: 5 trainings"),
     retrained("stacked, 40 halves", stacked(40), "EK-FAC of halves by layer: 20 trainings"),
     retrained(
-        "stacked SOURCE, 10 halves", by_segment(10), "SOURCE of halves by third: 5 trainings"
+        "stacked SOURCE, 10 halves",
+        by_segment(10),
+        "SOURCE of halves by third, all members: 5 trainings",
     ),
     retrained(
-        "stacked SOURCE, 16 halves", by_segment(16), "SOURCE of halves by third: 8 trainings"
+        "stacked SOURCE, 16 halves",
+        by_segment(16),
+        "SOURCE of halves by third, all members: 8 trainings",
     ),
     retrained(
-        "stacked SOURCE, 40 halves", by_segment(40), "SOURCE of halves by third: 20 trainings"
+        "stacked SOURCE, 40 halves",
+        by_segment(40),
+        "SOURCE of halves by third, all members: 20 trainings",
     ),
     retrained(
         "datamodels on stacked SOURCE, 160 halves",
