@@ -48,17 +48,13 @@ HALVES = (40, 16)
 """Models of random halves, for stacking; fewer where the budget is shorter. Of 16 the order was
 better than of 10 on three of four networks of the benchmark (docs/methods/ensemble.md)."""
 
-MEMBERS = 20
-"""Subset models whose training SOURCE looks at; the coefficients are fitted to all of them."""
-
 
 def stacked(halves: int) -> Stacked:
     """Each third of each half's training, seen from its end by SOURCE, by layer."""
     methods = tuple(
-        Ensemble(SOURCE(SEGMENTS, states=1, segment=k), min(halves, MEMBERS), 0.5)
-        for k in range(SEGMENTS)
+        Ensemble(SOURCE(SEGMENTS, states=1, segment=k), halves, 0.5) for k in range(SEGMENTS)
     )
-    return Stacked(methods, halves, 0.5, seeds=min(halves // 2, 20))
+    return Stacked(methods, halves, 0.5, seeds=halves)
 
 
 @dataclass(frozen=True)
@@ -193,14 +189,13 @@ def _source_seconds(f: Facts) -> float:
 
 def _stacked_seconds(f: Facts, halves: int) -> float:
     """The trainings, and a fit and a pass at one state of each segment of each member."""
-    fits = min(halves, MEMBERS) * SEGMENTS
-    return halves * f.half_seconds + fits * _ekfac_seconds(f, 4)
+    return halves * (f.half_seconds + SEGMENTS * _ekfac_seconds(f, 4))
 
 
 def _stacked_bytes(f: Facts, halves: int) -> float:
-    """A q × n matrix for each layer and segment, and their sums; and what each fit holds."""
-    predictors = (SEGMENTS + 1) * f.layers * f.queries * f.examples
-    return 8.0 * (predictors + min(halves, MEMBERS) * SEGMENTS * f.parameters)
+    """A q × n matrix by layer of each segment, of a member and of the sum; and what fits hold."""
+    predictors = (SEGMENTS + 2) * f.layers * f.queries * f.examples
+    return 8.0 * (predictors + halves * SEGMENTS * f.parameters)
 
 
 def _matrix(f: Facts) -> float:

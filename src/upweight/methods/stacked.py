@@ -50,11 +50,17 @@ class Stacked(Method):
     `Ensemble` among the methods averages over these very models if its `fraction` is theirs; a
     model's own scores are left out where its own subset is predicted.
 
+    Members j of an ensemble that are sure of a query have small scores for it, and a plain mean is
+    of the few that are not. Here its scores are the mean of rows of one length:
+
+        S_k[q, i] = (1/K) Σ_j (f̄_q / f_jq) S_kj[q, i]       f_jq = ‖S_kj[q, :]‖, f̄ their mean
+
     Args:
         methods: What is combined.
         subsets: Models of random subsets that the coefficients are fitted to.
         fraction: Of the data, what each keeps.
-        seeds: Of the recipe, from which the subset models are trained.
+        seeds: Of the recipe, from which the subset models are trained: two subsets or more of each,
+            about whose mean the regression is, or as many as subsets, when it is about that of all.
         by_layer: Whether each layer's share of a method's scores is a predictor of its own.
 
     Raises:
@@ -63,7 +69,8 @@ class Stacked(Method):
     Exact when: the change of m is linear in w and one of the methods' scores is it, up to a factor.
     Cost: `subsets` trainings on `fraction` of the data, fit and scores of every method once per
     member, and a forward pass of the queries per subset model.
-    Memory: a q × n matrix per predictor, and what the fit of each member holds.
+    Memory: a q × n matrix per predictor and for each layer of a member, and what the fit of each
+    member holds.
     """
 
     methods: tuple[Method, ...]
@@ -88,13 +95,14 @@ class Stacked(Method):
                     "Stacked((Influence(EKFAC(), damping=Relative(0.1)), GradientDot())), for "
                     "instance.",
                 )
-        enough = self.subsets >= max(FEWEST, 2 * self.seeds) and self.seeds >= 1
+        spread = self.subsets >= 2 * self.seeds >= 2 or self.subsets == self.seeds
+        enough = spread and self.subsets >= FEWEST
         if not (self.methods and enough and 0 < self.fraction < 1):
             raise SpecError(
                 f"Stacked needs a method, and {FEWEST} subsets or more of part of the data, two of "
-                "each seed.",
+                "each seed or each of its own.",
                 f"{self!r}.",
-                "an empty tuple, a fraction of 1, or a seed for each subset.",
+                "an empty tuple, a fraction of 1, or some seeds with one subset alone.",
                 "Stacked((method,), subsets=40, fraction=0.5, seeds=10).",
             )
 
@@ -247,7 +255,7 @@ class StackedScorer(Scorer):
             raise not_offered("A Functional", "a measurement of each query")
         measured = outcomes(self.models, self.task, asked.queries, asked.measure)
         names, values, predicted = self._predictors(asked)
-        found = combine(predicted, measured, self.models.group)
+        found = combine(predicted, measured, self.models.compared)
         total: dict[str, Tensor] = {}
         for (_, layer), part, c in zip(names, values, found.coefficients.tolist(), strict=True):
             total[layer] = total[layer].add_(part, alpha=c) if layer in total else part.mul_(c)
@@ -265,8 +273,9 @@ class StackedScorer(Scorer):
             for layer in (some or (WHOLE,))
         ]
         dtype, device = self.dtype, self.task.layout.device
+        most = max(max(1, len(some)) for some in layers)
         require_bytes(
-            len(names) * q * n * dtype.itemsize,
+            (len(names) + most) * q * n * dtype.itemsize,
             f"{len(names)} predictors of {q} × {n} scores",
             device,
             "ask some queries at a time, or combine fewer predictors: by_layer=False.",
@@ -278,22 +287,32 @@ class StackedScorer(Scorer):
         for source, some in zip(self.sources, layers, strict=True):
             width = max(1, len(some))
             times = torch.full((len(change), 1), float(len(source.members)), device=device)
+            lengths = torch.zeros(q, dtype=torch.float64, device=device)
             for member, own in zip(source.members, source.own, strict=True):
                 heard = torch.ones(len(change), 1, dtype=torch.float64, device=device)
                 if own is not None:
                     heard[own], times[own] = 0.0, times[own] - 1.0
+                found = torch.zeros(width, q, n, dtype=dtype, device=device)
+                said = torch.zeros(width, len(change), q, dtype=torch.float64, device=device)
                 for first, start, parts in blocks(member, asked, n, bool(some)):
                     for k, part in enumerate(parts):
                         rows, columns = (
                             slice(x, x + size)
                             for x, size in zip((first, start), part.shape, strict=True)
                         )
-                        values[at + k][rows, columns] += part / len(source.members)
-                        predicted[at + k, :, rows] += heard * (
-                            change[:, columns] @ part.mT.double()
-                        )
+                        found[k, rows, columns] = part
+                        said[k, :, rows] = said[k, :, rows] + change[:, columns] @ part.mT.double()
+                length = torch.linalg.vector_norm(found, dim=(0, 2), dtype=torch.float64)
+                lengths += length / len(source.members)
+                # A row of zeros stays one.
+                scale = 1 / torch.where(length > 0, length, torch.inf)
+                for k in range(width):
+                    values[at + k] += found[k] * scale[:, None]
+                predicted[at : at + width] += heard * said * scale
+            for value in values[at : at + width]:
+                value *= lengths[:, None] / len(source.members)
             # Where the only member is a subset's own there is nothing to predict it with.
-            predicted[at : at + width] /= times.clamp_min(1.0)
+            predicted[at : at + width] *= lengths / times.clamp_min(1.0)
             at += width
         return names, values, predicted.cpu()
 

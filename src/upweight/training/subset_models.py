@@ -61,6 +61,11 @@ class SubsetModels:
         return int(self.group.max()) + 1
 
     @property
+    def compared(self) -> Int[Tensor, " s"]:
+        """Which are compared with each other: those of one seed; all, if each has its own."""
+        return torch.zeros_like(self.group) if self.seeds == len(self) else self.group
+
+    @property
     def trainings(self) -> float:
         """What they cost, in trainings on all of the data."""
         return len(self) * self.fraction
