@@ -282,7 +282,7 @@ def test_gains_give_products_the_size_of_scores():
     assert float(best[0]) == pytest.approx(float(best[1]), rel=1e-4)
 
 
-def test_an_index_answers_as_the_method_does(fitted, tmp_path):
+def test_an_index_answers_as_the_method_does(fitted, tmp_path, monkeypatch):
     """Scores to rounding; the best k exactly, also where eight bits order them otherwise."""
     queries = asked()
     truth = fitted.attribute(queries)
@@ -297,7 +297,16 @@ def test_an_index_answers_as_the_method_does(fitted, tmp_path):
 
     few = build(fitted, None, tmp_path / "few", 68)
     assert few.bytes_per_example <= 68 and few.numbers == exact.numbers
-    best, top = truth.top(2), few.top(queries, 2, candidates=4)
+    asked_for, attribute = [], type(fitted).attribute
+
+    def counted(*given, **named):
+        asked_for.append(given)
+        return attribute(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(fitted), "attribute", counted)
+        best, top = truth.top(2), few.top(queries, 2, candidates=4)
+    assert len(asked_for) == 1  # scanned and scored by the same solved queries
     assert top.top().raises == best.raises and top.top().lowers == best.lowers
     at = truth.values.gather(1, top.raises)
     torch.testing.assert_close(top.raises_by, at, rtol=1e-12, atol=0)

@@ -644,10 +644,10 @@ def _made_of(
 
 def _at_once(scorer: LayeredScorer, blocks: Sequence[BlockCoordinates], width: int = 0) -> int:
     """Examples whose gradients are taken and turned together."""
-    # The numbers of a block at a time, beside its factors before and after they are turned.
+    # The numbers of a block at a time.
     largest = max((block.size for block in blocks), default=0)
-    each = 2 * scorer.curvature.cost.bytes_per_example
-    each += (3 * largest + 4 * width) * scorer.dtype.itemsize
+    each = scorer.curvature.cost.bytes_per_example
+    each += (4 * largest + 4 * width) * scorer.dtype.itemsize
     allowed = working_bytes(scorer.point.theta.device, scorer.memory_bytes)
     return examples_within(allowed, each, MOST_EXAMPLES)
 
