@@ -446,12 +446,12 @@ def axes_of(
     """
     values, bases = eigen.values, list(eigen.bases)
     if len(bases) == 1 or all(basis is None for basis in bases):
-        weights = (values + damping).rsqrt().flatten()
-        signs = _signs(len(weights), draw).to(weights)
+        whole = (values + damping).rsqrt().flatten()
+        signs, count = _signs(len(whole), draw).to(whole), len(whole)
         if bases[0] is None:
-            return (Folded((weights * signs).to(dtype), len(weights)),)
-        turn, count = bases[0] * signs, len(weights)
-        return (Turned((turn * weights).to(dtype), turn / weights, count),)
+            return (Folded((whole * signs).to(dtype), count),)
+        turn = bases[0] * signs
+        return (Turned((turn * whole).to(dtype), turn / whole, count),)
     shortest = min(values.shape)
     for at, basis in enumerate(bases):
         if basis is not None and values.shape[at] > LONG * shortest:
