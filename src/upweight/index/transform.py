@@ -29,7 +29,6 @@ from upweight.gradients.blocks import Plan
 from upweight.gradients.factored import Factors, Formed, Joined, Lookups, Rows, Tokens
 from upweight.gradients.passes import GradientPass
 from upweight.index.codes import Codes
-from upweight.linalg.eigen import Eigen
 from upweight.methods.fitted import Fitted
 from upweight.methods.layered import LayeredJob, LayeredScorer
 from upweight.methods.projected import ProjectedJob, ProjectedScorer
@@ -197,7 +196,8 @@ class Folded:
     def _folded(self, x: Tensor) -> Tensor:
         if self.exact:
             return x
-        filled = F.pad(x, (0, -x.shape[-1] % self.size))
+        missing = -x.shape[-1] % self.size
+        filled = F.pad(x, (0, missing)) if missing else x  # F.pad copies in any case
         return filled.reshape(*x.shape[:-1], -1, self.size).sum(dim=-2)
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -423,19 +423,24 @@ def _every(scorer: LayeredScorer, size: int) -> list[BlockCoordinates]:
     blocks = scorer.curvature.blocks
     # Not as Λ/(Λ + λ): Λ is infinite where TracIn's P is 0.
     parts = [float((1 - b.damping / (b.eigen.values + b.damping)).sum()) for b in blocks]
-    found, total = list[BlockCoordinates](), sum(parts)
+    found, total, dtype = list[BlockCoordinates](), sum(parts), scorer.curvature.plan.dtype
     for k, (block, part) in enumerate(zip(blocks, parts, strict=True)):
         values = block.eigen.values
         numbers = math.ceil(FOLDED * size * part / total) if size and total > 0 else values.numel()
         draw = torch.Generator().manual_seed(k)
-        axes = axes_of(block.eigen, block.damping, numbers, draw, scorer.curvature.plan.dtype)
+        axes = axes_of(values, block.eigen.bases, block.damping, numbers, draw, dtype)
         none = torch.zeros(0, dtype=torch.int64, device=values.device)
         found.append(BlockCoordinates(axes, none))
     return found
 
 
 def axes_of(
-    eigen: Eigen, damping: float, numbers: int, draw: torch.Generator, dtype: torch.dtype
+    values: Tensor,
+    bases: Sequence[Tensor | None],
+    damping: float,
+    numbers: int,
+    draw: torch.Generator,
+    dtype: torch.dtype,
 ) -> tuple[Axis, ...]:
     """How a block is turned and whitened, and projected to about so many numbers.
 
@@ -444,7 +449,7 @@ def axes_of(
     weights are w_G ⊗ w_A ≈ (Λ + λ)^−½. Any bases and weights give products that are right in the
     mean; those of the eigenvectors, and (Λ + λ)^−½ itself, vary least.
     """
-    values, bases = eigen.values, list(eigen.bases)
+    bases = list(bases)
     if len(bases) == 1 or all(basis is None for basis in bases):
         whole = (values + damping).rsqrt().flatten()
         signs, count = _signs(len(whole), draw).to(whole), len(whole)
@@ -647,7 +652,7 @@ def _at_once(scorer: LayeredScorer, blocks: Sequence[BlockCoordinates], width: i
     # The numbers of a block at a time.
     largest = max((block.size for block in blocks), default=0)
     each = scorer.curvature.cost.bytes_per_example
-    each += (4 * largest + 4 * width) * scorer.dtype.itemsize
+    each += (2 * largest + 4 * width) * scorer.dtype.itemsize
     allowed = working_bytes(scorer.point.theta.device, scorer.memory_bytes)
     return examples_within(allowed, each, MOST_EXAMPLES)
 
