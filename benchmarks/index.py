@@ -36,6 +36,7 @@ Writes results/index.json.
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -277,7 +278,7 @@ def of_projections(report: Report, subject: Any, texts: Passages, S: Tensor, k: 
 
 
 def of_bergson(folder: Path, texts: Passages) -> tuple[Tensor, int]:
-    """Minus its scores [q, n], whose sign is the other way round; and the bytes of a row."""
+    """Minus its scores [q, n], whose sign is the other way round; and k, of its projections."""
     import numpy as np
 
     about = json.loads((folder / "scores" / "info.json").read_text())
@@ -285,8 +286,9 @@ def of_bergson(folder: Path, texts: Passages) -> tuple[Tensor, int]:
     names = [name for name in kept.dtype.names if name.startswith("score")]
     names.sort(key=lambda name: int(name.rsplit("_", 1)[1]))
     scores = np.stack([kept[name].astype(np.float32) for name in names[: len(texts.queries)]])
-    rank = 12 if folder.name.endswith("12") else 16
-    return -torch.from_numpy(scores), 4 * 28 * rank**2
+    k = re.search(r"projection_dim: (\d+)", (folder / "scores" / "config.yaml").read_text())
+    assert k is not None
+    return -torch.from_numpy(scores), int(k[1])
 
 
 def main() -> None:
@@ -328,9 +330,10 @@ def main() -> None:
             for k in RANKS:
                 of_projections(report, subject, texts, S, k)
     for folder in given.bergson:
-        found, size = of_bergson(folder, texts)
-        told = judged(found, S, is_of_size=False) | {"bytes": size, "bits": 32}
-        report.add(f"bergson, {folder.name}", lambda told=told: told)
+        found, k = of_bergson(folder, texts)
+        # Of 28 layers: it leaves out norms and the tied embedding.
+        told = judged(found, S, is_of_size=False) | {"bytes": 4 * 28 * k**2, "bits": 32}
+        report.add(f"bergson, {k} × {k}", lambda told=told: told)
     report.out.write_text(written(report.told))
 
 
