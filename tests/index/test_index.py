@@ -23,12 +23,22 @@ from upweight.errors import (
     SpecError,
     StaleStore,
 )
+from upweight.gradients.factored import Formed, Tokens
 from upweight.gradients.passes import GradientPass
 from upweight.index import transform as transforms
 from upweight.index.asking import FromIndex
 from upweight.index.codes import Codes
 from upweight.index.index import _numbers
-from upweight.index.transform import folded, restored, transform, turned
+from upweight.index.transform import (
+    BlockCoordinates,
+    Folded,
+    axes_of,
+    fold_into,
+    restored,
+    separable,
+    transform,
+    turned,
+)
 from upweight.methods.reduce import Sink
 from upweight.runtime.store import Store
 from upweight.scoring.stream import training_loss
@@ -168,12 +178,64 @@ def test_the_largest_coordinates_are_kept_and_the_others_sketched(monkeypatch):
 @pytest.mark.parametrize("start", [0, 3])
 def test_products_of_sketches_are_right_in_the_mean_over_signs(start):
     """Of all 2⁷ draws; and exact of as many numbers as there are others."""
+
+    def sketch(rows, size):
+        sums = rows.new_zeros(len(rows), size)
+        fold_into(sums, rows, start)
+        return turned(sums)
+
     x, y = torch.randn(2, 7, generator=torch.Generator().manual_seed(0)).double()
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 7)
-    a, b = (turned(folded(signs * each, start, 4)) for each in (x, y))
+    a, b = (sketch(signs * each, 4) for each in (x, y))
     torch.testing.assert_close((a * b).sum(dim=1).mean(), x @ y)
-    a, b = (turned(folded(each[None], start, 8)) for each in (x, y))
+    a, b = (sketch(each[None], 8) for each in (x, y))
     torch.testing.assert_close((a * b).sum(), x @ y)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (5, 6), (26, 5)])
+def test_products_of_projected_axes_are_right_in_the_mean(shape, monkeypatch):
+    """Within 4 standard errors over draws, for two axes turned, and for one that is too long."""
+    monkeypatch.setattr(transforms, "NARROW", 2)
+    g = torch.Generator().manual_seed(0)
+    bases = [torch.linalg.qr(torch.randn(d, d, generator=g).double()).Q for d in shape]
+    values = torch.rand(shape, generator=g).double() ** 4
+    gradient, V = torch.randn(2, *shape, generator=g).double()
+    found = []
+    for seed in range(100):
+        draw = torch.Generator().manual_seed(seed)
+        axes = axes_of(values, bases, 0.1, 9, draw, torch.float64)
+        block = BlockCoordinates(axes, torch.zeros(0, dtype=torch.int64))
+        assert block.size < gradient.numel() and (max(shape) < 20 or isinstance(axes[0], Folded))
+        # As one matrix, and position by position.
+        v = block(Formed(gradient[None]))
+        each = Tokens(gradient.mT[None], torch.eye(shape[1]).double()[None])
+        torch.testing.assert_close(v, block._of_positions(each).flatten(1))
+        found.append(float((v * block.of_solved(V[None])).sum()))
+    each = torch.tensor(found).double()
+    error = float(each.std()) / len(each) ** 0.5
+    assert error > 0 and abs(float(each.mean()) - float((gradient * V).sum())) < 4 * error
+
+
+def test_weights_of_two_axes_are_those_of_the_least_variance():
+    """Exact where Λ is an outer product; else no other weights of an axis are better."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(6, generator=g).double(), torch.rand(4, generator=g).double()
+    left, right = separable(x[:, None] * y, 0.0)
+    torch.testing.assert_close(
+        (left[:, None] * right).square() * x[:, None] * y, torch.ones(6, 4).double()
+    )
+    values = torch.rand(6, 4, generator=g).double() ** 3
+
+    def variance(left, right):
+        weights = (left[:, None] * right).square()
+        whole = values + 0.1
+        return float((values * weights).sum() * (values / whole**2 / weights).sum())
+
+    left, right = separable(values, 0.1)
+    least = variance(left, right)
+    for _ in range(20):
+        others = (w * (1 + 0.1 * torch.randn(len(w), generator=g).double()) for w in (left, right))
+        assert variance(*others) > least
 
 
 def test_an_axis_much_longer_than_the_other_is_left_as_it_is():
@@ -182,13 +244,17 @@ def test_an_axis_much_longer_than_the_other_is_left_as_it_is():
     X, y = torch.randn(30, 3, generator=g).double(), torch.randint(40, (30,), generator=g)
     fitted = METHOD.fit(uw.Task(nn.Linear(3, 40).double(), uw.CrossEntropy()), (X, y))
     (block,) = fitted.scorer.curvature.blocks  # [40, 3 + 1]
-    (mine,) = transforms._every(fitted.scorer)
+    (mine,) = transforms._every(fitted.scorer, 0)
+    left, right = mine.axes
     Q, R = block.eigen.bases
-    assert mine.bases[0] is None and mine.bases[1].equal(R)
     H = torch.kron(Q, R) @ torch.diag(block.eigen.values.flatten()) @ torch.kron(Q, R).mT
     turn = torch.kron(torch.eye(40).double(), R)
-    moments = (turn.mT @ H @ turn).diagonal() + block.damping
-    torch.testing.assert_close(mine.weights.square(), 1 / moments)
+    moments = (turn.mT @ H @ turn).diagonal().reshape(40, 4)
+    a, b = separable(moments, block.damping)
+    torch.testing.assert_close(left.weights.abs(), a)
+    torch.testing.assert_close(
+        right.example.square().sum(dim=0).sort().values, b.square().sort().values
+    )
     made = transform(fitted, ALL, None, 8, Codes(32))
     u = fitted.attribute((X[:2], y[:2]), into=Asked(None, made, 0, None))
     S = fitted.attribute((X[:2], y[:2])).values
@@ -215,7 +281,7 @@ def test_gains_give_products_the_size_of_scores():
     assert float(best[0]) == pytest.approx(float(best[1]), rel=1e-4)
 
 
-def test_an_index_answers_as_the_method_does(fitted, tmp_path):
+def test_an_index_answers_as_the_method_does(fitted, tmp_path, monkeypatch):
     """Scores to rounding; the best k exactly, also where eight bits order them otherwise."""
     queries = asked()
     truth = fitted.attribute(queries)
@@ -230,7 +296,16 @@ def test_an_index_answers_as_the_method_does(fitted, tmp_path):
 
     few = build(fitted, None, tmp_path / "few", 68)
     assert few.bytes_per_example <= 68 and few.numbers == exact.numbers
-    best, top = truth.top(2), few.top(queries, 2, candidates=4)
+    asked_for, attribute = [], type(fitted).attribute
+
+    def counted(*given, **named):
+        asked_for.append(given)
+        return attribute(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(fitted), "attribute", counted)
+        best, top = truth.top(2), few.top(queries, 2, candidates=4)
+    assert len(asked_for) == 1  # scanned and scored by the same solved queries
     assert top.top().raises == best.raises and top.top().lowers == best.lowers
     at = truth.values.gather(1, top.raises)
     torch.testing.assert_close(top.raises_by, at, rtol=1e-12, atol=0)

@@ -8,6 +8,7 @@ the index in place of the training gradients. Each is a reducer of `Fitted.attri
     Compared(…, examples)  beside them the products of their rows
     ByToken(…, examples)   the scores from gradients, position by position
     Nearest(…, count)      the same, of the examples that the scan puts first for one query
+    Best(…, count, k)      the k largest and smallest scores from gradients, of those examples
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from upweight.index.transform import Transform
 from upweight.methods.reduce import Answer, Reducer, Sink, Sweep, TokenScores, finite
 from upweight.methods.scorer import Job
 from upweight.provenance import Provenance
-from upweight.scores import Unit
+from upweight.scores import TopScores, Unit
 from upweight.task.data import Data
 
 Told = Callable[[Provenance], Provenance]
@@ -282,6 +283,67 @@ class _Nearest(Sink):
     def result(self, answer: Answer) -> tuple[list[int], TokenScores]:
         assert self.parts is not None
         return self.examples, TokenScores(*self.parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Best(Exact):
+    """The k largest and smallest scores from gradients of what the scans of some queries put first.
+
+    Args:
+        count: How many at each end of each query's scan are candidates, for all queries that are
+            solved together.
+        k: How many of each.
+        at_hand: Raises where the data of some examples, in ascending order, are not.
+    """
+
+    count: int = 1
+    k: int = 1
+    at_hand: Callable[[Sequence[int]], Sequence[int]] = list
+
+    def begin(self, sweep: Sweep) -> Sink:
+        return _Best(self, sweep.dtype)
+
+    def candidates(self, scan: ScanJob) -> list[int]:
+        """In ascending order."""
+        ends = list[tuple[Tensor, Tensor] | None]((None, None))
+        for start in range(0, self.n, scan.at_once):
+            stop = min(start + scan.at_once, self.n)
+            part = finite(scan.block(start, stop), start, scan.first)
+            at = torch.arange(start, stop).expand_as(part)
+            for end, kept in enumerate(ends):
+                x, places = (part, at) if kept is None else (
+                    torch.cat(pair, dim=1) for pair in zip(kept, (part, at), strict=True)
+                )  # fmt: skip
+                best = x.topk(min(self.count, x.shape[1]), dim=1, largest=end == 0)
+                ends[end] = best.values, places.gather(1, best.indices)
+        return sorted({i for kept in ends if kept is not None for i in kept[1].flatten().tolist()})
+
+
+@dataclass(eq=False)
+class _Best(Sink):
+    asked: Best
+    dtype: torch.dtype
+    examples: set[int] = field(default_factory=set)
+    parts: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
+        chosen = self.asked.at_hand(self.asked.candidates(self.asked.job(job, self.dtype)))
+        values = replace(self.asked, examples=chosen)._scores(job)
+        at, k = torch.tensor(chosen), min(self.asked.k, len(chosen))
+        high, low = values.topk(k, dim=1), values.topk(k, dim=1, largest=False)
+        self.parts.append((at[high.indices], high.values, at[low.indices], low.values))
+        self.examples |= set(chosen)
+        return []
+
+    def result(self, answer: Answer) -> TopScores:
+        count = min(self.asked.count, self.asked.n)
+        note = (
+            f"{len(self.examples)} candidates, the first {count} at each end of each query's scan, "
+            "scored from their gradients"
+        )
+        provenance = self.asked.told(answer.provenance((note,)))
+        high_at, high, low_at, low = map(torch.cat, zip(*self.parts, strict=True))
+        return TopScores(high_at, high, low_at, low, answer.unit, provenance)
 
 
 @dataclass(eq=False)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from upweight._typing import Folder
 from upweight.errors import MissingContext, ShapeError, SpecError
-from upweight.index.asking import ByToken, Compared, Exact, Nearest, ScanJob, Scanned
+from upweight.index.asking import Best, ByToken, Compared, Nearest, ScanJob, Scanned
 from upweight.index.codes import Codes
 from upweight.index.shards import INDEX, MULTIPLE, TRANSFORM, Rows, filled
 from upweight.index.transform import Transform, restored, transform, width_of
 from upweight.index.verification import Verification, verification
 from upweight.methods.fitted import Fitted
-from upweight.methods.reduce import Answer, Matrix, Reducer, TokenScores, Top
+from upweight.methods.reduce import Matrix, Reducer, TokenScores, Top
 from upweight.provenance import Provenance
 from upweight.runtime.atomic import make_folder
 from upweight.runtime.headers import Misfit, fitting, stale
@@ -76,12 +76,13 @@ class Index:
     Of a method by layer, such as `Influence(EKFAC(), damping=…)`, v_i is a projection T of the
     whitened gradient, in few bits a number:
 
-        v_i = σ⁻¹ ∘ T ((Λ + λ)^−½ ∘ (Q_Gᵀ gᵢ Q_A))
-        u_q = −(1/n) σ ∘ a ∘ T ((Λ + λ)^½ ∘ (Q_Gᵀ V_q Q_A))
+        v_i = σ⁻¹ ∘ T (w ∘ (Q_Gᵀ gᵢ Q_A))
+        u_q = −(1/n) σ ∘ a ∘ T (w⁻¹ ∘ (Q_Gᵀ V_q Q_A))
 
-    with V_q = (H + λ)⁻¹ ∇m_q as the method solves it, and σ the root mean squares of what
-    stands behind σ⁻¹. T keeps the coordinates of largest mean size one by one and a random
-    projection of all others; a is a number for each of the two, from some training examples.
+    with V_q = (H + λ)⁻¹ ∇m_q as the method solves it, w = w_G ⊗ w_A ≈ (Λ + λ)^−½ and σ the root
+    mean squares of what stands behind σ⁻¹. T keeps the coordinates of largest mean size one by one
+    and a random projection of all others; a is a number for each of the two, from some training
+    examples. Each axis is whitened and projected by itself, so that no gradient is formed in full.
     Of `LoGra` and `TRAK`, v_i = σ⁻¹ ∘ P gᵢ. n is
     that of the fit, also for rows of other examples: their S is the derivative in the weight of a
     further example, at weight 0.
@@ -159,9 +160,10 @@ class Index:
             NotWritten: The disk is full or not writable. The same.
             ModelChanged: The model is not what the method was fitted to.
 
-        Cost: one pass over the data, in which each gradient is formed and turned: o + i
-        multiply-adds for each number of a layer's. The same for twice `sample` training examples,
-        of which a quarter is asked about the others.
+        Cost: one pass over the data, with o k + i l + k l multiply-adds for each position of a
+        layer [o, i] of which k × l numbers are made (8 of all layers for one of the sketch), where
+        a plain pass takes 3 o i. The same for twice `sample` training examples, of which a quarter
+        is asked about the others.
         """
         started = time.perf_counter()
         share, codes = share_of(shards), Codes(bits)
@@ -423,7 +425,7 @@ class Index:
             StaleStore: They are not what its row was made of, or a file is damaged.
             UpweightError: As for `scores`.
 
-        Cost: that of `scores`, the solves once more, and a gradient of each candidate of any query.
+        Cost: that of `scores`, and a gradient of each candidate of any query.
         """
         if not rerank:
             found: TopScores = self.scores(queries, measure, into=Top(k))
@@ -437,19 +439,9 @@ class Index:
                 f"candidates={CANDIDATES * k}, or leave it out.",
             )
         Top(k)
-        near: TopScores = self.scores(queries, measure, into=Top(wanted))
-        chosen = sorted({*near.raises.flatten().tolist(), *near.lowers.flatten().tolist()})
-        values, answer = self._exact(queries, measure, chosen)
-        at, k = torch.tensor(chosen), min(k, len(chosen))
-        high, low = values.topk(k, dim=1), values.topk(k, dim=1, largest=False)
-        note = (
-            f"{len(chosen)} candidates, the first {min(wanted, len(self))} at each end of each "
-            "query's scan, scored from their gradients"
-        )
-        return TopScores(
-            at[high.indices], high.values, at[low.indices], low.values,
-            answer.unit, answer.provenance((note,)),
-        )  # fmt: skip
+        best = Best(*self._asked(), (), self._held, wanted, k, self._at_hand)
+        reranked: TopScores = self.fitted.attribute(queries, measure, into=best)
+        return reranked
 
     def tokens(
         self, queries: Any, examples: Sequence[int], measure: Callable[..., Tensor] = LOSS
@@ -579,13 +571,6 @@ class Index:
         with claimed(store.directory, INDEX, wait=True):
             told = replace(self._told, verified=found)
             store.finish(asdict(told), store.names())
-        return found
-
-    def _exact(
-        self, queries: Any, measure: Callable[..., Tensor], chosen: Sequence[int]
-    ) -> tuple[Tensor, Answer]:
-        asked = Exact(*self._asked(), self._at_hand(chosen), self._held)
-        found: tuple[Tensor, Answer] = self.fitted.attribute(queries, measure, into=asked)
         return found
 
     def _at_hand(self, chosen: Sequence[int]) -> Sequence[int]:
