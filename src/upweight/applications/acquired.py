@@ -36,10 +36,13 @@ from upweight.methods.influence import Influence
 from upweight.methods.method import Method
 from upweight.methods.perturbation import with_targets
 from upweight.plot import axes
+from upweight.runtime.resources import Resources
 from upweight.task.data import Data, as_data
+from upweight.task.identity import contents
 from upweight.task.measures import Loss, measured
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task, require_task
+from upweight.training.kept import Kept, training_identity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -285,6 +288,7 @@ def curve(
     repeats: int = 3,
     method: Method | None = None,
     seed: int = 0,
+    resources: Resources | None = None,
 ) -> Acquired:
     """Buy labels by several strategies, fit again after every batch, and test.
 
@@ -315,12 +319,15 @@ def curve(
         repeats: From how many starts.
         method: What is fitted for guided strategies. None: the exact Hessian, by Cholesky.
         seed: Of starts and random strategies.
+        resources: With a `folder`, which keeps the models: a call that was killed goes on. None:
+            nothing is kept.
 
     Raises:
         SpecError: There is no such strategy, the pool is too small, or there are no repeats.
         UnsupportedModel: A model of scikit-learn or statsmodels, whose task has its own data only.
         NotConverged: Fits failed from every start. Starts with a failed fit are left out of all
             strategies, and noted.
+        StaleStore: The folder keeps the models of something else.
 
     Cost: 2 (`rounds` + 1) × `repeats` × strategies fits, and `rounds` × `repeats` rankings for each
     guided strategy.
@@ -354,9 +361,14 @@ def curve(
             f"rounds={max(1, len(unlabelled) // max(1, batch))}, or a smaller batch.",
         )
     everything = _joined(known, unlabelled, torch.as_tensor(oracle))
+    using = (Resources() if resources is None else resources).within("curve")
+    kept = Kept.of(
+        using,
+        lambda: {**training_identity(recipe, task, everything), "validation": contents(held)},
+    )
     world = _World(
         recipe, task, everything, held, tested, batch, rounds,
-        Influence(Hessian(), Cholesky()) if method is None else method,
+        Influence(Hessian(), Cholesky()) if method is None else method, kept,
     )  # fmt: skip
     runs, failed = [], []
     for k in range(repeats):
@@ -407,6 +419,7 @@ class _World:
     batch: int
     rounds: int
     method: Method
+    kept: Kept
 
     def run(self, name: str, start: list[int], seed: int) -> _Run:
         """Buy by a strategy, alone and with the validation examples in the training data."""
@@ -430,7 +443,7 @@ class _World:
         for r in range(self.rounds + 1):
             rows = start + taken
             train = self._training(rows, joint)
-            theta = self._fitted(train)
+            theta = self._fitted(train, f"{rows}{' and validation' * joint}")
             right.append(measured(self.task, theta, self.test, Correct()).bool().cpu())
             losses.append(float(measured(self.task, theta, self.held, Loss()).mean()))
             if r == self.rounds:
@@ -450,10 +463,9 @@ class _World:
             batch = tree_map(lambda a, b: torch.cat([a, b.to(a)]), batch, both)
         return as_data(batch)
 
-    def _fitted(self, train: Data) -> Float[Tensor, " p"]:
-        found = self.recipe.prepare(self.task, train)(
-            torch.ones(1, len(train), dtype=torch.float64)
-        )
+    def _fitted(self, train: Data, rows: str) -> Float[Tensor, " p"]:
+        trainer = self.kept.trainer(self.recipe.prepare(self.task, train), self.task, rows)
+        found = trainer(torch.ones(1, len(train), dtype=torch.float64))
         if found.failures:
             raise NotConverged(
                 "Every model of a simulation must train to the recipe's tolerance.",

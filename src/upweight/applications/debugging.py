@@ -47,6 +47,7 @@ from upweight.methods.fitted import Fitted
 from upweight.methods.functionals import derivatives
 from upweight.methods.scorer import Asked, not_offered
 from upweight.plot import axes
+from upweight.runtime.resources import Resources
 from upweight.scores import Unit
 from upweight.task.data import Data
 from upweight.task.identity import contents
@@ -192,6 +193,7 @@ class Suspects(Outcome):
         recipe: Recipe | None = None,
         *,
         bootstrap: Bootstrap = Bootstrap(),
+        resources: Resources | None = None,
     ) -> Repaired:
         """Fit again with the decisions, and compare loss and accuracy on test data.
 
@@ -204,11 +206,14 @@ class Suspects(Outcome):
             test: Data that chose nothing: neither trained on nor the validation data.
             recipe: How to fit. None: as was said to `suspects`, or the library's own fit.
             bootstrap: Of the intervals, over test rows.
+            resources: With a `folder`, which keeps the refits, also those of other decisions. None:
+                those of the fitted method.
 
         Raises:
             DataError: A row or a label does not exist, or nothing changes.
             SpecError: There is no recipe, or it holds data of its own.
             NotConverged: The recipe failed.
+            StaleStore: The folder keeps the refits of something else.
 
         Cost: two fits, and one solve.
         """
@@ -220,7 +225,8 @@ class Suspects(Outcome):
                 "the test data are those that ranked or predicted: the gain is likely to be less "
                 "on others",
             )
-        return repaired(subject, self.classes, made, data, bootstrap, notes)
+        using = subject.fitted.resources if resources is None else resources
+        return repaired(subject, self.classes, made, data, bootstrap, using.within("apply"), notes)
 
     # -- the answer -------------------------------------------------------------------------------
 

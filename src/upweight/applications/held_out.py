@@ -6,7 +6,7 @@ predict: what one half chooses is measured on the other (cross-fitting; Chernozh
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.methods.fitted import Fitted
 from upweight.methods.method import Method
 from upweight.runtime.fingerprint import digest
+from upweight.runtime.resources import Resources
 from upweight.task.data import Data
 from upweight.task.identity import contents
 from upweight.task.losses import Loss, Weighted
@@ -29,6 +30,7 @@ from upweight.task.measures import Functional, Measure, measured
 from upweight.task.measures import Loss as LossMeasure
 from upweight.task.recipe import Trainer
 from upweight.task.task import Task
+from upweight.training.kept import kept_trainer
 
 LEAST = 4
 """Validation examples: two in each half."""
@@ -249,10 +251,12 @@ class Refits:
     Args:
         subject: What is asked about.
         what: Who fits again, for messages.
+        resources: With a `folder`, which keeps the models.
     """
 
     subject: Subject
     what: str
+    resources: Resources = field(default_factory=Resources)
 
     @property
     def fitted(self) -> Fitted:
@@ -264,10 +268,11 @@ class Refits:
 
         Raises:
             SpecError: There is no recipe.
+            StaleStore: The folder holds models of something else.
             UpweightError: It cannot train this task.
         """
         recipe = self.subject.require_recipe(self.what)
-        return recipe.prepare(self.fitted.task, self.fitted.train)
+        return kept_trainer(recipe, self.fitted.task, self.fitted.train, self.resources)
 
     def attempted(self, weights: Float[Tensor, " n"]) -> Float[Tensor, " p"] | str:
         """θ(w), or why the recipe did not train."""

@@ -28,10 +28,14 @@ from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.gradients.autograd import total_gradient
 from upweight.methods.fitted import Fitted
 from upweight.plot import axes
+from upweight.runtime.resources import Resources
 from upweight.task.data import Data
+from upweight.task.identity import contents
 from upweight.task.measures import Loss, measured
 from upweight.task.recipe import Recipe
+from upweight.task.task import Task
 from upweight.training.function import FromFunction
+from upweight.training.kept import Kept, training_identity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -259,6 +263,7 @@ def repaired(
     decisions: Decisions,
     test: Data,
     bootstrap: Bootstrap,
+    resources: Resources,
     notes: tuple[str, ...] = (),
 ) -> Repaired:
     """Refit with the decisions, and compare with the prediction.
@@ -266,6 +271,7 @@ def repaired(
     Raises:
         SpecError: There is no recipe, or it holds its own labels.
         NotConverged: The recipe failed.
+        StaleStore: The folder keeps the refits of something else.
     """
     recipe, fitted = subject.require_recipe("A repair"), subject.fitted
     task, train = fitted.task, fitted.train
@@ -279,10 +285,11 @@ def repaired(
     here = _values(fitted, classes, fitted.theta, test)
     moved = _values(fitted, classes, fitted.theta + movement(fitted, decisions), test)
     weights = torch.ones(len(train), dtype=torch.float64)
-    first = _refitted(subject, recipe, train, weights)
+    kept = Kept.of(resources, lambda: training_identity(recipe, task, train))
+    first = _refitted(kept, recipe, task, train, weights)
     weights[list(decisions.dropped)] = 0.0
     changed = with_labels(task, train, decisions.labels) if decisions.labels else train
-    second = _refitted(subject, recipe, changed, weights)
+    second = _refitted(kept, recipe, task, changed, weights)
     if torch.equal(first, second):
         raise SpecError(
             "A recipe must fit the data that it is given: their labels have changed.",
@@ -330,9 +337,14 @@ def _change(
 
 
 def _refitted(
-    subject: Subject, recipe: Recipe, data: Data, weights: Float[Tensor, " n"]
+    kept: Kept,
+    recipe: Recipe,
+    task: Task,
+    data: Data,
+    weights: Float[Tensor, " n"],
 ) -> Float[Tensor, " p"]:
-    trained = recipe.prepare(subject.fitted.task, data)(weights[None])
+    # One folder serves all decisions: their labels tell the models apart.
+    trained = kept.trainer(recipe.prepare(task, data), task, contents(data))(weights[None])
     if trained.failures:
         raise NotConverged(
             "The corrected data must be ones that the recipe can fit.",

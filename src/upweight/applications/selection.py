@@ -50,6 +50,7 @@ from upweight.evaluation import bootstrap as intervals
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.methods.fitted import Fitted
 from upweight.plot import axes
+from upweight.runtime.resources import Resources
 from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.measures import Loss, measured
@@ -192,6 +193,7 @@ def subset(
     recipe: Recipe | None = None,
     seed: int = 0,
     bootstrap: Bootstrap = Bootstrap(),
+    resources: Resources | None = None,
 ) -> Subset:
     """Choose the rows to keep for a validation set, predict what that does, and fit again.
 
@@ -218,12 +220,15 @@ def subset(
             confirmation, need one.
         seed: Of the halves, of `sigmoid` and of the random rows.
         bootstrap: How intervals are made.
+        resources: With a `folder`, which keeps the refits: a call that was killed goes on. None:
+            those of the fitted method.
 
     Raises:
         SpecError: `keep` or the rule cannot be meant, or there is no recipe where one is needed.
         DataError: Two of the three splits hold the same examples, or there is no validation set.
         NotOffered: The method has no movement of θ to predict with.
         MissingContext: Scores that were read from a file do not know their model.
+        StaleStore: The folder keeps the refits of something else.
         UpweightError: From the adapter, the method or the recipe.
 
     Cost: "drop", "sigmoid": 3 solves and 2 factorizations; "redundant": one `self_influence` and 2
@@ -234,8 +239,10 @@ def subset(
     """
     if isinstance(asked, Scores):
         asked, validation = _of_scores(asked, validation)
-    refits = Refits(subject_of(asked, train, recipe), "A selection of rows")
-    fitted = refits.fitted
+    subject = subject_of(asked, train, recipe)
+    fitted = subject.fitted
+    using = (fitted.resources if resources is None else resources).within("subset")
+    refits = Refits(subject, "A selection of rows", using)
     n = len(fitted.train)
     m = _count(keep, n, rule)
     split = splits(fitted, validation, test, seed)

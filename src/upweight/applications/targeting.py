@@ -29,7 +29,9 @@ from upweight.methods.baselines import BM25
 from upweight.methods.method import Method
 from upweight.methods.neighbours import FeatureSimilarity
 from upweight.plot import axes
+from upweight.runtime.resources import Resources
 from upweight.task.recipe import Recipe
+from upweight.training.kept import kept_trainer
 from upweight.training.subset_models import reseeded_from
 
 if TYPE_CHECKING:
@@ -157,6 +159,7 @@ def for_target(
     seeds: int = 3,
     seed: int = 0,
     bootstrap: Bootstrap = Bootstrap(),
+    resources: Resources | None = None,
 ) -> Target:
     """The share of the training data that lowers the loss of a validation set most, tried.
 
@@ -173,11 +176,14 @@ def for_target(
             each. 1 for a recipe without a seed.
         seed: Of the random examples.
         bootstrap: How intervals are made.
+        resources: With a `folder`, which keeps the models: a call that was killed goes on. None:
+            those of the fitted method.
 
     Raises:
         SpecError: The share or the seeds cannot be meant, or there is no recipe where one is
             needed.
         DataError: Two of the three splits hold the same examples.
+        StaleStore: The folder keeps the models of something else.
         UpweightError: From the method or the recipe.
 
     Cost: one solve and a pass over the training data, or a scan; with a test set (3 + methods) ×
@@ -189,6 +195,7 @@ def for_target(
     fitted = asked.fitted if isinstance(asked, Index) else asked
     subject = subject_of(fitted, None, recipe)
     fitted, n = subject.fitted, len(subject.fitted.train)
+    using = (fitted.resources if resources is None else resources).within("target")
     if isinstance(asked, Index) and len(asked) != n:
         raise SpecError(
             "What is chosen is chosen from the training data.",
@@ -236,7 +243,8 @@ def for_target(
     losses: dict[str, list[Tensor]] = {name: [] for name in choices}
     for k, run in enumerate(runs):
         plan = torch.stack([_weights(n, chosen[k]) for chosen in choices.values()])
-        trainer = run.prepare(fitted.task, fitted.train)
+        # A folder for each seed: a folder is of one recipe.
+        trainer = kept_trainer(run, fitted.task, fitted.train, using.within(f"seed {k}"))
         for start in range(0, len(plan), max(1, trainer.at_once)):
             part = slice(start, start + max(1, trainer.at_once))
             trained = trainer(plan[part])
