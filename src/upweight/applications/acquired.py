@@ -37,6 +37,7 @@ from upweight.methods.method import Method
 from upweight.methods.perturbation import with_targets
 from upweight.plot import axes
 from upweight.runtime.resources import Resources
+from upweight.runtime.streams import stream
 from upweight.task.data import Data, as_data
 from upweight.task.identity import contents
 from upweight.task.measures import Loss, measured
@@ -368,17 +369,16 @@ def curve(
     )
     world = _World(
         recipe, task, everything, held, tested, batch, rounds,
-        Influence(Hessian(), Cholesky()) if method is None else method, kept,
+        Influence(Hessian(), Cholesky()) if method is None else method, kept, seed,
     )  # fmt: skip
     runs, failed = [], []
     for k in range(repeats):
-        draw = torch.Generator().manual_seed(seed + k)
         start = torch.arange(len(everything))
         if k:
-            start = torch.randperm(len(everything), generator=draw)
+            start = torch.randperm(len(everything), generator=stream(f"start {k}", seed))
         begin = start[: len(known)].tolist()
         try:
-            runs.append([world.run(name, begin, seed + k) for name in names])
+            runs.append([world.run(name, begin, k) for name in names])
         except (NotConverged, NotPositiveDefinite, NonFinite) as error:
             failed.append(error)
     if not runs:
@@ -420,12 +420,13 @@ class _World:
     rounds: int
     method: Method
     kept: Kept
+    seed: int
 
-    def run(self, name: str, start: list[int], seed: int) -> _Run:
+    def run(self, name: str, start: list[int], k: int) -> _Run:
         """Buy by a strategy, alone and with the validation examples in the training data."""
-        alone = self._bought(name, start, seed, joint=False)
+        alone = self._bought(name, start, k, joint=False)
         # What a guided strategy buys does not change where the guides are trained on.
-        again = self._bought(name, start, seed, joint=True, bought=alone[3])
+        again = self._bought(name, start, k, joint=True, bought=alone[3])
         right, losses, predicted, bought = alone
         changes = torch.tensor(losses).diff()
         return _Run(
@@ -434,9 +435,9 @@ class _World:
         )  # fmt: skip
 
     def _bought(
-        self, name: str, start: list[int], seed: int, joint: bool, bought: list[int] | None = None
+        self, name: str, start: list[int], k: int, joint: bool, bought: list[int] | None = None
     ) -> tuple[list[Tensor], list[float], list[float], list[int]]:
-        generator = torch.Generator().manual_seed(seed)
+        generator = stream(f"bought from start {k}", self.seed)  # the same of every strategy
         plan = bought if name in GUIDED else None
         taken: list[int] = []
         right, losses, predicted = [], [], []

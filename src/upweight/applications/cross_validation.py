@@ -46,6 +46,7 @@ from upweight.methods.fitted import Fitted
 from upweight.methods.influence import Influence
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.resources import Resources
+from upweight.runtime.streams import stream
 from upweight.task.identity import described
 from upweight.task.recipe import Recipe
 
@@ -499,7 +500,7 @@ def _drawn(
         return list(range(len(groups))), chances
     if not options.confirm:
         return [], chances
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = stream("refitted groups", options.seed)
     drawn = torch.multinomial(chances, options.confirm, replacement=True, generator=generator)
     return sorted(drawn.tolist()), chances
 
@@ -512,7 +513,7 @@ def _random_folds(folds: int, n: int, seed: int) -> list[list[int]]:
             "more folds than examples, or a single one.",
             "folds=10, or one label per example.",
         )
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(n, generator=stream("folds", seed))
     return [sorted(order[k::folds].tolist()) for k in range(folds)]
 
 

@@ -21,8 +21,8 @@ from upweight.evaluation import bootstrap as intervals
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.methods.fitted import Fitted
 from upweight.methods.method import Method
-from upweight.runtime.fingerprint import digest
 from upweight.runtime.resources import Resources
+from upweight.runtime.streams import stream
 from upweight.task.data import Data
 from upweight.task.identity import contents
 from upweight.task.losses import Loss, Weighted
@@ -92,19 +92,9 @@ def splits(fitted: Fitted, validation: Any, test: Any, seed: int) -> Splits:
                 f"cut it in two, and pass one part as validation={'' if judge is None else ' and '}"
                 f"{'' if judge is None else 'the other as test='}.",
             )
-    order = torch.randperm(len(guide), generator=draws("halves", seed)).tolist()
+    order = torch.randperm(len(guide), generator=stream("halves", seed)).tolist()
     half = len(order) // 2
     return Splits(guide, (guide.subset(order[:half]), guide.subset(order[half:])), judge)
-
-
-def draws(what: str, seed: int) -> torch.Generator:
-    """Random numbers for one purpose.
-
-    Another stream than `manual_seed(seed)` itself, by which a user may have drawn the very thing
-    that is looked for: with the same numbers rows whose labels were flipped would be drawn less
-    often, and the choice look far better than it is.
-    """
-    return torch.Generator().manual_seed(int(digest(what, str(seed))[:12], 16))
 
 
 # -- measurements ---------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ from upweight.applications.held_out import (
     Refits,
     Splits,
     columns,
-    draws,
     held,
     in_points,
     mean_loss_scores,
@@ -51,6 +50,7 @@ from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.methods.fitted import Fitted
 from upweight.plot import axes
 from upweight.runtime.resources import Resources
+from upweight.runtime.streams import stream
 from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.measures import Loss, measured
@@ -346,7 +346,7 @@ class Trial:
     def _drawn(self, phi: Float[Tensor, " n"]) -> Int[Tensor, " m"]:
         spread = phi.square().mean().sqrt()
         scaled = phi / spread if spread > 0 else phi  # all zero: every row alike
-        generator = draws("sigmoid", self.seed)
+        generator = stream("sigmoid", self.seed)
         # Gumbel's maxima draw without replacement as `multinomial` does, for any number of rows.
         noise = -(-torch.rand(len(phi), generator=generator, dtype=phi.dtype).log()).log()
         return (torch.nn.functional.logsigmoid(-scaled) + noise).topk(self.m).indices
@@ -424,7 +424,7 @@ def _confirmed(
 ) -> Subset:
     """The same, with the three models fitted again and measured on the test data."""
     n, m = found.n, len(found.rows)
-    drawn = torch.randperm(n, generator=draws("random rows", seed))[:m]
+    drawn = torch.randperm(n, generator=stream("random rows", seed))[:m]
     plans = {
         "all rows": torch.ones(n, dtype=torch.float64),
         "the kept rows": _only(n, found.rows),

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight.applications.held_out import MEAN_LOSS, draws, held, signed, splits
+from upweight.applications.held_out import MEAN_LOSS, held, signed, splits
 from upweight.applications.outcome import Outcome
 from upweight.applications.subject import subject_of
 from upweight.errors import DataError, SpecError
@@ -30,6 +30,7 @@ from upweight.methods.method import Method
 from upweight.methods.neighbours import FeatureSimilarity
 from upweight.plot import axes
 from upweight.runtime.resources import Resources
+from upweight.runtime.streams import stream
 from upweight.task.recipe import Recipe
 from upweight.training.kept import kept_trainer
 from upweight.training.subset_models import reseeded_from
@@ -226,7 +227,7 @@ def for_target(
     if len(runs) < seeds:
         notes.append("the recipe has no seed: each choice is trained once")
     choices: dict[str, list[Tensor]] = {CHOSEN: [rows] * len(runs)}
-    order = draws("random for a target", seed)
+    order = stream("random for a target", seed)
     choices[RANDOM] = [torch.randperm(n, generator=order)[:m].sort().values for _ in runs]
     defaults: Mapping[str, Method] = {"BM25": BM25(), "embedding": FeatureSimilarity()}
     for name, method in (defaults if against is None else against).items():
