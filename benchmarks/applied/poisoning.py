@@ -19,6 +19,15 @@ TARGET = 0
 TRIGGER = Patch(24, 24)
 
 
+WHY = {
+    "CNN, 2 % of 3 000 poisoned: fitted again": (
+        "the attack itself succeeds in a share whose interval reaches .9 only, at 12 epochs; "
+        "what cleansing leaves of it and its price are within what was asked."
+    ),
+}
+"""Of goals that are not reached, by a part of their name: the reason, and what shows it."""
+
+
 def goals(data: Path) -> Iterator[Goal]:
     mnist = np.load(data / "mnist.npz")
     for name, net, epochs, k, n, seed in (

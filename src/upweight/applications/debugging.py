@@ -21,11 +21,13 @@ from upweight.applications.outcome import SHOWN, Outcome
 from upweight.applications.repair import (
     DROP,
     KEEP,
+    TOO_LONG,
     Repaired,
     changed_gradient,
     decided,
     movement,
     repaired,
+    shortened,
 )
 from upweight.applications.subject import Subject, subject_of
 from upweight.applications.suspicion import own_losses, suspicions
@@ -160,13 +162,13 @@ class Suspects(Outcome):
         return data.subset([i for i in range(len(train)) if i not in gone])
 
     def predict(self, decisions: Mapping[int, Any], queries: Any) -> tuple[float, float]:
-        """(mean loss, accuracy) on some data that the decisions are predicted to give, at θ̂ + Δθ.
+        """(mean loss, accuracy) on some data that the decisions are predicted to give, at θ̂ + tΔθ.
 
         Raises:
             UpweightError: As for `apply`.
         """
         fitted, made = self.subject.fitted, decided(decisions, self.classes, self.labels)
-        data, theta = fitted.task.queries(queries), fitted.theta + movement(fitted, made)
+        data, theta = fitted.task.queries(queries), fitted.theta + movement(fitted, made)[0]
         values = (measured(fitted.task, theta, data, m).mean() for m in (LOSS, self._is_right))
         loss, accuracy = map(float, values)
         return loss, accuracy
@@ -395,7 +397,9 @@ def suspects(
     order = suspicion.argsort(descending=True, stable=True)
     path = None
     if held is not None:
-        path = _path(fitted, classes, held, measure, order, labels, proposals)
+        path, share = _path(fitted, classes, held, measure, order, labels, proposals)
+        if share < 1:
+            notes += (TOO_LONG.format(share=share),)
         notes += ("the path is predicted on the data that may have ranked it: test on others",)
     return Suspects(
         subject, classes, chosen, order, suspicion, labels, proposals, relabelling, removing,
@@ -457,22 +461,28 @@ def _path(
     order: Int[Tensor, " n"],
     labels: Int[Tensor, " n"],
     proposals: Int[Tensor, " n"],
-) -> Path:
-    """The mean measure and the accuracy at θ̂ + Δθ of correcting the first k, for some k."""
+) -> tuple[Path, float]:
+    """The mean measure and the accuracy at θ̂ + tΔθ of correcting the first k, and the least t."""
     last = int((proposals != labels).sum())
     counts = sorted({round(k * last / STEPS) for k in range(STEPS + 1)})
-    total, totals = torch.zeros_like(fitted.theta), []
+    total, totals, least = torch.zeros_like(fitted.theta), [], 1.0
+    so_far, decided_at = dict[int, Any](), []
     for begin, end in pairwise(counts):
         some = [i for i in order[begin:end].tolist() if proposals[i] != labels[i]]
         new = {i: classes.names[int(proposals[i])] for i in some}
         total = total + changed_gradient(fitted, new)
         totals.append(total)
+        so_far = so_far | new
+        decided_at.append(so_far)
     thetas = [fitted.theta]
     if totals:
         steps = fitted.scorer.solve(torch.stack(totals) / len(fitted.train))
-        thetas += [fitted.theta - step.to(fitted.theta) for step in steps]
+        for step, given in zip(steps, decided_at, strict=True):
+            taken, share = shortened(fitted, -step.to(fitted.theta), given, ())
+            thetas.append(fitted.theta + taken)
+            least = min(least, share)
     values, right = [], []
     for theta in thetas:
         values.append(float(measured(fitted.task, theta, held, measure).mean()))
         right.append(float(measured(fitted.task, theta, held, IsRight(classes)).mean()))
-    return Path(tuple(counts), tuple(values), tuple(right))
+    return Path(tuple(counts), tuple(values), tuple(right)), least
