@@ -33,7 +33,7 @@ def goals(data: Path) -> Iterator[Goal]:
     for name, net, epochs, k, n, seed in (
         ("MLP 784-64-10, 1 % of 6 000 poisoned", mlp, 20, 60, 6000, 0),
         ("MLP 784-64-10, 2 % of 3 000 poisoned", mlp, 20, 60, 3000, 1),
-        ("CNN, 2 % of 3 000 poisoned", cnn, 12, 60, 3000, 2),
+        ("CNN, 2 % of 3 000 poisoned", cnn, 16, 60, 3000, 2),
     ):
         yield from _backdoor(mnist, name, net, epochs, k, n, seed)
     yield _adversarial(mnist)
