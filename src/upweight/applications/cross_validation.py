@@ -493,7 +493,9 @@ def _drawn(
     parts = [torch.ones_like(moved), moved]
     if leverage is not None:
         parts.append(moved * leverage.clamp(0.0, 1.0))
-    shares = [torch.stack([part[group].sum() for group in groups]) for part in parts]
+    rows = torch.tensor([row for group in groups for row in group])
+    owner = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(g) for g in groups]))
+    shares = [part.new_zeros(len(groups)).index_add(0, owner, part[rows]) for part in parts]
     shares = [share / share.sum() for share in shares if float(share.sum()) > 0]
     chances = torch.stack(shares).mean(dim=0)
     if options.confirm >= len(groups):
