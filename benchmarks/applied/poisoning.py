@@ -21,8 +21,9 @@ TRIGGER = Patch(24, 24)
 
 WHY = {
     "CNN, 2 % of 3 000 poisoned: fitted again": (
-        "the attack itself succeeds in a share whose interval reaches .9 only, at 12 epochs; "
-        "what cleansing leaves of it and its price are within what was asked."
+        "trained longer the attack works and is gone after; the price is above .5 points by less "
+        "than its interval, which starts at 0. At 12 epochs the price was .37 points and the "
+        "attack .8987: on this many images neither is told from what was asked."
     ),
 }
 """Of goals that are not reached, by a part of their name: the reason, and what shows it."""
