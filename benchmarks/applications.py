@@ -13,6 +13,7 @@ import importlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from environment import DATA, environment
 
@@ -46,16 +47,52 @@ def page(results: Path = RESULTS) -> str:
             cells = (goal[key].replace("|", "\\|") for key in ("name", "asked", "reached"))
             holds = "–" if goal not in asked else "yes" if goal["holds"] else "**no**"
             parts.append(f"| {' | '.join(cells)} | {holds} |\n")
+        reasons: dict[str, list[str]] = {}
+        for goal in asked:
+            if not goal["holds"]:
+                reasons.setdefault(goal["why"], []).append(goal["name"])
+        if reasons:
+            parts.append("\nWhy not:\n\n")
+            parts += [f"- *{'*; *'.join(names)}*: {why}\n" for why, names in reasons.items()]
     return "".join(parts)
+
+
+def explained(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, with the reason of each that does not hold, as the module WHY says it.
+
+    Raises:
+        LookupError: A row that does not hold has no reason.
+    """
+    known = getattr(importlib.import_module(f"applied.{name}"), "WHY", {})
+    for row in rows:
+        row["why"] = ""
+        if not row["holds"]:
+            found = [why for part, why in known.items() if part in row["name"]]
+            if not found:
+                raise LookupError(f"{name}: no reason in WHY for {row['name']!r}")
+            row["why"] = found[0]
+    return rows
+
+
+def write(file: Path, found: dict[str, Any]) -> None:
+    file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=NAMES)
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--page", action="store_true", help="write the page of what is there")
+    parser.add_argument(
+        "--page",
+        action="store_true",
+        help="write the page of what is there, with the reasons that the modules give",
+    )
     asked = parser.parse_args()
     if asked.page:
+        for file in sorted(RESULTS.glob("*.json")):
+            found = json.loads(file.read_text())
+            explained(file.stem, found["goals"])
+            write(file, found)
         PAGE.write_text(page(), encoding="utf-8")
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -69,9 +106,9 @@ def main() -> None:
             )
             rows.append(dataclasses.asdict(goal))
         found = {"environment": where, "seconds": time.perf_counter() - started, "goals": rows}
-        (RESULTS / f"{name}.json").write_text(
-            json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-        )
+        write(RESULTS / f"{name}.json", found)  # before anything else can fail
+        explained(name, rows)
+        write(RESULTS / f"{name}.json", found)
     PAGE.write_text(page(), encoding="utf-8")
 
 

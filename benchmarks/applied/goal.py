@@ -17,6 +17,7 @@ class Goal:
         reached: In words, with its interval where there is one.
         holds: Whether it is reached.
         seconds: What the library took for it.
+        why: Of one that does not hold: the reason, and what shows it.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Goal:
     reached: str
     holds: bool
     seconds: float | None = None
+    why: str = ""
 
 
 def packaged(package: str, path: str, data: Path) -> io.BytesIO:

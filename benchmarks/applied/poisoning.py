@@ -19,12 +19,22 @@ TARGET = 0
 TRIGGER = Patch(24, 24)
 
 
+WHY = {
+    "CNN, 2 % of 3 000 poisoned: fitted again": (
+        "trained longer the attack works and is gone after; the price is above .5 points by less "
+        "than its interval, which starts at 0. At 12 epochs the price was .37 points and the "
+        "attack .8987: on this many images neither is told from what was asked."
+    ),
+}
+"""Of goals that are not reached, by a part of their name: the reason, and what shows it."""
+
+
 def goals(data: Path) -> Iterator[Goal]:
     mnist = np.load(data / "mnist.npz")
     for name, net, epochs, k, n, seed in (
         ("MLP 784-64-10, 1 % of 6 000 poisoned", mlp, 20, 60, 6000, 0),
         ("MLP 784-64-10, 2 % of 3 000 poisoned", mlp, 20, 60, 3000, 1),
-        ("CNN, 2 % of 3 000 poisoned", cnn, 12, 60, 3000, 2),
+        ("CNN, 2 % of 3 000 poisoned", cnn, 16, 60, 3000, 2),
     ):
         yield from _backdoor(mnist, name, net, epochs, k, n, seed)
     yield _adversarial(mnist)

@@ -270,8 +270,8 @@ class Failing:
 
 
 def test_a_start_with_a_failed_fit_is_left_out_and_noted():
-    found = holds(small(recipe=Failing(), repeats=3, strategies=("random", "entropy")))
-    assert found.right.shape[1] < 3
+    found = holds(small(recipe=Failing(), repeats=5, strategies=("random", "entropy")))
+    assert found.right.shape[1] < 5
     assert any("left out" in note for note in found.notes)
     with pytest.raises(NotConverged):
         small(recipe=Failing(always=True), strategies=("random",))

@@ -1,5 +1,7 @@
 """Suspects against refits by scikit-learn, repairs against fits by hand."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 import upweight as uw
 from tests.applications.outcomes import holds
 from upweight.applications import debugging
+from upweight.applications.suspicion import SHORTER
 from upweight.errors import (
     DataError,
     MissingContext,
@@ -225,6 +228,60 @@ def test_a_float32_network_by_layer_of_a_dataset():
     assert int(changed.batch(0, 2)["labels"][0]) == int(as_codes[0][0] + 1) % 5
     assert len(changed) == 239
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_where_steps_are_too_long_rows_are_judged_by_the_model_itself():
+    X, labels, truth, _, _ = digits()
+    X, y = torch.tensor(X, dtype=torch.float32), torch.tensor(np.searchsorted(NAMES, labels))
+    recipe = uw.Training(Net, uw.SGD(0.1, momentum=0.9), epochs=8, batch=24)
+    model = recipe.trained(uw.Task(Net(), uw.CrossEntropy(), uw.L2(1e-3)), (X, y)).eval()
+    task = uw.Task(model, uw.CrossEntropy(), uw.L2(1e-3))
+    fitted = uw.Influence(uw.EKFAC(), damping=uw.Relative(1e-3)).fit(task, (X, y))
+    ours = holds(debugging.suspects(fitted), figure=False)
+    assert "does not lower the loss of the others" in ours.notes[0]
+
+    def margins(f):
+        losses = nn.functional.cross_entropy(f.repeat_interleave(5, 0), torch.arange(5).repeat(240),
+            reduction="none").reshape(240, 5)  # fmt: skip
+        own = losses[torch.arange(240), y]
+        return own - losses.scatter(1, y[:, None], torch.inf).min(1).values, own
+
+    with torch.no_grad():
+        first, own = margins(model(X))
+        denied = first > 0
+        step = fitted.scorer.step(denied.nonzero()[:, 0].tolist())
+        tried = [margins(task.moved_to(task.theta() + t * step).model(X)) for t in (0, *SHORTER)]
+    m, _ = min(tried, key=lambda each: float(each[1][~denied].mean()))
+    h = fitted.leverage("others")
+    assert 0 < float(h.min()) and float(h.max()) < 1
+    torch.testing.assert_close(ours.suspicion, torch.where(m > 0, m, (1 - h) * m))
+    assert torch.equal(ours.suspicion > 0, ours.proposals != ours.labels)
+    wrong = torch.tensor(labels != truth)
+    too_far = margins(fitted.loo_outputs("others"))[0]
+    found = [
+        int(wrong[s.argsort(descending=True)[:24]].sum()) for s in (ours.suspicion, own, too_far)
+    ]
+    assert found[0] >= max(found[1:]) - 1
+
+    # What is predicted of a repair: the step halved while that lowers its own objective.
+    first = ours.order[:40].tolist()
+    corrected = y.clone()
+    corrected[first] = torch.tensor(np.searchsorted(NAMES, truth))[first]
+    total = [
+        torch.autograd.grad(nn.functional.cross_entropy(model(X), labels), [*model.parameters()])
+        for labels in (corrected, y)
+    ]
+    change = torch.cat([(a - b).reshape(-1) for a, b in zip(*total, strict=True)])
+    whole = -fitted.scorer.solve(change[None])[0]
+    with torch.no_grad():
+        tried = []
+        for t in (1, 1 / 2, 1 / 4, 1 / 8):
+            there = task.theta() + t * whole
+            losses = nn.functional.cross_entropy(task.moved_to(there).model(X), corrected)
+            tried.append((float(losses + 5e-4 * there.square().sum()), float(losses)))
+    assert tried[0] > min(tried) < tried[-1]
+    said = ours.predict({i: int(corrected[i]) for i in first}, (X, corrected))
+    assert math.isclose(said[0], min(tried)[1], rel_tol=1e-4)
 
 
 def test_two_classes_by_one_logit():

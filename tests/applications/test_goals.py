@@ -1,6 +1,7 @@
 """The page of goals says what the results say."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def applications(monkeypatch):
 
 def test_the_page_of_goals_is_made_of_the_results(applications):
     assert applications.PAGE.read_text(encoding="utf-8") == applications.page()
+
+
+def test_every_goal_that_is_not_reached_says_why(applications):
+    rows = [
+        g for f in applications.RESULTS.glob("*.json") for g in json.loads(f.read_text())["goals"]
+    ]
+    assert all(bool(row["why"]) != row["holds"] for row in rows)
+    assert all(row["why"] in applications.page() for row in rows)
 
 
 def test_every_application_with_goals_has_results(applications):

@@ -18,7 +18,15 @@ import upweight as uw
 from tests.killing import kill_once_kept
 from upweight.adapters.sklearn_folds import Clones
 from upweight.adapters.sklearn_outputs import EstimatorRefit
-from upweight.applications import cross_validation, fairness, poisoning, unlearning
+from upweight.applications import (
+    acquisition,
+    cross_validation,
+    debugging,
+    fairness,
+    poisoning,
+    selection,
+    unlearning,
+)
 from upweight.errors import StaleStore
 from upweight.front.choice import Facts, named
 from upweight.front.kept import kept_choice
@@ -65,7 +73,8 @@ class Counted:
 
             def __call__(self, weights):
                 Count.one()
-                to = torch.randn(24, 8, generator=torch.Generator().manual_seed(seed)).double()
+                n = weights.shape[1]
+                to = torch.randn(n, 8, generator=torch.Generator().manual_seed(seed)).double()
                 theta = task.theta() + 0.1 * ((1 - weights.double() * labels) @ to).tanh()
                 return Trained(theta, torch.ones(len(weights)).double())
 
@@ -403,6 +412,46 @@ def test_cleansing_goes_on_where_it_was(tmp_path):
     whole, resumed = killed_and_resumed(cleanse, tmp_path, 2)
     assert whole.numbers() == resumed.numbers()
     same(whole.theta, resumed.theta)
+
+
+def selections(task, fitted):
+    """What fits again under other weights, other labels, or more rows: (resources) -> numbers."""
+    guide, test = (XV, YV), (X - 0.2, Y)
+    found = debugging.suspects(fitted, by="label")
+    oracle = [int(y) for y in Y[8:]]
+
+    def repairs(resources):
+        both = ({0: 1 - int(Y[0]), 3: "drop"}, {1: "drop"})
+        return [found.apply(d, test, Counted(), resources=resources).numbers() for d in both]
+
+    return {
+        "subset": lambda using: selection.subset(
+            fitted, 0.6, "drop", validation=guide, test=test, recipe=Counted(), resources=using
+        ).numbers(),
+        "reweight": lambda using: selection.reweight(
+            fitted, Counted(), guide, test=test, steps=2, resources=using
+        ).numbers(),
+        "target": lambda using: selection.for_target(
+            fitted, guide, 0.5, test=test, recipe=Seeded(), against={}, seeds=2, resources=using
+        ).numbers(),
+        "apply": repairs,
+        "curve": lambda using: acquisition.curve(
+            Counted(), task, (X[:8], Y[:8]), X[8:], oracle, guide, test,
+            ("random", "expected gain"), 3, 2, repeats=1, resources=using,
+        ).numbers(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["subset", "reweight", "target", "apply", "curve"])
+def test_what_chooses_rows_goes_on_where_it_was(name, tmp_path):
+    task = task_of()
+    ask = selections(task, uw.Influence(uw.Hessian()).fit(task, (X, Y)))[name]
+    whole, resumed = killed_and_resumed(ask, tmp_path, 2)
+    assert repr(whole) == repr(resumed)
+    for file in tmp_path.rglob("*.safetensors"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(StaleStore):
+        ask(uw.Resources(folder=tmp_path))
 
 
 def test_models_that_fail_are_not_tried_again(tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor
 from upweight.adapters.sklearn_objectives import final_step
 from upweight.adapters.sklearn_outputs import outputs, outputs_of
 from upweight.errors import DataError, SpecError, UnsupportedModel
+from upweight.runtime.streams import stream_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,9 @@ def out_of_fold(estimator: Any, train: Any, folds: int = 5, seed: int = 0) -> Ou
         )
     classes = found.names or ()
     probabilities = torch.empty(len(labels), len(classes), dtype=torch.float64)
-    splits = StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
+    splits = StratifiedKFold(folds, shuffle=True, random_state=stream_seed("folds", seed)).split(
+        labels, labels
+    )
     for kept, held in splits:
         weights = np.zeros(len(labels))
         weights[kept] = 1.0

@@ -36,10 +36,14 @@ from upweight.methods.influence import Influence
 from upweight.methods.method import Method
 from upweight.methods.perturbation import with_targets
 from upweight.plot import axes
+from upweight.runtime.resources import Resources
+from upweight.runtime.streams import stream
 from upweight.task.data import Data, as_data
+from upweight.task.identity import contents
 from upweight.task.measures import Loss, measured
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task, require_task
+from upweight.training.kept import Kept, training_identity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -285,6 +289,7 @@ def curve(
     repeats: int = 3,
     method: Method | None = None,
     seed: int = 0,
+    resources: Resources | None = None,
 ) -> Acquired:
     """Buy labels by several strategies, fit again after every batch, and test.
 
@@ -315,12 +320,15 @@ def curve(
         repeats: From how many starts.
         method: What is fitted for guided strategies. None: the exact Hessian, by Cholesky.
         seed: Of starts and random strategies.
+        resources: With a `folder`, which keeps the models: a call that was killed goes on. None:
+            nothing is kept.
 
     Raises:
         SpecError: There is no such strategy, the pool is too small, or there are no repeats.
         UnsupportedModel: A model of scikit-learn or statsmodels, whose task has its own data only.
         NotConverged: Fits failed from every start. Starts with a failed fit are left out of all
             strategies, and noted.
+        StaleStore: The folder keeps the models of something else.
 
     Cost: 2 (`rounds` + 1) × `repeats` × strategies fits, and `rounds` × `repeats` rankings for each
     guided strategy.
@@ -354,19 +362,23 @@ def curve(
             f"rounds={max(1, len(unlabelled) // max(1, batch))}, or a smaller batch.",
         )
     everything = _joined(known, unlabelled, torch.as_tensor(oracle))
+    using = (Resources() if resources is None else resources).within("curve")
+    kept = Kept.of(
+        using,
+        lambda: {**training_identity(recipe, task, everything), "validation": contents(held)},
+    )
     world = _World(
         recipe, task, everything, held, tested, batch, rounds,
-        Influence(Hessian(), Cholesky()) if method is None else method,
+        Influence(Hessian(), Cholesky()) if method is None else method, kept, seed,
     )  # fmt: skip
     runs, failed = [], []
     for k in range(repeats):
-        draw = torch.Generator().manual_seed(seed + k)
         start = torch.arange(len(everything))
         if k:
-            start = torch.randperm(len(everything), generator=draw)
+            start = torch.randperm(len(everything), generator=stream(f"start {k}", seed))
         begin = start[: len(known)].tolist()
         try:
-            runs.append([world.run(name, begin, seed + k) for name in names])
+            runs.append([world.run(name, begin, k) for name in names])
         except (NotConverged, NotPositiveDefinite, NonFinite) as error:
             failed.append(error)
     if not runs:
@@ -407,12 +419,14 @@ class _World:
     batch: int
     rounds: int
     method: Method
+    kept: Kept
+    seed: int
 
-    def run(self, name: str, start: list[int], seed: int) -> _Run:
+    def run(self, name: str, start: list[int], k: int) -> _Run:
         """Buy by a strategy, alone and with the validation examples in the training data."""
-        alone = self._bought(name, start, seed, joint=False)
+        alone = self._bought(name, start, k, joint=False)
         # What a guided strategy buys does not change where the guides are trained on.
-        again = self._bought(name, start, seed, joint=True, bought=alone[3])
+        again = self._bought(name, start, k, joint=True, bought=alone[3])
         right, losses, predicted, bought = alone
         changes = torch.tensor(losses).diff()
         return _Run(
@@ -421,16 +435,16 @@ class _World:
         )  # fmt: skip
 
     def _bought(
-        self, name: str, start: list[int], seed: int, joint: bool, bought: list[int] | None = None
+        self, name: str, start: list[int], k: int, joint: bool, bought: list[int] | None = None
     ) -> tuple[list[Tensor], list[float], list[float], list[int]]:
-        generator = torch.Generator().manual_seed(seed)
+        generator = stream(f"bought from start {k}", self.seed)  # the same of every strategy
         plan = bought if name in GUIDED else None
         taken: list[int] = []
         right, losses, predicted = [], [], []
         for r in range(self.rounds + 1):
             rows = start + taken
             train = self._training(rows, joint)
-            theta = self._fitted(train)
+            theta = self._fitted(train, f"{rows}{' and validation' * joint}")
             right.append(measured(self.task, theta, self.test, Correct()).bool().cpu())
             losses.append(float(measured(self.task, theta, self.held, Loss()).mean()))
             if r == self.rounds:
@@ -450,10 +464,9 @@ class _World:
             batch = tree_map(lambda a, b: torch.cat([a, b.to(a)]), batch, both)
         return as_data(batch)
 
-    def _fitted(self, train: Data) -> Float[Tensor, " p"]:
-        found = self.recipe.prepare(self.task, train)(
-            torch.ones(1, len(train), dtype=torch.float64)
-        )
+    def _fitted(self, train: Data, rows: str) -> Float[Tensor, " p"]:
+        trainer = self.kept.trainer(self.recipe.prepare(self.task, train), self.task, rows)
+        found = trainer(torch.ones(1, len(train), dtype=torch.float64))
         if found.failures:
             raise NotConverged(
                 "Every model of a simulation must train to the recipe's tolerance.",

@@ -46,6 +46,7 @@ from upweight.methods.fitted import Fitted
 from upweight.methods.influence import Influence
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.resources import Resources
+from upweight.runtime.streams import stream
 from upweight.task.identity import described
 from upweight.task.recipe import Recipe
 
@@ -492,14 +493,16 @@ def _drawn(
     parts = [torch.ones_like(moved), moved]
     if leverage is not None:
         parts.append(moved * leverage.clamp(0.0, 1.0))
-    shares = [torch.stack([part[group].sum() for group in groups]) for part in parts]
+    rows = torch.tensor([row for group in groups for row in group])
+    owner = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(g) for g in groups]))
+    shares = [part.new_zeros(len(groups)).index_add(0, owner, part[rows]) for part in parts]
     shares = [share / share.sum() for share in shares if float(share.sum()) > 0]
     chances = torch.stack(shares).mean(dim=0)
     if options.confirm >= len(groups):
         return list(range(len(groups))), chances
     if not options.confirm:
         return [], chances
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = stream("refitted groups", options.seed)
     drawn = torch.multinomial(chances, options.confirm, replacement=True, generator=generator)
     return sorted(drawn.tolist()), chances
 
@@ -512,7 +515,7 @@ def _random_folds(folds: int, n: int, seed: int) -> list[list[int]]:
             "more folds than examples, or a single one.",
             "folds=10, or one label per example.",
         )
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(n, generator=stream("folds", seed))
     return [sorted(order[k::folds].tolist()) for k in range(folds)]
 
 

@@ -1,20 +1,7 @@
 """Which labels are wrong, what they should be, and what correcting them would gain.
 
-With ℓ(f, c) the loss of label c, and f₋ᵢ the outputs of the model that never saw row i,
-
-    mᵢ = ℓ(f₋ᵢ(xᵢ), yᵢ) − min_{c≠yᵢ} ℓ(f₋ᵢ(xᵢ), c)         > 0: it favours another label
-
-is taken again and again. f₋ᵢ is `Fitted.loo_outputs` at first. Wrong labels stand together, and a
-model that has learned many of them confirms each: so all rows U with mᵢ > 0 are then left out at
-once, by one Newton step Δθ_U, and the outputs of the model without all of them,
-
-    f̃(xᵢ) = f(xᵢ; θ̂ + Δθ_U)                      for i in U
-    f̃(xᵢ) = f(xᵢ; θ̂ + Δθ_U) + (f₋ᵢ − f)(xᵢ)      for the others,
-
-give mᵢ and U anew, three times at most; the last are the suspicion mᵢ and the proposed label
-argmin_c ℓ(f̃(xᵢ), c). A step that does not lower the loss of the rows that stay is not taken.
-
-With validation data rows may be ranked by harm instead: S[q, i] > 0 of the mean validation loss.
+Rows are ranked by the outputs of the model without each, see `upweight.applications.suspicion`, or
+with validation data by harm: S[q, i] > 0 of their mean loss.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,19 +21,23 @@ from upweight.applications.outcome import SHOWN, Outcome
 from upweight.applications.repair import (
     DROP,
     KEEP,
+    TOO_LONG,
     Repaired,
     changed_gradient,
     decided,
     movement,
     repaired,
+    shortened,
 )
-from upweight.applications.subject import Subject, curvature_left_out, subject_of
-from upweight.errors import NonFinite, SpecError
+from upweight.applications.subject import Subject, subject_of
+from upweight.applications.suspicion import own_losses, suspicions
+from upweight.errors import SpecError
 from upweight.evaluation.bootstrap import Bootstrap
 from upweight.methods.fitted import Fitted
 from upweight.methods.functionals import derivatives
 from upweight.methods.scorer import Asked, not_offered
 from upweight.plot import axes
+from upweight.runtime.resources import Resources
 from upweight.scores import Unit
 from upweight.task.data import Data
 from upweight.task.identity import contents
@@ -73,9 +64,6 @@ __all__ = [
 ]
 
 LOSS = Loss()
-
-ROUNDS = 3
-"""How often the rows whose labels the model does not favour are left out anew, at most."""
 
 STEPS = 12
 """Points on the path of predicted gains."""
@@ -174,13 +162,13 @@ class Suspects(Outcome):
         return data.subset([i for i in range(len(train)) if i not in gone])
 
     def predict(self, decisions: Mapping[int, Any], queries: Any) -> tuple[float, float]:
-        """(mean loss, accuracy) on some data that the decisions are predicted to give, at θ̂ + Δθ.
+        """(mean loss, accuracy) on some data that the decisions are predicted to give, at θ̂ + tΔθ.
 
         Raises:
             UpweightError: As for `apply`.
         """
         fitted, made = self.subject.fitted, decided(decisions, self.classes, self.labels)
-        data, theta = fitted.task.queries(queries), fitted.theta + movement(fitted, made)
+        data, theta = fitted.task.queries(queries), fitted.theta + movement(fitted, made)[0]
         values = (measured(fitted.task, theta, data, m).mean() for m in (LOSS, self._is_right))
         loss, accuracy = map(float, values)
         return loss, accuracy
@@ -192,6 +180,7 @@ class Suspects(Outcome):
         recipe: Recipe | None = None,
         *,
         bootstrap: Bootstrap = Bootstrap(),
+        resources: Resources | None = None,
     ) -> Repaired:
         """Fit again with the decisions, and compare loss and accuracy on test data.
 
@@ -204,11 +193,14 @@ class Suspects(Outcome):
             test: Data that chose nothing: neither trained on nor the validation data.
             recipe: How to fit. None: as was said to `suspects`, or the library's own fit.
             bootstrap: Of the intervals, over test rows.
+            resources: With a `folder`, which keeps the refits, also those of other decisions. None:
+                those of the fitted method.
 
         Raises:
             DataError: A row or a label does not exist, or nothing changes.
             SpecError: There is no recipe, or it holds data of its own.
             NotConverged: The recipe failed.
+            StaleStore: The folder keeps the refits of something else.
 
         Cost: two fits, and one solve.
         """
@@ -220,7 +212,8 @@ class Suspects(Outcome):
                 "the test data are those that ranked or predicted: the gain is likely to be less "
                 "on others",
             )
-        return repaired(subject, self.classes, made, data, bootstrap, notes)
+        using = subject.fitted.resources if resources is None else resources
+        return repaired(subject, self.classes, made, data, bootstrap, using.within("apply"), notes)
 
     # -- the answer -------------------------------------------------------------------------------
 
@@ -274,8 +267,7 @@ class Suspects(Outcome):
         """A row per training row in order: its label, the proposal, suspicion, predicted changes.
 
         `suspected` says for which a model without the row favours another label: the cut-off.
-        `loss` is that of the row under the model as it is: another order, which for a network whose
-        predicted sizes are too large may be the better one.
+        `loss` is that of the row under the model as it is, to compare with.
         `id` is the row's label in the index of the data, where they have one. `relabelling` and
         `removing` are predicted changes of the mean validation measure.
         """
@@ -353,7 +345,7 @@ def suspects(
         validation: Held-out rows that you trust. With them each row has the change of the
             validation measure that correcting or removing it is predicted to cause.
         measure: What is asked of the validation rows, one number of each; the less the better.
-        by: "label": by the model without the row; see the top of this file. "harm": by S[q, i],
+        by: "label": by the model without the row; see `suspicion`. "harm": by S[q, i],
             what weight on the row adds to the mean validation measure. None: "harm" with
             validation data, else "label".
         recipe: How the model is fitted, for `Suspects.apply`. None: the library's own fit.
@@ -391,10 +383,8 @@ def suspects(
         raise not_offered("suspects(...)", "a method that says where θ̂ moves to")
     outputs, targets = outputs_at(task, fitted.theta, fitted.train)
     labels = torch.cat([classes.indices(each) for each in targets])
-    given = classes.losses(outputs).gather(1, labels[:, None])[:, 0]
-    losses, notes = _without(fitted, classes, outputs, labels, given)
-    proposals = losses.argmin(dim=1)
-    suspicion, held = _margins(losses, labels), None
+    losses, suspicion, notes = suspicions(fitted, classes, outputs, labels)
+    proposals, held = losses.argmin(dim=1), None
     harm = relabelling = removing = None
     if validation is not None:
         held, measure = task.queries(validation), as_measure(measure)
@@ -407,11 +397,13 @@ def suspects(
     order = suspicion.argsort(descending=True, stable=True)
     path = None
     if held is not None:
-        path = _path(fitted, classes, held, measure, order, labels, proposals)
+        path, share = _path(fitted, classes, held, measure, order, labels, proposals)
+        if share < 1:
+            notes += (TOO_LONG.format(share=share),)
         notes += ("the path is predicted on the data that may have ranked it: test on others",)
     return Suspects(
         subject, classes, chosen, order, suspicion, labels, proposals, relabelling, removing,
-        path, held, given, notes,
+        path, held, own_losses(labels, classes.losses(outputs)), notes,
     )  # fmt: skip
 
 
@@ -425,56 +417,6 @@ def has_suspects(fitted: Fitted) -> bool:
 def _moves(fitted: Fitted) -> bool:
     """Whether the method says where θ moves to."""
     return fitted.spec.unit is Unit.DERIVATIVE and not fitted.scorer.by_refits
-
-
-def _without(
-    fitted: Fitted,
-    classes: Classes,
-    outputs: Float[Tensor, "n *o"],
-    labels: Int[Tensor, " n"],
-    given: Float[Tensor, " n"],
-) -> tuple[Float[Tensor, "n c"], tuple[str, ...]]:
-    """ℓ(f̃(xᵢ), c), and notes; see the top of this file."""
-    alone = fitted.loo_outputs(curvature_left_out(fitted))
-    n, left_out = len(labels), -1
-    losses = classes.losses(alone)
-    for _ in range(ROUNDS):
-        against = _margins(losses, labels) > 0
-        rows = against.nonzero()[:, 0].tolist()
-        if not rows or len(rows) == left_out:
-            break
-        if len(rows) > n // 2:
-            return losses, (
-                f"the model favours another label for {len(rows)} of {n} rows, too many to leave "
-                "out together: each was judged without itself alone",
-            )
-        left_out = len(rows)
-        try:
-            # Not `removal_step`: where the step falls short it orders rows all the same.
-            step = fitted.scorer.step(rows)
-        except NonFinite:
-            return losses, (
-                f"without the {len(rows)} rows whose label the model does not favour, θ is not "
-                "determined: each was judged without itself alone",
-            )
-        moved, _ = outputs_at(fitted.task, fitted.theta + step.to(fitted.theta), fitted.train)
-        stay = classes.losses(moved).gather(1, labels[:, None])[:, 0][~against].mean()
-        if not bool(stay < given[~against].mean()):
-            return losses, (
-                f"a step without the {len(rows)} rows whose label the model does not favour does "
-                "not lower the loss of the others: each was judged without itself alone; predicted "
-                "sizes may be too large. Compare with .frame()['loss']",
-            )
-        own = torch.where(against.reshape(-1, *[1] * (alone.ndim - 1)), 0.0, alone - outputs)
-        losses = classes.losses(moved + own)
-    return losses, ()
-
-
-def _margins(losses: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """ℓ of the label less the least of the others."""
-    given = losses.gather(1, labels[:, None])
-    others = losses.scatter(1, labels[:, None], torch.inf)
-    return given[:, 0] - others.min(dim=1).values
 
 
 def _changes(
@@ -519,22 +461,28 @@ def _path(
     order: Int[Tensor, " n"],
     labels: Int[Tensor, " n"],
     proposals: Int[Tensor, " n"],
-) -> Path:
-    """The mean measure and the accuracy at θ̂ + Δθ of correcting the first k, for some k."""
+) -> tuple[Path, float]:
+    """The mean measure and the accuracy at θ̂ + tΔθ of correcting the first k, and the least t."""
     last = int((proposals != labels).sum())
     counts = sorted({round(k * last / STEPS) for k in range(STEPS + 1)})
-    total, totals = torch.zeros_like(fitted.theta), []
+    total, totals, least = torch.zeros_like(fitted.theta), [], 1.0
+    so_far, decided_at = dict[int, Any](), []
     for begin, end in pairwise(counts):
         some = [i for i in order[begin:end].tolist() if proposals[i] != labels[i]]
         new = {i: classes.names[int(proposals[i])] for i in some}
         total = total + changed_gradient(fitted, new)
         totals.append(total)
+        so_far = so_far | new
+        decided_at.append(so_far)
     thetas = [fitted.theta]
     if totals:
         steps = fitted.scorer.solve(torch.stack(totals) / len(fitted.train))
-        thetas += [fitted.theta - step.to(fitted.theta) for step in steps]
+        for step, given in zip(steps, decided_at, strict=True):
+            taken, share = shortened(fitted, -step.to(fitted.theta), given, ())
+            thetas.append(fitted.theta + taken)
+            least = min(least, share)
     values, right = [], []
     for theta in thetas:
         values.append(float(measured(fitted.task, theta, held, measure).mean()))
         right.append(float(measured(fitted.task, theta, held, IsRight(classes)).mean()))
-    return Path(tuple(counts), tuple(values), tuple(right))
+    return Path(tuple(counts), tuple(values), tuple(right)), least

@@ -6,7 +6,7 @@ predict: what one half chooses is measured on the other (cross-fitting; Chernozh
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,8 @@ from upweight.evaluation import bootstrap as intervals
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.methods.fitted import Fitted
 from upweight.methods.method import Method
-from upweight.runtime.fingerprint import digest
+from upweight.runtime.resources import Resources
+from upweight.runtime.streams import stream
 from upweight.task.data import Data
 from upweight.task.identity import contents
 from upweight.task.losses import Loss, Weighted
@@ -29,6 +30,7 @@ from upweight.task.measures import Functional, Measure, measured
 from upweight.task.measures import Loss as LossMeasure
 from upweight.task.recipe import Trainer
 from upweight.task.task import Task
+from upweight.training.kept import kept_trainer
 
 LEAST = 4
 """Validation examples: two in each half."""
@@ -90,19 +92,9 @@ def splits(fitted: Fitted, validation: Any, test: Any, seed: int) -> Splits:
                 f"cut it in two, and pass one part as validation={'' if judge is None else ' and '}"
                 f"{'' if judge is None else 'the other as test='}.",
             )
-    order = torch.randperm(len(guide), generator=draws("halves", seed)).tolist()
+    order = torch.randperm(len(guide), generator=stream("halves", seed)).tolist()
     half = len(order) // 2
     return Splits(guide, (guide.subset(order[:half]), guide.subset(order[half:])), judge)
-
-
-def draws(what: str, seed: int) -> torch.Generator:
-    """Random numbers for one purpose.
-
-    Another stream than `manual_seed(seed)` itself, by which a user may have drawn the very thing
-    that is looked for: with the same numbers rows whose labels were flipped would be drawn less
-    often, and the choice look far better than it is.
-    """
-    return torch.Generator().manual_seed(int(digest(what, str(seed))[:12], 16))
 
 
 # -- measurements ---------------------------------------------------------------------------------
@@ -249,10 +241,12 @@ class Refits:
     Args:
         subject: What is asked about.
         what: Who fits again, for messages.
+        resources: With a `folder`, which keeps the models.
     """
 
     subject: Subject
     what: str
+    resources: Resources = field(default_factory=Resources)
 
     @property
     def fitted(self) -> Fitted:
@@ -264,10 +258,11 @@ class Refits:
 
         Raises:
             SpecError: There is no recipe.
+            StaleStore: The folder holds models of something else.
             UpweightError: It cannot train this task.
         """
         recipe = self.subject.require_recipe(self.what)
-        return recipe.prepare(self.fitted.task, self.fitted.train)
+        return kept_trainer(recipe, self.fitted.task, self.fitted.train, self.resources)
 
     def attempted(self, weights: Float[Tensor, " n"]) -> Float[Tensor, " p"] | str:
         """θ(w), or why the recipe did not train."""

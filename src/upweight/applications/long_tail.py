@@ -20,6 +20,7 @@ from upweight.errors import NonFinite, ShapeError, SpecError
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, mean
 from upweight.plot import LOWERED, NEUTRAL, axes
 from upweight.runtime.resources import Resources
+from upweight.runtime.streams import stream
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.retrain import retrain
@@ -203,9 +204,9 @@ def removal_experiment(
             "share=0.1, draws=10.",
         )
     first = values.argsort(descending=True, stable=True)[:count]
-    generator = torch.Generator().manual_seed(seed)
     groups: list[Sequence[int]] = [first.tolist()]
-    groups += [torch.randperm(n, generator=generator)[:count].tolist() for _ in range(draws)]
+    orders = (torch.randperm(n, generator=stream(f"removal {k}", seed)) for k in range(draws))
+    groups += [order[:count].tolist() for order in orders]
     weights = removal_weights(n, groups, renormalize=True)
     full, found = [], []
     for k, own in enumerate(by_seed(recipe, seeds)):

@@ -37,6 +37,7 @@ from upweight.errors import DataError, SpecError
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.methods.fitted import Fitted
+from upweight.runtime.streams import stream
 from upweight.task.recipe import Recipe
 from upweight.training.retrain import Retrained, retrain
 from upweight.training.weights import removal_weights
@@ -254,7 +255,7 @@ def scores(
         chosen = torch.tensor([i for i in chosen.tolist() if i not in copies])
     count = min(confirm, len(chosen))
     highest = count // 2
-    draw = torch.randperm(len(chosen) - highest, generator=torch.Generator().manual_seed(seed))
+    draw = torch.randperm(len(chosen) - highest, generator=stream("rows left out", seed))
     rows = torch.cat([chosen[:highest], chosen[highest:][draw[: count - highest]]])
     with_copies = {rows[0]: rows for rows in sets} if together else {}
     groups = [with_copies.get(i, [i]) for i in rows.tolist()]

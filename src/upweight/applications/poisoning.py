@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch, Params
-from upweight.applications.held_out import draws
 from upweight.applications.outcome import Outcome
 from upweight.errors import DataError, NotConverged, ShapeError, SpecError
 from upweight.evaluation import bootstrap, mislabel
@@ -39,6 +38,7 @@ from upweight.methods.members import members_given
 from upweight.runtime.fingerprint import described, digest
 from upweight.runtime.resources import Resources
 from upweight.runtime.selection import places
+from upweight.runtime.streams import stream
 from upweight.scores import Unit
 from upweight.task.data import Data, batch_size
 from upweight.task.measures import Functional, as_measure
@@ -615,7 +615,7 @@ def cleanse(
     chosen = curve[place]
     rows = (first.labels == target).nonzero()[:, 0].cpu()
     rows = rows if len(rows) > chosen.count else torch.arange(n)
-    drawn = torch.randperm(len(rows), generator=draws("cleanse control", seed))
+    drawn = torch.randperm(len(rows), generator=stream("cleanse control", seed))
     random = sorted(rows[drawn[: chosen.count]].tolist())
     name = "random rows of the class" if len(rows) < n else "random rows"
     theta = fit(name, random)
@@ -706,7 +706,7 @@ def _halves(
             "triggered images that carry the attack's label in place of their true one.",
             "pass triggered=(x′, y) with the true classes y, some hundred of them.",
         )
-    order = others[torch.randperm(len(others), generator=draws("triggered halves", seed))]
+    order = others[torch.randperm(len(others), generator=stream("triggered halves", seed))]
     middle = len(order) // 2
     return data.subset(order[:middle].tolist()), data.subset(order[middle:].tolist())
 

@@ -7,10 +7,16 @@ With the relabelled rows R and the rows that are left out U,
 predicts the loss and the accuracy at θ̂ + Δθ (Koh & Liang 2017, §2.2, for several rows at once).
 Where the loss is a softmax or logistic one its Hessian does not look at the labels, so that the
 first term is a whole Newton step. Either term is exact where J is quadratic; the two together leave
-out how they change each other. The refit by the recipe says what comes of it.
+out how they change each other. A step that is too long, as those of a curvature by layer often are,
+is halved as long as that lowers the objective of the changed data,
+
+    J̃(θ̂ + tΔθ),  J̃(θ) = (1/n) Σ_{i∉U} ℓ(θ; xᵢ, ỹᵢ) + R(θ),      t = 1, ½, ¼, …
+
+and the prediction is that of θ̂ + tΔθ; where J is quadratic t = 1. The refit by the recipe says what
+comes of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,14 +34,24 @@ from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.gradients.autograd import total_gradient
 from upweight.methods.fitted import Fitted
 from upweight.plot import axes
+from upweight.runtime.resources import Resources
 from upweight.task.data import Data
+from upweight.task.identity import contents
 from upweight.task.measures import Loss, measured
 from upweight.task.recipe import Recipe
+from upweight.task.task import Task
 from upweight.training.function import FromFunction
+from upweight.training.kept import Kept, training_identity
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+LEAST = 1 / 64
+"""The share of a step at which it is halved no more."""
+
+TOO_LONG = "a whole step is too long: the prediction is that of {share:g} of it"
+"""What is said where a step was halved."""
 
 KEEP, DROP = "keep", "drop"
 """Decisions that are no labels."""
@@ -130,8 +146,8 @@ def changed_gradient(fitted: Fitted, labels: Mapping[int, Any]) -> Float[Tensor,
     return found
 
 
-def movement(fitted: Fitted, decisions: Decisions) -> Float[Tensor, " p"]:
-    """Δθ that the decisions are predicted to cause; see the top of this file."""
+def movement(fitted: Fitted, decisions: Decisions) -> tuple[Float[Tensor, " p"], float]:
+    """tΔθ that the decisions are predicted to cause, and t; see the top of this file."""
     step = torch.zeros_like(fitted.theta)
     if decisions.labels:
         total = changed_gradient(fitted, decisions.labels)
@@ -139,7 +155,30 @@ def movement(fitted: Fitted, decisions: Decisions) -> Float[Tensor, " p"]:
     if decisions.dropped:
         removed = fitted.removal_step(decisions.dropped)
         step += fitted.task.layout.flatten(removed).to(step)
-    return step
+    return shortened(fitted, step, decisions.labels, decisions.dropped)
+
+
+def shortened(
+    fitted: Fitted, step: Float[Tensor, " p"], labels: Mapping[int, Any], dropped: Sequence[int]
+) -> tuple[Float[Tensor, " p"], float]:
+    """tΔθ and t: halved as long as that lowers the objective of the changed data."""
+    task = fitted.task
+    data = with_labels(task, fitted.train, labels) if labels else fitted.train
+    weights = torch.ones(len(data), dtype=torch.float64, device=step.device)
+    weights[list(dropped)] = 0.0
+
+    def objective(share: float) -> float:
+        theta = fitted.theta + share * step
+        penalty = task.penalty(task.named(theta), task.layout)
+        return float((weights * measured(task, theta, data, Loss())).mean() + penalty)
+
+    share, value = 1.0, objective(1.0)
+    while share > LEAST:
+        half = objective(share / 2)
+        if half >= value:
+            break
+        share, value = share / 2, half
+    return share * step, share
 
 
 @dataclass(frozen=True)
@@ -259,6 +298,7 @@ def repaired(
     decisions: Decisions,
     test: Data,
     bootstrap: Bootstrap,
+    resources: Resources,
     notes: tuple[str, ...] = (),
 ) -> Repaired:
     """Refit with the decisions, and compare with the prediction.
@@ -266,6 +306,7 @@ def repaired(
     Raises:
         SpecError: There is no recipe, or it holds its own labels.
         NotConverged: The recipe failed.
+        StaleStore: The folder keeps the refits of something else.
     """
     recipe, fitted = subject.require_recipe("A repair"), subject.fitted
     task, train = fitted.task, fitted.train
@@ -277,12 +318,16 @@ def repaired(
             "train on suspects.data(decisions) yourself; or only drop rows.",
         )
     here = _values(fitted, classes, fitted.theta, test)
-    moved = _values(fitted, classes, fitted.theta + movement(fitted, decisions), test)
+    step, share = movement(fitted, decisions)
+    moved = _values(fitted, classes, fitted.theta + step, test)
+    if share < 1:
+        notes = (*notes, TOO_LONG.format(share=share))
     weights = torch.ones(len(train), dtype=torch.float64)
-    first = _refitted(subject, recipe, train, weights)
+    kept = Kept.of(resources, lambda: training_identity(recipe, task, train))
+    first = _refitted(kept, recipe, task, train, weights)
     weights[list(decisions.dropped)] = 0.0
     changed = with_labels(task, train, decisions.labels) if decisions.labels else train
-    second = _refitted(subject, recipe, changed, weights)
+    second = _refitted(kept, recipe, task, changed, weights)
     if torch.equal(first, second):
         raise SpecError(
             "A recipe must fit the data that it is given: their labels have changed.",
@@ -330,9 +375,14 @@ def _change(
 
 
 def _refitted(
-    subject: Subject, recipe: Recipe, data: Data, weights: Float[Tensor, " n"]
+    kept: Kept,
+    recipe: Recipe,
+    task: Task,
+    data: Data,
+    weights: Float[Tensor, " n"],
 ) -> Float[Tensor, " p"]:
-    trained = recipe.prepare(subject.fitted.task, data)(weights[None])
+    # One folder serves all decisions: their labels tell the models apart.
+    trained = kept.trainer(recipe.prepare(task, data), task, contents(data))(weights[None])
     if trained.failures:
         raise NotConverged(
             "The corrected data must be ones that the recipe can fit.",

@@ -46,6 +46,7 @@ from upweight.evaluation import bootstrap as intervals
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.methods.similarity import GradientDot
 from upweight.plot import axes
+from upweight.runtime.resources import Resources
 from upweight.scores import Unit
 from upweight.task.data import Data
 from upweight.task.measures import Loss, measured
@@ -226,6 +227,7 @@ def reweight(
     rule: Rule = "exact",
     seed: int = 0,
     bootstrap: Bootstrap = Bootstrap(),
+    resources: Resources | None = None,
 ) -> Weights:
     """Weights of the training rows for a validation set, with the number of steps cross-fitted.
 
@@ -240,20 +242,25 @@ def reweight(
         rule: The direction: "exact" or "lookahead".
         seed: Of the halves of the validation set.
         bootstrap: How intervals are made.
+        resources: With a `folder`, which keeps the refits: a call that was killed goes on. None:
+            those of the fitted method.
 
     Raises:
         SpecError: No recipe, or a number or rule that cannot be meant.
         DataError: Two of the three splits hold the same examples, or there is no validation set.
         NotOffered: The method's scores are no derivatives, which "exact" follows.
         NotConverged: The recipe does not train with equal weights.
+        StaleStore: The folder keeps the refits of something else.
         UpweightError: From the adapter, the method or the recipe.
 
     Cost: 3 · (steps + 1) trainings, and as many fits of the method with one solve each.
 
     Ren et al. (2018), Learning to reweight examples for robust deep learning.
     """
-    refits = Refits(subject_of(asked, train, recipe), "Reweighting")
-    fitted = refits.fitted
+    subject = subject_of(asked, train, recipe)
+    fitted = subject.fitted
+    using = (fitted.resources if resources is None else resources).within("reweight")
+    refits = Refits(subject, "Reweighting", using)
     _require_meant(steps, radius, rule)
     if rule == "exact" and fitted.spec.unit is not Unit.DERIVATIVE:
         raise NotOffered(

@@ -32,7 +32,6 @@ from upweight.applications.held_out import (
     Refits,
     Splits,
     columns,
-    draws,
     held,
     in_points,
     mean_loss_scores,
@@ -50,6 +49,8 @@ from upweight.evaluation import bootstrap as intervals
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.methods.fitted import Fitted
 from upweight.plot import axes
+from upweight.runtime.resources import Resources
+from upweight.runtime.streams import stream
 from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.measures import Loss, measured
@@ -192,6 +193,7 @@ def subset(
     recipe: Recipe | None = None,
     seed: int = 0,
     bootstrap: Bootstrap = Bootstrap(),
+    resources: Resources | None = None,
 ) -> Subset:
     """Choose the rows to keep for a validation set, predict what that does, and fit again.
 
@@ -218,12 +220,15 @@ def subset(
             confirmation, need one.
         seed: Of the halves, of `sigmoid` and of the random rows.
         bootstrap: How intervals are made.
+        resources: With a `folder`, which keeps the refits: a call that was killed goes on. None:
+            those of the fitted method.
 
     Raises:
         SpecError: `keep` or the rule cannot be meant, or there is no recipe where one is needed.
         DataError: Two of the three splits hold the same examples, or there is no validation set.
         NotOffered: The method has no movement of θ to predict with.
         MissingContext: Scores that were read from a file do not know their model.
+        StaleStore: The folder keeps the refits of something else.
         UpweightError: From the adapter, the method or the recipe.
 
     Cost: "drop", "sigmoid": 3 solves and 2 factorizations; "redundant": one `self_influence` and 2
@@ -234,8 +239,10 @@ def subset(
     """
     if isinstance(asked, Scores):
         asked, validation = _of_scores(asked, validation)
-    refits = Refits(subject_of(asked, train, recipe), "A selection of rows")
-    fitted = refits.fitted
+    subject = subject_of(asked, train, recipe)
+    fitted = subject.fitted
+    using = (fitted.resources if resources is None else resources).within("subset")
+    refits = Refits(subject, "A selection of rows", using)
     n = len(fitted.train)
     m = _count(keep, n, rule)
     split = splits(fitted, validation, test, seed)
@@ -339,7 +346,7 @@ class Trial:
     def _drawn(self, phi: Float[Tensor, " n"]) -> Int[Tensor, " m"]:
         spread = phi.square().mean().sqrt()
         scaled = phi / spread if spread > 0 else phi  # all zero: every row alike
-        generator = draws("sigmoid", self.seed)
+        generator = stream("sigmoid", self.seed)
         # Gumbel's maxima draw without replacement as `multinomial` does, for any number of rows.
         noise = -(-torch.rand(len(phi), generator=generator, dtype=phi.dtype).log()).log()
         return (torch.nn.functional.logsigmoid(-scaled) + noise).topk(self.m).indices
@@ -417,7 +424,7 @@ def _confirmed(
 ) -> Subset:
     """The same, with the three models fitted again and measured on the test data."""
     n, m = found.n, len(found.rows)
-    drawn = torch.randperm(n, generator=draws("random rows", seed))[:m]
+    drawn = torch.randperm(n, generator=stream("random rows", seed))[:m]
     plans = {
         "all rows": torch.ones(n, dtype=torch.float64),
         "the kept rows": _only(n, found.rows),

@@ -31,6 +31,7 @@ from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, mean
 from upweight.plot import NEUTRAL, axes
 from upweight.runtime.resources import Resources
+from upweight.runtime.streams import stream
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.retrain import retrain
@@ -232,7 +233,7 @@ class SubsetMemorization(Outcome):
         return None if self._is_flat(a) or self._is_flat(b) else (a, b)
 
     def _split(self, seed: int) -> tuple[Tensor, Tensor]:
-        order = torch.randperm(len(self.inside), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(self.inside), generator=stream("halves of models", seed))
         return order[::2], order[1::2]
 
     @staticmethod

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight.applications.held_out import MEAN_LOSS, draws, held, signed, splits
+from upweight.applications.held_out import MEAN_LOSS, held, signed, splits
 from upweight.applications.outcome import Outcome
 from upweight.applications.subject import subject_of
 from upweight.errors import DataError, SpecError
@@ -29,7 +29,10 @@ from upweight.methods.baselines import BM25
 from upweight.methods.method import Method
 from upweight.methods.neighbours import FeatureSimilarity
 from upweight.plot import axes
+from upweight.runtime.resources import Resources
+from upweight.runtime.streams import stream
 from upweight.task.recipe import Recipe
+from upweight.training.kept import kept_trainer
 from upweight.training.subset_models import reseeded_from
 
 if TYPE_CHECKING:
@@ -157,6 +160,7 @@ def for_target(
     seeds: int = 3,
     seed: int = 0,
     bootstrap: Bootstrap = Bootstrap(),
+    resources: Resources | None = None,
 ) -> Target:
     """The share of the training data that lowers the loss of a validation set most, tried.
 
@@ -173,11 +177,14 @@ def for_target(
             each. 1 for a recipe without a seed.
         seed: Of the random examples.
         bootstrap: How intervals are made.
+        resources: With a `folder`, which keeps the models: a call that was killed goes on. None:
+            those of the fitted method.
 
     Raises:
         SpecError: The share or the seeds cannot be meant, or there is no recipe where one is
             needed.
         DataError: Two of the three splits hold the same examples.
+        StaleStore: The folder keeps the models of something else.
         UpweightError: From the method or the recipe.
 
     Cost: one solve and a pass over the training data, or a scan; with a test set (3 + methods) ×
@@ -189,6 +196,7 @@ def for_target(
     fitted = asked.fitted if isinstance(asked, Index) else asked
     subject = subject_of(fitted, None, recipe)
     fitted, n = subject.fitted, len(subject.fitted.train)
+    using = (fitted.resources if resources is None else resources).within("target")
     if isinstance(asked, Index) and len(asked) != n:
         raise SpecError(
             "What is chosen is chosen from the training data.",
@@ -219,7 +227,7 @@ def for_target(
     if len(runs) < seeds:
         notes.append("the recipe has no seed: each choice is trained once")
     choices: dict[str, list[Tensor]] = {CHOSEN: [rows] * len(runs)}
-    order = draws("random for a target", seed)
+    order = stream("random for a target", seed)
     choices[RANDOM] = [torch.randperm(n, generator=order)[:m].sort().values for _ in runs]
     defaults: Mapping[str, Method] = {"BM25": BM25(), "embedding": FeatureSimilarity()}
     for name, method in (defaults if against is None else against).items():
@@ -236,7 +244,8 @@ def for_target(
     losses: dict[str, list[Tensor]] = {name: [] for name in choices}
     for k, run in enumerate(runs):
         plan = torch.stack([_weights(n, chosen[k]) for chosen in choices.values()])
-        trainer = run.prepare(fitted.task, fitted.train)
+        # A folder for each seed: a folder is of one recipe.
+        trainer = kept_trainer(run, fitted.task, fitted.train, using.within(f"seed {k}"))
         for start in range(0, len(plan), max(1, trainer.at_once)):
             part = slice(start, start + max(1, trainer.at_once))
             trained = trainer(plan[part])

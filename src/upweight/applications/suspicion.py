@@ -1,0 +1,143 @@
+"""How suspicious is each label? By the outputs of the model that never saw the row.
+
+With ℓ(f, c) the loss of label c, and f₋ᵢ the outputs of the model that never saw row i,
+
+    mᵢ = ℓ(f₋ᵢ(xᵢ), yᵢ) − min_{c≠yᵢ} ℓ(f₋ᵢ(xᵢ), c)         > 0: it favours another label
+
+is taken again and again. f₋ᵢ is `Fitted.loo_outputs` at first. Wrong labels stand together, and a
+model that has learned many of them confirms each: so all rows U with mᵢ > 0 are then left out at
+once, by one Newton step Δθ_U, and the outputs of the model without all of them,
+
+    f̃(xᵢ) = f(xᵢ; θ̂ + Δθ_U)                      for i in U
+    f̃(xᵢ) = f(xᵢ; θ̂ + Δθ_U) + (f₋ᵢ − f)(xᵢ)      for the others,
+
+give mᵢ and U anew, three times at most; the last are the suspicion mᵢ and the proposed label
+argmin_c ℓ(f̃(xᵢ), c).
+
+A curvature by layer of a network gives steps that are too long, by more the earlier its training
+stopped. Where Δθ_U does not lower the loss of the rows that stay, outputs without a row are not
+believed either. With U the rows whose own label the model denies although it was trained on them,
+t of 1, ½, …, ¹⁄₁₆ or 0 what lowers the loss of the others most, and hᵢ the leverage, rows are then
+judged by the margin of the moved model, of which a share hᵢ is a row's own doing:
+
+    mᵢ = m(f(xᵢ; θ̂ + tΔθ_U)) · (1 where it is > 0, else 1 − hᵢ)
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from upweight.applications.labels import Classes, outputs_at
+from upweight.applications.subject import curvature_left_out
+from upweight.errors import NonFinite
+from upweight.methods.fitted import Fitted
+
+SHORTER = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
+"""Shares of a step that are tried where steps are too long."""
+
+ROUNDS = 3
+"""How often the rows whose labels the model does not favour are left out anew, at most."""
+
+
+def suspicions(
+    fitted: Fitted,
+    classes: Classes,
+    outputs: Float[Tensor, "n *o"],
+    labels: Int[Tensor, " n"],
+) -> tuple[Float[Tensor, "n c"], Float[Tensor, " n"], tuple[str, ...]]:
+    """ℓ of every label without the row, mᵢ, and notes; see the top of this file.
+
+    Args:
+        fitted: A method that moves θ.
+        classes: The labels that there are.
+        outputs: f(xᵢ) of the model as it is.
+        labels: The class of every row.
+
+    Raises:
+        NonFinite: Without a row the minimum is not determined.
+    """
+    given = own_losses(labels, classes.losses(outputs))
+    alone = fitted.loo_outputs(curvature_left_out(fitted))
+    n, left_out = len(labels), -1
+    losses = classes.losses(alone)
+    for _ in range(ROUNDS):
+        against = _margins(losses, labels) > 0
+        rows = against.nonzero()[:, 0].tolist()
+        if not rows or len(rows) == left_out:
+            break
+        why = (
+            f"the model favours another label for {len(rows)} of {n} rows, too many to leave out "
+            "together"
+        )
+        if len(rows) > n // 2:
+            return _by_shares(fitted, classes, outputs, labels, given, why)
+        left_out = len(rows)
+        try:
+            # Not `removal_step`: where the step falls short it orders rows all the same.
+            step = fitted.scorer.step(rows)
+        except NonFinite:
+            why = (
+                f"without the {len(rows)} rows whose label the model does not favour, θ is not "
+                "determined"
+            )
+            return _by_shares(fitted, classes, outputs, labels, given, why)
+        moved, _ = outputs_at(fitted.task, fitted.theta + step.to(fitted.theta), fitted.train)
+        stay = own_losses(labels, classes.losses(moved))[~against].mean()
+        if not bool(stay < given[~against].mean()):
+            why = (
+                f"a step without the {len(rows)} rows whose label the model does not favour does "
+                "not lower the loss of the others, so that predicted sizes may be too large"
+            )
+            return _by_shares(fitted, classes, outputs, labels, given, why)
+        own = torch.where(against.reshape(-1, *[1] * (alone.ndim - 1)), 0.0, alone - outputs)
+        losses = classes.losses(moved + own)
+    return losses, _margins(losses, labels), ()
+
+
+def _by_shares(
+    fitted: Fitted,
+    classes: Classes,
+    outputs: Float[Tensor, "n *o"],
+    labels: Int[Tensor, " n"],
+    given: Float[Tensor, " n"],
+    why: str,
+) -> tuple[Float[Tensor, "n c"], Float[Tensor, " n"], tuple[str, ...]]:
+    """The same where steps are too long: by the model's own margins, and a note of why."""
+    losses, taken = classes.losses(outputs), 0.0
+    against = _margins(losses, labels) > 0
+    rows = against.nonzero()[:, 0].tolist()
+    if 0 < len(rows) <= len(labels) // 2:
+        try:
+            step = fitted.scorer.step(rows).to(fitted.theta)
+        except NonFinite:
+            step = torch.zeros_like(fitted.theta)
+        least = given[~against].mean()
+        for share in SHORTER:
+            moved, _ = outputs_at(fitted.task, fitted.theta + share * step, fitted.train)
+            there = classes.losses(moved)
+            stay = own_losses(labels, there)[~against].mean()
+            if bool(stay < least):
+                least, losses, taken = stay, there, share
+    margins = _margins(losses, labels)
+    h = fitted.leverage("others")  # below 1 whatever the curvature by layer is
+    inside = (h >= 0) & (h < 1)
+    left = torch.where(inside & (margins <= 0), 1 - h, 1.0)
+    note = (
+        f"{why}: rows are ranked by the margin of the model itself"
+        f"{f', moved {taken:g} of a step without {len(rows)} rows' * (taken > 0)}, less the share "
+        "that is their own doing"
+    )
+    if not bool(inside.all()):
+        note += f", but for {int((~inside).sum())} rows whose leverage is not between 0 and 1"
+    return losses, margins * left, (note,)
+
+
+def own_losses(labels: Int[Tensor, " n"], losses: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
+    """ℓ of the label that each row has."""
+    return losses.gather(1, labels[:, None])[:, 0]
+
+
+def _margins(losses: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """ℓ of the label less the least of the others."""
+    others = losses.scatter(1, labels[:, None], torch.inf)
+    return own_losses(labels, losses) - others.min(dim=1).values
