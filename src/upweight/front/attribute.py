@@ -55,6 +55,8 @@ class Asked:
     resources: Resources
     notes: tuple[str, ...] = ()
     is_given: bool = False
+    said: tuple[str, ...] = ()
+    """Of the model and the data, for who reads along; it is in their notes already."""
 
     @property
     def history(self) -> Any:
@@ -103,7 +105,9 @@ def asked(
     task, data = found.task, found.train
     measure = LOSS if measure is None else measure
     chosen = (
-        None if isinstance(measure, Functional) and queries is None else queries_of(task, queries)
+        None
+        if isinstance(measure, Functional) and queries is None
+        else queries_of(task, queries, data)
     )
     resources = Resources() if resources is None else resources
     if recipe is None:
@@ -124,10 +128,21 @@ def asked(
         with torch.no_grad():
             said = reduction_note(found.loss, *task.call(task.held_theta(), batch))
     notes = (said,) if said else ()
+    more = () if chosen is None else (*chosen.notes, *_turned_round(len(data), len(chosen)))
     return Asked(
         found, chosen, measure, facts, choice, recipe, trajectory, resources, notes,
-        method is not None,
+        method is not None, tuple(dict.fromkeys((*found.said, *more))),
     )  # fmt: skip
+
+
+def _turned_round(n: int, q: int) -> tuple[str, ...]:
+    """A hint where there are more queries than training examples."""
+    if q <= n:
+        return ()
+    return (
+        f"more queries ({q:,}) than training examples ({n:,}). If they were given the wrong way "
+        "round: it is attribute(model, train, queries)",
+    )
 
 
 def _kept(facts: Facts, task: Task, data: Data, recipe: Any, resources: Resources) -> Choice:
@@ -237,6 +252,8 @@ def attribute(
         model, train, queries, loss, penalty=penalty, measure=measure, recipe=recipe,
         trajectory=trajectory, budget=budget, method=method, resources=resources,
     )  # fmt: skip
+    for line in question.said:
+        print(f"upweight: {line}", file=sys.stderr)
     while True:
         if not question.is_given:
             print(f"upweight: {question.choice}", file=sys.stderr)
