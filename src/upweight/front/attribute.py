@@ -10,6 +10,7 @@ import torch
 from upweight.errors import NotConverged, NotPositiveDefinite, SpecError, UpweightError
 from upweight.evaluation.check import seconds_of
 from upweight.front.answer import Attribution
+from upweight.front.arguments import explained
 from upweight.front.choice import PATIENCE, Choice, Facts, choose, named
 from upweight.front.facts import facts_of
 from upweight.front.kept import kept_choice
@@ -193,6 +194,26 @@ def _by_refits(
     )  # fmt: skip
 
 
+KNOWN = {
+    "history": "trajectory=history, of upweight.record or Training.trajectory; or recipe=training",
+    "damping": "method=upweight.Influence(upweight.EKFAC(), damping=0.1)",
+    "curvature": "method=upweight.Influence(upweight.EKFAC(), damping=0.1)",
+    "solver": "method=upweight.Influence(upweight.GGN(), upweight.solvers.CG(), damping=0.1)",
+    "k": "into=upweight.Top(10)",
+    "top": "into=upweight.Top(10)",
+    "folder": "resources=upweight.Resources(folder=…)",
+    "weight_decay": "penalty=upweight.L2(weight_decay)",
+    "criterion": "loss=criterion",
+    "loss_fn": "loss=loss_fn",
+    "test": "queries=test",
+    "dataset": "train=dataset",
+    "metric": "measure=metric",
+    "device": "model.to(device), where it is asked then,",
+}
+"""What other names of arguments are called here."""
+
+
+@explained(KNOWN)
 def attribute(
     model: Any,
     train: Any,
