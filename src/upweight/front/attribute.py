@@ -59,11 +59,16 @@ class Asked:
     said: tuple[str, ...] = ()
     """Of the model and the data, for who reads along; it is in their notes already."""
 
+    refit: Any = None
+    """What is fitted again in place of the recipe: the same estimator with fewer trees."""
+
     @property
     def history(self) -> Any:
         """What the method is fitted with: a trajectory is of one model, a recipe of any."""
         if not self.choice.method.takes_history:
             return None
+        if self.refit is not None:
+            return self.refit
         is_of_many = isinstance(self.choice.method, Stacked) and self.recipe is not None
         return self.recipe if is_of_many or self.trajectory is None else self.trajectory
 
@@ -183,14 +188,16 @@ def _by_refits(
     made = Opened(found.task, found.train, None)
     measure = LOSS if measure is None else measure
     used = Resources() if resources is None else resources
+    refit = found.recipe
     if method is None:
-        choice, facts, notes = refit_choice(found, budget, used)
+        choice, facts, notes, refit = refit_choice(found, budget, used)
     else:
         choice, notes = Choice(type(method).__name__, method, "it was given"), ()
         facts = Facts(found.task.layout.size, 1, len(found.train), len(found.queries), False, False)
     used = of_queries(used, found.recipe.rows)
     return Asked(
-        made, found.queries, measure, facts, choice, found.recipe, None, used, notes, True
+        made, found.queries, measure, facts, choice, found.recipe, None, used, notes, True,
+        refit=refit,
     )  # fmt: skip
 
 
