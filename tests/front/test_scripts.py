@@ -200,6 +200,10 @@ def test_a_loss_that_returns_the_mean_or_sum_of_its_batch(capsys):
         with pytest.raises(ScalarLoss, match=r"(2|40) examples") as caught:
             ask(MODEL, TRAIN, QUERIES, loss)
     assert "nn.CrossEntropyLoss(weight=w)" in str(caught.value)
+    # One that is cross-entropy by another name is told so.
+    named = ask(MODEL, TRAIN, QUERIES, lambda f, y: nn.functional.cross_entropy(f, y))
+    assert "those of torch.nn.CrossEntropyLoss(): pass that" in capsys.readouterr().err
+    assert_close(named.values, EXPECTED, rtol=1e-9, atol=1e-12)
     # The way out, and a function of PyTorch's is the loss that it is.
     one = ask(MODEL, TRAIN, QUERIES, nn.CrossEntropyLoss(weight=weight)).values
     functional = nn.functional.cross_entropy

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from upweight.errors import ScalarLoss, UpweightError
 from upweight.task.data import Data
-from upweight.task.losses import CustomLoss, Loss
+from upweight.task.losses import Bernoulli, CrossEntropy, CustomLoss, Loss, same_losses
 from upweight.task.probe import evenly_spaced
 from upweight.task.task import Task
 
@@ -28,6 +28,9 @@ COMPARED = 256
 
 PAIRS = 64
 """Batches of two examples on which the same is asked: of one batch it may be true by chance."""
+
+NAMES = {CrossEntropy: "torch.nn.CrossEntropyLoss()", Bernoulli: "torch.nn.BCEWithLogitsLoss()"}
+"""Of losses that such a function often is."""
 
 ROUNDING = 100
 """Roundings of the dtype that the two may differ by, relative to their size."""
@@ -112,6 +115,12 @@ def by_example(task: Task, data: Data) -> tuple[Loss, str]:
         f"the loss returns one number for a batch, which is the {how} over its examples (seen on "
         f"{len(alone)}): ℓᵢ is what it returns for example i alone"
     )
+    same = same_losses(found, outputs, targets)
+    if type(same) in NAMES:
+        note += (
+            f"; its values are those of {NAMES[type(same)]}: pass that, and more is known of the "
+            "model than its gradients"
+        )
     if how == "sum":
         note += (
             "; J here is the mean over the n examples, yours their sum: a weight decay λ beside "
