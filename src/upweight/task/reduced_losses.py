@@ -116,7 +116,7 @@ def by_example(task: Task, data: Data) -> tuple[Loss, str]:
         f"{len(alone)}): ℓᵢ is what it returns for example i alone"
     )
     same = same_losses(found, outputs, targets)
-    if type(same) in NAMES:
+    if same is not None and type(same) in NAMES:
         note += (
             f"; its values are those of {NAMES[type(same)]}: pass that, and more is known of the "
             "model than its gradients"
