@@ -143,7 +143,8 @@ def test_groups_have_no_removals_of_examples():
 
 
 def test_scores_introduce_themselves_in_five_lines_and_effects_in_three():
-    facts = (Fact("Solver", "bad", 1.0, "m", 2.0), Fact("Damping", "0"), Fact("Fine", "", 1, "", 0))
+    past = Fact("Solver", "bad", 1.0, "m", 2.0, "it stopped early")
+    facts = (past, Fact("Damping", "0"), Fact("Fine", "", 1, "", 0))
     made = dataclasses.replace(SOURCE, facts=facts, notes=("a",), measure="<m>")
     for shown, unit, more in (
         (Scores(VALUES, Unit.DERIVATIVE, made), "2 queries × 5 training examples, ∂m/∂w", 2),
@@ -151,12 +152,12 @@ def test_scores_introduce_themselves_in_five_lines_and_effects_in_three():
     ):
         first, second, third, *others = repr(shown).splitlines()
         assert unit in first and "<m>" in first and second == "  method: Influence()"
-        assert third.split() == "health: past its limit: solver; 1 in provenance.notes".split()
+        assert third.split() == "health: it stopped early; 1 note in provenance.notes".split()
         assert len(others) == more
         table = shown._repr_html_()
         assert table.count("<th") >= 2 + more and "&lt;m&gt;" in table and "<m>" not in table
         assert "<script" not in table and ("raises the measurement" in table) == bool(more)
-    assert "health: not told" in repr(scores())
+    assert "health: the method checks nothing of itself" in repr(scores())
 
 
 def test_scores_name_their_strongest_pair():

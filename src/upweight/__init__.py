@@ -17,6 +17,10 @@ if TYPE_CHECKING:  # who checks types reads the names themselves
 else:
 
     def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return importlib.import_module("upweight.runtime.versions").library_versions()[
+                "upweight"
+            ]
         if name == "__all__" or not name.startswith("_"):
             public = importlib.import_module("upweight._public")
             globals().update({each: getattr(public, each) for each in ["__all__", *public.__all__]})

@@ -5,9 +5,16 @@ new method has to say is shown without editing either.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from upweight.notation import readable
+
+WITHIN = "its own checks are within their limits"
+"""Of a computation."""
+
+UNKNOWN = "the method checks nothing of itself"
+"""Of one that states no facts."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,8 @@ class Fact:
         meaning: Why it matters, a clause without capital and full stop.
         number: What is held against the limit. None: not known, as where it came out as NaN; that
             is past every limit.
+        past: What it is where past its limit, in plain words and with the field's term; empty: its
+            name.
     """
 
     name: str
@@ -28,6 +37,7 @@ class Fact:
     limit: float | None = None
     meaning: str = ""
     number: float | None = None
+    past: str = ""
 
     def __post_init__(self) -> None:
         if self.number is not None and not math.isfinite(self.number):
@@ -41,6 +51,11 @@ class Fact:
         )
 
     @property
+    def warning(self) -> str:
+        """That it is past its limit, in a clause."""
+        return self.past or f"past its limit: {self.name.lower()}"
+
+    @property
     def told(self) -> str:
         """Its meaning, and its limit where there is one."""
         limit = "" if self.limit is None else f"marked past {readable(self.limit, 1)}"
@@ -48,3 +63,9 @@ class Fact:
 
     def __str__(self) -> str:
         return f"{self.name.lower()}: {self.value}" + (f" ({self.told})" if self.told else "")
+
+
+def in_a_line(facts: Sequence[Fact]) -> str:
+    """What a computation says of itself, in a line."""
+    warned = [fact.warning for fact in facts if fact.concern]
+    return "; ".join(warned) or (WITHIN if facts else UNKNOWN)

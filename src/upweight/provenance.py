@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from upweight._html import card
 from upweight.errors import MissingContext
-from upweight.facts import Fact
-from upweight.notation import in_short
+from upweight.facts import Fact, in_a_line
+from upweight.notation import count, in_short
 from upweight.task.data import Data
 from upweight.task.measures import Functional
 from upweight.task.rows import Rows, class_names, labels_in
@@ -125,13 +125,10 @@ class Answered:
     def _about(self) -> dict[str, str]:
         """Its shape, unit, measure and method, and its health."""
         made, (shape, unit) = self.provenance, self._shape_and_unit()
-        past = [fact.name.lower() for fact in made.facts if fact.concern]
-        health = f"past its limit: {', '.join(past)}" if past else "nothing past its limit"
-        notes = f"; {len(made.notes)} in provenance.notes" if made.notes else ""
-        told = (health if made.facts else "not told") + notes
+        notes = f"; {count(len(made.notes), 'note')} in provenance.notes" if made.notes else ""
         return {
             "shape": shape, "unit": unit, "measure": made.measure, "method": self._method(),
-            "health": told,
+            "health": in_a_line(made.facts) + notes,
         }  # fmt: skip
 
     def _method(self) -> str:

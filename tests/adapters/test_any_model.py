@@ -453,3 +453,25 @@ def test_training_without_a_seed_is_not_repeated():
     scores = fitted.attribute((X[:2], X[:2]))
     assert scores.provenance.health["trainings"] == 7
     assert scores.error is None  # of equal trainings there is none
+
+
+def test_a_forest_too_slow_for_halves_is_asked_by_fewer_of_its_trees(monkeypatch, capsys):
+    """The same halves as of a forest of that many trees; the check has the whole one."""
+    from upweight.adapters.sklearn_outputs import EstimatorRefit, Outputs
+
+    X, y = load_iris(return_X_y=True)
+    X, y = X[::3], y[::3]
+    model = RandomForestClassifier(20, random_state=0).fit(X, y)
+    monkeypatch.setattr(Outputs, "tried", lambda self: (1.0, 0.1, 0.0))  # as on a slow machine
+    monkeypatch.setattr(EstimatorRefit, "timed", lambda self: 0.025)
+    scores = uw.attribute(model, (X, y), (X[:4], y[:4]), budget="1 s")
+    line = capsys.readouterr().err
+    assert "each by 1 of its 20 trees" in line and "with all trees budget='2 min'" in line
+    assert any("expectation is the same" in note for note in scores.provenance.notes)
+    halves = scores.provenance.health["trainings"]
+    assert halves == 40 and scores.error is not None and scores.recipe.trees == 20
+    small = RandomForestClassifier(1, random_state=0).fit(X, y)
+    again = uw.attribute(small, (X, y), (X[:4], y[:4]), method=uw.SubsampledInfluence(halves))
+    torch.testing.assert_close(again.values, scores.values, rtol=0, atol=0)
+    with pytest.raises(SpecError, match="must allow 30 refits"):
+        uw.attribute(model, (X, y), (X[:4], y[:4]), budget=1e-3)

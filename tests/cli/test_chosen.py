@@ -101,7 +101,7 @@ def test_a_recipe_beside_the_task_says_the_damping_of_its_training(folder):
     assert {each["task"] for each in found["fidelity"]} >= {"spam-mlp", "digits-cnn"}
     assert not (folder / "run").exists()
     shown = call("plan", "project.py", "--method", "Influence(EKFAC(), damping=Relative(0.1))")
-    assert "brown-gpt (p = 43,904): LDS 0.49" in shown.stdout
+    assert "brown-gpt (p = 43,904): rank correlation (LDS) 0.49" in shown.stdout
     given, _ = answer("plan", "project.py", "--method", "GradientDot()")
     assert given["fidelity"] == []
 

@@ -148,7 +148,7 @@ def test_summary_and_text():
     assert summary["intervals"]["ceiling"] == [found.ceiling.low, found.ceiling.high]
     score = found.spearman
     text = str(found)
-    assert f"LDS {score.value:.3f} [{score.low:.3f}, {score.high:.3f}]" in text
+    assert f"(LDS) {score.value:.3f} [{score.low:.3f}, {score.high:.3f}]" in text
     assert f"over 30 subsets × 2 queries (ceiling {found.ceiling.value:.2f})" in text
     assert "split halves of 4 seeds" in text
     assert "only 2 queries" in text

@@ -298,8 +298,8 @@ def test_scikit_learn_and_statsmodels():
             "single queries",
         ),
         (
-            lambda: uw.attribute(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double().train(),
-                                 TRAIN, QUERIES, SMOOTH),
+            lambda: uw.attribute(uw.Task(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double(),
+                                         SMOOTH), TRAIN, QUERIES),
             RuntimeError,
             r"model\.eval\(\)",
         ),

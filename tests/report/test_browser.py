@@ -549,3 +549,20 @@ def test_the_spectrum_draws_without_a_complaint(layerwise, opened):
     page = opened(layerwise.path, "#trust")
     # Each in the legend; the second block has no positive eigenvalue to place.
     assert [page.locator(f"svg .{mark}").count() for mark in ("mean", "lambda")] == [2, 3]
+
+
+def test_a_standard_error_stands_beside_its_score(run, opened):
+    error = torch.full_like(run.scores.values, 1e-6)
+    error[0, 4] = 10.0
+    run.scores = replace(run.scores, error=error)
+    run.write()
+    page = opened(run.path)
+    cards = page.locator("#page-queries .card:visible")
+    told = cards.locator("dl").all_inner_texts()
+    assert told and all("standard error" in each for each in told)
+    chance = cards.filter(has_text="May be chance")
+    assert chance.count() == 1 and chance.get_attribute("data-example") == "4"
+    assert numbers(chance.locator("dl").inner_text().split("standard error")[1])[0] in (
+        pytest.approx(10.0),
+        pytest.approx(100 * 10 / abs(float(run.scores.values[0, 4])), rel=0.01),
+    )

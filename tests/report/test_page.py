@@ -51,7 +51,7 @@ def test_the_page_has_its_parts_in_order(run, make_check):
         "<b>What a score is.</b> A score says how the loss of a query changes",
         "1.010<small>[1.000, 1.020]",
         "S[q, i] = ∂loss/∂wᵢ",
-        "Row-sum excess",
+        "Sum of scores (row-sum excess)",
         "How this was made",
         "upweight demo --out here",
         "Influence(curvature=Hessian()",

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from upweight.methods.facts import COMPRESSION, SUM
 from upweight.report import Display, summary
 from upweight.report.evidence import evidence_of
 from upweight.report.plain import plainly
@@ -41,7 +42,7 @@ def test_a_sound_run_that_was_checked_has_no_concern(run, make_check):
     [
         ("At a minimum", {"decrement": 1e-3}),
         ("At a minimum", {"decrement": math.nan}),
-        ("Row-sum excess", {"row_sum_excess_relative": 0.05}),
+        (SUM, {"row_sum_excess_relative": 0.05}),
         ("Solver", {"largest_residual": 0.01}),
         ("Solver", {"largest_residual": math.nan}),
     ],
@@ -143,7 +144,7 @@ def test_damping_by_block_is_a_range_and_a_share_of_eigenvalues(layerwise):
 def test_a_contraction_past_its_tolerance_is_marked(layerwise, make_provenance, error, concern):
     health = {**layerwise.scores.provenance.health, "contraction_error": error}
     scores = replace(layerwise.scores, provenance=make_provenance(health=health))
-    fact = by_name(scores)["Contraction"]
+    fact = by_name(scores)[COMPRESSION]
     assert fact.concern == concern
     assert "worst 0.0200" in fact.told
 
@@ -151,7 +152,7 @@ def test_a_contraction_past_its_tolerance_is_marked(layerwise, make_provenance, 
 def test_an_exact_contraction_says_so(layerwise, make_provenance):
     health = {**layerwise.scores.provenance.health, "contraction_error": 0.0, "tolerance": 0.0}
     made = make_provenance(health=health)
-    assert by_name(replace(layerwise.scores, provenance=made))["Contraction"].value == "exact"
+    assert by_name(replace(layerwise.scores, provenance=made))[COMPRESSION].value == "exact"
 
 
 def test_passes_are_part_of_the_fit_and_not_counted_twice(run, make_provenance):

@@ -168,7 +168,9 @@ def test_every_form_gives_the_same_scores():
 
 def test_a_shuffled_loader_is_used_in_order_and_says_so():
     loader = DataLoader(TensorDataset(X, Y), batch_size=2, shuffle=True)
-    with pytest.warns(UserWarning, match="RandomSampler was left out: example i is dataset"):
+    with pytest.warns(
+        UserWarning, match=r"shuffling \(RandomSampler\) was left out: example i is dataset"
+    ):
         data = as_data(loader)
     assert torch.equal(data.batch(0, N)[0], X)
     assert len(data.notes) == 1
@@ -179,7 +181,7 @@ def test_the_note_is_kept_in_provenance():
     loader = DataLoader(TensorDataset(*p.train), batch_size=4, shuffle=True)
     with pytest.warns(UserWarning, match="left out"):
         scores = uw.Influence().fit(p.task, loader).attribute(p.queries)
-    assert any("RandomSampler was left out" in note for note in scores.provenance.notes)
+    assert any("(RandomSampler) was left out" in note for note in scores.provenance.notes)
 
 
 def test_drop_last_is_said():

@@ -186,7 +186,7 @@ def test_a_parameter_that_forward_does_not_use():
 
 def test_a_reduced_loss():
     with pytest.raises(ScalarLoss, match=r"shape \(\)"):
-        fit(nn.Linear(3, 2), nn.functional.cross_entropy)
+        fit(nn.Linear(3, 2), lambda f, y: nn.functional.cross_entropy(f, y))
     with pytest.raises(ScalarLoss, match=r"shape \(8, 2\)"):
         fit(nn.Linear(3, 2), lambda f, y: f)
 

@@ -23,6 +23,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sklearn.base import clone, is_classifier
+from sklearn.ensemble import (
+    ExtraTreesClassifier,
+    ExtraTreesRegressor,
+    RandomForestClassifier,
+    RandomForestRegressor,
+)
 from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted, has_fit_parameter
@@ -90,6 +96,14 @@ MEANS: dict[type, str] = {
     NegativeMargin: "the decision value of the other classes less that of the label",
     SquaredError: "half the squared error",
 }
+
+
+MEANS_OF_TREES = (
+    RandomForestClassifier,
+    RandomForestRegressor,
+    ExtraTreesClassifier,
+    ExtraTreesRegressor,
+)
 
 
 class OutputTable(nn.Module):
@@ -173,6 +187,27 @@ class EstimatorRefit:
     def some(self, places: Any) -> Any:
         """Some of the training rows."""
         return _rows(self.X, places)
+
+    @property
+    def trees(self) -> int:
+        """Of a forest, whose outputs are means over its trees; 0: it is none."""
+        final = final_step(self.estimator)
+        return int(final.n_estimators) if isinstance(final, MEANS_OF_TREES) else 0
+
+    def with_trees(self, count: int) -> "EstimatorRefit":
+        """The same with another number of trees.
+
+        A mean over trees that are drawn alike has the same expectation, whatever their number.
+        """
+        estimator = copy.deepcopy(self.estimator)
+        final_step(estimator).set_params(n_estimators=count)
+        return replace(self, estimator=estimator)
+
+    def timed(self) -> float:
+        """Seconds of one fit, and of its outputs."""
+        started = time.perf_counter()
+        self.table(self.fitted())
+        return time.perf_counter() - started
 
     def fitted(self, weights: Any = None) -> Any:
         """The estimator, fitted again with weights of the training rows."""

@@ -30,7 +30,7 @@ from upweight.errors import DataError, UnsupportedModel
 from upweight.runtime.fingerprint import digest
 from upweight.task.data import Data
 from upweight.task.identity import described
-from upweight.task.rows import Rows
+from upweight.task.rows import Rows, row_name
 
 UNLABELED = "queries without labels: the class that the estimator predicts stands for each"
 
@@ -42,7 +42,8 @@ def translated(
     Z, labels = features(estimator, X), y
     notes: tuple[str, ...] = ()
     if y is None:
-        y, notes = _predicted(final_step(estimator), Z), (UNLABELED,)
+        rows = rows_of(estimator, X)
+        y, notes = _predicted(estimator, X, Z, rows), (UNLABELED,)
     else:
         require_same_index(X, y, "X", "y")
     targets = encoded(estimator, objective or objective_of(estimator), y)
@@ -214,9 +215,13 @@ def _parts(given: Any) -> tuple[Any, Any]:
     )
 
 
-def _predicted(final: Any, Z: Tensor) -> Any:
-    """The class of each row, by the estimator. A regression's loss at its own has no gradient."""
-    if not is_classifier(final):
+def _predicted(estimator: Any, X: Any, Z: Tensor, rows: Rows | None) -> Any:
+    """The class of each row, by the estimator. A regression's loss at its own has no gradient.
+
+    Raises:
+        DataError: A regression, or rows that are not finite.
+    """
+    if not is_classifier(final := final_step(estimator)):
         raise DataError(
             f"The loss of {type(final).__name__} needs the target of each query.",
             "X without y.",
@@ -224,4 +229,13 @@ def _predicted(final: Any, Z: Tensor) -> Any:
             "to ask about the predictions themselves, give any y, such as zeros, and "
             "measure=upweight.Logit(0), which does not look at it.",
         )
-    return final.predict(Z.numpy())
+    bad = (~Z.isfinite()).any(dim=1).nonzero()[:, 0]
+    if len(bad):
+        raise DataError(
+            "Every query must be finite where the estimator sees it.",
+            f"{len(bad)} of {len(Z)} rows with NaN or infinity, first "
+            f"{row_name(rows, int(bad[0]))}.",
+            "missing values in the data.",
+            "impute them as in training, or leave these rows out: X.dropna().",
+        )
+    return estimator.predict(X)

@@ -16,7 +16,7 @@ from upweight.errors import DataError, ShapeError, message
 from upweight.runtime.fingerprint import digest
 from upweight.task.likelihoods import Likelihood
 from upweight.task.losses import Bernoulli
-from upweight.task.rows import Rows
+from upweight.task.rows import Rows, row_name
 
 NAMELESS = "exog came without names: its columns were taken in the order of the fit"
 
@@ -178,10 +178,17 @@ def _by_formula(results: Any, frame: Any) -> Any:
             "a column missing or renamed, or a category that the fit did not see.",
             f"pass those columns, or exog with the columns {', '.join(names)}.",
         ) from error
-    if len(exog) != len(frame) or not np.isfinite(np.asarray(exog, dtype=np.float64)).all():
+    values = np.asarray(exog, dtype=np.float64)
+    if len(values) != len(frame) or not np.isfinite(values).all():
+        # A frame of exog keeps the index of the rows that it has.
+        kept = set(getattr(exog, "index", ()))
+        lost = [i for i, label in enumerate(frame.index) if label not in kept]
+        if len(values) == len(frame):
+            lost = np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist()
+        first = f", first {row_name(Rows.of(frame), lost[0])}" if lost else ""
         raise DataError(
             "Every query must have all that the formula reads.",
-            f"{len(frame)} rows, some of them with missing or infinite values.",
+            f"{len(frame)} rows, some of them with missing or infinite values{first}.",
             "missing values, which a fit leaves out.",
             "pass frame.dropna().",
         )

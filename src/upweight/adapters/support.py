@@ -109,8 +109,9 @@ class AdapterReader(abc.ABC):
                 "The training data of a translated model are those that it was fitted on.",
                 f"{len(found)} examples that are not the {len(self.train)} it was translated "
                 "with, in their order.",
-                "another split, or rows in another order.",
-                "pass the `train` that was returned with the task.",
+                "another split, rows in another order, or train and queries the wrong way round.",
+                "attribute(model, train, queries), with train as it was given to fit (of "
+                "statsmodels None); of a task the `train` that was returned with it.",
             )
         return self.train
 

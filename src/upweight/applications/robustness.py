@@ -37,8 +37,8 @@ __all__ = ["Fragility", "Lead", "Robustness", "RobustnessTable", "amip", "fragil
 def amip(
     asked: Any,
     coefficient: str | int | None = None,
-    *,
     target: Target | Functional = "sign",
+    *,
     search: Literal["adaptive", "one-shot"] = "adaptive",
     value: float = 0.0,
     level: float = 0.95,

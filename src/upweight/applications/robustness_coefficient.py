@@ -28,8 +28,8 @@ QUESTIONS: tuple[Target, ...] = ("sign", "significance", "both")
 def fragile(
     results: Any,
     coefficient: str | int,
+    targets: Target | Sequence[Target] = QUESTIONS,
     *,
-    targets: Sequence[Target] = QUESTIONS,
     level: float = 0.95,
     groups: Any = None,
     most: int | None = None,
@@ -42,7 +42,7 @@ def fragile(
     Args:
         results: statsmodels results.
         coefficient: Its name or place.
-        targets: Which questions; see `amip`.
+        targets: One question or several; see `amip`.
         level: Of the confidence interval.
         groups: Labels of what leaves together, or a column of the formula's frame.
         most: The largest set to look for. None: a tenth of the rows, at least 100.
@@ -56,8 +56,9 @@ def fragile(
     Example:
         >>> print(fragile(results, "hs_grad"))
     """
+    targets = (targets,) if isinstance(targets, str) else targets
     require(
-        not isinstance(targets, str) and len(targets) > 0,
+        len(targets) > 0,
         "targets lists at least one question.",
         f"{targets!r}.",
         "targets=['sign'].",

@@ -10,7 +10,7 @@ from upweight.cli.named import has_packed, to_ask_for
 from upweight.cli.rankings import display_of, hardest, rankings
 from upweight.cli.screen import Answer, verb
 from upweight.cli.spec import parse
-from upweight.facts import Fact
+from upweight.facts import UNKNOWN, WITHIN, Fact
 from upweight.notation import count, in_short
 from upweight.runs.directory import Run
 from upweight.runs.record import is_reference
@@ -82,7 +82,7 @@ def settings(place: Run, shown: Path) -> tuple[list[str], dict[str, Any]]:
         + (f", trained as {record.recipe}" if record.recipe else ""),
     ]
     past = [fact for fact in (Fact(**each) for each in made.get("facts", ())) if fact.concern]
-    health = "; ".join(map(str, past)) or "nothing past its limit"
+    health = "; ".join(map(str, past)) or (WITHIN if made.get("facts") else UNKNOWN)
     lines += [f"  health: {health}"] if is_finished else []
     notes = list(made.get("notes", ()))
     lines += [f"  note: {note}" for note in notes[:NOTES]]

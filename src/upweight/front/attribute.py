@@ -10,6 +10,7 @@ import torch
 from upweight.errors import NotConverged, NotPositiveDefinite, SpecError, UpweightError
 from upweight.evaluation.check import seconds_of
 from upweight.front.answer import Attribution
+from upweight.front.arguments import explained
 from upweight.front.choice import PATIENCE, Choice, Facts, choose, named
 from upweight.front.facts import facts_of
 from upweight.front.kept import kept_choice
@@ -55,12 +56,19 @@ class Asked:
     resources: Resources
     notes: tuple[str, ...] = ()
     is_given: bool = False
+    said: tuple[str, ...] = ()
+    """Of the model and the data, for who reads along; it is in their notes already."""
+
+    refit: Any = None
+    """What is fitted again in place of the recipe: the same estimator with fewer trees."""
 
     @property
     def history(self) -> Any:
         """What the method is fitted with: a trajectory is of one model, a recipe of any."""
         if not self.choice.method.takes_history:
             return None
+        if self.refit is not None:
+            return self.refit
         is_of_many = isinstance(self.choice.method, Stacked) and self.recipe is not None
         return self.recipe if is_of_many or self.trajectory is None else self.trajectory
 
@@ -103,7 +111,9 @@ def asked(
     task, data = found.task, found.train
     measure = LOSS if measure is None else measure
     chosen = (
-        None if isinstance(measure, Functional) and queries is None else queries_of(task, queries)
+        None
+        if isinstance(measure, Functional) and queries is None
+        else queries_of(task, queries, data)
     )
     resources = Resources() if resources is None else resources
     if recipe is None:
@@ -124,10 +134,21 @@ def asked(
         with torch.no_grad():
             said = reduction_note(found.loss, *task.call(task.held_theta(), batch))
     notes = (said,) if said else ()
+    more = () if chosen is None else (*chosen.notes, *_turned_round(len(data), len(chosen)))
     return Asked(
         found, chosen, measure, facts, choice, recipe, trajectory, resources, notes,
-        method is not None,
+        method is not None, tuple(dict.fromkeys((*found.said, *more))),
     )  # fmt: skip
+
+
+def _turned_round(n: int, q: int) -> tuple[str, ...]:
+    """A hint where there are more queries than training examples."""
+    if q <= n:
+        return ()
+    return (
+        f"more queries ({q:,}) than training examples ({n:,}). If they were given the wrong way "
+        "round: it is attribute(model, train, queries)",
+    )
 
 
 def _kept(facts: Facts, task: Task, data: Data, recipe: Any, resources: Resources) -> Choice:
@@ -167,17 +188,39 @@ def _by_refits(
     made = Opened(found.task, found.train, None)
     measure = LOSS if measure is None else measure
     used = Resources() if resources is None else resources
+    refit = found.recipe
     if method is None:
-        choice, facts, notes = refit_choice(found, budget, used)
+        choice, facts, notes, refit = refit_choice(found, budget, used)
     else:
         choice, notes = Choice(type(method).__name__, method, "it was given"), ()
         facts = Facts(found.task.layout.size, 1, len(found.train), len(found.queries), False, False)
     used = of_queries(used, found.recipe.rows)
     return Asked(
-        made, found.queries, measure, facts, choice, found.recipe, None, used, notes, True
+        made, found.queries, measure, facts, choice, found.recipe, None, used, notes, True,
+        refit=refit,
     )  # fmt: skip
 
 
+KNOWN = {
+    "history": "trajectory=history, of upweight.record or Training.trajectory; or recipe=training",
+    "damping": "method=upweight.Influence(upweight.EKFAC(), damping=0.1)",
+    "curvature": "method=upweight.Influence(upweight.EKFAC(), damping=0.1)",
+    "solver": "method=upweight.Influence(upweight.GGN(), upweight.solvers.CG(), damping=0.1)",
+    "k": "into=upweight.Top(10)",
+    "top": "into=upweight.Top(10)",
+    "folder": "resources=upweight.Resources(folder=…)",
+    "weight_decay": "penalty=upweight.L2(weight_decay)",
+    "criterion": "loss=criterion",
+    "loss_fn": "loss=loss_fn",
+    "test": "queries=test",
+    "dataset": "train=dataset",
+    "metric": "measure=metric",
+    "device": "model.to(device), where it is asked then,",
+}
+"""What other names of arguments are called here."""
+
+
+@explained(KNOWN)
 def attribute(
     model: Any,
     train: Any,
@@ -237,6 +280,8 @@ def attribute(
         model, train, queries, loss, penalty=penalty, measure=measure, recipe=recipe,
         trajectory=trajectory, budget=budget, method=method, resources=resources,
     )  # fmt: skip
+    for line in question.said:
+        print(f"upweight: {line}", file=sys.stderr)
     while True:
         if not question.is_given:
             print(f"upweight: {question.choice}", file=sys.stderr)

@@ -37,7 +37,8 @@ class Fidelity:
         most = "1" if self.ceiling is None else f"{self.ceiling[0]:.2f}"
         slope = "" if self.slope is None else f", slope {interval(self.slope, 2)}"
         return (
-            f"{self.task} (p = {self.parameters:,}): LDS {interval(self.lds, 2)} of {most}{slope}"
+            f"{self.task} (p = {self.parameters:,}): rank correlation (LDS) "
+            f"{interval(self.lds, 2)} of {most}{slope}"
         )
 
 

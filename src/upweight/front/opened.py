@@ -1,6 +1,7 @@
 """A task of whatever was trained: a PyTorch module, an estimator, regression results, or a task."""
 
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from upweight.errors import DataError, SpecError, message
+from upweight.front.batches import Batches, picked, reading_of
+from upweight.notation import count
 from upweight.task.arrays import is_array
-from upweight.task.data import PREDICTED, Data, as_data
+from upweight.task.data import PREDICTED, Data, as_data, read_data
+from upweight.task.lent import in_eval_mode
 from upweight.task.losses import CrossEntropy
+from upweight.task.modes import acting_in_training
 from upweight.task.penalties import NoPenalty
 from upweight.task.recipe import Recipe
+from upweight.task.reduced_losses import by_example
+from upweight.task.sharded import Sharded
 from upweight.task.task import Task, require_task
 from upweight.task.torch_losses import Rescaled
 
@@ -28,6 +35,9 @@ class Opened:
 
     model: Any = None
     """What was trained, as the user gave it."""
+
+    said: tuple[str, ...] = ()
+    """What was found out in place of being asked, and what was left out."""
 
 
 def is_model(value: Any) -> bool:
@@ -88,16 +98,18 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
         require_task(model)
     if isinstance(model, Task):
         require_alone(loss, penalty, "a Task has its loss and penalty")
-        return Opened(model, model.training(train), None, model)
+        data = model.training(train) if model.reads is not None else read_data(train)
+        return Opened(model, data, None, model, data.notes)
     if isinstance(model, nn.Module):
         import upweight.adapters.transformers as hf
 
         given = NoPenalty() if penalty is None else penalty
+        evaluated, said = _evaluated(model)
         if hf.kind(model) is not None:
-            task = hf.task(model, penalty=given, loss=loss)
-            return Opened(task, task.training(train), loss, model)
+            task = hf.task(evaluated, penalty=given, loss=loss)
+            return Opened(task, task.training(train).noted(said), loss, model, said)
         if loss is not None:
-            return Opened(Task(model, loss, given), as_data(train), loss, model)
+            return _of_script(Task(evaluated, loss, given), train, loss, model, said)
         hf.require_own_examples(model)
         raise SpecError(_no_loss(train))
     if is_trainer(model):
@@ -127,8 +139,47 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
     return Opened(task, own, None, model)
 
 
-def queries_of(task: Task, queries: Any) -> Data:
+def _evaluated(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model in eval mode, without a change to it, and what is to be said of that."""
+    acting = acting_in_training(model)
+    if not acting or Sharded.of(model) is not None:
+        return model, ()
+    try:
+        found = in_eval_mode(model)
+    except Exception:  # a module that cannot be copied: refused, with model.eval() as the way out
+        return model, ()
+    is_one = len(acting) == 1
+    return found, (
+        f"the model is in training mode, where {count(len(acting), 'layer')} "
+        f"{'answers' if is_one else 'answer'} otherwise (first {acting[0]}): scores are of it in "
+        "eval mode, as it predicts; your model stays as it is",
+    )
+
+
+def _of_script(task: Task, train: Any, loss: Any, model: Any, said: tuple[str, ...]) -> Opened:
+    """What a training script holds: how its batches and its loss are to be read is found out."""
+    data = read_data(train)
+    said = (*said, *data.notes)
+    with task.in_step():
+        reading, line = reading_of(task, data)
+        if reading is not None:
+            task = Task(task.model, task.loss, task.penalty, reads=Batches(reading))
+            data, said = picked(data, reading), (*said, line)
+        own, line = by_example(task, data)
+        if line:
+            task, said = Task(task.model, own, task.penalty, reads=task.reads), (*said, line)
+    return Opened(
+        task, data.noted(tuple(x for x in said if x not in data.notes)), loss, model, said
+    )
+
+
+def queries_of(task: Task, queries: Any, train: Data | None = None) -> Data:
     """Queries of a task; of inputs alone the classes that a network predicts stand for each.
+
+    Args:
+        task: What was trained.
+        queries: As for `as_data`; or one example, as a data set returns it.
+        train: Training data, which tell one input from several.
 
     Raises:
         DataError: There are no labels, and the loss is of no classes.
@@ -136,9 +187,14 @@ def queries_of(task: Task, queries: Any) -> Data:
     """
     is_alone = isinstance(queries, Tensor | np.ndarray)
     is_single = isinstance(queries, tuple | list) and len(queries) == 1 and is_array(queries[0])
-    if task.reads is not None or not (is_alone or is_single):
+    if task.reads is not None and not isinstance(task.reads, Batches):
         return task.queries(queries)
+    if not (is_alone or is_single):
+        given = [queries] if _is_one_example(queries) else queries
+        return read_data(given) if task.reads is None else task.queries(given)
     inputs = torch.as_tensor(queries if is_alone else queries[0])
+    if train is not None and _is_one_input(inputs, train):
+        inputs = inputs[None]
     loss = task.loss.base if isinstance(task.loss, Rescaled) else task.loss
     outputs = None
     if isinstance(loss, CrossEntropy):
@@ -154,6 +210,21 @@ def queries_of(task: Task, queries: Any) -> Data:
             "measure=upweight.Logit(0), which does not look at it.",
         )
     return as_data((inputs, outputs.argmax(dim=1).cpu())).noted((PREDICTED,))
+
+
+def _is_one_example(given: Any) -> bool:
+    """Whether a part of a tuple or dict is a number, as in an example; arrays have an axis more."""
+    parts = given.values() if isinstance(given, dict) else given
+    return isinstance(given, tuple | dict) and any(
+        isinstance(part, Number) or (is_array(part) and np.ndim(part) == 0) for part in parts
+    )
+
+
+def _is_one_input(inputs: Tensor, train: Data) -> bool:
+    """Whether it has the shape of the input of one training example, without an axis for more."""
+    batch = train.batch(0, 1)
+    first = batch[0] if isinstance(batch, tuple) else None
+    return isinstance(first, Tensor) and inputs.shape == first.shape[1:] != inputs.shape[1:]
 
 
 def require_alone(loss: Any, penalty: Any, why: str) -> None:

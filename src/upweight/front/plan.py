@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from upweight.errors import SpecError
-from upweight.front.attribute import Asked, asked
+from upweight.front.arguments import explained
+from upweight.front.attribute import KNOWN, Asked, asked
 from upweight.front.choice import Choice, Facts
 from upweight.front.facts import facts_of
 from upweight.front.fidelity import Fidelity, fidelity_of
@@ -81,6 +82,7 @@ def _memory(made: Forecast) -> tuple[int, int]:
     return made.batch_bytes if made.batch is not None else 0, made.operator_bytes
 
 
+@explained(KNOWN)
 def plan(
     model: Any,
     train: Any,

@@ -3,6 +3,8 @@
     each row left out           where n + 1 fits end within the budget; of a fit that draws random
                                 numbers from `SEEDS` seeds or more
     random subsets              as many as end within it, `FEWEST` or more
+    the same of fewer trees     of a forest, where few do: a mean over trees has the same
+                                expectation whatever their number
 
 Two fits say beforehand what one takes, whether it gives the model again, and whether it is random.
 """
@@ -31,6 +33,13 @@ SEEDS = 5
 """For a standard error of a random fit without each row."""
 
 MOST_SEEDS = 20
+
+SHARE = 10
+"""Of the trees of a forest, one in how many is fitted on each half at most."""
+
+ENOUGH = 100
+"""Halves, below which a classifying forest is asked by fewer trees: its probabilities are means
+over trees, so that ten halves of a tenth of the trees say more than one of all, for as long."""
 
 FEW_ROWS = 12
 """Fewer have too few halves."""
@@ -93,8 +102,8 @@ def of_queries(resources: Resources, rows: Any) -> Resources:
 
 def refit_choice(
     found: Any, budget: str | float | None, resources: Resources
-) -> tuple[Choice, Facts, tuple[str, ...]]:
-    """Which refits the budget allows; says so on standard error before they begin.
+) -> tuple[Choice, Facts, tuple[str, ...], Any]:
+    """Which refits the budget allows, and of what; says so on standard error before they begin.
 
     With a folder in the resources the choice is kept in it: what was interrupted goes on with it.
 
@@ -104,6 +113,7 @@ def refit_choice(
 
     Cost: two fits.
     """
+    recipe: Any
     recipe, n = found.recipe, len(found.train)
     allowed = PATIENCE if budget is None else seconds_of(budget)
 
@@ -122,7 +132,8 @@ def refit_choice(
         epoch_seconds=seconds, budget_seconds=allowed, recipe=True, training_seconds=seconds,
         half_seconds=seconds,
     )  # fmt: skip
-    return choice, facts, (str(choice), found.says, *told["notes"])
+    fitted = recipe.with_trees(told["trees"]) if told["trees"] else recipe
+    return choice, facts, (str(choice), found.says, *told["notes"]), fitted
 
 
 def _chosen(found: Any, budget: str | float | None, allowed: float) -> dict[str, Any]:
@@ -140,30 +151,53 @@ def _chosen(found: Any, budget: str | float | None, allowed: float) -> dict[str,
     count = (n + 1) * seeds
     by_row = f"{count:,} fits, about {_told(count * seconds)}"
     random = " from random seeds" if noise > 0 else ""
-    alone = count * seconds <= allowed or n < FEW_ROWS
+    alone, trees = count * seconds <= allowed or n < FEW_ROWS, 0
     if alone:
         why, told = f"{name} is fitted again without each row{random}: {by_row}", seeds
     else:
-        subsets = int(allowed / seconds)
+        subsets, whole = int(allowed / seconds), seconds
+        if recipe.trees > 1 and subsets < (FEWEST if found.names is None else ENOUGH):
+            able = int(recipe.trees * allowed / (ENOUGH * seconds))
+            trees = max(1, min(recipe.trees // SHARE, able))
+            seconds = recipe.with_trees(trees).timed()
+            subsets = int(allowed / seconds)
         if subsets < FEWEST:
             raise SpecError(
                 f"The budget must allow {FEWEST} refits.",
                 f"{_told(allowed)}, where a fit of {name} takes {_told(seconds)}.",
                 "a slow fit." if budget is not None else "a slow fit, and no budget=.",
-                f"budget={_said(FEWEST * seconds)!r} or more: {_said(count * seconds)!r} is enough "
+                f"budget={_said(FEWEST * seconds)!r} or more: {_said(count * whole)!r} is enough "
                 "for each row by itself; or method=uw.KNNShapley(), which looks at neighbours and "
                 "fits nothing.",
             )
+        of_trees = f", each by {trees} of its {recipe.trees} trees" if trees else ""
+        all_trees = f"; with all trees budget={_said(ENOUGH * whole)!r}" if trees else ""
         why = (
-            f"{name} is fitted again on {subsets:,} random halves, up to "
-            f"{_told(subsets * seconds)}; without each row{random} it would be {by_row}: budget="
-            f"{_said(count * seconds)!r}"
+            f"{name} is fitted again on {subsets:,} random halves{of_trees}, up to "
+            f"{_told(subsets * seconds)}{all_trees}; without each row{random} it would be "
+            f"{by_row}: budget={_said(count * whole)!r}"
         )
         count = told = subsets
+        if trees:
+            notes += (_of_trees(found, trees),)
     return {
         "alone": alone, "count": told, "why": why, "seconds": count * seconds, "each": seconds,
-        "notes": list(notes),
+        "notes": list(notes), "trees": trees,
     }  # fmt: skip
+
+
+def _of_trees(found: Any, trees: int) -> str:
+    """What fewer trees mean for the scores."""
+    if found.names is not None:
+        return (
+            f"halves were fitted by {trees} trees: a probability is a mean over trees, whose "
+            "expectation is the same whatever their number; a measure that is not linear in it (a "
+            f"margin) is that of {trees} trees"
+        )
+    return (
+        f"halves were fitted by {trees} trees: their squared errors have more of the variance "
+        "between trees than those of the whole forest"
+    )
 
 
 def _told(seconds: float) -> str:

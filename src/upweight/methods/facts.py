@@ -10,6 +10,10 @@ from typing import Any
 from upweight.facts import Fact
 from upweight.notation import count, percent, readable
 
+SUM = "Sum of scores (row-sum excess)"
+COMPRESSION = "Compression of products (contraction)"
+"""Names of facts, with the field's term."""
+
 RESIDUAL_LIMIT = 1e-3
 """Relative residual of a solve that would change the third digit of a score."""
 NOISE_LIMIT = 0.5
@@ -50,7 +54,8 @@ def _minimum(health: Mapping[str, Any]) -> Fact | None:
     meaning = f"one Newton step would lower the objective by {readable(decrement)}"
     if loss is not None and math.isfinite(gain):
         meaning += f", {readable(gain, 2)} of the mean loss {readable(loss)}"
-    return Fact("At a minimum", value, DECREMENT_LIMIT, meaning, gain)
+    past = "the fit stopped before its minimum (Newton decrement)"
+    return Fact("At a minimum", value, DECREMENT_LIMIT, meaning, gain, past)
 
 
 def _row_sum(health: Mapping[str, Any]) -> Fact | None:
@@ -58,9 +63,11 @@ def _row_sum(health: Mapping[str, Any]) -> Fact | None:
     if excess is None:
         return None
     meaning = (
-        "relative to the scores: upweighting everything alike must do only what the penalty says"
+        "how far a query's scores are from adding up as they do at a minimum, relative to their "
+        "size: upweighting everything alike must do only what the penalty says"
     )
-    return Fact("Row-sum excess", readable(excess), ROW_SUM_LIMIT, meaning, excess)
+    past = "a query's scores do not add up as at a minimum (row-sum excess)"
+    return Fact(SUM, readable(excess), ROW_SUM_LIMIT, meaning, excess, past)
 
 
 def _solver(health: Mapping[str, Any]) -> Fact | None:
@@ -80,7 +87,8 @@ def _solver(health: Mapping[str, Any]) -> Fact | None:
     if residual is None:
         return Fact("Solver", value, meaning="the residual was not recorded")
     meaning = f"largest residual ‖Ax − b‖/‖b‖ = {readable(residual)}"
-    return Fact("Solver", value, RESIDUAL_LIMIT, meaning, residual)
+    past = "the solver stopped early (residual)"
+    return Fact("Solver", value, RESIDUAL_LIMIT, meaning, residual, past)
 
 
 def _contraction(health: Mapping[str, Any]) -> Fact | None:
@@ -88,14 +96,15 @@ def _contraction(health: Mapping[str, Any]) -> Fact | None:
     if error is None or tolerance is None:
         return None
     if tolerance == 0.0:
-        return Fact("Contraction", "exact", meaning="every product was formed in full")
+        return Fact(COMPRESSION, "exact", meaning="every product was formed in full")
     worst = _number(health, "contraction_error_worst")
     meaning = (
         "error of a query's scores against the products in full, ‖Ŝ − S‖/‖S‖, measured on some "
         f"queries and examples: root mean square{f', worst {readable(worst)}' if worst else ''}; "
         "the limit is the tolerance asked for"
     )
-    return Fact("Contraction", readable(error), tolerance, meaning, error)
+    past = "products were compressed more than tolerance= allows (contraction)"
+    return Fact(COMPRESSION, readable(error), tolerance, meaning, error, past)
 
 
 def _damping(health: Mapping[str, Any]) -> Fact | None:
@@ -153,4 +162,5 @@ def _noise(health: Mapping[str, Any]) -> Fact | None:
     if by_chance > NOISE_LIMIT:
         meaning += ": the order is mostly noise, and more trainings make it less"
     value = f"{percent(share)} of the scores exceed two standard errors"
-    return Fact("Noise", value, NOISE_LIMIT, meaning, by_chance)
+    past = "most of what looks like an effect may be chance (noise)"
+    return Fact("Noise", value, NOISE_LIMIT, meaning, by_chance, past)

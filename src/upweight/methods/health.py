@@ -265,7 +265,7 @@ def _measured(judged: Mapping[str, Any]) -> list[str]:
     if judged.get("row_sum_excess_overall"):
         said.append(
             f"{judged['row_sum_excess_overall']:.1%} of the scores is an effect of all examples "
-            "alike, and at a minimum none is"
+            "alike, and at a minimum none is (row-sum excess)"
         )
     return said
 

@@ -32,6 +32,7 @@ from upweight.linalg.eigen import Eigen
 from upweight.methods import health
 from upweight.methods.fitting import Fitting
 from upweight.methods.scorer import Asked, Job, Scorer, Work, not_offered
+from upweight.notation import percent
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.memory import working_bytes
 from upweight.runtime.progress import progress
@@ -289,8 +290,9 @@ class LayeredScorer(Scorer):
             return {}, ()
         error, worst = max(c.error for c in records), max(c.worst for c in records)
         notes = [
-            f"contraction: relative error {error:.1e} measured (worst of the compared queries "
-            f"{worst:.1e}), tolerance {self.tolerance:g}"
+            f"compressing products (contraction) changes a query's scores by {percent(error)} "
+            f"(measured; worst of the compared queries {percent(worst)}); tolerance= allows "
+            f"{percent(self.tolerance)}"
         ]
         if len(records) > 1:
             notes.append(

@@ -132,6 +132,7 @@ class Answers:
             "features": self._features(),
             "newton": self.removal is not None,
             "predicts": self.scores.unit is Unit.DERIVATIVE,
+            "errs": self.scores.error is not None,
             "n": self.n,
             "groups": self.scores.columns is not None,
             "noun": noun_of(self.scores),
@@ -157,6 +158,8 @@ class Answers:
         ids = list(chosen[start:stop])
         effect = self._effects(query)
         told = {"ids": ids, "scores": [short(effect[i]) for i in ids], "more": len(chosen) > stop}
+        if self.scores.error is not None:
+            told["errors"] = [short(v) for v in self.scores.error[query, ids].tolist()]
         if self.removal is not None:
             told["changes"] = [short(v) for v in numbers(self.removal, (query, ids))]
         if self._spread is not None and ids:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from upweight.facts import Fact
+from upweight.methods.facts import COMPRESSION, SUM
 from upweight.notation import count, percent
 from upweight.report.evidence import Evidence
 from upweight.scores import Scores
@@ -129,9 +130,9 @@ def _own_words(fact: Fact) -> Sentence:
 
 SENTENCES: dict[str, Callable[[Fact, Mapping[str, Any]], Sentence]] = {
     "At a minimum": _minimum,
-    "Row-sum excess": _row_sum,
+    SUM: _row_sum,
     "Solver": _solver,
-    "Contraction": _contraction,
+    COMPRESSION: _contraction,
     "Damping": _damping,
     "Curvature": _seen,
 }

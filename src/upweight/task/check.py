@@ -40,6 +40,7 @@ from upweight.task.probe import (
     require_own_measurements,
     require_same_losses,
 )
+from upweight.task.rows import row_name
 from upweight.task.sharded import own_part
 from upweight.task.task import Task, call_model
 
@@ -117,7 +118,7 @@ def checked_batch(
         )
     task.loss.check(outputs, targets)
     values = _losses(task, batch, outputs, targets, role)
-    _require_finite_losses(values, start, batch, role)
+    _require_finite_losses(values, data, start, batch, role)
     return values
 
 
@@ -193,7 +194,8 @@ def checked_measurements(
             first = int((~part.isfinite()).nonzero()[0])
             raise NonFinite(
                 "Every measurement must be finite.",
-                f"{float(part[first])} for query {start + first} under {measure!r}.",
+                f"{float(part[first])} for {row_name(data.given, start + first, 'query')} under "
+                f"{measure!r}.",
                 "a logarithm of 0 or a division by 0 in the measure.",
                 "measure in log space, or leave this query out.",
             )
@@ -312,7 +314,7 @@ def _losses(
 
 
 def _require_finite_losses(
-    losses: Float[Tensor, " b"], start: int, batch: Batch, role: str
+    losses: Float[Tensor, " b"], data: Data, start: int, batch: Batch, role: str
 ) -> None:
     bad = (~losses.isfinite()).nonzero()[:, 0]
     if len(bad):
@@ -322,8 +324,8 @@ def _require_finite_losses(
         from_data = any(not bool(x.isfinite().all()) for x in inputs)
         raise NonFinite(
             f"Every loss over the {role} must be finite.",
-            f"{len(bad)} losses in this batch are not; the first is example {start + first} "
-            f"(loss {float(losses[first])})"
+            f"{len(bad)} losses in this batch are not; the first is "
+            f"{row_name(data.given, start + first)}, loss {float(losses[first])}"
             f"{', whose inputs or targets hold NaN or infinity' if from_data else ''}.",
             "missing values in the data." if from_data else "overflow, or log or division by 0.",
             "remove or impute these examples."

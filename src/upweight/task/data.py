@@ -244,11 +244,22 @@ def as_data(data: Any) -> Data:
             a map-style `Dataset` or list of examples, a `DataLoader`, or `Data`. Tables of numbers
             and of True and False are arrays.
 
+    What is left out of it is a warning and a note of the data.
+
     Raises:
         DataError: The object has no index, its parts are no numbers, or it holds other examples
             than what was trained on.
         ShapeError: The arrays disagree about the number of examples.
     """
+    found = read_data(data)
+    if found is not data:
+        for note in found.notes:
+            warnings.warn(note, UserWarning, stacklevel=3)
+    return found
+
+
+def read_data(data: Any) -> Data:
+    """As `as_data`, without warnings: for who says the notes."""
     if isinstance(data, Data):
         return data
     if isinstance(data, DataLoader):
@@ -269,8 +280,6 @@ def as_data(data: Any) -> Data:
 
 def _from_arrays(arrays: Any) -> ArrayData:
     tensors, notes = arrays_of(arrays)
-    for note in notes:
-        warnings.warn(note, UserWarning, stacklevel=4)
     parts = arrays if isinstance(arrays, tuple) else ()
     rows = Rows.of(parts[0], parts[-1] if len(parts) > 1 else None) if parts else None
     return ArrayData(tensors, notes, rows)
@@ -298,12 +307,11 @@ def _from_loader(loader: DataLoader) -> IndexedData:  # type: ignore[type-arg]
     notes = []
     if random or isinstance(sampler, DistributedSampler):
         notes.append(
-            f"the DataLoader's {type(sampler).__name__} was left out: example i is dataset[i]"
+            f"the DataLoader's shuffling ({type(sampler).__name__}) was left out: example i is "
+            "dataset[i]"
         )
     if loader.drop_last and loader.batch_size and len(dataset) % loader.batch_size:
         notes.append("the DataLoader's drop_last was left out: every example is counted")
-    for note in notes:
-        warnings.warn(note, UserWarning, stacklevel=4)
     own = loader.collate_fn is not default_collate
     return IndexedData(dataset, loader.collate_fn if own else collate, tuple(notes))
 

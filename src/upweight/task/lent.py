@@ -104,6 +104,23 @@ def copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def in_eval_mode(model: nn.Module) -> nn.Module:
+    """A copy of the modules in eval mode, around the parameters and buffers of the model itself.
+
+    What changes in those is seen in both; training flags and plain attributes are the copy's own.
+
+    Raises:
+        Exception: Whatever a module says that cannot be copied.
+    """
+    shared: dict[int, Any] = {
+        id(x): x
+        for module in model.modules()
+        for x in (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        if isinstance(x, Tensor)
+    }
+    return copy.deepcopy(model, shared).eval()
+
+
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     """Operations that are written for speed are computed by their formulas.

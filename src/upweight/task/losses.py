@@ -208,7 +208,7 @@ def _per_example(values: Tensor) -> Float[Tensor, " b"]:
 
 
 def _no_likelihood(loss: Loss, what: str, outputs: Tensor, targets: Any) -> str:
-    same, curvature = _same_losses(loss, outputs, targets), "GGN() or EKFAC(labels=Observed())"
+    same, curvature = same_losses(loss, outputs, targets), "GGN() or EKFAC(labels=Observed())"
     try:
         loss.hessian(*tree_map(_example(0), (outputs.detach(), targets)))
     except UpweightError:
@@ -225,7 +225,7 @@ def _no_likelihood(loss: Loss, what: str, outputs: Tensor, targets: Any) -> str:
     )
 
 
-def _same_losses(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:
+def same_losses(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:
     """The loss of ours that has the values of this one on a batch."""
     for ours in (CrossEntropy(), Bernoulli(), SquaredError(), Poisson()):
         try:

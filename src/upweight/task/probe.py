@@ -68,7 +68,8 @@ def read_twice(data: Data, at: Sequence[int], role: str) -> Batch:
             f"{_name(data)} ({role}), which gives {_unlike(expected, found)} when the same "
             f"{len(at)} examples are read a second time.",
             "random augmentation, masking or cropping in the data set or its collate function.",
-            "pass the data without the random step; or keep one draw of it, "
+            "pass the data without the random step, as in evaluation (of torchvision, the same "
+            "data set with the transform of the test set); or keep one draw of it, "
             "[dataset[i] for i in range(len(dataset))], and attribute to that.",
         )
     return batch

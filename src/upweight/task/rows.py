@@ -95,6 +95,12 @@ class Rows:
         return dict(zip(self.columns, row.tolist(), strict=True))
 
 
+def row_name(rows: Rows | None, i: int, what: str = "example") -> str:
+    """What an example is called in a message: by its id, where it has one."""
+    ids = None if rows is None else rows.ids
+    return f"{what} {i}" if ids is None else f"{what} {ids[i]!r} (place {i})"
+
+
 def _is_table(value: Any) -> bool:
     """Whether it is a frame or a series of pandas."""
     return hasattr(value, "iloc") and hasattr(value, "index")

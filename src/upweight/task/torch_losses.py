@@ -16,6 +16,8 @@ outputs: their mean for "mean" (but positions of classes are summed, see `reduct
 sum otherwise.
 """
 
+import functools
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.loss import _Loss
 
 from upweight.errors import DataError, SpecError, UnsupportedModel
@@ -48,7 +51,7 @@ def as_loss(loss: Loss | Callable[[Tensor, Any], Tensor]) -> Loss:
     """A loss from what the user holds: ours, one of `torch.nn`, or any `(outputs, targets) -> [b]`.
 
     A loss of `torch.nn` has the values of its `reduction="none"`, one for each example; see
-    `translated`.
+    `translated`. So has a function of `torch.nn.functional`, also as a `functools.partial`.
 
     Raises:
         SpecError: It is a name or a class, not a loss.
@@ -64,10 +67,23 @@ def as_loss(loss: Loss | Callable[[Tensor, Any], Tensor]) -> Loss:
         )
     if isinstance(loss, Loss):
         return loss
+    loss = as_module(loss)
     kind = type(loss)
     is_known = kind in TRANSLATIONS or kind in REFUSED
     by_hand = kind in BY_HAND and getattr(loss, "reduction", "") != "none"
     return translated(loss) if is_known or by_hand else CustomLoss(loss)
+
+
+def as_module(loss: Any) -> Any:
+    """The loss of `torch.nn` that a function of `torch.nn.functional` is; others as they are."""
+    function, options = loss, {}
+    if isinstance(loss, functools.partial) and not loss.args:
+        function, options = loss.func, loss.keywords
+    kind = FUNCTIONS.get(function) if isinstance(function, types.FunctionType) else None
+    try:
+        return loss if kind is None else kind(**options)
+    except TypeError:  # an argument of the function alone: size_average
+        return loss
 
 
 def translated(loss: Any) -> Loss:
@@ -101,6 +117,7 @@ def reduction_note(given: Any, outputs: Tensor, targets: Any) -> str:
         outputs: Of a batch: they tell how many an example has.
         targets: Of the same batch.
     """
+    given = as_module(given)
     if not isinstance(given, _Loss) or type(given) not in TRANSLATIONS:
         return ""
     per_class = isinstance(given, nn.CrossEntropyLoss | nn.NLLLoss)
@@ -294,6 +311,20 @@ TRANSLATIONS: dict[type, Callable[[Any], Loss]] = {
     nn.PoissonNLLLoss: lambda loss: _scaled(_poisson(loss), 1.0, _averages(loss)),
 }
 """What is made of each loss of `torch.nn`; of exactly that class, since a subclass may differ."""
+
+FUNCTIONS: dict[Any, type[nn.Module]] = {
+    functional.cross_entropy: nn.CrossEntropyLoss,
+    functional.nll_loss: nn.NLLLoss,
+    functional.binary_cross_entropy: nn.BCELoss,
+    functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    functional.multilabel_soft_margin_loss: nn.MultiLabelSoftMarginLoss,
+    functional.mse_loss: nn.MSELoss,
+    functional.l1_loss: nn.L1Loss,
+    functional.huber_loss: nn.HuberLoss,
+    functional.smooth_l1_loss: nn.SmoothL1Loss,
+    functional.poisson_nll_loss: nn.PoissonNLLLoss,
+}
+"""The classes of the same losses as functions, with the same arguments."""
 
 REFUSED: dict[type, tuple[str, str, str]] = {
     nn.BCELoss: (

@@ -5,6 +5,7 @@ const caution = data.caution;
 const MEANING = {
   rank: `place among those that raised, or lowered, its ${noun}, strongest first; ${caution}`,
   score: `positive raised the ${noun}, negative lowered it`,
+  "standard error": `how far the score may be off by chance, from what was drawn at random: within two of them on either side 19 times in 20`,
   removed: `predicted change of the ${noun} if this alone is removed${data.newton ? ", corrected for its leverage" : ""}`,
   retrained: `change of the ${noun} after really removing it and retraining`,
 };
@@ -16,7 +17,7 @@ const TERMS = {
 };
 Object.assign(MEANING, TERMS);
 const explained = terms => terms.map(term => `${term}: ${MEANING[term]}`).join(" · ");
-const SHOWN = { rank: caution, score: !caution, removed: !caution && data.predicts, retrained: checks.length > 0 };
+const SHOWN = { rank: caution, score: !caution, "standard error": data.errs, removed: !caution && data.predicts, retrained: checks.length > 0 };
 
 // What is shown of an example besides its picture.
 function contentsOf(contents, full, against) {

@@ -69,9 +69,14 @@ function fillSide(q, side, { entries, more }, largest, asked) {
 function scoredCard(entry, q, side, largest, rank, asked) {
   const actual = measured.get(`${q}:${entry.example.id}`);
   const rows = [caution ? ["rank", whole(rank)] : ["score", number(entry.score, true)]];
+  const notes = [];
+  if (data.errs) {
+    rows.push(["standard error", caution ? `${percentOf(entry.error, Math.abs(entry.score))} of it` : number(entry.error)]);
+    if (Math.abs(entry.score) < 2 * entry.error) notes.push(element("p", { class: "hint" }, "May be chance: it is less than two standard errors from 0."));
+  }
   if (!caution && entry.change !== undefined) rows.push(["removed", number(entry.change, true)]);
   if (actual !== undefined) rows.push(["retrained", number(actual, true)]);
-  return card(entry.example, { rows, meter: largest ? Math.abs(entry.score) / largest : 0, side, ...entry, asked, first: rank === 1 });
+  return card(entry.example, { rows, meter: largest ? Math.abs(entry.score) / largest : 0, side, ...entry, asked, first: rank === 1, notes });
 }
 function termsOf(answer) {
   const told = Object.entries(MEANING).filter(([term]) => SHOWN[term]).map(([term, meaning]) => `${term}: ${meaning}`);

@@ -38,8 +38,8 @@ function exampleOf({ id, name, label = "", predicted, bare, tokens, special, ...
   return { id, name: name ?? `#${id}`, given: name, label, predicted, tokens, special, contents, words: `${thing} ${name ?? id}${label ? `, label ${label}` : ""}`,
     tile: data.sprites.train && !bare ? place : undefined };
 }
-const sideOf = ({ ids, scores, changes, more, differs, alike, tokens, rest, theirs, theirs_rest, uncoloured }, example) => ({ more, uncoloured,
-  entries: ids.map((id, e) => ({ example: example(id), score: scores[e], differs: differs?.[e], alike: alike?.[e],
+const sideOf = ({ ids, scores, errors, changes, more, differs, alike, tokens, rest, theirs, theirs_rest, uncoloured }, example) => ({ more, uncoloured,
+  entries: ids.map((id, e) => ({ example: example(id), score: scores[e], error: errors?.[e], differs: differs?.[e], alike: alike?.[e],
     tokens: tokens?.[e], rest: rest?.[e], theirs: theirs?.[e], theirsRest: theirs_rest?.[e],
     change: changes ? changes[e] : data.predicts ? -scores[e] : undefined })) });
 
