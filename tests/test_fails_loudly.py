@@ -23,3 +23,12 @@ def test_fails_loudly(name):
 def test_the_honest_problem_is_silent():
     """Otherwise any case could end in a warning of something else."""
     assert fails_loudly.outcome(fails_loudly.attribute).said == "no error"
+
+
+def test_the_script_ends_with_1_where_a_case_is_silent(monkeypatch, capsys):
+    loud = dict(list(fails_loudly.CASES.items())[:1])
+    monkeypatch.setattr(fails_loudly, "CASES", loud)
+    assert fails_loudly.main() == 0
+    monkeypatch.setattr(fails_loudly, "CASES", loud | {"honest": fails_loudly.attribute})
+    assert fails_loudly.main() == 1
+    assert capsys.readouterr().out.endswith("2 cases, 1 passed silently\n")

@@ -61,7 +61,7 @@ def kept(tmp_path_factory):
         patched.chdir(folder)
         patched.setattr(shards, "SHARD_BYTES", 1)
         patched.setattr(stream, "MOST_EXAMPLES", 32)
-        patched.setattr(stream, "TOGETHER", 32)
+        patched.setattr(stream, "TOGETHER", (32, 32))
         answer(*attribute())
         answer(*attribute("--method", "Influence(Hessian(), damping=0.01)", out="exact"))
         answer("report", "run")
@@ -72,7 +72,7 @@ def kept(tmp_path_factory):
 def run(kept, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_BYTES", 1)
     monkeypatch.setattr(stream, "MOST_EXAMPLES", 32)
-    monkeypatch.setattr(stream, "TOGETHER", 32)
+    monkeypatch.setattr(stream, "TOGETHER", (32, 32))
     shutil.copytree(kept, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
     return Run(tmp_path / "project" / "run")

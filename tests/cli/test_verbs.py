@@ -241,8 +241,8 @@ def test_ctrl_c_says_how_to_go_on_and_the_command_does(project, monkeypatch):
 
 def test_a_full_disk_is_an_error_that_leaves_what_was_there(project, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_BYTES", 1)
-    for name in ("MOST_EXAMPLES", "TOGETHER"):
-        monkeypatch.setattr(stream, name, 16)
+    monkeypatch.setattr(stream, "MOST_EXAMPLES", 16)
+    monkeypatch.setattr(stream, "TOGETHER", (16, 16))
     answer(*attribute(out="whole"))
     expected = digests(Run(project / "whole"))
     assert len(expected) > 2

@@ -242,7 +242,7 @@ def test_interrupted_scores_go_on_where_less_memory_is_free(tmp_path, monkeypatc
     fitted = METHOD.fit(p.task, p.train)
     monkeypatch.setattr("upweight.shards.SHARD_BYTES", 1)
     monkeypatch.setattr("upweight.scoring.stream.MOST_EXAMPLES", 4)
-    monkeypatch.setattr("upweight.scoring.stream.TOGETHER", 1)
+    monkeypatch.setattr("upweight.scoring.stream.TOGETHER", (1, 1))
     whole = fitted.attribute(p.queries, into=uw.Shards(tmp_path / "whole")).values()
     with stopped_at_shard(3):
         fitted.attribute(p.queries, into=uw.Shards(tmp_path / "part"))
@@ -258,7 +258,7 @@ def test_interrupted_scores_go_on(tmp_path, monkeypatch):
     fitted = METHOD.fit(p.task, p.train)
     monkeypatch.setattr("upweight.shards.SHARD_BYTES", 1)
     monkeypatch.setattr("upweight.scoring.stream.MOST_EXAMPLES", 4)
-    monkeypatch.setattr("upweight.scoring.stream.TOGETHER", 1)
+    monkeypatch.setattr("upweight.scoring.stream.TOGETHER", (1, 1))
     whole = at(fitted, 0.0).attribute(p.queries)
     with stopped_at_shard(3):
         at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path))
@@ -305,7 +305,7 @@ def test_scores_on_a_full_disk_go_on_bit_for_bit(files, tmp_path, monkeypatch):
     fitted = METHOD.fit(p.task, p.train)
     monkeypatch.setattr("upweight.shards.SHARD_BYTES", 1)
     monkeypatch.setattr("upweight.scoring.stream.MOST_EXAMPLES", 4)
-    monkeypatch.setattr("upweight.scoring.stream.TOGETHER", 1)
+    monkeypatch.setattr("upweight.scoring.stream.TOGETHER", (1, 1))
     whole = at(fitted, 0.0).attribute(p.queries)
     end = full_after(files, monkeypatch)
     with pytest.raises(OSError, match="No space left"):
@@ -330,7 +330,7 @@ def test_scores_go_on_with_another_memory(tmp_path, monkeypatch):
     fitted = METHOD.fit(p.task, p.train)
     monkeypatch.setattr("upweight.shards.SHARD_BYTES", 1)
     monkeypatch.setattr("upweight.scoring.stream.MOST_EXAMPLES", 4)
-    monkeypatch.setattr("upweight.scoring.stream.TOGETHER", 1)
+    monkeypatch.setattr("upweight.scoring.stream.TOGETHER", (1, 1))
     end = full_after(3, monkeypatch)
     with pytest.raises(OSError, match="No space left"):
         at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path))
@@ -389,7 +389,7 @@ def test_a_damaged_file_of_scores_is_named_and_only_it_is_computed_again(k, tmp_
     fitted = METHOD.fit(p.task, p.train)
     monkeypatch.setattr("upweight.shards.SHARD_BYTES", 1)
     monkeypatch.setattr("upweight.scoring.stream.MOST_EXAMPLES", 4)
-    monkeypatch.setattr("upweight.scoring.stream.TOGETHER", 1)
+    monkeypatch.setattr("upweight.scoring.stream.TOGETHER", (1, 1))
     whole = at(fitted, 0.0).attribute(p.queries, into=uw.Shards(tmp_path)).values()
     files = sorted(tmp_path.glob("tile-*"))
     assert len(files) > 2

@@ -92,8 +92,8 @@ def test_batches_end_where_the_full_batch_does():
     p, train = problem("softmax"), as_data(problem("softmax").train)
     w = torch.ones(1, p.n)
     w[0, 2] = 0.0
-    full = PBRF(0.3, SGD(0.3), 150, p.n).prepare(p.task, train)(w).theta
-    parts = PBRF(0.3, SGD(0.3), 150, 4).prepare(p.task, train)(w).theta
+    full = PBRF(0.3, SGD(0.3), 100, p.n).prepare(p.task, train)(w).theta
+    parts = PBRF(0.3, SGD(0.3), 100, 4).prepare(p.task, train)(w).theta
     change = (full - p.task.theta()).norm()
     assert float((parts - full).norm() / change) < 0.05
 
