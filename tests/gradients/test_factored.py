@@ -201,6 +201,7 @@ def test_positions_that_add_something_are_told_in_every_size():
     x[4, 2, 0] = torch.nan
     x[5, 1] = 1e-3
     found = any_nonzero(x)
+    assert torch.equal(any_nonzero(x.mT.contiguous().mT), found)
     assert found.tolist() == [
         [True, False, False],
         [True, False, False],

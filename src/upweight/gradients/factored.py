@@ -41,8 +41,12 @@ def any_nonzero(x: Float[Tensor, "b t i"]) -> Bool[Tensor, "b t"]:
     The first token of a sequence attends to itself alone, so that nothing depends on its query. Its
     δ is 0 or a rounding error, as it happens: by how a batch is padded, for one.
     """
-    # As a norm: any() over short rows takes many times as long.
-    sizes = torch.linalg.vector_norm(x, dim=-1)
+    # As norms of rows, or where these do not lie in memory as such by a product with ones: any()
+    # takes many times as long, and so do norms there.
+    if x.is_contiguous():
+        sizes = torch.linalg.vector_norm(x, dim=-1)
+    else:
+        sizes = x.abs() @ x.new_ones(x.shape[-1])
     if not sizes.numel():
         return sizes != 0
     largest = sizes.amax(dim=-1)

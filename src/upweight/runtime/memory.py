@@ -21,7 +21,7 @@ PROCESS = Path("/proc/self")
 UNLIMITED = 2**60
 """Control groups without a limit say so by a number beyond any memory."""
 
-ENOUGH = 256 * 2**20
+ENOUGH = 512 * 2**20
 """More than this makes no pass faster: matrix products are at full speed long before."""
 
 
