@@ -189,18 +189,22 @@ class ThenNormalized(nn.Module):
         return self.b(self.norm(self.a(x)).tanh())
 
 
-def test_with_adam_what_no_step_has_moved_is_left_out(tmp_path):
+def normalized(folder, eps=1e-8):
     """In eval mode that bias has a gradient, and of what training saw of it Adam remembers 0."""
     model, (X, y) = ThenNormalized(), data(N)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    with uw.record(model, optimizer, tmp_path / "run", every=2) as run:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=eps)
+    with uw.record(model, optimizer, folder / f"run {eps}", every=2) as run:
         for indices in torch.arange(N).split(5) * 2:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(X[indices]), y[indices]).backward()
             optimizer.step()
             run.step(indices)
-    about, queries = task(model.eval()), data(3, seed=5)
-    history = run.history(about)
+    about = task(model.eval())
+    return about, (X, y), data(3, seed=5), run.history(about)
+
+
+def test_with_adam_what_no_step_has_moved_is_left_out(tmp_path):
+    about, (X, y), queries, history = normalized(tmp_path)
     names = about.layout.unflatten(torch.arange(about.layout.size))
     expected, c = 0.0, rates(history)
     for t, steps in nearest_states(history, None):
@@ -337,6 +341,48 @@ def test_adam_is_a_diagonal(rule, by_layer):
         v = v @ D
     found = scores(uw.SOURCE(2, curvature, 2), moved, train, queries, history)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_source_moves_nothing_that_adam_has_not_seen(by_layer, tmp_path):
+    """D and R of the other entries alone: by the matrix exponential, and by eigenvectors.
+
+    Of an eigenvector that has a part in both, by layer, M is the mean over the entries that move.
+    """
+    about, train, queries, history = normalized(tmp_path)
+    curvature = uw.EKFAC(uw.labels.Expected()) if by_layer else uw.GGN()
+    moves = torch.ones(about.layout.size, dtype=torch.bool)
+    moves[about.layout.unflatten(torch.arange(len(moves)))["a.bias"]] = False
+    tau, expected = rates(history), 0.0
+    v = gradients(about, history.theta, queries) * moves
+    for begin, end, t in ((3, 6, 4), (0, 3, 2)):
+        state, step = history.state(t), float(tau[begin:end].sum())
+        M = (state.optimizer.memories["square"] / (1 - 0.999**t)).sqrt() + 1e-8
+        D, R = torch.zeros(2, len(moves), len(moves)).double()
+        if by_layer:
+            for block in curvature.fit_blocks(about, uw.as_data(train), state.theta).blocks:
+                index, e = block.block.index(about.layout), block.eigen
+                Q = e.unrotated(torch.eye(len(index)).double().view(-1, *e.values.shape)).flatten(1)
+                Q, on = Q.T * moves[index, None], moves[index]
+                mean = (Q.square().T @ (M[index] * on)) / Q.square().sum(dim=0)
+                sigma = e.values.flatten() / mean + 0.01
+                for whole, f in (
+                    (D, torch.exp(-step * sigma)),
+                    (R, (1 - torch.exp(-step * sigma)) / sigma / mean),
+                ):
+                    whole[index[:, None], index] = Q @ torch.diag(f) @ Q.T
+        else:
+            some, eye = moves.nonzero()[:, 0], torch.eye(int(moves.sum())).double()
+            H = curvature.fit(about, uw.as_data(train), state.theta).dense()[some][:, some]
+            A = torch.diag(1 / M[some]) @ H + 0.01 * eye
+            D[some[:, None], some] = left = torch.linalg.matrix_exp(-step * A)
+            R[some[:, None], some] = torch.linalg.solve(A, (eye - left) @ torch.diag(1 / M[some]))
+        expected = expected - v @ R @ gradients(about, state.theta, train).T / N
+        v = v @ D
+    found = uw.SOURCE(2, curvature, 1).fit(about, train, history=history).attribute(queries)
+    torch.testing.assert_close(found.values, expected, rtol=1e-7, atol=1e-12)
+    (note,) = (note for note in found.provenance.notes if "left out at one state or more" in note)
+    assert "4 of" in note and "in a.bias:" in note
 
 
 def test_the_mean_curvature_of_states_is_one_fit_of_them_all():

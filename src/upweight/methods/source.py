@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from upweight.curvature.curvature import Curvature
@@ -31,7 +31,13 @@ from upweight.methods.layered import LayeredScorer
 from upweight.methods.method import Method
 from upweight.methods.points import SumOfJobs
 from upweight.methods.scorer import Asked, Scorer
-from upweight.methods.tracin import require_count, scale_at, usable_states
+from upweight.methods.tracin import (
+    left_out_note,
+    never_seen,
+    require_count,
+    scale_at,
+    usable_states,
+)
 from upweight.runtime.memory import require_bytes
 from upweight.scores import Unit
 from upweight.task.data import Data
@@ -58,7 +64,8 @@ class SOURCE(Method):
     end. Adam and AdamW have P = M⁻¹, M = diag(√v̂ + ε): D = e^{−τPH̄} exactly for a curvature of all
     of θ, by P^{1/2} H̄ P^{1/2}; by layer σ = Λ_j/M_j with M_j the diagonal of M in the eigenbasis,
     the Rayleigh quotient of H̄ v = σ M v at an eigenvector of H̄. What is said of Adam is our own
-    derivation, not the paper's.
+    derivation, not the paper's. Entries of which Adam has seen no gradient as large as those of the
+    data, by the mean M of the segment, count as not moved in it, as in `TracIn`; a note says which.
     The optimizer's weight decay is added to Λ (to P Λ for AdamW); where groups of parameters have
     their own, by its diagonal in the eigenbasis. Steps that were clipped, or whose loss is a mean
     over tokens, count by the mean factor of their losses, as they were recorded.
@@ -127,6 +134,7 @@ class SOURCE(Method):
         reached, parts = rates(history), []
         moved = reached * factors(history)
         notes: list[str] = []
+        left_out = torch.zeros_like(fitting.theta, dtype=torch.bool)
         first = self.segment or 0  # those before it change nothing in it
         for steps, states in segments_of(history, self.segments, self.states)[first:]:
             # Clipping shrinks gradients and not the decay: η (s H + λ) = ηs (H + λ/s).
@@ -134,8 +142,10 @@ class SOURCE(Method):
             made, told = self._segment(fitting, history, states, moved[steps], shrunk)
             parts.append(made)
             notes += told
+            if made.unseen is not None:
+                left_out |= made.unseen
         final = layered.identity(fitting, Point(fitting.theta))
-        notes = [*final.notes, *dict.fromkeys(notes)]
+        notes = [*final.notes, *dict.fromkeys(notes), *left_out_note(fitting, left_out)]
         return SourceScorer(tuple(parts), final, self.segment is not None, tuple(notes))
 
     def _segment(
@@ -147,6 +157,10 @@ class SOURCE(Method):
         # Of √v̂ + ε, not of its inverse: an entry that was never reached has 1/ε.
         known = [1 / scale for scale in scales if scale is not None]
         divisor = torch.stack(known).mean(dim=0) if known else None
+        unseen = None
+        if divisor is not None:
+            found = [never_seen(fitting, history, theta, 1 / divisor) for theta in thetas]
+            unseen = torch.stack(found).any(dim=0)
         decay = torch.as_tensor(history.optimizer.weight_decay).to(fitting.theta) / shrunk
         none = torch.zeros_like(decay)
         is_apart = isinstance(history.optimizer, AdamW)
@@ -162,26 +176,27 @@ class SOURCE(Method):
             for block in fitted.blocks:
                 index, eigen = block.block.index(layout).to(layout.device), block.eigen
                 times: Any = 1.0
-                if divisor is not None:
-                    times = 1 / _in_basis(eigen, divisor, index)
+                if divisor is not None and unseen is not None:
+                    times = _inverse_in_basis(eigen, divisor, ~unseen, index)
                 added = _in_basis(eigen, coupled, index)
                 values = times * (eigen.values + added) + _in_basis(eigen, apart, index)
                 flows.append(self._flow(index, Eigen(eigen.bases, values), times, reached))
         else:
             matrix, notes = self._dense(fitting, data, thetas)
             matrix.diagonal().add_(coupled.double())
-            root = None
-            if divisor is not None:
-                root = divisor.double().rsqrt()
-                matrix *= root[:, None] * root
-            matrix.diagonal().add_(apart.double())
-            values, basis = eigenbasis(matrix)
             index = torch.arange(layout.size, device=layout.device)
+            root = None
+            if divisor is not None and unseen is not None:
+                index = index[~unseen]
+                root = divisor[index].double().rsqrt()
+                matrix = matrix[index][:, index] * (root[:, None] * root)
+            matrix.diagonal().add_(apart.double().expand(layout.size)[index])
+            values, basis = eigenbasis(matrix)
             flow = self._flow(index, Eigen((basis,), values), 1.0, reached)
             flows.append(replace(flow, root=root))
         weight = 1 / len(states)
         scorers = [layered.identity(fitting, Point(theta, weight)) for theta in thetas]
-        return Segment(tuple(flows), tuple(scorers)), tuple(notes)
+        return Segment(tuple(flows), tuple(scorers), unseen), tuple(notes)
 
     def _flow(self, index: Tensor, eigen: Eigen, times: Any, reached: Tensor) -> "Flow":
         decay, response = functions(eigen.values, reached, self.discrete)
@@ -228,6 +243,17 @@ def _in_basis(eigen: Eigen, entries: Tensor, index: Tensor) -> Tensor:
     if not entries.ndim:
         return entries.to(eigen.values)
     return diagonal_in_basis(eigen, entries[index].reshape(eigen.values.shape).to(eigen.values))
+
+
+def _inverse_in_basis(
+    eigen: Eigen, divisor: Tensor, moves: Bool[Tensor, " p"], index: Tensor
+) -> Tensor:
+    """1/M_j of the part of each eigenvector that moves; 0 where none of it does."""
+    mean = _in_basis(eigen, divisor * moves, index)
+    if bool(moves[index].all()):
+        return 1 / mean
+    share = _in_basis(eigen, moves.to(divisor), index)
+    return torch.where(share > 0, share, 0.0) / torch.where(share > 0, mean, 1.0)
 
 
 def functions(
@@ -306,23 +332,33 @@ class Flow:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """D and R by block, and scorers of P = I at its states, whose weights add up to 1."""
+    """D and R by block, and scorers of P = I at its states, whose weights add up to 1.
+
+    Args:
+        flows: The blocks.
+        scorers: Of the states.
+        unseen: Entries that it does not move: R is 0 there and D is 1. None: it moves them all.
+    """
 
     flows: tuple[Flow, ...]
     scorers: tuple[LayeredScorer, ...]
+    unseen: Bool[Tensor, " p"] | None = None
 
     def decayed(self, rows: Float[Tensor, "q p"]) -> Float[Tensor, "q p"]:
         """Dᵀ of rows."""
-        return self._by_block(rows, [flow.decayed for flow in self.flows])
+        out = self._by_block(rows, [flow.decayed for flow in self.flows])
+        return out if self.unseen is None else torch.where(self.unseen, rows, out)
 
     def responded(self, rows: Float[Tensor, "q p"]) -> Float[Tensor, "q p"]:
         """R of rows."""
-        return self._by_block(rows, [flow.responded for flow in self.flows])
+        out = self._by_block(rows, [flow.responded for flow in self.flows])
+        return out if self.unseen is None else torch.where(self.unseen, 0.0, out)
 
     def _by_block(self, rows: Tensor, functions: Sequence[Any]) -> Float[Tensor, "q p"]:
+        moved = rows if self.unseen is None else torch.where(self.unseen, 0.0, rows)
         out = torch.empty_like(rows)
         for flow, function in zip(self.flows, functions, strict=True):
-            out[:, flow.index] = function(rows[:, flow.index]).to(out.dtype)
+            out[:, flow.index] = function(moved[:, flow.index]).to(out.dtype)
         return out
 
 

@@ -93,7 +93,7 @@ class TracIn(Method):
             if self.batches:
                 held = _columns(history, steps, reached, len(fitting.data))
                 columns.append(held.to(fitting.theta))
-        notes = _left_out(fitting, left_out)
+        notes = left_out_note(fitting, left_out)
         scorers[-1] = replace(scorers[-1], notes=scorers[-1].notes + notes)
         parts: list[Scorer] = [*scorers]
         if self.batches:
@@ -163,7 +163,8 @@ def never_seen(
     return largest * scale > NEVER_SEEN
 
 
-def _left_out(fitting: Fitting, unseen: Bool[Tensor, " p"]) -> tuple[str, ...]:
+def left_out_note(fitting: Fitting, unseen: Bool[Tensor, " p"]) -> tuple[str, ...]:
+    """Which parameters are left out, or nothing where none is."""
     if not bool(unseen.any()):
         return ()
     names = fitting.task.layout.unflatten(unseen)
