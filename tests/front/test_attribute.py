@@ -211,9 +211,9 @@ def test_a_recipe_that_cannot_train_the_model_is_no_reason_to_fail():
 
 def test_a_budget_for_retraining_is_spent_on_halves(capsys, monkeypatch):
     """Sizes are then fitted; what is fitted with is the recipe, also beside a trajectory."""
-    full, ekfac = choice.stacked(16), uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1))
-    first = uw.Ensemble(uw.SOURCE(3, states=1, segment=0), 16, 0.5)
-    assert full.subsets == 16 and full.methods[0] == first
+    full, ekfac = choice.stacked(40), uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1))
+    first = uw.Ensemble(uw.SOURCE(3, states=1, segment=0), 40, 0.5)
+    assert full.subsets == 40 and full.methods[0] == first
     fewer = uw.Stacked((uw.Ensemble(ekfac, 2, 0.5),), 8, seeds=2)
     monkeypatch.setattr(choice, "stacked", lambda halves: fewer)
     model, task = of_recipe()
@@ -224,7 +224,7 @@ def test_a_budget_for_retraining_is_spent_on_halves(capsys, monkeypatch):
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "chose Stacked((Ensemble(Influence(EKFAC(), damping=" in line
     assert scores.unit is uw.Unit.DERIVATIVE and scores.provenance.health["subsets"] == 8
-    assert "16 trainings on halves" in scores.provenance.notes[0]
+    assert "40 trainings on halves" in scores.provenance.notes[0]
     of_model = asked(
         model, TRAIN, None, uw.CrossEntropy(), recipe=RECIPE, budget="1 h",
         measure=uw.Coefficient(0),
