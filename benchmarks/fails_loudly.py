@@ -278,7 +278,11 @@ def batch_statistics_in_forward() -> Any:
 
 @case
 def a_loss_reduced_to_a_scalar() -> Any:
-    return attribute(loss=nn.functional.cross_entropy)
+    def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
+        weight = torch.arange(1.0, outputs.shape[1] + 1, dtype=outputs.dtype)
+        return nn.functional.cross_entropy(outputs, targets, weight=weight)
+
+    return attribute(loss=weighted)
 
 
 @case

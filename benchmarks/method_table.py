@@ -217,7 +217,6 @@ WORDS: Mapping[str, Words] = {
             "stacked SOURCE, 10 halves",
             "stacked SOURCE, 16 halves",
             "stacked SOURCE, 40 halves",
-            "stacked SOURCE of all, 160 halves",
         ),
     ),
     "Datamodels": Words(

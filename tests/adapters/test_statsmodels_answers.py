@@ -139,7 +139,9 @@ def test_one_state_carries_a_finding(murder):
     none = holds(robustness.fragile(murder, "urban", targets=["significance"], most=1))
     assert not none.is_confirmed and "does not show that none" in none.verdict
     with pytest.raises(SpecError, match=r"targets=\['sign'\]"):
-        smx.fragile(murder, "hs_grad", targets="sign")
+        smx.fragile(murder, "hs_grad", targets=[])
+    (alone,) = smx.fragile(murder, "hs_grad", "sign").findings
+    assert alone.rows == sign.rows
 
 
 def test_the_interval_of_a_robust_fit_is_said_to_be_robust(murder):
