@@ -23,37 +23,32 @@ def threads(count: int) -> Iterator[None]:
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are faster than in float32 on this hardware.
 
-    Of a processor that says it has them it is measured, once per process, in a few milliseconds:
-    where the products turn out to be emulated they are hundreds of times slower.
+    A processor that says it has them is asked by a product, once per process: where they turn out
+    to be emulated they are hundreds of times slower.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    has_any = any(getattr(torch.cpu, name, lambda: False)() for name in asked)
-    return has_any and _is_faster_in_bfloat16()
+    return any(getattr(torch.cpu, name, lambda: False)() for name in asked) and not _is_emulated()
 
 
-SIZES = (64, 128, 256, 512)
-"""Rows of the products that are timed, one after the other: a small one tells emulation."""
+SIZE, RUNS = 128, 6
+"""Rows of a product that is timed, and how often; the first one warms up."""
 
-EMULATED = 4
-"""Times as slow as float32: nothing larger need be tried."""
+EMULATED = 16
+"""Times as slow as float32: emulation is some 200. Less than this a busy processor may cause, and
+processes that share a computation must come to the same answer."""
 
 
 @cache
-def _is_faster_in_bfloat16() -> bool:
-    """By products of two square matrices, the fastest of three each, in turns."""
-    ratio = 0.0
-    for size in SIZES:
-        full = torch.ones(size, size)
-        short = full.to(torch.bfloat16)
-        pairs = [(_seconds(full), _seconds(short)) for _ in range(4)][1:]  # the first one warms up
-        ratio = min(full for full, _ in pairs) / min(short for _, short in pairs)
-        if ratio < 1 / EMULATED:
-            return False
-    return ratio > 1
+def _is_emulated() -> bool:
+    """By products of two square matrices, the fastest of some, in turns."""
+    full = torch.ones(SIZE, SIZE, dtype=torch.float32)
+    short = full.to(torch.bfloat16)
+    pairs = [(_seconds(full), _seconds(short)) for _ in range(RUNS)][1:]
+    return min(short for _, short in pairs) > EMULATED * min(full for full, _ in pairs)
 
 
 def _seconds(x: Tensor) -> float:
