@@ -16,6 +16,7 @@ from torch import nn
 import upweight as uw
 from tests.fitted import at
 from upweight.data import mnist_subset
+from upweight.notation import percent
 
 RMS, WORST = 1.25, 8.0
 
@@ -70,7 +71,8 @@ def test_scores_are_within_the_tolerance(dtype, factor, tolerance):
     assert health["tolerance"] == tolerance
     assert health["contraction_error"] <= tolerance
     assert health["contraction_error"] <= health["contraction_error_worst"]
-    assert any(f"tolerance {tolerance:g}" in note for note in scores.provenance.notes)
+    allowed = f"tolerance= allows {percent(tolerance)}"
+    assert any(allowed in note for note in scores.provenance.notes)
 
 
 def test_a_loose_tolerance_is_made_use_of():
