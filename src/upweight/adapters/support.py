@@ -6,7 +6,7 @@ somebody else made look like rows, and are refused wherever they can be told fro
 """
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from upweight.errors import DataError
 from upweight.task.data import ArrayData, Data, Subset
 from upweight.task.recipe import Trained
 from upweight.task.rows import Rows
-from upweight.task.task import Task
+from upweight.task.task import Reader, Task
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class TranslatedData(ArrayData):
 
 
 @dataclass(frozen=True, eq=False)
-class AdapterReader(abc.ABC):
+class AdapterReader(Reader):
     """How a translated task reads data: `Task.reads`.
 
     Args:
@@ -65,17 +65,6 @@ class AdapterReader(abc.ABC):
     call: str
 
     fits_own_data = True
-    has_own_loss = False
-
-    @property
-    def classes(self) -> tuple[Any, ...] | None:
-        """The labels, as the user knows them; None where they are no names."""
-        return None
-
-    @property
-    def coefficients(self) -> Mapping[str, tuple[str, int]]:
-        """Parameters and places by the names of the columns; empty where they have none."""
-        return {}
 
     def label(self, target: Tensor) -> Any:
         """The target of one example, as the user knows it; None: it is what the loss takes."""

@@ -41,6 +41,7 @@ from upweight.task.data import PREDICTED, Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Loss, SquaredError
 from upweight.task.penalties import Penalty
 from upweight.task.rows import class_names
+from upweight.task.task import Reader as TaskReader
 from upweight.task.task import Task, bare, call_model, next_token
 from upweight.task.torch_losses import Rescaled, as_loss
 
@@ -355,7 +356,7 @@ class ByForm:
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
+class Reader(TaskReader):
     """How data become examples of a model of transformers: `Task.reads`.
 
     Args:
@@ -371,11 +372,6 @@ class Reader:
     has_own_loss: bool = True
 
     fits_own_data = False
-
-    @property
-    def coefficients(self) -> Mapping[str, tuple[str, int]]:
-        """None: no column of a network has a name."""
-        return {}
 
     @property
     def classes(self) -> tuple[Any, ...] | None:

@@ -29,6 +29,24 @@ from upweight.task.task import Task
 from upweight.task.torch_losses import reduction_note
 from upweight.training.kept import training_identity
 
+KNOWN = {
+    "history": "trajectory=history, of upweight.record or Training.trajectory; or recipe=training",
+    "damping": "method=upweight.Influence(upweight.EKFAC(), damping=0.1)",
+    "curvature": "method=upweight.Influence(upweight.EKFAC(), damping=0.1)",
+    "solver": "method=upweight.Influence(upweight.GGN(), upweight.solvers.CG(), damping=0.1)",
+    "k": "into=upweight.Top(10)",
+    "top": "into=upweight.Top(10)",
+    "folder": "resources=upweight.Resources(folder=…)",
+    "weight_decay": "penalty=upweight.L2(weight_decay)",
+    "criterion": "loss=criterion",
+    "loss_fn": "loss=loss_fn",
+    "test": "queries=test",
+    "dataset": "train=dataset",
+    "metric": "measure=metric",
+    "device": "model.to(device), where it is asked then,",
+}
+"""What other names of arguments are called here."""
+
 
 @dataclass(frozen=True, eq=False)
 class Asked:
@@ -199,25 +217,6 @@ def _by_refits(
         made, found.queries, measure, facts, choice, found.recipe, None, used, notes, True,
         refit=refit,
     )  # fmt: skip
-
-
-KNOWN = {
-    "history": "trajectory=history, of upweight.record or Training.trajectory; or recipe=training",
-    "damping": "method=upweight.Influence(upweight.EKFAC(), damping=0.1)",
-    "curvature": "method=upweight.Influence(upweight.EKFAC(), damping=0.1)",
-    "solver": "method=upweight.Influence(upweight.GGN(), upweight.solvers.CG(), damping=0.1)",
-    "k": "into=upweight.Top(10)",
-    "top": "into=upweight.Top(10)",
-    "folder": "resources=upweight.Resources(folder=…)",
-    "weight_decay": "penalty=upweight.L2(weight_decay)",
-    "criterion": "loss=criterion",
-    "loss_fn": "loss=loss_fn",
-    "test": "queries=test",
-    "dataset": "train=dataset",
-    "metric": "measure=metric",
-    "device": "model.to(device), where it is asked then,",
-}
-"""What other names of arguments are called here."""
 
 
 @explained(KNOWN)

@@ -21,7 +21,7 @@ from upweight.errors import SpecError, listed
 from upweight.methods.perturbation import relabeled
 from upweight.task.arrays import TARGET_KEYS
 from upweight.task.data import ArrayData, Data, IndexedData, Subset, read_data
-from upweight.task.task import Task
+from upweight.task.task import Reader, Task
 
 COUNTED = 16
 """Examples looked at, at each end of the data, to tell places from other numbers."""
@@ -79,7 +79,7 @@ class Picked:
 
 
 @dataclass(frozen=True)
-class Batches:
+class Batches(Reader):
     """How data of a training script become those of a task: `Task.reads`.
 
     Args:
@@ -89,17 +89,6 @@ class Batches:
     reading: Reading
 
     fits_own_data = False
-    has_own_loss = False
-
-    @property
-    def classes(self) -> tuple[Any, ...] | None:
-        """None: classes have no names but their numbers."""
-        return None
-
-    @property
-    def coefficients(self) -> Mapping[str, tuple[str, int]]:
-        """None: no column of a network has a name."""
-        return {}
 
     def training(self, given: Any) -> Data:
         """Training data."""

@@ -656,7 +656,7 @@ def _at_once(scorer: LayeredScorer, blocks: Sequence[BlockCoordinates], width: i
     # More than for other passes: on a language model of 2 M parameters, rows of batches of 16, 32
     # and 64 passages took 1.8, 1.4 and 1.4 plain epochs.
     device, budget = scorer.point.theta.device, scorer.memory_bytes
-    allowed = min(4 * working_bytes(device, budget), kept_bytes(device, budget, 0))
+    allowed = min(2 * working_bytes(device, budget), kept_bytes(device, budget, 0))
     return examples_within(allowed, each, MOST_EXAMPLES)
 
 

@@ -8,6 +8,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+SIZE, RUNS = 128, 6
+"""Rows of a product that is timed, and how often; the first one warms up."""
+
+EMULATED = 16
+"""Times as slow as float32: emulation is some 200. Less than this a busy processor may cause, and
+processes that share a computation must come to the same answer."""
+
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
@@ -32,14 +39,6 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         return False
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in asked) and not _is_emulated()
-
-
-SIZE, RUNS = 128, 6
-"""Rows of a product that is timed, and how often; the first one warms up."""
-
-EMULATED = 16
-"""Times as slow as float32: emulation is some 200. Less than this a busy processor may cause, and
-processes that share a computation must come to the same answer."""
 
 
 @cache

@@ -111,7 +111,7 @@ class Contraction:
 
     @cached_property
     def at_once(self) -> int:
-        """Training examples that are multiplied together: whole batches, `TOGETHER`."""
+        """Training examples that are multiplied together: whole batches, as many as are wanted."""
         least, greatest = TOGETHER
         wanted = max(least, min(len(self) // 4, greatest))
         most = min(wanted, self._allowed // max(1, self.curvature.cost.factor_bytes))

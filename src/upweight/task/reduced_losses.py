@@ -35,6 +35,9 @@ NAMES = {CrossEntropy: "torch.nn.CrossEntropyLoss()", Bernoulli: "torch.nn.BCEWi
 ROUNDING = 100
 """Roundings of the dtype that the two may differ by, relative to their size."""
 
+COMPLAINTS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, KeyError)
+"""What a loss may raise for outputs or targets that it does not take."""
+
 
 @dataclass(frozen=True)
 class OneByOne(Loss):
@@ -97,7 +100,7 @@ def by_example(task: Task, data: Data) -> tuple[Loss, str]:
             unlike = {
                 how: _unlike(loss.function, outputs, targets, alone, how) for how in ("mean", "sum")
             }
-    except (UpweightError, *_COMPLAINTS):  # said with its cause where the data are checked
+    except (UpweightError, *COMPLAINTS):  # said with its cause where the data are checked
         return loss, ""
     if all(unlike.values()):
         raise ScalarLoss(
@@ -162,6 +165,3 @@ def _runs_at_once(
     except Exception:
         return False
     return found.shape == alone.shape and torch.allclose(found, alone, rtol=1e-4)
-
-
-_COMPLAINTS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, KeyError)

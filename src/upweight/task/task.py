@@ -107,6 +107,7 @@ class Reader(Protocol):
 
     Such a model is known to its user by other rows and labels than it computes with: rows before a
     pipeline's transformations, classes by name. Whatever reaches its task is read in that way.
+    What a class that inherits from this one does not say is that nothing has a name of its own.
     """
 
     fits_own_data: bool
@@ -115,17 +116,17 @@ class Reader(Protocol):
     @property
     def has_own_loss(self) -> bool:
         """Whether the model computes the loss by itself: another one is an error."""
-        ...
+        return False
 
     @property
     def classes(self) -> tuple[Any, ...] | None:
         """The labels, as the user knows them; None where they are no names."""
-        ...
+        return None
 
     @property
     def coefficients(self) -> Mapping[str, tuple[str, int]]:
         """By the names that the user knows: the parameter, and the place on its last axis."""
-        ...
+        return {}
 
     def training(self, given: Any) -> Data:
         """The training data, with the weights they have in the objective."""
