@@ -113,9 +113,8 @@ def refit_choice(
 
     Cost: two fits.
     """
-    recipe: Any
-    recipe, n = found.recipe, len(found.train)
-    allowed = PATIENCE if budget is None else seconds_of(budget)
+    recipe: Any = found.recipe
+    n, allowed = len(found.train), PATIENCE if budget is None else seconds_of(budget)
 
     def about() -> dict[str, str]:
         return {**training_identity(recipe, found.task, found.train), "budget": f"{allowed:g} s"}

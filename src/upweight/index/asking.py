@@ -23,7 +23,7 @@ from torch import Tensor
 from upweight.index.scan import products
 from upweight.index.shards import SUMS, Rows, Shard, filled, require_same
 from upweight.index.transform import Transform
-from upweight.methods.reduce import Answer, Reducer, Sink, Sweep, TokenScores, finite
+from upweight.methods.reduce import Answer, Reducer, Sink, Sweep, TokenScores, finite, strongest
 from upweight.methods.scorer import Job
 from upweight.provenance import Provenance
 from upweight.scores import TopScores, Unit
@@ -305,18 +305,15 @@ class Best(Exact):
 
     def candidates(self, scan: ScanJob) -> list[int]:
         """In ascending order."""
-        ends = list[tuple[Tensor, Tensor] | None]((None, None))
+        high: tuple[Tensor, Tensor] | None = None
+        low: tuple[Tensor, Tensor] | None = None
         for start in range(0, self.n, scan.at_once):
             stop = min(start + scan.at_once, self.n)
             part = finite(scan.block(start, stop), start, scan.first)
             at = torch.arange(start, stop).expand_as(part)
-            for end, kept in enumerate(ends):
-                x, places = (part, at) if kept is None else (
-                    torch.cat(pair, dim=1) for pair in zip(kept, (part, at), strict=True)
-                )  # fmt: skip
-                best = x.topk(min(self.count, x.shape[1]), dim=1, largest=end == 0)
-                ends[end] = best.values, places.gather(1, best.indices)
-        return sorted({i for kept in ends if kept is not None for i in kept[1].flatten().tolist()})
+            high = strongest(high, part, at, self.count, largest=True)
+            low = strongest(low, part, at, self.count, largest=False)
+        return sorted({i for x in (high, low) if x is not None for i in x[1].flatten().tolist()})
 
 
 @dataclass(eq=False)

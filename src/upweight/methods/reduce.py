@@ -19,7 +19,7 @@ from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.errors import NonFinite, SpecError
@@ -226,16 +226,8 @@ class _Top(Sink):
     def see(self, job: Job, start: int, part: Float[Tensor, "q b"]) -> None:
         finite(part, start, job.first)
         index = torch.arange(start, start + part.shape[1], device=part.device).expand_as(part)
-        self.high = self._best(self.high, part, index, largest=True)
-        self.low = self._best(self.low, part, index, largest=False)
-
-    def _best(
-        self, kept: tuple[Tensor, Tensor] | None, part: Tensor, index: Tensor, largest: bool
-    ) -> tuple[Tensor, Tensor]:
-        if kept is not None:
-            part, index = torch.cat([kept[0], part], dim=1), torch.cat([kept[1], index], dim=1)
-        best = part.topk(min(self.k, part.shape[1]), dim=1, largest=largest)
-        return best.values, index.gather(1, best.indices)
+        self.high = strongest(self.high, part, index, self.k, largest=True)
+        self.low = strongest(self.low, part, index, self.k, largest=False)
 
     def end(self, job: Job) -> None:
         assert self.high is not None and self.low is not None
@@ -371,6 +363,21 @@ class _PerToken(Sink):
 
 
 # -- shared ---------------------------------------------------------------------------------------
+
+
+def strongest(
+    kept: tuple[Tensor, Tensor] | None,
+    part: Float[Tensor, "q b"],
+    index: Int[Tensor, "q b"],
+    k: int,
+    *,
+    largest: bool,
+) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
+    """The k largest or smallest of each query, and where they are, of those kept and more."""
+    if kept is not None:
+        part, index = torch.cat([kept[0], part], dim=1), torch.cat([kept[1], index], dim=1)
+    best = part.topk(min(k, part.shape[1]), dim=1, largest=largest)
+    return best.values, index.gather(1, best.indices)
 
 
 def finite(part: Float[Tensor, "q b"], start: int, first: int) -> Float[Tensor, "q b"]:
