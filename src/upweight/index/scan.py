@@ -10,7 +10,7 @@ multiplication with δ and the row's scale: all kernels give the same numbers. T
 at most, and δ/√12 ‖decode(rᵢ)‖ in root mean square, which is below 9e-6 ‖q‖ ‖decode(rᵢ)‖ whatever
 the query. The error of 2 bits is a thousand times that and more.
 
-    one to three queries   the compiled kernel (`upweight.index.kernel`; the extra `index`)
+    one to six queries     the compiled kernel (`upweight.index.kernel`; the extra `index`)
     more, or without it    bytes unpacked in cache, times 256·high + low bytes of q̂ (torch._int_mm)
     neither, or floats     a float32 product with q itself, of rows unpacked in cache
 """
@@ -28,11 +28,12 @@ from upweight.errors import NonFinite, ShapeError
 from upweight.index.codes import FLOATS, Codes
 from upweight.index.kernel import LARGEST, arranged, dot
 
-FEW = 3
+FEW = 6
 """Queries up to which the kernel, which takes one at a time, is faster than unpacking."""
 
-CACHED, WIDE = 2**20, 4096
-"""Bytes that are unpacked at once, to stay in a core's cache, and how many of a row."""
+CACHED, WIDE = 2**21, 2048
+"""Bytes that are unpacked at once, to stay in a core's cache, and how many of a row. About as many
+rows as bytes of each: oneDNN multiplies a few queries by few wide rows half as fast."""
 
 PIECE = 2**19
 """Bytes of codes that all of a few queries meet before the next."""
@@ -60,9 +61,9 @@ def products(
         ShapeError: Queries and rows are not of one length.
         NonFinite: NaN or infinity in a query.
 
-    Cost: one reading of the codes for up to three queries with the extra `index`, at about half
-    of the read bandwidth. More queries are multiplied faster than float32 rows where the processor
-    has VNNI or AMX. Memory beside the result: some MB.
+    Cost: one query takes a reading of the codes, with the extra `index` at about half of the read
+    bandwidth, and up to six take as long each. More are multiplied together, faster than float32
+    rows where the processor has VNNI or AMX. Memory beside the result: some MB.
     """
     rows = shard["codes"]
     _require_products(queries, rows, codes)
@@ -119,23 +120,23 @@ def _by_bytes(queries: _Whole, shard: Mapping[str, Tensor], codes: Codes) -> Flo
     halves = torch.cat([high, low])
     # 8 bits are unsigned in the codes and signed here: c − 128.
     top = 2**bits - 1 - (256 if bits == 8 else 0)
-    offset = top * halves.sum(dim=1, dtype=torch.int64)[:, None].int()
+    offset = top * halves.sum(dim=1, dtype=torch.int64).int()
     width = rows.shape[1]
     pieces = [slice(a, min(a + WIDE, width)) for a in range(0, width, WIDE)]
     fields = halves.view(len(halves), 8 // bits, width)
-    told = [[fields[:, s, piece].contiguous() for s in range(8 // bits)] for piece in pieces]
+    told = [[fields[:, s, piece].mT.contiguous() for s in range(8 // bits)] for piece in pieces]
     size = max(CACHED // min(WIDE, width), 1)
     spaces = torch.empty(2, min(size, len(rows)) * min(WIDE, width), dtype=torch.uint8)
     found = torch.empty(len(queries.step), len(rows), dtype=torch.float32)
     for start in range(0, len(rows), size):
         block = rows[start : start + size]
-        sums = torch.zeros(len(halves), len(block), dtype=torch.int32)
+        sums = torch.zeros(len(block), len(halves), dtype=torch.int32)
         for piece, parts in zip(pieces, told, strict=True):
             for s, part in enumerate(parts):
                 c, shift = _field(block[:, piece], s, bits, spaces)
-                found_here = torch._int_mm(part, c.mT)
+                found_here = torch._int_mm(c, part)
                 sums += found_here.bitwise_right_shift_(shift) if shift else found_here
-        upper, lower = sums.mul_(2).sub_(offset).float().chunk(2)
+        upper, lower = sums.mul_(2).sub_(offset).float().mT.chunk(2)
         torch.add(lower, upper, alpha=256, out=found[:, start : start + size])
     return found.mul_(queries.step.float()[:, None]).mul_(scales)
 
