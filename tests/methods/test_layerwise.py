@@ -332,6 +332,45 @@ def test_the_error_of_a_subsample_is_the_spread_over_subsamples(which):
     assert bool((within > 0.75).all())
 
 
+def bounded():
+    """A network and 200 examples, of which EKFAC(examples=20) learns from every tenth."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    X = draw(generator, 200, 5)
+    y = torch.randint(0, 3, (200,), generator=generator)
+    method = uw.Influence(uw.EKFAC(examples=20), damping=uw.Relative(0.1))
+    return uw.Task(initialized(model, generator), uw.CrossEntropy()), X, y, method
+
+
+@pytest.mark.parametrize("ask", ["attribute", "self_influence"])
+def test_examples_that_are_not_learned_from_are_checked_when_they_are_scored(ask):
+    task, X, y, method = bounded()
+    wrong, missing = y.clone(), X.clone()
+    wrong[77], missing[77, 0] = 5, torch.nan
+    for data, error, words in (
+        ((X, wrong), DataError, "targets in 0…2"),
+        ((missing, y), NonFinite, "example 77, loss nan, whose inputs"),
+    ):
+        fitted = method.fit(task, data)
+        with pytest.raises(error, match=words):
+            fitted.self_influence() if ask == "self_influence" else fitted.attribute((X[:3], y[:3]))
+
+
+def test_scores_do_not_depend_on_which_losses_are_known():
+    task, X, y, method = bounded()
+    later, before = method.fit(task, (X, y)), method.fit(task, (X, y))
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(task.model(X), y, reduction="none")
+    torch.testing.assert_close(before.losses, expected)
+    assert "of 32 examples" in repr(later) and "of 32 examples" not in repr(before)
+    found, other = (fitted.attribute((X[:3], y[:3])) for fitted in (later, before))
+    assert found.values.equal(other.values)
+    assert found.provenance.health == other.provenance.health
+    torch.testing.assert_close(later.losses, expected)
+    assert "of 32 examples" not in repr(later)
+
+
+
 def test_a_subsample_is_noted_and_its_error_reported():
     task, train = many()
     method = uw.Influence(uw.EKFAC(examples=100), damping=uw.Relative(0.1)).fit(task, train)

@@ -22,12 +22,13 @@ from upweight.errors import ModelChanged, NotOffered, SpecError, message
 from upweight.methods import health, removal
 from upweight.methods.dense import DenseScorer
 from upweight.methods.facts import stated
+from upweight.methods.fitting import TrainingLosses
 from upweight.methods.functionals import derivatives
 from upweight.methods.perturbation import every_label, gradient_products_by_input, relabeled
 from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep, TokenScores
 from upweight.methods.removal import Place, Without
 from upweight.methods.scorer import DIRECT, Asked, Scorer, jobs_of, not_offered
-from upweight.notation import count, in_short, readable
+from upweight.notation import count, in_short
 from upweight.provenance import Context, Provenance
 from upweight.runtime.memory import require_room
 from upweight.runtime.progress import progress
@@ -76,7 +77,7 @@ class Fitted:
         task, train: What it was fitted to.
         theta: θ̂ at the time.
         snapshot: Everything else of the task at the time.
-        losses: ℓᵢ(θ̂) of every training example.
+        looked_at: ℓᵢ(θ̂) of the training examples, as far as they are known.
         scorer: What the method knows.
         resources: What it may use.
         history: How the model was trained, where the method was told.
@@ -89,7 +90,7 @@ class Fitted:
     train: Data
     theta: Float[Tensor, " p"]
     snapshot: Snapshot
-    losses: Float[Tensor, " n"]
+    looked_at: TrainingLosses
     scorer: Scorer
     resources: Resources
     history: Any
@@ -106,8 +107,7 @@ class Fitted:
         derives = self.spec.unit is Unit.DERIVATIVE
         about = {
             "method": in_short(self.spec),
-            "task": f"{in_short(self.task.loss)}, {in_short(self.task.penalty)}; mean training "
-            f"loss {readable(float(self.losses.double().mean()))}",
+            "task": f"{in_short(self.task.loss)}, {in_short(self.task.penalty)}; {self.looked_at}",
             "fit": took + (f"; {count(len(self.notes), 'note')} in .notes" if self.notes else ""),
             "next": verbs if derives else ".attribute(queries), .self_influence()",
         }
@@ -119,6 +119,14 @@ class Fitted:
 
     def _repr_html_(self) -> str:
         return card(*self._told())
+
+    @property
+    def losses(self) -> Float[Tensor, " n"]:
+        """ℓᵢ(θ̂) of every training example.
+
+        Cost: nothing, or a forward pass over the examples that no pass has looked at yet.
+        """
+        return self.looked_at.all()
 
     # -- scores -----------------------------------------------------------------------------------
 
@@ -178,8 +186,9 @@ class Fitted:
                         for begin, end in sink.missing(job, n)
                         for start in range(begin, end, size)
                     )
-                    for start, stop, _ in progress(blocks, n, "scores"):
-                        sums.see(sink.take(job, start, stop))
+                    with self.looked_at.explaining():
+                        for start, stop, _ in progress(blocks, n, "scores"):
+                            sums.see(sink.take(job, start, stop))
                 sink.end(job)
                 sums.end(job.row_sums)
                 records.append(job.record)
@@ -246,7 +255,8 @@ class Fitted:
         Cost: by layer or where the model is linear in θ, one pass; otherwise n solves.
         """
         self._require_same_model()
-        return self.scorer.self_influence()
+        with self.looked_at.explaining():
+            return self.scorer.self_influence()
 
     # -- what moves the parameters ----------------------------------------------------------------
 

@@ -41,17 +41,15 @@ from upweight.scoring.queries import FactoredQueries, in_basis, inner, self_prod
 from upweight.scoring.stream import (
     Contraction,
     Gradients,
+    Look,
     contractions,
     of_vectors,
     queries_at_once,
+    training_gradients,
     training_loss,
     unchanged,
 )
-from upweight.task.check import (
-    checked_batch,
-    checked_losses,
-    require_own_losses,
-)
+from upweight.task.check import checked_batch, checked_losses
 from upweight.task.data import Data
 from upweight.task.gradients import require_finite_gradients
 from upweight.task.identity import described, subject
@@ -151,13 +149,18 @@ class LayeredJob(Job):
 
 @dataclass(frozen=True, eq=False)
 class LayeredScorer(Scorer):
-    """(Hₗ + λₗ)⁻¹ of every block at a point."""
+    """(Hₗ + λₗ)⁻¹ of every block at a point.
+
+    `losses` says which training examples to measure errors on: ℓᵢ(θ̂), or a guess where they were
+    not looked at; these `look` checks when they are scored.
+    """
 
     task: Task
     train: Data
     curvature: BlockCurvature
     point: Point
     losses: Float[Tensor, " n"]
+    look: Look | None = None
     tolerance: float = 0.0
     memory_bytes: int | None = None
     gradients: Gradients = unchanged
@@ -187,7 +190,7 @@ class LayeredScorer(Scorer):
         if asked.functional is not None:
             rows = asked.functional.at(self.point.theta)
             memory, gradients = asked.memory_bytes, self.gradients
-            found = of_vectors(self.curvature, self.train, rows, memory, gradients)
+            found = of_vectors(self.curvature, self.train, rows, memory, gradients, self.look)
             yield LayeredJob(self, found)
             return
         assert asked.queries is not None
@@ -201,6 +204,7 @@ class LayeredScorer(Scorer):
             asked.memory_bytes,
             asked.together,
             self.gradients,
+            self.look,
         ):
             yield LayeredJob(self, found)
 
@@ -334,10 +338,8 @@ class LayeredScorer(Scorer):
             batches = self.train.batches(self._at_once)
             for start, stop, batch in progress(batches, len(self.train), what):
                 batch = self.task.to_device(batch)
-                yield (
-                    start,
-                    self.gradients(passes.of(training_loss(self.task), batch, stop - start)),
-                )
+                factors = training_gradients(passes, self.task, batch, start, stop, self.look)
+                yield start, self.gradients(factors)
 
 
 def token_shares(
@@ -450,7 +452,7 @@ def inverse(
     point: Point,
 ) -> LayeredScorer:
     """P = (Hₗ + λₗ)⁻¹ by block: learn the curvature, and check the training data on the way."""
-    task, data = fitting.task, fitting.data
+    task, data, losses = fitting.task, fitting.data, fitting.losses
     damping = as_damping(damping)
     fitted = _learned(curvature, damping, fitting, point)
     layout = task.layout
@@ -466,12 +468,16 @@ def inverse(
         # Times a gradient of zero, any λ > 0 gives zero.
         some = max(b.damping for b in blocks if b.name not in silent)
         blocks = tuple(replace(b, damping=some) if b.name in silent else b for b in blocks)
+    learned = len(data) if curvature.examples is None else curvature.examples
+    later = learned < len(data) and fitting.resources.ranks.size == 1 and _is_own(fitting, point)
+    fitting.looks_later |= later
     return LayeredScorer(
         task=task,
         train=data,
         curvature=replace(fitted, blocks=blocks),
         point=point,
-        losses=fitting.checked_losses(),
+        losses=losses.of_some(learned) if later else losses.all(),
+        look=losses.look if later else None,
         tolerance=tolerance,
         memory_bytes=fitting.resources.memory_bytes,
         seconds={f"fit: {stage}": took for stage, took in fitted.seconds.items()},
@@ -499,8 +505,7 @@ def _learned(
         if of == curvature and at is point.theta:
             return known
     seen: dict[int, Tensor] = {}
-    # Losses are those of the trained model; a placeholder for θ has no values.
-    is_own = task.stands_in(point.theta) or torch.equal(point.theta, fitting.theta)
+    is_own = _is_own(fitting, point)
 
     def watch(start: int, stop: int, batch: Batch, outputs: Tensor, targets: Any) -> None:
         places = (start, stop)
@@ -534,11 +539,17 @@ def _learned(
     # other sizes may round otherwise, and an interrupted fit must come to the same numbers.
     is_all = curvature.examples is None or curvature.examples >= len(data)
     if is_own and resources.folder is None and is_all:
-        fitting.losses = resources.ranks.joined(seen, len(data), task.layout.device)
-        require_own_losses(task, data, probe, fitting.losses, "training data")
+        fitting.losses.set(resources.ranks.joined(seen, len(data), task.layout.device))
     if shared is not None:
         shared.append((curvature, point.theta, fitted))
     return fitted
+
+
+def _is_own(fitting: Fitting, point: Point) -> bool:
+    """Whether losses at the point are those of the trained model."""
+    # A placeholder for θ has no values.
+    own = fitting.task.stands_in(point.theta)
+    return own or torch.equal(point.theta, fitting.theta)
 
 
 def _silent_blocks(

@@ -67,7 +67,9 @@ class Method(abc.ABC):
             UpweightError: One of the checks of `upweight.task.check`, or what the method cannot
                 answer, with the way out.
 
-        Cost: the method's, and a forward pass over the training data.
+        Cost: the method's, and a forward pass over the training data, unless it has a pass of its
+        own over all of them or learns from some of them, as `EKFAC(examples=…)` does: then the
+        others are checked when they are scored.
         """
         started = time.perf_counter()
         require_task(task)
@@ -93,14 +95,16 @@ class Method(abc.ABC):
                 )
             fitting = Fitting(task, data, task.held_theta(), probe, used, history)
             scorer = self.prepare(fitting)
-            losses = fitting.checked_losses()
+            losses = fitting.losses
+            if not fitting.looks_later:
+                losses.all()
             return Fitted(
                 spec=self,
                 task=task,
                 train=data,
                 theta=fitting.theta,
-                snapshot=Snapshot.of(task).settled(before, written(task, data), losses),
-                losses=losses,
+                snapshot=Snapshot.of(task).settled(before, written(task, data), losses.known),
+                looked_at=losses,
                 scorer=scorer,
                 resources=used,
                 history=history,

@@ -74,6 +74,11 @@ Gradients = Callable[[list[Factors]], list[Factors]]
 """What is done to the gradients of a batch before they are multiplied: nothing, or `normalized`."""
 
 
+Look = Callable[[int, int, Batch, Tensor, Any], None]
+"""Is shown the first and last place of some training examples, their batch, the model's outputs
+for them and their targets."""
+
+
 def unchanged(factors: list[Factors]) -> list[Factors]:
     """gᵢ itself."""
     return factors
@@ -97,6 +102,7 @@ class Contraction:
     choice: Choice
     memory_bytes: int | None
     gradients: Gradients = unchanged
+    look: Look | None = None
 
     def __len__(self) -> int:
         return len(self.queries[0])
@@ -139,7 +145,7 @@ class Contraction:
         for first in range(start, stop, self.batch_size):
             last = min(first + self.batch_size, stop)
             batch = task.to_device(self.train.batch(first, last))
-            yield self.gradients(passes.of(training_loss(task), batch, last - first))
+            yield self.gradients(training_gradients(passes, task, batch, first, last, self.look))
 
     def scores(
         self, batches: Sequence[Sequence[Factors]], kernels: Sequence[Kernel] | None = None
@@ -159,6 +165,7 @@ def of_vectors(
     rows: Float[Tensor, "k p"],
     memory_bytes: int | None = None,
     gradients: Gradients = unchanged,
+    look: Look | None = None,
 ) -> Contraction:
     """A contraction with given gradients in the place of the queries', exactly."""
     layout = curvature.plan.task.layout
@@ -175,12 +182,27 @@ def of_vectors(
         kernels.append(OfVector(vectors) if vectors.ndim == 2 else Explicit(vectors))
     words = ("in full",) * len(kernels)
     choice = Choice(tuple(kernels), 0.0, 0.0, words)
-    return Contraction(curvature, train, 0, tuple(queries), choice, memory_bytes, gradients)
+    return Contraction(curvature, train, 0, tuple(queries), choice, memory_bytes, gradients, look)
 
 
 def training_loss(task: Task) -> Callable[[Params, Batch], Tensor]:
     """ℓ per example, with whatever kernels PyTorch prefers for a plain gradient."""
     return lambda params, batch: task.loss(*task.call(params, batch))
+
+
+def training_gradients(
+    passes: GradientPass, task: Task, batch: Batch, start: int, stop: int, look: Look | None
+) -> list[Factors]:
+    """∇ℓᵢ of the training examples from start to stop − 1, whose outputs `look` is shown first."""
+    if look is None:
+        return passes.of(training_loss(task), batch, stop - start)
+
+    def heads(outputs: Tensor, targets: Any) -> Iterator[tuple[Callable[..., Tensor], None]]:
+        look(start, stop, batch, outputs, targets)
+        yield lambda outputs, targets, extra: task.loss(outputs, targets), None
+
+    (found,) = passes.of_heads(batch, stop - start, heads)
+    return found
 
 
 def contractions(
@@ -193,6 +215,7 @@ def contractions(
     memory_bytes: int | None = None,
     together: int | None = None,
     gradients: Gradients = unchanged,
+    look: Look | None = None,
 ) -> Iterator[Contraction]:
     """All queries in as few groups as memory allows, each solved and given its kernels.
 
@@ -202,10 +225,11 @@ def contractions(
         queries: What is asked about.
         measure: m.
         tolerance: Relative error of a query's scores, root mean square over queries; 0 is exact.
-        losses: ℓᵢ(θ̂) of the training examples.
+        losses: ℓᵢ(θ̂) of the training examples, by which some are drawn to measure errors on.
         memory_bytes: What a batch may take; solved queries may take as much again.
         together: Queries that share a pass; None: as many as fit.
         gradients: What is done to gradients, of queries and training examples, first.
+        look: What is shown the model's outputs for training examples.
 
     Raises:
         NotDifferentiable: No query's measurement depends on θ.
@@ -216,7 +240,16 @@ def contractions(
         stop = min(start + size, len(queries))
         group = queries if stop - start == len(queries) else queries.subset(range(start, stop))
         job = _contraction(
-            curvature, train, group, start, measure, tolerance, losses, memory_bytes, gradients
+            curvature,
+            train,
+            group,
+            start,
+            measure,
+            tolerance,
+            losses,
+            memory_bytes,
+            gradients,
+            look,
         )
         depends = depends or any(depends_on_parameters(block) for block in job.queries)
         if stop == len(queries) and not depends:
@@ -258,6 +291,7 @@ def _contraction(
     losses: Float[Tensor, " n"],
     memory_bytes: int | None,
     gradients: Gradients,
+    look: Look | None,
 ) -> Contraction:
     task = curvature.plan.task
     factored = any(
@@ -279,7 +313,7 @@ def _contraction(
         return block_queries(curvature.blocks, batches, len(queries), positions, rows, dtypes)
 
     made, choice = _chosen(curvature, solved, len(queries), rows, sample, check, tolerance)
-    return Contraction(curvature, train, first, tuple(made), choice, memory_bytes, gradients)
+    return Contraction(curvature, train, first, tuple(made), choice, memory_bytes, gradients, look)
 
 
 def _chosen(

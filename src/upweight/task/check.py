@@ -1,11 +1,11 @@
 """Can this task be answered on these data? Refuse, with the way out, what cannot.
 
-Checked once per `fit` and per `attribute`, at the cost of one forward pass over the data: that the
+Checked once per `fit` and per `attribute`, on one forward pass over the data: that the
 model is deterministic and treats examples one by one, that the loss is unreduced, that targets fit
 the loss, that gradients reach every chosen parameter, and that every loss is finite.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,19 +66,30 @@ def checked_losses(
         UpweightError: As for `require_answerable`.
     """
     probe = probe or require_answerable(task, data, role)
-    theta = task.held_theta()
-    size = _at_once(data)
-    size = data.together(size)
-    losses, evaluate = dict[int, Tensor](), _evaluate(task, role)
+    size = checked_at_once(data)
     mine = range(ranks.rank * size, len(data), ranks.size * size)
-    batches = ((k, min(k + size, len(data)), None) for k in mine)
-    for start, stop, _ in progress(batches, len(mine) * size, f"checking {role}"):
-        batch = task.to_device(data.batch(start, stop))
-        outputs, targets = evaluate(theta, batch)
-        losses[start] = checked_batch(task, data, (start, stop), batch, outputs, targets, role)
+    losses = checked_parts(task, data, mine, size, role)
     found = ranks.joined(losses, len(data), task.layout.device)
     require_own_losses(task, data, probe, found, role)
     return found
+
+
+def checked_at_once(data: Data) -> int:
+    """Examples of a forward pass of the check."""
+    return data.together(_at_once(data))
+
+
+def checked_parts(
+    task: Task, data: Data, starts: Sequence[int], size: int, role: str
+) -> dict[int, Float[Tensor, " b"]]:
+    """ℓᵢ(θ̂) of the `size` examples from each start on, checked as by `checked_batch`."""
+    theta, losses, evaluate = task.held_theta(), dict[int, Tensor](), _evaluate(task, role)
+    batches = ((k, min(k + size, len(data)), None) for k in starts)
+    for start, stop, _ in progress(batches, len(starts) * size, f"checking {role}"):
+        batch = task.to_device(data.batch(start, stop))
+        outputs, targets = evaluate(theta, batch)
+        losses[start] = checked_batch(task, data, (start, stop), batch, outputs, targets, role)
+    return losses
 
 
 def require_own_losses(

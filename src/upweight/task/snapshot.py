@@ -53,7 +53,7 @@ class Snapshot:
     Args:
         parts: A text for what can be read; another object stands for itself.
         moving: Parts that the model's own forward writes, which say nothing.
-        losses: Of the training examples; None: not known.
+        losses: Of the training examples, NaN where they are not known; None: none is.
         notes: On what has changed since, and was seen to be harmless.
     """
 
@@ -81,7 +81,7 @@ class Snapshot:
         return cls(parts)
 
     def settled(
-        self, before: "Snapshot", written: frozenset[str], losses: Float[Tensor, " n"]
+        self, before: "Snapshot", written: frozenset[str], losses: Float[Tensor, " n"] | None
     ) -> "Snapshot":
         """This one, without what passes alone changed since an earlier one, and what they write."""
         return Snapshot(self.parts, written | frozenset(self._differing(before)), losses)
@@ -157,8 +157,9 @@ class Snapshot:
                 task.losses_of(*task.call(task.held_theta(), task.to_device(batch)))
                 for _, _, batch in train.batches(CHECKED_AT_ONCE)
             ]
-        gap = (torch.cat(losses) - self.losses).abs().max()
-        return bool(gap <= torch.finfo(gap.dtype).eps ** 0.5 * self.losses.abs().max())
+        known = ~self.losses.isnan()
+        gap = (torch.cat(losses) - self.losses)[known].abs().max()
+        return bool(gap <= torch.finfo(gap.dtype).eps ** 0.5 * self.losses[known].abs().max())
 
     def _same(self, other: "Snapshot", name: str) -> bool:
         a, b = (s.parts.get(name, _Absent) for s in (self, other))
