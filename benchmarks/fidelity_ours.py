@@ -322,10 +322,10 @@ OURS = (
         "GGN, CG by EK-FAC",
         lambda problem: uw.Influence(
             uw.GGN(),
-            uw.solvers.BlockCG(rtol=0.3, preconditioner=uw.EKFAC()),
+            uw.solvers.BlockCG(rtol=0.1, preconditioner=uw.EKFAC()),
             BEST[problem.name],
         ),
-        "GGN(), BlockCG(rtol=0.3, preconditioner=EKFAC()), the λ that ranks best of a few",
+        "GGN(), BlockCG(rtol=0.1, preconditioner=EKFAC()), the λ that ranks best of a few",
         only_networks,
         lambda problem: False,
     ),
