@@ -173,7 +173,7 @@ class Tokenized:
         return {name: column[i % self.n] for name, column in self.columns.items()}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TextData(IndexedData):
     """Tokenized texts, padded to the longest of each batch. Made by `text` and `chat`."""
 
@@ -185,10 +185,6 @@ class TextData(IndexedData):
         """Whether labels are tokens, of texts that `text` or `chat` has tokenized."""
         made = self.dataset
         return isinstance(made, Tokenized) and isinstance(made.columns.get("labels"), _Flat)
-
-    def __repr__(self) -> str:
-        notes = "".join(f"; {note}" for note in self.notes)
-        return f"{type(self).__name__} of {len(self)} examples{notes}"
 
 
 def text(

@@ -58,6 +58,10 @@ class Data(abc.ABC):
     def __len__(self) -> int:
         """n."""
 
+    def __repr__(self) -> str:
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"{type(self).__name__} of {len(self)} examples{notes}"
+
     @abc.abstractmethod
     def take(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
         """The examples at `indices`, in that order."""
@@ -129,7 +133,7 @@ class Data(abc.ABC):
         return self
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ArrayData(Data):
     """Examples held in tensors: a tuple or dict whose leaves have n on their leading axis.
 
@@ -167,7 +171,7 @@ class ArrayData(Data):
         return _watched(self)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class IndexedData(Data):
     """Examples of a map-style dataset, put together by `collate`."""
 
@@ -201,7 +205,7 @@ class IndexedData(Data):
         return _watched(self)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Subset(Data):
     """Some examples of other data."""
 
