@@ -9,10 +9,12 @@ import warnings
 from importlib import import_module
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 import upweight as uw
 import upweight.adapters.transformers as hf
@@ -379,6 +381,33 @@ def test_texts_alone_are_asked_about_by_the_class_that_is_predicted():
     assert any("class that the network predicts" in note for note in found.notes)
     with pytest.raises(DataError, match="labels='label'"):
         hf.classifier(built("several labels"), tokenizer).queries(TEXTS)
+
+
+def test_tokens_in_any_list():
+    task, ids = hf.causal_lm(built("GPT-2")), [[3, 4, 5], [6, 7, 8, 9], [3, 9]]
+    expected = task.training([{"input_ids": each} for each in ids])
+    for given in (ids, [torch.tensor(x) for x in ids], [np.array(x) for x in ids]):
+        assert same(task.training(given).batch(0, 3), expected.batch(0, 3))
+    for given in ({"input_ids": ids[1]}, {"input_ids": torch.tensor(ids[1])}, torch.tensor(ids[1])):
+        assert same(task.queries(given).batch(0, 1), expected.batch(1, 2))
+
+
+def test_examples_without_labels_are_refused_with_what_makes_them():
+    tokenizer = words()
+    tokens = [{"input_ids": x} for x in tokenizer(TEXTS)["input_ids"]]
+    for name, kind, way in (
+        ("BERT", hf.masked_lm, "hf.text(dataset, tokenizer, masked=0.15)"),
+        ("T5", hf.seq2seq, "hf.text(dataset, tokenizer, labels='target')"),
+        ("classes", hf.classifier, "hf.text(dataset, tokenizer, labels='label')"),
+    ):
+        with pytest.raises(DataError, match=r"Given: examples of .*input_ids") as caught:
+            kind(built(name), tokenizer).training(tokens)
+        assert way in str(caught.value)
+    loader = DataLoader(tokens, 2, collate_fn=lambda b: dict(tokenizer.pad(b, return_tensors="pt")))
+    task = hf.causal_lm(built("GPT-2"), tokenizer)
+    with pytest.raises(DataError, match="without that collate function"):
+        task.training(loader)
+    assert len(task.training(tokens)) == len(TEXTS)
 
 
 def test_asking_for_classes_leaves_nothing_on_the_model():

@@ -5,11 +5,12 @@ Random and tiny, offline. Where transformers is absent, nothing here runs.
 
 import pytest
 import torch
+from torch.testing import assert_close
 from torch.utils.data import IterableDataset
 
 import upweight as uw
 import upweight.adapters.transformers as hf
-from tests.adapters.test_transformers import built, library, rows
+from tests.adapters.test_transformers import built, library, rows, words
 from tests.training.loops import replayed
 from upweight.errors import DataError, SpecError, StaleStore
 from upweight.training.record import read_record
@@ -153,9 +154,6 @@ def test_a_killed_run_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path):
 def test_a_recipe_trains_again_without_some_examples(tmp_path):
     made, _ = trainer(tmp_path, max_steps=2, every=4)
     made.train()
-    with pytest.raises(Exception, match=r"model\.eval\(\)"):
-        uw.attribute(made, None, labelled("classes")[:2])
-    made.model.eval()
     own, state = hf.from_trainer(made), torch.get_rng_state()
     trained = own.recipe.prepare(own.task, own.data)
     assert torch.equal(torch.get_rng_state(), state)
@@ -167,6 +165,43 @@ def test_a_recipe_trains_again_without_some_examples(tmp_path):
         trained(weights[2:])
     scores = uw.attribute(made, None, labelled("classes")[:2], method=uw.GradientDot())
     assert scores.values.shape == (2, N)
+
+
+def test_a_trainer_is_asked_as_it_comes_from_training(tmp_path, capsys):
+    """Its model is in training mode then; scores are those of the model in eval mode."""
+    made, _ = trainer(tmp_path, max_steps=2)
+    made.processing_class = words()
+    made.train()
+    assert made.model.training
+    queries, method = labelled("classes")[:3], uw.GradientDot()
+    scores = uw.attribute(made, None, queries, method=method)
+    assert "training mode" in capsys.readouterr().err and made.model.training
+    # One example as the data set returns it, and tokens alone by the class that is predicted.
+    one = uw.attribute(made, None, queries[1], method=method)
+    assert_close(one.values, scores.values[1:2], rtol=1e-6, atol=1e-9)
+    alone = [{"input_ids": row["input_ids"]} for row in queries]
+    predicted = uw.attribute(made, None, alone, method=method)
+    with torch.no_grad():
+        model = made.model.eval()
+        classes = [int(model(torch.tensor([r["input_ids"]])).logits.argmax()) for r in alone]
+    expected = [row | {"labels": y} for row, y in zip(alone, classes, strict=True)]
+    again = uw.attribute(made, None, expected, method=method)
+    assert_close(predicted.values, again.values, rtol=1e-6, atol=1e-9)
+    assert ".check()" in repr(scores)  # recorded, so its initial weights are known
+    # Examples that come as tokens are shown as what the tokenizer reads in them.
+    text = made.processing_class.decode(
+        made.train_dataset[0]["input_ids"], skip_special_tokens=True
+    )
+    shown = scores.table(query=0, k=len(scores.values[0]))
+    assert shown.set_index("place")["text"][0] == text
+
+
+def test_a_trainer_that_cannot_be_trained_again_asks_for_a_recipe(tmp_path):
+    made, recorder = trainer(tmp_path, max_steps=1)
+    made.remove_callback(recorder)
+    made.train()
+    scores = uw.attribute(made, None, labelled("classes")[:2], method=uw.GradientDot())
+    assert ".check(recipe)" in repr(scores)
 
 
 def test_what_cannot_be_seen_is_refused_by_name(tmp_path):

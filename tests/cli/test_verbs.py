@@ -424,10 +424,22 @@ def test_evaluation_takes_a_training_function_and_refuses_what_is_no_recipe(fini
         PROJECT + "def fit(w):\n"
         "    data = uw.as_data(train)\n"
         "    return recipe.prepare(start, data)(w[None]).theta[0]\n"
+        # With a default of its weights it can be called without any, and is not.
+        "def again(weights=None):\n"
+        "    assert weights is not None\n"
+        "    return fit(weights)\n"
+        "def trained(rows=None):\n"
+        "    return task.model\n"
     )
     found = answer("evaluate", "run", "--recipe", "project.py:fit", "--lds", "8")
     assert found["seeds"] == 1
+    same = answer("evaluate", "run", "--recipe", "project.py:again", "--lds", "8")
+    assert same["slope"] == found["slope"]
+    assert "def recipe(weights)" in refusal("evaluate", "run", "--recipe", "project.py:trained")
     assert "A recipe says how" in refusal("evaluate", "run", "--recipe", "project.py:test")
+    # The name under which it is looked for beside the task.
+    assert answer("evaluate", "run", "--project", "project.py", "--lds", "8")["seeds"] == 2
+    path.write_text(PROJECT.replace("recipe", "how"))
     assert "must know how" in refusal("evaluate", "run", "--project", "project.py")
     said = refusal("evaluate", "run", "--recipe", "x.py:y", "--lds", 8, "--budget", "1 s", code=2)
     assert "exclude each other" in said

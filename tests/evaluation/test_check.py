@@ -290,9 +290,25 @@ def test_a_budget_for_fewer_than_eight_subsets_is_refused_early(digits, fitted):
             return Slow()
 
     begun = time.perf_counter()
-    with pytest.raises(SpecError, match=r"8 subsets would take about \d s"):
+    with pytest.raises(SpecError, match=r"8 subsets would take about \d s") as caught:
         fitted.check(Recipe(), 1.0, queries=digits[2])
     assert time.perf_counter() - begun < 2
+    assert "subsets=8 or --lds 8" in str(caught.value)
+    # Its way out without any training.
+    assert "check(scores, upweight.SGD(1e-3))" in str(caught.value)
+    assert uw.check(fitted.attribute(digits[2]), uw.SGD(1e-3)).mean.value < 0
+
+
+def test_a_function_of_data_weights_is_a_recipe(digits, fitted):
+    task, train, queries = digits
+    trained = uw.training.Newton().prepare(task, uw.as_data(train))
+
+    def fit(weights):
+        return trained(weights[None]).theta[0]
+
+    found = fitted.check(fit, subsets=8, queries=queries)
+    again = fitted.check(uw.training.FromFunction(fit), subsets=8, queries=queries)
+    assert found.summary() | {"seconds": 0} == again.summary() | {"seconds": 0}
 
 
 def test_a_number_of_subsets_in_place_of_a_time(digits, fitted):

@@ -8,11 +8,24 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 import upweight as uw
 from tests.front.test_attribute import QUERIES, TRAIN, N, X, Y, network
-from upweight.errors import NonDeterministic, ScalarLoss, SpecError
+from upweight.errors import (
+    DataError,
+    DtypeError,
+    NonDeterministic,
+    ScalarLoss,
+    ShapeError,
+    SpecError,
+)
 
 CE = nn.CrossEntropyLoss()
 ask = functools.partial(uw.attribute, method=uw.GradientDot())
@@ -59,6 +72,10 @@ LABELLED = Examples(lambda i: {"image": X[i], "label": int(Y[i]), "index": i})
         (LABELLED, "model(batch['image']) against batch['label']; left out: batch['index'], its"),
         (Examples(lambda i: {"pixels": X[i], "digit": Y[i]}), "against batch['digit']"),
         ({"image": X, "label": Y, "index": torch.arange(N)}, "batch['index'], its place"),
+        (Examples(lambda i: ((X[i],), Y[i])), "model(batch[0][0]) against batch[1]"),
+        (((X,), Y), "model(batch[0][0]) against batch[1]"),
+        (Examples(lambda i: {"x": {"input": X[i]}, "y": Y[i]}), "model(input=batch['x']['input'])"),
+        (Examples(lambda i: ({"input": X[i]}, Y[i])), "model(input=batch[0]['input']) against"),
     ],
 )
 def test_each_entry_of_an_example_is_found(train, said, capsys):
@@ -103,6 +120,129 @@ def test_one_example_as_a_data_set_returns_it():
     alone = ask(model, TRAIN, X[3], CE).values
     classed = ask(model, TRAIN, (X[3:4], model(X[3:4]).argmax(1)), CE).values
     assert_close(alone, classed, rtol=0, atol=0)
+
+
+class TwoInputs(nn.Module):
+    """f(x, z) of two halves of the inputs; `take` says how they come, `give` what is returned."""
+
+    def __init__(self, take=lambda *xz: xz, give=lambda f: f):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(2, 3).double(), nn.Linear(2, 3).double()
+        self.take, self.give = take, give
+
+    def forward(self, x, z):
+        return self.give(self.first(x) + self.second(z).tanh())
+
+
+class OneDict(TwoInputs):
+    def forward(self, batch):
+        return super().forward(batch["x"], batch["z"])
+
+
+def test_two_inputs_in_one_entry_and_a_model_that_takes_a_dict(capsys):
+    model = TwoInputs()
+    x, z = X[:, :2], X[:, 2:]
+    expected = ask(model, (x, z, Y), (x[:5], z[:5], Y[:5]), CE).values
+    forms = {
+        "model(batch[0][0], batch[0][1]) against batch[1]": lambda i: ((x[i], z[i]), Y[i]),
+        "model(x=batch['a']['x'], z=batch['a']['z']) against batch['y']":
+            lambda i: {"a": {"x": x[i], "z": z[i]}, "y": Y[i]},
+    }  # fmt: skip
+    for said, read in forms.items():
+        train = Examples(read)
+        for queries in (Examples(read, 5), [train[k] for k in range(5)]):
+            assert_close(ask(model, train, queries, CE).values, expected, rtol=0, atol=0)
+            assert said in capsys.readouterr().err
+        assert_close(ask(model, train, train[3], CE).values, expected[3:4], rtol=1e-9, atol=1e-12)
+    arrays = ask(model, ((x, z), Y), ((x[:5], z[:5]), Y[:5]), CE)
+    assert_close(arrays.values, expected, rtol=0, atol=0)
+    capsys.readouterr()
+    named = Examples(lambda i: {"x": x[i], "z": z[i], "label": Y[i]})
+    one = ask(OneDict(), named, [named[k] for k in range(5)], CE)
+    assert "model({'x': batch['x'], 'z': batch['z']}) against" in capsys.readouterr().err
+    assert_close(one.values, expected, rtol=0, atol=0)
+
+
+def test_a_model_that_returns_several_tensors():
+    x, z = X[:, :2], X[:, 2:]
+    train, queries = (x, z, Y), (x[:5], z[:5], Y[:5])
+    expected = ask(TwoInputs(), train, queries, CE).values
+    named = ask(TwoInputs(give=lambda f: {"logits": f, "aux": f.detach()}), train, queries, CE)
+    assert_close(named.values, expected, rtol=0, atol=0)
+    for give in (lambda f: (f, f.detach()), lambda f: {"out": f, "aux": f.detach()}):
+        model = TwoInputs(give=give)
+        with pytest.raises(ShapeError, match="must return one tensor") as caught:
+            ask(model, train, queries, CE)
+        way = re.search(r"forward=(lambda model, batch: .*)\) in place", str(caught.value))[1]
+        found = ask(uw.Task(model, CE, forward=eval(way)), train, queries)
+        assert_close(found.values, expected, rtol=0, atol=0)
+
+
+class Sequences(nn.Module):
+    """Takes [b, t] and [t] alike, as recurrent layers and embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(7, 4).double(), nn.Linear(4, 7).double()
+
+    def forward(self, x):
+        return self.out(self.embed(x).tanh())
+
+
+def test_one_sequence_is_one_query():
+    tokens = torch.randint(0, 7, (N, 6), generator=torch.Generator().manual_seed(0))
+    train = Examples(lambda i: (tokens[i, :-1], tokens[i, 1:]))
+    model, loss = Sequences(), uw.CrossEntropy()
+    expected = ask(model, train, [train[3]], loss).values
+    found = ask(model, train, train[3], loss).values
+    assert found.shape == (1, N) and torch.equal(found, expected)
+    both = ask(model, train, (tokens[:2, :-1], tokens[:2, 1:]), loss).values
+    assert both.shape == (2, N)
+
+
+def test_yes_or_no_as_torch_has_it():
+    """Queries without labels, and suspects, of BCEWithLogitsLoss with outputs [b] and [b, 1]."""
+    yes, loss = (X[:, 0] > 0).double(), nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0).double())
+    for column in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 1), nn.Identity() if column else nn.Flatten(0)).double()
+        y = yes[:, None] if column else yes
+        scores = uw.attribute(model, (X, y), (X[:5], y[:5]), loss, penalty=uw.L2(0.1))
+        assert len(scores.suspects().frame()) and ".suspects()" in repr(scores)
+        alone = uw.attribute(model, (X, y), X[:5], loss, penalty=uw.L2(0.1))
+        taken = (model(X[:5]) > 0).double()
+        said = uw.attribute(model, (X, y), (X[:5], taken), loss, penalty=uw.L2(0.1))
+        assert_close(alone.values, said.values, rtol=0, atol=0)
+
+
+def test_loaders_that_leave_out_or_weigh_say_what_to_pass():
+    rows = Examples(lambda i: (X[i], Y[i]))
+    loader = DataLoader(rows, 8, sampler=SubsetRandomSampler([5, 1, 7]))
+    with pytest.raises(DataError) as caught:
+        ask(MODEL, loader, QUERIES, CE)
+    way = str(caught.value).partition("Way out: ")[2].rstrip(". ")
+    found = ask(MODEL, eval(way, {"torch": torch, "loader": loader}), QUERIES, CE)
+    assert_close(found.values, ask(MODEL, Subset(rows, [1, 5, 7]), QUERIES, CE).values)
+    sampler = WeightedRandomSampler(torch.arange(1.0, N + 1), N)
+    with pytest.raises(DataError, match=r"v\[i\] = n times") as caught:
+        ask(MODEL, DataLoader(rows, 8, sampler=sampler), QUERIES, CE)
+    assert "attribute(model, (X, (y, v)), queries, upweight.Weighted(loss))" in str(caught.value)
+    v = (N * sampler.weights / sampler.weights.sum()).double()
+    weighted = ask(MODEL, (X, (Y, v)), (X[:5], (Y[:5], torch.ones(5))), uw.Weighted(CE))
+    assert_close(weighted.values, ask(MODEL, TRAIN, (X[:5], Y[:5]), CE).values * v)
+
+
+def test_of_half_precision_the_way_out_is_the_float_model():
+    half = torch.nn.Sequential(*[each for each in network(torch.float16)]).eval()
+    with pytest.raises(DtypeError, match=r"Way out: model\.float\(\)"):
+        ask(half, (X.float(), Y), (X[:5].float(), Y[:5]), CE)
+    assert ask(half.float(), (X.float(), Y), (X[:5].float(), Y[:5]), CE).values.shape == (5, N)
+
+
+def test_a_choice_that_takes_long_says_how_long(capsys):
+    uw.attribute(network(), TRAIN, QUERIES, CE, budget=1e-6)
+    assert re.search(r"this is the quickest; it takes about \d", capsys.readouterr().err)
 
 
 class Steered(nn.Module):

@@ -18,7 +18,7 @@ from torch.utils.data import (
 import upweight as uw
 from tests.market import problem
 from upweight.errors import DataError, ShapeError
-from upweight.task.data import Data, as_data, batch_size
+from upweight.task.data import Data, as_data, batch_size, read_data
 
 N = 7
 X = torch.arange(N * 2).reshape(N, 2).double()
@@ -312,3 +312,12 @@ def test_one_example_and_what_is_read_once_are_refused_and_the_ways_out_work():
     stream = iter([(X[:4], y[:4]), (X[4:], y[4:])])
     again = uw.as_data([x for batch in stream for x in zip(*batch, strict=True)])
     assert torch.equal(again.batch(0, 6)[0], X)
+
+
+def test_data_introduce_themselves_in_a_line():
+    X, y = torch.zeros(30, 4), torch.zeros(30)
+    data = as_data((X, y))
+    assert repr(data) == "ArrayData of 30 examples"
+    assert repr(data.subset([3, 4])) == "Subset of 2 examples"
+    loader = DataLoader(TensorDataset(X, y), 8, shuffle=True)
+    assert repr(read_data(loader)).startswith("IndexedData of 30 examples; the DataLoader's")

@@ -6,7 +6,7 @@ import torch
 import upweight as uw
 from tests.market import problem
 from upweight.cli.spec import parse
-from upweight.errors import NonFinite, ScalarLoss, UpweightError
+from upweight.errors import NonFinite, ScalarLoss, SpecError, UpweightError
 from upweight.task.data import as_data
 from upweight.task.measures import OutputMeasure, as_measure
 
@@ -106,3 +106,11 @@ def test_specs_compare_and_print():
     assert uw.Logit(2) == uw.Logit(2) != uw.Logit(1)
     for measure in (uw.Loss(), uw.LogProb(), uw.Margin(), uw.Logit(3)):
         assert parse(repr(measure)) == measure
+
+
+def test_a_function_of_the_outputs_alone_is_refused_with_the_two_it_takes():
+    with pytest.raises(SpecError, match="outputs and their targets") as caught:
+        as_measure(lambda outputs: outputs.sum(1))
+    assert "(outputs)" in str(caught.value)
+    as_measure(lambda outputs, targets, scale=2.0: scale * outputs.sum(1))
+    as_measure(lambda *both: both[0].sum(1))

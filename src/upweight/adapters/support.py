@@ -38,7 +38,7 @@ class Support:
         return self.ok
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TranslatedData(ArrayData):
     """Arrays as a translated model's task takes them, with what to know about them.
 

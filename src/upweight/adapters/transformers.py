@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from upweight._typing import Batch, Forward, Params
 from upweight.adapters.transformers_data import (
     LABELS,
+    Labelled,
     Padding,
     TextData,
     all_text,
     chat,
     lines_of,
     padded_on_the_left,
+    read_back,
     text,
     token_data,
 )
@@ -39,6 +41,7 @@ from upweight.adapters.transformers_trainer import FromTrainer, Recorder, parts_
 from upweight.errors import DataError, SpecError, UnsupportedModel
 from upweight.task.data import PREDICTED, Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Loss, SquaredError
+from upweight.task.modes import evaluated
 from upweight.task.penalties import Penalty
 from upweight.task.rows import class_names
 from upweight.task.task import Reader as TaskReader
@@ -264,7 +267,7 @@ def from_trainer(trainer: Any, init: Callable[[], nn.Module] | None = None) -> F
     and one other weight for those that stay: Trainer takes the mean over what is there.
 
     Args:
-        trainer: After `train()`, its model in eval mode.
+        trainer: After `train()`. A model in training mode is asked as it is in eval mode.
         init: Makes the untrained model, for the recipe. None: `model_init` of the Trainer, or the
             first state of its `Recorder`.
 
@@ -279,7 +282,11 @@ def from_trainer(trainer: Any, init: Callable[[], nn.Module] | None = None) -> F
         >>> fitted = uw.SOURCE().fit(own.task, own.data, history=own.history)
         >>> fitted.check(own.recipe, "10 min", queries=queries)
     """
-    return parts_of(trainer, task(trainer.model, getattr(trainer, "processing_class", None)), init)
+    model, said = evaluated(trainer.model)  # `train()` leaves it in training mode
+    made = task(model, getattr(trainer, "processing_class", None))
+    found = parts_of(trainer, made, init)
+    data = read_back(found.data, getattr(trainer, "processing_class", None))
+    return replace(found, data=data, notes=(*said, *found.notes))
 
 
 ADAPTERS: dict[str, Adapter] = {
@@ -341,6 +348,20 @@ def numbers(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
     return outputs, targets.reshape(outputs.shape).to(outputs.dtype)
 
 
+def _is_sequence(given: Any) -> bool:
+    """Whether these are the tokens of one text."""
+    if isinstance(given, list):
+        return bool(given) and isinstance(given[0], int)
+    return isinstance(given, Tensor | np.ndarray) and given.ndim == 1
+
+
+def _as_examples(given: Any) -> Any:
+    """One example, as a data set or `tokenizer(text)` returns it, as a list of one."""
+    if isinstance(given, Mapping) and _is_sequence(given.get("input_ids")):
+        return [dict(given)]
+    return [given] if isinstance(given, Tensor) and given.ndim == 1 else given
+
+
 @dataclass(frozen=True)
 class ByForm:
     """An adapter's way to call a model for batches with names; the usual way for tuples.
@@ -389,18 +410,26 @@ class Reader(TaskReader):
         return self._read(given, "training examples")
 
     def queries(self, given: Any) -> Data:
-        """Queries: as training data; of a classifier also texts alone, by the class it predicts."""
-        if self.kind == "classifier" and isinstance(given, list) and all_text(given):
-            return self._predicted(given)
+        """Queries: as training data, or one of them.
+
+        Of a classifier also texts or tokens alone: the class that it predicts stands for each.
+        """
+        given = _as_examples(given)
+        if self.kind == "classifier":
+            if isinstance(given, list) and all_text(given):
+                return self._predicted(self._tokens(given))
+            tokens = self._data(given)
+            if isinstance(tokens, TextData) and len(tokens) and "labels" not in tokens.take([0]):
+                return self._predicted(tokens)
         return self._read(given, "queries")
 
-    def _predicted(self, texts: list[str]) -> Data:
+    def _predicted(self, inputs: TextData) -> Data:
         """Texts, each with the class that the model predicts.
 
         Raises:
-            DataError: There is no tokenizer, or a text has no single class.
+            DataError: A text has no single class.
         """
-        inputs, found = self._tokens(texts), []
+        found = []
         asked = Task(self.model, CrossEntropy(), forward=_logits)
         with torch.no_grad(), asked.in_step():
             for _, _, batch in inputs.batches(PREDICTED_TOGETHER):
@@ -410,8 +439,7 @@ class Reader(TaskReader):
         if several or found[0].ndim != 2 or found[0].shape[1] < 2:
             raise self._no_labels()
         classes = torch.cat(found).argmax(dim=1).tolist()
-        columns = {**inputs.dataset.columns, "labels": np.asarray(classes)}
-        data = replace(inputs, dataset=replace(inputs.dataset, columns=columns))
+        data = replace(inputs, dataset=Labelled(inputs.dataset, classes))
         return self._read(data, "queries").noted((PREDICTED,))
 
     def _tokens(self, texts: Any) -> TextData:
@@ -419,17 +447,21 @@ class Reader(TaskReader):
         self._require_tokenizer()
         return text(texts, self.tokenizer, length=min(512, most or 512))
 
-    def _no_labels(self) -> DataError:
+    def _no_labels(self, given: str = "texts alone") -> DataError:
+        hf = "import upweight.adapters.transformers as hf; hf.text(dataset, tokenizer, "
+        ways = {
+            "causal_lm": "give the tokens without that collate function: the labels are then the "
+            "tokens; or DataCollatorForLanguageModeling(tokenizer, mlm=False).",
+            "masked_lm": f"{hf}masked=0.15), which masks each text once.",
+            "classifier": f"{hf}labels='label'), of rows with text and label: "
+            "[{'text': text, 'label': 1}].",
+            "seq2seq": f"{hf}labels='target').",
+        }
         return DataError(
             f"The examples of {self.kind} are texts and their labels.",
-            "texts alone.",
-            "labels that are in another place.",
-            {
-                "masked_lm": "text(dataset, tokenizer, masked=0.15).",
-                "classifier": "text(dataset, tokenizer, labels='label'), of rows with text and "
-                "label: [{'text': text, 'label': 1}].",
-                "seq2seq": "text(dataset, tokenizer, labels='target').",
-            }[self.kind],
+            f"{given}.",
+            "labels that are in another place, or that a collate function makes.",
+            ways[self.kind],
         )
 
     def relabeled(self, example: Batch, label: Any) -> Batch:
@@ -442,17 +474,22 @@ class Reader(TaskReader):
         return {**example, "labels": new}
 
     def _read(self, given: Any, role: str) -> Data:
-        inner = bare(self.model)
-        tokens = (getattr(getattr(inner, "config", None), "pad_token_id", None),
-                  getattr(self.tokenizer, "pad_token_id", None), 0)  # fmt: skip
-        token = next(x for x in tokens if isinstance(x, int) and x >= 0)
-        needs = self.kind == "causal_lm"
-        data = token_data(given, _arguments(inner), token, needs, self._encode)
+        data = self._data(given)
         self._require_classes(data)
         self._require_labels(data)
         self._require_predicted(data, role)
         self._require_unmoved(data)
-        return data
+        return read_back(data, self.tokenizer)
+
+    def _data(self, given: Any) -> Data:
+        inner = bare(self.model)
+        if self.kind == "causal_lm" and isinstance(given, list) and all(map(_is_sequence, given)):
+            given = [{"input_ids": each} for each in given]
+        tokens = (getattr(getattr(inner, "config", None), "pad_token_id", None),
+                  getattr(self.tokenizer, "pad_token_id", None), 0)  # fmt: skip
+        token = next(x for x in tokens if isinstance(x, int) and x >= 0)
+        needs = self.kind == "causal_lm"
+        return token_data(given, _arguments(inner), token, needs, self._encode)
 
     def _encode(self, given: Any, column: str) -> Data:
         self._require_tokenizer()
@@ -468,8 +505,9 @@ class Reader(TaskReader):
                 "Texts need the tokenizer that the model was trained with.",
                 f"texts, for {self.kind}(model) without one.",
                 "a tokenizer that was not passed.",
-                f"{self.kind}(model, tokenizer), of a Trainer processing_class=tokenizer; or give "
-                "tokens.",
+                "import upweight.adapters.transformers as hf, and pass "
+                f"hf.{self.kind}(model, tokenizer) in place of the model; of a Trainer, "
+                "processing_class=tokenizer. Or give tokens.",
             )
 
     def _require_classes(self, data: Data) -> None:
@@ -492,12 +530,17 @@ class Reader(TaskReader):
         )
 
     def _require_labels(self, data: Data) -> None:
-        """Refuse a masked model's examples in which nothing is masked.
+        """Refuse examples without labels, and a masked model's in which nothing is masked.
 
         Raises:
-            DataError: Their labels are their inputs.
+            DataError: There are no labels, or they are the inputs.
         """
-        if self.kind != "masked_lm" or not len(data):
+        if not len(data):
+            return
+        first = data.take([0])
+        if isinstance(first, dict) and "input_ids" in first and not set(LABELS) & set(first):
+            raise self._no_labels(f"examples of {', '.join(sorted(first))}")
+        if self.kind != "masked_lm":
             return
         for i in range(min(4, len(data))):
             batch = data.take([i])
@@ -511,7 +554,8 @@ class Reader(TaskReader):
             "labels that are the inputs, at every place.",
             "a data set for a model that predicts the next token, or a collate function that masks "
             "at random, which was left out.",
-            "text(dataset, tokenizer, masked=0.15), which masks each example once.",
+            "import upweight.adapters.transformers as hf; hf.text(dataset, tokenizer, "
+            "masked=0.15), which masks each example once.",
         )
 
     def _require_predicted(self, data: Data, role: str) -> None:

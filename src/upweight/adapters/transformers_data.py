@@ -9,6 +9,7 @@ What a task of `upweight.adapters.transformers` is given becomes such data: a `d
 any format, the columns of a tokenizer, lists of texts, examples of different lengths.
 """
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -172,7 +173,7 @@ class Tokenized:
         return {name: column[i % self.n] for name, column in self.columns.items()}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TextData(IndexedData):
     """Tokenized texts, padded to the longest of each batch. Made by `text` and `chat`."""
 
@@ -184,10 +185,6 @@ class TextData(IndexedData):
         """Whether labels are tokens, of texts that `text` or `chat` has tokenized."""
         made = self.dataset
         return isinstance(made, Tokenized) and isinstance(made.columns.get("labels"), _Flat)
-
-    def __repr__(self) -> str:
-        notes = "".join(f"; {note}" for note in self.notes)
-        return f"{type(self).__name__} of {len(self)} examples{notes}"
 
 
 def text(
@@ -285,6 +282,49 @@ def chat(dataset: Any, tokenizer: Any, column: str = "messages", length: int = 2
     return TextData(held, Padding(_pad(tokenizer)), notes, given=Rows(texts=said))
 
 
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Examples that are dicts, each with a label of its own."""
+
+    rows: Any
+    labels: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {**self.rows[i], "labels": self.labels[i]}
+
+
+@dataclass(frozen=True, eq=False)
+class _Decoded(Sequence[str]):
+    """The text of each example, read back from its tokens when it is asked for."""
+
+    data: Data
+    tokenizer: Any
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        numbers = self.data.take([i])["input_ids"][0].tolist()
+        return str(self.tokenizer.decode(numbers, skip_special_tokens=True))
+
+
+def read_back(data: Data, tokenizer: Any) -> Data:
+    """Examples of tokens, called by what a tokenizer reads in them; others as they are."""
+    if data.given is not None or not isinstance(data, IndexedData) or not len(data):
+        return data
+    first = data.take([0])
+    if not hasattr(tokenizer, "decode") or not isinstance(first, dict) or "input_ids" not in first:
+        return data
+    found = copy.copy(data)
+    object.__setattr__(found, "given", Rows(texts=_Decoded(data, tokenizer)))
+    return found
+
+
 def token_data(
     given: Any,
     taken: Sequence[str] | None,
@@ -306,7 +346,7 @@ def token_data(
     """
     if isinstance(given, TextData):
         return replace(given, collate=Padding(token))
-    if isinstance(given, Data):
+    if isinstance(given, Data) and not isinstance(given, IndexedData):
         return given
     if isinstance(given, str | Path) or (isinstance(given, list) and all_text(given)):
         return encode(given, "text")
@@ -323,7 +363,7 @@ def token_data(
         return _of_columns(given, taken, token, next_token)
     if isinstance(given, tuple) or is_array(given):
         return as_data(given)
-    found = as_data(given)
+    found = given if isinstance(given, IndexedData) else as_data(given)
     if not isinstance(found, IndexedData) or found.collate is not collate or not len(found):
         return found  # the user's own collate function
     first = found.dataset[0]

@@ -346,7 +346,7 @@ def parts_of(trainer: Any, task: Task, init: Callable[[], nn.Module] | None) -> 
             "say the loss: uw.Task(trainer.model, uw.CrossEntropy(weight=...)), with "
             "trainer.train_dataset; a Recorder's history(task) takes that task.",
         )
-    model, smoothing = trainer.model, trainer.args.label_smoothing_factor
+    model, smoothing = task.model, trainer.args.label_smoothing_factor
     notes = []
     if smoothing:
         if not isinstance(task.loss, CrossEntropy):

@@ -18,6 +18,7 @@ from upweight.task.losses import Bernoulli, CrossEntropy, Loss, Weighted
 from upweight.task.measures import Measure
 from upweight.task.rows import Rows
 from upweight.task.task import Task
+from upweight.task.torch_losses import Rescaled
 
 AT_ONCE = 1024
 """Examples in a forward pass."""
@@ -222,4 +223,6 @@ def plain(loss: Loss) -> Loss:
         return replace(loss, weight=None, label_smoothing=0.0)
     if isinstance(loss, Bernoulli):
         return Bernoulli()
+    if isinstance(loss, Rescaled) and loss.factor == 1.0:
+        return plain(loss.base)  # a mean over the outputs of an example, of which labels have one
     return loss

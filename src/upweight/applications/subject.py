@@ -15,6 +15,7 @@ from upweight.methods.fitted import Fitted
 from upweight.methods.influence import Influence
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
+from upweight.training.function import as_recipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,7 @@ def subject_of(asked: Any, train: Any = None, recipe: Recipe | None = None) -> S
         SpecError: It is none of these, or training data are given beside what has its own.
         UpweightError: From the adapter, or from the fit.
     """
+    recipe = as_recipe(recipe)
     if isinstance(asked, Fitted):
         if train is not None:
             raise SpecError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 import torch
+from torch import nn
 
 from upweight import report as pages
 from upweight.cli.named import named, project_option
@@ -24,7 +25,7 @@ from upweight.runs.record import Record, is_reference
 from upweight.runs.work import refit
 from upweight.runtime.resources import Resources
 from upweight.task.recipe import Recipe
-from upweight.training.function import FromFunction
+from upweight.training.function import as_recipe
 
 
 @click.command()
@@ -159,25 +160,31 @@ def report(run: Path, out: Path | None, show: str | None, projects: tuple[str, .
 def recipe_of(project: Project, text: str) -> Recipe:
     """A spec, an object of the user's, or a training function of the user's."""
     value = parse(text, "recipe") if not is_reference(text) else project.load(text)
-    if callable(value) and not isinstance(value, Recipe):
-        value = FromFunction(value)
+    if not isinstance(value, nn.Module):
+        value = as_recipe(value)
     if not isinstance(value, Recipe):
         raise SpecError(
             "A recipe says how the model was trained.",
             f"{text}, an object of type {type(value).__name__}.",
-            "a trained model, or another object of that name.",
-            "name an upweight.Training(...), or a function: data weights to trained model.",
+            "a trained model, or a function whose first argument is not called weights, which was "
+            "called without any.",
+            "name an upweight.Training(...), or a function from data weights to a trained model: "
+            "def recipe(weights).",
         )
     return value
 
 
 def fit_of(project: Project, record: Record) -> Recipe:
-    """The fit of scikit-learn or statsmodels, where the run is of an estimator or of results.
+    """The fit of scikit-learn or statsmodels of a run, or the `recipe` in the file of its task.
 
     Raises:
-        SpecError: It is of a network or a task, which do not say how they were trained.
+        SpecError: It is of a network or a task, which do not say how they were trained, and there
+            is no `recipe` beside it.
     """
     found = own_recipe(project.load(record.task))
+    source = record.task.rpartition(":")[0]
+    if found is None and project.defines(source, "recipe"):
+        return recipe_of(project, f"{source}:recipe")
     if found is None:
         raise SpecError(
             "A check trains the model again, and must know how.",

@@ -26,6 +26,9 @@ from upweight.cli.reading import Seen, data_files, folder_of, named_in, reading
 from upweight.errors import ProjectError, SpecError, UpweightError, message
 from upweight.runtime.fingerprint import sha256
 
+WEIGHTS = ("weights", "weight", "w", "data_weights", "sample_weight")
+"""What the first argument of a recipe is called, a function of data weights."""
+
 MOST_FRAMES = 4
 """Places in the user's code that an error shows: the innermost ones."""
 
@@ -193,10 +196,16 @@ def _imported(name: str) -> types.ModuleType:
 
 
 def _is_maker(value: Any) -> bool:
-    """Whether it is a function that can be called without arguments."""
+    """Whether it is a function that can be called without arguments.
+
+    A function of data weights is a recipe, also where these have a default: it is not called.
+    """
     try:
-        inspect.signature(value).bind()
+        signature = inspect.signature(value)
+        signature.bind()
     except (TypeError, ValueError):
+        return False
+    if next(iter(signature.parameters), "") in WEIGHTS:
         return False
     return isinstance(value, types.FunctionType | types.MethodType | functools.partial)
 

@@ -15,7 +15,7 @@ how much noise there is.
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, is_dataclass, replace
 from functools import cached_property
 from textwrap import shorten
@@ -36,6 +36,7 @@ from upweight.runtime.progress import duration
 from upweight.runtime.resources import Resources
 from upweight.scores import Scores
 from upweight.task.recipe import Recipe
+from upweight.training.function import as_recipe
 from upweight.training.optimizers import Optimizer
 from upweight.training.retrain import Retrained, joined, retrain
 from upweight.training.weights import subset_weights
@@ -181,7 +182,7 @@ class Check:
 @overload
 def check(
     scores: Scores | Effects,
-    recipe: Recipe,
+    recipe: Recipe | Callable[..., Any],
     budget: str | float | None = None,
     *,
     subsets: int | None = None,
@@ -203,7 +204,7 @@ def check(
 
 def check(
     scores: Scores | Effects,
-    recipe: Recipe | Optimizer,
+    recipe: Recipe | Callable[..., Any] | Optimizer,
     budget: str | float | None = None,
     *,
     subsets: int | None = None,
@@ -218,7 +219,8 @@ def check(
 
     Args:
         scores: What is judged; says the task, data, queries and measure.
-        recipe: How the model was trained. With a field `seed` each subset is trained from two
+        recipe: How the model was trained; also a function from data weights to the trained model.
+            With a field `seed` each subset is trained from two
             seeds; without one the recipe has no noise, and the comparison no ceiling. An optimizer,
             such as `SGD(1e-3)`: a tail-patch by its step.
         budget: "90 s", "2 min", "1 h", or seconds. What has begun is finished. None: "2 min".
@@ -243,13 +245,14 @@ def check(
             asked.task, asked.train, asked.queries, scores, recipe, k, asked.measure,
             control=k, bootstrap=bootstrap,
         )  # fmt: skip
+    recipe = as_recipe(recipe)
     if not isinstance(recipe, Recipe):
         raise SpecError(
             "A recipe says how the model is trained.",
             f"a {type(recipe).__name__}: {shorten(repr(recipe), 60)}.",
-            "a training function, or an argument in the place of another.",
-            'check(scores, recipe, budget="2 min"), with an upweight.Training(...), or with '
-            "upweight.training.FromFunction(f) of a function of data weights.",
+            "a trained model, or an argument in the place of another.",
+            'check(scores, recipe, budget="2 min"), with an upweight.Training(...), or with a '
+            "function from data weights to a trained model.",
         )
     if budget is not None and subsets is not None:
         raise SpecError(_both(budget, subsets))
@@ -366,6 +369,8 @@ def _too_short(budget: str | float | None, least: float, needed: float) -> str:
         f"budget={budget or '2 min'!r}, where {LEAST} subsets would take about {least:.0f} s and "
         f"{FEWEST} subsets would take about {needed:.0f} s.",
         "a model that takes long to train.",
-        f"allow {needed:.0f} s or more, or check on part of the data; what was trained is kept in "
-        "Resources(folder=...), and in a run, so that a later check goes on from there.",
+        f"allow {needed:.0f} s or more; or say how many, subsets={FEWEST} or --lds {FEWEST}; or, "
+        "without training again, check(scores, upweight.SGD(1e-3)), which takes one more step on "
+        "what scores rank first. What was trained is kept in Resources(folder=...), and in a run, "
+        "so that a later check goes on from there.",
     )

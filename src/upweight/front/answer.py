@@ -3,6 +3,7 @@
 These verbs need more of the library than `Scores` may know: applications, evaluation, the report.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from upweight.report import Display
 
 NEXT = '.top(), .table(), {suspects}.check({recipe}), .report("page.html")'
+
+NO_RECIPE = "no recipe: "
+"""How a note begins that a model of an adapter cannot be trained again."""
 
 SHOWN = 10
 """Examples of a ranking that is printed."""
@@ -65,6 +69,7 @@ class Attribution(Scores):
         checked = f"{self.checks[-1].verdict}" if self.checks else "not checked against retraining"
         about["health"] += f"; {checked}"
         is_known = self.recipe is not None or not isinstance(self.model, nn.Module | Task)
+        is_known &= not any(note.startswith(NO_RECIPE) for note in self.provenance.notes)
         suspects = ".suspects(), " if self._has_suspects else ""
         about["next"] = NEXT.format(suspects=suspects, recipe="" if is_known else "recipe")
         return first.replace(type(self).__name__, Scores.__name__, 1), about
@@ -115,14 +120,14 @@ class Attribution(Scores):
         """How the model was trained, as was told or as its library fits it; None: not known."""
         return own_recipe(self.model) if self.recipe is None else self.recipe
 
-    def check(self, recipe: Recipe | str | None = None, budget: str | float | None = None,
-              **limits: Any) -> Check:  # fmt: skip
+    def check(self, recipe: Recipe | Callable[..., Any] | str | None = None,
+              budget: str | float | None = None, **limits: Any) -> Check:  # fmt: skip
         """Hold the scores against retraining: short for `upweight.check`.
 
         Args:
-            recipe: How the model was trained. None: as `attribute` was told; a scikit-learn
-                estimator and statsmodels results have their own `fit`. A time, as "5 min", is the
-                budget.
+            recipe: How the model was trained; also a function from data weights to the trained
+                model. None: as `attribute` was told; a scikit-learn estimator and statsmodels
+                results have their own `fit`. A time, as "5 min", is the budget.
             budget: As for `upweight.check`.
             limits: Further arguments of it. Without `resources` those of `attribute`: its folder
                 keeps the refits.
@@ -140,7 +145,7 @@ class Attribution(Scores):
                 "no recipe.",
                 "a network, which does not say how it was trained.",
                 "check(recipe): an upweight.Training(...), or a function of data weights that "
-                "returns a trained model, by upweight.training.FromFunction(...).",
+                "returns a trained model.",
             )
         fitted = self.require_context().fitted
         if isinstance(fitted, Fitted):

@@ -20,6 +20,7 @@ from upweight.methods.fitted import LOSS
 from upweight.methods.method import Method
 from upweight.methods.reduce import Reducer
 from upweight.methods.stacked import Stacked
+from upweight.runtime.progress import duration
 from upweight.runtime.resources import Resources
 from upweight.scores import Scores
 from upweight.task.check import require_answerable
@@ -27,6 +28,7 @@ from upweight.task.data import Data
 from upweight.task.measures import Functional
 from upweight.task.task import Task
 from upweight.task.torch_losses import reduction_note
+from upweight.training.function import as_recipe
 from upweight.training.kept import training_identity
 
 KNOWN = {
@@ -134,6 +136,7 @@ def asked(
         else queries_of(task, queries, data)
     )
     resources = Resources() if resources is None else resources
+    recipe = as_recipe(recipe)
     if recipe is None:
         recipe = getattr(trajectory, "recipe", None)
     facts = None
@@ -283,7 +286,7 @@ def attribute(
         print(f"upweight: {line}", file=sys.stderr)
     while True:
         if not question.is_given:
-            print(f"upweight: {question.choice}", file=sys.stderr)
+            print(f"upweight: {question.choice}{_estimate(question)}", file=sys.stderr)
         try:
             return answered(question, into)
         except UpweightError as error:
@@ -291,6 +294,13 @@ def attribute(
             if question.is_given or not (is_unsolved or question.choice.method.takes_history):
                 raise
             question = question.otherwise(error)
+
+
+def _estimate(question: Asked) -> str:
+    """How long it may take, where that is longer than it was given."""
+    if question.facts is None or question.choice.seconds <= question.facts.budget_seconds:
+        return ""
+    return f"; it takes about {duration(question.choice.seconds)}"
 
 
 def answered(question: Asked, into: Reducer | None = None) -> Any:

@@ -3,6 +3,8 @@
     (x, y)                              model(x), y
     (x, y, place)                       model(x), y
     {"image": x, "label": y, …}         model(x), y
+    ((x1, x2), y), {"x": {…}, "y": y}   model(x1, x2), y
+    {"a": x1, "b": x2, "y": y}          model({"a": x1, "b": x2}), y    where it takes one argument
 
 A place is an entry that counts the examples; that and text (file names) are left out. What else is
 left over may be a weight of the objective, so it is refused. Where two readings fit the model and
@@ -35,19 +37,27 @@ class Reading:
     """How a batch of a training script is taken apart.
 
     Args:
-        inputs: Keys or places of the entries that go into the model, in its order.
+        inputs: Keys or places of the entries that go into the model, in its order; of an entry
+            inside of another a tuple of both.
         target: Of the entry that the output is held against.
         by_name: Whether inputs are passed by name, as `model(**inputs)`.
+        as_one: Whether they are passed as one dict, `model({…})`.
     """
 
     inputs: tuple[Any, ...]
     target: Any
     by_name: bool = False
+    as_one: bool = False
 
     def __str__(self) -> str:
-        name = "{0}=batch[{0!r}]" if self.by_name else "batch[{0!r}]"
-        passed = ", ".join(name.replace("{0!r}", repr(k)).replace("{0}", str(k))
-                           for k in self.inputs)  # fmt: skip
+        form = "{name}={entry}" if self.by_name else "{entry}"
+        form = "{name!r}: {entry}" if self.as_one else form
+        passed = ", ".join(
+            form.format(name=_name(key), entry="batch" + "".join(f"[{k!r}]" for k in _path(key)))
+            for key in self.inputs
+        )
+        if self.as_one:
+            passed = f"{{{passed}}}"
         return f"model({passed}) against batch[{self.target!r}]"
 
     @property
@@ -57,14 +67,42 @@ class Reading:
 
     def of(self, batch: Any) -> Any:
         """(inputs…, target) of a batch, or a dict of them; others as they are."""
-        keys = (*self.inputs, self.target)
+        keys = [_path(key)[0] for key in (*self.inputs, self.target)]
         # Queries may come as (X, y) beside a training set of dicts, or without their places.
         if isinstance(batch, dict) != isinstance(self.target, str):
             return batch
         if isinstance(batch, tuple) and len(batch) <= max(keys):
             return batch
-        found = {key: batch[key] for key in keys}
-        return found if self.by_name else tuple(found.values())
+        if self._is_read(batch):
+            return batch
+        inputs = {_name(key): _entry(batch, key) for key in self.inputs}
+        target = batch[self.target]
+        if self.by_name:
+            return {**inputs, self.target if self.target in TARGET_KEYS else "target": target}
+        return (inputs, target) if self.as_one else (*inputs.values(), target)
+
+    def _is_read(self, batch: Any) -> bool:
+        """Whether entries that lay in another one lie there no more."""
+        inside = [_path(key)[0] for key in self.inputs if len(_path(key)) > 1]
+        return any(
+            (isinstance(batch, dict) and key not in batch) or isinstance(batch[key], Tensor)
+            for key in inside
+        )
+
+
+def _path(key: Any) -> tuple[Any, ...]:
+    """Where an entry is: its key, or that of the entry it lies in and its own."""
+    return key if isinstance(key, tuple) else (key,)
+
+
+def _name(key: Any) -> Any:
+    return _path(key)[-1]
+
+
+def _entry(batch: Any, key: Any) -> Any:
+    for each in _path(key):
+        batch = batch[each]
+    return batch
 
 
 @dataclass(frozen=True)
@@ -137,10 +175,14 @@ def reading_of(task: Task, data: Data) -> tuple[Reading | None, str]:
     places = _places(data, entries)
     texts = {key for key, value in entries.items() if _is_text(value)}
     asis = _as_it_is(first, entries, texts, signature)
+    if asis is not None and _hold_others(entries, texts) and not _working([asis], task, first):
+        asis = None
     if asis is not None and not places | texts:
         return None, ""
     kept = [key for key in entries if key not in places | texts]
     found = _candidates(first, kept, signature, task)
+    if asis is None and not _working(found, task, first):
+        found = _inside(first, kept, signature, task) or found
     if asis is not None:
         found = _working([asis, *found], task, first) or found
     if len(found) > 1:
@@ -221,6 +263,33 @@ def _candidates(
     if len(targets) == 1:
         return found
     # No entry has a name that targets have: the model and the loss tell.
+    return _working(found, task, batch)
+
+
+def _hold_others(entries: dict[Any, Any], texts: set[Any]) -> bool:
+    """Whether an entry is a tuple, list or dict of entries."""
+    return any(
+        isinstance(value, Mapping | tuple | list) and key not in texts
+        for key, value in entries.items()
+    )
+
+
+def _inside(batch: Any, kept: list[Any], signature: inspect.Signature, task: Task) -> list[Reading]:
+    """Readings of entries that lie in one entry, and of entries that `forward` takes as one dict.
+
+    Those with which the model and the loss can be called.
+    """
+    is_dict, found = isinstance(batch, dict), []
+    named = [key for key in TARGET_KEYS if key in kept]
+    for target in (named if len(named) == 1 else kept) if is_dict else kept[-1:]:
+        inputs = tuple(key for key in kept if key != target)
+        whole = batch[inputs[0]] if len(inputs) == 1 else None
+        if isinstance(whole, Mapping) and _binds(signature, names=list(whole)):
+            found.append(Reading(tuple((inputs[0], k) for k in whole), target, by_name=True))
+        elif isinstance(whole, list | tuple) and _binds(signature, len(whole)):
+            found.append(Reading(tuple((inputs[0], k) for k in range(len(whole))), target))
+        elif is_dict and _binds(signature, 1):
+            found.append(Reading(inputs, target, as_one=True))
     return _working(found, task, batch)
 
 

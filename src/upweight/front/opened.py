@@ -7,19 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from upweight.errors import DataError, SpecError, message
 from upweight.front.batches import Batches, picked, reading_of
-from upweight.notation import count
 from upweight.task.arrays import is_array
 from upweight.task.data import PREDICTED, Data, as_data, read_data
-from upweight.task.lent import in_eval_mode
-from upweight.task.losses import CrossEntropy
-from upweight.task.modes import acting_in_training
+from upweight.task.losses import Bernoulli, CrossEntropy
+from upweight.task.modes import evaluated
 from upweight.task.penalties import NoPenalty
 from upweight.task.recipe import Recipe
 from upweight.task.reduced_losses import by_example
-from upweight.task.sharded import Sharded
 from upweight.task.task import Task, require_task
 from upweight.task.torch_losses import Rescaled
 
@@ -104,12 +103,14 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
         import upweight.adapters.transformers as hf
 
         given = NoPenalty() if penalty is None else penalty
-        evaluated, said = _evaluated(model)
+        ready, said = evaluated(model)
         if hf.kind(model) is not None:
-            task = hf.task(evaluated, penalty=given, loss=loss)
-            return Opened(task, task.training(train).noted(said), loss, model, said)
+            task = hf.task(ready, penalty=given, loss=loss)
+            loaded = _loaded(train)
+            data, said = task.training(loaded).noted(said), (*said, *getattr(loaded, "notes", ()))
+            return Opened(task, data, loss, model, said)
         if loss is not None:
-            return _of_script(Task(evaluated, loss, given), train, loss, model, said)
+            return _of_script(Task(ready, loss, given), train, loss, model, said)
         hf.require_own_examples(model)
         raise SpecError(_no_loss(train))
     if is_trainer(model):
@@ -117,8 +118,9 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
 
         require_alone(loss, penalty, "a Trainer's model has its own loss")
         found = hf.from_trainer(model)
-        made = found.data.noted(found.notes) if train is None else found.task.training(train)
-        return Opened(found.task, made, None, model)
+        made = found.data if train is None else found.task.training(train)
+        _, said = evaluated(model.model)
+        return Opened(found.task, made.noted(found.notes), None, model, said)
     if _is_of_statsmodels(model):
         import upweight.adapters.statsmodels as smx
 
@@ -137,23 +139,6 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
         )
     task, own = sk.task(model, *train)
     return Opened(task, own, None, model)
-
-
-def _evaluated(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model in eval mode, without a change to it, and what is to be said of that."""
-    acting = acting_in_training(model)
-    if not acting or Sharded.of(model) is not None:
-        return model, ()
-    try:
-        found = in_eval_mode(model)
-    except Exception:  # a module that cannot be copied: refused, with model.eval() as the way out
-        return model, ()
-    is_one = len(acting) == 1
-    return found, (
-        f"the model is in training mode, where {count(len(acting), 'layer')} "
-        f"{'answers' if is_one else 'answer'} otherwise (first {acting[0]}): scores are of it in "
-        "eval mode, as it predicts; your model stays as it is",
-    )
 
 
 def _of_script(task: Task, train: Any, loss: Any, model: Any, said: tuple[str, ...]) -> Opened:
@@ -188,20 +173,24 @@ def queries_of(task: Task, queries: Any, train: Data | None = None) -> Data:
     is_alone = isinstance(queries, Tensor | np.ndarray)
     is_single = isinstance(queries, tuple | list) and len(queries) == 1 and is_array(queries[0])
     if task.reads is not None and not isinstance(task.reads, Batches):
-        return task.queries(queries)
+        return task.queries(_loaded(queries))
     if not (is_alone or is_single):
-        given = [queries] if _is_one_example(queries) else queries
+        given = [queries] if _is_one_example(queries, task, train) else queries
         return read_data(given) if task.reads is None else task.queries(given)
     inputs = torch.as_tensor(queries if is_alone else queries[0])
     if train is not None and _is_one_input(inputs, train):
         inputs = inputs[None]
     loss = task.loss.base if isinstance(task.loss, Rescaled) else task.loss
-    outputs = None
-    if isinstance(loss, CrossEntropy):
+    found = None
+    if isinstance(loss, CrossEntropy | Bernoulli):
         alone = Task(task.model, loss)
         with torch.no_grad(), alone.in_step():
             outputs, _ = alone.call(alone.held_theta(), alone.to_device((inputs, None)))
-    if outputs is None or outputs.ndim != 2:
+        if isinstance(loss, CrossEntropy) and outputs.ndim == 2:
+            found = outputs.argmax(dim=1)
+        elif isinstance(loss, Bernoulli) and outputs[:1].numel() == 1:
+            found = (outputs > 0).to(outputs.dtype)
+    if found is None:
         raise DataError(
             f"Queries of a network with {loss!r} need their targets.",
             f"inputs alone, of shape {tuple(inputs.shape)}.",
@@ -209,15 +198,34 @@ def queries_of(task: Task, queries: Any, train: Data | None = None) -> Data:
             "pass (X, y); to ask about the predictions themselves any y, such as zeros, with "
             "measure=upweight.Logit(0), which does not look at it.",
         )
-    return as_data((inputs, outputs.argmax(dim=1).cpu())).noted((PREDICTED,))
+    return as_data((inputs, found.cpu())).noted((PREDICTED,))
 
 
-def _is_one_example(given: Any) -> bool:
-    """Whether a part of a tuple or dict is a number, as in an example; arrays have an axis more."""
+def _loaded(given: Any) -> Any:
+    """A `DataLoader` as data, whose notes are said in place of warnings; others as they are."""
+    return read_data(given) if isinstance(given, DataLoader) else given
+
+
+def _is_one_example(given: Any, task: Task, train: Data | None) -> bool:
+    """Whether it is an example as a data set returns it, rather than arrays of examples.
+
+    A part that is a number tells; else every part has an axis less than in a batch of training
+    data. A model of sequences may take the wrong one of the two without a word.
+    """
+    if not isinstance(given, tuple | dict):
+        return False
     parts = given.values() if isinstance(given, dict) else given
-    return isinstance(given, tuple | dict) and any(
-        isinstance(part, Number) or (is_array(part) and np.ndim(part) == 0) for part in parts
-    )
+    if any(isinstance(part, Number) or (is_array(part) and np.ndim(part) == 0) for part in parts):
+        return True
+    if train is None or not len(train):
+        return False
+    read = task.reads.reading.of(given) if isinstance(task.reads, Batches) else given
+    batch = train.batch(0, 1)
+    if isinstance(read, dict) and isinstance(batch, dict) and set(read) >= set(batch):
+        read = {key: read[key] for key in batch}
+    axes, expected = ([np.ndim(x) for x in tree_leaves(each) if is_array(x)]
+                      for each in (read, batch))  # fmt: skip
+    return bool(axes) and [k + 1 for k in axes] == expected
 
 
 def _is_one_input(inputs: Tensor, train: Data) -> bool:

@@ -5,7 +5,7 @@ model is deterministic and treats examples one by one, that the loss is unreduce
 the loss, that gradients reach every chosen parameter, and that every loss is finite.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from upweight.errors import (
 )
 from upweight.runtime.progress import progress
 from upweight.runtime.ranks import ALONE, Ranks
+from upweight.task.arrays import TARGET_KEYS
 from upweight.task.batches import tensors
 from upweight.task.data import Data, batch_size
 from upweight.task.failures import call_error, called_with, loss_error, require_no_places
@@ -300,12 +301,38 @@ def _outputs(
     if not isinstance(outputs, Tensor) or outputs.ndim == 0:
         raise ShapeError(
             "The model must return one tensor [b, ...] with the examples on its first axis.",
-            f"{type(outputs).__name__}{' of shape ()' if isinstance(outputs, Tensor) else ''}.",
+            f"{_returned(outputs)}.",
             "a model that returns several tensors, or its own loss.",
-            "say how to get the outputs with Task(forward=lambda model, batch: "
-            "(outputs, targets)).",
+            "say how to get the outputs with upweight.Task(model, loss, forward=lambda model, "
+            f"batch: {_taken(batch, outputs)}) in place of model and loss.",
         )
     return outputs, targets
+
+
+def _returned(outputs: object) -> str:
+    """What a model returned that is no tensor of examples."""
+    name = type(outputs).__name__
+    if isinstance(outputs, Tensor):
+        return f"{name} of shape ()"
+    if isinstance(outputs, Mapping):
+        return f"{name} with {', '.join(map(repr, outputs))}"
+    return f"{name} of {len(outputs)}" if isinstance(outputs, tuple | list) else name
+
+
+def _taken(batch: Batch, outputs: object) -> str:
+    """Code that takes one tensor of what the model returned."""
+    target: Any
+    if isinstance(batch, dict):
+        target = next((key for key in TARGET_KEYS if key in batch), None)
+        inputs = ", ".join(f"{key}=batch[{key!r}]" for key in batch if key != target)
+    else:
+        target = len(batch) - 1
+        inputs = ", ".join(f"batch[{k}]" for k in range(target))
+    if isinstance(outputs, Tensor) or target is None:
+        return "(outputs, targets)"
+    several = isinstance(outputs, Mapping | tuple | list) and len(outputs) > 0
+    key = next(iter(outputs)) if isinstance(outputs, Mapping) and several else 0
+    return f"(model({inputs}){f'[{key!r}]' if several else ''}, batch[{target!r}])"
 
 
 def _losses(

@@ -19,7 +19,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
-from torch.utils.data.sampler import RandomSampler, SequentialSampler
+from torch.utils.data.sampler import (
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from upweight._typing import Batch
 from upweight.errors import DataError, message
@@ -52,6 +57,10 @@ class Data(abc.ABC):
     @abc.abstractmethod
     def __len__(self) -> int:
         """n."""
+
+    def __repr__(self) -> str:
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"{type(self).__name__} of {len(self)} examples{notes}"
 
     @abc.abstractmethod
     def take(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
@@ -124,7 +133,7 @@ class Data(abc.ABC):
         return self
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ArrayData(Data):
     """Examples held in tensors: a tuple or dict whose leaves have n on their leading axis.
 
@@ -162,7 +171,7 @@ class ArrayData(Data):
         return _watched(self)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class IndexedData(Data):
     """Examples of a map-style dataset, put together by `collate`."""
 
@@ -196,7 +205,7 @@ class IndexedData(Data):
         return _watched(self)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Subset(Data):
     """Some examples of other data."""
 
@@ -285,6 +294,21 @@ def _from_arrays(arrays: Any) -> ArrayData:
     return ArrayData(tensors, notes, rows)
 
 
+def _visited(sampler: Any) -> str:
+    """What to pass in place of a loader with this sampler."""
+    whole = "pass the dataset itself, or Subset(dataset, indices) for the examples it visits."
+    if isinstance(sampler, SubsetRandomSampler):
+        return "torch.utils.data.Subset(loader.dataset, sorted(loader.sampler.indices))."
+    if not isinstance(sampler, WeightedRandomSampler):
+        return whole
+    return (
+        "the dataset itself for the objective that counts every example alike. For the one that "
+        "was trained, upweight.Weighted(loss) takes targets (y, v), with v[i] = n times "
+        "sampler.weights[i] / sampler.weights.sum(), how often an epoch of n draws takes "
+        "example i: attribute(model, (X, (y, v)), queries, upweight.Weighted(loss))."
+    )
+
+
 def _from_loader(loader: DataLoader) -> IndexedData:  # type: ignore[type-arg]
     if isinstance(loader.dataset, IterableDataset):
         raise DataError(_no_index(loader.dataset))
@@ -302,7 +326,7 @@ def _from_loader(loader: DataLoader) -> IndexedData:  # type: ignore[type-arg]
             f"one with {type(sampler).__name__} and {type(loader.batch_sampler).__name__}.",
             "a sampler that picks a subset, weights examples or groups them by size; or "
             "batch_size=None.",
-            "pass the dataset itself, or Subset(dataset, indices) for the examples it visits.",
+            _visited(sampler),
         )
     notes = []
     if random or isinstance(sampler, DistributedSampler):

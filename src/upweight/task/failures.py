@@ -294,16 +294,20 @@ def _not_in_dtype(error: Exception, dtype: torch.dtype, layer: tuple[str, nn.Mod
 
 def _other_dtype(error: Exception, task: Task, dtype: torch.dtype, batch: Batch, role: str) -> str:
     name = str(dtype).removeprefix("torch.")
+    is_half = dtype in (torch.float16, torch.bfloat16)
     return message(
         f"The model must accept the {role}; its parameters are {task.layout.dtype}.",
         f"a batch of {_shapes(batch)}. PyTorch says: {_first_line(error)}",
         f"inputs of another dtype: as {dtype} the model takes them"
         + (
-            " (NumPy's default is float64, images are often uint8)."
+            " (of mixed precision the checkpoint may be kept in half)."
+            if is_half
+            else " (NumPy's default is float64, images are often uint8)."
             if dtype == task.layout.dtype
             else "."
         ),
-        f"convert the inputs: X.astype('{name}') of an array or table, X.to(torch.{name}) of a "
+        ("model.float(), whose scores carry 7 digits in place of 2 or 3; or " if is_half else "")
+        + f"convert the inputs: X.astype('{name}') of an array or table, X.to(torch.{name}) of a "
         "tensor or in the data set.",
     )
 

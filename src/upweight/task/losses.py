@@ -576,7 +576,7 @@ class SquaredError(Loss):
     convex = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        require_same_shape("SquaredError", outputs, targets)
+        require_same_shape(type(self).__name__, outputs, targets)
         if not targets.is_floating_point():
             raise DtypeError(
                 "SquaredError needs floating-point targets.",

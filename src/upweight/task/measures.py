@@ -127,7 +127,7 @@ def as_measure(measure: Measure | Callable[..., Tensor]) -> Callable[..., Tensor
     `(task, params, batch) -> [q]`.
 
     Raises:
-        SpecError: It is a name or a class, not a measure.
+        SpecError: It is a name or a class, not a measure, or a function of other arguments.
     """
     if isinstance(measure, Measure):
         return measure
@@ -149,7 +149,19 @@ def as_measure(measure: Measure | Callable[..., Tensor]) -> Callable[..., Tensor
         for p in signature.parameters.values()
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    return measure if len(required) == 3 else OutputMeasure(measure)
+    if len(required) == 3:
+        return measure
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise SpecError(
+            "A function that measures queries takes their outputs and their targets.",
+            f"{described(measure)}{signature}.",
+            "a function of the outputs alone, or with arguments of its own.",
+            "lambda outputs, targets: ..., which returns one number per query; a function of "
+            "(task, params, batch) has the inputs too.",
+        ) from None
+    return OutputMeasure(measure)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from upweight.errors import UnsupportedModel
-from upweight.task.sharded import require_whole
+from upweight.task.lent import in_eval_mode
+from upweight.task.sharded import Sharded, require_whole
 
 
 def acting_in_training(model: nn.Module) -> list[str]:
@@ -24,6 +25,22 @@ def acting_in_training(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if module.training and _acts(module)
     ]
+
+
+def evaluated(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model in eval mode, without a change to it, and what is to be said of that."""
+    acting = acting_in_training(model)
+    if not acting or Sharded.of(model) is not None:
+        return model, ()
+    try:
+        found = in_eval_mode(model)
+    except Exception:  # a module that cannot be copied: refused, with model.eval() as the way out
+        return model, ()
+    layers = "1 layer answers" if len(acting) == 1 else f"{len(acting)} layers answer"
+    return found, (
+        f"the model is in training mode, where {layers} otherwise (first "
+        f"{acting[0]}): scores are of it in eval mode, as it predicts; your model stays as it is",
+    )
 
 
 def require_modules(model: nn.Module) -> None:

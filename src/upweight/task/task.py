@@ -36,9 +36,9 @@ def call_model(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
     """Outputs and targets of a batch, as most models take it.
 
     A tuple `(x1, ..., y)` is `model(x1, ...)` against y. A dict is `model(**inputs)` against its
-    one key among labels, label, targets, target, y. An output with `.logits` stands for its logits.
-    A dict for a causal language model of `transformers`, which shifts its labels inside, is taken
-    as by `next_token`.
+    one key among labels, label, targets, target, y. An output with logits, by attribute or by key,
+    stands for these. A dict for a causal language model of `transformers`, which shifts its labels
+    inside, is taken as by `next_token`.
     """
     shifts = isinstance(batch, dict) and shifts_labels(model)
     return (next_token if shifts else _called)(model, batch)
@@ -95,6 +95,8 @@ def _called(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
             "inputs without targets.",
             "give the data as (X, y), or say how to call the model with Task(forward=...).",
         )
+    if isinstance(outputs, Mapping):
+        return outputs.get("logits", outputs), targets
     return getattr(outputs, "logits", outputs), targets
 
 

@@ -19,7 +19,7 @@ sum otherwise.
 import functools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,8 @@ def as_loss(loss: Loss | Callable[[Tensor, Any], Tensor]) -> Loss:
             "a class that was not called." if isinstance(loss, type) else "a name.",
             "CrossEntropy(), Bernoulli(), SquaredError(), Poisson() or Weighted(...).",
         )
+    if isinstance(loss, Weighted) and not isinstance(loss.base, Loss):
+        return replace(loss, base=as_loss(loss.base))
     if isinstance(loss, Loss):
         return loss
     loss = as_module(loss)

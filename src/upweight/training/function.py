@@ -6,6 +6,8 @@ Held to the one condition that retraining rests on: the same weights give the sa
 bit.
 """
 
+import functools
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from upweight.errors import SpecError, message
 from upweight.task.data import Data
 from upweight.task.params import Layout
-from upweight.task.recipe import Trained
+from upweight.task.recipe import Recipe, Trained
 from upweight.task.task import Task
 
 
@@ -112,3 +114,9 @@ def _not_the_model(layout: Layout, given: str) -> str:
         "a loop that returns its losses, or nothing.",
         "end it with `return model`.",
     )
+
+
+def as_recipe(value: Any) -> Any:
+    """A recipe; of a function from data weights to a trained model that of it; others as given."""
+    is_function = isinstance(value, types.FunctionType | types.MethodType | functools.partial)
+    return FromFunction(value) if is_function and not isinstance(value, Recipe) else value

@@ -31,6 +31,7 @@ from upweight.task.identity import contents, described
 from upweight.task.measures import Functional, Loss, as_measure
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task, require_task
+from upweight.training.function import as_recipe
 from upweight.training.kept import training_identity
 from upweight.training.pool import Bench, in_words, recorded, run, shown
 
@@ -102,7 +103,7 @@ def retrain(
 
     Cost: s + 1 trainings.
     """
-    started = time.perf_counter()
+    started, recipe = time.perf_counter(), as_recipe(recipe)
     require_task(task)
     if isinstance(measure, Functional):
         raise SpecError(
