@@ -401,7 +401,7 @@ class Scores(Answered):
             ShapeError: There is no such query.
             SpecError: k is not a number of examples.
         """
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         found = self.top(k, query)
         at = [*found.raises, *found.lowers]
@@ -572,7 +572,7 @@ class Scores(Answered):
 
             frame.columns = ["'" + name if name[:1] in "=+-@" else name for name in frame.columns]
         """
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         ids = None if self.columns else self._ids("train")
         columns: Any = range(self.values.shape[1]) if ids is None else ids
@@ -583,7 +583,7 @@ class Scores(Answered):
 
     def _ids(self, role: Role) -> Any:
         """The labels of an index; None where there is none."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         ids = None if self.context is None else getattr(self.context.rows(role), "ids", None)
         return None if ids is None else pd.Index(ids, tupleize_cols=False)
