@@ -35,7 +35,14 @@ from upweight.plot import Plot
 from upweight.provenance import Answered, Context, Provenance, Role
 from upweight.runtime.headers import Misfit, fitting, stale
 from upweight.runtime.matrix import StoredMatrix, Tile
-from upweight.runtime.selection import is_row, labels_by_place, place_of, places, row_of
+from upweight.runtime.selection import (
+    groups_by_place,
+    is_row,
+    labels_by_place,
+    place_of,
+    places,
+    row_of,
+)
 from upweight.runtime.store import FINISHED
 
 if TYPE_CHECKING:
@@ -496,7 +503,9 @@ class Scores(Answered):
         """
         self.require_derivatives()
         self.require_examples()
-        chosen = as_groups(groups, self.values.shape[1])
+        rows = None if self.context is None else self.context.rows("train")
+        named = groups_by_place(groups, None if rows is None else rows.ids)
+        chosen = as_groups(named, self.values.shape[1])
         values = first_order(self.values[:], chosen)
         return Effects(values, chosen, FIRST_ORDER, self.provenance, context=self.context)
 

@@ -74,6 +74,13 @@ def test_ids_stand_for_places_and_a_time_for_a_budget(made):
         scores.predict(drop=wrong[0]), -scores.values[:, frame.index == wrong[0]].T[0]
     )
     groups = scores.group(list(labels))
+    both = scores.removal([wrong, wrong[0]])
+    assert torch.equal(both.values[:, 0], scores.predict(drop=wrong))
+    assert torch.equal(both.values[:, 1], scores.predict(drop=wrong[0]))
+    ours = scores.context.fitted.removal(frame.iloc[[5]], groups=[wrong])
+    assert ours.groups == (tuple(frame.index.get_indexer(wrong)),)
+    with pytest.raises(ShapeError, match="nearest id"):
+        scores.removal([f"{wrong[0]}0"])
     assert torch.equal(groups.predict(drop=["sick"]), -groups.values[:, 0])
     with pytest.raises(ShapeError, match=f"nearest id is '{wrong[0]}'"):
         scores.predict(drop=[f"{wrong[0]}0"])
