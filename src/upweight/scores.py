@@ -7,7 +7,7 @@ Upweighting example i raises m_q where S > 0. Removing it is wᵢ = 0, so Δm_q 
 
 import contextlib
 import enum
-from collections.abc import Iterable, Iterator, Mapping, ValuesView
+from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -119,18 +119,13 @@ class Ranking:
         if context is None:
             return replace(self, noun=noun)
         at = [*self.raises, *self.lowers]
-        labels = context.labels("train", at) or context.beginnings("train", at) or [""] * len(at)
-        names = {
-            i: (context.name("train", i), _label(label))
-            for i, label in zip(at, labels, strict=True)
-        }
+        told = _told(context, "train", at) or [""] * len(at)
+        names = {i: (context.name("train", i), text) for i, text in zip(at, told, strict=True)}
         asked = context.asked_of_all
         if context.queries is not None and not asked:
-            asks = (context.labels, context.beginnings)
-            own = next((found for ask in asks if (found := ask("query", [self.query]))), None)
             ids = getattr(context.rows("query"), "ids", None)
-            parts = ([] if ids is None else [str(ids[self.query])]) + list(map(_label, own or []))
-            asked = ", ".join(parts)
+            parts = [] if ids is None else [str(ids[self.query])]
+            asked = ", ".join([*parts, *_told(context, "query", [self.query])])
         return replace(self, noun=noun, asked=asked, names=names)
 
     @property
@@ -691,6 +686,14 @@ def stored_in(directory: Folder) -> tuple[StoredMatrix, ToldOfScores]:
         way_out = f"delete the file and ask again: {AGAIN}; nothing is computed again."
         raise stale(found.directory / FINISHED, misfit, way_out) from misfit
     return found, told
+
+
+def _told(context: Context, role: Role, indices: Sequence[int]) -> list[str]:
+    """The label of each example and how its text begins, as far as there are such; else empty."""
+    labels, texts = context.labels(role, indices), context.beginnings(role, indices)
+    if labels is None or texts is None:
+        return [*map(_label, labels or texts or [])]
+    return [f"{_label(label)}  {text}" for label, text in zip(labels, texts, strict=True)]
 
 
 def _label(label: Any) -> str:
