@@ -53,7 +53,8 @@ SAVED = {"scores": "saved from memory"}
 
 AGAIN = (
     "the same attribute(…, into=Shards(folder)), or of a run `upweight rerun RUN --project "
-    "FILE.py`, which compute only what is missing; or scores.save(folder)"
+    "FILE.py`, which compute only what is missing; or ask whoever gave you the run for it; or "
+    "scores.save(folder)"
 )
 """How scores on disk are made again."""
 
