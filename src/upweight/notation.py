@@ -7,7 +7,10 @@ import math
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
-NOUNS = {"Loss": "loss", "Margin": "margin", "LogProb": "log-probability", "Logit": "logit"}
+NOUNS = {
+    "Loss": "loss", "Margin": "margin", "LogProb": "log-probability", "Logit": "logit",
+    "Coefficient": "coefficient",
+}  # fmt: skip
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 

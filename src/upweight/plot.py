@@ -13,6 +13,7 @@ from torch import Tensor
 
 from upweight._text import readable
 from upweight.errors import DataError, ShapeError
+from upweight.runtime.packages import missing
 from upweight.runtime.selection import row_of
 
 if TYPE_CHECKING:
@@ -160,11 +161,18 @@ class Plot:
 
 
 def axes(ax: "Axes | None") -> "Axes":
-    """The Axes given, or new ones of a figure of their own."""
+    """The Axes given, or new ones of a figure of their own.
+
+    Raises:
+        MissingPackage: Matplotlib is not installed.
+    """
     if ax is not None:
         return ax
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing("A figure", "matplotlib", "plot", error) from error
 
     figure = Figure(layout="constrained")  # not pyplot's: no window, no global state
     FigureCanvasAgg(figure)

@@ -7,7 +7,7 @@ Upweighting example i raises m_q where S > 0. Removing it is wᵢ = 0, so Δm_q 
 
 import contextlib
 import enum
-from collections.abc import Iterable, Iterator, Mapping, ValuesView
+from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -35,7 +35,14 @@ from upweight.plot import Plot
 from upweight.provenance import Answered, Context, Provenance, Role
 from upweight.runtime.headers import Misfit, fitting, stale
 from upweight.runtime.matrix import StoredMatrix, Tile
-from upweight.runtime.selection import is_row, labels_by_place, place_of, places, row_of
+from upweight.runtime.selection import (
+    groups_by_place,
+    is_row,
+    labels_by_place,
+    place_of,
+    places,
+    row_of,
+)
 from upweight.runtime.store import FINISHED
 
 if TYPE_CHECKING:
@@ -46,7 +53,8 @@ SAVED = {"scores": "saved from memory"}
 
 AGAIN = (
     "the same attribute(…, into=Shards(folder)), or of a run `upweight rerun RUN --project "
-    "FILE.py`, which compute only what is missing; or scores.save(folder)"
+    "FILE.py`, which compute only what is missing; or ask whoever gave you the run for it; or "
+    "scores.save(folder)"
 )
 """How scores on disk are made again."""
 
@@ -112,18 +120,13 @@ class Ranking:
         if context is None:
             return replace(self, noun=noun)
         at = [*self.raises, *self.lowers]
-        labels = context.labels("train", at) or context.beginnings("train", at) or [""] * len(at)
-        names = {
-            i: (context.name("train", i), _label(label))
-            for i, label in zip(at, labels, strict=True)
-        }
+        told = _told(context, "train", at) or [""] * len(at)
+        names = {i: (context.name("train", i), text) for i, text in zip(at, told, strict=True)}
         asked = context.asked_of_all
         if context.queries is not None and not asked:
-            asks = (context.labels, context.beginnings)
-            own = next((found for ask in asks if (found := ask("query", [self.query]))), None)
             ids = getattr(context.rows("query"), "ids", None)
-            parts = ([] if ids is None else [str(ids[self.query])]) + list(map(_label, own or []))
-            asked = ", ".join(parts)
+            parts = [] if ids is None else [str(ids[self.query])]
+            asked = ", ".join([*parts, *_told(context, "query", [self.query])])
         return replace(self, noun=noun, asked=asked, names=names)
 
     @property
@@ -401,7 +404,7 @@ class Scores(Answered):
             ShapeError: There is no such query.
             SpecError: k is not a number of examples.
         """
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         found = self.top(k, query)
         at = [*found.raises, *found.lowers]
@@ -496,7 +499,9 @@ class Scores(Answered):
         """
         self.require_derivatives()
         self.require_examples()
-        chosen = as_groups(groups, self.values.shape[1])
+        rows = None if self.context is None else self.context.rows("train")
+        named = groups_by_place(groups, None if rows is None else rows.ids)
+        chosen = as_groups(named, self.values.shape[1])
         values = first_order(self.values[:], chosen)
         return Effects(values, chosen, FIRST_ORDER, self.provenance, context=self.context)
 
@@ -572,7 +577,7 @@ class Scores(Answered):
 
             frame.columns = ["'" + name if name[:1] in "=+-@" else name for name in frame.columns]
         """
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         ids = None if self.columns else self._ids("train")
         columns: Any = range(self.values.shape[1]) if ids is None else ids
@@ -583,7 +588,7 @@ class Scores(Answered):
 
     def _ids(self, role: Role) -> Any:
         """The labels of an index; None where there is none."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         ids = None if self.context is None else getattr(self.context.rows(role), "ids", None)
         return None if ids is None else pd.Index(ids, tupleize_cols=False)
@@ -682,6 +687,14 @@ def stored_in(directory: Folder) -> tuple[StoredMatrix, ToldOfScores]:
         way_out = f"delete the file and ask again: {AGAIN}; nothing is computed again."
         raise stale(found.directory / FINISHED, misfit, way_out) from misfit
     return found, told
+
+
+def _told(context: Context, role: Role, indices: Sequence[int]) -> list[str]:
+    """The label of each example and how its text begins, as far as there are such; else empty."""
+    labels, texts = context.labels(role, indices), context.beginnings(role, indices)
+    if labels is None or texts is None:
+        return [*map(_label, labels or texts or [])]
+    return [f"{_label(label)}  {text}" for label, text in zip(labels, texts, strict=True)]
 
 
 def _label(label: Any) -> str:

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("sklearn")
 from sklearn.base import clone
+from sklearn.cluster import KMeans
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.ensemble import (
     ExtraTreesRegressor,
@@ -19,7 +20,7 @@ from sklearn.ensemble import (
     RandomForestClassifier,
     RandomForestRegressor,
 )
-from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression, RidgeCV
 from sklearn.model_selection import GridSearchCV
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neural_network import MLPClassifier, MLPRegressor
@@ -302,6 +303,7 @@ def refused():
         (tree, data, ASKED, {"budget": 1e-4}, SpecError, "KNNShapley"),
         (clone(tree), data, ASKED, {}, UnsupportedModel, "fit"),
         (search, data, ASKED, {}, UnsupportedModel, "best_estimator_"),
+        (KMeans(2, n_init=1).fit(FLOWERS), data, ASKED, {}, UnsupportedModel, "follows it"),
         (StandardScaler().fit(FLOWERS), data, ASKED, {}, UnsupportedModel, "predict"),
         (drawn, data, ASKED, {"method": sk.LeafInfluence()}, UnsupportedModel, "means of"),
         (boosted, data, (ASKED[0], ["x"] * len(ASKED[1])), {}, DataError, "classes"),
@@ -312,7 +314,7 @@ def refused():
     ]
 
 
-@pytest.mark.parametrize("case", range(17))
+@pytest.mark.parametrize("case", range(18))
 def test_refusals_name_what_can_be_done_instead(case):
     model, train, queries, options, error, words = refused()[case]
     with pytest.raises(error, match=f"(?s){words}"):
@@ -444,6 +446,14 @@ def test_a_pipeline_of_one_step_is_weighed_by_the_name_of_its_step():
     before, after = (-np.log(m.predict_proba(X[:1])[0, 0]) for m in (model, without))
     assert y[0] == model.classes_[0]
     assert float(values[0, 0]) == pytest.approx(before - after, abs=1e-9)
+
+
+def test_what_chose_its_penalty_says_which_model_needs_no_refits(monkeypatch, capsys):
+    from upweight.adapters.sklearn_outputs import Outputs
+
+    monkeypatch.setattr(Outputs, "tried", lambda self: (0.04, 0.0, 0.0))
+    uw.attribute(RidgeCV().fit(X, Y), (X, Y), (XQ, YQ), budget="1.2 s")
+    assert "refit Ridge with the value it chose (C_ or alpha_)" in capsys.readouterr().err
 
 
 def test_training_without_a_seed_is_not_repeated():

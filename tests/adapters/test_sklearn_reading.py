@@ -11,6 +11,7 @@ from scipy import sparse
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_iris
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, PoissonRegressor, Ridge, RidgeClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import (
@@ -325,9 +326,22 @@ def test_other_refusals_reach_raw_rows_too():
         sk.data(made("series")[0], X, y, pd.Series(np.ones(len(X)), X.index[::-1]))
     sparse_estimator = LogisticRegression(**TIGHT).fit(X, y)
     task, train = sk.task(sparse_estimator, X, y)
-    for given in ((sparse.csr_matrix(X), y), sparse.csr_matrix(X)):
-        with pytest.raises(DataError, match=r"\.toarray\(\)"):
-            uw.Influence().fit(task, train).attribute(given)
+    fitted = uw.Influence().fit(task, train)
+    expected = fitted.attribute((X, y)).values
+    assert_close(fitted.attribute((sparse.csr_matrix(X), y)).values, expected)
+
+
+def test_texts_are_named_by_what_they_say():
+    texts = [f"{kind} number {i}" for i in range(12) for kind in ("apple", "pear")]
+    kinds = ["apple", "pear"] * 12
+    pipe = make_pipeline(TfidfVectorizer(), LogisticRegression(**TIGHT)).fit(texts, kinds)
+    scores = uw.attribute(pipe, (texts, kinds), texts[1:3])  # a list of two texts is X alone
+    assert len(scores) == 2 and "“pear number" in str(scores.top(2, 0))
+    assert set(scores.table(0, 2)["text"]) <= set(texts)
+    named = pd.Series(texts, [f"t{i}" for i in range(24)])
+    asked = uw.attribute(pipe, (named, kinds), named[1:3])
+    assert_close(asked.values, scores.values)
+    assert "t1" in str(asked.top(1, 0))
 
 
 def test_models_of_other_libraries_are_told_apart():

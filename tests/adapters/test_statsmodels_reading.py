@@ -227,10 +227,38 @@ def test_a_left_side_that_is_transformed_is_not_taken_from_its_column():
     fitted = uw.Influence().fit(*smx.task(results))
     with pytest.raises(DataError, match=r"left side of the formula, np\.log\(y\)"):
         fitted.attribute((frame[:3], frame["y"][:3]))
-    with pytest.raises(DataError, match="no plain column"):
-        fitted.attribute(frame[:3])
-    asked = fitted.attribute((frame[:3], np.asarray(np.log(frame["y"][:3]))))
-    assert_close(asked.values, fitted.attribute(fitted.train.subset(range(3))).values)
+    expected = fitted.attribute(fitted.train.subset(range(3))).values
+    assert_close(fitted.attribute((frame[:3], np.asarray(np.log(frame["y"][:3])))).values, expected)
+    assert_close(fitted.attribute(frame[:3]).values, expected)
+
+
+def test_a_left_side_that_looks_at_all_rows_or_at_a_function_of_yours_is_asked_for():
+    def twice(y):
+        return 2 * y
+
+    for left in ("center(y)", "twice(y)"):
+        results = smf.ols(f"{left} ~ a", FRAME).fit()
+        with pytest.raises(DataError, match=r"function of yours(.|\n)*pass endog"):
+            uw.Influence().fit(*smx.task(results)).attribute(FRAME[:3])
+
+
+def test_counts_of_successes_and_failures_are_read_from_the_frame():
+    frame = FRAME.assign(no=3.0)
+    results = smf.glm("y + no ~ a", frame, family=sm.families.Binomial()).fit(**TIGHT)
+    fitted = uw.Influence().fit(*smx.task(results))
+    expected = fitted.attribute(fitted.train.subset(range(3))).values
+    assert_close(fitted.attribute(frame[:3]).values, expected)
+    with pytest.raises(DataError, match=r"without a column \['y', 'no'\]"):
+        fitted.attribute(frame[:3].drop(columns="no"))
+
+
+def test_a_frame_of_responses_and_columns_is_read_without_a_formula():
+    results = sm.OLS(FRAME["y"], NAMED).fit()
+    fitted = uw.Influence().fit(*smx.task(results))
+    expected = fitted.attribute(fitted.train.subset(range(3))).values
+    assert_close(fitted.attribute(NAMED[:3].assign(y=FRAME["y"])).values, expected)
+    with pytest.raises(ShapeError, match=r"sm\.add_constant"):
+        fitted.attribute(FRAME[:3])
 
 
 def test_offsets_go_by_their_rows():

@@ -10,6 +10,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.cli.test_verbs import OWN, PROJECT, answer, attribute, call, refusal,
 from upweight.cli.compared import compared
 from upweight.cli.evaluate import command as command_of
 from upweight.cli.pages import alone
+from upweight.cli.rankings import named_queries
 from upweight.errors import DataError, SpecError, StaleStore
 from upweight.report.examples import Examples, KeptExamples
 from upweight.runs import shown
@@ -572,6 +574,15 @@ def test_rankings_are_printed_of_few_queries_and_of_those_asked_for(made, monkey
     printed = call(*attribute("--top", "1", "--query", "7", "--query", "2")).stdout
     assert re.findall(r"(?m)^query (\d+): ", printed) == ["7", "2"]
     assert call(*attribute("--top", "1", "--query", "10")).exit_code == 2
+    assert call(*attribute("--query", "7")).stdout.count("raises the ") == 3
+
+
+def test_queries_are_named_by_place_or_else_by_id():
+    ids = ["resp-7", "12", "resp-7", "resp-8"]
+    assert named_queries(("1", "resp-8", "12"), ids, 4) == [1, 3, 1]
+    for name, words in (("4", "0 to 3, or resp-7"), ("resp-7", "2 queries have that id")):
+        with pytest.raises(click.UsageError, match=words):
+            named_queries((name,), ids, 4)
 
 
 def test_a_run_is_shown_in_twenty_lines_by_its_names_without_its_project(made, monkeypatch):

@@ -40,6 +40,21 @@ def made():
     return frame, labels, wrong, uw.attribute(model, (frame, labels), frame.iloc[[5, 2, 9]])
 
 
+def test_a_page_of_rows_with_missing_values_says_which_are(tmp_path):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    impute = pytest.importorskip("sklearn.impute")
+    pipeline = pytest.importorskip("sklearn.pipeline")
+    frame = pd.DataFrame(X[:, :2].numpy(), columns=["age", "income"])
+    labels = np.where(frame["age"] > 0.3 * frame["income"], "sick", "well")
+    frame.loc[::4, "income"] = np.nan
+    model = pipeline.make_pipeline(
+        impute.SimpleImputer(), linear_model.LogisticRegression(tol=1e-8)
+    )
+    scores = uw.attribute(model.fit(frame, labels), (frame, labels), frame[:4])
+    page = scores.report(tmp_path / "page.html").read_text()
+    assert '["income","missing"]' in page and '["age","' in page
+
+
 def test_names_of_a_frame_are_in_every_answer(made, tmp_path):
     frame, labels, _, scores = made
     assert isinstance(scores, Attribution) and len(repr(scores).splitlines()) == 5
@@ -74,6 +89,13 @@ def test_ids_stand_for_places_and_a_time_for_a_budget(made):
         scores.predict(drop=wrong[0]), -scores.values[:, frame.index == wrong[0]].T[0]
     )
     groups = scores.group(list(labels))
+    both = scores.removal([wrong, wrong[0]])
+    assert torch.equal(both.values[:, 0], scores.predict(drop=wrong))
+    assert torch.equal(both.values[:, 1], scores.predict(drop=wrong[0]))
+    ours = scores.context.fitted.removal(frame.iloc[[5]], groups=[wrong])
+    assert ours.groups == (tuple(frame.index.get_indexer(wrong)),)
+    with pytest.raises(ShapeError, match="nearest id"):
+        scores.removal([f"{wrong[0]}0"])
     assert torch.equal(groups.predict(drop=["sick"]), -groups.values[:, 0])
     with pytest.raises(ShapeError, match=f"nearest id is '{wrong[0]}'"):
         scores.predict(drop=[f"{wrong[0]}0"])

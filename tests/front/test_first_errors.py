@@ -49,6 +49,18 @@ def test_arguments_of_other_names_are_refused_with_their_name_here():
         assert "Way out" in str(caught.value) and caught.value.__cause__ is None
 
 
+def test_rows_and_labels_one_after_the_other_are_told_how_to_be_given():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    rows, labels = X[:, :2].numpy(), (X[:, 0] > 0.2 * X[:, 1]).numpy()
+    model = linear_model.LogisticRegression(tol=1e-8).fit(rows, labels)
+    with pytest.raises(
+        SpecError, match=r"attribute\(model, \(X, y\), \(X_test, y_test\)\)"
+    ) as caught:
+        uw.attribute(model, rows, labels, rows[:3])
+    assert len(str(caught.value)) < 500  # not the rows themselves
+    assert len(uw.attribute(model, (rows, labels), rows[:3])) == 3
+
+
 def test_the_question_of_a_coefficient_may_be_given_by_its_place():
     sm = pytest.importorskip("statsmodels.api")
     results = sm.OLS(X[:, 3].numpy(), sm.add_constant(X[:, :2].numpy())).fit()

@@ -504,6 +504,16 @@ def test_ticked_rows_leave_the_page(run, opened):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+def test_the_command_that_makes_it_again_is_whole_and_can_be_copied(run, opened):
+    run.options = {"command": "upweight demo --out a-rather-long-name " * 5}
+    run.write()
+    page = opened(run.path, "#trust", width=390)
+    code = page.locator("pre.command").last
+    assert code.evaluate("e => e.scrollWidth <= e.clientWidth"), "nothing is cut off at the edge"
+    page.locator("#command-copy").click()
+    assert page.locator("#command-done").inner_text() == "Command copied."
+
+
 def test_one_query_needs_no_list(run, opened):
     run.scores = replace(run.scores, values=run.scores.values[:1])
     run.queries = (run.queries[0][:1], run.queries[1][:1])

@@ -119,8 +119,10 @@ def test_hostile_text_stays_text(run, make_check, make_provenance):
     assert "<script>document" not in page
     assert "\u2028" not in re.search(r'id="data">(.*?)</script>', page, re.S)[1]
     assert run.data()["queries"][0]["label"] == HOSTILE
-    # A kicker, a list of notes with its heading and a command: elements of ours and no others.
-    assert sorted(Tags(page).tags) == sorted([*honest, "p", "h3", "ul", "li", "p", "pre", "code"])
+    # A kicker, a list of notes with its heading and a command with its button: elements of ours and
+    # no others.
+    ours = ["p", "h3", "ul", "li", "p", "pre", "code", "p", "button", "span"]
+    assert sorted(Tags(page).tags) == sorted([*honest, *ours])
 
 
 def test_nothing_comes_from_outside(run):
@@ -160,6 +162,9 @@ def test_tables_show_the_columns_that_differ_most(run):
     by_column = {column: (theirs, mine) for column, theirs, mine in first["differs"][0]}
     assert by_column[5] == (20.0, float(example))
     assert first["differs"][0][0][0] in (2, 5)
+    for side in (answer[side] for answer in data["answers"] for side in ("raised", "lowered")):
+        for apart, together in zip(side["differs"], side["alike"], strict=True):
+            assert not {c for c, *_ in apart} & {c for c, *_ in together}
 
 
 def test_flat_inputs_are_shown_as_the_images_given_for_them(run):

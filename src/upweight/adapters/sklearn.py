@@ -98,7 +98,8 @@ def task(
 
     Args:
         estimator: Fitted, and supported: see `supports`.
-        X: What it was fitted on, dense `[n, d]`; for a Pipeline, before its transformations.
+        X: What it was fitted on, `[n, d]`, a sparse one being made dense; for a Pipeline, before
+            its transformations.
         y: Labels or targets, as it was fitted on.
         sample_weight: As it was fitted with.
         tolerance: Largest distance, in typical removals. A tenth of it is passed over in
@@ -133,8 +134,8 @@ def task(
     reader = Reader.of(estimator, objective, arrays, by_class, rows_of(estimator, X, y))
     if has_steps(estimator):
         notes.append(
-            "inputs are the features after the Pipeline's steps "
-            f"{', '.join(name for name, _ in estimator.steps[:-1])}, which stay as fitted"
+            f"the earlier steps of the Pipeline ({', '.join(k for k, _ in estimator.steps[:-1])}) "
+            "stay as fitted, in scores and refits alike"
         )
     hinge = type(final) is LinearSVC and final.loss == "hinge"
     if hinge:
@@ -157,7 +158,7 @@ def data(estimator: Any, X: Any, y: Any = None, sample_weight: Any = None) -> Da
 
     Args:
         estimator: Fitted, and supported.
-        X: Dense `[q, d]`; for a Pipeline, before its transformations.
+        X: `[q, d]`; for a Pipeline, before its transformations.
         y: Labels or targets, as the estimator predicts them. None: the classes that it predicts,
             which a note says.
         sample_weight: Weights of the examples in their own losses; None: 1 each, class weights or
@@ -165,8 +166,7 @@ def data(estimator: Any, X: Any, y: Any = None, sample_weight: Any = None) -> Da
 
     Raises:
         UnsupportedModel: No translation, for the reason that `supports` gives.
-        DataError: A label that the estimator does not know, no targets for a regression, or X is
-            sparse.
+        DataError: A label that the estimator does not know, or no targets for a regression.
         ShapeError: Another number of features, or of examples in X and y.
     """
     _require_support(estimator)

@@ -15,10 +15,16 @@ from torch import Tensor
 from upweight.adapters.sklearn_objectives import Encoding, Objective, final_step, has_steps
 from upweight.adapters.support import numbers
 from upweight.errors import DataError, ShapeError
+from upweight.runtime.memory import require_bytes
 
 
 def features(estimator: Any, X: Any) -> Float[Tensor, "n i"]:
-    """X after the earlier steps of a Pipeline, as the final estimator takes it."""
+    """X after the earlier steps of a Pipeline, as the final estimator takes it, dense.
+
+    Raises:
+        SpecError: It is sparse, and dense memory cannot hold it.
+        DataError, ShapeError: It is not what the estimator was fitted on.
+    """
     final = final_step(estimator)
     if has_steps(estimator):
         # A ColumnTransformer picks columns by name; other steps may go by place without a word.
@@ -42,14 +48,15 @@ def features(estimator: Any, X: Any) -> Float[Tensor, "n i"]:
             ) from error
     else:
         _require_columns(final, X)
-    if hasattr(X, "toarray") or hasattr(X, "tocsr"):
-        raise DataError(
-            "X must be dense.",
-            f"a sparse {type(X).__name__} of shape {X.shape}.",
-            "a vectorizer or one-hot encoder.",
-            "pass X.toarray(), or set sparse_output=False in the Pipeline's encoder (or a "
-            "FunctionTransformer with .toarray() after it) and fit again.",
+    if hasattr(X, "toarray"):
+        require_bytes(
+            8 * X.shape[0] * X.shape[1],
+            f"a sparse {type(X).__name__} of shape {X.shape} as a dense array",
+            torch.device("cpu"),
+            "fewer columns (max_features= of a vectorizer, min_frequency= of an encoder), or "
+            "fewer rows; or method=upweight.SubsampledInfluence(100), which fits sparse rows.",
         )
+        X = X.toarray()
     Z = numbers(
         X,
         "X must be numbers.",

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.base import clone, is_classifier
+from sklearn.base import ClusterMixin, OutlierMixin, clone, is_classifier
 from sklearn.ensemble import (
     ExtraTreesClassifier,
     ExtraTreesRegressor,
@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from upweight._typing import Batch
 from upweight.adapters.sklearn_arrays import indices, weights_of
 from upweight.adapters.sklearn_objectives import final_step, has_steps
-from upweight.adapters.sklearn_reader import UNLABELED, rows_of
+from upweight.adapters.sklearn_reader import UNLABELED, rows_of, texts_in
+from upweight.adapters.sklearn_rules import chooses_penalty
 from upweight.adapters.support import (
     AdapterReader,
     RefitTrainer,
@@ -268,6 +269,11 @@ class Outputs:
         return f"Loss() of {self.recipe.name} is {MEANS[type(self.task.loss)]}"
 
     @property
+    def chosen_from(self) -> str | None:
+        """Of a linear model that chose its own penalty: which model is answered without refits."""
+        return chooses_penalty(final_step(self.recipe.estimator))
+
+    @property
     def names(self) -> tuple[Any, ...] | None:
         """The classes, or None of a regression."""
         assert self.task.reads is not None
@@ -398,6 +404,13 @@ def require_fitted(estimator: Any) -> None:
             f"{name}, which has no predict.",
             "a transformer, or a clusterer that labels nothing else.",
             "pass the estimator or Pipeline that makes the predictions.",
+        )
+    if isinstance(final, ClusterMixin | OutlierMixin):
+        raise UnsupportedModel(
+            "An estimator must have learned from labels or targets.",
+            f"{name}, which looks at none.",
+            "a clusterer, or a detector of outliers.",
+            "pass the classifier or regression that follows it.",
         )
     try:
         check_is_fitted(final)
@@ -566,7 +579,7 @@ def _parts(given: Any, what: str, least: int) -> tuple[Any, ...]:
     if isinstance(given, tuple) or (of_arrays and not of_texts):
         if least <= len(given) <= 3:
             return tuple(given)
-    elif least == 1 and (of_texts or len(getattr(given, "shape", ())) == 2):
+    elif least == 1 and (texts_in(given) or len(getattr(given, "shape", ())) == 2):
         return (given,)
     raise SpecError(
         f"{what} of an estimator are (X, y)"

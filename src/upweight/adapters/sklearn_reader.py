@@ -57,7 +57,19 @@ def translated(
 
 def rows_of(estimator: Any, X: Any, y: Any = None) -> Rows | None:
     """What X and y call the rows and columns; of an array what the estimator calls its columns."""
-    return Rows.of(X, y, getattr(estimator, "feature_names_in_", None))
+    found = Rows.of(X, y, getattr(estimator, "feature_names_in_", None))
+    texts = texts_in(X)
+    if texts is None:
+        return found
+    return Rows(None if found is None else found.ids, texts=texts)
+
+
+def texts_in(X: Any) -> list[str] | None:
+    """The rows where each is a text, as a vectorizer takes them; None where they are no texts."""
+    if not (isinstance(X, list) or (hasattr(X, "__array__") and len(X.shape) == 1)):
+        return None
+    rows = X if isinstance(X, list) else np.asarray(X, dtype=object).tolist()
+    return [*rows] if rows and all(isinstance(row, str) for row in rows) else None
 
 
 def origin_of(estimator: Any) -> str:
@@ -199,6 +211,8 @@ def _feature_names(estimator: Any) -> list[str]:
 
 def _parts(given: Any) -> tuple[Any, Any]:
     """X and y, where the latter may be None."""
+    if texts_in(given) is not None:
+        return given, None
     pair = isinstance(given, tuple) or (
         isinstance(given, list) and bool(given) and all(hasattr(v, "__array__") for v in given)
     )

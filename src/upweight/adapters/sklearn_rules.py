@@ -42,13 +42,9 @@ def support(estimator: Any) -> Support:
     name = type(final).__name__
     if hasattr(final, "best_estimator_") or name.endswith("SearchCV"):
         return Support(False, f"{name} chooses among estimators: pass its .best_estimator_")
-    plain = name.removesuffix("CV")
-    if plain != name and plain in (kind.__name__ for kind in RULES):
-        return Support(
-            False,
-            f"{name} chooses its penalty by cross-validation: refit {plain} with the value it "
-            "chose (C_ or alpha_), and pass that",
-        )
+    chosen = chooses_penalty(final)
+    if chosen is not None:
+        return Support(False, chosen)
     if type(final) not in RULES:
         known = ", ".join(sorted(kind.__name__ for kind in RULES))
         return Support(
@@ -73,6 +69,18 @@ def support(estimator: Any) -> Support:
     loss = objective_of(estimator).loss
     through = " of the transformed features" if isinstance(estimator, Pipeline) else ""
     return Support(True, f"{name} is a linear map{through} with loss {loss!r}")
+
+
+def chooses_penalty(final: Any) -> str | None:
+    """Of a linear model that chose its own penalty what to pass in its place; None of others."""
+    name = type(final).__name__
+    plain = name.removesuffix("CV")
+    if plain == name or plain not in (kind.__name__ for kind in RULES):
+        return None
+    return (
+        f"{name} chooses its penalty by cross-validation: refit {plain} with the value it chose "
+        "(C_ or alpha_), and pass that, which is answered without refits"
+    )
 
 
 def objective_of(estimator: Any, temperature: float = 0.001) -> Objective:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from statsmodels.regression.linear_model import OLS
 
 from upweight._typing import Batch
 from upweight.adapters.statsmodels_regression import columns_of, loss_of, offsets_of
@@ -18,6 +19,9 @@ from upweight.task.likelihoods import Likelihood
 from upweight.task.losses import Bernoulli
 from upweight.task.rows import Rows, row_name
 
+CHECKED = 5
+"""Rows of the fit on which a left side is evaluated again."""
+
 NAMELESS = "exog came without names: its columns were taken in the order of the fit"
 
 
@@ -28,6 +32,9 @@ def translated(
     loss, names = loss_of(results), list(columns_of(results.model))
     if endog is None:
         endog = _response(results, exog)
+        own = results.model.endog_names
+        if not _has_formula(results) and isinstance(own, str):
+            exog = exog.drop(columns=own)
     _require_left_side(results, endog)
     for name, part in (("endog", endog), ("offset", offset), ("exposure", exposure)):
         require_same_index(exog, part, "exog", name)
@@ -196,18 +203,43 @@ def _by_formula(results: Any, frame: Any) -> Any:
 
 
 def _response(results: Any, frame: Any) -> Any:
-    """The response of a formula's frame, where it is one of its columns."""
-    name = results.model.endog_names
-    if _has_formula(results) and isinstance(name, str) and name in (_names(frame) or ()):
-        return frame[name]
+    """The response that a frame holds: its columns, or what a formula's left side makes of them."""
+    model, columns = results.model, _names(frame) or ()
+    names = model.endog_names
+    if set([names] if isinstance(names, str) else names) <= set(columns):
+        return frame[names]
+    if _has_formula(results) and columns and isinstance(names, str):
+        made = _left_side(model, frame)
+        if made is not None:
+            return made
     raise DataError(
         "Queries need their responses.",
         f"exog alone, of type {type(frame).__name__}"
-        + (f", without a column {name!r}." if _names(frame) is not None else "."),
-        "endog that was left out, or a formula whose left side is no plain column.",
+        + (f", without a column {names!r}." if columns else "."),
+        "endog that was left out, or a formula whose left side is made by a function of yours.",
         "pass endog, numbers as in results.model.endog; to ask about predictions, for which "
         "none is known yet, give zeros and measure=upweight.Logit(0), which looks at none.",
     )
+
+
+def _left_side(model: Any, frame: Any) -> np.ndarray | None:
+    """What the left side of the formula, one number of each row, makes of a frame; None: unknown.
+
+    It is asked of rows of the fit as well: what it makes of some must not depend on the others, as
+    that of standardize(y) does.
+    """
+    labels, own = list(labels_of(model))[:CHECKED], getattr(model.data, "frame", None)
+    if own is None or not own.index.is_unique or not set(labels) <= set(own.index):
+        return None
+    left = f"{str(model.formula).split('~', 1)[0].strip()} ~ 1"
+    try:
+        known, made = (OLS.from_formula(left, rows).endog for rows in (own.loc[labels], frame))
+    except Exception:  # patsy and formulaic have errors of their own
+        return None
+    is_same = known.shape == (len(labels),) and np.allclose(
+        known, np.asarray(model.endog).reshape(-1)[: len(labels)], rtol=1e-12, atol=0
+    )
+    return np.asarray(made) if is_same and made.shape == (len(frame),) else None
 
 
 def _require_left_side(results: Any, endog: Any) -> None:

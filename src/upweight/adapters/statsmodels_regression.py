@@ -45,20 +45,32 @@ BINOMIAL_LINKS = {"Probit": "probit", "CLogLog": "cloglog", "Log": "log"}
 POWERS = {"Gaussian": 0.0, "Poisson": 1.0, "Gamma": 2.0, "InverseGaussian": 3.0}
 
 INSTEAD = {
-    "QuantReg": "the absolute loss has no curvature, and rows do not pull on an estimate smoothly; "
-    "leave rows out and fit again (one linear program), or ask about the mean: sm.OLS with "
-    "cov_type='HC3'",
-    "MixedLM": "its likelihood is one of whole groups, not of rows; ask of sm.OLS(...).fit("
-    "cov_type='cluster', cov_kwds={'groups': ...}) with smx.fragile(..., groups=), which leaves "
-    "whole groups out, or leave groups out and fit again",
-    "GEE": "its working correlation couples the rows of a group; ask of the GLM with "
-    "cov_type='cluster', which has the same mean model",
-    "RLM": "its estimate is of no likelihood that is kept with it; write the norm as a loss: "
-    "upweight.Task(model, upweight.Huber(delta)), or ask of sm.OLS",
-    "MNLogit": "its classes have a column of coefficients each; fit scikit-learn's "
-    "LogisticRegression(C=float('inf')), which upweight.adapters.sklearn translates",
+    "QuantReg": (
+        "the absolute loss has no curvature, and rows do not pull on an estimate smoothly",
+        "leave rows out and fit again (one linear program), or ask about the mean: sm.OLS with "
+        "cov_type='HC3'",
+    ),
+    "MixedLM": (
+        "its likelihood is one of whole groups, not of rows",
+        "ask of sm.OLS(...).fit(cov_type='cluster', cov_kwds={'groups': ...}) with "
+        "smx.fragile(..., groups=), which leaves whole groups out, or leave groups out and fit "
+        "again",
+    ),
+    "GEE": (
+        "its working correlation couples the rows of a group",
+        "ask of the GLM with cov_type='cluster', which has the same mean model",
+    ),
+    "RLM": (
+        "its estimate is of no likelihood that is kept with it",
+        "write the norm as a loss: upweight.Task(model, upweight.Huber(delta)), or ask of sm.OLS",
+    ),
+    "MNLogit": (
+        "its classes have a column of coefficients each",
+        "fit scikit-learn's LogisticRegression(C=float('inf')), which upweight.adapters.sklearn "
+        "translates",
+    ),
 }
-"""What can be done instead, by the kind of model."""
+"""Why there is no translation, and what can be done instead, by the kind of model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +120,7 @@ def supports(results: Any) -> Support:
         return Support(
             False,
             f"{kind} is not among {', '.join(KINDS)} and GLM"
-            + ("" if instead is None else f": {instead}"),
+            + ("" if instead is None else f": {'; '.join(instead)}"),
         )
     loss = _of_glm(model)
     if loss is None:
@@ -145,13 +157,19 @@ def loss_of(results: Any) -> Loss:
     found = supports(results)
     model = getattr(results, "model", None)
     if not found:
+        kind = type(model).__name__
+        cause, way_out = INSTEAD.get(kind) or (
+            "a model that is not a likelihood of one linear predictor, or keeps what one linear "
+            "map cannot hold",
+            "write its likelihood as a PyTorch model and loss, and use Task directly",
+        )
         raise UnsupportedModel(
             f"The results must be of {', '.join(KINDS)} or GLM.",
-            f"{type(results).__name__}: {found.reason}.",
-            "a model that is not a likelihood of one linear predictor, or keeps what one linear "
-            "map cannot hold.",
-            INSTEAD.get(type(model).__name__)
-            or "write its likelihood as a PyTorch model and loss, and use Task directly.",
+            f"those of {kind}."
+            if kind in INSTEAD
+            else f"{type(results).__name__}: {found.reason}.",
+            f"{cause}.",
+            f"{way_out}.",
         )
     assert model is not None
     if type(model).__name__ in KINDS:

@@ -202,7 +202,7 @@ class Acquired(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """One row per strategy and number of labels, with intervals over starts and tests."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         lines = []
         for name in self.strategies:

@@ -416,7 +416,7 @@ class Certified(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """A row per step: how many left, `bound`, `spent`, the measured `residual`, `budget`."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         rows = [(len(r.examples), r.bound, r.spent, r.residual, self.budget) for r in self.removals]
         return pd.DataFrame(rows, columns=["examples", "bound", "spent", "residual", "budget"])

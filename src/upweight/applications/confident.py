@@ -122,7 +122,7 @@ class FlaggedLabels(Outcome):
 
         The index is the place of the row in the training data.
         """
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         order = self.order.tolist()
         p = self.probabilities

@@ -209,7 +209,7 @@ class CrossValidated(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """One row per example."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         place = {i: k for k, group in enumerate(self.groups) for i in group}
         order = [place[i] for i in range(len(self.per_example))]
@@ -347,7 +347,7 @@ class Difference(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """One row per example."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         columns = {
             "first": self.first.per_example.numpy(),

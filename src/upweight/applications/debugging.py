@@ -31,7 +31,7 @@ from upweight.applications.repair import (
 )
 from upweight.applications.subject import Subject, subject_of
 from upweight.applications.suspicion import own_losses, suspicions
-from upweight.errors import SpecError
+from upweight.errors import MissingPackage, SpecError
 from upweight.evaluation.bootstrap import Bootstrap
 from upweight.methods.fitted import Fitted
 from upweight.methods.functionals import derivatives
@@ -271,7 +271,7 @@ class Suspects(Outcome):
         `id` is the row's label in the index of the data, where they have one. `relabelling` and
         `removing` are predicted changes of the mean validation measure.
         """
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         order, names = self.order.tolist(), self.classes.names
         columns: dict[str, Any] = {
@@ -291,7 +291,10 @@ class Suspects(Outcome):
         return pd.DataFrame(columns, index=pd.Index(order, name="row"))
 
     def __repr__(self) -> str:
-        some = self.frame().head(min(SHOWN, max(1, self.count))).to_string()
+        try:
+            some = self.frame().head(min(SHOWN, max(1, self.count))).to_string()
+        except MissingPackage:  # without pandas the sentence alone
+            return super().__repr__()
         return f"{super().__repr__()}\n{some}"
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":

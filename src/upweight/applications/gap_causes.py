@@ -148,7 +148,7 @@ class GroupCauses(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """One row per group."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         table = pd.DataFrame(
             {
@@ -348,7 +348,7 @@ class Causes(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """One row per training row, by what it does to the size of the gap."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         size = self.scores.values[0].detach().cpu().double() * (1 if self.soft > 0 else -1)
         order = size.argsort(descending=True, stable=True)

@@ -267,7 +267,7 @@ class Repair(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """One row per point of the frontier."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         table = pd.DataFrame(
             {
@@ -295,7 +295,7 @@ class Repair(Outcome):
 
     def who(self) -> "pd.DataFrame":
         """Who is changed at the point of the verdict: a row per group and label."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         change = self.point.weights - 1
         changed = torch.zeros(len(change), dtype=torch.bool)

@@ -92,7 +92,8 @@ class Classes:
             raise DataError(
                 f"Every row must have one of the {len(self.names)} labels.",
                 f"row {row} of a batch has the target {y[row].tolist()}.",
-                "targets that are left out (ignore_index), or probabilities of several classes.",
+                "targets that are left out (ignore_index), probabilities of classes, or shares of "
+                "successes (binomial counts), which are no labels.",
                 "leave such rows out of the data.",
             )
         return same.int().argmax(dim=1)

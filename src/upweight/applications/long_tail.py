@@ -107,7 +107,7 @@ class RemovalExperiment(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """One row per model: its removal, its seed and its test accuracy."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         lines = []
         for k in range(len(self.full)):

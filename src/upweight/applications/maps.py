@@ -205,7 +205,7 @@ class Map(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """A row per query: sum, total, error, and where the largest entry is."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         where = self.values.flatten(1).abs().argmax(dim=1)
         largest = [_place(torch.unravel_index(at, self.values.shape[1:])) for at in where]

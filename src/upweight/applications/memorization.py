@@ -149,7 +149,7 @@ class Memorization(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """One row per training row, the most memorized first; `actual` where it was refitted."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         actual = torch.full_like(self.predicted, torch.nan)
         if self.rows is not None and self.actual is not None:

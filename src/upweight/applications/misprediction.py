@@ -106,7 +106,7 @@ class Misprediction(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """A row per training row: its label, its score, and whether it lowers or raises m."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         rows, scores = (*self.lowers, *self.raises), (*self.lowers_by, *self.raises_by)
         effect = ["lowers"] * len(self.lowers) + ["raises"] * len(self.raises)

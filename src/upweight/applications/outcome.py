@@ -11,6 +11,7 @@ import abc
 from typing import TYPE_CHECKING, Any
 
 from upweight._html import card
+from upweight.errors import MissingPackage
 from upweight.notation import readable
 
 if TYPE_CHECKING:
@@ -85,7 +86,10 @@ class Outcome(abc.ABC):
         return "\n  ".join([*lines, f"next: {NEXT}"])
 
     def _repr_html_(self) -> str:
-        header, rows = _head(self.frame())
+        try:
+            header, rows = _head(self.frame())
+        except MissingPackage:  # without pandas the sentence alone
+            header, rows = [], []
         facts = {"note": "; ".join(self.notes)} if self.notes else {}
         return card(f"{self.title}: {self.verdict}", facts, header, rows, NEXT)
 

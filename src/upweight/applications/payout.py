@@ -262,7 +262,7 @@ class Statement(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """A row per contributor, the best paid first."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         table: dict[str, Any] = {
             "payout": [float(self._money(c)) for c in self.cents],
@@ -536,7 +536,7 @@ class Copied(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """Payouts without and with the copy."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         before, after = self.before.payouts, self.after.payouts
         index = pd.Index(list(after), name="contributor")

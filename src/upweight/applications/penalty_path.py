@@ -135,7 +135,7 @@ class Path(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """One row per value."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         columns = {
             self.parameter: list(self.values),

@@ -240,7 +240,7 @@ class Suspects(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """A row per training row, the most suspect first: its score and the class it carries."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         order = self.order.cpu()
         columns = {
@@ -477,7 +477,7 @@ class Cleansed(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """A row per fit: success and accuracy, with intervals."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         fits = [self.before, *self.curve, *([] if self.control is None else [self.control])]
         return pd.DataFrame([_flat(each) for each in fits])

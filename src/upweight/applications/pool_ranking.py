@@ -120,7 +120,7 @@ class Ranking(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """One row per pool example, the largest predicted gain first."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         top = self.probabilities.max(dim=1)
         is_chosen = torch.zeros(len(self.predicted), dtype=torch.bool)

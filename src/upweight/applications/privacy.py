@@ -217,7 +217,7 @@ class Leakage(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """A row per redaction and attack."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         rows = []
         for each in self.attacks:

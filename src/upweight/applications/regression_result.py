@@ -170,7 +170,7 @@ class Diagnostics:
 
     def to_pandas(self) -> "pd.DataFrame":
         """A table with a row per observation, by its label; DFBETAS in columns `dfbetas_NAME`."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         columns = {
             name: value.numpy()

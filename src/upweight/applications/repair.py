@@ -252,7 +252,7 @@ class Repaired(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """A row for loss and accuracy: before, after, the change with its interval, predicted."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         rows = {}
         for k, name in enumerate(("loss", "accuracy")):

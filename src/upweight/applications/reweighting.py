@@ -167,7 +167,7 @@ class Weights(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """One row per point of the path, the start first; `chosen` marks the one returned."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         table = pd.DataFrame([vars(point) for point in self.path])
         table["chosen"] = [k == self.steps for k in range(len(self.path))]
@@ -176,7 +176,7 @@ class Weights(Outcome):
 
     def comparison(self) -> "pd.DataFrame":
         """Test loss and accuracy with equal weights, class weights and these."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         table = [columns(model) for model in self.models.values()]
         return pd.DataFrame(table, index=pd.Index(self.models, name="weights"))

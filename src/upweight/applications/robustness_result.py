@@ -204,7 +204,7 @@ class Robustness(Outcome):
         Columns `left_out`, `label` (the unit that leaves last), and `predicted` and `refitted` with
         the ends `_low` and `_high` of their intervals, where there are intervals.
         """
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         labels = pd.Series(self.path.labels, dtype=object)
         columns: dict[str, Any] = {"left_out": self.path.left, "label": labels}
@@ -354,7 +354,7 @@ class RobustnessTable(Outcome):
         `asked`, `one_shot` and `one_shot_holds`, `k`, `share`, `tried`, and after the refit
         `estimate_without`, `low_without`, `high_without`.
         """
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         lines = []
         for model, name, found in self.lines:
@@ -482,7 +482,7 @@ class Fragility(Outcome):
 
         The first line is the coefficient with all rows.
         """
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         first = self.findings[0]
         lines: list[dict[str, Any]] = [

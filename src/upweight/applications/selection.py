@@ -137,7 +137,7 @@ class Subset(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """One row per model: all rows, the rows kept, as many at random; on the test data."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         count, size = self.n, len(self.rows)
         models = {"all rows": (count, self.everything), "kept rows": (size, self.kept)}

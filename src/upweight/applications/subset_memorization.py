@@ -190,7 +190,7 @@ class SubsetMemorization(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """One row per training row, the most memorized first."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         columns = {
             "memorization": self.actual,
@@ -419,7 +419,7 @@ class Pairs(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """One row per pair, the largest influence first."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         return pd.DataFrame(
             {

@@ -109,7 +109,7 @@ class Target(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """One row per choice: examples, mean test loss, and chosen less it with its interval."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         table = []
         for name, losses in self.losses.items():

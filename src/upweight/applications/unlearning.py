@@ -173,7 +173,7 @@ class Unlearned(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """A row per parameter tensor, and one for all: norms of both movements, and distance."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         columns = ["predicted", "actual", "distance", "remaining"]
         parts = self.layout.unflatten(self.predicted)

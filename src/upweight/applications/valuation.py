@@ -186,7 +186,7 @@ class Values(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """A row per example or contributor, the most valuable first."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         value, error = self.predicted, self.standard_errors
         columns = {
@@ -408,7 +408,7 @@ class Worth(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """A row per batch."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         table: dict[str, Any] = {"examples": [len(group) for group in self.groups]}
         for word, every in (("predicted", self.predicted_means), ("refitted", self.actual_means)):
@@ -686,7 +686,7 @@ class Comparison(Outcome):
 
     def frame(self) -> "pd.DataFrame":
         """A row per valuation: its rank correlation with the others, and its r with refits."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         table: dict[str, Any] = {}
         for other in self.names:

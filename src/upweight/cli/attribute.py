@@ -14,7 +14,7 @@ from upweight.cli.named import named, project_option, to_ask_for
 from upweight.cli.pages import Shown, is_kept, keep, shown_of
 from upweight.cli.project import Project, opened
 from upweight.cli.question import Asked, question_options, relative, reopened, require_same
-from upweight.cli.rankings import display_of, hardest, rankings
+from upweight.cli.rankings import display_of, hardest, named_queries, rankings
 from upweight.cli.screen import Answer, continued_by, duration, say, verb
 from upweight.errors import StaleStore
 from upweight.front.opened import own_recipe
@@ -30,8 +30,8 @@ from upweight.runtime.versions import library_versions
 TO_DO, DONE = 1, 0
 """What rank 0 tells the others."""
 
-SHOWN_QUERIES = 5
-"""Queries whose strongest examples are printed, unless others are asked for."""
+SHOWN_QUERIES, SHOWN_EXAMPLES = 5, 3
+"""Queries whose strongest examples are printed, unless others are named; and how many of each."""
 
 
 @click.command()
@@ -47,15 +47,15 @@ SHOWN_QUERIES = 5
     "--top",
     type=click.IntRange(1),
     metavar="K",
-    help="Print the K strongest examples of the hardest queries.",
+    help="Print the K strongest examples of the hardest queries, or of those that --query names "
+    f"({SHOWN_EXAMPLES} where it does).",
 )
 @click.option(
     "--query",
     "asked_of",
-    type=click.IntRange(0),
     multiple=True,
     metavar="Q",
-    help=f"With --top: of which queries.  [default: the {SHOWN_QUERIES} hardest]",
+    help=f"Of which queries, by place or id.  [default: the {SHOWN_QUERIES} hardest]",
 )
 @click.option(
     "--show",
@@ -73,7 +73,7 @@ SHOWN_QUERIES = 5
 def attribute(
     out: Path,
     top: int | None,
-    asked_of: tuple[int, ...],
+    asked_of: tuple[str, ...],
     show: str | None,
     shards: str,
     **options: Any,
@@ -110,9 +110,8 @@ def attribute(
         project = stack.enter_context(opened())
         question = asked.question(project)
         new = asked.record(project, question, run)
-        outside = [query for query in asked_of if query >= new.q]
-        if outside:
-            raise click.UsageError(f"--query {outside[0]}: there are queries 0 to {new.q - 1}")
+        ids = getattr(getattr(question.queries, "given", None), "ids", None)
+        named = named_queries(asked_of, ids, new.q)
         if not exists and not is_part:  # only now: a mistake in the options leaves no directory
             stack.enter_context(run.held("upweight attribute"))
         with run.together() if is_part else contextlib.nullcontext():
@@ -128,7 +127,9 @@ def attribute(
             text = f"{shown}: part {shards} is done; the run is finished when all parts are"
             return Answer(text, {"run": str(run.path), "did": did, "shards": shards})
     done = answer(run, shown, did, project)
-    return done if top is None else with_rankings(done, run, top, asked_of)
+    if top is None and not named:
+        return done
+    return with_rankings(done, run, top or SHOWN_EXAMPLES, named)
 
 
 @click.command()
@@ -329,7 +330,7 @@ def answer(run: Run, shown: Path, did: str, project: Project | None = None) -> A
     return Answer("\n".join(lines), facts)
 
 
-def with_rankings(done: Answer, run: Run, top: int, asked_of: tuple[int, ...]) -> Answer:
+def with_rankings(done: Answer, run: Run, top: int, asked_of: list[int]) -> Answer:
     """An answer with the strongest examples of the hardest queries; as JSON of all queries."""
     scores, display = run.load(), display_of(run)
     q = len(scores)

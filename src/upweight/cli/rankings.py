@@ -3,7 +3,9 @@
 import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+import click
 import torch
 
 from upweight.cli.pages import alone
@@ -39,6 +41,25 @@ def hardest(scores: Scores, display: Display | None, k: int) -> list[int]:
     else:
         by = torch.stack([scores[query].abs().max() for query in range(q)])
     found: list[int] = by.argsort(descending=True, stable=True)[:k].tolist()
+    return found
+
+
+def named_queries(asked: Sequence[str], ids: Sequence[Any] | None, q: int) -> list[int]:
+    """Places of the queries that `--query` names: a place, or else an id of the data.
+
+    Raises:
+        click.UsageError: There is no such query, or several have that id.
+    """
+    known, found = list(map(str, ids or ())), []
+    for name in asked:
+        at = [place for place, own in enumerate(known) if own == name]
+        if name.isdecimal() and int(name) < q:
+            at = [int(name)]
+        if len(at) != 1:
+            by_id = f", or {known[0]} and the like" if known else ""
+            why = f": {len(at)} queries have that id" if at else ""
+            raise click.UsageError(f"--query {name}: there are queries 0 to {q - 1}{by_id}{why}")
+        found += at
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from upweight.cli.named import has_packed, to_ask_for
-from upweight.cli.rankings import display_of, hardest, rankings
+from upweight.cli.rankings import display_of, hardest, named_queries, rankings
 from upweight.cli.screen import Answer, verb
 from upweight.cli.spec import parse
 from upweight.facts import UNKNOWN, WITHIN, Fact
@@ -32,13 +32,12 @@ NOTES, FILES = 2, 3
 @click.option(
     "--query",
     "asked_of",
-    type=click.IntRange(0),
     multiple=True,
     metavar="Q",
-    help="Of which queries.  [default: the hardest]",
+    help="Of which queries, by place or id.  [default: the hardest]",
 )
 @verb
-def show(run: Path, top: int, asked_of: tuple[int, ...]) -> Answer:
+def show(run: Path, top: int, asked_of: tuple[str, ...]) -> Answer:
     """Print the verdict, settings and strongest examples of a run.
 
     It needs the run alone, and runs no code: for a run that somebody else made.
@@ -55,10 +54,8 @@ def show(run: Path, top: int, asked_of: tuple[int, ...]) -> Answer:
         lines.append(f"  to finish it, if you trust its files: {place.command('rerun')}")
         return Answer("\n".join(lines), facts)
     scores, display = place.open(), display_of(place)
-    outside = [query for query in asked_of if query >= record.q]
-    if outside:
-        raise click.UsageError(f"--query {outside[0]}: there are queries 0 to {record.q - 1}")
-    found = rankings(scores, display, top, asked_of or hardest(scores, display, 1))
+    named = named_queries(asked_of, None if display is None else display.query_ids, record.q)
+    found = rankings(scores, display, top, named or hardest(scores, display, 1))
     ranked = ([] if asked_of else ["where the model does worst:"]) + list(map(str, found))
     said = shlex.quote(str(run))
     lines += ["", *ranked, "", f"next: upweight report {said}; upweight show {said} --query Q"]

@@ -209,7 +209,7 @@ class SelfInfluence:
 
     def top(self, k: int = SHOWN) -> "pd.DataFrame":
         """The k largest, with the id in the index of the data or else the place, and the label."""
-        import pandas as pd
+        from upweight.runtime.tables import pd
 
         at = self.order[:k]
         columns: dict[str, Any] = {"place": at, "self_influence": self.values[at].cpu().numpy()}

@@ -67,9 +67,11 @@ def _parts(
             "an argument that is given by its name only.",
             f"name what comes after {placed[-1]}, such as {more}.",
         )
+    needed = ", ".join(p.name for p in parameters if p.default is p.empty)
+    of_model = ", or None for queries where the measure is of the model alone, as a Coefficient"
     return (
         required,
         f"{error}.",
         "an argument that was left out, or given twice.",
-        f"{name}({', '.join(p.name for p in parameters if p.default is p.empty)}).",
+        f"{name}({needed}){of_model if 'queries' in signature.parameters else ''}.",
     )

@@ -244,9 +244,17 @@ def require_alone(loss: Any, penalty: Any, why: str) -> None:
     if loss is None and penalty is None:
         return
     name, given = ("loss", loss) if loss is not None else ("penalty", penalty)
+    if is_array(given) or hasattr(given, "columns"):
+        raise SpecError(
+            "Rows and their labels are one argument: attribute(model, (X, y), (X_test, y_test)).",
+            f"a {type(given).__name__} as the fourth argument, which is the loss of a network.",
+            "X, y and X_test given one after the other.",
+            "attribute(model, (X, y), (X_test, y_test)), or (X, y), X_test without labels; of "
+            "statsmodels results attribute(results, None, frame).",
+        )
     raise SpecError(
         "A loss and a penalty are said of a torch.nn.Module only.",
-        f"{name}={given!r}, where {why}.",
+        f"{name}={given!r:.80}, where {why}.",
         "an argument left from a network.",
         f"leave {name}= out.",
     )

@@ -176,6 +176,8 @@ def _chosen(found: Any, budget: str | float | None, allowed: float) -> dict[str,
             f"{_told(subsets * seconds)}{all_trees}; without each row{random} it would be "
             f"{by_row}: budget={_said(count * whole)!r}"
         )
+        if found.chosen_from is not None:
+            why += f"; {found.chosen_from}"
         count = told = subsets
         if trees:
             notes += (_of_trees(found, trees),)

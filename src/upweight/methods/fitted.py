@@ -33,7 +33,7 @@ from upweight.provenance import Context, Provenance
 from upweight.runtime.memory import require_room
 from upweight.runtime.progress import progress
 from upweight.runtime.resources import Resources
-from upweight.runtime.selection import places
+from upweight.runtime.selection import groups_by_place, places
 from upweight.runtime.versions import library_versions
 from upweight.scores import Unit
 from upweight.task.check import checked_losses, checked_measurements, require_answerable
@@ -279,7 +279,7 @@ class Fitted:
         self,
         queries: Any,
         measure: Callable[..., Tensor] | Functional = LOSS,
-        groups: Sequence[int | Sequence[int]] | None = None,
+        groups: Sequence[int | str | Sequence[int | str]] | None = None,
         *,
         evaluate: Literal["linear", "plugin"] = "linear",
     ) -> Effects:
@@ -296,8 +296,8 @@ class Fitted:
         Args:
             queries: As for `as_data`.
             measure: As for `attribute`.
-            groups: What each column removes: an example or several together. None: every example
-                by itself.
+            groups: What each column removes: an example or several together, by place or, where
+                ids are texts, by id. None: every example by itself.
             evaluate: "linear" gives ∇m_qᵀ Δθ; "plugin" the difference itself, m_q(θ̂ + Δθ) − m_q(θ̂),
                 beside it.
 
@@ -321,7 +321,8 @@ class Fitted:
         self._require_movement("removal(...)")
         if evaluate not in ("linear", "plugin"):
             raise SpecError(_no_evaluation(evaluate))
-        chosen = as_groups(groups, len(self.train))
+        ids = getattr(getattr(self.train, "given", None), "ids", None)
+        chosen = as_groups(groups_by_place(groups, ids), len(self.train))
         every = [[*group] for group in chosen]
         scorer = self.scorer
         if not isinstance(scorer, DenseScorer):

@@ -1,6 +1,5 @@
 """How far can these scores be trusted? Numbers to judge a computation by; none changes a score."""
 
-import inspect
 import math
 import time
 import warnings
@@ -23,6 +22,7 @@ from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solver import Solver
 from upweight.methods.facts import DECREMENT_LIMIT, RESIDUAL_LIMIT, ROW_SUM_LIMIT
+from upweight.runtime import callers
 from upweight.runtime.progress import progress
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, SquaredError
@@ -204,17 +204,8 @@ def heard_blocks(plan: Plan, theta: Float[Tensor, " p"], data: Data, batch_size:
 
 def warned(notes: list[str]) -> list[str]:
     """The notes, each also a warning at the line of the user's that asked."""
-    if notes:
-        # The line that called the outermost function of this package.
-        package = __file__.rpartition("methods")[0]
-        frame, frames = inspect.currentframe(), []
-        while frame is not None:  # `inspect.stack` would look for the source of each
-            frames.append(frame.f_code.co_filename)
-            frame = frame.f_back
-        frames.reverse()
-        inside = next(k for k, name in enumerate(frames) if name.startswith(package))
-        for note in notes:
-            warnings.warn(note, AssumptionWarning, stacklevel=len(frames) - inside + 1)
+    for note in notes:
+        callers.warn(note, AssumptionWarning)
     return notes
 
 

@@ -282,6 +282,7 @@ class Answers:
 
         With z = (value − mean) / standard deviation they differ by |z_q − z_i|. Where that is at
         most 1 they are alike, and most where z_q z_i is large: far from the mean on the same side.
+        A column is in one of the two.
         """
         shown, theirs = self._shown("train", ids), self.queries.table
         assert shown.table is not None
@@ -293,11 +294,11 @@ class Answers:
             known = shown.known is None or shown.known[place]
             apart = np.abs(mine - other) / spread
             together = np.where(apart <= 1, (mine - mean) * (other - mean) / spread**2, 0)
-            for found, measure in ((differs, apart), (alike, together)):
-                most = np.argsort(-measure, kind="stable")[: COLUMNS_SHOWN if known else 0].tolist()
-                found.append([
-                    [int(c), short(other[c]), short(mine[c])] for c in most if measure[c] > 0
-                ])  # fmt: skip
+            for found, measure in ((alike, together), (differs, apart)):
+                most = np.argsort(-measure, kind="stable")[: COLUMNS_SHOWN if known else 0]
+                most = most[measure[most] > 0]
+                found.append([[int(c), short(other[c]), short(mine[c])] for c in most.tolist()])
+                apart[most] = 0  # what is said to be alike does not differ
         return differs, alike
 
     def _known(self, q: int, label: str) -> dict[str, Any]:

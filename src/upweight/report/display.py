@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from upweight.errors import ShapeError, SpecError
@@ -113,19 +114,27 @@ class Display:
         found["tokenizer"] = getattr(reads, "tokenizer", None)
         if self.names is None and reads is not None and reads.classes is not None:
             found["label"] = getattr(reads, "label", None)
-        found |= self._table(rows["train"], rows["query"])
+        is_plain = self.tokenizer is None and found["tokenizer"] is None
+        found |= self._table(rows["train"], rows["query"], is_plain)
         return replace(self, **{k: v for k, v in found.items() if getattr(self, k) is None})
 
-    def _table(self, train: Rows | None, queries: Rows | None) -> dict[str, Any]:
-        """The values as they were given, where both came as tables of the same columns."""
+    def _table(self, train: Rows | None, queries: Rows | None, is_plain: bool) -> dict[str, Any]:
+        """The values as they were given, where both are tables of the same columns, or texts.
+
+        Texts with a tokenizer, those that are not plain, are shown by their tokens.
+        """
         shown = (self.render, self.train_images, self.query_images, self.train_texts,
                  self.query_texts, self.train_tokens, self.features)  # fmt: skip
         if train is None or queries is None or any(each is not None for each in shown):
             return {}
+        if train.texts is not None and queries.texts is not None and is_plain:
+            return {"train_texts": train.texts, "query_texts": queries.texts}
         if not train.columns or train.columns != queries.columns or train.values is None:
             return {}
         mine, theirs = train.numbers, queries.numbers
-        if mine is not None and theirs is not None:
+        tables = [each for each in (mine, theirs) if each is not None]
+        # A missing value has no distance to others: such rows are shown by name and value.
+        if len(tables) == 2 and all(np.isfinite(each).all() for each in tables):
             return {"features": train.columns, "train_images": mine, "query_images": theirs}
         if queries.values is None:
             return {}

@@ -24,6 +24,9 @@ Render = Callable[[str, int], Any]
 TEXT_BYTES = 1_200_000
 """Characters of all texts of a set on the page together; long texts are cut to share them."""
 
+MISSING = ("nan", "NaT", "<NA>")
+"""How missing values of NumPy and pandas write themselves."""
+
 LONGEST, SHORTEST = 4000, 160
 """Characters of one text, at most and in any case."""
 
@@ -61,6 +64,8 @@ def length(examples: int) -> int:
 
 
 def _said(value: Any) -> str:
+    if not isinstance(value, str) and str(value) in MISSING:
+        return "missing"
     return written(value) if isinstance(value, float) else str(value)
 
 

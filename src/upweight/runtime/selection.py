@@ -107,6 +107,21 @@ def place_of(name: Any, ids: Sequence[Any], what: str) -> int:
     )
 
 
+def groups_by_place(groups: Iterable[Any] | None, ids: Sequence[Any] | None) -> Any:
+    """Groups of training examples, with their ids that are texts turned into places.
+
+    Raises:
+        ShapeError: No example has an id, or more than one.
+    """
+    if groups is None or ids is None:
+        return groups
+
+    def placed(entry: Any) -> Any:
+        return place_of(entry, ids, "training example") if isinstance(entry, str) else entry
+
+    return [[*map(placed, g)] if isinstance(g, tuple | list) else placed(g) for g in groups]
+
+
 def labels_by_place(labels: Iterable[Any], n: int, what: str) -> tuple[tuple[str, ...], list[int]]:
     """The distinct labels as text, sorted, and for each of n things the place of its label.
 

@@ -109,16 +109,16 @@ function addByNumber() {
 }
 // -- taking them along ----------------------------------------------------------------------------
 
-async function copy(text, what) {
+async function copy(text, what, done = "drop-done") {
   try { await navigator.clipboard.writeText(text); } catch { // not allowed here: the older way
     const area = element("textarea", { "aria-label": what });
     area.value = text;
-    byId("whatif").append(area);
+    byId(done).parentElement.append(area);
     area.select();
     document.execCommand("copy");
     area.remove();
   }
-  byId("drop-done").textContent = `${what} copied.`;
+  byId(done).textContent = `${what} copied.`;
 }
 // A spreadsheet takes a text that starts so for a formula; the apostrophe makes it a text.
 const cell = value => {
@@ -140,6 +140,7 @@ function download(text, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 function prepareDrop() {
+  byId("command-copy")?.addEventListener("click", () => copy(byId("command-text").textContent, "Command", "command-done"));
   byId("drop-copy").addEventListener("click", () => copy([...dropped.values()].map(one => one.given ?? one.id).join("\n"), "Ids"));
   byId("drop-save").addEventListener("click", () => { download(asCsv(), "rows.csv"); byId("drop-done").textContent = "rows.csv downloaded."; });
   byId("drop-code").addEventListener("click", () => copy(byId("drop-python").textContent, "Python"));
