@@ -71,6 +71,8 @@ class Check:
         drift: Of each query, m of the recipe's model on all of the data − m of the model that was
             scored; None: not recorded.
         each: Seconds that a further subset would take; NaN: not known.
+        left_out: Queries that were not compared, since their measure, or what is predicted of it,
+            is the same for all subsets: as the loss on a query that every model is sure of.
     """
 
     lds: LDS
@@ -80,6 +82,13 @@ class Check:
     budget: float
     drift: Float[Tensor, " q"] | None = None
     each: float = math.nan
+    left_out: tuple[int, ...] = ()
+
+    @property
+    def queries(self) -> list[int]:
+        """Which queries the columns of `lds` are of."""
+        total = self.lds.predicted.shape[1] + len(self.left_out)
+        return [q for q in range(total) if q not in set(self.left_out)]
 
     @cached_property
     def slope(self) -> Estimate:
@@ -136,9 +145,10 @@ class Check:
     def notes(self) -> tuple[str, ...]:
         """What to know before the numbers."""
         found = self.reproduction
+        without = () if not self.left_out else (_left_out(self.left_out, len(self.queries)),)
         if found is None:
-            return ("whether the recipe makes the model that was scored was not recorded",)
-        return found.notes
+            return ("whether the recipe makes the model that was scored was not recorded", *without)
+        return (*found.notes, *without)
 
     def summary(self) -> dict[str, Any]:
         """The numbers as JSON would hold them."""
@@ -148,6 +158,7 @@ class Check:
             "reason": self.reason,
             "notes": list(self.notes),
             **self.lds.summary(),
+            "left_out": list(self.left_out),
             "more": self.more,
             "slope": [slope.value, slope.low, slope.high],
             "fraction": self.fraction,
@@ -260,7 +271,8 @@ def check(
     most = min(MOST, math.comb(n, max(1, round(fraction * n)))) if subsets is None else subsets
     weights = subset_weights(n, most, fraction, renormalize=True)
     predicted = predicted_changes(scores, weights)
-    metrics.varying(predicted, predicted)  # before any time is spent
+    if not bool((compared := metrics.differing(predicted.cpu())).any()):
+        metrics.varying(predicted, predicted)  # refuses, before any time is spent
     seeds = _two_seeds(recipe)
     rounds: list[list[Retrained]] = []
     using = Resources() if resources is None else resources
@@ -283,10 +295,19 @@ def check(
         is_open = done < FEWEST and each <= most_left
         step = min(max(1, some) if is_open else some, done)
     truth = [joined(parts) for parts in zip(*rounds, strict=True)]
-    found = lds(predicted[:done], weights[:done], truth, bootstrap=bootstrap)
+    for one in truth:
+        compared = compared & metrics.differing(one.values.cpu())
+    if not bool(compared.any()):
+        compared[:] = True  # `lds` says what is wrong with them
+    of = compared.nonzero()[:, 0]
+    found = lds(
+        predicted[:done, of], weights[:done], [one.of(of) for one in truth], bootstrap=bootstrap
+    )
     models = len(seeds) * (done + 1)
     took = time.perf_counter() - started
-    return Check(found, fraction, models, took, seconds, truth[0].drift, each or math.nan)
+    left_out = tuple((~compared).nonzero()[:, 0].tolist())
+    drift = truth[0].drift[of]
+    return Check(found, fraction, models, took, seconds, drift, each or math.nan, left_out)
 
 
 def _retrained(
@@ -326,6 +347,14 @@ def seconds_of(budget: str | float) -> float:
             'say "90 s", "2 min", "1 h", or give seconds as a number.',
         )
     return value
+
+
+def _left_out(queries: Sequence[int], compared: int) -> str:
+    some = ", ".join(str(q) for q in queries[:3]) + (", …" if len(queries) > 3 else "")
+    return (
+        f"{len(queries)} of {len(queries) + compared} queries left out ({some}): their measure, or "
+        "what is predicted of it, is the same for all subsets"
+    )
 
 
 def _time(seconds: float) -> str:

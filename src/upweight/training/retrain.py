@@ -13,12 +13,12 @@ never sees these rows.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.errors import NonFinite, NotConverged, ShapeError, SpecError, message
@@ -71,6 +71,11 @@ class Retrained:
     def drift(self) -> Float[Tensor, " q"]:
         """m(θ(1)) − m(θ̂): how far the task's own parameters are from what the recipe makes."""
         return self.baseline - self.given
+
+    def of(self, queries: Int[Tensor, " k"]) -> "Retrained":
+        """The measurements on some of the queries."""
+        kept = {name: getattr(self, name)[..., queries] for name in ("values", "baseline", "given")}
+        return replace(self, **kept)
 
 
 def retrain(
