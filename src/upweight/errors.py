@@ -20,6 +20,7 @@
     ├── StaleStore            files on disk belong to another run     (ValueError)
     ├── InUse                 another process works in the folder     (RuntimeError)
     ├── NotWritten            a file cannot be written                (OSError)
+    ├── MissingPackage        a package that this needs is not there  (ImportError)
     └── ProjectError          a file of the user's cannot be run      (RuntimeError)
 
 Every message has four parts: what was required, what was given, the usual cause, the way out.
@@ -148,6 +149,10 @@ class InUse(UpweightError, RuntimeError):
 
 class NotWritten(UpweightError, OSError):
     """A file cannot be written: the disk is full, or not ours to write."""
+
+
+class MissingPackage(UpweightError, ImportError):
+    """A package that upweight does not need for itself is not installed."""
 
 
 class ProjectError(UpweightError, RuntimeError):
