@@ -148,7 +148,7 @@ def estimates(slope, seed=0):
         (1.0, "Order and size", "sizes are right"),
         (3.0, "Order only", "sizes are too small by 3.0 ×"),
         (0.25, "Order only", "sizes are too large by 4.0 ×"),
-        (0.0, "Do not believe these", "sizes cannot be told"),
+        (0.0, "Do not believe these", "sizes are inconclusive"),
         (-1.0, "Do not believe these", "the order is reversed"),
     ],
 )

@@ -235,7 +235,7 @@ def check(
         budget: "90 s", "2 min", "1 h", or seconds. What has begun is finished. None: "2 min".
         subsets: How many, in place of a time; they are the first ones of any check.
         fraction: Of the data, what each model keeps. The mean is taken over what is kept.
-        resources: As for `retrain`; a later check with a larger budget goes on from its folder.
+        resources: As for `retrain`; a later check with a larger budget resumes from its folder.
         bootstrap: How the intervals are made.
 
     Raises:
@@ -396,5 +396,5 @@ def _too_short(budget: str | float | None, least: float, needed: float) -> str:
         f"{FEWEST} subsets would take about {needed:.0f} s.",
         "a model that takes long to train.",
         f"allow {needed:.0f} s or more, or check on part of the data; what was trained is kept in "
-        "Resources(folder=...), and in a run, so that a later check goes on from there.",
+        "Resources(folder=...), and in a run, so that a later check resumes from there.",
     )

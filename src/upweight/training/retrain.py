@@ -7,7 +7,7 @@ even where the task's own parameters were reached in another way (`drift` says h
 were). The objective keeps its 1/n; see `weights.py` for the other convention.
 
 With a folder, models are recorded as soon as they are measured and are found again by their
-weights. A run that was killed goes on where it was; another recipe, model, data set or question
+weights. An interrupted run resumes where it was; another recipe, model, data set or question
 never sees these rows.
 """
 
@@ -162,7 +162,7 @@ def identity(
     """Everything a retrained measurement depends on but the weights.
 
     Raises:
-        SpecError: A part cannot be told from another of its kind.
+        SpecError: A part cannot be distinguished from another of its kind.
     """
     return {
         **training_identity(recipe, task, train),
