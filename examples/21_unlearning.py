@@ -2,7 +2,8 @@
 
 Real data: breast cancer, 569 patients. A request to be forgotten could be met by fitting again each
 time. A Newton step per request is cheaper, and a model trained with noise in its objective comes
-with a promise (Guo et al. 2020): it cannot be told from one that never saw them, up to (ε, δ).
+with a guarantee (Guo et al. 2020): up to (ε, δ) it cannot be distinguished from one that never saw
+them.
 """
 
 import numpy as np

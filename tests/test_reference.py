@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from upweight import _public
+from upweight import _public, errors
 
 PAGES = Path(__file__).parents[1] / "docs" / "reference"
 FOLDERS = (
@@ -44,3 +44,13 @@ def test_every_public_name_is_in_the_reference():
     wanted -= {f"upweight.errors.{name}" for name in own}
     assert wanted <= set(shown)
     assert len(shown) == len(set(shown))
+
+
+def test_every_error_is_on_the_page_about_messages():
+    said = (PAGES.parent / "messages.md").read_text(encoding="utf-8")
+    own = [
+        name
+        for name, thing in vars(errors).items()
+        if inspect.isclass(thing) and thing.__module__ == errors.__name__
+    ]
+    assert [name for name in own if f"`{name}`" not in said and name != "UpweightError"] == []

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import time
 
 import numpy as np
@@ -312,6 +313,19 @@ def test_context_must_be_there_when_asked_for():
     data = uw.as_data(p.train)
     context = Context(p.task, data, data, uw.Loss())
     assert scores().attach(context).require_context() is context
+
+
+def test_loaded_scores_are_checked_as_the_error_says(tmp_path):
+    p = problem("softmax")
+    fitted = uw.Influence().fit(p.task, p.train)
+    fitted.attribute(p.queries).save(tmp_path / "scores")
+    loaded = Scores.load(tmp_path / "scores")
+    way_out = "scores.attach(upweight.provenance.Context(task, train, queries, measure))"
+    with pytest.raises(MissingContext, match=re.escape(way_out)):
+        uw.check(loaded, uw.training.Newton(), subsets=8)
+    names = {"task": p.task, "train": p.train, "queries": p.queries, "measure": uw.Loss()}
+    whole = eval(way_out, {"scores": loaded, "upweight": uw} | names)
+    assert len(uw.check(whole, uw.training.Newton(), subsets=8).lds.predicted) == 8
 
 
 # -- files --------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ class DataError(UpweightError, ValueError):
 
 
 class ScalarLoss(UpweightError, ValueError):
-    """A loss or measure was reduced over the batch, so examples cannot be told apart."""
+    """A loss or measure was reduced over the batch, so examples cannot be separated."""
 
 
 class NonFinite(UpweightError, ValueError):

@@ -4,9 +4,9 @@ Also how an answer introduces itself at a prompt and in a notebook.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from upweight._html import card
 from upweight.errors import MissingContext
@@ -69,6 +69,14 @@ class Context:
     queries: Any
     measure: Any
     fitted: Any = None
+
+    def read(self) -> Self:
+        """The same with the data as the task reads them; itself where they were read before."""
+        train, queries = self.task.training(self.train), self.queries
+        if queries is not None:
+            queries = self.task.queries(queries)
+        is_read = train is self.train and queries is self.queries
+        return self if is_read else replace(self, train=train, queries=queries)
 
     @property
     def asked_of_all(self) -> str:
@@ -163,6 +171,7 @@ class Answered:
                 "This needs the model and data that the scores were made from.",
                 "scores without them.",
                 "scores loaded from disk, which keeps numbers only.",
-                "use scores.attach(Context(task, train, queries, measure)).",
+                "give them: scores.attach(upweight.provenance.Context(task, train, queries, "
+                "measure)).",
             )
         return self.context

@@ -559,8 +559,13 @@ class Scores(Answered):
         return replace(self, values=total, error=error, columns=names)
 
     def attach(self, context: Context) -> "Scores":
-        """The same scores with a live task and data."""
-        return replace(self, context=context)
+        """The same scores with a live task and data: `upweight.provenance.Context(…)`.
+
+        Args:
+            context: The task, training data and queries in any form that the task reads, and the
+                measure. That they are those of the scores is not checked.
+        """
+        return replace(self, context=context.read())
 
     @property
     def plot(self) -> Plot:

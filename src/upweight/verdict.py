@@ -10,7 +10,7 @@
     else                                                                Order only
 
 The slope is that of measured on predicted changes: 1 where sizes are right. An interval that is not
-known counts as one that reaches 0: what cannot be told is not believed.
+known counts as one that reaches 0: what is inconclusive is not believed.
 """
 
 import enum
@@ -117,7 +117,7 @@ def judged(
         low = "the order is reversed" if correlation[2] < 0 else "the order may be chance"
         return Judgement(Verdict.DOUBT, f"{low}: {numbers}")
     if ceiling is not None and not ceiling[1] > 0:
-        hidden = "retraining from another seed does not repeat itself, so nothing can be told"
+        hidden = "retraining from another seed does not repeat itself; there is nothing to compare"
         return Judgement(Verdict.DOUBT, f"{hidden}: {numbers}")
     if slope[2] < 0:
         return Judgement(Verdict.DOUBT, numbers)
@@ -131,7 +131,7 @@ def sizes(slope: Interval) -> str:
     if high < 0:
         return "the sign is wrong: measured changes go against the predicted ones"
     if not low > 0:
-        return "sizes cannot be told: the slope may be 0"
+        return "sizes are inconclusive: the interval of the slope includes 0"
     if abs(value - 1) < CLOSE and CALIBRATED[0] <= low and high <= CALIBRATED[1]:
         return f"sizes are right (measured {value:.2f} × predicted)"
     if low <= 1 <= high:

@@ -12,6 +12,7 @@ from tests.applications.outcomes import holds
 from upweight.applications import saliency
 from upweight.errors import (
     DtypeError,
+    MissingPackage,
     NotOffered,
     ShapeError,
     SpecError,
@@ -383,7 +384,7 @@ def test_a_missing_package_is_named_with_its_extra(name, package, monkeypatch, c
     for module in [m for m in sys.modules if m.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SpecError, match=r"pip install 'upweight\[explain\]'"):
+    with pytest.raises(MissingPackage, match=r"pip install 'upweight\[explain\]'"):
         saliency.output(convolutional.task, images(1), name)
 
 

@@ -589,7 +589,8 @@ def test_a_run_is_shown_in_twenty_lines_by_its_names_without_its_project(made, m
     monkeypatch.chdir(made)
     said = call("show", "texts").stdout
     assert len(said.splitlines()) <= 20
-    for words in ("nobody has compared", "Loss() of 10 queries", "Influence(EKFAC(), damping=",
+    for words in ("not checked against retraining", "Loss() of 10 queries",
+                  "Influence(EKFAC(), damping=",
                   "ask its owner for project.py", "where the model does worst"):  # fmt: skip
         assert words in said
     facts = answer("show", "texts", "--top", "1")

@@ -1,5 +1,6 @@
 """A budget of retraining, and what it says: on digits, where influence is known to be right."""
 
+import json
 import math
 import time
 from dataclasses import dataclass, replace
@@ -147,7 +148,7 @@ def estimates(slope, seed=0):
         (1.0, "Order and size", "sizes are right"),
         (3.0, "Order only", "sizes are too small by 3.0 ×"),
         (0.25, "Order only", "sizes are too large by 4.0 ×"),
-        (0.0, "Do not believe these", "sizes cannot be told"),
+        (0.0, "Do not believe these", "sizes are inconclusive"),
         (-1.0, "Do not believe these", "the order is reversed"),
     ],
 )
@@ -206,8 +207,39 @@ def test_a_wide_interval_is_no_agreement():
     assert "sizes are right" not in found.reason
 
 
+def test_queries_without_a_ranking_are_left_out_and_named(digits, fitted):
+    """One of which nothing is predicted, and one whose loss no model changes."""
+
+    @dataclass(frozen=True)
+    class Sure:
+        """A query of which every model is sure to the last digit."""
+
+        def __call__(self, task, params, batch):
+            losses = uw.Loss()(task, params, batch)
+            return losses.where(batch[1] != 4, 0.0 * losses)
+
+    sure = (digits[2][1] == 4).nonzero()[:, 0].tolist()
+    scores = fitted.attribute(digits[2])
+    values = scores.values.clone()
+    values[3] = 0.0
+    found = check(replace(scores, values=values), uw.training.Newton(), subsets=16)
+    assert found.left_out == (3,)
+    assert found.queries == [q for q in range(12) if q != 3]
+    assert found.drift.shape == (11,)
+    assert any(note.startswith("1 of 12 queries left out (3)") for note in found.notes)
+    whole = check(scores, uw.training.Newton(), subsets=16)
+    assert torch.equal(found.lds.predicted, whole.lds.predicted[:, found.queries])
+    assert torch.equal(found.lds.values, whole.lds.values[..., found.queries])
+    assert sure
+    also = check(replace(scores, context=replace(scores.context, measure=Sure())),
+                 uw.training.Newton(), subsets=16)  # fmt: skip
+    assert also.left_out == tuple(sure)
+    kept = json.loads(json.dumps(also.summary()))
+    assert kept["left_out"] == sure
+
+
 def test_what_cannot_be_compared_is_refused_before_any_training(digits, fitted):
-    """A query whose scores are all 0 has no ranking."""
+    """Scores that are all 0 have no ranking."""
 
     @dataclass(frozen=True)
     class Never:
@@ -215,10 +247,8 @@ def test_what_cannot_be_compared_is_refused_before_any_training(digits, fitted):
             raise AssertionError("trained")
 
     scores = fitted.attribute(digits[2])
-    values = scores.values.clone()
-    values[3] = 0.0
-    with pytest.raises(uw.errors.DataError, match=r"queries \[3\]"):
-        check(replace(scores, values=values), Never(), "1 h")
+    with pytest.raises(uw.errors.DataError, match="12 of 12 queries"):
+        check(replace(scores, values=0 * scores.values), Never(), "1 h")
 
 
 def test_a_query_far_from_the_others_does_not_make_the_slope():

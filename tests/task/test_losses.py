@@ -224,6 +224,17 @@ def test_integers_of_any_dtype_are_the_same_targets(loss, dtype):
         torch.testing.assert_close(getattr(loss, name)(f, short), expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype, f", [(torch.float64, 60.0), (torch.float32, 30.0)])
+@pytest.mark.parametrize("y", [0.0, 1.0, 0.25])
+def test_yes_and_no_keep_the_digits_of_a_sure_answer(dtype, f, y):
+    """ℓ(f, y) = ℓ(−f, 1 − y), and of a sure right answer it is e⁻ᶠ, which is not 0."""
+    one = uw.Bernoulli()(torch.tensor([f], dtype=dtype), torch.tensor([y], dtype=dtype))
+    other = uw.Bernoulli()(torch.tensor([-f], dtype=dtype), torch.tensor([1 - y], dtype=dtype))
+    assert torch.equal(one, other)
+    expected = (1 - y) * f + math.exp(-f)
+    assert float(one) == pytest.approx(expected, rel=1e-6)
+
+
 def test_log_probabilities():
     f, y = CASES["classes"][1:3]
     expected = torch.distributions.Categorical(logits=f).log_prob(y)

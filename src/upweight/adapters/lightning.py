@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from upweight._typing import Folder
 from upweight.adapters.loops import Clipped, Order, require_one_process, spread
-from upweight.errors import SpecError
+from upweight.errors import MissingPackage, SpecError
 from upweight.task.task import Task
 from upweight.training.record import Recorded, Run, read_record, recording
 
@@ -27,10 +27,18 @@ AGAIN = "trainer.fit(..., ckpt_path=...) goes on from a checkpoint of Lightning"
 @functools.cache
 def _callback() -> Any:
     # The two names of the library have a Callback each.
-    if "pytorch_lightning" in sys.modules and "lightning" not in sys.modules:
-        from pytorch_lightning import Callback
-    else:
-        from lightning.pytorch import Callback
+    try:
+        if "pytorch_lightning" in sys.modules and "lightning" not in sys.modules:
+            from pytorch_lightning import Callback
+        else:
+            from lightning.pytorch import Callback
+    except ImportError as error:
+        raise MissingPackage(
+            "A callback is called by Lightning.",
+            f"{error}.",
+            "an installation without it: upweight itself does not need it.",
+            "pip install lightning; or record a loop of your own with upweight.record(...).",
+        ) from error
 
     return type("Recorder", (Recorder, Callback), {})
 

@@ -18,9 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import clone
-from sklearn.svm import LinearSVC
 from torch import Tensor, nn
+
+from upweight.runtime.packages import missing
+
+try:
+    from sklearn.base import clone
+    from sklearn.svm import LinearSVC
+except ImportError as error:
+    raise missing("A fitted estimator", "scikit-learn", "sklearn", error) from error
 
 from upweight._typing import Batch, Params
 from upweight.adapters import sklearn_networks as networks

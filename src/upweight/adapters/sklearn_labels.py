@@ -51,7 +51,7 @@ def out_of_fold(estimator: Any, train: Any, folds: int = 5, seed: int = 0) -> Ou
     name = type(final_step(estimator)).__name__
     if not (is_classifier(estimator) and hasattr(estimator, "predict_proba")):
         raise UnsupportedModel(
-            "Wrong labels are told by the probabilities of a classifier.",
+            "Wrong labels are found by the probabilities of a classifier.",
             f"{name}, which has no predict_proba.",
             "a regression, or a classifier of decision values such as SVC.",
             "of a classifier CalibratedClassifierCV(estimator).fit(X, y), which has them; of a "

@@ -246,7 +246,7 @@ class TableReader(AdapterReader):
 
     def relabeled(self, example: Batch, label: Any) -> Batch:
         raise NotOffered(
-            "Another label of an example is told by a gradient.",
+            "The effect of another label is found by a gradient.",
             "an estimator of which outputs alone are known.",
             "a question of influence functions.",
             "rows whose labels may be wrong: upweight.applications.debugging.flagged_labels("

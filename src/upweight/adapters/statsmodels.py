@@ -29,6 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from upweight.runtime.packages import missing
+
+try:
+    import statsmodels  # noqa: F401  what the imports below would not find
+except ImportError as error:
+    raise missing("A fitted regression", "statsmodels", "statsmodels", error) from error
+
 from upweight._typing import Batch
 from upweight.adapters.stationarity import judged
 from upweight.adapters.statsmodels_reader import (

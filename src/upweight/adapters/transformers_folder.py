@@ -17,6 +17,7 @@ from torch import nn
 from upweight._typing import Folder
 from upweight.adapters.transformers import task as task_of
 from upweight.errors import UnsupportedModel, UpweightError
+from upweight.runtime.packages import missing
 from upweight.task.task import Task
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -38,6 +39,7 @@ def from_folder(
     Raises:
         UnsupportedModel: There is no such model, it is of no class that transformers has, or its
             class does not say by which loss it was trained.
+        MissingPackage: transformers is not installed.
     """
     place = Path(folder)
     try:
@@ -46,12 +48,7 @@ def from_folder(
     except UpweightError:
         raise
     except ImportError as error:
-        raise UnsupportedModel(
-            "A folder of a model of transformers is read by transformers.",
-            f"{error}.",
-            "an installation without the extra.",
-            "pip install 'upweight[transformers]'.",
-        ) from error
+        raise missing("A model in a folder", "transformers", "transformers", error) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModel(

@@ -29,6 +29,7 @@ from upweight.adapters.loops import Clipped, Order, require_one_process, spread
 from upweight.adapters.transformers_data import Collated
 from upweight.adapters.transformers_kinds import kind, per_token
 from upweight.errors import DataError, SpecError, StaleStore, message
+from upweight.runtime.packages import missing
 from upweight.task.data import Data, IndexedData
 from upweight.task.lent import copied
 from upweight.task.losses import CrossEntropy
@@ -42,7 +43,10 @@ SUMS_TOKENS = ("causal_lm", "masked_lm", "seq2seq")
 
 @functools.cache
 def _callback() -> Any:
-    from transformers import TrainerCallback
+    try:
+        from transformers import TrainerCallback
+    except ImportError as error:
+        raise missing("A training", "transformers", "transformers", error) from error
 
     return type("Recorder", (Recorder, TrainerCallback), {})
 

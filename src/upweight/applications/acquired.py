@@ -320,7 +320,7 @@ def curve(
         repeats: From how many starts.
         method: What is fitted for guided strategies. None: the exact Hessian, by Cholesky.
         seed: Of starts and random strategies.
-        resources: With a `folder`, which keeps the models: a call that was killed goes on. None:
+        resources: With a `folder`, which keeps the models: an interrupted call resumes. None:
             nothing is kept.
 
     Raises:

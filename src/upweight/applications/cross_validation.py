@@ -92,7 +92,7 @@ def loo(
         refit_above: Examples of a leverage above it are fitted again, where the model knows how.
         confirm: How many random examples to fit again, to check the others by.
         seed: Of that draw.
-        resources: With a `folder`, which keeps the refits: a call that was killed goes on. None:
+        resources: With a `folder`, which keeps the refits: an interrupted call resumes. None:
             those of the fitted method.
 
     Returns:

@@ -305,7 +305,7 @@ class Causes(Outcome):
         names, at = labels_by_place(labels, n, "training example")
         if len(names) < 2:
             raise ShapeError(
-                "Training rows are told apart by at least two groups.",
+                "Training rows are separated into at least two groups.",
                 f"one label for all {n} rows: {names[0]!r}.",
                 "a column of one value.",
                 "group by another column.",
@@ -400,7 +400,7 @@ def causes(
         train: Of an estimator, (X, y) as given to its `fit`.
         recipe: How to fit again; an estimator fits itself.
         resources: With a `folder`, which keeps the refits, those of `by_group` as well: a call that
-            was killed goes on. None: those of the fitted method.
+            was interrupted resumes. None: those of the fitted method.
 
     Raises:
         SpecError: No validation rows.

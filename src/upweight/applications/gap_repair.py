@@ -418,7 +418,7 @@ def repair(
         budget: Largest loss of accuracy on validation, as a share: .003 is .3 points. 0: none
             beyond the noise of a paired comparison.
         target: Size of the hard gap on validation that counts as closed.
-        resources: With a `folder`, which keeps the refits: a search that was killed goes on. None:
+        resources: With a `folder`, which keeps the refits: an interrupted search resumes. None:
             those of the fitted method.
 
     Raises:

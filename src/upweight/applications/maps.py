@@ -477,7 +477,7 @@ def attribution(method: Any) -> Attribution:
         return METHODS[method]()
     if method in (TCAV.name, TCAV):
         raise SpecError(
-            "A concept is told by inputs that show it, and others that do not.",
+            "A concept is defined by inputs that show it, and others that do not.",
             f"{method!r}.",
             "the name alone.",
             "TCAV(concept=X[is_striped], others=X[~is_striped]).",

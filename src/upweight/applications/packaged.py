@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from upweight.applications.attributions import Attribution, patches, spread
 from upweight.applications.explained import Explained
-from upweight.errors import NotOffered, SpecError, UnsupportedModel
+from upweight.errors import MissingPackage, NotOffered, UnsupportedModel
 
 RECTIFIERS = {torch.relu, torch.relu_, nn.functional.relu, Tensor.relu, Tensor.relu_}
 
@@ -318,10 +318,10 @@ def _explain(package: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise SpecError(
+        raise MissingPackage(
             f"This map is made by {package}.",
             f"{error}.",
-            "an installation without the extra.",
+            "an installation without it: upweight itself does not need it.",
             "pip install 'upweight[explain]'; or 'gradient', 'integrated-gradients', 'smoothgrad', "
             "'deletion' and 'grad-cam', which need none.",
         ) from error

@@ -545,7 +545,7 @@ def cleanse(
             the class is answered by mistake.
         seed: Of the halves, and of the control.
         bootstrap: How the interval of the lost accuracy is made.
-        resources: With a `folder`, which keeps the refits: a call that was killed goes on. None:
+        resources: With a `folder`, which keeps the refits: an interrupted call resumes. None:
             those of the fitted method.
 
     Returns:

@@ -517,7 +517,7 @@ def _inputs(data: Data, chosen: Callable[[Any], Tensor] | None) -> Float[Tensor,
             found = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
         if not isinstance(found, Tensor) or found.is_complex() or found.ndim < 1:
             raise DataError(
-                "Near-duplicates are told by inputs that are numbers.",
+                "Near-duplicates are found by inputs that are numbers.",
                 f"a batch of type {type(batch).__name__} without a tensor of numbers.",
                 "graphs, texts or objects of a class of one's own.",
                 "inputs=a function of a batch that gives [b, d].",

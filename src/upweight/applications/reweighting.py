@@ -242,7 +242,7 @@ def reweight(
         rule: The direction: "exact" or "lookahead".
         seed: Of the halves of the validation set.
         bootstrap: How intervals are made.
-        resources: With a `folder`, which keeps the refits: a call that was killed goes on. None:
+        resources: With a `folder`, which keeps the refits: an interrupted call resumes. None:
             those of the fitted method.
 
     Raises:

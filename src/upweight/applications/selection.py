@@ -220,7 +220,7 @@ def subset(
             confirmation, need one.
         seed: Of the halves, of `sigmoid` and of the random rows.
         bootstrap: How intervals are made.
-        resources: With a `folder`, which keeps the refits: a call that was killed goes on. None:
+        resources: With a `folder`, which keeps the refits: an interrupted call resumes. None:
             those of the fitted method.
 
     Raises:

@@ -177,7 +177,7 @@ def for_target(
             each. 1 for a recipe without a seed.
         seed: Of the random examples.
         bootstrap: How intervals are made.
-        resources: With a `folder`, which keeps the models: a call that was killed goes on. None:
+        resources: With a `folder`, which keeps the models: an interrupted call resumes. None:
             those of the fitted method.
 
     Raises:

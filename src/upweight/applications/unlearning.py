@@ -244,7 +244,7 @@ def without(
         recipe: How to fit again. None: the library's own fit where it is its model; a fitted
             method is then not held against a refit.
         confirm: Whether to fit again at all where the recipe is known.
-        resources: With a `folder`, which keeps the refits: a call that was killed goes on. None:
+        resources: With a `folder`, which keeps the refits: an interrupted call resumes. None:
             those of the fitted method.
 
     Returns:

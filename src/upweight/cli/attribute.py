@@ -315,7 +315,7 @@ def answer(run: Run, shown: Path, did: str, project: Project | None = None) -> A
         "provenance": run.provenance,
         "verdict": run.evaluations().get("halves", {}).get("verdict"),
     }
-    retraining = facts["verdict"] or "nobody has compared them with retraining"
+    retraining = facts["verdict"] or "not checked"
     lines = [
         f"{shown}: finished already; nothing to do" if did == "nothing" else f"{shown}: finished",
         f"  scores [{record.q} queries × {record.n} training examples] of {record.measure}",

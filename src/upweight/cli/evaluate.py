@@ -226,6 +226,7 @@ def found_in(run: Run) -> Check | None:
         facts["seconds"],
         budget,
         None if drift is None else torch.tensor(drift, dtype=torch.float64),
+        left_out=tuple(facts.get("left_out", ())),
     )
 
 

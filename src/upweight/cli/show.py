@@ -69,7 +69,7 @@ def settings(place: Run, shown: Path) -> tuple[list[str], dict[str, Any]]:
     halves = place.evaluations().get("halves", {}) if is_finished else {}
     verdict, reason = halves.get("verdict"), halves.get("reason", "")
     made = place.provenance if is_finished else {}
-    told = f"{verdict}: {reason}" if verdict else "nobody has compared these with retraining"
+    told = f"{verdict}: {reason}" if verdict else "not checked against retraining"
     lines = [
         f"{shown}: {'finished' if is_finished else 'unfinished'}",
         f"  verdict: {told}",

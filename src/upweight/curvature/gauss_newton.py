@@ -48,11 +48,11 @@ Weigh: TypeAlias = Callable[[Float[Tensor, "k m c"], slice], Float[Tensor, "k m 
 
 @dataclass(frozen=True)
 class Way:
-    """How products and Jacobians are had.
+    """How products and Jacobians are computed.
 
     Args:
         products: By `torch.func`, by plain autograd, or from the Jacobians.
-        plan: How Jacobians are had by the layers' rules; None: by `torch.func`.
+        plan: How Jacobians are computed by the layers' rules; None: by `torch.func`.
         notes: Why, where it is not `torch.func`.
         is_plain: Whether plain autograd gives the same as `torch.func`.
         saved: Bytes that autograd keeps of an example.

@@ -72,6 +72,8 @@ class Check:
         drift: Of each query, m of the recipe's model on all of the data − m of the model that was
             scored; None: not recorded.
         each: Seconds that a further subset would take; NaN: not known.
+        left_out: Queries that were not compared, since their measure, or what is predicted of it,
+            is the same for all subsets: as the loss on a query that every model is sure of.
     """
 
     lds: LDS
@@ -81,6 +83,13 @@ class Check:
     budget: float
     drift: Float[Tensor, " q"] | None = None
     each: float = math.nan
+    left_out: tuple[int, ...] = ()
+
+    @property
+    def queries(self) -> list[int]:
+        """Which queries the columns of `lds` are of."""
+        total = self.lds.predicted.shape[1] + len(self.left_out)
+        return [q for q in range(total) if q not in set(self.left_out)]
 
     @cached_property
     def slope(self) -> Estimate:
@@ -137,9 +146,10 @@ class Check:
     def notes(self) -> tuple[str, ...]:
         """What to know before the numbers."""
         found = self.reproduction
+        without = () if not self.left_out else (_left_out(self.left_out, len(self.queries)),)
         if found is None:
-            return ("whether the recipe makes the model that was scored was not recorded",)
-        return found.notes
+            return ("whether the recipe makes the model that was scored was not recorded", *without)
+        return (*found.notes, *without)
 
     def summary(self) -> dict[str, Any]:
         """The numbers as JSON would hold them."""
@@ -149,6 +159,7 @@ class Check:
             "reason": self.reason,
             "notes": list(self.notes),
             **self.lds.summary(),
+            "left_out": list(self.left_out),
             "more": self.more,
             "slope": [slope.value, slope.low, slope.high],
             "fraction": self.fraction,
@@ -226,7 +237,7 @@ def check(
         budget: "90 s", "2 min", "1 h", or seconds. What has begun is finished. None: "2 min".
         subsets: How many, in place of a time; they are the first ones of any check.
         fraction: Of the data, what each model keeps. The mean is taken over what is kept.
-        resources: As for `retrain`; a later check with a larger budget goes on from its folder.
+        resources: As for `retrain`; a later check with a larger budget resumes from its folder.
         bootstrap: How the intervals are made.
 
     Raises:
@@ -263,7 +274,8 @@ def check(
     most = min(MOST, math.comb(n, max(1, round(fraction * n)))) if subsets is None else subsets
     weights = subset_weights(n, most, fraction, renormalize=True)
     predicted = predicted_changes(scores, weights)
-    metrics.varying(predicted, predicted)  # before any time is spent
+    if not bool((compared := metrics.differing(predicted.cpu())).any()):
+        metrics.varying(predicted, predicted)  # refuses, before any time is spent
     seeds = _two_seeds(recipe)
     rounds: list[list[Retrained]] = []
     using = Resources() if resources is None else resources
@@ -286,10 +298,19 @@ def check(
         is_open = done < FEWEST and each <= most_left
         step = min(max(1, some) if is_open else some, done)
     truth = [joined(parts) for parts in zip(*rounds, strict=True)]
-    found = lds(predicted[:done], weights[:done], truth, bootstrap=bootstrap)
+    for one in truth:
+        compared = compared & metrics.differing(one.values.cpu())
+    if not bool(compared.any()):
+        compared[:] = True  # `lds` says what is wrong with them
+    of = compared.nonzero()[:, 0]
+    found = lds(
+        predicted[:done, of], weights[:done], [one.of(of) for one in truth], bootstrap=bootstrap
+    )
     models = len(seeds) * (done + 1)
     took = time.perf_counter() - started
-    return Check(found, fraction, models, took, seconds, truth[0].drift, each or math.nan)
+    left_out = tuple((~compared).nonzero()[:, 0].tolist())
+    drift = truth[0].drift[of]
+    return Check(found, fraction, models, took, seconds, drift, each or math.nan, left_out)
 
 
 def _retrained(
@@ -329,6 +350,14 @@ def seconds_of(budget: str | float) -> float:
             'say "90 s", "2 min", "1 h", or give seconds as a number.',
         )
     return value
+
+
+def _left_out(queries: Sequence[int], compared: int) -> str:
+    some = ", ".join(str(q) for q in queries[:3]) + (", …" if len(queries) > 3 else "")
+    return (
+        f"{len(queries)} of {len(queries) + compared} queries left out ({some}): their measure, or "
+        "what is predicted of it, is the same for all subsets"
+    )
 
 
 def _time(seconds: float) -> str:
@@ -372,5 +401,5 @@ def _too_short(budget: str | float | None, least: float, needed: float) -> str:
         f"allow {needed:.0f} s or more; or say how many, subsets={FEWEST} or --lds {FEWEST}; or, "
         "without training again, check(scores, upweight.SGD(1e-3)), which takes one more step on "
         "what scores rank first. What was trained is kept in Resources(folder=...), and in a run, "
-        "so that a later check goes on from there.",
+        "so that a later check resumes from there.",
     )

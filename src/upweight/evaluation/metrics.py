@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from upweight.errors import DataError, NonFinite, ShapeError
@@ -219,6 +219,11 @@ def varying(predicted: Values, actual: Values) -> tuple[Float[Tensor, "s q"], ..
     return _differing(predicted, actual, what, by_query=True)
 
 
+def differing(values: Float[Tensor, "s q"]) -> Bool[Tensor, " q"]:
+    """Queries whose values differ between rows by more than rounding."""
+    return ~(values.std(dim=0) <= 1e-14 * values.abs().amax(dim=0))  # NaN counts as different
+
+
 def _differing(
     predicted: Tensor, actual: Tensor, what: str, *, by_query: bool
 ) -> tuple[Float[Tensor, "e q"], ...]:
@@ -240,7 +245,7 @@ def _differing(
                 "leave those removals out, or train them with another recipe.",
             )
         columns = values if by_query else values.reshape(-1, 1)
-        flat = columns.std(dim=0) <= 1e-14 * columns.abs().amax(dim=0)
+        flat = ~differing(columns)
         if bool(flat.any()):
             which = flat.nonzero()[:, 0].tolist()
             first = f"{float(columns[0, which[0]]):.6g}"

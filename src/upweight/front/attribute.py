@@ -262,7 +262,7 @@ def attribute(
         into: What to keep of the scores, as for `Fitted.attribute`: `Top(10)` for large data.
         method: Choose yourself; nothing else is tried then.
         resources: What may be used. With a `folder` the choice and whatever is trained again are
-            kept in it, and a call that was killed goes on.
+            kept in it, and an interrupted call resumes.
 
     Returns:
         `Scores` that can also be checked against retraining, looked through for wrong labels, and

@@ -1,7 +1,7 @@
 """Which method was chosen when the question was first asked? A call that goes on takes it again.
 
 A choice depends on how fast the machine was just then. With a folder it is kept there, by what was
-asked, so that a call that was killed goes on with the same method.
+asked, so that an interrupted call resumes with the same method.
 """
 
 from collections.abc import Callable, Mapping

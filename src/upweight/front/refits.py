@@ -93,7 +93,7 @@ def of_queries(resources: Resources, rows: Any) -> Resources:
     """A folder of their own in the folder, where there is one: θ holds the outputs of each query.
 
     Raises:
-        SpecError: The queries cannot be told from others.
+        SpecError: The queries cannot be distinguished from others.
     """
     if resources.folder is None:
         return resources

@@ -127,7 +127,7 @@ class GradientPass:
         rows = self._capture.broadcast_rows()
         lost = self._misplaced(values, calls)
         if lost:
-            self._warn(f"the examples of a batch cannot be told apart in {', '.join(lost[:3])}")
+            self._warn(f"the examples of a batch cannot be separated in {', '.join(lost[:3])}")
             return self._one_by_one(function, batch, size)
         # Factors keep their dtype where the caller has autocast on.
         with torch.autocast(plan.task.layout.device.type, enabled=False):

@@ -131,7 +131,7 @@ class Index:
     ) -> "Index":
         """Write the rows of every example into a folder, or those that are not there yet.
 
-        Interrupted, also by kill −9, the same call goes on; processes that call it at the same
+        Interrupted, also by kill −9, the same call resumes; processes that call it at the same
         time share the work, each claiming a shard that nobody makes. The files are the same.
 
         Args:
@@ -249,7 +249,7 @@ class Index:
 
         They are that bit for bit, with as many threads, where a batch has one shape whatever is in
         it; examples that are padded to the longest of a batch may round otherwise. What is asked
-        meanwhile sees the index as it was. Interrupted, the same call goes on; processes that had
+        meanwhile sees the index as it was. Interrupted, the same call resumes; processes that had
         loaded the index before and make the same call share the work.
 
         Args:

@@ -409,7 +409,7 @@ class Fitted:
             NonFinite: One of them is 1: see `loo_outputs`.
             SpecError: `curvature` is neither.
 
-        Cost: none beyond `loo_outputs`, with which it is had.
+        Cost: none beyond `loo_outputs`, which computes it as well.
         """
         self._require_movement("leverage()")
         return self._left_out(curvature)[1].clone()

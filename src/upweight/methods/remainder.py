@@ -49,7 +49,7 @@ def looked_at(
     Args:
         fitted: (H + λI)⁻¹ at θ̂.
         groups: What each removal takes out.
-        steps: Δθ of each; None where the model is linear in θ, whose steps are had again.
+        steps: Δθ of each; None where the model is linear in θ, whose steps are computed again.
         lengths: Of the steps, in any unit, where each removes one example from such a model.
     """
     linear, few = fitted.linear_removals, _looked_at(fitted, len(groups))

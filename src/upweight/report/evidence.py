@@ -101,7 +101,8 @@ class Evidence:
             name: _listed(values - values.mean(dim=0), step, 4)
             for name, values in (("predicted", lds.predicted), ("measured", lds.measured))
         }
-        query = torch.arange(columns).repeat(rows)[::step].tolist()
+        of = torch.tensor(getattr(self.comparison, "queries", range(columns)))
+        query = of.repeat(rows)[::step].tolist()
         return {**found, "query": query, "subsets": rows, "all": rows * columns}
 
     @property

@@ -84,7 +84,7 @@ def forecast(question: Question, memory_bytes: int | None) -> Forecast:
             f"{question.method!r}, which looks at how the model was trained on all of them.",
             "a method that needs a recipe.",
             "its page in the docs says its cost in trainings; `upweight attribute` runs it, and "
-            "goes on where it was interrupted.",
+            "resumes where it was interrupted.",
         )
     task, train, queries = question.task, question.train, question.queries
     n, q = len(train), len(queries)

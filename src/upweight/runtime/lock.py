@@ -1,6 +1,6 @@
 """One process at a time in a folder, or at a part of the work in it.
 
-folder/.lock           locked by the operating system, which lets go when the process ends, however
+folder/.lock           locked by the operating system, and released when it exits for any reason
 folder/.holder         who holds it, for the one that is refused
 folder/.NAME.claim     locked in the same way by the process that makes the part of that name
 """

@@ -346,7 +346,7 @@ def _chosen(
             made = solved(dtypes)
         else:  # other examples than those of the choice show a larger error: aim lower
             aim *= 0.9 * tolerance / found.error
-    # Not to be had approximately.
+    # No approximation met the tolerance: use exact products.
     made = solved([plan.dtype for _ in dtypes])
     kernels, words = choose(made, of_sample, sample, moments, 0.0, short)
     return made, Choice(kernels, 0.0, 0.0, words)

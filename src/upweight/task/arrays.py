@@ -85,7 +85,7 @@ def require_columns(parts: Sequence[Any], count: int | None = None) -> None:
     raise DataError(
         "A list of arrays is read as [X, ..., y], with n examples on each first axis.",
         f"{len(parts)} arrays, all of shape {shape} and {dtype}.",
-        "a list of inputs, one array per example, which cannot be told from columns.",
+        "a list of inputs, one array per example, which cannot be distinguished from columns.",
         "pass a tuple, (X, y), where these are inputs and targets; of inputs one by one, "
         "(torch.stack(inputs), targets).",
     )

@@ -34,7 +34,7 @@ def subject(task: Task, train: Data) -> dict[str, str]:
     Parameters alone would not do: buffers, frozen layers, activations and `forward` count as well.
 
     Raises:
-        SpecError: A part cannot be told from another of its kind.
+        SpecError: A part cannot be distinguished from another of its kind.
     """
     return {
         "loss": described(task.loss),

@@ -30,7 +30,7 @@ def training_identity(recipe: Any, task: Task, train: Data) -> dict[str, str]:
     """Everything that θ(w) depends on but the weights.
 
     Raises:
-        SpecError: A part cannot be told from another of its kind.
+        SpecError: A part cannot be distinguished from another of its kind.
     """
     # A class or function that makes a model is told by its name and code, but not by what it calls:
     # what it makes says the rest.

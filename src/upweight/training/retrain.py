@@ -7,18 +7,18 @@ even where the task's own parameters were reached in another way (`drift` says h
 were). The objective keeps its 1/n; see `weights.py` for the other convention.
 
 With a folder, models are recorded as soon as they are measured and are found again by their
-weights. A run that was killed goes on where it was; another recipe, model, data set or question
+weights. An interrupted run resumes where it was; another recipe, model, data set or question
 never sees these rows.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.errors import NonFinite, NotConverged, ShapeError, SpecError, message
@@ -72,6 +72,11 @@ class Retrained:
     def drift(self) -> Float[Tensor, " q"]:
         """m(θ(1)) − m(θ̂): how far the task's own parameters are from what the recipe makes."""
         return self.baseline - self.given
+
+    def of(self, queries: Int[Tensor, " k"]) -> "Retrained":
+        """The measurements on some of the queries."""
+        kept = {name: getattr(self, name)[..., queries] for name in ("values", "baseline", "given")}
+        return replace(self, **kept)
 
 
 def retrain(
@@ -158,7 +163,7 @@ def identity(
     """Everything a retrained measurement depends on but the weights.
 
     Raises:
-        SpecError: A part cannot be told from another of its kind.
+        SpecError: A part cannot be distinguished from another of its kind.
     """
     return {
         **training_identity(recipe, task, train),

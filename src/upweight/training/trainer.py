@@ -82,7 +82,7 @@ class TrainingTrainer:
     alone_because: str | None = None
 
     def __call__(self, weights: Float[Tensor, "s n"]) -> Trained:
-        """θ(w) for each row; a row that diverged is told by name."""
+        """θ(w) for each row; a row that diverged is named."""
         weights = self.placed(weights)
         theta = weights.new_empty(len(weights), self.task.layout.size)
         failures: dict[int, str] = {}

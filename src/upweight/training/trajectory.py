@@ -262,7 +262,7 @@ def identity(trainer: TrainingTrainer, weights: Float[Tensor, " n"]) -> dict[str
     """What a run of training depends on.
 
     Raises:
-        SpecError: A part cannot be told from another of its kind.
+        SpecError: A part cannot be distinguished from another of its kind.
     """
     about = {"recipe": described(trainer.spec), "terms": described(trainer.terms)}
     if trainer.spec.proximity:

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from upweight._typing import Folder
 from upweight.effects import Effects
-from upweight.errors import SpecError, UpweightError
+from upweight.errors import MissingPackage, SpecError, UpweightError
 from upweight.report.answers import SIDES, Answers
 from upweight.report.display import Display
 from upweight.report.rendering import as_json, render_page
@@ -185,17 +185,19 @@ class Loopback:
         port: Where; 0: any that is free.
 
     Raises:
-        SpecError: The port is taken, or starlette and uvicorn are not installed.
+        SpecError: The port is taken.
+        MissingPackage: starlette or uvicorn is not installed.
     """
 
     def __init__(self, application: Callable[[str], Any], port: int = 0) -> None:
         try:
+            import starlette  # noqa: F401  which the application needs
             import uvicorn
         except ImportError as error:
-            raise SpecError(
+            raise MissingPackage(
                 "A view is served by starlette and uvicorn.",
                 f"{error}.",
-                "an installation without the extra.",
+                "an installation without them: upweight itself does not need them.",
                 "pip install 'upweight[view]', or write a report instead.",
             ) from error
         token = secrets.token_urlsafe(24)
@@ -257,7 +259,8 @@ class Server(Loopback):
         port: Where; 0: any that is free.
 
     Raises:
-        SpecError: The port is taken, or starlette and uvicorn are not installed.
+        SpecError: The port is taken.
+        MissingPackage: starlette or uvicorn is not installed.
         UpweightError: See `Answers`.
     """
 
