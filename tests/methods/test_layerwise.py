@@ -370,7 +370,6 @@ def test_scores_do_not_depend_on_which_losses_are_known():
     assert "of 32 examples" not in repr(later)
 
 
-
 def test_a_subsample_is_noted_and_its_error_reported():
     task, train = many()
     method = uw.Influence(uw.EKFAC(examples=100), damping=uw.Relative(0.1)).fit(task, train)
