@@ -384,13 +384,7 @@ class Certified(Outcome):
         """‖θ_refit − θ_trained‖."""
         return None if self.actual is None else float(self.actual.norm())
 
-    @property
-    def title(self) -> str:
-        return "certified removal"
-
-    @property
-    def is_confirmed(self) -> bool:
-        return self.refitted is not None
+    title = "certified removal"
 
     @property
     def verdict(self) -> str:
@@ -405,14 +399,12 @@ class Certified(Outcome):
         share = f", {self.distance / self.moved:.2g} of what it moved" if self.moved else ""
         return f"{said}; fitting again ends {self.distance:.2g} away{share}."
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (
-            "the certificate is of θ alone: statistics taken of all rows beforehand (scaling, "
-            "features, choice of λ) still know them",
-            "it assumes that requests do not depend on models published before, and that b stays "
-            "secret",
-        )
+    notes = (
+        "the certificate is of θ alone: statistics taken of all rows beforehand (scaling, "
+        "features, choice of λ) still know them",
+        "it assumes that requests do not depend on models published before, and that b stays "
+        "secret",
+    )
 
     def frame(self) -> "pd.DataFrame":
         """A row per step: how many left, `bound`, `spent`, the measured `residual`, `budget`."""

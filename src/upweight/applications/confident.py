@@ -32,7 +32,7 @@ class FlaggedLabels(Outcome):
         probabilities: p(c | xᵢ) by models that did not see row i.
         labels: The class of each row, as its place in `classes`.
         classes: As the user knows them.
-        noted: Notes.
+        notes: What to know before the numbers.
         thresholds: t_c; NaN of a class without rows.
         proposals: ŷᵢ; the label itself where no other class is above its threshold.
         suspicion: Of every row max_{c ≠ y} p(c | xᵢ) − p(y | xᵢ), from −1 to 1.
@@ -42,7 +42,7 @@ class FlaggedLabels(Outcome):
     probabilities: Float[Tensor, "n c"]
     labels: Int[Tensor, " n"]
     classes: tuple[Any, ...]
-    noted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     thresholds: Float[Tensor, " c"] = field(init=False)
     proposals: Int[Tensor, " n"] = field(init=False)
     suspicion: Float[Tensor, " n"] = field(init=False)
@@ -95,14 +95,7 @@ class FlaggedLabels(Outcome):
         """The proposed label of each flagged row: a guess, to be looked at."""
         return {i: self.classes[int(self.proposals[i])] for i in self.flagged}
 
-    @property
-    def title(self) -> str:
-        return "Which labels to look at first"
-
-    @property
-    def is_confirmed(self) -> bool:
-        """Never: nobody has looked at the labels."""
-        return False
+    title = "Which labels to look at first"
 
     @property
     def verdict(self) -> str:
@@ -112,10 +105,6 @@ class FlaggedLabels(Outcome):
             "surer of another class than of a typical row of that class. Which of them are wrong "
             "is not known."
         )
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.noted
 
     def frame(self) -> "pd.DataFrame":
         """A row per training row in order: flagged, its label, the proposal, p of both, suspicion.

@@ -108,7 +108,7 @@ class Suspects(Outcome):
         predicted: The path of corrections in order, on the validation data.
         validation: Those data.
         losses: ℓ(f(xᵢ), yᵢ) of every row, of the model as it is: to compare with.
-        noted: Notes.
+        notes: What to know before the numbers.
     """
 
     subject: Subject
@@ -123,7 +123,7 @@ class Suspects(Outcome):
     predicted: Path | None
     validation: Data | None
     losses: Float[Tensor, " n"]
-    noted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     actual: None = None
 
     def __len__(self) -> int:
@@ -222,14 +222,7 @@ class Suspects(Outcome):
         """Rows for which another label is proposed."""
         return int((self.proposals != self.labels).sum())
 
-    @property
-    def title(self) -> str:
-        return "Which labels to look at first"
-
-    @property
-    def is_confirmed(self) -> bool:
-        """Never: `apply` refits."""
-        return False
+    title = "Which labels to look at first"
 
     @property
     def verdict(self) -> str:
@@ -258,10 +251,6 @@ class Suspects(Outcome):
             f"accuracy from {path.accuracies[0]:.4f} to {path.accuracies[best]:.4f}; nothing was "
             "fitted again."
         )
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.noted
 
     def frame(self) -> "pd.DataFrame":
         """A row per training row in order: its label, the proposal, suspicion, predicted changes.

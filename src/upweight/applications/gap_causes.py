@@ -267,9 +267,7 @@ class Causes(Outcome):
             f"{self.actual:+.3f}{predicted}."
         )
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("a row that widens the gap need not be wrong: these are rows to look at",)
+    notes = ("a row that widens the gap need not be wrong: these are rows to look at",)
 
     def by(self, column: Iterable[Any], name: str | None = None, *, refits: int = 1) -> GroupCauses:
         """How much of the gap the rows of each group carry: of an occupation, a source, a label.

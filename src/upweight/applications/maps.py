@@ -139,10 +139,6 @@ class Map(Outcome):
         return f"{self.method.name} of {self.about}"
 
     @property
-    def is_confirmed(self) -> bool:
-        return False
-
-    @property
     def verdict(self) -> str:
         q = len(self.values)
         maps, they, add = ("map", "its", "adds") if q == 1 else ("maps", "their", "add")

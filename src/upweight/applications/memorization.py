@@ -94,9 +94,7 @@ class Memorization(Outcome):
         """memᵢ of every row: `predicted`."""
         return self.predicted
 
-    @property
-    def title(self) -> str:
-        return "Memorization, by one model"
+    title = "Memorization, by one model"
 
     @property
     def share(self) -> float:

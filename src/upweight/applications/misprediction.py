@@ -49,7 +49,7 @@ class Misprediction(Outcome):
         counts: How many of `lowers` are taken out together.
         predicted: Margin without them, by one fitted model.
         actual: Margin without them, refitted; None where there is no recipe.
-        noted: Notes.
+        notes: What to know before the numbers.
     """
 
     query: int
@@ -64,7 +64,7 @@ class Misprediction(Outcome):
     counts: tuple[int, ...]
     predicted: tuple[float, ...]
     actual: tuple[float, ...] | None
-    noted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -99,10 +99,6 @@ class Misprediction(Outcome):
         if k is None:
             return f"{start}; without the {rows} it is {told}, which does not turn it."
         return f"{start}; without the {rows} it is {told}, and the prediction is right."
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.noted
 
     def frame(self) -> "pd.DataFrame":
         """A row per training row: its label, its score, and whether it lowers or raises m."""

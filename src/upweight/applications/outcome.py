@@ -51,9 +51,9 @@ class Outcome(abc.ABC):
         """The answer in one sentence to quote, with its interval and whether refits agree."""
 
     @property
-    @abc.abstractmethod
     def is_confirmed(self) -> bool:
-        """Whether fitting again stands behind the verdict."""
+        """Whether fitting again stands behind the verdict. By itself: whether it was done."""
+        return self.actual is not None
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -204,10 +204,6 @@ class Suspects(Outcome):
         return f"rows suspected of teaching class {self.target}"
 
     @property
-    def is_confirmed(self) -> bool:
-        return False
-
-    @property
     def verdict(self) -> str:
         beside = " beside their clean originals" if self.paired else ""
         count = len(self.queries)

@@ -79,11 +79,6 @@ class Ranking(Outcome):
         return f"Which {len(self.chosen)} of {len(self.predicted)} examples to label next"
 
     @property
-    def is_confirmed(self) -> bool:
-        """False: nothing is labelled and fitted again."""
-        return False
-
-    @property
     def order(self) -> Int[Tensor, " k"]:
         """All pool examples, the largest predicted gain first."""
         return self.predicted.argsort(stable=True)

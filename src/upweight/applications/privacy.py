@@ -172,13 +172,7 @@ class Leakage(Outcome):
             )
         return max(found, key=lambda each: abs(each.auc.value - 0.5))
 
-    @property
-    def title(self) -> str:
-        return "what explanations tell of membership"
-
-    @property
-    def is_confirmed(self) -> bool:
-        return False
+    title = "what explanations tell of membership"
 
     @property
     def verdict(self) -> str:

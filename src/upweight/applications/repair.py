@@ -209,7 +209,7 @@ class Repaired(Outcome):
         predicted: Change that one fitted model predicts, without fitting again.
         actual: Change from `before` to `after`, in pairs of test rows.
         level: Of the intervals.
-        noted: Notes.
+        notes: What to know before the numbers.
     """
 
     decisions: Decisions
@@ -220,11 +220,9 @@ class Repaired(Outcome):
     predicted: Change
     actual: Change
     level: float
-    noted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
-    @property
-    def title(self) -> str:
-        return "What the corrected labels change"
+    title = "What the corrected labels change"
 
     @property
     def is_confirmed(self) -> bool:
@@ -245,10 +243,6 @@ class Repaired(Outcome):
             f"from {self.before[1]:.4f} to {self.after[1]:.4f}, by {_signed(gain)} "
             f"(predicted {self.predicted.accuracy.value:+.4f}): {end}."
         )
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.noted
 
     def frame(self) -> "pd.DataFrame":
         """A row for loss and accuracy: before, after, the change with its interval, predicted."""

@@ -158,10 +158,6 @@ class Robustness(Outcome):
         return None if self.k is None else len(self.rows) / self.n
 
     @property
-    def is_confirmed(self) -> bool:
-        return self.k is not None
-
-    @property
     def title(self) -> str:
         return f"Which few {self.unit}s carry the {self.about}: {self.asked}"
 
@@ -315,14 +311,7 @@ class RobustnessTable(Outcome):
         found = tuple(found.actual for _, _, found in self.lines)
         return found if any(k is not None for k in found) else None
 
-    @property
-    def is_confirmed(self) -> bool:
-        """Whether a refit stands behind at least one line; the others say that none does."""
-        return self.actual is not None
-
-    @property
-    def title(self) -> str:
-        return "How few rows carry each coefficient"
+    title = "How few rows carry each coefficient"
 
     @property
     def verdict(self) -> str:
@@ -427,11 +416,6 @@ class Fragility(Outcome):
         """How many left in the refits that confirm it; None where there is none."""
         found = tuple(found.actual for found in self.findings)
         return found if any(k is not None for k in found) else None
-
-    @property
-    def is_confirmed(self) -> bool:
-        """Whether a refit stands behind at least one answer; the others say that none does."""
-        return self.actual is not None
 
     @property
     def title(self) -> str:

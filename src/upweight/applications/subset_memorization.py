@@ -375,9 +375,7 @@ class Pairs(Outcome):
     def __len__(self) -> int:
         return len(self.train)
 
-    @property
-    def title(self) -> str:
-        return "Memorized training rows and the test rows that they help"
+    title = "Memorized training rows and the test rows that they help"
 
     @cached_property
     def again(self) -> Estimate | None:
@@ -409,13 +407,11 @@ class Pairs(Outcome):
             f"[{self.again.low:.2f}, {self.again.high:.2f}] by the other half."
         )
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (
-            "the largest of many noisy values are too large: believe what the models say that did "
-            "not choose the pairs",
-            "the interval takes pairs for independent, and those of one test row are not",
-        )
+    notes = (
+        "the largest of many noisy values are too large: believe what the models say that did "
+        "not choose the pairs",
+        "the interval takes pairs for independent, and those of one test row are not",
+    )
 
     def frame(self) -> "pd.DataFrame":
         """One row per pair, the largest influence first."""

@@ -124,13 +124,7 @@ class Unlearned(Outcome):
         distance = float((change.outputs - change.refit_outputs).norm())
         return _ratio(distance, float(change.refit_outputs.norm()))
 
-    @property
-    def title(self) -> str:
-        return "unlearning"
-
-    @property
-    def is_confirmed(self) -> bool:
-        return self.actual is not None
+    title = "unlearning"
 
     @property
     def verdict(self) -> str:

@@ -163,10 +163,6 @@ class Values(Outcome):
         )
 
     @property
-    def is_confirmed(self) -> bool:
-        return False
-
-    @property
     def notes(self) -> tuple[str, ...]:
         said = ["values are relative to these validation points: others would value otherwise"]
         if len(self.scores) > 1:
@@ -680,9 +676,7 @@ class Comparison(Outcome):
         text = f"{end}, r = {bracketed(known[best])}" + (f"; {pairs}" if pairs else "")
         return f"{_capital(text)}."
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("intervals draw examples, or batches, not validation points",)
+    notes = ("intervals draw examples, or batches, not validation points",)
 
     def frame(self) -> "pd.DataFrame":
         """A row per valuation: its rank correlation with the others, and its r with refits."""
