@@ -11,14 +11,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.pool_ranking import classes_of, pool_data, probabilities, rank
 from upweight.applications.right_answers import Correct
 from upweight.curvature.hessian import Hessian
@@ -44,10 +45,6 @@ from upweight.task.measures import Loss, measured
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task, require_task
 from upweight.training.kept import Kept, training_identity
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 GUIDED = {
     "expected gain": {"labels": "expected", "diverse": False},
@@ -200,10 +197,8 @@ class Acquired(Outcome):
                 )
         return tuple(found)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per strategy and number of labels, with intervals over starts and tests."""
-        import pandas as pd
-
         lines = []
         for name in self.strategies:
             for r, count in enumerate(self.labels.tolist()):
@@ -218,7 +213,7 @@ class Acquired(Outcome):
                 )  # fmt: skip
                 lines.append((name, count, a.value, a.low, a.high, float(b), *change))
         names = ["strategy", "labels", "accuracy", "low", "high", "accuracy_with_validation"]
-        return pd.DataFrame(lines, columns=[*names, "predicted", "actual"])
+        return as_table(lines, columns=[*names, "predicted", "actual"])
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Accuracy by number of labels; dotted where the validation examples are trained on too."""

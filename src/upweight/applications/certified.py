@@ -22,25 +22,23 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import with_parameters
 from upweight.errors import NonFinite, NotConverged, NotOffered, SpecError, UnsupportedModel
 from upweight.front.opened import opened
+from upweight.plot import axes
 from upweight.runtime.selection import places
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, Loss, SquaredError
 from upweight.task.penalties import L2
 from upweight.task.task import Task
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 LIPSCHITZ: dict[type[Loss], float] = {Bernoulli: 0.25, SquaredError: 0.0}
 """γ of ℓ'', by loss. The losses of the paper; another needs its own constant."""
@@ -406,17 +404,13 @@ class Certified(Outcome):
         "secret",
     )
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per step: how many left, `bound`, `spent`, the measured `residual`, `budget`."""
-        import pandas as pd
-
         rows = [(len(r.examples), r.bound, r.spent, r.residual, self.budget) for r in self.removals]
-        return pd.DataFrame(rows, columns=["examples", "bound", "spent", "residual", "budget"])
+        return as_table(rows, columns=["examples", "bound", "spent", "residual", "budget"])
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Spent and measured residual after each step, and the budget."""
-        from upweight.plot import axes
-
         ax = axes(ax)
         count = [0]
         for removal in self.removals:

@@ -9,19 +9,16 @@ hand, and a class that the model is generally unsure of asks for less.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import SpecError
 from upweight.plot import axes
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,13 +103,11 @@ class FlaggedLabels(Outcome):
             "is not known."
         )
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per training row in order: flagged, its label, the proposal, p of both, suspicion.
 
         The index is the place of the row in the training data.
         """
-        import pandas as pd
-
         order = self.order.tolist()
         p = self.probabilities
         columns = {
@@ -123,7 +118,7 @@ class FlaggedLabels(Outcome):
             "p_proposed": p.gather(1, self.proposals[:, None])[self.order, 0].tolist(),
             "suspicion": self.suspicion[self.order].tolist(),
         }
-        return pd.DataFrame(columns, index=pd.Index(order, name="row"))
+        return as_table(columns, order, "row")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The suspicion of the rows in order, and the cut-off."""

@@ -10,19 +10,16 @@ examples leave by cluster, the sums of the clusters are what varies.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import ShapeError
 from upweight.plot import axes
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 NORMAL = 1.959963984540054
 """Standard errors on either side of a 95 % interval."""
@@ -207,22 +204,20 @@ class CrossValidated(Outcome):
         group = self.groups[place]
         return "+".join(map(str, group[:2])) + ("+…" if len(group) > 2 else "")
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per example."""
-        import pandas as pd
-
         place = {i: k for k, group in enumerate(self.groups) for i in group}
         order = [place[i] for i in range(len(self.per_example))]
         columns = {
-            "loss": self.per_example.numpy(),
-            "approximate": self.approximate.numpy(),
-            "exact": self.exact.where(self._is_refitted, torch.nan).numpy(),
-            "train_loss": self.train_losses.numpy(),
+            "loss": self.per_example,
+            "approximate": self.approximate,
+            "exact": self.exact.where(self._is_refitted, torch.nan),
+            "train_loss": self.train_losses,
             "group": order,
         }
         if self.leverage is not None:
-            columns["leverage"] = self.leverage.numpy()
-        return pd.DataFrame(columns).rename_axis("example")
+            columns["leverage"] = self.leverage
+        return as_table(columns, name="example")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Held-out against training loss of each example; what was refitted is marked."""
@@ -345,16 +340,14 @@ class Difference(Outcome):
     def notes(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self.first.notes, *self.second.notes)))
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per example."""
-        import pandas as pd
-
         columns = {
-            "first": self.first.per_example.numpy(),
-            "second": self.second.per_example.numpy(),
-            "difference": self.per_example.numpy(),
+            "first": self.first.per_example,
+            "second": self.second.per_example,
+            "difference": self.per_example,
         }
-        return pd.DataFrame(columns).rename_axis("example")
+        return as_table(columns, name="example")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The differences from the smallest to the largest."""

@@ -11,12 +11,13 @@ rows that narrow it.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
 from upweight.applications.group_gaps import (
     Gap,
     counted,
@@ -26,7 +27,7 @@ from upweight.applications.group_gaps import (
     readings,
     z,
 )
-from upweight.applications.outcome import Outcome
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import Subject, subject_of
 from upweight.errors import (
     DataError,
@@ -46,10 +47,6 @@ from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.recipe import Recipe
 from upweight.training.kept import kept_trainer
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,24 +143,14 @@ class GroupCauses(Outcome):
             f"intervals are over the {len(self.gap.places):,} validation rows",
         )
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per group."""
-        import pandas as pd
-
-        table = pd.DataFrame(
-            {
-                "rows": [c.rows for c in self.causes],
-                "share": [c.share.value for c in self.causes],
-                "low": [c.share.low for c in self.causes],
-                "high": [c.share.high for c in self.causes],
-                "predicted": [c.predicted for c in self.causes],
-                "actual": [c.actual for c in self.causes],
-                "hard": [c.hard for c in self.causes],
-            },
-            index=[c.name for c in self.causes],
-        )
-        table.index.name = self.column
-        return table
+        columns = ["rows", "share", "low", "high", "predicted", "actual", "hard"]
+        rows = [
+            (c.rows, c.share.value, c.share.low, c.share.high, c.predicted, c.actual, c.hard)
+            for c in self.causes
+        ]
+        return as_table(rows, [c.name for c in self.causes], self.column, columns)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Shares with their intervals, and what refits gave."""
@@ -344,16 +331,12 @@ class Causes(Outcome):
         column_name = name or str(getattr(column, "name", None) or "group")
         return GroupCauses(self.gap, self.soft, self.pair, column_name, tuple(causes))
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per training row, by what it does to the size of the gap."""
-        import pandas as pd
-
         size = self.scores.values[0].detach().cpu().double() * (1 if self.soft > 0 else -1)
         order = size.argsort(descending=True, stable=True)
-        table = pd.DataFrame({"widens": size[order].numpy()}, index=order.numpy())
-        table["share"] = table.widens / abs(self.soft)
-        table.index.name = "example"
-        return table
+        columns = {"widens": size[order], "share": size[order] / abs(self.soft)}
+        return as_table(columns, order.numpy(), "example")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """All scores, sorted: how few rows hold how much."""

@@ -12,12 +12,13 @@ because a loss that is predicted to stay may rise: whether a point keeps accurac
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
 from upweight.applications.group_gaps import (
     Gap,
     HardGap,
@@ -31,7 +32,7 @@ from upweight.applications.group_gaps import (
 )
 from upweight.applications.least_change import cheapest_change, least_change
 from upweight.applications.other_labels import Relabeled, relabel_factor
-from upweight.applications.outcome import Outcome
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import subject_of
 from upweight.errors import (
     NotConverged,
@@ -52,10 +53,6 @@ from upweight.task.measures import AT_ONCE, Functional
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.kept import Kept, training_identity
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 How = Literal["weights", "remove", "relabel"]
 
@@ -265,53 +262,47 @@ class Repair(Outcome):
         )
         return tuple(found)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per point of the frontier."""
-        import pandas as pd
-
-        table = pd.DataFrame(
+        rows = [
             {
-                "share": [p.share for p in self.frontier],
-                "moved": [p.moved for p in self.frontier],
-                "changed": [len(p.changed) for p in self.frontier],
-                "feasible": [p.feasible for p in self.frontier],
-                "within": [p.within for p in self.frontier],
-                "predicted": [p.predicted for p in self.frontier],
-                "actual": [p.actual for p in self.frontier],
-                "loss_predicted": [p.loss_predicted for p in self.frontier],
-                "loss_actual": [p.loss_actual for p in self.frontier],
-                "validation_gap": [p.validation.value for p in self.frontier],
-                "validation_accuracy": [p.validation_accuracy for p in self.frontier],
-                "test_gap": [p.test.value for p in self.frontier],
-                "test_low": [p.test.low for p in self.frontier],
-                "test_high": [p.test.high for p in self.frontier],
-                "accuracy": [p.accuracy for p in self.frontier],
-                "price": [p.price.value for p in self.frontier],
-                "chosen": [k == self.chosen for k in range(len(self.frontier))],
+                "share": p.share,
+                "moved": p.moved,
+                "changed": len(p.changed),
+                "feasible": p.feasible,
+                "within": p.within,
+                "predicted": p.predicted,
+                "actual": p.actual,
+                "loss_predicted": p.loss_predicted,
+                "loss_actual": p.loss_actual,
+                "validation_gap": p.validation.value,
+                "validation_accuracy": p.validation_accuracy,
+                "test_gap": p.test.value,
+                "test_low": p.test.low,
+                "test_high": p.test.high,
+                "accuracy": p.accuracy,
+                "price": p.price.value,
+                "chosen": k == self.chosen,
             }
-        )
-        table.index.name = "point"
-        return table
+            for k, p in enumerate(self.frontier)
+        ]
+        return as_table(rows, name="point")
 
-    def who(self) -> "pd.DataFrame":
+    def who(self) -> "DataFrame":
         """Who is changed at the point of the verdict: a row per group and label."""
-        import pandas as pd
-
         change = self.point.weights - 1
         changed = torch.zeros(len(change), dtype=torch.bool)
         changed[list(self.point.changed)] = True
-        table = pd.DataFrame(
-            {
-                "who": self.rows,
-                "rows": 1,
-                "changed": changed.numpy(),
-                "removed": (change == -1).numpy(),
-                "down": (change < 0).numpy(),
-                "up": (change > 0).numpy(),
-                "weight": change.numpy(),
-            }
-        )
-        return table.groupby("who").sum()
+        columns = {
+            "who": self.rows,
+            "rows": 1,
+            "changed": changed,
+            "removed": change == -1,
+            "down": change < 0,
+            "up": change > 0,
+            "weight": change,
+        }
+        return as_table(columns).groupby("who").sum()
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Accuracy against the size of the gap on test rows, each point refitted."""

@@ -8,13 +8,14 @@ Feldman & Zhang (2020), §3.1: without the most memorized rows test accuracy fal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.right_answers import Correct, by_row, by_seed
 from upweight.errors import NonFinite, ShapeError, SpecError
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, mean
@@ -25,10 +26,6 @@ from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.retrain import retrain
 from upweight.training.weights import removal_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,16 +102,14 @@ class RemovalExperiment(Outcome):
         few += [] if k >= 20 else [f"{k} seed{'s' if k > 1 else ''}"]
         return (f"{' and '.join(few)}: the interval is somewhat too narrow",) if few else ()
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per model: its removal, its seed and its test accuracy."""
-        import pandas as pd
-
         lines = []
         for k in range(len(self.full)):
             lines.append(("all rows", k, float(self.full[k].mean())))
             lines.append(("without the first", k, float(self.actual[k].mean())))
             lines += [("at random", k, float(draw.mean())) for draw in self.random[k]]
-        return pd.DataFrame(lines, columns=["trained", "seed", "accuracy"])
+        return as_table(lines, columns=["trained", "seed", "accuracy"])
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Accuracy of every model: all rows, random removals, and the first of the order."""

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from upweight._typing import Batch
+from upweight._typing import Axes, Batch, DataFrame
 from upweight.applications.attributions import (
     CAM,
     TCAV,
@@ -24,7 +24,7 @@ from upweight.applications.attributions import (
     shuffled,
 )
 from upweight.applications.explained import Explained
-from upweight.applications.outcome import Outcome
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.packaged import (
     LIME,
     LRP,
@@ -39,15 +39,12 @@ from upweight.errors import NonFinite, ShapeError, SpecError
 from upweight.methods.fitted import Fitted
 from upweight.methods.perturbation import input_of
 from upweight.notation import percent, readable
+from upweight.plot import axes
 from upweight.runtime.fingerprint import described
 from upweight.runtime.selection import places
 from upweight.task.check import checked_losses, checked_measurements, require_answerable
 from upweight.task.measures import Logit, Loss, as_measure
 from upweight.task.task import Task, require_task
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 METHODS: dict[str, type[Attribution]] = {
     kind.name: kind
@@ -199,20 +196,15 @@ class Map(Outcome):
             said.append(f"the baseline is {self.baseline}")
         return tuple(said)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per query: sum, total, error, and where the largest entry is."""
-        import pandas as pd
-
         where = self.values.flatten(1).abs().argmax(dim=1)
         largest = [_place(torch.unravel_index(at, self.values.shape[1:])) for at in where]
         columns = {"sum": self.sums, "total": self.totals, "error": self.errors}
-        data: dict[str, Any] = {k: v.cpu().numpy() for k, v in columns.items()}
-        return pd.DataFrame({**data, "largest_at": largest})
+        return as_table({**{k: v.cpu() for k, v in columns.items()}, "largest_at": largest})
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The map of the first query: an image in red (raises) and blue, or a bar per feature."""
-        from upweight.plot import axes
-
         ax = axes(ax)
         first = self.values[0].cpu()
         if first.ndim >= 2:

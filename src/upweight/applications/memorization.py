@@ -9,12 +9,13 @@ and `removal_experiment` what happens without the most memorized.
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
 from upweight.applications.long_tail import RemovalExperiment, removal_experiment
 from upweight.applications.outcome import Outcome
 from upweight.applications.right_answers import (
@@ -31,6 +32,7 @@ from upweight.applications.subset_memorization import (
     SubsetMemorization,
     by_subsets,
     pairs,
+    sorted_table,
     sorted_values,
 )
 from upweight.errors import DataError, SpecError
@@ -42,10 +44,6 @@ from upweight.task.recipe import Recipe
 from upweight.training.retrain import Retrained, retrain
 from upweight.training.weights import removal_weights
 from upweight.verdict import CALIBRATED
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 __all__ = [
     "Memorization",
@@ -145,22 +143,14 @@ class Memorization(Outcome):
             f"[{b.low:.3f}, {b.high:.3f}]."
         )
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per training row, the most memorized first; `actual` where it was refitted."""
-        import pandas as pd
-
         actual = torch.full_like(self.predicted, torch.nan)
         if self.rows is not None and self.actual is not None:
             actual[self.rows] = self.actual.to(actual)
-        table = pd.DataFrame(
-            {
-                "memorization": self.predicted.numpy(),
-                "probability": self.probability.numpy(),
-                "actual": actual.numpy(),
-            }
+        return sorted_table(
+            {"memorization": self.predicted, "probability": self.probability, "actual": actual}
         )
-        table.index.name = "row"
-        return table.sort_values("memorization", ascending=False, kind="stable")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The long tail: memᵢ sorted, and refitted values on it."""

@@ -11,12 +11,13 @@ that does not turn the prediction is no proof that none does.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from upweight._typing import Axes, DataFrame
 from upweight.applications.labels import Classes, outputs_at
-from upweight.applications.outcome import Outcome
+from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import DataError, MissingContext, SpecError
 from upweight.methods.fitted import Fitted
 from upweight.plot import axes
@@ -26,10 +27,6 @@ from upweight.task.measures import Margin
 from upweight.task.recipe import Recipe
 from upweight.training.retrain import retrain
 from upweight.training.weights import removal_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 COUNTS = (1, 2, 5, 10, 20, 50)
 """Rows taken out together, unless other numbers are asked for."""
@@ -100,14 +97,12 @@ class Misprediction(Outcome):
             return f"{start}; without the {rows} it is {told}, which does not turn it."
         return f"{start}; without the {rows} it is {told}, and the prediction is right."
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per training row: its label, its score, and whether it lowers or raises m."""
-        import pandas as pd
-
         rows, scores = (*self.lowers, *self.raises), (*self.lowers_by, *self.raises_by)
         effect = ["lowers"] * len(self.lowers) + ["raises"] * len(self.raises)
         columns = {"label": list(self.labels), "score": list(scores), "effect": effect}
-        return pd.DataFrame(columns, index=pd.Index(rows, name="row"))
+        return as_table(columns, rows, "row")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The margin as rows are taken out, predicted and refitted."""

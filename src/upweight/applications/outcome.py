@@ -8,15 +8,14 @@ an outcome that is not confirmed speaks of what is predicted.
 """
 
 import abc
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
 
 from upweight._html import card
+from upweight._typing import Axes, DataFrame
 from upweight.notation import readable
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
 
 NEXT = ".frame(), .plot(), .summary()"
 
@@ -61,7 +60,7 @@ class Outcome(abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """The numbers as a table: one row per example, group, step or choice."""
 
     @abc.abstractmethod
@@ -90,7 +89,26 @@ class Outcome(abc.ABC):
         return card(f"{self.title}: {self.verdict}", facts, header, rows, NEXT)
 
 
-def _head(frame: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
+def as_table(
+    values: Any, index: Any = None, name: str | None = None, columns: Sequence[str] | None = None
+) -> "DataFrame":
+    """A table of columns by name, tensors among them, or of rows.
+
+    Args:
+        values: The columns, or a mapping or tuple for each row.
+        index: What rows are called; None: their places.
+        name: Of the index.
+        columns: Names, where rows are tuples.
+    """
+    import pandas as pd
+
+    if isinstance(values, Mapping):
+        values = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in values.items()}
+    names = None if index is None else pd.Index(index)
+    return pd.DataFrame(values, names, columns).rename_axis(name)
+
+
+def _head(frame: "DataFrame") -> tuple[list[str], list[list[str]]]:
     """The first rows of a table as text, with its index in front."""
     some = frame.head(SHOWN)
     header = [str(some.index.name or ""), *map(str, some.columns)]

@@ -19,14 +19,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.valuation import (
     SHOWN,
     Values,
@@ -47,14 +48,9 @@ from upweight.runtime.resources import Resources
 from upweight.runtime.selection import labels_by_place
 from upweight.scores import Scores, Unit
 from upweight.task.data import Data
+from upweight.task.recipe import Recipe
 from upweight.training.retrain import retrain
 from upweight.training.weights import removal_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-    from upweight.task.recipe import Recipe
 
 __all__ = ["Copied", "Statement", "if_copied", "statement"]
 
@@ -260,10 +256,8 @@ class Statement(Outcome):
     def _drawn_finite(self) -> Tensor:
         return self.moved_by_point.isfinite() if len(self._by_point) > 1 else torch.ones(1).bool()
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per contributor, the best paid first."""
-        import pandas as pd
-
         table: dict[str, Any] = {
             "payout": [float(self._money(c)) for c in self.cents],
             "low": [e.low for e in self.intervals],
@@ -277,8 +271,7 @@ class Statement(Outcome):
             table["refitted high"] = [e.high for e in self.actual_means]
         if self.shared is not None:
             table["copies"] = list(self.shared)
-        index = pd.Index(self.contributors, name="contributor")
-        found = pd.DataFrame(table, index=index)
+        found = as_table(table, self.contributors, "contributor")
         return found.sort_values("payout", ascending=False, kind="stable")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
@@ -308,7 +301,7 @@ def statement(
     budget: Money,
     floor: Money | None = 0,
     *,
-    recipe: "Recipe | None" = None,
+    recipe: Recipe | None = None,
     better: Any = None,
     digits: int = 2,
     bootstrap: Bootstrap = Bootstrap(),
@@ -381,7 +374,7 @@ def _require_worth(worth: Values, floor: int | None) -> None:
 
 
 def _changes(
-    scores: Scores, recipe: "Recipe", rows: Sequence[list[int]], resources: Resources | None
+    scores: Scores, recipe: Recipe, rows: Sequence[list[int]], resources: Resources | None
 ) -> Float[Tensor, "q c"]:
     """m without each contributor, less m with all, refitted."""
     context = scores.require_context()
@@ -534,19 +527,14 @@ class Copied(Outcome):
             + (", and the model fitted to them" if self.refitted else ""),
         )
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """Payouts without and with the copy."""
-        import pandas as pd
-
         before, after = self.before.payouts, self.after.payouts
-        index = pd.Index(list(after), name="contributor")
-        return pd.DataFrame(
-            {
-                "without the copy": [float(before.get(name, 0)) for name in after],
-                "with it": [float(paid) for paid in after.values()],
-            },
-            index=index,
-        )
+        columns = {
+            "without the copy": [float(before.get(name, 0)) for name in after],
+            "with it": [float(paid) for paid in after.values()],
+        }
+        return as_table(columns, list(after), "contributor")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Payouts with the copy against those without."""
@@ -572,7 +560,7 @@ def if_copied(
     who: Any,
     floor: Money | None = 0,
     *,
-    recipe: "Recipe | None" = None,
+    recipe: Recipe | None = None,
     better: Any = None,
     digits: int = 2,
 ) -> Copied:

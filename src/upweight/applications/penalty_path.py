@@ -4,19 +4,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
 from upweight.applications.cross_validated import NORMAL, CrossValidated
-from upweight.applications.outcome import Outcome
+from upweight.applications.outcome import Outcome, as_table
 from upweight.plot import axes
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,19 +130,17 @@ class Path(Outcome):
         assert best is not None
         return (*found, *(note for note in best.said if note in common))
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per value."""
-        import pandas as pd
-
         columns = {
             self.parameter: list(self.values),
-            "loss": self.mean.numpy(),
-            "standard_error": self.standard_error.numpy(),
-            "train_loss": self._each(lambda at: float(at.train_losses.mean())).numpy(),
+            "loss": self.mean,
+            "standard_error": self.standard_error,
+            "train_loss": self._each(lambda at: float(at.train_losses.mean())),
             "unsafe": list(self.unsafe),
             "refitted": [0 if at is None else len(at.refitted) for at in self.along],
         }
-        return pd.DataFrame(columns)
+        return as_table(columns)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The curve with 95 % intervals, the training loss, and both choices."""

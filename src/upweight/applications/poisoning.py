@@ -21,20 +21,21 @@ from the start each time, chooses k on one half of the triggered images and repo
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from upweight._typing import Batch, Params
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, Batch, DataFrame, Params
+from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import DataError, NotConverged, ShapeError, SpecError
 from upweight.evaluation import bootstrap, mislabel
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.methods.fitted import Fitted
 from upweight.methods.members import members_given
+from upweight.plot import axes
 from upweight.runtime.fingerprint import described, digest
 from upweight.runtime.resources import Resources
 from upweight.runtime.selection import places
@@ -46,10 +47,6 @@ from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.kept import kept_trainer
 from upweight.training.weights import removal_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 __all__ = ["Cleansed", "Contrast", "Detected", "Removed", "Suspects", "cleanse", "suspects"]
 
@@ -234,21 +231,14 @@ class Suspects(Outcome):
             )
         return tuple(said)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per training row, the most suspect first: its score and the class it carries."""
-        import pandas as pd
-
         order = self.order.cpu()
-        columns = {
-            "score": self.predicted.cpu()[order].numpy(),
-            "label": self.labels.cpu()[order].numpy(),
-        }
-        return pd.DataFrame(columns, index=pd.Index(order.numpy(), name="row"))
+        columns = {"score": self.predicted.cpu()[order], "label": self.labels.cpu()[order]}
+        return as_table(columns, order.numpy(), "row")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The scores in order, those of rows that carry the attack's class marked."""
-        from upweight.plot import axes
-
         ax = axes(ax)
         order = self.order.cpu()
         scores, inside = self.predicted.cpu()[order], self.labels.cpu()[order] == self.target
@@ -471,17 +461,13 @@ class Cleansed(Outcome):
             )
         return (*said, *(f"a fit did not end: {each}" for each in self.failed))
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per fit: success and accuracy, with intervals."""
-        import pandas as pd
-
         fits = [self.before, *self.curve, *([] if self.control is None else [self.control])]
-        return pd.DataFrame([_flat(each) for each in fits])
+        return as_table([_flat(each) for each in fits])
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Attack success, with its interval, and clean accuracy against the rows removed."""
-        from upweight.plot import axes
-
         ax = axes(ax)
         for method in dict.fromkeys(each.method for each in self.curve):
             found = [self.before, *(each for each in self.curve if each.method == method)]

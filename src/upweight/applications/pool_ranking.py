@@ -10,14 +10,14 @@ is expected to help. The expected gain is then half of the expected size, ½ Σ_
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight._typing import Params
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame, Params
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.right_answers import probability
 from upweight.applications.subject import subject_of
 from upweight.errors import DataError, NonFinite, SpecError, UnsupportedModel
@@ -30,10 +30,6 @@ from upweight.task.data import Data
 from upweight.task.measures import Functional, measured
 from upweight.task.measures import Loss as LossOf
 from upweight.task.task import Task
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 Labels = Literal["expected", "pseudo"]
 
@@ -113,23 +109,18 @@ class Ranking(Outcome):
             found.append("scores of this method order examples and have no unit")
         return tuple(found)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per pool example, the largest predicted gain first."""
-        import pandas as pd
-
         top = self.probabilities.max(dim=1)
         is_chosen = torch.zeros(len(self.predicted), dtype=torch.bool)
         is_chosen[self.chosen] = True
-        table = pd.DataFrame(
-            {
-                "predicted": self.predicted.numpy(),
-                "predicted_label": top.indices.numpy(),
-                "probability": top.values.numpy(),
-                "chosen": is_chosen.numpy(),
-            }
-        )
-        table.index.name = "example"
-        return table.iloc[self.order.numpy()]
+        columns = {
+            "predicted": self.predicted,
+            "predicted_label": top.indices,
+            "probability": top.values,
+            "chosen": is_chosen,
+        }
+        return as_table(columns, name="example").iloc[self.order.numpy()]
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The predicted gain of every pool example, sorted, and those that were chosen."""

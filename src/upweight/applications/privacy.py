@@ -17,28 +17,26 @@ Nothing formal is promised: no redaction here bounds what another attack can lea
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import DataError, NonFinite, SpecError
 from upweight.evaluation import mislabel
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate
 from upweight.methods.fitted import Fitted
+from upweight.plot import axes
 from upweight.provenance import Context
 from upweight.runtime.fingerprint import item_checksum
 from upweight.runtime.selection import places
 from upweight.scores import Scores
 from upweight.task.data import Data, batch_size
 from upweight.task.measures import Loss, measured
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 __all__ = [
     "Attack", "Explanations", "Leakage", "Redaction", "audit", "own_rows", "redacted",
@@ -209,10 +207,8 @@ class Leakage(Outcome):
             )
         return tuple(said)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per redaction and attack."""
-        import pandas as pd
-
         rows = []
         for each in self.attacks:
             name = each.redaction
@@ -234,12 +230,10 @@ class Leakage(Outcome):
                     "overlap": self.overlap.get(name),
                 }
             )
-        return pd.DataFrame(rows)
+        return as_table(rows)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """AUC of every attack with its interval; ½ is a guess."""
-        from upweight.plot import axes
-
         ax = axes(ax)
         place = range(len(self.attacks))
         values = [each.auc.value for each in self.attacks]

@@ -16,19 +16,15 @@ They are conventions for where to look, not tests: of many rows some are beyond 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
 from upweight.errors import SpecError, listed, nearest
 from upweight.notation import count, readable
 from upweight.plot import LOWERED, NEUTRAL, RAISED, axes
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 CONTOURS = (0.5, 1.0)
 """Cook's distances that have a contour."""
@@ -119,7 +115,7 @@ class Diagnostics:
         heading = f"<p>{escape(repr(self).splitlines()[0])}</p>"
         return heading + str(self.table(SHOWN).to_html(float_format=readable)) + notes
 
-    def table(self, most: int | None = None, by: str = "cooks_distance") -> "pd.DataFrame":
+    def table(self, most: int | None = None, by: str = "cooks_distance") -> "DataFrame":
         """The rows of the largest |values| of one column of `to_pandas`, the largest first.
 
         Args:
@@ -168,7 +164,7 @@ class Diagnostics:
         """
         return drawn(self, kind, coefficient, label, ax)
 
-    def to_pandas(self) -> "pd.DataFrame":
+    def to_pandas(self) -> "DataFrame":
         """A table with a row per observation, by its label; DFBETAS in columns `dfbetas_NAME`."""
         import pandas as pd
 

@@ -19,14 +19,15 @@ comes of it.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
 from upweight.applications.labels import Classes, IsRight, with_labels
-from upweight.applications.outcome import Outcome
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import Subject
 from upweight.errors import DataError, NotConverged, SpecError
 from upweight.evaluation import bootstrap as intervals
@@ -42,10 +43,6 @@ from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.function import FromFunction
 from upweight.training.kept import Kept, training_identity
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 LEAST = 1 / 64
 """The share of a step at which it is halved no more."""
@@ -244,22 +241,22 @@ class Repaired(Outcome):
             f"(predicted {self.predicted.accuracy.value:+.4f}): {end}."
         )
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row for loss and accuracy: before, after, the change with its interval, predicted."""
-        import pandas as pd
-
-        rows = {}
-        for k, name in enumerate(("loss", "accuracy")):
+        names, rows = ("loss", "accuracy"), []
+        for k, name in enumerate(names):
             actual, predicted = getattr(self.actual, name), getattr(self.predicted, name)
-            rows[name] = {
-                "before": self.before[k],
-                "after": self.after[k],
-                "predicted": predicted.value,
-                "actual": actual.value,
-                "low": actual.low,
-                "high": actual.high,
-            }
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("measure")
+            rows.append(
+                {
+                    "before": self.before[k],
+                    "after": self.after[k],
+                    "predicted": predicted.value,
+                    "actual": actual.value,
+                    "low": actual.low,
+                    "high": actual.high,
+                }
+            )
+        return as_table(rows, names, "measure")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Predicted and actual change of the accuracy, with intervals."""

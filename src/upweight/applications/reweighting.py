@@ -21,12 +21,13 @@ the other. Where the change against the start has an interval with 0 in it, the 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
 from upweight.applications.held_out import (
     Held,
     Refits,
@@ -39,7 +40,7 @@ from upweight.applications.held_out import (
     splits,
     weighed,
 )
-from upweight.applications.outcome import Outcome
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import subject_of
 from upweight.errors import NotConverged, NotOffered, SpecError
 from upweight.evaluation import bootstrap as intervals
@@ -51,10 +52,6 @@ from upweight.scores import Unit
 from upweight.task.data import Data
 from upweight.task.measures import Loss, measured
 from upweight.task.recipe import Recipe
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 Rule: TypeAlias = Literal["exact", "lookahead"]
 """The direction of a step."""
@@ -165,21 +162,14 @@ class Weights(Outcome):
             text.append(f"error {1 - mine.accuracy.value:.3f} from {1 - equal.accuracy.value:.3f}")
         return said + "; " + ", ".join(text) + "."
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per point of the path, the start first; `chosen` marks the one returned."""
-        import pandas as pd
+        rows = [vars(at) | {"chosen": k == self.steps} for k, at in enumerate(self.path)]
+        return as_table(rows, name="step")
 
-        table = pd.DataFrame([vars(point) for point in self.path])
-        table["chosen"] = [k == self.steps for k in range(len(self.path))]
-        table.index.name = "step"
-        return table
-
-    def comparison(self) -> "pd.DataFrame":
+    def comparison(self) -> "DataFrame":
         """Test loss and accuracy with equal weights, class weights and these."""
-        import pandas as pd
-
-        table = [columns(model) for model in self.models.values()]
-        return pd.DataFrame(table, index=pd.Index(self.models, name="weights"))
+        return as_table([columns(model) for model in self.models.values()], self.models, "weights")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Validation loss along the path: on the set that makes it, and cross-fitted."""

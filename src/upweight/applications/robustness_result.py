@@ -3,19 +3,16 @@
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import SpecError
 from upweight.notation import count, percent, readable
 from upweight.plot import LOWERED, NEUTRAL, RAISED, axes
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 HAPPENS = {
     "sign": "its sign changes",
@@ -194,7 +191,7 @@ class Robustness(Outcome):
             )
         return tuple(said)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """The path: a line for each number of units left out, predicted and refitted.
 
         Columns `left_out`, `label` (the unit that leaves last), and `predicted` and `refitted` with
@@ -208,7 +205,7 @@ class Robustness(Outcome):
         for name, values in (("predicted", self.path.predicted), ("refitted", self.path.refitted)):
             for k, end in enumerate(ends):
                 columns[f"{name}{end}"] = values[:, k]
-        return pd.DataFrame(columns)
+        return as_table(columns)
 
     @property
     def has_interval(self) -> bool:
@@ -336,15 +333,13 @@ class RobustnessTable(Outcome):
         every = [note for _, _, found in self.lines for note in found.said]
         return tuple(dict.fromkeys(every))
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A line per coefficient and question.
 
         Columns `model` (where several were given), `coefficient`, `estimate`, `low`, `high`,
         `asked`, `one_shot` and `one_shot_holds`, `k`, `share`, `tried`, and after the refit
         `estimate_without`, `low_without`, `high_without`.
         """
-        import pandas as pd
-
         lines = []
         for model, name, found in self.lines:
             end = found.end if found.k is not None and found.end is not None else Finding(math.nan)
@@ -367,8 +362,7 @@ class RobustnessTable(Outcome):
                     "high_without": end.high,
                 }
             )
-        table = pd.DataFrame(lines)
-        return table.astype({"one_shot": "Int64", "k": "Int64"})
+        return as_table(lines).astype({"one_shot": "Int64", "k": "Int64"})
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The share of rows that leaves, a bar per line; hollow where no set was found."""
@@ -461,13 +455,11 @@ class Fragility(Outcome):
         every = [note for found in self.findings for note in found.said]
         return tuple(dict.fromkeys([*missing, *every]))
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A line per question, as of `RobustnessTable`, and `rows`: the labels of all that leave.
 
         The first line is the coefficient with all rows.
         """
-        import pandas as pd
-
         first = self.findings[0]
         lines: list[dict[str, Any]] = [
             {"change": "none", "k": 0, "share": 0.0, "estimate": first.start.value}
@@ -480,7 +472,7 @@ class Fragility(Outcome):
                 {"change": found.asked, "k": found.k, "share": found.share, "estimate": end.value}
                 | {"low": end.low, "high": end.high, "rows": found.rows if held else ()}
             )
-        return pd.DataFrame(lines).astype({"k": "Int64"})
+        return as_table(lines).astype({"k": "Int64"})
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The coefficient and its interval with all rows, and refitted without each set."""

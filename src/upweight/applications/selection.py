@@ -21,12 +21,13 @@ chooses a small share for a target, and trains on it beside other choices; see
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
 from upweight.applications.held_out import (
     Held,
     Refits,
@@ -40,7 +41,7 @@ from upweight.applications.held_out import (
     splits,
     weighed,
 )
-from upweight.applications.outcome import Outcome
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.reweighting import Weights, reweight
 from upweight.applications.subject import subject_of
 from upweight.applications.targeting import Target, for_target
@@ -55,10 +56,6 @@ from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.measures import Loss, measured
 from upweight.task.recipe import Recipe
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 __all__ = ["Choice", "Subset", "Target", "Trial", "Weights", "for_target", "reweight", "subset"]
 
@@ -135,17 +132,15 @@ class Subset(Outcome):
         agrees = "After refitting" if self.is_confirmed else "The refit does not agree:"
         return f"{said}. {agrees} the test loss changes by {signed(self.actual)}{points}{beside}."
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per model: all rows, the rows kept, as many at random; on the test data."""
-        import pandas as pd
-
-        count, size = self.n, len(self.rows)
-        models = {"all rows": (count, self.everything), "kept rows": (size, self.kept)}
-        models["random rows"] = (size, self.random)
-        table = []
-        for rows, model in models.values():
-            table.append({"rows": rows, **columns(model)})
-        return pd.DataFrame(table, index=pd.Index(models, name="model"))
+        models = {
+            "all rows": (self.n, self.everything),
+            "kept rows": (len(self.rows), self.kept),
+            "random rows": (len(self.rows), self.random),
+        }
+        lines = [{"rows": rows, **columns(model)} for rows, model in models.values()]
+        return as_table(lines, models, "model")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Test loss of the three models with intervals, or the predicted change before a refit."""

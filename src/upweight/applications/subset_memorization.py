@@ -7,15 +7,17 @@ With models of a share of the data, what is estimated is memorization of a *samp
 Of m models the standard error of a row is √(s²₁/m₁ + s²₀/m₀), about σ/√(m share (1 − share)).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.right_answers import (
     Asked,
     Joined,
@@ -36,10 +38,6 @@ from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.retrain import retrain
 from upweight.training.weights import subset_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 MEMORIZED = 0.25
 INFLUENTIAL = 0.15
@@ -188,10 +186,8 @@ class SubsetMemorization(Outcome):
         r = self.agreement
         return f"{said}; one model's prediction has ρ = {r.value:.2f} [{r.low:.2f}, {r.high:.2f}]."
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per training row, the most memorized first."""
-        import pandas as pd
-
         columns = {
             "memorization": self.actual,
             "standard_error": self.standard_error,
@@ -201,9 +197,7 @@ class SubsetMemorization(Outcome):
         }
         if self.predicted is not None:
             columns["predicted"] = self.predicted
-        table = pd.DataFrame({name: value.numpy() for name, value in columns.items()})
-        table.index.name = "row"
-        return table.sort_values("memorization", ascending=False, kind="stable")
+        return sorted_table(columns)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The long tail: mem(i) sorted, with two standard errors."""
@@ -413,17 +407,15 @@ class Pairs(Outcome):
         "the interval takes pairs for independent, and those of one test row are not",
     )
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per pair, the largest influence first."""
-        import pandas as pd
-
-        return pd.DataFrame(
+        return as_table(
             {
-                "train": self.train.numpy(),
-                "query": self.query.numpy(),
-                "influence": self.actual.numpy(),
-                "standard_error": self.standard_error.numpy(),
-                "memorization": self.memorization.numpy(),
+                "train": self.train,
+                "query": self.query,
+                "influence": self.actual,
+                "standard_error": self.standard_error,
+                "memorization": self.memorization,
             }
         )
 
@@ -506,6 +498,12 @@ def pairs(
         torch.cat(chosen),
         torch.cat(repeated),
     )
+
+
+def sorted_table(columns: Mapping[str, Tensor]) -> "DataFrame":
+    """A row per training row, the most memorized first."""
+    found = as_table(columns, name="row")
+    return found.sort_values("memorization", ascending=False, kind="stable")
 
 
 def sorted_values(

@@ -11,15 +11,16 @@ them, by the user's recipe, at equal steps:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
 from upweight.applications.held_out import MEAN_LOSS, held, signed, splits
-from upweight.applications.outcome import Outcome
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import subject_of
 from upweight.errors import DataError, SpecError
 from upweight.evaluation import bootstrap as intervals
@@ -34,10 +35,6 @@ from upweight.runtime.streams import stream
 from upweight.task.recipe import Recipe
 from upweight.training.kept import kept_trainer
 from upweight.training.subset_models import reseeded_from
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 CHOSEN, RANDOM, ALL = "chosen", "random", "all data"
 
@@ -107,23 +104,16 @@ class Target(Outcome):
         parts = "".join(f"; {words} {', '.join(names)}" for words, names in every if names)
         return f"{begin}{parts}."
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per choice: examples, mean test loss, and chosen less it with its interval."""
-        import pandas as pd
-
-        table = []
+        lines = []
         for name, losses in self.losses.items():
             found = self.differences.get(name)
-            table.append({
-                "examples": self.n if name == ALL else len(self.rows),
-                "test_loss": float(losses.mean()),
-                "chosen_less_it": None if found is None else found.value,
-                "low": None if found is None else found.low,
-                "high": None if found is None else found.high,
-            })  # fmt: skip
+            count = self.n if name == ALL else len(self.rows)
+            change = (None, None, None) if found is None else astuple(found)
+            lines.append((count, float(losses.mean()), *change))
         names = ["examples", "test_loss", "chosen_less_it", "low", "high"]
-        index = pd.Index(list(self.losses), name="trained on")
-        return pd.DataFrame(table, index=index, columns=names)
+        return as_table(lines, list(self.losses), "trained on", names)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The change of the test loss against each other choice, with intervals."""

@@ -17,15 +17,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from upweight._typing import Batch, Params
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, Batch, DataFrame, Params
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import Subject, subject_of
 from upweight.effects import Groups, as_groups
 from upweight.errors import DataError, ShapeError, SpecError
@@ -39,15 +39,10 @@ from upweight.scores import Scores, Unit
 from upweight.task.check import require_answerable
 from upweight.task.data import Data, as_data
 from upweight.task.measures import Loss, Measure, as_measure, measured
+from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.retrain import retrain
 from upweight.training.weights import removal_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-    from upweight.task.recipe import Recipe
 
 __all__ = ["Comparison", "Correct", "Values", "Worth", "compare", "values", "worth"]
 
@@ -180,21 +175,18 @@ class Values(Outcome):
             )
         return tuple(said)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per example or contributor, the most valuable first."""
-        import pandas as pd
-
         value, error = self.predicted, self.standard_errors
         columns = {
-            "value": value.numpy(),
-            "standard error": error.numpy(),
-            "low": (value - Z * error).numpy(),
-            "high": (value + Z * error).numpy(),
+            "value": value,
+            "standard error": error,
+            "low": value - Z * error,
+            "high": value + Z * error,
         }
         what = "example" if self.scores.columns is None else "contributor"
         index = range(len(value)) if self.scores.columns is None else self.names
-        table = pd.DataFrame(columns, index=pd.Index(index, name=what))
-        return table.sort_values("value", ascending=False, kind="stable")
+        return as_table(columns, index, what).sort_values("value", ascending=False, kind="stable")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Values in order with their intervals; of many examples the curve alone."""
@@ -402,17 +394,15 @@ class Worth(Outcome):
             said.append(f"the sentence is about the largest of {len(self.names)} predictions")
         return tuple(said)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per batch."""
-        import pandas as pd
-
         table: dict[str, Any] = {"examples": [len(group) for group in self.groups]}
         for word, every in (("predicted", self.predicted_means), ("refitted", self.actual_means)):
             if every is not None:
                 table[word] = [each.value for each in every]
                 table[f"{word} low"] = [each.low for each in every]
                 table[f"{word} high"] = [each.high for each in every]
-        return pd.DataFrame(table, index=pd.Index(self.names, name="batch"))
+        return as_table(table, self.names, "batch")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Refitted against predicted, or the predictions as bars."""
@@ -459,7 +449,7 @@ def worth(
     *,
     train: Any = None,
     pool: Any = None,
-    recipe: "Recipe | None" = None,
+    recipe: Recipe | None = None,
     refit: bool = True,
     bootstrap: Bootstrap = Bootstrap(),
     resources: Resources | None = None,
@@ -678,10 +668,8 @@ class Comparison(Outcome):
 
     notes = ("intervals draw examples, or batches, not validation points",)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per valuation: its rank correlation with the others, and its r with refits."""
-        import pandas as pd
-
         table: dict[str, Any] = {}
         for other in self.names:
             table[f"ρ with {other}"] = [
@@ -695,7 +683,7 @@ class Comparison(Outcome):
             for part in ("value", "low", "high"):
                 column = "r with refits" if part == "value" else f"r {part}"
                 table[column] = [math.nan if e is None else getattr(e, part) for e in every]
-        return pd.DataFrame(table, index=pd.Index(self.names, name="valuation"))
+        return as_table(table, self.names, "valuation")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Refitted removals against each valuation, each in units of its own deviation."""
