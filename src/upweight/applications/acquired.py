@@ -170,13 +170,13 @@ class Acquired(Outcome):
                 "more" if d.low > 0 else "less" if d.high < 0 else "no difference that can be told"
             )
             passed = "" if when is None or d.high < 0 else f", passed after {when} labels"
-            said += f", by {rival} {other:.1%}: {lead}, {_points(d)}{passed}"
+            said += f", by {rival} {other:.1%}: {lead}, {100 * d:+.1f} points{passed}"
         b = self.accuracy(joint, with_validation=True)
         g = self.difference(own, joint, with_validation=True)
         side = "more" if g.low > 0 else "less" if g.high < 0 else "neither more nor less"
         return (
             f"{said}; training on the {self.validation} validation examples too gives "
-            f"{b.value:.1%} ({joint}), and guidance alone has {side}, {_points(g)}; "
+            f"{b.value:.1%} ({joint}), and guidance alone has {side}, {100 * g:+.1f} points; "
             f"{self.right.shape[1]} start{'s' if self.right.shape[1] > 1 else ''}."
         )
 
@@ -211,7 +211,7 @@ class Acquired(Outcome):
                     else (float(self.predicted[s, :, r - 1].mean()),
                           float(self.actual[s, :, r - 1].mean()))
                 )  # fmt: skip
-                lines.append((name, count, a.value, a.low, a.high, float(b), *change))
+                lines.append((name, count, *a, float(b), *change))
         names = ["strategy", "labels", "accuracy", "low", "high", "accuracy_with_validation"]
         return as_table(lines, columns=[*names, "predicted", "actual"])
 
@@ -529,10 +529,6 @@ def _joined(known: Data, unlabelled: Data, oracle: Tensor) -> Data:
     pool = with_targets(unlabelled.take(range(len(unlabelled))), oracle)
     first = known.take(range(len(known)))
     return as_data(tree_map(lambda a, b: torch.cat([a, b.to(a)]), first, pool))
-
-
-def _points(found: Estimate) -> str:
-    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] points"
 
 
 def _no_strategy(given: Any, known: Sequence[str]) -> str:

@@ -146,10 +146,7 @@ class GroupCauses(Outcome):
     def frame(self) -> "DataFrame":
         """One row per group."""
         columns = ["rows", "share", "low", "high", "predicted", "actual", "hard"]
-        rows = [
-            (c.rows, c.share.value, c.share.low, c.share.high, c.predicted, c.actual, c.hard)
-            for c in self.causes
-        ]
+        rows = [(c.rows, *c.share, c.predicted, c.actual, c.hard) for c in self.causes]
         return as_table(rows, [c.name for c in self.causes], self.column, columns)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":

@@ -203,7 +203,7 @@ class Repair(Outcome):
         numbers = (
             f"on test rows the {words} ({base.test.pair}) went from {base.test.value:+.3f} to "
             f"{_interval(point.test)}{other} and accuracy by "
-            f"{_points(point.price)} points, refitted with {percent(point.moved)} "
+            f"{100 * point.price:+.2f} points, refitted with {percent(point.moved)} "
             f"{'of the labels changed' if self.how == 'relabel' else 'of the weight moved'}"
         )
         if self.is_closed and self.chosen == 0:
@@ -219,7 +219,7 @@ class Repair(Outcome):
             return (
                 f"Infeasible {no} by {_MEANS[self.how]}: refits that keep the accuracy leave the "
                 f"{words} ({base.test.pair}) at {kept.value:+.3f} on test rows, from "
-                f"{base.test.value:+.3f}; {what} costs {_points(point.price, -1)} points of test "
+                f"{base.test.value:+.3f}; {what} costs {-100 * point.price:+.2f} points of test "
                 f"accuracy, with {percent(point.moved)} changed, and leaves "
                 f"{_interval(point.test)}{other}."
             )
@@ -247,7 +247,7 @@ class Repair(Outcome):
             found.append("the price is that of the changes tried here; other changes may cost less")
         elif self.point.price.high < -self.budget:
             found.append(
-                f"on test rows accuracy changed by {_points(self.point.price)} points: more than "
+                f"on test rows accuracy changed by {100 * self.point.price:+.2f} points: more than "
                 "the validation rows could tell"
             )
         if base.test.error > 0.02:
@@ -746,11 +746,6 @@ def _error(values: Tensor) -> float:
 
 def _interval(gap: HardGap) -> str:
     return f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
-
-
-def _points(estimate: Estimate, sign: int = 1) -> str:
-    low, high = sorted((sign * estimate.low, sign * estimate.high))
-    return f"{100 * sign * estimate.value:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
 
 
 def _told(gap: HardGap) -> dict[str, Any]:

@@ -204,16 +204,6 @@ def columns(model: Held | None) -> dict[str, float | None]:
     return found
 
 
-def signed(found: Estimate) -> str:
-    """A change with its interval."""
-    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-
-
-def in_points(found: Estimate) -> str:
-    """A change of accuracy with its interval, in points of a hundred."""
-    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-
-
 # -- scores of the mean loss ----------------------------------------------------------------------
 
 

@@ -88,7 +88,7 @@ class RemovalExperiment(Outcome):
             f"first {self.share:.0%} and {drawn.value:.2%} without as many at random "
             f"({self.random.shape[1]} draws)"
         )
-        said = f"{c.value:+.2%} [{c.low:+.2%}, {c.high:+.2%}]"
+        said = f"{c:+.2%}"
         if c.low > 0:
             return f"The first rows of the order are needed more than others: {told}; cost {said}."
         if c.high < 0:

@@ -138,9 +138,8 @@ class Memorization(Outcome):
         assert self.rows is not None
         agree = "agree" if self.is_confirmed else "do not agree"
         return (
-            f"{said}; refits without one row, {len(self.rows)} in turn, {agree}: Pearson "
-            f"{r.value:.4f} [{r.low:.4f}, {r.high:.4f}], slope {b.value:.3f} "
-            f"[{b.low:.3f}, {b.high:.3f}]."
+            f"{said}; refits without one row, {len(self.rows)} in turn, {agree}: Pearson {r:.4f}, "
+            f"slope {b:.3f}."
         )
 
     def frame(self) -> "DataFrame":

@@ -33,6 +33,7 @@ from upweight.applications.valuation import (
     Values,
     bars,
     bracketed,
+    columns_of,
     correlation,
     joined,
     method_name,
@@ -266,9 +267,8 @@ class Statement(Outcome):
             "worth": self.predicted.tolist(),
         }
         if self.actual_means is not None:
-            table["refitted without"] = [e.value for e in self.actual_means]
-            table["refitted low"] = [e.low for e in self.actual_means]
-            table["refitted high"] = [e.high for e in self.actual_means]
+            names = ("refitted without", "refitted low", "refitted high")
+            table |= columns_of(self.actual_means, *names)
         if self.shared is not None:
             table["copies"] = list(self.shared)
         found = as_table(table, self.contributors, "contributor")
@@ -278,7 +278,7 @@ class Statement(Outcome):
         """Payouts with their intervals, the best paid first."""
         ax = axes(ax)
         table = self.frame().head(SHOWN)
-        bars(ax, [*map(str, table.index)], table["payout"], table["low"], table["high"])
+        bars(ax, [*map(str, table.index)], table[["payout", "low", "high"]].to_numpy())
         ax.set_xlabel("payout")
         return ax
 

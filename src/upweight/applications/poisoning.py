@@ -429,10 +429,7 @@ class Cleansed(Outcome):
                 f"{was} of the triggered images, and the limit is {100 * self.limit:g} %."
             )
         now, count = _interval(self.chosen.success), self.chosen.count
-        cost = (
-            f"at {100 * self.chosen.lost.value:.2f} [{100 * self.chosen.lost.low:.2f}, "
-            f"{100 * self.chosen.lost.high:.2f}] points of clean accuracy"
-        )
+        cost = f"at {100 * self.chosen.lost:.2f} points of clean accuracy"
         if self.is_confirmed:
             return (
                 f"Cleansed: without {count} rows (ranked by {self.chosen.method}) a fit from the "
@@ -770,7 +767,8 @@ def _no_fit(failed: Sequence[str]) -> Any:
 
 
 def _interval(found: Estimate) -> str:
-    return f"{100 * found.value:.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    value, low, high = 100 * found
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 
 
 def _flat(found: Removed) -> dict[str, Any]:

@@ -186,9 +186,8 @@ class Leakage(Outcome):
         beside = "" if last == first else f"; least by “{last}”: {least.auc.value:.3f}"
         return (
             f"With “{first}” and k = {self.k}, {seen}and the best attack has an AUC of "
-            f"{worst.auc.value:.3f} [{worst.auc.low:.3f}, {worst.auc.high:.3f}] "
-            f"({worst.name}){beside}; explanations of {self.sizes[1]} outsiders show "
-            f"{self.revealed[first]} of {self.sizes[2]} training rows."
+            f"{worst.auc:.3f} ({worst.name}){beside}; explanations of {self.sizes[1]} outsiders "
+            f"show {self.revealed[first]} of {self.sizes[2]} training rows."
         )
 
     @property

@@ -237,7 +237,7 @@ class Repaired(Outcome):
             end = "no gain is shown"
         return (
             f"{self.decisions.words} of {self.rows} took the accuracy on {self.tested} test rows "
-            f"from {self.before[1]:.4f} to {self.after[1]:.4f}, by {_signed(gain)} "
+            f"from {self.before[1]:.4f} to {self.after[1]:.4f}, by {gain:+.4f} "
             f"(predicted {self.predicted.accuracy.value:+.4f}): {end}."
         )
 
@@ -382,7 +382,3 @@ def _refitted(
             "drop fewer rows, or loosen the recipe.",
         )
     return trained.theta[0]
-
-
-def _signed(e: Estimate) -> str:
-    return f"{e.value:+.4f} [{e.low:+.4f}, {e.high:+.4f}]"

@@ -36,7 +36,6 @@ from upweight.applications.held_out import (
     held,
     mean_loss_scores,
     ones,
-    signed,
     splits,
     weighed,
 )
@@ -140,10 +139,10 @@ class Weights(Outcome):
         if self.expects_gain:
             said = (
                 f"Reweighting from {self.start} (steps: {self.steps}) is predicted to change the "
-                f"loss by {signed(self.beyond)}"
+                f"loss by {self.beyond:+.3f}"
             )
         else:
-            tried = f"{signed(self.beyond)} predicted"
+            tried = f"{self.beyond:+.3f} predicted"
             if self.beyond.value == 0:  # the start itself was the best point of the path
                 tried = "no step lowers the cross-fitted loss"
             said = (
@@ -154,9 +153,9 @@ class Weights(Outcome):
         if self.actual is None:
             return said + "; not tried on test data."
         agrees = "" if self.is_confirmed else "the refit does not agree: "
-        text = [f"{agrees}on test data the loss changes by {signed(self.actual)} against {EQUAL}"]
+        text = [f"{agrees}on test data the loss changes by {self.actual:+.3f} against {EQUAL}"]
         if self.expects_gain and self.start == CLASSES and self.actual_beyond is not None:
-            text.append(f"by {signed(self.actual_beyond)} against {CLASSES}")
+            text.append(f"by {self.actual_beyond:+.3f} against {CLASSES}")
         mine, equal = self.models.get("these"), self.models.get(EQUAL)
         if mine and equal and mine.accuracy and equal.accuracy:
             text.append(f"error {1 - mine.accuracy.value:.3f} from {1 - equal.accuracy.value:.3f}")

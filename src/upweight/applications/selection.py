@@ -34,10 +34,8 @@ from upweight.applications.held_out import (
     Splits,
     columns,
     held,
-    in_points,
     mean_loss_scores,
     ones,
-    signed,
     splits,
     weighed,
 )
@@ -116,7 +114,7 @@ class Subset(Outcome):
     @property
     def verdict(self) -> str:
         kept = f"keeping {len(self.rows)} of {self.n} rows by rule '{self.rule}'"
-        told = f"{signed(self.predicted)} of the validation loss"
+        told = f"{self.predicted:+.3f} of the validation loss"
         if self.expects_gain:
             said = f"A gain was predicted from {kept}: {told}"
         else:
@@ -124,13 +122,13 @@ class Subset(Outcome):
         if self.actual is None:
             return said + "; no refit has tried it."
         accuracy = self.change_of_accuracy
-        points = "" if accuracy is None else f", accuracy by {in_points(accuracy)} points"
+        points = "" if accuracy is None else f", accuracy by {100 * accuracy:+.1f} points"
         beside = ""
         if self.random is not None and self.kept is not None:
             beside = f"; as many at random have {self.random.loss.value:.3f}"
             beside += f" against {self.kept.loss.value:.3f}"
         agrees = "After refitting" if self.is_confirmed else "The refit does not agree:"
-        return f"{said}. {agrees} the test loss changes by {signed(self.actual)}{points}{beside}."
+        return f"{said}. {agrees} the test loss changes by {self.actual:+.3f}{points}{beside}."
 
     def frame(self) -> "DataFrame":
         """One row per model: all rows, the rows kept, as many at random; on the test data."""
@@ -277,7 +275,7 @@ def subset(
 def _picked(trial: "Trial", split: Splits, bootstrap: Bootstrap) -> tuple[Rule, Estimate, str]:
     """The rule of the library's own, what is predicted of it, and why it was picked."""
     iterated = intervals.mean(trial.cross_fitted("iterated", split), bootstrap)
-    told = f"'iterated' is predicted to change the validation loss by {signed(iterated)}"
+    told = f"'iterated' is predicted to change the validation loss by {iterated:+.3f}"
     if iterated.high < 0:
         return "iterated", iterated, told
     redundant = intervals.mean(trial.cross_fitted("redundant", split), bootstrap)

@@ -170,8 +170,7 @@ class SubsetMemorization(Outcome):
         repeat = (
             "their halves cannot be compared"
             if top is None
-            else f"as many models again would order the rows with ρ = {top.value:.2f} "
-            f"[{top.low:.2f}, {top.high:.2f}]"
+            else f"as many models again would order the rows with ρ = {top:.2f}"
         )
         # With words of their own the two kinds of measurement are not taken for one another.
         asked = "are right more often" if self.measure == "correct" else "give more probability"
@@ -183,8 +182,7 @@ class SubsetMemorization(Outcome):
         )
         if self.agreement is None:
             return f"{said}."
-        r = self.agreement
-        return f"{said}; one model's prediction has ρ = {r.value:.2f} [{r.low:.2f}, {r.high:.2f}]."
+        return f"{said}; one model's prediction has ρ = {self.agreement:.2f}."
 
     def frame(self) -> "DataFrame":
         """One row per training row, the most memorized first."""
@@ -397,8 +395,7 @@ class Pairs(Outcome):
             return f"{said}; too few to hold one half of the models against the other."
         return (
             f"{said}; pairs that half of the models chooses with a mean of "
-            f"{float(self.predicted.mean()):.2f} have {self.again.value:.2f} "
-            f"[{self.again.low:.2f}, {self.again.high:.2f}] by the other half."
+            f"{float(self.predicted.mean()):.2f} have {self.again:.2f} by the other half."
         )
 
     notes = (

@@ -11,7 +11,7 @@ them, by the user's recipe, at equal steps:
 """
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight._typing import Axes, DataFrame
-from upweight.applications.held_out import MEAN_LOSS, held, signed, splits
+from upweight.applications.held_out import MEAN_LOSS, held, splits
 from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import subject_of
 from upweight.errors import DataError, SpecError
@@ -90,7 +90,7 @@ class Target(Outcome):
         what = f"{len(self.rows)} of {self.n} examples"
         if self.actual is None:
             return f"{what} are scored to help the target most; no training has tried them."
-        told = f"the test loss changes by {signed(self.actual)} against as many at random"
+        told = f"the test loss changes by {self.actual:+.3f} against as many at random"
         begin = (
             f"Training on the chosen {what} helps the target: {told}"
             if self.is_confirmed
@@ -110,7 +110,7 @@ class Target(Outcome):
         for name, losses in self.losses.items():
             found = self.differences.get(name)
             count = self.n if name == ALL else len(self.rows)
-            change = (None, None, None) if found is None else astuple(found)
+            change = (None, None, None) if found is None else tuple(found)
             lines.append((count, float(losses.mean()), *change))
         names = ["examples", "test_loss", "chosen_less_it", "low", "high"]
         return as_table(lines, list(self.losses), "trained on", names)

@@ -193,7 +193,7 @@ class Values(Outcome):
         ax = axes(ax)
         table = self.frame()
         if len(table) <= SHOWN:
-            bars(ax, [*map(str, table.index)], table["value"], table["low"], table["high"])
+            bars(ax, [*map(str, table.index)], table[["value", "low", "high"]].to_numpy())
             ax.set_xlabel("worth")
             return ax
         ax.fill_between(range(len(table)), table["low"], table["high"], alpha=0.3, linewidth=0)
@@ -399,9 +399,7 @@ class Worth(Outcome):
         table: dict[str, Any] = {"examples": [len(group) for group in self.groups]}
         for word, every in (("predicted", self.predicted_means), ("refitted", self.actual_means)):
             if every is not None:
-                table[word] = [each.value for each in every]
-                table[f"{word} low"] = [each.low for each in every]
-                table[f"{word} high"] = [each.high for each in every]
+                table |= columns_of(every, word, f"{word} low", f"{word} high")
         return as_table(table, self.names, "batch")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
@@ -411,14 +409,7 @@ class Worth(Outcome):
             some = sorted(range(len(self.names)), key=lambda k: -abs(self.predicted_means[k].value))
             some = some[:SHOWN]
             every = [self.predicted_means[k] for k in some]
-            names = [self.names[k] for k in some]
-            bars(
-                ax,
-                names,
-                [e.value for e in every],
-                [e.low for e in every],
-                [e.high for e in every],
-            )
+            bars(ax, [self.names[k] for k in some], every)
             ax.set_xlabel(f"predicted change of {self.measure}")
             return ax
         return _against(
@@ -680,24 +671,15 @@ class Comparison(Outcome):
             ]
         if self.actual is not None:
             every = [self.agreement[name] for name in self.names]
-            for part in ("value", "low", "high"):
-                column = "r with refits" if part == "value" else f"r {part}"
-                table[column] = [math.nan if e is None else getattr(e, part) for e in every]
+            known = [Estimate(math.nan, math.nan, math.nan) if e is None else e for e in every]
+            table |= columns_of(known, "r with refits", "r low", "r high")
         return as_table(table, self.names, "valuation")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Refitted removals against each valuation, each in units of its own deviation."""
         ax = axes(ax)
         if self.predicted is None or self.actual is None:
-            names = [f"{a} – {b}" for a, b in self.orders]
-            every = [*self.orders.values()]
-            bars(
-                ax,
-                names,
-                [e.value for e in every],
-                [e.low for e in every],
-                [e.high for e in every],
-            )
+            bars(ax, [f"{a} – {b}" for a, b in self.orders], self.orders.values())
             ax.set_xlabel("Spearman correlation")
             return ax
         for name, row in zip(self.names, self.predicted, strict=True):
@@ -822,15 +804,21 @@ def plain(found: Estimate) -> dict[str, float | None]:
     return {name: x if math.isfinite(x) else None for name, x in pairs}
 
 
+def columns_of(every: Iterable[Estimate], *names: str) -> dict[str, tuple[float, ...]]:
+    """Values and ends of intervals as three columns of a table."""
+    return dict(zip(names, zip(*every, strict=True), strict=True))
+
+
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def bars(ax: "Axes", names: Sequence[str], middle: Any, low: Any, high: Any) -> None:
-    """Bars from the top with the ends of their intervals."""
+def bars(ax: "Axes", names: Sequence[str], ends: Iterable[Iterable[float]]) -> None:
+    """Bars from the top with the ends of their intervals: (value, low, high) of each."""
     places = range(len(names) - 1, -1, -1)
-    ax.barh(places, list(middle), color="#0072b2")
-    ax.hlines(places, list(low), list(high), color="0.2", linewidth=1.0)
+    found = torch.tensor([[*each] for each in ends], dtype=torch.float64).reshape(-1, 3).numpy()
+    ax.barh(places, found[:, 0], color="#0072b2")
+    ax.hlines(places, found[:, 1], found[:, 2], color="0.2", linewidth=1.0)
     ax.axvline(0.0, color="0.6", linewidth=0.8)
     ax.set_yticks(list(places), [name[:40] for name in names])
 

@@ -11,7 +11,7 @@ and its `bootstrap` take the drawn values themselves and sort them in every resa
 three times as long for rank correlations and ROC curves, and a hundred times for Kendall's τ.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,21 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+        return format(self, ".4f")
+
+    def __format__(self, spec: str) -> str:
+        """Each of the three by the spec: `f"{found:.2f}"` is `0.98 [0.97, 0.99]`."""
+        if not spec:
+            return str(self)
+        value, low, high = (format(each, spec) for each in self)
+        return f"{value} [{low}, {high}]"
+
+    def __iter__(self) -> Iterator[float]:
+        return iter((self.value, self.low, self.high))
+
+    def __rmul__(self, factor: float) -> "Estimate":
+        """In another unit, `100 * found`, or of the other sign, `-1 * found`."""
+        return Estimate(factor * self.value, *sorted((factor * self.low, factor * self.high)))
 
 
 def summarized(estimates: Mapping[str, Estimate | None], level: float) -> dict[str, Any]:

@@ -168,20 +168,14 @@ class Gaps:
             f"  {'gap':16}{'RMS size':>34}{'share of the whole':>26}{'Pearson across':>26}",
         ]
         for gap in self.each:
-            size = f"{gap.size.value:.2e} [{gap.size.low:.2e}, {gap.size.high:.2e}]"
-            lines.append(
-                f"  {gap.name:16}{size:>34}{_short(gap.share):>26}{_short(gap.pearson):>26}"
-            )
+            size, share, r = f"{gap.size:.2e}", f"{gap.share:.2f}", f"{gap.pearson:.2f}"
+            lines.append(f"  {gap.name:16}{size:>34}{share:>26}{r:>26}")
         cold, pbrf = (self.correlation("scores", s) for s in ("cold start", "PBRF"))
         lines += [
             f"  the largest is {self.largest.name}",
-            f"  Pearson of the scores with cold start {_short(cold)}, with PBRF {_short(pbrf)}",
+            f"  Pearson of the scores with cold start {cold:.2f}, with PBRF {pbrf:.2f}",
         ]
         return "\n".join(lines)
-
-
-def _short(e: Estimate) -> str:
-    return f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]"
 
 
 def gaps(
