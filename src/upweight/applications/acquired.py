@@ -232,13 +232,13 @@ class Acquired(Outcome):
     def numbers(self) -> dict[str, Any]:
         own = self.strategies[0]
         return {
-            "labels": self.labels.tolist(),
+            "labels": self.labels,
             "accuracy": {
-                name: self.right[s].double().mean(dim=(0, 2)).tolist()
+                name: self.right[s].double().mean(dim=(0, 2))
                 for s, name in enumerate(self.strategies)
             },
             "accuracy_with_validation": {
-                name: self.right_with_validation[s].double().mean(dim=(0, 2)).tolist()
+                name: self.right_with_validation[s].double().mean(dim=(0, 2))
                 for s, name in enumerate(self.strategies)
             },
             "labels_to_final_of": {name: self.labels_to(own, name) for name in self.strategies[1:]},

@@ -131,7 +131,7 @@ class FlaggedLabels(Outcome):
     def numbers(self) -> dict[str, Any]:
         return {
             "rows": len(self),
-            "flagged": list(self.flagged),
+            "flagged": self.flagged,
             "proposed": list(self.proposed().values()),
         }
 

@@ -235,22 +235,19 @@ class CrossValidated(Outcome):
         return ax
 
     def numbers(self) -> dict[str, Any]:
-        low, high = self.interval
         return {
             "kind": self.kind,
             "n": len(self.per_example),
             "mean": self.mean,
-            "standard_error": _finite(self.standard_error),
-            "interval": [_finite(low), _finite(high)],
+            "standard_error": self.standard_error,
+            "interval": self.interval,
             "train_loss": float(self.train_losses.mean()),
-            "unsafe": list(self.unsafe),
-            "refitted": list(self.refitted),
-            "predicted": self.predicted.tolist(),
-            "actual": None if self.actual is None else self.actual.tolist(),
+            "unsafe": self.unsafe,
+            "refitted": self.refitted,
+            "predicted": self.predicted,
+            "actual": self.actual,
             "missed": self.missed,
-            "missed_standard_error": (
-                None if self.missed is None else _finite(self.missed_standard_error or 0.0)
-            ),
+            "missed_standard_error": self.missed_standard_error,
             "is_confirmed": self.is_confirmed,
             "largest_leverage": None if self.leverage is None else float(self.leverage.max()),
             "seconds": self.seconds,
@@ -360,11 +357,10 @@ class Difference(Outcome):
         return ax
 
     def numbers(self) -> dict[str, Any]:
-        low, high = self.interval
         return {
             "mean": self.mean,
-            "standard_error": _finite(self.standard_error),
-            "interval": [_finite(low), _finite(high)],
+            "standard_error": self.standard_error,
+            "interval": self.interval,
             "predicted": self.predicted,
             "actual": self.actual,
             "is_confirmed": self.is_confirmed,
@@ -424,8 +420,3 @@ def _around(mean: float, error: float) -> tuple[float, float]:
 def _interval(interval: tuple[float, float]) -> str:
     low, high = interval
     return f"{low:.4g} to {high:.4g}" if low == low else "unknown"
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if abs(value) < float("inf") else None

@@ -296,13 +296,13 @@ class Suspects(Outcome):
             "rows": len(self),
             "by": self.by,
             "proposals": self.count,
-            "order": self.order.tolist(),
+            "order": self.order,
             "predicted": None
             if path is None
             else {
-                "corrected": list(path.counts),
-                "loss": list(path.values),
-                "accuracy": list(path.accuracies),
+                "corrected": path.counts,
+                "loss": path.values,
+                "accuracy": path.accuracies,
             },
         }
 

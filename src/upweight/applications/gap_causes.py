@@ -178,9 +178,7 @@ class GroupCauses(Outcome):
             "pair": self.pair,
             "predicted": self.predicted,
             "actual": self.actual,
-            "causes": [
-                vars(c) | {"share": [c.share.value, c.share.low, c.share.high]} for c in self.causes
-            ],
+            "causes": [vars(cause) for cause in self.causes],
         }
 
 
@@ -350,7 +348,7 @@ class Causes(Outcome):
             "pair": self.pair,
             "predicted": self.predicted,
             "actual": self.actual,
-            "rows": list(self.rows),
+            "rows": self.rows,
         }
 
 

@@ -10,7 +10,7 @@ the soft gap that scores know closes at another place than the hard one that is 
 because a loss that is predicted to stay may rise: whether a point keeps accuracy, its refit says.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -333,11 +333,11 @@ class Repair(Outcome):
             "target": self.target,
             "predicted": self.predicted,
             "actual": self.actual,
-            "gap_before": _told(base.test),
-            "gap": _told(point.test),
+            "gap_before": vars(base.test),
+            "gap": vars(point.test),
             "accuracy_before": base.accuracy,
             "accuracy": point.accuracy,
-            "price": [point.price.value, point.price.low, point.price.high],
+            "price": point.price,
             "moved": point.moved,
             "correlation": self.correlation,
             "frontier": [
@@ -349,7 +349,7 @@ class Repair(Outcome):
                     "predicted": p.predicted,
                     "actual": p.actual,
                     "validation": p.validation.value,
-                    "test": _told(p.test),
+                    "test": vars(p.test),
                     "accuracy": p.accuracy,
                 }
                 for p in self.frontier
@@ -746,11 +746,6 @@ def _error(values: Tensor) -> float:
 
 def _interval(gap: HardGap) -> str:
     return f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
-
-
-def _told(gap: HardGap) -> dict[str, Any]:
-    found: Mapping[str, Any] = vars(gap)
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
 
 
 def _require_choices(gap: Any, how: str, budget: float, target: float) -> None:

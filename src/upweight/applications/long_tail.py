@@ -127,11 +127,10 @@ class RemovalExperiment(Outcome):
 
     def numbers(self) -> dict[str, Any]:
         names = ("all rows", "without the first", "at random")
-        c = self.cost
         return {
             "removed": len(self.rows),
             "accuracy": {name: self.accuracy(name).value for name in names},
-            "cost": [c.value, _number(c.low), _number(c.high)],
+            "cost": self.cost,
             "draws": self.random.shape[1],
             "seeds": len(self.full),
         }
@@ -211,7 +210,3 @@ def removal_experiment(
         found.append(trained.values)
     every = torch.stack(found)
     return RemovalExperiment(every[:, 0], every[:, 1:], torch.stack(full), first, count / n)
-
-
-def _number(value: float) -> float | None:
-    return value if value == value else None

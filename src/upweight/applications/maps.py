@@ -222,11 +222,11 @@ class Map(Outcome):
         return {
             "method": repr(self.method),
             "about": self.about,
-            "shape": list(self.values.shape),
-            "sums": self.sums.tolist(),
-            "totals": self.totals.tolist(),
-            "errors": [None if e != e else e for e in self.errors.tolist()],
-            "alike": list(self.alike),
+            "shape": self.values.shape,
+            "sums": self.sums,
+            "totals": self.totals,
+            "errors": self.errors,
+            "alike": self.alike,
             "baseline": self.baseline,
         }
 

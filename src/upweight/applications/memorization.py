@@ -161,14 +161,13 @@ class Memorization(Outcome):
         return ax
 
     def numbers(self) -> dict[str, Any]:
-        r, b = self.pearson, self.slope
         return {
             "rows": len(self.predicted),
             "memorized": int((self.predicted >= MEMORIZED).sum()),
             "share": self.share,
             "refits": 0 if self.rows is None else len(self.rows),
-            "pearson": None if r is None else [r.value, r.low, r.high],
-            "slope": None if b is None else [b.value, b.low, b.high],
+            "pearson": self.pearson,
+            "slope": self.slope,
             "duplicate_sets": len(self.duplicates),
         }
 

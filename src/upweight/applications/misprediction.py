@@ -122,11 +122,11 @@ class Misprediction(Outcome):
             "label": self.label,
             "taken_for": self.taken_for,
             "margin": self.margin,
-            "lowers": list(self.lowers),
-            "raises": list(self.raises),
-            "removed": list(self.counts),
-            "predicted": list(self.predicted),
-            "actual": None if self.actual is None else list(self.actual),
+            "lowers": self.lowers,
+            "raises": self.raises,
+            "removed": self.counts,
+            "predicted": self.predicted,
+            "actual": self.actual,
         }
 
 

@@ -8,6 +8,7 @@ an outcome that is not confirmed speaks of what is predicted.
 """
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from upweight._html import card
 from upweight._typing import Axes, DataFrame
+from upweight.evaluation.bootstrap import Estimate
 from upweight.notation import readable
 
 NEXT = ".frame(), .plot(), .summary()"
@@ -69,12 +71,12 @@ class Outcome(abc.ABC):
 
     @abc.abstractmethod
     def numbers(self) -> dict[str, Any]:
-        """What `summary` has beside its sentences, as JSON would hold it."""
+        """What `summary` has beside its sentences: numbers, texts, tensors and estimates."""
 
     def summary(self) -> dict[str, Any]:
         """The answer as JSON would hold it: its sentences, whether it is confirmed, its numbers."""
         asked = {"title": self.title, "verdict": self.verdict, "confirmed": self.is_confirmed}
-        return asked | self.numbers() | {"notes": list(self.notes)}
+        return _as_json(asked | self.numbers() | {"notes": self.notes})
 
     def __str__(self) -> str:
         return "\n".join([self.verdict, *(f"  note: {note}" for note in self.notes)])
@@ -106,6 +108,17 @@ def as_table(
         values = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in values.items()}
     names = None if index is None else pd.Index(index)
     return pd.DataFrame(values, names, columns).rename_axis(name)
+
+
+def _as_json(value: Any) -> Any:
+    """Lists in place of tuples and tensors, [value, low, high] of estimates; JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {name: _as_json(each) for name, each in value.items()}
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, tuple | list | Estimate):
+        return [_as_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _head(frame: "DataFrame") -> tuple[list[str], list[list[str]]]:

@@ -14,7 +14,6 @@ That data should be paid as labour is the argument of Arrieta-Ibarra et al. (201
 data as labor?; they give no estimator.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -37,7 +36,6 @@ from upweight.applications.valuation import (
     correlation,
     joined,
     method_name,
-    plain,
     values,
 )
 from upweight.errors import DataError, ShapeError, SpecError
@@ -283,15 +281,14 @@ class Statement(Outcome):
         return ax
 
     def numbers(self) -> dict[str, Any]:
-        worst = float(self.moved_by_point.max()) if len(self._by_point) > 1 else math.nan
         return {
             "budget": str(self._money(self.budget)),
             "payouts": {name: str(paid) for name, paid in self.payouts.items()},
-            "intervals": dict(zip(self.contributors, map(plain, self.intervals), strict=True)),
-            "at floor": list(self.at_floor),
-            "worth less than 0": list(self.negative),
-            "most moved by a validation point": worst if math.isfinite(worst) else None,
-            "pearson with refits": None if self.agreement is None else plain(self.agreement),
+            "intervals": dict(zip(self.contributors, map(vars, self.intervals), strict=True)),
+            "at floor": self.at_floor,
+            "worth less than 0": self.negative,
+            "most moved by a validation point": float(self.moved_by_point.max()),
+            "pearson with refits": self.agreement and vars(self.agreement),
         }
 
 

@@ -169,13 +169,13 @@ class Path(Outcome):
         return {
             "parameter": self.parameter,
             "values": [_plain(value) for value in self.values],
-            "loss": _numbers(self.mean),
-            "standard_error": _numbers(self.standard_error),
+            "loss": self.mean,
+            "standard_error": self.standard_error,
             "chosen": _plain(self.chosen),
             "chosen_within_one_standard_error": _plain(self.chosen_within_one_standard_error),
-            "unsafe": list(self.unsafe),
-            "predicted": _numbers(self.predicted),
-            "actual": None if self.actual is None else _numbers(self.actual),
+            "unsafe": self.unsafe,
+            "predicted": self.predicted,
+            "actual": self.actual,
             "is_confirmed": self.is_confirmed,
         }
 
@@ -183,11 +183,6 @@ class Path(Outcome):
         return torch.tensor(
             [float("nan") if at is None else of(at) for at in self.along], dtype=torch.float64
         )
-
-
-def _numbers(values: Float[Tensor, " v"]) -> list[float | None]:
-    """JSON has no NaN."""
-    return [v if v == v else None for v in values.tolist()]
 
 
 def _plain(value: Any) -> Any:

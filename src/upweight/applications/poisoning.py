@@ -487,9 +487,9 @@ class Cleansed(Outcome):
             "limit": self.limit,
             "before": _flat(self.before),
             "curve": [_flat(each) for each in self.curve],
-            "chosen": _flat(self.chosen) | {"rows": list(self.chosen.rows)},
+            "chosen": _flat(self.chosen) | {"rows": self.chosen.rows},
             "control": None if self.control is None else _flat(self.control),
-            "failed": list(self.failed),
+            "failed": self.failed,
             "predicted": self.predicted,
             "actual": self.actual,
         }

@@ -139,8 +139,8 @@ class Ranking(Outcome):
     def numbers(self) -> dict[str, Any]:
         return {
             "pool": len(self.predicted),
-            "chosen": self.chosen.tolist(),
-            "predicted": self.predicted[self.chosen].tolist(),
+            "chosen": self.chosen,
+            "predicted": self.predicted[self.chosen],
             "labels": self.labels,
             "diverse": self.diverse,
             "validation_loss": self.loss,

@@ -258,18 +258,15 @@ class Leakage(Outcome):
                 {
                     "redaction": each.redaction,
                     "attack": each.name,
-                    "auc": [each.auc.value, each.auc.low, each.auc.high],
-                    "tpr": {
-                        f"{rate:g}": [found.value, found.low, found.high]
-                        for rate, found in zip(RATES, each.rates, strict=True)
-                    },
+                    "auc": each.auc,
+                    "tpr": dict(zip([f"{rate:g}" for rate in RATES], each.rates, strict=True)),
                 }
                 for each in self.attacks
             ],
-            "shown": {name: list(pair) for name, pair in self.shown.items()},
-            "revealed": dict(self.revealed),
-            "overlap": dict(self.overlap),
-            "withheld": dict(self.withheld),
+            "shown": self.shown,
+            "revealed": self.revealed,
+            "overlap": self.overlap,
+            "withheld": self.withheld,
         }
 
 

@@ -185,13 +185,6 @@ class Change:
     loss: Estimate
     accuracy: Estimate
 
-    def summary(self) -> dict[str, list[float]]:
-        """`[value, low, high]` each."""
-        return {
-            name: [each.value, each.low, each.high]
-            for name, each in (("loss", self.loss), ("accuracy", self.accuracy))
-        }
-
 
 @dataclass(frozen=True, eq=False)
 class Repaired(Outcome):
@@ -277,8 +270,8 @@ class Repaired(Outcome):
             "dropped": len(self.decisions.dropped),
             "before": {"loss": self.before[0], "accuracy": self.before[1]},
             "after": {"loss": self.after[0], "accuracy": self.after[1]},
-            "predicted": self.predicted.summary(),
-            "actual": self.actual.summary(),
+            "predicted": vars(self.predicted),
+            "actual": vars(self.actual),
             "level": self.level,
         }
 

@@ -198,7 +198,7 @@ class Weights(Outcome):
             "radius": self.radius,
             "effective_n": self.effective_n,
             "expects_gain": self.expects_gain,
-            "w": self.w.tolist(),
+            "w": self.w,
             "path": [vars(point) for point in self.path],
             **intervals.summarized(found, self.level),
         }

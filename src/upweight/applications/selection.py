@@ -169,7 +169,7 @@ class Subset(Outcome):
             "rule": self.rule,
             "why": self.why,
             "n": self.n,
-            "rows": self.rows.tolist(),
+            "rows": self.rows,
             "expects_gain": self.expects_gain,
             **intervals.summarized(found, self.level),
         }

@@ -202,7 +202,6 @@ class SubsetMemorization(Outcome):
         return sorted_values(self.actual, ax, self.standard_error)
 
     def numbers(self) -> dict[str, Any]:
-        top, r = self.ceiling, self.agreement
         return {
             "rows": len(self.actual),
             "models": len(self.inside),
@@ -211,8 +210,8 @@ class SubsetMemorization(Outcome):
             "measure": self.measure,
             "memorized": int((self.actual >= MEMORIZED).sum()),
             "mean_standard_error": float(self.standard_error.mean()),
-            "ceiling": None if top is None else [top.value, top.low, top.high],
-            "spearman_of_predicted": None if r is None else [r.value, r.low, r.high],
+            "ceiling": self.ceiling,
+            "spearman_of_predicted": self.agreement,
             "duplicate_sets": len(self.duplicates),
         }
 
@@ -427,7 +426,6 @@ class Pairs(Outcome):
         return ax
 
     def numbers(self) -> dict[str, Any]:
-        again = self.again
         return {
             "pairs": len(self),
             "opposite": self.opposite,
@@ -435,7 +433,7 @@ class Pairs(Outcome):
             "errors": self.errors,
             "memorized_rows": self.rows,
             "chosen_mean": float(self.predicted.mean()) if len(self.predicted) else None,
-            "repeated_mean": None if again is None else [again.value, again.low, again.high],
+            "repeated_mean": self.again,
         }
 
 

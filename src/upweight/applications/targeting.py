@@ -131,7 +131,7 @@ class Target(Outcome):
     def numbers(self) -> dict[str, Any]:
         return {
             "n": self.n,
-            "rows": self.rows.tolist(),
+            "rows": self.rows,
             "predicted": self.predicted,
             "test_losses": {name: float(each.mean()) for name, each in self.losses.items()},
             "is_confirmed": self.is_confirmed,

@@ -192,7 +192,7 @@ class Unlearned(Outcome):
         change = self.change
         return {
             "how": self.how,
-            "examples": list(self.examples),
+            "examples": self.examples,
             "n": self.n,
             "predicted": float(self.predicted.norm()),
             "moved": self.moved,
@@ -200,10 +200,10 @@ class Unlearned(Outcome):
             "remaining": self.remaining,
             "remaining_outputs": self.remaining_outputs,
             "drift": self.drift,
-            "gradients": list(self.gradients),
+            "gradients": self.gradients,
             "refit_gradient": self.refit_gradient,
-            "loss_of_removed": list(change.forgotten),
-            "loss_of_queries": list(change.losses),
+            "loss_of_removed": change.forgotten,
+            "loss_of_queries": change.losses,
         }
 
 

@@ -205,7 +205,7 @@ class Values(Outcome):
     def numbers(self) -> dict[str, Any]:
         shown = self.frame().head(SHOWN)
         return {
-            "total": plain(self.total),
+            "total": vars(self.total),
             "owed": self.owed,
             "above": self.above,
             "below": self.below,
@@ -424,11 +424,11 @@ class Worth(Outcome):
         return {
             "action": self.action,
             "before": float(self.before.mean()),
-            "predicted": dict(zip(self.names, map(plain, self.predicted_means), strict=True)),
+            "predicted": dict(zip(self.names, map(vars, self.predicted_means), strict=True)),
             "actual": None
             if actual is None
-            else dict(zip(self.names, map(plain, actual), strict=True)),
-            "pearson": None if self.agreement is None else plain(self.agreement),
+            else dict(zip(self.names, map(vars, actual), strict=True)),
+            "pearson": self.agreement and vars(self.agreement),
         }
 
 
@@ -691,10 +691,8 @@ class Comparison(Outcome):
 
     def numbers(self) -> dict[str, Any]:
         return {
-            "spearman": {f"{a} – {b}": plain(e) for (a, b), e in self.orders.items()},
-            "pearson with refits": {
-                name: None if e is None else plain(e) for name, e in self.agreement.items()
-            },
+            "spearman": {f"{a} – {b}": vars(e) for (a, b), e in self.orders.items()},
+            "pearson with refits": {name: e and vars(e) for name, e in self.agreement.items()},
         }
 
 
@@ -796,12 +794,6 @@ def bracketed(found: Estimate, signed: bool = False) -> str:
     if math.isnan(found.low) or math.isnan(found.high):
         return value
     return f"{value} [{readable(found.low)}, {readable(found.high)}]"
-
-
-def plain(found: Estimate) -> dict[str, float | None]:
-    """As JSON would hold it, None for what is not known."""
-    pairs = (("value", found.value), ("low", found.low), ("high", found.high))
-    return {name: x if math.isfinite(x) else None for name, x in pairs}
 
 
 def columns_of(every: Iterable[Estimate], *names: str) -> dict[str, tuple[float, ...]]:
