@@ -9,32 +9,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from upweight._typing import Axes, Batch, DataFrame
-from upweight.applications.attributions import (
-    CAM,
-    TCAV,
-    Additive,
-    Attribution,
-    Deletion,
-    GradCAM,
-    Gradient,
-    InputXGradient,
-    IntegratedGradients,
-    Saliency,
-    SmoothGrad,
-    shuffled,
-)
+from upweight.applications import attributions as own
+from upweight.applications import packaged
+from upweight.applications.attributions import TCAV, Attribution, shuffled
 from upweight.applications.explained import Explained
 from upweight.applications.outcome import Outcome, as_table
-from upweight.applications.packaged import (
-    LIME,
-    LRP,
-    SHAP,
-    Captum,
-    Deconvolution,
-    DeepLIFT,
-    DeepTaylor,
-    GuidedBackprop,
-)
 from upweight.errors import NonFinite, ShapeError, SpecError
 from upweight.methods.fitted import Fitted
 from upweight.methods.perturbation import input_of
@@ -49,23 +28,23 @@ from upweight.task.task import Task, require_task
 METHODS: dict[str, type[Attribution]] = {
     kind.name: kind
     for kind in (
-        CAM,
-        GradCAM,
-        TCAV,
-        Deconvolution,
-        GuidedBackprop,
-        DeepTaylor,
-        LRP,
-        DeepLIFT,
-        Deletion,
-        Additive,
-        Gradient,
-        Saliency,
-        InputXGradient,
-        IntegratedGradients,
-        LIME,
-        SHAP,
-        SmoothGrad,
+        own.CAM,
+        own.GradCAM,
+        own.TCAV,
+        packaged.Deconvolution,
+        packaged.GuidedBackprop,
+        packaged.DeepTaylor,
+        packaged.LRP,
+        packaged.DeepLIFT,
+        own.Deletion,
+        own.Additive,
+        own.Gradient,
+        own.Saliency,
+        own.InputXGradient,
+        own.IntegratedGradients,
+        packaged.LIME,
+        packaged.SHAP,
+        own.SmoothGrad,
     )
 }
 """By the name that `method=` takes."""
@@ -460,7 +439,7 @@ def attribution(method: Any) -> Attribution:
     if isinstance(method, type) and issubclass(method, Attribution) and method is not TCAV:
         return method()
     if isinstance(method, type) and method.__module__.startswith("captum."):
-        return Captum(method)
+        return packaged.Captum(method)
     if isinstance(method, str) and method in METHODS and method != TCAV.name:
         return METHODS[method]()
     if method in (TCAV.name, TCAV):
