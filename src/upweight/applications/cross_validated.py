@@ -19,10 +19,8 @@ from torch import Tensor
 from upweight._typing import Axes, DataFrame
 from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import ShapeError
+from upweight.evaluation.bootstrap import around
 from upweight.plot import axes
-
-NORMAL = 1.959963984540054
-"""Standard errors on either side of a 95 % interval."""
 
 SHOWN = 3
 
@@ -96,7 +94,8 @@ class CrossValidated(Outcome):
     @property
     def interval(self) -> tuple[float, float]:
         """The mean ± 1.96 standard errors."""
-        return _around(self.mean, self.standard_error)
+        _, low, high = around(self.mean, self.standard_error)
+        return low, high
 
     @cached_property
     def predicted(self) -> Float[Tensor, " r"]:  # type: ignore[override]
@@ -288,7 +287,8 @@ class Difference(Outcome):
     @property
     def interval(self) -> tuple[float, float]:
         """The mean ± 1.96 standard errors."""
-        return _around(self.mean, self.standard_error)
+        _, low, high = around(self.mean, self.standard_error)
+        return low, high
 
     @property
     def _both(self) -> list[int]:
@@ -411,10 +411,6 @@ def standard_error(
     if g < 2:
         return float("nan")
     return float((g / (g - 1) * parts.square().sum()).sqrt()) / n
-
-
-def _around(mean: float, error: float) -> tuple[float, float]:
-    return mean - NORMAL * error, mean + NORMAL * error
 
 
 def _interval(interval: tuple[float, float]) -> str:

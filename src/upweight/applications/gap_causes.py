@@ -25,7 +25,6 @@ from upweight.applications.group_gaps import (
     differences,
     read,
     readings,
-    z,
 )
 from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import Subject, subject_of
@@ -37,7 +36,7 @@ from upweight.errors import (
     StaleStore,
     UpweightError,
 )
-from upweight.evaluation.bootstrap import Estimate
+from upweight.evaluation.bootstrap import Estimate, around
 from upweight.methods.reduce import GroupSums
 from upweight.notation import percent
 from upweight.plot import axes
@@ -306,7 +305,7 @@ class Causes(Outcome):
             value = float(differences(self.gap, T[:, k], self.positive)[self.place]) / self.soft
             residual = (T[:, k] - value * found.scores) / self.soft
             error = difference_error(self.gap, self.place, residual, self.positive)
-            shares.append(Estimate(value, value - z() * error, value + z() * error))
+            shares.append(around(value, error))
         order = sorted(range(len(names)), key=lambda k: -shares[k].value)
         chosen = order[:refits] if self.subject.recipe is not None else []
         refitted = _without(

@@ -28,7 +28,6 @@ from upweight.applications.group_gaps import (
     differences,
     read,
     readings,
-    z,
 )
 from upweight.applications.least_change import cheapest_change, least_change
 from upweight.applications.other_labels import Relabeled, relabel_factor
@@ -41,7 +40,7 @@ from upweight.errors import (
     StaleStore,
     UpweightError,
 )
-from upweight.evaluation.bootstrap import Estimate
+from upweight.evaluation.bootstrap import NORMAL, Estimate, around
 from upweight.methods.fitted import Fitted
 from upweight.notation import percent
 from upweight.plot import axes
@@ -316,7 +315,7 @@ class Repair(Outcome):
                 ax.scatter([x[k] for k in kept], [y[k] for k in kept], color=color, label=label)
         at = self.frontier.index(self.point)
         ax.errorbar(
-            x[at], y[at], xerr=z() * self.point.test.error, color="0.2", marker="s",
+            x[at], y[at], xerr=NORMAL * self.point.test.error, color="0.2", marker="s",
             label="chosen on validation",
         )  # fmt: skip
         ax.set(xlabel=f"|{self.gap.words}|, test rows", ylabel="accuracy, test rows")
@@ -641,7 +640,7 @@ class _Search:
             changed=tuple((change != 0).nonzero()[:, 0].tolist()),
             moved=float(change.abs().mean()),
             feasible=feasible,
-            within=float(kept_here.mean()) + z() * _error(kept_here) >= -self.budget,
+            within=around(float(kept_here.mean()), _error(kept_here)).high >= -self.budget,
             predicted=float(self.soft[self.pair] + effects.gaps[self.pair] @ x),
             actual=float(soft),
             loss_predicted=float(effects.loss @ x),
@@ -650,8 +649,8 @@ class _Search:
             validation_accuracy=here.accuracy,
             test=test,
             accuracy=there.accuracy,
-            price=_around(float(right.mean()), _error(right)),
-            closed=_around(abs(again.value) - abs(first.value), error),
+            price=around(float(right.mean()), _error(right)),
+            closed=around(abs(again.value) - abs(first.value), error),
         )
 
     def _fit(self, weights: Float[Tensor, " n"], flips: tuple[int, ...]) -> Tensor | str:
@@ -733,10 +732,6 @@ def _who(task: Task, train: Data, gap: Gap, groups: Any) -> tuple[str, ...]:
         return tuple(told)
     names, at = labels_by_place(groups, len(told), "training example")
     return tuple(f"{names[k]}, {label}" for k, label in zip(at, told, strict=True))
-
-
-def _around(value: float, error: float) -> Estimate:
-    return Estimate(value, value - z() * error, value + z() * error)
 
 
 def _error(values: Tensor) -> float:

@@ -13,7 +13,6 @@ have other scales: what closes one leaves a part of the other, which only a refi
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch, Params
 from upweight.errors import DataError, ShapeError, SpecError, UnsupportedModel, message
+from upweight.evaluation.bootstrap import wilson
 from upweight.runtime.selection import labels_by_place
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Loss, Weighted
@@ -37,9 +37,6 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
     "equalized_odds": ("positive", "negative"),
 }
 """Over which rows each kind compares the groups."""
-
-LEVEL = 0.95
-"""Of every interval here."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,17 +306,17 @@ def counted(
     one, other = pair.rows(torch.tensor(made.places), positive)
     sizes = int(one.sum()), int(other.sum())
     hits = int(decided[one].sum()), int(decided[other].sum())
-    p = [k / n for k, n in zip(hits, sizes, strict=True)]
-    (low_a, high_a), (low_b, high_b) = map(_wilson, hits, sizes)
-    value = p[1] - p[0]
+    a, b = map(wilson, hits, sizes)
+    p = (a.value, b.value)
+    value = b.value - a.value
     return HardGap(
         value=value,
         error=(sum(q * (1 - q) / n for q, n in zip(p, sizes, strict=True))) ** 0.5,
-        low=value - ((p[1] - low_b) ** 2 + (high_a - p[0]) ** 2) ** 0.5,
-        high=value + ((high_b - p[1]) ** 2 + (p[0] - low_a) ** 2) ** 0.5,
+        low=value - ((b.value - b.low) ** 2 + (a.high - a.value) ** 2) ** 0.5,
+        high=value + ((b.high - b.value) ** 2 + (a.value - a.low) ** 2) ** 0.5,
         pair=pair_in_words(made.names, pair, made.kind),
         place=place,
-        shares=(p[0], p[1]),
+        shares=p,
         sizes=sizes,
     )
 
@@ -339,11 +336,6 @@ def difference_error(
             "use more rows of that group, or leave its rows out.",
         )
     return sum(float(v.var()) / len(v) for v in rest) ** 0.5
-
-
-def z(level: float = LEVEL) -> float:
-    """How many standard errors an interval reaches to each side."""
-    return NormalDist().inv_cdf((1 + level) / 2)
 
 
 def pairs(kind: str, count: int) -> list[Pair]:
@@ -438,13 +430,6 @@ def _index(task: Task, batch: Batch, positive: Any) -> int:
 def _is(values: Any, positive: Any) -> Bool[Tensor, " q"]:
     entries = values.tolist() if hasattr(values, "tolist") else list(values)
     return torch.tensor([entry == positive for entry in entries], dtype=torch.bool)
-
-
-def _wilson(hits: int, size: int) -> tuple[float, float]:
-    """Wilson's (1927) interval of a share."""
-    p, at = hits / size, z()
-    center, half = p + at**2 / (2 * size), at * (p * (1 - p) / size + at**2 / (4 * size**2)) ** 0.5
-    return (center - half) / (1 + at**2 / size), (center + half) / (1 + at**2 / size)
 
 
 def _require_rows(queries: Any) -> None:

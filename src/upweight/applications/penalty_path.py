@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Axes, DataFrame
-from upweight.applications.cross_validated import NORMAL, CrossValidated
+from upweight.applications.cross_validated import CrossValidated
 from upweight.applications.outcome import Outcome, as_table
+from upweight.evaluation.bootstrap import NORMAL
 from upweight.plot import axes
 
 

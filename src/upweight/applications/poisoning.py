@@ -32,7 +32,7 @@ from upweight._typing import Axes, Batch, DataFrame, Params
 from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import DataError, NotConverged, ShapeError, SpecError
 from upweight.evaluation import bootstrap, mislabel
-from upweight.evaluation.bootstrap import Bootstrap, Estimate
+from upweight.evaluation.bootstrap import Bootstrap, Estimate, wilson
 from upweight.methods.fitted import Fitted
 from upweight.methods.members import members_given
 from upweight.plot import axes
@@ -55,9 +55,6 @@ SHARES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
 
 SHOWN = 5
 """Rows that a verdict names."""
-
-Z = 1.959963984540054
-"""Of a two-sided 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -653,17 +650,6 @@ def _right(task: Task, theta: Float[Tensor, " p"], data: Data) -> Float[Tensor, 
 def _success(task: Task, theta: Float[Tensor, " p"], data: Data, target: int) -> Estimate:
     answers = _answers(task, theta, data)[0]
     return wilson(int((answers == target).sum()), len(answers))
-
-
-def wilson(hits: int, count: int) -> Estimate:
-    """A share and its 95 % score interval (Wilson 1927), which is no point at 0 and 1.
-
-    (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n)
-    """
-    share, slack = hits / count, Z * Z / count
-    middle = (share + slack / 2) / (1 + slack)
-    half = Z * (share * (1 - share) / count + slack / (4 * count)) ** 0.5 / (1 + slack)
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def _mean(values: Float[Tensor, " q"], how: Bootstrap) -> Estimate:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from upweight._typing import Axes, DataFrame
 from upweight.errors import SpecError, listed, nearest
+from upweight.evaluation.bootstrap import NORMAL
 from upweight.notation import count, readable
 from upweight.plot import LOWERED, NEUTRAL, RAISED, axes
 
@@ -234,7 +235,7 @@ def _leverage_resid2(found: Diagnostics, label: int, ax: "Axes") -> None:
     ax.scatter(squared, h, s=18, color=NEUTRAL, alpha=0.8)
     _lines(ax.axhline, (float(h.mean()),))
     _lines(ax.axvline, (float(squared.mean()),))
-    beyond = (h > _high(found)[0]) | (squared > 1.959963984540054**2)
+    beyond = (h > _high(found)[0]) | (squared > NORMAL**2)
     size = np.maximum(h / h.max(), squared / squared.max())
     _named(found, squared, h, np.where(beyond, size, -1.0), label, ax)
     ax.set(

@@ -30,7 +30,7 @@ from upweight.applications.subject import Subject, subject_of
 from upweight.effects import Groups, as_groups
 from upweight.errors import DataError, ShapeError, SpecError
 from upweight.evaluation import metrics
-from upweight.evaluation.bootstrap import Bootstrap, Estimate, means
+from upweight.evaluation.bootstrap import NORMAL, Bootstrap, Estimate, means
 from upweight.notation import count, readable
 from upweight.plot import axes
 from upweight.provenance import Provenance
@@ -54,9 +54,6 @@ WORDS = {"Loss()": "loss", "Correct()": "accuracy"}
 
 SHOWN = 30
 """Bars of a figure."""
-
-Z = 1.959963984540054
-"""Of a normal 95 % interval."""
 
 
 # -- what each is worth ---------------------------------------------------------------------------
@@ -123,12 +120,12 @@ class Values(Outcome):
     @property
     def below(self) -> int:
         """How many are worth less than 0 by more than 1.96 standard errors."""
-        return int((self.predicted + Z * self.standard_errors < 0).sum())
+        return int((self.predicted + NORMAL * self.standard_errors < 0).sum())
 
     @property
     def above(self) -> int:
         """How many are worth more than 0 by more than 1.96 standard errors."""
-        return int((self.predicted - Z * self.standard_errors > 0).sum())
+        return int((self.predicted - NORMAL * self.standard_errors > 0).sum())
 
     @property
     def title(self) -> str:
@@ -181,8 +178,8 @@ class Values(Outcome):
         columns = {
             "value": value,
             "standard error": error,
-            "low": value - Z * error,
-            "high": value + Z * error,
+            "low": value - NORMAL * error,
+            "high": value + NORMAL * error,
         }
         what = "example" if self.scores.columns is None else "contributor"
         index = range(len(value)) if self.scores.columns is None else self.names

@@ -23,6 +23,7 @@ from upweight.errors import SpecError
 
 CHUNK = 4_000_000  # numbers per array while resampling
 FEW = 20  # items of a way below which a percentile interval is too narrow
+NORMAL = 1.959963984540054  # standard errors on either side of a normal 95 % interval
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,22 @@ class Estimate:
     def __rmul__(self, factor: float) -> "Estimate":
         """In another unit, `100 * found`, or of the other sign, `-1 * found`."""
         return Estimate(factor * self.value, *sorted((factor * self.low, factor * self.high)))
+
+
+def around(value: float, error: float) -> Estimate:
+    """value ± 1.96 standard errors: the 95 % interval of a normal estimate."""
+    return Estimate(value, value - NORMAL * error, value + NORMAL * error)
+
+
+def wilson(hits: int, count: int) -> Estimate:
+    """A share and its 95 % score interval (Wilson 1927), which is no point at 0 and 1.
+
+    (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n)
+    """
+    share, slack = hits / count, NORMAL * NORMAL / count
+    middle = (share + slack / 2) / (1 + slack)
+    half = NORMAL * (share * (1 - share) / count + slack / (4 * count)) ** 0.5 / (1 + slack)
+    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def summarized(estimates: Mapping[str, Estimate | None], level: float) -> dict[str, Any]:
