@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Axes, DataFrame
 from upweight.applications.outcome import Outcome, as_table
+from upweight.applications.right_answers import equal_examples
 from upweight.applications.valuation import (
     SHOWN,
     Values,
@@ -222,7 +222,7 @@ class Statement(Outcome):
                 f"leaving out validation point {k} alone would move {percent(float(moved[k]))} of "
                 "the budget, the most of all"
             )
-        if (lost := int((~self._drawn_finite()).sum())) > 0:
+        if len(moved) > 1 and (lost := int((~moved.isfinite()).sum())) > 0:
             said.append(
                 f"without {count(lost, 'validation point')} nobody would be worth anything, and "
                 "intervals leave such draws out"
@@ -251,9 +251,6 @@ class Statement(Outcome):
                 f"{self.contributors[at]} ({self.shared[at]}): each copy is paid"
             )
         return tuple(said)
-
-    def _drawn_finite(self) -> Tensor:
-        return self.moved_by_point.isfinite() if len(self._by_point) > 1 else torch.ones(1).bool()
 
     def frame(self) -> "DataFrame":
         """A row per contributor, the best paid first."""
@@ -450,24 +447,11 @@ def _shared(context: Context | None, at: Sequence[int], count_: int) -> tuple[in
     """Of each contributor, how many examples another one gave too, to the last bit."""
     if context is None:
         return None
-    keys: list[bytes] = []
-    for start, stop, batch in context.train.batches(1024):
-        leaves = tree_leaves(batch)
-        alike = all(isinstance(leaf, Tensor) and len(leaf) == stop - start for leaf in leaves)
-        if not leaves or not alike:
-            return None
-        parts = [leaf.detach().cpu().reshape(stop - start, -1) for leaf in leaves]
-        arrays = [
-            part.float().numpy() if part.dtype == torch.bfloat16 else part.numpy() for part in parts
-        ]
-        keys += [b"|".join(a[k].tobytes() for a in arrays) for k in range(stop - start)]
-    givers: dict[int, set[int]] = {}
-    hashed = [hash(key) for key in keys]
-    for key, giver in zip(hashed, at, strict=True):
-        givers.setdefault(key, set()).add(giver)
     shared = [0] * count_
-    for key, giver in zip(hashed, at, strict=True):
-        shared[giver] += len(givers[key]) > 1
+    for rows in equal_examples(context.train):
+        if len({at[i] for i in rows}) > 1:
+            for i in rows:
+                shared[at[i]] += 1
     return tuple(shared)
 
 

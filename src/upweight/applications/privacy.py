@@ -26,13 +26,13 @@ from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Axes, DataFrame
 from upweight.applications.outcome import Outcome, as_table
+from upweight.applications.right_answers import names_of
 from upweight.errors import DataError, NonFinite, SpecError
 from upweight.evaluation import mislabel
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate
 from upweight.methods.fitted import Fitted
 from upweight.plot import axes
 from upweight.provenance import Context
-from upweight.runtime.fingerprint import item_checksum
 from upweight.runtime.selection import places
 from upweight.scores import Scores
 from upweight.task.data import Data, batch_size
@@ -434,8 +434,8 @@ def own_rows(scores: Scores) -> tuple[int, ...]:
     context = scores.context
     if scores.columns is not None or not isinstance(context, Context) or context.queries is None:
         return ()
-    trained = set(_checksums(context.train))
-    return tuple(q for q, sum in enumerate(_checksums(context.queries)) if sum in trained)
+    trained = set(names_of(context.train))
+    return tuple(q for q, name in enumerate(names_of(context.queries)) if name in trained)
 
 
 @dataclass(frozen=True, eq=False)
@@ -633,14 +633,3 @@ def _require_count(k: Any, n: int) -> None:
             "a share of the data, or a training set that is smaller.",
             "k=5.",
         )
-
-
-def _checksums(data: Data) -> list[int]:
-    """Of inputs and labels of each example."""
-    sums = []
-    for _, _, batch in data.batches(batch_size(1, 8)):
-        leaves = [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
-        count = len(leaves[0]) if leaves else 0
-        rows = [leaf.detach().cpu() for leaf in leaves if len(leaf) == count]
-        sums += [item_checksum(tuple(leaf[i] for leaf in rows)) for i in range(count)]
-    return sums

@@ -5,6 +5,7 @@ correct        1 where the class of largest output is y, else 0     (Feldman & Z
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -123,16 +124,19 @@ def equal_examples(data: Data) -> list[list[int]]:
     Cost: one reading of the data.
     """
     places: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i, name in enumerate(names_of(data)):
+        places[name].append(i)
+    return [rows for rows in places.values() if len(rows) > 1]
+
+
+def names_of(data: Data) -> Iterator[tuple[Any, ...]]:
+    """Of each example a name, which those have in common that are equal to the last bit."""
     for start, stop, batch in data.batches(ROWS):
         leaves = tree_leaves(batch)
-        names: list[tuple[Any, ...]]
         if all(isinstance(x, Tensor) and x.shape[:1] == (stop - start,) for x in leaves):
-            names = list(zip(*(row_checksums(x).tolist() for x in leaves), strict=True))
+            yield from zip(*(row_checksums(x).tolist() for x in leaves), strict=True)
         else:
-            names = [_name(tree_leaves(data.take([i]))) for i in range(start, stop)]
-        for i, name in enumerate(names, start):
-            places[name].append(i)
-    return [rows for rows in places.values() if len(rows) > 1]
+            yield from (_name(tree_leaves(data.take([i]))) for i in range(start, stop))
 
 
 def _name(leaves: list[Any]) -> tuple[Any, ...]:
