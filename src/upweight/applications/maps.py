@@ -15,6 +15,8 @@ from upweight.applications.attributions import TCAV, Attribution, shuffled
 from upweight.applications.explained import Explained
 from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import NonFinite, ShapeError, SpecError
+from upweight.evaluation import metrics
+from upweight.gradients.autograd import total_gradient
 from upweight.methods.fitted import Fitted
 from upweight.methods.perturbation import input_of
 from upweight.notation import percent, readable
@@ -426,10 +428,7 @@ def _gradient(
     task: Task, theta: Tensor, batch: Batch, measure: Callable[..., Tensor]
 ) -> Float[Tensor, " p"]:
     """∇m of one query."""
-    at = theta.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        value = measure(task, task.named(at), batch).sum()
-    return torch.autograd.grad(value, at, materialize_grads=True)[0]
+    return total_gradient(task, theta, lambda params: measure(task, params, batch))
 
 
 def attribution(method: Any) -> Attribution:
@@ -506,21 +505,12 @@ def _checked(raw: Tensor, method: Attribution) -> Tensor:
 
 def _alike(a: Tensor, b: Tensor) -> float | None:
     """Rank correlation of a and b where one of them is not 0; None where that says nothing."""
-    both = torch.stack([a.flatten(), b.flatten()])
-    both = both[:, both.abs().amax(dim=0) > 0]  # of a background all methods say 0
-    if both.shape[1] < 3:
+    a, b = a.flatten(), b.flatten()
+    there = (a != 0) | (b != 0)  # of a background all methods say 0
+    if int(there.sum()) < 3:
         return None
-    ranks = torch.stack([_ranks(each) for each in both])
-    if bool((ranks.std(dim=1) == 0).any()):
-        return None
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ties have their mean rank."""
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    ends = counts.cumsum(dim=0).double()
-    return (ends - (counts - 1) / 2)[inverse]
+    rho = metrics.rank_correlation(a[there], b[there], a.new_ones(1, int(there.sum())))
+    return float(rho) if bool(rho.isfinite()) else None
 
 
 def _place(at: Iterable[Tensor]) -> str:

@@ -18,7 +18,6 @@ comes of it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from upweight.applications.subject import Subject
 from upweight.errors import DataError, NotConverged, SpecError
 from upweight.evaluation import bootstrap as intervals
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
-from upweight.gradients.autograd import total_gradient
+from upweight.gradients.autograd import loss_gradient
 from upweight.methods.fitted import Fitted
 from upweight.plot import axes
 from upweight.runtime.resources import Resources
@@ -131,16 +130,12 @@ def decided(
 
 def changed_gradient(fitted: Fitted, labels: Mapping[int, Any]) -> Float[Tensor, " p"]:
     """Σ [∇ℓ(xᵢ, ỹᵢ) − ∇ℓ(xᵢ, yᵢ)] over the rows with new labels ỹ."""
-    task, found = fitted.task, torch.zeros_like(fitted.theta)
-    if not labels:
-        return found
-    places = sorted(labels)
-    new = with_labels(task, fitted.train, {i: labels[i] for i in places}).subset(places)
-    for data, sign in ((new, 1.0), (fitted.train.subset(places), -1.0)):
-        for _, _, batch in data.batches(512):
-            losses = partial(task.losses, batch=task.to_device(batch))
-            found += sign * total_gradient(task, fitted.theta, losses)
-    return found
+    task, train, places = fitted.task, fitted.train, sorted(labels)
+    if not places:
+        return torch.zeros_like(fitted.theta)
+    new = with_labels(task, train, {i: labels[i] for i in places})
+    new, old = (loss_gradient(task, fitted.theta, data.subset(places)) for data in (new, train))
+    return new - old
 
 
 def movement(fitted: Fitted, decisions: Decisions) -> tuple[Float[Tensor, " p"], float]:

@@ -31,6 +31,7 @@ from upweight.effects import Groups, as_groups
 from upweight.errors import DataError, ShapeError, SpecError
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import NORMAL, Bootstrap, Estimate, means
+from upweight.gradients.autograd import loss_gradient
 from upweight.notation import count, readable
 from upweight.plot import axes
 from upweight.provenance import Provenance
@@ -507,18 +508,9 @@ def _bought(subject: Subject, pool: Data, groups: Groups) -> Iterable[Float[Tens
     fitted = subject.fitted
     fitted.parameter_influence(0)  # what does not say where θ̂ moves says so
     require_answerable(fitted.task, pool, "pool")
-    task, n = fitted.task, len(fitted.train)
-    gradients = []
-    for group in groups:
-        theta = fitted.theta.detach().clone().requires_grad_()
-        total = torch.zeros_like(theta)
-        some = pool.subset(group)
-        for _, _, batch in some.batches(256):
-            losses = task.losses(theta, task.to_device(batch))
-            total += torch.autograd.grad(losses.sum(), theta)[0]
-        gradients.append(total)
+    gradients = [loss_gradient(fitted.task, fitted.theta, pool.subset(group)) for group in groups]
     solved: Tensor = fitted.scorer.solve(torch.stack(gradients))
-    return -solved / n
+    return -solved / len(fitted.train)
 
 
 def _refitted(
