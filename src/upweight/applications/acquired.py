@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from upweight._typing import Axes, DataFrame
 from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.pool_ranking import classes_of, pool_data, probabilities, rank
 from upweight.applications.right_answers import Correct
+from upweight.applications.valuation import joined
 from upweight.curvature.hessian import Hessian
 from upweight.errors import (
     NonFinite,
@@ -356,7 +356,8 @@ def curve(
             "a pool that is smaller than the budget.",
             f"rounds={max(1, len(unlabelled) // max(1, batch))}, or a smaller batch.",
         )
-    everything = _joined(known, unlabelled, torch.as_tensor(oracle))
+    answered = with_targets(unlabelled.take(range(len(unlabelled))), torch.as_tensor(oracle))
+    everything = joined(known, as_data(answered))
     using = (Resources() if resources is None else resources).within("curve")
     kept = Kept.of(
         using,
@@ -453,11 +454,8 @@ class _World:
         return right, losses, predicted, taken
 
     def _training(self, rows: list[int], joint: bool) -> Data:
-        batch = self.everything.take(rows)
-        if joint:
-            both = self.held.take(range(len(self.held)))
-            batch = tree_map(lambda a, b: torch.cat([a, b.to(a)]), batch, both)
-        return as_data(batch)
+        alone = as_data(self.everything.take(rows))
+        return joined(alone, self.held) if joint else alone
 
     def _fitted(self, train: Data, rows: str) -> Float[Tensor, " p"]:
         trainer = self.kept.trainer(self.recipe.prepare(self.task, train), self.task, rows)
@@ -522,13 +520,6 @@ def _balanced(
         chosen.append(queues[c].pop())
         counts[c] += 1
     return torch.tensor(chosen)
-
-
-def _joined(known: Data, unlabelled: Data, oracle: Tensor) -> Data:
-    """Labelled examples, then those of the pool with their labels."""
-    pool = with_targets(unlabelled.take(range(len(unlabelled))), oracle)
-    first = known.take(range(len(known)))
-    return as_data(tree_map(lambda a, b: torch.cat([a, b.to(a)]), first, pool))
 
 
 def _no_strategy(given: Any, known: Sequence[str]) -> str:

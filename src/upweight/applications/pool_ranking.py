@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight._typing import Axes, DataFrame, Params
+from upweight._typing import Axes, DataFrame
+from upweight.applications.held_out import MEAN_LOSS
 from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.right_answers import probability
 from upweight.applications.subject import subject_of
@@ -27,8 +28,8 @@ from upweight.plot import LOWERED, NEUTRAL, axes
 from upweight.scores import Unit
 from upweight.task.arrays import is_array
 from upweight.task.data import Data
-from upweight.task.measures import Functional, measured
 from upweight.task.measures import Loss as LossOf
+from upweight.task.measures import measured
 from upweight.task.task import Task
 
 Labels = Literal["expected", "pseudo"]
@@ -38,11 +39,6 @@ SHORTLIST = 10
 
 ROWS = 1024
 """Pool examples whose probabilities are taken at once."""
-
-
-def mean_loss(task: Task, params: Params, queries: Any, weights: Tensor) -> Float[Tensor, ""]:
-    """L: the mean loss of all queries, without the penalty."""
-    return task.losses(params, queries).mean()
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +214,7 @@ def rank(
         )
     classes = classes_of(fitted.task, fitted.theta, data)
     p = probabilities(fitted.task, fitted.theta, data, classes)
-    scores = _finite(_scores(fitted, data, classes, held, Functional(mean_loss))[0])
+    scores = _finite(_scores(fitted, data, classes, held, MEAN_LOSS)[0])
     weights = _weights(p, scores, labels)
     predicted = (weights * scores).sum(dim=1)
     order = predicted.argsort(stable=True)
