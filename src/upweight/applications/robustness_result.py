@@ -278,8 +278,25 @@ class Robustness(Outcome):
         return of[self.asked].format(level=level, value=readable(self.value))
 
 
+class _Several(Outcome):
+    """Answers to several questions: confirmed where a refit stands behind at least one of them."""
+
+    findings: Any
+
+    @property
+    def predicted(self) -> tuple[int | None, ...]:
+        """How many must leave by one linearization, question by question."""
+        return tuple(found.predicted for found in self.findings)
+
+    @property
+    def actual(self) -> tuple[int | None, ...] | None:
+        """How many left in the refits that confirm it; None where there is none."""
+        found = tuple(found.actual for found in self.findings)
+        return found if any(k is not None for k in found) else None
+
+
 @dataclass(frozen=True, eq=False)
-class RobustnessTable(Outcome):
+class RobustnessTable(_Several):
     """One `Robustness` per coefficient and question: a line each.
 
     Args:
@@ -298,15 +315,9 @@ class RobustnessTable(Outcome):
             )
 
     @property
-    def predicted(self) -> tuple[int | None, ...]:
-        """What one linearization says, line by line."""
-        return tuple(found.predicted for _, _, found in self.lines)
-
-    @property
-    def actual(self) -> tuple[int | None, ...] | None:
-        """What refits confirm, line by line; None where none of them do."""
-        found = tuple(found.actual for _, _, found in self.lines)
-        return found if any(k is not None for k in found) else None
+    def findings(self) -> tuple[Robustness, ...]:
+        """What was found, line by line."""
+        return tuple(found for _, _, found in self.lines)
 
     title = "How few rows carry each coefficient"
 
@@ -330,7 +341,7 @@ class RobustnessTable(Outcome):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        every = [note for _, _, found in self.lines for note in found.said]
+        every = [note for found in self.findings for note in found.said]
         return tuple(dict.fromkeys(every))
 
     def frame(self) -> "DataFrame":
@@ -391,7 +402,7 @@ class RobustnessTable(Outcome):
 
 
 @dataclass(frozen=True, eq=False)
-class Fragility(Outcome):
+class Fragility(_Several):
     """How few rows carry one coefficient: its sign, its significance, both together.
 
     Args:
@@ -399,17 +410,6 @@ class Fragility(Outcome):
     """
 
     findings: tuple[Robustness, ...]
-
-    @property
-    def predicted(self) -> tuple[int | None, ...]:
-        """How many must leave by one linearization, question by question."""
-        return tuple(found.predicted for found in self.findings)
-
-    @property
-    def actual(self) -> tuple[int | None, ...] | None:
-        """How many left in the refits that confirm it; None where there is none."""
-        found = tuple(found.actual for found in self.findings)
-        return found if any(k is not None for k in found) else None
 
     @property
     def title(self) -> str:
