@@ -5,7 +5,7 @@ predict: what one half chooses is measured on the other (cross-fitting; Chernozh
 §3). What is reported comes from a third split, the test data.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight._typing import Batch, Params
+from upweight._typing import Axes, Batch, Params
 from upweight.applications.subject import Subject
 from upweight.errors import DataError, NonFinite, NotOffered, UnsupportedModel
 from upweight.evaluation import bootstrap as intervals
@@ -191,6 +191,16 @@ def held(task: Task, theta: Float[Tensor, " p"], data: Data, bootstrap: Bootstra
         right = None
     accuracy = None if right is None else intervals.mean(right, bootstrap)
     return Held(intervals.mean(losses, bootstrap), accuracy, losses, right)
+
+
+def draw_intervals(ax: Axes, found: Mapping[str, Estimate], label: str) -> None:
+    """Estimates with their intervals, one below the other."""
+    for place, each in enumerate(found.values()):
+        ax.plot([each.low, each.high], [place, place], color="0.4")
+        ax.plot(each.value, place, "o", color="#0072b2")
+    ax.set_yticks(range(len(found)), list(found))
+    ax.invert_yaxis()
+    ax.set_xlabel(label)
 
 
 def columns(model: Held | None) -> dict[str, float | None]:

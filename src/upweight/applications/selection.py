@@ -33,6 +33,7 @@ from upweight.applications.held_out import (
     Refits,
     Splits,
     columns,
+    draw_intervals,
     held,
     mean_loss_scores,
     ones,
@@ -76,10 +77,10 @@ class Subset(Outcome):
         scores: φᵢ of every row at θ̂, on all of the validation set.
         predicted: Change of the mean validation loss, kept rows less all, each half predicted by
             what the other chose.
+        level: Of the intervals.
         actual: Change of the mean test loss after fitting again; None where nothing was.
         everything, kept, random: All rows, these, and as many at random, on the test data.
         change_of_accuracy: On the test data, kept rows less all.
-        level: Of the intervals.
         notes: What went otherwise than asked.
     """
 
@@ -89,12 +90,12 @@ class Subset(Outcome):
     why: str
     scores: Float[Tensor, " n"]
     predicted: Estimate
-    actual: Estimate | None
-    everything: Held | None
-    kept: Held | None
-    random: Held | None
-    change_of_accuracy: Estimate | None
     level: float
+    actual: Estimate | None = None
+    everything: Held | None = None
+    kept: Held | None = None
+    random: Held | None = None
+    change_of_accuracy: Estimate | None = None
     notes: tuple[str, ...] = ()  # type: ignore[assignment]
 
     @property
@@ -149,12 +150,7 @@ class Subset(Outcome):
         if not shown:
             shown, label = {"predicted": self.predicted}, "change of the mean validation loss"
             ax.axvline(0, color="0.7", linewidth=1)
-        for place, found in enumerate(shown.values()):
-            ax.plot([found.low, found.high], [place, place], color="0.4")
-            ax.plot(found.value, place, "o", color="#0072b2")
-        ax.set_yticks(range(len(shown)), list(shown))
-        ax.invert_yaxis()
-        ax.set_xlabel(label)
+        draw_intervals(ax, shown, label)
         ax.set_title(self.title)
         return ax
 
@@ -258,11 +254,6 @@ def subset(
         why=why,
         scores=scores,
         predicted=predicted,
-        actual=None,
-        everything=None,
-        kept=None,
-        random=None,
-        change_of_accuracy=None,
         level=bootstrap.level,
         notes=(*((why,) if rule is None else ()), *trial.notes),
     )
@@ -419,29 +410,23 @@ def _confirmed(
     n, m = found.n, len(found.rows)
     drawn = torch.randperm(n, generator=stream("random rows", seed))[:m]
     plans = {
-        "all rows": torch.ones(n, dtype=torch.float64),
-        "the kept rows": _only(n, found.rows),
-        "the random rows": _only(n, drawn),
+        "everything": ("all rows", torch.ones(n, dtype=torch.float64)),
+        "kept": ("the kept rows", _only(n, found.rows)),
+        "random": ("the random rows", _only(n, drawn)),
     }
-    models: list[Held | None] = []
+    models: dict[str, Any] = {}
     notes = list(found.notes)
-    for name, weights in plans.items():
+    for name, (words, weights) in plans.items():
         theta = refits.attempted(weights)
         if isinstance(theta, str):
-            notes.append(f"the refit on {name} did not train: {theta}")
-            models.append(None)
+            notes.append(f"the refit on {words} did not train: {theta}")
         else:
-            models.append(held(refits.fitted.task, theta, test, bootstrap))
-    everything, kept, random = models
-    if everything is None or kept is None:
-        both = {"everything": everything, "kept": kept, "random": random}
-        return replace(found, notes=tuple(notes), **both)  # type: ignore[arg-type]
+            models[name] = held(refits.fitted.task, theta, test, bootstrap)
+    found = replace(found, notes=tuple(notes), **models)
+    if found.kept is None or found.everything is None:
+        return found
     return replace(
         found,
-        actual=kept.change_of_loss(everything, bootstrap),
-        change_of_accuracy=kept.change_of_accuracy(everything, bootstrap),
-        everything=everything,
-        kept=kept,
-        random=random,
-        notes=tuple(notes),
+        actual=found.kept.change_of_loss(found.everything, bootstrap),
+        change_of_accuracy=found.kept.change_of_accuracy(found.everything, bootstrap),
     )

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight._typing import Axes, DataFrame
-from upweight.applications.held_out import MEAN_LOSS, held, splits
+from upweight.applications.held_out import MEAN_LOSS, draw_intervals, held, splits
 from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import subject_of
 from upweight.errors import DataError, SpecError
@@ -118,13 +118,8 @@ class Target(Outcome):
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The change of the test loss against each other choice, with intervals."""
         ax = axes(ax)
-        for place, found in enumerate(self.differences.values()):
-            ax.plot([found.low, found.high], [place, place], color="0.4")
-            ax.plot(found.value, place, "o", color="#0072b2")
+        draw_intervals(ax, self.differences, "mean test loss, chosen less this")
         ax.axvline(0, color="0.7", linewidth=1)
-        ax.set_yticks(range(len(self.differences)), list(self.differences))
-        ax.invert_yaxis()
-        ax.set_xlabel("mean test loss, chosen less this")
         ax.set_title(self.title)
         return ax
 
