@@ -113,15 +113,27 @@ class Certificate:
         eigenvalue of XᵀX.
         """
         found = opened(asked, train)
-        X, y, loss, strength = _linear(found.task, found.train)
+        problem = _linear(found.task, found.train)
+        return self._trained(found.task, asked, problem, torch.zeros_like(problem.b), seed)
+
+    def _trained(
+        self, task: Task, asked: Any, problem: "Problem", start: Tensor, seed: int | None
+    ) -> "Certified":
+        """At the minimum on all rows of a problem, with noise that is drawn for it."""
         drawn = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
-        b = self.sigma * torch.randn(X.shape[1], generator=drawn, dtype=torch.float64)
-        problem = Problem(X, y, loss, strength, b)
-        kept = torch.arange(len(X))
-        theta = problem.minimum(kept, torch.zeros(X.shape[1], dtype=torch.float64))
-        residual = float(problem.gradient(theta, kept).norm())
-        _require_budget(residual, self.budget)
-        return Certified(self, found.task, asked, problem, theta, theta, residual)
+        b = self.sigma * torch.randn(len(start), generator=drawn, dtype=torch.float64)
+        problem = replace(problem, b=b)
+        rows = torch.arange(len(problem.X))
+        theta = problem.minimum(rows, start)
+        residual = float(problem.gradient(theta, rows).norm())
+        if not residual < self.budget:
+            raise NotConverged(
+                "Training must leave less of a gradient than the certificate allows in all.",
+                f"‖∇L_b‖ = {residual:.1e}, and a budget of {self.budget:.1e}.",
+                "noise so small that rounding of float64 is as large.",
+                "a larger Certificate(sigma=...).",
+            )
+        return Certified(self, task, asked, problem, theta, theta, residual)
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,16 +336,8 @@ class Certified(Outcome):
         """
         more = places(without, len(self.problem.X), "Training examples")
         kept = self._without(more)
-        drawn = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
-        b = self.certificate.sigma * torch.randn(
-            len(self.theta), generator=drawn, dtype=torch.float64
-        )
-        problem = replace(self.problem, X=self.problem.X[kept], y=self.problem.y[kept], b=b)
-        rows = torch.arange(len(kept))
-        theta = problem.minimum(rows, self.trained)
-        began = float(problem.gradient(theta, rows).norm())
-        _require_budget(began, self.budget)
-        return Certified(self.certificate, self.task, self.asked, problem, theta, theta, began)
+        problem = replace(self.problem, X=self.problem.X[kept], y=self.problem.y[kept])
+        return self.certificate._trained(self.task, self.asked, problem, self.trained, seed)
 
     def confirm(self) -> "Certified":
         """The same, with the parameters fitted again to what is left under the same noise.
@@ -442,19 +446,8 @@ def _counted(count: int) -> str:
     return f"{count} example{'' if count == 1 else 's'}"
 
 
-def _require_budget(residual: float, budget: float) -> None:
-    if not residual < budget:
-        raise NotConverged(
-            "Training must leave less of a gradient than the certificate allows in all.",
-            f"‖∇L_b‖ = {residual:.1e}, and a budget of {budget:.1e}.",
-            "noise so small that rounding of float64 is as large.",
-            "a larger Certificate(sigma=...).",
-            solution=None,
-        )
-
-
-def _linear(task: Task, train: Data) -> tuple[Tensor, Tensor, Loss, float]:
-    """X, y, ℓ and λ of a linear model that the paper certifies, or what speaks against it."""
+def _linear(task: Task, train: Data) -> Problem:
+    """The problem of a linear model that the paper certifies, without noise."""
     model, loss, penalty = task.model, task.loss, task.penalty
     against = ""
     if type(model) is not nn.Linear or model.out_features != 1:
@@ -500,7 +493,7 @@ def _linear(task: Task, train: Data) -> tuple[Tensor, Tensor, Loss, float]:
             "missing values, or a division by the norm of an empty row.",
             "leave those rows out, or fill them in, before training.",
         )
-    return X, y.reshape(-1), loss, penalty.strength
+    return Problem(X, y.reshape(-1), loss, penalty.strength, torch.zeros_like(X[0]))
 
 
 def _is_as_called(task: Task, batch: Any) -> bool:
