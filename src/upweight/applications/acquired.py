@@ -382,25 +382,13 @@ def curve(
     told: tuple[str, ...] = ()
     if failed:
         told = (f"{len(failed)} of {repeats} starts had a fit that failed, and are left out",)
-    parts = [torch.stack([torch.stack(part) for part in zip(*(
-        [getattr(run, what) for run in row] for row in runs
-    ), strict=True)]) for what in ("right", "joint", "predicted", "actual", "bought")]  # fmt: skip
-    right, joint, predicted, actual, bought = parts
+    # runs[start][strategy][part] as a tensor of strategies, starts, … for each part
+    parts = [
+        torch.stack([torch.stack([run[s][p] for run in runs]) for s in range(len(names))])
+        for p in range(len(runs[0][0]))
+    ]
     counts = torch.arange(rounds + 1) * batch
-    return Acquired(
-        names, counts, right, joint, predicted, actual, bought, len(known), len(held), told=told
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """One strategy from one start."""
-
-    right: Bool[Tensor, "r t"]
-    joint: Bool[Tensor, "r t"]
-    predicted: Float[Tensor, " b"]
-    actual: Float[Tensor, " b"]
-    bought: Int[Tensor, " m"]
+    return Acquired(names, counts, *parts, len(known), len(held), told=told)
 
 
 @dataclass(frozen=True, eq=False)
@@ -418,17 +406,19 @@ class _World:
     kept: Kept
     seed: int
 
-    def run(self, name: str, start: list[int], k: int) -> _Run:
-        """Buy by a strategy, alone and with the validation examples in the training data."""
+    def run(self, name: str, start: list[int], k: int) -> tuple[Tensor, ...]:
+        """Buy by a strategy, alone and with the validation examples in the training data.
+
+        Returns:
+            `right`, `right_with_validation`, `predicted`, `actual` and `bought` of one start.
+        """
         alone = self._bought(name, start, k, joint=False)
         # What a guided strategy buys does not change where the guides are trained on.
         again = self._bought(name, start, k, joint=True, bought=alone[3])
         right, losses, predicted, bought = alone
         changes = torch.tensor(losses).diff()
-        return _Run(
-            torch.stack(right), torch.stack(again[0]), torch.tensor(predicted), changes,
-            torch.tensor(bought),
-        )  # fmt: skip
+        both = torch.stack(right), torch.stack(again[0])
+        return *both, torch.tensor(predicted), changes, torch.tensor(bought)
 
     def _bought(
         self, name: str, start: list[int], k: int, joint: bool, bought: list[int] | None = None
