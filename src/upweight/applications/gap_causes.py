@@ -39,7 +39,7 @@ from upweight.errors import (
 from upweight.evaluation.bootstrap import Estimate, around
 from upweight.methods.reduce import GroupSums
 from upweight.notation import percent
-from upweight.plot import axes
+from upweight.plot import axes, reaches
 from upweight.runtime.resources import Resources
 from upweight.runtime.selection import labels_by_place
 from upweight.scores import Scores
@@ -154,10 +154,7 @@ class GroupCauses(Outcome):
         shown = self.causes[:12]
         y = range(len(shown))
         x = [c.share.value for c in shown]
-        spread = [
-            [c.share.value - c.share.low for c in shown],
-            [c.share.high - c.share.value for c in shown],
-        ]
+        spread = reaches(c.share for c in shown)
         ax.errorbar(x, y, xerr=spread, fmt="o", color="#0072b2", label="predicted, first order")
         refitted = [(k, -c.actual / self.soft) for k, c in enumerate(shown) if c.actual is not None]
         ax.scatter(

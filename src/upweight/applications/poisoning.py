@@ -35,7 +35,7 @@ from upweight.evaluation import bootstrap, mislabel
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, wilson
 from upweight.methods.fitted import Fitted
 from upweight.methods.members import members_given
-from upweight.plot import axes
+from upweight.plot import axes, reaches
 from upweight.runtime.fingerprint import described, digest
 from upweight.runtime.resources import Resources
 from upweight.runtime.selection import places
@@ -467,9 +467,8 @@ class Cleansed(Outcome):
             found = [self.before, *(each for each in self.curve if each.method == method)]
             counts = [each.count for each in found]
             values = [each.success.value for each in found]
-            below = [max(0.0, e.success.value - e.success.low) for e in found]
-            above = [max(0.0, e.success.high - e.success.value) for e in found]
-            ax.errorbar(counts, values, yerr=[below, above], marker="o", label=f"success, {method}")
+            spread = reaches(each.success for each in found)
+            ax.errorbar(counts, values, yerr=spread, marker="o", label=f"success, {method}")
             clean = [each.accuracy for each in found]
             ax.plot(counts, clean, "--", marker=".", label=f"clean accuracy, {method}")
         ax.axhline(self.limit, color="black", linewidth=0.8)

@@ -31,7 +31,7 @@ from upweight.errors import DataError, NonFinite, SpecError
 from upweight.evaluation import mislabel
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate
 from upweight.methods.fitted import Fitted
-from upweight.plot import axes
+from upweight.plot import axes, reaches
 from upweight.provenance import Context
 from upweight.runtime.selection import places
 from upweight.scores import Scores
@@ -236,11 +236,7 @@ class Leakage(Outcome):
         ax = axes(ax)
         place = range(len(self.attacks))
         values = [each.auc.value for each in self.attacks]
-        spans = [
-            [max(0.0, e.auc.value - e.auc.low) for e in self.attacks],
-            [max(0.0, e.auc.high - e.auc.value) for e in self.attacks],
-        ]
-        ax.errorbar(values, place, xerr=spans, fmt="o")
+        ax.errorbar(values, place, xerr=reaches(each.auc for each in self.attacks), fmt="o")
         ax.axvline(0.5, color="black", linewidth=0.8)
         ax.set_yticks(place, [f"{each.redaction}: {each.name}" for each in self.attacks])
         ax.invert_yaxis()

@@ -33,7 +33,7 @@ from upweight.evaluation import bootstrap as intervals
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.gradients.autograd import loss_gradient
 from upweight.methods.fitted import Fitted
-from upweight.plot import axes
+from upweight.plot import axes, reaches
 from upweight.runtime.resources import Resources
 from upweight.task.data import Data
 from upweight.task.identity import contents
@@ -251,7 +251,7 @@ class Repaired(Outcome):
         ax = axes(ax)
         for k, change in enumerate((self.predicted, self.actual)):
             e = change.accuracy
-            ax.errorbar([k], [e.value], [[e.value - e.low], [e.high - e.value]], fmt="o", capsize=4)
+            ax.errorbar([k], [e.value], reaches([e]), fmt="o", capsize=4)
         ax.axhline(0, color="0.6", linewidth=0.8)
         ax.set_xticks([0, 1], ["predicted", "refitted"])
         ax.set(xlim=(-0.6, 1.6), ylabel="change of test accuracy")
