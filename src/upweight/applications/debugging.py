@@ -165,8 +165,8 @@ class Suspects(Outcome):
         """
         fitted, made = self.subject.fitted, decided(decisions, self.classes, self.labels)
         data, theta = fitted.task.queries(queries), fitted.theta + movement(fitted, made)[0]
-        values = (measured(fitted.task, theta, data, m).mean() for m in (LOSS, self._is_right))
-        loss, accuracy = map(float, values)
+        both = (LOSS, IsRight(self.classes))
+        loss, accuracy = (float(measured(fitted.task, theta, data, m).mean()) for m in both)
         return loss, accuracy
 
     def apply(
@@ -305,10 +305,6 @@ class Suspects(Outcome):
                 "accuracy": path.accuracies,
             },
         }
-
-    @property
-    def _is_right(self) -> IsRight:
-        return IsRight(self.classes)
 
 
 def suspects(
