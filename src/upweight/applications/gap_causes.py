@@ -9,8 +9,9 @@ the penalty's part, so that all shares together are near 0: rows that widen a ga
 rows that narrow it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ from upweight.runtime.resources import Resources
 from upweight.runtime.selection import labels_by_place
 from upweight.scores import Scores
 from upweight.task.data import Data
-from upweight.task.recipe import Recipe
+from upweight.task.recipe import Recipe, Trained
 from upweight.training.kept import kept_trainer
 
 
@@ -110,10 +111,7 @@ class GroupCauses(Outcome):
     @property
     def is_confirmed(self) -> bool:
         """Whether the gap is smaller without the top group, refitted, by at least half as much."""
-        predicted, actual = self.predicted, self.actual
-        if predicted is None or actual is None or predicted * self.soft >= 0:
-            return False
-        return actual * predicted > 0 and abs(actual) >= abs(predicted) / 2
+        return _is_borne_out(self.soft, self.predicted, self.actual)
 
     @property
     def verdict(self) -> str:
@@ -219,9 +217,7 @@ class Causes(Outcome):
     @property
     def is_confirmed(self) -> bool:
         """Whether the gap is smaller without these rows, refitted, by at least half as much."""
-        if self.actual is None or self.predicted is None or not self.predicted * self.soft < 0:
-            return False
-        return self.actual * self.predicted > 0 and abs(self.actual) >= abs(self.predicted) / 2
+        return _is_borne_out(self.soft, self.predicted, self.actual)
 
     @property
     def verdict(self) -> str:
@@ -438,6 +434,12 @@ def causes(
     )
 
 
+def _is_borne_out(soft: float, predicted: float | None, actual: float | None) -> bool:
+    if predicted is None or actual is None or not predicted * soft < 0:
+        return False
+    return actual * predicted > 0 and abs(actual) >= abs(predicted) / 2
+
+
 def fewest(scores: Float[Tensor, " n"], size: float) -> tuple[int, ...]:
     """The fewest rows whose scores add up to `size`; all of its sign where none do."""
     signed = scores * (1 if size > 0 else -1)
@@ -482,29 +484,34 @@ def _without(
         weights[1 + k, group] = 0.0
     found: list[tuple[float, float] | str] = []
     for w in weights:
-        try:
-            trained = trainer(w[None])
-        except (StaleStore, NotWritten):  # of the folder, not of the group
-            raise
-        except UpweightError as error:
-            found.append(str(error).partition("\n")[0].rstrip("."))
+        theta = attempted(partial(trainer, w[None]))
+        if isinstance(theta, str):
+            found.append(theta)
             continue
-        if trained.failures or not bool(trained.theta.isfinite().all()):
-            reason = next(iter(trained.failures.values()), "parameters that are not finite")
-            found.append(reason.partition("\n")[0].rstrip("."))
-            continue
-        said = readings(task, trained.theta[0], rows, gap.positive)
+        said = readings(task, theta, rows, gap.positive)
         soft = float(differences(gap, said.scores, said.positive)[place])
         found.append((soft, counted(gap, said.decided, said.positive, at=place).value))
-    base = found[0]
-    answers: list[tuple[float | None, float | None, str]] = []
-    for each in found[1:]:
-        why = base if isinstance(base, str) else each
-        if isinstance(base, str) or isinstance(each, str):
-            answers.append((None, None, str(why)))
-        else:
-            answers.append((each[0] - base[0], each[1] - base[1], ""))
-    return answers
+    base, *others = found
+    if isinstance(base, str):
+        return [(None, None, base)] * len(others)
+    return [
+        (None, None, each) if isinstance(each, str) else (each[0] - base[0], each[1] - base[1], "")
+        for each in others
+    ]
+
+
+def attempted(fit: Callable[[], Trained]) -> Float[Tensor, " p"] | str:
+    """θ of a refit, or in a line why there is none; an error of the folder is no such reason."""
+    try:
+        trained = fit()
+    except (StaleStore, NotWritten):
+        raise
+    except UpweightError as error:
+        return str(error).partition("\n")[0].rstrip(".")
+    if trained.failures:
+        return next(iter(trained.failures.values())).partition("\n")[0].rstrip(".")
+    theta = trained.theta[0]
+    return theta if bool(theta.isfinite().all()) else "parameters that are not finite"
 
 
 def _percent(share: float) -> str:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Axes, DataFrame
+from upweight.applications.gap_causes import attempted
 from upweight.applications.group_gaps import (
     Gap,
     HardGap,
@@ -33,13 +34,7 @@ from upweight.applications.least_change import cheapest_change, least_change
 from upweight.applications.other_labels import Relabeled, relabel_factor
 from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import subject_of
-from upweight.errors import (
-    NotConverged,
-    NotWritten,
-    SpecError,
-    StaleStore,
-    UpweightError,
-)
+from upweight.errors import NotConverged, SpecError
 from upweight.evaluation.bootstrap import NORMAL, Estimate, around
 from upweight.methods.fitted import Fitted
 from upweight.notation import percent
@@ -49,7 +44,7 @@ from upweight.runtime.selection import labels_by_place
 from upweight.task.data import Data
 from upweight.task.identity import contents
 from upweight.task.measures import AT_ONCE, Functional
-from upweight.task.recipe import Recipe
+from upweight.task.recipe import Recipe, Trained, Trainer
 from upweight.task.task import Task
 from upweight.training.kept import Kept, training_identity
 
@@ -500,6 +495,8 @@ class _Search:
     budget: float
     target: float
     kept: Kept
+    trainer: Trainer | None = None
+    """Of the data with their own labels, prepared once."""
 
     def run(self, train_groups: Any) -> Repair:
         task, train = self.fitted.task, self.fitted.train
@@ -656,25 +653,20 @@ class _Search:
     def _fit(self, weights: Float[Tensor, " n"], flips: tuple[int, ...]) -> Tensor | str:
         """θ of the changed data, or why there is none."""
         task, train = self.fitted.task, self.fitted.train
-        data = Relabeled(train, frozenset(flips)) if flips else train
-        try:
-            if flips or not hasattr(self, "trainer"):
-                made = self.recipe.prepare(task, data)
-                key = f"labels changed of {sorted(flips)}"
-                trainer = self.kept.trainer(made, task, key)
-                if not flips:
-                    self.trainer = trainer
-            else:
-                trainer = self.trainer
-            trained = trainer(weights[None])
-        except (StaleStore, NotWritten):  # of the folder, not of the change
-            raise
-        except UpweightError as error:
-            return str(error).partition("\n")[0].rstrip(".")
-        if trained.failures:
-            return next(iter(trained.failures.values())).partition("\n")[0].rstrip(".")
-        theta = trained.theta[0]
-        return theta if bool(theta.isfinite().all()) else "parameters that are not finite"
+
+        def trainer() -> Trainer:
+            data = Relabeled(train, frozenset(flips)) if flips else train
+            key = f"labels changed of {sorted(flips)}"
+            return self.kept.trainer(self.recipe.prepare(task, data), task, key)
+
+        def fit() -> Trained:
+            if flips:
+                return trainer()(weights[None])
+            if self.trainer is None:
+                self.trainer = trainer()
+            return self.trainer(weights[None])
+
+        return attempted(fit)
 
     def _effects(self) -> tuple[_Effects, list[str]]:
         """E of every candidate, from one pass over the training data."""
