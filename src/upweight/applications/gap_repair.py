@@ -196,7 +196,7 @@ class Repair(Outcome):
         other = "" if point.test.pair == base.test.pair else f" (now {point.test.pair})"
         numbers = (
             f"on test rows the {words} ({base.test.pair}) went from {base.test.value:+.3f} to "
-            f"{_interval(point.test)}{other} and accuracy by "
+            f"{point.test:+.3f}{other} and accuracy by "
             f"{100 * point.price:+.2f} points, refitted with {percent(point.moved)} "
             f"{'of the labels changed' if self.how == 'relabel' else 'of the weight moved'}"
         )
@@ -215,7 +215,7 @@ class Repair(Outcome):
                 f"{words} ({base.test.pair}) at {kept.value:+.3f} on test rows, from "
                 f"{base.test.value:+.3f}; {what} costs {-100 * point.price:+.2f} points of test "
                 f"accuracy, with {percent(point.moved)} changed, and leaves "
-                f"{_interval(point.test)}{other}."
+                f"{point.test:+.3f}{other}."
             )
         if point is base:
             return (
@@ -729,10 +729,6 @@ def _who(task: Task, train: Data, gap: Gap, groups: Any) -> tuple[str, ...]:
 def _error(values: Tensor) -> float:
     """Standard error of a mean."""
     return float(values.var(correction=0) / max(1, len(values) - 1)) ** 0.5
-
-
-def _interval(gap: HardGap) -> str:
-    return f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
 
 
 def _require_choices(gap: Any, how: str, budget: float, target: float) -> None:

@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch, Params
 from upweight.errors import DataError, ShapeError, SpecError, UnsupportedModel, message
-from upweight.evaluation.bootstrap import wilson
+from upweight.evaluation.bootstrap import Estimate, wilson
 from upweight.runtime.selection import labels_by_place
 from upweight.task.data import Data
-from upweight.task.losses import Bernoulli, CrossEntropy, Loss, Weighted
+from upweight.task.losses import Bernoulli, CrossEntropy, Weighted
 from upweight.task.measures import AT_ONCE, Functional
 from upweight.task.task import Task
 
@@ -219,30 +219,27 @@ def gap(kind: Kind, groups: Iterable[Any], positive: Any = 1) -> Gap:
 
 
 @dataclass(frozen=True)
-class HardGap:
+class HardGap(Estimate):
     """A difference of two shares, counted. Made by `hard_gap`.
 
     Args:
         value: Share of the second group − share of the first, of the pair where it is largest.
-        error: Its standard error, √(p_a(1 − p_a)/n_a + p_b(1 − p_b)/n_b).
         low, high: Newcombe's (1998) interval, method 10: from Wilson's of each share.
+        error: Its standard error, √(p_a(1 − p_a)/n_a + p_b(1 − p_b)/n_b).
         pair: Which groups, in words.
         place: Which entry of the gap.
         shares: The two shares, first and second.
         sizes: The two numbers of rows.
     """
 
-    value: float
     error: float
-    low: float
-    high: float
     pair: str
     place: int
     shares: tuple[float, float]
     sizes: tuple[int, int]
 
     def __str__(self) -> str:
-        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}] ({self.pair})"
+        return f"{self:+.3f} ({self.pair})"
 
     @property
     def holds_zero(self) -> bool:
@@ -376,7 +373,7 @@ def read(
     """Scores, decisions, labels and whether they agree, of a batch."""
     outputs, targets = task.outputs(params, batch)
     index = _index(task, batch, positive)
-    loss = _unweighted(task.loss)
+    loss = task.loss.base if isinstance(task.loss, Weighted) else task.loss
     y = targets[0] if isinstance(targets, tuple | list) else targets
     if outputs.numel() == len(outputs):
         f, y = outputs.reshape(-1), y.reshape(-1)
@@ -400,10 +397,6 @@ def read(
         raise UnsupportedModel(*_no_classes(f"{loss!r} with outputs {tuple(outputs.shape)}"))
     decision = outputs.argmax(dim=1)
     return outputs.softmax(dim=1)[:, index], decision == index, y == index, decision == y
-
-
-def _unweighted(loss: Loss) -> Loss:
-    return loss.base if isinstance(loss, Weighted) else loss
 
 
 def _index(task: Task, batch: Batch, positive: Any) -> int:

@@ -31,7 +31,6 @@ from upweight.applications.valuation import (
     SHOWN,
     Values,
     bars,
-    bracketed,
     columns_of,
     correlation,
     joined,
@@ -40,7 +39,7 @@ from upweight.applications.valuation import (
 )
 from upweight.errors import DataError, ShapeError, SpecError
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimates, means
-from upweight.notation import count, percent
+from upweight.notation import bracketed, count, percent
 from upweight.plot import axes
 from upweight.provenance import Context
 from upweight.runtime.resources import Resources
@@ -191,6 +190,7 @@ class Statement(Outcome):
     def verdict(self) -> str:
         best = max(range(len(self.cents)), key=lambda k: self.cents[k])
         interval = self.intervals[best]
+        method = method_name(self.values.scores.provenance.method)
         ends = (
             f" [{interval.low:,.2f}, {interval.high:,.2f}]" if interval.low == interval.low else ""
         )
@@ -198,7 +198,7 @@ class Statement(Outcome):
         text = (
             f"Of {self._money(self.budget):,} {self.contributors[best]} is paid "
             f"{self._money(self.cents[best]):,}{ends}, the most of "
-            f"{count(len(self.cents), 'contributor')}, by {method_name(self._method)} over "
+            f"{count(len(self.cents), 'contributor')}, by {method} over "
             f"{count(len(self._by_point), 'validation point')}{least}"
         )
         if self.actual is None:
@@ -206,11 +206,7 @@ class Statement(Outcome):
         if self.agreement is None:
             return f"{text}; too few or equal contributors to say whether refits agree."
         word = "agree" if self.is_confirmed else "do not confirm it"
-        return f"{text}; refits without each {word}, r = {bracketed(self.agreement)}."
-
-    @property
-    def _method(self) -> str:
-        return self.values.scores.provenance.method
+        return f"{text}; refits without each {word}, r = {bracketed(*self.agreement)}."
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from upweight._typing import Axes, DataFrame
 from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import SpecError
-from upweight.notation import count, percent, readable
+from upweight.notation import bracketed, count, percent, readable
 from upweight.plot import LOWERED, NEUTRAL, RAISED, axes
 
 HAPPENS = {
@@ -50,9 +50,7 @@ class Finding:
     high: float = math.nan
 
     def __str__(self) -> str:
-        if math.isnan(self.low):
-            return readable(self.value)
-        return f"{readable(self.value)} [{readable(self.low)}, {readable(self.high)}]"
+        return bracketed(self.value, self.low, self.high)
 
     def summary(self) -> list[float] | float:
         """As JSON."""

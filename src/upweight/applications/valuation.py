@@ -32,7 +32,7 @@ from upweight.errors import DataError, ShapeError, SpecError
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import NORMAL, Bootstrap, Estimate, means
 from upweight.gradients.autograd import loss_gradient
-from upweight.notation import count, readable
+from upweight.notation import bracketed, count, readable
 from upweight.plot import axes
 from upweight.provenance import Provenance
 from upweight.runtime.resources import Resources
@@ -149,7 +149,7 @@ class Values(Outcome):
             "standard errors"
         )
         return (
-            f"By {method_name(made.method)} {self._of} are worth {bracketed(self.total)} together"
+            f"By {method_name(made.method)} {self._of} are worth {bracketed(*self.total)} together"
             f"{owed}, in {unit} of {_measured(made)} over "
             f"{count(len(self.scores), 'validation point')}; "
             f"{sure}; no refit stands behind this."
@@ -369,15 +369,15 @@ class Worth(Outcome):
         rows = count(len(self.groups[k]), "example")
         text = (
             f"{done} {self.names[k]} ({rows}) is predicted to change the mean {self.measure} by "
-            f"{bracketed(said, signed=True)} from {readable(float(self.before.mean()))}"
+            f"{bracketed(*said, signed=True)} from {readable(float(self.before.mean()))}"
         )
         if self.actual_means is None:
             return f"{text}; no refit stands behind this."
-        text += f"; refitted it changes by {bracketed(self.actual_means[k], signed=True)}"
+        text += f"; refitted it changes by {bracketed(*self.actual_means[k], signed=True)}"
         if not self.is_confirmed:
             text += ", which does not confirm it"
         if self.agreement is not None:
-            text += f"; over {len(self.names)} batches r = {bracketed(self.agreement)}"
+            text += f"; over {len(self.names)} batches r = {bracketed(*self.agreement)}"
         return f"{text}."
 
     @property
@@ -633,7 +633,7 @@ class Comparison(Outcome):
     @property
     def verdict(self) -> str:
         pairs = "; ".join(
-            f"{a} and {b} order alike to ρ = {bracketed(e)}"
+            f"{a} and {b} order alike to ρ = {bracketed(*e)}"
             for (a, b), e in [*self.orders.items()][:2]
         )
         if self.actual is None:
@@ -643,7 +643,7 @@ class Comparison(Outcome):
             return f"{_capital(pairs)}; too few or equal removals to say which refits agree with."
         best = max(known, key=lambda name: known[name].value)
         end = f"refitted removals of {len(self.batches)} batches agree most with {best}"
-        text = f"{end}, r = {bracketed(known[best])}" + (f"; {pairs}" if pairs else "")
+        text = f"{end}, r = {bracketed(*known[best])}" + (f"; {pairs}" if pairs else "")
         return f"{_capital(text)}."
 
     notes = ("intervals draw examples, or batches, not validation points",)
@@ -775,14 +775,6 @@ def _measured(made: Provenance) -> str:
     if made.method.startswith("KNNShapley"):
         return "what its neighbours get right"
     return f"the {WORDS[made.measure]}" if made.measure in WORDS else made.measure
-
-
-def bracketed(found: Estimate, signed: bool = False) -> str:
-    """`0.012 [0.008, 0.016]`; without brackets where there is no interval."""
-    value = readable(found.value, signed=signed)
-    if math.isnan(found.low) or math.isnan(found.high):
-        return value
-    return f"{value} [{readable(found.low)}, {readable(found.high)}]"
 
 
 def columns_of(every: Iterable[Estimate], *names: str) -> dict[str, tuple[float, ...]]:
