@@ -205,10 +205,14 @@ def drawn(
         )  # fmt: skip
     ax = axes(ax)
     ax.margins(0.12)
-    if kind == "dfbetas":
+    if kind == "influence":
+        _influence(found, label, ax)
+    elif kind == "leverage_resid2":
+        _leverage_resid2(found, label, ax)
+    elif kind == "dfbetas":
         _dfbetas(found, coefficient, label, ax)
     else:
-        KINDS[kind](found, label, ax)
+        _index(found, *_of_rows(found, kind), label, ax)
     return ax
 
 
@@ -245,25 +249,20 @@ def _leverage_resid2(found: Diagnostics, label: int, ax: "Axes") -> None:
     )
 
 
-def _cooks(found: Diagnostics, label: int, ax: "Axes") -> None:
-    cook = found.cooks_distance.numpy()
-    reached = [level for level in CONTOURS if level <= 1.2 * cook.max()]
-    _index(found, cook, (4 / len(cook), *reached), "Cook's distance", label, ax)
-
-
-def _leverage(found: Diagnostics, label: int, ax: "Axes") -> None:
-    _index(found, found.leverage.numpy(), _high(found), "leverage", label, ax)
-
-
-def _dffits(found: Diagnostics, label: int, ax: "Axes") -> None:
-    bound = 2 * (len(found.names) / len(found.rows)) ** 0.5
-    _index(found, found.dffits.numpy(), (-bound, bound), "DFFITS", label, ax)
-
-
-def _residuals(found: Diagnostics, label: int, ax: "Axes") -> None:
-    t, name = _studentized(found)
+def _of_rows(found: Diagnostics, kind: str) -> tuple[np.ndarray, Sequence[float], str]:
+    """A number of each row, where its lines are, and what it is called."""
+    if kind == "cooks_distance":
+        cook = found.cooks_distance.numpy()
+        reached = [level for level in CONTOURS if level <= 1.2 * cook.max()]
+        return cook, (4 / len(cook), *reached), "Cook's distance"
+    if kind == "leverage":
+        return found.leverage.numpy(), _high(found), "leverage"
+    if kind == "dffits":
+        bound = 2 * (len(found.names) / len(found.rows)) ** 0.5
+        return found.dffits.numpy(), (-bound, bound), "DFFITS"
     bound = _quantile(found)
-    _index(found, t, (-bound, bound), name, label, ax)
+    t, name = _studentized(found)
+    return t, (-bound, bound), name
 
 
 def _dfbetas(found: Diagnostics, coefficient: str | int | None, label: int, ax: "Axes") -> None:
@@ -305,15 +304,15 @@ def place(names: Sequence[str], coefficient: str | int) -> int:
     )
 
 
-KINDS: dict[str, Callable[[Diagnostics, int, "Axes"], None]] = {
-    "influence": _influence,
-    "leverage_resid2": _leverage_resid2,
-    "cooks_distance": _cooks,
-    "dfbetas": lambda found, label, ax: _dfbetas(found, None, label, ax),
-    "dffits": _dffits,
-    "leverage": _leverage,
-    "studentized": _residuals,
-}
+KINDS = (
+    "influence",
+    "leverage_resid2",
+    "cooks_distance",
+    "dfbetas",
+    "dffits",
+    "leverage",
+    "studentized",
+)
 
 
 def _index(
