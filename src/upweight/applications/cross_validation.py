@@ -321,7 +321,8 @@ class _Options:
 def _place(asked: Any, train: Any, recipe: Recipe | None, resources: Resources | None) -> _Place:
     if isinstance(asked, _Place):
         return asked
-    if recipe is None and _is_of_sklearn(asked) and isinstance(train, tuple | list):
+    of_sklearn = type(asked).__module__.startswith("sklearn.")
+    if recipe is None and of_sklearn and isinstance(train, tuple | list):
         import upweight.adapters.sklearn_folds as sk
 
         if len(train) in (2, 3):
@@ -357,10 +358,6 @@ def _followed(
     for i, part, theta, left in ends:
         is_minimum = place.holds is None or place.holds(theta, [i])
         yield i, part[0], left if is_minimum else math.inf
-
-
-def _is_of_sklearn(asked: Any) -> bool:
-    return type(asked).__module__.startswith("sklearn.")
 
 
 def _of_sklearn(known: Any, resources: Resources) -> _Place:

@@ -133,8 +133,8 @@ def changed_gradient(fitted: Fitted, labels: Mapping[int, Any]) -> Float[Tensor,
     task, train, places = fitted.task, fitted.train, sorted(labels)
     if not places:
         return torch.zeros_like(fitted.theta)
-    new = with_labels(task, train, {i: labels[i] for i in places})
-    new, old = (loss_gradient(task, fitted.theta, data.subset(places)) for data in (new, train))
+    changed = with_labels(task, train, {i: labels[i] for i in places})
+    new, old = (loss_gradient(task, fitted.theta, x.subset(places)) for x in (changed, train))
     return new - old
 
 

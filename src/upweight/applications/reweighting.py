@@ -330,8 +330,10 @@ class Walk:
     ) -> list[tuple[Float[Tensor, " n"], Float[Tensor, " p"]]]:
         """(w, θ(w)) at the start and after each step; shorter where the path ends sooner."""
         found = [(w, theta)]
+        step = entropic_step if self.rule == "exact" else lookahead_step
         for k in range(1, self.steps + 1):
-            following = self._moved(guide, w, theta)
+            # None where no direction leads down.
+            following = step(w, self.slope(guide, w, theta), self.radius)
             if following is None:
                 self.notes.append(f"a path ended after {k - 1} steps: no row lowers the loss")
                 break
@@ -349,13 +351,6 @@ class Walk:
         """ℓ of every example at every point."""
         task = self.refits.fitted.task
         return torch.stack([measured(task, theta, data, Loss()).cpu() for _, theta in points])
-
-    def _moved(
-        self, guide: Data, w: Float[Tensor, " n"], theta: Float[Tensor, " p"]
-    ) -> Float[Tensor, " n"] | None:
-        """The weights after a step; None where no direction leads down."""
-        step = entropic_step if self.rule == "exact" else lookahead_step
-        return step(w, self.slope(guide, w, theta), self.radius)
 
     def slope(
         self, guide: Data, w: Float[Tensor, " n"], theta: Float[Tensor, " p"]

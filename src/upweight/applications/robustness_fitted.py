@@ -152,7 +152,7 @@ def flip(
     crossing = Crossing(0, now < value, value)
     sign = crossing.sign
     order = (sign * effects).argsort(descending=True, stable=True).tolist()
-    limit = min(max(100, units.count // 10) if most is None else most, units.count - 1)
+    limit = units.limit(most)
     ranks = fitted.spec.unit is Unit.RANK
     along = now + torch.cat([effects.new_zeros(1), effects[order].cumsum(0)])
     hit = (sign * (along - value) > 0).nonzero()

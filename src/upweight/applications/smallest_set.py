@@ -74,6 +74,10 @@ class Units:
         """Whether each row is a unit."""
         return self.count == len(self.codes)
 
+    def limit(self, most: int | None) -> int:
+        """The largest set to look for: as asked, or a tenth of them, at least 100; never all."""
+        return min(max(100, self.count // 10) if most is None else most, self.count - 1)
+
     def weights(self, sets: Sequence[Sequence[int]]) -> Float[Tensor, "m n"]:
         """w_S of each set of units."""
         kept = torch.ones(len(sets), self.count, dtype=torch.float64)
