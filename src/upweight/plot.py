@@ -6,17 +6,15 @@ interactive figures are those of the report. Needs the extra `plot`.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from upweight._text import readable
+from upweight._typing import Axes
 from upweight.errors import DataError, ShapeError
 from upweight.runtime.selection import row_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 RAISED, LOWERED, NEUTRAL = "#b8480a", "#00639c", "#0072b2"
 

@@ -103,7 +103,7 @@ class Acquired(Outcome):
 
         Every model here is fitted again.
         """
-        d = self._against(self.rival, False)
+        d = self._lead(self.rival)
         return d is not None and (d.low > 0 or d.high < 0)
 
     def accuracy(self, strategy: str, step: int = -1, *, with_validation: bool = False) -> Estimate:
@@ -142,8 +142,7 @@ class Acquired(Outcome):
         None: never. A point estimate of the means over starts.
         """
         level = float(self._of(other, -1, False).mean())
-        curve = self.right[self._place(strategy)].double().mean(dim=(0, 2))
-        passed = (curve >= level).nonzero()[:, 0].tolist()
+        passed = (_curves(self.right)[self._place(strategy)] >= level).nonzero()[:, 0].tolist()
         return int(self.labels[passed[0]]) if passed else None
 
     @cached_property
@@ -162,7 +161,7 @@ class Acquired(Outcome):
         own, rival, joint = self.strategies[0], self.rival, self.rival_with_validation
         a = self.accuracy(own)
         said = f"With {int(self.labels[-1])} labels bought by {own} test accuracy is {a.value:.1%}"
-        d = self._against(rival, False)
+        d = self._lead(rival)
         if d is not None:
             when = self.labels_to(own, rival)
             other = float(self._of(rival, -1, False).mean())
@@ -218,13 +217,10 @@ class Acquired(Outcome):
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Accuracy by number of labels; dotted where the validation examples are trained on too."""
         ax = axes(ax)
-        for s, name in enumerate(self.strategies):
-            (line,) = ax.plot(
-                self.labels.numpy(), self.right[s].double().mean(dim=(0, 2)).numpy(),
-                marker="o", markersize=3, label=name,
-            )  # fmt: skip
-            joint = self.right_with_validation[s].double().mean(dim=(0, 2)).numpy()
-            ax.plot(self.labels.numpy(), joint, linestyle=":", color=line.get_color())
+        both = _curves(self.right), _curves(self.right_with_validation)
+        for name, alone, joint in zip(self.strategies, *both, strict=True):
+            (line,) = ax.plot(self.labels, alone, marker="o", markersize=3, label=name)
+            ax.plot(self.labels, joint, linestyle=":", color=line.get_color())
         ax.set(xlabel="labels bought", ylabel="test accuracy (dotted: with validation)")
         ax.legend(frameon=False)
         return ax
@@ -233,14 +229,10 @@ class Acquired(Outcome):
         own = self.strategies[0]
         return {
             "labels": self.labels,
-            "accuracy": {
-                name: self.right[s].double().mean(dim=(0, 2))
-                for s, name in enumerate(self.strategies)
-            },
-            "accuracy_with_validation": {
-                name: self.right_with_validation[s].double().mean(dim=(0, 2))
-                for s, name in enumerate(self.strategies)
-            },
+            "accuracy": dict(zip(self.strategies, _curves(self.right), strict=True)),
+            "accuracy_with_validation": dict(
+                zip(self.strategies, _curves(self.right_with_validation), strict=True)
+            ),
             "labels_to_final_of": {name: self.labels_to(own, name) for name in self.strategies[1:]},
             "starts": self.right.shape[1],
             "initial": self.initial,
@@ -256,10 +248,9 @@ class Acquired(Outcome):
         found = self.right_with_validation if with_validation else self.right
         return found[self._place(strategy), :, step].double()
 
-    def _against(self, other: str, with_validation: bool) -> Estimate | None:
-        if other == self.strategies[0]:
-            return None
-        return self.difference(self.strategies[0], other, with_validation=with_validation)
+    def _lead(self, other: str) -> Estimate | None:
+        own = self.strategies[0]
+        return None if other == own else self.difference(own, other)
 
     def _mean(self, values: Float[Tensor, "k t"]) -> Estimate:
         def statistic(starts: Tensor, rows: Tensor) -> Float[Tensor, " r"]:
@@ -267,6 +258,10 @@ class Acquired(Outcome):
             return (by_start * starts).sum(dim=1) / starts.sum(dim=1)
 
         return estimate(statistic, list(values.shape), self.bootstrap)
+
+
+def _curves(right: Bool[Tensor, "s k r t"]) -> Float[Tensor, "s r"]:
+    return right.double().mean(dim=(1, 3))
 
 
 def curve(

@@ -19,7 +19,7 @@ from torch import Tensor
 from upweight._typing import Axes, DataFrame
 from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import ShapeError
-from upweight.evaluation.bootstrap import around
+from upweight.evaluation.bootstrap import around, standard_error
 from upweight.plot import axes
 
 SHOWN = 3
@@ -396,21 +396,6 @@ def difference(
             "label per example.",
         )
     return Difference(first, second, names)
-
-
-def standard_error(
-    values: Float[Tensor, " n"], groups: Sequence[Sequence[int]] | None = None
-) -> float:
-    """Of the mean of n values; of clusters, by the sums of their deviations. NaN for one.
-
-    s/√n,    or  √(G/(G − 1) Σ_g (Σ_{i∈g} (vᵢ − v̄))²) / n
-    """
-    centred = (values - values.mean()).double()
-    parts = centred if groups is None else torch.stack([centred[list(g)].sum() for g in groups])
-    g, n = len(parts), len(values)
-    if g < 2:
-        return float("nan")
-    return float((g / (g - 1) * parts.square().sum()).sqrt()) / n
 
 
 def _interval(interval: tuple[float, float]) -> str:

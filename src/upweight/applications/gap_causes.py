@@ -26,6 +26,7 @@ from upweight.applications.group_gaps import (
     differences,
     read,
     readings,
+    require_gap,
 )
 from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import Subject, subject_of
@@ -378,13 +379,7 @@ def causes(
 
     Cost: one `attribute` with k rows; two refits where there is a recipe.
     """
-    if not isinstance(gap, Gap):
-        raise SpecError(
-            "Causes are those of a gap between groups.",
-            f"{gap!r}.",
-            "the name of a kind, or another functional.",
-            "pass fairness.gap('equal_opportunity', groups_of_the_validation_rows).",
-        )
+    require_gap(gap, "Causes are those of a gap between groups.")
     subject = subject_of(asked, train, recipe)
     fitted = subject.fitted
     using = fitted.resources if resources is None else resources

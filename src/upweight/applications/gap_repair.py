@@ -29,13 +29,14 @@ from upweight.applications.group_gaps import (
     differences,
     read,
     readings,
+    require_gap,
 )
 from upweight.applications.least_change import cheapest_change, least_change
 from upweight.applications.other_labels import Relabeled, relabel_factor
 from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import subject_of
 from upweight.errors import NotConverged, SpecError
-from upweight.evaluation.bootstrap import NORMAL, Estimate, around
+from upweight.evaluation.bootstrap import NORMAL, Estimate, around, standard_error
 from upweight.methods.fitted import Fitted
 from upweight.notation import percent
 from upweight.plot import axes
@@ -574,8 +575,9 @@ class _Search:
                 below = share
             else:
                 above = share
-        for _ in range(HALVINGS if above is not None and not several else 0):
-            assert above is not None
+        for _ in range(HALVINGS):
+            if above is None:
+                return
             middle = (below + above) / 2
             point = self._at(middle, effects, notes)
             if point is None or isinstance(point, str):
@@ -637,7 +639,7 @@ class _Search:
             changed=tuple((change != 0).nonzero()[:, 0].tolist()),
             moved=float(change.abs().mean()),
             feasible=feasible,
-            within=around(float(kept_here.mean()), _error(kept_here)).high >= -self.budget,
+            within=around(float(kept_here.mean()), standard_error(kept_here)).high >= -self.budget,
             predicted=float(self.soft[self.pair] + effects.gaps[self.pair] @ x),
             actual=float(soft),
             loss_predicted=float(effects.loss @ x),
@@ -646,7 +648,7 @@ class _Search:
             validation_accuracy=here.accuracy,
             test=test,
             accuracy=there.accuracy,
-            price=around(float(right.mean()), _error(right)),
+            price=around(float(right.mean()), standard_error(right)),
             closed=around(abs(again.value) - abs(first.value), error),
         )
 
@@ -726,19 +728,8 @@ def _who(task: Task, train: Data, gap: Gap, groups: Any) -> tuple[str, ...]:
     return tuple(f"{names[k]}, {label}" for k, label in zip(at, told, strict=True))
 
 
-def _error(values: Tensor) -> float:
-    """Standard error of a mean."""
-    return float(values.var(correction=0) / max(1, len(values) - 1)) ** 0.5
-
-
 def _require_choices(gap: Any, how: str, budget: float, target: float) -> None:
-    if not isinstance(gap, Gap):
-        raise SpecError(
-            "A repair closes a gap between groups.",
-            f"{gap!r}.",
-            "the name of a kind, or another functional.",
-            "pass fairness.gap('equal_opportunity', groups_of_the_validation_rows).",
-        )
+    require_gap(gap, "A repair closes a gap between groups.")
     if how not in _MEANS:
         raise SpecError(
             'A repair changes "weights", removes rows ("remove") or changes labels ("relabel").',

@@ -425,6 +425,17 @@ def _is(values: Any, positive: Any) -> Bool[Tensor, " q"]:
     return torch.tensor([entry == positive for entry in entries], dtype=torch.bool)
 
 
+def require_gap(given: Any, required: str) -> None:
+    """Refuse what is no gap between groups."""
+    if not isinstance(given, Gap):
+        raise SpecError(
+            required,
+            f"{given!r}.",
+            "the name of a kind, or another functional.",
+            "pass fairness.gap('equal_opportunity', groups_of_the_validation_rows).",
+        )
+
+
 def _require_rows(queries: Any) -> None:
     if queries is None:
         raise SpecError(

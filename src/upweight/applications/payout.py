@@ -112,14 +112,9 @@ class Statement(Outcome):
         return divided(worth, self.budget, self.floor)
 
     @cached_property
-    def _by_point(self) -> Float[Tensor, "q c"]:
-        found: Tensor = self.values.sign * self.values.scores.values[:].detach().cpu().double()
-        return found
-
-    @cached_property
     def intervals(self) -> tuple[Estimate, ...]:
         """Of each payout, before rounding, over validation points drawn with replacement."""
-        values, scale = self._by_point, 10**self.digits
+        values, scale = self.values.by_point, 10**self.digits
 
         def statistic(counts: Float[Tensor, "r q"]) -> Float[Tensor, "r c"]:
             return self._paid(counts @ values / len(values)) / scale
@@ -134,7 +129,7 @@ class Statement(Outcome):
 
         (1/2) Σ_c |payout without it − payout| over the budget; NaN for one point.
         """
-        values = self._by_point
+        values = self.values.by_point
         if len(values) == 1:
             return torch.full((1,), torch.nan, dtype=torch.float64)
         without = (values.sum(dim=0) - values) / (len(values) - 1)
@@ -199,7 +194,7 @@ class Statement(Outcome):
             f"Of {self._money(self.budget):,} {self.contributors[best]} is paid "
             f"{self._money(self.cents[best]):,}{ends}, the most of "
             f"{count(len(self.cents), 'contributor')}, by {method} over "
-            f"{count(len(self._by_point), 'validation point')}{least}"
+            f"{count(len(self.values.by_point), 'validation point')}{least}"
         )
         if self.actual is None:
             return f"{text}; no refit stands behind this."

@@ -77,16 +77,13 @@ class Decisions:
         return said[0].upper() + said[1:]
 
 
-def decided(
-    decisions: Mapping[int, Any], classes: Classes, labels: Tensor, what: str = "A repair"
-) -> Decisions:
+def decided(decisions: Mapping[int, Any], classes: Classes, labels: Tensor) -> Decisions:
     """Decisions by row, checked.
 
     Args:
         decisions: By row a label, "keep" or "drop".
         classes: The labels that there are.
         labels: The class of every row as it is.
-        what: Whose decisions they are, for messages.
 
     Raises:
         DataError: A row or a label does not exist, or nothing is to be changed.
@@ -120,7 +117,7 @@ def decided(
             new[i] = classes.names[classes.index(decision)]
     if not new and not dropped:
         raise DataError(
-            f"{what} needs at least one row that is relabelled or dropped.",
+            "A repair needs at least one row that is relabelled or dropped.",
             f"{len(kept)} rows, all kept as they are." if kept else "no decision.",
             "a page on which nothing was clicked, or proposals that agree with the labels.",
             'decide on a row: {suspects.order[0]: "drop"}, or suspects.proposed(20).',

@@ -75,9 +75,14 @@ class Values(Outcome):
     bootstrap: Bootstrap
 
     @cached_property
+    def by_point(self) -> Float[Tensor, "q m"]:
+        """What each is worth to each validation point."""
+        return self.sign * self.scores.values[:].detach().cpu().double()
+
+    @cached_property
     def predicted(self) -> Float[Tensor, " m"]:
         """v of each, in the unit of the scores."""
-        return self.sign * self.scores.values[:].detach().cpu().double().mean(dim=0)
+        return self.by_point.mean(dim=0)
 
     @property
     def actual(self) -> None:
@@ -104,8 +109,7 @@ class Values(Outcome):
     @cached_property
     def total(self) -> Estimate:
         """Σ v, with its interval over validation points."""
-        sums = self.scores.values[:].detach().cpu().double().sum(dim=1, keepdim=True)
-        return means(self.sign * sums, self.bootstrap)[0]
+        return means(self.by_point.sum(dim=1, keepdim=True), self.bootstrap)[0]
 
     @property
     def owed(self) -> float | None:

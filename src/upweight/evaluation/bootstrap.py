@@ -52,6 +52,21 @@ class Estimate:
         return Estimate(factor * self.value, *sorted((factor * self.low, factor * self.high)))
 
 
+def standard_error(
+    values: Float[Tensor, " n"], groups: Sequence[Sequence[int]] | None = None
+) -> float:
+    """Of the mean of n values; of clusters, by the sums of their deviations. NaN for one.
+
+    s/√n,    or  √(G/(G − 1) Σ_g (Σ_{i∈g} (vᵢ − v̄))²) / n
+    """
+    centred = (values - values.mean()).double()
+    parts = centred if groups is None else torch.stack([centred[list(g)].sum() for g in groups])
+    g, n = len(parts), len(values)
+    if g < 2:
+        return float("nan")
+    return float((g / (g - 1) * parts.square().sum()).sqrt()) / n
+
+
 def around(value: float, error: float) -> Estimate:
     """value ± 1.96 standard errors: the 95 % interval of a normal estimate."""
     return Estimate(value, value - NORMAL * error, value + NORMAL * error)

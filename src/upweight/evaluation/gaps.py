@@ -15,12 +15,13 @@ neighbours, and the five add up to cold start − scores.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._typing import Axes
 from upweight.errors import NonFinite, ShapeError, SpecError
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, mean
@@ -33,9 +34,6 @@ from upweight.training.pbrf import PBRF
 from upweight.training.schedules import Cosine
 from upweight.training.training import Training
 from upweight.training.weights import Removal
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 STAGES = ("cold start", "warm start", "proximal", "PBRF", "linearized", "scores")
 GAPS = ("warm start", "proximity", "non-convergence", "linearization", "solver")
