@@ -31,7 +31,7 @@ from upweight.errors import (
     UnsupportedModel,
     message,
 )
-from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate
+from upweight.evaluation.bootstrap import FEW, Bootstrap, Estimate, estimate
 from upweight.linalg.cholesky import Cholesky
 from upweight.methods.influence import Influence
 from upweight.methods.method import Method
@@ -57,9 +57,6 @@ STRATEGIES = (*GUIDED, "random", "entropy", "class-balanced random")
 """All that `curve` knows."""
 
 COMPARED = ("expected gain", "pseudo-label gain", "random", "entropy", "class-balanced random")
-
-FEW = 20
-"""Starts below which a percentile interval is too narrow."""
 
 
 @dataclass(frozen=True, eq=False)

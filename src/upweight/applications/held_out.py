@@ -26,7 +26,7 @@ from upweight.runtime.streams import stream
 from upweight.task.data import Data
 from upweight.task.identity import contents
 from upweight.task.losses import Loss, Weighted
-from upweight.task.measures import Functional, Measure, measured
+from upweight.task.measures import AT_ONCE, Functional, Measure, measured
 from upweight.task.measures import Loss as LossMeasure
 from upweight.task.recipe import Trainer
 from upweight.task.task import Task
@@ -161,7 +161,7 @@ def class_of(loss: Loss, outputs: Tensor, targets: Any) -> Int[Tensor, " b"] | N
 def classes_of(task: Task, data: Data) -> Int[Tensor, " n"] | None:
     """The class of every example, counted from 0 without gaps; None where there are none."""
     theta, parts = task.theta(), []
-    for _, _, batch in data.batches(1024):
+    for _, _, batch in data.batches(AT_ONCE):
         with torch.no_grad():
             found = class_of(task.loss, *task.outputs(theta, task.to_device(batch)))
         if found is None:
@@ -277,11 +277,11 @@ class Refits:
     ) -> Fitted:
         """A method, fitted to θ(w) with w as part of the objective: of wᵢ ℓᵢ in place of ℓᵢ.
 
-        Its scores are ∂m/∂log wᵢ = wᵢ ∂m/∂wᵢ; its queries carry a weight of 1 (`weighed`).
+        Its scores are ∂m/∂log wᵢ = wᵢ ∂m/∂wᵢ; its queries are `weighing_one`.
         """
         at = self.fitted.task.moved_to(theta)
         task = Task(at.model, Weighted(at.loss), at.penalty, at.params, _WithWeights(at.forward))
-        data = weighed(self.fitted.train, weights.to(at.layout.dtype))
+        data = _Weighed(self.fitted.train, weights.to(at.layout.dtype))
         chosen = self._method() if method is None else method
         return chosen.fit(task, data, resources=self.fitted.resources)
 
@@ -329,11 +329,6 @@ class _Weighed(Data):
         return self.data.take(at), self.weights[at]
 
 
-def weighed(data: Data, weights: Float[Tensor, " n"]) -> Data:
-    """Examples beside their weights."""
-    return _Weighed(data, weights)
-
-
-def ones(fitted: Fitted, count: int) -> Float[Tensor, " q"]:
-    """Weights of queries for a method fitted by `Refits.at_weights`."""
-    return torch.ones(count, dtype=fitted.task.layout.dtype)
+def weighing_one(fitted: Fitted, queries: Data) -> Data:
+    """Queries of weight 1, for a method fitted by `Refits.at_weights`."""
+    return _Weighed(queries, torch.ones(len(queries), dtype=fitted.task.layout.dtype))

@@ -15,12 +15,9 @@ from upweight.methods.perturbation import relabeled
 from upweight.task.arrays import TARGET_KEYS
 from upweight.task.data import ArrayData, Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Loss, Weighted
-from upweight.task.measures import Measure
+from upweight.task.measures import AT_ONCE, Measure
 from upweight.task.rows import Rows
 from upweight.task.task import Task
-
-AT_ONCE = 1024
-"""Examples in a forward pass."""
 
 
 @dataclass(frozen=True, eq=False)

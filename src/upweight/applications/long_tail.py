@@ -18,7 +18,7 @@ from upweight._typing import Axes, DataFrame
 from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.right_answers import Correct, by_row, by_seed
 from upweight.errors import NonFinite, ShapeError, SpecError
-from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, mean
+from upweight.evaluation.bootstrap import FEW, Bootstrap, Estimate, estimate, mean
 from upweight.plot import LOWERED, NEUTRAL, axes
 from upweight.runtime.resources import Resources
 from upweight.runtime.streams import stream
@@ -98,8 +98,8 @@ class RemovalExperiment(Outcome):
     @property
     def notes(self) -> tuple[str, ...]:
         k, d, _ = self.random.shape
-        few = [f"{d} draws"] if d < 20 else []
-        few += [] if k >= 20 else [f"{k} seed{'s' if k > 1 else ''}"]
+        few = [f"{d} draws"] if d < FEW else []
+        few += [] if k >= FEW else [f"{k} seed{'s' if k > 1 else ''}"]
         return (f"{' and '.join(few)}: the interval is somewhat too narrow",) if few else ()
 
     def frame(self) -> "DataFrame":

@@ -427,16 +427,13 @@ class Cleansed(Outcome):
             )
         now, count = _interval(self.chosen.success), self.chosen.count
         cost = f"at {100 * self.chosen.lost:.2f} points of clean accuracy"
-        if self.is_confirmed:
-            return (
-                f"Cleansed: without {count} rows (ranked by {self.chosen.method}) a fit from the "
-                f"start answers class {self.target} on {now} of the triggered images, {was} "
-                f"before, {cost}."
-            )
+        begin, still, end = "Cleansed", "", ""
+        if not self.is_confirmed:
+            begin, still, end = "Not cleansed", "still ", f"; the limit is {100 * self.limit:g} %"
         return (
-            f"Not cleansed: without {count} rows (ranked by {self.chosen.method}) a fit from the "
-            f"start still answers class {self.target} on {now} of the triggered images, {was} "
-            f"before, {cost}; the limit is {100 * self.limit:g} %."
+            f"{begin}: without {count} rows (ranked by {self.chosen.method}) a fit from the start "
+            f"{still}answers class {self.target} on {now} of the triggered images, {was} before, "
+            f"{cost}{end}."
         )
 
     @property

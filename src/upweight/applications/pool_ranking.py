@@ -28,17 +28,14 @@ from upweight.plot import LOWERED, NEUTRAL, axes
 from upweight.scores import Unit
 from upweight.task.arrays import is_array
 from upweight.task.data import Data
+from upweight.task.measures import AT_ONCE, measured
 from upweight.task.measures import Loss as LossOf
-from upweight.task.measures import measured
 from upweight.task.task import Task
 
 Labels = Literal["expected", "pseudo"]
 
 SHORTLIST = 10
 """Batches of the highest gain from which a diverse batch is chosen."""
-
-ROWS = 1024
-"""Pool examples whose probabilities are taken at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,7 +274,7 @@ def probabilities(
     """
     parts: list[Tensor] = []
     with torch.no_grad():
-        for start, stop, batch in data.batches(ROWS):
+        for start, stop, batch in data.batches(AT_ONCE):
             new = every_label(task.to_device(batch), stop - start, classes)
             outputs, targets = task.outputs(theta, new)
             if not parts:

@@ -16,7 +16,7 @@ Nothing formal is promised: no redaction here bounds what another attack can lea
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -322,7 +322,7 @@ def redacted(
     near = None
     if wanted.withhold is not None:
         context = scores.require_context()
-        near = _Near.of(context.train, context.queries, inputs)
+        near = _Near.of(context.train, [context.queries], inputs)
     return _redacted(scores.values[:], k, wanted, near)
 
 
@@ -388,8 +388,8 @@ def audit(
     shown, revealed, overlap, withheld = {}, {}, {}, {}
     for name, redaction in wanted.items():
         seen = _redacted(values, k, redaction, near)
-        used = _redacted(values, k, Redaction(public=redaction.public, withhold=redaction.withhold,
-                                              radius=redaction.radius), near).rows  # fmt: skip
+        whole = replace(redaction, records=True, values=True, digits=None)
+        used = _redacted(values, k, whole, near).rows
         assert used is not None
         same = (plain[:, :, None] == used[:, None, :]).any(dim=2)
         overlap[name] = float(same.sum(dim=1).double().mean())
@@ -443,10 +443,11 @@ class _Near:
     radius: float
 
     @classmethod
-    def of(cls, train: Data, queries: Any, inputs: Callable[[Any], Tensor] | None) -> "_Near":
-        parts = queries if isinstance(queries, list) else [queries]
+    def of(
+        cls, train: Data, queries: Sequence[Data], inputs: Callable[[Any], Tensor] | None
+    ) -> "_Near":
         rows = _inputs(train, inputs)
-        asked = torch.cat([_inputs(part, inputs) for part in parts])
+        asked = torch.cat([_inputs(part, inputs) for part in queries])
         if asked.shape[1] != rows.shape[1]:
             raise DataError(
                 "Queries and training rows are compared by inputs of one length.",
@@ -489,13 +490,9 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 def _inputs(data: Data, chosen: Callable[[Any], Tensor] | None) -> Float[Tensor, "n d"]:
     parts = []
     for _, _, batch in data.batches(batch_size(1, 8)):
-        found: Any = None
-        if chosen is not None:
-            found = chosen(batch)
-        else:
-            leaves = tree_leaves(batch)
-            found = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
-        if not isinstance(found, Tensor) or found.is_complex() or found.ndim < 1:
+        leaves = tree_leaves(batch) if chosen is None else [chosen(batch)]
+        found = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+        if found is None or found.is_complex() or found.ndim < 1:
             raise DataError(
                 "Near-duplicates are told by inputs that are numbers.",
                 f"a batch of type {type(batch).__name__} without a tensor of numbers.",
@@ -575,8 +572,7 @@ def _place(rows: Int[Tensor, "q k"], own: Sequence[set[int]]) -> Float[Tensor, "
 def _ratio(size: Float[Tensor, "q k"]) -> Float[Tensor, " q"]:
     """log |S|₁/|S|₂; 0 where both are 0, and the largest number where only the second is."""
     first, second = size[:, 0], size[:, 1]
-    ratio = first.clamp(min=1e-300).log() - second.clamp(min=1e-300).log()
-    return ratio
+    return first.clamp(min=1e-300).log() - second.clamp(min=1e-300).log()
 
 
 def _attacked(

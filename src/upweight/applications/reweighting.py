@@ -35,9 +35,8 @@ from upweight.applications.held_out import (
     columns,
     held,
     mean_loss_scores,
-    ones,
     splits,
-    weighed,
+    weighing_one,
 )
 from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import subject_of
@@ -358,7 +357,7 @@ class Walk:
         """∂L/∂wᵢ at w, or with η in place of H⁻¹."""
         method = None if self.rule == "exact" else GradientDot()
         here = self.refits.at_weights(theta, w, method)
-        by_log = mean_loss_scores(here, weighed(guide, ones(here, len(guide))))
+        by_log = mean_loss_scores(here, weighing_one(here, guide))
         return by_log / w  # scores of wᵢ ℓᵢ in a factor are wᵢ ∂L/∂wᵢ
 
 

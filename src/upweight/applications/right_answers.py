@@ -20,13 +20,10 @@ from upweight.errors import SpecError
 from upweight.runtime.fingerprint import digest, row_checksums
 from upweight.task.data import Data
 from upweight.task.losses import Loss
-from upweight.task.measures import Measure
+from upweight.task.measures import AT_ONCE, Measure
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.subset_models import reseeded
-
-ROWS = 1024
-"""Examples read at once."""
 
 Asked: TypeAlias = Literal["correct", "probability"]
 """What memorization is a difference of."""
@@ -131,7 +128,7 @@ def equal_examples(data: Data) -> list[list[int]]:
 
 def names_of(data: Data) -> Iterator[tuple[Any, ...]]:
     """Of each example a name, which those have in common that are equal to the last bit."""
-    for start, stop, batch in data.batches(ROWS):
+    for start, stop, batch in data.batches(AT_ONCE):
         leaves = tree_leaves(batch)
         if all(isinstance(x, Tensor) and x.shape[:1] == (stop - start,) for x in leaves):
             yield from zip(*(row_checksums(x).tolist() for x in leaves), strict=True)

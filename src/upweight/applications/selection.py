@@ -36,9 +36,8 @@ from upweight.applications.held_out import (
     draw_intervals,
     held,
     mean_loss_scores,
-    ones,
     splits,
-    weighed,
+    weighing_one,
 )
 from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.reweighting import Weights, reweight
@@ -305,7 +304,7 @@ class Trial:
         """Δℓ of the queries for the rows that the guide chooses."""
         fitted, choice = self.refits.fitted, self.chosen(rule, guide)
         before = choice.before
-        asked = queries if before is fitted else weighed(queries, ones(before, len(queries)))
+        asked = queries if before is fitted else weighing_one(before, queries)
         steps = before.removal(asked, Loss(), [choice.left], evaluate="plugin")
         here, start = (
             measured(fitted.task, theta, queries, Loss()).cpu()
@@ -353,7 +352,7 @@ class Trial:
                 )
                 break
             here, rows = self.refits.at_weights(theta, weights, None), kept
-            asked = weighed(guide, ones(here, len(guide)))
+            asked = weighing_one(here, guide)
         return _choice(here, rows, order[: self.m])
 
 
