@@ -32,7 +32,7 @@ from upweight.applications.group_gaps import (
     require_gap,
 )
 from upweight.applications.least_change import cheapest_change, least_change
-from upweight.applications.other_labels import Relabeled, relabel_factor
+from upweight.applications.other_labels import relabel_factor, with_other_labels
 from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import subject_of
 from upweight.errors import NotConverged, SpecError
@@ -430,7 +430,6 @@ def repair(
                 f"keep a third part of the data aside and pass {name}=(X, y).",
             )
     splits = Splits(task, task.queries(validation), task.queries(test), gap, gap.of(test_groups))
-    splits.require_apart()
     fitted = subject.fitted
     using = (fitted.resources if resources is None else resources).within("repair")
     kept = Kept.of(using, lambda: training_identity(how_to_fit, task, fitted.train))
@@ -447,8 +446,7 @@ class Splits:
     gap: Gap
     test_gap: Gap
 
-    def require_apart(self) -> None:
-        """Refuse one split in the place of both."""
+    def __post_init__(self) -> None:
         if len(self.validation) == len(self.test) and contents(self.validation) == contents(
             self.test
         ):
@@ -657,7 +655,7 @@ class _Search:
         task, train = self.fitted.task, self.fitted.train
 
         def trainer() -> Trainer:
-            data = Relabeled(train, frozenset(flips)) if flips else train
+            data = with_other_labels(train, flips) if flips else train
             key = f"labels changed of {sorted(flips)}"
             return self.kept.trainer(self.recipe.prepare(task, data), task, key)
 

@@ -135,22 +135,21 @@ def outputs_at(
     return torch.cat(outputs), targets
 
 
-def relabeled_rows(task: Task, data: Data, labels: Mapping[int, Any]) -> dict[int, Batch]:
-    """Examples with other labels, as batches of one; weights of classes go with the label."""
-    reads = task.reads
-    change = relabeled if reads is None else reads.relabeled
-    return {i: change(data.take([i]), label) for i, label in labels.items()}
-
-
 def with_labels(task: Task, data: Data, labels: Mapping[int, Any]) -> Data:
     """The same data, in which some rows have other labels.
 
     Args:
         task: Says how labels are written.
         data: Training data of the task.
-        labels: The new label by row, as the user knows labels.
+        labels: The new label by row, as the user knows labels; weights of classes go with it.
     """
-    rows = relabeled_rows(task, data, labels)
+    change = relabeled if task.reads is None else task.reads.relabeled
+    rows = {i: change(data.take([i]), label) for i, label in labels.items()}
+    return with_targets_of(data, rows)
+
+
+def with_targets_of(data: Data, rows: Mapping[int, Batch]) -> Data:
+    """The same data, in which some rows have the targets of these batches of one."""
     if isinstance(data, ArrayData):
         places = [*rows]
         return replace(data, arrays=_put(data.arrays, places, [rows[i] for i in places]))
