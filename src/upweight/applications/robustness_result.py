@@ -297,6 +297,8 @@ class _Several(Outcome):
 class RobustnessTable(_Several):
     """One `Robustness` per coefficient and question: a line each.
 
+    `predicted` and `actual` are how many must leave, and how many left, line by line.
+
     Args:
         lines: What was found, by (model, coefficient); models are "" where there is one.
     """
@@ -402,6 +404,8 @@ class RobustnessTable(_Several):
 @dataclass(frozen=True, eq=False)
 class Fragility(_Several):
     """How few rows carry one coefficient: its sign, its significance, both together.
+
+    `predicted` and `actual` are how many must leave, and how many left, question by question.
 
     Args:
         findings: One `Robustness` for each question, of the same coefficient.

@@ -69,11 +69,6 @@ class Units:
     codes: Int[Tensor, " n"]
     count: int
 
-    @property
-    def are_rows(self) -> bool:
-        """Whether each row is a unit."""
-        return self.count == len(self.codes)
-
     def limit(self, most: int | None) -> int:
         """The largest set to look for: as asked, or a tenth of them, at least 100; never all."""
         return min(max(100, self.count // 10) if most is None else most, self.count - 1)
@@ -249,8 +244,6 @@ class Search:
             moved = self.inference.solved(weights, gamma + steps[part], steps=1)
             scores.append(self.crossing.gap(self.inference.reported(moved, weights)))
             after.append(moved)
-        if not scores:
-            return None
         gaps, starts = torch.cat(scores), torch.cat(after)
         self.lost += int((gaps == -torch.inf).sum())
         for at in gaps.argsort(descending=True, stable=True).tolist():
@@ -266,7 +259,7 @@ class Search:
 
     def _steps(self, gamma: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """Δγ of each unit's removal, and what its direct part is multiplied by."""
-        if not self.units.are_rows:
+        if self.units.count < len(self.units.codes):  # groups
             found = self.inference.group_steps(gamma, w, self.units.codes, self.units.count)
             return found, torch.ones_like(w)
         moves, leverage = self.inference.movements(gamma, w)

@@ -590,9 +590,6 @@ def _above(
         rows.append(some[i])
         columns.append(j)
         values.append(infl[i, j])
-    if not values:
-        none = torch.zeros(0, dtype=torch.long)
-        return none, none, right.new_zeros(0), 0
     i, j, infl = torch.cat(rows), torch.cat(columns), torch.cat(values)
     sure = infl.abs() >= errors * _of_pairs(right, inside, i, j)[1]
     up = sure & (infl > 0)
@@ -606,7 +603,7 @@ def _of_pairs(
     j: Int[Tensor, " k"],
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
     """infl(i, j) of some pairs, and its standard error."""
-    values, errors = [right.new_zeros(0)], [right.new_zeros(0)]
+    values, errors = [], []
     for a, b in zip(torch.split(i, PAIRED), torch.split(j, PAIRED), strict=True):
         values.append(_difference(right[:, b], inside[:, a]))
         errors.append(_standard_error(right[:, b], inside[:, a]))

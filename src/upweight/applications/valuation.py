@@ -414,12 +414,14 @@ class Worth(Outcome):
             bars(ax, [self.names[k] for k in some], every)
             ax.set_xlabel(f"predicted change of {self.measure}")
             return ax
-        return _against(
-            ax,
-            self.predicted.mean(dim=1),
-            self.actual.mean(dim=1),
-            f"change of {self.measure}",
-        )
+        predicted, actual = self.predicted.mean(dim=1), self.actual.mean(dim=1)
+        ax.scatter(predicted, actual, s=16)
+        both = torch.cat([predicted, actual])
+        ends = [float(both.min()), float(both.max())]
+        ax.plot(ends, ends, color="0.6", linewidth=0.8)
+        what = f"change of {self.measure}"
+        ax.set(xlabel=f"predicted {what}", ylabel=f"refitted {what}")
+        return ax
 
     def numbers(self) -> dict[str, Any]:
         actual = self.actual_means
@@ -798,11 +800,3 @@ def bars(ax: "Axes", names: Sequence[str], ends: Iterable[Iterable[float]]) -> N
     ax.hlines(places, found[:, 1], found[:, 2], color="0.2", linewidth=1.0)
     ax.axvline(0.0, color="0.6", linewidth=0.8)
     ax.set_yticks(list(places), [name[:40] for name in names])
-
-
-def _against(ax: "Axes", predicted: Tensor, actual: Tensor, what: str) -> "Axes":
-    ax.scatter(predicted.numpy(), actual.numpy(), s=16)
-    ends = [float(min(predicted.min(), actual.min())), float(max(predicted.max(), actual.max()))]
-    ax.plot(ends, ends, color="0.6", linewidth=0.8)
-    ax.set(xlabel=f"predicted {what}", ylabel=f"refitted {what}")
-    return ax
