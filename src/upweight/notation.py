@@ -38,7 +38,7 @@ def superscript(power: int) -> str:
     return "10" + str(power).translate(_SUPERSCRIPTS)
 
 
-def bracketed(value: float, low: float, high: float, signed: bool = False) -> str:
+def bracketed(value: float, low: float, high: float, *, signed: bool = False) -> str:
     """`0.012 [0.008, 0.016]`, each as `readable`; without brackets where there is no interval."""
     text = readable(value, signed=signed)
     if math.isnan(low) or math.isnan(high):

@@ -375,12 +375,14 @@ def curve(
     if failed:
         told = (f"{len(failed)} of {repeats} starts had a fit that failed, and are left out",)
     # runs[start][strategy][part] as a tensor of strategies, starts, … for each part
-    parts = [
+    right, joint, predicted, actual, bought = (
         torch.stack([torch.stack([run[s][p] for run in runs]) for s in range(len(names))])
-        for p in range(len(runs[0][0]))
-    ]
+        for p in range(5)
+    )
     counts = torch.arange(rounds + 1) * batch
-    return Acquired(names, counts, *parts, len(known), len(held), told=told)
+    return Acquired(
+        names, counts, right, joint, predicted, actual, bought, len(known), len(held), told=told
+    )
 
 
 @dataclass(frozen=True, eq=False)

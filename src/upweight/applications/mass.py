@@ -93,10 +93,9 @@ class Mass(Measure):
         region = region_of(self.region, x.shape[1:]).to(x.device)
         found = []
         for k in range(len(x)):
-            one = slice(k, k + 1)
-            example = mapped(lambda v, at=one: v[at] if isinstance(v, Tensor | list) else v, batch)
+            example = mapped(functools.partial(_one, k=k), batch)
             m = Followed(task, params, example, self.input, measure)
-            xk = x[one]
+            xk = x[k : k + 1]
             a = method.finished(method.raw(m, xk, baseline_of(self.baseline, xk)))[0]
             if self.share:
                 found.append((a.abs() * region).sum() / a.abs().sum())
@@ -113,3 +112,7 @@ class _OfAll:
 
     def __call__(self, task: Task, params: Params, queries: Batch, weights: Tensor) -> Tensor:
         return self.mass(task, params, queries)
+
+
+def _one(value: Any, k: int) -> Any:
+    return value[k : k + 1] if isinstance(value, Tensor | list) else value
