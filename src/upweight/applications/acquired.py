@@ -29,7 +29,6 @@ from upweight.errors import (
     NotPositiveDefinite,
     SpecError,
     UnsupportedModel,
-    message,
 )
 from upweight.evaluation.bootstrap import FEW, Bootstrap, Estimate, estimate
 from upweight.linalg.cholesky import Cholesky
@@ -238,7 +237,7 @@ class Acquired(Outcome):
 
     def _place(self, strategy: str) -> int:
         if strategy not in self.strategies:
-            raise SpecError(_no_strategy(strategy, self.strategies))
+            raise _no_strategy(strategy, self.strategies)
         return self.strategies.index(strategy)
 
     def _of(self, strategy: str, step: int, with_validation: bool) -> Float[Tensor, "k t"]:
@@ -332,7 +331,7 @@ def curve(
     names = tuple(strategies)
     for name in names:
         if name not in STRATEGIES:
-            raise SpecError(_no_strategy(name, STRATEGIES))
+            raise _no_strategy(name, STRATEGIES)
     known, held, tested = (task.queries(part) for part in (labelled, validation, test))
     unlabelled = pool_data(task, pool, known)
     if (
@@ -506,8 +505,8 @@ def _balanced(
     return torch.tensor(chosen)
 
 
-def _no_strategy(given: Any, known: Sequence[str]) -> str:
-    return message(
+def _no_strategy(given: Any, known: Sequence[str]) -> SpecError:
+    return SpecError(
         "A strategy is named.",
         f"{given!r}.",
         "another word for it, or a strategy that was not run.",

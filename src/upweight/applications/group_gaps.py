@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch, Params
-from upweight.errors import DataError, ShapeError, SpecError, UnsupportedModel, message
+from upweight.errors import DataError, ShapeError, SpecError, UnsupportedModel
 from upweight.evaluation.bootstrap import Estimate, wilson
 from upweight.runtime.selection import labels_by_place
 from upweight.task.data import Data
@@ -119,7 +119,7 @@ def differences(
         one, other = pair.rows(places, positive)
         for group, rows in ((pair.first, one), (pair.second, other)):
             if not bool(rows.any()):
-                raise DataError(_empty(gap.names[group], pair.condition))
+                raise _empty(gap.names[group], pair.condition)
         found.append(values[other].mean() - values[one].mean())
     return torch.stack(found)
 
@@ -379,9 +379,7 @@ def read(
         f, y = outputs.reshape(-1), y.reshape(-1)
         values = set(y.unique().tolist())
         if index not in (0, 1) or not (values <= {0, 1} or values <= {-1, 1}):
-            raise UnsupportedModel(
-                *_no_classes(f"one output, targets such as {sorted(values)[:4]}")
-            )
+            raise _no_classes(f"one output, targets such as {sorted(values)[:4]}")
         sign = 1 if index == 1 else -1
         scores = torch.sigmoid(sign * f) if isinstance(loss, Bernoulli) else sign * f
         decided, labels = (f > 0) == (index == 1), (y > 0) == (index == 1)
@@ -394,7 +392,7 @@ def read(
         and y.shape == outputs.shape[:1]
         and 0 <= index < outputs.shape[1]
     ):
-        raise UnsupportedModel(*_no_classes(f"{loss!r} with outputs {tuple(outputs.shape)}"))
+        raise _no_classes(f"{loss!r} with outputs {tuple(outputs.shape)}")
     decision = outputs.argmax(dim=1)
     return outputs.softmax(dim=1)[:, index], decision == index, y == index, decision == y
 
@@ -446,9 +444,9 @@ def _require_rows(queries: Any) -> None:
         )
 
 
-def _empty(name: str, condition: str) -> str:
+def _empty(name: str, condition: str) -> DataError:
     what = {"all": "row", "positive": "row with a positive label", "negative": "row without one"}
-    return message(
+    return DataError(
         "Every group needs rows to compare.",
         f"group {name!r} has no {what[condition]}.",
         "a group of one class, or another class than positive= in a person's favour.",
@@ -457,8 +455,8 @@ def _empty(name: str, condition: str) -> str:
     )
 
 
-def _no_classes(given: str) -> tuple[str, str, str, str]:
-    return (
+def _no_classes(given: str) -> UnsupportedModel:
+    return UnsupportedModel(
         "A gap needs a classifier: one output against two classes, or CrossEntropy over classes.",
         f"{given}.",
         "a regression, shares in place of labels, one-vs-rest outputs of several classes, or a "

@@ -208,9 +208,8 @@ def columns(model: Held | None) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name in ("loss", "accuracy"):
         value: Estimate | None = None if model is None else getattr(model, name)
-        for column in ("value", "low", "high"):
-            title = f"test_{name}" if column == "value" else f"{name}_{column}"
-            found[title] = None if value is None else getattr(value, column)
+        titles = (f"test_{name}", f"{name}_low", f"{name}_high")
+        found |= zip(titles, (None, None, None) if value is None else value, strict=True)
     return found
 
 

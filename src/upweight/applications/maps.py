@@ -122,12 +122,8 @@ class Map(Outcome):
         maps, they, add = ("map", "its", "adds") if q == 1 else ("maps", "their", "add")
         said = f"The {self.method.name} {maps} of {self.about}"
         if not self.method.adds_up:
-            at = torch.unravel_index(self.values[0].abs().argmax(), self.values.shape[1:])
-            first = "" if q == 1 else " of the first"
-            return (
-                f"{said}: the largest entry{first} is at {_place(at)}; {they} entries need not add "
-                "up."
-            )
+            first, at = "" if q == 1 else " of the first", _largest_at(self.values[0])
+            return f"{said}: the largest entry{first} is at {at}; {they} entries need not add up."
         worst = self.errors.nan_to_num(-1.0)
         k = int(worst.argmax())
         if worst[k] < 0:
@@ -179,8 +175,7 @@ class Map(Outcome):
 
     def frame(self) -> "DataFrame":
         """A row per query: sum, total, error, and where the largest entry is."""
-        where = self.values.flatten(1).abs().argmax(dim=1)
-        largest = [_place(torch.unravel_index(at, self.values.shape[1:])) for at in where]
+        largest = [_largest_at(each) for each in self.values]
         columns = {"sum": self.sums, "total": self.totals, "error": self.errors}
         return as_table({**{k: v.cpu() for k, v in columns.items()}, "largest_at": largest})
 
@@ -513,6 +508,6 @@ def _alike(a: Tensor, b: Tensor) -> float | None:
     return float(rho) if bool(rho.isfinite()) else None
 
 
-def _place(at: Iterable[Tensor]) -> str:
-    """An index of an entry."""
+def _largest_at(values: Float[Tensor, "*x"]) -> str:
+    at = torch.unravel_index(values.abs().argmax(), values.shape)
     return "[" + ", ".join(str(int(i)) for i in at) + "]"

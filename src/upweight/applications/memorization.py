@@ -7,7 +7,7 @@ Feldman (2020); Feldman & Zhang (2020), Eq. 1. `scores` takes f₋ᵢ from one f
 and `removal_experiment` what happens without the most memorized.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -229,9 +229,7 @@ def scores(
     if together and sets:
         values = _together(fitted, values, sets)
     notes = _notes(fitted, sets, together)
-    made = Memorization(
-        values, inside, duplicates=tuple(map(tuple, sets)), bootstrap=Bootstrap(), notes=notes
-    )
+    made = Memorization(values, inside, duplicates=tuple(map(tuple, sets)), notes=notes)
     if not confirm:
         return made
     # Of equal rows that leave together one stands for all.
@@ -259,10 +257,8 @@ def scores(
         "others were left out in turn and the model fitted again",
         *_drifted(again),
     )
-    return Memorization(
-        values, inside, rows, again.baseline - again.values.diagonal(), highest,
-        made.duplicates, made.bootstrap, (*said, *notes),
-    )  # fmt: skip
+    actual = again.baseline - again.values.diagonal()
+    return replace(made, rows=rows, actual=actual, highest=highest, notes=(*said, *notes))
 
 
 def _probabilities(

@@ -557,9 +557,8 @@ def if_copied(
         DataError: The examples are no tensors of one form; or as for `statement`.
     """
     context = scores.require_context()
-    labels = list(
-        map(str, contributors.tolist() if hasattr(contributors, "tolist") else contributors)
-    )
+    given = contributors.tolist() if hasattr(contributors, "tolist") else contributors
+    labels = [str(label) for label in given]
     before = statement(scores, labels, budget, floor, better=better, digits=digits)
     rows = [place for place, label in enumerate(labels) if label == str(who)]
     spec = context.fitted.spec

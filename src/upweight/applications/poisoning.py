@@ -553,7 +553,7 @@ def cleanse(
 
     start = fit("all rows", ())
     if start is None:
-        raise NotConverged(_no_fit(failed))
+        raise _no_fit(failed)
     right, first = _right(task, start, tests), rankings[0]
 
     def measured(name: str, rows: Sequence[int], theta: Tensor, ranking: Suspects) -> Removed:
@@ -582,7 +582,7 @@ def cleanse(
                 curve.append(measured(ranking.method, order[:count], theta, ranking))
                 models.append(theta)
     if not curve:
-        raise NotConverged(_no_fit(failed))
+        raise _no_fit(failed)
     place = _chosen(curve, limit)
     chosen = curve[place]
     rows = (first.labels == target).nonzero()[:, 0].cpu()
@@ -737,10 +737,8 @@ def _require_logits(outputs: Any) -> None:
         )
 
 
-def _no_fit(failed: Sequence[str]) -> Any:
-    from upweight.errors import message
-
-    return message(
+def _no_fit(failed: Sequence[str]) -> NotConverged:
+    return NotConverged(
         "What a removal does is read from fits that end.",
         f"{len(failed)} that did not: {'; '.join(failed[:3])}.",
         "a recipe that diverges, or that was not the one of the model.",

@@ -78,12 +78,7 @@ class Decisions:
 
 
 def decided(decisions: Mapping[int, Any], classes: Classes, labels: Tensor) -> Decisions:
-    """Decisions by row, checked.
-
-    Args:
-        decisions: By row a label, "keep" or "drop".
-        classes: The labels that there are.
-        labels: The class of every row as it is.
+    """Decisions by row, each a label, "keep" or "drop", checked.
 
     Raises:
         DataError: A row or a label does not exist, or nothing is to be changed.

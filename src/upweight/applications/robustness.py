@@ -183,6 +183,9 @@ def table(
     Raises:
         UpweightError: As for `amip`.
     """
+    options: dict[str, Any] = {
+        "search": search, "level": level, "groups": groups, "most": most, "budget": budget,
+    }  # fmt: skip
     models = dict(results) if isinstance(results, Mapping) else {"": results}
     lines = []
     for model, found in models.items():
@@ -193,16 +196,7 @@ def table(
             chosen = [c for c in coefficients if alone or not isinstance(c, str) or c in names]  # type: ignore[misc]
         for coefficient in chosen:
             for target in targets:
-                answer = amip(
-                    found,
-                    coefficient,
-                    target=target,
-                    search=search,
-                    level=level,
-                    groups=groups,
-                    most=most,
-                    budget=budget,
-                )
+                answer = amip(found, coefficient, target, **options)
                 name = coefficient if isinstance(coefficient, str) else names[coefficient]
                 lines.append((str(model), name, answer))
     return RobustnessTable(tuple(lines))

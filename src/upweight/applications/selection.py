@@ -130,21 +130,20 @@ class Subset(Outcome):
         agrees = "After refitting" if self.is_confirmed else "The refit does not agree:"
         return f"{said}. {agrees} the test loss changes by {self.actual:+.3f}{points}{beside}."
 
+    @property
+    def _models(self) -> dict[str, Held | None]:
+        return {"all rows": self.everything, "kept rows": self.kept, "random rows": self.random}
+
     def frame(self) -> "DataFrame":
         """One row per model: all rows, the rows kept, as many at random; on the test data."""
-        models = {
-            "all rows": (self.n, self.everything),
-            "kept rows": (len(self.rows), self.kept),
-            "random rows": (len(self.rows), self.random),
-        }
-        lines = [{"rows": rows, **columns(model)} for rows, model in models.values()]
-        return as_table(lines, models, "model")
+        models, counts = self._models, (self.n, len(self.rows), len(self.rows))
+        each = zip(counts, models.values(), strict=True)
+        return as_table([{"rows": k, **columns(model)} for k, model in each], models, "model")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Test loss of the three models with intervals, or the predicted change before a refit."""
         ax = axes(ax)
-        models = {"all rows": self.everything, "kept rows": self.kept, "random rows": self.random}
-        shown = {name: m.loss for name, m in models.items() if m is not None}
+        shown = {name: m.loss for name, m in self._models.items() if m is not None}
         label = "mean test loss"
         if not shown:
             shown, label = {"predicted": self.predicted}, "change of the mean validation loss"
