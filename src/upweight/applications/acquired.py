@@ -195,18 +195,12 @@ class Acquired(Outcome):
     def frame(self) -> "DataFrame":
         """One row per strategy and number of labels, with intervals over starts and tests."""
         lines = []
-        for name in self.strategies:
-            for r, count in enumerate(self.labels.tolist()):
-                a = self.accuracy(name, r)
-                b = self._of(name, r, True).mean()
-                s = self._place(name)
-                change = (
-                    (torch.nan, torch.nan)
-                    if r == 0
-                    else (float(self.predicted[s, :, r - 1].mean()),
-                          float(self.actual[s, :, r - 1].mean()))
-                )  # fmt: skip
-                lines.append((name, count, *a, float(b), *change))
+        for s, name in enumerate(self.strategies):
+            both = torch.stack([self.predicted[s].mean(dim=0), self.actual[s].mean(dim=0)], dim=1)
+            changes = [(torch.nan, torch.nan), *both.tolist()]
+            for r, (count, change) in enumerate(zip(self.labels.tolist(), changes, strict=True)):
+                b = float(self._of(name, r, True).mean())
+                lines.append((name, count, *self.accuracy(name, r), b, *change))
         names = ["strategy", "labels", "accuracy", "low", "high", "accuracy_with_validation"]
         return as_table(lines, columns=[*names, "predicted", "actual"])
 
@@ -465,9 +459,8 @@ class _World:
         is_open[rows] = False
         pool = is_open.nonzero()[:, 0]
         if name == "random":
-            return pool[
-                torch.randperm(len(pool), generator=generator)[: self.batch]
-            ].tolist(), math.nan
+            order = torch.randperm(len(pool), generator=generator)
+            return pool[order[: self.batch]].tolist(), math.nan
         data = self.everything.subset(pool.tolist())
         if name in GUIDED:
             fitted = self.method.fit(self.task.moved_to(theta), train)

@@ -136,13 +136,7 @@ def outputs_at(
 
 
 def with_labels(task: Task, data: Data, labels: Mapping[int, Any]) -> Data:
-    """The same data, in which some rows have other labels.
-
-    Args:
-        task: Says how labels are written.
-        data: Training data of the task.
-        labels: The new label by row, as the user knows labels; weights of classes go with it.
-    """
+    """The same data with new labels by row, as the user knows them; class weights go with them."""
     change = relabeled if task.reads is None else task.reads.relabeled
     rows = {i: change(data.take([i]), label) for i, label in labels.items()}
     return with_targets_of(data, rows)

@@ -121,6 +121,16 @@ def _as_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def json_of(label: Any) -> Any:
+    """A label or setting of the user's, whose infinity is a value; dates and objects as text."""
+    if isinstance(label, float) and not math.isfinite(label):
+        return str(label)
+    if isinstance(label, str | int | float) or label is None:
+        return label
+    is_number = hasattr(label, "item") and not hasattr(label, "isoformat")
+    return label.item() if is_number else str(label)
+
+
 def _head(frame: "DataFrame") -> tuple[list[str], list[list[str]]]:
     """The first rows of a table as text, with its index in front."""
     some = frame.head(SHOWN)

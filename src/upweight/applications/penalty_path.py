@@ -1,6 +1,5 @@
 """The cross-validated loss along a parameter, and which value to choose."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from upweight._typing import Axes, DataFrame
 from upweight.applications.cross_validated import CrossValidated
-from upweight.applications.outcome import Outcome, as_table
+from upweight.applications.outcome import Outcome, as_table, json_of
 from upweight.evaluation.bootstrap import NORMAL
 from upweight.plot import axes
 
@@ -169,11 +168,11 @@ class Path(Outcome):
     def numbers(self) -> dict[str, Any]:
         return {
             "parameter": self.parameter,
-            "values": [_plain(value) for value in self.values],
+            "values": [json_of(value) for value in self.values],
             "loss": self.mean,
             "standard_error": self.standard_error,
-            "chosen": _plain(self.chosen),
-            "chosen_within_one_standard_error": _plain(self.chosen_within_one_standard_error),
+            "chosen": json_of(self.chosen),
+            "chosen_within_one_standard_error": json_of(self.chosen_within_one_standard_error),
             "unsafe": self.unsafe,
             "predicted": self.predicted,
             "actual": self.actual,
@@ -184,9 +183,3 @@ class Path(Outcome):
         return torch.tensor(
             [float("nan") if at is None else of(at) for at in self.along], dtype=torch.float64
         )
-
-
-def _plain(value: Any) -> Any:
-    """As JSON would hold it, which knows neither NumPy's numbers nor infinity."""
-    plain = value.item() if hasattr(value, "item") else value
-    return str(plain) if isinstance(plain, float) and not math.isfinite(plain) else plain

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from upweight._typing import Axes, DataFrame
-from upweight.applications.outcome import Outcome, as_table
+from upweight.applications.outcome import Outcome, as_table, json_of
 from upweight.errors import SpecError
 from upweight.notation import bracketed, count, percent, readable
 from upweight.plot import LOWERED, NEUTRAL, RAISED, axes
@@ -243,8 +243,8 @@ class Robustness(Outcome):
             "one_shot_holds": self.one_shot.holds,
             "one_shot_fewest": self.one_shot.fewest,
             "tried": self.tried,
-            "left_out": [_plain(label) for label in self.left_out],
-            "rows": [_plain(label) for label in self.rows],
+            "left_out": [json_of(label) for label in self.left_out],
+            "rows": [json_of(label) for label in self.rows],
         }
 
     @property
@@ -500,12 +500,3 @@ class Fragility(_Several):
         return {
             "findings": [found.summary() for found in self.findings],
         }
-
-
-def _plain(label: Any) -> Any:
-    """A label as JSON: numbers and text as they are."""
-    if isinstance(label, str | int | float | bool) or label is None:
-        return label if not (isinstance(label, float) and not math.isfinite(label)) else str(label)
-    return (
-        label.item() if hasattr(label, "item") and not hasattr(label, "isoformat") else str(label)
-    )
