@@ -385,7 +385,7 @@ def test_unlearning_and_fairness_go_on_where_they_were(tmp_path):
             )  # fmt: skip
 
         whole, resumed = killed_and_resumed(repair, tmp_path / how, 2)
-        assert whole.summary() == resumed.numbers()
+        assert whole.summary() == resumed.summary()
 
     # What is wrong with the folder is no refit that failed.
     for kept in (tmp_path / "weights", tmp_path / "causes"):
@@ -410,7 +410,7 @@ def test_cleansing_goes_on_where_it_was(tmp_path):
         )
 
     whole, resumed = killed_and_resumed(cleanse, tmp_path, 2)
-    assert whole.summary() == resumed.numbers()
+    assert whole.summary() == resumed.summary()
     same(whole.theta, resumed.theta)
 
 

@@ -209,12 +209,10 @@ class KeptRefits:
     @cached_property
     def kept(self) -> Kept:
         """Opened once, when the first group is asked for."""
-
-        def about() -> dict[str, str]:
-            versions = repr(numeric_versions())
-            return {"refits": described(self.refits), "versions": versions}
-
-        return Kept.of(self.resources, about)
+        return Kept.of(
+            self.resources,
+            lambda: {"refits": described(self.refits), "versions": repr(numeric_versions())},
+        )
 
     def __call__(self, groups: Sequence[list[int]]) -> Iterator[Refit]:
         for group in groups:

@@ -468,13 +468,8 @@ def _radius(rows: Float[Tensor, "n d"]) -> float:
     """Within it lies the nearest other row for a share `NEAR` of the rows; 0 of a single row."""
     if len(rows) < 2:
         return 0.0
-    nearest, start = [], 0
-    for part in _split(rows, rows):
-        found = _distances(part, rows)
-        own = torch.arange(start, start + len(part))
-        found[torch.arange(len(part)), own] = torch.inf
-        nearest.append(found.min(dim=1).values)
-        start += len(part)
+    # The smallest distance is that to the row itself.
+    nearest = [_distances(part, rows).kthvalue(2, dim=1).values for part in _split(rows, rows)]
     return float(torch.cat(nearest).quantile(NEAR, interpolation="lower"))
 
 

@@ -21,6 +21,7 @@ chooses a small share for a target, and trains on it beside other choices; see
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -292,7 +293,10 @@ class Trial:
     def __init__(self, refits: Refits, m: int, seed: int) -> None:
         self.refits, self.m, self.seed = refits, m, seed
         self.notes: list[str] = []
-        self._redundancy: Tensor | None = None
+
+    @cached_property
+    def _redundancy(self) -> Float[Tensor, " n"]:
+        return self.refits.fitted.self_influence().cpu().double()
 
     def cross_fitted(self, rule: Rule, split: Splits) -> Float[Tensor, " q"]:
         """Δℓ of every validation example, predicted from what the other half chose."""
@@ -317,8 +321,6 @@ class Trial:
         if rule == "iterated":
             return self._iterated(guide)
         if rule == "redundant":
-            if self._redundancy is None:
-                self._redundancy = fitted.self_influence().cpu().double()
             kept = self._redundancy.argsort(stable=True)[: self.m]
         else:
             phi = mean_loss_scores(fitted, guide)
