@@ -297,13 +297,8 @@ class Suspects(Outcome):
             "by": self.by,
             "proposals": self.count,
             "order": self.order,
-            "predicted": None
-            if path is None
-            else {
-                "corrected": path.counts,
-                "loss": path.values,
-                "accuracy": path.accuracies,
-            },
+            "predicted": path
+            and {"corrected": path.counts, "loss": path.values, "accuracy": path.accuracies},
         }
 
 

@@ -429,9 +429,7 @@ class Worth(Outcome):
             "action": self.action,
             "before": float(self.before.mean()),
             "predicted": dict(zip(self.names, map(vars, self.predicted_means), strict=True)),
-            "actual": None
-            if actual is None
-            else dict(zip(self.names, map(vars, actual), strict=True)),
+            "actual": actual and dict(zip(self.names, map(vars, actual), strict=True)),
             "pearson": self.agreement and vars(self.agreement),
         }
 
