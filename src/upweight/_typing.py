@@ -13,7 +13,7 @@ them in another way holds one example (`upweight.task.batches`).
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -23,4 +23,10 @@ Forward: TypeAlias = Callable[[nn.Module, Batch], tuple[Any, Any]]
 
 Folder: TypeAlias = str | os.PathLike[str]
 
-__all__ = ["Batch", "Folder", "Forward", "Params"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+else:  # packages of extras: loaded when a figure or a table is asked for
+    Axes = DataFrame = Any
+
+__all__ = ["Axes", "Batch", "DataFrame", "Folder", "Forward", "Params"]

@@ -41,6 +41,14 @@ def superscript(power: int) -> str:
     return "10" + str(power).translate(_SUPERSCRIPTS)
 
 
+def bracketed(value: float, low: float, high: float, *, signed: bool = False) -> str:
+    """`0.012 [0.008, 0.016]`, each as `readable`; without brackets where there is no interval."""
+    text = readable(value, signed=signed)
+    if math.isnan(low) or math.isnan(high):
+        return text
+    return f"{text} [{readable(low)}, {readable(high)}]"
+
+
 def interval(estimate: tuple[float, float, float], digits: int = 3) -> str:
     """`1.012 [1.008, 1.016]` from (value, low, high); a dash for NaN, no bracket for NaN ends."""
     value, low, high = estimate

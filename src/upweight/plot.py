@@ -4,20 +4,18 @@ Each draws on the Axes given, or on a new one, and returns it; nothing is shown 
 interactive figures are those of the report. Needs the extra `plot`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from upweight._text import readable
+from upweight._typing import Axes
 from upweight.errors import DataError, ShapeError
 from upweight.runtime.packages import missing
 from upweight.runtime.selection import row_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 RAISED, LOWERED, NEUTRAL = "#b8480a", "#00639c", "#0072b2"
 
@@ -158,6 +156,12 @@ class Plot:
         ax.set(xscale="log", xlabel="eigenvalue")
         ax.legend()
         return ax
+
+
+def reaches(ends: Iterable[Iterable[float]]) -> list[list[float]]:
+    """How far intervals (value, low, high) reach down and up, as `Axes.errorbar` takes it."""
+    pairs = [(max(value - low, 0.0), max(high - value, 0.0)) for value, low, high in ends]
+    return [[low for low, _ in pairs], [high for _, high in pairs]]
 
 
 def axes(ax: "Axes | None") -> "Axes":

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from upweight._html import card
 from upweight._text import readable
-from upweight._typing import Folder
+from upweight._typing import DataFrame, Folder
 from upweight.effects import FIRST_ORDER, Effects, as_groups, first_order, without
 from upweight.errors import (
     NonFinite,
@@ -44,9 +44,6 @@ from upweight.runtime.selection import (
     row_of,
 )
 from upweight.runtime.store import FINISHED
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SAVED = {"scores": "saved from memory"}
 """What scores on disk depend on that say nothing of it."""
@@ -391,7 +388,7 @@ class Scores(Answered):
         names = {i: (self.columns[i], "") for i in (*found.raises, *found.lowers)}
         return replace(found.named(self.provenance.measure, None), names=names)
 
-    def table(self, query: Any = 0, k: int = 10) -> "pd.DataFrame":
+    def table(self, query: Any = 0, k: int = 10) -> "DataFrame":
         """The k examples at each end of the ranking of one query, with what the user knows of them.
 
         A row per example: `example`, its id in the index of the training data or else its place;
@@ -572,7 +569,7 @@ class Scores(Answered):
         """Figures by Matplotlib: `histogram`, `agreement`, `value`, `classes`, `spectrum`."""
         return Plot(self)
 
-    def to_pandas(self) -> "pd.DataFrame":
+    def to_pandas(self) -> "DataFrame":
         """A table with a row per query and a column per training example or group.
 
         Examples and queries that came in a frame have the labels of its index.

@@ -10,8 +10,9 @@ from torch.testing import assert_close
 import upweight as uw
 from tests.applications.outcomes import holds
 from upweight.applications import poisoning
-from upweight.applications.poisoning import cleanse, suspects, wilson
+from upweight.applications.poisoning import cleanse, suspects
 from upweight.errors import DataError, NotConverged, ShapeError, SpecError
+from upweight.evaluation.bootstrap import wilson
 from upweight.task.recipe import Trained
 from upweight.testing.attacks import Patch, backdoor, perturb_training
 from upweight.training.newton import Newton

@@ -385,7 +385,7 @@ def test_unlearning_and_fairness_go_on_where_they_were(tmp_path):
             )  # fmt: skip
 
         whole, resumed = killed_and_resumed(repair, tmp_path / how, 2)
-        assert whole.numbers() == resumed.numbers()
+        assert whole.summary() == resumed.summary()
 
     # What is wrong with the folder is no refit that failed.
     for kept in (tmp_path / "weights", tmp_path / "causes"):
@@ -410,7 +410,7 @@ def test_cleansing_goes_on_where_it_was(tmp_path):
         )
 
     whole, resumed = killed_and_resumed(cleanse, tmp_path, 2)
-    assert whole.numbers() == resumed.numbers()
+    assert whole.summary() == resumed.summary()
     same(whole.theta, resumed.theta)
 
 
@@ -422,23 +422,23 @@ def selections(task, fitted):
 
     def repairs(resources):
         both = ({0: 1 - int(Y[0]), 3: "drop"}, {1: "drop"})
-        return [found.apply(d, test, Counted(), resources=resources).numbers() for d in both]
+        return [found.apply(d, test, Counted(), resources=resources).summary() for d in both]
 
     return {
         "subset": lambda using: selection.subset(
             fitted, 0.6, "drop", validation=guide, test=test, recipe=Counted(), resources=using
-        ).numbers(),
+        ).summary(),
         "reweight": lambda using: selection.reweight(
             fitted, Counted(), guide, test=test, steps=2, resources=using
-        ).numbers(),
+        ).summary(),
         "target": lambda using: selection.for_target(
             fitted, guide, 0.5, test=test, recipe=Seeded(), against={}, seeds=2, resources=using
-        ).numbers(),
+        ).summary(),
         "apply": repairs,
         "curve": lambda using: acquisition.curve(
             Counted(), task, (X[:8], Y[:8]), X[8:], oracle, guide, test,
             ("random", "expected gain"), 3, 2, repeats=1, resources=using,
-        ).numbers(),
+        ).summary(),
     }  # fmt: skip
 
 

@@ -11,16 +11,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.pool_ranking import classes_of, pool_data, probabilities, rank
 from upweight.applications.right_answers import Correct
+from upweight.applications.valuation import joined
 from upweight.curvature.hessian import Hessian
 from upweight.errors import (
     NonFinite,
@@ -28,9 +29,8 @@ from upweight.errors import (
     NotPositiveDefinite,
     SpecError,
     UnsupportedModel,
-    message,
 )
-from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate
+from upweight.evaluation.bootstrap import FEW, Bootstrap, Estimate, estimate
 from upweight.linalg.cholesky import Cholesky
 from upweight.methods.influence import Influence
 from upweight.methods.method import Method
@@ -45,10 +45,6 @@ from upweight.task.recipe import Recipe
 from upweight.task.task import Task, require_task
 from upweight.training.kept import Kept, training_identity
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
 GUIDED = {
     "expected gain": {"labels": "expected", "diverse": False},
     "diverse expected gain": {"labels": "expected", "diverse": True},
@@ -60,9 +56,6 @@ STRATEGIES = (*GUIDED, "random", "entropy", "class-balanced random")
 """All that `curve` knows."""
 
 COMPARED = ("expected gain", "pseudo-label gain", "random", "entropy", "class-balanced random")
-
-FEW = 20
-"""Starts below which a percentile interval is too narrow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +99,7 @@ class Acquired(Outcome):
 
         Every model here is fitted again.
         """
-        d = self._against(self.rival, False)
+        d = self._lead(self.rival)
         return d is not None and (d.low > 0 or d.high < 0)
 
     def accuracy(self, strategy: str, step: int = -1, *, with_validation: bool = False) -> Estimate:
@@ -145,8 +138,7 @@ class Acquired(Outcome):
         None: never. A point estimate of the means over starts.
         """
         level = float(self._of(other, -1, False).mean())
-        curve = self.right[self._place(strategy)].double().mean(dim=(0, 2))
-        passed = (curve >= level).nonzero()[:, 0].tolist()
+        passed = (_curves(self.right)[self._place(strategy)] >= level).nonzero()[:, 0].tolist()
         return int(self.labels[passed[0]]) if passed else None
 
     @cached_property
@@ -165,7 +157,7 @@ class Acquired(Outcome):
         own, rival, joint = self.strategies[0], self.rival, self.rival_with_validation
         a = self.accuracy(own)
         said = f"With {int(self.labels[-1])} labels bought by {own} test accuracy is {a.value:.1%}"
-        d = self._against(rival, False)
+        d = self._lead(rival)
         if d is not None:
             when = self.labels_to(own, rival)
             other = float(self._of(rival, -1, False).mean())
@@ -173,13 +165,13 @@ class Acquired(Outcome):
                 "more" if d.low > 0 else "less" if d.high < 0 else "no difference that can be told"
             )
             passed = "" if when is None or d.high < 0 else f", passed after {when} labels"
-            said += f", by {rival} {other:.1%}: {lead}, {_points(d)}{passed}"
+            said += f", by {rival} {other:.1%}: {lead}, {100 * d:+.1f} points{passed}"
         b = self.accuracy(joint, with_validation=True)
         g = self.difference(own, joint, with_validation=True)
         side = "more" if g.low > 0 else "less" if g.high < 0 else "neither more nor less"
         return (
             f"{said}; training on the {self.validation} validation examples too gives "
-            f"{b.value:.1%} ({joint}), and guidance alone has {side}, {_points(g)}; "
+            f"{b.value:.1%} ({joint}), and guidance alone has {side}, {100 * g:+.1f} points; "
             f"{self.right.shape[1]} start{'s' if self.right.shape[1] > 1 else ''}."
         )
 
@@ -200,36 +192,25 @@ class Acquired(Outcome):
                 )
         return tuple(found)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per strategy and number of labels, with intervals over starts and tests."""
-        from upweight.runtime.tables import pd
-
         lines = []
-        for name in self.strategies:
-            for r, count in enumerate(self.labels.tolist()):
-                a = self.accuracy(name, r)
-                b = self._of(name, r, True).mean()
-                s = self._place(name)
-                change = (
-                    (torch.nan, torch.nan)
-                    if r == 0
-                    else (float(self.predicted[s, :, r - 1].mean()),
-                          float(self.actual[s, :, r - 1].mean()))
-                )  # fmt: skip
-                lines.append((name, count, a.value, a.low, a.high, float(b), *change))
+        for s, name in enumerate(self.strategies):
+            both = torch.stack([self.predicted[s].mean(dim=0), self.actual[s].mean(dim=0)], dim=1)
+            changes = [(torch.nan, torch.nan), *both.tolist()]
+            for r, (count, change) in enumerate(zip(self.labels.tolist(), changes, strict=True)):
+                b = float(self._of(name, r, True).mean())
+                lines.append((name, count, *self.accuracy(name, r), b, *change))
         names = ["strategy", "labels", "accuracy", "low", "high", "accuracy_with_validation"]
-        return pd.DataFrame(lines, columns=[*names, "predicted", "actual"])
+        return as_table(lines, columns=[*names, "predicted", "actual"])
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Accuracy by number of labels; dotted where the validation examples are trained on too."""
         ax = axes(ax)
-        for s, name in enumerate(self.strategies):
-            (line,) = ax.plot(
-                self.labels.numpy(), self.right[s].double().mean(dim=(0, 2)).numpy(),
-                marker="o", markersize=3, label=name,
-            )  # fmt: skip
-            joint = self.right_with_validation[s].double().mean(dim=(0, 2)).numpy()
-            ax.plot(self.labels.numpy(), joint, linestyle=":", color=line.get_color())
+        both = _curves(self.right), _curves(self.right_with_validation)
+        for name, alone, joint in zip(self.strategies, *both, strict=True):
+            (line,) = ax.plot(self.labels, alone, marker="o", markersize=3, label=name)
+            ax.plot(self.labels, joint, linestyle=":", color=line.get_color())
         ax.set(xlabel="labels bought", ylabel="test accuracy (dotted: with validation)")
         ax.legend(frameon=False)
         return ax
@@ -237,15 +218,11 @@ class Acquired(Outcome):
     def numbers(self) -> dict[str, Any]:
         own = self.strategies[0]
         return {
-            "labels": self.labels.tolist(),
-            "accuracy": {
-                name: self.right[s].double().mean(dim=(0, 2)).tolist()
-                for s, name in enumerate(self.strategies)
-            },
-            "accuracy_with_validation": {
-                name: self.right_with_validation[s].double().mean(dim=(0, 2)).tolist()
-                for s, name in enumerate(self.strategies)
-            },
+            "labels": self.labels,
+            "accuracy": dict(zip(self.strategies, _curves(self.right), strict=True)),
+            "accuracy_with_validation": dict(
+                zip(self.strategies, _curves(self.right_with_validation), strict=True)
+            ),
             "labels_to_final_of": {name: self.labels_to(own, name) for name in self.strategies[1:]},
             "starts": self.right.shape[1],
             "initial": self.initial,
@@ -254,17 +231,16 @@ class Acquired(Outcome):
 
     def _place(self, strategy: str) -> int:
         if strategy not in self.strategies:
-            raise SpecError(_no_strategy(strategy, self.strategies))
+            raise _no_strategy(strategy, self.strategies)
         return self.strategies.index(strategy)
 
     def _of(self, strategy: str, step: int, with_validation: bool) -> Float[Tensor, "k t"]:
         found = self.right_with_validation if with_validation else self.right
         return found[self._place(strategy), :, step].double()
 
-    def _against(self, other: str, with_validation: bool) -> Estimate | None:
-        if other == self.strategies[0]:
-            return None
-        return self.difference(self.strategies[0], other, with_validation=with_validation)
+    def _lead(self, other: str) -> Estimate | None:
+        own = self.strategies[0]
+        return None if other == own else self.difference(own, other)
 
     def _mean(self, values: Float[Tensor, "k t"]) -> Estimate:
         def statistic(starts: Tensor, rows: Tensor) -> Float[Tensor, " r"]:
@@ -272,6 +248,10 @@ class Acquired(Outcome):
             return (by_start * starts).sum(dim=1) / starts.sum(dim=1)
 
         return estimate(statistic, list(values.shape), self.bootstrap)
+
+
+def _curves(right: Bool[Tensor, "s k r t"]) -> Float[Tensor, "s r"]:
+    return right.double().mean(dim=(1, 3))
 
 
 def curve(
@@ -345,7 +325,7 @@ def curve(
     names = tuple(strategies)
     for name in names:
         if name not in STRATEGIES:
-            raise SpecError(_no_strategy(name, STRATEGIES))
+            raise _no_strategy(name, STRATEGIES)
     known, held, tested = (task.queries(part) for part in (labelled, validation, test))
     unlabelled = pool_data(task, pool, known)
     if (
@@ -361,7 +341,8 @@ def curve(
             "a pool that is smaller than the budget.",
             f"rounds={max(1, len(unlabelled) // max(1, batch))}, or a smaller batch.",
         )
-    everything = _joined(known, unlabelled, torch.as_tensor(oracle))
+    answered = with_targets(unlabelled.take(range(len(unlabelled))), torch.as_tensor(oracle))
+    everything = joined(known, as_data(answered))
     using = (Resources() if resources is None else resources).within("curve")
     kept = Kept.of(
         using,
@@ -386,25 +367,15 @@ def curve(
     told: tuple[str, ...] = ()
     if failed:
         told = (f"{len(failed)} of {repeats} starts had a fit that failed, and are left out",)
-    parts = [torch.stack([torch.stack(part) for part in zip(*(
-        [getattr(run, what) for run in row] for row in runs
-    ), strict=True)]) for what in ("right", "joint", "predicted", "actual", "bought")]  # fmt: skip
-    right, joint, predicted, actual, bought = parts
+    # runs[start][strategy][part] as a tensor of strategies, starts, … for each part
+    right, joint, predicted, actual, bought = (
+        torch.stack([torch.stack([run[s][p] for run in runs]) for s in range(len(names))])
+        for p in range(5)
+    )
     counts = torch.arange(rounds + 1) * batch
     return Acquired(
         names, counts, right, joint, predicted, actual, bought, len(known), len(held), told=told
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """One strategy from one start."""
-
-    right: Bool[Tensor, "r t"]
-    joint: Bool[Tensor, "r t"]
-    predicted: Float[Tensor, " b"]
-    actual: Float[Tensor, " b"]
-    bought: Int[Tensor, " m"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -422,17 +393,19 @@ class _World:
     kept: Kept
     seed: int
 
-    def run(self, name: str, start: list[int], k: int) -> _Run:
-        """Buy by a strategy, alone and with the validation examples in the training data."""
+    def run(self, name: str, start: list[int], k: int) -> tuple[Tensor, ...]:
+        """Buy by a strategy, alone and with the validation examples in the training data.
+
+        Returns:
+            `right`, `right_with_validation`, `predicted`, `actual` and `bought` of one start.
+        """
         alone = self._bought(name, start, k, joint=False)
         # What a guided strategy buys does not change where the guides are trained on.
         again = self._bought(name, start, k, joint=True, bought=alone[3])
         right, losses, predicted, bought = alone
         changes = torch.tensor(losses).diff()
-        return _Run(
-            torch.stack(right), torch.stack(again[0]), torch.tensor(predicted), changes,
-            torch.tensor(bought),
-        )  # fmt: skip
+        both = torch.stack(right), torch.stack(again[0])
+        return *both, torch.tensor(predicted), changes, torch.tensor(bought)
 
     def _bought(
         self, name: str, start: list[int], k: int, joint: bool, bought: list[int] | None = None
@@ -458,11 +431,8 @@ class _World:
         return right, losses, predicted, taken
 
     def _training(self, rows: list[int], joint: bool) -> Data:
-        batch = self.everything.take(rows)
-        if joint:
-            both = self.held.take(range(len(self.held)))
-            batch = tree_map(lambda a, b: torch.cat([a, b.to(a)]), batch, both)
-        return as_data(batch)
+        alone = as_data(self.everything.take(rows))
+        return joined(alone, self.held) if joint else alone
 
     def _fitted(self, train: Data, rows: str) -> Float[Tensor, " p"]:
         trainer = self.kept.trainer(self.recipe.prepare(self.task, train), self.task, rows)
@@ -489,9 +459,8 @@ class _World:
         is_open[rows] = False
         pool = is_open.nonzero()[:, 0]
         if name == "random":
-            return pool[
-                torch.randperm(len(pool), generator=generator)[: self.batch]
-            ].tolist(), math.nan
+            order = torch.randperm(len(pool), generator=generator)
+            return pool[order[: self.batch]].tolist(), math.nan
         data = self.everything.subset(pool.tolist())
         if name in GUIDED:
             fitted = self.method.fit(self.task.moved_to(theta), train)
@@ -529,19 +498,8 @@ def _balanced(
     return torch.tensor(chosen)
 
 
-def _joined(known: Data, unlabelled: Data, oracle: Tensor) -> Data:
-    """Labelled examples, then those of the pool with their labels."""
-    pool = with_targets(unlabelled.take(range(len(unlabelled))), oracle)
-    first = known.take(range(len(known)))
-    return as_data(tree_map(lambda a, b: torch.cat([a, b.to(a)]), first, pool))
-
-
-def _points(found: Estimate) -> str:
-    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] points"
-
-
-def _no_strategy(given: Any, known: Sequence[str]) -> str:
-    return message(
+def _no_strategy(given: Any, known: Sequence[str]) -> SpecError:
+    return SpecError(
         "A strategy is named.",
         f"{given!r}.",
         "another word for it, or a strategy that was not run.",

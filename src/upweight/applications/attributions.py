@@ -7,8 +7,8 @@ Features that are taken away together are patches: squares of an image, single f
 """
 
 import abc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -235,10 +235,10 @@ class CAM(Attribution):
         head = m.weighted(weights)
         A, gradients = _activations(m, x, layer, head)
         w = gradients.mean(dim=(2, 3), keepdim=True)
-        with _replaced(m.model, layer, 2 * A), torch.no_grad():
-            step = head(x)[0]
         with torch.no_grad():
-            step = step - head(x)[0]
+            with m.model.get_submodule(layer).register_forward_hook(lambda *_: 2 * A):
+                doubled = head(x)[0]
+            step = doubled - head(x)[0]
         size = float((gradients * A).abs().sum())
         bent = abs(float(step - (gradients * A).sum())) > 1e-6 * size
         if bent or float((gradients - w).abs().max()) > 1e-6 * float(gradients.abs().max()):
@@ -361,21 +361,11 @@ def layer_of(m: Explained, x: Tensor, layer: str | None, what: str) -> str:
 
         return hook
 
-    handles = (
-        [
-            module.register_forward_hook(seen(name))
-            for name, module in modules.items()
-            if name and not any(True for _ in module.children())
-        ]
-        if layer is None
-        else [modules[layer].register_forward_hook(seen(layer))]
-    )
-    try:
-        with torch.no_grad():
-            m.outputs(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    leaves = [name for name, module in modules.items() if name and not [*module.children()]]
+    with ExitStack() as hooks, torch.no_grad():
+        for name in leaves if layer is None else [layer]:
+            hooks.enter_context(modules[name].register_forward_hook(seen(name)))
+        m.outputs(x)
     there = [name for name, shape in found if len(shape) == 4 and shape[2] * shape[3] > 1]
     if there and x.ndim >= 3:
         return there[-1]
@@ -385,17 +375,6 @@ def layer_of(m: Explained, x: Tensor, layer: str | None, what: str) -> str:
         "a model of vectors or sequences.",
         "a map by gradients or by taking features away, such as 'integrated-gradients'.",
     )
-
-
-@contextmanager
-def _replaced(model: nn.Module, layer: str, value: Tensor) -> Iterator[None]:
-    """The output of a layer is this one."""
-    module = model.get_submodule(layer)
-    handle = module.register_forward_hook(lambda module, given, output: value)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _activations(
@@ -408,16 +387,12 @@ def _activations(
         held.append(output.detach().requires_grad_())
         return held[-1]
 
-    handle = m.model.get_submodule(layer).register_forward_hook(hold)
-    try:
-        with torch.enable_grad():
-            if not slope:
-                m.outputs(x)
-                return held[-1].detach(), torch.zeros_like(held[-1])
-            value = m.measured(*m.outputs(x)) if function is None else function(x)
-            (gradient,) = torch.autograd.grad(value.sum(), held[-1], materialize_grads=True)
-    finally:
-        handle.remove()
+    with m.model.get_submodule(layer).register_forward_hook(hold), torch.enable_grad():
+        if not slope:
+            m.outputs(x)
+            return held[-1].detach(), torch.zeros_like(held[-1])
+        value = m.measured(*m.outputs(x)) if function is None else function(x)
+        (gradient,) = torch.autograd.grad(value.sum(), held[-1], materialize_grads=True)
     return held[-1].detach(), gradient
 
 

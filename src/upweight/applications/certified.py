@@ -22,25 +22,23 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import with_parameters
 from upweight.errors import NonFinite, NotConverged, NotOffered, SpecError, UnsupportedModel
 from upweight.front.opened import opened
+from upweight.plot import axes
 from upweight.runtime.selection import places
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, Loss, SquaredError
 from upweight.task.penalties import L2
 from upweight.task.task import Task
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 LIPSCHITZ: dict[type[Loss], float] = {Bernoulli: 0.25, SquaredError: 0.0}
 """γ of ℓ'', by loss. The losses of the paper; another needs its own constant."""
@@ -115,15 +113,27 @@ class Certificate:
         eigenvalue of XᵀX.
         """
         found = opened(asked, train)
-        X, y, loss, strength = _linear(found.task, found.train)
+        problem = _linear(found.task, found.train)
+        return self._trained(found.task, asked, problem, torch.zeros_like(problem.b), seed)
+
+    def _trained(
+        self, task: Task, asked: Any, problem: "Problem", start: Tensor, seed: int | None
+    ) -> "Certified":
+        """At the minimum on all rows of a problem, with noise that is drawn for it."""
         drawn = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
-        b = self.sigma * torch.randn(X.shape[1], generator=drawn, dtype=torch.float64)
-        problem = Problem(X, y, loss, strength, b)
-        kept = torch.arange(len(X))
-        theta = problem.minimum(kept, torch.zeros(X.shape[1], dtype=torch.float64))
-        residual = float(problem.gradient(theta, kept).norm())
-        _require_budget(residual, self.budget)
-        return Certified(self, found.task, asked, problem, theta, theta, residual)
+        b = self.sigma * torch.randn(len(start), generator=drawn, dtype=torch.float64)
+        problem = replace(problem, b=b)
+        rows = torch.arange(len(problem.X))
+        theta = problem.minimum(rows, start)
+        residual = float(problem.gradient(theta, rows).norm())
+        if not residual < self.budget:
+            raise NotConverged(
+                "Training must leave less of a gradient than the certificate allows in all.",
+                f"‖∇L_b‖ = {residual:.1e}, and a budget of {self.budget:.1e}.",
+                "noise so small that rounding of float64 is as large.",
+                "a larger Certificate(sigma=...).",
+            )
+        return Certified(self, task, asked, problem, theta, theta, residual)
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,16 +336,8 @@ class Certified(Outcome):
         """
         more = places(without, len(self.problem.X), "Training examples")
         kept = self._without(more)
-        drawn = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
-        b = self.certificate.sigma * torch.randn(
-            len(self.theta), generator=drawn, dtype=torch.float64
-        )
-        problem = replace(self.problem, X=self.problem.X[kept], y=self.problem.y[kept], b=b)
-        rows = torch.arange(len(kept))
-        theta = problem.minimum(rows, self.trained)
-        began = float(problem.gradient(theta, rows).norm())
-        _require_budget(began, self.budget)
-        return Certified(self.certificate, self.task, self.asked, problem, theta, theta, began)
+        problem = replace(self.problem, X=self.problem.X[kept], y=self.problem.y[kept])
+        return self.certificate._trained(self.task, self.asked, problem, self.trained, seed)
 
     def confirm(self) -> "Certified":
         """The same, with the parameters fitted again to what is left under the same noise.
@@ -384,13 +386,7 @@ class Certified(Outcome):
         """‖θ_refit − θ_trained‖."""
         return None if self.actual is None else float(self.actual.norm())
 
-    @property
-    def title(self) -> str:
-        return "certified removal"
-
-    @property
-    def is_confirmed(self) -> bool:
-        return self.refitted is not None
+    title = "certified removal"
 
     @property
     def verdict(self) -> str:
@@ -405,26 +401,20 @@ class Certified(Outcome):
         share = f", {self.distance / self.moved:.2g} of what it moved" if self.moved else ""
         return f"{said}; fitting again ends {self.distance:.2g} away{share}."
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (
-            "the certificate is of θ alone: statistics taken of all rows beforehand (scaling, "
-            "features, choice of λ) still know them",
-            "it assumes that requests do not depend on models published before, and that b stays "
-            "secret",
-        )
+    notes = (
+        "the certificate is of θ alone: statistics taken of all rows beforehand (scaling, "
+        "features, choice of λ) still know them",
+        "it assumes that requests do not depend on models published before, and that b stays "
+        "secret",
+    )
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per step: how many left, `bound`, `spent`, the measured `residual`, `budget`."""
-        from upweight.runtime.tables import pd
-
         rows = [(len(r.examples), r.bound, r.spent, r.residual, self.budget) for r in self.removals]
-        return pd.DataFrame(rows, columns=["examples", "bound", "spent", "residual", "budget"])
+        return as_table(rows, columns=["examples", "bound", "spent", "residual", "budget"])
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Spent and measured residual after each step, and the budget."""
-        from upweight.plot import axes
-
         ax = axes(ax)
         count = [0]
         for removal in self.removals:
@@ -456,19 +446,8 @@ def _counted(count: int) -> str:
     return f"{count} example{'' if count == 1 else 's'}"
 
 
-def _require_budget(residual: float, budget: float) -> None:
-    if not residual < budget:
-        raise NotConverged(
-            "Training must leave less of a gradient than the certificate allows in all.",
-            f"‖∇L_b‖ = {residual:.1e}, and a budget of {budget:.1e}.",
-            "noise so small that rounding of float64 is as large.",
-            "a larger Certificate(sigma=...).",
-            solution=None,
-        )
-
-
-def _linear(task: Task, train: Data) -> tuple[Tensor, Tensor, Loss, float]:
-    """X, y, ℓ and λ of a linear model that the paper certifies, or what speaks against it."""
+def _linear(task: Task, train: Data) -> Problem:
+    """The problem of a linear model that the paper certifies, without noise."""
     model, loss, penalty = task.model, task.loss, task.penalty
     against = ""
     if type(model) is not nn.Linear or model.out_features != 1:
@@ -514,7 +493,7 @@ def _linear(task: Task, train: Data) -> tuple[Tensor, Tensor, Loss, float]:
             "missing values, or a division by the norm of an empty row.",
             "leave those rows out, or fill them in, before training.",
         )
-    return X, y.reshape(-1), loss, penalty.strength
+    return Problem(X, y.reshape(-1), loss, penalty.strength, torch.zeros_like(X[0]))
 
 
 def _is_as_called(task: Task, batch: Any) -> bool:

@@ -9,19 +9,16 @@ hand, and a class that the model is generally unsure of asks for less.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import SpecError
 from upweight.plot import axes
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +29,7 @@ class FlaggedLabels(Outcome):
         probabilities: p(c | xᵢ) by models that did not see row i.
         labels: The class of each row, as its place in `classes`.
         classes: As the user knows them.
-        noted: Notes.
+        notes: What to know before the numbers.
         thresholds: t_c; NaN of a class without rows.
         proposals: ŷᵢ; the label itself where no other class is above its threshold.
         suspicion: Of every row max_{c ≠ y} p(c | xᵢ) − p(y | xᵢ), from −1 to 1.
@@ -42,7 +39,7 @@ class FlaggedLabels(Outcome):
     probabilities: Float[Tensor, "n c"]
     labels: Int[Tensor, " n"]
     classes: tuple[Any, ...]
-    noted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     thresholds: Float[Tensor, " c"] = field(init=False)
     proposals: Int[Tensor, " n"] = field(init=False)
     suspicion: Float[Tensor, " n"] = field(init=False)
@@ -95,14 +92,7 @@ class FlaggedLabels(Outcome):
         """The proposed label of each flagged row: a guess, to be looked at."""
         return {i: self.classes[int(self.proposals[i])] for i in self.flagged}
 
-    @property
-    def title(self) -> str:
-        return "Which labels to look at first"
-
-    @property
-    def is_confirmed(self) -> bool:
-        """Never: nobody has looked at the labels."""
-        return False
+    title = "Which labels to look at first"
 
     @property
     def verdict(self) -> str:
@@ -113,17 +103,11 @@ class FlaggedLabels(Outcome):
             "is not known."
         )
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.noted
-
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per training row in order: flagged, its label, the proposal, p of both, suspicion.
 
         The index is the place of the row in the training data.
         """
-        from upweight.runtime.tables import pd
-
         order = self.order.tolist()
         p = self.probabilities
         columns = {
@@ -134,7 +118,7 @@ class FlaggedLabels(Outcome):
             "p_proposed": p.gather(1, self.proposals[:, None])[self.order, 0].tolist(),
             "suspicion": self.suspicion[self.order].tolist(),
         }
-        return pd.DataFrame(columns, index=pd.Index(order, name="row"))
+        return as_table(columns, order, "row")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The suspicion of the rows in order, and the cut-off."""
@@ -147,7 +131,7 @@ class FlaggedLabels(Outcome):
     def numbers(self) -> dict[str, Any]:
         return {
             "rows": len(self),
-            "flagged": list(self.flagged),
+            "flagged": self.flagged,
             "proposed": list(self.proposed().values()),
         }
 

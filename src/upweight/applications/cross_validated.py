@@ -10,22 +10,17 @@ examples leave by cluster, the sums of the clusters are what varies.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import ShapeError
+from upweight.evaluation.bootstrap import around, standard_error
 from upweight.plot import axes
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-NORMAL = 1.959963984540054
-"""Standard errors on either side of a 95 % interval."""
 
 SHOWN = 3
 
@@ -99,7 +94,8 @@ class CrossValidated(Outcome):
     @property
     def interval(self) -> tuple[float, float]:
         """The mean ± 1.96 standard errors."""
-        return _around(self.mean, self.standard_error)
+        _, low, high = around(self.mean, self.standard_error)
+        return low, high
 
     @cached_property
     def predicted(self) -> Float[Tensor, " r"]:  # type: ignore[override]
@@ -207,22 +203,20 @@ class CrossValidated(Outcome):
         group = self.groups[place]
         return "+".join(map(str, group[:2])) + ("+…" if len(group) > 2 else "")
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per example."""
-        from upweight.runtime.tables import pd
-
         place = {i: k for k, group in enumerate(self.groups) for i in group}
         order = [place[i] for i in range(len(self.per_example))]
         columns = {
-            "loss": self.per_example.numpy(),
-            "approximate": self.approximate.numpy(),
-            "exact": self.exact.where(self._is_refitted, torch.nan).numpy(),
-            "train_loss": self.train_losses.numpy(),
+            "loss": self.per_example,
+            "approximate": self.approximate,
+            "exact": self.exact.where(self._is_refitted, torch.nan),
+            "train_loss": self.train_losses,
             "group": order,
         }
         if self.leverage is not None:
-            columns["leverage"] = self.leverage.numpy()
-        return pd.DataFrame(columns).rename_axis("example")
+            columns["leverage"] = self.leverage
+        return as_table(columns, name="example")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Held-out against training loss of each example; what was refitted is marked."""
@@ -240,22 +234,19 @@ class CrossValidated(Outcome):
         return ax
 
     def numbers(self) -> dict[str, Any]:
-        low, high = self.interval
         return {
             "kind": self.kind,
             "n": len(self.per_example),
             "mean": self.mean,
-            "standard_error": _finite(self.standard_error),
-            "interval": [_finite(low), _finite(high)],
+            "standard_error": self.standard_error,
+            "interval": self.interval,
             "train_loss": float(self.train_losses.mean()),
-            "unsafe": list(self.unsafe),
-            "refitted": list(self.refitted),
-            "predicted": self.predicted.tolist(),
-            "actual": None if self.actual is None else self.actual.tolist(),
+            "unsafe": self.unsafe,
+            "refitted": self.refitted,
+            "predicted": self.predicted,
+            "actual": self.actual,
             "missed": self.missed,
-            "missed_standard_error": (
-                None if self.missed is None else _finite(self.missed_standard_error or 0.0)
-            ),
+            "missed_standard_error": self.missed_standard_error,
             "is_confirmed": self.is_confirmed,
             "largest_leverage": None if self.leverage is None else float(self.leverage.max()),
             "seconds": self.seconds,
@@ -296,7 +287,8 @@ class Difference(Outcome):
     @property
     def interval(self) -> tuple[float, float]:
         """The mean ± 1.96 standard errors."""
-        return _around(self.mean, self.standard_error)
+        _, low, high = around(self.mean, self.standard_error)
+        return low, high
 
     @property
     def _both(self) -> list[int]:
@@ -345,16 +337,14 @@ class Difference(Outcome):
     def notes(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self.first.notes, *self.second.notes)))
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per example."""
-        from upweight.runtime.tables import pd
-
         columns = {
-            "first": self.first.per_example.numpy(),
-            "second": self.second.per_example.numpy(),
-            "difference": self.per_example.numpy(),
+            "first": self.first.per_example,
+            "second": self.second.per_example,
+            "difference": self.per_example,
         }
-        return pd.DataFrame(columns).rename_axis("example")
+        return as_table(columns, name="example")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The differences from the smallest to the largest."""
@@ -367,11 +357,10 @@ class Difference(Outcome):
         return ax
 
     def numbers(self) -> dict[str, Any]:
-        low, high = self.interval
         return {
             "mean": self.mean,
-            "standard_error": _finite(self.standard_error),
-            "interval": [_finite(low), _finite(high)],
+            "standard_error": self.standard_error,
+            "interval": self.interval,
             "predicted": self.predicted,
             "actual": self.actual,
             "is_confirmed": self.is_confirmed,
@@ -409,30 +398,6 @@ def difference(
     return Difference(first, second, names)
 
 
-def standard_error(
-    values: Float[Tensor, " n"], groups: Sequence[Sequence[int]] | None = None
-) -> float:
-    """Of the mean of n values; of clusters, by the sums of their deviations. NaN for one.
-
-    s/√n,    or  √(G/(G − 1) Σ_g (Σ_{i∈g} (vᵢ − v̄))²) / n
-    """
-    centred = (values - values.mean()).double()
-    parts = centred if groups is None else torch.stack([centred[list(g)].sum() for g in groups])
-    g, n = len(parts), len(values)
-    if g < 2:
-        return float("nan")
-    return float((g / (g - 1) * parts.square().sum()).sqrt()) / n
-
-
-def _around(mean: float, error: float) -> tuple[float, float]:
-    return mean - NORMAL * error, mean + NORMAL * error
-
-
 def _interval(interval: tuple[float, float]) -> str:
     low, high = interval
     return f"{low:.4g} to {high:.4g}" if low == low else "unknown"
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if abs(value) < float("inf") else None

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.applications.cross_validated import CrossValidated, Difference, difference
+from upweight.applications.labels import outputs_at
 from upweight.applications.left_out import (
     ByRecipe,
     KeptRefits,
@@ -30,7 +31,7 @@ from upweight.applications.left_out import (
     losses_of,
 )
 from upweight.applications.penalty_path import Path
-from upweight.applications.subject import curvature_left_out, subject_of
+from upweight.applications.subject import Subject, curvature_left_out, subject_of
 from upweight.curvature.hessian import Hessian
 from upweight.errors import (
     NonFinite,
@@ -320,7 +321,8 @@ class _Options:
 def _place(asked: Any, train: Any, recipe: Recipe | None, resources: Resources | None) -> _Place:
     if isinstance(asked, _Place):
         return asked
-    if recipe is None and _is_of_sklearn(asked) and isinstance(train, tuple | list):
+    of_sklearn = type(asked).__module__.startswith("sklearn.")
+    if recipe is None and of_sklearn and isinstance(train, tuple | list):
         import upweight.adapters.sklearn_folds as sk
 
         if len(train) in (2, 3):
@@ -356,10 +358,6 @@ def _followed(
     for i, part, theta, left in ends:
         is_minimum = place.holds is None or place.holds(theta, [i])
         yield i, part[0], left if is_minimum else math.inf
-
-
-def _is_of_sklearn(asked: Any) -> bool:
-    return type(asked).__module__.startswith("sklearn.")
 
 
 def _of_sklearn(known: Any, resources: Resources) -> _Place:
@@ -441,11 +439,7 @@ def _answer(
 def _at_theta(fitted: Fitted, loss: Callable[..., Tensor] | None) -> Float[Tensor, " n"]:
     if loss is None:
         return fitted.losses.double().cpu()
-    task, parts = fitted.task, []
-    for _, _, batch in fitted.train.batches(1024):
-        with torch.no_grad():
-            parts.append(task.outputs(fitted.theta, task.to_device(batch))[0])
-    return losses_of(fitted, torch.cat(parts), loss)
+    return losses_of(fitted, outputs_at(fitted.task, fitted.theta, fitted.train)[0], loss)
 
 
 def _require_finite(losses: Float[Tensor, " n"]) -> None:
@@ -469,12 +463,7 @@ def _require_options(options: _Options, place: _Place) -> None:
             "confirm=20.",
         )
     if confirm and place.refits is None:
-        raise SpecError(
-            "confirm= fits the model again, and must know how.",
-            "a fitted method and no recipe.",
-            "a network, which does not say how it was trained.",
-            "recipe=uw.Training(...), or uw.training.Newton() for a convex objective.",
-        )
+        Subject(place.fitted, None).require_recipe("confirm=")
 
 
 def _drawn(

@@ -7,17 +7,17 @@ with validation data by harm: S[q, i] > 0 of their mean loss.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight._typing import Batch, Params
+from upweight._typing import Axes, Batch, DataFrame, Params
 from upweight.applications.confident import FlaggedLabels, flagged_labels
 from upweight.applications.labels import Classes, IsRight, outputs_at, plain, with_labels
 from upweight.applications.misprediction import Misprediction, explain_error
-from upweight.applications.outcome import SHOWN, Outcome
+from upweight.applications.outcome import SHOWN, Outcome, as_table
 from upweight.applications.repair import (
     DROP,
     KEEP,
@@ -45,10 +45,6 @@ from upweight.task.losses import Bernoulli, CrossEntropy
 from upweight.task.measures import Functional, Loss, as_measure, measured
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 __all__ = [
     "DROP",
@@ -108,7 +104,7 @@ class Suspects(Outcome):
         predicted: The path of corrections in order, on the validation data.
         validation: Those data.
         losses: ℓ(f(xᵢ), yᵢ) of every row, of the model as it is: to compare with.
-        noted: Notes.
+        notes: What to know before the numbers.
     """
 
     subject: Subject
@@ -123,7 +119,7 @@ class Suspects(Outcome):
     predicted: Path | None
     validation: Data | None
     losses: Float[Tensor, " n"]
-    noted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     actual: None = None
 
     def __len__(self) -> int:
@@ -169,8 +165,8 @@ class Suspects(Outcome):
         """
         fitted, made = self.subject.fitted, decided(decisions, self.classes, self.labels)
         data, theta = fitted.task.queries(queries), fitted.theta + movement(fitted, made)[0]
-        values = (measured(fitted.task, theta, data, m).mean() for m in (LOSS, self._is_right))
-        loss, accuracy = map(float, values)
+        both = (LOSS, IsRight(self.classes))
+        loss, accuracy = (float(measured(fitted.task, theta, data, m).mean()) for m in both)
         return loss, accuracy
 
     def apply(
@@ -222,14 +218,7 @@ class Suspects(Outcome):
         """Rows for which another label is proposed."""
         return int((self.proposals != self.labels).sum())
 
-    @property
-    def title(self) -> str:
-        return "Which labels to look at first"
-
-    @property
-    def is_confirmed(self) -> bool:
-        """Never: `apply` refits."""
-        return False
+    title = "Which labels to look at first"
 
     @property
     def verdict(self) -> str:
@@ -259,11 +248,7 @@ class Suspects(Outcome):
             "fitted again."
         )
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.noted
-
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per training row in order: its label, the proposal, suspicion, predicted changes.
 
         `suspected` says for which a model without the row favours another label: the cut-off.
@@ -271,15 +256,13 @@ class Suspects(Outcome):
         `id` is the row's label in the index of the data, where they have one. `relabelling` and
         `removing` are predicted changes of the mean validation measure.
         """
-        from upweight.runtime.tables import pd
-
         order, names = self.order.tolist(), self.classes.names
         columns: dict[str, Any] = {
             "label": [names[int(self.labels[i])] for i in order],
             "proposed": [names[int(self.proposals[i])] for i in order],
-            "suspicion": self.suspicion[self.order].cpu().numpy(),
-            "suspected": (self.proposals != self.labels)[self.order].cpu().numpy(),
-            "loss": self.losses[self.order].cpu().numpy(),
+            "suspicion": self.suspicion[self.order].cpu(),
+            "suspected": (self.proposals != self.labels)[self.order].cpu(),
+            "loss": self.losses[self.order].cpu(),
         }
         rows = self.subject.fitted.train.given
         if rows is not None and rows.ids is not None:
@@ -287,8 +270,8 @@ class Suspects(Outcome):
         for name in ("relabelling", "removing"):
             values = getattr(self, name)
             if values is not None:
-                columns[name] = values[self.order].cpu().numpy()
-        return pd.DataFrame(columns, index=pd.Index(order, name="row"))
+                columns[name] = values[self.order].cpu()
+        return as_table(columns, order, "row")
 
     def __repr__(self) -> str:
         try:
@@ -316,19 +299,10 @@ class Suspects(Outcome):
             "rows": len(self),
             "by": self.by,
             "proposals": self.count,
-            "order": self.order.tolist(),
-            "predicted": None
-            if path is None
-            else {
-                "corrected": list(path.counts),
-                "loss": list(path.values),
-                "accuracy": list(path.accuracies),
-            },
+            "order": self.order,
+            "predicted": path
+            and {"corrected": path.counts, "loss": path.values, "accuracy": path.accuracies},
         }
-
-    @property
-    def _is_right(self) -> IsRight:
-        return IsRight(self.classes)
 
 
 def suspects(

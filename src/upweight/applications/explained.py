@@ -203,9 +203,8 @@ def in_double(batch: Batch) -> Batch:
     """Floating-point tensors in float64, all of them without a graph."""
 
     def double(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.detach().double() if value.is_floating_point() else value
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        return value.detach().double() if floats else value
 
     return mapped(double, batch)
 

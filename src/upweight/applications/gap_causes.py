@@ -9,14 +9,16 @@ the penalty's part, so that all shares together are near 0: rows that widen a ga
 rows that narrow it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
 from upweight.applications.group_gaps import (
     Gap,
     counted,
@@ -24,9 +26,9 @@ from upweight.applications.group_gaps import (
     differences,
     read,
     readings,
-    z,
+    require_gap,
 )
-from upweight.applications.outcome import Outcome
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import Subject, subject_of
 from upweight.errors import (
     DataError,
@@ -36,20 +38,16 @@ from upweight.errors import (
     StaleStore,
     UpweightError,
 )
-from upweight.evaluation.bootstrap import Estimate
+from upweight.evaluation.bootstrap import Estimate, around
 from upweight.methods.reduce import GroupSums
 from upweight.notation import percent
-from upweight.plot import axes
+from upweight.plot import axes, reaches
 from upweight.runtime.resources import Resources
 from upweight.runtime.selection import labels_by_place
 from upweight.scores import Scores
 from upweight.task.data import Data
-from upweight.task.recipe import Recipe
+from upweight.task.recipe import Recipe, Trained
 from upweight.training.kept import kept_trainer
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +112,7 @@ class GroupCauses(Outcome):
     @property
     def is_confirmed(self) -> bool:
         """Whether the gap is smaller without the top group, refitted, by at least half as much."""
-        predicted, actual = self.predicted, self.actual
-        if predicted is None or actual is None or predicted * self.soft >= 0:
-            return False
-        return actual * predicted > 0 and abs(actual) >= abs(predicted) / 2
+        return _is_borne_out(self.soft, self.predicted, self.actual)
 
     @property
     def verdict(self) -> str:
@@ -146,24 +141,11 @@ class GroupCauses(Outcome):
             f"intervals are over the {len(self.gap.places):,} validation rows",
         )
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per group."""
-        from upweight.runtime.tables import pd
-
-        table = pd.DataFrame(
-            {
-                "rows": [c.rows for c in self.causes],
-                "share": [c.share.value for c in self.causes],
-                "low": [c.share.low for c in self.causes],
-                "high": [c.share.high for c in self.causes],
-                "predicted": [c.predicted for c in self.causes],
-                "actual": [c.actual for c in self.causes],
-                "hard": [c.hard for c in self.causes],
-            },
-            index=[c.name for c in self.causes],
-        )
-        table.index.name = self.column
-        return table
+        columns = ["rows", "share", "low", "high", "predicted", "actual", "hard"]
+        rows = [(c.rows, *c.share, c.predicted, c.actual, c.hard) for c in self.causes]
+        return as_table(rows, [c.name for c in self.causes], self.column, columns)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Shares with their intervals, and what refits gave."""
@@ -171,10 +153,7 @@ class GroupCauses(Outcome):
         shown = self.causes[:12]
         y = range(len(shown))
         x = [c.share.value for c in shown]
-        spread = [
-            [c.share.value - c.share.low for c in shown],
-            [c.share.high - c.share.value for c in shown],
-        ]
+        spread = reaches(c.share for c in shown)
         ax.errorbar(x, y, xerr=spread, fmt="o", color="#0072b2", label="predicted, first order")
         refitted = [(k, -c.actual / self.soft) for k, c in enumerate(shown) if c.actual is not None]
         ax.scatter(
@@ -194,9 +173,7 @@ class GroupCauses(Outcome):
             "pair": self.pair,
             "predicted": self.predicted,
             "actual": self.actual,
-            "causes": [
-                vars(c) | {"share": [c.share.value, c.share.low, c.share.high]} for c in self.causes
-            ],
+            "causes": [vars(cause) for cause in self.causes],
         }
 
 
@@ -241,9 +218,7 @@ class Causes(Outcome):
     @property
     def is_confirmed(self) -> bool:
         """Whether the gap is smaller without these rows, refitted, by at least half as much."""
-        if self.actual is None or self.predicted is None or not self.predicted * self.soft < 0:
-            return False
-        return self.actual * self.predicted > 0 and abs(self.actual) >= abs(self.predicted) / 2
+        return _is_borne_out(self.soft, self.predicted, self.actual)
 
     @property
     def verdict(self) -> str:
@@ -267,9 +242,7 @@ class Causes(Outcome):
             f"{self.actual:+.3f}{predicted}."
         )
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("a row that widens the gap need not be wrong: these are rows to look at",)
+    notes = ("a row that widens the gap need not be wrong: these are rows to look at",)
 
     def by(self, column: Iterable[Any], name: str | None = None, *, refits: int = 1) -> GroupCauses:
         """How much of the gap the rows of each group carry: of an occupation, a source, a label.
@@ -326,7 +299,7 @@ class Causes(Outcome):
             value = float(differences(self.gap, T[:, k], self.positive)[self.place]) / self.soft
             residual = (T[:, k] - value * found.scores) / self.soft
             error = difference_error(self.gap, self.place, residual, self.positive)
-            shares.append(Estimate(value, value - z() * error, value + z() * error))
+            shares.append(around(value, error))
         order = sorted(range(len(names)), key=lambda k: -shares[k].value)
         chosen = order[:refits] if self.subject.recipe is not None else []
         refitted = _without(
@@ -346,16 +319,12 @@ class Causes(Outcome):
         column_name = name or str(getattr(column, "name", None) or "group")
         return GroupCauses(self.gap, self.soft, self.pair, column_name, tuple(causes))
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per training row, by what it does to the size of the gap."""
-        from upweight.runtime.tables import pd
-
         size = self.scores.values[0].detach().cpu().double() * (1 if self.soft > 0 else -1)
         order = size.argsort(descending=True, stable=True)
-        table = pd.DataFrame({"widens": size[order].numpy()}, index=order.numpy())
-        table["share"] = table.widens / abs(self.soft)
-        table.index.name = "example"
-        return table
+        columns = {"widens": size[order], "share": size[order] / abs(self.soft)}
+        return as_table(columns, order.numpy(), "example")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """All scores, sorted: how few rows hold how much."""
@@ -372,7 +341,7 @@ class Causes(Outcome):
             "pair": self.pair,
             "predicted": self.predicted,
             "actual": self.actual,
-            "rows": list(self.rows),
+            "rows": self.rows,
         }
 
 
@@ -410,13 +379,7 @@ def causes(
 
     Cost: one `attribute` with k rows; two refits where there is a recipe.
     """
-    if not isinstance(gap, Gap):
-        raise SpecError(
-            "Causes are those of a gap between groups.",
-            f"{gap!r}.",
-            "the name of a kind, or another functional.",
-            "pass fairness.gap('equal_opportunity', groups_of_the_validation_rows).",
-        )
+    require_gap(gap, "Causes are those of a gap between groups.")
     subject = subject_of(asked, train, recipe)
     fitted = subject.fitted
     using = fitted.resources if resources is None else resources
@@ -466,6 +429,12 @@ def causes(
     )
 
 
+def _is_borne_out(soft: float, predicted: float | None, actual: float | None) -> bool:
+    if predicted is None or actual is None or not predicted * soft < 0:
+        return False
+    return actual * predicted > 0 and abs(actual) >= abs(predicted) / 2
+
+
 def fewest(scores: Float[Tensor, " n"], size: float) -> tuple[int, ...]:
     """The fewest rows whose scores add up to `size`; all of its sign where none do."""
     signed = scores * (1 if size > 0 else -1)
@@ -510,29 +479,34 @@ def _without(
         weights[1 + k, group] = 0.0
     found: list[tuple[float, float] | str] = []
     for w in weights:
-        try:
-            trained = trainer(w[None])
-        except (StaleStore, NotWritten):  # of the folder, not of the group
-            raise
-        except UpweightError as error:
-            found.append(str(error).partition("\n")[0].rstrip("."))
+        theta = attempted(partial(trainer, w[None]))
+        if isinstance(theta, str):
+            found.append(theta)
             continue
-        if trained.failures or not bool(trained.theta.isfinite().all()):
-            reason = next(iter(trained.failures.values()), "parameters that are not finite")
-            found.append(reason.partition("\n")[0].rstrip("."))
-            continue
-        said = readings(task, trained.theta[0], rows, gap.positive)
+        said = readings(task, theta, rows, gap.positive)
         soft = float(differences(gap, said.scores, said.positive)[place])
         found.append((soft, counted(gap, said.decided, said.positive, at=place).value))
-    base = found[0]
-    answers: list[tuple[float | None, float | None, str]] = []
-    for each in found[1:]:
-        why = base if isinstance(base, str) else each
-        if isinstance(base, str) or isinstance(each, str):
-            answers.append((None, None, str(why)))
-        else:
-            answers.append((each[0] - base[0], each[1] - base[1], ""))
-    return answers
+    base, *others = found
+    if isinstance(base, str):
+        return [(None, None, base)] * len(others)
+    return [
+        (None, None, each) if isinstance(each, str) else (each[0] - base[0], each[1] - base[1], "")
+        for each in others
+    ]
+
+
+def attempted(fit: Callable[[], Trained]) -> Float[Tensor, " p"] | str:
+    """θ of a refit, or in a line why there is none; an error of the folder is no such reason."""
+    try:
+        trained = fit()
+    except (StaleStore, NotWritten):
+        raise
+    except UpweightError as error:
+        return str(error).partition("\n")[0].rstrip(".")
+    if trained.failures:
+        return next(iter(trained.failures.values())).partition("\n")[0].rstrip(".")
+    theta = trained.theta[0]
+    return theta if bool(theta.isfinite().all()) else "parameters that are not finite"
 
 
 def _percent(share: float) -> str:

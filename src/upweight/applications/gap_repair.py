@@ -10,14 +10,16 @@ the soft gap that scores know closes at another place than the hard one that is 
 because a loss that is predicted to stay may rise: whether a point keeps accuracy, its refit says.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
+from upweight.applications.gap_causes import attempted
 from upweight.applications.group_gaps import (
     Gap,
     HardGap,
@@ -27,20 +29,14 @@ from upweight.applications.group_gaps import (
     differences,
     read,
     readings,
-    z,
+    require_gap,
 )
 from upweight.applications.least_change import cheapest_change, least_change
-from upweight.applications.other_labels import Relabeled, relabel_factor
-from upweight.applications.outcome import Outcome
+from upweight.applications.other_labels import relabel_factor, with_other_labels
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import subject_of
-from upweight.errors import (
-    NotConverged,
-    NotWritten,
-    SpecError,
-    StaleStore,
-    UpweightError,
-)
-from upweight.evaluation.bootstrap import Estimate
+from upweight.errors import NotConverged, SpecError
+from upweight.evaluation.bootstrap import NORMAL, Estimate, around, standard_error
 from upweight.methods.fitted import Fitted
 from upweight.notation import percent
 from upweight.plot import axes
@@ -49,13 +45,9 @@ from upweight.runtime.selection import labels_by_place
 from upweight.task.data import Data
 from upweight.task.identity import contents
 from upweight.task.measures import AT_ONCE, Functional
-from upweight.task.recipe import Recipe
+from upweight.task.recipe import Recipe, Trained, Trainer
 from upweight.task.task import Task
 from upweight.training.kept import Kept, training_identity
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 How = Literal["weights", "remove", "relabel"]
 
@@ -205,8 +197,8 @@ class Repair(Outcome):
         other = "" if point.test.pair == base.test.pair else f" (now {point.test.pair})"
         numbers = (
             f"on test rows the {words} ({base.test.pair}) went from {base.test.value:+.3f} to "
-            f"{_interval(point.test)}{other} and accuracy by "
-            f"{_points(point.price)} points, refitted with {percent(point.moved)} "
+            f"{point.test:+.3f}{other} and accuracy by "
+            f"{100 * point.price:+.2f} points, refitted with {percent(point.moved)} "
             f"{'of the labels changed' if self.how == 'relabel' else 'of the weight moved'}"
         )
         if self.is_closed and self.chosen == 0:
@@ -222,9 +214,9 @@ class Repair(Outcome):
             return (
                 f"Infeasible {no} by {_MEANS[self.how]}: refits that keep the accuracy leave the "
                 f"{words} ({base.test.pair}) at {kept.value:+.3f} on test rows, from "
-                f"{base.test.value:+.3f}; {what} costs {_points(point.price, -1)} points of test "
+                f"{base.test.value:+.3f}; {what} costs {-100 * point.price:+.2f} points of test "
                 f"accuracy, with {percent(point.moved)} changed, and leaves "
-                f"{_interval(point.test)}{other}."
+                f"{point.test:+.3f}{other}."
             )
         if point is base:
             return (
@@ -250,7 +242,7 @@ class Repair(Outcome):
             found.append("the price is that of the changes tried here; other changes may cost less")
         elif self.point.price.high < -self.budget:
             found.append(
-                f"on test rows accuracy changed by {_points(self.point.price)} points: more than "
+                f"on test rows accuracy changed by {100 * self.point.price:+.2f} points: more than "
                 "the validation rows could tell"
             )
         if base.test.error > 0.02:
@@ -265,53 +257,47 @@ class Repair(Outcome):
         )
         return tuple(found)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per point of the frontier."""
-        from upweight.runtime.tables import pd
-
-        table = pd.DataFrame(
+        rows = [
             {
-                "share": [p.share for p in self.frontier],
-                "moved": [p.moved for p in self.frontier],
-                "changed": [len(p.changed) for p in self.frontier],
-                "feasible": [p.feasible for p in self.frontier],
-                "within": [p.within for p in self.frontier],
-                "predicted": [p.predicted for p in self.frontier],
-                "actual": [p.actual for p in self.frontier],
-                "loss_predicted": [p.loss_predicted for p in self.frontier],
-                "loss_actual": [p.loss_actual for p in self.frontier],
-                "validation_gap": [p.validation.value for p in self.frontier],
-                "validation_accuracy": [p.validation_accuracy for p in self.frontier],
-                "test_gap": [p.test.value for p in self.frontier],
-                "test_low": [p.test.low for p in self.frontier],
-                "test_high": [p.test.high for p in self.frontier],
-                "accuracy": [p.accuracy for p in self.frontier],
-                "price": [p.price.value for p in self.frontier],
-                "chosen": [k == self.chosen for k in range(len(self.frontier))],
+                "share": p.share,
+                "moved": p.moved,
+                "changed": len(p.changed),
+                "feasible": p.feasible,
+                "within": p.within,
+                "predicted": p.predicted,
+                "actual": p.actual,
+                "loss_predicted": p.loss_predicted,
+                "loss_actual": p.loss_actual,
+                "validation_gap": p.validation.value,
+                "validation_accuracy": p.validation_accuracy,
+                "test_gap": p.test.value,
+                "test_low": p.test.low,
+                "test_high": p.test.high,
+                "accuracy": p.accuracy,
+                "price": p.price.value,
+                "chosen": k == self.chosen,
             }
-        )
-        table.index.name = "point"
-        return table
+            for k, p in enumerate(self.frontier)
+        ]
+        return as_table(rows, name="point")
 
-    def who(self) -> "pd.DataFrame":
+    def who(self) -> "DataFrame":
         """Who is changed at the point of the verdict: a row per group and label."""
-        from upweight.runtime.tables import pd
-
         change = self.point.weights - 1
         changed = torch.zeros(len(change), dtype=torch.bool)
         changed[list(self.point.changed)] = True
-        table = pd.DataFrame(
-            {
-                "who": self.rows,
-                "rows": 1,
-                "changed": changed.numpy(),
-                "removed": (change == -1).numpy(),
-                "down": (change < 0).numpy(),
-                "up": (change > 0).numpy(),
-                "weight": change.numpy(),
-            }
-        )
-        return table.groupby("who").sum()
+        columns = {
+            "who": self.rows,
+            "rows": 1,
+            "changed": changed,
+            "removed": change == -1,
+            "down": change < 0,
+            "up": change > 0,
+            "weight": change,
+        }
+        return as_table(columns).groupby("who").sum()
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Accuracy against the size of the gap on test rows, each point refitted."""
@@ -325,7 +311,7 @@ class Repair(Outcome):
                 ax.scatter([x[k] for k in kept], [y[k] for k in kept], color=color, label=label)
         at = self.frontier.index(self.point)
         ax.errorbar(
-            x[at], y[at], xerr=z() * self.point.test.error, color="0.2", marker="s",
+            x[at], y[at], xerr=NORMAL * self.point.test.error, color="0.2", marker="s",
             label="chosen on validation",
         )  # fmt: skip
         ax.set(xlabel=f"|{self.gap.words}|, test rows", ylabel="accuracy, test rows")
@@ -342,11 +328,11 @@ class Repair(Outcome):
             "target": self.target,
             "predicted": self.predicted,
             "actual": self.actual,
-            "gap_before": _told(base.test),
-            "gap": _told(point.test),
+            "gap_before": vars(base.test),
+            "gap": vars(point.test),
             "accuracy_before": base.accuracy,
             "accuracy": point.accuracy,
-            "price": [point.price.value, point.price.low, point.price.high],
+            "price": point.price,
             "moved": point.moved,
             "correlation": self.correlation,
             "frontier": [
@@ -358,7 +344,7 @@ class Repair(Outcome):
                     "predicted": p.predicted,
                     "actual": p.actual,
                     "validation": p.validation.value,
-                    "test": _told(p.test),
+                    "test": vars(p.test),
                     "accuracy": p.accuracy,
                 }
                 for p in self.frontier
@@ -444,7 +430,6 @@ def repair(
                 f"keep a third part of the data aside and pass {name}=(X, y).",
             )
     splits = Splits(task, task.queries(validation), task.queries(test), gap, gap.of(test_groups))
-    splits.require_apart()
     fitted = subject.fitted
     using = (fitted.resources if resources is None else resources).within("repair")
     kept = Kept.of(using, lambda: training_identity(how_to_fit, task, fitted.train))
@@ -461,8 +446,7 @@ class Splits:
     gap: Gap
     test_gap: Gap
 
-    def require_apart(self) -> None:
-        """Refuse one split in the place of both."""
+    def __post_init__(self) -> None:
         if len(self.validation) == len(self.test) and contents(self.validation) == contents(
             self.test
         ):
@@ -510,6 +494,8 @@ class _Search:
     budget: float
     target: float
     kept: Kept
+    trainer: Trainer | None = None
+    """Of the data with their own labels, prepared once."""
 
     def run(self, train_groups: Any) -> Repair:
         task, train = self.fitted.task, self.fitted.train
@@ -587,8 +573,9 @@ class _Search:
                 below = share
             else:
                 above = share
-        for _ in range(HALVINGS if above is not None and not several else 0):
-            assert above is not None
+        for _ in range(HALVINGS):
+            if above is None:
+                return
             middle = (below + above) / 2
             point = self._at(middle, effects, notes)
             if point is None or isinstance(point, str):
@@ -650,7 +637,7 @@ class _Search:
             changed=tuple((change != 0).nonzero()[:, 0].tolist()),
             moved=float(change.abs().mean()),
             feasible=feasible,
-            within=float(kept_here.mean()) + z() * _error(kept_here) >= -self.budget,
+            within=around(float(kept_here.mean()), standard_error(kept_here)).high >= -self.budget,
             predicted=float(self.soft[self.pair] + effects.gaps[self.pair] @ x),
             actual=float(soft),
             loss_predicted=float(effects.loss @ x),
@@ -659,32 +646,27 @@ class _Search:
             validation_accuracy=here.accuracy,
             test=test,
             accuracy=there.accuracy,
-            price=_around(float(right.mean()), _error(right)),
-            closed=_around(abs(again.value) - abs(first.value), error),
+            price=around(float(right.mean()), standard_error(right)),
+            closed=around(abs(again.value) - abs(first.value), error),
         )
 
     def _fit(self, weights: Float[Tensor, " n"], flips: tuple[int, ...]) -> Tensor | str:
         """θ of the changed data, or why there is none."""
         task, train = self.fitted.task, self.fitted.train
-        data = Relabeled(train, frozenset(flips)) if flips else train
-        try:
-            if flips or not hasattr(self, "trainer"):
-                made = self.recipe.prepare(task, data)
-                key = f"labels changed of {sorted(flips)}"
-                trainer = self.kept.trainer(made, task, key)
-                if not flips:
-                    self.trainer = trainer
-            else:
-                trainer = self.trainer
-            trained = trainer(weights[None])
-        except (StaleStore, NotWritten):  # of the folder, not of the change
-            raise
-        except UpweightError as error:
-            return str(error).partition("\n")[0].rstrip(".")
-        if trained.failures:
-            return next(iter(trained.failures.values())).partition("\n")[0].rstrip(".")
-        theta = trained.theta[0]
-        return theta if bool(theta.isfinite().all()) else "parameters that are not finite"
+
+        def trainer() -> Trainer:
+            data = with_other_labels(train, flips) if flips else train
+            key = f"labels changed of {sorted(flips)}"
+            return self.kept.trainer(self.recipe.prepare(task, data), task, key)
+
+        def fit() -> Trained:
+            if flips:
+                return trainer()(weights[None])
+            if self.trainer is None:
+                self.trainer = trainer()
+            return self.trainer(weights[None])
+
+        return attempted(fit)
 
     def _effects(self) -> tuple[_Effects, list[str]]:
         """E of every candidate, from one pass over the training data."""
@@ -744,37 +726,8 @@ def _who(task: Task, train: Data, gap: Gap, groups: Any) -> tuple[str, ...]:
     return tuple(f"{names[k]}, {label}" for k, label in zip(at, told, strict=True))
 
 
-def _around(value: float, error: float) -> Estimate:
-    return Estimate(value, value - z() * error, value + z() * error)
-
-
-def _error(values: Tensor) -> float:
-    """Standard error of a mean."""
-    return float(values.var(correction=0) / max(1, len(values) - 1)) ** 0.5
-
-
-def _interval(gap: HardGap) -> str:
-    return f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
-
-
-def _points(estimate: Estimate, sign: int = 1) -> str:
-    low, high = sorted((sign * estimate.low, sign * estimate.high))
-    return f"{100 * sign * estimate.value:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
-
-
-def _told(gap: HardGap) -> dict[str, Any]:
-    found: Mapping[str, Any] = vars(gap)
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
-
-
 def _require_choices(gap: Any, how: str, budget: float, target: float) -> None:
-    if not isinstance(gap, Gap):
-        raise SpecError(
-            "A repair closes a gap between groups.",
-            f"{gap!r}.",
-            "the name of a kind, or another functional.",
-            "pass fairness.gap('equal_opportunity', groups_of_the_validation_rows).",
-        )
+    require_gap(gap, "A repair closes a gap between groups.")
     if how not in _MEANS:
         raise SpecError(
             'A repair changes "weights", removes rows ("remove") or changes labels ("relabel").',

@@ -13,7 +13,6 @@ have other scales: what closes one leaves a part of the other, which only a refi
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
@@ -22,10 +21,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch, Params
-from upweight.errors import DataError, ShapeError, SpecError, UnsupportedModel, message
+from upweight.errors import DataError, ShapeError, SpecError, UnsupportedModel
+from upweight.evaluation.bootstrap import Estimate, wilson
 from upweight.runtime.selection import labels_by_place
 from upweight.task.data import Data
-from upweight.task.losses import Bernoulli, CrossEntropy, Loss, Weighted
+from upweight.task.losses import Bernoulli, CrossEntropy, Weighted
 from upweight.task.measures import AT_ONCE, Functional
 from upweight.task.task import Task
 
@@ -37,9 +37,6 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
     "equalized_odds": ("positive", "negative"),
 }
 """Over which rows each kind compares the groups."""
-
-LEVEL = 0.95
-"""Of every interval here."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +119,7 @@ def differences(
         one, other = pair.rows(places, positive)
         for group, rows in ((pair.first, one), (pair.second, other)):
             if not bool(rows.any()):
-                raise DataError(_empty(gap.names[group], pair.condition))
+                raise _empty(gap.names[group], pair.condition)
         found.append(values[other].mean() - values[one].mean())
     return torch.stack(found)
 
@@ -222,30 +219,27 @@ def gap(kind: Kind, groups: Iterable[Any], positive: Any = 1) -> Gap:
 
 
 @dataclass(frozen=True)
-class HardGap:
+class HardGap(Estimate):
     """A difference of two shares, counted. Made by `hard_gap`.
 
     Args:
         value: Share of the second group − share of the first, of the pair where it is largest.
-        error: Its standard error, √(p_a(1 − p_a)/n_a + p_b(1 − p_b)/n_b).
         low, high: Newcombe's (1998) interval, method 10: from Wilson's of each share.
+        error: Its standard error, √(p_a(1 − p_a)/n_a + p_b(1 − p_b)/n_b).
         pair: Which groups, in words.
         place: Which entry of the gap.
         shares: The two shares, first and second.
         sizes: The two numbers of rows.
     """
 
-    value: float
     error: float
-    low: float
-    high: float
     pair: str
     place: int
     shares: tuple[float, float]
     sizes: tuple[int, int]
 
     def __str__(self) -> str:
-        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}] ({self.pair})"
+        return f"{self:+.3f} ({self.pair})"
 
     @property
     def holds_zero(self) -> bool:
@@ -309,17 +303,17 @@ def counted(
     one, other = pair.rows(torch.tensor(made.places), positive)
     sizes = int(one.sum()), int(other.sum())
     hits = int(decided[one].sum()), int(decided[other].sum())
-    p = [k / n for k, n in zip(hits, sizes, strict=True)]
-    (low_a, high_a), (low_b, high_b) = map(_wilson, hits, sizes)
-    value = p[1] - p[0]
+    a, b = map(wilson, hits, sizes)
+    p = (a.value, b.value)
+    value = b.value - a.value
     return HardGap(
         value=value,
         error=(sum(q * (1 - q) / n for q, n in zip(p, sizes, strict=True))) ** 0.5,
-        low=value - ((p[1] - low_b) ** 2 + (high_a - p[0]) ** 2) ** 0.5,
-        high=value + ((high_b - p[1]) ** 2 + (p[0] - low_a) ** 2) ** 0.5,
+        low=value - ((b.value - b.low) ** 2 + (a.high - a.value) ** 2) ** 0.5,
+        high=value + ((b.high - b.value) ** 2 + (a.value - a.low) ** 2) ** 0.5,
         pair=pair_in_words(made.names, pair, made.kind),
         place=place,
-        shares=(p[0], p[1]),
+        shares=p,
         sizes=sizes,
     )
 
@@ -339,11 +333,6 @@ def difference_error(
             "use more rows of that group, or leave its rows out.",
         )
     return sum(float(v.var()) / len(v) for v in rest) ** 0.5
-
-
-def z(level: float = LEVEL) -> float:
-    """How many standard errors an interval reaches to each side."""
-    return NormalDist().inv_cdf((1 + level) / 2)
 
 
 def pairs(kind: str, count: int) -> list[Pair]:
@@ -384,15 +373,13 @@ def read(
     """Scores, decisions, labels and whether they agree, of a batch."""
     outputs, targets = task.outputs(params, batch)
     index = _index(task, batch, positive)
-    loss = _unweighted(task.loss)
+    loss = task.loss.base if isinstance(task.loss, Weighted) else task.loss
     y = targets[0] if isinstance(targets, tuple | list) else targets
     if outputs.numel() == len(outputs):
         f, y = outputs.reshape(-1), y.reshape(-1)
         values = set(y.unique().tolist())
         if index not in (0, 1) or not (values <= {0, 1} or values <= {-1, 1}):
-            raise UnsupportedModel(
-                *_no_classes(f"one output, targets such as {sorted(values)[:4]}")
-            )
+            raise _no_classes(f"one output, targets such as {sorted(values)[:4]}")
         sign = 1 if index == 1 else -1
         scores = torch.sigmoid(sign * f) if isinstance(loss, Bernoulli) else sign * f
         decided, labels = (f > 0) == (index == 1), (y > 0) == (index == 1)
@@ -405,13 +392,9 @@ def read(
         and y.shape == outputs.shape[:1]
         and 0 <= index < outputs.shape[1]
     ):
-        raise UnsupportedModel(*_no_classes(f"{loss!r} with outputs {tuple(outputs.shape)}"))
+        raise _no_classes(f"{loss!r} with outputs {tuple(outputs.shape)}")
     decision = outputs.argmax(dim=1)
     return outputs.softmax(dim=1)[:, index], decision == index, y == index, decision == y
-
-
-def _unweighted(loss: Loss) -> Loss:
-    return loss.base if isinstance(loss, Weighted) else loss
 
 
 def _index(task: Task, batch: Batch, positive: Any) -> int:
@@ -440,11 +423,15 @@ def _is(values: Any, positive: Any) -> Bool[Tensor, " q"]:
     return torch.tensor([entry == positive for entry in entries], dtype=torch.bool)
 
 
-def _wilson(hits: int, size: int) -> tuple[float, float]:
-    """Wilson's (1927) interval of a share."""
-    p, at = hits / size, z()
-    center, half = p + at**2 / (2 * size), at * (p * (1 - p) / size + at**2 / (4 * size**2)) ** 0.5
-    return (center - half) / (1 + at**2 / size), (center + half) / (1 + at**2 / size)
+def require_gap(given: Any, required: str) -> None:
+    """Refuse what is no gap between groups."""
+    if not isinstance(given, Gap):
+        raise SpecError(
+            required,
+            f"{given!r}.",
+            "the name of a kind, or another functional.",
+            "pass fairness.gap('equal_opportunity', groups_of_the_validation_rows).",
+        )
 
 
 def _require_rows(queries: Any) -> None:
@@ -457,9 +444,9 @@ def _require_rows(queries: Any) -> None:
         )
 
 
-def _empty(name: str, condition: str) -> str:
+def _empty(name: str, condition: str) -> DataError:
     what = {"all": "row", "positive": "row with a positive label", "negative": "row without one"}
-    return message(
+    return DataError(
         "Every group needs rows to compare.",
         f"group {name!r} has no {what[condition]}.",
         "a group of one class, or another class than positive= in a person's favour.",
@@ -468,8 +455,8 @@ def _empty(name: str, condition: str) -> str:
     )
 
 
-def _no_classes(given: str) -> tuple[str, str, str, str]:
-    return (
+def _no_classes(given: str) -> UnsupportedModel:
+    return UnsupportedModel(
         "A gap needs a classifier: one output against two classes, or CrossEntropy over classes.",
         f"{given}.",
         "a regression, shares in place of labels, one-vs-rest outputs of several classes, or a "

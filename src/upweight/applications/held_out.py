@@ -5,7 +5,7 @@ predict: what one half chooses is measured on the other (cross-fitting; Chernozh
 §3). What is reported comes from a third split, the test data.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight._typing import Batch, Params
+from upweight._typing import Axes, Batch, Params
 from upweight.applications.subject import Subject
 from upweight.errors import DataError, NonFinite, NotOffered, UnsupportedModel
 from upweight.evaluation import bootstrap as intervals
@@ -26,7 +26,7 @@ from upweight.runtime.streams import stream
 from upweight.task.data import Data
 from upweight.task.identity import contents
 from upweight.task.losses import Loss, Weighted
-from upweight.task.measures import Functional, Measure, measured
+from upweight.task.measures import AT_ONCE, Functional, Measure, measured
 from upweight.task.measures import Loss as LossMeasure
 from upweight.task.recipe import Trainer
 from upweight.task.task import Task
@@ -161,7 +161,7 @@ def class_of(loss: Loss, outputs: Tensor, targets: Any) -> Int[Tensor, " b"] | N
 def classes_of(task: Task, data: Data) -> Int[Tensor, " n"] | None:
     """The class of every example, counted from 0 without gaps; None where there are none."""
     theta, parts = task.theta(), []
-    for _, _, batch in data.batches(1024):
+    for _, _, batch in data.batches(AT_ONCE):
         with torch.no_grad():
             found = class_of(task.loss, *task.outputs(theta, task.to_device(batch)))
         if found is None:
@@ -193,25 +193,24 @@ def held(task: Task, theta: Float[Tensor, " p"], data: Data, bootstrap: Bootstra
     return Held(intervals.mean(losses, bootstrap), accuracy, losses, right)
 
 
+def draw_intervals(ax: Axes, found: Mapping[str, Estimate], label: str) -> None:
+    """Estimates with their intervals, one below the other."""
+    for place, each in enumerate(found.values()):
+        ax.plot([each.low, each.high], [place, place], color="0.4")
+        ax.plot(each.value, place, "o", color="#0072b2")
+    ax.set_yticks(range(len(found)), list(found))
+    ax.invert_yaxis()
+    ax.set_xlabel(label)
+
+
 def columns(model: Held | None) -> dict[str, float | None]:
     """Loss and accuracy with their bounds, as columns of a table; None where there are none."""
     found: dict[str, float | None] = {}
     for name in ("loss", "accuracy"):
         value: Estimate | None = None if model is None else getattr(model, name)
-        for column in ("value", "low", "high"):
-            title = f"test_{name}" if column == "value" else f"{name}_{column}"
-            found[title] = None if value is None else getattr(value, column)
+        titles = (f"test_{name}", f"{name}_low", f"{name}_high")
+        found |= zip(titles, (None, None, None) if value is None else value, strict=True)
     return found
-
-
-def signed(found: Estimate) -> str:
-    """A change with its interval."""
-    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-
-
-def in_points(found: Estimate) -> str:
-    """A change of accuracy with its interval, in points of a hundred."""
-    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
 # -- scores of the mean loss ----------------------------------------------------------------------
@@ -277,11 +276,11 @@ class Refits:
     ) -> Fitted:
         """A method, fitted to θ(w) with w as part of the objective: of wᵢ ℓᵢ in place of ℓᵢ.
 
-        Its scores are ∂m/∂log wᵢ = wᵢ ∂m/∂wᵢ; its queries carry a weight of 1 (`weighed`).
+        Its scores are ∂m/∂log wᵢ = wᵢ ∂m/∂wᵢ; its queries are `weighing_one`.
         """
         at = self.fitted.task.moved_to(theta)
         task = Task(at.model, Weighted(at.loss), at.penalty, at.params, _WithWeights(at.forward))
-        data = weighed(self.fitted.train, weights.to(at.layout.dtype))
+        data = _Weighed(self.fitted.train, weights.to(at.layout.dtype))
         chosen = self._method() if method is None else method
         return chosen.fit(task, data, resources=self.fitted.resources)
 
@@ -329,11 +328,6 @@ class _Weighed(Data):
         return self.data.take(at), self.weights[at]
 
 
-def weighed(data: Data, weights: Float[Tensor, " n"]) -> Data:
-    """Examples beside their weights."""
-    return _Weighed(data, weights)
-
-
-def ones(fitted: Fitted, count: int) -> Float[Tensor, " q"]:
-    """Weights of queries for a method fitted by `Refits.at_weights`."""
-    return torch.ones(count, dtype=fitted.task.layout.dtype)
+def weighing_one(fitted: Fitted, queries: Data) -> Data:
+    """Queries of weight 1, for a method fitted by `Refits.at_weights`."""
+    return _Weighed(queries, torch.ones(len(queries), dtype=fitted.task.layout.dtype))

@@ -15,13 +15,10 @@ from upweight.methods.perturbation import relabeled
 from upweight.task.arrays import TARGET_KEYS
 from upweight.task.data import ArrayData, Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Loss, Weighted
-from upweight.task.measures import Measure
+from upweight.task.measures import AT_ONCE, Measure
 from upweight.task.rows import Rows
 from upweight.task.task import Task
 from upweight.task.torch_losses import Rescaled
-
-AT_ONCE = 1024
-"""Examples in a forward pass."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,22 +137,15 @@ def outputs_at(
     return torch.cat(outputs), targets
 
 
-def relabeled_rows(task: Task, data: Data, labels: Mapping[int, Any]) -> dict[int, Batch]:
-    """Examples with other labels, as batches of one; weights of classes go with the label."""
-    reads = task.reads
-    change = relabeled if reads is None else reads.relabeled
-    return {i: change(data.take([i]), label) for i, label in labels.items()}
-
-
 def with_labels(task: Task, data: Data, labels: Mapping[int, Any]) -> Data:
-    """The same data, in which some rows have other labels.
+    """The same data with new labels by row, as the user knows them; class weights go with them."""
+    change = relabeled if task.reads is None else task.reads.relabeled
+    rows = {i: change(data.take([i]), label) for i, label in labels.items()}
+    return with_targets_of(data, rows)
 
-    Args:
-        task: Says how labels are written.
-        data: Training data of the task.
-        labels: The new label by row, as the user knows labels.
-    """
-    rows = relabeled_rows(task, data, labels)
+
+def with_targets_of(data: Data, rows: Mapping[int, Batch]) -> Data:
+    """The same data, in which some rows have the targets of these batches of one."""
     if isinstance(data, ArrayData):
         places = [*rows]
         return replace(data, arrays=_put(data.arrays, places, [rows[i] for i in places]))

@@ -26,6 +26,7 @@ from upweight.runtime.versions import numeric_versions
 from upweight.task.data import Data
 from upweight.task.identity import described
 from upweight.task.losses import SquaredError
+from upweight.task.measures import AT_ONCE
 from upweight.task.recipe import Recipe, Trainer
 from upweight.task.task import Task
 from upweight.training.descent import descend
@@ -208,12 +209,10 @@ class KeptRefits:
     @cached_property
     def kept(self) -> Kept:
         """Opened once, when the first group is asked for."""
-
-        def about() -> dict[str, str]:
-            versions = repr(numeric_versions())
-            return {"refits": described(self.refits), "versions": versions}
-
-        return Kept.of(self.resources, about)
+        return Kept.of(
+            self.resources,
+            lambda: {"refits": described(self.refits), "versions": repr(numeric_versions())},
+        )
 
     def __call__(self, groups: Sequence[list[int]]) -> Iterator[Refit]:
         for group in groups:
@@ -236,7 +235,7 @@ def losses_of(
     """
     task, train, parts = fitted.task, fitted.train, []
     of = task.loss if loss is None else loss
-    for start, stop, batch in train.batches(1024):
+    for start, stop, batch in train.batches(AT_ONCE):
         with torch.no_grad():
             targets = task.outputs(fitted.theta, task.to_device(batch))[1]
             found = of(outputs[start:stop], targets)

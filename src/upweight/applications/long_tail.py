@@ -8,16 +8,17 @@ Feldman & Zhang (2020), §3.1: without the most memorized rows test accuracy fal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.right_answers import Correct, by_row, by_seed
 from upweight.errors import NonFinite, ShapeError, SpecError
-from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, mean
+from upweight.evaluation.bootstrap import FEW, Bootstrap, Estimate, estimate, mean
 from upweight.plot import LOWERED, NEUTRAL, axes
 from upweight.runtime.resources import Resources
 from upweight.runtime.streams import stream
@@ -25,10 +26,6 @@ from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.retrain import retrain
 from upweight.training.weights import removal_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +88,7 @@ class RemovalExperiment(Outcome):
             f"first {self.share:.0%} and {drawn.value:.2%} without as many at random "
             f"({self.random.shape[1]} draws)"
         )
-        said = f"{c.value:+.2%} [{c.low:+.2%}, {c.high:+.2%}]"
+        said = f"{c:+.2%}"
         if c.low > 0:
             return f"The first rows of the order are needed more than others: {told}; cost {said}."
         if c.high < 0:
@@ -101,20 +98,18 @@ class RemovalExperiment(Outcome):
     @property
     def notes(self) -> tuple[str, ...]:
         k, d, _ = self.random.shape
-        few = [f"{d} draws"] if d < 20 else []
-        few += [] if k >= 20 else [f"{k} seed{'s' if k > 1 else ''}"]
+        few = [f"{d} draws"] if d < FEW else []
+        few += [] if k >= FEW else [f"{k} seed{'s' if k > 1 else ''}"]
         return (f"{' and '.join(few)}: the interval is somewhat too narrow",) if few else ()
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per model: its removal, its seed and its test accuracy."""
-        from upweight.runtime.tables import pd
-
         lines = []
         for k in range(len(self.full)):
             lines.append(("all rows", k, float(self.full[k].mean())))
             lines.append(("without the first", k, float(self.actual[k].mean())))
             lines += [("at random", k, float(draw.mean())) for draw in self.random[k]]
-        return pd.DataFrame(lines, columns=["trained", "seed", "accuracy"])
+        return as_table(lines, columns=["trained", "seed", "accuracy"])
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Accuracy of every model: all rows, random removals, and the first of the order."""
@@ -132,11 +127,10 @@ class RemovalExperiment(Outcome):
 
     def numbers(self) -> dict[str, Any]:
         names = ("all rows", "without the first", "at random")
-        c = self.cost
         return {
             "removed": len(self.rows),
             "accuracy": {name: self.accuracy(name).value for name in names},
-            "cost": [c.value, _number(c.low), _number(c.high)],
+            "cost": self.cost,
             "draws": self.random.shape[1],
             "seeds": len(self.full),
         }
@@ -216,7 +210,3 @@ def removal_experiment(
         found.append(trained.values)
     every = torch.stack(found)
     return RemovalExperiment(every[:, 0], every[:, 1:], torch.stack(full), first, count / n)
-
-
-def _number(value: float) -> float | None:
-    return value if value == value else None

@@ -2,73 +2,51 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from upweight._typing import Batch
-from upweight.applications.attributions import (
-    CAM,
-    TCAV,
-    Additive,
-    Attribution,
-    Deletion,
-    GradCAM,
-    Gradient,
-    InputXGradient,
-    IntegratedGradients,
-    Saliency,
-    SmoothGrad,
-    shuffled,
-)
+from upweight._typing import Axes, Batch, DataFrame
+from upweight.applications import attributions as own
+from upweight.applications import packaged
+from upweight.applications.attributions import TCAV, Attribution, shuffled
 from upweight.applications.explained import Explained
-from upweight.applications.outcome import Outcome
-from upweight.applications.packaged import (
-    LIME,
-    LRP,
-    SHAP,
-    Captum,
-    Deconvolution,
-    DeepLIFT,
-    DeepTaylor,
-    GuidedBackprop,
-)
+from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import NonFinite, ShapeError, SpecError
+from upweight.evaluation import metrics
+from upweight.gradients.autograd import total_gradient
 from upweight.methods.fitted import Fitted
 from upweight.methods.perturbation import input_of
 from upweight.notation import percent, readable
+from upweight.plot import axes
 from upweight.runtime.fingerprint import described
 from upweight.runtime.selection import places
 from upweight.task.check import checked_losses, checked_measurements, require_answerable
 from upweight.task.measures import Logit, Loss, as_measure
 from upweight.task.task import Task, require_task
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
 METHODS: dict[str, type[Attribution]] = {
     kind.name: kind
     for kind in (
-        CAM,
-        GradCAM,
-        TCAV,
-        Deconvolution,
-        GuidedBackprop,
-        DeepTaylor,
-        LRP,
-        DeepLIFT,
-        Deletion,
-        Additive,
-        Gradient,
-        Saliency,
-        InputXGradient,
-        IntegratedGradients,
-        LIME,
-        SHAP,
-        SmoothGrad,
+        own.CAM,
+        own.GradCAM,
+        own.TCAV,
+        packaged.Deconvolution,
+        packaged.GuidedBackprop,
+        packaged.DeepTaylor,
+        packaged.LRP,
+        packaged.DeepLIFT,
+        own.Deletion,
+        own.Additive,
+        own.Gradient,
+        own.Saliency,
+        own.InputXGradient,
+        own.IntegratedGradients,
+        packaged.LIME,
+        packaged.SHAP,
+        own.SmoothGrad,
     )
 }
 """By the name that `method=` takes."""
@@ -139,21 +117,13 @@ class Map(Outcome):
         return f"{self.method.name} of {self.about}"
 
     @property
-    def is_confirmed(self) -> bool:
-        return False
-
-    @property
     def verdict(self) -> str:
         q = len(self.values)
         maps, they, add = ("map", "its", "adds") if q == 1 else ("maps", "their", "add")
         said = f"The {self.method.name} {maps} of {self.about}"
         if not self.method.adds_up:
-            at = torch.unravel_index(self.values[0].abs().argmax(), self.values.shape[1:])
-            first = "" if q == 1 else " of the first"
-            return (
-                f"{said}: the largest entry{first} is at {_place(at)}; {they} entries need not add "
-                "up."
-            )
+            first, at = "" if q == 1 else " of the first", _largest_at(self.values[0])
+            return f"{said}: the largest entry{first} is at {at}; {they} entries need not add up."
         worst = self.errors.nan_to_num(-1.0)
         k = int(worst.argmax())
         if worst[k] < 0:
@@ -203,20 +173,14 @@ class Map(Outcome):
             said.append(f"the baseline is {self.baseline}")
         return tuple(said)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per query: sum, total, error, and where the largest entry is."""
-        from upweight.runtime.tables import pd
-
-        where = self.values.flatten(1).abs().argmax(dim=1)
-        largest = [_place(torch.unravel_index(at, self.values.shape[1:])) for at in where]
+        largest = [_largest_at(each) for each in self.values]
         columns = {"sum": self.sums, "total": self.totals, "error": self.errors}
-        data: dict[str, Any] = {k: v.cpu().numpy() for k, v in columns.items()}
-        return pd.DataFrame({**data, "largest_at": largest})
+        return as_table({**{k: v.cpu() for k, v in columns.items()}, "largest_at": largest})
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The map of the first query: an image in red (raises) and blue, or a bar per feature."""
-        from upweight.plot import axes
-
         ax = axes(ax)
         first = self.values[0].cpu()
         if first.ndim >= 2:
@@ -234,11 +198,11 @@ class Map(Outcome):
         return {
             "method": repr(self.method),
             "about": self.about,
-            "shape": list(self.values.shape),
-            "sums": self.sums.tolist(),
-            "totals": self.totals.tolist(),
-            "errors": [None if e != e else e for e in self.errors.tolist()],
-            "alike": list(self.alike),
+            "shape": self.values.shape,
+            "sums": self.sums,
+            "totals": self.totals,
+            "errors": self.errors,
+            "alike": self.alike,
             "baseline": self.baseline,
         }
 
@@ -459,10 +423,7 @@ def _gradient(
     task: Task, theta: Tensor, batch: Batch, measure: Callable[..., Tensor]
 ) -> Float[Tensor, " p"]:
     """∇m of one query."""
-    at = theta.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        value = measure(task, task.named(at), batch).sum()
-    return torch.autograd.grad(value, at, materialize_grads=True)[0]
+    return total_gradient(task, theta, lambda params: measure(task, params, batch))
 
 
 def attribution(method: Any) -> Attribution:
@@ -472,7 +433,7 @@ def attribution(method: Any) -> Attribution:
     if isinstance(method, type) and issubclass(method, Attribution) and method is not TCAV:
         return method()
     if isinstance(method, type) and method.__module__.startswith("captum."):
-        return Captum(method)
+        return packaged.Captum(method)
     if isinstance(method, str) and method in METHODS and method != TCAV.name:
         return METHODS[method]()
     if method in (TCAV.name, TCAV):
@@ -539,23 +500,14 @@ def _checked(raw: Tensor, method: Attribution) -> Tensor:
 
 def _alike(a: Tensor, b: Tensor) -> float | None:
     """Rank correlation of a and b where one of them is not 0; None where that says nothing."""
-    both = torch.stack([a.flatten(), b.flatten()])
-    both = both[:, both.abs().amax(dim=0) > 0]  # of a background all methods say 0
-    if both.shape[1] < 3:
+    a, b = a.flatten(), b.flatten()
+    there = (a != 0) | (b != 0)  # of a background all methods say 0
+    if int(there.sum()) < 3:
         return None
-    ranks = torch.stack([_ranks(each) for each in both])
-    if bool((ranks.std(dim=1) == 0).any()):
-        return None
-    return float(torch.corrcoef(ranks)[0, 1])
+    rho = metrics.rank_correlation(a[there], b[there], a.new_ones(1, int(there.sum())))
+    return float(rho) if bool(rho.isfinite()) else None
 
 
-def _ranks(values: Tensor) -> Tensor:
-    """Ties have their mean rank."""
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    ends = counts.cumsum(dim=0).double()
-    return (ends - (counts - 1) / 2)[inverse]
-
-
-def _place(at: Iterable[Tensor]) -> str:
-    """An index of an entry."""
+def _largest_at(values: Float[Tensor, "*x"]) -> str:
+    at = torch.unravel_index(values.abs().argmax(), values.shape)
     return "[" + ", ".join(str(int(i)) for i in at) + "]"

@@ -97,10 +97,8 @@ class Mass(Measure):
             m = Followed(task, params, example, self.input, measure)
             xk = x[k : k + 1]
             a = method.finished(method.raw(m, xk, baseline_of(self.baseline, xk)))[0]
-            if self.share:
-                found.append((a.abs() * region).sum() / a.abs().sum())
-            else:
-                found.append((a * region).sum())
+            shown = a.abs() / a.abs().sum() if self.share else a
+            found.append((shown * region).sum())
         return torch.stack(found)
 
 

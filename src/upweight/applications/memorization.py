@@ -7,14 +7,15 @@ Feldman (2020); Feldman & Zhang (2020), Eq. 1. `scores` takes f₋ᵢ from one f
 and `removal_experiment` what happens without the most memorized.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
 from upweight.applications.long_tail import RemovalExperiment, removal_experiment
 from upweight.applications.outcome import Outcome
 from upweight.applications.right_answers import (
@@ -31,6 +32,7 @@ from upweight.applications.subset_memorization import (
     SubsetMemorization,
     by_subsets,
     pairs,
+    sorted_table,
     sorted_values,
 )
 from upweight.errors import DataError, SpecError
@@ -42,10 +44,6 @@ from upweight.task.recipe import Recipe
 from upweight.training.retrain import Retrained, retrain
 from upweight.training.weights import removal_weights
 from upweight.verdict import CALIBRATED
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 __all__ = [
     "Memorization",
@@ -94,9 +92,7 @@ class Memorization(Outcome):
         """memᵢ of every row: `predicted`."""
         return self.predicted
 
-    @property
-    def title(self) -> str:
-        return "Memorization, by one model"
+    title = "Memorization, by one model"
 
     @property
     def share(self) -> float:
@@ -142,27 +138,18 @@ class Memorization(Outcome):
         assert self.rows is not None
         agree = "agree" if self.is_confirmed else "do not agree"
         return (
-            f"{said}; refits without one row, {len(self.rows)} in turn, {agree}: Pearson "
-            f"{r.value:.4f} [{r.low:.4f}, {r.high:.4f}], slope {b.value:.3f} "
-            f"[{b.low:.3f}, {b.high:.3f}]."
+            f"{said}; refits without one row, {len(self.rows)} in turn, {agree}: Pearson {r:.4f}, "
+            f"slope {b:.3f}."
         )
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per training row, the most memorized first; `actual` where it was refitted."""
-        from upweight.runtime.tables import pd
-
         actual = torch.full_like(self.predicted, torch.nan)
         if self.rows is not None and self.actual is not None:
             actual[self.rows] = self.actual.to(actual)
-        table = pd.DataFrame(
-            {
-                "memorization": self.predicted.numpy(),
-                "probability": self.probability.numpy(),
-                "actual": actual.numpy(),
-            }
+        return sorted_table(
+            {"memorization": self.predicted, "probability": self.probability, "actual": actual}
         )
-        table.index.name = "row"
-        return table.sort_values("memorization", ascending=False, kind="stable")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The long tail: memᵢ sorted, and refitted values on it."""
@@ -174,14 +161,13 @@ class Memorization(Outcome):
         return ax
 
     def numbers(self) -> dict[str, Any]:
-        r, b = self.pearson, self.slope
         return {
             "rows": len(self.predicted),
             "memorized": int((self.predicted >= MEMORIZED).sum()),
             "share": self.share,
             "refits": 0 if self.rows is None else len(self.rows),
-            "pearson": None if r is None else [r.value, r.low, r.high],
-            "slope": None if b is None else [b.value, b.low, b.high],
+            "pearson": self.pearson,
+            "slope": self.slope,
             "duplicate_sets": len(self.duplicates),
         }
 
@@ -243,9 +229,7 @@ def scores(
     if together and sets:
         values = _together(fitted, values, sets)
     notes = _notes(fitted, sets, together)
-    made = Memorization(
-        values, inside, duplicates=tuple(map(tuple, sets)), bootstrap=Bootstrap(), notes=notes
-    )
+    made = Memorization(values, inside, duplicates=tuple(map(tuple, sets)), notes=notes)
     if not confirm:
         return made
     # Of equal rows that leave together one stands for all.
@@ -273,10 +257,8 @@ def scores(
         "others were left out in turn and the model fitted again",
         *_drifted(again),
     )
-    return Memorization(
-        values, inside, rows, again.baseline - again.values.diagonal(), highest,
-        made.duplicates, made.bootstrap, (*said, *notes),
-    )  # fmt: skip
+    actual = again.baseline - again.values.diagonal()
+    return replace(made, rows=rows, actual=actual, highest=highest, notes=(*said, *notes))
 
 
 def _probabilities(

@@ -11,12 +11,13 @@ that does not turn the prediction is no proof that none does.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from upweight._typing import Axes, DataFrame
 from upweight.applications.labels import Classes, outputs_at
-from upweight.applications.outcome import Outcome
+from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import DataError, MissingContext, SpecError
 from upweight.methods.fitted import Fitted
 from upweight.plot import axes
@@ -26,10 +27,6 @@ from upweight.task.measures import Margin
 from upweight.task.recipe import Recipe
 from upweight.training.retrain import retrain
 from upweight.training.weights import removal_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 COUNTS = (1, 2, 5, 10, 20, 50)
 """Rows taken out together, unless other numbers are asked for."""
@@ -49,7 +46,7 @@ class Misprediction(Outcome):
         counts: How many of `lowers` are taken out together.
         predicted: Margin without them, by one fitted model.
         actual: Margin without them, refitted; None where there is no recipe.
-        noted: Notes.
+        notes: What to know before the numbers.
     """
 
     query: int
@@ -64,7 +61,7 @@ class Misprediction(Outcome):
     counts: tuple[int, ...]
     predicted: tuple[float, ...]
     actual: tuple[float, ...] | None
-    noted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -100,18 +97,12 @@ class Misprediction(Outcome):
             return f"{start}; without the {rows} it is {told}, which does not turn it."
         return f"{start}; without the {rows} it is {told}, and the prediction is right."
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.noted
-
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per training row: its label, its score, and whether it lowers or raises m."""
-        from upweight.runtime.tables import pd
-
         rows, scores = (*self.lowers, *self.raises), (*self.lowers_by, *self.raises_by)
         effect = ["lowers"] * len(self.lowers) + ["raises"] * len(self.raises)
         columns = {"label": list(self.labels), "score": list(scores), "effect": effect}
-        return pd.DataFrame(columns, index=pd.Index(rows, name="row"))
+        return as_table(columns, rows, "row")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The margin as rows are taken out, predicted and refitted."""
@@ -131,11 +122,11 @@ class Misprediction(Outcome):
             "label": self.label,
             "taken_for": self.taken_for,
             "margin": self.margin,
-            "lowers": list(self.lowers),
-            "raises": list(self.raises),
-            "removed": list(self.counts),
-            "predicted": list(self.predicted),
-            "actual": None if self.actual is None else list(self.actual),
+            "lowers": self.lowers,
+            "raises": self.raises,
+            "removed": self.counts,
+            "predicted": self.predicted,
+            "actual": self.actual,
         }
 
 

@@ -1,7 +1,6 @@
 """Training data of two classes in which some rows have the other label."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
+from upweight.applications.labels import with_targets_of
 from upweight.errors import DataError, UnsupportedModel
 from upweight.task.arrays import TARGET_KEYS
 from upweight.task.data import Data
@@ -32,39 +32,29 @@ def _targets(batch: Batch) -> tuple[Any, Any]:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Relabeled(Data):
+def with_other_labels(data: Data, rows: Iterable[int]) -> Data:
     """Data of two classes, in which some rows have the other one."""
+    signed, changed = _is_signed(data), {}
+    for i in rows:
+        batch = data.take([i])
+        key, targets = _targets(batch)
+        other = _other(targets, signed)
+        changed[i] = {**batch, key: other} if isinstance(batch, dict) else (*batch[:key], other)
+    return with_targets_of(data, changed)
 
-    data: Data
-    rows: frozenset[int]
 
-    def __len__(self) -> int:
-        return len(self.data)
+def _is_signed(data: Data) -> bool:
+    # −1 and +1, or 0 and 1: which, the whole data say, not one batch.
+    every = (_targets(batch)[1] for _, _, batch in data.batches(AT_ONCE))
+    labels = (targets[0] if isinstance(targets, tuple | list) else targets for targets in every)
+    return any(bool((y < 0).any()) for y in labels)
 
-    def take(self, indices: Any) -> Batch:
-        at = [int(i) for i in indices]
-        batch = self.data.take(at)
-        place, targets = _targets(batch)
-        y = targets[0] if isinstance(targets, tuple | list) else targets
-        chosen = torch.tensor([i in self.rows for i in at], device=y.device)
-        # −1 and +1, or 0 and 1: which, the whole data say, not one batch.
-        other = -y if self.is_signed else 1 - y
-        new = torch.where(chosen.reshape(-1, *[1] * (y.ndim - 1)), other, y)
-        changed = (new, *targets[1:]) if isinstance(targets, tuple | list) else new
-        if isinstance(batch, dict):
-            return {**batch, place: changed}
-        assert isinstance(batch, tuple)
-        return (*batch[:place], changed)
 
-    @cached_property
-    def is_signed(self) -> bool:
-        for _, _, batch in self.data.batches(AT_ONCE):
-            targets = _targets(batch)[1]
-            y = targets[0] if isinstance(targets, tuple | list) else targets
-            if bool((y < 0).any()):
-                return True
-        return False
+def _other(targets: Any, signed: bool) -> Any:
+    """Targets y or (y, v) with the other one of two labels."""
+    if isinstance(targets, tuple | list):
+        return (_other(targets[0], signed), *targets[1:])
+    return -targets if signed else 1 - targets
 
 
 def relabel_factor(task: Task, theta: Tensor, train: Data) -> Float[Tensor, " n"]:
@@ -72,13 +62,12 @@ def relabel_factor(task: Task, theta: Tensor, train: Data) -> Float[Tensor, " n"
 
     S(relabeled) − S = S · factor then is the relabel influence, for any model.
     """
-    signed = Relabeled(train, frozenset()).is_signed
+    signed = _is_signed(train)
     parts = []
     for _, _, batch in train.batches(AT_ONCE):
         moved = task.to_device(batch)
         with torch.no_grad():
             outputs, targets = task.outputs(theta, moved)
-        y = targets[0] if isinstance(targets, tuple | list) else targets
         if outputs.numel() not in (len(outputs), 2 * len(outputs)):
             raise UnsupportedModel(
                 "A change of labels is from one of two classes to the other.",
@@ -86,10 +75,7 @@ def relabel_factor(task: Task, theta: Tensor, train: Data) -> Float[Tensor, " n"
                 "a classifier of several classes.",
                 'use how="weights" or how="remove".',
             )
-        other = -y if signed else 1 - y
-        weighted = isinstance(targets, tuple | list)
-        new = (other, *targets[1:]) if weighted else other
         before = task.loss.gradient(outputs, targets)[:, 0]
-        after = task.loss.gradient(outputs, new)[:, 0]
+        after = task.loss.gradient(outputs, _other(targets, signed))[:, 0]
         parts.append((after / before - 1).cpu().double())
     return torch.cat(parts)

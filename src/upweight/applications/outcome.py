@@ -8,16 +8,17 @@ an outcome that is not confirmed speaks of what is predicted.
 """
 
 import abc
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
 
 from upweight._html import card
+from upweight._typing import Axes, DataFrame
 from upweight.errors import MissingPackage
+from upweight.evaluation.bootstrap import Estimate
 from upweight.notation import readable
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
 
 NEXT = ".frame(), .plot(), .summary()"
 
@@ -52,9 +53,9 @@ class Outcome(abc.ABC):
         """The answer in one sentence to quote, with its interval and whether refits agree."""
 
     @property
-    @abc.abstractmethod
     def is_confirmed(self) -> bool:
-        """Whether fitting again stands behind the verdict."""
+        """Whether fitting again stands behind the verdict. By itself: whether it was done."""
+        return self.actual is not None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -62,7 +63,7 @@ class Outcome(abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """The numbers as a table: one row per example, group, step or choice."""
 
     @abc.abstractmethod
@@ -71,12 +72,12 @@ class Outcome(abc.ABC):
 
     @abc.abstractmethod
     def numbers(self) -> dict[str, Any]:
-        """What `summary` has beside its sentences, as JSON would hold it."""
+        """What `summary` has beside its sentences: numbers, texts, tensors and estimates."""
 
     def summary(self) -> dict[str, Any]:
         """The answer as JSON would hold it: its sentences, whether it is confirmed, its numbers."""
         asked = {"title": self.title, "verdict": self.verdict, "confirmed": self.is_confirmed}
-        return asked | self.numbers() | {"notes": list(self.notes)}
+        return _as_json(asked | self.numbers() | {"notes": self.notes})
 
     def __str__(self) -> str:
         return "\n".join([self.verdict, *(f"  note: {note}" for note in self.notes)])
@@ -94,7 +95,47 @@ class Outcome(abc.ABC):
         return card(f"{self.title}: {self.verdict}", facts, header, rows, NEXT)
 
 
-def _head(frame: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
+def as_table(
+    values: Any, index: Any = None, name: str | None = None, columns: Sequence[str] | None = None
+) -> "DataFrame":
+    """A table of columns by name, tensors among them, or of rows.
+
+    Args:
+        values: The columns, or a mapping or tuple for each row.
+        index: What rows are called; None: their places.
+        name: Of the index.
+        columns: Names, where rows are tuples.
+    """
+    from upweight.runtime.tables import pd
+
+    if isinstance(values, Mapping):
+        values = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in values.items()}
+    names = None if index is None else pd.Index(index)
+    return pd.DataFrame(values, names, columns).rename_axis(name)
+
+
+def _as_json(value: Any) -> Any:
+    """Lists in place of tuples and tensors, [value, low, high] of estimates; JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {name: _as_json(each) for name, each in value.items()}
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, tuple | list | Estimate):
+        return [_as_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_of(label: Any) -> Any:
+    """A label or setting of the user's, whose infinity is a value; dates and objects as text."""
+    if isinstance(label, float) and not math.isfinite(label):
+        return str(label)
+    if isinstance(label, str | int | float) or label is None:
+        return label
+    is_number = hasattr(label, "item") and not hasattr(label, "isoformat")
+    return label.item() if is_number else str(label)
+
+
+def _head(frame: "DataFrame") -> tuple[list[str], list[list[str]]]:
     """The first rows of a table as text, with its index in front."""
     some = frame.head(SHOWN)
     header = [str(some.index.name or ""), *map(str, some.columns)]

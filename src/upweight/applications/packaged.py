@@ -8,9 +8,9 @@ is why rectifiers are counted first.
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,24 +33,30 @@ class GuidedBackprop(Attribution):
 
     name = "guided-backprop"
     is_linear = False
+    kind: ClassVar[str] = "GuidedBackprop"  # of captum.attr
 
     def raw(self, m: Explained, x: Tensor, baseline: Tensor) -> Tensor:
         with _explain("captum"):
-            from captum.attr import GuidedBackprop as Method
-        return _by_rectifiers(Method, m, x, self.name)
+            import captum.attr
+        if not require_modules(m, x, self.name):
+            raise NotOffered(
+                f"{self.name!r} changes how gradients pass back through ReLU.",
+                "a model without a ReLU.",
+                "another activation, or a linear model.",
+                "'gradient', which it would be.",
+            )
+        method = getattr(captum.attr, self.kind)
+        with _hooks_are_set():
+            head = m.weighted(m.slopes(None))
+            return method(head).attribute(x.clone().requires_grad_()).detach()
 
 
 @dataclass(frozen=True)
-class Deconvolution(Attribution):
+class Deconvolution(GuidedBackprop):
     """∂m/∂x with the rectifiers applied to what passes back (Zeiler & Fergus 2014)."""
 
     name = "deconvolution"
-    is_linear = False
-
-    def raw(self, m: Explained, x: Tensor, baseline: Tensor) -> Tensor:
-        with _explain("captum"):
-            from captum.attr import Deconvolution as Method
-        return _by_rectifiers(Method, m, x, self.name)
+    kind = "Deconvolution"
 
 
 @dataclass(frozen=True)
@@ -245,20 +251,6 @@ def _of_patches(m: Explained, x: Tensor, baseline: Tensor, members: Tensor) -> A
     return values
 
 
-def _by_rectifiers(kind: Any, m: Explained, x: Tensor, name: str) -> Tensor:
-    """A method that is the gradient but for the rectifiers."""
-    if not require_modules(m, x, name):
-        raise NotOffered(
-            f"{name!r} changes how gradients pass back through ReLU.",
-            "a model without a ReLU.",
-            "another activation, or a linear model.",
-            "'gradient', which it would be.",
-        )
-    with _hooks_are_set():
-        head = m.weighted(m.slopes(None))
-        return kind(head).attribute(x.clone().requires_grad_()).detach()
-
-
 def require_modules(m: Explained, x: Tensor, name: str) -> int:
     """How many rectifiers run, all of them modules that are used once.
 
@@ -266,18 +258,14 @@ def require_modules(m: Explained, x: Tensor, name: str) -> int:
         UnsupportedModel: One is a function, or a module is used twice, which hooks do not see.
     """
     calls: list[nn.Module] = []
-    handles = [
-        module.register_forward_hook(lambda module, given, output: calls.append(module))
-        for module in m.model.modules()
-        if isinstance(module, nn.ReLU)
-    ]
     counted = _Rectifiers()
-    try:
-        with torch.no_grad(), counted:
+    with ExitStack() as hooks, torch.no_grad():
+        for module in m.model.modules():
+            if isinstance(module, nn.ReLU):
+                hook = module.register_forward_hook(lambda module, *_: calls.append(module))
+                hooks.enter_context(hook)
+        with counted:
             m.outputs(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     if counted.calls > len(calls) or len(set(calls)) < len(calls):
         functions = counted.calls - len(calls)
         raise UnsupportedModel(

@@ -14,47 +14,41 @@ That data should be paid as labour is the argument of Arrieta-Ibarra et al. (201
 data as labor?; they give no estimator.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
+from upweight.applications.right_answers import equal_examples
 from upweight.applications.valuation import (
     SHOWN,
     Values,
     bars,
-    bracketed,
+    columns_of,
     correlation,
     joined,
     method_name,
-    plain,
     values,
 )
 from upweight.errors import DataError, ShapeError, SpecError
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimates, means
-from upweight.notation import count, percent
+from upweight.notation import bracketed, count, percent
 from upweight.plot import axes
 from upweight.provenance import Context
 from upweight.runtime.resources import Resources
 from upweight.runtime.selection import labels_by_place
 from upweight.scores import Scores, Unit
 from upweight.task.data import Data
+from upweight.task.recipe import Recipe
 from upweight.training.retrain import retrain
 from upweight.training.weights import removal_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-    from upweight.task.recipe import Recipe
 
 __all__ = ["Copied", "Statement", "if_copied", "statement"]
 
@@ -118,14 +112,9 @@ class Statement(Outcome):
         return divided(worth, self.budget, self.floor)
 
     @cached_property
-    def _by_point(self) -> Float[Tensor, "q c"]:
-        found: Tensor = self.values.sign * self.values.scores.values[:].detach().cpu().double()
-        return found
-
-    @cached_property
     def intervals(self) -> tuple[Estimate, ...]:
         """Of each payout, before rounding, over validation points drawn with replacement."""
-        values, scale = self._by_point, 10**self.digits
+        values, scale = self.values.by_point, 10**self.digits
 
         def statistic(counts: Float[Tensor, "r q"]) -> Float[Tensor, "r c"]:
             return self._paid(counts @ values / len(values)) / scale
@@ -140,7 +129,7 @@ class Statement(Outcome):
 
         (1/2) Σ_c |payout without it − payout| over the budget; NaN for one point.
         """
-        values = self._by_point
+        values = self.values.by_point
         if len(values) == 1:
             return torch.full((1,), torch.nan, dtype=torch.float64)
         without = (values.sum(dim=0) - values) / (len(values) - 1)
@@ -196,6 +185,7 @@ class Statement(Outcome):
     def verdict(self) -> str:
         best = max(range(len(self.cents)), key=lambda k: self.cents[k])
         interval = self.intervals[best]
+        method = method_name(self.values.scores.provenance.method)
         ends = (
             f" [{interval.low:,.2f}, {interval.high:,.2f}]" if interval.low == interval.low else ""
         )
@@ -203,19 +193,15 @@ class Statement(Outcome):
         text = (
             f"Of {self._money(self.budget):,} {self.contributors[best]} is paid "
             f"{self._money(self.cents[best]):,}{ends}, the most of "
-            f"{count(len(self.cents), 'contributor')}, by {method_name(self._method)} over "
-            f"{count(len(self._by_point), 'validation point')}{least}"
+            f"{count(len(self.cents), 'contributor')}, by {method} over "
+            f"{count(len(self.values.by_point), 'validation point')}{least}"
         )
         if self.actual is None:
             return f"{text}; no refit stands behind this."
         if self.agreement is None:
             return f"{text}; too few or equal contributors to say whether refits agree."
         word = "agree" if self.is_confirmed else "do not confirm it"
-        return f"{text}; refits without each {word}, r = {bracketed(self.agreement)}."
-
-    @property
-    def _method(self) -> str:
-        return self.values.scores.provenance.method
+        return f"{text}; refits without each {word}, r = {bracketed(*self.agreement)}."
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -227,7 +213,7 @@ class Statement(Outcome):
                 f"leaving out validation point {k} alone would move {percent(float(moved[k]))} of "
                 "the budget, the most of all"
             )
-        if (lost := int((~self._drawn_finite()).sum())) > 0:
+        if len(moved) > 1 and (lost := int((~moved.isfinite()).sum())) > 0:
             said.append(
                 f"without {count(lost, 'validation point')} nobody would be worth anything, and "
                 "intervals leave such draws out"
@@ -257,13 +243,8 @@ class Statement(Outcome):
             )
         return tuple(said)
 
-    def _drawn_finite(self) -> Tensor:
-        return self.moved_by_point.isfinite() if len(self._by_point) > 1 else torch.ones(1).bool()
-
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per contributor, the best paid first."""
-        from upweight.runtime.tables import pd
-
         table: dict[str, Any] = {
             "payout": [float(self._money(c)) for c in self.cents],
             "low": [e.low for e in self.intervals],
@@ -272,33 +253,30 @@ class Statement(Outcome):
             "worth": self.predicted.tolist(),
         }
         if self.actual_means is not None:
-            table["refitted without"] = [e.value for e in self.actual_means]
-            table["refitted low"] = [e.low for e in self.actual_means]
-            table["refitted high"] = [e.high for e in self.actual_means]
+            names = ("refitted without", "refitted low", "refitted high")
+            table |= columns_of(self.actual_means, *names)
         if self.shared is not None:
             table["copies"] = list(self.shared)
-        index = pd.Index(self.contributors, name="contributor")
-        found = pd.DataFrame(table, index=index)
+        found = as_table(table, self.contributors, "contributor")
         return found.sort_values("payout", ascending=False, kind="stable")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Payouts with their intervals, the best paid first."""
         ax = axes(ax)
         table = self.frame().head(SHOWN)
-        bars(ax, [*map(str, table.index)], table["payout"], table["low"], table["high"])
+        bars(ax, [*map(str, table.index)], table[["payout", "low", "high"]].to_numpy())
         ax.set_xlabel("payout")
         return ax
 
     def numbers(self) -> dict[str, Any]:
-        worst = float(self.moved_by_point.max()) if len(self._by_point) > 1 else math.nan
         return {
             "budget": str(self._money(self.budget)),
             "payouts": {name: str(paid) for name, paid in self.payouts.items()},
-            "intervals": dict(zip(self.contributors, map(plain, self.intervals), strict=True)),
-            "at floor": list(self.at_floor),
-            "worth less than 0": list(self.negative),
-            "most moved by a validation point": worst if math.isfinite(worst) else None,
-            "pearson with refits": None if self.agreement is None else plain(self.agreement),
+            "intervals": dict(zip(self.contributors, map(vars, self.intervals), strict=True)),
+            "at floor": self.at_floor,
+            "worth less than 0": self.negative,
+            "most moved by a validation point": float(self.moved_by_point.max()),
+            "pearson with refits": self.agreement and vars(self.agreement),
         }
 
 
@@ -308,7 +286,7 @@ def statement(
     budget: Money,
     floor: Money | None = 0,
     *,
-    recipe: "Recipe | None" = None,
+    recipe: Recipe | None = None,
     better: Any = None,
     digits: int = 2,
     bootstrap: Bootstrap = Bootstrap(),
@@ -381,7 +359,7 @@ def _require_worth(worth: Values, floor: int | None) -> None:
 
 
 def _changes(
-    scores: Scores, recipe: "Recipe", rows: Sequence[list[int]], resources: Resources | None
+    scores: Scores, recipe: Recipe, rows: Sequence[list[int]], resources: Resources | None
 ) -> Float[Tensor, "q c"]:
     """m without each contributor, less m with all, refitted."""
     context = scores.require_context()
@@ -460,24 +438,11 @@ def _shared(context: Context | None, at: Sequence[int], count_: int) -> tuple[in
     """Of each contributor, how many examples another one gave too, to the last bit."""
     if context is None:
         return None
-    keys: list[bytes] = []
-    for start, stop, batch in context.train.batches(1024):
-        leaves = tree_leaves(batch)
-        alike = all(isinstance(leaf, Tensor) and len(leaf) == stop - start for leaf in leaves)
-        if not leaves or not alike:
-            return None
-        parts = [leaf.detach().cpu().reshape(stop - start, -1) for leaf in leaves]
-        arrays = [
-            part.float().numpy() if part.dtype == torch.bfloat16 else part.numpy() for part in parts
-        ]
-        keys += [b"|".join(a[k].tobytes() for a in arrays) for k in range(stop - start)]
-    givers: dict[int, set[int]] = {}
-    hashed = [hash(key) for key in keys]
-    for key, giver in zip(hashed, at, strict=True):
-        givers.setdefault(key, set()).add(giver)
     shared = [0] * count_
-    for key, giver in zip(hashed, at, strict=True):
-        shared[giver] += len(givers[key]) > 1
+    for rows in equal_examples(context.train):
+        if len({at[i] for i in rows}) > 1:
+            for i in rows:
+                shared[at[i]] += 1
     return tuple(shared)
 
 
@@ -534,19 +499,14 @@ class Copied(Outcome):
             + (", and the model fitted to them" if self.refitted else ""),
         )
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """Payouts without and with the copy."""
-        from upweight.runtime.tables import pd
-
         before, after = self.before.payouts, self.after.payouts
-        index = pd.Index(list(after), name="contributor")
-        return pd.DataFrame(
-            {
-                "without the copy": [float(before.get(name, 0)) for name in after],
-                "with it": [float(paid) for paid in after.values()],
-            },
-            index=index,
-        )
+        columns = {
+            "without the copy": [float(before.get(name, 0)) for name in after],
+            "with it": [float(paid) for paid in after.values()],
+        }
+        return as_table(columns, list(after), "contributor")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Payouts with the copy against those without."""
@@ -572,7 +532,7 @@ def if_copied(
     who: Any,
     floor: Money | None = 0,
     *,
-    recipe: "Recipe | None" = None,
+    recipe: Recipe | None = None,
     better: Any = None,
     digits: int = 2,
 ) -> Copied:
@@ -597,9 +557,8 @@ def if_copied(
         DataError: The examples are no tensors of one form; or as for `statement`.
     """
     context = scores.require_context()
-    labels = list(
-        map(str, contributors.tolist() if hasattr(contributors, "tolist") else contributors)
-    )
+    given = contributors.tolist() if hasattr(contributors, "tolist") else contributors
+    labels = [str(label) for label in given]
     before = statement(scores, labels, budget, floor, better=better, digits=digits)
     rows = [place for place, label in enumerate(labels) if label == str(who)]
     spec = context.fitted.spec

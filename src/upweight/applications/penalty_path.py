@@ -1,22 +1,19 @@
 """The cross-validated loss along a parameter, and which value to choose."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.applications.cross_validated import NORMAL, CrossValidated
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.cross_validated import CrossValidated
+from upweight.applications.outcome import Outcome, as_table, json_of
+from upweight.evaluation.bootstrap import NORMAL
 from upweight.plot import axes
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,19 +130,17 @@ class Path(Outcome):
         assert best is not None
         return (*found, *(note for note in best.said if note in common))
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per value."""
-        from upweight.runtime.tables import pd
-
         columns = {
             self.parameter: list(self.values),
-            "loss": self.mean.numpy(),
-            "standard_error": self.standard_error.numpy(),
-            "train_loss": self._each(lambda at: float(at.train_losses.mean())).numpy(),
+            "loss": self.mean,
+            "standard_error": self.standard_error,
+            "train_loss": self._each(lambda at: float(at.train_losses.mean())),
             "unsafe": list(self.unsafe),
             "refitted": [0 if at is None else len(at.refitted) for at in self.along],
         }
-        return pd.DataFrame(columns)
+        return as_table(columns)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The curve with 95 % intervals, the training loss, and both choices."""
@@ -173,14 +168,14 @@ class Path(Outcome):
     def numbers(self) -> dict[str, Any]:
         return {
             "parameter": self.parameter,
-            "values": [_plain(value) for value in self.values],
-            "loss": _numbers(self.mean),
-            "standard_error": _numbers(self.standard_error),
-            "chosen": _plain(self.chosen),
-            "chosen_within_one_standard_error": _plain(self.chosen_within_one_standard_error),
-            "unsafe": list(self.unsafe),
-            "predicted": _numbers(self.predicted),
-            "actual": None if self.actual is None else _numbers(self.actual),
+            "values": [json_of(value) for value in self.values],
+            "loss": self.mean,
+            "standard_error": self.standard_error,
+            "chosen": json_of(self.chosen),
+            "chosen_within_one_standard_error": json_of(self.chosen_within_one_standard_error),
+            "unsafe": self.unsafe,
+            "predicted": self.predicted,
+            "actual": self.actual,
             "is_confirmed": self.is_confirmed,
         }
 
@@ -188,14 +183,3 @@ class Path(Outcome):
         return torch.tensor(
             [float("nan") if at is None else of(at) for at in self.along], dtype=torch.float64
         )
-
-
-def _numbers(values: Float[Tensor, " v"]) -> list[float | None]:
-    """JSON has no NaN."""
-    return [v if v == v else None for v in values.tolist()]
-
-
-def _plain(value: Any) -> Any:
-    """As JSON would hold it, which knows neither NumPy's numbers nor infinity."""
-    plain = value.item() if hasattr(value, "item") else value
-    return str(plain) if isinstance(plain, float) and not math.isfinite(plain) else plain

@@ -21,20 +21,21 @@ from the start each time, chooses k on one half of the triggered images and repo
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from upweight._typing import Batch, Params
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, Batch, DataFrame, Params
+from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import DataError, NotConverged, ShapeError, SpecError
 from upweight.evaluation import bootstrap, mislabel
-from upweight.evaluation.bootstrap import Bootstrap, Estimate
+from upweight.evaluation.bootstrap import Bootstrap, Estimate, wilson
 from upweight.methods.fitted import Fitted
 from upweight.methods.members import members_given
+from upweight.plot import axes, reaches
 from upweight.runtime.fingerprint import described, digest
 from upweight.runtime.resources import Resources
 from upweight.runtime.selection import places
@@ -47,10 +48,6 @@ from upweight.task.task import Task
 from upweight.training.kept import kept_trainer
 from upweight.training.weights import removal_weights
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
 __all__ = ["Cleansed", "Contrast", "Detected", "Removed", "Suspects", "cleanse", "suspects"]
 
 SHARES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
@@ -58,9 +55,6 @@ SHARES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
 
 SHOWN = 5
 """Rows that a verdict names."""
-
-Z = 1.959963984540054
-"""Of a two-sided 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -204,10 +198,6 @@ class Suspects(Outcome):
         return f"rows suspected of teaching class {self.target}"
 
     @property
-    def is_confirmed(self) -> bool:
-        return False
-
-    @property
     def verdict(self) -> str:
         beside = " beside their clean originals" if self.paired else ""
         count = len(self.queries)
@@ -238,21 +228,14 @@ class Suspects(Outcome):
             )
         return tuple(said)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per training row, the most suspect first: its score and the class it carries."""
-        from upweight.runtime.tables import pd
-
         order = self.order.cpu()
-        columns = {
-            "score": self.predicted.cpu()[order].numpy(),
-            "label": self.labels.cpu()[order].numpy(),
-        }
-        return pd.DataFrame(columns, index=pd.Index(order.numpy(), name="row"))
+        columns = {"score": self.predicted.cpu()[order], "label": self.labels.cpu()[order]}
+        return as_table(columns, order.numpy(), "row")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The scores in order, those of rows that carry the attack's class marked."""
-        from upweight.plot import axes
-
         ax = axes(ax)
         order = self.order.cpu()
         scores, inside = self.predicted.cpu()[order], self.labels.cpu()[order] == self.target
@@ -443,20 +426,14 @@ class Cleansed(Outcome):
                 f"{was} of the triggered images, and the limit is {100 * self.limit:g} %."
             )
         now, count = _interval(self.chosen.success), self.chosen.count
-        cost = (
-            f"at {100 * self.chosen.lost.value:.2f} [{100 * self.chosen.lost.low:.2f}, "
-            f"{100 * self.chosen.lost.high:.2f}] points of clean accuracy"
-        )
-        if self.is_confirmed:
-            return (
-                f"Cleansed: without {count} rows (ranked by {self.chosen.method}) a fit from the "
-                f"start answers class {self.target} on {now} of the triggered images, {was} "
-                f"before, {cost}."
-            )
+        cost = f"at {100 * self.chosen.lost:.2f} points of clean accuracy"
+        begin, still, end = "Cleansed", "", ""
+        if not self.is_confirmed:
+            begin, still, end = "Not cleansed", "still ", f"; the limit is {100 * self.limit:g} %"
         return (
-            f"Not cleansed: without {count} rows (ranked by {self.chosen.method}) a fit from the "
-            f"start still answers class {self.target} on {now} of the triggered images, {was} "
-            f"before, {cost}; the limit is {100 * self.limit:g} %."
+            f"{begin}: without {count} rows (ranked by {self.chosen.method}) a fit from the start "
+            f"{still}answers class {self.target} on {now} of the triggered images, {was} before, "
+            f"{cost}{end}."
         )
 
     @property
@@ -475,25 +452,20 @@ class Cleansed(Outcome):
             )
         return (*said, *(f"a fit did not end: {each}" for each in self.failed))
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per fit: success and accuracy, with intervals."""
-        from upweight.runtime.tables import pd
-
         fits = [self.before, *self.curve, *([] if self.control is None else [self.control])]
-        return pd.DataFrame([_flat(each) for each in fits])
+        return as_table([_flat(each) for each in fits])
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Attack success, with its interval, and clean accuracy against the rows removed."""
-        from upweight.plot import axes
-
         ax = axes(ax)
         for method in dict.fromkeys(each.method for each in self.curve):
             found = [self.before, *(each for each in self.curve if each.method == method)]
             counts = [each.count for each in found]
             values = [each.success.value for each in found]
-            below = [max(0.0, e.success.value - e.success.low) for e in found]
-            above = [max(0.0, e.success.high - e.success.value) for e in found]
-            ax.errorbar(counts, values, yerr=[below, above], marker="o", label=f"success, {method}")
+            spread = reaches(each.success for each in found)
+            ax.errorbar(counts, values, yerr=spread, marker="o", label=f"success, {method}")
             clean = [each.accuracy for each in found]
             ax.plot(counts, clean, "--", marker=".", label=f"clean accuracy, {method}")
         ax.axhline(self.limit, color="black", linewidth=0.8)
@@ -508,9 +480,9 @@ class Cleansed(Outcome):
             "limit": self.limit,
             "before": _flat(self.before),
             "curve": [_flat(each) for each in self.curve],
-            "chosen": _flat(self.chosen) | {"rows": list(self.chosen.rows)},
+            "chosen": _flat(self.chosen) | {"rows": self.chosen.rows},
             "control": None if self.control is None else _flat(self.control),
-            "failed": list(self.failed),
+            "failed": self.failed,
             "predicted": self.predicted,
             "actual": self.actual,
         }
@@ -581,7 +553,7 @@ def cleanse(
 
     start = fit("all rows", ())
     if start is None:
-        raise NotConverged(_no_fit(failed))
+        raise _no_fit(failed)
     right, first = _right(task, start, tests), rankings[0]
 
     def measured(name: str, rows: Sequence[int], theta: Tensor, ranking: Suspects) -> Removed:
@@ -610,7 +582,7 @@ def cleanse(
                 curve.append(measured(ranking.method, order[:count], theta, ranking))
                 models.append(theta)
     if not curve:
-        raise NotConverged(_no_fit(failed))
+        raise _no_fit(failed)
     place = _chosen(curve, limit)
     chosen = curve[place]
     rows = (first.labels == target).nonzero()[:, 0].cpu()
@@ -674,17 +646,6 @@ def _right(task: Task, theta: Float[Tensor, " p"], data: Data) -> Float[Tensor, 
 def _success(task: Task, theta: Float[Tensor, " p"], data: Data, target: int) -> Estimate:
     answers = _answers(task, theta, data)[0]
     return wilson(int((answers == target).sum()), len(answers))
-
-
-def wilson(hits: int, count: int) -> Estimate:
-    """A share and its 95 % score interval (Wilson 1927), which is no point at 0 and 1.
-
-    (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n)
-    """
-    share, slack = hits / count, Z * Z / count
-    middle = (share + slack / 2) / (1 + slack)
-    half = Z * (share * (1 - share) / count + slack / (4 * count)) ** 0.5 / (1 + slack)
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def _mean(values: Float[Tensor, " q"], how: Bootstrap) -> Estimate:
@@ -776,10 +737,8 @@ def _require_logits(outputs: Any) -> None:
         )
 
 
-def _no_fit(failed: Sequence[str]) -> Any:
-    from upweight.errors import message
-
-    return message(
+def _no_fit(failed: Sequence[str]) -> NotConverged:
+    return NotConverged(
         "What a removal does is read from fits that end.",
         f"{len(failed)} that did not: {'; '.join(failed[:3])}.",
         "a recipe that diverges, or that was not the one of the model.",
@@ -788,7 +747,8 @@ def _no_fit(failed: Sequence[str]) -> Any:
 
 
 def _interval(found: Estimate) -> str:
-    return f"{100 * found.value:.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    value, low, high = 100 * found
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 
 
 def _flat(found: Removed) -> dict[str, Any]:

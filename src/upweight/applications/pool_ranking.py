@@ -10,14 +10,15 @@ is expected to help. The expected gain is then half of the expected size, ½ Σ_
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight._typing import Params
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.held_out import MEAN_LOSS
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.right_answers import probability
 from upweight.applications.subject import subject_of
 from upweight.errors import DataError, NonFinite, SpecError, UnsupportedModel
@@ -27,26 +28,14 @@ from upweight.plot import LOWERED, NEUTRAL, axes
 from upweight.scores import Unit
 from upweight.task.arrays import is_array
 from upweight.task.data import Data
-from upweight.task.measures import Functional, measured
+from upweight.task.measures import AT_ONCE, measured
 from upweight.task.measures import Loss as LossOf
 from upweight.task.task import Task
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 Labels = Literal["expected", "pseudo"]
 
 SHORTLIST = 10
 """Batches of the highest gain from which a diverse batch is chosen."""
-
-ROWS = 1024
-"""Pool examples whose probabilities are taken at once."""
-
-
-def mean_loss(task: Task, params: Params, queries: Any, weights: Tensor) -> Float[Tensor, ""]:
-    """L: the mean loss of all queries, without the penalty."""
-    return task.losses(params, queries).mean()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +66,6 @@ class Ranking(Outcome):
     @property
     def title(self) -> str:
         return f"Which {len(self.chosen)} of {len(self.predicted)} examples to label next"
-
-    @property
-    def is_confirmed(self) -> bool:
-        """False: nothing is labelled and fitted again."""
-        return False
 
     @property
     def order(self) -> Int[Tensor, " k"]:
@@ -118,23 +102,18 @@ class Ranking(Outcome):
             found.append("scores of this method order examples and have no unit")
         return tuple(found)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per pool example, the largest predicted gain first."""
-        from upweight.runtime.tables import pd
-
         top = self.probabilities.max(dim=1)
         is_chosen = torch.zeros(len(self.predicted), dtype=torch.bool)
         is_chosen[self.chosen] = True
-        table = pd.DataFrame(
-            {
-                "predicted": self.predicted.numpy(),
-                "predicted_label": top.indices.numpy(),
-                "probability": top.values.numpy(),
-                "chosen": is_chosen.numpy(),
-            }
-        )
-        table.index.name = "example"
-        return table.iloc[self.order.numpy()]
+        columns = {
+            "predicted": self.predicted,
+            "predicted_label": top.indices,
+            "probability": top.values,
+            "chosen": is_chosen,
+        }
+        return as_table(columns, name="example").iloc[self.order.numpy()]
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The predicted gain of every pool example, sorted, and those that were chosen."""
@@ -153,8 +132,8 @@ class Ranking(Outcome):
     def numbers(self) -> dict[str, Any]:
         return {
             "pool": len(self.predicted),
-            "chosen": self.chosen.tolist(),
-            "predicted": self.predicted[self.chosen].tolist(),
+            "chosen": self.chosen,
+            "predicted": self.predicted[self.chosen],
             "labels": self.labels,
             "diverse": self.diverse,
             "validation_loss": self.loss,
@@ -232,7 +211,7 @@ def rank(
         )
     classes = classes_of(fitted.task, fitted.theta, data)
     p = probabilities(fitted.task, fitted.theta, data, classes)
-    scores = _finite(_scores(fitted, data, classes, held, Functional(mean_loss))[0])
+    scores = _finite(_scores(fitted, data, classes, held, MEAN_LOSS)[0])
     weights = _weights(p, scores, labels)
     predicted = (weights * scores).sum(dim=1)
     order = predicted.argsort(stable=True)
@@ -295,7 +274,7 @@ def probabilities(
     """
     parts: list[Tensor] = []
     with torch.no_grad():
-        for start, stop, batch in data.batches(ROWS):
+        for start, stop, batch in data.batches(AT_ONCE):
             new = every_label(task.to_device(batch), stop - start, classes)
             outputs, targets = task.outputs(theta, new)
             if not parts:

@@ -16,29 +16,27 @@ Nothing formal is promised: no redaction here bounds what another attack can lea
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
+from upweight.applications.right_answers import names_of
 from upweight.errors import DataError, NonFinite, SpecError
 from upweight.evaluation import mislabel
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate
 from upweight.methods.fitted import Fitted
+from upweight.plot import axes, reaches
 from upweight.provenance import Context
-from upweight.runtime.fingerprint import item_checksum
 from upweight.runtime.selection import places
 from upweight.scores import Scores
 from upweight.task.data import Data, batch_size
 from upweight.task.measures import Loss, measured
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 __all__ = [
     "Attack", "Explanations", "Leakage", "Redaction", "audit", "own_rows", "redacted",
@@ -172,13 +170,7 @@ class Leakage(Outcome):
             )
         return max(found, key=lambda each: abs(each.auc.value - 0.5))
 
-    @property
-    def title(self) -> str:
-        return "what explanations tell of membership"
-
-    @property
-    def is_confirmed(self) -> bool:
-        return False
+    title = "what explanations tell of membership"
 
     @property
     def verdict(self) -> str:
@@ -194,9 +186,8 @@ class Leakage(Outcome):
         beside = "" if last == first else f"; least by “{last}”: {least.auc.value:.3f}"
         return (
             f"With “{first}” and k = {self.k}, {seen}and the best attack has an AUC of "
-            f"{worst.auc.value:.3f} [{worst.auc.low:.3f}, {worst.auc.high:.3f}] "
-            f"({worst.name}){beside}; explanations of {self.sizes[1]} outsiders show "
-            f"{self.revealed[first]} of {self.sizes[2]} training rows."
+            f"{worst.auc:.3f} ({worst.name}){beside}; explanations of {self.sizes[1]} outsiders "
+            f"show {self.revealed[first]} of {self.sizes[2]} training rows."
         )
 
     @property
@@ -215,10 +206,8 @@ class Leakage(Outcome):
             )
         return tuple(said)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per redaction and attack."""
-        from upweight.runtime.tables import pd
-
         rows = []
         for each in self.attacks:
             name = each.redaction
@@ -240,20 +229,14 @@ class Leakage(Outcome):
                     "overlap": self.overlap.get(name),
                 }
             )
-        return pd.DataFrame(rows)
+        return as_table(rows)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """AUC of every attack with its interval; ½ is a guess."""
-        from upweight.plot import axes
-
         ax = axes(ax)
         place = range(len(self.attacks))
         values = [each.auc.value for each in self.attacks]
-        spans = [
-            [max(0.0, e.auc.value - e.auc.low) for e in self.attacks],
-            [max(0.0, e.auc.high - e.auc.value) for e in self.attacks],
-        ]
-        ax.errorbar(values, place, xerr=spans, fmt="o")
+        ax.errorbar(values, place, xerr=reaches(each.auc for each in self.attacks), fmt="o")
         ax.axvline(0.5, color="black", linewidth=0.8)
         ax.set_yticks(place, [f"{each.redaction}: {each.name}" for each in self.attacks])
         ax.invert_yaxis()
@@ -271,18 +254,15 @@ class Leakage(Outcome):
                 {
                     "redaction": each.redaction,
                     "attack": each.name,
-                    "auc": [each.auc.value, each.auc.low, each.auc.high],
-                    "tpr": {
-                        f"{rate:g}": [found.value, found.low, found.high]
-                        for rate, found in zip(RATES, each.rates, strict=True)
-                    },
+                    "auc": each.auc,
+                    "tpr": dict(zip([f"{rate:g}" for rate in RATES], each.rates, strict=True)),
                 }
                 for each in self.attacks
             ],
-            "shown": {name: list(pair) for name, pair in self.shown.items()},
-            "revealed": dict(self.revealed),
-            "overlap": dict(self.overlap),
-            "withheld": dict(self.withheld),
+            "shown": self.shown,
+            "revealed": self.revealed,
+            "overlap": self.overlap,
+            "withheld": self.withheld,
         }
 
 
@@ -342,7 +322,7 @@ def redacted(
     near = None
     if wanted.withhold is not None:
         context = scores.require_context()
-        near = _Near.of(context.train, context.queries, inputs)
+        near = _Near.of(context.train, [context.queries], inputs)
     return _redacted(scores.values[:], k, wanted, near)
 
 
@@ -408,8 +388,8 @@ def audit(
     shown, revealed, overlap, withheld = {}, {}, {}, {}
     for name, redaction in wanted.items():
         seen = _redacted(values, k, redaction, near)
-        used = _redacted(values, k, Redaction(public=redaction.public, withhold=redaction.withhold,
-                                              radius=redaction.radius), near).rows  # fmt: skip
+        whole = replace(redaction, records=True, values=True, digits=None)
+        used = _redacted(values, k, whole, near).rows
         assert used is not None
         same = (plain[:, :, None] == used[:, None, :]).any(dim=2)
         overlap[name] = float(same.sum(dim=1).double().mean())
@@ -450,8 +430,8 @@ def own_rows(scores: Scores) -> tuple[int, ...]:
     context = scores.context
     if scores.columns is not None or not isinstance(context, Context) or context.queries is None:
         return ()
-    trained = set(_checksums(context.train))
-    return tuple(q for q, sum in enumerate(_checksums(context.queries)) if sum in trained)
+    trained = set(names_of(context.train))
+    return tuple(q for q, name in enumerate(names_of(context.queries)) if name in trained)
 
 
 @dataclass(frozen=True, eq=False)
@@ -463,10 +443,11 @@ class _Near:
     radius: float
 
     @classmethod
-    def of(cls, train: Data, queries: Any, inputs: Callable[[Any], Tensor] | None) -> "_Near":
-        parts = queries if isinstance(queries, list) else [queries]
+    def of(
+        cls, train: Data, queries: Sequence[Data], inputs: Callable[[Any], Tensor] | None
+    ) -> "_Near":
         rows = _inputs(train, inputs)
-        asked = torch.cat([_inputs(part, inputs) for part in parts])
+        asked = torch.cat([_inputs(part, inputs) for part in queries])
         if asked.shape[1] != rows.shape[1]:
             raise DataError(
                 "Queries and training rows are compared by inputs of one length.",
@@ -487,13 +468,8 @@ def _radius(rows: Float[Tensor, "n d"]) -> float:
     """Within it lies the nearest other row for a share `NEAR` of the rows; 0 of a single row."""
     if len(rows) < 2:
         return 0.0
-    nearest, start = [], 0
-    for part in _split(rows, rows):
-        found = _distances(part, rows)
-        own = torch.arange(start, start + len(part))
-        found[torch.arange(len(part)), own] = torch.inf
-        nearest.append(found.min(dim=1).values)
-        start += len(part)
+    # The smallest distance is that to the row itself.
+    nearest = [_distances(part, rows).kthvalue(2, dim=1).values for part in _split(rows, rows)]
     return float(torch.cat(nearest).quantile(NEAR, interpolation="lower"))
 
 
@@ -509,13 +485,9 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 def _inputs(data: Data, chosen: Callable[[Any], Tensor] | None) -> Float[Tensor, "n d"]:
     parts = []
     for _, _, batch in data.batches(batch_size(1, 8)):
-        found: Any = None
-        if chosen is not None:
-            found = chosen(batch)
-        else:
-            leaves = tree_leaves(batch)
-            found = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
-        if not isinstance(found, Tensor) or found.is_complex() or found.ndim < 1:
+        leaves = tree_leaves(batch) if chosen is None else [chosen(batch)]
+        found = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+        if found is None or found.is_complex() or found.ndim < 1:
             raise DataError(
                 "Near-duplicates are found by inputs that are numbers.",
                 f"a batch of type {type(batch).__name__} without a tensor of numbers.",
@@ -595,8 +567,7 @@ def _place(rows: Int[Tensor, "q k"], own: Sequence[set[int]]) -> Float[Tensor, "
 def _ratio(size: Float[Tensor, "q k"]) -> Float[Tensor, " q"]:
     """log |S|₁/|S|₂; 0 where both are 0, and the largest number where only the second is."""
     first, second = size[:, 0], size[:, 1]
-    ratio = first.clamp(min=1e-300).log() - second.clamp(min=1e-300).log()
-    return ratio
+    return first.clamp(min=1e-300).log() - second.clamp(min=1e-300).log()
 
 
 def _attacked(
@@ -649,14 +620,3 @@ def _require_count(k: Any, n: int) -> None:
             "a share of the data, or a training set that is smaller.",
             "k=5.",
         )
-
-
-def _checksums(data: Data) -> list[int]:
-    """Of inputs and labels of each example."""
-    sums = []
-    for _, _, batch in data.batches(batch_size(1, 8)):
-        leaves = [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
-        count = len(leaves[0]) if leaves else 0
-        rows = [leaf.detach().cpu() for leaf in leaves if len(leaf) == count]
-        sums += [item_checksum(tuple(leaf[i] for leaf in rows)) for i in range(count)]
-    return sums

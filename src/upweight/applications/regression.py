@@ -148,7 +148,7 @@ def glm_diagnostics(
 
     # M⁻¹ xᵢ vᵢ uᵢ = ICᵢ/n: each row's pull on β̂.
     pulls = design * (prior * score)[:, None] @ inverse
-    residuals = score if canonical else response - _mean(loss, eta)
+    residuals = response - loss.mean(eta) if isinstance(loss, Likelihood) else score
     root = prior.sqrt() * score / expected.sqrt()
     # The same but for its sign, where μ falls as η grows.
     pearson = root if canonical else root.abs() * residuals.sign()
@@ -382,12 +382,6 @@ def _observed(
             "fit again from other start_params, or with method='newton'.",
         )
     return torch.linalg.solve_triangular(root, q.T, upper=False).T, root.T @ r
-
-
-def _mean(loss: Loss, eta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """μ(η) of a `Likelihood`."""
-    assert isinstance(loss, Likelihood)
-    return loss.mean(eta)
 
 
 def _require_leverage_below_one(leverage: Float[Tensor, " n"]) -> None:

@@ -16,19 +16,16 @@ They are conventions for where to look, not tests: of many rows some are beyond 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
 from upweight.errors import SpecError, listed, nearest
+from upweight.evaluation.bootstrap import NORMAL
 from upweight.notation import count, readable
 from upweight.plot import LOWERED, NEUTRAL, RAISED, axes
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 CONTOURS = (0.5, 1.0)
 """Cook's distances that have a contour."""
@@ -119,7 +116,7 @@ class Diagnostics:
         heading = f"<p>{escape(repr(self).splitlines()[0])}</p>"
         return heading + str(self.table(SHOWN).to_html(float_format=readable)) + notes
 
-    def table(self, most: int | None = None, by: str = "cooks_distance") -> "pd.DataFrame":
+    def table(self, most: int | None = None, by: str = "cooks_distance") -> "DataFrame":
         """The rows of the largest |values| of one column of `to_pandas`, the largest first.
 
         Args:
@@ -168,7 +165,7 @@ class Diagnostics:
         """
         return drawn(self, kind, coefficient, label, ax)
 
-    def to_pandas(self) -> "pd.DataFrame":
+    def to_pandas(self) -> "DataFrame":
         """A table with a row per observation, by its label; DFBETAS in columns `dfbetas_NAME`."""
         from upweight.runtime.tables import pd
 
@@ -208,10 +205,14 @@ def drawn(
         )  # fmt: skip
     ax = axes(ax)
     ax.margins(0.12)
-    if kind == "dfbetas":
+    if kind == "influence":
+        _influence(found, label, ax)
+    elif kind == "leverage_resid2":
+        _leverage_resid2(found, label, ax)
+    elif kind == "dfbetas":
         _dfbetas(found, coefficient, label, ax)
     else:
-        KINDS[kind](found, label, ax)
+        _index(found, *_of_rows(found, kind), label, ax)
     return ax
 
 
@@ -238,7 +239,7 @@ def _leverage_resid2(found: Diagnostics, label: int, ax: "Axes") -> None:
     ax.scatter(squared, h, s=18, color=NEUTRAL, alpha=0.8)
     _lines(ax.axhline, (float(h.mean()),))
     _lines(ax.axvline, (float(squared.mean()),))
-    beyond = (h > _high(found)[0]) | (squared > 1.959963984540054**2)
+    beyond = (h > _high(found)[0]) | (squared > NORMAL**2)
     size = np.maximum(h / h.max(), squared / squared.max())
     _named(found, squared, h, np.where(beyond, size, -1.0), label, ax)
     ax.set(
@@ -248,25 +249,20 @@ def _leverage_resid2(found: Diagnostics, label: int, ax: "Axes") -> None:
     )
 
 
-def _cooks(found: Diagnostics, label: int, ax: "Axes") -> None:
-    cook = found.cooks_distance.numpy()
-    reached = [level for level in CONTOURS if level <= 1.2 * cook.max()]
-    _index(found, cook, (4 / len(cook), *reached), "Cook's distance", label, ax)
-
-
-def _leverage(found: Diagnostics, label: int, ax: "Axes") -> None:
-    _index(found, found.leverage.numpy(), _high(found), "leverage", label, ax)
-
-
-def _dffits(found: Diagnostics, label: int, ax: "Axes") -> None:
-    bound = 2 * (len(found.names) / len(found.rows)) ** 0.5
-    _index(found, found.dffits.numpy(), (-bound, bound), "DFFITS", label, ax)
-
-
-def _residuals(found: Diagnostics, label: int, ax: "Axes") -> None:
-    t, name = _studentized(found)
+def _of_rows(found: Diagnostics, kind: str) -> tuple[np.ndarray, Sequence[float], str]:
+    """A number of each row, where its lines are, and what it is called."""
+    if kind == "cooks_distance":
+        cook = found.cooks_distance.numpy()
+        reached = [level for level in CONTOURS if level <= 1.2 * cook.max()]
+        return cook, (4 / len(cook), *reached), "Cook's distance"
+    if kind == "leverage":
+        return found.leverage.numpy(), _high(found), "leverage"
+    if kind == "dffits":
+        bound = 2 * (len(found.names) / len(found.rows)) ** 0.5
+        return found.dffits.numpy(), (-bound, bound), "DFFITS"
     bound = _quantile(found)
-    _index(found, t, (-bound, bound), name, label, ax)
+    t, name = _studentized(found)
+    return t, (-bound, bound), name
 
 
 def _dfbetas(found: Diagnostics, coefficient: str | int | None, label: int, ax: "Axes") -> None:
@@ -308,15 +304,15 @@ def place(names: Sequence[str], coefficient: str | int) -> int:
     )
 
 
-KINDS: dict[str, Callable[[Diagnostics, int, "Axes"], None]] = {
-    "influence": _influence,
-    "leverage_resid2": _leverage_resid2,
-    "cooks_distance": _cooks,
-    "dfbetas": lambda found, label, ax: _dfbetas(found, None, label, ax),
-    "dffits": _dffits,
-    "leverage": _leverage,
-    "studentized": _residuals,
-}
+KINDS = (
+    "influence",
+    "leverage_resid2",
+    "cooks_distance",
+    "dfbetas",
+    "dffits",
+    "leverage",
+    "studentized",
+)
 
 
 def _index(

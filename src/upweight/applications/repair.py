@@ -18,22 +18,22 @@ comes of it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
 from upweight.applications.labels import Classes, IsRight, with_labels
-from upweight.applications.outcome import Outcome
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import Subject
 from upweight.errors import DataError, NotConverged, SpecError
 from upweight.evaluation import bootstrap as intervals
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
-from upweight.gradients.autograd import total_gradient
+from upweight.gradients.autograd import loss_gradient
 from upweight.methods.fitted import Fitted
-from upweight.plot import axes
+from upweight.plot import axes, reaches
 from upweight.runtime.resources import Resources
 from upweight.task.data import Data
 from upweight.task.identity import contents
@@ -42,10 +42,6 @@ from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.function import FromFunction
 from upweight.training.kept import Kept, training_identity
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 LEAST = 1 / 64
 """The share of a step at which it is halved no more."""
@@ -81,16 +77,8 @@ class Decisions:
         return said[0].upper() + said[1:]
 
 
-def decided(
-    decisions: Mapping[int, Any], classes: Classes, labels: Tensor, what: str = "A repair"
-) -> Decisions:
-    """Decisions by row, checked.
-
-    Args:
-        decisions: By row a label, "keep" or "drop".
-        classes: The labels that there are.
-        labels: The class of every row as it is.
-        what: Whose decisions they are, for messages.
+def decided(decisions: Mapping[int, Any], classes: Classes, labels: Tensor) -> Decisions:
+    """Decisions by row, each a label, "keep" or "drop", checked.
 
     Raises:
         DataError: A row or a label does not exist, or nothing is to be changed.
@@ -124,7 +112,7 @@ def decided(
             new[i] = classes.names[classes.index(decision)]
     if not new and not dropped:
         raise DataError(
-            f"{what} needs at least one row that is relabelled or dropped.",
+            "A repair needs at least one row that is relabelled or dropped.",
             f"{len(kept)} rows, all kept as they are." if kept else "no decision.",
             "a page on which nothing was clicked, or proposals that agree with the labels.",
             'decide on a row: {suspects.order[0]: "drop"}, or suspects.proposed(20).',
@@ -134,16 +122,12 @@ def decided(
 
 def changed_gradient(fitted: Fitted, labels: Mapping[int, Any]) -> Float[Tensor, " p"]:
     """Σ [∇ℓ(xᵢ, ỹᵢ) − ∇ℓ(xᵢ, yᵢ)] over the rows with new labels ỹ."""
-    task, found = fitted.task, torch.zeros_like(fitted.theta)
-    if not labels:
-        return found
-    places = sorted(labels)
-    new = with_labels(task, fitted.train, {i: labels[i] for i in places}).subset(places)
-    for data, sign in ((new, 1.0), (fitted.train.subset(places), -1.0)):
-        for _, _, batch in data.batches(512):
-            losses = partial(task.losses, batch=task.to_device(batch))
-            found += sign * total_gradient(task, fitted.theta, losses)
-    return found
+    task, train, places = fitted.task, fitted.train, sorted(labels)
+    if not places:
+        return torch.zeros_like(fitted.theta)
+    changed = with_labels(task, train, {i: labels[i] for i in places})
+    new, old = (loss_gradient(task, fitted.theta, x.subset(places)) for x in (changed, train))
+    return new - old
 
 
 def movement(fitted: Fitted, decisions: Decisions) -> tuple[Float[Tensor, " p"], float]:
@@ -188,13 +172,6 @@ class Change:
     loss: Estimate
     accuracy: Estimate
 
-    def summary(self) -> dict[str, list[float]]:
-        """`[value, low, high]` each."""
-        return {
-            name: [each.value, each.low, each.high]
-            for name, each in (("loss", self.loss), ("accuracy", self.accuracy))
-        }
-
 
 @dataclass(frozen=True, eq=False)
 class Repaired(Outcome):
@@ -209,7 +186,7 @@ class Repaired(Outcome):
         predicted: Change that one fitted model predicts, without fitting again.
         actual: Change from `before` to `after`, in pairs of test rows.
         level: Of the intervals.
-        noted: Notes.
+        notes: What to know before the numbers.
     """
 
     decisions: Decisions
@@ -220,11 +197,9 @@ class Repaired(Outcome):
     predicted: Change
     actual: Change
     level: float
-    noted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
-    @property
-    def title(self) -> str:
-        return "What the corrected labels change"
+    title = "What the corrected labels change"
 
     @property
     def is_confirmed(self) -> bool:
@@ -242,37 +217,33 @@ class Repaired(Outcome):
             end = "no gain is shown"
         return (
             f"{self.decisions.words} of {self.rows} took the accuracy on {self.tested} test rows "
-            f"from {self.before[1]:.4f} to {self.after[1]:.4f}, by {_signed(gain)} "
+            f"from {self.before[1]:.4f} to {self.after[1]:.4f}, by {gain:+.4f} "
             f"(predicted {self.predicted.accuracy.value:+.4f}): {end}."
         )
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.noted
-
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row for loss and accuracy: before, after, the change with its interval, predicted."""
-        from upweight.runtime.tables import pd
-
-        rows = {}
-        for k, name in enumerate(("loss", "accuracy")):
+        names, rows = ("loss", "accuracy"), []
+        for k, name in enumerate(names):
             actual, predicted = getattr(self.actual, name), getattr(self.predicted, name)
-            rows[name] = {
-                "before": self.before[k],
-                "after": self.after[k],
-                "predicted": predicted.value,
-                "actual": actual.value,
-                "low": actual.low,
-                "high": actual.high,
-            }
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("measure")
+            rows.append(
+                {
+                    "before": self.before[k],
+                    "after": self.after[k],
+                    "predicted": predicted.value,
+                    "actual": actual.value,
+                    "low": actual.low,
+                    "high": actual.high,
+                }
+            )
+        return as_table(rows, names, "measure")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Predicted and actual change of the accuracy, with intervals."""
         ax = axes(ax)
         for k, change in enumerate((self.predicted, self.actual)):
             e = change.accuracy
-            ax.errorbar([k], [e.value], [[e.value - e.low], [e.high - e.value]], fmt="o", capsize=4)
+            ax.errorbar([k], [e.value], reaches([e]), fmt="o", capsize=4)
         ax.axhline(0, color="0.6", linewidth=0.8)
         ax.set_xticks([0, 1], ["predicted", "refitted"])
         ax.set(xlim=(-0.6, 1.6), ylabel="change of test accuracy")
@@ -286,8 +257,8 @@ class Repaired(Outcome):
             "dropped": len(self.decisions.dropped),
             "before": {"loss": self.before[0], "accuracy": self.before[1]},
             "after": {"loss": self.after[0], "accuracy": self.after[1]},
-            "predicted": self.predicted.summary(),
-            "actual": self.actual.summary(),
+            "predicted": vars(self.predicted),
+            "actual": vars(self.actual),
             "level": self.level,
         }
 
@@ -391,7 +362,3 @@ def _refitted(
             "drop fewer rows, or loosen the recipe.",
         )
     return trained.theta[0]
-
-
-def _signed(e: Estimate) -> str:
-    return f"{e.value:+.4f} [{e.low:+.4f}, {e.high:+.4f}]"

@@ -21,12 +21,13 @@ the other. Where the change against the start has an interval with 0 in it, the 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
 from upweight.applications.held_out import (
     Held,
     Refits,
@@ -34,12 +35,10 @@ from upweight.applications.held_out import (
     columns,
     held,
     mean_loss_scores,
-    ones,
-    signed,
     splits,
-    weighed,
+    weighing_one,
 )
-from upweight.applications.outcome import Outcome
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import subject_of
 from upweight.errors import NotConverged, NotOffered, SpecError
 from upweight.evaluation import bootstrap as intervals
@@ -51,10 +50,6 @@ from upweight.scores import Unit
 from upweight.task.data import Data
 from upweight.task.measures import Loss, measured
 from upweight.task.recipe import Recipe
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 Rule: TypeAlias = Literal["exact", "lookahead"]
 """The direction of a step."""
@@ -143,10 +138,10 @@ class Weights(Outcome):
         if self.expects_gain:
             said = (
                 f"Reweighting from {self.start} (steps: {self.steps}) is predicted to change the "
-                f"loss by {signed(self.beyond)}"
+                f"loss by {self.beyond:+.3f}"
             )
         else:
-            tried = f"{signed(self.beyond)} predicted"
+            tried = f"{self.beyond:+.3f} predicted"
             if self.beyond.value == 0:  # the start itself was the best point of the path
                 tried = "no step lowers the cross-fitted loss"
             said = (
@@ -157,29 +152,22 @@ class Weights(Outcome):
         if self.actual is None:
             return said + "; not tried on test data."
         agrees = "" if self.is_confirmed else "the refit does not agree: "
-        text = [f"{agrees}on test data the loss changes by {signed(self.actual)} against {EQUAL}"]
+        text = [f"{agrees}on test data the loss changes by {self.actual:+.3f} against {EQUAL}"]
         if self.expects_gain and self.start == CLASSES and self.actual_beyond is not None:
-            text.append(f"by {signed(self.actual_beyond)} against {CLASSES}")
+            text.append(f"by {self.actual_beyond:+.3f} against {CLASSES}")
         mine, equal = self.models.get("these"), self.models.get(EQUAL)
         if mine and equal and mine.accuracy and equal.accuracy:
             text.append(f"error {1 - mine.accuracy.value:.3f} from {1 - equal.accuracy.value:.3f}")
         return said + "; " + ", ".join(text) + "."
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per point of the path, the start first; `chosen` marks the one returned."""
-        from upweight.runtime.tables import pd
+        rows = [vars(at) | {"chosen": k == self.steps} for k, at in enumerate(self.path)]
+        return as_table(rows, name="step")
 
-        table = pd.DataFrame([vars(point) for point in self.path])
-        table["chosen"] = [k == self.steps for k in range(len(self.path))]
-        table.index.name = "step"
-        return table
-
-    def comparison(self) -> "pd.DataFrame":
+    def comparison(self) -> "DataFrame":
         """Test loss and accuracy with equal weights, class weights and these."""
-        from upweight.runtime.tables import pd
-
-        table = [columns(model) for model in self.models.values()]
-        return pd.DataFrame(table, index=pd.Index(self.models, name="weights"))
+        return as_table([columns(model) for model in self.models.values()], self.models, "weights")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Validation loss along the path: on the set that makes it, and cross-fitted."""
@@ -209,7 +197,7 @@ class Weights(Outcome):
             "radius": self.radius,
             "effective_n": self.effective_n,
             "expects_gain": self.expects_gain,
-            "w": self.w.tolist(),
+            "w": self.w,
             "path": [vars(point) for point in self.path],
             **intervals.summarized(found, self.level),
         }
@@ -341,8 +329,10 @@ class Walk:
     ) -> list[tuple[Float[Tensor, " n"], Float[Tensor, " p"]]]:
         """(w, θ(w)) at the start and after each step; shorter where the path ends sooner."""
         found = [(w, theta)]
+        step = entropic_step if self.rule == "exact" else lookahead_step
         for k in range(1, self.steps + 1):
-            following = self._moved(guide, w, theta)
+            # None where no direction leads down.
+            following = step(w, self.slope(guide, w, theta), self.radius)
             if following is None:
                 self.notes.append(f"a path ended after {k - 1} steps: no row lowers the loss")
                 break
@@ -361,20 +351,13 @@ class Walk:
         task = self.refits.fitted.task
         return torch.stack([measured(task, theta, data, Loss()).cpu() for _, theta in points])
 
-    def _moved(
-        self, guide: Data, w: Float[Tensor, " n"], theta: Float[Tensor, " p"]
-    ) -> Float[Tensor, " n"] | None:
-        """The weights after a step; None where no direction leads down."""
-        step = entropic_step if self.rule == "exact" else lookahead_step
-        return step(w, self.slope(guide, w, theta), self.radius)
-
     def slope(
         self, guide: Data, w: Float[Tensor, " n"], theta: Float[Tensor, " p"]
     ) -> Float[Tensor, " n"]:
         """∂L/∂wᵢ at w, or with η in place of H⁻¹."""
         method = None if self.rule == "exact" else GradientDot()
         here = self.refits.at_weights(theta, w, method)
-        by_log = mean_loss_scores(here, weighed(guide, ones(here, len(guide))))
+        by_log = mean_loss_scores(here, weighing_one(here, guide))
         return by_log / w  # scores of wᵢ ℓᵢ in a factor are wᵢ ∂L/∂wᵢ
 
 

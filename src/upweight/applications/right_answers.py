@@ -5,6 +5,7 @@ correct        1 where the class of largest output is y, else 0     (Feldman & Z
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -19,13 +20,10 @@ from upweight.errors import SpecError
 from upweight.runtime.fingerprint import digest, row_checksums
 from upweight.task.data import Data
 from upweight.task.losses import Loss
-from upweight.task.measures import Measure
+from upweight.task.measures import AT_ONCE, Measure
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.subset_models import reseeded
-
-ROWS = 1024
-"""Examples read at once."""
 
 Asked: TypeAlias = Literal["correct", "probability"]
 """What memorization is a difference of."""
@@ -123,16 +121,19 @@ def equal_examples(data: Data) -> list[list[int]]:
     Cost: one reading of the data.
     """
     places: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for start, stop, batch in data.batches(ROWS):
-        leaves = tree_leaves(batch)
-        names: list[tuple[Any, ...]]
-        if all(isinstance(x, Tensor) and x.shape[:1] == (stop - start,) for x in leaves):
-            names = list(zip(*(row_checksums(x).tolist() for x in leaves), strict=True))
-        else:
-            names = [_name(tree_leaves(data.take([i]))) for i in range(start, stop)]
-        for i, name in enumerate(names, start):
-            places[name].append(i)
+    for i, name in enumerate(names_of(data)):
+        places[name].append(i)
     return [rows for rows in places.values() if len(rows) > 1]
+
+
+def names_of(data: Data) -> Iterator[tuple[Any, ...]]:
+    """Of each example a name, which those have in common that are equal to the last bit."""
+    for start, stop, batch in data.batches(AT_ONCE):
+        leaves = tree_leaves(batch)
+        if all(isinstance(x, Tensor) and x.shape[:1] == (stop - start,) for x in leaves):
+            yield from zip(*(row_checksums(x).tolist() for x in leaves), strict=True)
+        else:
+            yield from (_name(tree_leaves(data.take([i]))) for i in range(start, stop))
 
 
 def _name(leaves: list[Any]) -> tuple[Any, ...]:

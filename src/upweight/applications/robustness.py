@@ -110,7 +110,8 @@ def amip(
     require(np.isfinite(value), "value is a finite number.", f"{value!r}.", "value=0.0.")
     deadline = deadline_of(budget)
     whole = isinstance(target, Functional)
-    if not _is_of_statsmodels(asked) or whole or queries is not None or measure is not None:
+    of_statsmodels = type(asked).__module__.startswith("statsmodels.")
+    if not of_statsmodels or whole or queries is not None or measure is not None:
         require(
             coefficient is None,
             "A coefficient by its name, with its standard error, is asked of statsmodels results.",
@@ -147,7 +148,7 @@ def amip(
         coefficient is not None,
         "Of statsmodels results a coefficient is asked about.",
         "none.",
-        f"coefficient={_last_name(asked)!r}.",
+        f"coefficient={str(list(asked.model.exog_names)[-1])!r}.",
     )
     assert coefficient is not None and not isinstance(target, Functional)
     return of_results(
@@ -182,6 +183,9 @@ def table(
     Raises:
         UpweightError: As for `amip`.
     """
+    options: dict[str, Any] = {
+        "search": search, "level": level, "groups": groups, "most": most, "budget": budget,
+    }  # fmt: skip
     models = dict(results) if isinstance(results, Mapping) else {"": results}
     lines = []
     for model, found in models.items():
@@ -192,24 +196,7 @@ def table(
             chosen = [c for c in coefficients if alone or not isinstance(c, str) or c in names]  # type: ignore[misc]
         for coefficient in chosen:
             for target in targets:
-                answer = amip(
-                    found,
-                    coefficient,
-                    target=target,
-                    search=search,
-                    level=level,
-                    groups=groups,
-                    most=most,
-                    budget=budget,
-                )
+                answer = amip(found, coefficient, target, **options)
                 name = coefficient if isinstance(coefficient, str) else names[coefficient]
                 lines.append((str(model), name, answer))
     return RobustnessTable(tuple(lines))
-
-
-def _is_of_statsmodels(value: Any) -> bool:
-    return type(value).__module__.startswith("statsmodels.")
-
-
-def _last_name(results: Any) -> str:
-    return str(list(results.model.exog_names)[-1])

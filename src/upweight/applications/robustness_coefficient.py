@@ -115,15 +115,15 @@ def of_results(
                 "several rows of the frame have the same label: rows are named by their place in "
                 "model.exog"
             )
-        labels = names
-        units = Units(torch.arange(n), n)
+        labels, units, unit = names, Units(torch.arange(n), n), "row"
         if groups is not None:
+            unit = "group"
             labels, units = _grouped(labels_of(results, groups, reported.rows))
         start = Finding(reported.estimate.value, reported.estimate.low, reported.estimate.high)
         asked, crossing = question(target, start, value)
         gamma = inference.coordinates(torch.from_numpy(np.array(results.params, dtype=np.float64)))
         gamma = inference.solved(torch.ones(1, n, dtype=torch.float64), gamma[None])[0]
-        limit = _most(most, units.count)
+        limit = units.limit(most)
         look = Search(inference, crossing, units, gamma, limit, deadline)
         linear = look.linear()
 
@@ -166,7 +166,7 @@ def of_results(
         if look.lost:
             notes.append(
                 f"{count(look.lost, 'removal')} on the way were set aside: without the "
-                f"{_unit(groups)} the coefficients are not determined, or a hyperplane separates "
+                f"{unit} the coefficients are not determined, or a hyperplane separates "
                 "the classes"
             )
         if k is not None and k > 1:
@@ -181,7 +181,7 @@ def of_results(
             level=level,
             n=n,
             units=units.count,
-            unit=_unit(groups),
+            unit=unit,
             start=start,
             one_shot=OneShot(linear.predicted, holds, fewest),
             k=k,
@@ -251,15 +251,6 @@ def _grouped(labels: Sequence[Hashable]) -> tuple[list[Hashable], Units]:
             "pass a label per row, or leave groups out.",
         )
     return list(numbers), Units(torch.tensor(codes), len(numbers))
-
-
-def _most(most: int | None, units: int) -> int:
-    """A tenth of them, at least 100; never all."""
-    return min(max(100, units // 10) if most is None else most, units - 1)
-
-
-def _unit(groups: Any) -> str:
-    return "row" if groups is None else "group"
 
 
 def require(fine: bool, required: str, given: str, way_out: str) -> None:

@@ -7,7 +7,6 @@ again by its recipe, until the shortest that does it is known. With `Lead()` and
 prediction of a classifier flips.
 """
 
-import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from upweight._typing import Batch, Params
 from upweight.applications.robustness_result import Finding, OneShot, Path, Robustness
-from upweight.applications.smallest_set import Crossing, Units
+from upweight.applications.smallest_set import Crossing, Units, shortest
 from upweight.applications.subject import Subject
 from upweight.errors import NonFinite, NotConverged, ShapeError, SpecError
 from upweight.methods.functionals import evaluated
@@ -151,9 +150,9 @@ def flip(
         )
     effects = units.sums(-scores[0].detach().cpu().double())
     crossing = Crossing(0, now < value, value)
-    sign = 1.0 if crossing.upward else -1.0
+    sign = crossing.sign
     order = (sign * effects).argsort(descending=True, stable=True).tolist()
-    limit = min(max(100, units.count // 10) if most is None else most, units.count - 1)
+    limit = units.limit(most)
     ranks = fitted.spec.unit is Unit.RANK
     along = now + torch.cat([effects.new_zeros(1), effects[order].cumsum(0)])
     hit = (sign * (along - value) > 0).nonzero()
@@ -163,15 +162,21 @@ def flip(
     def crossed(k: int) -> bool:
         return sign * (test.values[k] - value) > 0  # False of NaN
 
+    def tested(sizes: Sequence[int]) -> list[bool]:
+        test(sizes)
+        return [crossed(k) for k in sizes]
+
     notes = ["scores of this method are ranks: they order, and predict no number"] if ranks else []
     k = None
     try:
         if search == "one-shot":
             if predicted is not None and predicted < units.count:
-                test([predicted])
-                k = predicted if crossed(predicted) else None
+                k = predicted if tested([predicted])[0] else None
         else:
-            k = _fewest(test, crossed, limit, predicted or min(FIRST, limit), deadline)
+            first = min(predicted or FIRST, limit)
+            tested([first])
+            if not crossed(0):
+                shortest(tested, first, limit, deadline)
     except KeyboardInterrupt:
         notes.append("the search was interrupted: a longer one may find a smaller set")
     except TimeoutError:
@@ -221,34 +226,6 @@ def flip(
         by="the recipe",
         said=tuple(dict.fromkeys([*notes, *test.notes])),
     )
-
-
-def _fewest(
-    test: _Tested, crossed: Callable[[int], bool], most: int, first: int, deadline: float
-) -> int | None:
-    """The fewest along the order, as far as bisection tells."""
-    high = min(first, most)
-    test([high])
-    if crossed(0):
-        return None
-    while not crossed(high):
-        if high == most:
-            return None
-        high = min(most, high + max(1, high // 2))
-        _pause(deadline)
-        test([high])
-    low = max((k for k in test.values if k < high and not crossed(k)), default=0)
-    while high - low > 1:
-        _pause(deadline)
-        # A call trains the baseline as well: three sizes in each make it cheaper.
-        inside = sorted({low + (high - low) * part // 4 for part in (1, 2, 3)} - {low, high})
-        test(inside)
-        for k in inside:
-            if crossed(k):
-                high = k
-                break
-            low = k
-    return high
 
 
 def _question(
@@ -316,8 +293,3 @@ def _units(groups: np.ndarray | None, n: int) -> tuple[Sequence[Hashable], Units
             "pass one label per example, in their order.",
         )
     return labels.tolist(), Units(torch.from_numpy(codes), len(labels))
-
-
-def _pause(deadline: float) -> None:
-    if time.monotonic() > deadline:
-        raise TimeoutError

@@ -3,19 +3,16 @@
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table, json_of
 from upweight.errors import SpecError
-from upweight.notation import count, percent, readable
+from upweight.notation import bracketed, count, percent, readable
 from upweight.plot import LOWERED, NEUTRAL, RAISED, axes
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 HAPPENS = {
     "sign": "its sign changes",
@@ -53,9 +50,7 @@ class Finding:
     high: float = math.nan
 
     def __str__(self) -> str:
-        if math.isnan(self.low):
-            return readable(self.value)
-        return f"{readable(self.value)} [{readable(self.low)}, {readable(self.high)}]"
+        return bracketed(self.value, self.low, self.high)
 
     def summary(self) -> list[float] | float:
         """As JSON."""
@@ -158,10 +153,6 @@ class Robustness(Outcome):
         return None if self.k is None else len(self.rows) / self.n
 
     @property
-    def is_confirmed(self) -> bool:
-        return self.k is not None
-
-    @property
     def title(self) -> str:
         return f"Which few {self.unit}s carry the {self.about}: {self.asked}"
 
@@ -198,7 +189,7 @@ class Robustness(Outcome):
             )
         return tuple(said)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """The path: a line for each number of units left out, predicted and refitted.
 
         Columns `left_out`, `label` (the unit that leaves last), and `predicted` and `refitted` with
@@ -212,7 +203,7 @@ class Robustness(Outcome):
         for name, values in (("predicted", self.path.predicted), ("refitted", self.path.refitted)):
             for k, end in enumerate(ends):
                 columns[f"{name}{end}"] = values[:, k]
-        return pd.DataFrame(columns)
+        return as_table(columns)
 
     @property
     def has_interval(self) -> bool:
@@ -252,8 +243,8 @@ class Robustness(Outcome):
             "one_shot_holds": self.one_shot.holds,
             "one_shot_fewest": self.one_shot.fewest,
             "tried": self.tried,
-            "left_out": [_plain(label) for label in self.left_out],
-            "rows": [_plain(label) for label in self.rows],
+            "left_out": [json_of(label) for label in self.left_out],
+            "rows": [json_of(label) for label in self.rows],
         }
 
     @property
@@ -285,9 +276,28 @@ class Robustness(Outcome):
         return of[self.asked].format(level=level, value=readable(self.value))
 
 
+class _Several(Outcome):
+    """Answers to several questions: confirmed where a refit stands behind at least one of them."""
+
+    findings: Any
+
+    @property
+    def predicted(self) -> tuple[int | None, ...]:
+        """How many must leave by one linearization, question by question."""
+        return tuple(found.predicted for found in self.findings)
+
+    @property
+    def actual(self) -> tuple[int | None, ...] | None:
+        """How many left in the refits that confirm it; None where there is none."""
+        found = tuple(found.actual for found in self.findings)
+        return found if any(k is not None for k in found) else None
+
+
 @dataclass(frozen=True, eq=False)
-class RobustnessTable(Outcome):
+class RobustnessTable(_Several):
     """One `Robustness` per coefficient and question: a line each.
+
+    `predicted` and `actual` are how many must leave, and how many left, line by line.
 
     Args:
         lines: What was found, by (model, coefficient); models are "" where there is one.
@@ -305,24 +315,11 @@ class RobustnessTable(Outcome):
             )
 
     @property
-    def predicted(self) -> tuple[int | None, ...]:
-        """What one linearization says, line by line."""
-        return tuple(found.predicted for _, _, found in self.lines)
+    def findings(self) -> tuple[Robustness, ...]:
+        """What was found, line by line."""
+        return tuple(found for _, _, found in self.lines)
 
-    @property
-    def actual(self) -> tuple[int | None, ...] | None:
-        """What refits confirm, line by line; None where none of them do."""
-        found = tuple(found.actual for _, _, found in self.lines)
-        return found if any(k is not None for k in found) else None
-
-    @property
-    def is_confirmed(self) -> bool:
-        """Whether a refit stands behind at least one line; the others say that none does."""
-        return self.actual is not None
-
-    @property
-    def title(self) -> str:
-        return "How few rows carry each coefficient"
+    title = "How few rows carry each coefficient"
 
     @property
     def verdict(self) -> str:
@@ -344,18 +341,16 @@ class RobustnessTable(Outcome):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        every = [note for _, _, found in self.lines for note in found.said]
+        every = [note for found in self.findings for note in found.said]
         return tuple(dict.fromkeys(every))
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A line per coefficient and question.
 
         Columns `model` (where several were given), `coefficient`, `estimate`, `low`, `high`,
         `asked`, `one_shot` and `one_shot_holds`, `k`, `share`, `tried`, and after the refit
         `estimate_without`, `low_without`, `high_without`.
         """
-        from upweight.runtime.tables import pd
-
         lines = []
         for model, name, found in self.lines:
             end = found.end if found.k is not None and found.end is not None else Finding(math.nan)
@@ -378,8 +373,7 @@ class RobustnessTable(Outcome):
                     "high_without": end.high,
                 }
             )
-        table = pd.DataFrame(lines)
-        return table.astype({"one_shot": "Int64", "k": "Int64"})
+        return as_table(lines).astype({"one_shot": "Int64", "k": "Int64"})
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The share of rows that leaves, a bar per line; hollow where no set was found."""
@@ -408,30 +402,16 @@ class RobustnessTable(Outcome):
 
 
 @dataclass(frozen=True, eq=False)
-class Fragility(Outcome):
+class Fragility(_Several):
     """How few rows carry one coefficient: its sign, its significance, both together.
+
+    `predicted` and `actual` are how many must leave, and how many left, question by question.
 
     Args:
         findings: One `Robustness` for each question, of the same coefficient.
     """
 
     findings: tuple[Robustness, ...]
-
-    @property
-    def predicted(self) -> tuple[int | None, ...]:
-        """How many must leave by one linearization, question by question."""
-        return tuple(found.predicted for found in self.findings)
-
-    @property
-    def actual(self) -> tuple[int | None, ...] | None:
-        """How many left in the refits that confirm it; None where there is none."""
-        found = tuple(found.actual for found in self.findings)
-        return found if any(k is not None for k in found) else None
-
-    @property
-    def is_confirmed(self) -> bool:
-        """Whether a refit stands behind at least one answer; the others say that none does."""
-        return self.actual is not None
 
     @property
     def title(self) -> str:
@@ -477,13 +457,11 @@ class Fragility(Outcome):
         every = [note for found in self.findings for note in found.said]
         return tuple(dict.fromkeys([*missing, *every]))
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A line per question, as of `RobustnessTable`, and `rows`: the labels of all that leave.
 
         The first line is the coefficient with all rows.
         """
-        from upweight.runtime.tables import pd
-
         first = self.findings[0]
         lines: list[dict[str, Any]] = [
             {"change": "none", "k": 0, "share": 0.0, "estimate": first.start.value}
@@ -496,7 +474,7 @@ class Fragility(Outcome):
                 {"change": found.asked, "k": found.k, "share": found.share, "estimate": end.value}
                 | {"low": end.low, "high": end.high, "rows": found.rows if held else ()}
             )
-        return pd.DataFrame(lines).astype({"k": "Int64"})
+        return as_table(lines).astype({"k": "Int64"})
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The coefficient and its interval with all rows, and refitted without each set."""
@@ -522,12 +500,3 @@ class Fragility(Outcome):
         return {
             "findings": [found.summary() for found in self.findings],
         }
-
-
-def _plain(label: Any) -> Any:
-    """A label as JSON: numbers and text as they are."""
-    if isinstance(label, str | int | float | bool) or label is None:
-        return label if not (isinstance(label, float) and not math.isfinite(label)) else str(label)
-    return (
-        label.item() if hasattr(label, "item") and not hasattr(label, "isoformat") else str(label)
-    )

@@ -21,26 +21,26 @@ chooses a small share for a target, and trains on it beside other choices; see
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from functools import cached_property
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
 from upweight.applications.held_out import (
     Held,
     Refits,
     Splits,
     columns,
+    draw_intervals,
     held,
-    in_points,
     mean_loss_scores,
-    ones,
-    signed,
     splits,
-    weighed,
+    weighing_one,
 )
-from upweight.applications.outcome import Outcome
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.reweighting import Weights, reweight
 from upweight.applications.subject import subject_of
 from upweight.applications.targeting import Target, for_target
@@ -55,10 +55,6 @@ from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.measures import Loss, measured
 from upweight.task.recipe import Recipe
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 __all__ = ["Choice", "Subset", "Target", "Trial", "Weights", "for_target", "reweight", "subset"]
 
@@ -81,10 +77,10 @@ class Subset(Outcome):
         scores: φᵢ of every row at θ̂, on all of the validation set.
         predicted: Change of the mean validation loss, kept rows less all, each half predicted by
             what the other chose.
+        level: Of the intervals.
         actual: Change of the mean test loss after fitting again; None where nothing was.
         everything, kept, random: All rows, these, and as many at random, on the test data.
         change_of_accuracy: On the test data, kept rows less all.
-        level: Of the intervals.
         notes: What went otherwise than asked.
     """
 
@@ -94,12 +90,12 @@ class Subset(Outcome):
     why: str
     scores: Float[Tensor, " n"]
     predicted: Estimate
-    actual: Estimate | None
-    everything: Held | None
-    kept: Held | None
-    random: Held | None
-    change_of_accuracy: Estimate | None
     level: float
+    actual: Estimate | None = None
+    everything: Held | None = None
+    kept: Held | None = None
+    random: Held | None = None
+    change_of_accuracy: Estimate | None = None
     notes: tuple[str, ...] = ()  # type: ignore[assignment]
 
     @property
@@ -119,7 +115,7 @@ class Subset(Outcome):
     @property
     def verdict(self) -> str:
         kept = f"keeping {len(self.rows)} of {self.n} rows by rule '{self.rule}'"
-        told = f"{signed(self.predicted)} of the validation loss"
+        told = f"{self.predicted:+.3f} of the validation loss"
         if self.expects_gain:
             said = f"A gain was predicted from {kept}: {told}"
         else:
@@ -127,41 +123,33 @@ class Subset(Outcome):
         if self.actual is None:
             return said + "; no refit has tried it."
         accuracy = self.change_of_accuracy
-        points = "" if accuracy is None else f", accuracy by {in_points(accuracy)} points"
+        points = "" if accuracy is None else f", accuracy by {100 * accuracy:+.1f} points"
         beside = ""
         if self.random is not None and self.kept is not None:
             beside = f"; as many at random have {self.random.loss.value:.3f}"
             beside += f" against {self.kept.loss.value:.3f}"
         agrees = "After refitting" if self.is_confirmed else "The refit does not agree:"
-        return f"{said}. {agrees} the test loss changes by {signed(self.actual)}{points}{beside}."
+        return f"{said}. {agrees} the test loss changes by {self.actual:+.3f}{points}{beside}."
 
-    def frame(self) -> "pd.DataFrame":
+    @property
+    def _models(self) -> dict[str, Held | None]:
+        return {"all rows": self.everything, "kept rows": self.kept, "random rows": self.random}
+
+    def frame(self) -> "DataFrame":
         """One row per model: all rows, the rows kept, as many at random; on the test data."""
-        from upweight.runtime.tables import pd
-
-        count, size = self.n, len(self.rows)
-        models = {"all rows": (count, self.everything), "kept rows": (size, self.kept)}
-        models["random rows"] = (size, self.random)
-        table = []
-        for rows, model in models.values():
-            table.append({"rows": rows, **columns(model)})
-        return pd.DataFrame(table, index=pd.Index(models, name="model"))
+        models, counts = self._models, (self.n, len(self.rows), len(self.rows))
+        each = zip(counts, models.values(), strict=True)
+        return as_table([{"rows": k, **columns(model)} for k, model in each], models, "model")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Test loss of the three models with intervals, or the predicted change before a refit."""
         ax = axes(ax)
-        models = {"all rows": self.everything, "kept rows": self.kept, "random rows": self.random}
-        shown = {name: m.loss for name, m in models.items() if m is not None}
+        shown = {name: m.loss for name, m in self._models.items() if m is not None}
         label = "mean test loss"
         if not shown:
             shown, label = {"predicted": self.predicted}, "change of the mean validation loss"
             ax.axvline(0, color="0.7", linewidth=1)
-        for place, found in enumerate(shown.values()):
-            ax.plot([found.low, found.high], [place, place], color="0.4")
-            ax.plot(found.value, place, "o", color="#0072b2")
-        ax.set_yticks(range(len(shown)), list(shown))
-        ax.invert_yaxis()
-        ax.set_xlabel(label)
+        draw_intervals(ax, shown, label)
         ax.set_title(self.title)
         return ax
 
@@ -176,7 +164,7 @@ class Subset(Outcome):
             "rule": self.rule,
             "why": self.why,
             "n": self.n,
-            "rows": self.rows.tolist(),
+            "rows": self.rows,
             "expects_gain": self.expects_gain,
             **intervals.summarized(found, self.level),
         }
@@ -265,11 +253,6 @@ def subset(
         why=why,
         scores=scores,
         predicted=predicted,
-        actual=None,
-        everything=None,
-        kept=None,
-        random=None,
-        change_of_accuracy=None,
         level=bootstrap.level,
         notes=(*((why,) if rule is None else ()), *trial.notes),
     )
@@ -282,7 +265,7 @@ def subset(
 def _picked(trial: "Trial", split: Splits, bootstrap: Bootstrap) -> tuple[Rule, Estimate, str]:
     """The rule of the library's own, what is predicted of it, and why it was picked."""
     iterated = intervals.mean(trial.cross_fitted("iterated", split), bootstrap)
-    told = f"'iterated' is predicted to change the validation loss by {signed(iterated)}"
+    told = f"'iterated' is predicted to change the validation loss by {iterated:+.3f}"
     if iterated.high < 0:
         return "iterated", iterated, told
     redundant = intervals.mean(trial.cross_fitted("redundant", split), bootstrap)
@@ -310,7 +293,10 @@ class Trial:
     def __init__(self, refits: Refits, m: int, seed: int) -> None:
         self.refits, self.m, self.seed = refits, m, seed
         self.notes: list[str] = []
-        self._redundancy: Tensor | None = None
+
+    @cached_property
+    def _redundancy(self) -> Float[Tensor, " n"]:
+        return self.refits.fitted.self_influence().cpu().double()
 
     def cross_fitted(self, rule: Rule, split: Splits) -> Float[Tensor, " q"]:
         """Δℓ of every validation example, predicted from what the other half chose."""
@@ -321,7 +307,7 @@ class Trial:
         """Δℓ of the queries for the rows that the guide chooses."""
         fitted, choice = self.refits.fitted, self.chosen(rule, guide)
         before = choice.before
-        asked = queries if before is fitted else weighed(queries, ones(before, len(queries)))
+        asked = queries if before is fitted else weighing_one(before, queries)
         steps = before.removal(asked, Loss(), [choice.left], evaluate="plugin")
         here, start = (
             measured(fitted.task, theta, queries, Loss()).cpu()
@@ -335,8 +321,6 @@ class Trial:
         if rule == "iterated":
             return self._iterated(guide)
         if rule == "redundant":
-            if self._redundancy is None:
-                self._redundancy = fitted.self_influence().cpu().double()
             kept = self._redundancy.argsort(stable=True)[: self.m]
         else:
             phi = mean_loss_scores(fitted, guide)
@@ -369,7 +353,7 @@ class Trial:
                 )
                 break
             here, rows = self.refits.at_weights(theta, weights, None), kept
-            asked = weighed(guide, ones(here, len(guide)))
+            asked = weighing_one(here, guide)
         return _choice(here, rows, order[: self.m])
 
 
@@ -426,29 +410,23 @@ def _confirmed(
     n, m = found.n, len(found.rows)
     drawn = torch.randperm(n, generator=stream("random rows", seed))[:m]
     plans = {
-        "all rows": torch.ones(n, dtype=torch.float64),
-        "the kept rows": _only(n, found.rows),
-        "the random rows": _only(n, drawn),
+        "everything": ("all rows", torch.ones(n, dtype=torch.float64)),
+        "kept": ("the kept rows", _only(n, found.rows)),
+        "random": ("the random rows", _only(n, drawn)),
     }
-    models: list[Held | None] = []
+    models: dict[str, Any] = {}
     notes = list(found.notes)
-    for name, weights in plans.items():
+    for name, (words, weights) in plans.items():
         theta = refits.attempted(weights)
         if isinstance(theta, str):
-            notes.append(f"the refit on {name} did not train: {theta}")
-            models.append(None)
+            notes.append(f"the refit on {words} did not train: {theta}")
         else:
-            models.append(held(refits.fitted.task, theta, test, bootstrap))
-    everything, kept, random = models
-    if everything is None or kept is None:
-        both = {"everything": everything, "kept": kept, "random": random}
-        return replace(found, notes=tuple(notes), **both)  # type: ignore[arg-type]
+            models[name] = held(refits.fitted.task, theta, test, bootstrap)
+    found = replace(found, notes=tuple(notes), **models)
+    if found.kept is None or found.everything is None:
+        return found
     return replace(
         found,
-        actual=kept.change_of_loss(everything, bootstrap),
-        change_of_accuracy=kept.change_of_accuracy(everything, bootstrap),
-        everything=everything,
-        kept=kept,
-        random=random,
-        notes=tuple(notes),
+        actual=found.kept.change_of_loss(found.everything, bootstrap),
+        change_of_accuracy=found.kept.change_of_accuracy(found.everything, bootstrap),
     )

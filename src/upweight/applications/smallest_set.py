@@ -10,7 +10,7 @@ may exist.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,10 +46,15 @@ class Crossing:
     upward: bool
     value: float
 
+    @property
+    def sign(self) -> float:
+        """+1 where it is to rise, else −1."""
+        return 1.0 if self.upward else -1.0
+
     def gap(self, reported: Reported) -> Float[Tensor, " m"]:
         """How far past it is; −∞ where there is no number."""
-        past = reported.end(self.side) - self.value
-        return torch.nan_to_num(past if self.upward else -past, nan=-torch.inf)
+        past = self.sign * (reported.end(self.side) - self.value)
+        return torch.nan_to_num(past, nan=-torch.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +69,9 @@ class Units:
     codes: Int[Tensor, " n"]
     count: int
 
-    @property
-    def are_rows(self) -> bool:
-        """Whether each row is a unit."""
-        return self.count == len(self.codes)
+    def limit(self, most: int | None) -> int:
+        """The largest set to look for: as asked, or a tenth of them, at least 100; never all."""
+        return min(max(100, self.count // 10) if most is None else most, self.count - 1)
 
     def weights(self, sets: Sequence[Sequence[int]]) -> Float[Tensor, "m n"]:
         """w_S of each set of units."""
@@ -136,8 +140,7 @@ class Search:
         for side in (-1, 0, 1):
             by_gamma, by_w = self.inference.derivatives(self.gamma, w, side)
             effects[side] = self.units.sums(moves @ by_gamma + by_w)
-        sign = 1.0 if self.crossing.upward else -1.0
-        helps = -sign * effects[self.crossing.side]
+        helps = -self.crossing.sign * effects[self.crossing.side]
         order = helps.argsort(descending=True, stable=True)
         start = self.crossing.gap(self.inference.reported(self.gamma[None], w[None]))
         hit = (start + helps[order].cumsum(0) > 0).nonzero()
@@ -161,26 +164,15 @@ class Search:
 
     def along(self, order: Sequence[int], first: int | None) -> int | None:
         """The fewest units of an order that cross, by bisection below a prefix that does."""
+
+        def crossed(sizes: Sequence[int]) -> list[bool]:
+            past = (self.gaps([order[:k] for k in sizes]) > 0).tolist()
+            if any(past):
+                self._keep(order[: sizes[past.index(True)]])
+            return past
+
         most = min(self.most, len(order))
-        high = min(most, max(1, first or most))
-        while not float(self.gaps([order[:high]])) > 0:
-            if high == most:
-                return None
-            high = min(most, high + max(1, high // 2))
-        self._keep(order[:high])
-        low = 0
-        while high - low > 1:
-            self._pause()
-            between = sorted({low + (high - low) * part // 4 for part in (1, 2, 3)} - {low, high})
-            inside = between or [(low + high) // 2]
-            crossed = (self.gaps([order[:k] for k in inside]) > 0).tolist()
-            for k, past in zip(inside, crossed, strict=True):
-                if past:
-                    high = k
-                    break
-                low = k
-            self._keep(order[:high])
-        return high
+        return shortest(crossed, min(most, max(1, first or most)), most, self.deadline)
 
     def adaptive(self) -> None:
         """Leave out the best unit, fit again, and so on until the value is crossed."""
@@ -189,7 +181,7 @@ class Search:
         limit = self.most if self.best is None else min(self.most, len(self.best) - 1)
         together = max(1, (limit + 1) // STEPS)
         while len(chosen) < limit:
-            self._pause()
+            _pause(self.deadline)
             found = self._next(gamma, w, set(chosen), min(together, limit - len(chosen)))
             if found is None:
                 return
@@ -209,7 +201,7 @@ class Search:
             for _ in range(ROUNDS):
                 if value > 0 or frozenset(current) in seen:
                     break
-                self._pause()
+                _pause(self.deadline)
                 seen.add(frozenset(current))
                 w = self.units.weights([current])
                 gamma = self.inference.solved(w, self.gamma[None])[0]
@@ -233,8 +225,7 @@ class Search:
         """
         steps, direct = self._steps(gamma, w)
         by_gamma, by_w = self.inference.derivatives(gamma, w, self.crossing.side)
-        sign = 1.0 if self.crossing.upward else -1.0
-        helps = sign * (steps @ by_gamma - self.units.sums(by_w * direct))
+        helps = self.crossing.sign * (steps @ by_gamma - self.units.sums(by_w * direct))
         helps = torch.nan_to_num(helps, nan=-torch.inf)
         helps[list(gone)] = -torch.inf
         if together > 1:
@@ -253,8 +244,6 @@ class Search:
             moved = self.inference.solved(weights, gamma + steps[part], steps=1)
             scores.append(self.crossing.gap(self.inference.reported(moved, weights)))
             after.append(moved)
-        if not scores:
-            return None
         gaps, starts = torch.cat(scores), torch.cat(after)
         self.lost += int((gaps == -torch.inf).sum())
         for at in gaps.argsort(descending=True, stable=True).tolist():
@@ -270,7 +259,7 @@ class Search:
 
     def _steps(self, gamma: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """Δγ of each unit's removal, and what its direct part is multiplied by."""
-        if not self.units.are_rows:
+        if self.units.count < len(self.units.codes):  # groups
             found = self.inference.group_steps(gamma, w, self.units.codes, self.units.count)
             return found, torch.ones_like(w)
         moves, leverage = self.inference.movements(gamma, w)
@@ -288,8 +277,7 @@ class Search:
             gamma = self.inference.solved(w, self.gamma[None])[0]
             moves, _ = self.inference.movements(gamma, w[0])
             by_gamma, by_w = self.inference.derivatives(gamma, w[0], self.crossing.side)
-            sign = 1.0 if self.crossing.upward else -1.0
-            gains = sign * self.units.sums(moves @ by_gamma + by_w)[list(members)]
+            gains = self.crossing.sign * self.units.sums(moves @ by_gamma + by_w)[list(members)]
             places = gains.topk(SHORTLIST).indices
         sets = [[*members[:k], *members[k + 1 :]] for k in places.tolist()]
         gaps = self.gaps(sets)
@@ -313,6 +301,36 @@ class Search:
     def _at_once(self) -> int:
         return max(1, ENTRIES // self.inference.X.numel())
 
-    def _pause(self) -> None:
-        if time.monotonic() > self.deadline:
-            raise TimeoutError
+
+def shortest(
+    crossed: Callable[[Sequence[int]], Sequence[bool]], first: int, most: int, deadline: float
+) -> int | None:
+    """The fewest of an order that cross, by bisection below a number that does; None without one.
+
+    Args:
+        crossed: Whether each of some numbers of them does.
+        first: The number to begin with.
+        most: The largest to try.
+        deadline: When to stop with a `TimeoutError`, by `time.monotonic`.
+    """
+    low, high = 0, first
+    while not crossed([high])[0]:
+        if high == most:
+            return None
+        low, high = high, min(most, high + max(1, high // 2))
+        _pause(deadline)
+    while high - low > 1:
+        _pause(deadline)
+        # A refit of several together is cheaper: three in each round.
+        inside = sorted({low + (high - low) * part // 4 for part in (1, 2, 3)} - {low, high})
+        for k, past in zip(inside, crossed(inside), strict=True):
+            if past:
+                high = k
+                break
+            low = k
+    return high
+
+
+def _pause(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise TimeoutError

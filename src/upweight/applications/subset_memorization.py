@@ -7,15 +7,17 @@ With models of a share of the data, what is estimated is memorization of a *samp
 Of m models the standard error of a row is √(s²₁/m₁ + s²₀/m₀), about σ/√(m share (1 − share)).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.right_answers import (
     Asked,
     Joined,
@@ -36,10 +38,6 @@ from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.retrain import retrain
 from upweight.training.weights import subset_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 MEMORIZED = 0.25
 INFLUENTIAL = 0.15
@@ -172,8 +170,7 @@ class SubsetMemorization(Outcome):
         repeat = (
             "their halves cannot be compared"
             if top is None
-            else f"as many models again would order the rows with ρ = {top.value:.2f} "
-            f"[{top.low:.2f}, {top.high:.2f}]"
+            else f"as many models again would order the rows with ρ = {top:.2f}"
         )
         # With words of their own the two kinds of measurement are not taken for one another.
         asked = "are right more often" if self.measure == "correct" else "give more probability"
@@ -185,13 +182,10 @@ class SubsetMemorization(Outcome):
         )
         if self.agreement is None:
             return f"{said}."
-        r = self.agreement
-        return f"{said}; one model's prediction has ρ = {r.value:.2f} [{r.low:.2f}, {r.high:.2f}]."
+        return f"{said}; one model's prediction has ρ = {self.agreement:.2f}."
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per training row, the most memorized first."""
-        from upweight.runtime.tables import pd
-
         columns = {
             "memorization": self.actual,
             "standard_error": self.standard_error,
@@ -201,16 +195,13 @@ class SubsetMemorization(Outcome):
         }
         if self.predicted is not None:
             columns["predicted"] = self.predicted
-        table = pd.DataFrame({name: value.numpy() for name, value in columns.items()})
-        table.index.name = "row"
-        return table.sort_values("memorization", ascending=False, kind="stable")
+        return sorted_table(columns)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The long tail: mem(i) sorted, with two standard errors."""
         return sorted_values(self.actual, ax, self.standard_error)
 
     def numbers(self) -> dict[str, Any]:
-        top, r = self.ceiling, self.agreement
         return {
             "rows": len(self.actual),
             "models": len(self.inside),
@@ -219,8 +210,8 @@ class SubsetMemorization(Outcome):
             "measure": self.measure,
             "memorized": int((self.actual >= MEMORIZED).sum()),
             "mean_standard_error": float(self.standard_error.mean()),
-            "ceiling": None if top is None else [top.value, top.low, top.high],
-            "spearman_of_predicted": None if r is None else [r.value, r.low, r.high],
+            "ceiling": self.ceiling,
+            "spearman_of_predicted": self.agreement,
             "duplicate_sets": len(self.duplicates),
         }
 
@@ -375,9 +366,7 @@ class Pairs(Outcome):
     def __len__(self) -> int:
         return len(self.train)
 
-    @property
-    def title(self) -> str:
-        return "Memorized training rows and the test rows that they help"
+    title = "Memorized training rows and the test rows that they help"
 
     @cached_property
     def again(self) -> Estimate | None:
@@ -405,29 +394,24 @@ class Pairs(Outcome):
             return f"{said}; too few to hold one half of the models against the other."
         return (
             f"{said}; pairs that half of the models chooses with a mean of "
-            f"{float(self.predicted.mean()):.2f} have {self.again.value:.2f} "
-            f"[{self.again.low:.2f}, {self.again.high:.2f}] by the other half."
+            f"{float(self.predicted.mean()):.2f} have {self.again:.2f} by the other half."
         )
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (
-            "the largest of many noisy values are too large: believe what the models say that did "
-            "not choose the pairs",
-            "the interval takes pairs for independent, and those of one test row are not",
-        )
+    notes = (
+        "the largest of many noisy values are too large: believe what the models say that did "
+        "not choose the pairs",
+        "the interval takes pairs for independent, and those of one test row are not",
+    )
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per pair, the largest influence first."""
-        from upweight.runtime.tables import pd
-
-        return pd.DataFrame(
+        return as_table(
             {
-                "train": self.train.numpy(),
-                "query": self.query.numpy(),
-                "influence": self.actual.numpy(),
-                "standard_error": self.standard_error.numpy(),
-                "memorization": self.memorization.numpy(),
+                "train": self.train,
+                "query": self.query,
+                "influence": self.actual,
+                "standard_error": self.standard_error,
+                "memorization": self.memorization,
             }
         )
 
@@ -442,7 +426,6 @@ class Pairs(Outcome):
         return ax
 
     def numbers(self) -> dict[str, Any]:
-        again = self.again
         return {
             "pairs": len(self),
             "opposite": self.opposite,
@@ -450,7 +433,7 @@ class Pairs(Outcome):
             "errors": self.errors,
             "memorized_rows": self.rows,
             "chosen_mean": float(self.predicted.mean()) if len(self.predicted) else None,
-            "repeated_mean": None if again is None else [again.value, again.low, again.high],
+            "repeated_mean": self.again,
         }
 
 
@@ -510,6 +493,12 @@ def pairs(
         torch.cat(chosen),
         torch.cat(repeated),
     )
+
+
+def sorted_table(columns: Mapping[str, Tensor]) -> "DataFrame":
+    """A row per training row, the most memorized first."""
+    found = as_table(columns, name="row")
+    return found.sort_values("memorization", ascending=False, kind="stable")
 
 
 def sorted_values(
@@ -601,9 +590,6 @@ def _above(
         rows.append(some[i])
         columns.append(j)
         values.append(infl[i, j])
-    if not values:
-        none = torch.zeros(0, dtype=torch.long)
-        return none, none, right.new_zeros(0), 0
     i, j, infl = torch.cat(rows), torch.cat(columns), torch.cat(values)
     sure = infl.abs() >= errors * _of_pairs(right, inside, i, j)[1]
     up = sure & (infl > 0)
@@ -617,7 +603,7 @@ def _of_pairs(
     j: Int[Tensor, " k"],
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
     """infl(i, j) of some pairs, and its standard error."""
-    values, errors = [right.new_zeros(0)], [right.new_zeros(0)]
+    values, errors = [], []
     for a, b in zip(torch.split(i, PAIRED), torch.split(j, PAIRED), strict=True):
         values.append(_difference(right[:, b], inside[:, a]))
         errors.append(_standard_error(right[:, b], inside[:, a]))

@@ -12,14 +12,15 @@ them, by the user's recipe, at equal steps:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight.applications.held_out import MEAN_LOSS, held, signed, splits
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, DataFrame
+from upweight.applications.held_out import MEAN_LOSS, draw_intervals, held, splits
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import subject_of
 from upweight.errors import DataError, SpecError
 from upweight.evaluation import bootstrap as intervals
@@ -34,10 +35,6 @@ from upweight.runtime.streams import stream
 from upweight.task.recipe import Recipe
 from upweight.training.kept import kept_trainer
 from upweight.training.subset_models import reseeded_from
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 CHOSEN, RANDOM, ALL = "chosen", "random", "all data"
 
@@ -93,7 +90,7 @@ class Target(Outcome):
         what = f"{len(self.rows)} of {self.n} examples"
         if self.actual is None:
             return f"{what} are scored to help the target most; no training has tried them."
-        told = f"the test loss changes by {signed(self.actual)} against as many at random"
+        told = f"the test loss changes by {self.actual:+.3f} against as many at random"
         begin = (
             f"Training on the chosen {what} helps the target: {told}"
             if self.is_confirmed
@@ -107,41 +104,29 @@ class Target(Outcome):
         parts = "".join(f"; {words} {', '.join(names)}" for words, names in every if names)
         return f"{begin}{parts}."
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """One row per choice: examples, mean test loss, and chosen less it with its interval."""
-        from upweight.runtime.tables import pd
-
-        table = []
+        lines = []
         for name, losses in self.losses.items():
             found = self.differences.get(name)
-            table.append({
-                "examples": self.n if name == ALL else len(self.rows),
-                "test_loss": float(losses.mean()),
-                "chosen_less_it": None if found is None else found.value,
-                "low": None if found is None else found.low,
-                "high": None if found is None else found.high,
-            })  # fmt: skip
+            count = self.n if name == ALL else len(self.rows)
+            change = (None, None, None) if found is None else tuple(found)
+            lines.append((count, float(losses.mean()), *change))
         names = ["examples", "test_loss", "chosen_less_it", "low", "high"]
-        index = pd.Index(list(self.losses), name="trained on")
-        return pd.DataFrame(table, index=index, columns=names)
+        return as_table(lines, list(self.losses), "trained on", names)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The change of the test loss against each other choice, with intervals."""
         ax = axes(ax)
-        for place, found in enumerate(self.differences.values()):
-            ax.plot([found.low, found.high], [place, place], color="0.4")
-            ax.plot(found.value, place, "o", color="#0072b2")
+        draw_intervals(ax, self.differences, "mean test loss, chosen less this")
         ax.axvline(0, color="0.7", linewidth=1)
-        ax.set_yticks(range(len(self.differences)), list(self.differences))
-        ax.invert_yaxis()
-        ax.set_xlabel("mean test loss, chosen less this")
         ax.set_title(self.title)
         return ax
 
     def numbers(self) -> dict[str, Any]:
         return {
             "n": self.n,
-            "rows": self.rows.tolist(),
+            "rows": self.rows,
             "predicted": self.predicted,
             "test_losses": {name: float(each.mean()) for name, each in self.losses.items()},
             "is_confirmed": self.is_confirmed,

@@ -14,21 +14,23 @@ regression and least squares with an L2 penalty. For networks there is none.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._typing import Axes, DataFrame
 from upweight.applications.certified import Certificate as Certificate
 from upweight.applications.certified import Certified as Certified
 from upweight.applications.certified import Removal as Removal
-from upweight.applications.outcome import Outcome
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import subject_of, with_parameters
 from upweight.errors import AssumptionWarning, NonFinite, NotConverged, NotOffered, SpecError
 from upweight.linalg.damping import damped
 from upweight.methods.dense import DenseScorer
 from upweight.methods.fitted import Fitted
+from upweight.plot import axes
 from upweight.runtime.resources import Resources
 from upweight.runtime.selection import places
 from upweight.task.data import Data, batch_size
@@ -38,10 +40,6 @@ from upweight.task.task import Task
 from upweight.training.kept import kept_trainer
 from upweight.training.objective import weighted_objective
 from upweight.training.weights import removal_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 __all__ = ["Certificate", "Certified", "Removal", "Unlearned", "without"]
 
@@ -124,13 +122,7 @@ class Unlearned(Outcome):
         distance = float((change.outputs - change.refit_outputs).norm())
         return _ratio(distance, float(change.refit_outputs.norm()))
 
-    @property
-    def title(self) -> str:
-        return "unlearning"
-
-    @property
-    def is_confirmed(self) -> bool:
-        return self.actual is not None
+    title = "unlearning"
 
     @property
     def verdict(self) -> str:
@@ -171,24 +163,20 @@ class Unlearned(Outcome):
             said.append("the gradient without the examples has grown: the step went too far")
         return tuple(said)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per parameter tensor, and one for all: norms of both movements, and distance."""
-        from upweight.runtime.tables import pd
-
-        columns = ["predicted", "actual", "distance", "remaining"]
         parts = self.layout.unflatten(self.predicted)
         beside = None if self.actual is None else self.layout.unflatten(self.actual)
         rows = {k: _row(v, None if beside is None else beside[k]) for k, v in parts.items()}
         rows["(all)"] = _row(self.predicted, self.actual)
-        return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+        columns = ["predicted", "actual", "distance", "remaining"]
+        return as_table(list(rows.values()), list(rows), columns=columns)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Change of each output by unlearning against its change by the refit.
 
         Without a refit the changes alone, in order.
         """
-        from upweight.plot import axes
-
         ax = axes(ax)
         outputs = self.change.outputs.flatten().cpu()
         if self.change.refit_outputs is None:
@@ -204,7 +192,7 @@ class Unlearned(Outcome):
         change = self.change
         return {
             "how": self.how,
-            "examples": list(self.examples),
+            "examples": self.examples,
             "n": self.n,
             "predicted": float(self.predicted.norm()),
             "moved": self.moved,
@@ -212,10 +200,10 @@ class Unlearned(Outcome):
             "remaining": self.remaining,
             "remaining_outputs": self.remaining_outputs,
             "drift": self.drift,
-            "gradients": list(self.gradients),
+            "gradients": self.gradients,
             "refit_gradient": self.refit_gradient,
-            "loss_of_removed": list(change.forgotten),
-            "loss_of_queries": list(change.losses),
+            "loss_of_removed": change.forgotten,
+            "loss_of_queries": change.losses,
         }
 
 

@@ -17,21 +17,22 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from upweight._typing import Batch, Params
-from upweight.applications.outcome import Outcome
+from upweight._typing import Axes, Batch, DataFrame, Params
+from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import Subject, subject_of
 from upweight.effects import Groups, as_groups
 from upweight.errors import DataError, ShapeError, SpecError
 from upweight.evaluation import metrics
-from upweight.evaluation.bootstrap import Bootstrap, Estimate, means
-from upweight.notation import count, readable
+from upweight.evaluation.bootstrap import NORMAL, Bootstrap, Estimate, means
+from upweight.gradients.autograd import loss_gradient
+from upweight.notation import bracketed, count, readable
 from upweight.plot import axes
 from upweight.provenance import Provenance
 from upweight.runtime.resources import Resources
@@ -39,15 +40,10 @@ from upweight.scores import Scores, Unit
 from upweight.task.check import require_answerable
 from upweight.task.data import Data, as_data
 from upweight.task.measures import Loss, Measure, as_measure, measured
+from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.retrain import retrain
 from upweight.training.weights import removal_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-    from upweight.task.recipe import Recipe
 
 __all__ = ["Comparison", "Correct", "Values", "Worth", "compare", "values", "worth"]
 
@@ -59,9 +55,6 @@ WORDS = {"Loss()": "loss", "Correct()": "accuracy"}
 
 SHOWN = 30
 """Bars of a figure."""
-
-Z = 1.959963984540054
-"""Of a normal 95 % interval."""
 
 
 # -- what each is worth ---------------------------------------------------------------------------
@@ -82,9 +75,14 @@ class Values(Outcome):
     bootstrap: Bootstrap
 
     @cached_property
+    def by_point(self) -> Float[Tensor, "q m"]:
+        """What each is worth to each validation point."""
+        return self.sign * self.scores.values[:].detach().cpu().double()
+
+    @cached_property
     def predicted(self) -> Float[Tensor, " m"]:
         """v of each, in the unit of the scores."""
-        return self.sign * self.scores.values[:].detach().cpu().double().mean(dim=0)
+        return self.by_point.mean(dim=0)
 
     @property
     def actual(self) -> None:
@@ -111,8 +109,7 @@ class Values(Outcome):
     @cached_property
     def total(self) -> Estimate:
         """Σ v, with its interval over validation points."""
-        sums = self.scores.values[:].detach().cpu().double().sum(dim=1, keepdim=True)
-        return means(self.sign * sums, self.bootstrap)[0]
+        return means(self.by_point.sum(dim=1, keepdim=True), self.bootstrap)[0]
 
     @property
     def owed(self) -> float | None:
@@ -128,12 +125,12 @@ class Values(Outcome):
     @property
     def below(self) -> int:
         """How many are worth less than 0 by more than 1.96 standard errors."""
-        return int((self.predicted + Z * self.standard_errors < 0).sum())
+        return int((self.predicted + NORMAL * self.standard_errors < 0).sum())
 
     @property
     def above(self) -> int:
         """How many are worth more than 0 by more than 1.96 standard errors."""
-        return int((self.predicted - Z * self.standard_errors > 0).sum())
+        return int((self.predicted - NORMAL * self.standard_errors > 0).sum())
 
     @property
     def title(self) -> str:
@@ -156,15 +153,11 @@ class Values(Outcome):
             "standard errors"
         )
         return (
-            f"By {method_name(made.method)} {self._of} are worth {bracketed(self.total)} together"
+            f"By {method_name(made.method)} {self._of} are worth {bracketed(*self.total)} together"
             f"{owed}, in {unit} of {_measured(made)} over "
             f"{count(len(self.scores), 'validation point')}; "
             f"{sure}; no refit stands behind this."
         )
-
-    @property
-    def is_confirmed(self) -> bool:
-        return False
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -184,28 +177,25 @@ class Values(Outcome):
             )
         return tuple(said)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per example or contributor, the most valuable first."""
-        from upweight.runtime.tables import pd
-
         value, error = self.predicted, self.standard_errors
         columns = {
-            "value": value.numpy(),
-            "standard error": error.numpy(),
-            "low": (value - Z * error).numpy(),
-            "high": (value + Z * error).numpy(),
+            "value": value,
+            "standard error": error,
+            "low": value - NORMAL * error,
+            "high": value + NORMAL * error,
         }
         what = "example" if self.scores.columns is None else "contributor"
         index = range(len(value)) if self.scores.columns is None else self.names
-        table = pd.DataFrame(columns, index=pd.Index(index, name=what))
-        return table.sort_values("value", ascending=False, kind="stable")
+        return as_table(columns, index, what).sort_values("value", ascending=False, kind="stable")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Values in order with their intervals; of many examples the curve alone."""
         ax = axes(ax)
         table = self.frame()
         if len(table) <= SHOWN:
-            bars(ax, [*map(str, table.index)], table["value"], table["low"], table["high"])
+            bars(ax, [*map(str, table.index)], table[["value", "low", "high"]].to_numpy())
             ax.set_xlabel("worth")
             return ax
         ax.fill_between(range(len(table)), table["low"], table["high"], alpha=0.3, linewidth=0)
@@ -217,7 +207,7 @@ class Values(Outcome):
     def numbers(self) -> dict[str, Any]:
         shown = self.frame().head(SHOWN)
         return {
-            "total": plain(self.total),
+            "total": vars(self.total),
             "owed": self.owed,
             "above": self.above,
             "below": self.below,
@@ -383,15 +373,15 @@ class Worth(Outcome):
         rows = count(len(self.groups[k]), "example")
         text = (
             f"{done} {self.names[k]} ({rows}) is predicted to change the mean {self.measure} by "
-            f"{bracketed(said, signed=True)} from {readable(float(self.before.mean()))}"
+            f"{bracketed(*said, signed=True)} from {readable(float(self.before.mean()))}"
         )
         if self.actual_means is None:
             return f"{text}; no refit stands behind this."
-        text += f"; refitted it changes by {bracketed(self.actual_means[k], signed=True)}"
+        text += f"; refitted it changes by {bracketed(*self.actual_means[k], signed=True)}"
         if not self.is_confirmed:
             text += ", which does not confirm it"
         if self.agreement is not None:
-            text += f"; over {len(self.names)} batches r = {bracketed(self.agreement)}"
+            text += f"; over {len(self.names)} batches r = {bracketed(*self.agreement)}"
         return f"{text}."
 
     @property
@@ -406,17 +396,13 @@ class Worth(Outcome):
             said.append(f"the sentence is about the largest of {len(self.names)} predictions")
         return tuple(said)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per batch."""
-        from upweight.runtime.tables import pd
-
         table: dict[str, Any] = {"examples": [len(group) for group in self.groups]}
         for word, every in (("predicted", self.predicted_means), ("refitted", self.actual_means)):
             if every is not None:
-                table[word] = [each.value for each in every]
-                table[f"{word} low"] = [each.low for each in every]
-                table[f"{word} high"] = [each.high for each in every]
-        return pd.DataFrame(table, index=pd.Index(self.names, name="batch"))
+                table |= columns_of(every, word, f"{word} low", f"{word} high")
+        return as_table(table, self.names, "batch")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Refitted against predicted, or the predictions as bars."""
@@ -425,33 +411,26 @@ class Worth(Outcome):
             some = sorted(range(len(self.names)), key=lambda k: -abs(self.predicted_means[k].value))
             some = some[:SHOWN]
             every = [self.predicted_means[k] for k in some]
-            names = [self.names[k] for k in some]
-            bars(
-                ax,
-                names,
-                [e.value for e in every],
-                [e.low for e in every],
-                [e.high for e in every],
-            )
+            bars(ax, [self.names[k] for k in some], every)
             ax.set_xlabel(f"predicted change of {self.measure}")
             return ax
-        return _against(
-            ax,
-            self.predicted.mean(dim=1),
-            self.actual.mean(dim=1),
-            f"change of {self.measure}",
-        )
+        predicted, actual = self.predicted.mean(dim=1), self.actual.mean(dim=1)
+        ax.scatter(predicted, actual, s=16)
+        both = torch.cat([predicted, actual])
+        ends = [float(both.min()), float(both.max())]
+        ax.plot(ends, ends, color="0.6", linewidth=0.8)
+        what = f"change of {self.measure}"
+        ax.set(xlabel=f"predicted {what}", ylabel=f"refitted {what}")
+        return ax
 
     def numbers(self) -> dict[str, Any]:
         actual = self.actual_means
         return {
             "action": self.action,
             "before": float(self.before.mean()),
-            "predicted": dict(zip(self.names, map(plain, self.predicted_means), strict=True)),
-            "actual": None
-            if actual is None
-            else dict(zip(self.names, map(plain, actual), strict=True)),
-            "pearson": None if self.agreement is None else plain(self.agreement),
+            "predicted": dict(zip(self.names, map(vars, self.predicted_means), strict=True)),
+            "actual": actual and dict(zip(self.names, map(vars, actual), strict=True)),
+            "pearson": self.agreement and vars(self.agreement),
         }
 
 
@@ -463,7 +442,7 @@ def worth(
     *,
     train: Any = None,
     pool: Any = None,
-    recipe: "Recipe | None" = None,
+    recipe: Recipe | None = None,
     refit: bool = True,
     bootstrap: Bootstrap = Bootstrap(),
     resources: Resources | None = None,
@@ -533,18 +512,9 @@ def _bought(subject: Subject, pool: Data, groups: Groups) -> Iterable[Float[Tens
     fitted = subject.fitted
     fitted.parameter_influence(0)  # what does not say where θ̂ moves says so
     require_answerable(fitted.task, pool, "pool")
-    task, n = fitted.task, len(fitted.train)
-    gradients = []
-    for group in groups:
-        theta = fitted.theta.detach().clone().requires_grad_()
-        total = torch.zeros_like(theta)
-        some = pool.subset(group)
-        for _, _, batch in some.batches(256):
-            losses = task.losses(theta, task.to_device(batch))
-            total += torch.autograd.grad(losses.sum(), theta)[0]
-        gradients.append(total)
+    gradients = [loss_gradient(fitted.task, fitted.theta, pool.subset(group)) for group in groups]
     solved: Tensor = fitted.scorer.solve(torch.stack(gradients))
-    return -solved / n
+    return -solved / len(fitted.train)
 
 
 def _refitted(
@@ -667,7 +637,7 @@ class Comparison(Outcome):
     @property
     def verdict(self) -> str:
         pairs = "; ".join(
-            f"{a} and {b} order alike to ρ = {bracketed(e)}"
+            f"{a} and {b} order alike to ρ = {bracketed(*e)}"
             for (a, b), e in [*self.orders.items()][:2]
         )
         if self.actual is None:
@@ -677,17 +647,13 @@ class Comparison(Outcome):
             return f"{_capital(pairs)}; too few or equal removals to say which refits agree with."
         best = max(known, key=lambda name: known[name].value)
         end = f"refitted removals of {len(self.batches)} batches agree most with {best}"
-        text = f"{end}, r = {bracketed(known[best])}" + (f"; {pairs}" if pairs else "")
+        text = f"{end}, r = {bracketed(*known[best])}" + (f"; {pairs}" if pairs else "")
         return f"{_capital(text)}."
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("intervals draw examples, or batches, not validation points",)
+    notes = ("intervals draw examples, or batches, not validation points",)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> "DataFrame":
         """A row per valuation: its rank correlation with the others, and its r with refits."""
-        from upweight.runtime.tables import pd
-
         table: dict[str, Any] = {}
         for other in self.names:
             table[f"ρ with {other}"] = [
@@ -698,24 +664,15 @@ class Comparison(Outcome):
             ]
         if self.actual is not None:
             every = [self.agreement[name] for name in self.names]
-            for part in ("value", "low", "high"):
-                column = "r with refits" if part == "value" else f"r {part}"
-                table[column] = [math.nan if e is None else getattr(e, part) for e in every]
-        return pd.DataFrame(table, index=pd.Index(self.names, name="valuation"))
+            known = [Estimate(math.nan, math.nan, math.nan) if e is None else e for e in every]
+            table |= columns_of(known, "r with refits", "r low", "r high")
+        return as_table(table, self.names, "valuation")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Refitted removals against each valuation, each in units of its own deviation."""
         ax = axes(ax)
         if self.predicted is None or self.actual is None:
-            names = [f"{a} – {b}" for a, b in self.orders]
-            every = [*self.orders.values()]
-            bars(
-                ax,
-                names,
-                [e.value for e in every],
-                [e.low for e in every],
-                [e.high for e in every],
-            )
+            bars(ax, [f"{a} – {b}" for a, b in self.orders], self.orders.values())
             ax.set_xlabel("Spearman correlation")
             return ax
         for name, row in zip(self.names, self.predicted, strict=True):
@@ -727,10 +684,8 @@ class Comparison(Outcome):
 
     def numbers(self) -> dict[str, Any]:
         return {
-            "spearman": {f"{a} – {b}": plain(e) for (a, b), e in self.orders.items()},
-            "pearson with refits": {
-                name: None if e is None else plain(e) for name, e in self.agreement.items()
-            },
+            "spearman": {f"{a} – {b}": vars(e) for (a, b), e in self.orders.items()},
+            "pearson with refits": {name: e and vars(e) for name, e in self.agreement.items()},
         }
 
 
@@ -826,36 +781,20 @@ def _measured(made: Provenance) -> str:
     return f"the {WORDS[made.measure]}" if made.measure in WORDS else made.measure
 
 
-def bracketed(found: Estimate, signed: bool = False) -> str:
-    """`0.012 [0.008, 0.016]`; without brackets where there is no interval."""
-    value = readable(found.value, signed=signed)
-    if math.isnan(found.low) or math.isnan(found.high):
-        return value
-    return f"{value} [{readable(found.low)}, {readable(found.high)}]"
-
-
-def plain(found: Estimate) -> dict[str, float | None]:
-    """As JSON would hold it, None for what is not known."""
-    pairs = (("value", found.value), ("low", found.low), ("high", found.high))
-    return {name: x if math.isfinite(x) else None for name, x in pairs}
+def columns_of(every: Iterable[Estimate], *names: str) -> dict[str, tuple[float, ...]]:
+    """Values and ends of intervals as three columns of a table."""
+    return dict(zip(names, zip(*every, strict=True), strict=True))
 
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def bars(ax: "Axes", names: Sequence[str], middle: Any, low: Any, high: Any) -> None:
-    """Bars from the top with the ends of their intervals."""
+def bars(ax: "Axes", names: Sequence[str], ends: Iterable[Iterable[float]]) -> None:
+    """Bars from the top with the ends of their intervals: (value, low, high) of each."""
     places = range(len(names) - 1, -1, -1)
-    ax.barh(places, list(middle), color="#0072b2")
-    ax.hlines(places, list(low), list(high), color="0.2", linewidth=1.0)
+    found = torch.tensor([[*each] for each in ends], dtype=torch.float64).reshape(-1, 3).numpy()
+    ax.barh(places, found[:, 0], color="#0072b2")
+    ax.hlines(places, found[:, 1], found[:, 2], color="0.2", linewidth=1.0)
     ax.axvline(0.0, color="0.6", linewidth=0.8)
     ax.set_yticks(list(places), [name[:40] for name in names])
-
-
-def _against(ax: "Axes", predicted: Tensor, actual: Tensor, what: str) -> "Axes":
-    ax.scatter(predicted.numpy(), actual.numpy(), s=16)
-    ends = [float(min(predicted.min(), actual.min())), float(max(predicted.max(), actual.max()))]
-    ax.plot(ends, ends, color="0.6", linewidth=0.8)
-    ax.set(xlabel=f"predicted {what}", ylabel=f"refitted {what}")
-    return ax

@@ -11,7 +11,7 @@ and its `bootstrap` take the drawn values themselves and sort them in every resa
 three times as long for rank correlations and ROC curves, and a hundred times for Kendall's τ.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from upweight.errors import SpecError
 
 CHUNK = 4_000_000  # numbers per array while resampling
 FEW = 20  # items of a way below which a percentile interval is too narrow
+NORMAL = 1.959963984540054  # standard errors on either side of a normal 95 % interval
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,52 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+        return format(self, ".4f")
+
+    def __format__(self, spec: str) -> str:
+        """Each of the three by the spec: `f"{found:.2f}"` is `0.98 [0.97, 0.99]`."""
+        if not spec:
+            return str(self)
+        value, low, high = (format(each, spec) for each in self)
+        return f"{value} [{low}, {high}]"
+
+    def __iter__(self) -> Iterator[float]:
+        return iter((self.value, self.low, self.high))
+
+    def __rmul__(self, factor: float) -> "Estimate":
+        """In another unit, `100 * found`, or of the other sign, `-1 * found`."""
+        return Estimate(factor * self.value, *sorted((factor * self.low, factor * self.high)))
+
+
+def standard_error(
+    values: Float[Tensor, " n"], groups: Sequence[Sequence[int]] | None = None
+) -> float:
+    """Of the mean of n values; of clusters, by the sums of their deviations. NaN for one.
+
+    s/√n,    or  √(G/(G − 1) Σ_g (Σ_{i∈g} (vᵢ − v̄))²) / n
+    """
+    centred = (values - values.mean()).double()
+    parts = centred if groups is None else torch.stack([centred[list(g)].sum() for g in groups])
+    g, n = len(parts), len(values)
+    if g < 2:
+        return float("nan")
+    return float((g / (g - 1) * parts.square().sum()).sqrt()) / n
+
+
+def around(value: float, error: float) -> Estimate:
+    """value ± 1.96 standard errors: the 95 % interval of a normal estimate."""
+    return Estimate(value, value - NORMAL * error, value + NORMAL * error)
+
+
+def wilson(hits: int, count: int) -> Estimate:
+    """A share and its 95 % score interval (Wilson 1927), which is no point at 0 and 1.
+
+    (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n)
+    """
+    share, slack = hits / count, NORMAL * NORMAL / count
+    middle = (share + slack / 2) / (1 + slack)
+    half = NORMAL * (share * (1 - share) / count + slack / (4 * count)) ** 0.5 / (1 + slack)
+    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def summarized(estimates: Mapping[str, Estimate | None], level: float) -> dict[str, Any]:

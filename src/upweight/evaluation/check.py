@@ -185,8 +185,8 @@ class Check:
             f"  {halves} random subsets of {self.fraction:.0%} of the data, "
             f"{seeds} {'seed' if seeds == 1 else 'seeds'} each: {self.models} models in "
             f"{self.seconds:.0f} s{allowed}\n"
-            f"  slope {self.slope.value:.2f} [{self.slope.low:.2f}, {self.slope.high:.2f}] of "
-            "measured against predicted change" + (f"\n  {self.more}" if self.more else "")
+            f"  slope {self.slope:.2f} of measured against predicted change"
+            + (f"\n  {self.more}" if self.more else "")
         )
 
 

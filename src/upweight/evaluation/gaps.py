@@ -15,12 +15,13 @@ neighbours, and the five add up to cold start − scores.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._typing import Axes
 from upweight.errors import NonFinite, ShapeError, SpecError
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, mean
@@ -33,9 +34,6 @@ from upweight.training.pbrf import PBRF
 from upweight.training.schedules import Cosine
 from upweight.training.training import Training
 from upweight.training.weights import Removal
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 STAGES = ("cold start", "warm start", "proximal", "PBRF", "linearized", "scores")
 GAPS = ("warm start", "proximity", "non-convergence", "linearization", "solver")
@@ -168,20 +166,14 @@ class Gaps:
             f"  {'gap':16}{'RMS size':>34}{'share of the whole':>26}{'Pearson across':>26}",
         ]
         for gap in self.each:
-            size = f"{gap.size.value:.2e} [{gap.size.low:.2e}, {gap.size.high:.2e}]"
-            lines.append(
-                f"  {gap.name:16}{size:>34}{_short(gap.share):>26}{_short(gap.pearson):>26}"
-            )
+            size, share, r = f"{gap.size:.2e}", f"{gap.share:.2f}", f"{gap.pearson:.2f}"
+            lines.append(f"  {gap.name:16}{size:>34}{share:>26}{r:>26}")
         cold, pbrf = (self.correlation("scores", s) for s in ("cold start", "PBRF"))
         lines += [
             f"  the largest is {self.largest.name}",
-            f"  Pearson of the scores with cold start {_short(cold)}, with PBRF {_short(pbrf)}",
+            f"  Pearson of the scores with cold start {cold:.2f}, with PBRF {pbrf:.2f}",
         ]
         return "\n".join(lines)
-
-
-def _short(e: Estimate) -> str:
-    return f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]"
 
 
 def gaps(

@@ -143,8 +143,7 @@ class LDS:
         score, top = self.spearman, self.ceiling
         found = f"ceiling {top.value:.2f}" if top else "no ceiling: one seed"
         lines = [
-            f"rank correlation with retraining (LDS) {score.value:.3f} [{score.low:.3f}, "
-            f"{score.high:.3f}] over {s} subsets × {q} "
+            f"rank correlation with retraining (LDS) {score:.3f} over {s} subsets × {q} "
             f"{'query' if q == 1 else 'queries'} ({found})",
             f"  {self.bootstrap.level:.0%} interval over subsets and queries; per query "
             f"{float(self.per_query.min()):.3f} to {float(self.per_query.max()):.3f}",

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from upweight._html import card
+from upweight._typing import DataFrame
 from upweight.errors import MissingContext, SpecError
 from upweight.evaluation.check import Check, check
 from upweight.front.opened import own_recipe
@@ -24,8 +25,6 @@ from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from upweight.applications.debugging import Suspects
     from upweight.report import Display
 
@@ -207,7 +206,7 @@ class SelfInfluence:
         found: list[int] = self.values.argsort(descending=True, stable=True).tolist()
         return found
 
-    def top(self, k: int = SHOWN) -> "pd.DataFrame":
+    def top(self, k: int = SHOWN) -> "DataFrame":
         """The k largest, with the id in the index of the data or else the place, and the label."""
         from upweight.runtime.tables import pd
 

@@ -9,6 +9,7 @@ that is the user's own, because plain autograd meets it again.
 
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -190,6 +191,15 @@ def total_gradient(
     with torch.enable_grad():
         total = function(params).sum()
     return _pulled_back(task, params, total, None)
+
+
+def loss_gradient(task: Task, theta: Float[Tensor, " p"], data: Data) -> Float[Tensor, " p"]:
+    """Σ ∇ℓ(θ; zᵢ) over the data, without the penalty."""
+    found = torch.zeros_like(theta)
+    for _, _, batch in data.batches(512):
+        losses = partial(task.losses, batch=task.to_device(batch))
+        found += total_gradient(task, theta, losses)
+    return found
 
 
 def _pulled_back(
