@@ -80,14 +80,7 @@ class ScanJob(Job):
 
 @dataclass(frozen=True, eq=False)
 class FromIndex(Reducer):
-    """What the reducers here share.
-
-    Args:
-        rows: On disk.
-        transform: How a job's queries become rows.
-        n: How many rows the index has.
-        told: What to say of it.
-    """
+    """What the reducers here share: the rows on disk, n of them, and how a query becomes one."""
 
     rows: Rows
     transform: Transform
