@@ -160,8 +160,7 @@ class Ranking:
         )
         return "\n".join([self._title, *rows])
 
-    def __repr__(self) -> str:
-        return str(self)
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return card(self._title, {}, HEADER, self._lines())
@@ -280,8 +279,7 @@ class Scores(Answered):
         Raises:
             ShapeError: There is no such query.
         """
-        found: Tensor = self.values[self.place(query)]
-        return found
+        return self.values[self.place(query)]
 
     def __iter__(self) -> Iterator[Float[Tensor, " n"]]:
         """The rows in order."""

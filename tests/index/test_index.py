@@ -439,7 +439,7 @@ def test_a_full_disk_and_a_gradient_that_is_not_finite_keep_what_is_there(
     fitted, tmp_path, monkeypatch
 ):
     data, made = corpus(), []
-    write = Store._write
+    write = Store.add
 
     def full(self, name, tensors, *given):
         made.append(name)
@@ -447,7 +447,7 @@ def test_a_full_disk_and_a_gradient_that_is_not_finite_keep_what_is_there(
             raise NotWritten("A file must be written.", "no room", "a full disk", "free space")
         return write(self, name, tensors, *given)
 
-    monkeypatch.setattr(Store, "_write", full)
+    monkeypatch.setattr(Store, "add", full)
     with pytest.raises(NotWritten):
         build(fitted, data, tmp_path)
     kept = hashes(tmp_path)

@@ -119,7 +119,7 @@ def test_bfloat16_is_asked_of_the_hardware_and_timed(present, times, monkeypatch
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda name=name: name == present, raising=False)
     seconds = {torch.float32: 1.0, torch.bfloat16: times}
-    monkeypatch.setattr(hardware, "_seconds", lambda x: seconds[x.dtype])
+    monkeypatch.setattr(hardware, "product_seconds", lambda x: seconds[x.dtype])
     hardware._is_emulated.cache_clear()
     assert has_fast_bfloat16(torch.device("cpu")) == (present is not None and times < 100)
     assert not has_fast_bfloat16(torch.device("meta"))

@@ -74,10 +74,6 @@ class Clipped:
 
     Their norm is taken after the backward passes and again after the step: all gradients were
     multiplied with the same number. Of a model without vectors (biases, scales), all are looked at.
-
-    Args:
-        params: Of the model.
-        optimizer: That steps.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -116,11 +112,7 @@ class Clipped:
 
 
 def require_one_process(count: int) -> None:
-    """Refuse training by several processes or devices, each with a part of every batch.
-
-    Raises:
-        SpecError: There are.
-    """
+    """Refuse, by a SpecError, several processes or devices, each with a part of every batch."""
     if count > 1:
         raise SpecError(
             "A recorded run is of one process and one device, that sees all examples of a step.",

@@ -14,6 +14,7 @@ minimum of the objective it was translated to.
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from upweight.adapters.sklearn_reader import Reader, rows_of, translated
 from upweight.adapters.sklearn_refit import Refit
 from upweight.adapters.sklearn_rules import objective_of, support
 from upweight.adapters.stationarity import judged, minimized
-from upweight.adapters.support import Support
+from upweight.adapters.support import Support, linear_map
 from upweight.errors import DataError, UnsupportedModel
 from upweight.task.data import Data
 from upweight.task.losses import SquaredError, Weighted
@@ -154,9 +155,9 @@ def task(
         notes.append(moved)
     else:
         notes += judged(made, train, tolerance, type(final).__name__)
-    reader = reader.noting(notes)
-    task = Task(made.model, made.loss, made.penalty, made.params, made.forward, reader)
-    return task, reader.train
+    train = replace(reader.train, notes=tuple(notes))
+    reader = replace(reader, train=train)
+    return Task(made.model, made.loss, made.penalty, made.params, made.forward, reader), train
 
 
 def data(estimator: Any, X: Any, y: Any = None, sample_weight: Any = None) -> Data:
@@ -281,11 +282,4 @@ def _model(final: Any, objective: Objective) -> nn.Module:
     """W x + b with the estimator's coefficients, or its network."""
     if isinstance(final, networks.NETWORKS):
         return networks.network(final)
-    weight, bias = coefficients(final, objective)
-    outputs, inputs = weight.shape
-    model = nn.Linear(inputs, outputs, bias=bias is not None, dtype=torch.float64).eval()
-    with torch.no_grad():
-        model.weight.copy_(weight)
-        if bias is not None:
-            model.bias.copy_(bias)
-    return model
+    return linear_map(*coefficients(final, objective))

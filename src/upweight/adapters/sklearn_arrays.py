@@ -89,27 +89,32 @@ def encoded(estimator: Any, objective: Objective, y: Any) -> Tensor:
     final = final_step(estimator)
     outputs = final.n_outputs_ if hasattr(final, "coefs_") else len(np.atleast_2d(final.coef_))
     if objective.encoding is Encoding.REAL:
-        real = numbers(
-            y,
-            f"The targets of {type(final).__name__} must be numbers.",
-            "labels given to a regression.",
-            "pass the y that it was fitted on.",
-        )
-        real = real[:, None] if real.ndim == 1 else real
-        if real.shape[1:] != (outputs,):
-            raise ShapeError(
-                f"y must be [n, {outputs}], as the estimator was fitted.",
-                f"shape {np.shape(y)}.",
-                "targets of another model.",
-                "pass the y that it was fitted on.",
-            )
-        return torch.from_numpy(real)
+        return real_targets(type(final).__name__, y, outputs)
     index = indices(final.classes_, y)
     if objective.encoding is Encoding.INDEX:
         return torch.from_numpy(index)
     hot = index[:, None] if outputs == 1 else index[:, None] == np.arange(outputs)
     ones = torch.from_numpy(hot.astype(np.float64))
     return ones if objective.encoding is Encoding.ZERO_ONE else 2 * ones - 1
+
+
+def real_targets(name: str, y: Any, outputs: int) -> Float[Tensor, "n c"]:
+    """y of a regression, with a column for each output."""
+    real = numbers(
+        y,
+        f"The targets of {name} must be numbers.",
+        "labels given to a regression.",
+        "pass the y that it was fitted on.",
+    )
+    real = real[:, None] if real.ndim == 1 else real
+    if real.shape[1:] != (outputs,):
+        raise ShapeError(
+            f"y must be [n, {outputs}], as the estimator was fitted.",
+            f"shape {np.shape(y)}.",
+            "targets of another model.",
+            "pass the y that it was fitted on.",
+        )
+    return torch.from_numpy(real)
 
 
 def class_index(objective: Objective, target: Tensor) -> int:

@@ -28,6 +28,7 @@ from upweight.adapters import sklearn_sparse
 from upweight.adapters.sklearn import task as smooth_task
 from upweight.adapters.sklearn_arrays import features
 from upweight.adapters.sklearn_objectives import coefficients, final_step, has_steps
+from upweight.adapters.sklearn_outputs import rows_at, weight_name
 from upweight.adapters.sklearn_refit import tightened
 from upweight.adapters.sklearn_rules import objective_of
 from upweight.errors import SpecError
@@ -95,20 +96,15 @@ def translated(
             f"the alpha of {type(final).__name__} stands beside the mean loss, and so it does when "
             "rows leave: the mean is over what is left"
         )
-    refits = Clones(_unfitted(estimator), X, y, sample_weight, objective, _outputs(task, train))
+    with torch.no_grad():
+        outputs = int(task.outputs(task.theta(), train.batch(0, 1))[0].shape[1])
+    refits = Clones(_unfitted(estimator), X, y, sample_weight, objective, outputs)
     return Translated(task, train, refits, renormalizes, tuple(notes), holds)
 
 
 @dataclass(frozen=True, eq=False)
 class Clones:
-    """Outputs of some rows by a clone fitted on the others.
-
-    Args:
-        estimator: Unfitted, its tolerance tightened.
-        X, y, sample_weight: All rows.
-        objective: Of the estimator.
-        outputs: How many it has.
-    """
+    """Outputs of some rows by a clone fitted on the others, with a tightened tolerance."""
 
     estimator: Any
     X: Any = field(repr=False)
@@ -128,21 +124,19 @@ class Clones:
         rows, fresh = np.nonzero(kept)[0], clone(self.estimator)
         weights = {}
         if self.sample_weight is not None:
-            whole = isinstance(fresh, Pipeline)
-            name = f"{fresh.steps[-1][0]}__sample_weight" if whole else "sample_weight"
-            weights[name] = np.asarray(self.sample_weight)[rows]
+            weights[weight_name(fresh)] = np.asarray(self.sample_weight)[rows]
         try:
             with warnings.catch_warnings():
                 # Deprecations were the user's to see at their own fit; tolerances are far below
                 # what a removal moves.
                 warnings.simplefilter("ignore")
-                fresh.fit(_rows(self.X, rows), _rows(self.y, rows), **weights)
+                fresh.fit(rows_at(self.X, rows), rows_at(self.y, rows), **weights)
         except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
             return None, f"{type(final_step(fresh)).__name__} says: {error}"
         weight, bias = coefficients(final_step(fresh), self.objective)
         if len(weight) != self.outputs:
             return None, f"{len(weight)} outputs in place of {self.outputs}: a class is missing"
-        found = features(fresh, _rows(self.X, np.asarray(group))) @ weight.T
+        found = features(fresh, rows_at(self.X, np.asarray(group))) @ weight.T
         found = found if bias is None else found + bias
         return (found, "") if bool(found.isfinite().all()) else (None, "outputs are not finite")
 
@@ -165,12 +159,7 @@ def along(
         )
     for value in values:
         made = _unfitted(clone(estimator).set_params(**{parameter: value}))
-        weights = {}
-        if sample_weight is not None:
-            whole = isinstance(made, Pipeline)
-            weights[f"{made.steps[-1][0]}__sample_weight" if whole else "sample_weight"] = (
-                sample_weight
-            )
+        weights = {} if sample_weight is None else {weight_name(made): sample_weight}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a tolerance that rounding does not reach
             made.fit(X, y, **weights)
@@ -187,12 +176,3 @@ def _unfitted(estimator: Any) -> Any:
     if isinstance(fresh, Pipeline):
         return fresh.set_params(**{fresh.steps[-1][0]: tight})
     return tight
-
-
-def _rows(values: Any, places: np.ndarray) -> Any:
-    return values.iloc[places] if hasattr(values, "iloc") else np.asarray(values)[places]
-
-
-def _outputs(task: Task, train: Data) -> int:
-    with torch.no_grad():
-        return int(task.outputs(task.theta(), train.batch(0, 1))[0].shape[1])

@@ -15,14 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from sklearn.base import is_classifier
 from sklearn.ensemble import (
-    ExtraTreesClassifier,
-    ExtraTreesRegressor,
     GradientBoostingClassifier,
     GradientBoostingRegressor,
     HistGradientBoostingClassifier,
     HistGradientBoostingRegressor,
-    RandomForestClassifier,
-    RandomForestRegressor,
 )
 from sklearn.tree import (
     DecisionTreeClassifier,
@@ -34,7 +30,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from torch import Tensor
 
 from upweight.adapters.sklearn_objectives import final_step, has_steps
-from upweight.adapters.sklearn_outputs import EstimatorRefit, outputs
+from upweight.adapters.sklearn_outputs import FORESTS, EstimatorRefit, outputs
 from upweight.errors import SpecError, UnsupportedModel
 from upweight.methods.fitting import Fitting
 from upweight.methods.health import warned
@@ -46,12 +42,6 @@ from upweight.task.data import Data
 from upweight.task.measures import as_measure
 
 TREES = (DecisionTreeClassifier, DecisionTreeRegressor, ExtraTreeClassifier, ExtraTreeRegressor)
-FORESTS = (
-    RandomForestClassifier,
-    RandomForestRegressor,
-    ExtraTreesClassifier,
-    ExtraTreesRegressor,
-)
 CLASSIFIERS = (GradientBoostingClassifier, HistGradientBoostingClassifier)
 """Boosted, by the log loss."""
 
@@ -120,8 +110,7 @@ class LeafInfluence(Method):
                 rows, slopes, scale = _slopes(fitting, queries, as_measure(measure))
                 made = leaves.weight_derivatives(rows, y, slopes)
                 held[:] = [queries, _without_rounding(made, scale)]
-            found: Tensor = held[1][:, start:stop]
-            return found
+            return held[1][:, start:stop]
 
         return BlockScorer(score, notes=("the splits of the trees are held as they are",))
 
@@ -187,11 +176,7 @@ def _without_rounding(found: Float[Tensor, "q n"], scale: Float[Tensor, " q"]) -
 def _checked_leaves(
     recipe: EstimatorRefit, theta: Float[Tensor, " p"]
 ) -> tuple[Leaves, Float[Tensor, "n c"]]:
-    """Leaves and targets, after asking that their sums are the predictions.
-
-    Raises:
-        UnsupportedModel: They are not.
-    """
+    """Leaves and targets, after asking that their sums are the predictions."""
     final, parts, b, y = _read(recipe)
     name, n = type(final).__name__, len(y)
     table = theta.reshape(-1, y.shape[1])
@@ -210,11 +195,7 @@ def _checked_leaves(
 def _checked_classes(
     recipe: EstimatorRefit, theta: Float[Tensor, " p"]
 ) -> tuple[BoostedClasses, Float[Tensor, "n c"]]:
-    """The same of a boosted classifier, after boosting it again with its leaves.
-
-    Raises:
-        UnsupportedModel: That gives other probabilities.
-    """
+    """The same of a boosted classifier, after boosting it again with its leaves."""
     final, parts, b, y = _read(recipe)
     name, weight, n = type(final).__name__, torch.from_numpy(b), len(b)
     if final.loss != "log_loss":

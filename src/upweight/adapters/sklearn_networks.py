@@ -14,6 +14,7 @@ from sklearn.neural_network import MLPClassifier, MLPRegressor
 from torch import Tensor, nn
 
 from upweight.adapters.sklearn_objectives import Encoding, Objective
+from upweight.adapters.support import linear_map
 from upweight.task.losses import Bernoulli, CrossEntropy, SquaredError
 
 NETWORKS = (MLPClassifier, MLPRegressor)
@@ -30,12 +31,8 @@ def network(final: Any) -> nn.Sequential:
     """The layers, in float64; outputs are logits of a classifier."""
     layers: list[nn.Module] = []
     for W, b in zip(final.coefs_, final.intercepts_, strict=True):
-        layer = nn.Linear(W.shape[0], W.shape[1], dtype=torch.float64)
-        with torch.no_grad():
-            layer.weight.copy_(torch.from_numpy(np.array(W.T, np.float64)))
-            assert layer.bias is not None
-            layer.bias.copy_(torch.from_numpy(np.array(b, np.float64)))
-        layers += [layer, ACTIVATIONS[final.activation]()]
+        weight, bias = (torch.from_numpy(np.array(part, np.float64)) for part in (W.T, b))
+        layers += [linear_map(weight, bias), ACTIVATIONS[final.activation]()]
     return nn.Sequential(*layers[:-1]).eval()
 
 

@@ -35,7 +35,7 @@ from sklearn.utils.validation import check_is_fitted, has_fit_parameter
 from torch import Tensor, nn
 
 from upweight._typing import Batch
-from upweight.adapters.sklearn_arrays import indices, weights_of
+from upweight.adapters.sklearn_arrays import indices, real_targets, weights_of
 from upweight.adapters.sklearn_objectives import final_step, has_steps
 from upweight.adapters.sklearn_reader import UNLABELED, rows_of, texts_in
 from upweight.adapters.sklearn_rules import chooses_penalty
@@ -43,6 +43,7 @@ from upweight.adapters.support import (
     AdapterReader,
     RefitTrainer,
     TranslatedData,
+    linear_map,
     require_same_index,
 )
 from upweight.adapters.support import numbers as as_numbers
@@ -99,12 +100,13 @@ MEANS: dict[type, str] = {
 }
 
 
-MEANS_OF_TREES = (
+FORESTS = (
     RandomForestClassifier,
     RandomForestRegressor,
     ExtraTreesClassifier,
     ExtraTreesRegressor,
 )
+"""Whose outputs are means over trees that are drawn alike."""
 
 
 class OutputTable(nn.Module):
@@ -134,21 +136,13 @@ class EstimatorRefit:
         seed: Added to every `random_state`.
     """
 
-    estimator: Any
-    X: Any = field(repr=False)
-    y: Any = field(repr=False)
-    sample_weight: Any = field(repr=False)
-    rows: Any = field(repr=False)
-    origin: str
+    estimator: Any = field(compare=False)
+    X: Any = field(repr=False, compare=False)
+    y: Any = field(repr=False, compare=False)
+    sample_weight: Any = field(repr=False, compare=False)
+    rows: Any = field(repr=False, compare=False)
+    origin: str  # a hash of all of these
     seed: int = 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, EstimatorRefit) and (
-            (self.origin, self.seed) == (other.origin, other.seed)
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.origin, self.seed))
 
     def prepare(self, task: Task, train: Data) -> RefitTrainer:
         """Bind it to its task.
@@ -187,13 +181,13 @@ class EstimatorRefit:
 
     def some(self, places: Any) -> Any:
         """Some of the training rows."""
-        return _rows(self.X, places)
+        return rows_at(self.X, places)
 
     @property
     def trees(self) -> int:
         """Of a forest, whose outputs are means over its trees; 0: it is none."""
         final = final_step(self.estimator)
-        return int(final.n_estimators) if isinstance(final, MEANS_OF_TREES) else 0
+        return int(final.n_estimators) if isinstance(final, FORESTS) else 0
 
     def with_trees(self, count: int) -> "EstimatorRefit":
         """The same with another number of trees.
@@ -218,11 +212,11 @@ class EstimatorRefit:
         v = None if self.sample_weight is None else self.sample_weight[kept]
         if given is not None and not np.ptp(given) == 0.0:
             v = given if v is None else given * v
-        X = _rows(self.X, kept)
-        arguments = {} if v is None else {_weight_name(fresh): v}
+        X = rows_at(self.X, kept)
+        arguments = {} if v is None else {weight_name(fresh): v}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they were the user's to see at the fit
-            return fresh.fit(X, _rows(self.y, kept), **arguments)
+            return fresh.fit(X, rows_at(self.y, kept), **arguments)
 
 
 @dataclass(frozen=True, eq=False)
@@ -468,19 +462,19 @@ def seeded(estimator: Any, seed: int) -> Any:
     """An estimator whose every random_state is a number: its own, or 0, plus the seed."""
     changes = {
         name: (int(value) if isinstance(value, numbers.Integral) else 0) + seed
-        for name, value in estimator.get_params(deep=True).items()
-        if name == "random_state" or name.endswith("__random_state")
+        for name, value in _random_states(estimator).items()
     }
     return estimator.set_params(**changes)
 
 
 def is_seeded(estimator: Any) -> bool:
     """Whether every random_state is a number, so that the same data give the same model."""
-    return all(
-        isinstance(value, numbers.Integral)
-        for name, value in estimator.get_params(deep=True).items()
-        if name == "random_state" or name.endswith("__random_state")
-    )
+    return all(isinstance(each, numbers.Integral) for each in _random_states(estimator).values())
+
+
+def _random_states(estimator: Any) -> dict[str, Any]:
+    every = estimator.get_params(deep=True).items()
+    return {k: v for k, v in every if k == "random_state" or k.endswith("__random_state")}
 
 
 def by_features(estimator: Any, train: Any, queries: Any) -> Outputs:
@@ -505,11 +499,7 @@ def by_features(estimator: Any, train: Any, queries: Any) -> Outputs:
     train_data = TranslatedData(arrays[0], said, found.train.given, origin)
     asked = TranslatedData(arrays[1], found.queries.notes, found.queries.given, origin)
     width = 1 if found.task.loss == SquaredError() else len(_classes(estimator) or ())
-    model = nn.Linear(own.shape[1], width, dtype=torch.float64).eval()
-    with torch.no_grad():
-        model.weight.zero_()
-        assert model.bias is not None
-        model.bias.zero_()
+    model = linear_map(own.new_zeros(width, own.shape[1]), own.new_zeros(width))
     loss = SquaredError() if width == 1 else CrossEntropy()
     reader = TableReader(train_data, "sk.by_features(estimator, (X, y), queries)", found.names)
     return Outputs(Task(model, loss, NoPenalty(), reads=reader), train_data, asked, found.recipe)
@@ -541,21 +531,7 @@ def _classes(estimator: Any) -> tuple[Any, ...] | None:
 def _targets(estimator: Any, y: Any, like: Tensor) -> Tensor:
     if is_classifier(estimator):
         return torch.from_numpy(indices(np.asarray(estimator.classes_), y))
-    real = as_numbers(
-        y,
-        f"The targets of {type(final_step(estimator)).__name__} must be numbers.",
-        "labels given to a regression.",
-        "pass the y that it was fitted on.",
-    )
-    real = real[:, None] if real.ndim == 1 else real
-    if real.shape[1:] != like.shape[1:]:
-        raise ShapeError(
-            f"y must be [n, {like.shape[1]}], as the estimator was fitted.",
-            f"shape {np.shape(y)}.",
-            "targets of another model.",
-            "pass the y that it was fitted on.",
-        )
-    return torch.from_numpy(real)
+    return real_targets(type(final_step(estimator)).__name__, y, like.shape[1])
 
 
 def _known(estimator: Any, X: Any, predict: Callable[[Any], Any]) -> Any:
@@ -595,7 +571,8 @@ def _length(X: Any) -> int:
     return int(shape[0]) if shape is not None else len(X)
 
 
-def _rows(X: Any, kept: Any) -> Any:
+def rows_at(X: Any, kept: Any) -> Any:
+    """Some rows of an array, a frame, a sparse matrix or a list, in the order given."""
     if isinstance(kept, slice):
         return X
     if hasattr(X, "iloc"):
@@ -603,7 +580,12 @@ def _rows(X: Any, kept: Any) -> Any:
     return X[kept] if hasattr(X, "shape") else [X[i] for i in kept]
 
 
-def _weight_name(estimator: Any) -> str:
+def weight_name(estimator: Any) -> str:
+    """What its `fit` calls the sample weights.
+
+    Raises:
+        ValueError: It takes none.
+    """
     final = final_step(estimator)
     if not has_fit_parameter(final, "sample_weight"):
         raise ValueError("its fit takes no sample_weight, so rows can be left out but not weighed")

@@ -5,7 +5,6 @@ X, (X,)    without labels: those that the estimator predicts
 """
 
 import copy
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,10 +128,6 @@ class Reader(AdapterReader):
         train = TranslatedData(arrays, (), rows, origin_of(own))
         return Reader(train, "sk.data(estimator, X, y)", own, objective, by_class)
 
-    def noting(self, notes: list[str]) -> "Reader":
-        """The same with notes on the training data."""
-        return dataclasses.replace(self, train=dataclasses.replace(self.train, notes=tuple(notes)))
-
     @property
     def classes(self) -> tuple[Any, ...] | None:
         """Those of a classifier."""
@@ -230,11 +225,7 @@ def _parts(given: Any) -> tuple[Any, Any]:
 
 
 def _predicted(estimator: Any, X: Any, Z: Tensor, rows: Rows | None) -> Any:
-    """The class of each row, by the estimator. A regression's loss at its own has no gradient.
-
-    Raises:
-        DataError: A regression, or rows that are not finite.
-    """
+    """The class of each row, by the estimator. A regression's loss at its own has no gradient."""
     if not is_classifier(final := final_step(estimator)):
         raise DataError(
             f"The loss of {type(final).__name__} needs the target of each query.",

@@ -115,13 +115,10 @@ def _fitted_refusal(final: Any) -> str | None:
         return "one-versus-rest LogisticRegression: fit with solver='lbfgs', which is multinomial"
     if type(final) is LogisticRegression and c == 2 and multi_class == "multinomial":
         return "a softmax of two classes: fit with multi_class='auto'"
-    if type(final) is RidgeClassifier and _is_multilabel(final):
-        return "RidgeClassifier with several labels per example: fit one per label"
+    if type(final) is RidgeClassifier:
+        if str(getattr(final._label_binarizer, "y_type_", "")).startswith("multilabel"):
+            return "RidgeClassifier with several labels per example: fit one per label"
     return None
-
-
-def _is_multilabel(final: Any) -> bool:
-    return str(getattr(final._label_binarizer, "y_type_", "")).startswith("multilabel")
 
 
 def _logistic_refusal(final: Any) -> str | None:
@@ -141,7 +138,7 @@ def _logistic(final: Any, _: float) -> Objective:
     return Objective(
         loss=CrossEntropy() if softmax else Bernoulli(),
         encoding=Encoding.INDEX if softmax else Encoding.ZERO_ONE,
-        strength=_none if free else _by_c(final.C),
+        strength=_by_c(math.inf if free else final.C),
         bias=_liblinear_bias(final) if final.solver == "liblinear" else 0.0,
         softmax=softmax,
     )
@@ -172,12 +169,8 @@ def _squares_refusal(final: Any) -> str | None:
     return None
 
 
-def _linear_regression(_: Any, __: float) -> Objective:
-    return Objective(SquaredError(), Encoding.REAL, _none)
-
-
 def _ridge(final: Any, _: float) -> Objective:
-    alpha = float(final.alpha)
+    alpha = float(getattr(final, "alpha", 0.0))  # LinearRegression has none
     encoding = Encoding.SIGN if type(final) is RidgeClassifier else Encoding.REAL
     return Objective(SquaredError(), encoding, lambda n, _: alpha / n)
 
@@ -214,10 +207,6 @@ def _never(_: Any) -> str | None:
     return None
 
 
-def _none(_: int, __: float) -> float:
-    return 0.0
-
-
 def _by_c(c: float) -> Callable[[int, float], float]:
     return lambda n, _: 1.0 / (n * c)
 
@@ -235,7 +224,7 @@ def _not_smooth(name: str, given: str, what: str, way_out: str) -> str:
 
 
 RULES: dict[type, Rule] = {
-    LinearRegression: Rule(_squares_refusal, _linear_regression),
+    LinearRegression: Rule(_squares_refusal, _ridge),
     LinearSVC: Rule(_svc_refusal, _svc),
     LogisticRegression: Rule(_logistic_refusal, _logistic),
     MLPClassifier: Rule(networks.refusal, networks.objective),

@@ -27,6 +27,7 @@ from upweight.adapters.sklearn import unit_weights
 from upweight.adapters.sklearn_arrays import encoded, example_weights, features, require_rows
 from upweight.adapters.sklearn_objectives import Encoding, Objective, coefficients, final_step
 from upweight.adapters.stationarity import judged
+from upweight.adapters.support import linear_map
 from upweight.errors import UnsupportedModel
 from upweight.task.data import ArrayData, Data
 from upweight.task.losses import Bernoulli, CrossEntropy, SquaredError, Weighted
@@ -213,12 +214,7 @@ def _model(
     Z = Z[:, columns].contiguous()
     if len(weight) > 1:
         return OnSupport(weight[:, columns], bias, kept[:, columns]).eval(), Z
-    model = nn.Linear(Z.shape[1], 1, bias=bias is not None, dtype=torch.float64).eval()
-    with torch.no_grad():
-        model.weight.copy_(weight[:, columns])
-        if bias is not None:
-            model.bias.copy_(bias)
-    return model, Z
+    return linear_map(weight[:, columns], bias), Z
 
 
 def _independent(

@@ -56,9 +56,7 @@ TEMPERATURES = (1.0, 0.1, 0.03, 0.01, 0.003)
 
 def distance(task: Task, train: Data) -> tuple[float, float]:
     """The distance defined above and ‖∇J‖; without H where H is singular."""
-    theta = task.theta()
-    ones = theta.new_ones(1, len(train))
-    gradient = weighted_objective(task, train)(theta[None], ones)[1][0]
+    theta, gradient = task.theta(), _gradient(task, train)
     norm = float(gradient.norm())
     hessian = Hessian().fit(task, train, theta)
     if norm <= ROUNDING * float(hessian.mv(theta).norm()):
@@ -125,8 +123,7 @@ def require_minimum(task: Task, train: Data) -> None:
     loss: Any = getattr(task.loss, "base", task.loss)
     if isinstance(loss, SquaredError):  # a parabola has a minimum
         return
-    theta = task.theta()
-    gradient = weighted_objective(task, train)(theta[None], theta.new_ones(1, len(train)))[1][0]
+    theta, gradient = task.theta(), _gradient(task, train)
     if not bool(gradient.any()):
         return
     step = _newton_step(Hessian().fit(task, train, theta).dense(), gradient)
@@ -156,6 +153,11 @@ def require_minimum(task: Task, train: Data) -> None:
         "leave out the column that tells these examples apart, or them; or fit with a penalty: "
         "scikit-learn's LogisticRegression(C=1.0) or PoissonRegressor(alpha=1.0).",
     )
+
+
+def _gradient(task: Task, train: Data) -> Float[Tensor, " p"]:
+    theta = task.theta()
+    return weighted_objective(task, train)(theta[None], theta.new_ones(1, len(train)))[1][0]
 
 
 def _newton_step(
@@ -204,5 +206,4 @@ def _minimum(task: Task, train: Data, tol: float) -> Float[Tensor, " p"]:
     except NotConverged as error:
         if tol < 1e-8:
             raise
-        found: Float[Tensor, " p"] = error.solution.theta[0]
-        return found
+        return error.solution.theta[0]

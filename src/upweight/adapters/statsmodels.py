@@ -54,7 +54,7 @@ from upweight.adapters.statsmodels_regression import (
     supports,
     whitened_notes,
 )
-from upweight.adapters.support import Support, TranslatedData
+from upweight.adapters.support import Support, TranslatedData, linear_map
 from upweight.applications.regression import glm_diagnostics, require_full_rank
 from upweight.applications.regression_result import Diagnostics
 from upweight.applications.robustness_coefficient import fragile
@@ -132,12 +132,12 @@ def task(results: Any, *, tolerance: float = 1.0) -> tuple[Task, Data]:
     """
     found = regression_of(results)
     require_full_rank(found.X, found.weights)
-    model: Any = nn.Linear(found.X.shape[1], 1, bias=False, dtype=torch.float64).eval()
+    weight = torch.from_numpy(found.beta)[None]
+    model: Any = linear_map(weight, None)
     if found.alpha is not None:
         model = DispersedLinear(found.X.shape[1]).eval()
-    with torch.no_grad():
-        model.weight.copy_(torch.from_numpy(found.beta)[None])
-        if found.alpha is not None:
+        with torch.no_grad():
+            model.weight.copy_(weight)
             model.alpha.fill_(found.alpha)
     arrays = arrays_of(found.X, found.y, found.weights, found.offset)
     forward = call_model if found.offset is None else shifted

@@ -56,19 +56,15 @@ class Estimate:
     high: float
     reason: str = ""
 
+    @classmethod
+    def none(cls, reason: str) -> "Estimate":
+        """What there is where there is none."""
+        return cls(np.nan, np.nan, np.nan, reason)
+
 
 @dataclass(frozen=True, eq=False)
 class ReportedInference:
-    """A coefficient of statsmodels results, and statsmodels' own fit of some of the rows.
-
-    Args:
-        results: As fitted.
-        place, name: Of the coefficient.
-        inference: Its standard error as a function of weights.
-        rows: Labels of the rows.
-        estimate: As reported.
-        notes: What to know.
-    """
+    """A coefficient of statsmodels results, and statsmodels' own fit of some of the rows."""
 
     results: Any
     place: int
@@ -80,12 +76,11 @@ class ReportedInference:
 
     def refit(self, keep: np.ndarray) -> Estimate:
         """The same model fitted by statsmodels to the rows of the mask `keep`."""
-        lost = Estimate(np.nan, np.nan, np.nan)
         model = self.results.model
         exog = np.asarray(model.exog, dtype=np.float64)[keep]
         if len(exog) <= exog.shape[1] or np.linalg.matrix_rank(exog) < exog.shape[1]:
             # statsmodels would go on with a pseudo-inverse.
-            return Estimate(*_numbers(lost), "the columns of the rows that are left are dependent")
+            return Estimate.none("the columns of the rows that are left are dependent")
         try:
             with warnings.catch_warnings():
                 # Convergence is judged below, and separation by it.
@@ -95,22 +90,21 @@ class ReportedInference:
                 ends = np.asarray(found.conf_int(alpha=1 - self.inference.level))[self.place]
         except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
-            return Estimate(*_numbers(lost), f"statsmodels says: {said[0]}")
+            return Estimate.none(f"statsmodels says: {said[0]}")
         except Exception as error:
             if type(error).__name__ != "PerfectSeparationError":
                 raise
-            return Estimate(
-                *_numbers(lost), "a hyperplane separates the classes of the rows that are left"
-            )
+            reason = "a hyperplane separates the classes of the rows that are left"
+            return Estimate.none(reason)
         if not moved <= ASTRAY:
             reason = "no finite estimate: a hyperplane separates the rows that are left"
-            return Estimate(*_numbers(lost), reason)
+            return Estimate.none(reason)
         if not step <= REMAINS:
             reason = f"statsmodels' fit did not arrive: {step:.1e} standard errors remain"
-            return Estimate(*_numbers(lost), reason)
+            return Estimate.none(reason)
         value = float(np.asarray(found.params)[self.place])
         if not np.isfinite([value, *ends]).all():
-            return Estimate(*_numbers(lost), "statsmodels reports no standard error")
+            return Estimate.none("statsmodels reports no standard error")
         return Estimate(value, float(ends[0]), float(ends[1]))
 
 
@@ -312,10 +306,6 @@ def _reproduced(results: Any, inference: Inference, found: Regression, name: str
             )
         )
     return Estimate(float(found.beta[inference.place]), float(ends[0]), float(ends[1]))
-
-
-def _numbers(estimate: Estimate) -> tuple[float, float, float]:
-    return estimate.value, estimate.low, estimate.high
 
 
 def _fitted(results: Any, model: Any, exog: np.ndarray, keep: np.ndarray) -> Any:

@@ -77,7 +77,9 @@ def rows_of(results: Any, exog: Any, endog: Any = None) -> Rows | None:
     """What a frame calls its rows and columns; of an array what the fit calls its columns."""
     names = list(map(str, results.model.exog_names)) if _has_names(results.model) else None
     if _has_formula(results) and _names(exog) is not None:
-        exog = exog[[c for c in exog.columns if _reads(results.model.formula, str(c))]]
+        formula = results.model.formula
+        read = [c for c in exog.columns if re.search(rf"(?<!\w){re.escape(str(c))}(?!\w)", formula)]
+        exog = exog[read]
     return Rows.of(exog, endog, names)
 
 
@@ -93,10 +95,6 @@ def fitted_rows(results: Any) -> Rows | None:
     found = None if len(frame) != n else rows_of(results, frame)
     ids = None if labels == tuple(range(n)) else labels
     return Rows(ids) if found is None else replace(found, ids=ids)
-
-
-def _reads(formula: str, column: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(column)}(?!\w)", formula) is not None
 
 
 def arrays_of(X: np.ndarray, y: np.ndarray, weights: np.ndarray, offset: np.ndarray | None) -> Any:

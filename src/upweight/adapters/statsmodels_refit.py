@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.adapters.statsmodels_regression import KINDS
+from upweight.adapters.statsmodels_regression import BINOMIAL_LINKS, KINDS, LINKS, POWERS
 from upweight.adapters.support import RefitTrainer
 from upweight.errors import UnsupportedModel
 from upweight.task.data import Data
@@ -95,7 +95,9 @@ class Refit:
                     return _dispersed(X, y, weights, offset, start)
                 model = sm.GLM(y, X, family=family_of(loss), var_weights=weights, offset=offset)
                 if isinstance(loss, Likelihood):
-                    return _other_link(model, start, self.max_steps)
+                    # Scoring alone converges slowly near the maximum.
+                    near = model.fit(start_params=start, maxiter=self.max_steps, tol=1e-10)
+                    return _polished(model, np.array(near.params), {"scale": 1.0})
                 near = model.fit(start_params=start, maxiter=self.max_steps)
                 # The deviance no longer falls where the step is √ε; two more square that twice.
                 last = model.fit(start_params=near.params, maxiter=2, tol=0.0)
@@ -113,30 +115,16 @@ def family_of(loss: Loss) -> Any:
     families, links = sm.families, sm.families.links
     if not isinstance(loss, Likelihood):
         return families.Binomial() if loss == Bernoulli() else families.Poisson()
-    link = {
-        "identity": links.Identity,
-        "log": links.Log,
-        "inverse": links.InversePower,
-        "inverse squared": links.InverseSquared,
-        "sqrt": links.Sqrt,
-        "probit": links.Probit,
-        "cloglog": links.CLogLog,
-    }[loss.link]()
+    named = {ours: theirs for theirs, ours in (LINKS | BINOMIAL_LINKS).items()}
+    link = getattr(links, named[loss.link])()
     if loss.variance == "binomial":
         return families.Binomial(link)
     if loss.variance == "negative binomial":
         return families.NegativeBinomial(link, alpha=loss.parameter)
-    named = {0: families.Gaussian, 1: families.Poisson, 2: families.Gamma}
-    named |= {3: families.InverseGaussian}
-    if loss.parameter in named:
-        return named[int(loss.parameter)](link)
+    for family, power in POWERS.items():
+        if loss.parameter == power:
+            return getattr(families, family)(link)
     return families.Tweedie(link, var_power=loss.parameter)
-
-
-def _other_link(model: Any, start: np.ndarray, steps: int) -> tuple[np.ndarray | None, str]:
-    """Its fit, and Newton steps from there: scoring alone converges slowly near the maximum."""
-    beta = np.array(model.fit(start_params=start, maxiter=steps, tol=1e-10).params)
-    return _polished(model, beta, {"scale": 1.0})
 
 
 def _dispersed(

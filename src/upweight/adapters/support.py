@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch
@@ -157,6 +157,17 @@ def numbers(values: Any, required: str, cause: str, way_out: str) -> np.ndarray:
     except (TypeError, ValueError) as error:
         given = f"{type(values).__name__}: {error}."
         raise DataError(required, given, cause, way_out) from error
+
+
+def linear_map(weight: Float[Tensor, "c i"], bias: Float[Tensor, " c"] | None) -> nn.Linear:
+    """W x + b in float64, in eval mode."""
+    outputs, inputs = weight.shape
+    model = nn.Linear(inputs, outputs, bias=bias is not None, dtype=torch.float64).eval()
+    with torch.no_grad():
+        model.weight.copy_(weight)
+        if bias is not None:
+            model.bias.copy_(bias)
+    return model
 
 
 @dataclass(frozen=True, eq=False)

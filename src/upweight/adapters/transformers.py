@@ -128,11 +128,7 @@ def masked_lm(
     ℓᵢ = −Σ_t log p(y_t | x), summed over the labels that are not −100. An example keeps its masks:
     `text(..., masked=0.15)` draws them once.
 
-    Args:
-        model: As for `causal_lm`.
-        tokenizer: As for `causal_lm`.
-        penalty: As for `Task`.
-        params: As for `Task`.
+    Arguments are those of `causal_lm`.
 
     Raises:
         UnsupportedModel: It is another kind of model, or trained by a loss that couples examples.
@@ -152,11 +148,7 @@ def seq2seq(
     ℓᵢ = −Σ_t log p(y_t | y_{<t}, x), summed over the labels that are not −100. The decoder's inputs
     are the labels, moved by one by the model itself.
 
-    Args:
-        model: As for `causal_lm`.
-        tokenizer: As for `causal_lm`.
-        penalty: As for `Task`.
-        params: As for `Task`.
+    Arguments are those of `causal_lm`.
 
     Raises:
         UnsupportedModel: It is another kind of model, or trained by a loss that couples examples.
@@ -180,11 +172,7 @@ def classifier(
         multi_label_classification    ℓ = −(1/c) Σ_k log p(y_k | x)
         regression                    ℓ = (1/c) Σ_k (f_k − y_k)²
 
-    Args:
-        model: As for `causal_lm`.
-        tokenizer: As for `causal_lm`.
-        penalty: As for `Task`.
-        params: As for `Task`.
+    Arguments are those of `causal_lm`.
 
     Raises:
         UnsupportedModel: It is another kind of model, or trained by a loss that couples examples.
@@ -364,11 +352,7 @@ def _as_examples(given: Any) -> Any:
 
 @dataclass(frozen=True)
 class ByForm:
-    """An adapter's way to call a model for batches with names; the usual way for tuples.
-
-    Args:
-        named: That of the adapter.
-    """
+    """An adapter's way to call a model for batches with names; the usual way for tuples."""
 
     named: Forward
 
@@ -511,11 +495,7 @@ class Reader(TaskReader):
             )
 
     def _require_classes(self, data: Data) -> None:
-        """Refuse texts of a classifier whose labels `text` made of tokens.
-
-        Raises:
-            DataError: They are those of the text itself, or the name of its class.
-        """
+        """Refuse labels that `text` made of tokens: of the text itself, or of its class's name."""
         if self.kind != "classifier" or not isinstance(data, TextData) or not data.by_tokens:
             return
         if data.dataset.columns["labels"] is data.dataset.columns["input_ids"]:
@@ -586,11 +566,7 @@ class Reader(TaskReader):
             )
 
     def _require_unmoved(self, data: Data) -> None:
-        """Refuse padding on the left that changes what the model says.
-
-        Raises:
-            DataError: The outputs are others than without it.
-        """
+        """Refuse padding on the left that changes what the model says."""
         at = None if self.kind == "seq2seq" else padded_on_the_left(data)
         if at is None:
             return
@@ -630,11 +606,7 @@ def _logits(model: nn.Module, inputs: Batch) -> tuple[Any, Any]:
 
 
 def _classified(model: nn.Module) -> tuple[Loss, Forward]:
-    """A classifier's own loss, and how it is called.
-
-    Raises:
-        SpecError: It reads its answer at the last token and has no padding token to find it.
-    """
+    """A classifier's own loss, and how it is called."""
     inner = bare(model)
     config = getattr(inner, "config", None)
     if hasattr(inner, "score") and getattr(config, "pad_token_id", 0) is None:
@@ -679,11 +651,7 @@ def _task(
 
 
 def _require_kind(model: nn.Module, asked: str) -> None:
-    """Refuse a model that is known to be of another kind.
-
-    Raises:
-        UnsupportedModel: With the adapter that it belongs to.
-    """
+    """Refuse a model that is known to be of another kind."""
     if not isinstance(model, nn.Module):
         return  # Task says so
     require_own_examples(model)
@@ -700,6 +668,5 @@ def _require_kind(model: nn.Module, asked: str) -> None:
 def _arguments(model: nn.Module) -> Sequence[str] | None:
     """What a model takes by name; None where it takes anything."""
     signature = inspect.signature(model.forward).parameters
-    named = [name for name, p in signature.items() if p.kind is not p.VAR_KEYWORD]
-    named = [name for name in named if signature[name].kind is not inspect.Parameter.VAR_POSITIONAL]
-    return named or None
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [name for name, p in signature.items() if p.kind not in several] or None

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from upweight.errors import DataError, message
+from upweight.runtime.selection import spaced
 from upweight.task.arrays import is_array
 from upweight.task.collate import collate
 from upweight.task.data import ArrayData, Data, IndexedData, as_data
@@ -30,6 +31,9 @@ from upweight.task.draws import Draws
 from upweight.task.rows import Rows
 
 IGNORED = -100
+LOOKED_AT = 64
+"""Examples of a data set in which padding is looked for."""
+
 LABELS = ("labels", "label", "label_ids")
 """What data sets call their targets; models call them `labels`."""
 
@@ -62,11 +66,7 @@ class Padding:
 
 @dataclass(frozen=True)
 class Collated:
-    """Batches of a collate function of transformers, as a dict.
-
-    Args:
-        collate: As Trainer has it.
-    """
+    """Batches of a collate function of transformers, as a dict."""
 
     collate: Callable[[list[Any]], Any]
 
@@ -451,11 +451,7 @@ def all_text(rows: Sequence[Any]) -> bool:
 def _entries(
     dataset: Any, column: str, kind: type = str, argument: str = "column"
 ) -> tuple[Any, list[Any]]:
-    """The rows of a data set, and the entry of each that `argument` asked for.
-
-    Raises:
-        DataError: There is none, or an entry is of another kind.
-    """
+    """The rows of a data set, and the entry of each that `argument` asked for."""
     rows = lines_of(Path(dataset)) if isinstance(dataset, str | Path) else dataset
     if not hasattr(rows, "__len__") or not len(rows):
         raise DataError(
@@ -642,7 +638,7 @@ def _pad(tokenizer: Any) -> int:
     return 0 if token is None else int(token)
 
 
-def padded_on_the_left(data: Data, most: int = 64) -> int | None:
+def padded_on_the_left(data: Data) -> int | None:
     """The first example whose mask begins with zeros: of all arrays, or of some; None: none."""
     n = len(data)
     if isinstance(data, ArrayData):
@@ -650,7 +646,7 @@ def padded_on_the_left(data: Data, most: int = 64) -> int | None:
         mask = arrays.get("attention_mask") if isinstance(arrays, dict) else None
         at: Sequence[int] = range(n)
     else:
-        at = sorted({k * n // min(n, most) for k in range(min(n, most))}) if n else []
+        at = spaced(n, LOOKED_AT)
         batch = data.take(at) if at and data.form.uncut is None else None
         mask = batch.get("attention_mask") if isinstance(batch, dict) else None
     if not isinstance(mask, Tensor) or mask.ndim != 2 or not mask.shape[1]:

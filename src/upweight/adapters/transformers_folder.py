@@ -73,10 +73,9 @@ def _model(place: Path, dtype: torch.dtype) -> nn.Module:
     if (place / ADAPTER).is_file():
         import peft
 
-        found: nn.Module = peft.AutoPeftModelForCausalLM.from_pretrained(
+        return peft.AutoPeftModelForCausalLM.from_pretrained(
             str(place), is_trainable=True, dtype=dtype, **given
         )
-        return found
     if not (place / CONFIG).is_file():
         raise UnsupportedModel(
             f"The folder of a model holds its {CONFIG}.",
@@ -93,8 +92,7 @@ def _model(place: Path, dtype: torch.dtype) -> nn.Module:
             "a model with code of its own, which is not run.",
             "load it in a project.py of yours, as `task`.",
         )
-    model: nn.Module = kind.from_pretrained(str(place), dtype=dtype, **given)
-    return model
+    return kind.from_pretrained(str(place), dtype=dtype, **given)
 
 
 @contextlib.contextmanager

@@ -237,10 +237,7 @@ class _Passes:
         if told is not None and not labels.is_floating_point():
             logits = output["logits"].detach()
             logits = logits[..., :-1, :] if shifts else logits
-            same = (own is None and int(told) == len(labels)) or (
-                own is not None and int(told) == int(own)
-            )
-            if not same:
+            if int(told) != (len(labels) if own is None else int(own)):
                 total = F.cross_entropy(
                     logits.reshape(-1, logits.shape[-1]), kept.reshape(-1), reduction="sum"
                 )
@@ -265,15 +262,14 @@ class _Passes:
         batches, self._batches = self._batches[: len(sizes)], [[]]
         found = []
         for size, passes in zip(sizes, batches, strict=True):
-            if len(passes) != 1 or passes[0].scale is None or passes[0].loss is None:
+            one = passes[0] if len(passes) == 1 else None
+            if one is None or one.scale is None or one.loss is None:
                 # A loss of the user's own: of one batch, a mean over its examples.
                 if len(sizes) > 1 or self._sums:
                     raise SpecError(_own_loss(len(sizes), self._sums))
                 found.append(1 / size)
                 continue
-            (one,) = passes
             divisor = float(size if one.own is None else one.own)
-            assert one.scale is not None and one.loss is not None
             if one.total is not None:
                 told = float(one.told)
                 means = [float(one.total) / d / float(one.loss) - 1 for d in (divisor, told)]
@@ -375,8 +371,10 @@ def parts_of(trainer: Any, task: Task, init: Callable[[], nn.Module] | None) -> 
             history = recorder.history(task)
         except (FileNotFoundError, StaleStore) as error:
             notes.append(f"no history: {str(error).partition(chr(10))[0]}")
-    recipe = _recipe(trainer, init, history)
-    if recipe is None:
+    recipe, start = None, init or getattr(trainer, "model_init", None)
+    if start is not None or history is not None:
+        recipe = FromFunction(_Retraining(trainer, start, history))
+    else:
         notes.append(
             "no recipe: the initial weights are not known; give init=, model_init= of the Trainer, "
             "or record with hf.Recorder(folder)"
@@ -410,15 +408,6 @@ def _data(trainer: Any) -> Data:
             "train_dataset=datasets.Dataset.from_generator(...), or a list.",
         )
     return IndexedData(loader.dataset, Collated(loader.collate_fn))
-
-
-def _recipe(
-    trainer: Any, init: Callable[[], nn.Module] | None, history: Recorded | None
-) -> FromFunction | None:
-    given = init or getattr(trainer, "model_init", None)
-    if given is None and history is None:
-        return None
-    return FromFunction(_Retraining(trainer, given, history))
 
 
 @dataclass(frozen=True, eq=False)

@@ -116,8 +116,7 @@ class Question:
         functions = [each for each in module.__all__ if isfunction(getattr(module, each))]
         if name not in functions:
             raise SpecError(*_unknown(f"question of {application}", name, functions))
-        function: Callable[..., Any] = getattr(module, name)
-        return function
+        return getattr(module, name)
 
     def _value(self, node: ast.expr) -> Any:
         match node:

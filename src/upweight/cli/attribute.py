@@ -13,7 +13,7 @@ from upweight.cli.compared import compared
 from upweight.cli.named import named, project_option, to_ask_for
 from upweight.cli.pages import Shown, is_kept, keep, shown_of
 from upweight.cli.project import Project, opened
-from upweight.cli.question import Asked, question_options, relative, reopened, require_same
+from upweight.cli.question import Asked, question_options, reopened, require_same
 from upweight.cli.rankings import display_of, hardest, named_queries, rankings
 from upweight.cli.screen import Answer, continued_by, duration, say, verb
 from upweight.errors import StaleStore
@@ -22,7 +22,7 @@ from upweight.runs import work
 from upweight.runs.directory import Run
 from upweight.runs.environment import environment
 from upweight.runs.question import Question
-from upweight.runs.record import Record, is_reference
+from upweight.runs.record import Record, is_reference, relative_to
 from upweight.runs.work import refit
 from upweight.runtime.ranks import ALL, ALONE, Ranks, launched, share_of
 from upweight.runtime.versions import library_versions
@@ -180,7 +180,7 @@ def rerun(run: Path, projects: tuple[str, ...], out: Path | None) -> Answer:
     ):
         again = replace(
             record,
-            directory=relative(Path.cwd(), second.path),
+            directory=relative_to(Path.cwd(), second.path),
             sources=project.sources(),
             versions=library_versions(),
             environment=environment(question.task.layout.device),

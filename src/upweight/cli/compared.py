@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from upweight.runs.directory import Run
 from upweight.runs.environment import differences
@@ -29,7 +28,7 @@ def compared(first: Run, second: Run) -> tuple[dict[str, Any], str, bool]:
     if (a.unit, a.values.shape, a.values.dtype) != (b.unit, b.values.shape, b.values.dtype):
         facts["largest_difference"] = None
         return facts, "different: the scores are of another unit, shape or dtype", True
-    if _same_bits(a.values, b.values):
+    if torch.equal(*(x.values.contiguous().view(torch.uint8) for x in (a, b))):
         facts |= {"bit_identical": True, "same": "bits", "largest_difference": 0.0}
         return facts, "the same bits: all scores are bit-identical", False
     x, y = a.values.double(), b.values.double()
@@ -47,17 +46,9 @@ def compared(first: Run, second: Run) -> tuple[dict[str, Any], str, bool]:
         return facts, f"different: {about}, more than rounding ({limit:.0e}); {made}", True
     facts["same"] = "rounding"
     if known and not between:
-        return (
-            facts,
-            f"not the same bits, though {made}: {about}. Something is not deterministic",
-            True,
-        )
+        said = f"not the same bits, though {made}: {about}. Something is not deterministic"
+        return facts, said, True
     return facts, f"the same to rounding: {about}; {made}", False
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    words = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
-    return torch.equal(a.contiguous().view(words), b.contiguous().view(words))
 
 
 def _between(first: Run, second: Run) -> tuple[list[str], bool]:

@@ -14,14 +14,14 @@ from upweight import report as pages
 from upweight.cli.named import named, project_option
 from upweight.cli.pages import alone, context_of, refreshed
 from upweight.cli.project import Project
-from upweight.cli.question import relative, reopened
+from upweight.cli.question import reopened
 from upweight.cli.screen import Answer, continued_by, size, verb
 from upweight.cli.spec import parse
 from upweight.errors import SpecError
 from upweight.evaluation import LDS, Check, check
 from upweight.front.opened import own_recipe
 from upweight.runs.directory import Run
-from upweight.runs.record import Record, is_reference
+from upweight.runs.record import Record, is_reference, relative_to
 from upweight.runs.work import refit
 from upweight.runtime.resources import Resources
 from upweight.task.recipe import Recipe
@@ -132,8 +132,7 @@ def report(run: Path, out: Path | None, show: str | None, projects: tuple[str, .
     path = place.report if out is None else out.absolute()
     record = place.record
     said_of = record if show is None else replace(record, show=show)
-    found, again = found_in(place), command(place, said_of)
-    checked = [] if found is None else [found]
+    checked, again = checks_of(place), command(place, said_of)
     if show is None and not projects:
         written = pages.html(place.load(), path, alone(place), evidence=checked, command=again)
     else:
@@ -208,31 +207,26 @@ def kept(found: Check, recipe: str) -> dict[str, Any]:
     }
 
 
-def found_in(run: Run) -> Check | None:
-    """The comparison that `kept` described."""
+def checks_of(run: Run) -> list[Check]:
+    """The comparison that `kept` described, if there was one."""
     facts = run.evaluations().get("halves")
     if facts is None:
-        return None
+        return []
     predicted, measured = (
         torch.tensor(facts[key], dtype=torch.float64) for key in ("predicted", "measured")
     )
     budget = float("inf") if facts["budget"] is None else facts["budget"]
     # Those kept by earlier versions have none.
     drift = facts.get("drift")
-    return Check(
-        LDS(predicted, measured),
-        facts["fraction"],
-        facts["models"],
-        facts["seconds"],
-        budget,
-        None if drift is None else torch.tensor(drift, dtype=torch.float64),
-        left_out=tuple(facts.get("left_out", ())),
-    )
+    drifted = None if drift is None else torch.tensor(drift, dtype=torch.float64)
+    fraction, models, seconds = (facts[name] for name in ("fraction", "models", "seconds"))
+    lds, left_out = LDS(predicted, measured), tuple(facts.get("left_out", ()))
+    return [Check(lds, fraction, models, seconds, budget, drifted, left_out=left_out)]
 
 
 def command(run: Run, record: Record) -> str:
     """What makes the run and its page again, from nothing, in the project's directory."""
-    out = relative(run.path, run.path / record.directory)
+    out = relative_to(run.path, run.path / record.directory)
     parts = [
         "upweight", "attribute", record.task, "--train", record.train, "--queries", record.queries,
         "--method", record.method, "--measure", record.measure, "--out", out,

@@ -30,8 +30,10 @@ from upweight.errors import SpecError
 from upweight.index.index import BITS, Index
 from upweight.methods.method import Method
 from upweight.runs.forecast import IndexForecast, index_forecast
-from upweight.runs.indexed import IndexRecord, relative_to
+from upweight.runs.indexed import IndexRecord
+from upweight.runs.record import relative_to
 from upweight.runtime.atomic import make_folder
+from upweight.runtime.selection import spaced
 from upweight.runtime.versions import library_versions
 from upweight.task.data import Data
 
@@ -218,9 +220,7 @@ def extend(folder: Path, more: str, **named: Any) -> Answer:
                 "the same command twice, or the file that it was built on.",
                 "nothing is left to do; name a file with the new examples only.",
             )
-        if len(made) != before + len(
-            data
-        ):  # else its rows are there, and this was all that was left
+        if len(made) != before + len(data):  # else all that is left to do is to say so
             made.extend(data, source=source.name)
         replace(record, sources=(*record.sources, source)).write(folder)
         after = len(made)
@@ -364,7 +364,7 @@ def _built(
 ) -> Index:
     typed = "the same `upweight index build …`"
     with continued_by(typed):
-        fitted = fitted_in(out, method, model, examples, None)
+        fitted = fitted_in(out, method, model, examples)
         made = Index.build(
             fitted, examples, out, record.bytes_per_example, bits=record.bits,
             source=record.sources[0].name, shards=shards,
@@ -383,11 +383,7 @@ def _ranked(found: OpenedIndex, ids: Tensor, values: Tensor) -> list[dict[str, A
 
 
 def _asking(texts: Sequence[str], queries: str | None) -> list[str]:
-    """The options that say what is asked about, as they were typed.
-
-    Raises:
-        click.UsageError: There are both texts and a file.
-    """
+    """The options that say what is asked about, as they were typed."""
     if texts and queries is not None:
         raise click.UsageError(ONE_KIND)
     told = [part for each in texts for part in ("--text", each)]
@@ -407,8 +403,7 @@ def _own_queries(found: OpenedIndex, examples: int) -> tuple[Data, list[int]]:
     count = min(OWN_QUERIES, max(1, len(data) // 2))
     asked = [(2 * j + 1) * len(data) // (2 * count) for j in range(count)]
     others = [i for i in range(n) if i not in set(asked)] or [0]
-    count = min(examples, len(others))
-    return data.subset(asked), [others[j * len(others) // count] for j in range(count)]
+    return data.subset(asked), [others[k] for k in spaced(len(others), examples)]
 
 
 @contextlib.contextmanager

@@ -149,25 +149,16 @@ def method_of(text: str, project: Project | None) -> Method:
     return found
 
 
-def fitted_in(folder: Path, method: Method, model: Model, train: Data, memory: int | None) -> Any:
+def fitted_in(folder: Path, method: Method, model: Model, train: Data) -> Any:
     """A method fitted to the data, from what the index has kept of it."""
     make_folder(folder / FACTORS)
     with claimed(folder, FIT, wait=True):
-        resources = Resources(memory_bytes=memory, folder=folder / FACTORS)
-        return method.fit(model.task, train, resources=resources)
+        return method.fit(model.task, train, resources=Resources(folder=folder / FACTORS))
 
 
 @dataclass(frozen=True, eq=False)
 class OpenedIndex:
-    """An index and what it is of.
-
-    Args:
-        folder: Where it is.
-        record: What it says of itself.
-        model: The model that was named for it.
-        index: Ready to be asked.
-        data: The examples of each of its sources.
-    """
+    """An index with the model that was named for it, and the examples of each of its sources."""
 
     folder: Path
     record: IndexRecord
@@ -239,7 +230,7 @@ def opened_index(
             model = model_of_task(task, record.column, record.length, project)
         method = method_of(record.method, model.project)
         rest = [model.examples(each) for each in files[1:]]
-        fitted = fitted_in(folder, method, model, train, None)
+        fitted = fitted_in(folder, method, model, train)
         index = Index.load(folder, fitted, train, *rest)
         yield OpenedIndex(folder, record, model, index, (train, *rest))
 
@@ -284,11 +275,7 @@ def _require_named(
 
 
 def _files(record: IndexRecord, folder: Path, given: Sequence[Path], typed: str) -> list[str]:
-    """Where each source is now.
-
-    Raises:
-        StaleStore: A file is not there, or is another.
-    """
+    """Where each source is now, as it was."""
     found, moved = [], {sha256(path): path for path in given if path.is_file()}
     for source in record.sources:
         if not source.sha256:

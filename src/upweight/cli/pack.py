@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from upweight import report as pages
-from upweight.cli.evaluate import command, found_in
+from upweight.cli.evaluate import checks_of, command
 from upweight.cli.named import project_option
 from upweight.cli.pages import alone
 from upweight.cli.screen import Answer, size, verb
@@ -48,9 +48,8 @@ def pack(run: Path, out: Path | None, projects: tuple[str, ...]) -> Answer:
     target = run.with_name(run.name + ".zip") if out is None else out
     with place.held("upweight pack"):
         if not place.report.exists():
-            found, display, again = found_in(place), alone(place), command(place, place.record)
-            evidence = [] if found is None else [found]
-            pages.html(place.load(), place.report, display, evidence=evidence, command=again)
+            evidence, again = checks_of(place), command(place, place.record)
+            pages.html(place.load(), place.report, alone(place), evidence=evidence, command=again)
         files, missing = project_files(place, projects)
         way_out = "free space, or write it elsewhere: --out FILE.zip."
         with replacing(target, way_out) as file, zipfile.ZipFile(file, "w") as archive:

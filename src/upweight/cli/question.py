@@ -5,7 +5,6 @@ spec, or an object of the user's.
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from upweight.methods.method import Method
 from upweight.runs.directory import Run
 from upweight.runs.environment import environment
 from upweight.runs.question import Question
-from upweight.runs.record import Record, is_reference
+from upweight.runs.record import Record, is_reference, relative_to
 from upweight.runtime.versions import library_versions
 from upweight.task.data import Data
 from upweight.task.measures import as_measure
@@ -167,7 +166,7 @@ class Asked:
         named = self.found(project)
         assert named.train is not None and named.queries is not None
         return Record(
-            directory=relative(Path.cwd(), run.path),
+            directory=relative_to(Path.cwd(), run.path),
             task=named.task,
             train=named.train,
             queries=named.queries,
@@ -214,11 +213,7 @@ def reopened(run: Run, code: Named) -> Iterator[tuple[Project, Record, Question]
 
 
 def require_same(run: Run, differences: list[str], record: Record, project: Project) -> None:
-    """Refuse to mix two questions in one directory; say where only code changed.
-
-    Raises:
-        StaleStore: There are differences.
-    """
+    """Refuse two questions in one directory by a StaleStore; say where only code changed."""
     now = project.sources()
     edited = [name for name, digest in record.sources.items() if now.get(name) != digest]
     if differences:
@@ -333,14 +328,6 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
 def _text(value: Any, given: str) -> str:
     """A spec in full, seeds and defaults included; a name where it is an object of the user's."""
     return repr(value) if type(value) in SPECS.values() else given
-
-
-def relative(folder: Path, start: Path) -> str:
-    """A folder as seen from another."""
-    try:
-        return Path(os.path.relpath(folder, start)).as_posix()
-    except ValueError:  # another drive
-        return str(folder)
 
 
 def _not_a(kind: str, text: str, value: Any, example: str) -> str:

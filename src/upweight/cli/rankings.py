@@ -40,8 +40,7 @@ def hardest(scores: Scores, display: Display | None, k: int) -> list[int]:
         by = sign * torch.tensor(list(values), dtype=torch.float64)
     else:
         by = torch.stack([scores[query].abs().max() for query in range(q)])
-    found: list[int] = by.argsort(descending=True, stable=True)[:k].tolist()
-    return found
+    return by.argsort(descending=True, stable=True)[:k].tolist()
 
 
 def named_queries(asked: Sequence[str], ids: Sequence[Any] | None, q: int) -> list[int]:

@@ -70,12 +70,15 @@ def settings(place: Run, shown: Path) -> tuple[list[str], dict[str, Any]]:
     verdict, reason = halves.get("verdict"), halves.get("reason", "")
     made = place.provenance if is_finished else {}
     told = f"{verdict}: {reason}" if verdict else "not checked against retraining"
+    method = record.method
+    if not is_reference(method):
+        method = in_short(parse(method, "method"))
     lines = [
         f"{shown}: {'finished' if is_finished else 'unfinished'}",
         f"  verdict: {told}",
         f"  asked: {record.measure} of {count(record.q, 'query')} ({record.queries}), on "
         f"{count(record.n, 'training example')} ({record.train})",
-        f"  method: {_in_short(record.method)}, {count(record.p, 'parameter')}"
+        f"  method: {method}, {count(record.p, 'parameter')}"
         + (f", trained as {record.recipe}" if record.recipe else ""),
     ]
     past = [fact for fact in (Fact(**each) for each in made.get("facts", ())) if fact.concern]
@@ -105,8 +108,3 @@ def settings(place: Run, shown: Path) -> tuple[list[str], dict[str, Any]]:
         "queries": record.queries, "notes": notes, "provenance": made, "ask_for": asked,
     }  # fmt: skip
     return lines, facts
-
-
-def _in_short(method: str) -> str:
-    """A spec without what is as by default; an object of the user's by its name."""
-    return method if is_reference(method) else in_short(parse(method, "method"))

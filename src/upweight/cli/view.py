@@ -2,16 +2,16 @@
 
 import contextlib
 import shlex
-from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import click
 
-from upweight.cli.evaluate import command, found_in
+from upweight.cli.evaluate import checks_of, command
 from upweight.cli.named import named
-from upweight.cli.opened_index import model_options, opened_index
+from upweight.cli.opened_index import OpenedIndex, model_options, opened_index
 from upweight.cli.pages import Shown, alone, context_of, is_kept, refreshed
 from upweight.cli.question import reopened
 from upweight.cli.screen import Answer, say, verb
@@ -59,30 +59,24 @@ def view(
     if (run / INDEX).exists():
         if show is not None:
             raise click.UsageError("--show is for runs; an index shows its texts")
-        typed = shlex.join(["upweight", "view", str(run)])
-        return _index(run, projects, hf, given, device, typed, port, browser)
+        said = shlex.join(["upweight", "view", str(run)])
+        return _index(run, opened_index(run, projects, hf, given, device, said), port, browser)
     if hf is not None or given:
         raise click.UsageError("--hf and --data are for an index; a run takes --project")
     say(f"loading {run} ...")
     place = Run.named(run.absolute(), projects)
     scores = place.open()
     record = place.record
-    found = found_in(place)
-    checked = [] if found is None else [found]
+    checked = checks_of(place)
     with contextlib.ExitStack() as stack:
         if show is None and not projects:
             beside, context = Shown(alone(place)), None
         else:
-            options = [*(("--show", show) if show else ())]
-            options += ("--port", str(port)) if port else ()
-            command_line = [
-                "upweight",
-                "view",
-                str(run),
-                *options,
-                *(["--browser"] if browser else ()),
-            ]
-            code = named(place, projects, filter(None, [show]), shlex.join(command_line))
+            typed = ["upweight", "view", str(run)]
+            typed += ["--show", show] if show else []
+            typed += ["--port", str(port)] if port else []
+            typed += ["--browser"] if browser else []
+            code = named(place, projects, filter(None, [show]), shlex.join(typed))
             project, record, question = stack.enter_context(reopened(place, code))
             of = partial(refit, place, record, question)
             fitted = of if place.factors.exists() else (lambda: None)
@@ -114,16 +108,9 @@ def view(
 
 
 def _index(
-    folder: Path,
-    projects: Sequence[str],
-    hf: Path | None,
-    given: Sequence[Path],
-    device: str,
-    typed: str,
-    port: int,
-    browser: bool,
+    folder: Path, opened: AbstractContextManager[OpenedIndex], port: int, browser: bool
 ) -> Answer:
-    with opened_index(folder, projects, hf, given, device, typed) as found:
+    with opened as found:
         model = found.model
         if model.tokenizer is None:
             raise NotOffered(

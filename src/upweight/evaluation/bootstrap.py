@@ -129,7 +129,7 @@ def estimate(
         width: Numbers that the statistic holds per resample, where that is more than the sizes.
     """
     value, values = _resampled(statistic, sizes, bootstrap, width)
-    return _interval(value, values, bootstrap.level)
+    return Estimate(float(value), *_bounds(values, bootstrap.level).tolist())
 
 
 def centered_estimate(
@@ -143,7 +143,8 @@ def centered_estimate(
     in Efron & Tibshirani (1993, §10.2); the interval is for what s items give on average.
     """
     value, values = _resampled(statistic, sizes, bootstrap, 0)
-    return _interval(value, values - (values.nanmean() - value), bootstrap.level)
+    centered = values - (values.nanmean() - value)
+    return Estimate(float(value), *_bounds(centered, bootstrap.level).tolist())
 
 
 def mean(values: Float[Tensor, " q"], bootstrap: Bootstrap) -> Estimate:
@@ -165,16 +166,8 @@ def estimates(
         bootstrap: How many draws, from which seed, to which level.
         width: k, where it is more than the size.
     """
-    every = statistic(torch.ones(1, size, dtype=torch.float64))[0]
-    drawn = torch.full((1, len(every)), torch.nan, dtype=torch.float64)
-    if size > 1:
-        generator = torch.Generator().manual_seed(bootstrap.seed)
-        chunk = max(1, CHUNK // max(size, width))
-        starts = range(0, bootstrap.resamples, chunk)
-        counts = (min(chunk, bootstrap.resamples - start) for start in starts)
-        drawn = torch.cat([statistic(_counts(count, size, generator)) for count in counts])
-    tails = torch.tensor([(1.0 - bootstrap.level) / 2, (1.0 + bootstrap.level) / 2]).double()
-    low, high = drawn.nanquantile(tails, dim=0)
+    every, drawn = _resampled(statistic, [size], bootstrap, width)
+    low, high = _bounds(drawn, bootstrap.level)
     ends = zip(every.tolist(), low.tolist(), high.tolist(), strict=True)
     return tuple(Estimate(*each) for each in ends)
 
@@ -194,11 +187,11 @@ def _resampled(
     sizes: Sequence[int],
     bootstrap: Bootstrap,
     width: int,
-) -> tuple[float, Float[Tensor, " r"]]:
-    """The statistic of the sample, and of each resample."""
-    value = float(statistic(*(torch.ones(1, size, dtype=torch.float64) for size in sizes)))
+) -> tuple[Float[Tensor, "*k"], Float[Tensor, "r *k"]]:
+    """The statistic of the sample, one number or k, and of each resample."""
+    value = statistic(*(torch.ones(1, size, dtype=torch.float64) for size in sizes))[0]
     if max(sizes) == 1:
-        return value, torch.full((1,), torch.nan, dtype=torch.float64)
+        return value, torch.full_like(value[None], torch.nan, dtype=torch.float64)
     generator = torch.Generator().manual_seed(bootstrap.seed)
     chunk = max(1, CHUNK // max(*sizes, width))
     parts = []
@@ -208,9 +201,9 @@ def _resampled(
     return value, torch.cat(parts)
 
 
-def _interval(value: float, values: Float[Tensor, " r"], level: float) -> Estimate:
+def _bounds(values: Float[Tensor, "r *k"], level: float) -> Float[Tensor, "two *k"]:
     tails = torch.tensor([(1.0 - level) / 2, (1.0 + level) / 2], dtype=torch.float64)
-    return Estimate(value, *values.nanquantile(tails).tolist())
+    return values.nanquantile(tails, dim=0)
 
 
 def _counts(count: int, size: int, generator: torch.Generator) -> Float[Tensor, "r e"]:

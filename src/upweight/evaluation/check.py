@@ -16,7 +16,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, is_dataclass, replace
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from textwrap import shorten
 from typing import Any, overload
@@ -39,6 +39,7 @@ from upweight.task.recipe import Recipe
 from upweight.training.function import as_recipe
 from upweight.training.optimizers import Optimizer
 from upweight.training.retrain import Retrained, joined, retrain
+from upweight.training.subset_models import has_seed, reseeded_from
 from upweight.training.weights import subset_weights
 from upweight.verdict import FEWEST, Judgement, Reproduction, Verdict, judged
 
@@ -168,9 +169,6 @@ class Check:
             "budget": self.budget if math.isfinite(self.budget) else None,
         }
 
-    def __repr__(self) -> str:
-        return str(self)
-
     def _repr_html_(self) -> str:
         first, *lines = str(self).splitlines()
         return card(first, {}, note="; ".join(line.strip() for line in lines))
@@ -188,6 +186,8 @@ class Check:
             f"  slope {self.slope:.2f} of measured against predicted change"
             + (f"\n  {self.more}" if self.more else "")
         )
+
+    __repr__ = __str__
 
 
 @overload
@@ -276,7 +276,7 @@ def check(
     predicted = predicted_changes(scores, weights)
     if not bool((compared := metrics.differing(predicted.cpu())).any()):
         metrics.varying(predicted, predicted)  # refuses, before any time is spent
-    seeds = _two_seeds(recipe)
+    seeds = [recipe, reseeded_from(recipe, 1)] if has_seed(recipe) else [recipe]
     rounds: list[list[Retrained]] = []
     using = Resources() if resources is None else resources
     done, step, each = 0, 1 if subsets is None else subsets, 0.0
@@ -362,14 +362,6 @@ def _left_out(queries: Sequence[int], compared: int) -> str:
 
 def _time(seconds: float) -> str:
     return f"about {duration(max(seconds, 1))}"
-
-
-def _two_seeds(recipe: Recipe) -> list[Recipe]:
-    """The recipe under two seeds, or by itself where it has none."""
-    seed = getattr(recipe, "seed", None)
-    if not (is_dataclass(recipe) and isinstance(seed, int)):
-        return [recipe]
-    return [recipe, replace(recipe, seed=seed + 1)]  # type: ignore[type-var]
 
 
 def _both(budget: str | float, subsets: int) -> str:

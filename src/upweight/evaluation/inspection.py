@@ -14,12 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """Rows of each distinct value, largest value first.
-
-    Args:
-        positive: Positives drawn.
-        negative: Negatives drawn.
-    """
+    """Positives and negatives drawn of each distinct value, largest value first."""
 
     positive: Float[Tensor, "r l"]
     negative: Float[Tensor, "r l"]

@@ -231,11 +231,8 @@ def _moved(
     params = {name: v.clone().requires_grad_() for name, v in task.layout.unflatten(theta).items()}
     with torch.enable_grad():
         loss = task.losses_of(*task.call(params, task.to_device(data.batch(i, i + 1)))).sum()
-        found = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-    gradient = {
-        name: torch.zeros_like(v) if g is None else g.to_dense()
-        for (name, v), g in zip(params.items(), found, strict=True)
-    }
+        found = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+    gradient = {name: g.to_dense() for name, g in zip(params, found, strict=True)}
     flat = task.layout.flatten(gradient).detach()
     return optimizer.step(theta, flat, optimizer.init(theta), optimizer.lr)[0]
 

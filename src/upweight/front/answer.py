@@ -82,11 +82,7 @@ class Attribution(Scores):
         return isinstance(fitted, Fitted) and has_suspects(fitted)
 
     def _fitted(self) -> Fitted:
-        """The fitted method behind the scores.
-
-        Raises:
-            MissingContext: There is none.
-        """
+        """The fitted method behind the scores."""
         fitted = self.require_context().fitted
         if not isinstance(fitted, Fitted):
             raise MissingContext(
@@ -203,8 +199,7 @@ class SelfInfluence:
     @property
     def order(self) -> list[int]:
         """Places of the examples, the largest first."""
-        found: list[int] = self.values.argsort(descending=True, stable=True).tolist()
-        return found
+        return self.values.argsort(descending=True, stable=True).tolist()
 
     def top(self, k: int = SHOWN) -> "DataFrame":
         """The k largest, with the id in the index of the data or else the place, and the label."""

@@ -118,26 +118,19 @@ class Picked:
 
 @dataclass(frozen=True)
 class Batches(Reader):
-    """How data of a training script become those of a task: `Task.reads`.
-
-    Args:
-        reading: How each batch is taken apart.
-    """
+    """How data of a training script become those of a task: `Task.reads`."""
 
     reading: Reading
 
     fits_own_data = False
 
     def training(self, given: Any) -> Data:
-        """Training data."""
         return picked(read_data(given), self.reading)
 
     def queries(self, given: Any) -> Data:
-        """Queries."""
         return picked(read_data(given), self.reading)
 
     def relabeled(self, example: Any, label: Any) -> Any:
-        """A batch of one with another label."""
         return relabeled(example, label)
 
 
@@ -238,7 +231,8 @@ def _as_it_is(
         if len(targets) != 1:
             return None
         inputs = tuple(key for key in entries if key != targets[0])
-        is_taken = not texts.intersection(inputs) or _names(signature, inputs)
+        # A text is an input where `forward` names it, rather than taking anything.
+        is_taken = not texts.intersection(inputs) or set(inputs) <= signature.parameters.keys()
         reading = Reading(inputs, targets[0], by_name=True)
         return reading if is_taken and _binds(signature, names=inputs) else None
     reading = Reading(tuple(range(len(batch) - 1)), len(batch) - 1)
@@ -326,11 +320,7 @@ def _several(entries: dict[Any, Any], found: Sequence[Reading]) -> tuple[str, ..
 def _require_none_left_over(
     batch: Any, kept: list[Any], signature: inspect.Signature, entries: dict[Any, Any], task: Task
 ) -> None:
-    """Refuse an entry beside one input and the target, where these are clear.
-
-    Raises:
-        SpecError: It may be a weight.
-    """
+    """Refuse an entry beside one input and the target, if these are clear: it may be a weight."""
     is_dict = isinstance(batch, dict)
     targets = [key for key in TARGET_KEYS if key in kept]
     if len(kept) < 3 or not _binds(signature, 1) or (is_dict and len(targets) != 1):
@@ -375,11 +365,6 @@ def _binds(signature: inspect.Signature, count: int = 0, names: Sequence[str] = 
     except TypeError:
         return False
     return True
-
-
-def _names(signature: inspect.Signature, names: Sequence[Any]) -> bool:
-    """Whether `forward` names each of them, rather than taking any."""
-    return all(name in signature.parameters for name in names)
 
 
 def _counts(values: Any, start: int) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from upweight.errors import UpweightError
 from upweight.front.choice import PATIENCE, Facts
 from upweight.gradients.linear import linear_form
+from upweight.runtime.hardware import product_seconds
 from upweight.runtime.memory import free_bytes
 from upweight.task.check import require_answerable
 from upweight.task.data import Data
@@ -150,12 +151,8 @@ def epoch_seconds(task: Task, theta: Tensor, train: Data) -> float:
 def _products_per_second() -> float:
     """Multiply-adds of float64 on this machine's processor."""
     a = torch.ones(SIZE, SIZE, dtype=torch.float64)
-    taken = []
-    for _ in range(4):  # others may be at work on the machine
-        started = time.perf_counter()
-        a @ a
-        taken.append(time.perf_counter() - started)
-    return SIZE**3 / max(min(taken), 1e-6)
+    taken = min(product_seconds(a) for _ in range(4))  # others may be at work on the machine
+    return SIZE**3 / max(taken, 1e-6)
 
 
 def _base(loss: Loss) -> Loss:

@@ -236,11 +236,7 @@ def _is_one_input(inputs: Tensor, train: Data) -> bool:
 
 
 def require_alone(loss: Any, penalty: Any, why: str) -> None:
-    """Refuse a loss or penalty of a model that has its own.
-
-    Raises:
-        SpecError: One is given.
-    """
+    """Refuse, by a SpecError, a loss or penalty of a model that has its own."""
     if loss is None and penalty is None:
         return
     name, given = ("loss", loss) if loss is not None else ("penalty", penalty)

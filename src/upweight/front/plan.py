@@ -56,7 +56,10 @@ class AttributionPlan:
     @property
     def bytes(self) -> int:
         """Of memory, for a batch and for what is formed as a matrix."""
-        return 0 if self.forecast is None else max(*_memory(self.forecast))
+        made = self.forecast
+        if made is None:
+            return 0
+        return max(0 if made.batch is None else made.batch_bytes, made.operator_bytes)
 
     def __str__(self) -> str:
         f = self.facts
@@ -76,10 +79,6 @@ class AttributionPlan:
         return "\n".join(lines)
 
     __repr__ = __str__
-
-
-def _memory(made: Forecast) -> tuple[int, int]:
-    return made.batch_bytes if made.batch is not None else 0, made.operator_bytes
 
 
 @explained(KNOWN)

@@ -4,15 +4,15 @@ The method checks the queries and solves them, as for any question; then their r
 the index in place of the training gradients. Each is a reducer of `Fitted.attribute`:
 
     Scanned(…, into)       any reducer, over the products with all rows
-    Exact(…, examples)     the method's own scores of some examples, from their gradients
-    Compared(…, examples)  beside them the products of their rows
+    Compared(…, examples)  the method's own scores of some examples, from their gradients, and the
+                           products of their rows
     ByToken(…, examples)   the scores from gradients, position by position
     Nearest(…, count)      the same, of the examples that the scan puts first for one query
     Best(…, count, k)      the k largest and smallest scores from gradients, of those examples
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,17 @@ from torch import Tensor
 from upweight.index.scan import products
 from upweight.index.shards import SUMS, Rows, Shard, filled, require_same
 from upweight.index.transform import Transform
-from upweight.methods.reduce import Answer, Reducer, Sink, Sweep, TokenScores, finite, strongest
+from upweight.methods.reduce import (
+    Answer,
+    Asked,
+    Reducer,
+    Sink,
+    Sweep,
+    TokenScores,
+    finite,
+    strongest,
+    token_scores,
+)
 from upweight.methods.scorer import Job
 from upweight.provenance import Provenance
 from upweight.scores import TopScores, Unit
@@ -70,14 +80,7 @@ class ScanJob(Job):
 
 @dataclass(frozen=True, eq=False)
 class FromIndex(Reducer):
-    """What the reducers here share.
-
-    Args:
-        rows: On disk.
-        transform: How a job's queries become rows.
-        n: How many rows the index has.
-        told: What to say of it.
-    """
+    """What the reducers here share: the rows on disk, n of them, and how a query becomes one."""
 
     rows: Rows
     transform: Transform
@@ -126,7 +129,6 @@ class _Scanned(Sink):
     asked: Scanned
     sink: Sink
     dtype: torch.dtype
-    scans: list[ScanJob] = field(default_factory=list)
 
     @property
     def settings(self) -> Mapping[str, int] | None:  # type: ignore[override]
@@ -157,7 +159,7 @@ class _Scanned(Sink):
 
 @dataclass(frozen=True, eq=False)
 class Exact(FromIndex):
-    """S[q, i] of some examples in ascending order, from their gradients: [q, k].
+    """What asks for S[q, i] of some examples in ascending order, from their gradients.
 
     Args:
         examples: Which.
@@ -170,10 +172,8 @@ class Exact(FromIndex):
     examples: Sequence[int]
     parts: Sequence[tuple[int, Data]]
 
-    def begin(self, sweep: Sweep) -> Sink:
-        return _Asked(self._scores, self.told)
-
-    def _scores(self, job: Job) -> Float[Tensor, "q k"]:
+    def scores(self, job: Job) -> Float[Tensor, "q k"]:
+        """Of one job's queries."""
         task, found, size = self.transform.plan.task, list[Tensor](), self.rows.at_once
         for offset, data in self.parts:
             local = [i - offset for i in self.examples if offset <= i < offset + len(data)]
@@ -197,11 +197,11 @@ class Compared(Exact):
 
     def begin(self, sweep: Sweep) -> Sink:
         def both(job: Job) -> Float[Tensor, "q k two"]:
-            scores = self._scores(job)
+            scores = self.scores(job)
             products = self.job(job, sweep.dtype).picked(self.examples)
             return torch.stack([scores, products.to(scores)], dim=2)
 
-        return _Asked(both, self.told)
+        return Asked(both, lambda parts, _: torch.cat(parts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +209,7 @@ class ByToken(Exact):
     """The scores from gradients, position by position: `TokenScores`."""
 
     def begin(self, sweep: Sweep) -> Sink:
-        return _ByToken(self)
+        return Asked(self.shares, token_scores)
 
     def shares(self, job: Job) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
         """Of one job's queries."""
@@ -223,26 +223,9 @@ class ByToken(Exact):
                 finite(whole.cpu(), local[0] + offset, job.first)
                 shares.append(part.cpu())
                 rests.append(rest.cpu())
-        return _side_by_side(shares), torch.cat(rests, dim=1)
-
-
-@dataclass(eq=False)
-class _Asked(Sink):
-    """What each job is asked, in place of its blocks."""
-
-    ask: Callable[[Job], Tensor]
-    told: Told
-    parts: list[Tensor] = field(default_factory=list)
-
-    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
-        self.parts.append(self.ask(job))
-        return []
-
-    def result(self, answer: Answer) -> tuple[Tensor, Answer]:
-        def provenance(notes: Sequence[str]) -> Provenance:
-            return self.told(answer.provenance(notes))
-
-        return torch.cat(self.parts), replace(answer, provenance=provenance)
+        longest = max(part.shape[2] for part in shares)
+        padded = [F.pad(part, (0, longest - part.shape[2])) for part in shares]
+        return torch.cat(padded, dim=1), torch.cat(rests, dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,31 +241,13 @@ class Nearest(ByToken):
     raises: bool = False
 
     def begin(self, sweep: Sweep) -> Sink:
-        return _Nearest(self, sweep.dtype)
+        def nearest(job: Job) -> tuple[list[int], TokenScores]:
+            (row,) = finite(self.job(job, sweep.dtype).block(0, self.n), 0, job.first)
+            best = row.topk(min(self.count, self.n), largest=self.raises)
+            places = sorted(best.indices.tolist())
+            return places, TokenScores(*replace(self, examples=places).shares(job))
 
-    def chosen(self, job: Job, dtype: torch.dtype) -> list[int]:
-        """Their places, in ascending order."""
-        scan = self.job(job, dtype)
-        (row,) = finite(scan.block(0, self.n), 0, job.first)
-        best = row.topk(min(self.count, self.n), largest=self.raises)
-        return sorted(best.indices.tolist())
-
-
-@dataclass(eq=False)
-class _Nearest(Sink):
-    asked: Nearest
-    dtype: torch.dtype
-    examples: list[int] = field(default_factory=list)
-    parts: tuple[Tensor, Tensor] | None = None
-
-    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
-        self.examples = self.asked.chosen(job, self.dtype)
-        self.parts = replace(self.asked, examples=self.examples).shares(job)
-        return []
-
-    def result(self, answer: Answer) -> tuple[list[int], TokenScores]:
-        assert self.parts is not None
-        return self.examples, TokenScores(*self.parts)
+        return Asked(nearest, lambda parts, _: parts[0])  # of one query there is one job
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,7 +266,14 @@ class Best(Exact):
     at_hand: Callable[[Sequence[int]], Sequence[int]] = list
 
     def begin(self, sweep: Sweep) -> Sink:
-        return _Best(self, sweep.dtype)
+        def best(job: Job) -> tuple[Sequence[int], tuple[Tensor, ...]]:
+            chosen = self.at_hand(self.candidates(self.job(job, sweep.dtype)))
+            values = replace(self, examples=chosen).scores(job)
+            at, k = torch.tensor(chosen), min(self.k, len(chosen))
+            high, low = values.topk(k, dim=1), values.topk(k, dim=1, largest=False)
+            return chosen, (at[high.indices], high.values, at[low.indices], low.values)
+
+        return Asked(best, self._top)
 
     def candidates(self, scan: ScanJob) -> list[int]:
         """In ascending order."""
@@ -315,49 +287,12 @@ class Best(Exact):
             low = strongest(low, part, at, self.count, largest=False)
         return sorted({i for x in (high, low) if x is not None for i in x[1].flatten().tolist()})
 
-
-@dataclass(eq=False)
-class _Best(Sink):
-    asked: Best
-    dtype: torch.dtype
-    examples: set[int] = field(default_factory=set)
-    parts: list[tuple[Tensor, ...]] = field(default_factory=list)
-
-    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
-        chosen = self.asked.at_hand(self.asked.candidates(self.asked.job(job, self.dtype)))
-        values = replace(self.asked, examples=chosen)._scores(job)
-        at, k = torch.tensor(chosen), min(self.asked.k, len(chosen))
-        high, low = values.topk(k, dim=1), values.topk(k, dim=1, largest=False)
-        self.parts.append((at[high.indices], high.values, at[low.indices], low.values))
-        self.examples |= set(chosen)
-        return []
-
-    def result(self, answer: Answer) -> TopScores:
-        count = min(self.asked.count, self.asked.n)
+    def _top(self, parts: Sequence[tuple[Any, Any]], answer: Answer) -> TopScores:
+        chosen, ends = zip(*parts, strict=True)
         note = (
-            f"{len(self.examples)} candidates, the first {count} at each end of each query's scan, "
-            "scored from their gradients"
+            f"{len(set().union(*chosen))} candidates, the first {min(self.count, self.n)} at each "
+            "end of each query's scan, scored from their gradients"
         )
-        provenance = self.asked.told(answer.provenance((note,)))
-        high_at, high, low_at, low = map(torch.cat, zip(*self.parts, strict=True))
+        provenance = self.told(answer.provenance((note,)))
+        high_at, high, low_at, low = map(torch.cat, zip(*ends, strict=True))
         return TopScores(high_at, high, low_at, low, answer.unit, provenance)
-
-
-@dataclass(eq=False)
-class _ByToken(Sink):
-    asked: ByToken
-    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
-        self.parts.append(self.asked.shares(job))
-        return []
-
-    def result(self, answer: Answer) -> TokenScores:
-        shares, rest = (torch.cat(column) for column in zip(*self.parts, strict=True))
-        return TokenScores(shares, rest)
-
-
-def _side_by_side(parts: Sequence[Float[Tensor, "q k t"]]) -> Float[Tensor, "q k t"]:
-    """Shares of several data, each padded to its own longest."""
-    longest = max(part.shape[2] for part in parts)
-    return torch.cat([F.pad(part, (0, longest - part.shape[2])) for part in parts], dim=1)

@@ -98,7 +98,8 @@ class Codes:
         _require_finite(most)
         if self.bits == 32:
             return {"codes": rows.float()}
-        x = (rows.to(_wide(rows)) / torch.where(most > 0, most, 1)).float()  # in [−1, 1]
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        x = (rows.to(wide) / torch.where(most > 0, most, 1)).float()  # in [−1, 1]
         most = most[:, 0].double()
         if self.bits == 16:
             return {"codes": x.half(), "scales": most.float()}
@@ -149,13 +150,11 @@ def packed(c: UInt8[Tensor, "b K"], bits: int) -> UInt8[Tensor, "b B"]:
     return out
 
 
-def unpacked(
-    codes: UInt8[Tensor, "b B"], bits: int, out: UInt8[Tensor, "b K"] | None = None
-) -> UInt8[Tensor, "b K"]:
-    """The numbers that `packed` put into bytes, into `out` if it is given."""
+def unpacked(codes: UInt8[Tensor, "b B"], bits: int) -> UInt8[Tensor, "b K"]:
+    """The numbers that `packed` put into bytes."""
     b, width = codes.shape
     fields = 8 // bits
-    out = codes.new_empty(b, fields * width) if out is None else out
+    out = codes.new_empty(b, fields * width)
     planes, ones = out.view(b, fields, width), 1
     if width % 8 == 0 and codes.is_contiguous() and codes.storage_offset() % 8 == 0:
         # Eight bytes at once: shifts of single bytes are not vectorized.
@@ -188,10 +187,6 @@ def _rounded(
         products = torch.where(better, product, products)
         cosines = torch.where(better, cosine, cosines)
     return best, torch.where(squares > 0, squares / products, 0.0)
-
-
-def _wide(rows: Tensor) -> torch.dtype:
-    return torch.promote_types(rows.dtype, torch.float32)
 
 
 def _require_finite(most: Float[Tensor, "b 1"]) -> None:

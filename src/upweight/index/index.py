@@ -24,7 +24,7 @@ from upweight.runtime.atomic import make_folder
 from upweight.runtime.headers import Misfit, fitting, stale
 from upweight.runtime.lock import claimed
 from upweight.runtime.ranks import share_of
-from upweight.runtime.selection import places
+from upweight.runtime.selection import places, spaced
 from upweight.runtime.store import FINISHED, Store
 from upweight.scores import TopScores, Unit
 from upweight.task.check import require_answerable
@@ -101,7 +101,6 @@ class Index:
         transform: Transform,
         fitted: Fitted,
         held: list[tuple[int, Data]],
-        seconds: Mapping[str, float] | None = None,
     ) -> None:
         self._rows = rows
         self._transform = transform
@@ -109,7 +108,7 @@ class Index:
         self._end = 0  # rows that were there when it was built, loaded or extended here
         self.fitted = fitted
         """The method that answers."""
-        self.seconds = dict(seconds or {})
+        self.seconds: dict[str, float] = {}
         """Time spent on building it, by stage."""
 
     # -- making it --------------------------------------------------------------------------------
@@ -428,8 +427,7 @@ class Index:
         Cost: that of `scores`, and a gradient of each candidate of any query.
         """
         if not rerank:
-            found: TopScores = self.scores(queries, measure, into=Top(k))
-            return found
+            return self.scores(queries, measure, into=Top(k))
         wanted = CANDIDATES * k if candidates is None else candidates
         if isinstance(wanted, Integral) and isinstance(k, Integral) and wanted < k:
             raise SpecError(
@@ -440,8 +438,7 @@ class Index:
             )
         Top(k)
         best = Best(*self._asked(), (), self._held, wanted, k, self._at_hand)
-        reranked: TopScores = self.fitted.attribute(queries, measure, into=best)
-        return reranked
+        return self.fitted.attribute(queries, measure, into=best)
 
     def tokens(
         self, queries: Any, examples: Sequence[int], measure: Callable[..., Tensor] = LOSS
@@ -512,8 +509,7 @@ class Index:
             )
         self._at_hand([len(self) - 1])
         nearest = Nearest(*self._asked(), (), self._held, count, raises)
-        found: tuple[list[int], TokenScores] = self.fitted.attribute(asked, measure, into=nearest)
-        return found
+        return self.fitted.attribute(asked, measure, into=nearest)
 
     def scan_seconds(self) -> float:
         """How long a scan of all rows takes for one query, measured now.
@@ -559,13 +555,12 @@ class Index:
         n = len(self)
         if isinstance(examples, int):
             _require_counts(examples=examples)
-            count = min(n, examples)
-            chosen = [j * n // count for j in range(count)]
+            chosen = spaced(n, examples)
         else:
             chosen = sorted(places(examples, n, "Examples", least=1))
         _require_counts(k=k)
         compared = Compared(*self._asked(), self._at_hand(chosen), self._held)
-        both, _ = self.fitted.attribute(queries, measure, into=compared)
+        both = self.fitted.attribute(queries, measure, into=compared)
         found = verification(both[..., 1], both[..., 0], k, n)
         store = self._rows.store
         with claimed(store.directory, INDEX, wait=True):
@@ -574,11 +569,7 @@ class Index:
         return found
 
     def _at_hand(self, chosen: Sequence[int]) -> Sequence[int]:
-        """The same examples, whose data are held; in ascending order.
-
-        Raises:
-            MissingContext: They are not.
-        """
+        """The same examples, in ascending order, whose data are held."""
         last, data = self._held[-1]
         if chosen and chosen[-1] >= last + len(data):
             raise MissingContext(
@@ -605,20 +596,16 @@ class Index:
         }
         note = f"an index of {len(self)} rows of {self.bytes_per_example} bytes"
         if checked is None:
-            notes: tuple[str, ...] = (f"{note}, not verified: index.verify(queries)",)
+            note += ", not verified: index.verify(queries)"
         else:
-            notes = (f"{note}; {checked}",)
+            note += f"; {checked}"
             health |= {f"index_{name}": value for name, value in asdict(checked).items()}
-        every = (*provenance.notes, *notes)
+        every = (*provenance.notes, note)
         return replace(provenance, health={**provenance.health, **health}, notes=every)
 
 
 def _of_another(folder: Path, description: Mapping[str, str]) -> Store | None:
-    """The store of a folder, if it has this index; None where it has none.
-
-    Raises:
-        StaleStore: It has something else.
-    """
+    """The store of a folder, if it has this index; None where it has none. Another is refused."""
     try:
         found = Store.load(folder, AGAIN)
     except FileNotFoundError:
@@ -654,21 +641,16 @@ def _data(fitted: Fitted, data: Any) -> Data:
 
 def _numbers(codes: Codes, bytes_per_example: int, width: int) -> int:
     """How many numbers fit: a multiple of `MULTIPLE`, or all that there are."""
-    low, high = 0, -(-width // MULTIPLE)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if codes.bytes(middle * MULTIPLE) <= bytes_per_example:
-            low = middle
-        else:
-            high = middle - 1
-    if low == 0:
+    beside = codes.bytes(0)
+    numbers = (bytes_per_example - beside) // (codes.bytes(MULTIPLE) - beside) * MULTIPLE
+    if numbers < MULTIPLE:
         raise SpecError(
             f"A row has at least {MULTIPLE} numbers.",
             f"bytes_per_example={bytes_per_example} with {codes.bits} bits each.",
             "a number of kilobytes, or of numbers, in place of bytes.",
             f"bytes_per_example={codes.bytes(MULTIPLE)} or more; 4096 is the default.",
         )
-    return min(low * MULTIPLE, width)
+    return min(numbers, width)
 
 
 def _require_counts(**counts: Any) -> None:

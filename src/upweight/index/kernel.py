@@ -85,8 +85,7 @@ def dot(bits: int) -> Dot | None:
                     second += ((np.int64(codes[other, at]) >> (bits * s)) & mask) * value
             out[r], out[other] = first, second
 
-    compiled: Dot = numba.njit(nogil=True)(scan)
-    return compiled
+    return numba.njit(nogil=True)(scan)
 
 
 def _two_rows(bits: int) -> Any:

@@ -53,12 +53,6 @@ class Shard:
         return f"rows-{self.start:010}-{self.stop:010}"
 
 
-def grid(start: int, stop: int, size: int) -> list[Shard]:
-    """The shards that hold the rows start … stop − 1, the last of which may not be full."""
-    firsts = range(start // size * size, stop, size)
-    return [Shard(first, min(first + size, stop)) for first in firsts]
-
-
 @dataclass(frozen=True, eq=False)
 class Rows:
     """The shards of a folder.
@@ -107,8 +101,8 @@ class Rows:
             NotWritten: The disk is full or not writable; the shards before it are kept.
         """
         first, of = share
-        wanted = grid(offset, offset + len(data), self.size)
-        wanted = [shard for shard in wanted if shard.start // self.size % of == first]
+        every = self.shards(offset + len(data), offset)
+        wanted = [shard for shard in every if shard.start // self.size % of == first]
         for shard in wanted:
             self._require_same(self._longest(shard), data, offset)
         passes = GradientPass(transform.plan, transform.theta)
@@ -211,11 +205,7 @@ class Rows:
 def require_same(
     kept: Int[Tensor, " b"], data: Data, local: Sequence[int], offset: int, rows: Rows
 ) -> None:
-    """Refuse examples that were just read and are not those that the rows were made of.
-
-    Raises:
-        StaleStore: They are not.
-    """
+    """Refuse, by a StaleStore, examples just read that are not those that the rows were made of."""
     now = checksums(data, local)
     other = ((kept != now) & (kept != 0) & (now != 0)).nonzero()
     if len(other):

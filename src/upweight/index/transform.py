@@ -15,7 +15,7 @@ any P.
 import abc
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, ClassVar, TypeAlias
 
@@ -32,11 +32,12 @@ from upweight.index.codes import Codes
 from upweight.methods.fitted import Fitted
 from upweight.methods.layered import LayeredJob, LayeredScorer
 from upweight.methods.projected import ProjectedJob, ProjectedScorer
-from upweight.methods.reduce import Answer, Reducer, Sink, Sweep
+from upweight.methods.reduce import Asked, Reducer, Sink, Sweep
 from upweight.methods.scorer import Job
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.memory import examples_within, kept_bytes, working_bytes
 from upweight.runtime.progress import progress
+from upweight.runtime.selection import spaced
 from upweight.scoring.stream import training_loss, unchanged
 from upweight.task.data import Data
 from upweight.task.identity import described
@@ -61,6 +62,7 @@ SWEEPS = 20
 """Of the weights of both axes, which change by less than 1e-6 in the last ones."""
 
 
+@dataclass(frozen=True, eq=False)
 class Transform(abc.ABC):
     """T, and what of the model it is applied to. `tensors` is all of it that a folder must hold.
 
@@ -84,9 +86,9 @@ class Transform(abc.ABC):
         return self.plan.task.meanwhile
 
     @property
-    @abc.abstractmethod
     def width(self) -> int:
         """K."""
+        return len(self.spread)
 
     @property
     def facts(self) -> Mapping[str, float]:
@@ -287,20 +289,11 @@ class Coordinates(Transform):
         gains: By what the two parts of a product are multiplied.
     """
 
-    plan: Plan
-    theta: Float[Tensor, " p"]
-    factor: float
-    at_once: int
-    spread: Float[Tensor, " K"]
     blocks: tuple[BlockCoordinates, ...]
     order: Int[Tensor, " k"]
     gains: Float[Tensor, " two"]
 
     kind = "eigen-coordinates"
-
-    @property
-    def width(self) -> int:
-        return len(self.spread)
 
     @property
     def sketched(self) -> int:
@@ -410,7 +403,8 @@ def _coordinates(
     kept = own[order]
     rest = (own.sum() - kept.sum()).clamp_min(0) / max(size, 1)
     spread = _spread(torch.cat([kept, rest.expand(size)])).to(scorer.curvature.plan.dtype)
-    made = _made_of(scorer, tuple(blocks), inside.indices.argsort(), spread, None)
+    ones = spread.new_ones(2)
+    made = _made_of(scorer, tuple(blocks), inside.indices.argsort(), spread, ones)
     return replace(made, gains=_gains(fitted, made, sample, codes)) if size else made
 
 
@@ -518,7 +512,7 @@ def _energies(
     scorer: LayeredScorer, blocks: Sequence[BlockCoordinates], data: Data, sample: int
 ) -> tuple[Tensor, Tensor]:
     """E[v²] and E|v| of all numbers v of each block, over some examples."""
-    task, chosen = scorer.task, data.subset(_spaced(len(data), sample))
+    task, chosen = scorer.task, data.subset(spaced(len(data), sample))
     count, device = len(chosen), scorer.point.theta.device
     totals = [torch.zeros(2, block.size, dtype=torch.float64, device=device) for block in blocks]
     size = _at_once(scorer, blocks)
@@ -533,12 +527,6 @@ def _energies(
     return energies, sizes
 
 
-def _spaced(n: int, most: int) -> list[int]:
-    """`most` places among n, evenly spaced; or all."""
-    count = min(n, most)
-    return [k * n // count for k in range(count)]
-
-
 # -- what the parts of a product are worth --------------------------------------------------------
 
 
@@ -549,7 +537,7 @@ def _gains(fitted: Fitted, made: Coordinates, sample: int, codes: Codes) -> Floa
     those of least squares of S, both divided by Σ ŜS/Σ S² of that sum: then S is the mean of Ŝ at
     a given S, and Ŝ has its unit. 1 and 1, for which it holds too, where they are not positive.
     """
-    at = _spaced(len(fitted.train), sample)
+    at = spaced(len(fitted.train), sample)
     asked, others = at[::4], [i for k, i in enumerate(at) if k % 4]
     ones = torch.ones_like(made.gains)
     if not others:
@@ -575,20 +563,14 @@ class _Parts(Reducer):
     is_exact = True
 
     def begin(self, sweep: Sweep) -> Sink:
-        return _Both(self)
+        return Asked(self._of, lambda parts, _: torch.cat(parts))
 
-
-@dataclass(eq=False)
-class _Both(Sink):
-    asked: _Parts
-    found: list[Tensor] = field(default_factory=list)
-
-    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
-        made, codes, k = self.asked.made, self.asked.codes, len(self.asked.made.order)
+    def _of(self, job: Job) -> Float[Tensor, "q m three"]:
+        made, codes, k = self.made, self.codes, len(self.made.order)
         task, parts = made.plan.task, list[Tensor]()
         u = made.of_query(job).float()
         with GradientPass(made.plan, made.theta) as passes:
-            for start, stop, batch in self.asked.examples.batches(made.at_once):
+            for start, stop, batch in self.examples.batches(made.at_once):
                 batch = task.to_device(batch)
                 rows = made.of_example(passes.of(training_loss(task), batch, stop - start))
                 rows = rows.float()
@@ -597,11 +579,7 @@ class _Both(Sink):
                 S = job.scores_of(batch, stop - start)
                 each = (u[:, :k] @ rows[:, :k].mT, u[:, k:] @ rows[:, k:].mT)
                 parts.append(torch.stack([S, *(x.to(S) for x in each)], dim=2))
-        self.found.append(torch.cat(parts, dim=1))
-        return []
-
-    def result(self, answer: Answer) -> Tensor:
-        return torch.cat(self.found)
+        return torch.cat(parts, dim=1)
 
 
 def _restored(fitted: Fitted, tensors: Mapping[str, Tensor], folder: Any) -> Coordinates:
@@ -639,12 +617,11 @@ def _made_of(
     blocks: tuple[BlockCoordinates, ...],
     order: Tensor,
     spread: Tensor,
-    gains: Tensor | None,
+    gains: Tensor,
 ) -> Coordinates:
-    made, size = scorer.curvature.plan, _at_once(scorer, blocks, len(spread))
-    gains = spread.new_ones(2) if gains is None else gains
+    plan, size = scorer.curvature.plan, _at_once(scorer, blocks, len(spread))
     theta, factor = scorer.point.theta, scorer.factor
-    return Coordinates(made, theta, factor, size, spread, blocks, order, gains)
+    return Coordinates(plan, theta, factor, size, spread, blocks, order, gains)
 
 
 def _at_once(scorer: LayeredScorer, blocks: Sequence[BlockCoordinates], width: int = 0) -> int:
@@ -667,18 +644,9 @@ def _at_once(scorer: LayeredScorer, blocks: Sequence[BlockCoordinates], width: i
 class Projected(Transform):
     """T g = σ⁻¹ ∘ P g, and u_q = −(1/n) σ ∘ (Ĝ + λI)⁻¹ P ∇m_q."""
 
-    plan: Plan
-    theta: Float[Tensor, " p"]
-    factor: float
-    at_once: int
-    spread: Float[Tensor, " K"]
     scorer: ProjectedScorer
 
     kind = "projections"
-
-    @property
-    def width(self) -> int:
-        return self.scorer.projection.width
 
     def of_example(self, factors: Sequence[Factors]) -> Float[Tensor, "b K"]:
         return self.scorer.projection(factors) / self.spread

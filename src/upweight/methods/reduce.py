@@ -121,6 +121,27 @@ class Sink(abc.ABC):
         """What came of it."""
 
 
+@dataclass(eq=False)
+class Asked(Sink):
+    """What jobs answer to another question than that of their blocks.
+
+    Args:
+        ask: What each job is asked.
+        join: What came of it, from all answers.
+    """
+
+    ask: Callable[[Job], Any]
+    join: Callable[[list[Any], Answer], Any]
+    parts: list[Any] = field(default_factory=list)
+
+    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
+        self.parts.append(self.ask(job))
+        return []
+
+    def result(self, answer: Answer) -> Any:
+        return self.join(self.parts, answer)
+
+
 class Reducer(abc.ABC):
     """What to keep of the scores of a question.
 
@@ -345,21 +366,13 @@ class PerToken(Reducer):
     is_exact = True
 
     def begin(self, sweep: Sweep) -> Sink:
-        return _PerToken(places(self.examples, sweep.n, "Training examples", least=1, repeats=True))
+        chosen = places(self.examples, sweep.n, "Training examples", least=1, repeats=True)
+        return Asked(lambda job: job.tokens(chosen), token_scores)
 
 
-@dataclass(eq=False)
-class _PerToken(Sink):
-    examples: list[int]
-    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def missing(self, job: Job, n: int) -> list[tuple[int, int]]:
-        self.parts.append(job.tokens(self.examples))
-        return []
-
-    def result(self, answer: Answer) -> TokenScores:
-        shares, rest = (torch.cat(column) for column in zip(*self.parts, strict=True))
-        return TokenScores(shares, rest)
+def token_scores(parts: Sequence[tuple[Tensor, Tensor]], _: Answer) -> TokenScores:
+    """Of all queries, from those of each job."""
+    return TokenScores(*map(torch.cat, zip(*parts, strict=True)))
 
 
 # -- shared ---------------------------------------------------------------------------------------

@@ -171,11 +171,7 @@ class Display:
 
 
 def require_one_each(name: str, given: Any, n: int, of: str = "example") -> None:
-    """Refuse what does not have one entry per example or query.
-
-    Raises:
-        ShapeError: It has another length.
-    """
+    """Refuse, by a ShapeError, what does not have one entry per example or query."""
     if given is not None and len(given) != n:
         raise ShapeError(
             f"{name} must have one entry per {of}: {n}.",
@@ -186,11 +182,7 @@ def require_one_each(name: str, given: Any, n: int, of: str = "example") -> None
 
 
 def require_display(given: Any) -> Display:
-    """Refuse data, or names, in the place of a display.
-
-    Raises:
-        SpecError: It is one.
-    """
+    """Refuse, by a SpecError, data or names in the place of a display."""
     if isinstance(given, Display):
         return given
     raise SpecError(

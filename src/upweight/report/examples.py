@@ -107,11 +107,6 @@ class KeptExamples(Data):
         return self.n
 
     def take(self, indices: Any) -> Any:
-        """Refused.
-
-        Raises:
-            DataError: Always.
-        """
         raise DataError(
             "A model needs the data themselves.",
             "what a run keeps to show of them.",

@@ -1,7 +1,5 @@
 """One query's maps by every method beside those of the training examples that move its loss."""
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,8 @@ from upweight.applications.maps import Map
 from upweight.applications.views import Row, Views
 from upweight.errors import ShapeError, SpecError
 from upweight.notation import percent, readable
-from upweight.report.rendering import render_static
-from upweight.report.sprite import as_images, display_range, picture_of, thumbnails
-from upweight.runtime.atomic import make_folder, write_whole
+from upweight.report.rendering import render_static, write_page
+from upweight.report.sprite import address, as_images, display_range, png, thumbnails
 
 SIDE = 96
 """Pixels of the longer side of a picture, at most."""
@@ -26,8 +23,6 @@ INK = 0.25
 
 RAISED = np.array([184.0, 72.0, 10.0])
 LOWERED = np.array([0.0, 99.0, 156.0])
-
-WAY_OUT = "free space, or write it elsewhere: path=."
 
 
 def explain(
@@ -65,8 +60,6 @@ def explain(
             "explain(saliency.views(fitted, query), path); of one map: outcomes(map, path).",
         )
     drawn = _Drawn(views, shape)
-    target = Path(path)
-    make_folder(target.parent, WAY_OUT)
     words = {
         "title": title,
         "label": _class(views.label, classes),
@@ -87,8 +80,7 @@ def explain(
         "unanswered": [*views.unanswered.items()],
         "notes": _notes(views),
     }
-    write_whole(target, render_static("explain.html", words).encode(), WAY_OUT)
-    return target
+    return write_page(path, render_static("explain.html", words))
 
 
 class _Drawn:
@@ -113,7 +105,7 @@ class _Drawn:
 
     def input(self, x: Tensor) -> str:
         """The address of a picture of an input."""
-        return _address(self._pixels(x))
+        return address(png(self._pixels(x)))
 
     def row(self, row: Row) -> dict[str, Any]:
         """What the template says of a method."""
@@ -149,8 +141,8 @@ class _Drawn:
         gray = 255.0 - INK * self._pixels(x).astype(np.float64)[..., :1]
         color = np.where((total > 0)[..., None], RAISED, LOWERED)
         pixels = (gray * (1 - share) + color * share).round().astype(np.uint8)
-        side = thumbnails(pixels[None], 0.0, 255.0, SIDE)[0]
-        return {"image": _address(side), "alt": alt, "why": ""}
+        small = thumbnails(pixels[None], 0.0, 255.0, SIDE)[0]
+        return {"image": address(png(small)), "alt": alt, "why": ""}
 
     def _pixels(self, x: Tensor) -> NDArray[np.uint8]:
         images = as_images(_numbers(x).reshape(1, *self.shape))
@@ -191,9 +183,3 @@ def _class(label: str, classes: Sequence[str] | None) -> str:
 
 def _numbers(x: Tensor) -> NDArray[Any]:
     return np.asarray(x.detach().cpu().double().numpy())
-
-
-def _address(pixels: NDArray[np.uint8]) -> str:
-    held = io.BytesIO()
-    picture_of(pixels).save(held, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode("ascii")

@@ -22,7 +22,7 @@ from upweight.report.display import PER_SIDE, Display
 from upweight.report.duplicates import Duplicates
 from upweight.report.examples import Examples, KeptExamples, examples
 from upweight.report.shown import LONGEST, clipped, length
-from upweight.report.sprite import LARGEST_SIDE, side_for, thumbnails
+from upweight.report.sprite import LARGEST_SIDE, PNG_ADDRESS, side_for, thumbnails
 from upweight.runtime.headers import fitting
 from upweight.scores import Scores
 
@@ -260,7 +260,7 @@ def _part(part: Mapping[str, Any]) -> dict[str, Any]:
     ((kind, value),) = part.items()
     if kind == "pairs":
         return {kind: [[str(name), str(what)] for name, what in value]}
-    if kind == "text" or (kind == "picture" and value.startswith("data:image/png;base64,")):
+    if kind == "text" or (kind == "picture" and value.startswith(PNG_ADDRESS)):
         return {kind: str(value)}
     raise ValueError(f"a part of kind {kind!r}")
 

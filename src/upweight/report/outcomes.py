@@ -4,7 +4,6 @@ A section has the verdict, whether a refit stands behind it, the notes, the figu
 an `Outcome`, and knows no application.
 """
 
-import base64
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 from upweight.applications.outcome import Outcome
 from upweight.errors import SpecError
 from upweight.notation import short
-from upweight.report.rendering import render_static
-from upweight.runtime.atomic import make_folder, write_whole
+from upweight.report.rendering import render_static, write_page
+from upweight.report.sprite import address
 
 ROWS = 50
 """Rows of a table that are shown; the others are counted."""
@@ -25,8 +24,6 @@ INCHES = (7.2, 4.0)
 
 DOTS_PER_INCH = 144
 """Twice what a page shows: sharp on a dense screen."""
-
-WAY_OUT = "free space, or write it elsewhere: path=."
 
 
 def outcomes(
@@ -56,11 +53,8 @@ def outcomes(
             "a list that was filtered to nothing.",
             "pass what an application returned: outcomes(amip(results, 'white'), path).",
         )
-    target = Path(path)
-    make_folder(target.parent, WAY_OUT)
     page = render_static("outcomes.html", {"title": title, "outcomes": sections})
-    write_whole(target, page.encode(), WAY_OUT)
-    return target
+    return write_page(path, page)
 
 
 def sections_of(found: Outcome | Iterable[Outcome]) -> list[dict[str, Any]]:
@@ -107,7 +101,7 @@ def _figure(outcome: Outcome) -> str:
     figure.set_size_inches(*INCHES)
     held = io.BytesIO()
     figure.savefig(held, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode("ascii")
+    return address(held.getvalue())
 
 
 def _cell(value: Any) -> str:

@@ -12,11 +12,10 @@ from upweight.applications.outcome import Outcome
 from upweight.effects import Effects
 from upweight.report.answers import Answers
 from upweight.report.display import Display
-from upweight.report.rendering import render_page
+from upweight.report.rendering import render_page, write_page
 from upweight.report.sprite import geometry, sheets
 from upweight.report.whatif import columns
 from upweight.report.words import words_of
-from upweight.runtime.atomic import make_folder, write_whole
 from upweight.scores import Scores
 
 WAY_OUT = "free space, or write it elsewhere: path=, or --out FILE of `upweight report`."
@@ -82,7 +81,4 @@ def html(
     parts = {"columns": text}
     for role, found in sprites.items():
         parts |= {f"sheet-{role}-{k}": sheet.text for k, sheet in enumerate(found)}
-    target = Path(path)
-    make_folder(target.parent, WAY_OUT)
-    write_whole(target, render_page(data, words, parts).encode(), WAY_OUT)
-    return target
+    return write_page(path, render_page(data, words, parts), WAY_OUT)

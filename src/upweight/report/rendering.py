@@ -10,9 +10,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from upweight._text import readable
+from upweight.runtime.atomic import make_folder, write_whole
+
+WAY_OUT = "free space, or write it elsewhere: path=."
 
 SCRIPTS = ("words", "figures", "trust", "cards", "queries", "whatif", "training", "start")
 """Parts of the script in their order; where the data come from is another, in the second place."""
@@ -54,13 +58,8 @@ def filled(
 ) -> str:
     """A template of ours with our styles and script, and with nothing else that runs.
 
-    Args:
-        template: Its file.
-        styles: The files of the style, in order.
-        script: The text of the script.
-        data: What the script reads, as JSON.
-        words: What the template says.
-        connects: Whether it may load from where it was served.
+    `data` is what the script reads, as JSON, and `words` what the template says; a page that
+    `connects` may load from where it was served.
     """
     from markupsafe import Markup  # only the report needs it
 
@@ -91,6 +90,18 @@ def render_static(template: str, words: Mapping[str, Any]) -> str:
     policy = f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; base-uri 'none'"
     marked = {"style": Markup(style), "policy": Markup(policy)}
     return readable(_template(template).render(**words, **marked))
+
+
+def write_page(path: str | Path, page: str, way_out: str = WAY_OUT) -> Path:
+    """Write a page to a file, whole or not at all; its path.
+
+    Raises:
+        NotWritten: The disk is full or not writable.
+    """
+    target = Path(path)
+    make_folder(target.parent, way_out)
+    write_whole(target, page.encode(), way_out)
+    return target
 
 
 def _template(name: str) -> Any:

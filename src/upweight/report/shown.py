@@ -6,8 +6,6 @@ renderer returns, it cannot run script or load anything.
     "a text"   {"name": value, …}   array [h, w] or [h, w, c]   a list of these
 """
 
-import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from upweight.errors import DataError
 from upweight.notation import written
-from upweight.report.sprite import LARGEST_SIDE, as_images, display_range, picture_of, thumbnails
+from upweight.report.sprite import LARGEST_SIDE, address, as_images, display_range, png, thumbnails
 
 Render = Callable[[str, int], Any]
 """("train" or "query", index) → content."""
@@ -79,7 +77,5 @@ def _picture(value: Any) -> str:
             "a batch of images, or a row of numbers.",
             "return one image, or a mapping of names to numbers.",
         )
-    buffer = io.BytesIO()
     small = thumbnails(images, *display_range(images), 2 * LARGEST_SIDE)
-    picture_of(small[0]).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return address(png(small[0]))

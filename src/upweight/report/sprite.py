@@ -25,6 +25,8 @@ TILES = 1024
 EXACT_BYTES = 2_500_000
 """Bytes up to which sheets are kept as PNG; past them they are compressed with a loss."""
 
+PNG_ADDRESS = "data:image/png;base64,"
+
 GUTTER = 1
 """Empty pixels around each tile: at fractional zoom a browser mixes in the neighbour's edge."""
 
@@ -138,6 +140,18 @@ def picture_of(pixels: NDArray[np.uint8]) -> Any:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    """Bytes [h, w, c] as a PNG file."""
+    buffer = io.BytesIO()
+    picture_of(pixels).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def address(file: bytes) -> str:
+    """The address of an image that holds it, for a page that asks the network for nothing."""
+    return PNG_ADDRESS + base64.b64encode(file).decode("ascii")
+
+
 def sprite(
     images: NDArray[np.generic],
     low: float,
@@ -163,9 +177,8 @@ def sprite(
     for place, tile in enumerate(tiles):
         top, left = place // columns * down + GUTTER, place % columns * across + GUTTER
         sheet[top : top + height, left : left + width] = tile
-    buffer = io.BytesIO()
     if exact:
-        picture_of(sheet).save(buffer, format="PNG", optimize=True)
-        return Sprite(buffer.getvalue(), width, height, columns, rows)
+        return Sprite(png(sheet), width, height, columns, rows)
+    buffer = io.BytesIO()
     picture_of(sheet).save(buffer, format="WEBP", quality=75, method=4)
     return Sprite(buffer.getvalue(), width, height, columns, rows, "image/webp")

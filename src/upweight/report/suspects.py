@@ -14,14 +14,11 @@ from upweight.notation import readable
 from upweight.provenance import Context
 from upweight.report.display import Display
 from upweight.report.examples import Examples, examples
-from upweight.report.rendering import filled, script_of
+from upweight.report.rendering import filled, script_of, write_page
 from upweight.report.shown import content
-from upweight.runtime.atomic import make_folder, write_whole
 
 FORMAT = "upweight decisions 1"
 """The first entry of the file that the page makes."""
-
-WAY_OUT = "free space, or write it elsewhere: path=."
 
 
 def suspects(
@@ -80,10 +77,7 @@ def suspects(
     page = filled(
         "suspects.html", ["template.css", "suspects.css"], script_of("suspects"), data, words
     )
-    target = Path(path)
-    make_folder(target.parent, WAY_OUT)
-    write_whole(target, page.encode(), WAY_OUT)
-    return target
+    return write_page(path, page)
 
 
 def decisions(path: str | Path, found: Suspects) -> dict[int, Any]:

@@ -30,11 +30,7 @@ class Words:
 
 
 def require_tokenizer(given: Any) -> None:
-    """Refuse what cannot turn numbers into words.
-
-    Raises:
-        SpecError: It cannot.
-    """
+    """Refuse, by a SpecError, what cannot turn numbers into words."""
     needed = ("convert_ids_to_tokens", "decode")
     if given is not None and not all(hasattr(given, name) for name in needed):
         raise SpecError(

@@ -62,8 +62,7 @@ class Tokens:
         some = self._some(columns, max((len(self.words[i]) for i in columns), default=1))
         if not some:
             return {"tokens": [], "rest": []}
-        shares, rest = _shares_and_rest(self.scores(q, some), len(some))
-        _require_sum(shares.sum(axis=1) + rest, self.of, q, some)
+        shares, rest = self._held(self.scores(q, some), q, some)
         told = []
         for i, row in zip(some, shares, strict=True):
             _require_aligned(i, len(self.words[i]), row)
@@ -74,6 +73,13 @@ class Tokens:
         """Those of which there is room for shares."""
         room = SHARES // (2 * len(self.of) * max(1, min(MOST, longest)))
         return list(columns[: max(1, room)])
+
+    def _held(
+        self, found: Any, q: int, some: list[int]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        shares, rest = _shares_and_rest(found, len(some))
+        _require_sum(shares.sum(axis=1) + rest, self.of, q, some)
+        return shares, rest
 
 
 @dataclass(eq=False)
@@ -146,13 +152,6 @@ class ReadTokens(Tokens):
             told["theirs"] = [_at(row, asked[0]) for row in theirs]
             told["theirs_rest"] = [short(v, 3) for v in left]
         return told
-
-    def _held(
-        self, found: Any, q: int, some: list[int]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        shares, rest = _shares_and_rest(found, len(some))
-        _require_sum(shares.sum(axis=1) + rest, self.of, q, some)
-        return shares, rest
 
     def _read(self, role: str, columns: Sequence[int]) -> list[Words] | None:
         data = self.data[role]

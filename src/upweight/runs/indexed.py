@@ -7,7 +7,6 @@ hash of a file has had it.
 The rows themselves know more: the index refuses another model, method or example.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import tomli_w
 
 from upweight.errors import StaleStore
+from upweight.runs.record import relative_to
 from upweight.runtime.atomic import require_own, write_whole
 from upweight.runtime.fingerprint import sha256
 from upweight.runtime.headers import read_toml
@@ -103,11 +103,3 @@ class IndexRecord:
 def file_source(path: Path, folder: Path, rows: int) -> Source:
     """A file of texts, seen from an index."""
     return Source(relative_to(path, folder), sha256(path), rows)
-
-
-def relative_to(path: Path, folder: Path) -> str:
-    """A path as seen from a folder; the whole path where there is no way from one to the other."""
-    try:
-        return Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
-    except ValueError:  # another drive
-        return str(path.absolute())

@@ -4,6 +4,7 @@ Enough to repeat it, and to refuse another. Objects of the user's are named, not
 say whether they are still the same.
 """
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -139,6 +140,14 @@ def is_path(text: str) -> bool:
     """Whether a text could be the path of a file: systems take no longer names, nor a NUL."""
     parts = text.replace("\\", "/").encode().split(b"/")
     return "\0" not in text and len(text) < 2000 and max(map(len, parts)) < 256
+
+
+def relative_to(path: Path, folder: Path) -> str:
+    """A path as seen from a folder; the whole path where there is no way from one to the other."""
+    try:
+        return Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
+    except ValueError:  # another drive
+        return str(path.absolute())
 
 
 def _source(text: str) -> str:

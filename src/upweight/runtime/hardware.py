@@ -46,11 +46,11 @@ def _is_emulated() -> bool:
     """By products of two square matrices, the fastest of some, in turns."""
     full = torch.ones(SIZE, SIZE, dtype=torch.float32)
     short = full.to(torch.bfloat16)
-    pairs = [(_seconds(full), _seconds(short)) for _ in range(RUNS)][1:]
+    pairs = [(product_seconds(full), product_seconds(short)) for _ in range(RUNS)][1:]
     return min(short for _, short in pairs) > EMULATED * min(full for full, _ in pairs)
 
 
-def _seconds(x: Tensor) -> float:
+def product_seconds(x: Tensor) -> float:
     """What one product of a matrix with itself takes."""
     start = time.perf_counter()
     x @ x

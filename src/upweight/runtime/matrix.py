@@ -175,11 +175,7 @@ class StoredMatrix(Store):
     def _covering(
         self, tiles: Iterable[Tile], first: int, last: int, start: int, stop: int
     ) -> Iterator[tuple[Tile, int, int]]:
-        """Tiles one behind the other with these rows, each with the columns that it is needed for.
-
-        Raises:
-            ShapeError: They leave a gap.
-        """
+        """Tiles one after the other with these rows, and the columns that each is needed for."""
         mine = [t for t in tiles if t.first <= first and last <= t.last]
         while start < stop:
             further = [t for t in mine if t.start <= start < t.stop]

@@ -49,9 +49,7 @@ def working_bytes(device: torch.device, budget: int | None) -> int:
 def solved_bytes(device: torch.device, budget: int | None) -> int:
     """The bytes that solved queries may take while the training set streams past them.
 
-    Args:
-        device: Where they are.
-        budget: What the user allows; None: half of what is free.
+    The budget is what the user allows; None: half of what is free.
     """
     return int(QUERY_SHARE * free_bytes(device)) if budget is None else budget
 

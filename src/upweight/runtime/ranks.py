@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Ranks:
         if group is not None:
             import torch.distributed as dist
 
+            self._dist: Any = dist
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
             parts = dist.get_backend_config(group).split(",")
             self._devices = [part.partition(":")[0] for part in parts]
@@ -62,31 +63,23 @@ class Ranks:
         if self.group is None:
             use(x)
             return
-        import torch.distributed as dist
-
         self._before()
         buffer: Tensor | None = None
         for source in range(count):
             if self.rank == source == owner:
                 use(x)
             elif self.rank == source:
-                dist.send(self._sendable(x), self._global(owner), group=self.group)
+                self._dist.send(self._sendable(x), self._global(owner), group=self.group)
             elif self.rank == owner:
                 buffer = torch.empty_like(self._sendable(x)) if buffer is None else buffer
-                dist.recv(buffer, self._global(source), group=self.group)
+                self._dist.recv(buffer, self._global(source), group=self.group)
                 use(buffer.to(x.device))
 
     def broadcast(self, x: Tensor, owner: int = 0) -> Tensor:
         """x of the owner, in place of everybody's."""
-        if self.size > 1:
-            import torch.distributed as dist
-
-            self._before()
-            sent = self._sendable(x)
-            dist.broadcast(sent, self._global(owner), group=self.group)
-            if sent is not x:
-                x.copy_(sent)
-        return x
+        if self.size == 1:
+            return x
+        return self._exchanged(x, self._dist.broadcast, self._global(owner))
 
     def told(
         self,
@@ -95,14 +88,7 @@ class Ranks:
         dtype: torch.dtype,
         device: torch.device,
     ) -> tuple[Tensor, ...]:
-        """The owner's tensors, of one dtype, whose shapes nobody else knows.
-
-        Args:
-            tensors: Three at most; None on the other ranks.
-            owner: Who has them.
-            dtype: Theirs.
-            device: Theirs.
-        """
+        """The owner's tensors, three at most, whose shapes nobody else knows; others give None."""
         if self.size == 1:
             assert tensors is not None
             return tuple(tensors)
@@ -138,11 +124,7 @@ class Ranks:
         return int(-self._largest(torch.tensor([-value]))[0])
 
     def require_same(self, values: Sequence[int], what: str) -> None:
-        """Refuse to go on where ranks do not agree; nobody goes on before all have come here.
-
-        Raises:
-            SpecError: They do not.
-        """
+        """Refuse, by a SpecError, ranks that do not agree; nobody goes on before all are here."""
         mine = torch.tensor([int(value) for value in values])
         if self.size == 1 or torch.equal(self._largest(mine), -self._largest(-mine)):
             return
@@ -155,35 +137,26 @@ class Ranks:
 
     def sum(self, x: Tensor) -> Tensor:
         """Σ over the ranks in any order: exact where only one of them is not 0."""
-        if self.size > 1:
-            import torch.distributed as dist
-
-            self._before()
-            sent = self._sendable(x)
-            dist.all_reduce(sent, group=self.group)
-            if sent is not x:
-                x.copy_(sent)
-        return x
+        return x if self.size == 1 else self._exchanged(x, self._dist.all_reduce)
 
     def _largest(self, x: Tensor) -> Tensor:
-        if self.size > 1:
-            import torch.distributed as dist
+        if self.size == 1:
+            return x
+        return self._exchanged(x.clone(), self._dist.all_reduce, self._dist.ReduceOp.MAX)
 
-            self._before()
-            sent = self._sendable(x.clone())
-            dist.all_reduce(sent, op=dist.ReduceOp.MAX, group=self.group)
-            return sent.to(x.device)
-        return x
+    def _exchanged(self, x: Tensor, exchange: Callable[..., object], *arguments: Any) -> Tensor:
+        """x, whose numbers are now those that a collective call gives."""
+        self._before()
+        sent = self._sendable(x)
+        exchange(sent, *arguments, group=self.group)
+        return x if sent is x else x.copy_(sent)
 
     def _sendable(self, x: Tensor) -> Tensor:
         """x where the backend can read it: NCCL reads GPUs only."""
         return x if x.device.type in self._devices else x.to(self._devices[0])
 
     def _global(self, rank: int) -> int:
-        import torch.distributed as dist
-
-        assert self.group is not None
-        return dist.get_global_rank(self.group, rank)
+        return int(self._dist.get_global_rank(self.group, rank))
 
 
 ALONE = Ranks()

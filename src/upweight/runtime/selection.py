@@ -62,6 +62,12 @@ def places(given: Any, n: int, what: str, *, least: int = 0, repeats: bool = Fal
     return [int(entry) for entry in entries]
 
 
+def spaced(n: int, most: int) -> list[int]:
+    """`most` places among n, evenly spaced; or all."""
+    count = min(n, most)
+    return [k * n // count for k in range(count)]
+
+
 def is_row(query: Any, q: int) -> bool:
     """Whether this is a whole number of any kind in 0…q − 1."""
     row = _plain(query)

@@ -148,7 +148,7 @@ class Store:
             old = set(cls.load(directory).names())
         except (FileNotFoundError, StaleStore):
             old = set()
-        told = {name: made._write(name, tensors, way_out) for name, tensors in shards.items()}
+        told = {name: made.add(name, tensors, way_out) for name, tensors in shards.items()}
         made._begin()
         made._finish(told, facts)
         for name in old - set(told):
@@ -190,17 +190,35 @@ class Store:
             NotWritten: The disk is full or not writable. What was there before stays readable.
         """
         (self.directory / FINISHED).unlink(missing_ok=True)  # it knows other hashes
-        self._write(name, tensors)
+        self.add(name, tensors)
 
-    def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Add a shard of a new name to a store that may be finished.
+    def add(self, name: str, tensors: Mapping[str, Tensor], way_out: str = ELSEWHERE) -> str:
+        """Add a shard of a new name to a store that may be finished; its hash.
 
         Whoever reads it sees what was finished before, until `finish` names the new shard as well.
 
         Raises:
             NotWritten: The disk is full or not writable. What was there before stays readable.
         """
-        self._write(name, tensors)
+        about = self._about(name)
+        whole = {key: each.detach().cpu().contiguous() for key, each in tensors.items()}
+        told = _digest(whole, about)
+        # The format wants every tensor aligned: those of wide numbers first.
+        order = sorted(whole, key=lambda key: (-whole[key].element_size(), key))
+        fields: dict[str, Any] = {"__metadata__": {**about, "digest": told}}
+        end = 0
+        for key in order:
+            each = whole[key]
+            begin, end = end, end + each.nbytes
+            place = {"shape": list(each.shape), "data_offsets": [begin, end]}
+            fields[key] = {"dtype": DTYPES[each.dtype], **place}
+        header = json.dumps(fields, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        with replacing(self.path(name), way_out) as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for key in order:
+                file.write(whole[key].reshape(-1).view(torch.uint8).numpy().data)
+        return told
 
     def unnamed(self) -> list[str]:
         """Shards that were added since the store was finished, in order of their names."""
@@ -330,27 +348,6 @@ class Store:
         except FileNotFoundError:
             return None
         return found
-
-    def _write(self, name: str, tensors: Mapping[str, Tensor], way_out: str = ELSEWHERE) -> str:
-        about = self._about(name)
-        whole = {key: each.detach().cpu().contiguous() for key, each in tensors.items()}
-        told = _digest(whole, about)
-        # The format wants every tensor aligned: those of wide numbers first.
-        order = sorted(whole, key=lambda key: (-whole[key].element_size(), key))
-        fields: dict[str, Any] = {"__metadata__": {**about, "digest": told}}
-        end = 0
-        for key in order:
-            each = whole[key]
-            begin, end = end, end + each.nbytes
-            place = {"shape": list(each.shape), "data_offsets": [begin, end]}
-            fields[key] = {"dtype": DTYPES[each.dtype], **place}
-        header = json.dumps(fields, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        with replacing(self.path(name), way_out) as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for key in order:
-                file.write(whole[key].reshape(-1).view(torch.uint8).numpy().data)
-        return told
 
     def _compared(self, name: str) -> tuple[str, Mapping[str, Tensor]]:
         """The hash and the tensors of a shard that is what was written."""

@@ -58,30 +58,25 @@ def check_method(
     """
     suite = _Suite(method, rtol, history)
     for problem in closed_forms() if problems is None else problems:
-        yield (
-            f"scores have a unit, a shape and a source: {problem.name}",
-            partial(suite.labelled, problem),
-        )
-        yield f"rows follow the queries: {problem.name}", partial(suite.query_subset, problem)
-        yield f"self-influence is the diagonal: {problem.name}", partial(suite.diagonal, problem)
+        laws: dict[str, Callable[[Any], None]] = {
+            "scores have a unit, a shape and a source": suite.labelled,
+            "rows follow the queries": suite.query_subset,
+            "self-influence is the diagonal": suite.diagonal,
+            "reducers keep what the matrix has": suite.reduced,
+        }
         if method.unit is Unit.DERIVATIVE:
-            yield f"linear in the measurement: {problem.name}", partial(suite.linear, problem)
+            laws["linear in the measurement"] = suite.linear
         if symmetric:
-            yield (
-                f"symmetric on the training set: {problem.name}",
-                partial(suite.symmetric, problem),
-            )
+            laws["symmetric on the training set"] = suite.symmetric
         if deterministic:
-            yield f"columns follow the examples: {problem.name}", partial(suite.order, problem)
-            yield f"batches do not matter: {problem.name}", partial(suite.batches, problem)
+            laws["columns follow the examples"] = suite.order
+            laws["batches do not matter"] = suite.batches
             if method.unit is Unit.DERIVATIVE:
-                yield (
-                    f"duplicates halve the scores: {problem.name}",
-                    partial(suite.duplicates, problem),
-                )
-        yield f"reducers keep what the matrix has: {problem.name}", partial(suite.reduced, problem)
+                laws["duplicates halve the scores"] = suite.duplicates
         if exact and isinstance(problem, ClosedForm):
-            yield f"is the derivative: {problem.name}", partial(suite.exact, problem)
+            laws["is the derivative"] = suite.exact
+        for name, law in laws.items():
+            yield f"{name}: {problem.name}", partial(law, problem)
     yield "an example without a gradient has score zero", suite.zero
     if exact and not damped:
         yield "rows sum to zero without a penalty", suite.row_sum
@@ -110,14 +105,13 @@ class _Suite:
         found: Scores = self.fitted(problem).attribute(problem.queries, *measure)
         return found.values
 
-    def same(self, actual: Tensor, expected: Tensor, what: str, rtol: float | None = None) -> None:
-        rtol = self.rtol if rtol is None else rtol
+    def same(self, actual: Tensor, expected: Tensor, what: str) -> None:
         scale = float(expected.abs().max()) if expected.numel() else 0.0
         torch.testing.assert_close(
             actual,
             expected.to(actual),
-            rtol=rtol,
-            atol=rtol * scale,
+            rtol=self.rtol,
+            atol=self.rtol * scale,
             msg=lambda text: f"{self.method!r}: {what}\n{text}",
         )
 

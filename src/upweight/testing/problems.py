@@ -80,9 +80,9 @@ class Constant(nn.Module):
         return self.value.expand(len(x), 1)
 
 
-def location(n: int = 9) -> ClosedForm:
+def location() -> ClosedForm:
     """The mean: H = 1, so an example moves it by its distance over n, or n − 1 when left out."""
-    generator = torch.Generator().manual_seed(0)
+    n, generator = 9, torch.Generator().manual_seed(0)
     y = torch.randn(n, 1, generator=generator, dtype=torch.float64)
     x, queries = torch.zeros(n, 1, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
     distance = (y - y.mean()).T.expand(2, n)

@@ -162,8 +162,7 @@ class _Pairs:
             _, y, rho = self._kept[-1]
             curvature = rho * (y * y).sum(dim=1)
             gamma = torch.where(rho > 0, 1.0 / torch.where(rho > 0, curvature, 1.0), gamma)
-        scaled: Tensor = gamma[:, None] * vector
-        return scaled
+        return gamma[:, None] * vector
 
     def add(self, s: Tensor, y: Tensor, found: Bool[Tensor, " a"]) -> None:
         """Remember a step; forget everything about models whose step failed."""

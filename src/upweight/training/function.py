@@ -98,12 +98,10 @@ class FunctionTrainer:
                 raise SpecError(_not_the_model(layout, f"no or another {', '.join(wrong[:4])}"))
             made = layout.flatten({name: made[name] for name in layout.names})
         if not isinstance(made, Tensor) or tuple(made.shape) != (layout.size,):
-            raise SpecError(_not_the_model(layout, _shown(made)))
+            is_tensor = isinstance(made, Tensor)
+            given = f"shape {tuple(made.shape)}" if is_tensor else type(made).__name__
+            raise SpecError(_not_the_model(layout, given))
         return made.detach().to(layout.device, layout.dtype).clone()
-
-
-def _shown(made: Any) -> str:
-    return f"shape {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
 
 
 def _not_the_model(layout: Layout, given: str) -> str:

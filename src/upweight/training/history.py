@@ -161,14 +161,11 @@ def _require_plain(history: Trajectory) -> None:
 
 def _require_examples(history: History, n: int) -> None:
     largest = max((int(s.indices.max()) for s in history.steps()), default=-1)
-    if largest >= n or (isinstance(history, Trajectory) and len(history.weights) != n):
+    of = len(history.weights) if isinstance(history, Trajectory) else n
+    if largest >= n or of != n:
         raise SpecError(
             f"The steps of a history are of these {n} training examples.",
-            f"a step with example {largest}."
-            if largest >= n
-            else f"a run on {len(history.weights)} examples."
-            if isinstance(history, Trajectory)
-            else "another number.",
+            f"a step with example {largest}." if largest >= n else f"a run on {of} examples.",
             "a history of other data, or indices of a larger data set.",
             "give the data that the run trained on, in their order.",
         )

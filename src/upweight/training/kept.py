@@ -48,21 +48,13 @@ def training_identity(recipe: Any, task: Task, train: Data) -> dict[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What was made for rows of weights, by the hash of these; or nothing is kept.
-
-    Args:
-        store: Where; None: nowhere.
-    """
+    """What was made for rows of weights, by the hash of these; without a store nothing is kept."""
 
     store: Store | None
 
     @classmethod
     def of(cls, resources: Resources, about: Callable[[], Mapping[str, str]]) -> "Kept":
-        """That of a folder, if there is one.
-
-        Args:
-            resources: With the folder.
-            about: () -> what all of it depends on.
+        """That of a folder, if there is one, whose contents all depend on `about`.
 
         Raises:
             StaleStore: The folder holds something else.
@@ -98,10 +90,7 @@ class Kept:
     def trainer(self, trainer: Trainer, task: Task, key: str = "") -> Trainer:
         """The same trainer, each of whose calls is made once; itself where nothing is kept.
 
-        Args:
-            trainer: As prepared.
-            task: What it trains.
-            key: What tells it from other trainers of the folder.
+        Its key tells it from other trainers of the folder.
         """
         return trainer if self.store is None else KeptTrainer(trainer, task, self, key)
 
@@ -138,9 +127,7 @@ class KeptTrainer:
         return Trained(theta, found["gradient_norms"], failures)
 
 
-def kept_trainer(
-    recipe: Recipe, task: Task, train: Data, resources: Resources, key: str = ""
-) -> Trainer:
+def kept_trainer(recipe: Recipe, task: Task, train: Data, resources: Resources) -> Trainer:
     """`recipe.prepare(task, train)`; with a folder, models are kept in it and found again.
 
     Raises:
@@ -150,7 +137,7 @@ def kept_trainer(
     Memory: on disk p numbers for each model.
     """
     kept = Kept.of(resources, lambda: training_identity(recipe, task, train))
-    return kept.trainer(recipe.prepare(task, train), task, key)
+    return kept.trainer(recipe.prepare(task, train), task)
 
 
 def as_bytes(text: str) -> Tensor:

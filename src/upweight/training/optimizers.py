@@ -15,6 +15,7 @@ import abc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,9 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from upweight.errors import SpecError
+
+Parts: TypeAlias = list[Tensor]
+Memories: TypeAlias = Mapping[str, list[Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +67,7 @@ class Optimizer(abc.ABC):
         """θ and the state after one step at the learning rate η."""
 
     def reached(self, rates: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
-        """How far the gradient of each step moves θ_T in all, over the scale of `scale`.
-
-        Args:
-            rates: η of all steps, in order.
-        """
+        """How far the gradient of each step moves θ_T in all, over `scale`; of all η in order."""
         return rates
 
     def scale(self, state: OptimizerState) -> Float[Tensor, " p"] | None:
@@ -105,13 +105,7 @@ class Optimizer(abc.ABC):
 
     @abc.abstractmethod
     def _update_(
-        self,
-        theta: list[Tensor],
-        grads: list[Tensor],
-        memories: Mapping[str, list[Tensor]],
-        steps: int,
-        lr: float,
-        fused: bool,
+        self, theta: Parts, grads: Parts, memories: Memories, steps: int, lr: float, fused: bool
     ) -> None: ...
 
 
@@ -172,13 +166,7 @@ class SGD(Optimizer):
         return torch.cat([carried[:1], (1 - self.dampening) * carried[1:]])
 
     def _update_(
-        self,
-        theta: list[Tensor],
-        grads: list[Tensor],
-        memories: Mapping[str, list[Tensor]],
-        steps: int,
-        lr: float,
-        fused: bool,
+        self, theta: Parts, grads: Parts, memories: Memories, steps: int, lr: float, fused: bool
     ) -> None:
         kept = memories.get("momentum", [])
         # None: the first step, which has no dampening.
@@ -257,13 +245,7 @@ class Adam(Optimizer):
         return 1 / (corrected.sqrt() + self.eps)
 
     def _update_(
-        self,
-        theta: list[Tensor],
-        grads: list[Tensor],
-        memories: Mapping[str, list[Tensor]],
-        steps: int,
-        lr: float,
-        fused: bool,
+        self, theta: Parts, grads: Parts, memories: Memories, steps: int, lr: float, fused: bool
     ) -> None:
         rule = adamw if isinstance(self, AdamW) else adam
         rule(
@@ -284,16 +266,14 @@ class AdamW(Adam):
 
     Args:
         lr: η₀.
-        betas: As for `Adam`.
-        eps: As for `Adam`.
+        betas, eps, amsgrad: As for `Adam`.
         weight_decay: λ, of all parameters. It is no gradient, and not part of J.
-        amsgrad: As for `Adam`.
     """
 
     weight_decay: float | Float[Tensor, " p"] = 0.01
 
     def _decayed(self, theta: Tensor, grad: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        return (theta * (1 - lr * self.weight_decay) if _is_any(self.weight_decay) else theta), grad
+        return theta * (1 - lr * self.weight_decay), grad
 
 
 def _carried(rates: Float[Tensor, " T"], share: float) -> Float[Tensor, " T"]:
@@ -326,10 +306,6 @@ def _root(square: Tensor) -> Tensor:
         return square.sqrt()
     positive = square > 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
-
-
-def _is_any(decay: float | Tensor) -> bool:
-    return isinstance(decay, Tensor) or decay > 0
 
 
 def _with_decay(grad: Tensor, theta: Tensor, decay: float | Tensor) -> Tensor:

@@ -211,13 +211,7 @@ class _Manifest:
 
 @dataclass(eq=False)
 class Run:
-    """A recording on its way. Made by `record`.
-
-    Args:
-        model, optimizer, every: As for `record`.
-        store: What is written.
-        taken: How many steps were taken.
-    """
+    """A recording on its way, of `taken` steps so far. Made by `record`."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -252,13 +246,30 @@ class Run:
         return self._rate is not None
 
     def keep(self) -> None:
-        """Keep the state after the steps that were taken, besides every k-th.
+        """Keep the state after the steps that were taken, besides every k-th; and these steps.
 
         Raises:
             NotWritten: The disk is full or not writable.
         """
-        if self._written != self.taken:
-            self._keep()
+        if self._written == self.taken:
+            return
+        if self._rates:
+            begin = self.taken - len(self._rates)
+            tensors = {
+                "rates": torch.tensor(self._rates, dtype=torch.float64),
+                "sizes": torch.tensor([len(b) for b in self._batches]),
+                "indices": torch.cat(self._batches),
+            }
+            if bool((torch.cat(self._factors) != 1).any()):
+                tensors["factors"] = torch.cat(self._factors)
+            self.store.write(_steps(begin), tensors)
+        tensors = {f"parameter.{name}": p.detach() for name, p in self.params.items()}
+        for memory in self.manifest.optimizer().memories:
+            for name, p in self.params.items():
+                found = self.optimizer.state.get(p, {}).get(MEMORIES[memory])
+                tensors[f"{memory}.{name}"] = torch.zeros_like(p) if found is None else found
+        self.store.write(_state(self.taken), tensors)
+        self._rates, self._batches, self._factors, self._written = [], [], [], self.taken
 
     def step(
         self,
@@ -326,26 +337,6 @@ class Run:
         if self.taken % self.every == 0:
             self.keep()
         self._rate = float(_groups(optimizer)[0]["lr"])
-
-    def _keep(self) -> None:
-        """The steps since the last state, and this one."""
-        if self._rates:
-            begin = self.taken - len(self._rates)
-            tensors = {
-                "rates": torch.tensor(self._rates, dtype=torch.float64),
-                "sizes": torch.tensor([len(b) for b in self._batches]),
-                "indices": torch.cat(self._batches),
-            }
-            if bool((torch.cat(self._factors) != 1).any()):
-                tensors["factors"] = torch.cat(self._factors)
-            self.store.write(_steps(begin), tensors)
-        tensors = {f"parameter.{name}": p.detach() for name, p in self.params.items()}
-        for memory in self.manifest.optimizer().memories:
-            for name, p in self.params.items():
-                found = self.optimizer.state.get(p, {}).get(MEMORIES[memory])
-                tensors[f"{memory}.{name}"] = torch.zeros_like(p) if found is None else found
-        self.store.write(_state(self.taken), tensors)
-        self._rates, self._batches, self._factors, self._written = [], [], [], self.taken
 
     def _rewind(self, taken: int) -> None:
         """Go on from a state that the user's loop has put into the model."""
@@ -532,11 +523,7 @@ def _settings(rule: Optimizer) -> dict[str, Any]:
 
 
 def _rule(optimizer: torch.optim.Optimizer) -> Optimizer:
-    """The update rule of an optimizer of `torch.optim`.
-
-    Raises:
-        SpecError: It is another, or its groups differ.
-    """
+    """The update rule of an optimizer of `torch.optim`."""
     name = type(optimizer).__name__
     exact = getattr(torch.optim, name, None) is type(optimizer)
     if name not in RULES or not exact:
@@ -598,11 +585,7 @@ def _decays(
 
 
 def _parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters of the model that the optimizer trains, by name.
-
-    Raises:
-        UnsupportedModel: Others require a gradient.
-    """
+    """The parameters of the model that the optimizer trains, by name; all that are trained."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     named = dict(model.named_parameters())
     others = [name for name, p in named.items() if p.requires_grad and id(p) not in held]

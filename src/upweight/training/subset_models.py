@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight.errors import NotConverged, SpecError, message
+from upweight.errors import NotConverged, SpecError
 from upweight.runtime.resources import Resources
 from upweight.task.data import Data
 from upweight.task.recipe import Recipe, Trainer
@@ -113,7 +113,12 @@ def subset_models(
     seeds = min(seeds, subsets) if has_seed(recipe) else 1
     if fraction == 1.0:
         if not has_seed(recipe):
-            raise SpecError(_no_seed(recipe))
+            raise SpecError(
+                "Models of all of the data differ by the seed that they are trained from.",
+                f"{recipe!r}, which has none.",
+                "a recipe that minimizes, or a function of its own.",
+                "pass fraction=0.5 for models of random halves, or a list of models as history.",
+            )
         weights, seeds = torch.ones(subsets, len(train), dtype=torch.float64), subsets
     else:
         weights = fitting_weights(len(train), subsets, fraction, seed)
@@ -254,12 +259,3 @@ def reseeded_from(recipe: Recipe, k: int) -> Recipe:
         return recipe
     made: Callable[..., Recipe] = replace  # type: ignore[assignment]
     return made(recipe, seed=recipe.seed + k)  # type: ignore[attr-defined]
-
-
-def _no_seed(recipe: Recipe) -> str:
-    return message(
-        "Models of all of the data differ by the seed that they are trained from.",
-        f"{recipe!r}, which has none.",
-        "a recipe that minimizes, or a function of its own.",
-        "pass fraction=0.5 for models of random halves, or a list of models as history.",
-    )

@@ -63,7 +63,11 @@ def trainer_for(
         UnsupportedModel: A layer keeps statistics of its batches while training.
     """
     _refuse_running_statistics(start.model)
-    trainer = TrainingTrainer(spec, start, train, center, terms, _together(spec, start))
+    # As many models as the cache holds are the fastest.
+    numbers = (2 + len(spec.optimizer.memories)) * start.layout.size
+    together = CACHE_BYTES // (numbers * start.layout.dtype.itemsize)
+    at_once = max(1, min(TOGETHER, together))
+    trainer = TrainingTrainer(spec, start, train, center, terms, at_once)
     if trainer.at_once > 1 and (reason := trainer.refusal()) is not None:
         return replace(trainer, at_once=1, alone_because=reason)
     return trainer
@@ -354,13 +358,6 @@ def _seed_all(seed: int, device: torch.device) -> None:
 def _forked() -> AbstractContextManager[None]:
     """PyTorch's generators come back as they were: `manual_seed` seeds those of all devices."""
     return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
-
-
-def _together(spec: Any, task: Task) -> int:
-    """How many models are fastest: as many as the cache holds."""
-    numbers = 2 + len(spec.optimizer.memories)
-    each = numbers * task.layout.size * task.layout.dtype.itemsize
-    return max(1, min(TOGETHER, CACHE_BYTES // each))
 
 
 def _refuse_running_statistics(model: nn.Module) -> None:

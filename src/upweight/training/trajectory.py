@@ -71,8 +71,7 @@ class Trajectory:
     @property
     def optimizer(self) -> Optimizer:
         """The recipe's update rule."""
-        found: Optimizer = self.recipe.optimizer
-        return found
+        return self.recipe.optimizer
 
     @property
     def theta(self) -> Float[Tensor, " p"]:

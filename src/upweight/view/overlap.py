@@ -8,15 +8,8 @@ LEAST = 3
 """Tokens in a row that are no chance: of fewer nearly every text has some in common."""
 
 
-def copied(
-    passage: Sequence[int], query: Sequence[int], least: int = LEAST
-) -> tuple[list[bool], tuple[int, int]]:
+def copied(passage: Sequence[int], query: Sequence[int]) -> tuple[list[bool], tuple[int, int]]:
     """Of each token of a passage whether it is in a run that the query has verbatim.
-
-    Args:
-        passage: Tokens.
-        query: Tokens.
-        least: Tokens of a run.
 
     Returns:
         That, and the start and stop of the longest run in the passage; (0, 0) where there is none.
@@ -30,7 +23,7 @@ def copied(
         before = np.concatenate(([0], ending[:-1])) if len(asked) else ending
         ending = np.where(asked == token, before + 1, 0)  # of the run that ends here and there
         run = int(ending.max(initial=0))
-        if run >= least:
+        if run >= LEAST:
             found[i + 1 - run : i + 1] = [True] * run
             if run > longest[1] - longest[0]:
                 longest = (i + 1 - run, i + 1)

@@ -77,12 +77,7 @@ class Search:
         self._one = threading.Lock()  # one question at a time: they share the model
 
     def answer(self, text: str, k: int = 20, order: str = "lowers") -> dict[str, Any]:
-        """The k passages behind a text, as JSON.
-
-        Args:
-            text: What the model said.
-            k: How many passages.
-            order: One of `ORDERS`.
+        """The k passages behind a text that the model said, in one of `ORDERS`, as JSON.
 
         Raises:
             SpecError: There is no text, it is too long, or k or the order mean nothing.
@@ -101,7 +96,7 @@ class Search:
             best = scores.argsort(descending=order == "raises", stable=True)[:k]
         else:
             best = torch.arange(len(ids))
-        ranks = _ranks(lexical)
+        ranks = 1 + lexical.argsort(descending=True, stable=True).argsort()
         query, spans = tokens.tolist(), [False] * len(tokens)
         results = []
         for place in best.tolist():
@@ -182,25 +177,10 @@ def application(search: Search, token: str) -> Any:
 
 
 class SearchServer(Loopback):
-    """The page of an index, served until it is closed.
-
-    Args:
-        search: What it asks.
-        port: As for `Loopback`.
-
-    Raises:
-        SpecError: As for `Loopback`.
-    """
+    """The page of an index, served until it is closed; port and errors are those of `Loopback`."""
 
     def __init__(self, search: Search, port: int = 0) -> None:
         super().__init__(lambda token: application(search, token), port)
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """1 for the largest."""
-    ranks = torch.empty(len(values), dtype=torch.int64)
-    ranks[values.argsort(descending=True, stable=True)] = torch.arange(1, len(values) + 1)
-    return ranks
 
 
 def _require(text: str, k: int, order: str) -> None:
