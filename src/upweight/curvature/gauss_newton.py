@@ -35,7 +35,7 @@ from upweight.gradients.autograd import (
 )
 from upweight.gradients.blocks import Plan
 from upweight.gradients.planning import plan
-from upweight.linalg.operator import LinearOperator, Tag
+from upweight.linalg.operator import LinearOperator
 from upweight.task.batches import cut
 from upweight.task.data import WORKING_BYTES, Data, batch_size
 from upweight.task.task import Task
@@ -72,42 +72,31 @@ class Way:
         return "autograd" if self.products == "func" and plain else self.products
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class GaussNewtonTerm(BatchTerm):
     """Σᵢ Jᵢᵀ Λᵢ Jᵢ over one batch.
 
     Args:
-        task: What was trained.
-        theta: θ.
         function: θ ↦ F(θ), `[p] -> [b, c]`; θ flat or by name.
         jacobians: () ↦ J in pieces `[m, c, p]`, some examples each, in their order; called to write
             the matrix out, or where the way is that.
         weigh: (u, some) ↦ Λ u for some of the examples and `[k, m, c]`, or None for the identity.
-        tags: What is known of it.
         how: How products are taken.
-        examples: b.
+        count: b.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        theta: Float[Tensor, " p"],
-        function: Callable[..., Float[Tensor, "b c"]],
-        jacobians: Callable[[], Iterator[Float[Tensor, "m c p"]]],
-        weigh: Weigh | None,
-        tags: frozenset[Tag],
-        how: Way,
-        examples: int,
-    ) -> None:
-        super().__init__(task, theta, tags)
-        self.function, self.jacobians, self.weigh = function, jacobians, weigh
-        self.how, self.examples_in = how, examples
+    function: Callable[..., Float[Tensor, "b c"]]
+    jacobians: Callable[[], Iterator[Float[Tensor, "m c p"]]]
+    weigh: Weigh | None
+    how: Way
+    count: int
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
         if v.numel() == 0:  # vmap needs at least one vector
             return v.clone()
         flat = v.reshape(-1, v.shape[-1])
-        products = self.how.takes(self.theta, len(flat), self.examples_in)
+        products = self.how.takes(self.theta, len(flat), self.count)
         if products == "autograd":
             rows = gauss_newton_products(self.task, self.theta, self.function, self._weighed, flat)
         elif products == "jacobians":

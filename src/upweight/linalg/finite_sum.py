@@ -42,9 +42,7 @@ class FiniteSum(LinearOperator):
     terms: Sequence[LinearOperator]
     n: int
     declared: frozenset[Tag] | None = None
-    _shape: tuple[int, int] = field(init=False)
-    _dtype: torch.dtype = field(init=False)
-    _device: torch.device = field(init=False)
+    _first: LinearOperator = field(init=False)
 
     def __post_init__(self) -> None:
         if len(self.terms) == 0 or self.n < 1:
@@ -56,9 +54,7 @@ class FiniteSum(LinearOperator):
             )
         # Kept, because asking a lazy sequence for its first term may cost a batch.
         first = self.terms[0]
-        object.__setattr__(self, "_shape", first.shape)
-        object.__setattr__(self, "_dtype", first.dtype)
-        object.__setattr__(self, "_device", first.device)
+        object.__setattr__(self, "_first", first)
         tags = self.declared
         if tags is None:
             tags = frozenset(Tag)
@@ -69,15 +65,11 @@ class FiniteSum(LinearOperator):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self._shape
+        return self._first.shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self._dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
+    def like(self) -> LinearOperator:
+        return self._first
 
     @property
     def tags(self) -> frozenset[Tag]:

@@ -25,7 +25,7 @@ from upweight.linalg.cholesky import Cholesky, CholeskyState
 from upweight.linalg.damping import Damping
 from upweight.linalg.gram import LongSum
 from upweight.linalg.matrices import Dense
-from upweight.linalg.operator import Tag
+from upweight.linalg.operator import PSD
 from upweight.methods import health
 from upweight.methods.fitting import Fitting
 from upweight.methods.scorer import (
@@ -403,15 +403,14 @@ def _part(
     """Ĝ + λI with its λ; raises now, by its name, what every query would meet."""
     if not bool(gram.any()):
         return Part(name, entries, 0.0, 0.0, None)
-    psd = frozenset({Tag.SYMMETRIC, Tag.PSD})
     if penalty is not None:
         gram = gram + penalty
     try:
-        lam = damping.of(Dense(gram, psd), None, n)
+        lam = damping.of(Dense(gram, PSD), None, n)
         mean = float(gram.diagonal().mean())
         gram.diagonal().add_(lam)
         solver = Cholesky()
-        state = solver.init(Dense(gram, psd))
+        state = solver.init(Dense(gram, PSD))
         solver.solve(state, gram.new_zeros(len(gram))).throw()
     except UpweightError as error:
         error.args = (f"{name}: {error}",)

@@ -17,7 +17,7 @@ from torch import Tensor
 from upweight._typing import Params
 from upweight.errors import SpecError
 from upweight.linalg.matrices import Dense, DiagonalMatrix, LowRank
-from upweight.linalg.operator import LinearOperator, Tag
+from upweight.linalg.operator import SYMMETRIC, LinearOperator
 from upweight.runtime.fingerprint import described
 from upweight.task.params import Layout
 
@@ -38,7 +38,7 @@ class Penalty(abc.ABC):
         # Reverse over reverse: needs only operations that have a backward pass.
         gradient = torch.func.jacrev(lambda t: self(layout.unflatten(t), layout))
         hessian = torch.func.jacrev(gradient)(theta)
-        return Dense(hessian, tags=frozenset({Tag.SYMMETRIC}))
+        return Dense(hessian, tags=SYMMETRIC)
 
     def __add__(self, other: "Penalty") -> "Penalty":
         return PenaltySum((self, other))
