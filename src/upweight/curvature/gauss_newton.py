@@ -179,17 +179,8 @@ def way(
     values = outputs * (task.layout.size + outputs)
     count = min(PROBE, batch_size(values, task.layout.dtype.itemsize))
     for taken, batch in few(task, data, count):
-        places = torch.tensor(taken)
-        chosen = _compared(task, theta, data, chosen, v, outputs, places, _on(make, places, batch))
+        chosen = _compared(task, theta, data, chosen, v, outputs, torch.tensor(taken), batch, make)
     return chosen
-
-
-def _on(
-    make: Callable[[Way, Int[Tensor, " b"], Batch], LinearOperator],
-    places: Int[Tensor, " b"],
-    batch: Batch,
-) -> Callable[[Way], LinearOperator]:
-    return lambda how: make(how, places, batch)
 
 
 def _compared(
@@ -200,12 +191,13 @@ def _compared(
     v: Float[Tensor, "2 p"],
     outputs: int,
     places: Int[Tensor, " b"],
-    make: Callable[[Way], LinearOperator],
+    batch: Batch,
+    make: Callable[[Way, Int[Tensor, " b"], Batch], LinearOperator],
 ) -> Way:
     """What is left of the way chosen so far after another batch."""
 
     def by(way: Way) -> Callable[[], Tensor]:
-        return lambda: make(way).mv(v)
+        return lambda: make(way, places, batch).mv(v)
 
     made, products, notes = chosen.plan, chosen.products, list(chosen.notes)
 

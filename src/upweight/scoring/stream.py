@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upweight._typing import Batch, Params
-from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature
+from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature, examples_at_once
 from upweight.errors import NotDifferentiable, message
 from upweight.gradients.factored import Factors, Rows, stacked
 from upweight.gradients.passes import GradientPass
@@ -371,11 +371,7 @@ def _sample(
         weights.append((len(each) * p[each]).rsqrt())
     scales = torch.cat(weights).to(task.layout.device, curvature.plan.dtype)
     data = train.subset(torch.cat(drawn).tolist())
-    size = examples_within(
-        working_bytes(task.layout.device, memory_bytes),
-        curvature.cost.bytes_per_example,
-        MOST_EXAMPLES,
-    )
+    size = examples_at_once(curvature.cost, task.layout.device, memory_bytes)
     with GradientPass(curvature.plan, curvature.theta) as passes:
         parts = [
             gradients(passes.of(training_loss(task), task.to_device(batch), stop - start))
