@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from upweight.errors import NonFinite
+from upweight.gradients.blocks import Block, MatrixBlock
 from upweight.gradients.factored import Factors, Rows, Tokens
 from upweight.linalg.damping import Damping
 from upweight.linalg.eigen import Eigen, eigenbasis
@@ -113,10 +114,8 @@ class Estimator(abc.ABC):
     rounding: float = 0.0
     """The relative change of scores that this was measured to make; 0 where none is made."""
 
-    def __init__(
-        self, name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]
-    ) -> None:
-        self.name, self.dtype, self.device, self.shape = name, dtype, device, shape
+    def __init__(self, block: Block, dtype: torch.dtype, device: torch.device) -> None:
+        self.name, self.shape, self.dtype, self.device = block.name, block.shape, dtype, device
         self.has_bfloat16 = has_fast_bfloat16(device)
         self.sums: dict[str, LongSum] = {}
 
@@ -187,15 +186,10 @@ class KFACBlock(Estimator):
     """G ⊗ A as an eigendecomposition: Q_G ⊗ Q_A with the products of their eigenvalues."""
 
     def __init__(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        device: torch.device,
-        shape: tuple[int, int],
-        sharing: Sharing,
+        self, block: MatrixBlock, dtype: torch.dtype, device: torch.device, sharing: Sharing
     ) -> None:
-        super().__init__(name, dtype, device, shape)
-        o, i = shape
+        super().__init__(block, dtype, device)
+        o, i = block.shape
         count = LongSum((), torch.float64, device, WHEN_CLOSED)
         self.sums = {"left": self._sum(o, o), "right": self._sum(i, i), "rows": count}
         self.sharing = sharing
@@ -222,17 +216,12 @@ class EKFACBlock(KFACBlock):
     passes = 2
 
     def __init__(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        device: torch.device,
-        shape: tuple[int, int],
-        sharing: Sharing,
+        self, block: MatrixBlock, dtype: torch.dtype, device: torch.device, sharing: Sharing
     ) -> None:
-        super().__init__(name, dtype, device, shape, sharing)
+        super().__init__(block, dtype, device, sharing)
         self._bases: tuple[Tensor, Tensor] | None = None
-        self._moments = self._sum(*shape)
-        self._trial = _ShortTrial(self, shape)
+        self._moments = self._sum(*block.shape)
+        self._trial = _ShortTrial(self)
 
     def see(self, stage: int, factors: Factors) -> None:
         if stage == 0:
@@ -326,9 +315,9 @@ class _ShortTrial:
     # what 48 labels draw differs by some tens of per cent from what 48 others do.
     MOST = 5e-3
 
-    def __init__(self, estimator: Estimator, shape: tuple[int, int]) -> None:
+    def __init__(self, estimator: Estimator) -> None:
         self.estimator = estimator
-        self.moments = estimator._sum(*shape)
+        self.moments = estimator._sum(*estimator.shape)
         self.seen = 0
         self.change: float | None = None
 
@@ -414,11 +403,9 @@ def add_second_moments(
 class DenseBlock(Estimator):
     """E[g gᵀ] of a small vector, decomposed: exact within its block."""
 
-    def __init__(
-        self, name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]
-    ) -> None:
-        super().__init__(name, dtype, device, shape)
-        size = math.prod(shape)
+    def __init__(self, block: Block, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(block, dtype, device)
+        size = math.prod(block.shape)
         self.sums["gram"] = self._sum(size, size)
 
     def see(self, stage: int, factors: Factors) -> None:
@@ -433,11 +420,9 @@ class DenseBlock(Estimator):
 class DiagonalBlock(Estimator):
     """E[g²], entry by entry."""
 
-    def __init__(
-        self, name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]
-    ) -> None:
-        super().__init__(name, dtype, device, shape)
-        self.sums["squares"] = self._sum(*shape)
+    def __init__(self, block: Block, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(block, dtype, device)
+        self.sums["squares"] = self._sum(*block.shape)
 
     def see(self, stage: int, factors: Factors) -> None:
         squares = self.sums["squares"]
