@@ -9,6 +9,7 @@ that is the user's own, because plain autograd meets it again.
 
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -190,6 +191,16 @@ def total_gradient(
     with torch.enable_grad():
         total = function(params).sum()
     return _pulled_back(task, params, total, None)
+
+
+def data_gradient(
+    task: Task, theta: Float[Tensor, " p"], data: Data, size: int
+) -> Float[Tensor, " p"]:
+    """Σᵢ gᵢ at θ over the examples, so many of them at a time."""
+    total = torch.zeros_like(theta)
+    for _, _, batch in data.batches(size):
+        total += total_gradient(task, theta, partial(task.losses, batch=task.to_device(batch)))
+    return total
 
 
 def _pulled_back(

@@ -18,7 +18,6 @@ then on, so that the draws keep their distribution without a correction term.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import DtypeError, NotConverged, SpecError
-from upweight.gradients.autograd import total_gradient
+from upweight.gradients.autograd import data_gradient
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
 from upweight.methods.scorer import AT_ONCE, Asked, Job, Scorer, Work, not_offered
@@ -180,11 +179,8 @@ class BIF(Method):
 
 def _slope(task: Task, part: Data, theta: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
     """∇J over a part of the data."""
-    total = torch.zeros_like(theta)
-    for _, _, batch in part.batches(part.together(AT_ONCE)):
-        losses = partial(task.losses, batch=task.to_device(batch))
-        total += total_gradient(task, theta, losses)
-    return total / len(part) + task.penalty.gradient(theta, task.layout)
+    mean = data_gradient(task, theta, part, AT_ONCE) / len(part)
+    return mean + task.penalty.gradient(theta, task.layout)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol, final, overload
+from typing import TYPE_CHECKING, Any, Literal, final, overload
 
 import torch
 from jaxtyping import Float
@@ -18,15 +18,15 @@ from torch import Tensor
 from upweight._html import card
 from upweight._typing import Batch, Params
 from upweight.effects import NEWTON, PLUGIN, Effects, as_groups
-from upweight.errors import ModelChanged, NotOffered, SpecError, message
+from upweight.errors import ModelChanged, NotOffered, SpecError
 from upweight.methods import health, removal
 from upweight.methods.dense import DenseScorer
 from upweight.methods.facts import stated
 from upweight.methods.functionals import derivatives
 from upweight.methods.perturbation import every_label, gradient_products_by_input, relabeled
-from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep, TokenScores
+from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep
 from upweight.methods.removal import Place, Without
-from upweight.methods.scorer import DIRECT, Asked, Scorer, jobs_of, not_offered
+from upweight.methods.scorer import DIRECT, Asked, Scorer, TokenScores, jobs_of, not_offered
 from upweight.notation import count, in_short, readable
 from upweight.provenance import Context, Provenance
 from upweight.runtime.memory import require_room
@@ -46,6 +46,7 @@ from upweight.task.task import Task, in_step
 if TYPE_CHECKING:
     from upweight.evaluation.check import Check
     from upweight.evaluation.tail_patch import TailPatch
+    from upweight.methods.method import Method
     from upweight.task.recipe import Recipe
     from upweight.training.optimizers import Optimizer
 
@@ -53,15 +54,6 @@ QUERIES = 32
 """Training examples that stand in for queries where `check` is given none."""
 
 LOSS = Loss()
-
-
-class Spec(Protocol):
-    """A method, as what it fitted knows it; its repr is Python for an equal one."""
-
-    @property
-    def unit(self) -> Unit:
-        """What its scores mean."""
-        ...
 
 
 @final
@@ -84,7 +76,7 @@ class Fitted:
         notes: What was chosen or warned of on the way.
     """
 
-    spec: Spec
+    spec: "Method"
     task: Task
     train: Data
     theta: Float[Tensor, " p"]
@@ -153,7 +145,13 @@ class Fitted:
         started = time.perf_counter()
         into = Matrix() if into is None else into
         if not isinstance(into, Reducer):
-            raise SpecError(_no_reducer(into))
+            raise SpecError(
+                "What to keep of the scores is said by a reducer.",
+                f"into={into!r}.",
+                "a class that was not called, or a folder or number in its place.",
+                "Matrix(), Top(10), GroupSums(labels), Shards(folder), PerLayer() or "
+                "PerToken(examples).",
+            )
         self._require_same_model()
         n, scorer = len(self.train), self.scorer
         if not isinstance(measure, Functional):
@@ -310,7 +308,12 @@ class Fitted:
         started = time.perf_counter()
         self._require_movement("removal(...)")
         if evaluate not in ("linear", "plugin"):
-            raise SpecError(_no_evaluation(evaluate))
+            raise SpecError(
+                'A removal is evaluated as "linear" or as "plugin".',
+                f"evaluate={evaluate!r}.",
+                "another word for one of them.",
+                '"linear" gives ∇m · Δθ; "plugin" gives m(θ̂ + Δθ) − m(θ̂).',
+            )
         chosen = as_groups(groups, len(self.train))
         every = [[*group] for group in chosen]
         scorer = self.scorer
@@ -772,21 +775,3 @@ class Fitted:
             threads=torch.get_num_threads(),
             notes=tuple(dict.fromkeys((*self.notes, *self.snapshot.notes, *notes, *of_queries))),
         )
-
-
-def _no_reducer(given: Any) -> str:
-    return message(
-        "What to keep of the scores is said by a reducer.",
-        f"into={given!r}.",
-        "a class that was not called, or a folder or number in its place.",
-        "Matrix(), Top(10), GroupSums(labels), Shards(folder), PerLayer() or PerToken(examples).",
-    )
-
-
-def _no_evaluation(given: Any) -> str:
-    return message(
-        'A removal is evaluated as "linear" or as "plugin".',
-        f"evaluate={given!r}.",
-        "another word for one of them.",
-        '"linear" gives ∇m · Δθ; "plugin" gives m(θ̂ + Δθ) − m(θ̂).',
-    )

@@ -22,7 +22,7 @@ from upweight.linalg.solver import Solver
 from upweight.methods import dense, layered
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
-from upweight.methods.scorer import Asked, Job, Scorer
+from upweight.methods.scorer import Asked, Job, Scorer, TokenScores
 from upweight.scoring.stream import normalized, unchanged
 from upweight.task.point import Point
 from upweight.training.history import resolved_damping
@@ -142,10 +142,9 @@ class SumOfJobs(Job):
                 parts.append(job.by_layer(start, stop))
         return {name: torch.stack([p[name] for p in parts]).sum(dim=0) for name in parts[0]}
 
-    def tokens(self, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def tokens(self, examples: Sequence[int]) -> TokenScores:
         parts = [job.tokens(examples) for job in self.jobs]
-        shares, rest = (torch.stack(column).sum(dim=0) for column in zip(*parts, strict=True))
-        return shares, rest
+        return TokenScores(*(torch.stack(part).sum(dim=0) for part in zip(*parts, strict=True)))
 
     @property
     def record(self) -> tuple[Any, ...]:

@@ -8,7 +8,6 @@ once, and kept in memory or in `Resources(folder=...)`; where neither holds it, 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.errors import SpecError, UpweightError
-from upweight.gradients.autograd import total_gradient
+from upweight.gradients.autograd import data_gradient
 from upweight.gradients.passes import Function, GradientPass
 from upweight.gradients.places import Gradients, Projected
 from upweight.gradients.projections import Projection, TwoSided
@@ -276,12 +275,8 @@ class ProjectedScorer(Scorer):
         return projection.adjoint(self.members[0].solve(projection.of_vectors(vectors)))
 
     def total(self, group: Sequence[int]) -> Float[Tensor, " p"]:
-        theta = self.members[0].theta
-        found = torch.zeros_like(theta)
-        for _, _, batch in self.train.subset(group).batches(self.at_once):
-            losses = partial(self.task.losses, batch=self.task.to_device(batch))
-            found += total_gradient(self.task, theta, losses)
-        return found
+        some = self.train.subset(group)
+        return data_gradient(self.task, self.members[0].theta, some, self.at_once)
 
     def step(self, group: list[int]) -> Float[Tensor, " p"]:
         return self.solve(self.total(group)[None] / len(self.train))[0]

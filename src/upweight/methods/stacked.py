@@ -127,7 +127,12 @@ class Stacked(Method):
             else:
                 recipe = fitting.history
                 if not isinstance(recipe, Recipe):
-                    raise SpecError(*_no_recipe(method))
+                    raise SpecError(
+                        "Members that are not models of the subsets are trained by a recipe.",
+                        f"{method!r}, and models in place of a recipe.",
+                        "an Ensemble of another fraction than that of the subsets.",
+                        "give the ensemble the fraction of the subsets, or pass history=recipe.",
+                    )
                 found = method.prepare(replace(fitting, history=recipe))
                 trainings += found.trainings
                 sources.append(Source(repr(method), found.scorers, (None,) * len(found.scorers)))
@@ -379,12 +384,3 @@ class StackedJob(Job):
     @property
     def record(self) -> tuple[tuple[str, ...], Combination]:
         return self.names, self.combination
-
-
-def _no_recipe(method: Ensemble) -> tuple[str, str, str, str]:
-    return (
-        "Members that are not models of the subsets are trained by a recipe.",
-        f"{method!r}, and models in place of a recipe.",
-        "an Ensemble of another fraction than that of the subsets.",
-        "give the ensemble the fraction of the subsets, or pass history=recipe.",
-    )

@@ -26,7 +26,7 @@ from upweight.methods.fitting import Fitting
 from upweight.methods.layered import LayeredScorer
 from upweight.methods.method import Method
 from upweight.methods.points import SumOfScorers
-from upweight.methods.scorer import Asked, JobOf, Scorer, Work
+from upweight.methods.scorer import Asked, JobOf, Scorer, TokenScores, Work
 from upweight.scores import Unit
 from upweight.task.point import Point
 from upweight.training.history import History, as_history, factors, rates
@@ -209,12 +209,10 @@ class _OfColumns(JobOf):
         parts = self.job.by_layer(start, stop)
         return {name: part * self.columns[start:stop].to(part) for name, part in parts.items()}
 
-    def tokens(
-        self, examples: Sequence[int]
-    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+    def tokens(self, examples: Sequence[int]) -> TokenScores:
         shares, rest = self.job.tokens(examples)
         some = self.columns[list(examples)].to(rest)
-        return shares * some[:, None], rest * some
+        return TokenScores(shares * some[:, None], rest * some)
 
     def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:
         raise NotOffered(
