@@ -102,22 +102,29 @@ class Estimator(abc.ABC):
     damping: Damping | None = None
     """What the inverse will be damped with, where that is known; set before the first pass."""
 
-    may_round: bool = False
-    """Whether a pass after the first may turn out to take gradients in bfloat16."""
-
-    is_trying: bool = False
-    """Whether that is still to be found out, from the first examples of that pass."""
-
-    rounds: bool = False
-    """Whether it takes them in bfloat16 from here on."""
-
-    rounding: float = 0.0
-    """The relative change of scores that this was measured to make; 0 where none is made."""
+    _trial: "_ShortTrial | None" = None
+    """Of gradients in bfloat16 in a pass after the first; None: they are taken as they are."""
 
     def __init__(self, block: Block, dtype: torch.dtype, device: torch.device) -> None:
         self.name, self.shape, self.dtype, self.device = block.name, block.shape, dtype, device
         self.has_bfloat16 = has_fast_bfloat16(device)
         self.sums: dict[str, LongSum] = {}
+
+    @property
+    def may_round(self) -> bool:
+        """Whether a pass after the first may turn out to take gradients in bfloat16."""
+        return self._trial is not None and self._trial.able
+
+    @property
+    def is_trying(self) -> bool:
+        """Whether that is still to be found out, from the first examples of that pass."""
+        return self._trial is not None and self._trial.open
+
+    @property
+    def rounding(self) -> float | None:
+        """The change of scores that taking them so was measured to make; None: it does not."""
+        trial = self._trial
+        return trial.change if trial is not None and trial.passed else None
 
     @abc.abstractmethod
     def see(self, stage: int, factors: Factors) -> None:
@@ -215,6 +222,8 @@ class EKFACBlock(KFACBlock):
 
     passes = 2
 
+    _trial: "_ShortTrial"
+
     def __init__(
         self, block: MatrixBlock, dtype: torch.dtype, device: torch.device, sharing: Sharing
     ) -> None:
@@ -243,22 +252,6 @@ class EKFACBlock(KFACBlock):
         assert self._bases is not None
         left, right = self._bases
         return left.to(torch.bfloat16), right.to(torch.bfloat16)
-
-    @property
-    def may_round(self) -> bool:  # type: ignore[override]
-        return self._trial.able
-
-    @property
-    def is_trying(self) -> bool:  # type: ignore[override]
-        return self._trial.open
-
-    @property
-    def rounds(self) -> bool:  # type: ignore[override]
-        return self._trial.passed
-
-    @property
-    def rounding(self) -> float:  # type: ignore[override]
-        return (self._trial.change or 0.0) if self._trial.passed else 0.0
 
     def finish(self, stage: int) -> None:
         if stage > 0:
