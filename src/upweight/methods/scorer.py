@@ -342,6 +342,31 @@ def not_offered(what: str, needs: str, here: str = "attribute(queries, measure)"
 
 
 @dataclass(frozen=True, eq=False)
+class Known(Job):
+    """Scores that are there already.
+
+    Args:
+        values: S of some queries with all training examples.
+        total: What each row adds up to; None: nothing is known of it.
+    """
+
+    values: Float[Tensor, "q n"]
+    first: int = 0
+    at_once: int = AT_ONCE
+    total: Float[Tensor, " q"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
+        return self.values[:, start:stop]
+
+    @property
+    def row_sums(self) -> Float[Tensor, " q"] | None:
+        return self.total
+
+
+@dataclass(frozen=True, eq=False)
 class _Blocks(Job):
     score: Callable[[int, int], Tensor]
     size: int
