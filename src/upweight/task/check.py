@@ -6,6 +6,7 @@ the loss, that gradients reach every chosen parameter, and that every loss is fi
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,6 @@ from upweight.task.gradients import require_own_gradients, unreached_notes
 from upweight.task.model_loss import loss_notes
 from upweight.task.modes import acting_in_training
 from upweight.task.probe import (
-    Evaluate,
     Probe,
     evenly_spaced,
     other_length,
@@ -69,7 +69,7 @@ def checked_losses(
     theta = task.held_theta()
     size = _at_once(data)
     size = data.together(size)
-    losses, evaluate = dict[int, Tensor](), _evaluate(task, role)
+    losses, evaluate = dict[int, Tensor](), partial(_outputs, task, role)
     mine = range(ranks.rank * size, len(data), ranks.size * size)
     batches = ((k, min(k + size, len(data)), None) for k in mine)
     for start, stop, _ in progress(batches, len(mine) * size, f"checking {role}"):
@@ -89,7 +89,9 @@ def require_own_losses(
     Raises:
         NonDeterministic: It did not.
     """
-    require_same_losses(task, task.held_theta(), data, probe, losses, _evaluate(task, role), role)
+    require_same_losses(
+        task, task.held_theta(), data, probe, losses, partial(_outputs, task, role), role
+    )
 
 
 def checked_batch(
@@ -112,7 +114,7 @@ def checked_batch(
     """
     start, stop = places
     if len(outputs) != stop - start:
-        at, evaluate = range(start, stop), _evaluate(task, role)
+        at, evaluate = range(start, stop), partial(_outputs, task, role)
         raise ShapeError(
             other_length(task, task.held_theta(), data, at, len(outputs), evaluate, role)
         )
@@ -145,7 +147,7 @@ def require_answerable(task: Task, data: Data, role: str) -> Probe:
     _require_finite_parameters(task)
     at = evenly_spaced(len(data))
     batch = task.to_device(read_twice(data, at, role))
-    evaluate = _evaluate(task, role)
+    evaluate = partial(_outputs, task, role)
     outputs, targets = evaluate(theta, batch)
     if len(outputs) == len(at):
         task.loss.check(outputs, targets)
@@ -157,14 +159,6 @@ def require_answerable(task: Task, data: Data, role: str) -> Probe:
     )
     require_own_gradients(task, theta, data, batch, at, role)
     return Probe(at, losses, notes)
-
-
-def _evaluate(task: Task, role: str) -> Evaluate:
-    def evaluate(theta: Float[Tensor, " p"], batch: Batch) -> tuple[Tensor, Any]:
-        with torch.no_grad():
-            return _outputs(task, theta, batch, role, task.call)
-
-    return evaluate
 
 
 def checked_measurements(
@@ -259,16 +253,11 @@ def _require_finite_parameters(task: Task) -> None:
         )
 
 
-def _outputs(
-    task: Task,
-    theta: Float[Tensor, " p"],
-    batch: Batch,
-    role: str,
-    call: Callable[..., tuple[Any, Any]] | None = None,
-) -> tuple[Tensor, object]:
+def _outputs(task: Task, role: str, theta: Float[Tensor, " p"], batch: Batch) -> tuple[Tensor, Any]:
     """The model's outputs; what PyTorch says is explained, what the user's code says is kept."""
     try:
-        called = (call or task.outputs)(theta, batch)
+        with torch.no_grad():
+            called = task.call(theta, batch)
     except UpweightError:
         raise
     except Exception as error:

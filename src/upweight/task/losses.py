@@ -83,7 +83,8 @@ class Loss(abc.ABC):
         try:
             return torch.func.vmap(torch.func.jacrev(torch.func.jacrev(one)))(flat, targets)
         except (RuntimeError, ValueError):  # no rule for vmap
-            return self._double_backward(outputs, targets)
+            units = torch.eye(flat.shape[1]).to(flat)[:, None].expand(-1, len(flat), -1)
+            return self.hessian_product(outputs, targets, units).permute(1, 2, 0).contiguous()
 
     def hessian_product(
         self, outputs: Tensor, targets: Any, vectors: Float[Tensor, "k b c"]
@@ -113,23 +114,6 @@ class Loss(abc.ABC):
             f = outputs.detach().clone().requires_grad_()
             (slopes,) = torch.autograd.grad(self(f, targets).sum(), f, create_graph=create_graph)
         return f, slopes
-
-    def _double_backward(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c c"]:
-        f, slopes = self._slopes(outputs, targets, create_graph=True)
-        flat, columns = slopes.flatten(1), []
-        try:
-            for c in range(flat.shape[1]):
-                if not flat.requires_grad:
-                    columns.append(torch.zeros_like(flat))
-                    continue
-                total = flat[:, c].sum()
-                (column,) = torch.autograd.grad(
-                    total, f, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-                columns.append(column.flatten(1))
-        except RuntimeError as error:
-            raise UnsupportedModel(_no_second_derivative(self, error)) from error
-        return torch.stack(columns, dim=2)
 
     def log_prob(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
         """log p(y | f)."""

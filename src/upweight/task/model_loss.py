@@ -64,8 +64,7 @@ def loss_notes(
         f"example {i}: {own:.6g} is {type(task.model).__name__}'s own loss, the task's is "
         f"{loss:.6g}{f' over {count} targets' if count > 1 else ''}"
     )
-    shifted = Task(task.model, task.loss, task.penalty, task.params, next_token)
-    moved = _means(shifted, theta, data, [i for i, *_ in told])
+    moved = _means(task.called(next_token), theta, data, [i for i, *_ in told])
     owns = [own for _, _, own, _ in told]
     is_shift = moved is not None and all(
         abs(mean / own - 1) < CLOSE for mean, own in zip(moved, owns, strict=True)
@@ -126,9 +125,7 @@ def _own_loss(task: Task, theta: Float[Tensor, " p"], batch: Batch) -> float | N
         return None
     whole = {key: value for key, value in batch.items() if key != keys[0]}
     whole["labels"] = batch[keys[0]]
-    asked = Task(
-        task.model, task.loss, task.penalty, task.params, lambda model, b: (model(**dict(b)), None)
-    )
+    asked = task.called(lambda model, b: (model(**dict(b)), None))
     settings = getattr(task.model, "config", None)
     before = dict(vars(settings)) if hasattr(settings, "__dict__") else {}
     try:
