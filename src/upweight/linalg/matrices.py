@@ -118,16 +118,14 @@ class Identity(SymmetricOperator):
     dtype: torch.dtype = torch.float64
     device: torch.device = CPU
 
+    tags = PSD
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", torch.device(self.device))
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.p, self.p
-
-    @property
-    def tags(self) -> frozenset[Tag]:
-        return PSD
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
@@ -146,6 +144,8 @@ class LowRank(SymmetricOperator):
 
     factor: Tensor  # [p k]
 
+    tags = PSD
+
     def __post_init__(self) -> None:
         _axes(self.factor, 2, "LowRank")
 
@@ -156,10 +156,6 @@ class LowRank(SymmetricOperator):
     @property
     def like(self) -> Tensor:
         return self.factor
-
-    @property
-    def tags(self) -> frozenset[Tag]:
-        return PSD
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)

@@ -337,6 +337,8 @@ class Product(LinearOperator):
     left: LinearOperator
     right: LinearOperator
 
+    tags = frozenset()
+
     def __post_init__(self) -> None:
         if self.left.shape[1] != self.right.shape[0]:
             raise ShapeError(
@@ -355,10 +357,6 @@ class Product(LinearOperator):
     @property
     def like(self) -> LinearOperator:
         return self.right
-
-    @property
-    def tags(self) -> frozenset[Tag]:
-        return frozenset()
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k r"]:
         self.check(v)

@@ -196,6 +196,8 @@ class DrawsScorer(Scorer):
     start: float
     notes: tuple[str, ...] = ()
 
+    is_quick_of_itself = True
+
     @property
     def factor(self) -> float:
         """−B/n."""
@@ -215,10 +217,6 @@ class DrawsScorer(Scorer):
         centered = self.losses - self.losses.mean(dim=0)
         variance = centered.square().sum(dim=0) / (len(centered) - 1)
         return (self.factor * variance).to(self.dtype)
-
-    @property
-    def is_quick_of_itself(self) -> bool:
-        return True
 
     def health(self) -> dict[str, Any]:
         excess = self.inverse * (float(self.losses.mean()) - self.start)

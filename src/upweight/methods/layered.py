@@ -160,6 +160,8 @@ class LayeredScorer(Scorer):
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
+    is_quick_of_itself = True
+
     @property
     def factor(self) -> float:
         """−a/n."""
@@ -199,10 +201,6 @@ class LayeredScorer(Scorer):
             self.gradients,
         ):
             yield LayeredJob(self, found)
-
-    @property
-    def is_quick_of_itself(self) -> bool:
-        return True
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """S[i, i] = −(1/n) Σₗ gᵢᵀ (Hₗ + λₗ)⁻¹ gᵢ, in one pass."""

@@ -193,6 +193,8 @@ class ProjectedScorer(Scorer):
     notes: tuple[str, ...] = ()
     _mean_slopes: Float[Tensor, " n"] | None = field(init=False, repr=False)
 
+    is_quick_of_itself = True
+
     def __post_init__(self) -> None:
         slopes = [m.slopes for m in self.members if m.slopes is not None]
         mean = torch.stack(slopes).mean(dim=0) if slopes else None
@@ -247,10 +249,6 @@ class ProjectedScorer(Scorer):
         source = Projected(queries, member.theta, function, self.projection, self.at_once)
         with kernels_for(measure):
             return source.rows(0, len(queries))
-
-    @property
-    def is_quick_of_itself(self) -> bool:
-        return True
 
     def self_influence(self) -> Float[Tensor, " n"]:
         n, found = len(self.train), []
