@@ -126,11 +126,7 @@ _FIRST_ORDER = (
 
 
 def _way(task: Task, theta: Float[Tensor, " p"], data: Data) -> tuple[bool, bool, tuple[str, ...]]:
-    """Whether `torch.func` takes the products, whether double backward does, and a note.
-
-    Raises:
-        UnsupportedModel: As for `Hessian.fit`.
-    """
+    """Whether `torch.func` takes the products, whether double backward does, and a note."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(2, task.layout.size, generator=generator, dtype=torch.float64)
     v = v.to(task.layout.device, task.layout.dtype)

@@ -210,8 +210,14 @@ class _Planning:
 
     def _no_batching_rule(self, made: Plan) -> tuple[str, ...]:
         """The parameters left to `torch.func`, if it cannot run the model on a batch."""
-        found = (_no_batching_rule(made, self.theta, *p) for p in self._probe())
-        return next((names for names in found if names), ())
+        function = partial(_checked, self.task)
+        try:
+            for batch, size in self._probe():
+                with GradientPass(made, self.theta) as gradients:
+                    gradients.require_batching(function, batch, size)
+        except NoBatchingRule as error:
+            return error.names
+        return ()
 
     def _mismatches(self, made: Plan) -> list[str]:
         """Parameters whose gradients by the plan are not autograd's."""
@@ -506,17 +512,6 @@ def _checked(task: Task, params: Params, batch: Batch) -> Tensor:
     flat = outputs.reshape(len(outputs), -1)
     unequal = torch.arange(1, flat.shape[1] + 1, device=flat.device).cos().to(flat.dtype)
     return losses + (flat @ unequal).to(losses)
-
-
-def _no_batching_rule(
-    made: Plan, theta: Float[Tensor, " p"], batch: Batch, size: int
-) -> tuple[str, ...]:
-    with GradientPass(made, theta) as gradients:
-        try:
-            gradients.require_batching(lambda p, b: _checked(made.task, p, b), batch, size)
-        except NoBatchingRule as error:
-            return error.names
-    return ()
 
 
 def _eps(dtypes: Iterable[torch.dtype]) -> float:

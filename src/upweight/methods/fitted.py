@@ -665,11 +665,7 @@ class Fitted:
         return Context(self.task, self.train, asked.queries, asked.measure, self)
 
     def _require_same_model(self) -> None:
-        """Refuse a question about a model that is no longer the one of the fit.
-
-        Raises:
-            ModelChanged: θ̂, or another part of the model or its objective, has changed.
-        """
+        """Refuse a question about a model that is no longer the one of the fit."""
         now = self.task.held_theta()
         if self.task.stands_in(now):  # the snapshot has what this process has of it
             self.snapshot.require_same(self.task, self.train)
