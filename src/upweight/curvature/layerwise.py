@@ -78,6 +78,11 @@ class FittedBlock:
         return self.block.weight if isinstance(self.block, MatrixBlock) else self.block.name
 
     @property
+    def bias(self) -> str | None:
+        """The bias that is the weight's last column, if one is."""
+        return self.block.bias if isinstance(self.block, MatrixBlock) else None
+
+    @property
     def left(self) -> Tensor | None:
         """Q_G [o, o], or the one basis of a vector; None where it is the identity."""
         return self.eigen.bases[0]

@@ -22,7 +22,7 @@ from torch import Tensor
 from upweight.errors import NonFinite, NotPositiveDefinite, SpecError
 from upweight.linalg.eigen import Eigen
 from upweight.linalg.matrices import DiagonalMatrix, Identity
-from upweight.linalg.operator import LinearOperator, Scaled, Sum, square
+from upweight.linalg.operator import LinearOperator, Scaled, Sum, square, terms_of
 
 Theta: TypeAlias = Float[Tensor, "..."] | None
 """The parameters that an operator acts on, where they are known."""
@@ -203,7 +203,7 @@ def undamped(A: LinearOperator) -> tuple[LinearOperator, float]:
     Seen are the terms of a sum that are diagonal: λI, and the least strength of an L2 penalty.
     """
     shift, rest = 0.0, list[LinearOperator]()
-    for term in A.terms if isinstance(A, Sum) else (A,):
+    for term in terms_of(A):
         scale, inner = (term.scale, term.operator) if isinstance(term, Scaled) else (1.0, term)
         low = 0.0
         if isinstance(inner, Identity | DiagonalMatrix):

@@ -20,7 +20,9 @@ Operators are immutable. A solver reads the tags, so a wrong tag gives a wrong c
 
 import abc
 import enum
+import functools
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import overload
@@ -266,10 +268,7 @@ class Sum(LinearOperator):
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k r"]:
         self.check(v)
-        out = self.terms[0].mv(v)
-        for term in self.terms[1:]:
-            out = out + term.mv(v)
-        return out
+        return functools.reduce(operator.add, (term.mv(v) for term in self.terms))
 
     def transpose(self) -> LinearOperator:
         return Sum(tuple(term.transpose() for term in self.terms))
@@ -283,6 +282,11 @@ class Sum(LinearOperator):
 
     def trace(self) -> Float[Tensor, ""]:
         return torch.stack([term.trace() for term in self.terms]).sum()
+
+
+def terms_of(A: LinearOperator) -> tuple[LinearOperator, ...]:
+    """The terms of a sum; of another operator itself."""
+    return A.terms if isinstance(A, Sum) else (A,)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -7,6 +7,8 @@ scikit-learn's `C` is `L2(1/(nC))`.
 """
 
 import abc
+import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -153,12 +155,9 @@ class PenaltySum(Penalty):
         return torch.stack([term.gradient(theta, layout) for term in self.terms]).sum(dim=0)
 
     def curvature(self, theta: Float[Tensor, " p"], layout: Layout) -> LinearOperator | None:
-        total: LinearOperator | None = None
-        for term in self.terms:
-            part = term.curvature(theta, layout)
-            if part is not None:
-                total = part if total is None else total + part
-        return total
+        parts = [term.curvature(theta, layout) for term in self.terms]
+        curved = [part for part in parts if part is not None]
+        return functools.reduce(operator.add, curved) if curved else None
 
 
 @dataclass(frozen=True)
