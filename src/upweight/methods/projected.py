@@ -66,13 +66,6 @@ class Held:
 
     values: Float[Tensor, "n d"]
 
-    @property
-    def width(self) -> int:
-        return self.values.shape[1]
-
-    def __len__(self) -> int:
-        return len(self.values)
-
     def rows(self, start: int, stop: int) -> Float[Tensor, "b d"]:
         return self.values[start:stop]
 
