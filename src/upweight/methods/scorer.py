@@ -67,11 +67,7 @@ class Asked:
     def groups(self, together: int) -> Iterator[tuple[int, Data]]:
         """(first, queries), so many of them at a time."""
         assert self.queries is not None
-        q = len(self.queries)
-        for start in range(0, q, together):
-            stop = min(start + together, q)
-            whole = stop - start == q
-            yield start, self.queries if whole else self.queries.subset(range(start, stop))
+        yield from self.queries.groups(together)
 
 
 @dataclass(frozen=True, eq=False)

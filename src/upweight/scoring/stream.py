@@ -212,14 +212,12 @@ def contractions(
     """
     size = queries_at_once(curvature, memory_bytes) if together is None else together
     depends = False
-    for start in range(0, len(queries), size):
-        stop = min(start + size, len(queries))
-        group = queries if stop - start == len(queries) else queries.subset(range(start, stop))
+    for start, group in queries.groups(size):
         job = _contraction(
             curvature, train, group, start, measure, tolerance, losses, memory_bytes, gradients
         )
         depends = depends or any(depends_on_parameters(block) for block in job.queries)
-        if stop == len(queries) and not depends:
+        if start + len(group) == len(queries) and not depends:
             raise NotDifferentiable(no_gradient(measure, len(queries)))
         yield job
 
