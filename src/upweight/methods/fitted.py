@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, final, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, final, overload
 
 import torch
 from jaxtyping import Float
@@ -46,7 +46,6 @@ from upweight.task.task import Task, in_step
 if TYPE_CHECKING:
     from upweight.evaluation.check import Check
     from upweight.evaluation.tail_patch import TailPatch
-    from upweight.methods.method import Method
     from upweight.task.recipe import Recipe
     from upweight.training.optimizers import Optimizer
 
@@ -54,6 +53,15 @@ QUERIES = 32
 """Training examples that stand in for queries where `check` is given none."""
 
 LOSS = Loss()
+
+
+class Spec(Protocol):
+    """A method, as what it fitted knows it; its repr is Python for an equal one."""
+
+    @property
+    def unit(self) -> Unit:
+        """What its scores mean."""
+        ...
 
 
 @final
@@ -76,7 +84,7 @@ class Fitted:
         notes: What was chosen or warned of on the way.
     """
 
-    spec: "Method"
+    spec: Spec
     task: Task
     train: Data
     theta: Float[Tensor, " p"]
