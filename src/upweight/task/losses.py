@@ -796,7 +796,31 @@ class AbsoluteError(Loss):
 
 
 @dataclass(frozen=True)
-class Weighted(Loss):
+class Around(Loss):
+    """A loss that is made of another one, and has its likelihood."""
+
+    base: Loss
+
+    @property
+    def convex(self) -> bool:  # type: ignore[override]
+        return self.base.convex
+
+    def own(self, targets: Any) -> Any:
+        """The targets of the other one."""
+        return targets
+
+    def ambiguity(self, outputs: Tensor, targets: Any) -> str | None:
+        return self.base.ambiguity(outputs, self.own(targets))
+
+    def log_prob(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
+        return self.base.log_prob(outputs, self.own(targets))
+
+    def margin(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
+        return self.base.margin(outputs, self.own(targets))
+
+
+@dataclass(frozen=True)
+class Weighted(Around):
     """ℓ = v · base(f, y), with targets `(y, v)`: sample or class weights of the training objective.
 
     v is part of what was minimized; the score still differentiates in the further weight w = 1.
@@ -804,11 +828,8 @@ class Weighted(Loss):
     (a mask of 0 and 1 leaves padding out).
     """
 
-    base: Loss
-
-    @property
-    def convex(self) -> bool:  # type: ignore[override]
-        return self.base.convex
+    def own(self, targets: Any) -> Any:
+        return targets[0]
 
     def check(self, outputs: Tensor, targets: Any) -> None:
         if not isinstance(targets, tuple | list) or len(targets) != 2:
@@ -837,9 +858,6 @@ class Weighted(Loss):
             )
         require_range("Weighted", v, v >= 0, "(y, v) with weights v ≥ 0")
 
-    def ambiguity(self, outputs: Tensor, targets: Any) -> str | None:
-        return self.base.ambiguity(outputs, targets[0])
-
     def __call__(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
         y, v = targets
         if v.ndim == 1:
@@ -860,12 +878,6 @@ class Weighted(Loss):
         if v.ndim > 1:
             return super().hessian(outputs, targets)
         return v[:, None, None] * self.base.hessian(outputs, y)
-
-    def log_prob(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
-        return self.base.log_prob(outputs, targets[0])
-
-    def margin(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
-        return self.base.margin(outputs, targets[0])
 
     def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Any:
         # With √v: E[g gᵀ] is then v times that of the base, the curvature of v · base.
