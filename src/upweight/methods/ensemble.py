@@ -246,14 +246,6 @@ class MeanScorer(SeveralScorers):
             some = replace(asked, queries=queries, together=len(queries))
             yield _Mean(tuple(tuple(m.jobs(some)) for m in self.scorers), first, len(queries))
 
-    def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-        told: dict[str, Any] = {}
-        notes: list[str] = []
-        for k, scorer in enumerate(self.scorers):
-            told, some = scorer.summary([each for record in records for each in record[k]])
-            notes += some
-        return told, tuple(dict.fromkeys(notes))
-
     def health(self) -> dict[str, Any]:
         return {"members": len(self.scorers), "trainings": self.trainings}
 

@@ -147,8 +147,8 @@ class SumOfJobs(Job):
         return TokenScores(*(torch.stack(part).sum(dim=0) for part in zip(*parts, strict=True)))
 
     @property
-    def record(self) -> tuple[Any, ...]:
-        return tuple(job.record for job in self.jobs)
+    def record(self) -> tuple[tuple[Any], ...]:
+        return tuple((job.record,) for job in self.jobs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +179,15 @@ class SeveralScorers(Scorer):
     def is_quick_of_itself(self) -> bool:
         return all(scorer.is_quick_of_itself for scorer in self.scorers)
 
+    def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Of records that hold those of each scorer's jobs; the numbers are of the last one."""
+        told: dict[str, Any] = {}
+        notes: list[str] = []
+        for k, scorer in enumerate(self.scorers):
+            told, some = scorer.summary([each for record in records for each in record[k]])
+            notes += some
+        return told, tuple(dict.fromkeys(notes))
+
 
 @dataclass(frozen=True, eq=False)
 class SumOfScorers(SeveralScorers):
@@ -190,15 +199,6 @@ class SumOfScorers(SeveralScorers):
             asked = replace(asked, together=self.settings(asked)["queries_together"])
         for jobs in zip(*(scorer.jobs(asked) for scorer in self.scorers), strict=True):
             yield SumOfJobs(jobs)
-
-    def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-        told: list[dict[str, Any]] = []
-        notes: list[str] = []
-        for scorer, own in zip(self.scorers, zip(*records, strict=True), strict=True):
-            health, some = scorer.summary(own)
-            told.append(health)
-            notes += some
-        return (told[-1] if told else {}), tuple(dict.fromkeys(notes))
 
     def health(self) -> dict[str, Any]:
         return {"points": len(self.scorers)}
