@@ -95,17 +95,18 @@ class _Planning:
             # One example at a time, every row of a layer is that example's.
             self.owners = {k: s for k, s in whole[0].items() if k not in self.broadcast}
             self.left = {k: why for k, why in self.left.items() if k not in self.owners}
-            self._note_alone(made, alone)
-            made = self._made(one_by_one=True)
+            made = self._one_by_one(made, alone)
         return self._matched(made)
 
-    def _note_alone(self, made: Plan, names: Sequence[str]) -> None:
+    def _one_by_one(self, made: Plan, names: Sequence[str]) -> Plan:
+        """The plan that takes examples alone, and a note of what that costs."""
         its, them = ("their", "them") if len(names) > 1 else ("its", "it")
         self.notes.append(
             f"examples are taken one at a time, about {self._times_slower(made)} times slower, "
             f"because of {listed(names, 2)}: there is no layer rule for {its} use, and torch.func "
             f'cannot run the model; Task(params="pattern") can leave {them} out'
         )
+        return self._made(one_by_one=True)
 
     def _times_slower(self, made: Plan) -> int:
         """What examples take alone, over what they take together, forwards and backwards."""
@@ -132,8 +133,7 @@ class _Planning:
             self._leave(name, "its layers' gradients differ from autograd's")
         made = self._made(made.one_by_one)
         if not made.one_by_one and (alone := self._no_batching_rule(made)):
-            self._note_alone(made, alone)
-            made = self._made(one_by_one=True)
+            made = self._one_by_one(made, alone)
         left = self._mismatches(made)
         if left:
             raise UnsupportedModel(

@@ -152,7 +152,8 @@ class BIF(Method):
             if self.batch is not None and self.batch < n:
                 rows = torch.randperm(n, generator=generator)[: self.batch].sort().values
                 part = data.subset(rows.tolist())
-            slope = _slope(task, part, theta)
+            mean = data_gradient(task, theta, part, AT_ONCE) / len(part)
+            slope = mean + task.penalty.gradient(theta, task.layout)
             if self.rmsprop is not None and t < self.burn_in:
                 decay = self.rmsprop
                 squares = decay * squares + (1 - decay) * slope.square()
@@ -175,12 +176,6 @@ class BIF(Method):
             "a step beyond 4/(nβ h + γ), with h the largest curvature; or noise of small batches.",
             f"a step well below {self.step:g}, a larger localization, or larger batches.",
         )
-
-
-def _slope(task: Task, part: Data, theta: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
-    """∇J over a part of the data."""
-    mean = data_gradient(task, theta, part, AT_ONCE) / len(part)
-    return mean + task.penalty.gradient(theta, task.layout)
 
 
 @dataclass(frozen=True, eq=False)
