@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Folder
-from upweight.methods.reduce import Answer, Reducer, Sink, Sweep, finite
+from upweight.methods.health import require_finite
+from upweight.methods.reduce import Answer, Reducer, Sink, Sweep
 from upweight.methods.scorer import Job
 from upweight.runtime.atomic import make_folder
 from upweight.runtime.lock import CLAIM, claimed
@@ -122,7 +123,8 @@ class _Shards(Sink):
             self.flush(job)
         if not self.held:
             self.begin = start
-        self.held.append(finite(part, start, job.first))
+        require_finite(part, start, job.first)
+        self.held.append(part)
         self.stop = start + part.shape[1]
 
     def flush(self, job: Job) -> None:

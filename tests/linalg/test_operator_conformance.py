@@ -28,7 +28,7 @@ def draw(*shape, seed=0, dtype=torch.float64):
 
 
 class OnlyMv(LinearOperator):
-    """Nothing but the six abstract members: the defaults do the rest."""
+    """Nothing but what a subclass must say: the defaults do the rest."""
 
     def __init__(self, matrix):
         self.matrix = matrix

@@ -8,13 +8,11 @@ from torch import nn
 
 import upweight as uw
 from tests.laws.subjects import assert_same, first_output
-from tests.market import BUILDERS, draw, names, problem
+from tests.market import BUILDERS, names, problem
 from tests.reference import dense
 from tests.reference.retrain import minimize, weight_derivative
 from upweight.cli.spec import parse
 from upweight.errors import NotConverged, NotPositiveDefinite, ShapeError, SpecError
-from upweight.linalg import Dense, Identity, Tag, inverse
-from upweight.methods.influence import influence_scores
 
 EXACT = uw.Influence(uw.Hessian(), uw.solvers.Cholesky())
 REFERENCES = {
@@ -49,21 +47,6 @@ def test_self_influence_is_the_diagonal(name):
     fitted = uw.Influence(uw.Hessian(), uw.solvers.Cholesky(), damping).fit(p.task, p.train)
     expected = fitted.attribute(p.train).values.diagonal()
     assert_same(fitted.self_influence(), expected, 1e-4 if "float32" in p.traits else 1e-10)
-
-
-def test_influence_scores_is_the_formula():
-    g = torch.Generator().manual_seed(0)
-    m, grads, A = draw(g, 3, 5), draw(g, 4, 5), draw(g, 5, 5)
-    H = A @ A.T + torch.eye(5).double()
-    expected = -(m @ torch.linalg.inv(H) @ grads.T) / 10
-    found = influence_scores(
-        m, grads, inverse(Dense(H, frozenset({Tag.PSD})), uw.solvers.Cholesky()), n=10
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    limit = influence_scores(m, grads, Identity(5), n=4)
-    torch.testing.assert_close(limit, -(m @ grads.T) / 4)
-    with pytest.raises(ShapeError):
-        influence_scores(m[:, :4], grads, Identity(5), n=4)
 
 
 # -- the parameters -----------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from upweight.applications.subject import Subject
 from upweight.errors import DataError, NotConverged, SpecError
 from upweight.evaluation import bootstrap as intervals
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
-from upweight.gradients.autograd import loss_gradient
+from upweight.gradients.autograd import data_gradient
 from upweight.methods.fitted import Fitted
 from upweight.plot import axes, reaches
 from upweight.runtime.resources import Resources
@@ -126,7 +126,7 @@ def changed_gradient(fitted: Fitted, labels: Mapping[int, Any]) -> Float[Tensor,
     if not places:
         return torch.zeros_like(fitted.theta)
     changed = with_labels(task, train, {i: labels[i] for i in places})
-    new, old = (loss_gradient(task, fitted.theta, x.subset(places)) for x in (changed, train))
+    new, old = (data_gradient(task, fitted.theta, x.subset(places)) for x in (changed, train))
     return new - old
 
 

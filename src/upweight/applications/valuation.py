@@ -31,7 +31,7 @@ from upweight.effects import Groups, as_groups
 from upweight.errors import DataError, ShapeError, SpecError
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import NORMAL, Bootstrap, Estimate, means
-from upweight.gradients.autograd import loss_gradient
+from upweight.gradients.autograd import data_gradient
 from upweight.notation import bracketed, count, readable
 from upweight.plot import axes
 from upweight.provenance import Provenance
@@ -512,7 +512,7 @@ def _bought(subject: Subject, pool: Data, groups: Groups) -> Iterable[Float[Tens
     fitted = subject.fitted
     fitted.parameter_influence(0)  # what does not say where θ̂ moves says so
     require_answerable(fitted.task, pool, "pool")
-    gradients = [loss_gradient(fitted.task, fitted.theta, pool.subset(group)) for group in groups]
+    gradients = [data_gradient(fitted.task, fitted.theta, pool.subset(group)) for group in groups]
     solved: Tensor = fitted.scorer.solve(torch.stack(gradients))
     return -solved / len(fitted.train)
 

@@ -1,18 +1,16 @@
 """Curvature: a recipe for H ≈ ∇²J, made into an operator by a task and its data."""
 
-import abc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.errors import message
 from upweight.linalg.finite_sum import FiniteSum
-from upweight.linalg.operator import LinearOperator, Tag
+from upweight.linalg.operator import SYMMETRIC, LinearOperator, SymmetricOperator, Tag
 from upweight.task.data import Data
 from upweight.task.task import Task
 
@@ -36,34 +34,21 @@ class Curvature(Protocol):
         ...
 
 
-class BatchTerm(LinearOperator):
-    """A_b: the curvature at θ *summed* over the examples of a batch. Symmetric by construction."""
+@dataclass(frozen=True, eq=False, repr=False)
+class BatchTerm(SymmetricOperator):
+    """A_b: the curvature at θ *summed* over the examples of a batch."""
 
-    def __init__(self, task: Task, theta: Float[Tensor, " p"], tags: frozenset[Tag]) -> None:
-        self.task, self.theta = task, theta
-        self._tags = tags
+    task: Task
+    theta: Float[Tensor, " p"]
+    tags: frozenset[Tag] = field(default=SYMMETRIC, kw_only=True)
 
     @property
     def shape(self) -> tuple[int, int]:
         return (self.task.layout.size, self.task.layout.size)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.task.layout.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.task.layout.device
-
-    @property
-    def tags(self) -> frozenset[Tag]:
-        return self._tags
-
-    @abc.abstractmethod
-    def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]: ...
-
-    def transpose(self) -> LinearOperator:
-        return self
+    def like(self) -> Tensor:
+        return self.theta
 
 
 @dataclass(frozen=True)

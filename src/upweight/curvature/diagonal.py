@@ -23,4 +23,4 @@ class Diagonal(LayerwiseCurvature):
     examples: int | None = None
 
     def estimator(self, block: Block, dtype: torch.dtype, device: torch.device) -> Estimator:
-        return DiagonalBlock(block.name, dtype, device, block.shape)
+        return DiagonalBlock(block, dtype, device)

@@ -25,7 +25,7 @@ def vector_estimator(block: Block, dtype: torch.dtype, device: torch.device) -> 
     """What learns a block that is no matrix: exact within the block while it is small."""
     size = torch.Size(block.shape).numel()
     kind = DenseBlock if size <= DENSE_LIMIT else DiagonalBlock
-    return kind(block.name, dtype, device, block.shape)
+    return kind(block, dtype, device)
 
 
 @dataclass(frozen=True)
@@ -56,5 +56,5 @@ class EKFAC(LayerwiseCurvature):
 
     def estimator(self, block: Block, dtype: torch.dtype, device: torch.device) -> Estimator:
         if isinstance(block, MatrixBlock):
-            return EKFACBlock(block.name, dtype, device, block.shape, self.sharing)
+            return EKFACBlock(block, dtype, device, self.sharing)
         return vector_estimator(block, dtype, device)

@@ -19,11 +19,9 @@ from upweight.curvature.gauss_newton import GaussNewtonTerm, Way, pieces, way
 from upweight.gradients.autograd import product_batch
 from upweight.gradients.functional import value_gradients
 from upweight.gradients.source import planned_rows
-from upweight.linalg.operator import LinearOperator, Tag
+from upweight.linalg.operator import PSD, LinearOperator
 from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
-
-PSD = frozenset({Tag.SYMMETRIC, Tag.PSD})
 
 
 def outer_products(
@@ -40,7 +38,7 @@ def outer_products(
                 yield value_gradients(task.losses, theta, part, count)[:, None]
 
     return GaussNewtonTerm(
-        task, theta, lambda t: task.losses(t, batch)[:, None], rows, None, PSD, how, size
+        task, theta, lambda t: task.losses(t, batch)[:, None], rows, None, how, size, tags=PSD
     )
 
 

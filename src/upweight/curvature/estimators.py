@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from upweight.errors import NonFinite
+from upweight.gradients.blocks import Block, MatrixBlock
 from upweight.gradients.factored import Factors, Rows, Tokens
 from upweight.linalg.damping import Damping
 from upweight.linalg.eigen import Eigen, eigenbasis
@@ -101,24 +102,29 @@ class Estimator(abc.ABC):
     damping: Damping | None = None
     """What the inverse will be damped with, where that is known; set before the first pass."""
 
-    may_round: bool = False
-    """Whether a pass after the first may turn out to take gradients in bfloat16."""
+    _trial: "_ShortTrial | None" = None
+    """Of gradients in bfloat16 in a pass after the first; None: they are taken as they are."""
 
-    is_trying: bool = False
-    """Whether that is still to be found out, from the first examples of that pass."""
-
-    rounds: bool = False
-    """Whether it takes them in bfloat16 from here on."""
-
-    rounding: float = 0.0
-    """The relative change of scores that this was measured to make; 0 where none is made."""
-
-    def __init__(
-        self, name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]
-    ) -> None:
-        self.name, self.dtype, self.device, self.shape = name, dtype, device, shape
+    def __init__(self, block: Block, dtype: torch.dtype, device: torch.device) -> None:
+        self.name, self.shape, self.dtype, self.device = block.name, block.shape, dtype, device
         self.has_bfloat16 = has_fast_bfloat16(device)
         self.sums: dict[str, LongSum] = {}
+
+    @property
+    def may_round(self) -> bool:
+        """Whether a pass after the first may turn out to take gradients in bfloat16."""
+        return self._trial is not None and self._trial.able
+
+    @property
+    def is_trying(self) -> bool:
+        """Whether that is still to be found out, from the first examples of that pass."""
+        return self._trial is not None and self._trial.open
+
+    @property
+    def rounding(self) -> float | None:
+        """The change of scores that taking them so was measured to make; None: it does not."""
+        trial = self._trial
+        return trial.change if trial is not None and trial.passed else None
 
     @abc.abstractmethod
     def see(self, stage: int, factors: Factors) -> None:
@@ -187,15 +193,10 @@ class KFACBlock(Estimator):
     """G ⊗ A as an eigendecomposition: Q_G ⊗ Q_A with the products of their eigenvalues."""
 
     def __init__(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        device: torch.device,
-        shape: tuple[int, int],
-        sharing: Sharing,
+        self, block: MatrixBlock, dtype: torch.dtype, device: torch.device, sharing: Sharing
     ) -> None:
-        super().__init__(name, dtype, device, shape)
-        o, i = shape
+        super().__init__(block, dtype, device)
+        o, i = block.shape
         count = LongSum((), torch.float64, device, WHEN_CLOSED)
         self.sums = {"left": self._sum(o, o), "right": self._sum(i, i), "rows": count}
         self.sharing = sharing
@@ -221,18 +222,15 @@ class EKFACBlock(KFACBlock):
 
     passes = 2
 
+    _trial: "_ShortTrial"
+
     def __init__(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        device: torch.device,
-        shape: tuple[int, int],
-        sharing: Sharing,
+        self, block: MatrixBlock, dtype: torch.dtype, device: torch.device, sharing: Sharing
     ) -> None:
-        super().__init__(name, dtype, device, shape, sharing)
+        super().__init__(block, dtype, device, sharing)
         self._bases: tuple[Tensor, Tensor] | None = None
-        self._moments = self._sum(*shape)
-        self._trial = _ShortTrial(self, shape)
+        self._moments = self._sum(*block.shape)
+        self._trial = _ShortTrial(self)
 
     def see(self, stage: int, factors: Factors) -> None:
         if stage == 0:
@@ -254,22 +252,6 @@ class EKFACBlock(KFACBlock):
         assert self._bases is not None
         left, right = self._bases
         return left.to(torch.bfloat16), right.to(torch.bfloat16)
-
-    @property
-    def may_round(self) -> bool:  # type: ignore[override]
-        return self._trial.able
-
-    @property
-    def is_trying(self) -> bool:  # type: ignore[override]
-        return self._trial.open
-
-    @property
-    def rounds(self) -> bool:  # type: ignore[override]
-        return self._trial.passed
-
-    @property
-    def rounding(self) -> float:  # type: ignore[override]
-        return (self._trial.change or 0.0) if self._trial.passed else 0.0
 
     def finish(self, stage: int) -> None:
         if stage > 0:
@@ -326,9 +308,9 @@ class _ShortTrial:
     # what 48 labels draw differs by some tens of per cent from what 48 others do.
     MOST = 5e-3
 
-    def __init__(self, estimator: Estimator, shape: tuple[int, int]) -> None:
+    def __init__(self, estimator: Estimator) -> None:
         self.estimator = estimator
-        self.moments = estimator._sum(*shape)
+        self.moments = estimator._sum(*estimator.shape)
         self.seen = 0
         self.change: float | None = None
 
@@ -414,11 +396,9 @@ def add_second_moments(
 class DenseBlock(Estimator):
     """E[g gᵀ] of a small vector, decomposed: exact within its block."""
 
-    def __init__(
-        self, name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]
-    ) -> None:
-        super().__init__(name, dtype, device, shape)
-        size = math.prod(shape)
+    def __init__(self, block: Block, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(block, dtype, device)
+        size = math.prod(block.shape)
         self.sums["gram"] = self._sum(size, size)
 
     def see(self, stage: int, factors: Factors) -> None:
@@ -433,11 +413,9 @@ class DenseBlock(Estimator):
 class DiagonalBlock(Estimator):
     """E[g²], entry by entry."""
 
-    def __init__(
-        self, name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]
-    ) -> None:
-        super().__init__(name, dtype, device, shape)
-        self.sums["squares"] = self._sum(*shape)
+    def __init__(self, block: Block, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(block, dtype, device)
+        self.sums["squares"] = self._sum(*block.shape)
 
     def see(self, stage: int, factors: Factors) -> None:
         squares = self.sums["squares"]

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from upweight._typing import Batch
 from upweight.curvature.curvature import BatchTerms, mean_plus_penalty
-from upweight.curvature.empirical_fisher import PSD, outer_products
+from upweight.curvature.empirical_fisher import outer_products
 from upweight.curvature.gauss_newton import Way, way
 from upweight.curvature.labels import Sampled
 from upweight.gradients.autograd import product_batch
-from upweight.linalg.operator import LinearOperator
+from upweight.linalg.operator import PSD, LinearOperator
 from upweight.task.data import Data
 from upweight.task.task import Task
 

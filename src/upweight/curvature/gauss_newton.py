@@ -35,7 +35,7 @@ from upweight.gradients.autograd import (
 )
 from upweight.gradients.blocks import Plan
 from upweight.gradients.planning import plan
-from upweight.linalg.operator import LinearOperator, Tag
+from upweight.linalg.operator import LinearOperator
 from upweight.task.batches import cut
 from upweight.task.data import WORKING_BYTES, Data, batch_size
 from upweight.task.task import Task
@@ -72,42 +72,31 @@ class Way:
         return "autograd" if self.products == "func" and plain else self.products
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class GaussNewtonTerm(BatchTerm):
     """Σᵢ Jᵢᵀ Λᵢ Jᵢ over one batch.
 
     Args:
-        task: What was trained.
-        theta: θ.
         function: θ ↦ F(θ), `[p] -> [b, c]`; θ flat or by name.
         jacobians: () ↦ J in pieces `[m, c, p]`, some examples each, in their order; called to write
             the matrix out, or where the way is that.
         weigh: (u, some) ↦ Λ u for some of the examples and `[k, m, c]`, or None for the identity.
-        tags: What is known of it.
         how: How products are taken.
-        examples: b.
+        count: b.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        theta: Float[Tensor, " p"],
-        function: Callable[..., Float[Tensor, "b c"]],
-        jacobians: Callable[[], Iterator[Float[Tensor, "m c p"]]],
-        weigh: Weigh | None,
-        tags: frozenset[Tag],
-        how: Way,
-        examples: int,
-    ) -> None:
-        super().__init__(task, theta, tags)
-        self.function, self.jacobians, self.weigh = function, jacobians, weigh
-        self.how, self.examples_in = how, examples
+    function: Callable[..., Float[Tensor, "b c"]]
+    jacobians: Callable[[], Iterator[Float[Tensor, "m c p"]]]
+    weigh: Weigh | None
+    how: Way
+    count: int
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
         if v.numel() == 0:  # vmap needs at least one vector
             return v.clone()
         flat = v.reshape(-1, v.shape[-1])
-        products = self.how.takes(self.theta, len(flat), self.examples_in)
+        products = self.how.takes(self.theta, len(flat), self.count)
         if products == "autograd":
             rows = gauss_newton_products(self.task, self.theta, self.function, self._weighed, flat)
         elif products == "jacobians":
@@ -190,17 +179,8 @@ def way(
     values = outputs * (task.layout.size + outputs)
     count = min(PROBE, batch_size(values, task.layout.dtype.itemsize))
     for taken, batch in few(task, data, count):
-        places = torch.tensor(taken)
-        chosen = _compared(task, theta, data, chosen, v, outputs, places, _on(make, places, batch))
+        chosen = _compared(task, theta, data, chosen, v, outputs, torch.tensor(taken), batch, make)
     return chosen
-
-
-def _on(
-    make: Callable[[Way, Int[Tensor, " b"], Batch], LinearOperator],
-    places: Int[Tensor, " b"],
-    batch: Batch,
-) -> Callable[[Way], LinearOperator]:
-    return lambda how: make(how, places, batch)
 
 
 def _compared(
@@ -211,12 +191,13 @@ def _compared(
     v: Float[Tensor, "2 p"],
     outputs: int,
     places: Int[Tensor, " b"],
-    make: Callable[[Way], LinearOperator],
+    batch: Batch,
+    make: Callable[[Way, Int[Tensor, " b"], Batch], LinearOperator],
 ) -> Way:
     """What is left of the way chosen so far after another batch."""
 
     def by(way: Way) -> Callable[[], Tensor]:
-        return lambda: make(way).mv(v)
+        return lambda: make(way, places, batch).mv(v)
 
     made, products, notes = chosen.plan, chosen.products, list(chosen.notes)
 

@@ -17,7 +17,7 @@ from upweight.gradients.autograd import product_batch
 from upweight.gradients.functional import output_jacobians
 from upweight.gradients.linear import linear_form
 from upweight.gradients.source import planned_jacobians
-from upweight.linalg.operator import LinearOperator, Tag
+from upweight.linalg.operator import PSD, SYMMETRIC, LinearOperator
 from upweight.task.batches import cut
 from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
@@ -56,7 +56,7 @@ class GGN:
             term = linear_term(task, theta, form, data)
             return mean_plus_penalty(task, theta, (term,), n, term.tags)
         outputs, _ = task.outputs(theta, probe)
-        tags = frozenset({Tag.SYMMETRIC, Tag.PSD} if task.loss.convex else {Tag.SYMMETRIC})
+        tags = PSD if task.loss.convex else SYMMETRIC
 
         def term_of(how: Way, places: Int[Tensor, " b"], batch: Batch) -> GaussNewtonTerm:
             with torch.no_grad():
@@ -75,9 +75,9 @@ class GGN:
                 lambda t: task.outputs(t, batch)[0].reshape(len(f), -1),
                 jacobians,
                 _output_curvature(task, f, targets, width),
-                tags,
                 how,
                 len(places),
+                tags=tags,
             )
 
         width = outputs[0].numel()

@@ -35,12 +35,13 @@ from upweight.gradients.autograd import (
     saved_bytes,
 )
 from upweight.gradients.linear import linear_form
-from upweight.linalg.operator import LinearOperator, Tag
+from upweight.linalg.operator import SYMMETRIC, LinearOperator
 from upweight.task.data import Data
 from upweight.task.precision import dtypes_in
 from upweight.task.task import Task
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class HessianTerm(BatchTerm):
     """Σᵢ ∇²ℓᵢ(θ) over one batch, applied by reverse mode over reverse mode.
 
@@ -48,24 +49,15 @@ class HessianTerm(BatchTerm):
     needs only operations that have a backward pass.
 
     Args:
-        task: What was trained.
-        theta: θ.
         batch: The examples.
         by_func: Whether `torch.func` takes the products.
         saved: Bytes that autograd keeps of the batch, where double backward would take them as
             well; None: it would not.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        theta: Float[Tensor, " p"],
-        batch: Batch,
-        by_func: bool = True,
-        saved: int | None = None,
-    ) -> None:
-        super().__init__(task, theta, frozenset({Tag.SYMMETRIC}))
-        self.batch, self.by_func, self.saved = batch, by_func, saved
+    batch: Batch
+    by_func: bool = True
+    saved: int | None = None
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
@@ -123,7 +115,7 @@ class Hessian:
             return HessianTerm(task, theta, batch, by_func, known)
 
         terms = BatchTerms(task, data, product_batch(saved), term_of)
-        return mean_plus_penalty(task, theta, terms, n, frozenset({Tag.SYMMETRIC}), notes)
+        return mean_plus_penalty(task, theta, terms, n, SYMMETRIC, notes)
 
 
 _FIRST_ORDER = (
@@ -134,11 +126,7 @@ _FIRST_ORDER = (
 
 
 def _way(task: Task, theta: Float[Tensor, " p"], data: Data) -> tuple[bool, bool, tuple[str, ...]]:
-    """Whether `torch.func` takes the products, whether double backward does, and a note.
-
-    Raises:
-        UnsupportedModel: As for `Hessian.fit`.
-    """
+    """Whether `torch.func` takes the products, whether double backward does, and a note."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(2, task.layout.size, generator=generator, dtype=torch.float64)
     v = v.to(task.layout.device, task.layout.dtype)

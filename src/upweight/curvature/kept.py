@@ -80,7 +80,7 @@ class Kept:
         batch = self._batches.pop(start, None)
         if batch is None:
             return None
-        will_round = all(reader.rounds for reader in self._readers.values())
+        will_round = all(reader.rounding is not None for reader in self._readers.values())
         return None if batch.is_short and not will_round else batch.groups
 
     def clear(self) -> None:

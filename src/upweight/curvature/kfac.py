@@ -29,5 +29,5 @@ class KFAC(LayerwiseCurvature):
 
     def estimator(self, block: Block, dtype: torch.dtype, device: torch.device) -> Estimator:
         if isinstance(block, MatrixBlock):
-            return KFACBlock(block.name, dtype, device, block.shape, self.sharing)
+            return KFACBlock(block, dtype, device, self.sharing)
         return vector_estimator(block, dtype, device)

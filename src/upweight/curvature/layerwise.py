@@ -572,13 +572,13 @@ def _with_penalty(
 
 def _rounding_notes(estimators: Sequence[Estimator]) -> tuple[str, ...]:
     """Which blocks have their second moments in bfloat16, and what that does."""
-    rounded = [e for e in estimators if e.rounds]
+    rounded = {e.name: e.rounding for e in estimators if e.rounding is not None}
     if not rounded:
         return ()
-    worst = max(e.rounding for e in rounded)
+    worst = max(rounded.values())
     return (
         f"second moments in bfloat16, which was measured to change scores by up to {worst:.0e}: "
-        f"{listed([e.name for e in rounded])}",
+        f"{listed([*rounded])}",
     )
 
 

@@ -8,13 +8,15 @@ the exact Fisher coincide, and block (a, c) of the Hessian is the weighted Gram 
 so at most c(c+1)/2 matrix products assemble it exactly; no backward pass is taken.
 """
 
+from dataclasses import dataclass, replace
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.curvature.curvature import BatchTerm
 from upweight.gradients.linear import LinearForm
-from upweight.linalg.operator import Tag
+from upweight.linalg.operator import PSD, SYMMETRIC
 from upweight.runtime.memory import require_bytes
 from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
@@ -27,20 +29,13 @@ AT_ONCE = 4_000_000
 """Numbers that the Gram matrices made together may take on the way."""
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearTerm(BatchTerm):
     """Σᵢ Λᵢ ⊗ zᵢ zᵢᵀ over all examples. Memory: n·(i + c²) numbers."""
 
-    def __init__(
-        self,
-        task: Task,
-        theta: Float[Tensor, " p"],
-        form: LinearForm,
-        z: Float[Tensor, "n i"],
-        lambdas: Float[Tensor, "n c c"],
-    ) -> None:
-        tags = {Tag.SYMMETRIC, Tag.PSD} if task.loss.convex else {Tag.SYMMETRIC}
-        super().__init__(task, theta, frozenset(tags))
-        self.form, self.z, self.lambdas = form, z, lambdas
+    form: LinearForm
+    z: Float[Tensor, "n i"]
+    lambdas: Float[Tensor, "n c c"]
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
@@ -56,8 +51,7 @@ class LinearTerm(BatchTerm):
 
     def some(self, indices: Int[Tensor, " m"]) -> "LinearTerm":
         """The sum over these examples alone."""
-        z, lambdas = self.z[indices], self.lambdas[indices]
-        return LinearTerm(self.task, self.theta, self.form, z, lambdas)
+        return replace(self, z=self.z[indices], lambdas=self.lambdas[indices])
 
     def add_to(self, out: Float[Tensor, "p p"], scale: float = 1.0) -> None:
         """Blocks go straight to their places, some of a row at once: small ones cost their calls.
@@ -169,4 +163,5 @@ def linear_term(task: Task, theta: Float[Tensor, " p"], form: LinearForm, data: 
             outputs, targets = task.outputs(theta, batch)
         z.append(form.features(task, batch))
         lambdas.append(task.output_hessian(outputs, targets))
-    return LinearTerm(task, theta, form, torch.cat(z), torch.cat(lambdas))
+    tags = PSD if task.loss.convex else SYMMETRIC
+    return LinearTerm(task, theta, form, torch.cat(z), torch.cat(lambdas), tags=tags)

@@ -122,10 +122,10 @@ def hessian_products(
     params = task.leaves(theta)
     with torch.enable_grad():
         total = function(params).sum()
-        gradient = _pulled_back(task, params, total, None, create_graph=True)
+        gradient = pulled_back(task, params, total, None, create_graph=True)
     if not gradient.requires_grad:
         return torch.zeros_like(v)
-    return torch.stack([_pulled_back(task, params, gradient, row) for row in v])
+    return torch.stack([pulled_back(task, params, gradient, row) for row in v])
 
 
 def is_cut(task: Task, theta: Float[Tensor, " p"], function: Callable[[Params], Tensor]) -> bool:
@@ -133,7 +133,7 @@ def is_cut(task: Task, theta: Float[Tensor, " p"], function: Callable[[Params], 
     params = task.leaves(theta)
     with torch.enable_grad():
         total = function(params).sum()
-        gradient = _pulled_back(task, params, total, None, create_graph=True)
+        gradient = pulled_back(task, params, total, None, create_graph=True)
     return lacks_graph(gradient)
 
 
@@ -171,7 +171,7 @@ def gauss_newton_products(
     with torch.enable_grad():
         values = function(params)
         u = torch.zeros_like(values, requires_grad=True)
-        pulled = _pulled_back(task, params, values, u, create_graph=True)
+        pulled = pulled_back(task, params, values, u, create_graph=True)
     rows = []
     for row in v:
         # Jᵀu is linear in u, so its derivative along v is J v.
@@ -179,7 +179,7 @@ def gauss_newton_products(
             pulled, u, row, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         weighted = jv if weigh is None else weigh(jv[None])[0]
-        rows.append(_pulled_back(task, params, values, weighted))
+        rows.append(pulled_back(task, params, values, weighted))
     return torch.stack(rows)
 
 
@@ -190,19 +190,20 @@ def total_gradient(
     params = task.leaves(theta)
     with torch.enable_grad():
         total = function(params).sum()
-    return _pulled_back(task, params, total, None)
+    return pulled_back(task, params, total, None)
 
 
-def loss_gradient(task: Task, theta: Float[Tensor, " p"], data: Data) -> Float[Tensor, " p"]:
-    """Σ ∇ℓ(θ; zᵢ) over the data, without the penalty."""
-    found = torch.zeros_like(theta)
-    for _, _, batch in data.batches(512):
-        losses = partial(task.losses, batch=task.to_device(batch))
-        found += total_gradient(task, theta, losses)
-    return found
+def data_gradient(
+    task: Task, theta: Float[Tensor, " p"], data: Data, size: int = 512
+) -> Float[Tensor, " p"]:
+    """Σᵢ ∇ℓ(θ; zᵢ) over the data, without the penalty, so many examples at a time."""
+    total = torch.zeros_like(theta)
+    for _, _, batch in data.batches(size):
+        total += total_gradient(task, theta, partial(task.losses, batch=task.to_device(batch)))
+    return total
 
 
-def _pulled_back(
+def pulled_back(
     task: Task,
     params: Params,
     values: Tensor,

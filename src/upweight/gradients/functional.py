@@ -6,6 +6,7 @@ All are taken at one flat θ. Memory is b·p (b·c·p for Jacobians).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,27 +25,21 @@ def value_gradients(
     size: int,
 ) -> Float[Tensor, "b p"]:
     """∇θ function(θ, batch)ᵢ for each example of a batch."""
-    return _per_sample(torch.func.grad, lambda t, b: function(t, b)[0], theta, batch, size)
+
+    def one(example: Any) -> Tensor:
+        return torch.func.grad(lambda t: function(t, example)[0])(theta)
+
+    found: Tensor = over_examples(one, batch, size)
+    return found
 
 
 def output_jacobians(
     task: Task, theta: Float[Tensor, " p"], batch: Batch, size: int
 ) -> Float[Tensor, "b c p"]:
     """∂f/∂θ for each example of a batch, with f flattened to c outputs."""
-    return _per_sample(
-        torch.func.jacrev, lambda t, b: task.outputs(t, b)[0].reshape(-1), theta, batch, size
-    )
 
-
-def _per_sample(
-    transform: Callable[..., Callable[..., Tensor]],
-    function: Callable[[Tensor, Batch], Tensor],
-    theta: Float[Tensor, " p"],
-    batch: Batch,
-    size: int,
-) -> Tensor:
     def one(example: Batch) -> Tensor:
-        return transform(function)(theta, example)
+        return torch.func.jacrev(lambda t: task.outputs(t, example)[0].reshape(-1))(theta)
 
     found: Tensor = over_examples(one, batch, size)
     return found
@@ -79,11 +74,11 @@ def over_examples(function: Callable[[Any], Any], batch: Any, size: int) -> Any:
     return torch.func.vmap(one)(mapped_over)
 
 
+@dataclass(frozen=True)
 class _Place:
     """Where a tensor of a batch was."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+    index: int
 
 
 def as_dense(gradient: Tensor) -> Tensor:

@@ -305,7 +305,8 @@ class Capture:
             if not (self._listening or self._replaying):
                 return output
             if self._taken and self._taken[-1][0] is module:
-                _put_back(self._taken.pop()[1])
+                for owner, last, value in self._taken.pop()[1]:
+                    owner._parameters[last] = value
             if output is None:  # the layer raised, or a checkpoint has run as far as it needs
                 return output
             if not torch.is_grad_enabled():
@@ -407,11 +408,6 @@ def _accounted(task: Task, layers: Mapping[str, Sequence[str]]) -> set[str]:
             parameter = model.get_submodule(layer).get_submodule(path)._parameters[last]
             found.add(names[id(parameter)])
     return found
-
-
-def _put_back(taken: Sequence[tuple[nn.Module, str, Any]]) -> None:
-    for owner, last, value in taken:
-        owner._parameters[last] = value
 
 
 def _copies(x: Any, size: int, on_axis: bool) -> Any:

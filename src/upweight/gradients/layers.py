@@ -17,6 +17,7 @@ one line in `RULES`.
 """
 
 import dataclasses
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -284,17 +285,6 @@ def _fixed_statistics(module: Any) -> tuple[str, ...]:
 
 # -- attention ------------------------------------------------------------------------------------
 
-_ATTENTION_ARGUMENTS = (
-    "query",
-    "key",
-    "value",
-    "key_padding_mask",
-    "need_weights",
-    "attn_mask",
-    "average_attn_weights",
-    "is_causal",
-)
-
 
 def _attention_parameters(module: nn.MultiheadAttention) -> tuple[str, ...]:
     if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
@@ -306,7 +296,7 @@ def _attention_parameters(module: nn.MultiheadAttention) -> tuple[str, ...]:
 
 def _attention(module: nn.MultiheadAttention, call: Call, examples: Examples) -> Contributions:
     """The module holds its projections as bare parameters, so the step between them runs again."""
-    given = dict(zip(_ATTENTION_ARGUMENTS, call.args, strict=False)) | call.kwargs
+    given = inspect.signature(module.forward).bind(*call.args, **call.kwargs).arguments
 
     def cast(x: Tensor) -> Tensor:
         return x.detach().to(examples.dtype) if x.is_floating_point() else x

@@ -21,15 +21,6 @@ from upweight.task.data import Data
 class Gradients(Protocol):
     """P gᵢ of the examples of a data set, by their places in it."""
 
-    @property
-    def width(self) -> int:
-        """d, how many numbers a row has."""
-        ...
-
-    def __len__(self) -> int:
-        """n."""
-        ...
-
     def rows(self, start: int, stop: int) -> Float[Tensor, "b d"]:
         """P gᵢ for i from start to stop − 1."""
         ...

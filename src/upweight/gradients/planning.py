@@ -95,17 +95,18 @@ class _Planning:
             # One example at a time, every row of a layer is that example's.
             self.owners = {k: s for k, s in whole[0].items() if k not in self.broadcast}
             self.left = {k: why for k, why in self.left.items() if k not in self.owners}
-            self._note_alone(made, alone)
-            made = self._made(one_by_one=True)
+            made = self._one_by_one(made, alone)
         return self._matched(made)
 
-    def _note_alone(self, made: Plan, names: Sequence[str]) -> None:
+    def _one_by_one(self, made: Plan, names: Sequence[str]) -> Plan:
+        """The plan that takes examples alone, and a note of what that costs."""
         its, them = ("their", "them") if len(names) > 1 else ("its", "it")
         self.notes.append(
             f"examples are taken one at a time, about {self._times_slower(made)} times slower, "
             f"because of {listed(names, 2)}: there is no layer rule for {its} use, and torch.func "
             f'cannot run the model; Task(params="pattern") can leave {them} out'
         )
+        return self._made(one_by_one=True)
 
     def _times_slower(self, made: Plan) -> int:
         """What examples take alone, over what they take together, forwards and backwards."""
@@ -132,8 +133,7 @@ class _Planning:
             self._leave(name, "its layers' gradients differ from autograd's")
         made = self._made(made.one_by_one)
         if not made.one_by_one and (alone := self._no_batching_rule(made)):
-            self._note_alone(made, alone)
-            made = self._made(one_by_one=True)
+            made = self._one_by_one(made, alone)
         left = self._mismatches(made)
         if left:
             raise UnsupportedModel(
@@ -210,8 +210,14 @@ class _Planning:
 
     def _no_batching_rule(self, made: Plan) -> tuple[str, ...]:
         """The parameters left to `torch.func`, if it cannot run the model on a batch."""
-        found = (_no_batching_rule(made, self.theta, *p) for p in self._probe())
-        return next((names for names in found if names), ())
+        function = partial(_checked, self.task)
+        try:
+            for batch, size in self._probe():
+                with GradientPass(made, self.theta) as gradients:
+                    gradients.require_batching(function, batch, size)
+        except NoBatchingRule as error:
+            return error.names
+        return ()
 
     def _mismatches(self, made: Plan) -> list[str]:
         """Parameters whose gradients by the plan are not autograd's."""
@@ -506,17 +512,6 @@ def _checked(task: Task, params: Params, batch: Batch) -> Tensor:
     flat = outputs.reshape(len(outputs), -1)
     unequal = torch.arange(1, flat.shape[1] + 1, device=flat.device).cos().to(flat.dtype)
     return losses + (flat @ unequal).to(losses)
-
-
-def _no_batching_rule(
-    made: Plan, theta: Float[Tensor, " p"], batch: Batch, size: int
-) -> tuple[str, ...]:
-    with GradientPass(made, theta) as gradients:
-        try:
-            gradients.require_batching(lambda p, b: _checked(made.task, p, b), batch, size)
-        except NoBatchingRule as error:
-            return error.names
-    return ()
 
 
 def _eps(dtypes: Iterable[torch.dtype]) -> float:

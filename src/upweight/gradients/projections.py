@@ -149,18 +149,10 @@ class TwoSided(Projection):
 
 def _between(part: Factors, m: Sides | Buckets | None) -> Tensor:
     if isinstance(part, Rows):
-        return part.values if m is None else _buckets(m)(part.values)
-    return part.matrices() if m is None else part.projected(*_sides(m)).matrices()
-
-
-def _buckets(m: Sides | Buckets) -> Buckets:
-    assert isinstance(m, Buckets)
-    return m
-
-
-def _sides(m: Sides | Buckets) -> tuple[Tensor, Tensor]:
-    assert isinstance(m, Sides)
-    return m.left, m.right
+        assert not isinstance(m, Sides)
+        return part.values if m is None else m(part.values)
+    assert not isinstance(m, Buckets)
+    return part.matrices() if m is None else part.projected(m.left, m.right).matrices()
 
 
 def two_sided(

@@ -21,7 +21,7 @@ from upweight.gradients.blocks import Plan
 from upweight.gradients.factored import Factors, Tokens
 from upweight.gradients.functional import value_gradients
 from upweight.gradients.linear import LinearForm, linear_form
-from upweight.gradients.passes import GradientPass
+from upweight.gradients.passes import Function, GradientPass
 from upweight.gradients.planning import plan
 from upweight.task.batches import cut
 from upweight.task.data import Data, batch_size
@@ -65,10 +65,6 @@ class GradientSource(abc.ABC):
         )
 
 
-Values = Callable[[Params, Any], Float[Tensor, " b"]]
-"""(θ by name, batch) to one value per example: losses, or a measure."""
-
-
 @dataclass(frozen=True, eq=False)
 class Direct(GradientSource):
     """gᵢ formed in full: by `vmap(grad)`, or by the rules of the layers where there is a plan.
@@ -78,7 +74,7 @@ class Direct(GradientSource):
 
     task: Task
     theta: Float[Tensor, " p"]
-    function: Values | None = None
+    function: Function | None = None
     plan: Plan | None = None
     notes: tuple[str, ...] = ()
 
@@ -105,7 +101,7 @@ class Direct(GradientSource):
 
 
 def planned_rows(
-    plan: Plan, theta: Float[Tensor, " p"], function: Values, batch: Any, size: int
+    plan: Plan, theta: Float[Tensor, " p"], function: Function, batch: Any, size: int
 ) -> Float[Tensor, "b p"]:
     """∇θ function(θ, batch)ᵢ as rows, by the layers' rules."""
     with GradientPass(plan, theta) as passes:
@@ -197,7 +193,7 @@ def value_source(
     task: Task,
     theta: Float[Tensor, " p"],
     data: Data,
-    function: Values | None,
+    function: Function | None,
     train: Data | None = None,
 ) -> GradientSource:
     """The gradients of any value per example: by `torch.func` where it can run the model.

@@ -23,18 +23,9 @@ from torch import Tensor
 from upweight.index.scan import products
 from upweight.index.shards import SUMS, Rows, Shard, filled, require_same
 from upweight.index.transform import Transform
-from upweight.methods.reduce import (
-    Answer,
-    Asked,
-    Reducer,
-    Sink,
-    Sweep,
-    TokenScores,
-    finite,
-    strongest,
-    token_scores,
-)
-from upweight.methods.scorer import Job
+from upweight.methods.health import require_finite
+from upweight.methods.reduce import Answer, Asked, Reducer, Sink, Sweep, strongest, token_scores
+from upweight.methods.scorer import Job, TokenScores
 from upweight.provenance import Provenance
 from upweight.scores import TopScores, Unit
 from upweight.task.data import Data
@@ -182,7 +173,8 @@ class Exact(FromIndex):
                 batch = task.to_device(data.take(at))
                 self._require_same(data, at, offset)
                 part = job.scores_of(batch, len(at)).cpu()
-                found.append(finite(part, at[0] + offset, job.first))
+                require_finite(part, at[0] + offset, job.first)
+                found.append(part)
         return torch.cat(found, dim=1)
 
     def _require_same(self, data: Data, local: Sequence[int], offset: int) -> None:
@@ -220,7 +212,7 @@ class ByToken(Exact):
                 part, rest = job.tokens_of(data.subset(local), None)
                 self._require_same(data, local, offset)
                 whole = part.sum(dim=2) + rest
-                finite(whole.cpu(), local[0] + offset, job.first)
+                require_finite(whole.cpu(), local[0] + offset, job.first)
                 shares.append(part.cpu())
                 rests.append(rest.cpu())
         longest = max(part.shape[2] for part in shares)
@@ -242,7 +234,9 @@ class Nearest(ByToken):
 
     def begin(self, sweep: Sweep) -> Sink:
         def nearest(job: Job) -> tuple[list[int], TokenScores]:
-            (row,) = finite(self.job(job, sweep.dtype).block(0, self.n), 0, job.first)
+            found = self.job(job, sweep.dtype).block(0, self.n)
+            require_finite(found, 0, job.first)
+            (row,) = found
             best = row.topk(min(self.count, self.n), largest=self.raises)
             places = sorted(best.indices.tolist())
             return places, TokenScores(*replace(self, examples=places).shares(job))
@@ -281,7 +275,8 @@ class Best(Exact):
         low: tuple[Tensor, Tensor] | None = None
         for start in range(0, self.n, scan.at_once):
             stop = min(start + scan.at_once, self.n)
-            part = finite(scan.block(start, stop), start, scan.first)
+            part = scan.block(start, stop)
+            require_finite(part, start, scan.first)
             at = torch.arange(start, stop).expand_as(part)
             high = strongest(high, part, at, self.count, largest=True)
             low = strongest(low, part, at, self.count, largest=False)

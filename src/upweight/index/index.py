@@ -18,7 +18,8 @@ from upweight.index.shards import INDEX, MULTIPLE, TRANSFORM, Rows, filled
 from upweight.index.transform import Transform, restored, transform, width_of
 from upweight.index.verification import Verification, verification
 from upweight.methods.fitted import Fitted
-from upweight.methods.reduce import Matrix, Reducer, TokenScores, Top
+from upweight.methods.reduce import Matrix, Reducer, Top
+from upweight.methods.scorer import TokenScores
 from upweight.provenance import Provenance
 from upweight.runtime.atomic import make_folder
 from upweight.runtime.headers import Misfit, fitting, stale

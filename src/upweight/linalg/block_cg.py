@@ -32,8 +32,7 @@ class BlockCG(Solver[Preconditioned]):
     """Conjugate gradients in the Krylov space that all right-hand sides share.
 
     Args:
-        rtol: Tolerance on the true residual ‖Ax − b‖/‖b‖ of each right-hand side. None stands for
-            1e-6 in float64, 1e-4 in float32 and 1e-2 below, which rounding leaves within reach.
+        rtol: As for `CG`.
         max_steps: Most products with A, each for the whole block.
         preconditioner: M ≈ A⁻¹, an `Eigen` or a `BlockDiagonal` of them with positive eigenvalues,
             whose square root splits it: M½ A M½ y = M½ b, x = M½ y; or `Nystrom(rank)`. In a method

@@ -42,12 +42,8 @@ class BlockDiagonal(LinearOperator):
         return (size, size)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.blocks[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.blocks[0].device
+    def like(self) -> LinearOperator:
+        return self.blocks[0]
 
     @property
     def tags(self) -> frozenset[Tag]:

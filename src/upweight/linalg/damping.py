@@ -13,7 +13,7 @@ result. `Relative(0.1)` is the heuristic that Grosse et al. (2023) use for EK-FA
 import abc
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -22,19 +22,17 @@ from torch import Tensor
 from upweight.errors import NonFinite, NotPositiveDefinite, SpecError
 from upweight.linalg.eigen import Eigen
 from upweight.linalg.matrices import DiagonalMatrix, Identity
-from upweight.linalg.operator import LinearOperator, Scaled, Sum, square
+from upweight.linalg.operator import LinearOperator, Scaled, Sum, square, terms_of
+
+Theta: TypeAlias = Float[Tensor, "..."] | None
+"""The parameters that an operator acts on, where they are known."""
 
 
 class Damping(abc.ABC):
     """How to choose λ ≥ 0 for an operator."""
 
     @abc.abstractmethod
-    def of(
-        self,
-        operator: LinearOperator,
-        theta: Float[Tensor, "..."] | None = None,
-        n: int | None = None,
-    ) -> float:
+    def of(self, operator: LinearOperator, theta: Theta = None, n: int | None = None) -> float:
         """λ for this operator, in units of its eigenvalues.
 
         Args:
@@ -53,12 +51,7 @@ class Absolute(Damping):
     def __post_init__(self) -> None:
         _not_negative(self.value, "Absolute")
 
-    def of(
-        self,
-        operator: LinearOperator,
-        theta: Float[Tensor, "..."] | None = None,
-        n: int | None = None,
-    ) -> float:
+    def of(self, operator: LinearOperator, theta: Theta = None, n: int | None = None) -> float:
         return float(self.value)
 
 
@@ -80,12 +73,7 @@ class Relative(Damping):
     def __post_init__(self) -> None:
         _not_negative(self.factor, "Relative")
 
-    def of(
-        self,
-        operator: LinearOperator,
-        theta: Float[Tensor, "..."] | None = None,
-        n: int | None = None,
-    ) -> float:
+    def of(self, operator: LinearOperator, theta: Theta = None, n: int | None = None) -> float:
         p = square(operator, "Relative damping")
         mean = float(operator.trace()) / p
         if not math.isfinite(mean):
@@ -127,12 +115,7 @@ class Evidence(Damping):
         NonFinite: All parameters of a block are zero, or its curvature is.
     """
 
-    def of(
-        self,
-        operator: LinearOperator,
-        theta: Float[Tensor, "..."] | None = None,
-        n: int | None = None,
-    ) -> float:
+    def of(self, operator: LinearOperator, theta: Theta = None, n: int | None = None) -> float:
         if not isinstance(operator, Eigen) or theta is None or n is None:
             raise SpecError(
                 "Evidence damping needs the eigenvalues of the curvature.",
@@ -177,12 +160,7 @@ class FromTraining(Damping):
             for each parameter.
     """
 
-    def of(
-        self,
-        operator: LinearOperator,
-        theta: Float[Tensor, "..."] | None = None,
-        n: int | None = None,
-    ) -> float:
+    def of(self, operator: LinearOperator, theta: Theta = None, n: int | None = None) -> float:
         raise SpecError(
             "Damping from training needs to know the steps of training.",
             "FromTraining() where no history is asked for.",
@@ -225,7 +203,7 @@ def undamped(A: LinearOperator) -> tuple[LinearOperator, float]:
     Seen are the terms of a sum that are diagonal: λI, and the least strength of an L2 penalty.
     """
     shift, rest = 0.0, list[LinearOperator]()
-    for term in A.terms if isinstance(A, Sum) else (A,):
+    for term in terms_of(A):
         scale, inner = (term.scale, term.operator) if isinstance(term, Scaled) else (1.0, term)
         low = 0.0
         if isinstance(inner, Identity | DiagonalMatrix):

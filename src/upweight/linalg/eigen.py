@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import NotPositiveDefinite, ShapeError
-from upweight.linalg.operator import LinearOperator, Tag
+from upweight.linalg.operator import PSD, SYMMETRIC, SymmetricOperator, Tag
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Eigen(LinearOperator):
+class Eigen(SymmetricOperator):
     """Q diag(values) Qᵀ with Q a Kronecker product of orthogonal bases, one for each axis.
 
     A basis has its eigenvectors in columns; None stands for the identity.
@@ -47,17 +47,13 @@ class Eigen(LinearOperator):
         return (self.values.numel(), self.values.numel())
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
+    def like(self) -> Tensor:
+        return self.values
 
     @property
     def tags(self) -> frozenset[Tag]:
         psd = bool((self.values >= 0).all())
-        return frozenset({Tag.SYMMETRIC, Tag.PSD} if psd else {Tag.SYMMETRIC})
+        return PSD if psd else SYMMETRIC
 
     def rotated(self, array: Float[Tensor, "*k"]) -> Float[Tensor, "*k"]:
         """Qᵀ v for arrays v [*k, d₁, d₂, …]."""
@@ -83,9 +79,6 @@ class Eigen(LinearOperator):
         self.check(v)
         array = v.reshape(*v.shape[:-1], *self.values.shape)
         return self.unrotated(self.rotated(array) * self.values).reshape(v.shape).clone()
-
-    def transpose(self) -> LinearOperator:
-        return self
 
     def trace(self) -> Float[Tensor, ""]:
         return self.values.sum()

@@ -6,6 +6,8 @@ This is one of the two places of the library that divide by n: A_b is never an a
 of different sizes need no weights, and any partition of the examples gives the same A.
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.errors import ShapeError
-from upweight.linalg.operator import LinearOperator, Scaled, Sum, Tag, agree, closed
+from upweight.linalg.operator import LinearOperator, Scaled, Sum, Tag, agree, closed, terms_of
 
 
 def mean_of(total: Tensor, n: int | float) -> Tensor:
@@ -42,9 +44,7 @@ class FiniteSum(LinearOperator):
     terms: Sequence[LinearOperator]
     n: int
     declared: frozenset[Tag] | None = None
-    _shape: tuple[int, int] = field(init=False)
-    _dtype: torch.dtype = field(init=False)
-    _device: torch.device = field(init=False)
+    _first: LinearOperator = field(init=False)
 
     def __post_init__(self) -> None:
         if len(self.terms) == 0 or self.n < 1:
@@ -56,9 +56,7 @@ class FiniteSum(LinearOperator):
             )
         # Kept, because asking a lazy sequence for its first term may cost a batch.
         first = self.terms[0]
-        object.__setattr__(self, "_shape", first.shape)
-        object.__setattr__(self, "_dtype", first.dtype)
-        object.__setattr__(self, "_device", first.device)
+        object.__setattr__(self, "_first", first)
         tags = self.declared
         if tags is None:
             tags = frozenset(Tag)
@@ -69,15 +67,11 @@ class FiniteSum(LinearOperator):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self._shape
+        return self._first.shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self._dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
+    def like(self) -> LinearOperator:
+        return self._first
 
     @property
     def tags(self) -> frozenset[Tag]:
@@ -85,12 +79,7 @@ class FiniteSum(LinearOperator):
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k r"]:
         self.check(v)
-        total: Tensor | None = None
-        for term in self.terms:
-            part = term.mv(v)
-            total = part if total is None else total + part
-        assert total is not None  # there is at least one term
-        return total / self.n
+        return functools.reduce(operator.add, (term.mv(v) for term in self.terms)) / self.n
 
     @property
     def examples(self) -> int:
@@ -126,10 +115,7 @@ class FiniteSum(LinearOperator):
             term.add_to(out, scale / self.n)
 
     def diagonal(self) -> Float[Tensor, " p"]:
-        total = torch.zeros(self.shape[1], dtype=self.dtype, device=self.device)
-        for term in self.terms:
-            total = total + term.diagonal()
-        return total / self.n
+        return functools.reduce(operator.add, (term.diagonal() for term in self.terms)) / self.n
 
 
 @runtime_checkable
@@ -148,7 +134,7 @@ class OfExamples(Protocol):
 
 def examples_of(A: LinearOperator) -> int:
     """How many examples minibatches of A are drawn from; 0 where A is no sum over any."""
-    return max((sum_.examples for sum_ in _sums(A)), default=0)
+    return max((t.examples for t in terms_of(A) if isinstance(t, FiniteSum)), default=0)
 
 
 def minibatch(A: LinearOperator, size: int, generator: torch.Generator) -> LinearOperator:
@@ -156,15 +142,9 @@ def minibatch(A: LinearOperator, size: int, generator: torch.Generator) -> Linea
 
     Without replacement. Terms of A that are no mean over examples, as damping and penalties, stay.
     """
-    terms = A.terms if isinstance(A, Sum) else (A,)
     return Sum(
-        tuple(t.minibatch(size, generator) if isinstance(t, FiniteSum) else t for t in terms)
+        tuple(t.minibatch(size, generator) if isinstance(t, FiniteSum) else t for t in terms_of(A))
     )
-
-
-def _sums(A: LinearOperator) -> list[FiniteSum]:
-    terms = A.terms if isinstance(A, Sum) else (A,)
-    return [term for term in terms if isinstance(term, FiniteSum)]
 
 
 class _Transposed(Sequence[LinearOperator]):

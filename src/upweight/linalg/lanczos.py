@@ -76,8 +76,7 @@ def extreme_eigenvalues(
         basis[step] = w / length
         if M is not None:
             dual[step] = z / length
-        w = A.mv(dual[step])
-        require_finite(A, w)
+        w = finite(A, A.mv(dual[step]))
         alphas.append(float(w @ dual[step]))
         for _ in range(2):
             w = w - (dual[: step + 1] @ w) @ basis[: step + 1]
@@ -85,8 +84,8 @@ def extreme_eigenvalues(
     return _ritz(alphas, [*betas, float((w @ z).clamp_min(0.0).sqrt())])
 
 
-def require_finite(A: LinearOperator, w: Tensor) -> None:
-    """Refuse a product A v that is not finite.
+def finite(A: LinearOperator, w: Tensor) -> Tensor:
+    """A product A v, refused where it is not finite.
 
     Raises:
         NonFinite: It has a NaN or an infinity.
@@ -98,6 +97,7 @@ def require_finite(A: LinearOperator, w: Tensor) -> None:
             "a loss or an activation that overflowed.",
             "check the gradients of the examples one at a time, or use float64.",
         )
+    return w
 
 
 def _ritz(alphas: list[float], betas: list[float]) -> ExtremeEigenvalues:

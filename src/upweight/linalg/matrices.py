@@ -11,10 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import NonFinite, ShapeError
-from upweight.linalg.operator import LinearOperator, Tag, closed, square
+from upweight.linalg.operator import (
+    PSD,
+    SYMMETRIC,
+    LinearOperator,
+    SymmetricOperator,
+    Tag,
+    closed,
+    square,
+)
 
-SYMMETRIC = frozenset({Tag.SYMMETRIC})
-PSD = frozenset({Tag.SYMMETRIC, Tag.PSD})
 CPU = torch.device("cpu")
 
 
@@ -36,12 +42,8 @@ class Dense(LinearOperator):
         return self.matrix.shape[0], self.matrix.shape[1]
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.matrix.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
+    def like(self) -> Tensor:
+        return self.matrix
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k r"]:
         self.check(v)
@@ -62,7 +64,7 @@ class Dense(LinearOperator):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DiagonalMatrix(LinearOperator):
+class DiagonalMatrix(SymmetricOperator):
     """diag(d). Symmetric; positive semi-definite where every entry of d is ≥ 0, which is checked.
 
     Raises:
@@ -90,12 +92,8 @@ class DiagonalMatrix(LinearOperator):
         return len(self.entries), len(self.entries)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.entries.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.entries.device
+    def like(self) -> Tensor:
+        return self.entries
 
     @property
     def tags(self) -> frozenset[Tag]:
@@ -105,9 +103,6 @@ class DiagonalMatrix(LinearOperator):
         self.check(v)
         return self.entries * v
 
-    def transpose(self) -> LinearOperator:
-        return self
-
     def add_to(self, out: Float[Tensor, "p p"], scale: float = 1.0) -> None:
         out.diagonal().add_(self.entries, alpha=scale)
 
@@ -116,12 +111,14 @@ class DiagonalMatrix(LinearOperator):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Identity(LinearOperator):
+class Identity(SymmetricOperator):
     """I, for p parameters."""
 
     p: int
     dtype: torch.dtype = torch.float64
     device: torch.device = CPU
+
+    tags = PSD
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", torch.device(self.device))
@@ -130,16 +127,9 @@ class Identity(LinearOperator):
     def shape(self) -> tuple[int, int]:
         return self.p, self.p
 
-    @property
-    def tags(self) -> frozenset[Tag]:
-        return PSD
-
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
         return v.clone()
-
-    def transpose(self) -> LinearOperator:
-        return self
 
     def add_to(self, out: Float[Tensor, "p p"], scale: float = 1.0) -> None:
         out.diagonal().add_(scale)
@@ -149,10 +139,12 @@ class Identity(LinearOperator):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LowRank(LinearOperator):
+class LowRank(SymmetricOperator):
     """U Uᵀ for U [p k]: positive semi-definite, of rank at most k. O(p k) per vector."""
 
     factor: Tensor  # [p k]
+
+    tags = PSD
 
     def __post_init__(self) -> None:
         _axes(self.factor, 2, "LowRank")
@@ -162,23 +154,12 @@ class LowRank(LinearOperator):
         return self.factor.shape[0], self.factor.shape[0]
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.factor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.factor.device
-
-    @property
-    def tags(self) -> frozenset[Tag]:
-        return PSD
+    def like(self) -> Tensor:
+        return self.factor
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
         return (v @ self.factor) @ self.factor.mT
-
-    def transpose(self) -> LinearOperator:
-        return self
 
     def add_to(self, out: Float[Tensor, "p p"], scale: float = 1.0) -> None:
         factor = self.factor.to(out.dtype)

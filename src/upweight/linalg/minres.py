@@ -31,9 +31,7 @@ class MINRES(Solver[LinearOperator]):
     """Minimum residuals, for many right-hand sides side by side.
 
     Args:
-        rtol: Tolerance on the true residual ‖Ax − b‖/‖b‖ of each right-hand side. None stands for
-            1e-6 in float64, 1e-4 in float32 and 1e-2 below, which rounding leaves within reach.
-        max_steps: Most products with A; each is for all unsolved right-hand sides at once.
+        rtol, max_steps: As for `CG`.
 
     The residual never grows. For a spectrum in [−a, −c] and [c, a] it takes about 2a/c steps
     for each digit: indefinite systems are harder than definite ones, where √κ enters.

@@ -49,8 +49,7 @@ class Neumann(Solver[NeumannState]):
             a method the spec of a curvature by layer, `EKFAC()`.
         step_size: ω; None: 1 / the largest eigenvalue of PA as estimated by Lanczos. 1 is the
             series in its plain form, which needs eigenvalues of PA below 2.
-        rtol: Residual ‖Ax − b‖/‖b‖ at which a right-hand side is done. None stands for 1e-6 in
-            float64, 1e-4 in float32 and 1e-2 below.
+        rtol: Residual at which a right-hand side is done, as for `CG`.
 
     Every residual is a true one. A right-hand side that used all its terms is APPROXIMATE: a series
     cut off on purpose is an answer, with its residual stated. `stats.extra` has `spectral_radius`,

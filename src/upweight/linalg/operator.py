@@ -20,7 +20,9 @@ Operators are immutable. A solver reads the tags, so a wrong tag gives a wrong c
 
 import abc
 import enum
+import functools
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import overload
@@ -39,6 +41,10 @@ class Tag(enum.Enum):
     PSD = "A = Aᵀ and vᵀAv ≥ 0 for every v"
 
 
+SYMMETRIC = frozenset({Tag.SYMMETRIC})
+PSD = frozenset({Tag.SYMMETRIC, Tag.PSD})
+
+
 # Unit vectors handed to `mv` at once when an operator is written out. Bounds the memory of an
 # operator whose `mv` keeps activations for every vector of the batch.
 UNIT_VECTORS = 256
@@ -47,8 +53,9 @@ UNIT_VECTORS = 256
 class LinearOperator(abc.ABC):
     """A : ℝᵖ → ℝʳ, acting on the last axis; leading axes are a batch of vectors.
 
-    A subclass defines the six abstract members. One that knows its matrix also overrides `add_to`
-    (write the matrix into memory the caller owns), from which `dense` follows.
+    A subclass defines `shape`, `tags`, `mv` and `transpose`, and either `like` or both `dtype` and
+    `device`. One that knows its matrix also overrides `add_to` (write the matrix into memory the
+    caller owns), from which `dense` follows.
     """
 
     @property
@@ -57,14 +64,19 @@ class LinearOperator(abc.ABC):
         """(r, p)."""
 
     @property
-    @abc.abstractmethod
-    def dtype(self) -> torch.dtype:
-        """The dtype of the vectors it takes and gives."""
+    def like(self) -> "Tensor | LinearOperator":
+        """A tensor or operator of the same dtype, in the same place."""
+        raise NotImplementedError
 
     @property
-    @abc.abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of the vectors it takes and gives."""
+        return self.like.dtype
+
+    @property
     def device(self) -> torch.device:
         """Where those vectors are."""
+        return self.like.device
 
     @property
     @abc.abstractmethod
@@ -192,6 +204,13 @@ class LinearOperator(abc.ABC):
         return f"{type(self).__name__}({r}×{p}, {str(self.dtype).removeprefix('torch.')}{tags})"
 
 
+class SymmetricOperator(LinearOperator):
+    """A = Aᵀ, whatever A is made of."""
+
+    def transpose(self) -> LinearOperator:
+        return self
+
+
 def square(A: LinearOperator, what: str) -> int:
     """The p of a p × p operator.
 
@@ -211,7 +230,7 @@ def square(A: LinearOperator, what: str) -> int:
 
 def closed(tags: frozenset[Tag]) -> frozenset[Tag]:
     """Tags with what they imply: positive semi-definite implies symmetric."""
-    return tags | {Tag.SYMMETRIC} if Tag.PSD in tags else tags
+    return tags | SYMMETRIC if Tag.PSD in tags else tags
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -240,12 +259,8 @@ class Sum(LinearOperator):
         return self.terms[0].shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.terms[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.terms[0].device
+    def like(self) -> LinearOperator:
+        return self.terms[0]
 
     @property
     def tags(self) -> frozenset[Tag]:
@@ -253,10 +268,7 @@ class Sum(LinearOperator):
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k r"]:
         self.check(v)
-        out = self.terms[0].mv(v)
-        for term in self.terms[1:]:
-            out = out + term.mv(v)
-        return out
+        return functools.reduce(operator.add, (term.mv(v) for term in self.terms))
 
     def transpose(self) -> LinearOperator:
         return Sum(tuple(term.transpose() for term in self.terms))
@@ -270,6 +282,11 @@ class Sum(LinearOperator):
 
     def trace(self) -> Float[Tensor, ""]:
         return torch.stack([term.trace() for term in self.terms]).sum()
+
+
+def terms_of(A: LinearOperator) -> tuple[LinearOperator, ...]:
+    """The terms of a sum; of another operator itself."""
+    return A.terms if isinstance(A, Sum) else (A,)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -293,12 +310,8 @@ class Scaled(LinearOperator):
         return self.operator.shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.operator.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.operator.device
+    def like(self) -> LinearOperator:
+        return self.operator
 
     @property
     def tags(self) -> frozenset[Tag]:
@@ -328,6 +341,8 @@ class Product(LinearOperator):
     left: LinearOperator
     right: LinearOperator
 
+    tags = frozenset()
+
     def __post_init__(self) -> None:
         if self.left.shape[1] != self.right.shape[0]:
             raise ShapeError(
@@ -344,16 +359,8 @@ class Product(LinearOperator):
         return self.left.shape[0], self.right.shape[1]
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.right.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.right.device
-
-    @property
-    def tags(self) -> frozenset[Tag]:
-        return frozenset()
+    def like(self) -> LinearOperator:
+        return self.right
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k r"]:
         self.check(v)

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import ShapeError
-from upweight.linalg.operator import LinearOperator, Tag
+from upweight.linalg.operator import PSD, SYMMETRIC, SymmetricOperator, Tag
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PartialEigen(LinearOperator):
+class PartialEigen(SymmetricOperator):
     """U diag(values) Uᵀ + rest (I − UUᵀ), U with k orthonormal rows as it is kept.
 
     Args:
@@ -46,25 +46,18 @@ class PartialEigen(LinearOperator):
         return self.vectors.shape[1], self.vectors.shape[1]
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.vectors.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.vectors.device
+    def like(self) -> Tensor:
+        return self.vectors
 
     @property
     def tags(self) -> frozenset[Tag]:
         psd = self.rest >= 0 and bool((self.values >= 0).all())
-        return frozenset({Tag.SYMMETRIC, Tag.PSD} if psd else {Tag.SYMMETRIC})
+        return PSD if psd else SYMMETRIC
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
         along = v @ self.vectors.mT
         return self.rest * v + (along * (self.values - self.rest)) @ self.vectors
-
-    def transpose(self) -> LinearOperator:
-        return self
 
     def diagonal(self) -> Float[Tensor, " p"]:
         return self.rest + (self.values - self.rest) @ self.vectors.square()

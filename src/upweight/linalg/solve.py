@@ -6,7 +6,6 @@ Which one `Auto` would use is a question that can be asked: `Auto().select(A)`.
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from upweight.errors import UnsupportedModel
 from upweight.linalg.cg import CG
 from upweight.linalg.cholesky import Cholesky
 from upweight.linalg.minres import MINRES
-from upweight.linalg.operator import LinearOperator, Tag, square
+from upweight.linalg.operator import LinearOperator, SymmetricOperator, Tag, square
 from upweight.linalg.solution import Solution
 from upweight.linalg.solver import Solver
 
@@ -103,7 +102,7 @@ def inverse(A: LinearOperator, solver: Solver[Any] = Auto()) -> LinearOperator:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Inverse(LinearOperator):
+class Inverse(SymmetricOperator):
     """A⁻¹ : b ↦ x with A x = b. Made by `inverse`."""
 
     operator: LinearOperator
@@ -115,12 +114,8 @@ class Inverse(LinearOperator):
         return self.operator.shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.operator.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.operator.device
+    def like(self) -> LinearOperator:
+        return self.operator
 
     @property
     def tags(self) -> frozenset[Tag]:
@@ -133,6 +128,3 @@ class Inverse(LinearOperator):
         """The solve behind `mv`, with its statistics; does not throw."""
         self.check(b)
         return self.solver.solve(self.state, b)
-
-    def transpose(self) -> LinearOperator:
-        return self

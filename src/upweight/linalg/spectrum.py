@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import SpecError
-from upweight.linalg.lanczos import normal, require_finite
+from upweight.linalg.lanczos import finite, normal
 from upweight.linalg.operator import LinearOperator, square
 
 
@@ -94,7 +94,13 @@ def spectrum(A: LinearOperator, probes: int = 8, steps: int = 40, seed: int = 0)
     Cost: `steps` products of A with `probes` vectors; probes · steps · p numbers.
     """
     p = square(A, "A spectrum")
-    _require_counts(probes, steps)
+    if probes < 2 or steps < 1:
+        raise SpecError(
+            "A spectrum with its errors needs at least two random vectors, and a step of each.",
+            f"probes={probes!r}, steps={steps!r}.",
+            "one probe, whose error nothing tells.",
+            "spectrum(A, probes=8, steps=40).",
+        )
     steps = min(steps, p)
     eps = torch.finfo(A.dtype).eps
     basis = torch.zeros(steps, probes, p, dtype=A.dtype, device=A.device)
@@ -103,7 +109,7 @@ def spectrum(A: LinearOperator, probes: int = 8, steps: int = 40, seed: int = 0)
     lengths = [steps] * probes
     basis[0] = _signs(A, seed, probes) / math.sqrt(p)
     for step in range(steps):
-        w = _finite(A, A.mv(basis[step]))
+        w = finite(A, A.mv(basis[step]))
         alphas[:, step] = (w * basis[step]).sum(dim=1).double()
         known = basis[: step + 1]
         for _ in range(2):
@@ -169,7 +175,7 @@ def trace(A: LinearOperator, products: int = 60, seed: int = 0) -> Estimate:
         )
     m = min(products // 3, p)
     S, G = _signs(A, seed, 2 * m).reshape(2, m, p)
-    Q = torch.linalg.qr(_finite(A, A.mv(S)).mT)[0].mT
+    Q = torch.linalg.qr(finite(A, A.mv(S)).mT)[0].mT
     caught = float((Q * A.mv(Q)).sum())
     G = G - (G @ Q.mT) @ Q
     rest = _mean((G * A.mv(G)).sum(dim=1).tolist())
@@ -184,18 +190,3 @@ def _signs(A: LinearOperator, seed: int, count: int) -> Float[Tensor, "k p"]:
 def _mean(values: list[float]) -> Estimate:
     each = torch.tensor(values, dtype=torch.float64)
     return Estimate(float(each.mean()), float(each.std()) / math.sqrt(len(each)))
-
-
-def _finite(A: LinearOperator, product: Tensor) -> Tensor:
-    require_finite(A, product)
-    return product
-
-
-def _require_counts(probes: int, steps: int) -> None:
-    if probes < 2 or steps < 1:
-        raise SpecError(
-            "A spectrum with its errors needs at least two random vectors, and a step of each.",
-            f"probes={probes!r}, steps={steps!r}.",
-            "one probe, whose error nothing tells.",
-            "spectrum(A, probes=8, steps=40).",
-        )

@@ -21,6 +21,7 @@ from upweight.methods.neighbours import inputs
 from upweight.methods.scorer import BlockScorer, Scorer
 from upweight.runtime.fingerprint import digest
 from upweight.scores import Unit
+from upweight.task.batches import tensors
 from upweight.task.data import Data
 
 
@@ -43,7 +44,7 @@ class Random(Method):
         n, dtype = len(fitting.data), fitting.theta.dtype
 
         def row(queries: Data, q: int) -> Tensor:
-            held = digest(*_tensors(queries.batch(q, q + 1)), str(self.seed))
+            held = digest(*(x.cpu() for x in tensors(queries.batch(q, q + 1))), str(self.seed))
             generator = torch.Generator().manual_seed(int(held[:15], 16))
             return torch.randn(n, generator=generator, dtype=torch.float64)
 
@@ -194,9 +195,3 @@ def token_sequences(data: Data) -> list[Int[Tensor, " t"]]:
         else:
             found += list(first.cpu())
     return found
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    """What a query holds, in order."""
-    leaves = torch.utils._pytree.tree_leaves(batch)
-    return [leaf.cpu() for leaf in leaves if isinstance(leaf, Tensor)]

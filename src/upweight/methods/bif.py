@@ -18,7 +18,6 @@ then on, so that the draws keep their distribution without a correction term.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import DtypeError, NotConverged, SpecError
-from upweight.gradients.autograd import total_gradient
+from upweight.gradients.autograd import data_gradient
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
 from upweight.methods.scorer import AT_ONCE, Asked, Job, Scorer, Work, not_offered
@@ -153,7 +152,8 @@ class BIF(Method):
             if self.batch is not None and self.batch < n:
                 rows = torch.randperm(n, generator=generator)[: self.batch].sort().values
                 part = data.subset(rows.tolist())
-            slope = _slope(task, part, theta)
+            mean = data_gradient(task, theta, part, AT_ONCE) / len(part)
+            slope = mean + task.penalty.gradient(theta, task.layout)
             if self.rmsprop is not None and t < self.burn_in:
                 decay = self.rmsprop
                 squares = decay * squares + (1 - decay) * slope.square()
@@ -178,15 +178,6 @@ class BIF(Method):
         )
 
 
-def _slope(task: Task, part: Data, theta: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
-    """∇J over a part of the data."""
-    total = torch.zeros_like(theta)
-    for _, _, batch in part.batches(part.together(AT_ONCE)):
-        losses = partial(task.losses, batch=task.to_device(batch))
-        total += total_gradient(task, theta, losses)
-    return total / len(part) + task.penalty.gradient(theta, task.layout)
-
-
 @dataclass(frozen=True, eq=False)
 class DrawsScorer(Scorer):
     """θ and ℓᵢ at every draw."""
@@ -199,6 +190,8 @@ class DrawsScorer(Scorer):
     inverse: float
     start: float
     notes: tuple[str, ...] = ()
+
+    is_quick_of_itself = True
 
     @property
     def factor(self) -> float:
@@ -219,10 +212,6 @@ class DrawsScorer(Scorer):
         centered = self.losses - self.losses.mean(dim=0)
         variance = centered.square().sum(dim=0) / (len(centered) - 1)
         return (self.factor * variance).to(self.dtype)
-
-    @property
-    def is_quick_of_itself(self) -> bool:
-        return True
 
     def health(self) -> dict[str, Any]:
         excess = self.inverse * (float(self.losses.mean()) - self.start)

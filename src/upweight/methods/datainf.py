@@ -6,7 +6,6 @@ layer by layer, with gᵢ the layer's part of the gradient. Kwon, Wu, Wu & Zou (
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,7 +117,7 @@ class MeanOfInversesScorer(FlatScorer):
         Cost: a pass over the training gradients, if λ is relative to them or not.
         """
         squares = torch.zeros_like(self.theta)
-        for start, rows in self._rows():
+        for start, rows in self.rows():
             squares += rows.square().sum(dim=0)
             if not bool(squares.isfinite().all()):
                 raise NonFinite(
@@ -159,15 +158,10 @@ class MeanOfInversesScorer(FlatScorer):
             if lam == math.inf
         )
 
-    def _rows(self) -> Iterator[tuple[int, Float[Tensor, "b p"]]]:
-        for start in range(0, len(self.train), self.at_once):
-            stop = min(start + self.at_once, len(self.train))
-            yield start, self.source.rows(self.batch(start, stop), stop - start)
-
     def _solved(self, vectors: Float[Tensor, "k p"]) -> Solution:
         # Sherman–Morrison: what every example takes away of v along its own gradient.
         taken = torch.zeros_like(vectors)
-        for _, rows in self._rows():
+        for _, rows in self.rows():
             for name, index in self.blocks:
                 g = rows[:, index]
                 shares = vectors[:, index] @ g.T / (self.lambdas[name] + g.square().sum(dim=1))

@@ -18,7 +18,7 @@ from upweight.methods.combination import within
 from upweight.methods.ensemble import Ensemble
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
-from upweight.methods.scorer import AT_ONCE, Asked, Job, Scorer, not_offered
+from upweight.methods.scorer import Asked, BlockScorer, JobOf, Scorer, not_offered
 from upweight.methods.stacked import Stacked, blocks, models_of, outcomes
 from upweight.notation import percent
 from upweight.scores import Unit
@@ -91,7 +91,7 @@ class Datamodels(Method):
         prior = self.prior
         combined = prior.methods if isinstance(prior, Stacked) else ()
         models = models_of(self, fitting, [m for m in combined if isinstance(m, Ensemble)])
-        scorer = None
+        scorer: Scorer = NOTHING
         if prior is not None:
             shared = isinstance(prior, Stacked) and (
                 (prior.subsets, prior.fraction, prior.seeds)
@@ -102,6 +102,14 @@ class Datamodels(Method):
         return DatamodelScorer(fitting.task, fitting.data, models, scorer)
 
 
+def _zeros(queries: Data, measure: Any, start: int, stop: int) -> Tensor:
+    return torch.zeros(len(queries), stop - start, dtype=torch.float64)
+
+
+NOTHING = BlockScorer(_zeros)
+"""The prior where there is none."""
+
+
 @dataclass(frozen=True, eq=False)
 class DatamodelScorer(Scorer):
     """W, the subset models, and the prior."""
@@ -109,21 +117,21 @@ class DatamodelScorer(Scorer):
     task: Task
     train: Data
     models: SubsetModels
-    prior: Scorer | None
+    prior: Scorer
     notes: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "notes", () if self.prior is None else self.prior.notes)
+        object.__setattr__(self, "notes", self.prior.notes)
 
     @property
     def dtype(self) -> torch.dtype | None:
-        return None if self.prior is None else self.prior.dtype
+        return self.prior.dtype
 
     def settings(self, asked: Asked) -> dict[str, int]:
-        return super().settings(asked) if self.prior is None else self.prior.settings(asked)
+        return self.prior.settings(asked)
 
     def health(self) -> dict[str, Any]:
-        told = {} if self.prior is None else self.prior.health()
+        told = self.prior.health()
         return {
             **told,
             "subsets": len(self.models),
@@ -148,14 +156,10 @@ class DatamodelScorer(Scorer):
                 "a measure of something that training does not touch.",
                 "ask another measure.",
             )
-        if self.prior is not None:
-            for first, start, (part,) in blocks(self.prior, asked, n, splits=False):
-                rows, columns = slice(first, first + len(part)), slice(start, start + part.shape[1])
-                rest[:, rows] -= change[:, columns] @ part.cpu().double().mT
+        for first, start, (part,) in blocks(self.prior, asked, n, splits=False):
+            rows, columns = slice(first, first + len(part)), slice(start, start + part.shape[1])
+            rest[:, rows] -= change[:, columns] @ part.cpu().double().mT
         dual, told = _ridge(change @ change.mT, rest, size, models.group)
-        if self.prior is None:
-            yield DatamodelJob(None, dual, change, told)
-            return
         for job in self.prior.jobs(asked):
             yield DatamodelJob(job, dual[:, job.first : job.first + len(job)], change, told)
 
@@ -163,55 +167,31 @@ class DatamodelScorer(Scorer):
         if not records:
             return {}, ()
         inner = [record for record, _ in records]
-        told, notes = ({}, ()) if self.prior is None else self.prior.summary(inner)
+        told, notes = self.prior.summary(inner)
         found = records[0][1]
         note = (
             f"regressed on {len(self.models)} models of {percent(self.models.fraction)} of the "
             f"data: explains {percent(max(0.0, found['regression_explained']))} of how left-out "
-            "models differ" + ("" if self.prior is None else " beyond the prior")
+            "models differ" + ("" if self.prior is NOTHING else " beyond the prior")
         )
         return {**told, **found}, (*notes, note)
 
 
-@dataclass(eq=False)
-class DatamodelJob(Job):
+@dataclass(frozen=True, eq=False)
+class DatamodelJob(JobOf):
     """β of some queries: the prior's scores, and Wᵀ α."""
 
-    prior: Job | None
     dual: Float[Tensor, "s q"]
     change: Float[Tensor, "s n"]
     told: dict[str, float]
 
-    def __enter__(self) -> "DatamodelJob":
-        if self.prior is not None:
-            self.prior.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.prior is not None:
-            self.prior.__exit__(*error)
-
-    @property
-    def first(self) -> int:  # type: ignore[override]
-        return 0 if self.prior is None else self.prior.first
-
-    @property
-    def at_once(self) -> int:  # type: ignore[override]
-        return AT_ONCE if self.prior is None else self.prior.at_once
-
-    def __len__(self) -> int:
-        return self.dual.shape[1]
-
     def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
-        found = self.dual.mT @ self.change[:, start:stop]
-        if self.prior is None:
-            return found
-        part = self.prior.block(start, stop)
-        return part + found.to(part)
+        part = self.job.block(start, stop)
+        return part + (self.dual.mT @ self.change[:, start:stop]).to(part)
 
     @property
     def record(self) -> tuple[Any, dict[str, float]]:
-        return (None if self.prior is None else self.prior.record), self.told
+        return self.job.record, self.told
 
 
 def _ridge(

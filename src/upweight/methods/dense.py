@@ -7,7 +7,7 @@ keep their two factors and nothing of size p is formed per example.
 
 import abc
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -16,13 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight._typing import Batch, Params
+from upweight._typing import Batch
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.ggn import GGN
 from upweight.curvature.hessian import Hessian
 from upweight.curvature.layerwise import BlockCurvature, LayerwiseCurvature
 from upweight.errors import DtypeError, ShapeError
 from upweight.gradients.blocks import Plan
+from upweight.gradients.passes import Function
 from upweight.gradients.planning import plan
 from upweight.gradients.source import (
     FactoredLinear,
@@ -42,7 +43,7 @@ from upweight.methods import health
 from upweight.methods.fitting import Fitting
 from upweight.methods.layered import token_shares
 from upweight.methods.leverage import LinearRemovals
-from upweight.methods.scorer import Asked, Job, Scorer, Work, gradients_in_groups
+from upweight.methods.scorer import Asked, Job, Scorer, TokenScores, Work, gradients_in_groups
 from upweight.runtime.memory import examples_within, require_bytes, solved_bytes, working_bytes
 from upweight.task.data import Data, batch_size
 from upweight.task.measures import Loss
@@ -87,14 +88,10 @@ class FlatJob(Job):
             found[block.name] = vectors[:, index] @ rows[:, index].mT * -scorer.share
         return found
 
-    def tokens(
-        self, examples: Sequence[int]
-    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+    def tokens(self, examples: Sequence[int]) -> TokenScores:
         return self.tokens_of(self.scorer.train.subset(examples), None)
 
-    def tokens_of(
-        self, data: Data, function: Callable[[Params, Batch], Float[Tensor, " b"]] | None
-    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+    def tokens_of(self, data: Data, function: Function | None) -> TokenScores:
         scorer = self.scorer
         layout, rows = scorer.task.layout, self.solution.value
         vectors = [
@@ -102,7 +99,7 @@ class FlatJob(Job):
             for block in scorer.plan.blocks
         ]
         shares, rest = token_shares(scorer.plan, scorer.theta, data, vectors, function)
-        return shares * -scorer.share, rest * -scorer.share
+        return TokenScores(shares * -scorer.share, rest * -scorer.share)
 
     def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:
         return self.scorer.source.inner(self.vectors(), batch, size) * -self.scorer.share
@@ -198,12 +195,13 @@ class FlatScorer(Scorer):
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """S[i, i] = −(1/n) gᵢᵀ P gᵢ: n solves."""
-        parts = []
-        for start in range(0, len(self.train), self.at_once):
-            stop = min(start + self.at_once, len(self.train))
-            rows = self.source.rows(self.batch(start, stop), stop - start)
-            parts.append(-self.share * (rows * self._solved(rows).value).sum(dim=1))
-        return torch.cat(parts)
+        parts = [(rows * self._solved(rows).value).sum(dim=1) for _, rows in self.rows()]
+        return -self.share * torch.cat(parts)
+
+    def rows(self) -> Iterator[tuple[int, Float[Tensor, "b p"]]]:
+        """gᵢ of all training examples, a batch at a time: from which on, and the rows."""
+        for start, stop, batch in self.train.batches(self.at_once):
+            yield start, self.source.rows(self.task.to_device(batch), stop - start)
 
     def solve(self, vectors: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         return self._solved(vectors).value
@@ -236,11 +234,10 @@ class FlatScorer(Scorer):
     @cached_property
     def gradient(self) -> Float[Tensor, " p"]:
         """∇J(θ) = (1/n) Σ gᵢ + ∇R."""
-        n = len(self.train)
         total = torch.zeros_like(self.theta)
-        for start in range(0, n, self.at_once):
-            total += self.source.total(self.batch(start, min(start + self.at_once, n)))
-        return total / n + self.task.penalty.gradient(self.theta, self.task.layout)
+        for _, _, batch in self.train.batches(self.at_once):
+            total += self.source.total(self.task.to_device(batch))
+        return total / len(self.train) + self.task.penalty.gradient(self.theta, self.task.layout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,8 +263,8 @@ class DenseScorer(FlatScorer):
     def _solved(self, vectors: Float[Tensor, "k p"]) -> Solution:
         solution = self.solver.solve(self.state, vectors)
         if not solution.is_answer:  # training data written to since leave a residual: say so
-            for start in range(0, len(self.train), self.at_once):
-                self.train.batch(start, min(start + self.at_once, len(self.train)))
+            for _ in self.train.batches(self.at_once):
+                pass
         return solution.throw()
 
     # -- removals ---------------------------------------------------------------------------------

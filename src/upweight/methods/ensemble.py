@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 from upweight.methods.fitting import Fitting
 from upweight.methods.members import members_given
 from upweight.methods.method import Method
 from upweight.methods.points import SeveralScorers
-from upweight.methods.scorer import Asked, Job, not_offered
+from upweight.methods.scorer import Asked, Job, TokenScores, not_offered
 from upweight.scores import Unit
 from upweight.task.check import require_answerable
 from upweight.task.measures import Functional
@@ -106,7 +106,12 @@ class Ensemble(Method):
             return self.at_members(fittings, trained.trainings)
         if isinstance(history, SubsetModels):
             if self.at not in history.theta:
-                raise SpecError(_no_state(self.at, history))
+                raise SpecError(
+                    "Members are taken at a share of training at which their states were kept.",
+                    f"at={self.at:g}, and models with states at {sorted(history.theta)}.",
+                    "models that were trained for another method.",
+                    f"subset_models(recipe, task, train, …, at=[{self.at:g}, 1.0]).",
+                )
             count = min(self.members, len(history))
             fittings = [self.fitting_of(fitting, history, k) for k in range(count)]
             return self.at_members(fittings, count * history.fraction)
@@ -206,13 +211,13 @@ class _Mean(Job):
                 total[name] = total[name] + share if name in total else share
         return total
 
-    def tokens(self, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def tokens(self, examples: Sequence[int]) -> TokenScores:
         found = [[job.tokens(examples) for job in jobs] for jobs in self.members]
         shares, rest = (
             torch.stack([torch.cat([part[k] for part in parts]) for parts in found]).mean(dim=0)
             for k in (0, 1)
         )
-        return shares, rest
+        return TokenScores(shares, rest)
 
     @property
     def record(self) -> tuple[tuple[Any, ...], ...]:
@@ -241,14 +246,6 @@ class MeanScorer(SeveralScorers):
             some = replace(asked, queries=queries, together=len(queries))
             yield _Mean(tuple(tuple(m.jobs(some)) for m in self.scorers), first, len(queries))
 
-    def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-        told: dict[str, Any] = {}
-        notes: list[str] = []
-        for k, scorer in enumerate(self.scorers):
-            told, some = scorer.summary([each for record in records for each in record[k]])
-            notes += some
-        return told, tuple(dict.fromkeys(notes))
-
     def health(self) -> dict[str, Any]:
         return {"members": len(self.scorers), "trainings": self.trainings}
 
@@ -265,13 +262,4 @@ def _runs(history: Any) -> list[History]:
         f"history={'None' if history is None else type(history).__name__}.",
         "ends of training, or one run.",
         "pass history=recipe to train them, or a list of trajectories or recorded runs.",
-    )
-
-
-def _no_state(at: float, models: SubsetModels) -> str:
-    return message(
-        "Members are taken at a share of training at which their states were kept.",
-        f"at={at:g}, and models with states at {sorted(models.theta)}.",
-        "models that were trained for another method.",
-        f"subset_models(recipe, task, train, …, at=[{at:g}, 1.0]).",
     )

@@ -18,16 +18,16 @@ from torch import Tensor
 from upweight._html import card
 from upweight._typing import Batch, Params
 from upweight.effects import NEWTON, PLUGIN, Effects, as_groups
-from upweight.errors import ModelChanged, NotOffered, SpecError, message
+from upweight.errors import ModelChanged, NotOffered, SpecError
 from upweight.methods import health, removal
 from upweight.methods.dense import DenseScorer
 from upweight.methods.facts import stated
 from upweight.methods.fitting import TrainingLosses
 from upweight.methods.functionals import derivatives
 from upweight.methods.perturbation import every_label, gradient_products_by_input, relabeled
-from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep, TokenScores
+from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep
 from upweight.methods.removal import Place, Without
-from upweight.methods.scorer import DIRECT, Asked, Scorer, jobs_of, not_offered
+from upweight.methods.scorer import DIRECT, Asked, Scorer, TokenScores, jobs_of, not_offered
 from upweight.notation import count, in_short
 from upweight.provenance import Context, Provenance
 from upweight.runtime.memory import require_room
@@ -161,7 +161,13 @@ class Fitted:
         started = time.perf_counter()
         into = Matrix() if into is None else into
         if not isinstance(into, Reducer):
-            raise SpecError(_no_reducer(into))
+            raise SpecError(
+                "What to keep of the scores is said by a reducer.",
+                f"into={into!r}.",
+                "a class that was not called, or a folder or number in its place.",
+                "Matrix(), Top(10), GroupSums(labels), Shards(folder), PerLayer() or "
+                "PerToken(examples).",
+            )
         self._require_same_model()
         n, scorer = len(self.train), self.scorer
         if not isinstance(measure, Functional):
@@ -320,7 +326,12 @@ class Fitted:
         started = time.perf_counter()
         self._require_movement("removal(...)")
         if evaluate not in ("linear", "plugin"):
-            raise SpecError(_no_evaluation(evaluate))
+            raise SpecError(
+                'A removal is evaluated as "linear" or as "plugin".',
+                f"evaluate={evaluate!r}.",
+                "another word for one of them.",
+                '"linear" gives ∇m · Δθ; "plugin" gives m(θ̂ + Δθ) − m(θ̂).',
+            )
         ids = getattr(getattr(self.train, "given", None), "ids", None)
         chosen = as_groups(groups_by_place(groups, ids), len(self.train))
         every = [[*group] for group in chosen]
@@ -673,11 +684,7 @@ class Fitted:
         return Context(self.task, self.train, asked.queries, asked.measure, self)
 
     def _require_same_model(self) -> None:
-        """Refuse a question about a model that is no longer the one of the fit.
-
-        Raises:
-            ModelChanged: θ̂, or another part of the model or its objective, has changed.
-        """
+        """Refuse a question about a model that is no longer the one of the fit."""
         now = self.task.held_theta()
         if self.task.stands_in(now):  # the snapshot has what this process has of it
             self.snapshot.require_same(self.task, self.train)
@@ -783,21 +790,3 @@ class Fitted:
             threads=torch.get_num_threads(),
             notes=tuple(dict.fromkeys((*self.notes, *self.snapshot.notes, *notes, *of_queries))),
         )
-
-
-def _no_reducer(given: Any) -> str:
-    return message(
-        "What to keep of the scores is said by a reducer.",
-        f"into={given!r}.",
-        "a class that was not called, or a folder or number in its place.",
-        "Matrix(), Top(10), GroupSums(labels), Shards(folder), PerLayer() or PerToken(examples).",
-    )
-
-
-def _no_evaluation(given: Any) -> str:
-    return message(
-        'A removal is evaluated as "linear" or as "plugin".',
-        f"evaluate={given!r}.",
-        "another word for one of them.",
-        '"linear" gives ∇m · Δθ; "plugin" gives m(θ̂ + Δθ) − m(θ̂).',
-    )

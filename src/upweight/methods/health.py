@@ -48,20 +48,24 @@ TARGETS_A_CLASS = 10
 """Targets a class below which their entropy says little about that of all."""
 
 
-def require_finite(scores: Float[Tensor, " b"], start: int) -> None:
-    """Refuse scores S[i, i] of training examples from `start` on that are not finite.
+def require_finite(scores: Float[Tensor, "*q b"], start: int, first: int = 0) -> None:
+    """Refuse scores that are not finite: of training examples from `start` on.
+
+    They are S[q, i] with queries from `first` on, or S[i, i].
 
     Raises:
         NonFinite: One is not; says which.
     """
     if bool(scores.isfinite().all()):
         return
-    bad = int((~scores.isfinite()).nonzero()[0])
+    *query, example = (~scores.isfinite()).nonzero()[0].tolist()
     raise NonFinite(
         "Scores must be finite.",
-        f"{float(scores[bad])} for training example {start + bad}.",
+        f"{float(scores[*query, example])} for training example {start + example}"
+        f"{f' and query {first + query[0]}' if query else ''}.",
         "a gradient that overflows in this dtype, or a square root or norm of 0.",
-        "use a float64 model, or look at the gradient of that example.",
+        "use a float64 model, or look at the gradient of that example"
+        f"{' and query' if query else ''}.",
     )
 
 

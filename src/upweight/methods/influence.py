@@ -8,14 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.hessian import Hessian
 from upweight.errors import SpecError
 from upweight.linalg.damping import Damping, FromTraining, as_damping
-from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solve import Auto
 from upweight.linalg.solver import Solver
 from upweight.methods.points import Inverse, PointMethod
@@ -27,36 +23,6 @@ SOLVERS = ("solvers.Auto", "solvers.Cholesky", "solvers.CG", "solvers.MINRES")
 TOLERANCE = 1e-2
 """Relative error of a query's scores that the contraction may have: far below what a curvature from
 sampled labels has anyway."""
-
-
-def influence_scores(
-    query_grads: Float[Tensor, "q p"],
-    train_grads: Float[Tensor, "n p"],
-    inverse: LinearOperator,
-    n: int,
-) -> Float[Tensor, "q n"]:
-    """First-order effect of each training weight on each measurement.
-
-        S[q, i] = ∂m_q/∂wᵢ = −(1/n) ∇m_qᵀ (H + λI)⁻¹ ∇ℓᵢ
-
-    Koh & Liang (2017), Eq. 2, with ε = (wᵢ − 1)/n.
-
-    Args:
-        query_grads: ∇m_q(θ), in units of m per θ.
-        train_grads: ∇ℓᵢ(θ), unreduced: not divided by n.
-        inverse: (H + λI)⁻¹, where H is the Hessian of the *mean* loss plus penalty.
-        n: Size of the training set that defined H; may exceed the rows of `train_grads`.
-
-    Returns:
-        S in units of m per unit weight. Removing example i changes m_q by about −S[q, i].
-
-    Raises:
-        ShapeError: The gradients and the operator disagree about p.
-
-    Exact when: J is quadratic in θ (for removal: to first order in 1/n).
-    Cost: q solves, then q·n·p multiply-adds.
-    """
-    return -(inverse.mv(query_grads) @ train_grads.T) / n
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,16 @@ Queries are solved once; the training set then streams past all of them in one p
 of its gradients. Grosse et al. (2023), §2.3.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from upweight._typing import Batch, Params
+from upweight._typing import Batch
 from upweight.curvature.layerwise import (
     BlockCurvature,
     FittedBlock,
@@ -21,17 +21,17 @@ from upweight.curvature.layerwise import (
     examples_at_once,
 )
 from upweight.errors import NonFinite, ShapeError, UpweightError
-from upweight.gradients.autograd import total_gradient
+from upweight.gradients.autograd import data_gradient
 from upweight.gradients.blocks import Block, Plan
 from upweight.gradients.factored import Tokens, stacked
 from upweight.gradients.layers import rule_for
-from upweight.gradients.passes import GradientPass
+from upweight.gradients.passes import Function, GradientPass
 from upweight.gradients.source import entries
 from upweight.linalg.damping import Absolute, Damping, Evidence, as_damping
 from upweight.linalg.eigen import Eigen
 from upweight.methods import health
 from upweight.methods.fitting import Fitting
-from upweight.methods.scorer import Asked, Job, Scorer, Work, not_offered
+from upweight.methods.scorer import Asked, Job, Scorer, TokenScores, Work, not_offered
 from upweight.notation import percent
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.memory import working_bytes
@@ -99,20 +99,16 @@ class LayeredJob(Job):
             for name, part in zip(self.scorer.layers, parts, strict=True)
         }
 
-    def tokens(
-        self, examples: Sequence[int]
-    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+    def tokens(self, examples: Sequence[int]) -> TokenScores:
         return self.tokens_of(self.scorer.train.subset(examples), None)
 
-    def tokens_of(
-        self, data: Data, function: Callable[[Params, Batch], Float[Tensor, " b"]] | None
-    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+    def tokens_of(self, data: Data, function: Function | None) -> TokenScores:
         gradients = self.scorer.gradients
         if function is not None and gradients is not unchanged:
             raise not_offered("query_tokens(...)", "gradients not divided by their norm")
         made, theta = self.scorer.curvature.plan, self.scorer.point.theta
         shares, rest = token_shares(made, theta, data, list(self.solved()), function, gradients)
-        return shares * self.scorer.factor, rest * self.scorer.factor
+        return TokenScores(shares * self.scorer.factor, rest * self.scorer.factor)
 
     def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:
         loss = training_loss(self.scorer.task)
@@ -167,6 +163,8 @@ class LayeredScorer(Scorer):
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
+    is_quick_of_itself = True
+
     @property
     def factor(self) -> float:
         """−a/n."""
@@ -208,10 +206,6 @@ class LayeredScorer(Scorer):
         ):
             yield LayeredJob(self, found)
 
-    @property
-    def is_quick_of_itself(self) -> bool:
-        return True
-
     def self_influence(self) -> Float[Tensor, " n"]:
         """S[i, i] = −(1/n) Σₗ gᵢᵀ (Hₗ + λₗ)⁻¹ gᵢ, in one pass."""
         inverses = [block.inverse() for block in self.curvature.blocks]
@@ -236,11 +230,7 @@ class LayeredScorer(Scorer):
         return out
 
     def total(self, group: Sequence[int]) -> Float[Tensor, " p"]:
-        task, found = self.task, torch.zeros_like(self.point.theta)
-        for _, _, batch in self.train.subset(group).batches(self._at_once):
-            losses = partial(task.losses, batch=task.to_device(batch))
-            found += total_gradient(task, self.point.theta, losses)
-        return found
+        return data_gradient(self.task, self.point.theta, self.train.subset(group), self._at_once)
 
     def step(self, group: list[int]) -> Float[Tensor, " p"]:
         return self.solve(self.total(group)[None] / len(self.train))[0]
@@ -347,9 +337,9 @@ def token_shares(
     theta: Float[Tensor, " p"],
     some: Data,
     vectors: Sequence[Float[Tensor, "q ..."]],
-    function: Callable[[Params, Batch], Float[Tensor, " b"]] | None = None,
+    function: Function | None = None,
     gradients: Gradients = unchanged,
-) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+) -> TokenScores:
     """⟨V_q, gᵢ⟩ of some examples, position by position, and what has no position.
 
     gᵢ is the gradient of the training loss, or of another `function`.
@@ -385,7 +375,7 @@ def token_shares(
             shares += uses.reshape(q, len(examples), -1, t).sum(dim=2)
         else:
             rest += part.inner(v)
-    return shares, rest
+    return TokenScores(shares, rest)
 
 
 def _is_routed(made: Plan, block: Block) -> bool:

@@ -153,7 +153,8 @@ class LinearRemovals:
         """Δθ of removing one group together."""
         if self._is_larger_than_theta(group):
             return self._step_in_parameters(group)
-        u, z = self._group_factors(group)
+        delta, lambdas, z = self._output_derivatives(group)
+        u = group_output_gradients(delta, lambdas, self._jacobian_products(z))
         return self.share * self.solve(self.source.form.flatten(u.T @ z)[None])[0]
 
     def _is_larger_than_theta(self, group: list[int]) -> bool:
@@ -193,10 +194,6 @@ class LinearRemovals:
         """(u, z, K) in chunks of examples."""
         for delta, lambdas, z, leverage in self._leverages(examples):
             yield corrected_output_gradients(delta, lambdas, leverage), z, leverage
-
-    def _group_factors(self, group: list[int]) -> tuple[Float[Tensor, "e c"], Float[Tensor, "e i"]]:
-        delta, lambdas, z = self._output_derivatives(group)
-        return group_output_gradients(delta, lambdas, self._jacobian_products(z)), z
 
     def _leverages(
         self, examples: Sequence[int]

@@ -247,11 +247,7 @@ def _exploded(
 
 
 def _run(fitting: Fitting) -> tuple[Trajectory, tuple[str, ...]]:
-    """The run that led to the model.
-
-    Raises:
-        SpecError: There is none, or it led elsewhere.
-    """
+    """The run that led to the model."""
     history = fitting.history
     if isinstance(history, Training):
         trainer = history.prepare(fitting.task, fitting.data)
@@ -299,11 +295,7 @@ def _run(fitting: Fitting) -> tuple[Trajectory, tuple[str, ...]]:
 
 
 def _require_same(fitting: Fitting, run: Trajectory) -> None:
-    """Refuse the run of another model, other data, another objective or other weights.
-
-    Raises:
-        SpecError: It is.
-    """
+    """Refuse the run of another model, other data, another objective or other weights."""
     task, trained = fitting.task, run.trainer.task
     if not bool((run.weights == 1).all()):
         raise SpecError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from upweight.errors import DataError, SpecError, UnsupportedModel
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
-from upweight.methods.scorer import Asked, BlockScorer, Job, Scorer
+from upweight.methods.scorer import Asked, BlockScorer, Job, Known, Scorer
 from upweight.runtime.memory import working_bytes
 from upweight.scores import Unit
 from upweight.task.data import Data
@@ -143,7 +143,7 @@ class _Neighbours(Scorer):
             task, theta = self.fitting.task, self.fitting.theta
             found = features_of(task, theta, queries, self.spec.layer)
             values, total = self.values(found, read(task, theta, queries))
-            yield _Values(first, -values, -total)
+            yield Known(-values, first, n, -total)
 
     def values(
         self, features: Float[Tensor, "q d"], targets: Shaped[Tensor, " q"]
@@ -227,27 +227,6 @@ def ordered(nearness: Float[Tensor, "q n"]) -> Int[Tensor, "q n"]:
     keys = bits.long().mul_(PLACES).add_(torch.arange(n))
     keys.numpy().sort(axis=1)
     return keys.bitwise_and_(PLACES - 1)
-
-
-@dataclass(frozen=True, eq=False)
-class _Values(Job):
-    first: int
-    values: Float[Tensor, "q n"]
-    total: Float[Tensor, " q"]
-
-    @property
-    def row_sums(self) -> Float[Tensor, " q"]:
-        return self.total
-
-    @property
-    def at_once(self) -> int:  # type: ignore[override]
-        return int(self.values.shape[1])
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
-        return self.values[:, start:stop]
 
 
 @dataclass(frozen=True)

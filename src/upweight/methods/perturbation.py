@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch
 from upweight.errors import DataError, DtypeError, ShapeError, UnsupportedModel, message
-from upweight.gradients.autograd import attempted, first_line, lacks_graph
-from upweight.gradients.functional import as_dense
+from upweight.gradients.autograd import attempted, first_line, lacks_graph, pulled_back
 from upweight.task.arrays import TARGET_KEYS
 from upweight.task.task import Task
 
@@ -101,13 +100,10 @@ def _by_double_backward(
 ) -> Float[Tensor, "q *x"]:
     """The same by plain autograd, where `torch.func` cannot run the model."""
     value = x.detach().clone().requires_grad_()
-    params = {k: p.clone().requires_grad_() for k, p in task.named(theta).items()}
+    params = task.leaves(theta)
     with torch.enable_grad():
         loss = task.losses(params, with_part(example, key, value))[0]
-        parts = torch.autograd.grad(
-            loss, list(params.values()), create_graph=True, materialize_grads=True
-        )
-        gradient = task.layout.flatten({k: as_dense(g) for k, g in zip(params, parts, strict=True)})
+        gradient = pulled_back(task, params, loss, None, create_graph=True)
     if lacks_graph(gradient):
         raise UnsupportedModel(
             _no_second_derivative("A function is marked once_differentiable, so PyTorch omits it.")

@@ -22,7 +22,7 @@ from upweight.linalg.solver import Solver
 from upweight.methods import dense, layered
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
-from upweight.methods.scorer import Asked, Job, Scorer
+from upweight.methods.scorer import Asked, Job, Scorer, TokenScores
 from upweight.scoring.stream import normalized, unchanged
 from upweight.task.point import Point
 from upweight.training.history import resolved_damping
@@ -142,14 +142,13 @@ class SumOfJobs(Job):
                 parts.append(job.by_layer(start, stop))
         return {name: torch.stack([p[name] for p in parts]).sum(dim=0) for name in parts[0]}
 
-    def tokens(self, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def tokens(self, examples: Sequence[int]) -> TokenScores:
         parts = [job.tokens(examples) for job in self.jobs]
-        shares, rest = (torch.stack(column).sum(dim=0) for column in zip(*parts, strict=True))
-        return shares, rest
+        return TokenScores(*(torch.stack(part).sum(dim=0) for part in zip(*parts, strict=True)))
 
     @property
-    def record(self) -> tuple[Any, ...]:
-        return tuple(job.record for job in self.jobs)
+    def record(self) -> tuple[tuple[Any], ...]:
+        return tuple((job.record,) for job in self.jobs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +179,15 @@ class SeveralScorers(Scorer):
     def is_quick_of_itself(self) -> bool:
         return all(scorer.is_quick_of_itself for scorer in self.scorers)
 
+    def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Of records that hold those of each scorer's jobs; the numbers are of the last one."""
+        told: dict[str, Any] = {}
+        notes: list[str] = []
+        for k, scorer in enumerate(self.scorers):
+            told, some = scorer.summary([each for record in records for each in record[k]])
+            notes += some
+        return told, tuple(dict.fromkeys(notes))
+
 
 @dataclass(frozen=True, eq=False)
 class SumOfScorers(SeveralScorers):
@@ -191,15 +199,6 @@ class SumOfScorers(SeveralScorers):
             asked = replace(asked, together=self.settings(asked)["queries_together"])
         for jobs in zip(*(scorer.jobs(asked) for scorer in self.scorers), strict=True):
             yield SumOfJobs(jobs)
-
-    def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-        told: list[dict[str, Any]] = []
-        notes: list[str] = []
-        for scorer, own in zip(self.scorers, zip(*records, strict=True), strict=True):
-            health, some = scorer.summary(own)
-            told.append(health)
-            notes += some
-        return (told[-1] if told else {}), tuple(dict.fromkeys(notes))
 
     def health(self) -> dict[str, Any]:
         return {"points": len(self.scorers)}

@@ -8,7 +8,6 @@ once, and kept in memory or in `Resources(folder=...)`; where neither holds it, 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.errors import SpecError, UpweightError
-from upweight.gradients.autograd import total_gradient
+from upweight.gradients.autograd import data_gradient
 from upweight.gradients.passes import Function, GradientPass
 from upweight.gradients.places import Gradients, Projected
 from upweight.gradients.projections import Projection, TwoSided
@@ -25,7 +24,7 @@ from upweight.linalg.cholesky import Cholesky, CholeskyState
 from upweight.linalg.damping import Damping
 from upweight.linalg.gram import LongSum
 from upweight.linalg.matrices import Dense
-from upweight.linalg.operator import Tag
+from upweight.linalg.operator import PSD
 from upweight.methods import health
 from upweight.methods.fitting import Fitting
 from upweight.methods.scorer import (
@@ -66,13 +65,6 @@ class Held:
     """Projected gradients in memory."""
 
     values: Float[Tensor, "n d"]
-
-    @property
-    def width(self) -> int:
-        return self.values.shape[1]
-
-    def __len__(self) -> int:
-        return len(self.values)
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "b d"]:
         return self.values[start:stop]
@@ -194,6 +186,8 @@ class ProjectedScorer(Scorer):
     notes: tuple[str, ...] = ()
     _mean_slopes: Float[Tensor, " n"] | None = field(init=False, repr=False)
 
+    is_quick_of_itself = True
+
     def __post_init__(self) -> None:
         slopes = [m.slopes for m in self.members if m.slopes is not None]
         mean = torch.stack(slopes).mean(dim=0) if slopes else None
@@ -249,10 +243,6 @@ class ProjectedScorer(Scorer):
         with kernels_for(measure):
             return source.rows(0, len(queries))
 
-    @property
-    def is_quick_of_itself(self) -> bool:
-        return True
-
     def self_influence(self) -> Float[Tensor, " n"]:
         n, found = len(self.train), []
         for start in range(0, n, ROWS):
@@ -276,12 +266,8 @@ class ProjectedScorer(Scorer):
         return projection.adjoint(self.members[0].solve(projection.of_vectors(vectors)))
 
     def total(self, group: Sequence[int]) -> Float[Tensor, " p"]:
-        theta = self.members[0].theta
-        found = torch.zeros_like(theta)
-        for _, _, batch in self.train.subset(group).batches(self.at_once):
-            losses = partial(self.task.losses, batch=self.task.to_device(batch))
-            found += total_gradient(self.task, theta, losses)
-        return found
+        some = self.train.subset(group)
+        return data_gradient(self.task, self.members[0].theta, some, self.at_once)
 
     def step(self, group: list[int]) -> Float[Tensor, " p"]:
         return self.solve(self.total(group)[None] / len(self.train))[0]
@@ -403,15 +389,14 @@ def _part(
     """Ĝ + λI with its λ; raises now, by its name, what every query would meet."""
     if not bool(gram.any()):
         return Part(name, entries, 0.0, 0.0, None)
-    psd = frozenset({Tag.SYMMETRIC, Tag.PSD})
     if penalty is not None:
         gram = gram + penalty
     try:
-        lam = damping.of(Dense(gram, psd), None, n)
+        lam = damping.of(Dense(gram, PSD), None, n)
         mean = float(gram.diagonal().mean())
         gram.diagonal().add_(lam)
         solver = Cholesky()
-        state = solver.init(Dense(gram, psd))
+        state = solver.init(Dense(gram, PSD))
         solver.solve(state, gram.new_zeros(len(gram))).throw()
     except UpweightError as error:
         error.args = (f"{name}: {error}",)

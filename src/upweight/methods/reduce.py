@@ -16,15 +16,15 @@ import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upweight.errors import NonFinite, SpecError
-from upweight.methods.health import zero_columns
-from upweight.methods.scorer import Job
+from upweight.errors import SpecError
+from upweight.methods.health import require_finite, zero_columns
+from upweight.methods.scorer import Job, TokenScores
 from upweight.provenance import Context, Provenance
 from upweight.runtime.memory import require_room
 from upweight.runtime.selection import labels_by_place, places
@@ -245,7 +245,7 @@ class _Top(Sink):
     low: tuple[Tensor, Tensor] | None = None
 
     def see(self, job: Job, start: int, part: Float[Tensor, "q b"]) -> None:
-        finite(part, start, job.first)
+        require_finite(part, start, job.first)
         index = torch.arange(start, start + part.shape[1], device=part.device).expand_as(part)
         self.high = strongest(self.high, part, index, self.k, largest=True)
         self.low = strongest(self.low, part, index, self.k, largest=False)
@@ -336,17 +336,6 @@ class _PerLayer(Sink):
         return {name: answer.scores(values) for name, values in self.values.items()}
 
 
-class TokenScores(NamedTuple):
-    """S[q, i] = Σ_t shares[q, i, t] + rest[q, i] of a few training examples i.
-
-    A position is where a weight was used: its share says through which tokens the example acts. The
-    rest are gains, biases by themselves and weights that are not used once per position.
-    """
-
-    shares: Float[Tensor, "q k t"]
-    rest: Float[Tensor, "q k"]
-
-
 @dataclass(frozen=True)
 class PerToken(Reducer):
     """The scores of some training examples, position by position; see `TokenScores`.
@@ -391,18 +380,3 @@ def strongest(
         part, index = torch.cat([kept[0], part], dim=1), torch.cat([kept[1], index], dim=1)
     best = part.topk(min(k, part.shape[1]), dim=1, largest=largest)
     return best.values, index.gather(1, best.indices)
-
-
-def finite(part: Float[Tensor, "q b"], start: int, first: int) -> Float[Tensor, "q b"]:
-    """The scores of some queries with some examples, refused where one is not finite."""
-    bad = (~part.isfinite()).nonzero()
-    if len(bad):
-        query, column = bad[0].tolist()
-        raise NonFinite(
-            "Scores must be finite.",
-            f"{float(part[query, column])} for training example {start + column} and query "
-            f"{first + query}.",
-            "a gradient that overflows in this dtype, or a square root or norm of 0.",
-            "use a float64 model, or look at the gradient of that example and query.",
-        )
-    return part

@@ -17,7 +17,7 @@ from torch import Tensor
 from upweight.errors import NotConverged, NotOffered, SpecError
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
-from upweight.methods.scorer import AT_ONCE, Asked, Job, Scorer, not_offered
+from upweight.methods.scorer import Asked, Job, Known, Scorer, not_offered
 from upweight.notation import percent
 from upweight.runtime.memory import solved_bytes
 from upweight.runtime.progress import progress
@@ -27,6 +27,8 @@ from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.kept import Kept, training_identity
 from upweight.training.subset_models import fitting_weights, has_seed, reseeded_from
+
+FEWER = "fewer queries at a time, or SubsampledInfluence(subsets=100)."
 
 FEWEST = 8
 """Subsets, of which about half hold an example: a variance over fewer than 4 says nothing."""
@@ -74,11 +76,11 @@ class LeaveOneOut(Method):
             )
 
     def prepare(self, fitting: Fitting) -> Scorer:
-        recipe, n = _recipe(self, fitting), len(fitting.data)
+        recipe, n = recipe_of(self, fitting), len(fitting.data)
         seeds = self.seeds if has_seed(recipe) else 1
         weights = torch.ones(n + 1, n, dtype=torch.float64)
         weights[1:].fill_diagonal_(0.0)
-        _require_room(self, fitting, (n + 1) * seeds)
+        require_room(self, fitting, (n + 1) * seeds, FEWER)
         kept = _kept(recipe, fitting)
         runs = [
             _trained(reseeded_from(recipe, k), fitting, weights, f"refits, seed {k}", kept, k)
@@ -130,8 +132,8 @@ class SubsampledInfluence(Method):
             )
 
     def prepare(self, fitting: Fitting) -> Scorer:
-        recipe, n = _recipe(self, fitting), len(fitting.data)
-        _require_room(self, fitting, self.subsets)
+        recipe, n = recipe_of(self, fitting), len(fitting.data)
+        require_room(self, fitting, self.subsets, FEWER)
         weights = fitting_weights(n, self.subsets, self.fraction)
         held = (weights > 0).sum(dim=0)
         few = ((held < 2) | (self.subsets - held < 2)).nonzero()[:, 0].tolist()
@@ -196,7 +198,7 @@ class _RefitScorer(Scorer):
         dtype = self.thetas.dtype
         is_alone = isinstance(self.spec, LeaveOneOut)
         found, error = left_out(values) if is_alone else subsampled(values[0], self.weights > 0)
-        yield _RefitJob(found.to(dtype), None if error is None else error.to(dtype))
+        yield _RefitJob(found.to(dtype), errors=None if error is None else error.to(dtype))
 
     def summary(self, records: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
         pairs = [record for record in records if record is not None]
@@ -216,17 +218,8 @@ class _RefitScorer(Scorer):
 
 
 @dataclass(frozen=True, eq=False)
-class _RefitJob(Job):
-    values: Float[Tensor, "q n"]
-    errors: Float[Tensor, "q n"] | None
-    first: int = 0
-    at_once: int = AT_ONCE
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
-        return self.values[:, start:stop]
+class _RefitJob(Known):
+    errors: Float[Tensor, "q n"] | None = None
 
     def block_with_error(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         error = None if self.errors is None else self.errors[:, start:stop]
@@ -267,7 +260,12 @@ def subsampled(
     return means[0] - means[1], (variances[0] + variances[1]).sqrt()
 
 
-def _recipe(spec: Method, fitting: Fitting) -> Recipe:
+def recipe_of(spec: Method, fitting: Fitting) -> Recipe:
+    """The recipe by which a method trains again.
+
+    Raises:
+        SpecError: There is none.
+    """
     if isinstance(fitting.history, Recipe):
         return fitting.history
     name = type(spec).__name__
@@ -280,7 +278,12 @@ def _recipe(spec: Method, fitting: Fitting) -> Recipe:
     )
 
 
-def _require_room(spec: Method, fitting: Fitting, models: int) -> None:
+def require_room(spec: Method, fitting: Fitting, models: int, way_out: str) -> None:
+    """Refuse more models than memory holds.
+
+    Raises:
+        SpecError: There are.
+    """
     needed = models * len(fitting.theta) * fitting.theta.element_size()
     room = solved_bytes(torch.device("cpu"), fitting.resources.memory_bytes)
     if needed > room:
@@ -289,7 +292,7 @@ def _require_room(spec: Method, fitting: Fitting, models: int) -> None:
             f"{models} models of {len(fitting.theta)} numbers, {needed:,} bytes, where "
             f"{room:,} are free for them.",
             "many examples, each of which takes a model; or many queries of an estimator.",
-            "fewer queries at a time, or SubsampledInfluence(subsets=100).",
+            way_out,
         )
 
 

@@ -96,16 +96,9 @@ def missed(
             ]
         )
     if all(len(group) == 1 for group in groups):
-        some = train.subset([group[0] for group in groups])
-        removed = torch.cat(
-            [
-                fitted.source.rows(task.to_device(batch), stop - start)
-                for start, stop, batch in some.batches(len(groups))
-            ]
-        )
+        removed = fitted.source.rows_of(train.subset([group[0] for group in groups]))
     else:
-        batches = (task.to_device(train.take(group)) for group in groups)
-        removed = torch.stack([fitted.source.total(batch) for batch in batches])
+        removed = torch.stack([fitted.total(group) for group in groups])
     left = after - fitted.gradient + fitted.damping * steps
     # Not thrown: what a solver says of a vector as good as it can will do to judge by.
     ratios = remainders(

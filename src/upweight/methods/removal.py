@@ -5,7 +5,7 @@ by layer        to first order, −Σ_U S[q, i]
 evaluated       m(θ̂ + Δθ) − m(θ̂), whatever Δθ
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -141,8 +141,9 @@ def without_each(
     """
     task, n = at.task, len(at.train)
     found, shares = [], []
-    for start, stop, _ in progress(_ranges(at), n, "outputs without each example"):
-        batch = task.to_device(at.train.batch(start, stop))
+    batches = at.train.batches(_at_once(at))
+    for start, stop, examples in progress(batches, n, "outputs without each example"):
+        batch = task.to_device(examples)
         leverage = at.scorer.leverages(start, stop)
         with torch.no_grad():
             outputs, targets = task.outputs(at.theta, batch)
@@ -159,14 +160,13 @@ def without_each(
     return torch.cat(found), torch.cat(shares)
 
 
-def _ranges(at: Place) -> Iterator[tuple[int, int, None]]:
-    """Batches small enough for a Jacobian of each example."""
-    task, n = at.task, len(at.train)
+def _at_once(at: Place) -> int:
+    """So few examples that each may have its Jacobian."""
+    task = at.task
     with torch.no_grad():
         outputs, _ = task.outputs(at.theta, task.to_device(at.train.batch(0, 1)))
     values = outputs[0].numel() * 2 * task.layout.size
-    size = at.train.together(batch_size(values, task.layout.dtype.itemsize))
-    return ((start, min(start + size, n), None) for start in range(0, n, size))
+    return batch_size(values, task.layout.dtype.itemsize)
 
 
 # -- to first order -------------------------------------------------------------------------------

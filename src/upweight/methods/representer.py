@@ -138,11 +138,7 @@ def _unsupported(task: Task, given: str) -> UnsupportedModel:
 
 
 def _strength(task: Task, theta: Float[Tensor, " p"]) -> float:
-    """λ of the penalty on the last layer.
-
-    Raises:
-        UnsupportedModel: There is none, or it is no multiple of ‖W‖².
-    """
+    """λ of the penalty on the last layer."""
     penalty: Any = task.penalty.curvature(theta, task.layout)
     strengths = penalty.diagonal() if isinstance(penalty, DiagonalMatrix) else torch.zeros(1)
     lam = float(strengths[0])

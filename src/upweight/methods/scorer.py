@@ -10,15 +10,16 @@ preconditioner (`points.py`); any other supplies blocks of scores: `BlockScorer`
 import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight._typing import Batch, Params
+from upweight._typing import Batch
 from upweight.errors import NotDifferentiable, NotOffered
 from upweight.gradients.blocks import Plan
+from upweight.gradients.passes import Function
 from upweight.methods.functionals import Derivatives
 from upweight.runtime.memory import working_bytes
 from upweight.scoring.stream import no_gradient
@@ -66,11 +67,7 @@ class Asked:
     def groups(self, together: int) -> Iterator[tuple[int, Data]]:
         """(first, queries), so many of them at a time."""
         assert self.queries is not None
-        q = len(self.queries)
-        for start in range(0, q, together):
-            stop = min(start + together, q)
-            whole = stop - start == q
-            yield start, self.queries if whole else self.queries.subset(range(start, stop))
+        yield from self.queries.groups(together)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +89,17 @@ class Work:
     batch_bytes: int = 0
     kept_bytes: int = 0
     operator_bytes: int = 0
+
+
+class TokenScores(NamedTuple):
+    """S[q, i] = Σ_t shares[q, i, t] + rest[q, i] of a few training examples i.
+
+    A position is where a weight was used: its share says through which tokens the example acts. The
+    rest are gains, biases by themselves and weights that are not used once per position.
+    """
+
+    shares: Float[Tensor, "q k t"]
+    rest: Float[Tensor, "q k"]
 
 
 class Job(abc.ABC):
@@ -129,15 +137,11 @@ class Job(abc.ABC):
         """The same, as the shares of the layers."""
         raise not_offered("PerLayer()", "scores that are sums over parameters", "Matrix()")
 
-    def tokens(
-        self, examples: Sequence[int]
-    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+    def tokens(self, examples: Sequence[int]) -> TokenScores:
         """S[q, i] of some examples, position by position, and what has no position."""
         raise not_offered("PerToken(...)", "scores that are sums over parameters", "Matrix()")
 
-    def tokens_of(
-        self, data: Data, function: Callable[[Params, Batch], Float[Tensor, " b"]] | None
-    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+    def tokens_of(self, data: Data, function: Function | None) -> TokenScores:
         """−(1/n) ⟨P ∇m_q, ∇ function⟩ of some data, position by position, and what has none.
 
         Without a function it is the training loss.
@@ -286,9 +290,9 @@ class _WithDirect(JobOf):
     def by_layer(self, start: int, stop: int) -> Mapping[str, Float[Tensor, "k b"]]:
         return {**self.job.by_layer(start, stop), DIRECT: self.direct[:, start:stop]}
 
-    def tokens(self, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def tokens(self, examples: Sequence[int]) -> TokenScores:
         shares, rest = self.job.tokens(examples)
-        return shares, rest + self.direct[:, list(examples)].to(rest)
+        return TokenScores(shares, rest + self.direct[:, list(examples)].to(rest))
 
     @property
     def row_sums(self) -> Float[Tensor, " k"] | None:
@@ -331,6 +335,31 @@ def not_offered(what: str, needs: str, here: str = "attribute(queries, measure)"
         "a question of influence functions, asked of another kind of method.",
         f"use {here} here; or fit Influence(GGN(), damping=…), or Influence(EKFAC(), …).",
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Known(Job):
+    """Scores that are there already.
+
+    Args:
+        values: S of some queries with all training examples.
+        total: What each row adds up to; None: nothing is known of it.
+    """
+
+    values: Float[Tensor, "q n"]
+    first: int = 0
+    at_once: int = AT_ONCE
+    total: Float[Tensor, " q"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
+        return self.values[:, start:stop]
+
+    @property
+    def row_sums(self) -> Float[Tensor, " q"] | None:
+        return self.total
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,8 @@ from torch import Tensor
 from upweight.errors import NotConverged, SpecError
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
+from upweight.methods.refits import recipe_of, require_room
 from upweight.methods.scorer import BlockScorer, Scorer
-from upweight.runtime.memory import solved_bytes
 from upweight.scores import Unit
 from upweight.task.data import Data
 from upweight.task.measures import as_measure, measured
@@ -84,27 +84,11 @@ class DataShapley(Method):
             )
 
     def prepare(self, fitting: Fitting) -> Scorer:
-        recipe, n = fitting.history, len(fitting.data)
-        if not isinstance(recipe, Recipe):
-            raise SpecError(
-                "DataShapley retrains on coalitions, by a recipe.",
-                f"history={type(recipe).__name__}.",
-                "a fit without history=, or one with a trajectory or models.",
-                "fit(task, train, history=recipe), as uw.training.Newton() or uw.Training(...).",
-            )
+        recipe, n = recipe_of(self, fitting), len(fitting.data)
         orders = self.orders(n)
         coalitions, places = _prefixes(orders)
-        p = len(fitting.theta)
-        needed = len(coalitions) * p * fitting.theta.element_size()
-        room = solved_bytes(torch.device("cpu"), fitting.resources.memory_bytes)
-        if needed > room:
-            raise SpecError(
-                "DataShapley holds every model that it trains.",
-                f"{len(coalitions)} models of {p} parameters, {needed:,} bytes, where "
-                f"{room:,} are free for them.",
-                "many examples: every order takes as many models.",
-                "fewer permutations or examples; or KNNShapley(), which trains nothing.",
-            )
+        way_out = "fewer permutations or examples; or KNNShapley(), which trains nothing."
+        require_room(self, fitting, len(coalitions), way_out)
         thetas = _trained(recipe, fitting, coalitions)
         weights = self.weights(n)
 

@@ -7,7 +7,7 @@ what training does next, so only the order within a row means anything.
 
 from dataclasses import dataclass
 
-from upweight.methods.points import Identity, PointMethod, Preconditioner
+from upweight.methods.points import Identity, PointMethod
 from upweight.scores import Unit
 
 
@@ -16,10 +16,7 @@ class GradientDot(PointMethod):
     """S[q, i] = −(1/n) ⟨∇m_q, gᵢ⟩, which ranks."""
 
     unit = Unit.RANK
-
-    @property
-    def preconditioner(self) -> Preconditioner:
-        return Identity()
+    preconditioner = Identity()
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,4 @@ class GradientCosine(PointMethod):
     """S[q, i] = −(1/n) cos(∇m_q, gᵢ), which ranks; 0 where a gradient is 0."""
 
     unit = Unit.RANK
-
-    @property
-    def preconditioner(self) -> Preconditioner:
-        return Identity(normalize=True)
+    preconditioner = Identity(normalize=True)

@@ -412,12 +412,9 @@ class SourceScorer(Scorer):
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """S[i, i] with m = ℓ at θ_T: training examples as queries, a batch at a time."""
-        data, parts = self.final.train, []
-        size = min(len(data), 64)
-        for start in range(0, len(data), size):
-            queries = data.subset(range(start, min(start + size, len(data))))
-            asked = Asked(queries, Loss(), self.final.memory_bytes, exact=True)
-            for job in self.jobs(asked):
+        every, parts = Asked(self.final.train, Loss(), self.final.memory_bytes, exact=True), []
+        for start, queries in every.groups(64):
+            for job in self.jobs(replace(every, queries=queries)):
                 begin = start + job.first
                 parts.append(job.block(begin, begin + len(job)).diagonal())
         return torch.cat(parts)

@@ -108,7 +108,7 @@ class Stacked(Method):
 
     def prepare(self, fitting: Fitting) -> "StackedScorer":
         here = [m for m in self.methods if isinstance(m, Ensemble)]
-        models = models_of(self, fitting, [m for m in here if self._shares(m)])
+        models = models_of(self, fitting, [m for m in here if m.fraction == self.fraction])
         if fitting.learned is None:
             fitting.learned = []
         places: dict[tuple[float, bool, int], Fitting] = {}
@@ -116,7 +116,7 @@ class Stacked(Method):
         for method in self.methods:
             if not isinstance(method, Ensemble):
                 sources.append(Source(repr(method), (method.prepare(fitting),), (None,)))
-            elif self._shares(method):
+            elif method.fraction == self.fraction:  # the models of the subsets are the members
                 own = tuple(range(min(method.members, len(models))))
                 keys = [(method.at, method.method.takes_run, k) for k in own]
                 for key in keys:
@@ -127,17 +127,18 @@ class Stacked(Method):
             else:
                 recipe = fitting.history
                 if not isinstance(recipe, Recipe):
-                    raise SpecError(*_no_recipe(method))
+                    raise SpecError(
+                        "Members that are not models of the subsets are trained by a recipe.",
+                        f"{method!r}, and models in place of a recipe.",
+                        "an Ensemble of another fraction than that of the subsets.",
+                        "give the ensemble the fraction of the subsets, or pass history=recipe.",
+                    )
                 found = method.prepare(replace(fitting, history=recipe))
                 trainings += found.trainings
                 sources.append(Source(repr(method), found.scorers, (None,) * len(found.scorers)))
         return StackedScorer(
             fitting.task, fitting.data, models, tuple(sources), self.by_layer, trainings
         )
-
-    def _shares(self, method: Ensemble) -> bool:
-        """Whether the models of the subsets are the members."""
-        return method.fraction == self.fraction
 
 
 def models_of(spec: Any, fitting: Fitting, ensembles: Sequence[Ensemble]) -> SubsetModels:
@@ -379,12 +380,3 @@ class StackedJob(Job):
     @property
     def record(self) -> tuple[tuple[str, ...], Combination]:
         return self.names, self.combination
-
-
-def _no_recipe(method: Ensemble) -> tuple[str, str, str, str]:
-    return (
-        "Members that are not models of the subsets are trained by a recipe.",
-        f"{method!r}, and models in place of a recipe.",
-        "an Ensemble of another fraction than that of the subsets.",
-        "give the ensemble the fraction of the subsets, or pass history=recipe.",
-    )

@@ -25,8 +25,8 @@ from upweight.methods import layered
 from upweight.methods.fitting import Fitting
 from upweight.methods.layered import LayeredScorer
 from upweight.methods.method import Method
-from upweight.methods.points import SumOfScorers
-from upweight.methods.scorer import Asked, JobOf, Scorer, Work
+from upweight.methods.points import SeveralScorers, SumOfScorers
+from upweight.methods.scorer import Asked, JobOf, Scorer, TokenScores, Work
 from upweight.scores import Unit
 from upweight.task.point import Point
 from upweight.training.history import History, as_history, factors, rates
@@ -98,7 +98,7 @@ class TracIn(Method):
         parts: list[Scorer] = [*scorers]
         if self.batches:
             pairs = zip(scorers, columns, strict=True)
-            parts = [OfColumns(scorer, held, scorer.notes) for scorer, held in pairs]
+            parts = [OfColumns((scorer,), held) for scorer, held in pairs]
         return parts[0] if len(parts) == 1 else SumOfScorers(tuple(parts))
 
 
@@ -209,12 +209,10 @@ class _OfColumns(JobOf):
         parts = self.job.by_layer(start, stop)
         return {name: part * self.columns[start:stop].to(part) for name, part in parts.items()}
 
-    def tokens(
-        self, examples: Sequence[int]
-    ) -> tuple[Float[Tensor, "q k t"], Float[Tensor, "q k"]]:
+    def tokens(self, examples: Sequence[int]) -> TokenScores:
         shares, rest = self.job.tokens(examples)
         some = self.columns[list(examples)].to(rest)
-        return shares * some[:, None], rest * some
+        return TokenScores(shares * some[:, None], rest * some)
 
     def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:
         raise NotOffered(
@@ -226,38 +224,25 @@ class _OfColumns(JobOf):
 
 
 @dataclass(frozen=True, eq=False)
-class OfColumns(Scorer):
-    """Another scorer's scores, each column times a number: how much training used the example."""
+class OfColumns(SeveralScorers):
+    """One scorer's scores, each column times a number: how much training used the example."""
 
-    scorer: Scorer
     columns: Float[Tensor, " n"]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        return self.scorer.layers
 
     @property
     def dtype(self) -> torch.dtype | None:
-        return self.scorer.dtype
-
-    @property
-    def is_quick_of_itself(self) -> bool:
-        return self.scorer.is_quick_of_itself
-
-    def settings(self, asked: Asked) -> dict[str, int]:
-        return self.scorer.settings(asked)
+        return self.scorers[0].dtype
 
     def jobs(self, asked: Asked) -> Iterator[_OfColumns]:
-        for job in self.scorer.jobs(asked):
+        for job in self.scorers[0].jobs(asked):
             yield _OfColumns(job, self.columns)
 
     def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-        return self.scorer.summary(records)
+        return self.scorers[0].summary(records)
 
     def work(self, q: int, memory_bytes: int | None) -> Work:
-        return self.scorer.work(q, memory_bytes)
+        return self.scorers[0].work(q, memory_bytes)
 
     def self_influence(self) -> Float[Tensor, " n"]:
-        found = self.scorer.self_influence()
+        found = self.scorers[0].self_influence()
         return found * self.columns.to(found)

@@ -23,7 +23,6 @@ from upweight.runtime.progress import progress
 from upweight.scores import Unit
 from upweight.task.data import batch_size
 from upweight.task.losses import CrossEntropy, Weighted
-from upweight.task.task import Task
 
 PARALLEL = 1e-6
 """How far ∂ℓ/∂(outputs) may be from a multiple of ∂f/∂(outputs), relative to it, by rounding."""
@@ -168,19 +167,15 @@ def slopes(fitting: Fitting, theta: Float[Tensor, " p"], output: Output) -> Floa
         # Where 1 − p is 1e-12, so is the rounding of what it is the difference of.
         wrong = rest > PARALLEL * (by_loss.norm(dim=1) + 1e-3)
         if bool(wrong.any()):
-            raise _no_one_output(task, start + int(wrong.nonzero()[0]))
+            raise UnsupportedModel(
+                "TRAK needs a loss that is a function of one number of the model.",
+                f"{task.loss!r}, whose slope in the outputs is no multiple of that of one number "
+                f"for training example {start + int(wrong.nonzero()[0])}.",
+                "several outputs with a loss of its own each, or unequal weights of positions.",
+                "use LoGra(...), which takes gradients of the loss, or Influence(EKFAC(), ...).",
+            )
         found.append(slope)
     return torch.cat(found)
-
-
-def _no_one_output(task: Task, example: int) -> UnsupportedModel:
-    return UnsupportedModel(
-        "TRAK needs a loss that is a function of one number of the model.",
-        f"{task.loss!r}, whose slope in the outputs is no multiple of that of one number for "
-        f"training example {example}.",
-        "several outputs with a loss of its own each, or unequal weights of positions.",
-        "use LoGra(...), which takes gradients of the loss, or Influence(EKFAC(), ...).",
-    )
 
 
 def members(fitting: Fitting) -> list[Float[Tensor, " p"]]:

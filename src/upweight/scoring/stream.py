@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upweight._typing import Batch, Params
-from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature
+from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature, examples_at_once
 from upweight.errors import NotDifferentiable, message
 from upweight.gradients.factored import Factors, Rows, stacked
 from upweight.gradients.passes import GradientPass
@@ -236,9 +236,7 @@ def contractions(
     """
     size = queries_at_once(curvature, memory_bytes) if together is None else together
     depends = False
-    for start in range(0, len(queries), size):
-        stop = min(start + size, len(queries))
-        group = queries if stop - start == len(queries) else queries.subset(range(start, stop))
+    for start, group in queries.groups(size):
         job = _contraction(
             curvature,
             train,
@@ -252,7 +250,7 @@ def contractions(
             look,
         )
         depends = depends or any(depends_on_parameters(block) for block in job.queries)
-        if stop == len(queries) and not depends:
+        if start + len(group) == len(queries) and not depends:
             raise NotDifferentiable(no_gradient(measure, len(queries)))
         yield job
 
@@ -405,11 +403,7 @@ def _sample(
         weights.append((len(each) * p[each]).rsqrt())
     scales = torch.cat(weights).to(task.layout.device, curvature.plan.dtype)
     data = train.subset(torch.cat(drawn).tolist())
-    size = examples_within(
-        working_bytes(task.layout.device, memory_bytes),
-        curvature.cost.bytes_per_example,
-        MOST_EXAMPLES,
-    )
+    size = examples_at_once(curvature.cost, task.layout.device, memory_bytes)
     with GradientPass(curvature.plan, curvature.theta) as passes:
         parts = [
             gradients(passes.of(training_loss(task), task.to_device(batch), stop - start))

@@ -274,11 +274,7 @@ def _no_numbers(array: Any, path: str) -> str:
 
 
 def _of_objects(array: Any, path: str) -> Any:
-    """An array of numbers from one of Python objects.
-
-    Raises:
-        DataError: Some are missing or no numbers.
-    """
+    """An array of numbers from one of Python objects."""
     entries = list(array.flat)
     wrong = next((k for k, x in enumerate(entries) if not isinstance(x, Number | np.bool_)), None)
     if wrong is None:
@@ -303,11 +299,7 @@ def _of_objects(array: Any, path: str) -> Any:
 
 
 def _table(table: Any, path: str) -> Any:
-    """The numbers of a pandas Series [n] or DataFrame [n, columns].
-
-    Raises:
-        DataError: A column holds something else, or lacks a value.
-    """
+    """The numbers of a pandas Series [n] or DataFrame [n, columns]."""
     if table.ndim == 1:
         return _column(table, f"{_named(path)} ({table.name!r})" if table.name else _named(path))
     columns = [table.iloc[:, k] for k in range(table.shape[1])]

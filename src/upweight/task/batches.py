@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from upweight.errors import ShapeError, message
+from upweight.errors import ShapeError
 
 Path: TypeAlias = tuple[Any, ...]
 """Keys and places from a batch down to a part of it."""
@@ -77,7 +77,15 @@ def cut(batch: Any, index: slice, size: int) -> Any:
         if not has_examples(x):
             return x
         if len(x) != size:
-            raise ShapeError(_unequal(x, size))
+            given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"{len(x)} entries"
+            raise ShapeError(
+                f"Every part of a batch of {size} examples must have {size} entries on its first "
+                "axis.",
+                f"{given}.",
+                "a collate function that puts examples together in another way for some of them.",
+                "put an axis for the examples first, or give each part as a list of one entry per "
+                "example.",
+            )
         return Listed(x[index]) if isinstance(x, Listed) else x[index]
 
     return mapped(some, batch)
@@ -202,13 +210,3 @@ def _rebuilt(batch: Any, path: Path, exchanged: Callable[[Path, Any], Any]) -> A
 
 def _named(path: Path) -> str:
     return "batch" + "".join(f"[{key!r}]" for key in path)
-
-
-def _unequal(leaf: Any, size: int) -> str:
-    given = f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"{len(leaf)} entries"
-    return message(
-        f"Every part of a batch of {size} examples must have {size} entries on its first axis.",
-        f"{given}.",
-        "a collate function that puts examples together in another way for some of them.",
-        "put an axis for the examples first, or give each part as a list of one entry per example.",
-    )

@@ -6,6 +6,7 @@ the loss, that gradients reach every chosen parameter, and that every loss is fi
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,6 @@ from upweight.task.gradients import require_own_gradients, unreached_notes
 from upweight.task.model_loss import loss_notes
 from upweight.task.modes import acting_in_training
 from upweight.task.probe import (
-    Evaluate,
     Probe,
     evenly_spaced,
     other_length,
@@ -84,7 +84,7 @@ def checked_parts(
     task: Task, data: Data, starts: Sequence[int], size: int, role: str
 ) -> dict[int, Float[Tensor, " b"]]:
     """ℓᵢ(θ̂) of the `size` examples from each start on, checked as by `checked_batch`."""
-    theta, losses, evaluate = task.held_theta(), dict[int, Tensor](), _evaluate(task, role)
+    theta, losses, evaluate = task.held_theta(), dict[int, Tensor](), partial(_outputs, task, role)
     batches = ((k, min(k + size, len(data)), None) for k in starts)
     for start, stop, _ in progress(batches, len(starts) * size, f"checking {role}"):
         batch = task.to_device(data.batch(start, stop))
@@ -101,7 +101,9 @@ def require_own_losses(
     Raises:
         NonDeterministic: It did not.
     """
-    require_same_losses(task, task.held_theta(), data, probe, losses, _evaluate(task, role), role)
+    require_same_losses(
+        task, task.held_theta(), data, probe, losses, partial(_outputs, task, role), role
+    )
 
 
 def checked_batch(
@@ -124,7 +126,7 @@ def checked_batch(
     """
     start, stop = places
     if len(outputs) != stop - start:
-        at, evaluate = range(start, stop), _evaluate(task, role)
+        at, evaluate = range(start, stop), partial(_outputs, task, role)
         raise ShapeError(
             other_length(task, task.held_theta(), data, at, len(outputs), evaluate, role)
         )
@@ -157,7 +159,7 @@ def require_answerable(task: Task, data: Data, role: str) -> Probe:
     _require_finite_parameters(task)
     at = evenly_spaced(len(data))
     batch = task.to_device(read_twice(data, at, role))
-    evaluate = _evaluate(task, role)
+    evaluate = partial(_outputs, task, role)
     outputs, targets = evaluate(theta, batch)
     if len(outputs) == len(at):
         task.loss.check(outputs, targets)
@@ -169,14 +171,6 @@ def require_answerable(task: Task, data: Data, role: str) -> Probe:
     )
     require_own_gradients(task, theta, data, batch, at, role)
     return Probe(at, losses, notes)
-
-
-def _evaluate(task: Task, role: str) -> Evaluate:
-    def evaluate(theta: Float[Tensor, " p"], batch: Batch) -> tuple[Tensor, Any]:
-        with torch.no_grad():
-            return _outputs(task, theta, batch, role, task.call)
-
-    return evaluate
 
 
 def checked_measurements(
@@ -271,16 +265,11 @@ def _require_finite_parameters(task: Task) -> None:
         )
 
 
-def _outputs(
-    task: Task,
-    theta: Float[Tensor, " p"],
-    batch: Batch,
-    role: str,
-    call: Callable[..., tuple[Any, Any]] | None = None,
-) -> tuple[Tensor, object]:
+def _outputs(task: Task, role: str, theta: Float[Tensor, " p"], batch: Batch) -> tuple[Tensor, Any]:
     """The model's outputs; what PyTorch says is explained, what the user's code says is kept."""
     try:
-        called = (call or task.outputs)(theta, batch)
+        with torch.no_grad():
+            called = task.call(theta, batch)
     except UpweightError:
         raise
     except Exception as error:

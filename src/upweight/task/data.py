@@ -109,6 +109,13 @@ class Data(abc.ABC):
             stop = min(start + size, len(self))
             yield start, stop, self.batch(start, stop)
 
+    def groups(self, size: int) -> "Iterator[tuple[int, Data]]":
+        """(first, examples), so many of them at a time as data of their own."""
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            is_all = stop - start == len(self)
+            yield start, self if is_all else self.subset(range(start, stop))
+
     def subset(self, indices: Sequence[int]) -> "Data":
         """The examples at `indices`, or where a mask is True, as data of their own.
 

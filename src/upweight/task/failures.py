@@ -239,10 +239,9 @@ def _needs_targets(task: Task, theta: Tensor, batch: Batch) -> str | None:
 
 
 def _runs(task: Task, theta: Tensor, batch: Batch, forward: Callable[..., Any]) -> bool:
-    trial = Task(task.model, task.loss, task.penalty, task.params, forward)
     try:
         with torch.no_grad():
-            trial.call(theta, batch)
+            task.called(forward).call(theta, batch)
     except Exception:
         return False
     return True

@@ -173,13 +173,9 @@ def require_finite_gradients(task: Task, data: Data) -> None:
     """
 
     def is_finite(start: int, stop: int) -> bool:
-        params = task.leaves(task.held_theta())
-        with torch.enable_grad():
-            batch = task.to_device(data.batch(start, stop))
-            total = task.losses_of(*task.call(params, batch)).sum()
-            with task.backwards(params):
-                found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
-        return all(bool(g.isfinite().all()) for g in found if g is not None)
+        batch, ones = task.to_device(data.batch(start, stop)), [1.0] * (stop - start)
+        _, found = _weighted_gradients(task, task.held_theta(), batch, ones)
+        return all(bool(g.isfinite().all()) for g in found.values() if g is not None)
 
     batches = data.batches(PROBE_EXAMPLES)
     for start, stop, _ in progress(batches, len(data), "looking for the example"):

@@ -93,8 +93,7 @@ class Likelihood(Loss):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         require_same_shape("Likelihood", outputs, targets)
-        valid, required = self._valid(targets)
-        require_range(f"Likelihood {self.variance}", targets, valid, required)
+        self.possible(targets)
 
     def possible(self, targets: Tensor) -> None:
         """Refuse responses that the distribution does not have.

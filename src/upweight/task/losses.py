@@ -83,7 +83,8 @@ class Loss(abc.ABC):
         try:
             return torch.func.vmap(torch.func.jacrev(torch.func.jacrev(one)))(flat, targets)
         except (RuntimeError, ValueError):  # no rule for vmap
-            return self._double_backward(outputs, targets)
+            units = torch.eye(flat.shape[1]).to(flat)[:, None].expand(-1, len(flat), -1)
+            return self.hessian_product(outputs, targets, units).permute(1, 2, 0).contiguous()
 
     def hessian_product(
         self, outputs: Tensor, targets: Any, vectors: Float[Tensor, "k b c"]
@@ -113,23 +114,6 @@ class Loss(abc.ABC):
             f = outputs.detach().clone().requires_grad_()
             (slopes,) = torch.autograd.grad(self(f, targets).sum(), f, create_graph=create_graph)
         return f, slopes
-
-    def _double_backward(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c c"]:
-        f, slopes = self._slopes(outputs, targets, create_graph=True)
-        flat, columns = slopes.flatten(1), []
-        try:
-            for c in range(flat.shape[1]):
-                if not flat.requires_grad:
-                    columns.append(torch.zeros_like(flat))
-                    continue
-                total = flat[:, c].sum()
-                (column,) = torch.autograd.grad(
-                    total, f, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-                columns.append(column.flatten(1))
-        except RuntimeError as error:
-            raise UnsupportedModel(_no_second_derivative(self, error)) from error
-        return torch.stack(columns, dim=2)
 
     def log_prob(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
         """log p(y | f)."""
@@ -811,7 +795,31 @@ class AbsoluteError(Loss):
 
 
 @dataclass(frozen=True)
-class Weighted(Loss):
+class Around(Loss):
+    """A loss that is made of another one, and has its likelihood."""
+
+    base: Loss
+
+    @property
+    def convex(self) -> bool:  # type: ignore[override]
+        return self.base.convex
+
+    def own(self, targets: Any) -> Any:
+        """The targets of the other one."""
+        return targets
+
+    def ambiguity(self, outputs: Tensor, targets: Any) -> str | None:
+        return self.base.ambiguity(outputs, self.own(targets))
+
+    def log_prob(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
+        return self.base.log_prob(outputs, self.own(targets))
+
+    def margin(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
+        return self.base.margin(outputs, self.own(targets))
+
+
+@dataclass(frozen=True)
+class Weighted(Around):
     """ℓ = v · base(f, y), with targets `(y, v)`: sample or class weights of the training objective.
 
     v is part of what was minimized; the score still differentiates in the further weight w = 1.
@@ -819,11 +827,8 @@ class Weighted(Loss):
     (a mask of 0 and 1 leaves padding out).
     """
 
-    base: Loss
-
-    @property
-    def convex(self) -> bool:  # type: ignore[override]
-        return self.base.convex
+    def own(self, targets: Any) -> Any:
+        return targets[0]
 
     def check(self, outputs: Tensor, targets: Any) -> None:
         if not isinstance(targets, tuple | list) or len(targets) != 2:
@@ -852,9 +857,6 @@ class Weighted(Loss):
             )
         require_range("Weighted", v, v >= 0, "(y, v) with weights v ≥ 0")
 
-    def ambiguity(self, outputs: Tensor, targets: Any) -> str | None:
-        return self.base.ambiguity(outputs, targets[0])
-
     def __call__(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
         y, v = targets
         if v.ndim == 1:
@@ -875,12 +877,6 @@ class Weighted(Loss):
         if v.ndim > 1:
             return super().hessian(outputs, targets)
         return v[:, None, None] * self.base.hessian(outputs, y)
-
-    def log_prob(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
-        return self.base.log_prob(outputs, targets[0])
-
-    def margin(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
-        return self.base.margin(outputs, targets[0])
 
     def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Any:
         # With √v: E[g gᵀ] is then v times that of the base, the curvature of v · base.

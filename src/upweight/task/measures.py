@@ -6,7 +6,7 @@ its place.
 
 import abc
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,9 +206,15 @@ class _Entries:
             raise SpecError(self._unknown(f"{len(flat)} entries", params))
         known = {} if task.reads is None else task.reads.coefficients
         if self.which in known:
-            if self.which in layout.names:
-                raise SpecError(self._twice(known))
             owner, column = known[self.which]
+            if self.which in layout.names:
+                raise SpecError(
+                    "A coefficient is named by one thing.",
+                    f"Coefficient({self.which!r}), a column of the data and a parameter of the "
+                    "model.",
+                    "a column that is called as a parameter is.",
+                    f"for the column Coefficient('{owner}[0, {column}]').",
+                )
             return params[owner][..., column].reshape(-1)
         name, _, place = self.which.partition("[")
         if name not in layout.names:
@@ -222,16 +228,6 @@ class _Entries:
         except (ValueError, IndexError) as error:
             given = f"{name} of shape {tuple(value.shape)}"
             raise SpecError(self._unknown(given, params)) from error
-
-    def _twice(self, known: Mapping[str, tuple[str, int]]) -> str:
-        name = str(self.which)
-        owner, column = known[name]
-        return message(
-            "A coefficient is named by one thing.",
-            f"Coefficient({name!r}), a column of the data and a parameter of the model.",
-            "a column that is called as a parameter is.",
-            f"for the column Coefficient('{owner}[0, {column}]').",
-        )
 
     def _unknown(self, given: str, params: Params, columns: Sequence[str] = ()) -> str:
         if columns:

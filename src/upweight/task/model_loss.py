@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError
 from upweight.task.arrays import TARGET_KEYS
 from upweight.task.batches import tensors
 from upweight.task.data import Data
@@ -23,6 +23,7 @@ from upweight.task.losses import Bernoulli, CrossEntropy, SquaredError
 from upweight.task.task import Task, call_model, next_token, shifts_labels
 
 EXAMPLES = 4
+TRAINED_WITH = "The task's loss must be the one that the model was trained with."
 CLOSE = 1e-2
 """Relative difference that rounding of models in half precision may make."""
 
@@ -64,8 +65,7 @@ def loss_notes(
         f"example {i}: {own:.6g} is {type(task.model).__name__}'s own loss, the task's is "
         f"{loss:.6g}{f' over {count} targets' if count > 1 else ''}"
     )
-    shifted = Task(task.model, task.loss, task.penalty, task.params, next_token)
-    moved = _means(shifted, theta, data, [i for i, *_ in told])
+    moved = _means(task.called(next_token), theta, data, [i for i, *_ in told])
     owns = [own for _, _, own, _ in told]
     is_shift = moved is not None and all(
         abs(mean / own - 1) < CLOSE for mean, own in zip(moved, owns, strict=True)
@@ -75,7 +75,21 @@ def loss_notes(
         return ()
     if task.forward is not call_model and not own_loss:
         return (f"the model's own loss is another than the task's ({seen})",)
-    raise SpecError(_unlike(seen, moved[0] if is_shift and moved else None))
+    if is_shift and moved:
+        raise SpecError(
+            TRAINED_WITH,
+            f"{seen}; with labels moved by one position it is {moved[0]:.6g} per target.",
+            "a causal language model that takes labels = input_ids and shifts them inside.",
+            "say so: Task(..., forward=uw.next_token), which holds the outputs at position t "
+            "against the label at t + 1.",
+        )
+    raise SpecError(
+        TRAINED_WITH,
+        f"{seen}.",
+        "a model that weights, smooths or shifts its labels inside, or adds terms of its own.",
+        "choose the loss that was trained with; or, if this one is meant, say how to call the "
+        "model: Task(..., forward=lambda model, batch: (outputs, targets)).",
+    )
 
 
 def _copied_notes(
@@ -126,9 +140,7 @@ def _own_loss(task: Task, theta: Float[Tensor, " p"], batch: Batch) -> float | N
         return None
     whole = {key: value for key, value in batch.items() if key != keys[0]}
     whole["labels"] = batch[keys[0]]
-    asked = Task(
-        task.model, task.loss, task.penalty, task.params, lambda model, b: (model(**dict(b)), None)
-    )
+    asked = task.called(lambda model, b: (model(**dict(b)), None))
     settings = getattr(task.model, "config", None)
     before = dict(vars(settings)) if hasattr(settings, "__dict__") else {}
     try:
@@ -171,22 +183,3 @@ def _means(
     except (RuntimeError, ValueError, IndexError, TypeError):
         return None
     return found
-
-
-def _unlike(seen: str, shifted: float | None) -> str:
-    required = "The task's loss must be the one that the model was trained with."
-    if shifted is not None:
-        return message(
-            required,
-            f"{seen}; with labels moved by one position it is {shifted:.6g} per target.",
-            "a causal language model that takes labels = input_ids and shifts them inside.",
-            "say so: Task(..., forward=uw.next_token), which holds the outputs at position t "
-            "against the label at t + 1.",
-        )
-    return message(
-        required,
-        f"{seen}.",
-        "a model that weights, smooths or shifts its labels inside, or adds terms of its own.",
-        "choose the loss that was trained with; or, if this one is meant, say how to call the "
-        "model: Task(..., forward=lambda model, batch: (outputs, targets)).",
-    )

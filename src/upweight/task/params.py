@@ -56,7 +56,18 @@ class Layout:
             if parameter.requires_grad and any(matches(a, patterns) for a in aliases[id(parameter)])
         }
         if not chosen:
-            raise UnsupportedModel(_nothing_chosen(model, patterns))
+            names = [
+                f"{name}{'' if p.requires_grad else ' (requires_grad=False)'}"
+                for name, p in model.named_parameters()
+            ]
+            shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+            raise UnsupportedModel(
+                f"Task(params={list(patterns)!r}) must choose at least one trainable parameter.",
+                f"a model with these parameters: {shown or 'none'}.",
+                "a glob that matches no name, or layers frozen with requires_grad_(False).",
+                "name the parameters as model.named_parameters() does, or call "
+                "requires_grad_(True) on the ones that were trained.",
+            )
         dtypes = {p.dtype for p in chosen.values()}
         if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
             raise DtypeError(
@@ -187,19 +198,4 @@ def _shared(what: str) -> str:
         "share the parameter itself, b.weight = a.weight, which counts once; keep a tensor that "
         "is used in parts as one parameter and take the parts in forward; or separate what is not "
         "meant to be shared, p.data = p.data.clone().",
-    )
-
-
-def _nothing_chosen(model: nn.Module, patterns: Sequence[str]) -> str:
-    names = [
-        f"{name}{'' if p.requires_grad else ' (requires_grad=False)'}"
-        for name, p in model.named_parameters()
-    ]
-    shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-    return message(
-        f"Task(params={list(patterns)!r}) must choose at least one trainable parameter.",
-        f"a model with these parameters: {shown or 'none'}.",
-        "a glob that matches no name, or layers frozen with requires_grad_(False).",
-        "name the parameters as model.named_parameters() does, or call requires_grad_(True) "
-        "on the ones that were trained.",
     )

@@ -7,6 +7,8 @@ scikit-learn's `C` is `L2(1/(nC))`.
 """
 
 import abc
+import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from upweight._typing import Params
 from upweight.errors import SpecError
 from upweight.linalg.matrices import Dense, DiagonalMatrix, LowRank
-from upweight.linalg.operator import LinearOperator, Tag
+from upweight.linalg.operator import SYMMETRIC, LinearOperator
 from upweight.runtime.fingerprint import described
 from upweight.task.params import Layout
 
@@ -38,7 +40,7 @@ class Penalty(abc.ABC):
         # Reverse over reverse: needs only operations that have a backward pass.
         gradient = torch.func.jacrev(lambda t: self(layout.unflatten(t), layout))
         hessian = torch.func.jacrev(gradient)(theta)
-        return Dense(hessian, tags=frozenset({Tag.SYMMETRIC}))
+        return Dense(hessian, tags=SYMMETRIC)
 
     def __add__(self, other: "Penalty") -> "Penalty":
         return PenaltySum((self, other))
@@ -153,12 +155,9 @@ class PenaltySum(Penalty):
         return torch.stack([term.gradient(theta, layout) for term in self.terms]).sum(dim=0)
 
     def curvature(self, theta: Float[Tensor, " p"], layout: Layout) -> LinearOperator | None:
-        total: LinearOperator | None = None
-        for term in self.terms:
-            part = term.curvature(theta, layout)
-            if part is not None:
-                total = part if total is None else total + part
-        return total
+        parts = [term.curvature(theta, layout) for term in self.terms]
+        curved = [part for part in parts if part is not None]
+        return functools.reduce(operator.add, curved) if curved else None
 
 
 @dataclass(frozen=True)

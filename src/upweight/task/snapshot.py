@@ -200,7 +200,7 @@ def written(task: Task, data: Data) -> frozenset[str]:
         found.update(Snapshot.of(task)._differing(before))
         return result
 
-    watching = Task(task.model, task.loss, task.penalty, task.params, watched, task.reads)
+    watching = task.called(watched)
     with torch.no_grad():
         for size in (min(2, len(data)), 1):
             watching.call(task.held_theta(), task.to_device(data.batch(0, size)))

@@ -257,6 +257,10 @@ class Task:
                 named[name].copy_(value)
         return Task(model, self.loss, self.penalty, self.params, self.forward, self.reads)
 
+    def called(self, forward: Forward) -> "Task":
+        """The same task with another way to call its model."""
+        return Task(self.model, self.loss, self.penalty, self.params, forward, self.reads)
+
     def named(self, params: Params | Float[Tensor, " p"]) -> Params:
         """Parameters by name, from either form."""
         return self.layout.unflatten(params) if isinstance(params, Tensor) else params

@@ -32,6 +32,7 @@ from upweight.errors import DataError, SpecError, UnsupportedModel
 from upweight.task.draws import Draws
 from upweight.task.losses import (
     AbsoluteError,
+    Around,
     Bernoulli,
     CrossEntropy,
     CustomLoss,
@@ -150,14 +151,14 @@ def reduction_note(given: Any, outputs: Tensor, targets: Any) -> str:
 
 def draws_labels(loss: Loss) -> bool:
     """Whether labels ŷ ~ p(· | f) can be drawn for a loss."""
-    if isinstance(loss, Weighted | Rescaled):
+    if isinstance(loss, Around):
         return draws_labels(loss.base)
     kind = type(loss)
     return kind.sample is not Loss.sample or kind.residual is not Loss.residual
 
 
 @dataclass(frozen=True)
-class Rescaled(Loss):
+class Rescaled(Around):
     """ℓ = factor · base(f, y), divided by the number of outputs of an example where `mean` says so.
 
     Λ is as many times that of the base, and the gradients of drawn labels are √ of that times those
@@ -172,7 +173,6 @@ class Rescaled(Loss):
         SpecError: The factor is not positive.
     """
 
-    base: Loss
     factor: float = 1.0
     mean: bool = False
 
@@ -185,18 +185,11 @@ class Rescaled(Loss):
                 "Rescaled(SquaredError(), 2.0) is the squared error without its ½.",
             )
 
-    @property
-    def convex(self) -> bool:  # type: ignore[override]
-        return self.base.convex
-
     def _scale(self, outputs: Tensor) -> float:
         return self.factor / (outputs[0].numel() if self.mean and len(outputs) else 1)
 
     def check(self, outputs: Tensor, targets: Any) -> None:
         self.base.check(outputs, targets)
-
-    def ambiguity(self, outputs: Tensor, targets: Any) -> str | None:
-        return self.base.ambiguity(outputs, targets)
 
     def __call__(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
         return self.base(outputs, targets) * self._scale(outputs)
@@ -206,12 +199,6 @@ class Rescaled(Loss):
 
     def hessian(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c c"]:
         return self.base.hessian(outputs, targets) * self._scale(outputs)
-
-    def log_prob(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
-        return self.base.log_prob(outputs, targets)
-
-    def margin(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
-        return self.base.margin(outputs, targets)
 
     def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Any:
         return self.base.sample(outputs, targets, generator)

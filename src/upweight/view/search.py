@@ -19,7 +19,7 @@ from torch import Tensor
 from upweight.errors import SpecError
 from upweight.index.index import Index
 from upweight.methods.baselines import BM25, token_sequences
-from upweight.methods.reduce import TokenScores
+from upweight.methods.scorer import TokenScores
 from upweight.report.rendering import as_json, filled, script_of
 from upweight.task.data import Data
 from upweight.view.overlap import copied
