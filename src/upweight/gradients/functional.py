@@ -6,7 +6,6 @@ All are taken at one flat θ. Memory is b·p (b·c·p for Jacobians).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,11 +73,11 @@ def over_examples(function: Callable[[Any], Any], batch: Any, size: int) -> Any:
     return torch.func.vmap(one)(mapped_over)
 
 
-@dataclass(frozen=True)
 class _Place:
-    """Where a tensor of a batch was."""
+    """Where a tensor of a batch was. No dataclass: of these a batch's parts are looked for."""
 
-    index: int
+    def __init__(self, index: int) -> None:
+        self.index = index
 
 
 def as_dense(gradient: Tensor) -> Tensor:
