@@ -129,7 +129,9 @@ def indices(classes: Any, y: Any) -> Any:
             "the label of a single row, as y.iloc[0].",
             "pass a list of one, or y[:1].",
         )
-    unknown = [label for label in np.atleast_1d(labels).tolist() if _key(label) not in place]
+    listed = np.atleast_1d(labels).tolist()
+    known = labels.ndim == 1 and place.keys() >= set(listed)
+    unknown = [] if known else [label for label in listed if _key(label) not in place]
     if labels.ndim != 1 or unknown:
         raise DataError(
             f"Labels must be among the estimator's classes {classes.tolist()[:10]}.",

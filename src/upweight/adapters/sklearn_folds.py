@@ -25,12 +25,14 @@ from sklearn.pipeline import Pipeline
 from torch import Tensor
 
 from upweight.adapters import sklearn_sparse
+from upweight.adapters.sklearn import fitted_exactly
 from upweight.adapters.sklearn import task as smooth_task
 from upweight.adapters.sklearn_arrays import features
 from upweight.adapters.sklearn_objectives import coefficients, final_step, has_steps
 from upweight.adapters.sklearn_refit import tightened
 from upweight.adapters.sklearn_rules import objective_of
 from upweight.errors import SpecError
+from upweight.methods.fitted import Fitted
 from upweight.task.data import Data
 from upweight.task.task import Task
 
@@ -48,6 +50,7 @@ class Translated:
         renormalizes: Whether its objective is a mean over the rows that are left.
         notes: What to know.
         holds: Of an ℓ1 penalty, whether θ without a group is a minimum with all columns.
+        fitted: The exact Hessian of the task, where it was needed already.
     """
 
     task: Task
@@ -56,6 +59,7 @@ class Translated:
     renormalizes: bool
     notes: tuple[str, ...] = ()
     holds: Callable[[Tensor, list[int]], bool] | None = None
+    fitted: Fitted | None = None
 
 
 def translated(
@@ -76,12 +80,17 @@ def translated(
     final = final_step(estimator)
     notes: list[str] = []
     holds: Callable[[Tensor, list[int]], bool] | None = None
+    fitted: Fitted | None = None
     if sklearn_sparse.is_sparse(estimator):
         task, train, holds, said = sklearn_sparse.task(estimator, X, y, sample_weight)
         notes += said
         objective = sklearn_sparse.objective_of(estimator)
     else:
-        task, train = smooth_task(estimator, X, y, sample_weight, minimize=minimize)
+        fitted = None if minimize else fitted_exactly(estimator, X, y, sample_weight)
+        if fitted is None:
+            task, train = smooth_task(estimator, X, y, sample_weight, minimize=minimize)
+        else:
+            task, train = fitted.task, fitted.train
         objective = objective_of(estimator)
     if has_steps(estimator):
         names = ", ".join(name for name, _ in estimator.steps[:-1])
@@ -96,7 +105,7 @@ def translated(
             "rows leave: the mean is over what is left"
         )
     refits = Clones(_unfitted(estimator), X, y, sample_weight, objective, _outputs(task, train))
-    return Translated(task, train, refits, renormalizes, tuple(notes), holds)
+    return Translated(task, train, refits, renormalizes, tuple(notes), holds, fitted)
 
 
 @dataclass(frozen=True, eq=False)
