@@ -589,3 +589,11 @@ def test_a_weak_penalty_has_a_minimum_however_far():
         with pytest.raises(NotStationary, match="away from the minimum"):
             sk.task(early, X, y)
         sk.task(early, X, y, tolerance=np.inf)
+
+
+def test_weights_that_sum_to_0_are_refused_by_name():
+    X, y = load_iris(return_X_y=True)
+    clf = LogisticRegression(tol=1e-10, max_iter=2000).fit(X, y)
+    with pytest.raises(DataError, match="must not sum to 0"):
+        sk.task(clf, X, y, np.zeros(len(y)))
+    sk.task(clf, X, y)  # the way out

@@ -176,6 +176,13 @@ def example_weights(
 ) -> tuple[Float[Tensor, " n"] | None, Float[Tensor, " c"] | None]:
     """v = sample weight × class weight, and the weight of each class; None where all are 1."""
     given = None if sample_weight is None else weights_of(sample_weight, n)
+    if given is not None and not bool(given.any()):
+        raise DataError(
+            "Weights of the training rows must not sum to 0.",
+            f"{n} weights that are all 0.",
+            "a mask that leaves nothing, or weights that were rounded or filtered away.",
+            "pass the weights that were given to fit, or leave sample_weight out.",
+        )
     if getattr(final, "class_weight", None) is None:
         return given, None
     labels = np.asarray(y).reshape(n)
