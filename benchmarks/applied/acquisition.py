@@ -26,12 +26,16 @@ OTHERS = ("pseudo-label gain", "random", "entropy", "class-balanced random")
 
 
 WHY = {
-    "pool 50:1, ": (
-        "the guides tell more as training data than as guides. With nothing bought, the "
-        "model of labelled and validation rows together is already better than any choice of "
-        "200 labels makes the model without them; even all of the pool labelled is below it "
-        "in the row with 500 guides. As asked it cannot be met on these data; the row after "
-        "these compares with the guides trained on by both sides."
+    "pool 50:1, 500 validation": (
+        "the guides tell more as training data than as guides. Trained on them too and with "
+        "nothing bought, the model is better than any choice makes it without them: 200 labels "
+        "balanced by the true labels reach .81 at best (a row below), and all of the pool labelled "
+        ".49. As asked it cannot be met on these data; the last of these rows compares with the "
+        "guides trained on by both sides."
+    ),
+    "pool 50:1, 50 validation": (
+        "fifty guides tell less of what is rare: choices that knew the labels would reach .81 (the "
+        "row below). Trained on the guides too, every strategy is better."
     ),
     "all trained with the validation images": (
         "trained on the guides too, all strategies lie within a point or two: two of the "
@@ -66,6 +70,7 @@ def goals(data: Path) -> Iterator[Goal]:
     )
     yield joint(biased, f"{name}, 500 validation images (all of the pool labelled: {full(data)})")
     yield joint(run(data, rare=RARE, validation=50), f"{name}, 50 validation images")
+    yield from bound(data)
     yield Goal(
         f"{name}: all trained with the validation images, choices by expected gain against others",
         "above, interval without 0 (added: a fair use of the guides on both sides)",
@@ -88,6 +93,31 @@ def goals(data: Path) -> Iterator[Goal]:
         f"{lag} ({balanced.accuracy(GAIN)} against {balanced.accuracy('entropy')}, random "
         f"{balanced.accuracy('random')})",
         lag.value > -0.005,
+    )
+
+
+def bound(data: Path) -> Iterator[Goal]:
+    """How far any choice of 200 labels goes: balanced by the true labels, 20 draws."""
+    X, y, X_rest, y_rest = images(data, RARE)
+    task, recipe = uw.Task(linear(), uw.CrossEntropy(), uw.L2(0.01)), uw.training.Newton(tol=1e-7)
+    draw, found = np.random.default_rng(0), []
+    for _ in range(20):
+        order = [draw.permutation(np.nonzero(y[50:].numpy() == c)[0]).tolist() for c in range(10)]
+        bought: list[int] = []
+        for c in (k % 10 for k in range(10_000)):
+            if len(bought) == 200:
+                break
+            bought += [50 + order[c].pop()] if order[c] else []
+        rows = [*range(50), *bought]
+        theta = recipe.prepare(task, task.training((X[rows], y[rows]))).center
+        with torch.no_grad():
+            right = task.moved_to(theta).model(X_rest[500:]).argmax(dim=1) == y_rest[500:]
+        found.append(float(right.double().mean()))
+    yield Goal(
+        "pool 50:1, 200 labels balanced by the true labels, 20 draws: guidance alone at its best",
+        "stated",
+        f"{np.mean(found):.4f}, best draw {max(found):.4f}",
+        True,
     )
 
 
@@ -153,3 +183,10 @@ def images(data: Path, rare: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kept = (y >= 5) | (draw.random(12000) < rare)
     X, X_rest = (A[kept] - mean) @ axes, (B - mean) @ axes
     return tuple(map(torch.tensor, (X, y[kept], X_rest, y_rest)))  # type: ignore[return-value]
+
+
+PARTS = {"bound": (bound, ("pool 50:1, 200 labels balanced",))}
+"""What can be measured by itself, and how the names of its rows begin."""
+
+PARTS_ARE_ALL = False
+"""Whether every row is of a part."""

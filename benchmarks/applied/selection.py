@@ -7,6 +7,7 @@ few. Rows and weights are chosen on validation images, the numbers are of test i
 
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,9 @@ WHY = {
     "error asked": (
         "what is missing are images of the rare class and not weights: class weights are "
         "returned where no step beyond them is predicted to help, and a balanced clean "
-        "training set of as many rows is only just below what was asked."
+        "training set of as many rows is only just below what was asked. At 200:1 even 60 steps of "
+        "weights that descend the loss of the test images themselves have .059; at 50:1 they have "
+        ".036, and 50 to 1000 clean images do not tell as much."
     ),
 }
 """Of goals that are not reached, by a part of their name: the reason, and what shows it."""
@@ -43,7 +46,7 @@ def goals(data: Path) -> Iterator[Goal]:
         images = dict(held)
     yield from _noise(images)
     yield from _clean(images)
-    yield from _pairs(images)
+    yield from pairs(data)
 
 
 def _noise(images: dict[str, np.ndarray]) -> Iterator[Goal]:
@@ -92,7 +95,10 @@ def _clean(images: dict[str, np.ndarray]) -> Iterator[Goal]:
     )
 
 
-def _pairs(images: dict[str, np.ndarray]) -> Iterator[Goal]:
+def pairs(data: Path) -> Iterator[Goal]:
+    """Weights for 4 against 9."""
+    with np.load(data / "mnist.npz") as held:
+        images = dict(held)
     for clean in CLEAN_IMAGES:
         for ratio in RATIOS:
             started, found = time.perf_counter(), []
@@ -123,7 +129,8 @@ def _pairs(images: dict[str, np.ndarray]) -> Iterator[Goal]:
                 "≤ .05",
                 f"{np.mean(mine):.4f}; a balanced training set of as many rows, all clean, has "
                 f"{_ceiling(images, clean):.4f}, the {clean} clean images alone "
-                f"{_alone(images, clean):.4f}",
+                f"{_alone(images, clean):.4f}; weights chosen on the test images themselves "
+                f"{_oracle(data, ratio):.4f}",
                 float(np.mean(mine)) <= 0.05,
             )
 
@@ -206,6 +213,44 @@ def _ceiling(images: dict[str, np.ndarray], clean: int) -> float:
     return _error(train, test)
 
 
+@cache
+def _oracle(folder: Path, ratio: float) -> float:
+    """The least error of 60 steps of weights that descend the loss of the test images themselves.
+
+    Logistic regression with the same penalty: two outputs ±d/2 have λ/4 ‖d‖².
+    """
+    with np.load(folder / "mnist.npz") as held:
+        images = dict(held)
+    least = []
+    for seed in PAIRS:
+        (X, y), _, (T, t) = (
+            (part.numpy(), 2.0 * label.numpy() - 1)
+            for part, label in _pair(images, ratio, 50, seed)
+        )
+        n, d = X.shape
+        theta, errors = np.zeros(d), []
+        w = np.where(y > 0, n / 2 / (y > 0).sum(), n / 2 / (y < 0).sum())  # class weights
+        for _ in range(60):
+            for _ in range(12):  # Newton
+                p = 1 / (1 + np.exp(y * (X @ theta)))
+                H = (X.T * (w * p * (1 - p))) @ X / n + 5e-4 * np.eye(d)
+                theta -= np.linalg.solve(H, -X.T @ (w * y * p) / n + 5e-4 * theta)
+            errors.append(float((np.sign(T @ theta) != t).mean()))
+            slope = -T.T @ (t / (1 + np.exp(t * (T @ theta)))) / len(t)
+            score = X @ np.linalg.solve(H, slope) * y * p / n  # d loss / d w
+            w = w * np.exp(-0.5 * score / np.abs(score).max())
+            w *= n / w.sum()
+        least.append(min(errors))
+    return float(np.mean(least))
+
+
 def _alone(images: dict[str, np.ndarray], clean: int) -> float:
     _, guide, test = _pair(images, 200, clean, 0)
     return _error(guide, test)
+
+
+PARTS = {"pairs": (pairs, ("4 against 9",))}
+"""What can be measured by itself, and how the names of its rows begin."""
+
+PARTS_ARE_ALL = False
+"""Whether every row is of a part."""

@@ -35,7 +35,7 @@ from torch.testing import assert_close
 import upweight as uw
 import upweight.adapters.sklearn as sk
 from upweight.adapters.sklearn_refit import tightened
-from upweight.adapters.stationarity import distance
+from upweight.adapters.stationarity import Standing, distance
 from upweight.errors import DataError, NotStationary, ShapeError, SpecError, UnsupportedModel
 from upweight.training.objective import weighted_objective
 
@@ -149,7 +149,7 @@ def test_fit_is_a_stationary_point_of_the_translation(name, weights):
     assert train.notes == ()
     norm = float(gradient(task, train).norm())
     assert norm <= tolerance
-    away = distance(task, train)[0]
+    away = distance(Standing(task, train))[0]
     assert away < 0.05
     # The check sees a wrong objective: other labels, here by one place, are not at a minimum.
     with pytest.raises(NotStationary):
@@ -351,7 +351,7 @@ def test_distance_tells_an_error_from_a_warning_from_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rough = LogisticRegression(max_iter=2).fit(X, y)
-    away, norm = distance(*sk.task(rough, X, y, tolerance=np.inf))
+    away, norm = distance(Standing(*sk.task(rough, X, y, tolerance=np.inf)))
     assert away > 5
     numbers = rf"{away:.2g} typical removals(.|\n)*= {norm:.2g}\)(.|\n)*max_iter(.|\n)*tolerance="
     with pytest.raises(NotStationary, match=numbers):
@@ -359,7 +359,7 @@ def test_distance_tells_an_error_from_a_warning_from_nothing():
     exact = LogisticRegression(solver="newton-cholesky", **TIGHT).fit(X, y)
     assert sk.task(exact, X, y)[1].notes == ()
     exact.intercept_ = exact.intercept_ + 0.03
-    away = distance(*sk.task(exact, X, y, tolerance=np.inf))[0]
+    away = distance(Standing(*sk.task(exact, X, y, tolerance=np.inf)))[0]
     assert 0.1 < away < 1.0
     with pytest.warns(UserWarning, match="away from the minimum(.|\n)*tol=1e-8") as warned:
         _, train = sk.task(exact, X, y)
@@ -373,11 +373,11 @@ def test_distance_has_no_units():
     X, y = diabetes()
     ridge = LinearRegression().fit(X, y)
     ridge.coef_ = ridge.coef_ + 0.1
-    away = distance(*sk.task(ridge, X, y, tolerance=np.inf))[0]
+    away = distance(Standing(*sk.task(ridge, X, y, tolerance=np.inf)))[0]
     scale = np.geomspace(0.01, 100, X.shape[1])
     ridge.coef_ = 5 * ridge.coef_ / scale
     ridge.intercept_ = 5 * ridge.intercept_
-    scaled = distance(*sk.task(ridge, X * scale, 5 * y, tolerance=np.inf))[0]
+    scaled = distance(Standing(*sk.task(ridge, X * scale, 5 * y, tolerance=np.inf)))[0]
     assert away > 0.01
     assert scaled == pytest.approx(away, rel=1e-6)
 
@@ -610,3 +610,11 @@ def test_a_weak_penalty_has_a_minimum_however_far():
         with pytest.raises(NotStationary, match="away from the minimum"):
             sk.task(early, X, y)
         sk.task(early, X, y, tolerance=np.inf)
+
+
+def test_weights_that_sum_to_0_are_refused_by_name():
+    X, y = load_iris(return_X_y=True)
+    clf = LogisticRegression(tol=1e-10, max_iter=2000).fit(X, y)
+    with pytest.raises(DataError, match="must not sum to 0"):
+        sk.task(clf, X, y, np.zeros(len(y)))
+    sk.task(clf, X, y)  # the way out

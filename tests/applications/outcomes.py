@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from upweight.applications.outcome import Outcome
 
 CLAIMS = re.compile(r"\b(found|robust|fair|repaired|cleansed|confirmed)\b", re.IGNORECASE)
+SENTENCES = re.compile(r"[a-z0-9%)\]]\. [A-Z]")
 DENIED = re.compile(r"\b(no|not|nothing|none|never)\b", re.IGNORECASE)
 
 
@@ -19,6 +20,7 @@ def holds(outcome, figure=True):
     verdict = outcome.verdict
     assert verdict[0].isupper() or not verdict[0].isalpha(), verdict
     assert verdict.endswith(".") and "\n" not in verdict and len(verdict) <= 400, verdict
+    assert not SENTENCES.search(verdict), f"more than a sentence: {verdict}"
     assert "nan" not in verdict.lower().split(), verdict
     if not outcome.is_confirmed:
         claims = CLAIMS.search(verdict)

@@ -12,6 +12,7 @@ from torch import nn
 import upweight as uw
 from tests.applications.outcomes import holds
 from upweight.applications import debugging
+from upweight.applications.calibration import calibration
 from upweight.applications.suspicion import SHORTER
 from upweight.errors import (
     DataError,
@@ -228,6 +229,63 @@ def test_a_float32_network_by_layer_of_a_dataset():
     assert int(changed.batch(0, 2)["labels"][0]) == int(as_codes[0][0] + 1) % 5
     assert len(changed) == 239
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_calibration_minimizes_its_objective_also_of_a_class_without_rows():
+    draw = torch.Generator().manual_seed(0)
+    losses = -3 * torch.randn(50, 4, generator=draw, dtype=torch.float64).log_softmax(dim=1)
+    labels = torch.randint(0, 3, (50,), generator=draw)  # none of the fourth
+    found = calibration(losses, labels)
+
+    def objective(point):
+        s, b = point[0], point[1:]
+        of_all = nn.functional.cross_entropy(b - s * losses, labels, reduction="sum")
+        return of_all + 0.5 * (s - 1) ** 2 + 0.5 * b.square().sum()
+
+    point = torch.cat([torch.tensor([found.scale]), found.shifts])
+    assert float(torch.func.grad(objective)(point).abs().max()) < 1e-3
+    expected = -(found.shifts - found.scale * losses).log_softmax(dim=1)
+    torch.testing.assert_close(found(losses), expected)
+    assert found.shifts.argmin() == 3
+
+
+def test_trusted_rows_find_labels_of_one_class_that_another_was_called():
+    X, y = load_digits(n_class=2, return_X_y=True)
+    draw = np.random.default_rng(0)
+    X = X / 16 + draw.normal(0, 0.8, X.shape)  # so that classes overlap
+    labels = y.copy()
+    some = draw.permutation(np.nonzero(y[:240] == 1)[0])[:50]
+    labels[some] = 0
+    model = LogisticRegression(C=0.1, solver="newton-cholesky", tol=1e-10).fit(
+        X[:240], labels[:240]
+    )
+    train, held = (X[:240], labels[:240]), (X[240:], y[240:])
+    alone = debugging.suspects(model, train)
+    ours = holds(debugging.suspects(model, train, held, by="label"), figure=False)
+    found = [np.isin(s.order[:50], some).sum() for s in (ours, alone)]
+    assert found[0] > found[1] + 5
+    assert f"fitted to the {len(held[0])} validation rows" in ours.notes[0]
+    assert "for class 1" in ours.notes[0].split(" to ")[-1]  # the one that lost rows
+
+
+def test_a_refit_without_the_suspects_judges_them():
+    X, labels, truth, *_ = digits()
+    model = logistic().fit(X, labels)
+    first = debugging.suspects(model, (X, labels))
+    again = holds(debugging.suspects(model, (X, labels), refit=True), figure=False)
+    kept = (first.proposals == first.labels).numpy()
+    assert again.left_out == (~kept).sum() > 10
+    by_hand = logistic().fit(X, labels, sample_weight=kept.astype(float))
+    f = torch.tensor(by_hand.decision_function(X))
+    own = f.gather(1, first.labels[:, None])[:, 0]
+    others = f.scatter(1, first.labels[:, None], -torch.inf).max(dim=1).values
+    torch.testing.assert_close(again.suspicion, others - own, rtol=1e-5, atol=1e-5)
+    assert again.verdict.endswith(f"the only fit was one without {again.left_out} rows, by which "
+        "they are ranked.")  # fmt: skip
+    wrong = labels != truth
+    assert wrong[again.order[:24].numpy()].sum() >= wrong[first.order[:24].numpy()].sum()
+    with pytest.raises(SpecError, match="must know how"):
+        debugging.suspects(first.subject.fitted, refit=True)
 
 
 def test_where_steps_are_too_long_rows_are_judged_by_the_model_itself():

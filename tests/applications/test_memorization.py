@@ -11,9 +11,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import upweight as uw
+import upweight.adapters.sklearn as sk
 from tests.applications.outcomes import holds
 from upweight.applications import memorization
-from upweight.applications.right_answers import Joined, equal_examples
+from upweight.applications.right_answers import equal_examples
 from upweight.errors import (
     NonFinite,
     NotConverged,
@@ -22,6 +23,7 @@ from upweight.errors import (
     SpecError,
     UnsupportedModel,
 )
+from upweight.task.data import Joined
 
 PENALTY = 0.003
 NEWTON = uw.training.Newton(tol=1e-9)
@@ -402,3 +404,17 @@ def test_the_way_out_of_few_models_leads_out():
     X, y = iris()
     found = memorization.by_subsets(NEWTON, softmax(X, y), (X, y), models=200)
     assert bool(found.actual.isfinite().all())
+
+
+def test_samples_of_a_scikit_learn_classifier_answer_about_its_own_test_rows():
+    X, y = load_iris(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(y))
+    X, y = X[order], np.array(["a", "b", "c"])[y[order]]
+    clf = LogisticRegression(tol=1e-10, max_iter=2000).fit(X[:60], y[:60])
+    task, train = sk.task(clf, X[:60], y[:60])
+    newton, options = uw.training.Newton(), {"models": 24, "measure": "probability"}
+    raw = memorization.by_subsets(newton, task, train, (X[60:80], y[60:80]), **options)
+    own = memorization.by_subsets(newton, task, train, sk.data(clf, X[60:80], y[60:80]), **options)
+    assert_close(raw.values, own.values)
+    holds(memorization.pairs(raw), figure=False)
+    assert raw.influence([3]).shape == (1, 20)

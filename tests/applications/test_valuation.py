@@ -5,12 +5,13 @@ from decimal import Decimal
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_breast_cancer
+from sklearn.datasets import load_breast_cancer, load_iris
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch import nn
 
 import upweight as uw
+import upweight.adapters.sklearn as sk
 from tests.applications.outcomes import holds
 from upweight.applications import payout, valuation
 from upweight.errors import (
@@ -355,3 +356,25 @@ def test_float32_and_one_validation_point():
     assert sum(found.cents) == 10_000
     yen = payout.statement(scores, GIVERS, 1001, digits=0)
     assert sum(yen.payouts.values()) == 1001
+
+
+def test_data_of_a_scikit_learn_model_are_copied_and_bought():
+    X, y = load_iris(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(y))
+    X, y = X[order], y[order]
+    clf = LogisticRegression(tol=1e-10, max_iter=2000).fit(X[:60], y[:60])
+    task, train = sk.task(clf, X[:60], y[:60])
+    queries = sk.data(clf, X[60:90], y[60:90])
+    neighbours = uw.KNNShapley(k=3).fit(task, train).attribute(queries)
+    people = [f"person {i % 3}" for i in range(60)]
+    found = holds(payout.if_copied(neighbours, people, 100, who="person 1"), figure=False)
+    assert sum(found.after.payouts.values()) == 100
+    fitted = uw.Influence(uw.Hessian()).fit(task, train)
+    pool = sk.data(clf, X[90:], y[90:])
+    bought = valuation.worth(fitted, [range(10)], queries, pool=pool, recipe=uw.training.Newton())
+    more = LogisticRegression(tol=1e-10, max_iter=2000)
+    more.fit(np.concatenate([X[:60], X[90:100]]), np.concatenate([y[:60], y[90:100]]))
+    by_hand = log_loss(y[60:90], more.predict_proba(X[60:90])) - log_loss(
+        y[60:90], clf.predict_proba(X[60:90])
+    )
+    assert float(bought.actual[0].mean()) == pytest.approx(by_hand, rel=1e-3)

@@ -41,7 +41,11 @@ from upweight.adapters.sklearn_refit import Refit
 from upweight.adapters.sklearn_rules import objective_of, support
 from upweight.adapters.stationarity import judged, minimized
 from upweight.adapters.support import Support, linear_map
-from upweight.errors import DataError, UnsupportedModel
+from upweight.curvature.hessian import Hessian
+from upweight.errors import DataError, NotPositiveDefinite, UnsupportedModel
+from upweight.linalg.cholesky import Cholesky
+from upweight.methods.fitted import Fitted
+from upweight.methods.influence import Influence
 from upweight.task.data import Data
 from upweight.task.losses import SquaredError, Weighted
 from upweight.task.task import Task
@@ -124,6 +128,56 @@ def task(
     Cost: one Hessian and its Cholesky factor (p³/3).
     """
     _require_support(estimator)
+    made, reader, notes, total = _read(estimator, X, y, sample_weight, temperature)
+    final, train = final_step(estimator), reader.train
+    if isinstance(final, networks.NETWORKS):
+        notes.append(_trained(final, made, train, total, minimize))
+    elif minimize or _is_hinge(final):
+        made, moved = minimized(made, train)
+        notes.append(moved)
+    else:
+        notes += judged(made, train, tolerance, type(final).__name__)
+    return _reading(made, reader, notes)
+
+
+def fitted_exactly(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> Fitted | None:
+    """`task`, and its exact Hessian factorized: once, for the check of the minimum and for scores.
+
+    None of a network and of a hinge, whose θ is not looked at, or is moved first.
+
+    Raises:
+        UpweightError: As from `task`, and from the fit.
+    """
+    final = final_step(estimator)
+    if isinstance(final, networks.NETWORKS) or _is_hinge(final):
+        return None
+    _require_support(estimator)
+    made, reader, notes, _ = _read(estimator, X, y, sample_weight)
+    name, method = type(final).__name__, Influence(Hessian(), Cholesky())
+    try:
+        found = method.fit(*_reading(made, reader, notes))
+    except NotPositiveDefinite:
+        judged(made, reader.train, 1.0, name)  # which may know why: there is no minimum
+        raise
+    told = judged(made, reader.train, 1.0, name, found)
+    return method.fit(*_reading(made, reader, notes + told)) if told else found
+
+
+def _reading(made: Task, reader: Reader, notes: list[str]) -> tuple[Task, Data]:
+    """The task that reads as the estimator does, and its training data, with the notes."""
+    reader = replace(reader, train=replace(reader.train, notes=tuple(notes)))
+    task = Task(made.model, made.loss, made.penalty, made.params, made.forward, reader)
+    return task, reader.train
+
+
+def _is_hinge(final: Any) -> bool:
+    return type(final) is LinearSVC and final.loss == "hinge"
+
+
+def _read(
+    estimator: Any, X: Any, y: Any, sample_weight: Any, temperature: float = 0.001
+) -> tuple[Task, Reader, list[str], float]:
+    """The task as the estimator left it, how data are read, notes, and Σ vᵢ; nothing is judged."""
     objective = objective_of(estimator, temperature)
     final = final_step(estimator)
     Z, targets = features(estimator, X), encoded(estimator, objective, y)
@@ -144,20 +198,9 @@ def task(
             f"the earlier steps of the Pipeline ({', '.join(k for k, _ in estimator.steps[:-1])}) "
             "stay as fitted, in scores and refits alike"
         )
-    hinge = type(final) is LinearSVC and final.loss == "hinge"
-    if hinge:
+    if _is_hinge(final):
         notes.append(f"the hinge was replaced by {objective.loss!r}, whose minimum θ was moved to")
-    train = reader.train
-    if isinstance(final, networks.NETWORKS):
-        notes.append(_trained(final, made, train, total, minimize))
-    elif hinge or minimize:
-        made, moved = minimized(made, train)
-        notes.append(moved)
-    else:
-        notes += judged(made, train, tolerance, type(final).__name__)
-    train = replace(reader.train, notes=tuple(notes))
-    reader = replace(reader, train=train)
-    return Task(made.model, made.loss, made.penalty, made.params, made.forward, reader), train
+    return made, reader, notes, total
 
 
 def data(estimator: Any, X: Any, y: Any = None, sample_weight: Any = None) -> Data:

@@ -141,7 +141,9 @@ def indices(classes: Any, y: Any) -> Any:
             "the label of a single row, as y.iloc[0].",
             "pass a list of one, or y[:1].",
         )
-    unknown = [label for label in np.atleast_1d(labels).tolist() if _key(label) not in place]
+    listed = np.atleast_1d(labels).tolist()
+    known = labels.ndim == 1 and place.keys() >= set(listed)
+    unknown = [] if known else [label for label in listed if _key(label) not in place]
     if labels.ndim != 1 or unknown:
         raise DataError(
             f"Labels must be among the estimator's classes {classes.tolist()[:10]}.",
@@ -186,6 +188,13 @@ def example_weights(
 ) -> tuple[Float[Tensor, " n"] | None, Float[Tensor, " c"] | None]:
     """v = sample weight × class weight, and the weight of each class; None where all are 1."""
     given = None if sample_weight is None else weights_of(sample_weight, n)
+    if given is not None and not bool(given.any()):
+        raise DataError(
+            "Weights of the training rows must not sum to 0.",
+            f"{n} weights that are all 0.",
+            "a mask that leaves nothing, or weights that were rounded or filtered away.",
+            "pass the weights that were given to fit, or leave sample_weight out.",
+        )
     if getattr(final, "class_weight", None) is None:
         return given, None
     labels = np.asarray(y).reshape(n)

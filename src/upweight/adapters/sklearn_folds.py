@@ -25,6 +25,7 @@ from sklearn.pipeline import Pipeline
 from torch import Tensor
 
 from upweight.adapters import sklearn_sparse
+from upweight.adapters.sklearn import fitted_exactly
 from upweight.adapters.sklearn import task as smooth_task
 from upweight.adapters.sklearn_arrays import features
 from upweight.adapters.sklearn_objectives import coefficients, final_step, has_steps
@@ -32,6 +33,7 @@ from upweight.adapters.sklearn_outputs import rows_at, weight_name
 from upweight.adapters.sklearn_refit import tightened
 from upweight.adapters.sklearn_rules import objective_of
 from upweight.errors import SpecError
+from upweight.methods.fitted import Fitted
 from upweight.task.data import Data
 from upweight.task.task import Task
 
@@ -49,6 +51,7 @@ class Translated:
         renormalizes: Whether its objective is a mean over the rows that are left.
         notes: What to know.
         holds: Of an ℓ1 penalty, whether θ without a group is a minimum with all columns.
+        fitted: The exact Hessian of the task, where it was needed already.
     """
 
     task: Task
@@ -57,6 +60,7 @@ class Translated:
     renormalizes: bool
     notes: tuple[str, ...] = ()
     holds: Callable[[Tensor, list[int]], bool] | None = None
+    fitted: Fitted | None = None
 
 
 def translated(
@@ -77,12 +81,17 @@ def translated(
     final = final_step(estimator)
     notes: list[str] = []
     holds: Callable[[Tensor, list[int]], bool] | None = None
+    fitted: Fitted | None = None
     if sklearn_sparse.is_sparse(estimator):
         task, train, holds, said = sklearn_sparse.task(estimator, X, y, sample_weight)
         notes += said
         objective = sklearn_sparse.objective_of(estimator)
     else:
-        task, train = smooth_task(estimator, X, y, sample_weight, minimize=minimize)
+        fitted = None if minimize else fitted_exactly(estimator, X, y, sample_weight)
+        if fitted is None:
+            task, train = smooth_task(estimator, X, y, sample_weight, minimize=minimize)
+        else:
+            task, train = fitted.task, fitted.train
         objective = objective_of(estimator)
     if has_steps(estimator):
         names = ", ".join(name for name, _ in estimator.steps[:-1])
@@ -99,7 +108,7 @@ def translated(
     with torch.no_grad():
         outputs = int(task.outputs(task.theta(), train.batch(0, 1))[0].shape[1])
     refits = Clones(_unfitted(estimator), X, y, sample_weight, objective, outputs)
-    return Translated(task, train, refits, renormalizes, tuple(notes), holds)
+    return Translated(task, train, refits, renormalizes, tuple(notes), holds, fitted)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,8 @@ along some direction, and every Newton step goes about 1 further in the outputs.
 the way as those of the examples do, so the distance says nothing there. It is asked for first.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +22,10 @@ from torch import Tensor
 from upweight.curvature.hessian import Hessian
 from upweight.errors import NotConverged, NotStationary
 from upweight.gradients.source import gradient_source
-from upweight.linalg.cholesky import Cholesky
+from upweight.linalg.cholesky import Cholesky, CholeskyState
+from upweight.linalg.operator import LinearOperator
+from upweight.methods.dense import DenseScorer
+from upweight.methods.fitted import Fitted
 from upweight.runtime import callers
 from upweight.task.check import checked_losses
 from upweight.task.data import Data, batch_size
@@ -54,34 +59,94 @@ TEMPERATURES = (1.0, 0.1, 0.03, 0.01, 0.003)
 """The way down to a small temperature: from each minimum the next is near."""
 
 
-def distance(task: Task, train: Data) -> tuple[float, float]:
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """Where a model stands: ∇J, H and the factor of H, each computed once.
+
+    Args:
+        task: At θ̂.
+        train: Its training data.
+        scorer: Of the undamped Hessian by `Cholesky`, where it is known.
+    """
+
+    task: Task
+    train: Data
+    scorer: DenseScorer | None = None
+
+    @cached_property
+    def theta(self) -> Float[Tensor, " p"]:
+        return self.task.theta()
+
+    @cached_property
+    def gradient(self) -> Float[Tensor, " p"]:
+        if self.scorer is not None:
+            return self.scorer.gradient
+        ones = self.theta.new_ones(1, len(self.train))
+        return weighted_objective(self.task, self.train)(self.theta[None], ones)[1][0]
+
+    @cached_property
+    def hessian(self) -> LinearOperator:
+        if self.scorer is not None:
+            return self.scorer.operator
+        return Hessian().fit(self.task, self.train, self.theta)
+
+    @cached_property
+    def state(self) -> CholeskyState:
+        if self.scorer is not None:
+            state: CholeskyState = self.scorer.state
+            return state
+        return Cholesky().init(self.hessian)
+
+    @cached_property
+    def step(self) -> Float[Tensor, " p"] | None:
+        """H⁻¹ ∇J, or None where H is singular to rounding."""
+        solution = Cholesky().solve(self.state, self.gradient)
+        return solution.value if solution.converged else None
+
+    def solve(self, vectors: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """H⁻¹ v where there is a step; what is left of v is not asked for, which takes passes."""
+        assert self.state.factor is not None
+        return torch.cholesky_solve(vectors.double().mT, self.state.factor).mT.to(vectors)
+
+
+def distance(at: Standing) -> tuple[float, float]:
     """The distance defined above and ‖∇J‖; without H where H is singular."""
-    theta, gradient = task.theta(), _gradient(task, train)
+    gradient, task, train = at.gradient, at.task, at.train
     norm = float(gradient.norm())
-    hessian = Hessian().fit(task, train, theta)
-    if norm <= ROUNDING * float(hessian.mv(theta).norm()):
+    if norm <= ROUNDING * float(at.hessian.mv(at.theta).norm()):
         return 0.0, norm
     chosen = torch.linspace(0, len(train) - 1, min(EXAMPLES, len(train))).round().long()
     batch = task.to_device(train.take(chosen))
-    rows = gradient_source(task, theta, train).rows(batch, len(chosen))
-    vectors = torch.cat([gradient[None], rows / len(train)])
-    solver = Cholesky()
-    solution = solver.solve(solver.init(hessian), vectors)
-    solved = solution.value if solution.converged else vectors
-    squares = (vectors * solved).sum(dim=1)
-    typical = squares[1:].mean()
-    return float((squares[0] / typical).sqrt()), norm
+    rows = gradient_source(task, at.theta, train).rows(batch, len(chosen))
+    rows, step = rows / len(train), at.step
+    solved = rows if step is None else at.solve(rows)
+    typical = (rows * solved).sum(dim=1).mean()
+    return float((gradient @ (gradient if step is None else step) / typical).sqrt()), norm
 
 
-def judged(task: Task, train: Data, tolerance: float, name: str) -> list[str]:
+def judged(
+    task: Task, train: Data, tolerance: float, name: str, fitted: Fitted | None = None
+) -> list[str]:
     """Nothing, a note that is warned of, or an error: by the distance from the minimum.
+
+    Args:
+        task: At θ̂.
+        train: Its training data.
+        tolerance: The largest distance.
+        name: Of what was fitted, for messages.
+        fitted: The Hessian of the task by `Cholesky`, where it is known; its losses are checked.
 
     Raises:
         NotStationary: The distance exceeds the tolerance, or J has no minimum.
     """
-    checked_losses(task, train, "training data")
-    require_minimum(task, train)
-    far, norm = distance(task, train)
+    if fitted is None:
+        checked_losses(task, train, "training data")
+        at = Standing(task, train)
+    else:
+        assert isinstance(fitted.scorer, DenseScorer)
+        at = Standing(fitted.task, fitted.train, fitted.scorer)
+    require_minimum(at)
+    far, norm = distance(at)
     said = (
         f"{name} is {far:.2g} typical removals of one example away from the minimum of its "
         f"objective (‖∇J‖ = {norm:.2g})"
@@ -110,7 +175,7 @@ def _cost(far: float) -> str:
     return f"where this was measured, scores were within {within} of exact ones"
 
 
-def require_minimum(task: Task, train: Data) -> None:
+def require_minimum(at: Standing) -> None:
     """Refuse an objective that falls for ever along the Newton step that remains.
 
     Asked of the slope of each example's loss a hundred steps on; a penalty that bends along the
@@ -120,13 +185,13 @@ def require_minimum(task: Task, train: Data) -> None:
     Raises:
         NotStationary: Says for how many examples the outputs grow without end.
     """
+    task, train, theta, gradient = at.task, at.train, at.theta, at.gradient
     loss: Any = getattr(task.loss, "base", task.loss)
     if isinstance(loss, SquaredError):  # a parabola has a minimum
         return
-    theta, gradient = task.theta(), _gradient(task, train)
     if not bool(gradient.any()):
         return
-    step = _newton_step(Hessian().fit(task, train, theta).dense(), gradient)
+    step = _newton_step(at.hessian.dense(), gradient) if at.step is None else -at.step
     step = theta if step is None else step
     changes, slopes = [], []
     for _, _, batch in train.batches(batch_size(len(theta), 8)):
@@ -195,7 +260,7 @@ def minimized(task: Task, train: Data) -> tuple[Task, str]:
                 theta = _minimum(smooth.moved_to(theta), train, 1e-6)
     theta = _minimum(task.moved_to(theta), train, 1e-10)
     found = task.moved_to(theta)
-    require_minimum(found, train)
+    require_minimum(Standing(found, train))
     moved, size = float((theta - start).norm()), float(start.norm())
     return found, f"θ was moved to the minimum of J by ‖Δθ‖ = {moved:.3g} (‖θ‖ was {size:.3g})"
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Batch
 from upweight.errors import DataError
-from upweight.task.data import ArrayData, Data, Subset
+from upweight.task.data import ArrayData, Data, Joined, Subset
 from upweight.task.recipe import Trained
 from upweight.task.rows import Rows
 from upweight.task.task import Reader, Task
@@ -108,6 +108,10 @@ class AdapterReader(Reader):
         whole: Data = data
         while isinstance(whole, Subset):
             whole = whole.data
+        if isinstance(whole, Joined):
+            for part in (whole.first, whole.second):
+                self._own(part)
+            return data
         if not isinstance(whole, TranslatedData):
             raise DataError(
                 "Data of a translated model must be translated as it was.",

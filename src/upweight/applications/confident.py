@@ -99,7 +99,7 @@ class FlaggedLabels(Outcome):
         count, n = len(self.flagged), len(self)
         return (
             f"Of {n} rows {count} ({count / n:.1%}) are flagged: models that did not see them are "
-            "surer of another class than of a typical row of that class. Which of them are wrong "
+            "surer of another class than of a typical row of that class; which of them are wrong "
             "is not known."
         )
 

@@ -7,6 +7,7 @@ is the usual one, and on the small side (Bengio & Grandvalet 2004 show that none
 examples leave by cluster, the sums of the clusters are what varies.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -121,9 +122,11 @@ class CrossValidated(Outcome):
 
     @cached_property
     def missed_standard_error(self) -> float | None:
-        """Of `missed`, by the spread of the draws."""
+        """Of `missed`, by the spread of the draws. NaN where all drew the same group."""
         found = self._misses
-        return None if found is None else standard_error(found)
+        if found is None:
+            return None
+        return standard_error(found) if len(set(self.sampled)) > 1 else math.nan
 
     @cached_property
     def _misses(self) -> Float[Tensor, " d"] | None:
@@ -175,8 +178,9 @@ class CrossValidated(Outcome):
         said += f", from one fit{f' and {len(unsafe)} refits where it is unsafe' if unsafe else ''}"
         if self.missed is None:
             return f"{said}; no random refit checks it."
-        off = f"{self.missed:+.2g} (± {self.missed_standard_error:.1g})"
         drawn = len(set(self.sampled))
+        error = f"± {self.missed_standard_error:.1g}" if drawn > 1 else "one has no error"
+        off = f"{self.missed:+.2g} ({error})"
         checked = f"by {drawn} random {'refit' if drawn == 1 else 'refits'} it is off by {off}"
         doubt = "" if self.is_confirmed else ", more than a standard error: it is not confirmed"
         return f"{said}; {checked}{doubt}."

@@ -361,7 +361,9 @@ def _followed(
 
 
 def _of_sklearn(known: Any, resources: Resources) -> _Place:
-    fitted = Influence(Hessian(), Cholesky()).fit(known.task, known.train)
+    fitted = known.fitted
+    if fitted is None:
+        fitted = Influence(Hessian(), Cholesky()).fit(known.task, known.train)
     refits = KeptRefits(known.refits, resources.within(REFITS))
     return _Place(fitted, refits, known.renormalizes, known.notes, known.holds)
 

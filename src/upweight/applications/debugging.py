@@ -1,7 +1,8 @@
 """Which labels are wrong, what they should be, and what correcting them would gain.
 
 Rows are ranked by the outputs of the model without each, see `upweight.applications.suspicion`, or
-with validation data by harm: S[q, i] > 0 of their mean loss.
+with validation data by harm: S[q, i] > 0 of their mean loss. Validation data whose labels are
+trusted also calibrate the outputs.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from upweight._typing import Axes, Batch, DataFrame, Params
@@ -26,13 +27,14 @@ from upweight.applications.repair import (
     changed_gradient,
     decided,
     movement,
+    refitted,
     repaired,
     shortened,
 )
 from upweight.applications.subject import Subject, subject_of
-from upweight.applications.suspicion import own_losses, suspicions
+from upweight.applications.suspicion import by_refit, own_losses, suspicions
 from upweight.errors import MissingPackage, SpecError
-from upweight.evaluation.bootstrap import Bootstrap
+from upweight.evaluation.bootstrap import Bootstrap, Estimate, mean
 from upweight.methods.fitted import Fitted
 from upweight.methods.functionals import derivatives
 from upweight.methods.scorer import Asked, not_offered
@@ -45,6 +47,7 @@ from upweight.task.losses import Bernoulli, CrossEntropy
 from upweight.task.measures import Functional, Loss, as_measure, measured
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
+from upweight.training.kept import Kept, training_identity
 
 __all__ = [
     "DROP",
@@ -73,11 +76,13 @@ class Path:
         counts: k, from 0 up.
         values: Mean measure (loss) at θ̂ + Δθ of each.
         accuracies: Share of validation rows that are right there.
+        gain: Change of the mean measure from none to `best`, in pairs of validation rows.
     """
 
     counts: tuple[int, ...]
     values: tuple[float, ...]
     accuracies: tuple[float, ...]
+    gain: Estimate
 
     @property
     def best(self) -> int:
@@ -105,6 +110,7 @@ class Suspects(Outcome):
         validation: Those data.
         losses: ℓ(f(xᵢ), yᵢ) of every row, of the model as it is: to compare with.
         notes: What to know before the numbers.
+        left_out: Without how many rows a model was fitted to rank them; 0 where none was.
     """
 
     subject: Subject
@@ -120,6 +126,7 @@ class Suspects(Outcome):
     validation: Data | None
     losses: Float[Tensor, " n"]
     notes: tuple[str, ...] = ()
+    left_out: int = 0
     actual: None = None
 
     def __len__(self) -> int:
@@ -232,10 +239,14 @@ class Suspects(Outcome):
                 f"There is no cut-off: {start[0].lower()}{start[1:]}, more than can be wrong, so "
                 "that the method does not know what the model is without a row"
             )
-        path = self.predicted
+        path, again = self.predicted, "nothing was fitted again"
+        if self.left_out:
+            again = f"the only fit was one without {self.left_out} rows, by which they are ranked"
         if path is None:
-            return f"{start}; which of them are wrong is not known, and nothing was fitted again."
-        best = path.best
+            return f"{start}; which of them are wrong is not known, and {again}."
+        best, gain = path.best, path.gain
+        by = f", by {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+        by = by if len(path.values) > 1 and gain.low == gain.low else ""  # NaN of a single row
         if best == 0:
             return (
                 f"{start}; accepting the proposals is not predicted to lower the validation loss "
@@ -243,9 +254,8 @@ class Suspects(Outcome):
             )
         return (
             f"{start}; correcting the first {path.counts[best]} as proposed is predicted to take "
-            f"the validation loss from {path.values[0]:.4f} to {path.values[best]:.4f} and the "
-            f"accuracy from {path.accuracies[0]:.4f} to {path.accuracies[best]:.4f}; nothing was "
-            "fitted again."
+            f"the validation loss from {path.values[0]:.4f} to {path.values[best]:.4f}{by}, and "
+            f"the accuracy from {path.accuracies[0]:.4f} to {path.accuracies[best]:.4f}; {again}."
         )
 
     def frame(self) -> "DataFrame":
@@ -295,13 +305,20 @@ class Suspects(Outcome):
 
     def numbers(self) -> dict[str, Any]:
         path = self.predicted
+        gain = None if path is None else path.gain
         return {
             "rows": len(self),
             "by": self.by,
             "proposals": self.count,
             "order": self.order,
-            "predicted": path
-            and {"corrected": path.counts, "loss": path.values, "accuracy": path.accuracies},
+            "predicted": None
+            if path is None or gain is None
+            else {
+                "corrected": path.counts,
+                "loss": path.values,
+                "accuracy": path.accuracies,
+                "gain": gain,
+            },
         }
 
 
@@ -313,33 +330,39 @@ def suspects(
     measure: Callable[..., Tensor] = LOSS,
     by: Literal["label", "harm"] | None = None,
     recipe: Recipe | None = None,
+    refit: bool = False,
 ) -> Suspects:
     """Rank training rows by how likely their label is wrong, or by the harm that they do.
 
     Args:
         asked: A fitted method, or a fitted scikit-learn classifier, or statsmodels results.
         train: Of an estimator (X, y), as given to its `fit`.
-        validation: Held-out rows that you trust. With them each row has the change of the
-            validation measure that correcting or removing it is predicted to cause.
+        validation: Held-out rows whose labels you trust. With them each row has the change of the
+            validation measure that correcting or removing it is predicted to cause, and labels are
+            judged by probabilities that agree with them: see `upweight.applications.calibration`.
         measure: What is asked of the validation rows, one number of each; the less the better.
         by: "label": by the model without the row; see `suspicion`. "harm": by S[q, i],
             what weight on the row adds to the mean validation measure. None: "harm" with
             validation data, else "label".
         recipe: How the model is fitted, for `Suspects.apply`. None: the library's own fit.
+        refit: Fit once without the rows for which another label is proposed, and judge by that
+            model in place of a step: for networks, whose steps fall short.
 
     Returns:
-        All rows in order; nothing was fitted again.
+        All rows in order.
 
     Raises:
         UnsupportedModel: The targets are no classes.
         DataError: A label is none of the classes.
         NonFinite: Without a row the minimum is not determined.
-        SpecError: `by` is another word, or "harm" without validation data.
+        SpecError: `by` is another word, or "harm" without validation data; or a refit without a
+            recipe.
+        NotConverged: The refit failed.
         NotOffered: The method has no outputs without a row, or no movement of θ.
 
     Exact when: J is quadratic in θ; otherwise Newton steps, by layer first-order ones.
     Cost: `loo_outputs`, a group removal (p³/3 where it is larger than θ); with validation data one
-    `attribute` of their mean, a pass over relabelled rows and some solves.
+    `attribute` of their mean, a pass over relabelled rows and some solves; with `refit` one fit.
 
     Koh & Liang (2017), §5.4, rank by self-influence; Pregibon (1981) and Rad & Maleki (2020) are
     the outputs without a row; the proposal follows Brodley & Friedl (1999), who filter by the votes
@@ -360,11 +383,17 @@ def suspects(
         raise not_offered("suspects(...)", "a method that says where θ̂ moves to")
     outputs, targets = outputs_at(task, fitted.theta, fitted.train)
     labels = torch.cat([classes.indices(each) for each in targets])
-    losses, suspicion, notes = suspicions(fitted, classes, outputs, labels)
-    proposals, held = losses.argmin(dim=1), None
+    held = None if validation is None else task.queries(validation)
+    losses, suspicion, notes = suspicions(fitted, classes, outputs, labels, held)
+    proposals, left_out = losses.argmin(dim=1), 0
+    if refit:
+        denied = proposals != labels
+        theta, left_out = _without(subject, denied), int(denied.sum())
+        losses, suspicion, notes = by_refit(fitted, classes, labels, theta, held)
+        proposals = losses.argmin(dim=1)
     harm = relabelling = removing = None
-    if validation is not None:
-        held, measure = task.queries(validation), as_measure(measure)
+    if held is not None:
+        measure = as_measure(measure)
         harm, relabelling = _changes(fitted, classes, held, measure, labels, proposals)
         removing = -harm
     chosen: Literal["label", "harm"] = by or ("label" if held is None else "harm")
@@ -380,8 +409,18 @@ def suspects(
         notes += ("the path is predicted on the data that may have ranked it: test on others",)
     return Suspects(
         subject, classes, chosen, order, suspicion, labels, proposals, relabelling, removing,
-        path, held, own_losses(labels, classes.losses(outputs)), notes,
+        path, held, own_losses(labels, classes.losses(outputs)), notes, left_out,
     )  # fmt: skip
+
+
+def _without(subject: Subject, denied: Bool[Tensor, " n"]) -> Float[Tensor, " p"]:
+    """θ of one fit without some rows."""
+    recipe, fitted = subject.require_recipe("A refit"), subject.fitted
+    task, train = fitted.task, fitted.train
+    kept = Kept.of(
+        fitted.resources.within("suspects"), lambda: training_identity(recipe, task, train)
+    )
+    return refitted(kept, recipe, task, train, (~denied).double())
 
 
 def has_suspects(fitted: Fitted) -> bool:
@@ -458,8 +497,9 @@ def _path(
             taken, share = shortened(fitted, -step.to(fitted.theta), given, ())
             thetas.append(fitted.theta + taken)
             least = min(least, share)
-    values, right = [], []
-    for theta in thetas:
-        values.append(float(measured(fitted.task, theta, held, measure).mean()))
-        right.append(float(measured(fitted.task, theta, held, IsRight(classes)).mean()))
-    return Path(tuple(counts), tuple(values), tuple(right)), least
+    values = [measured(fitted.task, theta, held, measure).cpu() for theta in thetas]
+    right = [float(measured(fitted.task, theta, held, IsRight(classes)).mean()) for theta in thetas]
+    means = [float(each.mean()) for each in values]
+    best = values[means.index(min(means))]
+    gain = mean((best - values[0]).double(), Bootstrap())
+    return Path(tuple(counts), tuple(means), tuple(right), gain), least

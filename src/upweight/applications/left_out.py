@@ -87,15 +87,12 @@ def left_out(fitted: Fitted, groups: Sequence[list[int]], renormalize: bool) -> 
         return LeftOut(moved)
     assert isinstance(scorer, DenseScorer)
     objective = _Tilted(weighted_objective(task, train), scorer)
-    penalty = task.penalty.gradient(theta, task.layout)
     outputs, remainders, ends = [], [], []
     for start in range(0, len(groups), objective.at_once):
         some = groups[start : start + objective.at_once]
         weights = removal_weights(len(train), some, renormalize=renormalize).to(theta)
-        scale = weights.amax(dim=1, keepdim=True)
-        gone = torch.stack([scorer.total(group) for group in some]) * scorer.share
-        # ∇J(θ̂, w) − ∇J(θ̂): what removing leaves, without a pass over the data.
-        before = (scale - 1) * (scorer.gradient - penalty) - scale * gone
+        # ∇J(θ̂, w) − ∇J(θ̂): what removing leaves.
+        before = objective(theta.expand(len(some), -1), weights)[1]
         norms = before.norm(dim=1)
         found = descend(
             objective, weights, _starts(scorer, some, before), scorer.solve,

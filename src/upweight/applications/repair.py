@@ -295,10 +295,10 @@ def repaired(
         notes = (*notes, TOO_LONG.format(share=share))
     weights = torch.ones(len(train), dtype=torch.float64)
     kept = Kept.of(resources, lambda: training_identity(recipe, task, train))
-    first = _refitted(kept, recipe, task, train, weights)
+    first = refitted(kept, recipe, task, train, weights)
     weights[list(decisions.dropped)] = 0.0
     changed = with_labels(task, train, decisions.labels) if decisions.labels else train
-    second = _refitted(kept, recipe, task, changed, weights)
+    second = refitted(kept, recipe, task, changed, weights)
     if torch.equal(first, second):
         raise SpecError(
             "A recipe must fit the data that it is given: their labels have changed.",
@@ -345,13 +345,18 @@ def _change(
     return Change(*(intervals.mean(new - old, bootstrap) for old, new in pairs))
 
 
-def _refitted(
+def refitted(
     kept: Kept,
     recipe: Recipe,
     task: Task,
     data: Data,
     weights: Float[Tensor, " n"],
 ) -> Float[Tensor, " p"]:
+    """θ of the recipe's fit to some data under some weights.
+
+    Raises:
+        NotConverged: The recipe failed.
+    """
     # One folder serves all decisions: their labels tell the models apart.
     trained = kept.trainer(recipe.prepare(task, data), task, contents(data))(weights[None])
     if trained.failures:

@@ -128,8 +128,8 @@ class Subset(Outcome):
         if self.random is not None and self.kept is not None:
             beside = f"; as many at random have {self.random.loss.value:.3f}"
             beside += f" against {self.kept.loss.value:.3f}"
-        agrees = "After refitting" if self.is_confirmed else "The refit does not agree:"
-        return f"{said}. {agrees} the test loss changes by {self.actual:+.3f}{points}{beside}."
+        agrees = "after refitting" if self.is_confirmed else "the refit does not agree:"
+        return f"{said}; {agrees} the test loss changes by {self.actual:+.3f}{points}{beside}."
 
     @property
     def _models(self) -> dict[str, Held | None]:

@@ -20,7 +20,6 @@ from upweight._typing import Axes, DataFrame
 from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.right_answers import (
     Asked,
-    Joined,
     by_row,
     by_seed,
     equal_examples,
@@ -34,6 +33,7 @@ from upweight.evaluation.bootstrap import Bootstrap, Estimate, estimate, mean
 from upweight.plot import NEUTRAL, axes
 from upweight.runtime.resources import Resources
 from upweight.runtime.streams import stream
+from upweight.task.data import Joined
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
 from upweight.training.retrain import retrain

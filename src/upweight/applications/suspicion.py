@@ -21,16 +21,25 @@ t of 1, ½, …, ¹⁄₁₆ or 0 what lowers the loss of the others most, and h
 judged by the margin of the moved model, of which a share hᵢ is a row's own doing:
 
     mᵢ = m(f(xᵢ; θ̂ + tΔθ_U)) · (1 where it is > 0, else 1 − hᵢ)
+
+A refit in place of steps is one fit from the start without the rows U of the last mᵢ > 0; rows are
+then judged by the margin of that model.
+
+With trusted rows ℓ is calibrated to them, at every θ anew: see `upweight.applications.calibration`.
 """
+
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from upweight.applications.calibration import Calibration, calibration
 from upweight.applications.labels import Classes, outputs_at
 from upweight.applications.subject import curvature_left_out
 from upweight.errors import NonFinite
 from upweight.methods.fitted import Fitted
+from upweight.task.data import Data
 
 SHORTER = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 """Shares of a step that are tried where steps are too long."""
@@ -44,16 +53,26 @@ def suspicions(
     classes: Classes,
     outputs: Float[Tensor, "n *o"],
     labels: Int[Tensor, " n"],
+    held: Data | None = None,
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, " n"], tuple[str, ...]]:
     """ℓ of every label without the row, mᵢ, and notes; see the top of this file.
+
+    Args:
+        fitted: A method that moves θ.
+        classes: The labels that there are.
+        outputs: f(xᵢ) of the model as it is.
+        labels: The class of every row.
+        held: Trusted rows.
 
     Raises:
         NonFinite: Without a row the minimum is not determined.
     """
     given = own_losses(labels, classes.losses(outputs))
     alone = fitted.loo_outputs(curvature_left_out(fitted))
+    trusted = _Trusted(fitted, classes, held)
     n, left_out = len(labels), -1
-    losses = classes.losses(alone)
+    calibrated = trusted.calibration(fitted.theta)
+    losses = calibrated(classes.losses(alone))
     for _ in range(ROUNDS):
         against = _margins(losses, labels) > 0
         rows = against.nonzero()[:, 0].tolist()
@@ -64,7 +83,7 @@ def suspicions(
             "together"
         )
         if len(rows) > n // 2:
-            return _by_shares(fitted, classes, outputs, labels, given, why)
+            return _by_shares(trusted, outputs, labels, given, why)
         left_out = len(rows)
         try:
             # Not `removal_step`: where the step falls short it orders rows all the same.
@@ -74,30 +93,62 @@ def suspicions(
                 f"without the {len(rows)} rows whose label the model does not favour, θ is not "
                 "determined"
             )
-            return _by_shares(fitted, classes, outputs, labels, given, why)
-        moved, _ = outputs_at(fitted.task, fitted.theta + step.to(fitted.theta), fitted.train)
+            return _by_shares(trusted, outputs, labels, given, why)
+        theta = fitted.theta + step.to(fitted.theta)
+        moved, _ = outputs_at(fitted.task, theta, fitted.train)
         stay = own_losses(labels, classes.losses(moved))[~against].mean()
         if not bool(stay < given[~against].mean()):
             why = (
                 f"a step without the {len(rows)} rows whose label the model does not favour does "
                 "not lower the loss of the others, so that predicted sizes may be too large"
             )
-            return _by_shares(fitted, classes, outputs, labels, given, why)
+            return _by_shares(trusted, outputs, labels, given, why)
         own = torch.where(against.reshape(-1, *[1] * (alone.ndim - 1)), 0.0, alone - outputs)
-        losses = classes.losses(moved + own)
-    return losses, _margins(losses, labels), ()
+        calibrated = trusted.calibration(theta)
+        losses = calibrated(classes.losses(moved + own))
+    return losses, _margins(losses, labels), trusted.notes(calibrated)
+
+
+@dataclass(frozen=True, eq=False)
+class _Trusted:
+    """Rows whose labels are believed, if there are any, and who is judged by them."""
+
+    fitted: Fitted
+    classes: Classes
+    held: Data | None
+
+    def calibration(self, theta: Float[Tensor, " p"]) -> Calibration:
+        """That of the model at θ; none without trusted rows."""
+        if self.held is None:
+            return Calibration(1.0, torch.zeros(len(self.classes.names), dtype=torch.float64))
+        outputs, targets = outputs_at(self.fitted.task, theta, self.held)
+        labels = torch.cat([self.classes.indices(each) for each in targets])
+        return calibration(self.classes.losses(outputs), labels)
+
+    def notes(self, found: Calibration) -> tuple[str, ...]:
+        """How far the calibration goes."""
+        if self.held is None:
+            return ()
+        low, high = (f(found.shifts) for f in (torch.argmin, torch.argmax))
+        names, b = self.classes.names, found.shifts
+        return (
+            f"labels are judged by probabilities fitted to the {len(self.held)} validation rows: "
+            f"log p of the model times {found.scale:.2g}, and from {float(b[low]):+.2g} for class "
+            f"{names[int(low)]} to {float(b[high]):+.2g} for class {names[int(high)]}",
+        )
 
 
 def _by_shares(
-    fitted: Fitted,
-    classes: Classes,
+    trusted: _Trusted,
     outputs: Float[Tensor, "n *o"],
     labels: Int[Tensor, " n"],
     given: Float[Tensor, " n"],
     why: str,
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, " n"], tuple[str, ...]]:
     """The same where steps are too long: by the model's own margins, and a note of why."""
-    losses, taken = classes.losses(outputs), 0.0
+    fitted, classes = trusted.fitted, trusted.classes
+    theta, taken = fitted.theta, 0.0
+    losses = trusted.calibration(theta)(classes.losses(outputs))
     against = _margins(losses, labels) > 0
     rows = against.nonzero()[:, 0].tolist()
     if 0 < len(rows) <= len(labels) // 2:
@@ -107,11 +158,12 @@ def _by_shares(
             step = torch.zeros_like(fitted.theta)
         least = given[~against].mean()
         for share in SHORTER:
-            moved, _ = outputs_at(fitted.task, fitted.theta + share * step, fitted.train)
-            there = classes.losses(moved)
-            stay = own_losses(labels, there)[~against].mean()
+            there, _ = outputs_at(fitted.task, fitted.theta + share * step, fitted.train)
+            stay = own_losses(labels, classes.losses(there))[~against].mean()
             if bool(stay < least):
-                least, losses, taken = stay, there, share
+                least, outputs, taken, theta = stay, there, share, fitted.theta + share * step
+    calibrated = trusted.calibration(theta)
+    losses = calibrated(classes.losses(outputs))
     margins = _margins(losses, labels)
     h = fitted.leverage("others")  # below 1 whatever the curvature by layer is
     inside = (h >= 0) & (h < 1)
@@ -123,7 +175,21 @@ def _by_shares(
     )
     if not bool(inside.all()):
         note += f", but for {int((~inside).sum())} rows whose leverage is not between 0 and 1"
-    return losses, margins * left, (note,)
+    return losses, margins * left, (note, *trusted.notes(calibrated))
+
+
+def by_refit(
+    fitted: Fitted,
+    classes: Classes,
+    labels: Int[Tensor, " n"],
+    theta: Float[Tensor, " p"],
+    held: Data | None,
+) -> tuple[Float[Tensor, "n c"], Float[Tensor, " n"], tuple[str, ...]]:
+    """ℓ of every label, mᵢ and notes, at the θ of a fit without the suspects."""
+    trusted = _Trusted(fitted, classes, held)
+    calibrated = trusted.calibration(theta)
+    losses = calibrated(classes.losses(outputs_at(fitted.task, theta, fitted.train)[0]))
+    return losses, _margins(losses, labels), trusted.notes(calibrated)
 
 
 def own_losses(labels: Int[Tensor, " n"], losses: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:

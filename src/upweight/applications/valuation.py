@@ -15,7 +15,7 @@ Jia et al. (2019), Efficient task-specific data valuation for nearest neighbor a
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ from upweight.provenance import Provenance
 from upweight.runtime.resources import Resources
 from upweight.scores import Scores, Unit
 from upweight.task.check import require_answerable
-from upweight.task.data import Data, as_data
+from upweight.task.data import ArrayData, Data, Subset, as_data
 from upweight.task.measures import Loss, Measure, as_measure, measured
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
@@ -576,7 +576,13 @@ def joined(first: Data, second: Data) -> Data:
             "a pool without labels or with other columns, or examples of several sizes.",
             "give the pool as the training data were given: (X, y) with the same columns.",
         )
-    return as_data(tree_map(lambda a, b: torch.cat([a, b.to(a)]), *parts))
+    arrays, like = tree_map(lambda a, b: torch.cat([a, b.to(a)]), *parts), first
+    while isinstance(like, Subset):
+        like = like.data
+    # Of the same kind: data that an adapter translated say for which model.
+    if isinstance(like, ArrayData):
+        return replace(like, arrays=arrays, given=None)
+    return as_data(arrays)
 
 
 def _named(batches: Any, size: int) -> tuple[tuple[str, ...], Groups]:

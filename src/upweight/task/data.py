@@ -242,6 +242,33 @@ class Subset(Data):
         return Subset(self.data.watched(), self.indices)
 
 
+@dataclass(frozen=True, eq=False)
+class Joined(Data):
+    """Two data sets, one after the other: all that a model is asked at once."""
+
+    first: Data
+    second: Data
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def take(self, indices: Any) -> Batch:
+        n = len(self.first)
+        at = [int(i) for i in indices]
+        if all(i < n for i in at):
+            return self.first.take(at)
+        if all(i >= n for i in at):
+            return self.second.take([i - n for i in at])
+        return tree_map(lambda *parts: torch.cat(parts), *(self.take([i]) for i in at))
+
+    def batches(self, size: int, begin: int = 0) -> Any:
+        """Batches of one of the two: nothing of one need fit beside the other."""
+        for offset, data in ((0, self.first), (len(self.first), self.second)):
+            if begin < offset + len(data):
+                for start, stop, batch in data.batches(size, max(0, begin - offset)):
+                    yield start + offset, stop + offset, batch
+
+
 def _held(batch: Batch) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(batch) if leaf is not None]
 
