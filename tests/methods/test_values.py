@@ -167,7 +167,7 @@ def test_some_orders_keep_the_total_and_come_near():
 def test_shapley_values_that_cannot_be_had_say_why():
     train = data(9)
     for method, history, said in (
-        (uw.DataShapley(), None, "history=recipe"),
+        (uw.DataShapley(), None, "recipe=recipe"),
         (uw.DataShapley(None), uw.training.Newton(), "n ≤ 8"),
     ):
         with pytest.raises(SpecError, match=said):
