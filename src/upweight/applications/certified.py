@@ -434,11 +434,7 @@ class Certified(Outcome):
             "sigma": made.sigma,
             "examples": len(self.problem.X),
             "removed": len(self.removed),
-            "budget": self.budget,
-            "spent": self.spent,
-            "residual": self.residual,
-            "distance": self.distance,
-            "moved": self.moved,
+            **self._fields("budget", "spent", "residual", "distance", "moved"),
         }
 
 

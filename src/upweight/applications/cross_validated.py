@@ -241,17 +241,10 @@ class CrossValidated(Outcome):
         return {
             "kind": self.kind,
             "n": len(self.per_example),
-            "mean": self.mean,
-            "standard_error": self.standard_error,
-            "interval": self.interval,
+            **self._fields("mean", "standard_error", "interval"),
             "train_loss": float(self.train_losses.mean()),
-            "unsafe": self.unsafe,
-            "refitted": self.refitted,
-            "predicted": self.predicted,
-            "actual": self.actual,
-            "missed": self.missed,
-            "missed_standard_error": self.missed_standard_error,
-            "is_confirmed": self.is_confirmed,
+            **self._fields("unsafe", "refitted", "predicted", "actual"),
+            **self._fields("missed", "missed_standard_error", "is_confirmed"),
             "largest_leverage": None if self.leverage is None else float(self.leverage.max()),
             "seconds": self.seconds,
         }
@@ -361,14 +354,8 @@ class Difference(Outcome):
         return ax
 
     def numbers(self) -> dict[str, Any]:
-        return {
-            "mean": self.mean,
-            "standard_error": self.standard_error,
-            "interval": self.interval,
-            "predicted": self.predicted,
-            "actual": self.actual,
-            "is_confirmed": self.is_confirmed,
-        }
+        made = self._fields("mean", "standard_error", "interval")
+        return made | self._fields("predicted", "actual", "is_confirmed")
 
 
 def difference(

@@ -169,10 +169,7 @@ class GroupCauses(Outcome):
 
     def numbers(self) -> dict[str, Any]:
         return {
-            "soft": self.soft,
-            "pair": self.pair,
-            "predicted": self.predicted,
-            "actual": self.actual,
+            **self._fields("soft", "pair", "predicted", "actual"),
             "causes": [vars(cause) for cause in self.causes],
         }
 
@@ -336,13 +333,7 @@ class Causes(Outcome):
         return ax
 
     def numbers(self) -> dict[str, Any]:
-        return {
-            "soft": self.soft,
-            "pair": self.pair,
-            "predicted": self.predicted,
-            "actual": self.actual,
-            "rows": self.rows,
-        }
+        return self._fields("soft", "pair", "predicted", "actual", "rows")
 
 
 def causes(

@@ -323,11 +323,7 @@ class Repair(Outcome):
         return {
             "repaired": self.is_repaired,
             "infeasible": self.is_infeasible,
-            "how": self.how,
-            "budget": self.budget,
-            "target": self.target,
-            "predicted": self.predicted,
-            "actual": self.actual,
+            **self._fields("how", "budget", "target", "predicted", "actual"),
             "gap_before": vars(base.test),
             "gap": vars(point.test),
             "accuracy_before": base.accuracy,

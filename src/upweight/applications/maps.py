@@ -199,11 +199,7 @@ class Map(Outcome):
             "method": repr(self.method),
             "about": self.about,
             "shape": self.values.shape,
-            "sums": self.sums,
-            "totals": self.totals,
-            "errors": self.errors,
-            "alike": self.alike,
-            "baseline": self.baseline,
+            **self._fields("sums", "totals", "errors", "alike", "baseline"),
         }
 
 

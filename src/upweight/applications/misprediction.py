@@ -118,12 +118,7 @@ class Misprediction(Outcome):
 
     def numbers(self) -> dict[str, Any]:
         return {
-            "query": self.query,
-            "label": self.label,
-            "taken_for": self.taken_for,
-            "margin": self.margin,
-            "lowers": self.lowers,
-            "raises": self.raises,
+            **self._fields("query", "label", "taken_for", "margin", "lowers", "raises"),
             "removed": self.counts,
             "predicted": self.predicted,
             "actual": self.actual,

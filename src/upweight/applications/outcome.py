@@ -74,6 +74,9 @@ class Outcome(abc.ABC):
     def numbers(self) -> dict[str, Any]:
         """What `summary` has beside its sentences: numbers, texts, tensors and estimates."""
 
+    def _fields(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
+
     def summary(self) -> dict[str, Any]:
         """The answer as JSON would hold it: its sentences, whether it is confirmed, its numbers."""
         asked = {"title": self.title, "verdict": self.verdict, "confirmed": self.is_confirmed}

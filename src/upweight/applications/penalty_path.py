@@ -173,10 +173,7 @@ class Path(Outcome):
             "standard_error": self.standard_error,
             "chosen": json_of(self.chosen),
             "chosen_within_one_standard_error": json_of(self.chosen_within_one_standard_error),
-            "unsafe": self.unsafe,
-            "predicted": self.predicted,
-            "actual": self.actual,
-            "is_confirmed": self.is_confirmed,
+            **self._fields("unsafe", "predicted", "actual", "is_confirmed"),
         }
 
     def _each(self, of: Any) -> Float[Tensor, " v"]:

@@ -482,9 +482,7 @@ class Cleansed(Outcome):
             "curve": [_flat(each) for each in self.curve],
             "chosen": _flat(self.chosen) | {"rows": self.chosen.rows},
             "control": None if self.control is None else _flat(self.control),
-            "failed": self.failed,
-            "predicted": self.predicted,
-            "actual": self.actual,
+            **self._fields("failed", "predicted", "actual"),
         }
 
 

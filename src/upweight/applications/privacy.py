@@ -259,10 +259,7 @@ class Leakage(Outcome):
                 }
                 for each in self.attacks
             ],
-            "shown": self.shown,
-            "revealed": self.revealed,
-            "overlap": self.overlap,
-            "withheld": self.withheld,
+            **self._fields("shown", "revealed", "overlap", "withheld"),
         }
 
 

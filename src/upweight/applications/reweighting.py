@@ -183,21 +183,12 @@ class Weights(Outcome):
 
     def numbers(self) -> dict[str, Any]:
         found = {
-            "predicted": self.predicted,
-            "beyond": self.beyond,
-            "actual": self.actual,
-            "actual_beyond": self.actual_beyond,
+            **self._fields("predicted", "beyond", "actual", "actual_beyond"),
         }
         for name, model in self.models.items():
             found |= {f"{name}: loss": model.loss, f"{name}: accuracy": model.accuracy}
         return {
-            "start": self.start,
-            "steps": self.steps,
-            "rule": self.rule,
-            "radius": self.radius,
-            "effective_n": self.effective_n,
-            "expects_gain": self.expects_gain,
-            "w": self.w,
+            **self._fields("start", "steps", "rule", "radius", "effective_n", "expects_gain", "w"),
             "path": [vars(point) for point in self.path],
             **intervals.summarized(found, self.level),
         }

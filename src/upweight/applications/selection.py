@@ -161,11 +161,7 @@ class Subset(Outcome):
             found[f"{name}_loss"] = None if model is None else model.loss
             found[f"{name}_accuracy"] = None if model is None else model.accuracy
         return {
-            "rule": self.rule,
-            "why": self.why,
-            "n": self.n,
-            "rows": self.rows,
-            "expects_gain": self.expects_gain,
+            **self._fields("rule", "why", "n", "rows", "expects_gain"),
             **intervals.summarized(found, self.level),
         }
 

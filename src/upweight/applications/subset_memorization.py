@@ -428,9 +428,7 @@ class Pairs(Outcome):
     def numbers(self) -> dict[str, Any]:
         return {
             "pairs": len(self),
-            "opposite": self.opposite,
-            "least": self.least,
-            "errors": self.errors,
+            **self._fields("opposite", "least", "errors"),
             "memorized_rows": self.rows,
             "chosen_mean": float(self.predicted.mean()) if len(self.predicted) else None,
             "repeated_mean": self.again,

@@ -125,9 +125,7 @@ class Target(Outcome):
 
     def numbers(self) -> dict[str, Any]:
         return {
-            "n": self.n,
-            "rows": self.rows,
-            "predicted": self.predicted,
+            **self._fields("n", "rows", "predicted"),
             "test_losses": {name: float(each.mean()) for name, each in self.losses.items()},
             "is_confirmed": self.is_confirmed,
             **intervals.summarized(dict(self.differences), self.level),

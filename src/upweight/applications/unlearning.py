@@ -191,17 +191,10 @@ class Unlearned(Outcome):
     def numbers(self) -> dict[str, Any]:
         change = self.change
         return {
-            "how": self.how,
-            "examples": self.examples,
-            "n": self.n,
+            **self._fields("how", "examples", "n"),
             "predicted": float(self.predicted.norm()),
-            "moved": self.moved,
-            "distance": self.distance,
-            "remaining": self.remaining,
-            "remaining_outputs": self.remaining_outputs,
-            "drift": self.drift,
-            "gradients": self.gradients,
-            "refit_gradient": self.refit_gradient,
+            **self._fields("moved", "distance", "remaining", "remaining_outputs"),
+            **self._fields("drift", "gradients", "refit_gradient"),
             "loss_of_removed": change.forgotten,
             "loss_of_queries": change.losses,
         }

@@ -208,9 +208,7 @@ class Values(Outcome):
         shown = self.frame().head(SHOWN)
         return {
             "total": vars(self.total),
-            "owed": self.owed,
-            "above": self.above,
-            "below": self.below,
+            **self._fields("owed", "above", "below"),
             "most valuable": {str(k): v for k, v in shown["value"].items()},
         }
 

@@ -127,12 +127,8 @@ class LDS:
 
     def summary(self) -> dict[str, Any]:
         """The numbers as JSON would hold them; intervals under `intervals`."""
-        estimates = {
-            "spearman": self.spearman,
-            "kendall": self.kendall,
-            "ceiling": self.ceiling,
-            "relative": self.relative,
-        }
+        names = ("spearman", "kendall", "ceiling", "relative")
+        estimates = {name: getattr(self, name) for name in names}
         seeds, subsets, queries = self.values.shape
         sizes = {"subsets": subsets, "queries": queries, "seeds": seeds}
         return summarized(estimates, self.bootstrap.level) | sizes

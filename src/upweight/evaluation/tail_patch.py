@@ -81,12 +81,8 @@ class TailPatch:
 
     def summary(self) -> dict[str, Any]:
         """The numbers as JSON would hold them; intervals under `intervals`."""
-        estimates = {
-            "mean": self.mean,
-            "random": self.random,
-            "advantage": self.advantage,
-            "wanted": self.wanted,
-        }
+        names = ("mean", "random", "advantage", "wanted")
+        estimates = {name: getattr(self, name) for name in names}
         q, k = self.change.shape
         return summarized(estimates, self.bootstrap.level) | {
             "end": self.end,
