@@ -18,12 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """ℓ ↦ ℓ̃. Made by `calibration`.
-
-    Args:
-        scale: s.
-        shifts: b of every class.
-    """
+    """ℓ ↦ ℓ̃, with `scale` s and `shifts` b. Made by `calibration`."""
 
     scale: float
     shifts: Float[Tensor, " c"]

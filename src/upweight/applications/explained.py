@@ -63,13 +63,9 @@ class _Answered:
 
 @dataclass(frozen=True, eq=False)
 class Explained:
-    """m(x) of one example at one θ.
+    """m(x) of one example, a batch of one in float64, at one θ; `key` is which input is x.
 
-    Args:
-        task: Whose model, with the parameters of the point.
-        example: A batch of one, in float64.
-        key: Which input is x.
-        measure: m, as for `Fitted.attribute`.
+    `measure` is m, as for `Fitted.attribute`.
     """
 
     task: Task
@@ -177,13 +173,7 @@ class Weighted(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Followed:
-    """The same with θ as a variable.
-
-    Args:
-        task: What was trained.
-        params: θ, by name.
-        example, key, measure: As for `Explained`, in the model's own precision.
-    """
+    """The same with θ as a variable, by name, and in the model's own precision."""
 
     task: Task
     params: Params

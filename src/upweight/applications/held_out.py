@@ -41,13 +41,7 @@ LEAST = 4
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """What chooses, and what reports.
-
-    Args:
-        validation: What chooses.
-        halves: The two halves of `validation`.
-        test: What reports; None where nobody asked.
-    """
+    """What chooses, and what reports: `test`, which is None where nobody asked."""
 
     validation: Data
     halves: tuple[Data, Data]
@@ -102,12 +96,7 @@ def splits(fitted: Fitted, validation: Any, test: Any, seed: int) -> Splits:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A model on held-out data.
-
-    Args:
-        loss, accuracy: Their means with intervals over the examples; no accuracy of a regression.
-        losses, right: By example.
-    """
+    """A model on held-out data: means with intervals, and by example; accuracy of classes alone."""
 
     loss: Estimate
     accuracy: Estimate | None
@@ -237,10 +226,7 @@ def mean_loss_scores(fitted: Fitted, data: Data) -> Float[Tensor, " n"]:
 class Refits:
     """Models of a subject under other data weights, and methods fitted to those models.
 
-    Args:
-        subject: What is asked about.
-        what: Who fits again, for messages.
-        resources: With a `folder`, which keeps the models.
+    `what` is who fits again, for messages. A `folder` of the resources keeps the models.
     """
 
     subject: Subject

@@ -154,12 +154,7 @@ def with_targets_of(data: Data, rows: Mapping[int, Batch]) -> Data:
 
 @dataclass(frozen=True, eq=False)
 class Relabeled(Data):
-    """Other data, in which some rows have other labels.
-
-    Args:
-        data: As they were.
-        rows: The changed rows, as batches of one.
-    """
+    """Other data, in which some rows have other labels: those of `rows`, batches of one."""
 
     data: Data
     rows: Mapping[int, Batch]

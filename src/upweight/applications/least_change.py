@@ -26,12 +26,7 @@ def least_change(
 ) -> Float[Tensor, " m"] | None:
     """x in [0, 1] with the least sum that takes away a share of the gaps; None if there is none.
 
-    Args:
-        gaps: What each whole change is predicted to do to each gap.
-        loss: And to the mean loss.
-        soft: The gaps.
-        share: β.
-        budget: Largest sum of `loss`.
+    `gaps` is E_gap, `loss` is E_loss, `soft` are the gaps m and `share` is β.
     """
     rows, bounds = _closing(gaps, soft, share)
     rows, bounds = torch.cat([rows, loss[None]]), torch.cat([bounds, loss.new_tensor([budget])])

@@ -195,9 +195,7 @@ class ByRecipe:
 class KeptRefits:
     """Refits of scikit-learn, one group after the other, whose outputs are kept in a folder.
 
-    Args:
-        refits: Which say in their fields all that their answers depend on.
-        resources: With the folder; without one nothing is kept.
+    `refits` say in their fields all that their answers depend on. Without a folder nothing is kept.
     """
 
     refits: Refits

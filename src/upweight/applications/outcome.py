@@ -101,13 +101,9 @@ class Outcome(abc.ABC):
 def as_table(
     values: Any, index: Any = None, name: str | None = None, columns: Sequence[str] | None = None
 ) -> "DataFrame":
-    """A table of columns by name, tensors among them, or of rows.
+    """A table of columns by name, tensors among them, or of rows, a mapping or tuple each.
 
-    Args:
-        values: The columns, or a mapping or tuple for each row.
-        index: What rows are called; None: their places.
-        name: Of the index.
-        columns: Names, where rows are tuples.
+    `index` is what rows are called, and `name` what the index is. `columns` names those of tuples.
     """
     from upweight.runtime.tables import pd
 

@@ -34,13 +34,7 @@ ENTRIES = 4_000_000
 
 @dataclass(frozen=True)
 class Crossing:
-    """What is to happen: the estimate (0) or an end (±1) of its interval passes a value.
-
-    Args:
-        side: Which.
-        upward: From below to above.
-        value: What it passes.
-    """
+    """What is to happen: the estimate (0) or an end (±1) of its interval passes a value."""
 
     side: int
     upward: bool
@@ -59,12 +53,7 @@ class Crossing:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """What may leave: rows one by one, or groups of them.
-
-    Args:
-        codes: The unit of each row, from 0.
-        count: How many units.
-    """
+    """What may leave: rows one by one, or groups; `codes` has the unit of each row, from 0."""
 
     codes: Int[Tensor, " n"]
     count: int
@@ -103,15 +92,9 @@ class Linear:
 
 @dataclass(eq=False)
 class Search:
-    """A search that can be stopped: what it has is kept.
+    """A search that can be stopped, and is at the deadline: what it has is kept.
 
-    Args:
-        inference: What is reported.
-        crossing: What is to happen.
-        units: What may leave.
-        gamma: γ̂ of all rows.
-        most: The largest set to look for.
-        deadline: When to stop, by `time.monotonic`.
+    `gamma` is γ̂ of all rows, and `deadline` by `time.monotonic`.
     """
 
     inference: Inference
@@ -307,11 +290,8 @@ def shortest(
 ) -> int | None:
     """The fewest of an order that cross, by bisection below a number that does; None without one.
 
-    Args:
-        crossed: Whether each of some numbers of them does.
-        first: The number to begin with.
-        most: The largest to try.
-        deadline: When to stop with a `TimeoutError`, by `time.monotonic`.
+    `crossed` says of some numbers whether they do; `first` is asked first, and none beyond `most`.
+    It ends with a `TimeoutError` at the deadline, by `time.monotonic`.
     """
     low, high = 0, first
     while not crossed([high])[0]:

@@ -57,12 +57,7 @@ def suspicions(
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, " n"], tuple[str, ...]]:
     """ℓ of every label without the row, mᵢ, and notes; see the top of this file.
 
-    Args:
-        fitted: A method that moves θ.
-        classes: The labels that there are.
-        outputs: f(xᵢ) of the model as it is.
-        labels: The class of every row.
-        held: Trusted rows.
+    `outputs` are f(xᵢ) of the model as it is, and `held` trusted rows.
 
     Raises:
         NonFinite: Without a row the minimum is not determined.

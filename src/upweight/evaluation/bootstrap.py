@@ -160,11 +160,7 @@ def estimates(
 ) -> tuple[Estimate, ...]:
     """As `estimate` for k numbers that share their resamples, of one way with `size` items.
 
-    Args:
-        statistic: Counts `[r, size]` to `[r, k]`.
-        size: Items that are drawn.
-        bootstrap: How many draws, from which seed, to which level.
-        width: k, where it is more than the size.
+    `width` is k, where it is more than the size.
     """
     every, drawn = _resampled(statistic, [size], bootstrap, width)
     low, high = _bounds(drawn, bootstrap.level)
@@ -215,11 +211,6 @@ def _counts(count: int, size: int, generator: torch.Generator) -> Float[Tensor, 
 def weighted_mean(
     values: Float[Tensor, "*r q"], counts: Float[Tensor, "r q"]
 ) -> Float[Tensor, " r"]:
-    """Mean over the items drawn, Σ counts · values / Σ counts; NaN where a drawn value is NaN.
-
-    Args:
-        values: `[r, q]`, or `[q]` where they are the same in every resample.
-        counts: How often each resample drew each.
-    """
+    """Mean over the items drawn, Σ counts · values / Σ counts; NaN where a drawn value is NaN."""
     total = torch.where(counts > 0, values * counts, 0.0).sum(dim=1)  # not drawn: 0, not NaN · 0
     return total / counts.sum(dim=1)

@@ -152,9 +152,7 @@ class _Scanned(Sink):
 class Exact(FromIndex):
     """What asks for S[q, i] of some examples in ascending order, from their gradients.
 
-    Args:
-        examples: Which.
-        parts: The indexed data, each with its first row.
+    `parts` are the indexed data, each with its first row.
 
     Raises:
         StaleStore: An example is not what its row was made of.
@@ -222,11 +220,9 @@ class ByToken(Exact):
 
 @dataclass(frozen=True, eq=False)
 class Nearest(ByToken):
-    """The same, of the first examples of one query's scan, at one end: with their places.
+    """The same, with their places, of the first `count` examples of one query's scan.
 
-    Args:
-        count: How many.
-        raises: Whether those with the largest products, in place of the smallest.
+    Those with the largest products where `raises`, else with the smallest.
     """
 
     count: int = 1

@@ -55,14 +55,7 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The shards of a folder.
-
-    Args:
-        store: That of the folder.
-        codes: How a row is kept.
-        size: Rows in a shard.
-        at_once: Examples in a batch of gradients.
-    """
+    """The shards of a folder, of `size` rows each, made from batches of `at_once` examples."""
 
     store: Store
     codes: Codes

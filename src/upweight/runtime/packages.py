@@ -4,14 +4,7 @@ from upweight.errors import MissingPackage
 
 
 def missing(what: str, package: str, extra: str, error: ImportError) -> MissingPackage:
-    """The error where a package cannot be imported.
-
-    Args:
-        what: What it makes: "A table".
-        package: Its name where it is installed from.
-        extra: The extra of upweight that installs it.
-        error: What Python said.
-    """
+    """The error where `what`, such as "A table", needs a package that cannot be imported."""
     return MissingPackage(
         f"{what} is made by {package}.",
         f"{error}.",

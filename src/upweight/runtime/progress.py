@@ -41,13 +41,7 @@ def progress(
 
 @dataclass
 class Lines:
-    """Says now and then how far something is.
-
-    Args:
-        what: It is doing.
-        unit: What is counted, in the plural.
-        before: How many were done before it began.
-    """
+    """Says now and then how far something is; `before` is how many were done before it began."""
 
     what: str
     unit: str
@@ -56,12 +50,9 @@ class Lines:
     said: float = 0.0
 
     def tell(self, done: int, total: int, more: str = "") -> None:
-        """A line, if it is time for one.
+        """A line, if it is time for one, with `more` to say, such as how near a solver is.
 
-        Args:
-            done: How many.
-            total: Of how many; at most, where it may end before.
-            more: What else to say, such as how near a solver is.
+        `total` is the most there may be, where it may end before.
         """
         took = time.monotonic() - self.began
         if took < (self.said + EVERY if self.said else FIRST) or done >= total:

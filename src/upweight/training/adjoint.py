@@ -63,13 +63,8 @@ def back_over(
 ) -> Float[Tensor, "q b"]:
     """λ_{t+1} becomes λ_t in place; what comes back is the derivative in the weights of the batch.
 
-    Args:
-        trainer: What trains; of one model.
-        step: Step t.
-        state: State t.
-        adjoint: λ of θ and of each of the optimizer's memories, in their order.
-        curvature: What H is in the transposed step.
-        together: Whether adjoints go back together, from `goes_together`.
+    `adjoint` has λ of θ and of each of the optimizer's memories, in their order; they go back
+    `together`, from `goes_together`, or one after the other. H is that of `curvature`.
 
     Cost: a forward and a backward pass over the batch for all, and for each adjoint about twice as
     much; memory for the activations of `AT_ONCE` batches.

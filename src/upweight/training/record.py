@@ -100,14 +100,8 @@ def recording(
 ) -> "Run":
     """As `record`, for a loop of another library, that puts its own states back.
 
-    Args:
-        model: As for `record`.
-        optimizer: As for `record`.
-        folder: As for `record`.
-        every: As for `record`.
-        taken: How many steps the loop has taken: 0 begins a run, more go on with that of the
-            folder. What it holds of later steps is removed.
-        again: How the user goes on with a run that was stopped.
+    It has taken `taken` steps: 0 begins a run, more go on with that of the folder, and what it
+    holds of later steps is removed. `again` is how the user goes on with a run that was stopped.
 
     Raises:
         StaleStore: The folder has no state of that step, or it is another than the model's.

@@ -28,12 +28,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class _Decay(Schedule):
-    """A linear rise over the first `warmup` of the steps, then a decay to `final`.
-
-    Args:
-        warmup: Share of the steps.
-        final: The factor that the decay ends at, after the last step.
-    """
+    """A linear rise over the first `warmup`, a share of the steps, then a decay to `final`."""
 
     warmup: float = 0.0
     final: float = 0.0
