@@ -237,7 +237,9 @@ def test_parts_that_the_plan_did_not_see_are_noticed_and_said():
     task, data = routed(InParts)
     made = plan(task, task.theta(), data)
     assert not made.by_function
-    with pytest.warns(UserWarning, match="one at a time, because the examples .* separated in a, b"):
+    with pytest.warns(
+        UserWarning, match="one at a time, because the examples .* separated in a, b"
+    ):
         gradient_rows(made, data.batch(0, 20))
 
 
