@@ -51,6 +51,7 @@ NETWORK = replace(LINEAR, parameters=2_000_000, examples=50_000, linear=False, e
         (replace(KNOWN, resolved=None), "GGN"),  # Adam
         (replace(KNOWN, likelihood=False), "EK-FAC in expectation"),
         (replace(KNOWN, budget_seconds=20.0), "SOURCE"),
+        (replace(KNOWN, budget_seconds=40.0), "stacked over 10 halves"),
         (replace(KNOWN, budget_seconds=60.0), "stacked over 16 halves"),
         (replace(KNOWN, budget_seconds=150.0), "stacked over 40 halves"),
         (replace(KNOWN, budget_seconds=120.0, memory_bytes=10**6), "SOURCE"),
