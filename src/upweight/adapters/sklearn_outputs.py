@@ -145,11 +145,7 @@ class EstimatorRefit:
     seed: int = 0
 
     def prepare(self, task: Task, train: Data) -> RefitTrainer:
-        """Bind it to its task.
-
-        Raises:
-            SpecError: The task is another one.
-        """
+        """Bind it to its task; a SpecError where that is another one."""
         reads = task.reads
         if not isinstance(reads, TableReader) or reads.train.origin != self.origin:
             raise SpecError(
@@ -378,11 +374,7 @@ def outputs(estimator: Any, train: Any, queries: Any) -> Outputs:
 
 
 def require_fitted(estimator: Any) -> None:
-    """Refuse what has not learned anything, or chooses anew among estimators at every fit.
-
-    Raises:
-        UnsupportedModel: With the way out.
-    """
+    """Refuse, by an UnsupportedModel, what has not learned, or chooses anew at every fit."""
     final = final_step(estimator)
     name = type(final).__name__
     if hasattr(final, "best_estimator_") or name.endswith("SearchCV"):
@@ -581,11 +573,7 @@ def rows_at(X: Any, kept: Any) -> Any:
 
 
 def weight_name(estimator: Any) -> str:
-    """What its `fit` calls the sample weights.
-
-    Raises:
-        ValueError: It takes none.
-    """
+    """What its `fit` calls the sample weights; a ValueError where it takes none."""
     final = final_step(estimator)
     if not has_fit_parameter(final, "sample_weight"):
         raise ValueError("its fit takes no sample_weight, so rows can be left out but not weighed")
