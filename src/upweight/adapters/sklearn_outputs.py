@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from upweight._typing import Batch
 from upweight.adapters.sklearn_arrays import indices, real_targets, weights_of
 from upweight.adapters.sklearn_objectives import final_step, has_steps
-from upweight.adapters.sklearn_reader import UNLABELED, rows_of, texts_in
+from upweight.adapters.sklearn_reader import UNLABELED, require_classes, rows_of, texts_in
 from upweight.adapters.sklearn_rules import chooses_penalty
 from upweight.adapters.support import (
     AdapterReader,
@@ -336,14 +336,7 @@ def outputs(estimator: Any, train: Any, queries: Any) -> Outputs:
             )
     notes: tuple[str, ...] = ()
     if labels is None:
-        if not is_classifier(estimator):
-            raise DataError(
-                f"The loss of {type(final_step(estimator)).__name__} needs each query's target.",
-                "X without y.",
-                "predictions for which no target is known yet.",
-                "to ask about the predictions themselves, give any y, such as zeros, and "
-                "measure=upweight.Logit(0), which does not look at it.",
-            )
+        require_classes(estimator)
         labels, notes = _known(estimator, asked, estimator.predict), (UNLABELED,)
     else:
         require_same_index(asked, labels, "X", "y")
