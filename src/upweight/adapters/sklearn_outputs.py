@@ -367,7 +367,7 @@ def outputs(estimator: Any, train: Any, queries: Any) -> Outputs:
 
 
 def require_fitted(estimator: Any) -> None:
-    """Refuse, by an UnsupportedModel, what has not learned, or chooses anew at every fit."""
+    """Refuse, by an UnsupportedModel, what is not fitted, or chooses anew at every fit."""
     final = final_step(estimator)
     name = type(final).__name__
     if hasattr(final, "best_estimator_") or name.endswith("SearchCV"):
