@@ -675,6 +675,7 @@ class Fitted:
 
     @property
     def _place(self) -> Place:
+        require_own_weights(self.task.sharded, "Leaving examples out", BY_LAYER)
         return Place(self.task, self.train, self.theta, self.scorer)
 
     def _context(self, asked: Asked) -> Context:
