@@ -144,9 +144,6 @@ def fitted_exactly(estimator: Any, X: Any, y: Any, sample_weight: Any = None) ->
     """`task`, and its exact Hessian factorized: once, for the check of the minimum and for scores.
 
     None of a network and of a hinge, whose θ is not looked at, or is moved first.
-
-    Raises:
-        UpweightError: As from `task`, and from the fit.
     """
     final = final_step(estimator)
     if isinstance(final, networks.NETWORKS) or _is_hinge(final):

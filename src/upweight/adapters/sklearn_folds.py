@@ -74,9 +74,6 @@ def translated(
         y: The same.
         sample_weight: The same.
         minimize: Move θ to the minimum where the fit stopped early; not of an ℓ1 penalty.
-
-    Raises:
-        UpweightError: From either.
     """
     final = final_step(estimator)
     notes: list[str] = []

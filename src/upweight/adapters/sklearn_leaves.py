@@ -294,9 +294,6 @@ def _histogram_leaves(final: Any, parts: list[Any]) -> list[list[Int[Tensor, " r
     """Histogram boosting has no `apply`: its trees predict the number of the node in its place.
 
     By iteration and class.
-
-    Raises:
-        UnsupportedModel: Another version of scikit-learn has other names for its private parts.
     """
     try:
         bitsets, preprocess = final._bin_mapper.make_known_categories_bitsets, final._preprocess_X

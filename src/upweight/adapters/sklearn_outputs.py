@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from upweight._typing import Batch
 from upweight.adapters.sklearn_arrays import indices, real_targets, weights_of
 from upweight.adapters.sklearn_objectives import final_step, has_steps
-from upweight.adapters.sklearn_reader import UNLABELED, rows_of, texts_in
+from upweight.adapters.sklearn_reader import UNLABELED, require_classes, rows_of, texts_in
 from upweight.adapters.sklearn_rules import chooses_penalty
 from upweight.adapters.support import (
     AdapterReader,
@@ -145,11 +145,7 @@ class EstimatorRefit:
     seed: int = 0
 
     def prepare(self, task: Task, train: Data) -> RefitTrainer:
-        """Bind it to its task.
-
-        Raises:
-            SpecError: The task is another one.
-        """
+        """Bind it to its task; a SpecError where that is another one."""
         reads = task.reads
         if not isinstance(reads, TableReader) or reads.train.origin != self.origin:
             raise SpecError(
@@ -340,14 +336,7 @@ def outputs(estimator: Any, train: Any, queries: Any) -> Outputs:
             )
     notes: tuple[str, ...] = ()
     if labels is None:
-        if not is_classifier(estimator):
-            raise DataError(
-                f"The loss of {type(final_step(estimator)).__name__} needs each query's target.",
-                "X without y.",
-                "predictions for which no target is known yet.",
-                "to ask about the predictions themselves, give any y, such as zeros, and "
-                "measure=upweight.Logit(0), which does not look at it.",
-            )
+        require_classes(estimator)
         labels, notes = _known(estimator, asked, estimator.predict), (UNLABELED,)
     else:
         require_same_index(asked, labels, "X", "y")
@@ -378,11 +367,7 @@ def outputs(estimator: Any, train: Any, queries: Any) -> Outputs:
 
 
 def require_fitted(estimator: Any) -> None:
-    """Refuse what has not learned anything, or chooses anew among estimators at every fit.
-
-    Raises:
-        UnsupportedModel: With the way out.
-    """
+    """Refuse, by an UnsupportedModel, what is not fitted, or chooses anew at every fit."""
     final = final_step(estimator)
     name = type(final).__name__
     if hasattr(final, "best_estimator_") or name.endswith("SearchCV"):
@@ -581,11 +566,7 @@ def rows_at(X: Any, kept: Any) -> Any:
 
 
 def weight_name(estimator: Any) -> str:
-    """What its `fit` calls the sample weights.
-
-    Raises:
-        ValueError: It takes none.
-    """
+    """What its `fit` calls the sample weights; a ValueError where it takes none."""
     final = final_step(estimator)
     if not has_fit_parameter(final, "sample_weight"):
         raise ValueError("its fit takes no sample_weight, so rows can be left out but not weighed")

@@ -224,8 +224,8 @@ def _parts(given: Any) -> tuple[Any, Any]:
     )
 
 
-def _predicted(estimator: Any, X: Any, Z: Tensor, rows: Rows | None) -> Any:
-    """The class of each row, by the estimator. A regression's loss at its own has no gradient."""
+def require_classes(estimator: Any) -> None:
+    """Refuse, by a DataError, queries without targets of what predicts no classes."""
     if not is_classifier(final := final_step(estimator)):
         raise DataError(
             f"The loss of {type(final).__name__} needs the target of each query.",
@@ -234,6 +234,11 @@ def _predicted(estimator: Any, X: Any, Z: Tensor, rows: Rows | None) -> Any:
             "to ask about the predictions themselves, give any y, such as zeros, and "
             "measure=upweight.Logit(0), which does not look at it.",
         )
+
+
+def _predicted(estimator: Any, X: Any, Z: Tensor, rows: Rows | None) -> Any:
+    """The class of each row, by the estimator. A regression's loss at its own has no gradient."""
+    require_classes(estimator)
     bad = (~Z.isfinite()).any(dim=1).nonzero()[:, 0]
     if len(bad):
         raise DataError(

@@ -176,14 +176,11 @@ def _cost(far: float) -> str:
 
 
 def require_minimum(at: Standing) -> None:
-    """Refuse an objective that falls for ever along the Newton step that remains.
+    """Refuse, by a NotStationary, what falls for ever along the Newton step that remains.
 
     Asked of the slope of each example's loss a hundred steps on; a penalty that bends along the
     step has the last word. Where H is singular to rounding the way from 0 to θ̂ is looked at in
     place of the step.
-
-    Raises:
-        NotStationary: Says for how many examples the outputs grow without end.
     """
     task, train, theta, gradient = at.task, at.train, at.theta, at.gradient
     loss: Any = getattr(task.loss, "base", task.loss)

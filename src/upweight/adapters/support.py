@@ -151,11 +151,7 @@ def require_same_index(X: Any, y: Any, one: str, other: str) -> None:
 
 
 def numbers(values: Any, required: str, cause: str, way_out: str) -> np.ndarray:
-    """A copy as an array of float64.
-
-    Raises:
-        DataError: Not numbers.
-    """
+    """A copy as an array of float64; a DataError where there is something that is no number."""
     try:
         return np.array(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
     except (TypeError, ValueError) as error:

@@ -286,11 +286,7 @@ ADAPTERS: dict[str, Adapter] = {
 
 
 def require_own_examples(model: nn.Module) -> None:
-    """Refuse models whose loss of an example depends on the other examples of its batch.
-
-    Raises:
-        UnsupportedModel: With what may be asked instead.
-    """
+    """Refuse, by an UnsupportedModel, a loss of an example that depends on others of its batch."""
     inner = bare(model)
     name, arguments = type(inner).__name__, _arguments(inner) or ()
     config = getattr(inner, "config", None)
@@ -408,11 +404,7 @@ class Reader(TaskReader):
         return self._read(given, "queries")
 
     def _predicted(self, inputs: TextData) -> Data:
-        """Texts, each with the class that the model predicts.
-
-        Raises:
-            DataError: A text has no single class.
-        """
+        """Texts, each with the class that the model predicts."""
         found = []
         asked = Task(self.model, CrossEntropy(), forward=_logits)
         with torch.no_grad(), asked.in_step():
@@ -510,11 +502,7 @@ class Reader(TaskReader):
         )
 
     def _require_labels(self, data: Data) -> None:
-        """Refuse examples without labels, and a masked model's in which nothing is masked.
-
-        Raises:
-            DataError: There are no labels, or they are the inputs.
-        """
+        """Refuse examples without labels, and a masked model's in which nothing is masked."""
         if not len(data):
             return
         first = data.take([0])
@@ -542,9 +530,6 @@ class Reader(TaskReader):
         """Refuse texts of which no token is predicted: their loss is 0 whatever the model.
 
         Read until the first of which one is; a note or a warning tells of the others.
-
-        Raises:
-            DataError: There is none.
         """
         if self.kind != "causal_lm":
             return

@@ -254,11 +254,7 @@ class _Passes:
         self._batches.append([])
 
     def scales(self, sizes: list[int]) -> list[float]:
-        """s_m/D_m of each batch of a step.
-
-        Raises:
-            SpecError: It cannot be seen.
-        """
+        """s_m/D_m of each batch of a step; a SpecError where it cannot be seen."""
         batches, self._batches = self._batches[: len(sizes)], [[]]
         found = []
         for size, passes in zip(sizes, batches, strict=True):

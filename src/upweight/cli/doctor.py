@@ -86,11 +86,7 @@ def machine() -> dict[str, Any]:
 
 
 def examined(task: Task, data: Data | None) -> tuple[dict[str, Any], str]:
-    """Whether a task can be attributed, and what each layer will use.
-
-    Raises:
-        UpweightError: It cannot be; says why, and the way out.
-    """
+    """Whether a task can be attributed, and what each layer will use."""
     layout = task.layout
     facts: dict[str, Any] = {"p": layout.size, "dtype": str(layout.dtype).removeprefix("torch.")}
     lines = [

@@ -133,11 +133,7 @@ def model_of_task(task: Task, column: str, length: int, project: Project) -> Mod
 
 
 def method_of(text: str, project: Project | None) -> Method:
-    """A method from its spec, or an object of the user's.
-
-    Raises:
-        SpecError: It is no method.
-    """
+    """A method from its spec, or an object of the user's; a SpecError where it is none."""
     found = parse(text, "method") if project is None else spec_or_object(project, text, "method")
     if not isinstance(found, Method):
         raise SpecError(

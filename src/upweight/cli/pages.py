@@ -34,11 +34,7 @@ def context_of(question: Question, fitted: Any = None) -> Context:
 
 
 def keep(run: Run, question: Question, fitted: Any, shown_beside: Shown) -> None:
-    """Keep in a finished run what its page shows, with what the user shows beside the data.
-
-    Raises:
-        OSError: The disk is full or not writable.
-    """
+    """Keep in a finished run what its page shows, with what the user shows beside the data."""
     try:
         scores = run.open().attach(context_of(question, fitted))
         found = kept(scores, shown_beside.display, tuple(shown_beside.live))
@@ -86,11 +82,7 @@ def is_kept(run: Run) -> bool:
 
 
 def alone(run: Run) -> Display:
-    """What the run keeps to show.
-
-    Raises:
-        StaleStore: It keeps nothing, or what it keeps is damaged.
-    """
+    """What the run keeps to show; a StaleStore where that is nothing, or damaged."""
     facts, arrays = shown.read(run)
     found = reopened(facts, arrays)
     if left_out := facts["left_out"]:

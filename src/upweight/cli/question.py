@@ -96,11 +96,7 @@ class Asked:
         return replace(self, **missing)
 
     def question(self, project: Project) -> Question:
-        """The live objects; the method is chosen where none is given, and said.
-
-        Raises:
-            UpweightError: One of them is not what it should be.
-        """
+        """The live objects; the method is chosen where none is given, and said."""
         named = self.found(project)
         assert named.train is not None and named.queries is not None
         measure = spec_or_object(project, self.measure, "measure")

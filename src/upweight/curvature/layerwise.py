@@ -43,6 +43,7 @@ from upweight.runtime.memory import examples_within, kept_bytes, working_bytes
 from upweight.runtime.progress import progress
 from upweight.runtime.ranks import ALONE, Ranks, owners
 from upweight.runtime.resources import Checkpoint
+from upweight.runtime.selection import spaced
 from upweight.task.data import Data
 from upweight.task.task import Task
 
@@ -262,9 +263,8 @@ class LayerwiseCurvature(abc.ABC):
             )
         if m >= n:
             return data, ()
-        chosen = [k * n // m for k in range(m)]
         note = f"curvature from {m} of {n} training examples, evenly spaced"
-        return data.subset(chosen), (note,)
+        return data.subset(spaced(n, m)), (note,)
 
 
 @dataclass(frozen=True)

@@ -162,11 +162,7 @@ def gauss_newton_products(
     weigh: Callable[[Float[Tensor, "k b c"]], Float[Tensor, "k b c"]] | None,
     v: Float[Tensor, "k p"],
 ) -> Float[Tensor, "k p"]:
-    """Σᵢ Jᵢᵀ Λᵢ Jᵢ v for each vector, J = ∂F/∂θ at θ, with u ↦ Λ u or None for the identity.
-
-    Raises:
-        RuntimeError: As for `hessian_products`.
-    """
+    """Σᵢ Jᵢᵀ Λᵢ Jᵢ v for each vector, J = ∂F/∂θ at θ, with u ↦ Λ u or None for the identity."""
     params = task.leaves(theta)
     with torch.enable_grad():
         values = function(params)

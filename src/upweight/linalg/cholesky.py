@@ -129,11 +129,7 @@ class _Scales:
 
 
 def _inspect(matrix: Float[Tensor, "p p"], A: LinearOperator) -> _Scales:
-    """Symmetry, finiteness and scale, tile by tile: nothing of size p² is allocated.
-
-    Raises:
-        NotPositiveDefinite: The matrix is not symmetric.
-    """
+    """Symmetry, finiteness and scale, tile by tile: nothing of size p² is allocated."""
     diagonal = matrix.diagonal().clone()
     weights = diagonal.abs().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
     largest, difference, scaled = 0.0, 0.0, 0.0

@@ -85,11 +85,7 @@ def extreme_eigenvalues(
 
 
 def finite(A: LinearOperator, w: Tensor) -> Tensor:
-    """A product A v, refused where it is not finite.
-
-    Raises:
-        NonFinite: It has a NaN or an infinity.
-    """
+    """A product A v; a NonFinite where it has a NaN or an infinity."""
     if not bool(w.isfinite().all()):
         raise NonFinite(
             "Eigenvalues need a finite operator.",

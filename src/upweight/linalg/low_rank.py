@@ -61,11 +61,7 @@ def pseudo_inverse(
 
 
 def require_rank(rank: int, name: str) -> None:
-    """Refuse a rank that is none.
-
-    Raises:
-        SpecError: It is not a whole number ≥ 1.
-    """
+    """Refuse, by a SpecError, a rank that is not a whole number ≥ 1."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise SpecError(
             f"{name} keeps a whole number of directions, at least one.",

@@ -212,11 +212,7 @@ class SymmetricOperator(LinearOperator):
 
 
 def square(A: LinearOperator, what: str) -> int:
-    """The p of a p × p operator.
-
-    Raises:
-        ShapeError: A is not square.
-    """
+    """The p of a p × p operator; a ShapeError where A is not square."""
     r, p = A.shape
     if r != p:
         raise ShapeError(
@@ -371,12 +367,7 @@ class Product(LinearOperator):
 
 
 def agree(first: LinearOperator, other: LinearOperator, what: str) -> None:
-    """Refuse to combine operators of two shapes or two dtypes.
-
-    Raises:
-        ShapeError: The shapes differ.
-        DtypeError: The dtypes differ.
-    """
+    """Refuse, by a ShapeError or DtypeError, to combine operators of two shapes or dtypes."""
     given = f"{first!r} and {other!r}."
     if first.dtype != other.dtype:
         raise DtypeError(

@@ -208,11 +208,7 @@ class FlatScorer(Scorer):
 
     @abc.abstractmethod
     def _solved(self, vectors: Float[Tensor, "k p"]) -> Solution:
-        """P v.
-
-        Raises:
-            UpweightError: It was not reached.
-        """
+        """P v, or the error that says why it was not reached."""
 
     def batch(self, start: int, stop: int) -> Batch:
         """Training examples on the device of the parameters."""
@@ -290,11 +286,7 @@ class DenseScorer(FlatScorer):
         return self.newton_step(group) if linear is None else linear.step(group)
 
     def steps(self, groups: Sequence[list[int]]) -> Float[Tensor, "e p"]:
-        """Δθ of removing each group.
-
-        Raises:
-            SpecError: They do not fit into memory.
-        """
+        """Δθ of removing each group; a SpecError where they do not fit into memory."""
         what, each = "steps of the parameters", self.theta.nbytes
         require_bytes(
             len(groups) * each,

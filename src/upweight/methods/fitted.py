@@ -33,7 +33,7 @@ from upweight.provenance import Context, Provenance
 from upweight.runtime.memory import require_room
 from upweight.runtime.progress import progress
 from upweight.runtime.resources import Resources
-from upweight.runtime.selection import groups_by_place, places
+from upweight.runtime.selection import groups_by_place, places, spaced
 from upweight.runtime.versions import library_versions
 from upweight.scores import Unit
 from upweight.task.check import checked_losses, checked_measurements, require_answerable
@@ -591,9 +591,7 @@ class Fitted:
         from upweight.evaluation.check import check  # a short form of what stands above
 
         if queries is None:
-            n = len(self.train)
-            count = min(n, QUERIES)
-            queries = self.train.subset([k * n // count for k in range(count)])
+            queries = self.train.subset(spaced(len(self.train), QUERIES))
         used = {"resources": self.resources.within("retrained")} | limits
         given: Any = recipe  # which of its two answers `check` gives is said above
         return check(self.attribute(queries, measure), given, budget, **used)

@@ -49,12 +49,9 @@ TARGETS_A_CLASS = 10
 
 
 def require_finite(scores: Float[Tensor, "*q b"], start: int, first: int = 0) -> None:
-    """Refuse scores that are not finite: of training examples from `start` on.
+    """Refuse, by a NonFinite, scores that are not finite: of training examples from `start` on.
 
     They are S[q, i] with queries from `first` on, or S[i, i].
-
-    Raises:
-        NonFinite: One is not; says which.
     """
     if bool(scores.isfinite().all()):
         return

@@ -77,11 +77,7 @@ class Influence(PointMethod):
 
 
 def require_curvature(spec: Any, given: Any) -> None:
-    """Refuse a name or a class in the place of a curvature.
-
-    Raises:
-        SpecError: It is one.
-    """
+    """Refuse, by a SpecError, a name or a class in the place of a curvature."""
     _require_kind("curvature", given, Curvature, CURVATURES, type(spec).__name__)
 
 

@@ -73,11 +73,7 @@ def largest_share(
 
 
 def solve_removal(hat: Float[Tensor, "k m m"], delta: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
-    """(I − hat)⁻¹ δ, refusing a singular system.
-
-    Raises:
-        NonFinite: An eigenvalue of `hat` reaches 1.
-    """
+    """(I − hat)⁻¹ δ; a NonFinite where an eigenvalue of `hat` reaches 1."""
     given, eps = hat.dtype, torch.finfo(hat.dtype).eps
     # Leverages carry the rounding of a solve: 1 − h below about 1e3 eps is noise. Half precision
     # would leave nothing at that; it has no LU either, so the small systems are solved in float32.

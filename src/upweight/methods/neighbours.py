@@ -369,11 +369,7 @@ def classes(task: Task, theta: Float[Tensor, " p"], data: Data) -> Int[Tensor, "
 
 
 def numbers(task: Task, theta: Float[Tensor, " p"], data: Data) -> Float[Tensor, " n"]:
-    """The targets of the examples, one number each.
-
-    Raises:
-        DataError: They are not one finite number an example.
-    """
+    """The targets, one finite number an example; a DataError where they are not."""
     parts = []
     for _, _, batch in data.batches(data.together(1024)):
         with torch.no_grad():

@@ -429,11 +429,7 @@ def _stored(resources: Resources, source: Projected, fitting: Fitting, kept_as: 
 
 
 def require_count(name: str, value: object, method: str) -> None:
-    """Refuse what is no whole number from 1 on.
-
-    Raises:
-        SpecError: It is none.
-    """
+    """Refuse, by a SpecError, what is no whole number from 1 on."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SpecError(
             f"{method} needs a whole number of directions, 1 or more.",

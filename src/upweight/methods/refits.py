@@ -261,11 +261,7 @@ def subsampled(
 
 
 def recipe_of(spec: Method, fitting: Fitting) -> Recipe:
-    """The recipe by which a method trains again.
-
-    Raises:
-        SpecError: There is none.
-    """
+    """The recipe by which a method trains again; a SpecError where there is none."""
     if isinstance(fitting.history, Recipe):
         return fitting.history
     name = type(spec).__name__
@@ -279,11 +275,7 @@ def recipe_of(spec: Method, fitting: Fitting) -> Recipe:
 
 
 def require_room(spec: Method, fitting: Fitting, models: int, way_out: str) -> None:
-    """Refuse more models than memory holds.
-
-    Raises:
-        SpecError: There are.
-    """
+    """Refuse, by a SpecError, more models than memory holds."""
     needed = models * len(fitting.theta) * fitting.theta.element_size()
     room = solved_bytes(torch.device("cpu"), fitting.resources.memory_bytes)
     if needed > room:

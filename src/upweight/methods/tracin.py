@@ -103,11 +103,7 @@ class TracIn(Method):
 
 
 def require_count(name: str, count: int | None) -> None:
-    """Refuse what is no number of parts of training.
-
-    Raises:
-        SpecError: It is none.
-    """
+    """Refuse, by a SpecError, what is no number of parts of training."""
     is_whole = isinstance(count, int) and not isinstance(count, bool)
     if count is not None and not (is_whole and count >= 1):
         raise SpecError(

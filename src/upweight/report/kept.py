@@ -133,11 +133,7 @@ def kept(
 
 
 def reopened(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Display:
-    """What `kept` gave, to be shown.
-
-    Raises:
-        StaleStore: It is not what `kept` gives.
-    """
+    """What `kept` gave, to be shown; a StaleStore where it is something else."""
     try:
         return _display(fitting(facts, _Kept, "shown"), arrays)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

@@ -58,11 +58,7 @@ def outcomes(
 
 
 def sections_of(found: Outcome | Iterable[Outcome]) -> list[dict[str, Any]]:
-    """What the template says of each outcome.
-
-    Raises:
-        SpecError: Something is not an `Outcome`.
-    """
+    """What the template says of each outcome; a SpecError where something is none."""
     every: Sequence[Any] = [found] if isinstance(found, Outcome) else [*found]
     for each in every:
         if not isinstance(each, Outcome):

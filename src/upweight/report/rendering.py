@@ -93,11 +93,7 @@ def render_static(template: str, words: Mapping[str, Any]) -> str:
 
 
 def write_page(path: str | Path, page: str, way_out: str = WAY_OUT) -> Path:
-    """Write a page to a file, whole or not at all; its path.
-
-    Raises:
-        NotWritten: The disk is full or not writable.
-    """
+    """Write a page to a file, whole or not at all; its path."""
     target = Path(path)
     make_folder(target.parent, way_out)
     write_whole(target, page.encode(), way_out)

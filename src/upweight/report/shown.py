@@ -30,11 +30,7 @@ LONGEST, SHORTEST = 4000, 160
 
 
 def content(value: Any) -> list[dict[str, Any]]:
-    """What a renderer returned, as JSON for the page.
-
-    Raises:
-        DataError: It is nothing that can be shown.
-    """
+    """What a renderer returned, as JSON for the page; a DataError where it cannot be shown."""
     if isinstance(value, str):
         return [{"text": clipped(value, LONGEST)}]
     if isinstance(value, Mapping):

@@ -23,11 +23,7 @@ def numbers(scores: Scores | Effects, part: Any) -> NDArray[np.float64]:
 
 
 def require_scores(scores: Scores) -> None:
-    """Refuse scores of which no page can be made.
-
-    Raises:
-        DataError: There is no query or no training example.
-    """
+    """Refuse, by a DataError, scores without a query or a training example: no page can be made."""
     q, n = scores.values.shape
     if not q or not n:
         raise DataError(

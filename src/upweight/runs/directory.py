@@ -63,11 +63,7 @@ class Run:
 
     @classmethod
     def named(cls, path: Path, projects: Iterable[str] = ()) -> "Run":
-        """The run of a directory, or of its run.toml.
-
-        Raises:
-            StaleStore: There is no run, or one with links in it.
-        """
+        """The run of a directory or its run.toml; a StaleStore where it is none or has links."""
         run = cls(path.parent if path.name == "run.toml" else path, tuple(projects))
         if not run.toml.exists():
             is_packed = path.is_file() and zipfile.is_zipfile(path)

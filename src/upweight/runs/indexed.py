@@ -73,11 +73,7 @@ class IndexRecord:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Whole or not at all.
-
-        Raises:
-            NotWritten: The disk is full or not writable.
-        """
+        """Whole or not at all; a NotWritten where the disk is full or not writable."""
         text = tomli_w.dumps({"schema": SCHEMA, **asdict(self)})
         write_whole(folder / NAME, text.encode())
 

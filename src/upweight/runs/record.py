@@ -81,11 +81,7 @@ class Record:
         return {name: asdict(self)[name] for name in names}
 
     def write(self, path: Path) -> None:
-        """Whole or not at all.
-
-        Raises:
-            OSError: The disk is full or not writable.
-        """
+        """Whole or not at all; an OSError where the disk is full or not writable."""
         text = tomli_w.dumps({"schema": SCHEMA, **asdict(self)})
         write_whole(path, text.encode())
 

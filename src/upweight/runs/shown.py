@@ -30,11 +30,7 @@ def write(run: Run, facts: Facts, arrays: Arrays) -> None:
 
 
 def read(run: Run) -> tuple[Facts, Arrays]:
-    """What `write` wrote.
-
-    Raises:
-        StaleStore: It is not there, damaged, or of another model or data.
-    """
+    """What `write` wrote; a StaleStore where it is damaged, gone, or of another model or data."""
     again = run.command("report")
     try:
         store = Store.load(run.shown, again)

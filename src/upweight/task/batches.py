@@ -121,11 +121,7 @@ class _Uncut(Exception):
 
 
 def _listed(together: Any, alone: Sequence[Any], path: Path) -> list[Path]:
-    """The lists of one entry per example at or below a place.
-
-    Raises:
-        _Uncut: Something there has its examples in another way.
-    """
+    """The lists of an entry per example at or below a place; an _Uncut where they lie otherwise."""
     count = len(alone)
     if any(type(one) is not type(together) for one in alone):
         raise _Uncut(f"{_named(path)} is of another type for {count} examples than for one")

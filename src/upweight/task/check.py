@@ -96,11 +96,7 @@ def checked_parts(
 def require_own_losses(
     task: Task, data: Data, probe: Probe, losses: Float[Tensor, " n"], role: str
 ) -> None:
-    """Ask that a pass over the data gave the probe's examples the losses that they have alone.
-
-    Raises:
-        NonDeterministic: It did not.
-    """
+    """Refuse, by a NonDeterministic, a pass that gave the probe's examples other losses."""
     require_same_losses(
         task, task.held_theta(), data, probe, losses, partial(_outputs, task, role), role
     )

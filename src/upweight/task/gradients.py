@@ -29,11 +29,7 @@ gives one unit another slope."""
 
 
 def require_recording() -> None:
-    """Refuse inference mode, which unlike `no_grad` cannot be lifted from inside.
-
-    Raises:
-        NotDifferentiable: In `torch.inference_mode()`.
-    """
+    """Refuse, by a NotDifferentiable, inference mode, which cannot be lifted as `no_grad` can."""
     if torch.is_inference_mode_enabled():
         raise NotDifferentiable(
             "Gradients must be taken where autograd can record.",
@@ -164,10 +160,7 @@ def require_own_gradients(
 
 
 def require_finite_gradients(task: Task, data: Data) -> None:
-    """Name the first example whose gradient is not finite, if there is one.
-
-    Raises:
-        NonFinite: There is.
+    """Name, by a NonFinite, the first example whose gradient is not finite, if there is one.
 
     Cost: a backward pass over the data, and one an example over the batch where it is found.
     """

@@ -95,11 +95,7 @@ def loss_notes(
 def _copied_notes(
     task: Task, theta: Float[Tensor, " p"], data: Data, at: Sequence[int]
 ) -> tuple[str, ...]:
-    """A note where the targets of each position are its own input.
-
-    Raises:
-        SpecError: The model is known to predict the next one.
-    """
+    """A note where targets are their own inputs; a SpecError where the next token is predicted."""
     for i in at[:EXAMPLES]:
         batch = task.to_device(data.batch(i, i + 1))
         outputs, targets = task.call(theta, batch)

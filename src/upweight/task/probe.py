@@ -54,11 +54,7 @@ class Probe:
 
 
 def read_twice(data: Data, at: Sequence[int], role: str) -> Batch:
-    """The examples at these places, after asking that they are the same when read again.
-
-    Raises:
-        NonDeterministic: They are not.
-    """
+    """The examples at these places; a NonDeterministic where they differ when read again."""
     batch, again = data.take(at), data.take(at)
     found, expected = (tensors(b) for b in (again, batch))
     same = len(found) == len(expected) and all(map(_equal, found, expected))
@@ -137,12 +133,9 @@ def require_same_losses(
     evaluate: Evaluate,
     role: str,
 ) -> None:
-    """Ask that a pass over the data gave the probe's examples the losses that they have alone.
+    """Refuse, by a NonDeterministic, a pass that gave the probe's examples other losses.
 
     A pass takes other batches than the probe: larger, and of neighbours.
-
-    Raises:
-        NonDeterministic: It did not.
     """
     for i, alone in zip(probe.at, probe.losses, strict=True):
 

@@ -25,11 +25,7 @@ class Seen:
         self.known = torch.zeros(n, dtype=torch.bool)
 
     def length(self, n: int) -> int:
-        """n, if there are still so many.
-
-        Raises:
-            DataChanged: There are more or fewer.
-        """
+        """n, if there are still so many; else a DataChanged."""
         if n != len(self.sums):
             raise DataChanged(
                 f"The training data must still be the {len(self.sums)} examples that the "

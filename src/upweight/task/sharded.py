@@ -609,11 +609,7 @@ def _is_own(hook: Any) -> bool:
 
 
 def require_own_weights(sharded: Sharded | None, what: str, instead: str) -> None:
-    """Refuse what needs θ as one vector, of a model whose parameters are split over processes.
-
-    Raises:
-        UnsupportedModel: It is one.
-    """
+    """Refuse, by an UnsupportedModel, what needs θ as one vector where it is split."""
     if sharded is None:
         return
     raise UnsupportedModel(

@@ -412,11 +412,7 @@ def in_step(verb: _V) -> _V:
 
 
 def require_task(task: Any) -> None:
-    """Refuse what is no task, such as an estimator in its place.
-
-    Raises:
-        UnsupportedModel: With how to make one.
-    """
+    """Refuse, by an UnsupportedModel, what is no task, such as an estimator in its place."""
     if isinstance(task, tuple) and any(isinstance(each, Task) for each in task):
         raise UnsupportedModel(
             "What was trained is said by an upweight.Task.",
