@@ -550,7 +550,8 @@ def _gains(fitted: Fitted, made: Coordinates, sample: int, codes: Codes) -> Floa
     along = (both.cpu() @ found) @ S.cpu()
     found = found * (S.cpu() @ S.cpu() / along)
     is_usable = bool(found.isfinite().all()) and bool((found > 0).all())
-    return found.to(ones) if is_usable else ones
+    # In float32: processes that hold the weights in other places round the last bits otherwise.
+    return found.float().to(ones) if is_usable else ones
 
 
 @dataclass(frozen=True, eq=False)
