@@ -217,11 +217,6 @@ def require_minimum(at: Standing) -> None:
     )
 
 
-def _gradient(task: Task, train: Data) -> Float[Tensor, " p"]:
-    theta = task.theta()
-    return weighted_objective(task, train)(theta[None], theta.new_ones(1, len(train)))[1][0]
-
-
 def _newton_step(
     hessian: Float[Tensor, "p p"], gradient: Float[Tensor, " p"]
 ) -> Float[Tensor, " p"] | None:

@@ -50,6 +50,10 @@ from upweight.task.task import Task
 MOST_EXAMPLES = 512
 """Examples in a batch at most; larger batches gain no speed and leave the processor's cache."""
 
+Look = Callable[[int, int, Batch, Tensor, Any], None]
+"""Is shown the first and last place of some training examples, their batch, the model's outputs
+for them and their targets."""
+
 
 @dataclass(frozen=True, eq=False)
 class FittedBlock:
@@ -160,7 +164,7 @@ class LayerwiseCurvature(abc.ABC):
         damping: Damping | None = None,
         memory_bytes: int | None = None,
         checkpoint: Checkpoint | None = None,
-        watch: Callable[[int, int, Batch, Tensor, Any], None] | None = None,
+        watch: Look | None = None,
         plan: Plan | None = None,
         others: Sequence[Float[Tensor, " p"]] = (),
         ranks: Ranks = ALONE,
@@ -301,7 +305,7 @@ class _Passes:
     kept: Kept
     place: _Place
     checkpoint: Checkpoint | None
-    watch: Callable[[int, int, Batch, Tensor, Any], None] | None
+    watch: Look | None
     ranks: Ranks
 
     @cached_property

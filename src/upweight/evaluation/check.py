@@ -89,8 +89,8 @@ class Check:
     @property
     def queries(self) -> list[int]:
         """Which queries the columns of `lds` are of."""
-        total = self.lds.predicted.shape[1] + len(self.left_out)
-        return [q for q in range(total) if q not in set(self.left_out)]
+        without, total = set(self.left_out), self.lds.predicted.shape[1] + len(self.left_out)
+        return [q for q in range(total) if q not in without]
 
     @cached_property
     def slope(self) -> Estimate:

@@ -15,7 +15,7 @@ from upweight.front.batches import Batches, picked, reading_of
 from upweight.task.arrays import is_array
 from upweight.task.data import PREDICTED, Data, as_data, read_data
 from upweight.task.losses import Bernoulli, CrossEntropy
-from upweight.task.modes import evaluated
+from upweight.task.modes import evaluated, training_notes
 from upweight.task.penalties import NoPenalty
 from upweight.task.recipe import Recipe
 from upweight.task.reduced_losses import by_example
@@ -119,7 +119,7 @@ def opened(model: Any, train: Any, loss: Any = None, penalty: Any = None) -> Ope
         require_alone(loss, penalty, "a Trainer's model has its own loss")
         found = hf.from_trainer(model)
         made = found.data if train is None else found.task.training(train)
-        _, said = evaluated(model.model)
+        said = () if found.task.model is model.model else training_notes(model.model)
         return Opened(found.task, made.noted(found.notes), None, model, said)
     if _is_of_statsmodels(model):
         import upweight.adapters.statsmodels as smx

@@ -82,7 +82,7 @@ class TrainingLosses:
             UpweightError: As for `checked_losses`, of these.
         """
         n, size = len(self._data), self._data.together(APIECE)
-        groups = min(-(-count // size), -(-n // size))
+        groups = min(-(-count // size), max(1, n // size))  # none of them twice
         starts = [n * k // groups // size * size for k in range(groups)]
         for start, part in checked_parts(self._task, self._data, starts, size, ROLE).items():
             self._put(start, part)

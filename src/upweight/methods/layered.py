@@ -18,6 +18,7 @@ from upweight.curvature.layerwise import (
     BlockCurvature,
     FittedBlock,
     LayerwiseCurvature,
+    Look,
     examples_at_once,
 )
 from upweight.errors import NonFinite, ShapeError, UpweightError
@@ -41,7 +42,6 @@ from upweight.scoring.queries import FactoredQueries, in_basis, inner, self_prod
 from upweight.scoring.stream import (
     Contraction,
     Gradients,
-    Look,
     contractions,
     of_vectors,
     queries_at_once,
@@ -458,7 +458,7 @@ def inverse(
         # Times a gradient of zero, any λ > 0 gives zero.
         some = max(b.damping for b in blocks if b.name not in silent)
         blocks = tuple(replace(b, damping=some) if b.name in silent else b for b in blocks)
-    learned = len(data) if curvature.examples is None else curvature.examples
+    learned = _examples_of(curvature, data)
     later = learned < len(data) and fitting.resources.ranks.size == 1 and _is_own(fitting, point)
     fitting.looks_later |= later
     return LayeredScorer(
@@ -527,12 +527,16 @@ def _learned(
         raise
     # The first pass has seen them all, unless it had only some of the data or resumed. Batches of
     # other sizes may round otherwise, and an interrupted fit must come to the same numbers.
-    is_all = curvature.examples is None or curvature.examples >= len(data)
-    if is_own and resources.folder is None and is_all:
+    if is_own and resources.folder is None and _examples_of(curvature, data) == len(data):
         fitting.losses.set(resources.ranks.joined(seen, len(data), task.layout.device))
     if shared is not None:
         shared.append((curvature, point.theta, fitted))
     return fitted
+
+
+def _examples_of(curvature: LayerwiseCurvature, data: Data) -> int:
+    """How many it learns from."""
+    return len(data) if curvature.examples is None else min(curvature.examples, len(data))
 
 
 def _is_own(fitting: Fitting, point: Point) -> bool:

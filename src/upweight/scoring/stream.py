@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upweight._typing import Batch, Params
-from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature, examples_at_once
+from upweight.curvature.layerwise import MOST_EXAMPLES, BlockCurvature, Look, examples_at_once
 from upweight.errors import NotDifferentiable, message
 from upweight.gradients.factored import Factors, Rows, stacked
 from upweight.gradients.passes import GradientPass
@@ -72,11 +72,6 @@ MOST_CATEGORIES = 2**24
 
 Gradients = Callable[[list[Factors]], list[Factors]]
 """What is done to the gradients of a batch before they are multiplied: nothing, or `normalized`."""
-
-
-Look = Callable[[int, int, Batch, Tensor, Any], None]
-"""Is shown the first and last place of some training examples, their batch, the model's outputs
-for them and their targets."""
 
 
 def unchanged(factors: list[Factors]) -> list[Factors]:

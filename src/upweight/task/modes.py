@@ -29,15 +29,22 @@ def acting_in_training(model: nn.Module) -> list[str]:
 
 def evaluated(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     """The model in eval mode, without a change to it, and what is to be said of that."""
-    acting = acting_in_training(model)
-    if not acting or Sharded.of(model) is not None:
+    if not acting_in_training(model) or Sharded.of(model) is not None:
         return model, ()
     try:
         found = in_eval_mode(model)
     except Exception:  # a module that cannot be copied: refused, with model.eval() as the way out
         return model, ()
+    return found, training_notes(model)
+
+
+def training_notes(model: nn.Module) -> tuple[str, ...]:
+    """What is to be said of a model in training mode that is asked as it is in eval mode."""
+    acting = acting_in_training(model)
+    if not acting:
+        return ()
     layers = "1 layer answers" if len(acting) == 1 else f"{len(acting)} layers answer"
-    return found, (
+    return (
         f"the model is in training mode, where {layers} otherwise (first "
         f"{acting[0]}): scores are of it in eval mode, as it predicts; your model stays as it is",
     )
