@@ -76,12 +76,13 @@ def built(folder: Path, texts: list[str], threads: int) -> dict[str, float]:
             lines = "".join(json.dumps({"text": text}) + "\n" for text in some)
             (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     data = [folder / f"{name}.jsonl" for name in parts]
-    if not (index / "done").exists():
+    finished = folder / "finished"
+    if not finished.exists():
         took["build"] = command(
             "index", "build", "--hf", lm, "--data", data[0], "--out", index, threads=threads
         )
         took["extend"] = command("index", "extend", index, data[1], "--hf", lm, threads=threads)
-        (index / "done").touch()
+        finished.touch()
     return took
 
 
@@ -90,11 +91,11 @@ def asked(folder: Path, texts: list[str], threads: int) -> tuple[list[float], fl
     started = time.perf_counter()
     served = subprocess.Popen(
         [sys.executable, "-m", "upweight", "view", folder / "index", "--hf", folder / "model"],
-        env=process_environment(threads), stdout=subprocess.PIPE, text=True,
+        env=process_environment(threads), stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        assert served.stdout is not None
-        address = next(line.strip() for line in served.stdout if line.startswith("http"))
+        assert served.stderr is not None
+        address = next(line.strip() for line in served.stderr if line.startswith("http"))
         opened = time.perf_counter() - started
         base, token = address.split("?")[0], urlsplit(address).query
         seconds = []
@@ -114,15 +115,11 @@ def asked(folder: Path, texts: list[str], threads: int) -> tuple[list[float], fl
 
 def scanned(folder: Path, rounds: int = 20) -> list[float]:
     """Seconds of the products of one query with the rows of all shards, and the first of them."""
-    shards = sorted((folder / "index").glob("rows/*.safetensors"))
-    shards = shards or sorted((folder / "index").rglob("*.safetensors"))
-    seconds = []
+    shards, seconds = sorted((folder / "index").glob("rows-*.safetensors")), []
     for _ in range(rounds + 1):
         start, found = time.perf_counter(), []
         for path in shards:
             with safe_open(path, framework="pt") as file:
-                if "codes" not in file.keys():
-                    continue
                 kept = {key: file.get_tensor(key) for key in ("codes", "scales")}
             query = torch.randn(1, kept["codes"].shape[1] * 8)
             found.append(scan.products(query, kept, Codes(1)))
@@ -157,7 +154,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         took = built(folder, texts, given.threads)
         torch.set_num_threads(given.threads)
-        chosen = [text for text in texts[:: len(texts) // (WARM + ASKED)]][: WARM + ASKED]
+        chosen = texts[:: len(texts) // (WARM + ASKED)][: WARM + ASKED]
         seconds, opened = asked(folder, chosen, given.threads)
         report = {
             "passages": given.passages,
