@@ -118,11 +118,13 @@ def scanned(folder: Path, rounds: int = 20) -> list[float]:
     shards, seconds = sorted((folder / "index").glob("rows-*.safetensors")), []
     for _ in range(rounds + 1):
         start, found = time.perf_counter(), []
+        asked: scan.Scan | None = None
         for path in shards:
             with safe_open(path, framework="pt") as file:
                 kept = {key: file.get_tensor(key) for key in ("codes", "scales")}
-            query = torch.randn(1, kept["codes"].shape[1] * 8)
-            found.append(scan.products(query, kept, Codes(1)))
+            if asked is None:
+                asked = scan.Scan(torch.randn(1, kept["codes"].shape[1] * 8), Codes(1))
+            found.append(asked.products(kept))
         torch.cat(found, dim=1).topk(2 * TOP, largest=False)
         seconds.append(time.perf_counter() - start)
     return seconds[1:]

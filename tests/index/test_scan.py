@@ -7,7 +7,7 @@ from upweight.errors import NonFinite, ShapeError
 from upweight.index import scan
 from upweight.index.codes import Codes
 from upweight.index.kernel import LARGEST, arranged, dot
-from upweight.index.scan import products
+from upweight.index.scan import Scan, products
 
 
 def case(bits, K, b=37, q=5):
@@ -55,13 +55,13 @@ def test_sums_of_whole_numbers_are_exact_in_every_kernel(bits):
     codes = Codes(bits)
     v = codes.levels(c).long()
     exact = (queries @ v.mT).double() / 2
-    whole = scan._whole(queries.double())
-    assert torch.equal(whole.numbers.long(), queries)
+    asked = Scan(queries.double(), codes)
+    assert torch.equal(asked._whole.numbers.long(), queries)
     if scan._has_int8_products():
-        found = scan._by_bytes(whole, shard, codes).double()
+        found = asked._by_bytes(shard).double()
         torch.testing.assert_close(found, exact, rtol=3e-7, atol=exact.abs().max() * 1e-7)
     if dot(bits) is not None:
-        torch.testing.assert_close(scan._one_by_one(whole, shard, codes), exact, rtol=1e-14, atol=0)
+        torch.testing.assert_close(asked._one_by_one(shard), exact, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -72,7 +72,7 @@ def test_the_compiled_kernel_on_all_threads(bits, monkeypatch):
     exact = queries @ codes.decode(shard).double().mT
     monkeypatch.setattr(scan, "PIECE", 5 * 4608)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    found = scan._one_by_one(scan._whole(queries), shard, codes)
+    found = Scan(queries, codes)._one_by_one(shard)
     assert ((found - exact).abs() <= bound(queries, shard, codes)).all()
 
 

@@ -40,14 +40,23 @@ Function = Callable[[Params, Any], Tensor]
 
 
 class GradientPass:
-    """Gradients of batches as factors, block by block, while in its context."""
+    """Gradients of batches as factors, block by block, while in its context.
 
-    def __init__(self, plan: Plan, theta: Float[Tensor, " p"]) -> None:
+    Args:
+        plan: Of the model.
+        theta: Where.
+        placed: Kinds of batches of which it is known, for the same functions, that rows are those
+            of their examples; more are added.
+    """
+
+    def __init__(
+        self, plan: Plan, theta: Float[Tensor, " p"], placed: set[Any] | None = None
+    ) -> None:
         self.plan = plan
         self._capture = Capture(
             plan.task, theta, roles(plan), plan.repeated, plan.broadcast, plan.by_function
         )
-        self._placed: set[Any] = set()
+        self._placed = set[Any]() if placed is None else placed
         self._has_warned = False
         self._is_alone = False
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.index.scan import products
+from upweight.index.scan import Scan
 from upweight.index.shards import SUMS, Rows, Shard, filled, require_same
 from upweight.index.transform import Transform
 from upweight.methods.health import require_finite
@@ -39,7 +39,7 @@ class ScanJob(Job):
     """u_q of some queries, which meet the rows of an index a shard at a time."""
 
     first: int
-    queries: Float[Tensor, "q K"]
+    scan: Scan
     rows: Rows
     n: int
     dtype: torch.dtype
@@ -49,7 +49,7 @@ class ScanJob(Job):
         return self.rows.size
 
     def __len__(self) -> int:
-        return len(self.queries)
+        return len(self.scan.queries)
 
     def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
         found = []
@@ -66,7 +66,7 @@ class ScanJob(Job):
     def _products(self, shard: Shard, part: slice | Tensor) -> Float[Tensor, "q b"]:
         kept = self.rows.read(shard)
         chosen = {key: each[part] for key, each in kept.items() if key != SUMS}
-        return products(self.queries, chosen, self.rows.codes).to(self.dtype)
+        return self.scan.products(chosen).to(self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +81,8 @@ class FromIndex(Reducer):
 
     def job(self, job: Job, dtype: torch.dtype) -> ScanJob:
         """The same queries, for the rows of the index."""
-        queries = filled(self.transform.of_query(job).cpu())
-        return ScanJob(job.first, queries, self.rows, self.n, dtype)
+        scan = Scan(filled(self.transform.of_query(job).cpu()), self.rows.codes)
+        return ScanJob(job.first, scan, self.rows, self.n, dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from upweight._typing import Folder
 from upweight.errors import MissingContext, ShapeError, SpecError
 from upweight.index.asking import Best, ByToken, Compared, Nearest, ScanJob, Scanned
 from upweight.index.codes import Codes
+from upweight.index.scan import Scan
 from upweight.index.shards import INDEX, MULTIPLE, TRANSFORM, Rows, filled
 from upweight.index.transform import Transform, restored, transform, width_of
 from upweight.index.verification import Verification, verification
@@ -520,8 +521,8 @@ class Index:
         Raises:
             StaleStore: A file is damaged.
         """
-        n, query = len(self), filled(torch.ones(1, self.numbers))
-        scan = ScanJob(0, query, self._rows, n, torch.float32)
+        n, asked = len(self), Scan(filled(torch.ones(1, self.numbers)), self._rows.codes)
+        scan = ScanJob(0, asked, self._rows, n, torch.float32)
         taken = 0.0
         for _ in range(2):
             started = time.perf_counter()

@@ -19,9 +19,12 @@ import functools
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int8, Int16, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.errors import NonFinite, ShapeError
@@ -50,95 +53,137 @@ class _Whole:
 def products(
     queries: Float[Tensor, "q K"], shard: Mapping[str, Tensor], codes: Codes
 ) -> Float[Tensor, "q b"]:
-    """Products of queries with every row of a shard, in the dtype of the queries or float32.
+    """`Scan(queries, codes).products(shard)`, for one shard."""
+    return Scan(queries, codes).products(shard)
+
+
+class Scan:
+    """Some queries, made ready once, for shard after shard.
 
     Args:
-        queries: On the shard's device.
-        shard: What `codes.encode` gave, also memory-mapped, and more of it is not read.
+        queries: On the shards' device.
         codes: How the rows are kept.
 
     Raises:
-        ShapeError: Queries and rows are not of one length.
         NonFinite: NaN or infinity in a query.
-
-    Cost: one query takes a reading of the codes, with the extra `index` at about half of the read
-    bandwidth, and up to six take as long each. More are multiplied together, faster than float32
-    rows where the processor has VNNI or AMX. Memory beside the result: some MB.
     """
-    rows = shard["codes"]
-    _require_products(queries, rows, codes)
-    kind = torch.promote_types(queries.dtype, torch.float32)
-    if not (len(queries) and len(rows) and queries.shape[1]):
-        return queries.new_zeros(len(queries), len(rows), dtype=kind)
-    if codes.bits == 32:
-        return (queries.float() @ rows.mT).to(kind)
-    if codes.bits in FLOATS or rows.device.type != "cpu":
-        return _as_floats(queries, shard, codes).to(kind)
-    kernel = dot(codes.bits)
-    if kernel is not None and len(queries) <= FEW:
-        return _one_by_one(_whole(queries), shard, codes).to(kind)
-    largest = 256 * min(128, 2**codes.bits) * queries.shape[1]
-    # oneDNN's products over a single number are wrong.
-    if _has_int8_products() and largest < 2**31 and rows.shape[1] % WIDE != 1:
-        return _by_bytes(_whole(queries), shard, codes).to(kind)
-    return _as_floats(queries, shard, codes).to(kind)
 
+    def __init__(self, queries: Float[Tensor, "q K"], codes: Codes) -> None:
+        _require_finite(queries)
+        self.queries, self.codes = queries, codes
 
-def _one_by_one(queries: _Whole, shard: Mapping[str, Tensor], codes: Codes) -> Float[Tensor, "q b"]:
-    """By the compiled kernel, each thread some of the rows."""
-    rows, scales = shard["codes"], shard["scales"]
-    kernel = dot(codes.bits)
-    assert kernel is not None
-    told = [arranged(each.numpy(), codes.bits) for each in queries.numbers]
-    sums = torch.empty(len(told), len(rows), dtype=torch.int64)
+    def products(self, shard: Mapping[str, Tensor]) -> Float[Tensor, "q b"]:
+        """Products of the queries with every row, in their dtype or float32.
 
-    def some(first: int, last: int) -> None:
-        size = max(PIECE // rows.shape[1], 1) if len(told) > 1 else max(last - first, 1)
-        for start in range(first, last, size):
-            stop = min(start + size, last)
-            piece = rows[start:stop].contiguous().numpy()
-            for query, out in zip(told, sums, strict=True):
-                kernel(piece, query, out[start:stop].numpy())
+        Args:
+            shard: What `codes.encode` gave, also memory-mapped, and more of it is not read.
 
-    threads = min(torch.get_num_threads(), -(-len(rows) * rows.shape[1] // PIECE))
-    if threads == 1:
-        some(0, len(rows))
-    else:
-        ends = [len(rows) * i // threads for i in range(threads + 1)]
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(some, ends[:-1], ends[1:]))
-    top = 2**codes.bits - 1
-    centred = sums.mul_(2).sub_(top * queries.numbers.sum(dim=1, keepdim=True, dtype=torch.int64))
-    return centred.double().mul_(queries.step[:, None]).mul_(scales.double())
+        Raises:
+            ShapeError: Queries and rows are not of one length.
 
+        Cost: one query takes a reading of the codes, with the extra `index` at about half of the
+        read bandwidth, and up to six take as long each. More are multiplied together, faster than
+        float32 rows where the processor has VNNI or AMX. Memory beside the result: some MB.
+        """
+        queries, rows, bits = self.queries, shard["codes"], self.codes.bits
+        _require_as_long(queries, rows, self.codes)
+        kind = torch.promote_types(queries.dtype, torch.float32)
+        if not (len(queries) and len(rows) and queries.shape[1]):
+            return queries.new_zeros(len(queries), len(rows), dtype=kind)
+        if bits == 32:
+            return (queries.float() @ rows.mT).to(kind)
+        if bits in FLOATS or rows.device.type != "cpu":
+            return self._as_floats(shard).to(kind)
+        if len(queries) <= FEW and dot(bits) is not None:
+            return self._one_by_one(shard).to(kind)
+        largest = 256 * min(128, 2**bits) * queries.shape[1]
+        # oneDNN's products over a single number are wrong.
+        if _has_int8_products() and largest < 2**31 and rows.shape[1] % WIDE != 1:
+            return self._by_bytes(shard).to(kind)
+        return self._as_floats(shard).to(kind)
 
-def _by_bytes(queries: _Whole, shard: Mapping[str, Tensor], codes: Codes) -> Float[Tensor, "q b"]:
-    """By products of 8-bit numbers, summed in 32 bits: q̂ = 256·high + low."""
-    rows, scales, bits = shard["codes"], shard["scales"], codes.bits
-    low = queries.numbers.to(torch.int8)  # the lower byte, signed
-    high = ((queries.numbers - low) >> 8).to(torch.int8)
-    halves = torch.cat([high, low])
-    # 8 bits are unsigned in the codes and signed here: c − 128.
-    top = 2**bits - 1 - (256 if bits == 8 else 0)
-    offset = top * halves.sum(dim=1, dtype=torch.int64).int()
-    width = rows.shape[1]
-    pieces = [slice(a, min(a + WIDE, width)) for a in range(0, width, WIDE)]
-    fields = halves.view(len(halves), 8 // bits, width)
-    told = [[fields[:, s, piece].mT.contiguous() for s in range(8 // bits)] for piece in pieces]
-    size = max(CACHED // min(WIDE, width), 1)
-    spaces = torch.empty(2, min(size, len(rows)) * min(WIDE, width), dtype=torch.uint8)
-    found = torch.empty(len(queries.step), len(rows), dtype=torch.float32)
-    for start in range(0, len(rows), size):
-        block = rows[start : start + size]
-        sums = torch.zeros(len(block), len(halves), dtype=torch.int32)
-        for piece, parts in zip(pieces, told, strict=True):
-            for s, part in enumerate(parts):
-                c, shift = _field(block[:, piece], s, bits, spaces)
-                found_here = torch._int_mm(c, part)
-                sums += found_here.bitwise_right_shift_(shift) if shift else found_here
-        upper, lower = sums.mul_(2).sub_(offset).float().mT.chunk(2)
-        torch.add(lower, upper, alpha=256, out=found[:, start : start + size])
-    return found.mul_(queries.step.float()[:, None]).mul_(scales)
+    @cached_property
+    def _whole(self) -> _Whole:
+        queries = self.queries.to(torch.promote_types(self.queries.dtype, torch.float32))
+        step = _most(queries) / LARGEST
+        numbers = (queries / torch.where(step > 0, step, 1.0)[:, None]).round_().short()
+        return _Whole(numbers, step.double())
+
+    @cached_property
+    def _arranged(self) -> list[NDArray[np.int16]]:
+        return [arranged(each.numpy(), self.codes.bits) for each in self._whole.numbers]
+
+    @cached_property
+    def _halves(self) -> tuple[Int8[Tensor, "2q K"], list[slice], list[list[Tensor]]]:
+        """High and low bytes, and the same for pieces of a row's bytes, field by field."""
+        numbers, fields = self._whole.numbers, 8 // self.codes.bits
+        low = numbers.to(torch.int8)  # the lower byte, signed
+        halves = torch.cat([((numbers - low) >> 8).to(torch.int8), low])
+        width = halves.shape[1] // fields
+        pieces = [slice(a, min(a + WIDE, width)) for a in range(0, width, WIDE)]
+        parts = halves.view(len(halves), fields, width)
+        told = [[parts[:, s, each].mT.contiguous() for s in range(fields)] for each in pieces]
+        return halves, pieces, told
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(torch.get_num_threads())
+
+    def _one_by_one(self, shard: Mapping[str, Tensor]) -> Float[Tensor, "q b"]:
+        """By the compiled kernel, each thread some of the rows."""
+        rows, whole, told, bits = shard["codes"], self._whole, self._arranged, self.codes.bits
+        kernel = dot(bits)
+        assert kernel is not None
+        sums = torch.empty(len(told), len(rows), dtype=torch.int64)
+
+        def some(first: int, last: int) -> None:
+            size = max(PIECE // rows.shape[1], 1) if len(told) > 1 else max(last - first, 1)
+            for start in range(first, last, size):
+                stop = min(start + size, last)
+                piece = rows[start:stop].contiguous().numpy()
+                for query, out in zip(told, sums, strict=True):
+                    kernel(piece, query, out[start:stop].numpy())
+
+        threads = min(torch.get_num_threads(), -(-len(rows) * rows.shape[1] // PIECE))
+        if threads == 1:
+            some(0, len(rows))
+        else:
+            ends = [len(rows) * i // threads for i in range(threads + 1)]
+            list(self._threads.map(some, ends[:-1], ends[1:]))
+        top = 2**bits - 1
+        centred = sums.mul_(2).sub_(top * whole.numbers.sum(dim=1, keepdim=True, dtype=torch.int64))
+        return centred.double().mul_(whole.step[:, None]).mul_(shard["scales"].double())
+
+    def _by_bytes(self, shard: Mapping[str, Tensor]) -> Float[Tensor, "q b"]:
+        """By products of 8-bit numbers, summed in 32 bits: q̂ = 256·high + low."""
+        rows, whole, bits = shard["codes"], self._whole, self.codes.bits
+        halves, pieces, told = self._halves
+        # 8 bits are unsigned in the codes and signed here: c − 128.
+        top = 2**bits - 1 - (256 if bits == 8 else 0)
+        offset = top * halves.sum(dim=1, dtype=torch.int64).int()
+        width = rows.shape[1]
+        size = max(CACHED // min(WIDE, width), 1)
+        spaces = torch.empty(2, min(size, len(rows)) * min(WIDE, width), dtype=torch.uint8)
+        found = torch.empty(len(whole.step), len(rows), dtype=torch.float32)
+        for start in range(0, len(rows), size):
+            block = rows[start : start + size]
+            sums = torch.zeros(len(block), len(halves), dtype=torch.int32)
+            for piece, parts in zip(pieces, told, strict=True):
+                for s, part in enumerate(parts):
+                    c, shift = _field(block[:, piece], s, bits, spaces)
+                    found_here = torch._int_mm(c, part)
+                    sums += found_here.bitwise_right_shift_(shift) if shift else found_here
+            upper, lower = sums.mul_(2).sub_(offset).float().mT.chunk(2)
+            torch.add(lower, upper, alpha=256, out=found[:, start : start + size])
+        return found.mul_(whole.step.float()[:, None]).mul_(shard["scales"])
+
+    def _as_floats(self, shard: Mapping[str, Tensor]) -> Float[Tensor, "q b"]:
+        """By float32 products with the queries as they are."""
+        rows, q = shard["codes"], self.queries.float()
+        size = max(CACHED // (4 * q.shape[1]), 1)
+        levels = self.codes.levels
+        parts = [q @ levels(rows[i : i + size]).mT for i in range(0, len(rows), size)]
+        return torch.cat(parts, dim=1).mul_(shard["scales"])
 
 
 def _field(
@@ -168,24 +213,6 @@ def _signed(number: int, ones: int) -> int:
     return number - 2**64 if ones > 1 and number >= 2**63 else number
 
 
-def _as_floats(
-    queries: Float[Tensor, "q K"], shard: Mapping[str, Tensor], codes: Codes
-) -> Float[Tensor, "q b"]:
-    """By float32 products with the queries as they are."""
-    rows, scales = shard["codes"], shard["scales"]
-    q = queries.float()
-    size = max(CACHED // (4 * q.shape[1]), 1)
-    parts = [q @ codes.levels(rows[i : i + size]).mT for i in range(0, len(rows), size)]
-    return torch.cat(parts, dim=1).mul_(scales)
-
-
-def _whole(queries: Float[Tensor, "q K"]) -> _Whole:
-    queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
-    step = _most(queries) / LARGEST
-    numbers = (queries / torch.where(step > 0, step, 1.0)[:, None]).round_().short()
-    return _Whole(numbers, step.double())
-
-
 def _most(queries: Float[Tensor, "q K"]) -> Float[Tensor, " q"]:
     """maxₖ |qₖ|, and NaN where there is one."""
     most: Tensor = torch.linalg.vector_norm(queries, torch.inf, dim=1)
@@ -208,7 +235,7 @@ def _has_int8_products() -> bool:
     return bool((found == a.int() @ a.int().mT).all())
 
 
-def _require_products(queries: Float[Tensor, "q K"], rows: Tensor, codes: Codes) -> None:
+def _require_as_long(queries: Float[Tensor, "q K"], rows: Tensor, codes: Codes) -> None:
     K = rows.shape[1] if codes.bits in FLOATS else rows.shape[1] * 8 // codes.bits
     if queries.shape[1] != K:
         raise ShapeError(
@@ -217,6 +244,9 @@ def _require_products(queries: Float[Tensor, "q K"], rows: Tensor, codes: Codes)
             "codes read with another number of bits, or queries of another transform.",
             f"use Codes(bits) with the bits that the rows were encoded with, and queries of {K}.",
         )
+
+
+def _require_finite(queries: Float[Tensor, "q K"]) -> None:
     wrong = (~_most(queries).isfinite()).nonzero().flatten().tolist()
     if wrong:
         raise NonFinite(

@@ -23,7 +23,7 @@ from upweight.curvature.hessian import Hessian
 from upweight.curvature.layerwise import BlockCurvature, LayerwiseCurvature
 from upweight.errors import DtypeError, ShapeError
 from upweight.gradients.blocks import Plan
-from upweight.gradients.passes import Function
+from upweight.gradients.passes import Function, GradientPass
 from upweight.gradients.planning import plan
 from upweight.gradients.source import (
     FactoredLinear,
@@ -98,7 +98,8 @@ class FlatJob(Job):
             rows[:, block.index(layout).to(rows.device)].reshape(len(rows), *block.shape)
             for block in scorer.plan.blocks
         ]
-        shares, rest = token_shares(scorer.plan, scorer.theta, data, vectors, function)
+        passes = GradientPass(scorer.plan, scorer.theta)
+        shares, rest = token_shares(scorer.plan, passes, data, vectors, function)
         return TokenScores(shares * -scorer.share, rest * -scorer.share)
 
     def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:

@@ -77,8 +77,7 @@ class LayeredJob(Job):
 
     @cached_property
     def _passes(self) -> GradientPass:
-        # One for all entries: what it has checked of a kind of batch it need not check again.
-        return GradientPass(self.scorer.curvature.plan, self.scorer.point.theta)
+        return self.scorer.passes()
 
     def __enter__(self) -> "LayeredJob":
         self._passes.__enter__()
@@ -106,8 +105,10 @@ class LayeredJob(Job):
         gradients = self.scorer.gradients
         if function is not None and gradients is not unchanged:
             raise not_offered("query_tokens(...)", "gradients not divided by their norm")
-        made, theta = self.scorer.curvature.plan, self.scorer.point.theta
-        shares, rest = token_shares(made, theta, data, list(self.solved()), function, gradients)
+        plan, passes = self.scorer.curvature.plan, self.scorer.passes()
+        if function is not None:
+            passes = GradientPass(plan, self.scorer.point.theta)
+        shares, rest = token_shares(plan, passes, data, list(self.solved()), function, gradients)
         return TokenScores(shares * self.scorer.factor, rest * self.scorer.factor)
 
     def scores_of(self, batch: Batch, size: int) -> Float[Tensor, "q b"]:
@@ -164,6 +165,14 @@ class LayeredScorer(Scorer):
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     is_quick_of_itself = True
+
+    def passes(self) -> GradientPass:
+        """Over gradients of the training loss. What one checks of a kind of batch holds for all."""
+        return GradientPass(self.curvature.plan, self.point.theta, self._placed)
+
+    @cached_property
+    def _placed(self) -> set[Any]:
+        return set()
 
     @property
     def factor(self) -> float:
@@ -238,7 +247,7 @@ class LayeredScorer(Scorer):
     def leverages(self, start: int, stop: int) -> Float[Tensor, "b c c"]:
         batch = self.task.to_device(self.train.batch(start, stop))
         rows: list[list[Tensor]] = [[] for _ in self.curvature.blocks]
-        with GradientPass(self.curvature.plan, self.point.theta) as passes:
+        with self.passes() as passes:
             for factors in passes.of_heads(batch, stop - start, entries):
                 for found, block, part in zip(rows, self.curvature.blocks, factors, strict=True):
                     found.append(in_basis(block.eigen, part).flatten(1))
@@ -324,7 +333,7 @@ class LayeredScorer(Scorer):
 
     def _pass(self, what: str) -> Iterator[tuple[int, list[Any]]]:
         """The gradients of all training examples, a batch at a time."""
-        with GradientPass(self.curvature.plan, self.point.theta) as passes:
+        with self.passes() as passes:
             batches = self.train.batches(self._at_once)
             for start, stop, batch in progress(batches, len(self.train), what):
                 batch = self.task.to_device(batch)
@@ -334,7 +343,7 @@ class LayeredScorer(Scorer):
 
 def token_shares(
     made: Plan,
-    theta: Float[Tensor, " p"],
+    passes: GradientPass,
     some: Data,
     vectors: Sequence[Float[Tensor, "q ..."]],
     function: Function | None = None,
@@ -346,7 +355,7 @@ def token_shares(
     """
     task, examples = made.task, range(len(some))
     function = training_loss(task) if function is None else function
-    with GradientPass(made, theta) as passes:
+    with passes:
         parts = [
             passes.of(function, task.to_device(batch), stop - start)
             for start, stop, batch in some.batches(len(examples))

@@ -77,12 +77,12 @@ def choose(
         reference: Their untruncated scores on the sample.
         sample: Training examples.
         right_moments: Λ of each block: what training gradients are expected to be, squared.
-        tolerance: Relative error; 0 for exact products in full precision.
+        tolerance: Relative error, above 0.
         short: Whether bfloat16 may be used.
     """
     curves: dict[int, _Curve] = {}
     factored = {k: block for k, block in enumerate(queries) if isinstance(block, FactoredQueries)}
-    if tolerance > 0 and factored:
+    if factored:
         scale = _scale(factored, right_moments)
         share = tolerance / len(factored) ** 0.5
         for k, some in factored.items():
@@ -103,13 +103,25 @@ def choose(
             kernels.append(curves[k].kernel(rank, in_short))
             words.append(f"{rank} products ({len(in_short)} in bfloat16){curves[k].in_words}")
             continue
-        if isinstance(block, FactoredQueries):
-            vectors = _solved_all(block, torch.bfloat16 if shorts.get(k) else block.left.dtype)
-        else:
-            vectors = block.vectors
-        kernels.append(Explicit(vectors) if vectors.ndim == 3 else OfVector(vectors))
-        words.append(f"in full, {str(vectors.dtype).removeprefix('torch.')}")
+        kernel, word = _in_full(block, torch.bfloat16 if shorts.get(k) else None)
+        kernels.append(kernel)
+        words.append(word)
     return tuple(kernels), tuple(words)
+
+
+def exact(queries: Sequence[BlockQueries]) -> Choice:
+    """Every block in full, in the precision that its queries were solved in."""
+    kernels, words = zip(*(_in_full(block) for block in queries), strict=True)
+    return Choice(kernels, 0.0, 0.0, words)
+
+
+def _in_full(block: BlockQueries, dtype: torch.dtype | None = None) -> tuple[Kernel, str]:
+    if isinstance(block, FactoredQueries):
+        vectors = _solved_all(block, block.left.dtype if dtype is None else dtype)
+    else:
+        vectors = block.vectors
+    kernel = Explicit(vectors) if vectors.ndim == 3 else OfVector(vectors)
+    return kernel, f"in full, {str(vectors.dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True, eq=False)

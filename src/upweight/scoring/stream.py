@@ -11,7 +11,7 @@ each job takes some of the queries and passes over the training set.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from upweight.gradients.passes import GradientPass
 from upweight.runtime.hardware import has_fast_bfloat16
 from upweight.runtime.memory import examples_within, solved_bytes, working_bytes
 from upweight.runtime.progress import progress
-from upweight.scoring.choose import TRUNCATION_SHARE, Choice, choose
+from upweight.scoring.choose import TRUNCATION_SHARE, Choice, choose, exact
 from upweight.scoring.kernels import Explicit, Kernel, OfVector
 from upweight.scoring.queries import (
     BlockQueries,
@@ -286,26 +286,30 @@ def _contraction(
     gradients: Gradients,
     look: Look | None,
 ) -> Contraction:
-    task = curvature.plan.task
-    factored = any(
-        in_pairs(b.eigenvalues.shape, t, t)
-        for b, t in zip(curvature.blocks, curvature.cost.positions, strict=True)
-    )
-    # No more than a small share of what the pass itself takes.
-    most = min(SAMPLE if factored else FEW, max(32, len(train) // 12))
-    sizes = (most if factored else 2, most) if tolerance > 0 else (2, 2)
-    sample, check = (
-        _sample(curvature, train, losses, size, seed, memory_bytes, gradients)
-        for seed, size in enumerate(sizes)
-    )
-    rows = _references(curvature, len(queries), factored).to(task.layout.device)
+    plan, positions = curvature.plan, curvature.cost.positions
 
-    def solved(dtypes: Sequence[torch.dtype]) -> list[BlockQueries]:
+    def solved(dtypes: Sequence[torch.dtype], rows: Tensor) -> list[BlockQueries]:
         batches = _measured_gradients(curvature, queries, measure, memory_bytes, gradients)
-        positions = curvature.cost.positions
         return block_queries(curvature.blocks, batches, len(queries), positions, rows, dtypes)
 
-    made, choice = _chosen(curvature, solved, len(queries), rows, sample, check, tolerance)
+    if tolerance == 0:
+        made = solved([plan.dtype] * len(curvature.blocks), torch.arange(0))
+        choice = exact(made)
+    else:
+        factored = any(
+            in_pairs(b.eigenvalues.shape, t, t)
+            for b, t in zip(curvature.blocks, positions, strict=True)
+        )
+        # No more than a small share of what the pass itself takes.
+        most = min(SAMPLE if factored else FEW, max(32, len(train) // 12))
+        sample, check = (
+            _sample(curvature, train, losses, size, seed, memory_bytes, gradients)
+            for seed, size in enumerate((most if factored else 2, most))
+        )
+        rows = _references(curvature, len(queries), factored).to(plan.task.layout.device)
+        made, choice = _chosen(
+            curvature, partial(solved, rows=rows), len(queries), rows, sample, check, tolerance
+        )
     return Contraction(curvature, train, first, tuple(made), choice, memory_bytes, gradients, look)
 
 
@@ -321,15 +325,13 @@ def _chosen(
     """Kernels chosen on one sample that keep the tolerance on another, and their queries."""
     plan = curvature.plan
     moments = [block.eigen.values for block in curvature.blocks]
-    short = tolerance > 0 and has_fast_bfloat16(plan.task.layout.device)
+    short = has_fast_bfloat16(plan.task.layout.device)
     dtypes = [torch.bfloat16 if short else plan.dtype for _ in curvature.blocks]
     made, aim = solved(dtypes), tolerance
     # Untruncated scores do not depend on the precision of the solved queries.
     of_sample, of_check = (reference_scores(made, rows, some) for some in (sample, check))
     for _ in range(ATTEMPTS):
         kernels, words = choose(made, of_sample, sample, moments, aim, short)
-        if aim == 0:
-            return made, Choice(kernels, 0.0, 0.0, words)
         found = measured(kernels, q, of_check, check)
         if found.error <= tolerance:
             return made, Choice(kernels, found.error, found.worst, words)
@@ -341,8 +343,7 @@ def _chosen(
             aim *= 0.9 * tolerance / found.error
     # No approximation met the tolerance: use exact products.
     made = solved([plan.dtype for _ in dtypes])
-    kernels, words = choose(made, of_sample, sample, moments, 0.0, short)
-    return made, Choice(kernels, 0.0, 0.0, words)
+    return made, exact(made)
 
 
 def _too_rounded(
