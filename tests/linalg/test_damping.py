@@ -1,5 +1,7 @@
 """A + λI, and how λ is chosen."""
 
+import re
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from upweight.linalg import (
     as_damping,
     damped,
 )
+from upweight.linalg.operator import PSD, SymmetricOperator
 
 X = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 A = Dense(X.T @ X, frozenset({Tag.PSD}))
@@ -60,3 +63,38 @@ def test_relative_damping_needs_a_positive_trace():
         Relative(0.1).of(DiagonalMatrix(torch.zeros(3)))
     with pytest.raises(NonFinite, match="nan"):
         Relative(0.1).of(Dense(torch.full((2, 2), torch.nan)))
+
+
+class Products(SymmetricOperator):
+    """A matrix that knows nothing but its products."""
+
+    tags = PSD
+
+    def __init__(self, matrix):
+        self.matrix = matrix
+
+    shape = property(lambda self: tuple(self.matrix.shape))
+    like = property(lambda self: self.matrix)
+
+    def mv(self, v):
+        return v @ self.matrix
+
+
+@pytest.mark.parametrize("p", [200, 1100])
+def test_a_trace_of_too_many_products_is_estimated_and_said(p):
+    """By products alone: exact up to 1 000 of them, then within 4 standard errors, in the note."""
+    generator = torch.Generator().manual_seed(p)
+    values = torch.arange(1, p + 1).double() ** -1.0
+    Q = torch.linalg.qr(torch.randn(p, p, generator=generator).double())[0]
+    A = Products(Q * values @ Q.mT)
+    assert A.trace_products == (2.0 * A + DiagonalMatrix(values)).trace_products == p
+    lam, notes = Relative(0.5).chosen(A)
+    assert lam == Relative(0.5).of(A)
+    exact = 0.5 * float(values.mean())
+    if p <= 1000:
+        assert notes == () and lam == pytest.approx(exact, rel=1e-12)
+        return
+    (note,) = notes
+    mean, error = map(float, re.search(r"estimated as (\S+) ± (\S+) from", note).groups())
+    assert mean == pytest.approx(2 * lam, rel=1e-2)
+    assert abs(2 * lam - 2 * exact) <= 4 * error and error < 0.1 * mean

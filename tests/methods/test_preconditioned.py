@@ -127,3 +127,25 @@ def test_a_spec_outside_of_a_method_is_refused(solver):
     with pytest.raises(SpecError) as caught:
         SOLVERS[solver](preconditioner=uw.EKFAC()).init(H)
     assert isinstance(caught.value, UpweightError) and "Influence(" in str(caught.value)
+
+
+def test_no_jacobian_is_formed_for_a_damping_that_is_relative(monkeypatch):
+    """Of a model with an output for every word at every position it would not fit into memory."""
+    g = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, 30, (12, 6), generator=g)
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Embedding(30, 8), nn.Tanh(), nn.Linear(8, 30)).double()
+    task = uw.Task(model, uw.CrossEntropy())
+    train = (tokens[:, :-1], tokens[:, 1:])
+    method = uw.Influence(uw.GGN(), uw.solvers.CG(preconditioner=uw.EKFAC()), uw.Relative(0.1))
+    exact = method.fit(task, train)
+    for module in ("task.data", "curvature.gauss_newton"):
+        monkeypatch.setattr(f"upweight.{module}.WORKING_BYTES", 10_000)
+    for formed in ("output_jacobians", "planned_jacobians"):
+        monkeypatch.setattr(f"upweight.curvature.ggn.{formed}", None)  # fails where it is called
+    p = task.layout.size
+    monkeypatch.setattr("upweight.linalg.damping.EXACT", p - 1)
+    found = method.fit(task, train)
+    (note,) = [note for note in found.notes if "estimated as" in note]
+    assert found.scorer.damping == pytest.approx(exact.scorer.damping, rel=0.2), note
+    assert found.attribute(train).values.isfinite().all()

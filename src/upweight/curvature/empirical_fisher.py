@@ -38,7 +38,7 @@ def outer_products(
                 yield value_gradients(task.losses, theta, part, count)[:, None]
 
     return GaussNewtonTerm(
-        task, theta, lambda t: task.losses(t, batch)[:, None], rows, None, how, size, tags=PSD
+        task, theta, lambda t: task.losses(t, batch)[:, None], rows, None, how, size, 1, tags=PSD
     )
 
 

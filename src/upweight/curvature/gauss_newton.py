@@ -83,6 +83,7 @@ class GaussNewtonTerm(BatchTerm):
         weigh: (u, some) ↦ Λ u for some of the examples and `[k, m, c]`, or None for the identity.
         how: How products are taken.
         count: b.
+        outputs: c.
     """
 
     function: Callable[..., Float[Tensor, "b c"]]
@@ -90,6 +91,7 @@ class GaussNewtonTerm(BatchTerm):
     weigh: Weigh | None
     how: Way
     count: int
+    outputs: int
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
@@ -134,6 +136,12 @@ class GaussNewtonTerm(BatchTerm):
         for j, weighted in self._factors():
             total += (j * weighted).sum(dim=(0, 1))
         return total
+
+    @property
+    def trace_products(self) -> int:
+        """A backward pass per output, where the Jacobian of one example can be formed."""
+        size = self.outputs * len(self.theta) * self.theta.element_size()
+        return self.outputs if size <= WORKING_BYTES else len(self.theta)
 
     def _factors(self) -> Iterator[tuple[Float[Tensor, "m c p"], Float[Tensor, "m c p"]]]:
         """J and Λ J of some examples at a time."""

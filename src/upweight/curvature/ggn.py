@@ -77,6 +77,7 @@ class GGN:
                 _output_curvature(task, f, targets, width),
                 how,
                 len(places),
+                width,
                 tags=tags,
             )
 

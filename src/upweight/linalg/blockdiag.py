@@ -65,3 +65,7 @@ class BlockDiagonal(LinearOperator):
 
     def trace(self) -> Float[Tensor, ""]:
         return torch.stack([block.trace() for block in self.blocks]).sum()
+
+    @property
+    def trace_products(self) -> int:
+        return sum(block.trace_products for block in self.blocks)

@@ -23,9 +23,14 @@ from upweight.errors import NonFinite, NotPositiveDefinite, SpecError
 from upweight.linalg.eigen import Eigen
 from upweight.linalg.matrices import DiagonalMatrix, Identity
 from upweight.linalg.operator import LinearOperator, Scaled, Sum, square, terms_of
+from upweight.linalg.spectrum import trace
 
 Theta: TypeAlias = Float[Tensor, "..."] | None
 """The parameters that an operator acts on, where they are known."""
+
+
+EXACT = 1000
+"""Products with an operator that an exact trace may take."""
 
 
 class Damping(abc.ABC):
@@ -40,6 +45,12 @@ class Damping(abc.ABC):
             theta: The parameters that it acts on.
             n: Size of the training set.
         """
+
+    def chosen(
+        self, operator: LinearOperator, theta: Theta = None, n: int | None = None
+    ) -> tuple[float, tuple[str, ...]]:
+        """The same, and what is to be said of how it came about."""
+        return self.of(operator, theta, n), ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,11 @@ class Relative(Damping):
         NotPositiveDefinite: tr(A) ≤ 0, where a fraction of the mean eigenvalue is not a damping.
         NonFinite: tr(A) is NaN or infinite.
 
-    Cost: `operator.trace()`, exact: p products with A unless A knows its diagonal.
+    Exact when: tr(A) takes at most 1 000 products with A (`operator.trace_products`). Otherwise it
+        is estimated (`spectrum.trace`, Hutch++ with 60 products), with its standard error in the
+        notes of the fit: of the GGN of a language model, with an output for every token of the
+        vocabulary at every position, or of the Hessian of more than 1 000 parameters.
+    Cost: up to 1 000 products, or 60.
     """
 
     factor: float
@@ -74,8 +89,22 @@ class Relative(Damping):
         _not_negative(self.factor, "Relative")
 
     def of(self, operator: LinearOperator, theta: Theta = None, n: int | None = None) -> float:
+        return self.chosen(operator, theta, n)[0]
+
+    def chosen(
+        self, operator: LinearOperator, theta: Theta = None, n: int | None = None
+    ) -> tuple[float, tuple[str, ...]]:
         p = square(operator, "Relative damping")
-        mean = float(operator.trace()) / p
+        notes: tuple[str, ...] = ()
+        if operator.trace_products <= EXACT:
+            mean = float(operator.trace()) / p
+        else:
+            found = trace(operator)
+            mean = found.value / p
+            notes = (
+                f"λ is {self.factor:g} times the mean eigenvalue, estimated as {mean:.3g} ± "
+                f"{found.standard_error / p:.1g} from 60 random products",
+            )
         if not math.isfinite(mean):
             raise NonFinite(
                 "Relative damping needs the mean eigenvalue tr(A)/p.",
@@ -92,7 +121,7 @@ class Relative(Damping):
                 "use a positive semi-definite curvature, GGN(), or Absolute(value); or leave "
                 "these parameters out with Task(params=...).",
             )
-        return self.factor * mean
+        return self.factor * mean, notes
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,11 @@ class FiniteSum(LinearOperator):
     def diagonal(self) -> Float[Tensor, " p"]:
         return functools.reduce(operator.add, (term.diagonal() for term in self.terms)) / self.n
 
+    @property
+    def trace_products(self) -> int:
+        # A product with the sum is one with every term.
+        return self._first.trace_products
+
 
 @runtime_checkable
 class OfExamples(Protocol):

@@ -137,8 +137,17 @@ class LinearOperator(abc.ABC):
         return out
 
     def trace(self) -> Float[Tensor, ""]:
-        """Σⱼ Aⱼⱼ, exactly: p products with A unless A knows better."""
+        """Σⱼ Aⱼⱼ, exactly: `trace_products` products with A."""
         return self.diagonal().sum()
+
+    @property
+    def trace_products(self) -> int:
+        """What `trace()` costs, in products with A: p, or 0 where A knows its diagonal."""
+        kind = type(self)
+        is_known = (
+            kind.diagonal is not LinearOperator.diagonal or kind.trace is not LinearOperator.trace
+        )
+        return 0 if is_known else self.shape[1]
 
     def check(self, v: Tensor) -> None:
         """Refuse a vector that A cannot take. Every `mv` calls this first.
@@ -279,6 +288,10 @@ class Sum(LinearOperator):
     def trace(self) -> Float[Tensor, ""]:
         return torch.stack([term.trace() for term in self.terms]).sum()
 
+    @property
+    def trace_products(self) -> int:
+        return sum(term.trace_products for term in self.terms)
+
 
 def terms_of(A: LinearOperator) -> tuple[LinearOperator, ...]:
     """The terms of a sum; of another operator itself."""
@@ -328,6 +341,10 @@ class Scaled(LinearOperator):
 
     def trace(self) -> Float[Tensor, ""]:
         return self.scale * self.operator.trace()
+
+    @property
+    def trace_products(self) -> int:
+        return self.operator.trace_products
 
 
 @dataclass(frozen=True, eq=False, repr=False)
