@@ -12,6 +12,7 @@ import upweight as uw
 import upweight.adapters.sklearn as sk
 from tests.market import names, problem
 from tests.reference.retrain import measured, minimize
+from upweight.errors import SpecError
 from upweight.training.newton import Newton
 
 EXACT = uw.Influence(uw.Hessian(), uw.solvers.Cholesky())
@@ -185,3 +186,14 @@ def test_leverage_of_the_others_curvature_is_below_one_and_the_same_where_it_is_
         torch.testing.assert_close(without / (1 + without), h)
     taken = x @ torch.linalg.solve(H, x) / 7
     torch.testing.assert_close(own.leverage("others")[6], taken / (1 + taken))
+
+
+def test_a_jacobian_that_memory_cannot_hold_is_refused_before_it_is_formed(monkeypatch):
+    p = problem("mlp_tanh")
+    fitted = uw.Influence(uw.GGN(), uw.solvers.CG(), damping=0.1).fit(p.task, p.train)
+    monkeypatch.setattr("upweight.runtime.memory.free_bytes", lambda device: 100)
+    with pytest.raises(SpecError, match="the Jacobian of one example") as refused:
+        fitted.loo_outputs()
+    monkeypatch.undo()
+    assert "removal(queries, groups=[[0]])" in str(refused.value)
+    assert fitted.removal(p.queries, groups=[[0]]).values.isfinite().all()

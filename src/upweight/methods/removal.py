@@ -21,7 +21,7 @@ from upweight.methods.functionals import evaluated
 from upweight.methods.leverage import corrected_output_gradients, largest_share
 from upweight.methods.reduce import Answer, Reducer, Sink, Sweep
 from upweight.methods.scorer import Asked, Job, Scorer
-from upweight.runtime.memory import require_room
+from upweight.runtime.memory import require_bytes, require_room
 from upweight.runtime.progress import progress
 from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
@@ -165,8 +165,15 @@ def _at_once(at: Place) -> int:
     task = at.task
     with torch.no_grad():
         outputs, _ = task.outputs(at.theta, task.to_device(at.train.batch(0, 1)))
-    values = outputs[0].numel() * 2 * task.layout.size
-    return batch_size(values, task.layout.dtype.itemsize)
+    c, p, each = outputs[0].numel(), task.layout.size, task.layout.dtype.itemsize
+    require_bytes(
+        (3 * c * p + 2 * c * c) * each,
+        f"the Jacobian of one example, {c} outputs by {p} parameters",
+        task.layout.device,
+        "ask what a measure is without some examples, which takes no Jacobian: "
+        "removal(queries, groups=[[0]]).",
+    )
+    return batch_size(c * 2 * p, each)
 
 
 # -- to first order -------------------------------------------------------------------------------
