@@ -25,6 +25,7 @@ from upweight.adapters.statsmodels_regression import (
     dropped,
     offsets_of,
     regression_of,
+    trials_left_out,
 )
 from upweight.applications.inference import Covariance, Inference, Kind
 from upweight.applications.regression import ASTRAY, require_full_rank
@@ -252,6 +253,15 @@ def _scale(results: Any, linear: bool, kind: str) -> float | None:
             )
         return None
     if isinstance(asked, str):
+        wrong = trials_left_out(results)
+        if wrong:
+            raise UnsupportedModel(
+                "Standard errors by scale='X2' must be those of Pearson's X²/(n − p).",
+                f"counts of successes and failures, and a scale of {wrong}.",
+                "statsmodels' estimate of the scale leaves out the numbers of trials, so that its "
+                "standard errors are too small.",
+                "fit shares, successes / trials, with var_weights=trials and scale='X2'.",
+            )
         return None
     if asked is not None:
         return float(asked)

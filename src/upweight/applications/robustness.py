@@ -144,6 +144,9 @@ def amip(
             deadline,
             resources,
         )
+    from upweight.adapters.statsmodels_regression import loss_of
+
+    loss_of(asked)  # before its columns are named: a model that was not fitted has none
     require(
         coefficient is not None,
         "Of statsmodels results a coefficient is asked about.",
