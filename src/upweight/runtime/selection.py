@@ -133,7 +133,7 @@ def labels_by_place(labels: Iterable[Any], n: int, what: str) -> tuple[tuple[str
 
     Raises:
         ShapeError: There is not one label for each.
-        DataError: Two labels that differ have one text, such as 1 and "1".
+        DataError: A label is missing, or two that differ have one text, such as 1 and "1".
     """
     given = [_plain(label) for label in _entries(labels)]
     keys = [str(label) for label in given]
@@ -148,6 +148,14 @@ def labels_by_place(labels: Iterable[Any], n: int, what: str) -> tuple[tuple[str
             if nested
             else "labels of another split.",
             "pass labels in the order of the training data, one for each.",
+        )
+    lacking = [k for k, x in enumerate(given) if x is None or x != x or keys[k] == "<NA>"]
+    if lacking:  # they would be a group of their own, called nan or None
+        raise DataError(
+            f"Every {what} belongs to a group.",
+            f"no label at places {lacking[:5]}{' and more' if lacking[5:] else ''}.",
+            "missing values in the column.",
+            "leave them out, or make them a group: labels.fillna('unknown').",
         )
     first: dict[str, Any] = {}
     for key, label in zip(keys, given, strict=True):
