@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.applications.cross_validated import CrossValidated, Difference, difference
-from upweight.applications.labels import Classes, outputs_at
+from upweight.applications.labels import classes_gone, outputs_at
 from upweight.applications.left_out import (
     ByRecipe,
     KeptRefits,
@@ -40,7 +40,6 @@ from upweight.errors import (
     ShapeError,
     SpecError,
     StaleStore,
-    UnsupportedModel,
     UpweightError,
 )
 from upweight.linalg.cholesky import Cholesky
@@ -138,7 +137,7 @@ def loo(
     # `not <=`: a NaN is unsafe as well.
     unsafe = [i for i in range(n) if not float(leverage[i]) <= refit_above]
     # A refit says that the model then knows no such class.
-    unsafe += [i for i, _, _ in _classes_gone(place, [[i] for i in range(n)]) if i not in unsafe]
+    unsafe += [i for i, _, _ in _gone(place, [[i] for i in range(n)]) if i not in unsafe]
     options = _Options(loss, confirm, seed, started)
     for i, found, left in list(_followed(place, outputs, leverage, loss)):
         outputs[i] = found
@@ -505,29 +504,15 @@ def _require_finite(losses: Float[Tensor, " n"]) -> None:
         )
 
 
-def _classes_gone(place: _Place, groups: Sequence[list[int]]) -> Iterator[tuple[int, Any, int]]:
-    """Groups that take all rows of a class: (its place, the class, how many)."""
-    task, train = place.fitted.task, place.fitted.train
-    if not place.needs_classes:
-        return
-    try:
-        classes = Classes.of(task, train)
-        targets = outputs_at(task, place.fitted.theta, train)[1]
-        labels = torch.cat([classes.indices(each) for each in targets]).cpu()
-    except (UnsupportedModel, DataError):  # no classes, or shares of successes
-        return
-    counts = torch.bincount(labels, minlength=len(classes.names))
-    if int(counts[counts > 0].min()) > max(map(len, groups)):
-        return
-    for k, group in enumerate(groups):
-        inside = torch.bincount(labels[group], minlength=len(counts))
-        for c in ((inside == counts) & (counts > 0)).nonzero()[:, 0].tolist():
-            yield k, classes.names[c], int(counts[c])
+def _gone(place: _Place, groups: Sequence[list[int]]) -> Iterator[tuple[int, Any, int]]:
+    fitted = place.fitted
+    if place.needs_classes:
+        yield from classes_gone(fitted.task, fitted.theta, fitted.train, groups)
 
 
 def _require_classes(place: _Place, groups: Sequence[list[int]]) -> None:
     """Refuse groups that take all rows of a class: nothing is learned of it without them."""
-    for k, name, count in _classes_gone(place, groups):
+    for k, name, count in _gone(place, groups):
         raise DataError(
             "Every class must have rows that stay when others are left out.",
             f"all {count} of class {name!r} leave together, with example {groups[k][0]}.",
