@@ -382,6 +382,20 @@ def test_a_scale_that_leaves_out_the_trials_is_refused_and_shares_are_not():
     assert amip(robust.fit(scale="X2", cov_type="HC0"), "a", most=30)
 
 
+def test_a_fit_that_stopped_at_the_tolerance_of_statsmodels_is_asked_about():
+    """Its covariance is that of the step before the last, which differs by more than 1e-6."""
+    family = sm.families.NegativeBinomial(alpha=0.7)
+    results = sm.GLM(Y["Poisson"], X, family=family).fit(maxiter=4, tol=1e-3)
+    tight = sm.GLM(Y["Poisson"], X, family=family).fit(tol=1e-14)
+    apart = abs(results.bse["a"] / tight.bse["a"] - 1)
+    assert 1e-6 < apart < 1e-3
+    found = holds(amip(results, "a", "significance", most=40), figure=False)
+    assert found.start.value == results.params["a"]
+    kept = np.setdiff1d(np.arange(N), found.rows)
+    again = sm.GLM(Y["Poisson"][kept], X.iloc[kept], family=family).fit(tol=1e-14)
+    assert [found.end.low, found.end.high] == pytest.approx(again.conf_int().loc["a"], rel=1e-5)
+
+
 def test_a_model_in_place_of_its_results_is_told_of():
     model = sm.OLS(Y["Gaussian"], X)
     for ask in (amip, lambda model: amip(model, "a")):
