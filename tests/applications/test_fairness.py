@@ -453,6 +453,17 @@ def test_rows_that_account_for_a_gap_do_not_turn_it_round():
     assert left[0] * got.soft <= 0 < left[1] * got.soft
 
 
+def test_a_gap_of_a_group_of_one_is_said_to_be_that():
+    groups = np.where(np.arange(1500) == 7, "one", "others")
+    gap = fairness.gap("demographic_parity", groups)
+    got = holds(fairness.causes(CLF, (XV, YV), gap, train=(X, Y)))
+    assert any("1,499 validation rows with 1 row: of so few" in n for n in got.notes) or any(
+        "1 validation row with 1,499 rows: of so few" in n for n in got.notes
+    )
+    every = fairness.gap("demographic_parity", GV)
+    assert len(fairness.causes(CLF, (XV, YV), every, train=(X, Y)).notes) == 1
+
+
 def test_a_row_without_a_group_is_refused():
     some = np.where(np.arange(1500) < 4, None, GV)
     for ask in (

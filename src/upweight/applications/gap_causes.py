@@ -42,7 +42,7 @@ from upweight.errors import (
 )
 from upweight.evaluation.bootstrap import Estimate, around
 from upweight.methods.reduce import GroupSums
-from upweight.notation import percent
+from upweight.notation import count, percent
 from upweight.plot import axes, reaches
 from upweight.runtime.resources import Resources
 from upweight.runtime.selection import labels_by_place
@@ -50,6 +50,9 @@ from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.recipe import Recipe, Trained
 from upweight.training.kept import kept_trainer
+
+FEW = 20
+"""Validation rows of a group below which a gap may be chance, whatever else is known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,6 +204,7 @@ class Causes(Outcome):
         positive: Which of them have the positive label.
         failed: Why a refit gave nothing.
         resources: Of refits.
+        sizes: How many validation rows the two groups have that are compared.
     """
 
     gap: Gap
@@ -216,6 +220,7 @@ class Causes(Outcome):
     positive: Bool[Tensor, " q"]
     failed: str = ""
     resources: Resources = field(default_factory=Resources, repr=False)
+    sizes: tuple[int, int] = (FEW, FEW)
 
     @property
     def title(self) -> str:
@@ -254,7 +259,17 @@ class Causes(Outcome):
     def _left(self, change: float) -> str:
         return f"{self.soft + change:+.3f}"
 
-    notes = ("a row that widens the gap need not be wrong: these are rows to look at",)
+    @property
+    def notes(self) -> tuple[str, ...]:
+        said = "a row that widens the gap need not be wrong: these are rows to look at"
+        first, second = self.sizes
+        if min(first, second) >= FEW:
+            return (said,)
+        return (
+            said,
+            f"the gap compares {count(first, 'validation row')} with {count(second, 'row')}: of so "
+            "few it may be chance",
+        )
 
     def by(self, column: Iterable[Any], name: str | None = None, *, refits: int = 1) -> GroupCauses:
         """How much of the gap the rows of each group carry: of an occupation, a source, a label.
@@ -433,6 +448,7 @@ def causes(
         positive=found.positive,
         failed=failed,
         resources=using,
+        sizes=counted(gap, found.decided, found.positive, at=place).sizes,
     )
 
 
