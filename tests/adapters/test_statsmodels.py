@@ -62,8 +62,11 @@ def star98():  # successes and failures; 21 columns
 
 
 def star98_overdispersed():
+    # Of counts statsmodels' X2 leaves out the numbers of trials; of shares it is X²/(n − p).
     y, X = columns(sm.datasets.star98)
-    return glm(y, X.iloc[:, :6], sm.families.Binomial()).fit(tol=1e-14, scale="X2")
+    trials = np.asarray(y).sum(axis=1)
+    family, shares = sm.families.Binomial(), np.asarray(y)[:, 0] / trials
+    return glm(shares, X.iloc[:, :6], family, var_weights=trials).fit(tol=1e-14, scale="X2")
 
 
 def spector():
@@ -338,7 +341,7 @@ def test_what_cannot_be_refitted_is_reported():
     trained = smx.Refit().prepare(task, train)(weights)
     assert set(trained.failures) == {0, 1, 2}
     assert "negative" in trained.failures[0]
-    assert "standard errors remain" in trained.failures[1]
+    assert "no finite estimate" in trained.failures[1]
     assert "depend on each other" in trained.failures[2]
     assert float(trained.gradient_norms[3]) < 1e-10
 
@@ -406,6 +409,11 @@ UNSUPPORTED = {
     "not a fitted": lambda y, X: "not results",
 }
 
+INSTEAD = {
+    "penalized": "fit without a penalty",
+    "constrained": r"I\(a \+ b\) in place of a \+ b",
+}
+
 
 @pytest.mark.parametrize("reason", UNSUPPORTED)
 def test_a_no_has_its_reason(reason):
@@ -418,6 +426,26 @@ def test_a_no_has_its_reason(reason):
     for translate in (smx.diagnostics, smx.task, smx.recipe, lambda r: smx.data(r, X, y)):
         with pytest.raises(UnsupportedModel, match=reason):
             translate(results)
+        with pytest.raises(UnsupportedModel, match=INSTEAD.get(reason, "Way out")):
+            translate(results)
+
+
+def test_the_way_out_of_a_constraint_is_the_same_fit():
+    y, X = columns(sm.datasets.stackloss)
+    constrained = glm(y, X, POISSON).fit_constrained("AIRFLOW = WATERTEMP")
+    summed = X[["const", "ACIDCONC"]].assign(both=X["AIRFLOW"] + X["WATERTEMP"])
+    free = glm(y, summed, POISSON).fit(tol=1e-14)
+    assert free.params["both"] == pytest.approx(constrained.params["AIRFLOW"], rel=1e-5)
+    assert smx.fragile(free, "both", most=5).findings
+
+
+def test_weights_that_are_all_zero_are_named():
+    y, X = columns(sm.datasets.stackloss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nothing = sm.WLS(y, X, weights=np.zeros(len(y))).fit()
+    with pytest.raises(DataError, match="all of weight 0"):
+        smx.diagnostics(nothing)
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -24,7 +24,14 @@ import upweight.adapters.sklearn as sk
 from tests.applications.outcomes import holds
 from upweight.applications import cross_validation as cv
 from upweight.applications.regression import ridge_loo_residuals
-from upweight.errors import NonFinite, NotStationary, ShapeError, SpecError, UnsupportedModel
+from upweight.errors import (
+    DataError,
+    NonFinite,
+    NotStationary,
+    ShapeError,
+    SpecError,
+    UnsupportedModel,
+)
 from upweight.training.newton import Newton
 
 EXACT = uw.Influence(uw.Hessian(), uw.solvers.Cholesky())
@@ -385,3 +392,52 @@ def test_a_row_that_alone_determines_a_coefficient_is_refused():
     y = np.arange(10.0)
     with pytest.raises(NonFinite, match="leverage 1"):
         cv.loo(sm.OLS(y, X).fit())
+
+
+# -- losses that have no limit ---------------------------------------------------------------------
+
+
+def separated_without_a_row():
+    """Of the two rows with `rare` one is a success: without either the other decides alone."""
+    draw = np.random.default_rng(0)
+    X = sm.add_constant(draw.normal(size=(120, 1)))
+    y = (draw.uniform(size=120) < 0.4).astype(float)
+    rare = np.zeros(120)
+    rare[[5, 80]], y[[5, 80]] = 1, (0, 1)
+    return np.c_[X, rare], y
+
+
+@pytest.mark.parametrize("confirm", [0, 30])
+def test_a_mean_is_not_confirmed_where_classes_separate_without_an_example(confirm):
+    X, y = separated_without_a_row()
+    found = holds(cv.loo(sm.Logit(y, X).fit(disp=0), confirm=confirm))
+    assert {5, 80} <= set(found.unsafe) and set(found.failures) == {5, 80}
+    assert not found.is_confirmed
+    assert "without 5, 80 no refit succeeds: the mean is not confirmed" in found.verdict
+    assert any("no finite estimate" in note for note in found.notes)
+    held = cv.loo(sm.Logit(y, X[:, :2]).fit(disp=0), confirm=30)
+    assert held.is_confirmed and not held.unsafe
+
+
+def test_a_class_that_leaves_whole_is_refused():
+    X, y = cancer(120)
+    clf = logistic(rows=120)
+    with pytest.raises(DataError, match=r"all \d+ of class 0 leave together"):
+        cv.kfold(clf, (X, y), folds=y)
+    with pytest.raises(DataError, match=r"all \d+ of class 0 leave together"):
+        cv.grouped(sm.Logit(y, sm.add_constant(X[:, :2])).fit(disp=0), y)
+    single = np.where(np.arange(120) == 7, 2, y)
+    one = LogisticRegression(tol=1e-9, max_iter=5000).fit(X, single)
+    found = cv.loo(one, (X, single))
+    assert list(found.failures) == [7] and not found.is_confirmed
+    assert "without 7 no refit succeeds" in found.verdict
+    assert cv.kfold(clf, (X, y), folds=10).mean
+
+
+def test_a_group_that_is_missing_is_no_group():
+    X, y = cancer(120)
+    clinic = np.where(np.arange(120) % 7 == 0, np.nan, np.arange(120) % 5)
+    with pytest.raises(DataError, match="Every example belongs to a group") as caught:
+        cv.grouped(logistic(rows=120), clinic, (X, y))
+    assert "[0, 7, 14, 21, 28] and more" in str(caught.value)
+    assert cv.grouped(logistic(rows=120), np.nan_to_num(clinic, nan=-1), (X, y)).mean

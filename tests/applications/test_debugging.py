@@ -455,3 +455,22 @@ def test_clean_and_separable_rows_have_no_suspects():
     assert ours.count == 0 and ours.proposed(80) == {}
     assert ours.predicted.counts == (0,)
     assert "not predicted to lower" in ours.verdict
+
+
+def test_training_rows_are_no_test_of_a_repair(found):
+    X, labels, _, _, test = digits()
+    drop = {int(found.order[0]): "drop"}
+    with pytest.raises(DataError, match="not trained on"):
+        found.apply(drop, (X, labels))
+    assert holds(found.apply(drop, test)).tested == len(test[1])
+
+
+def test_the_measure_that_was_asked_is_named(found):
+    X, labels, _, held, _ = digits()
+    model = logistic().fit(X, labels)
+    for measure, said in (
+        (uw.LogProb(), "the validation LogProb()"),
+        (lambda outputs, targets: outputs[:, 0], "the validation measure"),
+    ):
+        assert said in debugging.suspects(model, (X, labels), held, measure=measure).verdict
+    assert "the validation loss" in found.verdict

@@ -1,5 +1,7 @@
 """Gaps between groups: by hand, against statsmodels' intervals, brute force and refits."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ import upweight as uw
 import upweight.adapters.sklearn as sk
 from tests.applications.outcomes import holds
 from upweight.applications import fairness
-from upweight.applications.gap_causes import fewest
+from upweight.applications.gap_causes import widening
 from upweight.applications.least_change import cheapest_change, least_change
 from upweight.applications.other_labels import relabel_factor
 from upweight.errors import (
@@ -427,9 +429,60 @@ def test_what_is_refused_has_a_way_out(fitted):
         fairness.causes(uw.GradientDot().fit(fitted.task, fitted.train), (XV, YV), gap)
 
 
-def test_fewest_rows_add_up_to_the_gap():
+def test_rows_that_widen_a_gap_are_in_the_order_of_their_scores():
     scores = torch.tensor([0.1, -0.3, 0.5, 0.2], dtype=torch.float64)
-    assert fewest(scores, 0.6) == (2, 3)
-    assert fewest(scores, -0.2) == (1,)
-    assert fewest(scores, 5.0) == (2, 3, 0)
-    assert fewest(-scores.abs(), 1.0) == ()
+    assert widening(scores, 0.6) == (2, 3, 0)
+    assert widening(scores, -0.2) == (1,)
+    assert widening(-scores.abs(), 1.0) == ()
+    assert len(widening(scores.abs(), 1.0)) == 3  # one row stays
+
+
+def test_rows_that_account_for_a_gap_do_not_turn_it_round():
+    """Scores add up to the gap only where removals would take it far past 0."""
+    gap = fairness.gap("demographic_parity", GV)
+    got = holds(fairness.causes(CLF, (XV, YV), gap, train=(X, Y)))
+    assert got.is_confirmed and abs(got.soft + got.actual) < abs(got.soft) / 2
+    assert f"refitted without them it is {got.soft + got.actual:+.3f}" in got.verdict
+    size = got.scores.values[0].double() * np.sign(got.soft)
+    assert float(size[list(got.rows)].sum()) < abs(got.soft)
+    fitted = got.subject.fitted
+    left = [
+        got.soft + float(fitted.removal((XV, YV), gap, [rows], evaluate="plugin").values[0, 0])
+        for rows in (list(got.rows), list(got.rows[:-1]))
+    ]
+    assert left[0] * got.soft <= 0 < left[1] * got.soft
+
+
+def test_a_gap_of_a_group_of_one_is_said_to_be_that():
+    groups = np.where(np.arange(1500) == 7, "one", "others")
+    gap = fairness.gap("demographic_parity", groups)
+    got = holds(fairness.causes(CLF, (XV, YV), gap, train=(X, Y)))
+    assert any("1,499 validation rows with 1 row: of so few" in n for n in got.notes) or any(
+        "1 validation row with 1,499 rows: of so few" in n for n in got.notes
+    )
+    every = fairness.gap("demographic_parity", GV)
+    assert len(fairness.causes(CLF, (XV, YV), every, train=(X, Y)).notes) == 1
+
+
+def test_a_row_without_a_group_is_refused():
+    some = np.where(np.arange(1500) < 4, None, GV)
+    for ask in (
+        lambda groups: fairness.gap("demographic_parity", groups),
+        lambda groups: fairness.hard_gap("demographic_parity", groups, YV),
+    ):
+        with pytest.raises(DataError, match=r"no label at places \[0, 1, 2, 3\]"):
+            ask(some)
+        ask([each or "unknown" for each in some])
+    with pytest.raises(DataError, match="Every row belongs to a group"):
+        fairness.gap("demographic_parity", np.where(GV == "a", np.nan, 1.0))
+
+
+def test_a_share_is_confirmed_by_a_refit_of_its_size_only():
+    got = fairness.causes(CLF, (XV, YV), fairness.gap("demographic_parity", GV), train=(X, Y))
+    by = got.by(SOURCE, "source", refits=1)
+    assert by.is_confirmed and " carry, to first order, " in by.verdict
+    assert f"which takes away {-100 * by.actual / by.soft:.0f} % of it" in by.verdict
+    top = by.top
+    much = dataclasses.replace(top, share=dataclasses.replace(top.share, value=3 * top.share.value))
+    other = dataclasses.replace(by, causes=(much, *by.causes[1:]))
+    assert not other.is_confirmed and "which is not confirmed" in other.verdict

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_iris
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 from torch.testing import assert_close
 
 import upweight as uw
 import upweight.adapters.sklearn as sk
 from tests.applications.outcomes import holds
-from upweight.applications import memorization
+from upweight.applications import cross_validation, memorization
 from upweight.applications.right_answers import equal_examples
 from upweight.errors import (
     NonFinite,
@@ -360,7 +360,7 @@ REFUSED = {
         lambda X, y: memorization.scores(uw.Influence(uw.Hessian()).fit(
             uw.Task(nn.Linear(14, 1).double(), uw.SquaredError(), penalty=uw.L2(1.0)),
             (X, y[:, None].double()))),
-        UnsupportedModel, "margin"),
+        UnsupportedModel, "probability of a row's class"),
     "few refits": (
         lambda X, y: memorization.scores(fitted(X, y), confirm=2, recipe=NEWTON),
         SpecError, "confirm=2 of 50"),
@@ -418,3 +418,12 @@ def test_samples_of_a_scikit_learn_classifier_answer_about_its_own_test_rows():
     assert_close(raw.values, own.values)
     holds(memorization.pairs(raw), figure=False)
     assert raw.influence([3]).shape == (1, 20)
+
+
+def test_regressions_are_refused_with_what_can_be_asked():
+    X = torch.randn(30, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = Ridge(alpha=1.0).fit(X.numpy(), X[:, 0].numpy())
+    with pytest.raises(UnsupportedModel, match="density is no probability") as caught:
+        memorization.scores(model, (X.numpy(), X[:, 0].numpy()))
+    assert "cross_validation.loo" in str(caught.value)
+    assert cross_validation.loo(model, (X.numpy(), X[:, 0].numpy())).mean >= 0

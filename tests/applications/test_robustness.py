@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 import upweight as uw
 from tests.applications.outcomes import holds
+from upweight.adapters import statsmodels as smx
 from upweight.adapters.statsmodels_inference import inference_of
 from upweight.applications import robustness
 from upweight.applications.robustness import amip, table
@@ -327,6 +328,79 @@ def test_another_value_and_level_are_asked_about():
     assert found.k is None or found.end.value < 0.3 < found.start.value
     wide, narrow = (amip(results, "a", target="both", level=level).k for level in (0.99, 0.8))
     assert wide is None or narrow <= wide
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("sign", "it passes 0.900,"),
+        ("significance", "it no longer differs significantly from 0.900 at the 5 % level,"),
+        ("both", "it differs significantly from 0.900 at the 5 % level, on the other side,"),
+    ],
+)
+def test_no_sign_is_said_to_change_where_another_value_is_passed(target, said):
+    results = least_squares()
+    start = results.params["a"]
+    assert 0 < start < 0.9
+    found = holds(amip(results, "a", target, value=0.9, most=40), figure=False)
+    assert found.k and found.end.value > 0
+    assert said in found.verdict and "sign changes" not in found.verdict
+
+
+def test_numbers_that_are_names_are_told_from_percentages():
+    one, several = (
+        amip(MODELS["OLS"][0].fit(), "a", target) for target in ("significance", "sign")
+    )
+    for found in (one, several):
+        if 0 < len(found.left_out) <= 3:
+            assert f" %; row{'s' * (found.k > 1)} {found.names})" in found.verdict
+
+
+def test_a_scale_that_leaves_out_the_trials_is_refused_and_shares_are_not():
+    draw, trials = np.random.default_rng(1), np.arange(N) % 40 + 10
+    won = draw.binomial(trials, draw.beta(2, 2, size=N))
+    counts = sm.GLM(np.column_stack([won, trials - won]), X, family=sm.families.Binomial()).fit(
+        scale="X2"
+    )
+    with pytest.raises(UnsupportedModel, match="var_weights=trials") as caught:
+        amip(counts, "a")
+    assert "leaves out the numbers of trials" in str(caught.value)
+    shares = sm.GLM(won / trials, X, family=sm.families.Binomial(), var_weights=trials).fit(
+        scale="X2"
+    )
+    assert shares.scale == pytest.approx(counts.pearson_chi2 / counts.df_resid)
+    found = holds(amip(shares, "a", "significance", most=40), figure=False)
+    kept = np.setdiff1d(np.arange(N), found.rows)
+    again = sm.GLM(
+        (won / trials)[kept], X.iloc[kept], family=sm.families.Binomial(), var_weights=trials[kept]
+    ).fit(scale="X2")
+    assert found.end.value == pytest.approx(again.params["a"], rel=1e-6)
+    assert [found.end.low, found.end.high] == pytest.approx(again.conf_int().loc["a"], rel=1e-5)
+    with pytest.warns(UserWarning, match="numbers of trials"):
+        assert any("numbers of trials" in note for note in smx.diagnostics(counts).notes)
+    robust = sm.GLM(np.column_stack([won, trials - won]), X, family=sm.families.Binomial())
+    assert amip(robust.fit(scale="X2", cov_type="HC0"), "a", most=30)
+
+
+def test_a_fit_that_stopped_at_the_tolerance_of_statsmodels_is_asked_about():
+    """Its covariance is that of the step before the last, which differs by more than 1e-6."""
+    family = sm.families.NegativeBinomial(alpha=0.7)
+    results = sm.GLM(Y["Poisson"], X, family=family).fit(maxiter=4, tol=1e-3)
+    tight = sm.GLM(Y["Poisson"], X, family=family).fit(tol=1e-14)
+    apart = abs(results.bse["a"] / tight.bse["a"] - 1)
+    assert 1e-6 < apart < 1e-3
+    found = holds(amip(results, "a", "significance", most=40), figure=False)
+    assert found.start.value == results.params["a"]
+    kept = np.setdiff1d(np.arange(N), found.rows)
+    again = sm.GLM(Y["Poisson"][kept], X.iloc[kept], family=family).fit(tol=1e-14)
+    assert [found.end.low, found.end.high] == pytest.approx(again.conf_int().loc["a"], rel=1e-5)
+
+
+def test_a_model_in_place_of_its_results_is_told_of():
+    model = sm.OLS(Y["Gaussian"], X)
+    for ask in (amip, lambda model: amip(model, "a")):
+        with pytest.raises(UnsupportedModel, match=r"results = model.fit\(\)"):
+            ask(model)
 
 
 def test_a_table_has_a_line_for_each_question():

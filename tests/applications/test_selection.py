@@ -112,6 +112,23 @@ def test_with_right_labels_no_gain_is_expected_and_little_is_lost():
     assert found.predicted.value == pytest.approx(found.actual.value, abs=0.01)
 
 
+def test_rows_that_the_others_explain_stay_where_that_would_cost_far_more():
+    """Of a rare class the rows that are least explained are all that is kept of both."""
+    draw = np.random.default_rng(0)
+    X = draw.normal(size=(600, 12))
+    y = (X[:, 0] + 2 * draw.logistic(size=600) > 3).astype(int)
+    parts = [(X[a : a + 200], y[a : a + 200]) for a in (0, 200, 400)]
+    train, guide, test = parts
+    model = LogisticRegression(tol=1e-10).fit(*train)
+    given = {"train": train, "validation": guide, "test": test, "bootstrap": FEW}
+    found = holds(selection.subset(model, 0.3, **given), figure=False)
+    other = selection.subset(model, 0.3, "redundant", **given)
+    assert found.rule == "iterated" and not found.expects_gain
+    assert found.predicted.high < other.predicted.low
+    assert "'redundant' by" in found.why
+    assert found.change_of_accuracy.value > other.change_of_accuracy.value + 0.1
+
+
 def test_drop_keeps_the_smallest_scores_and_scikit_learn_refits_to_the_same_loss(noisy):
     train, guide, test, _ = noisy
     model = LogisticRegression(tol=1e-10, max_iter=1000).fit(*train)

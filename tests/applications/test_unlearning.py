@@ -414,3 +414,14 @@ def test_other_models_are_refused_with_a_way_out():
 def test_public_names():
     assert uw.applications.unlearning is unlearning
     assert set(unlearning.__all__) <= set(vars(unlearning))
+
+
+def test_a_class_is_not_unlearned_whole():
+    X, y = load_breast_cancer(return_X_y=True)
+    X = StandardScaler().fit_transform(X)[:150, :5]
+    y = np.array(["ill", "well"])[y[:150]]
+    clf = LogisticRegression(tol=1e-10).fit(X, y)
+    every = np.flatnonzero(y == "well")
+    with pytest.raises(DataError, match=f"all {len(every)} of class 'well'"):
+        unlearning.without(clf, every, (X, y))
+    assert unlearning.without(clf, every[:-1], (X, y), steps=30).is_confirmed

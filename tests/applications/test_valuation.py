@@ -288,6 +288,18 @@ def test_a_statement_says_what_it_hangs_on(neighbours):
     assert any("copy is paid" in note for note in copies.notes)
 
 
+def test_nobody_is_paid_for_rows_without_a_contributor(neighbours):
+    givers = [None, *GIVERS[1:]]
+    for ask in (
+        lambda: payout.statement(neighbours, givers, 1000, bootstrap=FEW),
+        lambda: payout.if_copied(neighbours, givers, 1000, who=GIVERS[1]),
+    ):
+        with pytest.raises(DataError, match=r"no label at places \[0\]"):
+            ask()
+    named = [giver or "unknown" for giver in givers]  # the way out
+    assert "unknown" in payout.statement(neighbours, named, 1000, bootstrap=FEW).payouts
+
+
 def test_refits_confirm_a_statement(influence):
     fitted, scores = influence
     (X, y), (Xq, yq) = cancer()

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from upweight.errors import ShapeError
-from upweight.runtime.selection import labels_by_place, places
+from upweight.errors import DataError, ShapeError
+from upweight.runtime.selection import labels_by_place, places, require_labels
 
 FORMS = {
     "list": [3, 0],
@@ -87,5 +87,9 @@ def test_labels_by_place(form):
 def test_labels_that_are_not_one_for_each():
     with pytest.raises(ShapeError, match=r"3\.\n.*2 labels"):
         labels_by_place(["a", "b"], 3, "column")
+    for lacking in ([None, "a"], [float("nan"), 1.0]):
+        with pytest.raises(DataError, match=r"no label at places \[0\]"):
+            require_labels(lacking, "column")
+    require_labels(pd.Series([None, "a"]).fillna("unknown"), "column")  # the way out
     with pytest.raises(ShapeError, match=r"\(3, 2\).*\n.*one-hot"):
         labels_by_place(torch.eye(3)[:, :2], 3, "column")

@@ -52,6 +52,7 @@ from upweight.adapters.statsmodels_regression import (
     regression_of,
     robust_notes,
     supports,
+    trials_left_out,
     whitened_notes,
 )
 from upweight.adapters.support import Support, TranslatedData, linear_map
@@ -97,6 +98,13 @@ def diagnostics(results: Any) -> Diagnostics:
         notes += (
             f"α is held at its estimate of {found.alpha:.4g}, as in a GLM of that family: without "
             "a row it would move too, as it does by task(results) and fitted.removal",
+        )
+    wrong = trials_left_out(results)
+    if wrong:
+        notes += (
+            f"the scale of the fit is {wrong}: statsmodels' scale='X2' leaves out the numbers of "
+            "trials, and DFBETAS, DFFITS and Cook's distance are in its unit; fit shares with "
+            "var_weights=trials",
         )
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)

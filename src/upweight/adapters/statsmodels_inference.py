@@ -25,6 +25,7 @@ from upweight.adapters.statsmodels_regression import (
     dropped,
     offsets_of,
     regression_of,
+    trials_left_out,
 )
 from upweight.applications.inference import Covariance, Inference, Kind
 from upweight.applications.regression import ASTRAY, require_full_rank
@@ -252,6 +253,15 @@ def _scale(results: Any, linear: bool, kind: str) -> float | None:
             )
         return None
     if isinstance(asked, str):
+        wrong = trials_left_out(results)
+        if wrong:
+            raise UnsupportedModel(
+                "Standard errors by scale='X2' must be those of Pearson's X²/(n − p).",
+                f"counts of successes and failures, and a scale of {wrong}.",
+                "statsmodels' estimate of the scale leaves out the numbers of trials, so that its "
+                "standard errors are too small.",
+                "fit shares, successes / trials, with var_weights=trials and scale='X2'.",
+            )
         return None
     if asked is not None:
         return float(asked)
@@ -282,10 +292,14 @@ def _reproduced(results: Any, inference: Inference, found: Regression, name: str
             "leave out the column that holds the response, or fit fewer columns.",
         )
     ends = np.asarray(results.conf_int(alpha=1 - inference.level))[inference.place]
-    apart = abs(float(ours.error) / error - 1)
-    apart = max(
-        apart, *(abs(float(ours.end(s)) - e) / error for s, e in ((-1, ends[0]), (1, ends[1])))
-    )
+    apart = _apart(results, inference, found.beta)
+    if REPRODUCED < apart <= REMAINS and type(results.model).__name__ == "GLM":
+        # Reweighted least squares keeps the covariance of the step before its last: what stopped
+        # early is held to statsmodels' own fit that went on.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            on = _fitted(results, results.model, found.X, np.ones(len(found.y), dtype=bool))
+        apart = _apart(on, inference, np.asarray(on.params, dtype=np.float64))
     if not apart <= REPRODUCED:
         raise UnsupportedModel(
             f"The standard error of {name} must be reproduced before it is differentiated.",
@@ -306,6 +320,16 @@ def _reproduced(results: Any, inference: Inference, found: Regression, name: str
             )
         )
     return Estimate(float(found.beta[inference.place]), float(ends[0]), float(ends[1]))
+
+
+def _apart(results: Any, inference: Inference, beta: np.ndarray) -> float:
+    """How far what results report is from its formula, in standard errors."""
+    gamma = inference.coordinates(torch.from_numpy(beta))[None]
+    ours = inference.reported(gamma, torch.ones(1, len(inference.y), dtype=torch.float64))
+    error = float(np.asarray(results.bse)[inference.place])
+    ends = np.asarray(results.conf_int(alpha=1 - inference.level))[inference.place]
+    of_ends = (abs(float(ours.end(s)) - e) / error for s, e in ((-1, ends[0]), (1, ends[1])))
+    return max(abs(float(ours.error) / error - 1), *of_ends)
 
 
 def _fitted(results: Any, model: Any, exog: np.ndarray, keep: np.ndarray) -> Any:

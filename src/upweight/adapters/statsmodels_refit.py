@@ -12,6 +12,7 @@ from torch import Tensor
 
 from upweight.adapters.statsmodels_regression import BINOMIAL_LINKS, KINDS, LINKS, POWERS
 from upweight.adapters.support import RefitTrainer
+from upweight.applications.regression import ASTRAY
 from upweight.errors import UnsupportedModel
 from upweight.task.data import Data
 from upweight.task.likelihoods import DispersedCounts, Likelihood
@@ -21,6 +22,11 @@ from upweight.training.objective import weighted_objective
 
 REFIT_TOLERANCE = 1e-8
 """Largest Newton step that a refit may leave, in standard errors."""
+
+SEPARATED = (
+    "no finite estimate: without these rows a hyperplane separates the classes, or a group has no "
+    "events"
+)
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,8 @@ class Refit:
         errors = np.abs(step) / np.sqrt(last.normalized_cov_params.diagonal())
         if float(errors.max()) <= REFIT_TOLERANCE:
             return np.array(last.params), ""
+        if not float(np.abs(X @ step).max()) <= ASTRAY:
+            return None, SEPARATED
         return None, f"a step of {float(errors.max()):.1e} standard errors remains"
 
 
@@ -142,7 +150,7 @@ def _dispersed(
 def _polished(
     model: Any, params: np.ndarray, scaled: dict[str, float]
 ) -> tuple[np.ndarray | None, str]:
-    largest = np.inf
+    largest, far = np.inf, 0.0
     for _ in range(10):
         inverse = np.linalg.inv(-model.hessian(params, **scaled))
         step = inverse @ model.score(params, **scaled)
@@ -152,4 +160,7 @@ def _polished(
         params = params + step
         if largest <= REFIT_TOLERANCE:
             return params, ""
+        far = float(np.abs(model.exog @ step[: model.exog.shape[1]]).max())
+    if not far <= ASTRAY:
+        return None, SEPARATED
     return None, f"a step of {largest:.1e} standard errors remains"

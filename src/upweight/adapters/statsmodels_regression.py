@@ -72,6 +72,30 @@ INSTEAD = {
 }
 """Why there is no translation, and what can be done instead, by the kind of model."""
 
+UNKNOWN = (
+    "a model that is not a likelihood of one linear predictor, or keeps what one linear map cannot "
+    "hold",
+    "write its likelihood as a PyTorch model and loss, and use Task directly",
+)
+
+PENALIZED = "the fit was penalized; statsmodels does not keep the penalty"
+
+CONSTRAINED = "the fit was constrained: its estimate does not minimize the loss"
+
+FITS = {
+    PENALIZED: (
+        "fit_regularized, whose estimate is not that of the likelihood alone",
+        "fit without a penalty, model.fit(), or fit the same by scikit-learn (Ridge, Lasso, "
+        "LogisticRegression), whose estimators keep theirs",
+    ),
+    CONSTRAINED: (
+        "fit_constrained, whose estimate does not minimize the loss",
+        "put the constraint into the columns, such as I(a + b) in place of a + b for a = b, and "
+        "fit without it; or ask of model.fit()",
+    ),
+}
+"""Why there is no translation of a fit, and what can be done instead, by the reason."""
+
 
 @dataclass(frozen=True, eq=False)
 class Regression:
@@ -105,11 +129,11 @@ def supports(results: Any) -> Support:
         )
     inner = type(getattr(results, "_results", results)).__name__
     if "Regularized" in inner or inner.startswith("L1"):
-        return Support(False, "the fit was penalized; statsmodels does not keep the penalty")
+        return Support(False, PENALIZED)
     if getattr(model, "exog", None) is None or getattr(model, "endog", None) is None:
         return Support(False, "the results no longer hold their data (remove_data); fit again")
     if getattr(results, "constraints", None) is not None:
-        return Support(False, "the fit was constrained: its estimate does not minimize the loss")
+        return Support(False, CONSTRAINED)
     if kind == "NegativeBinomial" and model.loglike_method != "nb2":
         own = f"NegativeBinomial with loglike_method={model.loglike_method!r}"
         return Support(False, f"{own}: only nb2 is supported, whose variance is μ + α μ²")
@@ -156,13 +180,16 @@ def loss_of(results: Any) -> Loss:
     """The loss of supported results, or the reason for a no as an error."""
     found = supports(results)
     model = getattr(results, "model", None)
+    if not found and hasattr(results, "exog") and not hasattr(results, "params"):
+        raise UnsupportedModel(
+            "What is asked about are the results of a fit.",
+            f"{type(results).__name__}, a model that was not fitted.",
+            "the model in place of what its fit returned.",
+            "results = model.fit(), and pass results.",
+        )
     if not found:
         kind = type(model).__name__
-        cause, way_out = INSTEAD.get(kind) or (
-            "a model that is not a likelihood of one linear predictor, or keeps what one linear "
-            "map cannot hold",
-            "write its likelihood as a PyTorch model and loss, and use Task directly",
-        )
+        cause, way_out = FITS.get(found.reason) or INSTEAD.get(kind, UNKNOWN)
         raise UnsupportedModel(
             f"The results must be of {', '.join(KINDS)} or GLM.",
             f"those of {kind}."
@@ -215,6 +242,21 @@ def regression_of(results: Any) -> Regression:
         X, y, weights, beta, loss, names, rows_of(model), scale, repeated, offset, expected,
         alpha, whitened,
     )  # fmt: skip
+
+
+def trials_left_out(results: Any) -> str:
+    """What statsmodels' scale of a fit leaves out, in words; empty where it is whole.
+
+    scale="X2"      Σ vᵢ (sᵢ − μᵢ)² / V(μᵢ) / (n − p) for shares sᵢ of counts, without the
+                    numbers of trials, which X² has
+    """
+    model = results.model
+    scale = getattr(model, "scaletype", None)
+    trials = np.asarray(getattr(model, "n_trials", 1.0))
+    if not (isinstance(scale, str) and scale.lower() == "x2" and np.any(trials != 1)):
+        return ""
+    whole = results.pearson_chi2 / results.df_resid
+    return f"{float(results.scale):.4g}, where X²/(n − p) is {float(whole):.4g}"
 
 
 def columns_of(model: Any) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from upweight._typing import Axes, DataFrame
 from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import ShapeError
 from upweight.evaluation.bootstrap import around, standard_error
+from upweight.notation import count
 from upweight.plot import axes
 
 SHOWN = 3
@@ -139,15 +140,19 @@ class CrossValidated(Outcome):
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether refits of random groups move the mean by less than its standard error."""
+        """Whether refits of random groups move the mean by less than its standard error.
+
+        Not where a refit failed: what is kept there may have no limit.
+        """
+        if self.failures:
+            return False
         if len(self.refitted) == len(self.groups):
             return True
         return self.missed is not None and abs(self.missed) <= self.standard_error
 
     def worst(self, k: int = 10) -> list[int]:
         """The k examples with the largest held-out losses, the largest first."""
-        count = min(k, len(self.per_example))
-        return self.per_example.topk(count).indices.tolist()
+        return self.per_example.topk(min(k, len(self.per_example))).indices.tolist()
 
     @property
     def _is_refitted(self) -> Tensor:
@@ -175,14 +180,21 @@ class CrossValidated(Outcome):
         if len(self.refitted) == len(self.groups):
             return f"{said}, by fits without each."
         unsafe = [k for k in self.unsafe if k in self.refitted]
-        said += f", from one fit{f' and {len(unsafe)} refits where it is unsafe' if unsafe else ''}"
+        again = f" and {count(len(unsafe), 'refit')} where it is unsafe" if unsafe else ""
+        said += f", from one fit{again}"
+        failed = ""
+        if self.failures:
+            names = ", ".join(self._named(k) for k in list(self.failures)[:SHOWN])
+            more = ", …" if len(self.failures) > SHOWN else ""
+            failed = f"; without {names}{more} no refit succeeds: the mean is not confirmed"
         if self.missed is None:
-            return f"{said}; no random refit checks it."
+            return f"{said}; no random refit checks it{failed}."
         drawn = len(set(self.sampled))
         error = f"± {self.missed_standard_error:.1g}" if drawn > 1 else "one has no error"
         off = f"{self.missed:+.2g} ({error})"
         checked = f"by {drawn} random {'refit' if drawn == 1 else 'refits'} it is off by {off}"
         doubt = "" if self.is_confirmed else ", more than a standard error: it is not confirmed"
+        doubt = failed or doubt
         return f"{said}; {checked}{doubt}."
 
     @property
@@ -198,8 +210,8 @@ class CrossValidated(Outcome):
         if self.failures:
             k, reason = next(iter(self.failures.items()))
             found.append(
-                f"{len(self.failures)} refits failed and keep the approximation; "
-                f"the first, without {self._named(k)}: {reason.rstrip('.')}"
+                f"{count(len(self.failures), 'refit')} failed and keep the approximation; the "
+                f"first, without {self._named(k)}: {reason.rstrip('.')}"
             )
         return tuple(found)
 

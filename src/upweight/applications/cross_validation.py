@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.applications.cross_validated import CrossValidated, Difference, difference
-from upweight.applications.labels import outputs_at
+from upweight.applications.labels import classes_gone, outputs_at
 from upweight.applications.left_out import (
     ByRecipe,
     KeptRefits,
@@ -34,6 +34,7 @@ from upweight.applications.penalty_path import Path
 from upweight.applications.subject import Subject, curvature_left_out, subject_of
 from upweight.curvature.hessian import Hessian
 from upweight.errors import (
+    DataError,
     NonFinite,
     NotWritten,
     ShapeError,
@@ -49,6 +50,7 @@ from upweight.runtime.fingerprint import digest
 from upweight.runtime.resources import Resources
 from upweight.runtime.streams import stream
 from upweight.task.identity import described
+from upweight.task.losses import SquaredError
 from upweight.task.recipe import Recipe
 
 __all__ = ["CrossValidated", "Difference", "Path", "difference", "grouped", "kfold", "loo", "path"]
@@ -59,6 +61,13 @@ UNSAFE = 0.5
 FOLLOWED = 32
 """Examples of leave-one-out that one step is not left to decide, where the model is linear in θ:
 two or three examples of some hundred carry most of what a step is wrong by."""
+
+FAR = 0.5
+"""Rise of a loss from which an example that was followed is followed again, to `SETTLED`."""
+
+SETTLED = 1e-4
+"""‖∇‖ that is left then, as a share. Where classes separate without the example ‖∇‖ falls for ever
+as θ grows: a loss that still moves has no limit."""
 
 REFITS = "cross-validation"
 """The folder of the refits in that of the resources."""
@@ -127,6 +136,8 @@ def loo(
     outputs, leverage = fitted.loo_outputs(curvature), fitted.leverage(curvature).double().cpu()
     # `not <=`: a NaN is unsafe as well.
     unsafe = [i for i in range(n) if not float(leverage[i]) <= refit_above]
+    # A refit says that the model then knows no such class.
+    unsafe += [i for i, _, _ in _gone(place, [[i] for i in range(n)]) if i not in unsafe]
     options = _Options(loss, confirm, seed, started)
     for i, found, left in list(_followed(place, outputs, leverage, loss)):
         outputs[i] = found
@@ -308,6 +319,8 @@ class _Place:
     renormalize: bool = False
     notes: tuple[str, ...] = ()
     holds: Callable[[Tensor, list[int]], bool] | None = None
+    needs_classes: bool = False
+    """Whether a fit must see every class: of libraries, whose intercepts have no penalty."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,7 +348,12 @@ def _place(asked: Any, train: Any, recipe: Recipe | None, resources: Resources |
         using = (fitted.resources if resources is None else resources).within(REFITS)
         refits = ByRecipe(fitted.task, fitted.train, subject.recipe, using)
     convex = health.is_convex(fitted.task, fitted.theta, fitted.train)
-    return _Place(fitted, refits, notes=() if convex else (STOPPED,))
+    return _Place(
+        fitted,
+        refits,
+        notes=() if convex else (STOPPED,),
+        needs_classes=not isinstance(asked, Fitted),
+    )
 
 
 def _followed(
@@ -355,9 +373,39 @@ def _followed(
     found = left_out(fitted, [[i] for i in farthest], place.renormalize)
     assert found.theta is not None and found.remainders is not None
     ends = zip(farthest, found.outputs, found.theta, found.remainders.tolist(), strict=True)
+    unsettled = _unsettled(place, farthest, found.outputs, loss)
     for i, part, theta, left in ends:
-        is_minimum = place.holds is None or place.holds(theta, [i])
+        is_minimum = i not in unsettled and (place.holds is None or place.holds(theta, [i]))
         yield i, part[0], left if is_minimum else math.inf
+
+
+def _unsettled(
+    place: _Place,
+    followed: list[int],
+    outputs: list[Float[Tensor, "1 *c"]],
+    loss: Callable[..., Tensor] | None,
+) -> set[int]:
+    """Examples whose loss still moves by a tenth of its rise on the way to the minimum."""
+    fitted = place.fitted
+    if isinstance(getattr(fitted.task.loss, "base", fitted.task.loss), SquaredError):
+        return set()
+    at_theta = _at_theta(fitted, loss)
+    every = outputs_at(fitted.task, fitted.theta, fitted.train)[0].clone()
+
+    def rises(parts: Sequence[Tensor], rows: list[int]) -> Float[Tensor, " e"]:
+        for i, part in zip(rows, parts, strict=True):
+            every[i] = part[0]
+        return (losses_of(fitted, every, loss) - at_theta)[rows].abs()
+
+    first = rises(outputs, followed)
+    far = [i for i, rise in zip(followed, first.tolist(), strict=True) if not rise <= FAR]
+    if not far:
+        return set()
+    before = first[[followed.index(i) for i in far]]
+    on = left_out(fitted, [[i] for i in far], place.renormalize, SETTLED)
+    after = rises(on.outputs, far)
+    moves = ~((after - before).abs() <= 0.1 * before)
+    return {i for i, still in zip(far, moves.tolist(), strict=True) if still}
 
 
 def _of_sklearn(known: Any, resources: Resources) -> _Place:
@@ -365,7 +413,7 @@ def _of_sklearn(known: Any, resources: Resources) -> _Place:
     if fitted is None:
         fitted = Influence(Hessian(), Cholesky()).fit(known.task, known.train)
     refits = KeptRefits(known.refits, resources.within(REFITS))
-    return _Place(fitted, refits, known.renormalizes, known.notes, known.holds)
+    return _Place(fitted, refits, known.renormalizes, known.notes, known.holds, needs_classes=True)
 
 
 def _by_groups(
@@ -375,6 +423,7 @@ def _by_groups(
     options: _Options,
     is_clustered: bool = False,
 ) -> CrossValidated:
+    _require_classes(place, groups)
     found = left_out(place.fitted, groups, place.renormalize)
     unsafe = []
     if found.remainders is not None:
@@ -455,6 +504,24 @@ def _require_finite(losses: Float[Tensor, " n"]) -> None:
         )
 
 
+def _gone(place: _Place, groups: Sequence[list[int]]) -> Iterator[tuple[int, Any, int]]:
+    fitted = place.fitted
+    if place.needs_classes:
+        yield from classes_gone(fitted.task, fitted.theta, fitted.train, groups)
+
+
+def _require_classes(place: _Place, groups: Sequence[list[int]]) -> None:
+    """Refuse groups that take all rows of a class: nothing is learned of it without them."""
+    for k, name, count in _gone(place, groups):
+        raise DataError(
+            "Every class must have rows that stay when others are left out.",
+            f"all {count} of class {name!r} leave together, with example {groups[k][0]}.",
+            "folds that follow the label, data sorted by it, or a class of few rows.",
+            "folds=10, which are drawn at random; or fit without that class, or join it to "
+            "another.",
+        )
+
+
 def _require_options(options: _Options, place: _Place) -> None:
     confirm = options.confirm
     if isinstance(confirm, bool) or not isinstance(confirm, int) or confirm < 0:
@@ -514,6 +581,14 @@ def _by_label(labels: Any, n: int) -> list[list[int]]:
     """Places by label, in the order in which labels first come."""
     entries = labels.tolist() if hasattr(labels, "tolist") else list(labels)
     found: dict[Any, list[int]] = {}
+    missing = [k for k, label in enumerate(entries) if label is None or label != label]
+    if missing:
+        raise DataError(
+            "Every example belongs to a group.",
+            f"no label at examples {missing[:5]}{' and more' if missing[5:] else ''}.",
+            "missing values in the column, which would each be a group of their own.",
+            "fill them, labels.fillna('none'), or leave these rows out of the fit.",
+        )
     for place, label in enumerate(entries):
         found.setdefault(label, []).append(place)
     if len(entries) != n or len(found) < 2:

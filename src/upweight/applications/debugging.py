@@ -33,7 +33,7 @@ from upweight.applications.repair import (
 )
 from upweight.applications.subject import Subject, subject_of
 from upweight.applications.suspicion import by_refit, own_losses, suspicions
-from upweight.errors import MissingPackage, SpecError
+from upweight.errors import DataError, MissingPackage, SpecError
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, mean
 from upweight.methods.fitted import Fitted
 from upweight.methods.functionals import derivatives
@@ -111,6 +111,7 @@ class Suspects(Outcome):
         losses: ℓ(f(xᵢ), yᵢ) of every row, of the model as it is: to compare with.
         notes: What to know before the numbers.
         left_out: Without how many rows a model was fitted to rank them; 0 where none was.
+        measured: What is asked of the validation rows, in words.
     """
 
     subject: Subject
@@ -127,6 +128,7 @@ class Suspects(Outcome):
     losses: Float[Tensor, " n"]
     notes: tuple[str, ...] = ()
     left_out: int = 0
+    measured: str = "loss"
     actual: None = None
 
     def __len__(self) -> int:
@@ -200,7 +202,8 @@ class Suspects(Outcome):
                 those of the fitted method.
 
         Raises:
-            DataError: A row or a label does not exist, or nothing changes.
+            DataError: A row or a label does not exist, nothing changes, or the test data are the
+                training data.
             SpecError: There is no recipe, or it holds data of its own.
             NotConverged: The recipe failed.
             StaleStore: The folder keeps the refits of something else.
@@ -210,6 +213,13 @@ class Suspects(Outcome):
         subject = self.subject if recipe is None else Subject(self.subject.fitted, recipe)
         made = decided(decisions, self.classes, self.labels)
         data, notes = subject.fitted.task.queries(test), tuple[str, ...]()
+        if contents(data) == contents(subject.fitted.train):
+            raise DataError(
+                "A repair is judged on data that were not trained on.",
+                f"the {len(data)} training rows as test data, with the labels that are in doubt.",
+                "one data set for both.",
+                "hold some rows out before the fit, and pass them as test=(X_test, y_test).",
+            )
         if self.validation is not None and contents(data) == contents(self.validation):
             notes = (
                 "the test data are those that ranked or predicted: the gain is likely to be less "
@@ -249,13 +259,15 @@ class Suspects(Outcome):
         by = by if len(path.values) > 1 and gain.low == gain.low else ""  # NaN of a single row
         if best == 0:
             return (
-                f"{start}; accepting the proposals is not predicted to lower the validation loss "
-                f"of {path.values[0]:.4f} at any of {len(path.counts) - 1} numbers of rows."
+                f"{start}; accepting the proposals is not predicted to lower the validation "
+                f"{self.measured} of {path.values[0]:.4f} at any of {len(path.counts) - 1} numbers "
+                "of rows."
             )
         return (
             f"{start}; correcting the first {path.counts[best]} as proposed is predicted to take "
-            f"the validation loss from {path.values[0]:.4f} to {path.values[best]:.4f}{by}, and "
-            f"the accuracy from {path.accuracies[0]:.4f} to {path.accuracies[best]:.4f}; {again}."
+            f"the validation {self.measured} from {path.values[0]:.4f} to "
+            f"{path.values[best]:.4f}{by}, and the accuracy from {path.accuracies[0]:.4f} to "
+            f"{path.accuracies[best]:.4f}; {again}."
         )
 
     def frame(self) -> "DataFrame":
@@ -410,7 +422,15 @@ def suspects(
     return Suspects(
         subject, classes, chosen, order, suspicion, labels, proposals, relabelling, removing,
         path, held, own_losses(labels, classes.losses(outputs)), notes, left_out,
+        _in_words(measure),
     )  # fmt: skip
+
+
+def _in_words(measure: Callable[..., Tensor]) -> str:
+    if isinstance(measure, Loss):
+        return "loss"
+    said = repr(measure)
+    return "measure" if "<" in said else said  # of a function the address says nothing
 
 
 def _without(subject: Subject, denied: Bool[Tensor, " n"]) -> Float[Tensor, " p"]:

@@ -9,6 +9,7 @@ the penalty's part, so that all shares together are near 0: rows that widen a ga
 rows that narrow it.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +32,7 @@ from upweight.applications.group_gaps import (
 from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import Subject, subject_of
 from upweight.errors import (
+    AssumptionWarning,
     DataError,
     NotWritten,
     ShapeError,
@@ -40,7 +42,7 @@ from upweight.errors import (
 )
 from upweight.evaluation.bootstrap import Estimate, around
 from upweight.methods.reduce import GroupSums
-from upweight.notation import percent
+from upweight.notation import count, percent
 from upweight.plot import axes, reaches
 from upweight.runtime.resources import Resources
 from upweight.runtime.selection import labels_by_place
@@ -48,6 +50,9 @@ from upweight.scores import Scores
 from upweight.task.data import Data
 from upweight.task.recipe import Recipe, Trained
 from upweight.training.kept import kept_trainer
+
+FEW = 20
+"""Validation rows of a group below which a gap may be chance, whatever else is known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +116,12 @@ class GroupCauses(Outcome):
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether the gap is smaller without the top group, refitted, by at least half as much."""
-        return _is_borne_out(self.soft, self.predicted, self.actual)
+        """Whether the gap is smaller without the top group, refitted, by at least half as much.
+
+        As much as `predicted`, and as the share that the verdict names.
+        """
+        by_share = _is_borne_out(self.soft, -self.top.share.value * self.soft, self.actual)
+        return by_share and _is_borne_out(self.soft, self.predicted, self.actual)
 
     @property
     def verdict(self) -> str:
@@ -127,17 +136,19 @@ class GroupCauses(Outcome):
         if top.actual is None or top.predicted is None:
             why = f": the refit failed, {top.failed}" if top.failed else ""
             return f"The {who} are predicted to carry {share}; not refitted{why}."
-        numbers = f"{top.actual:+.3f} (predicted {top.predicted:+.3f})"
-        changed = f"refitted without them it changes by {numbers}"
+        changed = (
+            f"refitted without them it changes by {top.actual:+.3f} (predicted "
+            f"{top.predicted:+.3f}), which takes away {_percent(-top.actual / self.soft)} of it"
+        )
         if self.is_confirmed:
-            return f"The {who} carry {share}: {changed}."
+            return f"The {who} carry, to first order, {share}; {changed}."
         return f"The {who} are predicted to carry {share}, which is not confirmed: {changed}."
 
     @property
     def notes(self) -> tuple[str, ...]:
         return (
             "shares are of first order, and those of all rows add up to about 0, not to 1: rows "
-            "that widen the gap stand against rows that narrow it",
+            "that widen the gap stand against rows that narrow it; to leave many out does more",
             f"intervals are over the {len(self.gap.places):,} validation rows",
         )
 
@@ -184,7 +195,8 @@ class Causes(Outcome):
         soft: That difference at θ̂.
         pair: Which groups, in words.
         place: Which entry of the gap.
-        rows: The fewest rows whose scores alone add up to the gap, by score.
+        rows: The fewest rows, by score, without which `fitted.removal` predicts that the gap is
+            gone; all that widen it where no number of them is predicted to do that.
         predicted: Change of the soft gap without them, by `fitted.removal`.
         actual: The same after refitting; None without a recipe.
         subject: What was asked about.
@@ -192,6 +204,7 @@ class Causes(Outcome):
         positive: Which of them have the positive label.
         failed: Why a refit gave nothing.
         resources: Of refits.
+        sizes: How many validation rows the two groups have that are compared.
     """
 
     gap: Gap
@@ -207,6 +220,7 @@ class Causes(Outcome):
     positive: Bool[Tensor, " q"]
     failed: str = ""
     resources: Resources = field(default_factory=Resources, repr=False)
+    sizes: tuple[int, int] = (FEW, FEW)
 
     @property
     def title(self) -> str:
@@ -214,8 +228,8 @@ class Causes(Outcome):
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether the gap is smaller without these rows, refitted, by at least half as much."""
-        return _is_borne_out(self.soft, self.predicted, self.actual)
+        """Whether at most half of the gap, of either sign, is left without them, refitted."""
+        return self.actual is not None and 2 * abs(self.soft + self.actual) <= abs(self.soft)
 
     @property
     def verdict(self) -> str:
@@ -224,9 +238,11 @@ class Causes(Outcome):
         if not self.rows:
             return f"No training row is predicted to widen {what}."
         who = f"{len(self.rows):,} of {n:,} training rows ({percent(len(self.rows) / n)})"
-        predicted = "" if self.predicted is None else f", predicted {self.predicted:+.3f}"
+        predicted = ""
         if self.actual is None:
             why = f": the refit failed, {self.failed}" if self.failed else ""
+            if self.predicted is not None:
+                predicted = f" (without them it is predicted to be {self._left(self.predicted)})"
             return (
                 f"The {who} with the largest scores are predicted to account for {what}"
                 f"{predicted}; not refitted{why}."
@@ -234,12 +250,26 @@ class Causes(Outcome):
         said = (
             "account for" if self.is_confirmed else "are predicted, not confirmed, to account for"
         )
+        predicted = "" if self.predicted is None else f", predicted {self._left(self.predicted)}"
         return (
-            f"The {who} with the largest scores {said} {what}: refitted without them it changes by "
-            f"{self.actual:+.3f}{predicted}."
+            f"The {who} with the largest scores {said} {what}: refitted without them it is "
+            f"{self._left(self.actual)}{predicted}."
         )
 
-    notes = ("a row that widens the gap need not be wrong: these are rows to look at",)
+    def _left(self, change: float) -> str:
+        return f"{self.soft + change:+.3f}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        said = "a row that widens the gap need not be wrong: these are rows to look at"
+        first, second = self.sizes
+        if min(first, second) >= FEW:
+            return (said,)
+        return (
+            said,
+            f"the gap compares {count(first, 'validation row')} with {count(second, 'row')}: of so "
+            "few it may be chance",
+        )
 
     def by(self, column: Iterable[Any], name: str | None = None, *, refits: int = 1) -> GroupCauses:
         """How much of the gap the rows of each group carry: of an occupation, a source, a label.
@@ -350,7 +380,8 @@ def causes(
         Sᵢ = ∂m/∂wᵢ,    m the soft gap on the validation rows
 
     Of several differences (more than two groups, or equalized odds) it is the largest. Where there
-    is a recipe the model is fitted again without the fewest rows whose scores add up to the gap.
+    is a recipe the model is fitted again without the fewest rows, by score, without which removal
+    predicts that the gap is gone.
 
     Args:
         asked: A fitted method whose scores are ∂m/∂w; or a fitted scikit-learn estimator or
@@ -368,7 +399,8 @@ def causes(
         StaleStore: The folder holds refits of another model, recipe or training set.
         UpweightError: From the method: scores that only rank predict nothing.
 
-    Cost: one `attribute` with k rows; two refits where there is a recipe.
+    Cost: one `attribute` with k rows, about 2 log₂ k predicted removals of k rows; two refits where
+    there is a recipe.
     """
     require_gap(gap, "Causes are those of a gap between groups.")
     subject = subject_of(asked, train, recipe)
@@ -396,11 +428,10 @@ def causes(
         None,
         every.context,
     )
-    chosen = fewest(scores.values[0].detach().cpu().double(), size)
-    predicted = actual = None
-    failed = ""
+    order = widening(scores.values[0].detach().cpu().double(), size)
+    chosen, predicted = _fewest(subject, rows, gap, place, order, size)
+    actual, failed = None, ""
     if chosen:
-        predicted = _removal(subject, rows, gap, place, list(chosen))
         if subject.recipe is not None:
             actual, _, failed = _without(subject, rows, gap, place, [list(chosen)], using)[0]
     return Causes(
@@ -417,6 +448,7 @@ def causes(
         positive=found.positive,
         failed=failed,
         resources=using,
+        sizes=counted(gap, found.decided, found.positive, at=place).sizes,
     )
 
 
@@ -426,14 +458,41 @@ def _is_borne_out(soft: float, predicted: float | None, actual: float | None) ->
     return actual * predicted > 0 and abs(actual) >= abs(predicted) / 2
 
 
-def fewest(scores: Float[Tensor, " n"], size: float) -> tuple[int, ...]:
-    """The fewest rows whose scores add up to `size`; all of its sign where none do."""
+def widening(scores: Float[Tensor, " n"], size: float) -> tuple[int, ...]:
+    """The rows that widen the gap, by score; one fewer where these are all rows."""
     signed = scores * (1 if size > 0 else -1)
     order = signed.argsort(descending=True, stable=True)
-    widening = order[signed[order] > 0]
-    sums = signed[widening].cumsum(0)
-    count = int((sums < abs(size)).sum()) + 1
-    return tuple(widening[:count].tolist()[: len(scores) - 1])
+    return tuple(order[signed[order] > 0].tolist()[: len(scores) - 1])
+
+
+def _fewest(
+    subject: Subject, rows: Data, gap: Gap, place: int, order: tuple[int, ...], size: float
+) -> tuple[tuple[int, ...], float | None]:
+    """The shortest part of the order without which the gap is predicted to be gone, by bisection.
+
+    Scores that add up to the gap say too little: as rows leave that teach the same, what each of
+    them does to the gap grows, and so many would turn it round.
+    """
+    found: dict[int, float] = {}
+
+    def change(k: int) -> float:
+        found[k] = _removal(subject, rows, gap, place, list(order[:k]))
+        return found[k]
+
+    if not order:
+        return (), None
+    low, high = 0, 1  # gone without the first `high`, and not without the first `low`
+    while (size + change(high)) * size > 0:
+        if high == len(order):
+            return order, found[high]
+        low, high = high, min(2 * high, len(order))
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (size + change(middle)) * size > 0:
+            low = middle
+        else:
+            high = middle
+    return order[:high], found[high]
 
 
 @dataclass(frozen=True)
@@ -447,7 +506,10 @@ class _Score:
 
 
 def _removal(subject: Subject, rows: Data, gap: Gap, place: int, group: list[int]) -> float:
-    effects = subject.fitted.removal(rows, gap, [group], evaluate="plugin")
+    with warnings.catch_warnings():
+        if subject.recipe is not None:  # the refit says how far the step was off
+            warnings.simplefilter("ignore", AssumptionWarning)
+        effects = subject.fitted.removal(rows, gap, [group], evaluate="plugin")
     return float(effects.values[place, 0])
 
 
@@ -501,4 +563,4 @@ def attempted(fit: Callable[[], Trained]) -> Float[Tensor, " p"] | str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %".replace("-", "−")
+    return f"{round(100 * share)} %".replace("-", "−")

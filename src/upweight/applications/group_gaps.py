@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from upweight._typing import Batch, Params
 from upweight.errors import DataError, ShapeError, SpecError, UnsupportedModel
 from upweight.evaluation.bootstrap import Estimate, wilson
-from upweight.runtime.selection import labels_by_place
+from upweight.runtime.selection import labels_by_place, require_labels
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, Weighted
 from upweight.task.measures import AT_ONCE, Functional
@@ -207,6 +207,7 @@ def gap(kind: Kind, groups: Iterable[Any], positive: Any = 1) -> Gap:
             "gap('demographic_parity', groups).",
         )
     given = groups if hasattr(groups, "__len__") else list(groups)
+    require_labels(given, "row")
     names, places = labels_by_place(given, len(given), "row")  # type: ignore[arg-type]
     if len(names) < 2:
         raise DataError(

@@ -1,6 +1,6 @@
 """Classes as labels: which there are, what each costs a row, and data in which some are changed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,6 +122,28 @@ class IsRight(Measure):
         outputs, targets = task.outputs(params, batch)
         best = self.classes.losses(outputs).argmin(dim=1)
         return (best == self.classes.indices(targets)).to(outputs.dtype)
+
+
+def classes_gone(
+    task: Task, theta: Tensor, train: Data, groups: Sequence[Sequence[int]]
+) -> Iterator[tuple[int, Any, int]]:
+    """Groups of rows that hold all rows of a class: (place of the group, class, how many rows).
+
+    None where the targets are no classes.
+    """
+    try:
+        classes = Classes.of(task, train)
+        targets = outputs_at(task, theta, train)[1]
+        labels = torch.cat([classes.indices(each) for each in targets]).cpu()
+    except (UnsupportedModel, DataError):  # no classes, or shares of successes
+        return
+    counts = torch.bincount(labels, minlength=len(classes.names))
+    if int(counts[counts > 0].min()) > max(map(len, groups)):
+        return
+    for k, group in enumerate(groups):
+        inside = torch.bincount(labels[list(group)], minlength=len(counts))
+        for c in ((inside == counts) & (counts > 0)).nonzero()[:, 0].tolist():
+            yield k, classes.names[c], int(counts[c])
 
 
 def outputs_at(

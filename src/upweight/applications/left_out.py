@@ -66,13 +66,16 @@ def is_followed(fitted: Fitted) -> bool:
     return isinstance(scorer, DenseScorer) and scorer.linear_removals is not None
 
 
-def left_out(fitted: Fitted, groups: Sequence[list[int]], renormalize: bool) -> LeftOut:
+def left_out(
+    fitted: Fitted, groups: Sequence[list[int]], renormalize: bool, tolerance: float = TOLERANCE
+) -> LeftOut:
     """Outputs of each group without it, from one fit.
 
     Args:
         fitted: At θ̂.
         groups: Which examples leave together.
         renormalize: Whether the mean is taken over what is left (1/(n − k) in place of 1/n).
+        tolerance: ‖∇‖ that steps may leave, as a share of what it was at θ̂.
 
     Cost: where the model is linear in θ a few gradients of each model over the data, all models
     together; otherwise a removal step of each group.
@@ -96,7 +99,7 @@ def left_out(fitted: Fitted, groups: Sequence[list[int]], renormalize: bool) -> 
         norms = before.norm(dim=1)
         found = descend(
             objective, weights, _starts(scorer, some, before), scorer.solve,
-            tol=TOLERANCE * float(norms.min()), max_steps=STEPS, memory=MEMORY,
+            tol=tolerance * float(norms.min()), max_steps=STEPS, memory=MEMORY,
         )  # fmt: skip
         # Examples without a gradient leave nothing to do.
         left = torch.where(norms > 0, found.gradient_norms / norms, 0.0)

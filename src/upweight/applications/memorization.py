@@ -35,7 +35,7 @@ from upweight.applications.subset_memorization import (
     sorted_table,
     sorted_values,
 )
-from upweight.errors import DataError, SpecError
+from upweight.errors import DataError, SpecError, UnsupportedModel
 from upweight.evaluation import metrics
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.methods.fitted import Fitted
@@ -223,7 +223,16 @@ def scores(
             f"confirm={min(60, n)}, or 0 for none.",
         )
     outputs = fitted.loo_outputs(curvature_left_out(fitted))
-    inside, without = _probabilities(fitted, outputs)
+    try:
+        inside, without = _probabilities(fitted, outputs)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(
+            "Memorization is of the probability of a row's class.",
+            f"{fitted.task.loss!r}.",
+            "a regression or counts, whose density is no probability.",
+            "ask what a row does to its own prediction: fitted.leverage(), or the loss without it, "
+            "cross_validation.loo(...).",
+        ) from error
     values = inside - without
     sets = equal_examples(fitted.train)
     if together and sets:

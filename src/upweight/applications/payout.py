@@ -43,7 +43,7 @@ from upweight.notation import bracketed, count, percent
 from upweight.plot import axes
 from upweight.provenance import Context
 from upweight.runtime.resources import Resources
-from upweight.runtime.selection import labels_by_place
+from upweight.runtime.selection import labels_by_place, require_labels
 from upweight.scores import Scores, Unit
 from upweight.task.data import Data
 from upweight.task.recipe import Recipe
@@ -324,6 +324,7 @@ def statement(
     scores.require_examples()
     cents = _cents("budget", budget, digits)
     least = None if floor is None else _cents("floor", floor, digits)
+    require_labels(labels, "training example")
     names, at = labels_by_place(labels, len(by_example.predicted), "training example")
     if cents <= 0 or (least is not None and not 0 <= least * len(names) <= cents):
         raise SpecError(
@@ -557,7 +558,8 @@ def if_copied(
         DataError: The examples are no tensors of one form; or as for `statement`.
     """
     context = scores.require_context()
-    given = contributors.tolist() if hasattr(contributors, "tolist") else contributors
+    given = contributors.tolist() if hasattr(contributors, "tolist") else [*contributors]
+    require_labels(given, "training example")
     labels = [str(label) for label in given]
     before = statement(scores, labels, budget, floor, better=better, digits=digits)
     rows = [place for place, label in enumerate(labels) if label == str(who)]

@@ -359,6 +359,13 @@ def _factor(weighted: Float[Tensor, "n p"]) -> tuple[Tensor, Tensor]:
         given = f"column {int(pivots.argmin())} depends on those before it ({n} rows, {p} columns)."
     else:
         zero = (lengths == 0).nonzero()[:, 0].tolist()
+        if len(zero) == p and p > 0:
+            raise DataError(
+                "Some row must count.",
+                f"{n} rows, all of weight 0.",
+                "weights of another subset, or a column that holds zeros alone.",
+                "pass the weights of the fit, or leave them out.",
+            )
         given = f"{n} rows, {p} columns" + (f", columns {zero[:5]} are zero." if zero else ".")
     raise NotPositiveDefinite(
         "The design must have full column rank, or β̂ is not determined.",

@@ -22,6 +22,7 @@ from upweight.applications.robustness_coefficient import (
     of_results,
     require,
     require_limits,
+    require_named,
 )
 from upweight.applications.robustness_fitted import Lead, flip
 from upweight.applications.robustness_result import Fragility, Robustness, RobustnessTable
@@ -144,16 +145,9 @@ def amip(
             deadline,
             resources,
         )
-    require(
-        coefficient is not None,
-        "Of statsmodels results a coefficient is asked about.",
-        "none.",
-        f"coefficient={str(list(asked.model.exog_names)[-1])!r}.",
-    )
-    assert coefficient is not None and not isinstance(target, Functional)
-    return of_results(
-        asked, coefficient, target, search, float(value), level, groups, most, deadline
-    )
+    named = require_named(asked, coefficient)
+    assert not isinstance(target, Functional)
+    return of_results(asked, named, target, search, float(value), level, groups, most, deadline)
 
 
 def table(

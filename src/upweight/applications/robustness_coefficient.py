@@ -259,6 +259,21 @@ def require(fine: bool, required: str, given: str, way_out: str) -> None:
         raise SpecError(required, given, "an argument of another question.", way_out)
 
 
+def require_named(results: Any, coefficient: str | int | None) -> str | int:
+    """Which coefficient of results is asked about; of a model that was not fitted there is none."""
+    from upweight.adapters.statsmodels_regression import loss_of
+
+    loss_of(results)
+    if coefficient is None:
+        raise SpecError(
+            "Of statsmodels results a coefficient is asked about.",
+            "none.",
+            "an argument of another question.",
+            f"coefficient={str(list(results.model.exog_names)[-1])!r}.",
+        )
+    return coefficient
+
+
 def require_limits(most: int | None, budget: float | None, level: float) -> None:
     """Refuse limits of a search, and levels of an interval, that mean nothing."""
     require(

@@ -20,8 +20,15 @@ HAPPENS = {
     "gain significance": "it becomes significant at the {level} level",
     "both": "it is significant at the {level} level with the opposite sign",
     "value": "it passes {value}",
+    "sign of the difference": "it passes {value}",
+    "lose significance of the difference": "it no longer differs significantly from {value} at the "
+    "{level} level",
+    "gain significance of the difference": "it comes to differ significantly from {value} at the "
+    "{level} level",
+    "both of the difference": "it differs significantly from {value} at the {level} level, on the "
+    "other side",
 }
-"""What the removal of a set does, by question."""
+"""What the removal of a set does, by question; of another value than 0, by its difference."""
 
 ASKED = {
     "sign": "changes its sign",
@@ -29,6 +36,13 @@ ASKED = {
     "gain significance": "makes it significant at the {level} level",
     "both": "makes it significant at the {level} level with the opposite sign",
     "value": "takes it past {value}",
+    "sign of the difference": "takes it past {value}",
+    "lose significance of the difference": "makes it no longer differ significantly from {value} "
+    "at the {level} level",
+    "gain significance of the difference": "makes it differ significantly from {value} at the "
+    "{level} level",
+    "both of the difference": "makes it differ significantly from {value} at the {level} level, on "
+    "the other side",
 }
 """What was looked for, by question."""
 
@@ -266,6 +280,9 @@ class Robustness(Outcome):
 
     def _counted(self, k: int) -> str:
         who = f"; {self.names}" if self.names and self.left_out and len(self.left_out) == k else ""
+        if who and all(isinstance(label, int | float) for label in self.left_out):
+            # A number beside a percentage does not say that it is a name.
+            who = f"; {self.unit}{'s' * (k != 1)} {self.names}"
         if self.unit == "row":
             return f"{k:,} of {count(self.n, 'row')} ({percent(k / self.n)}{who})"
         rows = f"; {len(self.rows):,} of {self.n:,} rows" if self.k == k else ""
@@ -273,7 +290,9 @@ class Robustness(Outcome):
 
     def _words(self, of: Mapping[str, str]) -> str:
         level = f"{100 * (1 - self.level):g} %"
-        return of[self.asked].format(level=level, value=readable(self.value))
+        about_zero = self.value == 0 or self.asked == "value"
+        asked = self.asked if about_zero else f"{self.asked} of the difference"
+        return of[asked].format(level=level, value=readable(self.value))
 
 
 class _Several(Outcome):

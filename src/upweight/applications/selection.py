@@ -195,8 +195,9 @@ def subset(
         asked: What `Method.fit` gave; a fitted scikit-learn estimator or statsmodels results; or
             `Scores` of validation examples that still know their model.
         keep: The share of the rows to keep.
-        rule: How. None: "iterated" where cross-fitting predicts that it lowers the loss, otherwise
-            "redundant", and no gain is expected.
+        rule: How. None: "iterated" where cross-fitting predicts that it lowers the loss. Otherwise
+            no gain is expected, and it is "redundant", unless that is predicted to raise the loss
+            more than "iterated" does, by the whole of both intervals.
         validation: Held-out examples that choose. Of `Scores` their queries.
         train: The training data of an estimator, as given to its `fit`.
         test: Held-out examples that report, which nothing has seen. None: nothing is confirmed.
@@ -265,6 +266,10 @@ def _picked(trial: "Trial", split: Splits, bootstrap: Bootstrap) -> tuple[Rule, 
     if iterated.high < 0:
         return "iterated", iterated, told
     redundant = intervals.mean(trial.cross_fitted("redundant", split), bootstrap)
+    if iterated.high < redundant.low:
+        # The rows that the others explain least are few, hard or wrong: alone they may say little.
+        told += f", which is no gain, and 'redundant' by {redundant:+.3f}"
+        return "iterated", iterated, told
     return "redundant", redundant, f"{told}, which is no gain; rows that the others explain leave"
 
 

@@ -24,9 +24,17 @@ from upweight._typing import Axes, DataFrame
 from upweight.applications.certified import Certificate as Certificate
 from upweight.applications.certified import Certified as Certified
 from upweight.applications.certified import Removal as Removal
+from upweight.applications.labels import classes_gone
 from upweight.applications.outcome import Outcome, as_table
 from upweight.applications.subject import subject_of, with_parameters
-from upweight.errors import AssumptionWarning, NonFinite, NotConverged, NotOffered, SpecError
+from upweight.errors import (
+    AssumptionWarning,
+    DataError,
+    NonFinite,
+    NotConverged,
+    NotOffered,
+    SpecError,
+)
 from upweight.linalg.damping import damped
 from upweight.methods.dense import DenseScorer
 from upweight.methods.fitted import Fitted
@@ -234,6 +242,7 @@ def without(
     Raises:
         SpecError: `steps` is below 1.
         ShapeError: An example is out of range or named twice, or nothing would be left.
+        DataError: Of a library's classifier, no example of a class would be left.
         NotOffered: The method has no movement of θ; or more steps of a curvature by layer.
         NotConverged: The refit failed; `.solution` is the outcome without it.
         StaleStore: The folder holds refits of another model, recipe or training set.
@@ -253,6 +262,8 @@ def without(
     subject = subject_of(asked, train, recipe)
     fitted, task, data = subject.fitted, subject.fitted.task, subject.fitted.train
     group = places(examples, len(data), "Training examples", least=1)
+    if not isinstance(asked, Fitted):
+        _require_classes(fitted, group)
     weights = removal_weights(len(data), [group]).to(fitted.theta)
     theta, gradients, how, doubts = _stepped(fitted, group, weights, steps)
     _require_finite(theta)
@@ -371,6 +382,17 @@ def _measured(task: Task, data: Data, theta: Tensor) -> tuple[Float[Tensor, "q c
             rows.append(outputs.flatten(1) if outputs.ndim > 1 else outputs[:, None])
             losses.append(task.losses_of(outputs, targets))
     return torch.cat(rows), float(torch.cat(losses).double().mean())
+
+
+def _require_classes(fitted: Fitted, group: Sequence[int]) -> None:
+    """Without all of a class intercepts, which libraries do not penalize, have no limit."""
+    for _, name, count in classes_gone(fitted.task, fitted.theta, fitted.train, [group]):
+        raise DataError(
+            "Some examples of every class must stay, or there is no model without the others.",
+            f"all {count} of class {name!r} among the {len(group)}.",
+            "a filter by label.",
+            "fit an estimator of the other classes, or leave one of the examples in.",
+        )
 
 
 def _require_finite(theta: Tensor) -> None:

@@ -128,6 +128,27 @@ def groups_by_place(groups: Iterable[Any] | None, ids: Sequence[Any] | None) -> 
     return [[*map(placed, g)] if isinstance(g, tuple | list) else placed(g) for g in groups]
 
 
+def require_labels(labels: Iterable[Any], what: str) -> None:
+    """Refuse labels that are missing where a group called nan or None would mean something.
+
+    Raises:
+        DataError: One is None or NaN.
+    """
+    given = [_plain(label) for label in _entries(labels)]
+    lacking = [
+        place
+        for place, label in enumerate(given)
+        if label is None or (not isinstance(label, str) and str(label) in ("nan", "<NA>", "NaT"))
+    ]
+    if lacking:
+        raise DataError(
+            f"Every {what} belongs to a group.",
+            f"no label at places {lacking[:5]}{' and more' if lacking[5:] else ''}.",
+            "missing values in the column.",
+            "leave them out, or make them a group: labels.fillna('unknown').",
+        )
+
+
 def labels_by_place(labels: Iterable[Any], n: int, what: str) -> tuple[tuple[str, ...], list[int]]:
     """The distinct labels as text, sorted, and for each of n things the place of its label.
 
