@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import upweight as uw
+from upweight.applications.calibration import calibration
+from upweight.applications.least_change import least_change
 from upweight.errors import MissingPackage
 
 SOURCE = Path(uw.__file__).parent
@@ -54,6 +56,19 @@ def test_a_figure_without_matplotlib_says_what_to_install(scores, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingPackage, match=r"(?s)made by matplotlib.*upweight\[plot\]"):
         scores.plot.histogram(0)
+
+
+SCIPY = {
+    "calibration": lambda: calibration(torch.rand(6, 2), torch.arange(6) % 2),
+    "least change": lambda: least_change(torch.rand(1, 6), torch.rand(6), torch.rand(1), 0.5, 0.0),
+}
+
+
+@pytest.mark.parametrize("asked", SCIPY)
+def test_what_scipy_solves_says_what_to_install(asked, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(MissingPackage, match=r"(?s)made by scipy.*upweight\[sklearn\]"):
+        SCIPY[asked]()
 
 
 def test_tables_are_made_by_the_one_import_that_explains_itself():

@@ -207,7 +207,8 @@ def test_the_page_answers_with_scores_overlap_and_bm25(place, built):
                     with urllib.request.urlopen(f"{address}top?{parts}") as answer:
                         return json.load(answer)
                 except urllib.error.HTTPError as error:
-                    return error.code, error.read().decode()
+                    with error:
+                        return error.code, error.read().decode()
 
             for order, by in (("lowers", scores), ("raises", -scores), ("bm25", lexical)):
                 told = ask(text=SAID, k=4, order=order)

@@ -92,7 +92,8 @@ def asked(server, path, **parameters):
         with urllib.request.urlopen(url, timeout=10) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
-        return error.code, error.read()
+        with error:  # as any answer: Python 3.14 warns of one that is left open
+            return error.code, error.read()
 
 
 def raw(server, method, path, **headers):

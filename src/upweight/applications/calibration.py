@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from upweight.runtime.packages import missing
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -33,8 +35,14 @@ def calibration(losses: Float[Tensor, "m c"], labels: Int[Tensor, " m"]) -> Cali
 
     Cost: some ten passes over m·c numbers. The objective is convex, and has one minimum also where
     a class has no row.
+
+    Raises:
+        MissingPackage: SciPy is not installed.
     """
-    from scipy.optimize import minimize
+    try:
+        from scipy.optimize import minimize
+    except ImportError as error:
+        raise missing("A calibration", "scipy", "sklearn", error) from error
 
     ell = losses.double().cpu().numpy()
     m, c = ell.shape

@@ -370,6 +370,7 @@ def suspects(
         SpecError: `by` is another word, or "harm" without validation data; or a refit without a
             recipe.
         NotConverged: The refit failed.
+        MissingPackage: SciPy is not installed, which the validation data need.
         NotOffered: The method has no outputs without a row, or no movement of θ.
 
     Exact when: J is quadratic in θ; otherwise Newton steps, by layer first-order ones.

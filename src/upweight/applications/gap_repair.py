@@ -407,6 +407,7 @@ def repair(
         SpecError: No validation or test rows, the same for both, no recipe, or another `how`.
         DataError, ShapeError: As for `gap`, for either split.
         NotConverged: The model as it was cannot be fitted again.
+        MissingPackage: SciPy is not installed, which solves the program.
         StaleStore: The folder holds refits of another model, recipe or training set.
         UpweightError: From the method or the recipe.
 

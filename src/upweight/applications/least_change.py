@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import NotConverged
+from upweight.runtime.packages import missing
 
 ROOM = 1.01
 """Where no change keeps the loss: how much above the least increase the least change may cost."""
@@ -64,9 +65,14 @@ def _solved(cost: Tensor, rows: Tensor, bounds: Tensor) -> Float[Tensor, " m"] |
     """min cost·x, A x ≤ b, 0 ≤ x ≤ 1, by HiGHS; None where there is no such x.
 
     Raises:
+        MissingPackage: SciPy is not installed.
         NotConverged: HiGHS stopped without either answer.
     """
-    from scipy.optimize import linprog
+    try:
+        from scipy.optimize import linprog
+    except ImportError as error:
+        what = "The solution of a linear program"
+        raise missing(what, "scipy", "sklearn", error) from error
 
     # Scores carry 1/n, and HiGHS takes entries below 1e-9 for zero: in units of a typical one.
     scale = rows.abs().amax(dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
