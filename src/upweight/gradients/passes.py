@@ -45,7 +45,13 @@ class GradientPass:
     def __init__(self, plan: Plan, theta: Float[Tensor, " p"]) -> None:
         self.plan = plan
         self._capture = Capture(
-            plan.task, theta, roles(plan), plan.repeated, plan.broadcast, plan.by_function
+            plan.task,
+            theta,
+            roles(plan),
+            plan.repeated,
+            plan.broadcast,
+            plan.by_function,
+            plan.outside,
         )
         self._placed: set[Any] = set()
         self._has_warned = False
