@@ -177,6 +177,22 @@ def test_neither_padding_nor_batches_change_a_row(name, dtype, labels, rtol, mon
             assert float((again - once).abs().max() / once.abs().max()) < rtol
 
 
+@pytest.mark.parametrize("name", ["Llama", "BERT", "BART"])
+def test_a_text_that_attends_to_one_token_alone_is_padded_as_any_other(name, monkeypatch):
+    """Nothing depends on its queries and keys: their δ is 0, or a rounding error by the padding."""
+    task = hf.task(built(name))
+    data = task.training(rows(name, (7, 4, 9, 2, 12, 7, 1, 10)))
+    fills, found = {"input_ids": 0, "attention_mask": 0, "labels": -100}, []
+    for more, size in ((0, 8), (1, 8), (5, 8), (9, 8), (0, 3), (0, 2)):
+        monkeypatch.setattr("upweight.curvature.layerwise.MOST_EXAMPLES", size)
+        batch = {k: F.pad(x, (0, more), value=fills[k]) for k, x in data.batch(0, 8).items()}
+        method = uw.Influence(uw.EKFAC(uw.labels.Observed()), damping=1e-3, tolerance=0)
+        fitted = method.fit(task, batch if more else data)
+        found.append(fitted.attribute(data.take([0, 2, 4])).values)
+    for others in found[1:]:
+        assert float((others - found[0]).abs().max() / found[0].abs().max()) < 1e-10
+
+
 # -- the data that it takes ------------------------------------------------------------------------
 
 TEXTS = [
