@@ -193,6 +193,30 @@ def test_a_text_that_attends_to_one_token_alone_is_padded_as_any_other(name, mon
         assert float((others - found[0]).abs().max() / found[0].abs().max()) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+def test_texts_that_share_a_row_do_not_see_each_other(name):
+    """Their positions begin anew, and no mask is given: as in training, also beside padding."""
+    task = hf.task(built(name))
+    ids = [row["input_ids"] for row in rows(name, (7, 4, 9, 5, 6, 3))]
+    pairs = [*zip(ids[::2], ids[1::2], strict=True)]
+    packed = [
+        {"input_ids": a + b, "position_ids": [*range(len(a)), *range(len(b))],
+         "labels": [-100, *a[1:], -100, *b[1:]]}
+        for a, b in pairs
+    ]  # fmt: skip
+    data, apart = task.training(packed), task.training(ids)
+    theta = task.theta()
+    expected = task.losses(theta, apart.batch(0, 6)).reshape(3, 2).sum(dim=1)
+    torch.testing.assert_close(task.losses(theta, data.batch(0, 3)), expected)
+    # The model's own loss is compared with it; scores are sums over the texts.
+    scores = uw.GradientDot().fit(task, data).attribute(task.training(ids[:1])).values
+    each = uw.GradientDot().fit(task, apart).attribute(task.training(ids[:1])).values
+    torch.testing.assert_close(scores, 2 * each.reshape(1, 3, 2).sum(dim=2))
+    # With a mask they do see each other, as they do in training.
+    seen = task.training([row | {"attention_mask": [1] * len(row["input_ids"])} for row in packed])
+    assert not torch.allclose(task.losses(theta, seen.batch(0, 3)), expected)
+
+
 # -- the data that it takes ------------------------------------------------------------------------
 
 TEXTS = [
@@ -559,6 +583,8 @@ def test_what_can_be_asked_of_an_encoder_instead():
 
 
 def test_models_of_another_kind_and_other_losses_are_refused():
+    marian = library().MarianMTModel(library().MarianConfig(**FAMILIES["BART"][2]))
+    assert hf.kind(marian) == "seq2seq"  # of which its name says nothing
     with pytest.raises(UnsupportedModel, match=r"masked_lm\(model\)"):
         hf.causal_lm(built("BERT"))
     model = built("last token")
