@@ -177,6 +177,46 @@ def test_neither_padding_nor_batches_change_a_row(name, dtype, labels, rtol, mon
             assert float((again - once).abs().max() / once.abs().max()) < rtol
 
 
+@pytest.mark.parametrize("name", ["Llama", "BERT", "BART"])
+def test_a_text_that_attends_to_one_token_alone_is_padded_as_any_other(name, monkeypatch):
+    """Nothing depends on its queries and keys: their δ is 0, or a rounding error by the padding."""
+    task = hf.task(built(name))
+    data = task.training(rows(name, (7, 4, 9, 2, 12, 7, 1, 10)))
+    fills, found = {"input_ids": 0, "attention_mask": 0, "labels": -100}, []
+    for more, size in ((0, 8), (1, 8), (5, 8), (9, 8), (0, 3), (0, 2)):
+        monkeypatch.setattr("upweight.curvature.layerwise.MOST_EXAMPLES", size)
+        batch = {k: F.pad(x, (0, more), value=fills[k]) for k, x in data.batch(0, 8).items()}
+        method = uw.Influence(uw.EKFAC(uw.labels.Observed()), damping=1e-3, tolerance=0)
+        fitted = method.fit(task, batch if more else data)
+        found.append(fitted.attribute(data.take([0, 2, 4])).values)
+    for others in found[1:]:
+        assert float((others - found[0]).abs().max() / found[0].abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+def test_texts_that_share_a_row_do_not_see_each_other(name):
+    """Their positions begin anew, and no mask is given: as in training, also beside padding."""
+    task = hf.task(built(name))
+    ids = [row["input_ids"] for row in rows(name, (7, 4, 9, 5, 6, 3))]
+    pairs = [*zip(ids[::2], ids[1::2], strict=True)]
+    packed = [
+        {"input_ids": a + b, "position_ids": [*range(len(a)), *range(len(b))],
+         "labels": [-100, *a[1:], -100, *b[1:]]}
+        for a, b in pairs
+    ]  # fmt: skip
+    data, apart = task.training(packed), task.training(ids)
+    theta = task.theta()
+    expected = task.losses(theta, apart.batch(0, 6)).reshape(3, 2).sum(dim=1)
+    torch.testing.assert_close(task.losses(theta, data.batch(0, 3)), expected)
+    # The model's own loss is compared with it; scores are sums over the texts.
+    scores = uw.GradientDot().fit(task, data).attribute(task.training(ids[:1])).values
+    each = uw.GradientDot().fit(task, apart).attribute(task.training(ids[:1])).values
+    torch.testing.assert_close(scores, 2 * each.reshape(1, 3, 2).sum(dim=2))
+    # With a mask they do see each other, as they do in training.
+    seen = task.training([row | {"attention_mask": [1] * len(row["input_ids"])} for row in packed])
+    assert not torch.allclose(task.losses(theta, seen.batch(0, 3)), expected)
+
+
 # -- the data that it takes ------------------------------------------------------------------------
 
 TEXTS = [
@@ -543,6 +583,8 @@ def test_what_can_be_asked_of_an_encoder_instead():
 
 
 def test_models_of_another_kind_and_other_losses_are_refused():
+    marian = library().MarianMTModel(library().MarianConfig(**FAMILIES["BART"][2]))
+    assert hf.kind(marian) == "seq2seq"  # of which its name says nothing
     with pytest.raises(UnsupportedModel, match=r"masked_lm\(model\)"):
         hf.causal_lm(built("BERT"))
     model = built("last token")

@@ -82,6 +82,19 @@ def test_a_replay_of_the_recorded_steps_is_what_trainer_did(tmp_path, name, sett
     assert not any(hooks) and not made.model._forward_hooks
 
 
+def test_examples_that_a_batch_has_in_one_row_are_read_by_themselves(tmp_path):
+    """Without padding: positions begin anew with each, and so does attention."""
+    flat = library().DataCollatorWithFlattening(return_position_ids=True)
+    made, _ = trainer(tmp_path, "Llama", gradient_accumulation_steps=2, max_steps=3)
+    made.data_collator = flat
+    made.train()
+    own = hf.from_trainer(made)
+    assert any("without padding" in note for note in own.notes)
+    assert own.data.batch(0, 5)["input_ids"].shape == (5, 7)
+    assert replayed(own.task, own.data, own.history) < 2e-6
+    assert uw.attribute(made, None, labelled("Llama")[:2], method=uw.GradientDot()).values.any()
+
+
 def test_scores_are_those_of_the_same_loop_by_hand(tmp_path):
     """`uw.record` around the same steps, clipped and with a decay for each group of parameters."""
     made, _ = trainer(tmp_path, every=4, max_grad_norm=0.1, weight_decay=0.2)

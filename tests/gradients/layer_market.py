@@ -719,6 +719,35 @@ class Flattened(nn.Module):
         return self.head(flat.reshape(x.shape).mean(dim=0 if self.positions_first else 1))
 
 
+class Outside(nn.Module):
+    """As Mamba does: layers hold parameters, and what computes with them is outside of them.
+
+    A weight times the examples from its left, one by `F.linear` with its bias, a depthwise
+    convolution and one of all channels; and a weight that is also used by its own layer.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 4), nn.Linear(4, 4)
+        self.twice = nn.Linear(4, 4)
+        self.each = nn.Conv1d(4, 4, 2, groups=4, padding=1)
+        self.all, self.head = nn.Conv1d(4, 4, 2, bias=False), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = (self.left.weight @ x.mT + self.left.bias[:, None]).tanh()
+        weight = self.each.weight.squeeze(1).unsqueeze(1)
+        h = F.conv1d(h, weight, self.each.bias, padding=1, groups=4).tanh()
+        h = F.conv1d(h, self.all.weight).mT.tanh()
+        h = F.linear(h, self.right.weight, self.right.bias).tanh()
+        return self.head(self.twice(F.linear(h, self.twice.weight).tanh()).mean(dim=1))
+
+
+@case_named("outside", by_function=["twice.*"])
+def outside(g):
+    task = uw.Task(initialized(Outside(), g), uw.CrossEntropy())
+    return task, (draw(g, 5, 4, 3), labels(g, 5, 2))
+
+
 @case_named("flattened")
 def flattened(g):
     task = uw.Task(initialized(Flattened(False), g), uw.CrossEntropy())

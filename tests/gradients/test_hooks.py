@@ -13,8 +13,8 @@ from tests.gradients.layer_market import Chain, gradient_rows
 from tests.market import draw, initialized, labels
 from tests.reference import dense
 from upweight.errors import NotDifferentiable, UnsupportedModel
-from upweight.gradients.hooks import Capture
-from upweight.gradients.passes import GradientPass
+from upweight.gradients.hooks import Call, Capture
+from upweight.gradients.passes import GradientPass, without_rounding
 from upweight.gradients.planning import plan
 from upweight.task.data import as_data
 
@@ -260,3 +260,22 @@ def test_reentrant_checkpointing_is_refused_by_name(is_first):
     task, batch = chain(Checkpointed(True, is_first))
     with pytest.raises(UnsupportedModel, match=r"use_reentrant=True(.|\n)*use_reentrant=False"):
         plan(task, task.theta(), as_data(batch))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_an_example_whose_delta_is_rounding_throughout_a_layer_has_none(axis):
+    """By the largest δ of the example in any layer: a layer with small ones keeps them."""
+    one = torch.ones(2, 3, 4, dtype=torch.float64)
+    large, small = one.clone(), 1e-9 * one
+    small[0] = 1e-17  # of an example that has 1 elsewhere
+    large[1] = 1e-9  # as small as all that this example has
+    given = [x if axis == 0 else x.movedim(0, 1) for x in (large, small)]
+    calls = [Call(name, (), {}, x) for name, x in zip("ab", given, strict=True)]
+    first, second = without_rounding(calls, {"a": axis, "b": axis}, 2)
+    assert torch.equal(first.delta, given[0])
+    expected = small.clone()
+    expected[0] = 0.0
+    assert torch.equal(second.delta if axis == 0 else second.delta.movedim(1, 0), expected)
+    # Flattened, an example has several rows.
+    flat = [Call("a", (), {}, large.flatten(0, 1)), Call("b", (), {}, small.flatten(0, 1))]
+    assert torch.equal(without_rounding(flat, {"a": 0, "b": 0}, 2)[1].delta, expected.flatten(0, 1))

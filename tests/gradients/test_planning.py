@@ -110,6 +110,16 @@ def test_nothing_to_note_where_every_layer_has_a_rule():
     assert layer_market.planned("decoder").notes == ()
 
 
+def test_a_product_outside_of_its_layer_has_the_factors_of_the_layer():
+    made = layer_market.planned("outside")
+    assert made.outside and not made.one_by_one
+    found = {b.name: b.shape for b in made.blocks if isinstance(b, MatrixBlock)}
+    assert found["left.weight"] == (4, 3) and found["right.weight"] == (4, 4)
+    others = {"left.bias", "right.bias", "each.weight", "each.bias", "all.weight"}
+    assert set(made.broadcast) == others
+    assert not layer_market.planned("decoder").outside
+
+
 def test_a_layer_that_does_not_run_is_noted():
     task, data = chain(layer_market.Unused())
     made = plan(task, task.theta(), as_data(data))

@@ -196,6 +196,12 @@ def gpt_oss():
     return transformers().GptOssForCausalLM(transformers().GptOssConfig(**config))
 
 
+def mamba():
+    """A convolution and a product with parameters of layers that are never called."""
+    more = {"state_size": 4, "time_step_rank": 2, "intermediate_size": 16}
+    return transformers().MambaForCausalLM(transformers().MambaConfig(**(sized() | more)))
+
+
 def adapted(kind):
     def build():
         peft = pytest.importorskip("peft")
@@ -215,6 +221,7 @@ FAMILIES = {
     "scaled embedding": gemma2,
     "experts": mixtral,
     "experts with biases": gpt_oss,
+    "states": mamba,
     "DoRA": adapted("dora"),
     "IA3": adapted("ia3"),
 }

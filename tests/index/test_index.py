@@ -478,6 +478,18 @@ def test_as_many_numbers_are_kept_as_fit():
 # -- what is refused ------------------------------------------------------------------------------
 
 
+def test_an_index_without_its_manifest_says_what_to_do_and_that_works(fitted, tmp_path):
+    before = build(fitted, corpus(), tmp_path / "index").scores(asked()).values
+    (tmp_path / "index" / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no manifest.json(.|\n)*same Index.build"):
+        uw.Index.load(tmp_path / "index", fitted, corpus())
+    with pytest.raises(FileNotFoundError, match=r"no folder(.|\n)*folder of an index"):
+        uw.Index.load(tmp_path / "elsewhere", fitted, corpus())
+    build(fitted, corpus(), tmp_path / "index")
+    found = uw.Index.load(tmp_path / "index", fitted, corpus()).scores(asked()).values
+    assert torch.equal(found, before)
+
+
 def test_a_damaged_shard_is_never_scanned(fitted, tmp_path):
     folder = tmp_path / "whole"
     index = build(fitted, corpus(), folder)

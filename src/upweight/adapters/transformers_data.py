@@ -53,6 +53,10 @@ class Padding:
 
     def __call__(self, examples: list[Mapping[str, Any]]) -> Any:
         rows = [_row(example) for example in examples]
+        if all("attention_mask" not in example for example in examples) and any(map(_packed, rows)):
+            # With a mask, transformers would let the sequences of a row attend to each other.
+            for row in rows:
+                row.pop("attention_mask", None)
         for key in rows[0]:
             values = [row.get(key) for row in rows]
             if not all(isinstance(x, Tensor) and x.ndim == 1 for x in values):
@@ -89,6 +93,12 @@ def _row(example: Mapping[str, Any]) -> dict[str, Any]:
         )
     row.setdefault("attention_mask", torch.ones_like(ids))
     return dict(sorted(row.items()))  # whatever their order was, the same data are the same
+
+
+def _packed(row: Mapping[str, Any]) -> bool:
+    """Whether a row holds several sequences, each with positions from 0 on."""
+    at = row.get("position_ids")
+    return isinstance(at, Tensor) and at.ndim == 1 and bool((at[1:] < at[:-1]).any())
 
 
 def _numbers(value: Any) -> Any:

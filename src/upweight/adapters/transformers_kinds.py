@@ -15,7 +15,12 @@ NAMES = {
         "ForNextSentencePrediction",
     ),
     "masked_lm": ("ForMaskedLM",),
-    "seq2seq": ("ForConditionalGeneration", "ForSeq2SeqLM", "EncoderDecoderModel"),
+    "seq2seq": (
+        "ForConditionalGeneration",
+        "ForSeq2SeqLM",
+        "EncoderDecoderModel",
+        "MarianMTModel",
+    ),
 }
 """How the classes of models are called whose loss an adapter knows."""
 

@@ -375,7 +375,19 @@ def parts_of(trainer: Any, task: Task, init: Callable[[], nn.Module] | None) -> 
             "no recipe: the initial weights are not known; give init=, model_init= of the Trainer, "
             "or record with hf.Recorder(folder)"
         )
-    return FromTrainer(task, _data(trainer), history, recipe, tuple(notes))
+    loaded = _data(trainer)
+    data: Data = loaded
+    if type(trainer.data_collator).__name__ == FLATTENS and task.reads is not None:
+        # Positions of each example begin anew, and attention keeps to them: padding is the same.
+        data = task.reads.training(loaded.dataset)
+        notes.append(
+            f"{FLATTENS} puts a batch into one row, without padding: each example is read by itself"
+        )
+    return FromTrainer(task, data, history, recipe, tuple(notes))
+
+
+FLATTENS = "DataCollatorWithFlattening"
+"""Of transformers: sequences of a batch behind each other in one row."""
 
 
 def _is_overridden(trainer: Any) -> bool:
@@ -384,7 +396,7 @@ def _is_overridden(trainer: Any) -> bool:
     return type(trainer).compute_loss is not transformers.Trainer.compute_loss
 
 
-def _data(trainer: Any) -> Data:
+def _data(trainer: Any) -> IndexedData:
     if getattr(trainer.data_collator, "mlm", False):
         raise DataError(
             "An example must be the same in every batch.",

@@ -58,9 +58,15 @@ def _require_shared(name: str) -> None:
     """Refuse to do the work of one process in each process of a launcher."""
     ranks = importlib.import_module("upweight.runtime.ranks")  # loaded with the verb
     if name not in BY_RANKS and ranks.launched_as()[1] > 1:
+        way = ""
+        if name == "index":
+            way = (
+                "; several of the same `upweight index build …`, each started by itself with the "
+                "same --out, share a build"
+            )
         raise click.UsageError(
             f"{name} is the work of one process; torchrun started several, which share "
-            f"{', '.join(sorted(BY_RANKS))} only"
+            f"{', '.join(sorted(BY_RANKS))} only{way}"
         )
 
 

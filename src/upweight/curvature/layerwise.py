@@ -333,7 +333,7 @@ class _Passes:
             if first >= (number + 1) * n:
                 continue
             begin = number * n
-            with GradientPass(self.plan, theta) as passes:
+            with GradientPass(self.plan, theta, clears=True) as passes:
                 at = range(max(first, begin), begin + n, size)
                 steps = self._steps(max(first, begin), begin, begin + n)
                 for start, stop, ends in progress(steps, len(self.points) * n, what, at.start):
@@ -367,7 +367,7 @@ class _Passes:
         trying = {k: e for k, e in learning.items() if stage > 0 and e.is_trying}
         if trying:
             begin = first // n * n
-            with GradientPass(self.plan, self.points[first // n]) as passes:
+            with GradientPass(self.plan, self.points[first // n], clears=True) as passes:
                 for start in range(first, begin + n, size):
                     stop = min(start + size, begin + n)
                     for parts in self._taken(passes, stage, start, stop, (stage,)):

@@ -6,6 +6,9 @@ such as p, 1 + p, −exp(p), p.view(1, −1), or a table that is looked up at th
 examples. h(p) is the same for each example, so it may be given an axis for them: the same numbers,
 `expand`ed, whose gradient δᵢ = ∂ℓᵢ/∂h(p) is each example's own. Then gᵢ = J_hᵀ δᵢ.
 
+A convolution with h(p) outside of any layer (Mamba's) becomes one of b groups, each with the h(p)
+of its example.
+
 No layer has to speak for p, wherever it is kept. Where p is used in another way (a product with a
 matrix made of it), the plain gradient reaches p itself, which tells that gᵢ lacks something.
 """
@@ -21,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 _ELEMENTWISE = frozenset("add sub mul div truediv true_divide divide multiply where lerp".split())
+_CONVOLUTIONS = frozenset((torch.conv1d, torch.conv2d, torch.conv3d))
 _SPREADING = frozenset(("expand", "expand_as", "broadcast_to", "repeat"))
 
 
@@ -84,6 +88,10 @@ class Broadcasting(TorchFunctionMode):
         elif func is F.scaled_dot_product_attention and not any(x is args[0] for x in free):
             query = args[0]
             return self._with_axes(func, args, kwargs, free, len(query), query.ndim)
+        elif func in _CONVOLUTIONS:
+            found = self._convolved(func, *args, **kwargs)
+            if found is not None:
+                return found
         elif kind in _SPREADING and len(free) == 1:
             spread = self._spread(free[0], func(*args, **kwargs))
             if spread is not None:
@@ -96,6 +104,34 @@ class Broadcasting(TorchFunctionMode):
             if x.requires_grad:
                 self._free[id(x)] = (x, names)
         return out
+
+    def _convolved(
+        self,
+        func: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor | None:
+        """A convolution of each example with a weight and a bias of its own; None: it cannot be."""
+        rows = len(input)
+        if id(input) in self._free or input.ndim != weight.ndim or rows % self.size:
+            return None
+        if id(weight) in self._free:
+            own = self._with_axis(weight, rows, weight.ndim + 1).flatten(0, 1)
+            apart = input.reshape(1, -1, *input.shape[2:])
+            out = func(apart, own, None, stride, padding, dilation, rows * groups)
+            out = out.reshape(rows, -1, *out.shape[2:])
+        else:
+            out = func(input, weight, None, stride, padding, dilation, groups)
+        if bias is None:
+            return out  # type: ignore[no-any-return]
+        if id(bias) in self._free:
+            bias = self._with_axis(bias, rows, 2)
+        return out + bias.reshape(*bias.shape, *(1 for _ in weight.shape[2:]))
 
     def _with_axes(
         self, func: Any, args: Any, kwargs: Any, free: list[Tensor], rows: int, ndim: int

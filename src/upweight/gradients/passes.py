@@ -14,6 +14,7 @@ weights tells, exactly, because they are powers of two. Where an example's rows 
 in a mixture of experts that routes by value, the batch is taken one example at a time.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -43,18 +44,30 @@ class GradientPass:
     """Gradients of batches as factors, block by block, while in its context.
 
     Args:
-        plan: Of the model.
-        theta: Where.
+        plan: Which rule gives which gradient.
+        theta: θ.
         placed: Kinds of batches of which it is known, for the same functions, that rows are those
             of their examples; more are added.
+        clears: Whether an example's δ in a layer that is 0 but for rounding becomes 0: for means
+            over positions, in which such a δ would count.
     """
 
     def __init__(
-        self, plan: Plan, theta: Float[Tensor, " p"], placed: set[Any] | None = None
+        self,
+        plan: Plan,
+        theta: Float[Tensor, " p"],
+        placed: set[Any] | None = None,
+        clears: bool = False,
     ) -> None:
-        self.plan = plan
+        self.plan, self.clears = plan, clears
         self._capture = Capture(
-            plan.task, theta, roles(plan), plan.repeated, plan.broadcast, plan.by_function
+            plan.task,
+            theta,
+            roles(plan),
+            plan.repeated,
+            plan.broadcast,
+            plan.by_function,
+            plan.outside,
         )
         self._placed = set[Any]() if placed is None else placed
         self._has_warned = False
@@ -138,6 +151,8 @@ class GradientPass:
         if lost:
             self._warn(f"the examples of a batch cannot be separated in {', '.join(lost[:3])}")
             return self._one_by_one(function, batch, size)
+        if self.clears:
+            calls = without_rounding(calls, plan.layers, size)
         # Factors keep their dtype where the caller has autocast on.
         with torch.autocast(plan.task.layout.device.type, enabled=False):
             by_role = inside(  # some rules read the parameters of their layer
@@ -304,6 +319,43 @@ def misplaced(
         if bool((error > slack * (norm + slack * norm.max()) + floor).any()):
             found.append(call.layer)
     return list(dict.fromkeys(found))
+
+
+CLEARED = 8
+"""How many ε of the largest δ of an example, over all layers, those of one may be that are 0 but
+for rounding: 1.1 was seen."""
+
+
+def without_rounding(calls: Sequence[Call], axes: Mapping[str, int], size: int) -> list[Call]:
+    """The calls, with zeros in place of an example's δ where these are rounding errors throughout.
+
+    A text of one token attends to itself alone: nothing depends on its queries and keys. Their δ is
+    0 or a rounding error, as it happens, by how its batch is padded.
+    """
+    if not calls:
+        return []
+    norms = [_norms(call.delta, axes[call.layer], size) for call in calls]
+    largest = torch.stack([norm.double() for norm in norms]).amax(dim=0)
+    found = []
+    for call, norm in zip(calls, norms, strict=True):
+        # In half precision ε is no longer small.
+        is_long = call.delta.dtype in (torch.float32, torch.float64)
+        eps = torch.finfo(call.delta.dtype).eps if is_long else 0.0
+        lost = (norm > 0) & (norm <= CLEARED * eps * largest)
+        if bool(lost.any()):
+            axis = axes[call.layer]
+            rows = lost.repeat_interleave(call.delta.shape[axis] // size)
+            rows = rows.reshape([-1 if k == axis else 1 for k in range(call.delta.ndim)])
+            call = dataclasses.replace(call, delta=call.delta.masked_fill(rows, 0.0))
+        found.append(call)
+    return found
+
+
+def _norms(delta: Tensor, axis: int, size: int) -> Float[Tensor, " b"]:
+    """‖δᵢ‖ of each example, over all its positions."""
+    others = [k for k in range(delta.ndim) if k != axis]
+    rows = torch.linalg.vector_norm(delta, dim=others) if others else delta.abs()
+    return torch.linalg.vector_norm(rows.reshape(size, -1), dim=1)
 
 
 def _has_axis(call: Call, axis: int, size: int) -> bool:

@@ -69,6 +69,7 @@ class _Planning:
         self.dtypes = frozenset({task.layout.dtype})
         self.left = {name: f"{where} has no layer rule for it" for name, where in unruled.items()}
         self.broadcast: tuple[str, ...] = ()
+        self.outside = False
         self.notes: list[str] = []
 
     def plan(self) -> Plan:
@@ -98,6 +99,14 @@ class _Planning:
             made = self._one_by_one(made, alone)
         return self._matched(made)
 
+    def _capture(
+        self,
+        layers: Mapping[str, Sequence[str]],
+        repeated: Mapping[str, bool],
+        broadcast: Sequence[str] = (),
+    ) -> Capture:
+        return Capture(self.task, self.theta, layers, repeated, broadcast, outside=True)
+
     def _one_by_one(self, made: Plan, names: Sequence[str]) -> Plan:
         """The plan that takes examples alone, and a note of what that costs."""
         its, them = ("their", "them") if len(names) > 1 else ("its", "it")
@@ -111,7 +120,7 @@ class _Planning:
     def _times_slower(self, made: Plan) -> int:
         """What examples take alone, over what they take together, forwards and backwards."""
         seconds = {}
-        with Capture(self.task, self.theta, roles(made), made.repeated) as capture:
+        with self._capture(roles(made), made.repeated) as capture:
             for size in (TOGETHER, 1):
                 batch = self.task.to_device(self.data.take([0] * size))
                 took = []
@@ -175,7 +184,7 @@ class _Planning:
         seen, wrong = set[str](), set[str]()
         made = self._made()
         try:
-            with Capture(self.task, self.theta, roles(made), made.repeated, candidates) as capture:
+            with self._capture(roles(made), made.repeated, candidates) as capture:
                 for batch, size in self._probe():
                     values = capture.watch(partial(_checked, self.task, batch=batch), size)
                     calls = capture.backward(values)
@@ -232,7 +241,11 @@ class _Planning:
         notes = () if one_by_one else _notes(left)
         made = _planned(self.task, self.owners, axes, (*notes, *self.notes), self.broadcast)
         return dataclasses.replace(
-            made, repeated=repeated, one_by_one=one_by_one, computes_in=self.dtypes
+            made,
+            repeated=repeated,
+            one_by_one=one_by_one,
+            outside=self.outside,
+            computes_in=self.dtypes,
         )
 
     def _find_axes(self) -> None:
@@ -254,7 +267,7 @@ class _Planning:
         """Each layer's axis; and the layers whose output is the same for all examples."""
         found: dict[str, set[int | None]] = {}
         free: dict[str, bool] = {}
-        with Capture(self.task, self.theta, self._accounted(), repeated) as capture:
+        with self._capture(self._accounted(), repeated) as capture:
             for index in dict.fromkeys((0, len(self.data) - 1)):
                 small, large = (self._shapes(capture, index, n) for n in (PROBE - 1, PROBE))
                 for layer in dict.fromkeys((*small, *large)):  # in the order of their calls
@@ -285,7 +298,7 @@ class _Planning:
         for batch, size in self._probe():
             expected, _ = self.task.call(self.theta, batch)
             try:
-                with Capture(self.task, self.theta, self._accounted(), repeated) as capture:
+                with self._capture(self._accounted(), repeated) as capture:
                     found, _ = capture.forward(batch, size)
             except (RuntimeError, ValueError, IndexError, TypeError, UpweightError):
                 return False
@@ -306,10 +319,11 @@ class _Planning:
         """Parameters used outside of their layers; layers whose rows are not the examples'."""
         made = self._made()
         bypassed, lost = dict[str, None](), dict[str, None]()
-        with Capture(self.task, self.theta, roles(made), made.repeated) as capture:
+        with self._capture(roles(made), made.repeated) as capture:
             for batch, size in self._probe():
                 values = capture.watch(partial(_checked, self.task, batch=batch), size)
                 self.dtypes |= dtypes_in(partial(self.task.call, self.theta, batch))
+                self.outside |= bool(capture.outside)
                 calls = capture.backward(values)
                 bypassed |= dict.fromkeys(capture.bypassed)
                 self.dtypes |= {values.dtype, *(c.delta.dtype for c in calls)}

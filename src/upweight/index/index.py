@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from upweight._typing import Folder
-from upweight.errors import MissingContext, ShapeError, SpecError
+from upweight.errors import MissingContext, ShapeError, SpecError, message
 from upweight.index.asking import Best, ByToken, Compared, Nearest, ScanJob, Scanned
 from upweight.index.codes import Codes
 from upweight.index.scan import Scan
@@ -217,7 +217,7 @@ class Index:
             ShapeError: It is not finished, or has fewer rows than there are examples.
         """
         fitted._require_same_model()
-        store = Store.load(folder, AGAIN)
+        store = _kept(Path(folder))
         own = {key: store.description.get(key, "") for key in ("rows", "codes")}
         store.require({**_of_fit(fitted), **own})
         held, start = list[tuple[int, Data]](), 0
@@ -604,6 +604,22 @@ class Index:
             health |= {f"index_{name}": value for name, value in asdict(checked).items()}
         every = (*provenance.notes, note)
         return replace(provenance, health={**provenance.health, **health}, notes=every)
+
+
+def _kept(folder: Path) -> Store:
+    """The store of a folder; a FileNotFoundError that says what to do where there is none."""
+    try:
+        return Store.load(folder, AGAIN)
+    except FileNotFoundError:
+        lacks = "which has no manifest.json" if folder.is_dir() else "which is no folder"
+        raise FileNotFoundError(
+            message(
+                "An index is a folder that Index.build has written.",
+                f"{folder}, {lacks}.",
+                "another folder, or a file that was removed.",
+                f"the folder of an index; or, for one of which a file is missing, {AGAIN}.",
+            )
+        ) from None
 
 
 def _of_another(folder: Path, description: Mapping[str, str]) -> Store | None:

@@ -20,7 +20,7 @@ from upweight.task.arrays import TARGET_KEYS
 from upweight.task.batches import tensors
 from upweight.task.data import Data
 from upweight.task.losses import Bernoulli, CrossEntropy, SquaredError
-from upweight.task.task import Task, call_model, next_token, shifts_labels
+from upweight.task.task import Task, call_model, next_token, shifts_labels, without_cache
 
 EXAMPLES = 4
 TRAINED_WITH = "The task's loss must be the one that the model was trained with."
@@ -135,6 +135,7 @@ def _own_loss(task: Task, theta: Float[Tensor, " p"], batch: Batch) -> float | N
     if len(keys) != 1 or not takes:
         return None
     whole = {key: value for key, value in batch.items() if key != keys[0]}
+    whole = without_cache(task.model, whole)
     whole["labels"] = batch[keys[0]]
     asked = task.called(lambda model, b: (model(**dict(b)), None))
     settings = getattr(task.model, "config", None)

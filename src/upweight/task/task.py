@@ -7,6 +7,7 @@ and the model is only ever called functionally: it comes back exactly as it was 
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -73,6 +74,18 @@ def shifts_labels(model: nn.Module) -> bool:
     )
 
 
+def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs, and a word to keep no cache where positions alone tell sequences apart.
+
+    A row may hold several, each with `position_ids` from 0 on. Models of `transformers` keep their
+    attention apart where there is no attention mask and no cache, as in training.
+    """
+    if "position_ids" not in inputs or "attention_mask" in inputs or "use_cache" in inputs:
+        return inputs
+    takes = inspect.signature(bare(model).forward).parameters
+    return {**inputs, "use_cache": False} if "use_cache" in takes else inputs
+
+
 def _called(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
     if isinstance(batch, dict):
         keys = [key for key in TARGET_KEYS if key in batch]
@@ -85,7 +98,7 @@ def _called(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
                 "Task(forward=lambda model, batch: (outputs, targets)).",
             )
         inputs = {key: value for key, value in batch.items() if key != keys[0]}
-        outputs, targets = model(**inputs), batch[keys[0]]
+        outputs, targets = model(**without_cache(model, inputs)), batch[keys[0]]
     elif isinstance(batch, tuple) and len(batch) >= 2:
         outputs, targets = model(*batch[:-1]), batch[-1]
     else:
