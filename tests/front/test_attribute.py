@@ -1,5 +1,6 @@
 """The front door: any trained model in, scores out, with the method chosen and said."""
 
+import math
 import warnings
 
 import numpy as np
@@ -236,6 +237,7 @@ def test_a_budget_for_retraining_is_spent_on_halves(capsys, monkeypatch):
         assert isinstance(found.choice.method, of)
     plan = uw.plan(model, TRAIN, QUERIES, uw.CrossEntropy(), recipe=RECIPE, budget="1 h")
     assert isinstance(plan.method, uw.Stacked) and 1 < plan.seconds < 3600
+    assert plan.bytes > 0 and "MB" in str(plan)
 
 
 def test_scikit_learn_and_statsmodels():
@@ -366,6 +368,25 @@ def test_a_plan_says_what_and_how_long_and_how_good(capsys):
     assert_close(scores.values, chosen.values)
     given = uw.plan(model, TRAIN, QUERIES, SMOOTH, method=uw.GradientDot())
     assert "not measured" in str(given) and given.fidelity == ()
+
+
+def test_a_plan_of_a_named_method_knows_what_the_table_knows():
+    """No "about 0 s" of what takes trainings, and no "not measured" of what was."""
+    model = RECIPE.trained(uw.Task(network(), uw.CrossEntropy()), TRAIN)
+
+    def planned(method, **known):
+        return uw.plan(model, TRAIN, QUERIES, uw.CrossEntropy(), method=method, **known)
+
+    ekfac = planned(uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)))
+    assert ekfac.fidelity == fidelity_of("upweight EK-FAC") and ekfac.seconds > 0
+    chosen = uw.plan(model, TRAIN, QUERIES, uw.CrossEntropy(), recipe=RECIPE)
+    source = planned(uw.SOURCE(), recipe=RECIPE)
+    assert source.method == chosen.method and source.fidelity == chosen.fidelity
+    assert source.seconds > 1 and source.bytes == chosen.bytes > 0
+    magic = planned(uw.MAGIC(), recipe=RECIPE)
+    assert math.isnan(magic.seconds) and " 0 s" not in str(magic) and "0 MB" not in str(magic)
+    assert "one training takes about" in str(magic)
+    assert planned(uw.TRAK(8)).forecast is not None  # without a history it is timed as any other
 
 
 def test_notes_do_not_warn():

@@ -11,7 +11,7 @@ from upweight.errors import NotConverged, NotPositiveDefinite, SpecError, Upweig
 from upweight.evaluation.check import seconds_of
 from upweight.front.answer import Attribution
 from upweight.front.arguments import explained
-from upweight.front.choice import PATIENCE, Choice, Facts, choose, named
+from upweight.front.choice import PATIENCE, Choice, Facts, choose, given, named
 from upweight.front.facts import facts_of
 from upweight.front.kept import kept_choice
 from upweight.front.opened import Opened, opened, queries_of, require_alone
@@ -213,8 +213,8 @@ def _by_refits(
     if method is None:
         choice, facts, notes, refit = refit_choice(found, budget, used)
     else:
-        choice, notes = Choice(type(method).__name__, method, "it was given"), ()
         facts = Facts(found.task.layout.size, 1, len(found.train), len(found.queries), False, False)
+        choice, notes = given(method, facts), ()
     used = of_queries(used, found.recipe.rows)
     return Asked(
         made, found.queries, measure, facts, choice, found.recipe, None, used, notes, True,

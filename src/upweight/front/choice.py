@@ -10,6 +10,7 @@ Networks are never given their Hessian: away from a minimum it is indefinite, an
 that, MINRES, may take as many products as there are parameters.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -138,8 +139,9 @@ class Choice:
         name: Of the row.
         method: The spec.
         why: A clause.
-        seconds: Expected, roughly.
+        seconds: Expected, roughly; NaN: not known.
         measured_as: Its name in the standing benchmark.
+        bytes: Of what is formed in memory at once, roughly; 0: not known.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Choice:
     why: str
     seconds: float = 0.0
     measured_as: str = ""
+    bytes: float = 0.0
 
     def __str__(self) -> str:
         return f"chose {in_short(self.method)}: {self.why}"
@@ -360,12 +363,27 @@ def named(name: str, why: str, facts: Facts) -> Choice:
 
 def known_as(method: Method) -> str:
     """What the standing benchmark calls a method of the table; empty for others."""
+    row = _row_of(method)
+    return "" if row is None else row.measured_as
+
+
+def given(method: Method, facts: Facts) -> Choice:
+    """A method that was named: with what the table knows of it, if it is there."""
+    row, why = _row_of(method), "it was given"
+    if row is None:
+        return Choice(type(method).__name__, method, why, math.nan)
+    seconds, bytes_ = row.seconds(facts), row.bytes(facts)
+    return Choice(row.name, method, why, seconds, row.measured_as, bytes_)
+
+
+def _row_of(method: Method) -> Row | None:
     lam = getattr(getattr(method, "damping", None), "value", None)
     facts = Facts(1, 1, 1, 1, linear=False, convex=True, resolved=lam)
-    return next((row.measured_as for row in ROWS if row.method(facts) == method), "")
+    return next((row for row in ROWS if row.method(facts) == method), None)
 
 
 def _made(row: Row, facts: Facts, why: str) -> Choice:
     if facts.failed:
         why += f" ({', '.join(facts.failed)}: could not be used)"
-    return Choice(row.name, row.method(facts), why, row.seconds(facts), row.measured_as)
+    seconds, bytes_ = row.seconds(facts), row.bytes(facts)
+    return Choice(row.name, row.method(facts), why, seconds, row.measured_as, bytes_)
