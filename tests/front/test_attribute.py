@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import upweight as uw
 from tests.market import draw, labels
-from upweight.errors import NotPositiveDefinite, SpecError, UnsupportedModel
+from upweight.errors import DataError, NotPositiveDefinite, SpecError, UnsupportedModel
 from upweight.front import choice
 from upweight.front.attribute import asked
 from upweight.front.facts import facts_of, resolved, training_seconds
@@ -133,7 +133,7 @@ def test_a_function_of_the_users_own_needs_no_likelihood():
 
 
 RECIPE = uw.Training(network, uw.SGD(lr=0.1, momentum=0.9), epochs=4, batch=10, seed=0)
-LAM = (1 - 0.9) / (16 * 0.1)
+LAM = 1 / sum(0.1 * (1 - 0.9 ** (16 - t)) / (1 - 0.9) for t in range(16))
 
 
 def of_recipe(recipe=RECIPE, made=network):
@@ -156,7 +156,7 @@ def recorded(folder, model):
 
 def test_a_recipe_chooses_source_and_the_damping_of_its_training(capsys):
     model, task = of_recipe()
-    assert resolved(RECIPE, N) == pytest.approx(LAM, rel=1e-12)
+    assert resolved(RECIPE, task, N) == pytest.approx(LAM, rel=1e-12)
     history = RECIPE.trajectory(task, TRAIN)
     expected = uw.SOURCE().fit(uw.Task(model, uw.CrossEntropy()), TRAIN, history=history)
     expected = expected.attribute(QUERIES).values
@@ -168,7 +168,7 @@ def test_a_recipe_chooses_source_and_the_damping_of_its_training(capsys):
     assert facts.trajectory and facts.recipe and facts.resolved == pytest.approx(LAM)
     assert facts.layers == 2 and 0 < facts.training_seconds < 10
     for other in (uw.Training(None, uw.SGD()), uw.Training(network, uw.Adam()), None, lambda w: w):
-        assert resolved(other, N) is None
+        assert resolved(other, task, N) is None
 
 
 def test_a_recorded_loop_chooses_source(tmp_path, capsys):
@@ -187,7 +187,8 @@ def test_a_recipe_that_does_not_lead_to_the_model_is_not_taken_for_its_training(
     )
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "chose SOURCE" in lines[0] and "SOURCE: could not be" in lines[1]
-    assert any("must end at the parameters" in note for note in scores.provenance.notes)
+    (told,) = (note for note in scores.provenance.notes if "must end at the parameters" in note)
+    assert "the mean loss there is" in told and "other settings" in told
     assert "GGN" in scores.provenance.method and "CG(" in scores.provenance.method
     assert scores.provenance.health["damping"] == pytest.approx(LAM, rel=1e-9)
     exact = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), LAM)
@@ -238,6 +239,35 @@ def test_a_budget_for_retraining_is_spent_on_halves(capsys, monkeypatch):
     plan = uw.plan(model, TRAIN, QUERIES, uw.CrossEntropy(), recipe=RECIPE, budget="1 h")
     assert isinstance(plan.method, uw.Stacked) and 1 < plan.seconds < 3600
     assert plan.bytes > 0 and "MB" in str(plan)
+
+
+def test_what_is_said_of_training_and_does_not_count_is_told():
+    def fit(weights):
+        return network()
+
+    def notes(recipe, **more):
+        ce = uw.CrossEntropy()
+        scores = uw.attribute(network(), TRAIN, QUERIES, ce, recipe=recipe, **more)
+        return [n for n in scores.provenance.notes if "did not count" in n]
+
+    (told,) = notes(fit, budget="1 min")
+    assert "FromFunction" in told and "upweight.Training with init=" in told
+    assert notes(RECIPE) == [] == notes(None)
+
+
+def test_halves_that_tell_nothing_are_not_trained_again(monkeypatch, capsys):
+    """40 halves whose differences go against what is predicted: 16 of them say less."""
+    tried = []
+
+    def fails(self, fitting):
+        tried.append(self.subsets)
+        raise DataError("Coefficients are fitted.", "nothing.", "noise.", "more.")
+
+    monkeypatch.setattr(uw.Stacked, "prepare", fails)
+    model, _ = of_recipe()
+    scores = uw.attribute(model, TRAIN, QUERIES, uw.CrossEntropy(), recipe=RECIPE, budget="1 h")
+    assert tried == [40] and scores.provenance.method.startswith("SOURCE(")
+    assert capsys.readouterr().err.count("chose") == 2
 
 
 def test_scikit_learn_and_statsmodels():

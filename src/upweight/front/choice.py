@@ -279,8 +279,8 @@ ROWS: tuple[Row, ...] = (
             GGN(), CG(rtol=1e-2, preconditioner=EKFAC()), Absolute(f.resolved or 0.0)
         ),
         lambda f: _ggn(f) and f.likelihood and f.resolved is not None,
-        "a network whose training by SGD is known: λ = 1/(step size × steps), below which it "
-        "resolved nothing",
+        "a network, and what training by SGD is said of it: λ = 1/(step size × steps), below which "
+        "that resolves nothing",
         _cg_seconds,
         lambda f: 40.0 * f.parameters * f.queries,
         "upweight GGN, λ of training",
@@ -298,7 +298,7 @@ ROWS: tuple[Row, ...] = (
         "EK-FAC, λ of training",
         lambda f: Influence(EKFAC(), damping=Absolute(f.resolved or 0.0)),
         lambda f: f.likelihood and f.resolved is not None,
-        "a network whose training by SGD is known: λ = 1/(step size × steps)",
+        "a network, and what training by SGD is said of it: λ = 1/(step size × steps)",
         _ekfac_seconds,
         measured_as="upweight EK-FAC, λ of training",
     ),
@@ -359,6 +359,13 @@ def choose(facts: Facts) -> Choice:
 def named(name: str, why: str, facts: Facts) -> Choice:
     """The row of that name, whatever the facts allow now: as it was chosen before."""
     return _made(next(row for row in ROWS if row.name == name), replace(facts, failed=()), why)
+
+
+def alike(choice: Choice) -> tuple[str, ...]:
+    """The rows that would fail as one did: of halves that do not tell, fewer tell less."""
+    if not isinstance(choice.method, Stacked):
+        return (choice.name,)
+    return tuple(_stacked_row(halves).name for halves in HALVES)
 
 
 def known_as(method: Method) -> str:
