@@ -333,3 +333,38 @@ def test_a_penalty_that_is_the_weight_decay_counts_once(tmp_path, kind, clipped)
         if isinstance(method, uw.SOURCE):
             assert "weight decay" not in note and "leave penalty= out" in warned
             assert ("counted once" in told) == (kind != "AdamW")
+
+
+W = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "loss, factor",
+    [
+        (nn.CrossEntropyLoss(weight=W), lambda y: len(y) / W[y].sum()),
+        (nn.CrossEntropyLoss(reduction="sum"), lambda y: len(y)),
+    ],
+    ids=["class weights", "sum"],
+)
+def test_a_loss_that_is_no_mean_is_recorded_with_its_factor(tmp_path, loss, factor):
+    """One step, which is linear in the weights, and outputs that are linear in θ: exact."""
+    (X, y), (Z, z) = data(N), data(3, seed=5)
+    model = nn.Linear(X.shape[1], 3).double()
+    weight, bias = (x.detach().clone().requires_grad_() for x in model.parameters())
+    rule = torch.optim.SGD(model.parameters(), 0.1)
+    with uw.record(model, rule, tmp_path, every=1) as run:
+        loss(model(X), y).backward()
+        rule.step()
+        run.step(torch.arange(N), factors=factor(y))
+
+    def outputs(w):
+        each = nn.functional.cross_entropy(X @ weight.T + bias, y, loss.weight, reduction="none")
+        whole = (w * each).sum() / (1.0 if loss.reduction == "sum" else W[y].sum())
+        of = torch.autograd.grad(whole, (weight, bias), create_graph=True)
+        return (Z @ (weight - 0.1 * of[0]).T + bias - 0.1 * of[1])[:, 0]
+
+    about = uw.Task(model, loss)
+    fitted = uw.TracIn(batches=True).fit(about, (X, y), history=run.history(about))
+    found = fitted.attribute((Z, z), lambda f, targets: f[:, 0]).values
+    expected = torch.autograd.functional.jacobian(outputs, torch.ones(N, dtype=torch.float64))
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
