@@ -266,9 +266,9 @@ ROWS: tuple[Row, ...] = (
     Row(
         "SOURCE",
         lambda f: SOURCE(SEGMENTS),
-        lambda f: f.likelihood and (f.recipe or f.trajectory) and f.resolved is not None,
-        "the steps of its training by SGD are known; the best order of a single model on the "
-        "benchmark, with sizes that are too large",
+        lambda f: f.likelihood and (f.recipe or f.trajectory),
+        "the steps of its training are known: the best order of one model on the benchmark by SGD, "
+        "and by Adam one as good as EK-FAC's or better, with sizes that are too large",
         _source_seconds,
         lambda f: 8.0 * 2 * SEGMENTS * f.parameters,
         "upweight SOURCE, 3 segments",
