@@ -247,3 +247,19 @@ def test_members_with_a_tied_weight():
     for history in ([other], [other.state_dict()]):
         found = spec.fit(task, (X, Y), history=history).attribute((X, Y)).values
         assert torch.equal(found, expected)
+
+
+def test_what_members_say_alike_is_one_note():
+    """Each leaves other tokens out: a note for each member buried what else was said."""
+    tokens = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 1, 1, 2, 3, 0])[:, None]
+
+    def words():
+        return nn.Sequential(nn.Embedding(8, 3), nn.Flatten(), nn.Linear(3, 3)).double()
+
+    train = (tokens, torch.arange(16) % 3)
+    recipe = uw.Training(words, uw.Adam(0.05), 4, 4, skip_absent=True)
+    task = uw.Task(words(), uw.CrossEntropy())
+    method = uw.Ensemble(uw.SOURCE(1), 4, 0.5)
+    found = method.fit(task, train, history=recipe).attribute((tokens[:2], train[1][:2]))
+    told = [note for note in found.provenance.notes if "are left out" in note]
+    assert len(told) == 1 and "0.weight" in told[0]

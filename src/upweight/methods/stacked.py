@@ -17,7 +17,7 @@ from upweight.methods.ensemble import Ensemble
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
 from upweight.methods.scorer import Asked, Job, Scorer, not_offered
-from upweight.notation import percent
+from upweight.notation import alike, percent
 from upweight.runtime.memory import require_bytes
 from upweight.scores import Unit
 from upweight.task.data import Data
@@ -232,7 +232,7 @@ class StackedScorer(Scorer):
 
     def __post_init__(self) -> None:
         every = [note for s in self.sources for m in s.members for note in m.notes]
-        object.__setattr__(self, "notes", tuple(dict.fromkeys(every)))
+        object.__setattr__(self, "notes", alike(every))
 
     @property
     def layers(self) -> tuple[str, ...]:
