@@ -11,7 +11,13 @@ from torch.testing import assert_close
 
 import upweight as uw
 from tests.market import draw, labels
-from upweight.errors import DataError, NotPositiveDefinite, SpecError, UnsupportedModel
+from upweight.errors import (
+    DataError,
+    NotConverged,
+    NotPositiveDefinite,
+    SpecError,
+    UnsupportedModel,
+)
 from upweight.front import choice
 from upweight.front.attribute import asked
 from upweight.front.facts import facts_of, resolved, training_seconds
@@ -255,19 +261,20 @@ def test_what_is_said_of_training_and_does_not_count_is_told():
     assert notes(RECIPE) == [] == notes(None)
 
 
-def test_halves_that_tell_nothing_are_not_trained_again(monkeypatch, capsys):
+@pytest.mark.parametrize("kind, halves", [(DataError, [40]), (NotConverged, [40, 16, 10])])
+def test_halves_that_tell_nothing_are_not_trained_again(monkeypatch, capsys, kind, halves):
     """40 halves whose differences go against what is predicted: 16 of them say less."""
     tried = []
 
     def fails(self, fitting):
         tried.append(self.subsets)
-        raise DataError("Coefficients are fitted.", "nothing.", "noise.", "more.")
+        raise kind("Coefficients are fitted.", "nothing.", "noise.", "more.")
 
     monkeypatch.setattr(uw.Stacked, "prepare", fails)
     model, _ = of_recipe()
     scores = uw.attribute(model, TRAIN, QUERIES, uw.CrossEntropy(), recipe=RECIPE, budget="1 h")
-    assert tried == [40] and scores.provenance.method.startswith("SOURCE(")
-    assert capsys.readouterr().err.count("chose") == 2
+    assert tried == halves and scores.provenance.method.startswith("SOURCE(")
+    assert capsys.readouterr().err.count("chose") == 1 + len(halves)
 
 
 def test_scikit_learn_and_statsmodels():

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from upweight.errors import DataError, NotConverged, NotPositiveDefinite, SpecError, UpweightError
+from upweight.errors import NotConverged, NotPositiveDefinite, SpecError, UpweightError
 from upweight.evaluation.check import seconds_of
 from upweight.front.answer import Attribution
 from upweight.front.arguments import explained
@@ -95,7 +95,7 @@ class Asked:
     def otherwise(self, error: UpweightError) -> "Asked":
         """The same with the next method, where this one could not be used."""
         assert self.facts is not None
-        names = alike(self.choice) if isinstance(error, DataError) else (self.choice.name,)
+        names = (self.choice.name,) if isinstance(error, NotConverged) else alike(self.choice)
         facts = replace(self.facts, failed=(*self.facts.failed, *names))
         first = str(error).partition("\n\n")[0]
         notes = (*self.notes, f"{self.choice.name} could not be used: {first}")

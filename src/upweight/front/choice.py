@@ -362,7 +362,7 @@ def named(name: str, why: str, facts: Facts) -> Choice:
 
 
 def alike(choice: Choice) -> tuple[str, ...]:
-    """The rows that would fail as one did: of halves that do not tell, fewer tell less."""
+    """The rows that would fail as one did: what halves do not tell, fewer do not either."""
     if not isinstance(choice.method, Stacked):
         return (choice.name,)
     return tuple(_stacked_row(halves).name for halves in HALVES)
