@@ -4,6 +4,8 @@ Also specs, and what a measure is called.
 """
 
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
@@ -11,6 +13,11 @@ NOUNS = {
     "Loss": "loss", "Margin": "margin", "LogProb": "log-probability", "Logit": "logit",
     "Coefficient": "coefficient",
 }  # fmt: skip
+
+_NUMBER = re.compile(r"(?<![\w.])\d[\d.,]*(?:e[-+]?\d+)?(?!\.?\w)")
+"""A number by itself, not one in a name such as `layers.0.weight`."""
+
+_MORE = re.compile(r" \(and (\d+) others? alike, with other numbers\)$")
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -85,6 +92,20 @@ def percent(share: float) -> str:
     if share > 0.999:
         return ">99.9 %"
     return f"{100 * share:.1f} %" if share < 0.1 or share > 0.9 else f"{100 * share:.0f} %"
+
+
+def alike(notes: Iterable[str]) -> tuple[str, ...]:
+    """Each note once; those that differ in nothing but numbers as the first, and how many more."""
+    groups: dict[str, dict[str, int]] = {}
+    for note in notes:
+        said, *more = _MORE.split(note)[:2]  # it may be the first of several already
+        groups.setdefault(_NUMBER.sub("#", said), {})[said] = int(more[0]) if more else 0
+    found = []
+    for group in groups.values():
+        others = len(group) - 1 + sum(group.values())
+        told = f" (and {count(others, 'other')} alike, with other numbers)" if others else ""
+        found.append(next(iter(group)) + told)
+    return tuple(found)
 
 
 def short(value: float, digits: int = 6) -> float:

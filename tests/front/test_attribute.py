@@ -1,5 +1,6 @@
 """The front door: any trained model in, scores out, with the method chosen and said."""
 
+import math
 import warnings
 
 import numpy as np
@@ -10,7 +11,13 @@ from torch.testing import assert_close
 
 import upweight as uw
 from tests.market import draw, labels
-from upweight.errors import NotPositiveDefinite, SpecError, UnsupportedModel
+from upweight.errors import (
+    DataError,
+    NotConverged,
+    NotPositiveDefinite,
+    SpecError,
+    UnsupportedModel,
+)
 from upweight.front import choice
 from upweight.front.attribute import asked
 from upweight.front.facts import facts_of, resolved, training_seconds
@@ -132,7 +139,7 @@ def test_a_function_of_the_users_own_needs_no_likelihood():
 
 
 RECIPE = uw.Training(network, uw.SGD(lr=0.1, momentum=0.9), epochs=4, batch=10, seed=0)
-LAM = (1 - 0.9) / (16 * 0.1)
+LAM = 1 / sum(0.1 * (1 - 0.9 ** (16 - t)) / (1 - 0.9) for t in range(16))
 
 
 def of_recipe(recipe=RECIPE, made=network):
@@ -155,7 +162,7 @@ def recorded(folder, model):
 
 def test_a_recipe_chooses_source_and_the_damping_of_its_training(capsys):
     model, task = of_recipe()
-    assert resolved(RECIPE, N) == pytest.approx(LAM, rel=1e-12)
+    assert resolved(RECIPE, task, N) == pytest.approx(LAM, rel=1e-12)
     history = RECIPE.trajectory(task, TRAIN)
     expected = uw.SOURCE().fit(uw.Task(model, uw.CrossEntropy()), TRAIN, history=history)
     expected = expected.attribute(QUERIES).values
@@ -167,7 +174,7 @@ def test_a_recipe_chooses_source_and_the_damping_of_its_training(capsys):
     assert facts.trajectory and facts.recipe and facts.resolved == pytest.approx(LAM)
     assert facts.layers == 2 and 0 < facts.training_seconds < 10
     for other in (uw.Training(None, uw.SGD()), uw.Training(network, uw.Adam()), None, lambda w: w):
-        assert resolved(other, N) is None
+        assert resolved(other, task, N) is None
 
 
 def test_a_recorded_loop_chooses_source(tmp_path, capsys):
@@ -186,7 +193,8 @@ def test_a_recipe_that_does_not_lead_to_the_model_is_not_taken_for_its_training(
     )
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "chose SOURCE" in lines[0] and "SOURCE: could not be" in lines[1]
-    assert any("must end at the parameters" in note for note in scores.provenance.notes)
+    (told,) = (note for note in scores.provenance.notes if "must end at the parameters" in note)
+    assert "the mean loss there is" in told and "other settings" in told
     assert "GGN" in scores.provenance.method and "CG(" in scores.provenance.method
     assert scores.provenance.health["damping"] == pytest.approx(LAM, rel=1e-9)
     exact = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), LAM)
@@ -236,6 +244,37 @@ def test_a_budget_for_retraining_is_spent_on_halves(capsys, monkeypatch):
         assert isinstance(found.choice.method, of)
     plan = uw.plan(model, TRAIN, QUERIES, uw.CrossEntropy(), recipe=RECIPE, budget="1 h")
     assert isinstance(plan.method, uw.Stacked) and 1 < plan.seconds < 3600
+    assert plan.bytes > 0 and "MB" in str(plan)
+
+
+def test_what_is_said_of_training_and_does_not_count_is_told():
+    def fit(weights):
+        return network()
+
+    def notes(recipe, **more):
+        ce = uw.CrossEntropy()
+        scores = uw.attribute(network(), TRAIN, QUERIES, ce, recipe=recipe, **more)
+        return [n for n in scores.provenance.notes if "did not count" in n]
+
+    (told,) = notes(fit, budget="1 min")
+    assert "FromFunction" in told and "upweight.Training with init=" in told
+    assert notes(RECIPE) == [] == notes(None)
+
+
+@pytest.mark.parametrize("kind, halves", [(DataError, [40]), (NotConverged, [40, 16, 10])])
+def test_halves_that_tell_nothing_are_not_trained_again(monkeypatch, capsys, kind, halves):
+    """40 halves whose differences go against what is predicted: 16 of them say less."""
+    tried = []
+
+    def fails(self, fitting):
+        tried.append(self.subsets)
+        raise kind("Coefficients are fitted.", "nothing.", "noise.", "more.")
+
+    monkeypatch.setattr(uw.Stacked, "prepare", fails)
+    model, _ = of_recipe()
+    scores = uw.attribute(model, TRAIN, QUERIES, uw.CrossEntropy(), recipe=RECIPE, budget="1 h")
+    assert tried == halves and scores.provenance.method.startswith("SOURCE(")
+    assert capsys.readouterr().err.count("chose") == 1 + len(halves)
 
 
 def test_scikit_learn_and_statsmodels():
@@ -366,6 +405,25 @@ def test_a_plan_says_what_and_how_long_and_how_good(capsys):
     assert_close(scores.values, chosen.values)
     given = uw.plan(model, TRAIN, QUERIES, SMOOTH, method=uw.GradientDot())
     assert "not measured" in str(given) and given.fidelity == ()
+
+
+def test_a_plan_of_a_named_method_knows_what_the_table_knows():
+    """No "about 0 s" of what takes trainings, and no "not measured" of what was."""
+    model = RECIPE.trained(uw.Task(network(), uw.CrossEntropy()), TRAIN)
+
+    def planned(method, **known):
+        return uw.plan(model, TRAIN, QUERIES, uw.CrossEntropy(), method=method, **known)
+
+    ekfac = planned(uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)))
+    assert ekfac.fidelity == fidelity_of("upweight EK-FAC") and ekfac.seconds > 0
+    chosen = uw.plan(model, TRAIN, QUERIES, uw.CrossEntropy(), recipe=RECIPE)
+    source = planned(uw.SOURCE(), recipe=RECIPE)
+    assert source.method == chosen.method and source.fidelity == chosen.fidelity
+    assert source.seconds > 1 and source.bytes == chosen.bytes > 0
+    magic = planned(uw.MAGIC(), recipe=RECIPE)
+    assert math.isnan(magic.seconds) and " 0 s" not in str(magic) and "0 MB" not in str(magic)
+    assert "one training takes about" in str(magic)
+    assert planned(uw.TRAK(8)).forecast is not None  # without a history it is timed as any other
 
 
 def test_notes_do_not_warn():

@@ -48,7 +48,8 @@ NETWORK = replace(LINEAR, parameters=2_000_000, examples=50_000, linear=False, e
         (replace(KNOWN, training_seconds=60.0), "EK-FAC, λ of training"),
         (replace(KNOWN, recipe=False, trajectory=True, training_seconds=0.0), "SOURCE"),
         (replace(KNOWN, training_seconds=float("inf"), half_seconds=float("inf")), "EK-FAC, λ of"),
-        (replace(KNOWN, resolved=None), "GGN"),  # Adam
+        (replace(KNOWN, resolved=None), "SOURCE"),  # Adam
+        (replace(KNOWN, resolved=None, failed=("SOURCE",)), "GGN"),
         (replace(KNOWN, likelihood=False), "EK-FAC in expectation"),
         (replace(KNOWN, budget_seconds=20.0), "SOURCE"),
         (replace(KNOWN, budget_seconds=40.0), "stacked over 10 halves"),

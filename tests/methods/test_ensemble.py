@@ -125,7 +125,7 @@ def test_each_member_has_its_own_run(method, fraction):
     rows = []
     for k in range(3):
         seeded = replace(recipe, seed=1_000 + k)
-        run = seeded.trajectory(TASK, (X, Y), models.weights[k])
+        run = seeded.trajectory(TASK, (X, Y), models.weights[k], every=1)  # it is short
         torch.testing.assert_close(run.theta, models.theta[1.0][k], rtol=1e-12, atol=1e-14)
         member = method.fit(TASK.moved_to(run.theta), (X, Y), history=run)
         rows.append(member.attribute(QUERIES).values)
@@ -247,3 +247,27 @@ def test_members_with_a_tied_weight():
     for history in ([other], [other.state_dict()]):
         found = spec.fit(task, (X, Y), history=history).attribute((X, Y)).values
         assert torch.equal(found, expected)
+
+
+def test_what_members_say_alike_is_one_note():
+    """Each leaves other tokens out: a note for each member buried what else was said."""
+    tokens = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 1, 1, 2, 3, 0])[:, None]
+
+    def words():
+        return nn.Sequential(nn.Embedding(8, 3), nn.Flatten(), nn.Linear(3, 3)).double()
+
+    train = (tokens, torch.arange(16) % 3)
+    recipe = uw.Training(words, uw.Adam(0.05), 4, 4, skip_absent=True)
+    task = uw.Task(words(), uw.CrossEntropy())
+    method = uw.Ensemble(uw.SOURCE(1), 4, 0.5)
+    found = method.fit(task, train, history=recipe).attribute((tokens[:2], train[1][:2]))
+    told = [note for note in found.provenance.notes if "are left out" in note]
+    assert len(told) == 1 and "0.weight" in told[0]
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_short_runs_of_members_have_a_state_in_each_third(epochs):
+    recipe = uw.Training(net, uw.Adam(0.01), epochs, batch=2, skip_absent=True)
+    method = uw.Ensemble(uw.SOURCE(3, uw.GGN(), states=1), 2, 0.5)
+    found = method.fit(TASK, (X, Y), history=recipe).attribute(QUERIES)
+    assert bool(found.values.isfinite().all())

@@ -245,3 +245,20 @@ def test_what_is_wrong_is_refused():
         fitted.self_influence()
     with pytest.raises(DataError, match="the same for every subset"):
         fitted.attribute(QUERIES, lambda outputs, targets: outputs[:, 0].detach() * 0 + 1.0)
+
+
+def test_a_model_that_the_recipe_does_not_make_is_told_apart():
+    """Subset models of another training agree with themselves: nothing else says it."""
+    stacked = uw.Stacked((Stub(1 / 7),), subsets=40, seeds=1, by_layer=False)
+
+    def notes(theta):
+        fitted = stacked.fit(TASK.moved_to(theta), TRAIN, history=LINEAR)
+        found = fitted.attribute(QUERIES, output).provenance
+        return found.health["apart"], [n for n in found.notes if "other settings" in n]
+
+    ones = torch.ones(N, dtype=torch.float64)
+    apart, told = notes(RESPONSE @ ones)
+    assert apart < 1.0 and told == []
+    spread = RESPONSE @ (subset_weights(N, 40, renormalize=True) - 1).T
+    apart, told = notes(RESPONSE @ ones + 8 * spread.std(dim=1))
+    assert apart > 3.0 and len(told) == 1

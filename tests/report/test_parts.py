@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from upweight.errors import NonFinite
-from upweight.notation import count, interval, readable
+from upweight.notation import alike, count, interval, readable
 from upweight.report import Display
 from upweight.report.evidence import evidence_of
 from upweight.report.examples import examples
@@ -163,3 +163,13 @@ def test_a_retraining_that_diverged_is_refused(make_check):
 def test_rank_scores_keep_their_sign(run):
     ranked = replace(run.scores, unit=Unit.RANK)
     np.testing.assert_array_equal(numbers(ranked, 1), run.scores.values[1].numpy())
+
+
+def test_notes_that_differ_in_numbers_alone_are_said_once():
+    first, others = "3 of 20 are 0.5 % off in 0.weight", ["4 of 20 are 7e-03 % off in 0.weight"]
+    unlike = ["3 of 20 are 0.5 % off in 2.weight", "layers.0.bias", "layers.1.bias", "x2", "x3"]
+    found = alike([first, *others, first, *unlike])
+    assert found == (f"{first} (and 1 other alike, with other numbers)", *unlike)
+    again = alike([*found, "5 of 20 are 1 % off in 0.weight"])
+    assert again == (f"{first} (and 2 others alike, with other numbers)", *unlike)
+    assert alike([]) == ()

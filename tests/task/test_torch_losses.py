@@ -210,6 +210,8 @@ def test_what_a_reduction_means_is_said_where_it_means_something():
     for loss, f, y, words in said:
         found = reduction_note(loss, f, y)
         assert words in found and bool(words) == bool(found)
+        other_size = {"over positions", "mean weight", "yours their sum"}
+        assert ("learning rate" in found and "factors=" in found) == (words in other_size)
 
 
 def test_a_mean_over_outputs_is_the_objective_that_was_trained():

@@ -9,7 +9,8 @@ from torch import nn
 import upweight as uw
 from tests.training.loops import batches, data, loop, net, replayed, task
 from upweight.errors import DataError, SpecError, StaleStore, UnsupportedModel
-from upweight.training.history import History
+from upweight.front.facts import resolved
+from upweight.training.history import History, resolved_damping
 from upweight.training.optimizers import SGD, Adam, AdamW
 from upweight.training.record import read_record
 from upweight.training.schedules import LinearDecay
@@ -296,3 +297,74 @@ def test_groups_may_differ_in_weight_decay(tmp_path, kind):
     for wrong in (float("nan"), [1.0, 2.0]):
         with pytest.raises(DataError, match="one finite factor"):
             again.step(steps[0], factors=torch.tensor(wrong))
+
+
+@pytest.mark.parametrize("clipped", [1.0, 0.4])
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+def test_a_penalty_that_is_the_weight_decay_counts_once(tmp_path, kind, clipped):
+    """`penalty=L2(λ)` for `weight_decay=λ`, as the docs say, beside the loop that has it."""
+    train, steps, queries = data(N), batches(N, 5, 4), data(3, seed=5)
+    model = net()
+    rule = getattr(torch.optim, kind)(model.parameters(), 0.05, weight_decay=0.3)
+    with uw.record(model, rule, tmp_path, every=2) as run:
+        for rows in steps:
+            loop(model, rule, train, [rows])
+            run.step(rows, factors=clipped)
+    ce = uw.CrossEntropy()
+    plain, same, other = (uw.Task(model, ce, p) for p in (None, uw.L2(0.3), uw.L2(0.1)))
+    history = run.history(plain)
+
+    def asked(method, of):
+        fitted = method.fit(of, train, history=history)
+        return fitted.attribute(queries).values, " ".join(fitted.scorer.notes)
+
+    methods = [uw.SOURCE(2, c, 1) for c in (uw.GGN(), uw.EKFAC(uw.labels.Expected()))]
+    if kind == "SGD":
+        methods.append(uw.Influence(uw.GGN(), damping=uw.FromTraining()))
+        lam = resolved_damping(history, plain, uw.as_data(train))
+        assert resolved(history, plain, N) == lam
+        assert resolved(history, same, N) == pytest.approx(lam - 0.3)
+    for method in methods:
+        (expected, note), (once, told), (more, warned) = (
+            asked(method, of) for of in (plain, same, other)
+        )
+        assert torch.allclose(once, expected, rtol=1e-8) == (kind != "AdamW")
+        assert not torch.allclose(more, expected, rtol=1e-3)
+        if isinstance(method, uw.SOURCE):
+            assert "weight decay" not in note and "leave penalty= out" in warned
+            assert ("counted once" in told) == (kind != "AdamW")
+
+
+W = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "loss, factor",
+    [
+        (nn.CrossEntropyLoss(weight=W), lambda y: len(y) / W[y].sum()),
+        (nn.CrossEntropyLoss(reduction="sum"), lambda y: len(y)),
+    ],
+    ids=["class weights", "sum"],
+)
+def test_a_loss_that_is_no_mean_is_recorded_with_its_factor(tmp_path, loss, factor):
+    """One step, which is linear in the weights, and outputs that are linear in θ: exact."""
+    (X, y), (Z, z) = data(N), data(3, seed=5)
+    model = nn.Linear(X.shape[1], 3).double()
+    weight, bias = (x.detach().clone().requires_grad_() for x in model.parameters())
+    rule = torch.optim.SGD(model.parameters(), 0.1)
+    with uw.record(model, rule, tmp_path, every=1) as run:
+        loss(model(X), y).backward()
+        rule.step()
+        run.step(torch.arange(N), factors=factor(y))
+
+    def outputs(w):
+        each = nn.functional.cross_entropy(X @ weight.T + bias, y, loss.weight, reduction="none")
+        whole = (w * each).sum() / (1.0 if loss.reduction == "sum" else W[y].sum())
+        of = torch.autograd.grad(whole, (weight, bias), create_graph=True)
+        return (Z @ (weight - 0.1 * of[0]).T + bias - 0.1 * of[1])[:, 0]
+
+    about = uw.Task(model, loss)
+    fitted = uw.TracIn(batches=True).fit(about, (X, y), history=run.history(about))
+    found = fitted.attribute((Z, z), lambda f, targets: f[:, 0]).values
+    expected = torch.autograd.functional.jacobian(outputs, torch.ones(N, dtype=torch.float64))
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)

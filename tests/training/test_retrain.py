@@ -5,11 +5,19 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
 import upweight as uw
 from tests.killing import kill_once_kept
 from tests.market import problem
-from upweight.errors import NonFinite, NotConverged, ShapeError, SpecError, StaleStore
+from upweight.errors import (
+    NonFinite,
+    NotConverged,
+    ShapeError,
+    SpecError,
+    StaleStore,
+    UnsupportedModel,
+)
 from upweight.task.recipe import Trained
 from upweight.training import removal_weights, retrain
 from upweight.training.newton import Newton
@@ -327,3 +335,49 @@ def test_zero_jobs_are_refused(setup):
     p, weights = setup
     with pytest.raises(SpecError, match="jobs=None"):
         run(p, weights, jobs=0)
+
+
+def normed():
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)).double()
+
+
+def trains(freezes):
+    """A loop with batch normalization, whose running statistics it trains besides."""
+    X = torch.randn(12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.arange(12) % 3
+
+    def fit(weights):
+        torch.manual_seed(1)
+        model = normed().train()
+        if freezes:
+            model[1].eval()
+        optimizer = torch.optim.SGD(model.parameters(), 0.3)
+        for _ in range(8):
+            optimizer.zero_grad()
+            losses = nn.functional.cross_entropy(model(X), y, reduction="none")
+            (weights * losses).mean().backward()
+            optimizer.step()
+        return model.eval()
+
+    return fit, (X, y)
+
+
+@pytest.mark.parametrize("freezes", [False, True])
+@pytest.mark.parametrize("state", [False, True])
+def test_a_retrained_model_is_measured_with_its_own_running_statistics(tmp_path, freezes, state):
+    """They had been those of the model that was scored: another function of the inputs."""
+    fit, train = trains(freezes)
+    queries = (train[0][:4] + 0.1, train[1][:4])
+    task = uw.Task(fit(torch.ones(12).double()), uw.CrossEntropy())
+    weights = removal_weights(12, [[0, 1], [5], [2, 3, 8]])
+    recipe = uw.training.FromFunction((lambda w: fit(w).state_dict()) if state else fit)
+    found = retrain(recipe, task, train, weights, queries)
+    for values, w in zip(found.values, weights, strict=True):
+        own = nn.functional.cross_entropy(fit(w)(queries[0]), queries[1], reduction="none")
+        torch.testing.assert_close(values, own.detach(), rtol=1e-10, atol=1e-12)
+    assert float(found.drift.abs().max()) < 1e-12
+    if freezes:  # the way out of what follows
+        uw.LeaveOneOut().fit(task, train, history=recipe).attribute(queries)
+        return
+    with pytest.raises(UnsupportedModel, match=r"running_mean, 1"):
+        uw.LeaveOneOut().fit(task, train, history=recipe).attribute(queries)

@@ -11,7 +11,7 @@ from upweight.errors import NotConverged, NotPositiveDefinite, SpecError, Upweig
 from upweight.evaluation.check import seconds_of
 from upweight.front.answer import Attribution
 from upweight.front.arguments import explained
-from upweight.front.choice import PATIENCE, Choice, Facts, choose, named
+from upweight.front.choice import PATIENCE, Choice, Facts, alike, choose, given, named
 from upweight.front.facts import facts_of
 from upweight.front.kept import kept_choice
 from upweight.front.opened import Opened, opened, queries_of, require_alone
@@ -95,7 +95,8 @@ class Asked:
     def otherwise(self, error: UpweightError) -> "Asked":
         """The same with the next method, where this one could not be used."""
         assert self.facts is not None
-        facts = replace(self.facts, failed=(*self.facts.failed, self.choice.name))
+        names = (self.choice.name,) if isinstance(error, NotConverged) else alike(self.choice)
+        facts = replace(self.facts, failed=(*self.facts.failed, *names))
         first = str(error).partition("\n\n")[0]
         notes = (*self.notes, f"{self.choice.name} could not be used: {first}")
         return replace(self, facts=facts, choice=choose(facts), notes=notes)
@@ -139,7 +140,8 @@ def asked(
     recipe = as_recipe(recipe)
     if recipe is None:
         recipe = getattr(trajectory, "recipe", None)
-    facts = None
+    facts: Facts | None = None
+    unused: tuple[str, ...] = ()
     with task.in_step():
         if method is None:
             count = 1 if chosen is None or isinstance(measure, Functional) else len(chosen)
@@ -148,18 +150,33 @@ def asked(
                 by_query=not isinstance(measure, Functional),
             )  # fmt: skip
             choice = _kept(facts, task, data, recipe, resources)
+            unused = _unused(facts, choice, recipe, trajectory)
         else:
             require_answerable(task, data, "training data")
             choice = Choice(type(method).__name__, method, "it was given")
         batch = task.to_device(data.batch(0, min(2, len(data))))
         with torch.no_grad():
             said = reduction_note(found.loss, *task.call(task.held_theta(), batch))
-    notes = (said,) if said else ()
+    notes = (*((said,) if said else ()), *unused)
     more = () if chosen is None else (*chosen.notes, *_turned_round(len(data), len(chosen)))
     return Asked(
         found, chosen, measure, facts, choice, recipe, trajectory, resources, notes,
         method is not None, tuple(dict.fromkeys((*found.said, *more))),
     )  # fmt: skip
+
+
+def _unused(facts: Facts, choice: Choice, recipe: Any, trajectory: Any) -> tuple[str, ...]:
+    """What was said of training, and why nothing came of it; nothing where something did."""
+    is_said = recipe is not None or trajectory is not None
+    if facts.linear or facts.resolved is not None or choice.method.takes_history or not is_said:
+        return ()
+    why = "the method that was chosen looks at the trained model alone; a longer budget= may help"
+    if recipe is not None and not facts.recipe:
+        why = (
+            "models are trained again by an upweight.Training with init=, and this is a "
+            f"{type(recipe).__name__}; scores.check(recipe) takes it"
+        )
+    return (f"what is said of training did not count: {why}",)
 
 
 def _turned_round(n: int, q: int) -> tuple[str, ...]:
@@ -213,8 +230,8 @@ def _by_refits(
     if method is None:
         choice, facts, notes, refit = refit_choice(found, budget, used)
     else:
-        choice, notes = Choice(type(method).__name__, method, "it was given"), ()
         facts = Facts(found.task.layout.size, 1, len(found.train), len(found.queries), False, False)
+        choice, notes = given(method, facts), ()
     used = of_queries(used, found.recipe.rows)
     return Asked(
         made, found.queries, measure, facts, choice, found.recipe, None, used, notes, True,

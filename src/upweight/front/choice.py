@@ -10,6 +10,7 @@ Networks are never given their Hessian: away from a minimum it is indefinite, an
 that, MINRES, may take as many products as there are parameters.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -138,8 +139,9 @@ class Choice:
         name: Of the row.
         method: The spec.
         why: A clause.
-        seconds: Expected, roughly.
+        seconds: Expected, roughly; NaN: not known.
         measured_as: Its name in the standing benchmark.
+        bytes: Of what is formed in memory at once, roughly; 0: not known.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Choice:
     why: str
     seconds: float = 0.0
     measured_as: str = ""
+    bytes: float = 0.0
 
     def __str__(self) -> str:
         return f"chose {in_short(self.method)}: {self.why}"
@@ -263,9 +266,9 @@ ROWS: tuple[Row, ...] = (
     Row(
         "SOURCE",
         lambda f: SOURCE(SEGMENTS),
-        lambda f: f.likelihood and (f.recipe or f.trajectory) and f.resolved is not None,
-        "the steps of its training by SGD are known; the best order of a single model on the "
-        "benchmark, with sizes that are too large",
+        lambda f: f.likelihood and (f.recipe or f.trajectory),
+        "the steps of its training are known: the best order of one model on the benchmark by SGD, "
+        "and by Adam one as good as EK-FAC's or better, with sizes that are too large",
         _source_seconds,
         lambda f: 8.0 * 2 * SEGMENTS * f.parameters,
         "upweight SOURCE, 3 segments",
@@ -276,8 +279,8 @@ ROWS: tuple[Row, ...] = (
             GGN(), CG(rtol=1e-2, preconditioner=EKFAC()), Absolute(f.resolved or 0.0)
         ),
         lambda f: _ggn(f) and f.likelihood and f.resolved is not None,
-        "a network whose training by SGD is known: λ = 1/(step size × steps), below which it "
-        "resolved nothing",
+        "a network, and what training by SGD is said of it: λ = 1/(step size × steps), below which "
+        "that resolves nothing",
         _cg_seconds,
         lambda f: 40.0 * f.parameters * f.queries,
         "upweight GGN, λ of training",
@@ -295,7 +298,7 @@ ROWS: tuple[Row, ...] = (
         "EK-FAC, λ of training",
         lambda f: Influence(EKFAC(), damping=Absolute(f.resolved or 0.0)),
         lambda f: f.likelihood and f.resolved is not None,
-        "a network whose training by SGD is known: λ = 1/(step size × steps)",
+        "a network, and what training by SGD is said of it: λ = 1/(step size × steps)",
         _ekfac_seconds,
         measured_as="upweight EK-FAC, λ of training",
     ),
@@ -358,14 +361,36 @@ def named(name: str, why: str, facts: Facts) -> Choice:
     return _made(next(row for row in ROWS if row.name == name), replace(facts, failed=()), why)
 
 
+def alike(choice: Choice) -> tuple[str, ...]:
+    """The rows that would fail as one did: what halves do not tell, fewer do not either."""
+    if not isinstance(choice.method, Stacked):
+        return (choice.name,)
+    return tuple(_stacked_row(halves).name for halves in HALVES)
+
+
 def known_as(method: Method) -> str:
     """What the standing benchmark calls a method of the table; empty for others."""
+    row = _row_of(method)
+    return "" if row is None else row.measured_as
+
+
+def given(method: Method, facts: Facts) -> Choice:
+    """A method that was named: with what the table knows of it, if it is there."""
+    row, why = _row_of(method), "it was given"
+    if row is None:
+        return Choice(type(method).__name__, method, why, math.nan)
+    seconds, bytes_ = row.seconds(facts), row.bytes(facts)
+    return Choice(row.name, method, why, seconds, row.measured_as, bytes_)
+
+
+def _row_of(method: Method) -> Row | None:
     lam = getattr(getattr(method, "damping", None), "value", None)
     facts = Facts(1, 1, 1, 1, linear=False, convex=True, resolved=lam)
-    return next((row.measured_as for row in ROWS if row.method(facts) == method), "")
+    return next((row for row in ROWS if row.method(facts) == method), None)
 
 
 def _made(row: Row, facts: Facts, why: str) -> Choice:
     if facts.failed:
         why += f" ({', '.join(facts.failed)}: could not be used)"
-    return Choice(row.name, row.method(facts), why, row.seconds(facts), row.measured_as)
+    seconds, bytes_ = row.seconds(facts), row.bytes(facts)
+    return Choice(row.name, row.method(facts), why, seconds, row.measured_as, bytes_)

@@ -19,8 +19,7 @@ from upweight.task.data import Data
 from upweight.task.losses import AbsoluteError, Loss, Weighted
 from upweight.task.task import Task
 from upweight.task.torch_losses import Rescaled, draws_labels
-from upweight.training.history import History
-from upweight.training.optimizers import SGD
+from upweight.training.history import History, resolved_by
 from upweight.training.training import Training
 
 TIMED = 32
@@ -84,7 +83,7 @@ def facts_of(
         half_seconds=full / 2 if again is not None and again.skip_absent else full,
         layers=len({name.rpartition(".")[0] for name in task.layout.names}),
         by_query=by_query,
-        resolved=resolved(known if trajectory is None else trajectory, len(train)),
+        resolved=resolved(known if trajectory is None else trajectory, task, len(train)),
     )
 
 
@@ -107,29 +106,19 @@ def training_seconds(recipe: Training, task: Task, train: Data) -> float:
     return total * statistics.median(b - a for a, b in itertools.pairwise(ends))
 
 
-def resolved(training: Any, n: int) -> float | None:
-    """λ = (1 − μ)/Σ_t η_t of training by SGD with momentum μ; None for any other.
+def resolved(training: Any, task: Task, n: int) -> float | None:
+    """λ of `FromTraining()`, where training by SGD is known; None for any other.
 
     Gradient descent from 0 on an eigenvalue h goes about 1 − exp(−h/λ) of the way: below λ it
     resolves nothing.
 
     Args:
         training: A recipe, or a history of its steps.
+        task: What was trained.
         n: Training examples.
     """
-    if isinstance(training, Training):
-        if not _trains_anew(training):
-            return None
-        count = training.epochs * -(-n // training.batch)
-        rates = [training.optimizer.lr * training.schedule(t, count) for t in range(count)]
-    elif isinstance(training, History):
-        rates = [step.lr for step in training.steps()]
-    else:
-        return None
-    optimizer = training.optimizer
-    if not isinstance(optimizer, SGD) or not sum(rates) > 0:
-        return None
-    return (1 - optimizer.momentum) / (1 - optimizer.dampening) / sum(rates)
+    known = _trains_anew(training) or isinstance(training, History)
+    return resolved_by(training, task, n) if known else None
 
 
 def epoch_seconds(task: Task, theta: Tensor, train: Data) -> float:

@@ -1,5 +1,6 @@
 """What would `attribute` choose, what would it cost, and how good was that on the benchmark?"""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from upweight.errors import SpecError
 from upweight.front.arguments import explained
 from upweight.front.attribute import KNOWN, Asked, asked
-from upweight.front.choice import Choice, Facts
+from upweight.front.choice import Choice, Facts, given
 from upweight.front.facts import facts_of
 from upweight.front.fidelity import Fidelity, fidelity_of
 from upweight.methods.method import Method
@@ -43,7 +44,7 @@ class AttributionPlan:
 
     @property
     def seconds(self) -> float:
-        """Expected, of fit and scores."""
+        """Expected, of fit and scores; NaN: of a method that looks at training, not known."""
         if self.forecast is None:
             return self.choice.seconds
         return sum(self.forecast.seconds.values())
@@ -55,10 +56,10 @@ class AttributionPlan:
 
     @property
     def bytes(self) -> int:
-        """Of memory, for a batch and for what is formed as a matrix."""
+        """Of memory, for a batch and for what is formed as a matrix, roughly; 0: not known."""
         made = self.forecast
         if made is None:
-            return 0
+            return int(self.choice.bytes)
         return max(0 if made.batch is None else made.batch_bytes, made.operator_bytes)
 
     def __str__(self) -> str:
@@ -67,8 +68,7 @@ class AttributionPlan:
             str(self.choice),
             f"  {f.examples:,} training examples, {f.queries:,} queries, "
             f"{f.parameters:,} parameters",
-            f"  about {self.seconds:.2g} s, as {self.epochs:.2g} plain epochs of "
-            f"{f.epoch_seconds:.2g} s; {self.bytes / 1e6:.3g} MB",
+            f"  {self._cost}",
             *(f"  note: {note}" for note in self.notes),
         ]
         if self.fidelity:
@@ -79,6 +79,18 @@ class AttributionPlan:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    @property
+    def _cost(self) -> str:
+        f = self.facts
+        if math.isnan(self.seconds):
+            said, one = "not timed: it looks at how the model was trained", f.training_seconds
+            return f"{said}; one training takes about {one:.2g} s" if 0 < one < math.inf else said
+        memory = f"; {self.bytes / 1e6:.3g} MB" if self.bytes else ""
+        return (
+            f"about {self.seconds:.2g} s, as {self.epochs:.2g} plain epochs of "
+            f"{f.epoch_seconds:.2g} s{memory}"
+        )
 
 
 @explained(KNOWN)
@@ -126,14 +138,15 @@ def plan(
 def planned(question: Asked) -> AttributionPlan:
     """The plan of a question with its method."""
     choice, found = question.choice, question.opened
-    facts, made = question.facts, None
+    facts, made, method = question.facts, None, choice.method
     if facts is None:  # the method was given
         assert question.queries is not None
         facts = facts_of(
-            found.task, found.train, len(question.queries),
+            found.task, found.train, len(question.queries), question.recipe, question.trajectory,
             memory_bytes=question.resources.memory_bytes,
         )  # fmt: skip
-    if not choice.method.takes_history:
+        choice = given(method, facts)
+    if not method.takes_history or (method.history_is_optional and question.history is None):
         assert question.queries is not None
         live = Question(
             found.task, found.train, question.queries, choice.method, as_measure(question.measure)

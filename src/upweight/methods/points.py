@@ -23,6 +23,7 @@ from upweight.methods import dense, layered
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
 from upweight.methods.scorer import Asked, Job, Scorer, TokenScores
+from upweight.notation import alike
 from upweight.scoring.stream import normalized, unchanged
 from upweight.task.point import Point
 from upweight.training.history import resolved_damping
@@ -164,7 +165,7 @@ class SeveralScorers(Scorer):
 
     def __post_init__(self) -> None:
         every = [note for scorer in self.scorers for note in scorer.notes]
-        object.__setattr__(self, "notes", tuple(dict.fromkeys(every)))
+        object.__setattr__(self, "notes", alike(every))
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -186,7 +187,7 @@ class SeveralScorers(Scorer):
         for k, scorer in enumerate(self.scorers):
             told, some = scorer.summary([each for record in records for each in record[k]])
             notes += some
-        return told, tuple(dict.fromkeys(notes))
+        return told, alike(notes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,7 +43,15 @@ from upweight.scores import Unit
 from upweight.task.data import Data
 from upweight.task.measures import Loss
 from upweight.task.point import Point
-from upweight.training.history import History, as_history, factors, rates, trained_on
+from upweight.training.history import (
+    History,
+    as_history,
+    decay_notes,
+    factors,
+    is_penalty,
+    rates,
+    trained_on,
+)
 from upweight.training.optimizers import SGD, AdamW
 
 SMALL = 1e-6
@@ -66,8 +74,9 @@ class SOURCE(Method):
     the Rayleigh quotient of H̄ v = σ M v at an eigenvector of H̄. What is said of Adam is our own
     derivation, not the paper's. Entries of which Adam has seen no gradient as large as those of the
     data, by the mean M of the segment, count as not moved in it, as in `TracIn`; a note says which.
-    The optimizer's weight decay is added to Λ (to P Λ for AdamW); where groups of parameters have
-    their own, by its diagonal in the eigenbasis. Steps that were clipped, or whose loss is a mean
+    The optimizer's weight decay is added to Λ (to P Λ for AdamW), unless the task of a recorded
+    loop has it as its penalty; where groups of parameters have their own, by its diagonal in the
+    eigenbasis. Steps that were clipped, or whose loss is a mean
     over tokens, count by the mean factor of their losses, as they were recorded.
     No damping is needed or added: with one segment R is (H̄ + λ)⁻¹ of influence, as
     `FromTraining()` nearly has it.
@@ -133,7 +142,7 @@ class SOURCE(Method):
         fitting.checked_losses()
         reached, parts = rates(history), []
         moved = reached * factors(history)
-        notes: list[str] = []
+        notes = [*decay_notes(history, fitting.task)]
         left_out = torch.zeros_like(fitting.theta, dtype=torch.bool)
         first = self.segment or 0  # those before it change nothing in it
         for steps, states in segments_of(history, self.segments, self.states)[first:]:
@@ -161,7 +170,9 @@ class SOURCE(Method):
         if divisor is not None:
             found = [never_seen(fitting, history, theta, 1 / divisor) for theta in thetas]
             unseen = torch.stack(found).any(dim=0)
-        decay = torch.as_tensor(history.optimizer.weight_decay).to(fitting.theta) / shrunk
+        decay = torch.as_tensor(history.optimizer.weight_decay).to(fitting.theta)
+        counted = decay if is_penalty(history, fitting.task) else torch.zeros_like(decay)
+        decay = decay / shrunk - counted  # that of the penalty is in H̄
         none = torch.zeros_like(decay)
         is_apart = isinstance(history.optimizer, AdamW)
         coupled, apart = (none, decay) if is_apart else (decay, none)

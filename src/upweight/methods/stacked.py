@@ -17,7 +17,7 @@ from upweight.methods.ensemble import Ensemble
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
 from upweight.methods.scorer import Asked, Job, Scorer, not_offered
-from upweight.notation import percent
+from upweight.notation import alike, percent
 from upweight.runtime.memory import require_bytes
 from upweight.scores import Unit
 from upweight.task.data import Data
@@ -28,6 +28,10 @@ from upweight.training.subset_models import SubsetModels, subset_models
 
 FEWEST = 8
 """Subsets to fit to."""
+
+UNLIKE = 3.0
+"""Standard deviations of the subset models' measurements from their mean to that of the model,
+beyond which it was trained otherwise: half of the data less, or another seed, is one or two."""
 
 WHOLE = "all"
 """What a prediction of all layers together is called."""
@@ -228,7 +232,7 @@ class StackedScorer(Scorer):
 
     def __post_init__(self) -> None:
         every = [note for s in self.sources for m in s.members for note in m.notes]
-        object.__setattr__(self, "notes", tuple(dict.fromkeys(every)))
+        object.__setattr__(self, "notes", alike(every))
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -254,13 +258,22 @@ class StackedScorer(Scorer):
     def jobs(self, asked: Asked) -> Iterator["StackedJob"]:
         if asked.queries is None or isinstance(asked.measure, Functional):
             raise not_offered("A Functional", "a measurement of each query")
-        measured = outcomes(self.models, self.task, asked.queries, asked.measure)
+        of_subsets = outcomes(self.models, self.task, asked.queries, asked.measure)
         names, values, predicted = self._predictors(asked)
-        found = combine(predicted, measured, self.models.compared)
+        found = combine(predicted, of_subsets, self.models.compared)
         total: dict[str, Tensor] = {}
         for (_, layer), part, c in zip(names, values, found.coefficients.tolist(), strict=True):
             total[layer] = total[layer].add_(part, alpha=c) if layer in total else part.mul_(c)
-        yield StackedJob(total, tuple(f"{name} {layer}" for name, layer in names), found)
+        apart = self._apart(asked, of_subsets)
+        yield StackedJob(total, tuple(f"{name} {layer}" for name, layer in names), found, apart)
+
+    def _apart(self, asked: Asked, of_subsets: Float[Tensor, "s q"]) -> float:
+        """Median over queries of |m − mean of the subset models'| in their standard deviations."""
+        assert asked.queries is not None
+        own = measured(self.task, self.task.theta(), asked.queries, asked.measure).cpu()
+        spread = of_subsets.std(dim=0)
+        away = (own - of_subsets.mean(dim=0)).abs()[spread > 0] / spread[spread > 0]
+        return float(away.median()) if len(away) else 0.0
 
     def _predictors(
         self, asked: Asked
@@ -320,7 +333,7 @@ class StackedScorer(Scorer):
     def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         if not records:
             return {}, ()
-        ((names, found),) = records
+        ((names, found, apart),) = records
         bounds = found.intervals.T.tolist()
         told = {
             "coefficients": {
@@ -331,6 +344,7 @@ class StackedScorer(Scorer):
             "ridge": found.strength,
             "explained": found.explained,
             "size": [found.size, *found.size_interval],
+            "apart": apart,
         }
         seeds = self.models.seeds
         note = (
@@ -340,7 +354,12 @@ class StackedScorer(Scorer):
             "how left-out models differ; sizes were fitted to drops of that share of the data, and "
             "for other ones are an extrapolation"
         )
-        return told, (note,)
+        unlike = (
+            f"the model's measurements are {apart:.0f} standard deviations of the subset models' "
+            "from their mean (median over queries): the recipe has other settings than the model "
+            "was trained with, and the scores are of its training",
+        )
+        return told, (note, *(unlike if apart > UNLIKE else ()))
 
 
 def blocks(
@@ -364,6 +383,7 @@ class StackedJob(Job):
     parts: Mapping[str, Float[Tensor, "q n"]]
     names: tuple[str, ...]
     combination: Combination
+    apart: float
     first: int = 0
 
     def __len__(self) -> int:
@@ -378,5 +398,5 @@ class StackedJob(Job):
         return {name: part[:, start:stop] for name, part in self.parts.items()}
 
     @property
-    def record(self) -> tuple[tuple[str, ...], Combination]:
-        return self.names, self.combination
+    def record(self) -> tuple[tuple[str, ...], Combination, float]:
+        return self.names, self.combination, self.apart

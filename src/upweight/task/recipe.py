@@ -13,7 +13,7 @@ taken over what is left, scale the weights by n/Σw: J(θ, cw) is that objective
 (`removal_weights(n, groups, renormalize=True)`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -33,11 +33,14 @@ class Trained:
         gradient_norms: ‖∇J(θ(w), w)‖ of each model: how stationary it is. NaN where it was not
             taken, or J has no gradient to speak of.
         failures: Rows that did not train, with the reason. Their θ is not used; the other rows are.
+        others: What of each model is no part of θ and another than the task's, by name: running
+            statistics. Empty where no model has any.
     """
 
     theta: Float[Tensor, "s p"]
     gradient_norms: Float[Tensor, " s"]
     failures: Mapping[int, str] = field(default_factory=dict)
+    others: Sequence[Mapping[str, Tensor]] = ()
 
 
 @runtime_checkable

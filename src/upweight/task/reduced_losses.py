@@ -127,7 +127,8 @@ def by_example(task: Task, data: Data) -> tuple[Loss, str]:
     if how == "sum":
         note += (
             "; J here is the mean over the n examples, yours their sum: a weight decay λ beside "
-            "it is L2(λ/b) for batches of b examples"
+            "it is L2(λ/b) for batches of b examples, a learning rate η of SGD in a recipe ηb, and "
+            "a recorded loop has factors=b"
         )
     return found, note
 

@@ -261,12 +261,17 @@ class Task:
         """Whether a tensor is a placeholder for θ or a part of it, and has no values."""
         return self.sharded is not None and stands_in(value)
 
-    def moved_to(self, theta: Float[Tensor, " p"]) -> "Task":
-        """The same task with a copy of its model at θ."""
+    def moved_to(
+        self, theta: Float[Tensor, " p"], others: Mapping[str, Tensor] | None = None
+    ) -> "Task":
+        """The same task with a copy of its model at θ, and with what else of it is given by name.
+
+        `others` are running statistics and frozen layers, which are no part of θ.
+        """
         model = copied(self.model)
-        named = dict(model.named_parameters())
+        named = dict(model.named_parameters()) | dict(model.named_buffers())
         with torch.no_grad():
-            for name, value in self.layout.unflatten(theta).items():
+            for name, value in {**self.layout.unflatten(theta), **(others or {})}.items():
                 named[name].copy_(value)
         return Task(model, self.loss, self.penalty, self.params, self.forward, self.reads)
 

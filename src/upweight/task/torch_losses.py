@@ -128,8 +128,9 @@ def reduction_note(given: Any, outputs: Tensor, targets: Any) -> str:
     mean = "J here is the mean over the n examples"
     if given.reduction == "sum":
         return (
-            f"reduction='sum': {mean}, yours their sum; a weight decay λ beside it is L2(λ/b) for "
-            "batches of b examples"
+            f"reduction='sum': {mean}, yours their sum; for batches of b examples a weight decay λ "
+            "beside it is L2(λ/b), a learning rate η of SGD in a recipe ηb, and a recorded loop "
+            "has factors=b"
         )
     if given.reduction == "none":
         return f"reduction='none': an example's loss is the sum over its outputs; {mean}" * several
@@ -137,12 +138,15 @@ def reduction_note(given: Any, outputs: Tensor, targets: Any) -> str:
         return (
             f"reduction='mean' over positions: an example's loss is the sum over its positions; "
             f"{mean}. Yours is that divided by the mean number of positions that count, so a "
-            "weight decay λ beside it is L2(λ × that number)"
+            "weight decay λ beside it is L2(λ × that number), a learning rate η of SGD in a recipe "
+            "η / that number, and a recorded loop has factors=1 / that of the batch"
         )
     if per_class and given.weight is not None:
         return (
             f"reduction='mean' with class weights: {mean}, yours that divided by the mean weight "
-            "of a label, so a weight decay λ beside it is L2(λ × that weight)"
+            "of a label, so a weight decay λ beside it is L2(λ × that weight), a learning rate η "
+            "of SGD in a recipe η / that weight, and a recorded loop has factors=1 / that of the "
+            "batch"
         )
     if several and not isinstance(given, nn.MultiLabelSoftMarginLoss):
         return f"reduction='mean': an example's loss is the mean over its outputs; {mean}"

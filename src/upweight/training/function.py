@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from upweight.errors import SpecError, message
+from upweight.errors import SpecError, UnsupportedModel, listed, message
 from upweight.task.data import Data
 from upweight.task.params import Layout
 from upweight.task.recipe import Recipe, Trained
@@ -29,7 +29,9 @@ class FromFunction:
 
     Args:
         train: From weights [n] to the trained module, its `state_dict()`, or θ [p] in the task's
-            layout. wᵢ = 0 means that example i is left out.
+            layout. wᵢ = 0 means that example i is left out. Running statistics and frozen layers
+            of a module's own are measured by `retrain`, `check` and `evaluation`; what looks at
+            parameters alone refuses them.
         twice: Train w = 1 twice before anything else, and refuse if the results differ.
 
     Cost: one call per model, and two more for `twice`.
@@ -72,11 +74,34 @@ class FunctionTrainer:
     at_once = 1
 
     def __call__(self, weights: Float[Tensor, "s n"]) -> Trained:
-        """θ(w) for each row."""
-        theta = torch.stack([self.theta(row) for row in weights])
+        """θ(w) for each row.
+
+        Raises:
+            UnsupportedModel: A model has running statistics or frozen layers of its own.
+        """
+        found = self.whole(weights)
+        names = sorted({name for each in found.others for name in each})
+        if names:
+            raise UnsupportedModel(
+                "Here retrained models are the task's model with other parameters, and nothing "
+                "else of it differs.",
+                f"models of {self.spec.train!r} with another {listed(names)}.",
+                "batch normalization in training mode, layers that the task has not among its "
+                "params, or frozen layers that are drawn anew.",
+                "put these layers in eval mode inside of the function; use GroupNorm or LayerNorm; "
+                "or ask check(scores, recipe), which measures each model with its own.",
+            )
+        return found
+
+    def whole(self, weights: Float[Tensor, "s n"]) -> Trained:
+        """θ(w) for each row, and what else of each model is its own."""
+        made = [self._made(row) for row in weights]
+        theta = torch.stack([each for each, _ in made])
         bad = (~theta.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
         failures = dict.fromkeys(bad, "its parameters are NaN or infinite")
-        return Trained(theta, theta.new_full((len(theta),), torch.nan), failures)
+        others = tuple(each for _, each in made)
+        norms = theta.new_full((len(theta),), torch.nan)
+        return Trained(theta, norms, failures, others if any(others) else ())
 
     def theta(self, weights: Float[Tensor, " n"]) -> Float[Tensor, " p"]:
         """Of one model, flat.
@@ -84,10 +109,13 @@ class FunctionTrainer:
         Raises:
             SpecError: What came back are not the task's parameters.
         """
-        made = self.spec.train(weights)
+        return self._made(weights)[0]
+
+    def _made(self, weights: Float[Tensor, " n"]) -> tuple[Float[Tensor, " p"], dict[str, Tensor]]:
+        made, others = self.spec.train(weights), dict[str, Tensor]()
         layout = self.task.layout
         if isinstance(made, nn.Module):
-            made = dict(made.named_parameters())
+            made = _state(made)
         if isinstance(made, Mapping):
             wrong = [
                 name
@@ -96,12 +124,29 @@ class FunctionTrainer:
             ]
             if wrong:
                 raise SpecError(_not_the_model(layout, f"no or another {', '.join(wrong[:4])}"))
+            others = _others(self.task, made)
             made = layout.flatten({name: made[name] for name in layout.names})
         if not isinstance(made, Tensor) or tuple(made.shape) != (layout.size,):
             is_tensor = isinstance(made, Tensor)
             given = f"shape {tuple(made.shape)}" if is_tensor else type(made).__name__
             raise SpecError(_not_the_model(layout, given))
-        return made.detach().to(layout.device, layout.dtype).clone()
+        return made.detach().to(layout.device, layout.dtype).clone(), others
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _others(task: Task, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a model is no part of θ, and another than the task's."""
+    mine = {k: x for k, x in _state(task.model).items() if k not in task.layout.names}
+    return {
+        name: made[name].detach().clone()
+        for name, x in mine.items()
+        if name in made
+        and not name.endswith("num_batches_tracked")  # counts, which nothing is computed with
+        and not torch.equal(made[name].detach().to(x), x.detach())
+    }
 
 
 def _not_the_model(layout: Layout, given: str) -> str:

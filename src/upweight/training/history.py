@@ -15,8 +15,9 @@ from torch import Tensor
 
 from upweight.errors import SpecError
 from upweight.task.data import Data
+from upweight.task.penalties import L2, NoPenalty
 from upweight.task.task import Task
-from upweight.training.optimizers import SGD, Optimizer
+from upweight.training.optimizers import SGD, AdamW, Optimizer
 from upweight.training.steps import Step, TrainingState
 from upweight.training.training import Training
 from upweight.training.trajectory import Trajectory
@@ -73,13 +74,23 @@ def as_history(given: Any, task: Task, train: Data, theta: Float[Tensor, " p"]) 
     if not away <= MOST_APART:
         raise SpecError(
             "A history must end at the parameters of the task's model.",
-            f"a run whose end is away from them by {away:.2g} of their norm.",
-            "a model that was trained on, averaged or rounded since; a recipe with another seed; "
-            "or a recipe without init=, which starts from the trained model.",
+            f"a run whose end is away from them by {away:.2g} of their norm; the mean loss there "
+            f"is {_mean_loss(task, train, end.to(theta)):.3g}, and "
+            f"{_mean_loss(task, train, theta):.3g} of the model.",
+            "a model that was trained on, averaged or rounded since; a recipe with another seed, "
+            "or with other settings where the losses differ much; or a recipe without init=, which "
+            "starts from the trained model.",
             "attribute the model that this run ended with: recipe.trained(task, train), or the "
             "one in the loop that was recorded.",
         )
     return history
+
+
+def _mean_loss(task: Task, train: Data, theta: Float[Tensor, " p"]) -> float:
+    """Of the first examples, to tell another seed from other settings."""
+    with torch.no_grad():
+        batch = task.to_device(train.batch(0, train.together(min(256, len(train)))))
+        return float(task.losses(theta, batch).mean())
 
 
 def trained_on(history: History) -> list[int] | None:
@@ -97,7 +108,8 @@ def rates(history: History) -> Float[Tensor, " T"]:
 
     Without the factors of `factors`.
     """
-    return _reached(history.optimizer, history.steps())
+    etas = [step.lr for step in history.steps()]
+    return history.optimizer.reached(torch.tensor(etas, dtype=torch.float64))
 
 
 def factors(history: History) -> Float[Tensor, " T"]:
@@ -113,13 +125,10 @@ def resolved_damping(given: Any, task: Task, train: Data) -> float:
         SpecError: There is no history, or its optimizer has no one step size.
     """
     if isinstance(given, Training):
-        trainer = given.prepare(task, train)
-        optimizer, shrunk = given.optimizer, torch.ones((), dtype=torch.float64)
-        steps = trainer.steps(trainer.placed(torch.ones(len(train))))
-    elif isinstance(given, History):
-        optimizer, steps, shrunk = given.optimizer, given.steps(), factors(given)
-    else:
+        given.prepare(task, train)  # refuses what cannot be trained
+    elif not isinstance(given, History):
         raise _no_history(given)
+    optimizer = given.optimizer
     if not isinstance(optimizer, SGD):
         raise SpecError(
             "λ = 1/(step size × steps) is for training with one step size for all parameters.",
@@ -134,13 +143,63 @@ def resolved_damping(given: Any, task: Task, train: Data) -> float:
             "no weight decay for biases.",
             "use SOURCE(), which takes the decay of each parameter; or Relative(0.1).",
         )
-    reached = _reached(optimizer, steps)
+    found = resolved_by(given, task, len(train))
+    if found is None:
+        raise SpecError(
+            "λ = 1/(step size × steps) needs steps that move θ.",
+            "step sizes or factors of losses that are 0 at every step.",
+            "a learning rate of 0.",
+            "Relative(0.1), which needs no history.",
+        )
+    return found
+
+
+def resolved_by(given: Training | History, task: Task, n: int) -> float | None:
+    """λ of `resolved_damping`, for n examples; None where there is no one λ, or no step."""
+    optimizer, shrunk = given.optimizer, torch.ones((), dtype=torch.float64)
+    if isinstance(given, Training):
+        count = given.epochs * -(-n // given.batch)
+        etas = [optimizer.lr * given.schedule(t, count) for t in range(count)]
+        reached = optimizer.reached(torch.tensor(etas, dtype=torch.float64))
+    else:
+        reached, shrunk = rates(given), factors(given)
+    moved = float((reached * shrunk).sum())
+    decay = optimizer.weight_decay
+    if not isinstance(optimizer, SGD) or isinstance(decay, Tensor) or not moved > 0:
+        return None
     # Of decay λ beside steps that were shrunk by s, η (s H + λ), there is λ/s beside H.
-    return (1 + float(reached.sum()) * optimizer.weight_decay) / float((reached * shrunk).sum())
+    counted = decay if is_penalty(given, task) else 0.0
+    return (1 + float(reached.sum()) * decay) / moved - counted
 
 
-def _reached(optimizer: Optimizer, steps: Iterator[Step]) -> Float[Tensor, " T"]:
-    return optimizer.reached(torch.tensor([step.lr for step in steps], dtype=torch.float64))
+def is_penalty(given: Training | History, task: Task) -> bool:
+    """Whether the task's penalty is the weight decay of the optimizer, said once more.
+
+    Of a recorded loop nobody knows what its loss had; a penalty as large as the decay is taken to
+    be it. A recipe trains with both.
+    """
+    optimizer, penalty = given.optimizer, task.penalty
+    if isinstance(given, Training | Trajectory) or isinstance(optimizer, AdamW):
+        return False
+    if not isinstance(penalty, L2) or not penalty.strength:
+        return False
+    theta = task.theta()
+    entries = penalty.gradient(torch.ones_like(theta), task.layout)
+    decay = torch.as_tensor(optimizer.weight_decay).to(entries).expand_as(entries)
+    return torch.allclose(entries, decay, rtol=1e-6, atol=0)
+
+
+def decay_notes(history: History, task: Task) -> tuple[str, ...]:
+    """What is to be known where a loop has a weight decay and its task a penalty."""
+    decays = torch.as_tensor(history.optimizer.weight_decay)
+    if isinstance(history, Trajectory) or isinstance(task.penalty, NoPenalty) or not decays.any():
+        return ()
+    if is_penalty(history, task):
+        return ("the task's penalty is the weight decay of the recorded optimizer: counted once",)
+    return (
+        "the task's penalty was counted beside the weight decay of the recorded optimizer; leave "
+        "penalty= out if the loss of the loop had no such term",
+    )
 
 
 def _require_plain(history: Trajectory) -> None:

@@ -277,7 +277,8 @@ class Run:
                 several backward passes, one argument for each: the loss is the mean over them all.
             factors: What the loss of each is multiplied with in that mean, one number or one for
                 each: of clipped gradients min(1, c/‖g‖); of a mean over tokens where ℓᵢ is their
-                sum, |B|/(number of tokens).
+                sum, |B|/(number of tokens); of a loss with class weights, whose mean PyTorch
+                divides by the weights of the batch, |B|/Σ w_y; of a sum over the batch, |B|.
 
         Raises:
             DataError: `optimizer.step()` was not called once since the last time, or these are no

@@ -30,6 +30,9 @@ from upweight.training.weights import subset_weights
 JUDGES = 256
 """Subsets of the default seed that no fit uses: as many as `check` draws at most."""
 
+SHORT = 32
+"""Steps of a run up to which each state is kept: of fewer than √T, a third might have none."""
+
 APART = 1_000
 """Seeds of the recipe from its own seed to the first one used here."""
 
@@ -96,8 +99,8 @@ def subset_models(
             without a field `seed` has one.
         at: Shares of the training at which parameters are taken; 1 is the end.
         seed: Of the draw of the subsets.
-        runs: Whether to keep the runs, √T states of each, for methods that look at training. Models
-            are then trained one at a time.
+        runs: Whether to keep the runs, √T states of each or all of 32, for methods that look at
+            training. Models are then trained one at a time.
         resources: With a folder the models are kept in it, or the states of their runs, and a call
             that was interrupted goes on.
 
@@ -173,7 +176,8 @@ def _run(
     trainer = recipe.prepare(task, train)
 
     def make() -> dict[str, Tensor]:
-        return packed(recorded(trainer, weights, None).states)
+        every = 1 if trainer.length(trainer.placed(weights)) <= SHORT else None
+        return packed(recorded(trainer, weights, every).states)
 
     states = unpacked(trainer, models.once(key, weights, make))
     return Trajectory(trainer, trainer.placed(weights).clone(), states)
