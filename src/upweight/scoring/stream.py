@@ -326,8 +326,9 @@ def _chosen(
     made, aim = solved(dtypes), tolerance
     # Untruncated scores do not depend on the precision of the solved queries.
     of_sample, of_check = (reference_scores(made, rows, some) for some in (sample, check))
+    curves: dict[int, Any] = {}
     for _ in range(ATTEMPTS):
-        kernels, words = choose(made, of_sample, sample, moments, aim, short)
+        kernels, words = choose(made, of_sample, sample, moments, aim, short, curves)
         if aim == 0:
             return made, Choice(kernels, 0.0, 0.0, words)
         found = measured(kernels, q, of_check, check)
@@ -337,6 +338,7 @@ def _chosen(
         if any(rounded):
             dtypes = [plan.dtype if bad else d for d, bad in zip(dtypes, rounded, strict=True)]
             made = solved(dtypes)
+            curves = {}
         else:  # other examples than those of the choice show a larger error: aim lower
             aim *= 0.9 * tolerance / found.error
     # No approximation met the tolerance: use exact products.
