@@ -200,9 +200,10 @@ class _Curve:
             size = max(1, SOLVE_BYTES // max(1, factor.nbytes))
             for start in range(0, len(which), size):
                 some = list(which[start : start + size])
-                scaled = factor * scales[some][:, None, None]
+                # Rotated in the dtype of the kernel, whose rounding is measured as it is used.
+                scaled = (factor * scales[some][:, None, None]).to(dtype)
                 if kept is None and basis is not None:
-                    scaled = scaled @ basis.mT.to(scaled.dtype)
+                    scaled = scaled @ basis.mT.to(dtype)
                 out[start : start + size] = scaled
             found.append(out)
         return found[0], found[1]
