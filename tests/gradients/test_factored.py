@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.market import draw
+from upweight.gradients.convolved import Convolved, Window
 from upweight.gradients.factored import (
     Extendable,
     Formed,
@@ -44,6 +45,13 @@ def extendable():
     return Extendable(draw(g, 5, 2, 7), extended)
 
 
+def convolved(dtype=torch.float64, b=5, k=1):
+    g = torch.Generator().manual_seed(0)
+    window = Window((3, 2), (1, 2), (2, 1))
+    inputs = draw(g, b, k, 2, 8, 7).to(dtype)
+    return Convolved(draw(g, b, 3, k * 4 * 3).to(dtype).mT, inputs, window)
+
+
 def joined():
     return Joined([lookups(4), tokens((5, 6, 3))])
 
@@ -53,6 +61,8 @@ OTHERS = {
     "formed": formed,
     "extendable": extendable,
     "joined": joined,
+    "convolved": convolved,
+    "convolved several": lambda: convolved(k=2),
 }
 
 
@@ -110,6 +120,24 @@ def test_scaled(factors, full):
 
 def test_to(factors):
     assert factors.to(torch.float32).matrices().dtype == torch.float32
+
+
+@pytest.mark.parametrize("memory", [1, 2**30], ids=["one at a time", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_convolved_of_any_number_at_a_time(monkeypatch, memory, dtype):
+    monkeypatch.setattr("upweight.gradients.convolved.CACHE_BYTES", memory)
+    made = convolved(dtype).with_ones()
+    full = torch.einsum("bto,bti->boi", made.left, made.right)
+    torch.testing.assert_close(made.matrices(), full)
+    torch.testing.assert_close(made.total(), full.sum(dim=0))
+    assert sum(len(part) for part in made.chunks()) == len(made)
+
+
+def test_groups_of_a_convolution_are_the_products_with_patches(monkeypatch):
+    made = convolved(torch.float32).with_ones()
+    quick = made.matrices()
+    monkeypatch.setattr("upweight.gradients.convolved.SMALL", 0)
+    torch.testing.assert_close(made.matrices(), quick)
 
 
 def test_ones_add_the_total_of_left_as_a_column(factors, full):

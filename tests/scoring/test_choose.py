@@ -198,6 +198,19 @@ def test_kernels_keep_the_tolerance_where_they_were_chosen(tolerance, short):
     assert len(kernels[0].short[0]) == 0 or short
 
 
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("second", [0.045, 0.01], ids=["a little lower", "far lower"])
+def test_a_second_choice_keeps_its_tolerance_with_what_the_first_measured(short, second):
+    queries, factors, values = block(**WIDE)
+    sample = Sample((factors,), (S // 2, S))
+    reference = reference_of([queries], torch.arange(len(queries)), sample)
+    curves = {}
+    for tolerance in (0.05, second):
+        kernels, _ = choose([queries], reference, sample, [values], tolerance, short, curves)
+        found = measured(kernels, len(queries), reference, sample)
+        assert 0 < found.error <= (1.3 if short else 1.0) * tolerance
+
+
 def test_fewer_terms_for_a_larger_tolerance():
     counts = [len(chosen(t, **WIDE)[3][0].full[0]) for t in (0.3, 0.1, 0.03, 0.01, 3e-3)]
     assert counts == sorted(counts) and counts[0] < counts[-1]

@@ -203,10 +203,11 @@ class KFACBlock(Estimator):
 
     def see(self, stage: int, factors: Factors) -> None:
         assert isinstance(factors, Tokens)
-        a, delta = self.sharing.pairs(factors)
-        self.sums["right"].add_gram(a)
-        self.sums["left"].add_gram(delta)
-        self.sums["rows"].add(torch.tensor(len(a)))
+        for part in factors.chunks():
+            a, delta = self.sharing.pairs(part)
+            self.sums["right"].add_gram(a)
+            self.sums["left"].add_gram(delta)
+            self.sums["rows"].add(torch.tensor(len(a)))
 
     def result(self, count: int | float) -> Eigen:
         right, left = self.sums["right"].gram, self.sums["left"].gram
@@ -383,7 +384,7 @@ def add_second_moments(
         moments.add_product(rotated.left[:, 0].square(), rotated.right[:, 0].square())
         return
     factors_first = t * (o * o + i * i) <= o * i * (o + i)
-    size = max(1, CHUNK_BYTES // (o * i * tokens.left.element_size()))
+    size = max(1, CHUNK_BYTES // (o * i * tokens.dtype.itemsize))
     for start in range(0, len(tokens), size):
         part = tokens.take(slice(start, start + size))
         if factors_first:

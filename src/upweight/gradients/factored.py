@@ -10,7 +10,7 @@ Where δ = 0 (padding) left = 0 too, whichever side δ is on: `alive` asks there
 Nothing of size o·i is formed per example until somebody asks for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -42,10 +42,12 @@ def any_nonzero(x: Float[Tensor, "b t i"]) -> Bool[Tensor, "b t"]:
     The first token of a sequence attends to itself alone, so that nothing depends on its query. Its
     δ is 0 or a rounding error, as it happens: by how a batch is padded, for one.
     """
-    # As norms of rows, or where these do not lie in memory as such by a product with ones: any()
-    # takes many times as long, and so do norms there.
+    # As norms of rows, or where these do not lie in memory as such as sums: any() takes many times
+    # as long, and so do norms there.
     if x.is_contiguous():
         sizes = torch.linalg.vector_norm(x, dim=-1)
+    elif x.mT.is_contiguous():
+        sizes = x.mT.abs().sum(dim=1)
     else:
         sizes = x.abs() @ x.new_ones(x.shape[-1])
     if not sizes.numel():
@@ -83,6 +85,20 @@ class Tokens:
     def alive(self) -> Bool[Tensor, "b t"]:
         """Where something is added to gᵢ: not where there is padding."""
         return any_nonzero(self.left)
+
+    @property
+    def width(self) -> int:
+        """i."""
+        return self.right.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of both sides."""
+        return self.tensors[-1].dtype
+
+    def chunks(self) -> Iterator["Tokens"]:
+        """The examples, as many at a time as it pays to multiply out together."""
+        yield self
 
     def with_ones(self) -> "Tokens":
         """right extended by a 1, whose column of gᵢ is the bias's gradient."""
@@ -132,13 +148,13 @@ class Tokens:
 
     def compact(self) -> "Tokens":
         """gᵢ itself, where it is smaller than its factors and takes few products to form."""
-        t, o, i = self.positions, self.left.shape[2], self.right.shape[2]
+        t, o, i = self.positions, self.left.shape[2], self.width
         is_large = t > 1 and t * (o + i) > o * i
         return Formed(self.matrices()) if is_large and o * i < FEW * (o + i) else self
 
     def rounded(self, dtype: torch.dtype) -> "Tokens":
         """The same gᵢ for products in a shorter dtype: what is smaller is rounded."""
-        return self if self.right.dtype == dtype else self.compact().to(dtype)
+        return self if self.dtype == dtype else self.compact().to(dtype)
 
 
 class Formed(Tokens):
@@ -401,6 +417,8 @@ Factors: TypeAlias = Tokens | Rows
 
 def stacked(parts: Sequence[Factors]) -> Factors:
     """Examples of several batches in one; positions that some of them lack are zero."""
+    if len(parts) == 1:
+        return parts[0]
     tokens = [p for p in parts if isinstance(p, Tokens)]
     if not tokens:
         return Rows(torch.cat([p.values for p in parts if isinstance(p, Rows)]))

@@ -18,7 +18,6 @@ one line in `RULES`.
 
 import dataclasses
 import inspect
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from upweight.gradients.convolved import Convolved, Window
 from upweight.gradients.factored import (
     Extendable,
     Factors,
@@ -145,56 +145,18 @@ def _embedding(module: nn.Embedding, call: Call, examples: Examples) -> Contribu
 # -- convolutions ---------------------------------------------------------------------------------
 
 
-NARROW = 32
-"""Columns of patches that are few."""
-
-
-def patches(
-    x: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    dilation: tuple[int, ...],
-    ones: bool = False,
-) -> Tensor:
-    """`[b, t, i]`: what a convolution multiplies at each of its t output positions.
-
-    In any number of dimensions; x is padded already. i runs over channels, then kernel offsets, as
-    the weight does; with `ones`, a 1 follows.
-    """
-    sizes = [
-        (length - step * (k - 1) - 1) // s + 1
-        for length, k, s, step in zip(x.shape[2:], kernel, stride, dilation, strict=True)
-    ]
-    width, first = x.shape[1] * math.prod(kernel), x.movedim(1, 0)
-    out = x.new_empty(width + ones, len(x), *sizes)
-    if ones:
-        out[-1] = 1.0
-    offsets = out[:width].view(x.shape[1], *kernel, len(x), *sizes)
-    # A copy per offset of the kernel, with positions last: what is read and written lies together.
-    for offset in itertools.product(*map(range, kernel)):
-        where = tuple(
-            slice(step * k, step * k + s * (size - 1) + 1, s)
-            for k, s, step, size in zip(offset, stride, dilation, sizes, strict=True)
-        )
-        offsets[(slice(None), *offset)] = first[(slice(None), slice(None), *where)]  # type: ignore[index]
-    found = out.flatten(2).permute(1, 2, 0)
-    # A product with a matrix of few columns wants rows that lie together: twice as fast.
-    return found.contiguous() if width < NARROW else found
-
-
 def _conv(module: Any, call: Call, examples: Examples) -> Contributions:
-    has_ones = module.bias is not None and module.groups == 1
-
     def inputs() -> Tensor:
-        x = _padded(module, _input(call))
-        right = patches(x, module.kernel_size, module.stride, module.dilation, has_ones)
-        return right.reshape(examples.size, -1, right.shape[-1]).to(examples.dtype)
+        x = _padded(module, _input(call)).to(examples.dtype)
+        return x.reshape(examples.size, -1, *x.shape[1:])
 
-    left, right = examples.channels(call.delta), call.once("patches", inputs)
-    weight = (
-        {"weight": Extendable(left, right)} if has_ones else _groups(left, right, module.groups)
-    )
-    return {**weight, "bias": Summed(left)}
+    left = examples.channels(call.delta)
+    window = Window(module.kernel_size, module.stride, module.dilation)
+    convolved = Convolved(left, call.once("inputs", inputs), window)
+    if module.groups == 1:
+        return {"weight": convolved, "bias": Summed(left)}
+    right = call.once("patches", lambda: convolved.right)
+    return {**_groups(left, right, module.groups), "bias": Summed(left)}
 
 
 def _padded(module: Any, x: Tensor) -> Tensor:
@@ -211,7 +173,7 @@ def _padded(module: Any, x: Tensor) -> Tensor:
 def _conv_transpose(module: Any, call: Call, examples: Examples) -> Contributions:
     # The adjoint of a convolution: δ takes the place of its input, x that of its output.
     delta = F.pad(call.delta, [side for p in reversed(module.padding) for side in (p, p)])
-    right = patches(delta, module.kernel_size, module.stride, module.dilation)
+    right = Window(module.kernel_size, module.stride, module.dilation).patches(delta)
     x = _input(call)
     # output_padding adds rows that no kernel reaches from a further input position.
     positions = math.prod(x.shape[2:])

@@ -41,6 +41,13 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in asked) and not _is_emulated()
 
 
+def has_fast_convolutions(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether convolutions of many groups run at the speed of products: oneDNN's on x86."""
+    if device.type != "cpu" or dtype != torch.float32 or not torch.backends.mkldnn.enabled:
+        return False
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported()  # type: ignore[no-untyped-call]
+
+
 @cache
 def _is_emulated() -> bool:
     """By products of two square matrices, the fastest of some, in turns."""

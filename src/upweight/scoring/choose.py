@@ -10,7 +10,7 @@ them, and everything that follows is that much smaller.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +36,9 @@ DROPPED = 0.15
 
 ENOUGH = 0.25
 """Error at which further terms are not looked at, in the same units."""
+
+STILL = 0.5
+"""Of the part that a curve was measured for, how much a later part must be for it to serve."""
 
 UNSEEN = 1e-6
 """Second moment, relative to the mean, that is assumed where none was seen."""
@@ -69,6 +72,7 @@ def choose(
     right_moments: Sequence[Tensor],
     tolerance: float,
     short: bool,
+    curves: "dict[int, _Curve] | None" = None,
 ) -> tuple[tuple[Kernel, ...], tuple[str, ...]]:
     """A kernel per block, the cheapest together that keep the tolerance on the reference.
 
@@ -79,8 +83,10 @@ def choose(
         right_moments: Λ of each block: what training gradients are expected to be, squared.
         tolerance: Relative error, above 0.
         short: Whether bfloat16 may be used.
+        curves: What an earlier choice on the same queries and sample has measured, if there was
+            one; what this one measures is put there.
     """
-    curves: dict[int, _Curve] = {}
+    curves = {} if curves is None else curves
     factored = {k: block for k, block in enumerate(queries) if isinstance(block, FactoredQueries)}
     if factored:
         scale = _scale(factored, right_moments)
@@ -88,7 +94,8 @@ def choose(
         for k, some in factored.items():
             part = sample.factors[k]
             assert isinstance(part, Tokens)
-            curves[k] = _curve(some, reference, k, part, right_moments[k], scale, share)
+            if k not in curves or share < STILL * curves[k].share:
+                curves[k] = _curve(some, reference, k, part, right_moments[k], scale, share)
     ranks = _ranks(curves, tolerance**2 * TRUNCATION_SHARE)
     rounding = {
         k: _rounding(curve, reference, k, sample, ranks[k]) for k, curve in curves.items() if short
@@ -136,6 +143,10 @@ class _Curve:
         per_term: Multiply-adds per query and example of one term.
         fixed: Of the projection.
         in_full: Of the block in full.
+        share: The part of the tolerance that it was measured for.
+        exact: What each term adds to the scores of the sample in full precision.
+        short: The factors of the first terms in bfloat16, as far as somebody asked for them.
+        rounding: What bfloat16 does to them, or (None) to the block in full.
     """
 
     block: FactoredQueries
@@ -145,6 +156,10 @@ class _Curve:
     per_term: int
     fixed: int
     in_full: int
+    share: float
+    exact: tuple[Float[Tensor, "k s"], ...]
+    short: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    rounding: dict[int | None, float] = field(default_factory=dict)
 
     @property
     def bases(self) -> tuple[Tensor, Tensor] | None:
@@ -166,20 +181,24 @@ class _Curve:
     def kernel(self, rank: int, short: frozenset[int]) -> Separable:
         """The first terms, some of them in bfloat16."""
         full = [r for r in range(rank) if r not in short]
-        rows = slice(None)
-        return Separable(
-            self.pairs(full, self.block.left.dtype, rows),
-            self.pairs(sorted(short), torch.bfloat16, rows),
-            self.bases,
-        )
+        rounded = [self.in_short(rank)[r] for r in sorted(short)]
+        none = self.pairs([], torch.bfloat16)
+        sides = tuple(torch.stack(side) for side in zip(*rounded, strict=True)) or none
+        return Separable(self.pairs(full, self.block.left.dtype), (sides[0], sides[1]), self.bases)
+
+    def in_short(self, rank: int) -> list[tuple[Tensor, Tensor]]:
+        """The factors of the first terms in bfloat16: of all queries, as in the kernel."""
+        missing = range(len(self.short), rank)
+        self.short.extend(zip(*self.pairs(missing, torch.bfloat16), strict=True))
+        return self.short[:rank]
 
     def pairs(
-        self, which: Sequence[int], dtype: torch.dtype, rows: slice | Tensor
+        self, which: Sequence[int], dtype: torch.dtype
     ) -> tuple[Float[Tensor, "r q s o"], Float[Tensor, "r q s i"]]:
         """δ̃_q∘u_r and ã_q∘v_r; without a projection (δ̃_q∘u_r) Q_Gᵀ and (ã_q∘v_r) Q_Aᵀ."""
         found = []
         sides = zip(
-            (self.block.left[rows], self.block.right[rows]),
+            (self.block.left, self.block.right),
             (self.terms.left, self.terms.right),
             self.kept or (None, None),
             self.block.eigen.bases,
@@ -188,11 +207,15 @@ class _Curve:
         for factor, scales, kept, basis in sides:
             factor = factor if kept is None else factor[..., kept]
             out = factor.new_empty(len(which), *factor.shape, dtype=dtype)
-            for k, r in enumerate(which):  # a term at a time: all in full precision are many
-                scaled = factor * scales[r]
+            # Some terms at a time: all in full precision are many.
+            size = max(1, SOLVE_BYTES // max(1, factor.nbytes))
+            for start in range(0, len(which), size):
+                some = list(which[start : start + size])
+                # Rotated in the dtype of the kernel, whose rounding is measured as it is used.
+                scaled = (factor * scales[some][:, None, None]).to(dtype)
                 if kept is None and basis is not None:
-                    scaled = scaled @ basis.mT.to(scaled.dtype)
-                out[k] = scaled
+                    scaled = scaled @ basis.mT.to(dtype)
+                out[start : start + size] = scaled
             found.append(out)
         return found[0], found[1]
 
@@ -252,13 +275,15 @@ def _curve(
         tokens = Tokens(tokens.left[..., j], tokens.right[..., m])
     terms = expansion(inverse, left_weight, right_weight, max(1, (in_full - fixed) // per_term))
     remaining = -reference.parts[k]
-    errors = [reference.rms(remaining)]
+    errors, exact = [reference.rms(remaining)], []
     for u, v in zip(terms.left, terms.right, strict=True):
-        add_pairs(remaining, Tokens(left * u, right * v), tokens)
+        exact.append(torch.zeros_like(remaining))
+        add_pairs(exact[-1], Tokens(left * u, right * v), tokens)
+        remaining += exact[-1]
         errors.append(reference.rms(remaining))
         if errors[-1] < ENOUGH * share:
             break
-    return _Curve(block, kept, terms, tuple(errors), per_term, fixed, in_full)
+    return _Curve(block, kept, terms, tuple(errors), per_term, fixed, in_full, share, tuple(exact))
 
 
 def _kept(
@@ -285,24 +310,29 @@ def _rounding(
     """
     part, rows = sample.factors[k], reference.rows
     assert isinstance(part, Tokens)
-    zero = torch.zeros_like(reference.parts[k])
+    known = curve.rounding
     if rank is None:
-        few = FactoredQueries(
-            curve.block.eigen, curve.block.inverse, curve.block.left[rows], curve.block.right[rows]
-        )
-        short = zero.clone()
-        Explicit(_solved_all(few, torch.bfloat16)).add_to(short, part)
-        return (reference.rms(short - reference.parts[k]),)
-    if curve.bases is not None:
-        part = part.projected(*curve.bases)
-    errors = []
-    for r in range(rank):
-        exact, short = zero.clone(), zero.clone()
-        for scores, dtype in ((exact, curve.block.left.dtype), (short, torch.bfloat16)):
-            (left,), (right,) = curve.pairs([r], dtype, rows)
-            add_pairs(scores, Tokens(left, right), part.to(dtype))
-        errors.append(reference.rms(short - exact))
-    return tuple(errors)
+        if None not in known:
+            few = FactoredQueries(
+                curve.block.eigen,
+                curve.block.inverse,
+                curve.block.left[rows],
+                curve.block.right[rows],
+            )
+            short = torch.zeros_like(reference.parts[k])
+            Explicit(_solved_all(few, torch.bfloat16)).add_to(short, part)
+            known[None] = reference.rms(short - reference.parts[k])
+        return (known[None],)
+    missing = [r for r in range(rank) if r not in known]
+    if missing:
+        part = part if curve.bases is None else part.projected(*curve.bases)
+        rounded = part.to(torch.bfloat16)
+        for r in missing:
+            left, right = curve.in_short(rank)[r]
+            short = torch.zeros_like(reference.parts[k])
+            add_pairs(short, Tokens(left[rows], right[rows]), rounded)
+            known[r] = reference.rms(short - curve.exact[r])
+    return tuple(known[r] for r in range(rank))
 
 
 def _ranks(curves: dict[int, _Curve], budget: float) -> dict[int, int | None]:

@@ -41,7 +41,7 @@ from upweight.task.data import Data
 from upweight.task.measures import Loss
 from upweight.task.task import Task
 
-SAMPLE = 512
+SAMPLE = 384
 """Training examples on which kernels are chosen; as many others check them."""
 
 BY_LOSS = 4
@@ -63,7 +63,7 @@ TOGETHER = (64, 256)
 reads the queries from memory for little arithmetic. A quarter as many as queries, between these
 two: more would leave the processor's cache."""
 
-ATTEMPTS = 4
+ATTEMPTS = 6
 """Choices that may fail the check before the scores are computed in full precision."""
 
 MOST_CATEGORIES = 2**24
@@ -330,8 +330,9 @@ def _chosen(
     made, aim = solved(dtypes), tolerance
     # Untruncated scores do not depend on the precision of the solved queries.
     of_sample, of_check = (reference_scores(made, rows, some) for some in (sample, check))
+    curves: dict[int, Any] = {}
     for _ in range(ATTEMPTS):
-        kernels, words = choose(made, of_sample, sample, moments, aim, short)
+        kernels, words = choose(made, of_sample, sample, moments, aim, short, curves)
         found = measured(kernels, q, of_check, check)
         if found.error <= tolerance:
             return made, Choice(kernels, found.error, found.worst, words)
@@ -339,8 +340,9 @@ def _chosen(
         if any(rounded):
             dtypes = [plan.dtype if bad else d for d, bad in zip(dtypes, rounded, strict=True)]
             made = solved(dtypes)
+            curves = {}
         else:  # other examples than those of the choice show a larger error: aim lower
-            aim *= 0.9 * tolerance / found.error
+            aim *= 0.97 * tolerance / found.error
     # No approximation met the tolerance: use exact products.
     made = solved([plan.dtype for _ in dtypes])
     return made, exact(made)
