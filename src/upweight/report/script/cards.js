@@ -116,6 +116,8 @@ function card(example, { rows, meter, side, differs, alike, tokens, rest, theirs
     other.open = Boolean(first);
     node.append(other);
   }
+  const texts = asked ? [textOfExample(example), textOf(asked)] : [];
+  if (texts.length && texts.every(Boolean)) node.append(differenceOf(texts, [example.name, "the query"], "What differs from the query"));
   if (rows.length) {
     const list = pairs(element("dl"), rows);
     list.querySelectorAll("dt").forEach(term => { if (MEANING[term.textContent]) term.title = MEANING[term.textContent]; });
