@@ -114,7 +114,7 @@ function drawClasses({ train, sizes, query, matrix }) {
   const body = matrix.map((row, a) => element("tr", {}, element("th", { scope: "row" }, own(train[a]), element("small", {}, whole(sizes[a]))),
     ...row.map((value, b) => {
       const cell = element("td", { title: `trained on ${train[a]}, asked ${query[b]}: ${number(value, true)}` }, query.length <= 12 ? short(value) : element("span", { class: "unseen" }, number(value, true)));
-      cell.style.backgroundColor = heat(value, caution ? 1 : most, 0.8);
+      cell.style.backgroundColor = heat(value, caution ? 1 : most);
       return cell;
     })));
   return panel("Classes on classes", "classes-title",
