@@ -4,7 +4,12 @@ import re
 
 import numpy as np
 import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
+import upweight as uw
+from upweight.report.duplicates import duplicates
 from upweight.report.rendering import script_of
 
 BASE = (
@@ -57,6 +62,7 @@ def test_a_query_is_compared_with_an_example_that_is_like_it(texts, opened):
     summary = details.locator("summary")
     summary.focus()
     page.keyboard.press("Enter")
+    details.locator(".difference").wait_for()
     assert details.locator(".two-texts b").all_inner_texts() == ["#0", "the query"]
     assert marked(page, '.card[data-example="0"] .difference >> nth=0')[0][0] == "Monday"
     other = page.locator('.card[data-example="5"]').first
@@ -130,3 +136,14 @@ def test_of_very_long_differences_a_beginning_is_compared(differ):
     assert cut
     assert [len(text.split()) for text, is_marked in mine if is_marked] == [1000]
     assert theirs[-1][0].split()[-1] == "z"
+
+
+def test_texts_that_the_data_hold_are_compared_without_being_named(opened, tmp_path):
+    kinds = ["spam", "ham"] * 5
+    pipe = make_pipeline(TfidfVectorizer(), LogisticRegression(tol=1e-8)).fit(TEXTS, kinds)
+    scores = uw.attribute(pipe, (TEXTS, kinds), [OTHER])
+    page = opened(scores.report(tmp_path / "page.html"), "#training")
+    names = page.locator("#training .pairs li").filter(has=page.locator("mark.only")).first
+    assert sorted(names.locator(".two-texts b").all_inner_texts()) == ["#0", "#1"]
+    nearest = duplicates(TEXTS, None, range(10)).cosines[0]
+    assert names.locator("p.hint").first.inner_text() == f"cosine {nearest:.3f}"

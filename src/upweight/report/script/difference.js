@@ -71,6 +71,7 @@ function shortened({ text, marked }, k, runs) {
 
 // Both texts with what only one of them has, in words above and marked in them.
 function compareTexts([one, two], [nameOne, nameTwo]) {
+  if (one === two) return element("div", { class: "difference" }, element("p", { class: "hint" }, "As far as they are shown here, the two texts are the same."), longText(one));
   const { cut, sides } = difference(one, two);
   const list = runs => runs.filter(run => run.marked).map(run => run.text.trim());
   const told = (name, runs) => {
@@ -81,7 +82,7 @@ function compareTexts([one, two], [nameOne, nameTwo]) {
     element("p", { class: "words full", dir: "auto" }, ...runs.flatMap((run, k) => run.marked ? [element("mark", { class: "only" }, run.text)] : shortened(run, k, runs))));
   const same = sides.every(runs => !list(runs).length);
   return element("div", { class: "difference" },
-    same ? element("p", { class: "hint" }, one === two ? "The two texts are the same." : "They differ in spaces, or in capital letters, alone.")
+    same ? element("p", { class: "hint" }, "They differ in spaces, or in capital letters, alone.")
       : element("ul", { class: "hint" }, told(nameOne, sides[0]), told(nameTwo, sides[1])),
     cut ? element("p", { class: "hint" }, `They are long: from the first difference on, ${whole(MOST)} words of each were compared.`) : "",
     element("div", { class: "two-texts" }, side(nameOne, sides[0]), side(nameTwo, sides[1])));
