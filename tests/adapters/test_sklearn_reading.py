@@ -207,6 +207,17 @@ def test_queries_without_labels_take_the_predicted_class():
     assert not any("predicts" in note for note in expected.provenance.notes)
 
 
+def test_a_number_that_is_an_id_is_answered_with_its_place():
+    X, y = raw("columns", TEST)
+    X = X.set_axis(np.arange(1000, 1000 + len(X)))
+    scores = made("columns")[3].attribute((X, pd.Series(y, X.index)))
+    assert "query 2: 1002" in str(scores.top(1, 2))
+    with pytest.raises(ShapeError, match=r"its id in the index(.|\n)*query=2"):
+        scores.top(1, 1002)
+    with pytest.raises(ShapeError, match="one of the"):
+        scores.top(1, 999)
+
+
 def test_one_row_is_refused_with_the_way_to_give_it_as_rows():
     _, _, _, fitted = made("columns")
     X = FRAME[TEST]
