@@ -107,7 +107,7 @@ class Context:
         rows = self.rows(role)
         if rows is None or rows.texts is None:
             return None
-        return [f"“{shorten(rows.texts[i], BEGINNING, placeholder=' …')}”" for i in indices]
+        return [f"“{_beginning(rows.texts[i])}”" for i in indices]
 
     def labels(self, role: Role, indices: Sequence[int]) -> list[Any] | None:
         """The labels of some examples as the user knows them; None where they have none.
@@ -119,6 +119,12 @@ class Context:
             return None
         known = getattr(self.task.reads, "label", None)
         return labels_in(data.take(list(indices)), self.classes, known)
+
+
+def _beginning(text: str) -> str:
+    """The first whole words, or the beginning of a first word that is longer than that."""
+    told = shorten(text, BEGINNING, placeholder=" …")
+    return f"{text.split()[0][: BEGINNING - 1]}…" if told == "…" else told
 
 
 class Answered:

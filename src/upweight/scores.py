@@ -294,6 +294,16 @@ class Scores(Answered):
         rows = None if self.context is None else self.context.rows("query")
         if isinstance(query, str | tuple) and rows is not None and rows.ids is not None:
             return place_of(query, rows.ids, "query")
+        is_other = _is_number(query) and not is_row(query, len(self))
+        if is_other and rows is not None and rows.ids is not None:
+            places = [place for place, own in enumerate(rows.ids) if own == query]
+            if len(places) == 1:
+                raise ShapeError(
+                    f"A whole number is the place of a query, in 0…{len(self) - 1}.",
+                    f"query={query!r}.",
+                    "its id in the index of the data.",
+                    f"its place, query={places[0]}.",
+                )
         return row_of(query, len(self))
 
     def _columns_of(self, given: Any) -> Any:

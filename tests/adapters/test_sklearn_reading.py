@@ -207,6 +207,37 @@ def test_queries_without_labels_take_the_predicted_class():
     assert not any("predicts" in note for note in expected.provenance.notes)
 
 
+def test_a_number_that_is_an_id_is_answered_with_its_place():
+    X, y = raw("columns", TEST)
+    X = X.set_axis(np.arange(1000, 1000 + len(X)))
+    scores = made("columns")[3].attribute((X, pd.Series(y, X.index)))
+    assert "query 2: 1002" in str(scores.top(1, 2))
+    with pytest.raises(ShapeError, match=r"its id in the index(.|\n)*query=2"):
+        scores.top(1, 1002)
+    with pytest.raises(ShapeError, match="one of the"):
+        scores.top(1, 999)
+
+
+def test_one_row_is_refused_with_the_way_to_give_it_as_rows():
+    _, _, _, fitted = made("columns")
+    X = FRAME[TEST]
+    expected = fitted.attribute(X.iloc[[3]]).values
+    row = X.iloc[3].to_dict()
+    for given, way_out, rows in (
+        (X.iloc[3], r"X\.iloc\[\[3\]\]", X.iloc[[3]]),
+        (row, r"DataFrame\(\[row\]\)", pd.DataFrame([row])),
+        ("a text", r"\[text\]", None),
+    ):
+        with pytest.raises(DataError, match=rf"one row in place of several(.|\n)*{way_out}"):
+            fitted.attribute(given)
+        if rows is not None:
+            assert torch.equal(fitted.attribute(rows).values, expected)
+    _, _, _, fitted = made("arrays")
+    X, _ = raw("arrays", TEST)
+    with pytest.raises(DataError, match=r"X\[3:4\]"):
+        fitted.attribute(X[3])
+
+
 def test_a_regression_needs_targets_and_says_how_to_do_without():
     _, _, _, fitted = made("numbers")
     X, _ = raw("numbers", TEST)
@@ -337,6 +368,9 @@ def test_texts_are_named_by_what_they_say():
     pipe = make_pipeline(TfidfVectorizer(), LogisticRegression(**TIGHT)).fit(texts, kinds)
     scores = uw.attribute(pipe, (texts, kinds), texts[1:3])  # a list of two texts is X alone
     assert len(scores) == 2 and "“pear number" in str(scores.top(2, 0))
+    address = "https://" + "a" * 80
+    of_one = uw.attribute(pipe, (texts, kinds), [f"{address} apple number 3"])
+    assert f"“{address[:59]}…”" in str(of_one.top(2, 0)), "a first word longer than what is shown"
     assert set(scores.table(0, 2)["text"]) <= set(texts)
     named = pd.Series(texts, [f"t{i}" for i in range(24)])
     asked = uw.attribute(pipe, (named, kinds), named[1:3])

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 import upweight as uw
 import upweight.adapters.transformers as hf
-from upweight.errors import DataError, SpecError, UnsupportedModel
+from upweight.errors import DataError, SpecError, UnsupportedModel, UpweightError
 from upweight.front.opened import opened
 from upweight.task.data import ArrayData
 from upweight.task.identity import contents
@@ -448,6 +448,31 @@ def test_examples_without_labels_are_refused_with_what_makes_them():
     with pytest.raises(DataError, match="without that collate function"):
         task.training(loader)
     assert len(task.training(tokens)) == len(TEXTS)
+
+
+def test_rows_with_text_and_label_are_data_of_a_classifier(tmp_path):
+    tokenizer = words()
+    task = hf.classifier(built("classes"), tokenizer)
+    rows = [{"text": text, "label": k % 3} for k, text in enumerate(TEXTS)]
+    expected = task.training(hf.text(rows, tokenizer, labels="label"))
+    for given in (rows, [{"labels": row["label"], "text": row["text"]} for row in rows]):
+        found = task.training(given)
+        assert found.batch(0, 5)["labels"].tolist() == [0, 1, 2, 0, 1]
+        assert torch.equal(found.batch(0, 5)["input_ids"], expected.batch(0, 5)["input_ids"])
+    assert task.queries(rows[1]).batch(0, 1)["labels"].tolist() == [1], "one row"
+    with pytest.raises(DataError, match="classes by name"):
+        task.training([row | {"label": "yes"} for row in rows])
+
+
+def test_a_text_is_a_query_by_itself(tmp_path):
+    for name in ("classes", "GPT-2"):
+        task = hf.task(built(name), words())
+        assert len(task.queries("the cat sat")) == 1
+    file = tmp_path / "a file.jsonl"
+    file.write_text("\n".join(map(json.dumps, TEXTS)))
+    assert len(task.queries(str(file))) == len(TEXTS)
+    with pytest.raises(UpweightError):
+        task.queries("no-such-file.jsonl")
 
 
 def test_asking_for_classes_leaves_nothing_on_the_model():

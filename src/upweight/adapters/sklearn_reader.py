@@ -216,12 +216,27 @@ def _parts(given: Any) -> tuple[Any, Any]:
     is_matrix = hasattr(given, "__array__") or hasattr(given, "tocsr")
     if is_matrix and len(given.shape) == 2:
         return given, None
+    cause = "a Dataset, DataLoader or dict; or sample weights beside X and y."
+    way_out = "pass (X, y); with weights sk.data(estimator, X, y, sample_weight)."
+    if isinstance(given, str | dict) or (is_matrix and len(given.shape) == 1):
+        cause, way_out = "one row in place of several.", _one_row(given)
     raise DataError(
         "Data for the task of an estimator are (X, y) as they were given to fit, or X alone.",
         f"a {type(given).__name__}{f' of {len(given)}' if pair else ''}.",
-        "a Dataset, DataLoader or dict; or sample weights beside X and y.",
-        "pass (X, y); with weights sk.data(estimator, X, y, sample_weight).",
+        cause,
+        way_out,
     )
+
+
+def _one_row(given: Any) -> str:
+    """How one row is given as rows."""
+    if isinstance(given, str):
+        return "pass a list of one text, [text]."
+    if isinstance(given, dict):
+        return "pass a frame of one row, pandas.DataFrame([row])."
+    if hasattr(given, "iloc"):
+        return "pass a frame of one row, X.iloc[[3]] in place of X.iloc[3]."
+    return "pass an array of one row, X[3:4] in place of X[3]."
 
 
 def require_classes(estimator: Any) -> None:

@@ -14,6 +14,7 @@ from upweight.adapters.statsmodels_regression import columns_of, loss_of, offset
 from upweight.adapters.statsmodels_regression import rows_of as labels_of
 from upweight.adapters.support import AdapterReader, TranslatedData, numbers, require_same_index
 from upweight.errors import DataError, ShapeError, message
+from upweight.notation import count
 from upweight.runtime.fingerprint import digest
 from upweight.task.likelihoods import Likelihood
 from upweight.task.losses import Bernoulli
@@ -193,9 +194,11 @@ def _by_formula(results: Any, frame: Any) -> Any:
         first = f", first {row_name(Rows.of(frame), lost[0])}" if lost else ""
         raise DataError(
             "Every query must have all that the formula reads.",
-            f"{len(frame)} rows, some of them with missing or infinite values{first}.",
+            f"{count(len(frame), 'row')}, {len(lost)} of them with missing or infinite values"
+            f"{first}.",
             "missing values, which a fit leaves out.",
-            "pass frame.dropna().",
+            "leave these rows out: frame.dropna(), or dropna(subset=[...]) of the columns that the "
+            "formula reads.",
         )
     return exog
 

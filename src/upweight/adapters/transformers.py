@@ -14,6 +14,7 @@ The module does not import transformers: models are told by the names of their c
 """
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -343,7 +344,17 @@ def _as_examples(given: Any) -> Any:
     """One example, as a data set or `tokenizer(text)` returns it, as a list of one."""
     if isinstance(given, Mapping) and _is_sequence(given.get("input_ids")):
         return [dict(given)]
+    if isinstance(given, Mapping) and isinstance(given.get("text"), str):
+        return [dict(given)]
+    # Words are a text, unless they name a file of texts.
+    if isinstance(given, str) and len(given.split()) > 1 and not os.path.isfile(given):
+        return [given]
     return [given] if isinstance(given, Tensor) and given.ndim == 1 else given
+
+
+def _label_column(row: Any) -> str | None:
+    """The entry of a row of a data set that is its label."""
+    return next((k for k in LABELS if k in row), None) if isinstance(row, Mapping) else None
 
 
 @dataclass(frozen=True)
@@ -418,10 +429,10 @@ class Reader(TaskReader):
         data = replace(inputs, dataset=Labelled(inputs.dataset, classes))
         return self._read(data, "queries").noted((PREDICTED,))
 
-    def _tokens(self, texts: Any) -> TextData:
+    def _tokens(self, texts: Any, column: str = "text", labels: str | None = None) -> TextData:
         most = getattr(getattr(bare(self.model), "config", None), "max_position_embeddings", None)
         self._require_tokenizer()
-        return text(texts, self.tokenizer, length=min(512, most or 512))
+        return text(texts, self.tokenizer, column, min(512, most or 512), labels=labels)
 
     def _no_labels(self, given: str = "texts alone") -> DataError:
         hf = "import upweight.adapters.transformers as hf; hf.text(dataset, tokenizer, "
@@ -471,9 +482,12 @@ class Reader(TaskReader):
         self._require_tokenizer()
         if column == "messages":
             return chat(given, self.tokenizer)
-        if self.kind != "causal_lm":
-            raise self._no_labels()
-        return self._tokens(given)
+        if self.kind == "causal_lm":
+            return self._tokens(given)
+        labels = None if isinstance(given, str | os.PathLike) else _label_column(given[0])
+        if self.kind == "classifier" and labels is not None:
+            return self._tokens(given, column, labels)
+        raise self._no_labels()
 
     def _require_tokenizer(self) -> None:
         if self.tokenizer is None:

@@ -96,7 +96,7 @@ def settings(place: Run, shown: Path) -> tuple[list[str], dict[str, Any]]:
     rerun = shlex.join(["upweight", "rerun", str(shown)])
     lines += [
         f"  {machine}",
-        f"  to compute it again by the files that are packed with it: {rerun}"
+        f"  what computing it again needs is packed with it; how: {rerun}"
         if is_packed
         else f"  to compute it again, ask its owner for {', '.join(files[:FILES])}{others}: "
         f"{rerun}",

@@ -135,9 +135,10 @@ class Attribution(Scores):
             recipe, budget = None, recipe
         known: Any = self._recipe() if recipe is None else recipe
         if known is None:
+            why = [note for note in self.provenance.notes if note.startswith(NO_RECIPE)]
             raise SpecError(
                 "A check trains the model again, and must know how.",
-                "no recipe.",
+                f"{why[0] if why else 'no recipe'}.",
                 "a network, which does not say how it was trained.",
                 "check(recipe): an upweight.Training(...), or a function of data weights that "
                 "returns a trained model.",

@@ -46,6 +46,7 @@ KNOWN = {
     "dataset": "train=dataset",
     "metric": "measure=metric",
     "device": "model.to(device), where it is asked then,",
+    "tokenizer": "upweight.adapters.transformers.task(model, tokenizer) as the model,",
 }
 """What other names of arguments are called here."""
 

@@ -23,6 +23,9 @@ from upweight.task.data import ArrayData, Data, as_data
 ROW_SHOWN = 40
 """Columns of a row: the first ones."""
 
+TEXTS_READ = 100_000
+"""Texts of a data set that are compared with each other, at most: more lie on disk."""
+
 NOT_KEPT = "Not kept in the run, which holds what it shows of the strongest examples alone."
 
 _TARGETS = ("labels", "label", "targets", "target", "y")
@@ -254,6 +257,9 @@ def inputs_of(data: Data | None, display: Display) -> Tensor | Sequence[str] | D
         return texts
     if isinstance(data, KeptExamples):
         return data.twins
+    rows = getattr(data, "given", None)
+    if rows is not None and rows.texts is not None and len(rows.texts) <= TEXTS_READ:
+        return [str(text) for text in rows.texts]
     if not isinstance(data, ArrayData):
         return None
     inputs, _ = _parts(data.arrays)

@@ -18,7 +18,17 @@ from upweight.runtime.atomic import make_folder, write_whole
 
 WAY_OUT = "free space, or write it elsewhere: path=."
 
-SCRIPTS = ("words", "figures", "trust", "cards", "queries", "whatif", "training", "start")
+SCRIPTS = (
+    "words",
+    "figures",
+    "trust",
+    "difference",
+    "cards",
+    "queries",
+    "whatif",
+    "training",
+    "start",
+)
 """Parts of the script in their order; where the data come from is another, in the second place."""
 
 _ESCAPE = re.compile(r"\\(?:ud[89ab]\w\w\\ud[c-f]\w\w|(ud[89a-f]\w\w)|.)")

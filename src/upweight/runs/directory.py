@@ -28,8 +28,9 @@ SCHEMA = 1
 """Of evaluation.json."""
 
 WAY_OUT = (
-    "delete that file and evaluate again, if you want it: `upweight evaluate RUN --recipe "
-    "FILE.py:NAME`; the models that were trained are kept."
+    "ask whoever gave you the run for it; or delete that file and evaluate again, `upweight "
+    "evaluate RUN --project FILE.py`, of a network with its --recipe FILE.py:NAME: the models that "
+    "were trained are kept."
 )
 
 OWN = {

@@ -32,7 +32,7 @@ function contentsOf(contents, full, against) {
 }
 const BRIEF = 220;
 function longText(text, full, against) {
-  if (full || text.length <= BRIEF) return element("p", { class: full ? "words full" : "words", dir: "auto" }, ...sharedText(text, against));
+  if (full || text.length <= BRIEF) return element("p", full ? { class: "words full", dir: "auto", tabindex: "0", role: "group", "aria-label": "text" } : { class: "words", dir: "auto" }, ...sharedText(text, against));
   const details = element("details", { class: "words" }, element("summary", { dir: "auto" }, ...sharedText(text.slice(0, BRIEF) + "…", against)));
   details.append(element("p", { dir: "auto" }, ...sharedText(text, against)));
   return details;
@@ -79,7 +79,7 @@ function tokensOf({ tokens, special }, scores, rest, against) {
   shown.forEach((t, place) => {
     const token = tokens[t], start = token.trimStart(), before = place ? token.slice(0, token.length - start.length) : "";
     const span = element("span", caution ? {} : { title: number(scores[t], true) }, start), part = Math.abs(scores[t]) / most;
-    if (part > 0.04) span.style.backgroundColor = heat(scores[t], most, 0.75);
+    if (part > 0.04) span.style.backgroundColor = heat(scores[t], most);
     if (taken[place]) span.className = "same";
     text.append(before, span, gap);
   });
@@ -93,8 +93,9 @@ function tokensOf({ tokens, special }, scores, rest, against) {
     hidden.size ? `; ${share(specially)} through special tokens` : "",
     `; ${remainder} of the score not through any one token`)];
 }
-const heat = (value, most, strength = 1) =>
-  `color-mix(in srgb, var(${value >= 0 ? "--raised" : "--lowered"}) ${(100 * strength * Math.min(1, Math.abs(value) / (most || 1))).toFixed(1)}%, transparent)`;
+// The strongest is as strong as text on it stays readable.
+const heat = (value, most) =>
+  `color-mix(in srgb, var(${value >= 0 ? "--raised-heat" : "--lowered-heat"}) ${(100 * Math.min(1, Math.abs(value) / (most || 1))).toFixed(1)}%, transparent)`;
 
 // One example: its picture or contents, its label, some numbers, and the tick that drops it.
 function card(example, { rows, meter, side, differs, alike, tokens, rest, theirs, theirsRest, asked, first, labels, tickable = true, notes = [] }) {
@@ -116,6 +117,8 @@ function card(example, { rows, meter, side, differs, alike, tokens, rest, theirs
     other.open = Boolean(first);
     node.append(other);
   }
+  const texts = asked ? [textOfExample(example), textOf(asked)] : [];
+  if (texts.length && texts.every(Boolean)) node.append(differenceOf(texts, [example.name, "the query"], "What differs from the query"));
   if (rows.length) {
     const list = pairs(element("dl"), rows);
     list.querySelectorAll("dt").forEach(term => { if (MEANING[term.textContent]) term.title = MEANING[term.textContent]; });

@@ -11,7 +11,7 @@ function element(tag, attributes = {}, ...children) {
 }
 const number = value => value === 0 ? "0" : `${value < 0 ? "−" : "+"}${Math.abs(value).toLocaleString("en-US", { maximumSignificantDigits: 3 })}`;
 const heat = (value, most) =>
-  `color-mix(in srgb, var(${value >= 0 ? "--raised" : "--lowered"}) ${(70 * Math.min(1, Math.abs(value) / most)).toFixed(1)}%, transparent)`;
+  `color-mix(in srgb, var(${value >= 0 ? "--raised-heat" : "--lowered-heat"}) ${(100 * Math.min(1, Math.abs(value) / most)).toFixed(1)}%, transparent)`;
 
 // Tokens, coloured by their share of the score and underlined where the other text has them too.
 function words(tokens, copied, shares, most) {

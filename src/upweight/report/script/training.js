@@ -114,7 +114,7 @@ function drawClasses({ train, sizes, query, matrix }) {
   const body = matrix.map((row, a) => element("tr", {}, element("th", { scope: "row" }, own(train[a]), element("small", {}, whole(sizes[a]))),
     ...row.map((value, b) => {
       const cell = element("td", { title: `trained on ${train[a]}, asked ${query[b]}: ${number(value, true)}` }, query.length <= 12 ? short(value) : element("span", { class: "unseen" }, number(value, true)));
-      cell.style.backgroundColor = heat(value, caution ? 1 : most, 0.8);
+      cell.style.backgroundColor = heat(value, caution ? 1 : most);
       return cell;
     })));
   return panel("Classes on classes", "classes-title",
@@ -157,13 +157,16 @@ async function drawTwins({ same, sizes, conflicts, sets, extra, near, candidates
     ? `${several(sets, "set")} of training ${what} have the same input (${several(extra, "copy")} too many).`
       + (conflicts.some(Boolean) ? " Those whose copies carry different labels come first." : "")
     : `No two training ${what} have the same input.`)];
-  const picture = async ids => (await source.examples(ids)).map(example => {
+  const picture = async (ids, bare) => (await source.examples(ids)).map(example => {
     const box = element("div", { class: "twin" }, tile("train", example.tile, 72, example.words),
       element("span", {}, example.label ? element("b", {}, example.label) : "", " ", own(example.name)));
-    if (!data.sprites.train) box.append(...contentsOf(example.contents));
+    if (!data.sprites.train && !bare) box.append(...contentsOf(example.contents));
     if (data.predicts) box.append(tickOf(example, "whole"));
     return box;
   });
+  const pairOfTexts = (texts, names) => likeness(...texts) < LIKE
+    ? element("div", { class: "two-texts" }, ...texts.map(text => longText(text)))
+    : compareTexts(texts, names);
   if (same.length) {
     const list = element("ul", { class: "pairs" });
     for (const [g, ids] of same.entries()) list.append(element("li", {}, element("p", { class: "hint" },
@@ -172,7 +175,11 @@ async function drawTwins({ same, sizes, conflicts, sets, extra, near, candidates
   }
   if (near.length) {
     const list = element("ul", { class: "pairs" });
-    for (const [i, j, cosine] of near) list.append(element("li", {}, element("p", { class: "hint" }, `cosine ${cosine.toFixed(3)}`), element("div", { class: "row-of" }, ...await picture([i, j]))));
+    for (const [i, j, cosine] of near) {
+      const [one, two] = await source.examples([i, j]), texts = [one, two].map(textOfExample);
+      const hint = element("p", { class: "hint" }, `cosine ${cosine.toFixed(3)}`), both = texts.every(Boolean) && !data.sprites.train;
+      list.append(element("li", both ? { class: "wide" } : {}, hint, element("div", { class: "row-of" }, ...await picture([i, j], both)), both ? pairOfTexts(texts, [one.name, two.name]) : ""));
+    }
     parts.push(element("h3", { class: "sub" }, "Nearest pairs"),
       element("p", { class: "hint" }, `The largest cosines of normalized inputs between ${several(candidates, "candidate")} (the most suspicious and the most influential) and all ${whole(among)} examples. The model has no part in it; the nearest need not be near.${read ? ` Only the first ${whole(read)} characters of each text are compared.` : ""}`),
       ...capped(list, 8));
