@@ -61,6 +61,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 import upweight as uw  # noqa: E402
 from upweight.gradients.passes import GradientPass  # noqa: E402
 from upweight.index.asking import ScanJob  # noqa: E402
+from upweight.index.scan import Scan  # noqa: E402
 from upweight.index.codes import Codes  # noqa: E402
 from upweight.index.shards import filled  # noqa: E402
 from upweight.index.verification import verification  # noqa: E402
@@ -183,7 +184,7 @@ def of_index(
         _, spent = cpu_seconds(lambda: index.extend((X[start:], y[start:])))
         after, _ = epochs(fitted, X, y, n)
         made = index._transform
-        rows = filled(made.of_query(solved))
+        rows = Scan(filled(made.of_query(solved)), index._rows.codes)
         found = ScanJob(0, rows, index._rows, n, torch.float32).block(0, n)
         with GradientPass(made.plan, made.theta) as passes:
             batch = X[:BATCH], y[:BATCH]
