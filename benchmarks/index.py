@@ -61,8 +61,8 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 import upweight as uw  # noqa: E402
 from upweight.gradients.passes import GradientPass  # noqa: E402
 from upweight.index.asking import ScanJob  # noqa: E402
-from upweight.index.scan import Scan  # noqa: E402
 from upweight.index.codes import Codes  # noqa: E402
+from upweight.index.scan import Scan  # noqa: E402
 from upweight.index.shards import filled  # noqa: E402
 from upweight.index.verification import verification  # noqa: E402
 from upweight.methods.layered import LayeredJob  # noqa: E402
