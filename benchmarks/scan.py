@@ -58,7 +58,7 @@ def ours(K: int, bits: int) -> Callable[[torch.Tensor], Any]:
 
     def run(queries: torch.Tensor, n: int) -> None:
         some = {key: each[:n] for key, each in kept.items()}
-        scan.products(queries, some, codes).topk(TOP, dim=1)
+        scan.Scan(queries, codes).products(some).topk(TOP, dim=1)
 
     return run
 
@@ -256,7 +256,7 @@ def inside(group: Path, K: int, rounds: int) -> None:
     (group / "cgroup.procs").write_text(str(os.getpid()))
     files = sorted(FOLDER.glob("rows-*.safetensors"))
     codes, query = Codes(2), torch.randn(1, K)
-    scan.products(query, shard(K, 2, 2**20), codes)  # compiled before the clock starts
+    scan.Scan(query, codes).products(shard(K, 2, 2**20))  # compiled before the clock starts
 
     def cold() -> None:
         for path in files:
@@ -274,7 +274,7 @@ def inside(group: Path, K: int, rounds: int) -> None:
         for path in files:
             with safe_open(path, framework="pt") as file:
                 kept = {key: file.get_tensor(key) for key in file.keys()}
-            scan.products(query, kept, codes).topk(TOP, dim=1)
+            scan.Scan(query, codes).products(kept).topk(TOP, dim=1)
 
     seconds: dict[str, list[float]] = {"read_seconds": [], "scan_seconds": []}
     for _ in range(rounds):

@@ -7,7 +7,11 @@ from upweight.errors import NonFinite, ShapeError
 from upweight.index import scan
 from upweight.index.codes import Codes
 from upweight.index.kernel import LARGEST, arranged, dot
-from upweight.index.scan import Scan, products
+from upweight.index.scan import Scan
+
+
+def products(queries, shard, codes):
+    return Scan(queries, codes).products(shard)
 
 
 def case(bits, K, b=37, q=5):

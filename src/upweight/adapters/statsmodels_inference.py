@@ -282,7 +282,6 @@ def _reproduced(results: Any, inference: Inference, found: Regression, name: str
     """What is reported, held to its translation."""
     gamma = inference.coordinates(torch.from_numpy(found.beta))[None]
     ones = torch.ones(1, len(found.y), dtype=torch.float64)
-    ours = inference.reported(gamma, ones)
     error = float(np.asarray(results.bse)[inference.place])
     if not (np.isfinite(error) and error > 1e-12 * np.abs(found.beta).max()):
         raise DataError(
@@ -301,6 +300,7 @@ def _reproduced(results: Any, inference: Inference, found: Regression, name: str
             on = _fitted(results, results.model, found.X, np.ones(len(found.y), dtype=bool))
         apart = _apart(on, inference, np.asarray(on.params, dtype=np.float64))
     if not apart <= REPRODUCED:
+        ours = inference.reported(gamma, ones)
         raise UnsupportedModel(
             f"The standard error of {name} must be reproduced before it is differentiated.",
             f"{error:.8g} reported with cov_type={results.cov_type!r}, {float(ours.error):.8g} by "

@@ -48,6 +48,7 @@ from upweight.methods.fitted import Fitted
 from upweight.methods.influence import Influence
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.resources import Resources
+from upweight.runtime.selection import require_labels
 from upweight.runtime.streams import stream
 from upweight.task.identity import described
 from upweight.task.losses import SquaredError
@@ -580,15 +581,8 @@ def _random_folds(folds: int, n: int, seed: int) -> list[list[int]]:
 def _by_label(labels: Any, n: int) -> list[list[int]]:
     """Places by label, in the order in which labels first come."""
     entries = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    require_labels(entries, "example")
     found: dict[Any, list[int]] = {}
-    missing = [k for k, label in enumerate(entries) if label is None or label != label]
-    if missing:
-        raise DataError(
-            "Every example belongs to a group.",
-            f"no label at examples {missing[:5]}{' and more' if missing[5:] else ''}.",
-            "missing values in the column, which would each be a group of their own.",
-            "fill them, labels.fillna('none'), or leave these rows out of the fit.",
-        )
     for place, label in enumerate(entries):
         found.setdefault(label, []).append(place)
     if len(entries) != n or len(found) < 2:

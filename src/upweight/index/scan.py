@@ -23,7 +23,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int8, Int16, UInt8
+from jaxtyping import Float, Int8, Int16, Int32, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -48,13 +48,6 @@ class _Whole:
 
     numbers: Int16[Tensor, "q K"]
     step: Float[Tensor, " q"]
-
-
-def products(
-    queries: Float[Tensor, "q K"], shard: Mapping[str, Tensor], codes: Codes
-) -> Float[Tensor, "q b"]:
-    """`Scan(queries, codes).products(shard)`, for one shard."""
-    return Scan(queries, codes).products(shard)
 
 
 class Scan:
@@ -114,16 +107,23 @@ class Scan:
         return [arranged(each.numpy(), self.codes.bits) for each in self._whole.numbers]
 
     @cached_property
-    def _halves(self) -> tuple[Int8[Tensor, "2q K"], list[slice], list[list[Tensor]]]:
-        """High and low bytes, and the same for pieces of a row's bytes, field by field."""
-        numbers, fields = self._whole.numbers, 8 // self.codes.bits
+    def _halves(self) -> tuple[Int32[Tensor, " h"], list[slice], list[list[Tensor]]]:
+        """High and low bytes of the queries, for pieces of a row's bytes, field by field.
+
+        Before them what a product has too much of, since codes count from 0.
+        """
+        numbers, bits = self._whole.numbers, self.codes.bits
+        fields = 8 // bits
         low = numbers.to(torch.int8)  # the lower byte, signed
         halves = torch.cat([((numbers - low) >> 8).to(torch.int8), low])
+        # 8 bits are unsigned in the codes and signed here: c − 128.
+        top = 2**bits - 1 - (256 if bits == 8 else 0)
+        offset = top * halves.sum(dim=1, dtype=torch.int64).int()
         width = halves.shape[1] // fields
         pieces = [slice(a, min(a + WIDE, width)) for a in range(0, width, WIDE)]
         parts = halves.view(len(halves), fields, width)
         told = [[parts[:, s, each].mT.contiguous() for s in range(fields)] for each in pieces]
-        return halves, pieces, told
+        return offset, pieces, told
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
@@ -157,17 +157,14 @@ class Scan:
     def _by_bytes(self, shard: Mapping[str, Tensor]) -> Float[Tensor, "q b"]:
         """By products of 8-bit numbers, summed in 32 bits: q̂ = 256·high + low."""
         rows, whole, bits = shard["codes"], self._whole, self.codes.bits
-        halves, pieces, told = self._halves
-        # 8 bits are unsigned in the codes and signed here: c − 128.
-        top = 2**bits - 1 - (256 if bits == 8 else 0)
-        offset = top * halves.sum(dim=1, dtype=torch.int64).int()
+        offset, pieces, told = self._halves
         width = rows.shape[1]
         size = max(CACHED // min(WIDE, width), 1)
         spaces = torch.empty(2, min(size, len(rows)) * min(WIDE, width), dtype=torch.uint8)
         found = torch.empty(len(whole.step), len(rows), dtype=torch.float32)
         for start in range(0, len(rows), size):
             block = rows[start : start + size]
-            sums = torch.zeros(len(block), len(halves), dtype=torch.int32)
+            sums = torch.zeros(len(block), len(offset), dtype=torch.int32)
             for piece, parts in zip(pieces, told, strict=True):
                 for s, part in enumerate(parts):
                     c, shift = _field(block[:, piece], s, bits, spaces)
@@ -253,5 +250,5 @@ def _require_finite(queries: Float[Tensor, "q K"]) -> None:
             "Queries are finite numbers.",
             f"NaN or infinity in query {', '.join(map(str, wrong[:6]))}.",
             "a measure that overflows, or an input with NaN.",
-            "leave these queries out: products(queries[queries.isfinite().all(dim=1)], …).",
+            "leave these queries out: Scan(queries[queries.isfinite().all(dim=1)], …).",
         )

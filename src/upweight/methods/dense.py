@@ -380,7 +380,7 @@ def inverse(
             "leave the solver out: Auto() inverts each block in float32; or use model.float().",
         )
     made = curvature.fit(task, data, point.theta)
-    lam, chosen_by = as_damping(damping).chosen(made, point.theta, len(data))
+    lam, of_damping = as_damping(damping).chosen(made, point.theta, len(data))
     operator = damped(made, lam)
     solver = chosen.select(operator) if isinstance(chosen, Auto) else chosen
     solver, told = preconditioned(solver, fitting, point, lam)
@@ -412,7 +412,7 @@ def inverse(
         memory_bytes=fitting.resources.memory_bytes,
         notes=(
             *made.notes,
-            *chosen_by,
+            *of_damping,
             *told,
             *source.notes,
             *health.duration_notes(operator, solver, point.theta),

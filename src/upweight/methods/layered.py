@@ -105,9 +105,8 @@ class LayeredJob(Job):
         gradients = self.scorer.gradients
         if function is not None and gradients is not unchanged:
             raise not_offered("query_tokens(...)", "gradients not divided by their norm")
-        plan, passes = self.scorer.curvature.plan, self.scorer.passes()
-        if function is not None:
-            passes = GradientPass(plan, self.scorer.point.theta)
+        plan, theta = self.scorer.curvature.plan, self.scorer.point.theta
+        passes = self.scorer.passes() if function is None else GradientPass(plan, theta)
         shares, rest = token_shares(plan, passes, data, list(self.solved()), function, gradients)
         return TokenScores(shares * self.scorer.factor, rest * self.scorer.factor)
 
@@ -247,7 +246,7 @@ class LayeredScorer(Scorer):
     def leverages(self, start: int, stop: int) -> Float[Tensor, "b c c"]:
         batch = self.task.to_device(self.train.batch(start, stop))
         rows: list[list[Tensor]] = [[] for _ in self.curvature.blocks]
-        with self.passes() as passes:
+        with GradientPass(self.curvature.plan, self.point.theta) as passes:
             for factors in passes.of_heads(batch, stop - start, entries):
                 for found, block, part in zip(rows, self.curvature.blocks, factors, strict=True):
                     found.append(in_basis(block.eigen, part).flatten(1))
