@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -505,9 +506,22 @@ def test_a_damaged_shard_is_never_scanned(fitted, tmp_path):
         index.scores(asked())
     (folder / name).unlink()  # the way out
     assert torch.equal(build(fitted, corpus(), folder).scores(asked()).values, before)
-    assert all(
-        held is None for file, (_, held) in index._rows.store.known.items() if "rows" in file
-    )
+
+
+def test_shards_stay_mapped_only_where_all_fit_into_memory(fitted, tmp_path):
+    index = build(fitted, corpus(), tmp_path)
+
+    def held() -> list[bool]:
+        known = index._rows.store.known.items()
+        return [tensors is not None for file, (_, tensors) in known if "rows" in file]
+
+    before = index.scores(asked()).values
+    assert held()
+    assert all(held())
+    index._rows = replace(index._rows, memory_bytes=1)
+    assert torch.equal(index.scores(asked()).values, before)
+    assert held()
+    assert not any(held())
 
 
 def test_other_data_and_other_methods_are_refused(fitted, tmp_path):

@@ -13,6 +13,7 @@ the index in place of the training gradients. Each is a reducer of `Fitted.attri
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,8 +64,12 @@ class ScanJob(Job):
         every = self.rows.holding(examples, self.n)
         return torch.cat([self._products(shard, at - shard.start) for shard, at in every], dim=1)
 
+    @cached_property
+    def _stay(self) -> bool:
+        return self.rows.fit(self.n, self.scan.queries.shape[1])
+
     def _products(self, shard: Shard, part: slice | Tensor) -> Float[Tensor, "q b"]:
-        kept = self.rows.read(shard)
+        kept = self.rows.read(shard, self._stay)
         chosen = {key: each[part] for key, each in kept.items() if key != SUMS}
         return self.scan.products(chosen).to(self.dtype)
 

@@ -242,7 +242,8 @@ class Index:
         store = Store.load(store.directory, AGAIN)
         codes = Codes(store.begun["bits"])
         made = restored(fitted, store.mapped(TRANSFORM), store.directory)
-        rows = Rows(store, codes, store.begun["shard"], store.begun["at_once"])
+        memory = fitted.resources.memory_bytes
+        rows = Rows(store, codes, store.begun["shard"], store.begun["at_once"], memory)
         return cls(rows, made, fitted, held)
 
     def extend(self, data: Any, *, source: str | None = None, shards: str = "1/1") -> None:
@@ -390,7 +391,8 @@ class Index:
             StaleStore: A file is damaged.
 
         Cost: q solves, and one reading of the index; of the first question also its hash. Memory:
-        one shard, whatever the size of the index.
+        one shard; all of them stay mapped for the next question where they take no more than the
+        fit's memory, a quarter of what is free unless told otherwise.
         """
         into = Matrix() if into is None else into
         _, train = self._held[0]

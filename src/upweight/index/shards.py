@@ -25,6 +25,7 @@ from upweight.gradients.passes import GradientPass
 from upweight.index.codes import Codes
 from upweight.index.transform import Transform
 from upweight.runtime.lock import CLAIM, claimed
+from upweight.runtime.memory import kept_bytes
 from upweight.runtime.progress import progress
 from upweight.runtime.store import Store
 from upweight.scoring.stream import training_loss
@@ -55,16 +56,25 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The shards of a folder, of `size` rows each, made from batches of `at_once` examples."""
+    """The shards of a folder, of `size` rows each, made from batches of `at_once` examples.
+
+    `memory_bytes` is what the user allows; None: a share of what is free.
+    """
 
     store: Store
     codes: Codes
     size: int
     at_once: int
+    memory_bytes: int | None = None
 
-    def read(self, shard: Shard) -> Mapping[str, Tensor]:
-        """Codes and checksums, memory-mapped; they are let go with the last use of them."""
-        return self.store.mapped(shard.name)
+    def read(self, shard: Shard, hold: bool = False) -> Mapping[str, Tensor]:
+        """Codes and checksums, memory-mapped; to `hold` where the next question reads them too."""
+        return self.store.mapped(shard.name, hold)
+
+    def fit(self, n: int, numbers: int) -> bool:
+        """Whether n rows of so many numbers may all stay mapped from one question to the next."""
+        room = kept_bytes(torch.device("cpu"), self.memory_bytes, 0)
+        return n * self.codes.bytes(numbers) <= room
 
     def shards(self, n: int, start: int = 0, stop: int | None = None) -> list[Shard]:
         """Those of an index of n rows that hold its rows start … stop − 1; None: all from start."""

@@ -111,6 +111,8 @@ def require_own_gradients(
 
     Σᵢ cᵢ gᵢ of a few examples, from a batch with others and from each alone.
     """
+    if len(at) == 1:  # it has no others
+        return
     weights = [float(k % WITH_GRADIENT == 0) for k in range(len(at))]
 
     def gradients(t: Tensor, batch: Batch, weights: Sequence[float]) -> list[Tensor]:

@@ -97,7 +97,8 @@ def own_losses(
     alone, unclear = [], task.loss.ambiguity(outputs, targets)
     for k, i in enumerate(at):
         single = task.to_device(data.batch(i, i + 1))
-        f, y = evaluate(theta, single)
+        # The only one was evaluated alone.
+        f, y = evaluate(theta, single) if len(at) > 1 else answer
         if len(f) != 1:
             raise ShapeError(other_length(task, theta, data, (i,), len(f), evaluate, role))
         loss = task.losses_of(f, y)
