@@ -301,7 +301,7 @@ def _contraction(
             for b, t in zip(curvature.blocks, positions, strict=True)
         )
         # No more than a small share of what the pass itself takes.
-        most = min(SAMPLE if factored else FEW, max(32, len(train) // 12))
+        most = min(SAMPLE if factored else FEW, max(32, len(train) // 20))
         sample, check = (
             _sample(curvature, train, losses, size, seed, memory_bytes, gradients)
             for seed, size in enumerate((most if factored else 2, most))
