@@ -179,6 +179,8 @@ def depends_on_parameters(queries: BlockQueries) -> bool:
 
 def inner(queries: BlockQueries, matrix: Float[Tensor, "..."]) -> Float[Tensor, " q"]:
     """⟨V_q, matrix⟩ of every query with one matrix (or vector) of the block's shape."""
+    if not bool(matrix.any()):  # without a penalty; V_q in full precision would be a large copy
+        return matrix.new_zeros(len(queries))
     if isinstance(queries, FactoredQueries):
         weighted = queries.inverse * queries.eigen.rotated(matrix.to(queries.inverse))
         return ((queries.left @ weighted) * queries.right).sum(dim=(1, 2))
