@@ -67,7 +67,7 @@ class Rows:
     at_once: int
     memory_bytes: int | None = None
 
-    def read(self, shard: Shard, hold: bool = False) -> Mapping[str, Tensor]:
+    def read(self, shard: Shard, hold: bool | None = None) -> Mapping[str, Tensor]:
         """Codes and checksums, memory-mapped; to `hold` where the next question reads them too."""
         return self.store.mapped(shard.name, hold)
 

@@ -225,7 +225,7 @@ class Store:
         every = {path.stem for path in self.directory.glob(f"*{SUFFIX}")}
         return sorted(every - set(self.names()))
 
-    def mapped(self, name: str, hold: bool = False) -> Mapping[str, Tensor]:
+    def mapped(self, name: str, hold: bool | None = None) -> Mapping[str, Tensor]:
         """The tensors of a shard, memory-mapped: for one reading after the other.
 
         Compared with its hash the first time, and again where its file has changed.
@@ -233,22 +233,24 @@ class Store:
         Args:
             name: Of the shard.
             hold: Whether they stay mapped for the next reading, which then is three times as fast
-                where the system has the file in memory.
+                where the system has the file in memory; None: where they are by now.
 
         Raises:
             StaleStore: It is not what was written.
         """
         path, seen = self.path(name), f"compared {name}"
-        tensors: Mapping[str, Tensor] | None
+        held, tensors = False, None
         if path.is_file() and self.known.get(seen, (None,))[0] == (stamp := _stamp(path)):
             _, tensors = self.known[seen]
+            held = tensors is not None
             if tensors is None:
                 with safe_open(path, framework="pt") as file:
                     tensors = {key: file.get_tensor(key) for key in file.keys()}
         else:
             _, tensors = self._compared(name)
             stamp, _ = self.known.pop(path.name)
-        self.known[seen] = (stamp, tensors if hold else None)
+        stays = held if hold is None else hold
+        self.known[seen] = (stamp, tensors if stays else None)
         return tensors
 
     def read(self, name: str) -> Mapping[str, Tensor]:
