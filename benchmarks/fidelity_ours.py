@@ -11,6 +11,7 @@ from fidelity_tasks import SPECS, task_of
 from torch import Tensor
 
 import upweight as uw
+from upweight.front.choice import LEARNED
 from upweight.front.choice import stacked as by_segment
 
 MEASURES = {"loss": uw.Loss(), "margin": uw.Margin(), "output": uw.Logit(0)}
@@ -243,6 +244,13 @@ BY_CG: Mapping[str, float] = {**BEST, "brown-gpt": 5.4}
 """The same, solved to a residual of a tenth: there .65 at 2, .669 at 5.4 and .666 at 15."""
 
 
+def usual(problem: Problem) -> uw.Relative | uw.Absolute:
+    """What `uw.attribute` adds where nothing is known of training."""
+    if problem.kind == "number":
+        return uw.Relative(1.0)
+    return uw.Absolute(LEARNED * problem.y[0].numel())
+
+
 def only_networks(problem: Problem) -> str | None:
     return "the same as the Hessian here" if convex(problem) else None
 
@@ -331,6 +339,20 @@ OURS = (
         "GGN(), BlockCG(rtol=0.1, preconditioner=EKFAC()), the λ that ranks best of a few",
         only_networks,
         lambda problem: False,
+    ),
+    ours(
+        "GGN, usual λ",
+        lambda problem: uw.Influence(
+            uw.GGN(),
+            uw.solvers.Cholesky()
+            if size(problem) <= EXACT_SIZE
+            else uw.solvers.CG(rtol=1e-2, preconditioner=uw.EKFAC()),
+            usual(problem),
+        ),
+        "GGN(), Cholesky() or CG(rtol=1e-2, preconditioner=EKFAC()), what the front door takes: "
+        "λ = 0.02 for each label of an example; of no classes Relative(1)",
+        only_networks,
+        tiny,
     ),
     ours(
         "ASTRA",

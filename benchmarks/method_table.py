@@ -75,6 +75,7 @@ WORDS: Mapping[str, Words] = {
             "GGN",
             "GGN, CG",
             "GGN, λ of training",
+            "GGN, usual λ",
             "GGN, CG by EK-FAC",
             "EK-FAC",
             "EK-FAC, λ of the task",

@@ -399,7 +399,7 @@ def test_a_plan_says_what_and_how_long_and_how_good(capsys):
     shown = str(plan)
     assert "chose Influence(GGN()" in shown and "plain epochs" in shown and "LDS" in shown
     assert shown == repr(plan) and capsys.readouterr().err == ""
-    assert plan.fidelity == fidelity_of("upweight GGN") and len(plan.fidelity) > 1
+    assert plan.fidelity == fidelity_of("upweight GGN, usual λ") and len(plan.fidelity) > 1
     scores = uw.attribute(model, TRAIN, QUERIES, SMOOTH, method=plan.method)
     chosen = uw.attribute(model, TRAIN, QUERIES, SMOOTH)
     assert_close(scores.values, chosen.values)

@@ -3,14 +3,20 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
 import upweight as uw
 from upweight.cli.spec import parse
 from upweight.curvature.hessian import Hessian
 from upweight.errors import UnsupportedModel
-from upweight.front.choice import ROWS, Facts, choose, in_short
+from upweight.front.choice import ROWS, Facts, choose, in_short, known_as
+from upweight.front.facts import facts_of
+from upweight.linalg.damping import Absolute, Relative
 from upweight.linalg.minres import MINRES
 from upweight.linalg.solve import Auto
+from upweight.task.data import as_data
+from upweight.task.torch_losses import as_loss
 
 LINEAR = Facts(
     parameters=650, outputs=10, examples=1500, queries=100, linear=True, convex=True,
@@ -44,6 +50,8 @@ NETWORK = replace(LINEAR, parameters=2_000_000, examples=50_000, linear=False, e
         (replace(SMALL, resolved=1e-3, queries=5_000), "EK-FAC, λ of training"),
         (replace(SMALL, resolved=1e-3, queries=5_000, budget_seconds=1e4), "GGN by CG, λ of tr"),
         (NETWORK, "EK-FAC"),
+        (replace(SMALL, parameters=60_000, queries=5), "GGN by CG"),
+        (replace(SMALL, parameters=60_000, queries=5, likelihood=False), "EK-FAC in exp"),
         (KNOWN, "SOURCE"),
         (replace(KNOWN, training_seconds=60.0), "EK-FAC, λ of training"),
         (replace(KNOWN, recipe=False, trajectory=True, training_seconds=0.0), "SOURCE"),
@@ -64,6 +72,19 @@ NETWORK = replace(LINEAR, parameters=2_000_000, examples=50_000, linear=False, e
 def test_the_table(facts, name):
     assert choose(facts).name.startswith(name)
     assert choose(facts) == choose(facts)
+
+
+@pytest.mark.parametrize(
+    ("labels", "damping"), [(1.0, Absolute(0.02)), (127.0, Absolute(2.5)), (None, Relative(1.0))]
+)
+def test_the_ggn_is_damped_by_the_number_of_labels_where_nothing_is_known_of_training(
+    labels, damping
+):
+    facts = replace(SMALL, labels=labels)
+    assert choose(facts).method.damping == damping
+    by_cg = choose(replace(facts, parameters=60_000, queries=5))
+    assert by_cg.name == "GGN by CG" and by_cg.method.damping == damping
+    assert known_as(choose(facts).method) == ("" if labels == 127.0 else "upweight GGN, usual λ")
 
 
 def test_a_network_is_never_given_its_hessian_whatever_is_known_of_it():
@@ -106,3 +127,25 @@ def test_every_row_has_a_method_that_is_read_back():
     assert in_short(one) == "Stacked((GradientDot(),))" and parse(in_short(one)) == one
     method = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1))
     assert in_short(method) == "Influence(EKFAC(), damping=Relative(0.1))"
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "targets", "labels"),
+    [
+        (uw.CrossEntropy(), 5, torch.arange(6) % 5, 1.0),
+        (uw.CrossEntropy(), 5, torch.full((6, 5), 0.2), 1.0),
+        (uw.Bernoulli(), 5, torch.ones(6, 5), 5.0),
+        (as_loss(nn.BCEWithLogitsLoss()), 5, torch.ones(6, 5), 1.0),  # a mean over five
+        (uw.SquaredError(), 5, torch.ones(6, 5), None),
+    ],
+)
+def test_how_many_labels_an_example_has(loss, outputs, targets, labels):
+    task = uw.Task(nn.Linear(3, outputs), loss)
+    X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    assert facts_of(task, as_data((X, targets)), 1).labels == labels
+
+
+def test_ignored_positions_are_no_labels():
+    targets = torch.tensor([[0, 1, -100, -100], [1, 1, 0, -100]])
+    task = uw.Task(nn.Linear(3, 2), uw.CrossEntropy())
+    assert facts_of(task, as_data((torch.ones(2, 4, 3), targets)), 1).labels == 2.5

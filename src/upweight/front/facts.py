@@ -16,7 +16,8 @@ from upweight.runtime.hardware import product_seconds
 from upweight.runtime.memory import free_bytes
 from upweight.task.check import require_answerable
 from upweight.task.data import Data
-from upweight.task.losses import AbsoluteError, Loss, Weighted
+from upweight.task.losses import AbsoluteError, Bernoulli, CrossEntropy, Loss, Weighted
+from upweight.task.model_loss import targets_in
 from upweight.task.task import Task
 from upweight.task.torch_losses import Rescaled, draws_labels
 from upweight.training.history import History, resolved_by
@@ -57,7 +58,7 @@ def facts_of(
     theta = task.theta()
     few = task.to_device(train.batch(0, min(4, len(train))))
     with torch.no_grad():
-        outputs, _ = task.call(theta, few)
+        outputs, targets = task.call(theta, few)
     free = free_bytes(task.layout.device) if memory_bytes is None else memory_bytes
     epoch = epoch_seconds(task, theta, train)
     # A trajectory of ours knows the recipe that it is of; a recorded loop has none.
@@ -82,6 +83,7 @@ def facts_of(
         training_seconds=full,
         half_seconds=full / 2 if again is not None and again.skip_absent else full,
         layers=len({name.rpartition(".")[0] for name in task.layout.names}),
+        labels=_labels(task.loss, outputs, targets),
         by_query=by_query,
         resolved=resolved(known if trajectory is None else trajectory, task, len(train)),
     )
@@ -142,6 +144,15 @@ def _products_per_second() -> float:
     a = torch.ones(SIZE, SIZE, dtype=torch.float64)
     taken = min(product_seconds(a) for _ in range(4))  # others may be at work on the machine
     return SIZE**3 / max(taken, 1e-6)
+
+
+def _labels(loss: Loss, outputs: Tensor, targets: Any) -> float | None:
+    """Of an example, by the first few; None where their loss is no −log p of classes."""
+    base = _base(loss)
+    if not isinstance(base, CrossEntropy | Bernoulli):
+        return None
+    scale = loss.scale(outputs) if isinstance(loss, Rescaled) else 1.0
+    return scale * targets_in(base, targets) / len(outputs)
 
 
 def _base(loss: Loss) -> Loss:

@@ -19,7 +19,7 @@ from upweight.errors import SpecError
 from upweight.task.arrays import TARGET_KEYS
 from upweight.task.batches import tensors
 from upweight.task.data import Data
-from upweight.task.losses import Bernoulli, CrossEntropy, SquaredError
+from upweight.task.losses import Bernoulli, CrossEntropy, Loss, SquaredError
 from upweight.task.task import Task, call_model, next_token, shifts_labels, without_cache
 
 EXAMPLES = 4
@@ -46,7 +46,7 @@ def loss_notes(
         batch = task.to_device(data.batch(i, i + 1))
         own = _own_loss(task, theta, batch)
         _, targets = task.call(theta, batch)
-        found.append((i, loss, own, _count(task, targets)))
+        found.append((i, loss, own, targets_in(task.loss, targets)))
     # A loss of 0, or NaN where every label is ignored, compares with nothing.
     told = [(i, loss, own, count) for i, loss, own, count in found if own and 0 < own < math.inf]
     if not told:
@@ -156,13 +156,13 @@ def _own_loss(task: Task, theta: Float[Tensor, " p"], batch: Batch) -> float | N
     return float(numbers[0].detach()) if len(numbers) == 1 else None
 
 
-def _count(task: Task, targets: object) -> int:
+def targets_in(loss: Loss, targets: object) -> int:
     """Over how many targets a mean would be taken."""
     first = next(x for x in tree_leaves(targets) if isinstance(x, Tensor))
-    if isinstance(task.loss, CrossEntropy) and first.is_floating_point():
+    if isinstance(loss, CrossEntropy) and first.is_floating_point():
         return max(1, first[..., 0].numel())
     if not first.is_floating_point():
-        return max(1, int((first.long() != getattr(task.loss, "ignore_index", -100)).sum()))
+        return max(1, int((first.long() != getattr(loss, "ignore_index", -100)).sum()))
     return max(1, first.numel())
 
 
@@ -176,7 +176,7 @@ def _means(
             outputs, targets = task.call(theta, task.to_device(data.batch(i, i + 1)))
             task.loss.check(outputs, targets)
             loss = float(task.losses_of(outputs, targets).detach()[0])
-            found.append(loss / _count(task, targets))
+            found.append(loss / targets_in(task.loss, targets))
     except (RuntimeError, ValueError, IndexError, TypeError):
         return None
     return found

@@ -189,26 +189,27 @@ class Rescaled(Around):
                 "Rescaled(SquaredError(), 2.0) is the squared error without its ½.",
             )
 
-    def _scale(self, outputs: Tensor) -> float:
+    def scale(self, outputs: Tensor) -> float:
+        """How many times ℓ is the base."""
         return self.factor / (outputs[0].numel() if self.mean and len(outputs) else 1)
 
     def check(self, outputs: Tensor, targets: Any) -> None:
         self.base.check(outputs, targets)
 
     def __call__(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
-        return self.base(outputs, targets) * self._scale(outputs)
+        return self.base(outputs, targets) * self.scale(outputs)
 
     def gradient(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c"]:
-        return self.base.gradient(outputs, targets) * self._scale(outputs)
+        return self.base.gradient(outputs, targets) * self.scale(outputs)
 
     def hessian(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c c"]:
-        return self.base.hessian(outputs, targets) * self._scale(outputs)
+        return self.base.hessian(outputs, targets) * self.scale(outputs)
 
     def sample(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Any:
         return self.base.sample(outputs, targets, generator)
 
     def residual(self, outputs: Tensor, targets: Any, draws: Draws) -> Tensor:
-        return residual(self.base, outputs, targets, draws) * self._scale(outputs) ** 0.5
+        return residual(self.base, outputs, targets, draws) * self.scale(outputs) ** 0.5
 
 
 @dataclass(frozen=True)
