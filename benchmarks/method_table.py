@@ -130,7 +130,7 @@ WORDS: Mapping[str, Words] = {
         "3 passes of gradients",
         "p numbers per query",
         "n = 1, or λ → ∞",
-        "a mean of inverses is no inverse: nearly gradient products",
+        "a mean of inverses is no inverse: nearly gradient products, sizes far too large",
         ("DataInf",),
     ),
     "LoGra": Words(

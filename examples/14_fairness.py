@@ -43,7 +43,8 @@ found = fairness.repair(
     test_groups=group[test],
 )
 print(f"\n{found}")
-shown = found.frame().drop(columns=["feasible", "loss_predicted", "loss_actual", "price"])
+others = ["feasible", "loss_predicted", "loss_actual", "price", "loss_price"]
+shown = found.frame().drop(columns=others)
 print(f"\n{shown.round(4).to_string()}\n\n{found.who().round(1).to_string()}")
 print(f"\npredicted against refitted along the path: r = {found.correlation:.4f}")
 assert found.correlation > 0.95

@@ -35,8 +35,8 @@ MAY_IMPORT = {
     "provenance": {"errors", "facts", "task", "_html", "notation"},
     "effects": {"errors", "notation", "provenance", "runtime"},
     "scores": {
-        "errors", "_typing", "_text", "_html", "notation", "runtime", "plot", "provenance",
-        "effects",
+        "errors", "_typing", "_text", "_html", "notation", "verdict", "runtime", "plot",
+        "provenance", "effects",
     },
     "methods": {
         "errors", "_typing", "linalg", "runtime", "task", "gradients", "curvature", "scoring",

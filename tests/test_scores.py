@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import upweight as uw
-from tests.market import problem
+from tests.market import problem, train_in_place
 from upweight.cli.spec import parse
 from upweight.errors import (
+    AssumptionWarning,
     DataError,
     MissingContext,
     NonFinite,
@@ -28,6 +29,7 @@ from upweight.provenance import Context, Provenance
 from upweight.report import summary
 from upweight.runtime.store import Store
 from upweight.scores import Scores, TopScores, Unit, stored_in
+from upweight.verdict import Verdict
 
 VALUES = torch.tensor([[3.0, -1.0, 0.0, 2.0, -4.0], [0.0, 0.0, 0.0, 1e-9, 0.0]]).double()
 SOURCE = Provenance("Influence()", "loss", "Loss()", 5, 2, 3, "float64", "cpu", {"x": 1.5})
@@ -94,6 +96,71 @@ def test_predict_is_the_sum_over_changed_weights():
     expected = VALUES @ (weights - 1)
     torch.testing.assert_close(scores().predict(weights=weights), expected)
     assert scores().predict().tolist() == [0.0, 0.0]
+
+
+def linear_model(size=60):
+    """A convex task at its minimum, and its data."""
+    x, y = torch.randn(size, 3), torch.randint(2, (size, 1)).double()
+    task = uw.Task(torch.nn.Linear(3, 1), uw.Bernoulli(), uw.L2(0.1))
+    train_in_place(task, (x, y))
+    return task, (x, y), (x[:4], y[:4])
+
+
+SIZES = "read the order and not the size"
+
+
+@pytest.mark.filterwarnings("error::upweight.errors.AssumptionWarning")
+def test_a_prediction_warns_exactly_where_nothing_supports_its_size():
+    task, train, queries = linear_model()
+    exact = uw.Influence(uw.Hessian()).fit(task, train).attribute(queries)
+    damped = uw.Influence(uw.Hessian(), damping=0.1).fit(task, train).attribute(queries)
+    by_layer = uw.Influence(uw.KFAC(), damping=0.1).fit(task, train).attribute(queries)
+    assert not exact.against_sizes
+    exact.predict(drop=[1])
+    exact.predict(weights=torch.ones(60))
+    for found, why in (
+        (damped, "damping changes sizes"),
+        (damped.group("ab" * 30), "damping changes sizes"),
+        (by_layer, "the method is not known to be exact"),
+    ):
+        for asked in ({"drop": [1]}, {"weights": torch.ones(found.values.shape[1])}):
+            with pytest.warns(AssumptionWarning, match=f"{SIZES}: {why}.*check") as seen:
+                found.predict(**asked)
+            assert seen[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error::upweight.errors.AssumptionWarning")
+@pytest.mark.parametrize("strength, verdict", [(1.0, Verdict.SIZE), (30.0, Verdict.ORDER)])
+def test_a_check_decides_and_its_scores_know_it_on_disk_as_well(strength, verdict, tmp_path):
+    task, train, queries = linear_model()
+    found = uw.Influence(uw.Hessian(), damping=1e-3).fit(task, train).attribute(queries)
+    found = dataclasses.replace(found, values=strength * found.values)
+    checked = uw.check(found, uw.training.Newton(), subsets=16)
+    assert checked.verdict is verdict and found.checks == [checked]
+    found.save(tmp_path / "scores")
+    loaded = Scores.load(tmp_path / "scores"), Scores.open(tmp_path / "scores")
+    for known in (found, found.group("ab" * 30), *loaded):
+        assert (not known.against_sizes) == (verdict is Verdict.SIZE)
+        if verdict is Verdict.SIZE:
+            known.predict(drop=[0])
+        else:
+            with pytest.warns(AssumptionWarning, match="said “Order only”: .*too large by"):
+                known.predict(drop=[0])
+        assert summary(known).startswith(f"{verdict}: {checked.reason}.")
+
+
+@pytest.mark.filterwarnings("error::upweight.errors.AssumptionWarning")
+def test_sizes_that_were_measured_by_training_again_are_predicted_without_a_warning():
+    task, train, queries = linear_model(24)
+    newton, inner = uw.training.Newton(), uw.Influence(uw.Hessian(), damping=0.1)
+    stacked = uw.Stacked((inner,), subsets=16, seeds=2, by_layer=False)
+    for method in (uw.LeaveOneOut(), stacked):
+        found = method.fit(task, train, history=newton).attribute(queries)
+        found.predict(drop=[0])
+        assert "trained again" in summary(found)
+    halves = uw.SubsampledInfluence(subsets=40).fit(task, train, history=newton)
+    with pytest.warns(AssumptionWarning, match="removals from 50"):
+        halves.attribute(queries).predict(drop=[0])
 
 
 def test_dropping_is_the_weight_zero():

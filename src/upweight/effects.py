@@ -30,6 +30,34 @@ def without(derivatives: Derivatives) -> Derivatives:
     return -derivatives
 
 
+def reweighted(
+    derivatives: Float[Tensor, "q n"], weights: Float[Tensor, " n"]
+) -> Float[Tensor, " q"]:
+    """Δm where the data weights become w, to first order: Σᵢ S[q, i] (wᵢ − 1).
+
+    Raises:
+        ShapeError: There is not one weight per column.
+        NonFinite: A weight is NaN or infinite.
+    """
+    n = derivatives.shape[1]
+    if tuple(weights.shape) != (n,):
+        raise ShapeError(
+            f"Data weights have one entry per column: shape ({n},).",
+            f"shape {tuple(weights.shape)}.",
+            "weights of another data set.",
+            "start from torch.ones(n) and change entries.",
+        )
+    if not bool(weights.isfinite().all()):
+        first = int((~weights.isfinite()).nonzero()[0])
+        raise NonFinite(
+            "Data weights must be finite.",
+            f"{float(weights[first])} for column {first}.",
+            "a weight computed by a division by 0, or missing in a table.",
+            "give 0 to what is left out and 1 to what stays as it is.",
+        )
+    return derivatives @ (weights.to(derivatives) - 1.0)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Effects(Answered):
     """Δm[q, e]: the change of every measurement when each group is removed.

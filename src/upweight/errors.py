@@ -52,7 +52,10 @@ def nearest(given: object, names: Iterable[str]) -> str:
 
 
 class AssumptionWarning(UserWarning):
-    """Numbers of a computation deny what its result assumes; also in `provenance.notes`."""
+    """Numbers of a computation deny what its result assumes; also in `provenance.notes`.
+
+    Or `Scores.predict` returns sizes that nothing supports; why is also in `Scores.against_sizes`.
+    """
 
 
 class UpweightError(Exception):

@@ -118,6 +118,35 @@ def noun_of(measure: str) -> str:
     return NOUNS.get(measure.split("(")[0], "measurement")
 
 
+LOSSES = {
+    "CrossEntropy": "cross-entropy",
+    "LogProbabilities": "cross-entropy",
+    "Bernoulli": "log loss",
+    "SquaredError": "half the squared error",
+    "Poisson": "Poisson loss exp(f) − y f",
+    "SmoothHinge": "smooth hinge loss",
+    "SquaredHinge": "squared hinge loss",
+    "Huber": "Huber loss",
+    "AbsoluteError": "absolute error",
+    "DispersedCounts": "negative binomial −log p",
+}
+"""What losses of ours are called."""
+
+
+def loss_in_words(loss: Any) -> str:
+    """What a loss is called, for a sentence: "log loss"; of a user's function its name."""
+    base, function = getattr(loss, "base", None), getattr(loss, "function", loss)
+    if base is not None:
+        factor = getattr(loss, "factor", None)
+        return f"{'weighted' if factor is None else f'{factor:g} ×'} {loss_in_words(base)}"
+    if type(loss).__name__ in LOSSES:
+        return LOSSES[type(loss).__name__]
+    name = getattr(function, "__name__", "")
+    if not name.isidentifier():
+        return in_short(loss) if is_dataclass(loss) and function is loss else "a function of yours"
+    return name
+
+
 def in_short(spec: Any) -> str:
     """A spec as a person writes it: what is as by default is left out. `parse` reads it back."""
     if isinstance(spec, tuple):

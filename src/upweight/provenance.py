@@ -3,6 +3,7 @@
 Also how an answer introduces itself at a prompt and in a notebook.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from textwrap import shorten
@@ -18,6 +19,9 @@ from upweight.task.rows import Rows, class_names, labels_in
 from upweight.task.task import Task
 
 Role = Literal["train", "query"]
+
+EXACT = re.compile(r"Influence\(curvature=(Hessian|GGN|Fisher)\(")
+"""Methods whose curvature is the Hessian, where a model is linear in its parameters."""
 
 BEGINNING = 60
 """Characters of a text that stand for it in a line."""
@@ -55,6 +59,31 @@ class Provenance:
     notes: tuple[str, ...] = ()
     threads: int = 0
     facts: tuple[Fact, ...] = ()
+
+    @property
+    def against_sizes(self) -> str:
+        """Why nothing that the computation says of itself supports sizes; empty: something does.
+
+        Sizes are supported where the method is exact (a convex objective, its own curvature without
+        damping, solved, at its minimum), or measured them by training again. A method that does the
+        latter says in `health["against_sizes"]` how far that goes.
+        """
+        known, marked = self.health, [fact for fact in self.facts if fact.concern]
+        past = ", ".join(f"{fact.name.lower()}: {fact.value}" for fact in marked)
+        if "against_sizes" in known:
+            return known["against_sizes"] or (past and f"past its limit is {past}")
+        if not EXACT.match(self.method):
+            return (
+                "the method is not known to be exact, and approximate ones are often several times "
+                "off"
+            )
+        if known.get("convex") is not True:
+            return "the objective is not known to be convex"
+        if known.get("damping") != 0.0:
+            return "damping changes sizes"
+        if not {"At a minimum", "Solver"} <= {fact.name for fact in self.facts}:
+            return "it is not recorded how well the model was at its minimum"
+        return past and f"past its limit is {past}"
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from torch import Tensor
 from upweight._html import card
 from upweight._text import readable
 from upweight._typing import DataFrame, Folder
-from upweight.effects import FIRST_ORDER, Effects, as_groups, first_order, without
+from upweight.effects import FIRST_ORDER, Effects, as_groups, first_order, reweighted, without
 from upweight.errors import (
+    AssumptionWarning,
     NonFinite,
     ShapeError,
     SpecError,
@@ -33,6 +34,7 @@ from upweight.notation import count, noun_of, written
 from upweight.notation import readable as readable_number
 from upweight.plot import Plot
 from upweight.provenance import Answered, Context, Provenance, Role
+from upweight.runtime import callers
 from upweight.runtime.headers import Misfit, fitting, stale
 from upweight.runtime.matrix import StoredMatrix, Tile
 from upweight.runtime.selection import (
@@ -44,6 +46,7 @@ from upweight.runtime.selection import (
     row_of,
 )
 from upweight.runtime.store import FINISHED
+from upweight.verdict import Checked, Verdict
 
 SAVED = {"scores": "saved from memory"}
 """What scores on disk depend on that say nothing of it."""
@@ -64,6 +67,9 @@ BRIEF = 3
 
 HEADER = ("when upweighted", "training example", "label", "score")
 """Of a ranking in a notebook."""
+
+SIZES_UNKNOWN = "of these predicted changes read the order and not the size"
+"""How the warning of a prediction begins."""
 
 LOOKED_AT_ONCE = 4_000_000
 """Numbers looked at together for NaN and infinity."""
@@ -235,6 +241,8 @@ class Scores(Answered):
         error: Standard error of each entry, or None where the method is deterministic.
         columns: What the columns are when they are groups: their labels. None: training examples.
         context: The live task and data, lost on `save`.
+        checks: What `upweight.check` found of them, the last at the end; of that `save` keeps the
+            verdict. Pages say it first, and `predict` asks it.
 
     Raises:
         ShapeError: `values` is not a matrix, or `error` or `columns` do not fit it.
@@ -247,6 +255,7 @@ class Scores(Answered):
     error: Float[Tensor, "q n"] | None = None
     columns: tuple[str, ...] | None = None
     context: Context | None = None
+    checks: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         error_fits = self.error is None or self.error.shape == self.values.shape
@@ -436,6 +445,23 @@ class Scores(Answered):
         # tupleize_cols: ids that are tuples stay one id each.
         return pd.DataFrame(columns, index=pd.Index(ids, name=name, tupleize_cols=False))
 
+    @property
+    def against_sizes(self) -> str:
+        """Why to read the order of these scores and not their size; empty: sizes are supported.
+
+        The last check decides, where there was one: it supports sizes if it said "Order and size".
+        Without a check they are supported where the method is exact (a convex objective, its own
+        curvature without damping, solved, at its minimum), or measured them by training again.
+        """
+        if self.unit is Unit.RANK:
+            return "these scores have an order within each query and no size"
+        if not self.checks:
+            return self.provenance.against_sizes
+        found = self.checks[-1]
+        if found.verdict is Verdict.SIZE:
+            return ""
+        return f"retraining said “{found.verdict}”: {found.reason}"
+
     def predict(
         self, drop: Iterable[Any] = (), weights: Iterable[float] | None = None
     ) -> Float[Tensor, " q"]:
@@ -443,7 +469,8 @@ class Scores(Answered):
 
             Δm_q ≈ Σᵢ S[q, i] (wᵢ − 1)
 
-        First order in w: effects add up.
+        First order in w: effects add up. Where nothing supports the size of the scores an
+        `AssumptionWarning` says why, see `against_sizes`; the numbers are the same.
         `drop` holds places, ids (texts or tuples) of the index that the training data came with, or
         names of groups; or it is a mask that is True where an example is removed. Where the index
         holds numbers other than 0…n − 1 a list of numbers could be either: places are then given as
@@ -468,29 +495,29 @@ class Scores(Answered):
             )
         if weights is None:
             dropped = self.values[:, places(self._columns_of(drop), n, "Columns to drop")]
+            self._warn_of_sizes()
             return without(dropped.sum(dim=1))
         w: Any = weights
         if not isinstance(w, Tensor):
             w = np.asarray(list(w) if isinstance(w, Iterator | ValuesView) else w)
         is_number = isinstance(w, Tensor) or w.dtype.kind in "biuf"
-        w = torch.as_tensor(w if is_number else 0)
-        if tuple(w.shape) != (n,):
+        if not is_number:
             raise ShapeError(
                 f"Data weights have one entry per column: shape ({n},).",
-                f"shape {tuple(w.shape)}." if is_number else "weights that are no numbers.",
-                "weights of another data set.",
+                "weights that are no numbers.",
+                "a list of names, or a table's column of texts.",
                 "start from torch.ones(n) and change entries.",
             )
-        if not bool(w.isfinite().all()):
-            first = int((~w.isfinite()).nonzero()[0])
-            raise NonFinite(
-                "Data weights must be finite.",
-                f"{float(w[first])} for column {first}.",
-                "a weight computed by a division by 0, or missing in a table.",
-                "give 0 to what is left out and 1 to what stays as it is.",
-            )
-        values = self.values[:]
-        return values @ (w.to(values) - 1.0)
+        found = reweighted(self.values[:], torch.as_tensor(w))
+        self._warn_of_sizes()
+        return found
+
+    def _warn_of_sizes(self) -> None:
+        """Warn where what is predicted has a size that nothing supports."""
+        against = self.against_sizes
+        if against:
+            next_ = "" if self.checks else ". upweight.check(scores, recipe) measures the sizes"
+            callers.warn(f"{SIZES_UNKNOWN}: {against}{next_}", AssumptionWarning)
 
     def removal(self, groups: Iterable[Any] | None = None) -> Effects:
         """Δm of removing each group of training examples, to first order: −Σ S[q, i].
@@ -617,12 +644,14 @@ class Scores(Answered):
             found.require(SAVED, found.shape)
         q, n = self.values.shape
         tensors = {"values": self.values[:]} | ({} if self.error is None else {"error": self.error})
-        told = ToldOfScores(self.unit, self.provenance, self.columns)
+        last = [Checked(c.verdict, c.reason, c.models, tuple(c.notes)) for c in self.checks[-1:]]
+        told = ToldOfScores(self.unit, self.provenance, self.columns, tuple(last))
+        names = [asdict(each) | {"verdict": each.verdict.name} for each in last]
         StoredMatrix.replace(
             directory,
             SAVED,
             {Tile(0, q, 0, n).name: tensors},
-            asdict(told) | {"unit": self.unit.name},
+            asdict(told) | {"unit": self.unit.name, "checks": names},
             shape=(q, n),
             way_out="free space or save elsewhere; the scores are still in memory, and what was "
             "saved before is as it was.",
@@ -642,7 +671,8 @@ class Scores(Answered):
         found, told = stored_in(directory)
         has_error = "error" in found.read(found.names()[0])
         error = found.part("error", range(len(found))) if has_error else None
-        return cls(found.values(), told.unit, told.provenance, error, told.columns)
+        of = (told.unit, told.provenance, error, told.columns)
+        return cls(found.values(), *of, checks=[*told.checks])
 
     @classmethod
     def open(cls, directory: Folder) -> "Scores":
@@ -658,7 +688,8 @@ class Scores(Answered):
         """
         found, told = stored_in(directory)
         found.verify()
-        return StoredScores(found, told.unit, told.provenance, columns=told.columns)
+        of = (told.unit, told.provenance)
+        return StoredScores(found, *of, columns=told.columns, checks=[*told.checks])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -681,6 +712,7 @@ class ToldOfScores:
     unit: Unit
     provenance: Provenance
     columns: tuple[str, ...] | None = None
+    checks: tuple[Checked, ...] = ()
 
 
 def stored_in(directory: Folder) -> tuple[StoredMatrix, ToldOfScores]:

@@ -55,6 +55,19 @@ class Judgement:
 
 
 @dataclass(frozen=True)
+class Checked(Judgement):
+    """What is kept of a check on disk, beside its scores.
+
+    Args:
+        models: How many were trained for it.
+        notes: What to know before its numbers.
+    """
+
+    models: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Reproduction:
     """How near the recipe, on all of the data, comes to the model that was scored.
 

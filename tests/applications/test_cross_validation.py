@@ -1,5 +1,6 @@
 """Cross-validation from one fit: against closed forms, and against refits by the libraries."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -255,6 +256,66 @@ def test_random_refits_estimate_what_all_would_change():
     asked = {"recipe": Newton(), "refit_above": 2, "confirm": 5}
     some = [cv.loo(fitted, **asked, seed=seed).missed for seed in range(8)]
     assert abs(np.mean(some) - true) <= 4 * np.std(some, ddof=1) / 8**0.5
+
+
+def test_the_interval_of_what_one_fit_misses_holds_it_in_95_of_100_draws():
+    """Against leave-one-out itself, by draws of the same refits."""
+    X, y = diabetes()
+    fit = LogisticRegression(C=1.0, tol=1e-9, max_iter=5000).fit(X, y > np.median(y))
+    fitted = EXACT.fit(*sk.task(fit, X, y > np.median(y)))
+    exact = cv.loo(fitted, recipe=Newton(tol=1e-9), refit_above=0)
+    drawn = cv.loo(fitted, recipe=Newton(tol=1e-9), confirm=10)
+    true = float((exact.exact - drawn.approximate).mean())
+    draws, held = 400, {10: 0, 40: 0}
+    generator = torch.Generator().manual_seed(0)
+    for count in held:
+        for _ in range(draws):
+            places = drawn.chances.multinomial(count, replacement=True, generator=generator)
+            sampled = tuple(places.tolist())
+            one = dataclasses.replace(drawn, exact=exact.exact, sampled=sampled)
+            low, high = one.missed_interval
+            held[count] += low <= true <= high
+    least = 0.95 - 4 * (0.95 * 0.05 / draws) ** 0.5
+    assert all(hits / draws >= least for hits in held.values()), held
+    # Not by being wide: the errors of single examples add up to more.
+    assert high - low < 2 * float((exact.exact - drawn.approximate).abs().mean())
+
+
+def test_no_draw_no_interval_and_all_refits_no_error():
+    X, y = cancer(60)
+    task, train = sk.task(logistic(rows=60), X, y)
+    fitted, newton = EXACT.fit(task, train), Newton(tol=1e-9)
+    none, one, some, every = (
+        cv.loo(fitted, recipe=newton, confirm=confirm) for confirm in (0, 1, 8, 60)
+    )
+    assert none.missed is None and none.missed_interval is None
+    assert "no random refit" in none.verdict
+    assert np.isnan(one.missed_interval).all() and "one has no interval" in one.verdict
+    low, high = some.missed_interval
+    assert low < some.missed < high
+    assert f"(95 % interval {low:+.2g} to {high:+.2g})" in some.verdict
+    assert every.missed_interval == (every.missed, every.missed)
+    assert every.missed == pytest.approx(float((every.exact - every.approximate).mean()))
+
+
+def test_verdicts_name_the_loss():
+    X, y = cancer(60)
+    first, second = (cv.loo(logistic(C, 60), (X, y)) for C in (1.0, 0.1))
+    assert first.verdict.startswith("The leave-one-out loss (log loss) of 60 examples is ")
+    assert (
+        "leave-one-out loss (log loss) of C = 1 is"
+        in cv.difference(first, second, ("C = 1", "")).verdict
+    )
+
+    def wrong(outputs, targets):
+        return ((outputs[:, 0] > 0) != (targets[:, 0] > 0)).double()
+
+    assert "5-fold loss (wrong) of" in cv.kfold(logistic(rows=60), (X, y), 5, loss=wrong).verdict
+    path = cv.path(LogisticRegression(), X, y, {"C": [0.1, 1.0]})
+    assert path.verdict.startswith("The leave-one-out loss (log loss) is smallest at C = ")
+    X, y = diabetes()
+    ridge = cv.loo(Ridge().fit(X, y, np.arange(len(y)) + 1.0), (X, y, np.arange(len(y)) + 1.0))
+    assert "loss (weighted half the squared error) of" in ridge.verdict
 
 
 def test_the_path_chooses_what_refits_choose():

@@ -218,6 +218,14 @@ def test_repair_is_what_scikit_learn_gives_with_these_weights(found):
     assert point.price.value == pytest.approx(d.mean(), abs=2e-3)
     width = 1.96 * d.std() / np.sqrt(len(d) - 1)
     assert point.price.high - point.price.value == pytest.approx(width, rel=0.1)
+    losses, before = (
+        np.where(YT == 1, -m.predict_log_proba(XT)[:, 1], -m.predict_log_proba(XT)[:, 0])
+        for m in (clf, CLF)
+    )
+    rise = losses - before
+    assert point.loss_price.value == pytest.approx(rise.mean(), abs=1e-5)
+    assert point.loss_price.high > point.loss_price.value
+    assert f"the mean loss (log loss) by {point.loss_price:+.3g}" in found.verdict
     assert point.moved == pytest.approx(float((found.weights - 1).abs().mean()))
     who = found.who()
     assert who.rows.sum() == 600

@@ -96,6 +96,7 @@ def test_with_wrong_labels_rows_are_chosen_in_rounds_and_the_refit_gains(picked,
     assert wrong[found.rows].double().mean() < 0.3 * wrong.double().mean()
     assert found.kept.loss.value < found.random.loss.value
     assert "A gain was predicted" in found.verdict
+    assert "of the validation loss (cross-entropy)" in found.verdict
     assert list(found.frame().index) == ["all rows", "kept rows", "random rows"]
 
 
@@ -391,6 +392,7 @@ def test_class_weights_are_those_of_scikit_learn_and_are_returned_where_nothing_
     found = holds(selection.reweight(model, steps=2, radius=2.0, **asked))
     assert found.start == "class weights" and found.steps == 0 and not found.expects_gain
     assert "No gain expected" in found.verdict and "class weights are returned" in found.verdict
+    assert "the loss (log loss) changes" in found.verdict
     balanced = LogisticRegression(
         class_weight="balanced", tol=1e-12, solver="newton-cg", max_iter=10_000
     ).fit(*train)

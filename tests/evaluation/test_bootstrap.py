@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 from upweight.evaluation import bootstrap
-from upweight.evaluation.bootstrap import Bootstrap, estimate, weighted_mean
+from upweight.evaluation.bootstrap import Bootstrap, estimate, student, weighted_mean
 
 
 def test_a_mean_over_two_ways_has_the_variance_of_both():
@@ -50,3 +51,9 @@ def test_a_value_that_was_not_drawn_does_not_matter_and_one_that_was_does():
         weighted_mean(values, torch.tensor([[2.0, 0.0, 1.0]])), torch.tensor([2.0])
     )
     assert weighted_mean(values, torch.tensor([[1.0, 1.0, 1.0]])).isnan().all()
+
+
+def test_students_quantile_is_that_of_scipy():
+    expected = [stats.t.ppf(0.975, degrees) for degrees in range(1, 60)]
+    assert [student(degrees) for degrees in range(1, 60)] == pytest.approx(expected, rel=1e-10)
+    assert math.isnan(student(0))

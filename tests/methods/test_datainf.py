@@ -88,6 +88,33 @@ def test_swapping_mean_and_inverse_fails_where_gradients_are_large():
     assert float(found.norm() / exact.attribute(train).values.norm()) > 1e3
 
 
+def test_a_note_says_where_the_swap_loses_the_size():
+    """Where it does not, scores are those of the inverse, to within the limit of the note."""
+    task, train = network()
+    longest = max(
+        float(torch.cat([gradients(task, train)[k] for k in names], 1).square().sum(1).mean())
+        for names in LAYERS
+    )
+    alike = tuple(torch.cat([part[:1]] * 5) for part in train)
+    for data, lam, noted in (
+        (train, longest / 0.09, False),
+        (train, longest / 0.11, True),
+        (alike, longest / 2.0, True),
+        (tuple(part[:1] for part in train), 1e-4, False),
+    ):
+        found = uw.DataInf(lam).fit(task, data).attribute(train)
+        said = [note for note in found.provenance.notes if "order and not the size" in note]
+        assert bool(said) == noted
+        assert ("‖gᵢ‖²" in found.against_sizes) == noted
+        exact = torch.zeros_like(found.values)
+        for names in LAYERS:
+            part = uw.Task(task.model, task.loss, params=names)
+            method = uw.Influence(uw.EmpiricalFisher(), uw.solvers.Cholesky(), damping=lam)
+            exact += method.fit(part, data).attribute(train).values
+        limit = 0.11 if data is train else 1e-10
+        assert float((found.values - exact).norm() / exact.norm()) < limit
+
+
 LAWS = list(check_method(uw.DataInf(uw.Relative(0.1)), damped=True, rtol=1e-10))
 
 

@@ -52,6 +52,7 @@ class Translated:
         notes: What to know.
         holds: Of an ℓ1 penalty, whether θ without a group is a minimum with all columns.
         fitted: The exact Hessian of the task, where it was needed already.
+        refits_minimize: Whether refits end at the minimum of the task's objective without the rows.
     """
 
     task: Task
@@ -61,6 +62,7 @@ class Translated:
     notes: tuple[str, ...] = ()
     holds: Callable[[Tensor, list[int]], bool] | None = None
     fitted: Fitted | None = None
+    refits_minimize: bool = True
 
 
 def translated(
@@ -105,7 +107,9 @@ def translated(
     with torch.no_grad():
         outputs = int(task.outputs(task.theta(), train.batch(0, 1))[0].shape[1])
     refits = Clones(_unfitted(estimator), X, y, sample_weight, objective, outputs)
-    return Translated(task, train, refits, renormalizes, tuple(notes), holds, fitted)
+    balanced = getattr(final, "class_weight", None) == "balanced"
+    same = not (has_steps(estimator) or balanced or type(final) in (SGDClassifier, SGDRegressor))
+    return Translated(task, train, refits, renormalizes, tuple(notes), holds, fitted, same)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from torch import Tensor
 from upweight._typing import Axes, DataFrame
 from upweight.applications.outcome import Outcome, as_table
 from upweight.errors import ShapeError
-from upweight.evaluation.bootstrap import around, standard_error
+from upweight.evaluation.bootstrap import around, standard_error, student
 from upweight.notation import count
 from upweight.plot import axes
 
@@ -44,10 +44,12 @@ class CrossValidated(Outcome):
         groups: Which examples leave together.
         unsafe: Places of the groups that a step from one fit says too little of.
         refitted: Places of the groups that were fitted again, in order.
-        sampled: Groups that were drawn at random to check the others, as often as drawn.
+        sampled: Groups that were drawn at random to check the others, as often as drawn; all of
+            them where all were asked for.
         chances: Of each group, to be the one in a draw.
         failures: Why there is no refit of a group, by its place.
         is_clustered: Whether the standard error is over groups.
+        loss: What ℓ is called.
         said: Notes.
         seconds: Time spent, refits included.
     """
@@ -65,6 +67,7 @@ class CrossValidated(Outcome):
     chances: Float[Tensor, " g"] | None = field(default=None, repr=False)
     failures: Mapping[int, str] = field(default_factory=dict)
     is_clustered: bool = False
+    loss: str = "of the objective"
     said: tuple[str, ...] = ()
     seconds: float = 0.0
 
@@ -77,9 +80,10 @@ class CrossValidated(Outcome):
         Random refits check the others and do not enter, unless all were refitted: the errors that
         they would take out are not those that are left.
         """
-        whole = len(self.refitted) == len(self.groups)
         found = self.approximate.clone()
-        rows = [i for k in self.refitted if whole or k in self.unsafe for i in self.groups[k]]
+        rows = [
+            i for k in self.refitted if self._is_whole or k in self.unsafe for i in self.groups[k]
+        ]
         found[rows] = self.exact[rows]
         return found
 
@@ -113,30 +117,60 @@ class CrossValidated(Outcome):
     def missed(self) -> float | None:
         """What refits of all groups would change of the mean, from those drawn; None without any.
 
-            (1/d) Σ_draws (1/n) Σ_{i∈g} (ℓᵢ refitted − ℓᵢ) / π_g        (Hansen & Hurwitz 1943)
+            (1/d) Σ_draws z        z = (1/n) Σ_{i∈g} (ℓᵢ refitted − ℓᵢ) / π_g
 
-        Unbiased. π_g is larger where leaving out changes more, since that is where the error is; a
-        group that is unsafe is refitted anyway, and misses nothing.
+        Unbiased (Hansen & Hurwitz 1943). π_g is larger where one fit is expected to miss more; a
+        group that is unsafe is refitted anyway, and misses nothing. Exact where all are refitted.
         """
         found = self._misses
         return None if found is None else float(found.mean())
 
     @cached_property
     def missed_standard_error(self) -> float | None:
-        """Of `missed`, by the spread of the draws. NaN where all drew the same group."""
+        """Of `missed`: √(Σ z² / (d (d − 1))). NaN for one draw, or where no refit differs.
+
+        About 0 and not about their mean: draws that agree have missed the few large ones. It is at
+        least the usual standard error, and that where z has both signs. 0 where all were refitted.
+        """
         found = self._misses
         if found is None:
             return None
-        return standard_error(found) if len(set(self.sampled)) > 1 else math.nan
+        if self._is_census:
+            return 0.0
+        d, squares = len(found), float(found.square().sum())
+        return math.sqrt(squares / (d * (d - 1))) if d > 1 and squares > 0 else math.nan
+
+    @property
+    def missed_interval(self) -> tuple[float, float] | None:
+        """`missed` ± its standard errors at 95 % of Student's t for d − 1 degrees of freedom."""
+        found, error = self._misses, self.missed_standard_error
+        if found is None or error is None:
+            return None
+        half = 0.0 if self._is_census else student(len(found) - 1) * error
+        middle = float(found.mean())
+        return middle - half, middle + half
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether every group was fitted again."""
+        return len(self.refitted) == len(self.groups)
+
+    @property
+    def _is_census(self) -> bool:
+        """Whether no group was left to chance."""
+        return len({*self.sampled, *self.unsafe, *self.failures}) == len(self.groups)
 
     @cached_property
     def _misses(self) -> Float[Tensor, " d"] | None:
         if not self.sampled or self.chances is None:
             return None
-        moved, unsafe, n = self.exact - self.approximate, set(self.unsafe), len(self.groups)
-        total = [0.0 if k in unsafe else float(moved[list(self.groups[k])].sum()) for k in range(n)]
-        each = [total[k] / float(self.chances[k]) / len(moved) for k in self.sampled]
-        return torch.tensor(each, dtype=torch.float64)
+        moved, unsafe = self.exact - self.approximate, set(self.unsafe)
+        if self._is_census:
+            at = [i for k, group in enumerate(self.groups) if k not in unsafe for i in group]
+            return (moved[at].sum() / len(moved)).reshape(1)
+        drawn = [k for k in self.sampled if k not in unsafe]
+        total = torch.stack([moved[list(self.groups[k])].sum() for k in drawn])
+        return total / self.chances[drawn] / len(moved)
 
     @property
     def is_confirmed(self) -> bool:
@@ -146,7 +180,7 @@ class CrossValidated(Outcome):
         """
         if self.failures:
             return False
-        if len(self.refitted) == len(self.groups):
+        if self._is_whole:
             return True
         return self.missed is not None and abs(self.missed) <= self.standard_error
 
@@ -174,10 +208,11 @@ class CrossValidated(Outcome):
     def verdict(self) -> str:
         n, low_high = len(self.per_example), _interval(self.interval)
         said = (
-            f"The {self.kind} loss of {n} examples is {self.mean:.4g} (95 % interval {low_high}; "
+            f"The {self.kind} loss ({self.loss}) of {n} examples is {self.mean:.4g} (95 % interval "
+            f"{low_high}; "
             f"training loss {float(self.train_losses.mean()):.4g})"
         )
-        if len(self.refitted) == len(self.groups):
+        if self._is_whole:
             return f"{said}, by fits without each."
         unsafe = [k for k in self.unsafe if k in self.refitted]
         again = f" and {count(len(unsafe), 'refit')} where it is unsafe" if unsafe else ""
@@ -190,8 +225,11 @@ class CrossValidated(Outcome):
         if self.missed is None:
             return f"{said}; no random refit checks it{failed}."
         drawn = len(set(self.sampled))
-        error = f"± {self.missed_standard_error:.1g}" if drawn > 1 else "one has no error"
-        off = f"{self.missed:+.2g} ({error})"
+        low, high = self.missed_interval or (math.nan, math.nan)
+        within = f"95 % interval {low:+.2g} to {high:+.2g}"
+        if not low <= high:
+            within = "one has no interval" if len(self.sampled) == 1 else "none differs"
+        off = f"{self.missed:+.2g} ({within})"
         checked = f"by {drawn} random {'refit' if drawn == 1 else 'refits'} it is off by {off}"
         doubt = "" if self.is_confirmed else ", more than a standard error: it is not confirmed"
         doubt = failed or doubt
@@ -251,12 +289,12 @@ class CrossValidated(Outcome):
 
     def numbers(self) -> dict[str, Any]:
         return {
-            "kind": self.kind,
+            **self._fields("kind", "loss"),
             "n": len(self.per_example),
             **self._fields("mean", "standard_error", "interval"),
             "train_loss": float(self.train_losses.mean()),
             **self._fields("unsafe", "refitted", "predicted", "actual"),
-            **self._fields("missed", "missed_standard_error", "is_confirmed"),
+            **self._fields("missed", "missed_standard_error", "missed_interval", "is_confirmed"),
             "largest_leverage": None if self.leverage is None else float(self.leverage.max()),
             "seconds": self.seconds,
         }
@@ -334,8 +372,10 @@ class Difference(Outcome):
     def verdict(self) -> str:
         lower = self.mean < 0
         low, high = self.interval
+        losses = tuple(dict.fromkeys((self.first.loss, self.second.loss)))
         said = (
-            f"The {self.first.kind} loss of {self.names[0]} is {abs(self.mean):.3g} "
+            f"The {self.first.kind} loss ({' against '.join(losses)}) of {self.names[0]} is "
+            f"{abs(self.mean):.3g} "
             f"{'lower' if lower else 'higher'} than that of {self.names[1]} (95 % interval of the "
             f"difference {_interval(self.interval)})"
         )

@@ -46,13 +46,14 @@ from upweight.linalg.cholesky import Cholesky
 from upweight.methods import health
 from upweight.methods.fitted import Fitted
 from upweight.methods.influence import Influence
+from upweight.notation import loss_in_words
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.resources import Resources
 from upweight.runtime.selection import require_labels
 from upweight.runtime.streams import stream
 from upweight.task.identity import described
-from upweight.task.losses import SquaredError
 from upweight.task.recipe import Recipe
+from upweight.training.newton import Newton
 
 __all__ = ["CrossValidated", "Difference", "Path", "difference", "grouped", "kfold", "loo", "path"]
 
@@ -63,12 +64,12 @@ FOLLOWED = 32
 """Examples of leave-one-out that one step is not left to decide, where the model is linear in θ:
 two or three examples of some hundred carry most of what a step is wrong by."""
 
-FAR = 0.5
-"""Rise of a loss from which an example that was followed is followed again, to `SETTLED`."""
-
 SETTLED = 1e-4
-"""‖∇‖ that is left then, as a share. Where classes separate without the example ‖∇‖ falls for ever
-as θ grows: a loss that still moves has no limit."""
+"""‖∇‖ that is left of an example that was followed, as a share."""
+
+FAR = 0.5
+"""Rise of a loss from which it is asked whether it still moved between `TOLERANCE` and `SETTLED`:
+where classes separate without the example, ‖∇‖ falls for ever as θ grows, and it has no limit."""
 
 REFITS = "cross-validation"
 """The folder of the refits in that of the resources."""
@@ -139,13 +140,14 @@ def loo(
     unsafe = [i for i in range(n) if not float(leverage[i]) <= refit_above]
     # A refit says that the model then knows no such class.
     unsafe += [i for i, _, _ in _gone(place, [[i] for i in range(n)]) if i not in unsafe]
-    options = _Options(loss, confirm, seed, started)
+    options, followed = _Options(loss, confirm, seed, started), []
     for i, found, left in list(_followed(place, outputs, leverage, loss)):
         outputs[i] = found
+        followed.append(i)
         unsafe += [i] if not left <= UNSAFE and i not in unsafe else []
     groups, parts = [[i] for i in range(n)], [outputs[i : i + 1] for i in range(n)]
     return _answer(
-        "leave-one-out", place, groups, parts, sorted(unsafe), options, leverage=leverage
+        "leave-one-out", place, groups, parts, sorted(unsafe), options, leverage, followed
     )
 
 
@@ -322,6 +324,9 @@ class _Place:
     holds: Callable[[Tensor, list[int]], bool] | None = None
     needs_classes: bool = False
     """Whether a fit must see every class: of libraries, whose intercepts have no penalty."""
+    refits_minimize: bool = False
+    """Whether refits end at the minimum of the task's own objective: no earlier steps of a
+    Pipeline that leak, no weights that are balanced anew, no training that stops."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,6 +359,8 @@ def _place(asked: Any, train: Any, recipe: Recipe | None, resources: Resources |
         refits,
         notes=() if convex else (STOPPED,),
         needs_classes=not isinstance(asked, Fitted),
+        refits_minimize=convex
+        and (isinstance(recipe, Newton) or (recipe is None and not isinstance(asked, Fitted))),
     )
 
 
@@ -371,42 +378,36 @@ def _followed(
     farthest = chosen.indices[chosen.values > 0].tolist()
     if not farthest or not is_followed(fitted):
         return
-    found = left_out(fitted, [[i] for i in farthest], place.renormalize)
+    groups = [[i] for i in farthest]
+    before = left_out(fitted, groups, place.renormalize)
+    found = left_out(fitted, groups, place.renormalize, SETTLED)
     assert found.theta is not None and found.remainders is not None
     ends = zip(farthest, found.outputs, found.theta, found.remainders.tolist(), strict=True)
-    unsettled = _unsettled(place, farthest, found.outputs, loss)
+    unsettled = _unsettled(fitted, farthest, before.outputs, found.outputs, loss)
     for i, part, theta, left in ends:
         is_minimum = i not in unsettled and (place.holds is None or place.holds(theta, [i]))
         yield i, part[0], left if is_minimum else math.inf
 
 
 def _unsettled(
-    place: _Place,
+    fitted: Fitted,
     followed: list[int],
-    outputs: list[Float[Tensor, "1 *c"]],
+    before: list[Float[Tensor, "1 *c"]],
+    after: list[Float[Tensor, "1 *c"]],
     loss: Callable[..., Tensor] | None,
 ) -> set[int]:
     """Examples whose loss still moves by a tenth of its rise on the way to the minimum."""
-    fitted = place.fitted
-    if isinstance(getattr(fitted.task.loss, "base", fitted.task.loss), SquaredError):
-        return set()
     at_theta = _at_theta(fitted, loss)
     every = outputs_at(fitted.task, fitted.theta, fitted.train)[0].clone()
 
-    def rises(parts: Sequence[Tensor], rows: list[int]) -> Float[Tensor, " e"]:
-        for i, part in zip(rows, parts, strict=True):
-            every[i] = part[0]
-        return (losses_of(fitted, every, loss) - at_theta)[rows].abs()
+    def rises(parts: Sequence[Tensor]) -> Float[Tensor, " e"]:
+        every[followed] = torch.cat(list(parts)).to(every)
+        return (losses_of(fitted, every, loss) - at_theta)[followed].abs()
 
-    first = rises(outputs, followed)
-    far = [i for i, rise in zip(followed, first.tolist(), strict=True) if not rise <= FAR]
-    if not far:
-        return set()
-    before = first[[followed.index(i) for i in far]]
-    on = left_out(fitted, [[i] for i in far], place.renormalize, SETTLED)
-    after = rises(on.outputs, far)
-    moves = ~((after - before).abs() <= 0.1 * before)
-    return {i for i, still in zip(far, moves.tolist(), strict=True) if still}
+    first, last = rises(before), rises(after)
+    # `not <=`: a NaN has no limit either.
+    moves = ~(first <= FAR) & ~((last - first).abs() <= 0.1 * first)
+    return {i for i, still in zip(followed, moves.tolist(), strict=True) if still}
 
 
 def _of_sklearn(known: Any, resources: Resources) -> _Place:
@@ -414,7 +415,15 @@ def _of_sklearn(known: Any, resources: Resources) -> _Place:
     if fitted is None:
         fitted = Influence(Hessian(), Cholesky()).fit(known.task, known.train)
     refits = KeptRefits(known.refits, resources.within(REFITS))
-    return _Place(fitted, refits, known.renormalizes, known.notes, known.holds, needs_classes=True)
+    return _Place(
+        fitted,
+        refits,
+        known.renormalizes,
+        known.notes,
+        known.holds,
+        needs_classes=True,
+        refits_minimize=known.refits_minimize,
+    )
 
 
 def _by_groups(
@@ -442,6 +451,7 @@ def _answer(
     unsafe: list[int],
     options: _Options,
     leverage: Float[Tensor, " n"] | None = None,
+    followed: Sequence[int] = (),
     is_clustered: bool = False,
 ) -> CrossValidated:
     """Refit what is unsafe and what is drawn, and evaluate the loss everywhere."""
@@ -452,7 +462,9 @@ def _answer(
     outputs = outputs[order.argsort().to(outputs.device)]
     approximate = losses_of(fitted, outputs, options.loss)
     at_theta = _at_theta(fitted, options.loss)
-    sampled, chances = _drawn(options, groups, approximate - at_theta, leverage)
+    known = followed if place.refits_minimize else ()
+    chances = _chances(groups, approximate - at_theta, leverage, unsafe, known)
+    sampled = _drawn(options, chances)
     wanted = sorted({*unsafe, *sampled}) if place.refits is not None else []
     refitted, failures = [], {}
     exact = outputs.clone()
@@ -483,6 +495,7 @@ def _answer(
         chances=chances,
         failures=failures,
         is_clustered=is_clustered,
+        loss=loss_in_words(fitted.task.loss if options.loss is None else options.loss),
         said=place.notes,
         seconds=time.perf_counter() - options.started,
     )
@@ -536,34 +549,51 @@ def _require_options(options: _Options, place: _Place) -> None:
         Subject(place.fitted, None).require_recipe("confirm=")
 
 
-def _drawn(
-    options: _Options,
+def _chances(
     groups: list[list[int]],
     moved: Float[Tensor, " n"],
     leverage: Float[Tensor, " n"] | None,
-) -> tuple[list[int], Float[Tensor, " g"]]:
-    """Random groups to fit again, and the chance of each.
+    unsafe: Sequence[int],
+    known: Sequence[int],
+) -> Float[Tensor, " g"]:
+    """The chance of each group in a draw: near its share of what one fit misses; 0 where unsafe.
 
-    A part of it is the same for all, a part goes by how far leaving the group out moves its loss,
-    and of single examples a part by that times their leverage: a step is wrong in second order of
-    its length, and few examples carry most of it.
+    A part is the same for all. Of single examples a part goes by Δℓ^{3/2}: what a step leaves out
+    is of third order in its length, and Δℓ of second. Where refits and `known` end at one minimum
+    nothing is left there. Elsewhere refits may differ from one fit by more than a step leaves out,
+    in proportion to Δℓ, and to Δℓ times the leverage where an example moves what comes before.
     """
     moved = moved.abs().nan_to_num(nan=0.0, posinf=0.0)
-    parts = [torch.ones_like(moved), moved]
-    if leverage is not None:
-        parts.append(moved * leverage.clamp(0.0, 1.0))
     rows = torch.tensor([row for group in groups for row in group])
     owner = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(g) for g in groups]))
-    shares = [part.new_zeros(len(groups)).index_add(0, owner, part[rows]) for part in parts]
-    shares = [share / share.sum() for share in shares if float(share.sum()) > 0]
-    chances = torch.stack(shares).mean(dim=0)
-    if options.confirm >= len(groups):
-        return list(range(len(groups))), chances
-    if not options.confirm:
-        return [], chances
+
+    def summed(values: Float[Tensor, " n"]) -> Float[Tensor, " g"]:
+        found = values.new_zeros(len(groups)).index_add(0, owner, values[rows])
+        found[list(unsafe)] = 0.0
+        return found
+
+    parts = [torch.ones_like(moved[: len(groups)])]
+    parts[0][list(unsafe)] = 0.0
+    if leverage is not None:
+        third = summed(moved.pow(1.5))
+        third[list(known)] = 0.0
+        parts.append(third)
+    if not len(known) or not float(parts[-1].sum()) > 0:
+        parts.append(summed(moved))
+        parts += [] if leverage is None else [summed(moved * leverage.clamp(0.0, 1.0))]
+    shares = [part / part.sum() for part in parts if float(part.sum()) > 0]
+    return torch.stack(shares).mean(dim=0) if shares else torch.zeros_like(parts[0])
+
+
+def _drawn(options: _Options, chances: Float[Tensor, " g"]) -> list[int]:
+    """Groups to fit again, drawn with replacement; all of them where as many are asked for."""
+    if options.confirm >= len(chances):
+        return list(range(len(chances)))
+    if not options.confirm or not float(chances.sum()) > 0:
+        return []
     generator = stream("refitted groups", options.seed)
     drawn = torch.multinomial(chances, options.confirm, replacement=True, generator=generator)
-    return sorted(drawn.tolist()), chances
+    return sorted(drawn.tolist())
 
 
 def _random_folds(folds: int, n: int, seed: int) -> list[list[int]]:

@@ -169,6 +169,8 @@ class Suspects(Outcome):
     def predict(self, decisions: Mapping[int, Any], queries: Any) -> tuple[float, float]:
         """(mean loss, accuracy) on some data that the decisions are predicted to give, at θ̂ + tΔθ.
 
+        Of a network these are the approximation's, whose size nothing supports: `apply` measures.
+
         Raises:
             UpweightError: As for `apply`.
         """

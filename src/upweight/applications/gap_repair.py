@@ -38,7 +38,7 @@ from upweight.applications.subject import subject_of
 from upweight.errors import NotConverged, SpecError
 from upweight.evaluation.bootstrap import NORMAL, Estimate, around, standard_error
 from upweight.methods.fitted import Fitted
-from upweight.notation import percent
+from upweight.notation import loss_in_words, percent
 from upweight.plot import axes
 from upweight.runtime.resources import Resources
 from upweight.runtime.selection import labels_by_place
@@ -85,6 +85,7 @@ class Point:
         test: The hard gap on rows that no choice has seen.
         accuracy: Accuracy there.
         price: Change of that accuracy against the model as it was, paired.
+        loss_price: Change of the mean loss there, paired.
         closed: Change of the size of the test gap against the model as it was, paired; below 0
             where it became smaller.
     """
@@ -104,6 +105,7 @@ class Point:
     test: HardGap
     accuracy: float
     price: Estimate
+    loss_price: Estimate
     closed: Estimate
 
 
@@ -121,6 +123,7 @@ class Repair(Outcome):
             better than the model as it was.
         cheapest: The place of the point with the smallest validation gap at any price.
         rows: Who is changed: group and label of each training row.
+        loss: What the loss is called.
         told: What was met on the way.
     """
 
@@ -132,6 +135,7 @@ class Repair(Outcome):
     chosen: int
     cheapest: int
     rows: tuple[str, ...]
+    loss: str = "of the objective"
     told: tuple[str, ...] = ()
 
     @property
@@ -197,8 +201,9 @@ class Repair(Outcome):
         other = "" if point.test.pair == base.test.pair else f" (now {point.test.pair})"
         numbers = (
             f"on test rows the {words} ({base.test.pair}) went from {base.test.value:+.3f} to "
-            f"{point.test:+.3f}{other} and accuracy by "
-            f"{100 * point.price:+.2f} points, refitted with {percent(point.moved)} "
+            f"{point.test:+.3f}{other}, accuracy changed by {100 * point.price:+.2f} points and "
+            f"the mean loss ({self.loss}) by {point.loss_price:+.3g}, refitted with "
+            f"{percent(point.moved)} "
             f"{'of the labels changed' if self.how == 'relabel' else 'of the weight moved'}"
         )
         if self.is_closed and self.chosen == 0:
@@ -215,8 +220,8 @@ class Repair(Outcome):
                 f"Infeasible {no} by {_MEANS[self.how]}: refits that keep the accuracy leave the "
                 f"{words} ({base.test.pair}) at {kept.value:+.3f} on test rows, from "
                 f"{base.test.value:+.3f}; {what} costs {-100 * point.price:+.2f} points of test "
-                f"accuracy, with {percent(point.moved)} changed, and leaves "
-                f"{point.test:+.3f}{other}."
+                f"accuracy, changes the mean loss ({self.loss}) by {point.loss_price:+.3g}, with "
+                f"{percent(point.moved)} changed, and leaves {point.test:+.3f}{other}."
             )
         if point is base:
             return (
@@ -277,6 +282,7 @@ class Repair(Outcome):
                 "test_high": p.test.high,
                 "accuracy": p.accuracy,
                 "price": p.price.value,
+                "loss_price": p.loss_price.value,
                 "chosen": k == self.chosen,
             }
             for k, p in enumerate(self.frontier)
@@ -329,6 +335,8 @@ class Repair(Outcome):
             "accuracy_before": base.accuracy,
             "accuracy": point.accuracy,
             "price": point.price,
+            "loss": self.loss,
+            "loss_price": point.loss_price,
             "moved": point.moved,
             "correlation": self.correlation,
             "frontier": [
@@ -536,6 +544,7 @@ class _Search:
             chosen=chosen,
             cheapest=cheapest,
             rows=who,
+            loss=loss_in_words(task.loss),
             told=tuple(dict.fromkeys(notes)),
         )
 
@@ -626,6 +635,7 @@ class _Search:
         difference = there.decided.double() - shown.decided.double()
         error = difference_error(splits.test_gap, first.place, difference, there.positive)
         right = there.correct.double() - shown.correct.double()
+        rise = there.losses.double() - shown.losses.double()
         kept_here = here.correct.double() - before.correct.double()
         soft = differences(splits.gap, here.scores, here.positive)[self.pair]
         return Point(
@@ -644,6 +654,7 @@ class _Search:
             test=test,
             accuracy=there.accuracy,
             price=around(float(right.mean()), standard_error(right)),
+            loss_price=around(float(rise.mean()), standard_error(rise)),
             closed=around(abs(again.value) - abs(first.value), error),
         )
 

@@ -104,7 +104,7 @@ class Path(Outcome):
         assert at is not None
         edge = self.best in (0, len(self.values) - 1) and len(self.values) > 1
         return (
-            f"The {at.kind} loss is smallest at {self.parameter} = {self.chosen:.4g} "
+            f"The {at.kind} loss ({at.loss}) is smallest at {self.parameter} = {self.chosen:.4g} "
             f"({at.mean:.4g} ± {at.standard_error:.2g}"
             f"{', at the end of the grid' if edge else ''}); within one standard error the "
             f"simplest is {self.parameter} = {self.chosen_within_one_standard_error:.4g}; "

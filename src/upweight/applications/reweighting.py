@@ -44,6 +44,7 @@ from upweight.errors import NotConverged, NotOffered, SpecError
 from upweight.evaluation import bootstrap as intervals
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.methods.similarity import GradientDot
+from upweight.notation import loss_in_words
 from upweight.plot import axes
 from upweight.runtime.resources import Resources
 from upweight.scores import Unit
@@ -96,6 +97,7 @@ class Weights(Outcome):
         models: Test loss and accuracy by weights: "equal weights", "class weights", "these".
         level: Of the intervals.
         notes: What went otherwise than asked.
+        loss: What the loss is called.
     """
 
     w: Float[Tensor, " n"]
@@ -111,6 +113,7 @@ class Weights(Outcome):
     models: Mapping[str, Held]
     level: float
     notes: tuple[str, ...] = ()  # type: ignore[assignment]
+    loss: str = "of the objective"
 
     @property
     def effective_n(self) -> float:
@@ -138,7 +141,7 @@ class Weights(Outcome):
         if self.expects_gain:
             said = (
                 f"Reweighting from {self.start} (steps: {self.steps}) is predicted to change the "
-                f"loss by {self.beyond:+.3f}"
+                f"loss ({self.loss}) by {self.beyond:+.3f}"
             )
         else:
             tried = f"{self.beyond:+.3f} predicted"
@@ -152,7 +155,8 @@ class Weights(Outcome):
         if self.actual is None:
             return said + "; not tried on test data."
         agrees = "" if self.is_confirmed else "the refit does not agree: "
-        text = [f"{agrees}on test data the loss changes by {self.actual:+.3f} against {EQUAL}"]
+        named = "loss" if self.expects_gain else f"loss ({self.loss})"
+        text = [f"{agrees}on test data the {named} changes by {self.actual:+.3f} against {EQUAL}"]
         if self.expects_gain and self.start == CLASSES and self.actual_beyond is not None:
             text.append(f"by {self.actual_beyond:+.3f} against {CLASSES}")
         mine, equal = self.models.get("these"), self.models.get(EQUAL)
@@ -302,6 +306,7 @@ def reweight(
         models=models,
         level=bootstrap.level,
         notes=(*notes, *dict.fromkeys(walk.notes)),
+        loss=loss_in_words(task.loss),
     )
 
 

@@ -48,6 +48,7 @@ from upweight.errors import MissingContext, SpecError
 from upweight.evaluation import bootstrap as intervals
 from upweight.evaluation.bootstrap import Bootstrap, Estimate
 from upweight.methods.fitted import Fitted
+from upweight.notation import loss_in_words
 from upweight.plot import axes
 from upweight.runtime.resources import Resources
 from upweight.runtime.streams import stream
@@ -82,6 +83,7 @@ class Subset(Outcome):
         everything, kept, random: All rows, these, and as many at random, on the test data.
         change_of_accuracy: On the test data, kept rows less all.
         notes: What went otherwise than asked.
+        loss: What the loss is called.
     """
 
     rows: Int[Tensor, " m"]
@@ -97,6 +99,7 @@ class Subset(Outcome):
     random: Held | None = None
     change_of_accuracy: Estimate | None = None
     notes: tuple[str, ...] = ()  # type: ignore[assignment]
+    loss: str = "of the objective"
 
     @property
     def expects_gain(self) -> bool:
@@ -115,7 +118,7 @@ class Subset(Outcome):
     @property
     def verdict(self) -> str:
         kept = f"keeping {len(self.rows)} of {self.n} rows by rule '{self.rule}'"
-        told = f"{self.predicted:+.3f} of the validation loss"
+        told = f"{self.predicted:+.3f} of the validation loss ({self.loss})"
         if self.expects_gain:
             said = f"A gain was predicted from {kept}: {told}"
         else:
@@ -252,6 +255,7 @@ def subset(
         predicted=predicted,
         level=bootstrap.level,
         notes=(*((why,) if rule is None else ()), *trial.notes),
+        loss=loss_in_words(fitted.task.loss),
     )
     return found if split.test is None else _confirmed(found, refits, split.test, seed, bootstrap)
 

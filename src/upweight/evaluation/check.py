@@ -240,6 +240,9 @@ def check(
         resources: As for `retrain`; a later check with a larger budget resumes from its folder.
         bootstrap: How the intervals are made.
 
+    Returns:
+        A `Check`, which is also the last of `scores.checks`; with an optimizer a `TailPatch`.
+
     Raises:
         SpecError: The budget is no time, or too short for eight subsets; or there are both a
             budget and a number of subsets; or either of them beside an optimizer.
@@ -310,7 +313,10 @@ def check(
     took = time.perf_counter() - started
     left_out = tuple((~compared).nonzero()[:, 0].tolist())
     drift = truth[0].drift[of]
-    return Check(found, fraction, models, took, seconds, drift, each or math.nan, left_out)
+    checked = Check(found, fraction, models, took, seconds, drift, each or math.nan, left_out)
+    if isinstance(scores, Scores):
+        scores.checks.append(checked)
+    return checked
 
 
 def _retrained(

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.effects import Effects, Groups, without
+from upweight.effects import Effects, Groups, reweighted, without
 from upweight.errors import ShapeError
-from upweight.scores import Scores, Unit
+from upweight.scores import Scores
 from upweight.training.weights import Removal, members
 
 
@@ -85,8 +85,7 @@ def predicted_changes(
             "weights of another data set, or scores of a part of it.",
             "use the weights that the models were retrained with.",
         )
-    added = Scores(without(changes), Unit.DERIVATIVE, predicted.provenance)
-    return torch.stack([added.predict(weights=row) for row in weights])
+    return torch.stack([reweighted(without(changes), row) for row in weights])
 
 
 def query_index(index: int, q: int) -> int:

@@ -4,7 +4,7 @@ These verbs need more of the library than `Scores` may know: applications, evalu
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +45,11 @@ class Attribution(Scores):
         why: The method, and why it was chosen; empty where it was given.
         recipe: How the model was trained, where `attribute` was told.
         model: What was trained, as `attribute` was given it.
-        checks: What `check` found, the last at the end; the report says it first.
     """
 
     why: str = ""
     recipe: Any = None
     model: Any = None
-    checks: list[Check] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -146,9 +144,7 @@ class Attribution(Scores):
         fitted = self.require_context().fitted
         if isinstance(fitted, Fitted):
             limits = {"resources": fitted.resources.within("retrained")} | limits
-        found = check(self, known, budget, **limits)
-        self.checks.append(found)
-        return found
+        return check(self, known, budget, **limits)
 
     def self_influence(self) -> "SelfInfluence":
         """How much each training example lowers its own loss: rare or mislabeled ones first.
@@ -166,7 +162,7 @@ class Attribution(Scores):
     def report(self, path: str | Path, display: "Display | None" = None, **options: Any) -> Path:
         """Write the page, one HTML file that opens offline: short for `upweight.report.html`.
 
-        What `check` found is on it.
+        What the last `check` found is on it.
 
         Args:
             path: The file.
@@ -178,7 +174,6 @@ class Attribution(Scores):
         """
         from upweight.report import Display, html
 
-        options = {"evidence": self.checks[-1:]} | options
         return html(self, path, Display() if display is None else display, **options)
 
 

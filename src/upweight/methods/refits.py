@@ -86,7 +86,9 @@ class LeaveOneOut(Method):
             _trained(reseeded_from(recipe, k), fitting, weights, f"refits, seed {k}", kept, k)
             for k in range(seeds)
         ]
-        return _RefitScorer(self, fitting.task, torch.stack(runs), weights[1:], n * seeds)
+        return _RefitScorer(
+            self, fitting.task, torch.stack(runs), weights[1:], n * seeds, has_seed(recipe)
+        )
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class SubsampledInfluence(Method):
         kept = _kept(recipe, fitting)
         if not has_seed(recipe):  # prepared once, and as many at a time as it trains
             thetas = _trained(recipe, fitting, weights, "refits", kept)
-            return _RefitScorer(self, fitting.task, thetas[None], weights, self.subsets)
+            return _RefitScorer(self, fitting.task, thetas[None], weights, self.subsets, False)
         rows = [(reseeded_from(recipe, k), weights[k : k + 1]) for k in range(self.subsets)]
         thetas = torch.cat(
             [
@@ -157,7 +159,7 @@ class SubsampledInfluence(Method):
                 )
             ]
         )
-        return _RefitScorer(self, fitting.task, thetas[None], weights, self.subsets)
+        return _RefitScorer(self, fitting.task, thetas[None], weights, self.subsets, True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +171,7 @@ class _RefitScorer(Scorer):
     thetas: Float[Tensor, "k r p"]
     weights: Float[Tensor, "s n"]
     trainings: int
+    is_seeded: bool
 
     by_refits = True
 
@@ -205,16 +208,20 @@ class _RefitScorer(Scorer):
         spec, found = self.spec, self.trainings
         if isinstance(spec, LeaveOneOut):
             said = f"each score is the effect of one removal, measured over {found} trainings"
+            alone = "they are of one seed, and how much of them is training noise is not known"
+            told = {"against_sizes": alone if self.is_seeded and len(self.thetas) == 1 else ""}
         else:
+            share = percent(spec.fraction)
+            told = {"against_sizes": f"they are of removals from {share} of the data"}
             said = (
                 f"each score is a mean over {found} trainings on random "
                 f"{percent(spec.fraction)} of the data"
             )
         if not pairs:
-            return {}, (f"{said}; of one seed, without standard errors",)
+            return told, (f"{said}; of one seed, without standard errors",)
         clear, of = (sum(each) for each in zip(*pairs, strict=True))
         said += f"; {clear:,} of {of:,} exceed two standard errors, where 5 % would by chance"
-        return {"share_beyond_two_errors": clear / of}, (said,)
+        return {**told, "share_beyond_two_errors": clear / of}, (said,)
 
 
 @dataclass(frozen=True, eq=False)

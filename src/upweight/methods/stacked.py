@@ -33,6 +33,9 @@ UNLIKE = 3.0
 """Standard deviations of the subset models' measurements from their mean to that of the model,
 beyond which it was trained otherwise: half of the data less, or another seed, is one or two."""
 
+CALIBRATED = (0.5, 2.0)
+"""Of the fitted factor of the sizes, between which its interval lies where sizes are supported."""
+
 WHOLE = "all"
 """What a prediction of all layers together is called."""
 
@@ -345,6 +348,7 @@ class StackedScorer(Scorer):
             "explained": found.explained,
             "size": [found.size, *found.size_interval],
             "apart": apart,
+            "against_sizes": _against_sizes(found, apart),
         }
         seeds = self.models.seeds
         note = (
@@ -360,6 +364,19 @@ class StackedScorer(Scorer):
             "was trained with, and the scores are of its training",
         )
         return told, (note, *(unlike if apart > UNLIKE else ()))
+
+
+def _against_sizes(found: Combination, apart: float) -> str:
+    """Why the sizes are not supported by the subset models that they were fitted to."""
+    if apart > UNLIKE:
+        return "the subset models were trained otherwise than the model"
+    low, high = (end / found.size for end in found.size_interval)
+    if not (low >= CALIBRATED[0] and high <= CALIBRATED[1]):
+        return (
+            f"from {found.size_interval[0]:.2g} to {found.size_interval[1]:.2g} is the factor that "
+            f"was fitted as {found.size:.2g}"
+        )
+    return ""
 
 
 def blocks(

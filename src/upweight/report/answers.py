@@ -88,7 +88,7 @@ class Answers:
         require_tokenizer(display.tokenizer)
         self.scores, self.display, self.removal = scores, display, removal
         self.q, self.n = scores.values.shape
-        self.evidence = evidence_of(evidence, self.q, self.n)
+        self.evidence = evidence_of(evidence, self.q, self.n, scores.checks)
         self.data = {role: data_of(scores, display, role) for role in ("train", "query")}
         self._require_fit()
         self._tokens = tokens_of(scores, self.data, display, COLOURED if ask else None)

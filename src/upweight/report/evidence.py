@@ -5,7 +5,7 @@ comparison    one verdict on all scores, as `fitted.check(recipe, budget)` finds
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -123,8 +123,14 @@ class Evidence:
         return {"name": "Retraining", "value": found, "told": meaning, "concern": concern}
 
 
-def evidence_of(given: Any, rows: int, columns: int) -> Evidence:
+def evidence_of(given: Any, rows: int, columns: int, known: Sequence[Any] = ()) -> Evidence:
     """Results of evaluation of scores `[rows, columns]`, told apart.
+
+    Args:
+        given: What the caller says.
+        rows: Of the scores.
+        columns: Of the scores.
+        known: `scores.checks`, whose last stands where the caller gives no comparison.
 
     Raises:
         SpecError: There is something else among them, or a second comparison.
@@ -142,6 +148,7 @@ def evidence_of(given: Any, rows: int, columns: int) -> Evidence:
             raise SpecError(_refused(f"a {type(each).__module__}.{type(each).__qualname__}"))
     if len(comparisons) > 1:
         raise SpecError(_refused(f"{len(comparisons)} verdicts on all scores"))
+    comparisons = comparisons or [*known[-1:]]
     return Evidence(tuple(series), comparisons[0] if comparisons else None)
 
 

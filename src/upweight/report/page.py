@@ -39,7 +39,7 @@ def html(
         display: How examples and queries are shown.
         evidence: What retraining said, which the page says first: results of evaluation as they
             are, what `fitted.check(recipe, budget)` found and any number of comparisons of
-            removals, as from `evaluation.loo`.
+            removals, as from `evaluation.loo`. Without a check the last of `scores.checks`.
         removal: Better predictions of Δm for the same columns, as from `fitted.removal(queries)`;
             by default removal is predicted to first order.
         outcomes: What applications returned: a section each.

@@ -38,7 +38,7 @@ def summary(
     """
     require_scores(scores)
     rows, columns = scores.values.shape
-    said = evidence_of(evidence, rows, columns)
+    said = evidence_of(evidence, rows, columns, scores.checks)
     query, noun = row_of(query, rows), noun_of(scores)
     what = "group" if scores.columns is not None else "training example"
     found = trust(scores, said)

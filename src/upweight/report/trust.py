@@ -2,15 +2,14 @@
 
     a comparison with retraining     its verdict; sizes from "Order and size" on
     8 removals or more               the worst of their verdicts
-    neither                          none; sizes where the method is exact: a convex objective, its
-                                     own curvature without damping, solved, at its minimum
+    neither                          none; sizes where the computation itself supports them, see
+                                     `upweight.provenance.Provenance.against_sizes`
 
 What is shown of removals, the scores or better predictions, may itself say that some of them miss;
 then there are no sizes, whatever was found of others. Elsewhere the page shows ranks and bars: a
 predicted change there is a number nobody has looked at.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,9 +18,6 @@ from upweight.effects import Effects
 from upweight.report.evidence import Evidence
 from upweight.scores import Scores, Unit
 from upweight.verdict import Verdict, worst
-
-EXACT = re.compile(r"Influence\(curvature=(Hessian|GGN|Fisher)\(")
-"""Methods whose curvature is the Hessian, where a model is linear in its parameters."""
 
 MISSED = "removal: "
 """How a removal's notes on itself start, which say that its predicted changes may be off."""
@@ -85,7 +81,11 @@ def _trust(scores: Scores, shown: Sequence[Scores | Effects], evidence: Evidence
         reason = "these scores have an order within each query and no size"
         return Trust(title, reason, "unchecked", "scores only rank")
     few = "the removals below are too few for a verdict; " if evidence.series else ""
-    against = next(filter(None, (_missed(shown), *map(_against_sizes, shown))), None)
+    notes = (_missed(shown), *(each.provenance.against_sizes for each in shown))
+    against = next(filter(None, notes), None)
+    if against is None and "against_sizes" in scores.provenance.health:
+        reason = f"{few}the method itself trained again, and its sizes are of what that measured"
+        return Trust(title, reason, "unchecked", "")
     if against is None:
         reason = (
             f"{few}the curvature is exact, the objective convex and the model at its minimum, so "
@@ -109,21 +109,3 @@ def _missed(shown: Sequence[Scores | Effects]) -> str | None:
                 first = note.removeprefix(MISSED).partition(". ")[0].rstrip(".")
                 return f"the removals' own note says: {first}"
     return None
-
-
-def _against_sizes(scores: Scores | Effects) -> str | None:
-    """Why nothing that the computation says of itself supports sizes; None where something does."""
-    known = scores.provenance.health
-    if not EXACT.match(scores.provenance.method):
-        return (
-            "the method is not known to be exact, and approximate ones are often several times off"
-        )
-    if known.get("convex") is not True:
-        return "the objective is not known to be convex"
-    if known.get("damping") != 0.0:
-        return "damping changes sizes"
-    facts = scores.provenance.facts
-    if not {"At a minimum", "Solver"} <= {fact.name for fact in facts}:
-        return "it is not recorded how well the model was at its minimum"
-    marked = [f"{fact.name.lower()}: {fact.value}" for fact in facts if fact.concern]
-    return f"past its limit is {', '.join(marked)}" if marked else None
