@@ -173,6 +173,19 @@ def test_it_grows_once_by_each_file_also_after_a_kill(place, built):
     assert {each["source"] for each in both["lowers"]} >= {"more.jsonl 0", "train.jsonl 0"}
 
 
+def test_a_part_of_the_shards_is_not_said_to_be_the_index(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("project.py").write_text(PROJECT)
+    build = ["index", "build", "project.py:task", "--train", "project.py:train", "--out", "index"]
+    said = lambda *words: CliRunner().invoke(cli, [*words]).output  # noqa: E731
+    part = said(*build, "--shards", "2/2")  # of one shard, which is the first job's
+    assert "those of other shards are missing" in part and "verify" not in part
+    asked = ["index", "top", "index", "--project", "project.py", "--queries", "project.py:test"]
+    assert "`upweight index build …`" in said(*asked)
+    assert "20 rows" in said(*build, "--shards", "1/2")
+    run(*asked)
+
+
 def test_a_project_is_named_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "project.py").write_text(PROJECT)

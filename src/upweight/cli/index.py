@@ -34,6 +34,7 @@ from upweight.runs.indexed import IndexRecord
 from upweight.runs.record import relative_to
 from upweight.runtime.atomic import make_folder
 from upweight.runtime.selection import spaced
+from upweight.runtime.store import FINISHED
 from upweight.runtime.versions import library_versions
 from upweight.task.data import Data
 
@@ -178,6 +179,7 @@ def build(
         )  # fmt: skip
         naming = _naming(hf, task)
         texts = "--text TEXT" if model.tokenizer else "--queries FILE.py:NAME"
+        finished = (out / FINISHED).exists()
         lines = [
             f"{out}: {len(examples)} rows of {made.bytes_per_example} bytes",
             f"  next: upweight index verify {shlex.quote(str(out))} {naming}",
@@ -185,7 +187,14 @@ def build(
         ]
         if model.tokenizer:
             lines.append(f"        upweight view {shlex.quote(str(out))} {naming}")
+        if not finished:
+            lines = [
+                f"{out}: the rows of --shards {shards}; those of other shards are missing",
+                "  next: the same command with each other --shards; without it, it makes what is "
+                "missing",
+            ]
         facts = {"index": str(out), "rows": len(examples), "numbers": made.numbers,
+                 "finished": finished,
                  "bytes_per_example": made.bytes_per_example, "seconds": dict(made.seconds),
                  "expected": None if expected is None else asdict(expected)}  # fmt: skip
         return Answer("\n".join(lines), facts)

@@ -34,7 +34,10 @@ from upweight.task.data import Data
 from upweight.task.identity import contents, described, model_described
 from upweight.task.measures import Loss
 
-AGAIN = "the same Index.build(…) or index.extend(…), which makes only what is missing"
+AGAIN = (
+    "the same Index.build(…), index.extend(…) or `upweight index build …`, which makes only what "
+    "is missing"
+)
 
 BITS = 1
 """Of a number of a row, unless told otherwise."""
