@@ -186,6 +186,20 @@ def test_a_part_of_the_shards_is_not_said_to_be_the_index(tmp_path, monkeypatch)
     run(*asked)
 
 
+def test_an_index_grows_by_objects_once_and_by_no_empty_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("project.py").write_text(PROJECT + "none, more = (X[:0], X[:0, 0].long()), test\n")
+    run("index", "build", "project.py:task", "--train", "project.py:train", "--out", "index")
+    extend, named = ["index", "extend", "index"], ["--project", "project.py"]
+    assert run(*extend, "project.py:more", *named)[0]["rows"] == 24
+    for again in ("more", "train"):
+        refused, _ = run(*extend, f"project.py:{again}", *named, code=1)
+        assert refused["error"] == "SpecError" and "whose rows it has" in refused["message"]
+    assert run(*extend, "project.py:none", *named, code=1)[0]["error"] == "DataError"
+    found, _ = run("index", "top", "index", *named, "--queries", "project.py:test", "-k", "24")
+    assert len(found["queries"][0]["lowers"]) == 24
+
+
 def test_a_project_is_named_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "project.py").write_text(PROJECT)

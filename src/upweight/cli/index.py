@@ -26,7 +26,7 @@ from upweight.cli.opened_index import (
 from upweight.cli.project import opened
 from upweight.cli.question import NAMES, with_training_data
 from upweight.cli.screen import Answer, continued_by, duration, say, size, table, verb
-from upweight.errors import SpecError
+from upweight.errors import DataError, SpecError
 from upweight.index.index import BITS, Index
 from upweight.methods.method import Method
 from upweight.runs.forecast import IndexForecast, index_forecast
@@ -222,12 +222,22 @@ def extend(folder: Path, more: str, **named: Any) -> Answer:
     ):
         data, made, record = found.model.examples(more), found.index, found.record
         source, before = source_of(more, folder, len(data)), sum(map(len, found.data))
-        if source.sha256 and source.sha256 in [each.sha256 for each in record.sources]:
+        # An object is read by its name whenever the index is opened: one name, the same examples.
+        known = [each.sha256 or each.name for each in record.sources]
+        if not len(data):
+            raise DataError(
+                "An index is extended with at least one example.",
+                f"{more}, which holds none.",
+                "a filter that left nothing, or another file.",
+                "nothing is left to do; name what holds the new examples.",
+            )
+        if (source.sha256 or source.name) in known:
             raise SpecError(
                 "An index is extended with examples that it does not have.",
                 f"{more}, whose rows it has.",
                 "the same command twice, or the file that it was built on.",
-                "nothing is left to do; name a file with the new examples only.",
+                "nothing is left to do; name a file, or an object of another name, with the new "
+                "examples only.",
             )
         if len(made) != before + len(data):  # else all that is left to do is to say so
             made.extend(data, source=source.name)
