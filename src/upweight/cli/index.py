@@ -239,7 +239,9 @@ def extend(folder: Path, more: str, **named: Any) -> Answer:
                 "nothing is left to do; name a file, or an object of another name, with the new "
                 "examples only.",
             )
-        if len(made) != before + len(data):  # else all that is left to do is to say so
+        if len(made) == before + len(data):  # all that is left to do is to say so
+            made.require_examples(data, before)
+        else:
             made.extend(data, source=source.name)
         replace(record, sources=(*record.sources, source)).write(folder)
         after = len(made)

@@ -277,6 +277,14 @@ class Index:
             self._end = n + len(examples)
             self.seconds["rows"] = time.perf_counter() - started
 
+    def require_examples(self, data: Any, offset: int) -> None:
+        """That the rows from `offset` on are those of these examples; reads all of them.
+
+        Raises:
+            StaleStore: They are of others.
+        """
+        self._rows.require_same(_data(self.fitted, data), offset)
+
     def _add(self, data: Data, offset: int, source: str | None, share: tuple[int, int]) -> None:
         rows, n = self._rows, offset + len(data)
         finished = rows.store.facts

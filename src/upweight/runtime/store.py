@@ -234,7 +234,9 @@ class Store:
             StaleStore: It is not what was written.
         """
         path, seen = self.path(name), f"compared {name}"
-        if path.is_file() and self.known.get(seen, (None,))[0] == _stamp(path):
+        if not path.is_file():
+            raise self._altered(path, "no file in its place")
+        if self.known.get(seen, (None,))[0] == _stamp(path):
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}
         _, tensors = self._compared(name)
